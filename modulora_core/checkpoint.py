@@ -1,0 +1,185 @@
+"""Packed checkpoints: opening, checking and loading what ``modulora quantize`` wrote.
+
+:func:`open_checkpoint` reads config.json and the files' headers, and gives tensors one at a time;
+:func:`load_model` gives the transformers model, with packed weights and no dense one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from modulora_core.errors import CheckpointError, ModelError, OptionError
+from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
+from modulora_core.sources.locate import fetch_weights, locate
+from modulora_core.sources.safetensors_store import SafetensorsStore
+from modulora_core.sources.tokenizer_files import copy_files
+from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOAD_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class PackedCheckpoint:
+    """A folder of ours, known from config.json and headers. Make one with :func:`open_checkpoint`.
+
+    Attributes:
+        folder: where it is on this machine.
+        record: its ``quantization_config``.
+        parameters: every stored parameter → its :class:`PackedSite` if it is packed, else its layout.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.config = dict(config)
+        self.record = QuantizationRecord.from_json(config["quantization_config"])
+        self._store = SafetensorsStore(folder)
+        self._quantizers: dict[int, Quantizer] = {}
+        packed = self._check_packed()
+        dense = {name: TensorLayout(str(t.dtype).removeprefix("torch."), t.shape)
+                 for name, t in self._store.tensors.items() if name not in packed}  # fmt: skip
+        self.parameters: dict[str, PackedSite | TensorLayout] = {**dense, **dict(self.record.items())}
+
+    def _check_packed(self) -> set[str]:
+        """Names of all packed tensors. Raises CheckpointError where a file differs from what config.json says."""
+        names: set[str] = set()
+        for parameter, site in self.record.items():
+            for name, expected in site.tensors(parameter):
+                stored = self._store.tensors.get(name)
+                if stored is None:
+                    raise CheckpointError(f"{self.folder}: {name}: config.json names it, the files don't have it; "
+                                          "download or quantize the model again")  # fmt: skip
+                found = TensorLayout(str(stored.dtype).removeprefix("torch."), stored.shape)
+                if found != expected:
+                    raise CheckpointError(f"{self.folder / stored.file}: {name}: config.json says {expected.dtype} {list(expected.shape)}, "
+                                          f"the file has {found.dtype} {list(found.shape)}")  # fmt: skip
+                names.add(name)
+        return names
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors, packed or not."""
+        return sum(t.nbytes for t in self._store.tensors.values())
+
+    def quantizer(self, site: PackedSite) -> Quantizer:
+        """The quantizer that can read ``site``. Raises PluginError with what to install."""
+        if site.recipe not in self._quantizers:
+            self._quantizers[site.recipe] = self.record.recipes[site.recipe].create()
+        return self._quantizers[site.recipe]
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter that isn't packed."""
+        return self._store.read(name)
+
+    def packed(self, parameter: str) -> Iterator[PackedWeight]:
+        """The packed matrices of a parameter: one, or one for each expert."""
+        site = self.record.sites[self.record.weights[parameter]]
+        for prefix in site.prefixes(parameter):
+            yield site.layout.fill({name: self._store.read(f"{prefix}.{name}") for name in site.layout.tensors})
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.folder}: its tokenizer can't be loaded ({str(error).splitlines()[0]}); "
+                             "quantize the model again, or copy the tokenizer's files there") from None  # fmt: skip
+
+    def copy_tokenizer(self, out: Path) -> list[str]:
+        """Copy tokenizer, chat template and generation config."""
+        return copy_files(self.folder, out)
+
+    def write_dense_config(self, out: Path, dtype: str) -> None:
+        """config.json of the dense model."""
+        config = {key: value for key, value in self.config.items() if key not in ("quantization_config", "torch_dtype")}
+        (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a checkpoint of ours."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; empty when there is none. Raises CheckpointError when it isn't JSON."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: expected a JSON object: {error}; download or quantize the model again") from None
+
+
+def open_checkpoint(model: str | Path, *, revision: str | None = None) -> PackedCheckpoint:
+    """Open a folder, or a Hub repository, that ``modulora quantize`` wrote. Reads headers, no weights.
+
+    Raises:
+        ModelError: nothing is there, or it isn't a packed checkpoint; says what to do.
+        CheckpointError: it is one, and a file is missing, truncated, or differs from config.json.
+    """
+    location = locate(str(model), revision)
+    config = {} if location.gguf is not None else read_config(location.folder)
+    if not is_packed(config):
+        raise ModelError(f"model {model}: it isn't quantized by modulora; quantize it first: modulora quantize {model} OUT -q NAME")
+    return PackedCheckpoint(fetch_weights(location).folder, config, location.name)
+
+
+def load_model(model: str | Path | PackedCheckpoint, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+    """Load a packed checkpoint as a transformers model, in evaluation mode.
+
+    Args:
+        model: a folder, a Hub id, or an opened checkpoint.
+        dtype: of everything that isn't packed, and so of the activations. ``"auto"`` is float32 on a CPU and
+            bfloat16 elsewhere. Packed tensors keep their own.
+        device: by default ``"cuda"`` where there is one, else ``"cpu"``.
+
+    Raises:
+        PluginError: the plugin that packed it isn't installed, or can't be used.
+        ModelError, CheckpointError: as :func:`open_checkpoint`; also when files and model don't fit together.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from modulora_core.integrations import transformers as integration
+
+    checkpoint = model if isinstance(model, PackedCheckpoint) else open_checkpoint(model)
+    for site in checkpoint.record.sites:
+        checkpoint.quantizer(site)  # a missing plugin is told before any work
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    integration.register()
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=load_dtype(dtype, device), device_map={"": device}, output_loading_info=True,
+        trust_remote_code=False,
+    )  # fmt: skip
+    _check_loaded(checkpoint, info)
+    loaded.eval()
+    return loaded  # type: ignore[no-any-return]  # transformers ships no types
+
+
+def load_dtype(dtype: str, device: str) -> torch.dtype:
+    """What ``"auto"`` means on ``device``; else the dtype of that name. Raises OptionError for another name."""
+    if dtype not in LOAD_DTYPES:
+        raise OptionError(f"dtype: expected one of {', '.join(LOAD_DTYPES)}, got {dtype!r}")
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
+
+
+def _check_loaded(checkpoint: PackedCheckpoint, info: Mapping[str, Any]) -> None:
+    """transformers fills what is missing with noise and goes on: refuse it here."""
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(str(name) for name in info[what])
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise CheckpointError(f"{checkpoint.folder}: {len(names)} {what.replace('_', ' ')} ({some}); the files and config.json "
+                                  "don't belong together: download or quantize the model again")  # fmt: skip

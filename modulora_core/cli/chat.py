@@ -1,0 +1,68 @@
+"""``modulora chat``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from modulora_core.cli.arguments import Adapter, Device, Dtype, MaxNewTokens, Model, RepetitionPenalty, Seed, Temperature, TopK, TopP
+from modulora_core.cli.terminal import Report, terminal
+
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", show_default=False, help="A system message to begin with.")]
+
+HELP = "Type a message and press Enter. /reset forgets the conversation, /exit or Ctrl-D ends it."
+
+
+def command(
+    model: Model,
+    adapter: Adapter = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    seed: Seed = 0,
+) -> Report:
+    """Talk with a model.
+
+    The model's tokenizer must have a chat template. Messages are read from standard input, a line each.
+
+    Examples:
+      modulora chat smollm2-packed
+      modulora chat smollm2-packed --adapter my-adapter --temperature 0.7 --top-p 0.9
+      echo "What is a module?" | modulora chat smollm2-packed --json
+    """
+    from modulora_core.errors import DataError
+    from modulora_core.generate import Sampling, generate
+    from modulora_core.loading import open_to_run
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device)
+    if opened.tokenizer.chat_template is None:
+        raise DataError(f"model {model}: its tokenizer has no chat template, so it can't chat; use `modulora generate --raw`")
+    language_model = opened.load()
+    begin = [{"role": "system", "content": system}] if system else []
+    messages = list(begin)
+    terminal().note(HELP)
+    while (line := _read()) not in (None, "/exit"):
+        if line == "/reset":
+            messages = list(begin)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = generate(language_model, opened.tokenizer, messages, sampling, on_text=terminal().write)
+            terminal().write("\n")
+            messages.append({"role": "assistant", "content": answer.text})
+    return Report({"messages": messages})
+
+
+def _read() -> str | None:
+    """The next line, without its end; None when there are no more."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.strip() if line else None

@@ -1,0 +1,63 @@
+"""What every failure looks like: one sentence, and an exit code."""
+
+from __future__ import annotations
+
+import traceback
+
+import typer
+
+from modulora_core.cli.terminal import Terminal
+from modulora_core.errors import ModuLoRAError, RequestError
+
+INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+
+UsageError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "UsageError")
+"""click's. typer brings click along since 0.26 and depended on it before; this finds it in both."""
+
+
+def report_failure(error: BaseException, terminal: Terminal) -> int:
+    """Tell about ``error`` and return the exit code: 2 for a wrong request, 1 for work that failed."""
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return error.code or 0
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return INTERRUPTED
+    if terminal.debug:
+        terminal.note("".join(traceback.format_exception(error)).rstrip())
+    kind, message, code = _described(error)
+    if terminal.json:
+        terminal.write_object({"error": {"kind": kind, "message": message}})
+    terminal.note(f"error: {message}")
+    return code
+
+
+def _described(error: BaseException) -> tuple[str, str, int]:
+    if isinstance(error, ModuLoRAError):
+        return error.kind, str(error), error.exit_code
+    if isinstance(error, UsageError):
+        return "UsageError", _usage(error), RequestError.exit_code
+    if isinstance(error, SystemExit):  # a library's sys.exit("message")
+        return "SystemExit", _one_line(str(error.code)), 1
+    text = _one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+    return type(error).__name__, f"unexpected {text}; run again with --debug for the traceback", 1
+
+
+def _usage(error: BaseException) -> str:
+    """A sentence from click's message, with near misses for a misspelled option, and where the help is."""
+    message = _one_line(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
+    message = message.replace("Value error, ", "").replace(
+        "Input should be", "expected"
+    )  # pydantic's, in typer
+    option = getattr(error, "option_name", None)
+    if type(error).__name__ == "NoSuchOption":
+        near = getattr(error, "possibilities", None)
+        message = f"no such option: {option}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    context = getattr(error, "ctx", None)
+    where = f" (see {context.command_path} --help)" if context is not None else ""
+    return message[:1].lower() + message[1:] + where
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,84 @@
+"""``modulora info``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modulora_core.cli.sizes import format_size
+from modulora_core.cli.terminal import Report
+
+if TYPE_CHECKING:
+    from modulora_core.checkpoint import PackedCheckpoint
+
+PathArgument = Annotated[
+    str, typer.Argument(metavar="PATH", show_default=False, help="A packed checkpoint or an adapter: a folder or a Hub id.")
+]
+
+
+def command(path: PathArgument) -> Report:
+    """Tell what a checkpoint or an adapter holds: sizes, bits per weight, and where it came from.
+
+    Examples:
+      modulora info smollm2-packed
+      modulora info my-adapter --json
+    """
+    if (Path(path) / "adapter_config.json").is_file():
+        return _adapter(path)
+    from modulora_core.checkpoint import open_checkpoint
+
+    return _checkpoint(open_checkpoint(path))
+
+
+def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
+    record = checkpoint.record
+    groups = [
+        {
+            **recipe.to_json(),
+            "parameters": sum(site.recipe == index for _, site in record.items()),
+            "weights": sum(site.weights for _, site in record.items() if site.recipe == index),
+            "bytes": sum(site.nbytes for _, site in record.items() if site.recipe == index),
+        }
+        for index, recipe in enumerate(record.recipes)
+    ]
+    facts: dict[str, Any] = {
+        "kind": "checkpoint",
+        "architecture": checkpoint.config.get("architectures", [None])[0],
+        "bits_per_weight": record.bits_per_weight,
+        "packed_bytes": record.nbytes,
+        "bytes": checkpoint.nbytes,
+        "source": dict(record.source),
+        "core_version": record.core_version,
+        "quantizers": groups,
+        "kept": {reason: list(names) for reason, names in record.kept.items()},
+    }
+    lines = [
+        f"{facts['architecture']}, made from {record.source.get('name', 'an unknown model')} by modulora-core {record.core_version}",
+        f"{format_size(checkpoint.nbytes)}, of which {format_size(record.nbytes)} packed at {record.bits_per_weight:.3f} bits per weight",
+    ]
+    for group in groups:
+        options = ", ".join(f"{key}={value}" for key, value in group["options"].items()) or "no options"
+        bits = 8 * group["bytes"] / max(1, group["weights"])
+        lines.append(f"  {group['quantizer']} ({options}) of {group['distribution']} {group['version']}: "
+                     f"{group['parameters']} parameters, {group['weights']:,} weights, {bits:.3f} bits each")  # fmt: skip
+    lines += [f"  not quantized, {reason}: {len(names)}" for reason, names in record.kept.items()]
+    return Report(facts, "\n".join(lines))
+
+
+def _adapter(path: str) -> Report:
+    from modulora_core.peft_format import AdapterFolder
+
+    adapter = AdapterFolder(path)
+    ranks = sorted({delta.rank for delta in adapter.values()})
+    parameters = sum(delta.A.numel() + delta.B.numel() for delta in adapter.values())
+    base = adapter.record.base if adapter.record is not None else None
+    name = base.name if base is not None else adapter.config.get("base_model_name_or_path")
+    quantizers = [dict(q) for q in base.quantizers] if base is not None else []
+    facts = {"kind": "adapter", "modules": len(adapter), "ranks": ranks, "parameters": parameters, "base": name,
+             "base_quantizers": quantizers, "config": dict(adapter.config)}  # fmt: skip
+    made_on = ", ".join(q["quantizer"] for q in quantizers) or "not recorded"
+    text = (f"LoRA adapter of {len(adapter)} modules, rank {', '.join(map(str, ranks))}, {parameters:,} parameters\n"
+            f"made for {name} (quantizer: {made_on})")  # fmt: skip
+    return Report(facts, text)

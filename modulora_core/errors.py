@@ -1,0 +1,96 @@
+"""Every error that this package raises on purpose.
+
+::
+
+    ModuLoRAError
+    ├── RequestError               the request was wrong; said before any work     exit code 2
+    │   ├── OptionError            an unknown or ill-typed option
+    │   ├── PluginError            a quantizer plugin can't be used
+    │   │   ├── UnknownQuantizerError
+    │   │   ├── BrokenPluginError
+    │   │   ├── IncompatiblePluginError
+    │   │   ├── DuplicatePluginError
+    │   │   └── BlockedPluginError
+    │   ├── ShapeError             a shape that a quantizer or a layer can't take
+    │   ├── ModelError             a model that can't be found or read
+    │   ├── CheckpointError        a shard that is missing, truncated or of other shapes
+    │   ├── WeightError            NaN or Inf in a weight
+    │   ├── DataError              an empty or malformed data file
+    │   ├── AdapterError           an adapter that doesn't fit its base
+    │   ├── OutputError            an output folder that holds something else
+    │   ├── DiskSpaceError         too little room for what would be written
+    │   └── MissingExtraError      an optional dependency that this request needs
+    └── WorkError                  the request was fine and the work failed        exit code 1
+
+A message says the subject, what was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ModuLoRAError(Exception):
+    """The root of the tree. ``exit_code`` is what the command line ends with."""
+
+    exit_code: ClassVar[int] = 1
+
+    @property
+    def kind(self) -> str:
+        """The class's name, as ``--json`` prints it."""
+        return type(self).__name__
+
+
+class RequestError(ModuLoRAError):
+    exit_code = 2
+
+
+class OptionError(RequestError): ...
+
+
+class PluginError(RequestError): ...
+
+
+class UnknownQuantizerError(PluginError): ...
+
+
+class BrokenPluginError(PluginError): ...
+
+
+class IncompatiblePluginError(PluginError): ...
+
+
+class DuplicatePluginError(PluginError): ...
+
+
+class BlockedPluginError(PluginError): ...
+
+
+class ShapeError(RequestError): ...
+
+
+class ModelError(RequestError): ...
+
+
+class CheckpointError(RequestError): ...
+
+
+class WeightError(RequestError): ...
+
+
+class DataError(RequestError): ...
+
+
+class AdapterError(RequestError): ...
+
+
+class OutputError(RequestError): ...
+
+
+class DiskSpaceError(RequestError): ...
+
+
+class MissingExtraError(RequestError): ...
+
+
+class WorkError(ModuLoRAError): ...

@@ -1,0 +1,217 @@
+"""Finetune an adapter on a packed model: from a config to an adapter folder.
+
+OUT/finetune.yaml                 the config, written before training: what ``resume`` compares with
+OUT/checkpoints/checkpoint-N/     while it trains; each is an adapter too
+OUT/README.md                     a model card
+OUT/modulora.json                 which base it is for
+OUT/adapter_model.safetensors
+OUT/adapter_config.json           last: with it, OUT is a finished adapter
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modulora_core.adapters import (
+    AdapterFolder,
+    LoRASettings,
+    adapter_layers,
+    add_lora,
+    load_adapter,
+    save_adapter,
+)
+from modulora_core.checkpoint import PackedCheckpoint, load_model, open_checkpoint
+from modulora_core.data import Collator, Examples, load_examples
+from modulora_core.errors import OptionError, OutputError
+from modulora_core.finetune_config import FinetuneConfig
+from modulora_core.memory import PeakMemory
+from modulora_core.model_card import model_card
+from modulora_core.outputs import check_disk_space, check_output, write_file
+from modulora_core.peft_format import CONFIG_FILE
+from modulora_core.training import AdapterFiles, OnStep, Outcome, train
+from modulora_core.training_checkpoints import latest_checkpoint
+
+RUN_FILE = "finetune.yaml"
+CHECKPOINTS = "checkpoints"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneResult:
+    """What a run came to.
+
+    Attributes:
+        losses: of every optimizer step, over the trained tokens of its batch.
+        eval_loss: after the last step; None without evaluation data.
+        seconds: of training, in this call: a resumed run's earlier steps don't count.
+        tokens_per_second: without padding.
+        peak_memory_bytes: of loading and training (:class:`modulora_core.memory.PeakMemory`).
+    """
+
+    out: str
+    steps: int
+    losses: list[float]
+    eval_loss: float | None
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def finetune(
+    config: FinetuneConfig, *, resume: bool = False, on_step: OnStep | None = None
+) -> FinetuneResult:
+    """Train an adapter and write it to ``config.out``, in PEFT's format.
+
+    Args:
+        config: the run; :meth:`FinetuneConfig.build` makes one from options and a file.
+        resume: go on with a run of the same config that was interrupted, from its last whole checkpoint. The
+            losses are those of an uninterrupted run. Where nothing was begun, begin.
+        on_step: is called after every optimizer step: for progress and logs.
+
+    Raises:
+        OutputError: ``out`` holds a finished adapter, other things, or an unfinished run without ``resume``.
+        OptionError: an option doesn't fit the model, the device, or the run to be resumed.
+        ModelError: the model isn't packed: `modulora quantize` comes first.
+        RequestError: the data, the adapter to go on with, or the model can't be used. All these come before
+            any work.
+        WorkError: the loss became NaN or infinite.
+    """
+    out = Path(config.out)
+    resume_from = _check_out(out, config, resume)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _check_dtype(config, device)
+    checkpoint = open_checkpoint(config.model)
+    _check_window(config, checkpoint)
+    if config.adapter is not None:
+        AdapterFolder(config.adapter)  # a bad one is refused before the model is loaded
+    tokenizer = checkpoint.tokenizer()
+    examples = _examples(config.data, tokenizer, config)
+    eval_examples = None if config.eval_data is None else _examples(config.eval_data, tokenizer, config)
+    with PeakMemory(device) as peak:
+        model = load_model(checkpoint, dtype=config.dtype, device=str(device))
+        settings = _adapt(model, config)
+        check_disk_space(out, _nbytes(model))
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / RUN_FILE, config.to_yaml())
+        base = _base_name(checkpoint)
+        outcome = train(
+            model,
+            examples,
+            Collator(_pad_token_id(tokenizer)),
+            config,
+            out / CHECKPOINTS,
+            files=_adapter_files(model, base, settings),
+            eval_examples=eval_examples,
+            resume_from=resume_from,
+            on_step=on_step,
+        )
+    result = _result(config, outcome, peak.nbytes)
+    write_file(out / "README.md", model_card(config, checkpoint, base, result.losses, result.eval_loss))
+    save_adapter(model, out, base=base, settings=settings)
+    return result
+
+
+def _check_out(out: Path, config: FinetuneConfig, resume: bool) -> Path | None:
+    """The checkpoint to resume from, if any."""
+    if (out / CONFIG_FILE).is_file():
+        raise OutputError(
+            f"output folder {out}: it holds a finished adapter; choose another name or remove it"
+        )
+    if not (out / RUN_FILE).is_file():
+        check_output(out)
+        return None
+    if not resume:
+        raise OutputError(
+            f"output folder {out}: it holds an unfinished run; go on with it with --resume, or remove it"
+        )
+    changed = config.differences(FinetuneConfig.build({}, file=out / RUN_FILE))
+    if changed:
+        raise OptionError(
+            f"resume of {out}: expected the options that it was begun with ({RUN_FILE}), got others: "
+            f"{'; '.join(changed)}"
+        )
+    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    logger.info("%s: resuming from %s", out, checkpoint or "the beginning, as there is no whole checkpoint")
+    return checkpoint
+
+
+def _check_dtype(config: FinetuneConfig, device: torch.device) -> None:
+    if config.dtype == "float16" and device.type == "cpu":
+        raise OptionError("dtype float16: training in it takes a GPU; on a CPU expected float32 or bfloat16")
+
+
+def _check_window(config: FinetuneConfig, checkpoint: PackedCheckpoint) -> None:
+    for name in ("max_position_embeddings", "n_positions"):
+        longest = checkpoint.config.get(name)
+        if isinstance(longest, int) and config.seq_len > longest:
+            raise OptionError(
+                f"seq_len {config.seq_len}: expected at most {longest}, the {name} of {config.model}"
+            )
+
+
+def _examples(source: tuple[str, ...], tokenizer: Any, config: FinetuneConfig) -> Examples:
+    return load_examples(source, tokenizer, format=config.format, seq_len=config.seq_len)
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    """Any id will do: attention and labels mask it."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in candidates if token is not None))
+
+
+def _adapt(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:
+    """Put the adapter on: a new one, or the one to go on with."""
+    if config.adapter is None:
+        settings = LoRASettings(config.rank, config.alpha, config.dropout, config.targets, config.seed)
+        add_lora(model, settings)
+        return settings
+    load_adapter(model, config.adapter, trainable=True)
+    for _, layer in adapter_layers(model):
+        layer.dropout = config.dropout
+    return None
+
+
+def _base_name(checkpoint: PackedCheckpoint) -> str:
+    """The model before quantization, for PEFT."""
+    return str(checkpoint.record.source.get("name") or checkpoint.name)
+
+
+def _nbytes(model: nn.Module) -> int:
+    """Bytes that a run writes: the adapter, three checkpoints of it with AdamW's two moments, small files."""
+    adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return adapter * (1 + 3 * 3) + 2**20
+
+
+def _adapter_files(model: nn.Module, base: str, settings: LoRASettings | None) -> AdapterFiles:
+    def save(folder: Path) -> None:
+        save_adapter(model, folder, base=base, settings=settings)
+
+    def restore(folder: Path) -> None:
+        saved = AdapterFolder(folder)
+        for path, layer in adapter_layers(model):
+            layer.lora_A["default"].data.copy_(saved[path].A)
+            layer.lora_B["default"].data.copy_(saved[path].B)
+
+    return AdapterFiles(save, restore)
+
+
+def _result(config: FinetuneConfig, outcome: Outcome, peak_memory_bytes: int) -> FinetuneResult:
+    return FinetuneResult(
+        out=config.out,
+        steps=len(outcome.losses),
+        losses=outcome.losses,
+        eval_loss=outcome.eval_loss,
+        seconds=outcome.seconds,
+        tokens_per_second=outcome.tokens / outcome.seconds,
+        peak_memory_bytes=peak_memory_bytes,
+    )

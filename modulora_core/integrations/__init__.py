@@ -1,0 +1,1 @@
+"""Where other libraries' extension points are met: thin, and gated on their versions."""

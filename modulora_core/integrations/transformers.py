@@ -1,0 +1,125 @@
+"""transformers' ``from_pretrained`` for our checkpoints.
+
+``register()`` makes ``AutoModelForCausalLM.from_pretrained(folder)`` build a model whose linear layers are packed:
+transformers builds the skeleton on the meta device, :func:`install` puts packed modules into it, and transformers'
+loader fills their buffers from the files. No dense weight exists at any moment.
+
+HfQuantizer's interface changed twice between transformers 4.57 and 5.24. Only what has been stable since 5.0 is used
+here: ``_process_model_before_weight_loading(model, **kwargs)`` and the capability properties.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from modulora_core.errors import CheckpointError
+from modulora_core.layers import PackedParameter, QuantLinear
+from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
+from modulora_core.spec import Quantizer
+
+
+class ModuLoRAConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types
+    """The ``quantization_config`` as transformers wants it: an object around our record."""
+
+    def __init__(self, **record: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.record = QuantizationRecord.from_json({"quant_method": QUANT_METHOD, **record})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.record.to_json()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class ModuLoRAHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships no types
+    """Puts packed modules into the skeleton that transformers is about to fill."""
+
+    requires_calibration = True  # packing is done by `modulora quantize`; from_pretrained only reads
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        install(model, self.quantization_config.record)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        # transformers' Trainer accepts a quantized model with PEFT's adapters or with a quantizer that trains
+        # by itself. Ours are the second: the adapters are LoRALinear modules
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make transformers know our checkpoints. Does nothing the second time."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(ModuLoRAConfig)
+        register_quantizer(QUANT_METHOD)(ModuLoRAHfQuantizer)
+
+
+def install(model: nn.Module, record: QuantizationRecord) -> None:
+    """Replace the parameters that ``record`` names by packed ones on the meta device.
+
+    Raises:
+        CheckpointError: the model has no such parameter, or one of another shape.
+        PluginError: a quantizer isn't installed or can't be used.
+    """
+    quantizers = [recipe.create() for recipe in record.recipes]
+    for parameter, site in record.items():
+        parent_name, _, leaf = parameter.rpartition(".")
+        try:
+            parent = model.get_submodule(parent_name)
+            dense = parent.get_parameter(leaf)
+        except AttributeError:
+            raise CheckpointError(f"{parameter}: packed in this checkpoint, but {type(model).__name__} has no such parameter") from None
+        _check_shape(parameter, site, tuple(dense.shape))
+        if site.kind == "experts":
+            _install_experts(model, parent, leaf, site, quantizers[site.recipe])
+        else:
+            linear = QuantLinear(_packed(site, quantizers[site.recipe]), parent.bias)
+            linear._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark: not to be filled with noise
+            model.set_submodule(parent_name, linear)
+
+
+def _check_shape(parameter: str, site: PackedSite, found: tuple[int, ...]) -> None:
+    expected = site.layout.shape[::-1] if site.transposed else site.layout.shape
+    if site.experts is not None:
+        expected = (site.experts, *expected)
+    if found != expected:
+        raise CheckpointError(f"{parameter}: config.json's model has shape {list(found)}, its packed weight is of {list(expected)}")
+
+
+def _packed(site: PackedSite, quantizer: Quantizer) -> PackedParameter:
+    # a Conv1D becomes a QuantLinear, whose forward knows the orientation: only stacks are used by foreign code
+    transposed = site.transposed and site.kind == "experts"
+    return PackedParameter(quantizer, site.layout.empty(torch.device("meta")), transposed=transposed)
+
+
+def _install_experts(model: nn.Module, parent: nn.Module, leaf: str, site: PackedSite, quantizer: Quantizer) -> None:
+    del parent._parameters[leaf]
+    parent.add_module(leaf, nn.ModuleList(_packed(site, quantizer) for _ in range(site.experts or 0)))
+    parent._is_hf_initialized = True  # type: ignore[assignment]  # see above
+    # the batched implementations want the stack as one dense tensor; the eager one multiplies expert by expert
+    for config in {id(c): c for c in (getattr(model, "config", None), getattr(parent, "config", None)) if c}.values():
+        config._experts_implementation = "eager"

@@ -1,0 +1,132 @@
+"""What CPU kernels written with numba need, once for every plugin.
+
+A plugin keeps its kernels in a module that imports numba at the top, decorates them with :func:`jit`, and reaches
+them through :func:`load` and :func:`launch`::
+
+    cpu = kernels.load("mine.cpu")            # None without numba, said once; then the plugin runs in plain torch
+    if cpu is not None and tensor.device.type == "cpu":
+        kernels.launch(cpu.decode, codes, scales, out)
+
+numba is imported by the first :func:`load`, not by this module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import warnings
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modulora_core.tiles import tile_ranges
+
+ROUNDING_BYTES = 2**20
+"""fp32 scratch for a tile of another dtype: half of a common L2 cache, so that rounding reads what is still there."""
+
+_ONE_LAUNCH = threading.Lock()
+
+
+@cache
+def _numba() -> ModuleType | None:
+    try:
+        return importlib.import_module("numba")
+    except ImportError as error:
+        warnings.warn(
+            f"the CPU kernels of quantizers need numba, which can't be imported ({error}); running in plain torch, "
+            "which gives the same values and takes tens of times longer. To mend it: pip install numba",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+@cache
+def load(module: str) -> ModuleType | None:
+    """Import a plugin's module of numba kernels, or return None (with one warning a process) without numba."""
+    return None if _numba() is None else importlib.import_module(module)
+
+
+def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """``numba.njit`` for a kernel: compiled once, kept on disk, run without the GIL.
+
+    Args:
+        parallel: whether ``prange`` runs on threads.
+        fastmath: LLVM's flags. None of them by default: kernels that decode must give the reference's bits, and
+            only a sum whose order nobody promises may use ``"reassoc"`` or ``"contract"``.
+
+    The compiled code is kept beside the module or, where that folder can't be written, in numba's cache folder of the
+    user. Where neither can be written the kernel is compiled again in each process.
+    """
+    import numba
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        options: dict[str, Any] = {"nogil": True, "parallel": parallel, "fastmath": set(fastmath)}
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # numba found no folder to write to
+            return numba.njit(**options)(function)
+
+    return decorate
+
+
+def launch(kernel: Callable[..., None], *arguments: Tensor | int | float) -> None:
+    """Run ``kernel`` with torch's number of threads; tensors (on the CPU) are passed as arrays on the same memory.
+
+    One kernel runs at a time. numba's threading layers differ in whether they can be entered from two threads (its
+    own "workqueue", the one that is always there, ends the process), and two at once have no more cores than one.
+    """
+    import numba
+
+    arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    with _ONE_LAUNCH:
+        before = numba.get_num_threads()
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        try:
+            kernel(*arrays)
+        finally:
+            numba.set_num_threads(before)
+
+
+def filled_tile(
+    fill: Callable[[int, int, Tensor], None], rows: tuple[int, int], in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """A CPU tile in ``dtype`` from a kernel that writes fp32.
+
+    Args:
+        fill: ``fill(start, stop, out)`` writes rows ``[start, stop)`` to ``out``, ``[stop - start, in]`` fp32.
+        rows: the range to fill.
+        in_features: the length of a row.
+        dtype: any float dtype. Others than fp32 are rounded once from an fp32 scratch of :data:`ROUNDING_BYTES`.
+    """
+    start, stop = rows
+    tile = torch.empty(stop - start, in_features, dtype=dtype)
+    if tile.numel() == 0:
+        return tile
+    if dtype == torch.float32:
+        fill(start, stop, tile)
+        return tile
+    scratch = torch.empty(0)
+    for a, b in tile_ranges(stop - start, 4 * in_features, ROUNDING_BYTES):
+        scratch = torch.empty(b - a, in_features) if scratch.numel() == 0 else scratch[: b - a]
+        fill(start + a, start + b, scratch)
+        tile[a:b].copy_(scratch)
+    return tile
+
+
+def few_rows(x: Tensor, features: int, most: int) -> Tensor | None:
+    """``x`` as what a few-row kernel takes: contiguous fp32 ``[n, features]``; None where tiles are the way.
+
+    Tiles are the way for more than ``most`` rows, where a matrix product over a decoded tile costs less; for fp64,
+    because the kernels sum in fp32; for devices other than the CPU; and for a wrong last dimension, so that the
+    tiled product says what is wrong.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    if x.dim() == 0 or x.shape[-1] != features or x.numel() == 0 or x.numel() > most * features:
+        return None
+    return x.detach().reshape(-1, features).to(torch.float32).contiguous()

@@ -1,0 +1,101 @@
+"""A model to run, whatever it is: packed or dense, with or without an adapter.
+
+Opening reads configs and headers, so that a wrong request is refused at once; loading comes after all else is checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from modulora_core.checkpoint import PackedCheckpoint, is_packed, load_dtype, load_model, open_checkpoint, read_config
+from modulora_core.errors import AdapterError, CheckpointError, ModelError
+from modulora_core.sources import ModelSource, open_model
+from modulora_core.sources.locate import locate
+from modulora_core.sources.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is known to be there, and whose weights haven't been read."""
+
+    name: str
+    origin: PackedCheckpoint | ModelSource
+    adapter: str | None
+    dtype: str
+    device: str
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.origin, PackedCheckpoint)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises ModelError when there is none, or a broken one."""
+        try:
+            return self.origin.tokenizer()
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model {self.name}: its tokenizer can't be loaded: {str(error).splitlines()[0]}") from error
+
+    def load(self) -> PreTrainedModel:
+        """The model in evaluation mode, with its adapter. Raises CheckpointError when it can't be loaded."""
+        if isinstance(self.origin, ModelSource):
+            return _load_dense(self.origin, self.name, self.dtype, self.device)
+        model = load_model(self.origin, dtype=self.dtype, device=self.device)
+        if self.adapter is not None:
+            from modulora_core.adapters import load_adapter
+
+            load_adapter(model, self.adapter)
+        return model
+
+
+def open_to_run(
+    model: str, *, adapter: str | None = None, dtype: str = "auto", device: str | None = None, revision: str | None = None
+) -> Opened:
+    """Find MODEL.
+
+    Args:
+        model: a packed checkpoint, or anything that :func:`modulora_core.sources.open_model` opens, which is then
+            loaded dense: to compare with, for instance.
+        adapter: a LoRA adapter in PEFT's format, a folder or a Hub id; for a packed model.
+        dtype, device: as for :func:`modulora_core.checkpoint.load_model`.
+
+    Raises:
+        RequestError: nothing is there, it can't be read, or a plugin is missing.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    load_dtype(dtype, device)  # refuses an unknown name
+    location = locate(model, revision)
+    if location.gguf is None and is_packed(read_config(location.folder)):
+        checkpoint = open_checkpoint(model, revision=revision)
+        for site in checkpoint.record.sites:
+            checkpoint.quantizer(site)
+        return Opened(model, checkpoint, adapter, dtype, device)
+    if adapter is not None:
+        raise AdapterError(f"adapter {adapter}: expected a packed model to put it on, and {model} is dense; give the folder that "
+                           "`modulora quantize` wrote, or load both with peft")  # fmt: skip
+    source = open_model(model, revision=revision)
+    source.validate()
+    return Opened(model, source, None, dtype, device)
+
+
+def _load_dense(source: ModelSource, name: str, dtype: str, device: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    location = source.location
+    try:
+        with quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                location.folder, gguf_file=location.gguf, dtype=load_dtype(dtype, device), device_map={"": device},
+                trust_remote_code=False,
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"model {name}: transformers can't load it: {str(error).splitlines()[0]}") from error
+    loaded.eval()
+    return loaded  # type: ignore[no-any-return]  # transformers ships no types

@@ -1,0 +1,88 @@
+"""Peak memory, measured.
+
+On an accelerator it is what torch's allocator held at most; on a CPU it is the resident set of this whole
+process at its largest, interpreter and libraries included.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+_running: list[PeakMemory] = []
+"""Those that have begun and not ended: the kernel keeps one peak, and a new one must not lose theirs."""
+
+
+class PeakMemory:
+    """Measure the peak inside a ``with`` block; :attr:`nbytes` may be read within and after it. Blocks nest.
+
+    Args:
+        device: ``"cpu"`` or a CUDA device. Others count as the CPU.
+
+    Where the operating system can't reset its peak (not Linux, or a locked-down container), a CPU's peak is
+    that of the process's life so far: never too low. It is 0 where the system tells none.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        device = torch.device(device)
+        self._device = device if device.type == "cuda" else None
+        self._seen = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The peak so far, or of the whole block once it has ended; in bytes."""
+        return max(self._seen, self._read()) if self in _running else self._seen
+
+    def __enter__(self) -> Self:
+        _note_running()
+        self._seen = 0
+        self._reset()
+        _running.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _note_running()
+        _running.remove(self)
+
+    def _read(self) -> int:
+        if self._device is not None:
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return _peak_resident_bytes()
+
+    def _reset(self) -> None:
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        try:
+            _CLEAR_REFS.write_text("5")  # proc(5): 5 resets VmHWM to what is resident now (Linux 4.0)
+        except OSError:
+            return
+
+
+def _note_running() -> None:
+    for measurement in _running:
+        measurement._seen = max(measurement._seen, measurement._read())
+
+
+def _peak_resident_bytes() -> int:
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB

@@ -1,0 +1,70 @@
+"""The README.md of a finetuned adapter, as the Hub shows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import modulora_core
+from modulora_core.checkpoint import PackedCheckpoint
+from modulora_core.finetune_config import FinetuneConfig
+
+
+def model_card(
+    config: FinetuneConfig,
+    checkpoint: PackedCheckpoint,
+    base: str,
+    losses: Sequence[float],
+    eval_loss: float | None,
+) -> str:
+    """Markdown with the Hub's metadata: base, data, settings, losses, and how to use it."""
+    recipes = ", ".join(recipe.quantizer for recipe in checkpoint.record.recipes)
+    held_out = [] if eval_loss is None else [f"Loss on {_joined(config.eval_data)}: {eval_loss:.4f}."]
+    lines = [
+        *_metadata(checkpoint, base),
+        "",
+        f"# A LoRA adapter for {base}",
+        "",
+        f"Trained by modulora-core {modulora_core.__version__} on {base}, quantized with {recipes} "
+        f"({checkpoint.record.bits_per_weight:.2f} bits per weight).",
+        "",
+        f"Data: {_joined(config.data)}. "
+        f"Loss: {losses[0]:.4f} at step 1, {losses[-1]:.4f} at step {len(losses)}.",
+        *held_out,
+        "",
+        "| setting | value |",
+        "|-|-|",
+        *(f"| {name} | {value} |" for name, value in _settings(config)),
+        "",
+        "The files are PEFT's. With the quantized model:",
+        "",
+        "    modulora chat MODEL --adapter FOLDER",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _metadata(checkpoint: PackedCheckpoint, base: str) -> list[str]:
+    # the Hub links base_model to a repository of its own, so a name of this machine doesn't belong there
+    on_hub = checkpoint.record.source.get("kind") == "hub"
+    base_model = [f"base_model: {json.dumps(base)}"] if on_hub else []
+    return [
+        "---",
+        "library_name: peft",
+        *base_model,
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- lora",
+        "- modulora",
+        "---",
+    ]
+
+
+def _settings(config: FinetuneConfig) -> list[tuple[str, object]]:
+    told_above = {"model", "out", "data", "eval_data"}
+    values = config.model_dump(mode="json", exclude_none=True, exclude=told_above)
+    return [(name, ", ".join(value) if isinstance(value, list) else value) for name, value in values.items()]
+
+
+def _joined(sources: tuple[str, ...] | None) -> str:
+    return ", ".join(sources or ())

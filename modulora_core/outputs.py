@@ -1,0 +1,109 @@
+"""Output folders: checked before work, written under a temporary name, renamed when whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modulora_core.errors import DiskSpaceError, OutputError
+
+MARKER = ".modulora-partial"
+"""The file that says that a folder is our own unfinished work, so that it may be removed."""
+
+
+def partial_name(out: Path) -> Path:
+    """Where ``out`` is written until it is whole: its sibling ``out.partial``."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_output(out: Path) -> None:
+    """Refuse an output path that holds something else.
+
+    Raises:
+        OutputError: ``out`` exists and isn't an empty folder, its parent can't be written, or ``out.partial`` is in
+            the way and isn't ours.
+    """
+    if out.is_dir():
+        entries = sorted(p.name for p in out.iterdir())
+        if entries:
+            some = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
+            raise OutputError(f"output folder {out}: expected it new or empty, found {len(entries)} entries ({some}); "
+                              "choose another name or remove it")  # fmt: skip
+    elif out.exists() or out.is_symlink():
+        raise OutputError(f"output folder {out}: expected a folder or nothing, found a file; choose another name")
+    parent = _nearest_folder(out)
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"output folder {out}: {parent} is not writable; choose another place")
+    partial = partial_name(out)
+    if partial.exists() and not (partial / MARKER).is_file():
+        raise OutputError(f"temporary folder {partial}: expected it free or our own unfinished work, found something else; "
+                          "remove or rename it")  # fmt: skip
+
+
+def check_disk_space(out: Path, nbytes: int) -> None:
+    """Refuse to start what wouldn't fit. Raises DiskSpaceError if ``out``'s disk has less than ``nbytes`` free."""
+    folder = _nearest_folder(out)
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise DiskSpaceError(f"disk space at {folder}: {nbytes / 2**20:,.0f} MiB would be written, "
+                             f"{free / 2**20:,.0f} MiB are free; free some or choose another place")  # fmt: skip
+
+
+def _nearest_folder(path: Path) -> Path:
+    path = path.absolute().parent
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextmanager
+def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes ``out`` when the block ends well.
+
+    An ``out`` that exists is always whole. After a failure ``out.partial`` stays: with ``resume`` the next call gets it
+    as it was, without it is emptied first.
+
+    Raises:
+        OutputError: see :func:`check_output`.
+    """
+    check_output(out)
+    partial = partial_name(out)
+    if partial.exists() and not resume:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / MARKER).touch()
+    yield partial
+    (partial / MARKER).unlink()
+    sync_folder(partial)
+    if out.exists():
+        out.rmdir()  # empty, as checked; os.replace of a folder wants it gone on some systems
+    partial.replace(out)
+    _sync(out.absolute().parent)
+
+
+def write_file(path: Path, data: str | bytes) -> None:
+    """Write one file so that ``path`` is, at any moment, absent, the old one or the whole new one."""
+    partial = partial_name(path)
+    partial.write_bytes(data.encode() if isinstance(data, str) else data)
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.absolute().parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file below ``folder`` and the folder itself."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,73 @@
+"""Reading a folder's config.json, and refusing what can't be quantized."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modulora_core.errors import ModelError
+from modulora_core.hookspecs import PROJECT
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def read_config(folder: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The config of a folder of floating-point weights, and what its config.json says.
+
+    No code of the folder is run.
+
+    Raises:
+        ModelError: no config.json, a broken one, one that needs remote code, or one of a quantized model.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(_no_config(folder))
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    _refuse_quantized(folder, values)
+
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False), values
+    except Exception as error:  # each config class checks its fields in its own way
+        reason = str(error).strip().split("\n")[0]
+        remote = "; it needs code of its own, which is never run" if "auto_map" in values else ""
+        raise ModelError(f"{path}: transformers can't use this config{remote}: {reason}") from error
+
+
+def _no_config(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{folder}: no config.json; the folder holds an adapter: give its base model, "
+            f"and the adapter with --adapter"
+        )
+    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+    if ggufs:
+        return f"{folder}: no config.json; for a GGUF model give the file: {folder / ggufs[0]}"
+    return f"{folder}: no config.json; expected a folder as transformers' save_pretrained writes it"
+
+
+def _refuse_quantized(folder: Path, values: dict[str, Any]) -> None:
+    text = values.get("text_config")
+    for config in (values, text if isinstance(text, dict) else {}):
+        found = config.get("quantization_config") or config.get("compression_config")
+        if not found:
+            continue
+        method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
+        if method == PROJECT:
+            raise ModelError(
+                f"{folder}: already quantized by {PROJECT}; expected floating-point weights. It is "
+                f"ready for finetune, generate, chat, evaluate and merge; to quantize it differently, "
+                f"start from its original"
+            )
+        raise ModelError(
+            f"{folder}: already quantized with {method} (quantization_config in config.json); expected "
+            f"floating-point weights. Give the original model, or dequantize this one with transformers first"
+        )

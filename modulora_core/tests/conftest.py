@@ -1,0 +1,100 @@
+"""Fixtures that several test files share: small quantizers that are not first-party plugins, and tiny models.
+
+``Toy`` and ``Verbatim`` are installed as an outsider's package would be: a module and a dist-info folder on the path,
+found by the real importlib.metadata.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+TOY_INIT = """
+from modulora_core.hookspecs import hookimpl
+from modulora_core.spec import QuantizerSpec
+
+TOY = QuantizerSpec(name="toy", summary="Rounds each row to 8 bits", location="modulora_toy.quantizer:Toy", protocol=1, bits=(8,))
+VERBATIM = QuantizerSpec(name="verbatim", summary="Keeps fp32", location="modulora_toy.quantizer:Verbatim", protocol=1, bits=(32,))
+
+@hookimpl
+def modulora_quantizers():
+    return [TOY, VERBATIM]
+"""
+
+TOY_QUANTIZER = """
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from modulora_core.spec import PackedWeight, Quantizer, check_rows
+from modulora_toy import TOY, VERBATIM
+
+class ToyOptions(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    levels: int = Field(127, ge=1, le=127, description="largest code")
+
+class Toy(Quantizer):
+    spec = TOY
+    Options = ToyOptions
+
+    def pack(self, weight, calibration=None):
+        levels = self.options.levels
+        scale = weight.float().abs().amax(dim=1, keepdim=True) / levels  # [out, 1]
+        codes = (weight.float() / torch.where(scale == 0, 1, scale)).round().to(torch.int8)
+        return PackedWeight("toy", 1, tuple(weight.shape), {"codes": codes, "scale": scale}, {"levels": levels})
+
+    def dequantize_tile(self, packed, rows, dtype):
+        check_rows(packed, rows)
+        start, stop = rows
+        return (packed.tensors["codes"][start:stop].float() * packed.tensors["scale"][start:stop]).to(dtype)
+
+class Verbatim(Quantizer):
+    spec = VERBATIM
+
+    def pack(self, weight, calibration=None):
+        return PackedWeight("verbatim", 1, tuple(weight.shape), {"values": weight.float().contiguous().clone()})
+
+    def dequantize_tile(self, packed, rows, dtype):
+        check_rows(packed, rows)
+        return packed.tensors["values"][rows[0] : rows[1]].to(dtype, copy=True)
+"""
+
+
+def install_package(root: Path, distribution: str, entry_point: str, package: str, files: dict[str, str]) -> None:
+    """Lay out ``package`` and its dist-info below ``root`` as pip would."""
+    folder = root / package
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(textwrap.dedent(text))
+    info = root / f"{distribution.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[modulora]\n{entry_point} = {package}\n")
+
+
+@pytest.fixture(scope="session")
+def toy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that, on the path, installs the distribution modulora-toy."""
+    root = tmp_path_factory.mktemp("toy-site")
+    files = {"__init__.py": TOY_INIT, "quantizer.py": TOY_QUANTIZER}
+    install_package(root, "modulora-toy", "toy", "modulora_toy", files)
+    return root
+
+
+@pytest.fixture(scope="session")
+def toy(toy_root: Path) -> Iterator[ModuleType]:
+    """The module with the classes ``Toy`` and ``Verbatim``, installed as a plugin for the session."""
+    sys.path.insert(0, str(toy_root))
+    importlib.invalidate_caches()
+    yield importlib.import_module("modulora_toy.quantizer")
+    sys.path.remove(str(toy_root))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

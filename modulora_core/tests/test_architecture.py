@@ -1,0 +1,132 @@
+"""Invariants that a test can read off the source tree. Import directions are import-linter's: make check."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import modulora_core
+from modulora_core.spec import BITS_OF_DTYPE
+
+CORE = Path(modulora_core.__file__).parent
+ROOT = CORE.parent
+LONGEST = 350
+
+KNOWN_PLUGINS = {"nf4", "int8", "optq", "quip"}
+
+
+def sources(folder: Path) -> list[Path]:
+    hidden = {path for path in folder.rglob(".*") if path.is_dir()}
+    return [path for path in folder.rglob("*.py") if not hidden.intersection(path.parents)]
+
+
+def core_sources() -> list[Path]:
+    return [path for path in sources(CORE) if "tests" not in path.relative_to(CORE).parts]
+
+
+def plugin_names() -> set[str]:
+    return KNOWN_PLUGINS | {path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml")}
+
+
+def naming(name: str) -> str:
+    """A pattern that finds a plugin's name; one that is also a dtype's only where it means the plugin."""
+    if name in BITS_OF_DTYPE:
+        return rf"modulora[-_]{name}|-q {name}\b|={name}\b"
+    return rf"(?<![A-Za-z]){name}(?![a-z])"
+
+
+def found(pattern: str) -> list[str]:
+    """The places in the core where a pattern is, ready to click on."""
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in core_sources()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(pattern, line, flags=re.IGNORECASE)
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(plugin_names()))
+def test_the_core_names_no_plugin(name: str) -> None:
+    """If this fails: say 'a quantizer', or read it from the registry. Examples in help use `-q NAME`."""
+    assert found(naming(name)) == []
+
+
+def test_the_core_names_no_bit_width_of_a_plugin() -> None:
+    """If this fails: a width belongs to a plugin's spec, and the core reads it there."""
+    assert found(r"(?<![0-9A-Za-z])[1-8][- ]?bits?\b(?! float)") == []
+
+
+def test_the_core_names_no_other_package_of_the_project() -> None:
+    """If this fails: move what needs the package into it, or reach it through the registry."""
+    assert found(r"\b(from|import) +(modulora_(?!core\b)|examples\b)") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "names_it"),
+    [
+        ("packs with NF4 codes", "nf4", True),
+        ("modulora_nf4.quantizer", "nf4", True),
+        ("equipped with", "quip", False),
+        ("quip_sharp", "quip", True),
+        ('"int8": 8', "int8", False),
+        ("modulora-int8", "int8", True),
+        ("modulora quantize MODEL OUT -q int8", "int8", True),
+    ],
+)
+def test_the_search_for_plugin_names_finds_what_it_should(text: str, name: str, names_it: bool) -> None:
+    assert bool(re.search(naming(name), text, flags=re.IGNORECASE)) == names_it
+
+
+def test_files_are_short() -> None:
+    """If this fails: a file has two ideas in it; give the second a file of its own."""
+    folders = [CORE, *(ROOT / name for name in ("plugins", "conformance", "examples"))]
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for f in folders for path in sources(f)
+    }
+    assert CORE / "registry.py" in lengths
+    assert {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > LONGEST} == {}
+
+
+def test_there_is_no_utils_module() -> None:
+    assert [str(path) for path in sources(CORE) if path.stem in ("utils", "util", "helpers", "misc")] == []
+
+
+# --- the package's public names --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", modulora_core.__all__)
+def test_a_public_name_is_what_its_module_defines(name: str) -> None:
+    value = getattr(modulora_core, name)
+    assert name in dir(modulora_core)
+    if name != "__version__":
+        module, _, attribute = modulora_core._PUBLIC[name].partition(":")
+        assert value is vars(sys.modules[module])[attribute or name]
+
+
+def test_no_public_name_is_a_modules_name() -> None:
+    """If this fails: whether the name is the function or the module depends on what was imported before."""
+    modules = {path.stem for path in CORE.glob("*.py")} | {
+        path.parent.name for path in CORE.glob("*/__init__.py")
+    }
+    assert "registry" in modules
+    assert modules.intersection(modulora_core.__all__) == set()
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Quantiser'"):
+        _ = modulora_core.Quantiser
+
+
+def test_importing_the_package_and_the_contract_imports_nothing_heavy() -> None:
+    code = """if True:
+        import sys
+        import modulora_core, modulora_core.spec, modulora_core.registry
+        modulora_core.Quantizer, modulora_core.hookimpl, modulora_core.__version__
+        sys.exit(str([name for name in ("torch", "numpy", "transformers") if name in sys.modules]))
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stderr.strip() == "[]"

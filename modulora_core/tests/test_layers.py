@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import copy
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modulora_core.errors import AdapterError, CheckpointError, ShapeError
+from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
+
+
+@pytest.fixture
+def weight(toy: ModuleType) -> PackedParameter:
+    torch.manual_seed(0)
+    quantizer = toy.Toy()
+    return PackedParameter(quantizer, quantizer.pack(torch.randn(6, 4)))
+
+
+def dense(weight: PackedParameter) -> torch.Tensor:
+    return weight.quantizer.dequantize_tile(weight.packed, (0, 6), torch.float32)
+
+
+def test_quant_linear_equals_the_linear_layer_of_its_dequantized_weight(weight: PackedParameter) -> None:
+    bias = nn.Parameter(torch.randn(6))
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(QuantLinear(weight, bias)(x), F.linear(x, dense(weight), bias))
+
+
+def test_a_bias_of_another_size_is_refused(weight: PackedParameter) -> None:
+    with pytest.raises(ShapeError, match=r"expected \[6\], got \[4\]"):
+        QuantLinear(weight, nn.Parameter(torch.randn(4)))
+
+
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)])
+def test_casting_the_model_never_casts_packed_tensors(weight: PackedParameter, cast) -> None:  # type: ignore[no-untyped-def]
+    layer = QuantLinear(weight, nn.Parameter(torch.randn(6)))
+    before = {name: tensor.clone() for name, tensor in weight.packed.tensors.items()}
+    cast(layer)
+    assert layer.bias.dtype != torch.float32
+    for name, tensor in layer.weight.packed.tensors.items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+
+
+def test_moving_the_model_moves_packed_tensors(weight: PackedParameter) -> None:
+    weight.to("meta")
+    assert weight.packed.device.type == "meta"
+
+
+def test_a_replaced_buffer_is_what_the_next_product_uses(weight: PackedParameter) -> None:
+    x = torch.randn(2, 4)
+    before = F.linear(x, weight)
+    weight.scale = weight.scale * 2
+    torch.testing.assert_close(F.linear(x, weight), 2 * before)
+
+
+def test_a_buffer_of_another_shape_is_refused(weight: PackedParameter) -> None:
+    weight.scale = torch.ones(5, 1)
+    with pytest.raises(CheckpointError, match="expected"):
+        _ = weight.packed
+
+
+def test_state_dict_round_trip_and_deepcopy_keep_every_bit(weight: PackedParameter, toy: ModuleType) -> None:
+    layer = LoRALinear(QuantLinear(weight))
+    layer.add_adapter("default", 2, alpha=4)
+    other = LoRALinear(QuantLinear(PackedParameter(toy.Toy(), weight.layout.empty(torch.device("cpu")))))
+    other.add_adapter("default", 2, alpha=4)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 4)
+    assert torch.equal(other(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert set(layer.state_dict()) == {"weight.codes", "weight.scale", "lora_A.default", "lora_B.default"}
+
+
+def test_a_stack_of_experts_is_indexed_and_multiplied_as_a_tensor_is(toy: ModuleType) -> None:
+    quantizer = toy.Toy()
+    packed = [quantizer.pack(torch.randn(6, 4)) for _ in range(3)]
+    stack = nn.ModuleList(PackedParameter(quantizer, p) for p in packed)
+    seen_transposed = nn.ModuleList(PackedParameter(quantizer, p, transposed=True) for p in packed)
+    x = torch.randn(5, 4, requires_grad=True)
+    bias = torch.randn(6)
+    for i in range(3):
+        W = quantizer.dequantize_tile(packed[i], (0, 6), torch.float32)
+        index = torch.tensor(i)  # as the eager forward of transformers' experts does it
+        torch.testing.assert_close(F.linear(x, stack[index], bias), F.linear(x, W, bias))
+        torch.testing.assert_close(x @ seen_transposed[index], x @ W.t())
+        torch.testing.assert_close(torch.matmul(x, seen_transposed[index]), x @ W.t())
+        y = torch.randn(5, 6)
+        torch.testing.assert_close(y @ stack[index], y @ W)
+    F.linear(x, stack[0]).sum().backward()
+    assert x.grad is not None
+    assert stack[0].shape == (6, 4)
+    assert seen_transposed[0].shape == (4, 6)
+
+
+def test_another_torch_function_on_a_packed_weight_says_so(weight: PackedParameter) -> None:
+    with pytest.raises(TypeError, match="PackedParameter"):
+        torch.add(torch.ones(6, 4), weight)  # type: ignore[call-overload]
+
+
+def test_a_new_adapter_changes_nothing_until_it_trains(weight: PackedParameter) -> None:
+    base = QuantLinear(weight)
+    layer = LoRALinear(base)
+    x = torch.randn(3, 4)
+    layer.add_adapter("default", 2, alpha=4)
+    assert torch.equal(layer(x), base(x))
+    nn.init.normal_(layer.lora_B["default"])
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    torch.testing.assert_close(layer(x), base(x) + 2.0 * (x @ A.t()) @ B.t())
+
+
+def test_several_adapters_of_different_ranks_add_up(weight: PackedParameter) -> None:
+    base = QuantLinear(weight)
+    layer = LoRALinear(base)
+    layer.add_adapter("one", 1, alpha=3)
+    layer.add_adapter("two", 4, alpha=2)
+    for B in layer.lora_B.values():
+        nn.init.normal_(B)
+    x = torch.randn(3, 4)
+    expected = base(x)
+    for name, scale in (("one", 3.0), ("two", 0.5)):
+        expected = expected + scale * (x @ layer.lora_A[name].t()) @ layer.lora_B[name].t()
+    torch.testing.assert_close(layer(x), expected)
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in (*layer.lora_A.values(), *layer.lora_B.values()))
+    layer.active.remove("one")
+    torch.testing.assert_close(layer(x), base(x) + 0.5 * (x @ layer.lora_A["two"].t()) @ layer.lora_B["two"].t())
+
+
+def test_dropout_is_off_outside_of_training(weight: PackedParameter) -> None:
+    layer = LoRALinear(QuantLinear(weight))
+    layer.add_adapter("default", 2, alpha=4, dropout=0.5)
+    nn.init.normal_(layer.lora_B["default"])
+    x = torch.randn(64, 4)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [({"rank": 0}, "rank"), ({"rank": 2, "dropout": 1.0}, "dropout")])
+def test_an_adapter_with_impossible_settings_is_refused(weight: PackedParameter, kwargs: dict[str, float], message: str) -> None:
+    layer = LoRALinear(QuantLinear(weight))
+    with pytest.raises(AdapterError, match=message):
+        layer.add_adapter("default", alpha=1, **kwargs)  # type: ignore[arg-type]
+    layer.add_adapter("default", 1, alpha=1)
+    with pytest.raises(AdapterError, match="one of that name"):
+        layer.add_adapter("default", 1, alpha=1)

@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from modulora_core import registry
+from modulora_core.errors import (
+    BlockedPluginError,
+    BrokenPluginError,
+    DuplicatePluginError,
+    IncompatiblePluginError,
+    OptionError,
+    UnknownQuantizerError,
+)
+from modulora_core.options import parse_options
+from modulora_core.registry import Entry
+from modulora_core.tests.fake_site import HOOK, QUANTIZER, FakeSite, failing, spec
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
+    """A site-packages folder on this process's path; what is imported from it is forgotten afterwards."""
+    monkeypatch.delenv(registry.BLOCK_VARIABLE, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    known = set(sys.modules)
+    yield FakeSite(tmp_path)
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def named(name: str) -> list[Entry]:
+    return [entry for entry in registry.entries() if entry.name == name]
+
+
+# --- listing -------------------------------------------------------------------------------------------
+
+
+def test_an_installed_plugin_is_listed_with_its_distribution(site: FakeSite) -> None:
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha", version="2.3")
+    (entry,) = named("alpha")
+    assert (entry.distribution, entry.version, entry.status, entry.reason) == (
+        "fake-alpha",
+        "2.3",
+        "ok",
+        None,
+    )
+    assert entry.spec is not None
+    assert entry.spec.location == "fake_alpha_quantizer:Mine"
+
+
+def test_listing_imports_neither_the_quantizer_module_nor_torch(site: FakeSite) -> None:
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    result = site.run("""
+        import json, sys
+        import modulora_core, modulora_core.registry, modulora_core.spec
+        found = modulora_core.registry.entries()
+        heavy = ["fake_alpha_quantizer", "torch", "transformers", "numpy"]
+        print(json.dumps([[e.name for e in found], [m for m in heavy if m in sys.modules]]))
+    """)
+    names, imported = json.loads(result.stdout)
+    assert "alpha" in names, result.stderr
+    assert imported == []
+
+
+def test_one_entry_point_may_bring_several_quantizers(site: FakeSite) -> None:
+    both = f"{spec('alpha', 'fake_both_q:A')}, {spec('beta', 'fake_both_q:B')}"
+    site.install("fake-both", {"both": "fake_both"}, {"fake_both": HOOK.format(specs=both)})
+    assert [e.status for e in named("alpha") + named("beta")] == ["ok", "ok"]
+    assert named("both") == []
+
+
+def test_entry_points_of_other_groups_are_not_read(site: FakeSite) -> None:
+    site.install("fake-other", {"other": "fake_other"}, {"fake_other": failing("read")}, group="modulora2")
+    assert named("other") == []
+
+
+BROKEN = {
+    "it fails to import": (failing("no such GPU"), "RuntimeError: no such GPU"),
+    "it exits": ("import sys; sys.exit('bye')", "SystemExit: bye"),
+    "its import misses a package": ("import fake_missing_package", "No module named 'fake_missing_package'"),
+    "its spec is malformed": (HOOK.format(specs=spec("Alpha", "m:C")), "name: expected lower case letters"),
+    "its hook has another name": (
+        "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantisers(): return []",
+        "unknown hook 'modulora_quantisers'",
+    ),
+    "its hook isn't marked": ("def modulora_quantizers(): return []", "@hookimpl"),
+    "its hook takes other arguments": (
+        "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantizers(config): return []",
+        "PluginValidationError",
+    ),
+    "its hook fails": (
+        "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantizers(): return 1 / 0",
+        "ZeroDivisionError",
+    ),
+    "its hook returns nothing": (
+        "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantizers(): pass",
+        "expected a list of QuantizerSpec, got None",
+    ),
+    "its hook returns something else": (
+        "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantizers(): return ['alpha']",
+        "expected a list of QuantizerSpec, got ['alpha']",
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "reason"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_plugin_is_listed_with_its_reason_and_harms_no_other(
+    site: FakeSite, source: str, reason: str
+) -> None:
+    site.install("fake-broken", {"broken": "fake_broken"}, {"fake_broken": source})
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    (broken,) = named("broken")
+    assert broken.status == "broken"
+    assert broken.spec is None
+    assert reason in str(broken.reason)
+    assert registry.find("alpha").status == "ok"
+    with pytest.raises(
+        BrokenPluginError, match=r"quantizer 'broken' of fake-broken 1\.0 is broken"
+    ) as raised:
+        registry.find("broken")
+    assert reason in str(raised.value)
+
+
+def test_a_plugin_without_metadata_is_still_listed(site: FakeSite) -> None:
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    (site.path / "fake_alpha-1.0.dist-info" / "METADATA").unlink()
+    assert [entry.status for entry in named("alpha")] == ["ok"]
+
+
+# --- versions, duplicates, the block list --------------------------------------------------------------
+
+
+def test_a_plugin_of_another_protocol_is_incompatible_and_says_both(site: FakeSite) -> None:
+    site.install_quantizer("future", distribution="fake-future", module="fake_future", protocol=9)
+    (entry,) = named("future")
+    assert entry.status == "incompatible"
+    with pytest.raises(IncompatiblePluginError, match=r"written for protocol 9, .* supports 1") as raised:
+        registry.create("future")
+    assert "fake-future 1.0" in str(raised.value)
+
+
+def test_two_distributions_with_one_name_are_an_error_that_names_both(site: FakeSite) -> None:
+    site.install_quantizer("twin", distribution="fake-one", module="fake_one", version="1.1")
+    site.install_quantizer("twin", distribution="fake-two", module="fake_two", version="2.2")
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    assert [(e.distribution, e.status) for e in named("twin")] == [
+        ("fake-one", "broken"),
+        ("fake-two", "broken"),
+    ]
+    with pytest.raises(DuplicatePluginError, match=r"'twin'.* fake-\w+ \d\.\d and fake-\w+ \d\.\d") as raised:
+        registry.load("twin")
+    assert "fake-one 1.1" in str(raised.value)
+    assert "fake-two 2.2" in str(raised.value)
+    assert registry.find("alpha").status == "ok"
+
+
+def test_two_quantizers_of_one_name_behind_different_entry_points_are_an_error(site: FakeSite) -> None:
+    for distribution, module in (("fake-one", "fake_one"), ("fake-two", "fake_two")):
+        hook = HOOK.format(specs=spec("twin", f"{module}_q:Mine"))
+        site.install(distribution, {f"point-of-{module}": module}, {module: hook})
+    with pytest.raises(DuplicatePluginError):
+        registry.find("twin")
+
+
+def test_blocking_one_distribution_of_a_duplicate_frees_the_other(
+    site: FakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.install_quantizer("twin", distribution="fake-one", module="fake_one")
+    site.install_quantizer("twin", distribution="fake-two", module="fake_two")
+    monkeypatch.setenv(registry.BLOCK_VARIABLE, "fake-two")
+    assert registry.find("twin").distribution == "fake-one"
+
+
+@pytest.mark.parametrize("block", ["alpha", "other, alpha", "ALPHA", "fake-alpha", "Fake_Alpha"])
+def test_a_blocked_plugin_is_not_imported_and_says_so(
+    site: FakeSite, monkeypatch: pytest.MonkeyPatch, block: str
+) -> None:
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    monkeypatch.setenv(registry.BLOCK_VARIABLE, block)
+    assert [entry.status for entry in named("alpha")] == ["blocked"]
+    assert "fake_alpha" not in sys.modules
+    with pytest.raises(BlockedPluginError, match=f"disabled by MODULORA_BLOCK={block}"):
+        registry.find("alpha")
+    monkeypatch.delenv(registry.BLOCK_VARIABLE)
+    assert registry.find("alpha").status == "ok"
+
+
+def test_one_quantizer_of_a_plugin_can_be_blocked(site: FakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = f"{spec('alpha', 'fake_both_q:A')}, {spec('beta', 'fake_both_q:B')}"
+    site.install("fake-both", {"both": "fake_both"}, {"fake_both": HOOK.format(specs=both)})
+    monkeypatch.setenv(registry.BLOCK_VARIABLE, "beta")
+    assert [e.status for e in named("alpha") + named("beta")] == ["ok", "blocked"]
+
+
+# --- unknown names -------------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_says_near_misses_and_what_is_installed(site: FakeSite) -> None:
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    site.install("fake-broken", {"beta": "fake_broken"}, {"fake_broken": failing("oh")})
+    with pytest.raises(UnknownQuantizerError) as raised:
+        registry.create("alhpa")
+    message = str(raised.value)
+    assert "'alhpa' isn't installed; did you mean 'alpha'?" in message
+    assert "alpha" in message.partition("Installed: ")[2].partition(";")[0].split(", ")
+    assert "not usable: beta (broken)" in message
+    assert "pip install" not in message
+
+
+def test_an_unknown_name_from_a_checkpoint_says_what_to_install(site: FakeSite) -> None:
+    with pytest.raises(UnknownQuantizerError, match=r"pip install fake-gamma$"):
+        registry.find("gamma", distribution="fake-gamma")
+    site.install_quantizer("delta", distribution="fake-gamma", module="fake_gamma", version="0.9")
+    with pytest.raises(
+        UnknownQuantizerError, match=r"fake-gamma 0.9 doesn't bring it: pip install -U fake-gamma"
+    ):
+        registry.load("gamma", distribution="fake-gamma")
+
+
+@pytest.mark.parametrize(
+    "hostile", ["-r evil.txt", "evil; rm -rf /", "git+https://evil", "--index-url=x", ""]
+)
+def test_a_checkpoint_can_not_put_a_command_into_the_message(site: FakeSite, hostile: str) -> None:
+    with pytest.raises(UnknownQuantizerError) as raised:
+        registry.find("gamma", distribution=hostile)
+    assert "pip" not in str(raised.value)
+
+
+def test_a_plugin_that_is_installed_later_is_found(site: FakeSite) -> None:
+    with pytest.raises(UnknownQuantizerError):
+        registry.find("alpha")
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    assert registry.find("alpha").status == "ok"
+
+
+# --- loading and options -------------------------------------------------------------------------------
+
+
+def test_create_constructs_the_class_with_parsed_options(site: FakeSite) -> None:
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    quantizer = registry.create("alpha", registry.parse_options(["group_size=128", "symmetric=false"]))
+    assert type(quantizer) is registry.load("alpha")
+    assert quantizer.spec == registry.find("alpha").spec
+    assert quantizer.options.model_dump() == {"group_size": 128, "symmetric": False}
+    assert registry.create("alpha").options.model_dump() == {"group_size": 64, "symmetric": True}
+
+
+BAD_CLASSES = {
+    "its module fails": (failing("no kernel"), "importing fake_bad_q:Mine failed: RuntimeError: no kernel"),
+    "its class is missing": ("Other = 1", "has no attribute 'Mine'"),
+    "it isn't a class": ("Mine = 'Mine'", "expected a subclass of modulora_core.Quantizer"),
+    "it is of another base": ("class Mine: pass", "expected a subclass of modulora_core.Quantizer"),
+    "it is incomplete": (
+        "from modulora_core import Quantizer\nclass Mine(Quantizer):\n  def pack(self, *_): ...",
+        "doesn't implement dequantize_tile",
+    ),
+    "it has no spec": (QUANTIZER.format(module="fake_bad").replace("spec =", "other ="), "got none"),
+    "its spec differs": (
+        QUANTIZER.format(module="fake_bad").replace("SPECS[0]", "SPECS[1]"),
+        "expected Mine.spec to equal the listed",
+    ),
+    "its options are no model": (
+        QUANTIZER.format(module="fake_bad").replace("Options = Options", "Options = dict"),
+        "expected Mine.Options to be a pydantic model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "reason"), BAD_CLASSES.values(), ids=BAD_CLASSES.keys())
+def test_a_broken_class_is_refused_with_the_reason(site: FakeSite, source: str, reason: str) -> None:
+    specs = f"{spec('bad', 'fake_bad_q:Mine')}, {spec('bad-too', 'fake_bad_q:Mine')}"
+    site.install(
+        "fake-bad", {"bad": "fake_bad"}, {"fake_bad": HOOK.format(specs=specs), "fake_bad_q": source}
+    )
+    assert registry.find("bad").status == "ok"  # known only when the class is imported
+    with pytest.raises(BrokenPluginError, match=r"quantizer 'bad' of fake-bad 1\.0") as raised:
+        registry.load("bad")
+    assert reason in str(raised.value)
+
+
+BAD_OPTIONS: dict[str, tuple[dict[str, object], list[str]]] = {
+    "unknown": (
+        {"groupsize": "64"},
+        ["unknown option 'groupsize'", "did you mean 'group_size'?", "symmetric"],
+    ),
+    "of another type": (
+        {"group_size": "many"},
+        ["option 'group_size'", "integer", "got 'many'", "share one scale"],
+    ),
+    "out of range": ({"group_size": 1}, ["option 'group_size'", "greater than or equal to 2", "got 1"]),
+    "refused by the plugin": ({"group_size": 63}, ["option 'group_size': expected an even number, got 63"]),
+    "several": (
+        {"group_size": "x", "symmetric": "perhaps"},
+        ["'group_size'", "'symmetric'", "got 'perhaps'"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "parts"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_a_bad_option_is_named_with_what_was_expected_and_what_came(
+    site: FakeSite, options: dict[str, object], parts: list[str]
+) -> None:
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    with pytest.raises(OptionError, match=r"^quantizer 'alpha': ") as raised:
+        registry.create("alpha", options)
+    message = str(raised.value)
+    assert [part for part in parts if part not in message] == [], message
+    assert "\n" not in message
+
+
+def test_a_quantizer_without_options_says_so(site: FakeSite) -> None:
+    source = QUANTIZER.format(module="fake_plain").replace("    Options = Options\n", "")
+    hook = HOOK.format(specs=spec("plain", "fake_plain_q:Mine"))
+    site.install("fake-plain", {"plain": "fake_plain"}, {"fake_plain": hook, "fake_plain_q": source})
+    with pytest.raises(OptionError, match="unknown option 'bits' \\(it takes no options\\)"):
+        registry.create("plain", {"bits": "4"})
+
+
+def test_parse_options_keeps_everything_after_the_first_equals_sign() -> None:
+    assert parse_options(["a=1", "b=x=y", "c=", " d =e"]) == {"a": "1", "b": "x=y", "c": "", "d": "e"}
+
+
+@pytest.mark.parametrize("words", [["group_size"], ["=64"], ["group_size 64"], ["a=1", "a=2"]])
+def test_parse_options_refuses_what_is_not_one_value_for_one_key(words: list[str]) -> None:
+    with pytest.raises(OptionError, match="expected"):
+        parse_options(words)

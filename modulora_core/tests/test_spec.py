@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import copy
+import json
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from modulora_core.errors import CheckpointError, OptionError, ShapeError
+from modulora_core.spec import NoOptions, PackedLayout, PackedWeight, QuantizerSpec, TensorLayout, check_rows
+
+GOOD: dict[str, Any] = {"name": "mine", "summary": "s", "location": "mine.quantizer:Mine", "protocol": 1, "bits": (3,)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", "Mine"), ("name", "a--b"), ("name", "-a"), ("name", ""), ("name", "a_b"),
+        ("location", "mine.quantizer"), ("location", "mine quantizer:Mine"), ("location", ":Mine"),
+        ("bits", ()), ("bits", (0,)), ("bits", (64,)), ("bits", ("4",)),
+        ("calibration", "maybe"), ("protocol", 0), ("protocol", "1"), ("in_multiple", 0), ("out_multiple", -8),
+    ],
+)  # fmt: skip
+def test_a_malformed_field_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: expected"):
+        QuantizerSpec(**{**GOOD, field: value})
+
+
+def test_a_good_spec_is_frozen() -> None:
+    spec = QuantizerSpec(**GOOD)
+    with pytest.raises(AttributeError):
+        spec.name = "other"  # type: ignore[misc]
+
+
+def packed() -> PackedWeight:
+    tensors = {"codes": torch.arange(12, dtype=torch.uint8).reshape(4, 3), "scale": torch.ones(4, dtype=torch.float16)}
+    return PackedWeight("mine", 2, (4, 6), tensors, {"group": 6})
+
+
+def test_bits_per_weight_counts_every_byte() -> None:
+    assert packed().nbytes == 12 + 8
+    assert packed().bits_per_weight == 8 * 20 / 24
+    assert packed().layout.nbytes == packed().nbytes
+    assert packed().layout.bits_per_weight == packed().bits_per_weight
+
+
+def test_layout_survives_json_and_fills_again() -> None:
+    weight = packed()
+    layout = PackedLayout.from_json(json.loads(json.dumps(weight.layout.to_json())))
+    assert layout == weight.layout
+    again = layout.fill(weight.tensors)
+    assert all(torch.equal(again.tensors[n], weight.tensors[n]) for n in weight.tensors)
+    assert layout.empty().device.type == "meta"
+
+
+def test_fill_refuses_other_shapes_and_dtypes() -> None:
+    layout = packed().layout
+    for wrong in (torch.ones(5, dtype=torch.float16), torch.ones(4)):
+        with pytest.raises(CheckpointError, match="expected"):
+            layout.fill({**packed().tensors, "scale": wrong})
+    with pytest.raises(CheckpointError, match="expected"):
+        layout.fill({"codes": packed().tensors["codes"]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": [4]}, {"shape": None}, {"tensors": {"codes": ["float3", [1]]}}, {"tensors": [1]}, {"format": "x"}, {"tensors": {"c": ["int8", [-1]]}}],
+)
+def test_a_malformed_layout_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError):
+        PackedLayout.from_json({**packed().layout.to_json(), **change})
+    with pytest.raises(CheckpointError, match="expected quantizer, format"):
+        PackedLayout.from_json({})
+
+
+def test_a_packed_weight_is_frozen_and_copies_deeply() -> None:
+    weight = packed()
+    with pytest.raises(TypeError):
+        weight.tensors["codes"] = torch.ones(1)  # type: ignore[index]
+    with pytest.raises(TypeError):
+        weight.metadata["group"] = 1  # type: ignore[index]
+    twin = copy.deepcopy(weight)
+    twin.tensors["codes"].zero_()
+    assert weight.tensors["codes"].any()
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("Codes", torch.ones(2)), ("a.b", torch.ones(2)), ("codes", torch.ones(2, 3).t())])
+def test_tensors_that_cannot_be_stored_are_refused(name: str, tensor: torch.Tensor) -> None:
+    with pytest.raises(CheckpointError, match="packed tensor"):
+        PackedWeight("mine", 1, (2, 3), {name: tensor})
+
+
+def test_a_dtype_that_cannot_be_stored_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="complex64"):
+        TensorLayout.of(torch.ones(2, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("rows", [(-1, 2), (3, 2), (0, 5), (5, 5)])
+def test_rows_outside_of_the_weight_are_refused(rows: tuple[int, int]) -> None:
+    with pytest.raises(ShapeError, match="rows of a"):
+        check_rows(packed(), rows)
+    check_rows(packed(), (4, 4))
+
+
+def test_the_base_class_multiplies_by_tiles_in_both_directions(toy: ModuleType) -> None:
+    quantizer = toy.Toy()
+    weight = quantizer.pack(torch.randn(6, 4))
+    W = quantizer.dequantize_tile(weight, (0, 6), torch.float32)
+    x, y = torch.randn(2, 4), torch.randn(2, 6)
+    torch.testing.assert_close(quantizer.matmul(x, weight), x @ W.t())
+    torch.testing.assert_close(quantizer.matmul(y, weight, transpose=True), y @ W)
+
+
+def test_the_base_class_finds_the_layout_by_packing(toy: ModuleType) -> None:
+    assert toy.Toy().layout((6, 4)) == toy.Toy().pack(torch.randn(6, 4)).layout
+
+
+def test_the_base_class_refuses_shapes_by_the_specs_multiples(toy: ModuleType) -> None:
+    class Eights(toy.Toy):  # type: ignore[misc, name-defined]
+        spec = QuantizerSpec(**GOOD, out_multiple=2, in_multiple=8)
+
+    Eights().check_shape((4, 16))
+    with pytest.raises(ShapeError, match="mine: in_features 12 is not a multiple of 8"):
+        Eights().check_shape((4, 12))
+    with pytest.raises(ShapeError, match="out_features 3 is not a multiple of 2"):
+        Eights().check_shape((3, 16))
+
+
+def test_options_of_another_class_are_refused(toy: ModuleType) -> None:
+    with pytest.raises(OptionError, match="expected options of ToyOptions"):
+        toy.Toy(NoOptions())

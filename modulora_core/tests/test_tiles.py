@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modulora_core.errors import OptionError, ShapeError
+from modulora_core.tiles import CPU_TILE_BYTES, tile_budget, tile_bytes, tile_ranges, tiled_matmul
+
+CPU = torch.device("cpu")
+
+
+def tiles_of(W: Tensor):  # type: ignore[no-untyped-def]
+    return lambda start, stop, dtype: W[start:stop].to(dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64, 1000])
+@pytest.mark.parametrize("budget", [1, 40, 4096, 10**9])
+def test_tile_ranges_partition_the_rows_within_the_budget(rows: int, budget: int) -> None:
+    ranges = list(tile_ranges(rows, 40, budget))
+    assert [i for start, stop in ranges for i in range(start, stop)] == list(range(rows))
+    assert all((stop - start) * 40 <= budget or stop - start == 1 for start, stop in ranges)
+
+
+def test_no_rows_have_no_tiles() -> None:
+    assert list(tile_ranges(0, 40, 4096)) == []
+
+
+def test_budget_comes_from_the_block_then_the_environment_then_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODULORA_TILE_BYTES", raising=False)
+    assert tile_bytes(CPU) == CPU_TILE_BYTES
+    monkeypatch.setenv("MODULORA_TILE_BYTES", "12345")
+    assert tile_bytes(CPU) == 12345
+    with tile_budget(99):
+        assert tile_bytes(CPU) == 99
+    assert tile_bytes(CPU) == 12345
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "4MiB", ""])
+def test_a_budget_that_is_no_positive_number_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODULORA_TILE_BYTES", text)
+    with pytest.raises(OptionError, match="MODULORA_TILE_BYTES"):
+        tile_bytes(CPU)
+    with pytest.raises(OptionError, match="tile budget"), tile_budget(0):
+        pass
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("budget", [1, 1000, 10**9])
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (3, 5), (2, 0, 3)])
+def test_tiled_matmul_equals_the_dense_product(transpose: bool, budget: int, leading: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    W = torch.randn(37, 23, dtype=torch.float64)
+    x = torch.randn(*leading, 37 if transpose else 23, dtype=torch.float64)
+    y = tiled_matmul(x, tiles_of(W), (37, 23), transpose, budget=budget)
+    assert y.shape == (*leading, 23 if transpose else 37)
+    torch.testing.assert_close(y, x @ W if transpose else x @ W.t(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_sixteen_bit_inputs_are_summed_in_fp32_and_rounded_once(dtype: torch.dtype, transpose: bool) -> None:
+    torch.manual_seed(0)
+    W = torch.randn(300, 200).to(dtype)
+    x = torch.randn(9, 300 if transpose else 200).to(dtype)
+    y = tiled_matmul(x, tiles_of(W), (300, 200), transpose, budget=10_000)
+    exact = x.double() @ (W.double() if transpose else W.double().t())
+    # half an ulp of the 16-bit result, and the fp32 sums' own rounding on top
+    spacing = torch.finfo(dtype).eps * exact.abs().clamp_min(torch.finfo(dtype).smallest_normal)
+    assert y.dtype == dtype
+    assert ((y.double() - exact).abs() <= 0.51 * spacing * 2 + 1e-4).all()
+
+
+def test_x_of_the_wrong_width_is_refused_with_both_shapes() -> None:
+    with pytest.raises(ShapeError, match=r"expected x of shape \[\.\.\., 23\], got \[2, 37\]"):
+        tiled_matmul(torch.ones(2, 37), tiles_of(torch.ones(37, 23)), (37, 23))
+
+
+def test_tiles_are_not_multiplied_in_16_bits_on_a_cpu() -> None:
+    asked = []
+
+    def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        asked.append(dtype)
+        return torch.ones(stop - start, 8, dtype=dtype)
+
+    tiled_matmul(torch.ones(2, 8, dtype=torch.bfloat16), tile, (4, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = tiled_matmul(torch.full((2, 8), 1.001), tile, (4, 8))
+    assert asked == [torch.float32, torch.float32]
+    torch.testing.assert_close(y, torch.full((2, 4), 8.008))
+
+
+def test_non_contiguous_x_is_multiplied_as_it_reads() -> None:
+    W = torch.randn(5, 4)
+    x = torch.randn(4, 6).t()
+    torch.testing.assert_close(tiled_matmul(x, tiles_of(W), (5, 4)), x @ W.t())

@@ -1,0 +1,142 @@
+"""The tile budget and the tiled product: the only place where a dense weight exists, a tile at a time.
+
+    forward      Y = X Ŵᵀ      for each tile of rows [a, b):   Y[:, a:b]  = X · Ŵ[a:b]ᵀ
+    transposed   X = Y Ŵ       for each tile of rows [a, b):   X         += Y[:, a:b] · Ŵ[a:b]
+
+Nothing here knows a quantizer: a *tile function* gives rows ``[start, stop)`` of some matrix in a dtype. That
+is what lets a plugin whose weight lives in a rotated basis use the same loop.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from modulora_core.errors import OptionError, ShapeError
+
+TileFunction = Callable[[int, int, torch.dtype], Tensor]
+"""``tile(start, stop, dtype)`` gives rows ``[start, stop)``: a ``[stop - start, in]`` tensor of that dtype."""
+
+CPU_TILE_BYTES = 4 * 2**20
+"""512 rows of 2048 fp32 values. Larger tiles leave the cache between decoding and the product; smaller ones pay
+for the start of the product more often (docs/performance.md has the measurement)."""
+
+ACCELERATOR_TILE_BYTES = 64 * 2**20
+"""On a GPU the tile lives in device memory anyway; this is large enough to fill it with work."""
+
+_TILE_BYTES: ContextVar[int | None] = ContextVar("modulora_tile_bytes", default=None)
+
+
+def tile_bytes(device: torch.device) -> int:
+    """The budget in bytes for one dense tile on ``device``.
+
+    In order: :func:`tile_budget`, the environment's ``MODULORA_TILE_BYTES``, the default for the device.
+    """
+    chosen = _TILE_BYTES.get()
+    if chosen is not None:
+        return chosen
+    if "MODULORA_TILE_BYTES" in os.environ:
+        return _parse_tile_bytes(os.environ["MODULORA_TILE_BYTES"])
+    return CPU_TILE_BYTES if device.type == "cpu" else ACCELERATOR_TILE_BYTES
+
+
+def _parse_tile_bytes(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise OptionError(f"MODULORA_TILE_BYTES: expected a positive whole number of bytes, got {text!r}")
+    return int(text)
+
+
+@contextmanager
+def tile_budget(nbytes: int) -> Iterator[None]:
+    """Within this block a tile takes at most ``nbytes`` bytes (and never less than one row).
+
+    The backward of a forward made inside runs in the budget that holds when *it* runs.
+    """
+    if nbytes <= 0:
+        raise OptionError(f"tile budget: expected a positive number of bytes, got {nbytes}")
+    token = _TILE_BYTES.set(nbytes)
+    try:
+        yield
+    finally:
+        _TILE_BYTES.reset(token)
+
+
+def tile_ranges(rows: int, row_bytes: int, budget: int) -> Iterator[tuple[int, int]]:
+    """Cut ``rows`` into ranges of (nearly) equal length, each at most ``budget`` bytes and at least one row."""
+    if rows == 0:
+        return
+    most = max(1, budget // max(1, row_bytes))
+    tiles = -(-rows // most)
+    step = -(-rows // tiles)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which tiles are multiplied for an input like ``x``.
+
+    16-bit inputs on a CPU are multiplied in fp32: without bf16 units a bf16 product with a transposed operand is
+    about 200 times slower there than an fp32 one (docs/performance.md), and fp32 also rounds once instead of often.
+    """
+    if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
+        return torch.float32
+    return x.dtype
+
+
+def tiled_matmul(
+    x: Tensor, tile: TileFunction, shape: tuple[int, int], transpose: bool = False, *, budget: int | None = None
+) -> Tensor:
+    """Multiply ``x`` by a matrix that only exists a tile at a time.
+
+    Args:
+        x: ``[..., in]``, or ``[..., out]`` when ``transpose``; any float dtype, any number of leading dimensions.
+        tile: gives rows ``[start, stop)`` of Ŵ.
+        shape: ``(out, in)`` of Ŵ.
+        transpose: ``x Ŵ`` instead of ``x Ŵᵀ``.
+        budget: bytes for one dense tile; by default :func:`tile_bytes` of ``x``'s device.
+
+    Returns:
+        ``[..., out]``, or ``[..., in]`` when ``transpose``, in ``x``'s dtype. Not differentiable: the core's
+        autograd function is what calls it.
+
+    Raises:
+        ShapeError: the last dimension of ``x`` isn't the one that the product needs.
+    """
+    out_features, in_features = shape
+    expected = out_features if transpose else in_features
+    if x.dim() == 0 or x.shape[-1] != expected:
+        raise ShapeError(f"matmul of a [{out_features}, {in_features}] weight: expected x of shape "
+                         f"[..., {expected}], got {list(x.shape)}")  # fmt: skip
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        flat = x.reshape(-1, expected)  # [n, in] or [n, out]
+        product = _transposed if transpose else _forward
+        y = product(flat, tile, shape, budget or tile_bytes(x.device))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _forward(x: Tensor, tile: TileFunction, shape: tuple[int, int], budget: int) -> Tensor:
+    out_features, in_features = shape
+    dtype = compute_dtype(x)
+    operand = x.to(dtype)
+    y = x.new_empty(x.shape[0], out_features)
+    for start, stop in tile_ranges(out_features, in_features * dtype.itemsize, budget):
+        weight = tile(start, stop, dtype)  # [stop - start, in]
+        if y.dtype == dtype:
+            torch.mm(operand, weight.t(), out=y[:, start:stop])
+        else:
+            y[:, start:stop] = torch.mm(operand, weight.t())
+    return y
+
+
+def _transposed(y: Tensor, tile: TileFunction, shape: tuple[int, int], budget: int) -> Tensor:
+    out_features, in_features = shape
+    dtype = compute_dtype(y)
+    x = y.new_zeros(y.shape[0], in_features, dtype=dtype)  # summed in the compute dtype, rounded once
+    for start, stop in tile_ranges(out_features, in_features * dtype.itemsize, budget):
+        x.addmm_(y[:, start:stop].to(dtype), tile(start, stop, dtype))
+    return x.to(y.dtype)

@@ -1,0 +1,278 @@
+"""transformers.Trainer, set up for an adapter on packed weights.
+
+What is ours: only the adapter is saved and restored, and a loss that isn't a number ends the run. A checkpoint
+is an adapter folder in PEFT's format beside the state of optimizer, schedule and random numbers, which
+transformers reads with ``weights_only``: nothing but tensors and numbers is unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from typing_extensions import override
+
+from modulora_core.errors import WorkError
+from modulora_core.finetune_config import FinetuneConfig
+from modulora_core.training_checkpoints import TRAINER_STATE, seal
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+_KEPT_CHECKPOINTS = 2
+"""The oldest is deleted before the newest is sealed: if one were kept, none would be whole for a moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStep:
+    """One optimizer step, as it is told to whoever watches.
+
+    Attributes:
+        step: of ``total``, from 1.
+        loss: mean over the trained tokens of the step's batch.
+        learning_rate: that the step was made with.
+        tokens: without padding, since the run began.
+    """
+
+    step: int
+    total: int
+    loss: float
+    learning_rate: float
+    tokens: int
+
+
+OnStep = Callable[[TrainingStep], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What training came to.
+
+    Attributes:
+        losses: of every step, also of those before a resume.
+        eval_loss: mean over the evaluation's batches after the last step.
+        seconds: of this call alone; tokens: those that it trained on, without padding.
+    """
+
+    losses: list[float]
+    eval_loss: float | None
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """How the adapter of the model in training is written to a folder, and read back from one."""
+
+    save: Callable[[Path], None]
+    restore: Callable[[Path], None]
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer whose model is an adapter: the frozen base is neither saved nor loaded."""
+
+    def __init__(self, *, files: AdapterFiles, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._files = files
+        self.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to --json
+
+    @override
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # instead of model.save_pretrained, and of the pickled TrainingArguments that Trainer adds
+        if self.args.should_save:
+            self._files.save(Path(output_dir or self.args.output_dir))
+
+    @override
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._files.restore(Path(resume_from_checkpoint))
+
+    @override
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # transformers estimates it from the parameters, and packed weights are none
+
+
+class _Watcher(TrainerCallback):
+    """Tells each step, notices NaN, and seals checkpoints."""
+
+    def __init__(self, on_step: OnStep | None) -> None:
+        self._on_step = on_step
+        self.tokens_before = 0
+
+    @override
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.tokens_before = state.num_input_tokens_seen
+
+    @override
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise WorkError(
+                f"step {state.global_step}: the loss is {loss}; lower the learning rate, or use another dtype"
+            )
+        if self._on_step is not None and state.is_world_process_zero:
+            step = TrainingStep(
+                state.global_step, state.max_steps, loss, logs["learning_rate"], state.num_input_tokens_seen
+            )
+            self._on_step(step)
+
+    @override
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def total_steps(config: FinetuneConfig, examples: int) -> int:
+    """Optimizer steps of a run over ``examples`` examples; the last batch of an epoch may be smaller."""
+    if config.steps is not None:
+        return config.steps
+    batches = math.ceil(examples / config.batch_size)
+    return max(1, math.ceil((config.epochs or 1) * math.ceil(batches / config.grad_accum)))
+
+
+def training_arguments(
+    config: FinetuneConfig, folder: Path, steps: int, device: torch.device
+) -> TrainingArguments:
+    """A config in transformers' words. ``folder`` is where checkpoints go."""
+    warmup = config.warmup if config.warmup >= 1 else math.ceil(config.warmup * steps)
+    on_gpu = device.type == "cuda"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        optim="adamw_torch",
+        learning_rate=config.lr,
+        lr_scheduler_type=_SCHEDULES[config.scheduler],
+        warmup_steps=int(warmup),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        # bfloat16 needs no autocast: the activations have the model's dtype and the adapter is in float32;
+        # float16 needs its loss scaler
+        fp16=on_gpu and config.dtype == "float16",
+        use_cpu=not on_gpu,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy="no" if config.eval_every is None else "steps",
+        eval_steps=config.eval_every,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=_KEPT_CHECKPOINTS,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=on_gpu,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    # a process trains on one device: Trainer would copy the model to every GPU that it sees (DataParallel)
+    _ = arguments.device
+    arguments._n_gpu = min(1, arguments._n_gpu)
+    return arguments
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Turn on gradient checkpointing. Not the reentrant kind: the first layer's inputs need no gradient."""
+    # transformers 5.24 renamed gradient_checkpointing_enable, and warns of the old name
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def train(
+    model: PreTrainedModel,
+    examples: Dataset[Any],
+    collator: Callable[[Sequence[Any]], Any],
+    config: FinetuneConfig,
+    folder: Path,
+    *,
+    files: AdapterFiles,
+    eval_examples: Dataset[Any] | None = None,
+    resume_from: Path | None = None,
+    on_step: OnStep | None = None,
+) -> Outcome:
+    """Train the parameters of ``model`` that require a gradient.
+
+    Args:
+        model: on the device where it trains.
+        examples: of :func:`modulora_core.data.load_examples`.
+        collator: makes a batch of examples.
+        config: of the run.
+        folder: for checkpoints.
+        files: how the adapter is saved and restored.
+        eval_examples: to measure the loss on.
+        resume_from: a whole checkpoint of the same run; its steps are not repeated, and the rest goes as it
+            would have gone.
+        on_step: is called after every optimizer step.
+
+    Raises:
+        WorkError: the loss became NaN or infinite.
+    """
+    started = time.perf_counter()
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    steps = total_steps(config, len(examples))  # type: ignore[arg-type]  # torch's Dataset has no __len__
+    watcher = _Watcher(on_step)
+    trainer = AdapterTrainer(
+        model=model,
+        args=training_arguments(config, folder, steps, model.device),
+        data_collator=collator,
+        train_dataset=examples,
+        eval_dataset=eval_examples,
+        callbacks=[watcher],
+        files=files,
+    )
+    if resume_from is not None and _steps_done(resume_from) >= steps:
+        # Trainer would make one more step
+        files.restore(resume_from)
+        trainer.state = TrainerState.load_from_json(str(resume_from / TRAINER_STATE))
+        watcher.tokens_before = trainer.state.num_input_tokens_seen
+    else:
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    state = trainer.state
+    seconds = time.perf_counter() - started
+    eval_loss = None if eval_examples is None else _final_eval_loss(trainer)
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    return Outcome(losses, eval_loss, seconds, state.num_input_tokens_seen - watcher.tokens_before)
+
+
+def _steps_done(checkpoint: Path) -> int:
+    return int(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)).global_step)
+
+
+def _final_eval_loss(trainer: Trainer) -> float:
+    """The loss on the evaluation data after the last step, measured unless it just was."""
+    for entry in trainer.state.log_history:
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+            return float(entry["eval_loss"])
+    return float(trainer.evaluate()["eval_loss"])

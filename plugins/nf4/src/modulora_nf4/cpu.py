@@ -1,0 +1,240 @@
+"""NF4 on the CPU, compiled by numba: the same values as :mod:`modulora_nf4.reference`, at the speed of memory.
+
+Everything works on the flat, row-major weight: element ``i`` is in block ``i >> shift`` and in byte ``i >> 1``, and a row
+may start in the middle of either. ``absmax`` arguments are fp32 and start at block ``first``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from modulora_core.kernels import jit
+from modulora_nf4.reference import LEVELS, SMALLEST_ABSMAX, ZERO
+
+_LEVELS = np.array(LEVELS, np.float32)
+_PAIRS = np.stack([np.repeat(_LEVELS, 16), np.tile(_LEVELS, 16)], axis=1)  # [256, 2]: both values of a byte
+_MIDPOINTS = tuple((_LEVELS[1:] + _LEVELS[:-1]) / np.float32(2))
+_SMALLEST = np.float32(SMALLEST_ABSMAX)
+
+_PIECE = 8192  # elements that a thread takes at once: 4 KiB of codes and 32 KiB of values
+_ROWS = 16  # rows that a thread takes at once in matmul
+_COLUMNS = 512  # columns that a thread takes at once in matmul_transposed: an accumulator stays in the L1 cache
+
+_F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+def _vector(values: Any, of: ir.Type) -> ir.Constant:
+    number = float if of is _F32 else int
+    return ir.Constant(ir.VectorType(of, len(values)), [number(v) for v in values])
+
+
+def _shuffle(builder: Any, table: ir.Constant, index: Any, instruction: str) -> Any:
+    """``table[index]`` in one instruction that takes as many low bits of ``index`` as ``table`` needs."""
+    of = ir.FunctionType(table.type, [table.type, index.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, of, instruction), [table, index])
+
+
+def _sixteen_levels(features: str, builder: Any, codes: Any) -> Any:
+    """The levels of eight bytes of codes: ``<8 x i8>`` to ``<16 x float>``.
+
+    LLVM doesn't find the lookup in registers by itself, so it is spelled for AVX-512 and AVX2. Elsewhere each byte
+    loads its two values from a table of 256 pairs, which is 4 to 8 times slower.
+    """
+    if "+avx2" not in features and "+avx512f" not in features:
+        pairs = cgutils.global_constant(builder, "nf4_pairs", ir.Constant(ir.ArrayType(_F32, 512), _PAIRS.ravel().tolist()))
+        levels = ir.Constant(ir.VectorType(_F32, 16), ir.Undefined)
+        for k in range(16):
+            byte = builder.zext(builder.extract_element(codes, _I32(k // 2)), _I64)
+            at = builder.or_(builder.shl(byte, _I64(1)), _I64(k % 2))
+            level = builder.load(builder.gep(pairs, [_I64(0), at]))
+            levels = builder.insert_element(levels, level, _I32(k))
+        return levels
+    # a byte becomes two 32-bit lanes, high nibble first; what is above the low four bits of a lane is not looked at
+    wide = builder.zext(codes, ir.VectorType(_I64, 8))
+    both = builder.or_(builder.lshr(wide, _vector([4] * 8, _I64)), builder.shl(wide, _vector([32] * 8, _I64)))
+    index = builder.bitcast(both, ir.VectorType(_I32, 16))
+    if "+avx512f" in features:
+        return _shuffle(builder, _vector(_LEVELS, _F32), index, "llvm.x86.avx512.permvar.sf.512")
+    halves = []
+    for start in (0, 8):
+        lanes = builder.shuffle_vector(index, index, _vector(range(start, start + 8), _I32))
+        low, high = (_shuffle(builder, _vector(part, _F32), lanes, "llvm.x86.avx2.permps") for part in np.split(_LEVELS, 2))
+        is_high = builder.icmp_signed("!=", builder.and_(lanes, _vector([8] * 8, _I32)), _vector([0] * 8, _I32))
+        halves.append(builder.select(is_high, high, low))
+    return builder.shuffle_vector(*halves, _vector(range(16), _I32))
+
+
+@intrinsic
+def _decode_sixteen(_context: Any, out: Any, at: Any, codes: Any, byte: Any, scale: Any) -> Any:
+    """``out[at : at + 16] = scale * levels`` of ``codes[byte : byte + 8]``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, at, codes, byte, scale = arguments
+        out_pointer, codes_pointer = (
+            builder.gep(context.make_array(kind)(context, builder, array).data, [index])
+            for kind, array, index in ((signature.args[0], out, at), (signature.args[2], codes, byte))
+        )
+        eight = builder.load(builder.bitcast(codes_pointer, ir.VectorType(_I8, 8).as_pointer()), align=1)
+        levels = _sixteen_levels(str(context.codegen().magic_tuple()[2]), builder, eight)
+        scales = builder.insert_element(ir.Constant(levels.type, ir.Undefined), scale, _I32(0))
+        scales = builder.shuffle_vector(scales, scales, _vector([0] * 16, _I32))
+        builder.store(
+            builder.fmul(levels, scales), builder.bitcast(out_pointer, levels.type.as_pointer()), align=4
+        )
+        return context.get_dummy_value()
+
+    return types.void(out, at, codes, byte, scale), generate
+
+
+@jit()
+def _decode(codes: Any, absmax: Any, first: int, shift: int, start: int, out: Any) -> None:
+    """Elements ``start ...`` of the flat weight to all of ``out``."""
+    stop = start + out.size
+    i, o = start, 0
+    while i < stop:
+        block = i >> shift
+        scale = absmax[block - first]
+        end = min(stop, (block + 1) << shift)
+        if i & 1:
+            out[o] = _PAIRS[codes[i >> 1], 1] * scale
+            i, o = i + 1, o + 1
+        while i + 16 <= end:
+            _decode_sixteen(out, o, codes, i >> 1, scale)
+            i, o = i + 16, o + 16
+        while i + 2 <= end:
+            out[o] = _PAIRS[codes[i >> 1], 0] * scale
+            out[o + 1] = _PAIRS[codes[i >> 1], 1] * scale
+            i, o = i + 2, o + 2
+        if i < end:
+            out[o] = _PAIRS[codes[i >> 1], 0] * scale
+            i, o = i + 1, o + 1
+
+
+@jit(parallel=True)
+def dequantize(codes: Any, absmax: Any, first: int, shift: int, start: int, out: Any) -> None:
+    """Elements ``start ...`` of the flat weight to all of ``out`` (flat, fp32)."""
+    for piece in prange((out.size + _PIECE - 1) // _PIECE):
+        at = piece * _PIECE
+        _decode(codes, absmax, first, shift, start + at, out[at : min(at + _PIECE, out.size)])
+
+
+@jit(parallel=True)
+def dequantize_absmax(
+    codes: Any, nested_absmax: Any, offset: Any, dynamic_map: Any, nested_shift: int, first: int, out: Any
+) -> None:
+    """Blocks ``first ...`` of a double-quantized absmax to all of ``out``: two roundings, no fused multiply-add."""
+    for piece in prange((out.size + _PIECE - 1) // _PIECE):
+        for i in range(piece * _PIECE, min((piece + 1) * _PIECE, out.size)):
+            block = first + i
+            out[i] = dynamic_map[codes[block]] * nested_absmax[block >> nested_shift] + offset[0]
+
+
+@jit(fastmath=("reassoc", "contract", "nsz"))
+def _dot(a: Any, b: Any) -> Any:
+    total = np.float32(0)
+    for k in range(a.size):
+        total += a[k] * b[k]
+    return total
+
+
+@jit(parallel=True)
+def matmul(codes: Any, absmax: Any, shift: int, x: Any, y: Any) -> None:
+    """``y = x Ŵᵀ`` for few rows: ``x`` is ``[n, in]``, ``y`` is ``[n, out]``. A row of Ŵ lives in the L1 cache."""
+    rows, in_features = x.shape
+    out_features = y.shape[1]
+    for piece in prange((out_features + _ROWS - 1) // _ROWS):
+        w = np.empty(in_features, np.float32)
+        for o in range(piece * _ROWS, min((piece + 1) * _ROWS, out_features)):
+            _decode(codes, absmax, 0, shift, o * in_features, w)
+            for r in range(rows):
+                y[r, o] = _dot(w, x[r])
+
+
+@jit(fastmath=("contract",))
+def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+    for k in range(total.size):
+        total[k] += a * w[0, k] + b * w[1, k] + c * w[2, k] + d * w[3, k]
+
+
+@jit(parallel=True)
+def matmul_transposed(codes: Any, absmax: Any, shift: int, y: Any, x: Any) -> None:
+    """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, ``x`` is ``[n, in]``.
+
+    Threads share the columns, so that each sum over the rows of Ŵ has the same order for any number of threads. Four
+    rows at a time, because loading and storing the sums costs as much as adding to them.
+    """
+    rows, out_features = y.shape
+    in_features = x.shape[1]
+    for piece in prange((in_features + _COLUMNS - 1) // _COLUMNS):
+        start = piece * _COLUMNS
+        width = min(_COLUMNS, in_features - start)
+        w = np.zeros((4, width), np.float32)
+        total = np.zeros((rows, width), np.float32)
+        for o in range(0, out_features, 4):
+            four = min(4, out_features - o)
+            for j in range(four):
+                _decode(codes, absmax, 0, shift, (o + j) * in_features + start, w[j])
+            if four == 4:
+                for r in range(rows):
+                    _add_four(total[r], w, y[r, o], y[r, o + 1], y[r, o + 2], y[r, o + 3])
+            else:
+                for j in range(four):
+                    for r in range(rows):
+                        for k in range(width):
+                            total[r, k] += y[r, o + j] * w[j, k]
+        x[:, start : start + width] = total
+
+
+@jit()
+def _largest(bits: Any) -> Any:
+    """The bits of max |x|. As integers, because their maximum is vectorised, and because NaN is above all of them."""
+    largest = np.int32(0)
+    for k in range(bits.size):
+        largest = max(largest, np.int32(bits[k] & 0x7FFFFFFF))
+    return largest
+
+
+@jit()
+def _nearest(x: Any, reciprocal: Any, q: Any) -> None:
+    """The number of midpoints that are strictly below ``x · reciprocal``: a tie takes the lower level."""
+    for k in range(x.size):
+        v = x[k] * reciprocal
+        code = np.int32(0)
+        for m in _MIDPOINTS:
+            code += np.int32(v > m)
+        q[k] = code
+
+
+@jit()
+def _quantize_piece(x: Any, x_bits: Any, size: int, codes: Any, absmax: Any, absmax_bits: Any) -> None:
+    """Whole blocks, and perhaps a short last one."""
+    q = np.empty(x.size + 1, np.uint8)
+    q[x.size] = ZERO  # fills the last byte of an odd number of elements
+    for block in range(absmax.size):
+        start, stop = block * size, min((block + 1) * size, x.size)
+        absmax_bits[block] = _largest(x_bits[start:stop])
+        divisor = max(absmax[block], _SMALLEST)
+        if stop - start == size:
+            _nearest(x[start:stop], np.float32(1) / divisor, q[start:])
+        else:
+            absmax[block] = divisor
+            _nearest(x[start:stop] / divisor, np.float32(1), q[start:])
+    for k in range(codes.size):
+        codes[k] = (q[2 * k] << 4) | q[2 * k + 1]
+
+
+@jit(parallel=True)
+def quantize(x: Any, shift: int, codes: Any, absmax: Any) -> None:
+    """The flat fp32 weight to bytes and an fp32 absmax for each block: see :func:`modulora_nf4.reference.quantize`."""
+    size = max(1 << shift, _PIECE)  # even: pieces share no byte
+    x_bits, absmax_bits = x.view(np.int32), absmax.view(np.int32)
+    for piece in prange((x.size + size - 1) // size):
+        a, b = piece * size, min((piece + 1) * size, x.size)
+        c, d = a >> shift, (b + (1 << shift) - 1) >> shift
+        _quantize_piece(x[a:b], x_bits[a:b], 1 << shift, codes[a >> 1 : (b + 1) >> 1], absmax[c:d], absmax_bits[c:d])

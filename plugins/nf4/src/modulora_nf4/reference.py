@@ -1,0 +1,110 @@
+"""NF4 in plain torch, as the paper has it: the truth that the kernels are measured against.
+
+Symbols of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3:
+
+    W     the weight, flattened row-major and cut into blocks of B values; the last block may be short
+    q     a 4-bit code for each value: the index of its level
+    c₂    the quantization constant of a block: max |W| over the block, fp32
+    c₁    with double quantization, the constant of 256 consecutive c₂
+
+    dequant(c₂, q)            = level[q] · c₂                                      equation 2
+    doubleDequant(c₁, q₂, q)  = dequant(map[q₂] · c₁ + mean(c₂), q)                equation 6
+
+Where the paper leaves a choice (ties, the order of roundings, a block of zeros) this does what bitsandbytes 0.50 does
+on the CPU, bit for bit; a comment says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The 16 levels, appendix E: equal shares of a normal distribution (equation 4), with an exact zero."""
+
+ZERO = LEVELS.index(0.0)
+"""The code of zero."""
+
+SMALLEST_ABSMAX = 1e-38
+"""What a smaller absmax is taken for in the division, so that a block of zeros doesn't divide by zero."""
+
+NESTED_BLOCK_SIZE = 256
+"""How many c₂ share a c₁."""
+
+
+def blocks(numel: int, B: int) -> int:
+    """How many blocks of ``B`` hold ``numel`` values."""
+    return -(-numel // B)
+
+
+def constants(W: Tensor, B: int) -> Tensor:
+    """c = max |W| over each block: ``[numel]`` to ``[blocks]``."""
+    n = blocks(W.numel(), B)
+    padded = torch.nn.functional.pad(W, (0, n * B - W.numel()))
+    return padded.reshape(n, B).abs().amax(dim=1)
+
+
+def spread(c: Tensor, B: int, start: int, stop: int) -> Tensor:
+    """The block constant of each of the elements ``[start, stop)``, where ``c[0]`` is that of block ``start // B``."""
+    return c.repeat_interleave(B)[start % B :][: stop - start]
+
+
+def quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
+    """q and c₂ of the flat fp32 weight ``[numel]``: ``[numel]`` uint8 and ``[blocks]`` fp32 (equation 1)."""
+    c2 = constants(W, B)
+    divisor = c2.clamp(min=SMALLEST_ABSMAX)
+    scaled = W * spread(1 / divisor, B, 0, W.numel())
+    if W.numel() % B:  # bitsandbytes divides in a short block, and stores the divisor
+        tail = W.numel() // B * B
+        scaled[tail:] = W[tail:] / divisor[-1]
+        c2[-1] = divisor[-1]
+    level = torch.tensor(LEVELS, device=W.device)
+    midpoints = (level[:-1] + level[1:]) / 2
+    q = torch.bucketize(scaled, midpoints, out_int32=True)  # midpoint[q - 1] < scaled <= midpoint[q]
+    return q.to(torch.uint8), c2
+
+
+def dequantize(q: Tensor, c2: Tensor, B: int, start: int = 0) -> Tensor:
+    """Ŵ of the elements ``start ...`` (equation 2): ``q`` of them, ``c2`` from block ``start // B`` on. fp32."""
+    level = torch.tensor(LEVELS, device=q.device)
+    return level[q.to(torch.int32)] * spread(c2, B, start, start + q.numel())
+
+
+def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """The 256 values of the signed dynamic data type (Dettmers 2015, arXiv 1511.04561), ascending, fp32.
+
+    For i = 0 … 6 the decade 10^(i−6) has 2^i values of each sign: the midpoints of 2^i equal bins of [0.1, 1].
+    With 0 and 1 that is 2 · 127 + 2.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        decade = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += decade.tolist() + (-decade).tolist()
+    return torch.tensor(sorted(values), device=device)
+
+
+def double_quantize(c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q₂, c₁ and the mean of c₂ ``[blocks]``: ``[blocks]`` uint8, ``[blocks / 256]`` fp32, ``[1]`` fp32."""
+    mean = c2.mean() if c2.numel() else c2.new_zeros(())
+    centred = c2 - mean  # c₂ is positive: around zero the signed map is used whole
+    c1 = constants(centred, NESTED_BLOCK_SIZE)
+    per_block = spread(c1, NESTED_BLOCK_SIZE, 0, c2.numel())
+    scaled = (centred * (1 / per_block)).clamp(-1, 1)
+    scaled = torch.where(per_block == 0, -1.0, scaled)  # bitsandbytes takes code 0 in a block of zeros
+    # bitsandbytes doesn't look for the nearest value of the map but for that nearest to one of 65536 grid points
+    point = ((scaled + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
+    level = dynamic_map(c2.device)
+    q2 = torch.bucketize(2 * point.to(torch.float32) / 65535 - 1, (level[:-1] + level[1:]) / 2, out_int32=True)
+    return q2.to(torch.uint8), c1, mean.reshape(1)
+
+
+def double_dequantize(q2: Tensor, c1: Tensor, mean: Tensor, start: int = 0) -> Tensor:
+    """c₂ of the blocks ``start ...`` (inside equation 6): ``q2`` of them, ``c1`` from ``start // 256`` on."""
+    per_block = spread(c1, NESTED_BLOCK_SIZE, start, start + q2.numel())
+    return dynamic_map(q2.device)[q2.to(torch.int32)] * per_block + mean
