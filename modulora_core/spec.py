@@ -261,7 +261,6 @@ class Quantizer(ABC):
 
     An instance is cheap, holds only its options, and is shared between layers: keep no state in it. It is
     constructed with the options that are recorded in a checkpoint, also when the checkpoint is only read.
-
     Attributes:
         spec: the plugin's :class:`QuantizerSpec`.
         format: the number of the packed format that :meth:`pack` writes.
