@@ -46,6 +46,16 @@ class BaseRecord:
         """The quantizers in words, for messages."""
         return ", ".join(_in_words(q) for q in self.quantizers) or "no quantizer"
 
+    def difference(self, here: BaseRecord) -> str:
+        """How ``here`` differs from this base, which has its architecture, in words; "" if it doesn't."""
+        if self.dense_weights != here.dense_weights:
+            return (f"made for the base {self.name}; {here.name} has its shapes and other weights: "
+                    "results will differ")  # fmt: skip
+        if self.quantizers != here.quantizers:
+            return (f"trained on {self.name} quantized with {self.quantized_with}, used on it quantized with "
+                    f"{here.quantized_with}: results may differ")  # fmt: skip
+        return ""
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:

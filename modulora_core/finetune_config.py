@@ -69,10 +69,8 @@ class FinetuneConfig(BaseModel):
     )
     adapter: str | None = Field(None, description="go on training this adapter instead of a new one")
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps")
-    epochs: float | None = Field(
-        None, gt=0, description="passes over the data; 1 if steps aren't given either"
-    )
+    steps: int | None = Field(None, ge=1, description="optimizer steps; this or epochs is needed")
+    epochs: float | None = Field(None, gt=0, description="passes over the data, instead of steps")
     batch_size: int = Field(4, ge=1, description="examples in one forward pass")
     grad_accum: int = Field(4, ge=1, description="forward passes in one optimizer step")
     seq_len: int = Field(512, ge=2, description="longest example, in tokens")
@@ -96,19 +94,14 @@ class FinetuneConfig(BaseModel):
     seed: int = Field(0, ge=0, description="of the adapter's start, the order of the data and the dropout")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_epoch_by_default(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("steps") is None and values.get("epochs") is None:
-            return {**values, "epochs": 1.0}
-        return values
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
                 f"expected steps or epochs, got both: {self.steps} steps and {self.epochs:g} epochs"
             )
+        if self.steps is None and self.epochs is None:
+            raise ValueError("expected steps or epochs, got neither: say how long to train")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(
                 f"warmup: expected a share below 1 or a whole number of steps, got {self.warmup}"

@@ -76,6 +76,12 @@ class AdapterFolder(Mapping[str, AdapterDelta]):
     Args:
         path: a folder, or a repository on the Hub (``org/name``). Only safetensors are read.
 
+    Attributes:
+        config: PEFT's LoraConfig.
+        record: ``modulora.json``, where there is one.
+        shapes: ``(out, r, in)`` of each module.
+        scales: s of each module.
+
     Raises:
         AdapterError: nothing is there, it is malformed, or it is more than a LoRA adapter.
     """
@@ -98,9 +104,6 @@ class AdapterFolder(Mapping[str, AdapterDelta]):
             raise AdapterError(f"{weights}: not a readable safetensors file: {error}") from None
         self.shapes = _module_shapes(shapes, str(weights))
         self.scales = {module: self._scale(module, rank) for module, (_, rank, _) in self.shapes.items()}
-
-    shapes: dict[str, tuple[int, int, int]]
-    """``(out, r, in)`` of each module."""
 
     def _scale(self, module: str, rank: int) -> float:
         pattern = self.config.get("alpha_pattern") or {}

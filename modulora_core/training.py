@@ -1,8 +1,8 @@
 """transformers.Trainer, set up for an adapter on packed weights.
 
-What is ours: only the adapter is saved and restored, and a loss that isn't a number ends the run. A checkpoint
-is an adapter folder in PEFT's format beside the state of optimizer, schedule and random numbers, which
-transformers reads with ``weights_only``: nothing but tensors and numbers is unpickled.
+What is ours: only the adapter is saved and restored, and a loss that isn't a number ends the run. A
+checkpoint is an adapter folder in PEFT's format beside the state of optimizer, schedule and random numbers,
+which transformers reads with ``weights_only``: nothing but tensors and numbers is unpickled.
 """
 
 from __future__ import annotations

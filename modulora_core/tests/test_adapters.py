@@ -1,0 +1,507 @@
+"""Adapters on packed models, against `peft` on the dense ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from modulora_core.adapters import (
+    LoRASettings,
+    adapter_deltas,
+    adapter_layers,
+    add_lora,
+    load_adapter,
+    save_adapter,
+)
+from modulora_core.checkpoint import load_model
+from modulora_core.errors import AdapterError, ModelError, OptionError
+from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.quantize import quantize
+from modulora_core.tests.tiny_models import save_tiny_model
+
+IDS = torch.arange(3, 27).view(2, 12)  # [batch, sequence]
+
+Folders = tuple[Path, Path]
+Pack = Callable[..., Folders]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products on several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pack(toy: object, tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    """``pack(architecture, quantizer)`` gives the folders of the dense and of the packed model, made once."""
+    made: dict[tuple[object, ...], Folders] = {}
+
+    def folders(architecture: str, quantizer: str = "verbatim", exclude: tuple[str, ...] = ()) -> Folders:
+        key = (architecture, quantizer, exclude)
+        if key not in made:
+            root = tmp_path_factory.mktemp(architecture)
+            dense = save_tiny_model(architecture, root / "dense")
+            quantize(str(dense), root / "packed", quantizer, exclude=exclude)
+            made[key] = dense, root / "packed"
+        return made[key]
+
+    return folders
+
+
+@pytest.fixture
+def llama(pack: Pack) -> nn.Module:
+    return load_model(pack("llama")[1])
+
+
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Give B values, as training does: a new adapter's is zero, and would hide every mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in adapter_layers(model):
+        for B in layer.lora_B.values():
+            B.data.copy_(torch.randn(B.shape, generator=generator) / 4)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits  # type: ignore[no-any-return]
+
+
+def trained(model: nn.Module, settings: LoRASettings | None = None) -> nn.Module:
+    add_lora(model, settings or LoRASettings(rank=4))
+    randomize(model)
+    return model
+
+
+# making
+
+
+def test_every_packed_layer_gets_an_adapter_and_nothing_else_trains(llama: nn.Module) -> None:
+    packed = [path for path, module in llama.named_modules() if isinstance(module, QuantLinear)]
+    before = logits(llama)
+    assert add_lora(llama, LoRASettings()) == packed
+    assert len(packed) == 2 * 7
+    trains = {name for name, parameter in llama.named_parameters() if parameter.requires_grad}
+    assert trains == {f"{path}.lora_{factor}.default" for path in packed for factor in "AB"}
+    assert torch.equal(logits(llama), before), "B is zero at first, so the model computes what it did"
+
+
+def test_the_same_seed_gives_the_same_adapter_and_leaves_the_global_random_numbers_alone(pack: Pack) -> None:
+    def values(seed: int) -> list[Tensor]:
+        model = load_model(pack("llama")[1])
+        add_lora(model, LoRASettings(seed=seed))
+        return [layer.lora_A["default"].data for _, layer in adapter_layers(model)]
+
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, again, other = values(1), values(1), values(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("q_proj",), ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
+        (("self_attn.k_proj",), ["model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.k_proj"]),
+        (("model.layers.1.mlp.up_proj",), ["model.layers.1.mlp.up_proj"]),
+    ],
+)
+def test_targets_match_whole_parts_at_the_end_of_a_path(
+    llama: nn.Module, targets: tuple[str, ...], expected: list[str]
+) -> None:
+    assert add_lora(llama, LoRASettings(targets=targets)) == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("q_porj", "target 'q_porj': no packed layer of that name; did you mean 'q_proj'"),
+        ("proj", "target 'proj': no packed layer of that name"),
+        ("lm_head", "target 'lm_head': lm_head is not quantized"),
+    ],
+)
+def test_an_unknown_target_is_refused_before_anything_changes(llama: nn.Module, target: str, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        add_lora(llama, LoRASettings(targets=("v_proj", target)))
+    assert not list(adapter_layers(llama))
+
+
+def test_a_dense_model_is_refused_with_the_command_to_run(pack: Pack) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(pack("llama")[0])
+    with pytest.raises(ModelError, match="run `modulora quantize` on it first"):
+        add_lora(dense, LoRASettings())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rank", 0), ("dropout", 1.0), ("dropout", -0.1), ("targets", ()), ("targets", "q_proj")]
+)
+def test_settings_out_of_range_are_refused(name: str, value: object) -> None:
+    with pytest.raises(OptionError, match=f"{name}: expected"):
+        replace(LoRASettings(), **{name: value})
+
+
+def test_an_adapter_follows_its_model_into_training_and_evaluation(llama: nn.Module) -> None:
+    trained(llama, LoRASettings(rank=4, dropout=0.5))
+    assert torch.equal(logits(llama), logits(llama)), "evaluation drops nothing"
+    llama.train()
+    assert not torch.equal(llama(IDS).logits, llama(IDS).logits), "training drops at random"
+
+
+# PEFT reads what is written here
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-biased", "gpt2", "phi3", "gemma"])
+@pytest.mark.parametrize("targets", ["all-linear", "some"])
+def test_peft_gives_the_same_logits_on_the_original_model(
+    pack: Pack, architecture: str, targets: str, tmp_path: Path
+) -> None:
+    """``verbatim`` keeps every weight, so the two models differ in the adapter's code alone."""
+    dense, packed = pack(architecture)
+    model = load_model(packed)
+    paths = [path for path, module in model.named_modules() if isinstance(module, QuantLinear)]
+    settings = LoRASettings(rank=4, targets=("all-linear",) if targets == "all-linear" else tuple(paths[1:4]))
+    trained(model, settings)
+    save_adapter(model, tmp_path / "adapter", base=str(dense))
+
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(dense), tmp_path / "adapter")
+    ours, base = logits(model), logits(AutoModelForCausalLM.from_pretrained(dense))
+    adapted = {name for name, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.Linear)}
+    expected = paths if targets == "all-linear" else paths[1:4]
+    assert adapted == {f"base_model.model.{path}" for path in expected}
+    torch.testing.assert_close(logits(theirs), ours, rtol=1e-4, atol=1e-5)
+    assert (ours - base).abs().max() > 0.05, "an adapter that does nothing would pass"
+
+
+def test_ranks_and_scales_that_differ_from_layer_to_layer_reach_peft(pack: Pack, tmp_path: Path) -> None:
+    dense, packed = pack("llama")
+    model = load_model(packed)
+    add_lora(model, LoRASettings(rank=4, alpha=8, targets=("q_proj", "v_proj")))
+    odd = dict(adapter_layers(model))["model.layers.1.self_attn.v_proj"]
+    for values in (odd.lora_A, odd.lora_B, odd.scale):
+        del values["default"]
+    odd.active.clear()
+    odd.add_adapter("default", 2, alpha=3.0)
+    randomize(model)
+    save_adapter(model, tmp_path, base=str(dense))
+
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert config["rank_pattern"] == {"model.layers.1.self_attn.v_proj": 2}
+    assert config["alpha_pattern"] == {"model.layers.1.self_attn.v_proj": 3}
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(dense), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+    again = load_model(packed)
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_the_names_of_targets_never_reach_a_layer_that_was_left_dense(pack: Pack, tmp_path: Path) -> None:
+    """With the first layer's up_proj dense, the name ``up_proj`` alone would adapt it too."""
+    dense, packed = pack("llama", exclude=("model.layers.0.mlp.up_proj",))
+    model = trained(load_model(packed))
+    save_adapter(model, tmp_path, base=str(dense))
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(path for path, _ in adapter_layers(model))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(dense), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+
+
+# what PEFT writes is read here
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.*": 3}, "alpha_pattern": {"^model.layers.0.*v_proj": 5}},
+        {"rank_pattern": {"k_proj": 9}, "use_rslora": True},
+    ],
+    ids=["plain", "rslora", "patterns", "rslora-patterns"],
+)
+def test_an_adapter_that_peft_saved_gives_the_same_logits_here(
+    pack: Pack, options: dict[str, object], tmp_path: Path
+) -> None:
+    dense, packed = pack("llama")
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules="all-linear",
+                        init_lora_weights=False, **options)  # fmt: skip
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(dense), config)
+    theirs.save_pretrained(tmp_path)
+    model = load_model(packed)
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_peft_saved_on_gpt2_gives_the_same_logits_here(pack: Pack, tmp_path: Path) -> None:
+    dense, packed = pack("gpt2")
+    config = LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(dense), config)
+    theirs.save_pretrained(tmp_path)
+    model = load_model(packed)
+    assert load_adapter(model, tmp_path) == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "expected peft_type LORA, got 'IA3'"),
+        ({"use_dora": True}, "use_dora = True"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
+        ({"lora_bias": True}, "lora_bias = True"),
+        ({"bias": "lora_only"}, "expected bias 'none', got 'lora_only'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "initialised by 'pissa_niter_4'"),
+        ({"lora_alpha": None}, "lora_alpha: expected a number, got None"),
+        ({"alpha_pattern": {"(": 3}}, "malformed alpha_pattern"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_more_than_lora_is_refused_by_its_name(
+    llama: nn.Module, pack: Pack, changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    save_adapter(trained(load_model(pack("llama")[1])), tmp_path, base="base")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(llama, tmp_path)
+    assert not list(adapter_layers(llama))
+
+
+# round trip
+
+
+def test_a_saved_adapter_comes_back_bit_for_bit(pack: Pack, tmp_path: Path) -> None:
+    model = trained(load_model(pack("llama", "toy")[1]), LoRASettings(rank=3, alpha=7, dropout=0.2))
+    save_adapter(model, tmp_path, base="base")
+    again = load_model(pack("llama", "toy")[1])
+    assert load_adapter(again, tmp_path) == [path for path, _ in adapter_layers(model)]
+    assert torch.equal(logits(again), logits(model))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    layer = next(layer for _, layer in adapter_layers(again))
+    assert (layer.dropout, layer.scale) == (0.2, {"default": 7 / 3})
+
+
+def test_a_loaded_adapter_can_go_on_training(pack: Pack, tmp_path: Path) -> None:
+    save_adapter(trained(load_model(pack("llama")[1])), tmp_path, base="base")
+    model = load_model(pack("llama")[1])
+    paths = load_adapter(model, tmp_path, trainable=True)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains == {f"{path}.lora_{factor}.default" for path in paths for factor in "AB"}
+
+
+def test_two_adapters_on_one_model_add_up(pack: Pack, tmp_path: Path) -> None:
+    folder = pack("llama")[1]
+    both = load_model(folder)
+    add_lora(both, LoRASettings(rank=4, targets=("q_proj",), seed=1), "first")
+    add_lora(both, LoRASettings(rank=2, targets=("q_proj", "v_proj"), seed=2), "second")
+    randomize(both)
+    trains = {name.rpartition(".")[2] for name, p in both.named_parameters() if p.requires_grad}
+    assert trains == {"second"}, "the first is frozen when a second comes"
+    for name in ("first", "second"):
+        save_adapter(both, tmp_path / name, base="base", name=name)
+    again = load_model(folder)
+    for name in ("second", "first"):
+        load_adapter(again, tmp_path / name, name)
+    torch.testing.assert_close(logits(again), logits(both))
+
+
+def test_the_record_says_which_base_and_which_settings(pack: Pack, tmp_path: Path) -> None:
+    settings = LoRASettings(rank=4)
+    save_adapter(trained(load_model(pack("llama", "toy")[1]), settings), tmp_path, base="org/base", settings=settings)
+    record = json.loads((tmp_path / "modulora.json").read_text())
+    assert record["base"]["name"] == "org/base"
+    assert record["base"]["quantizers"] == [{"quantizer": "toy", "options": {"levels": 127}}]
+    assert record["settings"] == {"rank": 4, "alpha": 32.0, "dropout": 0.1, "targets": ["all-linear"], "seed": 0}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+
+
+def test_without_its_last_file_a_folder_is_no_adapter(llama: nn.Module, tmp_path: Path) -> None:
+    save_adapter(trained(llama), tmp_path, base="base")
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match="expected adapter_config.json in it, found none"):
+        adapter_deltas(tmp_path)
+
+
+def test_adapter_config_is_written_after_the_other_files(llama: nn.Module, tmp_path: Path) -> None:
+    """A folder in the way of the weights stops the writing in the middle, as a full disk would."""
+    (tmp_path / "adapter_model.safetensors").mkdir()
+    (tmp_path / "adapter_config.json").write_text("{}")  # of an older adapter
+    with pytest.raises(OSError, match="adapter_model"):
+        save_adapter(trained(llama), tmp_path, base="base")
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_deltas_are_what_the_layers_add(llama: nn.Module, tmp_path: Path) -> None:
+    trained(llama)
+    save_adapter(llama, tmp_path, base="base")
+    deltas = adapter_deltas(tmp_path)
+    layers = dict(adapter_layers(llama))
+    assert set(deltas) == set(layers)
+    for path, delta in deltas.items():
+        layer = layers[path]
+        x = torch.randn(3, layer.in_features)
+        added = delta.scale * (x @ delta.A.T) @ delta.B.T
+        without = QuantLinear(layer.weight, layer.bias)
+        torch.testing.assert_close(added, layer.eval()(x) - without(x), rtol=1e-3, atol=1e-4)
+        assert delta.shape == (layer.out_features, layer.in_features)
+    assert deltas.get("model.layers.9.mlp.up_proj") is None
+
+
+# adapters that don't fit
+
+
+def test_another_architecture_is_refused_with_both_names_and_the_layer(pack: Pack, tmp_path: Path) -> None:
+    save_adapter(trained(load_model(pack("gpt2")[1])), tmp_path, base="org/gpt")
+    with pytest.raises(AdapterError, match=r"made for the base org/gpt, it doesn't fit .*packed: there is no packed "
+                                           r"layer transformer\.h\.0\.\S+ and 7 more"):  # fmt: skip
+        load_adapter(load_model(pack("llama")[1]), tmp_path)
+
+
+def test_other_shapes_are_refused_with_the_layer_and_both_shapes(llama: nn.Module, pack: Pack, tmp_path: Path) -> None:
+    save_adapter(trained(load_model(pack("llama")[1])), tmp_path, base="org/base")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    save_file(tensors | {key: torch.zeros(4, 33)}, file)
+    with pytest.raises(AdapterError, match=r"made for the base org/base.*model\.layers\.1\.mlp\.up_proj: expected an "
+                                           r"adapter of \[48, 32\], got one of \[48, 33\]"):  # fmt: skip
+        load_adapter(llama, tmp_path)
+    assert not list(adapter_layers(llama)), "nothing is changed before all is checked"
+
+
+def test_a_deeper_model_of_the_same_widths_is_refused(pack: Pack, tmp_path: Path) -> None:
+    """All layers of the adapter are there; only the record knows that there were no others."""
+    from modulora_core.tests.tiny_models import tiny_config
+
+    config = tiny_config("llama")
+    config.num_hidden_layers = 3
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "verbatim")
+    save_adapter(trained(load_model(pack("llama")[1])), tmp_path / "adapter", base="org/base")
+    with pytest.raises(AdapterError, match="made for the base org/base.*different linear layers beside"):
+        load_adapter(load_model(tmp_path / "packed"), tmp_path / "adapter")
+
+
+def test_a_layer_that_isnt_quantized_here_is_named(pack: Pack, tmp_path: Path) -> None:
+    save_adapter(trained(load_model(pack("llama")[1])), tmp_path, base="org/base")
+    partly = load_model(pack("llama", exclude=("model.layers.0.mlp.up_proj",))[1])
+    with pytest.raises(AdapterError, match=r"model\.layers\.0\.mlp\.up_proj isn't quantized there"):
+        load_adapter(partly, tmp_path)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "modulora_core.adapters" and r.levelno == logging.WARNING]
+
+
+def test_another_quantization_of_the_base_is_one_warning(
+    pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_adapter(trained(load_model(pack("llama", "toy")[1])), tmp_path, base="org/base")
+    load_adapter(load_model(pack("llama", "toy")[1]), tmp_path)
+    assert warnings_of(caplog) == [], "the same base is no reason to warn"
+    model = load_model(pack("llama", "verbatim")[1])
+    assert load_adapter(model, tmp_path)
+    (warning,) = warnings_of(caplog)
+    assert "trained on org/base quantized with toy (levels=127), used on it quantized with verbatim" in warning
+
+
+def test_the_same_base_in_another_dtype_is_no_reason_to_warn(
+    pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_adapter(trained(load_model(pack("llama", "toy")[1])), tmp_path, base="org/base")
+    load_adapter(load_model(pack("llama", "toy")[1], dtype="bfloat16"), tmp_path)
+    assert warnings_of(caplog) == []
+
+
+def test_another_model_of_the_same_shapes_is_one_warning(
+    llama: nn.Module, pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = trained(load_model(pack("llama")[1]))
+    model.model.norm.weight.data.mul_(1.1)
+    save_adapter(model, tmp_path, base="org/chat")
+    load_adapter(llama, tmp_path)
+    (warning,) = warnings_of(caplog)
+    assert "made for the base org/chat" in warning
+    assert "other weights" in warning
+
+
+# files that aren't adapters
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json: not readable JSON"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "expected an object, got list"),
+        (lambda f: (f / "modulora.json").write_text('{"format": 99}'), "reads format 1 of modulora.json, got 99"),
+        (lambda f: (f / "modulora.json").write_text('{"format": 1}'), "malformed modulora.json"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"short"), "not a readable safetensors file"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "expected adapter_model.safetensors in it"),
+        (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "is a pickle, which is not read"),
+    ],
+    ids=["json", "list", "format", "record", "weights", "missing", "pickle"],
+)  # fmt: skip
+def test_a_damaged_adapter_is_refused_with_the_file(
+    llama: nn.Module, damage: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
+    save_adapter(trained(llama), tmp_path, base="base")
+    damage(tmp_path)
+    with pytest.raises(AdapterError, match=message):
+        adapter_deltas(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "it holds no tensors"),
+        ({"base_model.model.x.lora_A.weight": (2, 4)}, r"x: expected lora_A \[r, in\] .*, got \[2, 4\] and none"),
+        ({"base_model.model.x.lora_A.weight": (2, 4), "base_model.model.x.lora_B.weight": (4, 3)},
+         r"got \[2, 4\] and \[4, 3\]"),
+        ({"base_model.model.x.lora_magnitude_vector": (4,)}, "got base_model.model.x.lora_magnitude_vector"),
+        ({"x.lora_A.weight": (2, 4)}, "got x.lora_A.weight"),
+    ],
+    ids=["none", "half", "ranks", "dora", "prefix"],
+)  # fmt: skip
+def test_tensors_that_are_no_adapters_are_refused(
+    llama: nn.Module, tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path
+) -> None:
+    save_adapter(trained(llama), tmp_path, base="base")
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=message):
+        adapter_deltas(tmp_path)
+
+
+def test_a_path_that_isnt_there_is_refused_without_asking_the_hub() -> None:
+    with pytest.raises(AdapterError, match="no such folder, and it doesn't look like a Hub id"):
+        adapter_deltas("./no/such/adapter")
+
+
+def test_an_adapter_that_isnt_there_cant_be_saved(llama: nn.Module, tmp_path: Path) -> None:
+    trained(llama)
+    with pytest.raises(AdapterError, match="adapter 'other': .* has none of that name"):
+        save_adapter(llama, tmp_path / "a", base="base", name="other")
+    assert not (tmp_path / "a").exists()
+
+
+def test_experts_stay_as_they_are_and_the_linear_layers_beside_them_are_adapted(pack: Pack, tmp_path: Path) -> None:
+    dense, packed = pack("qwen3_moe")
+    model = trained(load_model(packed))
+    assert {type(layer) for _, layer in adapter_layers(model)} == {LoRALinear}
+    save_adapter(model, tmp_path, base=str(dense))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(dense), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
