@@ -17,6 +17,7 @@ from torch import Tensor
 from modulora_core.errors import CheckpointError, ModelError, OptionError
 from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.sources.locate import fetch_weights, locate
+from modulora_core.sources.quiet import quiet
 from modulora_core.sources.safetensors_store import SafetensorsStore
 from modulora_core.sources.tokenizer_files import copy_files
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
@@ -157,10 +158,11 @@ def load_model(model: str | Path | PackedCheckpoint, *, dtype: str = "auto", dev
         checkpoint.quantizer(site)  # a missing plugin is told before any work
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     integration.register()
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=load_dtype(dtype, device), device_map={"": device}, output_loading_info=True,
-        trust_remote_code=False,
-    )  # fmt: skip
+    with quiet():
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=load_dtype(dtype, device), device_map={"": device}, output_loading_info=True,
+            trust_remote_code=False,
+        )  # fmt: skip
     _check_loaded(checkpoint, info)
     loaded.eval()
     return loaded  # type: ignore[no-any-return]  # transformers ships no types

@@ -1,10 +1,10 @@
 """What CPU kernels written with numba need, once for every plugin.
 
-A plugin keeps its kernels in a module that imports numba at the top, decorates them with :func:`jit`, and reaches
-them through :func:`load` and :func:`launch`::
+A plugin keeps its kernels in a module that imports numba at the top, decorates them with :func:`jit`, and
+reaches them through :func:`load` and :func:`launch`::
 
-    cpu = kernels.load("mine.cpu")            # None without numba, said once; then the plugin runs in plain torch
-    if cpu is not None and tensor.device.type == "cpu":
+    cpu = kernels.load("mine.cpu", codes.device)     # None without numba and on other devices: run plain torch
+    if cpu is not None:
         kernels.launch(cpu.decode, codes, scales, out)
 
 numba is imported by the first :func:`load`, not by this module.
@@ -26,7 +26,7 @@ from torch import Tensor
 from modulora_core.tiles import tile_ranges
 
 ROUNDING_BYTES = 2**20
-"""fp32 scratch for a tile of another dtype: half of a common L2 cache, so that rounding reads what is still there."""
+"""fp32 scratch for a tile of another dtype: what a common L2 cache holds, so that rounding reads from there."""
 
 _ONE_LAUNCH = threading.Lock()
 
@@ -37,17 +37,21 @@ def _numba() -> ModuleType | None:
         return importlib.import_module("numba")
     except ImportError as error:
         warnings.warn(
-            f"the CPU kernels of quantizers need numba, which can't be imported ({error}); running in plain torch, "
-            "which gives the same values and takes tens of times longer. To mend it: pip install numba",
+            f"numba, which compiles the CPU kernels of quantizers, can't be imported ({error}); plain torch runs "
+            "instead: the same values, tens of times slower. To mend it: pip install numba",
             RuntimeWarning,
             stacklevel=3,
         )
         return None
 
 
+def load(module: str, device: torch.device) -> ModuleType | None:
+    """A plugin's module of kernels; None where they can't run: off the CPU, or without numba (said once a process)."""
+    return _load(module) if device.type == "cpu" else None
+
+
 @cache
-def load(module: str) -> ModuleType | None:
-    """Import a plugin's module of numba kernels, or return None (with one warning a process) without numba."""
+def _load(module: str) -> ModuleType | None:
     return None if _numba() is None else importlib.import_module(module)
 
 
@@ -56,11 +60,11 @@ def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[
 
     Args:
         parallel: whether ``prange`` runs on threads.
-        fastmath: LLVM's flags. None of them by default: kernels that decode must give the reference's bits, and
-            only a sum whose order nobody promises may use ``"reassoc"`` or ``"contract"``.
+        fastmath: LLVM's flags, by default none: kernels that decode must give the reference's bits. Only a sum,
+            whose order nobody promises, may use ``"reassoc"`` and ``"contract"``.
 
-    The compiled code is kept beside the module or, where that folder can't be written, in numba's cache folder of the
-    user. Where neither can be written the kernel is compiled again in each process.
+    The compiled code is kept beside the module or, where that folder can't be written, in the user's cache folder of
+    numba. Where neither can be written the kernel is compiled again in each process.
     """
     import numba
 
@@ -75,10 +79,10 @@ def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[
 
 
 def launch(kernel: Callable[..., None], *arguments: Tensor | int | float) -> None:
-    """Run ``kernel`` with torch's number of threads; tensors (on the CPU) are passed as arrays on the same memory.
+    """Run ``kernel`` on torch's number of threads; CPU tensors are passed as arrays on the same memory.
 
-    One kernel runs at a time. numba's threading layers differ in whether they can be entered from two threads (its
-    own "workqueue", the one that is always there, ends the process), and two at once have no more cores than one.
+    One kernel runs at a time: numba's layer "workqueue", the one that is always there, ends the process when it is
+    entered from two threads, and two kernels at once have no more cores than one.
     """
     import numba
 
@@ -98,10 +102,10 @@ def filled_tile(
     """A CPU tile in ``dtype`` from a kernel that writes fp32.
 
     Args:
-        fill: ``fill(start, stop, out)`` writes rows ``[start, stop)`` to ``out``, ``[stop - start, in]`` fp32.
+        fill: ``fill(start, stop, out)`` writes rows ``[start, stop)`` to ``out``, fp32 ``[stop - start, in]``.
         rows: the range to fill.
         in_features: the length of a row.
-        dtype: any float dtype. Others than fp32 are rounded once from an fp32 scratch of :data:`ROUNDING_BYTES`.
+        dtype: any float dtype. Others than fp32 are rounded once, from a scratch of :data:`ROUNDING_BYTES`.
     """
     start, stop = rows
     tile = torch.empty(stop - start, in_features, dtype=dtype)
@@ -119,11 +123,11 @@ def filled_tile(
 
 
 def few_rows(x: Tensor, features: int, most: int) -> Tensor | None:
-    """``x`` as what a few-row kernel takes: contiguous fp32 ``[n, features]``; None where tiles are the way.
+    """``x`` as a few-row kernel takes it, contiguous fp32 ``[n, features]``; None where tiles are the way.
 
-    Tiles are the way for more than ``most`` rows, where a matrix product over a decoded tile costs less; for fp64,
-    because the kernels sum in fp32; for devices other than the CPU; and for a wrong last dimension, so that the
-    tiled product says what is wrong.
+    They are for more than ``most`` rows, where a matrix product over decoded tiles costs less; for fp64, because
+    the kernels sum in fp32; for devices other than the CPU; and for a wrong last dimension, so that the tiled
+    product says what is wrong.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None

@@ -86,14 +86,13 @@ def open_to_run(
 
 
 def _load_dense(source: ModelSource, name: str, dtype: str, device: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    location = source.location
+    # a GGUF file is read by our own stream: transformers' holds all of it twice, and draws bars that can't be turned off
+    weights = None if source.location.gguf is None else dict(source.tensors())
     try:
         with quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                location.folder, gguf_file=location.gguf, dtype=load_dtype(dtype, device), device_map={"": device},
-                trust_remote_code=False,
+            loaded = type(source.skeleton()).from_pretrained(
+                source.location.folder if weights is None else None, config=source.config, state_dict=weights,
+                dtype=load_dtype(dtype, device), device_map={"": device}, trust_remote_code=False,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"model {name}: transformers can't load it: {str(error).splitlines()[0]}") from error

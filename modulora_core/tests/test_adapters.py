@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import peft
@@ -132,10 +132,12 @@ def test_targets_match_whole_parts_at_the_end_of_a_path(
     [
         ("q_porj", "target 'q_porj': no packed layer of that name; did you mean 'q_proj'"),
         ("proj", "target 'proj': no packed layer of that name"),
-        ("lm_head", "target 'lm_head': lm_head is not quantized"),
+        ("lm_head", "target 'lm_head': lm_head is no packed linear layer"),
     ],
 )
-def test_an_unknown_target_is_refused_before_anything_changes(llama: nn.Module, target: str, message: str) -> None:
+def test_an_unknown_target_is_refused_before_anything_changes(
+    llama: nn.Module, target: str, message: str
+) -> None:
     with pytest.raises(AdapterError, match=message):
         add_lora(llama, LoRASettings(targets=("v_proj", target)))
     assert not list(adapter_layers(llama))
@@ -148,7 +150,7 @@ def test_a_dense_model_is_refused_with_the_command_to_run(pack: Pack) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("rank", 0), ("dropout", 1.0), ("dropout", -0.1), ("targets", ()), ("targets", "q_proj")]
+    ("name", "value"), [("rank", 0), ("dropout", 1.0), ("dropout", -0.1), ("alpha", 0.0), ("targets", ())]
 )
 def test_settings_out_of_range_are_refused(name: str, value: object) -> None:
     with pytest.raises(OptionError, match=f"{name}: expected"):
@@ -289,7 +291,7 @@ def test_a_saved_adapter_comes_back_bit_for_bit(pack: Pack, tmp_path: Path) -> N
     model = trained(load_model(pack("llama", "toy")[1]), LoRASettings(rank=3, alpha=7, dropout=0.2))
     save_adapter(model, tmp_path, base="base")
     again = load_model(pack("llama", "toy")[1])
-    assert load_adapter(again, tmp_path) == [path for path, _ in adapter_layers(model)]
+    assert set(load_adapter(again, tmp_path)) == {path for path, _ in adapter_layers(model)}
     assert torch.equal(logits(again), logits(model))
     assert not any(parameter.requires_grad for parameter in again.parameters())
     layer = next(layer for _, layer in adapter_layers(again))
@@ -321,12 +323,12 @@ def test_two_adapters_on_one_model_add_up(pack: Pack, tmp_path: Path) -> None:
 
 
 def test_the_record_says_which_base_and_which_settings(pack: Pack, tmp_path: Path) -> None:
-    settings = LoRASettings(rank=4)
-    save_adapter(trained(load_model(pack("llama", "toy")[1]), settings), tmp_path, base="org/base", settings=settings)
+    model, settings = load_model(pack("llama", "toy")[1]), LoRASettings(rank=4, targets=("q_proj", "k_proj"))
+    save_adapter(trained(model, settings), tmp_path, base="org/base", settings=settings)
     record = json.loads((tmp_path / "modulora.json").read_text())
     assert record["base"]["name"] == "org/base"
     assert record["base"]["quantizers"] == [{"quantizer": "toy", "options": {"levels": 127}}]
-    assert record["settings"] == {"rank": 4, "alpha": 32.0, "dropout": 0.1, "targets": ["all-linear"], "seed": 0}
+    assert record["settings"] == asdict(settings) | {"targets": ["q_proj", "k_proj"]}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
 
 
@@ -367,12 +369,14 @@ def test_deltas_are_what_the_layers_add(llama: nn.Module, tmp_path: Path) -> Non
 
 def test_another_architecture_is_refused_with_both_names_and_the_layer(pack: Pack, tmp_path: Path) -> None:
     save_adapter(trained(load_model(pack("gpt2")[1])), tmp_path, base="org/gpt")
-    with pytest.raises(AdapterError, match=r"made for the base org/gpt, it doesn't fit .*packed: there is no packed "
-                                           r"layer transformer\.h\.0\.\S+ and 7 more"):  # fmt: skip
+    with pytest.raises(AdapterError, match=r"made for the base org/gpt, it doesn't fit .*packed: there is no "
+                                           r"layer transformer\.h\.0\.\S+ \(and 7 more\)"):  # fmt: skip
         load_adapter(load_model(pack("llama")[1]), tmp_path)
 
 
-def test_other_shapes_are_refused_with_the_layer_and_both_shapes(llama: nn.Module, pack: Pack, tmp_path: Path) -> None:
+def test_other_shapes_are_refused_with_the_layer_and_both_shapes(
+    llama: nn.Module, pack: Pack, tmp_path: Path
+) -> None:
     save_adapter(trained(load_model(pack("llama")[1])), tmp_path, base="org/base")
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -405,7 +409,11 @@ def test_a_layer_that_isnt_quantized_here_is_named(pack: Pack, tmp_path: Path) -
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "modulora_core.adapters" and r.levelno == logging.WARNING]
+    return [
+        r.getMessage()
+        for r in caplog.records
+        if r.name == "modulora_core.adapters" and r.levelno == logging.WARNING
+    ]
 
 
 def test_another_quantization_of_the_base_is_one_warning(
@@ -417,7 +425,9 @@ def test_another_quantization_of_the_base_is_one_warning(
     model = load_model(pack("llama", "verbatim")[1])
     assert load_adapter(model, tmp_path)
     (warning,) = warnings_of(caplog)
-    assert "trained on org/base quantized with toy (levels=127), used on it quantized with verbatim" in warning
+    assert (
+        "trained on org/base quantized with toy (levels=127), used on it quantized with verbatim" in warning
+    )
 
 
 def test_the_same_base_in_another_dtype_is_no_reason_to_warn(
@@ -481,9 +491,25 @@ def test_tensors_that_are_no_adapters_are_refused(
     llama: nn.Module, tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path
 ) -> None:
     save_adapter(trained(llama), tmp_path, base="base")
-    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "adapter_model.safetensors"
+    )
     with pytest.raises(AdapterError, match=message):
         adapter_deltas(tmp_path)
+
+
+def test_a_name_that_is_taken_is_refused(llama: nn.Module, tmp_path: Path) -> None:
+    save_adapter(trained(llama), tmp_path, base="base")
+    with pytest.raises(AdapterError, match="adapter 'default': .* has one of that name already"):
+        add_lora(llama, LoRASettings())
+    with pytest.raises(AdapterError, match="adapter 'default': .* has one of that name already"):
+        load_adapter(llama, tmp_path)
+
+
+def test_the_bases_name_is_the_checkpoints_source_by_default(pack: Pack, tmp_path: Path) -> None:
+    dense, packed = pack("llama")
+    save_adapter(trained(load_model(packed)), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == dense.name
 
 
 def test_a_path_that_isnt_there_is_refused_without_asking_the_hub() -> None:
@@ -498,9 +524,13 @@ def test_an_adapter_that_isnt_there_cant_be_saved(llama: nn.Module, tmp_path: Pa
     assert not (tmp_path / "a").exists()
 
 
-def test_experts_stay_as_they_are_and_the_linear_layers_beside_them_are_adapted(pack: Pack, tmp_path: Path) -> None:
+def test_experts_stay_as_they_are_and_the_linear_layers_beside_them_are_adapted(
+    pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     dense, packed = pack("qwen3_moe")
     model = trained(load_model(packed))
+    (warning,) = warnings_of(caplog)
+    assert "packed expert matrices stay as they are" in warning
     assert {type(layer) for _, layer in adapter_layers(model)} == {LoRALinear}
     save_adapter(model, tmp_path, base=str(dense))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(dense), tmp_path)

@@ -35,7 +35,7 @@ def assert_same(source: ModelSource, expected: dict[str, torch.Tensor]) -> None:
 def test_streamed_parameters_are_those_that_transformers_loads(
     architecture: str, shards: str, tmp_path: Path
 ) -> None:
-    """If this fails for a new version of transformers, compare sources/conversion.py with its loading loop."""
+    """If this fails for a new transformers, compare sources/conversion.py with its loading loop."""
     save_tiny_model(architecture, tmp_path, max_shard_size="1GB" if shards == "one" else "20KB")
     assert (tmp_path / "model.safetensors.index.json").exists() == (shards == "many")
     source = open_model(str(tmp_path))
