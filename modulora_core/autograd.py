@@ -91,7 +91,7 @@ class _LoRALinear(torch.autograd.Function):
         dropout: float,
         transpose: bool,
     ) -> Tensor:
-        y = quantizer.matmul(x, packed, transpose)  # [..., out]
+        y = _own(quantizer.matmul(x, packed, transpose))  # [..., out]
         y2 = y.view(-1, y.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             if bias is not None:
@@ -133,6 +133,12 @@ class _LoRALinear(torch.autograd.Function):
                 if A_trains:
                     dA = _grad_A(V, x.reshape(-1, x.shape[-1]), A, keep, ctx.dropout)
         return dX, dbias, dA, dB, None, None, None, None, None
+
+
+def _own(y: Tensor) -> Tensor:
+    """``y`` on the same memory, but not as a view: models add to a layer's output in place (Falcon, Llama 4), and
+    autograd refuses that for a view made inside of a Function."""
+    return y.new_empty(0).set_(y) if y._is_view() else y  # type: ignore[call-overload, no-any-return]
 
 
 def _dropout_mask(x: Tensor, dropout: float) -> Tensor | None:

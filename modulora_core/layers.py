@@ -3,10 +3,10 @@
     PackedParameter    a packed weight as a module: its tensors are buffers, never cast, moved with the model
     QuantLinear        y = x Ŵᵀ + b
     LoRALinear         a QuantLinear with named LoRA adapters on top
+    PackedStack        a fused 3-D expert weight: a list of PackedParameters
 
-Fused 3-D expert weights become a ``nn.ModuleList`` of PackedParameters: the model's own forward indexes it as it
-indexed the tensor, and ``F.linear(x, experts[i])`` and ``x @ experts[i]`` reach the quantizer through torch's
-``__torch_function__`` protocol.
+The model's own forward indexes a stack as it indexed the tensor, and ``F.linear(x, experts[i])``, ``x @ experts[i]`` and
+``torch.bmm(x, experts)`` reach the quantizer through torch's ``__torch_function__`` protocol.
 """
 
 from __future__ import annotations
@@ -94,6 +94,30 @@ class PackedParameter(nn.Module):
     def extra_repr(self) -> str:
         out_features, in_features = self.layout.shape
         return f"{self.layout.quantizer}, {out_features}x{in_features}, {self.layout.bits_per_weight:.2f} bits per weight"
+
+
+class PackedStack(nn.ModuleList):
+    """The packed matrices of a 3-D parameter, one for each expert; indexed by an int or a 0-d tensor."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """As the model's code sees it."""
+        first = self[0]
+        assert isinstance(first, PackedParameter)
+        return torch.Size((len(self), *first.shape))
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.bmm and not kwargs and isinstance(args[1], PackedStack):
+            x, stack = args  # x: [experts, n, rows of each matrix as the model sees it]
+            return torch.stack([torch.matmul(part, weight) for part, weight in zip(x, stack, strict=True)])
+        return NotImplemented
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:  # noqa: A002 - F.linear's name

@@ -184,12 +184,12 @@ class PackedWeight:
         quantizer: the name in the plugin's spec.
         format: the plugin's number for its packed format. Raise it when the meaning of the tensors changes.
         shape: ``(out_features, in_features)`` of the logical weight.
-        tensors: named packed tensors, any dtype of :data:`BITS_OF_DTYPE`, contiguous, all on one device. Everything
+        tensors: named packed tensors, any dtype of :data:`BITS_OF_DTYPE`, all on one device; kept contiguous. Everything
             that differs from layer to layer belongs here, scalars too.
         metadata: JSON-able structure that layers of one shape and one set of options share, such as a block size.
 
     Raises:
-        CheckpointError: a tensor isn't contiguous, its name isn't ``[a-z][a-z0-9_]*``, or its dtype isn't storable.
+        CheckpointError: a tensor's name isn't ``[a-z][a-z0-9_]*``.
     """
 
     quantizer: str
@@ -199,13 +199,11 @@ class PackedWeight:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, tensor in self.tensors.items():
+        for name in self.tensors:
             if not _TENSOR_NAME.fullmatch(name):
                 raise CheckpointError(f"name of a packed tensor: expected [a-z][a-z0-9_]*, got {name!r}")
-            if not tensor.is_contiguous():
-                raise CheckpointError(f"packed tensor {name!r}: expected it contiguous, got strides {tensor.stride()}")
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
-        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+        object.__setattr__(self, "tensors", MappingProxyType({n: t.contiguous() for n, t in self.tensors.items()}))
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
 
     @property

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modulora_core.errors import CheckpointError
-from modulora_core.layers import PackedParameter, QuantLinear
+from modulora_core.layers import PackedParameter, PackedStack, QuantLinear
 from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.spec import Quantizer
 
@@ -118,7 +118,7 @@ def _packed(site: PackedSite, quantizer: Quantizer) -> PackedParameter:
 
 def _install_experts(model: nn.Module, parent: nn.Module, leaf: str, site: PackedSite, quantizer: Quantizer) -> None:
     del parent._parameters[leaf]
-    parent.add_module(leaf, nn.ModuleList(_packed(site, quantizer) for _ in range(site.experts or 0)))
+    parent.add_module(leaf, PackedStack(_packed(site, quantizer) for _ in range(site.experts or 0)))
     parent._is_hf_initialized = True  # type: ignore[assignment]  # see above
     # the batched implementations want the stack as one dense tensor; the eager one multiplies expert by expert
     for config in {id(c): c for c in (getattr(model, "config", None), getattr(parent, "config", None)) if c}.values():

@@ -230,6 +230,16 @@ def test_gradients_under_checkpointing_are_the_same(quantizer: Quantizer) -> Non
         torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("leading", [(4,), (2, 3)], ids=str)
+def test_the_output_may_be_changed_in_place(quantizer: Quantizer, leading: tuple[int, ...]) -> None:
+    packed = quantizer.pack(torch.randn(OUT, IN))
+    x = torch.randn(*leading, IN, requires_grad=True)
+    y = lora_linear(x, quantizer, packed)
+    y += 1.0
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, whole(quantizer, packed).float().sum(0).expand(*leading, IN))
+
+
 def test_transposed_product_is_the_adjoint(quantizer: Quantizer) -> None:
     packed = quantizer.pack(torch.randn(OUT, IN))
     x = torch.randn(4, IN, dtype=torch.float64)
