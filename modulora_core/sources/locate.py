@@ -68,7 +68,7 @@ def locate(model: str, revision: str | None = None) -> Location:
     if model.startswith(_PACKAGE):
         return _in_package(model)
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return Location("folder", model, path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":

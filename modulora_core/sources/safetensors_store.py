@@ -182,7 +182,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> tuple[StoredTensor,
         raise CheckpointError(f"{path}: broken header entry of {name}: {entry!r} ({error!r})") from None
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
         raise CheckpointError(f"{path}: broken header entry of {name}: expected whole numbers, got {entry!r}")
-    dtype = getattr(torch, str(_DTYPES.get(stored_as)), None)
+    dtype = getattr(torch, str(_DTYPES.get(str(stored_as))), None)
     if dtype is None:
         raise CheckpointError(
             f"{path}: dtype of {name}: expected one of {', '.join(_DTYPES)}, got {stored_as!r}"

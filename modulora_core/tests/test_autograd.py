@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modulora_core.autograd import lora_linear
+from modulora_core.autograd import _dropout_mask, lora_linear
 from modulora_core.errors import ShapeError
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_budget
@@ -137,6 +137,20 @@ def test_dropout_drops_the_adapters_input_alone_and_in_both_directions(quantizer
     torch.testing.assert_close(t["B"].grad, (rows @ t["A"].detach().t()).sum(0).expand(OUT, RANK))
     expected_dA = t["B"].detach().sum(0)[:, None] * rows[:, :1].sum(0)  # feature 0: its mask is known
     torch.testing.assert_close(t["A"].grad[:, :1], expected_dA)
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.1, 0.5, 0.9])
+def test_each_input_is_dropped_with_the_asked_probability_and_on_its_own(dropout: float) -> None:
+    torch.manual_seed(0)
+    keep = _dropout_mask(torch.empty(501, 1001), dropout)
+    assert keep is not None
+    n = keep.numel()
+    sigma = (dropout * (1 - dropout) / n) ** 0.5
+    assert abs(keep.double().mean().item() - (1 - dropout)) < 5 * sigma
+    flat = keep.flatten().double() - keep.double().mean()
+    for lag in (1, 2, 3, 4, 1001):  # neighbours share a random word
+        correlation = (flat[lag:] * flat[:-lag]).mean() / (dropout * (1 - dropout))
+        assert abs(correlation.item()) < 5 / n**0.5, f"lag {lag}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -10,14 +11,16 @@ from gguf import GGMLQuantizationType as Kind
 
 VOCABULARY = 64
 HIDDEN = 32
-_VOCABULARY_TENSOR = (VOCABULARY, HIDDEN)
 
 
-def _attention(bias: bool = False) -> dict[str, tuple[int, ...]]:
-    shapes = {"attn_q": (32, HIDDEN), "attn_k": (16, HIDDEN), "attn_v": (16, HIDDEN)}
-    tensors = {f"{name}.weight": shape for name, shape in shapes.items()}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _attention(bias: bool = False) -> Shapes:
+    rows = {"attn_q": 32, "attn_k": 16, "attn_v": 16}
+    tensors: Shapes = {f"{name}.weight": (n, HIDDEN) for name, n in rows.items()}
     if bias:
-        tensors |= {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
+        tensors |= {f"{name}.bias": (n,) for name, n in rows.items()}
     return {
         **tensors,
         "attn_output.weight": (HIDDEN, 32),
@@ -26,43 +29,61 @@ def _attention(bias: bool = False) -> dict[str, tuple[int, ...]]:
     }
 
 
-_MLP = {"ffn_gate.weight": (64, HIDDEN), "ffn_up.weight": (64, HIDDEN), "ffn_down.weight": (HIDDEN, 64)}
-_TOP = {"token_embd.weight": _VOCABULARY_TENSOR, "output_norm.weight": (HIDDEN,)}
-_HEAD = {"output.weight": _VOCABULARY_TENSOR}
+_MLP: Shapes = {
+    "ffn_gate.weight": (64, HIDDEN),
+    "ffn_up.weight": (64, HIDDEN),
+    "ffn_down.weight": (HIDDEN, 64),
+}
+_HEAD_NORMS: Shapes = {"attn_q_norm.weight": (8,), "attn_k_norm.weight": (8,)}
+_EMBEDDING: Shapes = {"token_embd.weight": (VOCABULARY, HIDDEN)}
+_TOP: Shapes = {**_EMBEDDING, "output_norm.weight": (HIDDEN,)}
+_HEAD: Shapes = {"output.weight": (VOCABULARY, HIDDEN)}
 _SIZES = {"context_length": 64, "block_count": 2, "embedding_length": HIDDEN, "feed_forward_length": 64}
-_HEADS = {"attention.head_count": 4, "attention.head_count_kv": 2}
-_ROPE = {"rope.dimension_count": 8, "rope.freq_base": 10000.0}
-_RMS = {"attention.layer_norm_rms_epsilon": 1e-5}
+_ROPE = {"rope.dimension_count": 8, "rope.freq_base": 10000.0, "attention.layer_norm_rms_epsilon": 1e-5}
+_GROUPED = {**_SIZES, **_ROPE, "attention.head_count": 4, "attention.head_count_kv": 2}
 _EXPERT_ROWS = 768  # transformers reads no expert width from a GGUF header: it is the default of the class
 
-ARCHITECTURES: dict[str, tuple[dict[str, int | float], dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]] = {
-    "llama": ({**_SIZES, **_HEADS, **_ROPE, **_RMS}, {**_TOP, **_HEAD}, {**_attention(), **_MLP}),
-    "qwen2": ({**_SIZES, **_HEADS, **_ROPE, **_RMS}, _TOP, {**_attention(bias=True), **_MLP}),
+_GPT2_LAYER: Shapes = {
+    "attn_qkv.weight": (96, HIDDEN),
+    "attn_qkv.bias": (96,),
+    "attn_output.weight": (HIDDEN, HIDDEN),
+    "attn_output.bias": (HIDDEN,),
+    "attn_norm.weight": (HIDDEN,),
+    "attn_norm.bias": (HIDDEN,),
+    "ffn_norm.weight": (HIDDEN,),
+    "ffn_norm.bias": (HIDDEN,),
+    "ffn_up.weight": (128, HIDDEN),
+    "ffn_up.bias": (128,),
+    "ffn_down.weight": (HIDDEN, 128),
+    "ffn_down.bias": (HIDDEN,),
+}
+_EXPERTS: Shapes = {
+    "ffn_gate_inp.weight": (2, HIDDEN),
+    "ffn_gate_exps.weight": (2, _EXPERT_ROWS, HIDDEN),
+    "ffn_up_exps.weight": (2, _EXPERT_ROWS, HIDDEN),
+    "ffn_down_exps.weight": (2, HIDDEN, _EXPERT_ROWS),
+}
+
+# the header's fields, the tensors outside of layers, the tensors of each layer
+ARCHITECTURES: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
+    "llama": (_GROUPED, {**_TOP, **_HEAD}, {**_attention(), **_MLP}),
+    "qwen2": (_GROUPED, _TOP, {**_attention(bias=True), **_MLP}),
     "gpt2": (
         {**_SIZES, "attention.head_count": 4, "attention.layer_norm_epsilon": 1e-5},
         {**_TOP, "output_norm.bias": (HIDDEN,), "position_embd.weight": (1024, HIDDEN), **_HEAD},
-        {
-            "attn_qkv.weight": (96, HIDDEN), "attn_qkv.bias": (96,), "attn_output.weight": (HIDDEN, HIDDEN),
-            "attn_output.bias": (HIDDEN,), "attn_norm.weight": (HIDDEN,), "attn_norm.bias": (HIDDEN,),
-            "ffn_norm.weight": (HIDDEN,), "ffn_norm.bias": (HIDDEN,), "ffn_up.weight": (128, HIDDEN),
-            "ffn_up.bias": (128,), "ffn_down.weight": (HIDDEN, 128), "ffn_down.bias": (HIDDEN,),
-        },
+        _GPT2_LAYER,
     ),
     "qwen3moe": (
-        {**_SIZES, **_HEADS, **_ROPE, **_RMS, "attention.key_length": 8, "expert_count": 2, "expert_used_count": 1},
+        {**_GROUPED, "attention.key_length": 8, "expert_count": 2, "expert_used_count": 1},
         {**_TOP, **_HEAD},
-        {
-            **_attention(), "attn_q_norm.weight": (8,), "attn_k_norm.weight": (8,), "ffn_gate_inp.weight": (2, HIDDEN),
-            "ffn_gate_exps.weight": (2, _EXPERT_ROWS, HIDDEN), "ffn_up_exps.weight": (2, _EXPERT_ROWS, HIDDEN),
-            "ffn_down_exps.weight": (2, HIDDEN, _EXPERT_ROWS),
-        },
+        {**_attention(), **_HEAD_NORMS, **_EXPERTS},
     ),
     "lfm2": (
-        {**_SIZES, "attention.head_count": 4, "attention.head_count_kv": [2, 2], "shortconv.l_cache": 3, **_ROPE, **_RMS},
-        {"token_embd.weight": _VOCABULARY_TENSOR, "token_embd_norm.weight": (HIDDEN,)},
-        {**_attention(), "attn_q_norm.weight": (8,), "attn_k_norm.weight": (8,), **_MLP},
+        {**_GROUPED, "attention.head_count_kv": [2, 2], "shortconv.l_cache": 3},
+        {**_EMBEDDING, "token_embd_norm.weight": (HIDDEN,)},
+        {**_attention(), **_HEAD_NORMS, **_MLP},
     ),
-}  # fmt: skip
+}
 
 
 def write_tiny_gguf(architecture: str, path: Path, kind: str = "F32", extra: tuple[str, ...] = ()) -> Path:

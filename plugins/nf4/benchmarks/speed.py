@@ -73,7 +73,10 @@ def main() -> None:
         name = f"nf4{' double_quant' if double_quant else ''}"
         row(f"{name}, pack", lambda i, q=quantizer: q.pack(dense[i]))
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            row(f"{name}, tiles {dtype}".replace("torch.", ""), lambda i, q=quantizer, p=packed, t=dtype: all_tiles(q, p[i], t))
+            row(
+                f"{name}, tiles {dtype}".replace("torch.", ""),
+                lambda i, q=quantizer, p=packed, t=dtype: all_tiles(q, p[i], t),
+            )
         row(f"{name}, matmul 1 row", lambda i, q=quantizer, p=packed: q.matmul(x, p[i]))
         row(f"{name}, matmul 1 row transposed", lambda i, q=quantizer, p=packed: q.matmul(x, p[i], True))
     row("dense fp32, matmul 1 row", lambda i: x @ dense[i].t())

@@ -88,7 +88,7 @@ class INT8(Quantizer):
 
 def _kernels(device: torch.device) -> Any:
     """The module of compiled kernels; None for other devices, and without numba."""
-    return kernels.load("modulora_int8.cpu") if device.type == "cpu" else None
+    return kernels.load("modulora_int8.cpu", device)
 
 
 def _group(packed: PackedWeight) -> int:

@@ -9,22 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_nf4.reference import LEVELS, SMALLEST_ABSMAX, ZERO
+from modulora_nf4.reference import LEVELS, SMALLEST_ABSMAX, ZERO, dynamic_map
 
 _LEVELS = np.array(LEVELS, np.float32)
 _PAIRS = np.stack([np.repeat(_LEVELS, 16), np.tile(_LEVELS, 16)], axis=1)  # [256, 2]: both values of a byte
 _MIDPOINTS = tuple((_LEVELS[1:] + _LEVELS[:-1]) / np.float32(2))
 _SMALLEST = np.float32(SMALLEST_ABSMAX)
+_DYNAMIC_MAP = dynamic_map().numpy()
 
 _PIECE = 8192  # elements that a thread takes at once: 4 KiB of codes and 32 KiB of values
 _ROWS = 16  # rows that a thread takes at once in matmul
-_COLUMNS = 512  # columns that a thread takes at once in matmul_transposed: an accumulator stays in the L1 cache
+_COLUMNS = 512  # columns that a thread takes at once in matmul_transposed: their sums stay in the L1 cache
 
 _F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
@@ -47,7 +48,9 @@ def _sixteen_levels(features: str, builder: Any, codes: Any) -> Any:
     loads its two values from a table of 256 pairs, which is 4 to 8 times slower.
     """
     if "+avx2" not in features and "+avx512f" not in features:
-        pairs = cgutils.global_constant(builder, "nf4_pairs", ir.Constant(ir.ArrayType(_F32, 512), _PAIRS.ravel().tolist()))
+        pairs = cgutils.global_constant(
+            builder, "nf4_pairs", ir.Constant(ir.ArrayType(_F32, 512), _PAIRS.ravel().tolist())
+        )
         levels = ir.Constant(ir.VectorType(_F32, 16), ir.Undefined)
         for k in range(16):
             byte = builder.zext(builder.extract_element(codes, _I32(k // 2)), _I64)
@@ -64,8 +67,13 @@ def _sixteen_levels(features: str, builder: Any, codes: Any) -> Any:
     halves = []
     for start in (0, 8):
         lanes = builder.shuffle_vector(index, index, _vector(range(start, start + 8), _I32))
-        low, high = (_shuffle(builder, _vector(part, _F32), lanes, "llvm.x86.avx2.permps") for part in np.split(_LEVELS, 2))
-        is_high = builder.icmp_signed("!=", builder.and_(lanes, _vector([8] * 8, _I32)), _vector([0] * 8, _I32))
+        low, high = (
+            _shuffle(builder, _vector(part, _F32), lanes, "llvm.x86.avx2.permps")
+            for part in np.split(_LEVELS, 2)
+        )
+        is_high = builder.icmp_signed(
+            "!=", builder.and_(lanes, _vector([8] * 8, _I32)), _vector([0] * 8, _I32)
+        )
         halves.append(builder.select(is_high, high, low))
     return builder.shuffle_vector(*halves, _vector(range(16), _I32))
 
@@ -126,13 +134,13 @@ def dequantize(codes: Any, absmax: Any, first: int, shift: int, start: int, out:
 
 @jit(parallel=True)
 def dequantize_absmax(
-    codes: Any, nested_absmax: Any, offset: Any, dynamic_map: Any, nested_shift: int, first: int, out: Any
+    codes: Any, nested_absmax: Any, offset: Any, nested_shift: int, first: int, out: Any
 ) -> None:
     """Blocks ``first ...`` of a double-quantized absmax to all of ``out``: two roundings, no fused multiply-add."""
     for piece in prange((out.size + _PIECE - 1) // _PIECE):
         for i in range(piece * _PIECE, min((piece + 1) * _PIECE, out.size)):
             block = first + i
-            out[i] = dynamic_map[codes[block]] * nested_absmax[block >> nested_shift] + offset[0]
+            out[i] = _DYNAMIC_MAP[codes[block]] * nested_absmax[block >> nested_shift] + offset[0]
 
 
 @jit(fastmath=("reassoc", "contract", "nsz"))
@@ -237,4 +245,6 @@ def quantize(x: Any, shift: int, codes: Any, absmax: Any) -> None:
     for piece in prange((x.size + size - 1) // size):
         a, b = piece * size, min((piece + 1) * size, x.size)
         c, d = a >> shift, (b + (1 << shift) - 1) >> shift
-        _quantize_piece(x[a:b], x_bits[a:b], 1 << shift, codes[a >> 1 : (b + 1) >> 1], absmax[c:d], absmax_bits[c:d])
+        _quantize_piece(
+            x[a:b], x_bits[a:b], 1 << shift, codes[a >> 1 : (b + 1) >> 1], absmax[c:d], absmax_bits[c:d]
+        )

@@ -43,19 +43,19 @@ def blocks(numel: int, B: int) -> int:
 
 
 def constants(W: Tensor, B: int) -> Tensor:
-    """c = max |W| over each block: ``[numel]`` to ``[blocks]``."""
+    """Max |W| over each block: ``[numel]`` to ``[blocks]``."""
     n = blocks(W.numel(), B)
     padded = torch.nn.functional.pad(W, (0, n * B - W.numel()))
     return padded.reshape(n, B).abs().amax(dim=1)
 
 
 def spread(c: Tensor, B: int, start: int, stop: int) -> Tensor:
-    """The block constant of each of the elements ``[start, stop)``, where ``c[0]`` is that of block ``start // B``."""
+    """The constant of each of the elements ``[start, stop)``; ``c[0]`` is that of block ``start // B``."""
     return c.repeat_interleave(B)[start % B :][: stop - start]
 
 
 def quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
-    """q and c₂ of the flat fp32 weight ``[numel]``: ``[numel]`` uint8 and ``[blocks]`` fp32 (equation 1)."""
+    """Codes q, uint8 ``[numel]``, and c₂, fp32 ``[blocks]``, of the flat fp32 weight ``[numel]`` (equation 1)."""
     c2 = constants(W, B)
     divisor = c2.clamp(min=SMALLEST_ABSMAX)
     scaled = W * spread(1 / divisor, B, 0, W.numel())
@@ -70,7 +70,7 @@ def quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(q: Tensor, c2: Tensor, B: int, start: int = 0) -> Tensor:
-    """Ŵ of the elements ``start ...`` (equation 2): ``q`` of them, ``c2`` from block ``start // B`` on. fp32."""
+    """Ŵ of the elements ``start ...``, fp32 (equation 2): their ``q``, and ``c2`` from block ``start // B`` on."""
     level = torch.tensor(LEVELS, device=q.device)
     return level[q.to(torch.int32)] * spread(c2, B, start, start + q.numel())
 
@@ -78,8 +78,8 @@ def dequantize(q: Tensor, c2: Tensor, B: int, start: int = 0) -> Tensor:
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     """The 256 values of the signed dynamic data type (Dettmers 2015, arXiv 1511.04561), ascending, fp32.
 
-    For i = 0 … 6 the decade 10^(i−6) has 2^i values of each sign: the midpoints of 2^i equal bins of [0.1, 1].
-    With 0 and 1 that is 2 · 127 + 2.
+    For i = 0 … 6 the decade 10^(i−6) has 2^i values of each sign: the midpoints of 2^i equal bins of
+    [0.1, 1]. With 0 and 1 that is 2 · 127 + 2.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -90,17 +90,18 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
 
 
 def double_quantize(c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q₂, c₁ and the mean of c₂ ``[blocks]``: ``[blocks]`` uint8, ``[blocks / 256]`` fp32, ``[1]`` fp32."""
+    """Of c₂ ``[blocks]``: q₂, uint8 ``[blocks]``; c₁, fp32 ``[blocks / 256]``; and its mean, fp32 ``[1]``."""
     mean = c2.mean() if c2.numel() else c2.new_zeros(())
     centred = c2 - mean  # c₂ is positive: around zero the signed map is used whole
     c1 = constants(centred, NESTED_BLOCK_SIZE)
     per_block = spread(c1, NESTED_BLOCK_SIZE, 0, c2.numel())
     scaled = (centred * (1 / per_block)).clamp(-1, 1)
     scaled = torch.where(per_block == 0, -1.0, scaled)  # bitsandbytes takes code 0 in a block of zeros
-    # bitsandbytes doesn't look for the nearest value of the map but for that nearest to one of 65536 grid points
+    # bitsandbytes looks up one of 65536 grid points, and so finds the value nearest to the grid point
     point = ((scaled + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
     level = dynamic_map(c2.device)
-    q2 = torch.bucketize(2 * point.to(torch.float32) / 65535 - 1, (level[:-1] + level[1:]) / 2, out_int32=True)
+    midpoints = (level[:-1] + level[1:]) / 2
+    q2 = torch.bucketize(2 * point.to(torch.float32) / 65535 - 1, midpoints, out_int32=True)
     return q2.to(torch.uint8), c1, mean.reshape(1)
 
 
