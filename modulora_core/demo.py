@@ -30,10 +30,10 @@ class Settings:
     out: Path
     model: str = MODEL
     quantizer: str = ""
-    steps: int = 30
+    steps: int = 20
     batch_size: int = 2
     seq_len: int = 256
-    eval_segments: int = 12
+    eval_segments: int = 8
     eval_seq_len: int = 512
     question: str = QUESTION
     max_new_tokens: int = 64
@@ -100,7 +100,7 @@ def run_demo(settings: Settings, say: Callable[[str], None], run: Callable[[Sequ
     middle = stage(quantizer, size, bits, packed)
     tuned = step(
         "finetune", packed, adapter, "--data", TRAINING_TEXT, "--steps", settings.steps, "--batch-size", settings.batch_size,
-        "--seq-len", settings.seq_len,
+        "--grad-accum", 1, "--seq-len", settings.seq_len,
     )  # fmt: skip
     adapter_size = sum(f.stat().st_size for f in adapter.glob("*.safetensors"))
     after = stage(f"{quantizer} + finetuned", size + adapter_size, bits, packed, "--adapter", adapter)

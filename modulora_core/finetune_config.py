@@ -50,7 +50,7 @@ class FinetuneConfig(BaseModel):
     Build it with :meth:`build`, which says in one sentence what is wrong, or directly, as any pydantic model.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(description="a folder or Hub id that `modulora quantize` wrote")
     out: str = Field(description="the folder to write the adapter to")

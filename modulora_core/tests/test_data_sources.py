@@ -137,6 +137,9 @@ def test_a_malformed_file_is_refused_with_its_line(tmp_path, name):
         ("pydoc[60%:40%]", r"slice \[60%:40%\]: expected 0% <= start < stop <= 100%"),
         ("pydoc[:101%]", "expected 0% <= start < stop <= 100%"),
         ([], "got nothing"),
+        ("", "'': expected a file, .* got no possible name of one"),
+        ("x" * 5000, "'x+': expected a file, .* got no possible name of one"),
+        ("~nobody-of-this-name/d.txt", "got no possible name of one"),
     ],
 )
 def test_a_source_that_is_not_there_is_refused(tmp_path, monkeypatch, source, message):

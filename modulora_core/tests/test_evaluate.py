@@ -253,7 +253,7 @@ def test_rouge_scores_what_plain_greedy_generation_writes(smol, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_rouge_is_greedy_whatever_the_models_own_generation_says(llama, plain, tmp_path, batch_size):
-    """The answers of the file are what the model writes greedily, so that any other text scores less than 1."""
+    """The file's answers are what the model writes greedily: any other text scores less than 1."""
     pytest.importorskip("rouge_score")
     rows = []
     for prompt, _ in ASKED:
