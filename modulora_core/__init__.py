@@ -10,6 +10,7 @@ from typing import Any
 
 _PUBLIC = {
     "Calibration": "modulora_core.spec",
+    "FinetuneConfig": "modulora_core.finetune_config",
     "LoRALinear": "modulora_core.layers",
     "PackedLayout": "modulora_core.spec",
     "PackedWeight": "modulora_core.spec",
@@ -17,12 +18,7 @@ _PUBLIC = {
     "Quantizer": "modulora_core.spec",
     "QuantizerSpec": "modulora_core.spec",
     "add_lora": "modulora_core.adapters",
-    "FinetuneConfig": "modulora_core.finetune_config",
-    "finetune": "modulora_core.finetune",
     "hookimpl": "modulora_core.hookspecs",
-    "load_model": "modulora_core.checkpoint",
-    "merge": "modulora_core.merge",
-    "quantize": "modulora_core.quantize",
     "load_adapter": "modulora_core.adapters",
     "load_model": "modulora_core.checkpoint",
     "save_adapter": "modulora_core.adapters",

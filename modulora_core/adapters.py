@@ -90,8 +90,7 @@ def add_lora(model: nn.Module, settings: LoRASettings, name: str = "default") ->
             of that name.
     """
     packed = _packed_layers(model)
-    others = [path for path, _ in model.named_modules() if path not in packed]
-    paths = select_targets(packed, settings.targets, others)
+    paths = select_targets(packed, settings.targets, [path for path, _ in model.named_modules()])
     _check_name_is_free(model, name)
     stacked = sum(isinstance(module, PackedParameter) for module in model.modules()) - len(packed)
     if stacked and len(paths) == len(packed):

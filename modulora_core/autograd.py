@@ -116,7 +116,7 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch ships it without types
+    @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         x, U, keep, A, B = ctx.saved_tensors
         x_trains, bias_trains, A_trains, B_trains = ctx.needs_input_grad[:4]
@@ -137,8 +137,9 @@ class _LoRALinear(torch.autograd.Function):
 
 def _own(y: Tensor) -> Tensor:
     """``y`` on the same memory, but not as a view: models add to a layer's output in place (Falcon, Llama 4), and
-    autograd refuses that for a view made inside of a Function."""
-    return y.new_empty(0).set_(y) if y._is_view() else y  # type: ignore[call-overload, no-any-return]
+    autograd refuses that for a view made inside of a Function.
+    """
+    return y.new_empty(0).set_(y) if y._is_view() else y  # type: ignore[call-overload]  # torch's stub lacks set_(tensor)
 
 
 def _dropout_mask(x: Tensor, dropout: float) -> Tensor | None:
@@ -198,7 +199,7 @@ def _through_B(dY: Tensor, B: Tensor, U: Tensor | None, scale: float) -> tuple[T
 
 
 def _add_through_A(dX: Tensor, V: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> None:
-    """dX += V A in place, through the dropout."""
+    """DX += V A in place, through the dropout."""
     if dX.dtype == A.dtype and keep is None:
         dX.addmm_(V, A)
         return
@@ -210,7 +211,7 @@ def _add_through_A(dX: Tensor, V: Tensor, A: Tensor, keep: Tensor | None, dropou
 
 
 def _grad_A(V: Tensor, x: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
-    """dA = Vᵀ dropout(X), ``[r, in]``."""
+    """DA = Vᵀ dropout(X), ``[r, in]``."""
     dA = torch.zeros_like(A)
     for rows in _row_chunks(x, A.dtype, keep):
         dA.addmm_(V[rows].t(), _dropped(x, rows, A.dtype, keep, dropout))

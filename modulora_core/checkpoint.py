@@ -84,7 +84,9 @@ class PackedCheckpoint:
         """The packed matrices of a parameter: one, or one for each expert."""
         site = self.record.sites[self.record.weights[parameter]]
         for prefix in site.prefixes(parameter):
-            yield site.layout.fill({name: self._store.read(f"{prefix}.{name}") for name in site.layout.tensors})
+            yield site.layout.fill(
+                {name: self._store.read(f"{prefix}.{name}") for name in site.layout.tensors}
+            )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
@@ -101,7 +103,11 @@ class PackedCheckpoint:
 
     def write_dense_config(self, out: Path, dtype: str) -> None:
         """config.json of the dense model."""
-        config = {key: value for key, value in self.config.items() if key not in ("quantization_config", "torch_dtype")}
+        config = {
+            key: value
+            for key, value in self.config.items()
+            if key not in ("quantization_config", "torch_dtype")
+        }
         (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
 
 
@@ -119,7 +125,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: expected a JSON object: {error}; download or quantize the model again") from None
+        raise CheckpointError(
+            f"{path}: expected a JSON object: {error}; download or quantize the model again"
+        ) from None
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None) -> PackedCheckpoint:
@@ -132,11 +140,15 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Packed
     location = locate(str(model), revision)
     config = {} if location.gguf is not None else read_config(location.folder)
     if not is_packed(config):
-        raise ModelError(f"model {model}: it isn't quantized by modulora; quantize it first: modulora quantize {model} OUT -q NAME")
+        raise ModelError(
+            f"model {model}: it isn't quantized by modulora; quantize it first: modulora quantize {model} OUT -q NAME"
+        )
     return PackedCheckpoint(fetch_weights(location).folder, config, location.name)
 
 
-def load_model(model: str | Path | PackedCheckpoint, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+def load_model(
+    model: str | Path | PackedCheckpoint, *, dtype: str = "auto", device: str | None = None
+) -> PreTrainedModel:
     """Load a packed checkpoint as a transformers model, in evaluation mode.
 
     Args:
@@ -165,7 +177,7 @@ def load_model(model: str | Path | PackedCheckpoint, *, dtype: str = "auto", dev
         )  # fmt: skip
     _check_loaded(checkpoint, info)
     loaded.eval()
-    return loaded  # type: ignore[no-any-return]  # transformers ships no types
+    return loaded
 
 
 def load_dtype(dtype: str, device: str) -> torch.dtype:
@@ -178,7 +190,7 @@ def load_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def _check_loaded(checkpoint: PackedCheckpoint, info: Mapping[str, Any]) -> None:
-    """transformers fills what is missing with noise and goes on: refuse it here."""
+    """Transformers fills what is missing with noise and goes on: refuse it here."""
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(name) for name in info[what])
         if names:

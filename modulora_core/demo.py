@@ -63,14 +63,22 @@ class DemoResult:
 
 def smallest_quantizer() -> str:
     """The installed quantizer of the fewest bits that needs no calibration. Raises UnknownQuantizerError: none is."""
-    usable = [e.spec for e in registry.entries() if e.status == "ok" and e.spec is not None and e.spec.calibration == "none"]
+    usable = [
+        e.spec
+        for e in registry.entries()
+        if e.status == "ok" and e.spec is not None and e.spec.calibration == "none"
+    ]
     if not usable:
         raise UnknownQuantizerError("demo: expected an installed quantizer that needs no calibration, found none; "
                                     "see `modulora list-quantizers`")  # fmt: skip
     return min(usable, key=lambda spec: (min(spec.bits), spec.name)).name
 
 
-def run_demo(settings: Settings, say: Callable[[str], None], run: Callable[[Sequence[str]], dict[str, Any]] | None = None) -> DemoResult:
+def run_demo(
+    settings: Settings,
+    say: Callable[[str], None],
+    run: Callable[[Sequence[str]], dict[str, Any]] | None = None,
+) -> DemoResult:
     """Quantize, measure, finetune, measure, ask.
 
     Args:
@@ -86,13 +94,28 @@ def run_demo(settings: Settings, say: Callable[[str], None], run: Callable[[Sequ
 
     packed, adapter = settings.out / "model", settings.out / "adapter"
     quantizer = settings.quantizer or smallest_quantizer()
-    evaluation = ("--data", HELD_OUT_TEXT, "--seq-len", settings.eval_seq_len, "--segments", settings.eval_segments)
+    evaluation = (
+        "--data",
+        HELD_OUT_TEXT,
+        "--seq-len",
+        settings.eval_seq_len,
+        "--segments",
+        settings.eval_segments,
+    )
     length = ("--max-new-tokens", settings.max_new_tokens)
 
     def stage(name: str, size: int, bits: float, *model: object) -> Stage:
         measured = step("evaluate", *model, *evaluation)
         said = step("generate", model[0], settings.question, *model[1:], *length)
-        return Stage(name, size, bits, measured["perplexity"], measured["peak_memory_bytes"], said["tokens_per_second"], said["text"])
+        return Stage(
+            name,
+            size,
+            bits,
+            measured["perplexity"],
+            measured["peak_memory_bytes"],
+            said["tokens_per_second"],
+            said["text"],
+        )
 
     quantized = step("quantize", settings.model, packed, "-q", quantizer)
     before = stage("original, loaded in fp32", quantized["source_bytes"], 32.0, settings.model)
@@ -113,7 +136,9 @@ def run_command(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         WorkError: it failed; with its own message.
     """
-    done = subprocess.run([sys.executable, "-m", "modulora_core.cli", *words], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "modulora_core.cli", *words], stdout=subprocess.PIPE, text=True
+    )
     try:
         answer = json.loads(done.stdout)
     except ValueError:

@@ -34,7 +34,9 @@ from modulora_core.memory import PeakMemory
 from modulora_core.model_card import model_card
 from modulora_core.outputs import check_disk_space, check_output, write_file
 from modulora_core.peft_format import CONFIG_FILE
-from modulora_core.training import AdapterFiles, OnStep, Outcome, train
+from modulora_core.sources.quiet import quiet
+from modulora_core.targets import select_targets
+from modulora_core.training import AdapterFiles, OnEval, OnStep, Outcome, train
 from modulora_core.training_checkpoints import latest_checkpoint
 
 RUN_FILE = "finetune.yaml"
@@ -68,7 +70,11 @@ class FinetuneResult:
 
 
 def finetune(
-    config: FinetuneConfig, *, resume: bool = False, on_step: OnStep | None = None
+    config: FinetuneConfig,
+    *,
+    resume: bool = False,
+    on_step: OnStep | None = None,
+    on_eval: OnEval | None = None,
 ) -> FinetuneResult:
     """Train an adapter and write it to ``config.out``, in PEFT's format.
 
@@ -76,7 +82,8 @@ def finetune(
         config: the run; :meth:`FinetuneConfig.build` makes one from options and a file.
         resume: go on with a run of the same config that was interrupted, from its last whole checkpoint. The
             losses are those of an uninterrupted run. Where nothing was begun, begin.
-        on_step: is called after every optimizer step: for progress and logs.
+        on_step: is called after every optimizer step, for progress and logs.
+        on_eval: is called after every evaluation.
 
     Raises:
         OutputError: ``out`` holds a finished adapter, other things, or an unfinished run without ``resume``.
@@ -92,32 +99,34 @@ def finetune(
     _check_dtype(config, device)
     checkpoint = open_checkpoint(config.model)
     _check_window(config, checkpoint)
-    if config.adapter is not None:
+    if config.adapter is None:
+        _check_targets(config, checkpoint)
+    else:
         AdapterFolder(config.adapter)  # a bad one is refused before the model is loaded
     tokenizer = checkpoint.tokenizer()
     examples = _examples(config.data, tokenizer, config)
     eval_examples = None if config.eval_data is None else _examples(config.eval_data, tokenizer, config)
-    with PeakMemory(device) as peak:
+    with PeakMemory(device) as peak, quiet():
         model = load_model(checkpoint, dtype=config.dtype, device=str(device))
         settings = _adapt(model, config)
         check_disk_space(out, _nbytes(model))
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / RUN_FILE, config.to_yaml())
-        base = _base_name(checkpoint)
         outcome = train(
             model,
             examples,
             Collator(_pad_token_id(tokenizer)),
             config,
             out / CHECKPOINTS,
-            files=_adapter_files(model, base, settings),
+            files=_adapter_files(model, settings),
             eval_examples=eval_examples,
             resume_from=resume_from,
             on_step=on_step,
+            on_eval=on_eval,
         )
     result = _result(config, outcome, peak.nbytes)
-    write_file(out / "README.md", model_card(config, checkpoint, base, result.losses, result.eval_loss))
-    save_adapter(model, out, base=base, settings=settings)
+    write_file(out / "README.md", model_card(config, checkpoint, result.losses, result.eval_loss))
+    save_adapter(model, out, settings=settings)
     return result
 
 
@@ -159,6 +168,13 @@ def _check_window(config: FinetuneConfig, checkpoint: PackedCheckpoint) -> None:
             )
 
 
+def _check_targets(config: FinetuneConfig, checkpoint: PackedCheckpoint) -> None:
+    """Refuse a target that is no packed linear layer, before the weights are loaded."""
+    sites = checkpoint.record.items()
+    packed = [name.removesuffix(".weight") for name, site in sites if site.kind != "experts"]
+    select_targets(packed, config.targets, [name.removesuffix(".weight") for name in checkpoint.parameters])
+
+
 def _examples(source: tuple[str, ...], tokenizer: Any, config: FinetuneConfig) -> Examples:
     return load_examples(source, tokenizer, format=config.format, seq_len=config.seq_len)
 
@@ -181,20 +197,15 @@ def _adapt(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:
     return None
 
 
-def _base_name(checkpoint: PackedCheckpoint) -> str:
-    """The model before quantization, for PEFT."""
-    return str(checkpoint.record.source.get("name") or checkpoint.name)
-
-
 def _nbytes(model: nn.Module) -> int:
     """Bytes that a run writes: the adapter, three checkpoints of it with AdamW's two moments, small files."""
     adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return adapter * (1 + 3 * 3) + 2**20
 
 
-def _adapter_files(model: nn.Module, base: str, settings: LoRASettings | None) -> AdapterFiles:
+def _adapter_files(model: nn.Module, settings: LoRASettings | None) -> AdapterFiles:
     def save(folder: Path) -> None:
-        save_adapter(model, folder, base=base, settings=settings)
+        save_adapter(model, folder, settings=settings)
 
     def restore(folder: Path) -> None:
         saved = AdapterFolder(folder)

@@ -62,7 +62,7 @@ class FinetuneConfig(BaseModel):
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; always one at the end")
 
     rank: int = Field(8, ge=1, description="rank r of the adapter")
-    alpha: float = Field(32.0, gt=0, description="α; the adapter is scaled by α / r")
+    alpha: float = Field(32.0, gt=0, description="scale of the adapter, times rank")
     dropout: float = Field(0.1, ge=0, lt=1, description="probability that an adapter's input is left out")
     targets: Targets = Field(
         ("all-linear",), min_length=1, description="layers to adapt: all-linear, or names separated by commas"

@@ -49,10 +49,19 @@ class Sampling:
 
     def arguments(self) -> dict[str, Any]:
         """For transformers' ``generate``. Everything is said, so that a model's own defaults don't come in."""
-        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
+        chosen: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "repetition_penalty": self.repetition_penalty,
+        }
         if self.temperature == 0:
             return {**chosen, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {**chosen, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {
+            **chosen,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,9 @@ def generate(
     _check_window(model, ids.shape[1], sampling.max_new_tokens)
     ids = ids.to(model.device)
     started = time.perf_counter()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.generation_config.eos_token_id
+    pad = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.generation_config.eos_token_id
+    )
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(sampling.seed)
         streamer = None if on_text is None else _Streamer(tokenizer, on_text)
@@ -112,18 +123,24 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messa
     if isinstance(prompt, str):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
     elif tokenizer.chat_template is None:
-        raise DataError("conversation: the model's tokenizer has no chat template; give a plain text (generate --raw)")
+        raise DataError(
+            "conversation: the model's tokenizer has no chat template; give a plain text (generate --raw)"
+        )
     else:
-        ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
     if ids.numel() == 0:
         raise DataError("prompt: expected some text, got none")
-    return ids.long()  # type: ignore[no-any-return]  # transformers ships no types
+    return ids.long()
 
 
 def _check_window(model: PreTrainedModel, prompt: int, new: int) -> None:
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is not None and prompt + new > window:
-        raise DataError(f"prompt of {prompt} tokens and {new} new ones: the model's window is {window}; shorten one of them")
+        raise DataError(
+            f"prompt of {prompt} tokens and {new} new ones: the model's window is {window}; shorten one of them"
+        )
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers ships no types

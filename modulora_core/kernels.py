@@ -3,7 +3,7 @@
 A plugin keeps its kernels in a module that imports numba at the top, decorates them with :func:`jit`, and
 reaches them through :func:`load` and :func:`launch`::
 
-    cpu = kernels.load("mine.cpu", codes.device)     # None without numba and on other devices: run plain torch
+    cpu = kernels.load("mine.cpu", codes.device)     # None without numba, and off the CPU: run plain torch
     if cpu is not None:
         kernels.launch(cpu.decode, codes, scales, out)
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from modulora_core.tiles import tile_ranges
 
 ROUNDING_BYTES = 2**20
-"""fp32 scratch for a tile of another dtype: what a common L2 cache holds, so that rounding reads from there."""
+"""fp32 scratch for a tile of another dtype. A common L2 cache holds it, and rounding reads from there."""
 
 _ONE_LAUNCH = threading.Lock()
 
@@ -37,8 +37,8 @@ def _numba() -> ModuleType | None:
         return importlib.import_module("numba")
     except ImportError as error:
         warnings.warn(
-            f"numba, which compiles the CPU kernels of quantizers, can't be imported ({error}); plain torch runs "
-            "instead: the same values, tens of times slower. To mend it: pip install numba",
+            f"numba, which compiles the CPU kernels of quantizers, can't be imported ({error}); plain torch "
+            "runs instead: the same values, tens of times slower. To mend it: pip install numba",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -46,7 +46,10 @@ def _numba() -> ModuleType | None:
 
 
 def load(module: str, device: torch.device) -> ModuleType | None:
-    """A plugin's module of kernels; None where they can't run: off the CPU, or without numba (said once a process)."""
+    """A plugin's module of kernels; None where they can't run: off the CPU, and without numba.
+
+    That numba is missing is said in one warning a process.
+    """
     return _load(module) if device.type == "cpu" else None
 
 
@@ -60,11 +63,11 @@ def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[
 
     Args:
         parallel: whether ``prange`` runs on threads.
-        fastmath: LLVM's flags, by default none: kernels that decode must give the reference's bits. Only a sum,
-            whose order nobody promises, may use ``"reassoc"`` and ``"contract"``.
+        fastmath: LLVM's flags, by default none: kernels that decode must give the reference's bits. Only a
+            sum, whose order nobody promises, may use ``"reassoc"`` and ``"contract"``.
 
-    The compiled code is kept beside the module or, where that folder can't be written, in the user's cache folder of
-    numba. Where neither can be written the kernel is compiled again in each process.
+    The compiled code is kept beside the module or, where that folder can't be written, in the user's cache
+    folder of numba. Where neither can be written the kernel is compiled again in each process.
     """
     import numba
 
@@ -81,8 +84,8 @@ def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[
 def launch(kernel: Callable[..., None], *arguments: Tensor | int | float) -> None:
     """Run ``kernel`` on torch's number of threads; CPU tensors are passed as arrays on the same memory.
 
-    One kernel runs at a time: numba's layer "workqueue", the one that is always there, ends the process when it is
-    entered from two threads, and two kernels at once have no more cores than one.
+    One kernel runs at a time: numba's layer "workqueue", the one that is always there, ends the process when
+    it is entered from two threads, and two kernels at once have no more cores than one.
     """
     import numba
 
@@ -102,7 +105,8 @@ def filled_tile(
     """A CPU tile in ``dtype`` from a kernel that writes fp32.
 
     Args:
-        fill: ``fill(start, stop, out)`` writes rows ``[start, stop)`` to ``out``, fp32 ``[stop - start, in]``.
+        fill: ``fill(start, stop, out)`` writes rows ``[start, stop)`` to ``out``, fp32 ``[stop - start, in]``
+            and contiguous.
         rows: the range to fill.
         in_features: the length of a row.
         dtype: any float dtype. Others than fp32 are rounded once, from a scratch of :data:`ROUNDING_BYTES`.
@@ -125,9 +129,9 @@ def filled_tile(
 def few_rows(x: Tensor, features: int, most: int) -> Tensor | None:
     """``x`` as a few-row kernel takes it, contiguous fp32 ``[n, features]``; None where tiles are the way.
 
-    They are for more than ``most`` rows, where a matrix product over decoded tiles costs less; for fp64, because
-    the kernels sum in fp32; for devices other than the CPU; and for a wrong last dimension, so that the tiled
-    product says what is wrong.
+    They are for more than ``most`` rows, where a matrix product over decoded tiles costs less; for fp64,
+    because the kernels sum in fp32; for devices other than the CPU; and for a wrong last dimension, so that
+    the tiled product says what is wrong.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None

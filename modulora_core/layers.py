@@ -69,7 +69,8 @@ class PackedParameter(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        return self
 
     @classmethod
     def __torch_function__(
@@ -120,7 +121,7 @@ class PackedStack(nn.ModuleList):
         return NotImplemented
 
 
-def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:  # noqa: A002 - F.linear's name
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
     return input, weight, bias
 
 
@@ -138,13 +139,16 @@ class QuantLinear(nn.Module):
         if bias is not None and bias.shape != (self.out_features,):
             raise ShapeError(f"bias of a QuantLinear: expected [{self.out_features}], got {list(bias.shape)}")
         self.weight = weight
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return lora_linear(x, self.weight.quantizer, self.weight.packed, self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
 
 
 class LoRALinear(QuantLinear):

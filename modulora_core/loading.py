@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modulora_core.checkpoint import PackedCheckpoint, is_packed, load_dtype, load_model, open_checkpoint, read_config
+from modulora_core.checkpoint import (
+    PackedCheckpoint,
+    is_packed,
+    load_dtype,
+    load_model,
+    open_checkpoint,
+    read_config,
+)
 from modulora_core.errors import AdapterError, CheckpointError, ModelError
 from modulora_core.sources import ModelSource, open_model
 from modulora_core.sources.locate import locate
@@ -41,7 +48,9 @@ class Opened:
         try:
             return self.origin.tokenizer()
         except (OSError, ValueError) as error:
-            raise ModelError(f"model {self.name}: its tokenizer can't be loaded: {str(error).splitlines()[0]}") from error
+            raise ModelError(
+                f"model {self.name}: its tokenizer can't be loaded: {str(error).splitlines()[0]}"
+            ) from error
 
     def load(self) -> PreTrainedModel:
         """The model in evaluation mode, with its adapter. Raises CheckpointError when it can't be loaded."""
@@ -56,7 +65,12 @@ class Opened:
 
 
 def open_to_run(
-    model: str, *, adapter: str | None = None, dtype: str = "auto", device: str | None = None, revision: str | None = None
+    model: str,
+    *,
+    adapter: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
 ) -> Opened:
     """Find MODEL.
 
@@ -95,6 +109,8 @@ def _load_dense(source: ModelSource, name: str, dtype: str, device: str) -> PreT
                 dtype=load_dtype(dtype, device), device_map={"": device}, trust_remote_code=False,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"model {name}: transformers can't load it: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"model {name}: transformers can't load it: {str(error).splitlines()[0]}"
+        ) from error
     loaded.eval()
-    return loaded  # type: ignore[no-any-return]  # transformers ships no types
+    return loaded

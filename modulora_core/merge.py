@@ -46,7 +46,12 @@ class MergeResult:
 
 
 def merge(
-    model: str, out: str | Path, *, adapter: str | None = None, dtype: str = "bfloat16", progress: Progress | None = None
+    model: str,
+    out: str | Path,
+    *,
+    adapter: str | None = None,
+    dtype: str = "bfloat16",
+    progress: Progress | None = None,
 ) -> MergeResult:
     """Write ``model``'s weights, with ``adapter`` merged in, as a dense folder of ``dtype``.
 
@@ -79,14 +84,20 @@ def merge(
     return MergeResult(str(out), dtype, nbytes, len(deltas), time.perf_counter() - started, peak.nbytes)
 
 
-def _check_deltas(checkpoint: PackedCheckpoint, deltas: Mapping[str, AdapterDelta], adapter: str | None) -> None:
+def _check_deltas(
+    checkpoint: PackedCheckpoint, deltas: Mapping[str, AdapterDelta], adapter: str | None
+) -> None:
     for module, delta in deltas.items():
         index = checkpoint.record.weights.get(f"{module}.weight")
         if index is None:
-            raise AdapterError(f"adapter {adapter}: it adapts {module}, which {checkpoint.folder} has no packed weight of")
+            raise AdapterError(
+                f"adapter {adapter}: it adapts {module}, which {checkpoint.folder} has no packed weight of"
+            )
         shape = checkpoint.record.sites[index].layout.shape
         if delta.shape != shape:
-            raise AdapterError(f"adapter {adapter}: {module} is {list(delta.shape)} there and {list(shape)} in {checkpoint.folder}")
+            raise AdapterError(
+                f"adapter {adapter}: {module} is {list(delta.shape)} there and {list(shape)} in {checkpoint.folder}"
+            )
 
 
 def _dense_tensors(checkpoint: PackedCheckpoint, dtype: str) -> Iterator[tuple[str, TensorLayout]]:
@@ -114,7 +125,9 @@ def _merged(
         yield name, matrices[0] if stored.experts is None else torch.stack(matrices)
 
 
-def dense(quantizer: Quantizer, packed: PackedWeight, dtype: torch.dtype, delta: AdapterDelta | None = None) -> Tensor:
+def dense(
+    quantizer: Quantizer, packed: PackedWeight, dtype: torch.dtype, delta: AdapterDelta | None = None
+) -> Tensor:
     """Ŵ + s · B A as ``[out, in]`` of ``dtype``; fp32 exists for one tile only."""
     out_features, in_features = packed.shape
     W = torch.empty(out_features, in_features, dtype=dtype)

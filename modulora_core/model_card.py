@@ -13,11 +13,11 @@ from modulora_core.finetune_config import FinetuneConfig
 def model_card(
     config: FinetuneConfig,
     checkpoint: PackedCheckpoint,
-    base: str,
     losses: Sequence[float],
     eval_loss: float | None,
 ) -> str:
     """Markdown with the Hub's metadata: base, data, settings, losses, and how to use it."""
+    base = str(checkpoint.record.source.get("name") or checkpoint.name)
     recipes = ", ".join(recipe.quantizer for recipe in checkpoint.record.recipes)
     held_out = [] if eval_loss is None else [f"Loss on {_joined(config.eval_data)}: {eval_loss:.4f}."]
     lines = [

@@ -33,7 +33,9 @@ def check_output(out: Path) -> None:
             raise OutputError(f"output folder {out}: expected it new or empty, found {len(entries)} entries ({some}); "
                               "choose another name or remove it")  # fmt: skip
     elif out.exists() or out.is_symlink():
-        raise OutputError(f"output folder {out}: expected a folder or nothing, found a file; choose another name")
+        raise OutputError(
+            f"output folder {out}: expected a folder or nothing, found a file; choose another name"
+        )
     parent = _nearest_folder(out)
     if not os.access(parent, os.W_OK):
         raise OutputError(f"output folder {out}: {parent} is not writable; choose another place")
@@ -94,7 +96,7 @@ def write_file(path: Path, data: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """fsync every file below ``folder`` and the folder itself."""
+    """Fsync every file below ``folder`` and the folder itself."""
     for path in folder.rglob("*"):
         if path.is_file():
             _sync(path)

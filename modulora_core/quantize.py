@@ -107,7 +107,10 @@ def plan_quantization(
         ShapeError: a quantizer can't take a layer's shape; the message names the layer.
     """
     found = find_sites(source.skeleton(), include=include, exclude=exclude)
-    choices = [registry.create(quantizer, options), *(registry.create(o.quantizer, o.options) for o in overrides)]
+    choices = [
+        registry.create(quantizer, options),
+        *(registry.create(o.quantizer, o.options) for o in overrides),
+    ]
     _check_patterns(overrides, found.linears)
     recipes = [Recipe.of(choice) for choice in choices]
     layouts: dict[tuple[int, tuple[int, int]], PackedLayout] = {}
@@ -143,11 +146,15 @@ def _choose(linear: LinearSite, overrides: Sequence[Override]) -> int:
 
 def _layout(quantizer: Quantizer, shape: tuple[int, int], linear: LinearSite) -> PackedLayout:
     if quantizer.spec.calibration == "required":
-        raise OptionError(f"{quantizer.spec.name}: needs calibration data, which `modulora quantize` does not gather yet")
+        raise OptionError(
+            f"{quantizer.spec.name}: needs calibration data, which `modulora quantize` does not gather yet"
+        )
     try:
         quantizer.check_shape(shape)
     except ShapeError as error:
-        raise ShapeError(f"{error} ({linear.module}); leave it out with --exclude or choose another quantizer") from None
+        raise ShapeError(
+            f"{error} ({linear.module}); leave it out with --exclude or choose another quantizer"
+        ) from None
     return quantizer.layout(shape)
 
 
@@ -244,7 +251,9 @@ def _check_same_request(folder: Path, plan: Plan) -> None:
     path.write_text(json.dumps(request))
 
 
-def _pack_all(source: ModelSource, plan: Plan, writer: ShardWriter, device: torch.device, progress: Progress | None) -> None:
+def _pack_all(
+    source: ModelSource, plan: Plan, writer: ShardWriter, device: torch.device, progress: Progress | None
+) -> None:
     total = sum(info.nbytes for info in source.parameters.values())
     done = 0
     for name, tensor in source.tensors():

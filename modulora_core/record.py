@@ -149,7 +149,9 @@ class QuantizationRecord:
             CheckpointError: it is another method's, another format's, or malformed; the message says which.
         """
         if data.get("quant_method") != QUANT_METHOD:
-            raise CheckpointError(f"quantization_config: expected quant_method {QUANT_METHOD!r}, got {data.get('quant_method')!r}")
+            raise CheckpointError(
+                f"quantization_config: expected quant_method {QUANT_METHOD!r}, got {data.get('quant_method')!r}"
+            )
         if data.get("format") != FORMAT:
             raise CheckpointError(f"checkpoint format: this version of modulora-core reads {FORMAT}, got {data.get('format')!r} "
                                   f"(written by modulora-core {data.get('core_version', '?')}); install one that fits")  # fmt: skip
@@ -164,7 +166,9 @@ class QuantizationRecord:
                                   "says what it holds") from None  # fmt: skip
         for name, index in weights.items():
             if not 0 <= index < len(sites):
-                raise CheckpointError(f"quantization_config: {name} is of site {index}, expected 0 to {len(sites) - 1}")
+                raise CheckpointError(
+                    f"quantization_config: {name} is of site {index}, expected 0 to {len(sites) - 1}"
+                )
         return cls(recipes, sites, weights, kept, dict(data.get("source", {})), int(data.get("seed", 0)),
                    str(data.get("core_version", "")))  # fmt: skip
 
@@ -172,8 +176,14 @@ class QuantizationRecord:
 def _site_from_json(data: Mapping[str, Any], recipes: int) -> PackedSite:
     kind, recipe, experts = data["kind"], int(data["recipe"]), data["experts"]
     if kind not in get_args(Kind):
-        raise CheckpointError(f"quantization_config: expected a kind of {', '.join(get_args(Kind))}, got {kind!r}")
+        raise CheckpointError(
+            f"quantization_config: expected a kind of {', '.join(get_args(Kind))}, got {kind!r}"
+        )
     if not 0 <= recipe < recipes:
-        raise CheckpointError(f"quantization_config: a site is of recipe {recipe}, expected 0 to {recipes - 1}")
+        raise CheckpointError(
+            f"quantization_config: a site is of recipe {recipe}, expected 0 to {recipes - 1}"
+        )
     layout = PackedLayout.from_json(data["layout"])
-    return PackedSite(recipe, layout, kind, None if experts is None else int(experts), bool(data["transposed"]))
+    return PackedSite(
+        recipe, layout, kind, None if experts is None else int(experts), bool(data["transposed"])
+    )

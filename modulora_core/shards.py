@@ -82,7 +82,7 @@ def _by_alignment(item: tuple[str, TensorLayout]) -> tuple[int, str]:
 
 
 def shard_names(count: int) -> list[str]:
-    """transformers' names of the files of a model."""
+    """Transformers' names of the files of a model."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -103,7 +103,9 @@ class ShardWriter:
     def __init__(self, folder: Path, shards: Sequence[Shard], *, resume: bool = False) -> None:
         self.folder = folder
         self._places: dict[str, tuple[Path, int, TensorLayout]] = {}
-        self._sizes = {name: shard.nbytes for name, shard in zip(shard_names(len(shards)), shards, strict=True)}
+        self._sizes = {
+            name: shard.nbytes for name, shard in zip(shard_names(len(shards)), shards, strict=True)
+        }
         self._journal = folder / JOURNAL
         self.done: set[str] = self._read_journal() if resume else set()
         for name, shard in zip(self._sizes, shards, strict=True):
@@ -116,7 +118,9 @@ class ShardWriter:
         if self.done:
             with path.open("rb") as file:
                 if file.read(len(header)) != header:
-                    raise CheckpointError(f"{path}: its header isn't that of this request; start again without --resume")
+                    raise CheckpointError(
+                        f"{path}: its header isn't that of this request; start again without --resume"
+                    )
             return
         with path.open("wb") as file:
             file.write(header)
@@ -157,4 +161,4 @@ class ShardWriter:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]  # numpy's arrays are buffers

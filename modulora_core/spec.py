@@ -85,13 +85,17 @@ class QuantizerSpec:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and _NAME.fullmatch(self.name)):
-            raise ValueError(f"name: expected lower case letters, digits and single hyphens, got {self.name!r}")
+            raise ValueError(
+                f"name: expected lower case letters, digits and single hyphens, got {self.name!r}"
+            )
         if not (isinstance(self.location, str) and _LOCATION.fullmatch(self.location)):
             raise ValueError(f"location: expected 'package.module:Class', got {self.location!r}")
         if not self.bits or not all(isinstance(b, (int, float)) and 0 < b <= 32 for b in self.bits):
             raise ValueError(f"bits: expected one or more widths in (0, 32], got {self.bits!r}")
         if self.calibration not in ("none", "optional", "required"):
-            raise ValueError(f"calibration: expected 'none', 'optional' or 'required', got {self.calibration!r}")
+            raise ValueError(
+                f"calibration: expected 'none', 'optional' or 'required', got {self.calibration!r}"
+            )
         for name in ("protocol", "out_multiple", "in_multiple"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -107,7 +111,9 @@ class TensorLayout:
 
     def __post_init__(self) -> None:
         if self.dtype not in BITS_OF_DTYPE:
-            raise CheckpointError(f"dtype of a packed tensor: expected one of {', '.join(BITS_OF_DTYPE)}, got {self.dtype!r}")
+            raise CheckpointError(
+                f"dtype of a packed tensor: expected one of {', '.join(BITS_OF_DTYPE)}, got {self.dtype!r}"
+            )
         if not all(isinstance(n, int) and n >= 0 for n in self.shape):
             raise CheckpointError(f"shape of a packed tensor: expected whole numbers, got {self.shape!r}")
 
@@ -123,7 +129,8 @@ class TensorLayout:
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
     """Everything about a packed weight but the bytes: what a checkpoint's config.json records, and what a
-    memory plan needs. See :class:`PackedWeight` for the fields."""
+    memory plan needs. See :class:`PackedWeight` for the fields.
+    """
 
     quantizer: str
     format: int
@@ -151,7 +158,10 @@ class PackedLayout:
         """Raises CheckpointError when ``data`` isn't what :meth:`to_json` writes."""
         try:
             out_features, in_features = data["shape"]
-            tensors = {str(name): TensorLayout(dtype, tuple(shape)) for name, (dtype, shape) in data["tensors"].items()}
+            tensors = {
+                str(name): TensorLayout(dtype, tuple(shape))
+                for name, (dtype, shape) in data["tensors"].items()
+            }
             return cls(str(data["quantizer"]), int(data["format"]), (int(out_features), int(in_features)), tensors,
                        dict(data["metadata"]))  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -163,7 +173,10 @@ class PackedLayout:
         """A packed weight of this layout with uninitialised tensors, by default on the meta device: no memory."""
         import torch
 
-        tensors = {n: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device=device) for n, t in self.tensors.items()}
+        tensors = {
+            n: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device=device)
+            for n, t in self.tensors.items()
+        }
         return self.fill(tensors)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> PackedWeight:
@@ -203,7 +216,9 @@ class PackedWeight:
             if not _TENSOR_NAME.fullmatch(name):
                 raise CheckpointError(f"name of a packed tensor: expected [a-z][a-z0-9_]*, got {name!r}")
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
-        object.__setattr__(self, "tensors", MappingProxyType({n: t.contiguous() for n, t in self.tensors.items()}))
+        object.__setattr__(
+            self, "tensors", MappingProxyType({n: t.contiguous() for n, t in self.tensors.items()})
+        )
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
 
     @property
@@ -259,6 +274,7 @@ class Quantizer(ABC):
 
     An instance is cheap, holds only its options, and is shared between layers: keep no state in it. It is
     constructed with the options that are recorded in a checkpoint, also when the checkpoint is only read.
+
     Attributes:
         spec: the plugin's :class:`QuantizerSpec`.
         format: the number of the packed format that :meth:`pack` writes.
@@ -273,7 +289,9 @@ class Quantizer(ABC):
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options: Any = self.Options() if options is None else options
         if not isinstance(self.options, self.Options):
-            raise OptionError(f"{self.spec.name}: expected options of {self.Options.__name__}, got {options!r}")
+            raise OptionError(
+                f"{self.spec.name}: expected options of {self.Options.__name__}, got {options!r}"
+            )
 
     @abstractmethod
     def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:

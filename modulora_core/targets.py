@@ -17,14 +17,14 @@ def matches(path: str, name: str) -> bool:
 
 
 def select_targets(
-    packed: Collection[str], targets: str | Sequence[str], others: Iterable[str] = ()
+    packed: Collection[str], targets: str | Sequence[str], modules: Iterable[str] = ()
 ) -> list[str]:
     """Those of the layers ``packed`` that ``targets`` choose, in their order.
 
     Args:
         packed: paths of the packed linear layers.
         targets: a name or several, or ``"all-linear"``.
-        others: paths of the model's other modules, to say of a target that it is one of them.
+        modules: paths of all of the model's modules, to say of a target that it is another one.
 
     Raises:
         AdapterError: a target is none of ``packed``; the message has near misses.
@@ -34,12 +34,12 @@ def select_targets(
         return list(packed)
     for name in names:
         if not any(matches(path, name) for path in packed):
-            raise AdapterError(_unknown(name, packed, others))
+            raise AdapterError(_unknown(name, packed, modules))
     return [path for path in packed if any(matches(path, name) for name in names)]
 
 
-def _unknown(target: str, packed: Collection[str], others: Iterable[str]) -> str:
-    other = next((path for path in others if matches(path, target)), None)
+def _unknown(target: str, packed: Collection[str], modules: Iterable[str]) -> str:
+    other = next((path for path in modules if matches(path, target)), None)
     if other is not None:
         return f"target {target!r}: {other} is no packed linear layer, and only those take an adapter"
     names = sorted({path.rpartition(".")[2] for path in packed})

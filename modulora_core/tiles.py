@@ -89,7 +89,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def tiled_matmul(
-    x: Tensor, tile: TileFunction, shape: tuple[int, int], transpose: bool = False, *, budget: int | None = None
+    x: Tensor,
+    tile: TileFunction,
+    shape: tuple[int, int],
+    transpose: bool = False,
+    *,
+    budget: int | None = None,
 ) -> Tensor:
     """Multiply ``x`` by a matrix that only exists a tile at a time.
 

@@ -1,8 +1,9 @@
 """transformers.Trainer, set up for an adapter on packed weights.
 
-What is ours: only the adapter is saved and restored, and a loss that isn't a number ends the run. A
-checkpoint is an adapter folder in PEFT's format beside the state of optimizer, schedule and random numbers,
-which transformers reads with ``weights_only``: nothing but tensors and numbers is unpickled.
+What is ours: only the adapter is saved and restored, the loss on held-out data is a mean over tokens, and a
+loss that isn't a number ends the run. A checkpoint is an adapter folder in PEFT's format beside the state of
+optimizer, schedule and random numbers, which transformers reads with ``weights_only``: nothing but tensors
+and numbers is unpickled.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -25,8 +27,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput
 from typing_extensions import override
 
+from modulora_core.data.rendering import IGNORED
 from modulora_core.errors import WorkError
 from modulora_core.finetune_config import FinetuneConfig
 from modulora_core.training_checkpoints import TRAINER_STATE, seal
@@ -56,6 +60,8 @@ class TrainingStep:
 
 
 OnStep = Callable[[TrainingStep], None]
+OnEval = Callable[[int, float], None]
+"""Gets the step and the loss on the evaluation data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ class Outcome:
 
     Attributes:
         losses: of every step, also of those before a resume.
-        eval_loss: mean over the evaluation's batches after the last step.
+        eval_loss: mean over the trained tokens of the evaluation data, after the last step.
         seconds: of this call alone; tokens: those that it trained on, without padding.
     """
 
@@ -101,15 +107,34 @@ class AdapterTrainer(Trainer):
         self._files.restore(Path(resume_from_checkpoint))
 
     @override
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
+        # transformers' mean is over batches, and so depends on their size where examples differ in length
+        self._nll, self._predicted = 0.0, 0
+        output = super().evaluation_loop(*arguments, **options)
+        output.metrics["eval_loss"] = self._nll / self._predicted
+        return output
+
+    @override
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        loss, logits, labels = super().prediction_step(model, inputs, *arguments, **options)
+        predicted = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        self._nll += float(loss) * predicted
+        self._predicted += predicted
+        return loss, logits, labels
+
+    @override
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # transformers estimates it from the parameters, and packed weights are none
 
 
 class _Watcher(TrainerCallback):
-    """Tells each step, notices NaN, and seals checkpoints."""
+    """Tells each step and evaluation, notices NaN, and seals checkpoints."""
 
-    def __init__(self, on_step: OnStep | None) -> None:
+    def __init__(self, on_step: OnStep | None, on_eval: OnEval | None) -> None:
         self._on_step = on_step
+        self._on_eval = on_eval
         self.tokens_before = 0
 
     @override
@@ -127,7 +152,10 @@ class _Watcher(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs:
+        logs = logs or {}
+        if "eval_loss" in logs and self._on_eval is not None and state.is_world_process_zero:
+            self._on_eval(state.global_step, logs["eval_loss"])
+        if "loss" not in logs:
             return
         loss = float(logs["loss"])
         if not math.isfinite(loss):
@@ -160,7 +188,8 @@ def training_arguments(
     config: FinetuneConfig, folder: Path, steps: int, device: torch.device
 ) -> TrainingArguments:
     """A config in transformers' words. ``folder`` is where checkpoints go."""
-    warmup = config.warmup if config.warmup >= 1 else math.ceil(config.warmup * steps)
+    # transformers rounds up. The first step of a warm-up has a rate of 0, and a short run can't spare it
+    warmup = config.warmup if config.warmup >= 1 else round(config.warmup * steps)
     on_gpu = device.type == "cuda"
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -219,6 +248,7 @@ def train(
     eval_examples: Dataset[Any] | None = None,
     resume_from: Path | None = None,
     on_step: OnStep | None = None,
+    on_eval: OnEval | None = None,
 ) -> Outcome:
     """Train the parameters of ``model`` that require a gradient.
 
@@ -233,6 +263,7 @@ def train(
         resume_from: a whole checkpoint of the same run; its steps are not repeated, and the rest goes as it
             would have gone.
         on_step: is called after every optimizer step.
+        on_eval: is called after every evaluation.
 
     Raises:
         WorkError: the loss became NaN or infinite.
@@ -242,7 +273,7 @@ def train(
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     steps = total_steps(config, len(examples))  # type: ignore[arg-type]  # torch's Dataset has no __len__
-    watcher = _Watcher(on_step)
+    watcher = _Watcher(on_step, on_eval)
     trainer = AdapterTrainer(
         model=model,
         args=training_arguments(config, folder, steps, model.device),

@@ -20,7 +20,17 @@ from modulora_core.cli.arguments import Debug, Json
 from modulora_core.cli.failures import report_failure
 from modulora_core.cli.terminal import Report, Terminal
 
-COMMANDS = ("demo", "list-quantizers", "quantize", "info", "finetune", "generate", "chat", "evaluate", "merge")
+COMMANDS = (
+    "demo",
+    "list-quantizers",
+    "quantize",
+    "info",
+    "finetune",
+    "generate",
+    "chat",
+    "evaluate",
+    "merge",
+)
 """Every command, in the order of ``modulora --help``. ``list-quantizers`` is in ``list_quantizers.py``."""
 
 _COMMON_FLAGS = {"json": Json, "debug": Debug}

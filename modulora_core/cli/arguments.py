@@ -88,15 +88,24 @@ Dtype = Annotated[
 
 Revision = Annotated[
     str | None,
-    typer.Option("--revision", metavar="REV", show_default=False, help="A branch, tag or commit of a Hub model."),
+    typer.Option(
+        "--revision", metavar="REV", show_default=False, help="A branch, tag or commit of a Hub model."
+    ),
 ]
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="The longest answer.")]
-Temperature = Annotated[float, typer.Option("--temperature", metavar="T", help="0 is greedy; higher is more varied.")]
-TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Sample from the likeliest tokens up to this share.")]
-TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Sample from the K likeliest tokens; 0 is all.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", metavar="T", help="0 is greedy; higher is more varied.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", metavar="P", help="Sample from the likeliest tokens up to this share.")
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", metavar="K", help="Sample from the K likeliest tokens; 0 is all.")
+]
 RepetitionPenalty = Annotated[
-    float, typer.Option("--repetition-penalty", metavar="F", help="Above 1 makes repeated tokens less likely.")
+    float,
+    typer.Option("--repetition-penalty", metavar="F", help="Above 1 makes repeated tokens less likely."),
 ]
 
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="The seed of every random choice.")]

@@ -7,10 +7,24 @@ from typing import Annotated
 
 import typer
 
-from modulora_core.cli.arguments import Adapter, Device, Dtype, MaxNewTokens, Model, RepetitionPenalty, Seed, Temperature, TopK, TopP
+from modulora_core.cli.arguments import (
+    Adapter,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
 from modulora_core.cli.terminal import Report, terminal
 
-System = Annotated[str | None, typer.Option("--system", metavar="TEXT", show_default=False, help="A system message to begin with.")]
+System = Annotated[
+    str | None,
+    typer.Option("--system", metavar="TEXT", show_default=False, help="A system message to begin with."),
+]
 
 HELP = "Type a message and press Enter. /reset forgets the conversation, /exit or Ctrl-D ends it."
 
@@ -44,7 +58,9 @@ def command(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device)
     if opened.tokenizer.chat_template is None:
-        raise DataError(f"model {model}: its tokenizer has no chat template, so it can't chat; use `modulora generate --raw`")
+        raise DataError(
+            f"model {model}: its tokenizer has no chat template, so it can't chat; use `modulora generate --raw`"
+        )
     language_model = opened.load()
     begin = [{"role": "system", "content": system}] if system else []
     messages = list(begin)

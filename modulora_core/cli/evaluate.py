@@ -18,15 +18,23 @@ if TYPE_CHECKING:
 METRICS = ("perplexity", "accuracy", "rouge")
 
 Text = Annotated[
-    str, typer.Option("--data", metavar="SOURCE", help="A file, a Hub dataset, or pydoc; a slice such as pydoc[90%:].")
+    str,
+    typer.Option(
+        "--data", metavar="SOURCE", help="A file, a Hub dataset, or pydoc; a slice such as pydoc[90%:]."
+    ),
 ]
 Metric = Annotated[str, typer.Option("--metric", metavar="METRIC", help=f"{', '.join(METRICS)}.")]
 SeqLen = Annotated[int, typer.Option("--seq-len", metavar="N", help="Tokens in a segment, for perplexity.")]
 Segments = Annotated[
-    int | None, typer.Option("--segments", metavar="N", show_default="all", help="Segments at most, for perplexity.")
+    int | None,
+    typer.Option("--segments", metavar="N", show_default="all", help="Segments at most, for perplexity."),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Segments or answers in a forward pass.")]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="The longest answer, for rouge.")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", metavar="N", help="Segments or answers in a forward pass.")
+]
+NewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", help="The longest answer, for rouge.")
+]
 
 
 def command(
@@ -63,21 +71,34 @@ def command(
             facts = _perplexity(opened, data, seq_len, segments, batch_size, bar)
         else:
             facts = _answers(opened, data, metric, batch_size, max_new_tokens, bar)
-    facts = {"metric": metric, **facts, "seconds": time.perf_counter() - started, "peak_memory_bytes": peak.nbytes}
-    return Report(facts, ", ".join(f"{key} {_shown(value)}" for key, value in facts.items() if key != "labels"))
+    facts = {
+        "metric": metric,
+        **facts,
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak.nbytes,
+    }
+    return Report(
+        facts, ", ".join(f"{key} {_shown(value)}" for key, value in facts.items() if key != "labels")
+    )
 
 
-def _perplexity(opened: Opened, data: str, seq_len: int, segments: int | None, batch_size: int, bar: Bar) -> dict[str, Any]:
+def _perplexity(
+    opened: Opened, data: str, seq_len: int, segments: int | None, batch_size: int, bar: Bar
+) -> dict[str, Any]:
     from dataclasses import asdict
 
     from modulora_core.data import token_segments
     from modulora_core.evaluate import perplexity
 
-    ids = token_segments(data, opened.tokenizer, seq_len, segments)  # the data is checked before the model is loaded
+    ids = token_segments(
+        data, opened.tokenizer, seq_len, segments
+    )  # the data is checked before the model is loaded
     return asdict(perplexity(opened.load(), ids, batch_size=batch_size, progress=bar.update))
 
 
-def _answers(opened: Opened, data: str, metric: str, batch_size: int, max_new_tokens: int, bar: Bar) -> dict[str, Any]:
+def _answers(
+    opened: Opened, data: str, metric: str, batch_size: int, max_new_tokens: int, bar: Bar
+) -> dict[str, Any]:
     from dataclasses import asdict
 
     from modulora_core.data.sources import load_records
@@ -87,7 +108,9 @@ def _answers(opened: Opened, data: str, metric: str, batch_size: int, max_new_to
     model = opened.load()
     if metric == "accuracy":
         return asdict(accuracy(model, opened.tokenizer, data, batch_size=batch_size, progress=bar.update))
-    return asdict(rouge(model, opened.tokenizer, data, max_new_tokens, batch_size=batch_size, progress=bar.update))
+    return asdict(
+        rouge(model, opened.tokenizer, data, max_new_tokens, batch_size=batch_size, progress=bar.update)
+    )
 
 
 def _shown(value: object) -> str:

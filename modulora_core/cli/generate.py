@@ -20,8 +20,12 @@ from modulora_core.cli.arguments import (
 )
 from modulora_core.cli.terminal import Report, terminal
 
-Prompt = Annotated[str, typer.Argument(metavar="PROMPT", show_default=False, help="The text to answer or continue.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Continue the text as it is, also where there is a chat template.")]
+Prompt = Annotated[
+    str, typer.Argument(metavar="PROMPT", show_default=False, help="The text to answer or continue.")
+]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Continue the text as it is, also where there is a chat template.")
+]
 
 
 def command(

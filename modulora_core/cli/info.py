@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from modulora_core.checkpoint import PackedCheckpoint
 
 PathArgument = Annotated[
-    str, typer.Argument(metavar="PATH", show_default=False, help="A packed checkpoint or an adapter: a folder or a Hub id.")
+    str,
+    typer.Argument(
+        metavar="PATH", show_default=False, help="A packed checkpoint or an adapter: a folder or a Hub id."
+    ),
 ]
 
 

@@ -25,7 +25,13 @@ def command(model: Model, out: Out, adapter: Adapter = None, dtype: MergedDtype 
     from modulora_core.merge import merge
 
     with terminal().progress("merging", unit="parameters") as bar:
-        result = merge(model, out, adapter=adapter, dtype=dtype, progress=lambda what, done, total: bar.update(done, total, what))
+        result = merge(
+            model,
+            out,
+            adapter=adapter,
+            dtype=dtype,
+            progress=lambda what, done, total: bar.update(done, total, what),
+        )
     text = (f"{result.out}: {format_size(result.bytes)} of {result.dtype}, {result.adapted} modules with an adapter merged in\n"
             f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}")  # fmt: skip
     return Report(result.to_json(), text)

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modulora_core.cli.arguments import Device, Model, Out, QuantizerName, QuantizerOptions, Resume, Revision, Seed
+from modulora_core.cli.arguments import (
+    Device,
+    Model,
+    Out,
+    QuantizerName,
+    QuantizerOptions,
+    Resume,
+    Revision,
+    Seed,
+)
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
 

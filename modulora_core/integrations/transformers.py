@@ -25,7 +25,7 @@ from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.spec import Quantizer
 
 
-class ModuLoRAConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types
+class ModuLoRAConfig(QuantizationConfigMixin):
     """The ``quantization_config`` as transformers wants it: an object around our record."""
 
     def __init__(self, **record: Any) -> None:
@@ -92,22 +92,26 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
             parent = model.get_submodule(parent_name)
             dense = parent.get_parameter(leaf)
         except AttributeError:
-            raise CheckpointError(f"{parameter}: packed in this checkpoint, but {type(model).__name__} has no such parameter") from None
+            raise CheckpointError(
+                f"{parameter}: packed in this checkpoint, but {type(model).__name__} has no such parameter"
+            ) from None
         _check_shape(parameter, site, tuple(dense.shape))
         if site.kind == "experts":
             _install_experts(model, parent, leaf, site, quantizers[site.recipe])
         else:
-            linear = QuantLinear(_packed(site, quantizers[site.recipe]), parent.bias)
+            linear = QuantLinear(_packed(site, quantizers[site.recipe]), parent._parameters["bias"])
             linear._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark: not to be filled with noise
             model.set_submodule(parent_name, linear)
 
 
 def _check_shape(parameter: str, site: PackedSite, found: tuple[int, ...]) -> None:
-    expected = site.layout.shape[::-1] if site.transposed else site.layout.shape
+    expected: tuple[int, ...] = site.layout.shape[::-1] if site.transposed else site.layout.shape
     if site.experts is not None:
         expected = (site.experts, *expected)
     if found != expected:
-        raise CheckpointError(f"{parameter}: config.json's model has shape {list(found)}, its packed weight is of {list(expected)}")
+        raise CheckpointError(
+            f"{parameter}: config.json's model has shape {list(found)}, its packed weight is of {list(expected)}"
+        )
 
 
 def _packed(site: PackedSite, quantizer: Quantizer) -> PackedParameter:
@@ -116,10 +120,14 @@ def _packed(site: PackedSite, quantizer: Quantizer) -> PackedParameter:
     return PackedParameter(quantizer, site.layout.empty(torch.device("meta")), transposed=transposed)
 
 
-def _install_experts(model: nn.Module, parent: nn.Module, leaf: str, site: PackedSite, quantizer: Quantizer) -> None:
+def _install_experts(
+    model: nn.Module, parent: nn.Module, leaf: str, site: PackedSite, quantizer: Quantizer
+) -> None:
     del parent._parameters[leaf]
     parent.add_module(leaf, PackedStack(_packed(site, quantizer) for _ in range(site.experts or 0)))
     parent._is_hf_initialized = True  # type: ignore[assignment]  # see above
     # the batched implementations want the stack as one dense tensor; the eager one multiplies expert by expert
-    for config in {id(c): c for c in (getattr(model, "config", None), getattr(parent, "config", None)) if c}.values():
+    for config in {
+        id(c): c for c in (getattr(model, "config", None), getattr(parent, "config", None)) if c
+    }.values():
         config._experts_implementation = "eager"

@@ -54,6 +54,8 @@ class Conversion:
         for name, pattern in self.sources:
             rule.add_tensor(self.target, name, pattern, partial(read, name))
         converted = rule.convert(self.target, model=model, config=model.config)
+        if isinstance(converted, tuple):  # transformers 5.0 returns its errors beside them
+            converted = converted[0]
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 

@@ -193,7 +193,7 @@ def _open_gguf(location: Location, path: Path) -> ModelSource:
 def _source(
     location: Location, config: PretrainedConfig, weights: Weights | None, description: dict[str, Any]
 ) -> ModelSource:
-    config.name_or_path = location.model
+    config.name_or_path, config.dtype = location.model, dtype
     return ModelSource(location, config, weights, description)
 
 

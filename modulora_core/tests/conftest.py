@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -65,7 +65,9 @@ class Verbatim(Quantizer):
 """
 
 
-def install_package(root: Path, distribution: str, entry_point: str, package: str, files: dict[str, str]) -> None:
+def install_package(
+    root: Path, distribution: str, entry_point: str, package: str, files: dict[str, str]
+) -> None:
     """Lay out ``package`` and its dist-info below ``root`` as pip would."""
     folder = root / package
     folder.mkdir(parents=True)
@@ -98,3 +100,34 @@ def toy(toy_root: Path) -> Iterator[ModuleType]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pack(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """``pack(architecture, quantizer)``: the folders of a tiny dense model and of its packed form, made once."""
+    from modulora_core.quantize import quantize
+    from modulora_core.tests.tiny_models import save_tiny_model
+
+    made: dict[tuple[object, ...], tuple[Path, Path]] = {}
+
+    def folders(
+        architecture: str, quantizer: str = "verbatim", exclude: tuple[str, ...] = ()
+    ) -> tuple[Path, Path]:
+        key = (architecture, quantizer, exclude)
+        if key not in made:
+            root = tmp_path_factory.mktemp(architecture)
+            dense = save_tiny_model(architecture, root / "dense")
+            quantize(str(dense), root / "packed", quantizer, exclude=exclude)
+            made[key] = dense, root / "packed"
+        return made[key]
+
+    return folders
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny products on several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -29,7 +29,9 @@ def quantizer(toy: ModuleType) -> Quantizer:
     return toy.Toy()
 
 
-def make(quantizer: Quantizer, dtype: torch.dtype, leading: tuple[int, ...] = (5,), rank: int = RANK) -> dict[str, Tensor]:
+def make(
+    quantizer: Quantizer, dtype: torch.dtype, leading: tuple[int, ...] = (5,), rank: int = RANK
+) -> dict[str, Tensor]:
     torch.manual_seed(0)
     adapter = torch.float64 if dtype == torch.float64 else torch.float32
     tensors = {
@@ -41,7 +43,9 @@ def make(quantizer: Quantizer, dtype: torch.dtype, leading: tuple[int, ...] = (5
     return {name: t.requires_grad_() for name, t in tensors.items()}
 
 
-def dense_layer(W: Tensor, x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, scale: float) -> Tensor:
+def dense_layer(
+    W: Tensor, x: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, scale: float
+) -> Tensor:
     """The oracle: what PEFT's LoRA over a dense linear layer computes, in float64."""
     y = x @ W.t()
     if bias is not None:
@@ -58,20 +62,25 @@ def whole(quantizer: Quantizer, packed: PackedWeight) -> Tensor:
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("rank", [None, 1, 3, 16], ids=lambda r: f"r{r}")
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3)], ids=str)
-def test_gradcheck_in_float64(quantizer: Quantizer, with_bias: bool, rank: int | None, leading: tuple[int, ...]) -> None:
+def test_gradcheck_in_float64(
+    quantizer: Quantizer, with_bias: bool, rank: int | None, leading: tuple[int, ...]
+) -> None:
     packed = quantizer.pack(torch.randn(OUT, IN))
     t = make(quantizer, torch.float64, leading, rank or 1)
     bias = t["bias"] if with_bias else None
     A, B = (t["A"], t["B"]) if rank else (None, None)
     with tile_budget(2 * IN * 8):  # two rows a tile: seams inside
         assert torch.autograd.gradcheck(
-            lambda x, bias, A, B: lora_linear(x, quantizer, packed, bias, A, B, scale=1.7), (t["x"], bias, A, B)
+            lambda x, bias, A, B: lora_linear(x, quantizer, packed, bias, A, B, scale=1.7),
+            (t["x"], bias, A, B),
         )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("leading", [(5,), (2, 3, 4), (0,), (2, 0)], ids=str)
-def test_output_and_gradients_equal_the_dense_layer(quantizer: Quantizer, dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+def test_output_and_gradients_equal_the_dense_layer(
+    quantizer: Quantizer, dtype: torch.dtype, leading: tuple[int, ...]
+) -> None:
     packed = quantizer.pack(torch.randn(OUT, IN))
     t = make(quantizer, dtype, leading)
     dY = torch.randn(*leading, OUT).to(dtype)
@@ -88,11 +97,15 @@ def test_output_and_gradients_equal_the_dense_layer(quantizer: Quantizer, dtype:
         assert tensor.grad.dtype == tensor.dtype
         # dA, dB and the bias sum over rows: the input's rounding adds up
         atol = TOLERANCE[dtype] * max(1, t["x"].numel() // IN)
-        torch.testing.assert_close(tensor.grad.double(), oracle[name].grad, rtol=TOLERANCE[dtype], atol=atol, msg=name)
+        torch.testing.assert_close(
+            tensor.grad.double(), oracle[name].grad, rtol=TOLERANCE[dtype], atol=atol, msg=name
+        )
 
 
 @pytest.mark.parametrize("frozen", ["x", "A", "B", "bias"])
-def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(quantizer: Quantizer, frozen: str) -> None:
+def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(
+    quantizer: Quantizer, frozen: str
+) -> None:
     packed = quantizer.pack(torch.randn(OUT, IN))
     gradients = {}
     for freeze in (False, True):
@@ -169,15 +182,26 @@ def test_nothing_of_the_size_of_the_weight_is_saved(toy: ModuleType, dtype: torc
         y = lora_linear(x, quantizer, packed, None, A, B)
     assert sorted(saved) == sorted([(4, 128), (4, 2), (2, 128), (256, 2)])
     gc.collect()
-    alive = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.shape == (256, 128) and t.is_floating_point()]
+    alive = [
+        t
+        for t in gc.get_objects()
+        if isinstance(t, Tensor) and t.shape == (256, 128) and t.is_floating_point()
+    ]
     assert alive == []
     y.sum().backward()
 
 
-@pytest.mark.parametrize(("trains", "shapes"), [("A", [(4, 7), (3, 7), (11, 3)]), ("B", [(4, 3), (3, 7), (11, 3)]), ("", [])])
-def test_x_is_saved_only_if_A_trains(quantizer: Quantizer, trains: str, shapes: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(
+    ("trains", "shapes"), [("A", [(4, 7), (3, 7), (11, 3)]), ("B", [(4, 3), (3, 7), (11, 3)]), ("", [])]
+)
+def test_x_is_saved_only_if_A_trains(
+    quantizer: Quantizer, trains: str, shapes: list[tuple[int, int]]
+) -> None:
     packed = quantizer.pack(torch.randn(OUT, IN))
-    A, B = torch.randn(RANK, IN, requires_grad=trains == "A"), torch.randn(OUT, RANK, requires_grad=trains == "B")
+    A, B = (
+        torch.randn(RANK, IN, requires_grad=trains == "A"),
+        torch.randn(OUT, RANK, requires_grad=trains == "B"),
+    )
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)), lambda t: t):
         lora_linear(torch.randn(4, IN), quantizer, packed, None, A, B)
@@ -237,7 +261,11 @@ def test_gradients_under_checkpointing_are_the_same(quantizer: Quantizer) -> Non
         def layer(x: Tensor, t: dict[str, Tensor] = t) -> Tensor:
             return lora_linear(x, quantizer, packed, t["bias"], t["A"], t["B"], dropout=0.5)
 
-        y = torch.utils.checkpoint.checkpoint(layer, t["x"], use_reentrant=False) if checkpointed else layer(t["x"])
+        y = (
+            torch.utils.checkpoint.checkpoint(layer, t["x"], use_reentrant=False)
+            if checkpointed
+            else layer(t["x"])
+        )
         y.square().sum().backward()
         gradients.append([t[name].grad for name in t])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -258,7 +286,10 @@ def test_transposed_product_is_the_adjoint(quantizer: Quantizer) -> None:
     packed = quantizer.pack(torch.randn(OUT, IN))
     x = torch.randn(4, IN, dtype=torch.float64)
     y = torch.randn(4, OUT, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close((lora_linear(x, quantizer, packed) * y).sum(), (x * lora_linear(y, quantizer, packed, transpose=True)).sum())
+    torch.testing.assert_close(
+        (lora_linear(x, quantizer, packed) * y).sum(),
+        (x * lora_linear(y, quantizer, packed, transpose=True)).sum(),
+    )
     assert torch.autograd.gradcheck(lambda y: lora_linear(y, quantizer, packed, transpose=True), (y,))
 
 
@@ -271,7 +302,9 @@ def test_transposed_product_is_the_adjoint(quantizer: Quantizer) -> None:
         (torch.ones(3, 7), torch.ones(11, 3).half(), "one dtype"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(quantizer: Quantizer, A: Tensor, B: Tensor | None, message: str) -> None:
+def test_an_adapter_that_does_not_fit_is_refused(
+    quantizer: Quantizer, A: Tensor, B: Tensor | None, message: str
+) -> None:
     packed = quantizer.pack(torch.randn(OUT, IN))
     with pytest.raises(ShapeError, match=message):
         lora_linear(torch.ones(2, IN), quantizer, packed, None, A, B)

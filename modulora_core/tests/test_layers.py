@@ -34,7 +34,9 @@ def test_a_bias_of_another_size_is_refused(weight: PackedParameter) -> None:
         QuantLinear(weight, nn.Parameter(torch.randn(4)))
 
 
-@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)])
+@pytest.mark.parametrize(
+    "cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)]
+)
 def test_casting_the_model_never_casts_packed_tensors(weight: PackedParameter, cast) -> None:  # type: ignore[no-untyped-def]
     layer = QuantLinear(weight, nn.Parameter(torch.randn(6)))
     before = {name: tensor.clone() for name, tensor in weight.packed.tensors.items()}
@@ -127,7 +129,9 @@ def test_several_adapters_of_different_ranks_add_up(weight: PackedParameter) -> 
     layer(x).sum().backward()
     assert all(p.grad is not None for p in (*layer.lora_A.values(), *layer.lora_B.values()))
     layer.active.remove("one")
-    torch.testing.assert_close(layer(x), base(x) + 0.5 * (x @ layer.lora_A["two"].t()) @ layer.lora_B["two"].t())
+    torch.testing.assert_close(
+        layer(x), base(x) + 0.5 * (x @ layer.lora_A["two"].t()) @ layer.lora_B["two"].t()
+    )
 
 
 def test_dropout_is_off_outside_of_training(weight: PackedParameter) -> None:
@@ -141,8 +145,12 @@ def test_dropout_is_off_outside_of_training(weight: PackedParameter) -> None:
     assert not torch.equal(layer(x), layer(x))
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [({"rank": 0}, "rank"), ({"rank": 2, "dropout": 1.0}, "dropout")])
-def test_an_adapter_with_impossible_settings_is_refused(weight: PackedParameter, kwargs: dict[str, float], message: str) -> None:
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"rank": 0}, "rank"), ({"rank": 2, "dropout": 1.0}, "dropout")]
+)
+def test_an_adapter_with_impossible_settings_is_refused(
+    weight: PackedParameter, kwargs: dict[str, float], message: str
+) -> None:
     layer = LoRALinear(QuantLinear(weight))
     with pytest.raises(AdapterError, match=message):
         layer.add_adapter("default", alpha=1, **kwargs)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from modulora_core.adapter_record import RECORD_FILE
 from modulora_core.adapters import (
     LoRASettings,
     adapter_deltas,
@@ -25,6 +26,7 @@ from modulora_core.adapters import (
 from modulora_core.checkpoint import load_model
 from modulora_core.errors import AdapterError
 from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from modulora_core.tests.adapted_models import logits, randomize, trained
 
 Pack = Callable[..., tuple[Path, Path]]
@@ -175,13 +177,13 @@ def test_experts_stay_as_they_are_and_the_linear_layers_beside_them_are_adapted(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json: not readable JSON"),
-        (lambda f: (f / "adapter_config.json").write_text("[]"), "expected an object, got list"),
-        (lambda f: (f / "modulora.json").write_text('{"format": 99}'), "reads format 1 of modulora.json, got 99"),
-        (lambda f: (f / "modulora.json").write_text('{"format": 1}'), "malformed modulora.json"),
-        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"short"), "not a readable safetensors file"),
-        (lambda f: (f / "adapter_model.safetensors").unlink(), "expected adapter_model.safetensors in it"),
-        (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "is a pickle, which is not read"),
+        (lambda f: (f / CONFIG_FILE).write_text("{"), "adapter_config.json: not readable JSON"),
+        (lambda f: (f / CONFIG_FILE).write_text("[]"), "expected an object, got list"),
+        (lambda f: (f / RECORD_FILE).write_text('{"format": 99}'), "reads format 1 of modulora.json, got 99"),
+        (lambda f: (f / RECORD_FILE).write_text('{"format": 1}'), "malformed modulora.json"),
+        (lambda f: (f / WEIGHTS_FILE).write_bytes(b"short"), "not a readable safetensors file"),
+        (lambda f: (f / WEIGHTS_FILE).unlink(), "expected adapter_model.safetensors in it"),
+        (lambda f: (f / WEIGHTS_FILE).rename(f / "adapter_model.bin"), "is a pickle, which is not read"),
     ],
     ids=["json", "list", "format", "record", "weights", "missing", "pickle"],
 )  # fmt: skip
@@ -198,7 +200,7 @@ def test_a_damaged_adapter_is_refused_with_the_file(
     ("tensors", "message"),
     [
         ({}, "it holds no tensors"),
-        ({"base_model.model.x.lora_A.weight": (2, 4)}, r"x: expected lora_A \[r, in\] .*, got \[2, 4\] and none"),
+        ({"base_model.model.x.lora_A.weight": (2, 4)}, r"x: expected .* got \[2, 4\] and none"),
         ({"base_model.model.x.lora_A.weight": (2, 4), "base_model.model.x.lora_B.weight": (4, 3)},
          r"got \[2, 4\] and \[4, 3\]"),
         ({"base_model.model.x.lora_magnitude_vector": (4,)}, "got base_model.model.x.lora_magnitude_vector"),

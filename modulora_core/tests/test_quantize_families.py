@@ -50,17 +50,23 @@ def logits_and_gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_packed_model_is_the_dense_model_with_rounded_weights(architecture: str, toy: ModuleType, tmp_path: Path) -> None:
+def test_a_packed_model_is_the_dense_model_with_rounded_weights(
+    architecture: str, toy: ModuleType, tmp_path: Path
+) -> None:
     source = save_tiny_model(architecture, tmp_path / "source")
     result = quantize(str(source), tmp_path / "packed", "toy", max_shard_bytes=20_000)
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
     dense = oracle(source, toy)
     expected = {site.name for site in find_sites(dense).linears}
     assert set(open_checkpoint(tmp_path / "packed").record.weights) == expected
-    assert set(dict(dense.named_parameters())) <= expected | {n for names in result.kept.values() for n in names}
+    assert set(dict(dense.named_parameters())) <= expected | {
+        n for names in result.kept.values() for n in names
+    }
 
     packed = load_model(tmp_path / "packed", device="cpu")
-    assert not any(isinstance(p, torch.nn.Parameter) and name in expected for name, p in packed.named_parameters())
+    assert not any(
+        isinstance(p, torch.nn.Parameter) and name in expected for name, p in packed.named_parameters()
+    )
     logits, gradient = logits_and_gradient(packed)
     expected_logits, expected_gradient = logits_and_gradient(dense)
     # the order of fp32 sums over two layers of width 32
@@ -70,7 +76,9 @@ def test_a_packed_model_is_the_dense_model_with_rounded_weights(architecture: st
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_merged_model_loads_in_plain_transformers(architecture: str, toy: ModuleType, tmp_path: Path) -> None:
+def test_a_merged_model_loads_in_plain_transformers(
+    architecture: str, toy: ModuleType, tmp_path: Path
+) -> None:
     source = save_tiny_model(architecture, tmp_path / "source")
     quantize(str(source), tmp_path / "packed", "toy")
     merge(str(tmp_path / "packed"), tmp_path / "merged", dtype="float32")

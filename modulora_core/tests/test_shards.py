@@ -52,7 +52,9 @@ def test_the_safetensors_library_reads_what_was_written_bit_for_bit(tmp_path: Pa
 
 
 def test_files_stay_below_the_largest_size_unless_one_tensor_is_larger() -> None:
-    shards = plan_shards({f"t{i}": TensorLayout("float32", (n,)) for i, n in enumerate([10, 10, 100, 5, 5])}, 80)
+    shards = plan_shards(
+        {f"t{i}": TensorLayout("float32", (n,)) for i, n in enumerate([10, 10, 100, 5, 5])}, 80
+    )
     assert [list(s.tensors) for s in shards] == [["t0", "t1"], ["t2"], ["t3", "t4"]]
 
 

@@ -19,6 +19,8 @@ from modulora_core.tests.tiny_models import save_tiny_model
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+STORED_DTYPES = [*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 
 
 @pytest.fixture
@@ -320,11 +322,7 @@ def test_a_tensor_and_its_chunks_are_what_safetensors_reads(shape: tuple[int, ..
     assert torch.equal(torch.cat([torch.empty(0), *chunks]), expected.view(-1))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.int32,
-     torch.int16, torch.int8, torch.uint8, torch.bool],
-)  # fmt: skip
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_every_dtype_is_read_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     raw = torch.arange(64, dtype=torch.uint8)
     expected = (raw % 2).bool() if dtype == torch.bool else raw.view(dtype)

@@ -11,7 +11,13 @@ import torch
 from modulora_core.errors import CheckpointError, OptionError, ShapeError
 from modulora_core.spec import NoOptions, PackedLayout, PackedWeight, QuantizerSpec, TensorLayout, check_rows
 
-GOOD: dict[str, Any] = {"name": "mine", "summary": "s", "location": "mine.quantizer:Mine", "protocol": 1, "bits": (3,)}
+GOOD: dict[str, Any] = {
+    "name": "mine",
+    "summary": "s",
+    "location": "mine.quantizer:Mine",
+    "protocol": 1,
+    "bits": (3,),
+}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +41,10 @@ def test_a_good_spec_is_frozen() -> None:
 
 
 def packed() -> PackedWeight:
-    tensors = {"codes": torch.arange(12, dtype=torch.uint8).reshape(4, 3), "scale": torch.ones(4, dtype=torch.float16)}
+    tensors = {
+        "codes": torch.arange(12, dtype=torch.uint8).reshape(4, 3),
+        "scale": torch.ones(4, dtype=torch.float16),
+    }
     return PackedWeight("mine", 2, (4, 6), tensors, {"group": 6})
 
 
@@ -66,7 +75,14 @@ def test_fill_refuses_other_shapes_and_dtypes() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"shape": [4]}, {"shape": None}, {"tensors": {"codes": ["float3", [1]]}}, {"tensors": [1]}, {"format": "x"}, {"tensors": {"c": ["int8", [-1]]}}],
+    [
+        {"shape": [4]},
+        {"shape": None},
+        {"tensors": {"codes": ["float3", [1]]}},
+        {"tensors": [1]},
+        {"format": "x"},
+        {"tensors": {"c": ["int8", [-1]]}},
+    ],
 )
 def test_a_malformed_layout_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError):

@@ -26,7 +26,9 @@ def test_no_rows_have_no_tiles() -> None:
     assert list(tile_ranges(0, 40, 4096)) == []
 
 
-def test_budget_comes_from_the_block_then_the_environment_then_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budget_comes_from_the_block_then_the_environment_then_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("MODULORA_TILE_BYTES", raising=False)
     assert tile_bytes(CPU) == CPU_TILE_BYTES
     monkeypatch.setenv("MODULORA_TILE_BYTES", "12345")
@@ -48,7 +50,9 @@ def test_a_budget_that_is_no_positive_number_is_refused(text: str, monkeypatch: 
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("budget", [1, 1000, 10**9])
 @pytest.mark.parametrize("leading", [(), (1,), (0,), (3, 5), (2, 0, 3)])
-def test_tiled_matmul_equals_the_dense_product(transpose: bool, budget: int, leading: tuple[int, ...]) -> None:
+def test_tiled_matmul_equals_the_dense_product(
+    transpose: bool, budget: int, leading: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
     W = torch.randn(37, 23, dtype=torch.float64)
     x = torch.randn(*leading, 37 if transpose else 23, dtype=torch.float64)

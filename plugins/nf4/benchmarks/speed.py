@@ -2,9 +2,9 @@
 
     python plugins/nf4/benchmarks/speed.py [--size 2048] [--seconds 0.5]
 
-A row of the table is the median of as many repetitions as fit in ``--seconds``. Each repetition takes the next of
-several weights, more than the caches hold together, so that codes and dense weights come from memory, as they do in a
-model. bitsandbytes is optional.
+A row of the table is the median of as many repetitions as fit in ``--seconds``. Each repetition takes the
+next of several weights, more than the caches hold together, so that codes and dense weights come from memory,
+as they do in a model. bitsandbytes is optional.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def compare(dense: list[Tensor], x: Tensor, row: Callable[[str, Callable[[int], object]], None]) -> None:
-    """bitsandbytes on the same weights. Its products go through ``matmul_4bit``, as its layers do."""
+    """Measure bitsandbytes on the same weights. Its products go through ``matmul_4bit``, as its layers do."""
     states = [bnb.quantize_4bit(w, quant_type="nf4") for w in dense]
     row("bitsandbytes, quantize_4bit", lambda i: bnb.quantize_4bit(dense[i], quant_type="nf4"))
     row("bitsandbytes, dequantize_4bit float32", lambda i: bnb.dequantize_4bit(*states[i]))

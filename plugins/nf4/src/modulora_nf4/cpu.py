@@ -1,7 +1,7 @@
-"""NF4 on the CPU, compiled by numba: the same values as :mod:`modulora_nf4.reference`, at the speed of memory.
+"""NF4 on the CPU, compiled by numba: the values of :mod:`modulora_nf4.reference` at the speed of memory.
 
-Everything works on the flat, row-major weight: element ``i`` is in block ``i >> shift`` and in byte ``i >> 1``, and a row
-may start in the middle of either. ``absmax`` arguments are fp32 and start at block ``first``.
+Everything works on the flat, row-major weight: element ``i`` is in block ``i >> shift`` and in byte
+``i >> 1``, and a row may start in the middle of either. ``absmax`` is fp32 and starts at block ``first``.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def _shuffle(builder: Any, table: ir.Constant, index: Any, instruction: str) -> 
 def _sixteen_levels(features: str, builder: Any, codes: Any) -> Any:
     """The levels of eight bytes of codes: ``<8 x i8>`` to ``<16 x float>``.
 
-    LLVM doesn't find the lookup in registers by itself, so it is spelled for AVX-512 and AVX2. Elsewhere each byte
-    loads its two values from a table of 256 pairs, which is 4 to 8 times slower.
+    LLVM doesn't find the lookup in registers by itself, so it is spelled for AVX-512 and AVX2. Elsewhere each
+    byte loads its two values from a table of 256 pairs, which is 4 to 8 times slower.
     """
     if "+avx2" not in features and "+avx512f" not in features:
         pairs = cgutils.global_constant(
@@ -58,7 +58,7 @@ def _sixteen_levels(features: str, builder: Any, codes: Any) -> Any:
             level = builder.load(builder.gep(pairs, [_I64(0), at]))
             levels = builder.insert_element(levels, level, _I32(k))
         return levels
-    # a byte becomes two 32-bit lanes, high nibble first; what is above the low four bits of a lane is not looked at
+    # a byte becomes two 32-bit lanes, high nibble first; nothing looks above the low four bits of a lane
     wide = builder.zext(codes, ir.VectorType(_I64, 8))
     both = builder.or_(builder.lshr(wide, _vector([4] * 8, _I64)), builder.shl(wide, _vector([32] * 8, _I64)))
     index = builder.bitcast(both, ir.VectorType(_I32, 16))
@@ -136,7 +136,7 @@ def dequantize(codes: Any, absmax: Any, first: int, shift: int, start: int, out:
 def dequantize_absmax(
     codes: Any, nested_absmax: Any, offset: Any, nested_shift: int, first: int, out: Any
 ) -> None:
-    """Blocks ``first ...`` of a double-quantized absmax to all of ``out``: two roundings, no fused multiply-add."""
+    """Blocks ``first ...`` of a double-quantized absmax to all of ``out``: two roundings, not one."""
     for piece in prange((out.size + _PIECE - 1) // _PIECE):
         for i in range(piece * _PIECE, min((piece + 1) * _PIECE, out.size)):
             block = first + i
@@ -153,7 +153,7 @@ def _dot(a: Any, b: Any) -> Any:
 
 @jit(parallel=True)
 def matmul(codes: Any, absmax: Any, shift: int, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ`` for few rows: ``x`` is ``[n, in]``, ``y`` is ``[n, out]``. A row of Ŵ lives in the L1 cache."""
+    """``y = x Ŵᵀ`` for few rows: ``x`` is ``[n, in]``, ``y`` is ``[n, out]``. A row of Ŵ stays in cache."""
     rows, in_features = x.shape
     out_features = y.shape[1]
     for piece in prange((out_features + _ROWS - 1) // _ROWS):
@@ -174,8 +174,8 @@ def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
 def matmul_transposed(codes: Any, absmax: Any, shift: int, y: Any, x: Any) -> None:
     """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, ``x`` is ``[n, in]``.
 
-    Threads share the columns, so that each sum over the rows of Ŵ has the same order for any number of threads. Four
-    rows at a time, because loading and storing the sums costs as much as adding to them.
+    Threads share the columns, so that each sum over the rows of Ŵ has the same order for any number of
+    threads. Four rows at a time, because loading and storing the sums costs as much as adding to them.
     """
     rows, out_features = y.shape
     in_features = x.shape[1]
@@ -201,7 +201,7 @@ def matmul_transposed(codes: Any, absmax: Any, shift: int, y: Any, x: Any) -> No
 
 @jit()
 def _largest(bits: Any) -> Any:
-    """The bits of max |x|. As integers, because their maximum is vectorised, and because NaN is above all of them."""
+    """The bits of max |x|: the maximum of integers is vectorised, and NaN is above all numbers."""
     largest = np.int32(0)
     for k in range(bits.size):
         largest = max(largest, np.int32(bits[k] & 0x7FFFFFFF))
@@ -239,7 +239,7 @@ def _quantize_piece(x: Any, x_bits: Any, size: int, codes: Any, absmax: Any, abs
 
 @jit(parallel=True)
 def quantize(x: Any, shift: int, codes: Any, absmax: Any) -> None:
-    """The flat fp32 weight to bytes and an fp32 absmax for each block: see :func:`modulora_nf4.reference.quantize`."""
+    """The flat fp32 weight to bytes and an fp32 absmax for each block (``reference.quantize``)."""
     size = max(1 << shift, _PIECE)  # even: pieces share no byte
     x_bits, absmax_bits = x.view(np.int32), absmax.view(np.int32)
     for piece in prange((x.size + size - 1) // size):

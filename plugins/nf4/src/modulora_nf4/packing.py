@@ -9,7 +9,7 @@ from modulora_nf4.reference import ZERO
 
 
 def pack(q: Tensor) -> Tensor:
-    """Codes, uint8 ``[numel]``, to bytes, uint8 ``[ceil(numel / 2)]``. An odd number is filled with the code of zero."""
+    """Codes, uint8 ``[numel]``, to bytes, uint8 ``[ceil(numel / 2)]``; zero's code fills an odd number."""
     if q.numel() % 2:
         q = torch.nn.functional.pad(q, (0, 1), value=ZERO)
     return (q[0::2] << 4) | q[1::2]

@@ -28,7 +28,7 @@ from modulora_nf4 import SPEC, packing, reference
 from modulora_nf4.reference import NESTED_BLOCK_SIZE
 
 FEW_ROWS = 32
-"""Up to so many rows of x the fused kernel is faster than a matrix product over decoded tiles (README, Speed)."""
+"""Up to so many rows of x the fused kernel is faster than a product over decoded tiles (README, Speed)."""
 
 
 class Options(BaseModel):
@@ -68,7 +68,8 @@ class NF4(Quantizer):
         codes, absmax = _quantize(weight.detach().to(torch.float32).reshape(-1), options.block_size)
         if not bool(absmax.isfinite().all()):
             raise WeightError(
-                f"nf4: expected finite weights that fp32 can hold, got NaN or Inf in a weight of shape {list(weight.shape)}"
+                "nf4: expected finite weights that fp32 can hold, got NaN or Inf in a weight of shape "
+                f"{list(weight.shape)}"
             )
         tensors = {"codes": codes, "absmax": absmax}
         if options.double_quant:

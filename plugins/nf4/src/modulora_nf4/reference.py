@@ -10,8 +10,8 @@ Symbols of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3:
     dequant(c₂, q)            = level[q] · c₂                                      equation 2
     doubleDequant(c₁, q₂, q)  = dequant(map[q₂] · c₁ + mean(c₂), q)                equation 6
 
-Where the paper leaves a choice (ties, the order of roundings, a block of zeros) this does what bitsandbytes 0.50 does
-on the CPU, bit for bit; a comment says so.
+Where the paper leaves a choice (ties, the order of roundings, a block of zeros) this does what bitsandbytes
+0.50 does on the CPU, bit for bit; a comment says so.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def spread(c: Tensor, B: int, start: int, stop: int) -> Tensor:
 
 
 def quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
-    """Codes q, uint8 ``[numel]``, and c₂, fp32 ``[blocks]``, of the flat fp32 weight ``[numel]`` (equation 1)."""
+    """Codes q, uint8 ``[numel]``, and c₂, fp32 ``[blocks]``, of the flat fp32 W ``[numel]`` (equation 1)."""
     c2 = constants(W, B)
     divisor = c2.clamp(min=SMALLEST_ABSMAX)
     scaled = W * spread(1 / divisor, B, 0, W.numel())
@@ -70,7 +70,7 @@ def quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(q: Tensor, c2: Tensor, B: int, start: int = 0) -> Tensor:
-    """Ŵ of the elements ``start ...``, fp32 (equation 2): their ``q``, and ``c2`` from block ``start // B`` on."""
+    """Ŵ, fp32, of the elements ``start ...`` (equation 2); ``c2`` begins with block ``start // B``."""
     level = torch.tensor(LEVELS, device=q.device)
     return level[q.to(torch.int32)] * spread(c2, B, start, start + q.numel())
 

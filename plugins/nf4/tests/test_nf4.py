@@ -1,0 +1,237 @@
+"""What the nf4 quantizer promises: ranges, layouts, products, refusals, and the same values from kernels and reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modulora_nf4 import SPEC, packing, reference
+from modulora_nf4.quantizer import NF4, Options
+from pydantic import ValidationError
+
+from modulora_core import kernels
+from modulora_core.errors import ShapeError, WeightError
+from modulora_core.spec import PackedWeight, Quantizer
+
+SHAPES = [(1, 1), (3, 7), (5, 64), (17, 129), (33, 200), (0, 8), (8, 0)]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+OPTIONS = [Options(block_size=b, double_quant=d) for b in (2, 64, 1024) for d in (False, True)]
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def plain_torch(monkeypatch):
+    """The path that runs where no kernel can."""
+    monkeypatch.setattr(kernels, "load", lambda module, device: None)
+
+
+def by_the_reference(packed: PackedWeight) -> torch.Tensor:
+    """All of Ŵ from reference.py alone, fp32."""
+    out_features, in_features = packed.shape
+    t, size = packed.tensors, packed.metadata["block_size"]
+    if packed.metadata["double_quant"]:
+        absmax = reference.double_dequantize(t["absmax_codes"], t["nested_absmax"], t["offset"])
+    else:
+        absmax = t["absmax"]
+    q = packing.unpack(t["codes"], 0, out_features * in_features)
+    return reference.dequantize(q, absmax, size).reshape(out_features, in_features)
+
+
+def name(options: Options) -> str:
+    return f"B{options.block_size}{'-double' if options.double_quant else ''}"
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_layout_equals_that_of_a_packed_weight(shape, options, generator):
+    quantizer = NF4(options)
+    assert quantizer.layout(shape) == quantizer.pack(torch.randn(shape, generator=generator)).layout
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 300), st.sampled_from(OPTIONS))
+def test_layout_is_exact_for_any_shape(out_features, in_features, options):
+    quantizer = NF4(options)
+    shape = (out_features, in_features)
+    assert quantizer.layout(shape) == quantizer.pack(torch.ones(shape)).layout
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_kernels_dequantize_to_the_bits_of_the_reference(shape, options, dtype, generator):
+    w = torch.randn(shape, generator=generator)
+    w[: shape[0] // 3] = 0
+    packed = NF4(options).pack(w)
+    ours = NF4(options).dequantize_tile(packed, (0, shape[0]), dtype)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, by_the_reference(packed).to(dtype))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_kernels_pack_to_the_bytes_of_the_reference(shape, options, generator, monkeypatch):
+    w = torch.randn(shape, generator=generator) * torch.logspace(-42, 3, max(1, shape[1]))[: shape[1]]
+    compiled = NF4(options).pack(w)
+    monkeypatch.setattr(kernels, "load", lambda module, device: None)
+    plain = NF4(options).pack(w)
+    for key, tensor in plain.tensors.items():
+        assert torch.equal(tensor, compiled.tensors[key]), key
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_dequantize_tile_equals_rows_of_the_whole(data):
+    out_features, in_features = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 150))
+    start = data.draw(st.integers(0, out_features))
+    stop = data.draw(st.integers(start, out_features))
+    quantizer = NF4(data.draw(st.sampled_from(OPTIONS)))
+    packed = quantizer.pack(
+        torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0))
+    )
+    for dtype in DTYPES:
+        whole = quantizer.dequantize_tile(packed, (0, out_features), dtype)
+        part = quantizer.dequantize_tile(packed, (start, stop), dtype)
+        assert torch.equal(part, whole[start:stop])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
+def test_without_kernels_any_rows_are_the_same(options, plain_torch, generator):
+    quantizer = NF4(options)
+    packed = quantizer.pack(torch.randn(9, 131, generator=generator))
+    for rows in [(0, 9), (1, 4), (8, 9), (3, 3), (9, 9)]:
+        part = quantizer.dequantize_tile(packed, rows, torch.float32)
+        assert torch.equal(part, by_the_reference(packed)[slice(*rows)])
+
+
+def test_a_tile_of_many_rounding_pieces_is_rounded_once(generator):
+    quantizer = NF4(Options(double_quant=True))
+    packed = quantizer.pack(torch.randn(701, 1027, generator=generator))  # 2.7 MiB of fp32, odd rows
+    whole = quantizer.dequantize_tile(packed, (0, 701), torch.float32)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert torch.equal(quantizer.dequantize_tile(packed, (3, 700), dtype), whole[3:700].to(dtype))
+
+
+# fp32 sums of n products of any order differ by about sqrt(n) roundings; an output in 16 bits is rounded once more
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 31, 40])
+@pytest.mark.parametrize("transpose", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 64), (37, 129), (131, 1030)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_matmul_equals_the_product_with_the_reference(shape, transpose, rows, dtype, generator):
+    for options in (Options(), Options(double_quant=True, block_size=32)):
+        packed = NF4(options).pack(torch.randn(shape, generator=generator))
+        W = by_the_reference(packed).double()
+        x = torch.randn(rows, shape[0] if transpose else shape[1], generator=generator).to(dtype)
+        y = NF4(options).matmul(x, packed, transpose)
+        exact = x.double() @ (W if transpose else W.t())
+        magnitude = x.double().abs() @ (W if transpose else W.t()).abs()
+        assert y.dtype == dtype
+        assert y.shape == exact.shape
+        error = ((y.double() - exact).abs() / magnitude.clamp(min=1e-30)).max().item() if rows else 0.0
+        assert error <= TOLERANCE[dtype], error
+
+
+def test_matmul_takes_any_leading_dimensions_and_strides(generator):
+    packed = NF4().pack(torch.randn(12, 20, generator=generator))
+    x = torch.randn(20, 2, 3, generator=generator).permute(2, 1, 0)  # [3, 2, 20], not contiguous
+    y = NF4().matmul(x, packed)
+    assert y.shape == (3, 2, 12)
+    torch.testing.assert_close(y, x @ by_the_reference(packed).t(), rtol=1e-5, atol=1e-5)
+    assert NF4().matmul(x[0, 0], packed).shape == (12,)
+
+
+def test_few_row_products_do_not_depend_on_the_number_of_threads(generator):
+    packed = NF4().pack(torch.randn(96, 1500, generator=generator))
+    x, y = torch.randn(3, 1500, generator=generator), torch.randn(3, 96, generator=generator)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = NF4().matmul(x, packed), NF4().matmul(y, packed, True)
+        torch.set_num_threads(2)
+        two = NF4().matmul(x, packed), NF4().matmul(y, packed, True)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+
+
+def test_matmul_refuses_a_wrong_last_dimension(generator):
+    packed = NF4().pack(torch.randn(4, 6, generator=generator))
+    with pytest.raises(ShapeError, match=r"expected x of shape \[\.\.\., 6\], got \[2, 4\]"):
+        NF4().matmul(torch.randn(2, 4), packed)
+
+
+@pytest.mark.parametrize("rows", [(-1, 2), (0, 5), (3, 2)])
+def test_rows_outside_of_the_weight_are_refused(rows, generator):
+    packed = NF4().pack(torch.randn(4, 6, generator=generator))
+    with pytest.raises(ShapeError, match="expected 0 <= start <= stop <= 4"):
+        NF4().dequantize_tile(packed, rows, torch.float32)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 70, 129])  # in whole blocks and in the short last one
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "reference"])
+def test_nan_and_inf_are_refused(bad, at, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernels, "load", lambda module, device: None)
+    w = torch.ones(2, 65)
+    w.view(-1)[at] = bad
+    with pytest.raises(WeightError, match=r"nf4: expected finite weights .* got NaN or Inf .* \[2, 65\]"):
+        NF4().pack(w)
+
+
+@pytest.mark.parametrize("value", [0, 1, 3, 48, -64])
+def test_a_block_size_that_is_no_power_of_two_is_refused(value):
+    with pytest.raises(ValidationError, match=f"expected a power of two from 2 on, got {value}"):
+        Options(block_size=value)
+
+
+def test_options_are_frozen_described_and_closed():
+    with pytest.raises(ValidationError, match="frozen"):
+        Options().block_size = 32
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Options(blocksize=32)
+    assert all(field.description for field in Options.model_fields.values())
+
+
+def test_packing_reads_any_strides_and_changes_nothing(generator):
+    w = torch.randn(50, 30, generator=generator).t()
+    before = w.clone()
+    strided, contiguous = NF4().pack(w), NF4().pack(w.contiguous())
+    assert torch.equal(w, before)
+    for key, tensor in contiguous.tensors.items():
+        assert torch.equal(tensor, strided.tensors[key])
+
+
+def test_packed_tensors_share_no_memory_with_the_weight(generator):
+    w = torch.randn(4, 64, generator=generator)
+    packed = NF4().pack(w)
+    before = NF4().dequantize_tile(packed, (0, 4), torch.float32)
+    w.zero_()
+    assert torch.equal(NF4().dequantize_tile(packed, (0, 4), torch.float32), before)
+
+
+def test_the_tile_belongs_to_the_caller(generator):
+    packed = NF4().pack(torch.randn(4, 64, generator=generator))
+    before = {name: tensor.clone() for name, tensor in packed.tensors.items()}
+    NF4().dequantize_tile(packed, (0, 4), torch.float32).zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in packed.tensors.items())
+
+
+def test_the_quantizer_is_what_its_spec_says():
+    assert NF4.spec is SPEC
+    assert issubclass(NF4, Quantizer)
+    assert SPEC.location == f"{NF4.__module__}:{NF4.__name__}"
+
+
+def test_bits_per_weight_count_the_scales():
+    assert NF4().layout((2048, 2048)).bits_per_weight == 4.5
+    assert round(NF4(Options(double_quant=True)).layout((2048, 2048)).bits_per_weight, 3) == 4.127
