@@ -132,7 +132,8 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messa
         )["input_ids"]
     if ids.numel() == 0:
         raise DataError("prompt: expected some text, got none")
-    return ids.long()
+    prompt_ids: torch.Tensor = ids.long()
+    return prompt_ids
 
 
 def _check_window(model: PreTrainedModel, prompt: int, new: int) -> None:
@@ -143,7 +144,7 @@ def _check_window(model: PreTrainedModel, prompt: int, new: int) -> None:
         )
 
 
-class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers ships no types
+class _Streamer(TextStreamer):
     """Hands text on instead of printing it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:

@@ -28,6 +28,12 @@ from modulora_core.tiles import tile_ranges
 ROUNDING_BYTES = 2**20
 """fp32 scratch for a tile of another dtype. A common L2 cache holds it, and rounding reads from there."""
 
+COLUMNS = 512
+"""fp32 sums of a row that stay in the L1 cache, together with four rows of as many weights."""
+
+LINE = 64
+"""Columns below which a piece would read only parts of cache lines, of 8-bit codes or larger ones."""
+
 _ONE_LAUNCH = threading.Lock()
 
 
@@ -84,12 +90,15 @@ def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[
 def launch(kernel: Callable[..., None], *arguments: Tensor | int | float) -> None:
     """Run ``kernel`` on torch's number of threads; CPU tensors are passed as arrays on the same memory.
 
+    Tensors must be contiguous. One that isn't aligned to its dtype, as in a mapped file, is passed as a copy: what a
+    kernel writes to must come from torch's allocator.
+
     One kernel runs at a time: numba's layer "workqueue", the one that is always there, ends the process when
     it is entered from two threads, and two kernels at once have no more cores than one.
     """
     import numba
 
-    arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    arrays = [_array(a) if isinstance(a, Tensor) else a for a in arguments]
     with _ONE_LAUNCH:
         before = numba.get_num_threads()
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
@@ -97,6 +106,23 @@ def launch(kernel: Callable[..., None], *arguments: Tensor | int | float) -> Non
             kernel(*arrays)
         finally:
             numba.set_num_threads(before)
+
+
+def _array(tensor: Tensor) -> Any:
+    """A numpy array on the tensor's memory. What lies askew in a mapped file is copied: numba would compile again."""
+    array = tensor.detach().numpy()
+    return array if array.flags.aligned else array.copy()
+
+
+def columns_at_once(columns: int) -> int:
+    """How many columns a thread takes at once, where threads share the columns of a sum over rows.
+
+    At most :data:`COLUMNS`, and so that all threads have the same number of pieces. No result depends on it: each
+    column has a sum of its own.
+    """
+    threads = torch.get_num_threads()
+    pieces = -(-columns // (COLUMNS * threads)) * threads
+    return max(LINE, -(-columns // (pieces * LINE)) * LINE)
 
 
 def filled_tile(

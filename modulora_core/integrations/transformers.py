@@ -44,16 +44,16 @@ class ModuLoRAConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
-class ModuLoRAHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships no types
+class ModuLoRAHfQuantizer(HfQuantizer):
     """Puts packed modules into the skeleton that transformers is about to fill."""
 
     requires_calibration = True  # packing is done by `modulora quantize`; from_pretrained only reads
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         install(model, self.quantization_config.record)
         return model
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
 
     @property

@@ -165,7 +165,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     config = deepcopy(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model.tie_weights()  # transformers 5.0 doesn't on the meta device
+            return model
     except Exception as error:  # a config may hold any nonsense, and the classes raise what they like
         reason = str(error).strip().split("\n")[0]
         raise ModelError(

@@ -122,6 +122,8 @@ def fetch_weights(location: Location) -> Location:
         # a broken index gets a message of its own when the folder is opened
         with suppress(ValueError, KeyError, TypeError, AttributeError):
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    if all((location.folder / name).is_file() for name in names):
+        return location
     return replace(location, folder=_download(location.model, location.revision, names))
 
 

@@ -19,7 +19,7 @@ from modulora_core.sources.gguf_store import GGUFFile, GGUFStore, gguf_config, r
 from modulora_core.sources.locate import Location, fetch_weights, locate
 from modulora_core.sources.quiet import quiet
 from modulora_core.sources.safetensors_store import SafetensorsStore
-from modulora_core.sources.tokenizer_files import copy_files, write_files
+from modulora_core.sources.tokenizer_files import TOKENIZER_FILES, copy_files, write_files
 from modulora_core.sources.weights import ParameterInfo, Progress, Weights
 
 if TYPE_CHECKING:
@@ -114,11 +114,15 @@ class ModelSource:
         """The model's tokenizer. Raises ModelError when there is none that transformers can read."""
         from transformers import AutoTokenizer
 
+        folder = self.location.folder
+        if self.location.gguf is None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            # transformers makes an empty tokenizer of such a folder in some versions
+            raise ModelError(f"model {self.location.model}: no tokenizer files, such as {TOKENIZER_FILES[0]}")
         options = {} if self.location.gguf is None else {"gguf_file": self.location.gguf}
         try:
             with quiet():
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    self.location.folder, trust_remote_code=False, **options
+                    folder, trust_remote_code=False, **options
                 )
         except Exception as error:  # each tokenizer class fails in its own way on missing or broken files
             reason = str(error).strip().split("\n")[0]
@@ -166,8 +170,8 @@ class ModelSource:
 def _open_folder(location: Location, weights: bool) -> ModelSource:
     config, values = read_config(location.folder)
     if not weights:
-        config = build_skeleton(config, _dtype_of(config, None)).config
-        return _source(location, config, None, {"config": values})
+        dtype = _dtype_of(config, None)
+        return _source(location, build_skeleton(config, dtype).config, dtype, None, {"config": values})
     location = fetch_weights(location)
     store = SafetensorsStore(location.folder)
     dtype = _dtype_of(config, store)
@@ -177,7 +181,7 @@ def _open_folder(location: Location, weights: bool) -> ModelSource:
         model = build_skeleton(_untied(model.config), dtype)
         found = Weights(store, model, dtype)
     stored = {name: [tensor.stored_as, tensor.shape] for name, tensor in store.tensors.items()}
-    return _source(location, model.config, found, {"config": values, "tensors": stored})
+    return _source(location, model.config, dtype, found, {"config": values, "tensors": stored})
 
 
 def _open_gguf(location: Location, path: Path) -> ModelSource:
@@ -187,11 +191,16 @@ def _open_gguf(location: Location, path: Path) -> ModelSource:
     store = GGUFStore(file, model, values)
     found = Weights(store, model, file.dtype, store.transforms)
     stored = {name: [tensor.kind.name, tensor.shape] for name, tensor in file.tensors.items()}
-    return _source(location, model.config, found, {"architecture": file.architecture, "tensors": stored})
+    description = {"architecture": file.architecture, "tensors": stored}
+    return _source(location, model.config, file.dtype, found, description)
 
 
 def _source(
-    location: Location, config: PretrainedConfig, weights: Weights | None, description: dict[str, Any]
+    location: Location,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    weights: Weights | None,
+    description: dict[str, Any],
 ) -> ModelSource:
     config.name_or_path, config.dtype = location.model, dtype
     return ModelSource(location, config, weights, description)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-COPIED_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -21,6 +21,11 @@ COPIED_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "tekken.json",
+)
+"""The names that transformers gives the files of a tokenizer."""
+
+COPIED_FILES = (
+    *TOKENIZER_FILES,
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import modulora_core
-from modulora_core.spec import BITS_OF_DTYPE
+from modulora_core.packed import BITS_OF_DTYPE
 
 CORE = Path(modulora_core.__file__).parent
 ROOT = CORE.parent

@@ -54,7 +54,7 @@ def test_something_else_at_the_output_is_refused_and_left_alone(tmp_path: Path) 
 def test_a_foreign_folder_under_the_temporary_name_is_never_removed(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").write_text("x")
-    with pytest.raises(OutputError, match="out.partial"), whole_or_nothing(tmp_path / "out"):
+    with pytest.raises(OutputError, match=r"out\.partial"), whole_or_nothing(tmp_path / "out"):
         pass
     assert (tmp_path / "out.partial" / "mine").exists()
 

@@ -172,10 +172,17 @@ def test_a_copied_tokenizer_encodes_as_the_original(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("hello world there").input_ids == [1, 2, 0]
 
 
+def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="no tokenizer that transformers can read"):
+        open_model(str(folder)).tokenizer()
+
+
 def test_a_model_without_a_tokenizer_has_no_files_to_copy_and_says_so(tmp_path: Path) -> None:
     folder = save_tiny_model("llama", tmp_path / "model")
     (folder / "generation_config.json").unlink()
     source = open_model(str(folder))
     assert source.copy_tokenizer(tmp_path / "out") == []
-    with pytest.raises(ModelError, match="no tokenizer that transformers can read"):
+    with pytest.raises(ModelError, match=r"no tokenizer files, such as tokenizer\.json"):
         source.tokenizer()

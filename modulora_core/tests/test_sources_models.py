@@ -102,7 +102,9 @@ def test_a_tied_tensor_that_is_saved_twice_is_streamed_once(tmp_path: Path) -> N
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     source = open_model(str(tmp_path))
     assert source.config.tie_word_embeddings is True
-    assert_same(source, loaded(tmp_path))
+    expected = loaded(tmp_path)
+    expected.pop("lm_head.weight", None)  # transformers 5.0 leaves equal tensors apart
+    assert_same(source, expected)
 
 
 def test_tied_names_with_other_values_are_not_tied(tmp_path: Path) -> None:

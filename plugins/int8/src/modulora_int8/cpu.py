@@ -1,8 +1,7 @@
-"""INT8 on the CPU, compiled by numba: the values of :mod:`modulora_int8.reference` at the speed of memory.
+"""INT8 on the CPU, compiled by numba: the same values as :mod:`modulora_int8.reference`, at the speed of memory.
 
-``codes`` is int8 ``[out, in]``, ``scales`` fp32 ``[out, groups]``, and ``group`` the number of columns that
-share a scale. A product of few rows multiplies the codes as they are and scales the sum of each group, so it
-reads one byte for a weight and writes none.
+``codes`` are ``[out, in]``, ``scales`` ``[out, groups]``; ``group`` columns share a scale. The loops that should be
+vectorised run over slices of their own, from 0 on: LLVM can't rule out that other indices are negative.
 """
 
 from __future__ import annotations
@@ -13,114 +12,102 @@ import numpy as np
 from numba import prange
 
 from modulora_core.kernels import jit
-from modulora_int8.reference import INVERSE, LARGEST, SMALLEST_SCALE
+from modulora_int8.reference import HALF_RANGE, INVERSE, LARGEST, SMALLEST_ABSMAX
 
 _INVERSE = np.float32(INVERSE)
 _LARGEST = np.float32(LARGEST)
-_SMALLEST_SCALE = np.float32(SMALLEST_SCALE)
-_NO_FRACTION = np.float32(
-    1.5 * 2**23
-)  # added and taken off, it leaves the nearest whole number, halves to even
+_SMALLEST = np.float32(SMALLEST_ABSMAX)
+_FROM, _BELOW = np.float32(HALF_RANGE[0]), np.float32(HALF_RANGE[1])
+
+_NORMAL = np.float32(
+    2**-14
+)  # fp16's smallest normal value; below it the step is 2⁻²⁴, above it a mantissa has 10 bits
+_STEPS_OF_HALF = np.float32(0.75)  # adding it to less than 2⁻¹⁴ rounds to multiples of 2⁻²⁴, halves to even
+_STEPS_OF_ONE = np.float32(1.5 * 2**23)  # adding it to less than 2²² rounds to whole numbers, halves to even
+
 _ROWS = 16  # rows that a thread takes at once
-_COLUMNS = 512  # columns that a thread takes at once in matmul_transposed: their sums stay in the L1 cache
 
 
 @jit()
 def _scaled(codes: Any, scale: Any, out: Any) -> None:
-    """Slices of their own, from 0 on: indices that can't be negative are what LLVM vectorises."""
     for k in range(out.size):
         out[k] = np.float32(codes[k]) * scale * _INVERSE
 
 
+@jit()
+def _decode(codes: Any, scales: Any, group: int, start: int, out: Any) -> None:
+    """Columns ``start ...`` of one row to all of ``out``; ``codes`` and ``scales`` are those of the row."""
+    k = 0
+    while k < out.size:
+        index = (start + k) // group
+        end = min(out.size, (index + 1) * group - start)
+        _scaled(codes[start + k : start + end], scales[index], out[k:end])
+        k = end
+
+
 @jit(parallel=True)
 def dequantize(codes: Any, scales: Any, group: int, out: Any) -> None:
-    """Rows ``codes`` with their ``scales`` to ``out`` ``[rows, in]``, fp32."""
-    rows, in_features = out.shape
-    for row in prange(rows):
-        for g in range(scales.shape[1]):
-            start, stop = g * group, min((g + 1) * group, in_features)
-            _scaled(codes[row, start:stop], scales[row, g], out[row, start:stop])
+    """The rows of ``codes`` to ``out``, fp32, of the same shape."""
+    for row in prange(out.shape[0]):
+        _decode(codes[row], scales[row], group, 0, out[row])
 
 
 @jit(fastmath=("reassoc", "contract", "nsz"))
-def _dot(codes: Any, x: Any) -> Any:
+def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0)
-    for k in range(codes.size):
-        total += np.float32(codes[k]) * x[k]
+    for k in range(a.size):
+        total += a[k] * b[k]
     return total
 
 
 @jit(parallel=True)
 def matmul(codes: Any, scales: Any, group: int, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ`` for few rows: ``x`` is ``[n, in]``, ``y`` is ``[n, out]``."""
+    """``y = x Ŵᵀ`` for few rows: ``x`` is ``[n, in]``, ``y`` is ``[n, out]``. A row of Ŵ lives in the L1 cache."""
     rows, in_features = x.shape
     out_features = y.shape[1]
     for piece in prange((out_features + _ROWS - 1) // _ROWS):
+        w = np.empty(in_features, np.float32)
         for o in range(piece * _ROWS, min((piece + 1) * _ROWS, out_features)):
+            _decode(codes[o], scales[o], group, 0, w)
             for r in range(rows):
-                total = np.float32(0)
-                for g in range(scales.shape[1]):
-                    start, stop = g * group, min((g + 1) * group, in_features)
-                    total += _dot(codes[o, start:stop], x[r, start:stop]) * (scales[o, g] * _INVERSE)
-                y[r, o] = total
+                y[r, o] = _dot(w, x[r])
 
 
 @jit(fastmath=("contract",))
-def _add(total: Any, a: Any, codes: Any) -> None:
+def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
     for k in range(total.size):
-        total[k] += a * np.float32(codes[k])
-
-
-@jit(fastmath=("contract",))
-def _add_four(total: Any, a: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> None:
-    a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
-    for k in range(total.size):
-        total[k] += (
-            a0 * np.float32(c0[k]) + a1 * np.float32(c1[k]) + a2 * np.float32(c2[k]) + a3 * np.float32(c3[k])
-        )
-
-
-@jit()
-def _add_rows(total: Any, y: Any, codes: Any, scales: Any, start: int, stop: int) -> None:
-    """``total += y Ŵ`` for columns ``start ... stop`` of one group; ``scales`` ``[out]`` are those of the group."""
-    rows, out_features = y.shape
-    a = np.empty(4, np.float32)
-    whole = out_features // 4 * 4
-    for o in range(0, whole, 4):
-        c0, c1 = codes[o, start:stop], codes[o + 1, start:stop]
-        c2, c3 = codes[o + 2, start:stop], codes[o + 3, start:stop]
-        for r in range(rows):
-            for j in range(4):
-                a[j] = y[r, o + j] * (scales[o + j] * _INVERSE)
-            _add_four(total[r], a, c0, c1, c2, c3)
-    for o in range(whole, out_features):
-        for r in range(rows):
-            _add(total[r], y[r, o] * (scales[o] * _INVERSE), codes[o, start:stop])
+        total[k] += a * w[0, k] + b * w[1, k] + c * w[2, k] + d * w[3, k]
 
 
 @jit(parallel=True)
-def matmul_transposed(codes: Any, scales: Any, group: int, y: Any, x: Any) -> None:
+def matmul_transposed(codes: Any, scales: Any, group: int, columns: int, y: Any, x: Any) -> None:
     """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, ``x`` is ``[n, in]``.
 
-    Threads share the columns, so that each sum over the rows of Ŵ has the same order for any number of
-    threads. Four rows at a time, because loading and storing the sums costs as much as adding to them.
+    Threads share the columns, ``columns`` at a time, so that each sum over the rows of Ŵ has the same order for any
+    number of threads. Four rows at a time, because loading and storing the sums costs as much as adding to them.
     """
+    rows, out_features = y.shape
     in_features = x.shape[1]
-    for piece in prange((in_features + _COLUMNS - 1) // _COLUMNS):
-        start = piece * _COLUMNS
-        end = min(start + _COLUMNS, in_features)
-        while start < end:
-            g = start // group
-            stop = min(end, (g + 1) * group)
-            total = np.zeros((x.shape[0], stop - start), np.float32)
-            _add_rows(total, y, codes, scales[:, g], start, stop)
-            x[:, start:stop] = total
-            start = stop
+    for piece in prange((in_features + columns - 1) // columns):
+        start = piece * columns
+        width = min(columns, in_features - start)
+        w = np.zeros((4, width), np.float32)
+        total = np.zeros((rows, width), np.float32)
+        for o in range(0, out_features, 4):
+            four = min(4, out_features - o)
+            for j in range(four):
+                _decode(codes[o + j], scales[o + j], group, start, w[j])
+            for r in range(rows):  # of what is left in w from the last four, nothing is added
+                b = y[r, o + 1] if four > 1 else np.float32(0)
+                c = y[r, o + 2] if four > 2 else np.float32(0)
+                d = y[r, o + 3] if four > 3 else np.float32(0)
+                _add_four(total[r], w, y[r, o], b, c, d)
+        x[:, start : start + width] = total
 
 
 @jit()
 def _largest(bits: Any) -> Any:
-    """The bits of max |x|: the maximum of integers is vectorised, and NaN is above all numbers."""
+    """The bits of max |x|. As integers, because their maximum is vectorised, and because NaN is above all of them."""
     largest = np.int32(0)
     for k in range(bits.size):
         largest = max(largest, np.int32(bits[k] & 0x7FFFFFFF))
@@ -128,23 +115,46 @@ def _largest(bits: Any) -> Any:
 
 
 @jit()
-def _nearest(x: Any, factor: Any, codes: Any) -> None:
+def _to_half(x: Any, bits: Any, half: Any, half_bits: Any) -> None:
+    """Values below 65520 rounded to fp16, without the instruction for it, which numba doesn't reach."""
+    for k in range(bits.size):
+        to_even = (bits[k] >> 13) & 1
+        half_bits[k] = np.int32((bits[k] + 0xFFF + to_even) & ~0x1FFF)
     for k in range(x.size):
-        codes[k] = np.int8(np.int32((x[k] * factor + _NO_FRACTION) - _NO_FRACTION))
+        small = (x[k] + _STEPS_OF_HALF) - _STEPS_OF_HALF
+        half[k] = small if abs(x[k]) < _NORMAL else half[k]
+
+
+@jit()
+def _to_codes(x: Any, factor: Any, codes: Any) -> None:
+    for k in range(x.size):
+        codes[k] = np.int8((x[k] * factor + _STEPS_OF_ONE) - _STEPS_OF_ONE)
+
+
+@jit()
+def _quantize_group(x: Any, x_bits: Any, half: Any, half_bits: Any, codes: Any, c: Any, c_bits: Any) -> None:
+    """``c`` and ``c_bits`` are the same single value."""
+    c_bits[0] = _largest(x_bits)
+    if _FROM <= c[0] < _BELOW:
+        _to_half(x, x_bits, half, half_bits)
+        c_bits[0] = _largest(half_bits)
+        _to_codes(half, _LARGEST / max(c[0], _SMALLEST), codes)
+    else:
+        _to_codes(x, _LARGEST / max(c[0], _SMALLEST), codes)
 
 
 @jit(parallel=True)
 def quantize(x: Any, group: int, codes: Any, scales: Any) -> None:
-    """Rows ``x``, fp32 ``[rows, in]``, to codes and the absmax of each group (``reference.quantize``)."""
-    bits, scale_bits = x.view(np.int32), scales.view(np.int32)
-    rows, in_features = x.shape
-    for piece in prange((rows + _ROWS - 1) // _ROWS):
-        for row in range(piece * _ROWS, min((piece + 1) * _ROWS, rows)):
+    """The fp32 weight ``[out, in]`` to codes and scales: see :func:`modulora_int8.reference.quantize`."""
+    out_features, in_features = x.shape
+    x_bits, scales_bits = x.view(np.int32), scales.view(np.int32)
+    for piece in prange((out_features + _ROWS - 1) // _ROWS):
+        half_bits = np.empty(min(group, in_features), np.int32)
+        half = half_bits.view(np.float32)
+        for o in range(piece * _ROWS, min((piece + 1) * _ROWS, out_features)):
             for g in range(scales.shape[1]):
-                start, stop = g * group, min((g + 1) * group, in_features)
-                scale_bits[row, g] = _largest(bits[row, start:stop])
-                if scales[row, g] < _SMALLEST_SCALE:
-                    scales[row, g] = 0
-                    codes[row, start:stop] = 0
-                else:
-                    _nearest(x[row, start:stop], _LARGEST / scales[row, g], codes[row, start:stop])
+                a, b = g * group, min((g + 1) * group, in_features)
+                _quantize_group(
+                    x[o, a:b], x_bits[o, a:b], half[: b - a], half_bits[: b - a], codes[o, a:b],
+                    scales[o, g : g + 1], scales_bits[o, g : g + 1],
+                )  # fmt: skip

@@ -3,14 +3,13 @@
 Packed tensors::
 
     codes     int8 [out, in]
-    scales    fp32 [out, groups]       the absmax of each; without group_size a row is one group
+    scales    fp32 [out, groups]      the absmax; without group_size a row is one group
 
 Metadata: ``group_size``.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -18,16 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from modulora_core import kernels
-from modulora_core.errors import CheckpointError, WeightError
+from modulora_core.errors import WeightError
 from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, TensorLayout, check_rows
 from modulora_core.tiles import tile_bytes, tile_ranges
 from modulora_int8 import SPEC, reference
 
 FEW_ROWS = 24
-"""Up to so many rows of x the fused kernel is faster than a matrix product over decoded tiles (README, Speed)."""
-
-FEW_ROWS_GROUPED = 8
-"""The same with group_size: a sum that is scaled every 64 columns costs twice as much."""
+"""Up to so many rows of x the fused kernel is faster than a product with decoded tiles (README, Speed)."""
 
 
 class Options(BaseModel):
@@ -38,7 +34,7 @@ class Options(BaseModel):
     group_size: int | None = Field(
         None,
         ge=2,
-        description="how many consecutive weights of a row share a scale; by default the whole row",
+        description="how many consecutive weights of a row share a scale, 2 or more; by default the whole row",
     )
 
 
@@ -55,37 +51,35 @@ class INT8(Quantizer):
         Raises:
             WeightError: it has NaN or Inf, or values that fp32 can't hold.
         """
-        weight = weight.detach()
-        out_features, in_features = weight.shape
-        layout = self.layout((out_features, in_features))
-        packed = layout.empty(weight.device)
-        codes, scales = packed.tensors["codes"], packed.tensors["scales"]
-        # some rows at a time: the reference needs several fp32 copies of what it is given
-        for start, stop in tile_ranges(out_features, 4 * in_features, tile_bytes(weight.device)):
-            codes[start:stop], scales[start:stop] = reference.quantize(
-                weight[start:stop], self.options.group_size
-            )
+        codes, scales = _quantize(weight.detach().to(torch.float32), self.options.group_size)
         if not bool(scales.isfinite().all()):
             raise WeightError(
-                "int8: expected finite weights that fp32 can hold, got NaN or Inf in a weight of shape "
-                f"{list(weight.shape)}"
+                f"int8: expected finite weights that fp32 can hold, got NaN or Inf in a weight of shape {list(weight.shape)}"
             )
-        return packed
+        out_features, in_features = weight.shape
+        tensors = {"codes": codes, "scales": scales}
+        options = self.options.model_dump()
+        return PackedWeight("int8", self.format, (out_features, in_features), tensors, options)
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
-        tensors = _tensors(shape, self.options.group_size)
-        return PackedLayout(self.spec.name, self.format, shape, tensors, self.options.model_dump())
+        out_features, in_features = shape
+        scales = (out_features, reference.groups(in_features, self.options.group_size))
+        tensors = {
+            "codes": TensorLayout("int8", (out_features, in_features)),
+            "scales": TensorLayout("float32", scales),
+        }
+        return PackedLayout("int8", self.format, shape, tensors, self.options.model_dump())
 
     def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         check_rows(packed, rows)
-        codes, scales = _checked(packed)
+        codes, scales = packed.tensors["codes"], packed.tensors["scales"]
         cpu = _kernels(packed.device)
         if cpu is None:
             part = slice(*rows)
             return reference.dequantize(codes[part], scales[part], packed.metadata["group_size"]).to(dtype)
 
         def fill(start: int, stop: int, out: Tensor) -> None:
-            kernels.launch(cpu.dequantize, codes[start:stop], scales[start:stop], _columns(packed), out)
+            kernels.launch(cpu.dequantize, codes[start:stop], scales[start:stop], _group(packed), out)
 
         return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
 
@@ -93,14 +87,15 @@ class INT8(Quantizer):
         out_features, in_features = packed.shape
         cpu = _kernels(packed.device)
         given, wanted = (out_features, in_features) if transpose else (in_features, out_features)
-        most = FEW_ROWS if packed.metadata["group_size"] is None else FEW_ROWS_GROUPED
-        few = None if cpu is None else kernels.few_rows(x, given, most)  # [n, given]
+        few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
         if few is None:
             return super().matmul(x, packed, transpose)
-        codes, scales = _checked(packed)
+        weight = packed.tensors["codes"], packed.tensors["scales"], _group(packed)
         y = torch.empty(few.shape[0], wanted)
-        kernel = cpu.matmul_transposed if transpose else cpu.matmul
-        kernels.launch(kernel, codes, scales, _columns(packed), few, y)
+        if transpose:
+            kernels.launch(cpu.matmul_transposed, *weight, kernels.columns_at_once(in_features), few, y)
+        else:
+            kernels.launch(cpu.matmul, *weight, few, y)
         return y.to(x.dtype).view(*x.shape[:-1], wanted)
 
 
@@ -109,29 +104,21 @@ def _kernels(device: torch.device) -> Any:
     return kernels.load("modulora_int8.cpu", device)
 
 
-def _columns(packed: PackedWeight) -> int:
-    """How many columns share a scale."""
+def _group(packed: PackedWeight) -> int:
+    """Columns that share a scale, as the kernels count them."""
     return packed.metadata["group_size"] or max(1, packed.shape[1])
 
 
-@cache
-def _tensors(shape: tuple[int, int], group_size: int | None) -> dict[str, TensorLayout]:
-    out_features, in_features = shape
-    groups = reference.groups(in_features, group_size)
-    return {
-        "codes": TensorLayout("int8", (out_features, in_features)),
-        "scales": TensorLayout("float32", (out_features, groups)),
-    }
-
-
-def _checked(packed: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Codes and scales. Raises CheckpointError when they aren't of the shapes that the kernels would read."""
-    expected = _tensors(packed.shape, packed.metadata["group_size"])
-    codes, scales = packed.tensors["codes"], packed.tensors["scales"]
-    if codes.shape != expected["codes"].shape or scales.shape != expected["scales"].shape:
-        raise CheckpointError(
-            f"int8 weight of shape {list(packed.shape)}, {dict(packed.metadata)}: expected codes of "
-            f"{list(expected['codes'].shape)} and scales of {list(expected['scales'].shape)}, "
-            f"got {list(codes.shape)} and {list(scales.shape)}"
-        )
+def _quantize(W: Tensor, G: int | None) -> tuple[Tensor, Tensor]:
+    """Codes ``[out, in]`` and scales ``[out, groups]`` of the fp32 weight ``[out, in]``."""
+    out_features, in_features = W.shape
+    codes = torch.empty(out_features, in_features, dtype=torch.int8, device=W.device)
+    scales = torch.empty(out_features, reference.groups(in_features, G), device=W.device)
+    cpu = _kernels(W.device)
+    if cpu is not None:
+        kernels.launch(cpu.quantize, W.contiguous(), G or max(1, in_features), codes, scales)
+        return codes, scales
+    # a few rows at a time: the reference needs several copies of what it is given
+    for start, stop in tile_ranges(out_features, 4 * in_features, tile_bytes(W.device)):
+        codes[start:stop], scales[start:stop] = reference.quantize(W[start:stop], G)
     return codes, scales

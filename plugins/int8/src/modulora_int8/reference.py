@@ -1,15 +1,14 @@
 """Row-wise INT8 in plain torch, as LLM.int8 has it: the truth that the kernels are measured against.
 
-Symbols of LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), sections 2.1 (absmax quantization) and 3.1 (one
-constant for each row of the weight, "vector-wise"), and of bitsandbytes for what they don't name:
+Symbols of LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), section 2.1, absmax quantization::
 
     W      the weight, [out, in]
-    c      the absmax of a row, or of a group of G consecutive values of a row: fp32 [out, groups]
-    CB     round(127 / c · W), int8 [out, in]
-    Ŵ      CB · c / 127
+    c      the absmax of a row, or of G consecutive values of a row (the last group may be short): [out, groups]
+    CB     round(127 · W / c), int8                                   section 2.1, absmax quantization
+    Ŵ      CB · c / 127                                               its inverse, as equation 2 dequantizes
 
-The order of roundings is that of bitsandbytes 0.50 on the CPU, bit for bit: W is rounded to fp16, 1 / c and
-127 · (1 / c) are rounded, halves go to even, and Ŵ multiplies by 1 / 127 instead of dividing.
+Roundings and their order are those of bitsandbytes 0.50: W is rounded to fp16 first, then 127 / c, then the
+product to whole numbers, halves to even; Ŵ is (CB · c) times the fp32 value of 1 / 127.
 """
 
 from __future__ import annotations
@@ -17,45 +16,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST = 127
-"""The largest code; −128 is not used."""
+LARGEST = 127.0
+INVERSE = 1 / 127
 
-INVERSE = 1 / LARGEST
+HALF_RANGE = (127 * 2.0**-24, 65520.0)
+"""W is rounded to fp16 where ``HALF_RANGE[0] <= c < HALF_RANGE[1]``, and stays in fp32 elsewhere.
+
+bitsandbytes rounds everywhere. From 65520 on that gives Inf. Below 127 · 2⁻²⁴ the steps of fp16, 2⁻²⁴ there, are
+larger than the steps c / 127 of the codes, so that fp16 would decide the result, down to all zeros."""
+
+SMALLEST_ABSMAX = 1e-36
+"""What a smaller c is taken for in the division, so that 127 / c is finite; a group of zeros has codes 0."""
 
 
 def groups(in_features: int, G: int | None) -> int:
-    """How many constants a row has."""
+    """How many scales a row has."""
     return 1 if G is None else -(-in_features // G)
 
 
-def to_half(W: Tensor) -> Tensor:
-    """``W`` rounded to fp16 as bitsandbytes does, then widened to fp32: ``[out, in]``.
+def grouped(W: Tensor, G: int | None) -> Tensor:
+    """``[out, in]`` to ``[out, groups, G]``, the last group filled with zeros."""
+    out_features, in_features = W.shape
+    size = max(1, in_features) if G is None else G
+    n = groups(in_features, G)
+    return torch.nn.functional.pad(W, (0, n * size - in_features)).reshape(out_features, n, size)
 
-    A row that fp16 doesn't hold at all, because its absmax would become Inf or 0, stays as it is: bitsandbytes
-    loses it, and with c in fp32 the format has no need to.
-    """
-    half = W.to(torch.float16).to(torch.float32)
-    if W.shape[1] == 0:
-        return half
-    absmax = half.abs().amax(dim=1, keepdim=True)
-    return torch.where((absmax > 0) & absmax.isfinite(), half, W.to(torch.float32))
+
+def absmax(W: Tensor) -> Tensor:
+    """The constant c of each group of ``[out, groups, G]``: ``[out, groups, 1]``."""
+    return W.abs().amax(dim=2, keepdim=True)
+
+
+def to_half(W: Tensor) -> Tensor:
+    """Groups ``[out, groups, G]`` rounded to fp16 where their absmax is in :data:`HALF_RANGE`; fp32."""
+    c = absmax(W)
+    fits = (c >= HALF_RANGE[0]) & (c < HALF_RANGE[1])
+    return torch.where(fits, W.to(torch.float16).to(torch.float32), W)
 
 
 def quantize(W: Tensor, G: int | None = None) -> tuple[Tensor, Tensor]:
-    """CB, int8 ``[out, in]``, and c, fp32 ``[out, groups]``, of a weight ``[out, in]`` of any float dtype."""
+    """CB, int8 ``[out, in]``, and c, fp32 ``[out, groups]``, of the fp32 weight ``[out, in]`` (section 2.1)."""
     out_features, in_features = W.shape
-    n = groups(in_features, G)
-    size = in_features if G is None else min(G, in_features)
-    padded = torch.nn.functional.pad(to_half(W), (0, n * size - in_features))
-    blocks = padded.reshape(out_features, n, size)
-    c = blocks.abs().amax(dim=2) if size else W.new_zeros(out_features, n, dtype=torch.float32)
-    factor = torch.where(c == 0, 0.0, 1 / c * LARGEST)  # a row of zeros has c = 0 and codes 0
-    CB = torch.round(blocks * factor[:, :, None]).to(torch.int8)
-    return CB.reshape(out_features, n * size)[:, :in_features].contiguous(), c
+    halves = to_half(grouped(W, G))
+    c = absmax(halves)  # [out, groups, 1]
+    CB = torch.round(halves * (LARGEST / c.clamp(min=SMALLEST_ABSMAX))).to(torch.int8)
+    return CB.reshape(out_features, -1)[:, :in_features].contiguous(), c[:, :, 0]
 
 
 def dequantize(CB: Tensor, c: Tensor, G: int | None = None) -> Tensor:
-    """Ŵ of rows ``CB`` ``[rows, in]`` with their ``c`` ``[rows, groups]``: fp32 ``[rows, in]``."""
+    """Ŵ of rows: fp32 ``[rows, in]`` from ``CB`` ``[rows, in]`` and ``c`` ``[rows, groups]``."""
     in_features = CB.shape[1]
-    per_column = c if G is None else c.repeat_interleave(min(G, in_features), dim=1)[:, :in_features]
-    return CB.to(torch.float32) * per_column * INVERSE
+    scale = c if G is None else c.repeat_interleave(G, dim=1)[:, :in_features]
+    return CB.to(torch.float32) * scale * INVERSE

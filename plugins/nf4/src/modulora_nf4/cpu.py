@@ -25,7 +25,6 @@ _DYNAMIC_MAP = dynamic_map().numpy()
 
 _PIECE = 8192  # elements that a thread takes at once: 4 KiB of codes and 32 KiB of values
 _ROWS = 16  # rows that a thread takes at once in matmul
-_COLUMNS = 512  # columns that a thread takes at once in matmul_transposed: their sums stay in the L1 cache
 
 _F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
@@ -171,7 +170,7 @@ def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
 
 
 @jit(parallel=True)
-def matmul_transposed(codes: Any, absmax: Any, shift: int, y: Any, x: Any) -> None:
+def matmul_transposed(codes: Any, absmax: Any, shift: int, columns: int, y: Any, x: Any) -> None:
     """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, ``x`` is ``[n, in]``.
 
     Threads share the columns, so that each sum over the rows of Ŵ has the same order for any number of
@@ -179,23 +178,20 @@ def matmul_transposed(codes: Any, absmax: Any, shift: int, y: Any, x: Any) -> No
     """
     rows, out_features = y.shape
     in_features = x.shape[1]
-    for piece in prange((in_features + _COLUMNS - 1) // _COLUMNS):
-        start = piece * _COLUMNS
-        width = min(_COLUMNS, in_features - start)
+    for piece in prange((in_features + columns - 1) // columns):
+        start = piece * columns
+        width = min(columns, in_features - start)
         w = np.zeros((4, width), np.float32)
         total = np.zeros((rows, width), np.float32)
         for o in range(0, out_features, 4):
             four = min(4, out_features - o)
             for j in range(four):
                 _decode(codes, absmax, 0, shift, (o + j) * in_features + start, w[j])
-            if four == 4:
-                for r in range(rows):
-                    _add_four(total[r], w, y[r, o], y[r, o + 1], y[r, o + 2], y[r, o + 3])
-            else:
-                for j in range(four):
-                    for r in range(rows):
-                        for k in range(width):
-                            total[r, k] += y[r, o + j] * w[j, k]
+            for r in range(rows):  # of what is left in w from the last four, nothing is added
+                b = y[r, o + 1] if four > 1 else np.float32(0)
+                c = y[r, o + 2] if four > 2 else np.float32(0)
+                d = y[r, o + 3] if four > 3 else np.float32(0)
+                _add_four(total[r], w, y[r, o], b, c, d)
         x[:, start : start + width] = total
 
 

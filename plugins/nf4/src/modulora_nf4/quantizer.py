@@ -119,9 +119,12 @@ class NF4(Quantizer):
             return super().matmul(x, packed, transpose)
         B = packed.metadata["block_size"]
         absmax = _absmax(packed, 0, reference.blocks(out_features * in_features, B))
+        weight = packed.tensors["codes"], absmax, _shift(B)
         y = torch.empty(few.shape[0], wanted)
-        kernel = cpu.matmul_transposed if transpose else cpu.matmul
-        kernels.launch(kernel, packed.tensors["codes"], absmax, _shift(B), few, y)
+        if transpose:
+            kernels.launch(cpu.matmul_transposed, *weight, kernels.columns_at_once(in_features), few, y)
+        else:
+            kernels.launch(cpu.matmul, *weight, few, y)
         return y.to(x.dtype).view(*x.shape[:-1], wanted)
 
 
