@@ -36,7 +36,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
     is text (packed into windows), instructions, chats, or prompts and completions; of the latter three only
     the answers are trained. Say how long with --steps or --epochs.
 
-    OUT/finetune.yaml has every option of the run; it, or a file of your own, makes the run again with --config.
+    OUT/finetune.yaml has every option of the run; with --config it, or a file of your own, makes it again.
 
     Examples:
       modulora finetune smollm2-packed my-adapter --data notes.txt --steps 100

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modulora_core.adapters import LoRASettings, adapter_layers, add_lora
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 IDS = torch.arange(3, 27).view(2, 12)  # [batch, sequence]
 
@@ -28,3 +32,14 @@ def trained(model: nn.Module, settings: LoRASettings | None = None) -> nn.Module
     add_lora(model, settings or LoRASettings(rank=4))
     randomize(model)
     return model
+
+
+def save_llama_with_tokenizer(folder: Path) -> None:
+    """A tiny random Llama that can read text."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 600, "max_position_embeddings": 128,
+             "initializer_range": 0.2}  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)

@@ -124,7 +124,19 @@ def pack(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return folders
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def tunable(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny packed Llama that has a tokenizer, a window of 128 tokens, and its dense form beside it."""
+    from modulora_core.quantize import quantize
+    from modulora_core.tests.adapted_models import save_llama_with_tokenizer
+
+    root = tmp_path_factory.mktemp("tunable")
+    save_llama_with_tokenizer(root / "dense")
+    quantize(str(root / "dense"), root / "packed", "toy")
+    return root / "packed"
+
+
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny products on several threads mostly wait for each other."""
     before = torch.get_num_threads()

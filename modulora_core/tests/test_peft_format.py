@@ -26,6 +26,7 @@ from modulora_core.adapters import (
 from modulora_core.checkpoint import load_model
 from modulora_core.errors import AdapterError
 from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.merge import merge
 from modulora_core.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from modulora_core.tests.adapted_models import logits, randomize, trained
 
@@ -62,6 +63,19 @@ def test_peft_gives_the_same_logits_on_the_original_model(
     assert adapted == {f"base_model.model.{path}" for path in expected}
     torch.testing.assert_close(logits(theirs), ours, rtol=1e-4, atol=1e-5)
     assert (ours - base).abs().max() > 0.05, "an adapter that does nothing would pass"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_peft_gives_the_same_logits_as_the_merged_model(
+    pack: Pack, architecture: str, tmp_path: Path
+) -> None:
+    dense, packed = pack(architecture)
+    save_adapter(trained(load_model(packed)), tmp_path / "adapter")
+    merge(str(packed), tmp_path / "merged", adapter=str(tmp_path / "adapter"), dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "quantization_config")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(dense), tmp_path / "adapter")
+    torch.testing.assert_close(logits(merged), logits(theirs), rtol=1e-4, atol=1e-5)
 
 
 def test_ranks_and_scales_that_differ_from_layer_to_layer_reach_peft(pack: Pack, tmp_path: Path) -> None:

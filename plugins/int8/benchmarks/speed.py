@@ -1,0 +1,103 @@
+"""Measure the int8 plugin on this CPU, beside bitsandbytes and a dense fp32 weight, all in one run.
+
+    python plugins/int8/benchmarks/speed.py [--size 2048] [--seconds 0.5]
+
+A row of the table is the median of as many repetitions as fit in ``--seconds``. Each repetition takes the
+next of several weights, more than the caches hold together, so that codes and dense weights come from memory,
+as they do in a model. bitsandbytes is optional.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from modulora_int8.quantizer import INT8, Options
+from torch import Tensor
+
+from modulora_core.spec import PackedWeight
+from modulora_core.tiles import tile_bytes, tile_ranges
+
+try:
+    from bitsandbytes import functional as bnb
+except ImportError:
+    bnb = None
+
+BYTES = 160 * 2**20  # of dense weights: several times a common L3 cache
+
+
+def milliseconds(call: Callable[[int], object], weights: int, seconds: float) -> float:
+    """The median time of ``call(i)``, ``i`` going around the weights."""
+    for i in range(weights):
+        call(i)
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    for i in itertools.cycle(range(weights)):
+        begin = time.perf_counter()
+        call(i)
+        end = time.perf_counter()
+        times.append(1e3 * (end - begin))
+        if end > stop:
+            return statistics.median(times)
+    raise AssertionError("an endless loop ended")
+
+
+def all_tiles(quantizer: INT8, packed: PackedWeight, dtype: torch.dtype) -> None:
+    """Every tile of the budget that the core uses, one after the other."""
+    out_features, in_features = packed.shape
+    budget = tile_bytes(torch.device("cpu"))
+    for rows in tile_ranges(out_features, in_features * dtype.itemsize, budget):
+        quantizer.dequantize_tile(packed, rows, dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the int8 plugin on this CPU.")
+    parser.add_argument("--size", type=int, default=2048, help="out_features and in_features")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each measurement")
+    arguments = parser.parse_args()
+    size, count = arguments.size, max(2, BYTES // (4 * arguments.size**2))
+    dense = [torch.randn(size, size) for _ in range(count)]
+    x = torch.randn(1, size)
+
+    def row(name: str, call: Callable[[int], object]) -> None:
+        print(f"{name:<44} {milliseconds(call, count, arguments.seconds):8.3f} ms", flush=True)
+
+    print(f"{size} x {size}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for group_size in (None, 64):
+        quantizer = INT8(Options(group_size=group_size))
+        packed = [quantizer.pack(w) for w in dense]
+        name = f"int8{f' group_size={group_size}' if group_size else ''}"
+        row(f"{name}, pack", lambda i, q=quantizer: q.pack(dense[i]))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            row(
+                f"{name}, tiles {dtype}".replace("torch.", ""),
+                lambda i, q=quantizer, p=packed, t=dtype: all_tiles(q, p[i], t),
+            )
+        row(f"{name}, matmul 1 row", lambda i, q=quantizer, p=packed: q.matmul(x, p[i]))
+        row(f"{name}, matmul 1 row transposed", lambda i, q=quantizer, p=packed: q.matmul(x, p[i], True))
+    row("dense fp32, matmul 1 row", lambda i: x @ dense[i].t())
+    row("dense fp32, matmul 1 row transposed", lambda i: x @ dense[i])
+    if bnb is not None:
+        compare(dense, x, row)
+
+
+def compare(dense: list[Tensor], x: Tensor, row: Callable[[str, Callable[[int], object]], None]) -> None:
+    """Measure bitsandbytes on the same weights: its product quantizes ``x`` as well, as its layers do."""
+    from bitsandbytes import MatmulLtState, matmul
+
+    halves = [w.half() for w in dense]
+    packed = [bnb.int8_vectorwise_quant(w)[:2] for w in halves]
+    row("bitsandbytes, int8_vectorwise_quant", lambda i: bnb.int8_vectorwise_quant(halves[i]))
+    row("bitsandbytes, int8_vectorwise_dequant", lambda i: bnb.int8_vectorwise_dequant(*packed[i]))
+    row("bitsandbytes, dequantize, 1 row", lambda i: x @ bnb.int8_vectorwise_dequant(*packed[i]).t())
+    states = [MatmulLtState(CB=codes, SCB=scales, has_fp16_weights=False) for codes, scales in packed]
+    half = x.half()
+    row("bitsandbytes, matmul 1 row", lambda i: matmul(half, packed[i][0], state=states[i]))
+
+
+if __name__ == "__main__":
+    main()
