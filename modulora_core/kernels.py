@@ -117,8 +117,8 @@ def _array(tensor: Tensor) -> Any:
 def columns_at_once(columns: int) -> int:
     """How many columns a thread takes at once, where threads share the columns of a sum over rows.
 
-    At most :data:`COLUMNS`, and so that all threads have the same number of pieces. No result depends on it: each
-    column has a sum of its own.
+    At most :data:`COLUMNS`, whole cache lines, and so that threads have about as much to do as each other. No result
+    depends on it: each column has a sum of its own.
     """
     threads = torch.get_num_threads()
     pieces = -(-columns // (COLUMNS * threads)) * threads

@@ -111,7 +111,7 @@ class AdapterTrainer(Trainer):
         # transformers' mean is over batches, and so depends on their size where examples differ in length
         self._nll, self._predicted = 0.0, 0
         output = super().evaluation_loop(*arguments, **options)
-        pass
+        output.metrics["eval_loss"] = self._nll / self._predicted
         return output
 
     @override

@@ -51,7 +51,9 @@ class INT8(Quantizer):
         Raises:
             WeightError: it has NaN, Inf, or values beyond 2.6e36, of which fp32 can't hold 127 times.
         """
-        codes, scales = _quantize(weight.detach().to(torch.float32), self.options.group_size)
+        # in one copy where strides and dtype are not those of the kernel, and in none where they are
+        W = weight.detach().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+        codes, scales = _quantize(W, self.options.group_size)
         if not bool((reference.LARGEST * scales).isfinite().all()):
             raise WeightError(
                 f"int8: expected finite weights below 2.6e36, got others in a weight of shape {list(weight.shape)}"
@@ -116,7 +118,7 @@ def _quantize(W: Tensor, G: int | None) -> tuple[Tensor, Tensor]:
     scales = torch.empty(out_features, reference.groups(in_features, G), device=W.device)
     cpu = _kernels(W.device)
     if cpu is not None:
-        kernels.launch(cpu.quantize, W.contiguous(), G or max(1, in_features), codes, scales)
+        kernels.launch(cpu.quantize, W, G or max(1, in_features), codes, scales)
         return codes, scales
     # a few rows at a time: the reference needs several copies of what it is given
     for start, stop in tile_ranges(out_features, 4 * in_features, tile_bytes(W.device)):

@@ -65,7 +65,9 @@ class NF4(Quantizer):
             WeightError: it has NaN or Inf, or values that fp32 can't hold.
         """
         options: Options = self.options
-        codes, absmax = _quantize(weight.detach().to(torch.float32).reshape(-1), options.block_size)
+        # in one copy where strides and dtype are not those of the kernel, and in none where they are
+        W = weight.detach().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+        codes, absmax = _quantize(W.view(-1), options.block_size)
         if not bool(absmax.isfinite().all()):
             raise WeightError(
                 "nf4: expected finite weights that fp32 can hold, got NaN or Inf in a weight of shape "
