@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modulora_core.errors import CheckpointError
+from modulora_core.packed import PackedWeight, TensorLayout
 from modulora_core.tiles import tile_ranges
 
 ROUNDING_BYTES = 2**20
@@ -85,6 +87,25 @@ def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[
             return numba.njit(**options)(function)
 
     return decorate
+
+
+def check_tensors(packed: PackedWeight, expected: Mapping[str, TensorLayout]) -> None:
+    """Refuse tensors that aren't what metadata says, as in a checkpoint that was edited.
+
+    Kernels have no bounds checks: they would read beyond the end. A checkpoint's tensors are compared with its own
+    record when it is loaded, but only the plugin knows how many scales a block size means.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another dtype or shape.
+    """
+    for name, layout in expected.items():
+        tensor = packed.tensors.get(name)
+        if tensor is None or tensor.shape != layout.shape or tensor.dtype is not getattr(torch, layout.dtype):
+            raise CheckpointError(
+                f"{packed.quantizer} weight of shape {list(packed.shape)} and {dict(packed.metadata)}: expected "
+                f"{name} as {layout.dtype} {list(layout.shape)}, "
+                f"got {'none' if tensor is None else f'{tensor.dtype} {list(tensor.shape)}'}"
+            )
 
 
 def launch(kernel: Callable[..., None], *arguments: Tensor | int | float) -> None:

@@ -176,7 +176,7 @@ def test_a_finetuned_adapter_is_used_by_every_command(
         (["generate", "{packed}", "x", "--max-new-tokens", "1000"], "window"),
         (["merge", "{packed}", "{new}", "--dtype", "int4"], "dtype"),
         (["merge", "{source}", "{new}"], "modulora quantize"),
-        (["finetune", "{source}", "{new}", "--data", "{text}"], "modulora quantize"),
+        (["finetune", "{source}", "{new}", "--data", "{text}", "--steps", "1"], "modulora quantize"),
     ],
 )
 def test_a_wrong_input_is_one_sentence_and_exit_code_2(

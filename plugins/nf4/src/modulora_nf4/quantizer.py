@@ -14,6 +14,7 @@ Metadata: ``block_size`` and ``double_quant``.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +38,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     block_size: int = Field(
-        64, description="how many consecutive weights share a scale: a power of two from 2 on"
+        64, description="how many consecutive weights share a scale: a power of two up to 2**30"
     )
     double_quant: bool = Field(
         False, description="quantize the scales to 8 bits: 4.13 instead of 4.5 bits a weight"
@@ -46,8 +47,8 @@ class Options(BaseModel):
     @field_validator("block_size")
     @classmethod
     def _power_of_two(cls, value: int) -> int:
-        if value < 2 or value & (value - 1):
-            raise ValueError(f"block_size: expected a power of two from 2 on, got {value}")
+        if not 1 <= value <= 2**30 or value & (value - 1):
+            raise ValueError(f"block_size: expected a power of two from 1 to 2**30, got {value}")
         return value
 
 
@@ -81,20 +82,12 @@ class NF4(Quantizer):
         return PackedWeight("nf4", self.format, (out_features, in_features), tensors, options.model_dump())
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
-        options: Options = self.options
-        numel = math.prod(shape)
-        blocks = reference.blocks(numel, options.block_size)
-        tensors = {"codes": TensorLayout("uint8", ((numel + 1) // 2,))}
-        if options.double_quant:
-            tensors["absmax_codes"] = TensorLayout("uint8", (blocks,))
-            tensors["nested_absmax"] = TensorLayout("float32", (reference.blocks(blocks, NESTED_BLOCK_SIZE),))
-            tensors["offset"] = TensorLayout("float32", (1,))
-        else:
-            tensors["absmax"] = TensorLayout("float32", (blocks,))
-        return PackedLayout("nf4", self.format, shape, tensors, options.model_dump())
+        options = self.options.model_dump()
+        return PackedLayout("nf4", self.format, shape, _tensors(shape, **options), options)
 
     def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         check_rows(packed, rows)
+        kernels.check_tensors(packed, _tensors(packed.shape, **packed.metadata))
         in_features, B = packed.shape[1], packed.metadata["block_size"]
         begin, end = rows[0] * in_features, rows[1] * in_features
         first = begin // B
@@ -119,6 +112,7 @@ class NF4(Quantizer):
         few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
         if few is None:
             return super().matmul(x, packed, transpose)
+        kernels.check_tensors(packed, _tensors(packed.shape, **packed.metadata))
         B = packed.metadata["block_size"]
         absmax = _absmax(packed, 0, reference.blocks(out_features * in_features, B))
         weight = packed.tensors["codes"], absmax, _shift(B)
@@ -133,6 +127,21 @@ class NF4(Quantizer):
 def _kernels(device: torch.device) -> Any:
     """The compiled kernels; None where they can't run, and then the reference does."""
     return kernels.load("modulora_nf4.cpu", device)
+
+
+@cache
+def _tensors(shape: tuple[int, int], block_size: int, double_quant: bool) -> dict[str, TensorLayout]:
+    """What a weight of this shape is packed into."""
+    numel = math.prod(shape)
+    blocks = reference.blocks(numel, block_size)
+    codes = {"codes": TensorLayout("uint8", ((numel + 1) // 2,))}
+    if not double_quant:
+        return codes | {"absmax": TensorLayout("float32", (blocks,))}
+    return codes | {
+        "absmax_codes": TensorLayout("uint8", (blocks,)),
+        "nested_absmax": TensorLayout("float32", (reference.blocks(blocks, NESTED_BLOCK_SIZE),)),
+        "offset": TensorLayout("float32", (1,)),
+    }
 
 
 def _shift(B: int) -> int:

@@ -1,0 +1,83 @@
+"""One linear layer, forward and backward to its input: packed against dense, in turn, medians and ratios.
+
+python examples/benchmarks/layer.py -q nf4 int8
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from modulora_core import registry
+from modulora_core.autograd import lora_linear
+from modulora_core.tiles import tile_budget
+
+MIB = 2**20
+
+
+def step(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
+    """Seconds of a forward and a backward to the input."""
+    x = x.detach().requires_grad_()
+    started = time.perf_counter()
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-q", "--quantizers", nargs="+", required=True)
+    parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 512])
+    parser.add_argument(
+        "--tiles",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="KIB",
+        help="tile budgets to try, besides the default",
+    )
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    W = torch.randn(arguments.size, arguments.size)
+    print(f"{arguments.size} x {arguments.size}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
+          f"milliseconds forward + backward to the input, and the ratio to dense fp32 in the same turns")  # fmt: skip
+    for rows in arguments.rows:
+        layers: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch.dtype, int | None]] = {
+            "dense fp32": (lambda x: x @ W.t(), torch.float32, None)
+        }
+        for name in arguments.quantizers:
+            quantizer = registry.create(name)
+            packed = quantizer.pack(W)
+
+            def multiply(x: torch.Tensor, quantizer=quantizer, packed=packed) -> torch.Tensor:  # type: ignore[no-untyped-def]
+                return lora_linear(x, quantizer, packed)
+
+            layers[f"{name} fp32"] = (multiply, torch.float32, None)
+            layers[f"{name} bf16"] = (multiply, torch.bfloat16, None)
+            for kib in arguments.tiles:
+                layers[f"{name} fp32, tiles of {kib} KiB"] = (multiply, torch.float32, kib * 1024)
+        seconds: dict[str, list[float]] = {name: [] for name in layers}
+        for turn in range(arguments.repeats + 2):
+            for name, (layer, dtype, budget) in layers.items():
+                x = torch.randn(rows, arguments.size).to(dtype)
+                with tile_budget(budget or 4 * MIB):
+                    taken = step(layer, x)
+                if turn >= 2:  # the first turns compile and warm up
+                    seconds[name].append(taken)
+        dense = statistics.median(seconds["dense fp32"])
+        for name, taken in seconds.items():
+            ratios = [a / b for a, b in zip(taken, seconds["dense fp32"], strict=True)]
+            print(
+                f"{rows:4d} rows  {name:32s} {1000 * statistics.median(taken):8.2f} ms   {statistics.median(ratios):5.2f} x"
+            )
+        assert dense > 0
+
+
+if __name__ == "__main__":
+    main()
