@@ -89,16 +89,28 @@ def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[
     return decorate
 
 
-def check_tensors(packed: PackedWeight, expected: Mapping[str, TensorLayout]) -> None:
-    """Refuse tensors that aren't what metadata says, as in a checkpoint that was edited.
+def check_tensors(packed: PackedWeight, expected: Callable[..., Mapping[str, TensorLayout]]) -> None:
+    """Refuse tensors that aren't what the metadata says, as in a checkpoint that was edited.
 
-    Kernels have no bounds checks: they would read beyond the end. A checkpoint's tensors are compared with its own
-    record when it is loaded, but only the plugin knows how many scales a block size means.
+    Kernels have no bounds checks: they would read beyond the end. Loading compares a checkpoint's tensors with
+    its own record, but only the plugin knows how many scales a block size means. This takes about a microsecond
+    where ``expected`` is cached.
+
+    Args:
+        packed: what a kernel is about to read.
+        expected: ``expected(shape, **metadata)`` gives the tensors by name; it raises TypeError or ValueError for
+            metadata that the plugin wouldn't write (pydantic's errors are of that kind).
 
     Raises:
-        CheckpointError: a tensor is missing or of another dtype or shape.
+        CheckpointError: the metadata is malformed, or a tensor is missing or of another dtype or shape.
     """
-    for name, layout in expected.items():
+    try:
+        layouts = expected(packed.shape, **packed.metadata)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"metadata of a {packed.quantizer} weight: got {dict(packed.metadata)}: {error}"
+        ) from None
+    for name, layout in layouts.items():
         tensor = packed.tensors.get(name)
         if tensor is None or tensor.shape != layout.shape or tensor.dtype is not getattr(torch, layout.dtype):
             raise CheckpointError(

@@ -22,9 +22,10 @@ from modulora_core.errors import OptionError, ShapeError
 TileFunction = Callable[[int, int, torch.dtype], Tensor]
 """``tile(start, stop, dtype)`` gives rows ``[start, stop)``: a ``[stop - start, in]`` tensor of that dtype."""
 
-CPU_TILE_BYTES = 4 * 2**20
-"""512 rows of 2048 fp32 values. Larger tiles leave the cache between decoding and the product; smaller ones pay
-for the start of the product more often (docs/performance.md has the measurement)."""
+CPU_TILE_BYTES = 16 * 2**20
+"""2048 rows of 2048 fp32 values: half of a common last-level cache. Between two tiles the threads of the decoding kernel and
+those of the matrix product hand over to each other, which costs milliseconds on a busy machine; tiles that are
+larger than the cache cost their way through memory (docs/performance.md has the measurement)."""
 
 ACCELERATOR_TILE_BYTES = 64 * 2**20
 """On a GPU the tile lives in device memory anyway; this is large enough to fill it with work."""

@@ -14,9 +14,7 @@ import torch
 
 from modulora_core import registry
 from modulora_core.autograd import lora_linear
-from modulora_core.tiles import tile_budget
-
-MIB = 2**20
+from modulora_core.tiles import tile_budget, tile_bytes
 
 
 def step(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
@@ -66,7 +64,7 @@ def main() -> None:
         for turn in range(arguments.repeats + 2):
             for name, (layer, dtype, budget) in layers.items():
                 x = torch.randn(rows, arguments.size).to(dtype)
-                with tile_budget(budget or 4 * MIB):
+                with tile_budget(budget or tile_bytes(x.device)):
                     taken = step(layer, x)
                 if turn >= 2:  # the first turns compile and warm up
                     seconds[name].append(taken)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
+from modulora_core.errors import CheckpointError
+from modulora_core.packed import PackedWeight, TensorLayout
 
 numba = pytest.importorskip("numba")
 
@@ -237,6 +239,39 @@ def test_an_error_in_a_plugins_module_is_not_taken_for_a_missing_numba(folder: P
 
 def test_no_kernels_off_the_cpu(folder: Path) -> None:
     assert kernels.load("outsiders_kernels", torch.device("meta")) is None
+
+
+def outsiders_tensors(shape: tuple[int, int], size: int) -> dict[str, TensorLayout]:
+    if size < 1:
+        raise ValueError(f"size: expected 1 or more, got {size}")
+    return {"codes": TensorLayout("uint8", shape), "scales": TensorLayout("float32", (shape[0] // size,))}
+
+
+def outsiders(codes: Tensor, scales: Tensor, **metadata: int) -> PackedWeight:
+    return PackedWeight("outsider", 1, (4, 6), {"codes": codes, "scales": scales}, metadata)
+
+
+CODES, SCALES = torch.zeros(4, 6, dtype=torch.uint8), torch.zeros(2)
+
+
+def test_tensors_that_are_as_the_metadata_says_are_let_through() -> None:
+    kernels.check_tensors(outsiders(CODES, SCALES, size=2), outsiders_tensors)
+
+
+@pytest.mark.parametrize(
+    ("packed", "message"),
+    [(outsiders(CODES, SCALES, size=1), r"expected scales as float32 \[4\], got torch.float32 \[2\]"),
+     (outsiders(CODES.int(), SCALES, size=2), r"expected codes as uint8 \[4, 6\], got torch.int32 \[4, 6\]"),
+     (outsiders(CODES[:3], SCALES, size=2), r"expected codes as uint8 \[4, 6\], got torch.uint8 \[3, 6\]"),
+     (PackedWeight("outsider", 1, (4, 6), {"codes": CODES}, {"size": 2}), r"expected scales .* got none"),
+     (outsiders(CODES, SCALES, size=0), "size: expected 1 or more, got 0"),
+     (outsiders(CODES, SCALES), "missing 1 required positional argument: 'size'"),
+     (outsiders(CODES, SCALES, size=2, more=1), "unexpected keyword argument 'more'")],
+    ids=["scales too short", "dtype", "codes too short", "missing", "value", "no metadata", "more metadata"],
+)  # fmt: skip
+def test_tensors_that_are_not_as_the_metadata_says_are_refused(packed: PackedWeight, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        kernels.check_tensors(packed, outsiders_tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)

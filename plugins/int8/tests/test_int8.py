@@ -11,7 +11,7 @@ from modulora_int8.quantizer import INT8, Options
 from pydantic import ValidationError
 
 from modulora_core import kernels
-from modulora_core.errors import ShapeError, WeightError
+from modulora_core.errors import CheckpointError, ShapeError, WeightError
 from modulora_core.spec import PackedWeight, Quantizer
 
 SHAPES = [(1, 1), (3, 7), (5, 64), (17, 129), (33, 200), (0, 8), (8, 0)]
@@ -216,3 +216,17 @@ def test_the_quantizer_is_what_its_spec_says():
     assert INT8.spec is SPEC
     assert issubclass(INT8, Quantizer)
     assert SPEC.location == f"{INT8.__module__}:{INT8.__name__}"
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"group_size": 8}, {"group_size": -1}, {}, {"group_size": None, "more": 1}], ids=str
+)
+def test_tensors_that_do_not_fit_their_metadata_are_refused_before_they_are_read(metadata):
+    """If this fails: a checkpoint that was edited makes a kernel read beyond the end of its tensors."""
+    packed = INT8().pack(torch.ones(8, 63))
+    edited = PackedWeight("int8", 1, packed.shape, packed.tensors, metadata)
+    with pytest.raises(CheckpointError, match="int8 weight"):
+        INT8().dequantize_tile(edited, (0, 8), torch.float32)
+    for transpose in (False, True):
+        with pytest.raises(CheckpointError, match="int8 weight"):
+            INT8().matmul(torch.ones(1, 8 if transpose else 63), edited, transpose)

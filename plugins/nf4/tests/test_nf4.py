@@ -11,12 +11,12 @@ from modulora_nf4.quantizer import NF4, Options
 from pydantic import ValidationError
 
 from modulora_core import kernels
-from modulora_core.errors import ShapeError, WeightError
+from modulora_core.errors import CheckpointError, ShapeError, WeightError
 from modulora_core.spec import PackedWeight, Quantizer
 
 SHAPES = [(1, 1), (3, 7), (5, 64), (17, 129), (33, 200), (0, 8), (8, 0)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-OPTIONS = [Options(block_size=b, double_quant=d) for b in (2, 64, 1024) for d in (False, True)]
+OPTIONS = [Options(block_size=b, double_quant=d) for b in (1, 2, 64, 1024) for d in (False, True)]
 
 
 @pytest.fixture
@@ -176,6 +176,29 @@ def test_rows_outside_of_the_weight_are_refused(rows, generator):
         NF4().dequantize_tile(packed, rows, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [{"block_size": 32, "double_quant": False}, {"block_size": 64, "double_quant": True}, {"block_size": 64},
+     {"block_size": 63, "double_quant": False}, {"block_size": "64 ", "double_quant": False, "more": 1}],
+    ids=str,
+)  # fmt: skip
+def test_tensors_that_do_not_fit_their_metadata_are_refused_before_they_are_read(metadata, generator):
+    """If this fails: a checkpoint that was edited makes a kernel read beyond the end of its tensors."""
+    packed = NF4().pack(torch.randn(8, 63, generator=generator))
+    edited = PackedWeight("nf4", 1, packed.shape, packed.tensors, metadata)
+    with pytest.raises(CheckpointError, match="nf4 weight"):
+        NF4().dequantize_tile(edited, (0, 8), torch.float32)
+    for transpose in (False, True):
+        with pytest.raises(CheckpointError, match="nf4 weight"):
+            NF4().matmul(torch.ones(1, 8 if transpose else 63), edited, transpose)
+
+
+def test_a_block_larger_than_the_weight_is_one_short_block(generator):
+    w = torch.randn(3, 5, generator=generator)
+    packed = NF4(Options(block_size=2**30)).pack(w)
+    assert packed.tensors["absmax"].tolist() == [w.abs().max().item()]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 70, 129])  # in whole blocks and in the short last one
 @pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "reference"])
@@ -188,9 +211,9 @@ def test_nan_and_inf_are_refused(bad, at, compiled, monkeypatch):
         NF4().pack(w)
 
 
-@pytest.mark.parametrize("value", [0, 1, 3, 48, -64])
+@pytest.mark.parametrize("value", [0, 3, 48, -64, 2**31])
 def test_a_block_size_that_is_no_power_of_two_is_refused(value):
-    with pytest.raises(ValidationError, match=f"expected a power of two from 2 on, got {value}"):
+    with pytest.raises(ValidationError, match=f"expected a power of two from 1 to .* got {value}"):
         Options(block_size=value)
 
 

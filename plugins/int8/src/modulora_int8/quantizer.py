@@ -73,7 +73,7 @@ class INT8(Quantizer):
 
     def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         check_rows(packed, rows)
-        kernels.check_tensors(packed, _tensors(packed.shape, **packed.metadata))
+        kernels.check_tensors(packed, _tensors)
         codes, scales = packed.tensors["codes"], packed.tensors["scales"]
         cpu = _kernels(packed.device)
         if cpu is None:
@@ -89,11 +89,11 @@ class INT8(Quantizer):
         out_features, in_features = packed.shape
         cpu = _kernels(packed.device)
         given, wanted = (out_features, in_features) if transpose else (in_features, out_features)
+        kernels.check_tensors(packed, _tensors)
         most = FEW_ROWS if packed.metadata["group_size"] is None else FEW_ROWS_GROUPED
         few = None if cpu is None else kernels.few_rows(x, given, most)  # [n, given]
         if few is None:
             return super().matmul(x, packed, transpose)
-        kernels.check_tensors(packed, _tensors(packed.shape, **packed.metadata))
         weight = packed.tensors["codes"], packed.tensors["scales"], _group(packed)
         y = torch.empty(few.shape[0], wanted)
         if transpose:
@@ -110,7 +110,8 @@ def _kernels(device: torch.device) -> Any:
 
 @cache
 def _tensors(shape: tuple[int, int], group_size: int | None) -> dict[str, TensorLayout]:
-    """What a weight of this shape is packed into."""
+    """What a weight of this shape is packed into. Raises ValueError for options that can't be."""
+    Options(group_size=group_size)
     out_features, in_features = shape
     scales = (out_features, reference.groups(in_features, group_size))
     return {

@@ -87,7 +87,7 @@ class NF4(Quantizer):
 
     def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         check_rows(packed, rows)
-        kernels.check_tensors(packed, _tensors(packed.shape, **packed.metadata))
+        kernels.check_tensors(packed, _tensors)
         in_features, B = packed.shape[1], packed.metadata["block_size"]
         begin, end = rows[0] * in_features, rows[1] * in_features
         first = begin // B
@@ -112,7 +112,7 @@ class NF4(Quantizer):
         few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
         if few is None:
             return super().matmul(x, packed, transpose)
-        kernels.check_tensors(packed, _tensors(packed.shape, **packed.metadata))
+        kernels.check_tensors(packed, _tensors)
         B = packed.metadata["block_size"]
         absmax = _absmax(packed, 0, reference.blocks(out_features * in_features, B))
         weight = packed.tensors["codes"], absmax, _shift(B)
@@ -131,7 +131,8 @@ def _kernels(device: torch.device) -> Any:
 
 @cache
 def _tensors(shape: tuple[int, int], block_size: int, double_quant: bool) -> dict[str, TensorLayout]:
-    """What a weight of this shape is packed into."""
+    """What a weight of this shape is packed into. Raises ValueError for options that can't be."""
+    Options(block_size=block_size, double_quant=double_quant)
     numel = math.prod(shape)
     blocks = reference.blocks(numel, block_size)
     codes = {"codes": TensorLayout("uint8", ((numel + 1) // 2,))}
