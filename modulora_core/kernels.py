@@ -34,7 +34,7 @@ COLUMNS = 512
 """fp32 sums of a row that stay in the L1 cache, together with four rows of as many weights."""
 
 LINE = 64
-"""Columns below which a piece would read only parts of cache lines, of 8-bit codes or larger ones."""
+"""Columns below which a piece would read only parts of cache lines, of codes that take a byte or more."""
 
 _ONE_LAUNCH = threading.Lock()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from modulora_core import kernels
 from modulora_core.errors import WeightError
 from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, TensorLayout, check_rows
-from modulora_core.tiles import tile_bytes, tile_ranges
+from modulora_core.tiles import tile_ranges
 from modulora_int8 import SPEC, reference
 
 FEW_ROWS = 24
@@ -28,6 +28,9 @@ FEW_ROWS = 24
 
 FEW_ROWS_GROUPED = 8
 """The same with group_size: a sum that is scaled every 64 columns takes twice as long."""
+
+REFERENCE_BYTES = 4 * 2**20
+"""fp32 weights that the reference packs at once: it needs about six copies of what it is given."""
 
 
 class Options(BaseModel):
@@ -134,7 +137,6 @@ def _quantize(W: Tensor, G: int | None) -> tuple[Tensor, Tensor]:
     if cpu is not None:
         kernels.launch(cpu.quantize, W, G or max(1, in_features), codes, scales)
         return codes, scales
-    # a few rows at a time: the reference needs several copies of what it is given
-    for start, stop in tile_ranges(out_features, 4 * in_features, tile_bytes(W.device)):
+    for start, stop in tile_ranges(out_features, 4 * in_features, REFERENCE_BYTES):
         codes[start:stop], scales[start:stop] = reference.quantize(W[start:stop], G)
     return codes, scales

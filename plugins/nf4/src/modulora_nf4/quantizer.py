@@ -24,12 +24,14 @@ from torch import Tensor
 from modulora_core import kernels
 from modulora_core.errors import WeightError
 from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, TensorLayout, check_rows
-from modulora_core.tiles import tile_bytes
 from modulora_nf4 import SPEC, packing, reference
 from modulora_nf4.reference import NESTED_BLOCK_SIZE
 
 FEW_ROWS = 32
 """Up to so many rows of x the fused kernel is faster than a product over decoded tiles (README, Speed)."""
+
+REFERENCE_BYTES = 4 * 2**20
+"""fp32 weights that the reference packs at once: it needs about six copies of what it is given."""
 
 
 class Options(BaseModel):
@@ -158,8 +160,7 @@ def _quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
     if cpu is not None:
         kernels.launch(cpu.quantize, W, _shift(B), codes, absmax)
         return codes, absmax
-    # whole blocks at a time: the reference needs several copies of what it is given
-    step = max(1, tile_bytes(W.device) // (4 * B)) * B
+    step = max(1, REFERENCE_BYTES // (4 * B)) * B  # whole blocks, and an even number of elements
     for start in range(0, W.numel(), step):
         stop = min(start + step, W.numel())
         q, c2 = reference.quantize(W[start:stop], B)
