@@ -25,15 +25,15 @@ QUESTION = "In Python, what does a try statement with a finally clause do?"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the demo runs. The defaults take less than five minutes on two cores."""
+    """What the demo runs. The defaults are meant to take less than five minutes on two free cores."""
 
     out: Path
     model: str = MODEL
     quantizer: str = ""
-    steps: int = 20
+    steps: int = 16
     batch_size: int = 2
     seq_len: int = 256
-    eval_segments: int = 8
+    eval_segments: int = 6
     eval_seq_len: int = 512
     question: str = QUESTION
     max_new_tokens: int = 64

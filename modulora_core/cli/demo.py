@@ -42,7 +42,7 @@ DemoSegments = Annotated[
 
 
 def command(
-    out: DemoOut = None, quantizer: DemoQuantizer = "", steps: Steps = 20, segments: DemoSegments = 8
+    out: DemoOut = None, quantizer: DemoQuantizer = "", steps: Steps = 16, segments: DemoSegments = 6
 ) -> Report:
     """Do the whole job on a small model, offline: quantize, finetune, measure, talk.
 

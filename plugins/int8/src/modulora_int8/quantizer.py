@@ -98,10 +98,12 @@ class INT8(Quantizer):
         if few is None:
             return super().matmul(x, packed, transpose)
         weight = packed.tensors["codes"], packed.tensors["scales"], _group(packed)
-        y = torch.empty(few.shape[0], wanted)
         if transpose:
-            kernels.launch(cpu.matmul_transposed, *weight, kernels.columns_at_once(in_features), few, y)
+            sums = torch.empty(kernels.PARTIAL_SUMS, few.shape[0], wanted)
+            kernels.launch(cpu.matmul_transposed, *weight, few, sums)
+            y = sums.sum(dim=0)
         else:
+            y = torch.empty(few.shape[0], wanted)
             kernels.launch(cpu.matmul, *weight, few, y)
         return y.to(x.dtype).view(*x.shape[:-1], wanted)
 
