@@ -34,86 +34,75 @@ def _scaled(codes: Any, scale: Any, out: Any) -> None:
         out[k] = np.float32(codes[k]) * scale * _INVERSE
 
 
+@jit()
+def _decode(codes: Any, scales: Any, group: int, start: int, out: Any) -> None:
+    """Columns ``start ...`` of one row to all of ``out``; ``codes`` and ``scales`` are those of the row."""
+    k = 0
+    while k < out.size:
+        index = (start + k) // group
+        end = min(out.size, (index + 1) * group - start)
+        _scaled(codes[start + k : start + end], scales[index], out[k:end])
+        k = end
+
+
 @jit(parallel=True)
 def dequantize(codes: Any, scales: Any, group: int, out: Any) -> None:
     """The rows of ``codes`` to ``out``, fp32, of the same shape."""
-    rows, in_features = out.shape
-    for row in prange(rows):
-        for g in range(scales.shape[1]):
-            a, b = g * group, min((g + 1) * group, in_features)
-            _scaled(codes[row, a:b], scales[row, g], out[row, a:b])
+    for row in prange(out.shape[0]):
+        _decode(codes[row], scales[row], group, 0, out[row])
 
 
 @jit(fastmath=("reassoc", "contract", "nsz"))
-def _dot(codes: Any, x: Any) -> Any:
+def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0)
-    for k in range(codes.size):
-        total += np.float32(codes[k]) * x[k]
+    for k in range(a.size):
+        total += a[k] * b[k]
     return total
 
 
 @jit(parallel=True)
 def matmul(codes: Any, scales: Any, group: int, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ`` for few rows: ``x`` is ``[n, in]``, ``y`` is ``[n, out]``. The sum of a group is scaled once."""
+    """``y = x Ŵᵀ`` for few rows: ``x`` is ``[n, in]``, ``y`` is ``[n, out]``. A row of Ŵ lives in the L1 cache."""
     rows, in_features = x.shape
     out_features = y.shape[1]
     for piece in prange((out_features + _ROWS - 1) // _ROWS):
+        w = np.empty(in_features, np.float32)
         for o in range(piece * _ROWS, min((piece + 1) * _ROWS, out_features)):
+            _decode(codes[o], scales[o], group, 0, w)
             for r in range(rows):
-                total = np.float32(0)
-                for g in range(scales.shape[1]):
-                    a, b = g * group, min((g + 1) * group, in_features)
-                    total += _dot(codes[o, a:b], x[r, a:b]) * (scales[o, g] * _INVERSE)
-                y[r, o] = total
+                y[r, o] = _dot(w, x[r])
 
 
 @jit(fastmath=("contract",))
-def _add(total: Any, a: Any, codes: Any) -> None:
+def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
     for k in range(total.size):
-        total[k] += a * np.float32(codes[k])
-
-
-@jit(fastmath=("contract",))
-def _add_four(total: Any, a: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> None:
-    a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
-    for k in range(total.size):
-        total[k] += (
-            a0 * np.float32(w0[k]) + a1 * np.float32(w1[k]) + a2 * np.float32(w2[k]) + a3 * np.float32(w3[k])
-        )
-
-
-@jit()
-def _add_rows(total: Any, y: Any, codes: Any, scales: Any, group: int) -> None:
-    """``total += y Ŵ`` of some rows of Ŵ. Four at a time: loading and storing sums costs as much as adding."""
-    rows, in_features = total.shape
-    whole = codes.shape[0] // 4 * 4
-    a = np.empty(4, np.float32)
-    for o in range(0, whole, 4):
-        for g in range(scales.shape[1]):
-            start, stop = g * group, min((g + 1) * group, in_features)
-            for r in range(rows):
-                for j in range(4):
-                    a[j] = y[r, o + j] * (scales[o + j, g] * _INVERSE)
-                _add_four(
-                    total[r, start:stop], a, codes[o, start:stop], codes[o + 1, start:stop],
-                    codes[o + 2, start:stop], codes[o + 3, start:stop],
-                )  # fmt: skip
-    for o in range(whole, codes.shape[0]):
-        for g in range(scales.shape[1]):
-            start, stop = g * group, min((g + 1) * group, in_features)
-            for r in range(rows):
-                _add(total[r, start:stop], y[r, o] * (scales[o, g] * _INVERSE), codes[o, start:stop])
+        total[k] += a * w[0, k] + b * w[1, k] + c * w[2, k] + d * w[3, k]
 
 
 @jit(parallel=True)
-def matmul_transposed(codes: Any, scales: Any, group: int, y: Any, sums: Any) -> None:
-    """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, and ``x`` is the sum of ``sums`` ``[parts, n, in]``."""
-    parts = sums.shape[0]
-    size = (codes.shape[0] + parts - 1) // parts
-    for part in prange(parts):
-        a, b = min(part * size, codes.shape[0]), min((part + 1) * size, codes.shape[0])
-        sums[part, :, :] = 0
-        _add_rows(sums[part], y[:, a:b], codes[a:b], scales[a:b], group)
+def matmul_transposed(codes: Any, scales: Any, group: int, columns: int, y: Any, x: Any) -> None:
+    """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, ``x`` is ``[n, in]``.
+
+    Threads share the columns, ``columns`` at a time, so that each sum over the rows of Ŵ has the same order for any
+    number of threads. Four rows at a time, because loading and storing the sums costs as much as adding to them.
+    """
+    rows, out_features = y.shape
+    in_features = x.shape[1]
+    for piece in prange((in_features + columns - 1) // columns):
+        start = piece * columns
+        width = min(columns, in_features - start)
+        w = np.zeros((4, width), np.float32)
+        total = np.zeros((rows, width), np.float32)
+        for o in range(0, out_features, 4):
+            four = min(4, out_features - o)
+            for j in range(four):
+                _decode(codes[o + j], scales[o + j], group, start, w[j])
+            for r in range(rows):  # of what is left in w from the last four, nothing is added
+                b = y[r, o + 1] if four > 1 else np.float32(0)
+                c = y[r, o + 2] if four > 2 else np.float32(0)
+                d = y[r, o + 3] if four > 3 else np.float32(0)
+                _add_four(total[r], w, y[r, o], b, c, d)
+        x[:, start : start + width] = total
 
 
 @jit()

@@ -98,12 +98,10 @@ class INT8(Quantizer):
         if few is None:
             return super().matmul(x, packed, transpose)
         weight = packed.tensors["codes"], packed.tensors["scales"], _group(packed)
+        y = torch.empty(few.shape[0], wanted)
         if transpose:
-            sums = torch.empty(kernels.PARTIAL_SUMS, few.shape[0], wanted)
-            kernels.launch(cpu.matmul_transposed, *weight, few, sums)
-            y = sums.sum(dim=0)
+            kernels.launch(cpu.matmul_transposed, *weight, kernels.columns_at_once(in_features), few, y)
         else:
-            y = torch.empty(few.shape[0], wanted)
             kernels.launch(cpu.matmul, *weight, few, y)
         return y.to(x.dtype).view(*x.shape[:-1], wanted)
 

@@ -170,27 +170,29 @@ def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
 
 
 @jit(parallel=True)
-def matmul_transposed(codes: Any, absmax: Any, shift: int, y: Any, sums: Any) -> None:
-    """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, and ``x`` is the sum of ``sums`` ``[parts, n, in]``.
+def matmul_transposed(codes: Any, absmax: Any, shift: int, columns: int, y: Any, x: Any) -> None:
+    """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, ``x`` is ``[n, in]``.
 
-    Four rows of Ŵ at a time, because loading and storing the sums costs as much as adding to them.
+    Threads share the columns, so that each sum over the rows of Ŵ has the same order for any number of
+    threads. Four rows at a time, because loading and storing the sums costs as much as adding to them.
     """
-    parts, rows, in_features = sums.shape
-    out_features = y.shape[1]
-    size = (out_features + parts - 1) // parts
-    for part in prange(parts):
-        w = np.zeros((4, in_features), np.float32)
-        sums[part, :, :] = 0
-        stop = min((part + 1) * size, out_features)
-        for o in range(part * size, stop, 4):
-            four = min(4, stop - o)
+    rows, out_features = y.shape
+    in_features = x.shape[1]
+    for piece in prange((in_features + columns - 1) // columns):
+        start = piece * columns
+        width = min(columns, in_features - start)
+        w = np.zeros((4, width), np.float32)
+        total = np.zeros((rows, width), np.float32)
+        for o in range(0, out_features, 4):
+            four = min(4, out_features - o)
             for j in range(four):
-                _decode(codes, absmax, 0, shift, (o + j) * in_features, w[j])
+                _decode(codes, absmax, 0, shift, (o + j) * in_features + start, w[j])
             for r in range(rows):  # of what is left in w from the last four, nothing is added
                 b = y[r, o + 1] if four > 1 else np.float32(0)
                 c = y[r, o + 2] if four > 2 else np.float32(0)
                 d = y[r, o + 3] if four > 3 else np.float32(0)
-                _add_four(sums[part, r], w, y[r, o], b, c, d)
+                _add_four(total[r], w, y[r, o], b, c, d)
+        x[:, start : start + width] = total
 
 
 @jit()
