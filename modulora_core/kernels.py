@@ -30,11 +30,11 @@ from modulora_core.tiles import tile_ranges
 ROUNDING_BYTES = 2**20
 """fp32 scratch for a tile of another dtype. A common L2 cache holds it, and rounding reads from there."""
 
-COLUMNS = 512
-"""fp32 sums of a row that stay in the L1 cache, together with four rows of as many weights."""
+PARTIAL_SUMS = 8
+"""Into how many parts a plugin may cut the rows of Ŵ where a product sums over them, each with a sum of its own.
 
-LINE = 64
-"""Columns below which a piece would read only parts of cache lines, of codes that take a byte or more."""
+Fixed, so that the order of a sum, and with it the result, is the same for any number of threads. More threads
+than this hardly read faster from one memory."""
 
 _ONE_LAUNCH = threading.Lock()
 
@@ -145,17 +145,6 @@ def _array(tensor: Tensor) -> Any:
     """A numpy array on the tensor's memory. What lies askew in a mapped file is copied: numba would compile again."""
     array = tensor.detach().numpy()
     return array if array.flags.aligned else array.copy()
-
-
-def columns_at_once(columns: int) -> int:
-    """How many columns a thread takes at once, where threads share the columns of a sum over rows.
-
-    At most :data:`COLUMNS`, whole cache lines, and so that threads have about as much to do as each other. No result
-    depends on it: each column has a sum of its own.
-    """
-    threads = torch.get_num_threads()
-    pieces = -(-columns // (COLUMNS * threads)) * threads
-    return max(LINE, -(-columns // (pieces * LINE)) * LINE)
 
 
 def filled_tile(

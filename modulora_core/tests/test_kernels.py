@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import subprocess
 import sys
@@ -109,20 +108,6 @@ def test_a_tensor_that_lies_askew_in_a_file_is_read_by_the_same_compiled_kernel(
     kernels.launch(cpu.double, askew, out)
     assert out.tolist() == [2.0 * k for k in range(8)]
     assert len(cpu.double.signatures) == compiled
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3, 16])
-@pytest.mark.parametrize("columns", [1, 63, 64, 65, 576, 1536, 2048, 4096, 11008])
-def test_threads_share_columns_evenly_in_pieces_that_fit_the_cache(
-    columns: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    at_once = kernels.columns_at_once(columns)
-    assert kernels.LINE <= at_once <= kernels.COLUMNS
-    assert at_once % kernels.LINE == 0
-    pieces = math.ceil(columns / at_once)
-    most = math.ceil(pieces / threads)  # of the busiest thread
-    assert most * at_once <= columns / threads + kernels.LINE * most
 
 
 @pytest.mark.parametrize("threads", [1, 2, numba.config.NUMBA_NUM_THREADS + 3])

@@ -125,7 +125,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.float16: 2**-11, t
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 31, 40])
 @pytest.mark.parametrize("transpose", [False, True], ids=["forward", "transposed"])
-@pytest.mark.parametrize("shape", [(1, 1), (6, 64), (37, 129), (131, 1030)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (6, 64), (37, 129), (131, 1030), (19, 2113)], ids=lambda s: f"{s[0]}x{s[1]}"
+)
 def test_matmul_equals_the_product_with_the_reference(shape, transpose, rows, dtype, generator):
     for options in (Options(), Options(group_size=48)):
         packed = INT8(options).pack(torch.randn(shape, generator=generator))

@@ -1,10 +1,13 @@
 """Measure the nf4 plugin on this CPU, beside bitsandbytes and a dense fp32 weight, all in one run.
 
-    python plugins/nf4/benchmarks/speed.py [--size 2048] [--seconds 0.5]
+    python plugins/nf4/benchmarks/speed.py [--size 2048] [--seconds 0.5] [--rows 16 32 64]
 
 A row of the table is the tenth percentile of the repetitions that fit in ``--seconds``: others on the machine only
 add time. Each repetition takes the next of several weights, more than the caches hold together, so
 that codes and dense weights come from memory, as they do in a model. bitsandbytes is optional.
+
+``--rows`` measures something else instead: products of so many rows, fused and through tiles, which is how
+``FEW_ROWS`` was chosen.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from modulora_nf4 import quantizer as module
 from modulora_nf4.quantizer import NF4, Options
 from torch import Tensor
 
-from modulora_core.spec import PackedWeight
+from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_bytes, tile_ranges
 
 try:
@@ -57,6 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the nf4 plugin on this CPU.")
     parser.add_argument("--size", type=int, default=2048, help="out_features and in_features")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each measurement")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", help="products of so many rows, fused and through tiles"
+    )
     arguments = parser.parse_args()
     size, count = arguments.size, max(2, BYTES // (4 * arguments.size**2))
     dense = [torch.randn(size, size) for _ in range(count)]
@@ -66,6 +73,9 @@ def main() -> None:
         print(f"{name:<44} {milliseconds(call, count, arguments.seconds):8.3f} ms", flush=True)
 
     print(f"{size} x {size}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if arguments.rows:
+        few_rows(dense, arguments.rows, row)
+        return
     for double_quant in (False, True):
         quantizer = NF4(Options(double_quant=double_quant))
         packed = [quantizer.pack(w) for w in dense]
@@ -82,6 +92,21 @@ def main() -> None:
     row("dense fp32, matmul 1 row transposed", lambda i: x @ dense[i])
     if bnb is not None:
         compare(dense, x, row)
+
+
+def few_rows(
+    dense: list[Tensor], rows: list[int], row: Callable[[str, Callable[[int], object]], None]
+) -> None:
+    """Measure the fused kernel, for any number of rows, beside the product with decoded tiles."""
+    module.FEW_ROWS = max(rows)
+    quantizer = NF4()
+    packed = [quantizer.pack(w) for w in dense]
+    for n in rows:
+        x = torch.randn(n, dense[0].shape[1])  # square: it fits both directions
+        for transpose in (False, True):
+            name = f"{n} rows{' transposed' if transpose else ''}"
+            row(f"{name}, fused", lambda i, x=x, t=transpose: quantizer.matmul(x, packed[i], t))
+            row(f"{name}, tiles", lambda i, x=x, t=transpose: Quantizer.matmul(quantizer, x, packed[i], t))
 
 
 def compare(dense: list[Tensor], x: Tensor, row: Callable[[str, Callable[[int], object]], None]) -> None:

@@ -23,11 +23,8 @@ from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantize
 from modulora_core.tiles import tile_ranges
 from modulora_int8 import SPEC, reference
 
-FEW_ROWS = 24
+FEW_ROWS = 32
 """Up to so many rows of x the fused kernel is faster than a product with decoded tiles (README, Speed)."""
-
-FEW_ROWS_GROUPED = 8
-"""The same with group_size: a sum that is scaled every 64 columns takes twice as long."""
 
 REFERENCE_BYTES = 4 * 2**20
 """fp32 weights that the reference packs at once: it needs about six copies of what it is given."""
@@ -93,15 +90,16 @@ class INT8(Quantizer):
         cpu = _kernels(packed.device)
         given, wanted = (out_features, in_features) if transpose else (in_features, out_features)
         kernels.check_tensors(packed, _tensors)
-        most = FEW_ROWS if packed.metadata["group_size"] is None else FEW_ROWS_GROUPED
-        few = None if cpu is None else kernels.few_rows(x, given, most)  # [n, given]
+        few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
         if few is None:
             return super().matmul(x, packed, transpose)
         weight = packed.tensors["codes"], packed.tensors["scales"], _group(packed)
-        y = torch.empty(few.shape[0], wanted)
         if transpose:
-            kernels.launch(cpu.matmul_transposed, *weight, kernels.columns_at_once(in_features), few, y)
+            sums = torch.empty(kernels.PARTIAL_SUMS, few.shape[0], wanted)
+            kernels.launch(cpu.matmul_transposed, *weight, few, sums)
+            y = sums.sum(dim=0)
         else:
+            y = torch.empty(few.shape[0], wanted)
             kernels.launch(cpu.matmul, *weight, few, y)
         return y.to(x.dtype).view(*x.shape[:-1], wanted)
 

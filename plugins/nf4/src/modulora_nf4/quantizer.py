@@ -118,10 +118,12 @@ class NF4(Quantizer):
         B = packed.metadata["block_size"]
         absmax = _absmax(packed, 0, reference.blocks(out_features * in_features, B))
         weight = packed.tensors["codes"], absmax, _shift(B)
-        y = torch.empty(few.shape[0], wanted)
         if transpose:
-            kernels.launch(cpu.matmul_transposed, *weight, kernels.columns_at_once(in_features), few, y)
+            sums = torch.empty(kernels.PARTIAL_SUMS, few.shape[0], wanted)
+            kernels.launch(cpu.matmul_transposed, *weight, few, sums)
+            y = sums.sum(dim=0)
         else:
+            y = torch.empty(few.shape[0], wanted)
             kernels.launch(cpu.matmul, *weight, few, y)
         return y.to(x.dtype).view(*x.shape[:-1], wanted)
 
