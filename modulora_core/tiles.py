@@ -9,6 +9,7 @@ is what lets a plugin whose weight lives in a rotated basis use the same loop.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,7 +120,9 @@ def tiled_matmul(
         raise ShapeError(f"matmul of a [{out_features}, {in_features}] weight: expected x of shape "
                          f"[..., {expected}], got {list(x.shape)}")  # fmt: skip
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        flat = x.reshape(-1, expected)  # [n, in] or [n, out]
+        flat = x.reshape(
+            math.prod(x.shape[:-1]), expected
+        )  # [n, in] or [n, out]; -1 is ambiguous when expected is 0
         product = _transposed if transpose else _forward
         y = product(flat, tile, shape, budget or tile_bytes(x.device))
         return y.reshape(*x.shape[:-1], y.shape[-1])

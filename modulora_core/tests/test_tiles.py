@@ -98,3 +98,12 @@ def test_non_contiguous_x_is_multiplied_as_it_reads() -> None:
     W = torch.randn(5, 4)
     x = torch.randn(4, 6).t()
     torch.testing.assert_close(tiled_matmul(x, tiles_of(W), (5, 4)), x @ W.t())
+
+
+@pytest.mark.parametrize(
+    ("shape", "transpose"), [((0, 4), False), ((0, 4), True), ((4, 0), False), ((4, 0), True)]
+)
+def test_a_weight_without_rows_or_columns_is_multiplied_too(shape: tuple[int, int], transpose: bool) -> None:
+    W = torch.ones(shape)
+    x = torch.ones(2, 3, shape[0] if transpose else shape[1])
+    assert torch.equal(tiled_matmul(x, tiles_of(W), shape, transpose), x @ W if transpose else x @ W.t())
