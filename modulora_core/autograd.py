@@ -103,7 +103,7 @@ class _LoRALinear(torch.autograd.Function):
                 U = _adapter_input(x2, A, keep, dropout)  # [n, r]
                 _add_product(y2, U, B, scale)
         ctx.quantizer, ctx.packed = quantizer, packed
-        ctx.scale, ctx.dropout, ctx.transpose, ctx.x_dtype = scale, dropout, transpose, x.dtype
+        ctx.scale, ctx.dropout, ctx.transpose = scale, dropout, transpose
         x_trains, bias_trains, A_trains, B_trains = ctx.needs_input_grad[:4]
         ctx.bias_dtype = bias.dtype if bias is not None and bias_trains else None
         ctx.save_for_backward(
@@ -199,7 +199,7 @@ def _through_B(dY: Tensor, B: Tensor, U: Tensor | None, scale: float) -> tuple[T
 
 
 def _add_through_A(dX: Tensor, V: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> None:
-    """DX += V A in place, through the dropout."""
+    """Add V A to dX in place, through the dropout."""
     if dX.dtype == A.dtype and keep is None:
         dX.addmm_(V, A)
         return
@@ -211,7 +211,7 @@ def _add_through_A(dX: Tensor, V: Tensor, A: Tensor, keep: Tensor | None, dropou
 
 
 def _grad_A(V: Tensor, x: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
-    """DA = Vᵀ dropout(X), ``[r, in]``."""
+    """The gradient Vᵀ dropout(X) of A, ``[r, in]``."""
     dA = torch.zeros_like(A)
     for rows in _row_chunks(x, A.dtype, keep):
         dA.addmm_(V[rows].t(), _dropped(x, rows, A.dtype, keep, dropout))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from modulora_core.devices import pick_device
 from modulora_core.errors import CheckpointError, ModelError, OptionError
 from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.sources.locate import fetch_weights, locate
@@ -155,7 +156,7 @@ def load_model(
         model: a folder, a Hub id, or an opened checkpoint.
         dtype: of everything that isn't packed, and so of the activations. ``"auto"`` is float32 on a CPU and
             bfloat16 elsewhere. Packed tensors keep their own.
-        device: by default ``"cuda"`` where there is one, else ``"cpu"``.
+        device: see :func:`modulora_core.devices.pick_device`.
 
     Raises:
         PluginError: the plugin that packed it isn't installed, or can't be used.
@@ -165,10 +166,10 @@ def load_model(
 
     from modulora_core.integrations import transformers as integration
 
+    device = str(pick_device(device))
     checkpoint = model if isinstance(model, PackedCheckpoint) else open_checkpoint(model)
     for site in checkpoint.record.sites:
         checkpoint.quantizer(site)  # a missing plugin is told before any work
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     integration.register()
     with quiet():
         loaded, info = AutoModelForCausalLM.from_pretrained(

@@ -28,6 +28,7 @@ from modulora_core.adapters import (
 )
 from modulora_core.checkpoint import PackedCheckpoint, load_model, open_checkpoint
 from modulora_core.data import Collator, Examples, load_examples
+from modulora_core.devices import pick_device
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.finetune_config import FinetuneConfig
 from modulora_core.memory import PeakMemory
@@ -95,7 +96,7 @@ def finetune(
     """
     out = Path(config.out)
     resume_from = _check_out(out, config, resume)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     _check_dtype(config, device)
     checkpoint = open_checkpoint(config.model)
     _check_window(config, checkpoint)

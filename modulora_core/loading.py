@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
-
 from modulora_core.checkpoint import (
     PackedCheckpoint,
     is_packed,
@@ -19,6 +17,7 @@ from modulora_core.checkpoint import (
     open_checkpoint,
     read_config,
 )
+from modulora_core.devices import pick_device
 from modulora_core.errors import AdapterError, CheckpointError, ModelError
 from modulora_core.sources import ModelSource, open_model
 from modulora_core.sources.locate import locate
@@ -37,10 +36,6 @@ class Opened:
     adapter: str | None
     dtype: str
     device: str
-
-    @property
-    def packed(self) -> bool:
-        return isinstance(self.origin, PackedCheckpoint)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -81,9 +76,9 @@ def open_to_run(
         dtype, device: as for :func:`modulora_core.checkpoint.load_model`.
 
     Raises:
-        RequestError: nothing is there, it can't be read, or a plugin is missing.
+        RequestError: no such device, nothing is there, it can't be read, or a plugin is missing.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(pick_device(device))
     load_dtype(dtype, device)  # refuses an unknown name
     location = locate(model, revision)
     if location.gguf is None and is_packed(read_config(location.folder)):

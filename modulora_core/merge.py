@@ -58,7 +58,7 @@ def merge(
     Raises:
         OptionError: another dtype than float16, bfloat16, float32.
         AdapterError: the adapter has modules that the model hasn't, or of other shapes.
-        WorkError: nothing but the unexpected.
+        RequestError: the model isn't packed, can't be read, or ``out`` holds something else.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
@@ -103,8 +103,7 @@ def _check_deltas(
 def _dense_tensors(checkpoint: PackedCheckpoint, dtype: str) -> Iterator[tuple[str, TensorLayout]]:
     for name, stored in checkpoint.parameters.items():
         if isinstance(stored, PackedSite):
-            shape = stored.layout.shape[::-1] if stored.transposed else stored.layout.shape
-            yield name, TensorLayout(dtype, shape if stored.experts is None else (stored.experts, *shape))
+            yield name, TensorLayout(dtype, stored.parameter_shape)
         else:
             is_float = getattr(torch, stored.dtype).is_floating_point
             yield name, TensorLayout(dtype, stored.shape) if is_float else stored
@@ -120,20 +119,17 @@ def _merged(
             continue
         delta = deltas.get(name.removesuffix(".weight"))
         quantizer = checkpoint.quantizer(stored)
-        matrices = [dense(quantizer, packed, dtype, delta) for packed in checkpoint.packed(name)]
-        matrices = [m.t().contiguous() if stored.transposed else m for m in matrices]
-        yield name, matrices[0] if stored.experts is None else torch.stack(matrices)
+        W = torch.empty(stored.parameter_shape, dtype=dtype)
+        for packed, matrix in zip(checkpoint.packed(name), [W] if stored.experts is None else W, strict=True):
+            _unpack(quantizer, packed, delta, matrix.t() if stored.transposed else matrix)
+        yield name, W
 
 
-def dense(
-    quantizer: Quantizer, packed: PackedWeight, dtype: torch.dtype, delta: AdapterDelta | None = None
-) -> Tensor:
-    """Ŵ + s · B A as ``[out, in]`` of ``dtype``; fp32 exists for one tile only."""
+def _unpack(quantizer: Quantizer, packed: PackedWeight, delta: AdapterDelta | None, W: Tensor) -> None:
+    """Write Ŵ + s · B A to ``W``, ``[out, in]`` of any strides; fp32 exists for one tile only."""
     out_features, in_features = packed.shape
-    W = torch.empty(out_features, in_features, dtype=dtype)
     for start, stop in tile_ranges(out_features, in_features * 4, tile_bytes(W.device)):
         tile = quantizer.dequantize_tile(packed, (start, stop), torch.float32)
         if delta is not None:
             tile = torch.addmm(tile, delta.B[start:stop].float(), delta.A.float(), alpha=delta.scale)
         W[start:stop] = tile
-    return W

@@ -20,9 +20,10 @@ from torch import Tensor
 
 import modulora_core
 from modulora_core import registry
+from modulora_core.devices import pick_device
 from modulora_core.errors import CheckpointError, OptionError, ShapeError, WorkError
 from modulora_core.memory import PeakMemory
-from modulora_core.outputs import check_disk_space, check_output, whole_or_nothing
+from modulora_core.outputs import check_disk_space, check_output, partial_name, whole_or_nothing, write_file
 from modulora_core.record import PackedSite, QuantizationRecord, Recipe
 from modulora_core.shards import MAX_SHARD_BYTES, Shard, ShardWriter, plan_shards
 from modulora_core.sites import LinearSite, find_sites
@@ -205,7 +206,8 @@ def quantize(
         RequestError: anything that can be known beforehand, before any work. WorkError: what can't.
     """
     started = time.perf_counter()
-    with PeakMemory(device) as peak:
+    where = pick_device(device)
+    with PeakMemory(where) as peak:
         out = Path(out)
         check_output(out)
         source = open_model(model, revision=revision)
@@ -213,13 +215,15 @@ def quantize(
             source, quantizer, options, overrides=overrides, include=include, exclude=exclude, seed=seed,
             max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
+        if resume:
+            _check_same_request(partial_name(out), plan)
         check_disk_space(out, plan.nbytes + SMALL_FILES)
         source.validate()
         source.check_finite(_named(progress, "checking"))
         with whole_or_nothing(out, resume=resume) as folder:
-            _check_same_request(folder, plan)
+            write_file(folder / REQUEST, json.dumps(plan.record.to_json()))
             writer = ShardWriter(folder, plan.shards, resume=resume)
-            _pack_all(source, plan, writer, torch.device(device), progress)
+            _pack_all(source, plan, writer, where, progress)
             writer.finish()
             _write_config(source, plan.record, folder)
             source.copy_tokenizer(folder)
@@ -239,16 +243,15 @@ def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] |
 
 
 def _check_same_request(folder: Path, plan: Plan) -> None:
-    """Note the request in an unfinished folder, or compare with the one that is there."""
+    """Compare with the request that an unfinished folder was begun with, if there is one."""
     path = folder / REQUEST
-    request = plan.record.to_json()
-    if path.is_file():
-        before = json.loads(path.read_text())
-        changed = [key for key in request if request[key] != before.get(key)]
-        if changed:
-            raise CheckpointError(f"{folder}: an unfinished run of another request (differs in {', '.join(changed)}); "
-                                  "start again without --resume")  # fmt: skip
-    path.write_text(json.dumps(request))
+    if not path.is_file():
+        return
+    request, before = plan.record.to_json(), json.loads(path.read_text())
+    changed = [key for key in request if request[key] != before.get(key)]
+    if changed:
+        raise CheckpointError(f"{folder}: an unfinished run of another request (differs in {', '.join(changed)}); "
+                              "start again without --resume")  # fmt: skip
 
 
 def _pack_all(
@@ -272,7 +275,9 @@ def _packed_tensors(name: str, tensor: Tensor, plan: Plan, device: torch.device)
     quantizer = plan.quantizer(site)
     stored: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(plan.record.seed * 2**32 + zlib.crc32(name.encode()))
+        torch.manual_seed(
+            zlib.crc32(f"{plan.record.seed} {name}".encode())
+        )  # its own stream, also when resumed
         for prefix, matrix in zip(site.prefixes(name), _matrices(tensor, site), strict=True):
             packed = quantizer.pack(matrix.to(device))
             if packed.layout != site.layout:

@@ -70,6 +70,12 @@ class PackedSite:
         return self.layout.nbytes * (self.experts or 1)
 
     @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """As the dense model has the parameter: transposed where its code wants it so, stacked for experts."""
+        shape = self.layout.shape[::-1] if self.transposed else self.layout.shape
+        return shape if self.experts is None else (self.experts, *shape)
+
+    @property
     def weights(self) -> int:
         """Number of logical weights."""
         return math.prod(self.layout.shape) * (self.experts or 1)

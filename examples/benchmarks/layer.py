@@ -43,11 +43,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     W = torch.randn(arguments.size, arguments.size)
+    W16 = W.to(torch.bfloat16)
     print(f"{arguments.size} x {arguments.size}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
           f"milliseconds forward + backward to the input, and the ratio to dense fp32 in the same turns")  # fmt: skip
     for rows in arguments.rows:
         layers: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch.dtype, int | None]] = {
-            "dense fp32": (lambda x: x @ W.t(), torch.float32, None)
+            "dense fp32": (lambda x: x @ W.t(), torch.float32, None),
+            "dense bf16": (lambda x: x @ W16.t(), torch.bfloat16, None),
         }
         for name in arguments.quantizers:
             quantizer = registry.create(name)

@@ -105,12 +105,9 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
 
 
 def _check_shape(parameter: str, site: PackedSite, found: tuple[int, ...]) -> None:
-    expected: tuple[int, ...] = site.layout.shape[::-1] if site.transposed else site.layout.shape
-    if site.experts is not None:
-        expected = (site.experts, *expected)
-    if found != expected:
+    if found != site.parameter_shape:
         raise CheckpointError(
-            f"{parameter}: config.json's model has shape {list(found)}, its packed weight is of {list(expected)}"
+            f"{parameter}: config.json's model has shape {list(found)}, its packed weight is of {list(site.parameter_shape)}"
         )
 
 

@@ -23,18 +23,17 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
+from modulora_core.shards import DTYPE_CODES
+from modulora_core.shards import INDEX_NAME as INDEX
 from modulora_core.sources.store import CHUNK_BYTES, StoredTensor
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LONGEST_HEADER = 100 * 2**20  # the limit of the safetensors library
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()} | {
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
 }  # fmt: skip
+"""What is written (shards.py), and what others write."""
 
 
 class SafetensorsStore:

@@ -248,3 +248,16 @@ def test_a_missing_plugin_is_told_with_the_package_to_install(source: str, tmp_p
     )
     assert done.returncode == 1
     assert "pip install modulora-toy" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_work(source: str, tmp_path: Path, device: str) -> None:
+    with pytest.raises(OptionError, match=f"device '{device}'"):
+        quantize(source, tmp_path / "out", "toy", device=device)
+    with pytest.raises(OptionError, match=f"device '{device}'"):
+        load_model(source, device=device)
+
+
+def test_a_large_seed_is_a_seed(source: str, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "out", "toy", seed=2**63)
+    assert open_checkpoint(tmp_path / "out").record.seed == 2**63
