@@ -25,8 +25,8 @@ TileFunction = Callable[[int, int, torch.dtype], Tensor]
 
 CPU_TILE_BYTES = 16 * 2**20
 """2048 rows of 2048 fp32 values: half of a common last-level cache. Between two tiles the threads of the decoding kernel and
-those of the matrix product hand over to each other, which costs milliseconds on a busy machine; tiles that are
-larger than the cache cost their way through memory (docs/performance.md has the measurement)."""
+those of the matrix product hand over to each other, which costs milliseconds on a busy machine; with free cores the size hardly matters
+(docs/performance.md has the measurement)."""
 
 ACCELERATOR_TILE_BYTES = 64 * 2**20
 """On a GPU the tile lives in device memory anyway; this is large enough to fill it with work."""
@@ -82,8 +82,8 @@ def tile_ranges(rows: int, row_bytes: int, budget: int) -> Iterator[tuple[int, i
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which tiles are multiplied for an input like ``x``.
 
-    16-bit inputs on a CPU are multiplied in fp32: without bf16 units a bf16 product with a transposed operand is
-    about 200 times slower there than an fp32 one (docs/performance.md), and fp32 also rounds once instead of often.
+    16-bit inputs on a CPU are multiplied in fp32: without bf16 units a bf16 product with a transposed operand is far slower
+    there than an fp32 one (docs/performance.md), and fp32 also rounds once instead of often.
     """
     if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
         return torch.float32
