@@ -13,6 +13,7 @@ progress            stderr, if a tty    nowhere
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -121,6 +122,8 @@ class Terminal:
         show_warning = warnings.showwarning
         if not self.debug:
             warnings.showwarning = self._show_warning
+            # transformers' Trainer imports it where it is installed, and it tells of an optional package each time
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             with _stdout_to_stderr(self.stdout) if self.json else nullcontext():
                 yield
