@@ -70,9 +70,10 @@ def command(
 '''
 
 DRIVER = """
-import sys
+import signal, sys
 from modulora_core import cli
 from modulora_core.cli import app
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script inherits it ignored
 cli.__path__.append({folder!r})
 app.COMMANDS += ("probe",)
 sys.exit(cli.main())
@@ -240,11 +241,14 @@ def test_an_interrupt_ends_quietly_with_130(probe: None, capsys: pytest.CaptureF
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent as a POSIX signal")
 def test_ctrl_c_ends_a_process_quietly_with_130(tmp_path: Path) -> None:
-    process = probe_process(tmp_path, "wait")
-    assert process.stderr is not None
-    assert process.stderr.readline() == "waiting\n"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with probe_process(tmp_path, "wait") as process:
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "waiting\n"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # nothing is left where it has ended
     assert (process.returncode, out, err) == (130, "", "")
 
 
