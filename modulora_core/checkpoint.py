@@ -1,4 +1,4 @@
-"""Packed checkpoints: opening, checking and loading what ``modulora quantize`` wrote.
+"""Packed checkpoints: opening, checking and loading what ``modulora quantize`` wrote, and what other tools wrote.
 
 :func:`open_checkpoint` reads config.json and the files' headers, and gives tensors one at a time;
 :func:`load_model` gives the transformers model, with packed weights and no dense one.
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from modulora_core.devices import pick_device
 from modulora_core.errors import CheckpointError, ModelError, OptionError
+from modulora_core.foreign import ForeignModel, ForeignStore, open_foreign
+from modulora_core.formats import recognise, specs
 from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.sources.locate import fetch_weights, locate
 from modulora_core.sources.quiet import quiet
@@ -30,20 +33,31 @@ LOAD_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class PackedCheckpoint:
-    """A folder of ours, known from config.json and headers. Make one with :func:`open_checkpoint`.
+    """A folder of packed weights, known from config.json and headers. Make one with :func:`open_checkpoint`.
+
+    Args:
+        foreign: what :func:`~modulora_core.foreign.open_foreign` gave, if the folder isn't of ours.
 
     Attributes:
         folder: where it is on this machine.
+        format: ``"modulora"``, or the name of the foreign format.
+        config: its config.json; of a foreign folder, what config.json would be if it were ours.
         record: its ``quantization_config``.
         parameters: every stored parameter → its :class:`PackedSite` if it is packed, else its layout.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], name: str) -> None:
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], name: str, foreign: ForeignModel | None = None
+    ) -> None:
         self.folder = folder
         self.name = name
         self.config = dict(config)
         self.record = QuantizationRecord.from_json(config["quantization_config"])
-        self._store = SafetensorsStore(folder)
+        self.foreign = foreign
+        self.format = QUANT_METHOD if foreign is None else str(self.record.source["format"])
+        self._store: SafetensorsStore | ForeignStore = (
+            SafetensorsStore(folder) if foreign is None else foreign.store
+        )
         self._quantizers: dict[int, Quantizer] = {}
         packed = self._check_packed()
         dense = {name: TensorLayout(str(t.dtype).removeprefix("torch."), t.shape)
@@ -78,8 +92,12 @@ class PackedCheckpoint:
         return self._quantizers[site.recipe]
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter that isn't packed."""
+        """A stored tensor: a parameter that isn't packed, or one tensor of one that is."""
         return self._store.read(name)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All stored tensors, in memory."""
+        return {name: self._store.read(name) for name in self._store.tensors}
 
     def packed(self, parameter: str) -> Iterator[PackedWeight]:
         """The packed matrices of a parameter: one, or one for each expert."""
@@ -112,8 +130,13 @@ class PackedCheckpoint:
         (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
 
 
-def is_packed(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a checkpoint of ours."""
+def is_packed(folder: Path) -> bool:
+    """Whether :func:`open_checkpoint` opens a folder: one of ours, or of a format that a plugin reads."""
+    config = read_config(folder)
+    return _is_ours(config) or recognise(folder, config) is not None
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
     quantization = config.get("quantization_config")
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == QUANT_METHOD
 
@@ -132,7 +155,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None) -> PackedCheckpoint:
-    """Open a folder, or a Hub repository, that ``modulora quantize`` wrote. Reads headers, no weights.
+    """Open a folder, or a Hub repository, that ``modulora quantize`` wrote, or another tool in a format that an installed
+    plugin reads. Reads headers, no weights.
 
     Raises:
         ModelError: nothing is there, or it isn't a packed checkpoint; says what to do.
@@ -140,7 +164,16 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Packed
     """
     location = locate(str(model), revision)
     config = {} if location.gguf is not None else read_config(location.folder)
-    if not is_packed(config):
+    known = None if location.gguf is not None or _is_ours(config) else recognise(location.folder, config)
+    if known is not None:
+        location = fetch_weights(location)
+        foreign = open_foreign(location, known)
+        return PackedCheckpoint(location.folder, foreign.config(), location.name, foreign)
+    other = config.get("quantization_config")
+    if not _is_ours(config) and isinstance(other, Mapping):
+        raise ModelError(f"model {model}: quantized with {other.get('quant_method', 'an unnamed method')}, which no installed plugin "
+                         f"reads (formats: {', '.join(specs()) or 'none'}); install one that does, or give the original model")  # fmt: skip
+    if not _is_ours(config):
         raise ModelError(
             f"model {model}: it isn't quantized by modulora; quantize it first: modulora quantize {model} OUT -q NAME"
         )
@@ -162,8 +195,6 @@ def load_model(
         PluginError: the plugin that packed it isn't installed, or can't be used.
         ModelError, CheckpointError: as :func:`open_checkpoint`; also when files and model don't fit together.
     """
-    from transformers import AutoModelForCausalLM
-
     from modulora_core.integrations import transformers as integration
 
     device = str(pick_device(device))
@@ -172,13 +203,31 @@ def load_model(
         checkpoint.quantizer(site)  # a missing plugin is told before any work
     integration.register()
     with quiet():
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=load_dtype(dtype, device), device_map={"": device}, output_loading_info=True,
+        loaded, info = _from_pretrained(
+            checkpoint, dtype=load_dtype(dtype, device), device_map={"": device}, output_loading_info=True,
             trust_remote_code=False,
         )  # fmt: skip
     _check_loaded(checkpoint, info)
     loaded.eval()
     return loaded
+
+
+def _from_pretrained(
+    checkpoint: PackedCheckpoint, **options: Any
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    if checkpoint.foreign is None:
+        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)  # type: ignore[no-any-return]
+    source = checkpoint.foreign.source
+    config = copy.deepcopy(source.config)
+    config.quantization_config = checkpoint.record.to_json()
+    model, info = type(source.skeleton()).from_pretrained(
+        None, config=config, state_dict=checkpoint.tensors(), **options
+    )
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model, info
 
 
 def load_dtype(dtype: str, device: str) -> torch.dtype:

@@ -41,8 +41,13 @@ _ONE_LAUNCH = threading.Lock()
 
 @cache
 def _numba() -> ModuleType | None:
+    """numba, on its own threads unless the user chose others (``NUMBA_THREADING_LAYER``).
+
+    numba's first choice is OpenMP. Its library then stands beside the one that torch's wheel brings, and the two
+    fight: attention on the CPU takes 16 times longer, a kernel on busy cores 8 times (docs/performance.md, Threads).
+    """
     try:
-        return importlib.import_module("numba")
+        numba = importlib.import_module("numba")
     except ImportError as error:
         warnings.warn(
             f"numba, which compiles the CPU kernels of quantizers, can't be imported ({error}); plain torch "
@@ -51,6 +56,9 @@ def _numba() -> ModuleType | None:
             stacklevel=3,
         )
         return None
+    if numba.config.THREADING_LAYER == "default":
+        numba.config.THREADING_LAYER = "workqueue"
+    return numba
 
 
 def load(module: str, device: torch.device) -> ModuleType | None:

@@ -15,7 +15,6 @@ from modulora_core.checkpoint import (
     load_dtype,
     load_model,
     open_checkpoint,
-    read_config,
 )
 from modulora_core.devices import pick_device
 from modulora_core.errors import AdapterError, CheckpointError, ModelError
@@ -81,7 +80,7 @@ def open_to_run(
     device = str(pick_device(device))
     load_dtype(dtype, device)  # refuses an unknown name
     location = locate(model, revision)
-    if location.gguf is None and is_packed(read_config(location.folder)):
+    if location.gguf is None and is_packed(location.folder):
         checkpoint = open_checkpoint(model, revision=revision)
         for site in checkpoint.record.sites:
             checkpoint.quantizer(site)

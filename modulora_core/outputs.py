@@ -40,7 +40,8 @@ def check_output(out: Path) -> None:
     if not os.access(parent, os.W_OK):
         raise OutputError(f"output folder {out}: {parent} is not writable; choose another place")
     partial = partial_name(out)
-    if partial.exists() and not (partial / MARKER).is_file():
+    # an empty one may be ours too, killed before it was marked
+    if partial.exists() and not (partial / MARKER).is_file() and not _is_empty(partial):
         raise OutputError(f"temporary folder {partial}: expected it free or our own unfinished work, found something else; "
                           "remove or rename it")  # fmt: skip
 
@@ -52,6 +53,10 @@ def check_disk_space(out: Path, nbytes: int) -> None:
     if free < nbytes:
         raise DiskSpaceError(f"disk space at {folder}: {nbytes / 2**20:,.0f} MiB would be written, "
                              f"{free / 2**20:,.0f} MiB are free; free some or choose another place")  # fmt: skip
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _nearest_folder(path: Path) -> Path:
@@ -78,11 +83,13 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
     partial.mkdir(parents=True, exist_ok=True)
     (partial / MARKER).touch()
     yield partial
-    (partial / MARKER).unlink()
     sync_folder(partial)
     if out.exists():
         out.rmdir()  # empty, as checked; os.replace of a folder wants it gone on some systems
     partial.replace(out)
+    (
+        out / MARKER
+    ).unlink()  # only now: a folder without it, killed before its renaming, would be taken for a stranger's
     _sync(out.absolute().parent)
 
 

@@ -1,52 +1,50 @@
-"""From a dense model to a packed checkpoint, one parameter at a time.
+"""From a dense model to a packed checkpoint, a parameter or, with calibration, a decoder block at a time.
 
-:func:`plan_quantization` does all that can be refused, and knows every byte that will be written;
-:func:`quantize` then streams: a parameter is read (memory-mapped), packed, written to its place, and dropped.
+:func:`~modulora_core.quantization_plan.plan_quantization` does all that can be refused, and knows every byte that will be
+written; :func:`quantize` then streams: what is read (memory-mapped) is packed, written to its place, and dropped.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-import modulora_core
-from modulora_core import registry
+from modulora_core.calibration import (
+    CalibrationConfig,
+    CalibrationText,
+    check_seq_len,
+    load_calibration,
+    spill_bytes,
+)
 from modulora_core.devices import pick_device
-from modulora_core.errors import CheckpointError, OptionError, ShapeError, WorkError
+from modulora_core.errors import CheckpointError
 from modulora_core.memory import PeakMemory
 from modulora_core.outputs import check_disk_space, check_output, partial_name, whole_or_nothing, write_file
-from modulora_core.record import PackedSite, QuantizationRecord, Recipe
-from modulora_core.shards import MAX_SHARD_BYTES, Shard, ShardWriter, plan_shards
-from modulora_core.sites import LinearSite, find_sites
+from modulora_core.packer import Progress, pack_all
+from modulora_core.quantization_plan import Override, plan_quantization
+from modulora_core.record import QuantizationRecord
+from modulora_core.shards import MAX_SHARD_BYTES, ShardWriter
 from modulora_core.sources import ModelSource, open_model
-from modulora_core.spec import PackedLayout, Quantizer, TensorLayout
 
-Progress = Callable[[str, int, int], None]
-"""``progress(what, done, total)`` in bytes of the source."""
+__all__ = [
+    "REQUEST",
+    "SMALL_FILES",
+    "Override",
+    "Progress",
+    "QuantizeResult",
+    "plan_quantization",
+    "quantize",
+]
 
 REQUEST = "request.json"
 """In an unfinished folder: what was asked for, so that ``resume`` notices another request."""
 
 SMALL_FILES = 64 * 2**20
 """Room for config, tokenizer and index when disk space is checked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Override:
-    """Another quantizer for the modules that match ``pattern`` (fnmatch on the dotted module path)."""
-
-    pattern: str
-    quantizer: str
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,8 @@ class QuantizeResult:
         bits_per_weight: of the ``weights`` packed weights, everything counted.
         bytes: of all tensors written; source_bytes: of the same parameters before.
         kept: what was not quantized: reason → names.
+        calibration: the samples that were used; None without calibration.
+        unreached: experts that no calibration token was routed to: packed as if all inputs mattered alike.
     """
 
     out: str
@@ -69,109 +69,11 @@ class QuantizeResult:
     weights: int
     source_bytes: int
     kept: dict[str, list[str]]
+    calibration: dict[str, Any] | None = None
+    unreached: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """All that is known before work: the record, a quantizer for each packed parameter, and the files."""
-
-    record: QuantizationRecord
-    quantizers: tuple[Quantizer, ...]
-    shards: tuple[Shard, ...]
-
-    def quantizer(self, site: PackedSite) -> Quantizer:
-        return self.quantizers[site.recipe]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(shard.nbytes for shard in self.shards)
-
-
-def plan_quantization(
-    source: ModelSource,
-    quantizer: str,
-    options: Mapping[str, Any] | None = None,
-    *,
-    overrides: Sequence[Override] = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    seed: int = 0,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Plan:
-    """Decide for every parameter how it is stored. Reads no weight.
-
-    Raises:
-        PluginError, OptionError: a quantizer or an option of it can't be used; a pattern matches nothing.
-        ShapeError: a quantizer can't take a layer's shape; the message names the layer.
-    """
-    found = find_sites(source.skeleton(), include=include, exclude=exclude)
-    choices = [
-        registry.create(quantizer, options),
-        *(registry.create(o.quantizer, o.options) for o in overrides),
-    ]
-    _check_patterns(overrides, found.linears)
-    recipes = [Recipe.of(choice) for choice in choices]
-    layouts: dict[tuple[int, tuple[int, int]], PackedLayout] = {}
-    sites: list[PackedSite] = []
-    weights: dict[str, int] = {}
-    for linear in found.linears:
-        recipe = _choose(linear, overrides)
-        shape = (linear.out_features, linear.in_features)
-        if (recipe, shape) not in layouts:
-            layouts[recipe, shape] = _layout(choices[recipe], shape, linear)
-        site = PackedSite(recipe, layouts[recipe, shape], linear.kind, linear.experts, linear.transposed)
-        if site not in sites:
-            sites.append(site)
-        weights[linear.name] = sites.index(site)
-    record = QuantizationRecord(tuple(recipes), tuple(sites), weights, _by_reason(found.kept), source.identity(), seed,
-                                modulora_core.__version__)  # fmt: skip
-    tensors = dict(_stored_tensors(source, record))
-    return Plan(record, tuple(choices), tuple(plan_shards(tensors, max_shard_bytes)))
-
-
-def _check_patterns(overrides: Sequence[Override], linears: Sequence[LinearSite]) -> None:
-    for override in overrides:
-        if not any(fnmatch.fnmatchcase(linear.module, override.pattern) for linear in linears):
-            raise OptionError(f"override {override.pattern!r}: matches none of the {len(linears)} linear layers, "
-                              f"such as {linears[0].module if linears else '(none)'}")  # fmt: skip
-
-
-def _choose(linear: LinearSite, overrides: Sequence[Override]) -> int:
-    """Index of the recipe: the last override that matches, else 0."""
-    matching = [i for i, o in enumerate(overrides, 1) if fnmatch.fnmatchcase(linear.module, o.pattern)]
-    return matching[-1] if matching else 0
-
-
-def _layout(quantizer: Quantizer, shape: tuple[int, int], linear: LinearSite) -> PackedLayout:
-    if quantizer.spec.calibration == "required":
-        raise OptionError(
-            f"{quantizer.spec.name}: needs calibration data, which `modulora quantize` does not gather yet"
-        )
-    try:
-        quantizer.check_shape(shape)
-    except ShapeError as error:
-        raise ShapeError(
-            f"{error} ({linear.module}); leave it out with --exclude or choose another quantizer"
-        ) from None
-    return quantizer.layout(shape)
-
-
-def _by_reason(kept: Mapping[str, str]) -> dict[str, list[str]]:
-    reasons: dict[str, list[str]] = {}
-    for name, reason in kept.items():
-        reasons.setdefault(reason, []).append(name)
-    return reasons
-
-
-def _stored_tensors(source: ModelSource, record: QuantizationRecord) -> Iterator[tuple[str, TensorLayout]]:
-    for name, info in source.parameters.items():
-        if name in record.weights:
-            yield from record.sites[record.weights[name]].tensors(name)
-        else:
-            yield name, TensorLayout(str(info.dtype).removeprefix("torch."), tuple(info.shape))
 
 
 def quantize(
@@ -183,6 +85,7 @@ def quantize(
     overrides: Sequence[Override] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    calibration: CalibrationConfig | None = None,
     device: str = "cpu",
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -198,9 +101,11 @@ def quantize(
         quantizer: the plugin's name; options: of its ``Options``.
         overrides: other quantizers for some modules; the last that matches holds.
         include, exclude: fnmatch patterns on module paths (:func:`modulora_core.sites.find_sites`).
+        calibration: the text whose tokens tell a quantizer which inputs matter.
         device: where packing is computed. The checkpoint is the same kind of folder whatever the device.
         seed: for quantizers that draw random numbers; each parameter has its own stream.
-        resume: go on with ``out.partial`` of a killed run of the same request.
+        resume: go on with ``out.partial`` of a killed run of the same request, on the same kind of machine: packed
+            parameters are kept, and the bytes are those of a run that wasn't killed.
 
     Raises:
         RequestError: anything that can be known beforehand, before any work. WorkError: what can't.
@@ -211,22 +116,26 @@ def quantize(
         out = Path(out)
         check_output(out)
         source = open_model(model, revision=revision)
+        text = None if calibration is None else _calibration(source, calibration, seed)
         plan = plan_quantization(
-            source, quantizer, options, overrides=overrides, include=include, exclude=exclude, seed=seed,
+            source, quantizer, options, overrides=overrides, include=include, exclude=exclude, calibration=text, seed=seed,
             max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
-        if resume:
-            _check_same_request(partial_name(out), plan)
-        check_disk_space(out, plan.nbytes + SMALL_FILES)
+        before = _request_of(partial_name(out)) if resume else {}
+        _check_same(partial_name(out), before.get("record", {}), plan.record.to_json())
+        spilled = 0 if text is None else spill_bytes(text, source.config, where)
+        check_disk_space(out, plan.nbytes + SMALL_FILES + spilled)
         source.validate()
-        source.check_finite(_named(progress, "checking"))
+        contents = source.check_finite(_named(progress, "checking"))
+        if before.get("contents", contents) != contents:
+            raise _another(partial_name(out), "the values of the model's weights")
         with whole_or_nothing(out, resume=resume) as folder:
-            write_file(folder / REQUEST, json.dumps(plan.record.to_json()))
+            write_file(folder / REQUEST, json.dumps({"record": plan.record.to_json(), "contents": contents}))
             writer = ShardWriter(folder, plan.shards, resume=resume)
-            _pack_all(source, plan, writer, where, progress)
-            writer.finish()
+            unreached = pack_all(source, plan, writer, where, progress)
             _write_config(source, plan.record, folder)
             source.copy_tokenizer(folder)
+            writer.finish()
             (folder / REQUEST).unlink()
     first = plan.record.recipes[0]
     return QuantizeResult(
@@ -234,7 +143,7 @@ def quantize(
         bits_per_weight=plan.record.bits_per_weight, bytes=plan.nbytes, seconds=time.perf_counter() - started,
         peak_memory_bytes=peak.nbytes, weights=sum(site.weights for _, site in plan.record.items()),
         source_bytes=sum(info.nbytes for info in source.parameters.values()),
-        kept=dict(plan.record.kept),
+        kept=dict(plan.record.kept), calibration=None if text is None else text.to_json(), unreached=unreached,
     )  # fmt: skip
 
 
@@ -242,55 +151,27 @@ def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] |
     return None if progress is None else lambda done, total: progress(what, done, total)
 
 
-def _check_same_request(folder: Path, plan: Plan) -> None:
-    """Compare with the request that an unfinished folder was begun with, if there is one."""
+def _calibration(source: ModelSource, config: CalibrationConfig, seed: int) -> CalibrationText:
+    check_seq_len(config, source.config)
+    return load_calibration(config, source.tokenizer(), seed=seed)
+
+
+def _request_of(folder: Path) -> dict[str, Any]:
+    """The request that an unfinished folder was begun with; empty if there is none."""
     path = folder / REQUEST
-    if not path.is_file():
-        return
-    request, before = plan.record.to_json(), json.loads(path.read_text())
-    changed = [key for key in request if request[key] != before.get(key)]
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _check_same(folder: Path, before: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    changed = [key for key in request if before and request[key] != before.get(key)]
     if changed:
-        raise CheckpointError(f"{folder}: an unfinished run of another request (differs in {', '.join(changed)}); "
-                              "start again without --resume")  # fmt: skip
+        raise _another(folder, ", ".join(changed))
 
 
-def _pack_all(
-    source: ModelSource, plan: Plan, writer: ShardWriter, device: torch.device, progress: Progress | None
-) -> None:
-    total = sum(info.nbytes for info in source.parameters.values())
-    done = 0
-    for name, tensor in source.tensors():
-        if name not in writer.done:
-            writer.write(name, _packed_tensors(name, tensor, plan, device))
-        done += source.parameters[name].nbytes
-        if progress is not None:
-            progress("packing", done, total)
-
-
-def _packed_tensors(name: str, tensor: Tensor, plan: Plan, device: torch.device) -> dict[str, Tensor]:
-    index = plan.record.weights.get(name)
-    if index is None:
-        return {name: tensor}
-    site = plan.record.sites[index]
-    quantizer = plan.quantizer(site)
-    stored: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(
-            zlib.crc32(f"{plan.record.seed} {name}".encode())
-        )  # its own stream, also when resumed
-        for prefix, matrix in zip(site.prefixes(name), _matrices(tensor, site), strict=True):
-            packed = quantizer.pack(matrix.to(device))
-            if packed.layout != site.layout:
-                raise WorkError(f"{name}: {quantizer.spec.name} packed it as {packed.layout}, but its layout() "
-                                f"promised {site.layout}; report it to the plugin's author")  # fmt: skip
-            stored |= {f"{prefix}.{key}": value.cpu() for key, value in packed.tensors.items()}
-    return stored
-
-
-def _matrices(tensor: Tensor, site: PackedSite) -> Iterator[Tensor]:
-    """The ``[out, in]`` matrices of a parameter as the model stores it."""
-    for matrix in [tensor] if site.experts is None else tensor:
-        yield matrix.t() if site.transposed else matrix
+def _another(folder: Path, difference: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: an unfinished run of another request (differs in {difference}); start again without --resume"
+    )
 
 
 def _write_config(source: ModelSource, record: QuantizationRecord, folder: Path) -> None:

@@ -109,6 +109,8 @@ class QuantizationRecord:
         kept: what was not quantized: reason → names.
         source: the model it was made from.
         seed: of the run that made it.
+        calibration: the text that it was calibrated with
+            (:meth:`modulora_core.calibration.text.CalibrationText.to_json`), if it was.
     """
 
     recipes: tuple[Recipe, ...]
@@ -118,6 +120,7 @@ class QuantizationRecord:
     source: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     core_version: str = ""
+    calibration: Mapping[str, Any] | None = None
 
     def items(self) -> Iterator[tuple[str, PackedSite]]:
         """Each packed parameter with its site."""
@@ -141,6 +144,7 @@ class QuantizationRecord:
             "core_version": self.core_version,
             "seed": self.seed,
             "source": dict(self.source),
+            "calibration": None if self.calibration is None else dict(self.calibration),
             "recipes": [recipe.to_json() for recipe in self.recipes],
             "sites": [site.to_json() for site in self.sites],
             "weights": dict(self.weights),
@@ -167,6 +171,7 @@ class QuantizationRecord:
             sites = tuple(_site_from_json(site, len(recipes)) for site in data["sites"])
             weights = {str(name): int(index) for name, index in data["weights"].items()}
             kept = {str(reason): [str(n) for n in names] for reason, names in data.get("kept", {}).items()}
+            calibration = None if data.get("calibration") is None else dict(data["calibration"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"quantization_config: malformed ({type(error).__name__}: {error}); docs/checkpoint-format.md "
                                   "says what it holds") from None  # fmt: skip
@@ -176,7 +181,7 @@ class QuantizationRecord:
                     f"quantization_config: {name} is of site {index}, expected 0 to {len(sites) - 1}"
                 )
         return cls(recipes, sites, weights, kept, dict(data.get("source", {})), int(data.get("seed", 0)),
-                   str(data.get("core_version", "")))  # fmt: skip
+                   str(data.get("core_version", "")), calibration)  # fmt: skip
 
 
 def _site_from_json(data: Mapping[str, Any], recipes: int) -> PackedSite:

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
-from typing import Literal
+from typing import Literal, TypeVar
 
 import pluggy
 from pydantic import BaseModel
@@ -42,9 +42,11 @@ from modulora_core.errors import (
 from modulora_core.options import parse_options, validate_options
 from modulora_core.spec import SUPPORTED_PROTOCOLS, Quantizer, QuantizerSpec
 
-__all__ = ["BLOCK_VARIABLE", "Entry", "create", "entries", "find", "load", "parse_options"]
+__all__ = ["BLOCK_VARIABLE", "Entry", "create", "entries", "find", "import_class", "load", "parse_options"]
 
 BLOCK_VARIABLE = "MODULORA_BLOCK"
+
+Class = TypeVar("Class")
 
 Status = Literal["ok", "broken", "incompatible", "blocked"]
 
@@ -123,24 +125,35 @@ def load(name: str, *, distribution: str | None = None) -> type[Quantizer]:
     """
     entry = find(name, distribution=distribution)
     assert entry.spec is not None  # find() returns usable entries only
-    module_name, class_name = entry.spec.location.split(":")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (Exception, SystemExit) as error:
-        raise _broken(entry, f"importing {entry.spec.location} failed: {_told(error)}") from error
-    if not (inspect.isclass(cls) and issubclass(cls, Quantizer)):
-        raise _broken(
-            entry, f"expected a subclass of modulora_core.Quantizer at {entry.spec.location}, got {cls!r}"
-        )
-    missing = sorted(cls.__abstractmethods__)
-    if missing:
-        raise _broken(entry, f"{entry.spec.location} doesn't implement {', '.join(missing)}")
+    cls = import_class(entry, entry.spec.location, Quantizer)  # type: ignore[type-abstract]  # it is no abstract class, as import_class makes sure
+    class_name = cls.__name__
     if getattr(cls, "spec", None) != entry.spec:
         raise _broken(
             entry, f"expected {class_name}.spec to equal the listed {entry.spec}, got {_spec_of(cls)}"
         )
     if not (inspect.isclass(cls.Options) and issubclass(cls.Options, BaseModel)):
         raise _broken(entry, f"expected {class_name}.Options to be a pydantic model, got {cls.Options!r}")
+    return cls
+
+
+def import_class(entry: Entry, location: str, base: type[Class]) -> type[Class]:
+    """Import what a plugin says is at ``location``, ``"package.module:Class"``.
+
+    Raises:
+        BrokenPluginError: it can't be imported, or isn't a complete subclass of ``base``.
+    """
+    module_name, class_name = location.split(":")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (Exception, SystemExit) as error:
+        raise _broken(entry, f"importing {location} failed: {_told(error)}") from error
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        raise _broken(
+            entry, f"expected a subclass of modulora_core.{base.__name__} at {location}, got {cls!r}"
+        )
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        raise _broken(entry, f"{location} doesn't implement {', '.join(missing)}")
     return cls
 
 

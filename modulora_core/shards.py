@@ -131,7 +131,9 @@ class ShardWriter:
             return set()
         # a line that a kill cut off in the middle has no newline, and its parameter is written again
         lines = self._journal.read_text().splitlines(keepends=True)
-        return {json.loads(line) for line in lines if line.endswith("\n")}
+        whole = [line for line in lines if line.endswith("\n")]
+        self._journal.write_text("".join(whole))  # so that the next line begins where a line begins
+        return {json.loads(line) for line in whole}
 
     def write(self, parameter: str, tensors: Mapping[str, Tensor]) -> None:
         """Write all tensors of one parameter, then note it as done.
@@ -149,6 +151,19 @@ class ShardWriter:
         with self._journal.open("a") as journal:
             journal.write(json.dumps(parameter) + "\n")
         self.done.add(parameter)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was written, perhaps by the run that is resumed."""
+        path, offset, layout = self._places[name]
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = bytearray(file.read(layout.nbytes))
+        dtype = getattr(torch, layout.dtype)
+        return (
+            torch.frombuffer(data, dtype=dtype).view(layout.shape)
+            if data
+            else torch.empty(layout.shape, dtype=dtype)
+        )
 
     def finish(self) -> None:
         """Write the index where there is more than one file, and remove the journal."""

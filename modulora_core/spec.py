@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from modulora_core.errors import OptionError, ShapeError
+from modulora_core.format_spec import LOCATION, FormatSpec
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "PROTOCOL",
     "SUPPORTED_PROTOCOLS",
     "Calibration",
+    "FormatSpec",
     "NoOptions",
     "PackedLayout",
     "PackedWeight",
@@ -52,7 +54,6 @@ SUPPORTED_PROTOCOLS = range(1, 2)
 """The versions of plugins that this core can use."""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-_LOCATION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,7 @@ class QuantizerSpec:
         out_multiple: ``out_features`` must be divisible by this.
         in_multiple: ``in_features`` must be divisible by this.
         url: the paper or the project's page.
+        formats: checkpoint formats of other tools that hold this quantizer's weights (:mod:`modulora_core.formats`).
 
     Raises:
         ValueError: a field is malformed; the message names it.
@@ -86,13 +88,14 @@ class QuantizerSpec:
     out_multiple: int = 1
     in_multiple: int = 1
     url: str = ""
+    formats: tuple[FormatSpec, ...] = ()
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and _NAME.fullmatch(self.name)):
             raise ValueError(
                 f"name: expected lower case letters, digits and single hyphens, got {self.name!r}"
             )
-        if not (isinstance(self.location, str) and _LOCATION.fullmatch(self.location)):
+        if not (isinstance(self.location, str) and LOCATION.fullmatch(self.location)):
             raise ValueError(f"location: expected 'package.module:Class', got {self.location!r}")
         if not self.bits or not all(isinstance(b, (int, float)) and 0 < b <= 32 for b in self.bits):
             raise ValueError(f"bits: expected one or more widths in (0, 32], got {self.bits!r}")
@@ -104,6 +107,8 @@ class QuantizerSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+        if not all(isinstance(item, FormatSpec) for item in self.formats):
+            raise ValueError(f"formats: expected values of FormatSpec, got {self.formats!r}")
 
 
 @dataclass(frozen=True, slots=True)

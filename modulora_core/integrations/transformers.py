@@ -123,8 +123,11 @@ def _install_experts(
     del parent._parameters[leaf]
     parent.add_module(leaf, PackedStack(_packed(site, quantizer) for _ in range(site.experts or 0)))
     parent._is_hf_initialized = True  # type: ignore[assignment]  # see above
-    # the batched implementations want the stack as one dense tensor; the eager one multiplies expert by expert
-    for config in {
-        id(c): c for c in (getattr(model, "config", None), getattr(parent, "config", None)) if c
-    }.values():
+    use_eager_experts(model)
+
+
+def use_eager_experts(module: nn.Module) -> None:
+    """Let the experts in ``module`` multiply one by one: the batched implementations want the stack as one dense tensor."""
+    configs = (getattr(owner, "config", None) for owner in module.modules())
+    for config in {id(config): config for config in configs if config is not None}.values():
         config._experts_implementation = "eager"

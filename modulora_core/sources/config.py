@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError
+from modulora_core.formats import recognise
 from modulora_core.hookspecs import PROJECT
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def read_config(folder: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The config of a folder of floating-point weights, and what its config.json says.
+def read_config(folder: Path, *, foreign: bool = False) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The config of a folder, and what its config.json says.
 
     No code of the folder is run.
+
+    Args:
+        folder: of floating-point weights.
+        foreign: the folder is one that :func:`modulora_core.formats.recognise` knows; the config is then that of its
+            model without quantization.
 
     Raises:
         ModelError: no config.json, a broken one, one that needs remote code, or one of a quantized model.
@@ -30,16 +36,21 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
         raise ModelError(f"{path}: expected JSON, got {error}") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    _refuse_quantized(folder, values)
+    if not foreign:
+        _refuse_quantized(folder, values)
 
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False), values
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each config class checks its fields in its own way
         reason = str(error).strip().split("\n")[0]
         remote = "; it needs code of its own, which is never run" if "auto_map" in values else ""
         raise ModelError(f"{path}: transformers can't use this config{remote}: {reason}") from error
+    for part in (config, config.get_text_config()) if foreign else ():
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config, values
 
 
 def _no_config(folder: Path) -> str:
@@ -55,6 +66,14 @@ def _no_config(folder: Path) -> str:
 
 
 def _refuse_quantized(folder: Path, values: dict[str, Any]) -> None:
+    known = recognise(folder, values)
+    if known is not None:
+        raise ModelError(
+            f"{folder}: already quantized with {known.config.get('quant_method', known.spec.name)} ({known.file}); "
+            f"expected floating-point weights. Give the original model to quantize it differently. This one is ready "
+            f"for finetune, generate, chat, evaluate and merge as it is, and `{PROJECT} convert {folder} OUT --to {PROJECT}` "
+            f"rewrites it"
+        )
     text = values.get("text_config")
     for config in (values, text if isinstance(text, dict) else {}):
         found = config.get("quantization_config") or config.get("compression_config")

@@ -154,17 +154,24 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     return dict(model.all_tied_weights_keys)
 
 
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of a config on the meta device, buffers too: it takes no memory.
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, buffers: bool = False) -> PreTrainedModel:
+    """The causal language model of a config on the meta device: it takes no memory.
+
+    Args:
+        config: of the model; it isn't changed.
+        dtype: what the model is loaded in.
+        buffers: give buffers their values, as rotary frequencies have them, on the CPU; by default they are on
+            the meta device too.
 
     Raises:
         ModelError: transformers has no causal language model for this config, or can't build it.
     """
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     config = deepcopy(config)
     try:
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             model.tie_weights()  # transformers 5.0 doesn't on the meta device
             return model

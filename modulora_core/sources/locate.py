@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from modulora_core import formats
 from modulora_core.errors import ModelError
 from modulora_core.sources.tokenizer_files import COPIED_FILES
 
@@ -105,7 +106,7 @@ def _in_package(model: str) -> Location:
 
 
 def _on_hub(model: str, revision: str | None) -> Location:
-    folder = _download(model, revision, ["config.json", _INDEX, *COPIED_FILES])
+    folder = _download(model, revision, ["config.json", _INDEX, *formats.config_files(), *COPIED_FILES])
     return Location("hub", model, folder, revision=folder.name)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,10 +75,14 @@ class ModelSource:
         """
         return self._need_weights().parameters
 
-    def skeleton(self) -> PreTrainedModel:
-        """A new model on the meta device (buffers too): names, shapes and dtypes, no memory."""
+    def skeleton(self, *, buffers: bool = False) -> PreTrainedModel:
+        """A new model on the meta device: names, shapes and dtypes, no memory.
+
+        With ``buffers`` those that are computed and not stored, such as rotary frequencies, have their values on
+        the CPU: what is needed to run a part of the model whose parameters are filled in.
+        """
         with quiet():
-            return build_skeleton(self.config, self.config.dtype)
+            return build_skeleton(self.config, self.config.dtype, buffers=buffers)
 
     def validate(self) -> list[str]:
         """Compare the files' headers with the config; broken files were refused by :func:`open_model`.
@@ -92,11 +96,20 @@ class ModelSource:
         self._need_weights().check()
         return list(self._need_weights().unexpected)
 
-    def check_finite(self, progress: Progress | None = None) -> None:
-        """Read every value once, a few MiB at a time. Raises WeightError naming a tensor with NaN or Inf."""
-        self._need_weights().check_finite(progress)
+    def check_finite(self, progress: Progress | None = None) -> str:
+        """Read every value once, a few MiB at a time.
 
-    def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+        Returns:
+            a SHA-256 of the values: it tells two finetunes of one model apart, as :meth:`identity` doesn't.
+
+        Raises:
+            WeightError: a tensor has NaN or Inf; the message names it.
+        """
+        return self._need_weights().check_finite(progress)
+
+    def tensors(
+        self, progress: Progress | None = None, *, names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Stream every one of :attr:`parameters`: its name in memory and its value, in memory of its own.
 
         A decoder layer's parameters come together. One parameter exists at a time (while tensors are fused or
@@ -104,11 +117,12 @@ class ModelSource:
 
         Args:
             progress: called with the bytes of the files done so far, and all that there are.
+            names: only these of :attr:`parameters`; other tensors aren't read.
 
         Raises:
             CheckpointError: a file was changed meanwhile.
         """
-        return self._need_weights().stream(progress)
+        return self._need_weights().stream(progress, names)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises ModelError when there is none that transformers can read."""
@@ -174,6 +188,19 @@ def _open_folder(location: Location, weights: bool) -> ModelSource:
         return _source(location, build_skeleton(config, dtype).config, dtype, None, {"config": values})
     location = fetch_weights(location)
     store = SafetensorsStore(location.folder)
+    return fit(location, config, values, store)
+
+
+def fit(
+    location: Location, config: PretrainedConfig, values: dict[str, Any], store: TensorStore
+) -> ModelSource:
+    """The model of a config with the tensors of a store as its weights.
+
+    Args:
+        location: where they are.
+        config: of the model; values: what config.json says, for the fingerprint.
+        store: tensors under the names that files have.
+    """
     dtype = _dtype_of(config, store)
     model = build_skeleton(config, dtype)
     found = Weights(store, model, dtype)

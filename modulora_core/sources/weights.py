@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -130,16 +131,20 @@ class Weights:
             more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
             raise CheckpointError(f"{'; '.join(wrong[:3])}{more}; the weights don't belong to this config")
 
-    def check_finite(self, progress: Progress | None = None) -> None:
+    def check_finite(self, progress: Progress | None = None) -> str:
         """Read every value once, a few MiB at a time.
+
+        Returns:
+            a SHA-256 of the values, as hexadecimal digits.
 
         Raises:
             WeightError: a tensor has NaN or Inf; the message names it and its file.
         """
         done, total = 0, self.nbytes
+        digest = hashlib.sha256()
         for name in (name for found in self._used for name in found.names):
             with _one_thread():
-                finite = all(map(_finite, self._store.chunks(name)))
+                finite = all(_finite(chunk, digest) for chunk in self._store.chunks(name))
             if not finite:
                 raise WeightError(
                     f"{name} in {self._store.tensors[name].file}: expected finite values, got NaN or Inf; "
@@ -148,8 +153,11 @@ class Weights:
             done += self._store.tensors[name].nbytes
             if progress is not None:
                 progress(done, total)
+        return digest.hexdigest()
 
-    def stream(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+    def stream(
+        self, progress: Progress | None = None, names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by its name in memory, in the model's order: a decoder layer comes together.
 
         Only the parameters of one conversion exist at a time: usually one, or those that one tensor of the
@@ -158,15 +166,16 @@ class Weights:
         Raises:
             CheckpointError: a file ends too early, or a tensor has another shape than :meth:`check` saw.
         """
-        done, total = 0, self.nbytes
-        for found in self._used:
+        wanted = [found for found in self._used if names is None or self._gives(found, names)]
+        done, total = 0, sum(self._stored_bytes(found) for found in wanted)
+        for found in wanted:
             converted = found.run(self._model, self._reader(found))
             for name in list(converted):
-                if not self._kept(name):
+                if not self._kept(name) or not (names is None or self._public(name) in names):
                     del converted[name]
                     continue
                 self._check_shape(name, tuple(converted[name].shape), self._shapes[found.target][name])
-                yield self._renamed.get(name) or name, converted.pop(name).to(self._dtypes[name])
+                yield self._public(name), converted.pop(name).to(self._dtypes[name])
             done += self._stored_bytes(found)
             if progress is not None:
                 progress(done, total)
@@ -175,7 +184,7 @@ class Weights:
         for used in self._used:
             for name, shape in self._shapes[used.target].items():
                 if self._kept(name):
-                    yield self._renamed.get(name) or name, ParameterInfo(shape, self._dtypes[name])
+                    yield self._public(name), ParameterInfo(shape, self._dtypes[name])
 
     def _missing(self, names: Iterable[str]) -> list[str]:
         """Those of the model's names that are neither in the files, nor tied to one that is, nor optional."""
@@ -204,6 +213,13 @@ class Weights:
 
     def _kept(self, name: str) -> bool:
         return name in self._dtypes and self._renamed.get(name, name) is not None
+
+    def _public(self, name: str) -> str:
+        """The name in the stream."""
+        return self._renamed.get(name) or name
+
+    def _gives(self, found: Conversion, names: Collection[str]) -> bool:
+        return any(self._kept(name) and self._public(name) in names for name in self._shapes[found.target])
 
     def _equal(self, one: Conversion, other: Conversion) -> bool:
         a, b = one.names[0], other.names[0]
@@ -238,8 +254,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _finite(chunk: Tensor) -> bool:
-    """Whether all values are finite, at memory speed: aminmax gives NaN when any value is NaN."""
+def _finite(chunk: Tensor, digest: Any) -> bool:
+    """Whether all values are finite: aminmax gives NaN when any value is NaN. Their bytes go into ``digest``."""
+    digest.update(chunk.contiguous().reshape(-1).view(torch.uint8).numpy())
     if not chunk.is_floating_point() or chunk.numel() == 0:
         return True
     if chunk.dtype.itemsize == 1:  # 8-bit floats have no arithmetic of their own

@@ -1,6 +1,6 @@
 """Fixtures that several test files share: small quantizers that are not first-party plugins, and tiny models.
 
-``Toy`` and ``Verbatim`` are installed as an outsider's package would be: a module and a dist-info folder on the path,
+``Toy``, ``Verbatim`` and the format ``crude`` are installed as an outsider's package would be: a module and a dist-info folder on the path,
 found by the real importlib.metadata.
 """
 
@@ -18,9 +18,13 @@ import torch
 
 TOY_INIT = """
 from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import QuantizerSpec
+from modulora_core.spec import FormatSpec, QuantizerSpec
 
-TOY = QuantizerSpec(name="toy", summary="Rounds each row to 8 bits", location="modulora_toy.quantizer:Toy", protocol=1, bits=(8,))
+CRUDE = FormatSpec(name="crude", summary="what another tool writes", location="modulora_toy.crude:Crude", quant_methods=("crude",),
+                   config_files=("crude.json",))
+CRUDE_2 = FormatSpec(name="crude_2", summary="the same, only written", location="modulora_toy.crude:Crude")
+TOY = QuantizerSpec(name="toy", summary="Rounds each row to 8 bits", location="modulora_toy.quantizer:Toy", protocol=1, bits=(8,),
+                    formats=(CRUDE, CRUDE_2))
 VERBATIM = QuantizerSpec(name="verbatim", summary="Keeps fp32", location="modulora_toy.quantizer:Verbatim", protocol=1, bits=(32,))
 
 @hookimpl
@@ -65,6 +69,51 @@ class Verbatim(Quantizer):
 """
 
 
+TOY_FORMAT = """
+from modulora_core.errors import CheckpointError, ModelError, ShapeError
+from modulora_core.formats import CheckpointFormat, ForeignWeight
+from modulora_core.spec import TensorLayout
+from modulora_toy.quantizer import Toy, ToyOptions
+
+class Crude(CheckpointFormat):
+    # for each layer: turned, int8 [in, out], and factor, fp32 [out]
+
+    def weights(self, config, tensors, read):
+        levels = config["levels"]
+        if levels > 127:
+            raise ModelError(f"levels {levels}: not implemented")
+        toy = Toy(ToyOptions(levels=levels))
+        found = {}
+        for name in tensors:
+            if name.endswith(".turned"):
+                module = name.removesuffix(".turned")
+                shape = tensors[name].shape[::-1]
+                found[module] = ForeignWeight((name, f"{module}.factor"), toy, toy.layout(shape), self.unpacker(module, toy, shape))
+        return found
+
+    def unpacker(self, module, toy, shape):
+        def unpack(read):
+            codes = read(f"{module}.turned").t().contiguous()
+            return toy.layout(shape).fill({"codes": codes, "scale": read(f"{module}.factor")[:, None]})
+        return unpack
+
+    def plan(self, weight):
+        if weight.quantizer.spec.name != "toy":
+            raise ModelError(f"packed by {weight.quantizer.spec.name}; {self.spec.name} holds weights of toy only")
+        out_features, in_features = weight.layout.shape
+        if out_features % 4:
+            raise ShapeError(f"out_features {out_features} is not a multiple of 4")
+        return {"turned": TensorLayout("int8", (in_features, out_features)), "factor": TensorLayout("float32", (out_features,))}
+
+    def tensors(self, weight):
+        packed = weight.packed()
+        return {"turned": packed.tensors["codes"].t().contiguous(), "factor": packed.tensors["scale"][:, 0].contiguous()}
+
+    def config(self, weights, kept):
+        return {"quant_method": "crude", "levels": weights[0].layout.metadata["levels"], "version": self.spec.name, "kept": kept}
+"""
+
+
 def install_package(
     root: Path, distribution: str, entry_point: str, package: str, files: dict[str, str]
 ) -> None:
@@ -83,7 +132,7 @@ def install_package(
 def toy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that, on the path, installs the distribution modulora-toy."""
     root = tmp_path_factory.mktemp("toy-site")
-    files = {"__init__.py": TOY_INIT, "quantizer.py": TOY_QUANTIZER}
+    files = {"__init__.py": TOY_INIT, "quantizer.py": TOY_QUANTIZER, "crude.py": TOY_FORMAT}
     install_package(root, "modulora-toy", "toy", "modulora_toy", files)
     return root
 

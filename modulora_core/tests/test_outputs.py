@@ -59,6 +59,28 @@ def test_a_foreign_folder_under_the_temporary_name_is_never_removed(tmp_path: Pa
     assert (tmp_path / "out.partial" / "mine").exists()
 
 
+def test_work_killed_before_its_folder_was_marked_may_begin_again(tmp_path: Path) -> None:
+    partial_name(tmp_path / "out").mkdir()
+    with whole_or_nothing(tmp_path / "out", resume=True) as folder:
+        (folder / "a").write_text("1")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_work_killed_before_its_folder_was_renamed_may_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException): ...
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed), whole_or_nothing(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+        patch.setattr(Path, "replace", killed)
+    with whole_or_nothing(tmp_path / "out", resume=True) as folder:
+        assert (folder / "a").read_text() == "1"
+
+
 def test_too_little_disk_space_is_refused_with_both_sizes(tmp_path: Path) -> None:
     check_disk_space(tmp_path / "new" / "out", 1)
     with pytest.raises(DiskSpaceError, match=r"MiB would be written, [\d,]+ MiB are free"):

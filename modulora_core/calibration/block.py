@@ -1,0 +1,127 @@
+"""One decoder block in memory: its parameters filled in, its linear weights observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from modulora_core.calibration.observe import Key, Listener, ObservedWeight, ignore, observe
+from modulora_core.calibration.order import Order, OrderRecorder
+from modulora_core.errors import ModelError
+from modulora_core.integrations.transformers import use_eager_experts
+from modulora_core.sites import LinearSite
+from modulora_core.sources import ModelSource
+
+
+def cast(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` where and in what blocks are computed: on a CPU 16-bit floats become fp32, which is exact."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.to(device, torch.float32 if half and device.type == "cpu" else tensor.dtype)
+
+
+def fill(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer of a skeleton its value."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Computed buffers, such as rotary frequencies, to ``device``; what is on the meta device stays there."""
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                owner._buffers[name] = buffer.to(device)
+
+
+class Block:
+    """A decoder block, filled in.
+
+    Args:
+        path: its dotted path in the model.
+        module: its skeleton; it is changed.
+        sites: of the parameters that will be packed, by their names in the block.
+        source: where the values come from.
+        device: where it runs.
+        keep: takes every parameter that isn't packed, as the model stores it.
+
+    Attributes:
+        weights: the observed matrices of each site: one, or one for each expert.
+        listener: told of every product (:data:`modulora_core.calibration.observe.Listener`); exchange it at will.
+
+    Raises:
+        ModelError: a parameter of the block isn't in the files under the block's name.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        sites: Mapping[str, LinearSite],
+        source: ModelSource,
+        device: torch.device,
+        keep: Callable[[str, Tensor], None],
+    ) -> None:
+        self.path, self.module, self.sites = path, module, sites
+        self.listener: Listener = ignore
+        self.weights: dict[str, list[ObservedWeight]] = {}
+        linear: dict[str, Tensor] = {}
+        prefix = path + "."
+        names = {name for name in source.parameters if name.startswith(prefix)}
+        for name, tensor in source.tensors(names=names):
+            inside = name.removeprefix(prefix)
+            if inside in sites:
+                linear[inside] = cast(tensor, device)
+            else:
+                keep(name, tensor)
+                fill(module, inside, cast(tensor, device))
+        move_buffers(module, device)
+        for inside in list(linear):  # now that biases are there
+            self.weights[inside] = observe(module, inside, sites[inside], linear.pop(inside), self._tell)
+        if self.has_experts:
+            use_eager_experts(module)
+        self._check_filled()
+
+    def _tell(self, key: Key, x: Tensor) -> None:
+        self.listener(key, x)
+
+    def _check_filled(self) -> None:
+        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
+        empty = [name for name, tensor in tensors if tensor.is_meta]
+        if empty:
+            raise ModelError(
+                f"{self.path}: expected a decoder block with weights of its own, got none for {', '.join(empty[:3])} (shared with another "
+                "block?); calibration goes block by block. Choose a quantizer that needs none"
+            )
+
+    @property
+    def has_experts(self) -> bool:
+        return any(site.experts is not None for site in self.sites.values())
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """Blocks of equal structure use their weights in the same order."""
+        return (type(self.module), *self.sites)
+
+    def order(self, run: Callable[[], object]) -> Order:
+        """The order in which ``run``, which runs this block, uses the weights."""
+        recorder = OrderRecorder()
+        self.listener = recorder
+        run()
+        self.listener = ignore
+        return recorder.order(self.sites)
+
+    def replace(self, name: str, values: Sequence[Tensor]) -> None:
+        """From now on multiply by these values of a parameter's matrices."""
+        for observed, value in zip(self.weights[name], values, strict=True):
+            observed.weight.copy_(value)
+
+    def close(self) -> None:
+        """Let the weights go at once: module and listener know each other, which only a garbage collection would see."""
+        self.weights.clear()
+        del self.module

@@ -1,0 +1,188 @@
+"""The samples' way through the decoder blocks: see a layer's inputs, let it be packed, go on with what was packed.
+
+One block is dense at a time. The inputs of a block are what the quantized blocks before it give; in true-sequential
+order this holds for the layers within a block too: q, k, v are packed, then o, then gate and up, then down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from modulora_core.calibration.block import Block, cast, fill, move_buffers
+from modulora_core.calibration.blocks import Call, find_blocks, record_calls
+from modulora_core.calibration.order import Order
+from modulora_core.calibration.passes import Collector, Passes
+from modulora_core.calibration.states import HiddenStates
+from modulora_core.calibration.text import CalibrationText
+from modulora_core.sites import LinearSite
+from modulora_core.sources import ModelSource
+from modulora_core.spec import Calibration
+
+PAUSED_BYTES = 2**30
+"""What the activations of paused batches may take, by estimate."""
+
+
+class Packing(Protocol):
+    """What the walk asks of its caller."""
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Take a parameter of a block that isn't packed."""
+
+    def wants_calibration(self, name: str) -> bool:
+        """Whether ``name`` is packed with its H."""
+
+    def restore(self, name: str) -> Sequence[Tensor] | None:
+        """The quantized matrices of a parameter that an earlier run packed, in fp32; None if there are none."""
+
+    def pack(
+        self, name: str, matrices: Sequence[Tensor], calibrations: Sequence[Calibration | None]
+    ) -> Sequence[Tensor]:
+        """Pack a parameter's matrices, ``[out, in]`` each, and give their quantized values back, in fp32."""
+
+
+class BlockWalk:
+    """Takes the samples through a model, block by block.
+
+    Args:
+        source: the model.
+        text: the samples.
+        linears: what will be packed; those outside of the blocks aren't seen here.
+        device: where blocks are run. On a CPU in fp32, elsewhere in the model's dtype.
+        folder: for the hidden states, where they are kept in a file.
+        paused_bytes: see :data:`PAUSED_BYTES`.
+
+    Attributes:
+        blocks: dotted paths of the decoder blocks.
+        unreached: the experts that no token was routed to.
+
+    Raises:
+        ModelError: no decoder blocks are found.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        text: CalibrationText,
+        linears: Sequence[LinearSite],
+        *,
+        device: torch.device,
+        folder: Path,
+        paused_bytes: int = PAUSED_BYTES,
+    ) -> None:
+        self._source, self._text, self._device, self._folder = source, text, device, folder
+        self._paused_bytes = paused_bytes
+        self._model = source.skeleton(buffers=True).eval()  # no dropout
+        self.blocks = find_blocks(self._model)
+        self._sites = {site.name: site for site in linears}
+        self._orders: dict[tuple[object, ...], Order] = {}
+        self.unreached: list[str] = []
+
+    @torch.no_grad()
+    def run(self, packing: Packing) -> None:
+        """Pack every block.
+
+        Raises:
+            ModelError: the model can't be run block by block.
+            WorkError: NaN or Inf in a layer's inputs; the message names it.
+        """
+        modules = [self._model.get_submodule(path) for path in self.blocks]
+        filled = [
+            self._fill_block(0, modules[0], packing)
+        ]  # the model's forward runs it to learn what it returns
+        states, calls = self._enter(modules)
+        del self._model  # the embeddings aren't needed any more
+        try:
+            for number in range(len(modules)):
+                block = filled.pop() if filled else self._fill_block(number, modules[number], packing)
+                modules[number] = nn.Identity()
+                passes = self._passes(block, states, [found[number] for found in calls])
+                self._pack_block(block, passes, packing)
+                if number < len(modules) - 1:
+                    passes.finish()
+                passes.close()
+                block.close()
+        finally:
+            states.close()
+
+    def _passes(self, block: Block, states: HiddenStates, calls: Sequence[Call]) -> Passes:
+        may_pause = self._text.config.sequential and not block.has_experts
+        room = self._paused_bytes if may_pause else 0
+        return Passes(block, states, calls, self._batches(), paused_bytes=room)
+
+    def _batches(self) -> list[slice]:
+        size, count = self._text.batch_size, len(self._text.ids)
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _enter(self, blocks: list[nn.Module]) -> tuple[HiddenStates, list[list[Call]]]:
+        """The hidden states before the first block, and for each batch a call of each block."""
+        self._fill_prelude()
+        calls: list[list[Call]] = []
+        states = None
+        for batch in self._batches():
+            hidden, found = record_calls(self._model, blocks, self._text.ids[batch].to(self._device))
+            if states is None:
+                shape = (len(self._text.ids), hidden.shape[1], hidden.shape[2])
+                states = HiddenStates(shape, hidden.dtype, self._folder, device=self._device,
+                                      spill=self._text.config.spill)  # fmt: skip
+            states[batch] = hidden
+            calls.append(
+                [call.sharing(first) for call, first in zip(found, calls[0], strict=True)] if calls else found
+            )
+        assert states is not None
+        return states, calls
+
+    def _fill_prelude(self) -> None:
+        """Fill in what the forward needs before the first block: all outside of the blocks but the output head."""
+        head = self._model.get_output_embeddings()
+        left_out = [path for path, module in self._model.named_modules() if module is head]
+        prefixes = tuple(f"{path}." for path in (*left_out, *self.blocks))
+        names = {name for name in self._source.parameters if not name.startswith(prefixes)}
+        for name, tensor in self._source.tensors(names=names):
+            fill(self._model, name, cast(tensor, self._device))
+        move_buffers(self._model, self._device)
+
+    def _fill_block(self, number: int, module: nn.Module, packing: Packing) -> Block:
+        path = self.blocks[number]
+        prefix = f"{path}."
+        sites = {
+            name.removeprefix(prefix): site for name, site in self._sites.items() if name.startswith(prefix)
+        }
+        return Block(path, module, sites, self._source, self._device, packing.keep)
+
+    def _pack_block(self, block: Block, passes: Passes, packing: Packing) -> None:
+        """Pack a block's weights stage by stage, or take them from an earlier run."""
+        restored = {name: packing.restore(f"{block.path}.{name}") for name in block.sites}
+        if all(values is not None for values in restored.values()):
+            for name, values in restored.items():
+                block.replace(name, values)  # type: ignore[arg-type]
+            return
+        if block.structure not in self._orders:
+            self._orders[block.structure] = passes.order()
+        order = self._orders[block.structure]
+        for stage in order.stages if self._text.config.sequential else order.merged().stages:
+            sums = any(packing.wants_calibration(f"{block.path}.{name}") for name in stage)
+            collector = Collector(order, stage, early=not block.has_experts, sums=sums)
+            if sums:
+                passes.collect(collector)
+            for name in stage:
+                values = restored[name]
+                block.replace(name, self._pack(block, name, collector, packing) if values is None else values)
+
+    def _pack(self, block: Block, name: str, collector: Collector, packing: Packing) -> Sequence[Tensor]:
+        """Pack one parameter with what was seen of each of its matrices."""
+        full_name = f"{block.path}.{name}"
+        matrices = [observed.weight for observed in block.weights[name]]
+        calibrations: list[Calibration | None] = [None] * len(matrices)
+        if packing.wants_calibration(full_name):
+            for i, observed in enumerate(block.weights[name]):
+                moment = collector.moment(observed.key, matrices[i].shape[1], self._device)
+                expert = f" of expert {i}" if block.sites[name].experts is not None else ""
+                calibrations[i] = moment.mean(f"{full_name}{expert}")
+                if moment.samples == 0:
+                    self.unreached.append(f"{full_name}[{i}]")
+        return packing.pack(full_name, matrices, calibrations)

@@ -1,0 +1,195 @@
+"""What quantizing a model will write, decided before any weight is read.
+
+Every parameter is packed by one quantizer or kept; every tensor's dtype, shape and place in the files follows.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import modulora_core
+from modulora_core import registry
+from modulora_core.calibration import CalibrationText, find_blocks
+from modulora_core.errors import OptionError, ShapeError
+from modulora_core.record import PackedSite, QuantizationRecord, Recipe
+from modulora_core.shards import MAX_SHARD_BYTES, Shard, plan_shards
+from modulora_core.sites import LinearSite, find_sites
+from modulora_core.sources import ModelSource
+from modulora_core.spec import PackedLayout, Quantizer, TensorLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Another quantizer for the modules that match ``pattern`` (fnmatch on the dotted module path)."""
+
+    pattern: str
+    quantizer: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that is known before work: the record, a quantizer for each packed parameter, and the files.
+
+    Attributes:
+        linears: the parameters that are packed.
+        calibration: the samples; None where no quantizer sees any.
+    """
+
+    record: QuantizationRecord
+    quantizers: tuple[Quantizer, ...]
+    shards: tuple[Shard, ...]
+    linears: tuple[LinearSite, ...]
+    calibration: CalibrationText | None
+
+    def quantizer(self, site: PackedSite) -> Quantizer:
+        return self.quantizers[site.recipe]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+
+def plan_quantization(
+    source: ModelSource,
+    quantizer: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    overrides: Sequence[Override] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    calibration: CalibrationText | None = None,
+    seed: int = 0,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Plan:
+    """Decide for every parameter how it is stored. Reads no weight.
+
+    Raises:
+        PluginError, OptionError: a quantizer or an option of it can't be used; a pattern matches nothing; a quantizer
+            needs calibration and there is none, or there is and none wants it.
+        ShapeError: a quantizer can't take a layer's shape; the message names the layer.
+        ModelError: calibration is wanted and the model has no decoder blocks.
+    """
+    choices = [
+        registry.create(quantizer, options),
+        *(registry.create(o.quantizer, o.options) for o in overrides),
+    ]
+    _check_calibration(choices, calibration)
+    found = find_sites(source.skeleton(), include=include, exclude=exclude)
+    _check_patterns(overrides, found.linears)
+    kept, linears = dict(found.kept), list(found.linears)
+    if calibration is not None:
+        unseen = _out_of_sight(source, linears, choices, overrides)
+        _refuse_named(unseen, include)
+        kept |= {
+            linear.name: "outside of the decoder blocks, where nothing is calibrated" for linear in unseen
+        }
+        linears = [linear for linear in linears if linear not in unseen]
+    recipes = [Recipe.of(choice) for choice in choices]
+    sites, weights = _sites(linears, choices, overrides)
+    record = QuantizationRecord(
+        tuple(recipes), sites, weights, _by_reason(kept), source.identity(), seed, modulora_core.__version__,
+        None if calibration is None else calibration.to_json(),
+    )  # fmt: skip
+    tensors = dict(_stored_tensors(source, record))
+    shards = tuple(plan_shards(tensors, max_shard_bytes))
+    return Plan(record, tuple(choices), shards, tuple(linears), calibration)
+
+
+def _sites(
+    linears: Sequence[LinearSite], choices: Sequence[Quantizer], overrides: Sequence[Override]
+) -> tuple[tuple[PackedSite, ...], dict[str, int]]:
+    """Each kind of packed parameter once, and the kind of every parameter."""
+    layouts: dict[tuple[int, tuple[int, int]], PackedLayout] = {}
+    sites: list[PackedSite] = []
+    weights: dict[str, int] = {}
+    for linear in linears:
+        recipe = _choose(linear, overrides)
+        shape = (linear.out_features, linear.in_features)
+        if (recipe, shape) not in layouts:
+            layouts[recipe, shape] = _layout(choices[recipe], shape, linear)
+        site = PackedSite(recipe, layouts[recipe, shape], linear.kind, linear.experts, linear.transposed)
+        if site not in sites:
+            sites.append(site)
+        weights[linear.name] = sites.index(site)
+    return tuple(sites), weights
+
+
+def _check_calibration(choices: Sequence[Quantizer], calibration: CalibrationText | None) -> None:
+    wanted = {choice.spec.calibration for choice in choices}
+    for choice in choices:
+        if choice.spec.calibration == "required" and calibration is None:
+            raise OptionError(f"{choice.spec.name}: expected a calibration text, got none; give one: --calibration SOURCE, "
+                              "such as a .txt file, or pydoc")  # fmt: skip
+    if calibration is not None and wanted == {"none"}:
+        names = ", ".join(dict.fromkeys(choice.spec.name for choice in choices))
+        raise OptionError(
+            f"calibration {calibration.config.source}: {names} uses none; leave --calibration out"
+        )
+
+
+def _out_of_sight(
+    source: ModelSource,
+    linears: Sequence[LinearSite],
+    choices: Sequence[Quantizer],
+    overrides: Sequence[Override],
+) -> list[LinearSite]:
+    """What needs calibration and is outside of the decoder blocks, as an untied output head is."""
+    blocks = tuple(f"{path}." for path in find_blocks(source.skeleton()))
+    return [
+        linear
+        for linear in linears
+        if choices[_choose(linear, overrides)].spec.calibration == "required"
+        and not linear.name.startswith(blocks)
+    ]
+
+
+def _refuse_named(unseen: Sequence[LinearSite], include: Sequence[str]) -> None:
+    for linear in unseen:
+        for pattern in include:
+            if any(fnmatch.fnmatchcase(name, pattern) for name in (linear.module, linear.name)):
+                raise OptionError(
+                    f"--include {pattern}: {linear.module} is outside of the decoder blocks, where nothing is calibrated; choose a "
+                    f"quantizer that needs no calibration for it: --override '{linear.module}=NAME'"
+                )
+
+
+def _check_patterns(overrides: Sequence[Override], linears: Sequence[LinearSite]) -> None:
+    for override in overrides:
+        if not any(fnmatch.fnmatchcase(linear.module, override.pattern) for linear in linears):
+            raise OptionError(f"override {override.pattern!r}: matches none of the {len(linears)} linear layers, "
+                              f"such as {linears[0].module if linears else '(none)'}")  # fmt: skip
+
+
+def _choose(linear: LinearSite, overrides: Sequence[Override]) -> int:
+    """Index of the recipe: the last override that matches, else 0."""
+    matching = [i for i, o in enumerate(overrides, 1) if fnmatch.fnmatchcase(linear.module, o.pattern)]
+    return matching[-1] if matching else 0
+
+
+def _layout(quantizer: Quantizer, shape: tuple[int, int], linear: LinearSite) -> PackedLayout:
+    try:
+        quantizer.check_shape(shape)
+    except ShapeError as error:
+        raise ShapeError(
+            f"{error} ({linear.module}); leave it out with --exclude or choose another quantizer"
+        ) from None
+    return quantizer.layout(shape)
+
+
+def _by_reason(kept: Mapping[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+def _stored_tensors(source: ModelSource, record: QuantizationRecord) -> Iterator[tuple[str, TensorLayout]]:
+    for name, info in source.parameters.items():
+        if name in record.weights:
+            yield from record.sites[record.weights[name]].tensors(name)
+        else:
+            yield name, TensorLayout(str(info.dtype).removeprefix("torch."), tuple(info.shape))

@@ -1,0 +1,81 @@
+"""Folders in the format ``crude``, as a tool of its own would write them: nothing of the core's is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modulora_core.tests.tiny_models import tiny_model
+
+
+def save_crude(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    chosen: Callable[[str], bool] = lambda name: name.endswith("proj"),
+    files: int = 1,
+    config_file: str = "config.json",
+    **more: Tensor,
+) -> nn.Module:
+    """Save a tiny model with its chosen layers quantized. Returns the dense model that it stands for.
+
+    Args:
+        chosen: by the name of a layer in the file.
+        files: in how many shards.
+        config_file: where the quantization config goes.
+        more: tensors to add to the file.
+    """
+    model = tiny_model(architecture)
+    model.save_pretrained(folder)
+    tensors: dict[str, Tensor] = {}
+    rounded: dict[str, Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if module == name or tensor.dim() != 2 or not chosen(module):
+            tensors[name] = rounded[name] = tensor
+            continue
+        conv1d = architecture == "gpt2"
+        weight = tensor.t() if conv1d else tensor  # [out, in]
+        factor = weight.abs().amax(1) / 127
+        codes = (weight / factor[:, None]).round().to(torch.int8)
+        tensors |= {f"{module}.turned": codes.t().contiguous(), f"{module}.factor": factor}
+        Ŵ = codes.float() * factor[:, None]
+        rounded[name] = Ŵ.t().contiguous() if conv1d else Ŵ
+    _save(folder, tensors | more, files)
+    _save_config(folder, config_file)
+    model.load_state_dict(rounded, strict=False)
+    return model
+
+
+def _save(folder: Path, tensors: dict[str, Tensor], files: int) -> None:
+    if files == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return
+    (folder / "model.safetensors").unlink()
+    names = [f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)]
+    weight_map = {tensor: names[i % files] for i, tensor in enumerate(tensors)}
+    for file in names:
+        save_file(
+            {t: tensors[t] for t, f in weight_map.items() if f == file}, folder / file, {"format": "pt"}
+        )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _save_config(folder: Path, config_file: str) -> None:
+    quantization: dict[str, Any] = {"quant_method": "crude", "levels": 127}
+    if config_file != "config.json":
+        (folder / config_file).write_text(json.dumps(quantization))
+        return
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))

@@ -1,0 +1,289 @@
+"""OPTQ's packed weights on the CPU, compiled by numba: the values of the reference at the speed of memory.
+
+In all kernels ``codes`` are the bytes of all rows, flat, as :mod:`modulora_optq.packing` arranges them; ``zeros`` likewise, or empty
+for a symmetric weight; ``scales`` are fp32 ``[out, groups]``; ``group`` stored columns share a scale and a zero. A row is decoded in
+two steps through a scratch in the L1 cache: from bits to bytes, where groups don't matter, and from bytes to values, where the
+width doesn't. LLVM's own vectorised loops spend more on entering them than on a group of 64, so a step's vector is spelled, in
+terms that any processor's instructions can be made from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
+from numba import prange, types
+from numba.extending import intrinsic
+
+from modulora_core.kernels import jit
+
+_BYTES = 64  # bytes that are unpacked at once
+_VALUES = 16  # and values that are computed at once
+
+_ROWS = 16  # rows that a thread takes at once
+_COLUMNS = 2048  # and columns in matmul_transposed: the sums of few rows stay in the L2 cache
+
+_MANY_BYTES = ir.VectorType(ir.IntType(8), _BYTES)
+_FEW_BYTES = ir.VectorType(ir.IntType(8), _VALUES)
+_WHOLE = ir.VectorType(ir.IntType(32), _VALUES)
+_FLOATS = ir.VectorType(ir.FloatType(), _VALUES)
+_FOUR = ir.VectorType(ir.FloatType(), 4)
+
+
+def _splat(builder: Any, value: Any, of: ir.Type) -> Any:
+    """A vector whose lanes are all ``value``."""
+    one = builder.insert_element(ir.Constant(of, ir.Undefined), value, ir.IntType(32)(0))
+    return builder.shuffle_vector(
+        one, one, ir.Constant(ir.VectorType(ir.IntType(32), of.count), [0] * of.count)
+    )
+
+
+def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any, of: ir.Type) -> Any:
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), of.as_pointer())
+
+
+@intrinsic
+def _unpack_vector(
+    _context: Any, packed: Any, low: Any, low_shift: Any, low_mask: Any, high: Any, high_shift: Any, high_mask: Any,
+    out: Any, to: Any,
+) -> Any:  # fmt: skip
+    """``out[to : to + 64]`` from the two planes at ``packed[low:]`` and ``packed[high:]``, see :func:`_code`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        packed, low, low_shift, low_mask, high, high_shift, high_mask, out, to = arguments
+
+        def plane(at: Any, shift: Any) -> Any:
+            source = _pointer(context, builder, signature.args[0], packed, at, _MANY_BYTES)
+            return builder.lshr(builder.load(source, align=1), _splat(builder, shift, _MANY_BYTES))
+
+        low_bits = builder.and_(plane(low, low_shift), _splat(builder, low_mask, _MANY_BYTES))
+        two = ir.Constant(_MANY_BYTES, [2] * _BYTES)
+        high_bits = builder.shl(plane(high, high_shift), two)
+        high_bits = builder.and_(high_bits, _splat(builder, high_mask, _MANY_BYTES))
+        target = _pointer(context, builder, signature.args[7], out, to, _MANY_BYTES)
+        builder.store(builder.or_(low_bits, high_bits), target, align=1)
+        return context.get_dummy_value()
+
+    return types.void(packed, low, low_shift, low_mask, high, high_shift, high_mask, out, to), generate
+
+
+@jit()
+def _code(low: int, low_shift: int, low_mask: int, high: int, high_shift: int, high_mask: int) -> Any:
+    """The code whose low bits are in the byte ``low`` and whose third bit is in the byte ``high``."""
+    return np.uint8((low >> low_shift) & low_mask | (high >> high_shift << 2) & high_mask)
+
+
+@jit()
+def _unpack(packed: Any, row: int, bits: int, n: int, start: int, count: int, out: Any, to: int) -> None:
+    """Codes ``[start, start + count)`` of a row of ``n`` to ``out[to:]``; the row begins at ``packed[row]``.
+
+    Up to 63 bytes of ``out`` after them are overwritten.
+    """
+    width = 2 if bits == 3 else bits
+    low_part = (n * width + 7) // 8
+    high_part = (n + 7) // 8 if bits == 3 else n
+    low_mask, high_mask = np.uint8((1 << width) - 1), np.uint8(4 if bits == 3 else 0)
+    low_index, high_index = start // low_part, start // high_part
+    k = 0
+    while k < count:  # as far as both planes are in one part
+        low_at, high_at = start + k - low_index * low_part, start + k - high_index * high_part
+        take = min(count - k, low_part - low_at, high_part - high_at)
+        low_shift, high_shift = np.uint8(low_index * width), np.uint8(high_index)
+        low = row + low_at
+        high = row + low_part + high_at if bits == 3 else low
+        j = 0
+        while j < take:
+            if high + j + _BYTES <= packed.size:  # beyond the row is fine, and beyond the end isn't
+                _unpack_vector(
+                    packed, low + j, low_shift, low_mask, high + j, high_shift, high_mask, out, to + k + j
+                )
+                j += _BYTES
+            else:
+                out[to + k + j] = _code(
+                    packed[low + j], low_shift, low_mask, packed[high + j], high_shift, high_mask
+                )
+                j += 1
+        k += take
+        low_index += low_at + take == low_part
+        high_index += high_at + take == high_part
+
+
+@intrinsic
+def _scale_vector(_context: Any, codes: Any, at: Any, zero: Any, scale: Any, out: Any, to: Any) -> Any:
+    """``out[to : to + 16] = (codes[at : at + 16] - zero) * scale``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, at, zero, scale, out, to = arguments
+        source = _pointer(context, builder, signature.args[0], codes, at, _FEW_BYTES)
+        values = builder.uitofp(builder.zext(builder.load(source, align=1), _WHOLE), _FLOATS)
+        steps = builder.fsub(values, _splat(builder, zero, _FLOATS))
+        target = _pointer(context, builder, signature.args[4], out, to, _FLOATS)
+        builder.store(builder.fmul(steps, _splat(builder, scale, _FLOATS)), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(codes, at, zero, scale, out, to), generate
+
+
+@jit()
+def _decode(
+    codes: Any, scales: Any, zeros: Any, bits: int, group: int, o: int, n: int, start: int, scratch: Any, out: Any
+) -> None:  # fmt: skip
+    """Columns ``start ...`` of row ``o``, which has ``n``, to all of ``out``; ``scratch`` is :func:`_scratch`."""
+    rows, groups = scales.shape
+    first, columns = start // group, out.size
+    last = (start + columns - 1) // group
+    _unpack(codes, o * (codes.size // rows), bits, n, start, columns, scratch, 0)
+    if zeros.size:
+        _unpack(zeros, o * (zeros.size // rows), bits, groups, first, last + 1 - first, scratch, columns)
+    zero, k = np.float32(1 << (bits - 1)), 0
+    for g in range(first, last + 1):
+        if zeros.size:
+            zero = np.float32(scratch[columns + g - first])
+        scale = scales[o, g]
+        end = min(columns, (g + 1) * group - start)
+        while k + _VALUES <= end:
+            _scale_vector(scratch, k, zero, scale, out, k)
+            k += _VALUES
+        while k < end:
+            out[k] = (np.float32(scratch[k]) - zero) * scale
+            k += 1
+
+
+@jit()
+def _scratch(columns: int, groups: int) -> Any:
+    """Room for the bytes of a row's codes and zeros, and for what :func:`_unpack` writes after them."""
+    return np.empty(columns + groups + _BYTES, np.uint8)
+
+
+def _mix(builder: Any, x: Any, y: Any, lanes: tuple[int, ...]) -> Any:
+    """The ``lanes`` of x followed by y."""
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+
+@intrinsic
+def _transpose_four(
+    _context: Any, values: Any, a: Any, b: Any, c: Any, d: Any, out: Any, to: Any, step: Any
+) -> Any:
+    """Four values each from ``a``, ``b``, ``c``, ``d`` on; of them, value i is to be at ``to + i · step`` on, side by side."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        values, *starts, out, to, step = arguments
+        kinds = signature.args
+        a, b, c, d = (
+            builder.load(_pointer(context, builder, kinds[0], values, at, _FOUR), align=4) for at in starts
+        )
+        for half in (0, 2):
+            ab = _mix(builder, a, b, (half, half + 4, half + 1, half + 5))
+            cd = _mix(builder, c, d, (half, half + 4, half + 1, half + 5))
+            for lane in (0, 2):
+                four = _mix(builder, ab, cd, (lane, lane + 1, lane + 4, lane + 5))
+                builder.store(four, _pointer(context, builder, kinds[5], out, to, _FOUR), align=4)
+                to = builder.add(to, step)
+        return context.get_dummy_value()
+
+    return types.void(values, a, b, c, d, out, to, step), generate
+
+
+@jit()
+def _reorder(w: Any, order: Any, columns: Any, out: Any) -> None:
+    """``out[:, k] = w[:, order[k]]`` for one to four rows; ``columns`` is scratch of four rows.
+
+    A gather costs by the load, not by the byte: four rows are put side by side, and a load takes four values of a column.
+    """
+    rows, n = out.shape
+    if rows < 4:
+        for r in range(rows):
+            for k in range(n):
+                out[r, k] = w[r, order[k]]
+        return
+    whole, source, target = n // 4 * 4, w.reshape(w.size), out.reshape(out.size)
+    for k in range(0, whole, 4):
+        _transpose_four(source, k, n + k, 2 * n + k, 3 * n + k, columns, 4 * k, 4)
+    for k in range(whole, n):
+        for r in range(4):
+            columns[4 * k + r] = w[r, k]
+    for k in range(0, whole, 4):
+        a, b, c, d = 4 * order[k], 4 * order[k + 1], 4 * order[k + 2], 4 * order[k + 3]
+        _transpose_four(columns, a, b, c, d, target, k, n)
+    for k in range(whole, n):
+        for r in range(4):
+            out[r, k] = columns[4 * order[k] + r]
+
+
+@jit(parallel=True)
+def dequantize(codes: Any, scales: Any, zeros: Any, bits: int, group: int, order: Any, out: Any) -> None:
+    """All rows to ``out``, fp32 ``[rows, in]``: column k of it is stored column ``order[k]``.
+
+    An ``order`` of length 0 is that of storage; others must be in bounds.
+    """
+    rows, n = out.shape
+    for piece in prange((rows + _ROWS - 1) // _ROWS):
+        scratch = _scratch(n, scales.shape[1])
+        w, columns = np.empty((4, order.size), np.float32), np.empty(4 * order.size, np.float32)
+        stop = min((piece + 1) * _ROWS, rows)
+        for o in range(piece * _ROWS, stop, 4):
+            four = out[o : min(o + 4, stop)]
+            for j in range(len(four)):
+                row = w[j] if order.size else four[j]
+                _decode(codes, scales, zeros, bits, group, o + j, n, 0, scratch, row)
+            if order.size:
+                _reorder(w, order, columns, four)
+
+
+@jit(fastmath=("reassoc", "contract", "nsz"))
+def _dot(a: Any, b: Any) -> Any:
+    total = np.float32(0)
+    for k in range(a.size):
+        total += a[k] * b[k]
+    return total
+
+
+@jit(parallel=True)
+def matmul(codes: Any, scales: Any, zeros: Any, bits: int, group: int, x: Any, y: Any) -> None:
+    """``y = x Ŵᵀ`` for few rows: ``x`` is ``[n, in]``, ``y`` is ``[n, out]``. A row of Ŵ lives in the L1 cache."""
+    rows, in_features = x.shape
+    out_features = y.shape[1]
+    for piece in prange((out_features + _ROWS - 1) // _ROWS):
+        scratch = _scratch(in_features, scales.shape[1])
+        w = np.empty(in_features, np.float32)
+        for o in range(piece * _ROWS, min((piece + 1) * _ROWS, out_features)):
+            _decode(codes, scales, zeros, bits, group, o, in_features, 0, scratch, w)
+            for r in range(rows):
+                y[r, o] = _dot(w, x[r])
+
+
+@jit(fastmath=("contract",))
+def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+    for k in range(total.size):
+        total[k] += a * w[0, k] + b * w[1, k] + c * w[2, k] + d * w[3, k]
+
+
+@jit(parallel=True)
+def matmul_transposed(codes: Any, scales: Any, zeros: Any, bits: int, group: int, y: Any, sums: Any) -> None:
+    """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, and ``x`` is the sum of ``sums`` ``[parts, n, in]``.
+
+    Each part has its share of the rows of Ŵ and reads them from one end to the other, as memory likes it. Four
+    rows at a time, because loading and storing the sums costs as much as adding to them.
+    """
+    parts, rows, in_features = sums.shape
+    out_features = y.shape[1]
+    size = (out_features + parts - 1) // parts
+    strips = (in_features + _COLUMNS - 1) // _COLUMNS
+    for piece in prange(parts * strips):
+        part, start = piece // strips, piece % strips * _COLUMNS
+        stop = min(start + _COLUMNS, in_features)
+        last = min((part + 1) * size, out_features)
+        sums[part, :, start:stop] = 0
+        scratch = _scratch(stop - start, scales.shape[1])
+        w = np.zeros((4, stop - start), np.float32)
+        for o in range(part * size, last, 4):
+            four = min(4, last - o)
+            for j in range(four):
+                _decode(codes, scales, zeros, bits, group, o + j, in_features, start, scratch, w[j])
+            for r in range(rows):  # of what is left in w from the last four, nothing is added
+                b = y[r, o + 1] if four > 1 else np.float32(0)
+                c = y[r, o + 2] if four > 2 else np.float32(0)
+                d = y[r, o + 3] if four > 3 else np.float32(0)
+                _add_four(sums[part, r, start:stop], w, y[r, o], b, c, d)

@@ -1,0 +1,180 @@
+"""GPTQ folders, written bit by bit, as our model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from modulora_optq import gptq_words
+from modulora_optq.quantizer import codes_of
+
+from modulora_core.checkpoint import load_model, open_checkpoint
+from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.layers import QuantLinear
+from modulora_core.sources import open_model
+
+DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
+
+
+def check(folder: Path, dense: torch.nn.Module, gptq: ModuleType) -> None:
+    """Every layer is the dense one to the last bit, and the logits agree."""
+    model = load_model(folder, dtype="float32", device="cpu")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            packed = module.weight.packed
+            W = module.weight.quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.float32)
+            assert torch.equal(W, dense.get_submodule(name).weight), name
+    torch.testing.assert_close(gptq.logits(model), gptq.logits(dense), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "act-order"])
+def test_every_width_and_version_reads_to_the_last_bit(
+    kind: str, bits: int, version: int, gptq: ModuleType, tmp_path: Path
+) -> None:
+    symmetric, permuted = kind == "symmetric", kind == "act-order"
+    dense = gptq.save_gptq(tmp_path / "m", bits=bits, version=version, symmetric=symmetric, permuted=permuted)
+    layouts = [site.layout for _, site in open_checkpoint(tmp_path / "m").record.items()]
+    assert {layout.metadata["symmetric"] for layout in layouts} == {symmetric}
+    assert {layout.metadata["permuted"] for layout in layouts} == {permuted}
+    assert all(("zeros" in layout.tensors) != symmetric for layout in layouts)
+    check(tmp_path / "m", dense, gptq)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"group": -1}, {"group": 24, "permuted": True}, {"group": 1000}, {"g_idx": False}, {"files": 3},
+        {"config_file": "quantize_config.json"}, {"head": True}, {"kept": ("q_proj",)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_folders_differ_in_is_read(options: dict[str, Any], gptq: ModuleType, tmp_path: Path) -> None:
+    dense = gptq.save_gptq(tmp_path / "m", **options)
+    check(tmp_path / "m", dense, gptq)
+    packed = open_checkpoint(tmp_path / "m").record.weights
+    assert ("lm_head.weight" in packed) == ("head" in options)
+    assert len(packed) == 7 + ("head" in options) - ("kept" in options)
+
+
+def test_dynamic_overrides_by_the_first_pattern_that_matches(gptq: ModuleType, tmp_path: Path) -> None:
+    dynamic = {r"-:.*q_proj": {}, r"+:.*\.mlp\.down": {"bits": 8, "group_size": 32}, r".*proj": {}}
+    dense = gptq.save_gptq(tmp_path / "m", others={"down_proj": (8, 32)}, kept=("q_proj",), dynamic=dynamic)
+    check(tmp_path / "m", dense, gptq)
+    record = open_checkpoint(tmp_path / "m").record
+    assert [record.recipes[site.recipe].options["bits"] for name, site in record.items() if DOWN in name] == [
+        8
+    ]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zeros_of_0_that_gptqmodel_borrowed_for_are_read(bits: int, gptq: ModuleType, tmp_path: Path) -> None:
+    gptq.save_gptq(tmp_path / "m", bits=bits, version=1, meta={"quantizer": ["gptqmodel:7.6.0"]})
+    z = torch.arange(32).remainder(2**bits).view(32, 1).repeat(1, 4)  # [out, groups], every value
+    if bits == 3:
+        qzeros = gptq.words(((z - 1) & 7).T.tolist(), bits).T
+    else:
+        ones = sum(1 << i for i in range(0, 32, bits))
+        less_one = (gptq.words(z.T.tolist(), bits).T.long() - ones) & 0xFFFFFFFF
+        qzeros = less_one.to(torch.uint32).view(torch.int32)
+    gptq.change(tmp_path / "m", **{f"{DOWN}.qzeros": qzeros.contiguous()})
+    (packed,) = open_checkpoint(tmp_path / "m").packed(f"{DOWN}.weight")
+    assert torch.equal(codes_of(packed).zeros.long(), z)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_survive_packing_and_unpacking(bits: int, gptq: ModuleType) -> None:
+    codes = torch.randint(0, 2**bits, (96, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    expected = gptq.words(codes.T.tolist(), bits)
+    assert torch.equal(gptq_words.pack(codes, bits), expected)
+    assert torch.equal(gptq_words.unpack(expected, bits), codes)
+    one = expected[:, :1].t().contiguous().t()  # of strides that a view as bytes doesn't take
+    assert torch.equal(gptq_words.unpack(one, bits), codes[:, :1])
+
+
+# --- refused ---------------------------------------------------------------------------------------------
+
+
+def test_quantizing_it_again_is_refused_with_what_to_do(gptq: ModuleType, tmp_path: Path) -> None:
+    gptq.save_gptq(tmp_path / "m", config_file="quantize_config.json")
+    match = r"already quantized with gptq \(quantize_config\.json\).*modulora convert \S+ OUT --to modulora"
+    with pytest.raises(ModelError, match=match):
+        open_model(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"bits": 5}, "bits: expected one of 2, 3, 4, 8, got 5, which isn't implemented"),
+        ({"checkpoint_format": "gptq_p"}, "gptq or gptq_v2, got gptq_p"),
+        ({"checkpoint_format": None, "format": "marlin"}, "got marlin"),
+        ({"is_marlin_format": True}, "Marlin"),
+        ({"pack_dtype": "int16"}, "pack_dtype: expected int32, got int16"),
+        ({"rotation": "hadamard"}, "rotation"),
+        ({"group_size": 8}, "'group_size': group_size: expected 16 or more"),
+        ({"dynamic": {"+:.*mlp": {"bits": 6}}}, r"dynamic '\+:\.\*mlp': bits: .* got 6"),
+        ({"dynamic": {"(": {}}}, r"dynamic '\(': expected a regular expression"),
+    ],
+)  # fmt: skip
+def test_what_is_not_implemented_is_refused_by_name(
+    config: dict[str, Any], match: str, gptq: ModuleType, tmp_path: Path
+) -> None:
+    group = config.get("group_size", 16)
+    gptq.save_gptq(
+        tmp_path / "m",
+        **{"group": group, **{k: v for k, v in config.items() if k not in ("group_size", "bits")}},
+    )
+    if "bits" in config:
+        text = (tmp_path / "m" / "config.json").read_text().replace('"bits": 4', f'"bits": {config["bits"]}')
+        (tmp_path / "m" / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=match):
+        open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zeros_of_0_in_v1_are_noticed(bits: int, gptq: ModuleType, tmp_path: Path) -> None:
+    gptq.save_gptq(tmp_path / "m", bits=bits, version=1)
+    qzeros = gptq.stored(tmp_path / "m")[f"{DOWN}.qzeros"].clone()
+    qzeros[0, 0] |= 2**bits - 1
+    gptq.change(tmp_path / "m", **{f"{DOWN}.qzeros": qzeros})
+    match = rf"{DOWN}\.qzeros: 1 of 128 zeros are stored as {2**bits - 1}.*were 0"
+    with pytest.raises(CheckpointError, match=match):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_groups_of_uneven_sizes_are_refused(gptq: ModuleType, tmp_path: Path) -> None:
+    gptq.save_gptq(tmp_path / "m")
+    g_idx = gptq.stored(tmp_path / "m")[f"{DOWN}.g_idx"].clone()
+    g_idx[0] = 1
+    gptq.change(tmp_path / "m", **{f"{DOWN}.g_idx": g_idx})
+    with pytest.raises(
+        CheckpointError, match=rf"{DOWN}\.g_idx: .*got groups of 15 \(group 0\), 17 \(group 1\)"
+    ):
+        open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("part", ["qzeros", "scales", "g_idx", "qweight"])
+def test_tensors_that_disagree_are_refused(part: str, gptq: ModuleType, tmp_path: Path) -> None:
+    gptq.save_gptq(tmp_path / "m")
+    tensor = gptq.stored(tmp_path / "m")[f"{UP}.{part}"]
+    gptq.change(tmp_path / "m", **{f"{UP}.{part}": tensor[:-1].clone()})
+    with pytest.raises(CheckpointError, match=rf"{UP}\.\w+: expected"):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_scales_with_nan_are_refused_when_they_are_read(gptq: ModuleType, tmp_path: Path) -> None:
+    gptq.save_gptq(tmp_path / "m")
+    scales = gptq.stored(tmp_path / "m")[f"{UP}.scales"] * float("nan")
+    gptq.change(tmp_path / "m", **{f"{UP}.scales": scales})
+    with pytest.raises(CheckpointError, match=rf"{UP}\.scales: expected finite values"):
+        load_model(tmp_path / "m")
+
+
+def test_a_layer_that_the_config_leaves_out_is_refused(gptq: ModuleType, tmp_path: Path) -> None:
+    gptq.save_gptq(tmp_path / "m", dynamic={"-:.*up_proj": {}})
+    with pytest.raises(CheckpointError, match=rf"{UP}\.qweight: .*isn't quantized"):
+        open_checkpoint(tmp_path / "m")

@@ -1,0 +1,154 @@
+"""Our checkpoints as GPTQ folders, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from modulora_optq.gptq import GPTQ
+from modulora_optq.options import Options
+from modulora_optq.quantizer import OPTQ, from_solution
+from modulora_optq.reference import Solution
+
+from modulora_core import formats
+from modulora_core.checkpoint import load_model, open_checkpoint
+from modulora_core.convert import convert
+from modulora_core.errors import ModelError, ShapeError
+from modulora_core.formats import StoredWeight
+from modulora_core.quantize import quantize
+from modulora_core.spec import PackedWeight
+
+KINDS: list[dict[str, Any]] = [
+    *({"bits": bits, "symmetric": symmetric} for bits in (2, 3, 4, 8) for symmetric in (False, True)),
+    {"permuted": True},
+    {"group": -1},
+    {"group": 24, "permuted": True},
+    {"head": True},
+    {"kept": ("q_proj",), "others": {"down_proj": (8, 32)}, "dynamic": {"-:.*q_proj": {}, ".*down": {"bits": 8, "group_size": 32}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_v2_to_ours_to_v1_and_back_gives_the_tensors_that_the_formats_say(
+    kind: dict[str, Any], gptq: ModuleType, tmp_path: Path
+) -> None:
+    gptq.save_gptq(tmp_path / "v2", version=2, **kind)
+    gptq.save_gptq(tmp_path / "expected v1", version=1, **kind)
+    convert(str(tmp_path / "v2"), tmp_path / "ours", "modulora")
+    convert(str(tmp_path / "ours"), tmp_path / "v1", "gptq", max_shard_bytes=20_000)
+    convert(str(tmp_path / "v1"), tmp_path / "back", "gptq_v2")
+    for expected, written in (("expected v1", "v1"), ("v2", "back")):
+        one, other = gptq.stored(tmp_path / expected), gptq.stored(tmp_path / written)
+        assert one.keys() == other.keys()
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_the_config_says_what_holds_for_all_and_what_for_some(gptq: ModuleType, tmp_path: Path) -> None:
+    gptq.save_gptq(tmp_path / "v2", **KINDS[-1])
+    convert(str(tmp_path / "v2"), tmp_path / "v1", "gptq")
+    written = json.loads((tmp_path / "v1" / "config.json").read_text())["quantization_config"]
+    assert json.loads((tmp_path / "v1" / "quantize_config.json").read_text()) == written
+    expected = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": False, "lm_head": False,
+                "checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32"}  # fmt: skip
+    assert {key: written[key] for key in expected} == expected
+    assert written["dynamic"] == {
+        r"-:^model\.layers\.0\.self_attn\.q_proj$": {},
+        r"+:^model\.layers\.0\.mlp\.down_proj$": {
+            "bits": 8,
+            "group_size": 32,
+            "sym": False,
+            "desc_act": False,
+        },
+    }
+
+
+def stored_weight(
+    quantizer: Any, packed: PackedWeight, module: str = "model.layers.0.mlp.up_proj"
+) -> StoredWeight:
+    return StoredWeight(module, quantizer, packed.layout, lambda part: packed.tensors[part])
+
+
+def writer(name: str) -> GPTQ:
+    return GPTQ(formats.specs()[name])
+
+
+def test_a_zero_of_0_is_refused_by_v1_and_kept_by_v2(random_solution: Callable[..., Solution]) -> None:
+    options = Options(bits=4, group_size=16)
+    solution = random_solution((32, 64), options)
+    assert bool((solution.zeros == 0).any())
+    weight = stored_weight(OPTQ(options), from_solution(solution, options))
+    with pytest.raises(ModelError, match=r"\d+ zero points are 0; gptq \(v1\).*--to gptq_v2"):
+        writer("gptq").plan(weight)
+    assert writer("gptq_v2").plan(weight).keys() == {"qweight", "qzeros", "scales", "g_idx"}
+
+
+@pytest.mark.parametrize(("shape", "bits", "fits"), [
+    ((32, 16), 2, True), ((32, 16), 3, False), ((32, 32), 3, True), ((24, 32), 4, True), ((20, 32), 4, False), ((36, 36), 8, True),
+])  # fmt: skip
+def test_a_shape_that_does_not_fill_words_is_refused(
+    shape: tuple[int, int], bits: int, fits: bool, random_solution: Callable[..., Solution]
+) -> None:
+    options = Options.model_validate({"bits": bits, "group_size": 16, "symmetric": True})
+    weight = stored_weight(OPTQ(options), from_solution(random_solution(shape, options), options))
+    if fits:
+        planned = writer("gptq").plan(weight)
+        made = writer("gptq").tensors(weight)
+        assert {name: tuple(t.shape) for name, t in made.items()} == {n: t.shape for n, t in planned.items()}
+    else:
+        with pytest.raises(
+            ShapeError, match=rf"shape \[{shape[0]}, {shape[1]}\] at {bits} bits: .*multiples of 32"
+        ):
+            writer("gptq").plan(weight)
+
+
+def test_a_weight_of_another_quantizer_is_refused_by_name(gptq: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("modulora_nf4")
+    gptq.LlamaForCausalLM(gptq.LlamaConfig(**gptq.SIZES)).save_pretrained(tmp_path / "dense")
+    quantize(str(tmp_path / "dense"), tmp_path / "ours", "nf4")
+    with pytest.raises(
+        ModelError, match=r"model\.layers\.0\.\S+_proj: packed by nf4; gptq holds weights of optq only"
+    ):
+        convert(str(tmp_path / "ours"), tmp_path / "out", "gptq")
+    assert not (tmp_path / "out").exists()
+
+
+def test_finetuning_works_straight_on_a_folder(gptq: ModuleType, tmp_path: Path) -> None:
+    from modulora_core.cli import main
+    from modulora_core.tests.tiny_tokenizer import make_tokenizer
+
+    gptq.save_gptq(tmp_path / "m", version=1, symmetric=True, permuted=True, vocab_size=600)
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    before = gptq.logits(load_model(tmp_path / "m"))
+    model, adapter = str(tmp_path / "m"), str(tmp_path / "adapter")
+    words = [
+        "finetune",
+        model,
+        adapter,
+        "--data",
+        "pydoc[:1%]",
+        "--steps",
+        "2",
+        "--batch-size",
+        "1",
+        "--seq-len",
+        "32",
+    ]
+    assert main([*words, "--grad-accum", "1"]) == 0
+    record = json.loads((tmp_path / "adapter" / "modulora.json").read_text())
+    assert record["base"]["quantizers"][0]["quantizer"] == "optq"
+    convert(model, tmp_path / "ours", "modulora")
+    from modulora_core.adapters import load_adapter
+
+    logits = []
+    for folder in ("m", "ours"):
+        loaded = load_model(tmp_path / folder)
+        load_adapter(loaded, adapter)
+        logits.append(gptq.logits(loaded))
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], before)
+    assert open_checkpoint(tmp_path / "ours").record.source["format"] == "gptq"

@@ -1,0 +1,283 @@
+"""The reference is the paper's algorithm: held against its equations, spelled with explicit inverses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from modulora_optq import reference
+from modulora_optq.options import Options
+from pydantic import ValidationError
+from torch import Tensor
+
+from modulora_core.errors import ShapeError, WeightError
+
+PLAIN = {"act_order": False, "static_groups": False, "range_search": False}
+BITS = [2, 3, 4, 8]
+
+
+def layer(rows: int = 6, columns: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight and the second moment of correlated inputs of unlike sizes, fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    sizes = torch.rand(columns, generator=generator, dtype=torch.float64) * 3
+    X = (torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ mix) * sizes
+    return W, X.T @ X / len(X)
+
+
+def extremes(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a group from its extremes, from the definition."""
+    low, high = W.min(1).values.clamp(max=0), W.max(1).values.clamp(min=0)
+    s = ((high - low) / (2**bits - 1)).half().double()
+    return s, (-low / s).round().clamp(0, 2**bits - 1)
+
+
+def nearest(w: Tensor, s: Tensor, z: Tensor, bits: int) -> Tensor:
+    return ((w / s).round() + z).clamp(0, 2**bits - 1)
+
+
+def squared_error(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
+    D = W - W_hat.to(W.dtype)
+    return float(((D @ H) * D).sum())
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [16, -1])
+def test_the_loop_is_optimal_brain_quantization_in_a_fixed_order(bits, group_size):
+    """Equations 2 and 3 with H_F⁻¹ inverted anew for the columns that are left: no Cholesky factor anywhere."""
+    W, H = layer()
+    options = Options(bits=bits, group_size=group_size, damping=0.05, **PLAIN)
+    solution = reference.solve(W, H, options)
+    size = 16 if group_size == 16 else 40
+    damped = H + 0.05 * H.diagonal().mean() * torch.eye(40, dtype=H.dtype)
+    left = W.clone()
+    for j in range(40):
+        if j % size == 0:
+            s, z = extremes(left[:, j : j + size], bits)
+            assert torch.equal(solution.scales[:, j // size].double(), s)
+            assert torch.equal(solution.zeros[:, j // size].double(), z)
+        q = nearest(left[:, j], s, z, bits)
+        assert torch.equal(solution.codes[:, j].double(), q)
+        inverse = damped[j:, j:].inverse()
+        error = (left[:, j] - s * (q - z)) / inverse[0, 0]
+        left[:, j:] -= torch.outer(error, inverse[0])
+
+
+@pytest.mark.parametrize("damping", [0.001, 0.01, 1.0])
+def test_U_is_the_upper_cholesky_factor_of_the_damped_inverse(damping):
+    H = layer()[1]
+    H = H / H.diagonal().mean()
+    U = reference.factor(H, damping)
+    identity = torch.eye(40, dtype=H.dtype)
+    assert torch.equal(U, U.triu())
+    assert (U.diagonal() > 0).all()
+    assert torch.allclose(U.T @ U @ (H + damping * identity), identity, atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_with_uncorrelated_inputs_it_is_rounding_to_nearest(bits):
+    W = layer()[0]
+    options = Options(bits=bits, group_size=16, **PLAIN)
+    W_hat = reference.solve(W, torch.eye(40), options).dequantize(options)
+    for g in range(3):
+        part = W[:, 16 * g : 16 * (g + 1)]
+        s, z = extremes(part, bits)
+        expected = s[:, None] * (nearest(part, s[:, None], z[:, None], bits) - z[:, None])
+        assert torch.equal(W_hat[:, 16 * g : 16 * (g + 1)], expected.float())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_it_beats_rounding_to_nearest_on_the_layers_output(bits, symmetric):
+    W, H = layer(rows=32, columns=96)
+    options = Options(bits=bits, group_size=32, symmetric=symmetric)
+    ours = reference.solve(W, H, options).dequantize(options)
+    rounded = reference.solve(W, torch.eye(96), options).dequantize(options)
+    assert squared_error(W, ours, H) < 0.7 * squared_error(W, rounded, H)
+
+
+@pytest.mark.parametrize("option", ["range_search", "act_order"])
+def test_searching_and_ordering_lower_the_error(option):
+    W, H = layer(rows=64, columns=96)
+    errors = []
+    for on in (False, True):
+        options = Options(bits=2, group_size=32, **(PLAIN | {option: on}))
+        errors.append(squared_error(W, reference.solve(W, H, options).dequantize(options), H))
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_search_takes_the_least_weighted_error_of_all_candidates(symmetric):
+    W = layer(rows=5, columns=20)[0]
+    loss = torch.linspace(0.1, 3, 20, dtype=torch.float64)
+    options = Options(bits=3, symmetric=symmetric)
+    s, z = reference.grid(W, loss, options)
+    for o in range(5):
+        tried = []
+        for each_s, each_z in reference.candidates(W[o : o + 1], options):
+            step = ((W[o] / each_s).round() + each_z).clamp(0, 7) - each_z
+            tried.append((float((loss * (W[o] - each_s * step) ** 2).sum()), float(each_s), float(each_z)))
+        assert min(tried, key=lambda t: t[0])[1:] == (float(s[o]), float(z[o]))
+
+
+def test_act_order_stores_columns_by_falling_second_moment():
+    W, H = layer()
+    permutation = reference.solve(W, H, Options(group_size=16, static_groups=False)).permutation
+    assert permutation is not None
+    assert permutation.dtype == torch.int32
+    assert torch.equal(H.diagonal()[permutation.long()], H.diagonal().sort(descending=True).values)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{"act_order": False}, {"static_groups": True}, {"group_size": -1}, {"group_size": 40}],
+    ids=str,
+)
+def test_columns_keep_their_places_where_no_group_needs_them_moved(chosen):
+    W, H = layer()
+    options = Options(bits=8, **({"group_size": 16, "static_groups": False} | chosen))
+    solution = reference.solve(W, H, options)
+    assert solution.permutation is None
+    assert not options.permutes(40)
+    assert torch.allclose(solution.dequantize(options).double(), W, atol=0.2)
+
+
+def test_static_groups_take_their_grids_from_the_given_weight():
+    W, H = layer()
+    options = Options(bits=3, group_size=16, static_groups=True, range_search=False)
+    solution = reference.solve(W, H, options)
+    for g in range(3):
+        s, z = extremes(W[:, 16 * g : 16 * (g + 1)], 3)
+        assert torch.equal(solution.scales[:, g].double(), s)
+        assert torch.equal(solution.zeros[:, g].double(), z)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_symmetric_means_the_zero_point_in_the_middle(bits):
+    solution = reference.solve(*layer(), Options(bits=bits, group_size=16, symmetric=True))
+    assert solution.zeros.unique().tolist() == [2 ** (bits - 1)]
+
+
+def test_dequantization_is_the_formula_column_by_column():
+    W, H = layer(rows=3)
+    options = Options(bits=4, group_size=16, static_groups=False)
+    solution = reference.solve(W, H, options)
+    W_hat = solution.dequantize(options)
+    assert W_hat.dtype == torch.float32
+    assert solution.permutation is not None
+    for k, column in enumerate(solution.permutation.tolist()):
+        for o in range(3):
+            step = float(solution.codes[o, k]) - float(solution.zeros[o, k // 16])
+            assert W_hat[o, column] == torch.tensor(step) * solution.scales[o, k // 16].float()
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_weights_of_dead_inputs_become_zero_and_change_nothing(act_order):
+    W, H = layer()
+    dead = [3, 17, 39]
+    H[dead] = 0
+    H[:, dead] = 0
+    options = Options(group_size=16, act_order=act_order)
+    wild = W.clone()
+    wild[:, dead] = 1e3
+    ours, theirs = (reference.solve(w, H, options).dequantize(options) for w in (W, wild))
+    assert torch.equal(ours, theirs)
+    assert (ours[:, dead] == 0).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_one_input_vector_is_enough_to_quantize_for_it(bits):
+    """H of rank one: damping makes it regular, and the output for that input is kept much better than by rounding."""
+    W, _ = layer(rows=16)
+    x = torch.linspace(0.5, 2, 40, dtype=torch.float64)
+    H = torch.outer(x, x)
+    options = Options(bits=bits, group_size=16)
+    ours = reference.solve(W, H, options).dequantize(options)
+    rounded = reference.solve(W, torch.eye(40), options).dequantize(options)
+    assert squared_error(W, ours, H) < 0.3 * squared_error(W, rounded, H)
+
+
+def test_without_any_input_all_weights_are_zero():
+    options = Options()
+    W_hat = reference.solve(layer()[0], torch.zeros(40, 40), options).dequantize(options)
+    assert torch.equal(W_hat, torch.zeros(6, 40))
+
+
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**-20, 2.0**40, 2.0**100])
+def test_a_factor_common_to_all_of_H_changes_nothing(factor):
+    W, H = layer()
+    options = Options(bits=3, group_size=16)
+    ours, theirs = reference.solve(W, H, options), reference.solve(W, H * factor, options)
+    assert torch.equal(ours.codes, theirs.codes)
+    assert torch.equal(ours.scales, theirs.scales)
+
+
+def test_damping_grows_until_H_can_be_factorized():
+    """Rounding can leave a second moment with an eigenvalue just below zero."""
+    Q = torch.linalg.qr(layer(40)[0]).Q
+    eigenvalues = torch.linspace(-0.1, 2.1, 40, dtype=torch.float64)
+    H = Q @ eigenvalues.diag() @ Q.T
+    U = reference.factor(H, 0.01)
+    lam = (U.T @ U).inverse().diagonal().mean() - H.diagonal().mean()
+    assert float(lam) == pytest.approx(0.16)  # the first of 0.01 · 2^k above 0.1
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-9, 1e-3, 1e4, 1e8, 1e30])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_scales_are_positive_fp16_numbers_whatever_the_weight(scale, symmetric):
+    W, H = layer()
+    options = Options(bits=2, group_size=16, symmetric=symmetric)
+    solution = reference.solve((W * scale).float(), H, options)
+    assert solution.scales.dtype == torch.float16
+    assert solution.scales.isfinite().all()
+    assert (solution.scales > 0).all()
+    assert not symmetric or (solution.zeros == 2).all()
+    assert solution.dequantize(options).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_are_refused_by_name(bad):
+    W, H = layer()
+    W[2, 3] = bad
+    with pytest.raises(
+        WeightError, match=r"expected a finite weight, got NaN or Inf in one of shape \[6, 40\]"
+    ):
+        reference.solve(W, H, Options())
+    W, H = layer()
+    H[2, 3] = bad
+    with pytest.raises(WeightError, match="expected a finite second moment"):
+        reference.solve(W, H, Options())
+
+
+def test_a_matrix_that_is_no_second_moment_is_refused():
+    W, H = layer()
+    H[5, 5] = -1
+    with pytest.raises(WeightError, match="whose diagonal isn't negative, got -1"):
+        reference.solve(W, H, Options())
+    swapped = torch.full((40, 40), -1e9, dtype=torch.float64).fill_diagonal_(1)
+    with pytest.raises(WeightError, match=r"positive semidefinite .* \[40, 40\].* calibrate again"):
+        reference.solve(W, swapped, Options())
+
+
+@pytest.mark.parametrize("shape", [(39, 39), (40, 39), (40,)])
+def test_a_second_moment_of_another_shape_is_refused(shape):
+    with pytest.raises(ShapeError, match=r"expected a second moment of shape \[40, 40\]"):
+        reference.solve(layer()[0], torch.ones(shape), Options())
+
+
+@pytest.mark.parametrize("value", [0, 1, 15, -2])
+def test_groups_that_are_too_small_are_refused(value):
+    with pytest.raises(ValidationError, match=f"group_size: expected 16 or more, or -1, got {value}"):
+        Options(group_size=value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 5}, {"bits": "3.0"}, {"damping": 0}, {"damping": 2}, {"bit": 3}], ids=str
+)
+def test_other_options_are_refused(options):
+    with pytest.raises(ValidationError):
+        Options(**options)
+
+
+def test_bits_may_come_as_text_from_the_command_line():
+    assert Options.model_validate({"bits": "3"}).bits == 3

@@ -1,0 +1,205 @@
+"""The solver gives the reference's codes: bit for bit in fp64, and in fp32 up to ties that are shown to be ties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modulora_optq import reference, solver
+from modulora_optq.options import Options
+from modulora_optq.reference import Problem, Solution
+from torch import Tensor
+
+from modulora_core import kernels
+from modulora_core.errors import ShapeError, WeightError
+
+DYNAMIC = {"static_groups": False}
+CHOICES = [
+    {},
+    {"bits": 2},
+    {"bits": 3, "symmetric": True},
+    {"bits": 3, "act_order": False, "range_search": False},
+    {"bits": 2, "group_size": 48},
+    {"bits": 4, **DYNAMIC},
+    {"bits": 8, "act_order": False, **DYNAMIC},
+    {"bits": 4, "range_search": False, **DYNAMIC},
+    {"bits": 3, "group_size": 16, **DYNAMIC},
+    {"bits": 2, "group_size": 48, **DYNAMIC},
+    {"bits": 2, "group_size": 200, **DYNAMIC},
+    {"bits": 3, "group_size": -1, **DYNAMIC},
+    {"bits": 4, "symmetric": True, "group_size": 128, "act_order": False, **DYNAMIC},
+]
+
+
+def layer(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows + columns)
+    W = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    X = torch.randn(2 * columns, columns, generator=generator, dtype=torch.float64)
+    X = X.cumsum(1) * torch.rand(columns, generator=generator, dtype=torch.float64)
+    return W.to(dtype), (X.T @ X / len(X)).to(dtype)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def path(request, monkeypatch) -> str:
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(kernels, "load", lambda module, device: None)
+    return request.param
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 330), (37, 64)], ids=str)
+def test_codes_and_grids_are_the_references_bit_for_bit_in_fp64(choice, shape, path):
+    W, H = layer(*shape, torch.float64)
+    options = Options(**choice)
+    ours, theirs = solver.solve(W, H, options), reference.solve(W, H, options)
+    for name in ("codes", "scales", "zeros", "permutation"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        assert (a is None and b is None) or torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_where_codes_differ_in_fp32_each_row_first_differs_at_a_tie(choice, path):
+    W, H = layer(32, 320, torch.float32)
+    options = Options(**choice)
+    ours, theirs = solver.solve(W, H, options), reference.solve(W, H, options)
+    rows = different(ours, theirs, options).any(dim=1).nonzero().flatten().tolist()
+    assert len(rows) <= 3
+    for row in rows:
+        assert_first_difference_is_a_tie(row, reference.prepare(W, H, options), ours, theirs, options)
+
+
+def spread(solution: Solution, problem: Problem, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zeros of every column, in the order of quantization, fp64 ``[out, in]``."""
+    order = problem.order if solution.permutation is None else torch.arange(solution.codes.shape[1])
+    group = torch.arange(solution.codes.shape[1]) // options.group(solution.codes.shape[1])
+    values = solution.codes, solution.scales[:, group], solution.zeros[:, group]
+    q, s, z = (value[:, order].double() for value in values)
+    return q, s, z
+
+
+def different(a: Solution, b: Solution, options: Options) -> Tensor:
+    group = torch.arange(a.codes.shape[1]) // options.group(a.codes.shape[1])
+    grids = (a.scales != b.scales) | (a.zeros != b.zeros)
+    return (a.codes != b.codes) | grids[:, group]
+
+
+def assert_first_difference_is_a_tie(
+    row: int, problem: Problem, ours: Solution, theirs: Solution, options: Options
+) -> None:
+    """Quantize the row again in fp64 with our codes up to the column where ours and theirs part."""
+    (q, s, z), (p, r, y) = (
+        (value[row] for value in spread(each, problem, options)) for each in (ours, theirs)
+    )
+    first = int(((q != p) | (s != r) | (z != y)).nonzero()[0])
+    w, U = problem.W[row].double(), problem.U.double()
+    for j in range(first):
+        w[j:] -= (w[j] - s[j] * (q[j] - z[j])) / U[j, j] * U[j, j:]
+    if (s[first], z[first]) == (r[first], y[first]):
+        midpoint = (q[first] + p[first]) / 2 - z[first]
+        assert abs(q[first] - p[first]) == 1
+        assert abs(w[first] / s[first] - midpoint) < 1e-3
+        return
+    columns = problem.group == problem.group[first]
+    if options.static_groups:  # grids came before all codes
+        w = problem.W[row].double()
+    part = w[columns]
+    weight = problem.loss[columns].double()
+    losses = []
+    for scale, zero in ((s[first], z[first]), (r[first], y[first])):
+        step = ((part / scale).round() + zero).clamp(0, options.levels) - zero
+        losses.append(float((weight * (part - scale * step) ** 2).sum()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_the_bytes_are_the_same_for_any_number_of_threads(choice):
+    W, H = layer(48, 400, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        solutions = []
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            solutions.append(solver.solve(W, H, Options(**choice)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in solutions[1:]:
+        assert torch.equal(solutions[0].codes, other.codes)
+        assert torch.equal(solutions[0].scales, other.scales)
+        assert torch.equal(solutions[0].zeros, other.zeros)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (5, 0), (0, 0), (1, 1), (3, 17)], ids=str)
+def test_odd_shapes_are_solved(shape, path):
+    solution = solver.solve(torch.ones(shape), torch.eye(shape[1]), Options(group_size=16))
+    assert tuple(solution.codes.shape) == shape
+    assert tuple(solution.scales.shape) == (shape[0], -(-shape[1] // 16))
+    W_hat = solution.dequantize(Options(group_size=16))
+    assert torch.allclose(W_hat, torch.ones(shape), atol=0.01)
+
+
+def test_the_weight_may_have_any_strides_and_dtype_and_stays_as_it_was(path):
+    W, H = layer(40, 130, torch.float32)
+    W = W.bfloat16()
+    before, hessian = W.clone(), H.clone()
+    ours = solver.solve(W, H, Options())
+    assert torch.equal(W, before)
+    assert torch.equal(H, hessian)
+    for same in (W.t().contiguous().t(), W.float(), torch.cat([W, W], 1)[:, 130:]):
+        assert torch.equal(solver.solve(same, H, Options()).codes, ours.codes)
+
+
+def test_rank_one_dead_columns_and_nothing_at_all_are_solved_as_by_the_reference(path):
+    W, H = layer(20, 150, torch.float64)
+    x = torch.linspace(0.5, 2, 150, dtype=torch.float64)
+    dead = H.clone()
+    dead[10:60] = 0
+    dead[:, 10:60] = 0
+    for hessian in (torch.outer(x, x), dead, torch.zeros_like(H)):
+        ours, theirs = (each.solve(W, hessian, Options(bits=3)) for each in (solver, reference))
+        assert torch.equal(ours.codes, theirs.codes)
+        assert torch.equal(ours.scales, theirs.scales)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-6, 1e-4, 1e6, 1e30, 1e300])
+@pytest.mark.parametrize("range_search", [False, True])
+def test_kernels_choose_the_references_grids_whatever_the_scale(scale, range_search):
+    pytest.importorskip("numba")
+    W, H = layer(100, 32, torch.float64)
+    options = Options(range_search=range_search)
+    ours, theirs = (each.solve(W * scale, H, options) for each in (solver, reference))
+    assert torch.equal(ours.scales, theirs.scales)
+    assert torch.equal(ours.zeros, theirs.zeros)
+
+
+def test_what_the_reference_refuses_is_refused(path):
+    W, H = layer(4, 32, torch.float32)
+    with pytest.raises(ShapeError, match=r"shape \[32, 32\]"):
+        solver.solve(W, H[:31, :31], Options())
+    W[0, 0] = float("nan")
+    with pytest.raises(WeightError, match="expected a finite weight"):
+        solver.solve(W, H, Options())
+
+
+@given(
+    columns=st.integers(0, 1000),
+    group_size=st.integers(16, 500) | st.just(-1),
+    static_groups=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_blocks_cover_the_columns_and_no_group_starts_inside_of_one_that_it_leaves(
+    columns, group_size, static_groups
+):
+    options = Options(group_size=group_size, static_groups=static_groups)
+    cut = list(solver.blocks(columns, options))
+    assert [j for start, stop in cut for j in range(start, stop)] == list(range(columns))
+    assert all(0 < stop - start <= solver.BLOCK for start, stop in cut)
+    if not static_groups:
+        size = options.group(columns)
+        for start, stop in cut:
+            for first in range(start, stop):
+                if first % size == 0:
+                    assert first == start or min(first + size, columns) <= stop
