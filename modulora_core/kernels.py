@@ -43,8 +43,9 @@ _ONE_LAUNCH = threading.Lock()
 def _numba() -> ModuleType | None:
     """numba, on its own threads unless the user chose others (``NUMBA_THREADING_LAYER``).
 
-    numba's first choice is OpenMP. Its library then stands beside the one that torch's wheel brings, and the two
-    fight: attention on the CPU takes 16 times longer, a kernel on busy cores 8 times (docs/performance.md, Threads).
+    numba's first choice is OpenMP. Its library then stands beside the one that torch's wheel brings, and the two fight:
+    a kernel between two products of torch waits for a core, and after a ``torch.set_num_threads`` attention takes
+    many times longer (docs/performance.md, Threads).
     """
     try:
         numba = importlib.import_module("numba")

@@ -1,14 +1,19 @@
-"""What a compiled kernel does to torch's attention in the same process, by numba's layer of threads.
+"""How threads wait: numba's beside torch's, and torch's for each other when another process wants the cores.
 
-    python examples/benchmarks/threads.py                             # as the plugins run
+    python examples/benchmarks/threads.py                             # numba's own threads, as the plugins have them
     NUMBA_THREADING_LAYER=omp python examples/benchmarks/threads.py   # numba's OpenMP beside torch's
+    python examples/benchmarks/threads.py --busy 1                    # with another process that computes
+    GOMP_SPINCOUNT=1000 python examples/benchmarks/threads.py --busy 1  # and with threads that soon sleep, as the CLI has them
 
-Prints the CPU time of causal attention (8 x 9 heads x 512 x 64, fp32, 3 key heads) before and after the first kernel, and the wall
-time of a decoded 2048 x 2048 tile between two matrix products.
+Prints the CPU time of causal attention (8 x 9 heads x 512 x 64, fp32, 3 key heads) before and after the first kernel, the wall time of
+a decoded 2048 x 2048 tile between two matrix products, and that of 100 times a product and a cosine on 512 x 576 values.
 """
 
 from __future__ import annotations
 
+import argparse
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -27,7 +32,10 @@ def least(run: Callable[[], object], clock: Callable[[], float], repeats: int = 
     return 1000 * min(times)
 
 
-def main() -> None:
+def measure() -> None:
+    torch.set_num_threads(
+        torch.get_num_threads()
+    )  # as reading a model does; attention suffers after such a call
     heads = [torch.randn(8, 512, count, 64).transpose(1, 2) for count in (9, 3, 3)]
 
     def attention() -> object:
@@ -36,9 +44,9 @@ def main() -> None:
     before = least(attention, time.process_time)
     quantizer = registry.create("nf4")
     packed = quantizer.pack(torch.randn(2048, 2048))
-    x = torch.randn(512, 2048)
+    x, small = torch.randn(512, 2048), torch.randn(512, 576)
     print(
-        f"attention, CPU time   {before:8.1f} ms before a kernel, {least(attention, time.process_time):8.1f} ms after"
+        f"attention, CPU time   {before:8.1f} ms before a kernel, {least(attention, time.process_time):.1f} ms after"
     )
 
     def between() -> float:
@@ -48,7 +56,25 @@ def main() -> None:
         return 1000 * (time.perf_counter() - start)
 
     times = sorted(between() for _ in range(50))
-    print(f"tile between products {times[5]:8.2f} ms (tenth percentile), {times[25]:.2f} ms (median)")
+    print(f"tile between products {times[25]:8.2f} ms (median)")
+    square = torch.randn(576, 576)
+    operations = least(lambda: [torch.cos(small) @ square for _ in range(100)], time.perf_counter, 10)
+    print(f"products and cosines  {operations:8.1f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--busy", type=int, default=0, help="how many other processes compute meanwhile")
+    others = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(parser.parse_args().busy)
+    ]
+    try:
+        measure()
+    finally:
+        for process in others:
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ _SETTINGS = {"help_option_names": ["--help", "-h"]}
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. See :func:`modulora_core.cli.main`."""
+    _let_threads_sleep()
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     flags = set(words[: words.index("--")] if "--" in words else words)
     wants_help = not flags.isdisjoint(_SETTINGS["help_option_names"])
@@ -54,6 +56,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:  # Ctrl-C and exits too: this is where the process's exit code is made
         return report_failure(error, terminal)
     return 0
+
+
+def _let_threads_sleep() -> None:
+    """Torch's idle threads soon give their cores away, unless the user decided; to be said before torch is imported.
+
+    They would spin for milliseconds, and on a machine that other processes use too keep from a core the very thread that they
+    wait for: a forward took 5 times as long (docs/performance.md, Threads).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _dispatch(words: list[str]) -> Report | None:
