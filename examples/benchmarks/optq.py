@@ -6,7 +6,7 @@
     rtn          round to nearest: optq's format and its plain grid (minimum to maximum), H = identity
     hqq          HQQ (package hqq): the same bits and group size, axis 1, all else its defaults
     gptqmodel    GPTQModel (package gptqmodel) with its defaults, on the CPU
-    optq-plain   modulora-optq with act_order=false range_search=false
+    optq-plain   modulora-optq with act_order=false range_search=false static_groups=false: the paper
     optq         modulora-optq with its defaults
 
 All start from one fp32 folder of the model and, where they calibrate, from the same token ids. All are evaluated by the
@@ -68,7 +68,7 @@ Layer = tuple[int, Callable[[], Tensor]]
 
 STEP = "_step"  # the first word of the command line of a process that does one step
 
-PLAIN = {"act_order": False, "range_search": False}
+PLAIN = {"act_order": False, "range_search": False, "static_groups": False}
 
 
 @dataclass(frozen=True)

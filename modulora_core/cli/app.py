@@ -62,7 +62,7 @@ def _let_threads_sleep() -> None:
     """Torch's idle threads soon give their cores away, unless the user decided; to be said before torch is imported.
 
     They would spin for milliseconds, and on a machine that other processes use too keep from a core the very thread that they
-    wait for: a forward took 5 times as long (docs/performance.md, Threads).
+    wait for (docs/performance.md, Threads).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

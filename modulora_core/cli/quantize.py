@@ -8,6 +8,7 @@ import typer
 
 from modulora_core.cli.arguments import (
     Device,
+    MaxShardSize,
     Model,
     Out,
     QuantizerName,
@@ -67,7 +68,6 @@ Spill = Annotated[
     typer.Option("--spill/--no-spill", show_default="by their size",
                  help="Keep the samples' hidden states in a file beside OUT, or in memory."),
 ]  # fmt: skip
-ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="The largest weight file.")]
 
 
 def command(
@@ -86,7 +86,7 @@ def command(
     spill: Spill = None,
     device: Device = "cpu",
     seed: Seed = 0,
-    max_shard_size: ShardSize = "5GB",
+    max_shard_size: MaxShardSize = 5 * 10**9,
     resume: Resume = False,
     revision: Revision = None,
 ) -> Report:
@@ -120,7 +120,7 @@ def command(
     with terminal().progress("reading", unit="bytes") as bar:
         result = quantize(
             model, out, quantizer, parse_options(option), overrides=overrides, include=include, exclude=exclude,
-            calibration=text, device=device or "cpu", seed=seed, max_shard_bytes=_shard_bytes(max_shard_size), resume=resume,
+            calibration=text, device=device or "cpu", seed=seed, max_shard_bytes=max_shard_size, resume=resume,
             revision=revision,
             progress=lambda what, done, total: bar.update(done, total, what),
         )  # fmt: skip
@@ -137,19 +137,6 @@ def _calibration(source: str | None, *, sequential: bool, **chosen: Any) -> Cali
     for name in given:
         raise OptionError(f"--{name.replace('_', '-')}: expected --calibration SOURCE beside it, got none")
     return None
-
-
-def _shard_bytes(text: str) -> int:
-    from modulora_core.cli.sizes import parse_size
-    from modulora_core.errors import OptionError
-
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise OptionError(f"--max-shard-size: {error}") from None
-    if size < 1:
-        raise OptionError(f"--max-shard-size: expected more than 0, got {text}")
-    return size
 
 
 def _override(text: str) -> Override:

@@ -27,6 +27,7 @@ _GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 _OPT = {"ffn_dim": 48, "word_embed_proj_dim": 16}
 _LLAMA4 = {"intermediate_size_mlp": 40, "interleave_moe_layer_step": 1, "num_experts_per_tok": 1}
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 _LATENT = {
     "kv_lora_rank": 16,
     "q_lora_rank": 16,
@@ -46,10 +47,15 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**_GROUPED, "tie_word_embeddings": False}),
     "llama-tied": ("llama", {**_GROUPED, "tie_word_embeddings": True}),
     "llama-biased": ("llama", {**_GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {**_GROUPED, "sliding_window": 8}),
+    "qwen2": ("qwen2", _GROUPED),
+    "qwen3": ("qwen3", {**_GROUPED, "head_dim": 8}),
     "gpt2": ("gpt2", {**_GPT2, **_ENDS}),
     "gpt_neox": ("gpt_neox", {**_COMMON, "tie_word_embeddings": False}),
     "opt": ("opt", {**_COMMON, **_OPT, "pad_token_id": 1}),
     "gemma": ("gemma", {**_GROUPED, "head_dim": 8}),
+    "gemma3_text": ("gemma3_text", {**_GROUPED, **_SLIDING, "head_dim": 8}),
+    "phi": ("phi", _COMMON),
     "phi3": ("phi3", _GROUPED),
     "falcon": ("falcon", {**_COMMON}),
     "mixtral": ("mixtral", {**_GROUPED, **_LOCAL}),
