@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from modulora_core.calibration import BlockWalk, CalibrationConfig, CalibrationText
 from modulora_core.calibration.moments import SecondMoment
+from modulora_core.calibration.observe import ObservedWeight
 from modulora_core.errors import ModelError, WorkError
 from modulora_core.sites import find_sites
 from modulora_core.sources import open_model
@@ -209,6 +212,32 @@ def test_a_quantizer_that_wants_no_calibration_gets_none(tmp_path: Path) -> None
     assert seen.unwanted < set(seen.weights)
     assert not seen.unwanted & {name for name, _ in seen.calibrations}
     assert ("model.layers.1.mlp.down_proj.weight", 0) in seen.calibrations
+
+
+@pytest.mark.parametrize("paused_bytes", [0, 2**30])
+def test_one_block_is_dense_at_a_time(
+    paused_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[ObservedWeight] = weakref.WeakSet()
+    made = ObservedWeight.__init__
+
+    def counted(self: ObservedWeight, *given: object) -> None:
+        made(self, *given)  # type: ignore[arg-type]
+        alive.add(self)
+
+    class Counting(Seen):
+        def pack(self, name: str, *given: object) -> list[Tensor]:  # type: ignore[override]
+            assert len(alive) == 7, f"{name}: q, k, v, o, gate, up and down of its own block"
+            return super().pack(name, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ObservedWeight, "__init__", counted)
+    folder = save_tiny_model("llama", tmp_path)
+    gc.disable()  # what a block holds must go when it is done, not when a collector comes by
+    try:
+        walk(folder, Counting(halved), batch_size=1, paused_bytes=paused_bytes)
+    finally:
+        gc.enable()
+    assert not alive
 
 
 def test_an_expert_without_tokens_gets_the_identity_and_is_reported(tmp_path: Path) -> None:
