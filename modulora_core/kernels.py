@@ -12,11 +12,13 @@ numba is imported by the first :func:`load`, not by this module.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -41,14 +43,8 @@ _ONE_LAUNCH = threading.Lock()
 
 @cache
 def _numba() -> ModuleType | None:
-    """numba, on its own threads unless the user chose others (``NUMBA_THREADING_LAYER``).
-
-    numba's first choice is OpenMP. Its library then stands beside the one that torch's wheel brings, and the two fight:
-    a kernel between two products of torch waits for a core, and after a ``torch.set_num_threads`` attention takes
-    many times longer (docs/performance.md, Threads).
-    """
     try:
-        numba = importlib.import_module("numba")
+        return importlib.import_module("numba")
     except ImportError as error:
         warnings.warn(
             f"numba, which compiles the CPU kernels of quantizers, can't be imported ({error}); plain torch "
@@ -57,9 +53,6 @@ def _numba() -> ModuleType | None:
             stacklevel=3,
         )
         return None
-    if numba.config.THREADING_LAYER == "default":
-        numba.config.THREADING_LAYER = "workqueue"
-    return numba
 
 
 def load(module: str, device: torch.device) -> ModuleType | None:
@@ -148,6 +141,24 @@ def launch(kernel: Callable[..., None], *arguments: Tensor | int | float) -> Non
             kernel(*arrays)
         finally:
             numba.set_num_threads(before)
+            _keep_teams_flat()
+
+
+@cache
+def _keep_teams_flat() -> None:
+    """Take back, once, what numba's OpenMP layer did when its threads started: it allows teams of threads inside of teams.
+
+    Where ``torch.set_num_threads`` was called, MKL then opens a team for every small product inside of torch's attention,
+    which takes 16 times as long (docs/performance.md, Threads).
+    """
+    maps = Path("/proc/self/maps")
+    libraries = (
+        {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+        if maps.exists()
+        else ()
+    )
+    for library in libraries:
+        ctypes.CDLL(library).omp_set_max_active_levels(1)
 
 
 def _array(tensor: Tensor) -> Any:

@@ -1,9 +1,10 @@
 """How threads wait: numba's beside torch's, and torch's for each other when another process wants the cores.
 
-    python examples/benchmarks/threads.py                             # numba's own threads, as the plugins have them
-    NUMBA_THREADING_LAYER=omp python examples/benchmarks/threads.py   # numba's OpenMP beside torch's
-    python examples/benchmarks/threads.py --busy 1                    # with another process that computes
-    GOMP_SPINCOUNT=1000 python examples/benchmarks/threads.py --busy 1  # and with threads that soon sleep, as the CLI has them
+    python examples/benchmarks/threads.py                               # as the kernels run
+    python examples/benchmarks/threads.py --nested                      # with what numba allows and the kernels take back
+    python examples/benchmarks/threads.py --busy 1                      # with another process that computes
+    GOMP_SPINCOUNT=1000 python examples/benchmarks/threads.py --busy 1  # with threads that soon sleep, as the CLI has them
+    NUMBA_THREADING_LAYER=workqueue python examples/benchmarks/threads.py  # with numba's own threads
 
 Prints the CPU time of causal attention (8 x 9 heads x 512 x 64, fp32, 3 key heads) before and after the first kernel, the wall time of
 a decoded 2048 x 2048 tile between two matrix products, and that of 100 times a product and a cosine on 512 x 576 values.
@@ -12,10 +13,12 @@ a decoded 2048 x 2048 tile between two matrix products, and that of 100 times a 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -32,7 +35,7 @@ def least(run: Callable[[], object], clock: Callable[[], float], repeats: int = 
     return 1000 * min(times)
 
 
-def measure() -> None:
+def measure(nested: bool) -> None:
     torch.set_num_threads(
         torch.get_num_threads()
     )  # as reading a model does; attention suffers after such a call
@@ -44,6 +47,11 @@ def measure() -> None:
     before = least(attention, time.process_time)
     quantizer = registry.create("nf4")
     packed = quantizer.pack(torch.randn(2048, 2048))
+    if nested:
+        for library in {
+            m.split()[-1] for m in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in m
+        }:
+            ctypes.CDLL(library).omp_set_max_active_levels(2)
     x, small = torch.randn(512, 2048), torch.randn(512, 576)
     print(
         f"attention, CPU time   {before:8.1f} ms before a kernel, {least(attention, time.process_time):.1f} ms after"
@@ -67,11 +75,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--busy", type=int, default=0, help="how many other processes compute meanwhile")
-    others = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(parser.parse_args().busy)
-    ]
+    parser.add_argument("--nested", action="store_true", help="allow teams of threads inside of teams")
+    asked = parser.parse_args()
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(asked.busy)]
     try:
-        measure()
+        measure(asked.nested)
     finally:
         for process in others:
             process.kill()

@@ -306,3 +306,21 @@ def test_few_rows_are_contiguous_fp32_of_the_same_values(dtype: torch.dtype) -> 
 )  # fmt: skip
 def test_what_a_few_row_kernel_can_not_take_goes_to_tiles(x: Tensor) -> None:
     assert kernels.few_rows(x, 6, 8) is None
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="where OpenMP's library is, is read from /proc"
+)
+def test_a_launch_leaves_no_teams_of_threads_inside_of_teams(folder: Path) -> None:
+    code = (
+        DOUBLE
+        + """
+    import ctypes
+    from pathlib import Path
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    libraries = {line.split()[-1] for line in maps if "libgomp" in line}
+    assert all(ctypes.CDLL(library).omp_get_max_active_levels() == 1 for library in libraries), libraries
+    """
+    )
+    done = python(code, folder)
+    assert done.returncode == 0, done.stderr
