@@ -12,6 +12,7 @@ numba is imported by the first :func:`load`, not by this module.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import threading
@@ -149,16 +150,16 @@ def _keep_teams_flat() -> None:
     """Take back, once, what numba's OpenMP layer did when its threads started: it allows teams of threads inside of teams.
 
     Where ``torch.set_num_threads`` was called, MKL then opens a team for every small product inside of torch's attention,
-    which takes 16 times as long (docs/performance.md, Threads).
+    which takes many times as long (docs/performance.md, Threads).
     """
     maps = Path("/proc/self/maps")
-    libraries = (
-        {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
-        if maps.exists()
-        else ()
-    )
+    if not maps.exists():  # not Linux, where the library has another name too
+        return
+    # proc(5): the sixth field is the path, which may hold spaces
+    libraries = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if "libgomp" in line}
     for library in libraries:
-        ctypes.CDLL(library).omp_set_max_active_levels(1)
+        with contextlib.suppress(OSError):  # a file that was replaced meanwhile can't be opened by name
+            ctypes.CDLL(library).omp_set_max_active_levels(1)
 
 
 def _array(tensor: Tensor) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -82,23 +82,24 @@ class _Packer:
         site = self._site(name)
         return site is not None and self._plan.quantizer(site).spec.calibration != "none"
 
-    def restore(self, name: str) -> list[Tensor] | None:
-        site = self._site(name)
-        if site is None or name not in self._writer.done:
-            return None
-        packed = [
-            site.layout.fill({key: self._writer.read(f"{prefix}.{key}") for key in site.layout.tensors})
-            for prefix in site.prefixes(name)
-        ]
-        self._tell(name)
-        return [self._values(site, each.to(self._device)) for each in packed]
+    def is_packed(self, name: str) -> bool:
+        return name in self._writer.done
 
-    def pack(
-        self, name: str, matrices: Sequence[Tensor], calibrations: Sequence[Calibration | None]
-    ) -> list[Tensor]:
+    def restore(self, name: str) -> Iterator[Tensor]:
         site = self._site(name)
         assert site is not None
-        return [self._values(site, packed) for packed in self._write(name, site, matrices, calibrations)]
+        for prefix in site.prefixes(name):
+            tensors = {key: self._writer.read(f"{prefix}.{key}") for key in site.layout.tensors}
+            yield self._values(site, site.layout.fill(tensors).to(self._device))
+        self._tell(name)
+
+    def pack(
+        self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
+    ) -> Iterator[Tensor]:
+        site = self._site(name)
+        assert site is not None
+        packed = self._write(name, site, matrices, calibrations)
+        return (self._values(site, each) for each in packed)
 
     def _site(self, name: str) -> PackedSite | None:
         index = self._plan.record.weights.get(name)
@@ -111,8 +112,8 @@ class _Packer:
         self,
         name: str,
         site: PackedSite,
-        matrices: Iterator[Tensor] | Sequence[Tensor],
-        calibrations: Sequence[Calibration | None],
+        matrices: Iterable[Tensor],
+        calibrations: Iterable[Calibration | None],
     ) -> list[PackedWeight]:
         quantizer = self._plan.quantizer(site)
         stored: dict[str, Tensor] = {}

@@ -49,7 +49,7 @@ def measure(nested: bool) -> None:
     packed = quantizer.pack(torch.randn(2048, 2048))
     if nested:
         for library in {
-            m.split()[-1] for m in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in m
+            m.split(maxsplit=5)[5] for m in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in m
         }:
             ctypes.CDLL(library).omp_set_max_active_levels(2)
     x, small = torch.randn(512, 2048), torch.randn(512, 576)

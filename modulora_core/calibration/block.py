@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ class Block:
         self.listener = ignore
         return recorder.order(self.sites)
 
-    def replace(self, name: str, values: Sequence[Tensor]) -> None:
+    def replace(self, name: str, values: Iterable[Tensor]) -> None:
         """From now on multiply by these values of a parameter's matrices."""
         for observed, value in zip(self.weights[name], values, strict=True):
             observed.weight.copy_(value)

@@ -1,7 +1,7 @@
 """Dense weights that tell what they are multiplied by, in the places where packed weights will be.
 
-The modules are those that a packed model has (:mod:`modulora_core.layers`), so whatever calls a packed weight,
-``nn.Linear``, ``Conv1D`` or experts that index a stack, is observed in one way.
+They stand where packed weights stand in a packed model (:mod:`modulora_core.layers`), experts in the same modules, so that
+``nn.Linear``, ``Conv1D`` and experts that index a stack are observed in one way.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import greenlet
 from torch import Tensor
 
 from modulora_core.calibration.block import Block
@@ -46,11 +46,13 @@ class Collector:
         self._order, self._stage, self._early, self._sums = order, stage, early, sums
         self._leaders = {leader for leader in order.leaders.values() if leader.name in stage}
         self._waiting = set(self._leaders)
+        self._caller: greenlet | None = None
         self._moments: dict[Key, SecondMoment] = {}
 
-    def begin(self) -> None:
-        """A batch begins its forward."""
+    def begin(self, caller: greenlet | None) -> None:
+        """A batch goes on; if it pauses, ``caller`` is where to go meanwhile."""
         self._waiting = set(self._leaders)
+        self._caller = caller
 
     def __call__(self, key: Key, x: Tensor) -> None:
         if key.name not in self._stage:
@@ -58,9 +60,8 @@ class Collector:
         if self._sums and self._order.leader(key) == key:
             self._moments.setdefault(key, SecondMoment(x.shape[-1], x.device)).add(x)
         self._waiting.discard(key)
-        paused = getcurrent().parent
-        if paused is not None:
-            paused.switch()
+        if self._caller is not None:
+            self._caller.switch()
         elif self._early and not self._waiting:
             raise _Stop
 
@@ -112,7 +113,7 @@ class Passes:
         """Let ``collector`` see the inputs of its stage, of every batch."""
         self._block.listener = collector
         for one in self._passes:
-            collector.begin()
+            collector.begin(None if one.paused is None else one.paused.parent)
             one.collect()
         self._block.listener = ignore
 
@@ -136,12 +137,12 @@ class Pass:
 
     def __init__(self, forward: Callable[[], Tensor], *, pauses: bool) -> None:
         self.run = forward
-        self._paused = greenlet(forward) if pauses else None
+        self.paused = greenlet(forward) if pauses else None
         self._output: Tensor | None = None
 
     def collect(self) -> None:
         """Go on to where the current stage's inputs have been seen."""
-        if self._paused is None:
+        if self.paused is None:
             try:
                 self.run()
             except _Stop:
@@ -151,14 +152,14 @@ class Pass:
 
     def finish(self) -> Tensor:
         """The hidden state after the block, whose weights are all packed now."""
-        if self._paused is None:
+        if self.paused is None:
             return self.run()
         while self._output is None:
             self._continue()
         return self._output
 
     def _continue(self) -> None:
-        if self._paused is not None and not self._paused.dead:
-            output = self._paused.switch()
-            if self._paused.dead:
+        if self.paused is not None and not self.paused.dead:
+            output = self.paused.switch()
+            if self.paused.dead:
                 self._output = output

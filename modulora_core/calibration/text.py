@@ -33,8 +33,8 @@ class CalibrationConfig:
         samples: number of segments, picked at random from the text; None for :data:`SAMPLES`, or all that a shorter
             text has.
         seq_len: tokens in a segment.
-        sequential: within a block, each layer sees the outputs of the quantized layers before it (GPTQ's
-            "true-sequential"); otherwise all layers of a block see those of its dense weights.
+        sequential: within a block, each layer sees the outputs of the quantized layers before it
+            ("true-sequential"); otherwise all layers of a block see those of its dense weights.
         batch_size: segments that go through a block at once; None for about :data:`BATCH_TOKENS` tokens. It changes
             rounding only.
         spill: keep hidden states in a file beside the output instead of in memory; None decides by their size.

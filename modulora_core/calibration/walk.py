@@ -6,7 +6,7 @@ order this holds for the layers within a block too: q, k, v are packed, then o, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -36,13 +36,16 @@ class Packing(Protocol):
     def wants_calibration(self, name: str) -> bool:
         """Whether ``name`` is packed with its H."""
 
-    def restore(self, name: str) -> Sequence[Tensor] | None:
-        """The quantized matrices of a parameter that an earlier run packed, in fp32; None if there are none."""
+    def is_packed(self, name: str) -> bool:
+        """Whether an earlier run packed ``name``."""
+
+    def restore(self, name: str) -> Iterable[Tensor]:
+        """The quantized matrices of a parameter that an earlier run packed, in fp32, one at a time."""
 
     def pack(
-        self, name: str, matrices: Sequence[Tensor], calibrations: Sequence[Calibration | None]
-    ) -> Sequence[Tensor]:
-        """Pack a parameter's matrices, ``[out, in]`` each, and give their quantized values back, in fp32."""
+        self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
+    ) -> Iterable[Tensor]:
+        """Pack a parameter's matrices, ``[out, in]`` each, and give their quantized values back, in fp32, one at a time."""
 
 
 class BlockWalk:
@@ -156,10 +159,10 @@ class BlockWalk:
 
     def _pack_block(self, block: Block, passes: Passes, packing: Packing) -> None:
         """Pack a block's weights stage by stage, or take them from an earlier run."""
-        restored = {name: packing.restore(f"{block.path}.{name}") for name in block.sites}
-        if all(values is not None for values in restored.values()):
-            for name, values in restored.items():
-                block.replace(name, values)  # type: ignore[arg-type]
+        done = {name for name in block.sites if packing.is_packed(f"{block.path}.{name}")}
+        if len(done) == len(block.sites):
+            for name in done:
+                block.replace(name, packing.restore(f"{block.path}.{name}"))
             return
         if block.structure not in self._orders:
             self._orders[block.structure] = passes.order()
@@ -170,19 +173,22 @@ class BlockWalk:
             if sums:
                 passes.collect(collector)
             for name in stage:
-                values = restored[name]
-                block.replace(name, self._pack(block, name, collector, packing) if values is None else values)
+                full_name = f"{block.path}.{name}"
+                if name in done:
+                    values = packing.restore(full_name)
+                else:
+                    matrices = [observed.weight for observed in block.weights[name]]
+                    wanted = packing.wants_calibration(full_name)
+                    seen = self._seen(block, name, collector) if wanted else [None] * len(matrices)
+                    values = packing.pack(full_name, matrices, seen)
+                block.replace(name, values)
 
-    def _pack(self, block: Block, name: str, collector: Collector, packing: Packing) -> Sequence[Tensor]:
-        """Pack one parameter with what was seen of each of its matrices."""
+    def _seen(self, block: Block, name: str, collector: Collector) -> Iterator[Calibration]:
+        """What was seen of each matrix of a parameter, one at a time: an H of each of many experts is large."""
         full_name = f"{block.path}.{name}"
-        matrices = [observed.weight for observed in block.weights[name]]
-        calibrations: list[Calibration | None] = [None] * len(matrices)
-        if packing.wants_calibration(full_name):
-            for i, observed in enumerate(block.weights[name]):
-                moment = collector.moment(observed.key, matrices[i].shape[1], self._device)
-                expert = f" of expert {i}" if block.sites[name].experts is not None else ""
-                calibrations[i] = moment.mean(f"{full_name}{expert}")
-                if moment.samples == 0:
-                    self.unreached.append(f"{full_name}[{i}]")
-        return packing.pack(full_name, matrices, calibrations)
+        for i, observed in enumerate(block.weights[name]):
+            moment = collector.moment(observed.key, observed.weight.shape[1], self._device)
+            expert = f" of expert {i}" if block.sites[name].experts is not None else ""
+            if moment.samples == 0:
+                self.unreached.append(f"{full_name}[{i}]")
+            yield moment.mean(f"{full_name}{expert}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,11 +44,14 @@ class Seen:
     def wants_calibration(self, name: str) -> bool:
         return name not in self.unwanted
 
-    def restore(self, name: str) -> list[Tensor] | None:
-        return self.done.get(name)
+    def is_packed(self, name: str) -> bool:
+        return name in self.done
+
+    def restore(self, name: str) -> list[Tensor]:
+        return self.done[name]
 
     def pack(
-        self, name: str, matrices: Sequence[Tensor], calibrations: Sequence[Calibration | None]
+        self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> list[Tensor]:
         assert name not in self.weights
         self.weights[name] = [matrix.clone() for matrix in matrices]
