@@ -18,10 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 import modulora_core
 from modulora_core.errors import AdapterError
-from modulora_core.layers import QuantLinear
+from modulora_core.layers import LoRALinear, QuantLinear
 
 RECORD_FILE = "modulora.json"
-RECORD_FORMAT = 1
+
+_FORMAT = 1
+_FORMAT_WITH_SCALES = 2
+"""Readers of format 1 alone would leave the channel scales out, and so they are to refuse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,34 +62,42 @@ class BaseRecord:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """The contents of ``modulora.json``."""
+    """The contents of ``modulora.json``.
+
+    Attributes:
+        settings: what the adapter was made of.
+        channel_scales: there are channel scales beside A and B.
+    """
 
     base: BaseRecord
     settings: Mapping[str, Any] = field(default_factory=dict)
     core_version: str = ""
+    channel_scales: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": RECORD_FORMAT,
+            "format": _FORMAT_WITH_SCALES if self.channel_scales else _FORMAT,
             "kind": "lora",
             "core_version": self.core_version or modulora_core.__version__,
             "base": asdict(self.base),
             "settings": dict(self.settings),
+            **({"channel_scales": True} if self.channel_scales else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> AdapterRecord:
         """Raises AdapterError: another format, or malformed."""
-        if data.get("format") != RECORD_FORMAT:
+        if data.get("format") not in (_FORMAT, _FORMAT_WITH_SCALES):
             raise AdapterError(
-                f"{where}: this version of modulora-core reads format {RECORD_FORMAT} of {RECORD_FILE}, got "
-                f"{data.get('format')!r}; install one that fits"
+                f"{where}: this version of modulora-core reads formats {_FORMAT} and {_FORMAT_WITH_SCALES} of "
+                f"{RECORD_FILE}, got {data.get('format')!r}; install one that fits"
             )
         try:
             base = data["base"]
             quantizers = tuple(_quantizer(q["quantizer"], q["options"]) for q in base["quantizers"])
             record = BaseRecord(base["name"], quantizers, base["architecture"], base["dense_weights"])
-            return cls(record, dict(data["settings"]), str(data["core_version"]))
+            scales = data["format"] == _FORMAT_WITH_SCALES and bool(data["channel_scales"])
+            return cls(record, dict(data["settings"]), str(data["core_version"]), scales)
         except (KeyError, TypeError, ValueError) as error:
             raise AdapterError(f"{where}: malformed {RECORD_FILE}: {error!r}") from None
 
@@ -118,8 +129,10 @@ def _linear_shapes(model: nn.Module) -> Iterator[bytes]:
 
 
 def _dense_values(model: nn.Module) -> Iterator[bytes]:
+    adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    scales = {id(scale) for m in adapted for scale in (*m.input_scale.values(), *m.output_scale.values())}
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 and id(parameter) not in scales:
             # one rounding to bfloat16 gives the same bytes whatever wider dtype the model is loaded in
             values = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
             yield name.encode() + values.numpy().tobytes()

@@ -2,7 +2,8 @@
 
     y = x Ŵᵀ + s (x Aᵀ) Bᵀ        s = α / r        A : [r, in], random        B : [out, r], zero at first
 
-Each packed linear layer that is chosen becomes a LoRALinear in its place; the rest is frozen. The files are
+Each packed linear layer that is chosen becomes a LoRALinear in its place; the rest is frozen. An adapter may train
+channel scales too, u [in] and v [out], one at first: then diag(v) Ŵ diag(u) stands for Ŵ. The files are
 PEFT's (:mod:`modulora_core.peft_format`): `peft` uses an adapter trained here on the dense model, and one
 trained there is used here on a packed one.
 """
@@ -22,6 +23,7 @@ from modulora_core.errors import AdapterError, ModelError, OptionError
 from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
 from modulora_core.peft_format import AdapterDelta, AdapterFolder, adapter_deltas, write_adapter
 from modulora_core.record import QuantizationRecord
+from modulora_core.scales_format import ChannelScales
 from modulora_core.targets import ALL_LINEAR, select_targets, shortest_names
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "add_lora",
     "load_adapter",
     "save_adapter",
+    "set_adapter",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ class LoRASettings:
         targets: a name or several: a layer is chosen if its path is the name or ends with ``.name``, as in
             PEFT; or ``"all-linear"``: every packed linear layer.
         seed: of A's random values.
+        train_scales: whether each layer's channel scales train too.
 
     Raises:
         OptionError: a value is out of range.
@@ -59,6 +63,7 @@ class LoRASettings:
     dropout: float = 0.1
     targets: str | Sequence[str] = ALL_LINEAR
     seed: int = 0
+    train_scales: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -74,7 +79,7 @@ class LoRASettings:
 def add_lora(model: nn.Module, settings: LoRASettings, name: str = "default") -> list[str]:
     """Put a new adapter on ``model``'s packed layers, in place, and freeze everything else.
 
-    A and B are float32 whatever the activations are.
+    A, B and channel scales are float32 whatever the activations are.
 
     Args:
         model: its linear layers are QuantLinear.
@@ -101,7 +106,8 @@ def add_lora(model: nn.Module, settings: LoRASettings, name: str = "default") ->
         torch.manual_seed(settings.seed)
         for path in paths:
             layer = _as_lora(model, path)
-            layer.add_adapter(name, settings.rank, alpha=settings.alpha, dropout=settings.dropout)
+            layer.add_adapter(name, settings.rank, alpha=settings.alpha, dropout=settings.dropout,
+                              channel_scales=settings.train_scales)  # fmt: skip
     _train_only(model, name)
     return paths
 
@@ -147,8 +153,8 @@ def _train_only(model: nn.Module, name: str) -> None:
     """Freeze the model but for one adapter."""
     model.requires_grad_(False)
     for _, layer in adapter_layers(model, name):
-        layer.lora_A[name].requires_grad_(True)
-        layer.lora_B[name].requires_grad_(True)
+        for parameter in layer.parameters_of(name).values():
+            parameter.requires_grad_(True)
 
 
 def save_adapter(
@@ -176,18 +182,38 @@ def save_adapter(
     layers = dict(adapter_layers(model, name))
     if not layers:
         raise AdapterError(f"adapter {name!r}: {_name_of(model)} has none of that name")
-    deltas = {
-        path: AdapterDelta(layer.lora_A[name].data, layer.lora_B[name].data, layer.scale[name])
-        for path, layer in layers.items()
-    }
+    scaled = any(name in layer.input_scale for layer in layers.values())
+    record = AdapterRecord(
+        describe_base(model, base or _base_name(model)),
+        asdict(settings) if settings else {},
+        channel_scales=scaled,
+    )
     write_adapter(
         Path(out),
-        deltas,
-        AdapterRecord(describe_base(model, base or _base_name(model)), asdict(settings) if settings else {}),
+        {path: _delta(layer, name, scaled) for path, layer in layers.items()},
+        record,
         target_modules=shortest_names(layers, [path for path, _ in model.named_modules()]),
         dropout=next(iter(layers.values())).dropout,
         fan_in_fan_out=any(_was_conv1d(model, path) for path in layers),
     )
+
+
+def _delta(layer: LoRALinear, name: str, scaled: bool) -> AdapterDelta:
+    """The adapter of one layer, on no graph; ``scaled``: with channel scales, which are ones where it has none."""
+    values = {kind: parameter.data for kind, parameter in layer.parameters_of(name).items()}
+    A, B = values["lora_A"], values["lora_B"]
+    u = values.get("input_scale", A.new_ones(layer.in_features))
+    v = values.get("output_scale", A.new_ones(layer.out_features))
+    return AdapterDelta(A, B, layer.scale[name], ChannelScales(u, v) if scaled else None)
+
+
+def set_adapter(layer: LoRALinear, delta: AdapterDelta, name: str = "default") -> None:
+    """Copy A, B and the channel scales of ``delta`` into the layer's adapter ``name``, which was made like it."""
+    layer.lora_A[name].data.copy_(delta.A)
+    layer.lora_B[name].data.copy_(delta.B)
+    if delta.channel_scales is not None:
+        layer.input_scale[name].data.copy_(delta.channel_scales.input)
+        layer.output_scale[name].data.copy_(delta.channel_scales.output)
 
 
 def _record_of(model: nn.Module) -> QuantizationRecord | None:
@@ -218,14 +244,14 @@ def load_adapter(
 ) -> list[str]:
     """Put a saved adapter on ``model``'s packed layers, in place, and freeze everything else.
 
-    A and B become float32 whatever they are stored in.
+    A and B become float32 whatever they are stored in. Channel scales come with the adapter that has them.
 
     Args:
         model: its linear layers are QuantLinear. It may be another quantization of the adapter's base than
             the one that it was trained on: then a warning is logged.
         path: a folder that :func:`save_adapter` or `peft` wrote, or a Hub id.
         name: one model may carry several adapters.
-        trainable: whether its A and B train.
+        trainable: whether its A and B train, and its channel scales if it has them.
 
     Returns:
         the paths of the layers that it is on.
@@ -242,9 +268,9 @@ def load_adapter(
     for module, delta in folder.items():
         layer = _as_lora(model, module)
         dropout = float(folder.config.get("lora_dropout") or 0.0)
-        layer.add_adapter(name, delta.rank, alpha=delta.scale * delta.rank, dropout=dropout)
-        layer.lora_A[name].data.copy_(delta.A)
-        layer.lora_B[name].data.copy_(delta.B)
+        layer.add_adapter(name, delta.rank, alpha=delta.scale * delta.rank, dropout=dropout,
+                          channel_scales=delta.channel_scales is not None)  # fmt: skip
+        set_adapter(layer, delta, name)
         layer.scale[name] = delta.scale
     if trainable:
         _train_only(model, name)

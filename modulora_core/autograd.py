@@ -11,6 +11,15 @@ references to the packed tensors; never Ŵ.
 
 The adapter is computed in the dtype of A and B, with X and dY cast a chunk of rows at a time, so nothing of the
 size of Y exists besides Y.
+
+Channel scales u [in] and v [out] put diag(v) Ŵ diag(u) in the place of Ŵ; bias and adapter aren't scaled:
+
+    forward    Z  = (X ⊙ u) Ŵᵀ                  Y = v ⊙ Z + …
+    backward   dX = u ⊙ dXᵤ + …                 dXᵤ = (v ⊙ dY) Ŵ
+               du = Σ X ⊙ dXᵤ over the rows     dv = Σ dY ⊙ Z over the rows
+
+X is saved if u trains, and Z, ``[n, out]``, only if v trains: to multiply again would cost another decoding of Ŵ.
+X ⊙ u and v ⊙ dY are made where they are multiplied, and dropped.
 """
 
 from __future__ import annotations
@@ -37,9 +46,11 @@ def lora_linear(
     *,
     scale: float = 1.0,
     dropout: float = 0.0,
+    input_scale: Tensor | None = None,
+    output_scale: Tensor | None = None,
     transpose: bool = False,
 ) -> Tensor:
-    """A linear layer with a packed weight and, if ``A`` and ``B`` are given, a LoRA adapter.
+    """A linear layer with a packed weight and, if they are given, a LoRA adapter and channel scales.
 
     Args:
         x: ``[..., in]``, any float dtype, any number of leading dimensions, also zero rows.
@@ -50,19 +61,25 @@ def lora_linear(
         scale: s, often α / r.
         dropout: probability with which an entry of ``x`` is left out *of the adapter's input*; the rest is
             scaled up. 0 outside of training: the caller decides.
-        transpose: multiply by Ŵ instead of Ŵᵀ (``x: [..., out]``, result ``[..., in]``); without an adapter.
+        input_scale: u, ``[in]``; output_scale: v, ``[out]``; any float dtype. They scale the packed weight's
+            product alone, and each trains if it requires a gradient (summed in float32 or wider).
+        transpose: multiply by Ŵ instead of Ŵᵀ (``x: [..., out]``, result ``[..., in]``); without an adapter and
+            without scales.
 
     Returns:
-        ``[..., out]`` in ``x``'s dtype, differentiable once in ``x``, ``bias``, ``A`` and ``B``.
+        ``[..., out]`` in ``x``'s dtype, differentiable once in ``x``, ``bias``, ``A``, ``B`` and the scales.
 
     Raises:
-        ShapeError: A, B and Ŵ don't fit together.
+        ShapeError: A, B, the scales and Ŵ don't fit together.
     """
     if (A is None) != (B is None):
         raise ShapeError("LoRA adapter: expected both A and B, got one of them")
     if A is not None and B is not None:
         _check_adapter(packed.shape, A, B, transpose)
-    y: Tensor = _LoRALinear.apply(x, bias, A, B, quantizer, packed, scale, dropout, transpose)
+    _check_scales(x, packed.shape, input_scale, output_scale, transpose)
+    y: Tensor = _LoRALinear.apply(
+        x, bias, A, B, input_scale, output_scale, quantizer, packed, scale, dropout, transpose
+    )
     return y
 
 
@@ -77,6 +94,21 @@ def _check_adapter(shape: tuple[int, int], A: Tensor, B: Tensor, transpose: bool
         raise ShapeError(f"LoRA adapter: expected A and B of one dtype, got {A.dtype} and {B.dtype}")
 
 
+def _check_scales(
+    x: Tensor, shape: tuple[int, int], u: Tensor | None, v: Tensor | None, transpose: bool
+) -> None:
+    if transpose and (u is not None or v is not None):
+        raise ShapeError("channel scales: a transposed product takes none")
+    out_features, in_features = shape
+    for name, vector, length in (("input_scale", u, in_features), ("output_scale", v, out_features)):
+        if vector is not None and vector.shape != (length,):
+            raise ShapeError(f"{name} of a [{out_features}, {in_features}] weight: expected [{length}], "
+                             f"got {list(vector.shape)}")  # fmt: skip
+    if u is not None and x.shape[-1:] != u.shape:  # without u, the product says so
+        raise ShapeError(f"input of a [{out_features}, {in_features}] weight: expected [..., {in_features}], "
+                         f"got {list(x.shape)}")  # fmt: skip
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -85,13 +117,17 @@ class _LoRALinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor | None,
         B: Tensor | None,
+        u: Tensor | None,
+        v: Tensor | None,
         quantizer: Quantizer,
         packed: PackedWeight,
         scale: float,
         dropout: float,
         transpose: bool,
     ) -> Tensor:
-        y = _own(quantizer.matmul(x, packed, transpose))  # [..., out]
+        x_trains, bias_trains, A_trains, B_trains, u_trains, v_trains = ctx.needs_input_grad[:6]
+        Z = _own(quantizer.matmul(x if u is None else _scaled(x, u), packed, transpose))  # [..., out]
+        y = Z if v is None else _scaled(Z, v, in_place=not v_trains)
         y2 = y.view(-1, y.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             if bias is not None:
@@ -104,24 +140,28 @@ class _LoRALinear(torch.autograd.Function):
                 _add_product(y2, U, B, scale)
         ctx.quantizer, ctx.packed = quantizer, packed
         ctx.scale, ctx.dropout, ctx.transpose = scale, dropout, transpose
-        x_trains, bias_trains, A_trains, B_trains = ctx.needs_input_grad[:4]
         ctx.bias_dtype = bias.dtype if bias is not None and bias_trains else None
         ctx.save_for_backward(
-            x if A_trains else None,
+            x if A_trains or u_trains else None,
             U if B_trains else None,
+            Z if v_trains else None,
             keep if A_trains or x_trains else None,
             A,
             B,
+            u,
+            v,
         )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        x, U, keep, A, B = ctx.saved_tensors
-        x_trains, bias_trains, A_trains, B_trains = ctx.needs_input_grad[:4]
-        dX = ctx.quantizer.matmul(dY, ctx.packed, not ctx.transpose) if x_trains else None
-        dbias = dA = dB = None
+        x, U, Z, keep, A, B, u, v = ctx.saved_tensors
+        x_trains, bias_trains, A_trains, B_trains, u_trains, v_trains = ctx.needs_input_grad[:6]
+        dX = dbias = dA = dB = du = None
+        dv = _column_dots(dY, Z, v) if v_trains else None
+        if x_trains or u_trains:
+            dX, du = _through_weight(ctx, dY, x, u, v)
         with torch.autocast(dY.device.type, enabled=False):
             dY2 = dY.reshape(-1, dY.shape[-1])  # [n, out]
             if bias_trains:
@@ -132,7 +172,19 @@ class _LoRALinear(torch.autograd.Function):
                     _add_through_A(dX.view(-1, dX.shape[-1]), V, A, keep, ctx.dropout)
                 if A_trains:
                     dA = _grad_A(V, x.reshape(-1, x.shape[-1]), A, keep, ctx.dropout)
-        return dX, dbias, dA, dB, None, None, None, None, None
+        return dX, dbias, dA, dB, du, dv, None, None, None, None, None
+
+
+def _through_weight(
+    ctx: Any, dY: Tensor, x: Tensor | None, u: Tensor | None, v: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The packed weight's share of dX, if x trains, and du, if u trains."""
+    x_trains, u_trains = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    dX: Tensor = ctx.quantizer.matmul(dY if v is None else _scaled(dY, v), ctx.packed, not ctx.transpose)
+    if u is None:
+        return dX, None
+    du = _column_dots(x, dX, u) if x is not None and u_trains else None
+    return (_scaled(dX, u, in_place=True) if x_trains else None), du
 
 
 def _own(y: Tensor) -> Tensor:
@@ -140,6 +192,25 @@ def _own(y: Tensor) -> Tensor:
     autograd refuses that for a view made inside of a Function.
     """
     return y.new_empty(0).set_(y) if y._is_view() else y  # type: ignore[call-overload]  # torch's stub lacks set_(tensor)
+
+
+def _scaled(x: Tensor, by: Tensor, *, in_place: bool = False) -> Tensor:
+    """``x ⊙ by`` for ``x: [..., d]`` and ``by: [d]``, in ``x``'s dtype, rounded once; ``x`` itself if in place."""
+    y = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    for rows in _row_chunks(x2, torch.promote_types(x.dtype, by.dtype)):
+        torch.mul(x2[rows], by, out=y2[rows])
+    return y
+
+
+def _column_dots(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    """Σ x ⊙ y over the rows, ``[d]`` in the dtype of ``like``, summed in float32 or wider, a chunk of rows at a time."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, torch.float32), like.dtype)
+    x2, y2 = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    total = torch.zeros(like.shape, dtype=dtype, device=x.device)
+    for start, stop in tile_ranges(x2.shape[0], x2.shape[1] * dtype.itemsize, tile_bytes(x.device)):
+        total += (x2[start:stop].to(dtype) * y2[start:stop]).sum(0)
+    return total.to(like.dtype)
 
 
 def _dropout_mask(x: Tensor, dropout: float) -> Tensor | None:

@@ -5,6 +5,7 @@ OUT/checkpoints/checkpoint-N/     while it trains; each is an adapter too
 OUT/README.md                     a model card
 OUT/modulora.json                 which base it is for
 OUT/adapter_model.safetensors
+OUT/modulora_scales.safetensors   with channel scales only
 OUT/adapter_config.json           last: with it, OUT is a finished adapter
 """
 
@@ -25,6 +26,7 @@ from modulora_core.adapters import (
     add_lora,
     load_adapter,
     save_adapter,
+    set_adapter,
 )
 from modulora_core.checkpoint import PackedCheckpoint, load_model, open_checkpoint
 from modulora_core.data import Collator, Examples, load_examples
@@ -126,7 +128,9 @@ def finetune(
             on_eval=on_eval,
         )
     result = _result(config, outcome, peak.nbytes)
-    write_file(out / "README.md", model_card(config, checkpoint, result.losses, result.eval_loss))
+    scaled = any(layer.input_scale for _, layer in adapter_layers(model))
+    card = model_card(config, checkpoint, result.losses, result.eval_loss, channel_scales=scaled)
+    write_file(out / "README.md", card)
     save_adapter(model, out, settings=settings)
     return result
 
@@ -189,7 +193,9 @@ def _pad_token_id(tokenizer: Any) -> int:
 def _adapt(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:
     """Put the adapter on: a new one, or the one to go on with."""
     if config.adapter is None:
-        settings = LoRASettings(config.rank, config.alpha, config.dropout, config.targets, config.seed)
+        settings = LoRASettings(
+            config.rank, config.alpha, config.dropout, config.targets, config.seed, config.train_scales
+        )
         add_lora(model, settings)
         return settings
     load_adapter(model, config.adapter, trainable=True)
@@ -211,8 +217,7 @@ def _adapter_files(model: nn.Module, settings: LoRASettings | None) -> AdapterFi
     def restore(folder: Path) -> None:
         saved = AdapterFolder(folder)
         for path, layer in adapter_layers(model):
-            layer.lora_A["default"].data.copy_(saved[path].A)
-            layer.lora_B["default"].data.copy_(saved[path].B)
+            set_adapter(layer, saved[path])
 
     return AdapterFiles(save, restore)
 

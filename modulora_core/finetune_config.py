@@ -19,7 +19,7 @@ from modulora_core.options import validate_model
 _EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
     "steps": ("epochs",),
     "epochs": ("steps",),
-    "adapter": ("rank", "alpha", "targets"),
+    "adapter": ("rank", "alpha", "targets", "train_scales"),
 }
 """Where a flag is given, the file's fields of the same question give way."""
 
@@ -66,6 +66,9 @@ class FinetuneConfig(BaseModel):
     dropout: float = Field(0.1, ge=0, lt=1, description="probability that an adapter's input is left out")
     targets: Targets = Field(
         ("all-linear",), min_length=1, description="layers to adapt: all-linear, or names separated by commas"
+    )
+    train_scales: bool = Field(
+        False, description="train also two vectors a layer, which scale its inputs and its outputs"
     )
     adapter: str | None = Field(None, description="go on training this adapter instead of a new one")
 

@@ -11,6 +11,7 @@ The model's own forward indexes a stack as it indexed the tensor, and ``F.linear
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -156,20 +157,33 @@ class LoRALinear(QuantLinear):
 
     It shares the base's packed weight and bias, so a state dict's names don't change. Several adapters of different
     ranks may be active at once; each has its A ``[r, in]`` and B ``[out, r]`` in ``lora_A[name]`` and ``lora_B[name]``.
+
+    An adapter may have channel scales too, u ``[in]`` and v ``[out]`` in ``input_scale[name]`` and
+    ``output_scale[name]``: then diag(v) Ŵ diag(u) stands in the place of Ŵ. Those of several adapters multiply.
     """
 
     def __init__(self, base: QuantLinear) -> None:
         super().__init__(base.weight, base.bias)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.input_scale = nn.ParameterDict()
+        self.output_scale = nn.ParameterDict()
         self.scale: dict[str, float] = {}
         self.dropout = 0.0
         self.active: list[str] = []
 
     def add_adapter(
-        self, name: str, rank: int, *, alpha: float, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        rank: int,
+        *,
+        alpha: float,
+        dropout: float = 0.0,
+        channel_scales: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Add and activate an adapter: A Kaiming-uniform as in PEFT, B zero, so that the layer's output doesn't change.
+        """Add and activate an adapter: A Kaiming-uniform as in PEFT, B zero, channel scales one, so that the layer's
+        output doesn't change.
 
         Raises:
             AdapterError: the name is taken, the rank isn't positive, or the dropout isn't in [0, 1).
@@ -184,15 +198,26 @@ class LoRALinear(QuantLinear):
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.lora_A[name] = nn.Parameter(A)
         self.lora_B[name] = nn.Parameter(A.new_zeros(self.out_features, rank))
+        if channel_scales:
+            self.input_scale[name] = nn.Parameter(A.new_ones(self.in_features))
+            self.output_scale[name] = nn.Parameter(A.new_ones(self.out_features))
         self.scale[name] = alpha / rank
         self.dropout = dropout
         self.active.append(name)
 
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter: ``lora_A``, ``lora_B``, and if it has them ``input_scale``, ``output_scale``."""
+        kinds = {"lora_A": self.lora_A, "lora_B": self.lora_B, "input_scale": self.input_scale,
+                 "output_scale": self.output_scale}  # fmt: skip
+        return {kind: values[name] for kind, values in kinds.items() if name in values}
+
     def forward(self, x: Tensor) -> Tensor:
         A, B, scale = self._adapter()
-        dropout = self.dropout if self.training else 0.0
-        quantizer, packed = self.weight.quantizer, self.weight.packed
-        return lora_linear(x, quantizer, packed, self.bias, A, B, scale=scale, dropout=dropout)
+        return lora_linear(
+            x, self.weight.quantizer, self.weight.packed, self.bias, A, B,
+            scale=scale, dropout=self.dropout if self.training else 0.0,
+            input_scale=self._channel_scale(self.input_scale), output_scale=self._channel_scale(self.output_scale),
+        )  # fmt: skip
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
         """A, B and s of the active adapters; several are one of the summed rank, with s folded into B."""
@@ -205,6 +230,12 @@ class LoRALinear(QuantLinear):
         B = torch.cat([self.lora_B[name] * self.scale[name] for name in self.active], dim=1)  # [out, Σ r]
         return A, B, 1.0
 
+    def _channel_scale(self, of_adapters: nn.ParameterDict) -> Tensor | None:
+        """The product over the active adapters that have one."""
+        scales: list[Tensor] = [of_adapters[name] for name in self.active if name in of_adapters]
+        return functools.reduce(torch.mul, scales) if scales else None
+
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}: {A.shape[0]}" for name, A in self.lora_A.items())
-        return f"{super().extra_repr()}, adapters={{{ranks}}}"
+        scaled = f", channel_scales={list(self.input_scale)}" if self.input_scale else ""
+        return f"{super().extra_repr()}, adapters={{{ranks}}}{scaled}"

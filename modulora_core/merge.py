@@ -1,6 +1,8 @@
 """A packed checkpoint, with or without an adapter, back to a dense folder that plain transformers loads.
 
-    W = Ŵ + s · B A        in fp32, a tile of rows at a time, rounded once to the output's dtype
+    W = diag(v) Ŵ diag(u) + s · B A        in fp32, a tile of rows at a time, rounded once to the output's dtype
+
+u and v are one but for an adapter with channel scales.
 
 One parameter is dense at a time.
 """
@@ -126,10 +128,12 @@ def _merged(
 
 
 def _unpack(quantizer: Quantizer, packed: PackedWeight, delta: AdapterDelta | None, W: Tensor) -> None:
-    """Write Ŵ + s · B A to ``W``, ``[out, in]`` of any strides; fp32 exists for one tile only."""
+    """Write diag(v) Ŵ diag(u) + s · B A to ``W``, ``[out, in]`` of any strides; fp32 exists for one tile only."""
     out_features, in_features = packed.shape
     for start, stop in tile_ranges(out_features, in_features * 4, tile_bytes(W.device)):
         tile = quantizer.dequantize_tile(packed, (start, stop), torch.float32)
         if delta is not None:
+            if delta.channel_scales is not None:
+                tile = delta.channel_scales.of_rows(start, stop, tile)
             tile = torch.addmm(tile, delta.B[start:stop].float(), delta.A.float(), alpha=delta.scale)
         W[start:stop] = tile

@@ -8,6 +8,13 @@ from collections.abc import Sequence
 import modulora_core
 from modulora_core.checkpoint import PackedCheckpoint
 from modulora_core.finetune_config import FinetuneConfig
+from modulora_core.scales_format import SCALES_FILE
+
+_PLAIN = "The files are PEFT's. With the quantized model:"
+_WITH_SCALES = (
+    f"A and B are in PEFT's files; the channel scales are in {SCALES_FILE}, which PEFT warns that it leaves out: "
+    "with it alone the model is another one. `modulora merge` writes all of it into the weights. With the quantized model:"
+)
 
 
 def model_card(
@@ -15,13 +22,18 @@ def model_card(
     checkpoint: PackedCheckpoint,
     losses: Sequence[float],
     eval_loss: float | None,
+    *,
+    channel_scales: bool = False,
 ) -> str:
-    """Markdown with the Hub's metadata: base, data, settings, losses, and how to use it."""
+    """Markdown with the Hub's metadata: base, data, settings, losses, and how to use it.
+
+    With ``channel_scales`` it says that PEFT alone leaves them out.
+    """
     base = str(checkpoint.record.source.get("name") or checkpoint.name)
     recipes = ", ".join(recipe.quantizer for recipe in checkpoint.record.recipes)
     held_out = [] if eval_loss is None else [f"Loss on {_joined(config.eval_data)}: {eval_loss:.4f}."]
     lines = [
-        *_metadata(checkpoint, base),
+        *_metadata(checkpoint, base, channel_scales),
         "",
         f"# A LoRA adapter for {base}",
         "",
@@ -36,7 +48,7 @@ def model_card(
         "|-|-|",
         *(f"| {name} | {value} |" for name, value in _settings(config)),
         "",
-        "The files are PEFT's. With the quantized model:",
+        _WITH_SCALES if channel_scales else _PLAIN,
         "",
         "    modulora chat MODEL --adapter FOLDER",
         "",
@@ -44,13 +56,15 @@ def model_card(
     return "\n".join(lines)
 
 
-def _metadata(checkpoint: PackedCheckpoint, base: str) -> list[str]:
+def _metadata(checkpoint: PackedCheckpoint, base: str, channel_scales: bool) -> list[str]:
     # the Hub links base_model to a repository of its own, so a name of this machine doesn't belong there
     on_hub = checkpoint.record.source.get("kind") == "hub"
     base_model = [f"base_model: {json.dumps(base)}"] if on_hub else []
+    # the Hub shows how to load it with the library
+    library = [] if channel_scales else ["library_name: peft"]
     return [
         "---",
-        "library_name: peft",
+        *library,
         *base_model,
         "pipeline_tag: text-generation",
         "tags:",

@@ -4,9 +4,11 @@
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight  [r, in]
                                   base_model.model.<module>.lora_B.weight  [out, r]
     modulora.json                 ours, and optional: which base the adapter was made for
+    modulora_scales.safetensors   ours, and optional: channel scales (:mod:`modulora_core.scales_format`)
 
 An adapter changes a module's weight by ``s · B A``, with ``s = α / r``, or ``α / √r`` for rsLoRA
-(Kalajdzievski 2023, arXiv 2312.03732).
+(Kalajdzievski 2023, arXiv 2312.03732). PEFT has no channel scales: a key of ours in adapter_config.json makes it
+warn that it leaves something out.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ from torch import Tensor
 from modulora_core.adapter_record import RECORD_FILE, AdapterRecord
 from modulora_core.errors import AdapterError
 from modulora_core.outputs import write_file
+from modulora_core.scales_format import SCALES_FILE, ChannelScales, ScalesFile, write_scales
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+SCALES_KEY = "modulora_channel_scales"
+"""Names the file of the channel scales in adapter_config.json. PEFT's warning of an unknown key shows it."""
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -49,16 +54,18 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 @dataclass(frozen=True, slots=True)
 class AdapterDelta:
-    """What an adapter adds to one module's weight: ``s · B A``, ``[out, in]``.
+    """What an adapter adds to one module's weight: ``s · B A``, ``[out, in]``; and what scales that weight before.
 
     Attributes:
         A: ``[r, in]``; B: ``[out, r]``, as stored.
         scale: s.
+        channel_scales: u and v of diag(v) Ŵ diag(u) + s · B A; None stands for ones.
     """
 
     A: Tensor
     B: Tensor
     scale: float
+    channel_scales: ChannelScales | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,9 +88,10 @@ class AdapterFolder(Mapping[str, AdapterDelta]):
         record: ``modulora.json``, where there is one.
         shapes: ``(out, r, in)`` of each module.
         scales: s of each module.
+        has_channel_scales: whether each module has channel scales.
 
     Raises:
-        AdapterError: nothing is there, it is malformed, or it is more than a LoRA adapter.
+        AdapterError: nothing is there, it is malformed, or it is more than a LoRA adapter and channel scales.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -94,6 +102,20 @@ class AdapterFolder(Mapping[str, AdapterDelta]):
         if (self.folder / RECORD_FILE).is_file():
             self.record = AdapterRecord.from_json(_read_json(self.folder / RECORD_FILE), str(self.folder))
         self._open_weights()
+        self.has_channel_scales = self._says_scales()
+        shapes = {module: (out, in_) for module, (out, _, in_) in self.shapes.items()}
+        self._channel_scales = ScalesFile(self.folder, shapes) if self.has_channel_scales else None
+
+    def _says_scales(self) -> bool:
+        """Whether there are channel scales, in which both JSON files must agree."""
+        recorded = self.record is not None and self.record.channel_scales
+        if recorded != bool(self.config.get(SCALES_KEY)):
+            named, other = (RECORD_FILE, CONFIG_FILE) if recorded else (CONFIG_FILE, RECORD_FILE)
+            raise AdapterError(
+                f"adapter {self.folder}: {named} says that it has channel scales, {other} doesn't; the files are "
+                "of different adapters, or one is missing: fetch the adapter again, whole"
+            )
+        return recorded
 
     def _open_weights(self) -> None:
         weights = self.folder / WEIGHTS_FILE
@@ -124,7 +146,8 @@ class AdapterFolder(Mapping[str, AdapterDelta]):
         if module not in self.shapes:
             raise KeyError(module)
         A, B = (self._file.get_tensor(f"{_PREFIX}{module}.lora_{factor}.weight") for factor in "AB")
-        return AdapterDelta(A, B, self.scales[module])
+        scales = None if self._channel_scales is None else self._channel_scales[module]
+        return AdapterDelta(A, B, self.scales[module], scales)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -164,7 +187,8 @@ def _find(path: str | Path) -> Path:
 
 def _download(hub_id: str) -> Path:
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE]))
+        files = [CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, SCALES_FILE]
+        return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as error:  # the Hub's client raises its own, the HTTP library's and the system's errors
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise AdapterError(
@@ -244,17 +268,21 @@ def write_adapter(
     Args:
         folder: it may exist; an adapter in it is replaced.
         deltas: of each module.
-        record: for ``modulora.json``; its base's name is also PEFT's ``base_model_name_or_path``.
+        record: for ``modulora.json``; its base's name is also PEFT's ``base_model_name_or_path``. Where it says
+            that there are channel scales, each of ``deltas`` has them.
         target_modules: names that select exactly these modules in the base, by PEFT's rules.
         dropout: for training on.
         fan_in_fan_out: whether the modules are ``Conv1D`` in the dense model.
     """
     config = _config(deltas, record.base.name, target_modules, dropout, fan_in_fan_out)
+    if record.channel_scales:
+        config[SCALES_KEY] = SCALES_FILE
     tensors = {f"{_PREFIX}{module}.lora_{factor}.weight": getattr(delta, factor).detach().cpu().contiguous()
                for module, delta in deltas.items() for factor in "AB"}  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     write_file(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_scales(folder, {m: d.channel_scales for m, d in deltas.items() if d.channel_scales is not None})
     write_file(folder / RECORD_FILE, json.dumps(record.to_json(), indent=2))
     write_file(folder / CONFIG_FILE, json.dumps(config, indent=2))
 

@@ -107,6 +107,12 @@ class AdapterTrainer(Trainer):
         self._files.restore(Path(resume_from_checkpoint))
 
     @override
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # channel scales, the one kind of vector that trains, are to stay near one: no decay towards zero
+        matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
+
+    @override
     def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
         # transformers' mean is over batches, and so depends on their size where examples differ in length
         self._nll, self._predicted = 0.0, 0

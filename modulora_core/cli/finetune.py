@@ -34,13 +34,15 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
 
     The packed weights stay as they are; only the adapter trains, and OUT holds it in PEFT's format. The data
     is text (packed into windows), instructions, chats, or prompts and completions; of the latter three only
-    the answers are trained. Say how long with --steps or --epochs.
+    the answers are trained. Say how long with --steps or --epochs. With --train-scales OUT also holds
+    vectors that scale each layer's inputs and outputs, which PEFT alone leaves out.
 
     OUT/finetune.yaml has every option of the run; with --config it, or a file of your own, makes it again.
 
     Examples:
       modulora finetune smollm2-packed my-adapter --data notes.txt --steps 100
       modulora finetune smollm2-packed my-adapter --data chats.jsonl --epochs 3 --lr 2e-4 --rank 16
+      modulora finetune smollm2-packed my-adapter --data notes.txt --steps 100 --train-scales
       modulora finetune smollm2-packed my-adapter --data 'pydoc[:90%]' --eval-data 'pydoc[90%:]' --steps 50
       modulora finetune smollm2-packed another --config my-adapter/finetune.yaml --seed 1
       modulora finetune smollm2-packed my-adapter --data notes.txt --steps 100 --resume

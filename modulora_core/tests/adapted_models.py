@@ -15,11 +15,13 @@ IDS = torch.arange(3, 27).view(2, 12)  # [batch, sequence]
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Give B values, as training does: a new adapter's is zero, and would hide every mistake."""
+    """Give B and channel scales values, as training does: a new adapter's are zero and one, and would hide every mistake."""
     generator = torch.Generator().manual_seed(seed)
     for _, layer in adapter_layers(model):
         for B in layer.lora_B.values():
             B.data.copy_(torch.randn(B.shape, generator=generator) / 4)
+        for scale in (*layer.input_scale.values(), *layer.output_scale.values()):
+            scale.data.copy_(1 + torch.randn(scale.shape, generator=generator) / 4)
 
 
 def logits(model: nn.Module) -> Tensor:

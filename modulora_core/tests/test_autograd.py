@@ -1,17 +1,16 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modulora_core.autograd import _dropout_mask, lora_linear
 from modulora_core.errors import ShapeError
 from modulora_core.spec import PackedWeight, Quantizer
+from modulora_core.tests.allocations import Allocations
 from modulora_core.tiles import tile_budget
 
 OUT, IN, RANK = 11, 7, 3
@@ -206,34 +205,6 @@ def test_x_is_saved_only_if_A_trains(
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)), lambda t: t):
         lora_linear(torch.randn(4, IN), quantizer, packed, None, A, B)
     assert sorted(saved) == sorted(shapes)
-
-
-class Allocations(TorchDispatchMode):
-    """Follows the bytes of new storages that are alive, and their peak, through torch's dispatcher."""
-
-    def __init__(self, before: list[Tensor]) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in before}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self._follow(result.untyped_storage())
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._release, key, size)
-
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -193,7 +193,7 @@ def test_experts_stay_as_they_are_and_the_linear_layers_beside_them_are_adapted(
     [
         (lambda f: (f / CONFIG_FILE).write_text("{"), "adapter_config.json: not readable JSON"),
         (lambda f: (f / CONFIG_FILE).write_text("[]"), "expected an object, got list"),
-        (lambda f: (f / RECORD_FILE).write_text('{"format": 99}'), "reads format 1 of modulora.json, got 99"),
+        (lambda f: (f / RECORD_FILE).write_text('{"format": 99}'), "reads formats 1 and 2 of modulora.json, got 99"),
         (lambda f: (f / RECORD_FILE).write_text('{"format": 1}'), "malformed modulora.json"),
         (lambda f: (f / WEIGHTS_FILE).write_bytes(b"short"), "not a readable safetensors file"),
         (lambda f: (f / WEIGHTS_FILE).unlink(), "expected adapter_model.safetensors in it"),
