@@ -65,7 +65,7 @@ def convert(
         to: ``"modulora"``, or the name of an installed format.
 
     Raises:
-        OptionError: no such format, or ``source`` is of it already.
+        OptionError: no such format, one that is only read, or ``source`` is of it already.
         ModelError, ShapeError: a weight that the format can't hold, by its name; or ``source`` isn't packed.
         RequestError: ``source`` can't be read, ``out`` holds something else or is too small. All before any work.
     """
@@ -73,7 +73,7 @@ def convert(
     with PeakMemory("cpu") as peak:
         out = Path(out)
         check_output(out)
-        written = None if to == QUANT_METHOD else formats.create(to)
+        written = None if to == QUANT_METHOD else formats.create_writer(to)
         checkpoint = open_checkpoint(source, revision=revision)
         if written is None and checkpoint.foreign is None:
             raise OptionError(f"--to {to}: {source} is in this format already; expected another, one of "

@@ -66,7 +66,7 @@ def open_foreign(location: Location, recognised: Recognised) -> ForeignModel:
         PluginError: the plugin can't be used.
     """
     with quiet():
-        config, values = read_config(location.folder, foreign=True)
+        config, values = read_config(location.folder, recognised.spec)
         raw = SafetensorsStore(location.folder)
         layouts = {name: _layout(tensor) for name, tensor in raw.tensors.items() if _known(tensor)}
         weights = recognised.open().weights(recognised.config, layouts, raw.read)

@@ -10,6 +10,7 @@ LOCATION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """Where a class is: ``"package.module:Class"``."""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+_OUR_KEYS = ("quantization_config", "compression_config", "text_config")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,9 @@ class FormatSpec:
         location: where its :class:`~modulora_core.formats.CheckpointFormat` is: ``"package.module:Class"``.
             Several formats may share a class, which is constructed with the spec.
         quant_methods: the ``quant_method`` of config.json's ``quantization_config`` by which a folder of this format
-            is known. Empty for a format that is only written.
+            is known. Without these and ``config_keys`` a format is only written.
+        config_keys: keys of config.json by any of which, its value not being empty, a folder of this format is known: for tools
+            that don't write a ``quantization_config``. They aren't kept in the config of the model.
         config_files: names of files that hold that config where config.json has none, such as older tools wrote.
             They are written too.
 
@@ -34,6 +37,7 @@ class FormatSpec:
     summary: str
     location: str
     quant_methods: tuple[str, ...] = ()
+    config_keys: tuple[str, ...] = ()
     config_files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -45,6 +49,10 @@ class FormatSpec:
             raise ValueError(
                 f"location of format {self.name}: expected 'package.module:Class', got {self.location!r}"
             )
+        for key in self.config_keys:
+            if not (isinstance(key, str) and key.isidentifier()) or key in _OUR_KEYS:
+                raise ValueError(f"config_keys of format {self.name}: expected names of fields of config.json, other than "
+                                 f"{', '.join(_OUR_KEYS)}, got {key!r}")  # fmt: skip
         for file in self.config_files:
             if PurePath(file).name != file or not file.endswith(".json") or file == "config.json":
                 raise ValueError(

@@ -1,9 +1,10 @@
 """Checkpoint formats of other tools: what a plugin implements to read and write one, and how an installed one is found.
 
 A quantizer's weights may be on the Hub in files of other tools. Its plugin names such a format in
-``QuantizerSpec.formats`` and implements a :class:`CheckpointFormat`; the core finds the linear layers, streams a layer
-at a time and keeps config, tokenizer and dense tensors: so a foreign folder is finetuned, evaluated and merged as it
-stands, and ``modulora convert`` rewrites it. Importing this module does not import torch.
+``QuantizerSpec.formats`` and implements a :class:`CheckpointFormat`, or a :class:`FormatReader` where it doesn't write
+any; the core finds the linear layers, streams a layer at a time and keeps config, tokenizer and dense tensors: so a
+foreign folder is finetuned, evaluated and merged as it stands, and ``modulora convert`` rewrites it. Importing this module
+does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from modulora_core.spec import PackedLayout, PackedWeight, Quantizer, TensorLayo
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CheckpointFormat", "ForeignWeight", "FormatSpec", "Recognised", "StoredWeight"]
+__all__ = ["CheckpointFormat", "ForeignWeight", "FormatReader", "FormatSpec", "Recognised", "StoredWeight"]
 
 Read = Callable[[str], "Tensor"]
 """Gives a tensor by its name."""
@@ -68,8 +69,8 @@ class StoredWeight:
         return self.layout.fill({name: self.read(name) for name in self.layout.tensors})
 
 
-class CheckpointFormat(ABC):
-    """A foreign format: subclass this in a plugin, and name it in the plugin's :class:`FormatSpec`.
+class FormatReader(ABC):
+    """A foreign format that is only read: subclass this in a plugin, and name it in the plugin's :class:`FormatSpec`.
 
     Args:
         spec: the format that is asked for, where the class implements several.
@@ -85,7 +86,8 @@ class CheckpointFormat(ABC):
         """The quantized layers of a folder, by the dotted paths that its files use.
 
         Args:
-            config: the quantization config that the folder was known by.
+            config: the quantization config that the folder was known by; all of config.json for a folder that was known
+                by one of the spec's ``config_keys``.
             tensors: every tensor of the files, from their headers.
             read: gives one of them. Read only what is small, and needed for a layout or to refuse: this runs whenever
                 the folder is opened.
@@ -94,6 +96,10 @@ class CheckpointFormat(ABC):
             ModelError: the config asks for what isn't implemented; the message names it.
             CheckpointError: tensors that are missing, of other shapes, or damaged.
         """
+
+
+class CheckpointFormat(FormatReader):
+    """A foreign format that is read and written: subclass this in a plugin."""
 
     @abstractmethod
     def plan(self, weight: StoredWeight) -> dict[str, TensorLayout]:
@@ -125,7 +131,7 @@ class Recognised:
     config: Mapping[str, Any]
     file: str
 
-    def open(self) -> CheckpointFormat:
+    def open(self) -> FormatReader:
         """Raises PluginError when the plugin's class can't be imported."""
         return create(self.spec.name)
 
@@ -135,7 +141,7 @@ def specs() -> dict[str, FormatSpec]:
     return {spec.name: spec for _, spec in sorted(_installed(), key=lambda found: found[1].name)}
 
 
-def create(name: str) -> CheckpointFormat:
+def create(name: str) -> FormatReader:
     """The format of that name.
 
     Raises:
@@ -150,7 +156,15 @@ def create(name: str) -> CheckpointFormat:
         raise DuplicatePluginError(f"format {name!r}: brought by {origins}; uninstall one")
     ((entry, spec),) = found
     # mypy's type[T] takes no abstract class, which import_class makes sure is not what comes back
-    return registry.import_class(entry, spec.location, CheckpointFormat)(spec)  # type: ignore[type-abstract]
+    return registry.import_class(entry, spec.location, FormatReader)(spec)  # type: ignore[type-abstract]
+
+
+def create_writer(name: str) -> CheckpointFormat:
+    """As :func:`create`, for writing. Raises OptionError also for a format that is only read."""
+    found = create(name)
+    if not isinstance(found, CheckpointFormat):
+        raise OptionError(f"format {name!r}: it is only read, not written; expected another one")
+    return found
 
 
 def config_files() -> list[str]:
@@ -171,6 +185,8 @@ def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
             spec = _reader(found.get("quant_method")) if isinstance(found, Mapping) else None
             return None if spec is None else Recognised(spec, found, "config.json")
     for spec in specs().values():
+        if any(config.get(key) for key in spec.config_keys):
+            return Recognised(spec, config, "config.json")
         for file in spec.config_files:
             if spec.quant_methods and (folder / file).is_file():
                 values = _read_json(folder / file)

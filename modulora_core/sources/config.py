@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError
-from modulora_core.formats import recognise
+from modulora_core.formats import FormatSpec, recognise
 from modulora_core.hookspecs import PROJECT
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def read_config(folder: Path, *, foreign: bool = False) -> tuple[PretrainedConfig, dict[str, Any]]:
+def read_config(folder: Path, foreign: FormatSpec | None = None) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The config of a folder, and what its config.json says.
 
     No code of the folder is run.
 
     Args:
-        folder: of floating-point weights.
-        foreign: the folder is one that :func:`modulora_core.formats.recognise` knows; the config is then that of its
-            model without quantization.
+        folder: of floating-point weights, unless ``foreign`` is given.
+        foreign: the format that :func:`modulora_core.formats.recognise` knows the folder by; the config is then that of
+            its model without quantization.
 
     Raises:
         ModelError: no config.json, a broken one, one that needs remote code, or one of a quantized model.
@@ -36,7 +36,7 @@ def read_config(folder: Path, *, foreign: bool = False) -> tuple[PretrainedConfi
         raise ModelError(f"{path}: expected JSON, got {error}") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    if not foreign:
+    if foreign is None:
         _refuse_quantized(folder, values)
 
     from transformers import AutoConfig
@@ -47,9 +47,11 @@ def read_config(folder: Path, *, foreign: bool = False) -> tuple[PretrainedConfi
         reason = str(error).strip().split("\n")[0]
         remote = "; it needs code of its own, which is never run" if "auto_map" in values else ""
         raise ModelError(f"{path}: transformers can't use this config{remote}: {reason}") from error
-    for part in (config, config.get_text_config()) if foreign else ():
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+    if foreign is not None:
+        for part in (config, config.get_text_config()):
+            for key in ("quantization_config", *foreign.config_keys):
+                if hasattr(part, key):
+                    delattr(part, key)
     return config, values
 
 

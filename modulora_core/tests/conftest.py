@@ -23,8 +23,10 @@ from modulora_core.spec import FormatSpec, QuantizerSpec
 CRUDE = FormatSpec(name="crude", summary="what another tool writes", location="modulora_toy.crude:Crude", quant_methods=("crude",),
                    config_files=("crude.json",))
 CRUDE_2 = FormatSpec(name="crude_2", summary="the same, only written", location="modulora_toy.crude:Crude")
+CRUDE_3 = FormatSpec(name="crude_3", summary="the same, only read", location="modulora_toy.crude:CrudeReader",
+                     config_keys=("crude_levels",))
 TOY = QuantizerSpec(name="toy", summary="Rounds each row to 8 bits", location="modulora_toy.quantizer:Toy", protocol=1, bits=(8,),
-                    formats=(CRUDE, CRUDE_2))
+                    formats=(CRUDE, CRUDE_2, CRUDE_3))
 VERBATIM = QuantizerSpec(name="verbatim", summary="Keeps fp32", location="modulora_toy.quantizer:Verbatim", protocol=1, bits=(32,))
 
 @hookimpl
@@ -71,7 +73,7 @@ class Verbatim(Quantizer):
 
 TOY_FORMAT = """
 from modulora_core.errors import CheckpointError, ModelError, ShapeError
-from modulora_core.formats import CheckpointFormat, ForeignWeight
+from modulora_core.formats import CheckpointFormat, ForeignWeight, FormatReader
 from modulora_core.spec import TensorLayout
 from modulora_toy.quantizer import Toy, ToyOptions
 
@@ -111,6 +113,11 @@ class Crude(CheckpointFormat):
 
     def config(self, weights, kept):
         return {"quant_method": "crude", "levels": weights[0].layout.metadata["levels"], "version": self.spec.name, "kept": kept}
+
+class CrudeReader(FormatReader):
+    def weights(self, config, tensors, read):
+        assert config["hidden_size"] > 0  # all of config.json, and not the value of the key
+        return Crude(self.spec).weights({"levels": config["crude_levels"]}, tensors, read)
 """
 
 

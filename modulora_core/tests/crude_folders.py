@@ -20,7 +20,7 @@ def save_crude(
     *,
     chosen: Callable[[str], bool] = lambda name: name.endswith("proj"),
     files: int = 1,
-    config_file: str = "config.json",
+    config_file: str | None = "config.json",
     **more: Tensor,
 ) -> nn.Module:
     """Save a tiny model with its chosen layers quantized. Returns the dense model that it stands for.
@@ -28,7 +28,7 @@ def save_crude(
     Args:
         chosen: by the name of a layer in the file.
         files: in how many shards.
-        config_file: where the quantization config goes.
+        config_file: where the quantization config goes; None for a key of its own in config.json.
         more: tensors to add to the file.
     """
     model = tiny_model(architecture)
@@ -67,7 +67,10 @@ def _save(folder: Path, tensors: dict[str, Tensor], files: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def _save_config(folder: Path, config_file: str) -> None:
+def _save_config(folder: Path, config_file: str | None) -> None:
+    if config_file is None:
+        edit_config(folder, crude_levels=127)
+        return
     quantization: dict[str, Any] = {"quant_method": "crude", "levels": 127}
     if config_file != "config.json":
         (folder / config_file).write_text(json.dumps(quantization))

@@ -54,6 +54,16 @@ def test_there_and_back_gives_the_same_tensors_in_any_number_of_files(tmp_path: 
     assert torch.equal(logits(tmp_path / "back"), logits(tmp_path / "ours"))
 
 
+def test_a_format_that_is_only_read_is_converted_to_ours_and_refused_as_a_target(tmp_path: Path) -> None:
+    save_crude(tmp_path / "theirs", config_file=None)
+    convert(str(tmp_path / "theirs"), tmp_path / "ours", "modulora")
+    assert torch.equal(logits(tmp_path / "ours"), logits(tmp_path / "theirs"))
+    assert "crude_levels" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+    with pytest.raises(OptionError, match="format 'crude_3': it is only read, not written"):
+        convert(str(tmp_path / "ours"), tmp_path / "back", "crude_3")
+    assert not (tmp_path / "back").exists()
+
+
 def test_ours_to_foreign_writes_its_config_where_it_looks(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path / "dense")
     quantize(str(tmp_path / "dense"), tmp_path / "ours", "toy", {"levels": 50}, exclude=["*.down_proj"])

@@ -27,9 +27,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("files", [1, 3])
-@pytest.mark.parametrize("config_file", ["config.json", "crude.json"])
+@pytest.mark.parametrize("config_file", ["config.json", "crude.json", None])
 def test_a_foreign_folder_loads_as_the_model_that_it_stands_for(
-    files: int, config_file: str, tmp_path: Path
+    files: int, config_file: str | None, tmp_path: Path
 ) -> None:
     dense = save_crude(tmp_path / "m", files=files, config_file=config_file)
     model = load_model(tmp_path / "m", dtype="float32", device="cpu")
@@ -91,20 +91,28 @@ def test_commands_find_it_packed(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(opened.load()), logits(dense), rtol=1e-5, atol=1e-5)
 
 
-def test_merge_unpacks_it(tmp_path: Path) -> None:
-    dense = save_crude(tmp_path / "m")
+@pytest.mark.parametrize("config_file", ["config.json", None])
+def test_merge_unpacks_it(config_file: str | None, tmp_path: Path) -> None:
+    dense = save_crude(tmp_path / "m", config_file=config_file)
     merge(str(tmp_path / "m"), tmp_path / "out", dtype="float32")
     merged = open_to_run(str(tmp_path / "out"), dtype="float32", device="cpu").load()
     for name, value in dense.state_dict().items():
         assert torch.equal(merged.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("config_file", ["config.json", "crude.json"])
-def test_quantizing_it_is_refused_with_what_to_do(config_file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config_file", "told"),
+    [
+        ("config.json", r"crude \(config\.json"),
+        ("crude.json", r"crude \(crude\.json"),
+        (None, r"crude_3 \(config\.json"),
+    ],
+)
+def test_quantizing_it_is_refused_with_what_to_do(config_file: str | None, told: str, tmp_path: Path) -> None:
     save_crude(tmp_path / "m", config_file=config_file)
     with pytest.raises(
         ModelError,
-        match=rf"already quantized with crude \({config_file}\).*modulora convert .*/m OUT --to modulora",
+        match=rf"already quantized with {told}\).*modulora convert .*/m OUT --to modulora",
     ):
         open_model(str(tmp_path / "m"))
 
@@ -197,11 +205,19 @@ def test_a_config_file_of_another_method_says_nothing(tmp_path: Path) -> None:
     assert not is_packed(tmp_path / "m")
 
 
+def test_a_key_of_config_json_without_a_value_says_nothing(tmp_path: Path) -> None:
+    save_crude(tmp_path / "m", config_file=None)
+    assert is_packed(tmp_path / "m")
+    edit_config(tmp_path / "m", crude_levels=None)
+    assert not is_packed(tmp_path / "m")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("name", "Theirs"), ("name", "a__b"), ("name", ""), ("location", "theirs"), ("config_files", ("config.json",)),
-        ("config_files", ("../theirs.json",)), ("config_files", ("theirs.py",)),
+        ("config_files", ("../theirs.json",)), ("config_files", ("theirs.py",)), ("config_keys", ("",)), ("config_keys", (3,)),
+        ("config_keys", ("quantization_config",)),
     ],
 )  # fmt: skip
 def test_a_malformed_field_of_a_format_is_refused_by_name(field: str, value: object) -> None:
