@@ -69,7 +69,8 @@ def plan_quantization(
 
     Raises:
         PluginError, OptionError: a quantizer or an option of it can't be used; a pattern matches nothing; a quantizer
-            needs calibration and there is none, or there is and none wants it.
+            needs calibration and there is none, or there is and none wants it; tuning is wanted and no quantizer's packed weights can be
+            rescaled.
         ShapeError: a quantizer can't take a layer's shape; the message names the layer.
         ModelError: calibration is wanted and the model has no decoder blocks.
     """
@@ -124,8 +125,15 @@ def _check_calibration(choices: Sequence[Quantizer], calibration: CalibrationTex
         if choice.spec.calibration == "required" and calibration is None:
             raise OptionError(f"{choice.spec.name}: expected a calibration text, got none; give one: --calibration SOURCE, "
                               "such as a .txt file, or pydoc")  # fmt: skip
-    if calibration is not None and wanted == {"none"}:
-        names = ", ".join(dict.fromkeys(choice.spec.name for choice in choices))
+    if calibration is None:
+        return
+    names = ", ".join(dict.fromkeys(choice.spec.name for choice in choices))
+    if calibration.config.tuning is not None:
+        if not any(choice.spec.rescales for choice in choices):
+            raise OptionError(
+                f"tuning: expected a quantizer whose packed weights can be rescaled, got {names}; leave --tune-epochs out"
+            )
+    elif wanted == {"none"}:
         raise OptionError(
             f"calibration {calibration.config.source}: {names} uses none; leave --calibration out"
         )

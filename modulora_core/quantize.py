@@ -57,6 +57,8 @@ class QuantizeResult:
         kept: what was not quantized: reason → names.
         calibration: the samples that were used; None without calibration.
         unreached: experts that no calibration token was routed to: packed as if all inputs mattered alike.
+        tuning_errors: of each decoder block that this run tuned, its error on samples held out, before and after; None
+            without tuning.
     """
 
     out: str
@@ -71,6 +73,7 @@ class QuantizeResult:
     kept: dict[str, list[str]]
     calibration: dict[str, Any] | None = None
     unreached: list[str] = field(default_factory=list)
+    tuning_errors: dict[str, tuple[float, float]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,11 +104,11 @@ def quantize(
         quantizer: the plugin's name; options: of its ``Options``.
         overrides: other quantizers for some modules; the last that matches holds.
         include, exclude: fnmatch patterns on module paths (:func:`modulora_core.sites.find_sites`).
-        calibration: the text whose tokens tell a quantizer which inputs matter.
+        calibration: the text whose tokens tell a quantizer which inputs matter, and whether blocks are tuned on it.
         device: where packing is computed. The checkpoint is the same kind of folder whatever the device.
         seed: for quantizers that draw random numbers; each parameter has its own stream.
         resume: go on with ``out.partial`` of a killed run of the same request, on the same kind of machine: packed
-            parameters are kept, and the bytes are those of a run that wasn't killed.
+            parameters (with tuning: whole blocks) are kept, and the bytes are those of a run that wasn't killed.
 
     Raises:
         RequestError: anything that can be known beforehand, before any work. WorkError: what can't.
@@ -132,7 +135,7 @@ def quantize(
         with whole_or_nothing(out, resume=resume) as folder:
             write_file(folder / REQUEST, json.dumps({"record": plan.record.to_json(), "contents": contents}))
             writer = ShardWriter(folder, plan.shards, resume=resume)
-            unreached = pack_all(source, plan, writer, where, progress)
+            packed = pack_all(source, plan, writer, where, progress)
             _write_config(source, plan.record, folder)
             source.copy_tokenizer(folder)
             writer.finish()
@@ -143,8 +146,14 @@ def quantize(
         bits_per_weight=plan.record.bits_per_weight, bytes=plan.nbytes, seconds=time.perf_counter() - started,
         peak_memory_bytes=peak.nbytes, weights=sum(site.weights for _, site in plan.record.items()),
         source_bytes=sum(info.nbytes for info in source.parameters.values()),
-        kept=dict(plan.record.kept), calibration=None if text is None else text.to_json(), unreached=unreached,
+        kept=dict(plan.record.kept), calibration=None if text is None else text.to_json(), unreached=list(packed.unreached),
+        tuning_errors=None if text is None or text.config.tuning is None else _rounded(packed.tuning_errors),
     )  # fmt: skip
+
+
+def _rounded(errors: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """To four digits."""
+    return {path: (float(f"{before:.4g}"), float(f"{after:.4g}")) for path, (before, after) in errors.items()}
 
 
 def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from modulora_core.errors import OptionError, ShapeError
+from modulora_core.errors import OptionError, PluginError, ShapeError
 from modulora_core.format_spec import LOCATION, FormatSpec
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
 
@@ -73,6 +73,7 @@ class QuantizerSpec:
         in_multiple: ``in_features`` must be divisible by this.
         url: the paper or the project's page.
         formats: checkpoint formats of other tools that hold this quantizer's weights (:mod:`modulora_core.formats`).
+        rescales: whether :meth:`Quantizer.rescaled` is there, which tuning asks for (docs/calibration.md).
 
     Raises:
         ValueError: a field is malformed; the message names it.
@@ -89,6 +90,7 @@ class QuantizerSpec:
     in_multiple: int = 1
     url: str = ""
     formats: tuple[FormatSpec, ...] = ()
+    rescales: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and _NAME.fullmatch(self.name)):
@@ -109,6 +111,8 @@ class QuantizerSpec:
                 raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
         if not all(isinstance(item, FormatSpec) for item in self.formats):
             raise ValueError(f"formats: expected values of FormatSpec, got {self.formats!r}")
+        if self.rescales not in (True, False):
+            raise ValueError(f"rescales: expected True or False, got {self.rescales!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +198,27 @@ class Quantizer(ABC):
             return self.dequantize_tile(packed, (start, stop), dtype)
 
         return tiled_matmul(x, tile, packed.shape, transpose)
+
+    def rescaled(self, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor) -> PackedWeight:  # noqa: ARG002
+        """The packed weight of diag(output_scale) Ŵ diag(input_scale), for a spec that says ``rescales=True``.
+
+        For formats that keep a vector for each side of Ŵ: the scales are multiplied into those. Rounding them to their
+        dtype is fine; codes stay. Tuning trains the scales while a model is quantized.
+
+        Args:
+            packed: what :meth:`pack` returned.
+            input_scale: ``[in]``, fp32; output_scale: ``[out]``, fp32; on the device of ``packed``. Near 1.
+
+        Returns:
+            a packed weight of the same layout.
+
+        Raises:
+            PluginError: by default: this quantizer has no place for such scales.
+        """
+        raise PluginError(
+            f"{self.spec.name}: expected a quantizer whose packed weights can be rescaled (rescales=True in its spec), got one that "
+            "has no rescaled(); quantize without tuning"
+        )
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a shape that can't be packed, before any work.

@@ -52,6 +52,7 @@ class Block:
 
     Attributes:
         weights: the observed matrices of each site: one, or one for each expert.
+        vectors: the one-dimensional parameters that aren't packed (norms, biases), as the model stores them.
         listener: told of every product (:data:`modulora_core.calibration.observe.Listener`); exchange it at will.
 
     Raises:
@@ -67,9 +68,11 @@ class Block:
         device: torch.device,
         keep: Callable[[str, Tensor], None],
     ) -> None:
-        self.path, self.module, self.sites = path, module, sites
+        self.path, self.module, self.sites, self._device = path, module, sites, device
         self.listener: Listener = ignore
         self.weights: dict[str, list[ObservedWeight]] = {}
+        self.vectors: dict[str, Tensor] = {}
+        parameters = {name for name, _ in module.named_parameters()}  # a stored buffer isn't one
         linear: dict[str, Tensor] = {}
         prefix = path + "."
         names = {name for name in source.parameters if name.startswith(prefix)}
@@ -79,6 +82,8 @@ class Block:
                 linear[inside] = cast(tensor, device)
             else:
                 keep(name, tensor)
+                if tensor.dim() == 1 and tensor.is_floating_point() and inside in parameters:
+                    self.vectors[inside] = tensor
                 fill(module, inside, cast(tensor, device))
         move_buffers(module, device)
         for inside in list(linear):  # now that biases are there
@@ -120,6 +125,10 @@ class Block:
         """From now on multiply by these values of a parameter's matrices."""
         for observed, value in zip(self.weights[name], values, strict=True):
             observed.weight.copy_(value)
+
+    def replace_vector(self, name: str, value: Tensor) -> None:
+        """From now on use this value of one of :attr:`vectors`, ``[n]``, in the dtype that the model stores it in."""
+        fill(self.module, name, cast(value, self._device))
 
     def close(self) -> None:
         """Let the weights go at once: module and listener know each other, which only a garbage collection would see."""

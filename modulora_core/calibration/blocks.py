@@ -55,8 +55,8 @@ class Call:
     kwargs: dict[str, Any]
     by_name: bool  # the hidden state is a keyword argument
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The hidden state after ``block``."""
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """The hidden state after ``block``, a module or what calls one."""
         if self.by_name:
             return hidden_of(block(*self.args, **{**self.kwargs, _HIDDEN: hidden}))
         return hidden_of(block(hidden, *self.args, **self.kwargs))

@@ -34,16 +34,31 @@ def ignore(key: Key, x: Tensor) -> None:
     """The listener that does nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class ChannelScales:
+    """Factors of a matrix's columns, ``input`` ``[in]``, and rows, ``output`` ``[out]``; fp32."""
+
+    input: Tensor
+    output: Tensor
+
+
 class ObservedWeight:
-    """One dense matrix ``[out, in]``, which may be exchanged for its quantized values."""
+    """One dense matrix ``[out, in]``, which may be exchanged for its quantized values.
+
+    ``scales`` multiply it while they are tuned: v ⊙ (W (u ⊙ x)) + b, differentiable in u, v, x and b.
+    """
 
     def __init__(self, key: Key, weight: Tensor, listener: Listener) -> None:
         self.key, self.weight, self._listener = key, weight, listener
+        self.scales: ChannelScales | None = None
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x Wᵀ + b``."""
         self._listener(self.key, x)
-        return nn.functional.linear(x, self.weight, bias)
+        if self.scales is None:
+            return nn.functional.linear(x, self.weight, bias)
+        y = nn.functional.linear((x * self.scales.input).to(x.dtype), self.weight) * self.scales.output
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 class ObservedLinear(nn.Module):

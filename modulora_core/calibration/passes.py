@@ -89,7 +89,7 @@ class Passes:
         *,
         paused_bytes: int,
     ) -> None:
-        self._states, self._batches = states, batches
+        self._states, self._batches, self._calls = states, batches, calls
         self._block = block
         self._passes: list[Pass] = []
         room = paused_bytes
@@ -116,6 +116,15 @@ class Passes:
             collector.begin(None if one.paused is None else one.paused.parent)
             one.collect()
         self._block.listener = ignore
+
+    def advance(self, states: HiddenStates) -> None:
+        """Replace other hidden states of the same samples by those after the block as it is now."""
+        for call, batch in zip(self._calls, self._batches, strict=True):
+            states[batch] = call.run(self._block.module, states[batch])
+
+    def begin_again(self) -> None:
+        """Forget how far the batches came: they run the block from its beginning."""
+        self._passes = [Pass(one.run, pauses=False) for one in self._passes]
 
     def finish(self) -> None:
         """Replace the hidden states by those after the block, whose weights are all packed now."""

@@ -19,13 +19,16 @@ SPILL_BYTES = 4 * 2**30
 fp32 just fit into memory."""
 
 FILE = "hidden_states.bin"
+DENSE_FILE = "dense_states.bin"
+"""Of the unquantized model, where blocks are tuned towards it."""
 
 
 def spill_bytes(text: CalibrationText, config: PretrainedConfig, device: torch.device) -> int:
-    """How large the file of the hidden states will be; 0 where they stay in memory."""
+    """How large the files of the hidden states will be; 0 where they stay in memory."""
     dtype = torch.float32 if device.type == "cpu" else config.dtype
     nbytes = text.ids.numel() * config.get_text_config().hidden_size * dtype.itemsize
-    return nbytes if _spills(nbytes, text.config.spill) else 0
+    files = 1 if text.config.tuning is None else 2
+    return files * nbytes if _spills(nbytes, text.config.spill) else 0
 
 
 def _spills(nbytes: int, wish: bool | None) -> bool:
@@ -41,6 +44,7 @@ class HiddenStates:
         folder: where the mapped file is put, if there is one.
         device: where batches are wanted.
         spill: use a file; None does for more than :data:`SPILL_BYTES`.
+        file: its name.
     """
 
     def __init__(
@@ -51,11 +55,12 @@ class HiddenStates:
         *,
         device: torch.device,
         spill: bool | None = None,
+        file: str = FILE,
     ) -> None:
         self._device = device
         nbytes = math.prod(shape) * dtype.itemsize
         self.spilled = _spills(nbytes, spill)
-        self._path = folder / FILE
+        self._path = folder / file
         if self.spilled:
             self._path.unlink(missing_ok=True)
             mapped = torch.from_file(str(self._path), shared=True, size=math.prod(shape), dtype=dtype)
@@ -68,6 +73,11 @@ class HiddenStates:
 
     def __setitem__(self, samples: slice, values: Tensor) -> None:
         self._values[samples] = values
+
+    def copy_(self, other: HiddenStates) -> None:
+        """Take ``other``'s values, which has the same shape, a sample at a time."""
+        for sample in range(len(self._values)):
+            self._values[sample] = other._values[sample]
 
     def close(self) -> None:
         """Give memory and file back."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from modulora_core.calibration.tuning_config import TuningConfig
 from modulora_core.data import token_segments
 from modulora_core.errors import DataError, OptionError
 
@@ -38,6 +39,7 @@ class CalibrationConfig:
         batch_size: segments that go through a block at once; None for about :data:`BATCH_TOKENS` tokens. It changes
             rounding only.
         spill: keep hidden states in a file beside the output instead of in memory; None decides by their size.
+        tuning: tune each block after it was quantized (:mod:`modulora_core.calibration.tuning`); None doesn't.
 
     Raises:
         OptionError: a number is less than 1.
@@ -49,8 +51,11 @@ class CalibrationConfig:
     sequential: bool = True
     batch_size: int | None = None
     spill: bool | None = None
+    tuning: TuningConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.tuning is not None and self.tuning.epochs == 0:
+            object.__setattr__(self, "tuning", None)
         for name in ("samples", "seq_len", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -71,6 +76,7 @@ class CalibrationText:
 
     def to_json(self) -> dict[str, Any]:
         """For the checkpoint's record. Two runs with equal records have had the same samples in the same way."""
+        tuning = self.config.tuning
         return {
             "source": self.config.source,
             "samples": self.ids.shape[0],
@@ -78,6 +84,7 @@ class CalibrationText:
             "sequential": self.config.sequential,
             "batch_size": self.batch_size,
             "tokens_sha256": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest(),
+            **({} if tuning is None else {"tuning": tuning.to_json(self.ids.shape[1])}),
         }
 
 
@@ -94,7 +101,8 @@ def load_calibration(config: CalibrationConfig, tokenizer: Any, *, seed: int) ->
     """Tokenize the text and pick the samples.
 
     Raises:
-        DataError: the text is missing or malformed, or has fewer than ``config.samples`` segments.
+        DataError: the text is missing or malformed, has fewer than ``config.samples`` segments, or one only where
+            there is tuning.
         MissingExtraError: reading it takes a library that isn't installed.
     """
     ids = token_segments(config.source, tokenizer, config.seq_len, config.samples or SAMPLES, seed=seed)
@@ -103,4 +111,6 @@ def load_calibration(config: CalibrationConfig, tokenizer: Any, *, seed: int) ->
             f"calibration {config.source}: expected text for {config.samples} samples of {config.seq_len} tokens, got enough "
             f"for {len(ids)}; give more text, fewer samples, or shorter ones (seq_len)"
         )
+    if config.tuning is not None:
+        config.tuning.batches(*ids.shape)  # refuses too few samples before any work
     return CalibrationText(config, ids)

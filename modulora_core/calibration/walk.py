@@ -7,6 +7,7 @@ order this holds for the layers within a block too: q, k, v are packed, then o, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -17,8 +18,9 @@ from modulora_core.calibration.block import Block, cast, fill, move_buffers
 from modulora_core.calibration.blocks import Call, find_blocks, record_calls
 from modulora_core.calibration.order import Order
 from modulora_core.calibration.passes import Collector, Passes
-from modulora_core.calibration.states import HiddenStates
+from modulora_core.calibration.states import DENSE_FILE, FILE, HiddenStates
 from modulora_core.calibration.text import CalibrationText
+from modulora_core.calibration.tuning import Tuner
 from modulora_core.sites import LinearSite
 from modulora_core.sources import ModelSource
 from modulora_core.spec import Calibration
@@ -86,8 +88,8 @@ class BlockWalk:
         self.unreached: list[str] = []
 
     @torch.no_grad()
-    def run(self, packing: Packing) -> None:
-        """Pack every block.
+    def run(self, packing: Packing, tuner: Tuner | None = None) -> None:
+        """Pack every block, and with a ``tuner`` tune it then.
 
         Raises:
             ModelError: the model can't be run block by block.
@@ -97,20 +99,24 @@ class BlockWalk:
         filled = [
             self._fill_block(0, modules[0], packing)
         ]  # the model's forward runs it to learn what it returns
-        states, calls = self._enter(modules)
-        del self._model  # the embeddings aren't needed any more
-        try:
+        with ExitStack() as stack:
+            states, calls = self._enter(modules, stack)
+            targets = None if tuner is None else self._begin(tuner, states, modules, stack)
+            del self._model  # the embeddings aren't needed any more
             for number in range(len(modules)):
                 block = filled.pop() if filled else self._fill_block(number, modules[number], packing)
                 modules[number] = nn.Identity()
                 passes = self._passes(block, states, [found[number] for found in calls])
+                if targets is not None:
+                    passes.advance(targets)  # while the block is dense
                 self._pack_block(block, passes, packing)
+                if tuner is not None:
+                    passes.begin_again()  # what pauses has seen weights that aren't tuned
+                    tuner.take_up(number, block)
                 if number < len(modules) - 1:
                     passes.finish()
                 passes.close()
                 block.close()
-        finally:
-            states.close()
 
     def _passes(self, block: Block, states: HiddenStates, calls: Sequence[Call]) -> Passes:
         may_pause = self._text.config.sequential and not block.has_experts
@@ -121,7 +127,7 @@ class BlockWalk:
         size, count = self._text.batch_size, len(self._text.ids)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def _enter(self, blocks: list[nn.Module]) -> tuple[HiddenStates, list[list[Call]]]:
+    def _enter(self, blocks: list[nn.Module], stack: ExitStack) -> tuple[HiddenStates, list[list[Call]]]:
         """The hidden states before the first block, and for each batch a call of each block."""
         self._fill_prelude()
         calls: list[list[Call]] = []
@@ -129,15 +135,32 @@ class BlockWalk:
         for batch in self._batches():
             hidden, found = record_calls(self._model, blocks, self._text.ids[batch].to(self._device))
             if states is None:
-                shape = (len(self._text.ids), hidden.shape[1], hidden.shape[2])
-                states = HiddenStates(shape, hidden.dtype, self._folder, device=self._device,
-                                      spill=self._text.config.spill)  # fmt: skip
+                states = self._states(hidden, FILE, stack)
             states[batch] = hidden
-            calls.append(
-                [call.sharing(first) for call, first in zip(found, calls[0], strict=True)] if calls else found
-            )
+            calls.append(_sharing(found, calls))
         assert states is not None
         return states, calls
+
+    def _begin(
+        self, tuner: Tuner, states: HiddenStates, blocks: list[nn.Module], stack: ExitStack
+    ) -> HiddenStates:
+        """The unquantized model's hidden states, which are the same before the first block."""
+        calls: list[list[Call]] = []
+        for batch in tuner.batches:
+            _, found = record_calls(self._model, blocks, self._text.ids[batch].to(self._device))
+            calls.append(_sharing(found, calls))
+        targets = self._states(states[slice(0, 1)], DENSE_FILE, stack)
+        targets.copy_(states)
+        tuner.begin(states, targets, calls)
+        return targets
+
+    def _states(self, hidden: Tensor, file: str, stack: ExitStack) -> HiddenStates:
+        """Room for all samples' hidden states, of which ``hidden`` are some."""
+        shape = (len(self._text.ids), hidden.shape[1], hidden.shape[2])
+        states = HiddenStates(shape, hidden.dtype, self._folder, device=self._device,
+                              spill=self._text.config.spill, file=file)  # fmt: skip
+        stack.callback(states.close)
+        return states
 
     def _fill_prelude(self) -> None:
         """Fill in what the forward needs before the first block: all outside of the blocks but the output head."""
@@ -192,3 +215,8 @@ class BlockWalk:
             if moment.samples == 0:
                 self.unreached.append(f"{full_name}[{i}]")
             yield moment.mean(f"{full_name}{expert}")
+
+
+def _sharing(found: list[Call], before: Sequence[list[Call]]) -> list[Call]:
+    """The calls of one batch, with the objects of the first batch's where they are equal."""
+    return [call.sharing(first) for call, first in zip(found, before[0], strict=True)] if before else found

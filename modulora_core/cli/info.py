@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +56,7 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
         "bytes": checkpoint.nbytes,
         "source": dict(record.source),
         "core_version": record.core_version,
+        "calibration": None if record.calibration is None else dict(record.calibration),
         "quantizers": groups,
         "kept": {reason: list(names) for reason, names in record.kept.items()},
     }
@@ -68,6 +70,7 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
         f"{facts['architecture']}, {origin}",
         f"{format_size(checkpoint.nbytes)}, of which {format_size(record.nbytes)} packed at {record.bits_per_weight:.3f} bits per weight",
     ]
+    lines += _calibrated(record.calibration)
     for group in groups:
         options = ", ".join(f"{key}={value}" for key, value in group["options"].items()) or "no options"
         bits = 8 * group["bytes"] / max(1, group["weights"])
@@ -77,18 +80,37 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
     return Report(facts, "\n".join(lines))
 
 
+def _calibrated(calibration: Mapping[str, Any] | None) -> list[str]:
+    if calibration is None:
+        return []
+    told = "calibrated on {samples} samples of {seq_len} tokens of {source}".format_map(_Told(calibration))
+    tuning = calibration.get("tuning")
+    if tuning is not None:
+        told += ", blocks tuned: {epochs} epochs at learning rate {learning_rate}".format_map(_Told(tuning))
+    return [told]
+
+
+class _Told(dict[str, Any]):
+    """What a record tells; a reader may find less in it than we write."""
+
+    def __missing__(self, key: str) -> str:
+        return "?"
+
+
 def _adapter(path: str) -> Report:
     from modulora_core.peft_format import AdapterFolder
 
     adapter = AdapterFolder(path)
-    ranks = sorted({delta.rank for delta in adapter.values()})
-    parameters = sum(delta.A.numel() + delta.B.numel() for delta in adapter.values())
+    ranks = sorted({rank for _, rank, _ in adapter.shapes.values()})
+    scaled = adapter.has_channel_scales
+    parameters = sum((out + in_) * (r + scaled) for out, r, in_ in adapter.shapes.values())
     base = adapter.record.base if adapter.record is not None else None
     name = base.name if base is not None else adapter.config.get("base_model_name_or_path")
     quantizers = [dict(q) for q in base.quantizers] if base is not None else []
-    facts = {"kind": "adapter", "modules": len(adapter), "ranks": ranks, "parameters": parameters, "base": name,
-             "base_quantizers": quantizers, "config": dict(adapter.config)}  # fmt: skip
+    facts = {"kind": "adapter", "modules": len(adapter), "ranks": ranks, "channel_scales": scaled,
+             "parameters": parameters, "base": name, "base_quantizers": quantizers, "config": dict(adapter.config)}  # fmt: skip
     made_on = ", ".join(q["quantizer"] for q in quantizers) or "not recorded"
-    text = (f"LoRA adapter of {len(adapter)} modules, rank {', '.join(map(str, ranks))}, {parameters:,} parameters\n"
+    made_of = f"rank {', '.join(map(str, ranks))}" + (" and channel scales" if scaled else "")
+    text = (f"LoRA adapter of {len(adapter)} modules, {made_of}, {parameters:,} parameters\n"
             f"made for {name} (quantizer: {made_on})")  # fmt: skip
     return Report(facts, text)

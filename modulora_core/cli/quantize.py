@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
 
 if TYPE_CHECKING:
-    from modulora_core.calibration import CalibrationConfig
+    from modulora_core.calibration import CalibrationConfig, TuningConfig
     from modulora_core.quantize import Override, QuantizeResult
 
 Include = Annotated[
@@ -69,6 +70,16 @@ Spill = Annotated[
                  help="Keep the samples' hidden states in a file beside OUT, or in memory."),
 ]  # fmt: skip
 
+TuneEpochs = Annotated[
+    int,
+    typer.Option("--tune-epochs", metavar="N", min=0,
+                 help="After a block is packed, train channel scales, norms and biases for N passes over the samples."),
+]  # fmt: skip
+TuneLR = Annotated[
+    float | None,
+    typer.Option("--tune-lr", metavar="X", show_default="0.001", help="Peak learning rate of --tune-epochs."),
+]
+
 
 def command(
     model: Model,
@@ -84,6 +95,8 @@ def command(
     true_sequential: Sequential = True,
     batch_size: BatchSize = None,
     spill: Spill = None,
+    tune_epochs: TuneEpochs = 0,
+    tune_lr: TuneLR = None,
     device: Device = "cpu",
     seed: Seed = 0,
     max_shard_size: MaxShardSize = 5 * 10**9,
@@ -103,6 +116,7 @@ def command(
       modulora quantize org/model out -q NAME -o block_size=32 -o double_quant=true
       modulora quantize ./model out -q NAME --exclude '*.down_proj'
       modulora quantize ./model out -q NAME --calibration text.jsonl --samples 128 --seq-len 2048
+      modulora quantize ./model out -q NAME --calibration pydoc --tune-epochs 5
       modulora quantize ./model out -q NAME --override 'model.layers.0.*=OTHER:group_size=64'
     """
     from modulora_core.options import parse_options
@@ -116,6 +130,7 @@ def command(
         batch_size=batch_size,
         spill=spill,
         sequential=true_sequential,
+        tuning=_tuning(tune_epochs, tune_lr),
     )
     with terminal().progress("reading", unit="bytes") as bar:
         result = quantize(
@@ -135,8 +150,20 @@ def _calibration(source: str | None, *, sequential: bool, **chosen: Any) -> Cali
     if source is not None:
         return CalibrationConfig(source, sequential=sequential, **given)
     for name in given:
-        raise OptionError(f"--{name.replace('_', '-')}: expected --calibration SOURCE beside it, got none")
+        option = "tune-epochs" if name == "tuning" else name.replace("_", "-")
+        raise OptionError(f"--{option}: expected --calibration SOURCE beside it, got none")
     return None
+
+
+def _tuning(epochs: int, learning_rate: float | None) -> TuningConfig | None:
+    from modulora_core.calibration import TuningConfig
+    from modulora_core.errors import OptionError
+
+    if learning_rate is None:
+        return TuningConfig(epochs) if epochs else None
+    if not epochs:
+        raise OptionError("--tune-lr: expected --tune-epochs N beside it, got none")
+    return TuningConfig(epochs, learning_rate)
 
 
 def _override(text: str) -> Override:
@@ -160,6 +187,11 @@ def _told(result: QuantizeResult) -> str:
     if result.calibration is not None:
         lines.append(
             "calibrated on {samples} samples of {seq_len} tokens of {source}".format(**result.calibration)
+        )
+    if result.tuning_errors:
+        before, after = (fmean(errors) for errors in zip(*result.tuning_errors.values(), strict=True))
+        lines.append(
+            f"tuned {len(result.tuning_errors)} blocks: error of their outputs on samples held out {before:.3g} before, {after:.3g} after"
         )
     lines += _unreached(result.unreached)
     lines.append("Not quantized:")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.errors import CheckpointError, OptionError, ShapeError
+from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
 from modulora_core.spec import NoOptions, PackedLayout, PackedWeight, QuantizerSpec, TensorLayout, check_rows
 
 GOOD: dict[str, Any] = {
@@ -27,6 +27,7 @@ GOOD: dict[str, Any] = {
         ("location", "mine.quantizer"), ("location", "mine quantizer:Mine"), ("location", ":Mine"),
         ("bits", ()), ("bits", (0,)), ("bits", (64,)), ("bits", ("4",)),
         ("calibration", "maybe"), ("protocol", 0), ("protocol", "1"), ("in_multiple", 0), ("out_multiple", -8),
+        ("rescales", "yes"), ("rescales", None),
     ],
 )  # fmt: skip
 def test_a_malformed_field_is_refused_by_name(field: str, value: object) -> None:
@@ -149,6 +150,15 @@ def test_the_base_class_refuses_shapes_by_the_specs_multiples(toy: ModuleType) -
         Eights().check_shape((4, 12))
     with pytest.raises(ShapeError, match="out_features 3 is not a multiple of 2"):
         Eights().check_shape((3, 16))
+
+
+def test_the_base_class_has_no_place_for_scales(toy: ModuleType) -> None:
+    assert not toy.Toy.spec.rescales
+    weight = toy.Toy().pack(torch.randn(6, 4))
+    with pytest.raises(
+        PluginError, match=r"toy: expected a quantizer whose packed weights can be rescaled .*without tuning"
+    ):
+        toy.Toy().rescaled(weight, torch.ones(4), torch.ones(6))
 
 
 def test_options_of_another_class_are_refused(toy: ModuleType) -> None:
