@@ -1,4 +1,4 @@
-"""OPTQ against its peers: the time to quantize a model, and what is left of it on text that calibration never saw.
+"""Calibrated quantizers and their peers: the time to quantize a model, and what is left of it on text that calibration never saw.
 
 ::
 
@@ -8,10 +8,15 @@
     gptqmodel    GPTQModel (package gptqmodel) with its defaults, on the CPU
     optq-plain   modulora-optq with act_order=false range_search=false static_groups=false: the paper
     optq         modulora-optq with its defaults
+    quip         modulora-quip-sharp-e8 with its defaults
+    quip-plain   the same with rescale=false: QuIP# without its options
+    quip-sweeps  the same as quip with sweeps=10
+    quip-tuned   the same as quip, scales and norms tuned block by block (--tune-epochs)
+    nf4          modulora-nf4: 4 bits, no calibration
 
 All start from one fp32 folder of the model and, where they calibrate, from the same token ids. All are evaluated by the
 same code in fp32. Every step is a process of its own, and methods take turns, so that a machine that changes its pace
-does so for all; seconds are the least of all --repeats. For optq they span all of `quantize`, from opening the folder
+does so for all; seconds are the least of all --repeats. For optq and quip they span all of `quantize`, from opening the folder
 to the checkpoint on disk; for the others only the call that quantizes, with the model in memory and nothing written yet.
 The first run compiles kernels, later ones find them. Memory is the peak of the process meanwhile, model and libraries
 included. Bits per weight count all that a method stores for its linear layers. `pip install hqq gptqmodel` to compare with them.
@@ -22,7 +27,7 @@ SmolLM2-135M-Instruct in fp32 has a perplexity of about 29 on the first of them:
     pip download --no-deps gensim==4.4.0
     python -m zipfile -e gensim-4.4.0-*.whl gensim-files
     cp gensim-files/gensim/test/test_data/lee_background.cor news.txt
-    python examples/benchmarks/optq.py --data 'pydoc[80%:]' --data news.txt
+    python examples/benchmarks/quality.py --data 'pydoc[80%:]' --data news.txt
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modulora_core import registry
-from modulora_core.calibration import CalibrationConfig, CalibrationText, load_calibration
+from modulora_core.calibration import CalibrationConfig, CalibrationText, TuningConfig, load_calibration
 from modulora_core.data import token_segments
 from modulora_core.evaluate import perplexity
 from modulora_core.loading import open_to_run
@@ -59,8 +64,10 @@ from modulora_core.sites import find_sites
 from modulora_core.sources.safetensors_store import SafetensorsStore
 from modulora_core.spec import Calibration
 
+QUIP = "modulora-quip-sharp-e8"
 METHODS = {"dense": "modulora-core", "rtn": "modulora-optq", "hqq": "hqq", "gptqmodel": "gptqmodel",
-           "optq-plain": "modulora-optq", "optq": "modulora-optq"}  # fmt: skip
+           "optq-plain": "modulora-optq", "optq": "modulora-optq", "quip": QUIP, "quip-plain": QUIP, "quip-sweeps": QUIP,
+           "quip-tuned": QUIP, "nf4": "modulora-nf4"}  # fmt: skip
 """The methods, and the distribution that each needs."""
 
 Layer = tuple[int, Callable[[], Tensor]]
@@ -85,13 +92,14 @@ class Job:
     group_size: int
     gptqmodel_batch_size: int
     gptqmodel_dtype: str
+    tune_epochs: int
     bits: int = 0
 
     def path(self, name: str) -> Path:
         return Path(self.folder) / name
 
-    def config(self) -> CalibrationConfig:
-        return CalibrationConfig(self.calibration, samples=self.samples, seq_len=self.seq_len)
+    def config(self, tuning: TuningConfig | None = None) -> CalibrationConfig:
+        return CalibrationConfig(self.calibration, samples=self.samples, seq_len=self.seq_len, tuning=tuning)
 
     def tokens(self) -> dict[str, Tensor]:
         return dict(load_file(self.path("tokens.safetensors")))
@@ -189,19 +197,37 @@ def gptqmodel(job: Job, out: Path) -> dict[str, Any]:
 
 
 def optq(job: Job, out: Path, **options: bool) -> dict[str, Any]:
-    chosen = {"bits": job.bits, "group_size": job.group_size, **options}
+    return ours(job, out, "optq", {"bits": job.bits, "group_size": job.group_size, **options})
+
+
+def quip(job: Job, out: Path, tuning: TuningConfig | None = None, **options: Any) -> dict[str, Any]:
+    return ours(job, out, "quip-sharp-e8", {"bits": job.bits, **options}, tuning)
+
+
+def ours(
+    job: Job, out: Path, name: str, options: dict[str, Any], tuning: TuningConfig | None = None
+) -> dict[str, Any]:
     with measuring() as measured:
-        result = quantize(str(job.path("dense")), out, "optq", chosen, calibration=job.config(), seed=0)
-    prepared = CalibrationText(job.config(), job.tokens()["calibration"]).to_json()
-    if result.calibration != prepared:  # optq picks its samples itself
+        result = quantize(str(job.path("dense")), out, name, options, calibration=job.config(tuning), seed=0)
+    prepared = CalibrationText(job.config(tuning), job.tokens()["calibration"]).to_json()
+    if result.calibration != prepared:  # quantize picks its samples itself
         raise SystemExit(f"expected the others' samples, {prepared}, got {result.calibration}")
     return {**measured, "bits_per_weight": result.bits_per_weight, "options": result.options}
+
+
+def nf4(job: Job, out: Path) -> dict[str, Any]:
+    with measuring() as measured:
+        result = quantize(str(job.path("dense")), out, "nf4")
+    return {**measured, "bits_per_weight": result.bits_per_weight}
 
 
 # Each step runs in a process of its own, and returns what JSON can hold.
 STEPS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
     "prepare": prepare, "evaluate": evaluate, "rtn": rtn, "hqq": hqq, "gptqmodel": gptqmodel, "optq": optq,
-    "optq-plain": lambda job, out: optq(job, out, **PLAIN),
+    "optq-plain": lambda job, out: optq(job, out, **PLAIN), "quip": quip, "nf4": nf4,
+    "quip-plain": lambda job, out: quip(job, out, rescale=False),
+    "quip-sweeps": lambda job, out: quip(job, out, sweeps=10),
+    "quip-tuned": lambda job, out: quip(job, out, TuningConfig(epochs=job.tune_epochs)),
 }  # fmt: skip
 
 
@@ -275,13 +301,14 @@ def main() -> None:
     add("--repeats", type=int, default=1)
     add("--gptqmodel-batch-size", type=int, default=1)
     add("--gptqmodel-dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: its choice")
+    add("--tune-epochs", type=int, default=4, help="of quip-tuned")
     add("--json", type=Path, metavar="FILE", help="add every measurement to this file, a line each")
     chosen = vars(parser.parse_args())
     widths, repeats, file = (chosen.pop(name) for name in ("bits", "repeats", "json"))
     methods = [method for method in chosen.pop("methods") if installed(method)]
     chosen["data"] = chosen["data"] or ["pydoc[80%:]"]
     records = []
-    with tempfile.TemporaryDirectory(prefix="optq-benchmark-") as folder:
+    with tempfile.TemporaryDirectory(prefix="quality-benchmark-") as folder:
         job = Job(folder, **chosen)
         if run("prepare", job, job.path("dense")) is None:
             raise SystemExit(1)

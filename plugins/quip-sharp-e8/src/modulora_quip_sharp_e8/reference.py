@@ -1,0 +1,283 @@
+"""QuIP# in plain torch, as the paper has it: the truth that the solver and the kernels are measured against.
+
+Symbols of QuIP# (Tseng, Chee, Sun, Kuleshov, De Sa 2024, arXiv 2402.04396):
+
+    W         the weight, [M, N]; each row is quantized on its own and all share H
+    H         E[x xᵀ], [N, N]: the proxy error of a quantized Ŵ is tr((Ŵ − W) H (Ŵ − W)ᵀ)      equation 1
+    H_n       the orthogonal matrix of :mod:`modulora_quip_sharp_e8.transform`                  section 3
+    S_U, S_V  random signs, [N] and [M]                                                       algorithm 3
+    W̃, H̃      W and H in the rotated basis: H_Mᵀ S_V W S_U H_N and H_Nᵀ S_U H S_U H_N           algorithm 3
+    L         unit block lower triangular, 8 × 8 blocks, H̃ = L D Lᵀ                           section 4.1
+    Q         rounding of eight weights to a point of the codebook                            section 4.2
+    s         rescaling of the columns, W s and x / s                                         QuIP (arXiv 2307.13304), section 4.2
+
+Everything is computed in fp64 where W is fp64, else in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modulora_core.errors import ShapeError, WeightError
+from modulora_quip_sharp_e8 import codebooks, transform
+from modulora_quip_sharp_e8.codebooks import BLOCK
+from modulora_quip_sharp_e8.options import Options
+
+SCRATCH_BYTES = 256 * 2**20
+"""For the distances of a chunk of vectors to all points."""
+
+DOUBLINGS = 16
+"""Damping grows to so many powers of two times its first value at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A quantized weight: Ŵ = scale · diag(output_scale) H_M C H_Nᵀ diag(input_scale), C being the decoded codes.
+
+    Attributes:
+        codes: int16 ``[M, ⌈N/8⌉]``, the bits of an unsigned code.
+        residual: codes of the residual: none at 2 bits, uint8 at 3, int16 at 4.
+        input_scale: fp16 ``[N]``: S_U, over the rescaling.
+        output_scale: fp16 ``[M]``: S_V.
+        scale: fp32 ``[1]``: what one unit of the codebook is.
+    """
+
+    codes: Tensor
+    residual: Tensor | None
+    input_scale: Tensor
+    output_scale: Tensor
+    scale: Tensor
+
+    def dequantize(self, options: Options) -> Tensor:
+        """Ŵ, fp64 ``[M, N]``, by dense matrices."""
+        M, N = len(self.output_scale), len(self.input_scale)
+        H_M, H_N = (transform.matrix(n) for n in (M, N))
+        C = codebooks.decode(self.codes, self.residual, options.bits)[:, :N].double()
+        rotated_back = H_M @ C @ H_N.T
+        return (
+            self.scale.double()
+            * self.output_scale.double()[:, None]
+            * rotated_back
+            * self.input_scale.double()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What rounding starts from: W and H in the rotated basis.
+
+    Attributes:
+        W: W̃ in units of the codebook, ``[M, N8]``: N8 is N rounded up to whole blocks, with columns of zeros.
+        H: H̃, ``[N8, N8]``, symmetric; the identity in the columns that were added.
+        input_scale, output_scale, scale: as in :class:`Solution`.
+    """
+
+    W: Tensor
+    H: Tensor
+    input_scale: Tensor
+    output_scale: Tensor
+    scale: Tensor
+
+    def solution(self, codes: Tensor, residual: Tensor | None) -> Solution:
+        return Solution(codes, residual, self.input_scale, self.output_scale, self.scale)
+
+
+def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
+    """Damp H, even W and H out, and rotate them (algorithm 3).
+
+    Args:
+        weight: ``[M, N]``, any float dtype. It isn't changed.
+        hessian: ``[N, N]``, symmetric, positive semidefinite. A factor common to all of it has no effect.
+        options: what the user chose.
+
+    Raises:
+        ShapeError: ``hessian`` doesn't fit ``weight``.
+        WeightError: NaN or Inf in either, or ``hessian`` can't be a second moment.
+    """
+    check(weight, hessian)
+    M, N = weight.shape
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    W, H = weight.detach().to(dtype), hessian.detach().to(weight.device, dtype)
+    H = H / _positive(H.diagonal().mean(dtype=torch.float64).to(dtype))
+    H.diagonal().add_(options.damping)
+    rms = _positive(_rms(W))
+    W = W / rms
+    s = _rescaling(W, H) if options.rescale else W.new_ones(N)
+    # rounded to what is stored before anything else is computed from it
+    input_scale = (signs(options.seed, N, "input").to(s) / s).to(torch.float16)
+    output_scale = signs(options.seed, M, "output").to(W.device, torch.float16)
+    u = input_scale.to(dtype)
+    W = transform.rotate(W / u)
+    W = transform.rotate(W.T.contiguous(), before=output_scale).T
+    H = transform.rotate(H, before=u)
+    H = transform.rotate(H.T.contiguous(), before=u)
+    unit = _positive(_rms(W)) / (options.codebook_scale or codebooks.OPT_SCALE[options.bits])
+    scale = (rms * unit).to(torch.float32).reshape(1)
+    W, H = _whole_blocks(W / unit, (H + H.T) / 2)
+    return Problem(W, H, input_scale, output_scale, scale)
+
+
+def check(weight: Tensor, hessian: Tensor) -> None:
+    """Refuse what can't be quantized; see :func:`prepare`."""
+    columns = weight.shape[1]
+    if tuple(hessian.shape) != (columns, columns):
+        raise ShapeError(f"quip-sharp-e8: expected a second moment of shape [{columns}, {columns}] for a weight of shape "
+                         f"{list(weight.shape)}, got {list(hessian.shape)}")  # fmt: skip
+    for what, tensor in (("weight", weight), ("second moment", hessian)):
+        if not math.isfinite(float(tensor.sum(dtype=torch.float64))):  # one bad value makes the sum bad
+            raise WeightError(
+                f"quip-sharp-e8: expected a finite {what}, got NaN or Inf in one of shape {list(tensor.shape)}"
+            )
+    if bool((hessian.diagonal() < 0).any()):
+        raise WeightError(f"quip-sharp-e8: expected a second moment, whose diagonal isn't negative, got "
+                          f"{float(hessian.diagonal().min()):g} on it; calibrate again")  # fmt: skip
+
+
+def signs(seed: int, n: int, side: str) -> Tensor:
+    """S_U (``"input"``) or S_V (``"output"``), fp32 ``[n]`` of ±1: the same for ever, whatever the device."""
+    stream = np.random.PCG64(
+        [seed, n, {"input": 0, "output": 1}[side]]
+    )  # whose raw numbers no release may change
+    bits = np.unpackbits(stream.random_raw(-(-n // 64)).view(np.uint8))[:n]
+    return torch.from_numpy(1 - 2 * bits.astype(np.float32))
+
+
+def _rms(W: Tensor) -> Tensor:
+    return W.square().mean(dtype=torch.float64).sqrt().to(W.dtype)
+
+
+def _positive(x: Tensor) -> Tensor:
+    """A divisor: 1 instead of 0, as for a weight of zeros."""
+    return torch.where(x > 0, x, torch.ones_like(x))
+
+
+def _rescaling(W: Tensor, H: Tensor) -> Tensor:
+    """The s = (diag H / diag WᵀW)^¼ that gives W s and H / (s sᵀ) equal diagonals; about 1, and fit for fp16."""
+    weights = W.square().mean(dim=0)
+    s = (H.diagonal() / weights.clamp(min=1e-6 * float(_positive(weights.mean())))) ** 0.25
+    return (s / s.mean()).clamp(2.0**-12, 2.0**12)
+
+
+def _whole_blocks(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    more = -W.shape[1] % BLOCK
+    if more == 0:
+        return W.contiguous(), H
+    H = F.pad(H, (0, more, 0, more))
+    H.diagonal()[-more:] = 1
+    return F.pad(W, (0, more)), H
+
+
+def feedback(H: Tensor, damping: float) -> Tensor:
+    """L − I, block lower triangular, ``[N8, N8]`` in H's dtype: H = L D Lᵀ with 8 × 8 blocks on D's diagonal.
+
+    L = C blockdiag(C_kk)⁻¹ with the Cholesky factor C; its blocks of ones, which feed a block to itself, are left out. Where
+    H can't be factorized it is tried in fp64, then with ``damping`` on the diagonal, doubling.
+
+    Raises:
+        WeightError: no damping will do, as H isn't positive semidefinite.
+    """
+    C = _cholesky(H, damping)
+    blocks = C.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = C.unflatten(1, (-1, BLOCK)).transpose(0, 1)  # [blocks, N8, 8]
+    L = torch.linalg.solve_triangular(blocks, columns, upper=False, left=False)
+    return _others(L.transpose(0, 1).flatten(1).to(H.dtype).contiguous())
+
+
+def _others(P: Tensor) -> Tensor:
+    """``P`` with zeros in its diagonal blocks, in place."""
+    for k in range(0, len(P), BLOCK):
+        P[k : k + BLOCK, k : k + BLOCK] = 0
+    return P
+
+
+def _cholesky(H: Tensor, damping: float) -> Tensor:
+    more, wide = 0.0, H
+    with one_thread():
+        for attempt in range(DOUBLINGS):
+            tried = wide + more * float(H.diagonal().mean()) * torch.eye(
+                len(H), dtype=wide.dtype, device=H.device
+            )
+            C, failed = torch.linalg.cholesky_ex(tried)
+            if not bool(failed):
+                factor: Tensor = C
+                return factor
+            more = 0.0 if attempt == 0 else max(damping, 2 * more)
+            wide = H.double()
+    raise WeightError(f"quip-sharp-e8: expected a positive semidefinite second moment, got one of shape {list(H.shape)} that "
+                      f"can't be factorized with {more / 2:g} times its mean on the diagonal; calibrate again")  # fmt: skip
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """LAPACK on one thread: with more the last bits, and so some codes, depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def descent(H: Tensor) -> Tensor:
+    """H_jk H_kk⁻¹ for j ≠ k, zero for j = k, ``[N8, N8]``: what a sweep feeds from block j to block k."""
+    H_k = H.unflatten(1, (-1, BLOCK)).transpose(0, 1)  # [blocks, N8, 8]
+    H_kk = H.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return _others(torch.linalg.solve(H_kk, H_k, left=False).transpose(0, 1).flatten(1).contiguous())
+
+
+def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
+    """Quantize ``weight``: BlockLDLQ (section 4.1), then ``options.sweeps`` rounds of coordinate descent.
+
+    Args and Raises: as :func:`prepare`.
+    """
+    problem = prepare(weight, hessian, options)
+    W, H = problem.W, problem.H
+    blocks = range(W.shape[1] - BLOCK, -1, -BLOCK)  # the last first
+    L, W_hat = feedback(H, options.damping), W.clone()
+    codes = {}
+    for k in blocks:
+        here, after = slice(k, k + BLOCK), slice(k + BLOCK, None)
+        target = W[:, here] + (W - W_hat)[:, after] @ L[after, here]
+        codes[k], W_hat[:, here] = quantize(target, options.bits)
+    for _ in range(options.sweeps):
+        for k in blocks:
+            here = slice(k, k + BLOCK)
+            target = W_hat[:, here] + torch.linalg.solve(H[here, here], (W - W_hat) @ H[:, here], left=False)
+            codes[k], W_hat[:, here] = quantize(target, options.bits)
+    first, second = zip(*(codes[k] for k in reversed(blocks)), strict=True)
+    residual = None if options.bits == 2 else torch.stack(second, dim=1)
+    return problem.solution(torch.stack(first, dim=1), residual)
+
+
+def quantize(x: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Q: the codes of ``x``, ``[M, 8]``, and of what they leave of it; and the point that they stand for, ``[M, 8]``."""
+    first, point = _nearest(x, codebooks.e8p())
+    if bits == 2:
+        return (first.to(torch.int16), first[:0]), point
+    table, dtype = (codebooks.e81(), torch.uint8) if bits == 3 else (codebooks.e8p(), torch.int16)
+    second, rest = _nearest((x - point) * codebooks.RESIDUAL_SCALE[bits], table)
+    return (first.to(torch.int16), second.to(dtype)), point + rest * codebooks.residual_step(bits).to(
+        x.device
+    )
+
+
+def _nearest(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Index and value of the nearest point to each of ``x``, a chunk of it at a time."""
+    table = table.to(x)
+    chunks = x.split(max(1, SCRATCH_BYTES // (table.shape[0] * x.element_size())))
+    index = torch.cat([codebooks.nearest_brute(chunk, table) for chunk in chunks])
+    return index, table[index]
+
+
+def proxy_error(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
+    """tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ) (equation 1), in fp64."""
+    W, E, H = W.double(), W.double() - W_hat.double(), H.double()
+    return float((E @ H * E).sum() / (W @ H * W).sum())

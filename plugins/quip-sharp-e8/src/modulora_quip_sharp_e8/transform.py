@@ -1,0 +1,173 @@
+"""H_n, the orthogonal transform that spreads weights and activations, for any dimension n ≥ 1.
+
+    H_n = (1/√n) (M_K ⊗ Sylvester_m),   n = K · m,  m a power of two
+
+    M_K   a Hadamard matrix where :func:`modulora_quip_sharp_e8.hadamard.decompose` has one: the randomized Hadamard
+          transform of QuIP# (arXiv 2402.04396, section 3), once its input is multiplied by random signs;
+          otherwise Hartley's matrix, cas(2πab/K) = cos(2πab/K) + sin(2πab/K), K being the odd part of n: the real form of
+          the paper's fallback, the randomized Fourier transform. It is symmetric, and M_K M_Kᵀ = K · I.
+
+Either way all entries of H_n are known in closed form, none is larger than √2/√n in magnitude (1/√n for
+Hadamard matrices), and nothing is stored or drawn: the randomness is that of the signs ``before``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modulora_core import kernels
+from modulora_core.errors import ShapeError
+from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER, decompose, hadamard
+
+_PANEL = 8  # columns of M_K that lie together for the kernel
+
+
+@torch.no_grad()
+def rotate(
+    x: Tensor,
+    *,
+    transpose: bool = False,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+) -> Tensor:
+    """``((x ⊙ before) H_n) ⊙ after``, or with H_nᵀ where ``transpose``.
+
+    Args:
+        x: ``[..., n]``, any float dtype.
+        seed: not used: H_n is the same for every seed.
+        transpose: whether to multiply by H_nᵀ, which is the inverse.
+        before, after: ``[n]``, fp16 or wider, or None.
+
+    Returns:
+        ``[..., n]``, a new tensor on the device of ``x``: fp64 for fp64, computed in it, else fp32. Half precision is widened
+        before anything is summed.
+
+    On the CPU a row's bits don't depend on the other rows, nor on the number of threads. Elsewhere that is up to
+    the device's matrix product (K > 1) and Fourier transform (odd part of n above 1024); for powers of two
+    it holds everywhere.
+
+    Raises:
+        ShapeError: ``x`` has no last dimension, or an empty one, or ``before`` or ``after`` doesn't fit it.
+    """
+    _check(x, before, after)
+    n = x.shape[-1]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
+    scale = torch.full((n,), 1 / math.sqrt(n), dtype=dtype, device=x.device)
+    if before is not None:
+        scale *= before.to(scale)
+    after = None if after is None else after.to(scale)
+    K, rows = order(n), x.detach().reshape(-1, n)
+    cpu = kernels.load("modulora_quip_sharp_e8.cpu_transform", x.device)
+    if cpu is None or K > LARGEST_ORDER:
+        return _rotate(rows, K, transpose, scale, after).view(x.shape)
+    rows = rows.to(dtype).contiguous()
+    out = torch.empty_like(rows)
+    threads = min(len(rows), torch.get_num_threads())
+    scratch = torch.empty(threads, n + (K + cpu.OUTPUTS) * cpu.LANES, dtype=dtype)
+    factors = scale, _panels(K, transpose, dtype), K, scale[:0] if after is None else after
+    if threads == 1:  # to wake others costs as much as a row
+        kernels.launch(cpu.rotate_rows, rows, *factors, 0, len(rows), scratch[0], out)
+    else:
+        kernels.launch(cpu.rotate, rows, *factors, scratch, out)
+    return out.view(x.shape)
+
+
+def _check(x: Tensor, before: Tensor | None, after: Tensor | None) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise ShapeError(
+            f"what is to be rotated: expected a float tensor [..., n] with n >= 1, got {x.dtype} {list(x.shape)}"
+        )
+    for name, vector in (("before", before), ("after", after)):
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise ShapeError(
+                f"{name} of a rotation: expected the shape {list(x.shape[-1:])} for rows of {x.shape[-1]}, got {list(vector.shape)}"
+            )
+
+
+@cache
+def order(n: int) -> int:
+    """K of n = K · m: that of a Hadamard matrix if there is one, else the odd part of n."""
+    K = decompose(n)
+    return n // (n & -n) if K is None else K
+
+
+def matrix(n: int) -> Tensor:
+    """H_n as a dense matrix, fp64 ``[n, n]``, by its definition: what :func:`rotate` is measured against."""
+    sylvester = torch.ones(1, 1, dtype=torch.float64)
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    K = order(n)
+    while len(sylvester) < n // K:
+        sylvester = torch.kron(two, sylvester)
+    return torch.kron(_factor(K), sylvester) / math.sqrt(n)
+
+
+def _factor(K: int) -> Tensor:
+    """M_K, fp64 ``[K, K]``."""
+    if decompose(K) == K:
+        return hadamard(K).double()
+    a = torch.arange(K)
+    angle = (a[:, None] * a % K).double() * (2 * math.pi / K)
+    cas: Tensor = angle.cos() + angle.sin()
+    return cas
+
+
+@lru_cache(maxsize=16)
+def _panels(K: int, transpose: bool, dtype: torch.dtype) -> Tensor:
+    """M_K, or M_Kᵀ, as the kernel reads it: see there."""
+    M = _factor(K).T if transpose else _factor(K)
+    panels = F.pad(M, (0, -K % _PANEL)).view(K, -1, _PANEL)
+    flat: Tensor = panels.transpose(0, 1).reshape(-1).to(dtype)
+    return flat
+
+
+@lru_cache(maxsize=16)
+def _placed(K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _factor(K).to(device, dtype)
+
+
+def _rotate(x: Tensor, K: int, transpose: bool, scale: Tensor, after: Tensor | None) -> Tensor:
+    """The transform of ``x``, ``[rows, n]``, in torch's operations."""
+    rows, n = x.shape
+    x = (x.to(scale.dtype) * scale).view(rows, K, n // K)
+    h = 1
+    while h < n // K:
+        a, b = x.view(rows, n // (2 * h), 2, h).unbind(2)
+        x = torch.stack((a + b, a - b), dim=2).view(rows, K, n // K)
+        h *= 2
+    if K > LARGEST_ORDER:
+        x = _hartley(x)
+    elif K > 1:
+        M = _placed(K, x.dtype, x.device)
+        x = _across(M if transpose else M.T, x)
+    x = x.reshape(rows, n)
+    return x if after is None else x * after
+
+
+def _across(M: Tensor, x: Tensor) -> Tensor:
+    """``M x[r]`` for all r, ``[rows, K, m]``."""
+    if x.device.type != "cpu":
+        return torch.matmul(M, x)
+    y = torch.empty_like(x)
+    for r in range(len(x)):
+        # a product's last bits differ with how many rows there are, and with how a row lies in memory
+        y[r] = M @ x[r].clone()
+    return y
+
+
+def _hartley(x: Tensor) -> Tensor:
+    """Σ_a x[:, a] cas(2πab/K) for all b, ``[rows, K, m]``, K odd, as Re − Im of a Fourier transform over a."""
+    if x.device.type == "cpu":  # numpy's library takes one column after the other: no bits depend on how many
+        spectrum: Tensor = torch.from_numpy(np.fft.rfft(x.numpy(), axis=1))
+    else:
+        spectrum = torch.fft.rfft(x, dim=1)
+    real, imaginary = spectrum.real.to(x.dtype), spectrum.imag.to(x.dtype)
+    # those beyond K/2 are the conjugates of those below it, in reverse
+    return torch.cat((real - imaginary, (real + imaginary)[:, 1:].flip(1)), dim=1)

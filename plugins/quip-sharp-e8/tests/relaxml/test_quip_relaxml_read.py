@@ -1,0 +1,180 @@
+"""Published folders, written bit by bit, as our model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from modulora_quip_sharp_e8 import SPEC, relaxml_words
+from modulora_quip_sharp_e8.relaxml import Relaxml
+from torch import Tensor, nn
+
+from modulora_core.checkpoint import load_model, open_checkpoint
+from modulora_core.convert import convert
+from modulora_core.layers import QuantLinear
+from modulora_core.merge import merge
+from modulora_core.spec import PackedWeight, TensorLayout
+
+Published = Callable[[int], tuple[Path, nn.Module]]
+Copied = Callable[..., Path]
+
+ATTENTION = "model.layers.1.self_attn"
+
+
+def check(folder: Path, dense: nn.Module, relaxml: ModuleType) -> None:
+    """Every layer is the one that the codes mean, computed in fp64, and the logits agree."""
+    model = load_model(folder, dtype="float32", device="cpu")
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            names.append(name)
+            packed = module.weight.packed
+            W = module.weight.quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.float32)
+            torch.testing.assert_close(W, dense.get_submodule(name).weight, rtol=1e-5, atol=1e-6, msg=name)
+    assert names == [name for name, _ in dense.named_modules() if name.endswith("proj")]
+    torch.testing.assert_close(relaxml.logits(model), relaxml.logits(dense), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_width_reads_as_what_its_codes_mean(
+    bits: int, relaxml: ModuleType, published: Published
+) -> None:
+    check(*published(bits), relaxml)
+
+
+def test_what_folders_may_differ_in_is_read(relaxml: ModuleType, tmp_path: Path) -> None:
+    dense = relaxml.save_relaxml(tmp_path / "m", 2, tuned=False, num_hidden_layers=1)
+    relaxml.edit_config(tmp_path / "m", head_dim=None)
+    relaxml.edit_params(
+        tmp_path / "m", packsz=None, codesz=None, resid_scale_override=None, idx_dtype="int64"
+    )
+    prefix = "model.layers.0"
+    scale = relaxml.stored(tmp_path / "m")[f"{prefix}.mlp.down_proj.Wscale"]
+    relaxml.change(
+        tmp_path / "m",
+        **{
+            f"{prefix}.mlp.down_proj.Wscale": scale.view(1) / 2,
+            f"{prefix}.mlp.down_proj.fuse_scales": torch.tensor([2.0], dtype=torch.float16),
+        },
+    )
+    check(tmp_path / "m", dense, relaxml)
+
+
+@pytest.mark.parametrize(("bits", "scale"), [(3, 2.04), (4, 3.45)])
+def test_the_residuals_own_scale_may_be_written_out(
+    bits: int, scale: float, relaxml: ModuleType, copied: Copied
+) -> None:
+    folder = copied(bits)
+    relaxml.edit_params(folder, resid_scale_override=scale)
+    assert len(open_checkpoint(folder).record.weights) == 14
+
+
+def test_the_biases_of_layers_that_are_not_fused_are_read(relaxml: ModuleType, copied: Copied) -> None:
+    folder = copied()
+    relaxml.edit_config(folder, mlp_bias=True)
+    biases = {f"model.layers.{i}.mlp.down_proj.bias": torch.full((128,), 0.5 + i) for i in range(2)}
+    others = {f"model.layers.{i}.mlp.{name}.bias": torch.zeros(256) for i in range(2) for name in ("up_proj", "gate_proj")}  # fmt: skip
+    relaxml.change(folder, **biases, **others)
+    model = load_model(folder, dtype="float32", device="cpu")
+    assert torch.equal(
+        model.get_submodule("model.layers.1.mlp.down_proj").bias, biases["model.layers.1.mlp.down_proj.bias"]
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_words_are_unpacked_in_the_order_of_rows_and_columns(bits: int, relaxml: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 65536, (48, 24), generator=generator)
+    residual = torch.randint(0, 256 if bits == 3 else 65536, (48, 24), generator=generator)
+    pack = relaxml.words_of_bytes if bits == 3 else relaxml.words_of_e8p
+    words = [relaxml.words_of_e8p(codes.tolist()), *([] if bits == 2 else [pack(residual.tolist())])]
+    first, second = relaxml_words.unpack(torch.cat(words, dim=1), bits)
+    assert first.dtype == torch.int16
+    assert torch.equal(first.long() & 0xFFFF, codes)
+    if bits == 2:
+        assert second is None
+    else:
+        assert second is not None
+        assert second.dtype == (torch.uint8 if bits == 3 else torch.int16)
+        assert torch.equal(second.long() & 0xFFFF, residual)
+
+
+def test_parts_are_windows_on_one_whole_that_is_read_once(relaxml: ModuleType, published: Published) -> None:
+    folder, _ = published(3)
+    tensors, reads = relaxml.stored(folder), Counter[str]()
+
+    def read(name: str) -> Tensor:
+        reads[name] += 1
+        return tensors[name]
+
+    layouts = {name: TensorLayout.of(tensor) for name, tensor in tensors.items()}
+    config = json.loads((folder / "config.json").read_text())
+    weights = Relaxml(SPEC.formats[0]).weights(config, layouts, read)
+    assert not any("Qidxs" in name for name in reads)
+    parts = {name: weights[f"{ATTENTION}.{name}"].unpack(read) for name in ("q_proj", "k_proj", "v_proj")}
+    assert reads[f"{ATTENTION}.qkv_proj.Qidxs"] == 1
+    assert {name: (p.shape, list(p.metadata["rows"])) for name, p in parts.items()} == {
+        "q_proj": ((128, 128), [0, 256]), "k_proj": ((64, 128), [128, 256]), "v_proj": ((64, 128), [192, 256])}  # fmt: skip
+    addresses = {tuple(t.data_ptr() for t in part.tensors.values()) for part in parts.values()}
+    assert len(addresses) == 1
+    other: PackedWeight = weights["model.layers.0.mlp.gate_proj"].unpack(read)
+    assert (other.shape, list(other.metadata["rows"])) == ((256, 128), [256, 512])
+    assert all(weight.layout == weight.unpack(read).layout for weight in weights.values())
+
+
+def test_factors_of_parts_are_rounded_into_the_output_scale_once(
+    relaxml: ModuleType, published: Published
+) -> None:
+    folder, _ = published(2)
+    tensors = relaxml.stored(folder)
+    factors = tensors[f"{ATTENTION}.qkv_proj.fuse_scales"].double()
+    S_V = tensors[f"{ATTENTION}.qkv_proj.SV"].double()
+    expected = torch.cat([S_V[:128] * factors[0], S_V[128:192] * factors[1], S_V[192:] * factors[2]])
+    (packed,) = open_checkpoint(folder).packed(f"{ATTENTION}.v_proj.weight")
+    error = (packed.tensors["output_scale"].double() - expected).abs()
+    assert bool((error <= 1.0001 * 2**-11 * expected.abs()).all())  # half a unit in the last place of fp16
+
+
+def test_convert_writes_a_checkpoint_of_ours_with_the_same_logits(
+    relaxml: ModuleType, published: Published, tmp_path: Path
+) -> None:
+    folder, _ = published(3)
+    result = convert(str(folder), tmp_path / "ours", "modulora")
+    assert (result.source_format, result.format) == ("quip-sharp", "modulora")
+    ours = open_checkpoint(tmp_path / "ours")
+    assert ours.foreign is None
+    assert ours.record.source["format"] == "quip-sharp"
+    assert {site.layout.metadata["bits"] for _, site in ours.record.items()} == {3}
+    assert torch.equal(relaxml.logits(load_model(tmp_path / "ours")), relaxml.logits(load_model(folder)))
+
+
+def test_merge_unpacks_a_folder_to_a_model_of_plain_transformers(
+    relaxml: ModuleType, published: Published, tmp_path: Path
+) -> None:
+    folder, dense = published(2)
+    merge(str(folder), tmp_path / "out", dtype="float32")
+    plain = relaxml.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert not hasattr(plain.config, "quip_params")
+    torch.testing.assert_close(relaxml.logits(plain), relaxml.logits(dense), rtol=1e-4, atol=1e-4)
+
+
+def test_finetuning_works_straight_on_a_folder(relaxml: ModuleType, copied: Copied, tmp_path: Path) -> None:
+    from modulora_core.adapters import load_adapter
+    from modulora_core.cli import main
+    from modulora_core.tests.tiny_tokenizer import make_tokenizer
+
+    folder = copied(2)
+    make_tokenizer().save_pretrained(folder)
+    words = f"finetune {folder} {tmp_path / 'adapter'} --data pydoc[:1%] --steps 2 --batch-size 1 --seq-len 32 --grad-accum 1"
+    assert main(words.split()) == 0
+    record = json.loads((tmp_path / "adapter" / "modulora.json").read_text())
+    assert record["base"]["quantizers"][0]["quantizer"] == "quip-sharp-e8"
+    model = load_model(folder)
+    before = relaxml.logits(model)
+    load_adapter(model, str(tmp_path / "adapter"))
+    assert not torch.equal(relaxml.logits(model), before)
