@@ -17,7 +17,7 @@ import ctypes
 import importlib
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -143,6 +143,17 @@ def launch(kernel: Callable[..., None], *arguments: Tensor | int | float) -> Non
         finally:
             numba.set_num_threads(before)
             _keep_teams_flat()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """LAPACK on one thread: with more the last bits, and so perhaps some codes, depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache

@@ -9,7 +9,8 @@
     optq-plain   modulora-optq with act_order=false range_search=false static_groups=false: the paper
     optq         modulora-optq with its defaults
     quip         modulora-quip-sharp-e8 with its defaults
-    quip-plain   the same with rescale=false: QuIP# without its options
+    quip-plain   the same with rescale=false sweeps=0: BlockLDLQ alone
+    quip-once    the same as quip with sweeps=0
     quip-sweeps  the same as quip with sweeps=10
     quip-tuned   the same as quip, scales and norms tuned block by block (--tune-epochs)
     nf4          modulora-nf4: 4 bits, no calibration
@@ -66,7 +67,7 @@ from modulora_core.spec import Calibration
 
 QUIP = "modulora-quip-sharp-e8"
 METHODS = {"dense": "modulora-core", "rtn": "modulora-optq", "hqq": "hqq", "gptqmodel": "gptqmodel",
-           "optq-plain": "modulora-optq", "optq": "modulora-optq", "quip": QUIP, "quip-plain": QUIP, "quip-sweeps": QUIP,
+           "optq-plain": "modulora-optq", "optq": "modulora-optq", "quip": QUIP, "quip-plain": QUIP, "quip-once": QUIP, "quip-sweeps": QUIP,
            "quip-tuned": QUIP, "nf4": "modulora-nf4"}  # fmt: skip
 """The methods, and the distribution that each needs."""
 
@@ -225,7 +226,8 @@ def nf4(job: Job, out: Path) -> dict[str, Any]:
 STEPS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
     "prepare": prepare, "evaluate": evaluate, "rtn": rtn, "hqq": hqq, "gptqmodel": gptqmodel, "optq": optq,
     "optq-plain": lambda job, out: optq(job, out, **PLAIN), "quip": quip, "nf4": nf4,
-    "quip-plain": lambda job, out: quip(job, out, rescale=False),
+    "quip-plain": lambda job, out: quip(job, out, rescale=False, sweeps=0),
+    "quip-once": lambda job, out: quip(job, out, sweeps=0),
     "quip-sweeps": lambda job, out: quip(job, out, sweeps=10),
     "quip-tuned": lambda job, out: quip(job, out, TuningConfig(epochs=job.tune_epochs)),
 }  # fmt: skip

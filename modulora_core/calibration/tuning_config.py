@@ -9,8 +9,8 @@ from typing import Any
 from modulora_core.errors import DataError, OptionError
 
 EPOCHS = 5
-LEARNING_RATE = 1e-3
-STEP_TOKENS = 2048
+LEARNING_RATE = 5e-3
+STEP_TOKENS = 512
 """Tokens of an optimizer step. Small steps are more steps, and hold fewer activations."""
 
 HELD_OUT = 16

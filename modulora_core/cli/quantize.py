@@ -77,7 +77,7 @@ TuneEpochs = Annotated[
 ]  # fmt: skip
 TuneLR = Annotated[
     float | None,
-    typer.Option("--tune-lr", metavar="X", show_default="0.001", help="Peak learning rate of --tune-epochs."),
+    typer.Option("--tune-lr", metavar="X", show_default="0.005", help="Peak learning rate of --tune-epochs."),
 ]
 
 

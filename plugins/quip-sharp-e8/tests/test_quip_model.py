@@ -61,7 +61,7 @@ def test_more_bits_are_closer_to_the_dense_model(dense, tmp_path):
         out = quantized(dense, tmp_path / str(bits), bits)
         errors.append(float((logits(load_model(out, device="cpu")) - expected).norm() / expected.norm()))
     assert errors == sorted(errors, reverse=True)
-    assert errors[2] < errors[0] / 3  # a bit more halves the error of an ideal quantizer
+    assert errors[2] < errors[0] / 2  # with 2 bits this model, of random weights, has lost all it could
 
 
 def test_the_same_request_gives_the_same_bytes(dense, tmp_path):

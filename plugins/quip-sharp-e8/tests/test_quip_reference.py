@@ -60,7 +60,7 @@ def test_rescaling_evens_out_weights_and_inputs(layer):
     W, H = layer(64, 96, torch.float64)
     damped = H / H.diagonal().mean()
     damped.diagonal().add_(0.01)
-    s = 1 / reference.prepare(W, H, Options()).input_scale.double().abs()
+    s = 1 / reference.prepare(W, H, Options(damping=0.01)).input_scale.double().abs()
     weights, inputs = (W * s).square().sum(dim=0), damped.diagonal() / s**2
     ratio = weights / inputs
     torch.testing.assert_close(
@@ -121,7 +121,7 @@ def test_an_indefinite_second_moment_is_refused():
 def test_every_block_is_the_nearest_point_to_its_target(bits, layer):
     """E (I + L) = −η, where η is what rounding added to the target: so targets can be had from the result alone."""
     W, H = layer(32, 40, torch.float64)
-    options = Options(bits=bits)
+    options = Options(bits=bits, sweeps=0)
     problem, solution = reference.prepare(W, H, options), reference.solve(W, H, options)
     W_hat = codebooks.decode(solution.codes, solution.residual, bits).double()
     L = reference.feedback(problem.H, options.damping) + torch.eye(40, dtype=torch.float64)
@@ -147,7 +147,7 @@ def test_more_bits_leave_less_error(layer):
     W, H = layer(64, 96)
     errors = []
     for bits in (2, 3, 4):
-        options = Options(bits=bits)
+        options = Options(bits=bits, sweeps=0)
         errors.append(reference.proxy_error(W, reference.solve(W, H, options).dequantize(options), H))
     # a bit more is a quarter of the error for an ideal quantizer
     assert errors[1] < errors[0] / 3

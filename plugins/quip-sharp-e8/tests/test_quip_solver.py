@@ -30,7 +30,7 @@ def test_in_fp64_the_codes_are_the_references(bits, sweeps, layer):
 def test_kernels_round_every_block_to_the_nearest_point_of_its_target(bits, shape, layer):
     """Targets are had from the result alone: E (I + L) = −η. A target at a tie may go to either side."""
     W, H = layer(*shape)
-    options = Options(bits=bits)
+    options = Options(bits=bits, sweeps=0)
     problem, solution = reference.prepare(W, H, options), solver.solve(W, H, options)
     W_hat = codebooks.decode(solution.codes, solution.residual, bits).double()
     L = reference.feedback(problem.H, options.damping).double() + torch.eye(problem.W.shape[1])

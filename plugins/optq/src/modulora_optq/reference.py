@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from modulora_core import kernels
 from modulora_core.errors import ShapeError, WeightError
 from modulora_optq.options import Options
 
@@ -159,7 +159,7 @@ def factor(H: Tensor, damping: float) -> Tensor:
         WeightError: no λ will do, as H isn't positive semidefinite.
     """
     lam = damping
-    with one_thread():
+    with kernels.one_thread():
         for _ in range(DOUBLINGS):
             reversed_ = H.flip(0, 1)  # its own memory
             reversed_.diagonal().add_(lam)
@@ -171,17 +171,6 @@ def factor(H: Tensor, damping: float) -> Tensor:
             lam *= 2
     raise WeightError(f"optq: expected a positive semidefinite second moment, got one of shape {list(H.shape)} that "
                       f"can't be factorized with {lam / 2:g} times its mean on the diagonal; calibrate again")  # fmt: skip
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """LAPACK on one thread: with more the last bits, and so some codes, depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:

@@ -17,13 +17,13 @@ class Options(BaseModel):
         True, description="even out what columns weigh and what their inputs do, before rotating"
     )
     sweeps: int = Field(
-        0,
+        4,
         ge=0,
         le=100,
         description="times that every block of eight weights is rounded once more, the others given",
     )
     damping: float = Field(
-        0.01,
+        0.1,
         gt=0,
         le=1,
         description="share of the mean of H's diagonal that is added to it; raised where H can't be factorized",

@@ -17,8 +17,6 @@ Everything is computed in fp64 where W is fp64, else in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modulora_core import kernels
 from modulora_core.errors import ShapeError, WeightError
 from modulora_quip_sharp_e8 import codebooks, transform
 from modulora_quip_sharp_e8.codebooks import BLOCK
@@ -200,7 +199,7 @@ def _others(P: Tensor) -> Tensor:
 
 def _cholesky(H: Tensor, damping: float) -> Tensor:
     more, wide = 0.0, H
-    with one_thread():
+    with kernels.one_thread():
         for attempt in range(DOUBLINGS):
             tried = wide + more * float(H.diagonal().mean()) * torch.eye(
                 len(H), dtype=wide.dtype, device=H.device
@@ -213,17 +212,6 @@ def _cholesky(H: Tensor, damping: float) -> Tensor:
             wide = H.double()
     raise WeightError(f"quip-sharp-e8: expected a positive semidefinite second moment, got one of shape {list(H.shape)} that "
                       f"can't be factorized with {more / 2:g} times its mean on the diagonal; calibrate again")  # fmt: skip
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """LAPACK on one thread: with more the last bits, and so some codes, depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def descent(H: Tensor) -> Tensor:
