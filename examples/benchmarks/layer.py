@@ -1,6 +1,10 @@
 """One linear layer, forward and backward to its input: packed against dense, in turn, medians and ratios.
 
 python examples/benchmarks/layer.py -q nf4 int8
+python examples/benchmarks/layer.py -q quip-sharp-e8 optq:bits=3 --forward
+
+An option follows the name after a colon, several with commas between them. What is calibrated gets the identity for H: values
+make no difference to the time.
 """
 
 from __future__ import annotations
@@ -14,16 +18,27 @@ import torch
 
 from modulora_core import registry
 from modulora_core.autograd import lora_linear
+from modulora_core.options import parse_options
+from modulora_core.spec import Calibration
 from modulora_core.tiles import tile_budget, tile_bytes
 
 
-def step(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
+def step(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, backward: bool) -> float:
     """Seconds of a forward and a backward to the input."""
-    x = x.detach().requires_grad_()
+    x = x.detach().requires_grad_(backward)
     started = time.perf_counter()
     y = layer(x)
-    y.backward(torch.ones_like(y))
+    if backward:
+        y.backward(torch.ones_like(y))
     return time.perf_counter() - started
+
+
+def packed_layer(name: str, W: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    name, _, options = name.partition(":")
+    quantizer = registry.create(name, parse_options(options.split(",") if options else []))
+    seen = None if quantizer.spec.calibration == "none" else Calibration(torch.eye(W.shape[1]), 1)
+    packed = quantizer.pack(W, seen)
+    return lambda x: lora_linear(x, quantizer, packed)
 
 
 def main() -> None:
@@ -40,24 +55,21 @@ def main() -> None:
         help="tile budgets to try, besides the default",
     )
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--forward", action="store_true", help="the forward alone")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     W = torch.randn(arguments.size, arguments.size)
     W16 = W.to(torch.bfloat16)
+    what = "forward" if arguments.forward else "forward + backward to the input"
     print(f"{arguments.size} x {arguments.size}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
-          f"milliseconds forward + backward to the input, and the ratio to dense fp32 in the same turns")  # fmt: skip
+          f"milliseconds {what}, and the ratio to dense fp32 in the same turns")  # fmt: skip
     for rows in arguments.rows:
         layers: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch.dtype, int | None]] = {
             "dense fp32": (lambda x: x @ W.t(), torch.float32, None),
             "dense bf16": (lambda x: x @ W16.t(), torch.bfloat16, None),
         }
         for name in arguments.quantizers:
-            quantizer = registry.create(name)
-            packed = quantizer.pack(W)
-
-            def multiply(x: torch.Tensor, quantizer=quantizer, packed=packed) -> torch.Tensor:  # type: ignore[no-untyped-def]
-                return lora_linear(x, quantizer, packed)
-
+            multiply = packed_layer(name, W)
             layers[f"{name} fp32"] = (multiply, torch.float32, None)
             layers[f"{name} bf16"] = (multiply, torch.bfloat16, None)
             for kib in arguments.tiles:
@@ -67,7 +79,7 @@ def main() -> None:
             for name, (layer, dtype, budget) in layers.items():
                 x = torch.randn(rows, arguments.size).to(dtype)
                 with tile_budget(budget or tile_bytes(x.device)):
-                    taken = step(layer, x)
+                    taken = step(layer, x, not arguments.forward)
                 if turn >= 2:  # the first turns compile and warm up
                     seconds[name].append(taken)
         dense = statistics.median(seconds["dense fp32"])
