@@ -47,10 +47,15 @@ def main() -> None:
     model = open_to_run(chosen.model, dtype="float32", device="cpu").load()
     weights = [model.get_submodule(site.module).weight.data for site in find_sites(model).linears]
     seen = {n: second_moment(n) for n in {weight.shape[1] for weight in weights}}
-    print(f"{len(weights)} layers, {sum(w.numel() for w in weights) / 1e6:.1f} M weights, {torch.get_num_threads()} threads")
+    print(
+        f"{len(weights)} layers, {sum(w.numel() for w in weights) / 1e6:.1f} M weights, {torch.get_num_threads()} threads"
+    )
     print("| bits | sweeps | seconds |\n|-|-|-|")
     for bits, sweeps in itertools.product(chosen.bits, chosen.sweeps):
-        print(f"| {bits} | {sweeps} | {seconds(weights, seen, Options(bits=bits, sweeps=sweeps)):.1f} |", flush=True)
+        print(
+            f"| {bits} | {sweeps} | {seconds(weights, seen, Options(bits=bits, sweeps=sweeps)):.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
