@@ -86,7 +86,11 @@ def test_tuning_is_recorded_and_told(
     out, result = whole
     record = open_checkpoint(out).record
     assert record.calibration is not None
-    assert record.calibration["tuning"] == {"epochs": 2, "learning_rate": 0.02, "batch_size": 64}
+    assert record.calibration["tuning"] == {
+        "epochs": 2,
+        "learning_rate": 0.02,
+        "batch_size": 16,
+    }  # of 32 tokens
     assert result.calibration == record.calibration
     assert main(["info", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["calibration"] == record.calibration
