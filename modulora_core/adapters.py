@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from modulora_core.adapter_record import AdapterRecord, describe_base
+from modulora_core.channel_scales import ChannelScales
 from modulora_core.errors import AdapterError, ModelError, OptionError
 from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
 from modulora_core.peft_format import AdapterDelta, AdapterFolder, adapter_deltas, write_adapter
 from modulora_core.record import QuantizationRecord
-from modulora_core.scales_format import ChannelScales
 from modulora_core.targets import ALL_LINEAR, select_targets, shortest_names
 
 __all__ = [

@@ -147,7 +147,10 @@ def launch(kernel: Callable[..., None], *arguments: Tensor | int | float) -> Non
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """LAPACK on one thread: with more the last bits, and so perhaps some codes, depend on how many there are."""
+    """Torch on one thread inside of the block.
+
+    A quantizer factorizes in it: LAPACK's last bits, and so perhaps some codes, depend on the number of threads.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from modulora_core.calibration import BlockWalk, ChannelScales, Tuner
+from modulora_core.calibration import BlockWalk, Tuner
+from modulora_core.channel_scales import ChannelScales
 from modulora_core.errors import WorkError
 from modulora_core.quantization_plan import Plan
 from modulora_core.record import PackedSite

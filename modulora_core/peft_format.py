@@ -28,9 +28,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modulora_core.adapter_record import RECORD_FILE, AdapterRecord
+from modulora_core.channel_scales import ChannelScales
 from modulora_core.errors import AdapterError
 from modulora_core.outputs import write_file
-from modulora_core.scales_format import SCALES_FILE, ChannelScales, ScalesFile, write_scales
+from modulora_core.scales_format import SCALES_FILE, ScalesFile, write_scales
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -9,43 +9,17 @@ Both are there for each module of the adapter, whose weight is diag(v) Ŵ diag(u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from modulora_core.errors import AdapterError, ShapeError
+from modulora_core.channel_scales import ChannelScales
+from modulora_core.errors import AdapterError
 from modulora_core.outputs import write_file
 
 SCALES_FILE = "modulora_scales.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelScales:
-    """What a packed weight is scaled by: diag(v) Ŵ diag(u).
-
-    Attributes:
-        input: u, ``[in]``.
-        output: v, ``[out]``.
-
-    Raises:
-        ShapeError: one of them is no vector.
-    """
-
-    input: Tensor
-    output: Tensor
-
-    def __post_init__(self) -> None:
-        if self.input.dim() != 1 or self.output.dim() != 1:
-            raise ShapeError(f"channel scales: expected two vectors, got {list(self.input.shape)} and "
-                             f"{list(self.output.shape)}")  # fmt: skip
-
-    def of_rows(self, start: int, stop: int, W: Tensor) -> Tensor:
-        """Rows ``[start, stop)`` of diag(v) Ŵ diag(u), in ``W``'s dtype, from those of Ŵ: ``W``, ``[stop - start, in]``."""
-        return W * self.output[start:stop, None].to(W.dtype) * self.input.to(W.dtype)
 
 
 def write_scales(folder: Path, scales: Mapping[str, ChannelScales]) -> None:

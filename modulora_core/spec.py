@@ -18,6 +18,7 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from modulora_core.errors import OptionError, PluginError, ShapeError
+from modulora_core.errors import OptionError, PluginError, ShapeError, WeightError
 from modulora_core.format_spec import LOCATION, FormatSpec
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
 
@@ -44,6 +45,7 @@ __all__ = [
     "Quantizer",
     "QuantizerSpec",
     "TensorLayout",
+    "check_hessian",
     "check_rows",
 ]
 
@@ -128,6 +130,33 @@ class Calibration:
     samples: int
 
 
+def check_hessian(quantizer: str, weight: Tensor, hessian: Tensor) -> None:
+    """Refuse a weight and its H that can't be quantized together.
+
+    Args:
+        quantizer: its name, for messages.
+        weight: ``[out, in]``; hessian: ``[in, in]``, of any float dtype each.
+
+    Raises:
+        ShapeError: ``hessian`` doesn't fit ``weight``.
+        WeightError: NaN or Inf in either, or a negative number on ``hessian``'s diagonal.
+    """
+    import torch
+
+    columns = weight.shape[1]
+    if tuple(hessian.shape) != (columns, columns):
+        raise ShapeError(f"{quantizer}: expected a second moment of shape [{columns}, {columns}] for a weight of shape "
+                         f"{list(weight.shape)}, got {list(hessian.shape)}")  # fmt: skip
+    for what, tensor in (("weight", weight), ("second moment", hessian)):
+        if not math.isfinite(float(tensor.sum(dtype=torch.float64))):  # one bad value makes the sum bad
+            raise WeightError(
+                f"{quantizer}: expected a finite {what}, got NaN or Inf in one of shape {list(tensor.shape)}"
+            )
+    if bool((hessian.diagonal() < 0).any()):
+        raise WeightError(f"{quantizer}: expected a second moment, whose diagonal isn't negative, got "
+                          f"{float(hessian.diagonal().min()):g} on it; calibrate again")  # fmt: skip
+
+
 class NoOptions(BaseModel):
     """The ``Options`` of a quantizer that has none."""
 
@@ -178,7 +207,8 @@ class Quantizer(ABC):
             packed: what :meth:`pack` returned, perhaps on another device.
             rows: ``(start, stop)`` with ``0 <= start <= stop <= out``; :func:`check_rows` refuses others.
             dtype: float32, float16, bfloat16 or float64. Compute in fp32 and round once, so that a float64
-                tile holds the values of the float32 one: that is what gradients are proven against.
+                tile holds the values of the float32 one: that is what gradients are proven against. Where a
+                tile is a sum, as in a rotated basis, compute a float64 one in fp64, as :meth:`matmul` does.
 
         Returns:
             ``[stop - start, in]`` on the device of ``packed``; bit-identical to the same rows of the whole,

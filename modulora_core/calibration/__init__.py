@@ -18,7 +18,6 @@ quantized blocks before it give.
 from __future__ import annotations
 
 from modulora_core.calibration.blocks import find_blocks
-from modulora_core.calibration.observe import ChannelScales
 from modulora_core.calibration.states import spill_bytes
 from modulora_core.calibration.text import CalibrationConfig, CalibrationText, check_seq_len, load_calibration
 from modulora_core.calibration.tuning import Tuner
@@ -29,7 +28,6 @@ __all__ = [
     "BlockWalk",
     "CalibrationConfig",
     "CalibrationText",
-    "ChannelScales",
     "Tuner",
     "TuningConfig",
     "check_seq_len",

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from modulora_core.channel_scales import ChannelScales
 from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.sites import LinearSite
 from modulora_core.spec import PROTOCOL, Calibration, PackedWeight, Quantizer, QuantizerSpec
@@ -32,14 +33,6 @@ Listener = Callable[[Key, Tensor], None]
 
 def ignore(key: Key, x: Tensor) -> None:
     """The listener that does nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelScales:
-    """Factors of a matrix's columns, ``input`` ``[in]``, and rows, ``output`` ``[out]``; fp32."""
-
-    input: Tensor
-    output: Tensor
 
 
 class ObservedWeight:

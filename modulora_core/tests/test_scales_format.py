@@ -24,11 +24,11 @@ from modulora_core.adapters import (
     load_adapter,
     save_adapter,
 )
+from modulora_core.channel_scales import ChannelScales
 from modulora_core.checkpoint import load_model
 from modulora_core.cli import main
 from modulora_core.errors import AdapterError, ShapeError
 from modulora_core.merge import merge
-from modulora_core.scales_format import ChannelScales
 from modulora_core.tests.adapted_models import logits, trained
 from modulora_core.tests.fake_hub import serve_repository
 from modulora_core.tiles import tile_budget

@@ -23,8 +23,9 @@ from modulora_core.calibration import (
     load_calibration,
     spill_bytes,
 )
-from modulora_core.calibration.observe import ChannelScales, Key, ObservedWeight, ignore
+from modulora_core.calibration.observe import Key, ObservedWeight, ignore
 from modulora_core.calibration.tuning import learning_rate_factor, relative_error
+from modulora_core.channel_scales import ChannelScales
 from modulora_core.checkpoint import load_model
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.quantize import QuantizeResult, quantize

@@ -15,7 +15,6 @@ Everything is computed in fp64 where W is fp64, else in fp32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,7 +22,9 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
-from modulora_core.errors import ShapeError, WeightError
+from modulora_core.errors import WeightError
+from modulora_core.spec import check_hessian
+from modulora_optq import SPEC
 from modulora_optq.options import Options
 
 SMALLEST_SCALE = 2.0**-24
@@ -113,7 +114,7 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
         ShapeError: ``hessian`` doesn't fit ``weight``.
         WeightError: NaN or Inf in either, or ``hessian`` can't be a second moment.
     """
-    check(weight, hessian)
+    check_hessian(SPEC.name, weight, hessian)
     columns = weight.shape[1]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     W = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -130,22 +131,6 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
         W, H = W[:, order].contiguous(), H[order[:, None], order]
         group = group[order] if options.static_groups else group
     return Problem(W, factor(H, options.damping), order, group)
-
-
-def check(weight: Tensor, hessian: Tensor) -> None:
-    """Refuse what can't be quantized; see :func:`prepare`."""
-    columns = weight.shape[1]
-    if tuple(hessian.shape) != (columns, columns):
-        raise ShapeError(f"optq: expected a second moment of shape [{columns}, {columns}] for a weight of shape "
-                         f"{list(weight.shape)}, got {list(hessian.shape)}")  # fmt: skip
-    for what, tensor in (("weight", weight), ("second moment", hessian)):
-        if not math.isfinite(float(tensor.sum(dtype=torch.float64))):  # one bad value makes the sum bad
-            raise WeightError(
-                f"optq: expected a finite {what}, got NaN or Inf in one of shape {list(tensor.shape)}"
-            )
-    if bool((hessian.diagonal() < 0).any()):
-        raise WeightError(f"optq: expected a second moment, whose diagonal isn't negative, got "
-                          f"{float(hessian.diagonal().min()):g} on it; calibrate again")  # fmt: skip
 
 
 def factor(H: Tensor, damping: float) -> Tensor:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Options(BaseModel):
-    """How a weight is quantized. The defaults are those that measured best (README, Quality)."""
+    """How a weight is quantized. The defaults are those that measured best at 2 bits (README, Quality)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -243,5 +243,6 @@ def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor:
         y = sums.sum(dim=0)[:, :wanted]
     else:
         y = torch.empty(len(few), wanted)
-        kernels.launch(cpu.matmul, *operands, F.pad(few, (0, padded - columns)), y)
+        few = few if padded == columns else F.pad(few, (0, padded - columns))
+        kernels.launch(cpu.matmul, *operands, few, y)
     return y.reshape(*x.shape[:-1], wanted)

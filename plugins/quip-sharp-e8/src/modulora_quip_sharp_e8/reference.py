@@ -16,7 +16,6 @@ Everything is computed in fp64 where W is fp64, else in fp32.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core import kernels
-from modulora_core.errors import ShapeError, WeightError
-from modulora_quip_sharp_e8 import codebooks, transform
+from modulora_core.errors import WeightError
+from modulora_core.spec import check_hessian
+from modulora_quip_sharp_e8 import SPEC, codebooks, transform
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.options import Options
 
@@ -101,7 +101,7 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
         ShapeError: ``hessian`` doesn't fit ``weight``.
         WeightError: NaN or Inf in either, or ``hessian`` can't be a second moment.
     """
-    check(weight, hessian)
+    check_hessian(SPEC.name, weight, hessian)
     M, N = weight.shape
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     W, H = weight.detach().to(dtype), hessian.detach().to(weight.device, dtype)
@@ -124,27 +124,10 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
     return Problem(W, H, input_scale, output_scale, scale)
 
 
-def check(weight: Tensor, hessian: Tensor) -> None:
-    """Refuse what can't be quantized; see :func:`prepare`."""
-    columns = weight.shape[1]
-    if tuple(hessian.shape) != (columns, columns):
-        raise ShapeError(f"quip-sharp-e8: expected a second moment of shape [{columns}, {columns}] for a weight of shape "
-                         f"{list(weight.shape)}, got {list(hessian.shape)}")  # fmt: skip
-    for what, tensor in (("weight", weight), ("second moment", hessian)):
-        if not math.isfinite(float(tensor.sum(dtype=torch.float64))):  # one bad value makes the sum bad
-            raise WeightError(
-                f"quip-sharp-e8: expected a finite {what}, got NaN or Inf in one of shape {list(tensor.shape)}"
-            )
-    if bool((hessian.diagonal() < 0).any()):
-        raise WeightError(f"quip-sharp-e8: expected a second moment, whose diagonal isn't negative, got "
-                          f"{float(hessian.diagonal().min()):g} on it; calibrate again")  # fmt: skip
-
-
 def signs(seed: int, n: int, side: str) -> Tensor:
     """S_U (``"input"``) or S_V (``"output"``), fp32 ``[n]`` of ±1: the same for ever, whatever the device."""
-    stream = np.random.PCG64(
-        [seed, n, {"input": 0, "output": 1}[side]]
-    )  # whose raw numbers no release may change
+    # no release of numpy may change the raw numbers
+    stream = np.random.PCG64([seed, n, {"input": 0, "output": 1}[side]])
     bits = np.unpackbits(stream.random_raw(-(-n // 64)).view(np.uint8))[:n]
     return torch.from_numpy(1 - 2 * bits.astype(np.float32))
 
@@ -201,9 +184,8 @@ def _cholesky(H: Tensor, damping: float) -> Tensor:
     more, wide = 0.0, H
     with kernels.one_thread():
         for attempt in range(DOUBLINGS):
-            tried = wide + more * float(H.diagonal().mean()) * torch.eye(
-                len(H), dtype=wide.dtype, device=H.device
-            )
+            tried = wide.clone()
+            tried.diagonal().add_(more * float(H.diagonal().mean()))
             C, failed = torch.linalg.cholesky_ex(tried)
             if not bool(failed):
                 factor: Tensor = C
