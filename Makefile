@@ -4,20 +4,22 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CERTIFICATES := build/conformance
 DOCS_STAMP := $(VENV)/.installed-docs
 
 # Each plugin, and the conformance kit, is a distribution of its own with a `test` extra.
 PROJECTS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml conformance/pyproject.toml))
-SOURCES := modulora_core $(wildcard $(addsuffix /src,$(PROJECTS)))
+SOURCES := modulora_core $(wildcard $(addsuffix /src,$(PROJECTS)) examples/*/src)
 TESTS := modulora_core/tests $(PROJECTS) $(wildcard examples)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help demo test check docs clean
+.PHONY: help demo test support check docs clean
 
 help:
 	@echo 'make demo    quantize, finetune, evaluate and question a small language model, offline'
 	@echo 'make test    run every test (PYTEST_ARGS="-k name -x" narrows it)'
+	@echo 'make support runs the conformance kit over the plugins and writes docs/support.md'
 	@echo 'make check   lint, formatting, types, import directions'
 	@echo 'make docs    build the documentation into site/'
 	@echo 'make clean   remove .venv and what was built'
@@ -26,7 +28,14 @@ demo: $(STAMP)
 	$(BIN)/modulora demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+	rm -rf $(CERTIFICATES)
+	$(BIN)/python -m pytest $(TESTS) $(if $(PYTEST_ARGS),$(PYTEST_ARGS),--certified --conformance-report $(CERTIFICATES))
+	$(if $(PYTEST_ARGS),,$(BIN)/python -m modulora_conformance.report.support $(CERTIFICATES) --check docs/support.md)
+
+support: $(STAMP)
+	rm -rf $(CERTIFICATES)
+	$(BIN)/python -m pytest $(wildcard plugins/*/tests/test_*_conformance.py) --certified --conformance-report $(CERTIFICATES)
+	$(BIN)/python -m modulora_conformance.report.support $(CERTIFICATES) --write docs/support.md
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -51,5 +60,5 @@ $(STAMP): Makefile pyproject.toml $(addsuffix /pyproject.toml,$(PROJECTS))
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install 'mkdocs-material>=9.5'
+	$(BIN)/python -m pip install 'mkdocs-material>=9.5' 'mkdocstrings[python]>=1'
 	@touch $@

@@ -14,6 +14,7 @@ _PUBLIC = {
     "LoRALinear": "modulora_core.layers",
     "PackedLayout": "modulora_core.packed",
     "PackedWeight": "modulora_core.packed",
+    "Promise": "modulora_core.promise",
     "QuantLinear": "modulora_core.layers",
     "Quantizer": "modulora_core.spec",
     "QuantizerSpec": "modulora_core.spec",

@@ -77,9 +77,12 @@ def lora_linear(
     if A is not None and B is not None:
         _check_adapter(packed.shape, A, B, transpose)
     _check_scales(x, packed.shape, input_scale, output_scale, transpose)
-    y: Tensor = _LoRALinear.apply(
-        x, bias, A, B, input_scale, output_scale, quantizer, packed, scale, dropout, transpose
-    )
+    operands = (x, bias, A, B, input_scale, output_scale, quantizer, packed, scale, dropout, transpose)
+    if torch.compiler.is_compiling():  # it can't know what a quantizer's compiled kernels do
+        from modulora_core.uncompiled import uncompiled
+
+        return uncompiled(_LoRALinear.apply, *operands)  # type: ignore[no-any-return]  # the decorator has no types
+    y: Tensor = _LoRALinear.apply(*operands)
     return y
 
 

@@ -86,9 +86,10 @@ class PackedCheckpoint:
         return sum(t.nbytes for t in self._store.tensors.values())
 
     def quantizer(self, site: PackedSite) -> Quantizer:
-        """The quantizer that can read ``site``. Raises PluginError with what to install."""
+        """The quantizer that can read ``site``. Raises PluginError with what to install, CheckpointError for another packed format."""
         if site.recipe not in self._quantizers:
             self._quantizers[site.recipe] = self.record.recipes[site.recipe].create()
+        self._quantizers[site.recipe].check_format(site.layout)
         return self._quantizers[site.recipe]
 
     def tensor(self, name: str) -> Tensor:

@@ -1,17 +1,22 @@
 """Peak memory, measured.
 
-On an accelerator it is what torch's allocator held at most; on a CPU it is the resident set of this whole
-process at its largest, interpreter and libraries included.
+:class:`PeakMemory`: on an accelerator what torch's allocator held at most; on a CPU the resident set of this whole process at its
+largest, interpreter and libraries included. :class:`Allocations`: what torch's operations allocate, to the byte.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -86,3 +91,43 @@ def _peak_resident_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+
+
+class Allocations(TorchDispatchMode):
+    """Inside of this mode, follow the bytes of the storages that torch's operations make, on any device.
+
+    Storages are counted whole, also where only a view of one is left alive. What compiled kernels allocate for themselves isn't seen.
+
+    Args:
+        before: tensors whose storages exist already and don't count.
+
+    Attributes:
+        alive: bytes of new storages that are alive now; peak: at most so far.
+    """
+
+    def __init__(self, before: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in before}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # torch's signature
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        address, nbytes = storage.data_ptr(), storage.nbytes()
+        if address in self._known:
+            return
+        self._known.add(address)
+        self.alive += nbytes
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._release, address, nbytes)
+
+    def _release(self, address: int, nbytes: int) -> None:
+        self._known.discard(address)
+        self.alive -= nbytes

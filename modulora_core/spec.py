@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from modulora_core.errors import OptionError, PluginError, ShapeError, WeightError
+from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError, WeightError
 from modulora_core.format_spec import LOCATION, FormatSpec
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
+from modulora_core.promise import Promise
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ __all__ = [
     "NoOptions",
     "PackedLayout",
     "PackedWeight",
+    "Promise",
     "Quantizer",
     "QuantizerSpec",
     "TensorLayout",
@@ -55,7 +57,8 @@ PROTOCOL = 1
 SUPPORTED_PROTOCOLS = range(1, 2)
 """The versions of plugins that this core can use."""
 
-_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+QUANTIZER_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+"""What a quantizer may be called."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,7 @@ class QuantizerSpec:
         url: the paper or the project's page.
         formats: checkpoint formats of other tools that hold this quantizer's weights (:mod:`modulora_core.formats`).
         rescales: whether :meth:`Quantizer.rescaled` is there, which tuning asks for (docs/calibration.md).
+        promises: what the quantizer keeps with which options: the configurations that the conformance kit runs.
 
     Raises:
         ValueError: a field is malformed; the message names it.
@@ -93,9 +97,10 @@ class QuantizerSpec:
     url: str = ""
     formats: tuple[FormatSpec, ...] = ()
     rescales: bool = False
+    promises: tuple[Promise, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.name, str) and _NAME.fullmatch(self.name)):
+        if not (isinstance(self.name, str) and QUANTIZER_NAME.fullmatch(self.name)):
             raise ValueError(
                 f"name: expected lower case letters, digits and single hyphens, got {self.name!r}"
             )
@@ -115,6 +120,8 @@ class QuantizerSpec:
             raise ValueError(f"formats: expected values of FormatSpec, got {self.formats!r}")
         if self.rescales not in (True, False):
             raise ValueError(f"rescales: expected True or False, got {self.rescales!r}")
+        if not all(isinstance(item, Promise) for item in self.promises):
+            raise ValueError(f"promises: expected values of Promise, got {self.promises!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +155,9 @@ def check_hessian(quantizer: str, weight: Tensor, hessian: Tensor) -> None:
         raise ShapeError(f"{quantizer}: expected a second moment of shape [{columns}, {columns}] for a weight of shape "
                          f"{list(weight.shape)}, got {list(hessian.shape)}")  # fmt: skip
     for what, tensor in (("weight", weight), ("second moment", hessian)):
-        if not math.isfinite(float(tensor.sum(dtype=torch.float64))):  # one bad value makes the sum bad
+        if not math.isfinite(
+            float(tensor.detach().sum(dtype=torch.float64))
+        ):  # one bad value makes the sum bad
             raise WeightError(
                 f"{quantizer}: expected a finite {what}, got NaN or Inf in one of shape {list(tensor.shape)}"
             )
@@ -260,6 +269,20 @@ class Quantizer(ABC):
         for name, size, multiple in zip(("out_features", "in_features"), shape, multiples, strict=True):
             if size % multiple:
                 raise ShapeError(f"{self.spec.name}: {name} {size} is not a multiple of {multiple}")
+
+    def check_format(self, packed: PackedWeight | PackedLayout) -> None:
+        """Refuse a packed weight of a format that this version doesn't read; asked before a checkpoint is loaded.
+
+        Override it if the other methods read older formats too, by ``packed.format``.
+
+        Raises:
+            CheckpointError: by default when the format isn't the one that :meth:`pack` writes.
+        """
+        if packed.format != self.format:
+            raise CheckpointError(
+                f"packed weight of {packed.quantizer}: expected format {self.format}, which the installed version reads, got format "
+                f"{packed.format}; install the version of the plugin that wrote it, or quantize again"
+            )
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         """What :meth:`pack` would return for this shape, without the bytes: for plans and disk-space checks.

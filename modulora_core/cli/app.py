@@ -32,6 +32,8 @@ COMMANDS = (
     "evaluate",
     "merge",
     "convert",
+    "conformance",
+    "new-plugin",
 )
 """Every command, in the order of ``modulora --help``. ``list-quantizers`` is in ``list_quantizers.py``."""
 
@@ -53,6 +55,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             report = _dispatch(words)
         if report is not None:
             terminal.show(report)
+            return report.exit_code
     except BaseException as error:  # Ctrl-C and exits too: this is where the process's exit code is made
         return report_failure(error, terminal)
     return 0

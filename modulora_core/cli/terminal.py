@@ -42,10 +42,12 @@ class Report:
         json: the object that ``--json`` prints. Its keys are a promise: add some, rename none. A number that
             isn't finite is printed as null.
         text: what a person reads: a string, which is printed as it is, or something that rich renders.
+        exit_code: what the command line ends with: 1 where the work was done and its finding is bad.
     """
 
     json: Mapping[str, Any]
     text: RenderableType | None = None
+    exit_code: int = 0
 
 
 @dataclass

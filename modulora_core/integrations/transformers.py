@@ -82,7 +82,7 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
     """Replace the parameters that ``record`` names by packed ones on the meta device.
 
     Raises:
-        CheckpointError: the model has no such parameter, or one of another shape.
+        CheckpointError: the model has no such parameter, or one of another shape, or a quantizer doesn't read its packed format.
         PluginError: a quantizer isn't installed or can't be used.
     """
     quantizers = [recipe.create() for recipe in record.recipes]
@@ -114,6 +114,7 @@ def _check_shape(parameter: str, site: PackedSite, found: tuple[int, ...]) -> No
 def _packed(site: PackedSite, quantizer: Quantizer) -> PackedParameter:
     # a Conv1D becomes a QuantLinear, whose forward knows the orientation: only stacks are used by foreign code
     transposed = site.transposed and site.kind == "experts"
+    quantizer.check_format(site.layout)
     return PackedParameter(quantizer, site.layout.empty(torch.device("meta")), transposed=transposed)
 
 

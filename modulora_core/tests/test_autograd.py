@@ -9,8 +9,8 @@ from torch import Tensor
 
 from modulora_core.autograd import _dropout_mask, lora_linear
 from modulora_core.errors import ShapeError
+from modulora_core.memory import Allocations
 from modulora_core.spec import PackedWeight, Quantizer
-from modulora_core.tests.allocations import Allocations
 from modulora_core.tiles import tile_budget
 
 OUT, IN, RANK = 11, 7, 3

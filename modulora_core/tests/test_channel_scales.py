@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from modulora_core.autograd import _column_dots, lora_linear
 from modulora_core.errors import ShapeError
 from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
+from modulora_core.memory import Allocations
 from modulora_core.spec import PackedWeight, Quantizer
-from modulora_core.tests.allocations import Allocations
 from modulora_core.tiles import tile_budget
 
 pytestmark = pytest.mark.usefixtures("one_thread")

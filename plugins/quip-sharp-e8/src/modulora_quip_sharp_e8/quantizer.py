@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from modulora_core import kernels
 from modulora_core.errors import OptionError, ShapeError
 from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, TensorLayout, check_rows
-from modulora_core.tiles import tile_ranges, tiled_matmul
+from modulora_core.tiles import tile_bytes, tile_ranges, tiled_matmul
 from modulora_quip_sharp_e8 import SPEC, codebooks, solver, transform
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.options import Options
@@ -37,9 +37,6 @@ from modulora_quip_sharp_e8.reference import Solution
 
 FEW_ROWS = 32
 """Up to so many rows of x the fused kernel is faster than a product over decoded tiles (README, Speed)."""
-
-STRIP_BYTES = 8 * 2**20
-"""What the columns take that are rotated back at a time."""
 
 
 class QuIPSharpE8(Quantizer):
@@ -63,6 +60,8 @@ class QuIPSharpE8(Quantizer):
                 "the second moment of the layer's inputs: give text to calibrate with"
             )
         options: Options = self.options
+        # the solver works in fp64 for an fp64 weight, which would pack to other bytes than the same values in fp32
+        weight = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
         return from_solution(solver.solve(weight, calibration.hessian, options), options)
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
@@ -101,7 +100,8 @@ class QuIPSharpE8(Quantizer):
         if out.numel() == 0:
             return out.to(dtype)
         vectors = packed.tensors
-        for a, b in tile_ranges(vectors["codes"].shape[1], BLOCK * whole * computed.itemsize, STRIP_BYTES):
+        budget = tile_bytes(packed.device) // 2  # beside a strip there is its transpose
+        for a, b in tile_ranges(vectors["codes"].shape[1], BLOCK * whole * computed.itemsize, budget):
             columns_here = slice(a * BLOCK, min(b * BLOCK, columns))
             strip = _decode(packed, slice(None), slice(a, b), columns_here.stop - columns_here.start).to(
                 computed

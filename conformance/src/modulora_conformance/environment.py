@@ -1,0 +1,68 @@
+"""Where a run took place: what a report names so that another can repeat it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "modulora-core",
+    "modulora-conformance",
+    "torch",
+    "transformers",
+    "numba",
+    "triton",
+    "pytest",
+    "hypothesis",
+)
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Versions of packages (None where one isn't installed), Python, system, processor and accelerators."""
+    import torch
+
+    cuda = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerators": cuda,
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def origin(quantizer: str) -> tuple[str, str]:
+    """The distribution that brings a quantizer, and its version; ``("", "")`` where none does."""
+    from modulora_core.registry import entries
+
+    for entry in entries():
+        if entry.name == quantizer:
+            return entry.distribution, entry.version
+    return "", ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()

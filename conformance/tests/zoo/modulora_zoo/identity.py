@@ -1,0 +1,92 @@
+"""Broken in what they say of themselves: level 0 finds them."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
+
+from modulora_zoo.healthy import Healthy, Options
+
+
+class FutureProtocol(Healthy):
+    breaks = "test_the_protocol_is_supported"
+
+
+class Unlisted(Healthy):
+    """Nobody's hook lists it."""
+
+    breaks = "test_the_spec_is_registered_by_an_entry_point"
+
+
+class HeavyMetadata(Healthy):
+    """The module of its entry point imports torch."""
+
+    breaks = "test_metadata_is_known_without_torch"
+
+
+class SlowMetadata(Healthy):
+    """The module of its entry point computes for more than half a second."""
+
+    breaks = "test_metadata_is_imported_fast"
+
+
+class _Undescribed(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    group_size: int = 32
+
+
+class UndescribedOption(Healthy):
+    breaks = "test_options_are_described_and_frozen"
+    Options = _Undescribed
+
+
+class _Thawed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    group_size: int = Field(32, ge=2, description="weights that share a scale")
+
+
+class ThawedOptions(Healthy):
+    breaks = "test_options_are_described_and_frozen"
+    Options = _Thawed
+
+
+class _Lax(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    group_size: int = Field(32, ge=2, description="weights that share a scale")
+
+
+class LaxOptions(Healthy):
+    """A misspelt option is ignored."""
+
+    breaks = "test_unknown_and_malformed_options_are_refused"
+    Options = _Lax
+
+
+class _Forgetful(Options):
+    @field_serializer("group_size")
+    def halved(self, value: int) -> int:
+        return value // 2
+
+
+class ForgetfulOptions(Healthy):
+    """What it records isn't what it was given."""
+
+    breaks = "test_a_checkpoint_records_the_options"
+    Options = _Forgetful
+
+
+class UnkeptPromise(Healthy):
+    """Its spec promises something for an option that it doesn't have."""
+
+    breaks = "test_promised_options_are_accepted"
+
+
+class AnyShape(Healthy):
+    """Takes odd in_features, and fails later."""
+
+    breaks = "test_shapes_follow_the_declared_multiples"
+
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        return

@@ -1,0 +1,30 @@
+"""The kernel of :mod:`modulora_zoo.devices`. Triton decides when it is imported whether kernels are interpreted."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 16
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor, out: Tensor, group_size: int, *, masked: bool) -> None:
+    """Write (code - zero) scale to ``out``, fp32 ``[rows, in]``."""
+    rows, columns = out.shape
+    blocks = triton.cdiv(columns, BLOCK) if masked else columns // BLOCK
+    if rows and blocks:
+        _decode[(rows, blocks)](codes, scale, zero, out, columns, scale.shape[1], group_size, BLOCK=BLOCK)
+
+
+@triton.jit
+def _decode(codes, scale, zero, out, columns, groups, group_size, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    byte = tl.load(codes + row * (columns // 2) + column // 2, mask=inside, other=0).to(tl.int32)
+    code = (byte >> (column % 2 * 4)) & 15
+    group = row * groups + column // group_size
+    s = tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(zero + group, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + column, (code.to(tl.float32) - z) * s, mask=inside)

@@ -1,0 +1,93 @@
+"""The plugin of ``examples/third_party_plugin``, as an outsider's CI treats it: built, installed, tested and certified."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLUGIN = Path(__file__).parents[1] / "third_party_plugin"
+
+
+def run(folder: Path, site: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package installed from a wheel of its own, and nothing else."""
+    pytest.importorskip("hatchling", reason="builds a wheel without network: pip install hatchling")
+    folder = tmp_path_factory.mktemp("outsider")
+    words = [
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        "site",
+        str(PLUGIN),
+    ]
+    done = run(folder, folder, *words)
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+def test_it_passes_its_own_tests(site: Path, tmp_path: Path) -> None:
+    settings, certified = PLUGIN / "pyproject.toml", PLUGIN / "tests" / "test_half_quadratic_conformance.py"
+    words = [
+        "pytest",
+        str(PLUGIN / "tests"),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        str(settings),
+        "--ignore",
+        str(certified),
+    ]
+    done = run(tmp_path, site, *words)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_it_is_certified(site: Path, tmp_path: Path) -> None:
+    words = [
+        "modulora_core.cli",
+        "conformance",
+        "half-quadratic",
+        "--certified",
+        "--report",
+        "report",
+        "--json",
+    ]
+    done = run(tmp_path, site, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["certified"] is True
+    assert result["distribution"] == "modulora-half-quadratic"
+    assert len(result["configurations"]) >= 5
+    assert (tmp_path / "report" / "half-quadratic.html").is_file()
+
+
+def test_no_file_of_the_core_knows_it() -> None:
+    core = PLUGIN.parents[1] / "modulora_core"
+    texts = {
+        path: path.read_text("utf-8").lower()
+        for path in core.rglob("*.py")
+        if "tests" not in path.relative_to(core).parts
+    }
+    naming = [str(path) for path, text in texts.items() if "modulora_half_quadratic" in text or "hqq" in text]
+    assert naming == []

@@ -1,0 +1,42 @@
+"""Half-quadratic quantization for ModuLoRA. This module is the entry point: metadata only, no torch."""
+
+from __future__ import annotations
+
+from modulora_core.hookspecs import hookimpl
+from modulora_core.spec import Promise, QuantizerSpec
+
+
+def _promise(bits: int, gaussian: float, heavy_tailed: float, outlier_columns: float) -> Promise:
+    """Half a bit for scale and offset, a ten-thousandth for the unit of a large layer; a constant is rounded to fp16."""
+    return Promise(
+        options={"bits": bits},
+        bits_per_weight=bits + 0.5001,
+        gaussian=gaussian,
+        heavy_tailed=heavy_tailed,
+        outlier_columns=outlier_columns,
+        constant=2**-11,
+    )
+
+
+SPEC = QuantizerSpec(
+    name="half-quadratic",
+    summary="1 to 8 bits with a scale and an offset for each group, optimized without data (HQQ)",
+    location="modulora_half_quadratic.quantizer:HalfQuadratic",
+    protocol=1,
+    bits=(1, 2, 3, 4, 5, 6, 7, 8),
+    devices=("cpu",),
+    url="https://mobiusml.github.io/hqq_blog/",
+    # 1.05 times the largest errors of `python benchmarks/error.py --seeds 20`
+    promises=(
+        _promise(1, gaussian=0.618, heavy_tailed=0.695, outlier_columns=0.365),
+        _promise(2, gaussian=0.341, heavy_tailed=0.447, outlier_columns=0.333),
+        _promise(3, gaussian=0.178, heavy_tailed=0.252, outlier_columns=0.261),
+        _promise(4, gaussian=0.0879, heavy_tailed=0.128, outlier_columns=0.151),
+        _promise(8, gaussian=0.00527, heavy_tailed=0.00789, outlier_columns=0.00916),
+    ),
+)
+
+
+@hookimpl
+def modulora_quantizers() -> list[QuantizerSpec]:
+    return [SPEC]

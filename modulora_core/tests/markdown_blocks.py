@@ -1,0 +1,61 @@
+"""The fenced blocks of a Markdown page, and what a reader who follows them has on disk afterwards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+NEXT_PLACE = "@@\n"
+"""Between two places of one file in a diff."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: ``title`` is the file that it belongs to, if it says one."""
+
+    language: str
+    title: str
+    text: str
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    """The blocks of these languages, in order."""
+    found = (Block(m[1], m[2] or "", m[3]) for m in _BLOCK.finditer(page.read_text("utf-8")))
+    return [block for block in found if block.language in languages]
+
+
+def commands(page: Path) -> list[str]:
+    """What follows ``$`` in the console blocks."""
+    lines = [line for block in blocks(page, "console") for line in block.text.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+def follow(page: Path, folder: Path) -> None:
+    """Write the files that Python blocks are titled with, and change those that diffs are titled with."""
+    for block in blocks(page, "python", "diff"):
+        if not block.title:
+            continue
+        file = folder / block.title
+        if block.language == "python":
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text, "utf-8")
+            continue
+        text = file.read_text("utf-8")
+        for before, after in _places(block.text):
+            assert text.count(before) == 1, f"{block.title} has {text.count(before)} times:\n{before}"
+            text = text.replace(before, after)
+        file.write_text(text, "utf-8")
+
+
+def _places(diff: str) -> Iterator[tuple[str, str]]:
+    """The lines before and after, at each place."""
+    for place in diff.split(NEXT_PLACE):
+        lines = place.splitlines(keepends=True)
+        yield (
+            "".join(line[1:] for line in lines if line[0] in " -"),
+            "".join(line[1:] for line in lines if line[0] in " +"),
+        )

@@ -1,0 +1,24 @@
+"""Plugin packages that Python takes for installed: a folder for PYTHONPATH with the code and a dist-info."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from pathlib import Path
+
+
+def site_of(package: Path, site: Path) -> Path:
+    """Put the package of a project folder (code in ``src/``) and its metadata into ``site``. Returns ``site``."""
+    project = tomllib.loads((package / "pyproject.toml").read_text("utf-8"))["project"]
+    shutil.copytree(package / "src", site, dirs_exist_ok=True)
+    write_metadata(site, project["name"], project["version"], project["entry-points"]["modulora"])
+    return site
+
+
+def write_metadata(site: Path, name: str, version: str, quantizers: dict[str, str]) -> None:
+    """The dist-info of a distribution with the entry points of these quantizers."""
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    points = "".join(f"{quantizer} = {module}\n" for quantizer, module in quantizers.items())
+    (info / "entry_points.txt").write_text(f"[modulora]\n{points}")

@@ -1,0 +1,73 @@
+"""torch.compile around packed layers: the packed product is one step, which the compiler doesn't look into."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
+
+
+@pytest.fixture
+def layer(toy: ModuleType) -> LoRALinear:
+    quantizer = toy.Toy()
+    torch.manual_seed(0)
+    packed = quantizer.pack(torch.randn(11, 7))
+    layer = LoRALinear(QuantLinear(PackedParameter(quantizer, packed), nn.Parameter(torch.randn(11))))
+    layer.add_adapter("default", 2, alpha=4)
+    nn.init.normal_(layer.lora_B["default"])
+    return layer
+
+
+def results(layer: LoRALinear, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Output, dX, dA, dB and dbias."""
+    layer.zero_grad()
+    x = torch.linspace(-1, 1, 21).view(3, 7).requires_grad_()
+    y = run(x)
+    y.square().sum().backward()
+    gradients = [leaf.grad for leaf in (x, *layer.parameters()) if leaf.grad is not None]
+    assert len(gradients) == 4
+    return [y.detach(), *gradients]
+
+
+def test_a_compiled_layer_gives_the_eager_results_without_a_warning(layer: LoRALinear) -> None:
+    expected = results(layer, layer)
+    torch._dynamo.utils.counters.clear()
+    found = results(layer, torch.compile(layer, backend="eager"))  # pytest turns warnings into errors
+    for exact, got in zip(expected, found, strict=True):
+        torch.testing.assert_close(got, exact, rtol=0, atol=0)
+    (reason,) = torch._dynamo.utils.counters["graph_break"]
+    assert "uncompiled" in reason, "expected one break of the graph, around the packed product"
+    torch._dynamo.reset()
+
+
+EAGER = """
+import sys
+import torch
+from modulora_core.autograd import lora_linear
+from modulora_core.spec import PackedWeight, Quantizer
+
+class Ones(Quantizer):
+    def pack(self, weight, calibration=None):
+        return PackedWeight("ones", 1, tuple(weight.shape), {"nothing": torch.empty(0)})
+
+    def dequantize_tile(self, packed, rows, dtype):
+        return torch.ones(rows[1] - rows[0], packed.shape[1], dtype=dtype)
+
+x = torch.ones(2, 3, requires_grad=True)
+y = lora_linear(x, Ones(), Ones().pack(torch.ones(4, 3)))
+y.sum().backward()
+print(y[0, 0].item(), x.grad[0, 0].item(), "torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_product_that_is_not_compiled_imports_no_compiler() -> None:
+    """Importing it takes seconds."""
+    done = subprocess.run([sys.executable, "-c", EAGER], capture_output=True, text=True)
+    assert done.stdout.split() == ["3.0", "4.0", "False"], done.stderr

@@ -1,0 +1,19 @@
+"""The conformance kit over every configuration that the spec makes promises for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from modulora_conformance import QuantizerConformance
+from modulora_quip_sharp_e8 import SPEC
+from modulora_quip_sharp_e8.options import Options
+from modulora_quip_sharp_e8.quantizer import QuIPSharpE8
+
+
+class TestQuIPSharpE8(QuantizerConformance):
+    golden = Path(__file__).parent / "golden"
+
+    @pytest.fixture(params=SPEC.promises, ids=lambda promise: promise.title)
+    def quantizer(self, request: pytest.FixtureRequest) -> QuIPSharpE8:
+        return QuIPSharpE8(Options(**request.param.options))
