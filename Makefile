@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CERTIFICATES := build/conformance
+# Two processes of one thread: most of a test is Python. A file's tests stay together, and so do a quantizer's certificate.
+WHOLE_SUITE := --numprocesses 2 --dist loadfile --certified --conformance-report $(CERTIFICATES)
 DOCS_STAMP := $(VENV)/.installed-docs
 
 # Each plugin, and the conformance kit, is a distribution of its own with a `test` extra.
@@ -29,7 +31,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	rm -rf $(CERTIFICATES)
-	$(BIN)/python -m pytest $(TESTS) $(if $(PYTEST_ARGS),$(PYTEST_ARGS),--certified --conformance-report $(CERTIFICATES))
+	$(if $(PYTEST_ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(TESTS) $(or $(PYTEST_ARGS),$(WHOLE_SUITE))
 	$(if $(PYTEST_ARGS),,$(BIN)/python -m modulora_conformance.report.support $(CERTIFICATES) --check docs/support.md)
 
 support: $(STAMP)

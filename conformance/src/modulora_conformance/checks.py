@@ -48,7 +48,11 @@ class Level:
 
 def checks_of(cls: type) -> Iterator[tuple[str, Any, type[Level]]]:
     """Name, function and level of every check that the kit gives to ``cls``, in order of the levels."""
-    levels = [base for base in cls.__mro__ if issubclass(base, Level) and "level" in vars(base)]
+    levels = [
+        base
+        for base in cls.__mro__
+        if issubclass(base, Level) and "level" in vars(base) and _is_of_the_kit(base)
+    ]
     for level in sorted(levels, key=lambda base: base.level):
         for name, value in vars(level).items():
             if name.startswith("test_") and callable(value):

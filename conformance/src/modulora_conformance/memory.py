@@ -22,6 +22,7 @@ from modulora_conformance.measurements import Measurements
 from modulora_conformance.problems import SCALE, Problem, output, problem
 from modulora_conformance.results import HARDWARE
 from modulora_core.autograd import lora_linear
+from modulora_core.kernels import one_thread
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_budget
 
@@ -213,7 +214,8 @@ def _forward_and_backward(
     """What either takes within the tile budget."""
     leaves = given.leaves()
     before = [*leaves.values(), *weight.tensors.values(), given.dY]
-    with tile_budget(TILE):
+    # on one thread: among threads that another process keeps from a core, 64 small tiles take minutes, and no byte more
+    with tile_budget(TILE), one_thread():
         with measure(before) as forward:
             y = output(quantizer, weight, leaves)
         with measure([*before, y]) as backward:
