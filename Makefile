@@ -9,8 +9,8 @@ CERTIFICATES := build/conformance
 WHOLE_SUITE := --numprocesses 2 --dist loadfile --certified --conformance-report $(CERTIFICATES)
 DOCS_STAMP := $(VENV)/.installed-docs
 
-# Each plugin, and the conformance kit, is a distribution of its own with a `test` extra.
-PROJECTS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml conformance/pyproject.toml))
+# The conformance kit and each plugin are distributions of their own with a `test` extra. The kit is first: pip must have seen it when a plugin asks for it.
+PROJECTS := $(patsubst %/pyproject.toml,%,$(wildcard conformance/pyproject.toml) $(wildcard plugins/*/pyproject.toml))
 SOURCES := modulora_core $(wildcard $(addsuffix /src,$(PROJECTS)) examples/*/src)
 TESTS := modulora_core/tests $(PROJECTS) $(wildcard examples)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
