@@ -12,7 +12,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 # The conformance kit and each plugin are distributions of their own with a `test` extra. The kit is first: pip must have seen it when a plugin asks for it.
 PROJECTS := $(patsubst %/pyproject.toml,%,$(wildcard conformance/pyproject.toml) $(wildcard plugins/*/pyproject.toml))
 SOURCES := modulora_core $(wildcard $(addsuffix /src,$(PROJECTS)) examples/*/src)
-TESTS := modulora_core/tests $(PROJECTS) $(wildcard examples)
+TESTS := modulora_core/tests $(addsuffix /tests,$(PROJECTS)) $(wildcard examples)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 

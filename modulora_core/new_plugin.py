@@ -30,7 +30,7 @@ class PluginNames:
     """A quantizer's name in the spellings that a package needs.
 
     Attributes:
-        name: as users ask for it: ``"half-quadratic"``.
+        name: as users ask for it: ``"my-rounding"``.
 
     Raises:
         OptionError: ``name`` is no quantizer's name.
@@ -42,27 +42,27 @@ class PluginNames:
         if not QUANTIZER_NAME.fullmatch(self.name):
             raise OptionError(
                 f"name of a quantizer: expected a lower case letter first, then lower case letters, digits and single hyphens, "
-                f"such as 'half-quadratic', got {self.name!r}"
+                f"such as 'my-rounding', got {self.name!r}"
             )
 
     @property
     def distribution(self) -> str:
-        """The package's name on an index: ``"modulora-half-quadratic"``."""
+        """The package's name on an index: ``"modulora-my-rounding"``."""
         return f"modulora-{self.name}"
 
     @property
     def under(self) -> str:
-        """``"half_quadratic"``."""
+        """``"my_rounding"``."""
         return self.name.replace("-", "_")
 
     @property
     def module(self) -> str:
-        """``"modulora_half_quadratic"``. The prefix keeps every name clear of Python's keywords."""
+        """``"modulora_my_rounding"``. The prefix keeps every name clear of Python's keywords."""
         return f"modulora_{self.under}"
 
     @property
     def title(self) -> str:
-        """``"HalfQuadratic"``, in the names of classes."""
+        """``"MyRounding"``, in the names of classes."""
         return "".join(part.capitalize() for part in self.name.split("-"))
 
     def substitutions(self) -> dict[str, str]:

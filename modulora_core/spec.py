@@ -66,7 +66,7 @@ class QuantizerSpec:
     """What is known of a quantizer without importing torch. ``modulora list-quantizers`` prints from this alone.
 
     Attributes:
-        name: how users ask for it: lower case letters, digits and single hyphens, such as ``"half-quadratic"``.
+        name: how users ask for it: lower case letters, digits and single hyphens, such as ``"my-rounding"``.
         summary: one line.
         location: where the class is: ``"package.module:Class"``. Imported only when it is used.
         protocol: the version of this contract that the plugin was written for. Write the number, do not import

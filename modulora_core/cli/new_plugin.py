@@ -27,8 +27,8 @@ def command(name: Name, folder: Folder) -> Report:
     workflow and a README. Comments in quantizer.py show where to put one's own.
 
     Examples:
-      modulora new-plugin half-quadratic my-plugin
-      modulora new-plugin half-quadratic my-plugin --json
+      modulora new-plugin my-rounding my-plugin
+      modulora new-plugin my-rounding my-plugin --json
     """
     from modulora_core.new_plugin import new_plugin
 
