@@ -112,3 +112,13 @@ def test_the_seed_draws_other_signs(layer):
     one, other = (solver.solve(W, H, Options(seed=seed)) for seed in (0, 1))
     assert not torch.equal(one.input_scale.sign(), other.input_scale.sign())
     assert not torch.equal(one.codes, other.codes)
+
+
+@pytest.mark.parametrize(
+    ("bits", "sweeps", "rounds"), [(2, None, 4), (3, None, 4), (4, None, 0), (4, 2, 2), (2, 0, 0)]
+)
+def test_sweeps_by_default_depend_on_the_width(bits, sweeps, rounds, layer):
+    options = Options(bits=bits, sweeps=sweeps)
+    assert options.rounds == rounds
+    W, H = layer(16, 64)
+    assert same(solver.solve(W, H, options), solver.solve(W, H, Options(bits=bits, sweeps=rounds)))

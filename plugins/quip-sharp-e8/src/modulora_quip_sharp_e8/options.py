@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Options(BaseModel):
-    """How a weight is quantized. The defaults are those that measured best at 2 bits (README, Quality)."""
+    """How a weight is quantized. The defaults are those that measured best (README, Quality)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -16,11 +16,11 @@ class Options(BaseModel):
     rescale: bool = Field(
         True, description="even out what columns weigh and what their inputs do, before rotating"
     )
-    sweeps: int = Field(
-        4,
+    sweeps: int | None = Field(
+        None,
         ge=0,
         le=100,
-        description="times that every block of eight weights is rounded once more, the others given",
+        description="times that every block of eight weights is rounded once more, the others given; by default 4, and none at 4 bits",
     )
     damping: float = Field(
         0.1,
@@ -42,3 +42,8 @@ class Options(BaseModel):
     def _number(cls, value: object) -> object:
         """A literal takes no text, and the command line has nothing else."""
         return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+    @property
+    def rounds(self) -> int:
+        """:attr:`sweeps`, or its default: at 4 bits they follow the samples and lose on other text (README, Quality)."""
+        return self.sweeps if self.sweeps is not None else 0 if self.bits == 4 else 4

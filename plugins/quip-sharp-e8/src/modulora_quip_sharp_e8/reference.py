@@ -204,7 +204,7 @@ def descent(H: Tensor) -> Tensor:
 
 
 def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
-    """Quantize ``weight``: BlockLDLQ (section 4.1), then ``options.sweeps`` rounds of coordinate descent.
+    """Quantize ``weight``: BlockLDLQ (section 4.1), then ``options.rounds`` rounds of coordinate descent.
 
     Args and Raises: as :func:`prepare`.
     """
@@ -217,7 +217,7 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
         here, after = slice(k, k + BLOCK), slice(k + BLOCK, None)
         target = W[:, here] + (W - W_hat)[:, after] @ L[after, here]
         codes[k], W_hat[:, here] = quantize(target, options.bits)
-    for _ in range(options.sweeps):
+    for _ in range(options.rounds):
         for k in blocks:
             here = slice(k, k + BLOCK)
             target = W_hat[:, here] + torch.linalg.solve(H[here, here], (W - W_hat) @ H[:, here], left=False)

@@ -43,9 +43,9 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
         cpu = kernels.load("modulora_quip_sharp_e8.cpu_solver", problem.W.device)
     rounding = _Rounding(problem.W, options.bits) if cpu is None else _Compiled(problem.W, options.bits, cpu)
     rounding.run(reference.feedback(problem.H, options.damping), lower=True)
-    if options.sweeps:
+    if options.rounds:
         P = reference.descent(problem.H)
-        for _ in range(options.sweeps):
+        for _ in range(options.rounds):
             rounding.run(P, lower=False)
     return problem.solution(rounding.codes, rounding.residual)
 
