@@ -2,7 +2,7 @@
 
 They hold a format still: a checkpoint of last year must be read as it was, and a new version must pack the same bytes. Each plugin
 keeps its own, in a folder that its subclass names (``golden = Path(__file__).parent / "golden"``). Write them once with
-``python -m modulora_conformance.golden NAME DIR``, look at them, commit them; to write them anew is a change of the format.
+``python -m modulora_conformance.golden NAME DIR``, look at them, commit them.
 
 A file ``NAME-OPTIONS.safetensors`` holds ``weight`` fp32 ``[out, in]``, ``tile`` fp32 ``[out, in]``, ``packed.NAME`` for each packed
 tensor, and in its metadata ``layout`` as JSON.
@@ -38,8 +38,8 @@ class Golden(Level):
 
     @needs("test_packing_is_deterministic")
     def test_packing_gives_the_golden_vectors(self, quantizer: Quantizer, golden_folder: Path) -> None:
-        """If this fails: the installed version packs other bytes than the one that wrote the golden vectors. If that is meant, raise
-        `format` and write them anew.
+        """If this fails: the installed version packs other bytes than the one that wrote the golden vectors. If that is meant, write
+        them anew, and raise `format` where stored weights mean something else now.
         """
         path = file_of(quantizer, golden_folder)
         weight, stored, _ = read(path)
