@@ -177,7 +177,8 @@ def test_nothing_of_the_size_of_the_weight_is_saved(toy: ModuleType, dtype: torc
         saved.append(tuple(t.shape))
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), Allocations() as allocations:
+    allocations = Allocations([*packed.tensors.values(), x, A, B])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), allocations:
         y = lora_linear(x, quantizer, packed, None, A, B)
     assert sorted(saved) == sorted([(4, 128), (4, 2), (2, 128), (256, 2)])
     gc.collect()
