@@ -49,6 +49,7 @@ class Recorder:
         self._failed: dict[tuple[str, str], set[str]] = defaultdict(set)
         self._found: dict[str, _Found] = {}
         self._titles: dict[tuple[str, str], str] = {}
+        self._names: dict[tuple[str, str], str] = {}
         self._complete = True
 
     @property
@@ -142,7 +143,6 @@ class Recorder:
     def _of(self, item: pytest.Item, quantizer: Any) -> _Found:
         """Where an item's outcome belongs; a blocked one, whose fixtures never ran, follows those of its class."""
         if quantizer is not None:
-            self._names = getattr(self, "_names", {})
             self._names[_key(item)] = quantizer.spec.name
             return self._found[quantizer.spec.name]
         return self._found[self._names[_key(item)]]
