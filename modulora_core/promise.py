@@ -48,4 +48,9 @@ class Promise:
     @property
     def title(self) -> str:
         """The options in one line: ``"bits=2, group_size=64"``; ``"defaults"`` where there are none."""
-        return ", ".join(f"{name}={value}" for name, value in self.options.items()) or "defaults"
+        return titled(self.options)
+
+
+def titled(options: Mapping[str, Any]) -> str:
+    """Options in one line, as :attr:`Promise.title` has them."""
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "defaults"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modulora_core.options import parse_options
+from modulora_core.promise import titled
 from modulora_core.registry import find
 
 
@@ -21,11 +22,6 @@ class Configuration:
     def title(self) -> str:
         """The options in one line, as a test's id shows them."""
         return titled(self.options)
-
-
-def titled(options: Mapping[str, Any]) -> str:
-    """``"bits=2, group_size=64"``; ``"defaults"`` where there are none."""
-    return ", ".join(f"{name}={value}" for name, value in options.items()) or "defaults"
 
 
 def configurations(name: str, options: list[str]) -> list[Configuration]:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modulora_conformance.bits import check_same_bytes
 from modulora_conformance.cases import (
     KINDS,
     SETTINGS,
@@ -67,12 +68,14 @@ class Packing(Level):
         first = pack(quantizer, weight)
         torch.manual_seed(torch.initial_seed() % 1000 + 1)
         torch.randn(17)
-        _assert_same(first, pack(quantizer, weight), "packed again")
-        _assert_same(first, pack(type(quantizer)(quantizer.options), weight), "packed by another instance")
+        check_same_bytes(first, pack(quantizer, weight), "packed again")
+        check_same_bytes(
+            first, pack(type(quantizer)(quantizer.options), weight), "packed by another instance"
+        )
         threads = torch.get_num_threads()
         try:
             torch.set_num_threads(1 if threads > 1 else 2)
-            _assert_same(first, pack(quantizer, weight), "packed with another number of threads")
+            check_same_bytes(first, pack(quantizer, weight), "packed with another number of threads")
         finally:
             torch.set_num_threads(threads)
 
@@ -98,7 +101,7 @@ class Packing(Level):
         assert changed == [], f"packed tensors that changed with the weight: {', '.join(changed)}"
         # one that the caller holds as float32 already is the one that a plugin forgets to copy
         again = pack(quantizer, gaussian(found.shape, 3))
-        _assert_same(
+        check_same_bytes(
             PackedWeight(found.quantizer, found.format, found.shape, before, found.metadata),
             again,
             "packed again",
@@ -115,7 +118,7 @@ class Packing(Level):
         weight = (
             gaussian(fit(quantizer, 24, 96), 4).to(torch.float16).to(torch.bfloat16)
         )  # exact in all of them
-        _assert_same(
+        check_same_bytes(
             pack(quantizer, weight.to(torch.float32)),
             pack(quantizer, weight.to(dtype)),
             f"packed from {dtype}",
@@ -129,7 +132,9 @@ class Packing(Level):
         wide = torch.zeros(shape[0], 2 * shape[1])
         wide[:, ::2] = weight
         for what, strided in (("transposed", weight.T.contiguous().T), ("sliced", wide[:, ::2])):
-            _assert_same(pack(quantizer, weight), pack(quantizer, strided), f"packed from a {what} weight")
+            check_same_bytes(
+                pack(quantizer, weight), pack(quantizer, strided), f"packed from a {what} weight"
+            )
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
     def test_weights_that_are_not_finite_are_refused(self, quantizer: Quantizer, bad: float) -> None:
@@ -218,7 +223,7 @@ class Packing(Level):
             quantizer.pack(weight, None)
         found = quantizer.pack(weight, calibration)
         if quantizer.spec.calibration == "none":
-            _assert_same(
+            check_same_bytes(
                 pack(quantizer, weight), found, "packed with a calibration, which the spec doesn't ask for"
             )
 
@@ -263,21 +268,3 @@ def _promise(quantizer: Quantizer) -> Promise:
         if cls.Options.model_validate(dict(promise.options)) == quantizer.options:
             return promise
     pytest.skip(f"spec.promises says nothing of {quantizer.options!r}: there is nothing to hold it to")
-
-
-def _assert_same(expected: PackedWeight, found: PackedWeight, what: str) -> None:
-    assert found.layout == expected.layout, (
-        f"{what}: expected the layout {expected.layout}, got {found.layout}"
-    )
-    differing = [
-        name for name, tensor in expected.tensors.items() if not _same_bits(tensor, found.tensors[name])
-    ]
-    assert differing == [], f"{what}: expected the same bytes, got others in {', '.join(differing)}"
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-        if a.dim()
-        else torch.equal(a, b)
-    )

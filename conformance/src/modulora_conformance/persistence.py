@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from modulora_conformance import oracle
 from modulora_conformance.another_process import inputs_for, read_elsewhere
+from modulora_conformance.bits import check_same_bytes, same_bits
 from modulora_conformance.cases import inputs, packed
 from modulora_conformance.changes import change_in_place, changed_weight
 from modulora_conformance.checks import Level, needs
@@ -60,7 +61,7 @@ class Persistence(Level):
             f"layout: expected {weight.layout}, got {layout} after a round trip through JSON"
         )
         again = layout.fill(load_file(tmp_path / "packed.safetensors"))
-        _check_same_bytes(weight, again)
+        check_same_bytes(weight, again, "read from files")
         other = type(quantizer)(
             type(quantizer).Options.model_validate_json(quantizer.options.model_dump_json())
         )
@@ -76,7 +77,7 @@ class Persistence(Level):
         weight = packed(quantizer, SHAPE)
         given = inputs_for(weight.shape, (torch.float32,))
         found = read_elsewhere(quantizer, weight, given, tmp_path)["tile.float32"]
-        assert _same_bits(found, _tile(quantizer, weight)), (
+        assert same_bits(found, _tile(quantizer, weight)), (
             f"expected the bits of this process's Ŵ in another one, got a difference of "
             f"{float((found - _tile(quantizer, weight)).abs().max()):.3g}"
         )
@@ -100,7 +101,7 @@ class Persistence(Level):
     def test_moving_keeps_bytes_and_layout(self, quantizer: Quantizer) -> None:
         """If this fails: a packed tensor changes when it is copied, or the layout counts on the device."""
         weight = packed(quantizer, SHAPE)
-        _check_same_bytes(weight, weight.to("cpu"))
+        check_same_bytes(weight, weight.to("cpu"), "moved")
         meta = weight.to("meta")
         assert meta.layout == weight.layout, f"on meta: expected {weight.layout}, got {meta.layout}"
         assert weight.layout.empty().layout == weight.layout
@@ -121,14 +122,14 @@ class Persistence(Level):
         layer.load_state_dict(state, assign=assign)
         expected = QuantLinear(PackedParameter(quantizer, weight), _bias(weight))(x)
         assert torch.equal(layer(x), expected), "expected the loaded weight's output bit for bit, got another"
-        _check_same_bytes(weight, layer.weight.packed)
+        check_same_bytes(weight, layer.weight.packed, "loaded")
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
     def test_a_cast_of_the_model_keeps_packed_dtypes(self, quantizer: Quantizer, dtype: torch.dtype) -> None:
         """If this fails: ``model.to(dtype)`` changes packed scales, or the product of the cast model isn't in its dtype."""
         weight = packed(quantizer, SHAPE)
         layer = QuantLinear(PackedParameter(quantizer, weight), _bias(weight)).to(dtype)
-        _check_same_bytes(weight, layer.weight.packed)
+        check_same_bytes(weight, layer.weight.packed, f"in a model cast to {dtype}")
         y = layer(inputs((3,), weight.shape[1], dtype))
         assert y.dtype == dtype, f"expected a product in {dtype}, got {y.dtype}"
 
@@ -224,23 +225,6 @@ def _tile(quantizer: Quantizer, weight: PackedWeight) -> Tensor:
 
 def _bias(weight: PackedWeight) -> nn.Parameter:
     return nn.Parameter(inputs((), weight.shape[0], torch.float32, 5))
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Also where there is NaN, and where zeros differ in sign."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _check_same_bytes(expected: PackedWeight, found: PackedWeight) -> None:
-    assert found.layout == expected.layout, f"layout: expected {expected.layout}, got {found.layout}"
-    for name, tensor in expected.tensors.items():
-        assert _same_bits(tensor, found.tensors[name]), (
-            f"packed tensor {name}: expected the same bytes, got others"
-        )
 
 
 def _raise_formats(record: object) -> None:

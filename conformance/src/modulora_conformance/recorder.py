@@ -228,7 +228,7 @@ def _case(item: pytest.Item) -> str:
 
 def _title(quantizer: Quantizer) -> str:
     """The options that aren't at their defaults, in one line."""
-    from modulora_conformance.configurations import titled
+    from modulora_core.promise import titled
 
     return titled(quantizer.options.model_dump(exclude_defaults=True))
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modulora_conformance.bits import same_bits
 from modulora_conformance.cases import DTYPES, KINDS, SETTINGS, fit, gaussian, pack, packed, seeds, shapes
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.measurements import Measurements
@@ -43,7 +44,7 @@ class Tiles(Level):
         assert tuple(part.shape) == (stop - start, shape[1]), (
             f"expected shape {(stop - start, shape[1])}, got {tuple(part.shape)}"
         )
-        assert _same_bits(part, whole[start:stop]), (
+        assert same_bits(part, whole[start:stop]), (
             f"rows {start} to {stop} of a {list(shape)} weight in {dtype}: expected the bits of the whole's rows, got others"
         )
 
@@ -57,7 +58,7 @@ class Tiles(Level):
             for start in range(0, rows, step * max(1, 24 // step)):
                 stop = min(rows, start + step)
                 part = _tile(quantizer, found, (start, stop), torch.float32)
-                assert _same_bits(part, whole[start:stop]), (
+                assert same_bits(part, whole[start:stop]), (
                     f"rows {start} to {stop} of {rows}: not the bits of the whole's"
                 )
 
@@ -146,9 +147,3 @@ def _tile(
     quantizer: Quantizer, found: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
     return quantizer.dequantize_tile(found, rows, dtype)
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
-    )
