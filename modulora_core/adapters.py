@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from modulora_core.adapter_record import AdapterRecord, describe_base
 from modulora_core.channel_scales import ChannelScales
 from modulora_core.errors import AdapterError, ModelError, OptionError
-from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
+from modulora_core.layers import LoRALinear, PackedStack, QuantLinear
+from modulora_core.packed_table import TiedHead
 from modulora_core.peft_format import AdapterDelta, AdapterFolder, adapter_deltas, write_adapter
 from modulora_core.record import QuantizationRecord
 from modulora_core.targets import ALL_LINEAR, select_targets, shortest_names
@@ -50,7 +52,7 @@ class LoRASettings:
         alpha: α; the adapter is scaled by α / r.
         dropout: probability with which an input of the adapter is left out in training.
         targets: a name or several: a layer is chosen if its path is the name or ends with ``.name``, as in
-            PEFT; or ``"all-linear"``: every packed linear layer.
+            PEFT; or ``"all-linear"``: every packed linear layer but the output head.
         seed: of A's random values.
         train_scales: whether each layer's channel scales train too.
 
@@ -96,8 +98,10 @@ def add_lora(model: nn.Module, settings: LoRASettings, name: str = "default") ->
     """
     packed = _packed_layers(model)
     paths = select_targets(packed, settings.targets, [path for path, _ in model.named_modules()])
+    if ALL_LINEAR in settings.targets:
+        paths = [path for path in paths if not _is_head(model, path)]
     _check_name_is_free(model, name)
-    stacked = sum(isinstance(module, PackedParameter) for module in model.modules()) - len(packed)
+    stacked = sum(len(module) for module in model.modules() if isinstance(module, PackedStack))
     if stacked and len(paths) == len(packed):
         logger.warning("%s: %d packed expert matrices stay as they are: only linear layers take an adapter",
                        _name_of(model), stacked)  # fmt: skip
@@ -120,11 +124,21 @@ def adapter_layers(model: nn.Module, name: str = "default") -> Iterator[tuple[st
 
 
 def _packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+    """Those that may carry an adapter: a tied head can't, as a merged one would change the embedding."""
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, QuantLinear) and not isinstance(module, TiedHead)
+    }
     if not layers:
         raise ModelError(f"{_name_of(model)}: expected a model with packed linear layers, found none; "
                          "run `modulora quantize` on it first")  # fmt: skip
     return layers
+
+
+def _is_head(model: nn.Module, path: str) -> bool:
+    """Whether the output head is at ``path``: packed to save memory, it is trained as rarely as a dense one, by its name only."""
+    return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is model.get_submodule(path)
 
 
 def _name_of(model: nn.Module) -> str:

@@ -19,8 +19,11 @@ from modulora_core.devices import pick_device
 from modulora_core.errors import CheckpointError, ModelError, OptionError
 from modulora_core.foreign import ForeignModel, ForeignStore, open_foreign
 from modulora_core.formats import recognise, specs
+from modulora_core.mapped_blocks import keep_one_block
 from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
+from modulora_core.sources.conversion import build_skeleton
 from modulora_core.sources.locate import fetch_weights, locate
+from modulora_core.sources.mapped_files import MappedFiles
 from modulora_core.sources.quiet import quiet
 from modulora_core.sources.safetensors_store import SafetensorsStore
 from modulora_core.sources.tokenizer_files import copy_files
@@ -99,6 +102,13 @@ class PackedCheckpoint:
     def tensors(self) -> dict[str, Tensor]:
         """All stored tensors, in memory."""
         return {name: self._store.read(name) for name in self._store.tensors}
+
+    def mapped(self) -> MappedFiles:
+        """All stored tensors, on their files. Raises OptionError: another tool's, whose tensors must be converted."""
+        if isinstance(self._store, ForeignStore):
+            raise OptionError(f"mapped: expected a checkpoint of modulora's own format, got {self.format} in {self.folder}; write it as "
+                              f"one with `modulora convert {self.name} OUT --to {QUANT_METHOD}`, or leave mapped out")  # fmt: skip
+        return MappedFiles(self._store, self.folder)
 
     def packed(self, parameter: str) -> Iterator[PackedWeight]:
         """The packed matrices of a parameter: one, or one for each expert."""
@@ -181,8 +191,25 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Packed
     return PackedCheckpoint(fetch_weights(location).folder, config, location.name)
 
 
+def check_mapped(checkpoint: PackedCheckpoint, device: str) -> None:
+    """Refuse what :func:`load_model` couldn't map.
+
+    Raises:
+        OptionError: the model isn't for a CPU, or isn't in our format.
+    """
+    if torch.device(device).type != "cpu":
+        raise OptionError(
+            f"mapped: expected the device cpu, got {device}, to which weights are copied; leave mapped out"
+        )
+    checkpoint.mapped()
+
+
 def load_model(
-    model: str | Path | PackedCheckpoint, *, dtype: str = "auto", device: str | None = None
+    model: str | Path | PackedCheckpoint,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    mapped: bool = False,
 ) -> PreTrainedModel:
     """Load a packed checkpoint as a transformers model, in evaluation mode.
 
@@ -191,8 +218,12 @@ def load_model(
         dtype: of everything that isn't packed, and so of the activations. ``"auto"`` is float32 on a CPU and
             bfloat16 elsewhere. Packed tensors keep their own.
         device: see :func:`modulora_core.devices.pick_device`.
+        mapped: leave packed weights in their files, mapped into memory, and what else is stored in ``dtype``. The packed weights
+            of one decoder block are in memory at a time (:mod:`modulora_core.mapped_blocks`). On a CPU only. The files
+            must stay as they are while the model lives.
 
     Raises:
+        OptionError: ``mapped`` on another device, or of another tool's format.
         PluginError: the plugin that packed it isn't installed, or can't be used.
         ModelError, CheckpointError: as :func:`open_checkpoint`; also when files and model don't fit together.
     """
@@ -202,30 +233,38 @@ def load_model(
     checkpoint = model if isinstance(model, PackedCheckpoint) else open_checkpoint(model)
     for site in checkpoint.record.sites:
         checkpoint.quantizer(site)  # a missing plugin is told before any work
+    if mapped:
+        check_mapped(checkpoint, device)
+    files = checkpoint.mapped() if mapped else None
     integration.register()
     with quiet():
         loaded, info = _from_pretrained(
-            checkpoint, dtype=load_dtype(dtype, device), device_map={"": device}, output_loading_info=True,
+            checkpoint, files, dtype=load_dtype(dtype, device), device_map={"": device}, output_loading_info=True,
             trust_remote_code=False,
         )  # fmt: skip
     _check_loaded(checkpoint, info)
+    if files is not None:
+        keep_one_block(loaded, files)
     loaded.eval()
     return loaded
 
 
 def _from_pretrained(
-    checkpoint: PackedCheckpoint, **options: Any
+    checkpoint: PackedCheckpoint, files: MappedFiles | None, **options: Any
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    if checkpoint.foreign is None:
+    if checkpoint.foreign is not None:
+        source = checkpoint.foreign.source
+        config, skeleton, tensors = copy.deepcopy(source.config), source.skeleton(), checkpoint.tensors()
+    elif files is not None:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        skeleton, tensors = build_skeleton(config, options["dtype"]), files.views()
+    else:
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)  # type: ignore[no-any-return]
-    source = checkpoint.foreign.source
-    config = copy.deepcopy(source.config)
     config.quantization_config = checkpoint.record.to_json()
-    model, info = type(source.skeleton()).from_pretrained(
-        None, config=config, state_dict=checkpoint.tensors(), **options
-    )
+    model, info = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, **options)
+    model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model, info

@@ -123,6 +123,9 @@ def _plan(
 def _weight(
     checkpoint: PackedCheckpoint, name: str, site: PackedSite, written: CheckpointFormat
 ) -> StoredWeight:
+    if site.kind == "embedding":
+        raise ModelError(f"{name}: a packed input embedding; the format {written.spec.name} holds linear layers only, so this model can't "
+                         "be written in it")  # fmt: skip
     if site.experts is not None or not name.endswith(".weight"):
         raise ModelError(f"{name}: a stack of {site.experts or 1} experts in one parameter; the format {written.spec.name} holds "
                          "linear layers only, so this model can't be written in it")  # fmt: skip

@@ -3,7 +3,7 @@
     perplexity = exp(nll)        nll = -1/N Σ log p(xₜ | x₍<t₎)      N predicted tokens, in nats
 
 Each function takes a model and leaves it in the mode (training or evaluation) that it had. The log-softmax is
-taken in fp32, a few rows of the logits at a time.
+taken in fp32, a few rows of logits at a time (:mod:`modulora_core.chunked_loss`), and the other rows don't exist meanwhile.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from modulora_core.chunked_loss import deferred_logits, token_losses
 from modulora_core.data.examples import Collator
 from modulora_core.data.formats import Conversation, conversations, detect
-from modulora_core.data.rendering import IGNORED, Encoded, Renderer
+from modulora_core.data.rendering import Encoded, Renderer
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.errors import DataError, MissingExtraError, OptionError, WorkError
 
@@ -29,8 +29,6 @@ Progress = Callable[[int, int], None]
 
 MAX_LABELS = 64
 """Accuracy scores every label for every example; more distinct answers than this are not labels."""
-
-_LOGIT_CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,18 +275,9 @@ def _batches(items: Any, size: int, progress: Progress | None) -> Iterator[tuple
 def _nll(model: Any, batch: dict[str, Tensor]) -> list[float]:
     """Σ -log p of the labels that are not -100, in nats, for each row of the batch."""
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits  # [batch, length, vocabulary]
-    labels = batch["labels"].to(logits.device)
-    rows = max(1, _LOGIT_CHUNK_BYTES // (4 * logits.shape[-1]))
-    sums = []
-    for row, goal in zip(logits, labels, strict=True):
-        total = 0.0
-        for start in range(0, len(goal) - 1, rows):
-            end = min(start + rows, len(goal) - 1)
-            total += functional.cross_entropy(
-                row[start:end].float(), goal[start + 1 : end + 1], ignore_index=IGNORED, reduction="sum"
-            ).item()
-        sums.append(total)
+    with deferred_logits(model):
+        logits = model(**inputs, use_cache=False).logits  # [batch, length, vocabulary], not there yet
+    sums: list[float] = token_losses(logits, batch["labels"]).sum(1).tolist()
     return sums
 
 

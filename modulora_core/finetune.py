@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from modulora_core.adapter_trainer import AdapterFiles
 from modulora_core.adapters import (
     AdapterFolder,
     LoRASettings,
@@ -28,18 +30,20 @@ from modulora_core.adapters import (
     save_adapter,
     set_adapter,
 )
-from modulora_core.checkpoint import PackedCheckpoint, load_model, open_checkpoint
+from modulora_core.checkpoint import PackedCheckpoint, check_mapped, load_model, open_checkpoint
 from modulora_core.data import Collator, Examples, load_examples
 from modulora_core.devices import pick_device
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.finetune_config import FinetuneConfig
 from modulora_core.memory import PeakMemory
 from modulora_core.model_card import model_card
+from modulora_core.offload import offload_place
+from modulora_core.optimizers import check_optimizer
 from modulora_core.outputs import check_disk_space, check_output, write_file
 from modulora_core.peft_format import CONFIG_FILE
 from modulora_core.sources.quiet import quiet
 from modulora_core.targets import select_targets
-from modulora_core.training import AdapterFiles, OnEval, OnStep, Outcome, train
+from modulora_core.training import OnEval, OnStep, Outcome, train
 from modulora_core.training_checkpoints import latest_checkpoint
 
 RUN_FILE = "finetune.yaml"
@@ -100,7 +104,10 @@ def finetune(
     resume_from = _check_out(out, config, resume)
     device = pick_device()
     _check_dtype(config, device)
+    check_optimizer(config.optimizer)
     checkpoint = open_checkpoint(config.model)
+    if config.mapped:
+        check_mapped(checkpoint, str(device))
     _check_window(config, checkpoint)
     if config.adapter is None:
         _check_targets(config, checkpoint)
@@ -110,23 +117,25 @@ def finetune(
     examples = _examples(config.data, tokenizer, config)
     eval_examples = None if config.eval_data is None else _examples(config.eval_data, tokenizer, config)
     with PeakMemory(device) as peak, quiet():
-        model = load_model(checkpoint, dtype=config.dtype, device=str(device))
+        model = load_model(checkpoint, dtype=config.dtype, device=str(device), mapped=config.mapped)
         settings = _adapt(model, config)
-        check_disk_space(out, _nbytes(model))
+        check_disk_space(out, _nbytes(model, config))
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / RUN_FILE, config.to_yaml())
-        outcome = train(
-            model,
-            examples,
-            Collator(_pad_token_id(tokenizer)),
-            config,
-            out / CHECKPOINTS,
-            files=_adapter_files(model, settings),
-            eval_examples=eval_examples,
-            resume_from=resume_from,
-            on_step=on_step,
-            on_eval=on_eval,
-        )
+        with offload_place(device, out) as place:
+            outcome = train(
+                model,
+                examples,
+                Collator(_pad_token_id(tokenizer)),
+                config,
+                out / CHECKPOINTS,
+                files=_adapter_files(model, settings),
+                place=place,
+                eval_examples=eval_examples,
+                resume_from=resume_from,
+                on_step=on_step,
+                on_eval=on_eval,
+            )
     result = _result(config, outcome, peak.nbytes)
     scaled = any(layer.input_scale for _, layer in adapter_layers(model))
     card = model_card(config, checkpoint, result.losses, result.eval_loss, channel_scales=scaled)
@@ -176,7 +185,9 @@ def _check_window(config: FinetuneConfig, checkpoint: PackedCheckpoint) -> None:
 def _check_targets(config: FinetuneConfig, checkpoint: PackedCheckpoint) -> None:
     """Refuse a target that is no packed linear layer, before the weights are loaded."""
     sites = checkpoint.record.items()
-    packed = [name.removesuffix(".weight") for name, site in sites if site.kind != "experts"]
+    packed = [
+        name.removesuffix(".weight") for name, site in sites if site.kind not in ("experts", "embedding")
+    ]
     select_targets(packed, config.targets, [name.removesuffix(".weight") for name in checkpoint.parameters])
 
 
@@ -204,10 +215,19 @@ def _adapt(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:
     return None
 
 
-def _nbytes(model: nn.Module) -> int:
-    """Bytes that a run writes: the adapter, three checkpoints of it with AdamW's two moments, small files."""
+def _nbytes(model: PreTrainedModel, config: FinetuneConfig) -> int:
+    """Bytes that a run writes: the adapter, three checkpoints of it with AdamW's two moments, small files, what is offloaded."""
     adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return adapter * (1 + 3 * 3) + 2**20
+    offloaded = 2 * adapter if config.offload_optimizer else 0
+    if config.offload_activations:
+        sizes = model.config.get_text_config()
+        states = config.batch_size * config.seq_len * sizes.hidden_size * model.dtype.itemsize
+        offloaded += (
+            sizes.num_hidden_layers + 2
+        ) * states  # the inputs of the blocks, and what stands around them
+    if model.device.type != "cpu":  # to the CPU's memory, then
+        offloaded = 0
+    return int(adapter * (1 + 3 * 3) + offloaded + 2**20)
 
 
 def _adapter_files(model: nn.Module, settings: LoRASettings | None) -> AdapterFiles:

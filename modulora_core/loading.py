@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from modulora_core.checkpoint import (
     PackedCheckpoint,
+    check_mapped,
     is_packed,
     load_dtype,
     load_model,
     open_checkpoint,
 )
 from modulora_core.devices import pick_device
-from modulora_core.errors import AdapterError, CheckpointError, ModelError
+from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
 from modulora_core.sources import ModelSource, open_model
 from modulora_core.sources.locate import locate
 from modulora_core.sources.quiet import quiet
@@ -35,6 +36,7 @@ class Opened:
     adapter: str | None
     dtype: str
     device: str
+    mapped: bool = False
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -50,7 +52,7 @@ class Opened:
         """The model in evaluation mode, with its adapter. Raises CheckpointError when it can't be loaded."""
         if isinstance(self.origin, ModelSource):
             return _load_dense(self.origin, self.name, self.dtype, self.device)
-        model = load_model(self.origin, dtype=self.dtype, device=self.device)
+        model = load_model(self.origin, dtype=self.dtype, device=self.device, mapped=self.mapped)
         if self.adapter is not None:
             from modulora_core.adapters import load_adapter
 
@@ -65,6 +67,7 @@ def open_to_run(
     dtype: str = "auto",
     device: str | None = None,
     revision: str | None = None,
+    mapped: bool = False,
 ) -> Opened:
     """Find MODEL.
 
@@ -72,7 +75,7 @@ def open_to_run(
         model: a packed checkpoint, or anything that :func:`modulora_core.sources.open_model` opens, which is then
             loaded dense: to compare with, for instance.
         adapter: a LoRA adapter in PEFT's format, a folder or a Hub id; for a packed model.
-        dtype, device: as for :func:`modulora_core.checkpoint.load_model`.
+        dtype, device, mapped: as for :func:`modulora_core.checkpoint.load_model`; ``mapped`` for a packed model.
 
     Raises:
         RequestError: no such device, nothing is there, it can't be read, or a plugin is missing.
@@ -84,10 +87,16 @@ def open_to_run(
         checkpoint = open_checkpoint(model, revision=revision)
         for site in checkpoint.record.sites:
             checkpoint.quantizer(site)
-        return Opened(model, checkpoint, adapter, dtype, device)
+        if mapped:
+            check_mapped(checkpoint, device)
+        return Opened(model, checkpoint, adapter, dtype, device, mapped)
     if adapter is not None:
         raise AdapterError(f"adapter {adapter}: expected a packed model to put it on, and {model} is dense; give the folder that "
                            "`modulora quantize` wrote, or load both with peft")  # fmt: skip
+    if mapped:
+        raise OptionError(
+            f"mapped: expected a packed model, and {model} is dense; quantize it first, or leave mapped out"
+        )
     source = open_model(model, revision=revision)
     source.validate()
     return Opened(model, source, None, dtype, device)

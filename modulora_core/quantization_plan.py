@@ -6,13 +6,14 @@ Every parameter is packed by one quantizer or kept; every tensor's dtype, shape 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import modulora_core
 from modulora_core import registry
 from modulora_core.calibration import CalibrationText, find_blocks
+from modulora_core.ends import End, EndChoice, find_ends
 from modulora_core.errors import OptionError, ShapeError
 from modulora_core.record import PackedSite, QuantizationRecord, Recipe
 from modulora_core.shards import MAX_SHARD_BYTES, Shard, plan_shards
@@ -61,16 +62,20 @@ def plan_quantization(
     overrides: Sequence[Override] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    head: EndChoice | None = None,
+    embeddings: EndChoice | None = None,
     calibration: CalibrationText | None = None,
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Plan:
     """Decide for every parameter how it is stored. Reads no weight.
 
+    ``include``, ``exclude`` and ``overrides`` are for the linear layers; an end that ``head`` or ``embeddings`` names is packed by that.
+
     Raises:
         PluginError, OptionError: a quantizer or an option of it can't be used; a pattern matches nothing; a quantizer
             needs calibration and there is none, or there is and none wants it; tuning is wanted and no quantizer's packed weights can be
-            rescaled.
+            rescaled; an end can't be packed (:func:`modulora_core.ends.find_ends`), or its quantizer needs calibration.
         ShapeError: a quantizer can't take a layer's shape; the message names the layer.
         ModelError: calibration is wanted and the model has no decoder blocks.
     """
@@ -81,7 +86,9 @@ def plan_quantization(
     _check_calibration(choices, calibration)
     found = find_sites(source.skeleton(), include=include, exclude=exclude)
     _check_patterns(overrides, found.linears)
-    kept, linears = dict(found.kept), list(found.linears)
+    ends = {end.site.name: end for end in find_ends(source.skeleton(), head, embeddings, source.parameters)}
+    linears = [linear for linear in found.linears if linear.name not in ends]
+    kept = {name: reason for name, reason in found.kept.items() if name not in ends}
     if calibration is not None:
         unseen = _out_of_sight(source, linears, choices, overrides)
         _refuse_named(unseen, include)
@@ -89,11 +96,55 @@ def plan_quantization(
             linear.name: "outside of the decoder blocks, where nothing is calibrated" for linear in unseen
         }
         linears = [linear for linear in linears if linear not in unseen]
-    recipes = [Recipe.of(choice) for choice in choices]
-    sites, weights = _sites(linears, choices, overrides)
+    of_ends = {name: _choice_of_end(end, choices) for name, end in ends.items()}
+    return plan_choices(
+        source, choices, [*linears, *(end.site for end in ends.values())], kept,
+        lambda linear: of_ends[linear.name] if linear.name in of_ends else _choose(linear, overrides),
+        calibration=calibration, seed=seed, max_shard_bytes=max_shard_bytes,
+    )  # fmt: skip
+
+
+def _choice_of_end(end: End, choices: list[Quantizer]) -> int:
+    """Index of the quantizer of an end among ``choices``, to which it is added where it isn't there."""
+    quantizer = registry.create(end.choice.quantizer, end.choice.options)
+    if quantizer.spec.calibration == "required":
+        raise OptionError(
+            f"--{end.option} {quantizer.spec.name}: it needs calibration, and nothing is calibrated outside of the decoder blocks; "
+            "choose a quantizer that needs none"
+        )
+    for index, other in enumerate(choices):
+        if (other.spec.name, other.options) == (quantizer.spec.name, quantizer.options):
+            return index
+    choices.append(quantizer)
+    return len(choices) - 1
+
+
+def plan_choices(
+    source: ModelSource,
+    choices: Sequence[Quantizer],
+    linears: Sequence[LinearSite],
+    kept: Mapping[str, str],
+    chosen: Callable[[LinearSite], int],
+    *,
+    calibration: CalibrationText | None,
+    seed: int,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    allocation: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan in which every one of ``linears`` is packed by ``choices[chosen(linear)]``, and all else is kept.
+
+    Args:
+        kept: name → reason of every other parameter.
+        allocation: how the choices came about, for the record.
+
+    Raises:
+        ShapeError: a quantizer can't take a layer's shape; the message names the layer.
+    """
+    recipes = tuple(Recipe.of(choice) for choice in choices)
+    sites, weights = _sites(linears, choices, chosen)
     record = QuantizationRecord(
-        tuple(recipes), sites, weights, _by_reason(kept), source.identity(), seed, modulora_core.__version__,
-        None if calibration is None else calibration.to_json(),
+        recipes, sites, weights, _by_reason(kept), source.identity(), seed, modulora_core.__version__,
+        None if calibration is None else calibration.to_json(), allocation,
     )  # fmt: skip
     tensors = dict(_stored_tensors(source, record))
     shards = tuple(plan_shards(tensors, max_shard_bytes))
@@ -101,17 +152,17 @@ def plan_quantization(
 
 
 def _sites(
-    linears: Sequence[LinearSite], choices: Sequence[Quantizer], overrides: Sequence[Override]
+    linears: Sequence[LinearSite], choices: Sequence[Quantizer], chosen: Callable[[LinearSite], int]
 ) -> tuple[tuple[PackedSite, ...], dict[str, int]]:
     """Each kind of packed parameter once, and the kind of every parameter."""
     layouts: dict[tuple[int, tuple[int, int]], PackedLayout] = {}
     sites: list[PackedSite] = []
     weights: dict[str, int] = {}
     for linear in linears:
-        recipe = _choose(linear, overrides)
+        recipe = chosen(linear)
         shape = (linear.out_features, linear.in_features)
         if (recipe, shape) not in layouts:
-            layouts[recipe, shape] = _layout(choices[recipe], shape, linear)
+            layouts[recipe, shape] = layout_of(choices[recipe], shape, linear)
         site = PackedSite(recipe, layouts[recipe, shape], linear.kind, linear.experts, linear.transposed)
         if site not in sites:
             sites.append(site)
@@ -127,16 +178,23 @@ def _check_calibration(choices: Sequence[Quantizer], calibration: CalibrationTex
                               "such as a .txt file, or pydoc")  # fmt: skip
     if calibration is None:
         return
-    names = ", ".join(dict.fromkeys(choice.spec.name for choice in choices))
-    if calibration.config.tuning is not None:
-        if not any(choice.spec.rescales for choice in choices):
-            raise OptionError(
-                f"tuning: expected a quantizer whose packed weights can be rescaled, got {names}; leave --tune-epochs out"
-            )
-    elif wanted == {"none"}:
+    check_rescales(choices, calibration)
+    if calibration.config.tuning is None and wanted == {"none"}:
         raise OptionError(
-            f"calibration {calibration.config.source}: {names} uses none; leave --calibration out"
+            f"calibration {calibration.config.source}: {_names(choices)} uses none; leave --calibration out"
         )
+
+
+def check_rescales(choices: Sequence[Quantizer], calibration: CalibrationText) -> None:
+    """Raises OptionError where tuning is wanted and none of ``choices`` packs weights that can be rescaled."""
+    if calibration.config.tuning is not None and not any(choice.spec.rescales for choice in choices):
+        raise OptionError(
+            f"tuning: expected a quantizer whose packed weights can be rescaled, got {_names(choices)}; leave --tune-epochs out"
+        )
+
+
+def _names(choices: Sequence[Quantizer]) -> str:
+    return ", ".join(dict.fromkeys(choice.spec.name for choice in choices))
 
 
 def _out_of_sight(
@@ -178,7 +236,8 @@ def _choose(linear: LinearSite, overrides: Sequence[Override]) -> int:
     return matching[-1] if matching else 0
 
 
-def _layout(quantizer: Quantizer, shape: tuple[int, int], linear: LinearSite) -> PackedLayout:
+def layout_of(quantizer: Quantizer, shape: tuple[int, int], linear: LinearSite) -> PackedLayout:
+    """How ``quantizer`` packs a matrix of ``linear``. Raises ShapeError, naming the layer, where it can't."""
     try:
         quantizer.check_shape(shape)
     except ShapeError as error:

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from modulora_core.calibration import (
     CalibrationConfig,
     CalibrationText,
@@ -21,11 +23,12 @@ from modulora_core.calibration import (
     spill_bytes,
 )
 from modulora_core.devices import pick_device
+from modulora_core.ends import EndChoice
 from modulora_core.errors import CheckpointError
 from modulora_core.memory import PeakMemory
 from modulora_core.outputs import check_disk_space, check_output, partial_name, whole_or_nothing, write_file
-from modulora_core.packer import Progress, pack_all
-from modulora_core.quantization_plan import Override, plan_quantization
+from modulora_core.packer import Packed, Progress, pack_all
+from modulora_core.quantization_plan import Override, Plan, plan_quantization
 from modulora_core.record import QuantizationRecord
 from modulora_core.shards import MAX_SHARD_BYTES, ShardWriter
 from modulora_core.sources import ModelSource, open_model
@@ -33,6 +36,7 @@ from modulora_core.sources import ModelSource, open_model
 __all__ = [
     "REQUEST",
     "SMALL_FILES",
+    "EndChoice",
     "Override",
     "Progress",
     "QuantizeResult",
@@ -59,6 +63,7 @@ class QuantizeResult:
         unreached: experts that no calibration token was routed to: packed as if all inputs mattered alike.
         tuning_errors: of each decoder block that this run tuned, its error on samples held out, before and after; None
             without tuning.
+        allocation: what went where and why (:func:`modulora_core.mixed.run.quantize_mixed`), if a budget decided.
     """
 
     out: str
@@ -74,6 +79,7 @@ class QuantizeResult:
     calibration: dict[str, Any] | None = None
     unreached: list[str] = field(default_factory=list)
     tuning_errors: dict[str, tuple[float, float]] | None = None
+    allocation: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,6 +94,8 @@ def quantize(
     overrides: Sequence[Override] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    head: EndChoice | None = None,
+    embeddings: EndChoice | None = None,
     calibration: CalibrationConfig | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -104,6 +112,8 @@ def quantize(
         quantizer: the plugin's name; options: of its ``Options``.
         overrides: other quantizers for some modules; the last that matches holds.
         include, exclude: fnmatch patterns on module paths (:func:`modulora_core.sites.find_sites`).
+        head, embeddings: quantizers for the output head and the input embedding, which stay dense without; in a tied model they are
+            one table, which either of the two packs.
         calibration: the text whose tokens tell a quantizer which inputs matter, and whether blocks are tuned on it.
         device: where packing is computed. The checkpoint is the same kind of folder whatever the device.
         seed: for quantizers that draw random numbers; each parameter has its own stream.
@@ -119,35 +129,111 @@ def quantize(
         out = Path(out)
         check_output(out)
         source = open_model(model, revision=revision)
-        text = None if calibration is None else _calibration(source, calibration, seed)
+        text = None if calibration is None else calibration_text(source, calibration, seed)
         plan = plan_quantization(
-            source, quantizer, options, overrides=overrides, include=include, exclude=exclude, calibration=text, seed=seed,
-            max_shard_bytes=max_shard_bytes,
+            source, quantizer, options, overrides=overrides, include=include, exclude=exclude, head=head, embeddings=embeddings,
+            calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
-        before = _request_of(partial_name(out)) if resume else {}
-        _check_same(partial_name(out), before.get("record", {}), plan.record.to_json())
+        before = request_before(out, plan.record.to_json(), resume=resume)
         spilled = 0 if text is None else spill_bytes(text, source.config, where)
         check_disk_space(out, plan.nbytes + SMALL_FILES + spilled)
-        source.validate()
-        contents = source.check_finite(_named(progress, "checking"))
-        if before.get("contents", contents) != contents:
-            raise _another(partial_name(out), "the values of the model's weights")
+        contents = check_values(source, out, before, progress)
         with whole_or_nothing(out, resume=resume) as folder:
-            write_file(folder / REQUEST, json.dumps({"record": plan.record.to_json(), "contents": contents}))
-            writer = ShardWriter(folder, plan.shards, resume=resume)
-            packed = pack_all(source, plan, writer, where, progress)
-            _write_config(source, plan.record, folder)
-            source.copy_tokenizer(folder)
-            writer.finish()
-            (folder / REQUEST).unlink()
+            write_request(folder, plan.record.to_json(), contents)
+            packed = write_packed(source, plan, folder, where, resume=resume, progress=progress)
     first = plan.record.recipes[0]
+    return result_of(
+        source, plan, packed, out=out, quantizer=first.quantizer, options=first.options,
+        seconds=time.perf_counter() - started, peak=peak,
+    )  # fmt: skip
+
+
+def calibration_text(source: ModelSource, config: CalibrationConfig, seed: int) -> CalibrationText:
+    """The samples. Raises OptionError, DataError, MissingExtraError, ModelError where there are none for this model."""
+    check_seq_len(config, source.config)
+    return load_calibration(config, source.tokenizer(), seed=seed)
+
+
+def request_before(out: Path, request: Mapping[str, Any], *, resume: bool) -> dict[str, Any]:
+    """What the unfinished run was asked for that shall be resumed; empty if there is none.
+
+    Raises:
+        CheckpointError: that wasn't ``request``; the message says what differs.
+    """
+    path = partial_name(out) / REQUEST
+    if not (resume and path.is_file()):
+        return {}
+    before = dict(json.loads(path.read_text()))
+    changed = [key for key in request if request[key] != before["record"].get(key)]
+    if changed:
+        raise _another(partial_name(out), ", ".join(changed))
+    return before
+
+
+def check_values(source: ModelSource, out: Path, before: Mapping[str, Any], progress: Progress | None) -> str:
+    """Read every weight once; a SHA-256 of them.
+
+    Raises:
+        CheckpointError: a weight is missing or of another shape, or they aren't those of the unfinished run.
+        WeightError: NaN or Inf in a weight.
+    """
+    source.validate()
+    contents = source.check_finite(_named(progress, "checking"))
+    if before.get("contents", contents) != contents:
+        raise _another(partial_name(out), "the values of the model's weights")
+    return contents
+
+
+def write_request(folder: Path, request: Mapping[str, Any], contents: str) -> None:
+    """Note what an unfinished folder is of, for :func:`request_before`."""
+    write_file(folder / REQUEST, json.dumps({"record": request, "contents": contents}))
+
+
+def write_packed(
+    source: ModelSource,
+    plan: Plan,
+    folder: Path,
+    device: torch.device,
+    *,
+    resume: bool,
+    progress: Progress | None,
+) -> Packed:
+    """Everything that ``plan`` says, into an unfinished folder.
+
+    Raises:
+        ModelError, WorkError: as :func:`modulora_core.packer.pack_all`.
+    """
+    writer = ShardWriter(folder, plan.shards, resume=resume)
+    packed = pack_all(source, plan, writer, device, progress)
+    _write_config(source, plan.record, folder)
+    source.copy_tokenizer(folder)
+    writer.finish()
+    (folder / REQUEST).unlink()
+    return packed
+
+
+def result_of(
+    source: ModelSource,
+    plan: Plan,
+    packed: Packed,
+    *,
+    out: Path,
+    quantizer: str,
+    options: Mapping[str, Any],
+    seconds: float,
+    peak: PeakMemory,
+    allocation: dict[str, Any] | None = None,
+) -> QuantizeResult:
+    """What is told of a checkpoint that was written."""
+    text = plan.calibration
     return QuantizeResult(
-        out=str(out), quantizer=first.quantizer, options=dict(first.options),
-        bits_per_weight=plan.record.bits_per_weight, bytes=plan.nbytes, seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak.nbytes, weights=sum(site.weights for _, site in plan.record.items()),
+        out=str(out), quantizer=quantizer, options=dict(options), bits_per_weight=plan.record.bits_per_weight,
+        bytes=plan.nbytes, seconds=seconds, peak_memory_bytes=peak.nbytes,
+        weights=sum(site.weights for _, site in plan.record.items()),
         source_bytes=sum(info.nbytes for info in source.parameters.values()),
         kept=dict(plan.record.kept), calibration=None if text is None else text.to_json(), unreached=list(packed.unreached),
         tuning_errors=None if text is None or text.config.tuning is None else _rounded(packed.tuning_errors),
+        allocation=allocation,
     )  # fmt: skip
 
 
@@ -158,23 +244,6 @@ def _rounded(errors: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float
 
 def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
     return None if progress is None else lambda done, total: progress(what, done, total)
-
-
-def _calibration(source: ModelSource, config: CalibrationConfig, seed: int) -> CalibrationText:
-    check_seq_len(config, source.config)
-    return load_calibration(config, source.tokenizer(), seed=seed)
-
-
-def _request_of(folder: Path) -> dict[str, Any]:
-    """The request that an unfinished folder was begun with; empty if there is none."""
-    path = folder / REQUEST
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
-
-
-def _check_same(folder: Path, before: Mapping[str, Any], request: Mapping[str, Any]) -> None:
-    changed = [key for key in request if before and request[key] != before.get(key)]
-    if changed:
-        raise _another(folder, ", ".join(changed))
 
 
 def _another(folder: Path, difference: str) -> CheckpointError:

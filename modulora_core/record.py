@@ -19,7 +19,7 @@ from modulora_core.spec import PackedLayout, Quantizer, TensorLayout
 QUANT_METHOD = "modulora"
 FORMAT = 1
 
-Kind = Literal["linear", "conv1d", "experts"]
+Kind = Literal["linear", "conv1d", "experts", "embedding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ class PackedSite:
     Attributes:
         recipe: index into the record's recipes.
         layout: of the matrix, or of each matrix of a stack of experts.
-        kind: what stood there: ``nn.Linear``, GPT-2's ``Conv1D``, or a 3-D stack of experts.
+        kind: what stood there: ``nn.Linear``, GPT-2's ``Conv1D``, a 3-D stack of experts, or the table of the input
+            ``nn.Embedding``, ``[vocabulary, hidden]``.
         experts: number of matrices in a stack, else None.
         transposed: the model's code sees each matrix as ``[in, out]``.
     """
@@ -111,6 +112,8 @@ class QuantizationRecord:
         seed: of the run that made it.
         calibration: the text that it was calibrated with
             (:meth:`modulora_core.calibration.text.CalibrationText.to_json`), if it was.
+        allocation: how the quantizers were chosen layer by layer
+            (:meth:`modulora_core.mixed.candidates.Candidates.to_json`), if a budget did.
     """
 
     recipes: tuple[Recipe, ...]
@@ -121,6 +124,7 @@ class QuantizationRecord:
     seed: int = 0
     core_version: str = ""
     calibration: Mapping[str, Any] | None = None
+    allocation: Mapping[str, Any] | None = None
 
     def items(self) -> Iterator[tuple[str, PackedSite]]:
         """Each packed parameter with its site."""
@@ -149,6 +153,7 @@ class QuantizationRecord:
             "sites": [site.to_json() for site in self.sites],
             "weights": dict(self.weights),
             "kept": {reason: list(names) for reason, names in self.kept.items()},
+            **({} if self.allocation is None else {"allocation": dict(self.allocation)}),
         }
 
     @classmethod
@@ -172,6 +177,7 @@ class QuantizationRecord:
             weights = {str(name): int(index) for name, index in data["weights"].items()}
             kept = {str(reason): [str(n) for n in names] for reason, names in data.get("kept", {}).items()}
             calibration = None if data.get("calibration") is None else dict(data["calibration"])
+            allocation = None if data.get("allocation") is None else dict(data["allocation"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"quantization_config: malformed ({type(error).__name__}: {error}); docs/checkpoint-format.md "
                                   "says what it holds") from None  # fmt: skip
@@ -181,7 +187,7 @@ class QuantizationRecord:
                     f"quantization_config: {name} is of site {index}, expected 0 to {len(sites) - 1}"
                 )
         return cls(recipes, sites, weights, kept, dict(data.get("source", {})), int(data.get("seed", 0)),
-                   str(data.get("core_version", "")), calibration)  # fmt: skip
+                   str(data.get("core_version", "")), calibration, allocation)  # fmt: skip
 
 
 def _site_from_json(data: Mapping[str, Any], recipes: int) -> PackedSite:

@@ -31,7 +31,7 @@ class LinearSite:
     Attributes:
         name: the parameter's name in memory: ``"model.layers.0.mlp.up_proj.weight"``.
         module: the dotted path of the module that owns it.
-        kind: ``"linear"``, ``"conv1d"`` or ``"experts"``.
+        kind: ``"linear"``, ``"conv1d"`` or ``"experts"``; ``"embedding"`` only from :mod:`modulora_core.ends`.
         out_features: rows of each matrix as a quantizer sees it, ``[out, in]``.
         in_features: columns of each matrix as a quantizer sees it.
         experts: the number of matrices in the stack; None where there is one matrix.
@@ -41,7 +41,7 @@ class LinearSite:
 
     name: str
     module: str
-    kind: Literal["linear", "conv1d", "experts"]
+    kind: Literal["linear", "conv1d", "experts", "embedding"]
     out_features: int
     in_features: int
     experts: int | None

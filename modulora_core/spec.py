@@ -238,6 +238,25 @@ class Quantizer(ABC):
 
         return tiled_matmul(x, tile, packed.shape, transpose)
 
+    def lookup(self, ids: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+        """Rows ``ids`` of Ŵ, where it is the table of an embedding: ``[*ids.shape, in]`` in ``dtype``.
+
+        This one works for every quantizer, by :meth:`dequantize_tile`; it waits for the ids, and each of many ids that are far apart
+        costs a call. Override it where packed rows can be gathered. It has no gradient.
+
+        Args:
+            ids: any shape, an integer dtype, on the device of ``packed``.
+
+        Raises:
+            IndexError: an id below 0, or beyond the last row.
+        """
+        from modulora_core.tiles import looked_up
+
+        def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
+            return self.dequantize_tile(packed, (start, stop), dtype)
+
+        return looked_up(ids, tile, packed.shape, dtype)
+
     def rescaled(self, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor) -> PackedWeight:  # noqa: ARG002
         """The packed weight of diag(output_scale) Ŵ diag(input_scale), for a spec that says ``rescales=True``.
 

@@ -2,6 +2,7 @@
 
     forward      Y = X Ŵᵀ      for each tile of rows [a, b):   Y[:, a:b]  = X · Ŵ[a:b]ᵀ
     transposed   X = Y Ŵ       for each tile of rows [a, b):   X         += Y[:, a:b] · Ŵ[a:b]
+    looked up    X = Ŵ[ids]    for each run of ids [a, b):      their rows of X = rows of Ŵ[a:b]
 
 Nothing here knows a quantizer: a *tile function* gives rows ``[start, stop)`` of some matrix in a dtype. That
 is what lets a plugin whose weight lives in a rotated basis use the same loop.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -149,3 +150,53 @@ def _transposed(y: Tensor, tile: TileFunction, shape: tuple[int, int], budget: i
     for start, stop in tile_ranges(out_features, in_features * dtype.itemsize, budget):
         x.addmm_(y[:, start:stop].to(dtype), tile(start, stop, dtype))
     return x.to(y.dtype)
+
+
+def looked_up(
+    ids: Tensor,
+    tile: TileFunction,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    budget: int | None = None,
+) -> Tensor:
+    """Rows of a matrix that only exists a tile at a time, by their numbers: what an embedding does.
+
+    Each row is decoded once, however often it is asked for; rows that stand side by side are decoded together.
+
+    Args:
+        ids: any shape, an integer dtype.
+        tile, shape, budget: as for :func:`tiled_matmul`.
+        dtype: of the result.
+
+    Returns:
+        ``[*ids.shape, in]``, on the device of ``ids``. Not differentiable.
+
+    Raises:
+        IndexError: an id below 0, or beyond the last row.
+    """
+    rows, in_features = shape
+    with torch.no_grad():
+        distinct, places = ids.unique(return_inverse=True)
+        wanted = distinct.tolist()
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < rows:
+            raise IndexError(f"ids of rows of a [{rows}, {in_features}] table: expected 0 to {rows - 1}, got "
+                             f"{wanted[0]} to {wanted[-1]}")  # fmt: skip
+        found = torch.empty(len(wanted), in_features, dtype=dtype, device=ids.device)
+        at = 0
+        for start, stop in _runs(
+            wanted, (budget or tile_bytes(ids.device)) // max(1, in_features * dtype.itemsize)
+        ):
+            found[at : at + stop - start] = tile(start, stop, dtype)
+            at += stop - start
+        return found[places]
+
+
+def _runs(numbers: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
+    """Ascending ``numbers`` as ranges without gaps of at most ``longest`` numbers, and at least one."""
+    start = 0
+    for i, number in enumerate(numbers):
+        last = i + 1 == len(numbers)
+        if last or numbers[i + 1] != number + 1 or i + 1 - start >= longest:
+            yield numbers[start], number + 1
+            start = i + 1

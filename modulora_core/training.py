@@ -1,7 +1,7 @@
-"""transformers.Trainer, set up for an adapter on packed weights.
+"""A run of transformers.Trainer for an adapter on packed weights.
 
-What is ours: only the adapter is saved and restored, the loss on held-out data is a mean over tokens, and a
-loss that isn't a number ends the run. A checkpoint is an adapter folder in PEFT's format beside the state of
+What it is told, who watches, and what it came to; a loss that isn't a number ends it. The Trainer itself is in
+:mod:`modulora_core.adapter_trainer`. A checkpoint is an adapter folder in PEFT's format beside the state of
 optimizer, schedule and random numbers, which transformers reads with ``weights_only``: nothing but tensors
 and numbers is unpickled.
 """
@@ -16,23 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
-    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput
 from typing_extensions import override
 
-from modulora_core.data.rendering import IGNORED
-from modulora_core.errors import WorkError
+from modulora_core.adapter_trainer import AdapterFiles, AdapterTrainer
+from modulora_core.errors import OptionError, WorkError
 from modulora_core.finetune_config import FinetuneConfig
+from modulora_core.offload import Place
+from modulora_core.optimizers import TRANSFORMERS_NAMES
 from modulora_core.training_checkpoints import TRAINER_STATE, seal
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -78,61 +77,6 @@ class Outcome:
     eval_loss: float | None
     seconds: float
     tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterFiles:
-    """How the adapter of the model in training is written to a folder, and read back from one."""
-
-    save: Callable[[Path], None]
-    restore: Callable[[Path], None]
-
-
-class AdapterTrainer(Trainer):
-    """A Trainer whose model is an adapter: the frozen base is neither saved nor loaded."""
-
-    def __init__(self, *, files: AdapterFiles, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._files = files
-        self.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to --json
-
-    @override
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # instead of model.save_pretrained, and of the pickled TrainingArguments that Trainer adds
-        if self.args.should_save:
-            self._files.save(Path(output_dir or self.args.output_dir))
-
-    @override
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._files.restore(Path(resume_from_checkpoint))
-
-    @override
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        # channel scales, the one kind of vector that trains, are to stay near one: no decay towards zero
-        matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
-        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
-
-    @override
-    def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
-        # transformers' mean is over batches, and so depends on their size where examples differ in length
-        self._nll, self._predicted = 0.0, 0
-        output = super().evaluation_loop(*arguments, **options)
-        output.metrics["eval_loss"] = self._nll / self._predicted
-        return output
-
-    @override
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        loss, logits, labels = super().prediction_step(model, inputs, *arguments, **options)
-        predicted = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        self._nll += float(loss) * predicted
-        self._predicted += predicted
-        return loss, logits, labels
-
-    @override
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # transformers estimates it from the parameters, and packed weights are none
 
 
 class _Watcher(TrainerCallback):
@@ -203,7 +147,7 @@ def training_arguments(
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
-        optim="adamw_torch",
+        optim=TRANSFORMERS_NAMES[config.optimizer],
         learning_rate=config.lr,
         lr_scheduler_type=_SCHEDULES[config.scheduler],
         warmup_steps=int(warmup),
@@ -233,6 +177,11 @@ def training_arguments(
     # a process trains on one device: Trainer would copy the model to every GPU that it sees (DataParallel)
     _ = arguments.device
     arguments._n_gpu = min(1, arguments._n_gpu)
+    if config.apply_gradients_at_once and arguments.world_size > 1:
+        raise OptionError(
+            f"apply_gradients_at_once: expected one process, got {arguments.world_size}: each would apply its own gradients "
+            "before they are averaged"
+        )
     return arguments
 
 
@@ -251,6 +200,7 @@ def train(
     folder: Path,
     *,
     files: AdapterFiles,
+    place: Place,
     eval_examples: Dataset[Any] | None = None,
     resume_from: Path | None = None,
     on_step: OnStep | None = None,
@@ -265,6 +215,7 @@ def train(
         config: of the run.
         folder: for checkpoints.
         files: how the adapter is saved and restored.
+        place: where what the config offloads waits.
         eval_examples: to measure the loss on.
         resume_from: a whole checkpoint of the same run; its steps are not repeated, and the rest goes as it
             would have gone.
@@ -272,7 +223,7 @@ def train(
         on_eval: is called after every evaluation.
 
     Raises:
-        WorkError: the loss became NaN or infinite.
+        WorkError: the loss became NaN or infinite, or there is no room for what is offloaded.
     """
     started = time.perf_counter()
     model.config.use_cache = False
@@ -288,6 +239,8 @@ def train(
         eval_dataset=eval_examples,
         callbacks=[watcher],
         files=files,
+        config=config,
+        place=place,
     )
     if resume_from is not None and _steps_done(resume_from) >= steps:
         # Trainer would make one more step

@@ -22,12 +22,13 @@ from modulora_core.calibration.states import spill_bytes
 from modulora_core.calibration.text import CalibrationConfig, CalibrationText, check_seq_len, load_calibration
 from modulora_core.calibration.tuning import Tuner
 from modulora_core.calibration.tuning_config import TuningConfig
-from modulora_core.calibration.walk import BlockWalk
+from modulora_core.calibration.walk import BlockWalk, HeldOutCalibration
 
 __all__ = [
     "BlockWalk",
     "CalibrationConfig",
     "CalibrationText",
+    "HeldOutCalibration",
     "Tuner",
     "TuningConfig",
     "check_seq_len",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from modulora_core.errors import ModelError
 from modulora_core.integrations.transformers import use_eager_experts
 from modulora_core.sites import LinearSite
 from modulora_core.sources import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def cast(tensor: Tensor, device: torch.device) -> Tensor:
@@ -37,6 +41,29 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
         for name, buffer in owner._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 owner._buffers[name] = buffer.to(device)
+
+
+def fill_outside(
+    model: PreTrainedModel, blocks: Sequence[str], source: ModelSource, device: torch.device, *, head: bool
+) -> None:
+    """Fill in what is outside of the blocks of a skeleton: with the output head, or only what runs before the first block.
+
+    Args:
+        blocks: their dotted paths.
+    """
+    output = model.get_output_embeddings()
+    left_out = [path for path, module in model.named_modules() if module is output and not head]
+    prefixes = tuple(f"{path}." for path in (*left_out, *blocks))
+    names = {name for name in source.parameters if not name.startswith(prefixes)}
+    for name, tensor in source.tensors(names=names):
+        fill(model, name, cast(tensor, device))
+    move_buffers(model, device)
+
+
+def sites_within(path: str, linears: Iterable[LinearSite]) -> dict[str, LinearSite]:
+    """Those of ``linears`` that the block at ``path`` has, by their names in the block."""
+    prefix = f"{path}."
+    return {site.name.removeprefix(prefix): site for site in linears if site.name.startswith(prefix)}
 
 
 class Block:

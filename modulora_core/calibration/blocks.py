@@ -49,11 +49,17 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What one block is called with for one batch, the hidden state left out."""
+    """What one block is called with for one batch, the hidden state left out, and how it answers.
+
+    Attributes:
+        by_name: the hidden state is a keyword argument.
+        beside: what the first block returned beside the hidden state; None where it returned a tensor.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    by_name: bool  # the hidden state is a keyword argument
+    by_name: bool
+    beside: tuple[Any, ...] | None
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The hidden state after ``block``, a module or what calls one."""
@@ -61,9 +67,14 @@ class Call:
             return hidden_of(block(*self.args, **{**self.kwargs, _HIDDEN: hidden}))
         return hidden_of(block(hidden, *self.args, **self.kwargs))
 
+    def answer(self, hidden: Tensor) -> Any:
+        """What a block returns with this hidden state."""
+        return hidden if self.beside is None else (hidden, *self.beside)
+
     def sharing(self, other: Call) -> Call:
         """This call with ``other``'s objects where they are equal: batches of one size have the same masks and angles."""
-        return Call(_share(self.args, other.args), _share(self.kwargs, other.kwargs), self.by_name)
+        return Call(_share(self.args, other.args), _share(self.kwargs, other.kwargs), self.by_name,
+                    _share(self.beside, other.beside))  # fmt: skip
 
 
 _HIDDEN = "hidden_states"
@@ -110,26 +121,53 @@ def record_calls(
     raise ModelError(f"{type(model).__name__}: {recorder.problem('some were not run')}")
 
 
+def logits_after(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], calls: Sequence[Call], ids: Tensor, hidden: Tensor
+) -> Tensor:
+    """The model's logits where ``hidden`` comes out of its last block; differentiable in ``hidden``.
+
+    Args:
+        model: with everything outside of the blocks filled in.
+        blocks: they aren't run, and may be on the meta device.
+        calls: of each block for this batch, from :func:`record_calls`.
+        ids: the batch, int64 ``[samples, seq_len]``.
+        hidden: ``[samples, seq_len, hidden]``.
+
+    Returns:
+        ``[samples, seq_len, vocabulary]``.
+    """
+    for block, call in zip(blocks, calls, strict=True):
+        answer = call.answer(hidden)
+        block.forward = lambda *_args, _answer=answer, **_kwargs: _answer
+    try:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        for block in blocks:
+            del block.forward
+    return logits
+
+
 class _Recorder:
     def __init__(self, model: PreTrainedModel, count: int) -> None:
         self.hidden: Tensor | None = None
         self.calls: list[Call] = []
         self._model, self._count = model, count
-        self._template: Any = None  # what a block returns, to know where the hidden state is in it
+        self._beside: tuple[Any, ...] | None = None
 
     def stand_in(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             by_name = _HIDDEN in kwargs
             hidden = kwargs[_HIDDEN] if by_name else args[0]
             self._check(number, hidden)
-            rest = {name: value for name, value in kwargs.items() if name != _HIDDEN}
-            self.calls.append(Call(args if by_name else args[1:], rest, by_name))
             if number == 0:
                 self.hidden = hidden
-                self._template = forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
+                self._beside = None if isinstance(output, Tensor) else tuple(output[1:])
+            rest = {name: value for name, value in kwargs.items() if name != _HIDDEN}
+            self.calls.append(Call(args if by_name else args[1:], rest, by_name, self._beside))
             if number == self._count - 1:
                 raise _Enough
-            return hidden if isinstance(self._template, Tensor) else (hidden, *self._template[1:])
+            return self.calls[-1].answer(hidden)
 
         return run
 

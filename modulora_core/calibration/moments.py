@@ -40,10 +40,20 @@ class SecondMoment:
         """
         if self.samples == 0:
             return Calibration(torch.eye(self._sum.shape[0], device=self._sum.device), 0)
-        upper = (self._sum / self.samples).triu()
-        if not math.isfinite(float(upper.sum(dtype=torch.float64))):  # one bad value makes the sum bad
+        H = (self._sum / self.samples).triu_()
+        if not math.isfinite(float(H.sum(dtype=torch.float64))):  # one bad value makes the sum bad
             raise WorkError(
                 f"{layer}: expected finite inputs on the calibration text, got NaN or Inf; the model overflows on it "
                 "(try `modulora evaluate` with the same text), or the layers before it were quantized too coarsely"
             )
-        return Calibration(upper + upper.triu(1).t(), self.samples)
+        _mirror(H)
+        return Calibration(H, self.samples)
+
+
+def _mirror(H: Tensor) -> None:
+    """Copy the upper half to the lower one, in place: H of a 7B model's widest layer takes 485 MB."""
+    for start in range(0, len(H), STRIP):
+        stop = min(start + STRIP, len(H))
+        corner = H[start:stop, start:stop]
+        corner += corner.triu(1).t()
+        H[stop:, start:stop] = H[start:stop, stop:].t()

@@ -39,17 +39,22 @@ class ObservedWeight:
     """One dense matrix ``[out, in]``, which may be exchanged for its quantized values.
 
     ``scales`` multiply it while they are tuned: v ⊙ (W (u ⊙ x)) + b, differentiable in u, v, x and b.
+    ``watch`` is given the gradient of what the product gives, ``[..., out]``, where there is one.
     """
 
     def __init__(self, key: Key, weight: Tensor, listener: Listener) -> None:
         self.key, self.weight, self._listener = key, weight, listener
         self.scales: ChannelScales | None = None
+        self.watch: Callable[[Tensor], None] | None = None
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x Wᵀ + b``."""
         self._listener(self.key, x)
         if self.scales is None:
-            return nn.functional.linear(x, self.weight, bias)
+            y = nn.functional.linear(x, self.weight, bias)
+            if self.watch is not None and y.requires_grad:
+                y.register_hook(self.watch)
+            return y
         y = nn.functional.linear((x * self.scales.input).to(x.dtype), self.weight) * self.scales.output
         return (y if bias is None else y + bias).to(x.dtype)
 
@@ -95,7 +100,9 @@ class _Observed(Quantizer):
         return packed.tensors["weight"][rows[0] : rows[1]].to(dtype)
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:  # noqa: ARG002
-        if transpose:
+        if transpose:  # only the backward asks for it
+            if self._observed.watch is not None:
+                self._observed.watch(x)
             return x @ self._observed.weight
         return self._observed.multiply(x)
 

@@ -27,6 +27,10 @@ class Order:
         """A matrix that this run didn't use, such as an expert that got no token, leads itself."""
         return self.leaders.get(key, key)
 
+    def group(self, leader: Key) -> list[Key]:
+        """All matrices with the same input as ``leader``, itself among them."""
+        return [leader, *(key for key, other in self.leaders.items() if other == leader and key != leader)]
+
     def merged(self) -> Order:
         """The same with one stage: every layer sees the outputs of dense weights."""
         return Order((tuple(name for stage in self.stages for name in stage),), self.leaders)

@@ -12,7 +12,7 @@ Both give the same numbers: each product is the same product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -40,34 +40,66 @@ class Collector:
         early: leave a forward that isn't paused when the stage's inputs have been seen. Not for experts: which of
             them a batch uses is known at its end only.
         sums: whether H is wanted at all.
+        token_weights: of the samples that are held out, by matrix and sample: each input's weight in the matrix's own H.
     """
 
-    def __init__(self, order: Order, stage: Collection[str], *, early: bool, sums: bool) -> None:
+    def __init__(
+        self,
+        order: Order,
+        stage: Collection[str],
+        *,
+        early: bool,
+        sums: bool,
+        token_weights: Mapping[Key, Sequence[Tensor]] | None = None,
+    ) -> None:
         self._order, self._stage, self._early, self._sums = order, stage, early, sums
         self._leaders = {leader for leader in order.leaders.values() if leader.name in stage}
         self._waiting = set(self._leaders)
         self._caller: greenlet | None = None
         self._moments: dict[Key, SecondMoment] = {}
+        self._token_weights = token_weights or {}
+        self._held_out: dict[Key, SecondMoment] = {}
+        self._sample: int | None = None
+        self._rows: dict[Key, int] = {}  # of the current sample, so far
 
-    def begin(self, caller: greenlet | None) -> None:
-        """A batch goes on; if it pauses, ``caller`` is where to go meanwhile."""
+    def begin(self, caller: greenlet | None, *, held_out: int | None = None) -> None:
+        """A batch goes on; if it pauses, ``caller`` is where to go meanwhile. ``held_out`` is its number where it is one sample that is."""
         self._waiting = set(self._leaders)
         self._caller = caller
+        self._sample = held_out
+        self._rows.clear()
 
     def __call__(self, key: Key, x: Tensor) -> None:
         if key.name not in self._stage:
             return
         if self._sums and self._order.leader(key) == key:
-            self._moments.setdefault(key, SecondMoment(x.shape[-1], x.device)).add(x)
+            if self._sample is None:
+                self._moments.setdefault(key, SecondMoment(x.shape[-1], x.device)).add(x)
+            else:  # at once for all that are multiplied by it: the batch may stop before they are
+                for each in self._order.group(key):
+                    self._add_weighted(each, x, self._sample)
         self._waiting.discard(key)
         if self._caller is not None:
             self._caller.switch()
         elif self._early and not self._waiting:
             raise _Stop
 
+    def _add_weighted(self, key: Key, x: Tensor, sample: int) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        start = self._rows.get(key, 0)
+        weights = self._token_weights[key][sample][start : start + len(rows)]
+        assert len(weights) == len(rows), f"{key}: the block multiplied other inputs than before"
+        self._rows[key] = start + len(rows)
+        moment = self._held_out.setdefault(key, SecondMoment(x.shape[-1], x.device))
+        moment.add(rows * weights.to(rows).sqrt()[:, None])
+
     def moment(self, key: Key, in_features: int, device: torch.device) -> SecondMoment:
         """What was seen of ``key``'s inputs; an empty sum if there were none."""
         return self._moments.get(self._order.leader(key)) or SecondMoment(in_features, device)
+
+    def held_out(self, key: Key, in_features: int, device: torch.device) -> SecondMoment:
+        """What was seen of ``key``'s weighted inputs in the samples that are held out."""
+        return self._held_out.get(key) or SecondMoment(in_features, device)
 
 
 class Passes:
@@ -78,6 +110,7 @@ class Passes:
         states: the samples' hidden states; :meth:`finish` replaces them.
         calls: what the block is called with, for each batch; batches: the samples of each.
         paused_bytes: what the activations of paused batches may take; 0 lets none pause.
+        held_out: the samples from this one on are held out, each in a batch of its own.
     """
 
     def __init__(
@@ -88,8 +121,10 @@ class Passes:
         batches: Sequence[slice],
         *,
         paused_bytes: int,
+        held_out: int | None = None,
     ) -> None:
         self._states, self._batches, self._calls = states, batches, calls
+        self._held_out = held_out
         self._block = block
         self._passes: list[Pass] = []
         room = paused_bytes
@@ -112,8 +147,11 @@ class Passes:
     def collect(self, collector: Collector) -> None:
         """Let ``collector`` see the inputs of its stage, of every batch."""
         self._block.listener = collector
-        for one in self._passes:
-            collector.begin(None if one.paused is None else one.paused.parent)
+        for batch, one in zip(self._batches, self._passes, strict=True):
+            held_out = None
+            if self._held_out is not None and batch.start >= self._held_out:
+                held_out = batch.start - self._held_out
+            collector.begin(None if one.paused is None else one.paused.parent, held_out=held_out)
             one.collect()
         self._block.listener = ignore
 

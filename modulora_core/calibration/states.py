@@ -28,10 +28,11 @@ def spill_bytes(text: CalibrationText, config: PretrainedConfig, device: torch.d
     dtype = torch.float32 if device.type == "cpu" else config.dtype
     nbytes = text.ids.numel() * config.get_text_config().hidden_size * dtype.itemsize
     files = 1 if text.config.tuning is None else 2
-    return files * nbytes if _spills(nbytes, text.config.spill) else 0
+    return files * nbytes if spills(nbytes, text.config.spill) else 0
 
 
-def _spills(nbytes: int, wish: bool | None) -> bool:
+def spills(nbytes: int, wish: bool | None) -> bool:
+    """Whether hidden states of this size go to a file; ``wish`` is the user's."""
     return nbytes > SPILL_BYTES if wish is None else wish
 
 
@@ -59,7 +60,7 @@ class HiddenStates:
     ) -> None:
         self._device = device
         nbytes = math.prod(shape) * dtype.itemsize
-        self.spilled = _spills(nbytes, spill)
+        self.spilled = spills(nbytes, spill)
         self._path = folder / file
         if self.spilled:
             self._path.unlink(missing_ok=True)

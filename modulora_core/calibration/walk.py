@@ -6,16 +6,18 @@ order this holds for the layers within a block too: q, k, v are packed, then o, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from modulora_core.calibration.block import Block, cast, fill, move_buffers
+from modulora_core.calibration.block import Block, fill_outside, sites_within
 from modulora_core.calibration.blocks import Call, find_blocks, record_calls
+from modulora_core.calibration.observe import Key
 from modulora_core.calibration.order import Order
 from modulora_core.calibration.passes import Collector, Passes
 from modulora_core.calibration.states import DENSE_FILE, FILE, HiddenStates
@@ -27,6 +29,17 @@ from modulora_core.spec import Calibration
 
 PAUSED_BYTES = 2**30
 """What the activations of paused batches may take, by estimate."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutCalibration(Calibration):
+    """What was seen of one layer, and apart from it what was seen of samples that are held out: to judge by.
+
+    Attributes:
+        held_out: of these samples, with their inputs weighted; no ``samples`` where no token of them reached an expert.
+    """
+
+    held_out: Calibration
 
 
 class Packing(Protocol):
@@ -41,13 +54,15 @@ class Packing(Protocol):
     def is_packed(self, name: str) -> bool:
         """Whether an earlier run packed ``name``."""
 
-    def restore(self, name: str) -> Iterable[Tensor]:
-        """The quantized matrices of a parameter that an earlier run packed, in fp32, one at a time."""
+    def restore(self, name: str) -> Iterable[Tensor] | None:
+        """The quantized matrices of a parameter that an earlier run packed, in fp32, one at a time; None to go on as they are."""
 
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
-    ) -> Iterable[Tensor]:
-        """Pack a parameter's matrices, ``[out, in]`` each, and give their quantized values back, in fp32, one at a time."""
+    ) -> Iterable[Tensor] | None:
+        """Pack a parameter's matrices, ``[out, in]`` each, and give their quantized values back, in fp32, one at a time; or
+        None to go on with these.
+        """
 
 
 class BlockWalk:
@@ -60,6 +75,8 @@ class BlockWalk:
         device: where blocks are run. On a CPU in fp32, elsewhere in the model's dtype.
         folder: for the hidden states, where they are kept in a file.
         paused_bytes: see :data:`PAUSED_BYTES`.
+        held_out: by name of a parameter and matrix, the weights of the inputs in each of the last samples: these samples are held out, and
+            what is packed is given a :class:`HeldOutCalibration`, whose ``hessian`` is of the others.
 
     Attributes:
         blocks: dotted paths of the decoder blocks.
@@ -78,12 +95,16 @@ class BlockWalk:
         device: torch.device,
         folder: Path,
         paused_bytes: int = PAUSED_BYTES,
+        held_out: Mapping[str, Sequence[Sequence[Tensor]]] | None = None,
     ) -> None:
         self._source, self._text, self._device, self._folder = source, text, device, folder
+        self._held_out = held_out
+        count = 0 if not held_out else len(next(iter(held_out.values()))[0])
+        self._first_held_out = len(text.ids) - count
         self._paused_bytes = paused_bytes
         self._model = source.skeleton(buffers=True).eval()  # no dropout
         self.blocks = find_blocks(self._model)
-        self._sites = {site.name: site for site in linears}
+        self._linears = tuple(linears)
         self._orders: dict[tuple[object, ...], Order] = {}
         self.unreached: list[str] = []
 
@@ -121,15 +142,19 @@ class BlockWalk:
     def _passes(self, block: Block, states: HiddenStates, calls: Sequence[Call]) -> Passes:
         may_pause = self._text.config.sequential and not block.has_experts
         room = self._paused_bytes if may_pause else 0
-        return Passes(block, states, calls, self._batches(), paused_bytes=room)
+        return Passes(
+            block, states, calls, self._batches(), paused_bytes=room, held_out=self._first_held_out
+        )  # fmt: skip
 
     def _batches(self) -> list[slice]:
-        size, count = self._text.batch_size, len(self._text.ids)
-        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        """Samples that are held out go alone, as they did when their weights were found."""
+        size, count, first = self._text.batch_size, len(self._text.ids), self._first_held_out
+        calibrating = [slice(start, min(start + size, first)) for start in range(0, first, size)]
+        return calibrating + [slice(i, i + 1) for i in range(first, count)]
 
     def _enter(self, blocks: list[nn.Module], stack: ExitStack) -> tuple[HiddenStates, list[list[Call]]]:
         """The hidden states before the first block, and for each batch a call of each block."""
-        self._fill_prelude()
+        fill_outside(self._model, self.blocks, self._source, self._device, head=False)
         calls: list[list[Call]] = []
         states = None
         for batch in self._batches():
@@ -162,37 +187,27 @@ class BlockWalk:
         stack.callback(states.close)
         return states
 
-    def _fill_prelude(self) -> None:
-        """Fill in what the forward needs before the first block: all outside of the blocks but the output head."""
-        head = self._model.get_output_embeddings()
-        left_out = [path for path, module in self._model.named_modules() if module is head]
-        prefixes = tuple(f"{path}." for path in (*left_out, *self.blocks))
-        names = {name for name in self._source.parameters if not name.startswith(prefixes)}
-        for name, tensor in self._source.tensors(names=names):
-            fill(self._model, name, cast(tensor, self._device))
-        move_buffers(self._model, self._device)
-
     def _fill_block(self, number: int, module: nn.Module, packing: Packing) -> Block:
         path = self.blocks[number]
-        prefix = f"{path}."
-        sites = {
-            name.removeprefix(prefix): site for name, site in self._sites.items() if name.startswith(prefix)
-        }
-        return Block(path, module, sites, self._source, self._device, packing.keep)
+        return Block(
+            path, module, sites_within(path, self._linears), self._source, self._device, packing.keep
+        )
 
     def _pack_block(self, block: Block, passes: Passes, packing: Packing) -> None:
         """Pack a block's weights stage by stage, or take them from an earlier run."""
         done = {name for name in block.sites if packing.is_packed(f"{block.path}.{name}")}
         if len(done) == len(block.sites):
             for name in done:
-                block.replace(name, packing.restore(f"{block.path}.{name}"))
+                _replace(block, name, packing.restore(f"{block.path}.{name}"))
             return
         if block.structure not in self._orders:
             self._orders[block.structure] = passes.order()
         order = self._orders[block.structure]
         for stage in order.stages if self._text.config.sequential else order.merged().stages:
             sums = any(packing.wants_calibration(f"{block.path}.{name}") for name in stage)
-            collector = Collector(order, stage, early=not block.has_experts, sums=sums)
+            collector = Collector(
+                order, stage, early=not block.has_experts, sums=sums, token_weights=self._token_weights(block)
+            )  # fmt: skip
             if sums:
                 passes.collect(collector)
             for name in stage:
@@ -204,7 +219,16 @@ class BlockWalk:
                     wanted = packing.wants_calibration(full_name)
                     seen = self._seen(block, name, collector) if wanted else [None] * len(matrices)
                     values = packing.pack(full_name, matrices, seen)
-                block.replace(name, values)
+                _replace(block, name, values)
+
+    def _token_weights(self, block: Block) -> dict[Key, Sequence[Tensor]]:
+        if self._held_out is None:
+            return {}
+        return {
+            Key(name, i): weights
+            for name in block.sites
+            for i, weights in enumerate(self._held_out[f"{block.path}.{name}"])
+        }
 
     def _seen(self, block: Block, name: str, collector: Collector) -> Iterator[Calibration]:
         """What was seen of each matrix of a parameter, one at a time: an H of each of many experts is large."""
@@ -214,7 +238,16 @@ class BlockWalk:
             expert = f" of expert {i}" if block.sites[name].experts is not None else ""
             if moment.samples == 0:
                 self.unreached.append(f"{full_name}[{i}]")
-            yield moment.mean(f"{full_name}{expert}")
+            seen = moment.mean(f"{full_name}{expert}")
+            if self._held_out is not None:
+                other = collector.held_out(observed.key, observed.weight.shape[1], self._device)
+                seen = HeldOutCalibration(seen.hessian, seen.samples, other.mean(f"{full_name}{expert}"))
+            yield seen
+
+
+def _replace(block: Block, name: str, values: Iterable[Tensor] | None) -> None:
+    if values is not None:
+        block.replace(name, values)
 
 
 def _sharing(found: list[Call], before: Sequence[list[Call]]) -> list[Call]:

@@ -32,7 +32,9 @@ COMMANDS = (
     "evaluate",
     "merge",
     "convert",
+    "plan",
     "conformance",
+    "bench",
     "new-plugin",
 )
 """Every command, in the order of ``modulora --help``. ``list-quantizers`` is in ``list_quantizers.py``."""
@@ -98,9 +100,13 @@ class _LazyGroup(typer.core.TyperGroup):
 @functools.cache
 def load_command(name: str) -> Any:
     """Import ``modulora_core.cli.<name>`` and make click's command of its function ``command``."""
-    function = importlib.import_module(f"modulora_core.cli.{name.replace('-', '_')}").command
+    module = importlib.import_module(f"modulora_core.cli.{name.replace('-', '_')}")
+    function = module.command
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command(name, help=help_text(function), context_settings=_SETTINGS)(_with_common_flags(function))
+    parser = getattr(module, "PARSER", None)  # a command class of its own, such as one of word_lists.py
+    app.command(name, cls=parser, help=help_text(function), context_settings=_SETTINGS)(
+        _with_common_flags(function)
+    )
     return typer.main.get_command(app)
 
 

@@ -100,6 +100,14 @@ Revision = Annotated[
     ),
 ]
 
+Mapped = Annotated[
+    bool,
+    typer.Option(
+        "--mapped",
+        help="Leave packed weights in their files, one decoder block in memory at a time. On a CPU.",
+    ),
+]
+
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="The longest answer.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", metavar="T", help="0 is greedy; higher is more varied.")

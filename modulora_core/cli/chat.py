@@ -11,6 +11,7 @@ from modulora_core.cli.arguments import (
     Adapter,
     Device,
     Dtype,
+    Mapped,
     MaxNewTokens,
     Model,
     RepetitionPenalty,
@@ -40,6 +41,7 @@ def command(
     repetition_penalty: RepetitionPenalty = 1.0,
     dtype: Dtype = "auto",
     device: Device = None,
+    mapped: Mapped = False,
     seed: Seed = 0,
 ) -> Report:
     """Talk with a model.
@@ -56,7 +58,7 @@ def command(
     from modulora_core.loading import open_to_run
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device)
+    opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
     if opened.tokenizer.chat_template is None:
         raise DataError(
             f"model {model}: its tokenizer has no chat template, so it can't chat; use `modulora generate --raw`"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modulora_core.cli.arguments import Adapter, Device, Dtype, Model
+from modulora_core.cli.arguments import Adapter, Device, Dtype, Mapped, Model
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.errors import OptionError
 
@@ -48,6 +48,7 @@ def command(
     max_new_tokens: NewTokens = 128,
     dtype: Dtype = "auto",
     device: Device = None,
+    mapped: Mapped = False,
 ) -> Report:
     """Measure a model: perplexity of text, accuracy on labels, or ROUGE of its answers.
 
@@ -64,7 +65,7 @@ def command(
 
     if metric not in METRICS:
         raise OptionError(f"--metric: expected one of {', '.join(METRICS)}, got {metric!r}")
-    opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device)
+    opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
     started = time.perf_counter()
     with terminal().progress("evaluating", unit="passes") as bar, PeakMemory(opened.device) as peak:
         if metric == "perplexity":

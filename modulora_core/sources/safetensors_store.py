@@ -6,7 +6,7 @@ then the data, to the end of the file.
 
 Tensors are read with plain file reads rather than through ``safetensors.safe_open``: every page of its memory
 map that was touched counts as memory of this process until the file is closed, so that streaming a shard
-peaks at the size of the shard.
+peaks at the size of the shard. Who wants a map says so (:mod:`modulora_core.sources.mapped_files`).
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ class SafetensorsStore:
         buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
         self._read_into(name, 0, buffer)
         return buffer.view(tensor.dtype).view(tensor.shape)
+
+    def offset(self, name: str) -> int:
+        """Where a tensor begins in its file, in bytes."""
+        return self._offsets[name]
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         tensor = self._tensors[name]

@@ -36,14 +36,21 @@ class Products(TorchFunctionMode):
             x, weight = args[1], args[2]
         elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm):
             x, weight = args
-        if isinstance(weight, Tensor) and weight.data_ptr() in self._at:
+        known = isinstance(weight, Tensor) and weight.data_ptr() in self._at
+        if known:
             name, i = self._at[weight.data_ptr()]
             if func is torch.bmm:  # all experts at once
                 for expert, rows in enumerate(x):
                     self.inputs[name, expert].append(rows.detach().double().reshape(-1, rows.shape[-1]))
             else:
                 self.inputs[name, i].append(x.detach().double().reshape(-1, x.shape[-1]))
-        return func(*args, **(kwargs or {}))
+        y = func(*args, **(kwargs or {}))
+        if known:
+            self.gave(name, i, y, stacked=func is torch.bmm)
+        return y
+
+    def gave(self, name: str, expert: int, y: Tensor, *, stacked: bool) -> None:
+        """For subclasses: a product's result; ``stacked`` ones are of all experts, along the first dimension."""
 
     def hessian(self, name: str, expert: int = 0) -> Tensor:
         """E[xxᵀ] in fp64."""

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, LlamaConfig
 
-from modulora_core import evaluate
+from modulora_core import chunked_loss
 from modulora_core.data import load_examples, token_segments
 from modulora_core.errors import DataError, MissingExtraError, OptionError, WorkError
 from modulora_core.evaluate import accuracy, perplexity, rouge
@@ -99,7 +99,7 @@ def test_perplexity_does_not_depend_on_the_batch(llama, segments, batch_size):
 @pytest.mark.parametrize("rows", [1, 7, 46, 47])
 def test_perplexity_does_not_depend_on_the_rows_of_logits_at_a_time(llama, segments, monkeypatch, rows):
     whole = perplexity(llama, segments)
-    monkeypatch.setattr(evaluate, "_LOGIT_CHUNK_BYTES", rows * 4 * 600)
+    monkeypatch.setattr(chunked_loss, "CPU_LOGIT_BYTES", rows * 4 * 600)
     assert perplexity(llama, segments).nll == pytest.approx(whole.nll, rel=1e-6)
 
 

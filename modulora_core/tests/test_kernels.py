@@ -67,7 +67,7 @@ def cpu(folder: Path) -> ModuleType:
 
 def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a process of its own that finds the module of kernels."""
-    path = os.pathsep.join([str(folder), str(Path(kernels.__file__).parents[1])])
+    path = os.pathsep.join([str(folder), str(Path(kernels.__file__).parents[2])])
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120,
         env={**os.environ, "PYTHONPATH": path, **environment},

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import OptionError, ShapeError
-from modulora_core.tiles import CPU_TILE_BYTES, tile_budget, tile_bytes, tile_ranges, tiled_matmul
+from modulora_core.tiles import CPU_TILE_BYTES, looked_up, tile_budget, tile_bytes, tile_ranges, tiled_matmul
 
 CPU = torch.device("cpu")
 
@@ -107,3 +107,31 @@ def test_a_weight_without_rows_or_columns_is_multiplied_too(shape: tuple[int, in
     W = torch.ones(shape)
     x = torch.ones(2, 3, shape[0] if transpose else shape[1])
     assert torch.equal(tiled_matmul(x, tiles_of(W), shape, transpose), x @ W if transpose else x @ W.t())
+
+
+@pytest.mark.parametrize("budget", [1, 200, 10**9])
+@pytest.mark.parametrize("shape", [(), (0,), (9,), (3, 4)])
+def test_rows_that_are_looked_up_are_those_of_the_whole(shape: tuple[int, ...], budget: int) -> None:
+    W = torch.randn(37, 23, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 37, shape, generator=torch.Generator().manual_seed(1))
+    found = looked_up(ids, tiles_of(W), (37, 23), torch.bfloat16, budget=budget)
+    assert torch.equal(found, W.bfloat16()[ids])
+
+
+def test_a_row_is_decoded_once_and_neighbours_together_within_the_budget() -> None:
+    W = torch.randn(37, 23)
+    asked: list[tuple[int, int]] = []
+
+    def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        asked.append((start, stop))
+        return W[start:stop].to(dtype)
+
+    ids = torch.tensor([[36, 4, 5], [4, 8, 6], [0, 36, 7]])
+    assert torch.equal(looked_up(ids, tile, (37, 23), torch.float32, budget=4 * 23 * 3), W[ids])
+    assert asked == [(0, 1), (4, 7), (7, 9), (36, 37)]
+
+
+@pytest.mark.parametrize("wrong", [-1, 37])
+def test_an_id_beyond_the_table_is_refused(wrong: int) -> None:
+    with pytest.raises(IndexError, match="expected 0 to 36"):
+        looked_up(torch.tensor([3, wrong]), tiles_of(torch.randn(37, 23)), (37, 23), torch.float32)

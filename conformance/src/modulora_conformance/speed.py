@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
 from modulora_conformance.cases import fit, gaussian, inputs, pack
+from modulora_core.bench import Call, in_turns
 from modulora_core.spec import Quantizer
-
-Call = Callable[[], object]
 
 SHAPE = (1024, 512)
 """2 MiB in float32, which caches may hold. Short rows: the time that calibrated quantizers take to pack grows with their square."""
@@ -24,14 +20,12 @@ FEW, MANY = 1, 512
 SECONDS = 0.3
 """For each comparison, both sides together."""
 
-LEAST_TURNS, MOST_TURNS = 3, 200
+MOST_TURNS = 200
 
 
 def measure_speed(quantizer: Quantizer) -> dict[str, Any]:
-    """Decode a tile beside a copy of it, and multiply both ways by few and many rows beside a dense float32 weight.
-
-    Both sides of a comparison take turns in this process, and medians of the turns are told, so that what else the machine does
-    falls on both.
+    """Decode a tile beside a copy of it, and multiply both ways by few and many rows beside a dense float32 weight, in turns
+    (:func:`modulora_core.bench.in_turns`). ``modulora bench`` measures more, and weights that no cache holds.
 
     Returns:
         JSON-able, for :class:`modulora_conformance.report.reading.Speed`; empty where the quantizer fails, which checks tell.
@@ -65,15 +59,10 @@ def _measured(quantizer: Quantizer) -> dict[str, Any]:
 
 
 def _alternating(ours: Call, dense: Call) -> dict[str, float]:
-    """The median seconds of each, taken in turns after one call that compiles and fills caches, and their noise."""
-    ours(), dense()
-    taken: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + SECONDS
-    while len(taken[0]) < MOST_TURNS and (len(taken[0]) < LEAST_TURNS or time.perf_counter() < end):
-        for times, call in zip(taken, (ours, dense), strict=True):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    medians = [statistics.median(times) for times in taken]
-    noise = max(median / min(times) for median, times in zip(medians, taken, strict=True))
-    return {"seconds": medians[0], "dense_seconds": medians[1], "noise": noise}
+    """The median seconds of each and the worse noise of the two, for :class:`modulora_conformance.report.reading.Timing`."""
+    timings = in_turns({"ours": ours, "dense": dense}, seconds=SECONDS, most=MOST_TURNS)
+    return {
+        "seconds": timings["ours"].seconds,
+        "dense_seconds": timings["dense"].seconds,
+        "noise": max(timing.noise for timing in timings.values()),
+    }

@@ -210,6 +210,19 @@ def test_a_permutation_that_leaves_a_column_out_is_refused(value, random_solutio
         from_solution(Solution(solution.codes, solution.scales, solution.zeros, wrong), Options())
 
 
+def test_a_permutation_that_is_changed_after_a_product_is_seen(random_solution):
+    packed = from_solution(random_solution((8, 100), Options(), True), Options())
+    optq, x, columns = OPTQ(Options()), torch.randn(2, 100), packed.tensors["permutation"]
+    before = optq.matmul(x, packed)
+    columns.copy_(columns.flip(0))
+    rows = (0, 8)
+    torch.testing.assert_close(optq.matmul(x, packed), x @ optq.dequantize_tile(packed, rows, x.dtype).t())
+    assert not torch.allclose(optq.matmul(x, packed), before)
+    columns[42] = columns[43]
+    with pytest.raises(CheckpointError, match="expected a permutation of its 100 columns"):
+        optq.matmul(x, packed)
+
+
 def test_codes_that_the_bits_can_not_hold_are_refused(random_solution):
     solution = random_solution((3, 20), Options(bits=4))
     with pytest.raises(CheckpointError, match="expected codes of 3 bits, uint8 from 0 to 7"):

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from modulora_quip_sharp_e8 import codebooks
+from modulora_quip_sharp_e8 import codebooks, quantizer
 from torch import Tensor
 
 from modulora_core import kernels
@@ -92,27 +92,24 @@ class Weights:
 
     def decode(self, rows: int, i: int) -> None:
         codes, residual = self.weights[i]
-        kernels.launch(self.cpu.dequantize, codes[:rows], residual[:rows], self.bits, self.out[:rows])
+        self.cpu.rows.dequantize((codes, residual, self.bits), 0, self.out[:rows])
 
     def decode_first(self, rows: int, _: int) -> None:
         self.decode(rows, 0)
 
     def fused(self, x: Tensor, transpose: bool, i: int) -> Tensor:
-        n, size = x.shape
-        if not transpose:
-            y = torch.empty(n, size)
-            kernels.launch(self.cpu.matmul, *self.weights[i], self.bits, x, y)
-            return y
-        sums = torch.empty(kernels.PARTIAL_SUMS, n, size)
-        kernels.launch(self.cpu.matmul_transposed, *self.weights[i], self.bits, x, sums)
-        return sums.sum(0)
+        operands = (*self.weights[i], self.bits)
+        if len(x) == 1:
+            return quantizer._one_row(self.cpu, operands, x, x.shape[1], transpose)
+        result: Tensor = self.cpu.rows.matmul(operands, x, x.shape[1], transpose)
+        return result
 
     def tiles(self, x: Tensor, transpose: bool, i: int) -> Tensor:
         codes, residual = self.weights[i]
 
         def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
             out = torch.empty(stop - start, self.shape[1], dtype=dtype)
-            kernels.launch(self.cpu.dequantize, codes[start:stop], residual[start:stop], self.bits, out)
+            self.cpu.rows.dequantize((codes, residual, self.bits), start, out)
             return out
 
         return tiled_matmul(x, tile, self.shape, transpose)

@@ -80,7 +80,7 @@ class HalfQuadratic(Quantizer):
             )
 
         def fill(start: int, stop: int, out: Tensor) -> None:
-            kernels.launch(cpu.dequantize, *_operands(packed, start, stop), bits, G, out)
+            cpu.rows.dequantize((*_operands(packed, start, stop), bits, G, packed.shape[1]), 0, out)
 
         return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
 
@@ -92,18 +92,9 @@ class HalfQuadratic(Quantizer):
         if few is None:
             return super().matmul(x, packed, transpose)
         kernels.check_tensors(packed, _tensors)
-        operands = (
-            *_operands(packed, 0, packed.shape[0]),
-            packed.metadata["bits"],
-            packed.metadata["group_size"],
-        )
-        if transpose:
-            sums = torch.empty(kernels.PARTIAL_SUMS, len(few), wanted)
-            kernels.launch(cpu.matmul_transposed, *operands, few, sums)
-            y = sums.sum(dim=0)
-        else:
-            y = torch.empty(len(few), wanted)
-            kernels.launch(cpu.matmul, *operands, few, y)
+        operands = _operands(packed, 0, packed.shape[0])
+        weight = (*operands, packed.metadata["bits"], packed.metadata["group_size"], packed.shape[1])
+        y: Tensor = cpu.rows.matmul(weight, few, wanted, transpose)
         return y.to(x.dtype).view(*x.shape[:-1], wanted)
 
 

@@ -11,7 +11,7 @@ SPEC = QuantizerSpec(
     location="modulora_int8.quantizer:INT8",
     protocol=1,
     bits=(8,),
-    devices=("cpu",),
+    devices=("cpu", "cuda"),
     url="https://arxiv.org/abs/2208.07339",
     # errors: the largest of three seeds of the kit's weights, and 5 % (python -m modulora_conformance int8 measures them again)
     promises=(

@@ -12,6 +12,7 @@ import numpy as np
 from numba import prange
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.products import RowKernels
 from modulora_int8.reference import HALF_RANGE, INVERSE, LARGEST, SMALLEST_ABSMAX
 
 _INVERSE = np.float32(INVERSE)
@@ -26,7 +27,6 @@ _STEPS_OF_HALF = np.float32(0.75)  # adding it to less than 2⁻¹⁴ rounds to 
 _STEPS_OF_ONE = np.float32(1.5 * 2**23)  # adding it to less than 2²² rounds to whole numbers, halves to even
 
 _ROWS = 16  # rows that a thread takes at once
-_COLUMNS = 2048  # and columns in matmul_transposed: the sums of few rows stay in the L2 cache
 
 
 @jit()
@@ -46,66 +46,19 @@ def _decode(codes: Any, scales: Any, group: int, start: int, out: Any) -> None:
         k = end
 
 
-@jit(parallel=True)
-def dequantize(codes: Any, scales: Any, group: int, out: Any) -> None:
-    """The rows of ``codes`` to ``out``, fp32, of the same shape."""
-    for row in prange(out.shape[0]):
-        _decode(codes[row], scales[row], group, 0, out[row])
+@jit()
+def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+    """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
 
-
-@jit(fastmath=("reassoc", "contract", "nsz"))
-def _dot(a: Any, b: Any) -> Any:
-    total = np.float32(0)
-    for k in range(a.size):
-        total += a[k] * b[k]
-    return total
-
-
-@jit(parallel=True)
-def matmul(codes: Any, scales: Any, group: int, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ`` for few rows: ``x`` is ``[n, in]``, ``y`` is ``[n, out]``. A row of Ŵ lives in the L1 cache."""
-    rows, in_features = x.shape
-    out_features = y.shape[1]
-    for piece in prange((out_features + _ROWS - 1) // _ROWS):
-        w = np.empty(in_features, np.float32)
-        for o in range(piece * _ROWS, min((piece + 1) * _ROWS, out_features)):
-            _decode(codes[o], scales[o], group, 0, w)
-            for r in range(rows):
-                y[r, o] = _dot(w, x[r])
-
-
-@jit(fastmath=("contract",))
-def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
-    for k in range(total.size):
-        total[k] += a * w[0, k] + b * w[1, k] + c * w[2, k] + d * w[3, k]
-
-
-@jit(parallel=True)
-def matmul_transposed(codes: Any, scales: Any, group: int, y: Any, sums: Any) -> None:
-    """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, and ``x`` is the sum of ``sums`` ``[parts, n, in]``.
-
-    Each part has its share of the rows of Ŵ and reads them from one end to the other, as memory likes it. Four
-    rows at a time, because loading and storing the sums costs as much as adding to them.
+    ``weight`` is codes, scales and the columns of a group.
     """
-    parts, rows, in_features = sums.shape
-    out_features = y.shape[1]
-    size = (out_features + parts - 1) // parts
-    strips = (in_features + _COLUMNS - 1) // _COLUMNS
-    for piece in prange(parts * strips):
-        part, start = piece // strips, piece % strips * _COLUMNS
-        stop = min(start + _COLUMNS, in_features)
-        last = min((part + 1) * size, out_features)
-        sums[part, :, start:stop] = 0
-        w = np.zeros((4, stop - start), np.float32)
-        for o in range(part * size, last, 4):
-            four = min(4, last - o)
-            for j in range(four):
-                _decode(codes[o + j], scales[o + j], group, start, w[j])
-            for r in range(rows):  # of what is left in w from the last four, nothing is added
-                b = y[r, o + 1] if four > 1 else np.float32(0)
-                c = y[r, o + 2] if four > 2 else np.float32(0)
-                d = y[r, o + 3] if four > 3 else np.float32(0)
-                _add_four(sums[part, r, start:stop], w, y[r, o], b, c, d)
+    codes, scales, group = weight
+    for r in range(len(out)):
+        _decode(codes[row + r], scales[row + r], group, start, out[r, :columns])
+
+
+rows = RowKernels(decode)
+"""Tiles and few-row products."""
 
 
 @jit()

@@ -74,39 +74,46 @@ class INT8(Quantizer):
     def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         check_rows(packed, rows)
         kernels.check_tensors(packed, _tensors)
+        gpu = _gpu(packed.device)
+        if gpu is not None:
+            tile: Tensor = gpu.dequantize(packed, rows, dtype)
+            return tile
         codes, scales = packed.tensors["codes"], packed.tensors["scales"]
         cpu = _kernels(packed.device)
         if cpu is None:
             part = slice(*rows)
             return reference.dequantize(codes[part], scales[part], packed.metadata["group_size"]).to(dtype)
 
-        def fill(start: int, stop: int, out: Tensor) -> None:
-            kernels.launch(cpu.dequantize, codes[start:stop], scales[start:stop], _group(packed), out)
+        def fill(start: int, _stop: int, out: Tensor) -> None:
+            cpu.rows.dequantize((codes, scales, _group(packed)), start, out)
 
         return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         out_features, in_features = packed.shape
-        cpu = _kernels(packed.device)
         given, wanted = (out_features, in_features) if transpose else (in_features, out_features)
         kernels.check_tensors(packed, _tensors)
+        gpu = _gpu(packed.device)
+        product: Tensor | None = None if gpu is None else gpu.matmul(x, packed, transpose)
+        if product is not None:
+            return product
+        cpu = _kernels(packed.device)
         few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
         if few is None:
             return super().matmul(x, packed, transpose)
         weight = packed.tensors["codes"], packed.tensors["scales"], _group(packed)
-        if transpose:
-            sums = torch.empty(kernels.PARTIAL_SUMS, few.shape[0], wanted)
-            kernels.launch(cpu.matmul_transposed, *weight, few, sums)
-            y = sums.sum(dim=0)
-        else:
-            y = torch.empty(few.shape[0], wanted)
-            kernels.launch(cpu.matmul, *weight, few, y)
+        y: Tensor = cpu.rows.matmul(weight, few, wanted, transpose)
         return y.to(x.dtype).view(*x.shape[:-1], wanted)
 
 
 def _kernels(device: torch.device) -> Any:
     """The compiled kernels; None where they can't run, and then the reference does."""
     return kernels.load("modulora_int8.cpu", device)
+
+
+def _gpu(device: torch.device) -> Any:
+    """The Triton kernels; None where they can't run."""
+    return kernels.load_triton("modulora_int8.gpu", device)
 
 
 @cache

@@ -11,7 +11,7 @@ SPEC = QuantizerSpec(
     location="modulora_nf4.quantizer:NF4",
     protocol=1,
     bits=(4,),
-    devices=("cpu",),
+    devices=("cpu", "cuda"),
     url="https://arxiv.org/abs/2305.14314",
     # errors: the largest of three seeds of the kit's weights, and 5 % (python -m modulora_conformance nf4 measures them again)
     promises=(

@@ -15,6 +15,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.products import RowKernels
+from modulora_core.kernels.vectors import has, pointer, splat
 from modulora_nf4.reference import LEVELS, SMALLEST_ABSMAX, ZERO, dynamic_map
 
 _LEVELS = np.array(LEVELS, np.float32)
@@ -24,8 +26,6 @@ _SMALLEST = np.float32(SMALLEST_ABSMAX)
 _DYNAMIC_MAP = dynamic_map().numpy()
 
 _PIECE = 8192  # elements that a thread takes at once: 4 KiB of codes and 32 KiB of values
-_ROWS = 16  # rows that a thread takes at once in matmul
-_COLUMNS = 2048  # and columns in matmul_transposed: the sums of few rows stay in the L2 cache
 
 _F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
@@ -41,13 +41,13 @@ def _shuffle(builder: Any, table: ir.Constant, index: Any, instruction: str) -> 
     return builder.call(cgutils.get_or_insert_function(builder.module, of, instruction), [table, index])
 
 
-def _sixteen_levels(features: str, builder: Any, codes: Any) -> Any:
+def _sixteen_levels(context: Any, builder: Any, codes: Any) -> Any:
     """The levels of eight bytes of codes: ``<8 x i8>`` to ``<16 x float>``.
 
     LLVM doesn't find the lookup in registers by itself, so it is spelled for AVX-512 and AVX2. Elsewhere each
     byte loads its two values from a table of 256 pairs, which is 4 to 8 times slower.
     """
-    if "+avx2" not in features and "+avx512f" not in features:
+    if not has(context, "avx2") and not has(context, "avx512f"):
         pairs = cgutils.global_constant(
             builder, "nf4_pairs", ir.Constant(ir.ArrayType(_F32, 512), _PAIRS.ravel().tolist())
         )
@@ -62,7 +62,7 @@ def _sixteen_levels(features: str, builder: Any, codes: Any) -> Any:
     wide = builder.zext(codes, ir.VectorType(_I64, 8))
     both = builder.or_(builder.lshr(wide, _vector([4] * 8, _I64)), builder.shl(wide, _vector([32] * 8, _I64)))
     index = builder.bitcast(both, ir.VectorType(_I32, 16))
-    if "+avx512f" in features:
+    if has(context, "avx512f"):
         return _shuffle(builder, _vector(_LEVELS, _F32), index, "llvm.x86.avx512.permvar.sf.512")
     halves = []
     for start in (0, 8):
@@ -84,17 +84,10 @@ def _decode_sixteen(_context: Any, out: Any, at: Any, codes: Any, byte: Any, sca
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out, at, codes, byte, scale = arguments
-        out_pointer, codes_pointer = (
-            builder.gep(context.make_array(kind)(context, builder, array).data, [index])
-            for kind, array, index in ((signature.args[0], out, at), (signature.args[2], codes, byte))
-        )
-        eight = builder.load(builder.bitcast(codes_pointer, ir.VectorType(_I8, 8).as_pointer()), align=1)
-        levels = _sixteen_levels(str(context.codegen().magic_tuple()[2]), builder, eight)
-        scales = builder.insert_element(ir.Constant(levels.type, ir.Undefined), scale, _I32(0))
-        scales = builder.shuffle_vector(scales, scales, _vector([0] * 16, _I32))
-        builder.store(
-            builder.fmul(levels, scales), builder.bitcast(out_pointer, levels.type.as_pointer()), align=4
-        )
+        source = pointer(context, builder, signature.args[2], codes, byte, ir.VectorType(_I8, 8))
+        levels = _sixteen_levels(context, builder, builder.load(source, align=1))
+        target = pointer(context, builder, signature.args[0], out, at, levels.type)
+        builder.store(builder.fmul(levels, splat(builder, scale, levels.type)), target, align=4)
         return context.get_dummy_value()
 
     return types.void(out, at, codes, byte, scale), generate
@@ -124,12 +117,19 @@ def _decode(codes: Any, absmax: Any, first: int, shift: int, start: int, out: An
             i, o = i + 1, o + 1
 
 
-@jit(parallel=True)
-def dequantize(codes: Any, absmax: Any, first: int, shift: int, start: int, out: Any) -> None:
-    """Elements ``start ...`` of the flat weight to all of ``out`` (flat, fp32)."""
-    for piece in prange((out.size + _PIECE - 1) // _PIECE):
-        at = piece * _PIECE
-        _decode(codes, absmax, first, shift, start + at, out[at : min(at + _PIECE, out.size)])
+@jit()
+def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+    """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
+
+    ``weight`` is codes, absmax, the block that absmax starts at, shift, and the length of a row.
+    """
+    codes, absmax, first, shift, in_features = weight
+    for r in range(len(out)):
+        _decode(codes, absmax, first, shift, (row + r) * in_features + start, out[r, :columns])
+
+
+rows = RowKernels(decode)
+"""Tiles and few-row products."""
 
 
 @jit(parallel=True)
@@ -141,61 +141,6 @@ def dequantize_absmax(
         for i in range(piece * _PIECE, min((piece + 1) * _PIECE, out.size)):
             block = first + i
             out[i] = _DYNAMIC_MAP[codes[block]] * nested_absmax[block >> nested_shift] + offset[0]
-
-
-@jit(fastmath=("reassoc", "contract", "nsz"))
-def _dot(a: Any, b: Any) -> Any:
-    total = np.float32(0)
-    for k in range(a.size):
-        total += a[k] * b[k]
-    return total
-
-
-@jit(parallel=True)
-def matmul(codes: Any, absmax: Any, shift: int, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ`` for few rows: ``x`` is ``[n, in]``, ``y`` is ``[n, out]``. A row of Ŵ stays in cache."""
-    rows, in_features = x.shape
-    out_features = y.shape[1]
-    for piece in prange((out_features + _ROWS - 1) // _ROWS):
-        w = np.empty(in_features, np.float32)
-        for o in range(piece * _ROWS, min((piece + 1) * _ROWS, out_features)):
-            _decode(codes, absmax, 0, shift, o * in_features, w)
-            for r in range(rows):
-                y[r, o] = _dot(w, x[r])
-
-
-@jit(fastmath=("contract",))
-def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
-    for k in range(total.size):
-        total[k] += a * w[0, k] + b * w[1, k] + c * w[2, k] + d * w[3, k]
-
-
-@jit(parallel=True)
-def matmul_transposed(codes: Any, absmax: Any, shift: int, y: Any, sums: Any) -> None:
-    """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, and ``x`` is the sum of ``sums`` ``[parts, n, in]``.
-
-    Each part has its share of the rows of Ŵ and reads them from one end to the other, as memory likes it. Four
-    rows at a time, because loading and storing the sums costs as much as adding to them.
-    """
-    parts, rows, in_features = sums.shape
-    out_features = y.shape[1]
-    size = (out_features + parts - 1) // parts
-    strips = (in_features + _COLUMNS - 1) // _COLUMNS
-    for piece in prange(parts * strips):
-        part, start = piece // strips, piece % strips * _COLUMNS
-        stop = min(start + _COLUMNS, in_features)
-        last = min((part + 1) * size, out_features)
-        sums[part, :, start:stop] = 0
-        w = np.zeros((4, stop - start), np.float32)
-        for o in range(part * size, last, 4):
-            four = min(4, last - o)
-            for j in range(four):
-                _decode(codes, absmax, 0, shift, (o + j) * in_features + start, w[j])
-            for r in range(rows):  # of what is left in w from the last four, nothing is added
-                b = y[r, o + 1] if four > 1 else np.float32(0)
-                c = y[r, o + 2] if four > 2 else np.float32(0)
-                d = y[r, o + 3] if four > 3 else np.float32(0)
-                _add_four(sums[part, r, start:stop], w, y[r, o], b, c, d)
 
 
 @jit()

@@ -90,6 +90,10 @@ class NF4(Quantizer):
     def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         check_rows(packed, rows)
         kernels.check_tensors(packed, _tensors)
+        gpu = _gpu(packed.device)
+        if gpu is not None:
+            tile: Tensor = gpu.dequantize(packed, rows, dtype)
+            return tile
         in_features, B = packed.shape[1], packed.metadata["block_size"]
         begin, end = rows[0] * in_features, rows[1] * in_features
         first = begin // B
@@ -99,38 +103,40 @@ class NF4(Quantizer):
             q = packing.unpack(packed.tensors["codes"], begin, end)
             return reference.dequantize(q, absmax, B, begin).reshape(rows[1] - rows[0], in_features).to(dtype)
 
+        weight = packed.tensors["codes"], absmax, first, _shift(B), in_features
+
         def fill(start: int, _stop: int, out: Tensor) -> None:
-            at = start * in_features
-            kernels.launch(
-                cpu.dequantize, packed.tensors["codes"], absmax, first, _shift(B), at, out.view(-1)
-            )
+            cpu.rows.dequantize(weight, start, out)
 
         return kernels.filled_tile(fill, rows, in_features, dtype)
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         out_features, in_features = packed.shape
-        cpu = _kernels(packed.device)
         given, wanted = (out_features, in_features) if transpose else (in_features, out_features)
+        kernels.check_tensors(packed, _tensors)
+        gpu = _gpu(packed.device)
+        product: Tensor | None = None if gpu is None else gpu.matmul(x, packed, transpose)
+        if product is not None:
+            return product
+        cpu = _kernels(packed.device)
         few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
         if few is None:
             return super().matmul(x, packed, transpose)
-        kernels.check_tensors(packed, _tensors)
         B = packed.metadata["block_size"]
         absmax = _absmax(packed, 0, reference.blocks(out_features * in_features, B))
-        weight = packed.tensors["codes"], absmax, _shift(B)
-        if transpose:
-            sums = torch.empty(kernels.PARTIAL_SUMS, few.shape[0], wanted)
-            kernels.launch(cpu.matmul_transposed, *weight, few, sums)
-            y = sums.sum(dim=0)
-        else:
-            y = torch.empty(few.shape[0], wanted)
-            kernels.launch(cpu.matmul, *weight, few, y)
+        weight = packed.tensors["codes"], absmax, 0, _shift(B), in_features
+        y: Tensor = cpu.rows.matmul(weight, few, wanted, transpose)
         return y.to(x.dtype).view(*x.shape[:-1], wanted)
 
 
 def _kernels(device: torch.device) -> Any:
     """The compiled kernels; None where they can't run, and then the reference does."""
     return kernels.load("modulora_nf4.cpu", device)
+
+
+def _gpu(device: torch.device) -> Any:
+    """The Triton kernels; None where they can't run."""
+    return kernels.load_triton("modulora_nf4.gpu", device)
 
 
 @cache

@@ -12,7 +12,7 @@ SPEC = QuantizerSpec(
     protocol=1,
     bits=(2, 3, 4, 8),
     calibration="required",
-    devices=("cpu",),
+    devices=("cpu", "cuda"),
     url="https://arxiv.org/abs/2210.17323",
     # errors: the largest of three seeds of the kit's weights, and 5 % (python -m modulora_conformance optq measures them again)
     promises=(

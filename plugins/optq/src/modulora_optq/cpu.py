@@ -17,31 +17,19 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.products import RowKernels
+from modulora_core.kernels.vectors import pointer, splat
 
 _BYTES = 64  # bytes that are unpacked at once
 _VALUES = 16  # and values that are computed at once
 
 _ROWS = 16  # rows that a thread takes at once
-_COLUMNS = 2048  # and columns in matmul_transposed: the sums of few rows stay in the L2 cache
 
 _MANY_BYTES = ir.VectorType(ir.IntType(8), _BYTES)
 _FEW_BYTES = ir.VectorType(ir.IntType(8), _VALUES)
 _WHOLE = ir.VectorType(ir.IntType(32), _VALUES)
 _FLOATS = ir.VectorType(ir.FloatType(), _VALUES)
 _FOUR = ir.VectorType(ir.FloatType(), 4)
-
-
-def _splat(builder: Any, value: Any, of: ir.Type) -> Any:
-    """A vector whose lanes are all ``value``."""
-    one = builder.insert_element(ir.Constant(of, ir.Undefined), value, ir.IntType(32)(0))
-    return builder.shuffle_vector(
-        one, one, ir.Constant(ir.VectorType(ir.IntType(32), of.count), [0] * of.count)
-    )
-
-
-def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any, of: ir.Type) -> Any:
-    data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), of.as_pointer())
 
 
 @intrinsic
@@ -55,14 +43,14 @@ def _unpack_vector(
         packed, low, low_shift, low_mask, high, high_shift, high_mask, out, to = arguments
 
         def plane(at: Any, shift: Any) -> Any:
-            source = _pointer(context, builder, signature.args[0], packed, at, _MANY_BYTES)
-            return builder.lshr(builder.load(source, align=1), _splat(builder, shift, _MANY_BYTES))
+            source = pointer(context, builder, signature.args[0], packed, at, _MANY_BYTES)
+            return builder.lshr(builder.load(source, align=1), splat(builder, shift, _MANY_BYTES))
 
-        low_bits = builder.and_(plane(low, low_shift), _splat(builder, low_mask, _MANY_BYTES))
+        low_bits = builder.and_(plane(low, low_shift), splat(builder, low_mask, _MANY_BYTES))
         two = ir.Constant(_MANY_BYTES, [2] * _BYTES)
         high_bits = builder.shl(plane(high, high_shift), two)
-        high_bits = builder.and_(high_bits, _splat(builder, high_mask, _MANY_BYTES))
-        target = _pointer(context, builder, signature.args[7], out, to, _MANY_BYTES)
+        high_bits = builder.and_(high_bits, splat(builder, high_mask, _MANY_BYTES))
+        target = pointer(context, builder, signature.args[7], out, to, _MANY_BYTES)
         builder.store(builder.or_(low_bits, high_bits), target, align=1)
         return context.get_dummy_value()
 
@@ -116,11 +104,11 @@ def _scale_vector(_context: Any, codes: Any, at: Any, zero: Any, scale: Any, out
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, at, zero, scale, out, to = arguments
-        source = _pointer(context, builder, signature.args[0], codes, at, _FEW_BYTES)
+        source = pointer(context, builder, signature.args[0], codes, at, _FEW_BYTES)
         values = builder.uitofp(builder.zext(builder.load(source, align=1), _WHOLE), _FLOATS)
-        steps = builder.fsub(values, _splat(builder, zero, _FLOATS))
-        target = _pointer(context, builder, signature.args[4], out, to, _FLOATS)
-        builder.store(builder.fmul(steps, _splat(builder, scale, _FLOATS)), target, align=4)
+        steps = builder.fsub(values, splat(builder, zero, _FLOATS))
+        target = pointer(context, builder, signature.args[4], out, to, _FLOATS)
+        builder.store(builder.fmul(steps, splat(builder, scale, _FLOATS)), target, align=4)
         return context.get_dummy_value()
 
     return types.void(codes, at, zero, scale, out, to), generate
@@ -172,14 +160,14 @@ def _transpose_four(
         values, *starts, out, to, step = arguments
         kinds = signature.args
         a, b, c, d = (
-            builder.load(_pointer(context, builder, kinds[0], values, at, _FOUR), align=4) for at in starts
+            builder.load(pointer(context, builder, kinds[0], values, at, _FOUR), align=4) for at in starts
         )
         for half in (0, 2):
             ab = _mix(builder, a, b, (half, half + 4, half + 1, half + 5))
             cd = _mix(builder, c, d, (half, half + 4, half + 1, half + 5))
             for lane in (0, 2):
                 four = _mix(builder, ab, cd, (lane, lane + 1, lane + 4, lane + 5))
-                builder.store(four, _pointer(context, builder, kinds[5], out, to, _FOUR), align=4)
+                builder.store(four, pointer(context, builder, kinds[5], out, to, _FOUR), align=4)
                 to = builder.add(to, step)
         return context.get_dummy_value()
 
@@ -212,78 +200,31 @@ def _reorder(w: Any, order: Any, columns: Any, out: Any) -> None:
             out[r, k] = columns[4 * order[k] + r]
 
 
-@jit(parallel=True)
-def dequantize(codes: Any, scales: Any, zeros: Any, bits: int, group: int, order: Any, out: Any) -> None:
-    """All rows to ``out``, fp32 ``[rows, in]``: column k of it is stored column ``order[k]``.
+@jit()
+def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+    """Stored columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
 
-    An ``order`` of length 0 is that of storage; others must be in bounds.
+    ``weight`` is codes, scales, zeros, bits, the columns of a group, and those of a row.
     """
-    rows, n = out.shape
-    for piece in prange((rows + _ROWS - 1) // _ROWS):
-        scratch = _scratch(n, scales.shape[1])
-        w, columns = np.empty((4, order.size), np.float32), np.empty(4 * order.size, np.float32)
-        stop = min((piece + 1) * _ROWS, rows)
-        for o in range(piece * _ROWS, stop, 4):
+    codes, scales, zeros, bits, group, n = weight
+    scratch = _scratch(columns, scales.shape[1])
+    for r in range(len(out)):
+        _decode(codes, scales, zeros, bits, group, row + r, n, start, scratch, out[r, :columns])
+
+
+rows = RowKernels(decode)
+"""Tiles and few-row products, with the columns as they are stored."""
+
+
+@jit(parallel=True)
+def dequantize_permuted(weight: Any, first: int, order: Any, out: Any) -> None:
+    """Rows ``first ...`` to all of ``out``, fp32 ``[rows, in]``: column k of it is stored column ``order[k]``, which must be in bounds."""
+    count, n = out.shape
+    for piece in prange((count + _ROWS - 1) // _ROWS):
+        w, columns = np.empty((4, n), np.float32), np.empty(4 * n, np.float32)
+        begin = np.int64(piece) * _ROWS
+        stop = min(begin + _ROWS, count)
+        for o in range(begin, stop, 4):
             four = out[o : min(o + 4, stop)]
-            for j in range(len(four)):
-                row = w[j] if order.size else four[j]
-                _decode(codes, scales, zeros, bits, group, o + j, n, 0, scratch, row)
-            if order.size:
-                _reorder(w, order, columns, four)
-
-
-@jit(fastmath=("reassoc", "contract", "nsz"))
-def _dot(a: Any, b: Any) -> Any:
-    total = np.float32(0)
-    for k in range(a.size):
-        total += a[k] * b[k]
-    return total
-
-
-@jit(parallel=True)
-def matmul(codes: Any, scales: Any, zeros: Any, bits: int, group: int, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ`` for few rows: ``x`` is ``[n, in]``, ``y`` is ``[n, out]``. A row of Ŵ lives in the L1 cache."""
-    rows, in_features = x.shape
-    out_features = y.shape[1]
-    for piece in prange((out_features + _ROWS - 1) // _ROWS):
-        scratch = _scratch(in_features, scales.shape[1])
-        w = np.empty(in_features, np.float32)
-        for o in range(piece * _ROWS, min((piece + 1) * _ROWS, out_features)):
-            _decode(codes, scales, zeros, bits, group, o, in_features, 0, scratch, w)
-            for r in range(rows):
-                y[r, o] = _dot(w, x[r])
-
-
-@jit(fastmath=("contract",))
-def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
-    for k in range(total.size):
-        total[k] += a * w[0, k] + b * w[1, k] + c * w[2, k] + d * w[3, k]
-
-
-@jit(parallel=True)
-def matmul_transposed(codes: Any, scales: Any, zeros: Any, bits: int, group: int, y: Any, sums: Any) -> None:
-    """``x = y Ŵ`` for few rows: ``y`` is ``[n, out]``, and ``x`` is the sum of ``sums`` ``[parts, n, in]``.
-
-    Each part has its share of the rows of Ŵ and reads them from one end to the other, as memory likes it. Four
-    rows at a time, because loading and storing the sums costs as much as adding to them.
-    """
-    parts, rows, in_features = sums.shape
-    out_features = y.shape[1]
-    size = (out_features + parts - 1) // parts
-    strips = (in_features + _COLUMNS - 1) // _COLUMNS
-    for piece in prange(parts * strips):
-        part, start = piece // strips, piece % strips * _COLUMNS
-        stop = min(start + _COLUMNS, in_features)
-        last = min((part + 1) * size, out_features)
-        sums[part, :, start:stop] = 0
-        scratch = _scratch(stop - start, scales.shape[1])
-        w = np.zeros((4, stop - start), np.float32)
-        for o in range(part * size, last, 4):
-            four = min(4, last - o)
-            for j in range(four):
-                _decode(codes, scales, zeros, bits, group, o + j, in_features, start, scratch, w[j])
-            for r in range(rows):  # of what is left in w from the last four, nothing is added
-                b = y[r, o + 1] if four > 1 else np.float32(0)
-                c = y[r, o + 2] if four > 2 else np.float32(0)
-                d = y[r, o + 3] if four > 3 else np.float32(0)
-                _add_four(sums[part, r, start:stop], w, y[r, o], b, c, d)
+            decode(weight, first + o, 0, n, w[: len(four)])
+            _reorder(w, order, columns, four)

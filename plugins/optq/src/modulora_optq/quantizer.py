@@ -12,12 +12,14 @@ Metadata: ``bits``, ``group_size``, ``symmetric``, ``permuted``.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from modulora_core import kernels
 from modulora_core.errors import CheckpointError, OptionError
@@ -167,14 +169,28 @@ class _Order(NamedTuple):
 def _order(packed: PackedWeight) -> _Order | None:
     """The order of the stored columns, None where it is the weight's own.
 
-    It is checked at each use, in microseconds: a kernel would read out of bounds.
-
     Raises:
         CheckpointError: the tensor isn't a permutation, as in a checkpoint that was edited.
     """
     columns = packed.tensors.get("permutation")
     if columns is None or not packed.metadata["permuted"]:
         return None
+    if columns.is_inference():  # without a count of changes
+        return _Order(columns, _inverse(packed, columns))
+    memory = columns.data_ptr(), columns._version
+    known = _INVERSES.get(columns)
+    if known is None or known[0] != memory:
+        known = _INVERSES[columns] = memory, _inverse(packed, columns)
+    return _Order(columns, known[1])
+
+
+_INVERSES: MutableMapping[Tensor, tuple[tuple[int, int], Tensor]] = WeakTensorKeyDictionary()
+"""For each permutation in use: where its memory is and how often it was changed, and its inverse. On a GPU finding it waits for all that
+runs there, which would be done for each product."""
+
+
+def _inverse(packed: PackedWeight, columns: Tensor) -> Tensor:
+    """The inverse of a permutation, which is checked: a kernel would read out of bounds."""
     n = len(columns)
     inside = columns.clamp(0, n - 1)
     stored = torch.arange(n, dtype=columns.dtype, device=columns.device)
@@ -184,12 +200,17 @@ def _order(packed: PackedWeight) -> _Order | None:
             f"{packed.quantizer} weight of shape {list(packed.shape)}: expected a permutation of its {n} columns, "
             "got one that leaves some out; the checkpoint was changed, quantize again"
         )
-    return _Order(columns, inverse)
+    return inverse
 
 
 def _kernels(device: torch.device) -> Any:
     """The compiled kernels; None where they can't run, and then plain torch does."""
     return kernels.load("modulora_optq.cpu", device)
+
+
+def _gpu(device: torch.device) -> Any:
+    """The Triton kernels; None where they can't run."""
+    return kernels.load_triton("modulora_optq.gpu", device)
 
 
 def _solution(packed: PackedWeight, rows: tuple[int, int], permutation: Tensor | None) -> Solution:
@@ -205,25 +226,40 @@ def _solution(packed: PackedWeight, rows: tuple[int, int], permutation: Tensor |
     return Solution(codes, scales, zeros, permutation)
 
 
-def _operands(packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Rows ``[start, stop)`` as the kernels take them: codes, scales, zeros, bits, columns of a group."""
+def _operands(packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
+    """Rows ``[start, stop)`` as the kernels take them: codes, scales, zeros, bits, columns of a group and of a row."""
     options, tensors = _options(packed), packed.tensors
     codes = tensors["codes"][start:stop].view(-1)
     zeros = codes[:0] if options.symmetric else tensors["zeros"][start:stop].view(-1)
     scales = tensors["scales"][start:stop].to(torch.float32)
-    return codes, scales, zeros, options.bits, options.group(packed.shape[1])
+    return codes, scales, zeros, options.bits, options.group(packed.shape[1]), packed.shape[1]
+
+
+def _gpu_weight(gpu: Any, packed: PackedWeight) -> Any:
+    """A weight as Triton's kernels take it."""
+    options, tensors = _options(packed), packed.tensors
+    zeros = None if options.symmetric else tensors["zeros"]
+    group = options.group(packed.shape[1])
+    return gpu.Weight(packed.shape, tensors["codes"], tensors["scales"], zeros, options.bits, group)
 
 
 def _tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype, order: _Order | None) -> Tensor:
     """Rows ``[start, stop)``, their columns as they are stored, or put in the weight's own ``order``."""
+    gpu = _gpu(packed.device)
+    if gpu is not None:
+        tile: Tensor = gpu.dequantize(_gpu_weight(gpu, packed), rows, dtype)
+        return tile if order is None else tile.index_select(1, order.inverse)
     cpu = _kernels(packed.device)
     if cpu is None:
         solution = _solution(packed, rows, None if order is None else order.columns)
         return solution.dequantize(_options(packed)).to(dtype)
-    inverse = torch.empty(0, dtype=torch.int32) if order is None else order.inverse
 
     def fill(start: int, stop: int, out: Tensor) -> None:
-        kernels.launch(cpu.dequantize, *_operands(packed, start, stop), inverse, out)
+        weight = _operands(packed, start, stop)
+        if order is None:
+            cpu.rows.dequantize(weight, 0, out)
+        else:
+            kernels.launch(cpu.dequantize_permuted, weight, 0, order.inverse, out)
 
     return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
 
@@ -231,18 +267,15 @@ def _tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype, order
 def _stored_matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor:
     """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``, with the columns of Ŵ as they are stored."""
     given, wanted = packed.shape if transpose else reversed(packed.shape)
+    gpu = _gpu(packed.device)
+    if gpu is not None and (rows := gpu.few_rows(x, given)) is not None:
+        product: Tensor = gpu.matmul(rows, _gpu_weight(gpu, packed), transpose)
+        return product.view(*x.shape[:-1], wanted)
     cpu = _kernels(packed.device)
     few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
     if few is None:
         return tiled_matmul(
             x, lambda start, stop, dtype: _tile(packed, (start, stop), dtype, None), packed.shape, transpose
         )
-    operands = _operands(packed, 0, packed.shape[0])
-    if transpose:
-        sums = torch.empty(kernels.PARTIAL_SUMS, len(few), wanted)
-        kernels.launch(cpu.matmul_transposed, *operands, few, sums)
-        y = sums.sum(dim=0)
-    else:
-        y = torch.empty(len(few), wanted)
-        kernels.launch(cpu.matmul, *operands, few, y)
+    y: Tensor = cpu.rows.matmul(_operands(packed, 0, packed.shape[0]), few, wanted, transpose)
     return y.to(x.dtype).view(*x.shape[:-1], wanted)

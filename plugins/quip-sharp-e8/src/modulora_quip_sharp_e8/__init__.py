@@ -12,7 +12,7 @@ SPEC = QuantizerSpec(
     protocol=1,
     bits=(2, 3, 4),
     calibration="required",
-    devices=("cpu",),
+    devices=("cpu", "cuda"),
     url="https://arxiv.org/abs/2402.04396",
     # errors: the largest of three seeds of the kit's weights, and 5 % (python -m modulora_conformance quip-sharp-e8 measures them again)
     promises=(

@@ -129,9 +129,10 @@ class QuIPSharpE8(Quantizer):
             if transpose:
                 y = F.pad(x.detach(), (start, whole - stop)) if whole != given else x.detach()
                 y = transform.rotate(y, before=output_scale)
-                result = transform.rotate(_rotated_matmul(y, packed, True), transpose=True, after=input_scale)
+                z = _rotated_matmul(y, packed, True, x.dtype)
+                result = transform.rotate(z, transpose=True, after=input_scale)
             else:
-                z = _rotated_matmul(transform.rotate(x.detach(), before=input_scale), packed, False)
+                z = _rotated_matmul(transform.rotate(x.detach(), before=input_scale), packed, False, x.dtype)
                 result = transform.rotate(z, transpose=True, after=output_scale)[..., start:stop]
             return result.to(x.dtype)
 
@@ -205,6 +206,11 @@ def _kernels(device: torch.device) -> Any:
     return kernels.load("modulora_quip_sharp_e8.cpu", device)
 
 
+def _gpu(device: torch.device) -> Any:
+    """Those for GPUs, likewise."""
+    return kernels.load_triton("modulora_quip_sharp_e8.gpu", device)
+
+
 def _operands(packed: PackedWeight, rows: slice, blocks: slice) -> tuple[Tensor, Tensor, int]:
     """Codes, residual (codes once more where there is none) and bits, as the kernels take them."""
     codes = packed.tensors["codes"][rows, blocks].contiguous()
@@ -214,18 +220,32 @@ def _operands(packed: PackedWeight, rows: slice, blocks: slice) -> tuple[Tensor,
 
 def _decode(packed: PackedWeight, rows: slice, blocks: slice, columns: int) -> Tensor:
     """A part of C, fp32 ``[rows, columns]``: the first columns of these blocks."""
+    gpu = _gpu(packed.device)
+    if gpu is not None:
+        codes, residual, bits = _operands(packed, slice(None), slice(None))
+        start, stop, _ = rows.indices(len(codes))
+        first = BLOCK * (blocks.start or 0)
+        part: Tensor = gpu.dequantize(
+            codes, residual, bits, (start, stop), (first, first + columns), torch.float32
+        )
+        return part
     codes, residual, bits = _operands(packed, rows, blocks)
     cpu = _kernels(packed.device)
     if cpu is None:
         return codebooks.decode(codes, None if bits == 2 else residual, bits)[:, :columns]
     out = torch.empty(len(codes), columns)
-    kernels.launch(cpu.dequantize, codes, residual, bits, out)
+    cpu.rows.dequantize((codes, residual, bits), 0, out)
     return out
 
 
-def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor:
-    """``x Cᵀ``, or ``x C`` when ``transpose``."""
+def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool, dtype: torch.dtype) -> Tensor:
+    """``x Cᵀ``, or ``x C`` when ``transpose``, of inputs that were of ``dtype`` before they were rotated."""
     whole, columns = _whole(packed)
+    gpu = _gpu(packed.device)
+    if gpu is not None and dtype != torch.float64:
+        codes, residual, bits = _operands(packed, slice(None), slice(None))
+        y: Tensor = gpu.product(x, dtype, codes, residual, bits, columns, transpose)
+        return y
     given, wanted = (whole, columns) if transpose else (columns, whole)
     cpu = _kernels(packed.device)
     few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
@@ -236,13 +256,21 @@ def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor:
 
         return tiled_matmul(x, tile, (whole, columns), transpose)
     operands = _operands(packed, slice(None), slice(None))
+    if len(few) == 1:
+        return _one_row(cpu, operands, few, wanted, transpose).reshape(*x.shape[:-1], wanted)
+    y = cpu.rows.matmul(operands, few, wanted, transpose)
+    return y.reshape(*x.shape[:-1], wanted)
+
+
+def _one_row(
+    cpu: Any, operands: tuple[Tensor, Tensor, int], x: Tensor, wanted: int, transpose: bool
+) -> Tensor:
+    """``x Cᵀ``, or ``x C`` when ``transpose``, of ``x``, fp32 ``[1, given]``."""
     padded = BLOCK * operands[0].shape[1]
     if transpose:
-        sums = torch.empty(kernels.PARTIAL_SUMS, len(few), padded)
-        kernels.launch(cpu.matmul_transposed, *operands, few, sums)
-        y = sums.sum(dim=0)[:, :wanted]
-    else:
-        y = torch.empty(len(few), wanted)
-        few = few if padded == columns else F.pad(few, (0, padded - columns))
-        kernels.launch(cpu.matmul, *operands, few, y)
-    return y.reshape(*x.shape[:-1], wanted)
+        sums = torch.empty(kernels.PARTIAL_SUMS, padded)
+        kernels.launch(cpu.matmul_one_transposed, *operands, x, sums)
+        return sums.sum(dim=0)[:wanted].unsqueeze(0)
+    y = torch.empty(1, wanted)
+    kernels.launch(cpu.matmul_one, *operands, F.pad(x, (0, padded - x.shape[1])), y)
+    return y

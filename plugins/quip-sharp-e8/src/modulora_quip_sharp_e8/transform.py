@@ -48,9 +48,8 @@ def rotate(
         ``[..., n]``, a new tensor on the device of ``x``: fp64 for fp64, computed in it, else fp32. Half precision is widened
         before anything is summed.
 
-    On the CPU a row's bits don't depend on the other rows, nor on the number of threads. Elsewhere that is up to
-    the device's matrix product (K > 1) and Fourier transform (odd part of n above 1024); for powers of two
-    it holds everywhere.
+    A row's bits don't depend on the other rows, nor on the number of threads: on the CPU, and by the kernels for GPUs. Elsewhere that is
+    up to the device's matrix product (K > 1) and Fourier transform (odd part of n above 1024).
 
     Raises:
         ShapeError: ``x`` has no last dimension, or an empty one, or ``before`` or ``after`` doesn't fit it.
@@ -60,6 +59,10 @@ def rotate(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=dtype, device=x.device)
+    if dtype == torch.float32:
+        turned = _on_gpu(x.detach().reshape(-1, n), transpose, before, after)
+        if turned is not None:
+            return turned.view(x.shape)
     scale = torch.full((n,), 1 / math.sqrt(n), dtype=dtype, device=x.device)
     if before is not None:
         scale *= before.to(scale)
@@ -78,6 +81,17 @@ def rotate(
     else:
         kernels.launch(cpu.rotate, rows, *factors, scratch, out)
     return out.view(x.shape)
+
+
+def _on_gpu(x: Tensor, transpose: bool, before: Tensor | None, after: Tensor | None) -> Tensor | None:
+    """By Triton's kernels; None where they don't run, or not for this dimension."""
+    K = order(x.shape[1])
+    gpu = kernels.load_triton("modulora_quip_sharp_e8.gpu_transform", x.device)
+    if gpu is None or K > LARGEST_ORDER:
+        return None
+    before, after = (v if v is None else v.to(x.device).contiguous() for v in (before, after))
+    turned: Tensor | None = gpu.rotate(x.contiguous(), K, transpose, before, after)
+    return turned
 
 
 def _check(x: Tensor, before: Tensor | None, after: Tensor | None) -> None:
@@ -106,11 +120,11 @@ def matrix(n: int) -> Tensor:
     K = order(n)
     while len(sylvester) < n // K:
         sylvester = torch.kron(two, sylvester)
-    return torch.kron(_factor(K), sylvester) / math.sqrt(n)
+    return torch.kron(factor(K), sylvester) / math.sqrt(n)
 
 
-def _factor(K: int) -> Tensor:
-    """M_K, fp64 ``[K, K]``."""
+def factor(K: int) -> Tensor:
+    """M_K, fp64 ``[K, K]``. It is orthogonal but for a factor √K; Hartley's is symmetric too."""
     if decompose(K) == K:
         return hadamard(K).double()
     a = torch.arange(K)
@@ -122,7 +136,7 @@ def _factor(K: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _panels(K: int, transpose: bool, dtype: torch.dtype) -> Tensor:
     """M_K, or M_Kᵀ, as the kernel reads it: see there."""
-    M = _factor(K).T if transpose else _factor(K)
+    M = factor(K).T if transpose else factor(K)
     panels = F.pad(M, (0, -K % _PANEL)).view(K, -1, _PANEL)
     flat: Tensor = panels.transpose(0, 1).reshape(-1).to(dtype)
     return flat
@@ -130,7 +144,7 @@ def _panels(K: int, transpose: bool, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _placed(K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _factor(K).to(device, dtype)
+    return factor(K).to(device, dtype)
 
 
 def _rotate(x: Tensor, K: int, transpose: bool, scale: Tensor, after: Tensor | None) -> Tensor:

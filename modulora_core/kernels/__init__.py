@@ -8,6 +8,9 @@ reaches them through :func:`load` and :func:`launch`::
         kernels.launch(cpu.decode, codes, scales, out)
 
 numba is imported by the first :func:`load`, not by this module.
+
+Kernels for GPUs are written with Triton, in a module of their own that :func:`load_triton` gives. What they share is in
+:mod:`modulora_core.kernels.triton_blocks`, which says how to write one.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -66,7 +70,43 @@ def load(module: str, device: torch.device) -> ModuleType | None:
 
 @cache
 def _load(module: str) -> ModuleType | None:
-    return None if _numba() is None else importlib.import_module(module)
+    return None if _numba() is None else _load_module(module)
+
+
+@cache
+def _load_module(module: str) -> ModuleType:
+    return importlib.import_module(module)
+
+
+def load_triton(module: str, device: torch.device) -> ModuleType | None:
+    """A plugin's module of Triton kernels; None where they don't run.
+
+    They run on CUDA devices (ROCm's are called so too) where triton is installed; that it is missing is said in one warning a process. With
+    ``TRITON_INTERPRET=1`` in the environment, which Triton reads once, they run on CPU tensors: that is how they are tested.
+    """
+    if device.type == "cuda" or (device.type == "cpu" and triton_is_interpreted()):
+        return None if _triton() is None else _load_module(module)
+    return None
+
+
+@cache
+def triton_is_interpreted() -> bool:
+    """Whether the environment asks for Triton's interpreter. Doesn't import triton; these are the words that it takes for yes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@cache
+def _triton() -> ModuleType | None:
+    try:
+        return importlib.import_module("triton")
+    except ImportError as error:
+        warnings.warn(
+            f"triton, which compiles the GPU kernels of quantizers, can't be imported ({error}); plain torch runs instead: the same "
+            "values, slower and with more memory. To mend it: pip install triton",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
 
 
 def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -123,8 +163,8 @@ def check_tensors(packed: PackedWeight, expected: Callable[..., Mapping[str, Ten
             )
 
 
-def launch(kernel: Callable[..., None], *arguments: Tensor | int | float) -> None:
-    """Run ``kernel`` on torch's number of threads; CPU tensors are passed as arrays on the same memory.
+def launch(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Run ``kernel`` on torch's number of threads; CPU tensors, also those in a tuple, are passed as arrays on the same memory.
 
     Tensors must be contiguous. One that isn't aligned to its dtype, as in a mapped file, is passed as a copy: what a
     kernel writes to must come from torch's allocator.
@@ -134,7 +174,7 @@ def launch(kernel: Callable[..., None], *arguments: Tensor | int | float) -> Non
     """
     import numba
 
-    arrays = [_array(a) if isinstance(a, Tensor) else a for a in arguments]
+    arrays = [_array(a) for a in arguments]
     with _ONE_LAUNCH:
         before = numba.get_num_threads()
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
@@ -176,9 +216,13 @@ def _keep_teams_flat() -> None:
             ctypes.CDLL(library).omp_set_max_active_levels(1)
 
 
-def _array(tensor: Tensor) -> Any:
-    """A numpy array on the tensor's memory. What lies askew in a mapped file is copied: numba would compile again."""
-    array = tensor.detach().numpy()
+def _array(argument: Any) -> Any:
+    """A numpy array on a tensor's memory. What lies askew in a mapped file is copied: numba would compile again."""
+    if isinstance(argument, tuple):
+        return tuple(_array(a) for a in argument)
+    if not isinstance(argument, Tensor):
+        return argument
+    array = argument.detach().numpy()
     return array if array.flags.aligned else array.copy()
 
 

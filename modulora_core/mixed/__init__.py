@@ -1,0 +1,19 @@
+"""Mixed precision under a budget: every layer its own quantizer, so that all of it fits and the loss grows least.
+
+::
+
+    candidates.py    what may be chosen: quantizers, layers, bytes; what is refused before work
+    errors.py        each layer's error under each quantizer, measured block by block
+    allocation.py    the choice: a knapsack
+    run.py           the command's work: measure, choose, quantize
+
+docs/mixed-precision.md says what is measured, and why.
+"""
+
+from __future__ import annotations
+
+from modulora_core.mixed.allocation import Allocation, Offer, allocate
+from modulora_core.mixed.candidates import Choice
+from modulora_core.mixed.run import quantize_mixed
+
+__all__ = ["Allocation", "Choice", "Offer", "allocate", "quantize_mixed"]

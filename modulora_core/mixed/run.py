@@ -1,0 +1,162 @@
+"""Quantizing under a budget: measure every layer under every choice, choose, and quantize as chosen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modulora_core.calibration import CalibrationConfig, find_blocks, spill_bytes
+from modulora_core.calibration.sensitivity import FILE, boundary_bytes
+from modulora_core.devices import pick_device
+from modulora_core.errors import OptionError
+from modulora_core.memory import PeakMemory
+from modulora_core.mixed.allocation import Allocation, Offer, allocate
+from modulora_core.mixed.candidates import Candidates, Choice, find_candidates
+from modulora_core.mixed.errors import JOURNAL, judging, measure_errors
+from modulora_core.outputs import check_disk_space, check_output, whole_or_nothing
+from modulora_core.packer import Progress
+from modulora_core.quantize import (
+    SMALL_FILES,
+    QuantizeResult,
+    calibration_text,
+    check_values,
+    request_before,
+    result_of,
+    write_packed,
+    write_request,
+)
+from modulora_core.shards import MAX_SHARD_BYTES
+from modulora_core.sources import ModelSource, open_model
+
+MIXED = "mixed"
+"""What a result says in the place of one quantizer's name."""
+
+
+def quantize_mixed(
+    model: str,
+    out: str | Path,
+    choices: Sequence[Choice],
+    budget: int,
+    *,
+    calibration: CalibrationConfig,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str = "cpu",
+    seed: int = 0,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    resume: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Quantize ``model`` into ``out``, each layer with the choice that lets all of it fit and the loss grow least.
+
+    The checkpoint is the one that :func:`~modulora_core.quantize.quantize` would write with the chosen quantizer for every layer.
+
+    Args:
+        choices: two or more.
+        budget: bytes of all tensors of the checkpoint: packed ones, and what stays dense (embeddings, norms, the output head).
+            Headers, config and tokenizer don't count.
+        calibration: the text that errors are measured on, and that quantizers are calibrated with.
+        resume: go on with ``out.partial`` of a killed run of the same request: layers that were measured, and parameters that were
+            packed, are kept.
+        model, include, exclude, device, seed, max_shard_bytes, revision, progress: as for ``quantize``.
+
+    Returns:
+        its ``allocation`` has ``budget``; ``packed_bytes``, ``error`` and ``bound`` of all layers, the latter two in nats per token;
+        ``layers``: name → ``choice`` (an index), ``bytes``, ``error``, ``errors`` (under each choice); ``choices``: what each is, what it
+        got, and ``uniform_bytes`` and ``uniform_error`` of a checkpoint that has it everywhere.
+
+    Raises:
+        RequestError: anything that can be known beforehand, before any work; also a budget that can't be met.
+        WorkError: what can't.
+    """
+    started = time.perf_counter()
+    where = pick_device(device)
+    with PeakMemory(where) as peak:
+        out = Path(out)
+        check_output(out)
+        source = open_model(model, revision=revision)
+        text = calibration_text(source, calibration, seed)
+        candidates = find_candidates(source, choices, text, include=include, exclude=exclude, seed=seed)
+        _check_budget(candidates, budget)
+        request = _request(source, candidates, budget)
+        before = request_before(out, request, resume=resume)
+        spilled = spill_bytes(text, source.config, where)
+        blocks = len(find_blocks(source.skeleton()))
+        spilled += boundary_bytes(judging(text), source.config, where, blocks, text.config.spill)
+        check_disk_space(out, min(budget, candidates.largest) + SMALL_FILES + spilled)
+        contents = check_values(source, out, before, progress)
+        with whole_or_nothing(out, resume=resume) as folder:
+            write_request(folder, request, contents)
+            errors = measure_errors(
+                source, candidates, device=where, folder=folder, resume=bool(before), progress=progress
+            )  # fmt: skip
+            allocation = _choose(candidates, errors, budget)
+            taken = dict(zip((linear.name for linear in candidates.linears), allocation.taken, strict=True))
+            plan = candidates.plan(source, taken, budget, max_shard_bytes)
+            packed = write_packed(source, plan, folder, where, resume=bool(before), progress=progress)
+            for leftover in (JOURNAL, FILE):
+                (folder / leftover).unlink(missing_ok=True)
+    return result_of(
+        source, plan, packed, out=out, quantizer=MIXED, options={}, seconds=time.perf_counter() - started, peak=peak,
+        allocation=_told(candidates, errors, allocation, budget),
+    )  # fmt: skip
+
+
+def _check_budget(candidates: Candidates, budget: int) -> None:
+    smallest, kept = candidates.smallest, candidates.kept_bytes
+    if budget < smallest:
+        raise OptionError(
+            f"budget: expected at least {smallest} bytes ({_mib(smallest)}), got {budget} ({_mib(budget)}): what stays dense takes "
+            f"{_mib(kept)}, and the smallest choice for every layer {_mib(smallest - kept)}; give more, or smaller choices"
+        )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.2f} MiB"
+
+
+def _request(source: ModelSource, candidates: Candidates, budget: int) -> dict[str, Any]:
+    """What makes two runs the same."""
+    return {
+        "source": source.identity(),
+        "seed": candidates.seed,
+        "weights": [linear.name for linear in candidates.linears],
+        "kept": dict(candidates.kept),
+        **candidates.to_json(budget),
+    }
+
+
+def _choose(candidates: Candidates, errors: Mapping[str, Sequence[float]], budget: int) -> Allocation:
+    offers = [
+        [Offer(candidates.nbytes(linear, choice), error) for choice, error in enumerate(errors[linear.name])]
+        for linear in candidates.linears
+    ]
+    return allocate(offers, budget - candidates.kept_bytes)
+
+
+def _told(
+    candidates: Candidates, errors: Mapping[str, Sequence[float]], allocation: Allocation, budget: int
+) -> dict[str, Any]:
+    layers: dict[str, dict[str, Any]] = {}
+    for linear, taken in zip(candidates.linears, allocation.taken, strict=True):
+        layers[linear.name] = {
+            "choice": taken, "weights": linear.numel, "bytes": candidates.nbytes(linear, taken),
+            "error": errors[linear.name][taken], "errors": list(errors[linear.name]),
+        }  # fmt: skip
+    told = []
+    for index, (choice, quantizer) in enumerate(zip(candidates.choices, candidates.quantizers, strict=True)):
+        own = [layer for layer in layers.values() if layer["choice"] == index]
+        told.append({
+            "name": choice.label, "quantizer": choice.quantizer, "options": quantizer.options.model_dump(mode="json"),
+            "layers": len(own), **{key: sum(layer[key] for layer in own) for key in ("weights", "bytes", "error")},
+            "uniform_bytes": candidates.kept_bytes + sum(candidates.nbytes(linear, index) for linear in candidates.linears),
+            "uniform_error": math.fsum(layer["errors"][index] for layer in layers.values()),
+        })  # fmt: skip
+    return {
+        "budget": budget, "kept_bytes": candidates.kept_bytes, "packed_bytes": allocation.nbytes, "error": allocation.error,
+        "bound": allocation.bound, "choices": told, "layers": layers,
+    }  # fmt: skip

@@ -1,0 +1,287 @@
+"""Plans: the three jobs of a request, and what a budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from modulora_core.errors import ModuLoRAError, OptionError
+from modulora_core.plan import jobs
+from modulora_core.plan.jobs import Job
+from modulora_core.plan.packing import quantizing
+from modulora_core.plan.rehearsal import Rehearsal, rehearse_training
+from modulora_core.plan.request import PlanRequest
+from modulora_core.plan.subject import Dense, Subject, configurations, create, open_subject
+
+_MOST_BATCH = 1024
+"""Sequences in a batch beyond which nobody asks."""
+
+_MOST_SEQ_LEN = 2**17
+"""Tokens of a sequence, where the model doesn't say how many it takes."""
+
+_CLOSE = 0.02
+"""A search ends when what fits and what doesn't differ by this share."""
+
+_OF_OPTIMIZER = frozenset({"optimizer", "offload_optimizer"})
+"""Settings that change nothing in a forward and a backward."""
+
+_WORTH = 2**20
+"""Bytes that a change must save to be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Another setting, and what it does.
+
+    Attributes:
+        change: as words of the command line.
+        nbytes: that training takes then.
+        saves: bytes.
+        fits: whether that is within the budget.
+    """
+
+    change: str
+    nbytes: int
+    saves: int
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a model needs with one quantizer.
+
+    Attributes:
+        quantizer: its name; several are joined by a plus.
+        options: of the first.
+        bits_per_weight: over all packed weights.
+        packed_bytes: codes and scales.
+        quantizing: None for a checkpoint that is packed already.
+        fits: whether training does; None without a budget.
+        longest_seq_len: with the same batch; None without a budget, 0 where none fits.
+        largest_batch_size: with the same sequence length.
+        changes: what would help, the most saving first; empty where it fits.
+    """
+
+    request: PlanRequest
+    quantizer: str
+    options: Mapping[str, Any]
+    bits_per_weight: float
+    packed_bytes: int
+    training: Job
+    decoding: Job
+    quantizing: Job | None
+    fits: bool | None = None
+    longest_seq_len: int | None = None
+    largest_batch_size: int | None = None
+    changes: tuple[Change, ...] = field(default_factory=tuple)
+
+    @property
+    def jobs(self) -> dict[str, Job]:
+        found = {"training": self.training, "decoding": self.decoding, "quantizing": self.quantizing}
+        return {name: job for name, job in found.items() if job is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        changes = [
+            {"change": c.change, "training_bytes": c.nbytes, "saves": c.saves, "fits": c.fits}
+            for c in self.changes
+        ]
+        return {
+            "model": self.request.model, "quantizer": self.quantizer, "options": dict(self.options), "device": self.request.device,
+            "bits_per_weight": self.bits_per_weight, "packed_bytes": self.packed_bytes, "training_bytes": self.training.nbytes,
+            "items": dict(self.training.items), "budget_bytes": self.request.budget, "fits": self.fits,
+            "jobs": {name: job.to_json() for name, job in self.jobs.items()}, "longest_seq_len": self.longest_seq_len,
+            "largest_batch_size": self.largest_batch_size, "changes": changes,
+        }  # fmt: skip
+
+
+def plan_memory(request: PlanRequest, on_search: Callable[[str], None] | None = None) -> MemoryPlan:
+    """Plan for one quantizer, or for a packed checkpoint.
+
+    Args:
+        request: the question.
+        on_search: is told what is tried, where a budget makes it search.
+
+    Raises:
+        OptionError: a quantizer for a model that is packed already, or none for one that isn't; an option of it.
+        RequestError: the model, the quantizer or a setting can't be used.
+    """
+    found = open_subject(request.model, request.revision)
+    if isinstance(found, Subject):
+        if request.quantizer is not None:
+            raise OptionError(
+                f"quantizer {request.quantizer}: expected a model that isn't packed, and {request.model} is; leave -q out"
+            )
+        return _fitted(request, found, on_search)
+    if request.quantizer is None:
+        raise OptionError(f"model {request.model}: it isn't packed: expected a quantizer, got none")
+    subject = found.packed_by(create(request.quantizer, request.options))
+    return _fitted(request, subject, on_search, found)
+
+
+def plan_all(request: PlanRequest) -> list[MemoryPlan]:
+    """A plan for every installed quantizer with each configuration that it makes promises for; of a packed checkpoint its own alone.
+
+    Quantizers that can't pack the model's shapes are left out.
+    """
+    found = open_subject(request.model, request.revision)
+    if isinstance(found, Subject):
+        return [plan_memory(request)]
+    plans = []
+    for name, options in configurations():
+        try:
+            subject = found.packed_by(create(name, options))
+        except ModuLoRAError:
+            continue
+        asked = replace(request, quantizer=name, options=options)
+        rehearsal = rehearse_training(_checked(subject, asked), asked)
+        plans.append(_judged(_plan(subject, asked, rehearsal)))
+    return plans
+
+
+def _plan(
+    subject: Subject, request: PlanRequest, rehearsal: Rehearsal, *, packed: bool = False
+) -> MemoryPlan:
+    recipes = subject.record.recipes
+    return MemoryPlan(
+        request, "+".join(dict.fromkeys(recipe.quantizer for recipe in recipes)), recipes[0].options,
+        subject.record.bits_per_weight, subject.record.nbytes, jobs.training(subject, request, rehearsal),
+        jobs.decoding(subject, request), None if packed else quantizing(subject, request),
+    )  # fmt: skip
+
+
+def _checked(subject: Subject, request: PlanRequest) -> Subject:
+    """Raises OptionError for sequences that are longer than the model takes."""
+    longest = _window(subject)
+    if request.config.seq_len > longest:
+        raise OptionError(
+            f"seq_len {request.config.seq_len}: expected at most {longest}, the context of {request.model}"
+        )
+    return subject
+
+
+def _window(subject: Subject) -> int:
+    return int(getattr(subject.config.get_text_config(), "max_position_embeddings", None) or _MOST_SEQ_LEN)
+
+
+def _judged(plan: MemoryPlan) -> MemoryPlan:
+    budget = plan.request.budget
+    return plan if budget is None else replace(plan, fits=plan.training.nbytes <= budget)
+
+
+def _fitted(
+    request: PlanRequest,
+    subject: Subject,
+    on_search: Callable[[str], None] | None,
+    dense: Dense | None = None,
+) -> MemoryPlan:
+    """The plan with what its budget allows; ``dense`` is the model that isn't packed yet."""
+    rehearsal = rehearse_training(_checked(subject, request), request)
+    plan = _plan(subject, request, rehearsal, packed=dense is None)
+    budget = request.budget
+    if budget is None:
+        return plan
+
+    @cache
+    def nbytes(seq_len: int, batch_size: int) -> int:
+        if on_search is not None:
+            on_search(f"{batch_size} × {seq_len} tokens")
+        changed = request.changed(seq_len=seq_len, batch_size=batch_size)
+        return jobs.training(subject, changed, rehearse_training(subject, changed)).nbytes
+
+    config = request.config
+    longest = _largest(
+        lambda n: nbytes(n, config.batch_size), budget, config.seq_len, range(2, _window(subject) + 1)
+    )
+    largest = _largest(
+        lambda n: nbytes(config.seq_len, n), budget, config.batch_size, range(1, _MOST_BATCH + 1)
+    )
+    judged = replace(_judged(plan), longest_seq_len=longest, largest_batch_size=largest)
+    return (
+        judged if judged.fits else replace(judged, changes=tuple(_changes(judged, subject, rehearsal, dense)))
+    )
+
+
+def _largest(nbytes: Callable[[int], int], budget: int, start: int, allowed: range) -> int:
+    """The largest number of ``allowed`` whose bytes are within ``budget``, to within 2 %; 0 if not even the smallest's are.
+
+    Bytes grow with the number, nearly in a line: the next number to try is where the line through two that are known meets the budget.
+    """
+    known = {start: nbytes(start)}
+    n = min(2 * start, allowed[-1]) if known[start] <= budget else allowed[0]
+    while True:
+        known[n] = nbytes(n)
+        low = max((m for m, taken in known.items() if taken <= budget), default=None)
+        high = min((m for m, taken in known.items() if taken > budget), default=None)
+        if low is None and allowed[0] in known:
+            return 0
+        if low == allowed[-1] or (
+            low is not None and high is not None and high - low <= max(1, int(_CLOSE * low))
+        ):
+            return low
+        n = _next(known, budget, low or 0, high or allowed[-1] + 1)
+
+
+def _next(known: Mapping[int, int], budget: int, low: int, high: int) -> int:
+    """A number between ``low`` and ``high``."""
+    (a, at_a), (b, at_b) = sorted(known.items(), key=lambda point: abs(point[1] - budget))[:2]
+    met = a + int((budget - at_a) * (b - a) / (at_b - at_a)) if at_a != at_b else (low + high) // 2
+    met = min(max(met, low + max(1, int(_CLOSE * low))), high - 1)
+    # once the line's number is known it is the next by 2 % that shows whether more fits
+    return met if met not in known else (low + high) // 2
+
+
+def _changes(
+    plan: MemoryPlan, subject: Subject, rehearsal: Rehearsal, dense: Dense | None
+) -> Iterator[Change]:
+    """Settings that save memory, each alone."""
+    found = []
+    for words, fields in _other_settings(plan):
+        try:
+            changed = plan.request.changed(**fields)
+        except OptionError:  # it doesn't go together with the rest
+            continue
+        same_step = _OF_OPTIMIZER.issuperset(fields)
+        anew = rehearsal if same_step else rehearse_training(subject, changed)
+        found.append((words, jobs.training(subject, changed, anew).nbytes))
+    if dense is not None:
+        found += _other_quantizers(plan, dense)
+    budget, before = plan.request.budget or 0, plan.training.nbytes
+    worth = [Change(words, n, before - n, n <= budget) for words, n in found if before - n > _WORTH]
+    yield from sorted(worth, key=lambda change: -change.saves)
+
+
+def _other_settings(plan: MemoryPlan) -> Iterator[tuple[str, dict[str, Any]]]:
+    config = plan.request.config
+    if not config.gradient_checkpointing:
+        yield "--gradient-checkpointing", {"gradient_checkpointing": True}
+    elif not config.offload_activations:
+        yield "--offload-activations", {"offload_activations": True}
+    if config.batch_size > 1:
+        accumulated = config.grad_accum * config.batch_size
+        yield f"--batch-size 1 --grad-accum {accumulated}", {"batch_size": 1, "grad_accum": accumulated}
+    if config.seq_len > 256:
+        yield f"--seq-len {config.seq_len // 2}", {"seq_len": config.seq_len // 2}
+    if plan.request.dtype == "float32":
+        yield "--dtype bfloat16", {"dtype": "bfloat16"}
+    if config.optimizer == "adamw":
+        yield "--optimizer adamw-8bit", {"optimizer": "adamw-8bit"}
+    if not config.offload_optimizer:
+        yield "--offload-optimizer", {"offload_optimizer": True}
+    if config.rank > 8:
+        yield "--rank 8", {"rank": 8}
+    if not config.apply_gradients_at_once:
+        at_once = {"apply_gradients_at_once": True, "grad_accum": 1, "max_grad_norm": 0.0}
+        yield "--apply-gradients-at-once --grad-accum 1 --max-grad-norm 0", at_once
+
+
+def _other_quantizers(plan: MemoryPlan, dense: Dense) -> Iterator[tuple[str, int]]:
+    """Smaller ones; of each width's kind the same, so of each configuration. Their products take about the same memory."""
+    for name, options in configurations():
+        try:
+            packed = dense.packed_by(create(name, options)).record.nbytes
+        except ModuLoRAError:
+            continue
+        words = " ".join([f"-q {name}", *(f"-o {key}={value}" for key, value in options.items())])
+        yield words, plan.training.nbytes - plan.packed_bytes + packed

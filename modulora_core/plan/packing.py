@@ -1,0 +1,86 @@
+"""Quantizing: a parameter, or with calibration a decoder block, in memory at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from modulora_core.calibration.states import SPILL_BYTES
+from modulora_core.calibration.walk import PAUSED_BYTES
+from modulora_core.plan import overhead
+from modulora_core.plan.jobs import Job, job
+from modulora_core.plan.request import PlanRequest
+from modulora_core.plan.subject import Subject
+from modulora_core.plan.workspace import packing_workspace
+from modulora_core.record import PackedSite
+
+FP32 = 4
+
+MOMENTS = 4
+"""H, its mean, and the two triangles that the mean is put together from (:mod:`modulora_core.calibration.moments`)."""
+
+
+def quantizing(subject: Subject, request: PlanRequest) -> Job:
+    """``modulora quantize`` on a CPU, one layer (without calibration) or one block (with it) at a time.
+
+    With calibration this is an estimate: how much of a block waits between two layers depends on the model.
+    """
+    calibrated = any(quantizer.spec.calibration == "required" for quantizer in subject.quantizers)
+    items = _by_block(subject, request) if calibrated else _by_layer(subject)
+    process = (
+        overhead.RUNNING_BYTES if calibrated else overhead.QUANTIZING_BYTES
+    )  # blocks are run, or only packed
+    return job("a layer is packed", items | {"runtime": process[request.device]})
+
+
+def _stored_dtype(subject: Subject) -> torch.dtype:
+    return subject.config.dtype or torch.float32
+
+
+def _by_layer(subject: Subject) -> dict[str, float]:
+    """The largest of all parameters: as it is stored, and what packing it takes."""
+    width = _stored_dtype(subject).itemsize
+    worst: dict[str, float] = {"dense_weights": _largest_kept(subject)}
+    for site in subject.record.sites:
+        found = {"dense_weights": site.weights * width, "workspace": _packing(subject, site)}
+        worst = max(worst, found, key=lambda items: sum(items.values()))
+    return worst
+
+
+def _by_block(subject: Subject, request: PlanRequest) -> dict[str, float]:
+    sizes = subject.config.get_text_config()
+    tokens = request.calibration_samples * request.calibration_seq_len
+    hidden = tokens * sizes.hidden_size * FP32
+    widest = max(site.layout.shape[1] for site in subject.record.sites)
+    paused = min(PAUSED_BYTES, tokens * FP32 * (2 * sizes.hidden_size + widest))
+    return {
+        "dense_weights": _dense_block(subject) * FP32,
+        "workspace": max(_packing(subject, site) for site in subject.record.sites),
+        "activations": paused,
+        "calibration": (0 if hidden > SPILL_BYTES else hidden) + MOMENTS * widest**2 * FP32,
+    }
+
+
+def _packing(subject: Subject, site: PackedSite) -> float:
+    """Of one matrix, and of a stack's others what they were packed into."""
+    one = packing_workspace(subject.quantizers[site.recipe], site.layout.shape)
+    return one + ((site.experts or 1) - 1) * site.layout.nbytes
+
+
+def _dense_block(subject: Subject) -> int:
+    """Weights of the largest block."""
+    sizes: dict[str, int] = {}
+    for name, site in subject.record.items():
+        if name.startswith(f"{subject.blocks}."):
+            number = name.removeprefix(f"{subject.blocks}.").partition(".")[0]
+            sizes[number] = sizes.get(number, 0) + site.weights
+    return max(sizes.values(), default=0)
+
+
+def _largest_kept(subject: Subject) -> int:
+    """Bytes of the largest parameter that isn't packed."""
+    model = subject.skeleton(_stored_dtype(subject))
+    return max(
+        (math.prod(parameter.shape) * parameter.element_size() for parameter in model.parameters()), default=0
+    )

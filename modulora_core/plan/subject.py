@@ -1,0 +1,190 @@
+"""The model that a plan is about: known from a config alone, packed or to be packed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modulora_core import registry
+from modulora_core.calibration import find_blocks
+from modulora_core.checkpoint import open_checkpoint
+from modulora_core.errors import ModelError, ShapeError
+from modulora_core.formats import recognise
+from modulora_core.integrations.transformers import install
+from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord, Recipe
+from modulora_core.sites import LinearSite, find_sites
+from modulora_core.sources import open_model
+from modulora_core.sources.conversion import build_skeleton
+from modulora_core.sources.locate import locate
+from modulora_core.sources.quiet import quiet
+from modulora_core.spec import PackedLayout, Quantizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A model that isn't packed.
+
+    Attributes:
+        name: MODEL.
+        config: transformers' config, whose dtype is the one that the model is stored in.
+        linears: the linear weights that are packed by default.
+        blocks: the dotted path of the list of decoder blocks.
+    """
+
+    name: str
+    config: PretrainedConfig
+    linears: tuple[LinearSite, ...]
+    blocks: str
+
+    def packed_by(self, quantizer: Quantizer) -> Subject:
+        """Raises ShapeError when ``quantizer`` can't pack a layer; the message names the layer."""
+        sites, weights = _sites(self.linears, quantizer)
+        record = QuantizationRecord((Recipe.of(quantizer),), sites, weights)
+        return Subject(self.name, self.config, record, (quantizer,), self.blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model and how it is packed.
+
+    Attributes:
+        config: of the model, without quantization.
+        record: which parameter is packed, and how its tensors look.
+        quantizers: for each of the record's recipes.
+        blocks: the dotted path of the list of decoder blocks.
+    """
+
+    name: str
+    config: PretrainedConfig
+    record: QuantizationRecord
+    quantizers: tuple[Quantizer, ...]
+    blocks: str
+
+    def skeleton(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A new model on the meta device with packed modules; all else in ``dtype``."""
+        with quiet():
+            model = build_skeleton(self.config, dtype)
+        install(model, self.record)
+        return model
+
+    @property
+    def packed_bytes(self) -> Mapping[str, int]:
+        """Bytes of codes, and of what is a number by itself: scales and vectors."""
+        found = {"packed_codes": 0, "packed_scales": 0}
+        for _, site in self.record.items():
+            for tensor in site.layout.tensors.values():
+                item = "packed_scales" if "float" in tensor.dtype else "packed_codes"
+                found[item] += tensor.nbytes * (site.experts or 1)
+        return found
+
+
+def open_subject(model: str, revision: str | None = None) -> Dense | Subject:
+    """Find MODEL and read what is known without its weights.
+
+    Raises:
+        ModelError: nothing is there, it can't be used, or it has no decoder blocks.
+        PluginError: what packed it isn't installed. CheckpointError: its record is malformed.
+    """
+    location = locate(model, revision)
+    values = {} if location.gguf is not None else _config_values(location.folder)
+    if dict(values.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
+        return _packed_here(model, location.folder, values)
+    if location.gguf is None and recognise(location.folder, values) is not None:
+        return _foreign(model, revision)
+    source = open_model(model, revision=revision, weights=False)
+    skeleton = source.skeleton()
+    return Dense(model, source.config, find_sites(skeleton).linears, _list_of_blocks(skeleton))
+
+
+def _config_values(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):  # opening it as a model says what is wrong
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _packed_here(model: str, folder: Path, values: dict[str, Any]) -> Subject:
+    from transformers import AutoConfig
+
+    record = QuantizationRecord.from_json(values["quantization_config"])
+    quantizers = tuple(recipe.create() for recipe in record.recipes)
+    for site in record.sites:
+        quantizers[site.recipe].check_format(site.layout)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each config class checks its fields in its own way
+        raise ModelError(
+            f"{folder}: transformers can't use its config.json: {str(error).splitlines()[0]}"
+        ) from error
+    config = deepcopy(config)
+    del config.quantization_config
+    return Subject(model, config, record, quantizers, _list_of_blocks(_dense_skeleton(config)))
+
+
+def _foreign(model: str, revision: str | None) -> Subject:
+    checkpoint = open_checkpoint(model, revision=revision)
+    assert checkpoint.foreign is not None
+    config = checkpoint.foreign.source.config
+    quantizers = tuple(recipe.create() for recipe in checkpoint.record.recipes)
+    return Subject(model, config, checkpoint.record, quantizers, _list_of_blocks(_dense_skeleton(config)))
+
+
+def _dense_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    with quiet():
+        return build_skeleton(config, config.dtype or torch.float32)
+
+
+def _list_of_blocks(skeleton: PreTrainedModel) -> str:
+    return find_blocks(skeleton)[0].rpartition(".")[0]
+
+
+def _sites(
+    linears: tuple[LinearSite, ...], quantizer: Quantizer
+) -> tuple[tuple[PackedSite, ...], dict[str, int]]:
+    """Each kind of packed parameter once, and the kind of every parameter."""
+    layouts: dict[tuple[int, int], PackedLayout] = {}
+    kinds: dict[PackedKind, int] = {}
+    sites: list[PackedSite] = []
+    weights: dict[str, int] = {}
+    for linear in linears:
+        shape = (linear.out_features, linear.in_features)
+        if shape not in layouts:
+            try:
+                quantizer.check_shape(shape)
+            except ShapeError as error:
+                raise ShapeError(f"{error} ({linear.module}); choose another quantizer") from None
+            layouts[shape] = quantizer.layout(shape)
+        kind = (shape, linear.kind, linear.experts, linear.transposed)
+        if kind not in kinds:
+            kinds[kind] = len(sites)
+            sites.append(PackedSite(0, layouts[shape], linear.kind, linear.experts, linear.transposed))
+        weights[linear.name] = kinds[kind]
+    return tuple(sites), weights
+
+
+PackedKind = tuple[tuple[int, int], str, int | None, bool]
+
+
+def create(name: str, options: Mapping[str, Any]) -> Quantizer:
+    """The quantizer called ``name``. Raises PluginError, OptionError."""
+    return registry.create(name, options)
+
+
+def configurations() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every installed quantizer that can be used, with each configuration that it makes promises for."""
+    for entry in registry.entries():
+        if entry.status == "ok" and entry.spec is not None:
+            promised = [promise.options for promise in entry.spec.promises] or [{}]
+            for options in promised:
+                yield entry.name, options

@@ -1,0 +1,135 @@
+"""Tiles and few-row products made of a decoder that isn't one of our plugins', against float64."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("numba")
+
+DECODER = """
+from modulora_core.kernels import jit
+from modulora_core.kernels.products import RowKernels
+
+@jit()
+def decode(weight, row, start, columns, out):
+    codes, scales = weight
+    for r in range(len(out)):
+        for k in range(columns):
+            out[r, k] = codes[row + r, start + k] * scales[row + r]
+
+rows = RowKernels(decode)
+"""
+
+SHAPES = [(1, 1), (5, 3), (17, 130), (64, 48), (33, 2100)]
+"""The last has more columns than are decoded at once, and none but one of them whole vectors, strips or shares."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "outsiders_rows.py").write_text(DECODER, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(folder))
+    return importlib.import_module("outsiders_rows")
+
+
+def weight(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales, and what they stand for in float64."""
+    generator = torch.Generator().manual_seed(out_features)
+    codes = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8, generator=generator)
+    scales = torch.rand(out_features, generator=generator) / 128
+    return codes, scales, codes.double() * scales.double().unsqueeze(1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 33])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_those_of_the_decoded_weight(module: ModuleType, shape: tuple[int, int], n: int) -> None:
+    codes, scales, W = weight(*shape)
+    for transpose in (False, True):
+        features = W.shape[1] if transpose else W.shape[0]
+        x = torch.randn(n, W.shape[0] if transpose else W.shape[1])
+        y = module.rows.matmul((codes, scales), x, features, transpose)
+        expected = x.double() @ (W if transpose else W.T)
+        # an fp32 sum of k products is off by less than k units of the last place of the sum of their magnitudes
+        bound = x.shape[1] * 2.0**-23 * (x.double().abs() @ (W if transpose else W.T).abs())
+        assert y.shape == (n, features)
+        assert y.is_contiguous()
+        assert bool(((y - expected).abs() <= bound + 1e-30).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tiles_are_the_decoded_rows_to_the_bit(module: ModuleType, shape: tuple[int, int]) -> None:
+    codes, scales, _ = weight(*shape)
+    for first in {0, shape[0] // 2}:
+        out = torch.full((shape[0] - first, shape[1]), torch.nan)
+        module.rows.dequantize((codes, scales), first, out)
+        assert torch.equal(out, codes[first:].float() * scales[first:, None])
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_the_bits_of_a_product_do_not_depend_on_the_number_of_threads(module: ModuleType, n: int) -> None:
+    codes, scales, _ = weight(300, 200)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            x, y = (torch.randn(n, k, generator=torch.Generator().manual_seed(k)) for k in (200, 300))
+            parts = [
+                module.rows.matmul((codes, scales), x, 300),
+                module.rows.matmul((codes, scales), y, 200, True),
+            ]
+            found.append(parts)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_is_beyond_the_weight_counts_nothing_whatever_is_in_memory(module: ModuleType) -> None:
+    """Strips and vectors are padded: NaN left in scratch by another product must not reach a sum."""
+    codes, scales, W = weight(6, 20)
+    poisoned = codes, torch.full_like(scales, torch.nan)
+    for n in (1, 4):
+        x = torch.randn(n, 20)
+        for _ in range(4):  # so that scratch of the right size is free
+            module.rows.matmul(poisoned, x, 6)
+            module.rows.matmul(poisoned, torch.randn(n, 6), 20, True)
+        assert bool(module.rows.matmul((codes, scales), x, 6).isfinite().all())
+        assert bool(module.rows.matmul((codes, scales), torch.randn(n, 6), 20, True).isfinite().all())
+    assert bool(W.isfinite().all())
+
+
+def in_another_process(folder: Path) -> str:
+    code = (
+        "import torch, outsiders_rows as m; w = (torch.ones(4, 4, dtype=torch.int8), torch.ones(4)); "
+        "print(m.rows.matmul(w, torch.ones(1, 4), 4).sum().item(), sum(m.rows._few.stats.cache_hits.values()))"
+    )
+    path = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_compiled_products_are_kept_beside_the_decoder_and_follow_its_changes(tmp_path: Path) -> None:
+    file = tmp_path / "outsiders_rows.py"
+    file.write_text(DECODER, encoding="utf-8")
+    assert in_another_process(tmp_path) == "16.0 0"
+    assert list((tmp_path / "__pycache__").glob("outsiders_rows.decode_few_*.nbc"))
+    assert in_another_process(tmp_path) == "16.0 1"
+    file.write_text(DECODER.replace("* scales[row + r]", "* scales[row + r] * 2"), encoding="utf-8")
+    assert in_another_process(tmp_path) == "32.0 0"

@@ -1,0 +1,131 @@
+"""What Triton kernels share, by a small format: a weight is its codes over eight."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from modulora_core import kernels
+
+MINE = """
+import triton
+import triton.language as tl
+from modulora_core.kernels.triton_blocks import block
+
+@triton.jit
+def decode(weight, row, col, out_features, in_features, OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+    at, inside = block(row, col, out_features, in_features, BLOCK_OUT, BLOCK_IN)
+    return tl.load(weight[0] + at, mask=inside, other=0).to(tl.float32) / OPTIONS
+"""
+
+CODES = """
+import torch
+from modulora_core import kernels
+from modulora_core.kernels.triton_products import Cut, few_rows, multiply
+from modulora_core.kernels.triton_tiles import write_tile
+
+mine = kernels.load_triton("mine", torch.device("cpu"))
+codes = torch.randint(-128, 128, (19, 45), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+W = codes.double() / 8  # values and sums of few of them are exact in every dtype but bf16
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run code in a process of its own that finds the module ``mine``."""
+    pytest.importorskip("triton")
+    (tmp_path / "mine.py").write_text(MINE)
+
+    def python(code, **environment):
+        path = os.pathsep.join([str(tmp_path), str(Path(kernels.__file__).parents[2])])
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return python
+
+
+def test_tiles_and_products_of_a_format_are_exact(run):
+    """In the interpreter; every sum of these values is a whole number of eighths below 2²¹, which fp32 holds."""
+    run(
+        CODES
+        + """
+for rows, columns in (((0, 19), (0, 45)), ((7, 9), (0, 45)), ((18, 19), (33, 45)), ((5, 5), (0, 45))):
+    out = torch.full((rows[1] - rows[0], columns[1] - columns[0]), torch.nan)
+    write_tile(mine.decode, (codes,), out, rows, (19, 45), 8, columns=columns)
+    assert torch.equal(out.double(), W[rows[0] : rows[1], columns[0] : columns[1]]), (rows, columns)
+for transpose, w in ((False, W.T), (True, W)):
+    for n in (1, 2, 16, 17, 32):
+        for dtype in (torch.float32, torch.float16):
+            x = torch.randint(-8, 9, (n, len(w)), generator=torch.Generator().manual_seed(n)).to(dtype)
+            for cut in (None, Cut(16, 16)):  # of one share, and of several
+                y = multiply(mine.decode, (codes,), x, (19, 45), 8, transpose=transpose, cut=cut)
+                assert torch.equal(y, (x.double() @ w).to(dtype)), (transpose, n, dtype, cut)
+""",
+        TRITON_INTERPRET="1",
+    )
+
+
+def test_few_rows_are_taken_and_others_left_to_tiles(run):
+    run("""
+        import torch
+        from modulora_core.kernels.triton_products import few_rows
+        assert few_rows(torch.ones(2, 3, 8), 8).shape == (6, 8)
+        assert few_rows(torch.ones(8), 8).shape == (1, 8)
+        assert few_rows(torch.ones(8, 2).T, 8).is_contiguous()
+        assert few_rows(torch.ones(33, 8), 8) is None
+        assert few_rows(torch.ones(0, 8), 8) is None
+        assert few_rows(torch.ones(1, 9), 8) is None
+        assert few_rows(torch.ones(1, 8, dtype=torch.float64), 8) is None
+    """)
+
+
+def test_kernels_run_on_cpu_tensors_only_in_the_interpreter():
+    assert not kernels.triton_is_interpreted(), "this process must not be interpreted"
+    assert kernels.load_triton("no.such.module", torch.device("cpu")) is None
+    assert kernels.load_triton("no.such.module", torch.device("meta")) is None
+
+
+def test_triton_is_imported_when_kernels_are_and_its_absence_is_said_once(run):
+    told = run("""
+        import sys, warnings
+        import torch
+        from modulora_core import kernels
+        assert "triton" not in sys.modules
+        sys.modules["triton"] = None  # as if it weren't installed
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert kernels.load_triton("mine", torch.device("cuda")) is None
+            assert kernels.load_triton("other", torch.device("cuda")) is None
+        print(len(told), told[0].message)
+    """)
+    assert told.startswith("1 triton")
+    assert "pip install triton" in told
+
+
+def test_a_recorded_call_runs_nothing_and_keeps_what_would_have_run(run):
+    run(
+        CODES
+        + """
+from modulora_core.kernels.triton_launch import recorded
+import mine
+out = torch.full((19, 45), torch.nan)
+with recorded() as calls:
+    write_tile(mine.decode, (codes,), out, (0, 19), (19, 45), 8)
+    multiply(mine.decode, (codes,), torch.ones(1, 45), (19, 45), 8)
+assert out.isnan().all()
+tile, product = calls
+assert tile.arguments[0] == (codes,) and tile.arguments[1] is out
+assert tile.constants["DECODE"] is mine.decode and product.constants["OPTIONS"] == 8
+assert tile.constants["CHUNK"] == dict(tile.config.constants)["CHUNK"]
+"""
+    )

@@ -1,0 +1,92 @@
+"""Quantizers whose bytes follow a chosen width, installed as an outsider's package would be: ``plain``, and ``heeding``, which heeds H."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from modulora_core.tests.conftest import install_package
+
+INIT = """
+from modulora_core.hookspecs import hookimpl
+from modulora_core.spec import QuantizerSpec
+
+def spec(name, calibration):
+    return QuantizerSpec(name=name, summary="Rounds to a grid for each row", location="modulora_widths.quantizer:" + name.title(),
+                         protocol=1, bits=(1, 2, 4, 8), calibration=calibration, in_multiple=8)
+
+PLAIN, HEEDING = spec("plain", "none"), spec("heeding", "required")
+
+@hookimpl
+def modulora_quantizers():
+    return [PLAIN, HEEDING]
+"""
+
+QUANTIZER = """
+from typing import Annotated, Literal
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from modulora_core.spec import PackedWeight, Quantizer
+from modulora_widths import HEEDING, PLAIN
+
+class Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bits: Annotated[Literal[1, 2, 4, 8], BeforeValidator(int)] = Field(2, description="of a code")
+
+class Plain(Quantizer):
+    spec, Options = PLAIN, Options
+
+    def pack(self, weight, calibration=None):
+        bits, w = self.options.bits, weight.float()
+        scale = self.scale(w, calibration)  # [out, 1]
+        codes = self.codes(w, scale)  # [out, in]
+        places = torch.arange(8 // bits) * bits
+        packed = (codes.view(len(w), -1, 8 // bits) << places).sum(-1).to(torch.uint8)
+        return PackedWeight(self.spec.name, 1, tuple(w.shape), {"codes": packed, "scale": scale.half()}, {"bits": bits})
+
+    def codes(self, w, scale):
+        most = 2**self.options.bits - 1
+        return (w / scale.half().float() + most / 2).round().clamp(0, most).long()
+
+    def scale(self, w, calibration):
+        return w.abs().amax(1, keepdim=True).clamp_min(1e-4) * 2 / (2**self.options.bits - 1)
+
+    def dequantize_tile(self, packed, rows, dtype):
+        start, stop = rows
+        bits = packed.metadata["bits"]
+        codes = packed.tensors["codes"][start:stop, :, None] >> (torch.arange(8 // bits) * bits) & 2**bits - 1
+        values = (codes.flatten(1).float() - (2**bits - 1) / 2) * packed.tensors["scale"][start:stop].float()
+        return values.to(dtype)
+
+class Heeding(Plain):
+    spec = HEEDING
+
+    def scale(self, w, calibration):
+        # of a few ranges the one with the least error under H
+        best, least = None, None
+        for share in (0.5, 0.7, 0.85, 1.0):
+            scale = share * super().scale(w, None)
+            most = 2**self.options.bits - 1
+            d = (self.codes(w, scale) - most / 2) * scale - w
+            error = ((d @ calibration.hessian) * d).sum(1, keepdim=True)
+            best = scale if best is None else torch.where(error < least, scale, best)
+            least = error if least is None else torch.minimum(error, least)
+        return best
+"""
+
+
+@contextmanager
+def installed(root: Path) -> Iterator[ModuleType]:
+    """The quantizers' module, found as plugins in ``root`` while this lasts."""
+    files = {"__init__.py": INIT, "quantizer.py": QUANTIZER}
+    install_package(root, "modulora-widths", "widths", "modulora_widths", files)
+    sys.path.insert(0, str(root))
+    importlib.invalidate_caches()
+    try:
+        yield importlib.import_module("modulora_widths.quantizer")
+    finally:
+        sys.path.remove(str(root))

@@ -1,0 +1,128 @@
+"""NF4 on a GPU, in Triton: the decode function, and how the core's kernels are started on it.
+
+    moves      4 bits of codes a weight and 32 / B of scales (4.5 bits together for B = 64; with double quantization
+               8 / B more than 4, 4.13): 0.5625 bytes read a weight; a tile writes 4 (fp32) or 2 (bf16, fp16) beside it
+    computes   a shift and a mask, one lookup, one product with the scale, for each weight
+    floor      products of few rows: 0.5625 bytes a weight at the rate of memory, so that a GPU of B bytes/s decodes
+               1.8 B weights/s; tiles: 4.5625 or 2.5625 bytes a weight. The lookup is one load from a table of 64 bytes that stays in the L1
+               cache: 32 a clock and processor, which is the floor of memory too on the fastest cards
+
+Values are those of :mod:`modulora_nf4.reference`, bit for bit. Symbols as there: B, c₁, c₂, q₂.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from modulora_core.kernels.triton_blocks import block, interleaved, times_group
+from modulora_core.kernels.triton_products import few_rows, multiply
+from modulora_core.kernels.triton_tiles import ALIGNED, write_tile
+from modulora_core.packed import PackedWeight
+from modulora_nf4 import reference
+
+_ZEROS = tl.constexpr(reference.ZERO * 17)  # both codes of a byte
+_NESTED_SHIFT = tl.constexpr(reference.NESTED_BLOCK_SIZE.bit_length() - 1)
+_ALIGNED = tl.constexpr(ALIGNED)
+
+
+@triton.jit
+def constants(weight, blocks, inside, DOUBLE: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
+    """c₂ of the blocks, fp32; 0 where not ``inside``."""
+    if DOUBLE:
+        _codes, _levels, _pairs, q2, c1, mean, dynamic_map = weight
+        q = tl.load(q2 + blocks, mask=inside, other=0).to(tl.int32)
+        c = tl.load(c1 + (blocks >> _NESTED_SHIFT), mask=inside, other=0.0)
+        return tl.where(inside, tl.load(dynamic_map + q) * c + tl.load(mean), 0.0)
+    else:  # noqa: RET505 - Triton compiles what stands after a branch that returns
+        _codes, _levels, _pairs, c2 = weight
+        return tl.load(c2 + blocks, mask=inside, other=0.0)
+
+
+@triton.jit
+def decode(  # type: ignore[no-untyped-def]
+    weight, row, col, out_features, in_features,
+    OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+) -> Any:  # fmt: skip
+    """A block of Ŵ: :func:`modulora_core.kernels.triton_blocks` has the contract.
+
+    OPTIONS is ``(shift, whole, double)``: B = 2^shift; whether every row begins with a block of weights; double quantization. Where rows
+    don't, each weight looks for its byte and its scale by itself, which is several times slower, and rare.
+    """
+    SHIFT: tl.constexpr = OPTIONS[0]
+    codes, levels, pairs = weight[0], weight[1], weight[2]
+    if not OPTIONS[1] or BLOCK_IN == 1:
+        at, inside = block(row, col, out_features, in_features, BLOCK_OUT, BLOCK_IN)
+        byte = tl.load(codes + (at >> 1), mask=inside, other=_ZEROS).to(tl.int32)
+        level = tl.load(levels + ((byte >> (4 - 4 * (at & 1)).to(tl.int32)) & 0xF))
+        w = level * constants(weight, at >> SHIFT, inside, OPTIONS[2])
+    else:
+        HALF: tl.constexpr = BLOCK_IN // 2
+        pair, inside = block(row, col // 2, out_features, pairs, BLOCK_OUT, HALF)
+        byte = tl.load(codes + pair, mask=inside, other=_ZEROS).to(tl.int32)
+        level = interleaved(tl.load(levels + (byte >> 4)), tl.load(levels + (byte & 0xF)))
+        B: tl.constexpr = min(1 << SHIFT, BLOCK_IN, _ALIGNED)
+        SHARED: tl.constexpr = (1 << SHIFT) // B  # groups of one block of weights
+        group, inside = block(row, col // B, out_features, tl.cdiv(in_features, B), BLOCK_OUT, BLOCK_IN // B)
+        w = times_group(level, constants(weight, group // SHARED, inside, OPTIONS[2]))
+    return w
+
+
+def dequantize(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Rows ``[start, stop)`` of Ŵ: ``[stop - start, in]`` in fp32, fp16 or bf16.
+
+    The weight is taken as one long row, which is what the format is: so every block of weights begins a group, whatever the shape.
+    """
+    out_features, in_features = packed.shape
+    B = packed.metadata["block_size"]
+    tile = torch.empty(rows[1] - rows[0], in_features, dtype=dtype, device=packed.device)
+    write_tile(
+        decode, _weight(packed, out_features * in_features), tile.view(1, -1), (0, 1), (1, out_features * in_features),
+        _options(packed, True), columns=(rows[0] * in_features, rows[1] * in_features), align=min(max(B, 32), ALIGNED),
+    )  # fmt: skip
+    return tile
+
+
+def matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor | None:
+    """``x Ŵᵀ`` for ``x: [..., in]``, or ``x Ŵ`` for ``x: [..., out]``; None where tiles are the way: for many rows, and in fp64."""
+    few = few_rows(x, packed.shape[0 if transpose else 1])
+    if few is None:
+        return None
+    whole = packed.shape[1] % max(2, packed.metadata["block_size"]) == 0
+    y = multiply(
+        decode,
+        _weight(packed, packed.shape[1]),
+        few,
+        packed.shape,
+        _options(packed, whole),
+        transpose=transpose,
+    )
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _options(packed: PackedWeight, whole: bool) -> tuple[int, bool, bool]:
+    return packed.metadata["block_size"].bit_length() - 1, whole, packed.metadata["double_quant"]
+
+
+def _weight(packed: PackedWeight, row: int) -> tuple[Tensor | int, ...]:
+    """What :func:`decode` takes apart, for rows of so many weights.
+
+    The bytes of a row are given as a number, of which Triton sees whether it is a multiple of 16.
+    """
+    tensors = packed.tensors
+    levels, dynamic_map = _tables(packed.device)
+    shared = tensors["codes"], levels, (row + 1) // 2
+    if "absmax" in tensors:
+        return *shared, tensors["absmax"]
+    return *shared, tensors["absmax_codes"], tensors["nested_absmax"], tensors["offset"], dynamic_map
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 16 levels and the dynamic map, fp32, on ``device``."""
+    return torch.tensor(reference.LEVELS, device=device), reference.dynamic_map().to(device)

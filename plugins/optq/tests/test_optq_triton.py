@@ -1,0 +1,111 @@
+"""The Triton kernels on a machine without a GPU: interpreted, and compiled for GPUs that aren't here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from modulora_optq import packing
+from modulora_optq.options import Options
+from modulora_optq.quantizer import OPTQ, _tensors
+
+from modulora_core.spec import PackedWeight
+
+pytest.importorskip("triton")
+ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
+
+TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "gfx942"]
+SHAPE = (4096, 4096)
+
+
+def test_interpreted_kernels_give_the_values_of_the_reference():
+    """Triton decides when a kernel is decorated whether it is interpreted, so this takes a process of its own."""
+    check = Path(__file__).with_name("check_optq_interpreted.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(check)], capture_output=True, text=True,
+        timeout=600, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def empty(bits, symmetric=False):
+    """A weight of ordinary size, whose values nothing reads."""
+    metadata = {"bits": bits, "group_size": 64, "symmetric": symmetric, "permuted": False}
+    layouts = _tensors(SHAPE, **metadata)
+    tensors = {name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for name, t in layouts.items()}
+    return OPTQ(Options(bits=bits, symmetric=symmetric)), PackedWeight("optq", 1, SHAPE, tensors, metadata)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As if CPU tensors were on one: launches are recorded, not run."""
+    from modulora_optq import gpu
+
+    monkeypatch.setattr("modulora_optq.quantizer._gpu", lambda device: gpu)
+
+
+def compiled(target, launch):
+    with ahead_of_time.recorded() as calls:
+        launch()
+    (call,) = calls
+    return ahead_of_time.compile_call(call, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_tiles_are_read_and_written_16_bytes_at_a_time(bits, target, on_a_gpu):
+    optq, packed = empty(bits)
+    code = compiled(target, lambda: optq.dequantize_tile(packed, (0, SHAPE[0]), torch.bfloat16))
+    # of a chunk of 2048 bytes AMD's 256 lanes have 8 each
+    wide = code.loads[64 if target == "gfx942" else 128]
+    assert code.spills == 0
+    assert code.registers <= 64, "eight programs on a processor, half of its threads"
+    assert set(code.stores) == {128}
+    assert wide >= len(packing.PLANES[bits])
+    assert code.loads[8] <= wide, "a byte of zeros for 16 or 8 of codes, in each plane"
+    assert code.loads[16] <= wide, "a scale for as many"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_a_product_of_one_row_reads_16_bytes_at_a_time(bits, target, on_a_gpu):
+    optq, packed = empty(bits)
+    x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
+    code = compiled(target, lambda: optq.matmul(x, packed))
+    assert code.spills == 0
+    assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
+    assert code.loads[128] >= len(packing.PLANES[bits])
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("rows", "dtype", "transpose"),
+    [
+        (1, torch.float32, True),
+        (16, torch.float16, False),
+        (16, torch.float16, True),
+        (32, torch.float32, False),
+    ],
+    ids=["1-transposed", "16", "16-transposed", "32-fp32"],
+)
+def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target, on_a_gpu):
+    optq, packed = empty(3)  # the most to hold: two planes
+    x = torch.empty(rows, SHAPE[0] if transpose else SHAPE[1], dtype=dtype)
+    code = compiled(target, lambda: optq.matmul(x, packed, transpose))
+    assert code.spills == 0
+    assert code.registers <= 128
+    # of 64 rows by 32 bytes AMD's 256 lanes have 8 bytes each
+    narrower = 64 if target == "gfx942" and dtype == torch.float32 else 128
+    assert code.loads[128] + code.loads[narrower] >= 2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_symmetric_weight_reads_no_zeros(bits, on_a_gpu):
+    optq, packed = empty(bits, symmetric=True)
+    code = compiled("sm_90", lambda: optq.matmul(torch.empty(1, SHAPE[1]), packed))
+    assert code.loads[8] == 0
+    assert code.loads[16] > 0  # scales

@@ -1,0 +1,114 @@
+"""The Triton kernels on a machine without a GPU: interpreted, and compiled for GPUs that aren't here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from modulora_quip_sharp_e8 import transform
+
+pytest.importorskip("triton")
+ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
+
+TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "gfx942"]
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "gfx942": 64}
+"""KiB that a program may have."""
+N = 4096
+
+
+def test_interpreted_kernels_give_the_values_of_the_definition():
+    """Triton decides when a kernel is decorated whether it is interpreted, so this takes a process of its own."""
+    check = Path(__file__).with_name("check_quip_interpreted.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(check)], capture_output=True, text=True,
+        timeout=600, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def compiled(target, launch):
+    """What ``launch`` would run, each kernel without spills and in the shared memory that there is."""
+    with ahead_of_time.recorded() as calls:
+        launch()
+    found = [ahead_of_time.compile_call(call, target) for call in calls]
+    assert all(code.spills == 0 for code in found)
+    assert all(code.shared <= 1024 * SHARED[target] for code in found)
+    return found
+
+
+def weight(bits):
+    """Codes and residual of an ordinary size, whose values nothing reads."""
+    codes = torch.empty(N, N // 8, dtype=torch.int16)
+    return codes, torch.empty(N, N // 8, dtype=torch.uint8) if bits == 3 else codes, bits
+
+
+def tile(bits, dtype, target):
+    from modulora_quip_sharp_e8 import gpu
+
+    (code,) = compiled(target, lambda: gpu.dequantize(*weight(bits), (0, N), (0, N), dtype))
+    return code
+
+
+def product(bits, rows, dtype, transpose, target):
+    from modulora_quip_sharp_e8 import gpu
+
+    x = torch.empty(rows, N)
+    (code,) = compiled(target, lambda: gpu.product(x, dtype, *weight(bits), N, transpose))
+    return code
+
+
+def rotation(n, target):
+    from modulora_quip_sharp_e8 import gpu_transform
+
+    x, vector = torch.empty(8, n), torch.empty(n, dtype=torch.float16)
+    return compiled(target, lambda: gpu_transform.rotate(x, transform.order(n), False, vector, vector))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_tiles_are_written_16_bytes_at_a_time(target):
+    code = tile(2, torch.bfloat16, target)
+    assert code.registers <= 64, "half of the threads of a processor"
+    assert set(code.stores) == {128}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_product_of_one_row_reads_the_codes_of_32_weights_at_a_time(target):
+    code = product(4, 1, torch.bfloat16, False, target)
+    assert code.registers <= 128, "a quarter of the threads of a processor"
+    if target != "gfx942":  # whose 64 lanes share a block that 32 do elsewhere
+        assert code.loads[64] == 2, "codes and residual"
+        assert code.loads[128] >= 1, "x"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_rotation_in_two_kernels_reads_and_writes_16_bytes_at_a_time(target):
+    for code in rotation(11008, target):
+        assert set(code.stores) == {128}
+        assert 128 in code.loads
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_tiles_with_a_residual_are_written_16_bytes_at_a_time_too(bits):
+    assert set(tile(bits, torch.float16, "sm_86").stores) == {128}
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_products_of_more_rows_multiply_on_tensor_cores(transpose):
+    code = product(2, 16, torch.bfloat16, transpose, "sm_86")
+    assert "mma.sync" in code.text
+    assert code.registers <= 128
+
+
+def test_a_transposed_product_of_one_row_needs_few_registers():
+    assert product(2, 1, torch.float32, True, "sm_86").registers <= 128
+
+
+@pytest.mark.parametrize("n", [4096, 8192, 13696])
+def test_rotations_multiply_bf16_on_tensor_cores(n):
+    for code in rotation(n, "sm_86"):
+        assert "bf16.bf16.f32" in code.text
+        assert 128 in code.stores
