@@ -47,8 +47,13 @@ RUNS: list[tuple[int, dict[str, Any]]] = [
 
 
 def usable() -> list[str]:
-    """The installed quantizers, those that pack fast first."""
-    specs = [entry.spec for entry in entries() if entry.status == "ok" and entry.spec is not None]
+    """The installed quantizers, those that pack fast first; asked of a process like those that run, where no test's quantizer is registered."""
+    words = [sys.executable, "-m", "modulora_core.cli", "list-quantizers", "--json"]
+    listed = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)[
+        "quantizers"
+    ]
+    installed = {quantizer["name"] for quantizer in listed if quantizer["status"] == "ok"}
+    specs = [entry.spec for entry in entries() if entry.spec is not None and entry.name in installed]
     return [spec.name for spec in sorted(specs, key=lambda spec: (spec.calibration != "none", spec.name))]
 
 
