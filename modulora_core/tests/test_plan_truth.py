@@ -47,7 +47,7 @@ RUNS: list[tuple[int, dict[str, Any]]] = [
 
 
 def usable() -> list[str]:
-    """The installed quantizers, those that pack fast first; asked of a process like those that run, where no test's quantizer is registered."""
+    """The installed quantizers, those that pack fast first; of a process like those that run, where no test's quantizer is known."""
     words = [sys.executable, "-m", "modulora_core.cli", "list-quantizers", "--json"]
     listed = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)[
         "quantizers"
