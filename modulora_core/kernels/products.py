@@ -111,7 +111,7 @@ def _compiled(template: Callable[..., None], decode: Any) -> Any:
 
     numba keeps compiled code by the file of a function and its name, and compiles again when the file changes: the file is the
     plugin's, and the name says which decoder it is and what this file was. A function handed over as an argument would be called
-    through a pointer, which took a fifth more time at one row.
+    through a pointer, which takes more time at one row.
     """
     owner = decode.py_func
     code = template.__code__.replace(co_filename=owner.__code__.co_filename)
