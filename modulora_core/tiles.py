@@ -166,7 +166,9 @@ def looked_up(
 
     Args:
         ids: any shape, an integer dtype.
-        tile, shape, budget: as for :func:`tiled_matmul`.
+        tile: gives rows ``[start, stop)`` of the matrix.
+        shape: ``(out, in)`` of it.
+        budget: bytes for one dense tile, as for :func:`tiled_matmul`.
         dtype: of the result.
 
     Returns:
