@@ -5,14 +5,14 @@ A head that the config ties to the embedding is the same table: it is packed onc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+from modulora_core.choices import Choice
 from modulora_core.errors import OptionError
-from modulora_core.options import parse_options
 from modulora_core.sites import LinearSite, find_sites
 
 if TYPE_CHECKING:
@@ -20,22 +20,6 @@ if TYPE_CHECKING:
 
 HEAD, EMBEDDINGS = "quantize-head", "quantize-embeddings"
 """The options of the command line, by which messages name an end."""
-
-
-@dataclass(frozen=True, slots=True)
-class EndChoice:
-    """A quantizer for an end of the model, with its options."""
-
-    quantizer: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str) -> EndChoice:
-        """Read ``NAME`` or ``NAME:KEY=VALUE,...``. Raises OptionError when it is neither."""
-        name, colon, options = text.partition(":")
-        if not name or (colon and not options):
-            raise OptionError(f"quantizer of an end: expected NAME or NAME:KEY=VALUE,..., got {text!r}")
-        return cls(name, parse_options(options.split(",") if options else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +32,12 @@ class End:
     """
 
     site: LinearSite
-    choice: EndChoice
+    choice: Choice
     option: str
 
 
 def find_ends(
-    model: PreTrainedModel, head: EndChoice | None, embeddings: EndChoice | None, stored: Iterable[str]
+    model: PreTrainedModel, head: Choice | None, embeddings: Choice | None, stored: Iterable[str]
 ) -> list[End]:
     """The ends that are asked for.
 
@@ -79,12 +63,12 @@ def find_ends(
 
 
 def _tied_end(
-    model: PreTrainedModel, head: EndChoice | None, embeddings: EndChoice | None, stored: Iterable[str]
+    model: PreTrainedModel, head: Choice | None, embeddings: Choice | None, stored: Iterable[str]
 ) -> End:
     if head is not None and embeddings is not None and head != embeddings:
         raise OptionError(
-            f"--{HEAD}, --{EMBEDDINGS}: head and embedding of this model are one table; expected one choice, got {head.quantizer} "
-            f"{dict(head.options)} and {embeddings.quantizer} {dict(embeddings.options)}"
+            f"--{HEAD}, --{EMBEDDINGS}: head and embedding of this model are one table; expected one choice, got "
+            f"{head.label} and {embeddings.label}"
         )
     choice, option = (head, HEAD) if embeddings is None else (embeddings, EMBEDDINGS)
     assert choice is not None

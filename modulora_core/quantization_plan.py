@@ -13,7 +13,8 @@ from typing import Any
 import modulora_core
 from modulora_core import registry
 from modulora_core.calibration import CalibrationText, find_blocks
-from modulora_core.ends import End, EndChoice, find_ends
+from modulora_core.choices import Choice
+from modulora_core.ends import End, find_ends
 from modulora_core.errors import OptionError, ShapeError
 from modulora_core.record import PackedSite, QuantizationRecord, Recipe
 from modulora_core.shards import MAX_SHARD_BYTES, Shard, plan_shards
@@ -62,8 +63,8 @@ def plan_quantization(
     overrides: Sequence[Override] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    head: EndChoice | None = None,
-    embeddings: EndChoice | None = None,
+    head: Choice | None = None,
+    embeddings: Choice | None = None,
     calibration: CalibrationText | None = None,
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -96,7 +97,7 @@ def plan_quantization(
             linear.name: "outside of the decoder blocks, where nothing is calibrated" for linear in unseen
         }
         linears = [linear for linear in linears if linear not in unseen]
-    of_ends = {name: _choice_of_end(end, choices) for name, end in ends.items()}
+    of_ends = {name: choice_of_end(end, choices) for name, end in ends.items()}
     return plan_choices(
         source, choices, [*linears, *(end.site for end in ends.values())], kept,
         lambda linear: of_ends[linear.name] if linear.name in of_ends else _choose(linear, overrides),
@@ -104,9 +105,13 @@ def plan_quantization(
     )  # fmt: skip
 
 
-def _choice_of_end(end: End, choices: list[Quantizer]) -> int:
-    """Index of the quantizer of an end among ``choices``, to which it is added where it isn't there."""
-    quantizer = registry.create(end.choice.quantizer, end.choice.options)
+def choice_of_end(end: End, choices: list[Quantizer]) -> int:
+    """Index of the quantizer of an end among ``choices``, to which it is added where it isn't there.
+
+    Raises:
+        PluginError, OptionError: the quantizer or an option of it can't be used, or it needs calibration.
+    """
+    quantizer = end.choice.create()
     if quantizer.spec.calibration == "required":
         raise OptionError(
             f"--{end.option} {quantizer.spec.name}: it needs calibration, and nothing is calibrated outside of the decoder blocks; "

@@ -22,8 +22,8 @@ from modulora_core.calibration import (
     load_calibration,
     spill_bytes,
 )
+from modulora_core.choices import Choice
 from modulora_core.devices import pick_device
-from modulora_core.ends import EndChoice
 from modulora_core.errors import CheckpointError
 from modulora_core.memory import PeakMemory
 from modulora_core.outputs import check_disk_space, check_output, partial_name, whole_or_nothing, write_file
@@ -36,7 +36,7 @@ from modulora_core.sources import ModelSource, open_model
 __all__ = [
     "REQUEST",
     "SMALL_FILES",
-    "EndChoice",
+    "Choice",
     "Override",
     "Progress",
     "QuantizeResult",
@@ -94,8 +94,8 @@ def quantize(
     overrides: Sequence[Override] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    head: EndChoice | None = None,
-    embeddings: EndChoice | None = None,
+    head: Choice | None = None,
+    embeddings: Choice | None = None,
     calibration: CalibrationConfig | None = None,
     device: str = "cpu",
     seed: int = 0,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modulora_core.cli.allocation_table import with_allocation
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report
 
@@ -59,6 +60,7 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
         "calibration": None if record.calibration is None else dict(record.calibration),
         "quantizers": groups,
         "kept": {reason: list(names) for reason, names in record.kept.items()},
+        "allocation": _allocation(checkpoint),
     }
     name = record.source.get("name", "an unknown model")
     origin = (
@@ -77,7 +79,17 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
         lines.append(f"  {group['quantizer']} ({options}) of {group['distribution']} {group['version']}: "
                      f"{group['parameters']} parameters, {group['weights']:,} weights, {bits:.3f} bits each")  # fmt: skip
     lines += [f"  not quantized, {reason}: {len(names)}" for reason, names in record.kept.items()]
-    return Report(facts, "\n".join(lines))
+    return Report(facts, with_allocation("\n".join(lines), facts["allocation"]))
+
+
+def _allocation(checkpoint: PackedCheckpoint) -> dict[str, Any] | None:
+    """What went where, if a budget chose."""
+    record = checkpoint.record
+    if record.allocation is None:
+        return None
+    from modulora_core.mixed import recorded_allocation
+
+    return recorded_allocation(record, checkpoint.nbytes - record.nbytes)
 
 
 def _calibrated(calibration: Mapping[str, Any] | None) -> list[str]:

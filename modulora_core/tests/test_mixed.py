@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoint import load_model, open_checkpoint
+from modulora_core.choices import Choice
 from modulora_core.data import token_segments
 from modulora_core.errors import (
     CheckpointError,
@@ -23,18 +24,23 @@ from modulora_core.errors import (
     PluginError,
     ShapeError,
 )
-from modulora_core.mixed import Choice, Offer, allocate, errors, quantize_mixed
+from modulora_core.mixed import Offer, allocate
 from modulora_core.outputs import partial_name
 from modulora_core.quantize import Override, QuantizeResult, quantize
-from modulora_core.shards import ShardWriter
 from modulora_core.sources import open_model
+from modulora_core.tests.mixed_runs import (
+    CHOICES,
+    CONFIG,
+    run,
+    save_uneven_llama,
+    stop,
+    stored,
+    uniform_size,
+)
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.tests.width_quantizer import installed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-CONFIG = CalibrationConfig("pydoc[:20%]", samples=16, seq_len=32)
-CHOICES = tuple(map(Choice.parse, ("heeding:bits=2", "plain:bits=4", "heeding:bits=4", "plain:bits=8")))
 
 
 @pytest.fixture(scope="module")
@@ -46,33 +52,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model whose layers matter differently, as those of a trained one do, and those of a random one hardly."""
-    folder = save_model_with_tokenizer("llama", tmp_path_factory.mktemp("source") / "llama")
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith(("0.mlp.down_proj.weight", "1.self_attn.o_proj.weight")):
-            tensor *= 4
-        if name.endswith(("1.mlp.down_proj.weight", "0.self_attn.o_proj.weight")):
-            tensor /= 4
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return str(folder)
-
-
-def uniform_size(source: str, bits: int) -> int:
-    """Bytes of a checkpoint of that width, by arithmetic: codes, an fp16 scale for each row, and fp32 for the rest."""
-    packed = [info for name, info in open_model(source).parameters.items() if name.endswith("_proj.weight")]
-    kept = sum(
-        info.nbytes
-        for name, info in open_model(source).parameters.items()
-        if not name.endswith("_proj.weight")
-    )
-    return kept + sum(info.numel * bits // 8 + 2 * info.shape[0] for info in packed)
-
-
-def run(source: str, out: Path, budget: int, **arguments: Any) -> QuantizeResult:
-    return quantize_mixed(
-        source, out, **{"choices": CHOICES, "budget": budget, "calibration": CONFIG, "seed": 1, **arguments}
-    )
+    return save_uneven_llama(tmp_path_factory.mktemp("source") / "llama")
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +60,6 @@ def made(site: Path, source: str, tmp_path_factory: pytest.TempPathFactory) -> t
     """A checkpoint of the size of a uniform one."""
     out = tmp_path_factory.mktemp("made") / "out"
     return run(source, out, uniform_size(source, 4)), out
-
-
-def stored(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def test_it_is_within_the_budget_and_layers_differ(made: tuple[QuantizeResult, Path], source: str) -> None:
@@ -260,31 +236,6 @@ def test_a_shape_that_a_choice_cannot_pack_is_refused(site: Path, tmp_path: Path
     with pytest.raises(ShapeError, match=r"in_features 44 .*down_proj"):
         run(str(dense), tmp_path / "out", 2**30)
     assert not (tmp_path / "out").exists()
-
-
-class Killed(BaseException):
-    """Ends a run as a kill does: nothing of ours catches it."""
-
-
-def stop(source: str, out: Path, budget: int, after: int) -> None:
-    """A run that ends before its next layer is measured or parameter written, after so many were."""
-    count = 0
-
-    def dying(call: Any) -> Any:
-        def wrapped(*arguments: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count > after:
-                raise Killed
-            return call(*arguments)
-
-        return wrapped
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardWriter, "write", dying(ShardWriter.write))
-        patch.setattr(errors._Measuring, "pack", dying(errors._Measuring.pack))
-        with pytest.raises(Killed):
-            run(source, out, budget, resume=True)
 
 
 def test_a_run_killed_while_measuring_and_while_packing_ends_with_the_same_bytes(
