@@ -25,6 +25,7 @@ X ⊙ u and v ⊙ dY are made where they are multiplied, and dropped.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -77,6 +78,12 @@ def lora_linear(
     if A is not None and B is not None:
         _check_adapter(packed.shape, A, B, transpose)
     _check_scales(x, packed.shape, input_scale, output_scale, transpose)
+    if (
+        not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    ):  # decoding: a Function takes as long as a small layer
+        return _product(
+            x, bias, A, B, input_scale, output_scale, quantizer, packed, scale, dropout, transpose
+        )[0]
     operands = (x, bias, A, B, input_scale, output_scale, quantizer, packed, scale, dropout, transpose)
     if torch.compiler.is_compiling():  # it can't know what a quantizer's compiled kernels do
         from modulora_core.uncompiled import uncompiled
@@ -129,18 +136,9 @@ class _LoRALinear(torch.autograd.Function):
         transpose: bool,
     ) -> Tensor:
         x_trains, bias_trains, A_trains, B_trains, u_trains, v_trains = ctx.needs_input_grad[:6]
-        Z = _own(quantizer.matmul(x if u is None else _scaled(x, u), packed, transpose))  # [..., out]
-        y = Z if v is None else _scaled(Z, v, in_place=not v_trains)
-        y2 = y.view(-1, y.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            if bias is not None:
-                y2 += bias.to(y.dtype)
-            keep = U = None
-            if A is not None and B is not None:
-                x2 = x.reshape(-1, x.shape[-1])
-                keep = _dropout_mask(x2, dropout)
-                U = _adapter_input(x2, A, keep, dropout)  # [n, r]
-                _add_product(y2, U, B, scale)
+        y, Z, keep, U = _product(
+            x, bias, A, B, u, v, quantizer, packed, scale, dropout, transpose, keep_Z=v_trains
+        )
         ctx.quantizer, ctx.packed = quantizer, packed
         ctx.scale, ctx.dropout, ctx.transpose = scale, dropout, transpose
         ctx.bias_dtype = bias.dtype if bias is not None and bias_trains else None
@@ -165,7 +163,7 @@ class _LoRALinear(torch.autograd.Function):
         dv = _column_dots(dY, Z, v) if v_trains else None
         if x_trains or u_trains:
             dX, du = _through_weight(ctx, dY, x, u, v)
-        with torch.autocast(dY.device.type, enabled=False):
+        with _without_autocast(dY.device.type):
             dY2 = dY.reshape(-1, dY.shape[-1])  # [n, out]
             if bias_trains:
                 dbias = dY2.sum(0, dtype=torch.promote_types(dY.dtype, torch.float32)).to(ctx.bias_dtype)
@@ -176,6 +174,43 @@ class _LoRALinear(torch.autograd.Function):
                 if A_trains:
                     dA = _grad_A(V, x.reshape(-1, x.shape[-1]), A, keep, ctx.dropout)
         return dX, dbias, dA, dB, du, dv, None, None, None, None, None
+
+
+def _product(
+    x: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+    quantizer: Quantizer,
+    packed: PackedWeight,
+    scale: float,
+    dropout: float,
+    transpose: bool,
+    keep_Z: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Y, Z (which is Y's memory unless it is to be kept beside Y), the dropout mask and U."""
+    Z = _own(quantizer.matmul(x if u is None else _scaled(x, u), packed, transpose))  # [..., out]
+    y = Z if v is None else _scaled(Z, v, in_place=not keep_Z)
+    keep = U = None
+    if bias is None and A is None:
+        return y, Z, keep, U
+    y2 = y.view(-1, y.shape[-1])
+    with _without_autocast(x.device.type):
+        if bias is not None:
+            y2 += bias.to(y.dtype)
+        if A is not None and B is not None:
+            x2 = x.reshape(-1, x.shape[-1])
+            keep = _dropout_mask(x2, dropout)
+            U = _adapter_input(x2, A, keep, dropout)  # [n, r]
+            _add_product(y2, U, B, scale)
+    return y, Z, keep, U
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast off; nothing at all where it is off, which a layer asks for each token."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _through_weight(

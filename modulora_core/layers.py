@@ -45,10 +45,13 @@ class PackedParameter(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The packed weight, of the buffers as they are now."""
-        tensors = {name: self.get_buffer(name) for name in self.layout.tensors}
         # made anew only when a buffer was replaced (moved, loaded): decoding asks for this once a layer and token
-        if any(tensors[name] is not old for name, old in self._current.tensors.items()):
-            self._current = self.layout.fill(tensors)
+        for name, tensor in self._current.tensors.items():
+            if self._buffers[name] is not tensor:
+                self._current = self.layout.fill(
+                    {name: self.get_buffer(name) for name in self.layout.tensors}
+                )
+                break
         return self._current
 
     @property
@@ -144,7 +147,8 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self.weight.quantizer, self.weight.packed, self.bias)
+        weight = self.weight
+        return lora_linear(x, weight.quantizer, weight.packed, self.bias)
 
     def extra_repr(self) -> str:
         return (

@@ -135,6 +135,8 @@ class PackedWeight:
     shape: tuple[int, int]
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What kernels keep beside it (:func:`modulora_core.kernels.operands`): made from the rest, and never stored."""
 
     def __post_init__(self) -> None:
         for name in self.tensors:

@@ -163,6 +163,29 @@ def check_tensors(packed: PackedWeight, expected: Callable[..., Mapping[str, Ten
             )
 
 
+def operands(packed: PackedWeight, make: Callable[[PackedWeight], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """What kernels read of a packed weight: ``make(packed)``, with arrays for tensors.
+
+    It is kept beside ``packed``, since decoding needs it for each layer and token, and made again when one of the tensors was given
+    other memory. Only where a tensor lies askew in a mapped file it is made each time: the aligned copy would take memory.
+
+    Args:
+        packed: on the CPU.
+        make: checks the tensors (:func:`check_tensors`); gives numbers, and views of the tensors. No copies: they would be kept, and
+            wouldn't follow when a tensor is changed in place.
+    """
+    memory = [tensor.data_ptr() for tensor in packed.tensors.values()]
+    known = packed.kept.get(make)
+    if known is not None and known[0] == memory:
+        made: tuple[Any, ...] = known[1]
+        return made
+    tensors = make(packed)
+    made = tuple(_array(operand) for operand in tensors)
+    if not any(isinstance(tensor, Tensor) and _is_askew(tensor) for tensor in tensors):
+        packed.kept[make] = memory, made
+    return made
+
+
 def launch(kernel: Callable[..., None], *arguments: Any) -> None:
     """Run ``kernel`` on torch's number of threads; CPU tensors, also those in a tuple, are passed as arrays on the same memory.
 
@@ -175,14 +198,18 @@ def launch(kernel: Callable[..., None], *arguments: Any) -> None:
     import numba
 
     arrays = [_array(a) for a in arguments]
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _ONE_LAUNCH:
         before = numba.get_num_threads()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        try:
+        if before == threads:  # as ever but once: to set the number takes longer than to ask for it
             kernel(*arrays)
-        finally:
-            numba.set_num_threads(before)
-            _keep_teams_flat()
+        else:
+            numba.set_num_threads(threads)
+            try:
+                kernel(*arrays)
+            finally:
+                numba.set_num_threads(before)
+    _keep_teams_flat()
 
 
 @contextlib.contextmanager
@@ -218,12 +245,14 @@ def _keep_teams_flat() -> None:
 
 def _array(argument: Any) -> Any:
     """A numpy array on a tensor's memory. What lies askew in a mapped file is copied: numba would compile again."""
-    if isinstance(argument, tuple):
-        return tuple(_array(a) for a in argument)
-    if not isinstance(argument, Tensor):
-        return argument
-    array = argument.detach().numpy()
-    return array if array.flags.aligned else array.copy()
+    if isinstance(argument, Tensor):
+        array = (argument.detach() if argument.requires_grad else argument).numpy()
+        return array.copy() if _is_askew(argument) else array
+    return tuple([_array(a) for a in argument]) if isinstance(argument, tuple) else argument
+
+
+def _is_askew(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % tensor.element_size() != 0
 
 
 def filled_tile(
@@ -262,6 +291,9 @@ def few_rows(x: Tensor, features: int, most: int) -> Tensor | None:
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
-    if x.dim() == 0 or x.shape[-1] != features or x.numel() == 0 or x.numel() > most * features:
+    if x.dim() == 0 or x.shape[-1] != features or not 0 < x.numel() <= most * features:
         return None
-    return x.detach().reshape(-1, features).to(torch.float32).contiguous()
+    rows = x.detach().reshape(-1, features)
+    return (
+        rows if rows.dtype == torch.float32 and rows.is_contiguous() else rows.to(torch.float32).contiguous()
+    )

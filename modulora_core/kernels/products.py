@@ -56,8 +56,8 @@ PANEL = 512
 
 _PIECE = 16  # rows that a thread takes at once
 
-Weight = tuple[Tensor | int, ...]
-"""What a decoder reads: contiguous tensors on the CPU, and whole numbers."""
+Weight = tuple[Any, ...]
+"""What a decoder reads: whole numbers, and contiguous tensors on the CPU, or arrays (:func:`modulora_core.kernels.operands`)."""
 
 
 class RowKernels:
@@ -68,11 +68,21 @@ class RowKernels:
             columns)`` of the rows from ``row`` on, as many as ``out`` has, to the first columns of ``out``: fp32
             ``[rows, columns or more]``, C-contiguous. ``weight`` is what the methods are given, a tuple of arrays and numbers.
 
+        one_row: where decoding in registers is worth a kernel of its own for a single row, it. ``one_row(weight, x, y)`` writes ``y =
+            x Ŵᵀ``, fp32 ``[1, in]`` and ``[1, out]``.
+        takes: which weights ``one_row`` can multiply by: ``takes(weight)``; by default all.
+
     The kernels are compiled at their first call for a type of weight, with ``decode`` inside of them, and kept on disk beside
     the module of ``decode``.
     """
 
-    def __init__(self, decode: Any) -> None:
+    def __init__(
+        self,
+        decode: Any,
+        one_row: Callable[..., None] | None = None,
+        takes: Callable[[Weight], bool] = lambda _: True,
+    ) -> None:
+        self._one_row, self._takes = one_row, takes
         self._fill = _compiled(_fill, decode)
         self._few, self._few_transposed = _compiled(_few, decode), _compiled(_few_transposed, decode)
         self._many, self._many_transposed = _compiled(_many, decode), _compiled(_many_transposed, decode)
@@ -92,17 +102,19 @@ class RowKernels:
         Returns:
             fp32 ``[n, features]``, contiguous.
         """
-        few = len(x) < BLOCK
+        n, given = x.shape
+        few = n < BLOCK
         if transpose:
-            sums = torch.empty(PARTIAL_SUMS, len(x), features + -features % LANES)
+            sums = torch.empty(PARTIAL_SUMS, n, features + -features % LANES)
             launch(self._few_transposed if few else self._many_transposed, weight, features, x, sums)
             return sums.sum(dim=0)[:, :features].contiguous()
-        y = torch.empty(len(x), features)
-        if few:
+        y = torch.empty(n, features)
+        if n == 1 and self._one_row is not None and self._takes(weight):
+            launch(self._one_row, weight, x, y)
+        elif few:
             launch(self._few, weight, x, y)
         else:
-            padded = F.pad(x, (0, -x.shape[1] % LANES)) if x.shape[1] % LANES else x
-            launch(self._many, weight, x.shape[1], padded, y)
+            launch(self._many, weight, given, F.pad(x, (0, -given % LANES)) if given % LANES else x, y)
         return y
 
 

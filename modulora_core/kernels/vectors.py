@@ -51,6 +51,27 @@ def splat(builder: Any, value: Any, of: ir.VectorType) -> Any:
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_LANE, of.count), [0] * of.count))
 
 
+@intrinsic
+def from_half(_context: Any, _bits: Any) -> Any:
+    """The fp32 number of an fp16 one, whose bits are in an int16: exact, NaN and infinities too.
+
+    LLVM's own conversion calls a library where the processor has no instruction for it, and numba doesn't link that.
+    """
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = builder.zext(arguments[0], _LANE)
+        sign = builder.shl(builder.and_(bits, _LANE(0x8000)), _LANE(16))
+        magnitude = builder.shl(builder.and_(bits, _LANE(0x7FFF)), _LANE(13))
+        # the exponent counts from 15 in one and from 127 in the other; a product brings subnormals in order too
+        scaled = builder.fmul(builder.bitcast(magnitude, _FLOAT), ir.Constant(_FLOAT, 2.0**112))
+        special = builder.or_(magnitude, _LANE(0x7F800000))
+        is_special = builder.icmp_unsigned(">=", magnitude, _LANE(0x7C00 << 13))
+        value = builder.select(is_special, special, builder.bitcast(scaled, _LANE))
+        return builder.bitcast(builder.or_(value, sign), _FLOAT)
+
+    return types.float32(types.int16), generate
+
+
 def _load(builder: Any, data: Any, index: Any) -> Any:
     return builder.load(builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer()), align=4)
 
@@ -68,7 +89,7 @@ def _zeros(builder: Any, count: int) -> list[Any]:
     return totals
 
 
-def _sum_of_lanes(builder: Any, value: Any) -> Any:
+def sum_of_lanes(builder: Any, value: Any) -> Any:
     """By halves: in one order on every processor."""
     width = LANES // 2
     while width:
@@ -128,7 +149,7 @@ def _products(rows: int, others: int) -> Any:
             totals = [[_zeros(builder, parts) for _ in range(others)] for _ in range(rows)]
             vectors = builder.sdiv(columns, _INDEX(LANES))
             for first in range(0, others, at_once):
-                for width, vector in _loops(builder, vectors, parts):
+                for width, vector in loops(builder, vectors, parts):
                     for part in range(width):
                         index = builder.mul(builder.add(vector, _INDEX(part)), _INDEX(LANES))
                         values = [_load(builder, row, index) for row in x_rows]
@@ -161,12 +182,12 @@ def _sums_of_rows(builder: Any, found: list[list[Any]]) -> list[Any]:
     for row in found:
         sums = ir.Constant(ir.VectorType(_FLOAT, len(row)), ir.Undefined)
         for k, value in enumerate(row):
-            sums = builder.insert_element(sums, _sum_of_lanes(builder, value), _LANE(k))
+            sums = builder.insert_element(sums, sum_of_lanes(builder, value), _LANE(k))
         rows.append(sums)
     return rows
 
 
-def _loops(builder: Any, count: Any, most: int) -> Iterator[tuple[int, Any]]:
+def loops(builder: Any, count: Any, most: int) -> Iterator[tuple[int, Any]]:
     """A loop over ``most`` at a time of ``count``, and one over the rest: how many at a time, and the first of them."""
     done = _INDEX(0)
     for width in sorted({most, 1}, reverse=True):
@@ -206,7 +227,7 @@ def _rows(rows: int) -> Any:
             vectors = builder.sdiv(columns, _INDEX(LANES))
             # as many columns as leave registers for the sums
             most = BLOCK if has(context, "avx512f") or rows == 1 else 1
-            for width, vector in _loops(builder, vectors, most):
+            for width, vector in loops(builder, vectors, most):
                 offset = builder.mul(vector, _INDEX(LANES))
                 _add_columns(builder, factors, count, w_data, w_step, offset, targets, width)
             return context.get_dummy_value()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,24 @@ def test_what_is_beyond_the_weight_counts_nothing_whatever_is_in_memory(module: 
         assert bool(module.rows.matmul((codes, scales), x, 6).isfinite().all())
         assert bool(module.rows.matmul((codes, scales), torch.randn(n, 6), 20, True).isfinite().all())
     assert bool(W.isfinite().all())
+
+
+def test_a_kernel_for_one_row_is_asked_for_one_row_of_a_weight_that_it_takes(module: ModuleType) -> None:
+    from modulora_core.kernels.products import RowKernels
+
+    asked: list[tuple[int, ...]] = []
+
+    def one_row(_weight: tuple[object, ...], x: Any, y: Any) -> None:
+        asked.append(x.shape)
+        y[:] = 7
+
+    rows = RowKernels(module.decode, one_row, lambda weight: len(weight[0]) == 6)
+    for out_features, n, expected in ((6, 1, True), (6, 2, False), (5, 1, False)):
+        codes, scales, _ = weight(out_features, 20)
+        y = rows.matmul((codes, scales), torch.randn(n, 20), out_features)
+        assert (y.unique().tolist() == [7]) == expected
+    rows.matmul(weight(6, 20)[:2], torch.randn(1, 6), 20, True)
+    assert asked == [(1, 20)]
 
 
 def in_another_process(folder: Path) -> str:

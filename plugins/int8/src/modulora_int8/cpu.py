@@ -57,7 +57,29 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
         _decode(codes[row + r], scales[row + r], group, start, out[r, :columns])
 
 
-rows = RowKernels(decode)
+@jit(fastmath=("reassoc", "contract", "nsz"))
+def _dot(codes: Any, x: Any) -> Any:
+    total = np.float32(0)
+    for k in range(codes.size):
+        total += np.float32(codes[k]) * x[k]
+    return total
+
+
+@jit(parallel=True)
+def matmul_one(weight: Any, x: Any, y: Any) -> None:
+    """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``: codes are multiplied as they are, and the sum of a group is scaled."""
+    codes, scales, group = weight
+    n = x.shape[1]
+    for piece in prange((len(codes) + _ROWS - 1) // _ROWS):
+        for o in range(piece * _ROWS, min((piece + 1) * _ROWS, len(codes))):
+            total = np.float32(0)
+            for g in range(scales.shape[1]):
+                columns = slice(g * group, min((g + 1) * group, n))
+                total += _dot(codes[o, columns], x[0, columns]) * (scales[o, g] * _INVERSE)
+            y[0, o] = total
+
+
+rows = RowKernels(decode, matmul_one)
 """Tiles and few-row products."""
 
 

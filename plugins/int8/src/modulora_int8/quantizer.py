@@ -10,7 +10,7 @@ Metadata: ``group_size``.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -74,36 +74,59 @@ class INT8(Quantizer):
     def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         check_rows(packed, rows)
         kernels.check_tensors(packed, _tensors)
-        gpu = _gpu(packed.device)
-        if gpu is not None:
-            tile: Tensor = gpu.dequantize(packed, rows, dtype)
-            return tile
-        codes, scales = packed.tensors["codes"], packed.tensors["scales"]
-        cpu = _kernels(packed.device)
-        if cpu is None:
-            part = slice(*rows)
-            return reference.dequantize(codes[part], scales[part], packed.metadata["group_size"]).to(dtype)
+        return _decode(packed, rows, dtype)
 
-        def fill(start: int, _stop: int, out: Tensor) -> None:
-            cpu.rows.dequantize((codes, scales, _group(packed)), start, out)
+    def lookup(self, ids: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+        """Rows ``ids`` of Ŵ, ``[*ids.shape, in]``: their codes and scales are gathered, a byte a weight, and decoded as one tile.
 
-        return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
+        Raises:
+            IndexError: an id below 0, or beyond the last row.
+        """
+        kernels.check_tensors(packed, _tensors)
+        out_features, in_features = packed.shape
+        flat = ids.detach().reshape(-1).to(torch.int64)  # [n]
+        if flat.numel():
+            low, high = (int(end) for end in flat.aminmax())
+            if low < 0 or high >= out_features:
+                raise IndexError(f"ids of rows of a [{out_features}, {in_features}] table: expected 0 to {out_features - 1}, got "
+                                 f"{low} to {high}")  # fmt: skip
+        rows = {name: tensor.detach().index_select(0, flat) for name, tensor in packed.tensors.items()}
+        table = PackedWeight("int8", packed.format, (len(flat), in_features), rows, packed.metadata)
+        return _decode(table, (0, len(flat)), dtype).view(*ids.shape, in_features)
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         out_features, in_features = packed.shape
         given, wanted = (out_features, in_features) if transpose else (in_features, out_features)
-        kernels.check_tensors(packed, _tensors)
         gpu = _gpu(packed.device)
-        product: Tensor | None = None if gpu is None else gpu.matmul(x, packed, transpose)
-        if product is not None:
-            return product
+        if gpu is not None:
+            kernels.check_tensors(packed, _tensors)
+            product: Tensor | None = gpu.matmul(x, packed, transpose)
+            if product is not None:
+                return product
         cpu = _kernels(packed.device)
         few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
         if few is None:
             return super().matmul(x, packed, transpose)
-        weight = packed.tensors["codes"], packed.tensors["scales"], _group(packed)
-        y: Tensor = cpu.rows.matmul(weight, few, wanted, transpose)
+        y: Tensor = cpu.rows.matmul(kernels.operands(packed, _operands), few, wanted, transpose)
         return y.to(x.dtype).view(*x.shape[:-1], wanted)
+
+
+def _decode(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Rows of Ŵ, which are there, of tensors that were checked."""
+    gpu = _gpu(packed.device)
+    if gpu is not None:
+        tile: Tensor = gpu.dequantize(packed, rows, dtype)
+        return tile
+    cpu = _kernels(packed.device)
+    if cpu is None:
+        codes, scales = (packed.tensors[name][slice(*rows)] for name in ("codes", "scales"))
+        return reference.dequantize(codes, scales, packed.metadata["group_size"]).to(dtype)
+    weight = kernels.operands(packed, _operands)
+
+    def fill(start: int, _stop: int, out: Tensor) -> None:
+        cpu.rows.dequantize(weight, start, out)
+
+    return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
 
 
 def _kernels(device: torch.device) -> Any:
@@ -116,7 +139,7 @@ def _gpu(device: torch.device) -> Any:
     return kernels.load_triton("modulora_int8.gpu", device)
 
 
-@cache
+@lru_cache(maxsize=256)  # a model has few shapes; lookups have as many as batches have lengths
 def _tensors(shape: tuple[int, int], group_size: int | None) -> dict[str, TensorLayout]:
     """What a weight of this shape is packed into. Raises ValueError for options that can't be."""
     Options(group_size=group_size)
@@ -128,9 +151,11 @@ def _tensors(shape: tuple[int, int], group_size: int | None) -> dict[str, Tensor
     }
 
 
-def _group(packed: PackedWeight) -> int:
-    """Columns that share a scale, as the kernels count them."""
-    return packed.metadata["group_size"] or max(1, packed.shape[1])
+def _operands(packed: PackedWeight) -> tuple[Any, ...]:
+    """What the decoder needs: codes, scales, and how many columns share a scale."""
+    kernels.check_tensors(packed, _tensors)
+    group = packed.metadata["group_size"] or max(1, packed.shape[1])
+    return packed.tensors["codes"], packed.tensors["scales"], group
 
 
 def _quantize(W: Tensor, G: int | None) -> tuple[Tensor, Tensor]:

@@ -89,43 +89,35 @@ class NF4(Quantizer):
 
     def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         check_rows(packed, rows)
-        kernels.check_tensors(packed, _tensors)
         gpu = _gpu(packed.device)
         if gpu is not None:
+            kernels.check_tensors(packed, _tensors)
             tile: Tensor = gpu.dequantize(packed, rows, dtype)
             return tile
-        in_features, B = packed.shape[1], packed.metadata["block_size"]
-        begin, end = rows[0] * in_features, rows[1] * in_features
-        first = begin // B
-        absmax = _absmax(packed, first, reference.blocks(end, B))
         cpu = _kernels(packed.device)
         if cpu is None:
-            q = packing.unpack(packed.tensors["codes"], begin, end)
-            return reference.dequantize(q, absmax, B, begin).reshape(rows[1] - rows[0], in_features).to(dtype)
-
-        weight = packed.tensors["codes"], absmax, first, _shift(B), in_features
+            return _reference_tile(packed, rows).to(dtype)
+        weight = _operands(packed, rows)
 
         def fill(start: int, _stop: int, out: Tensor) -> None:
             cpu.rows.dequantize(weight, start, out)
 
-        return kernels.filled_tile(fill, rows, in_features, dtype)
+        return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         out_features, in_features = packed.shape
         given, wanted = (out_features, in_features) if transpose else (in_features, out_features)
-        kernels.check_tensors(packed, _tensors)
         gpu = _gpu(packed.device)
-        product: Tensor | None = None if gpu is None else gpu.matmul(x, packed, transpose)
-        if product is not None:
-            return product
+        if gpu is not None:
+            kernels.check_tensors(packed, _tensors)
+            product: Tensor | None = gpu.matmul(x, packed, transpose)
+            if product is not None:
+                return product
         cpu = _kernels(packed.device)
         few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
         if few is None:
             return super().matmul(x, packed, transpose)
-        B = packed.metadata["block_size"]
-        absmax = _absmax(packed, 0, reference.blocks(out_features * in_features, B))
-        weight = packed.tensors["codes"], absmax, 0, _shift(B), in_features
-        y: Tensor = cpu.rows.matmul(weight, few, wanted, transpose)
+        y: Tensor = cpu.rows.matmul(_operands(packed, (0, out_features)), few, wanted, transpose)
         return y.to(x.dtype).view(*x.shape[:-1], wanted)
 
 
@@ -175,6 +167,34 @@ def _quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
         codes[start // 2 : (stop + 1) // 2] = packing.pack(q)
         absmax[start // B : reference.blocks(stop, B)] = c2
     return codes, absmax
+
+
+def _reference_tile(packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+    """Rows ``[start, stop)`` in fp32, by plain torch."""
+    kernels.check_tensors(packed, _tensors)
+    in_features, B = packed.shape[1], packed.metadata["block_size"]
+    begin, end = rows[0] * in_features, rows[1] * in_features
+    q = packing.unpack(packed.tensors["codes"], begin, end)
+    absmax = _absmax(packed, begin // B, reference.blocks(end, B))
+    return reference.dequantize(q, absmax, B, begin).reshape(rows[1] - rows[0], in_features)
+
+
+def _operands(packed: PackedWeight, rows: tuple[int, int]) -> tuple[Any, ...]:
+    """What the decoder needs for these rows: codes, absmax, the block that it starts at, shift, and the length of a row."""
+    if "absmax" in packed.tensors:
+        return kernels.operands(packed, _stored)
+    kernels.check_tensors(packed, _tensors)
+    in_features, B = packed.shape[1], packed.metadata["block_size"]
+    first = rows[0] * in_features // B
+    absmax = _absmax(packed, first, reference.blocks(rows[1] * in_features, B))
+    return packed.tensors["codes"], absmax, first, _shift(B), in_features
+
+
+def _stored(packed: PackedWeight) -> tuple[Any, ...]:
+    """The same of all rows, where every block's constant is stored as it is."""
+    kernels.check_tensors(packed, _tensors)
+    shift = _shift(packed.metadata["block_size"])
+    return packed.tensors["codes"], packed.tensors["absmax"], 0, shift, packed.shape[1]
 
 
 def _absmax(packed: PackedWeight, first: int, stop: int) -> Tensor:

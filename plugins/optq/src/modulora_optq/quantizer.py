@@ -63,12 +63,10 @@ class OPTQ(Quantizer):
 
     def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         check_rows(packed, rows)
-        kernels.check_tensors(packed, _tensors)
         return _tile(packed, rows, dtype, _order(packed))
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         """The product with Ŵ as it is stored: where columns are permuted, x is, or the result when ``transpose``."""
-        kernels.check_tensors(packed, _tensors)
         order = _order(packed)
         if transpose:
             y = _stored_matmul(x, packed, transpose)
@@ -173,8 +171,9 @@ def _order(packed: PackedWeight) -> _Order | None:
         CheckpointError: the tensor isn't a permutation, as in a checkpoint that was edited.
     """
     columns = packed.tensors.get("permutation")
-    if columns is None or not packed.metadata["permuted"]:
+    if columns is None or not packed.metadata.get("permuted"):
         return None
+    kernels.check_tensors(packed, _tensors)
     if columns.is_inference():  # without a count of changes
         return _Order(columns, _inverse(packed, columns))
     memory = columns.data_ptr(), columns._version
@@ -226,12 +225,13 @@ def _solution(packed: PackedWeight, rows: tuple[int, int], permutation: Tensor |
     return Solution(codes, scales, zeros, permutation)
 
 
-def _operands(packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
-    """Rows ``[start, stop)`` as the kernels take them: codes, scales, zeros, bits, columns of a group and of a row."""
+def _operands(packed: PackedWeight) -> tuple[Any, ...]:
+    """A weight as the kernels take it: codes, the bits of scales, zeros, bits, columns of a group and of a row."""
+    kernels.check_tensors(packed, _tensors)
     options, tensors = _options(packed), packed.tensors
-    codes = tensors["codes"][start:stop].view(-1)
-    zeros = codes[:0] if options.symmetric else tensors["zeros"][start:stop].view(-1)
-    scales = tensors["scales"][start:stop].to(torch.float32)
+    codes = tensors["codes"].view(-1)
+    zeros = codes[:0] if options.symmetric else tensors["zeros"].view(-1)
+    scales = tensors["scales"].view(torch.int16)
     return codes, scales, zeros, options.bits, options.group(packed.shape[1]), packed.shape[1]
 
 
@@ -245,6 +245,7 @@ def _gpu_weight(gpu: Any, packed: PackedWeight) -> Any:
 
 def _tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype, order: _Order | None) -> Tensor:
     """Rows ``[start, stop)``, their columns as they are stored, or put in the weight's own ``order``."""
+    kernels.check_tensors(packed, _tensors)
     gpu = _gpu(packed.device)
     if gpu is not None:
         tile: Tensor = gpu.dequantize(_gpu_weight(gpu, packed), rows, dtype)
@@ -254,12 +255,13 @@ def _tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype, order
         solution = _solution(packed, rows, None if order is None else order.columns)
         return solution.dequantize(_options(packed)).to(dtype)
 
-    def fill(start: int, stop: int, out: Tensor) -> None:
-        weight = _operands(packed, start, stop)
+    weight = kernels.operands(packed, _operands)
+
+    def fill(start: int, _stop: int, out: Tensor) -> None:
         if order is None:
-            cpu.rows.dequantize(weight, 0, out)
+            cpu.rows.dequantize(weight, start, out)
         else:
-            kernels.launch(cpu.dequantize_permuted, weight, 0, order.inverse, out)
+            kernels.launch(cpu.dequantize_permuted, weight, start, order.inverse, out)
 
     return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
 
@@ -268,6 +270,8 @@ def _stored_matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor:
     """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``, with the columns of Ŵ as they are stored."""
     given, wanted = packed.shape if transpose else reversed(packed.shape)
     gpu = _gpu(packed.device)
+    if gpu is not None:
+        kernels.check_tensors(packed, _tensors)
     if gpu is not None and (rows := gpu.few_rows(x, given)) is not None:
         product: Tensor = gpu.matmul(rows, _gpu_weight(gpu, packed), transpose)
         return product.view(*x.shape[:-1], wanted)
@@ -277,5 +281,5 @@ def _stored_matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor:
         return tiled_matmul(
             x, lambda start, stop, dtype: _tile(packed, (start, stop), dtype, None), packed.shape, transpose
         )
-    y: Tensor = cpu.rows.matmul(_operands(packed, 0, packed.shape[0]), few, wanted, transpose)
+    y: Tensor = cpu.rows.matmul(kernels.operands(packed, _operands), few, wanted, transpose)
     return y.to(x.dtype).view(*x.shape[:-1], wanted)

@@ -32,6 +32,7 @@ from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantize
 from modulora_core.tiles import tile_bytes, tile_ranges, tiled_matmul
 from modulora_quip_sharp_e8 import SPEC, codebooks, solver, transform
 from modulora_quip_sharp_e8.codebooks import BLOCK
+from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER
 from modulora_quip_sharp_e8.options import Options
 from modulora_quip_sharp_e8.reference import Solution
 
@@ -116,6 +117,8 @@ class QuIPSharpE8(Quantizer):
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         """Rotate x, multiply it by C, and rotate back: Ŵ itself is never made. In fp32, or fp64 where x is."""
+        if not transpose and (token := _token(x, packed)) is not None:
+            return token
         kernels.check_tensors(packed, _tensors)
         whole, columns = _whole(packed)
         start, stop = packed.metadata["rows"][0], packed.metadata["rows"][0] + packed.shape[0]
@@ -238,6 +241,38 @@ def _decode(packed: PackedWeight, rows: slice, blocks: slice, columns: int) -> T
     return out
 
 
+def _token(x: Tensor, packed: PackedWeight) -> Tensor | None:
+    """``x Ŵᵀ`` of a single row on the CPU, in one call of a kernel; None where that isn't what is wanted, or can't be."""
+    one = kernels.load("modulora_quip_sharp_e8.cpu_one_row", packed.device)
+    row = None if one is None else kernels.few_rows(x, packed.shape[1], 1)  # [1, in]
+    if row is None or _gpu(packed.device) is not None:
+        return None
+    weight = kernels.operands(packed, _rotated)
+    if max(weight[7], weight[9]) > LARGEST_ORDER:
+        return None
+    y = torch.empty(1, len(weight[0]))
+    kernels.launch(one.forward_one, weight, row, y)
+    start = packed.metadata["rows"][0]
+    part = y if len(y[0]) == packed.shape[0] else y[:, start : start + packed.shape[0]]
+    return part.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
+
+
+def _rotated(packed: PackedWeight) -> tuple[Any, ...]:
+    """A weight as :func:`modulora_quip_sharp_e8.cpu_one_row.forward_one` takes it."""
+    kernels.check_tensors(packed, _tensors)
+    tensors = packed.tensors
+    whole, columns = _whole(packed)
+    K_in, K_out = transform.order(columns), transform.order(whole)
+    small = max(K_in, K_out) <= LARGEST_ORDER  # else the matrix isn't read, and is large
+    matrices = [
+        transform.panels(K, turned, torch.float32) if small else torch.empty(0)
+        for K, turned in ((K_in, False), (K_out, True))
+    ]
+    scales = [tensors[name].view(torch.int16) for name in ("input_scale", "output_scale")]
+    codes, residual, bits = _operands(packed, slice(None), slice(None))
+    return codes, residual, bits, *scales, tensors["scale"], matrices[0], K_in, matrices[1], K_out
+
+
 def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool, dtype: torch.dtype) -> Tensor:
     """``x Cᵀ``, or ``x C`` when ``transpose``, of inputs that were of ``dtype`` before they were rotated."""
     whole, columns = _whole(packed)
@@ -256,21 +291,15 @@ def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool, dtype: tor
 
         return tiled_matmul(x, tile, (whole, columns), transpose)
     operands = _operands(packed, slice(None), slice(None))
-    if len(few) == 1:
-        return _one_row(cpu, operands, few, wanted, transpose).reshape(*x.shape[:-1], wanted)
-    y = cpu.rows.matmul(operands, few, wanted, transpose)
+    one = (
+        kernels.load("modulora_quip_sharp_e8.cpu_one_row", packed.device)
+        if transpose and len(few) == 1
+        else None
+    )
+    if one is None:
+        y = cpu.rows.matmul(operands, few, wanted, transpose)
+    else:
+        sums = torch.empty(kernels.PARTIAL_SUMS, BLOCK * len(operands[0][0]))
+        kernels.launch(one.matmul_one_transposed, *operands, few, sums)
+        y = sums.sum(dim=0)[:wanted]
     return y.reshape(*x.shape[:-1], wanted)
-
-
-def _one_row(
-    cpu: Any, operands: tuple[Tensor, Tensor, int], x: Tensor, wanted: int, transpose: bool
-) -> Tensor:
-    """``x Cᵀ``, or ``x C`` when ``transpose``, of ``x``, fp32 ``[1, given]``."""
-    padded = BLOCK * operands[0].shape[1]
-    if transpose:
-        sums = torch.empty(kernels.PARTIAL_SUMS, padded)
-        kernels.launch(cpu.matmul_one_transposed, *operands, x, sums)
-        return sums.sum(dim=0)[:wanted].unsqueeze(0)
-    y = torch.empty(1, wanted)
-    kernels.launch(cpu.matmul_one, *operands, F.pad(x, (0, padded - x.shape[1])), y)
-    return y

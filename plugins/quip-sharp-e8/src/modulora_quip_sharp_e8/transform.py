@@ -75,7 +75,7 @@ def rotate(
     out = torch.empty_like(rows)
     threads = min(len(rows), torch.get_num_threads())
     scratch = torch.empty(threads, n + (K + cpu.OUTPUTS) * cpu.LANES, dtype=dtype)
-    factors = scale, _panels(K, transpose, dtype), K, scale[:0] if after is None else after
+    factors = scale, panels(K, transpose, dtype), K, scale[:0] if after is None else after
     if threads == 1:  # to wake others costs as much as a row
         kernels.launch(cpu.rotate_rows, rows, *factors, 0, len(rows), scratch[0], out)
     else:
@@ -134,7 +134,7 @@ def factor(K: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _panels(K: int, transpose: bool, dtype: torch.dtype) -> Tensor:
+def panels(K: int, transpose: bool, dtype: torch.dtype) -> Tensor:
     """M_K, or M_Kᵀ, as the kernel reads it: see there."""
     M = factor(K).T if transpose else factor(K)
     panels = F.pad(M, (0, -K % _PANEL)).view(K, -1, _PANEL)

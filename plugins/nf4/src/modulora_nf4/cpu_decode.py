@@ -1,0 +1,122 @@
+"""How the CPU decodes NF4, compiled by numba: the values of :mod:`modulora_nf4.reference` at the speed of memory.
+
+Everything works on the flat, row-major weight: element ``i`` is in block ``i >> shift`` and in byte
+``i >> 1``, and a row may start in the middle of either. ``absmax`` is fp32 and starts at block ``first``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from modulora_core.kernels import jit
+from modulora_core.kernels.vectors import has, pointer, splat
+from modulora_nf4.reference import LEVELS
+
+_LEVELS = np.array(LEVELS, np.float32)
+_PAIRS = np.stack([np.repeat(_LEVELS, 16), np.tile(_LEVELS, 16)], axis=1)  # [256, 2]: both values of a byte
+
+_F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+def _vector(values: Any, of: ir.Type) -> ir.Constant:
+    number = float if of is _F32 else int
+    return ir.Constant(ir.VectorType(of, len(values)), [number(v) for v in values])
+
+
+def _shuffle(builder: Any, table: ir.Constant, index: Any, instruction: str) -> Any:
+    """``table[index]`` in one instruction that takes as many low bits of ``index`` as ``table`` needs."""
+    of = ir.FunctionType(table.type, [table.type, index.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, of, instruction), [table, index])
+
+
+def sixteen_levels(context: Any, builder: Any, codes: Any) -> Any:
+    """The levels of eight bytes of codes: ``<8 x i8>`` to ``<16 x float>``.
+
+    LLVM doesn't find the lookup in registers by itself, so it is spelled for AVX-512 and AVX2. Elsewhere each
+    byte loads its two values from a table of 256 pairs, which is 4 to 8 times slower.
+    """
+    if not has(context, "avx2") and not has(context, "avx512f"):
+        pairs = cgutils.global_constant(
+            builder, "nf4_pairs", ir.Constant(ir.ArrayType(_F32, 512), _PAIRS.ravel().tolist())
+        )
+        levels = ir.Constant(ir.VectorType(_F32, 16), ir.Undefined)
+        for k in range(16):
+            byte = builder.zext(builder.extract_element(codes, _I32(k // 2)), _I64)
+            at = builder.or_(builder.shl(byte, _I64(1)), _I64(k % 2))
+            level = builder.load(builder.gep(pairs, [_I64(0), at]))
+            levels = builder.insert_element(levels, level, _I32(k))
+        return levels
+    # a byte becomes two 32-bit lanes, high nibble first; nothing looks above the low four bits of a lane
+    wide = builder.zext(codes, ir.VectorType(_I64, 8))
+    both = builder.or_(builder.lshr(wide, _vector([4] * 8, _I64)), builder.shl(wide, _vector([32] * 8, _I64)))
+    index = builder.bitcast(both, ir.VectorType(_I32, 16))
+    if has(context, "avx512f"):
+        return _shuffle(builder, _vector(_LEVELS, _F32), index, "llvm.x86.avx512.permvar.sf.512")
+    halves = []
+    for start in (0, 8):
+        lanes = builder.shuffle_vector(index, index, _vector(range(start, start + 8), _I32))
+        low, high = (
+            _shuffle(builder, _vector(part, _F32), lanes, "llvm.x86.avx2.permps")
+            for part in np.split(_LEVELS, 2)
+        )
+        is_high = builder.icmp_signed(
+            "!=", builder.and_(lanes, _vector([8] * 8, _I32)), _vector([0] * 8, _I32)
+        )
+        halves.append(builder.select(is_high, high, low))
+    return builder.shuffle_vector(*halves, _vector(range(16), _I32))
+
+
+@intrinsic
+def _decode_sixteen(_context: Any, out: Any, at: Any, codes: Any, byte: Any, scale: Any) -> Any:
+    """``out[at : at + 16] = scale * levels`` of ``codes[byte : byte + 8]``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, at, codes, byte, scale = arguments
+        source = pointer(context, builder, signature.args[2], codes, byte, ir.VectorType(_I8, 8))
+        levels = sixteen_levels(context, builder, builder.load(source, align=1))
+        target = pointer(context, builder, signature.args[0], out, at, levels.type)
+        builder.store(builder.fmul(levels, splat(builder, scale, levels.type)), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(out, at, codes, byte, scale), generate
+
+
+@jit()
+def _decode(codes: Any, absmax: Any, first: int, shift: int, start: int, out: Any) -> None:
+    """Elements ``start ...`` of the flat weight to all of ``out``."""
+    stop = start + out.size
+    i, o = start, 0
+    while i < stop:
+        block = i >> shift
+        scale = absmax[block - first]
+        end = min(stop, (block + 1) << shift)
+        if i & 1:
+            out[o] = _PAIRS[codes[i >> 1], 1] * scale
+            i, o = i + 1, o + 1
+        while i + 16 <= end:
+            _decode_sixteen(out, o, codes, i >> 1, scale)
+            i, o = i + 16, o + 16
+        while i + 2 <= end:
+            out[o] = _PAIRS[codes[i >> 1], 0] * scale
+            out[o + 1] = _PAIRS[codes[i >> 1], 1] * scale
+            i, o = i + 2, o + 2
+        if i < end:
+            out[o] = _PAIRS[codes[i >> 1], 0] * scale
+            i, o = i + 1, o + 1
+
+
+@jit()
+def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+    """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
+
+    ``weight`` is codes, absmax, the block that absmax starts at, shift, and the length of a row.
+    """
+    codes, absmax, first, shift, in_features = weight
+    for r in range(len(out)):
+        _decode(codes, absmax, first, shift, (row + r) * in_features + start, out[r, :columns])

@@ -1,0 +1,153 @@
+"""How the CPU decodes OPTQ's packed weights, compiled by numba: the values of the reference at the speed of memory.
+
+In all kernels ``codes`` are the bytes of all rows, flat, as :mod:`modulora_optq.packing` arranges them; ``zeros`` likewise, or empty
+for a symmetric weight; ``scales`` are the bits of fp16 ``[out, groups]``, int16; ``group`` stored columns share a scale and a zero.
+A row is decoded in two steps through a scratch in the L1 cache: from bits to bytes, where groups don't matter, and from bytes to
+values, where the width doesn't. LLVM's own vectorised loops spend more on entering them than on a group of 64, so a step's vector
+is spelled, in terms that any processor's instructions can be made from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
+from numba import types
+from numba.extending import intrinsic
+
+from modulora_core.kernels import jit
+from modulora_core.kernels.vectors import from_half, pointer, splat
+
+_BYTES = 64  # bytes that are unpacked at once
+_VALUES = 16  # and values that are computed at once
+
+_MANY_BYTES = ir.VectorType(ir.IntType(8), _BYTES)
+_FEW_BYTES = ir.VectorType(ir.IntType(8), _VALUES)
+_WHOLE = ir.VectorType(ir.IntType(32), _VALUES)
+_FLOATS = ir.VectorType(ir.FloatType(), _VALUES)
+
+
+@intrinsic
+def _unpack_vector(
+    _context: Any, packed: Any, low: Any, low_shift: Any, low_mask: Any, high: Any, high_shift: Any, high_mask: Any,
+    out: Any, to: Any,
+) -> Any:  # fmt: skip
+    """``out[to : to + 64]`` from the two planes at ``packed[low:]`` and ``packed[high:]``, see :func:`_code`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        packed, low, low_shift, low_mask, high, high_shift, high_mask, out, to = arguments
+
+        def plane(at: Any, shift: Any) -> Any:
+            source = pointer(context, builder, signature.args[0], packed, at, _MANY_BYTES)
+            return builder.lshr(builder.load(source, align=1), splat(builder, shift, _MANY_BYTES))
+
+        low_bits = builder.and_(plane(low, low_shift), splat(builder, low_mask, _MANY_BYTES))
+        two = ir.Constant(_MANY_BYTES, [2] * _BYTES)
+        high_bits = builder.shl(plane(high, high_shift), two)
+        high_bits = builder.and_(high_bits, splat(builder, high_mask, _MANY_BYTES))
+        target = pointer(context, builder, signature.args[7], out, to, _MANY_BYTES)
+        builder.store(builder.or_(low_bits, high_bits), target, align=1)
+        return context.get_dummy_value()
+
+    return types.void(packed, low, low_shift, low_mask, high, high_shift, high_mask, out, to), generate
+
+
+@jit()
+def _code(low: int, low_shift: int, low_mask: int, high: int, high_shift: int, high_mask: int) -> Any:
+    """The code whose low bits are in the byte ``low`` and whose third bit is in the byte ``high``."""
+    return np.uint8((low >> low_shift) & low_mask | (high >> high_shift << 2) & high_mask)
+
+
+@jit()
+def unpack(packed: Any, row: int, bits: int, n: int, start: int, count: int, out: Any, to: int) -> None:
+    """Codes ``[start, start + count)`` of a row of ``n`` to ``out[to:]``; the row begins at ``packed[row]``.
+
+    Up to 63 bytes of ``out`` after them are overwritten.
+    """
+    width = 2 if bits == 3 else bits
+    low_part = (n * width + 7) // 8
+    high_part = (n + 7) // 8 if bits == 3 else n
+    low_mask, high_mask = np.uint8((1 << width) - 1), np.uint8(4 if bits == 3 else 0)
+    low_index, high_index = start // low_part, start // high_part
+    k = 0
+    while k < count:  # as far as both planes are in one part
+        low_at, high_at = start + k - low_index * low_part, start + k - high_index * high_part
+        take = min(count - k, low_part - low_at, high_part - high_at)
+        low_shift, high_shift = np.uint8(low_index * width), np.uint8(high_index)
+        low = row + low_at
+        high = row + low_part + high_at if bits == 3 else low
+        j = 0
+        while j < take:
+            if high + j + _BYTES <= packed.size:  # beyond the row is fine, and beyond the end isn't
+                _unpack_vector(
+                    packed, low + j, low_shift, low_mask, high + j, high_shift, high_mask, out, to + k + j
+                )
+                j += _BYTES
+            else:
+                out[to + k + j] = _code(
+                    packed[low + j], low_shift, low_mask, packed[high + j], high_shift, high_mask
+                )
+                j += 1
+        k += take
+        low_index += low_at + take == low_part
+        high_index += high_at + take == high_part
+
+
+@intrinsic
+def _scale_vector(_context: Any, codes: Any, at: Any, zero: Any, scale: Any, out: Any, to: Any) -> Any:
+    """``out[to : to + 16] = (codes[at : at + 16] - zero) * scale``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, at, zero, scale, out, to = arguments
+        source = pointer(context, builder, signature.args[0], codes, at, _FEW_BYTES)
+        values = builder.uitofp(builder.zext(builder.load(source, align=1), _WHOLE), _FLOATS)
+        steps = builder.fsub(values, splat(builder, zero, _FLOATS))
+        target = pointer(context, builder, signature.args[4], out, to, _FLOATS)
+        builder.store(builder.fmul(steps, splat(builder, scale, _FLOATS)), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(codes, at, zero, scale, out, to), generate
+
+
+@jit()
+def _decode(
+    codes: Any, scales: Any, zeros: Any, bits: int, group: int, o: int, n: int, start: int, scratch: Any, out: Any
+) -> None:  # fmt: skip
+    """Columns ``start ...`` of row ``o``, which has ``n``, to all of ``out``; ``scratch`` is :func:`_scratch`."""
+    rows, groups = scales.shape
+    first, columns = start // group, out.size
+    last = (start + columns - 1) // group
+    unpack(codes, o * (codes.size // rows), bits, n, start, columns, scratch, 0)
+    if zeros.size:
+        unpack(zeros, o * (zeros.size // rows), bits, groups, first, last + 1 - first, scratch, columns)
+    zero, k = np.float32(1 << (bits - 1)), 0
+    for g in range(first, last + 1):
+        if zeros.size:
+            zero = np.float32(scratch[columns + g - first])
+        scale = from_half(scales[o, g])
+        end = min(columns, (g + 1) * group - start)
+        while k + _VALUES <= end:
+            _scale_vector(scratch, k, zero, scale, out, k)
+            k += _VALUES
+        while k < end:
+            out[k] = (np.float32(scratch[k]) - zero) * scale
+            k += 1
+
+
+@jit()
+def _scratch(columns: int, groups: int) -> Any:
+    """Room for the bytes of a row's codes and zeros, and for what :func:`unpack` writes after them."""
+    return np.empty(columns + groups + _BYTES, np.uint8)
+
+
+@jit()
+def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+    """Stored columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
+
+    ``weight`` is codes, scales, zeros, bits, the columns of a group, and those of a row.
+    """
+    codes, scales, zeros, bits, group, n = weight
+    scratch = _scratch(columns, scales.shape[1])
+    for r in range(len(out)):
+        _decode(codes, scales, zeros, bits, group, row + r, n, start, scratch, out[r, :columns])

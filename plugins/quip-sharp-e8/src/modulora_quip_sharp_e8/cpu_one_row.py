@@ -1,0 +1,112 @@
+"""The product of one row with QuIP#'s packed codes on the CPU, where decoding is what it costs.
+
+    :func:`forward_one`             y = x Ŵᵀ, rotations and all: what decoding a token asks for, layer after layer
+    :func:`matmul_one_transposed`   x = y C
+
+Arrays are as in :mod:`modulora_quip_sharp_e8.cpu`. What is decoded is multiplied in registers and never stored. A weight of out · in values
+takes out · in · bits / 8 bytes, read once; a block of eight costs three loads from tables and two operations at 2 bits, twice that above.
+The rotations take K + log₂ m operations a coordinate (:mod:`modulora_quip_sharp_e8.cpu_transform`), on one thread: to share them out
+would take longer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from modulora_core.kernels import jit
+from modulora_core.kernels.vectors import from_half
+from modulora_quip_sharp_e8.cpu import decode_block
+from modulora_quip_sharp_e8.cpu_transform import LANES, OUTPUTS, rotate_rows
+from modulora_quip_sharp_e8.cpu_vectors import load, multiply_add, spread, store, total
+
+_ROWS = 16  # rows that a thread takes at once
+
+
+@jit()
+def _four_times_one(codes: Any, residual: Any, bits: int, first: int, last: int, x: Any, y: Any) -> None:
+    """``y[0, first : first + 4] = C xᵀ`` for one row of ``x``; of the four rows of C those from ``last`` on aren't written."""
+    a, b, c, d = first, min(first + 1, last - 1), min(first + 2, last - 1), min(first + 3, last - 1)
+    none = spread(np.float32(0))
+    sum_a, sum_b, sum_c, sum_d = none, none, none, none
+    for j in range(codes.shape[1]):
+        eight = load(x, 8 * j)
+        sum_a = multiply_add(decode_block(codes, residual, bits, a, j), eight, sum_a)
+        sum_b = multiply_add(decode_block(codes, residual, bits, b, j), eight, sum_b)
+        sum_c = multiply_add(decode_block(codes, residual, bits, c, j), eight, sum_c)
+        sum_d = multiply_add(decode_block(codes, residual, bits, d, j), eight, sum_d)
+    y[0, a], y[0, b], y[0, c], y[0, d] = total(sum_a), total(sum_b), total(sum_c), total(sum_d)
+
+
+@jit()
+def _add_one(
+    codes: Any, residual: Any, bits: int, first: int, last: int, y: Any, start: int, stop: int, sums: Any, at: int
+) -> None:  # fmt: skip
+    """Add ``y[0, first : first + 4] C[first : first + 4]`` to ``sums[at:]``, blocks ``[start, stop)``; rows from ``last`` on count 0."""
+    zero = np.float32(0)
+    a, b, c, d = first, min(first + 1, last - 1), min(first + 2, last - 1), min(first + 3, last - 1)
+    y_a, y_b = spread(y[0, a]), spread(y[0, b] if b > a else zero)
+    y_c, y_d = spread(y[0, c] if c > b else zero), spread(y[0, d] if d > c else zero)
+    for j in range(start, stop):
+        value = load(sums, at + 8 * j)
+        value = multiply_add(decode_block(codes, residual, bits, a, j), y_a, value)
+        value = multiply_add(decode_block(codes, residual, bits, b, j), y_b, value)
+        value = multiply_add(decode_block(codes, residual, bits, c, j), y_c, value)
+        value = multiply_add(decode_block(codes, residual, bits, d, j), y_d, value)
+        store(sums, at + 8 * j, value)
+
+
+@jit(parallel=True)
+def matmul_one_transposed(codes: Any, residual: Any, bits: int, y: Any, sums: Any) -> None:
+    """``x = y C`` for one row: ``y`` is fp32 ``[1, rows]``, and ``x`` is the sum of ``sums``, fp32 ``[parts, 8 · blocks]``.
+
+    Each part has its share of the rows of C. The order of a sum doesn't depend on the number of threads.
+    """
+    parts, columns = sums.shape
+    rows, blocks = codes.shape
+    size = (rows + parts - 1) // parts
+    for part in prange(parts):
+        last = min((part + 1) * size, rows)
+        sums[part] = 0
+        for o in range(part * size, last, 4):
+            _add_one(codes, residual, bits, o, last, y, 0, blocks, sums, part * columns)
+
+
+@jit()
+def _rotate_one(x: Any, scale: Any, unit: Any, matrix: Any, K: int, after: bool, out: Any) -> None:
+    """``out[0, :n] = x[0] ⊙ s`` rotated, or ``x`` rotated and then ``⊙ s`` where ``after``; s is ``unit`` times ``scale``, bits of fp16.
+
+    ``x`` is fp32 ``[1, n]``, ``out`` ``[1, n or more]``; see :func:`modulora_quip_sharp_e8.cpu_transform.rotate_rows` for the others.
+    """
+    n = x.shape[1]
+    norm = np.float32(1 / math.sqrt(n))
+    factors = np.empty(n, np.float32)
+    for i in range(n):
+        factors[i] = norm if after else norm * from_half(scale[i])
+    scratch = np.empty(n + (K + OUTPUTS) * LANES, np.float32)
+    flat = out.reshape(out.size)[:n]
+    rotate_rows(x, factors, matrix, K, factors[:0], 0, 1, scratch, flat.reshape(1, n))
+    if after:
+        for i in range(n):
+            flat[i] *= from_half(scale[i]) * unit
+
+
+@jit(parallel=True)
+def forward_one(weight: Any, x: Any, y: Any) -> None:
+    """``y = x Ŵᵀ`` for one row, rotations and all: ``x`` is fp32 ``[1, in]``, ``y`` fp32 ``[1, rows of C]``.
+
+    ``weight`` is codes, residual, bits; the bits of the input's and of the output's scale, int16; the unit, fp32 ``[1]``; then for the
+    input's rotation and for the output's the matrix, as panels, and its order.
+    """
+    codes, residual, bits, input_scale, output_scale, unit, matrix_in, K_in, matrix_out, K_out = weight
+    rows, blocks = codes.shape
+    turned, z = np.zeros((1, 8 * blocks), np.float32), np.empty((1, rows), np.float32)
+    _rotate_one(x, input_scale, np.float32(1), matrix_in, K_in, False, turned)
+    for piece in prange((rows + _ROWS - 1) // _ROWS):
+        stop = min((piece + 1) * _ROWS, rows)
+        for o in range(piece * _ROWS, stop, 4):
+            _four_times_one(codes, residual, bits, o, stop, turned, z)
+    _rotate_one(z, output_scale, unit[0], matrix_out, K_out, True, y)
