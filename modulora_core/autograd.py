@@ -37,6 +37,11 @@ from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_bytes, tile_ranges
 
 
+CPU_COPY_BYTES = 2**20
+"""Of inputs that are cast, or multiplied by a dropout mask, at once: a common L2 cache holds them until they are multiplied, which with
+dropout takes less than half as long as from memory (docs/performance.md)."""
+
+
 def lora_linear(
     x: Tensor,
     quantizer: Quantizer,
@@ -259,31 +264,47 @@ def _dropout_mask(x: Tensor, dropout: float) -> Tensor | None:
     """
     if dropout == 0.0:
         return None
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    return (words.view(torch.int16)[: x.numel()] >= round(dropout * 2**16) - 2**15).view(x.shape)
+    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    flat, below = keep.view(-1), round(dropout * 2**16) - 2**15
+    step = _copy_bytes(x.device) // 2 // 4 * 4
+    for start in range(0, len(flat), step):
+        part = flat[start : start + step]
+        words = torch.empty(-(-len(part) // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        torch.ge(words.view(torch.int16)[: len(part)], below, out=part)
+    return keep
+
+
+def _copy_bytes(device: torch.device) -> int:
+    """Bytes of inputs that are copied at once: cast, or with dropout."""
+    return min(tile_bytes(device), CPU_COPY_BYTES) if device.type == "cpu" else tile_bytes(device)
 
 
 def _row_chunks(x: Tensor, dtype: torch.dtype, keep: Tensor | None = None) -> Iterator[slice]:
-    """Slices of rows whose copies in ``dtype`` fit a tile; one slice where no copy is needed."""
+    """Slices of rows whose copies in ``dtype`` are small; one slice where no copy is needed."""
     if x.dtype == dtype and keep is None:
         yield slice(0, x.shape[0])
         return
-    for start, stop in tile_ranges(x.shape[0], x.shape[1] * dtype.itemsize, tile_bytes(x.device)):
+    for start, stop in tile_ranges(x.shape[0], x.shape[1] * dtype.itemsize, _copy_bytes(x.device)):
         yield slice(start, stop)
 
 
-def _dropped(x: Tensor, rows: slice, dtype: torch.dtype, keep: Tensor | None, dropout: float) -> Tensor:
-    """Rows of the adapter's input: ``x`` in ``dtype``, with dropout applied."""
+def _kept(x: Tensor, rows: slice, dtype: torch.dtype, keep: Tensor | None) -> Tensor:
+    """Rows of the adapter's input: ``x`` in ``dtype``, zero where it is dropped, not yet scaled up for that."""
     chunk = x[rows].to(dtype)
-    return chunk if keep is None else chunk * keep[rows] / (1.0 - dropout)
+    return chunk if keep is None else chunk * keep[rows]
+
+
+def _scaled_up(keep: Tensor | None, dropout: float) -> float:
+    """What makes up for the entries that are dropped."""
+    return 1.0 if keep is None else 1.0 / (1.0 - dropout)
 
 
 def _adapter_input(x: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
     """U = dropout(X) Aᵀ, ``[n, r]`` in A's dtype."""
     U = A.new_empty(x.shape[0], A.shape[0])
     for rows in _row_chunks(x, A.dtype, keep):
-        torch.mm(_dropped(x, rows, A.dtype, keep, dropout), A.t(), out=U[rows])
-    return U
+        torch.mm(_kept(x, rows, A.dtype, keep), A.t(), out=U[rows])
+    return U if keep is None else U.mul_(_scaled_up(keep, dropout))
 
 
 def _add_product(y: Tensor, U: Tensor, B: Tensor, scale: float) -> None:
@@ -312,16 +333,16 @@ def _add_through_A(dX: Tensor, V: Tensor, A: Tensor, keep: Tensor | None, dropou
     if dX.dtype == A.dtype and keep is None:
         dX.addmm_(V, A)
         return
-    for start, stop in tile_ranges(dX.shape[0], dX.shape[1] * A.element_size(), tile_bytes(dX.device)):
-        part = torch.mm(V[start:stop], A)
+    for rows in _row_chunks(dX, A.dtype, keep):
+        part = torch.mm(V[rows], A)
         if keep is not None:
-            part.mul_(keep[start:stop]).div_(1.0 - dropout)
-        dX[start:stop] += part
+            part.mul_(keep[rows])
+        dX[rows].add_(part, alpha=_scaled_up(keep, dropout))
 
 
 def _grad_A(V: Tensor, x: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
     """The gradient Vᵀ dropout(X) of A, ``[r, in]``."""
     dA = torch.zeros_like(A)
     for rows in _row_chunks(x, A.dtype, keep):
-        dA.addmm_(V[rows].t(), _dropped(x, rows, A.dtype, keep, dropout))
+        dA.addmm_(V[rows].t(), _kept(x, rows, A.dtype, keep), alpha=_scaled_up(keep, dropout))
     return dA
