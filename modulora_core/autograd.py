@@ -36,7 +36,6 @@ from modulora_core.errors import ShapeError
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_bytes, tile_ranges
 
-
 CPU_COPY_BYTES = 2**20
 """Of inputs that are cast, or multiplied by a dropout mask, at once: a common L2 cache holds them until they are multiplied, which with
 dropout takes less than half as long as from memory (docs/performance.md)."""
