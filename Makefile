@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CERTIFICATES := build/conformance
-# Two processes of one thread: most of a test is Python. A file's tests stay together, and so do a quantizer's certificate.
-WHOLE_SUITE := --numprocesses 2 --dist loadfile --certified --conformance-report $(CERTIFICATES)
+# Two processes of one thread: most of a test is Python. A file's tests stay together, and so do a quantizer's certificate. conftest.py has the order.
+WHOLE_SUITE := --numprocesses 2 --dist loadfile --no-loadscope-reorder --certified --conformance-report $(CERTIFICATES)
 DOCS_STAMP := $(VENV)/.installed-docs
 
 # The conformance kit and each plugin are distributions of their own with a `test` extra. The kit is first: pip must have seen it when a plugin asks for it.

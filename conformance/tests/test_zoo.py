@@ -14,6 +14,8 @@ from modulora_conformance.suite import QuantizerConformance
 
 from modulora_core.spec import Quantizer
 
+pytestmark = pytest.mark.slow
+
 BROKEN = [name for name in modulora_zoo.SPECS if name not in modulora_zoo.SOUND]
 
 

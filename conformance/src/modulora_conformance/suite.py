@@ -12,6 +12,7 @@ from modulora_conformance.devices import Devices
 from modulora_conformance.golden import Golden
 from modulora_conformance.gradients import Gradients
 from modulora_conformance.identity import Identity
+from modulora_conformance.lookups import Lookups
 from modulora_conformance.memory import Memory
 from modulora_conformance.packing import Packing
 from modulora_conformance.persistence import Persistence
@@ -21,7 +22,7 @@ from modulora_core.spec import Quantizer
 
 
 class QuantizerConformance(
-    Identity, Packing, Golden, Tiles, Products, Gradients, Memory, Persistence, Devices
+    Identity, Packing, Golden, Tiles, Lookups, Products, Gradients, Memory, Persistence, Devices
 ):
     """Every check, L0 to L7. Subclass it in a test file, give the fixture ``quantizer``, and let pytest collect it::
 

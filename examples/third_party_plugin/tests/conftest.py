@@ -2,21 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from modulora_conformance.fixtures import generator, plain_torch  # noqa: F401 - for the tests
 from modulora_half_quadratic import packing, reference
 
-from modulora_core import kernels
 from modulora_core.spec import PackedWeight
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
-def plain_torch(monkeypatch):
-    """The path that runs where no kernel can."""
-    monkeypatch.setattr(kernels, "load", lambda module, device: None)
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +14,7 @@ from modulora_int8.quantizer import INT8, Options
 from pydantic import ValidationError
 
 from modulora_core import kernels
-from modulora_core.errors import CheckpointError, ShapeError, WeightError
+from modulora_core.errors import CheckpointError, WeightError
 from modulora_core.spec import PackedWeight, Quantizer
 
 SHAPES = [(1, 1), (3, 7), (5, 64), (17, 129), (33, 200), (0, 8), (8, 0)]
@@ -142,39 +145,33 @@ def test_matmul_equals_the_product_with_the_reference(shape, transpose, rows, dt
         assert error <= TOLERANCE[dtype], error
 
 
-def test_matmul_takes_any_leading_dimensions_and_strides(generator):
-    packed = INT8().pack(torch.randn(12, 20, generator=generator))
-    x = torch.randn(20, 2, 3, generator=generator).permute(2, 1, 0)  # [3, 2, 20], not contiguous
-    y = INT8().matmul(x, packed)
-    assert y.shape == (3, 2, 12)
-    torch.testing.assert_close(y, x @ by_the_reference(packed).t(), rtol=1e-5, atol=1e-5)
-    assert INT8().matmul(x[0, 0], packed).shape == (12,)
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "reference"])
+@pytest.mark.parametrize("options", [Options(), Options(group_size=48)], ids=name)
+def test_looked_up_rows_have_the_bits_of_the_reference(options, compiled, generator, monkeypatch):
+    packed = INT8(options).pack(torch.randn(41, 130, generator=generator))
+    if not compiled:
+        without_kernels(monkeypatch)
+    W = by_the_reference(packed)
+    for ids in (torch.randint(0, 41, (3, 50), generator=generator), torch.tensor(40), torch.empty(0, 2, dtype=torch.int32),
+                torch.arange(41, dtype=torch.uint8).view(1, 41)):  # fmt: skip
+        for dtype in DTYPES:
+            rows = INT8(options).lookup(ids, packed, dtype)
+            assert rows.dtype == dtype
+            assert torch.equal(rows, W[ids.long()].to(dtype)), (ids.shape, dtype)
 
 
-def test_few_row_products_do_not_depend_on_the_number_of_threads(generator):
-    packed = INT8().pack(torch.randn(96, 1500, generator=generator))
-    x, y = torch.randn(3, 1500, generator=generator), torch.randn(3, 96, generator=generator)
-    threads, products = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            products.append((INT8().matmul(x, packed), INT8().matmul(y, packed, True)))
-    finally:
-        torch.set_num_threads(threads)
-    torch.testing.assert_close(*products, rtol=0, atol=0)
-
-
-def test_matmul_refuses_a_wrong_last_dimension(generator):
-    packed = INT8().pack(torch.randn(4, 6, generator=generator))
-    with pytest.raises(ShapeError, match=r"expected x of shape \[\.\.\., 6\], got \[2, 4\]"):
-        INT8().matmul(torch.randn(2, 4), packed)
-
-
-@pytest.mark.parametrize("rows", [(-1, 2), (0, 5), (3, 2)])
-def test_rows_outside_of_the_weight_are_refused(rows, generator):
-    packed = INT8().pack(torch.randn(4, 6, generator=generator))
-    with pytest.raises(ShapeError, match="expected 0 <= start <= stop <= 4"):
-        INT8().dequantize_tile(packed, rows, torch.float32)
+def test_a_lookup_refuses_what_the_core_refuses_in_its_words(generator):
+    packed = INT8().pack(torch.randn(5, 8, generator=generator))
+    for wrong in (-1, 5):
+        said = []
+        for lookup in (INT8().lookup, partial(Quantizer.lookup, INT8())):
+            with pytest.raises(IndexError) as refused:
+                lookup(torch.tensor([[2, wrong]]), packed, torch.float32)
+            said.append(str(refused.value))
+        assert said[0] == said[1]
+    edited = replace(packed, metadata={"group_size": 2})
+    with pytest.raises(CheckpointError):
+        INT8().lookup(torch.tensor([2]), edited, torch.float32)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
@@ -195,23 +192,6 @@ def test_weights_that_cannot_be_represented_are_refused(bad, at, options, compil
 def test_a_group_size_below_two_is_refused(value):
     with pytest.raises(ValidationError, match="greater than or equal to 2"):
         Options(group_size=value)
-
-
-def test_options_are_frozen_described_and_closed():
-    with pytest.raises(ValidationError, match="frozen"):
-        Options().group_size = 32
-    with pytest.raises(ValidationError, match="Extra inputs"):
-        Options(groupsize=32)
-    assert all(field.description for field in Options.model_fields.values())
-
-
-def test_packing_reads_any_strides_and_changes_nothing(generator):
-    w = torch.randn(50, 30, generator=generator).t()
-    before = w.clone()
-    strided, contiguous = INT8().pack(w), INT8().pack(w.contiguous())
-    assert torch.equal(w, before)
-    for key, tensor in contiguous.tensors.items():
-        assert torch.equal(tensor, strided.tensors[key])
 
 
 def test_the_quantizer_is_what_its_spec_says():

@@ -2,57 +2,40 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from modulora_conformance.interpreted_kernels import run_interpreted
 from modulora_int8.quantizer import INT8, Options
-
-from modulora_core.spec import PackedWeight
 
 pytest.importorskip("triton")
 ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
 gpu = pytest.importorskip("modulora_int8.gpu")
 
-TARGETS = pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "gfx942"])
+TARGETS = pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
 SHAPE = (4096, 4096)
 
 
 def test_interpreted_kernels_give_the_values_of_the_reference():
-    """Triton decides when a kernel is decorated whether it is interpreted, so this takes a process of its own."""
-    check = Path(__file__).with_name("check_int8_interpreted.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(check)], capture_output=True, text=True,
-        timeout=600, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_interpreted(Path(__file__).with_name("check_int8_interpreted.py"))
 
 
 def empty(group_size=None):
     """A weight of ordinary size, whose values nothing reads."""
-    layout = INT8(Options(group_size=group_size)).layout(SHAPE)
-    tensors = {
-        name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for name, t in layout.tensors.items()
-    }
-    return PackedWeight(layout.quantizer, layout.format, layout.shape, tensors, layout.metadata)
+    return INT8(Options(group_size=group_size)).layout(SHAPE).empty("cpu")
 
 
-def recorded(launch):
-    with ahead_of_time.recorded() as calls:
-        launch()
-    (call,) = calls
-    return call
+def compiled(target, launch):
+    (code,) = ahead_of_time.compile_launches(launch, target)
+    assert code.spills == 0
+    return code
 
 
 @TARGETS
 @pytest.mark.parametrize("group_size", [None, 64], ids=str)
 def test_tiles_are_read_and_written_16_bytes_at_a_time(group_size, target):
-    call = recorded(lambda: gpu.dequantize(empty(group_size), (0, SHAPE[0]), torch.bfloat16))
-    code = ahead_of_time.compile_call(call, target)
-    assert code.spills == 0
+    code = compiled(target, lambda: gpu.dequantize(empty(group_size), (0, SHAPE[0]), torch.bfloat16))
     assert code.registers <= 64, "eight programs on a processor, half of its threads"
     assert set(code.stores) == {128}
     # of 2048 weights each of 128 threads has 16 bytes; AMD's 256 have 8
@@ -63,8 +46,7 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(group_size, target):
 @TARGETS
 def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
     x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
-    code = ahead_of_time.compile_call(recorded(lambda: gpu.matmul(x, empty(), False)), target)
-    assert code.spills == 0
+    code = compiled(target, lambda: gpu.matmul(x, empty(), False))
     assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
     assert code.loads[128] >= 1
     assert code.loads[8] == code.loads[16] == 0
@@ -78,8 +60,7 @@ def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
 )
 def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target):
     x = torch.empty(rows, SHAPE[0 if transpose else 1], dtype=dtype)
-    code = ahead_of_time.compile_call(recorded(lambda: gpu.matmul(x, empty(), transpose)), target)
-    assert code.spills == 0
+    code = compiled(target, lambda: gpu.matmul(x, empty(), transpose))
     assert code.registers <= 144, (
         "three programs on a processor, where x's 32 rows and their sums are held too"
     )
@@ -93,8 +74,5 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
 def test_groups_that_are_no_power_of_two_compile_too(target):
     """The interpreter takes more of Python than the compiler does, so what it ran must be compiled as well."""
     packed = empty(group_size=24)
-    for call in (
-        recorded(lambda: gpu.matmul(torch.empty(1, SHAPE[1]), packed, False)),
-        recorded(lambda: gpu.dequantize(packed, (1, 20), torch.float32)),
-    ):
-        assert ahead_of_time.compile_call(call, target).spills == 0
+    compiled(target, lambda: gpu.matmul(torch.empty(1, SHAPE[1]), packed, False))
+    compiled(target, lambda: gpu.dequantize(packed, (1, 20), torch.float32))

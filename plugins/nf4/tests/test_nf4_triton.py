@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from modulora_conformance.interpreted_kernels import run_interpreted
 from modulora_nf4.quantizer import NF4, Options
-
-from modulora_core.spec import PackedWeight
 
 pytest.importorskip("triton")
 ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
 gpu = pytest.importorskip("modulora_nf4.gpu")
 
-TARGETS = pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "gfx942"])
+TARGETS = pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
 SHAPE = (4096, 4096)
 
 
 def test_interpreted_kernels_give_the_values_of_the_reference():
-    """Triton decides when a kernel is decorated whether it is interpreted, so this takes a process of its own."""
-    check = Path(__file__).with_name("check_nf4_interpreted.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(check)], capture_output=True, text=True,
-        timeout=600, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_interpreted(Path(__file__).with_name("check_nf4_interpreted.py"))
 
 
-def empty(double_quant=False):
+def empty(double_quant=False, shape=SHAPE):
     """A weight of ordinary size, whose values nothing reads."""
-    layout = NF4(Options(double_quant=double_quant)).layout(SHAPE)
-    tensors = {
-        name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for name, t in layout.tensors.items()
-    }
-    return PackedWeight(layout.quantizer, layout.format, layout.shape, tensors, layout.metadata)
+    return NF4(Options(double_quant=double_quant)).layout(shape).empty("cpu")
 
 
-def recorded(launch):
-    with ahead_of_time.recorded() as calls:
-        launch()
-    (call,) = calls
-    return call
+def compiled(target, launch):
+    (code,) = ahead_of_time.compile_launches(launch, target)
+    assert code.spills == 0
+    return code
 
 
 @TARGETS
 @pytest.mark.parametrize("double_quant", [False, True], ids=["", "double"])
 def test_tiles_are_read_and_written_16_bytes_at_a_time(double_quant, target):
-    call = recorded(lambda: gpu.dequantize(empty(double_quant), (0, SHAPE[0]), torch.bfloat16))
+    with ahead_of_time.recorded() as calls:
+        gpu.dequantize(empty(double_quant), (0, SHAPE[0]), torch.bfloat16)
+    (call,) = calls
     # of 4096 weights, which are 2048 bytes, each of 128 threads has 16 bytes; AMD's 256 have 8
     wide, code = 64 if target == "gfx942" else 128, replace(call, constants={**call.constants, "CHUNK": 4096})
     code = ahead_of_time.compile_call(code, target)
@@ -69,8 +56,7 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(double_quant, target):
 @TARGETS
 def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
     x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
-    code = ahead_of_time.compile_call(recorded(lambda: gpu.matmul(x, empty(), False)), target)
-    assert code.spills == 0
+    code = compiled(target, lambda: gpu.matmul(x, empty(), False))
     assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
     assert code.loads[64 if target == "gfx942" else 128] >= 1
     assert code.loads[8] == code.loads[16] == 0
@@ -84,8 +70,7 @@ def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
 )
 def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target):
     x = torch.empty(rows, SHAPE[0 if transpose else 1], dtype=dtype)
-    code = ahead_of_time.compile_call(recorded(lambda: gpu.matmul(x, empty(), transpose)), target)
-    assert code.spills == 0
+    code = compiled(target, lambda: gpu.matmul(x, empty(), transpose))
     assert code.registers <= 128
     assert code.loads[64 if target == "gfx942" else 128] >= 1
     if rows > 1:
@@ -97,13 +82,6 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_rows_that_begin_inside_of_a_block_compile_too(target, double_quant):
     """The interpreter takes more of Python than the compiler does, so what it ran must be compiled as well."""
-    layout = NF4(Options(double_quant=double_quant)).layout((33, 577))
-    tensors = {
-        name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for name, t in layout.tensors.items()
-    }
-    packed = PackedWeight(layout.quantizer, layout.format, layout.shape, tensors, layout.metadata)
-    for call in (
-        recorded(lambda: gpu.matmul(torch.empty(1, 577), packed, False)),
-        recorded(lambda: gpu.dequantize(packed, (1, 20), torch.float32)),
-    ):
-        assert ahead_of_time.compile_call(call, target).spills == 0
+    packed = empty(double_quant, (33, 577))
+    compiled(target, lambda: gpu.matmul(torch.empty(1, 577), packed, False))
+    compiled(target, lambda: gpu.dequantize(packed, (1, 20), torch.float32))

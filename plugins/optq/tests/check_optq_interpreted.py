@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from modulora_conformance.interpreted_kernels import poison_new_memory
 from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ, _gpu, from_solution
 
@@ -30,14 +31,8 @@ def case(request, random_solution, monkeypatch):
     bits, size, symmetric, permuted, shape = request.param
     options = Options(bits=bits, group_size=size, symmetric=symmetric)
     solution = random_solution(shape, options, permuted)
-    empty = torch.empty
-
-    def poisoned(*arguments, **keywords):
-        tensor = empty(*arguments, **keywords)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
     packed = from_solution(solution, options)
-    monkeypatch.setattr(torch, "empty", poisoned)  # what a kernel leaves unwritten shows
+    poison_new_memory(monkeypatch)
     return OPTQ(options), packed, solution.dequantize(options)
 
 

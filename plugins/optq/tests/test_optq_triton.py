@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from modulora_conformance.interpreted_kernels import run_interpreted
 from modulora_optq import packing
 from modulora_optq.options import Options
-from modulora_optq.quantizer import OPTQ, _tensors
-
-from modulora_core.spec import PackedWeight
+from modulora_optq.quantizer import OPTQ
 
 pytest.importorskip("triton")
 ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
 
-TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "gfx942"]
+TARGETS = pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
 SHAPE = (4096, 4096)
 
 
 def test_interpreted_kernels_give_the_values_of_the_reference():
-    """Triton decides when a kernel is decorated whether it is interpreted, so this takes a process of its own."""
-    check = Path(__file__).with_name("check_optq_interpreted.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(check)], capture_output=True, text=True,
-        timeout=600, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_interpreted(Path(__file__).with_name("check_optq_interpreted.py"))
 
 
 def empty(bits, symmetric=False):
     """A weight of ordinary size, whose values nothing reads."""
-    metadata = {"bits": bits, "group_size": 64, "symmetric": symmetric, "permuted": False}
-    layouts = _tensors(SHAPE, **metadata)
-    tensors = {name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for name, t in layouts.items()}
-    return OPTQ(Options(bits=bits, symmetric=symmetric)), PackedWeight("optq", 1, SHAPE, tensors, metadata)
+    optq = OPTQ(Options(bits=bits, symmetric=symmetric, group_size=64))
+    return optq, optq.layout(SHAPE).empty("cpu")
 
 
 @pytest.fixture
@@ -49,20 +37,18 @@ def on_a_gpu(monkeypatch):
 
 
 def compiled(target, launch):
-    with ahead_of_time.recorded() as calls:
-        launch()
-    (call,) = calls
-    return ahead_of_time.compile_call(call, target)
+    (code,) = ahead_of_time.compile_launches(launch, target)
+    assert code.spills == 0
+    return code
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@TARGETS
 @pytest.mark.parametrize("bits", [3, 4])
 def test_tiles_are_read_and_written_16_bytes_at_a_time(bits, target, on_a_gpu):
     optq, packed = empty(bits)
     code = compiled(target, lambda: optq.dequantize_tile(packed, (0, SHAPE[0]), torch.bfloat16))
     # of a chunk of 2048 bytes AMD's 256 lanes have 8 each
     wide = code.loads[64 if target == "gfx942" else 128]
-    assert code.spills == 0
     assert code.registers <= 64, "eight programs on a processor, half of its threads"
     assert set(code.stores) == {128}
     assert wide >= len(packing.PLANES[bits])
@@ -70,13 +56,12 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(bits, target, on_a_gpu):
     assert code.loads[16] <= wide, "a scale for as many"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@TARGETS
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_a_product_of_one_row_reads_16_bytes_at_a_time(bits, target, on_a_gpu):
     optq, packed = empty(bits)
     x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
     code = compiled(target, lambda: optq.matmul(x, packed))
-    assert code.spills == 0
     assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
     assert code.loads[128] >= len(packing.PLANES[bits])
 
@@ -96,7 +81,6 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
     optq, packed = empty(3)  # the most to hold: two planes
     x = torch.empty(rows, SHAPE[0] if transpose else SHAPE[1], dtype=dtype)
     code = compiled(target, lambda: optq.matmul(x, packed, transpose))
-    assert code.spills == 0
     assert code.registers <= 128
     # of 64 rows by 32 bytes AMD's 256 lanes have 8 bytes each
     narrower = 64 if target == "gfx942" and dtype == torch.float32 else 128

@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from modulora_conformance.interpreted_kernels import poison_new_memory
 from modulora_quip_sharp_e8 import codebooks, gpu, gpu_transform, transform
 from modulora_quip_sharp_e8.options import Options
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, from_solution, window
@@ -37,14 +38,7 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """What no kernel writes is NaN."""
-    empty = torch.empty
-
-    def full_of_nan(*size, **options):
-        made = empty(*size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", full_of_nan)
+    poison_new_memory(monkeypatch)
 
 
 def random_codes(shape, bits, generator):

@@ -11,6 +11,7 @@ from modulora_quip_sharp_e8.options import Options
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8
 
 
+@pytest.mark.slow
 class TestQuIPSharpE8(QuantizerConformance):
     golden = Path(__file__).parent / "golden"
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from modulora_quip_sharp_e8 import codebooks, quantizer
+from modulora_quip_sharp_e8 import codebooks
 
 from modulora_core import kernels
 
 pytest.importorskip("numba")
+cpu_one_row = pytest.importorskip("modulora_quip_sharp_e8.cpu_one_row")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BITS = (2, 3, 4)
@@ -46,15 +47,15 @@ def definition(codes, residual, bits):
 
 
 def matmul(codes, residual, bits, x):
-    if len(x) == 1:
-        return quantizer._one_row(cpu(), (codes, residual, bits), x, len(codes), False)
     return cpu().rows.matmul((codes, residual, bits), x, len(codes))
 
 
 def matmul_transposed(codes, residual, bits, y, columns=None):
     columns = columns or 8 * codes.shape[1]
     if len(y) == 1:
-        return quantizer._one_row(cpu(), (codes, residual, bits), y, columns, True)
+        sums = torch.full((kernels.PARTIAL_SUMS, 8 * codes.shape[1]), torch.nan)
+        kernels.launch(cpu_one_row.matmul_one_transposed, codes, residual, bits, y, sums)
+        return sums.sum(dim=0, keepdim=True)[:, :columns]
     return cpu().rows.matmul((codes, residual, bits), y, columns, True)
 
 

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from modulora_conformance.interpreted_kernels import run_interpreted
 from modulora_quip_sharp_e8 import transform
 
 pytest.importorskip("triton")
 ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
 
-TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "gfx942"]
+TARGETS = pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "gfx942": 64}
 """KiB that a program may have."""
 N = 4096
 
 
 def test_interpreted_kernels_give_the_values_of_the_definition():
-    """Triton decides when a kernel is decorated whether it is interpreted, so this takes a process of its own."""
-    check = Path(__file__).with_name("check_quip_interpreted.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(check)], capture_output=True, text=True,
-        timeout=600, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_interpreted(Path(__file__).with_name("check_quip_interpreted.py"))
 
 
 def compiled(target, launch):
     """What ``launch`` would run, each kernel without spills and in the shared memory that there is."""
-    with ahead_of_time.recorded() as calls:
-        launch()
-    found = [ahead_of_time.compile_call(call, target) for call in calls]
+    found = ahead_of_time.compile_launches(launch, target)
     assert all(code.spills == 0 for code in found)
     assert all(code.shared <= 1024 * SHARED[target] for code in found)
     return found
@@ -68,14 +58,14 @@ def rotation(n, target):
     return compiled(target, lambda: gpu_transform.rotate(x, transform.order(n), False, vector, vector))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@TARGETS
 def test_tiles_are_written_16_bytes_at_a_time(target):
     code = tile(2, torch.bfloat16, target)
     assert code.registers <= 64, "half of the threads of a processor"
     assert set(code.stores) == {128}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@TARGETS
 def test_a_product_of_one_row_reads_the_codes_of_32_weights_at_a_time(target):
     code = product(4, 1, torch.bfloat16, False, target)
     assert code.registers <= 128, "a quarter of the threads of a processor"
@@ -84,7 +74,7 @@ def test_a_product_of_one_row_reads_the_codes_of_32_weights_at_a_time(target):
         assert code.loads[128] >= 1, "x"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@TARGETS
 def test_a_rotation_in_two_kernels_reads_and_writes_16_bytes_at_a_time(target):
     for code in rotation(11008, target):
         assert set(code.stores) == {128}

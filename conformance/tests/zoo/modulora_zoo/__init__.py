@@ -28,6 +28,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "SignOfOneBit", "TruncatedScale", "SecretlyCalibrated", "NeverCalibrated", "UndampedInverse",
     ),
     "tiles": ("TileSeam", "EvenStarts", "UncheckedRows", "EmptyIsFlat", "HalvesInBfloat16", "WholeForATile", "SharedScratch"),
+    "lookups": ("BytesAreAMask", "IdsFromTheEnd", "RowsWithAGraph", "DecodesTheTable"),
     "products": (
         "WritesToItsInput", "StaleBufferByShape", "FewRowsWithoutZero", "BackwardWithoutZero", "WrongLastBlock", "AdjointOfAnother",
         "FlatOutput", "NoZeroRows", "InputInMemoryOrder", "OverflowsInHalf", "CutsMisfits", "SharedOutput",
