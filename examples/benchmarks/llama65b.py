@@ -97,8 +97,8 @@ def _told(done: int, total: int) -> None:
 
 def _plan_request(flags: argparse.Namespace, checkpoint: Path) -> PlanRequest:
     """What `modulora plan` is asked."""
-    run = {"rank": RANK, "dropout": 0.0, "seq_len": flags.seq_len, "batch_size": 1, "grad_accum": 1, "dtype": flags.dtype,
-           "gradient_checkpointing": flags.gradient_checkpointing}  # fmt: skip
+    run = {"rank": RANK, "dropout": 0.0, "seq_len": flags.seq_len, "batch_size": 1, "grad_accum": 1, "steps": 1, "dtype": flags.dtype,
+           "gradient_checkpointing": flags.gradient_checkpointing, "mapped": flags.mapped}  # fmt: skip
     device = "cuda" if flags.device.startswith("cuda") else "cpu"
     return PlanRequest(str(checkpoint), config=finetuning(run), device=device)
 
@@ -137,7 +137,7 @@ def report(flags: argparse.Namespace, measured: dict[str, Any]) -> str:
         f"A step took {step['seconds_of_step']:.0f} s: {_rate(flags, measured)}. Loss {step['loss']:.3f} (random logits of variance 1 have "
         f"{step['expected_loss']:.3f}). Gradients of {step['gradients']} matrices A and B, finite and not zero: {bad}.",
         "",
-        *_plan_table(flags, measured),
+        *_plan_table(measured),
         "",
         *_paper_table(flags, measured),
     ]
@@ -152,16 +152,12 @@ def _rate(flags: argparse.Namespace, measured: dict[str, Any]) -> str:
     return f"{operations / 1e12:.2f}e12 operations with packed weights, {operations / step['seconds_of_step'] / 1e9:.1f}e9 a second"
 
 
-def _plan_table(flags: argparse.Namespace, measured: dict[str, Any]) -> list[str]:
+def _plan_table(measured: dict[str, Any]) -> list[str]:
     items, planned = measured["plan"]["items"], measured["plan"]["training_bytes"]
     peak = measured["step"]["peak_memory_bytes"]
-    lines = ["| `modulora plan`, training | GiB |", "|-|-|"]
+    lines = [f"| `modulora plan`, {measured['plan']['jobs']['training']['when']} | GiB |", "|-|-|"]
     lines += [f"| {name.replace('_', ' ')} | {nbytes / GIB:.2f} |" for name, nbytes in items.items()]
     lines += [f"| planned | {planned / GIB:.2f} |", f"| measured | {peak / GIB:.2f} |"]
-    if flags.mapped:
-        packed, layers = measured["plan"]["packed_bytes"], SHAPES[flags.model].layers
-        one_block = planned - packed + packed / layers
-        lines.append(f"| planned, with one of {layers} blocks of packed weights | {one_block / GIB:.2f} |")
     return lines
 
 

@@ -59,6 +59,7 @@ class Shape:
 
 SHAPES: Mapping[str, Shape] = {
     "tiny": Shape(2, 128, 344, 4, 512),
+    "1b": Shape(16, 2048, 5504, 16),
     "7b": Shape(32, 4096, 11008, 32),
     "13b": Shape(40, 5120, 13824, 40),
     "30b": Shape(60, 6656, 17920, 52),

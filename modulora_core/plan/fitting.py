@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from modulora_core.errors import ModuLoRAError, OptionError
+from modulora_core.ends import EMBEDDINGS, HEAD
+from modulora_core.errors import OptionError, ShapeError
 from modulora_core.plan import jobs
+from modulora_core.plan.helpful import Change, changes, created
 from modulora_core.plan.jobs import Job
 from modulora_core.plan.packing import quantizing
 from modulora_core.plan.rehearsal import Rehearsal, rehearse_training
@@ -23,29 +25,6 @@ _MOST_SEQ_LEN = 2**17
 
 _CLOSE = 0.02
 """A search ends when what fits and what doesn't differ by this share."""
-
-_OF_OPTIMIZER = frozenset({"optimizer", "offload_optimizer"})
-"""Settings that change nothing in a forward and a backward."""
-
-_WORTH = 2**20
-"""Bytes that a change must save to be told."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Another setting, and what it does.
-
-    Attributes:
-        change: as words of the command line.
-        nbytes: that training takes then.
-        saves: bytes.
-        fits: whether that is within the budget.
-    """
-
-    change: str
-    nbytes: int
-    saves: int
-    fits: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +92,11 @@ def plan_memory(request: PlanRequest, on_search: Callable[[str], None] | None = 
             raise OptionError(
                 f"quantizer {request.quantizer}: expected a model that isn't packed, and {request.model} is; leave -q out"
             )
+        _refuse_ends(request)
         return _fitted(request, found, on_search)
     if request.quantizer is None:
         raise OptionError(f"model {request.model}: it isn't packed: expected a quantizer, got none")
-    subject = found.packed_by(create(request.quantizer, request.options))
+    subject = found.packed_by(create(request.quantizer, request.options), request.head, request.embeddings)
     return _fitted(request, subject, on_search, found)
 
 
@@ -130,14 +110,25 @@ def plan_all(request: PlanRequest) -> list[MemoryPlan]:
         return [plan_memory(request)]
     plans = []
     for name, options in configurations():
+        quantizer = created(name, options)
+        if quantizer is None:
+            continue
         try:
-            subject = found.packed_by(create(name, options))
-        except ModuLoRAError:
+            subject = found.packed_by(quantizer, request.head, request.embeddings)
+        except ShapeError:
             continue
         asked = replace(request, quantizer=name, options=options)
         rehearsal = rehearse_training(_checked(subject, asked), asked)
         plans.append(_judged(_plan(subject, asked, rehearsal)))
     return plans
+
+
+def _refuse_ends(request: PlanRequest) -> None:
+    for option, choice in ((HEAD, request.head), (EMBEDDINGS, request.embeddings)):
+        if choice is not None:
+            raise OptionError(
+                f"--{option} {choice.label}: expected a model that isn't packed, and {request.model} is; leave it out"
+            )
 
 
 def _plan(
@@ -198,9 +189,10 @@ def _fitted(
         lambda n: nbytes(config.seq_len, n), budget, config.batch_size, range(1, _MOST_BATCH + 1)
     )
     judged = replace(_judged(plan), longest_seq_len=longest, largest_batch_size=largest)
-    return (
-        judged if judged.fits else replace(judged, changes=tuple(_changes(judged, subject, rehearsal, dense)))
-    )
+    if judged.fits:
+        return judged
+    helpful = changes(request, judged.training, subject, rehearsal, dense)
+    return replace(judged, changes=tuple(helpful))
 
 
 def _largest(nbytes: Callable[[int], int], budget: int, start: int, allowed: range) -> int:
@@ -230,58 +222,3 @@ def _next(known: Mapping[int, int], budget: int, low: int, high: int) -> int:
     met = min(max(met, low + max(1, int(_CLOSE * low))), high - 1)
     # once the line's number is known it is the next by 2 % that shows whether more fits
     return met if met not in known else (low + high) // 2
-
-
-def _changes(
-    plan: MemoryPlan, subject: Subject, rehearsal: Rehearsal, dense: Dense | None
-) -> Iterator[Change]:
-    """Settings that save memory, each alone."""
-    found = []
-    for words, fields in _other_settings(plan):
-        try:
-            changed = plan.request.changed(**fields)
-        except OptionError:  # it doesn't go together with the rest
-            continue
-        same_step = _OF_OPTIMIZER.issuperset(fields)
-        anew = rehearsal if same_step else rehearse_training(subject, changed)
-        found.append((words, jobs.training(subject, changed, anew).nbytes))
-    if dense is not None:
-        found += _other_quantizers(plan, dense)
-    budget, before = plan.request.budget or 0, plan.training.nbytes
-    worth = [Change(words, n, before - n, n <= budget) for words, n in found if before - n > _WORTH]
-    yield from sorted(worth, key=lambda change: -change.saves)
-
-
-def _other_settings(plan: MemoryPlan) -> Iterator[tuple[str, dict[str, Any]]]:
-    config = plan.request.config
-    if not config.gradient_checkpointing:
-        yield "--gradient-checkpointing", {"gradient_checkpointing": True}
-    elif not config.offload_activations:
-        yield "--offload-activations", {"offload_activations": True}
-    if config.batch_size > 1:
-        accumulated = config.grad_accum * config.batch_size
-        yield f"--batch-size 1 --grad-accum {accumulated}", {"batch_size": 1, "grad_accum": accumulated}
-    if config.seq_len > 256:
-        yield f"--seq-len {config.seq_len // 2}", {"seq_len": config.seq_len // 2}
-    if plan.request.dtype == "float32":
-        yield "--dtype bfloat16", {"dtype": "bfloat16"}
-    if config.optimizer == "adamw":
-        yield "--optimizer adamw-8bit", {"optimizer": "adamw-8bit"}
-    if not config.offload_optimizer:
-        yield "--offload-optimizer", {"offload_optimizer": True}
-    if config.rank > 8:
-        yield "--rank 8", {"rank": 8}
-    if not config.apply_gradients_at_once:
-        at_once = {"apply_gradients_at_once": True, "grad_accum": 1, "max_grad_norm": 0.0}
-        yield "--apply-gradients-at-once --grad-accum 1 --max-grad-norm 0", at_once
-
-
-def _other_quantizers(plan: MemoryPlan, dense: Dense) -> Iterator[tuple[str, int]]:
-    """Smaller ones; of each width's kind the same, so of each configuration. Their products take about the same memory."""
-    for name, options in configurations():
-        try:
-            packed = dense.packed_by(create(name, options)).record.nbytes
-        except ModuLoRAError:
-            continue
-        words = " ".join([f"-q {name}", *(f"-o {key}={value}" for key, value in options.items())])
-        yield words, plan.training.nbytes - plan.packed_bytes + packed

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
-
-import torch
-from torch import nn
 
 from modulora_core.plan import overhead
 from modulora_core.plan.ledger import Bytes
 from modulora_core.plan.rehearsal import Rehearsal, rehearse_decoding
 from modulora_core.plan.request import PlanRequest
+from modulora_core.plan.resident import loaded
 from modulora_core.plan.subject import Subject
 
 FP32 = 4
@@ -71,43 +67,36 @@ def job(when: str, items: Mapping[str, float]) -> Job:
     return Job(when, {name: round(items[name]) for name in ITEMS if items.get(name, 0) >= _SHOWN})
 
 
-@lru_cache(maxsize=8)
-def weights(subject: Subject, dtype: str) -> Mapping[str, int]:
-    """Bytes of everything that is loaded: packed, and dense in ``dtype``."""
-    model = subject.skeleton(getattr(torch, dtype))
-    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    found = {**subject.packed_bytes, "embeddings_and_head": 0, "norms_and_biases": 0}
-    seen: set[int] = set()
-    for module in model.modules():
-        item = (
-            "embeddings_and_head"
-            if id(module) in ends or isinstance(module, nn.Embedding)
-            else "norms_and_biases"
-        )
-        for tensor in module.parameters(recurse=False):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                found[item] += tensor.numel() * tensor.element_size()
-    return MappingProxyType(found)
-
-
 def training(subject: Subject, request: PlanRequest, rehearsal: Rehearsal) -> Job:
-    """A step of ``request.config`` after the first, when the optimizer has its states; ``rehearsal`` is of its forward and backward."""
-    held = {
-        **weights(subject, request.dtype),
-        "adapter": FP32 * rehearsal.adapter,
-        "optimizer": _states(rehearsal, request),
-    }
+    """The step of ``request.config`` that takes most: one after the first, when the optimizer has its states, unless there is one only.
+
+    Args:
+        rehearsal: of its forward and backward.
+    """
+    config = request.config
+    states = _states(rehearsal, request)
+    first_alone = config.steps == 1 and not config.apply_gradients_at_once
     at, most = rehearsal.timeline.peak()
-    step = _step_of_optimizer(rehearsal, request)
-    if step.total() > most.total():
-        at, most = "optimizer", step
-    moving = Bytes(most)
-    if request.config.grad_accum > 1:  # those of the micro-batch before are there all the time
+    moving = Bytes(most) + Bytes(optimizer=0 if first_alone else states)
+    step = _step_of_optimizer(rehearsal, request) + Bytes(optimizer=states)
+    if step.total() > moving.total():
+        at, moving = "optimizer", step
+    if config.grad_accum > 1:  # those of the micro-batch before are there all the time
         moving["gradients"] = FP32 * rehearsal.adapter
-    unused = overhead.unused(request.device, moving.total(), rehearsal.largest)
+    unused = overhead.unused(request.device, moving.total(), rehearsal.largest, overhead.STEPS)
+    held = {**loaded(subject, request, _tokens(request)), "adapter": FP32 * rehearsal.adapter}
     extra = {"allocator": unused, "runtime": overhead.TRAINING_BYTES[request.device]}
     return job(_when(at), {**held, **moving, **extra})
+
+
+def _tokens(request: PlanRequest) -> int | None:
+    """Tokens that the run reads; None where it has no end."""
+    config = request.config
+    return (
+        None
+        if config.steps is None
+        else config.steps * config.grad_accum * config.batch_size * config.seq_len
+    )
 
 
 def decoding(subject: Subject, request: PlanRequest) -> Job:
@@ -120,15 +109,16 @@ def decoding(subject: Subject, request: PlanRequest) -> Job:
     _, most = rehearsal.timeline.peak()
     moving = Bytes(most)
     moving["activations"] -= min(rehearsal.kept, moving["activations"])
-    extra = {"kv_cache": rehearsal.kept, "allocator": overhead.unused(request.device, most.total(), rehearsal.largest),
+    extra = {"kv_cache": rehearsal.kept, "allocator": overhead.unused(request.device, most.total(), rehearsal.largest, overhead.FORWARDS),
              "runtime": overhead.RUNNING_BYTES[request.device]}  # fmt: skip
-    return job("the prompt is read", {**weights(subject, request.dtype), **moving, **extra})
+    weights = loaded(subject, request, request.config.seq_len)
+    return job("the prompt is read", {**weights, **moving, **extra})
 
 
-def _states(rehearsal: Rehearsal, request: PlanRequest) -> float:
+def _states(rehearsal: Rehearsal, request: PlanRequest) -> int:
     values = rehearsal.largest_adapter if request.config.offload_optimizer else rehearsal.adapter
     if request.config.optimizer == "adamw-8bit":
-        return 2 * values * (1 + FP32 / STATES_OF_A_SCALE)
+        return round(2 * values * (1 + FP32 / STATES_OF_A_SCALE))
     return 2 * values * FP32
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
+from itertools import pairwise
 
 import torch
 
@@ -14,6 +15,8 @@ from modulora_core.plan.request import PlanRequest
 from modulora_core.plan.subject import Subject
 from modulora_core.plan.workspace import packing_workspace
 from modulora_core.record import PackedSite
+from modulora_core.sources.conversion import build_skeleton
+from modulora_core.sources.quiet import quiet
 
 FP32 = 4
 
@@ -28,9 +31,7 @@ def quantizing(subject: Subject, request: PlanRequest) -> Job:
     """
     calibrated = any(quantizer.spec.calibration == "required" for quantizer in subject.quantizers)
     items = _by_block(subject, request) if calibrated else _by_layer(subject)
-    process = (
-        overhead.RUNNING_BYTES if calibrated else overhead.QUANTIZING_BYTES
-    )  # blocks are run, or only packed
+    process = overhead.CALIBRATING_BYTES if calibrated else overhead.QUANTIZING_BYTES
     return job("a layer is packed", items | {"runtime": process[request.device]})
 
 
@@ -39,9 +40,9 @@ def _stored_dtype(subject: Subject) -> torch.dtype:
 
 
 def _by_layer(subject: Subject) -> dict[str, float]:
-    """The largest of all parameters: as it is stored, and what packing it takes."""
+    """The largest of all parameters: as it is stored, and what packing it takes. While one is read, the one before is still there."""
     width = _stored_dtype(subject).itemsize
-    worst: dict[str, float] = {"dense_weights": _largest_kept(subject)}
+    worst: dict[str, float] = {"dense_weights": _largest_pair(subject)}
     for site in subject.record.sites:
         found = {"dense_weights": site.weights * width, "workspace": _packing(subject, site)}
         worst = max(worst, found, key=lambda items: sum(items.values()))
@@ -52,14 +53,26 @@ def _by_block(subject: Subject, request: PlanRequest) -> dict[str, float]:
     sizes = subject.config.get_text_config()
     tokens = request.calibration_samples * request.calibration_seq_len
     hidden = tokens * sizes.hidden_size * FP32
-    widest = max(site.layout.shape[1] for site in subject.record.sites)
+    widest = max(site.layout.shape[1] for site in _calibrated(subject))
     paused = min(PAUSED_BYTES, tokens * FP32 * (2 * sizes.hidden_size + widest))
-    return {
+    moment = widest**2 * FP32
+    kept = 0 if hidden > SPILL_BYTES else hidden
+    packing = {
         "dense_weights": _dense_block(subject) * FP32,
-        "workspace": max(_packing(subject, site) for site in subject.record.sites),
+        "workspace": max(_packing(subject, site) for site in _calibrated(subject)),
         "activations": paused,
-        "calibration": (0 if hidden > SPILL_BYTES else hidden) + MOMENTS * widest**2 * FP32,
+        "calibration": kept + MOMENTS * moment,
     }
+    # the embedding is there until all samples have come through it
+    entering = {"dense_weights": (_dense_block(subject) + _table(subject)) * FP32, "calibration": kept}
+    items = max(packing, entering, key=lambda items: sum(items.values()))
+    of_heap = min(moment, overhead.HEAP_BLOCK)
+    return items | {"allocator": overhead.unused("cpu", 0, of_heap, overhead.LAYERS)}
+
+
+def _calibrated(subject: Subject) -> list[PackedSite]:
+    """What is packed within the blocks."""
+    return [site for name, site in subject.record.items() if subject.block_of(name)]
 
 
 def _packing(subject: Subject, site: PackedSite) -> float:
@@ -70,17 +83,23 @@ def _packing(subject: Subject, site: PackedSite) -> float:
 
 def _dense_block(subject: Subject) -> int:
     """Weights of the largest block."""
-    sizes: dict[str, int] = {}
+    sizes = Counter[str]()
     for name, site in subject.record.items():
-        if name.startswith(f"{subject.blocks}."):
-            number = name.removeprefix(f"{subject.blocks}.").partition(".")[0]
-            sizes[number] = sizes.get(number, 0) + site.weights
+        sizes[subject.block_of(name)] += site.weights
+    del sizes[""]
     return max(sizes.values(), default=0)
 
 
-def _largest_kept(subject: Subject) -> int:
-    """Bytes of the largest parameter that isn't packed."""
-    model = subject.skeleton(_stored_dtype(subject))
-    return max(
-        (math.prod(parameter.shape) * parameter.element_size() for parameter in model.parameters()), default=0
-    )
+def _table(subject: Subject) -> int:
+    """Weights of the input embedding."""
+    with quiet():
+        model = build_skeleton(subject.config, _stored_dtype(subject))
+    return sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
+
+
+def _largest_pair(subject: Subject) -> int:
+    """Bytes of the two largest parameters that follow each other, packed or not."""
+    with quiet():
+        model = build_skeleton(subject.config, _stored_dtype(subject))
+    sizes = [tensor.numel() * tensor.element_size() for _, tensor in model.named_parameters()]
+    return max(map(sum, pairwise(sizes)), default=sum(sizes))

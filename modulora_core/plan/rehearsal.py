@@ -78,7 +78,7 @@ def rehearse_training(subject: Subject, request: PlanRequest) -> Rehearsal:
     model.train()
     with _stage(model, subject, request, config.batch_size) as stage:
         _watch_gradients(model, stage.ledger, config)
-        with _offloaded() if config.offload_activations else ExitStack():
+        with _offloaded(model) if config.offload_activations else ExitStack():
             stage.ledger.begin("start")
             with chunked_loss(model):
                 loss = model(**stage.batch, labels=stage.batch["input_ids"]).loss
@@ -194,13 +194,18 @@ def _watch_gradients(model: nn.Module, ledger: Ledger, config: FinetuneConfig) -
             parameter.register_post_accumulate_grad_hook(arrived)
 
 
-def _offloaded() -> Any:
-    """What the forward keeps takes no memory until the backward asks for it, as with ``offload_activations``."""
+def _offloaded(model: nn.Module) -> Any:
+    """What the forward keeps takes no memory until the backward asks for it, as with ``offload_activations``, but for the model's own."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
-    def drop(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    def drop(tensor: Tensor) -> Tensor | tuple[torch.Size, torch.dtype, torch.device]:
+        if tensor.untyped_storage()._cdata in own:
+            return tensor
         return tensor.shape, tensor.dtype, tensor.device
 
-    def bring(kept: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
+    def bring(kept: Tensor | tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
         return torch.empty(kept[0], dtype=kept[1], device=kept[2])
 
     return torch.autograd.graph.saved_tensors_hooks(drop, bring)

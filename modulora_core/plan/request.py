@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from modulora_core.errors import OptionError
 from modulora_core.finetune_config import FinetuneConfig
 
-UNPLANNED = frozenset({"model", "out", "data", "format", "eval_data", "eval_every", "adapter", "steps", "epochs", "lr", "scheduler",
-                       "warmup", "weight_decay", "seed", "save_every", "mapped"})  # fmt: skip
+if TYPE_CHECKING:
+    from modulora_core.choices import Choice
+
+UNPLANNED = frozenset({"model", "out", "data", "format", "eval_data", "eval_every", "adapter", "epochs", "lr", "scheduler",
+                       "warmup", "weight_decay", "seed", "save_every"})  # fmt: skip
 """Fields of a finetuning run that memory doesn't depend on, or that take files."""
 
 Device = Literal["cpu", "cuda"]
@@ -24,7 +27,9 @@ class PlanRequest:
         model: MODEL: a folder, of which config.json is enough, a Hub id, a ``.gguf`` file, ``package:NAME``, or a packed checkpoint.
         quantizer: a quantizer's name; None for a packed checkpoint's own.
         options: of the quantizer.
-        config: the finetuning run; of its fields those that memory doesn't depend on are ignored.
+        head, embeddings: quantizers for the output head and the input embedding, which stay dense without.
+        config: the finetuning run; of its fields those that memory doesn't depend on are ignored. Without ``steps`` it is so long that
+            every token has occurred.
         device: the kind of device that is planned for.
         budget: bytes that may be used; None for no limit.
         padded: whether the sequences of a batch may be of different lengths, as those of chats and instructions are: then attention gets a
@@ -44,11 +49,17 @@ class PlanRequest:
     calibration_samples: int = 128
     calibration_seq_len: int = 512
     revision: str | None = None
+    head: Choice | None = None
+    embeddings: Choice | None = None
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise OptionError(
                 f"device {self.device!r}: expected cpu or cuda, which is all that is planned for"
+            )
+        if self.config.mapped and self.device != "cpu":
+            raise OptionError(
+                f"mapped: expected the device cpu, got {self.device}, to which weights are copied; leave mapped out"
             )
         if self.config.dtype == "float16" and self.device == "cpu":
             raise OptionError(
@@ -77,5 +88,6 @@ def finetuning(options: Mapping[str, object]) -> FinetuneConfig:
     Raises:
         OptionError: as :meth:`FinetuneConfig.build`.
     """
-    unimportant: dict[str, object] = {"model": "-", "out": "-", "data": ["-"], "steps": 1}
-    return FinetuneConfig.build(unimportant | dict(options))
+    unimportant: dict[str, object] = {"model": "-", "out": "-", "data": ["-"]}
+    long = {} if options.get("steps") is not None else {"epochs": 1}
+    return FinetuneConfig.build(unimportant | long | dict(options))

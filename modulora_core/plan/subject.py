@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,12 @@ import torch
 from modulora_core import registry
 from modulora_core.calibration import find_blocks
 from modulora_core.checkpoint import open_checkpoint
-from modulora_core.errors import ModelError, ShapeError
+from modulora_core.choices import Choice
+from modulora_core.ends import find_ends
+from modulora_core.errors import ModelError
 from modulora_core.formats import recognise
 from modulora_core.integrations.transformers import install
+from modulora_core.quantization_plan import choice_of_end, layout_of
 from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord, Recipe
 from modulora_core.sites import LinearSite, find_sites
 from modulora_core.sources import open_model
@@ -45,11 +48,29 @@ class Dense:
     linears: tuple[LinearSite, ...]
     blocks: str
 
-    def packed_by(self, quantizer: Quantizer) -> Subject:
-        """Raises ShapeError when ``quantizer`` can't pack a layer; the message names the layer."""
-        sites, weights = _sites(self.linears, quantizer)
-        record = QuantizationRecord((Recipe.of(quantizer),), sites, weights)
-        return Subject(self.name, self.config, record, (quantizer,), self.blocks)
+    def packed_by(
+        self, quantizer: Quantizer, head: Choice | None = None, embeddings: Choice | None = None
+    ) -> Subject:
+        """What ``modulora quantize`` would make of it.
+
+        Args:
+            head, embeddings: quantizers for the two ends, which stay dense without (:func:`modulora_core.ends.find_ends`).
+
+        Raises:
+            ShapeError: a quantizer can't pack a layer; the message names the layer.
+            PluginError, OptionError: an end can't be packed, or not by what was asked for.
+        """
+        with quiet():
+            skeleton = build_skeleton(self.config, self.config.dtype or torch.float32)
+        names = [name for name, _ in skeleton.named_parameters()]
+        ends = find_ends(skeleton, head, embeddings, names)
+        quantizers = [quantizer]
+        chosen = {end.site.name: choice_of_end(end, quantizers) for end in ends}
+        others = [linear for linear in self.linears if linear.name not in chosen]
+        linears = [*others, *(end.site for end in ends)]
+        sites, weights = _sites(linears, quantizers, chosen)
+        record = QuantizationRecord(tuple(map(Recipe.of, quantizers)), sites, weights)
+        return Subject(self.name, self.config, record, tuple(quantizers), self.blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +97,12 @@ class Subject:
         install(model, self.record)
         return model
 
-    @property
-    def packed_bytes(self) -> Mapping[str, int]:
-        """Bytes of codes, and of what is a number by itself: scales and vectors."""
-        found = {"packed_codes": 0, "packed_scales": 0}
-        for _, site in self.record.items():
-            for tensor in site.layout.tensors.values():
-                item = "packed_scales" if "float" in tensor.dtype else "packed_codes"
-                found[item] += tensor.nbytes * (site.experts or 1)
-        return found
+    def block_of(self, parameter: str) -> str:
+        """The path of the decoder block that has a parameter; empty where none has it."""
+        if not parameter.startswith(f"{self.blocks}."):
+            return ""
+        number = parameter.removeprefix(f"{self.blocks}.").partition(".")[0]
+        return f"{self.blocks}.{number}"
 
 
 def open_subject(model: str, revision: str | None = None) -> Dense | Subject:
@@ -150,30 +168,27 @@ def _list_of_blocks(skeleton: PreTrainedModel) -> str:
 
 
 def _sites(
-    linears: tuple[LinearSite, ...], quantizer: Quantizer
+    linears: Sequence[LinearSite], quantizers: Sequence[Quantizer], chosen: Mapping[str, int]
 ) -> tuple[tuple[PackedSite, ...], dict[str, int]]:
-    """Each kind of packed parameter once, and the kind of every parameter."""
-    layouts: dict[tuple[int, int], PackedLayout] = {}
+    """Each kind of packed parameter once, and the kind of every parameter; what isn't ``chosen`` is packed by the first quantizer."""
+    layouts: dict[tuple[int, tuple[int, int]], PackedLayout] = {}
     kinds: dict[PackedKind, int] = {}
     sites: list[PackedSite] = []
     weights: dict[str, int] = {}
     for linear in linears:
-        shape = (linear.out_features, linear.in_features)
-        if shape not in layouts:
-            try:
-                quantizer.check_shape(shape)
-            except ShapeError as error:
-                raise ShapeError(f"{error} ({linear.module}); choose another quantizer") from None
-            layouts[shape] = quantizer.layout(shape)
-        kind = (shape, linear.kind, linear.experts, linear.transposed)
+        recipe, shape = chosen.get(linear.name, 0), (linear.out_features, linear.in_features)
+        if (recipe, shape) not in layouts:
+            layouts[recipe, shape] = layout_of(quantizers[recipe], shape, linear)
+        kind = (recipe, shape, linear.kind, linear.experts, linear.transposed)
         if kind not in kinds:
             kinds[kind] = len(sites)
-            sites.append(PackedSite(0, layouts[shape], linear.kind, linear.experts, linear.transposed))
+            site = PackedSite(recipe, layouts[recipe, shape], linear.kind, linear.experts, linear.transposed)
+            sites.append(site)
         weights[linear.name] = kinds[kind]
     return tuple(sites), weights
 
 
-PackedKind = tuple[tuple[int, int], str, int | None, bool]
+PackedKind = tuple[int, tuple[int, int], str, int | None, bool]
 
 
 def create(name: str, options: Mapping[str, Any]) -> Quantizer:

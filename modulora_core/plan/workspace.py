@@ -124,9 +124,14 @@ def _peak_of_product(
 
 def packing_workspace(quantizer: Quantizer, shape: tuple[int, int]) -> int:
     """Bytes that packing a weight of this shape takes, beside the weight and its H, with the packed weight itself."""
+    key = (type(quantizer), quantizer.options.model_dump_json())
     small = _small_shape(quantizer, shape)
-    scale = (shape[0] * shape[1]) / (small[0] * small[1])
-    return int(_peak_of_packing(type(quantizer), quantizer.options.model_dump_json(), small) * scale)
+    if quantizer.spec.calibration == "none" and small != shape:
+        # rows are packed alike, and what a row takes has a part that doesn't grow with its length: a scale
+        first, second = (_peak_of_packing(*key, (small[0], width)) for width in (small[1], 2 * small[1]))
+        per_column = (second - first) / small[1]
+        return int((first + per_column * (shape[1] - small[1])) * shape[0] / small[0])
+    return int(_peak_of_packing(*key, small) * (shape[0] * shape[1]) / (small[0] * small[1]))
 
 
 @lru_cache(maxsize=256)

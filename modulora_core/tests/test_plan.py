@@ -16,12 +16,14 @@ import pytest
 from transformers import LlamaConfig
 
 from modulora_core.checkpoint import load_model, open_checkpoint
+from modulora_core.choices import Choice
 from modulora_core.cli import main
 from modulora_core.errors import AdapterError, OptionError
-from modulora_core.plan import jobs
 from modulora_core.plan.fitting import MemoryPlan, plan_memory
 from modulora_core.plan.jobs import ITEMS
 from modulora_core.plan.request import PlanRequest, finetuning
+from modulora_core.plan.resident import loaded
+from modulora_core.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,7 +101,8 @@ def test_what_is_loaded_is_what_is_planned(pack: Pack) -> None:
     stored = {
         t.data_ptr(): t.numel() * t.element_size() for t in [*model.parameters(), *_packed_tensors(model)]
     }
-    items = jobs.weights(_subject(packed), "bfloat16")
+    asked_for = asked(packed, None, dtype="bfloat16")
+    items = loaded(_subject(packed), asked_for, None)
     assert sum(items.values()) == sum(stored.values())
 
 
@@ -130,6 +133,70 @@ def test_each_setting_changes_its_item(toy: Any, config_alone: Path) -> None:
     assert items(dtype="bfloat16")["embeddings_and_head"] == before["embeddings_and_head"] / 2
     assert "gradients" not in items(apply_gradients_at_once=True, grad_accum=1, max_grad_norm=0)
     assert sum(items(offload_activations=True).values()) < sum(before.values())
+
+
+def test_a_mapped_model_has_one_block_in_memory(toy: Any, config_alone: Path) -> None:
+    resident, mapped = (plan_memory(asked(config_alone, mapped=mapped)) for mapped in (False, True))
+    assert mapped.packed_bytes == resident.packed_bytes, "of the whole model"
+    assert _packed_in(mapped) == resident.packed_bytes / 8, "of eight equal blocks"
+    other = {"packed_codes", "packed_scales"}
+    for before, after in zip(resident.jobs.values(), mapped.jobs.values(), strict=True):
+        assert {k: v for k, v in before.items.items() if k not in other} == {
+            k: v for k, v in after.items.items() if k not in other
+        }
+    assert mapped.quantizing == resident.quantizing
+
+
+def _packed_in(plan: MemoryPlan) -> int:
+    return plan.training.items["packed_codes"] + plan.training.items["packed_scales"]
+
+
+def test_a_mapped_model_in_another_dtype_holds_what_was_cast_twice(toy: Any, config_alone: Path) -> None:
+    fp32, bf16 = (
+        plan_memory(asked(config_alone, mapped=True, dtype=dtype)).training.items["embeddings_and_head"]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert bf16 == 1.5 * fp32, "stored in fp32, which stays mapped, and a copy of half the size"
+
+
+def test_of_an_embedding_only_rows_that_are_looked_up_are_read(toy: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
+    LlamaConfig(**sizes, vocab_size=65536, tie_word_embeddings=False).save_pretrained(tmp_path)
+    table = 65536 * 512 * 4
+
+    def ends(**options: Any) -> int:
+        options = {"batch_size": 1, "seq_len": 2, "grad_accum": 1, **options}
+        return plan_memory(asked(tmp_path, **options)).training.items["embeddings_and_head"]
+
+    assert ends() == 2 * table, "in a long run every token occurs"
+    # two tokens in one or two of 64 pieces of 2 MiB, the head whole
+    assert table + 2**21 < ends(steps=1) < table + 2 * 2**21
+    assert ends(steps=2000) == pytest.approx(2 * table, rel=1e-6)
+    assert ends(steps=1, dtype="bfloat16") == table, (
+        "a copy in another dtype is whole: two tables of half the size"
+    )
+
+
+def test_one_step_alone_has_no_moments_before_its_end(toy: Any, config_alone: Path) -> None:
+    several, one = (
+        plan_memory(asked(config_alone, grad_accum=1, gradient_checkpointing=False, steps=n)).training
+        for n in (2, 1)
+    )
+    assert "optimizer" not in one.items
+    assert several.items["optimizer"] == 2 * several.items["adapter"]
+
+
+def test_packed_ends_are_planned_as_they_are_packed(pack: Pack, tmp_path: Path) -> None:
+    dense, _ = pack("llama", "toy")
+    head, embeddings = Choice("toy"), Choice("verbatim")
+    quantize(str(dense), tmp_path / "out", "toy", head=head, embeddings=embeddings)
+    to_pack = asked(dense, seq_len=64)
+    of_dense = plan_memory(replace(to_pack, head=head, embeddings=embeddings))
+    of_packed = plan_memory(asked(tmp_path / "out", None, seq_len=64))
+    assert of_dense.packed_bytes == of_packed.packed_bytes > plan_memory(to_pack).packed_bytes
+    assert of_dense.training == of_packed.training
+    assert of_dense.decoding == of_packed.decoding
+    assert "embeddings_and_head" not in of_packed.training.items
 
 
 def test_more_blocks_are_counted_as_a_model_that_has_them(
@@ -175,6 +242,12 @@ def test_without_room_it_says_what_helps(plan: MemoryPlan) -> None:
     really = plan_memory(replace(plan.request.changed(gradient_checkpointing=True), budget=None))
     assert (change.nbytes, change.fits) == (really.training.nbytes, True)
     assert change.saves == plan.training.nbytes - change.nbytes
+    mapped = plan_memory(replace(plan.request.changed(mapped=True), budget=None))
+    assert best["--mapped"].nbytes == mapped.training.nbytes
+    [both] = [words for words in best if "--quantize-head" in words and "--quantize-embeddings" in words]
+    choice = Choice.parse(both.split()[1])
+    packed = plan_memory(replace(plan.request, head=choice, embeddings=choice, budget=None))
+    assert best[both].nbytes == packed.training.nbytes
 
 
 def test_nothing_fits_into_nothing(toy: Any, config_alone: Path) -> None:
@@ -227,6 +300,16 @@ def test_the_bar_is_as_long_as_its_items(plan: MemoryPlan, tmp_path: Path) -> No
         (["{model}", "-q", "toy", "--dtype", "float16"], "training in it takes a GPU"),
         (["{model}", "-q", "toy", "--targets", "q_prog"], "did you mean 'q_proj'"),
         (["{model}", "-q", "toy", "--budget", "much"], "expected a size such as 24GiB"),
+        (
+            ["{model}", "-q", "toy", "--mapped", "--device", "cuda"],
+            "mapped: expected the device cpu, got cuda",
+        ),
+        (
+            ["{model}", "-q", "toy", "--quantize-head", ":"],
+            "--quantize-head: expected NAME or NAME:KEY=VALUE",
+        ),
+        (["{model}", "-q", "toy", "--quantize-head", "toi"], "did you mean 'toy'?"),
+        (["{packed}", "--quantize-head", "toy"], "--quantize-head toy: expected a model that isn't packed"),
         (["{model}", "-q", "toy", "--plot", "plan.gif"], "expected a name that ends in .svg, .png, .pdf"),
         (["{model}", "-q", "toy", "--plot", "nowhere/plan.svg"], "expected an existing folder"),
         (["no-such/folder/here", "-q", "toy"], "no such file or folder"),

@@ -1,4 +1,8 @@
-"""The plan beside real runs, each in a process of its own on one thread: 8 % of the resident set at its peak, and of torch's tensors."""
+"""The plan beside real runs, each in a process of its own on one thread: 8 % of the resident set at its peak, and of torch's tensors.
+
+If the peaks differ and the work doesn't: a library takes more or less than overhead.py says; docs/planning.md has the command that
+measures it again. If the work of a training step differs: see test_plan_families.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +19,65 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from modulora_core.choices import Choice
 from modulora_core.plan import jobs
+from modulora_core.plan.fitting import plan_memory
+from modulora_core.plan.jobs import Job
 from modulora_core.plan.rehearsal import rehearse_training
 from modulora_core.plan.request import PlanRequest, finetuning
 from modulora_core.plan.subject import Subject, open_subject
-from modulora_core.quantize import quantize
 from modulora_core.registry import entries
 from modulora_core.tests import planned_run
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets a process's peak"),
+]
+
 WITHIN = 0.08
 
-MOVING = ("gradients", "activations", "workspace", "loss")
-"""What a step allocates."""
+WORK: Mapping[str, tuple[str, ...]] = {
+    "training": ("gradients", "activations", "workspace", "loss"),
+    "decoding": ("activations", "workspace", "loss", "kv_cache"),
+    "quantizing": ("dense_weights", "activations", "workspace", "calibration"),
+}
+"""The items that torch's operations allocate while the job is done."""
 
 KEPT = {"gradient_checkpointing": False}
 
-RUNS: list[tuple[int, dict[str, Any]]] = [
+TRAINING: list[tuple[int, dict[str, Any]]] = [
     (0, {"batch_size": 1, "seq_len": 512}),
-    (0, {"batch_size": 1, "seq_len": 512, **KEPT}),
-    (0, {"batch_size": 2, "seq_len": 512, **KEPT, "dropout": 0.0}),
-    (0, {"batch_size": 1, "seq_len": 1024, **KEPT, "dtype": "bfloat16"}),
+    (0, {"batch_size": 1, "seq_len": 256, **KEPT, "mapped": True}),
+    (0, {"batch_size": 2, "seq_len": 256, **KEPT, "dropout": 0.0}),
+    (0, {"batch_size": 1, "seq_len": 512, **KEPT, "dtype": "bfloat16"}),
     (1, {"batch_size": 2, "seq_len": 256, **KEPT, "rank": 64}),
-    (1, {"batch_size": 1, "seq_len": 1024, "rank": 128, "dtype": "bfloat16"}),
-    (1, {"batch_size": 4, "seq_len": 128, **KEPT, "targets": "q_proj,v_proj"}),
+    (1, {"batch_size": 1, "seq_len": 512, "rank": 128, "dtype": "bfloat16"}),
+    (1, {"batch_size": 4, "seq_len": 64, **KEPT, "targets": "q_proj,v_proj"}),
     (2, {"batch_size": 1, "seq_len": 512, **KEPT}),
-    (2, {"batch_size": 2, "seq_len": 512}),
-    (2, {"batch_size": 3, "seq_len": 256, **KEPT, "train_scales": True}),
-    (3, {"batch_size": 1, "seq_len": 1024, **KEPT, "rank": 4}),
+    (2, {"batch_size": 2, "seq_len": 256}),
+    (2, {"batch_size": 3, "seq_len": 128, **KEPT, "train_scales": True}),
+    (3, {"batch_size": 1, "seq_len": 512, **KEPT, "rank": 4}),
     (3, {"batch_size": 2, "seq_len": 256, "offload_activations": True}),
 ]
 """A quantizer's number among those that need no calibration first, and the options of the run."""
 
+DECODING: list[tuple[int, dict[str, Any]]] = [
+    (1, {"prompt": 1900}),
+    (2, {"prompt": 1000, "mapped": True}),
+]
 
+CALIBRATION = (4, 256)
+"""Samples, and tokens in each."""
+
+PACKED_HEAD = 1
+"""The number of the quantizer beside which number 0 packs the output head."""
+
+Taken = Mapping[str, int]
+Quantized = Callable[[int], tuple[Path, Path, dict[str, Any], Taken]]
+
+
+@cache
 def usable() -> list[str]:
     """The installed quantizers, those that pack fast first; of a process like those that run, where no test's quantizer is known."""
     words = [sys.executable, "-m", "modulora_core.cli", "list-quantizers", "--json"]
@@ -57,9 +89,18 @@ def usable() -> list[str]:
     return [spec.name for spec in sorted(specs, key=lambda spec: (spec.calibration != "none", spec.name))]
 
 
+def run(job: str, options: Mapping[str, Any]) -> Taken:
+    """What the job really takes."""
+    words = [sys.executable, str(planned_run.__file__), job, json.dumps(options)]
+    one_thread = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200, env=os.environ | one_thread)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``packed(number)``: a Llama of 12 million weights, packed by the quantizer of that number."""
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """``quantized(number)``: a Llama of 12 million weights, packed by the quantizer of that number; how, and what it took."""
     root = tmp_path_factory.mktemp("planned")
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
              "vocab_size": 8192, "max_position_embeddings": 2048}  # fmt: skip
@@ -68,55 +109,73 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Any:
         root / "dense"
     )
     make_tokenizer().save_pretrained(root / "dense")
-    names = usable()
-
-    def folder(number: int) -> Path:
-        name = names[number % len(names)]
-        out = root / name
-        if not out.exists():
-            _pack(root / "dense", out, name)
-        return out
-
-    return folder
-
-
-def _pack(dense: Path, out: Path, name: str) -> None:
-    from modulora_core.calibration import CalibrationConfig
-
     needs = {entry.name: entry.spec.calibration for entry in entries() if entry.spec is not None}
-    text = CalibrationConfig("pydoc", samples=2, seq_len=64) if needs[name] == "required" else None
-    quantize(str(dense), out, name, calibration=text)
+
+    @cache
+    def pack(number: int) -> tuple[Path, Path, dict[str, Any], Taken]:
+        name = usable()[number % len(usable())]
+        how: dict[str, Any] = {"quantizer": name}
+        if needs[name] == "required":
+            how["calibration"] = CALIBRATION
+        if number == PACKED_HEAD:
+            how["head"] = usable()[0]
+        out = root / f"packed-{number}"
+        return (
+            root / "dense",
+            out,
+            how,
+            run("quantizing", {"model": str(root / "dense"), "out": str(out), **how}),
+        )
+
+    return pack
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets a process's peak")
-@pytest.mark.parametrize(
-    ("number", "options"), RUNS, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o in RUNS]
-)
-def test_a_plan_is_within_8_percent_of_a_real_run(
-    number: int, options: dict[str, Any], packed: Any, tmp_path: Path
-) -> None:
-    """If the peaks differ and the steps don't: a library takes more or less than overhead.py says; docs/planning.md has the command
-    that measures it again. If the steps differ: see test_plan_families.py.
-    """
-    model = packed(number)
+def held_to_the_truth(name: str, plan: Job, real: Taken) -> None:
+    work = sum(plan.items.get(item, 0) for item in WORK[name])
+    told = f"peak {plan.nbytes / real['peak']:.3f} of the real one, work {work / real['work']:.3f}: {dict(plan.items)}, {real}"
+    print(told)
+    assert work == pytest.approx(real["work"], rel=WITHIN), told
+    assert plan.nbytes == pytest.approx(real["peak"], rel=WITHIN), told
+
+
+def packed_subject(model: Path) -> Subject:
     subject = open_subject(str(model))
     assert isinstance(subject, Subject)
-    asked = PlanRequest(str(model), config=finetuning({"grad_accum": 1, **options}))
+    return subject
+
+
+@pytest.mark.parametrize(
+    ("number", "options"), TRAINING, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o in TRAINING]
+)
+def test_a_training_plan_is_within_8_percent_of_a_real_run(
+    number: int, options: dict[str, Any], quantized: Quantized, tmp_path: Path
+) -> None:
+    _, model, *_ = quantized(number)
+    asked = PlanRequest(str(model), config=finetuning({"grad_accum": 1, "steps": 2, **options}))
+    subject = packed_subject(model)
     plan = jobs.training(subject, asked, rehearse_training(subject, asked))
-    words = [
-        sys.executable,
-        str(planned_run.__file__),
-        str(model),
-        str(tmp_path / "out"),
-        json.dumps(options),
-    ]
-    one_thread = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    run = subprocess.run(words, capture_output=True, text=True, timeout=1200, env=os.environ | one_thread)
-    assert run.returncode == 0, run.stderr
-    real = json.loads(run.stdout.strip().splitlines()[-1])
-    moving = sum(plan.items.get(item, 0) for item in MOVING)
-    told = f"peak {plan.nbytes / real['peak']:.3f} of the real one, step {moving / real['step']:.3f}: {dict(plan.items)}, {real}"
-    print(told)
-    assert moving == pytest.approx(real["step"], rel=WITHIN), told
-    assert plan.nbytes == pytest.approx(real["peak"], rel=WITHIN), told
+    held_to_the_truth("training", plan, run("training", {"model": str(model), "out": str(tmp_path / "out"), **options}))  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_quantizing_plan_is_within_8_percent_of_a_real_run(number: int, quantized: Quantized) -> None:
+    dense, _, how, real = quantized(number)
+    samples, seq_len = how.get("calibration", (1, 1))
+    head = Choice.parse(how["head"]) if "head" in how else None
+    asked = PlanRequest(
+        str(dense), how["quantizer"], config=finetuning({"seq_len": 64}), calibration_samples=samples, calibration_seq_len=seq_len,
+        head=head,
+    )  # fmt: skip
+    plan = plan_memory(asked).quantizing
+    assert plan is not None
+    held_to_the_truth("quantizing", plan, real)
+
+
+@pytest.mark.parametrize(("number", "options"), DECODING, ids=["packed-head", "mapped"])
+def test_a_decoding_plan_is_within_8_percent_of_a_real_run(
+    number: int, options: dict[str, Any], quantized: Quantized
+) -> None:
+    _, model, *_ = quantized(number)
+    real = run("decoding", {"model": str(model), **options})
+    config = finetuning({"seq_len": real["prompt"], "mapped": options.get("mapped", False)})
+    held_to_the_truth("decoding", jobs.decoding(packed_subject(model), PlanRequest(str(model), config=config)), real)  # fmt: skip
