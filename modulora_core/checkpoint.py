@@ -245,6 +245,7 @@ def load_model(
     _check_loaded(checkpoint, info)
     if files is not None:
         keep_one_block(loaded, files)
+        _hand_back_cast(checkpoint, files, load_dtype(dtype, device))
     loaded.eval()
     return loaded
 
@@ -268,6 +269,18 @@ def _from_pretrained(
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model, info
+
+
+def _hand_back_cast(checkpoint: PackedCheckpoint, files: MappedFiles, dtype: torch.dtype) -> None:
+    """Drop the pages of what isn't packed and is stored in another dtype: the model has a copy in its own."""
+    wanted = str(dtype).removeprefix("torch.")
+    cast = [
+        name
+        for name, kept in checkpoint.parameters.items()
+        if isinstance(kept, TensorLayout) and kept.dtype != wanted
+    ]
+    for pages in files.ranges(cast):
+        pages.drop()
 
 
 def load_dtype(dtype: str, device: str) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from turns import NotMeasuredError, reason
 
 from modulora_core import registry
-from modulora_core.options import parse_options
+from modulora_core.choices import Choice
 from modulora_core.quantizer_bench import ROWS as BENCH_ROWS
 from modulora_core.quantizer_bench import BenchConfig, measure_quantizer
 from modulora_core.spec import Calibration, PackedWeight, Quantizer, QuantizerSpec
@@ -33,8 +33,7 @@ COMPARISONS = len(LAYER_DTYPES) * (2 + 2 * len(BENCH_ROWS))
 
 def create(words: str) -> Quantizer:
     """``NAME[:OPTION=VALUE,...]``."""
-    name, _, options = words.partition(":")
-    return registry.create(name, parse_options(options.split(",") if options else []))
+    return Choice.parse(words).create()
 
 
 def promised() -> list[str]:

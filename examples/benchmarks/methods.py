@@ -20,8 +20,8 @@ from typing_extensions import override
 
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig
+from modulora_core.choices import Choice
 from modulora_core.errors import ModuLoRAError
-from modulora_core.options import parse_options
 from modulora_core.spec import Calibration
 from modulora_core.tiles import tile_budget
 
@@ -188,8 +188,7 @@ class Packed(Method):
         return None
 
     def quantizer(self) -> Any:
-        name, _, options = self.words.partition(":")
-        return registry.create(name, parse_options(options.split(",") if options else []))
+        return Choice.parse(self.words).create()
 
     @override
     def layer(self, weight: Tensor, dtype: torch.dtype, *, training: bool = False) -> nn.Module:

@@ -21,9 +21,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import modulora_core
-from modulora_core import registry
+from modulora_core.choices import Choice
 from modulora_core.errors import CheckpointError
-from modulora_core.options import parse_options
 from modulora_core.outputs import check_disk_space, whole_or_nothing
 from modulora_core.record import PackedSite, QuantizationRecord, Recipe
 from modulora_core.shards import ShardWriter, plan_shards
@@ -69,8 +68,7 @@ SHAPES: Mapping[str, Shape] = {
 
 def create_quantizer(words: str) -> Quantizer:
     """The quantizer of ``NAME`` or ``NAME:OPTION=VALUE,...``."""
-    name, _, options = words.partition(":")
-    return registry.create(name, parse_options(options.split(",") if options else []))
+    return Choice.parse(words).create()
 
 
 def write_checkpoint(

@@ -36,8 +36,6 @@ def loaded(subject: Subject, request: PlanRequest, tokens: int | None) -> Mappin
     if request.device == "cpu" and _stays_in_file(subject, request.dtype):
         table = _table(subject, request.dtype)
         found["embeddings_and_head"] -= table - _touched(table, tokens)
-    elif request.config.mapped:  # what was cast has been read, and stays in the map beside its copy
-        found.update(_dense(subject, str(_stored_dtype(subject)).removeprefix("torch.")))
     return MappingProxyType(found)
 
 

@@ -65,7 +65,7 @@ def _row_product(
 
 def takes(weight: tuple[Any, ...]) -> bool:
     """Whether :func:`matmul_one` can multiply: no row, and no block, begins inside of sixteen elements, and all blocks are there."""
-    _, _, first, shift, columns = weight
+    first, shift, columns = (int(number) for number in weight[2:])
     return first == 0 and columns % LANES == 0 and 1 << shift >= LANES
 
 

@@ -122,7 +122,7 @@ _product_2, _product_3, _product_4, _product_8 = (_row_product(bits) for bits in
 
 def takes(weight: tuple[Any, ...]) -> bool:
     """Whether :func:`matmul_one` can multiply: no part of a row, and no group, ends inside of sixteen columns."""
-    _, _, _, bits, group, columns = weight
+    bits, group, columns = (int(number) for number in weight[3:])
     parts = 8 // (2 if bits == 3 else bits)
     return columns % (LANES * parts) == 0 and (group % LANES == 0 or group >= columns)
 

@@ -243,7 +243,7 @@ def _decode(packed: PackedWeight, rows: slice, blocks: slice, columns: int) -> T
 
 def _token(x: Tensor, packed: PackedWeight) -> Tensor | None:
     """``x Ŵᵀ`` of a single row on the CPU, in one call of a kernel; None where that isn't what is wanted, or can't be."""
-    one = kernels.load("modulora_quip_sharp_e8.cpu_one_row", packed.device)
+    one: Any = kernels.load("modulora_quip_sharp_e8.cpu_one_row", packed.device)
     row = None if one is None else kernels.few_rows(x, packed.shape[1], 1)  # [1, in]
     if row is None or _gpu(packed.device) is not None:
         return None
