@@ -7,7 +7,8 @@ The search runs on vectors of eight numbers: Gaussian at the scale for 2 bits an
 (Student's t with two degrees of freedom), which fall beyond the codebook. "L2" decodes 256 rows again and again, whose codes
 the caches hold; everything else takes the next of several weights each time, more than the caches hold together, so that
 codes and dense weights come from memory, as they do in a model. Codes are random: what they are makes no difference to the time.
-"tiles" is the product that decodes to tiles of the core's budget and multiplies by those.
+Products are by C, without the rotations but where they are named; "tiles" is the product that decodes to tiles of the core's budget and
+multiplies by those.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from modulora_quip_sharp_e8 import codebooks, quantizer
+from modulora_quip_sharp_e8.options import Options
+from modulora_quip_sharp_e8.quantizer import QuIPSharpE8
 from torch import Tensor
 
 from modulora_core import kernels
+from modulora_core.spec import PackedWeight
 from modulora_core.tiles import tiled_matmul
 
 BYTES = 160 * 2**20  # of dense weights: several times a common L3 cache
@@ -50,16 +54,16 @@ def seconds_of(call: Callable[[int], object], weights: int, seconds: float) -> f
     raise AssertionError("an endless loop ended")
 
 
-def random_codes(size: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and residual; at 2 bits, where there is none, the codes again."""
-
-    def draw(dtype: torch.dtype) -> Tensor:
-        return torch.randint(
-            torch.iinfo(dtype).min, torch.iinfo(dtype).max + 1, (size, -(-size // 8)), dtype=dtype
-        )
-
-    codes = draw(torch.int16)
-    return codes, {2: codes, 3: draw(torch.uint8), 4: draw(torch.int16)}[bits]
+def random_weight(size: int, bits: int) -> PackedWeight:
+    """A packed weight of any codes, between scales of any numbers."""
+    packed = QuIPSharpE8(Options(bits=bits)).layout((size, size)).empty("cpu")
+    for tensor in packed.tensors.values():
+        if tensor.dtype.is_floating_point:
+            tensor.copy_(torch.randn(tensor.shape))
+        else:
+            limits = torch.iinfo(tensor.dtype)
+            tensor.copy_(torch.randint(limits.min, limits.max + 1, tensor.shape, dtype=tensor.dtype))
+    return packed
 
 
 def searches(vectors: int, row: Row) -> None:
@@ -85,31 +89,32 @@ class Weights:
     """Random codes of several weights, ``[size, size]``, and what is done with the i-th of them."""
 
     def __init__(self, size: int, bits: int, count: int) -> None:
-        self.shape, self.bits = (size, size), bits
-        self.weights = [random_codes(size, bits) for _ in range(count)]
+        self.shape, self.quantizer = (size, size), QuIPSharpE8(Options(bits=bits))
+        self.weights = [random_weight(size, bits) for _ in range(count)]
         self.cpu: Any = kernels.load("modulora_quip_sharp_e8.cpu", torch.device("cpu"))
         self.out = torch.empty(size, size)
 
+    def operands(self, i: int) -> tuple[Tensor, Tensor, int]:
+        return quantizer._operands(self.weights[i], slice(None), slice(None))
+
     def decode(self, rows: int, i: int) -> None:
-        codes, residual = self.weights[i]
-        self.cpu.rows.dequantize((codes, residual, self.bits), 0, self.out[:rows])
+        self.cpu.rows.dequantize(self.operands(i), 0, self.out[:rows])
 
     def decode_first(self, rows: int, _: int) -> None:
         self.decode(rows, 0)
 
     def fused(self, x: Tensor, transpose: bool, i: int) -> Tensor:
-        operands = (*self.weights[i], self.bits)
-        if len(x) == 1:
-            return quantizer._one_row(self.cpu, operands, x, x.shape[1], transpose)
-        result: Tensor = self.cpu.rows.matmul(operands, x, x.shape[1], transpose)
-        return result
+        return quantizer._rotated_matmul(x, self.weights[i], transpose, x.dtype)
+
+    def whole(self, x: Tensor, i: int) -> Tensor:
+        return self.quantizer.matmul(x, self.weights[i])
 
     def tiles(self, x: Tensor, transpose: bool, i: int) -> Tensor:
-        codes, residual = self.weights[i]
+        operands = self.operands(i)
 
         def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
             out = torch.empty(stop - start, self.shape[1], dtype=dtype)
-            self.cpu.rows.dequantize((codes, residual, self.bits), start, out)
+            self.cpu.rows.dequantize(operands, start, out)
             return out
 
         return tiled_matmul(x, tile, self.shape, transpose)
@@ -137,6 +142,8 @@ def products(size: int, n: int, count: int, dense: list[Tensor], row: Row) -> No
         weights = Weights(size, bits, count)
         for transpose in (False, True):
             name = f"{n} rows{' transposed' if transpose else ''}, {bits} bits"
+            if n == 1 and not transpose:
+                row(f"{name}, with the rotations, fused", partial(weights.whole, x), 0, "")
             row(f"{name}, fused", partial(weights.fused, x, transpose), 0, "")
             row(f"{name}, tiles", partial(weights.tiles, x, transpose), 0, "")
 
