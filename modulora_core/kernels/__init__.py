@@ -198,6 +198,7 @@ def launch(kernel: Callable[..., None], *arguments: Any) -> None:
     import numba
 
     arrays = [_array(a) for a in arguments]
+    _start_threads()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _ONE_LAUNCH:
         before = numba.get_num_threads()
@@ -209,7 +210,6 @@ def launch(kernel: Callable[..., None], *arguments: Any) -> None:
                 kernel(*arrays)
             finally:
                 numba.set_num_threads(before)
-    _keep_teams_flat()
 
 
 @contextlib.contextmanager
@@ -227,12 +227,23 @@ def one_thread() -> Iterator[None]:
 
 
 @cache
-def _keep_teams_flat() -> None:
-    """Take back, once, what numba's OpenMP layer did when its threads started: it allows teams of threads inside of teams.
+def _start_threads() -> None:
+    """Start numba's threads, once, and take back what its OpenMP layer changes for all of the process when it does so.
 
-    Where ``torch.set_num_threads`` was called, MKL then opens a team for every small product inside of torch's attention,
-    which takes many times as long (docs/performance.md, Threads).
+    It sets OpenMP's number of threads, torch's too, to that of the cores. And it allows teams of threads inside of teams: where
+    ``torch.set_num_threads`` was called, MKL then opens a team for every small product inside of torch's attention, which takes many
+    times as long (docs/performance.md, Threads).
     """
+    import numba
+
+    before = torch.get_num_threads()
+    numba.get_num_threads()
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+    _keep_teams_flat()
+
+
+def _keep_teams_flat() -> None:
     maps = Path("/proc/self/maps")
     if not maps.exists():  # not Linux, where the library has another name too
         return

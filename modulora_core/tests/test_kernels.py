@@ -308,6 +308,13 @@ def test_what_a_few_row_kernel_can_not_take_goes_to_tiles(x: Tensor) -> None:
     assert kernels.few_rows(x, 6, 8) is None
 
 
+def test_the_first_launch_leaves_torchs_number_of_threads_as_it_was(folder: Path) -> None:
+    """If this fails: where OMP_NUM_THREADS, or the user, says one thread, torch takes all cores from then on."""
+    check = "    assert torch.get_num_threads() == 1, torch.get_num_threads()\n"
+    done = python(DOUBLE + check, folder, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/maps").exists(), reason="where OpenMP's library is, is read from /proc"
 )
