@@ -8,6 +8,7 @@ Each job imports what its command imports, and nothing else: libraries take memo
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -92,6 +93,16 @@ def decoding(options: dict[str, Any]) -> Taken:
     return {"peak": peak.nbytes, "work": allocations.peak, "prompt": output.prompt_tokens}
 
 
+def compiled() -> bool:
+    """Whether numba compiled something here that it had not kept: that takes memory, once on a machine."""
+    if "numba" not in sys.modules:
+        return False
+    from numba.core.registry import CPUDispatcher
+
+    kernels = [found for found in gc.get_objects() if isinstance(found, CPUDispatcher)]
+    return any(kernel.stats.cache_misses for kernel in kernels)
+
+
 JOBS: Mapping[str, Callable[[dict[str, Any]], Taken]] = {
     "training": training,
     "quantizing": quantizing,
@@ -101,4 +112,5 @@ JOBS: Mapping[str, Callable[[dict[str, Any]], Taken]] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(JOBS[sys.argv[1]](json.loads(sys.argv[2]))))
+    taken = JOBS[sys.argv[1]](json.loads(sys.argv[2]))
+    print(json.dumps({**taken, "compiled": compiled()}))
