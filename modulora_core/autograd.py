@@ -265,7 +265,7 @@ def _dropout_mask(x: Tensor, dropout: float) -> Tensor | None:
         return None
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     flat, below = keep.view(-1), round(dropout * 2**16) - 2**15
-    step = _copy_bytes(x.device) // 2 // 4 * 4
+    step = max(4, _copy_bytes(x.device) // 2 // 4 * 4)  # whole words
     for start in range(0, len(flat), step):
         part = flat[start : start + step]
         words = torch.empty(-(-len(part) // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)

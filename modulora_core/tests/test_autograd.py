@@ -277,3 +277,16 @@ def test_an_adapter_that_does_not_fit_is_refused(
     packed = quantizer.pack(torch.randn(OUT, IN))
     with pytest.raises(ShapeError, match=message):
         lora_linear(torch.ones(2, IN), quantizer, packed, None, A, B)
+
+
+@pytest.mark.parametrize("nbytes", [1, 8, 100])
+def test_the_mask_does_not_depend_on_the_tile_budget(nbytes: int) -> None:
+    """If this fails: a seed gives other masks in another budget, or a budget of a few bytes ends the run."""
+    x, masks = torch.empty(7, 13), []
+    for budget in (nbytes, 2**20):
+        torch.manual_seed(0)
+        with tile_budget(budget):
+            masks.append(_dropout_mask(x, 0.5))
+    assert masks[0] is not None
+    assert masks[1] is not None
+    assert torch.equal(masks[0], masks[1])

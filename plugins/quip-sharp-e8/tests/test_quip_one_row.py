@@ -42,8 +42,8 @@ def test_the_product_of_one_row_is_that_of_the_decoded_weight(shape, bits):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_one_call_gives_the_bits_of_rotating_and_multiplying_apart(shape, monkeypatch):
-    """Two rows go apart: each rotation in a call, and the product in another one; only the product's order of summing differs."""
+def test_one_call_agrees_with_rotating_and_multiplying_apart(shape, monkeypatch):
+    """Apart: each rotation in a call, and the product by the kernel for few rows, which sums in another order."""
     quantizer, packed = QuIPSharpE8(Options(bits=2)), random_weight(shape, 2)
     x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(2))
     together = quantizer.matmul(x, packed)
