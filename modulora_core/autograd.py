@@ -9,8 +9,8 @@ The quantizer is asked for Ŵ in the forward and again in the backward, through 
 the two are X (only if A trains), U = X Aᵀ (only if B trains), A, B, one byte an input for a dropout mask, and
 references to the packed tensors; never Ŵ.
 
-The adapter is computed in the dtype of A and B, with X and dY cast a chunk of rows at a time, so nothing of the
-size of Y exists besides Y.
+The adapter is computed in the dtype of A and B, and no copy of X, Y or dY is made for it (:mod:`modulora_core.low_rank`), so nothing of
+the size of Y exists besides Y.
 
 Channel scales u [in] and v [out] put diag(v) Ŵ diag(u) in the place of Ŵ; bias and adapter aren't scaled:
 
@@ -24,7 +24,6 @@ X ⊙ u and v ⊙ dY are made where they are multiplied, and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,13 +31,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from modulora_core import low_rank
 from modulora_core.errors import ShapeError
+from modulora_core.low_rank import copy_bytes, row_chunks
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_bytes, tile_ranges
-
-CPU_COPY_BYTES = 2**20
-"""Of inputs that are cast, or multiplied by a dropout mask, at once: a common L2 cache holds them until they are multiplied, which with
-dropout takes less than half as long as from memory (docs/performance.md)."""
 
 
 def lora_linear(
@@ -172,11 +169,14 @@ class _LoRALinear(torch.autograd.Function):
             if bias_trains:
                 dbias = dY2.sum(0, dtype=torch.promote_types(dY.dtype, torch.float32)).to(ctx.bias_dtype)
             if A is not None and (x_trains or A_trains or B_trains):
-                V, dB = _through_B(dY2, B, U, ctx.scale)  # V = s · dY B : [n, r]
+                V = low_rank.project(dY2, B.t())  # dY B : [n, r]
+                if B_trains:
+                    dB = low_rank.gather(U * ctx.scale, dY2).t().contiguous()
+                V = _made_up(V.mul_(ctx.scale), ctx.dropout)
                 if dX is not None:
-                    _add_through_A(dX.view(-1, dX.shape[-1]), V, A, keep, ctx.dropout)
+                    low_rank.add_expanded(dX.view(-1, dX.shape[-1]), V, A, keep)
                 if A_trains:
-                    dA = _grad_A(V, x.reshape(-1, x.shape[-1]), A, keep, ctx.dropout)
+                    dA = low_rank.gather(V, x.reshape(-1, x.shape[-1]), keep)
         return dX, dbias, dA, dB, du, dv, None, None, None, None, None
 
 
@@ -207,8 +207,8 @@ def _product(
         if A is not None and B is not None:
             x2 = x.reshape(-1, x.shape[-1])
             keep = _dropout_mask(x2, dropout)
-            U = _adapter_input(x2, A, keep, dropout)  # [n, r]
-            _add_product(y2, U, B, scale)
+            U = _made_up(low_rank.project(x2, A, keep), dropout)  # dropout(X) Aᵀ : [n, r]
+            low_rank.add_expanded(y2, U, B.t(), scale=scale)
     return y, Z, keep, U
 
 
@@ -240,7 +240,7 @@ def _scaled(x: Tensor, by: Tensor, *, in_place: bool = False) -> Tensor:
     """``x ⊙ by`` for ``x: [..., d]`` and ``by: [d]``, in ``x``'s dtype, rounded once; ``x`` itself if in place."""
     y = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    for rows in _row_chunks(x2, torch.promote_types(x.dtype, by.dtype)):
+    for rows in row_chunks(x2, torch.promote_types(x.dtype, by.dtype)):
         torch.mul(x2[rows], by, out=y2[rows])
     return y
 
@@ -265,7 +265,7 @@ def _dropout_mask(x: Tensor, dropout: float) -> Tensor | None:
         return None
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     flat, below = keep.view(-1), round(dropout * 2**16) - 2**15
-    step = max(4, _copy_bytes(x.device) // 2 // 4 * 4)  # whole words
+    step = max(4, copy_bytes(x.device) // 2 // 4 * 4)  # whole words
     for start in range(0, len(flat), step):
         part = flat[start : start + step]
         words = torch.empty(-(-len(part) // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
@@ -273,75 +273,6 @@ def _dropout_mask(x: Tensor, dropout: float) -> Tensor | None:
     return keep
 
 
-def _copy_bytes(device: torch.device) -> int:
-    """Bytes of inputs that are copied at once: cast, or with dropout."""
-    return min(tile_bytes(device), CPU_COPY_BYTES) if device.type == "cpu" else tile_bytes(device)
-
-
-def _row_chunks(x: Tensor, dtype: torch.dtype, keep: Tensor | None = None) -> Iterator[slice]:
-    """Slices of rows whose copies in ``dtype`` are small; one slice where no copy is needed."""
-    if x.dtype == dtype and keep is None:
-        yield slice(0, x.shape[0])
-        return
-    for start, stop in tile_ranges(x.shape[0], x.shape[1] * dtype.itemsize, _copy_bytes(x.device)):
-        yield slice(start, stop)
-
-
-def _kept(x: Tensor, rows: slice, dtype: torch.dtype, keep: Tensor | None) -> Tensor:
-    """Rows of the adapter's input: ``x`` in ``dtype``, zero where it is dropped, not yet scaled up for that."""
-    chunk = x[rows].to(dtype)
-    return chunk if keep is None else chunk * keep[rows]
-
-
-def _scaled_up(keep: Tensor | None, dropout: float) -> float:
-    """What makes up for the entries that are dropped."""
-    return 1.0 if keep is None else 1.0 / (1.0 - dropout)
-
-
-def _adapter_input(x: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
-    """U = dropout(X) Aᵀ, ``[n, r]`` in A's dtype."""
-    U = A.new_empty(x.shape[0], A.shape[0])
-    for rows in _row_chunks(x, A.dtype, keep):
-        torch.mm(_kept(x, rows, A.dtype, keep), A.t(), out=U[rows])
-    return U if keep is None else U.mul_(_scaled_up(keep, dropout))
-
-
-def _add_product(y: Tensor, U: Tensor, B: Tensor, scale: float) -> None:
-    """Y += s · U Bᵀ in place."""
-    if y.dtype == U.dtype:
-        y.addmm_(U, B.t(), alpha=scale)
-        return
-    for rows in _row_chunks(y, U.dtype):
-        y[rows] += torch.mm(U[rows], B.t()).mul_(scale)  # summed in the wider dtype, rounded once
-
-
-def _through_B(dY: Tensor, B: Tensor, U: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
-    """V = s · dY B, ``[n, r]``, and dB = s · dYᵀ U, ``[out, r]``, in one pass over dY."""
-    V = B.new_empty(dY.shape[0], B.shape[1])
-    dB = None if U is None else torch.zeros_like(B)
-    for rows in _row_chunks(dY, B.dtype):
-        chunk = dY[rows].to(B.dtype)
-        torch.mm(chunk, B, out=V[rows])
-        if U is not None and dB is not None:
-            dB.addmm_(chunk.t(), U[rows], alpha=scale)
-    return V.mul_(scale), dB
-
-
-def _add_through_A(dX: Tensor, V: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> None:
-    """Add V A to dX in place, through the dropout."""
-    if dX.dtype == A.dtype and keep is None:
-        dX.addmm_(V, A)
-        return
-    for rows in _row_chunks(dX, A.dtype, keep):
-        part = torch.mm(V[rows], A)
-        if keep is not None:
-            part.mul_(keep[rows])
-        dX[rows].add_(part, alpha=_scaled_up(keep, dropout))
-
-
-def _grad_A(V: Tensor, x: Tensor, A: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
-    """The gradient Vᵀ dropout(X) of A, ``[r, in]``."""
-    dA = torch.zeros_like(A)
-    for rows in _row_chunks(x, A.dtype, keep):
-        dA.addmm_(V[rows].t(), _kept(x, rows, A.dtype, keep), alpha=_scaled_up(keep, dropout))
-    return dA
+def _made_up(U: Tensor, dropout: float) -> Tensor:
+    """U, in place, scaled up for the inputs that were dropped."""
+    return U if dropout == 0.0 else U.mul_(1.0 / (1.0 - dropout))

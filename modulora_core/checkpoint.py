@@ -213,14 +213,15 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a packed checkpoint as a transformers model, in evaluation mode.
 
+    On a CPU the packed weights of our own format stay in their files, mapped into memory, and so does what else is stored in ``dtype``:
+    the files must stay as they are while the model lives.
+
     Args:
         model: a folder, a Hub id, or an opened checkpoint.
         dtype: of everything that isn't packed, and so of the activations. ``"auto"`` is float32 on a CPU and
             bfloat16 elsewhere. Packed tensors keep their own.
         device: see :func:`modulora_core.devices.pick_device`.
-        mapped: leave packed weights in their files, mapped into memory, and what else is stored in ``dtype``. The packed weights
-            of one decoder block are in memory at a time (:mod:`modulora_core.mapped_blocks`). On a CPU only. The files
-            must stay as they are while the model lives.
+        mapped: have the packed weights of one decoder block in memory at a time (:mod:`modulora_core.mapped_blocks`). On a CPU only.
 
     Raises:
         OptionError: ``mapped`` on another device, or of another tool's format.
@@ -235,7 +236,8 @@ def load_model(
         checkpoint.quantizer(site)  # a missing plugin is told before any work
     if mapped:
         check_mapped(checkpoint, device)
-    files = checkpoint.mapped() if mapped else None
+    stays = torch.device(device).type == "cpu" and checkpoint.foreign is None
+    files = checkpoint.mapped() if stays else None
     integration.register()
     with quiet():
         loaded, info = _from_pretrained(
@@ -244,7 +246,8 @@ def load_model(
         )  # fmt: skip
     _check_loaded(checkpoint, info)
     if files is not None:
-        keep_one_block(loaded, files)
+        if mapped:
+            keep_one_block(loaded, files)
         _hand_back_cast(checkpoint, files, load_dtype(dtype, device))
     loaded.eval()
     return loaded

@@ -13,7 +13,7 @@ It is exact: no sampling, no approximation, summed in fp32 or wider.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, TypeGuard
@@ -30,6 +30,9 @@ CPU_LOGIT_BYTES = 32 * 2**20
 
 ACCELERATOR_LOGIT_BYTES = 256 * 2**20
 """A GPU needs more rows at a time: 256 of a vocabulary of 262,144."""
+
+_PIECES = 4
+"""In how many pieces a chunk is exponentiated. Logits in 16 bits are widened for that, and only a piece of them at a time."""
 
 _IGNORED = -100
 _FACTOR = 2.0**10
@@ -108,7 +111,7 @@ def token_losses(logits: Tensor, labels: Tensor, logit_bytes: int | None = None)
         for rows in (goals != _IGNORED).nonzero().split(_chunk_rows(logits, logit_bytes)):
             at = rows.unbind(1)
             z = logits.head(logits.hidden[at]) if _in_chunks(logits) else logits[at]
-            losses[at] = _softmax(z, goals[at], copy=False)[0]
+            losses[at] = _losses(z, goals[at])
     return losses
 
 
@@ -158,11 +161,11 @@ def _chunk_loss(
     x = hidden[rows].requires_grad_(0 in needed)  # [size, hidden], a copy
     with torch.set_grad_enabled(bool(needed)):
         z = head(x)
-    losses, p = _softmax(z.detach(), goals[rows], copy=bool(head.steps))
+    scores = z.detach()
+    dz = torch.empty_like(scores) if head.steps else scores  # a step may need what it made
+    losses = _losses(scores, goals[rows], dz if needed else None)
     if needed:
-        p[torch.arange(len(rows), device=p.device), goals[rows]] -= 1
         sources = [x, *head.parameters]
-        dz = p.mul_(_FACTOR).to(z.dtype)
         made = torch.autograd.grad(z, [sources[i] for i in needed], dz, materialize_grads=True)
         for i, gradient in zip(needed, made, strict=True):
             total = gradients[i]
@@ -174,14 +177,37 @@ def _chunk_loss(
     return losses.sum()
 
 
-def _softmax(z: Tensor, goals: Tensor, *, copy: bool) -> tuple[Tensor, Tensor]:
-    """-log p(y), ``[n]``, and p, ``[n, vocabulary]``, in fp32 or wider; p takes the place of z unless ``copy``."""
-    z = z.to(_wide(z.dtype), copy=copy)
-    at_goal = z.gather(1, goals[:, None])
-    largest = z.amax(1, keepdim=True)
-    p = z.sub_(largest).exp_()
-    total = p.sum(1, keepdim=True)
-    return (total.log() + largest - at_goal).squeeze(1), p.div_(total)
+def _losses(z: Tensor, goals: Tensor, dz: Tensor | None = None) -> Tensor:
+    """-log p(y), ``[n]`` in fp32 or wider, and, in ``dz``, p - e_y times :data:`_FACTOR`.
+
+    Args:
+        z: ``[n, vocabulary]``. It is overwritten, if ``dz`` isn't other memory.
+        goals: y, ``[n]``.
+        dz: like ``z``, or ``z`` itself.
+    """
+    rows = max(1, -(-len(z) // _PIECES))
+    parts, labels = z.split(rows), goals.split(rows)
+    places: Sequence[Tensor | None] = [None] * len(parts) if dz is None else dz.split(rows)
+    return torch.cat([_softmax(*each) for each in zip(parts, labels, places, strict=True)])
+
+
+def _softmax(z: Tensor, goals: Tensor, dz: Tensor | None) -> Tensor:
+    """As :func:`_losses`, of all rows at once."""
+    p = z
+    if z.dtype != _wide(z.dtype):
+        p = z.to(_wide(z.dtype))
+    elif dz is not None and dz.data_ptr() != z.data_ptr():
+        p = dz.copy_(z)
+    at_goal = p.gather(1, goals[:, None])
+    largest = p.amax(1, keepdim=True)
+    total = p.sub_(largest).exp_().sum(1, keepdim=True)
+    if dz is not None:
+        p.div_(total)
+        p[torch.arange(len(p), device=p.device), goals] -= 1
+        p.mul_(_FACTOR)
+        if p.dtype != dz.dtype:
+            dz.copy_(p)
+    return (total.log() + largest - at_goal).squeeze(1)
 
 
 def _in_chunks(logits: Tensor) -> TypeGuard[DeferredLogits]:

@@ -10,8 +10,8 @@ kind           the quantizer's                                        beside it
 ``lora_step``  forward and backward of a LoRA layer                   those of a dense LoRA layer
 =============  =====================================================  ===================================================
 
-Both sides take turns (:mod:`modulora_core.bench`), and operands rotate, so that they come from memory. On a CPU the dense side of
-products is in float32 whatever the input's dtype (:func:`modulora_core.tiles.compute_dtype` says why); elsewhere it has the input's.
+Both sides take turns (:mod:`modulora_core.bench`), and operands rotate, so that they come from memory. The dense side of
+products has the dtype in which tiles are multiplied (:func:`modulora_core.tiles.compute_dtype`): the input's, or float32.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class _Measurement:
         for name in self.config.dtypes:
             dtype = DTYPES[name]
             rows.append(self._decode(weights, name))
-            dense = self._dense(compute_dtype(torch.empty(0, dtype=dtype, device=self.device)))
+            dense = self._dense(compute_dtype(dtype, self.device))
             for n in self.config.rows:
                 rows += [self._product(weights, dense, name, n, transpose) for transpose in (False, True)]
             rows.append(self._lora_step(weights, dense, name))

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -80,15 +81,23 @@ def tile_ranges(rows: int, row_bytes: int, budget: int) -> Iterator[tuple[int, i
         yield start, min(start + step, rows)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which tiles are multiplied for an input like ``x``.
+@cache
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bf16 numbers itself, by AVX-512's or AMX's instructions, and torch uses these (by oneDNN)."""
+    capabilities = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+    return torch.backends.mkldnn.is_available() and any(supported() for supported in capabilities)
 
-    16-bit inputs on a CPU are multiplied in fp32: without bf16 units a bf16 product with a transposed operand is far slower
-    there than an fp32 one (docs/performance.md), and fp32 also rounds once instead of often.
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which tiles are multiplied by inputs of ``dtype``: theirs, but for 16 bits on a CPU without units for them.
+
+    There a bf16 product with a transposed operand is far slower than an fp32 one; with units it takes less than half as long
+    (docs/performance.md). For fp16 no CPU is known to be worth it.
     """
-    if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
+    on_cpu = device.type == "cpu"
+    if on_cpu and (dtype == torch.float16 or (dtype == torch.bfloat16 and not has_bfloat16_units())):
         return torch.float32
-    return x.dtype
+    return dtype
 
 
 def tiled_matmul(
@@ -131,25 +140,44 @@ def tiled_matmul(
 
 def _forward(x: Tensor, tile: TileFunction, shape: tuple[int, int], budget: int) -> Tensor:
     out_features, in_features = shape
-    dtype = compute_dtype(x)
+    dtype = compute_dtype(x.dtype, x.device)
     operand = x.to(dtype)
     y = x.new_empty(x.shape[0], out_features)
     for start, stop in tile_ranges(out_features, in_features * dtype.itemsize, budget):
-        weight = tile(start, stop, dtype)  # [stop - start, in]
-        if y.dtype == dtype:
-            torch.mm(operand, weight.t(), out=y[:, start:stop])
-        else:
-            y[:, start:stop] = torch.mm(operand, weight.t())
+        _put_product(y[:, start:stop], operand, tile(start, stop, dtype).t())
     return y
 
 
 def _transposed(y: Tensor, tile: TileFunction, shape: tuple[int, int], budget: int) -> Tensor:
     out_features, in_features = shape
-    dtype = compute_dtype(y)
-    x = y.new_zeros(y.shape[0], in_features, dtype=dtype)  # summed in the compute dtype, rounded once
-    for start, stop in tile_ranges(out_features, in_features * dtype.itemsize, budget):
-        x.addmm_(y[:, start:stop].to(dtype), tile(start, stop, dtype))
+    dtype = compute_dtype(y.dtype, y.device)
+    ranges = list(tile_ranges(out_features, in_features * dtype.itemsize, budget))
+    if len(ranges) == 1:
+        return torch.mm(y.to(dtype), tile(*ranges[0], dtype)).to(y.dtype)
+    # summed in fp32 or wider, and rounded once
+    x = y.new_zeros(y.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32))
+    for start, stop in ranges:
+        _add_product(x, y[:, start:stop].to(dtype), tile(start, stop, dtype))
     return x.to(y.dtype)
+
+
+# In the next two a tile has no name in the loop that asks for it: it would live until the next one is there.
+
+
+def _put_product(y: Tensor, x: Tensor, tile: Tensor) -> None:
+    """Y = x · tile, rounded to y's dtype."""
+    if y.dtype == x.dtype:
+        torch.mm(x, tile, out=y)
+    else:
+        y.copy_(torch.mm(x, tile))
+
+
+def _add_product(y: Tensor, x: Tensor, tile: Tensor) -> None:
+    """Y += x · tile, in y's dtype."""
+    if y.dtype == x.dtype:
+        y.addmm_(x, tile)
+    else:
+        y += torch.mm(x, tile)
 
 
 def looked_up(

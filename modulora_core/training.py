@@ -30,6 +30,7 @@ from typing_extensions import override
 from modulora_core.adapter_trainer import AdapterFiles, AdapterTrainer
 from modulora_core.errors import OptionError, WorkError
 from modulora_core.finetune_config import FinetuneConfig
+from modulora_core.gradient_checkpointing import checkpoint_activations
 from modulora_core.offload import Place
 from modulora_core.optimizers import TRANSFORMERS_NAMES
 from modulora_core.training_checkpoints import TRAINER_STATE, seal
@@ -183,13 +184,6 @@ def training_arguments(
             "before they are averaged"
         )
     return arguments
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Turn on gradient checkpointing. Not the reentrant kind: the first layer's inputs need no gradient."""
-    # transformers 5.24 renamed gradient_checkpointing_enable, and warns of the old name
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def train(

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from modulora_core.adapters import LoRASettings, adapter_layers, add_lora
 from modulora_core.checkpoint import load_model, open_checkpoint
 from modulora_core.chunked_loss import chunked_loss
+from modulora_core.gradient_checkpointing import checkpoint_activations
 from modulora_core.memory import PeakMemory
-from modulora_core.training import checkpoint_activations
 
 RANK = 8
 B_DEVIATION = 1e-3

@@ -17,7 +17,7 @@ from decoding import DecodingJob
 from methods import BASE, BASE_DTYPE, Method, ModelFiles
 from models import model_files, model_flags, prepare_methods
 from report import Bars, Result, Run, arguments, markdown
-from training import TrainingJob
+from training import TrainingJob, checkpointing_flag, checkpointing_methods
 from turns import NotMeasuredError
 
 LOADING, TRAINING, DECODING, LIBRARIES = "loading_bytes", "training_bytes", "decoding_bytes", "libraries_bytes"  # fmt: skip
@@ -28,7 +28,7 @@ def measure(run: Run, files: ModelFiles, method: Method, dtype: str) -> Result:
     """The peaks of one method. What it can't do is noted and left out."""
     flags, result = run.flags, {"method": method.name, "dtype": dtype}
     jobs = {DECODING: (DecodingJob, (flags.prompt, flags.length)),
-            TRAINING: (TrainingJob, (flags.batch_size, flags.seq_len, flags.gradient_checkpointing))}  # fmt: skip
+            TRAINING: (TrainingJob, (flags.batch_size, flags.seq_len, checkpointing_methods(run)))}  # fmt: skip
     for what, (build, shared) in jobs.items():
         run.say(f"{method.name}, {dtype}, {COLUMNS[what]}")
         try:
@@ -77,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--batch-size", type=int, default=2, help="segments of a batch (2)")
     add("--seq-len", type=int, help="tokens of a segment (256)")
-    add("--gradient-checkpointing", action="store_true", help="keep a block's inputs only, and run it again")
+    checkpointing_flag(parser)
     add("--prompt", type=int, default=16, help="tokens of the prompt (16)")
     add("--length", type=int, default=16, help="tokens to decode (16)")
     flags = parser.parse_args(words)

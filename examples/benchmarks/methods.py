@@ -45,7 +45,7 @@ class ModelFiles:
         return self.folder / "dense"
 
     def of(self, method: Method) -> Path:
-        return self.folder / method.name.replace(":", "-").replace(",", "-").replace("=", "")
+        return self.folder / method.name.translate(str.maketrans(":,", "--", "= "))
 
 
 @dataclass(frozen=True)
@@ -169,15 +169,17 @@ def linear(weight: Tensor) -> nn.Linear:
 
 @dataclass(frozen=True)
 class Packed(Method):
-    """A quantizer of ours: ``words`` is ``NAME`` or ``NAME:option=value,option=value``."""
+    """A quantizer of ours: ``words`` is ``NAME`` or ``NAME:option=value,option=value``, and so is ``head``, for embeddings and head."""
 
     words: str
     tile_kib: int | None = None
+    head: str | None = None
 
     @property
     @override
     def name(self) -> str:
-        return self.words if self.tile_kib is None else f"{self.words}, tiles of {self.tile_kib} KiB"
+        tiles = "" if self.tile_kib is None else f", tiles of {self.tile_kib} KiB"
+        return self.words + tiles + ("" if self.head is None else f", head {self.head}")
 
     @override
     def missing(self) -> str | None:
@@ -215,7 +217,11 @@ class Packed(Method):
         quantizer = self.quantizer()
         options = quantizer.options.model_dump(mode="json")
         calibration = None if quantizer.spec.calibration == "none" else files.calibration
-        quantize(str(files.dense), files.of(self), quantizer.spec.name, options, calibration=calibration)
+        ends = None if self.head is None else Choice.parse(self.head)
+        quantize(
+            str(files.dense), files.of(self), quantizer.spec.name, options,
+            calibration=calibration, head=ends, embeddings=ends,
+        )  # fmt: skip
 
     @override
     def quantize_model(self, files: ModelFiles) -> object:

@@ -43,6 +43,8 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, help="of calibration, which times don't depend on (8)")
     add("--sample-len", type=int, help="tokens of a calibration sample (128)")
     add("--dtypes", nargs="+", choices=DTYPES, help="of the activations")
+    add("--quantize-head", metavar="NAME[:OPTION=VALUE,...]",
+        help="measure each of -q once more with embeddings and head packed by this")  # fmt: skip
 
 
 class PrepareJob:

@@ -135,6 +135,8 @@ def chosen(flags: argparse.Namespace) -> list[Method]:
     ]
     for words in flags.quantizers or ():
         ours += [Packed(words, kib) for kib in getattr(flags, "tiles", ())]
+    if getattr(flags, "quantize_head", None) is not None:
+        ours += [Packed(words, head=flags.quantize_head) for words in flags.quantizers or ()]
     wanted = [peer.name for peer in PEERS] if flags.peers is None else flags.peers
     for name in wanted:
         if not any(peer.name.startswith(name) for peer in PEERS):

@@ -3,6 +3,8 @@
     python examples/benchmarks/training.py
     python examples/benchmarks/training.py -q nf4 quip-sharp-e8:bits=2 --peers bitsandbytes --repeats 5
 
+    python examples/benchmarks/training.py -q nf4 --peers bitsandbytes --dtypes float32 bfloat16 --gradient-checkpointing nf4
+
 A step is a forward, a backward and AdamW on a batch, without gradient checkpointing unless asked: adapters of rank 8 in fp32 on all linear
 layers but the head, no dropout. Each method has a process of its own and they take turns. Peak is the resident set of that process
 during the steps. The loss is that of the first step: near the dense model's where a method does what it should.
@@ -10,6 +12,7 @@ during the steps. The loss is that of the first step: near the dense model's whe
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -28,13 +31,19 @@ class TrainingJob(ModelJob):
     """A model in training. ``rows`` segments of ``length`` tokens make a batch."""
 
     def __init__(
-        self, method: Method, files: ModelFiles, dtype: str, rows: int, length: int, checkpointing: bool
+        self,
+        method: Method,
+        files: ModelFiles,
+        dtype: str,
+        rows: int,
+        length: int,
+        checkpointing: Sequence[str],
     ) -> None:
         super().__init__(method, files, dtype)
         self._rows, self._length, self._steps, self._peak = rows, length, 0, 0
         self.model = method.adapt(self.model, self.targets())
-        if checkpointing:
-            from modulora_core.training import checkpoint_activations
+        if method.name in checkpointing:
+            from modulora_core.gradient_checkpointing import checkpoint_activations
 
             checkpoint_activations(self.model)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -88,20 +97,39 @@ def panels(run: Run) -> dict[str, Bars]:
     return dict(panels)
 
 
+def checkpointing_flag(parser: argparse.ArgumentParser) -> None:
+    """``--gradient-checkpointing``, of all methods or of some."""
+    parser.add_argument(
+        "--gradient-checkpointing", nargs="*", metavar="METHOD",
+        help="keep a block's inputs only, and run it again; with names, only these methods do",
+    )  # fmt: skip
+
+
+def checkpointing_methods(run: Run) -> list[str]:
+    """The methods that keep a block's inputs only. Ends the program where a name is none of them."""
+    named = run.flags.gradient_checkpointing
+    if unknown := set(named or ()) - set(run.methods):
+        raise SystemExit(
+            f"--gradient-checkpointing {unknown.pop()!r}: expected one of {', '.join(run.methods)}"
+        )
+    return list(run.methods) if named == [] else named or []
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     model_flags(parser)
     add = parser.add_argument
     add("--batch-size", type=int, default=2, help="segments of a batch (2)")
     add("--seq-len", type=int, help="tokens of a segment (256)")
-    add("--gradient-checkpointing", action="store_true", help="keep a block's inputs only, and run it again")
+    checkpointing_flag(parser)
     flags = parser.parse_args(words)
     flags.seq_len = flags.seq_len or (32 if flags.quick else 256)
     flags.repeats = flags.repeats or (2 if flags.quick else 7)
     run = Run("training", flags)
     with model_files(run) as files:
         prepare_methods(run, files)
-        shape = (flags.batch_size, flags.seq_len, flags.gradient_checkpointing)
+        checkpointing = checkpointing_methods(run)
+        shape = (flags.batch_size, flags.seq_len, checkpointing)
         jobs = start_models(run, TrainingJob, files, flags.dtypes or [BASE_DTYPE], *shape)
         turns = take_turns({key: (job, ()) for key, job in jobs.items()}, flags.repeats, flags.limit)
         settle(jobs)

@@ -151,6 +151,26 @@ def test_training_steps_are_compared(run: Main, models: list[str]) -> None:
     assert min(dense["peak_memory_bytes"], ours["peak_memory_bytes"]) > 10 * 2**20
 
 
+def test_ours_are_measured_again_with_a_packed_head_and_some_with_checkpointing(
+    run: Main, models: list[str]
+) -> None:
+    told = run(
+        "training",
+        *models,
+        "--quantize-head",
+        "int8",
+        "--gradient-checkpointing",
+        "nf4, head int8",
+        "--peers",
+    )
+    losses = {result["method"]: result["loss"] for result in told["results"]}
+    assert losses.keys() == {"dense", "nf4", "nf4, head int8"}
+    assert losses["nf4, head int8"] != losses["nf4"]  # the head has other values
+    assert losses["nf4, head int8"] == pytest.approx(losses["nf4"], rel=0.1)
+    with pytest.raises(SystemExit, match=r"'nf5': expected one of dense, nf4"):
+        run("training", *models, "--gradient-checkpointing", "nf5")
+
+
 def test_decoding_rates_are_compared_in_both_dtypes(run: Main, models: list[str]) -> None:
     told = run("decoding", *models, "--length", "5")
     check(told, "decoding")

@@ -267,22 +267,26 @@ def _is_askew(tensor: Tensor) -> bool:
 
 
 def filled_tile(
-    fill: Callable[[int, int, Tensor], None], rows: tuple[int, int], in_features: int, dtype: torch.dtype
+    fill: Callable[[int, int, Tensor], None],
+    rows: tuple[int, int],
+    in_features: int,
+    dtype: torch.dtype,
+    written: tuple[torch.dtype, ...] = (torch.float32,),
 ) -> Tensor:
     """A CPU tile in ``dtype`` from a kernel that writes fp32.
 
     Args:
-        fill: ``fill(start, stop, out)`` writes rows ``[start, stop)`` to ``out``, fp32 ``[stop - start, in]``
-            and contiguous.
+        fill: ``fill(start, stop, out)`` writes rows ``[start, stop)`` to ``out``, ``[stop - start, in]`` and contiguous.
         rows: the range to fill.
         in_features: the length of a row.
-        dtype: any float dtype. Others than fp32 are rounded once, from a scratch of :data:`ROUNDING_BYTES`.
+        dtype: any float dtype. Others than those in ``written`` are rounded once, from an fp32 scratch of :data:`ROUNDING_BYTES`.
+        written: the dtypes of ``out`` that ``fill`` knows, with fp32 among them.
     """
     start, stop = rows
     tile = torch.empty(stop - start, in_features, dtype=dtype)
     if tile.numel() == 0:
         return tile
-    if dtype == torch.float32:
+    if dtype in written:
         fill(start, stop, tile)
         return tile
     scratch = torch.empty(0)

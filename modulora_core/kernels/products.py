@@ -5,7 +5,7 @@
 
     kernels = RowKernels(decode)
 
-    tile        Ŵ[a:b]       for each 16 rows: decode
+    tile        Ŵ[a:b]       for each 16 rows: decode; for bf16, into a scratch in the L1 cache, and round from there
     products    Y = X Ŵᵀ     for each strip of rows of Ŵ, for each chunk of columns: decode;  Y[:, strip] += X[:, chunk] · stripᵀ
                 X = Y Ŵ      for each share of the rows of Ŵ, for each chunk of columns, for each strip: decode;
                              sums[share, :, chunk] += Y[:, strip] · strip
@@ -34,7 +34,7 @@ from numba import prange
 from torch import Tensor
 from torch.nn import functional as F
 
-from modulora_core.kernels import PARTIAL_SUMS, jit, launch, vectors
+from modulora_core.kernels import PARTIAL_SUMS, filled_tile, jit, launch, vectors
 from modulora_core.kernels.vectors import (
     BLOCK,
     LANES,
@@ -43,6 +43,7 @@ from modulora_core.kernels.vectors import (
     add_products_of_one,
     add_rows_of_four,
     add_rows_of_one,
+    narrow,
 )
 
 STRIP = 16
@@ -83,13 +84,24 @@ class RowKernels:
         takes: Callable[[Weight], bool] = lambda _: True,
     ) -> None:
         self._one_row, self._takes = one_row, takes
-        self._fill = _compiled(_fill, decode)
+        self._fill, self._fill_rounded = _compiled(_fill, decode), _compiled(_fill_rounded, decode)
         self._few, self._few_transposed = _compiled(_few, decode), _compiled(_few_transposed, decode)
         self._many, self._many_transposed = _compiled(_many, decode), _compiled(_many_transposed, decode)
 
     def dequantize(self, weight: Weight, first: int, out: Tensor) -> None:
-        """Rows ``first ...`` of Ŵ to all of ``out``, fp32 ``[rows, in]``, contiguous."""
-        launch(self._fill, weight, first, out)
+        """Rows ``first ...`` of Ŵ to all of ``out``, fp32 or bf16 ``[rows, in]``, contiguous."""
+        if out.dtype == torch.bfloat16:
+            launch(self._fill_rounded, weight, first, out.view(torch.int16))
+        else:
+            launch(self._fill, weight, first, out)
+
+    def tile(self, weight: Weight, rows: tuple[int, int], features: int, dtype: torch.dtype) -> Tensor:
+        """Rows ``[start, stop)`` of Ŵ, which has ``features`` columns, in any float dtype: ``[stop - start, features]``."""
+
+        def fill(start: int, _stop: int, out: Tensor) -> None:
+            self.dequantize(weight, start, out)
+
+        return filled_tile(fill, rows, features, dtype, (torch.float32, torch.bfloat16))
 
     def matmul(self, weight: Weight, x: Tensor, features: int, transpose: bool = False) -> Tensor:
         """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``, for few rows.
@@ -153,6 +165,25 @@ def _fill(weight: Any, first: int, out: Any) -> None:
     for piece in prange((len(out) + _PIECE - 1) // _PIECE):
         start = _signed(piece) * _PIECE
         decode(weight, first + start, 0, out.shape[1], out[start : min(start + _PIECE, len(out))])
+
+
+@jit()
+def _round(w: Any, out: Any) -> None:
+    for k in range(out.size):
+        out[k] = narrow(w[k], out[k])
+
+
+def _fill_rounded(weight: Any, first: int, out: Any) -> None:
+    """``out`` holds the bits of bf16 numbers."""
+    columns = out.shape[1]
+    for piece in prange((len(out) + _PIECE - 1) // _PIECE):
+        w = np.empty((1, min(CHUNK, columns)), np.float32)
+        begin = _signed(piece) * _PIECE
+        for row in range(begin, min(begin + _PIECE, len(out))):
+            for start in range(0, columns, CHUNK):
+                size = min(CHUNK, columns - start)
+                decode(weight, first + row, start, size, w)
+                _round(w[0, :size], out[row, start : start + size])
 
 
 @jit(fastmath=("reassoc", "contract", "nsz"))

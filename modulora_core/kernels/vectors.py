@@ -72,6 +72,34 @@ def from_half(_context: Any, _bits: Any) -> Any:
     return types.float32(types.int16), generate
 
 
+@intrinsic
+def widen(_context: Any, value: Any) -> Any:
+    """The fp32 number that is stored as ``value``: an int16 holds the bits of a bf16 number, and an fp32 number is itself."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        if value is types.float32:
+            return arguments[0]
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], _LANE), _LANE(16)), _FLOAT)
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def narrow(_context: Any, _number: Any, like: Any) -> Any:
+    """An fp32 number as ``like`` is stored: rounded to bf16's bits for an int16, to the nearest and halves to even, as torch does."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        if like is types.float32:
+            return arguments[0]
+        bits = builder.bitcast(arguments[0], _LANE)
+        is_odd = builder.and_(builder.lshr(bits, _LANE(16)), _LANE(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(is_odd, _LANE(0x7FFF))), _LANE(16))
+        is_nan = builder.icmp_unsigned(">", builder.and_(bits, _LANE(0x7FFFFFFF)), _LANE(0x7F800000))
+        return builder.trunc(builder.select(is_nan, _LANE(0x7FC0), rounded), ir.IntType(16))
+
+    return like(types.float32, like), generate
+
+
 def _load(builder: Any, data: Any, index: Any) -> Any:
     return builder.load(builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer()), align=4)
 

@@ -21,6 +21,7 @@ from modulora_core.adapters import LoRASettings, add_lora
 from modulora_core.chunked_loss import chunked_loss
 from modulora_core.errors import ModelError
 from modulora_core.finetune_config import FinetuneConfig
+from modulora_core.gradient_checkpointing import checkpoint_activations
 from modulora_core.layers import PackedParameter
 from modulora_core.plan.ledger import Ledger
 from modulora_core.plan.overhead import HEAP_BLOCK
@@ -30,7 +31,6 @@ from modulora_core.plan.subject import Subject
 from modulora_core.plan.timeline import Timeline
 from modulora_core.sources.quiet import quiet
 from modulora_core.tiles import ACCELERATOR_TILE_BYTES, CPU_TILE_BYTES, tile_budget
-from modulora_core.training import checkpoint_activations
 
 _OWN = frozenset({"layer_idx", "layer_id", "layer_number", "training"})
 """Attributes in which blocks that do the same differ."""

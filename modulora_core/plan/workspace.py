@@ -16,7 +16,7 @@ import torch
 from modulora_core.errors import ShapeError
 from modulora_core.memory import Allocations
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
-from modulora_core.tiles import tile_budget, tile_ranges
+from modulora_core.tiles import compute_dtype, tile_budget, tile_ranges
 
 WIDTH = 256
 """The longer side of the small weight."""
@@ -27,13 +27,18 @@ ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """Bytes of a product's workspace: for each row and each column of the weight's longer side, and for each byte of a dense fp32 tile."""
+    """Bytes of a product's workspace: for each row and each column of the weight's longer side, and for each byte of a dense tile, whose
+    values have ``width`` bytes.
+    """
 
     per_entry: float
     per_tile_byte: float
+    width: int
 
     def nbytes(self, rows: int, shape: tuple[int, int], tile_bytes: int) -> int:
-        return int(self.per_entry * rows * max(shape) + self.per_tile_byte * _tile(shape, tile_bytes))
+        return int(
+            self.per_entry * rows * max(shape) + self.per_tile_byte * _tile(shape, tile_bytes, self.width)
+        )
 
 
 def product_workspace(
@@ -61,12 +66,12 @@ def product_workspace(
     key = (type(quantizer), options, small, dtype)
     if rows < ROWS:
         return _few_rows(*key, rows, transpose).nbytes(rows, shape, tile_bytes)
-    shrunk = max(small) / max(shape)
+    shrunk, width = max(small) / max(shape), _width(dtype)
     few = max(ROWS, round(rows * shrunk))
     # the small tile is to the small input what the real one is to the real one, as far as it can be
-    wanted = _tile(shape, tile_bytes) * shrunk * few / rows
-    whole = small[0] * small[1] * 4
-    in_one_tile = _tile(shape, tile_bytes) == shape[0] * shape[1] * 4
+    wanted = _tile(shape, tile_bytes, width) * shrunk * few / rows
+    whole = small[0] * small[1] * width
+    in_one_tile = _tile(shape, tile_bytes, width) == shape[0] * shape[1] * width
     budget = whole if in_one_tile else int(min(wanted, whole // 4))
     return _many_rows(*key, few, budget, transpose).nbytes(rows, shape, tile_bytes)
 
@@ -76,13 +81,14 @@ def _few_rows(
     cls: type[Quantizer], options: str, shape: tuple[int, int], dtype: torch.dtype, rows: int, transpose: bool
 ) -> _Product:
     """Of a product that perhaps has a kernel of its own, and then no tile: two budgets tell."""
-    budgets = [shape[0] * shape[1] * 4 // part for part in (8, 4)]
+    width = _width(dtype)
+    budgets = [shape[0] * shape[1] * width // part for part in (8, 4)]
     first, second = (
         _peak_of_product(cls, options, shape, dtype, rows, transpose, budget) for budget in budgets
     )
-    small, large = (_tile(shape, budget) for budget in budgets)
+    small, large = (_tile(shape, budget, width) for budget in budgets)
     per_tile_byte = max(0.0, (second - first) / (large - small))
-    return _Product((first - per_tile_byte * small) / (rows * max(shape)), per_tile_byte)
+    return _Product((first - per_tile_byte * small) / (rows * max(shape)), per_tile_byte, width)
 
 
 @lru_cache(maxsize=256)
@@ -100,7 +106,10 @@ def _many_rows(
         _peak_of_product(cls, options, shape, dtype, n, transpose, budget) for n in (rows, rows + rows // 8)
     )
     per_row = max(0.0, (second - first) / (rows // 8))
-    return _Product(per_row / max(shape), max(0.0, first - per_row * rows) / _tile(shape, budget))
+    width = _width(dtype)
+    return _Product(
+        per_row / max(shape), max(0.0, first - per_row * rows) / _tile(shape, budget, width), width
+    )
 
 
 def _peak_of_product(
@@ -160,10 +169,15 @@ def _calibration(quantizer: Quantizer, shape: tuple[int, int]) -> Calibration | 
     return None if quantizer.spec.calibration == "none" else Calibration(torch.eye(shape[1]), 1)
 
 
-def _tile(shape: tuple[int, int], budget: int) -> int:
-    """Bytes of the largest fp32 tile within ``budget``."""
-    start, stop = next(tile_ranges(shape[0], shape[1] * 4, budget))
-    return (stop - start) * shape[1] * 4
+def _width(dtype: torch.dtype) -> int:
+    """Bytes of a tile's value for inputs of ``dtype``, on the CPU, where products are measured."""
+    return compute_dtype(dtype, torch.device("cpu")).itemsize
+
+
+def _tile(shape: tuple[int, int], budget: int, width: int) -> int:
+    """Bytes of the largest tile within ``budget``."""
+    start, stop = next(tile_ranges(shape[0], shape[1] * width, budget))
+    return (stop - start) * shape[1] * width
 
 
 def _small_shape(quantizer: Quantizer, shape: tuple[int, int]) -> tuple[int, int]:

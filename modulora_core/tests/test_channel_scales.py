@@ -14,7 +14,7 @@ from modulora_core.errors import ShapeError
 from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
 from modulora_core.memory import Allocations
 from modulora_core.spec import PackedWeight, Quantizer
-from modulora_core.tiles import tile_budget
+from modulora_core.tiles import compute_dtype, tile_budget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,7 +140,7 @@ def test_gradients_of_16_bit_rows_are_summed_in_float32(quantizer: Quantizer, pa
     u, v = torch.ones(IN, requires_grad=True), torch.ones(OUT, requires_grad=True)
     with tile_budget(500 * OUT * 4):
         lora_linear(x, quantizer, packed, input_scale=u, output_scale=v).backward(dY)
-    W = quantizer.dequantize_tile(packed, (0, OUT), torch.float32)
+    W = quantizer.dequantize_tile(packed, (0, OUT), compute_dtype(torch.bfloat16, x.device)).float()
     torch.testing.assert_close(u.grad, 3001 * W.sum(0).bfloat16().float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(v.grad, 3001 * W.sum(1).bfloat16().float(), rtol=1e-5, atol=0)
 

@@ -21,10 +21,11 @@ from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import AdapterError, DataError, ModelError, OptionError, OutputError, WorkError
 from modulora_core.finetune import finetune
 from modulora_core.finetune_config import FinetuneConfig
+from modulora_core.gradient_checkpointing import checkpoint_activations
 from modulora_core.peft_format import AdapterFolder
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
-from modulora_core.training import TrainingStep, checkpoint_activations
+from modulora_core.training import TrainingStep
 
 Configure = Callable[..., FinetuneConfig]
 

@@ -80,6 +80,16 @@ def test_tiles_are_the_decoded_rows_to_the_bit(module: ModuleType, shape: tuple[
         assert torch.equal(out, codes[first:].float() * scales[first:, None])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_tiles_of_other_dtypes_are_rounded_as_torch_does(module: ModuleType, dtype: torch.dtype) -> None:
+    bits = torch.randint(0, 2**31, (19, 2100), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    special = [0x7F800000, 0x7F800001, 0x7FFFFFFF, 0x7F7FFFFF, 0x7F7F7FFF, 0x3F808000, 0x3F818000, 1, 0]
+    bits[3, : len(special)] = torch.tensor(special, dtype=torch.int32)
+    numbers = torch.cat([bits, bits | -(2**31)]).view(torch.float32)  # half of them negative
+    tile = module.rows.tile((numbers, torch.ones(38)), (2, 37), 2100, dtype)
+    torch.testing.assert_close(tile, numbers[2:37].to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("n", [1, 6])
 def test_the_bits_of_a_product_do_not_depend_on_the_number_of_threads(module: ModuleType, n: int) -> None:
     codes, scales, _ = weight(300, 200)

@@ -21,6 +21,7 @@ from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import OptionError
 from modulora_core.finetune import finetune
 from modulora_core.finetune_config import FinetuneConfig
+from modulora_core.gradient_checkpointing import checkpoint_activations
 from modulora_core.layers import PackedParameter
 from modulora_core.loading import open_to_run
 from modulora_core.mapped_blocks import BlockWindow, keep_one_block
@@ -28,7 +29,6 @@ from modulora_core.sources.mapped_files import MappedFiles
 from modulora_core.sources.safetensors_store import SafetensorsStore
 from modulora_core.tests.adapted_models import logits, randomize
 from modulora_core.tests.crude_folders import save_crude
-from modulora_core.training import checkpoint_activations
 
 Pack = Callable[..., tuple[Path, Path]]
 

@@ -12,12 +12,12 @@ import torch
 from modulora_core.adapters import LoRASettings, add_lora
 from modulora_core.checkpoint import load_model
 from modulora_core.chunked_loss import chunked_loss
+from modulora_core.gradient_checkpointing import checkpoint_activations
 from modulora_core.memory import Allocations
 from modulora_core.plan.rehearsal import rehearse_decoding, rehearse_training
 from modulora_core.plan.request import PlanRequest, finetuning
 from modulora_core.plan.subject import Subject, open_subject
 from modulora_core.tests.tiny_models import ARCHITECTURES
-from modulora_core.training import checkpoint_activations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -121,8 +121,9 @@ def test_the_error_is_at_most_half_a_step(options, generator):
     assert bool((error <= 0.5001 * step).all()), (error / step).max()
 
 
-# fp32 sums of n products of any order differ by about sqrt(n) roundings; an output in 16 bits is rounded once more
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+# fp32 sums of n products of any order differ by about sqrt(n) roundings; an output in 16 bits is rounded once more, and where the
+# processor multiplies bf16 numbers the weights are too
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -117,8 +117,9 @@ def test_a_tile_of_many_rounding_pieces_is_rounded_once(generator):
         assert torch.equal(quantizer.dequantize_tile(packed, (3, 700), dtype), whole[3:700].to(dtype))
 
 
-# fp32 sums of n products of any order differ by about sqrt(n) roundings; an output in 16 bits is rounded once more
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+# fp32 sums of n products of any order differ by about sqrt(n) roundings; an output in 16 bits is rounded once more, and where the
+# processor multiplies bf16 numbers the weights are too
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from modulora_quip_sharp_e8 import transform
 from modulora_quip_sharp_e8.options import Options
-from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, from_solution, window
+from modulora_quip_sharp_e8.quantizer import FEW_ROWS, QuIPSharpE8, from_solution, window
 from safetensors.torch import save_file
 
+from modulora_core import tiles
 from modulora_core.errors import CheckpointError, OptionError, ShapeError
 from modulora_core.spec import Calibration
 from modulora_core.tiles import tile_budget
@@ -100,13 +101,29 @@ def test_products_are_those_of_the_reference(
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_inputs_are_computed_in_fp32_and_rounded_once(
-    dtype, transpose, rows, options, random_solution, generator
+    dtype, transpose, rows, options, random_solution, generator, monkeypatch
 ):
+    monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: False)
     packed = from_solution(random_solution((40, 36), options), options)
     x = torch.randn(rows, 40 if transpose else 36, generator=generator).to(dtype)
     y = QuIPSharpE8(options).matmul(x, packed, transpose)
     assert y.dtype == dtype
     assert torch.equal(y, QuIPSharpE8(options).matmul(x.float(), packed, transpose).to(dtype))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_with_units_for_bf16_inputs_are_multiplied_in_it(
+    transpose, options, random_solution, generator, monkeypatch
+):
+    monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: True)
+    packed = from_solution(random_solution((192, 576), options), options)
+    x = torch.randn(FEW_ROWS + 1, 192 if transpose else 576, generator=generator).to(torch.bfloat16)
+    y = QuIPSharpE8(options).matmul(x, packed, transpose)
+    exact = QuIPSharpE8(options).matmul(x.double(), packed, transpose)
+    assert y.dtype == torch.bfloat16
+    # the rotated input, the tile, the product and the result are each rounded, by less than 2^-9 in the mean, and rotations keep norms
+    assert bool(((y.double() - exact).norm(dim=1) <= 4 * 2**-9 * exact.norm(dim=1)).all())
+    assert not torch.equal(y, QuIPSharpE8(options).matmul(x.float(), packed, transpose).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

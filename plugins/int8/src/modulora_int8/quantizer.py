@@ -121,12 +121,8 @@ def _decode(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> 
     if cpu is None:
         codes, scales = (packed.tensors[name][slice(*rows)] for name in ("codes", "scales"))
         return reference.dequantize(codes, scales, packed.metadata["group_size"]).to(dtype)
-    weight = kernels.operands(packed, _operands)
-
-    def fill(start: int, _stop: int, out: Tensor) -> None:
-        cpu.rows.dequantize(weight, start, out)
-
-    return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
+    decoded: Tensor = cpu.rows.tile(kernels.operands(packed, _operands), rows, packed.shape[1], dtype)
+    return decoded
 
 
 def _kernels(device: torch.device) -> Any:

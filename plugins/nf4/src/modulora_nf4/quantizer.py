@@ -97,12 +97,8 @@ class NF4(Quantizer):
         cpu = _kernels(packed.device)
         if cpu is None:
             return _reference_tile(packed, rows).to(dtype)
-        weight = _operands(packed, rows)
-
-        def fill(start: int, _stop: int, out: Tensor) -> None:
-            cpu.rows.dequantize(weight, start, out)
-
-        return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
+        decoded: Tensor = cpu.rows.tile(_operands(packed, rows), rows, packed.shape[1], dtype)
+        return decoded
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         out_features, in_features = packed.shape

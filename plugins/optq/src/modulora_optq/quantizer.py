@@ -256,12 +256,13 @@ def _tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype, order
         return solution.dequantize(_options(packed)).to(dtype)
 
     weight = kernels.operands(packed, _operands)
+    if order is None:
+        stored: Tensor = cpu.rows.tile(weight, rows, packed.shape[1], dtype)
+        return stored
+    inverse = order.inverse
 
     def fill(start: int, _stop: int, out: Tensor) -> None:
-        if order is None:
-            cpu.rows.dequantize(weight, start, out)
-        else:
-            kernels.launch(cpu.dequantize_permuted, weight, start, order.inverse, out)
+        kernels.launch(cpu.dequantize_permuted, weight, start, inverse, out)
 
     return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from modulora_core import kernels
 from modulora_core.errors import OptionError, ShapeError
 from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, TensorLayout, check_rows
-from modulora_core.tiles import tile_bytes, tile_ranges, tiled_matmul
+from modulora_core.tiles import compute_dtype, tile_bytes, tile_ranges, tiled_matmul
 from modulora_quip_sharp_e8 import SPEC, codebooks, solver, transform
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER
@@ -104,8 +104,8 @@ class QuIPSharpE8(Quantizer):
         budget = tile_bytes(packed.device) // 2  # beside a strip there is its transpose
         for a, b in tile_ranges(vectors["codes"].shape[1], BLOCK * whole * computed.itemsize, budget):
             columns_here = slice(a * BLOCK, min(b * BLOCK, columns))
-            strip = _decode(packed, slice(None), slice(a, b), columns_here.stop - columns_here.start).to(
-                computed
+            strip = _decode(
+                packed, slice(None), slice(a, b), columns_here.stop - columns_here.start, computed
             )
             turned = transform.rotate(strip.T.contiguous(), transpose=True)  # (H_M C)ᵀ
             out[:, columns_here] = turned[:, start + rows[0] : start + rows[1]].T
@@ -221,8 +221,10 @@ def _operands(packed: PackedWeight, rows: slice, blocks: slice) -> tuple[Tensor,
     return codes, codes if bits == 2 else packed.tensors["residual"][rows, blocks].contiguous(), bits
 
 
-def _decode(packed: PackedWeight, rows: slice, blocks: slice, columns: int) -> Tensor:
-    """A part of C, fp32 ``[rows, columns]``: the first columns of these blocks."""
+def _decode(
+    packed: PackedWeight, rows: slice, blocks: slice, columns: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A part of C, ``[rows, columns]``: the first columns of these blocks."""
     gpu = _gpu(packed.device)
     if gpu is not None:
         codes, residual, bits = _operands(packed, slice(None), slice(None))
@@ -231,14 +233,13 @@ def _decode(packed: PackedWeight, rows: slice, blocks: slice, columns: int) -> T
         part: Tensor = gpu.dequantize(
             codes, residual, bits, (start, stop), (first, first + columns), torch.float32
         )
-        return part
+        return part.to(dtype)
     codes, residual, bits = _operands(packed, rows, blocks)
     cpu = _kernels(packed.device)
     if cpu is None:
-        return codebooks.decode(codes, None if bits == 2 else residual, bits)[:, :columns]
-    out = torch.empty(len(codes), columns)
-    cpu.rows.dequantize((codes, residual, bits), 0, out)
-    return out
+        return codebooks.decode(codes, None if bits == 2 else residual, bits)[:, :columns].to(dtype)
+    decoded: Tensor = cpu.rows.tile((codes, residual, bits), (0, len(codes)), columns, dtype)
+    return decoded
 
 
 def _token(x: Tensor, packed: PackedWeight) -> Tensor | None:
@@ -287,8 +288,12 @@ def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool, dtype: tor
     if few is None:
 
         def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
-            return _decode(packed, slice(start, stop), slice(None), columns).to(dtype)
+            return _decode(packed, slice(start, stop), slice(None), columns, dtype)
 
+        if (
+            dtype == torch.bfloat16
+        ):  # rotated they are fp32; as coarse as they were the CPU may multiply faster
+            x = x.to(compute_dtype(dtype, x.device))
         return tiled_matmul(x, tile, (whole, columns), transpose)
     operands = _operands(packed, slice(None), slice(None))
     one = (

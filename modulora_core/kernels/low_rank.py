@@ -1,0 +1,83 @@
+"""Activations times the factors of a LoRA adapter on the CPU: one pass over activations in fp32 or bf16, and no copy of them.
+
+    U  = X Aᵀ          RowKernels, with X in the place of Ŵ: Uᵀ = A Xᵀ
+    dA = Vᵀ X          likewise, transposed
+    Y += U W           for each 16 rows, for each panel of columns, for each four rows: sums += U[four] · W[:, panel];  Y += sums
+
+X is ``[n, in]``, U and V are ``[n, r]``. Each moves X once, or Y twice, in its own dtype, and does 2 n · in · r operations in fp32: for
+small r the floor is the bandwidth of a cache. Products of torch need a copy of X in fp32 first where it is bf16, or where a part of it
+is left out.
+
+Activations of bf16 come as the int16 of their bits. ``keep``, bool like X or ``[0, 0]``, says what counts of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from modulora_core.kernels import jit
+from modulora_core.kernels.products import PANEL, RowKernels
+from modulora_core.kernels.vectors import BLOCK, add_rows_of_four, add_rows_of_one, narrow, widen
+
+_PIECE = 16  # rows that a thread takes at once
+
+
+@jit()
+def _read(x: Any, out: Any) -> None:
+    for k in range(out.size):
+        out[k] = widen(x[k])
+
+
+@jit()
+def _clear(keep: Any, x: Any) -> None:
+    for k in range(x.size):
+        x[k] = x[k] if keep[k] else np.float32(0)
+
+
+@jit()
+def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+    """Columns ``start ...`` of the rows from ``row`` on, of what counts: ``weight`` is X and ``keep``."""
+    x, keep = weight
+    for r in range(len(out)):
+        _read(x[row + r, start : start + columns], out[r, :columns])
+        if keep.size:
+            _clear(keep[row + r, start : start + columns], out[r, :columns])
+
+
+rows = RowKernels(decode)
+"""X as a matrix that few rows are multiplied by: those of A, or of Vᵀ."""
+
+
+@jit()
+def _add(more: Any, y: Any) -> None:
+    for k in range(y.size):
+        y[k] = narrow(widen(y[k]) + more[k], y[k])
+
+
+@jit(parallel=True)
+def add_expanded(u: Any, w: Any, keep: Any, y: Any) -> None:
+    """``y += u w`` where it counts: ``u`` ``[n, r]`` and ``w`` ``[r, columns]``, its columns padded to whole vectors, are fp32."""
+    n, columns = y.shape
+    rank, padded = w.shape
+    for piece in prange((n + _PIECE - 1) // _PIECE):
+        sums = np.empty((BLOCK, PANEL), np.float32)
+        begin = np.int64(piece) * _PIECE
+        stop = min(begin + _PIECE, n)
+        for start in range(0, padded, PANEL):
+            part = min(PANEL, padded - start)
+            last = min(start + part, columns)
+            for r in range(begin, stop, BLOCK):
+                count = min(BLOCK, stop - r)
+                sums[:] = 0
+                if count == BLOCK:
+                    add_rows_of_four(u, r, 0, rank, w, start, part, sums, 0, 0)
+                else:
+                    for i in range(count):
+                        add_rows_of_one(u, r + i, 0, rank, w, start, part, sums, i, 0)
+                for i in range(count):
+                    if keep.size:
+                        _clear(keep[r + i, start:last], sums[i, : last - start])
+                    _add(sums[i], y[r + i, start:last])
