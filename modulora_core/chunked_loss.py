@@ -188,15 +188,16 @@ def _losses(z: Tensor, goals: Tensor, dz: Tensor | None = None) -> Tensor:
     rows = max(1, -(-len(z) // _PIECES))
     parts, labels = z.split(rows), goals.split(rows)
     places: Sequence[Tensor | None] = [None] * len(parts) if dz is None else dz.split(rows)
-    return torch.cat([_softmax(*each) for each in zip(parts, labels, places, strict=True)])
+    overwrite = dz is None or dz is z
+    return torch.cat([_softmax(*each, overwrite) for each in zip(parts, labels, places, strict=True)])
 
 
-def _softmax(z: Tensor, goals: Tensor, dz: Tensor | None) -> Tensor:
+def _softmax(z: Tensor, goals: Tensor, dz: Tensor | None, overwrite: bool) -> Tensor:
     """As :func:`_losses`, of all rows at once."""
     p = z
     if z.dtype != _wide(z.dtype):
         p = z.to(_wide(z.dtype))
-    elif dz is not None and dz.data_ptr() != z.data_ptr():
+    elif dz is not None and not overwrite:
         p = dz.copy_(z)
     at_goal = p.gather(1, goals[:, None])
     largest = p.amax(1, keepdim=True)

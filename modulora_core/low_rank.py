@@ -27,6 +27,9 @@ takes less than half as long as from memory (docs/performance.md)."""
 LEAST_ROWS = 16
 """Fewer rows are copied sooner than a kernel is launched."""
 
+MOST_RANK = 32
+"""From about there on a matrix product of torch is as fast, copies included, and :func:`gather` would hold eight sums of its result's size."""
+
 _LANES = 16
 
 
@@ -38,7 +41,7 @@ def project(x: Tensor, A: Tensor, keep: Tensor | None = None) -> Tensor:
         A: ``[r, d]``.
         keep: bool ``[n, d]``, what of X counts; None for all of it.
     """
-    cpu = _kernels(x, A, keep)
+    cpu = _kernels(x, keep, A.dtype, rank=A.shape[0])
     if cpu is not None:
         projected: Tensor = cpu.rows.matmul((_stored(x), _mask(keep)), A.detach().contiguous(), x.shape[0])
         return projected.t().contiguous()
@@ -57,7 +60,7 @@ def add_expanded(y: Tensor, U: Tensor, W: Tensor, keep: Tensor | None = None, *,
         keep: as for :func:`project`.
         scale: s.
     """
-    cpu = _kernels(y, U, keep)
+    cpu = _kernels(y, keep, U.dtype, rank=U.shape[1])
     if cpu is not None:
         padded = F.pad(W.detach(), (0, -W.shape[1] % _LANES)).contiguous()
         kernels.launch(cpu.add_expanded, U * scale, padded, _mask(keep), _stored(y))
@@ -75,7 +78,7 @@ def gather(V: Tensor, x: Tensor, keep: Tensor | None = None) -> Tensor:
     Args:
         V: ``[n, r]``; x, keep: as for :func:`project`.
     """
-    cpu = _kernels(x, V, keep)
+    cpu = _kernels(x, keep, V.dtype, rank=V.shape[1])
     if cpu is not None:
         rows = V.t().contiguous()
         gathered: Tensor = cpu.rows.matmul((_stored(x), _mask(keep)), rows, x.shape[1], transpose=True)
@@ -105,12 +108,12 @@ def _kept(x: Tensor, rows: slice, dtype: torch.dtype, keep: Tensor | None) -> Te
     return chunk if keep is None else chunk * keep[rows]
 
 
-def _kernels(x: Tensor, factor: Tensor, keep: Tensor | None) -> Any:
+def _kernels(x: Tensor, keep: Tensor | None, factor: torch.dtype, rank: int) -> Any:
     """The compiled kernels, where torch would need a copy of ``x`` and they can do without; else None."""
     needed = x.dtype == torch.bfloat16 or keep is not None
-    if not needed or factor.dtype != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
+    if not needed or factor != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
         return None
-    if x.shape[0] < LEAST_ROWS or not x.is_contiguous() or _is_fake(x):
+    if x.shape[0] < LEAST_ROWS or rank > MOST_RANK or not x.is_contiguous() or _is_fake(x):
         return None
     return kernels.load("modulora_core.kernels.low_rank", x.device)
 

@@ -25,7 +25,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     if request.param == "compiled":
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(low_rank, "_kernels", lambda *_: None)
+        monkeypatch.setattr(low_rank, "_kernels", lambda *_, **__: None)
     return str(request.param)
 
 
