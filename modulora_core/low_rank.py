@@ -28,7 +28,7 @@ LEAST_ROWS = 16
 """Fewer rows are copied sooner than a kernel is launched."""
 
 MOST_RANK = 32
-"""From about there on a matrix product of torch is as fast, copies included, and :func:`gather` would hold eight sums of its result's size."""
+"""Beyond, a matrix product of torch is about as fast, copies included, and :func:`gather` would hold eight large sums."""
 
 _LANES = 16
 
