@@ -116,7 +116,7 @@ class QuIPSharpE8(Quantizer):
         return out.mul_(scales[:, None]).to(dtype)
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
-        """Rotate x, multiply it by C, and rotate back: Ŵ itself is never made. In fp32, or fp64 where x is."""
+        """Rotate x, multiply it by C, and rotate back: Ŵ itself is never made. In fp32, or fp64 where x is; bf16 as tiles are."""
         if not transpose and (token := _token(x, packed)) is not None:
             return token
         kernels.check_tensors(packed, _tensors)
@@ -290,9 +290,8 @@ def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool, dtype: tor
         def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
             return _decode(packed, slice(start, stop), slice(None), columns, dtype)
 
-        if (
-            dtype == torch.bfloat16
-        ):  # rotated they are fp32; as coarse as they were the CPU may multiply faster
+        if dtype == torch.bfloat16:
+            # rotated, inputs are in fp32; as coarse as they were, a CPU may multiply them faster
             x = x.to(compute_dtype(dtype, x.device))
         return tiled_matmul(x, tile, (whole, columns), transpose)
     operands = _operands(packed, slice(None), slice(None))
