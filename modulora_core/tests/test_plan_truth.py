@@ -37,6 +37,8 @@ pytestmark = [
 
 WITHIN = 0.08
 
+TRIES = 4
+
 WORK: Mapping[str, tuple[str, ...]] = {
     "training": ("gradients", "activations", "workspace", "loss"),
     "decoding": ("activations", "workspace", "loss", "kv_cache"),
@@ -90,14 +92,16 @@ def usable() -> list[str]:
 
 
 def run(job: str, options: Mapping[str, Any]) -> Taken:
-    """What the job really takes where its kernels were compiled before."""
-    taken = _run(job, options)
-    if not taken["compiled"]:
-        return taken
-    again = {**options, "out": f"{options['out']}-again"} if "out" in options else options
-    taken = _run(job, again)
-    assert not taken["compiled"]
-    return taken
+    """What the job really takes where its kernels were compiled before.
+
+    Compiled code can be lost where another process of the suite writes to the same index at the same time, and is then made again.
+    """
+    for attempt in range(TRIES):
+        out = {"out": f"{options['out']}-{attempt}"} if attempt and "out" in options else {}
+        taken = _run(job, {**options, **out})
+        if not taken["compiled"]:
+            return taken
+    raise AssertionError(f"kernels were compiled in each of {TRIES} runs of {job} {options}")
 
 
 def _run(job: str, options: Mapping[str, Any]) -> Taken:
