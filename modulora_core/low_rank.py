@@ -30,8 +30,6 @@ LEAST_ROWS = 16
 MOST_RANK = 32
 """Beyond, a matrix product of torch is about as fast, copies included, and :func:`gather` would hold eight large sums."""
 
-_LANES = 16
-
 
 def project(x: Tensor, A: Tensor, keep: Tensor | None = None) -> Tensor:
     """``keep(X) Aᵀ``, ``[n, r]`` in A's dtype.
@@ -62,14 +60,14 @@ def add_expanded(y: Tensor, U: Tensor, W: Tensor, keep: Tensor | None = None, *,
     """
     cpu = _kernels(y, keep, U.dtype, rank=U.shape[1])
     if cpu is not None:
-        padded = F.pad(W.detach(), (0, -W.shape[1] % _LANES)).contiguous()
+        padded = F.pad(W.detach(), (0, -W.shape[1] % cpu.LANES)).contiguous()
         kernels.launch(cpu.add_expanded, U * scale, padded, _mask(keep), _stored(y))
     elif y.dtype == U.dtype and keep is None:
         y.addmm_(U, W, alpha=scale)
     else:
         for rows in row_chunks(y, U.dtype, keep):
             part = torch.mm(U[rows], W).mul_(scale)
-            y[rows] += part if keep is None else part.mul_(keep[rows])
+            y[rows] += part if keep is None else part.where(keep[rows], 0)
 
 
 def gather(V: Tensor, x: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -105,7 +103,7 @@ def row_chunks(x: Tensor, dtype: torch.dtype, keep: Tensor | None = None) -> Ite
 
 def _kept(x: Tensor, rows: slice, dtype: torch.dtype, keep: Tensor | None) -> Tensor:
     chunk = x[rows].to(dtype)
-    return chunk if keep is None else chunk * keep[rows]
+    return chunk if keep is None else chunk.where(keep[rows], 0)
 
 
 def _kernels(x: Tensor, keep: Tensor | None, factor: torch.dtype, rank: int) -> Any:

@@ -21,6 +21,7 @@ from numba import prange
 from modulora_core.kernels import jit
 from modulora_core.kernels.products import PANEL, RowKernels
 from modulora_core.kernels.vectors import BLOCK, add_rows_of_four, add_rows_of_one, narrow, widen
+from modulora_core.kernels.vectors import LANES as LANES
 
 _PIECE = 16  # rows that a thread takes at once
 

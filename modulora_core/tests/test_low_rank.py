@@ -73,9 +73,8 @@ def test_they_are_what_they_say(
     assert ((y.double() - exact).abs() <= once).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_dropped_counts_nothing_whatever_it_is(dtype: torch.dtype) -> None:
-    pytest.importorskip("numba")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str, indirect=True)
+def test_what_is_dropped_counts_nothing_whatever_it_is(route: str, dtype: torch.dtype) -> None:
     x, A, V, keep = made(20, 40, 4, dtype, masked=True)
     broken = torch.where(keep, x, torch.nan)
     assert torch.equal(low_rank.project(broken, A, keep), low_rank.project(x, A, keep))
