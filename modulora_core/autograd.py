@@ -153,7 +153,7 @@ class _LoRALinear(torch.autograd.Function):
             u,
             v,
         )
-        return y
+        return _own(y)
 
     @staticmethod
     @once_differentiable
@@ -195,7 +195,7 @@ def _product(
     keep_Z: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Y, Z (which is Y's memory unless it is to be kept beside Y), the dropout mask and U."""
-    Z = _own(quantizer.matmul(x if u is None else _scaled(x, u), packed, transpose))  # [..., out]
+    Z = quantizer.matmul(x if u is None else _scaled(x, u), packed, transpose)  # [..., out]
     y = Z if v is None else _scaled(Z, v, in_place=not keep_Z)
     keep = U = None
     if bias is None and A is None:

@@ -259,7 +259,9 @@ def _array(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         array = (argument.detach() if argument.requires_grad else argument).numpy()
         return array.copy() if _is_askew(argument) else array
-    return tuple([_array(a) for a in argument]) if isinstance(argument, tuple) else argument
+    if isinstance(argument, tuple) and any(isinstance(a, Tensor) for a in argument):  # none in what operands() keeps
+        return tuple([_array(a) for a in argument])
+    return argument
 
 
 def _is_askew(tensor: Tensor) -> bool:
@@ -309,6 +311,4 @@ def few_rows(x: Tensor, features: int, most: int) -> Tensor | None:
     if x.dim() == 0 or x.shape[-1] != features or not 0 < x.numel() <= most * features:
         return None
     rows = x.detach().reshape(-1, features)
-    return (
-        rows if rows.dtype == torch.float32 and rows.is_contiguous() else rows.to(torch.float32).contiguous()
-    )
+    return rows.to(torch.float32).contiguous()

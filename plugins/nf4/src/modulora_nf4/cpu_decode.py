@@ -35,29 +35,27 @@ def _shuffle(builder: Any, table: ir.Constant, index: Any, instruction: str) -> 
     return builder.call(cgutils.get_or_insert_function(builder.module, of, instruction), [table, index])
 
 
-def sixteen_levels(context: Any, builder: Any, codes: Any) -> Any:
-    """The levels of eight bytes of codes: ``<8 x i8>`` to ``<16 x float>``.
+def levels(context: Any, builder: Any, index: Any) -> Any:
+    """The levels of sixteen codes: ``<16 x i32>``, of which the low four bits are looked at, to ``<16 x float>``.
 
-    LLVM doesn't find the lookup in registers by itself, so it is spelled for AVX-512 and AVX2. Elsewhere each
-    byte loads its two values from a table of 256 pairs, which is 4 to 8 times slower.
+    LLVM doesn't find the lookup in registers by itself, so it is spelled for AVX-512 and AVX2. Elsewhere each lane loads its value.
     """
-    if not has(context, "avx2") and not has(context, "avx512f"):
-        pairs = cgutils.global_constant(
-            builder, "nf4_pairs", ir.Constant(ir.ArrayType(_F32, 512), _PAIRS.ravel().tolist())
-        )
-        levels = ir.Constant(ir.VectorType(_F32, 16), ir.Undefined)
-        for k in range(16):
-            byte = builder.zext(builder.extract_element(codes, _I32(k // 2)), _I64)
-            at = builder.or_(builder.shl(byte, _I64(1)), _I64(k % 2))
-            level = builder.load(builder.gep(pairs, [_I64(0), at]))
-            levels = builder.insert_element(levels, level, _I32(k))
-        return levels
-    # a byte becomes two 32-bit lanes, high nibble first; nothing looks above the low four bits of a lane
-    wide = builder.zext(codes, ir.VectorType(_I64, 8))
-    both = builder.or_(builder.lshr(wide, _vector([4] * 8, _I64)), builder.shl(wide, _vector([32] * 8, _I64)))
-    index = builder.bitcast(both, ir.VectorType(_I32, 16))
     if has(context, "avx512f"):
         return _shuffle(builder, _vector(_LEVELS, _F32), index, "llvm.x86.avx512.permvar.sf.512")
+    if has(context, "avx2"):
+        return _levels_by_eights(builder, index)
+    table = cgutils.global_constant(
+        builder, "nf4_levels", ir.Constant(ir.ArrayType(_F32, 16), _LEVELS.tolist())
+    )
+    found = ir.Constant(ir.VectorType(_F32, 16), ir.Undefined)
+    for lane in map(_I32, range(16)):
+        code = builder.and_(builder.extract_element(index, lane), _I32(15))
+        found = builder.insert_element(found, builder.load(builder.gep(table, [_I32(0), code])), lane)
+    return found
+
+
+def _levels_by_eights(builder: Any, index: Any) -> Any:
+    """The same by AVX2, whose lookup is of eight values by the low three bits: two of them, and a choice by the fourth."""
     halves = []
     for start in (0, 8):
         lanes = builder.shuffle_vector(index, index, _vector(range(start, start + 8), _I32))
@@ -72,6 +70,14 @@ def sixteen_levels(context: Any, builder: Any, codes: Any) -> Any:
     return builder.shuffle_vector(*halves, _vector(range(16), _I32))
 
 
+def _sixteen_levels(context: Any, builder: Any, codes: Any) -> Any:
+    """The levels of eight bytes of codes, in order: ``<8 x i8>`` to ``<16 x float>``."""
+    # a byte becomes two 32-bit lanes, high nibble first
+    wide = builder.zext(codes, ir.VectorType(_I64, 8))
+    both = builder.or_(builder.lshr(wide, _vector([4] * 8, _I64)), builder.shl(wide, _vector([32] * 8, _I64)))
+    return levels(context, builder, builder.bitcast(both, ir.VectorType(_I32, 16)))
+
+
 @intrinsic
 def _decode_sixteen(_context: Any, out: Any, at: Any, codes: Any, byte: Any, scale: Any) -> Any:
     """``out[at : at + 16] = scale * levels`` of ``codes[byte : byte + 8]``."""
@@ -79,9 +85,9 @@ def _decode_sixteen(_context: Any, out: Any, at: Any, codes: Any, byte: Any, sca
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out, at, codes, byte, scale = arguments
         source = pointer(context, builder, signature.args[2], codes, byte, ir.VectorType(_I8, 8))
-        levels = sixteen_levels(context, builder, builder.load(source, align=1))
-        target = pointer(context, builder, signature.args[0], out, at, levels.type)
-        builder.store(builder.fmul(levels, splat(builder, scale, levels.type)), target, align=4)
+        sixteen = _sixteen_levels(context, builder, builder.load(source, align=1))
+        target = pointer(context, builder, signature.args[0], out, at, sixteen.type)
+        builder.store(builder.fmul(sixteen, splat(builder, scale, sixteen.type)), target, align=4)
         return context.get_dummy_value()
 
     return types.void(out, at, codes, byte, scale), generate
