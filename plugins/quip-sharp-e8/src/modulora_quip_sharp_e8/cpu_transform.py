@@ -39,10 +39,6 @@ def _align(kind: Any) -> int:
     return int(kind.dtype.bitwidth // 8)
 
 
-def _sum_and_difference(builder: Any, a: Any, b: Any) -> tuple[Any, Any]:
-    return builder.fadd(a, b), builder.fsub(a, b)
-
-
 @intrinsic
 def _walsh_vector(_context: Any, x: Any, at: Any) -> Any:
     """The transform of order 16 of ``x[at : at + 16]``, in place."""
@@ -63,25 +59,38 @@ def _walsh_vector(_context: Any, x: Any, at: Any) -> Any:
     return types.void(x, at), generate
 
 
-@intrinsic
-def _butterfly_four(_context: Any, x: Any, at: Any, step: Any) -> Any:
-    """The transform of order 4 across vectors at ``at``, ``at + step``, ``at + 2 step``, ``at + 3 step``, in place."""
+def _butterflies(order: int) -> Any:
+    """The intrinsic for so many vectors at once, a power of two."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array, at, step = arguments
-        kind = signature.args[0]
-        pointers = []
-        for _ in range(4):
-            pointers.append(_pointer(context, builder, kind, array, at, _vector(context, kind)))
-            at = builder.add(at, step)
-        a, b, c, d = (builder.load(p, align=_align(kind)) for p in pointers)
-        (a, b), (c, d) = _sum_and_difference(builder, a, b), _sum_and_difference(builder, c, d)
-        (a, c), (b, d) = _sum_and_difference(builder, a, c), _sum_and_difference(builder, b, d)
-        for value, pointer in zip((a, b, c, d), pointers, strict=True):
-            builder.store(value, pointer, align=_align(kind))
-        return context.get_dummy_value()
+    @intrinsic
+    def butterfly(_context: Any, x: Any, at: Any, step: Any) -> Any:
+        """The transform of that order across vectors at ``at``, ``at + step``, ``at + 2 step``, ..., in place."""
 
-    return types.void(x, at, step), generate
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            array, at, step = arguments
+            kind = signature.args[0]
+            pointers = []
+            for _ in range(order):
+                pointers.append(_pointer(context, builder, kind, array, at, _vector(context, kind)))
+                at = builder.add(at, step)
+            values = [builder.load(p, align=_align(kind)) for p in pointers]
+            half = 1
+            while half < order:
+                for i in range(order):
+                    if not i & half:
+                        a, b = values[i], values[i | half]
+                        values[i], values[i | half] = builder.fadd(a, b), builder.fsub(a, b)
+                half *= 2
+            for value, pointer in zip(values, pointers, strict=True):
+                builder.store(value, pointer, align=_align(kind))
+            return context.get_dummy_value()
+
+        return types.void(x, at, step), generate
+
+    return butterfly
+
+
+_two, _four, _eight = (_butterflies(order) for order in (2, 4, 8))
 
 
 @jit()
@@ -92,11 +101,18 @@ def _walsh(x: Any, at: int, m: int) -> None:
         for i in range(at, at + m, LANES):
             _walsh_vector(x, i)
         h = LANES
-        while 4 * h <= m:
-            for i in range(at, at + m, 4 * h):
+        while 8 * h <= m:
+            for i in range(at, at + m, 8 * h):
                 for j in range(i, i + h, LANES):
-                    _butterfly_four(x, j, h)
-            h *= 4
+                    _eight(x, j, h)
+            h *= 8
+        if 4 * h == m:
+            for j in range(at, at + h, LANES):
+                _four(x, j, h)
+        elif 2 * h == m:
+            for j in range(at, at + h, LANES):
+                _two(x, j, h)
+        return
     while h < m:
         for i in range(at, at + m, 2 * h):
             for j in range(i, i + h):
