@@ -1,7 +1,7 @@
 """Vectors in kernels that numba compiles: what LLVM doesn't find by itself is spelled here, in terms that any processor has.
 
 For :mod:`modulora_core.kernels.products`, the inner loops of products: their sums stay in registers. For plugins, what an intrinsic of
-their own begins with: :func:`splat`, :func:`matrix`, :func:`pointer`, :func:`has`.
+their own begins with: :func:`splat`, :func:`lookup`, :func:`matrix`, :func:`pointer`, :func:`has`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,48 @@ def splat(builder: Any, value: Any, of: ir.VectorType) -> Any:
     """A vector whose lanes are all ``value``."""
     one = builder.insert_element(ir.Constant(of, ir.Undefined), value, _LANE(0))
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_LANE, of.count), [0] * of.count))
+
+
+def lookup(context: Any, builder: Any, table: Any, index: Any) -> Any:
+    """``table[index & 15]``, a lane at a time: ``<16 x float>`` by ``<16 x i32>``.
+
+    LLVM doesn't find the lookup in registers by itself, so it is spelled for AVX-512 and AVX2. Elsewhere each lane loads its value.
+    """
+    if has(context, "avx512f"):
+        return _instruction(builder, "llvm.x86.avx512.permvar.sf.512", table, index)
+    if has(context, "avx2"):
+        return _lookup_by_eights(builder, table, index)
+    place = cgutils.alloca_once(builder, table.type)
+    builder.store(table, place)
+    values = builder.bitcast(place, _FLOAT.as_pointer())
+    found = ir.Constant(_VECTOR, ir.Undefined)
+    for lane in range(LANES):
+        at = builder.and_(builder.extract_element(index, _LANE(lane)), _LANE(LANES - 1))
+        found = builder.insert_element(found, builder.load(builder.gep(values, [at])), _LANE(lane))
+    return found
+
+
+def _lookup_by_eights(builder: Any, table: Any, index: Any) -> Any:
+    """By AVX2's, which is of eight values by the low three bits: two of them, and a choice by the fourth."""
+
+    def half(of: Any, first: int) -> Any:
+        lanes = list(range(first, first + 8))
+        return builder.shuffle_vector(of, of, ir.Constant(ir.VectorType(_LANE, 8), lanes))
+
+    halves = []
+    for lanes in (half(index, 0), half(index, 8)):
+        low, high = (
+            _instruction(builder, "llvm.x86.avx2.permps", half(table, first), lanes) for first in (0, 8)
+        )
+        bit = builder.and_(lanes, ir.Constant(lanes.type, [8] * 8))
+        is_high = builder.icmp_signed("!=", bit, ir.Constant(lanes.type, [0] * 8))
+        halves.append(builder.select(is_high, high, low))
+    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_LANE, LANES), list(range(LANES))))
+
+
+def _instruction(builder: Any, name: str, table: Any, index: Any) -> Any:
+    of = ir.FunctionType(table.type, [table.type, index.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, of, name), [table, index])
 
 
 @intrinsic

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.vectors import has, pointer, splat
+from modulora_core.kernels.vectors import lookup, pointer, splat
 from modulora_nf4.reference import LEVELS
 
 _LEVELS = np.array(LEVELS, np.float32)
@@ -29,45 +28,9 @@ def _vector(values: Any, of: ir.Type) -> ir.Constant:
     return ir.Constant(ir.VectorType(of, len(values)), [number(v) for v in values])
 
 
-def _shuffle(builder: Any, table: ir.Constant, index: Any, instruction: str) -> Any:
-    """``table[index]`` in one instruction that takes as many low bits of ``index`` as ``table`` needs."""
-    of = ir.FunctionType(table.type, [table.type, index.type])
-    return builder.call(cgutils.get_or_insert_function(builder.module, of, instruction), [table, index])
-
-
 def levels(context: Any, builder: Any, index: Any) -> Any:
-    """The levels of sixteen codes: ``<16 x i32>``, of which the low four bits are looked at, to ``<16 x float>``.
-
-    LLVM doesn't find the lookup in registers by itself, so it is spelled for AVX-512 and AVX2. Elsewhere each lane loads its value.
-    """
-    if has(context, "avx512f"):
-        return _shuffle(builder, _vector(_LEVELS, _F32), index, "llvm.x86.avx512.permvar.sf.512")
-    if has(context, "avx2"):
-        return _levels_by_eights(builder, index)
-    table = cgutils.global_constant(
-        builder, "nf4_levels", ir.Constant(ir.ArrayType(_F32, 16), _LEVELS.tolist())
-    )
-    found = ir.Constant(ir.VectorType(_F32, 16), ir.Undefined)
-    for lane in map(_I32, range(16)):
-        code = builder.and_(builder.extract_element(index, lane), _I32(15))
-        found = builder.insert_element(found, builder.load(builder.gep(table, [_I32(0), code])), lane)
-    return found
-
-
-def _levels_by_eights(builder: Any, index: Any) -> Any:
-    """The same by AVX2, whose lookup is of eight values by the low three bits: two of them, and a choice by the fourth."""
-    halves = []
-    for start in (0, 8):
-        lanes = builder.shuffle_vector(index, index, _vector(range(start, start + 8), _I32))
-        low, high = (
-            _shuffle(builder, _vector(part, _F32), lanes, "llvm.x86.avx2.permps")
-            for part in np.split(_LEVELS, 2)
-        )
-        is_high = builder.icmp_signed(
-            "!=", builder.and_(lanes, _vector([8] * 8, _I32)), _vector([0] * 8, _I32)
-        )
-        halves.append(builder.select(is_high, high, low))
-    return builder.shuffle_vector(*halves, _vector(range(16), _I32))
+    """The levels of sixteen codes: ``<16 x i32>``, of which the low four bits are looked at, to ``<16 x float>``."""
+    return lookup(context, builder, _vector(_LEVELS, _F32), index)
 
 
 def _sixteen_levels(context: Any, builder: Any, codes: Any) -> Any:

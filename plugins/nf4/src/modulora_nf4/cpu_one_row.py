@@ -2,10 +2,10 @@
 
     y[o] = Σ_k level[code[o, k]] absmax[block of (o, k)] x[k]
 
-Sixteen bytes hold 32 codes, the even columns' in their high halves and the odd columns' in the low ones. Levels of either sixteen are looked
-up and multiplied in registers, by an x whose even and odd columns were put apart first, and the sum of both is scaled: nothing decoded is
-stored. A weight of out · in values takes out · in / 2 bytes and 4 bytes a block, read once, and seven operations for each 32 values. The
-floor is the larger of bytes / bandwidth and operations / peak.
+Sixteen bytes hold 32 codes, the even columns' in their high halves and the odd columns' in the low ones. Levels of either sixteen are
+looked up and multiplied in registers, by an x whose even and odd columns were put apart first, and the sum of both is scaled: nothing
+decoded is stored. A weight of out · in values takes out · in / 2 bytes and 4 bytes a block, read once, and seven operations for each 32
+values. The floor is the larger of bytes / bandwidth and operations / peak.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _ROWS = 16  # rows that a thread takes at once
 _SUMS = 4  # a multiplier waits for its own result: so many sums are made side by side
 
 _INDEX = ir.IntType(64)
-_BYTES, _WHOLES, _FLOATS = (ir.VectorType(of, LANES) for of in (ir.IntType(8), ir.IntType(32), ir.FloatType()))
+_BYTES, _WHOLES, _FLOATS = (
+    ir.VectorType(of, LANES) for of in (ir.IntType(8), ir.IntType(32), ir.FloatType())
+)
 
 
 @intrinsic
@@ -55,12 +57,16 @@ def _row_product(
                 column = builder.mul(builder.add(vector, _INDEX(part)), _INDEX(_STEP))
                 element = builder.add(start, column)
                 source = pointer(context, builder, kinds[0], codes, builder.lshr(element, _INDEX(1)), _BYTES)
-                odd = builder.zext(builder.load(source, align=1), _WHOLES)  # levels() looks at the low half alone
+                odd = builder.zext(
+                    builder.load(source, align=1), _WHOLES
+                )  # levels() looks at the low half alone
                 even = builder.lshr(odd, ir.Constant(_WHOLES, [4] * LANES))
                 block = builder.lshr(element, shift)
                 scale = builder.load(pointer(context, builder, kinds[1], absmax, block, ir.FloatType()))
                 more = builder.fadd(
-                    product(even, column), product(odd, builder.add(column, _INDEX(LANES))), flags=("contract",)
+                    product(even, column),
+                    product(odd, builder.add(column, _INDEX(LANES))),
+                    flags=("contract",),
                 )
                 more = builder.fmul(more, splat(builder, scale, _FLOATS), flags=("contract",))
                 more = builder.fadd(builder.load(totals[part]), more, flags=("contract",))
