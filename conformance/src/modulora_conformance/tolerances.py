@@ -19,9 +19,9 @@ PRODUCT = {
     torch.float64: Tolerance(1e-13, "fp64 sums of thousands of terms, in any order and through a rotation, lose about 100 ulps at most"),
     torch.float32: Tolerance(2e-6, "fp32 sums in any order: 17 ulps of the largest that the sum could be"),
     torch.float16: Tolerance(2**-10, "tiles rounded to fp16 and a result rounded to fp16, 2^-11 each, summed in fp32"),
-    torch.bfloat16: Tolerance(2**-7, "tiles rounded to bf16 and a result rounded to bf16, 2^-8 each, summed in fp32"),
+    torch.bfloat16: Tolerance(2**-6, "rotated inputs, tiles and results rounded to bf16, 2^-8 each, which a rotation back may add up"),
 }  # fmt: skip
-"""For :func:`modulora_conformance.oracle.product_error`."""
+"""For :func:`modulora_conformance.oracle.product_error`. In bf16, 8,000 products of quip-sharp-e8's smallest weights came to 3.1 · 2^-8."""
 
 GRADIENT = {
     torch.float64: Tolerance(1e-12, "fp64 sums, one product after another"),
