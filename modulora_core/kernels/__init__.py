@@ -259,11 +259,9 @@ def _array(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         array = (argument.detach() if argument.requires_grad else argument).numpy()
         return array.copy() if _is_askew(argument) else array
-    if isinstance(argument, tuple) and any(
-        isinstance(a, Tensor) for a in argument
-    ):  # none in what operands() keeps
-        return tuple([_array(a) for a in argument])
-    return argument
+    # what operands() keeps has arrays already
+    is_raw = isinstance(argument, tuple) and any(isinstance(a, Tensor) for a in argument)
+    return tuple([_array(a) for a in argument]) if is_raw else argument
 
 
 def _is_askew(tensor: Tensor) -> bool:

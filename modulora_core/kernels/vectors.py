@@ -60,8 +60,11 @@ def lookup(context: Any, builder: Any, table: Any, index: Any) -> Any:
         return _instruction(builder, "llvm.x86.avx512.permvar.sf.512", table, index)
     if has(context, "avx2"):
         return _lookup_by_eights(builder, table, index)
-    place = cgutils.alloca_once(builder, table.type)
-    builder.store(table, place)
+    if isinstance(table, ir.Constant):
+        place = cgutils.global_constant(builder, "table", table)
+    else:
+        place = cgutils.alloca_once(builder, table.type)
+        builder.store(table, place)
     values = builder.bitcast(place, _FLOAT.as_pointer())
     found = ir.Constant(_VECTOR, ir.Undefined)
     for lane in range(LANES):

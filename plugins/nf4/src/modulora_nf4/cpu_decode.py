@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.vectors import lookup, pointer, splat
+from modulora_core.kernels.vectors import has, lookup, pointer, splat
 from modulora_nf4.reference import LEVELS
 
 _LEVELS = np.array(LEVELS, np.float32)
@@ -35,10 +36,24 @@ def levels(context: Any, builder: Any, index: Any) -> Any:
 
 def _sixteen_levels(context: Any, builder: Any, codes: Any) -> Any:
     """The levels of eight bytes of codes, in order: ``<8 x i8>`` to ``<16 x float>``."""
+    if not has(context, "avx2") and not has(context, "avx512f"):
+        return _levels_by_bytes(builder, codes)
     # a byte becomes two 32-bit lanes, high nibble first
     wide = builder.zext(codes, ir.VectorType(_I64, 8))
     both = builder.or_(builder.lshr(wide, _vector([4] * 8, _I64)), builder.shl(wide, _vector([32] * 8, _I64)))
     return levels(context, builder, builder.bitcast(both, ir.VectorType(_I32, 16)))
+
+
+def _levels_by_bytes(builder: Any, codes: Any) -> Any:
+    """The same without instructions for a lookup: a byte's two values are side by side in a table of 256 pairs."""
+    table = ir.Constant(ir.ArrayType(_F32, _PAIRS.size), _PAIRS.ravel().tolist())
+    pairs = cgutils.global_constant(builder, "nf4_pairs", table)
+    found = ir.Constant(ir.VectorType(_F32, 16), ir.Undefined)
+    for k in range(16):
+        byte = builder.zext(builder.extract_element(codes, _I32(k // 2)), _I64)
+        at = builder.or_(builder.shl(byte, _I64(1)), _I64(k % 2))
+        found = builder.insert_element(found, builder.load(builder.gep(pairs, [_I64(0), at])), _I32(k))
+    return found
 
 
 @intrinsic

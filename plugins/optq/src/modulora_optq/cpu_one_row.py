@@ -8,7 +8,7 @@ once, and each part of them is shifted down, looked up and multiplied by its x i
 are too many for that, and are subtracted from and scaled one by one.
 
 What it moves and does, for a weight of out · in values: out · in · bits / 8 bytes are read once; three operations for each sixteen
-values, five at 3 and 8 bits, and a few for each group. The floor is the larger of bytes / bandwidth and operations / peak.
+values, five at 3 bits and four at 8, and a few for each group. The floor is the larger of bytes / bandwidth and operations / peak.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import prange, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.vectors import LANES, from_half, lookup, pointer, splat, sum_of_lanes
@@ -58,6 +58,12 @@ def _high_bits(builder: Any, plane: Any, j: Any, part: Any) -> Any:
         shift = builder.select(beyond, _WHOLE(1), _WHOLE(0))
         halves.append(builder.lshr(wide, splat(builder, shift, wide.type)))
     return builder.shuffle_vector(*halves, _lanes(range(LANES)))
+
+
+@register_jitable
+def _parts(bits: int) -> int:
+    """How many codes' low bits a byte holds."""
+    return 8 // (2 if bits == 3 else bits)
 
 
 def _index(builder: Any, bits: int, low_bits: Any, high_bits: Any, p: int) -> Any:
@@ -103,7 +109,7 @@ def _row_product(bits: int) -> Any:
             )
             for total in totals:
                 builder.store(ir.Constant(_FLOATS, [0.0] * LANES), total)
-            begin = cgutils.alloca_once_value(builder, _INDEX(0))
+            begin = cgutils.alloca_once(builder, _INDEX)
             builder.store(_INDEX(0), begin)
             runs = cgutils.unpack_tuple(
                 builder, context.make_array(kinds[4])(context, builder, ends).shape, 1
@@ -145,11 +151,6 @@ def _row_product(bits: int) -> Any:
         return types.float32(packed, i64, i64, x, ends, groups, zeros, scales), generate
 
     return row_product
-
-
-def _parts(bits: int) -> int:
-    """How many codes' low bits a byte holds."""
-    return 8 // (2 if bits == 3 else bits)
 
 
 def _codes(bits: int) -> list[float]:
@@ -204,7 +205,7 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``; ``weight`` as in :func:`modulora_optq.cpu_decode.decode`."""
     codes, scales, zeros, bits, group, n = weight
     rows, groups = scales.shape
-    parts = 8 // (2 if bits == 3 else bits)
+    parts = _parts(bits)
     part = n // parts
     ends, group_of = _runs(part, parts, group)
     row_bytes = codes.size // max(1, rows)
