@@ -19,8 +19,9 @@ import numpy as np
 from numba import prange
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.conversions import narrow_row, widen
 from modulora_core.kernels.products import PANEL, RowKernels
-from modulora_core.kernels.vectors import BLOCK, add_rows_of_four, add_rows_of_one, narrow, widen
+from modulora_core.kernels.vectors import BLOCK, add_rows_of_four, add_rows_of_one
 from modulora_core.kernels.vectors import LANES as LANES
 
 _PIECE = 16  # rows that a thread takes at once
@@ -53,9 +54,11 @@ rows = RowKernels(decode)
 
 
 @jit()
-def _add(more: Any, y: Any) -> None:
+def _add(sums: Any, y: Any) -> None:
+    """``y += sums``; ``sums`` is scratch."""
     for k in range(y.size):
-        y[k] = narrow(widen(y[k]) + more[k], y[k])
+        sums[k] += widen(y[k])
+    narrow_row(sums[: y.size], y)
 
 
 @jit(parallel=True)

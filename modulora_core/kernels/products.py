@@ -34,7 +34,8 @@ from numba import prange
 from torch import Tensor
 from torch.nn import functional as F
 
-from modulora_core.kernels import PARTIAL_SUMS, filled_tile, jit, launch, vectors
+from modulora_core.kernels import PARTIAL_SUMS, conversions, filled_tile, jit, launch, vectors
+from modulora_core.kernels.conversions import narrow_row
 from modulora_core.kernels.vectors import (
     BLOCK,
     LANES,
@@ -43,7 +44,6 @@ from modulora_core.kernels.vectors import (
     add_products_of_one,
     add_rows_of_four,
     add_rows_of_one,
-    narrow,
 )
 
 STRIP = 16
@@ -146,7 +146,7 @@ def _compiled(template: Callable[..., None], decode: Any) -> Any:
 
 
 def _version() -> str:
-    files = (Path(__file__), Path(vectors.__file__))
+    files = (Path(__file__), Path(conversions.__file__), Path(vectors.__file__))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -167,12 +167,6 @@ def _fill(weight: Any, first: int, out: Any) -> None:
         decode(weight, first + start, 0, out.shape[1], out[start : min(start + _PIECE, len(out))])
 
 
-@jit()
-def _round(w: Any, out: Any) -> None:
-    for k in range(out.size):
-        out[k] = narrow(w[k], out[k])
-
-
 def _fill_rounded(weight: Any, first: int, out: Any) -> None:
     """``out`` holds the bits of bf16 numbers."""
     columns = out.shape[1]
@@ -183,7 +177,7 @@ def _fill_rounded(weight: Any, first: int, out: Any) -> None:
             for start in range(0, columns, CHUNK):
                 size = min(CHUNK, columns - start)
                 decode(weight, first + row, start, size, w)
-                _round(w[0, :size], out[row, start : start + size])
+                narrow_row(w[0, :size], out[row, start : start + size])
 
 
 @jit(fastmath=("reassoc", "contract", "nsz"))

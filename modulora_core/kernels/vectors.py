@@ -96,55 +96,6 @@ def _instruction(builder: Any, name: str, table: Any, index: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, of, name), [table, index])
 
 
-@intrinsic
-def from_half(_context: Any, _bits: Any) -> Any:
-    """The fp32 number of an fp16 one, whose bits are in an int16: exact, NaN and infinities too.
-
-    LLVM's own conversion calls a library where the processor has no instruction for it, and numba doesn't link that.
-    """
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        bits = builder.zext(arguments[0], _LANE)
-        sign = builder.shl(builder.and_(bits, _LANE(0x8000)), _LANE(16))
-        magnitude = builder.shl(builder.and_(bits, _LANE(0x7FFF)), _LANE(13))
-        # the exponent counts from 15 in one and from 127 in the other; a product brings subnormals in order too
-        scaled = builder.fmul(builder.bitcast(magnitude, _FLOAT), ir.Constant(_FLOAT, 2.0**112))
-        special = builder.or_(magnitude, _LANE(0x7F800000))
-        is_special = builder.icmp_unsigned(">=", magnitude, _LANE(0x7C00 << 13))
-        value = builder.select(is_special, special, builder.bitcast(scaled, _LANE))
-        return builder.bitcast(builder.or_(value, sign), _FLOAT)
-
-    return types.float32(types.int16), generate
-
-
-@intrinsic
-def widen(_context: Any, value: Any) -> Any:
-    """The fp32 number that is stored as ``value``: an int16 holds the bits of a bf16 number, and an fp32 number is itself."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        if value is types.float32:
-            return arguments[0]
-        return builder.bitcast(builder.shl(builder.zext(arguments[0], _LANE), _LANE(16)), _FLOAT)
-
-    return types.float32(value), generate
-
-
-@intrinsic
-def narrow(_context: Any, _number: Any, like: Any) -> Any:
-    """An fp32 number as ``like`` is stored: rounded to bf16's bits for an int16, to the nearest and halves to even, as torch does."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        if like is types.float32:
-            return arguments[0]
-        bits = builder.bitcast(arguments[0], _LANE)
-        is_odd = builder.and_(builder.lshr(bits, _LANE(16)), _LANE(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(is_odd, _LANE(0x7FFF))), _LANE(16))
-        is_nan = builder.icmp_unsigned(">", builder.and_(bits, _LANE(0x7FFFFFFF)), _LANE(0x7F800000))
-        return builder.trunc(builder.select(is_nan, _LANE(0x7FC0), rounded), ir.IntType(16))
-
-    return like(types.float32, like), generate
-
-
 def _load(builder: Any, data: Any, index: Any) -> Any:
     return builder.load(builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer()), align=4)
 

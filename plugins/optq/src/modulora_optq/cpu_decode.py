@@ -17,7 +17,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.vectors import from_half, pointer, splat
+from modulora_core.kernels.conversions import from_half
+from modulora_core.kernels.vectors import pointer, splat
 
 _BYTES = 64  # bytes that are unpacked at once
 _VALUES = 16  # and values that are computed at once

@@ -22,7 +22,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.vectors import LANES, from_half, lookup, pointer, splat, sum_of_lanes
+from modulora_core.kernels.conversions import from_half
+from modulora_core.kernels.vectors import LANES, lookup, pointer, splat, sum_of_lanes
 from modulora_optq.cpu_decode import unpack
 
 _ROWS = 16  # rows that a thread takes at once

@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.vectors import from_half
+from modulora_core.kernels.conversions import from_half
 from modulora_quip_sharp_e8.cpu import decode_block
 from modulora_quip_sharp_e8.cpu_transform import LANES, OUTPUTS, rotate_rows
 from modulora_quip_sharp_e8.cpu_vectors import load, multiply_add, spread, store, total

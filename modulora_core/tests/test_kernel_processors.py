@@ -1,4 +1,4 @@
-"""Looking up in a table of sixteen, on processors with and without the instructions for it."""
+"""What is spelled for some processors, on others: looking up in a table of sixteen, rounding to bf16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("numba")
 
-SCRIPT = """
+LOOK_UP = """
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -47,19 +47,43 @@ print("vperm" in "".join(kernel.inspect_asm().values()))
 """
 
 
+ROUND = """
+import numpy as np
+import torch
+from modulora_core.kernels import jit
+from modulora_core.kernels.conversions import narrow_row
+
+@jit()
+def kernel(numbers, out):
+    narrow_row(numbers, out)
+
+bits = torch.randint(-2**31, 2**31, (1000, 67), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+bits[:, 3:7] = torch.tensor([0x7F800001, -1, 1, 0x3F808000])  # NaN of both kinds, a subnormal number, a half
+for row in bits.view(torch.float32):
+    out = torch.zeros(67, dtype=torch.bfloat16)
+    kernel(row.numpy(), out.view(torch.int16).numpy())
+    torch.testing.assert_close(out, row.bfloat16(), rtol=0, atol=0, equal_nan=True)
+print("vcvtneps2bf16" in "".join(kernel.inspect_asm().values()))
+"""
+
+PLAIN, AVX2 = ("x86-64", "+sse2"), ("haswell", "+sse4.2,+avx,+avx2,+fma")
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86-64")
 @pytest.mark.parametrize(
-    ("processor", "features", "by_instruction"),
-    [("x86-64", "+sse2", False), ("haswell", "+sse4.2,+avx,+avx2,+fma", True)],
+    ("kernel", "processor", "by_instruction"),
+    [(LOOK_UP, PLAIN, False), (LOOK_UP, AVX2, True), (ROUND, PLAIN, False), (ROUND, AVX2, False)],
+    ids=["look up, SSE2", "look up, AVX2", "round, SSE2", "round, AVX2"],
 )
 def test_every_processor_finds_the_same(
-    processor: str, features: str, by_instruction: bool, tmp_path: Path
+    kernel: str, processor: tuple[str, str], by_instruction: bool, tmp_path: Path
 ) -> None:
-    if by_instruction and not torch.cpu._is_avx2_supported():
+    if processor == AVX2 and not torch.cpu._is_avx2_supported():
         pytest.skip("this processor has no AVX2")
-    named = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
-    script = tmp_path / "look_up.py"  # numba reads a kernel's source
-    script.write_text(SCRIPT)
+    name, features = processor
+    named = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    script = tmp_path / "script.py"  # numba reads a kernel's source
+    script.write_text(kernel)
     done = subprocess.run(
         [sys.executable, str(script)], env={**os.environ, **named}, capture_output=True, text=True
     )

@@ -1,0 +1,127 @@
+"""Numbers of 16 bits in kernels that numba compiles, whose arrays hold them as int16: fp16 and bf16 to fp32, and fp32 to bf16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import binding, ir  # type: ignore[import-untyped]  # comes with numba, without types
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from modulora_core.kernels import jit
+from modulora_core.kernels.vectors import LANES, has, pointer
+
+_FLOAT, _LANE, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+_FLOATS, _HALVES = ir.VectorType(_FLOAT, LANES), ir.VectorType(_HALF, LANES)
+
+binding.initialize_native_asmparser()  # for an instruction by its name: without it LLVM ends the process
+
+
+@intrinsic
+def from_half(_context: Any, _bits: Any) -> Any:
+    """The fp32 number of an fp16 one, whose bits are in an int16: exact, NaN and infinities too.
+
+    LLVM's own conversion calls a library where the processor has no instruction for it, and numba doesn't link that.
+    """
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = builder.zext(arguments[0], _LANE)
+        sign = builder.shl(builder.and_(bits, _LANE(0x8000)), _LANE(16))
+        magnitude = builder.shl(builder.and_(bits, _LANE(0x7FFF)), _LANE(13))
+        # the exponent counts from 15 in one and from 127 in the other; a product brings subnormals in order too
+        scaled = builder.fmul(builder.bitcast(magnitude, _FLOAT), ir.Constant(_FLOAT, 2.0**112))
+        special = builder.or_(magnitude, _LANE(0x7F800000))
+        is_special = builder.icmp_unsigned(">=", magnitude, _LANE(0x7C00 << 13))
+        value = builder.select(is_special, special, builder.bitcast(scaled, _LANE))
+        return builder.bitcast(builder.or_(value, sign), _FLOAT)
+
+    return types.float32(types.int16), generate
+
+
+@intrinsic
+def widen(_context: Any, value: Any) -> Any:
+    """The fp32 number that is stored as ``value``: an int16 holds the bits of a bf16 number, and an fp32 number is itself."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        if value is types.float32:
+            return arguments[0]
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], _LANE), _LANE(16)), _FLOAT)
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def _narrow(_context: Any, _number: Any, like: Any) -> Any:
+    """An fp32 number as ``like`` is stored."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return arguments[0] if like is types.float32 else _rounded(builder, arguments[0])
+
+    return like(types.float32, like), generate
+
+
+def _rounded(builder: Any, numbers: Any) -> Any:
+    """The bits in bf16 of an fp32 number, or of a vector of them: to the nearest, halves to even, and one NaN for all, as torch does."""
+
+    def constant(value: int) -> Any:
+        return ir.Constant(of, [value] * LANES if is_vector else value)
+
+    is_vector = isinstance(numbers.type, ir.VectorType)
+    of = ir.VectorType(_LANE, LANES) if is_vector else _LANE
+    bits = builder.bitcast(numbers, of)
+    is_odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(is_odd, constant(0x7FFF))), constant(16))
+    is_nan = builder.icmp_unsigned(">", builder.and_(bits, constant(0x7FFFFFFF)), constant(0x7F800000))
+    return builder.trunc(builder.select(is_nan, constant(0x7FC0), rounded), _HALVES if is_vector else _HALF)
+
+
+@intrinsic
+def _narrow_lanes(_context: Any, w: Any, _index: Any, out: Any) -> Any:
+    """Sixteen values of ``w`` from ``index`` on to ``out``, as it is stored.
+
+    AVX-512 has an instruction, of which LLVM's name differs between versions: it takes subnormal numbers for 0 and keeps a NaN's other
+    bits, so where a lane is of these, all are rounded the long way.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        w, index, out = arguments
+        kind, _, out_kind = signature.args
+        numbers = builder.load(pointer(context, builder, kind, w, index, _FLOATS), align=4)
+        if out_kind.dtype is types.float32:
+            builder.store(numbers, pointer(context, builder, out_kind, out, index, _FLOATS), align=4)
+            return context.get_dummy_value()
+        place = pointer(context, builder, out_kind, out, index, _HALVES)
+        if has(context, "avx512bf16") and has(context, "avx512dq"):
+            of = ir.FunctionType(_HALVES, [_FLOATS])
+            rounded = builder.asm(of, "vcvtneps2bf16 $1, $0", "=v,v", [numbers], False)
+            builder.store(rounded, place, align=2)
+            with builder.if_then(_is_special(builder, numbers), likely=False):
+                builder.store(_rounded(builder, numbers), place, align=2)
+        else:
+            builder.store(_rounded(builder, numbers), place, align=2)
+        return context.get_dummy_value()
+
+    return types.void(w, types.int64, out), generate
+
+
+def _is_special(builder: Any, numbers: Any) -> Any:
+    """Whether one of the lanes is a NaN or subnormal, by AVX-512's instruction that sorts numbers into classes."""
+    of = ir.FunctionType(ir.VectorType(ir.IntType(1), LANES), [_FLOATS, _LANE])
+    classify = cgutils.get_or_insert_function(builder.module, of, "llvm.x86.avx512.fpclass.ps.512")
+    quiet_nan, subnormal, signalling_nan = 0x01, 0x20, 0x80
+    found = builder.call(classify, [numbers, _LANE(quiet_nan | subnormal | signalling_nan)])
+    return builder.icmp_unsigned("!=", builder.bitcast(found, _HALF), _HALF(0))
+
+
+@jit()
+def narrow_row(w: Any, out: Any) -> None:
+    """fp32 numbers as ``out``, as long, is stored: rounded to bf16's bits for int16, to the nearest and halves to even, as torch does.
+
+    Both are C-contiguous ``[n]``.
+    """
+    whole = out.size // LANES * LANES
+    for k in range(0, whole, LANES):
+        _narrow_lanes(w, k, out)
+    for k in range(whole, out.size):
+        out[k] = _narrow(w[k], out[k])
