@@ -306,9 +306,9 @@ def few_rows(x: Tensor, features: int, most: int) -> Tensor | None:
     because the kernels sum in fp32; for devices other than the CPU; and for a wrong last dimension, so that
     the tiled product says what is wrong.
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
     if x.dim() == 0 or x.shape[-1] != features or not 0 < x.numel() <= most * features:
         return None
-    rows = x.detach().reshape(-1, features)
-    return rows.to(torch.float32).contiguous()
+    rows = (x.detach() if x.requires_grad else x).reshape(-1, features)
+    return (rows if rows.dtype is torch.float32 else rows.to(torch.float32)).contiguous()

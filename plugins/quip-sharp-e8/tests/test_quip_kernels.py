@@ -9,7 +9,6 @@ from modulora_quip_sharp_e8 import codebooks
 from modulora_core import kernels
 
 pytest.importorskip("numba")
-cpu_one_row = pytest.importorskip("modulora_quip_sharp_e8.cpu_one_row")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BITS = (2, 3, 4)
@@ -51,12 +50,7 @@ def matmul(codes, residual, bits, x):
 
 
 def matmul_transposed(codes, residual, bits, y, columns=None):
-    columns = columns or 8 * codes.shape[1]
-    if len(y) == 1:
-        sums = torch.full((kernels.PARTIAL_SUMS, 8 * codes.shape[1]), torch.nan)
-        kernels.launch(cpu_one_row.matmul_one_transposed, codes, residual, bits, y, sums)
-        return sums.sum(dim=0, keepdim=True)[:, :columns]
-    return cpu().rows.matmul((codes, residual, bits), y, columns, True)
+    return cpu().rows.matmul((codes, residual, bits), y, columns or 8 * codes.shape[1], True)
 
 
 @pytest.mark.parametrize("bits", BITS)

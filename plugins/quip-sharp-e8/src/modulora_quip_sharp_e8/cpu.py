@@ -16,6 +16,7 @@ from modulora_core.kernels import jit
 from modulora_core.kernels.products import RowKernels
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.cpu_vectors import add, load, multiply, multiply_add, spread, store
+from modulora_quip_sharp_e8.cpu_words import CODES, PAIRS, expand, has_byte_permutations, spell
 
 
 def _tables() -> tuple[Any, Any, Any]:
@@ -50,13 +51,27 @@ def decode_block(codes: Any, residual: Any, bits: int, o: int, j: int) -> Any:
 
 
 @jit()
-def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """Columns ``start ...``, a multiple of eight, of the rows of C from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
+def _decode_words(codes: Any, residual: Any, bits: int, row: int, block: int, columns: int, out: Any) -> None:
+    words = np.empty(2 * PAIRS, np.int64)
+    blocks, step = codes.shape[1], out.shape[1]
+    for r in range(len(out)):
+        for at in range(0, columns, 8 * CODES):
+            first = block + at // 8
+            count, size = min(CODES, blocks - first), min(8 * CODES, columns - at)
+            first += (row + r) * blocks
+            spell(codes, first, count, words, 0)
+            if bits == 2:
+                expand(words, None, size, out, r * step + at)
+            else:
+                spell(residual, first, count, words, PAIRS)
+                expand(words, residual, size, out, r * step + at)
 
-    ``weight`` is codes, residual and bits.
-    """
-    codes, residual, bits = weight
-    block, whole = start // 8, columns // 8
+
+@jit()
+def _decode_blocks(
+    codes: Any, residual: Any, bits: int, row: int, block: int, columns: int, out: Any
+) -> None:
+    whole = columns // 8
     step = out.shape[1]
     for r in range(len(out)):
         for j in range(whole):
@@ -66,6 +81,19 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
             store(last, 0, decode_block(codes, residual, bits, row + r, block + whole))
             for k in range(8 * whole, columns):
                 out[r, k] = last[k - 8 * whole]
+
+
+@jit()
+def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+    """Columns ``start ...``, a multiple of eight, of the rows of C from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
+
+    ``weight`` is codes, residual and bits.
+    """
+    codes, residual, bits = weight
+    if has_byte_permutations():
+        _decode_words(codes, residual, bits, row, start // 8, columns, out)
+    else:
+        _decode_blocks(codes, residual, bits, row, start // 8, columns, out)
 
 
 rows = RowKernels(decode)

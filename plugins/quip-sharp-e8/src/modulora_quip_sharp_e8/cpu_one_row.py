@@ -1,12 +1,12 @@
-"""The product of one row with QuIP#'s packed codes on the CPU, where decoding is what it costs.
+"""The product of one row with QuIP#'s packed codes on the CPU, where decoding is what it costs: what decoding a token asks for.
 
-    :func:`forward_one`             y = x Ŵᵀ, rotations and all: what decoding a token asks for, layer after layer
-    :func:`matmul_one_transposed`   x = y C
+    y = x Ŵᵀ, rotations and all
 
-Arrays are as in :mod:`modulora_quip_sharp_e8.cpu`. What is decoded is multiplied in registers and never stored. A weight of out · in values
-takes out · in · bits / 8 bytes, read once; a block of eight costs three loads from tables and two operations at 2 bits, twice that above.
-The rotations take K + log₂ m operations a coordinate (:mod:`modulora_quip_sharp_e8.cpu_transform`), on one thread: to share them out
-would take longer.
+Arrays are as in :mod:`modulora_quip_sharp_e8.cpu`. What is decoded is multiplied in registers and never stored. A weight of out · in
+values takes out · in · bits / 8 bytes, read once. At 2 bits sixteen weights cost four operations, and their share of making words
+(:mod:`modulora_quip_sharp_e8.cpu_words`); where bytes can't be permuted a block of eight costs three loads from tables and two
+operations; twice that above 2 bits. The rotations take K + log₂ m operations a coordinate
+(:mod:`modulora_quip_sharp_e8.cpu_transform`), on one thread: to share them out would take longer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import from_half
 from modulora_quip_sharp_e8.cpu import decode_block
 from modulora_quip_sharp_e8.cpu_transform import LANES, OUTPUTS, rotate_rows
-from modulora_quip_sharp_e8.cpu_vectors import load, multiply_add, spread, store, total
+from modulora_quip_sharp_e8.cpu_vectors import load, multiply_add, spread, total
+from modulora_quip_sharp_e8.cpu_words import CODES, PAIRS, dot, has_byte_permutations, spell
 
 _ROWS = 16  # rows that a thread takes at once
 
@@ -42,37 +43,20 @@ def _four_times_one(codes: Any, residual: Any, bits: int, first: int, last: int,
 
 
 @jit()
-def _add_one(
-    codes: Any, residual: Any, bits: int, first: int, last: int, y: Any, start: int, stop: int, sums: Any, at: int
-) -> None:  # fmt: skip
-    """Add ``y[0, first : first + 4] C[first : first + 4]`` to ``sums[at:]``, blocks ``[start, stop)``; rows from ``last`` on count 0."""
-    zero = np.float32(0)
-    a, b, c, d = first, min(first + 1, last - 1), min(first + 2, last - 1), min(first + 3, last - 1)
-    y_a, y_b = spread(y[0, a]), spread(y[0, b] if b > a else zero)
-    y_c, y_d = spread(y[0, c] if c > b else zero), spread(y[0, d] if d > c else zero)
-    for j in range(start, stop):
-        value = load(sums, at + 8 * j)
-        value = multiply_add(decode_block(codes, residual, bits, a, j), y_a, value)
-        value = multiply_add(decode_block(codes, residual, bits, b, j), y_b, value)
-        value = multiply_add(decode_block(codes, residual, bits, c, j), y_c, value)
-        value = multiply_add(decode_block(codes, residual, bits, d, j), y_d, value)
-        store(sums, at + 8 * j, value)
-
-
-@jit(parallel=True)
-def matmul_one_transposed(codes: Any, residual: Any, bits: int, y: Any, sums: Any) -> None:
-    """``x = y C`` for one row: ``y`` is fp32 ``[1, rows]``, and ``x`` is the sum of ``sums``, fp32 ``[parts, 8 · blocks]``.
-
-    Each part has its share of the rows of C. The order of a sum doesn't depend on the number of threads.
-    """
-    parts, columns = sums.shape
-    rows, blocks = codes.shape
-    size = (rows + parts - 1) // parts
-    for part in prange(parts):
-        last = min((part + 1) * size, rows)
-        sums[part] = 0
-        for o in range(part * size, last, 4):
-            _add_one(codes, residual, bits, o, last, y, 0, blocks, sums, part * columns)
+def _one_by_words(codes: Any, residual: Any, bits: int, o: int, x: Any, words: Any) -> Any:
+    """Row ``o`` of C times ``x``, which is 0 behind the last block."""
+    blocks = codes.shape[1]
+    product = np.float32(0)
+    for j in range(0, blocks, CODES):
+        count, first = min(CODES, blocks - j), o * blocks + j
+        pairs = (count + 1) // 2
+        spell(codes, first, count, words, 0)
+        if bits == 2:
+            product += dot(words, None, pairs, x, 8 * j)
+        else:
+            spell(residual, first, count, words, PAIRS)
+            product += dot(words, residual, pairs, x, 8 * j)
+    return product
 
 
 @jit()
@@ -103,10 +87,16 @@ def forward_one(weight: Any, x: Any, y: Any) -> None:
     """
     codes, residual, bits, input_scale, output_scale, unit, matrix_in, K_in, matrix_out, K_out = weight
     rows, blocks = codes.shape
-    turned, z = np.zeros((1, 8 * blocks), np.float32), np.empty((1, rows), np.float32)
+    turned = np.zeros((1, 16 * ((blocks + 1) // 2)), np.float32)  # whole words
+    z = np.empty((1, rows), np.float32)
     _rotate_one(x, input_scale, np.float32(1), matrix_in, K_in, False, turned)
     for piece in prange((rows + _ROWS - 1) // _ROWS):
         stop = min((piece + 1) * _ROWS, rows)
-        for o in range(piece * _ROWS, stop, 4):
-            _four_times_one(codes, residual, bits, o, stop, turned, z)
+        if has_byte_permutations():
+            words = np.empty(2 * PAIRS, np.int64)
+            for o in range(piece * _ROWS, stop):
+                z[0, o] = _one_by_words(codes, residual, bits, o, turned, words)
+        else:
+            for o in range(piece * _ROWS, stop, 4):
+                _four_times_one(codes, residual, bits, o, stop, turned, z)
     _rotate_one(z, output_scale, unit[0], matrix_out, K_out, True, y)

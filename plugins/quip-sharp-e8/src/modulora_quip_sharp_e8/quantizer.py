@@ -294,16 +294,5 @@ def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool, dtype: tor
             # rotated, inputs are in fp32; as coarse as they were, a CPU may multiply them faster
             x = x.to(compute_dtype(dtype, x.device))
         return tiled_matmul(x, tile, (whole, columns), transpose)
-    operands = _operands(packed, slice(None), slice(None))
-    one = (
-        kernels.load("modulora_quip_sharp_e8.cpu_one_row", packed.device)
-        if transpose and len(few) == 1
-        else None
-    )
-    if one is None:
-        y = cpu.rows.matmul(operands, few, wanted, transpose)
-    else:
-        sums = torch.empty(kernels.PARTIAL_SUMS, BLOCK * len(operands[0][0]))
-        kernels.launch(one.matmul_one_transposed, *operands, few, sums)
-        y = sums.sum(dim=0)[:wanted]
+    y = cpu.rows.matmul(_operands(packed, slice(None), slice(None)), few, wanted, transpose)
     return y.reshape(*x.shape[:-1], wanted)
