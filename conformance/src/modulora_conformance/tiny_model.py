@@ -27,6 +27,9 @@ VOCABULARY = 130
 IDS = torch.arange(3, 43).view(2, 20)
 """Token ids, ``[2, 20]``."""
 
+CALIBRATION = CalibrationConfig("pydoc[:2%]", samples=8, seq_len=32)
+"""For a quantizer that asks for one."""
+
 PACKED_LAYERS = 14
 """Seven linear layers in each of two blocks."""
 
@@ -58,9 +61,21 @@ def tiny_model(quantizer: Quantizer) -> TinyModel:
 def _tiny_model(name: str, options: str, calibrated: bool, hidden_size: int) -> TinyModel:
     model = TinyModel(TemporaryDirectory(prefix="modulora-conformance-"))
     _save_dense(model.dense, hidden_size)
-    text = CalibrationConfig("pydoc[:2%]", samples=8, seq_len=32) if calibrated else None
-    quantize(str(model.dense), model.packed, name, json.loads(options), calibration=text)
+    _quantize(model.dense, model.packed, name, options, calibrated)
     return model
+
+
+def quantized_again(quantizer: Quantizer, out: Path) -> Path:
+    """``out``, where the same model was quantized in the same way."""
+    options = quantizer.options.model_dump_json()
+    calibrated = quantizer.spec.calibration != "none"
+    return _quantize(tiny_model(quantizer).dense, out, quantizer.spec.name, options, calibrated)
+
+
+def _quantize(dense: Path, out: Path, name: str, options: str, calibrated: bool) -> Path:
+    text = CALIBRATION if calibrated else None
+    quantize(str(dense), out, name, json.loads(options), calibration=text)
+    return out
 
 
 def _hidden_size(quantizer: Quantizer) -> int:
