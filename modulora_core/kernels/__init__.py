@@ -268,6 +268,21 @@ def _is_askew(tensor: Tensor) -> bool:
     return tensor.data_ptr() % tensor.element_size() != 0
 
 
+@cache
+def _keep_heap() -> None:
+    """Have the C library keep the memory of a tile for the next one.
+
+    glibc gives the top of its heap back to the system where more is free than twice the largest block that it ever took from the system
+    apart and gave back, up to 32 MiB (mallopt(3): M_MMAP_THRESHOLD is dynamic). Tiles and activations that come and go are more than their
+    own size allows: they would be faulted in and zeroed a page at a time, again and again, and a layer's step with 512 rows took up to 1.4 ×
+    as long (docs/performance.md). So it is shown a block of that size, of which no page is touched. Where the environment sets
+    thresholds, they stay.
+    """
+    import numpy as np
+
+    np.empty(2**25 - 2**16, np.uint8)  # not torch's, which are counted
+
+
 def filled_tile(
     fill: Callable[[int, int, Tensor], None],
     rows: tuple[int, int],
@@ -285,6 +300,7 @@ def filled_tile(
         written: the dtypes of ``out`` that ``fill`` knows, with fp32 among them.
     """
     start, stop = rows
+    _keep_heap()
     tile = torch.empty(stop - start, in_features, dtype=dtype)
     if tile.numel() == 0:
         return tile
