@@ -274,8 +274,8 @@ def _keep_heap() -> None:
 
     glibc gives the top of its heap back to the system where more is free than twice the largest block that it ever took from the system
     apart and gave back, up to 32 MiB (mallopt(3): M_MMAP_THRESHOLD is dynamic). Tiles and activations that come and go are more than their
-    own size allows: they would be faulted in and zeroed a page at a time, again and again, and a layer's step with 512 rows took up to 1.4 ×
-    as long (docs/performance.md). So it is shown a block of that size, of which no page is touched. Where the environment sets
+    own size allows: they would be faulted in and zeroed a page at a time, again and again, and a layer's step with 512 rows took up to
+    1.4 × as long (docs/performance.md). So it is shown a block of that size, of which no page is touched. Where the environment sets
     thresholds, they stay.
     """
     import numpy as np
