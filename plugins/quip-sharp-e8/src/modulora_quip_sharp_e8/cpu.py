@@ -97,4 +97,4 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 
 
 rows = RowKernels(decode)
-"""Tiles and few-row products; for one row there are faster ones in :mod:`modulora_quip_sharp_e8.cpu_one_row`."""
+"""Tiles and few-row products; for one row there is a faster one in :mod:`modulora_quip_sharp_e8.cpu_one_row`."""

@@ -76,10 +76,15 @@ _HIGH, _LOW, _POINT_LEVELS = _point_tables()
 _LEAVES, _LEAF_LEVELS = _leaf_tables()
 
 
-def _levels(kind: Any, bits: int) -> ir.Constant:
-    """By a nibble; those of a residual, at 3 and 4 bits, are multiplied by its step, and rounded, already."""
-    levels = torch.tensor(_LEAF_LEVELS if kind.dtype == types.uint8 else _POINT_LEVELS)
-    return ir.Constant(_FLOATS, (levels if bits == 2 else levels * codebooks.residual_step(bits)).tolist())
+def _levels(residual: Any) -> ir.Constant:
+    """By a nibble: of the codes themselves for None, else of a residual of this type, multiplied by its step, and rounded."""
+    if residual is types.none:
+        levels = torch.tensor(_POINT_LEVELS)
+    elif residual.dtype == types.uint8:
+        levels = torch.tensor(_LEAF_LEVELS) * codebooks.residual_step(3)
+    else:
+        levels = torch.tensor(_POINT_LEVELS) * codebooks.residual_step(4)
+    return ir.Constant(_FLOATS, levels.tolist())
 
 
 def _permuted(builder: Any, index: Any, plane: list[int]) -> Any:
@@ -169,11 +174,12 @@ def _whole(context: Any, builder: Any, kind: Any, codes: Any, at: Any, count: An
     """Where CODES codes can be read: where they are, or, if they are fewer, in a copy with zeros behind."""
     size = kind.dtype.bitwidth // 8
     source = pointer(context, builder, kind, codes, at, ir.IntType(8))
-    copy = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), CODES * size))
+    room = ir.ArrayType(ir.IntType(8), CODES * size)
+    copy = cgutils.alloca_once(builder, room)
     start = builder.bitcast(copy, source.type)
     is_short = builder.icmp_signed("<", count, _INDEX(CODES))
     with builder.if_then(is_short, likely=False):
-        builder.store(ir.Constant(copy.type.pointee, None), copy)
+        builder.store(ir.Constant(room, None), copy)
         cgutils.raw_memcpy(builder, start, source, count, size)
     return builder.select(is_short, start, source)
 
@@ -189,11 +195,10 @@ def _sixteen(context: Any, builder: Any, kind: Any, words: Any, index: Any, leve
 def _values(context: Any, builder: Any, kinds: Any, words: Any, index: Any) -> Any:
     """C at the codes of a word; ``kinds`` are those of the words and of the residual, which is None at 2 bits."""
     kind, residual = kinds
-    values = _sixteen(context, builder, kind, words, index, _levels(types.Array(types.int16, 1, "C"), 2))
+    values = _sixteen(context, builder, kind, words, index, _levels(types.none))
     if residual is types.none:
         return values
-    bits = 3 if residual.dtype == types.uint8 else 4
-    left = _sixteen(context, builder, kind, words, builder.add(index, _INDEX(PAIRS)), _levels(residual, bits))
+    left = _sixteen(context, builder, kind, words, builder.add(index, _INDEX(PAIRS)), _levels(residual))
     return builder.fadd(values, left)
 
 
