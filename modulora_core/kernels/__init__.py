@@ -198,7 +198,7 @@ def launch(kernel: Callable[..., None], *arguments: Any) -> None:
     import numba
 
     arrays = [_array(a) for a in arguments]
-    _start_threads()
+    _prepare_process()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _ONE_LAUNCH:
         before = numba.get_num_threads()
@@ -227,6 +227,12 @@ def one_thread() -> Iterator[None]:
 
 
 @cache
+def _prepare_process() -> None:
+    """What is done once, before the first kernel."""
+    _start_threads()
+    _keep_heap()
+
+
 def _start_threads() -> None:
     """Start numba's threads, once, and take back what its OpenMP layer changes for all of the process when it does so.
 
@@ -254,6 +260,20 @@ def _keep_teams_flat() -> None:
             ctypes.CDLL(library).omp_set_max_active_levels(1)
 
 
+def _keep_heap() -> None:
+    """Have the C library keep the memory of tiles and sums for the next ones.
+
+    glibc gives the top of its heap back to the system where more is free than twice the largest block that it ever took from the system
+    apart and gave back, up to 32 MiB (mallopt(3): M_MMAP_THRESHOLD is dynamic). Tiles and activations that come and go are more than their
+    own size allows: they would be faulted in and zeroed a page at a time, again and again, and a layer's step with 512 rows took up to
+    1.4 × as long (docs/performance.md). So it is shown a block of that size, of which no page is touched. Where the environment sets
+    thresholds, they stay.
+    """
+    import numpy as np
+
+    np.empty(2**25 - 2**16, np.uint8)  # not torch's, which are counted
+
+
 def _array(argument: Any) -> Any:
     """A numpy array on a tensor's memory. What lies askew in a mapped file is copied: numba would compile again."""
     if isinstance(argument, Tensor):
@@ -266,21 +286,6 @@ def _array(argument: Any) -> Any:
 
 def _is_askew(tensor: Tensor) -> bool:
     return tensor.data_ptr() % tensor.element_size() != 0
-
-
-@cache
-def _keep_heap() -> None:
-    """Have the C library keep the memory of a tile for the next one.
-
-    glibc gives the top of its heap back to the system where more is free than twice the largest block that it ever took from the system
-    apart and gave back, up to 32 MiB (mallopt(3): M_MMAP_THRESHOLD is dynamic). Tiles and activations that come and go are more than their
-    own size allows: they would be faulted in and zeroed a page at a time, again and again, and a layer's step with 512 rows took up to
-    1.4 × as long (docs/performance.md). So it is shown a block of that size, of which no page is touched. Where the environment sets
-    thresholds, they stay.
-    """
-    import numpy as np
-
-    np.empty(2**25 - 2**16, np.uint8)  # not torch's, which are counted
 
 
 def filled_tile(
@@ -300,7 +305,6 @@ def filled_tile(
         written: the dtypes of ``out`` that ``fill`` knows, with fp32 among them.
     """
     start, stop = rows
-    _keep_heap()
     tile = torch.empty(stop - start, in_features, dtype=dtype)
     if tile.numel() == 0:
         return tile

@@ -290,8 +290,6 @@ def test_a_tile_that_is_rounded_needs_no_more_scratch_than_a_row_or_the_budget()
 
 TILES = """
     import resource
-    import torch
-    from modulora_core import kernels
 
     def step():
         activations = torch.ones(3 * 2**20), torch.ones(3 * 2**20)
@@ -309,7 +307,7 @@ TILES = """
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of glibc")
 def test_the_memory_of_a_tile_is_kept_for_the_next_one(folder: Path) -> None:
     """If this fails: each tile is faulted in anew, 4096 pages of it, beside activations that come and go, 24 MiB here."""
-    done = python(TILES, folder)
+    done = python(DOUBLE + TILES, folder)
     assert int(done.stdout) < 4096, done.stderr
 
 
