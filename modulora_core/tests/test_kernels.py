@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import platform
 import subprocess
 import sys
 import textwrap
@@ -286,29 +285,6 @@ def test_a_tile_that_is_rounded_needs_no_more_scratch_than_a_row_or_the_budget()
     assert len(asked) > 3
     assert max(asked[:-2]) <= kernels.ROUNDING_BYTES
     assert asked[-2:] == [4 * 10**6, 4 * 10**6]
-
-
-TILES = """
-    import resource
-
-    def step():
-        activations = torch.ones(3 * 2**20), torch.ones(3 * 2**20)
-        tile = kernels.filled_tile(lambda start, stop, out: out.fill_(1), (0, 2048), 2048, torch.float32)
-
-    for _ in range(10):  # until every size has its place
-        step()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of glibc")
-def test_the_memory_of_a_tile_is_kept_for_the_next_one(folder: Path) -> None:
-    """If this fails: each tile is faulted in anew, 4096 pages of it, beside activations that come and go, 24 MiB here."""
-    done = python(DOUBLE + TILES, folder)
-    assert int(done.stdout) < 4096, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
