@@ -170,20 +170,12 @@ class CompiledKernels:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """If this fails with -11: a kernel reads a vector over the end of a packed tensor."""
-        asked = [another_process.inputs_for(packed.shape, (torch.float32,)) for _, packed in weights]
-        answers = _elsewhere(weights, asked, tmp_path)
-        truth = _in_plain_torch(weights, monkeypatch)
-        for (_, packed), given, found, W in zip(weights, asked, answers, truth, strict=True):
-            self._assert_tiles(found, W, packed)
-            for result, operand, transpose in (("product", "x", False), ("transposed", "dY", True)):
-                y, x = found[f"{result}.float32"], given[f"{operand}.float32"]
-                error = oracle.product_error(y, x, W.double(), transpose)
-                assert error <= PRODUCT[torch.float32].value, (packed.shape, result, error)
+        self._assert_elsewhere(weights, tmp_path, monkeypatch)
 
     @on_linux
     @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86")
     @pytest.mark.parametrize(("needs", "environment"), INSTRUCTIONS.values(), ids=INSTRUCTIONS)
-    def test_other_instruction_sets_decode_to_the_same_values(
+    def test_other_instruction_sets_give_the_same_values(
         self,
         weights: list[tuple[Quantizer, PackedWeight]],
         needs: str,
@@ -197,11 +189,7 @@ class CompiledKernels:
         binding = pytest.importorskip("llvmlite.binding")
         if not binding.get_host_cpu_features().get(needs, False):
             pytest.skip(f"this processor has no {needs}")
-        answers = _elsewhere(weights, [{}] * len(weights), tmp_path, environment)
-        for (_, packed), found, W in zip(
-            weights, answers, _in_plain_torch(weights, monkeypatch), strict=True
-        ):
-            self._assert_tiles(found, W, packed)
+        self._assert_elsewhere(weights, tmp_path, monkeypatch, environment)
 
     @on_linux
     @pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "reference"])
@@ -214,6 +202,26 @@ class CompiledKernels:
         found = _on_its_own("packs", quantizers[0], tmp_path, *([] if compiled else ["--without-numba"]))
         assert found["share"] <= self.packing_share
 
+    def _assert_elsewhere(
+        self,
+        weights: list[tuple[Quantizer, PackedWeight]],
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """Tiles and products of another process, with ``environment``, are those of plain torch."""
+        asked = [_inputs(packed.shape) for _, packed in weights]
+        answers = _elsewhere(weights, asked, folder, environment)
+        truth = _in_plain_torch(weights, monkeypatch)
+        for (_, packed), given, found, W in zip(weights, asked, answers, truth, strict=True):
+            self._assert_tiles(found, W, packed)
+            for name, x in given.items():
+                operand, _, rest = name.partition(".")
+                transpose = operand == "dY"
+                result = f"{'transposed' if transpose else 'product'}.{rest}"
+                error = oracle.product_error(found[result], x, W.double(), transpose)
+                assert error <= PRODUCT[torch.float32].value, (packed.shape, result, error)
+
     def _assert_tiles(self, found: dict[str, Tensor], W: Tensor, packed: PackedWeight) -> None:
         case = f"{packed.shape} with {dict(packed.metadata)}"
         for name, truth in (("tile.float32", W), ("part.float32", W[W.shape[0] // 3 :])):
@@ -222,6 +230,12 @@ class CompiledKernels:
             else:
                 error = (found[name].double() - truth.double()).abs().max() / W.double().abs().max()
                 assert float(error) <= self.rounding, case
+
+
+def _inputs(shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Some rows, and one, for which there may be other kernels."""
+    some = another_process.inputs_for(shape, (torch.float32,))
+    return some | {f"{name}.one row": x[:1].clone() for name, x in some.items()}
 
 
 def _elsewhere(
