@@ -279,9 +279,11 @@ def _array(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         array = (argument.detach() if argument.requires_grad else argument).numpy()
         return array.copy() if _is_askew(argument) else array
-    # what operands() keeps has arrays already
-    is_raw = isinstance(argument, tuple) and any(isinstance(a, Tensor) for a in argument)
-    return tuple([_array(a) for a in argument]) if is_raw else argument
+    if isinstance(argument, tuple):
+        for a in argument:  # what operands() keeps has arrays already
+            if isinstance(a, Tensor):
+                return tuple([_array(a) for a in argument])
+    return argument
 
 
 def _is_askew(tensor: Tensor) -> bool:
@@ -332,3 +334,11 @@ def few_rows(x: Tensor, features: int, most: int) -> Tensor | None:
         return None
     rows = (x.detach() if x.requires_grad else x).reshape(-1, features)
     return (rows if rows.dtype is torch.float32 else rows.to(torch.float32)).contiguous()
+
+
+def like_input(y: Tensor, x: Tensor) -> Tensor:
+    """The product of :func:`few_rows` of ``x``, ``[n, features]``, with ``x``'s leading dimensions and in its dtype."""
+    y = (
+        y if y.dtype is x.dtype else y.to(x.dtype)
+    )  # a call of torch that does nothing takes half a microsecond too
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])

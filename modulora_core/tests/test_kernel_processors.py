@@ -1,4 +1,4 @@
-"""What is spelled for some processors, on others: looking up in a table of sixteen, rounding to bf16."""
+"""What is spelled for some processors, on others: looking up in a table of sixteen, rounding to bf16, asking for bytes ahead."""
 
 from __future__ import annotations
 
@@ -66,6 +66,24 @@ for row in bits.view(torch.float32):
 print("vcvtneps2bf16" in "".join(kernel.inspect_asm().values()))
 """
 
+READ_AHEAD = """
+import mmap
+import numpy as np
+from modulora_core.kernels import jit
+from modulora_core.kernels.prefetch import AHEAD, read_ahead
+
+@jit()
+def kernel(array, first, count):
+    read_ahead(array, first, count)
+    return array[first]
+
+numbers = np.frombuffer(mmap.mmap(-1, 4 * AHEAD), np.int16)
+last = numbers.size - 1
+for first, count in ((0, 100), (last, 1), (last - AHEAD // 2, 10**6), (0, 0), (0, numbers.size)):  # within, at the end, beyond it
+    assert kernel(numbers, first, count) == numbers[first]
+print("prefetch" in "".join(kernel.inspect_asm().values()))
+"""
+
 PLAIN, AVX2 = ("x86-64", "+sse2"), ("haswell", "+sse4.2,+avx,+avx2,+fma")
 NATIVE = ("", "")  # as numba finds it
 
@@ -79,8 +97,18 @@ NATIVE = ("", "")  # as numba finds it
         (ROUND, PLAIN, False),
         (ROUND, AVX2, False),
         (ROUND, NATIVE, torch.cpu._is_avx512_bf16_supported()),
+        (READ_AHEAD, PLAIN, True),
+        (READ_AHEAD, NATIVE, True),
     ],
-    ids=["look up, SSE2", "look up, AVX2", "round, SSE2", "round, AVX2", "round, this one"],
+    ids=[
+        "look up, SSE2",
+        "look up, AVX2",
+        "round, SSE2",
+        "round, AVX2",
+        "round, this one",
+        "ahead, SSE2",
+        "ahead, this one",
+    ],
 )
 def test_every_processor_finds_the_same(
     kernel: str, processor: tuple[str, str], by_instruction: bool, tmp_path: Path

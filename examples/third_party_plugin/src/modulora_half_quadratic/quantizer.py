@@ -95,7 +95,7 @@ class HalfQuadratic(Quantizer):
         operands = _operands(packed, 0, packed.shape[0])
         weight = (*operands, packed.metadata["bits"], packed.metadata["group_size"], packed.shape[1])
         y: Tensor = cpu.rows.matmul(weight, few, wanted, transpose)
-        return y.to(x.dtype).view(*x.shape[:-1], wanted)
+        return kernels.like_input(y, x)
 
 
 def _kernels(device: torch.device) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 from numba import prange
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.products import RowKernels
 from modulora_int8.reference import HALF_RANGE, INVERSE, LARGEST, SMALLEST_ABSMAX
 
@@ -54,6 +55,7 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """
     codes, scales, group = weight
     for r in range(len(out)):
+        read_ahead(codes, (row + r) * codes.shape[1] + start, columns)
         _decode(codes[row + r], scales[row + r], group, start, out[r, :columns])
 
 
@@ -72,6 +74,7 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
     n = x.shape[1]
     for piece in prange((len(codes) + _ROWS - 1) // _ROWS):
         for o in range(piece * _ROWS, min((piece + 1) * _ROWS, len(codes))):
+            read_ahead(codes, o * n, n)
             total = np.float32(0)
             for g in range(scales.shape[1]):
                 columns = slice(g * group, min((g + 1) * group, n))

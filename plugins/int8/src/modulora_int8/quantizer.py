@@ -108,7 +108,7 @@ class INT8(Quantizer):
         if few is None:
             return super().matmul(x, packed, transpose)
         y: Tensor = cpu.rows.matmul(kernels.operands(packed, _operands), few, wanted, transpose)
-        return y.to(x.dtype).view(*x.shape[:-1], wanted)
+        return kernels.like_input(y, x)
 
 
 def _decode(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:

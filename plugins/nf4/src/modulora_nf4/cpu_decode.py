@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.vectors import has, lookup, pointer, splat
 from modulora_nf4.reference import LEVELS
 
@@ -103,4 +104,6 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """
     codes, absmax, first, shift, in_features = weight
     for r in range(len(out)):
-        _decode(codes, absmax, first, shift, (row + r) * in_features + start, out[r, :columns])
+        begin = (row + r) * in_features + start
+        read_ahead(codes, begin // 2, columns // 2)
+        _decode(codes, absmax, first, shift, begin, out[r, :columns])

@@ -19,6 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.vectors import LANES, loops, pointer, splat, sum_of_lanes
 from modulora_nf4.cpu_decode import levels
 
@@ -105,4 +106,5 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
     for piece in prange((rows + _ROWS - 1) // _ROWS):
         begin = np.int64(piece) * _ROWS
         for o in range(begin, min(begin + _ROWS, rows)):
+            read_ahead(codes, o * columns // 2, columns // 2)
             y[0, o] = _row_product(codes, absmax, shift, apart, o * columns, columns)

@@ -114,7 +114,7 @@ class NF4(Quantizer):
         if few is None:
             return super().matmul(x, packed, transpose)
         y: Tensor = cpu.rows.matmul(_operands(packed, (0, out_features)), few, wanted, transpose)
-        return y.to(x.dtype).view(*x.shape[:-1], wanted)
+        return kernels.like_input(y, x)
 
 
 def _kernels(device: torch.device) -> Any:

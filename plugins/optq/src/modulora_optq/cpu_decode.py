@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import from_half
+from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.vectors import pointer, splat
 
 _BYTES = 64  # bytes that are unpacked at once
@@ -150,5 +151,8 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """
     codes, scales, zeros, bits, group, n = weight
     scratch = _scratch(columns, scales.shape[1])
+    row_bytes = codes.size // max(1, len(scales))
     for r in range(len(out)):
+        # its parts are all over the row: as much as it is of the row, so that all of it is asked for once
+        read_ahead(codes, (row + r) * row_bytes + row_bytes * start // n, row_bytes * columns // n)
         _decode(codes, scales, zeros, bits, group, row + r, n, start, scratch, out[r, :columns])

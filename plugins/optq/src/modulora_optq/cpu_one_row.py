@@ -23,6 +23,7 @@ from numba.extending import intrinsic, register_jitable
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import from_half
+from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.vectors import LANES, lookup, pointer, splat, sum_of_lanes
 from modulora_optq.cpu_decode import unpack
 
@@ -216,6 +217,7 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
         zero = np.full(groups, np.float32(1 << (bits - 1)), np.float32)
         begin = np.int64(piece) * _ROWS
         for o in range(begin, min(begin + _ROWS, rows)):
+            read_ahead(codes, o * row_bytes, row_bytes)
             _steps(scales, zeros, bits, o, scratch, zero, scale)
             if bits == 2:
                 y[0, o] = _product_2(codes, o * row_bytes, part, x, ends, group_of, zero, scale)

@@ -283,4 +283,4 @@ def _stored_matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor:
             x, lambda start, stop, dtype: _tile(packed, (start, stop), dtype, None), packed.shape, transpose
         )
     y: Tensor = cpu.rows.matmul(kernels.operands(packed, _operands), few, wanted, transpose)
-    return y.to(x.dtype).view(*x.shape[:-1], wanted)
+    return kernels.like_input(y, x)

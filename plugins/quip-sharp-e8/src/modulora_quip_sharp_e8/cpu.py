@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.products import RowKernels
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.cpu_vectors import add, load, multiply, multiply_add, spread, store
@@ -59,10 +60,12 @@ def _decode_words(codes: Any, residual: Any, bits: int, row: int, block: int, co
             first = block + at // 8
             count, size = min(CODES, blocks - first), min(8 * CODES, columns - at)
             first += (row + r) * blocks
+            read_ahead(codes, first, count)
             spell(codes, first, count, words, 0)
             if bits == 2:
                 expand(words, None, size, out, r * step + at)
             else:
+                read_ahead(residual, first, count)
                 spell(residual, first, count, words, PAIRS)
                 expand(words, residual, size, out, r * step + at)
 

@@ -19,6 +19,7 @@ from numba import prange
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import from_half
+from modulora_core.kernels.prefetch import read_ahead
 from modulora_quip_sharp_e8.cpu import decode_block
 from modulora_quip_sharp_e8.cpu_transform import LANES, OUTPUTS, rotate_rows
 from modulora_quip_sharp_e8.cpu_vectors import load, multiply_add, spread, total
@@ -47,6 +48,9 @@ def _one_by_words(codes: Any, residual: Any, bits: int, o: int, x: Any, words: A
     """Row ``o`` of C times ``x``, which is 0 behind the last block."""
     blocks = codes.shape[1]
     product = np.float32(0)
+    read_ahead(codes, o * blocks, blocks)
+    if bits > 2:
+        read_ahead(residual, o * blocks, blocks)
     for j in range(0, blocks, CODES):
         count, first = min(CODES, blocks - j), o * blocks + j
         pairs = (count + 1) // 2

@@ -255,7 +255,7 @@ def _token(x: Tensor, packed: PackedWeight) -> Tensor | None:
     kernels.launch(one.forward_one, weight, row, y)
     start = packed.metadata["rows"][0]
     part = y if len(y[0]) == packed.shape[0] else y[:, start : start + packed.shape[0]]
-    return part.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
+    return kernels.like_input(part, x)
 
 
 def _rotated(packed: PackedWeight) -> tuple[Any, ...]:
@@ -295,4 +295,4 @@ def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool, dtype: tor
             x = x.to(compute_dtype(dtype, x.device))
         return tiled_matmul(x, tile, (whole, columns), transpose)
     y = cpu.rows.matmul(_operands(packed, slice(None), slice(None)), few, wanted, transpose)
-    return y.reshape(*x.shape[:-1], wanted)
+    return kernels.like_input(y, x)
