@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 
+from modulora_core.spec import Quantizer
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 
 pytest.importorskip("modulora_nf4", reason="something of ours to measure: pip install ./plugins/nf4")
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("turns", "methods", "peers", "report", "models", "layer", "training", "decoding", "memory", "quantization")  # fmt: skip
+MODULES = ("turns", "methods", "peers", "report", "models", "layer", "training", "decoding", "memory", "quantization",
+           "few_rows")  # fmt: skip
 
 Main = Callable[..., dict[str, Any]]
 
@@ -120,6 +122,25 @@ def test_layer_tells_every_case_of_every_method(run: Main, tmp_path: Path) -> No
     assert {r["bytes"] for r in results if r["method"] == "nf4" and "bytes" in r} == {
         128 * 128 // 2 + 128 * 128 // 64 * 4
     }
+
+
+def test_few_rows_compares_both_ways_and_leaves_the_limit_alone(
+    module: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    from modulora_nf4 import quantizer
+
+    before, given = quantizer.FEW_ROWS, []
+    tiled = Quantizer.matmul
+    monkeypatch.setattr(Quantizer, "matmul", lambda *all_: given.append(len(all_[1])) or tiled(*all_))
+    words = ["-q", "nf4", "--rows", "2", "40", "--shape", "64x128", "--seconds", "0.01"]
+    assert module("few_rows").main(words) == 0
+    assert set(given) == {2, 40}  # by tiles, of either number
+    assert before == quantizer.FEW_ROWS
+    rows = [
+        line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| nf4")
+    ]
+    assert [int(row[1]) for row in rows] == [2, 40]
+    assert all(float(cell) > 0 for row in rows for cell in row[2:])
 
 
 def test_the_flags_that_our_documents_use_still_work(run: Main) -> None:

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.prefetch import read_ahead
-from modulora_core.kernels.products import RowKernels
+from modulora_core.kernels.products import STRIP, RowKernels
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.cpu_vectors import add, load, multiply, multiply_add, spread, store
-from modulora_quip_sharp_e8.cpu_words import CODES, PAIRS, expand, has_byte_permutations, spell
+from modulora_quip_sharp_e8.cpu_words import expand, half_of, has_byte_permutations, rows_together, spell_all
 
 
 def _tables() -> tuple[Any, Any, Any]:
@@ -53,21 +52,20 @@ def decode_block(codes: Any, residual: Any, bits: int, o: int, j: int) -> Any:
 
 @jit()
 def _decode_words(codes: Any, residual: Any, bits: int, row: int, block: int, columns: int, out: Any) -> None:
-    words = np.empty(2 * PAIRS, np.int64)
     blocks, step = codes.shape[1], out.shape[1]
-    for r in range(len(out)):
-        for at in range(0, columns, 8 * CODES):
-            first = block + at // 8
-            count, size = min(CODES, blocks - first), min(8 * CODES, columns - at)
-            first += (row + r) * blocks
-            read_ahead(codes, first, count)
-            spell(codes, first, count, words, 0)
+    taken = (columns + 7) // 8
+    together = rows_together(blocks, STRIP) if taken == blocks else 1
+    words = np.empty(2 * half_of(together * taken), np.int64)
+    for first in range(0, len(out), together):
+        count = min(together, len(out) - first)
+        spell_all(codes, residual, bits, (row + first) * blocks + block, count * taken, words)
+        half = half_of(count * taken)
+        for r in range(count):
+            at = (first + r) * step
             if bits == 2:
-                expand(words, None, size, out, r * step + at)
+                expand(words, None, r * taken // 2, half, columns, out, at)
             else:
-                read_ahead(residual, first, count)
-                spell(residual, first, count, words, PAIRS)
-                expand(words, residual, size, out, r * step + at)
+                expand(words, residual, r * taken // 2, half, columns, out, at)
 
 
 @jit()

@@ -19,11 +19,10 @@ from numba import prange
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import from_half
-from modulora_core.kernels.prefetch import read_ahead
 from modulora_quip_sharp_e8.cpu import decode_block
 from modulora_quip_sharp_e8.cpu_transform import LANES, OUTPUTS, rotate_rows
 from modulora_quip_sharp_e8.cpu_vectors import load, multiply_add, spread, total
-from modulora_quip_sharp_e8.cpu_words import CODES, PAIRS, dot, has_byte_permutations, spell
+from modulora_quip_sharp_e8.cpu_words import dot, half_of, has_byte_permutations, rows_together, spell_all
 
 _ROWS = 16  # rows that a thread takes at once
 
@@ -44,23 +43,18 @@ def _four_times_one(codes: Any, residual: Any, bits: int, first: int, last: int,
 
 
 @jit()
-def _one_by_words(codes: Any, residual: Any, bits: int, o: int, x: Any, words: Any) -> Any:
-    """Row ``o`` of C times ``x``, which is 0 behind the last block."""
-    blocks = codes.shape[1]
-    product = np.float32(0)
-    read_ahead(codes, o * blocks, blocks)
-    if bits > 2:
-        read_ahead(residual, o * blocks, blocks)
-    for j in range(0, blocks, CODES):
-        count, first = min(CODES, blocks - j), o * blocks + j
-        pairs = (count + 1) // 2
-        spell(codes, first, count, words, 0)
+def _one_by_words(
+    codes: Any, residual: Any, bits: int, first: int, last: int, x: Any, words: Any, y: Any
+) -> None:
+    """``y[0, first : last] = C xᵀ``; ``x`` is 0 behind the last block."""
+    blocks, count = codes.shape[1], last - first
+    spell_all(codes, residual, bits, first * blocks, count * blocks, words)
+    half, pairs = half_of(count * blocks), (blocks + 1) // 2
+    for r in range(count):
         if bits == 2:
-            product += dot(words, None, pairs, x, 8 * j)
+            y[0, first + r] = dot(words, None, r * blocks // 2, half, pairs, x)
         else:
-            spell(residual, first, count, words, PAIRS)
-            product += dot(words, residual, pairs, x, 8 * j)
-    return product
+            y[0, first + r] = dot(words, residual, r * blocks // 2, half, pairs, x)
 
 
 @jit()
@@ -95,12 +89,14 @@ def forward_one(weight: Any, x: Any, y: Any) -> None:
     z = np.empty((1, rows), np.float32)
     _rotate_one(x, input_scale, np.float32(1), matrix_in, K_in, False, turned)
     for piece in prange((rows + _ROWS - 1) // _ROWS):
-        stop = min((piece + 1) * _ROWS, rows)
+        begin = np.int64(piece) * _ROWS
+        stop = min(begin + _ROWS, rows)
         if has_byte_permutations():
-            words = np.empty(2 * PAIRS, np.int64)
-            for o in range(piece * _ROWS, stop):
-                z[0, o] = _one_by_words(codes, residual, bits, o, turned, words)
+            together = rows_together(blocks, _ROWS)
+            words = np.empty(2 * half_of(together * blocks), np.int64)
+            for o in range(begin, stop, together):
+                _one_by_words(codes, residual, bits, o, min(o + together, stop), turned, words, z)
         else:
-            for o in range(piece * _ROWS, stop, 4):
+            for o in range(begin, stop, 4):
                 _four_times_one(codes, residual, bits, o, stop, turned, z)
     _rotate_one(z, output_scale, unit[0], matrix_out, K_out, True, y)

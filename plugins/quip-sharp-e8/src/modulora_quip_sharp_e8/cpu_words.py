@@ -7,12 +7,13 @@ gives 64 at once. Two codes make a word, even coordinates in its low half and od
 bits, each shifted by four bits more than the last, every half begins with the nibble that belongs there: sixteen, in order.
 
 That takes about 50 operations for 64 codes and three for each sixteen values, where :func:`modulora_quip_sharp_e8.cpu.decode_block`
-takes ten for eight. ``words`` is int64 ``[2 · PAIRS]``: the words of E8P12's codes, then those of the residual's.
+takes ten for eight. ``words`` is int64 ``[2 · half]``: the words of E8P12's codes, then those of the residual's (:func:`spell_all`).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from modulora_core.kernels import jit
+from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.vectors import LANES, has, lookup, loops, pointer, splat, sum_of_lanes
 from modulora_quip_sharp_e8 import codebooks
 
@@ -192,19 +195,21 @@ def _sixteen(context: Any, builder: Any, kind: Any, words: Any, index: Any, leve
     return lookup(context, builder, levels, builder.bitcast(nibbles, _WHOLES))
 
 
-def _values(context: Any, builder: Any, kinds: Any, words: Any, index: Any) -> Any:
+def _values(context: Any, builder: Any, kinds: Any, words: Any, index: Any, half: Any) -> Any:
     """C at the codes of a word; ``kinds`` are those of the words and of the residual, which is None at 2 bits."""
     kind, residual = kinds
     values = _sixteen(context, builder, kind, words, index, _levels(types.none))
     if residual is types.none:
         return values
-    left = _sixteen(context, builder, kind, words, builder.add(index, _INDEX(PAIRS)), _levels(residual))
+    left = _sixteen(context, builder, kind, words, builder.add(index, half), _levels(residual))
     return builder.fadd(values, left)
 
 
 @intrinsic
-def expand(_context: Any, words: Any, residual: Any, _columns: Any, out: Any, _at: Any) -> Any:
-    """The values of so many columns from the first word on, fp32, to ``out[at : at + columns]``, as if it were flat.
+def expand(
+    _context: Any, words: Any, residual: Any, _first: Any, _half: Any, _columns: Any, out: Any, _at: Any
+) -> Any:
+    """The values of so many columns from word ``first`` on, fp32, to ``out[at : at + columns]``, as if it were flat.
 
     ``residual`` is None at 2 bits; at 3 and 4 its dtype says what it is.
     """
@@ -212,49 +217,79 @@ def expand(_context: Any, words: Any, residual: Any, _columns: Any, out: Any, _a
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if not _knows(context):
             return context.get_dummy_value()
-        words, _, columns, out, at = arguments
+        words, _, first, half, columns, out, at = arguments
         kinds = signature.args
 
         def place(word: Any) -> Any:
             index = builder.add(at, builder.mul(word, _INDEX(LANES)))
-            return pointer(context, builder, kinds[3], out, index, _FLOATS)
+            return pointer(context, builder, kinds[5], out, index, _FLOATS)
+
+        def values(word: Any) -> Any:
+            return _values(context, builder, kinds[:2], words, builder.add(first, word), half)
 
         whole, rest = builder.sdiv(columns, _INDEX(LANES)), builder.srem(columns, _INDEX(LANES))
         with cgutils.for_range(builder, whole) as loop:
-            values = _values(context, builder, kinds[:2], words, loop.index)
-            builder.store(values, place(loop.index), align=4)
+            builder.store(values(loop.index), place(loop.index), align=4)
         with builder.if_then(builder.icmp_signed(">", rest, _INDEX(0)), likely=False):
             last = cgutils.alloca_once(builder, _FLOATS)
-            builder.store(_values(context, builder, kinds[:2], words, whole), last)
+            builder.store(values(whole), last)
             cgutils.raw_memcpy(builder, place(whole), last, rest, 4)
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(words, residual, i64, out, i64), generate
+    return types.void(words, residual, i64, i64, i64, out, i64), generate
 
 
 @intrinsic
-def dot(_context: Any, words: Any, residual: Any, _pairs: Any, x: Any, _at: Any) -> Any:
-    """The sum of the values of so many words times fp32 ``x[at : at + 16 · pairs]``; ``residual`` as for :func:`expand`."""
+def dot(_context: Any, words: Any, residual: Any, _first: Any, _half: Any, _pairs: Any, x: Any) -> Any:
+    """The sum of the values of so many words from ``first`` on times fp32 ``x[: 16 · pairs]``; ``residual`` as for :func:`expand`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if not _knows(context):
             return ir.Constant(ir.FloatType(), 0.0)
-        words, _, pairs, x, at = arguments
+        words, _, first, half, pairs, x = arguments
         kinds = signature.args
         totals = [cgutils.alloca_once(builder, _FLOATS) for _ in range(_SUMS)]
         for total in totals:
             builder.store(ir.Constant(_FLOATS, [0.0] * LANES), total)
-        for width, first in loops(builder, pairs, _SUMS):
+        for width, begin in loops(builder, pairs, _SUMS):
             for part in range(width):
-                pair = builder.add(first, _INDEX(part))
-                index = builder.add(at, builder.mul(pair, _INDEX(LANES)))
-                factors = builder.load(pointer(context, builder, kinds[3], x, index, _FLOATS), align=4)
-                values = _values(context, builder, kinds[:2], words, pair)
+                pair = builder.add(begin, _INDEX(part))
+                index = builder.mul(pair, _INDEX(LANES))
+                factors = builder.load(pointer(context, builder, kinds[5], x, index, _FLOATS), align=4)
+                values = _values(context, builder, kinds[:2], words, builder.add(first, pair), half)
                 more = builder.fmul(values, factors, flags=("contract",))
                 more = builder.fadd(builder.load(totals[part]), more, flags=("contract",))
                 builder.store(more, totals[part])
         return sum_of_lanes(builder, functools.reduce(builder.fadd, map(builder.load, totals)))
 
     i64 = types.int64
-    return types.float32(words, residual, i64, x, i64), generate
+    return types.float32(words, residual, i64, i64, i64, x), generate
+
+
+@jit()
+def rows_together(blocks: int, most: int) -> int:
+    """How many rows of so many codes to make words of at once, at most ``most``: as many as leave none of CODES places empty.
+
+    A row of 72 codes alone would take as long as one of 128.
+    """
+    return 1 if blocks % 2 else min(most, CODES // math.gcd(blocks, CODES))
+
+
+@jit()
+def half_of(count: int) -> int:
+    """The words of so many codes, with those that are made beside them: half of what ``words`` needs to hold."""
+    return (count + CODES - 1) // CODES * PAIRS
+
+
+@jit()
+def spell_all(codes: Any, residual: Any, bits: int, at: int, count: int, words: Any) -> None:
+    """The words of ``count`` codes from number ``at`` on, and of as many of a residual, to either half of ``words``."""
+    half = half_of(count)
+    for start in range(0, count, CODES):
+        size = min(CODES, count - start)
+        read_ahead(codes, at + start, size)
+        spell(codes, at + start, size, words, start // 2)
+        if bits > 2:
+            read_ahead(residual, at + start, size)
+            spell(residual, at + start, size, words, half + start // 2)
