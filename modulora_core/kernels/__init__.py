@@ -32,7 +32,7 @@ from torch import Tensor
 
 from modulora_core.errors import CheckpointError
 from modulora_core.packed import PackedWeight, TensorLayout
-from modulora_core.tiles import tile_ranges
+from modulora_core.tiles import compute_dtype, tile_ranges
 
 ROUNDING_BYTES = 2**20
 """fp32 scratch for a tile of another dtype. A common L2 cache holds it, and rounding reads from there."""
@@ -321,13 +321,19 @@ def filled_tile(
     return tile
 
 
-def few_rows(x: Tensor, features: int, most: int) -> Tensor | None:
+def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = None) -> Tensor | None:
     """``x`` as a few-row kernel takes it, contiguous fp32 ``[n, features]``; None where tiles are the way.
 
-    They are for more than ``most`` rows, where a matrix product over decoded tiles costs less; for fp64,
-    because the kernels sum in fp32; for devices other than the CPU; and for a wrong last dimension, so that
-    the tiled product says what is wrong.
+    They are for more than ``most`` rows, where a matrix product over decoded tiles costs less, and for more than half as many of bf16 where
+    the processor multiplies that itself; for fp64, because the kernels sum in fp32; for devices other than the CPU; and for a wrong last
+    dimension, so that the tiled product says what is wrong.
+
+    Args:
+        dtype: of the inputs, where ``x`` was made of them in another one.
     """
+    dtype = x.dtype if dtype is None else dtype
+    if dtype is torch.bfloat16 and compute_dtype(dtype, x.device) is dtype:
+        most //= 2
     if not x.is_cpu or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
     if x.dim() == 0 or x.shape[-1] != features or not 0 < x.numel() <= most * features:

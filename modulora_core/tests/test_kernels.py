@@ -287,27 +287,6 @@ def test_a_tile_that_is_rounded_needs_no_more_scratch_than_a_row_or_the_budget()
     assert asked[-2:] == [4 * 10**6, 4 * 10**6]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_few_rows_are_contiguous_fp32_of_the_same_values(dtype: torch.dtype) -> None:
-    x = torch.randn(6, 2, 4, dtype=dtype, requires_grad=True).transpose(0, 2)  # [4, 2, 6]
-    few = kernels.few_rows(x, 6, 8)
-    assert few is not None
-    assert few.dtype == torch.float32
-    assert few.is_contiguous()
-    assert not few.requires_grad
-    assert torch.equal(few, x.detach().reshape(8, 6).float())
-
-
-@pytest.mark.parametrize(
-    "x",
-    [torch.ones(9, 6), torch.ones(2, 6, dtype=torch.float64), torch.ones(2, 5), torch.ones(0, 6),
-     torch.ones(()), torch.ones(2, 6, device="meta")],
-    ids=["too many rows", "fp64", "another last dimension", "no rows", "a scalar", "another device"],
-)  # fmt: skip
-def test_what_a_few_row_kernel_can_not_take_goes_to_tiles(x: Tensor) -> None:
-    assert kernels.few_rows(x, 6, 8) is None
-
-
 def test_the_first_launch_leaves_torchs_number_of_threads_as_it_was(folder: Path) -> None:
     """If this fails: where OMP_NUM_THREADS, or the user, says one thread, torch takes all cores from then on."""
     check = "    assert torch.get_num_threads() == 1, torch.get_num_threads()\n"

@@ -284,7 +284,7 @@ def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool, dtype: tor
         return y
     given, wanted = (whole, columns) if transpose else (columns, whole)
     cpu = _kernels(packed.device)
-    few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
+    few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS, dtype)  # [n, given]
     if few is None:
 
         def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:

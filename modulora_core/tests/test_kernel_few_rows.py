@@ -1,0 +1,54 @@
+"""Which inputs a kernel for few rows takes, and as what; numba isn't needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modulora_core import kernels, tiles
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_few_rows_are_contiguous_fp32_of_the_same_values(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 2, 4, dtype=dtype, requires_grad=True).transpose(0, 2)  # [4, 2, 6]
+    few = kernels.few_rows(x, 6, 16)
+    assert few is not None
+    assert few.dtype == torch.float32
+    assert few.is_contiguous()
+    assert not few.requires_grad
+    assert torch.equal(few, x.detach().reshape(8, 6).float())
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(9, 6), torch.ones(2, 6, dtype=torch.float64), torch.ones(2, 5), torch.ones(0, 6),
+     torch.ones(()), torch.ones(2, 6, device="meta")],
+    ids=["too many rows", "fp64", "another last dimension", "no rows", "a scalar", "another device"],
+)  # fmt: skip
+def test_what_a_few_row_kernel_can_not_take_goes_to_tiles(x: Tensor) -> None:
+    assert kernels.few_rows(x, 6, 8) is None
+
+
+@pytest.mark.parametrize(("units", "most"), [(True, 4), (False, 8)])
+def test_half_as_many_rows_of_bf16_are_few_where_the_processor_multiplies_it(
+    units: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: units)
+    x = torch.ones(most + 1, 6)
+    for few, given in ((x[:most].bfloat16(), None), (x[:most], torch.bfloat16), (x[:8], None)):
+        assert kernels.few_rows(few, 6, 8, given) is not None
+    for many, given in ((x.bfloat16(), None), (x, torch.bfloat16)):
+        assert kernels.few_rows(many, 6, 8, given) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)], ids=str)
+def test_a_product_gets_the_shape_and_the_dtype_of_its_input(
+    leading: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x = torch.randn(*leading, 6, dtype=dtype)
+    y = torch.randn(max(1, x.numel() // 6), 4)
+    like = kernels.like_input(y, x)
+    assert like.shape == (*leading, 4)
+    assert torch.equal(like.reshape(-1, 4), y.to(dtype))
