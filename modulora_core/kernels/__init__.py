@@ -333,7 +333,7 @@ def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = No
     """
     dtype = x.dtype if dtype is None else dtype
     if dtype is torch.bfloat16 and compute_dtype(dtype, x.device) is dtype:
-        most //= 2
+        most = (most + 1) // 2  # a single row stays one
     if not x.is_cpu or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
     if x.dim() == 0 or x.shape[-1] != features or not 0 < x.numel() <= most * features:

@@ -38,6 +38,7 @@ def test_half_as_many_rows_of_bf16_are_few_where_the_processor_multiplies_it(
     x = torch.ones(most + 1, 6)
     for few, given in ((x[:most].bfloat16(), None), (x[:most], torch.bfloat16), (x[:8], None)):
         assert kernels.few_rows(few, 6, 8, given) is not None
+    assert kernels.few_rows(x[:1].bfloat16(), 6, 1) is not None  # a kernel for a single row
     for many, given in ((x.bfloat16(), None), (x, torch.bfloat16)):
         assert kernels.few_rows(many, 6, 8, given) is None
 
