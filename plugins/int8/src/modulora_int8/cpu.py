@@ -12,11 +12,11 @@ import numpy as np
 from numba import prange
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.products import RowKernels
-from modulora_int8.reference import HALF_RANGE, INVERSE, LARGEST, SMALLEST_ABSMAX
+from modulora_int8.cpu_decode import decode
+from modulora_int8.cpu_one_row import matmul_one, takes
+from modulora_int8.reference import HALF_RANGE, LARGEST, SMALLEST_ABSMAX
 
-_INVERSE = np.float32(INVERSE)
 _ONE, _LARGEST = np.float32(1), np.float32(LARGEST)
 _SMALLEST = np.float32(SMALLEST_ABSMAX)
 _FROM, _BELOW = np.float32(HALF_RANGE[0]), np.float32(HALF_RANGE[1])
@@ -30,59 +30,7 @@ _STEPS_OF_ONE = np.float32(1.5 * 2**23)  # adding it to less than 2²² rounds t
 _ROWS = 16  # rows that a thread takes at once
 
 
-@jit()
-def _scaled(codes: Any, scale: Any, out: Any) -> None:
-    for k in range(out.size):
-        out[k] = np.float32(codes[k]) * scale * _INVERSE
-
-
-@jit()
-def _decode(codes: Any, scales: Any, group: int, start: int, out: Any) -> None:
-    """Columns ``start ...`` of one row to all of ``out``; ``codes`` and ``scales`` are those of the row."""
-    k = 0
-    while k < out.size:
-        index = (start + k) // group
-        end = min(out.size, (index + 1) * group - start)
-        _scaled(codes[start + k : start + end], scales[index], out[k:end])
-        k = end
-
-
-@jit()
-def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
-
-    ``weight`` is codes, scales and the columns of a group.
-    """
-    codes, scales, group = weight
-    for r in range(len(out)):
-        read_ahead(codes, (row + r) * codes.shape[1] + start, columns)
-        _decode(codes[row + r], scales[row + r], group, start, out[r, :columns])
-
-
-@jit(fastmath=("reassoc", "contract", "nsz"))
-def _dot(codes: Any, x: Any) -> Any:
-    total = np.float32(0)
-    for k in range(codes.size):
-        total += np.float32(codes[k]) * x[k]
-    return total
-
-
-@jit(parallel=True)
-def matmul_one(weight: Any, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``: codes are multiplied as they are, and the sum of a group is scaled."""
-    codes, scales, group = weight
-    n = x.shape[1]
-    for piece in prange((len(codes) + _ROWS - 1) // _ROWS):
-        for o in range(piece * _ROWS, min((piece + 1) * _ROWS, len(codes))):
-            read_ahead(codes, o * n, n)
-            total = np.float32(0)
-            for g in range(scales.shape[1]):
-                columns = slice(g * group, min((g + 1) * group, n))
-                total += _dot(codes[o, columns], x[0, columns]) * (scales[o, g] * _INVERSE)
-            y[0, o] = total
-
-
-rows = RowKernels(decode, matmul_one)
+rows = RowKernels(decode, matmul_one, takes)
 """Tiles and few-row products."""
 
 
