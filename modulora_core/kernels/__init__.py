@@ -344,7 +344,6 @@ def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = No
 
 def like_input(y: Tensor, x: Tensor) -> Tensor:
     """The product of :func:`few_rows` of ``x``, ``[n, features]``, with ``x``'s leading dimensions and in its dtype."""
-    y = (
-        y if y.dtype is x.dtype else y.to(x.dtype)
-    )  # a call of torch that does nothing takes half a microsecond too
+    if y.dtype is not x.dtype:  # a call of torch that does nothing takes half a microsecond too
+        y = y.to(x.dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])

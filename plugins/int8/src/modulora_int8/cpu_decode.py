@@ -16,9 +16,9 @@ from numba.extending import intrinsic
 from modulora_core.kernels import jit
 from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.vectors import LANES, loops, pointer, splat
-from modulora_int8.reference import INVERSE as _INVERSE
+from modulora_int8 import reference
 
-INVERSE = np.float32(_INVERSE)
+INVERSE = np.float32(reference.INVERSE)
 
 _INDEX, _FLOAT = ir.IntType(64), ir.FloatType()
 _BYTES, _FLOATS = (ir.VectorType(of, LANES) for of in (ir.IntType(8), _FLOAT))
@@ -33,13 +33,13 @@ def numbers(context: Any, builder: Any, kind: Any, codes: Any, index: Any) -> An
 
 
 @intrinsic
-def _scale(_context: Any, codes: Any, _at: Any, _scale: Any, out: Any, _to: Any, _vectors: Any) -> Any:
-    """``out[to + k] = codes[at + k] · scale · INVERSE``, rounded twice, for so many vectors of sixteen."""
+def _scale(_context: Any, codes: Any, _at: Any, _by: Any, out: Any, _to: Any, _vectors: Any) -> Any:
+    """``out[to + k] = codes[at + k] · by · INVERSE``, rounded twice, for so many vectors of sixteen."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, at, scale, out, to, vectors = arguments
+        codes, at, by, out, to, vectors = arguments
         kinds = signature.args
-        factor, inverse = splat(builder, scale, _FLOATS), ir.Constant(_FLOATS, [float(INVERSE)] * LANES)
+        factor, inverse = splat(builder, by, _FLOATS), ir.Constant(_FLOATS, [float(INVERSE)] * LANES)
         for width, first in loops(builder, vectors, _AT_ONCE):
             for part in range(width):
                 k = builder.mul(builder.add(first, _INDEX(part)), _INDEX(LANES))
