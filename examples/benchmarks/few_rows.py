@@ -63,10 +63,14 @@ def compare(
 
 def measured(words: str, dense: list[Tensor], flags: argparse.Namespace) -> Iterator[Sequence[str]]:
     """The table's rows of one quantizer."""
-    quantizer: Quantizer = Packed(words).quantizer()
+    method = Packed(words)
+    if (why := method.missing()) is not None:
+        print(f"{words}: not measured: {why}", file=sys.stderr)
+        return
+    quantizer: Quantizer = method.quantizer()
     module: ModuleType = sys.modules[type(quantizer).__module__]
     if not hasattr(module, "FEW_ROWS"):
-        print(f"{words}: left out: its module {module.__name__} has no FEW_ROWS", file=sys.stderr)
+        print(f"{words}: not measured: its module {module.__name__} has no FEW_ROWS", file=sys.stderr)
         return
     packed = packed_copies(quantizer, dense[0])
     for n in flags.rows:

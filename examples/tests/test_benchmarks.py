@@ -132,13 +132,13 @@ def test_few_rows_compares_both_ways_and_leaves_the_limit_alone(
     before, given = quantizer.FEW_ROWS, []
     tiled = Quantizer.matmul
     monkeypatch.setattr(Quantizer, "matmul", lambda *all_: given.append(len(all_[1])) or tiled(*all_))
-    words = ["-q", "nf4", "--rows", "2", "40", "--shape", "64x128", "--seconds", "0.01"]
+    words = ["-q", "nf4", "nosuch", "--rows", "2", "40", "--shape", "64x128", "--seconds", "0.01"]
     assert module("few_rows").main(words) == 0
     assert set(given) == {2, 40}  # by tiles, of either number
     assert before == quantizer.FEW_ROWS
-    rows = [
-        line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| nf4")
-    ]
+    told = capsys.readouterr()
+    assert told.err.startswith("nosuch: not measured: quantizer 'nosuch' isn't installed")
+    rows = [line.split("|")[1:-1] for line in told.out.splitlines() if line.startswith("| nf4")]
     assert [int(row[1]) for row in rows] == [2, 40]
     assert all(float(cell) > 0 for row in rows for cell in row[2:])
 
