@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
+from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
+from numba import prange, types
+from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.products import RowKernels
+from modulora_core.kernels.vectors import LANES, has, lookup, loops, pointer, splat
 from modulora_nf4.cpu_decode import decode
 from modulora_nf4.cpu_one_row import matmul_one, takes
 from modulora_nf4.reference import LEVELS, SMALLEST_ABSMAX, ZERO, dynamic_map
@@ -20,6 +23,12 @@ _LEVELS = np.array(LEVELS, np.float32)
 _MIDPOINTS = tuple((_LEVELS[1:] + _LEVELS[:-1]) / np.float32(2))
 _SMALLEST = np.float32(SMALLEST_ABSMAX)
 _DYNAMIC_MAP = dynamic_map().numpy()
+
+_INDEX = ir.IntType(64)
+_BYTES, _WHOLES, _FLOATS = (
+    ir.VectorType(of, LANES) for of in (ir.IntType(8), ir.IntType(32), ir.FloatType())
+)
+_AT_ONCE = 4  # vectors: a lookup waits for the comparison before it, so those of several run side by side
 
 _PIECE = 8192  # elements that a thread takes at once: 4 KiB of codes and 32 KiB of values
 
@@ -47,10 +56,54 @@ def _largest(bits: Any) -> Any:
     return largest
 
 
+@intrinsic
+def _nearest_vectors(_context: Any, x: Any, _reciprocal: Any, q: Any, _vectors: Any) -> Any:
+    """:func:`_nearest` for so many vectors of sixteen."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, reciprocal, q, vectors = arguments
+        kinds = signature.args
+        factor = splat(builder, reciprocal, _FLOATS)
+        for width, first in loops(builder, vectors, _AT_ONCE):
+            for part in range(width):
+                k = builder.mul(builder.add(first, _INDEX(part)), _INDEX(LANES))
+                values = builder.load(pointer(context, builder, kinds[0], x, k, _FLOATS), align=4)
+                codes = _codes(context, builder, builder.fmul(values, factor))
+                place = pointer(context, builder, kinds[2], q, k, _BYTES)
+                builder.store(builder.trunc(codes, _BYTES), place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(x, types.float32, q, types.int64), generate
+
+
+def _codes(context: Any, builder: Any, values: Any) -> Any:
+    """How many midpoints are below each value: found by halves where sixteen can be looked up in registers, else counted."""
+    none = ir.Constant(_WHOLES, [0] * LANES)
+
+    def more(codes: Any, midpoints: Any, count: int) -> Any:
+        above = builder.fcmp_ordered(">", values, midpoints)
+        return builder.add(codes, builder.select(above, ir.Constant(_WHOLES, [count] * LANES), none))
+
+    codes = none
+    if has(context, "avx2") or has(context, "avx512f"):
+        table = ir.Constant(
+            _FLOATS, [float(m) for m in _MIDPOINTS] + [0.0]
+        )  # the last one is never looked at
+        for half in (8, 4, 2, 1):
+            index = builder.add(codes, ir.Constant(_WHOLES, [half - 1] * LANES))
+            codes = more(codes, lookup(context, builder, table, index), half)
+        return codes
+    for midpoint in _MIDPOINTS:
+        codes = more(codes, ir.Constant(_FLOATS, [float(midpoint)] * LANES), 1)
+    return codes
+
+
 @jit()
 def _nearest(x: Any, reciprocal: Any, q: Any) -> None:
     """The number of midpoints that are strictly below ``x · reciprocal``: a tie takes the lower level."""
-    for k in range(x.size):
+    vectors = x.size // LANES
+    _nearest_vectors(x, reciprocal, q, vectors)
+    for k in range(vectors * LANES, x.size):
         v = x[k] * reciprocal
         code = np.int32(0)
         for m in _MIDPOINTS:
