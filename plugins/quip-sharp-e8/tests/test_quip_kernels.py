@@ -20,6 +20,7 @@ SHAPES = [
     (33, 65),
     (37, 1030),
     (5, 4104),
+    (37, 576),  # 72 codes a row: words are made of eight rows at once, of five at the end
 ]  # rows and columns, not all whole blocks
 SUMS = 1e-6
 """Of the sum of magnitudes: fp32 sums of a few thousand products in eight or more parts are off by less."""
