@@ -21,8 +21,8 @@ def random_weight(shape, bits):
 
 
 SHAPES = [(1, 8), (33, 36), (12, 172), (64, 520), (5, 3), (44, 576)]
-"""Orders of the matrix across segments: 1, 12, 36, 20, 28, 44, odd numbers; columns that are no whole blocks, too; rows of 72 codes, of which
-words are made eight rows at a time."""
+"""Orders of the matrix across segments: 1, 12, 36, 20, 28, 44, odd numbers; columns that are no whole blocks, too; rows of 72 codes,
+of which words are made eight rows at a time."""
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
