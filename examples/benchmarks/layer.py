@@ -211,6 +211,8 @@ def shape_of(text: str | None, size: int) -> tuple[int, int]:
     if text is None:
         return size, size
     out_features, _, in_features = text.lower().partition("x")
+    if not (out_features.isdigit() and in_features.isdigit()):
+        raise SystemExit(f"--shape: expected OUTxIN, such as 4096x11008, got {text!r}")
     return int(out_features), int(in_features)
 
 
