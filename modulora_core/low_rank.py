@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core import kernels
+from modulora_core.dense_products import add_product, put_product
 from modulora_core.tiles import tile_bytes, tile_ranges
 
 CPU_COPY_BYTES = 2**20
@@ -45,7 +46,7 @@ def project(x: Tensor, A: Tensor, keep: Tensor | None = None) -> Tensor:
         return projected.t().contiguous()
     U = A.new_empty(x.shape[0], A.shape[0])
     for rows in row_chunks(x, A.dtype, keep):
-        torch.mm(_kept(x, rows, A.dtype, keep), A.t(), out=U[rows])
+        put_product(U[rows], _kept(x, rows, A.dtype, keep), A.t())
     return U
 
 
@@ -83,7 +84,7 @@ def gather(V: Tensor, x: Tensor, keep: Tensor | None = None) -> Tensor:
         return gathered
     D = V.new_zeros(V.shape[1], x.shape[1])
     for part in row_chunks(x, V.dtype, keep):
-        D.addmm_(V[part].t(), _kept(x, part, V.dtype, keep))
+        add_product(D, V[part].t(), _kept(x, part, V.dtype, keep))
     return D
 
 

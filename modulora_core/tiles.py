@@ -20,6 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from modulora_core.dense_products import add_product, product, put_product
 from modulora_core.errors import OptionError, ShapeError
 
 TileFunction = Callable[[int, int, torch.dtype], Tensor]
@@ -133,18 +134,24 @@ def tiled_matmul(
         flat = x.reshape(
             math.prod(x.shape[:-1]), expected
         )  # [n, in] or [n, out]; -1 is ambiguous when expected is 0
-        product = _transposed if transpose else _forward
-        y = product(flat, tile, shape, budget or tile_bytes(x.device))
+        multiply = _transposed if transpose else _forward
+        y = multiply(flat, tile, shape, budget or tile_bytes(x.device))
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+# A tile has no name in the loops that ask for it: it would live until the next one is there.
 
 
 def _forward(x: Tensor, tile: TileFunction, shape: tuple[int, int], budget: int) -> Tensor:
     out_features, in_features = shape
     dtype = compute_dtype(x.dtype, x.device)
     operand = x.to(dtype)
+    ranges = list(tile_ranges(out_features, in_features * dtype.itemsize, budget))
+    if len(ranges) == 1:
+        return product(operand, tile(*ranges[0], dtype).t()).to(x.dtype)
     y = x.new_empty(x.shape[0], out_features)
-    for start, stop in tile_ranges(out_features, in_features * dtype.itemsize, budget):
-        _put_product(y[:, start:stop], operand, tile(start, stop, dtype).t())
+    for start, stop in ranges:
+        put_product(y[:, start:stop], operand, tile(start, stop, dtype).t())
     return y
 
 
@@ -153,31 +160,12 @@ def _transposed(y: Tensor, tile: TileFunction, shape: tuple[int, int], budget: i
     dtype = compute_dtype(y.dtype, y.device)
     ranges = list(tile_ranges(out_features, in_features * dtype.itemsize, budget))
     if len(ranges) == 1:
-        return torch.mm(y.to(dtype), tile(*ranges[0], dtype)).to(y.dtype)
+        return product(y.to(dtype), tile(*ranges[0], dtype)).to(y.dtype)
     # summed in fp32 or wider, and rounded once
     x = y.new_zeros(y.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32))
     for start, stop in ranges:
-        _add_product(x, y[:, start:stop].to(dtype), tile(start, stop, dtype))
+        add_product(x, y[:, start:stop].to(dtype), tile(start, stop, dtype))
     return x.to(y.dtype)
-
-
-# In the next two a tile has no name in the loop that asks for it: it would live until the next one is there.
-
-
-def _put_product(y: Tensor, x: Tensor, tile: Tensor) -> None:
-    """Y = x · tile, rounded to y's dtype."""
-    if y.dtype == x.dtype:
-        torch.mm(x, tile, out=y)
-    else:
-        y.copy_(torch.mm(x, tile))
-
-
-def _add_product(y: Tensor, x: Tensor, tile: Tensor) -> None:
-    """Y += x · tile, in y's dtype."""
-    if y.dtype == x.dtype:
-        y.addmm_(x, tile)
-    else:
-        y += torch.mm(x, tile)
 
 
 def looked_up(

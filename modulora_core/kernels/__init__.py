@@ -16,14 +16,12 @@ Kernels for GPUs are written with Triton, in a module of their own that :func:`l
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +29,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
+from modulora_core.kernels.process import prepare_process
 from modulora_core.packed import PackedWeight, TensorLayout
 from modulora_core.tiles import compute_dtype, tile_ranges
 
@@ -198,7 +197,7 @@ def launch(kernel: Callable[..., None], *arguments: Any) -> None:
     import numba
 
     arrays = [_array(a) for a in arguments]
-    _prepare_process()
+    prepare_process()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _ONE_LAUNCH:
         before = numba.get_num_threads()
@@ -224,54 +223,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@cache
-def _prepare_process() -> None:
-    """What is done once, before the first kernel."""
-    _start_threads()
-    _keep_heap()
-
-
-def _start_threads() -> None:
-    """Start numba's threads, once, and take back what its OpenMP layer changes for all of the process when it does so.
-
-    It sets OpenMP's number of threads, torch's too, to that of the cores. And it allows teams of threads inside of teams: where
-    ``torch.set_num_threads`` was called, MKL then opens a team for every small product inside of torch's attention, which takes many
-    times as long (docs/performance.md, Threads).
-    """
-    import numba
-
-    before = torch.get_num_threads()
-    numba.get_num_threads()
-    if torch.get_num_threads() != before:
-        torch.set_num_threads(before)
-    _keep_teams_flat()
-
-
-def _keep_teams_flat() -> None:
-    maps = Path("/proc/self/maps")
-    if not maps.exists():  # not Linux, where the library has another name too
-        return
-    # proc(5): the sixth field is the path, which may hold spaces
-    libraries = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if "libgomp" in line}
-    for library in libraries:
-        with contextlib.suppress(OSError):  # a file that was replaced meanwhile can't be opened by name
-            ctypes.CDLL(library).omp_set_max_active_levels(1)
-
-
-def _keep_heap() -> None:
-    """Have the C library keep the memory of tiles and sums for the next ones.
-
-    glibc gives the top of its heap back to the system where more is free than twice the largest block that it ever took from the system
-    apart and gave back, up to 32 MiB (mallopt(3): M_MMAP_THRESHOLD is dynamic). Tiles and activations that come and go are more than their
-    own size allows: they would be faulted in and zeroed a page at a time, again and again, and a layer's step with 512 rows took up to
-    1.4 × as long (docs/performance.md). So it is shown a block of that size, of which no page is touched. Where the environment sets
-    thresholds, they stay.
-    """
-    import numpy as np
-
-    np.empty(2**25 - 2**16, np.uint8)  # not torch's, which are counted
 
 
 def _array(argument: Any) -> Any:
@@ -324,16 +275,16 @@ def filled_tile(
 def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = None) -> Tensor | None:
     """``x`` as a few-row kernel takes it, contiguous fp32 ``[n, features]``; None where tiles are the way.
 
-    They are for more than ``most`` rows, where a matrix product over decoded tiles costs less, and for more than half as many of bf16 where
-    the processor multiplies that itself; for fp64, because the kernels sum in fp32; for devices other than the CPU; and for a wrong last
-    dimension, so that the tiled product says what is wrong.
+    They are for more than ``most`` rows, where a matrix product over decoded tiles costs less, and for more than a quarter of them of
+    bf16 where the processor multiplies that itself; for fp64, because the kernels sum in fp32; for devices other than the CPU; and for
+    a wrong last dimension, so that the tiled product says what is wrong.
 
     Args:
         dtype: of the inputs, where ``x`` was made of them in another one.
     """
     dtype = x.dtype if dtype is None else dtype
     if dtype is torch.bfloat16 and compute_dtype(dtype, x.device) is dtype:
-        most = (most + 1) // 2  # a single row stays one
+        most = (most + 3) // 4  # a single row stays one
     if not x.is_cpu or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
     if x.dim() == 0 or x.shape[-1] != features or not 0 < x.numel() <= most * features:

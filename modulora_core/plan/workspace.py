@@ -21,7 +21,7 @@ from modulora_core.tiles import compute_dtype, tile_budget, tile_ranges
 WIDTH = 256
 """The longer side of the small weight."""
 
-ROWS = 64
+ROWS = 128
 """Rows of the small product where the real one has as many or more: beyond those for which there are kernels for few rows."""
 
 

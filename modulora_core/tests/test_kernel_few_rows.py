@@ -30,8 +30,8 @@ def test_what_a_few_row_kernel_can_not_take_goes_to_tiles(x: Tensor) -> None:
     assert kernels.few_rows(x, 6, 8) is None
 
 
-@pytest.mark.parametrize(("units", "most"), [(True, 4), (False, 8)])
-def test_half_as_many_rows_of_bf16_are_few_where_the_processor_multiplies_it(
+@pytest.mark.parametrize(("units", "most"), [(True, 2), (False, 8)])
+def test_a_quarter_of_the_rows_of_bf16_are_few_where_the_processor_multiplies_it(
     units: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: units)

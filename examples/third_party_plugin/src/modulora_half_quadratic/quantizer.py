@@ -26,7 +26,7 @@ from modulora_core.tiles import tile_ranges
 from modulora_half_quadratic import SPEC, packing, reference
 from modulora_half_quadratic.options import Options
 
-FEW_ROWS = 32
+FEW_ROWS = 64
 """Up to about so many rows of x the fused kernel is faster than a product with decoded tiles."""
 
 PACKED_AT_ONCE = 2**18

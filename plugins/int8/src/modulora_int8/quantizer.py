@@ -23,7 +23,7 @@ from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantize
 from modulora_core.tiles import tile_ranges
 from modulora_int8 import SPEC, reference
 
-FEW_ROWS = 32
+FEW_ROWS = 64
 """Up to so many rows of x the fused kernel is faster than a product with decoded tiles (README, Speed)."""
 
 REFERENCE_BYTES = 4 * 2**20

@@ -27,7 +27,7 @@ from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantize
 from modulora_nf4 import SPEC, packing, reference
 from modulora_nf4.reference import NESTED_BLOCK_SIZE
 
-FEW_ROWS = 32
+FEW_ROWS = 64
 """Up to so many rows of x the fused kernel is faster than a product over decoded tiles (README, Speed)."""
 
 REFERENCE_BYTES = 4 * 2**20

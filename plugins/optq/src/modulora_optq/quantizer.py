@@ -29,7 +29,7 @@ from modulora_optq import SPEC, packing, solver
 from modulora_optq.options import Options
 from modulora_optq.reference import Solution
 
-FEW_ROWS = 32
+FEW_ROWS = 64
 """Up to so many rows of x the fused kernel is faster than a product over decoded tiles (README, Speed)."""
 
 

@@ -36,7 +36,7 @@ from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER
 from modulora_quip_sharp_e8.options import Options
 from modulora_quip_sharp_e8.reference import Solution
 
-FEW_ROWS = 32
+FEW_ROWS = 64
 """Up to so many rows of x the fused kernel is faster than a product over decoded tiles (README, Speed)."""
 
 

@@ -1,0 +1,145 @@
+"""Products of dense matrices, and by which of torch's libraries they are made.
+
+    product        X W
+    put_product    Y  = X W          X : [n, k]   W : [k, m]   Y : [n, m]
+    add_product    Y += X W
+    linear         X Wᵀ + b, of a frozen layer, with its backward  dX = dY W
+
+On x86 torch multiplies fp32 matrices by MKL, whose AVX-512 code runs on Intel's processors only: on others that have AVX-512 half of
+their multipliers stay idle. oneDNN, which torch brings too and multiplies bf16 by, goes by the instructions that are there: on AMD's Zen 5
+it takes 0.45 × MKL's time, from four rows on (docs/performance.md). So there fp32 products are made by oneDNN, and elsewhere as ever.
+``torch.backends.mkldnn.enabled = False`` leaves all of them to torch.
+
+Both sum in fp32, in other orders.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+LEAST_PRODUCTS = 2**20
+"""Multiplications of a product below which choosing a library costs more than it gains: 16 rows by 256 x 256."""
+
+SCRATCH_BYTES = 4 * 2**20
+"""oneDNN writes to memory of its own; what is put or added elsewhere is made so much of at a time."""
+
+LEAST_ROWS = 128
+"""Rows that are multiplied at once however wide they are: fewer would read W too often."""
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """X W, of two matrices of one dtype, in that dtype; with any strides. Not differentiable."""
+    return _multiplied(x, w) if _is_onednns(x, w) else torch.mm(x, w)
+
+
+def put_product(y: Tensor, x: Tensor, w: Tensor) -> None:
+    """Y = X W, rounded to Y's dtype."""
+    if y.dtype != x.dtype:
+        y.copy_(product(x, w))
+    elif _is_onednns(x, w):
+        for part, rows in _blocks(y, x):
+            part.copy_(_multiplied(rows, w))
+    else:
+        torch.mm(x, w, out=y)
+
+
+def add_product(y: Tensor, x: Tensor, w: Tensor) -> None:
+    """Y += X W, in Y's dtype."""
+    if y.dtype != x.dtype:
+        y += product(x, w)
+    elif _is_onednns(x, w):
+        for part, rows in _blocks(y, x):
+            part += _multiplied(rows, w)
+    else:
+        y.addmm_(x, w)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, which it is where torch's product is the faster one, where weight or bias train, and under autocast.
+
+    Args:
+        x: ``[..., in]``.
+        weight: ``[out, in]``; bias: ``[out]``.
+
+    Returns:
+        ``[..., out]``, differentiable once in ``x``.
+    """
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    rows = x.reshape(-1, weight.shape[1]) if x.shape[-1:] == weight.shape[1:] else x
+    if (
+        trains
+        or torch.is_autocast_enabled(x.device.type)
+        or rows.dim() != 2
+        or not _is_onednns(rows, weight.t())
+    ):
+        return F.linear(x, weight, bias)
+    y: Tensor = _FrozenLinear.apply(x, weight, bias)
+    return y
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """Nothing is saved that isn't there anyway. Its result is no view: where memory of a view is written to, as a loss does to
+    that of logits, autograd would zero as much again for its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        y = _multiplied(x, weight.t())
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        dX = product(dY.reshape(-1, dY.shape[-1]), weight)
+        return dX.view(*dY.shape[:-1], weight.shape[1]), None, None
+
+
+def _multiplied(x: Tensor, w: Tensor) -> Tensor:
+    """By the operator to which torch's compiler lowers a linear layer; it takes X as ``[..., k]`` and its weight as ``[m, k]``."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, w.t(), None, "none", [], "")
+    return y
+
+
+def _blocks(y: Tensor, x: Tensor) -> zip[tuple[Tensor, Tensor]]:
+    rows = max(LEAST_ROWS, SCRATCH_BYTES // (4 * y.shape[1]))
+    return zip(y.split(rows), x.split(rows), strict=True)
+
+
+def _is_onednns(x: Tensor, w: Tensor) -> bool:
+    return (
+        x.dtype is torch.float32
+        and w.dtype is torch.float32
+        and x.is_cpu
+        and x.shape[0] * w.shape[0] * w.shape[1] >= LEAST_PRODUCTS
+        and x.shape[1] == w.shape[0]
+        and onednn_is_faster()
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether torch multiplies fp32 by MKL, on a processor with AVX-512 on which MKL doesn't use it."""
+    libraries = torch.backends.mkldnn, torch.backends.mkl
+    return (
+        all(library.is_available() for library in libraries)
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and "AuthenticAMD" in _processor()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _processor() -> str:
+    """What the system says of it, with its vendor's name as CPUID gives it."""
+    described = Path("/proc/cpuinfo")
+    return described.read_text() if described.exists() else platform.processor()

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modulora_core import dense_products
+from modulora_core.dense_products import add_product, linear, product, put_product
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@pytest.fixture(params=["torch", "oneDNN"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both on any processor that has both, and for products of any size."""
+    if request.param == "oneDNN" and not HAS_ONEDNN:
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(dense_products, "LEAST_PRODUCTS", 1)
+    return str(request.param)
+
+
+def operands(n: int, k: int, m: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n + k + m)
+    return torch.randn(n, k, generator=generator).to(dtype), torch.randn(k, m, generator=generator).to(dtype)
+
+
+def assert_is_product(y: Tensor, x: Tensor, w: Tensor, before: Tensor | float = 0.0) -> None:
+    """To what fp32 sums of k products can be off by, in any order: k roundings of the sum of their sizes, of which few add up."""
+    exact = x.double() @ w.double() + before
+    size = x.double().abs() @ w.double().abs() + 1.0
+    assert y.shape == exact.shape
+    assert ((y.double() - exact).abs() <= 2 * torch.finfo(torch.float32).eps * x.shape[1] ** 0.5 * size).all()
+
+
+SIZES = [(1, 1, 1), (3, 5, 7), (16, 64, 48), (33, 100, 65), (130, 17, 9), (1, 300, 200), (7, 1, 300)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_product_is_that_in_fp64(size: tuple[int, int, int], library: str) -> None:
+    x, w = operands(*size)
+    assert_is_product(product(x, w), x, w)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_strides_and_transposed_operands_make_no_difference(size: tuple[int, int, int], library: str) -> None:
+    x, w = operands(*size)
+    wide = torch.full((size[0], size[1] + 9), torch.nan)
+    wide[:, 4 : 4 + size[1]] = x
+    for a in (x, x.t().contiguous().t(), wide[:, 4 : 4 + size[1]]):
+        for b in (w, w.t().contiguous().t()):
+            assert_is_product(product(a, b), x, w)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_product_is_put_into_columns_of_others_and_nowhere_else(
+    size: tuple[int, int, int], library: str
+) -> None:
+    x, w = operands(*size)
+    y = torch.full((size[0], size[2] + 5), 7.0)
+    put_product(y[:, 2:-3], x, w)
+    assert_is_product(y[:, 2:-3], x, w)
+    assert (y[:, [0, 1, -3, -2, -1]] == 7).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_product_is_added(size: tuple[int, int, int], library: str) -> None:
+    x, w = operands(*size)
+    before = torch.linspace(-1, 1, size[0] * size[2]).view(size[0], size[2])
+    y = before.clone()
+    add_product(y, x, w)
+    assert_is_product(y, x, w, before.double())
+
+
+@pytest.mark.parametrize("put", [put_product, add_product])
+def test_rows_are_multiplied_a_block_at_a_time(
+    put: object, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense_products, "SCRATCH_BYTES", 4 * 20 * 8)  # 8 rows of 20 columns
+    monkeypatch.setattr(dense_products, "LEAST_ROWS", 1)
+    x, w = operands(29, 12, 20)
+    y = torch.zeros(29, 20)
+    put(y, x, w)  # type: ignore[operator]
+    assert_is_product(y, x, w)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_torchs(dtype: torch.dtype, library: str) -> None:
+    x, w = operands(16, 64, 48, dtype)
+    assert torch.equal(product(x, w), torch.mm(x, w))
+    y = torch.zeros(16, 48)
+    put_product(y, x, w)
+    assert torch.equal(y, torch.mm(x, w).float())
+    add_product(y, x, w)
+    assert torch.equal(y, 2 * torch.mm(x, w).float())
+
+
+@pytest.mark.parametrize("size", [(0, 4, 4), (4, 0, 4), (4, 4, 0)])
+def test_nothing_is_multiplied_as_torch_does(size: tuple[int, int, int], library: str) -> None:
+    x, w = operands(*size)
+    y = torch.ones(size[0], size[2])
+    add_product(y, x, w)
+    assert torch.equal(y, torch.ones(size[0], size[2]))
+    put_product(y, x, w)
+    assert torch.equal(y, torch.zeros(size[0], size[2]))
+    assert torch.equal(product(x, w), y)
+
+
+def test_sizes_that_do_not_fit_are_torchs_to_name(library: str) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        product(torch.ones(2, 3), torch.ones(4, 5))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,)])
+def test_a_frozen_layer_is_that_in_fp64_with_its_gradient(
+    leading: tuple[int, ...], has_bias: bool, library: str
+) -> None:
+    x, w = operands(max(1, 6 if len(leading) == 2 else 5), 12, 20)
+    x = (
+        (x[0] if leading == () else x[: 0 if leading == (0,) else None])
+        .reshape(*leading, 12)
+        .requires_grad_()
+    )
+    bias = torch.linspace(-1, 1, 20) if has_bias else None
+    y = linear(x, w.t(), bias)
+    dY = torch.linspace(-2, 1, y.numel()).view(y.shape)
+    y.backward(dY)
+    exact = x.detach().double() @ w.double() + (0 if bias is None else bias.double())
+    torch.testing.assert_close(
+        y.double(), exact, rtol=1e-5, atol=1e-5
+    )  # 12 products of values near 1, in fp32
+    torch.testing.assert_close(x.grad.double(), dY.double() @ w.t().double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_trains_is_torchs(library: str) -> None:
+    x, w = operands(6, 12, 20)
+    weight = w.t().contiguous().requires_grad_()
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(20, 12))
+
+
+def test_autocast_reaches_a_layer(library: str) -> None:
+    x, w = operands(6, 12, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w.t()).dtype is torch.bfloat16
+
+
+def test_a_layer_names_sizes_that_do_not_fit(library: str) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.ones(2, 3), torch.ones(5, 4))
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="torch was built without oneDNN")
+def test_onednn_is_left_out_where_it_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
+    asked: list[int] = []
+
+    def count(x: Tensor, w: Tensor) -> Tensor:
+        asked.append(len(x))
+        return x @ w
+
+    monkeypatch.setattr(dense_products, "_multiplied", count)
+    x, w = operands(64, 256, 256)
+    product(x, w)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    product(x, w)
+    assert asked == [64]
+
+
+@pytest.mark.parametrize(
+    ("described", "capability", "faster"),
+    [
+        ("vendor_id\t: AuthenticAMD", "AVX512", True),
+        ("vendor_id\t: GenuineIntel", "AVX512", False),
+        ("vendor_id\t: AuthenticAMD", "AVX2", False),
+    ],
+)
+@pytest.mark.skipif(
+    not (HAS_ONEDNN and torch.backends.mkl.is_available()), reason="torch was built without oneDNN or MKL"
+)
+def test_onednn_is_for_avx512_of_another_vendor(
+    described: str, capability: str, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense_products, "_processor", lambda: described)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert dense_products.onednn_is_faster.__wrapped__() is faster
