@@ -13,13 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modulora_core import dense_products
 from modulora_core.layers import QuantLinear
 
 _POINTWISE = {
@@ -151,10 +149,6 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def _linear(head: nn.Linear, hidden: Tensor) -> Tensor:
-    return dense_products.linear(hidden, head.weight, head.bias)
-
-
 @contextmanager
 def deferred_head(head: nn.Module | None) -> Iterator[None]:
     """In this block ``head`` gives :class:`DeferredLogits`.
@@ -169,12 +163,11 @@ def deferred_head(head: nn.Module | None) -> Iterator[None]:
     attributes = vars(head)
     before = attributes.get("forward")  # accelerate puts one there when it spreads a model over devices
     trained = tuple(parameter for parameter in head.parameters() if parameter.requires_grad)
-    forward = head.forward
-    rows = Head(partial(_linear, head) if type(head) is nn.Linear and before is None else forward, trained)
+    rows = Head(head.forward, trained)
 
     def deferred(hidden: Tensor) -> Tensor:
         # a compiler that traces the model would trace the head's replacement
-        return forward(hidden) if torch.compiler.is_compiling() else DeferredLogits(hidden, rows)
+        return rows(hidden) if torch.compiler.is_compiling() else DeferredLogits(hidden, rows)
 
     attributes["forward"] = deferred
     try:

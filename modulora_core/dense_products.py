@@ -63,7 +63,7 @@ def add_product(y: Tensor, x: Tensor, w: Tensor) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, which it is where torch's product is the faster one, where weight or bias train, and under autocast.
+    """``F.linear``, which it is where torch's product is the faster one, where weight or bias train, under autocast, and for a compiler.
 
     Args:
         x: ``[..., in]``.

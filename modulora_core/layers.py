@@ -4,6 +4,7 @@
     QuantLinear        y = x Ŵᵀ + b
     LoRALinear         a QuantLinear with named LoRA adapters on top
     PackedStack        a fused 3-D expert weight: a list of PackedParameters
+    DenseLinear        what stays an ``nn.Linear`` beside them, a head for instance
 
 The model's own forward indexes a stack as it indexed the tensor, and ``F.linear(x, experts[i])``, ``x @ experts[i]`` and
 ``torch.bmm(x, experts)`` reach the quantizer through torch's ``__torch_function__`` protocol.
@@ -19,6 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from modulora_core import dense_products
 from modulora_core.autograd import lora_linear
 from modulora_core.errors import AdapterError, ShapeError
 from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
@@ -154,6 +156,20 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
+
+
+class DenseLinear(nn.Linear):
+    """A linear layer that stays dense in a packed model. Frozen, it is multiplied as tiles are (:mod:`modulora_core.dense_products`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dense_products.linear(x, self.weight, self.bias)
+
+    @staticmethod
+    def replace_in(model: nn.Module) -> None:
+        """Make one of each ``nn.Linear`` of ``model``, which keeps its parameters; subclasses compute what they like and stay."""
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = DenseLinear
 
 
 class LoRALinear(QuantLinear):

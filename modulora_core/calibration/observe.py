@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modulora_core.channel_scales import ChannelScales
+from modulora_core.dense_products import linear
 from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.sites import LinearSite
 from modulora_core.spec import PROTOCOL, Calibration, PackedWeight, Quantizer, QuantizerSpec
@@ -51,11 +52,11 @@ class ObservedWeight:
         """``x Wᵀ + b``."""
         self._listener(self.key, x)
         if self.scales is None:
-            y = nn.functional.linear(x, self.weight, bias)
+            y = linear(x, self.weight, bias)
             if self.watch is not None and y.requires_grad:
                 y.register_hook(self.watch)
             return y
-        y = nn.functional.linear((x * self.scales.input).to(x.dtype), self.weight) * self.scales.output
+        y = linear((x * self.scales.input).to(x.dtype), self.weight) * self.scales.output
         return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -103,7 +104,7 @@ class _Observed(Quantizer):
         if transpose:  # only the backward asks for it
             if self._observed.watch is not None:
                 self._observed.watch(x)
-            return x @ self._observed.weight
+            return linear(x, self._observed.weight.t())
         return self._observed.multiply(x)
 
 

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modulora_core.errors import CheckpointError, ModelError
-from modulora_core.layers import PackedParameter, PackedStack, QuantLinear
+from modulora_core.layers import DenseLinear, PackedParameter, PackedStack, QuantLinear
 from modulora_core.packed_table import PackedTable, install_table
 from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.spec import Quantizer
@@ -82,6 +82,8 @@ def register() -> None:
 def install(model: nn.Module, record: QuantizationRecord) -> None:
     """Replace the parameters that ``record`` names by packed ones on the meta device.
 
+    Linear layers that stay dense become :class:`modulora_core.layers.DenseLinear`.
+
     Raises:
         CheckpointError: the model has no such parameter, or one of another shape, or a quantizer doesn't read its packed format.
         PluginError: a quantizer isn't installed or can't be used.
@@ -105,6 +107,7 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
             linear = QuantLinear(_packed(site, quantizers[site.recipe]), parent._parameters["bias"])
             linear._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark: not to be filled with noise
             model.set_submodule(parent_name, linear)
+    DenseLinear.replace_in(model)
 
 
 def _check_shape(parameter: str, site: PackedSite, found: tuple[int, ...]) -> None:

@@ -55,6 +55,10 @@ CHUNK = 2048
 PANEL = 512
 """Columns that are multiplied at once, by all rows of X: a strip of them takes 32 KiB of the L1 cache."""
 
+PARTED_ROWS = 32
+"""Rows of X up to which a transposed product has :data:`PARTIAL_SUMS` sums; of more rows they would be more memory than a tile, so there
+are half as many, of half as many columns at a time."""
+
 _PIECE = 16  # rows that a thread takes at once
 
 Weight = tuple[Any, ...]
@@ -117,7 +121,8 @@ class RowKernels:
         n, given = x.shape
         few = n < BLOCK
         if transpose:
-            sums = torch.empty(PARTIAL_SUMS, n, features + -features % LANES)
+            parts = PARTIAL_SUMS if n <= PARTED_ROWS else PARTIAL_SUMS // 2
+            sums = torch.empty(parts, n, features + -features % LANES)
             launch(self._few_transposed if few else self._many_transposed, weight, features, x, sums)
             return sums.sum(dim=0)[:, :features].contiguous()
         y = torch.empty(n, features)
@@ -272,7 +277,7 @@ def _many_transposed(weight: Any, columns: int, y: Any, sums: Any) -> None:
     parts, n, padded = sums.shape
     rows, whole = y.shape[1], n // BLOCK * BLOCK
     share = (rows + parts - 1) // parts
-    chunk = min(CHUNK, padded)
+    chunk = min(CHUNK if n <= PARTED_ROWS else CHUNK // 2, padded)
     chunks = (padded + chunk - 1) // chunk
     for piece in prange(parts * chunks):
         share_of, start = _signed(piece) // chunks, _signed(piece) % chunks * chunk

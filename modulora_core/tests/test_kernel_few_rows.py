@@ -12,7 +12,7 @@ from modulora_core import kernels, tiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_few_rows_are_contiguous_fp32_of_the_same_values(dtype: torch.dtype) -> None:
     x = torch.randn(6, 2, 4, dtype=dtype, requires_grad=True).transpose(0, 2)  # [4, 2, 6]
-    few = kernels.few_rows(x, 6, 16)
+    few = kernels.few_rows(x, 6, 32)
     assert few is not None
     assert few.dtype == torch.float32
     assert few.is_contiguous()

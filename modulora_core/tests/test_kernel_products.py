@@ -90,7 +90,7 @@ def test_tiles_of_other_dtypes_are_rounded_as_torch_does(module: ModuleType, dty
     torch.testing.assert_close(tile, numbers[2:37].to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("n", [1, 6, 40])
 def test_the_bits_of_a_product_do_not_depend_on_the_number_of_threads(module: ModuleType, n: int) -> None:
     codes, scales, _ = weight(300, 200)
     before = torch.get_num_threads()

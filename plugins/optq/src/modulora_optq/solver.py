@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
+from modulora_core.dense_products import add_product
 from modulora_optq import reference
 from modulora_optq.options import Options
 from modulora_optq.reference import Problem, Solution
@@ -48,7 +49,7 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
             work.grid(g)
     for start, stop in blocks(W.shape[1], options):
         E = work.block(start, stop)
-        W[:, stop:].addmm_(E, U[start:stop, stop:], alpha=-1)
+        add_product(W[:, stop:], E, -U[start:stop, stop:])
     return problem.solution(work.q, work.s, work.z, options)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
+from modulora_core.dense_products import add_product, product
 from modulora_quip_sharp_e8 import codebooks, reference
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.options import Options
@@ -77,9 +78,9 @@ class _Rounding:
         columns = self.W.shape[1]
         for start in reversed(range(0, columns, GROUP)):
             stop = min(start + GROUP, columns)
-            base = self.E[:, stop:] @ P[stop:, start:stop]
+            base = product(self.E[:, stop:], P[stop:, start:stop])
             if not lower:
-                base.addmm_(self.E[:, :start], P[:start, start:stop])
+                add_product(base, self.E[:, :start], P[:start, start:stop])
             inside = P[start:stop, start:stop].contiguous()
             self.group(start, base, inside, lower)
 
