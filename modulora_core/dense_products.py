@@ -63,7 +63,7 @@ def add_product(y: Tensor, x: Tensor, w: Tensor) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, which it is where torch's product is the faster one, where weight or bias train, under autocast, and for a compiler.
+    """``F.linear``, and just that where torch's product is the faster one, weight or bias get a gradient, under autocast, and for a compiler.
 
     Args:
         x: ``[..., in]``.
@@ -72,7 +72,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., out]``, differentiable once in ``x``.
     """
-    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     rows = x.reshape(-1, weight.shape[1]) if x.shape[-1:] == weight.shape[1:] else x
     if (
         trains

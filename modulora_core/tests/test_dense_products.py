@@ -140,6 +140,19 @@ def test_a_layer_that_trains_is_torchs(library: str) -> None:
     torch.testing.assert_close(weight.grad, x.sum(0).expand(20, 12))
 
 
+@pytest.mark.skipif(not HAS_ONEDNN, reason="torch was built without oneDNN")
+def test_a_layer_that_could_train_is_onednns_where_no_gradient_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(dense_products, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(dense_products, "_multiplied", lambda x, w: torch.full((len(x), w.shape[1]), 7.0))
+    weight = torch.ones(20, 12, requires_grad=True)
+    with torch.no_grad():
+        assert (linear(torch.ones(6, 12), weight) == 7).all()
+    assert (linear(torch.ones(6, 12), weight) == 12).all()
+
+
 def test_autocast_reaches_a_layer(library: str) -> None:
     x, w = operands(6, 12, 20)
     with torch.autocast("cpu", torch.bfloat16):
