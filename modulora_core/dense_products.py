@@ -63,7 +63,7 @@ def add_product(y: Tensor, x: Tensor, w: Tensor) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, and just that where torch's product is the faster one, weight or bias get a gradient, under autocast, and for a compiler.
+    """``F.linear``: just that where torch's product is faster, weight or bias get a gradient, autocast is on, or a compiler looks on.
 
     Args:
         x: ``[..., in]``.
