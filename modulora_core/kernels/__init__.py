@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
-from modulora_core.kernels.process import prepare_process
+from modulora_core.kernels.process import prepared_numba
 from modulora_core.packed import PackedWeight, TensorLayout
 from modulora_core.tiles import compute_dtype, tile_ranges
 
@@ -180,7 +180,7 @@ def operands(packed: PackedWeight, make: Callable[[PackedWeight], tuple[Any, ...
         return made
     tensors = make(packed)
     made = tuple(_array(operand) for operand in tensors)
-    if not any(isinstance(tensor, Tensor) and _is_askew(tensor) for tensor in tensors):
+    if all(tensor.numpy().flags.aligned for tensor in tensors if isinstance(tensor, Tensor)):
         packed.kept[make] = memory, made
     return made
 
@@ -194,10 +194,8 @@ def launch(kernel: Callable[..., None], *arguments: Any) -> None:
     One kernel runs at a time: numba's layer "workqueue", the one that is always there, ends the process when
     it is entered from two threads, and two kernels at once have no more cores than one.
     """
-    import numba
-
+    numba = prepared_numba()
     arrays = [_array(a) for a in arguments]
-    prepare_process()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _ONE_LAUNCH:
         before = numba.get_num_threads()
@@ -229,16 +227,12 @@ def _array(argument: Any) -> Any:
     """A numpy array on a tensor's memory. What lies askew in a mapped file is copied: numba would compile again."""
     if isinstance(argument, Tensor):
         array = (argument.detach() if argument.requires_grad else argument).numpy()
-        return array.copy() if _is_askew(argument) else array
+        return array if array.flags.aligned else array.copy()
     if isinstance(argument, tuple):
         for a in argument:  # what operands() keeps has arrays already
             if isinstance(a, Tensor):
                 return tuple([_array(a) for a in argument])
     return argument
-
-
-def _is_askew(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % tensor.element_size() != 0
 
 
 def filled_tile(

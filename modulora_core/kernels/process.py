@@ -7,6 +7,7 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -17,10 +18,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @cache
-def prepare_process() -> None:
-    """Start numba's threads, and keep the heap. Once, before the first kernel."""
+def prepared_numba() -> ModuleType:
+    """numba, whose threads have been started, in a process whose heap is kept. Both are done once, before the first kernel."""
+    import numba
+
     _start_threads()
     _keep_heap()
+    return numba
 
 
 def _start_threads() -> None:
