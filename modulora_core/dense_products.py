@@ -15,6 +15,7 @@ Both sum in fp32, in other orders.
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,9 @@ from torch.nn import functional as F
 LEAST_PRODUCTS = 2**20
 """Multiplications of a product below which choosing a library costs more than it gains: 16 rows by 256 x 256."""
 
+LEAST_PRODUCTS_OF_A_ROW = 2**23
+"""The same for a single row, where reading W is all, and oneDNN the faster reader from memory alone."""
+
 SCRATCH_BYTES = 4 * 2**20
 """oneDNN writes to memory of its own; what is put or added elsewhere is made so much of at a time."""
 
@@ -35,8 +39,15 @@ LEAST_ROWS = 128
 """Rows that are multiplied at once however wide they are: fewer would read W too often."""
 
 
+KEPT_SIZES = 64
+"""Sizes of products whose code oneDNN keeps: a step of a model has about twenty."""
+
+
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """X W, of two matrices of one dtype, in that dtype; with any strides. Not differentiable."""
+    """X W, of two matrices of one dtype, in that dtype. Not differentiable.
+
+    Any strides will do, but only a W that is contiguous, as it is or transposed, is multiplied by oneDNN.
+    """
     return _multiplied(x, w) if _is_onednns(x, w) else torch.mm(x, w)
 
 
@@ -106,6 +117,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 def _multiplied(x: Tensor, w: Tensor) -> Tensor:
     """By the operator to which torch's compiler lowers a linear layer; it takes X as ``[..., k]`` and its weight as ``[m, k]``."""
+    bound_caches()
     y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, w.t(), None, "none", [], "")
     return y
 
@@ -116,15 +128,29 @@ def _blocks(y: Tensor, x: Tensor) -> zip[tuple[Tensor, Tensor]]:
 
 
 def _is_onednns(x: Tensor, w: Tensor) -> bool:
+    rows, least = len(x), LEAST_PRODUCTS_OF_A_ROW if len(x) == 1 else LEAST_PRODUCTS
     return (
         x.dtype is torch.float32
         and w.dtype is torch.float32
         and x.is_cpu
-        and x.shape[0] * w.shape[0] * w.shape[1] >= LEAST_PRODUCTS
+        and rows * w.shape[0] * w.shape[1] >= least
         and x.shape[1] == w.shape[0]
+        # a W with gaps, such as a few columns of a matrix, goes through oneDNN's reference: a thousand times as long
+        and (w.is_contiguous() or w.t().is_contiguous())
         and onednn_is_faster()
         and torch._C._get_mkldnn_enabled()
     )
+
+
+@cache
+def bound_caches() -> None:
+    """Have oneDNN, and what torch has around it, keep :data:`KEPT_SIZES` products each, before the first of them is made.
+
+    For each size, and so for each number of rows, they keep half a MiB and more, of 1024 sizes by default: with texts of all lengths
+    more than the model. Both read their variable of the environment once; what it says already stays.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KEPT_SIZES))
 
 
 @cache

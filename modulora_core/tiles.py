@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from modulora_core.dense_products import add_product, product, put_product
+from modulora_core.dense_products import add_product, bound_caches, product, put_product
 from modulora_core.errors import OptionError, ShapeError
 
 TileFunction = Callable[[int, int, torch.dtype], Tensor]
@@ -86,7 +86,10 @@ def tile_ranges(rows: int, row_bytes: int, budget: int) -> Iterator[tuple[int, i
 def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bf16 numbers itself, by AVX-512's or AMX's instructions, and torch uses these (by oneDNN)."""
     capabilities = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
-    return torch.backends.mkldnn.is_available() and any(supported() for supported in capabilities)
+    has = torch.backends.mkldnn.is_available() and any(supported() for supported in capabilities)
+    if has:
+        bound_caches()
+    return has
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -12,13 +12,13 @@ from modulora_core.errors import WorkError
 from modulora_core.spec import Calibration
 
 STRIP = 192
-"""Columns of H that one product gives: narrow strips waste little of the lower half, wide ones multiply faster."""
+"""Columns of H that one product gives: narrow strips waste little of the upper half, wide ones multiply faster."""
 
 
 class SecondMoment:
     """The sum of xxᵀ over input vectors x of ``in_features`` values, in fp32.
 
-    H is symmetric: only the upper half is computed, strip by strip.
+    H is symmetric: only the lower half is computed, strip by strip.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class SecondMoment:
         rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)  # [n, in]
         for start in range(0, rows.shape[1], STRIP):
             stop = min(start + STRIP, rows.shape[1])
-            add_product(self._sum[start:stop, start:], rows[:, start:stop].t(), rows[:, start:])
+            add_product(self._sum[start:, start:stop], rows[:, start:].t(), rows[:, start:stop].contiguous())
         self.samples += rows.shape[0]
 
     def mean(self, layer: str) -> Calibration:
@@ -41,7 +41,7 @@ class SecondMoment:
         """
         if self.samples == 0:
             return Calibration(torch.eye(self._sum.shape[0], device=self._sum.device), 0)
-        H = (self._sum / self.samples).triu_()
+        H = (self._sum / self.samples).tril_()
         if not math.isfinite(float(H.sum(dtype=torch.float64))):  # one bad value makes the sum bad
             raise WorkError(
                 f"{layer}: expected finite inputs on the calibration text, got NaN or Inf; the model overflows on it "
@@ -52,9 +52,9 @@ class SecondMoment:
 
 
 def _mirror(H: Tensor) -> None:
-    """Copy the upper half to the lower one, in place: H of a 7B model's widest layer takes 485 MB."""
+    """Copy the lower half to the upper one, in place: H of a 7B model's widest layer takes 485 MB."""
     for start in range(0, len(H), STRIP):
         stop = min(start + STRIP, len(H))
         corner = H[start:stop, start:stop]
-        corner += corner.triu(1).t()
-        H[stop:, start:stop] = H[start:stop, stop:].t()
+        corner += corner.tril(-1).t()
+        H[start:stop, stop:] = H[stop:, start:stop].t()

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +21,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: request.param == "oneDNN")
     monkeypatch.setattr(dense_products, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(dense_products, "LEAST_PRODUCTS_OF_A_ROW", 1)
     return str(request.param)
 
 
@@ -167,18 +172,80 @@ def test_a_layer_names_sizes_that_do_not_fit(library: str) -> None:
 @pytest.mark.skipif(not HAS_ONEDNN, reason="torch was built without oneDNN")
 def test_onednn_is_left_out_where_it_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
-    asked: list[int] = []
-
-    def count(x: Tensor, w: Tensor) -> Tensor:
-        asked.append(len(x))
-        return x @ w
-
-    monkeypatch.setattr(dense_products, "_multiplied", count)
+    asked = counted(monkeypatch)
     x, w = operands(64, 256, 256)
     product(x, w)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     product(x, w)
     assert asked == [64]
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="torch was built without oneDNN")
+def test_a_matrix_with_gaps_is_kept_from_onednns_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
+    asked = counted(monkeypatch)
+    x, w = operands(64, 512, 512)
+    for part in (w[:, 3:500], w[:, 3:500].t(), w[::2], w[::2].t()):
+        product(x[:, : len(part)], part)
+    assert asked == []
+    for whole in (w, w.t(), w[4:500], w[4:500].t()):
+        product(x[:, : len(whole)], whole)
+    assert asked == [64] * 4
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="torch was built without oneDNN")
+def test_small_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
+    asked = counted(monkeypatch)
+    for size in ((15, 256, 256), (1, 2048, 2048), (16, 256, 256), (2, 1024, 512)):
+        product(*operands(*size))
+    assert asked == [16, 2]
+
+
+GROWTH = """
+import torch
+from modulora_core import dense_products, tiles
+
+dense_products.onednn_is_faster = lambda: True
+tiles.has_bfloat16_units()
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS:"))
+
+w, x = torch.randn(512, 512), torch.randn(600, 512)
+for dtype in (torch.float32, torch.bfloat16):
+    a, b = x.to(dtype), w.to(dtype)
+    for n in range(600, 500, -1):  # the largest first, so that results find their memory
+        dense_products.product(a[:n], b)
+    before = resident()
+    for n in range(500, 200, -1):
+        dense_products.product(a[:n], b)
+    print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(
+    not (HAS_ONEDNN and sys.platform == "linux"), reason="needs oneDNN, and Linux tells what is resident"
+)
+def test_what_onednn_keeps_does_not_grow_with_the_number_of_sizes() -> None:
+    environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=True
+    )
+    for kib in map(int, done.stdout.split()):
+        assert kib < 40 * 1024  # 300 sizes of half a MiB each would be 150 MiB
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of X of each product that is oneDNN's from now on."""
+    asked: list[int] = []
+
+    def multiplied(x: Tensor, w: Tensor) -> Tensor:
+        asked.append(len(x))
+        return x @ w
+
+    monkeypatch.setattr(dense_products, "_multiplied", multiplied)
+    return asked
 
 
 @pytest.mark.parametrize(

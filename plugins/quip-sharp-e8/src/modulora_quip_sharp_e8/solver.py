@@ -78,10 +78,11 @@ class _Rounding:
         columns = self.W.shape[1]
         for start in reversed(range(0, columns, GROUP)):
             stop = min(start + GROUP, columns)
-            base = product(self.E[:, stop:], P[stop:, start:stop])
+            feeds = P[:, start:stop].contiguous()
+            base = product(self.E[:, stop:], feeds[stop:])
             if not lower:
-                add_product(base, self.E[:, :start], P[:start, start:stop])
-            inside = P[start:stop, start:stop].contiguous()
+                add_product(base, self.E[:, :start], feeds[:start])
+            inside = feeds[start:stop]
             self.group(start, base, inside, lower)
 
     def group(self, start: int, base: Tensor, P: Tensor, lower: bool) -> None:
