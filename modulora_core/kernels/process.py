@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
 from functools import cache
 from pathlib import Path
@@ -20,8 +21,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 @cache
 def prepared_numba() -> ModuleType:
     """numba, whose threads have been started, in a process whose heap is kept. Both are done once, before the first kernel."""
-    import numba
-
+    numba = importlib.import_module("numba")
     _start_threads()
     _keep_heap()
     return numba
