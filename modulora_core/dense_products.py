@@ -38,7 +38,6 @@ SCRATCH_BYTES = 4 * 2**20
 LEAST_ROWS = 128
 """Rows that are multiplied at once however wide they are: fewer would read W too often."""
 
-
 KEPT_SIZES = 64
 """Sizes of products whose code oneDNN keeps: a step of a model has about twenty."""
 
@@ -83,17 +82,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., out]``, differentiable once in ``x``.
     """
-    trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    rows = x.reshape(-1, weight.shape[1]) if x.shape[-1:] == weight.shape[1:] else x
-    if (
-        trains
-        or torch.is_autocast_enabled(x.device.type)
-        or rows.dim() != 2
-        or not _is_onednns(rows, weight.t())
-    ):
+    if torch.compiler.is_compiling() or not _is_frozen(x, weight, bias) or not _is_onednns(x, weight.t()):
         return F.linear(x, weight, bias)
     y: Tensor = _FrozenLinear.apply(x, weight, bias)
     return y
+
+
+def _is_frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether no gradient goes to the parameters, and nothing else is asked of torch's own function: a cast, a word about shapes."""
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    fits = x.dim() > 1 and x.shape[-1] == weight.shape[1]
+    return fits and not (trains and torch.is_grad_enabled()) and not torch.is_autocast_enabled(x.device.type)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -128,13 +127,13 @@ def _blocks(y: Tensor, x: Tensor) -> zip[tuple[Tensor, Tensor]]:
 
 
 def _is_onednns(x: Tensor, w: Tensor) -> bool:
-    rows, least = len(x), LEAST_PRODUCTS_OF_A_ROW if len(x) == 1 else LEAST_PRODUCTS
+    rows = x.shape[:-1].numel()
     return (
         x.dtype is torch.float32
         and w.dtype is torch.float32
         and x.is_cpu
-        and rows * w.shape[0] * w.shape[1] >= least
-        and x.shape[1] == w.shape[0]
+        and rows * w.numel() >= (LEAST_PRODUCTS_OF_A_ROW if rows == 1 else LEAST_PRODUCTS)
+        and x.shape[-1] == len(w)
         # a W with gaps, such as a few columns of a matrix, goes through oneDNN's reference: a thousand times as long
         and (w.is_contiguous() or w.t().is_contiguous())
         and onednn_is_faster()

@@ -116,26 +116,39 @@ def test_sizes_that_do_not_fit_are_torchs_to_name(library: str) -> None:
         product(torch.ones(2, 3), torch.ones(4, 5))
 
 
+NEAR = {"rtol": 1e-5, "atol": 1e-5}  # fp32 sums of at most 20 products of values near 1
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,), (2, 0, 3)])
 def test_a_frozen_layer_is_that_in_fp64_with_its_gradient(
     leading: tuple[int, ...], has_bias: bool, library: str
 ) -> None:
-    x, w = operands(max(1, 6 if len(leading) == 2 else 5), 12, 20)
-    x = (
-        (x[0] if leading == () else x[: 0 if leading == (0,) else None])
-        .reshape(*leading, 12)
-        .requires_grad_()
-    )
+    x = torch.randn(*leading, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    w = operands(1, 12, 20)[1]
     bias = torch.linspace(-1, 1, 20) if has_bias else None
     y = linear(x, w.t(), bias)
     dY = torch.linspace(-2, 1, y.numel()).view(y.shape)
     y.backward(dY)
     exact = x.detach().double() @ w.double() + (0 if bias is None else bias.double())
-    torch.testing.assert_close(
-        y.double(), exact, rtol=1e-5, atol=1e-5
-    )  # 12 products of values near 1, in fp32
-    torch.testing.assert_close(x.grad.double(), dY.double() @ w.t().double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.double(), exact, **NEAR)
+    torch.testing.assert_close(x.grad.double(), dY.double() @ w.t().double(), **NEAR)
+
+
+def test_a_frozen_layers_inputs_and_gradients_have_any_strides(library: str) -> None:
+    x = torch.randn(3, 12, 4).transpose(1, 2).requires_grad_()  # [3, 4, 12]
+    w = operands(1, 12, 20)[1]
+    y = linear(x, w.t())
+    dY = torch.randn(20, 4, 3).permute(2, 1, 0)
+    y.backward(dY)
+    torch.testing.assert_close(y.double(), x.detach().double() @ w.double(), **NEAR)
+    torch.testing.assert_close(x.grad.double(), dY.double() @ w.t().double(), **NEAR)
+
+
+def test_a_compiler_sees_torchs_layer(library: str) -> None:
+    x, w = operands(6, 12, 20)
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, w.t()), x @ w, **NEAR)
 
 
 def test_a_layer_that_trains_is_torchs(library: str) -> None:
