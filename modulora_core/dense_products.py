@@ -38,6 +38,9 @@ SCRATCH_BYTES = 4 * 2**20
 LEAST_ROWS = 128
 """Rows that are multiplied at once however wide they are: fewer would read W too often."""
 
+# no tensors that stand for others, on several devices or without memory
+_PLAIN = Tensor, torch.nn.Parameter
+
 KEPT_SIZES = 64
 """Sizes of products whose code oneDNN keeps: a step of a model has about twenty."""
 
@@ -129,8 +132,9 @@ def _blocks(y: Tensor, x: Tensor) -> zip[tuple[Tensor, Tensor]]:
 def _is_onednns(x: Tensor, w: Tensor) -> bool:
     rows = x.shape[:-1].numel()
     return (
-        x.dtype is torch.float32
-        and w.dtype is torch.float32
+        x.dtype is w.dtype is torch.float32
+        and type(x) in _PLAIN
+        and type(w) in _PLAIN
         and x.is_cpu
         and rows * w.numel() >= (LEAST_PRODUCTS_OF_A_ROW if rows == 1 else LEAST_PRODUCTS)
         and x.shape[-1] == len(w)

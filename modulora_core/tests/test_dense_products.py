@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modulora_core import dense_products
 from modulora_core.dense_products import add_product, linear, product, put_product
@@ -204,6 +205,15 @@ def test_a_matrix_with_gaps_is_kept_from_onednns_reference(monkeypatch: pytest.M
     for whole in (w, w.t(), w[4:500], w[4:500].t()):
         product(x[:, : len(whole)], whole)
     assert asked == [64] * 4
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="torch was built without oneDNN")
+def test_tensors_of_other_kinds_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
+    asked = counted(monkeypatch)
+    with FakeTensorMode():
+        assert product(*operands(64, 256, 256)).shape == (64, 256)
+    assert asked == []
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="torch was built without oneDNN")
