@@ -5,8 +5,8 @@
     add_product    Y += X W
     linear         X Wᵀ + b, of a frozen layer, with its backward  dX = dY W
 
-On x86 torch multiplies fp32 matrices by MKL, whose AVX-512 code runs on Intel's processors only: on others that have AVX-512 half of
-their multipliers stay idle. oneDNN, which torch brings too and multiplies bf16 by, goes by the instructions that are there: on AMD's Zen 5
+On x86 torch multiplies fp32 matrices by MKL. On an AMD processor with AVX-512 it was no faster than AVX2 allows, probably because it asks
+for the vendor. oneDNN, which torch brings too and multiplies bf16 by, goes by the instructions that are there: on Zen 5
 it takes 0.45 × MKL's time, from four rows on (docs/performance.md). So there fp32 products are made by oneDNN, and elsewhere as ever.
 ``torch.backends.mkldnn.enabled = False`` leaves all of them to torch.
 
@@ -42,7 +42,7 @@ LEAST_ROWS = 128
 _PLAIN = Tensor, torch.nn.Parameter
 
 KEPT_SIZES = 64
-"""Sizes of products whose code oneDNN keeps: a step of a model has about twenty."""
+"""Sizes of products whose code oneDNN keeps: the packed layers of SmolLM2 have 8 in a step."""
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:

@@ -137,9 +137,8 @@ class Process:
                 self._process.send_signal(signal.SIGKILL)
                 self._process.wait()
                 return time.perf_counter() - self._started
-            time.sleep(
-                POLL_SECONDS if kill_after is None else POLL_SECONDS / 10
-            )  # a small model is soon written
+            # where it is to be killed: a small model is soon written
+            time.sleep(POLL_SECONDS if kill_after is None else POLL_SECONDS / 10)
         if self._process.returncode != 0:
             raise SystemExit(f"{self._command}: exit code {self._process.returncode}")
         return time.perf_counter() - self._started

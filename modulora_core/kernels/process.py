@@ -22,20 +22,18 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def prepared_numba() -> ModuleType:
     """numba, whose threads have been started, in a process whose heap is kept. Both are done once, before the first kernel."""
     numba = importlib.import_module("numba")
-    _start_threads()
+    _start_threads(numba)
     _keep_heap()
     return numba
 
 
-def _start_threads() -> None:
+def _start_threads(numba: ModuleType) -> None:
     """Start numba's threads, once, and take back what its OpenMP layer changes for all of the process when it does so.
 
     It sets OpenMP's number of threads, torch's too, to that of the cores. And it allows teams of threads inside of teams: where
     ``torch.set_num_threads`` was called, MKL then opens a team for every small product inside of torch's attention, which takes many
     times as long (docs/performance.md, Threads).
     """
-    import numba
-
     before = torch.get_num_threads()
     numba.get_num_threads()
     if torch.get_num_threads() != before:
