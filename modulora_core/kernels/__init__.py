@@ -16,12 +16,14 @@ Kernels for GPUs are written with Triton, in a module of their own that :func:`l
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -117,11 +119,16 @@ def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[
             sum, whose order nobody promises, may use ``"reassoc"`` and ``"contract"``.
 
     The compiled code is kept beside the module or, where that folder can't be written, in the user's cache
-    folder of numba. Where neither can be written the kernel is compiled again in each process.
+    folder of numba. Where neither can be written the kernel is compiled again in each process. It is also compiled again when a module
+    beside its own, or one of the core's kernels, is another: numba itself looks at the kernel's own file, and not at those whose code is
+    compiled into it.
     """
     import numba
 
     def decorate(function: Callable[..., Any]) -> Any:
+        function.__qualname__ += (
+            f"_{_sources(Path(function.__code__.co_filename).parent)}"  # numba names what it keeps so
+        )
         options: dict[str, Any] = {"nogil": True, "parallel": parallel, "fastmath": set(fastmath)}
         try:
             return numba.njit(cache=True, **options)(function)
@@ -129,6 +136,13 @@ def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[
             return numba.njit(**options)(function)
 
     return decorate
+
+
+@cache
+def _sources(folder: Path) -> str:
+    """What the modules of a folder and of this one say, as a short hash."""
+    files = sorted(folder.glob("*.py")) + sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def check_tensors(packed: PackedWeight, expected: Callable[..., Mapping[str, TensorLayout]]) -> None:

@@ -20,23 +20,37 @@ binding.initialize_native_asmparser()  # for an instruction by its name: without
 
 @intrinsic
 def from_half(_context: Any, _bits: Any) -> Any:
-    """The fp32 number of an fp16 one, whose bits are in an int16: exact, NaN and infinities too.
+    """The fp32 number of an fp16 one, whose bits are in an int16: exact, NaN and infinities too."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return halves_to_floats(context, builder, arguments[0])
+
+    return types.float32(types.int16), generate
+
+
+def halves_to_floats(context: Any, builder: Any, bits: Any) -> Any:
+    """The same of an i16 or of a vector of sixteen, in an intrinsic.
 
     LLVM's own conversion calls a library where the processor has no instruction for it, and numba doesn't link that.
     """
+    is_vector = isinstance(bits.type, ir.VectorType)
+    lanes, floats = (ir.VectorType(_LANE, LANES), _FLOATS) if is_vector else (_LANE, _FLOAT)
 
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        bits = builder.zext(arguments[0], _LANE)
-        sign = builder.shl(builder.and_(bits, _LANE(0x8000)), _LANE(16))
-        magnitude = builder.shl(builder.and_(bits, _LANE(0x7FFF)), _LANE(13))
-        # the exponent counts from 15 in one and from 127 in the other; a product brings subnormals in order too
-        scaled = builder.fmul(builder.bitcast(magnitude, _FLOAT), ir.Constant(_FLOAT, 2.0**112))
-        special = builder.or_(magnitude, _LANE(0x7F800000))
-        is_special = builder.icmp_unsigned(">=", magnitude, _LANE(0x7C00 << 13))
-        value = builder.select(is_special, special, builder.bitcast(scaled, _LANE))
-        return builder.bitcast(builder.or_(value, sign), _FLOAT)
+    def constant(of: ir.Type, value: float) -> Any:
+        return ir.Constant(of, [value] * LANES if is_vector else value)
 
-    return types.float32(types.int16), generate
+    if has(context, "f16c") or has(context, "avx512f"):
+        half = ir.VectorType(ir.HalfType(), LANES) if is_vector else ir.HalfType()
+        return builder.fpext(builder.bitcast(bits, half), floats)
+    wide = builder.zext(bits, lanes)
+    sign = builder.shl(builder.and_(wide, constant(lanes, 0x8000)), constant(lanes, 16))
+    magnitude = builder.shl(builder.and_(wide, constant(lanes, 0x7FFF)), constant(lanes, 13))
+    # the exponent counts from 15 in one and from 127 in the other; a product brings subnormals in order too
+    scaled = builder.fmul(builder.bitcast(magnitude, floats), constant(floats, 2.0**112))
+    special = builder.or_(magnitude, constant(lanes, 0x7F800000))
+    is_special = builder.icmp_unsigned(">=", magnitude, constant(lanes, 0x7C00 << 13))
+    value = builder.select(is_special, special, builder.bitcast(scaled, lanes))
+    return builder.bitcast(builder.or_(value, sign), floats)
 
 
 @intrinsic

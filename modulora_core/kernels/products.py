@@ -22,9 +22,7 @@ This module imports numba: plugins import it from their own modules of kernels.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -34,7 +32,7 @@ from numba import prange
 from torch import Tensor
 from torch.nn import functional as F
 
-from modulora_core.kernels import PARTIAL_SUMS, conversions, filled_tile, jit, launch, vectors
+from modulora_core.kernels import PARTIAL_SUMS, filled_tile, jit, launch
 from modulora_core.kernels.conversions import narrow_row
 from modulora_core.kernels.vectors import (
     BLOCK,
@@ -138,21 +136,15 @@ class RowKernels:
 def _compiled(template: Callable[..., None], decode: Any) -> Any:
     """``template`` with ``decode`` in it, as if it stood in the module of ``decode``.
 
-    numba keeps compiled code by the file of a function and its name, and compiles again when the file changes: the file is the
-    plugin's, and the name says which decoder it is and what this file was. A function handed over as an argument would be called
-    through a pointer, which takes more time at one row.
+    numba keeps compiled code by the file of a function and its name: the file is the plugin's, and the name says which decoder it is. A
+    function handed over as an argument would be called through a pointer, which takes more time at one row.
     """
     owner = decode.py_func
     code = template.__code__.replace(co_filename=owner.__code__.co_filename)
     function = FunctionType(code, {**template.__globals__, "decode": decode}, template.__name__)
     function.__module__ = owner.__module__
-    function.__qualname__ = f"{owner.__qualname__}{template.__name__}_{_version()}"
+    function.__qualname__ = f"{owner.__qualname__}{template.__name__}"
     return jit(parallel=True)(function)
-
-
-def _version() -> str:
-    files = (Path(__file__), Path(conversions.__file__), Path(vectors.__file__))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:

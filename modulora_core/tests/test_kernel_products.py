@@ -158,7 +158,23 @@ def test_compiled_products_are_kept_beside_the_decoder_and_follow_its_changes(tm
     file = tmp_path / "outsiders_rows.py"
     file.write_text(DECODER, encoding="utf-8")
     assert in_another_process(tmp_path) == "16.0 0"
-    assert list((tmp_path / "__pycache__").glob("outsiders_rows.decode_few_*.nbc"))
+    assert list((tmp_path / "__pycache__").glob("outsiders_rows.decode_*_few_*.nbc"))
     assert in_another_process(tmp_path) == "16.0 1"
     file.write_text(DECODER.replace("* scales[row + r]", "* scales[row + r] * 2"), encoding="utf-8")
     assert in_another_process(tmp_path) == "32.0 0"
+
+
+def test_a_change_in_a_module_beside_the_decoder_is_compiled_too(tmp_path: Path) -> None:
+    """numba looks at a kernel's own file alone: a plugin's next release would run with what its last one compiled."""
+    (tmp_path / "outsiders_rows.py").write_text(
+        "from outsiders_factor import factor\n"
+        + DECODER.replace("* scales[row + r]", "* scales[row + r] * factor()"),
+        encoding="utf-8",
+    )
+    beside = tmp_path / "outsiders_factor.py"
+    for value, found in ((1, "16.0 0"), (1, "16.0 1"), (3, "48.0 0")):
+        beside.write_text(
+            f"from modulora_core.kernels import jit\n\n@jit()\ndef factor():\n    return {value}\n",
+            encoding="utf-8",
+        )
+        assert in_another_process(tmp_path) == found

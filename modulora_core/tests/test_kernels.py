@@ -175,7 +175,7 @@ def test_other_python_threads_run_while_a_kernel_does(cpu: ModuleType) -> None:
 
 def test_compiled_kernels_are_kept_for_the_next_process(cpu: ModuleType, folder: Path) -> None:
     kernels.launch(cpu.double, torch.ones(3), torch.empty(3))  # compiled here, if nothing has yet
-    assert list((folder / "__pycache__").glob("outsiders_kernels.double-*.nbc"))
+    assert list((folder / "__pycache__").glob("outsiders_kernels.double_*.nbc"))
     hits = """
     assert sum(cpu.double.stats.cache_hits.values()) == 1, cpu.double.stats
     assert not cpu.double.stats.cache_misses

@@ -39,6 +39,7 @@ def test_the_product_of_one_row_is_that_of_the_decoded_weight(shape, bits, symme
     x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(0))
     y = quantizer.matmul(x, packed)
     # a weight is rounded once more, and an fp32 sum of k products by less than k units of the last place of their magnitudes
+    # (the kernel's terms, of codes and of zeros, can be larger than the weight that they make: k + 1 leaves room for that)
     bound = (shape[1] + 1) * 2.0**-23 * (x.double().abs() @ W.abs().T)
     assert bool(((y - x.double() @ W.T).abs() <= bound + 1e-30).all())
 

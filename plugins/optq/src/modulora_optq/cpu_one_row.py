@@ -1,14 +1,17 @@
 """The product of one row with OPTQ's packed weights on the CPU: what decoding a token asks for, layer after layer.
 
-    y[o] = Σ_k (code[o, k] − zero[o, g]) scale[o, g] x[k]        g = k // group
+    y[o] = Σ_k (code[o, k] − zero[o, g]) scale[o, g] x[k]                                    g = k // group
+         = Σ_g scale[o, g] (Σ_{k in g} (code[o, k] − middle) x[k] − (zero[o, g] − middle) Σ_{k in g} x[k])
+
+Codes are counted from the middle one, 2^(bits − 1), so that the second term is small, and none for a symmetric weight. The sums of x are
+the same for all rows, so of each group only one number is left of the zeros.
 
 Sixteen bytes of a row hold codes of ⌈8 / bits⌉ times sixteen columns, at the same bits (:mod:`modulora_optq.packing`). They are loaded
-once, and each part of them is shifted down, looked up and multiplied by its x in registers: nothing decoded is stored. What is looked up,
-(code − zero) scale for all codes, is a table in a register too, made anew where a part of the row comes to its next group; codes of 8 bits
-are too many for that, and are subtracted from and scaled one by one.
+once, and each part of them is shifted down, looked up in a register and multiplied by its x: nothing decoded is stored. Codes of 8 bits
+are converted. Where a part comes to its next group its sum is scaled and added to that of the row.
 
 What it moves and does, for a weight of out · in values: out · in · bits / 8 bytes are read once; three operations for each sixteen
-values, five at 3 bits and four at 8, and a few for each group. The floor is the larger of bytes / bandwidth and operations / peak.
+values, five at 3 bits, and some ten for each group. The floor is the larger of bytes / bandwidth and operations / peak.
 """
 
 from __future__ import annotations
@@ -19,187 +22,125 @@ import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import prange, types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import from_half
+from modulora_core.kernels.conversions import halves_to_floats
 from modulora_core.kernels.prefetch import read_ahead
-from modulora_core.kernels.vectors import LANES, lookup, pointer, splat, sum_of_lanes
-from modulora_optq.cpu_decode import unpack
+from modulora_core.kernels.vectors import LANES, matrix, pointer, splat
+from modulora_optq.cpu_row_product import (
+    parts_of_byte,
+    product_2,
+    product_3,
+    product_4,
+    product_8,
+    runs_of_groups,
+)
 
-_ROWS = 16  # rows that a thread takes at once
+_ROWS = LANES  # rows that a thread takes at once
 
 _INDEX, _WHOLE, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
-_BYTES = ir.VectorType(ir.IntType(8), LANES)
-_HALF = ir.VectorType(ir.IntType(8), LANES // 2)
-_WHOLES = ir.VectorType(_WHOLE, LANES)
-_FLOATS = ir.VectorType(_FLOAT, LANES)
-
-
-def _lanes(values: Any) -> Any:
-    return ir.Constant(_WHOLES, list(values))
-
-
-def _same(value: int) -> Any:
-    return _lanes([value] * LANES)
-
-
-def _high_bits(builder: Any, plane: Any, j: Any, part: Any) -> Any:
-    """What bytes ``j ...`` of the plane of one bit a code hold of sixteen columns: that bit is the lowest where ``j`` is below ``part``.
-
-    The plane has eight parts of ``part`` bytes, half as long as those of the low bits, so an odd one may begin after eight of the
-    columns: they are loaded by eights.
-    """
-    halves = []
-    for first in (0, LANES // 2):
-        at = builder.add(j, _INDEX(first))
-        beyond = builder.icmp_signed(">=", at, part)
-        byte = builder.select(beyond, builder.sub(at, part), at)
-        source = builder.bitcast(builder.gep(plane, [byte]), _HALF.as_pointer())
-        wide = builder.zext(builder.load(source, align=1), ir.VectorType(_WHOLE, LANES // 2))
-        shift = builder.select(beyond, _WHOLE(1), _WHOLE(0))
-        halves.append(builder.lshr(wide, splat(builder, shift, wide.type)))
-    return builder.shuffle_vector(*halves, _lanes(range(LANES)))
-
-
-@register_jitable
-def _parts(bits: int) -> int:
-    """How many codes' low bits a byte holds."""
-    return 8 // (2 if bits == 3 else bits)
-
-
-def _index(builder: Any, bits: int, low_bits: Any, high_bits: Any, p: int) -> Any:
-    """The codes of part ``p``; at 2, 3 and 4 bits there may be others above, which a table that repeats itself doesn't mind."""
-    shifted = builder.lshr(low_bits, _same((2 if bits == 3 else bits) * p))
-    if bits != 3:
-        return shifted
-    above = builder.lshr(high_bits, _same(2 * p - 2)) if p else builder.shl(high_bits, _same(2))
-    return builder.or_(builder.and_(shifted, _same(3)), builder.and_(above, _same(~3)))
-
-
-def _weights(context: Any, builder: Any, bits: int, index: Any, zero: Any, scale: Any) -> Any:
-    """(code − zero) scale of sixteen codes; of a table of them, ``scale``, where there is one."""
-    if bits < 8:
-        return lookup(context, builder, scale, index)
-    return builder.fmul(builder.fsub(builder.uitofp(index, _FLOATS), zero), scale)
-
-
-def _row_product(bits: int) -> Any:
-    """The intrinsic for a width."""
-    parts = _parts(bits)
-
-    @intrinsic
-    def row_product(
-        _context: Any, packed: Any, _row: Any, _part: Any, x: Any, ends: Any, groups: Any, zeros: Any, scales: Any
-    ) -> Any:  # fmt: skip
-        """Of the row that begins at ``packed[row]``, whose low bits' parts are ``part`` bytes long, a multiple of sixteen.
-
-        ``ends`` and ``groups`` are those of :func:`_runs`; ``zeros`` and ``scales`` are of the row.
-        """
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            packed, row, part, x, ends, groups, zeros, scales = arguments
-            kinds = signature.args
-
-            def number(kind: int, array: Any, index: Any, of: Any) -> Any:
-                return builder.load(pointer(context, builder, kinds[kind], array, index, of))
-
-            data = pointer(context, builder, kinds[0], packed, row, ir.IntType(8))
-            high, half = builder.gep(data, [part]), builder.sdiv(part, _INDEX(2))
-            totals, zero_of, scale_of = (
-                [cgutils.alloca_once(builder, _FLOATS) for _ in range(parts)] for _ in range(3)
-            )
-            for total in totals:
-                builder.store(ir.Constant(_FLOATS, [0.0] * LANES), total)
-            begin = cgutils.alloca_once(builder, _INDEX)
-            builder.store(_INDEX(0), begin)
-            runs = cgutils.unpack_tuple(
-                builder, context.make_array(kinds[4])(context, builder, ends).shape, 1
-            )[0]
-            with cgutils.for_range(builder, runs) as run:
-                for p in range(parts):
-                    at = builder.add(builder.mul(run.index, _INDEX(parts)), _INDEX(p))
-                    group = builder.sext(number(5, groups, at, _WHOLE), _INDEX)
-                    zero = splat(builder, number(6, zeros, group, _FLOAT), _FLOATS)
-                    scale = splat(builder, number(7, scales, group, _FLOAT), _FLOATS)
-                    if bits < 8:
-                        scale = builder.fmul(builder.fsub(ir.Constant(_FLOATS, _codes(bits)), zero), scale)
-                    builder.store(zero, zero_of[p])
-                    builder.store(scale, scale_of[p])
-                first, end = builder.load(begin), builder.sext(number(4, ends, run.index, _WHOLE), _INDEX)
-                builder.store(end, begin)
-                vectors = builder.sdiv(builder.sub(end, first), _INDEX(LANES))
-                with cgutils.for_range(builder, vectors) as loop:
-                    j = builder.add(first, builder.mul(loop.index, _INDEX(LANES)))
-                    source = builder.bitcast(builder.gep(data, [j]), _BYTES.as_pointer())
-                    low_bits = builder.zext(builder.load(source, align=1), _WHOLES)
-                    high_bits = _high_bits(builder, high, j, half) if bits == 3 else None
-                    for p, total in enumerate(totals):
-                        index = _index(builder, bits, low_bits, high_bits, p)
-                        zero, scale = builder.load(zero_of[p]), builder.load(scale_of[p])
-                        weight = _weights(context, builder, bits, index, zero, scale)
-                        column = builder.add(j, builder.mul(part, _INDEX(p)))
-                        values = builder.load(
-                            pointer(context, builder, kinds[3], x, column, _FLOATS), align=4
-                        )
-                        product = builder.fmul(weight, values, flags=("contract",))
-                        builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-            summed = builder.load(totals[0])
-            for total in totals[1:]:
-                summed = builder.fadd(summed, builder.load(total))
-            return sum_of_lanes(builder, summed)
-
-        i64 = types.int64
-        return types.float32(packed, i64, i64, x, ends, groups, zeros, scales), generate
-
-    return row_product
-
-
-def _codes(bits: int) -> list[float]:
-    """The code that each four bits hold: the lowest of them, if there are fewer."""
-    return [float(i % 2**bits) for i in range(LANES)]
-
-
-_product_2, _product_3, _product_4, _product_8 = (_row_product(bits) for bits in (2, 3, 4, 8))
+_WHOLES, _FLOATS = ir.VectorType(_WHOLE, LANES), ir.VectorType(_FLOAT, LANES)
 
 
 def takes(weight: tuple[Any, ...]) -> bool:
     """Whether :func:`matmul_one` can multiply: no part of a row, and no group, ends inside of sixteen columns."""
     bits, group, columns = (int(number) for number in weight[3:])
-    return columns % (LANES * _parts(bits)) == 0 and (group % LANES == 0 or group >= columns)
+    return columns % (LANES * parts_of_byte(bits)) == 0 and (group % LANES == 0 or group >= columns)
 
 
 @jit()
-def _runs(part: int, parts: int, group: int) -> Any:
-    """Where the bytes of a row's parts are cut so that no part comes to another group inside of a run, and which groups these are.
-
-    The ends of the runs, int32 ``[runs]``, and int32 ``[runs, parts]``.
-    """
-    ends, groups = np.empty(part // LANES, np.int32), np.empty((part // LANES, parts), np.int32)
-    runs = 0
-    for start in range(0, part, LANES):
-        new = start == 0
-        for p in range(parts):
-            new = new or (p * part + start) // group != groups[runs - 1, p]
-        if new:
-            for p in range(parts):
-                groups[runs, p] = (p * part + start) // group
-            runs += 1
-        ends[runs - 1] = start + LANES
-    return ends[:runs], groups[:runs]
-
-
-@jit()
-def _steps(scales: Any, zeros: Any, bits: int, o: int, scratch: Any, zero: Any, scale: Any) -> None:
-    """The zeros of row ``o`` and its scales, as fp32 ``[groups]``; where no zeros are stored, ``zero`` is left as it is."""
-    rows, groups = scales.shape
-    of_row = scales[o]
+def _places(bits: int, groups: int) -> Any:
+    """Where the zeros of a row have their low bits, and of 3 the third one: bytes and by how much to shift them, int32 ``[groups, 4]``."""
+    width, high = 2 if bits == 3 else bits, (groups + 7) // 8
+    low = (groups * width + 7) // 8
+    places = np.empty((groups, 4), np.int32)
     for g in range(groups):
-        scale[g] = from_half(of_row[g])
-    if zeros.size:
-        unpack(zeros, o * (zeros.size // rows), bits, groups, 0, groups, scratch, 0)
-        for g in range(groups):
-            zero[g] = np.float32(scratch[g])
+        places[g, 0], places[g, 1] = g % low, g // low * width
+        places[g, 2], places[g, 3] = low + g % high, g // high
+    return places
+
+
+@jit()
+def _sums_of_groups(x: Any, group: int, groups: int) -> Any:
+    """``Σ x`` of each group of columns, fp32 ``[groups]``; the last one may be shorter."""
+    sums = np.empty(groups, np.float32)
+    for g in range(groups):
+        total = np.float32(0)
+        for k in range(g * group, min((g + 1) * group, x.size)):
+            total += x[k]
+        sums[g] = total
+    return sums
+
+
+def _of_rows(builder: Any, data: Any, first: Any, last: Any, step: Any) -> Any:
+    """``data[first + min(r, last) step]`` for sixteen r, as a vector."""
+    values = ir.Constant(ir.VectorType(data.type.pointee, _ROWS), ir.Undefined)
+    for r in range(_ROWS):
+        row = builder.select(builder.icmp_signed(">", _INDEX(r), last), last, _INDEX(r))
+        at = builder.add(first, builder.mul(row, step))
+        values = builder.insert_element(values, builder.load(builder.gep(data, [at])), _WHOLE(r))
+    return values
+
+
+@intrinsic
+def _take_scales(_context: Any, scales: Any, _first: Any, _last: Any, _g: Any, out: Any) -> Any:
+    """``out[g, r] = scales[first + min(r, last), g]`` for sixteen r, in fp32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        scales, first, last, g, out = arguments
+        data, groups = matrix(context, builder, signature.args[0], scales)
+        bits = _of_rows(builder, data, builder.add(builder.mul(first, groups), g), last, groups)
+        place = pointer(context, builder, signature.args[4], out, builder.mul(g, _INDEX(_ROWS)), _FLOATS)
+        builder.store(halves_to_floats(context, builder, bits), place, align=4)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(scales, i64, i64, i64, out), generate
+
+
+@intrinsic
+def _add_zeros(
+    _context: Any, zeros: Any, _first: Any, _last: Any, _step: Any, _bits: Any, places: Any, _g: Any, scale: Any, _sum: Any, out: Any
+) -> Any:  # fmt: skip
+    """``out[r] += scale[g, r] (zero[r, g] − middle) sum`` for the sixteen rows whose zeros begin at ``zeros[first + min(r, last) step]``.
+
+    A row has few zeros, each in another place of a byte, so what sixteen rows have in one place is computed side by side.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        zeros, first, last, step, bits, places, g, scale, factor, out = arguments
+        kinds = signature.args
+        data = pointer(context, builder, kinds[0], zeros, first, ir.IntType(8))
+        place = pointer(context, builder, kinds[5], places, builder.mul(g, _INDEX(4)), _WHOLE)
+
+        def plane(field: int, mask: Any) -> Any:
+            at, shift = (builder.load(builder.gep(place, [_INDEX(field + i)])) for i in (0, 1))
+            found = builder.zext(_of_rows(builder, data, builder.sext(at, _INDEX), last, step), _WHOLES)
+            return builder.and_(
+                builder.lshr(found, splat(builder, shift, _WHOLES)), splat(builder, mask, _WHOLES)
+            )
+
+        is_three = builder.icmp_signed("==", bits, _INDEX(3))
+        bits = builder.trunc(bits, _WHOLE)
+        width = builder.select(is_three, _WHOLE(2), bits)
+        zero = cgutils.alloca_once(builder, _WHOLES)
+        builder.store(plane(0, builder.sub(builder.shl(_WHOLE(1), width), _WHOLE(1))), zero)
+        with builder.if_then(is_three):
+            third = builder.shl(plane(2, _WHOLE(1)), ir.Constant(_WHOLES, [2] * _ROWS))
+            builder.store(builder.or_(builder.load(zero), third), zero)
+        middle_code = splat(builder, builder.shl(_WHOLE(1), builder.sub(bits, _WHOLE(1))), _WHOLES)
+        steps = builder.sitofp(builder.sub(builder.load(zero), middle_code), _FLOATS)
+        of_group = pointer(context, builder, kinds[7], scale, builder.mul(g, _INDEX(_ROWS)), _FLOATS)
+        more = builder.fmul(
+            builder.fmul(steps, splat(builder, factor, _FLOATS)), builder.load(of_group, align=4)
+        )
+        target = pointer(context, builder, kinds[9], out, _INDEX(0), _FLOATS)
+        builder.store(builder.fadd(builder.load(target, align=4), more), target, align=4)
+        return context.get_dummy_value()
+
+    i64, f32 = types.int64, types.float32
+    return types.void(zeros, i64, i64, i64, i64, places, i64, scale, f32, out), generate
 
 
 @jit(parallel=True)
@@ -207,23 +148,31 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``; ``weight`` as in :func:`modulora_optq.cpu_decode.decode`."""
     codes, scales, zeros, bits, group, n = weight
     rows, groups = scales.shape
-    parts = _parts(bits)
+    parts = parts_of_byte(bits)
     part = n // parts
-    ends, group_of = _runs(part, parts, group)
-    row_bytes = codes.size // max(1, rows)
+    ends, group_of = runs_of_groups(part, parts, group)
+    places, sums = _places(bits, groups), _sums_of_groups(x[0], group, groups)
+    row_bytes, zero_bytes = codes.size // max(1, rows), zeros.size // max(1, rows)
     for piece in prange((rows + _ROWS - 1) // _ROWS):
-        scratch = np.empty(groups + 64, np.uint8)  # unpack writes up to 63 bytes too many
-        scale = np.empty(groups, np.float32)
-        zero = np.full(groups, np.float32(1 << (bits - 1)), np.float32)
         begin = np.int64(piece) * _ROWS
-        for o in range(begin, min(begin + _ROWS, rows)):
+        stop = min(begin + _ROWS, rows)
+        last = stop - begin - 1
+        scale, above = np.empty((groups, _ROWS), np.float32), np.zeros(_ROWS, np.float32)
+        for g in range(groups):
+            _take_scales(scales, begin, last, g, scale)
+            if zeros.size:
+                _add_zeros(
+                    zeros, begin * zero_bytes, last, zero_bytes, bits, places, g, scale, sums[g], above
+                )
+        for o in range(begin, stop):
             read_ahead(codes, o * row_bytes, row_bytes)
-            _steps(scales, zeros, bits, o, scratch, zero, scale)
+            at, r = o * row_bytes, o - begin
             if bits == 2:
-                y[0, o] = _product_2(codes, o * row_bytes, part, x, ends, group_of, zero, scale)
+                product = product_2(codes, at, part, x, ends, group_of, scale, r)
             elif bits == 3:
-                y[0, o] = _product_3(codes, o * row_bytes, part, x, ends, group_of, zero, scale)
+                product = product_3(codes, at, part, x, ends, group_of, scale, r)
             elif bits == 4:
-                y[0, o] = _product_4(codes, o * row_bytes, part, x, ends, group_of, zero, scale)
+                product = product_4(codes, at, part, x, ends, group_of, scale, r)
             else:
-                y[0, o] = _product_8(codes, o * row_bytes, part, x, ends, group_of, zero, scale)
+                product = product_8(codes, at, part, x, ends, group_of, scale, r)
+            y[0, o] = product - above[r]
