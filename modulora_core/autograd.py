@@ -78,7 +78,8 @@ def lora_linear(
         raise ShapeError("LoRA adapter: expected both A and B, got one of them")
     if A is not None and B is not None:
         _check_adapter(packed.shape, A, B, transpose)
-    _check_scales(x, packed.shape, input_scale, output_scale, transpose)
+    if input_scale is not None or output_scale is not None:
+        _check_scales(x, packed.shape, input_scale, output_scale, transpose)
     if (
         not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     ):  # decoding: a Function takes as long as a small layer

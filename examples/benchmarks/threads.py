@@ -3,7 +3,7 @@
     python examples/benchmarks/threads.py                               # as the kernels run
     python examples/benchmarks/threads.py --nested                      # with what numba allows and the kernels take back
     python examples/benchmarks/threads.py --busy 1                      # with another process that computes
-    GOMP_SPINCOUNT=1000 python examples/benchmarks/threads.py --busy 1  # with threads that soon sleep, as the CLI has them
+    GOMP_SPINCOUNT=3000 python examples/benchmarks/threads.py --busy 1  # with threads that soon sleep, as the CLI has them
     NUMBA_THREADING_LAYER=workqueue python examples/benchmarks/threads.py  # with numba's own threads
 
 Prints the CPU time of causal attention (8 x 9 heads x 512 x 64, fp32, 3 key heads) before and after the first kernel, the wall time of

@@ -67,10 +67,11 @@ def _let_threads_sleep() -> None:
     """Torch's idle threads soon give their cores away, unless the user decided; to be said before torch is imported.
 
     They would spin for milliseconds, and on a machine that other processes use too keep from a core the very thread that they
-    wait for (docs/performance.md, Threads).
+    wait for. So many turns last from one layer of a small model to the next: fewer, and each layer wakes them up
+    (docs/performance.md, Threads).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def _dispatch(words: list[str]) -> Report | None:

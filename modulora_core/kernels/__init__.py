@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,9 @@ from modulora_core.errors import CheckpointError
 from modulora_core.kernels.process import prepared_numba
 from modulora_core.packed import PackedWeight, TensorLayout
 from modulora_core.tiles import compute_dtype, tile_ranges
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ROUNDING_BYTES = 2**20
 """fp32 scratch for a tile of another dtype. A common L2 cache holds it, and rounding reads from there."""
@@ -281,7 +285,7 @@ def filled_tile(
 
 
 def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = None) -> Tensor | None:
-    """``x`` as a few-row kernel takes it, contiguous fp32 ``[n, features]``; None where tiles are the way.
+    """``x`` as a few-row kernel takes it, contiguous fp32 ``[..., features]``; None where tiles are the way.
 
     They are for more than ``most`` rows, where a matrix product over decoded tiles costs less, and for more than a quarter of them of
     bf16 where the processor multiplies that itself; for fp64, because the kernels sum in fp32; for devices other than the CPU; and for
@@ -297,12 +301,26 @@ def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = No
         return None
     if x.dim() == 0 or x.shape[-1] != features or not 0 < x.numel() <= most * features:
         return None
-    rows = (x.detach() if x.requires_grad else x).reshape(-1, features)
+    rows = x.detach() if x.requires_grad else x
     return (rows if rows.dtype is torch.float32 else rows.to(torch.float32)).contiguous()
 
 
+def rows_of(x: Tensor | NDArray[Any]) -> NDArray[Any]:
+    """``x``, contiguous ``[..., features]`` on the CPU, as the array ``[n, features]`` that a few-row kernel reads or writes.
+
+    Of arrays: for torch the same takes longer than a kernel's launch.
+    """
+    array: NDArray[Any] = _array(x)
+    return array.reshape(-1, array.shape[-1])
+
+
+def room_for(x: Tensor, features: int) -> NDArray[np.float32]:
+    """Uninitialised fp32 ``[..., features]``, with the leading dimensions of ``x``, of which ``torch.from_numpy`` makes a tensor."""
+    return np.empty((*x.shape[:-1], features), np.float32)
+
+
 def like_input(y: Tensor, x: Tensor) -> Tensor:
-    """The product of :func:`few_rows` of ``x``, ``[n, features]``, with ``x``'s leading dimensions and in its dtype."""
-    if y.dtype is not x.dtype:  # a call of torch that does nothing takes half a microsecond too
-        y = y.to(x.dtype)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    """The product of :func:`few_rows` of ``x`` in ``x``'s dtype."""
+    return (
+        y if y.dtype is x.dtype else y.to(x.dtype)
+    )  # a call of torch that does nothing takes half a microsecond too

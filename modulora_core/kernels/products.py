@@ -32,7 +32,7 @@ from numba import prange
 from torch import Tensor
 from torch.nn import functional as F
 
-from modulora_core.kernels import PARTIAL_SUMS, filled_tile, jit, launch
+from modulora_core.kernels import PARTIAL_SUMS, filled_tile, jit, launch, room_for, rows_of
 from modulora_core.kernels.conversions import narrow_row
 from modulora_core.kernels.vectors import (
     BLOCK,
@@ -110,27 +110,29 @@ class RowKernels:
 
         Args:
             weight: what the decoder is given.
-            x: fp32 ``[n, in]``, or ``[n, out]`` when ``transpose``, contiguous (:func:`modulora_core.kernels.few_rows`).
+            x: fp32 ``[..., in]``, or ``[..., out]`` when ``transpose``, contiguous (:func:`modulora_core.kernels.few_rows`).
             features: of the result: ``out``, or ``in`` when ``transpose``.
 
         Returns:
-            fp32 ``[n, features]``, contiguous.
+            fp32 ``[..., features]``, contiguous.
         """
-        n, given = x.shape
+        rows = rows_of(x)
+        n, given = rows.shape
         few = n < BLOCK
         if transpose:
             parts = PARTIAL_SUMS if n <= PARTED_ROWS else PARTIAL_SUMS // 2
             sums = torch.empty(parts, n, features + -features % LANES)
-            launch(self._few_transposed if few else self._many_transposed, weight, features, x, sums)
-            return sums.sum(dim=0)[:, :features].contiguous()
-        y = torch.empty(n, features)
+            launch(self._few_transposed if few else self._many_transposed, weight, features, rows, sums)
+            return sums.sum(dim=0)[:, :features].reshape(*x.shape[:-1], features).contiguous()
+        y = room_for(x, features)
         if n == 1 and self._one_row is not None and self._takes(weight):
-            launch(self._one_row, weight, x, y)
+            launch(self._one_row, weight, rows, rows_of(y))
         elif few:
-            launch(self._few, weight, x, y)
+            launch(self._few, weight, rows, rows_of(y))
         else:
-            launch(self._many, weight, given, F.pad(x, (0, -given % LANES)) if given % LANES else x, y)
-        return y
+            padded = rows_of(F.pad(x, (0, -given % LANES))) if given % LANES else rows
+            launch(self._many, weight, given, padded, rows_of(y))
+        return torch.from_numpy(y)
 
 
 def _compiled(template: Callable[..., None], decode: Any) -> Any:

@@ -88,7 +88,7 @@ class HalfQuadratic(Quantizer):
         """As the base class says; few rows on a CPU are multiplied while Ŵ is decoded, with fp32 sums."""
         given, wanted = packed.shape if transpose else reversed(packed.shape)
         cpu = _kernels(packed.device)
-        few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
+        few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [..., given]
         if few is None:
             return super().matmul(x, packed, transpose)
         kernels.check_tensors(packed, _tensors)

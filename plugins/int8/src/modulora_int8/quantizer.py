@@ -104,7 +104,7 @@ class INT8(Quantizer):
             if product is not None:
                 return product
         cpu = _kernels(packed.device)
-        few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
+        few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [..., given]
         if few is None:
             return super().matmul(x, packed, transpose)
         y: Tensor = cpu.rows.matmul(kernels.operands(packed, _operands), few, wanted, transpose)

@@ -110,7 +110,7 @@ class NF4(Quantizer):
             if product is not None:
                 return product
         cpu = _kernels(packed.device)
-        few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
+        few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [..., given]
         if few is None:
             return super().matmul(x, packed, transpose)
         y: Tensor = cpu.rows.matmul(_operands(packed, (0, out_features)), few, wanted, transpose)

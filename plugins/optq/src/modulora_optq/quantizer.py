@@ -277,7 +277,7 @@ def _stored_matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor:
         product: Tensor = gpu.matmul(rows, _gpu_weight(gpu, packed), transpose)
         return product.view(*x.shape[:-1], wanted)
     cpu = _kernels(packed.device)
-    few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [n, given]
+    few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [..., given]
     if few is None:
         return tiled_matmul(
             x, lambda start, stop, dtype: _tile(packed, (start, stop), dtype, None), packed.shape, transpose

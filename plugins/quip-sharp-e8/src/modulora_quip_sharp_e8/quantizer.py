@@ -245,17 +245,17 @@ def _decode(
 def _token(x: Tensor, packed: PackedWeight) -> Tensor | None:
     """``x Ŵᵀ`` of a single row on the CPU, in one call of a kernel; None where that isn't what is wanted, or can't be."""
     one: Any = kernels.load("modulora_quip_sharp_e8.cpu_one_row", packed.device)
-    row = None if one is None else kernels.few_rows(x, packed.shape[1], 1)  # [1, in]
+    row = None if one is None else kernels.few_rows(x, packed.shape[1], 1)  # [..., in]
     if row is None or _gpu(packed.device) is not None:
         return None
     weight = kernels.operands(packed, _rotated)
     if max(weight[7], weight[9]) > LARGEST_ORDER:
         return None
-    y = torch.empty(1, len(weight[0]))
-    kernels.launch(one.forward_one, weight, row, y)
+    y = kernels.room_for(x, len(weight[0]))
+    kernels.launch(one.forward_one, weight, kernels.rows_of(row), kernels.rows_of(y))
     start = packed.metadata["rows"][0]
-    part = y if len(y[0]) == packed.shape[0] else y[:, start : start + packed.shape[0]]
-    return kernels.like_input(part, x)
+    part = y if y.shape[-1] == packed.shape[0] else y[..., start : start + packed.shape[0]]
+    return kernels.like_input(torch.from_numpy(part), x)
 
 
 def _rotated(packed: PackedWeight) -> tuple[Any, ...]:
@@ -284,7 +284,7 @@ def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool, dtype: tor
         return y
     given, wanted = (whole, columns) if transpose else (columns, whole)
     cpu = _kernels(packed.device)
-    few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS, dtype)  # [n, given]
+    few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS, dtype)  # [..., given]
     if few is None:
 
         def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
