@@ -93,7 +93,6 @@ def _middle(bits: int) -> int:
 def _row_product(bits: int) -> Any:
     """The intrinsic for a width."""
     parts = parts_of_byte(bits)
-    at_once = max(1, _SUMS // parts)  # vectors of a part
 
     @intrinsic
     def row_product(
@@ -129,6 +128,8 @@ def _row_product(bits: int) -> Any:
             of_group, step = matrix(context, builder, kinds[6], scales)
             high, half = builder.gep(data, [part]), builder.sdiv(part, _INDEX(2))
             none = ir.Constant(_FLOATS, [0.0] * LANES)
+            # of so many vectors; where registers are short, a vector is four of them
+            at_once = max(1, _SUMS // parts) if has(context, "avx") else 1
             totals = [cgutils.alloca_once_value(builder, none) for _ in range(parts)]
             sums = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(parts)] for _ in range(at_once)]
             for total in totals:  # an alloca is made where the function begins, and this may be in a loop
