@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import math
 import os
 import threading
 import warnings
@@ -311,7 +312,9 @@ def rows_of(x: Tensor | NDArray[Any]) -> NDArray[Any]:
     Of arrays: for torch the same takes longer than a kernel's launch.
     """
     array: NDArray[Any] = _array(x)
-    return array.reshape(-1, array.shape[-1])
+    return array.reshape(
+        math.prod(array.shape[:-1]), array.shape[-1]
+    )  # -1 can't be told where there are no columns
 
 
 def room_for(x: Tensor, features: int) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ def test_few_rows_are_contiguous_fp32_of_the_same_values(dtype: torch.dtype) -> 
     assert not few.requires_grad
     assert torch.equal(few, x.detach().float())
     assert kernels.rows_of(few).shape == (8, 6)
+    assert kernels.rows_of(few[..., :0].contiguous()).shape == (8, 0)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def _places(bits: int, groups: int) -> Any:
     return places
 
 
-@jit()
+@jit(fastmath=("reassoc", "nsz"))  # in vectors: a sum by ones waits for each addition
 def _sums_of_groups(x: Any, group: int, groups: int) -> Any:
     """``Σ x`` of each group of columns, fp32 ``[groups]``; the last one may be shorter."""
     sums = np.empty(groups, np.float32)
