@@ -131,9 +131,8 @@ def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[
     import numba
 
     def decorate(function: Callable[..., Any]) -> Any:
-        function.__qualname__ += (
-            f"_{_sources(Path(function.__code__.co_filename).parent)}"  # numba names what it keeps so
-        )
+        folder = Path(function.__code__.co_filename).parent
+        function.__qualname__ += f"_{_sources(folder)}"  # numba names what it keeps so
         options: dict[str, Any] = {"nogil": True, "parallel": parallel, "fastmath": set(fastmath)}
         try:
             return numba.njit(cache=True, **options)(function)
@@ -312,9 +311,8 @@ def rows_of(x: Tensor | NDArray[Any]) -> NDArray[Any]:
     Of arrays: for torch the same takes longer than a kernel's launch.
     """
     array: NDArray[Any] = _array(x)
-    return array.reshape(
-        math.prod(array.shape[:-1]), array.shape[-1]
-    )  # -1 can't be told where there are no columns
+    n = math.prod(array.shape[:-1])  # -1 can't be told where there are no columns
+    return array.reshape(n, array.shape[-1])
 
 
 def room_for(x: Tensor, features: int) -> NDArray[np.float32]:
@@ -324,6 +322,5 @@ def room_for(x: Tensor, features: int) -> NDArray[np.float32]:
 
 def like_input(y: Tensor, x: Tensor) -> Tensor:
     """The product of :func:`few_rows` of ``x`` in ``x``'s dtype."""
-    return (
-        y if y.dtype is x.dtype else y.to(x.dtype)
-    )  # a call of torch that does nothing takes half a microsecond too
+    # a call of torch that does nothing takes half a microsecond too
+    return y if y.dtype is x.dtype else y.to(x.dtype)

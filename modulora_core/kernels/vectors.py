@@ -1,7 +1,7 @@
 """Vectors in kernels that numba compiles: what LLVM doesn't find by itself is spelled here, in terms that any processor has.
 
 For :mod:`modulora_core.kernels.products`, the inner loops of products: their sums stay in registers. For plugins, what an intrinsic of
-their own begins with: :func:`splat`, :func:`lookup`, :func:`matrix`, :func:`pointer`, :func:`has`.
+their own begins with: :func:`splat`, :func:`lookup`, :func:`matrix`, :func:`pointer`, :func:`has`, :func:`zeros`, :func:`multiply_add`.
 """
 
 from __future__ import annotations
@@ -100,13 +100,14 @@ def _load(builder: Any, data: Any, index: Any) -> Any:
     return builder.load(builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer()), align=4)
 
 
-def _multiply_add(builder: Any, total: Any, a: Any, b: Any) -> None:
+def multiply_add(builder: Any, total: Any, a: Any, b: Any) -> None:
     """``total += a · b`` for an alloca, which LLVM makes a register; rounded once where the processor can."""
     product = builder.fmul(a, b, flags=("contract",))
     builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
 
 
-def _zeros(builder: Any, count: int) -> list[Any]:
+def zeros(builder: Any, count: int) -> list[Any]:
+    """So many sums of sixteen lanes each, as allocas, set to 0 where this stands."""
     totals = [cgutils.alloca_once(builder, _VECTOR) for _ in range(count)]
     for total in totals:  # an alloca is made where the function begins, and this may be in a loop
         builder.store(ir.Constant(_VECTOR, [0.0] * LANES), total)
@@ -170,7 +171,7 @@ def _products(rows: int, others: int) -> Any:
             at_once = others if has(context, "avx512f") or rows == 1 else 1
             # a multiplier waits four cycles for its own result: fewer than eight sums are made in parts
             parts = max(1, 2 * BLOCK // (rows * others))
-            totals = [[_zeros(builder, parts) for _ in range(others)] for _ in range(rows)]
+            totals = [[zeros(builder, parts) for _ in range(others)] for _ in range(rows)]
             vectors = builder.sdiv(columns, _INDEX(LANES))
             for first in range(0, others, at_once):
                 for width, vector in loops(builder, vectors, parts):
@@ -180,7 +181,7 @@ def _products(rows: int, others: int) -> Any:
                         for k in range(first, first + at_once):
                             weights = _load(builder, w_rows[k], index)
                             for i, value in enumerate(values):
-                                _multiply_add(builder, totals[i][k][part], value, weights)
+                                multiply_add(builder, totals[i][k][part], value, weights)
             found = [[_sum(builder, parts) for parts in of_row] for of_row in totals]
             for i, more in enumerate(_sums_of_rows(builder, found)):
                 place = builder.bitcast(_row(builder, to, to_step, r, i, o), more.type.as_pointer())
@@ -266,14 +267,14 @@ def _add_columns(
     builder: Any, factors: list[Any], count: Any, w: Any, w_step: Any, offset: Any, targets: list[Any], width: int
 ) -> None:  # fmt: skip
     """``width`` vectors of columns of all the rows, from ``offset`` on."""
-    totals = _zeros(builder, len(factors) * width)
+    totals = zeros(builder, len(factors) * width)
     with cgutils.for_range(builder, count) as loop:
         at = builder.add(builder.mul(loop.index, w_step), offset)
         weights = [_load(builder, w, builder.add(at, _INDEX(k * LANES))) for k in range(width)]
         for i, row in enumerate(factors):
             factor = splat(builder, builder.load(builder.gep(row, [loop.index])), _VECTOR)
             for k, value in enumerate(weights):
-                _multiply_add(builder, totals[i * width + k], factor, value)
+                multiply_add(builder, totals[i * width + k], factor, value)
     for i, row in enumerate(targets):
         for k in range(width):
             at = builder.gep(row, [builder.add(offset, _INDEX(k * LANES))])

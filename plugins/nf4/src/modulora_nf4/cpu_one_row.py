@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.prefetch import read_ahead
-from modulora_core.kernels.vectors import LANES, loops, pointer, splat, sum_of_lanes
+from modulora_core.kernels.vectors import LANES, loops, pointer, splat, sum_of_lanes, zeros
 from modulora_nf4.cpu_decode import levels
 
 _STEP = 2 * LANES  # columns that are multiplied at once
@@ -45,9 +44,7 @@ def _row_product(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, absmax, shift, x, start, columns = arguments
         kinds = signature.args
-        totals = [cgutils.alloca_once(builder, _FLOATS) for _ in range(_SUMS)]
-        for total in totals:
-            builder.store(ir.Constant(_FLOATS, [0.0] * LANES), total)
+        totals = zeros(builder, _SUMS)
 
         def product(index: Any, column: Any) -> Any:
             values = builder.load(pointer(context, builder, kinds[3], x, column, _FLOATS), align=4)

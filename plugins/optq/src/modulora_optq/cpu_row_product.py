@@ -8,7 +8,6 @@ its next group its sum is scaled and added to that of the row.
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.vectors import LANES, has, lookup, loops, matrix, pointer, splat, sum_of_lanes
+from modulora_core.kernels.vectors import (
+    LANES,
+    has,
+    lookup,
+    loops,
+    matrix,
+    multiply_add,
+    pointer,
+    splat,
+    sum_of_lanes,
+    zeros,
+)
 
 _SUMS = 4  # a multiplier waits for its own result: so many sums are made side by side
 
@@ -75,12 +85,11 @@ def _index(builder: Any, bits: int, low_bits: Any, high_bits: Any, p: int) -> An
 def _steps(context: Any, builder: Any, bits: int, low_bits: Any, high_bits: Any, p: int) -> Any:
     """How far the sixteen codes of part ``p`` are from the middle one, as floats."""
     index = _index(builder, bits, low_bits, high_bits, p)
-    if (bits < 8 and has(context, "avx512f")) or (
-        bits < 4 and has(context, "avx2")
-    ):  # where a lookup is one instruction
-        return lookup(
-            context, builder, ir.Constant(_FLOATS, [i % 2**bits - _middle(bits) for i in range(LANES)]), index
-        )
+    # where it is one instruction: AVX2's is of eight values
+    looks_up = (bits < 8 and has(context, "avx512f")) or (bits < 4 and has(context, "avx2"))
+    if looks_up:
+        table = ir.Constant(_FLOATS, [i % 2**bits - _middle(bits) for i in range(LANES)])
+        return lookup(context, builder, table, index)
     codes = index if bits == 8 else builder.and_(index, _same(2**bits - 1))
     return builder.sitofp(builder.sub(codes, _same(_middle(bits))), _FLOATS)
 
@@ -111,10 +120,6 @@ def _row_product(bits: int) -> Any:
             def number(kind: int, array: Any, index: Any, of: Any) -> Any:
                 return builder.load(pointer(context, builder, kinds[kind], array, index, of))
 
-            def add(total: Any, a: Any, b: Any) -> None:
-                product = builder.fmul(a, b, flags=("contract",))
-                builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-
             def add_products(j: Any, sums: list[Any]) -> None:
                 source = builder.bitcast(builder.gep(data, [j]), _BYTES.as_pointer())
                 low_bits = builder.zext(builder.load(source, align=1), _WHOLES)
@@ -122,26 +127,20 @@ def _row_product(bits: int) -> Any:
                 for p, total in enumerate(sums):
                     column = builder.add(j, builder.mul(part, _INDEX(p)))
                     values = builder.load(pointer(context, builder, kinds[3], x, column, _FLOATS), align=4)
-                    add(total, _steps(context, builder, bits, low_bits, high_bits, p), values)
+                    multiply_add(
+                        builder, total, _steps(context, builder, bits, low_bits, high_bits, p), values
+                    )
 
             data = pointer(context, builder, kinds[0], packed, row, ir.IntType(8))
             of_group, step = matrix(context, builder, kinds[6], scales)
             high, half = builder.gep(data, [part]), builder.sdiv(part, _INDEX(2))
-            none = ir.Constant(_FLOATS, [0.0] * LANES)
             # of so many vectors; where registers are short, a vector is four of them
             at_once = max(1, _SUMS // parts) if has(context, "avx") else 1
-            totals = [cgutils.alloca_once_value(builder, none) for _ in range(parts)]
-            sums = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(parts)] for _ in range(at_once)]
-            for total in totals:  # an alloca is made where the function begins, and this may be in a loop
-                builder.store(none, total)
+            totals = zeros(builder, parts)
             begin = cgutils.alloca_once(builder, _INDEX)
             builder.store(_INDEX(0), begin)
-            runs = cgutils.unpack_tuple(
-                builder, context.make_array(kinds[4])(context, builder, ends).shape, 1
-            )[0]
-            with cgutils.for_range(builder, runs) as run:
-                for part_sum in itertools.chain(*sums):
-                    builder.store(none, part_sum)
+            with cgutils.for_range(builder, matrix(context, builder, kinds[4], ends)[1]) as run:
+                sums = [zeros(builder, parts) for _ in range(at_once)]
                 first, end = builder.load(begin), builder.sext(number(4, ends, run.index, _WHOLE), _INDEX)
                 builder.store(end, begin)
                 vectors = builder.sdiv(builder.sub(end, first), _INDEX(LANES))
@@ -154,7 +153,8 @@ def _row_product(bits: int) -> Any:
                     group = builder.sext(number(5, groups, at, _WHOLE), _INDEX)
                     place = builder.add(builder.mul(group, step), r)
                     scale = splat(builder, builder.load(builder.gep(of_group, [place])), _FLOATS)
-                    add(total, functools.reduce(builder.fadd, [builder.load(of[p]) for of in sums]), scale)
+                    of_run = functools.reduce(builder.fadd, [builder.load(of[p]) for of in sums])
+                    multiply_add(builder, total, of_run, scale)
             return sum_of_lanes(builder, functools.reduce(builder.fadd, [builder.load(t) for t in totals]))
 
         i64 = types.int64

@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.prefetch import read_ahead
-from modulora_core.kernels.vectors import LANES, has, lookup, loops, pointer, splat, sum_of_lanes
+from modulora_core.kernels.vectors import LANES, has, lookup, loops, pointer, splat, sum_of_lanes, zeros
 from modulora_quip_sharp_e8 import codebooks
 
 CODES = 64
@@ -249,9 +249,7 @@ def dot(_context: Any, words: Any, residual: Any, _first: Any, _half: Any, _pair
             return ir.Constant(ir.FloatType(), 0.0)
         words, _, first, half, pairs, x = arguments
         kinds = signature.args
-        totals = [cgutils.alloca_once(builder, _FLOATS) for _ in range(_SUMS)]
-        for total in totals:
-            builder.store(ir.Constant(_FLOATS, [0.0] * LANES), total)
+        totals = zeros(builder, _SUMS)
         for width, begin in loops(builder, pairs, _SUMS):
             for part in range(width):
                 pair = builder.add(begin, _INDEX(part))
