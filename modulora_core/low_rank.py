@@ -42,7 +42,7 @@ def project(x: Tensor, A: Tensor, keep: Tensor | None = None) -> Tensor:
     """
     cpu = _kernels(x, keep, A.dtype, rank=A.shape[0])
     if cpu is not None:
-        projected: Tensor = cpu.rows.matmul((_stored(x), _mask(keep)), A.detach().contiguous(), x.shape[0])
+        projected: Tensor = cpu.rows.matmul((x, _mask(keep)), A.detach().contiguous(), x.shape[0])
         return projected.t().contiguous()
     U = A.new_empty(x.shape[0], A.shape[0])
     for rows in row_chunks(x, A.dtype, keep):
@@ -62,7 +62,7 @@ def add_expanded(y: Tensor, U: Tensor, W: Tensor, keep: Tensor | None = None, *,
     cpu = _kernels(y, keep, U.dtype, rank=U.shape[1])
     if cpu is not None:
         padded = F.pad(W.detach(), (0, -W.shape[1] % cpu.LANES)).contiguous()
-        kernels.launch(cpu.add_expanded, U * scale, padded, _mask(keep), _stored(y))
+        kernels.launch(cpu.add_expanded, U * scale, padded, _mask(keep), y)
     elif y.dtype == U.dtype and keep is None:
         y.addmm_(U, W, alpha=scale)
     else:
@@ -80,7 +80,7 @@ def gather(V: Tensor, x: Tensor, keep: Tensor | None = None) -> Tensor:
     cpu = _kernels(x, keep, V.dtype, rank=V.shape[1])
     if cpu is not None:
         rows = V.t().contiguous()
-        gathered: Tensor = cpu.rows.matmul((_stored(x), _mask(keep)), rows, x.shape[1], transpose=True)
+        gathered: Tensor = cpu.rows.matmul((x, _mask(keep)), rows, x.shape[1], transpose=True)
         return gathered
     D = V.new_zeros(V.shape[1], x.shape[1])
     for part in row_chunks(x, V.dtype, keep):
@@ -120,10 +120,6 @@ def _kernels(x: Tensor, keep: Tensor | None, factor: torch.dtype, rank: int) -> 
 def _is_fake(x: Tensor) -> bool:
     """Whether it has no memory, as what `modulora plan` rehearses with."""
     return type(x) not in (Tensor, torch.nn.Parameter)
-
-
-def _stored(x: Tensor) -> Tensor:
-    return x.detach().view(torch.int16) if x.dtype == torch.bfloat16 else x.detach()
 
 
 def _mask(keep: Tensor | None) -> Tensor:

@@ -125,6 +125,7 @@ class PackedWeight:
         tensors: named packed tensors, any dtype of :data:`BITS_OF_DTYPE`, all on one device; kept contiguous. Everything
             that differs from layer to layer belongs here, scalars too.
         metadata: JSON-able structure that layers of one shape and one set of options share, such as a block size.
+        device: where the tensors are.
 
     Raises:
         CheckpointError: a tensor's name isn't ``[a-z][a-z0-9_]*``.
@@ -135,6 +136,7 @@ class PackedWeight:
     shape: tuple[int, int]
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    device: torch.device = field(init=False, repr=False, compare=False)
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What kernels keep beside it (:func:`modulora_core.kernels.operands`): made from the rest, and never stored."""
 
@@ -147,6 +149,8 @@ class PackedWeight:
             self, "tensors", MappingProxyType({n: t.contiguous() for n, t in self.tensors.items()})
         )
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+        # not a property: decoding asks for it several times a layer and token
+        object.__setattr__(self, "device", next(iter(self.tensors.values())).device)
 
     @property
     def layout(self) -> PackedLayout:
@@ -166,10 +170,6 @@ class PackedWeight:
     def bits_per_weight(self) -> float:
         """``8 · nbytes / (out · in)``, everything counted."""
         return 8 * self.nbytes / max(1, math.prod(self.shape))
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.tensors.values())).device
 
     def to(self, device: str | torch.device) -> PackedWeight:
         """The same weight on another device. Dtypes never change."""

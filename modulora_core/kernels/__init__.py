@@ -49,6 +49,9 @@ PARTIAL_SUMS = 8
 Fixed, so that the order of a sum, and with it the result, is the same for any number of threads. More threads
 than this hardly read faster from one memory."""
 
+BF16_ROWS = 8
+"""From how many rows on few-row products multiply bf16 as bf16, where the processor does: fewer are as fast in fp32, which rounds less."""
+
 _ONE_LAUNCH = threading.Lock()
 
 
@@ -204,7 +207,8 @@ def operands(packed: PackedWeight, make: Callable[[PackedWeight], tuple[Any, ...
 
 
 def launch(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Run ``kernel`` on torch's number of threads; CPU tensors, also those in a tuple, are passed as arrays on the same memory.
+    """Run ``kernel`` on torch's number of threads; CPU tensors, also those in a tuple, are passed as arrays on the same memory, bf16 as the
+    int16 of its bits, since numpy has no such numbers.
 
     Tensors must be contiguous. One that isn't aligned to its dtype, as in a mapped file, is passed as a copy: what a
     kernel writes to must come from torch's allocator.
@@ -244,7 +248,8 @@ def one_thread() -> Iterator[None]:
 def _array(argument: Any) -> Any:
     """A numpy array on a tensor's memory. What lies askew in a mapped file is copied: numba would compile again."""
     if isinstance(argument, Tensor):
-        array = (argument.detach() if argument.requires_grad else argument).numpy()
+        tensor = argument.detach() if argument.requires_grad else argument
+        array = (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
         return array if array.flags.aligned else array.copy()
     if isinstance(argument, tuple):
         for a in argument:  # what operands() keeps has arrays already
@@ -285,34 +290,37 @@ def filled_tile(
 
 
 def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = None) -> Tensor | None:
-    """``x`` as a few-row kernel takes it, contiguous fp32 ``[..., features]``; None where tiles are the way.
+    """``x`` as a few-row kernel takes it, contiguous ``[..., features]``; None where tiles are the way.
 
-    They are for more than ``most`` rows, where a matrix product over decoded tiles costs less, and for more than a quarter of them of
-    bf16 where the processor multiplies that itself; for fp64, because the kernels sum in fp32; for devices other than the CPU; and for
-    a wrong last dimension, so that the tiled product says what is wrong.
+    It is fp32, but bf16 where inputs are that, :data:`BF16_ROWS` or more, and the processor multiplies it itself.
+
+    Tiles are for more than ``most`` rows, where a matrix product over them costs less; for fp64, because the kernels sum in fp32; for
+    devices other than the CPU; and for a wrong last dimension, so that the tiled product says what is wrong.
 
     Args:
         dtype: of the inputs, where ``x`` was made of them in another one.
     """
     dtype = x.dtype if dtype is None else dtype
-    if dtype is torch.bfloat16 and compute_dtype(dtype, x.device) is dtype:
-        most = (most + 3) // 4  # a single row stays one
     if not x.is_cpu or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
     if x.dim() == 0 or x.shape[-1] != features or not 0 < x.numel() <= most * features:
         return None
+    wanted = torch.float32
+    if dtype is torch.bfloat16 and x.numel() >= BF16_ROWS * features:
+        wanted = compute_dtype(dtype, x.device)
     rows = x.detach() if x.requires_grad else x
-    return (rows if rows.dtype is torch.float32 else rows.to(torch.float32)).contiguous()
+    return (rows if rows.dtype is wanted else rows.to(wanted)).contiguous()
 
 
 def rows_of(x: Tensor | NDArray[Any]) -> NDArray[Any]:
-    """``x``, contiguous ``[..., features]`` on the CPU, as the array ``[n, features]`` that a few-row kernel reads or writes.
+    """``x``, contiguous ``[..., features]`` on the CPU, as the array ``[n, features]`` that a few-row kernel reads or writes;
+    bf16 as the int16 of its bits.
 
     Of arrays: for torch the same takes longer than a kernel's launch.
     """
     array: NDArray[Any] = _array(x)
-    n = math.prod(array.shape[:-1])  # -1 can't be told where there are no columns
-    return array.reshape(n, array.shape[-1])
+    columns = array.shape[-1]
+    return array.reshape(array.size // columns if columns else math.prod(array.shape[:-1]), columns)
 
 
 def room_for(x: Tensor, features: int) -> NDArray[np.float32]:

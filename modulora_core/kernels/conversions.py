@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir  # type: ignore[import-untyped]  # comes with numba, without types
+from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.vectors import LANES, has, pointer
+from modulora_core.kernels.vectors import LANES, assembly, has, pointer
 
 _FLOAT, _LANE, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _FLOATS, _HALVES = ir.VectorType(_FLOAT, LANES), ir.VectorType(_HALF, LANES)
-
-binding.initialize_native_asmparser()  # for an instruction by its name: without it LLVM ends the process
 
 
 @intrinsic
@@ -91,29 +89,34 @@ def _rounded(builder: Any, numbers: Any) -> Any:
 
 
 @intrinsic
-def _narrow_lanes(_context: Any, w: Any, _index: Any, out: Any) -> Any:
-    """Sixteen values of ``w`` from ``index`` on to ``out``, as it is stored.
+def _narrow_vectors(_context: Any, w: Any, _index: Any, out: Any) -> Any:
+    """Thirty-two values of ``w`` from ``index`` on to ``out``, as it is stored.
 
-    AVX-512 has an instruction, of which LLVM's name differs between versions: it takes subnormal numbers for 0 and keeps a NaN's other
+    AVX-512 has an instruction: it takes subnormal numbers for 0 and keeps a NaN's other
     bits, so where a lane is of these, all are rounded the long way.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         w, index, out = arguments
         kind, _, out_kind = signature.args
-        numbers = builder.load(pointer(context, builder, kind, w, index, _FLOATS), align=4)
+        starts = index, builder.add(index, ir.IntType(64)(LANES))
+        numbers = [builder.load(pointer(context, builder, kind, w, at, _FLOATS), align=4) for at in starts]
+
+        def store(rounded: list[Any]) -> None:
+            for at, value in zip(starts, rounded, strict=True):
+                builder.store(value, pointer(context, builder, out_kind, out, at, value.type), align=2)
+
         if out_kind.dtype is types.float32:
-            builder.store(numbers, pointer(context, builder, out_kind, out, index, _FLOATS), align=4)
-            return context.get_dummy_value()
-        place = pointer(context, builder, out_kind, out, index, _HALVES)
-        if has(context, "avx512bf16") and has(context, "avx512dq"):
-            of = ir.FunctionType(_HALVES, [_FLOATS])
-            rounded = builder.asm(of, "vcvtneps2bf16 $1, $0", "=v,v", [numbers], False)
-            builder.store(rounded, place, align=2)
-            with builder.if_then(_is_special(builder, numbers), likely=False):
-                builder.store(_rounded(builder, numbers), place, align=2)
+            store(numbers)
+        elif has(context, "avx512bf16") and has(context, "avx512dq"):
+            two = ir.VectorType(_HALF, 2 * LANES)
+            rounded = assembly(builder, "vcvtne2ps2bf16 $2, $1, $0", two, numbers[::-1], "=v,v,v")
+            builder.store(rounded, pointer(context, builder, out_kind, out, index, two), align=2)
+            is_special = builder.or_(*(_is_special(builder, value) for value in numbers))
+            with builder.if_then(is_special, likely=False):
+                store([_rounded(builder, value) for value in numbers])
         else:
-            builder.store(_rounded(builder, numbers), place, align=2)
+            store([_rounded(builder, value) for value in numbers])
         return context.get_dummy_value()
 
     return types.void(w, types.int64, out), generate
@@ -134,8 +137,8 @@ def narrow_row(w: Any, out: Any) -> None:
 
     Both are C-contiguous ``[n]``.
     """
-    whole = out.size // LANES * LANES
-    for k in range(0, whole, LANES):
-        _narrow_lanes(w, k, out)
+    whole = out.size // (2 * LANES) * (2 * LANES)
+    for k in range(0, whole, 2 * LANES):
+        _narrow_vectors(w, k, out)
     for k in range(whole, out.size):
         out[k] = _narrow(w[k], out[k])

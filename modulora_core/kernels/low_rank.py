@@ -20,8 +20,9 @@ from numba import prange
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import narrow_row, widen
-from modulora_core.kernels.products import PANEL, RowKernels
-from modulora_core.kernels.vectors import BLOCK, add_rows_of_four, add_rows_of_one
+from modulora_core.kernels.product_loops import BLOCK, add_rows_of_four, add_rows_of_one
+from modulora_core.kernels.product_templates import PANEL
+from modulora_core.kernels.products import RowKernels
 from modulora_core.kernels.vectors import LANES as LANES
 
 _PIECE = 16  # rows that a thread takes at once

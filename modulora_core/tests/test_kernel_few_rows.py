@@ -10,14 +10,13 @@ from modulora_core import kernels, tiles
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_few_rows_are_contiguous_fp32_of_the_same_values(dtype: torch.dtype) -> None:
+def test_few_rows_are_contiguous_of_the_same_values(dtype: torch.dtype) -> None:
     x = torch.randn(6, 2, 4, dtype=dtype, requires_grad=True).transpose(0, 2)  # [4, 2, 6]
     few = kernels.few_rows(x, 6, 32)
     assert few is not None
-    assert few.dtype == torch.float32
     assert few.is_contiguous()
     assert not few.requires_grad
-    assert torch.equal(few, x.detach().float())
+    assert torch.equal(few, x.detach().to(few.dtype))
     assert kernels.rows_of(few).shape == (8, 6)
     assert kernels.rows_of(few[..., :0].contiguous()).shape == (8, 0)
 
@@ -32,17 +31,25 @@ def test_what_a_few_row_kernel_can_not_take_goes_to_tiles(x: Tensor) -> None:
     assert kernels.few_rows(x, 6, 8) is None
 
 
-@pytest.mark.parametrize(("units", "most"), [(True, 2), (False, 8)])
-def test_a_quarter_of_the_rows_of_bf16_are_few_where_the_processor_multiplies_it(
-    units: bool, most: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("units", [True, False])
+def test_enough_rows_of_bf16_stay_bf16_where_the_processor_multiplies_it(
+    units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: units)
-    x = torch.ones(most + 1, 6)
-    for few, given in ((x[:most].bfloat16(), None), (x[:most], torch.bfloat16), (x[:8], None)):
-        assert kernels.few_rows(few, 6, 8, given) is not None
-    assert kernels.few_rows(x[:1].bfloat16(), 6, 1) is not None  # a kernel for a single row
-    for many, given in ((x.bfloat16(), None), (x, torch.bfloat16)):
-        assert kernels.few_rows(many, 6, 8, given) is None
+    x = torch.randn(kernels.BF16_ROWS, 6)
+    cases = [
+        (x.bfloat16(), None, units),
+        (x.bfloat16(), torch.float32, False),  # made of fp32
+        (x, torch.bfloat16, units),
+        (x, None, False),
+        (x.half(), None, False),
+        (x[1:].bfloat16(), None, False),  # too few
+    ]
+    for given, dtype, stays in cases:
+        few = kernels.few_rows(given, 6, 8, dtype)
+        assert few is not None
+        assert few.dtype == (torch.bfloat16 if stays else torch.float32)
+        assert torch.equal(few, given.to(few.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

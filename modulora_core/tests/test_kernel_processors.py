@@ -1,4 +1,4 @@
-"""What is spelled for some processors, on others: looking up in a table of sixteen, rounding to bf16, asking for bytes ahead."""
+"""What is spelled for some processors, on others: looking up in a table, rounding to bf16, multiplying it, asking for bytes ahead."""
 
 from __future__ import annotations
 
@@ -57,13 +57,34 @@ from modulora_core.kernels.conversions import narrow_row
 def kernel(numbers, out):
     narrow_row(numbers, out)
 
-bits = torch.randint(-2**31, 2**31, (1000, 67), generator=torch.Generator().manual_seed(0)).to(torch.int32)
-bits[:, 3:7] = torch.tensor([0x7F800001, -1, 1, 0x3F808000])  # NaN of both kinds, a subnormal number, a half
+bits = torch.randint(-2**31, 2**31, (999, 67), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+special = torch.tensor([0x7F800001, -1, 1, 0x3F808000])  # NaN of both kinds, a subnormal number, a half
+bits[::3, 3:7] = bits[1::3, 20:24] = bits[::2, 63:] = special
 for row in bits.view(torch.float32):
     out = torch.zeros(67, dtype=torch.bfloat16)
     kernel(row.numpy(), out.view(torch.int16).numpy())
     torch.testing.assert_close(out, row.bfloat16(), rtol=0, atol=0, equal_nan=True)
-print("vcvtneps2bf16" in "".join(kernel.inspect_asm().values()))
+print("vcvtne2ps2bf16" in "".join(kernel.inspect_asm().values()))
+"""
+
+MULTIPLY = """
+import numpy as np
+import torch
+from modulora_core.kernels import jit
+from modulora_core.kernels.product_loops import add_products_of_four, add_rows_of_four
+
+@jit()
+def kernel(x, w, forward, transposed):
+    add_products_of_four(x, 0, 0, w, 0, 0, x.shape[1], forward)
+    add_rows_of_four(x, 0, 0, len(w), w, 0, w.shape[1], transposed, 0, 0)
+
+generator = torch.Generator().manual_seed(0)
+x, w = (torch.randn(4, 96, generator=generator).bfloat16() for _ in range(2))
+forward, transposed = torch.zeros(4, 4), torch.ones(4, 96)
+kernel(*(a.view(torch.int16).numpy() for a in (x, w)), forward.numpy(), transposed.numpy())
+torch.testing.assert_close(forward.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-5)
+torch.testing.assert_close(transposed.double(), 1 + x[:, :4].double() @ w.double(), rtol=1e-5, atol=1e-5)
+print("vdpbf16ps" in "".join(kernel.inspect_asm().values()))
 """
 
 READ_AHEAD = """
@@ -97,6 +118,9 @@ NATIVE = ("", "")  # as numba finds it
         (ROUND, PLAIN, False),
         (ROUND, AVX2, False),
         (ROUND, NATIVE, torch.cpu._is_avx512_bf16_supported()),
+        (MULTIPLY, PLAIN, False),
+        (MULTIPLY, AVX2, False),
+        (MULTIPLY, NATIVE, torch.cpu._is_avx512_bf16_supported()),
         (READ_AHEAD, PLAIN, True),
         (READ_AHEAD, NATIVE, True),
     ],
@@ -106,6 +130,9 @@ NATIVE = ("", "")  # as numba finds it
         "round, SSE2",
         "round, AVX2",
         "round, this one",
+        "multiply, SSE2",
+        "multiply, AVX2",
+        "multiply, this one",
         "ahead, SSE2",
         "ahead, this one",
     ],

@@ -71,6 +71,25 @@ def test_products_are_those_of_the_decoded_weight(module: ModuleType, shape: tup
         assert bool(((y - expected).abs() <= bound + 1e-30).all())
 
 
+@pytest.mark.parametrize("n", [4, 7, 16, 33, 64])
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 96)], ids=str)
+def test_products_of_bf16_are_those_of_the_weight_rounded_to_it(
+    module: ModuleType, shape: tuple[int, int], n: int
+) -> None:
+    codes, scales, W = weight(*shape)
+    W = (codes.float() * scales[:, None]).bfloat16().double()
+    for transpose in (False, True):
+        features = W.shape[1] if transpose else W.shape[0]
+        x = torch.randn(n, W.shape[0] if transpose else W.shape[1]).bfloat16()
+        y = module.rows.matmul((codes, scales), x, features, transpose)
+        expected = x.double() @ (W if transpose else W.T)
+        # products of bf16 numbers are exact in fp32; the sums are as above
+        bound = x.shape[1] * 2.0**-23 * (x.double().abs() @ (W if transpose else W.T).abs())
+        assert y.dtype == torch.float32
+        assert y.shape == (n, features)
+        assert bool(((y - expected).abs() <= bound + 1e-30).all())
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_tiles_are_the_decoded_rows_to_the_bit(module: ModuleType, shape: tuple[int, int]) -> None:
     codes, scales, _ = weight(*shape)
@@ -90,15 +109,21 @@ def test_tiles_of_other_dtypes_are_rounded_as_torch_does(module: ModuleType, dty
     torch.testing.assert_close(tile, numbers[2:37].to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("n", [1, 6, 40])
-def test_the_bits_of_a_product_do_not_depend_on_the_number_of_threads(module: ModuleType, n: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "dtype"), [(1, torch.float32), (6, torch.float32), (40, torch.float32), (40, torch.bfloat16)]
+)
+def test_the_bits_of_a_product_do_not_depend_on_the_number_of_threads(
+    module: ModuleType, n: int, dtype: torch.dtype
+) -> None:
     codes, scales, _ = weight(300, 200)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            x, y = (torch.randn(n, k, generator=torch.Generator().manual_seed(k)) for k in (200, 300))
+            x, y = (
+                torch.randn(n, k, generator=torch.Generator().manual_seed(k)).to(dtype) for k in (200, 300)
+            )
             parts = [
                 module.rows.matmul((codes, scales), x, 300),
                 module.rows.matmul((codes, scales), y, 200, True),
@@ -111,15 +136,15 @@ def test_the_bits_of_a_product_do_not_depend_on_the_number_of_threads(module: Mo
 
 def test_what_is_beyond_the_weight_counts_nothing_whatever_is_in_memory(module: ModuleType) -> None:
     """Strips and vectors are padded: NaN left in scratch by another product must not reach a sum."""
-    codes, scales, W = weight(6, 20)
+    codes, scales, W = weight(7, 20)
     poisoned = codes, torch.full_like(scales, torch.nan)
-    for n in (1, 4):
-        x = torch.randn(n, 20)
+    for n, dtype in ((1, torch.float32), (4, torch.float32), (4, torch.bfloat16), (5, torch.bfloat16)):
+        x, y = torch.randn(n, 20).to(dtype), torch.randn(n, 7).to(dtype)
         for _ in range(4):  # so that scratch of the right size is free
-            module.rows.matmul(poisoned, x, 6)
-            module.rows.matmul(poisoned, torch.randn(n, 6), 20, True)
-        assert bool(module.rows.matmul((codes, scales), x, 6).isfinite().all())
-        assert bool(module.rows.matmul((codes, scales), torch.randn(n, 6), 20, True).isfinite().all())
+            module.rows.matmul(poisoned, x, 7)
+            module.rows.matmul(poisoned, y, 20, True)
+        assert bool(module.rows.matmul((codes, scales), x, 7).isfinite().all())
+        assert bool(module.rows.matmul((codes, scales), y, 20, True).isfinite().all())
     assert bool(W.isfinite().all())
 
 

@@ -12,7 +12,7 @@ Metadata: ``bits`` and ``group_size``.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -80,22 +80,18 @@ class HalfQuadratic(Quantizer):
             )
 
         def fill(start: int, stop: int, out: Tensor) -> None:
-            cpu.rows.dequantize((*_operands(packed, start, stop), bits, G, packed.shape[1]), 0, out)
+            cpu.rows.dequantize(_weight(packed, start, stop), 0, out)
 
         return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         """As the base class says; few rows on a CPU are multiplied while Ŵ is decoded, with fp32 sums."""
-        given, wanted = packed.shape if transpose else reversed(packed.shape)
         cpu = _kernels(packed.device)
-        few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [..., given]
-        if few is None:
-            return super().matmul(x, packed, transpose)
-        kernels.check_tensors(packed, _tensors)
-        operands = _operands(packed, 0, packed.shape[0])
-        weight = (*operands, packed.metadata["bits"], packed.metadata["group_size"], packed.shape[1])
-        y: Tensor = cpu.rows.matmul(weight, few, wanted, transpose)
-        return kernels.like_input(y, x)
+        y: Tensor | None = None
+        if cpu is not None:
+            weight = partial(_weight, packed, 0, packed.shape[0])
+            y = cpu.rows.product(x, packed.shape, weight, FEW_ROWS, transpose)
+        return super().matmul(x, packed, transpose) if y is None else y
 
 
 def _kernels(device: torch.device) -> Any:
@@ -128,3 +124,10 @@ def _operands(packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tens
         tensors[name][start:stop].to(torch.float32) * tensors["unit"] for name in ("scales", "offsets")
     )
     return tensors["codes"][start:stop], scales, offsets
+
+
+def _weight(packed: PackedWeight, start: int, stop: int) -> tuple[Any, ...]:
+    """The same as the kernels take it."""
+    kernels.check_tensors(packed, _tensors)
+    metadata = packed.metadata
+    return *_operands(packed, start, stop), metadata["bits"], metadata["group_size"], packed.shape[1]

@@ -10,7 +10,7 @@ Metadata: ``group_size``.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -95,8 +95,6 @@ class INT8(Quantizer):
         return _decode(table, (0, len(flat)), dtype).view(*ids.shape, in_features)
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
-        out_features, in_features = packed.shape
-        given, wanted = (out_features, in_features) if transpose else (in_features, out_features)
         gpu = _gpu(packed.device)
         if gpu is not None:
             kernels.check_tensors(packed, _tensors)
@@ -104,11 +102,11 @@ class INT8(Quantizer):
             if product is not None:
                 return product
         cpu = _kernels(packed.device)
-        few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [..., given]
-        if few is None:
-            return super().matmul(x, packed, transpose)
-        y: Tensor = cpu.rows.matmul(kernels.operands(packed, _operands), few, wanted, transpose)
-        return kernels.like_input(y, x)
+        y: Tensor | None = None
+        if cpu is not None:
+            weight = partial(kernels.operands, packed, _operands)
+            y = cpu.rows.product(x, packed.shape, weight, FEW_ROWS, transpose)
+        return super().matmul(x, packed, transpose) if y is None else y
 
 
 def _decode(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:

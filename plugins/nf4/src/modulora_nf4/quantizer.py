@@ -14,7 +14,7 @@ Metadata: ``block_size`` and ``double_quant``.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -101,8 +101,6 @@ class NF4(Quantizer):
         return decoded
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
-        out_features, in_features = packed.shape
-        given, wanted = (out_features, in_features) if transpose else (in_features, out_features)
         gpu = _gpu(packed.device)
         if gpu is not None:
             kernels.check_tensors(packed, _tensors)
@@ -110,11 +108,11 @@ class NF4(Quantizer):
             if product is not None:
                 return product
         cpu = _kernels(packed.device)
-        few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [..., given]
-        if few is None:
-            return super().matmul(x, packed, transpose)
-        y: Tensor = cpu.rows.matmul(_operands(packed, (0, out_features)), few, wanted, transpose)
-        return kernels.like_input(y, x)
+        y: Tensor | None = None
+        if cpu is not None:
+            weight = partial(_operands, packed, (0, packed.shape[0]))
+            y = cpu.rows.product(x, packed.shape, weight, FEW_ROWS, transpose)
+        return super().matmul(x, packed, transpose) if y is None else y
 
 
 def _kernels(device: torch.device) -> Any:

@@ -13,7 +13,7 @@ Metadata: ``bits``, ``group_size``, ``symmetric``, ``permuted``.
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -269,18 +269,21 @@ def _tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype, order
 
 def _stored_matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor:
     """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``, with the columns of Ŵ as they are stored."""
-    given, wanted = packed.shape if transpose else reversed(packed.shape)
     gpu = _gpu(packed.device)
     if gpu is not None:
         kernels.check_tensors(packed, _tensors)
-    if gpu is not None and (rows := gpu.few_rows(x, given)) is not None:
-        product: Tensor = gpu.matmul(rows, _gpu_weight(gpu, packed), transpose)
-        return product.view(*x.shape[:-1], wanted)
+        given, wanted = packed.shape if transpose else reversed(packed.shape)
+        rows = gpu.few_rows(x, given)
+        if rows is not None:
+            product: Tensor = gpu.matmul(rows, _gpu_weight(gpu, packed), transpose)
+            return product.view(*x.shape[:-1], wanted)
     cpu = _kernels(packed.device)
-    few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS)  # [..., given]
-    if few is None:
-        return tiled_matmul(
-            x, lambda start, stop, dtype: _tile(packed, (start, stop), dtype, None), packed.shape, transpose
-        )
-    y: Tensor = cpu.rows.matmul(kernels.operands(packed, _operands), few, wanted, transpose)
-    return kernels.like_input(y, x)
+    y: Tensor | None = None
+    if cpu is not None:
+        weight = partial(kernels.operands, packed, _operands)
+        y = cpu.rows.product(x, packed.shape, weight, FEW_ROWS, transpose)
+    if y is not None:
+        return y
+    return tiled_matmul(
+        x, lambda start, stop, dtype: _tile(packed, (start, stop), dtype, None), packed.shape, transpose
+    )

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.products import STRIP, RowKernels
+from modulora_core.kernels.product_templates import STRIP
+from modulora_core.kernels.products import RowKernels
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.cpu_vectors import add, load, multiply, multiply_add, spread, store
 from modulora_quip_sharp_e8.cpu_words import expand, half_of, has_byte_permutations, rows_together, spell_all

@@ -18,7 +18,7 @@ so each of its parts carries all of its codes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -282,17 +282,18 @@ def _rotated_matmul(x: Tensor, packed: PackedWeight, transpose: bool, dtype: tor
         codes, residual, bits = _operands(packed, slice(None), slice(None))
         y: Tensor = gpu.product(x, dtype, codes, residual, bits, columns, transpose)
         return y
-    given, wanted = (whole, columns) if transpose else (columns, whole)
     cpu = _kernels(packed.device)
-    few = None if cpu is None else kernels.few_rows(x, given, FEW_ROWS, dtype)  # [..., given]
-    if few is None:
+    few: Tensor | None = None
+    if cpu is not None:
+        weight = partial(_operands, packed, slice(None), slice(None))
+        few = cpu.rows.product(x, (whole, columns), weight, FEW_ROWS, transpose, dtype)
+    if few is not None:
+        return few
 
-        def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
-            return _decode(packed, slice(start, stop), slice(None), columns, dtype)
+    def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return _decode(packed, slice(start, stop), slice(None), columns, dtype)
 
-        if dtype == torch.bfloat16:
-            # rotated, inputs are in fp32; as coarse as they were, a CPU may multiply them faster
-            x = x.to(compute_dtype(dtype, x.device))
-        return tiled_matmul(x, tile, (whole, columns), transpose)
-    y = cpu.rows.matmul(_operands(packed, slice(None), slice(None)), few, wanted, transpose)
-    return kernels.like_input(y, x)
+    if dtype == torch.bfloat16:
+        # rotated, inputs are in fp32; as coarse as they were, a CPU may multiply them faster
+        x = x.to(compute_dtype(dtype, x.device))
+    return tiled_matmul(x, tile, (whole, columns), transpose)
