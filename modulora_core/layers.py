@@ -149,9 +149,8 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # as attributes they are looked up in Python, which decoding would notice
-        weight: Any = self._modules["weight"]
-        return lora_linear(x, weight.quantizer, weight.packed, self._parameters["bias"])
+        weight = self.weight
+        return lora_linear(x, weight.quantizer, weight.packed, self.bias)
 
     def extra_repr(self) -> str:
         return (
