@@ -84,6 +84,28 @@ def test_kernels_pack_to_the_bytes_of_the_reference(shape, options, generator, m
         assert torch.equal(tensor, compiled.tensors[key]), key
 
 
+def test_kernels_find_the_nearest_level_for_every_number_about_a_midpoint_or_the_end_of_a_cell(monkeypatch):
+    """AVX-512 looks a midpoint up by its cell of [-1, 1]: next to the ends of cells, and at 1, is where that could go wrong."""
+    levels = torch.tensor(reference.LEVELS)
+    edges = torch.cat(
+        [(levels[1:] + levels[:-1]) / 2, torch.arange(-31, 32) / 31, torch.arange(-16, 17) / 15.5]
+    )
+    edges = edges[edges.abs() <= 1].clamp(-1, 1)
+    steps = [edges]
+    for toward in (-2.0, 2.0):
+        near = edges
+        for _ in range(3):
+            near = near.nextafter(torch.tensor(toward))
+            steps.append(near.clamp(-1, 1))
+    values = torch.cat([torch.cat(steps), torch.linspace(-1, 1, 100_001)])
+    values = values[: len(values) // 63 * 63].view(-1, 63)
+    absmax = torch.tensor([1.0, 3.0, 0.7, 1e-3])[torch.arange(len(values)) % 4, None]
+    W = torch.cat([absmax, values * absmax], dim=1)  # each block begins with its largest
+    compiled = NF4(Options()).pack(W).tensors["codes"]
+    monkeypatch.setattr(kernels, "load", lambda module, device: None)
+    assert torch.equal(compiled, NF4(Options()).pack(W).tensors["codes"])
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_dequantize_tile_equals_rows_of_the_whole(data):

@@ -5,11 +5,14 @@ Everything works on the flat, row-major weight, as :mod:`modulora_nf4.cpu_decode
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
@@ -28,7 +31,9 @@ _INDEX = ir.IntType(64)
 _BYTES, _WHOLES, _FLOATS = (
     ir.VectorType(of, LANES) for of in (ir.IntType(8), ir.IntType(32), ir.FloatType())
 )
-_AT_ONCE = 4  # vectors: a lookup waits for the comparison before it, so those of several run side by side
+_AT_ONCE = 4  # vectors: a lookup waits for what is looked up, so those of several run side by side
+_CELLS = 32
+_SCALE = 15.5  # cells in 1: narrower than any two midpoints are apart, and -1 to 1, both a little more, is within 32 of them
 
 _PIECE = 8192  # elements that a thread takes at once: 4 KiB of codes and 32 KiB of values
 
@@ -47,6 +52,14 @@ def dequantize_absmax(
             out[i] = _DYNAMIC_MAP[codes[block]] * nested_absmax[block >> nested_shift] + offset[0]
 
 
+def _cells() -> tuple[list[float], list[int]]:
+    """Where [-1, 1] is cut into cells that hold one midpoint at most: that one, and how many midpoints are below the cell."""
+    ends = [(cell - _CELLS // 2) / _SCALE for cell in range(_CELLS + 1)]
+    within = [[float(m) for m in _MIDPOINTS if low <= m < high] for low, high in itertools.pairwise(ends)]
+    below = [sum(bool(m < low) for m in _MIDPOINTS) for low in ends[:-1]]
+    return [midpoints[0] if midpoints else math.inf for midpoints in within], below
+
+
 @jit()
 def _largest(bits: Any) -> Any:
     """The bits of max |x|: the maximum of integers is vectorised, and NaN is above all numbers."""
@@ -57,35 +70,51 @@ def _largest(bits: Any) -> Any:
 
 
 @intrinsic
-def _nearest_vectors(_context: Any, x: Any, _reciprocal: Any, q: Any, _vectors: Any) -> Any:
-    """:func:`_nearest` for so many vectors of sixteen."""
+def _nearest_vectors(_context: Any, x: Any, reciprocals: Any, _shift: Any, q: Any, _vectors: Any) -> Any:
+    """The codes of so many vectors of sixteen, in blocks of 2 to the ``shift``, sixteen or more: see :func:`_nearest`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, reciprocal, q, vectors = arguments
+        x, reciprocals, shift, q, vectors = arguments
         kinds = signature.args
-        factor = splat(builder, reciprocal, _FLOATS)
         for width, first in loops(builder, vectors, _AT_ONCE):
             for part in range(width):
                 k = builder.mul(builder.add(first, _INDEX(part)), _INDEX(LANES))
                 values = builder.load(pointer(context, builder, kinds[0], x, k, _FLOATS), align=4)
-                codes = _codes(context, builder, builder.fmul(values, factor))
-                place = pointer(context, builder, kinds[2], q, k, _BYTES)
+                block = builder.lshr(k, shift)
+                factor = builder.load(
+                    pointer(context, builder, kinds[1], reciprocals, block, _FLOATS.element)
+                )
+                codes = _codes(context, builder, builder.fmul(values, splat(builder, factor, _FLOATS)))
+                place = pointer(context, builder, kinds[3], q, k, _BYTES)
                 builder.store(builder.trunc(codes, _BYTES), place, align=1)
         return context.get_dummy_value()
 
-    return types.void(x, types.float32, q, types.int64), generate
+    return types.void(x, reciprocals, types.int64, q, types.int64), generate
 
 
 def _codes(context: Any, builder: Any, values: Any) -> Any:
-    """How many midpoints are below each value: found by halves where sixteen can be looked up in registers, else counted."""
+    """How many midpoints are below each value.
+
+    Found by its cell where 32 numbers can be looked up in registers, by halves where sixteen can, else counted.
+    """
     none = ir.Constant(_WHOLES, [0] * LANES)
 
     def more(codes: Any, midpoints: Any, count: int) -> Any:
         above = builder.fcmp_ordered(">", values, midpoints)
         return builder.add(codes, builder.select(above, ir.Constant(_WHOLES, [count] * LANES), none))
 
+    if has(context, "avx512f"):
+        midpoints, below = _cells()
+        scaled = builder.fmul(values, ir.Constant(_FLOATS, [_SCALE] * LANES), flags=("contract",))
+        placed = builder.fadd(scaled, ir.Constant(_FLOATS, [_CELLS / 2] * LANES), flags=("contract",))
+        cell = builder.fptosi(placed, _WHOLES)
+        return more(
+            _lookup_of_two(builder, below, cell, _WHOLES),
+            _lookup_of_two(builder, midpoints, cell, _FLOATS),
+            1,
+        )
     codes = none
-    if has(context, "avx2") or has(context, "avx512f"):
+    if has(context, "avx2"):
         table = ir.Constant(
             _FLOATS, [float(m) for m in _MIDPOINTS] + [0.0]
         )  # the last one is never looked at
@@ -98,12 +127,20 @@ def _codes(context: Any, builder: Any, values: Any) -> Any:
     return codes
 
 
+def _lookup_of_two(builder: Any, table: list[Any], index: Any, of: ir.VectorType) -> Any:
+    """``table[index & 31]`` by AVX-512, whose lookup is of two vectors."""
+    name = f"llvm.x86.avx512.vpermi2var.{'ps' if of is _FLOATS else 'd'}.512"
+    kind = ir.FunctionType(of, [of, _WHOLES, of])
+    halves = [ir.Constant(of, table[first : first + LANES]) for first in (0, LANES)]
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, kind, name), [halves[0], index, halves[1]]
+    )
+
+
 @jit()
 def _nearest(x: Any, reciprocal: Any, q: Any) -> None:
     """The number of midpoints that are strictly below ``x · reciprocal``: a tie takes the lower level."""
-    vectors = x.size // LANES
-    _nearest_vectors(x, reciprocal, q, vectors)
-    for k in range(vectors * LANES, x.size):
+    for k in range(x.size):
         v = x[k] * reciprocal
         code = np.int32(0)
         for m in _MIDPOINTS:
@@ -112,19 +149,26 @@ def _nearest(x: Any, reciprocal: Any, q: Any) -> None:
 
 
 @jit()
-def _quantize_piece(x: Any, x_bits: Any, size: int, codes: Any, absmax: Any, absmax_bits: Any) -> None:
+def _quantize_piece(x: Any, x_bits: Any, shift: int, codes: Any, absmax: Any, absmax_bits: Any) -> None:
     """Whole blocks, and perhaps a short last one."""
+    size, whole = 1 << shift, x.size >> shift
     q = np.empty(x.size + 1, np.uint8)
     q[x.size] = ZERO  # fills the last byte of an odd number of elements
-    for block in range(absmax.size):
-        start, stop = block * size, min((block + 1) * size, x.size)
-        absmax_bits[block] = _largest(x_bits[start:stop])
-        divisor = max(absmax[block], _SMALLEST)
-        if stop - start == size:
-            _nearest(x[start:stop], np.float32(1) / divisor, q[start:])
-        else:
-            absmax[block] = divisor
-            _nearest(x[start:stop] / divisor, np.float32(1), q[start:])
+    reciprocals = np.empty(whole, np.float32)
+    for block in range(whole):
+        absmax_bits[block] = _largest(x_bits[block * size : (block + 1) * size])
+        reciprocals[block] = np.float32(1) / max(absmax[block], _SMALLEST)
+    if size >= LANES:
+        _nearest_vectors(x, reciprocals, shift, q, whole * size // LANES)
+    else:
+        for block in range(whole):
+            start, stop = block * size, (block + 1) * size
+            _nearest(x[start:stop], reciprocals[block], q[start:stop])
+    if whole < absmax.size:
+        rest = x[whole * size :]
+        absmax_bits[whole] = _largest(x_bits[whole * size :])
+        absmax[whole] = max(absmax[whole], _SMALLEST)
+        _nearest(rest / absmax[whole], np.float32(1), q[whole * size :])
     for k in range(codes.size):
         codes[k] = (q[2 * k] << 4) | q[2 * k + 1]
 
@@ -138,5 +182,5 @@ def quantize(x: Any, shift: int, codes: Any, absmax: Any) -> None:
         a, b = piece * size, min((piece + 1) * size, x.size)
         c, d = a >> shift, (b + (1 << shift) - 1) >> shift
         _quantize_piece(
-            x[a:b], x_bits[a:b], 1 << shift, codes[a >> 1 : (b + 1) >> 1], absmax[c:d], absmax_bits[c:d]
+            x[a:b], x_bits[a:b], shift, codes[a >> 1 : (b + 1) >> 1], absmax[c:d], absmax_bits[c:d]
         )
