@@ -63,7 +63,7 @@ def _load(builder: Any, data: Any, index: Any, of: ir.VectorType) -> Any:
 
 def _add(context: Any, builder: Any, total: Any, a: Any, b: Any) -> None:
     """``total += a · b``, of sixteen numbers or of sixteen pairs of bf16 in words of 32 bits."""
-    if a.type == _VECTOR:
+    if a.type != _WORDS:
         multiply_add(builder, total, a, b)
     elif has(context, "avx512bf16"):
         operands = [builder.load(total), a, b]
@@ -107,12 +107,13 @@ def _products(rows: int, others: int) -> Any:
             to, to_length = matrix(context, builder, kinds[7], sums)
             x_rows = [_row(builder, x_data, x_length, r, i, x_start) for i in range(rows)]
             w_rows = [_row(builder, w_data, w_length, o, k, w_start) for k in range(others)]
-            of, at_once = _WORDS if is_bf16(kinds[0]) else _VECTOR, _INDEX(step(kinds[0]))
-            # sixteen sums and what is multiplied take 24 registers: with 512 bits there are 32, else 16 of half the size
-            together = others if has(context, "avx512f") or rows == 1 else 1
+            lanes, together = (LANES, others) if rows == 1 else _block(context)
+            of, at_once = ir.VectorType(_FLOAT, lanes), _INDEX(lanes)
+            if is_bf16(kinds[0]):
+                lanes, of, at_once = LANES, _WORDS, _INDEX(2 * LANES)
             # a multiplier waits four cycles for its own result: fewer than eight sums are made in parts
             parts = max(1, 2 * BLOCK // (rows * others))
-            totals = [[zeros(builder, parts) for _ in range(others)] for _ in range(rows)]
+            totals = [[zeros(builder, parts, lanes) for _ in range(others)] for _ in range(rows)]
             for first in range(0, others, together):
                 for width, vector in loops(builder, builder.sdiv(columns, at_once), parts):
                     for part in range(width):
@@ -133,8 +134,26 @@ def _products(rows: int, others: int) -> Any:
     return add_products
 
 
+def _block(context: Any) -> tuple[int, int]:
+    """How many lanes a sum has, and by how many rows of w four rows of x are multiplied at once: as many sums as registers hold.
+
+    Sixteen sums and what is multiplied take 24 of AVX-512's 32 registers; eight sums of half the size take 14 of AVX2's 16, and as many
+    loads as the multipliers can use; others have smaller ones.
+    """
+    if has(context, "avx512f"):
+        return LANES, BLOCK
+    return LANES // 2, 2 if has(context, "avx2") or has(context, "neon") else 1
+
+
 def _sum(builder: Any, parts: list[Any]) -> Any:
-    return functools.reduce(builder.fadd, [builder.load(part) for part in parts])
+    """The sum of some sums, with sixteen lanes, of which the last may be 0."""
+    found = functools.reduce(builder.fadd, [builder.load(part) for part in parts])
+    if found.type == _VECTOR:
+        return found
+    nothing = ir.Constant(found.type, [0.0] * found.type.count)
+    return builder.shuffle_vector(
+        found, nothing, ir.Constant(ir.VectorType(_LANE, LANES), list(range(LANES)))
+    )
 
 
 def _sums_of_rows(builder: Any, found: list[list[Any]]) -> list[Any]:

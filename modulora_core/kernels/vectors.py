@@ -101,11 +101,12 @@ def multiply_add(builder: Any, total: Any, a: Any, b: Any) -> None:
     builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
 
 
-def zeros(builder: Any, count: int) -> list[Any]:
-    """So many sums of sixteen lanes each, as allocas, set to 0 where this stands."""
-    totals = [cgutils.alloca_once(builder, _VECTOR) for _ in range(count)]
+def zeros(builder: Any, count: int, lanes: int = LANES) -> list[Any]:
+    """So many sums of sixteen lanes each, or fewer, as allocas, set to 0 where this stands."""
+    of = ir.VectorType(_FLOAT, lanes)
+    totals = [cgutils.alloca_once(builder, of) for _ in range(count)]
     for total in totals:  # an alloca is made where the function begins, and this may be in a loop
-        builder.store(ir.Constant(_VECTOR, [0.0] * LANES), total)
+        builder.store(ir.Constant(of, [0.0] * lanes), total)
     return totals
 
 
