@@ -128,7 +128,7 @@ class PackedWeight:
         device: where the tensors are.
 
     Raises:
-        CheckpointError: a tensor's name isn't ``[a-z][a-z0-9_]*``.
+        CheckpointError: there is no tensor, or a tensor's name isn't ``[a-z][a-z0-9_]*``.
     """
 
     quantizer: str
@@ -141,6 +141,10 @@ class PackedWeight:
     """What kernels keep beside it (:func:`modulora_core.kernels.operands`): made from the rest, and never stored."""
 
     def __post_init__(self) -> None:
+        if not self.tensors:
+            raise CheckpointError(
+                f"packed tensors of a {self.quantizer} weight: expected one at least, got none"
+            )
         for name in self.tensors:
             if not _TENSOR_NAME.fullmatch(name):
                 raise CheckpointError(f"name of a packed tensor: expected [a-z][a-z0-9_]*, got {name!r}")

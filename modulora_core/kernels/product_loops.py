@@ -1,4 +1,4 @@
-"""The inner loops of products, in kernels that numba compiles: sums of sixteen lanes that stay in registers.
+"""The inner loops of products, in kernels that numba compiles: sums of sixteen lanes, or of eight, that stay in registers.
 
     add_products    sums += X · Wᵀ     along the columns of both: each sum is of the lanes of one vector
     add_rows        sums += Y · W      along the rows of W: each sum is a vector of columns
@@ -47,14 +47,14 @@ _HIGH_PAIRS = [lane + 4 for lane in _LOW_PAIRS]
 _COLUMNS = [(k // 4 % 2) * LANES + k // 8 * 4 + k % 4 for k in range(2 * LANES)]
 
 
-def is_bf16(kind: Any) -> bool:
+def _is_bf16(kind: Any) -> bool:
     """Whether an array of this numba type holds the bits of bf16 numbers."""
     return kind.dtype is types.int16
 
 
 def step(kind: Any) -> int:
     """How many values of an array of this numba type one vector holds; columns must be a multiple of that."""
-    return 2 * LANES if is_bf16(kind) else LANES
+    return 2 * LANES if _is_bf16(kind) else LANES
 
 
 def _load(builder: Any, data: Any, index: Any, of: ir.VectorType) -> Any:
@@ -62,7 +62,7 @@ def _load(builder: Any, data: Any, index: Any, of: ir.VectorType) -> Any:
 
 
 def _add(context: Any, builder: Any, total: Any, a: Any, b: Any) -> None:
-    """``total += a · b``, of sixteen numbers or of sixteen pairs of bf16 in words of 32 bits."""
+    """``total += a · b``, of numbers, or of sixteen pairs of bf16 in words of 32 bits."""
     if a.type != _WORDS:
         multiply_add(builder, total, a, b)
     elif has(context, "avx512bf16"):
@@ -109,7 +109,7 @@ def _products(rows: int, others: int) -> Any:
             w_rows = [_row(builder, w_data, w_length, o, k, w_start) for k in range(others)]
             lanes, together = (LANES, others) if rows == 1 else _block(context)
             of, at_once = ir.VectorType(_FLOAT, lanes), _INDEX(lanes)
-            if is_bf16(kinds[0]):
+            if _is_bf16(kinds[0]):
                 lanes, of, at_once = LANES, _WORDS, _INDEX(2 * LANES)
             # a multiplier waits four cycles for its own result: fewer than eight sums are made in parts
             parts = max(1, 2 * BLOCK // (rows * others))
@@ -220,7 +220,7 @@ def _rows(rows: int) -> Any:
             most = BLOCK * LANES // step(kinds[4]) if has(context, "avx512f") or rows == 1 else 1
             for width, vector in loops(builder, builder.sdiv(columns, at_once), most):
                 offset = builder.mul(vector, at_once)
-                add = _add_pairs_of_rows if is_bf16(kinds[4]) else _add_each_row
+                add = _add_pairs_of_rows if _is_bf16(kinds[4]) else _add_each_row
                 add(context, builder, factors, count, w_data, w_length, offset, targets, width)
             return context.get_dummy_value()
 

@@ -79,11 +79,12 @@ def kernel(x, w, forward, transposed):
     add_rows_of_four(x, 0, 0, len(w), w, 0, w.shape[1], transposed, 0, 0)
 
 generator = torch.Generator().manual_seed(0)
-x, w = (torch.randn(4, 96, generator=generator).bfloat16() for _ in range(2))
-forward, transposed = torch.zeros(4, 4), torch.ones(4, 96)
-kernel(*(a.view(torch.int16).numpy() for a in (x, w)), forward.numpy(), transposed.numpy())
-torch.testing.assert_close(forward.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-5)
-torch.testing.assert_close(transposed.double(), 1 + x[:, :4].double() @ w.double(), rtol=1e-5, atol=1e-5)
+for dtype, bits in ((torch.bfloat16, torch.int16), (torch.float32, torch.float32)):
+    x, w = (torch.randn(4, 96, generator=generator).to(dtype) for _ in range(2))
+    forward, transposed = torch.zeros(4, 4), torch.ones(4, 96)
+    kernel(*(a.view(bits).numpy() for a in (x, w)), forward.numpy(), transposed.numpy())
+    torch.testing.assert_close(forward.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(transposed.double(), 1 + x[:, :4].double() @ w.double(), rtol=1e-5, atol=1e-5)
 print("vdpbf16ps" in "".join(kernel.inspect_asm().values()))
 """
 

@@ -109,6 +109,11 @@ def test_a_tensor_name_that_cannot_be_stored_is_refused(name: str) -> None:
         PackedWeight("mine", 1, (2, 3), {name: torch.ones(2)})
 
 
+def test_a_weight_without_tensors_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="of a toy weight: expected one at least"):
+        PackedWeight("toy", 1, (4, 4), {})
+
+
 def test_tensors_are_kept_contiguous() -> None:
     transposed = torch.arange(6).reshape(2, 3).t()
     kept = PackedWeight("mine", 1, (2, 3), {"codes": transposed}).tensors["codes"]

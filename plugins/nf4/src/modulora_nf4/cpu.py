@@ -165,10 +165,13 @@ def _quantize_piece(x: Any, x_bits: Any, shift: int, codes: Any, absmax: Any, ab
             start, stop = block * size, (block + 1) * size
             _nearest(x[start:stop], reciprocals[block], q[start:stop])
     if whole < absmax.size:
-        rest = x[whole * size :]
-        absmax_bits[whole] = _largest(x_bits[whole * size :])
+        start = whole * size
+        absmax_bits[whole] = _largest(x_bits[start:])
         absmax[whole] = max(absmax[whole], _SMALLEST)
-        _nearest(rest / absmax[whole], np.float32(1), q[whole * size :])
+        rest = x[start:] / absmax[whole]
+        vectors = rest.size // LANES if size >= LANES else 0
+        _nearest_vectors(rest, np.ones(1, np.float32), shift, q[start:], vectors)
+        _nearest(rest[vectors * LANES :], np.float32(1), q[start + vectors * LANES :])
     for k in range(codes.size):
         codes[k] = (q[2 * k] << 4) | q[2 * k + 1]
 
