@@ -50,7 +50,7 @@ class Options(BaseModel):
     @classmethod
     def _power_of_two(cls, value: int) -> int:
         if not 1 <= value <= 2**30 or value & (value - 1):
-            raise ValueError(f"block_size: expected a power of two from 1 to 2**30, got {value}")
+            raise ValueError("expected a power of two from 1 to 2**30")
         return value
 
 

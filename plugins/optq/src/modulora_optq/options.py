@@ -51,7 +51,7 @@ class Options(BaseModel):
     @classmethod
     def _group(cls, value: int) -> int:
         if value != WHOLE_ROW and value < SMALLEST_GROUP:
-            raise ValueError(f"group_size: expected {SMALLEST_GROUP} or more, or {WHOLE_ROW}, got {value}")
+            raise ValueError(f"expected {SMALLEST_GROUP} or more, or {WHOLE_ROW}")
         return value
 
     @property

@@ -115,7 +115,7 @@ def test_quantizing_it_again_is_refused_with_what_to_do(gptq: ModuleType, tmp_pa
         ({"is_marlin_format": True}, "Marlin"),
         ({"pack_dtype": "int16"}, "pack_dtype: expected int32, got int16"),
         ({"rotation": "hadamard"}, "rotation"),
-        ({"group_size": 8}, "'group_size': group_size: expected 16 or more"),
+        ({"group_size": 8}, "'group_size': expected 16 or more, or -1, got 8"),
         ({"dynamic": {"+:.*mlp": {"bits": 6}}}, r"dynamic '\+:\.\*mlp': bits: .* got 6"),
         ({"dynamic": {"(": {}}}, r"dynamic '\(': expected a regular expression"),
     ],
