@@ -37,6 +37,10 @@ SUMS = 2**14
 """How many sums of a transposed product are added to at once, where that leaves a panel of columns: 64 KiB, loaded and stored for each
 strip of rows."""
 
+GAP = 64
+"""Bytes between two decoded rows. Where their length is a power of two, as in most layers, a column of them, which a transposed product
+reads, would otherwise share a few lines of the L1 cache, and not stay there."""
+
 SCRATCH = 4096
 """fp32 values that are decoded before they are rounded to bf16: 16 KiB of the L1 cache."""
 
@@ -134,7 +138,7 @@ def many(weight: Any, columns: int, x: Any, y: Any) -> None:
     padded, whole = x.shape[1], n // BLOCK * BLOCK
     chunk, panel = min(CHUNK, padded), PANEL * 4 // x.itemsize
     for piece in prange((rows + _PIECE - 1) // _PIECE):
-        w = np.empty((STRIP, chunk), x.dtype)
+        w = np.empty((STRIP, chunk + GAP // x.itemsize), x.dtype)
         sums = np.empty((n, STRIP), np.float32)
         begin = _signed(piece) * _PIECE
         stop = min(begin + _PIECE, rows)
@@ -177,8 +181,8 @@ def many_transposed(weight: Any, rows: int, columns: int, y: Any, sums: Any) -> 
         share_of, start = _signed(piece) // chunks, _signed(piece) % chunks * chunk
         size, width = min(chunk, columns - start), min(chunk, padded - start)
         sums[share_of, :, start : start + width] = 0
-        w = np.empty((strip, width), y.dtype)
-        w[:, size:] = 0
+        w = np.empty((strip, width + GAP // y.itemsize), y.dtype)
+        w[:, size:width] = 0
         last = min((share_of + 1) * share, rows)
         for first in range(share_of * share, last, strip):
             count = min(strip, last - first)
