@@ -24,23 +24,29 @@ _LINE = 64
 """Bytes that come at once, on nearly all processors. Where it is more, some are asked for twice, which costs next to nothing."""
 
 _BYTE, _WHOLE, _INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-# LLVM's prefetch is told: to read, into all caches, not code
-_READ, _KEEP, _DATA = _WHOLE(0), _WHOLE(3), _WHOLE(1)
+
+NEAR, FAR = 3, 2
+"""Into all caches, and into all but the L1: for what is read so much later that it would take the place of what is read now."""
+
+
+def ask_for(builder: Any, place: Any, caches: int) -> None:
+    """Have the line at ``place``, a pointer to bytes, fetched, in an intrinsic. It may be anywhere, also where nothing may be read."""
+    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WHOLE, _WHOLE, _WHOLE])
+    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(ask, [place, _WHOLE(0), _WHOLE(caches), _WHOLE(1)])  # to read, and data
 
 
 @intrinsic
-def _ask_for(_context: Any, array: Any, _begin: Any, _stop: Any) -> Any:
+def _ask_for_lines(_context: Any, array: Any, _begin: Any, _stop: Any) -> Any:
     """The lines of bytes ``[begin, stop)`` of an array, none where it is empty. Asking changes nothing that a program can see."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, begin, stop = arguments
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WHOLE, _WHOLE, _WHOLE])
-        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         data = pointer(context, builder, signature.args[0], array, _INDEX(0), _BYTE)
         lines = builder.sdiv(builder.add(builder.sub(stop, begin), _INDEX(_LINE - 1)), _INDEX(_LINE))
         with cgutils.for_range(builder, lines) as loop:
             at = builder.add(begin, builder.mul(loop.index, _INDEX(_LINE)))
-            builder.call(ask, [builder.gep(data, [at]), _READ, _KEEP, _DATA])
+            ask_for(builder, builder.gep(data, [at]), NEAR)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.int64), generate
@@ -53,4 +59,4 @@ def read_ahead(array: Any, first: int, count: int) -> None:
     A kernel calls it before it reads these: what it asks for are as many bytes, :data:`AHEAD` further on.
     """
     begin = first * array.itemsize + AHEAD
-    _ask_for(array, begin, min(begin + count * array.itemsize, array.size * array.itemsize))
+    _ask_for_lines(array, begin, min(begin + count * array.itemsize, array.size * array.itemsize))

@@ -26,15 +26,15 @@ from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import halves_to_floats
-from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.vectors import LANES, matrix, pointer, splat
 from modulora_optq.cpu_row_product import (
+    add_run_2,
+    add_run_3,
+    add_run_4,
+    add_run_8,
     parts_of_byte,
-    product_2,
-    product_3,
-    product_4,
-    product_8,
     runs_of_groups,
+    sum_of,
 )
 
 _ROWS = LANES  # rows that a thread takes at once
@@ -45,8 +45,8 @@ _WHOLES, _FLOATS = ir.VectorType(_WHOLE, LANES), ir.VectorType(_FLOAT, LANES)
 
 def takes(weight: tuple[Any, ...]) -> bool:
     """Whether :func:`matmul_one` can multiply: no part of a row, and no group, ends inside of sixteen columns."""
-    bits, group, columns = (int(number) for number in weight[3:])
-    return columns % (LANES * parts_of_byte(bits)) == 0 and (group % LANES == 0 or group >= columns)
+    bits, group, columns = weight[3:]
+    return bool(columns % (LANES * parts_of_byte(bits)) == 0 and (group % LANES == 0 or group >= columns))
 
 
 @jit()
@@ -157,22 +157,25 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
         begin = np.int64(piece) * _ROWS
         stop = min(begin + _ROWS, rows)
         last = stop - begin - 1
-        scale, above = np.empty((groups, _ROWS), np.float32), np.zeros(_ROWS, np.float32)
+        scale = np.empty((groups, _ROWS), np.float32)
+        above, totals = np.zeros(_ROWS, np.float32), np.zeros((_ROWS, LANES), np.float32)
         for g in range(groups):
             _take_scales(scales, begin, last, g, scale)
             if zeros.size:
                 _add_zeros(
                     zeros, begin * zero_bytes, last, zero_bytes, bits, places, g, scale, sums[g], above
                 )
-        for o in range(begin, stop):
-            read_ahead(codes, o * row_bytes, row_bytes)
-            at, r = o * row_bytes, o - begin
+        at, count, start = begin * row_bytes, stop - begin, np.int64(0)
+        for run in range(ends.size):
+            end = np.int64(ends[run])
             if bits == 2:
-                product = product_2(codes, at, part, x, ends, group_of, scale, r)
+                add_run_2(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
             elif bits == 3:
-                product = product_3(codes, at, part, x, ends, group_of, scale, r)
+                add_run_3(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
             elif bits == 4:
-                product = product_4(codes, at, part, x, ends, group_of, scale, r)
+                add_run_4(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
             else:
-                product = product_8(codes, at, part, x, ends, group_of, scale, r)
-            y[0, o] = product - above[r]
+                add_run_8(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
+            start = end
+        for r in range(count):
+            y[0, begin + r] = sum_of(totals, r) - above[r]

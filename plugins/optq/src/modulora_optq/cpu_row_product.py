@@ -1,8 +1,9 @@
-"""The product of one row of x with one row of OPTQ's codes, in registers: see :mod:`modulora_optq.cpu_one_row`, which is made of them.
+"""Products of one row of x with sixteen rows of OPTQ's codes, in registers: see :mod:`modulora_optq.cpu_one_row`, which is made of them.
 
 Sixteen bytes hold codes of ⌈8 / bits⌉ times sixteen columns, at the same bits (:mod:`modulora_optq.packing`). They are loaded once, and
-each part of them is shifted down, looked up in a register, or converted, and multiplied by its x. Where a part comes to
-its next group its sum is scaled and added to that of the row.
+each part of them is shifted down, looked up in a register, or converted, and multiplied by its x. Before a part comes to
+its next group its sums are scaled and added to those of the row. The columns in between, a *run*, are multiplied by all rows
+before the next ones: where they are, and whose scales they take, is found once.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.prefetch import FAR, ask_for
 from modulora_core.kernels.vectors import (
     LANES,
     has,
     lookup,
     loops,
-    matrix,
     multiply_add,
     pointer,
     splat,
@@ -34,7 +35,6 @@ _SUMS = 4  # a multiplier waits for its own result: so many sums are made side b
 
 _INDEX, _WHOLE, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
-_HALF = ir.VectorType(ir.IntType(8), LANES // 2)
 _WHOLES = ir.VectorType(_WHOLE, LANES)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 
@@ -47,24 +47,21 @@ def _same(value: int) -> Any:
     return _lanes([value] * LANES)
 
 
-def _high_bits(builder: Any, plane: Any, j: Any, part: Any) -> Any:
-    """What bytes ``j ...`` of the plane of one bit a code hold of sixteen columns: that bit is the lowest where ``j`` is below ``part``.
+def _high_bytes(builder: Any, plane: Any, j: Any, part: Any) -> Any:
+    """Of the plane of one bit a code sixteen bytes, whose bit 2 p belongs to part p of the low bits at ``j``; others are of no meaning.
 
-    The plane has eight parts of ``part`` bytes, half as long as those of the low bits, so an odd one may begin after eight of the
-    columns: they are loaded by eights.
+    The plane has eight parts of ``part`` bytes, half as long as those of the low bits. An odd one may begin after eight of the columns, so
+    they are loaded by eights. From an odd one's byte another's bit comes to the next byte's highest, which isn't looked at.
     """
-    halves, shifts = [], []
-    for first in (0, LANES // 2):
-        at = builder.add(j, _INDEX(first))
+    words = ir.Constant(ir.VectorType(_INDEX, 2), ir.Undefined)
+    for half in range(2):
+        at = builder.add(j, _INDEX(half * LANES // 2))
         beyond = builder.icmp_signed(">=", at, part)
         byte = builder.select(beyond, builder.sub(at, part), at)
-        source = builder.bitcast(builder.gep(plane, [byte]), _HALF.as_pointer())
-        halves.append(builder.load(source, align=1))
-        shifts.append(splat(builder, builder.zext(beyond, _WHOLE), ir.VectorType(_WHOLE, LANES // 2)))
-    both = _lanes(range(LANES))
-    return builder.lshr(
-        builder.zext(builder.shuffle_vector(*halves, both), _WHOLES), builder.shuffle_vector(*shifts, both)
-    )
+        source = builder.bitcast(builder.gep(plane, [byte]), _INDEX.as_pointer())
+        word = builder.lshr(builder.load(source, align=1), builder.zext(beyond, _INDEX))
+        words = builder.insert_element(words, word, _WHOLE(half))
+    return builder.bitcast(words, _BYTES)
 
 
 @register_jitable
@@ -73,18 +70,26 @@ def parts_of_byte(bits: int) -> int:
     return 8 // (2 if bits == 3 else bits)
 
 
-def _index(builder: Any, bits: int, low_bits: Any, high_bits: Any, p: int) -> Any:
-    """The codes of part ``p``; there may be others above, which the caller doesn't look at."""
-    shifted = builder.lshr(low_bits, _same((2 if bits == 3 else bits) * p))
+def _steps(context: Any, builder: Any, bits: int, low_bits: Any, high_bytes: Any) -> list[Any]:
+    """How far the sixteen codes of each part are from the middle one, as floats."""
     if bits != 3:
-        return shifted
-    above = builder.lshr(high_bits, _same(2 * p - 2)) if p else builder.shl(high_bits, _same(2))
-    return builder.or_(builder.and_(shifted, _same(3)), builder.and_(above, _same(~3)))
+        return [
+            _step(context, builder, bits, builder.lshr(low_bits, _same(bits * p)))
+            for p in range(parts_of_byte(bits))
+        ]
+    if has(context, "avx512bw"):
+        return _steps_by_masks(context, builder, low_bits, high_bytes)
+    high_bits = builder.zext(high_bytes, _WHOLES)
+    steps = []
+    for p in range(parts_of_byte(bits)):
+        low = builder.and_(builder.lshr(low_bits, _same(2 * p)), _same(3))
+        above = builder.lshr(high_bits, _same(2 * p - 2)) if p else builder.shl(high_bits, _same(2))
+        steps.append(_step(context, builder, bits, builder.or_(low, builder.and_(above, _same(~3)))))
+    return steps
 
 
-def _steps(context: Any, builder: Any, bits: int, low_bits: Any, high_bits: Any, p: int) -> Any:
-    """How far the sixteen codes of part ``p`` are from the middle one, as floats."""
-    index = _index(builder, bits, low_bits, high_bits, p)
+def _step(context: Any, builder: Any, bits: int, index: Any) -> Any:
+    """How far codes are from the middle one; above their bits there may be others."""
     # where it is one instruction: AVX2's is of eight values
     looks_up = (bits < 8 and has(context, "avx512f")) or (bits < 4 and has(context, "avx2"))
     if looks_up:
@@ -94,76 +99,114 @@ def _steps(context: Any, builder: Any, bits: int, low_bits: Any, high_bits: Any,
     return builder.sitofp(builder.sub(codes, _same(_middle(bits))), _FLOATS)
 
 
+def _steps_by_masks(context: Any, builder: Any, low_bits: Any, high_bytes: Any) -> list[Any]:
+    """The same at 3 bits where sums take a mask, which a comparison makes: low bits are looked up, and 4 is taken off where no high is."""
+    table = ir.Constant(_FLOATS, [float(i % 4) for i in range(LANES)])
+    less, none = ir.Constant(_FLOATS, [-4.0] * LANES), ir.Constant(_BYTES, [0] * LANES)
+    steps = []
+    for p in range(parts_of_byte(3)):
+        low = lookup(context, builder, table, builder.lshr(low_bits, _same(2 * p)))
+        bit = builder.and_(high_bytes, ir.Constant(_BYTES, [1 << 2 * p] * LANES))
+        steps.append(builder.select(builder.icmp_unsigned("==", bit, none), builder.fadd(low, less), low))
+    return steps
+
+
 def _middle(bits: int) -> int:
     """The code that stands for zero in a symmetric weight."""
     return 1 << (bits - 1)
 
 
-def _row_product(bits: int) -> Any:
+def _run(bits: int) -> Any:
     """The intrinsic for a width."""
     parts = parts_of_byte(bits)
 
     @intrinsic
-    def row_product(
-        _context: Any, packed: Any, _row: Any, _part: Any, x: Any, ends: Any, groups: Any, scales: Any, _r: Any
+    def add_run(  # numba's types of the arguments, of which those of numbers are not read
+        _context: Any, packed: Any, _first: Any, _row_bytes: Any, _rows: Any, _part: Any, _start: Any, _end: Any, x: Any, groups: Any,
+        _run: Any, scales: Any, totals: Any,
     ) -> Any:  # fmt: skip
-        """Of the row that begins at ``packed[row]``, as if its zeros were the middle code.
-
-        Its low bits' parts are ``part`` bytes long, a multiple of sixteen. ``ends`` and ``groups`` are those of :func:`runs_of_groups`;
-        ``scales`` are fp32 ``[groups, rows]``, of which this one is number ``r``.
-        """
-
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            packed, row, part, x, ends, groups, scales, r = arguments
+            packed, first, row_bytes, rows, part, start, end, x, groups, run, scales, totals = arguments
             kinds = signature.args
 
-            def number(kind: int, array: Any, index: Any, of: Any) -> Any:
-                return builder.load(pointer(context, builder, kinds[kind], array, index, of))
+            def column(p: int, j: Any) -> Any:
+                at = builder.add(j, builder.mul(part, _INDEX(p)))
+                return builder.load(pointer(context, builder, kinds[7], x, at, _FLOATS), align=4)
 
-            def add_products(j: Any, sums: list[Any]) -> None:
+            def steps(data: Any, j: Any) -> list[Any]:
                 source = builder.bitcast(builder.gep(data, [j]), _BYTES.as_pointer())
                 low_bits = builder.zext(builder.load(source, align=1), _WHOLES)
-                high_bits = _high_bits(builder, high, j, half) if bits == 3 else None
-                for p, total in enumerate(sums):
-                    column = builder.add(j, builder.mul(part, _INDEX(p)))
-                    values = builder.load(pointer(context, builder, kinds[3], x, column, _FLOATS), align=4)
-                    multiply_add(
-                        builder, total, _steps(context, builder, bits, low_bits, high_bits, p), values
-                    )
+                plane, half = builder.gep(data, [part]), builder.sdiv(part, _INDEX(2))
+                high = _high_bytes(builder, plane, j, half) if bits == 3 else None
+                return _steps(context, builder, bits, low_bits, high)
 
-            data = pointer(context, builder, kinds[0], packed, row, ir.IntType(8))
-            of_group, step = matrix(context, builder, kinds[6], scales)
-            high, half = builder.gep(data, [part]), builder.sdiv(part, _INDEX(2))
+            of_parts = []  # of each part the scales of its group, a row at a time
+            for p in range(parts):
+                at = builder.add(builder.mul(run, _INDEX(parts)), _INDEX(p))
+                group = builder.load(pointer(context, builder, kinds[8], groups, at, _WHOLE))
+                at = builder.mul(builder.sext(group, _INDEX), _INDEX(LANES))
+                of_parts.append(pointer(context, builder, kinds[10], scales, at, _FLOAT))
             # of so many vectors; where registers are short, a vector is four of them
             at_once = max(1, _SUMS // parts) if has(context, "avx") else 1
-            totals = zeros(builder, parts)
-            begin = cgutils.alloca_once(builder, _INDEX)
-            builder.store(_INDEX(0), begin)
-            with cgutils.for_range(builder, matrix(context, builder, kinds[4], ends)[1]) as run:
+            vectors = builder.sub(builder.sdiv(builder.sub(end, start), _INDEX(LANES)), _INDEX(1))
+            data = pointer(context, builder, kinds[0], packed, first, ir.IntType(8))
+            ahead = builder.mul(row_bytes, _INDEX(LANES))
+            high_start = builder.add(part, builder.sdiv(start, _INDEX(2)))
+            with cgutils.for_range(builder, rows) as loop:
+                row = builder.gep(data, [builder.mul(loop.index, row_bytes)])
+                # where the next sixteen rows have what these have here
+                ask_for(builder, builder.gep(row, [builder.add(ahead, start)]), FAR)
+                if bits == 3:
+                    ask_for(builder, builder.gep(row, [builder.add(ahead, high_start)]), FAR)
                 sums = [zeros(builder, parts) for _ in range(at_once)]
-                first, end = builder.load(begin), builder.sext(number(4, ends, run.index, _WHOLE), _INDEX)
-                builder.store(end, begin)
-                vectors = builder.sdiv(builder.sub(end, first), _INDEX(LANES))
+                # many runs are one vector: not in a loop, so that nothing but its row is computed for each row
+                for p, value in enumerate(steps(row, start)):
+                    builder.store(builder.fmul(value, column(p, start), flags=("contract",)), sums[0][p])
                 for width, vector in loops(builder, vectors, at_once):
                     for k in range(width):
-                        j = builder.mul(builder.add(vector, _INDEX(k)), _INDEX(LANES))
-                        add_products(builder.add(first, j), sums[k])
-                for p, total in enumerate(totals):
-                    at = builder.add(builder.mul(run.index, _INDEX(parts)), _INDEX(p))
-                    group = builder.sext(number(5, groups, at, _WHOLE), _INDEX)
-                    place = builder.add(builder.mul(group, step), r)
-                    scale = splat(builder, builder.load(builder.gep(of_group, [place])), _FLOATS)
+                        more = builder.mul(builder.add(vector, _INDEX(k + 1)), _INDEX(LANES))
+                        j = builder.add(start, more)
+                        for p, value in enumerate(steps(row, j)):
+                            multiply_add(builder, sums[k][p], value, column(p, j))
+                at = builder.mul(loop.index, _INDEX(LANES))
+                total = pointer(context, builder, kinds[11], totals, at, _FLOATS)
+                added = builder.load(total, align=4)
+                for p, of_part in enumerate(of_parts):
+                    scale = splat(builder, builder.load(builder.gep(of_part, [loop.index])), _FLOATS)
                     of_run = functools.reduce(builder.fadd, [builder.load(of[p]) for of in sums])
-                    multiply_add(builder, total, of_run, scale)
-            return sum_of_lanes(builder, functools.reduce(builder.fadd, [builder.load(t) for t in totals]))
+                    product = builder.fmul(of_run, scale, flags=("contract",))
+                    added = builder.fadd(added, product, flags=("contract",))
+                builder.store(added, total, align=4)
+            return context.get_dummy_value()
 
         i64 = types.int64
-        return types.float32(packed, i64, i64, x, ends, groups, scales, i64), generate
+        return (
+            types.void(packed, i64, i64, i64, i64, i64, i64, x, groups, i64, scales, totals),
+            generate,
+        )
 
-    return row_product
+    return add_run
 
 
-product_2, product_3, product_4, product_8 = (_row_product(bits) for bits in (2, 3, 4, 8))
+add_run_2, add_run_3, add_run_4, add_run_8 = (_run(bits) for bits in (2, 3, 4, 8))
+"""``(packed, first, row_bytes, rows, part, start, end, x, groups, run, scales, totals)``: for so many rows, sixteen at most, the
+first of which begins at ``packed[first]``, add to ``totals[r]`` the products of the codes in bytes ``[start, end)`` of all parts, as if
+zeros were the middle code. Parts of the low bits are ``part`` bytes long, a multiple of sixteen, as are ``start`` and ``end``: those of
+run number ``run`` of :func:`runs_of_groups`, which gives ``groups``. ``scales`` are fp32 ``[groups, 16]``, and ``totals`` fp32
+``[16, 16]``: sums by lane."""
+
+
+@intrinsic
+def sum_of(_context: Any, totals: Any, _r: Any) -> Any:
+    """The sum of ``totals[r]``, of sixteen lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        totals, r = arguments
+        at = builder.mul(r, _INDEX(LANES))
+        place = pointer(context, builder, signature.args[0], totals, at, _FLOATS)
+        return sum_of_lanes(builder, builder.load(place, align=4))
+
+    return types.float32(totals, types.int64), generate
 
 
 @jit()
