@@ -111,8 +111,8 @@ def zeros(builder: Any, count: int, lanes: int = LANES) -> list[Any]:
 
 
 def sum_of_lanes(builder: Any, value: Any) -> Any:
-    """By halves: in one order on every processor."""
-    width = LANES // 2
+    """Of sixteen or another power of two, by halves: in one order on every processor."""
+    width = value.type.count // 2
     while width:
         lanes = ir.VectorType(_LANE, width)
         low, high = (

@@ -2,8 +2,8 @@
 
 In all kernels ``codes`` are int16 ``[rows, blocks]``, a code for eight columns, and ``residual`` is uint8 ``[rows, blocks]`` at 3
 bits, int16 likewise at 4, and at 2 bits not read: pass ``codes``. All arrays are C-contiguous. C is what the codes stand for, fp32
-``[rows, 8 · blocks]``, in units of the codebook. A point of E8P12 is one row of a table by its vector, times one by its signs, plus
-±1/4: exact in any order. The tables stay in the L1 cache.
+``[rows, 8 · blocks]``, in units of the codebook. They are decoded by words of nibbles where the processor permutes
+bytes (:mod:`modulora_quip_sharp_e8.cpu_words`), elsewhere by points (:mod:`modulora_quip_sharp_e8.cpu_points`).
 """
 
 from __future__ import annotations
@@ -15,40 +15,8 @@ import numpy as np
 from modulora_core.kernels import jit
 from modulora_core.kernels.product_templates import STRIP
 from modulora_core.kernels.products import RowKernels
-from modulora_quip_sharp_e8 import codebooks
-from modulora_quip_sharp_e8.cpu_vectors import add, load, multiply, multiply_add, spread, store
+from modulora_quip_sharp_e8.cpu_points import expand_points
 from modulora_quip_sharp_e8.cpu_words import expand, half_of, has_byte_permutations, rows_together, spell_all
-
-
-def _tables() -> tuple[Any, Any, Any]:
-    """``vectors[code >> 8] * signs[code & 255] + shift[code & 255]`` is the point: fp32 ``[256, 8]`` twice and ``[256]``."""
-    points = codebooks.e8p().numpy()
-    shift = np.float32(0.25) - np.float32(0.5) * np.array([i.bit_count() & 1 for i in range(256)], np.float32)
-    signs = np.sign(points[:256] - shift[:, None])  # vector 0 is (1/2)⁸
-    vectors = points[::256] - shift[0]  # signs 0 are none
-    return np.ascontiguousarray(vectors), np.ascontiguousarray(signs), shift
-
-
-_VECTORS, _SIGNS, _SHIFT = _tables()
-_E81 = codebooks.e81().numpy()
-_STEPS = np.array([codebooks.residual_step(bits) if bits > 2 else 0 for bits in range(5)], np.float32)
-
-
-@jit()
-def _point(code: int) -> Any:
-    """The point of the E8P12 code that int16 ``code`` holds."""
-    vector, signs = np.int64(code) >> 8 & 255, np.int64(code) & 255
-    return multiply_add(load(_VECTORS, 8 * vector), load(_SIGNS, 8 * signs), spread(_SHIFT[signs]))
-
-
-@jit()
-def decode_block(codes: Any, residual: Any, bits: int, o: int, j: int) -> Any:
-    """C of row ``o``, columns ``8 j`` to ``8 j + 7``."""
-    value = _point(codes[o, j])
-    if bits == 2:
-        return value
-    left = load(_E81, 8 * np.int64(residual[o, j])) if bits == 3 else _point(residual[o, j])
-    return add(value, multiply(left, spread(_STEPS[bits])))
 
 
 @jit()
@@ -70,19 +38,27 @@ def _decode_words(codes: Any, residual: Any, bits: int, row: int, block: int, co
 
 
 @jit()
-def _decode_blocks(
+def _points(codes: Any, residual: Any, bits: int, at: int, count: int, out: Any, to: int) -> None:
+    if bits == 2:
+        expand_points(codes, None, at, count, out, to)
+    else:
+        expand_points(codes, residual, at, count, out, to)
+
+
+@jit()
+def _decode_points(
     codes: Any, residual: Any, bits: int, row: int, block: int, columns: int, out: Any
 ) -> None:
+    blocks, step = codes.shape[1], out.shape[1]
     whole = columns // 8
-    step = out.shape[1]
     for r in range(len(out)):
-        for j in range(whole):
-            store(out, r * step + 8 * j, decode_block(codes, residual, bits, row + r, block + j))
+        at = (row + r) * blocks + block
+        _points(codes, residual, bits, at, whole, out, r * step)
         if 8 * whole < columns:
-            last = np.empty(8, np.float32)
-            store(last, 0, decode_block(codes, residual, bits, row + r, block + whole))
+            last = np.empty((1, 8), np.float32)
+            _points(codes, residual, bits, at + whole, 1, last, 0)
             for k in range(8 * whole, columns):
-                out[r, k] = last[k - 8 * whole]
+                out[r, k] = last[0, k - 8 * whole]
 
 
 @jit()
@@ -95,7 +71,7 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     if has_byte_permutations():
         _decode_words(codes, residual, bits, row, start // 8, columns, out)
     else:
-        _decode_blocks(codes, residual, bits, row, start // 8, columns, out)
+        _decode_points(codes, residual, bits, row, start // 8, columns, out)
 
 
 rows = RowKernels(decode)

@@ -4,9 +4,9 @@
 
 Arrays are as in :mod:`modulora_quip_sharp_e8.cpu`. What is decoded is multiplied in registers and never stored. A weight of out · in
 values takes out · in · bits / 8 bytes, read once. At 2 bits sixteen weights cost four operations, and their share of making words
-(:mod:`modulora_quip_sharp_e8.cpu_words`); where bytes can't be permuted a block of eight costs three loads from tables and two
-operations; twice that above 2 bits. The rotations take K + log₂ m operations a coordinate
-(:mod:`modulora_quip_sharp_e8.cpu_transform`), on one thread: to share them out would take longer.
+(:mod:`modulora_quip_sharp_e8.cpu_words`); where bytes can't be permuted a block of eight costs two loads from tables, two operations and
+about six to find its place in them (:mod:`modulora_quip_sharp_e8.cpu_points`); twice that above 2 bits. The rotations take K + log₂ m
+operations a coordinate (:mod:`modulora_quip_sharp_e8.cpu_transform`), on one thread: to share them out would take longer.
 """
 
 from __future__ import annotations
@@ -19,27 +19,43 @@ from numba import prange
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import from_half
-from modulora_quip_sharp_e8.cpu import decode_block
+from modulora_core.kernels.prefetch import read_ahead
+from modulora_quip_sharp_e8.cpu_points import dot_points, residual_scale
 from modulora_quip_sharp_e8.cpu_transform import LANES, OUTPUTS, rotate_rows
-from modulora_quip_sharp_e8.cpu_vectors import load, multiply_add, spread, total
 from modulora_quip_sharp_e8.cpu_words import dot, half_of, has_byte_permutations, rows_together, spell_all
 
 _ROWS = 16  # rows that a thread takes at once
+_RESIDUAL_SCALES = np.array([residual_scale(bits) for bits in range(5)], np.float32)
 
 
 @jit()
-def _four_times_one(codes: Any, residual: Any, bits: int, first: int, last: int, x: Any, y: Any) -> None:
-    """``y[0, first : first + 4] = C xᵀ`` for one row of ``x``; of the four rows of C those from ``last`` on aren't written."""
-    a, b, c, d = first, min(first + 1, last - 1), min(first + 2, last - 1), min(first + 3, last - 1)
-    none = spread(np.float32(0))
-    sum_a, sum_b, sum_c, sum_d = none, none, none, none
-    for j in range(codes.shape[1]):
-        eight = load(x, 8 * j)
-        sum_a = multiply_add(decode_block(codes, residual, bits, a, j), eight, sum_a)
-        sum_b = multiply_add(decode_block(codes, residual, bits, b, j), eight, sum_b)
-        sum_c = multiply_add(decode_block(codes, residual, bits, c, j), eight, sum_c)
-        sum_d = multiply_add(decode_block(codes, residual, bits, d, j), eight, sum_d)
-    y[0, a], y[0, b], y[0, c], y[0, d] = total(sum_a), total(sum_b), total(sum_c), total(sum_d)
+def _sums_of_blocks(x: Any, blocks: int) -> Any:
+    """``Σ x[0, 8 j : 8 j + 8]`` of each block j, fp32 ``[blocks]``."""
+    sums = np.empty(blocks, np.float32)
+    for j in range(blocks):
+        a, b, c, d, e, f, g, h = x[0, 8 * j : 8 * j + 8]
+        sums[j] = ((a + b) + (c + d)) + ((e + f) + (g + h))
+    return sums
+
+
+@jit()
+def _four_by_points(
+    codes: Any, residual: Any, bits: int, first: int, last: int, x: Any, sums: Any, y: Any
+) -> None:
+    """``y[0, first : first + 4] = C xᵀ``; of the four rows of C those from ``last`` on aren't written."""
+    blocks, end = codes.shape[1], last - 1
+    second, third, fourth = min(first + 1, end), min(first + 2, end), min(first + 3, end)
+    rows = first * blocks, second * blocks, third * blocks, fourth * blocks
+    read_ahead(codes, first * blocks, 4 * blocks)
+    found = dot_points(codes, rows, blocks, x, sums)
+    if bits > 2:
+        read_ahead(residual, first * blocks, 4 * blocks)
+        left, scale = dot_points(residual, rows, blocks, x, sums), _RESIDUAL_SCALES[bits]
+        for r in range(min(4, last - first)):
+            y[0, first + r] = found[r] + scale * left[r]
+    else:
+        for r in range(min(4, last - first)):
+            y[0, first + r] = found[r]
 
 
 @jit()
@@ -88,6 +104,7 @@ def forward_one(weight: Any, x: Any, y: Any) -> None:
     turned = np.zeros((1, 16 * ((blocks + 1) // 2)), np.float32)  # whole words
     z = np.empty((1, rows), np.float32)
     _rotate_one(x, input_scale, np.float32(1), matrix_in, K_in, False, turned)
+    sums = np.empty(0, np.float32) if has_byte_permutations() else _sums_of_blocks(turned, blocks)
     for piece in prange((rows + _ROWS - 1) // _ROWS):
         begin = np.int64(piece) * _ROWS
         stop = min(begin + _ROWS, rows)
@@ -98,5 +115,5 @@ def forward_one(weight: Any, x: Any, y: Any) -> None:
                 _one_by_words(codes, residual, bits, o, min(o + together, stop), turned, words, z)
         else:
             for o in range(begin, stop, 4):
-                _four_times_one(codes, residual, bits, o, stop, turned, z)
+                _four_by_points(codes, residual, bits, o, stop, turned, sums, z)
     _rotate_one(z, output_scale, unit[0], matrix_out, K_out, True, y)

@@ -6,8 +6,8 @@ tables of 256 by its byte (E8₁), or are the ``^`` of what is found by its two 
 gives 64 at once. Two codes make a word, even coordinates in its low half and odd ones in the high half. Of a word in eight lanes of 64
 bits, each shifted by four bits more than the last, every half begins with the nibble that belongs there: sixteen, in order.
 
-That takes about 50 operations for 64 codes and three for each sixteen values, where :func:`modulora_quip_sharp_e8.cpu.decode_block`
-takes ten for eight. ``words`` is int64 ``[2 · half]``: the words of E8P12's codes, then those of the residual's (:func:`spell_all`).
+That takes about 50 operations for 64 codes and three for each sixteen values, where :mod:`modulora_quip_sharp_e8.cpu_points` takes
+ten for eight. ``words`` is int64 ``[2 · half]``: the words of E8P12's codes, then those of the residual's (:func:`spell_all`).
 """
 
 from __future__ import annotations
