@@ -80,13 +80,11 @@ def lora_linear(
         _check_adapter(packed.shape, A, B, transpose)
     if input_scale is not None or output_scale is not None:
         _check_scales(x, packed.shape, input_scale, output_scale, transpose)
+    operands = (x, bias, A, B, input_scale, output_scale, quantizer, packed, scale, dropout, transpose)
     if (
         not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     ):  # decoding: a Function takes as long as a small layer
-        return _product(
-            x, bias, A, B, input_scale, output_scale, quantizer, packed, scale, dropout, transpose
-        )[0]
-    operands = (x, bias, A, B, input_scale, output_scale, quantizer, packed, scale, dropout, transpose)
+        return _product(*operands)[0]
     if torch.compiler.is_compiling():  # it can't know what a quantizer's compiled kernels do
         from modulora_core.uncompiled import uncompiled
 

@@ -149,8 +149,9 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        return lora_linear(x, weight.quantizer, weight.packed, self.bias)
+        # nn.Module's lookup of an attribute is a function in Python, which decoding would call twice a layer and token
+        weight: Any = self._modules["weight"]
+        return lora_linear(x, weight.quantizer, weight.packed, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         return (

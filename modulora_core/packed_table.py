@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from modulora_core.autograd import lora_linear
 from modulora_core.errors import ModelError
 from modulora_core.layers import PackedParameter, QuantLinear
 from modulora_core.spec import PackedWeight, Quantizer
@@ -85,6 +86,9 @@ class TiedHead(QuantLinear):
         super().__init__(table, bias)
         del self._modules["weight"]
         self.__dict__["weight"] = table  # past nn.Module, which would take it for a part of this one
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lora_linear(x, self.weight.quantizer, self.weight.packed, self.bias)
 
 
 def install_table(model: nn.Module, path: str, table: PackedTable) -> None:

@@ -35,7 +35,7 @@ class DecodingJob(ModelJob):
         return {**told, **self.loaded}
 
     def turn(self) -> tuple[float, dict[str, Any]]:
-        with PeakMemory() as peak, torch.no_grad(), self.method.running(training=False):
+        with PeakMemory() as peak, torch.inference_mode(), self.method.running(training=False):
             started = time.perf_counter()
             tokens = self.method.decode(self.model, self._prompt, self._length)
             seconds = time.perf_counter() - started

@@ -52,6 +52,7 @@ than this hardly read faster from one memory."""
 BF16_ROWS = 8
 """From how many rows on few-row products multiply bf16 as bf16, where the processor does: fewer are as fast in fp32, which rounds less."""
 
+_FEW_ROWS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ONE_LAUNCH = threading.Lock()
 
 
@@ -69,24 +70,16 @@ def _numba() -> ModuleType | None:
         return None
 
 
+@cache  # of both: a layer asks for its modules each token
 def load(module: str, device: torch.device) -> ModuleType | None:
     """A plugin's module of kernels; None where they can't run: off the CPU, and without numba.
 
     That numba is missing is said in one warning a process.
     """
-    return _load(module) if device.type == "cpu" else None
+    return importlib.import_module(module) if device.type == "cpu" and _numba() is not None else None
 
 
 @cache
-def _load(module: str) -> ModuleType | None:
-    return None if _numba() is None else _load_module(module)
-
-
-@cache
-def _load_module(module: str) -> ModuleType:
-    return importlib.import_module(module)
-
-
 def load_triton(module: str, device: torch.device) -> ModuleType | None:
     """A plugin's module of Triton kernels; None where they don't run.
 
@@ -94,7 +87,7 @@ def load_triton(module: str, device: torch.device) -> ModuleType | None:
     ``TRITON_INTERPRET=1`` in the environment, which Triton reads once, they run on CPU tensors: that is how they are tested.
     """
     if device.type == "cuda" or (device.type == "cpu" and triton_is_interpreted()):
-        return None if _triton() is None else _load_module(module)
+        return None if _triton() is None else importlib.import_module(module)
     return None
 
 
@@ -194,7 +187,7 @@ def operands(packed: PackedWeight, make: Callable[[PackedWeight], tuple[Any, ...
         make: checks the tensors (:func:`check_tensors`); gives numbers, and views of the tensors. No copies: they would be kept, and
             wouldn't follow when a tensor is changed in place.
     """
-    memory = [tensor.data_ptr() for tensor in packed.tensors.values()]
+    memory = [*map(Tensor.data_ptr, packed.tensors.values())]
     known = packed.kept.get(make)
     if known is not None and known[0] == memory:
         made: tuple[Any, ...] = known[1]
@@ -216,8 +209,12 @@ def launch(kernel: Callable[..., None], *arguments: Any) -> None:
     One kernel runs at a time: numba's layer "workqueue", the one that is always there, ends the process when
     it is entered from two threads, and two kernels at once have no more cores than one.
     """
+    run(kernel, *[_array(a) for a in arguments])
+
+
+def run(kernel: Callable[..., None], *arrays: Any) -> None:
+    """What :func:`launch` does, where arguments are arrays, and numbers, already."""
     numba = prepared_numba()
-    arrays = [_array(a) for a in arguments]
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _ONE_LAUNCH:
         before = numba.get_num_threads()
@@ -300,16 +297,33 @@ def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = No
     Args:
         dtype: of the inputs, where ``x`` was made of them in another one.
     """
-    dtype = x.dtype if dtype is None else dtype
-    if not x.is_cpu or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    size = x.numel()
+    if not x.is_cpu or x.dtype not in _FEW_ROWS_DTYPES or x.dim() == 0 or x.shape[-1] != features:
         return None
-    if x.dim() == 0 or x.shape[-1] != features or not 0 < x.numel() <= most * features:
+    if not 0 < size <= most * features:
         return None
     wanted = torch.float32
-    if dtype is torch.bfloat16 and x.numel() >= BF16_ROWS * features:
-        wanted = compute_dtype(dtype, x.device)
+    if size >= BF16_ROWS * features and (x.dtype if dtype is None else dtype) is torch.bfloat16:
+        wanted = compute_dtype(torch.bfloat16, x.device)
     rows = x.detach() if x.requires_grad else x
     return (rows if rows.dtype is wanted else rows.to(wanted)).contiguous()
+
+
+def product_of_one(kernel: Callable[..., None], weight: tuple[Any, ...], x: Tensor, features: int) -> Tensor:
+    """The product of a single row with a packed weight, which decoding asks for once a layer and token.
+
+    Args:
+        kernel: ``kernel(weight, x, y)`` writes all of ``y``, fp32 ``[1, features]``, of ``x``, fp32 ``[1, given]``.
+        weight: what it reads, as :func:`launch` takes it.
+        x: fp32 ``[..., given]`` of one row, as :func:`few_rows` gives it.
+
+    Returns:
+        fp32 ``[..., features]``.
+    """
+    row: NDArray[Any] = x.numpy()
+    y = np.empty((*row.shape[:-1], features), np.float32)
+    run(kernel, _array(weight), row.reshape(1, row.size), y.reshape(1, features))
+    return torch.from_numpy(y)
 
 
 def rows_of(x: Tensor | NDArray[Any]) -> NDArray[Any]:

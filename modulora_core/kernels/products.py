@@ -41,6 +41,7 @@ from modulora_core.kernels import (
     jit,
     launch,
     like_input,
+    product_of_one,
     room_for,
     rows_of,
 )
@@ -139,12 +140,12 @@ class RowKernels:
         """
         if transpose:
             return self._transposed(weight, x, features)
+        given = x.shape[-1]
+        if self._one_row is not None and x.numel() == given and self._takes(weight):
+            return product_of_one(self._one_row, weight, x, features)
         rows, y = rows_of(x), room_for(x, features)
-        n, given = rows.shape
-        if n >= BLOCK:
+        if len(rows) >= BLOCK:
             launch(self._many[x.dtype], weight, given, _whole_vectors(x), rows_of(y))
-        elif n == 1 and self._one_row is not None and self._takes(weight):
-            launch(self._one_row, weight, rows, rows_of(y))
         else:
             launch(self._few, weight, rows, rows_of(y))
         return torch.from_numpy(y)

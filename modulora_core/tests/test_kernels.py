@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
     sys.path.remove(str(folder))
     sys.modules.pop("outsiders_kernels", None)
-    kernels._load.cache_clear()
+    kernels.load.cache_clear()
 
 
 @pytest.fixture(scope="module")
