@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from modulora_core.kernels.vectors import has, matrix, multiply_add, splat, sum_of_lanes, zeros
+from modulora_core.kernels.vectors import assembly, has, matrix, multiply_add, splat, sum_of_lanes, zeros
 from modulora_quip_sharp_e8 import codebooks
 
 _BYTE, _CODE, _WHOLE, _INDEX = (ir.IntType(width) for width in (8, 16, 32, 64))
@@ -50,28 +50,18 @@ def _table(builder: Any, name: str, rows: list[Any]) -> Any:
     return cgutils.global_constant(builder, name, table)
 
 
-def _row(builder: Any, table: Any, word: Any, bit: int) -> Any:
-    """The row, or the number, whose index are eight bits of ``word``, from ``bit`` on: they are moved to where they count rows in bytes."""
-    of = table.type.pointee.element
-    width = 5 if of == _EIGHT else 2  # rows of 32 bytes, numbers of 4
-    kind = ir.FunctionType(_INDEX, [_INDEX] * 3)
-    turn = cgutils.get_or_insert_function(builder.module, kind, "llvm.fshr.i64")
-    turned = builder.call(turn, [word, word, _INDEX((bit - width) % 64)])
-    offset = builder.and_(turned, _INDEX(255 << width))
-    place = builder.gep(builder.bitcast(table, _BYTE.as_pointer()), [offset])
-    return builder.load(builder.bitcast(place, of.as_pointer()))
-
-
 class _Points:
     """Looks up codes in an intrinsic that is generated.
 
     Args:
         kind: numba's type of the array of codes: int16 for E8P12, uint8 for E8₁.
         scale: what points of E8₁ are multiplied by, and rounded.
+        named: whether bits are turned by an instruction of BMI2, by its name. LLVM prefers shifts, which change their register and so cost
+            a copy; where more is looked up it puts them in a better order.
     """
 
-    def __init__(self, builder: Any, kind: Any, scale: float = 1.0) -> None:
-        self._builder, self.are_leaves = builder, kind.dtype == types.uint8
+    def __init__(self, builder: Any, kind: Any, scale: float = 1.0, *, named: bool = False) -> None:
+        self._builder, self.are_leaves, self._named = builder, kind.dtype == types.uint8, named
         if self.are_leaves:
             leaves = codebooks.e81() * scale
             self._leaves = _table(builder, "leaves", leaves.tolist())
@@ -90,15 +80,30 @@ class _Points:
 
     def point(self, code: tuple[Any, int], *, shifted: bool = True) -> Any:
         """The eight coordinates; without its ±1/4 where it isn't to be ``shifted``."""
-        builder, (word, bit) = self._builder, code
         if self.are_leaves:
-            return _row(builder, self._leaves, word, bit)
-        vector, signs = _row(builder, self._vectors, word, bit + 8), _row(builder, self._signs, word, bit)
-        product = builder.fmul(vector, signs, flags=("contract",))
+            return self._row(self._leaves, code, 0)
+        builder = self._builder
+        product = builder.fmul(
+            self._row(self._vectors, code, 1), self._row(self._signs, code, 0), flags=("contract",)
+        )
         if not shifted:
             return product
-        shift = splat(builder, _row(builder, self._shift, word, bit), _EIGHT)
+        shift = splat(builder, self._row(self._shift, code, 0), _EIGHT)
         return builder.fadd(product, shift, flags=("contract",))
+
+    def _row(self, table: Any, code: tuple[Any, int], of_byte: int) -> Any:
+        """The row of a table, or its number, by a byte of a code: its eight bits are turned to where they count rows in bytes."""
+        builder, (word, bit) = self._builder, code
+        of = table.type.pointee.element
+        width = 5 if of == _EIGHT else 2  # rows of 32 bytes, numbers of 4
+        turn = (bit + 8 * of_byte - width) % 64
+        if self._named:
+            turned = assembly(builder, f"rorxq $${turn}, $1, $0", _INDEX, [word], "=r,r")
+        else:
+            turned = builder.or_(builder.lshr(word, _INDEX(turn)), builder.shl(word, _INDEX(64 - turn)))
+        offset = builder.and_(turned, _INDEX(255 << width))
+        place = builder.gep(builder.bitcast(table, _BYTE.as_pointer()), [offset])
+        return builder.load(builder.bitcast(place, of.as_pointer()))
 
 
 def _step(residual: Any) -> float:
@@ -164,7 +169,7 @@ def dot_points(_context: Any, codes: Any, rows: Any, _count: Any, x: Any, sums: 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, rows, count, x, sums = arguments
         kinds = signature.args
-        points = _Points(builder, kinds[0])
+        points = _Points(builder, kinds[0], named=has(context, "bmi2"))
         source, factors, of_blocks = (
             matrix(context, builder, kinds[i], array)[0] for i, array in ((0, codes), (3, x), (4, sums))
         )
