@@ -20,6 +20,7 @@ from modulora_core.kernels.product_loops import (
     add_rows_of_four,
     add_rows_of_one,
 )
+from modulora_core.kernels.scratch import scratch
 
 STRIP = 16
 """Rows of Ŵ that are decoded before they are multiplied, where X has four rows or more."""
@@ -68,7 +69,7 @@ def rounded(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """A decoder like ``decode``, but that ``out`` holds the bits of bf16 numbers."""
     width = max(1, min(CHUNK, columns))
     together = min(len(out), SCRATCH // width)
-    w = np.empty((together, width), np.float32)
+    w = scratch(together, width, np.float32)
     for first in range(0, len(out), together):
         count = min(together, len(out) - first)
         for at in range(0, columns, width):
@@ -91,7 +92,7 @@ def few(weight: Any, x: Any, y: Any) -> None:
     n, columns = x.shape
     rows = y.shape[1]
     for piece in prange((rows + _PIECE - 1) // _PIECE):
-        w = np.empty((2, columns), np.float32)
+        w = scratch(2, columns, np.float32)
         first = _signed(piece) * _PIECE
         last = min(first + _PIECE, rows)
         for o in range(first, last, 2):
@@ -121,7 +122,8 @@ def few_transposed(weight: Any, columns: int, y: Any, sums: Any) -> None:
         part, start = _signed(piece) // chunks, _signed(piece) % chunks * CHUNK
         stop, last = min(start + CHUNK, columns), min((part + 1) * share, rows)
         sums[part, :, start:stop] = 0
-        w = np.zeros((4, stop - start), np.float32)
+        w = scratch(4, stop - start, np.float32)
+        w[:] = 0
         for o in range(part * share, last, 4):
             four = min(4, last - o)
             decode(weight, o, start, stop - start, w[:four])
@@ -138,8 +140,8 @@ def many(weight: Any, columns: int, x: Any, y: Any) -> None:
     padded, whole = x.shape[1], n // BLOCK * BLOCK
     chunk, panel = min(CHUNK, padded), PANEL * 4 // x.itemsize
     for piece in prange((rows + _PIECE - 1) // _PIECE):
-        w = np.empty((STRIP, chunk + GAP // x.itemsize), x.dtype)
-        sums = np.empty((n, STRIP), np.float32)
+        w = scratch(STRIP, chunk + GAP // x.itemsize, x.dtype)
+        sums = scratch(n, STRIP, np.float32)
         begin = _signed(piece) * _PIECE
         stop = min(begin + _PIECE, rows)
         for first in range(begin, stop, STRIP):
@@ -181,7 +183,7 @@ def many_transposed(weight: Any, rows: int, columns: int, y: Any, sums: Any) -> 
         share_of, start = _signed(piece) // chunks, _signed(piece) % chunks * chunk
         size, width = min(chunk, columns - start), min(chunk, padded - start)
         sums[share_of, :, start : start + width] = 0
-        w = np.empty((strip, width + GAP // y.itemsize), y.dtype)
+        w = scratch(strip, width + GAP // y.itemsize, y.dtype)
         w[:, size:width] = 0
         last = min((share_of + 1) * share, rows)
         for first in range(share_of * share, last, strip):
