@@ -15,6 +15,7 @@ import numpy as np
 from modulora_core.kernels import jit
 from modulora_core.kernels.product_templates import STRIP
 from modulora_core.kernels.products import RowKernels
+from modulora_core.kernels.scratch import scratch
 from modulora_quip_sharp_e8.cpu_points import expand_points
 from modulora_quip_sharp_e8.cpu_words import expand, half_of, has_byte_permutations, rows_together, spell_all
 
@@ -24,7 +25,7 @@ def _decode_words(codes: Any, residual: Any, bits: int, row: int, block: int, co
     blocks, step = codes.shape[1], out.shape[1]
     taken = (columns + 7) // 8
     together = rows_together(blocks, STRIP) if taken == blocks else 1
-    words = np.empty(2 * half_of(together * taken), np.int64)
+    words = scratch(2, half_of(together * taken), np.int64)
     for first in range(0, len(out), together):
         count = min(together, len(out) - first)
         spell_all(codes, residual, bits, (row + first) * blocks + block, count * taken, words)

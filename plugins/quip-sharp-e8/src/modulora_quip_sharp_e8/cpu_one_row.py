@@ -20,6 +20,7 @@ from numba import prange
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import from_half
 from modulora_core.kernels.prefetch import read_ahead
+from modulora_core.kernels.scratch import scratch
 from modulora_quip_sharp_e8.cpu_points import dot_points, residual_scale
 from modulora_quip_sharp_e8.cpu_transform import LANES, OUTPUTS, rotate_rows
 from modulora_quip_sharp_e8.cpu_words import dot, half_of, has_byte_permutations, rows_together, spell_all
@@ -84,9 +85,9 @@ def _rotate_one(x: Any, scale: Any, unit: Any, matrix: Any, K: int, after: bool,
     factors = np.empty(n, np.float32)
     for i in range(n):
         factors[i] = norm if after else norm * from_half(scale[i])
-    scratch = np.empty(n + (K + OUTPUTS) * LANES, np.float32)
+    room = scratch(1, n + (K + OUTPUTS) * LANES, np.float32)[0]
     flat = out.reshape(out.size)[:n]
-    rotate_rows(x, factors, matrix, K, factors[:0], 0, 1, scratch, flat.reshape(1, n))
+    rotate_rows(x, factors, matrix, K, factors[:0], 0, 1, room, flat.reshape(1, n))
     if after:
         for i in range(n):
             flat[i] *= from_half(scale[i]) * unit
@@ -101,8 +102,8 @@ def forward_one(weight: Any, x: Any, y: Any) -> None:
     """
     codes, residual, bits, input_scale, output_scale, unit, matrix_in, K_in, matrix_out, K_out = weight
     rows, blocks = codes.shape
-    turned = np.zeros((1, 16 * ((blocks + 1) // 2)), np.float32)  # whole words
-    z = np.empty((1, rows), np.float32)
+    turned, z = scratch(1, 16 * ((blocks + 1) // 2), np.float32), scratch(1, rows, np.float32)  # whole words
+    turned[:] = 0
     _rotate_one(x, input_scale, np.float32(1), matrix_in, K_in, False, turned)
     sums = np.empty(0, np.float32) if has_byte_permutations() else _sums_of_blocks(turned, blocks)
     for piece in prange((rows + _ROWS - 1) // _ROWS):
@@ -110,7 +111,7 @@ def forward_one(weight: Any, x: Any, y: Any) -> None:
         stop = min(begin + _ROWS, rows)
         if has_byte_permutations():
             together = rows_together(blocks, _ROWS)
-            words = np.empty(2 * half_of(together * blocks), np.int64)
+            words = scratch(2, half_of(together * blocks), np.int64)
             for o in range(begin, stop, together):
                 _one_by_words(codes, residual, bits, o, min(o + together, stop), turned, words, z)
         else:
