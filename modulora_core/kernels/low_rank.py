@@ -69,7 +69,7 @@ def add_expanded(u: Any, w: Any, keep: Any, y: Any) -> None:
     rank, padded = w.shape
     for piece in prange((n + _PIECE - 1) // _PIECE):
         sums = np.empty((BLOCK, PANEL), np.float32)
-        begin = np.int64(piece) * _PIECE
+        begin: Any = np.int64(piece) * _PIECE
         stop = min(begin + _PIECE, n)
         for start in range(0, padded, PANEL):
             part = min(PANEL, padded - start)

@@ -88,7 +88,7 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
     rows, columns = codes.shape
     groups = scales.shape[1]
     for piece in prange((rows + _ROWS - 1) // _ROWS):
-        begin = np.int64(piece) * _ROWS
+        begin: Any = np.int64(piece) * _ROWS
         for o in range(begin, min(begin + _ROWS, rows)):
             read_ahead(codes, o * columns, columns)
             y[0, o] = _row_product(codes, o * columns, columns, scales, o * groups, group, x) * INVERSE

@@ -101,7 +101,7 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
     apart = np.empty(columns, np.float32)
     _apart(x[0], apart)
     for piece in prange((rows + _ROWS - 1) // _ROWS):
-        begin = np.int64(piece) * _ROWS
+        begin: Any = np.int64(piece) * _ROWS
         for o in range(begin, min(begin + _ROWS, rows)):
             read_ahead(codes, o * columns // 2, columns // 2)
             y[0, o] = _row_product(codes, absmax, shift, apart, o * columns, columns)

@@ -86,7 +86,7 @@ def dequantize_permuted(weight: Any, first: int, order: Any, out: Any) -> None:
     count, n = out.shape
     for piece in prange((count + _ROWS - 1) // _ROWS):
         w, columns = np.empty((4, n), np.float32), np.empty(4 * n, np.float32)
-        begin = np.int64(piece) * _ROWS
+        begin: Any = np.int64(piece) * _ROWS
         stop = min(begin + _ROWS, count)
         for o in range(begin, stop, 4):
             four = out[o : min(o + 4, stop)]

@@ -154,7 +154,7 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
     places, sums = _places(bits, groups), _sums_of_groups(x[0], group, groups)
     row_bytes, zero_bytes = codes.size // max(1, rows), zeros.size // max(1, rows)
     for piece in prange((rows + _ROWS - 1) // _ROWS):
-        begin = np.int64(piece) * _ROWS
+        begin: Any = np.int64(piece) * _ROWS
         stop = min(begin + _ROWS, rows)
         last = stop - begin - 1
         scale = np.empty((groups, _ROWS), np.float32)

@@ -107,7 +107,7 @@ def forward_one(weight: Any, x: Any, y: Any) -> None:
     _rotate_one(x, input_scale, np.float32(1), matrix_in, K_in, False, turned)
     sums = np.empty(0, np.float32) if has_byte_permutations() else _sums_of_blocks(turned, blocks)
     for piece in prange((rows + _ROWS - 1) // _ROWS):
-        begin = np.int64(piece) * _ROWS
+        begin: Any = np.int64(piece) * _ROWS
         stop = min(begin + _ROWS, rows)
         if has_byte_permutations():
             together = rows_together(blocks, _ROWS)

@@ -203,7 +203,7 @@ def _coset(x: Any, shift: float) -> Any:
         score, five, at = _norm_twelve(x, shift, parity == 0)
         if score - 10 > best:
             best, raised, wrong = score - 10, five, at
-    code = np.int64(_RAISED[raised])
+    code: Any = np.int64(_RAISED[raised])
     if (code >> 7 & 1) != parity:
         signs ^= 1 << _SIGN_BIT[wrong]
     return a + b + c + d + e + f + g + h - 2 + best, code ^ signs
