@@ -70,7 +70,7 @@ def _numba() -> ModuleType | None:
         return None
 
 
-@cache  # of both: a layer asks for its modules each token
+@cache  # a layer asks for its module each token, as it does below
 def load(module: str, device: torch.device) -> ModuleType | None:
     """A plugin's module of kernels; None where they can't run: off the CPU, and without numba.
 

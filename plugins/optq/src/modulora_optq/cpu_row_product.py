@@ -39,12 +39,8 @@ _WHOLES = ir.VectorType(_WHOLE, LANES)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 
 
-def _lanes(values: Any) -> Any:
-    return ir.Constant(_WHOLES, list(values))
-
-
 def _same(value: int) -> Any:
-    return _lanes([value] * LANES)
+    return ir.Constant(_WHOLES, [value] * LANES)
 
 
 def _high_bytes(builder: Any, plane: Any, j: Any, part: Any) -> Any:

@@ -21,12 +21,13 @@ from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import from_half
 from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.scratch import scratch
-from modulora_quip_sharp_e8.cpu_points import dot_points, residual_scale
+from modulora_quip_sharp_e8 import codebooks
+from modulora_quip_sharp_e8.cpu_points import dot_points
 from modulora_quip_sharp_e8.cpu_transform import LANES, OUTPUTS, rotate_rows
 from modulora_quip_sharp_e8.cpu_words import dot, half_of, has_byte_permutations, rows_together, spell_all
 
 _ROWS = 16  # rows that a thread takes at once
-_RESIDUAL_SCALES = np.array([residual_scale(bits) for bits in range(5)], np.float32)
+_STEPS = np.array([codebooks.residual_step(bits) if bits > 2 else 0 for bits in range(5)], np.float32)
 
 
 @jit()
@@ -51,9 +52,9 @@ def _four_by_points(
     found = dot_points(codes, rows, blocks, x, sums)
     if bits > 2:
         read_ahead(residual, first * blocks, 4 * blocks)
-        left, scale = dot_points(residual, rows, blocks, x, sums), _RESIDUAL_SCALES[bits]
+        left = dot_points(residual, rows, blocks, x, sums)
         for r in range(min(4, last - first)):
-            y[0, first + r] = found[r] + scale * left[r]
+            y[0, first + r] = found[r] + _STEPS[bits] * left[r]
     else:
         for r in range(min(4, last - first)):
             y[0, first + r] = found[r]

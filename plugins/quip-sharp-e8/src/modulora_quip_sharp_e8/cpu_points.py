@@ -229,8 +229,3 @@ def _signed_by_parity(builder: Any, codes: Any, values: Any) -> Any:
     place = builder.and_(builder.xor(folded, whole(15)), whole(15))
     sign = builder.and_(builder.shl(whole(0x69960000), place), whole(0x80000000))
     return builder.bitcast(builder.xor(builder.bitcast(values, _WHOLES), sign), _EIGHT)
-
-
-def residual_scale(bits: int) -> np.float32:
-    """What the sum of a residual's products is multiplied by; 0 where there is none."""
-    return np.float32(codebooks.residual_step(bits)) if bits > 2 else np.float32(0)

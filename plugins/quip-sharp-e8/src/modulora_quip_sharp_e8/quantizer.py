@@ -251,11 +251,11 @@ def _token(x: Tensor, packed: PackedWeight) -> Tensor | None:
     weight = kernels.operands(packed, _rotated)
     if max(weight[7], weight[9]) > LARGEST_ORDER:
         return None
-    y = kernels.room_for(x, len(weight[0]))
-    kernels.launch(one.forward_one, weight, kernels.rows_of(row), kernels.rows_of(y))
-    start = packed.metadata["rows"][0]
-    part = y if y.shape[-1] == packed.shape[0] else y[..., start : start + packed.shape[0]]
-    return kernels.like_input(torch.from_numpy(part), x)
+    y = kernels.product_of_one(one.forward_one, weight, row, len(weight[0]))
+    if y.shape[-1] != packed.shape[0]:
+        start = packed.metadata["rows"][0]
+        y = y[..., start : start + packed.shape[0]]
+    return kernels.like_input(y, x)
 
 
 def _rotated(packed: PackedWeight) -> tuple[Any, ...]:
