@@ -275,6 +275,10 @@ def _duplicate(entry: Entry, found: list[Entry] | tuple[Entry, ...]) -> Entry:
 
 def _unknown(name: str, found: tuple[Entry, ...], distribution: str | None) -> str:
     usable = sorted({entry.name for entry in found if entry.status == "ok"})
+    base, _, options = name.partition(":")
+    if options and base in usable:
+        apart = " ".join(f"-o {option}" for option in options.split(","))
+        return f"quantizer {name!r}: expected a name alone, got one with options; they go apart: -q {base} {apart}"
     near = difflib.get_close_matches(name, [entry.name for entry in found], n=2)
     meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     sentence = f"quantizer {name!r} isn't installed{meant} Installed: {', '.join(usable) or 'none'}"

@@ -85,7 +85,7 @@ def training(subject: Subject, request: PlanRequest, rehearsal: Rehearsal) -> Jo
         moving["gradients"] = FP32 * rehearsal.adapter
     unused = overhead.unused(request.device, moving.total(), rehearsal.largest, overhead.STEPS)
     held = {**loaded(subject, request, _tokens(request)), "adapter": FP32 * rehearsal.adapter}
-    extra = {"allocator": unused, "runtime": overhead.TRAINING_BYTES[request.device]}
+    extra = {"allocator": unused, "runtime": overhead.of_process(overhead.TRAINING_BYTES, request.device)}
     return job(_when(at), {**held, **moving, **extra})
 
 
@@ -110,7 +110,7 @@ def decoding(subject: Subject, request: PlanRequest) -> Job:
     moving = Bytes(most)
     moving["activations"] -= min(rehearsal.kept, moving["activations"])
     extra = {"kv_cache": rehearsal.kept, "allocator": overhead.unused(request.device, most.total(), rehearsal.largest, overhead.FORWARDS),
-             "runtime": overhead.RUNNING_BYTES[request.device]}  # fmt: skip
+             "runtime": overhead.of_process(overhead.RUNNING_BYTES, request.device)}  # fmt: skip
     weights = loaded(subject, request, request.config.seq_len)
     return job("the prompt is read", {**weights, **moving, **extra})
 

@@ -1,10 +1,15 @@
 """What a process takes without any model, and what memory it gets and doesn't use: measured constants.
 
-On a CPU (Linux x86-64, Python 3.11, torch 2.13, transformers 5.24): the resident set of ``modulora finetune`` after a step, less the
-model. Interpreter and libraries, their code that a step touches, the compiler of kernels, thread stacks. docs/planning.md has the command.
+On a CPU (Linux x86-64, Python 3.11, torch 2.13 built for CPUs, transformers 5.24): the resident set of ``modulora finetune`` after a step,
+less the model. Interpreter and libraries, their code that a step touches, the compiler of kernels, thread stacks. docs/planning.md has
+the command.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
 
 MIB = 2**20
 
@@ -21,6 +26,9 @@ QUANTIZING_BYTES = {"cpu": 540 * MIB, "cuda": 600 * MIB}
 CALIBRATING_BYTES = {"cpu": 580 * MIB, "cuda": 600 * MIB}
 """Of one that quantizes with it: it tokenizes a text, and runs blocks."""
 
+CUDA_BUILD_BYTES = 620 * MIB
+"""What torch's build for CUDA takes more of a process on a CPU, by its libraries: 616 to 622 MiB with torch 2.15 for CUDA 13.2."""
+
 HEAP_BLOCK = 32 * MIB
 """The largest block that glibc may take from its heap; larger ones are mappings of their own, which the system gets back."""
 
@@ -30,6 +38,12 @@ nothing (1 to 4), and after layers were calibrated and packed (2 to 4)."""
 
 _CACHED = 0.05
 """Share of a step's tensors that torch's allocator on a GPU holds beside them: an estimate."""
+
+
+def of_process(measured: Mapping[str, int], device: str) -> int:
+    """What a process takes without a model, of one of the kinds above, with the build of torch that is here."""
+    for_cuda = device == "cpu" and torch.version.cuda is not None
+    return measured[device] + (CUDA_BUILD_BYTES if for_cuda else 0)
 
 
 def unused(device: str, moving: int, largest: int, holes: int) -> float:

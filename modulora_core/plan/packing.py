@@ -32,7 +32,7 @@ def quantizing(subject: Subject, request: PlanRequest) -> Job:
     calibrated = any(quantizer.spec.calibration == "required" for quantizer in subject.quantizers)
     items = _by_block(subject, request) if calibrated else _by_layer(subject)
     process = overhead.CALIBRATING_BYTES if calibrated else overhead.QUANTIZING_BYTES
-    return job("a layer is packed", items | {"runtime": process[request.device]})
+    return job("a layer is packed", items | {"runtime": overhead.of_process(process, request.device)})
 
 
 def _stored_dtype(subject: Subject) -> torch.dtype:

@@ -200,6 +200,17 @@ def test_one_quantizer_of_a_plugin_can_be_blocked(site: FakeSite, monkeypatch: p
 # --- unknown names -------------------------------------------------------------------------------------
 
 
+def test_a_name_with_options_in_it_says_where_they_go(site: FakeSite) -> None:
+    """``--choices`` and the benchmarks take them so."""
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    with pytest.raises(
+        UnknownQuantizerError, match=r"expected a name alone, .*: -q alpha -o bits=3 -o group_size=64$"
+    ):
+        registry.create("alpha:bits=3,group_size=64")
+    with pytest.raises(UnknownQuantizerError, match="isn't installed"):
+        registry.create("other:bits=3")
+
+
 def test_an_unknown_name_says_near_misses_and_what_is_installed(site: FakeSite) -> None:
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     site.install("fake-broken", {"beta": "fake_broken"}, {"fake_broken": failing("oh")})
