@@ -46,7 +46,7 @@ def test_a_killed_run_goes_on_and_its_peak_is_told(
     assert len(list(model.glob("*.safetensors"))) == 3
     assert run.source_bytes == sum(f.stat().st_size for f in model.glob("*.safetensors")) - headers(model)
     assert json.loads((tmp_path / "told.json").read_text())[0]["rate"] == pytest.approx(run.rate)
-    assert "| nf4:block_size=32 | 0." in capfd.readouterr().out
+    assert f"| nf4:block_size=32 | {run.peak_bytes / 2**30:.2f} GiB |" in capfd.readouterr().out
 
 
 def headers(model: Path) -> int:

@@ -177,11 +177,13 @@ def _whole_vectors(x: Tensor) -> NDArray[Any]:
 def _compiled(template: Callable[..., None], decode: Any, parallel: bool = True) -> Any:
     """``template`` with ``decode`` in it, as if it stood in the module of ``decode``.
 
-    numba keeps compiled code by the file of a function and its name: the file is the plugin's, and the name says which decoder it is. A
+    numba keeps compiled code by the file of a function and its name: the file is the plugin's, and the name says which decoder it is. It
+    also reads the source, which is the decoder's then: another line of that file may be in the midst of a string. A
     function handed over as an argument would be called through a pointer, which takes more time at one row.
     """
     owner = decode.py_func
-    code = template.__code__.replace(co_filename=owner.__code__.co_filename)
+    there = owner.__code__
+    code = template.__code__.replace(co_filename=there.co_filename, co_firstlineno=there.co_firstlineno)
     function = FunctionType(code, {**template.__globals__, "decode": decode}, template.__name__)
     function.__module__ = owner.__module__
     function.__qualname__ = f"{owner.__qualname__}_{template.__name__}"

@@ -36,7 +36,10 @@ def test_text_is_joined_by_eos_and_cut_into_windows(plain, save):
     texts = ["The first document.", "", "The second one.", "And a third."]
     examples = load_examples(save(*({"text": text} for text in texts)), plain, seq_len=7)
     ids = [token for example in examples for token in example["input_ids"]]
-    assert plain.decode(ids) == "The first document.</s>The second one.</s>And a third."
+    whole = plain("</s>".join(text for text in texts if text))["input_ids"]
+    # a last window of one token, which predicts nothing, is left out: whether there is one depends on the text that Python brings
+    assert ids == (whole[:-1] if len(whole) % 7 == 1 else whole)
+    assert plain.decode(whole) == "The first document.</s>The second one.</s>And a third."
     lengths = [len(example["input_ids"]) for example in examples]
     assert lengths[:-1] == [7] * (len(lengths) - 1)
     assert 1 < lengths[-1] <= 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -53,6 +54,12 @@ def weight(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]
     codes = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8, generator=generator)
     scales = torch.rand(out_features, generator=generator) / 128
     return codes, scales, codes.double() * scales.double().unsqueeze(1)
+
+
+def test_the_source_of_a_kernel_is_its_decoders(module: ModuleType) -> None:
+    """numba reads it before it keeps compiled code, and on Python 3.13 fails at a line in the midst of a string."""
+    for kernel in (module.rows._few, *module.rows._many.values(), *module.rows._fill.values()):
+        assert "def decode(weight, row, start, columns, out):" in inspect.getsource(kernel.py_func)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 33])

@@ -24,6 +24,7 @@ from modulora_core.errors import (
     WeightError,
 )
 from modulora_core.outputs import partial_name
+from modulora_core.plan.overhead import CUDA_BUILD_BYTES
 from modulora_core.quantize import Override, quantize
 from modulora_core.tests.tiny_models import save_tiny_model
 
@@ -181,7 +182,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_peak_memory_is_embeddings_and_one_layer(toy: ModuleType, toy_root: Path, tmp_path: Path) -> None:
-    """The bound of the project: 1.5 x (embeddings + the largest layer in fp32) + 600 MiB, on a real model."""
+    """The bound of the project: 1.5 x (embeddings + the largest layer in fp32) + 600 MiB, on a real model; of a process whose torch is
+    built for CUDA, what its libraries take comes on top.
+    """
     pytest.importorskip("gguf", reason="the model is a GGUF file")
     from importlib.util import find_spec
 
@@ -195,7 +198,8 @@ def test_peak_memory_is_embeddings_and_one_layer(toy: ModuleType, toy_root: Path
     assert done.returncode == 0, done.stderr
     peak = json.loads(done.stdout)["peak_memory_bytes"]
     embeddings, largest = 49152 * 576 * 4, 1536 * 576 * 4
-    assert peak < 1.5 * (embeddings + largest) + 600 * MIB, f"{peak / MIB:.0f} MiB"
+    libraries = CUDA_BUILD_BYTES if torch.version.cuda is not None else 0
+    assert peak < 1.5 * (embeddings + largest) + 600 * MIB + libraries, f"{peak / MIB:.0f} MiB"
 
 
 def test_a_damaged_checkpoint_is_refused_when_it_is_opened(source: str, tmp_path: Path) -> None:

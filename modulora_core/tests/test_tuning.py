@@ -103,7 +103,12 @@ def test_the_error_that_is_told_is_the_checkpoints_own_and_smaller_than_before(
     assert tuple(result.tuning_errors) == blocks
     for (before, after), output, target in zip(result.tuning_errors.values(), outputs, targets, strict=True):
         assert after == pytest.approx(error(output, target), rel=1e-3)
-        assert after < before
+        assert (
+            after <= before
+        )  # a block that doesn't become better stays, which depends on the text that Python brings
+    assert sum(after for _, after in result.tuning_errors.values()) < sum(
+        before for before, _ in result.tuning_errors.values()
+    )
 
 
 def test_the_first_blocks_error_before_is_that_of_the_untuned_checkpoint(
@@ -168,8 +173,8 @@ def test_experts_get_no_scales_and_a_routers_stored_buffer_stays(scaled: ModuleT
     assert not [name for name in found if ".experts." in name or "e_score_correction_bias" in name]
 
 
-def negated(self: Any, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor) -> PackedWeight:
-    return PackedWeight("scaled", 1, packed.shape, {**packed.tensors, "rows": -packed.tensors["rows"]})
+def ruined(self: Any, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor) -> PackedWeight:
+    return PackedWeight("scaled", 1, packed.shape, {**packed.tensors, "rows": -1e3 * packed.tensors["rows"]})
 
 
 DIVERGING = TuningConfig(epochs=1, learning_rate=1e30, batch_size=2)
@@ -180,7 +185,7 @@ def test_a_block_that_did_not_become_better_stays_as_it_was_quantized(
     how: str, llama: Path, scaled: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if how == "folding ruins it":
-        monkeypatch.setattr(scaled.Scaled, "rescaled", negated)
+        monkeypatch.setattr(scaled.Scaled, "rescaled", ruined)
     result = run(llama, tmp_path / "tuned", TUNING if how == "folding ruins it" else DIVERGING)
     run(llama, tmp_path / "untuned", None)
     assert not changed(tmp_path / "tuned", tmp_path / "untuned")
