@@ -37,6 +37,9 @@ pytestmark = [
 
 WITHIN = 0.08
 
+PEAK_WITHIN = WITHIN if torch.version.cuda is None else 0.15
+"""Libraries of torch's build for CUDA were 450 MiB of a process in one run of these tests and 616 in another (overhead.CUDA_BUILD_BYTES)."""
+
 TRIES = 4
 
 WORK: Mapping[str, tuple[str, ...]] = {
@@ -149,7 +152,7 @@ def held_to_the_truth(name: str, plan: Job, real: Taken) -> None:
     told = f"peak {plan.nbytes / real['peak']:.3f} of the real one, work {work / real['work']:.3f}: {dict(plan.items)}, {real}"
     print(told)
     assert work == pytest.approx(real["work"], rel=WITHIN), told
-    assert plan.nbytes == pytest.approx(real["peak"], rel=WITHIN), told
+    assert plan.nbytes == pytest.approx(real["peak"], rel=PEAK_WITHIN), told
 
 
 def packed_subject(model: Path) -> Subject:
