@@ -38,7 +38,7 @@ pytestmark = [
 WITHIN = 0.08
 
 PEAK_WITHIN = WITHIN if torch.version.cuda is None else 0.15
-"""Libraries of torch's build for CUDA were 450 MiB of a process in one run of these tests and 616 in another (overhead.CUDA_BUILD_BYTES)."""
+"""Libraries of torch's build for CUDA took 450 MiB of a process in one run of these tests, 616 in another (overhead.CUDA_BUILD_BYTES)."""
 
 TRIES = 4
 
