@@ -133,6 +133,10 @@ def tiled_matmul(
     if x.dim() == 0 or x.shape[-1] != expected:
         raise ShapeError(f"matmul of a [{out_features}, {in_features}] weight: expected x of shape "
                          f"[..., {expected}], got {list(x.shape)}")  # fmt: skip
+    if (
+        x.shape[:-1].numel() == 0
+    ):  # no tile for it: a model asks its head for no rows where its logits are deferred
+        return x.new_empty(*x.shape[:-1], in_features if transpose else out_features)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         flat = x.reshape(
             math.prod(x.shape[:-1]), expected

@@ -1,10 +1,13 @@
 """Up to how many rows a quantizer's fused product is faster than one over decoded tiles: what ``FEW_ROWS`` of its module should be.
 
+Blocks of sums, which are fused too, are beside them where a product may be made of them: from how many rows on, and up to how many.
+
     python examples/benchmarks/few_rows.py
     python examples/benchmarks/few_rows.py -q nf4 optq:bits=3 --rows 16 24 32 48 --seconds 2
 
-Both ways of our quantizers take turns with the dense fp32 product, in one process, over more weights than the last cache holds; the
-table has × dense, of the medians. A module's ``FEW_ROWS`` is set to more and to none for it, so quantizers that have none are left out.
+The ways of our quantizers take turns with the dense fp32 product, in one process, over more weights than the last cache holds; the
+table has × dense, of the medians. A module's ``FEW_ROWS`` is set to more and to none for it, as is what says when blocks are taken;
+quantizers that have none are left out.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from layer import shape_of
@@ -22,8 +27,11 @@ from report import describe, environment, markdown
 from torch import Tensor
 
 from modulora_core.bench import Timing, cold_copies, in_turns, rotating
+from modulora_core.kernels import block_choice, products
 from modulora_core.packed import PackedWeight
 from modulora_core.spec import Calibration, Quantizer
+
+WAYS = "fused", "blocks", "tiles"
 
 
 def packed_copies(quantizer: Quantizer, weight: Tensor) -> list[PackedWeight]:
@@ -39,26 +47,30 @@ def packed_copies(quantizer: Quantizer, weight: Tensor) -> list[PackedWeight]:
 def compare(
     quantizer: Quantizer, module: Any, packed: list[PackedWeight], dense: list[Tensor], x: Tensor, seconds: float, *, transpose: bool
 ) -> dict[str, Timing]:  # fmt: skip
-    """``fused``, ``tiles`` and ``dense``, in turns."""
+    """``fused``, ``blocks``, ``tiles`` and ``dense``, in turns."""
 
-    def product(most: int) -> Callable[[PackedWeight], Tensor]:
+    def product(most: int, by_blocks: bool = False) -> Callable[[PackedWeight], Tensor]:
         def multiply(weight: PackedWeight) -> Tensor:
-            module.FEW_ROWS = most
+            module.FEW_ROWS, products.blocks_are_faster = most, lambda: by_blocks
             return quantizer.matmul(x, weight, transpose)
 
         return multiply
 
     calls = {
         "fused": rotating(product(len(x)), packed),
+        "blocks": rotating(product(0, by_blocks=True), packed),
         "tiles": rotating(product(0), packed),
         "dense": rotating(lambda weight: x @ (weight if transpose else weight.t()), dense),
     }
-    before = module.FEW_ROWS
-    try:
-        with torch.no_grad():
-            return in_turns(calls, seconds=seconds)
-    finally:
-        module.FEW_ROWS = before
+    with ExitStack() as stack, torch.no_grad():
+        for owner, name, value in (
+            (module, "FEW_ROWS", module.FEW_ROWS),
+            (products, "blocks_are_faster", products.blocks_are_faster),
+            (block_choice, "LEAST_ROWS", 1),
+            (block_choice, "MOST_ROWS", 2 * len(x)),  # half of it is for a small weight
+        ):
+            stack.enter_context(patch.object(owner, name, value))  # as it was, afterwards
+        return in_turns(calls, seconds=seconds)
 
 
 def measured(words: str, dense: list[Tensor], flags: argparse.Namespace) -> Iterator[Sequence[str]]:
@@ -78,7 +90,7 @@ def measured(words: str, dense: list[Tensor], flags: argparse.Namespace) -> Iter
         for transpose in (False, True):
             x = torch.randn(n, dense[0].shape[0 if transpose else 1])
             times = compare(quantizer, module, packed, dense, x, flags.seconds, transpose=transpose)
-            cells += [f"{times[way].beside(times['dense']):.2f}" for way in ("fused", "tiles")]
+            cells += [f"{times[way].beside(times['dense']):.2f}" for way in WAYS]
         yield cells
 
 
@@ -98,7 +110,7 @@ def main(words: Sequence[str] | None = None) -> int:
     dense = [weight, *(weight.clone() for _ in range(cold_copies(weight.nbytes) - 1))]
     rows = [row for q in flags.quantizers or promised() for row in measured(q, dense, flags)]
     print(f"few_rows: {describe(environment(None))}\n\n× dense fp32, {shape[0]} × {shape[1]}\n")
-    print(markdown(["", "rows", "fused", "tiles", "transposed, fused", "transposed, tiles"], rows))
+    print(markdown(["", "rows", *WAYS, *(f"transposed, {way}" for way in WAYS)], rows))
     return 0 if rows else 1
 
 

@@ -9,6 +9,7 @@
     products    Y = X Ŵᵀ     for each strip of rows of Ŵ, for each chunk of columns: decode;  Y[:, strip] += X[:, chunk] · stripᵀ
                 X = Y Ŵ      for each share of the rows of Ŵ, for each chunk of columns, for each strip: decode;
                              sums[share, :, chunk] += Y[:, strip] · strip
+    blocks      the same of up to 512 rows of X, where that is faster than a tile: see modulora_core.kernels.block_templates
 
 For bf16, tiles and strips alike are decoded into a scratch in the L1 cache and rounded from there.
 
@@ -17,8 +18,8 @@ read from memory, once; decoded strips live in the L1 and L2 caches. ``2 n · ou
 decoding: in fp32, or in bf16 with sums in fp32, which takes half of the time. The floor is the larger of bytes / bandwidth and
 operations / peak. For one row decoding is the bound, from about 16 rows on the multiplications are.
 
-The loops are in :mod:`modulora_core.kernels.product_templates`, the inner ones in :mod:`modulora_core.kernels.product_loops`. Every
-sum is made in one order, whatever the number of threads.
+The loops are in :mod:`modulora_core.kernels.product_templates` and :mod:`modulora_core.kernels.block_templates`, the inner ones in
+``product_loops`` and ``block_loops``. Every sum is made in one order, whatever the number of threads.
 
 This module imports numba: plugins import it from their own modules of kernels.
 """
@@ -27,15 +28,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from numba.core.registry import cpu_target
 from torch import Tensor
 from torch.nn import functional as F
 
+from modulora_core.dense_products import onednn_is_faster
 from modulora_core.kernels import (
     PARTIAL_SUMS,
+    block_choice,
+    block_templates,
     few_rows,
     filled_tile,
     jit,
@@ -47,7 +53,7 @@ from modulora_core.kernels import (
 )
 from modulora_core.kernels import product_templates as templates
 from modulora_core.kernels.product_loops import BLOCK
-from modulora_core.kernels.vectors import LANES
+from modulora_core.kernels.vectors import LANES, has
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,6 +92,10 @@ class RowKernels:
         self._few, self._few_transposed = (
             _compiled(template, decode) for template in (templates.few, templates.few_transposed)
         )
+        self._blocks, self._blocks_transposed = (
+            _compiled(template, decode)
+            for template in (block_templates.blocks, block_templates.blocks_transposed)
+        )
         rounded = _compiled(templates.rounded, decode, parallel=False)
         self._fill, self._many, self._many_transposed = (
             {torch.float32: _compiled(template, decode), torch.bfloat16: _compiled(template, rounded)}
@@ -119,11 +129,15 @@ class RowKernels:
             x: of any shape, dtype and device.
             shape: ``(out, in)`` of Ŵ.
             weight: gives what the decoder is given; asked only where it is needed.
-            most: rows of ``x`` for which it pays.
+            most: rows of ``x`` for which it pays, beside those of which blocks of sums are made.
             dtype: of the inputs, where ``x`` was made of them in another one.
         """
         given, wanted = shape if transpose else (shape[1], shape[0])
         few = few_rows(x, given, most, dtype)
+        if few is None and blocks_are_faster():
+            few = few_rows(x, given, block_choice.most_rows(shape), dtype)
+            if few is not None and few.dtype is not torch.float32:
+                return None
         return None if few is None else like_input(self.matmul(weight(), few, wanted, transpose), x)
 
     def matmul(self, weight: Weight, x: Tensor, features: int, transpose: bool = False) -> Tensor:
@@ -144,6 +158,9 @@ class RowKernels:
         if self._one_row is not None and x.numel() == given and self._takes(weight):
             return product_of_one(self._one_row, weight, x, features)
         rows, y = rows_of(x), room_for(x, features)
+        if _is_for_blocks(x, len(rows)):
+            launch(self._blocks, weight, torch.get_num_threads(), rows, rows_of(y))
+            return torch.from_numpy(y)
         if len(rows) >= BLOCK:
             launch(self._many[x.dtype], weight, given, _whole_vectors(x), rows_of(y))
         else:
@@ -153,6 +170,10 @@ class RowKernels:
     def _transposed(self, weight: Weight, x: Tensor, features: int) -> Tensor:
         """``x Ŵ``, whose sums are made in parts."""
         n = math.prod(x.shape[:-1])
+        if _is_for_blocks(x, n):
+            y = room_for(x, features)
+            launch(self._blocks_transposed, weight, torch.get_num_threads(), rows_of(x), rows_of(y))
+            return torch.from_numpy(y)
         if n < BLOCK:
             sums = torch.empty(PARTIAL_SUMS, n, features)
             launch(self._few_transposed, weight, features, rows_of(x), sums)
@@ -161,6 +182,20 @@ class RowKernels:
             sums = torch.empty(parts, n, features + -features % _lanes(x))
             launch(self._many_transposed[x.dtype], weight, x.shape[-1], features, _whole_vectors(x), sums)
         return sums.sum(dim=0)[:, :features].reshape(*x.shape[:-1], features).contiguous()
+
+
+@cache
+def blocks_are_faster() -> bool:
+    """Whether sums in blocks are as fast as torch's products: measured for AVX2 and AVX-512 beside MKL (docs/performance.md), and not where
+    oneDNN's are taken instead.
+    """
+    context = cpu_target.target_context
+    return any(has(context, feature) for feature in ("avx2", "avx512f")) and not onednn_is_faster()
+
+
+def _is_for_blocks(x: Tensor, rows: int) -> bool:
+    least, most = block_choice.LEAST_ROWS, block_choice.MOST_ROWS
+    return least <= rows <= most and x.dtype is torch.float32 and blocks_are_faster()
 
 
 def _lanes(x: Tensor) -> int:

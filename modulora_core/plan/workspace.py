@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from modulora_core.errors import ShapeError
+from modulora_core.kernels.block_choice import most_rows
 from modulora_core.memory import Allocations
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 from modulora_core.tiles import compute_dtype, tile_budget, tile_ranges
@@ -21,8 +22,8 @@ from modulora_core.tiles import compute_dtype, tile_budget, tile_ranges
 WIDTH = 256
 """The longer side of the small weight."""
 
-ROWS = 128
-"""Rows of the small product where the real one has as many or more: beyond those for which there are kernels for few rows."""
+ROWS = 640
+"""Rows of the small product where the real one has as many or more: beyond those that plugins multiply without a tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,9 @@ def product_workspace(
     options = quantizer.options.model_dump_json()
     key = (type(quantizer), options, small, dtype)
     if rows < ROWS:
-        return _few_rows(*key, rows, transpose).nbytes(rows, shape, tile_bytes)
+        # as the real weight has no tile for so many rows, the small one must not have one either
+        few = min(rows, most_rows(small)) if rows <= most_rows(shape) else rows
+        return _few_rows(*key, few, transpose).nbytes(rows, shape, tile_bytes)
     shrunk, width = max(small) / max(shape), _width(dtype)
     few = max(ROWS, round(rows * shrunk))
     # the small tile is to the small input what the real one is to the real one, as far as it can be

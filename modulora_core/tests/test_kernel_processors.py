@@ -1,4 +1,4 @@
-"""What is spelled for some processors, on others: looking up in a table, rounding to bf16, multiplying it, asking for bytes ahead."""
+"""What is spelled for some processors, on others: looking up in a table, rounding to bf16, multiplying, asking for bytes ahead."""
 
 from __future__ import annotations
 
@@ -88,6 +88,33 @@ for dtype, bits in ((torch.bfloat16, torch.int16), (torch.float32, torch.float32
 print("vdpbf16ps" in "".join(kernel.inspect_asm().values()))
 """
 
+BLOCKS = """
+import numpy as np
+from modulora_core.kernels import jit
+from modulora_core.kernels.block_loops import ROW, add_block, block_columns, block_rows, put_transposed, square
+
+@jit()
+def sizes():
+    return block_rows(), block_columns(), square()
+
+@jit()
+def kernel(a, b, depth, c, turned):
+    add_block(a, 1, 3, b, 2, 4, depth, c, 1, 5, a, 0)
+    put_transposed(b, 1, 2, turned, 3, 4)
+
+tall, wide, side = sizes()
+numbers = np.random.default_rng(0)
+a, b = (numbers.standard_normal(shape).astype(np.float32) for shape in ((tall + 1, ROW), (60, wide + 4)))
+for depth in (0, 1, 41):
+    c, turned = np.ones((tall + 2, wide + 7), np.float32), np.zeros((side + 3, side + 4), np.float32)
+    kernel(a, b, depth, c, turned)
+    expected = np.ones(c.shape)
+    expected[1 : 1 + tall, 5 : 5 + wide] += a[1:, 3 : 3 + depth].astype(np.float64) @ b[2 : 2 + depth, 4:]
+    np.testing.assert_allclose(c, expected, rtol=1e-5, atol=1e-5)
+    assert (turned[3:, 4:] == b[1 : 1 + side, 2 : 2 + side].T).all() and not turned[:3].any() and not turned[:, :4].any()
+print("vfmadd" in "".join(kernel.inspect_asm().values()))
+"""
+
 READ_AHEAD = """
 import mmap
 import numpy as np
@@ -122,6 +149,9 @@ NATIVE = ("", "")  # as numba finds it
         (MULTIPLY, PLAIN, False),
         (MULTIPLY, AVX2, False),
         (MULTIPLY, NATIVE, torch.cpu._is_avx512_bf16_supported()),
+        (BLOCKS, PLAIN, False),
+        (BLOCKS, AVX2, True),
+        (BLOCKS, NATIVE, torch.cpu._is_avx2_supported()),
         (READ_AHEAD, PLAIN, True),
         (READ_AHEAD, NATIVE, True),
     ],
@@ -134,6 +164,9 @@ NATIVE = ("", "")  # as numba finds it
         "multiply, SSE2",
         "multiply, AVX2",
         "multiply, this one",
+        "blocks, SSE2",
+        "blocks, AVX2",
+        "blocks, this one",
         "ahead, SSE2",
         "ahead, this one",
     ],

@@ -13,23 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+
+from modulora_core.tests.scaled_rows import DECODER, weight
 
 pytest.importorskip("numba")
-
-DECODER = """
-from modulora_core.kernels import jit
-from modulora_core.kernels.products import RowKernels
-
-@jit()
-def decode(weight, row, start, columns, out):
-    codes, scales = weight
-    for r in range(len(out)):
-        for k in range(columns):
-            out[r, k] = codes[row + r, start + k] * scales[row + r]
-
-rows = RowKernels(decode)
-"""
 
 SHAPES = [(1, 1), (5, 3), (17, 130), (64, 48), (33, 2100)]
 """The last has more columns than are decoded at once, and none but one of them whole vectors, strips or shares."""
@@ -46,14 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(folder))
     return importlib.import_module("outsiders_rows")
-
-
-def weight(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales, and what they stand for in float64."""
-    generator = torch.Generator().manual_seed(out_features)
-    codes = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8, generator=generator)
-    scales = torch.rand(out_features, generator=generator) / 128
-    return codes, scales, codes.double() * scales.double().unsqueeze(1)
 
 
 def test_the_source_of_a_kernel_is_its_decoders(module: ModuleType) -> None:

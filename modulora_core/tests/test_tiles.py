@@ -130,6 +130,19 @@ def test_non_contiguous_x_is_multiplied_as_it_reads() -> None:
     torch.testing.assert_close(tiled_matmul(x, tiles_of(W), (5, 4)), x @ W.t())
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_no_rows_are_multiplied_by_no_tile(transpose: bool) -> None:
+    """A model whose logits are deferred asks its head for none, each step."""
+
+    def tile(*_: object) -> torch.Tensor:
+        raise AssertionError("decoded for nothing")
+
+    x = torch.randn(2, 0, 5 if transpose else 7, dtype=torch.bfloat16)
+    y = tiled_matmul(x, tile, (5, 7), transpose)
+    assert y.shape == (2, 0, 7 if transpose else 5)
+    assert y.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("shape", "transpose"), [((0, 4), False), ((0, 4), True), ((4, 0), False), ((4, 0), True)]
 )

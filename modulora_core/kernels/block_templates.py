@@ -1,0 +1,176 @@
+"""Products of up to 512 rows with blocks of sums, which are compiled once for each decoder, in the place of :func:`decode` here.
+
+    blocks              Y = X Ŵᵀ      Xᵀ is cut into panels; for each piece of Ŵ's rows, for each part of its columns:
+                                      decode;  sums += Ŵ[piece, part] · Xᵀ[part];  at last  Y[:, piece] = sumsᵀ
+    blocks_transposed   X = Y Ŵ       Y is cut into parts; for each piece of Ŵ's columns, for each few of its rows:
+                                      decode;  sums += Y[:, few] · Ŵ[few, piece];  at last  X[:, piece] = sums
+
+What is decoded, and the sums that it is added to, stay in the L2 cache, where a tile is written to memory and read again. For n rows
+and a weight of ``out · in`` values of b bits, ``out · in · b / 8`` bytes are read from memory once, and X or Y once for each piece.
+``2 n · out · in`` operations are done, which is the floor, beside those of decoding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from modulora_core.kernels import jit
+from modulora_core.kernels.block_loops import (
+    DEPTH,
+    PART,
+    ROW,
+    add_block,
+    block_columns,
+    block_rows,
+    put_transposed,
+    square,
+)
+from modulora_core.kernels.product_templates import decode
+from modulora_core.kernels.scratch import scratch
+
+CHUNK = 2048
+"""Terms of a sum whose factors of X are in memory once more, in the order in which they are read: 4 MiB at once."""
+
+TALL = 252
+"""Rows of Ŵ whose :data:`PART` columns a thread has decoded at once, at most: half a MiB, as much as their sums with all rows of X."""
+
+WIDE = 256
+"""Columns of Ŵ of which a thread has decoded :data:`DEPTH` rows, at most: a quarter of a MiB, and their sums half a one."""
+
+_GAP = 16  # numbers between two rows of sums, as for decoded ones
+_PIECE = 16  # rows that a thread copies at once
+
+
+@jit()
+def _signed(index: Any) -> Any:
+    """That of a ``prange`` is unsigned, and numba takes the sum of an unsigned and a signed number for a float."""
+    return np.int64(index)
+
+
+@jit()
+def _whole(count: int, unit: int) -> int:
+    return (count + unit - 1) // unit * unit
+
+
+@jit()
+def _pieces(units: int, most: int, threads: int) -> Any:
+    """Into how many pieces to cut so many units: each has ``most`` at most, and all threads have equally many pieces."""
+    return min(units, _whole((units + most - 1) // most, threads))
+
+
+@jit()
+def _put_panel(x: Any, first: int, count: int, start: int, size: int, out: Any, to: int) -> None:
+    """``out[to + k, r] = x[first + r, start + k]``, and 0 where there is no such row."""
+    side = square()
+    rows, columns = count // side * side, size // side * side
+    for r in range(0, rows, side):
+        for k in range(0, columns, side):
+            put_transposed(x, first + r, start + k, out, to + k, r)
+    for k in range(size):
+        for r in range(rows if k < columns else 0, out.shape[1]):
+            out[to + k, r] = x[first + r, start + k] if r < count else np.float32(0)
+
+
+@jit()
+def _put_part(y: Any, row: int, start: int, size: int, out: Any, to: int) -> None:
+    """``out[to, k] = y[row, start + k]``, and 0 where there is no such row."""
+    if row < len(y):
+        out[to, :size] = y[row, start : start + size]
+    else:
+        out[to, :size] = 0
+
+
+@jit()
+def _put_sums(sums: Any, rows: int, y: Any, start: int, add: bool) -> None:
+    """``y[r, start + o] = sums[o, r]`` for all of ``rows`` rows of sums, or added."""
+    side = square()
+    part = scratch(side, side, np.float32)
+    for r in range(0, len(y), side):
+        for o in range(0, rows, side):
+            high, wide = min(side, len(y) - r), min(side, rows - o)
+            if high == side and wide == side and not add:
+                put_transposed(sums, o, r, y, r, start + o)
+            else:
+                put_transposed(sums, o, r, part, 0, 0)
+                for i in range(high):
+                    for k in range(wide):
+                        y[r + i, start + o + k] = part[i, k] + (
+                            y[r + i, start + o + k] if add else np.float32(0)
+                        )
+
+
+def blocks(weight: Any, threads: int, x: Any, y: Any) -> None:
+    """``x``, fp32 ``[n, in]``, and ``y``, fp32 ``[n, out]``, are C-contiguous."""
+    n, columns = x.shape
+    tall, wide = block_rows(), block_columns()
+    panels, strips = (n + wide - 1) // wide, (y.shape[1] + tall - 1) // tall
+    pieces = _pieces(strips, TALL // tall, threads)
+    for start in range(0, columns, CHUNK):
+        size = min(CHUNK, columns - start)
+        packed = scratch(panels * size, wide, np.float32)
+        for index in prange(panels):
+            panel = _signed(index)
+            _put_panel(x, panel * wide, min(wide, n - panel * wide), start, size, packed, panel * size)
+        for index in prange(pieces):
+            piece = _signed(index)
+            begin = piece * strips // pieces * tall
+            rows = min(y.shape[1], (piece + 1) * strips // pieces * tall) - begin
+            whole = _whole(rows, tall)
+            w = scratch(whole, ROW, np.float32)
+            w[rows:] = 0
+            sums = scratch(_whole(whole, square()), panels * wide + _GAP, np.float32)
+            sums[:] = 0
+            for part in range(0, size, PART):
+                decode(weight, begin, start + part, min(PART, size - part), w[:rows])
+                for at in range(part, min(part + PART, size), DEPTH):
+                    depth = min(DEPTH, size - at)
+                    ahead = depth * wide * tall // whole  # of the panel that comes then, for each strip
+                    for panel in range(panels):
+                        here = panel * size + at
+                        then = here + size if panel + 1 < panels else at + DEPTH
+                        for row in range(0, whole, tall):
+                            add_block(w, row, at - part, packed, here, 0, depth, sums, row, panel * wide,
+                                      packed, then * wide + row // tall * ahead)  # fmt: skip
+            _put_sums(sums, rows, y, begin, start > 0)
+
+
+def blocks_transposed(weight: Any, threads: int, y: Any, x: Any) -> None:
+    """``y``, fp32 ``[n, out]``, and ``x``, fp32 ``[n, in]``, are C-contiguous."""
+    n, rows = y.shape
+    tall, wide = block_rows(), block_columns()
+    whole, panels = _whole(n, tall), (x.shape[1] + wide - 1) // wide
+    pieces = _pieces(panels, WIDE // wide, threads)
+    for start in range(0, rows, CHUNK):
+        size = min(CHUNK, rows - start)
+        packed = scratch((size + PART - 1) // PART * whole, ROW, np.float32)
+        for index in prange((whole + _PIECE - 1) // _PIECE):
+            first = _signed(index) * _PIECE
+            for r in range(first, min(whole, first + _PIECE)):
+                for part in range(0, size, PART):
+                    _put_part(y, r, start + part, min(PART, size - part), packed, part // PART * whole + r)
+        for index in prange(pieces):
+            piece = _signed(index)
+            begin = piece * panels // pieces * wide
+            columns = min(x.shape[1], (piece + 1) * panels // pieces * wide) - begin
+            width = _whole(columns, wide)
+            w = scratch(DEPTH, width + _GAP, np.float32)
+            w[:, columns:width] = 0
+            sums = scratch(whole, width + _GAP, np.float32)
+            sums[:] = 0
+            for at in range(0, size, DEPTH):
+                depth, part, later = min(DEPTH, size - at), at // PART, at + DEPTH
+                decode(weight, start + at, begin, columns, w[:depth])
+                for column in range(0, width, wide):
+                    for row in range(0, whole, tall):
+                        # the next terms, of one of these rows for each panel
+                        then = (later // PART * whole + row + column // wide) * ROW + later % PART
+                        add_block(packed, part * whole + row, at % PART, w, 0, column, depth, sums, row, column,
+                                  packed, then)  # fmt: skip
+            for r in range(n):
+                if start:
+                    x[r, begin : begin + columns] += sums[r, :columns]
+                else:
+                    x[r, begin : begin + columns] = sums[r, :columns]
