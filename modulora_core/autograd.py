@@ -258,7 +258,7 @@ def _dropout_mask(x: Tensor, dropout: float) -> Tensor | None:
     """``[n, in]`` bool, True where an input is kept; None without dropout.
 
     Drawn 16 bits an input, four inputs at a time: on a CPU ``bernoulli_`` takes three times as long
-    (docs/performance.md). The probability is thus rounded to a multiple of 2^-16.
+    (docs/performance-findings.md). The probability is thus rounded to a multiple of 2^-16.
     """
     if dropout == 0.0:
         return None

@@ -7,7 +7,8 @@
 
 On x86 torch multiplies fp32 matrices by MKL. On an AMD processor with AVX-512 it was no faster than AVX2 allows, probably because it asks
 for the vendor. oneDNN, which torch brings too and multiplies bf16 by, goes by the instructions that are there: on Zen 5
-it takes 0.45 × MKL's time, from four rows on (docs/performance.md). So there fp32 products are made by oneDNN, and elsewhere as ever.
+it takes 0.45 × MKL's time, from four rows on (docs/performance-findings.md). So there fp32 products are made by oneDNN, and elsewhere as
+ever: on Intel's both are as fast.
 ``torch.backends.mkldnn.enabled = False`` leaves all of them to torch.
 
 Both sum in fp32, in other orders.

@@ -23,7 +23,7 @@ from modulora_core.tiles import tile_bytes, tile_ranges
 
 CPU_COPY_BYTES = 2**20
 """Of activations that are cast, or multiplied by a dropout mask, at once: a common L2 cache holds them until they are multiplied, which
-takes less than half as long as from memory (docs/performance.md)."""
+takes less than half as long as from memory (docs/performance-findings.md)."""
 
 LEAST_ROWS = 16
 """Fewer rows are copied sooner than a kernel is launched."""

@@ -29,7 +29,7 @@ TileFunction = Callable[[int, int, torch.dtype], Tensor]
 CPU_TILE_BYTES = 16 * 2**20
 """2048 rows of 2048 fp32 values: half of a common last-level cache. Between two tiles the threads of the decoding kernel and
 those of the matrix product hand over to each other, which costs milliseconds on a busy machine; with free cores the size hardly matters
-(docs/performance.md has the measurement)."""
+(docs/performance-findings.md has the measurement)."""
 
 ACCELERATOR_TILE_BYTES = 64 * 2**20
 """On a GPU the tile lives in device memory anyway; this is large enough to fill it with work."""
@@ -96,7 +96,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which tiles are multiplied by inputs of ``dtype``: theirs, but for 16 bits on a CPU without units for them.
 
     There a bf16 product with a transposed operand is far slower than an fp32 one; with units it takes less than half as long
-    (docs/performance.md). For fp16 no CPU is known to be worth it.
+    (docs/performance-findings.md). For fp16 no CPU is known to be worth it.
     """
     on_cpu = device.type == "cpu"
     if on_cpu and (dtype == torch.float16 or (dtype == torch.bfloat16 and not has_bfloat16_units())):

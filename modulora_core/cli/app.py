@@ -68,7 +68,7 @@ def _let_threads_sleep() -> None:
 
     They would spin for milliseconds, and on a machine that other processes use too keep from a core the very thread that they
     wait for. So many turns last from one layer of a small model to the next: fewer, and each layer wakes them up
-    (docs/performance.md, Threads).
+    (docs/performance-findings.md, Threads).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -34,9 +34,12 @@ when the kernel is compiled is a part of the instruction that loads; to compute 
 STEP = 8
 """Terms between two lines that are asked for ahead. All at once would have what is needed now wait behind them."""
 
+RUN = 256
+"""Numbers that are asked for side by side: sixteen lines."""
+
 _VECTORS = 2  # of a block's row
 _FLOAT, _BYTE, _LANE, _INDEX = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_LINE = 64
+_LINE, _NUMBERS = 64, 16  # bytes of a line, and numbers
 
 
 def _lanes(context: Any) -> int:
@@ -79,17 +82,17 @@ square = _constant(_lanes)
 @intrinsic
 def add_block(  # numba's types of the arguments, of which those of numbers are not read
     _context: Any, a: Any, _row: Any, _start: Any, b: Any, _first: Any, _column: Any, _depth: Any, c: Any, _to: Any, _to_column: Any,
-    soon: Any, _at: Any,
+    soon: Any, _at: Any, _leap: Any,
 ) -> Any:  # fmt: skip
     """``c[to :, to_column :] += a[row :, start : start + depth] · b[first : first + depth, column :]``, of one block of sums.
 
     All are fp32 and C-contiguous; ``a`` has rows of :data:`ROW` numbers. A sum is made from the first term to the last, and added.
-    Meanwhile a line for every :data:`STEP` terms is fetched to the L2 cache, from number ``at`` of ``soon`` on, as if that were
-    flat: it may be anywhere.
+    Meanwhile a line for every :data:`STEP` terms is fetched to the L2 cache, as if ``soon`` were flat: :data:`RUN` numbers from ``at`` on,
+    as many from ``at + leap`` on and so forth. They may be anywhere.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        a, row, start, b, first, column, depth, c, to, to_column, soon, at = arguments
+        a, row, start, b, first, column, depth, c, to, to_column, soon, at, leap = arguments
         kinds = signature.args
         lanes = _lanes(context)
         of = ir.VectorType(_FLOAT, lanes)
@@ -101,8 +104,11 @@ def add_block(  # numba's types of the arguments, of which those of numbers are 
         a_data, _ = _place(context, builder, kinds[0], a, row, start)
         b_data, b_length = _place(context, builder, kinds[3], b, first, column)
         c_data, c_length = _place(context, builder, kinds[7], c, to, to_column)
-        ahead = pointer(context, builder, kinds[10], soon, at, _BYTE)
+        ahead, apart = pointer(context, builder, kinds[10], soon, at, _BYTE), builder.mul(leap, _INDEX(4))
         totals = [zeros(builder, _VECTORS, lanes) for _ in range(_rows(context))]
+
+        def split(index: Any, count: int) -> tuple[Any, Any]:
+            return builder.udiv(index, _INDEX(count)), builder.urem(index, _INDEX(count))
 
         def add_terms(begin: Any, count: Any) -> None:
             with cgutils.for_range(builder, count) as loop:
@@ -117,11 +123,14 @@ def add_block(  # numba's types of the arguments, of which those of numbers are 
 
         steps = builder.sdiv(depth, _INDEX(STEP))
         with cgutils.for_range(builder, steps) as step:
-            ask_for(builder, builder.gep(ahead, [builder.mul(step.index, _INDEX(_LINE))]), FAR)
-            # two steps for each row of c: there are about as many
-            to_row, vector = builder.lshr(step.index, _INDEX(1)), builder.and_(step.index, _INDEX(1))
-            line = builder.add(builder.mul(to_row, c_length), builder.mul(vector, _INDEX(lanes)))
-            ask_for(builder, builder.bitcast(builder.gep(c_data, [line]), _BYTE.as_pointer()), NEAR)
+            run, line = split(step.index, RUN // _NUMBERS)
+            byte = builder.add(builder.mul(run, apart), builder.mul(line, _INDEX(_LINE)))
+            ask_for(builder, builder.gep(ahead, [byte]), FAR)
+            to_row, vector = split(
+                step.index, _VECTORS
+            )  # of all rows, as there are fewer than half as many as steps
+            place = builder.add(builder.mul(to_row, c_length), builder.mul(vector, _INDEX(lanes)))
+            ask_for(builder, builder.bitcast(builder.gep(c_data, [place]), _BYTE.as_pointer()), NEAR)
             add_terms(builder.mul(step.index, _INDEX(STEP)), _INDEX(STEP))
         done = builder.mul(steps, _INDEX(STEP))
         add_terms(done, builder.sub(depth, done))
@@ -131,7 +140,7 @@ def add_block(  # numba's types of the arguments, of which those of numbers are 
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(a, i64, i64, b, i64, i64, i64, c, i64, i64, soon, i64), generate
+    return types.void(a, i64, i64, b, i64, i64, i64, c, i64, i64, soon, i64, i64), generate
 
 
 @intrinsic

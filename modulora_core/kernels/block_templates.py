@@ -22,6 +22,7 @@ from modulora_core.kernels.block_loops import (
     DEPTH,
     PART,
     ROW,
+    RUN,
     add_block,
     block_columns,
     block_rows,
@@ -53,6 +54,12 @@ def _signed(index: Any) -> Any:
 @jit()
 def _whole(count: int, unit: int) -> int:
     return (count + unit - 1) // unit * unit
+
+
+@jit()
+def _most(units: int, budget: int, numbers: int) -> Any:
+    """How many of so many units, of so many fp32 numbers each, the budget has room for: one at least."""
+    return max(1, min(units, budget // (4 * numbers)))
 
 
 @jit()
@@ -102,12 +109,12 @@ def _put_sums(sums: Any, rows: int, y: Any, start: int, add: bool) -> None:
                         )
 
 
-def blocks(weight: Any, threads: int, x: Any, y: Any) -> None:
-    """``x``, fp32 ``[n, in]``, and ``y``, fp32 ``[n, out]``, are C-contiguous."""
+def blocks(weight: Any, threads: int, budget: int, x: Any, y: Any) -> None:
+    """``x``, fp32 ``[n, in]``, and ``y``, fp32 ``[n, out]``, are C-contiguous; ``budget``: bytes of Ŵ that a thread may decode at once."""
     n, columns = x.shape
     tall, wide = block_rows(), block_columns()
     panels, strips = (n + wide - 1) // wide, (y.shape[1] + tall - 1) // tall
-    pieces = _pieces(strips, TALL // tall, threads)
+    pieces = _pieces(strips, _most(TALL // tall, budget, tall * ROW), threads)
     for start in range(0, columns, CHUNK):
         size = min(CHUNK, columns - start)
         packed = scratch(panels * size, wide, np.float32)
@@ -133,16 +140,16 @@ def blocks(weight: Any, threads: int, x: Any, y: Any) -> None:
                         then = here + size if panel + 1 < panels else at + DEPTH
                         for row in range(0, whole, tall):
                             add_block(w, row, at - part, packed, here, 0, depth, sums, row, panel * wide,
-                                      packed, then * wide + row // tall * ahead)  # fmt: skip
+                                      packed, then * wide + row // tall * ahead, RUN)  # fmt: skip
             _put_sums(sums, rows, y, begin, start > 0)
 
 
-def blocks_transposed(weight: Any, threads: int, y: Any, x: Any) -> None:
-    """``y``, fp32 ``[n, out]``, and ``x``, fp32 ``[n, in]``, are C-contiguous."""
+def blocks_transposed(weight: Any, threads: int, budget: int, y: Any, x: Any) -> None:
+    """``y``, fp32 ``[n, out]``, and ``x``, fp32 ``[n, in]``, are C-contiguous; ``budget`` as above."""
     n, rows = y.shape
     tall, wide = block_rows(), block_columns()
     whole, panels = _whole(n, tall), (x.shape[1] + wide - 1) // wide
-    pieces = _pieces(panels, WIDE // wide, threads)
+    pieces = _pieces(panels, _most(WIDE // wide, budget, wide * DEPTH), threads)
     for start in range(0, rows, CHUNK):
         size = min(CHUNK, rows - start)
         packed = scratch((size + PART - 1) // PART * whole, ROW, np.float32)
@@ -165,10 +172,10 @@ def blocks_transposed(weight: Any, threads: int, y: Any, x: Any) -> None:
                 decode(weight, start + at, begin, columns, w[:depth])
                 for column in range(0, width, wide):
                     for row in range(0, whole, tall):
-                        # the next terms, of one of these rows for each panel
-                        then = (later // PART * whole + row + column // wide) * ROW + later % PART
+                        # the next terms, of two of these rows for each panel
+                        then = (later // PART * whole + row + 2 * column // wide) * ROW + later % PART
                         add_block(packed, part * whole + row, at % PART, w, 0, column, depth, sums, row, column,
-                                  packed, then)  # fmt: skip
+                                  packed, then, ROW)  # fmt: skip
             for r in range(n):
                 if start:
                     x[r, begin : begin + columns] += sums[r, :columns]

@@ -2,7 +2,7 @@
 
 A processor reads ahead by itself, but within a page of 4 KiB, and it begins anew in each: a kernel that decodes in registers reaches the
 next page before its bytes are there, and then waits. So it asks for what it will read :data:`AHEAD` bytes later
-(docs/performance.md, One layer).
+(docs/performance-findings.md, One row).
 """
 
 from __future__ import annotations

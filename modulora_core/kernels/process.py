@@ -32,7 +32,7 @@ def _start_threads(numba: ModuleType) -> None:
 
     It sets OpenMP's number of threads, torch's too, to that of the cores. And it allows teams of threads inside of teams: where
     ``torch.set_num_threads`` was called, MKL then opens a team for every small product inside of torch's attention, which takes many
-    times as long (docs/performance.md, Threads).
+    times as long (docs/performance-findings.md, Threads).
     """
     before = torch.get_num_threads()
     numba.get_num_threads()
@@ -57,7 +57,8 @@ def _keep_heap() -> None:
 
     By itself glibc gives the top of its heap back to the system where at most 64 MiB are free there, often fewer, and takes larger blocks
     from the system each time (mallopt(3): both thresholds follow what was freed). What comes and goes between two layers would be faulted
-    in and zeroed a page at a time, again and again, and a layer's step with 512 rows took up to twice as long (docs/performance.md).
+    in and zeroed a page at a time, again and again, and a layer's step with 512 rows took up to twice as long
+    (docs/performance-findings.md).
     Where the environment sets glibc's thresholds, they stay.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get(

@@ -1,6 +1,6 @@
 """The loops of :mod:`modulora_core.kernels.products`, which are compiled once for each decoder, in the place of :func:`decode` here.
 
-What the sizes mean for caches is said beside them; docs/performance.md has what was measured.
+What the sizes mean for caches is said beside them; docs/performance-findings.md has what was measured.
 """
 
 from __future__ import annotations

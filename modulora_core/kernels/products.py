@@ -54,6 +54,7 @@ from modulora_core.kernels import (
 from modulora_core.kernels import product_templates as templates
 from modulora_core.kernels.product_loops import BLOCK
 from modulora_core.kernels.vectors import LANES, has
+from modulora_core.tiles import tile_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -159,7 +160,7 @@ class RowKernels:
             return product_of_one(self._one_row, weight, x, features)
         rows, y = rows_of(x), room_for(x, features)
         if _is_for_blocks(x, len(rows)):
-            launch(self._blocks, weight, torch.get_num_threads(), rows, rows_of(y))
+            launch(self._blocks, weight, *_shared(x), rows, rows_of(y))
             return torch.from_numpy(y)
         if len(rows) >= BLOCK:
             launch(self._many[x.dtype], weight, given, _whole_vectors(x), rows_of(y))
@@ -172,7 +173,7 @@ class RowKernels:
         n = math.prod(x.shape[:-1])
         if _is_for_blocks(x, n):
             y = room_for(x, features)
-            launch(self._blocks_transposed, weight, torch.get_num_threads(), rows_of(x), rows_of(y))
+            launch(self._blocks_transposed, weight, *_shared(x), rows_of(x), rows_of(y))
             return torch.from_numpy(y)
         if n < BLOCK:
             sums = torch.empty(PARTIAL_SUMS, n, features)
@@ -186,11 +187,17 @@ class RowKernels:
 
 @cache
 def blocks_are_faster() -> bool:
-    """Whether sums in blocks are as fast as torch's products: measured for AVX2 and AVX-512 beside MKL (docs/performance.md), and not where
-    oneDNN's are taken instead.
+    """Whether sums in blocks are as fast as torch's products: measured for AVX2 and AVX-512 beside MKL, and not where oneDNN's are taken
+    instead (docs/performance-findings.md).
     """
     context = cpu_target.target_context
     return any(has(context, feature) for feature in ("avx2", "avx512f")) and not onednn_is_faster()
+
+
+def _shared(x: Tensor) -> tuple[int, int]:
+    """Threads, and the tile budget's bytes for each."""
+    threads = torch.get_num_threads()
+    return threads, tile_bytes(x.device) // threads
 
 
 def _is_for_blocks(x: Tensor, rows: int) -> bool:

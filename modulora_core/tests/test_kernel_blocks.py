@@ -31,12 +31,17 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 def multiplied(
-    module: ModuleType, packed: tuple[Tensor, Tensor], x: Tensor, transpose: bool, threads: int = 2
+    module: ModuleType,
+    packed: tuple[Tensor, Tensor],
+    x: Tensor,
+    transpose: bool,
+    threads: int = 2,
+    budget: int = 2**20,
 ) -> Tensor:
     """``x Ŵᵀ``, or ``x Ŵ``, into memory that held NaN."""
     kernel = module.rows._blocks_transposed if transpose else module.rows._blocks
     y = torch.full((len(x), packed[0].shape[1 if transpose else 0]), torch.nan)
-    kernels.launch(kernel, packed, threads, x, y)
+    kernels.launch(kernel, packed, threads, budget, x, y)
     return y
 
 
@@ -64,13 +69,14 @@ def test_as_many_rows_as_there_may_be(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-def test_bits_do_not_depend_on_the_number_of_threads_nor_on_the_rows_beside(
+def test_bits_do_not_depend_on_threads_nor_the_budget_nor_the_rows_beside(
     module: ModuleType, transpose: bool
 ) -> None:
     codes, scales, _ = weight(600, 560)
     x = torch.randn(50, 600 if transpose else 560)
     one, three = (multiplied(module, (codes, scales), x, transpose, threads) for threads in (1, 3))
     assert torch.equal(one, three)
+    assert torch.equal(one, multiplied(module, (codes, scales), x, transpose, budget=1))
     assert torch.equal(multiplied(module, (codes, scales), x[7:9], transpose), one[7:9])
 
 
@@ -96,7 +102,7 @@ def test_they_are_taken_between_few_rows_and_those_that_a_tile_is_for(
 
     def watched(kernel: object, *arguments: object) -> None:
         if kernel is module.rows._blocks:
-            taken.append(len(arguments[2]))  # type: ignore[arg-type]
+            taken.append(len(arguments[3]))  # type: ignore[arg-type]
         launch(kernel, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(products, "launch", watched)

@@ -99,7 +99,7 @@ def sizes():
 
 @jit()
 def kernel(a, b, depth, c, turned):
-    add_block(a, 1, 3, b, 2, 4, depth, c, 1, 5, a, 0)
+    add_block(a, 1, 3, b, 2, 4, depth, c, 1, 5, a, 0, 7)
     put_transposed(b, 1, 2, turned, 3, 4)
 
 tall, wide, side = sizes()
