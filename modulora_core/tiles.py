@@ -92,6 +92,12 @@ def has_bfloat16_units() -> bool:
     return has
 
 
+@cache
+def has_bfloat16_tile_units() -> bool:
+    """Whether it does so by AMX, whose instructions multiply whole matrices."""
+    return has_bfloat16_units() and torch.cpu._is_amx_tile_supported()
+
+
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which tiles are multiplied by inputs of ``dtype``: theirs, but for 16 bits on a CPU without units for them.
 

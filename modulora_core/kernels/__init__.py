@@ -33,9 +33,10 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
+from modulora_core.kernels.bf16_choice import dtype_of_few
 from modulora_core.kernels.process import prepared_numba
 from modulora_core.packed import PackedWeight, TensorLayout
-from modulora_core.tiles import compute_dtype, tile_ranges
+from modulora_core.tiles import tile_ranges
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,9 +49,6 @@ PARTIAL_SUMS = 8
 
 Fixed, so that the order of a sum, and with it the result, is the same for any number of threads. More threads
 than this hardly read faster from one memory."""
-
-BF16_ROWS = 8
-"""From how many rows on few-row products multiply bf16 as bf16, where the processor does: fewer are as fast in fp32, which rounds less."""
 
 _FEW_ROWS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ONE_LAUNCH = threading.Lock()
@@ -289,10 +287,10 @@ def filled_tile(
 def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = None) -> Tensor | None:
     """``x`` as a few-row kernel takes it, contiguous ``[..., features]``; None where tiles are the way.
 
-    It is fp32, but bf16 where inputs are that, :data:`BF16_ROWS` or more, and the processor multiplies it itself.
+    It is fp32, but bf16 where inputs are that and the processor is faster so (:mod:`modulora_core.kernels.bf16_choice`).
 
-    Tiles are for more than ``most`` rows, where a matrix product over them costs less; for fp64, because the kernels sum in fp32; for
-    devices other than the CPU; and for a wrong last dimension, so that the tiled product says what is wrong.
+    Tiles are for more than ``most`` rows, or fewer of bf16, where a matrix product over them costs less; for fp64, because the kernels sum
+    in fp32; for devices other than the CPU; and for a wrong last dimension, so that the tiled product says what is wrong.
 
     Args:
         dtype: of the inputs, where ``x`` was made of them in another one.
@@ -302,9 +300,10 @@ def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = No
         return None
     if not 0 < size <= most * features:
         return None
-    wanted = torch.float32
-    if size >= BF16_ROWS * features and (x.dtype if dtype is None else dtype) is torch.bfloat16:
-        wanted = compute_dtype(torch.bfloat16, x.device)
+    is_bf16 = (x.dtype if dtype is None else dtype) is torch.bfloat16
+    wanted = dtype_of_few(size // features) if is_bf16 else torch.float32
+    if wanted is None:
+        return None
     rows = x.detach() if x.requires_grad else x
     return (rows if rows.dtype is wanted else rows.to(wanted)).contiguous()
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels, tiles
+from modulora_core.kernels import bf16_choice
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -36,7 +37,8 @@ def test_enough_rows_of_bf16_stay_bf16_where_the_processor_multiplies_it(
     units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: units)
-    x = torch.randn(kernels.BF16_ROWS, 6)
+    monkeypatch.setattr(tiles, "has_bfloat16_tile_units", lambda: False)
+    x = torch.randn(bf16_choice.BF16_ROWS, 6)
     cases = [
         (x.bfloat16(), None, units),
         (x.bfloat16(), torch.float32, False),  # made of fp32
@@ -50,6 +52,19 @@ def test_enough_rows_of_bf16_stay_bf16_where_the_processor_multiplies_it(
         assert few is not None
         assert few.dtype == (torch.bfloat16 if stays else torch.float32)
         assert torch.equal(few, given.to(few.dtype))
+
+
+def test_with_amx_few_rows_of_bf16_are_fewer_and_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(tiles, "has_bfloat16_tile_units", lambda: True)
+    most = bf16_choice.ROWS_BEFORE_AMX
+    x = torch.randn(most + 1, 6)
+    for given, dtype in ((x.bfloat16(), None), (x, torch.bfloat16)):
+        few = kernels.few_rows(given[1:], 6, 64, dtype)
+        assert few is not None
+        assert few.dtype == torch.float32
+        assert kernels.few_rows(given, 6, 64, dtype) is None
+    assert kernels.few_rows(x, 6, 64) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
