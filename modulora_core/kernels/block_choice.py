@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 LEAST_ROWS = 32
-"""Rows of X from which on blocks of sums are as fast as other sums, or faster: whole panels of them."""
+"""Rows of X from which on blocks of sums are about as fast as other sums, or faster: a whole panel of them."""
 
 MOST_ROWS = 512
 """Rows of X for which sums stay in the cache. Of more, a tile is worth its way to memory."""

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels.prefetch import FAR, NEAR, ask_for
-from modulora_core.kernels.vectors import has, multiply_add, pointer, splat, zeros
+from modulora_core.kernels.vectors import has, matrix, multiply_add, pointer, splat, zeros
 
 DEPTH = 256
 """Terms of a sum that are added in registers: a panel of so many rows of B, 32 KiB, stays in the L1 cache while the rows of A go by."""
@@ -169,9 +169,8 @@ def put_transposed(_context: Any, a: Any, _row: Any, _column: Any, b: Any, _to: 
 
 def _place(context: Any, builder: Any, kind: Any, array: Any, row: Any, column: Any) -> tuple[Any, Any]:
     """Where a C-contiguous matrix has a number, and the length of its rows."""
-    made = context.make_array(kind)(context, builder, array)
-    length = cgutils.unpack_tuple(builder, made.shape, kind.ndim)[-1]
-    return builder.gep(made.data, [builder.add(builder.mul(row, length), column)]), length
+    data, length = matrix(context, builder, kind, array)
+    return builder.gep(data, [builder.add(builder.mul(row, length), column)]), length
 
 
 def _transposed(builder: Any, values: list[Any]) -> list[Any]:

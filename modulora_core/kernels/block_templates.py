@@ -29,7 +29,7 @@ from modulora_core.kernels.block_loops import (
     put_transposed,
     square,
 )
-from modulora_core.kernels.product_templates import decode
+from modulora_core.kernels.product_templates import GAP, decode, signed
 from modulora_core.kernels.scratch import scratch
 
 CHUNK = 2048
@@ -41,14 +41,8 @@ TALL = 252
 WIDE = 256
 """Columns of Ŵ of which a thread has decoded :data:`DEPTH` rows, at most: a quarter of a MiB, and their sums half a one."""
 
-_GAP = 16  # numbers between two rows of sums, as for decoded ones
+_GAP = GAP // 4  # numbers between two rows of sums, as for decoded ones
 _PIECE = 16  # rows that a thread copies at once
-
-
-@jit()
-def _signed(index: Any) -> Any:
-    """That of a ``prange`` is unsigned, and numba takes the sum of an unsigned and a signed number for a float."""
-    return np.int64(index)
 
 
 @jit()
@@ -119,10 +113,10 @@ def blocks(weight: Any, threads: int, budget: int, x: Any, y: Any) -> None:
         size = min(CHUNK, columns - start)
         packed = scratch(panels * size, wide, np.float32)
         for index in prange(panels):
-            panel = _signed(index)
+            panel = signed(index)
             _put_panel(x, panel * wide, min(wide, n - panel * wide), start, size, packed, panel * size)
         for index in prange(pieces):
-            piece = _signed(index)
+            piece = signed(index)
             begin = piece * strips // pieces * tall
             rows = min(y.shape[1], (piece + 1) * strips // pieces * tall) - begin
             whole = _whole(rows, tall)
@@ -154,12 +148,12 @@ def blocks_transposed(weight: Any, threads: int, budget: int, y: Any, x: Any) ->
         size = min(CHUNK, rows - start)
         packed = scratch((size + PART - 1) // PART * whole, ROW, np.float32)
         for index in prange((whole + _PIECE - 1) // _PIECE):
-            first = _signed(index) * _PIECE
+            first = signed(index) * _PIECE
             for r in range(first, min(whole, first + _PIECE)):
                 for part in range(0, size, PART):
                     _put_part(y, r, start + part, min(PART, size - part), packed, part // PART * whole + r)
         for index in prange(pieces):
-            piece = _signed(index)
+            piece = signed(index)
             begin = piece * panels // pieces * wide
             columns = min(x.shape[1], (piece + 1) * panels // pieces * wide) - begin
             width = _whole(columns, wide)

@@ -54,14 +54,14 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 
 
 @jit()
-def _signed(index: Any) -> Any:
+def signed(index: Any) -> Any:
     """That of a ``prange`` is unsigned, and numba takes the sum of an unsigned and a signed number for a float."""
     return np.int64(index)
 
 
 def fill(weight: Any, first: int, out: Any) -> None:
     for piece in prange((len(out) + _PIECE - 1) // _PIECE):
-        start = _signed(piece) * _PIECE
+        start = signed(piece) * _PIECE
         decode(weight, first + start, 0, out.shape[1], out[start : min(start + _PIECE, len(out))])
 
 
@@ -93,7 +93,7 @@ def few(weight: Any, x: Any, y: Any) -> None:
     rows = y.shape[1]
     for piece in prange((rows + _PIECE - 1) // _PIECE):
         w = scratch(2, columns, np.float32)
-        first = _signed(piece) * _PIECE
+        first = signed(piece) * _PIECE
         last = min(first + _PIECE, rows)
         for o in range(first, last, 2):
             two = min(2, last - o)
@@ -119,7 +119,7 @@ def few_transposed(weight: Any, columns: int, y: Any, sums: Any) -> None:
     share = (rows + parts - 1) // parts
     chunks = (columns + CHUNK - 1) // CHUNK
     for piece in prange(parts * chunks):
-        part, start = _signed(piece) // chunks, _signed(piece) % chunks * CHUNK
+        part, start = signed(piece) // chunks, signed(piece) % chunks * CHUNK
         stop, last = min(start + CHUNK, columns), min((part + 1) * share, rows)
         sums[part, :, start:stop] = 0
         w = scratch(4, stop - start, np.float32)
@@ -142,7 +142,7 @@ def many(weight: Any, columns: int, x: Any, y: Any) -> None:
     for piece in prange((rows + _PIECE - 1) // _PIECE):
         w = scratch(STRIP, chunk + GAP // x.itemsize, x.dtype)
         sums = scratch(n, STRIP, np.float32)
-        begin = _signed(piece) * _PIECE
+        begin = signed(piece) * _PIECE
         stop = min(begin + _PIECE, rows)
         for first in range(begin, stop, STRIP):
             count = min(STRIP, stop - first)
@@ -180,7 +180,7 @@ def many_transposed(weight: Any, rows: int, columns: int, y: Any, sums: Any) -> 
     chunk = min(CHUNK, max(PANEL, SUMS // n // PANEL * PANEL), padded)
     chunks = (padded + chunk - 1) // chunk
     for piece in prange(parts * chunks):
-        share_of, start = _signed(piece) // chunks, _signed(piece) % chunks * chunk
+        share_of, start = signed(piece) // chunks, signed(piece) % chunks * chunk
         size, width = min(chunk, columns - start), min(chunk, padded - start)
         sums[share_of, :, start : start + width] = 0
         w = scratch(strip, width + GAP // y.itemsize, y.dtype)
