@@ -1,4 +1,6 @@
-"""Numbers of 16 bits in kernels that numba compiles, whose arrays hold them as int16: fp16 and bf16 to fp32, and fp32 to bf16."""
+"""Numbers of 16 bits in kernels that numba compiles, whose arrays hold them as int16: fp16 and bf16 to fp32, fp32 to bf16, and fp32 to
+fp16 and back.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,16 @@ from modulora_core.kernels.vectors import LANES, assembly, has, pointer
 
 _FLOAT, _LANE, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _FLOATS, _HALVES = ir.VectorType(_FLOAT, LANES), ir.VectorType(_HALF, LANES)
+
+
+@intrinsic
+def through_half(_context: Any, _number: Any) -> Any:
+    """An fp32 number rounded to fp16 and back: see :func:`through_halves`."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return through_halves(context, builder, arguments[0])
+
+    return types.float32(types.float32), generate
 
 
 @intrinsic
@@ -49,6 +61,31 @@ def halves_to_floats(context: Any, builder: Any, bits: Any) -> Any:
     is_special = builder.icmp_unsigned(">=", magnitude, constant(lanes, 0x7C00 << 13))
     value = builder.select(is_special, special, builder.bitcast(scaled, lanes))
     return builder.bitcast(builder.or_(value, sign), floats)
+
+
+def through_halves(context: Any, builder: Any, numbers: Any) -> Any:
+    """fp32 numbers rounded to fp16, to the nearest and halves to even, and back: of less than 65520, one or a vector of sixteen, in an
+    intrinsic.
+    """
+    is_vector = isinstance(numbers.type, ir.VectorType)
+    lanes, floats = (ir.VectorType(_LANE, LANES), _FLOATS) if is_vector else (_LANE, _FLOAT)
+
+    def constant(of: ir.Type, value: float) -> Any:
+        return ir.Constant(of, [value] * LANES if is_vector else value)
+
+    if has(context, "f16c") or has(context, "avx512f"):
+        half = ir.VectorType(ir.HalfType(), LANES) if is_vector else ir.HalfType()
+        return builder.fpext(builder.fptrunc(numbers, half), floats)
+    bits = builder.bitcast(numbers, lanes)
+    is_odd = builder.and_(builder.lshr(bits, constant(lanes, 13)), constant(lanes, 1))
+    rounded = builder.add(bits, builder.add(is_odd, constant(lanes, 0xFFF)))
+    normal = builder.bitcast(builder.and_(rounded, constant(lanes, ~0x1FFF)), floats)
+    # below 2⁻¹⁴ steps are 2⁻²⁴, as those of fp32 are between 0.5 and 1
+    steps = constant(floats, 0.75)
+    small = builder.fsub(builder.fadd(numbers, steps), steps)
+    magnitude = builder.and_(bits, constant(lanes, 0x7FFFFFFF))
+    is_small = builder.icmp_unsigned("<", magnitude, constant(lanes, (127 - 14) << 23))
+    return builder.select(is_small, small, normal)
 
 
 @intrinsic

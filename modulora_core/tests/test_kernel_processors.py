@@ -1,4 +1,4 @@
-"""What is spelled for some processors, on others: looking up in a table, rounding to bf16, multiplying, asking for bytes ahead."""
+"""What is spelled for some processors, on others: looking up in a table, rounding to bf16 and fp16, multiplying, asking for bytes ahead."""
 
 from __future__ import annotations
 
@@ -65,6 +65,45 @@ for row in bits.view(torch.float32):
     kernel(row.numpy(), out.view(torch.int16).numpy())
     torch.testing.assert_close(out, row.bfloat16(), rtol=0, atol=0, equal_nan=True)
 print("vcvtne2ps2bf16" in "".join(kernel.inspect_asm().values()))
+"""
+
+HALVES = """
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from modulora_core.kernels import jit
+from modulora_core.kernels.conversions import through_half, through_halves
+from modulora_core.kernels.vectors import LANES, pointer
+
+@intrinsic
+def round_vector(_context, x, _at, out):
+    def generate(context, builder, signature, arguments):
+        x, at, out = arguments
+        source, target = (pointer(context, builder, kind, array, at, ir.VectorType(ir.FloatType(), LANES))
+                          for kind, array in ((signature.args[0], x), (signature.args[2], out)))
+        builder.store(through_halves(context, builder, builder.load(source, align=4)), target, align=4)
+        return context.get_dummy_value()
+    return types.void(x, types.int64, out), generate
+
+@jit()
+def kernel(x, out, one_by_one):
+    for at in range(0, x.size, LANES):
+        round_vector(x, at, out)
+    for k in range(x.size):
+        one_by_one[k] = through_half(x[k])
+
+bits = np.random.default_rng(0).integers(0, 2**32, 2**20, np.uint32)
+halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # and what is in the midst of two, a bit to either side
+middles = ((halves[1:] + halves[:-1]) / 2).view(np.int32)
+x = np.concatenate([bits.view(np.float32), halves, -halves, *((middles + np.int32(d)).view(np.float32) for d in (-1, 0, 1))])
+x = x[np.abs(x) < 65520]  # nor NaN
+x = np.concatenate([x, np.zeros(-x.size % LANES, np.float32)])
+out, one_by_one = np.full_like(x, np.nan), np.full_like(x, np.nan)
+kernel(x, out, one_by_one)
+expected = x.astype(np.float16).astype(np.float32)
+assert (out == expected).all() and (one_by_one == expected).all()
+print("vcvtps2ph" in "".join(kernel.inspect_asm().values()))
 """
 
 MULTIPLY = """
@@ -146,6 +185,9 @@ NATIVE = ("", "")  # as numba finds it
         (ROUND, PLAIN, False),
         (ROUND, AVX2, False),
         (ROUND, NATIVE, torch.cpu._is_avx512_bf16_supported()),
+        (HALVES, PLAIN, False),
+        (HALVES, AVX2, False),
+        (HALVES, NATIVE, torch.cpu._is_avx2_supported()),  # a processor with AVX2 has F16C too
         (MULTIPLY, PLAIN, False),
         (MULTIPLY, AVX2, False),
         (MULTIPLY, NATIVE, torch.cpu._is_avx512_bf16_supported()),
@@ -161,6 +203,9 @@ NATIVE = ("", "")  # as numba finds it
         "round, SSE2",
         "round, AVX2",
         "round, this one",
+        "halves, SSE2",
+        "halves, AVX2",
+        "halves, this one",
         "multiply, SSE2",
         "multiply, AVX2",
         "multiply, this one",

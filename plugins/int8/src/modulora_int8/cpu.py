@@ -1,7 +1,9 @@
 """INT8 on the CPU, compiled by numba: the same values as :mod:`modulora_int8.reference`, at the speed of memory.
 
-``codes`` are ``[out, in]``, ``scales`` ``[out, groups]``; ``group`` columns share a scale. The loops that should be
-vectorised run over slices of their own, from 0 on: LLVM can't rule out that other indices are negative.
+``codes`` are ``[out, in]``, ``scales`` ``[out, groups]``; ``group`` columns share a scale.
+
+Quantizing reads a weight once from memory, for the largest values of its rows, and again from a cache for the codes. While it makes
+these it asks memory for what comes then: 4 bytes a value are read, one is written, and that is what it takes.
 """
 
 from __future__ import annotations
@@ -9,10 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
+from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.conversions import through_half, through_halves
+from modulora_core.kernels.prefetch import FAR, ask_for
 from modulora_core.kernels.products import RowKernels
+from modulora_core.kernels.vectors import LANES, pointer, splat
 from modulora_int8.cpu_decode import decode
 from modulora_int8.cpu_one_row import matmul_one, takes
 from modulora_int8.reference import HALF_RANGE, LARGEST, SMALLEST_ABSMAX
@@ -21,13 +29,13 @@ _ONE, _LARGEST = np.float32(1), np.float32(LARGEST)
 _SMALLEST = np.float32(SMALLEST_ABSMAX)
 _FROM, _BELOW = np.float32(HALF_RANGE[0]), np.float32(HALF_RANGE[1])
 
-_NORMAL = np.float32(
-    2**-14
-)  # fp16's smallest normal value; below it the step is 2⁻²⁴, above it a mantissa has 10 bits
-_STEPS_OF_HALF = np.float32(0.75)  # adding it to less than 2⁻¹⁴ rounds to multiples of 2⁻²⁴, halves to even
-_STEPS_OF_ONE = np.float32(1.5 * 2**23)  # adding it to less than 2²² rounds to whole numbers, halves to even
+_STEPS_OF_ONE = 1.5 * 2**23  # adding it to less than 2²² rounds to whole numbers, halves to even
 
 _ROWS = 16  # rows that a thread takes at once
+_AHEAD = 4096  # how many numbers ahead memory is asked: a row of common width, or two
+
+_BYTE, _INDEX = ir.IntType(8), ir.IntType(64)
+_BYTES, _WHOLES, _FLOATS = (ir.VectorType(of, LANES) for of in (_BYTE, ir.IntType(32), ir.FloatType()))
 
 
 rows = RowKernels(decode, matmul_one, takes)
@@ -36,40 +44,79 @@ rows = RowKernels(decode, matmul_one, takes)
 
 @jit()
 def _largest(bits: Any) -> Any:
-    """The bits of max |x|. As integers, because their maximum is vectorised, and because NaN is above all of them."""
+    """The bits of max |x|. As integers, because their maximum is vectorised, and because NaN is above all of them. ``bits`` is a slice of
+    its own, from 0 on: LLVM can't rule out that other indices are negative.
+    """
     largest = np.int32(0)
     for k in range(bits.size):
         largest = max(largest, np.int32(bits[k] & 0x7FFFFFFF))
     return largest
 
 
-@jit()
-def _to_half(x: Any, bits: Any, half: Any, half_bits: Any) -> None:
-    """Values below 65520 rounded to fp16, without the instruction for it, which numba doesn't reach."""
-    for k in range(bits.size):
-        to_even = (bits[k] >> 13) & 1
-        half_bits[k] = np.int32((bits[k] + 0xFFF + to_even) & ~0x1FFF)
-    for k in range(x.size):
-        small = (x[k] + _STEPS_OF_HALF) - _STEPS_OF_HALF
-        half[k] = small if abs(x[k]) < _NORMAL else half[k]
+def _put_codes(halves: bool) -> Any:
+    """The intrinsic that writes codes: of the numbers as they are, or of these rounded to fp16."""
+
+    @intrinsic
+    def put(_context: Any, x: Any, _at: Any, _vectors: Any, _factor: Any, codes: Any, _to: Any) -> Any:
+        """``codes[to + k] = round(factor · x[at + k])`` for so many vectors, of arrays as if they were flat."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, at, vectors, factor, codes, to = arguments
+            kinds = signature.args
+            factors, steps = splat(builder, factor, _FLOATS), ir.Constant(_FLOATS, [_STEPS_OF_ONE] * LANES)
+            with cgutils.for_range(builder, vectors) as loop:
+                k = builder.mul(loop.index, _INDEX(LANES))
+                here = builder.add(at, k)
+                then = builder.add(here, _INDEX(_AHEAD))
+                ask_for(builder, pointer(context, builder, kinds[0], x, then, _BYTE), FAR)
+                values = builder.load(pointer(context, builder, kinds[0], x, here, _FLOATS), align=4)
+                if halves:
+                    values = through_halves(context, builder, values)
+                rounded = builder.fsub(builder.fadd(builder.fmul(values, factors), steps), steps)
+                found = builder.trunc(builder.fptosi(rounded, _WHOLES), _BYTES)
+                place = pointer(context, builder, kinds[4], codes, builder.add(to, k), _BYTES)
+                builder.store(found, place, align=1)
+            return context.get_dummy_value()
+
+        i64 = types.int64
+        return types.void(x, i64, i64, types.float32, codes, i64), generate
+
+    return put
+
+
+_put_codes_of_halves, _put_codes_of_floats = _put_codes(halves=True), _put_codes(halves=False)
 
 
 @jit()
-def _to_codes(x: Any, factor: Any, codes: Any) -> None:
-    for k in range(x.size):
-        codes[k] = np.int8((x[k] * factor + _STEPS_OF_ONE) - _STEPS_OF_ONE)
-
-
-@jit()
-def _quantize_group(x: Any, x_bits: Any, half: Any, half_bits: Any, codes: Any, c: Any, c_bits: Any) -> None:
-    """``c`` and ``c_bits`` are the same single value."""
-    c_bits[0] = _largest(x_bits)
-    if _FROM <= c[0] < _BELOW:
-        _to_half(x, x_bits, half, half_bits)
-        c_bits[0] = _largest(half_bits)
-        _to_codes(half, _ONE / max(c[0], _SMALLEST) * _LARGEST, codes)
+def _quantize_vectors(x: Any, at: int, count: int, halves: bool, factor: Any, codes: Any, to: int) -> None:
+    """So many vectors of sixteen, with ``factor`` codes in 1; ``halves``: rounded to fp16 first."""
+    if halves:
+        _put_codes_of_halves(x, at, count, factor, codes, to)
     else:
-        _to_codes(x, _ONE / max(c[0], _SMALLEST) * _LARGEST, codes)
+        _put_codes_of_floats(x, at, count, factor, codes, to)
+
+
+@jit()
+def _quantize_group(
+    x: Any, at: int, bits: Any, codes: Any, scale: Any, scale_bits: Any, rest: Any, rest_codes: Any
+) -> None:
+    """A group of a row, which begins at ``x[at]``, as if ``x`` and ``codes`` were flat; ``bits`` are its own alone.
+
+    ``scale`` and ``scale_bits`` are the same single value; ``rest`` and ``rest_codes`` are scratch for what is no whole vector.
+    """
+    scale_bits[0] = _largest(bits)
+    halves = _FROM <= scale[0] < _BELOW
+    if halves:  # what is largest stays so when all are rounded
+        scale[0] = through_half(scale[0])
+    factor = _ONE / max(scale[0], _SMALLEST) * _LARGEST
+    vectors, over = bits.size // LANES, bits.size % LANES
+    _quantize_vectors(x, at, vectors, halves, factor, codes, at)
+    if over:
+        whole = at + vectors * LANES
+        flat, flat_codes = x.reshape(x.size), codes.reshape(codes.size)
+        rest[:over] = flat[whole : whole + over]
+        _quantize_vectors(rest, 0, 1, halves, factor, rest_codes, 0)
+        flat_codes[whole : whole + over] = rest_codes[:over]
 
 
 @jit(parallel=True)
@@ -78,12 +125,10 @@ def quantize(x: Any, group: int, codes: Any, scales: Any) -> None:
     out_features, in_features = x.shape
     x_bits, scales_bits = x.view(np.int32), scales.view(np.int32)
     for piece in prange((out_features + _ROWS - 1) // _ROWS):
-        half_bits = np.empty(min(group, in_features), np.int32)
-        half = half_bits.view(np.float32)
+        rest, rest_codes = np.zeros(LANES, np.float32), np.empty(LANES, np.int8)
         for o in range(piece * _ROWS, min((piece + 1) * _ROWS, out_features)):
             for g in range(scales.shape[1]):
-                a, b = g * group, min((g + 1) * group, in_features)
-                _quantize_group(
-                    x[o, a:b], x_bits[o, a:b], half[: b - a], half_bits[: b - a], codes[o, a:b],
-                    scales[o, g : g + 1], scales_bits[o, g : g + 1],
-                )  # fmt: skip
+                a, b = np.int64(g * group), min((g + 1) * group, in_features)
+                scale, scale_bits = scales[o, g : g + 1], scales_bits[o, g : g + 1]
+                at = np.int64(o) * in_features + a
+                _quantize_group(x, at, x_bits[o, a:b], codes, scale, scale_bits, rest, rest_codes)

@@ -16,21 +16,28 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.prefetch import FAR, ask_for
 from modulora_core.kernels.products import RowKernels
 from modulora_core.kernels.vectors import LANES, has, lookup, loops, pointer, splat
 from modulora_nf4.cpu_decode import decode
 from modulora_nf4.cpu_one_row import matmul_one, takes
-from modulora_nf4.reference import LEVELS, SMALLEST_ABSMAX, ZERO, dynamic_map
+from modulora_nf4.reference import (
+    LEVELS,
+    NESTED_BLOCK_SIZE,
+    SMALLEST_ABSMAX,
+    ZERO,
+    codes_of_points,
+    dynamic_map,
+)
 
 _LEVELS = np.array(LEVELS, np.float32)
 _MIDPOINTS = tuple((_LEVELS[1:] + _LEVELS[:-1]) / np.float32(2))
 _SMALLEST = np.float32(SMALLEST_ABSMAX)
 _DYNAMIC_MAP = dynamic_map().numpy()
+_CODES_OF_POINTS = codes_of_points().numpy()
 
-_INDEX = ir.IntType(64)
-_BYTES, _WHOLES, _FLOATS = (
-    ir.VectorType(of, LANES) for of in (ir.IntType(8), ir.IntType(32), ir.FloatType())
-)
+_BYTE, _INDEX = ir.IntType(8), ir.IntType(64)
+_BYTES, _WHOLES, _FLOATS = (ir.VectorType(of, LANES) for of in (_BYTE, ir.IntType(32), ir.FloatType()))
 _AT_ONCE = 4  # vectors: a lookup waits for what is looked up, so those of several run side by side
 _CELLS = 32
 _SCALE = 15.5  # cells in 1: narrower than any two midpoints are apart, and -1 to 1, both a little more, is within 32 of them
@@ -71,7 +78,10 @@ def _largest(bits: Any) -> Any:
 
 @intrinsic
 def _nearest_vectors(_context: Any, x: Any, reciprocals: Any, _shift: Any, q: Any, _vectors: Any) -> Any:
-    """The codes of so many vectors of sixteen, in blocks of 2 to the ``shift``, sixteen or more: see :func:`_nearest`."""
+    """The codes of so many vectors of sixteen, in blocks of 2 to the ``shift``, sixteen or more: see :func:`_nearest`.
+
+    Memory is asked for the next piece meanwhile, since nothing is read from it here.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, reciprocals, shift, q, vectors = arguments
@@ -79,6 +89,8 @@ def _nearest_vectors(_context: Any, x: Any, reciprocals: Any, _shift: Any, q: An
         for width, first in loops(builder, vectors, _AT_ONCE):
             for part in range(width):
                 k = builder.mul(builder.add(first, _INDEX(part)), _INDEX(LANES))
+                then = builder.add(k, _INDEX(_PIECE))
+                ask_for(builder, pointer(context, builder, kinds[0], x, then, _BYTE), FAR)
                 values = builder.load(pointer(context, builder, kinds[0], x, k, _FLOATS), align=4)
                 block = builder.lshr(k, shift)
                 factor = builder.load(
@@ -187,3 +199,20 @@ def quantize(x: Any, shift: int, codes: Any, absmax: Any) -> None:
         _quantize_piece(
             x[a:b], x_bits[a:b], shift, codes[a >> 1 : (b + 1) >> 1], absmax[c:d], absmax_bits[c:d]
         )
+
+
+@jit(parallel=True)
+def double_quantize(c2: Any, mean: Any, q2: Any, c1: Any) -> None:
+    """The constants ``c2`` to codes, and a constant for each 256 of them (``reference.double_quantize``); ``mean``: of all, ``[1]``."""
+    one, half, points = np.float32(1), np.float32(0.5), np.float32(65535)
+    for block in prange(c1.size):
+        a, b = block * NESTED_BLOCK_SIZE, min((block + 1) * NESTED_BLOCK_SIZE, c2.size)
+        centred = c2[a:b] - mean[0]
+        largest = np.float32(0)
+        for k in range(centred.size):
+            largest = max(largest, abs(centred[k]))
+        c1[block] = largest
+        factor = one / largest if largest else np.float32(0)
+        for k in range(centred.size):
+            scaled = min(max(centred[k] * factor, -one), one) if largest else -one
+            q2[a + k] = _CODES_OF_POINTS[np.int32((scaled + one) * half * points + half)]

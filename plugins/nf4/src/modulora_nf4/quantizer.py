@@ -71,14 +71,16 @@ class NF4(Quantizer):
         # in one copy where strides and dtype are not those of the kernel, and in none where they are
         W = weight.detach().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
         codes, absmax = _quantize(W.view(-1), options.block_size)
-        if not bool(absmax.isfinite().all()):
+        if absmax.numel() and not bool(
+            absmax.max().isfinite()
+        ):  # NaN is larger than all numbers, for torch too
             raise WeightError(
                 "nf4: expected finite weights that fp32 can hold, got NaN or Inf in a weight of shape "
                 f"{list(weight.shape)}"
             )
         tensors = {"codes": codes, "absmax": absmax}
         if options.double_quant:
-            q2, c1, mean = reference.double_quantize(absmax)
+            q2, c1, mean = _double_quantize(absmax)
             tensors = {"codes": codes, "absmax_codes": q2, "nested_absmax": c1, "offset": mean}
         out_features, in_features = weight.shape
         return PackedWeight("nf4", self.format, (out_features, in_features), tensors, options.model_dump())
@@ -161,6 +163,17 @@ def _quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
         codes[start // 2 : (stop + 1) // 2] = packing.pack(q)
         absmax[start // B : reference.blocks(stop, B)] = c2
     return codes, absmax
+
+
+def _double_quantize(c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`modulora_nf4.reference.double_quantize` gives."""
+    cpu = _kernels(c2.device)
+    if cpu is None:
+        return reference.double_quantize(c2)
+    q2 = torch.empty(c2.numel(), dtype=torch.uint8)
+    c1, mean = torch.empty(reference.blocks(c2.numel(), NESTED_BLOCK_SIZE)), reference.mean_of(c2).reshape(1)
+    kernels.launch(cpu.double_quantize, c2, mean, q2, c1)
+    return q2, c1, mean
 
 
 def _reference_tile(packed: PackedWeight, rows: tuple[int, int]) -> Tensor:

@@ -89,20 +89,32 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(sorted(values), device=device)
 
 
+def mean_of(c2: Tensor) -> Tensor:
+    """Of all c₂, fp32 ``[]``; 0 where there are none. torch's sum, whose order decides its last bit."""
+    return c2.mean() if c2.numel() else c2.new_zeros(())
+
+
+def codes_of_points(device: torch.device | str = "cpu") -> Tensor:
+    """The code q₂, uint8, of each of the 65536 points of a grid over [-1, 1], among which bitsandbytes looks a value up."""
+    level = dynamic_map(device)
+    midpoints = (level[:-1] + level[1:]) / 2
+    points = torch.arange(65536, device=device)
+    return torch.bucketize(2 * points.to(torch.float32) / 65535 - 1, midpoints, out_int32=True).to(
+        torch.uint8
+    )
+
+
 def double_quantize(c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of c₂ ``[blocks]``: q₂, uint8 ``[blocks]``; c₁, fp32 ``[blocks / 256]``; and its mean, fp32 ``[1]``."""
-    mean = c2.mean() if c2.numel() else c2.new_zeros(())
+    mean = mean_of(c2)
     centred = c2 - mean  # c₂ is positive: around zero the signed map is used whole
     c1 = constants(centred, NESTED_BLOCK_SIZE)
     per_block = spread(c1, NESTED_BLOCK_SIZE, 0, c2.numel())
     scaled = (centred * (1 / per_block)).clamp(-1, 1)
     scaled = torch.where(per_block == 0, -1.0, scaled)  # bitsandbytes takes code 0 in a block of zeros
-    # bitsandbytes looks up one of 65536 grid points, and so finds the value nearest to the grid point
+    # the code that is nearest to the grid point, not to the value
     point = ((scaled + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
-    level = dynamic_map(c2.device)
-    midpoints = (level[:-1] + level[1:]) / 2
-    q2 = torch.bucketize(2 * point.to(torch.float32) / 65535 - 1, midpoints, out_int32=True)
-    return q2.to(torch.uint8), c1, mean.reshape(1)
+    return codes_of_points(c2.device)[point], c1, mean.reshape(1)
 
 
 def double_dequantize(q2: Tensor, c1: Tensor, mean: Tensor, start: int = 0) -> Tensor:
