@@ -2,7 +2,8 @@
 
 A processor reads ahead by itself, but within a page of 4 KiB, and it begins anew in each: a kernel that decodes in registers reaches the
 next page before its bytes are there, and then waits. So it asks for what it will read :data:`AHEAD` bytes later
-(docs/performance-findings.md, One row).
+(docs/performance-findings.md, One row). Best is a line at a time, while it computes (:func:`ask_for`, in an intrinsic of its own): of many
+that are asked for at once the first ones make those behind them wait. :func:`read_ahead` is for where that can't be.
 """
 
 from __future__ import annotations

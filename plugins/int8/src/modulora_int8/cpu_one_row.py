@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.prefetch import read_ahead
+from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
 from modulora_core.kernels.vectors import LANES, loops, pointer, splat, sum_of_lanes
 from modulora_int8.cpu_decode import INVERSE, numbers
 
@@ -53,6 +53,10 @@ def _row_product(
             left = builder.sub(columns, begin)
             size = builder.select(builder.icmp_signed("<", left, group), left, group)
             for width, vector in loops(builder, builder.sdiv(size, _INDEX(LANES)), _SUMS):
+                if width == _SUMS:  # whose codes are a line
+                    soon = builder.add(builder.add(at, begin), builder.mul(vector, _INDEX(LANES)))
+                    soon = builder.add(soon, _INDEX(AHEAD))
+                    ask_for(builder, pointer(context, builder, kinds[0], codes, soon, ir.IntType(8)), NEAR)
                 for part in range(width):
                     k = builder.mul(builder.add(vector, _INDEX(part)), _INDEX(LANES))
                     column = builder.add(begin, k)
@@ -90,5 +94,4 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
     for piece in prange((rows + _ROWS - 1) // _ROWS):
         begin: Any = np.int64(piece) * _ROWS
         for o in range(begin, min(begin + _ROWS, rows)):
-            read_ahead(codes, o * columns, columns)
             y[0, o] = _row_product(codes, o * columns, columns, scales, o * groups, group, x) * INVERSE

@@ -18,7 +18,7 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.prefetch import read_ahead
+from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
 from modulora_core.kernels.vectors import LANES, loops, pointer, splat, sum_of_lanes, zeros
 from modulora_nf4.cpu_decode import levels
 
@@ -50,11 +50,18 @@ def _row_product(
             values = builder.load(pointer(context, builder, kinds[3], x, column, _FLOATS), align=4)
             return builder.fmul(levels(context, builder, index), values, flags=("contract",))
 
+        def byte(element: Any, of: Any, ahead: int = 0) -> Any:
+            at = builder.add(builder.lshr(element, _INDEX(1)), _INDEX(ahead))
+            return pointer(context, builder, kinds[0], codes, at, of)
+
         for width, vector in loops(builder, builder.sdiv(columns, _INDEX(_STEP)), _SUMS):
+            if width == _SUMS:  # whose codes are a line
+                soon = builder.add(start, builder.mul(vector, _INDEX(_STEP)))
+                ask_for(builder, byte(soon, _BYTES.element, AHEAD), NEAR)
             for part in range(width):
                 column = builder.mul(builder.add(vector, _INDEX(part)), _INDEX(_STEP))
                 element = builder.add(start, column)
-                source = pointer(context, builder, kinds[0], codes, builder.lshr(element, _INDEX(1)), _BYTES)
+                source = byte(element, _BYTES)
                 odd = builder.zext(
                     builder.load(source, align=1), _WHOLES
                 )  # levels() looks at the low half alone
@@ -103,5 +110,4 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
     for piece in prange((rows + _ROWS - 1) // _ROWS):
         begin: Any = np.int64(piece) * _ROWS
         for o in range(begin, min(begin + _ROWS, rows)):
-            read_ahead(codes, o * columns // 2, columns // 2)
             y[0, o] = _row_product(codes, absmax, shift, apart, o * columns, columns)
