@@ -74,9 +74,7 @@ def lora_linear(
     Raises:
         ShapeError: A, B, the scales and Ŵ don't fit together.
     """
-    if (A is None) != (B is None):
-        raise ShapeError("LoRA adapter: expected both A and B, got one of them")
-    if A is not None and B is not None:
+    if A is not None or B is not None:
         _check_adapter(packed.shape, A, B, transpose)
     if input_scale is not None or output_scale is not None:
         _check_scales(x, packed.shape, input_scale, output_scale, transpose)
@@ -93,8 +91,10 @@ def lora_linear(
     return y
 
 
-def _check_adapter(shape: tuple[int, int], A: Tensor, B: Tensor, transpose: bool) -> None:
+def _check_adapter(shape: tuple[int, int], A: Tensor | None, B: Tensor | None, transpose: bool) -> None:
     out_features, in_features = shape
+    if A is None or B is None:
+        raise ShapeError("LoRA adapter: expected both A and B, got one of them")
     if transpose:
         raise ShapeError("LoRA adapter: a transposed product takes none")
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] != in_features or B.shape != (out_features, A.shape[0]):

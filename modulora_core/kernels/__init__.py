@@ -312,7 +312,7 @@ def product_of_one(kernel: Callable[..., None], weight: tuple[Any, ...], x: Tens
     """The product of a single row with a packed weight, which decoding asks for once a layer and token.
 
     Args:
-        kernel: ``kernel(weight, x, y)`` writes all of ``y``, fp32 ``[1, features]``, of ``x``, fp32 ``[1, given]``.
+        kernel: ``kernel(weight, threads, x, y)`` writes all of ``y``, fp32 ``[1, features]``, of ``x``, fp32 ``[1, given]``.
         weight: what it reads, as :func:`launch` takes it.
         x: fp32 ``[..., given]`` of one row, as :func:`few_rows` gives it.
 
@@ -321,7 +321,7 @@ def product_of_one(kernel: Callable[..., None], weight: tuple[Any, ...], x: Tens
     """
     row: NDArray[Any] = x.numpy()
     y = np.empty((*row.shape[:-1], features), np.float32)
-    run(kernel, _array(weight), row.reshape(1, row.size), y.reshape(1, features))
+    run(kernel, _array(weight), torch.get_num_threads(), row.reshape(1, row.size), y.reshape(1, features))
     return torch.from_numpy(y)
 
 

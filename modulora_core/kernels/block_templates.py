@@ -31,6 +31,7 @@ from modulora_core.kernels.block_loops import (
 )
 from modulora_core.kernels.product_templates import GAP, decode, signed
 from modulora_core.kernels.scratch import scratch
+from modulora_core.kernels.shares import share
 
 CHUNK = 2048
 """Terms of a sum whose factors of X are in memory once more, in the order in which they are read: 4 MiB at once."""
@@ -116,9 +117,8 @@ def blocks(weight: Any, threads: int, budget: int, x: Any, y: Any) -> None:
             panel = signed(index)
             _put_panel(x, panel * wide, min(wide, n - panel * wide), start, size, packed, panel * size)
         for index in prange(pieces):
-            piece = signed(index)
-            begin = piece * strips // pieces * tall
-            rows = min(y.shape[1], (piece + 1) * strips // pieces * tall) - begin
+            begin, stop = share(index, pieces, y.shape[1], tall)
+            rows = stop - begin
             whole = _whole(rows, tall)
             w = scratch(whole, ROW, np.float32)
             w[rows:] = 0
@@ -153,9 +153,8 @@ def blocks_transposed(weight: Any, threads: int, budget: int, y: Any, x: Any) ->
                 for part in range(0, size, PART):
                     _put_part(y, r, start + part, min(PART, size - part), packed, part // PART * whole + r)
         for index in prange(pieces):
-            piece = signed(index)
-            begin = piece * panels // pieces * wide
-            columns = min(x.shape[1], (piece + 1) * panels // pieces * wide) - begin
+            begin, stop = share(index, pieces, x.shape[1], wide)
+            columns = stop - begin
             width = _whole(columns, wide)
             w = scratch(DEPTH, width + _GAP, np.float32)
             w[:, columns:width] = 0

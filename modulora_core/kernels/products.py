@@ -75,8 +75,9 @@ class RowKernels:
             columns)`` of the rows from ``row`` on, as many as ``out`` has, to the first columns of ``out``: fp32
             ``[rows, columns or more]``, C-contiguous. ``weight`` is what the methods are given, a tuple of arrays and numbers.
 
-        one_row: where decoding in registers is worth a kernel of its own for a single row, it. ``one_row(weight, x, y)`` writes ``y =
-            x Ŵᵀ``, fp32 ``[1, in]`` and ``[1, out]``.
+        one_row: where decoding in registers is worth a kernel of its own for a single row, it. ``one_row(weight, threads, x, y)`` writes
+            ``y = x Ŵᵀ``, fp32 ``[1, in]`` and ``[1, out]``; ``threads``: into how many shares to cut the rows of Ŵ
+            (:func:`modulora_core.kernels.shares.share`).
         takes: which weights ``one_row`` can multiply by: ``takes(weight)``; by default all.
 
     The kernels are compiled at their first call for a type of weight, with ``decode`` inside of them, and kept on disk beside
@@ -134,6 +135,10 @@ class RowKernels:
             dtype: of the inputs, where ``x`` was made of them in another one.
         """
         given, wanted = shape if transpose else (shape[1], shape[0])
+        if not transpose and self._one_row is not None and _is_row(x, given):
+            arrays = weight()
+            if self._takes(arrays):
+                return product_of_one(self._one_row, arrays, x, wanted)
         few = few_rows(x, given, most, dtype)
         if few is None and blocks_are_faster():
             few = few_rows(x, given, block_choice.most_rows(shape), dtype)
@@ -183,6 +188,18 @@ class RowKernels:
             sums = torch.empty(parts, n, features + -features % _lanes(x))
             launch(self._many_transposed[x.dtype], weight, x.shape[-1], features, _whole_vectors(x), sums)
         return sums.sum(dim=0)[:, :features].reshape(*x.shape[:-1], features).contiguous()
+
+
+def _is_row(x: Tensor, features: int) -> bool:
+    """Whether ``x`` is a single row as a kernel reads it: what a decoder's layers are given, for which to ask as little as can be."""
+    return (
+        x.dtype is torch.float32
+        and x.numel() == features
+        and x.shape[-1:] == (features,)
+        and x.is_cpu
+        and not x.requires_grad
+        and x.is_contiguous()
+    )
 
 
 @cache

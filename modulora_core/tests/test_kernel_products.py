@@ -139,7 +139,7 @@ def test_a_kernel_for_one_row_is_asked_for_one_row_of_a_weight_that_it_takes(mod
 
     asked: list[tuple[int, ...]] = []
 
-    def one_row(_weight: tuple[object, ...], x: Any, y: Any) -> None:
+    def one_row(_weight: tuple[object, ...], _threads: int, x: Any, y: Any) -> None:
         asked.append(x.shape)
         y[:] = 7
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import prange, types
 from numba.core import cgutils
@@ -20,10 +19,10 @@ from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
+from modulora_core.kernels.shares import share
 from modulora_core.kernels.vectors import LANES, loops, pointer, splat, sum_of_lanes
 from modulora_int8.cpu_decode import INVERSE, numbers
 
-_ROWS = 16  # rows that a thread takes at once
 _SUMS = 4  # a multiplier waits for its own result: so many sums are made side by side
 
 _INDEX, _FLOAT = ir.IntType(64), ir.FloatType()
@@ -86,12 +85,12 @@ def takes(weight: tuple[Any, ...]) -> bool:
 
 
 @jit(parallel=True)
-def matmul_one(weight: Any, x: Any, y: Any) -> None:
+def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``; ``weight`` as in :func:`modulora_int8.cpu_decode.decode`."""
     codes, scales, group = weight
     rows, columns = codes.shape
     groups = scales.shape[1]
-    for piece in prange((rows + _ROWS - 1) // _ROWS):
-        begin: Any = np.int64(piece) * _ROWS
-        for o in range(begin, min(begin + _ROWS, rows)):
+    for index in prange(threads):
+        begin, stop = share(index, threads, rows)
+        for o in range(begin, stop):
             y[0, o] = _row_product(codes, o * columns, columns, scales, o * groups, group, x) * INVERSE

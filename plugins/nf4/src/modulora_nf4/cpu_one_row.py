@@ -19,11 +19,11 @@ from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
+from modulora_core.kernels.shares import share
 from modulora_core.kernels.vectors import LANES, loops, pointer, splat, sum_of_lanes, zeros
 from modulora_nf4.cpu_decode import levels
 
 _STEP = 2 * LANES  # columns that are multiplied at once
-_ROWS = 16  # rows that a thread takes at once
 _SUMS = 4  # a multiplier waits for its own result: so many sums are made side by side
 
 _INDEX = ir.IntType(64)
@@ -101,13 +101,13 @@ def _apart(x: Any, out: Any) -> None:
 
 
 @jit(parallel=True)
-def matmul_one(weight: Any, x: Any, y: Any) -> None:
+def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``; ``weight`` as in :func:`modulora_nf4.cpu_decode.decode`."""
     codes, absmax, _, shift, columns = weight
     rows = y.shape[1]
     apart = np.empty(columns, np.float32)
     _apart(x[0], apart)
-    for piece in prange((rows + _ROWS - 1) // _ROWS):
-        begin: Any = np.int64(piece) * _ROWS
-        for o in range(begin, min(begin + _ROWS, rows)):
+    for index in prange(threads):
+        begin, stop = share(index, threads, rows)
+        for o in range(begin, stop):
             y[0, o] = _row_product(codes, absmax, shift, apart, o * columns, columns)

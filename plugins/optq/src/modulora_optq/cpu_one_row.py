@@ -26,6 +26,7 @@ from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import halves_to_floats
+from modulora_core.kernels.shares import share
 from modulora_core.kernels.vectors import LANES, matrix, pointer, splat
 from modulora_optq.cpu_row_product import (
     add_run_2,
@@ -143,8 +144,27 @@ def _add_zeros(
     return types.void(zeros, i64, i64, i64, i64, places, i64, scale, f32, out), generate
 
 
+@jit()
+def _add_runs(
+    codes: Any, at: int, row_bytes: int, count: int, bits: int, part: int, ends: Any, group_of: Any, x: Any, scale: Any, totals: Any
+) -> None:  # fmt: skip
+    """The runs of ``count`` rows, the first of which begins at ``codes[at]``, to ``totals``: see :mod:`modulora_optq.cpu_row_product`."""
+    start = np.int64(0)
+    for run in range(ends.size):
+        end = np.int64(ends[run])
+        if bits == 2:
+            add_run_2(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
+        elif bits == 3:
+            add_run_3(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
+        elif bits == 4:
+            add_run_4(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
+        else:
+            add_run_8(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
+        start = end
+
+
 @jit(parallel=True)
-def matmul_one(weight: Any, x: Any, y: Any) -> None:
+def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``; ``weight`` as in :func:`modulora_optq.cpu_decode.decode`."""
     codes, scales, zeros, bits, group, n = weight
     rows, groups = scales.shape
@@ -153,29 +173,30 @@ def matmul_one(weight: Any, x: Any, y: Any) -> None:
     ends, group_of = runs_of_groups(part, parts, group)
     places, sums = _places(bits, groups), _sums_of_groups(x[0], group, groups)
     row_bytes, zero_bytes = codes.size // max(1, rows), zeros.size // max(1, rows)
-    for piece in prange((rows + _ROWS - 1) // _ROWS):
-        begin: Any = np.int64(piece) * _ROWS
-        stop = min(begin + _ROWS, rows)
-        last = stop - begin - 1
+    for index in prange(threads):
+        start, stop = share(index, threads, rows, _ROWS)
         scale = np.empty((groups, _ROWS), np.float32)
-        above, totals = np.zeros(_ROWS, np.float32), np.zeros((_ROWS, LANES), np.float32)
-        for g in range(groups):
-            _take_scales(scales, begin, last, g, scale)
-            if zeros.size:
-                _add_zeros(
-                    zeros, begin * zero_bytes, last, zero_bytes, bits, places, g, scale, sums[g], above
-                )
-        at, count, start = begin * row_bytes, stop - begin, np.int64(0)
-        for run in range(ends.size):
-            end = np.int64(ends[run])
-            if bits == 2:
-                add_run_2(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
-            elif bits == 3:
-                add_run_3(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
-            elif bits == 4:
-                add_run_4(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
-            else:
-                add_run_8(codes, at, row_bytes, count, part, start, end, x, group_of, run, scale, totals)
-            start = end
-        for r in range(count):
-            y[0, begin + r] = sum_of(totals, r) - above[r]
+        above, totals = np.empty(_ROWS, np.float32), np.empty((_ROWS, LANES), np.float32)
+        for begin in range(start, stop, _ROWS):
+            count = min(_ROWS, stop - begin)
+            above[:], totals[:] = 0, 0
+            for g in range(groups):
+                _take_scales(scales, begin, count - 1, g, scale)
+                if zeros.size:
+                    _add_zeros(
+                        zeros,
+                        begin * zero_bytes,
+                        count - 1,
+                        zero_bytes,
+                        bits,
+                        places,
+                        g,
+                        scale,
+                        sums[g],
+                        above,
+                    )
+            _add_runs(
+                codes, begin * row_bytes, row_bytes, count, bits, part, ends, group_of, x, scale, totals
+            )
+            for r in range(count):
+                y[0, begin + r] = sum_of(totals, r) - above[r]

@@ -21,12 +21,13 @@ from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import from_half
 from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.scratch import scratch
+from modulora_core.kernels.shares import share
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.cpu_points import dot_points
 from modulora_quip_sharp_e8.cpu_transform import LANES, OUTPUTS, rotate_rows
 from modulora_quip_sharp_e8.cpu_words import dot, half_of, has_byte_permutations, rows_together, spell_all
 
-_ROWS = 16  # rows that a thread takes at once
+_ROWS = 16  # whose words are made at once, at most
 _STEPS = np.array([codebooks.residual_step(bits) if bits > 2 else 0 for bits in range(5)], np.float32)
 
 
@@ -95,7 +96,7 @@ def _rotate_one(x: Any, scale: Any, unit: Any, matrix: Any, K: int, after: bool,
 
 
 @jit(parallel=True)
-def forward_one(weight: Any, x: Any, y: Any) -> None:
+def forward_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row, rotations and all: ``x`` is fp32 ``[1, in]``, ``y`` fp32 ``[1, rows of C]``.
 
     ``weight`` is codes, residual, bits; the bits of the input's and of the output's scale, int16; the unit, fp32 ``[1]``; then for the
@@ -107,9 +108,8 @@ def forward_one(weight: Any, x: Any, y: Any) -> None:
     turned[:] = 0
     _rotate_one(x, input_scale, np.float32(1), matrix_in, K_in, False, turned)
     sums = np.empty(0, np.float32) if has_byte_permutations() else _sums_of_blocks(turned, blocks)
-    for piece in prange((rows + _ROWS - 1) // _ROWS):
-        begin: Any = np.int64(piece) * _ROWS
-        stop = min(begin + _ROWS, rows)
+    for index in prange(threads):
+        begin, stop = share(index, threads, rows)
         if has_byte_permutations():
             together = rows_together(blocks, _ROWS)
             words = scratch(2, half_of(together * blocks), np.int64)

@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.prefetch import read_ahead
+from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
 from modulora_core.kernels.vectors import LANES, has, lookup, loops, pointer, splat, sum_of_lanes, zeros
 from modulora_quip_sharp_e8 import codebooks
 
@@ -150,7 +150,7 @@ def _knows(context: Any) -> bool:
 def spell(_context: Any, codes: Any, _at: Any, _count: Any, words: Any, _first: Any) -> Any:
     """The words of ``count`` codes from number ``at`` on to ``words[first : first + PAIRS]``: of E8P12 for int16, of E8₁ for uint8.
 
-    All are written; no more codes than ``count``, at most CODES, are read.
+    All are written; no more codes than ``count``, at most CODES, are read. As many that are read later are asked for.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -158,6 +158,9 @@ def spell(_context: Any, codes: Any, _at: Any, _count: Any, words: Any, _first: 
             return context.get_dummy_value()
         codes, at, count, words, first = arguments
         kinds = signature.args
+        here = pointer(context, builder, kinds[0], codes, at, ir.IntType(8))
+        for line in range(0, CODES * kinds[0].dtype.bitwidth // 8, 64):
+            ask_for(builder, builder.gep(here, [_INDEX(AHEAD + line)]), NEAR)
         source = _whole(context, builder, kinds[0], codes, at, count)
         even, even_too, odd, odd_too = _nibbles(builder, source, kinds[0])
         evens = _interleaved(builder, even, even_too, _BYTES)
@@ -286,8 +289,6 @@ def spell_all(codes: Any, residual: Any, bits: int, at: int, count: int, words: 
     half = half_of(count)
     for start in range(0, count, CODES):
         size = min(CODES, count - start)
-        read_ahead(codes, at + start, size)
         spell(codes, at + start, size, words, start // 2)
         if bits > 2:
-            read_ahead(residual, at + start, size)
             spell(residual, at + start, size, words, half + start // 2)
