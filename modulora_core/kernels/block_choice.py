@@ -1,8 +1,13 @@
-"""For how many rows a product on the CPU is made of blocks of sums (:mod:`modulora_core.kernels.block_templates`). Doesn't import numba."""
+"""For how many rows a product on the CPU is made of blocks of sums (:mod:`modulora_core.kernels.block_templates`), and how much of the
+weight it decodes at once. Doesn't import numba.
+"""
 
 from __future__ import annotations
 
 import math
+import re
+from functools import cache
+from pathlib import Path
 
 LEAST_ROWS = 32
 """Rows of X from which on blocks of sums are about as fast as other sums, or faster: a whole panel of them."""
@@ -17,3 +22,15 @@ LARGE = 2**20
 def most_rows(shape: tuple[int, int]) -> int:
     """Rows of X up to which blocks of sums are faster than tiles of a weight of this shape."""
     return MOST_ROWS if math.prod(shape) >= LARGE else MOST_ROWS // 2
+
+
+@cache
+def decoded_bytes(cache_size: Path = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")) -> int:
+    """How many bytes of Ŵ a thread decodes at once at most: three tenths of its L2 cache, since its sums are about as many.
+
+    Args:
+        cache_size: where Linux says how large it is, in KiB. Where nothing is said it is taken for 2 MiB, for which blocks are as large as
+            they get.
+    """
+    said = re.fullmatch(r"(\d+)K\s*", cache_size.read_text()) if cache_size.exists() else None
+    return 3 * (int(said[1]) * 2**10 if said else 2**21) // 10

@@ -212,9 +212,9 @@ def blocks_are_faster() -> bool:
 
 
 def _shared(x: Tensor) -> tuple[int, int]:
-    """Threads, and the tile budget's bytes for each."""
+    """Threads, and how many bytes of Ŵ each may decode at once: of the tile budget, and of its cache."""
     threads = torch.get_num_threads()
-    return threads, tile_bytes(x.device) // threads
+    return threads, min(tile_bytes(x.device) // threads, block_choice.decoded_bytes())
 
 
 def _is_for_blocks(x: Tensor, rows: int) -> bool:

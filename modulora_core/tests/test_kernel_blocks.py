@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from modulora_core import kernels
 from modulora_core.tests.scaled_rows import DECODER, weight
+from modulora_core.tiles import tile_budget
 
 pytest.importorskip("numba")
 
@@ -123,6 +125,39 @@ def test_they_are_taken_between_few_rows_and_those_that_a_tile_is_for(
 def test_a_plan_measures_more_rows_where_there_are_more() -> None:
     """What such products keep is no tile: a plan that mistook one for the other would be off by a tile."""
     assert block_choice.MOST_ROWS < workspace.ROWS
+
+
+def test_what_is_decoded_at_once_is_a_share_of_the_cache(tmp_path: Path) -> None:
+    """A processor with little of it would read its sums from the next one again and again."""
+    size = tmp_path / "size"
+    unknown = block_choice.decoded_bytes(size)
+    for said, kib in (("512K\n", 512), ("1024K\n", 1024)):
+        size.write_text(said)
+        block_choice.decoded_bytes.cache_clear()
+        assert block_choice.decoded_bytes(size) == 3 * kib * 1024 // 10
+        assert block_choice.decoded_bytes(size) < unknown
+    size.write_text("a lot\n")
+    block_choice.decoded_bytes.cache_clear()
+    assert block_choice.decoded_bytes(size) == unknown
+    block_choice.decoded_bytes.cache_clear()
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_product_keeps_to_that_share(
+    module: ModuleType, transpose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, scales, _ = weight(40, 48)
+    budgets: list[object] = []
+    monkeypatch.setattr(products, "blocks_are_faster", lambda: True)
+    monkeypatch.setattr(
+        products, "launch", lambda _kernel, _weight, _threads, budget, *_: budgets.append(budget)
+    )
+    monkeypatch.setattr(block_choice, "decoded_bytes", lambda: 12345)
+    given, wanted = (40, 48) if transpose else (48, 40)
+    module.rows.matmul((codes, scales), torch.randn(64, given), wanted, transpose)
+    with tile_budget(100):
+        module.rows.matmul((codes, scales), torch.randn(64, given), wanted, transpose)
+    assert budgets == [12345, 100 // torch.get_num_threads()]
 
 
 def test_a_smaller_weight_has_fewer_rows_in_blocks() -> None:
