@@ -24,7 +24,7 @@ from modulora_core.kernels.scratch import scratch
 from modulora_core.kernels.shares import share
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.cpu_points import dot_points
-from modulora_quip_sharp_e8.cpu_transform import LANES, OUTPUTS, rotate_rows
+from modulora_quip_sharp_e8.cpu_transform import OUTPUTS, rotate_rows
 from modulora_quip_sharp_e8.cpu_words import dot, half_of, has_byte_permutations, rows_together, spell_all
 
 _ROWS = 16  # whose words are made at once, at most
@@ -87,7 +87,7 @@ def _rotate_one(x: Any, scale: Any, unit: Any, matrix: Any, K: int, after: bool,
     factors = np.empty(n, np.float32)
     for i in range(n):
         factors[i] = norm if after else norm * from_half(scale[i])
-    room = scratch(1, n + (K + OUTPUTS) * LANES, np.float32)[0]
+    room = scratch(1, n + OUTPUTS, np.float32)[0]
     flat = out.reshape(out.size)[:n]
     rotate_rows(x, factors, matrix, K, factors[:0], 0, 1, room, flat.reshape(1, n))
     if after:

@@ -22,7 +22,7 @@ from modulora_core.kernels import jit
 LANES = 16  # coordinates that are computed at once
 OUTPUTS = 8  # segments that are summed at once
 
-_LANE = ir.IntType(32)
+_LANE, _INDEX = ir.IntType(32), ir.IntType(64)
 
 
 def _vector(context: Any, kind: Any) -> ir.VectorType:
@@ -40,23 +40,28 @@ def _align(kind: Any) -> int:
 
 
 @intrinsic
-def _walsh_vector(_context: Any, x: Any, at: Any) -> Any:
-    """The transform of order 16 of ``x[at : at + 16]``, in place."""
+def _walsh_vectors(_context: Any, x: Any, before: Any, row: Any, _n: Any) -> Any:
+    """``x ⊙ before``, of ``n`` coordinates, a multiple of 16, and the transform of order 16 of each sixteen of them, to ``row``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = signature.args[0]
-        vector = _vector(context, kind)
-        pointer = _pointer(context, builder, kind, arguments[0], arguments[1], vector)
-        v = builder.load(pointer, align=_align(kind))
-        for half in (1, 2, 4, 8):
-            partner = ir.Constant(ir.VectorType(_LANE, LANES), [i ^ half for i in range(LANES)])
-            sign = ir.Constant(vector, [-1.0 if i & half else 1.0 for i in range(LANES)])
-            swapped = builder.shuffle_vector(v, v, partner)
-            v = builder.fadd(swapped, builder.fmul(v, sign, flags=("contract",)), flags=("contract",))
-        builder.store(v, pointer, align=_align(kind))
+        kinds, n = signature.args, arguments[3]
+        vector, align = _vector(context, kinds[0]), _align(kinds[0])
+        with cgutils.for_range(builder, builder.sdiv(n, _INDEX(LANES))) as loop:
+            at = builder.mul(loop.index, _INDEX(LANES))
+            source, factors, target = (
+                _pointer(context, builder, kind, array, at, vector)
+                for kind, array in zip(kinds[:3], arguments[:3], strict=True)
+            )
+            v = builder.fmul(builder.load(source, align=align), builder.load(factors, align=align))
+            for half in (1, 2, 4, 8):
+                partner = ir.Constant(ir.VectorType(_LANE, LANES), [i ^ half for i in range(LANES)])
+                sign = ir.Constant(vector, [-1.0 if i & half else 1.0 for i in range(LANES)])
+                swapped = builder.shuffle_vector(v, v, partner)
+                v = builder.fadd(swapped, builder.fmul(v, sign, flags=("contract",)), flags=("contract",))
+            builder.store(v, target, align=align)
         return context.get_dummy_value()
 
-    return types.void(x, at), generate
+    return types.void(x, before, row, types.int64), generate
 
 
 def _butterflies(order: int) -> Any:
@@ -94,85 +99,86 @@ _two, _four, _eight = (_butterflies(order) for order in (2, 4, 8))
 
 
 @jit()
-def _walsh(x: Any, at: int, m: int) -> None:
-    """The transform of order m, a power of two, of ``x[at : at + m]``, in place, without its 1/√m."""
+def _walsh_rest(row: Any, n: int, m: int) -> None:
+    """Of the transforms of order m of a row's segments what is left after those of order 16; m is 16 or more."""
+    h = LANES
+    while 8 * h <= m:
+        for i in range(0, n, 8 * h):
+            for j in range(i, i + h, LANES):
+                _eight(row, j, h)
+        h *= 8
+    if 4 * h == m:
+        for i in range(0, n, m):
+            for j in range(i, i + h, LANES):
+                _four(row, j, h)
+    elif 2 * h == m:
+        for i in range(0, n, m):
+            for j in range(i, i + h, LANES):
+                _two(row, j, h)
+
+
+@jit()
+def _walsh_few(x: Any, before: Any, row: Any, n: int, m: int) -> None:
+    """``x ⊙ before``, and the transforms of order m, below 16, of its segments, to ``row``."""
+    for i in range(n):
+        row[i] = x[i] * before[i]
     h = 1
-    if m >= LANES:
-        for i in range(at, at + m, LANES):
-            _walsh_vector(x, i)
-        h = LANES
-        while 8 * h <= m:
-            for i in range(at, at + m, 8 * h):
-                for j in range(i, i + h, LANES):
-                    _eight(x, j, h)
-            h *= 8
-        if 4 * h == m:
-            for j in range(at, at + h, LANES):
-                _four(x, j, h)
-        elif 2 * h == m:
-            for j in range(at, at + h, LANES):
-                _two(x, j, h)
-        return
     while h < m:
-        for i in range(at, at + m, 2 * h):
+        for i in range(0, n, 2 * h):
             for j in range(i, i + h):
-                a, b = x[j], x[j + h]
-                x[j], x[j + h] = a + b, a - b
+                a, b = row[j], row[j + h]
+                row[j], row[j + h] = a + b, a - b
         h *= 2
 
 
 @intrinsic
-def _eight_sums(_context: Any, matrix: Any, at: Any, K: Any, columns: Any, sums: Any) -> Any:
-    """``sums[16 i + l] = Σ_a matrix[at + 8 a + i] · columns[16 a + l]`` for i < 8, l < 16, over a < K in order."""
+def _eight_sums(
+    _context: Any, matrix: Any, _at: Any, _K: Any, x: Any, _first: Any, _step: Any, out: Any, _to: Any, _count: Any
+) -> Any:  # fmt: skip
+    """``out[to + step i + l] = Σ_a matrix[at + 8 a + i] · x[first + step a + l]`` for i < ``count``, at most 8, and l < 16.
+
+    The sum goes over a < K, in order. A vector of x is a whole line, so nothing is gained by putting them side by side first.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        matrix, at, K, columns, sums = arguments
-        kind = signature.args[0]
+        matrix, at, K, x, first, step, out, to, count = arguments
+        kinds = signature.args
+        kind = kinds[0]
         vector = _vector(context, kind)
-        totals = [
-            cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * LANES)) for _ in range(OUTPUTS)
-        ]
-        for total in totals:  # an alloca is set where the function begins, and this may be in a loop
+        totals = [cgutils.alloca_once(builder, vector) for _ in range(OUTPUTS)]
+        for total in totals:  # an alloca is made where the function begins, and this may be in a loop
             builder.store(ir.Constant(vector, [0.0] * LANES), total)
         all_lanes = ir.Constant(ir.VectorType(_LANE, LANES), [0] * LANES)
         with cgutils.for_range(builder, K) as loop:
             a = loop.index
-            source = builder.mul(a, ir.Constant(a.type, LANES))
-            x = builder.load(
-                _pointer(context, builder, signature.args[3], columns, source, vector), align=_align(kind)
-            )
-            first = builder.add(at, builder.mul(a, ir.Constant(a.type, OUTPUTS)))
+            source = builder.add(first, builder.mul(a, step))
+            values = builder.load(_pointer(context, builder, kinds[3], x, source, vector), align=_align(kind))
+            panel = builder.add(at, builder.mul(a, _INDEX(OUTPUTS)))
             for i, total in enumerate(totals):
-                index = builder.add(first, ir.Constant(first.type, i))
+                index = builder.add(panel, _INDEX(i))
                 factor = builder.load(_pointer(context, builder, kind, matrix, index, vector.element))
                 one = builder.insert_element(ir.Constant(vector, ir.Undefined), factor, _LANE(0))
-                product = builder.fmul(builder.shuffle_vector(one, one, all_lanes), x, flags=("contract",))
+                product = builder.fmul(
+                    builder.shuffle_vector(one, one, all_lanes), values, flags=("contract",)
+                )
                 builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
         for i, total in enumerate(totals):
-            index = ir.Constant(at.type, i * LANES)
-            target = _pointer(context, builder, signature.args[4], sums, index, vector)
-            builder.store(builder.load(total), target, align=_align(kind))
+            with builder.if_then(builder.icmp_signed("<", _INDEX(i), count)):
+                index = builder.add(to, builder.mul(step, _INDEX(i)))
+                target = _pointer(context, builder, kinds[6], out, index, vector)
+                builder.store(builder.load(total), target, align=_align(kind))
         return context.get_dummy_value()
 
-    return types.void(matrix, at, K, columns, sums), generate
+    i64 = types.int64
+    return types.void(matrix, i64, i64, x, i64, i64, out, i64, i64), generate
 
 
 @jit()
-def _across(x: Any, matrix: Any, K: int, m: int, columns: Any, sums: Any, out: Any) -> None:
-    """``out[b m + t] = Σ_a M[a, b] x[a m + t]``, 16 of t at once; m is a multiple of 16.
-
-    ``columns`` has room for K · 16, ``sums`` for 8 · 16: the columns at hand, side by side, because whole rows
-    of them would fall on few lines of the cache.
-    """
+def _across(row: Any, matrix: Any, K: int, m: int, out: Any) -> None:
+    """``out[b m + t] = Σ_a M[a, b] row[a m + t]``, 16 of t at once; m is a multiple of 16."""
     for t in range(0, m, LANES):
-        for a in range(K):
-            for lane in range(LANES):
-                columns[a * LANES + lane] = x[a * m + t + lane]
         for b in range(0, K, OUTPUTS):
-            _eight_sums(matrix, b * K, K, columns, sums)
-            for i in range(min(OUTPUTS, K - b)):
-                for lane in range(LANES):
-                    out[(b + i) * m + t + lane] = sums[i * LANES + lane]
+            _eight_sums(matrix, b * K, K, row, t, m, out, b * m + t, min(OUTPUTS, K - b))
 
 
 @jit()
@@ -202,21 +208,22 @@ def rotate_rows(
         K: order of M; n = K · m.
         after: ``[n]``, or of length 0 for none.
         start, stop: which rows.
-        scratch: ``[n + (K + 8) · 16]``.
+        scratch: ``[n + 8]``.
         out: ``[rows, n]``, no part of ``x``.
     """
     n = x.shape[1]
     m = n // K
-    columns, sums = scratch[n : n + K * LANES], scratch[n + K * LANES :]
+    sums = scratch[n:]
     for r in range(start, stop):
-        source, target = x[r], out[r]
+        target = out[r]
         row = target if K == 1 else scratch[:n]
-        for i in range(n):
-            row[i] = source[i] * before[i]
-        for segment in range(K):
-            _walsh(row, segment * m, m)
+        if m >= LANES:
+            _walsh_vectors(x[r], before, row, n)
+            _walsh_rest(row, n, m)
+        else:
+            _walsh_few(x[r], before, row, n, m)
         if K > 1 and m >= LANES:
-            _across(row, matrix, K, m, columns, sums, target)
+            _across(row, matrix, K, m, target)
         elif K > 1:
             _across_few(row, matrix, K, m, sums, target)
         if after.size:

@@ -74,7 +74,7 @@ def rotate(
     rows = rows.to(dtype).contiguous()
     out = torch.empty_like(rows)
     threads = min(len(rows), torch.get_num_threads())
-    scratch = torch.empty(threads, n + (K + cpu.OUTPUTS) * cpu.LANES, dtype=dtype)
+    scratch = torch.empty(threads, n + cpu.OUTPUTS, dtype=dtype)
     factors = scale, panels(K, transpose, dtype), K, scale[:0] if after is None else after
     if threads == 1:  # to wake others costs as much as a row
         kernels.launch(cpu.rotate_rows, rows, *factors, 0, len(rows), scratch[0], out)
