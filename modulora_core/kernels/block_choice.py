@@ -32,5 +32,8 @@ def decoded_bytes(cache_size: Path = Path("/sys/devices/system/cpu/cpu0/cache/in
         cache_size: where Linux says how large it is, in KiB. Where nothing is said it is taken for 2 MiB, for which blocks are as large as
             they get.
     """
-    said = re.fullmatch(r"(\d+)K\s*", cache_size.read_text()) if cache_size.exists() else None
+    try:
+        said = re.fullmatch(r"(\d+)K\s*", cache_size.read_text())
+    except OSError:
+        said = None
     return 3 * (int(said[1]) * 2**10 if said else 2**21) // 10

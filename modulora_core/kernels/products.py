@@ -194,7 +194,7 @@ def _is_row(x: Tensor, features: int) -> bool:
     """Whether ``x`` is a single row as a kernel reads it: what a decoder's layers are given, for which to ask as little as can be."""
     return (
         x.dtype is torch.float32
-        and x.numel() == features
+        and x.numel() == features > 0
         and x.shape[-1:] == (features,)
         and x.is_cpu
         and not x.requires_grad

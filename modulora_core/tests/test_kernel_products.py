@@ -151,6 +151,24 @@ def test_a_kernel_for_one_row_is_asked_for_one_row_of_a_weight_that_it_takes(mod
     rows.matmul(weight(6, 20)[:2], torch.randn(1, 6), 20, True)
     assert asked == [(1, 20)]
 
+    def taken(x: torch.Tensor, transpose: bool = False) -> bool:
+        asked.clear()
+        given, wanted = (20, 6) if transpose else (6, 20)
+        y = rows.product(x, (6, 20), lambda: weight(6, 20)[:2], 4, transpose)
+        assert y is None or y.shape == (*x.shape[:-1], given)
+        assert (y is None) == (x.shape[-1:] != (wanted,) or x.dtype == torch.float64)
+        return asked == [(1, 20)]
+
+    row = torch.randn(20)
+    of_gradients = row.clone().requires_grad_()
+    for x in (row, row.view(1, 1, 20), of_gradients, row.half(), torch.randn(20, 2)[:, 0]):
+        assert taken(x)
+    for x in (torch.randn(20, 1), torch.tensor(1.0), row.double(), torch.randn(2, 20), row.view(2, 10)):
+        assert not taken(x)
+    assert not taken(torch.randn(6), transpose=True)
+    nothing = rows.product(torch.empty(3, 0), (6, 0), lambda: weight(6, 1)[:2], 4, False)
+    assert nothing is None
+
 
 def in_another_process(folder: Path) -> str:
     code = (

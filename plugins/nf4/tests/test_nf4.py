@@ -84,6 +84,17 @@ def test_kernels_pack_to_the_bytes_of_the_reference(shape, options, generator, m
         assert torch.equal(tensor, compiled.tensors[key]), key
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "reference"])
+def test_constants_whose_reciprocal_is_infinite_are_quantized_too(compiled, monkeypatch):
+    """Of subnormal constants that differ by little: infinity times what is left of one that is their mean is NaN, which has no code."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "load", lambda module, device: None)
+    w = torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(64).reshape(3, 64) * 1e-39
+    packed = NF4(Options(double_quant=True)).pack(w)
+    assert packed.tensors["nested_absmax"].item() == pytest.approx(1e-39, rel=1e-5)
+    assert packed.tensors["absmax_codes"].tolist() == [0, 0, 255]
+
+
 def test_kernels_find_the_nearest_level_for_every_number_about_a_midpoint_or_the_end_of_a_cell(monkeypatch):
     """AVX-512 looks a midpoint up by its cell of [-1, 1]: next to the ends of cells, and at 1, is where that could go wrong."""
     levels = torch.tensor(reference.LEVELS)

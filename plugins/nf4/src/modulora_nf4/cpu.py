@@ -212,7 +212,10 @@ def double_quantize(c2: Any, mean: Any, q2: Any, c1: Any) -> None:
         for k in range(centred.size):
             largest = max(largest, abs(centred[k]))
         c1[block] = largest
-        factor = one / largest if largest else np.float32(0)
+        factor = (
+            one / largest if largest else np.float32(0)
+        )  # infinite for the smallest numbers, and infinity times zero NaN
         for k in range(centred.size):
-            scaled = min(max(centred[k] * factor, -one), one) if largest else -one
+            value = centred[k] * factor
+            scaled = min(value, one) if largest and value > -one else -one
             q2[a + k] = _CODES_OF_POINTS[np.int32((scaled + one) * half * points + half)]

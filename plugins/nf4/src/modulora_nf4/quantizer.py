@@ -71,9 +71,8 @@ class NF4(Quantizer):
         # in one copy where strides and dtype are not those of the kernel, and in none where they are
         W = weight.detach().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
         codes, absmax = _quantize(W.view(-1), options.block_size)
-        if absmax.numel() and not bool(
-            absmax.max().isfinite()
-        ):  # NaN is larger than all numbers, for torch too
+        # NaN is larger than all numbers, for torch too
+        if absmax.numel() and not bool(absmax.max().isfinite()):
             raise WeightError(
                 "nf4: expected finite weights that fp32 can hold, got NaN or Inf in a weight of shape "
                 f"{list(weight.shape)}"

@@ -111,7 +111,8 @@ def double_quantize(c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     c1 = constants(centred, NESTED_BLOCK_SIZE)
     per_block = spread(c1, NESTED_BLOCK_SIZE, 0, c2.numel())
     scaled = (centred * (1 / per_block)).clamp(-1, 1)
-    scaled = torch.where(per_block == 0, -1.0, scaled)  # bitsandbytes takes code 0 in a block of zeros
+    # bitsandbytes takes code 0 in a block of zeros; and 1 / c₁ may be infinite, which makes NaN of zero
+    scaled = torch.where(per_block == 0, -1.0, scaled.nan_to_num(nan=-1.0))
     # the code that is nearest to the grid point, not to the value
     point = ((scaled + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
     return codes_of_points(c2.device)[point], c1, mean.reshape(1)
