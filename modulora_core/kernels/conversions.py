@@ -18,6 +18,21 @@ _FLOAT, _LANE, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _FLOATS, _HALVES = ir.VectorType(_FLOAT, LANES), ir.VectorType(_HALF, LANES)
 
 
+def _as_many(values: Any, *kinds: ir.Type) -> list[ir.Type]:
+    """Types of one value each, or of a vector of sixteen, as ``values`` are."""
+    is_vector = isinstance(values.type, ir.VectorType)
+    return [ir.VectorType(kind, LANES) if is_vector else kind for kind in kinds]
+
+
+def _constant(of: ir.Type, value: float) -> Any:
+    return ir.Constant(of, [value] * LANES if isinstance(of, ir.VectorType) else value)
+
+
+def _has_halves(context: Any) -> bool:
+    """Whether the processor converts to fp16 and back. LLVM's own conversion calls a library elsewhere, and numba doesn't link that."""
+    return has(context, "f16c") or has(context, "avx512f")
+
+
 @intrinsic
 def through_half(_context: Any, _number: Any) -> Any:
     """An fp32 number rounded to fp16 and back: see :func:`through_halves`."""
@@ -39,26 +54,17 @@ def from_half(_context: Any, _bits: Any) -> Any:
 
 
 def halves_to_floats(context: Any, builder: Any, bits: Any) -> Any:
-    """The same of an i16 or of a vector of sixteen, in an intrinsic.
-
-    LLVM's own conversion calls a library where the processor has no instruction for it, and numba doesn't link that.
-    """
-    is_vector = isinstance(bits.type, ir.VectorType)
-    lanes, floats = (ir.VectorType(_LANE, LANES), _FLOATS) if is_vector else (_LANE, _FLOAT)
-
-    def constant(of: ir.Type, value: float) -> Any:
-        return ir.Constant(of, [value] * LANES if is_vector else value)
-
-    if has(context, "f16c") or has(context, "avx512f"):
-        half = ir.VectorType(ir.HalfType(), LANES) if is_vector else ir.HalfType()
+    """The same of an i16 or of a vector of sixteen, in an intrinsic."""
+    lanes, floats, half = _as_many(bits, _LANE, _FLOAT, ir.HalfType())
+    if _has_halves(context):
         return builder.fpext(builder.bitcast(bits, half), floats)
     wide = builder.zext(bits, lanes)
-    sign = builder.shl(builder.and_(wide, constant(lanes, 0x8000)), constant(lanes, 16))
-    magnitude = builder.shl(builder.and_(wide, constant(lanes, 0x7FFF)), constant(lanes, 13))
+    sign = builder.shl(builder.and_(wide, _constant(lanes, 0x8000)), _constant(lanes, 16))
+    magnitude = builder.shl(builder.and_(wide, _constant(lanes, 0x7FFF)), _constant(lanes, 13))
     # the exponent counts from 15 in one and from 127 in the other; a product brings subnormals in order too
-    scaled = builder.fmul(builder.bitcast(magnitude, floats), constant(floats, 2.0**112))
-    special = builder.or_(magnitude, constant(lanes, 0x7F800000))
-    is_special = builder.icmp_unsigned(">=", magnitude, constant(lanes, 0x7C00 << 13))
+    scaled = builder.fmul(builder.bitcast(magnitude, floats), _constant(floats, 2.0**112))
+    special = builder.or_(magnitude, _constant(lanes, 0x7F800000))
+    is_special = builder.icmp_unsigned(">=", magnitude, _constant(lanes, 0x7C00 << 13))
     value = builder.select(is_special, special, builder.bitcast(scaled, lanes))
     return builder.bitcast(builder.or_(value, sign), floats)
 
@@ -67,24 +73,18 @@ def through_halves(context: Any, builder: Any, numbers: Any) -> Any:
     """fp32 numbers rounded to fp16, to the nearest and halves to even, and back: of less than 65520, one or a vector of sixteen, in an
     intrinsic.
     """
-    is_vector = isinstance(numbers.type, ir.VectorType)
-    lanes, floats = (ir.VectorType(_LANE, LANES), _FLOATS) if is_vector else (_LANE, _FLOAT)
-
-    def constant(of: ir.Type, value: float) -> Any:
-        return ir.Constant(of, [value] * LANES if is_vector else value)
-
-    if has(context, "f16c") or has(context, "avx512f"):
-        half = ir.VectorType(ir.HalfType(), LANES) if is_vector else ir.HalfType()
+    lanes, floats, half = _as_many(numbers, _LANE, _FLOAT, ir.HalfType())
+    if _has_halves(context):
         return builder.fpext(builder.fptrunc(numbers, half), floats)
     bits = builder.bitcast(numbers, lanes)
-    is_odd = builder.and_(builder.lshr(bits, constant(lanes, 13)), constant(lanes, 1))
-    rounded = builder.add(bits, builder.add(is_odd, constant(lanes, 0xFFF)))
-    normal = builder.bitcast(builder.and_(rounded, constant(lanes, ~0x1FFF)), floats)
+    is_odd = builder.and_(builder.lshr(bits, _constant(lanes, 13)), _constant(lanes, 1))
+    rounded = builder.add(bits, builder.add(is_odd, _constant(lanes, 0xFFF)))
+    normal = builder.bitcast(builder.and_(rounded, _constant(lanes, ~0x1FFF)), floats)
     # below 2⁻¹⁴ steps are 2⁻²⁴, as those of fp32 are between 0.5 and 1
-    steps = constant(floats, 0.75)
+    steps = _constant(floats, 0.75)
     small = builder.fsub(builder.fadd(numbers, steps), steps)
-    magnitude = builder.and_(bits, constant(lanes, 0x7FFFFFFF))
-    is_small = builder.icmp_unsigned("<", magnitude, constant(lanes, (127 - 14) << 23))
+    magnitude = builder.and_(bits, _constant(lanes, 0x7FFFFFFF))
+    is_small = builder.icmp_unsigned("<", magnitude, _constant(lanes, (127 - 14) << 23))
     return builder.select(is_small, small, normal)
 
 
@@ -112,17 +112,13 @@ def _narrow(_context: Any, _number: Any, like: Any) -> Any:
 
 def _rounded(builder: Any, numbers: Any) -> Any:
     """The bits in bf16 of an fp32 number, or of a vector of them: to the nearest, halves to even, and one NaN for all, as torch does."""
-
-    def constant(value: int) -> Any:
-        return ir.Constant(of, [value] * LANES if is_vector else value)
-
-    is_vector = isinstance(numbers.type, ir.VectorType)
-    of = ir.VectorType(_LANE, LANES) if is_vector else _LANE
+    of, stored = _as_many(numbers, _LANE, _HALF)
     bits = builder.bitcast(numbers, of)
-    is_odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-    rounded = builder.lshr(builder.add(bits, builder.add(is_odd, constant(0x7FFF))), constant(16))
-    is_nan = builder.icmp_unsigned(">", builder.and_(bits, constant(0x7FFFFFFF)), constant(0x7F800000))
-    return builder.trunc(builder.select(is_nan, constant(0x7FC0), rounded), _HALVES if is_vector else _HALF)
+    is_odd = builder.and_(builder.lshr(bits, _constant(of, 16)), _constant(of, 1))
+    rounded = builder.lshr(builder.add(bits, builder.add(is_odd, _constant(of, 0x7FFF))), _constant(of, 16))
+    magnitude = builder.and_(bits, _constant(of, 0x7FFFFFFF))
+    is_nan = builder.icmp_unsigned(">", magnitude, _constant(of, 0x7F800000))
+    return builder.trunc(builder.select(is_nan, _constant(of, 0x7FC0), rounded), stored)
 
 
 @intrinsic

@@ -73,18 +73,22 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import through_half, through_halves
+from modulora_core.kernels.conversions import from_half, halves_to_floats, through_half, through_halves
 from modulora_core.kernels.vectors import LANES, pointer
 
-@intrinsic
-def round_vector(_context, x, _at, out):
-    def generate(context, builder, signature, arguments):
-        x, at, out = arguments
-        source, target = (pointer(context, builder, kind, array, at, ir.VectorType(ir.FloatType(), LANES))
-                          for kind, array in ((signature.args[0], x), (signature.args[2], out)))
-        builder.store(through_halves(context, builder, builder.load(source, align=4)), target, align=4)
-        return context.get_dummy_value()
-    return types.void(x, types.int64, out), generate
+def of_vectors(convert, source):
+    @intrinsic
+    def put(_context, x, _at, out):
+        def generate(context, builder, signature, arguments):
+            x, at, out = arguments
+            places = [pointer(context, builder, kind, array, at, ir.VectorType(of, LANES))
+                      for kind, array, of in ((signature.args[0], x, source), (signature.args[2], out, ir.FloatType()))]
+            builder.store(convert(context, builder, builder.load(places[0], align=2)), places[1], align=4)
+            return context.get_dummy_value()
+        return types.void(x, types.int64, out), generate
+    return put
+
+round_vector, widen_vector = of_vectors(through_halves, ir.FloatType()), of_vectors(halves_to_floats, ir.IntType(16))
 
 @jit()
 def kernel(x, out, one_by_one):
@@ -92,6 +96,21 @@ def kernel(x, out, one_by_one):
         round_vector(x, at, out)
     for k in range(x.size):
         one_by_one[k] = through_half(x[k])
+
+@jit()
+def widen(bits, out, one_by_one):
+    for at in range(0, bits.size, LANES):
+        widen_vector(bits, at, out)
+    for k in range(bits.size):
+        one_by_one[k] = from_half(bits[k])
+
+bits = np.arange(-2**15, 2**15).astype(np.int16)  # all there are, NaN and infinities too
+out, one_by_one = (np.zeros(bits.size, np.float32) for _ in range(2))
+widen(bits, out, one_by_one)
+expected = bits.view(np.float16).astype(np.float32)
+for found in (out, one_by_one):
+    np.testing.assert_array_equal(found, expected)
+    assert (np.signbit(found) == np.signbit(expected)).all()
 
 bits = np.random.default_rng(0).integers(0, 2**32, 2**20, np.uint32)
 halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # and what is in the midst of two, a bit to either side
