@@ -25,15 +25,18 @@ def most_rows(shape: tuple[int, int]) -> int:
 
 
 @cache
-def decoded_bytes(cache_size: Path = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")) -> int:
-    """How many bytes of Ŵ a thread decodes at once at most: three tenths of its L2 cache, since its sums are about as many.
+def decoded_bytes() -> int:
+    """How many bytes of Ŵ a thread decodes at once at most: three tenths of its L2 cache, since its sums are about as many."""
+    return 3 * cache_bytes(Path("/sys/devices/system/cpu/cpu0/cache/index2/size")) // 10
 
-    Args:
-        cache_size: where Linux says how large it is, in KiB. Where nothing is said it is taken for 2 MiB, for which blocks are as large as
-            they get.
+
+def cache_bytes(file: Path) -> int:
+    """What Linux says in ``file`` of a cache's size; where it says nothing, 2 MiB, for which blocks are as large as they get.
+
+    torch tells that too, but only in versions after the first that we take.
     """
     try:
-        said = re.fullmatch(r"(\d+)K\s*", cache_size.read_text())
+        said = re.fullmatch(r"(\d+)K\s*", file.read_text())
     except OSError:
         said = None
-    return 3 * (int(said[1]) * 2**10 if said else 2**21) // 10
+    return int(said[1]) * 2**10 if said else 2**21

@@ -29,9 +29,9 @@ from modulora_core.kernels.block_loops import (
     put_transposed,
     square,
 )
-from modulora_core.kernels.product_templates import GAP, decode, signed
+from modulora_core.kernels.product_templates import GAP, decode
 from modulora_core.kernels.scratch import scratch
-from modulora_core.kernels.shares import share
+from modulora_core.kernels.shares import share, signed
 
 CHUNK = 2048
 """Terms of a sum whose factors of X are in memory once more, in the order in which they are read: 4 MiB at once."""

@@ -21,6 +21,7 @@ from modulora_core.kernels.product_loops import (
     add_rows_of_one,
 )
 from modulora_core.kernels.scratch import scratch
+from modulora_core.kernels.shares import signed
 
 STRIP = 16
 """Rows of Ŵ that are decoded before they are multiplied, where X has four rows or more."""
@@ -51,12 +52,6 @@ _PIECE = 16  # rows that a thread takes at once
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Stands in the templates below for a plugin's own."""
     raise NotImplementedError
-
-
-@jit()
-def signed(index: Any) -> Any:
-    """That of a ``prange`` is unsigned, and numba takes the sum of an unsigned and a signed number for a float."""
-    return np.int64(index)
 
 
 def fill(weight: Any, first: int, out: Any) -> None:

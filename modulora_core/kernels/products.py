@@ -135,10 +135,6 @@ class RowKernels:
             dtype: of the inputs, where ``x`` was made of them in another one.
         """
         given, wanted = shape if transpose else (shape[1], shape[0])
-        if not transpose and self._one_row is not None and _is_row(x, given):
-            arrays = weight()
-            if self._takes(arrays):
-                return product_of_one(self._one_row, arrays, x, wanted)
         few = few_rows(x, given, most, dtype)
         if few is None and blocks_are_faster():
             few = few_rows(x, given, block_choice.most_rows(shape), dtype)
@@ -188,18 +184,6 @@ class RowKernels:
             sums = torch.empty(parts, n, features + -features % _lanes(x))
             launch(self._many_transposed[x.dtype], weight, x.shape[-1], features, _whole_vectors(x), sums)
         return sums.sum(dim=0)[:, :features].reshape(*x.shape[:-1], features).contiguous()
-
-
-def _is_row(x: Tensor, features: int) -> bool:
-    """Whether ``x`` is a single row as a kernel reads it: what a decoder's layers are given, for which to ask as little as can be."""
-    return (
-        x.dtype is torch.float32
-        and x.numel() == features > 0
-        and x.shape[-1:] == (features,)
-        and x.is_cpu
-        and not x.requires_grad
-        and x.is_contiguous()
-    )
 
 
 @cache

@@ -127,19 +127,12 @@ def test_a_plan_measures_more_rows_where_there_are_more() -> None:
     assert block_choice.MOST_ROWS < workspace.ROWS
 
 
-def test_what_is_decoded_at_once_is_a_share_of_the_cache(tmp_path: Path) -> None:
-    """A processor with little of it would read its sums from the next one again and again."""
-    size = tmp_path / "size"
-    unknown = block_choice.decoded_bytes(size)
-    for said, kib in (("512K\n", 512), ("1024K\n", 1024)):
-        size.write_text(said)
-        block_choice.decoded_bytes.cache_clear()
-        assert block_choice.decoded_bytes(size) == 3 * kib * 1024 // 10
-        assert block_choice.decoded_bytes(size) < unknown
-    size.write_text("a lot\n")
-    block_choice.decoded_bytes.cache_clear()
-    assert block_choice.decoded_bytes(size) == unknown
-    block_choice.decoded_bytes.cache_clear()
+def test_the_size_of_a_cache_is_what_the_system_says(tmp_path: Path) -> None:
+    file = tmp_path / "size"
+    assert block_choice.cache_bytes(file) == 2**21
+    for said, expected in (("512K\n", 2**19), ("1024K\n", 2**20), ("a lot\n", 2**21)):
+        file.write_text(said)
+        assert block_choice.cache_bytes(file) == expected
 
 
 @pytest.mark.parametrize("transpose", [False, True])

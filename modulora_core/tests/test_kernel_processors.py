@@ -90,20 +90,16 @@ def of_vectors(convert, source):
 
 round_vector, widen_vector = of_vectors(through_halves, ir.FloatType()), of_vectors(halves_to_floats, ir.IntType(16))
 
-@jit()
-def kernel(x, out, one_by_one):
-    for at in range(0, x.size, LANES):
-        round_vector(x, at, out)
-    for k in range(x.size):
-        one_by_one[k] = through_half(x[k])
+def both_ways(of_vector, of_one):
+    @jit()
+    def kernel(x, out, one_by_one):
+        for at in range(0, x.size, LANES):
+            of_vector(x, at, out)
+        for k in range(x.size):
+            one_by_one[k] = of_one(x[k])
+    return kernel
 
-@jit()
-def widen(bits, out, one_by_one):
-    for at in range(0, bits.size, LANES):
-        widen_vector(bits, at, out)
-    for k in range(bits.size):
-        one_by_one[k] = from_half(bits[k])
-
+kernel, widen = both_ways(round_vector, through_half), both_ways(widen_vector, from_half)
 bits = np.arange(-2**15, 2**15).astype(np.int16)  # all there are, NaN and infinities too
 out, one_by_one = (np.zeros(bits.size, np.float32) for _ in range(2))
 widen(bits, out, one_by_one)

@@ -212,9 +212,8 @@ def double_quantize(c2: Any, mean: Any, q2: Any, c1: Any) -> None:
         for k in range(centred.size):
             largest = max(largest, abs(centred[k]))
         c1[block] = largest
-        factor = (
-            one / largest if largest else np.float32(0)
-        )  # infinite for the smallest numbers, and infinity times zero NaN
+        # infinite for the smallest numbers, and infinity times zero is NaN
+        factor = one / largest if largest else np.float32(0)
         for k in range(centred.size):
             value = centred[k] * factor
             scaled = min(value, one) if largest and value > -one else -one

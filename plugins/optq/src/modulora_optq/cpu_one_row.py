@@ -184,17 +184,8 @@ def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
                 _take_scales(scales, begin, count - 1, g, scale)
                 if zeros.size:
                     _add_zeros(
-                        zeros,
-                        begin * zero_bytes,
-                        count - 1,
-                        zero_bytes,
-                        bits,
-                        places,
-                        g,
-                        scale,
-                        sums[g],
-                        above,
-                    )
+                        zeros, begin * zero_bytes, count - 1, zero_bytes, bits, places, g, scale, sums[g], above
+                    )  # fmt: skip
             _add_runs(
                 codes, begin * row_bytes, row_bytes, count, bits, part, ends, group_of, x, scale, totals
             )

@@ -18,6 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.shares import share
 
 LANES = 16  # coordinates that are computed at once
 OUTPUTS = 8  # segments that are summed at once
@@ -236,5 +237,5 @@ def rotate(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, o
     """:func:`rotate_rows` for all rows, on as many threads as there are rows of ``scratch``."""
     rows, pieces = len(x), len(scratch)
     for piece in prange(pieces):
-        start, stop = rows * piece // pieces, rows * (piece + 1) // pieces
+        start, stop = share(piece, pieces, rows)
         rotate_rows(x, before, matrix, K, after, start, stop, scratch[piece], out)
