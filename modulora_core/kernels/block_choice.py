@@ -9,6 +9,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+import torch
+
 LEAST_ROWS = 32
 """Rows of X from which on blocks of sums are about as fast as other sums, or faster: a whole panel of them."""
 
@@ -17,6 +19,16 @@ MOST_ROWS = 512
 
 LARGE = 2**20
 """Numbers of a weight whose tile, 4 MiB, leaves the L2 cache. Of a smaller one a tile is faster from half as many rows on."""
+
+LEAST_ROWS_OF_SLICES = {2: 32, 3: 64}
+"""The same where AMX multiplies slices of fp32 numbers (:mod:`modulora_core.kernels.amx`), for two and for three of each."""
+
+
+def slices() -> int:
+    """Into how many bf16 numbers AMX takes one of fp32 apart: three, with which products are as exact as in fp32, unless
+    ``torch.set_float32_matmul_precision`` asks for less than ``"highest"``.
+    """
+    return 3 if torch.get_float32_matmul_precision() == "highest" else 2
 
 
 def most_rows(shape: tuple[int, int]) -> int:

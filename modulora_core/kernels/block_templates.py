@@ -42,25 +42,25 @@ TALL = 252
 WIDE = 256
 """Columns of Ŵ of which a thread has decoded :data:`DEPTH` rows, at most: a quarter of a MiB, and their sums half a one."""
 
-_GAP = GAP // 4  # numbers between two rows of sums, as for decoded ones
+BETWEEN = GAP // 4  # numbers between two rows of sums, as for decoded ones
 _PIECE = 16  # rows that a thread copies at once
 
 
 @jit()
-def _whole(count: int, unit: int) -> int:
+def whole_units(count: int, unit: int) -> int:
     return (count + unit - 1) // unit * unit
 
 
 @jit()
-def _most(units: int, budget: int, numbers: int) -> Any:
+def most_units(units: int, budget: int, numbers: int) -> Any:
     """How many of so many units, of so many fp32 numbers each, the budget has room for: one at least."""
     return max(1, min(units, budget // (4 * numbers)))
 
 
 @jit()
-def _pieces(units: int, most: int, threads: int) -> Any:
+def pieces_of(units: int, most: int, threads: int) -> Any:
     """Into how many pieces to cut so many units: each has ``most`` at most, and all threads have equally many pieces."""
-    return min(units, _whole((units + most - 1) // most, threads))
+    return min(units, whole_units((units + most - 1) // most, threads))
 
 
 @jit()
@@ -86,7 +86,7 @@ def _put_part(y: Any, row: int, start: int, size: int, out: Any, to: int) -> Non
 
 
 @jit()
-def _put_sums(sums: Any, rows: int, y: Any, start: int, add: bool) -> None:
+def put_sums(sums: Any, rows: int, y: Any, start: int, add: bool) -> None:
     """``y[r, start + o] = sums[o, r]`` for all of ``rows`` rows of sums, or added."""
     side = square()
     part = scratch(side, side, np.float32)
@@ -104,12 +104,22 @@ def _put_sums(sums: Any, rows: int, y: Any, start: int, add: bool) -> None:
                         )
 
 
+@jit()
+def put_rows(sums: Any, x: Any, start: int, columns: int, add: bool) -> None:
+    """``x[:, start : start + columns] = sums[:, :columns]``, or added."""
+    for r in range(len(x)):
+        if add:
+            x[r, start : start + columns] += sums[r, :columns]
+        else:
+            x[r, start : start + columns] = sums[r, :columns]
+
+
 def blocks(weight: Any, threads: int, budget: int, x: Any, y: Any) -> None:
     """``x``, fp32 ``[n, in]``, and ``y``, fp32 ``[n, out]``, are C-contiguous; ``budget``: bytes of Ŵ that a thread may decode at once."""
     n, columns = x.shape
     tall, wide = block_rows(), block_columns()
     panels, strips = (n + wide - 1) // wide, (y.shape[1] + tall - 1) // tall
-    pieces = _pieces(strips, _most(TALL // tall, budget, tall * ROW), threads)
+    pieces = pieces_of(strips, most_units(TALL // tall, budget, tall * ROW), threads)
     for start in range(0, columns, CHUNK):
         size = min(CHUNK, columns - start)
         packed = scratch(panels * size, wide, np.float32)
@@ -119,10 +129,10 @@ def blocks(weight: Any, threads: int, budget: int, x: Any, y: Any) -> None:
         for index in prange(pieces):
             begin, stop = share(index, pieces, y.shape[1], tall)
             rows = stop - begin
-            whole = _whole(rows, tall)
+            whole = whole_units(rows, tall)
             w = scratch(whole, ROW, np.float32)
             w[rows:] = 0
-            sums = scratch(_whole(whole, square()), panels * wide + _GAP, np.float32)
+            sums = scratch(whole_units(whole, square()), panels * wide + BETWEEN, np.float32)
             sums[:] = 0
             for part in range(0, size, PART):
                 decode(weight, begin, start + part, min(PART, size - part), w[:rows])
@@ -135,15 +145,15 @@ def blocks(weight: Any, threads: int, budget: int, x: Any, y: Any) -> None:
                         for row in range(0, whole, tall):
                             add_block(w, row, at - part, packed, here, 0, depth, sums, row, panel * wide,
                                       packed, then * wide + row // tall * ahead, RUN)  # fmt: skip
-            _put_sums(sums, rows, y, begin, start > 0)
+            put_sums(sums, rows, y, begin, start > 0)
 
 
 def blocks_transposed(weight: Any, threads: int, budget: int, y: Any, x: Any) -> None:
     """``y``, fp32 ``[n, out]``, and ``x``, fp32 ``[n, in]``, are C-contiguous; ``budget`` as above."""
     n, rows = y.shape
     tall, wide = block_rows(), block_columns()
-    whole, panels = _whole(n, tall), (x.shape[1] + wide - 1) // wide
-    pieces = _pieces(panels, _most(WIDE // wide, budget, wide * DEPTH), threads)
+    whole, panels = whole_units(n, tall), (x.shape[1] + wide - 1) // wide
+    pieces = pieces_of(panels, most_units(WIDE // wide, budget, wide * DEPTH), threads)
     for start in range(0, rows, CHUNK):
         size = min(CHUNK, rows - start)
         packed = scratch((size + PART - 1) // PART * whole, ROW, np.float32)
@@ -155,10 +165,10 @@ def blocks_transposed(weight: Any, threads: int, budget: int, y: Any, x: Any) ->
         for index in prange(pieces):
             begin, stop = share(index, pieces, x.shape[1], wide)
             columns = stop - begin
-            width = _whole(columns, wide)
-            w = scratch(DEPTH, width + _GAP, np.float32)
+            width = whole_units(columns, wide)
+            w = scratch(DEPTH, width + BETWEEN, np.float32)
             w[:, columns:width] = 0
-            sums = scratch(whole, width + _GAP, np.float32)
+            sums = scratch(whole, width + BETWEEN, np.float32)
             sums[:] = 0
             for at in range(0, size, DEPTH):
                 depth, part, later = min(DEPTH, size - at), at // PART, at + DEPTH
@@ -169,8 +179,4 @@ def blocks_transposed(weight: Any, threads: int, budget: int, y: Any, x: Any) ->
                         then = (later // PART * whole + row + 2 * column // wide) * ROW + later % PART
                         add_block(packed, part * whole + row, at % PART, w, 0, column, depth, sums, row, column,
                                   packed, then, ROW)  # fmt: skip
-            for r in range(n):
-                if start:
-                    x[r, begin : begin + columns] += sums[r, :columns]
-                else:
-                    x[r, begin : begin + columns] = sums[r, :columns]
+            put_rows(sums, x, begin, columns, start > 0)

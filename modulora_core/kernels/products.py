@@ -10,6 +10,7 @@
                 X = Y Ŵ      for each share of the rows of Ŵ, for each chunk of columns, for each strip: decode;
                              sums[share, :, chunk] += Y[:, strip] · strip
     blocks      the same of up to 512 rows of X, where that is faster than a tile: see modulora_core.kernels.block_templates
+    squares     the same by AMX, where there is that, of any number of rows: see modulora_core.kernels.amx_templates
 
 For bf16, tiles and strips alike are decoded into a scratch in the L1 cache and rounded from there.
 
@@ -18,8 +19,8 @@ read from memory, once; decoded strips live in the L1 and L2 caches. ``2 n · ou
 decoding: in fp32, or in bf16 with sums in fp32, which takes half of the time. The floor is the larger of bytes / bandwidth and
 operations / peak. For one row decoding is the bound, from about 16 rows on the multiplications are.
 
-The loops are in :mod:`modulora_core.kernels.product_templates` and :mod:`modulora_core.kernels.block_templates`, the inner ones in
-``product_loops`` and ``block_loops``. Every sum is made in one order, whatever the number of threads.
+The loops are in :mod:`modulora_core.kernels.product_templates`, ``block_templates`` and ``amx_templates``, the inner ones in
+``product_loops``, ``block_loops`` and ``amx``. Every sum is made in one order, whatever the number of threads.
 
 This module imports numba: plugins import it from their own modules of kernels.
 """
@@ -27,6 +28,7 @@ This module imports numba: plugins import it from their own modules of kernels.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
@@ -40,6 +42,8 @@ from torch.nn import functional as F
 from modulora_core.dense_products import onednn_is_faster
 from modulora_core.kernels import (
     PARTIAL_SUMS,
+    amx,
+    amx_templates,
     block_choice,
     block_templates,
     few_rows,
@@ -94,9 +98,12 @@ class RowKernels:
         self._few, self._few_transposed = (
             _compiled(template, decode) for template in (templates.few, templates.few_transposed)
         )
-        self._blocks, self._blocks_transposed = (
-            _compiled(template, decode)
-            for template in (block_templates.blocks, block_templates.blocks_transposed)
+        self._blocks, self._squares = (
+            tuple(_compiled(template, decode) for template in templates_of_both)
+            for templates_of_both in (
+                (block_templates.blocks, block_templates.blocks_transposed),
+                (amx_templates.squares, amx_templates.squares_transposed),
+            )
         )
         rounded = _compiled(templates.rounded, decode, parallel=False)
         self._fill, self._many, self._many_transposed = (
@@ -136,8 +143,8 @@ class RowKernels:
         """
         given, wanted = shape if transpose else (shape[1], shape[0])
         few = few_rows(x, given, most, dtype)
-        if few is None and blocks_are_faster():
-            few = few_rows(x, given, block_choice.most_rows(shape), dtype)
+        if few is None:
+            few = few_rows(x, given, _most_in_blocks(shape), dtype)
             if few is not None and few.dtype is not torch.float32:
                 return None
         return None if few is None else like_input(self.matmul(weight(), few, wanted, transpose), x)
@@ -154,17 +161,37 @@ class RowKernels:
         Returns:
             fp32 ``[..., features]``, contiguous.
         """
-        if transpose:
-            return self._transposed(weight, x, features)
         given = x.shape[-1]
-        if self._one_row is not None and x.numel() == given and self._takes(weight):
+        if not transpose and self._one_row is not None and x.numel() == given and self._takes(weight):
             return product_of_one(self._one_row, weight, x, features)
+        rows = rows_of(x)
+        way = self._way_in_blocks(x.dtype, len(rows), transpose)
+        if way is None:
+            return (self._transposed if transpose else self._forward)(weight, x, features)
+        y = room_for(x, features)
+        kernel, options = way
+        for start in range(0, len(rows), block_choice.MOST_ROWS):
+            part = slice(start, start + block_choice.MOST_ROWS)
+            launch(kernel, weight, *_shared(x), *options, rows[part], rows_of(y)[part])
+        return torch.from_numpy(y)
+
+    def _way_in_blocks(
+        self, dtype: torch.dtype, rows: int, transpose: bool
+    ) -> tuple[Any, tuple[int, ...]] | None:
+        """The kernel that makes blocks of sums of so many rows, and what it is told besides; None where there is a faster one."""
+        if dtype is not torch.float32:
+            return None
+        slices = block_choice.slices()
+        if rows >= block_choice.LEAST_ROWS_OF_SLICES[slices] and amx.available():
+            return self._squares[transpose], (slices,)
+        few_enough = block_choice.LEAST_ROWS <= rows <= block_choice.MOST_ROWS
+        return (self._blocks[transpose], ()) if few_enough and blocks_are_faster() else None
+
+    def _forward(self, weight: Weight, x: Tensor, features: int) -> Tensor:
+        """``x Ŵᵀ``."""
         rows, y = rows_of(x), room_for(x, features)
-        if _is_for_blocks(x, len(rows)):
-            launch(self._blocks, weight, *_shared(x), rows, rows_of(y))
-            return torch.from_numpy(y)
         if len(rows) >= BLOCK:
-            launch(self._many[x.dtype], weight, given, _whole_vectors(x), rows_of(y))
+            launch(self._many[x.dtype], weight, x.shape[-1], _whole_vectors(x), rows_of(y))
         else:
             launch(self._few, weight, rows, rows_of(y))
         return torch.from_numpy(y)
@@ -172,10 +199,6 @@ class RowKernels:
     def _transposed(self, weight: Weight, x: Tensor, features: int) -> Tensor:
         """``x Ŵ``, whose sums are made in parts."""
         n = math.prod(x.shape[:-1])
-        if _is_for_blocks(x, n):
-            y = room_for(x, features)
-            launch(self._blocks_transposed, weight, *_shared(x), rows_of(x), rows_of(y))
-            return torch.from_numpy(y)
         if n < BLOCK:
             sums = torch.empty(PARTIAL_SUMS, n, features)
             launch(self._few_transposed, weight, features, rows_of(x), sums)
@@ -201,9 +224,11 @@ def _shared(x: Tensor) -> tuple[int, int]:
     return threads, min(tile_bytes(x.device) // threads, block_choice.decoded_bytes())
 
 
-def _is_for_blocks(x: Tensor, rows: int) -> bool:
-    least, most = block_choice.LEAST_ROWS, block_choice.MOST_ROWS
-    return least <= rows <= most and x.dtype is torch.float32 and blocks_are_faster()
+def _most_in_blocks(shape: tuple[int, int]) -> int:
+    """Rows of X up to which blocks of sums are the way for a weight of this shape."""
+    if amx.available():
+        return sys.maxsize
+    return block_choice.most_rows(shape) if blocks_are_faster() else 0
 
 
 def _lanes(x: Tensor) -> int:
