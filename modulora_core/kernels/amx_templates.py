@@ -47,7 +47,12 @@ PART = 128
 that they are multiplied by go by."""
 
 MOST = 256
-"""Rows or columns of Ŵ of which a thread has decoded a part at once, at most: 192 KiB in three slices, and their sums half a MiB."""
+"""Rows of Ŵ of which a thread has so many columns decoded at once, at most, or columns of which it has :data:`PART` rows: 384 KiB in three
+slices. Their sums with 512 rows of X are half a MiB.
+"""
+
+FEW_PANELS = 4
+"""Blocks of rows of X whose sums leave room for twice as many columns: rows of Ŵ are decoded faster the more of them is decoded at once."""
 
 _HALF = SIDE // 2  # lines of a register
 
@@ -58,11 +63,15 @@ def _steps(terms: int) -> int:
 
 
 @jit()
-def _sizes(side: int, budget: int, slices: int, threads: int) -> Any:
-    """Into how many pieces to cut so many rows or columns of Ŵ, and lines of a step."""
-    blocks = (side + SIDE - 1) // SIDE
-    numbers = SIDE * PART * (slices + 2) // 2  # of four bytes: decoded, and sliced
-    return pieces_of(blocks, most_units(MOST // SIDE, budget, numbers), threads), slices * LINES
+def _columns(panels: int) -> int:
+    """Of Ŵ, that are decoded at once."""
+    return MOST if panels > FEW_PANELS else 2 * MOST
+
+
+@jit()
+def _pieces(side: int, most: int, block_bytes: int, budget: int, threads: int) -> Any:
+    """Into how many pieces to cut so many rows or columns of Ŵ: each has ``most`` at most, and is decoded within the budget."""
+    return pieces_of((side + SIDE - 1) // SIDE, most_units(most // SIDE, budget, block_bytes // 4), threads)
 
 
 @jit()
@@ -116,7 +125,8 @@ def squares(weight: Any, threads: int, budget: int, slices: int, x: Any, y: Any)
     """
     n, columns = x.shape
     panels = (n + SIDE - 1) // SIDE
-    pieces, lines = _sizes(y.shape[1], budget, slices, threads)
+    lines, wide = slices * LINES, _columns(panels)
+    pieces = _pieces(y.shape[1], MOST, SIDE * wide * slices * 2, budget, threads)
     for start in range(0, columns, CHUNK):
         size = min(CHUNK, columns - start)
         along = _steps(size) * lines
@@ -128,31 +138,32 @@ def squares(weight: Any, threads: int, budget: int, slices: int, x: Any, y: Any)
             begin, stop = share(index, pieces, y.shape[1], SIDE)
             rows = stop - begin
             blocks = (rows + SIDE - 1) // SIDE
-            w = scratch(SIDE, PART + BETWEEN, np.float32)
-            a = scratch(blocks * (PART // STEP) * lines, STEP, np.int16)
+            w = scratch(SIDE, wide + BETWEEN, np.float32)
+            a = scratch(blocks * (wide // STEP) * lines, STEP, np.int16)
             sums = scratch(blocks * SIDE, panels * SIDE + BETWEEN, np.float32)
             sums[:] = 0
             use_registers()
-            for part in range(0, size, PART):
-                wide = min(PART, size - part)
-                steps, here = _steps(wide), part // STEP * lines
+            for run in range(0, size, wide):
+                long = min(wide, size - run)
+                of_run = _steps(long) * lines
                 for block in range(blocks):
                     high = min(SIDE, rows - block * SIDE)
-                    decode(weight, begin + block * SIDE, start + part, wide, w[:high])
+                    decode(weight, begin + block * SIDE, start + run, long, w[:high])
                     w[high:] = 0
-                    w[:, wide : steps * STEP] = 0
+                    w[:, long : _steps(long) * STEP] = 0
                     for r in range(SIDE):
-                        for step in range(steps):
-                            line = (block * steps + step) * lines + r
-                            put_row(slices, w, r, step * STEP, a, line, LINES)
-                ahead = (
-                    lines + blocks - 1
-                ) // blocks  # of the panel that comes then, for each block and step
-                for panel in range(panels):
-                    then = (panel + 1) * along + here if panel + 1 < panels else here + steps * lines
-                    for block in range(blocks):
-                        add_square(slices, a, block * steps * lines, sliced, panel * along + here, steps,
-                                   sums, block * SIDE, panel * SIDE, sliced, then + block * steps * ahead, ahead)  # fmt: skip
+                        for step in range(_steps(long)):
+                            put_row(slices, w, r, step * STEP, a, block * of_run + step * lines + r, LINES)
+                for part in range(0, long, PART):
+                    steps, at = _steps(min(PART, long - part)), part // STEP * lines
+                    here = run // STEP * lines + at
+                    # of the panel that comes then, for each block and step
+                    ahead = (lines + blocks - 1) // blocks
+                    for panel in range(panels):
+                        then = (panel + 1) * along + here if panel + 1 < panels else here + steps * lines
+                        for block in range(blocks):
+                            add_square(slices, a, block * of_run + at, sliced, panel * along + here, steps,
+                                       sums, block * SIDE, panel * SIDE, sliced, then + block * steps * ahead, ahead)  # fmt: skip
             leave_registers()
             put_sums(sums, rows, y, begin, start > 0)
 
@@ -161,7 +172,8 @@ def squares_transposed(weight: Any, threads: int, budget: int, slices: int, y: A
     """``y``, fp32 ``[n, out]``, and ``x``, fp32 ``[n, in]``, are C-contiguous; ``budget`` and ``slices`` as above."""
     n, rows = y.shape
     panels = (n + SIDE - 1) // SIDE
-    pieces, lines = _sizes(x.shape[1], budget, slices, threads)
+    lines = slices * LINES
+    pieces = _pieces(x.shape[1], _columns(panels), SIDE * PART * (4 + slices * 2), budget, threads)
     for start in range(0, rows, CHUNK):
         size = min(CHUNK, rows - start)
         along = _steps(size) * lines
