@@ -1,6 +1,7 @@
 """Up to how many rows a quantizer's fused product is faster than one over decoded tiles: what ``FEW_ROWS`` of its module should be.
 
-Blocks of sums, which are fused too, are beside them where a product may be made of them: from how many rows on, and up to how many.
+Blocks of sums, which are fused too, are beside them where a product may be made of them, and those that AMX makes where there is that: from
+how many rows on, and up to how many.
 
     python examples/benchmarks/few_rows.py
     python examples/benchmarks/few_rows.py -q nf4 optq:bits=3 --rows 16 24 32 48 --seconds 2
@@ -27,11 +28,11 @@ from report import describe, environment, markdown
 from torch import Tensor
 
 from modulora_core.bench import Timing, cold_copies, in_turns, rotating
-from modulora_core.kernels import block_choice, products
+from modulora_core.kernels import amx, block_choice, products
 from modulora_core.packed import PackedWeight
 from modulora_core.spec import Calibration, Quantizer
 
-WAYS = "fused", "blocks", "tiles"
+WAYS = "fused", "blocks", "amx", "tiles"
 
 
 def packed_copies(quantizer: Quantizer, weight: Tensor) -> list[PackedWeight]:
@@ -47,18 +48,20 @@ def packed_copies(quantizer: Quantizer, weight: Tensor) -> list[PackedWeight]:
 def compare(
     quantizer: Quantizer, module: Any, packed: list[PackedWeight], dense: list[Tensor], x: Tensor, seconds: float, *, transpose: bool
 ) -> dict[str, Timing]:  # fmt: skip
-    """``fused``, ``blocks``, ``tiles`` and ``dense``, in turns."""
+    """The ways and ``dense``, in turns; ``amx`` where the processor has it."""
+    has_amx = amx.available()
 
-    def product(most: int, by_blocks: bool = False) -> Callable[[PackedWeight], Tensor]:
+    def product(most: int, blocks: bool = False, by_amx: bool = False) -> Callable[[PackedWeight], Tensor]:
         def multiply(weight: PackedWeight) -> Tensor:
-            module.FEW_ROWS, products.blocks_are_faster = most, lambda: by_blocks
+            module.FEW_ROWS, products.blocks_are_faster, amx.available = most, lambda: blocks, lambda: by_amx
             return quantizer.matmul(x, weight, transpose)
 
         return multiply
 
     calls = {
         "fused": rotating(product(len(x)), packed),
-        "blocks": rotating(product(0, by_blocks=True), packed),
+        "blocks": rotating(product(0, blocks=True), packed),
+        **({"amx": rotating(product(0, by_amx=True), packed)} if has_amx else {}),
         "tiles": rotating(product(0), packed),
         "dense": rotating(lambda weight: x @ (weight if transpose else weight.t()), dense),
     }
@@ -66,6 +69,9 @@ def compare(
         for owner, name, value in (
             (module, "FEW_ROWS", module.FEW_ROWS),
             (products, "blocks_are_faster", products.blocks_are_faster),
+            (amx, "available", amx.available),
+            (block_choice, "LEAST_ROWS_OF_SLICES", {2: 1, 3: 1}),
+            (block_choice, "LEAST_FOR_AMX", 0),
             (block_choice, "LEAST_ROWS", 1),
             (block_choice, "MOST_ROWS", 2 * len(x)),  # half of it is for a small weight
         ):
@@ -90,7 +96,7 @@ def measured(words: str, dense: list[Tensor], flags: argparse.Namespace) -> Iter
         for transpose in (False, True):
             x = torch.randn(n, dense[0].shape[0 if transpose else 1])
             times = compare(quantizer, module, packed, dense, x, flags.seconds, transpose=transpose)
-            cells += [f"{times[way].beside(times['dense']):.2f}" for way in WAYS]
+            cells += [f"{times[way].beside(times['dense']):.2f}" if way in times else "–" for way in WAYS]
         yield cells
 
 

@@ -46,13 +46,16 @@ PART = 128
 """Terms of a sum that are decoded and added at once: of 32 rows or columns, 24 KiB in three slices, which stay in the L1 cache while those
 that they are multiplied by go by."""
 
-MOST = 256
-"""Rows of Ŵ of which a thread has so many columns decoded at once, at most, or columns of which it has :data:`PART` rows: 384 KiB in three
-slices. Their sums with 512 rows of X are half a MiB.
+MOST = 320
+"""Rows or columns of Ŵ of which a thread has a part decoded at once, at most: their sums with 512 rows of X are 640 KiB."""
+
+RUN = 256
+"""Columns of a row of Ŵ that are decoded at once: more than a part, since rows are decoded faster in longer pieces. In three slices they
+are 480 KiB of :data:`MOST` rows.
 """
 
 FEW_PANELS = 4
-"""Blocks of rows of X whose sums leave room for twice as many columns: rows of Ŵ are decoded faster the more of them is decoded at once."""
+"""Blocks of rows of X whose sums leave room in the cache for pieces of twice the length."""
 
 _HALF = SIDE // 2  # lines of a register
 
@@ -63,9 +66,8 @@ def _steps(terms: int) -> int:
 
 
 @jit()
-def _columns(panels: int) -> int:
-    """Of Ŵ, that are decoded at once."""
-    return MOST if panels > FEW_PANELS else 2 * MOST
+def _twice_if_few(count: int, panels: int) -> int:
+    return count if panels > FEW_PANELS else 2 * count
 
 
 @jit()
@@ -125,7 +127,7 @@ def squares(weight: Any, threads: int, budget: int, slices: int, x: Any, y: Any)
     """
     n, columns = x.shape
     panels = (n + SIDE - 1) // SIDE
-    lines, wide = slices * LINES, _columns(panels)
+    lines, wide = slices * LINES, _twice_if_few(RUN, panels)
     pieces = _pieces(y.shape[1], MOST, SIDE * wide * slices * 2, budget, threads)
     for start in range(0, columns, CHUNK):
         size = min(CHUNK, columns - start)
@@ -173,7 +175,7 @@ def squares_transposed(weight: Any, threads: int, budget: int, slices: int, y: A
     n, rows = y.shape
     panels = (n + SIDE - 1) // SIDE
     lines = slices * LINES
-    pieces = _pieces(x.shape[1], _columns(panels), SIDE * PART * (4 + slices * 2), budget, threads)
+    pieces = _pieces(x.shape[1], _twice_if_few(MOST, panels), SIDE * PART * (4 + slices * 2), budget, threads)
     for start in range(0, rows, CHUNK):
         size = min(CHUNK, rows - start)
         along = _steps(size) * lines

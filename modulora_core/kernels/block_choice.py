@@ -23,6 +23,9 @@ LARGE = 2**20
 LEAST_ROWS_OF_SLICES = {2: 32, 3: 64}
 """The same where AMX multiplies slices of fp32 numbers (:mod:`modulora_core.kernels.amx`), for two and for three of each."""
 
+LEAST_FOR_AMX = 2**18
+"""Numbers of a weight from which on AMX is worth taking X apart."""
+
 
 def slices() -> int:
     """Into how many bf16 numbers AMX takes one of fp32 apart: three, with which products are as exact as in fp32, unless

@@ -165,7 +165,7 @@ class RowKernels:
         if not transpose and self._one_row is not None and x.numel() == given and self._takes(weight):
             return product_of_one(self._one_row, weight, x, features)
         rows = rows_of(x)
-        way = self._way_in_blocks(x.dtype, len(rows), transpose)
+        way = self._way_in_blocks(x.dtype, len(rows), (features, given), transpose)
         if way is None:
             return (self._transposed if transpose else self._forward)(weight, x, features)
         y = room_for(x, features)
@@ -176,13 +176,13 @@ class RowKernels:
         return torch.from_numpy(y)
 
     def _way_in_blocks(
-        self, dtype: torch.dtype, rows: int, transpose: bool
+        self, dtype: torch.dtype, rows: int, shape: tuple[int, int], transpose: bool
     ) -> tuple[Any, tuple[int, ...]] | None:
         """The kernel that makes blocks of sums of so many rows, and what it is told besides; None where there is a faster one."""
         if dtype is not torch.float32:
             return None
         slices = block_choice.slices()
-        if rows >= block_choice.LEAST_ROWS_OF_SLICES[slices] and amx.available():
+        if rows >= block_choice.LEAST_ROWS_OF_SLICES[slices] and _is_for_amx(shape):
             return self._squares[transpose], (slices,)
         few_enough = block_choice.LEAST_ROWS <= rows <= block_choice.MOST_ROWS
         return (self._blocks[transpose], ()) if few_enough and blocks_are_faster() else None
@@ -224,9 +224,14 @@ def _shared(x: Tensor) -> tuple[int, int]:
     return threads, min(tile_bytes(x.device) // threads, block_choice.decoded_bytes())
 
 
+def _is_for_amx(shape: tuple[int, int]) -> bool:
+    """Whether many rows are multiplied by a weight of this shape, or of its transpose's, by AMX."""
+    return math.prod(shape) >= block_choice.LEAST_FOR_AMX and amx.available()
+
+
 def _most_in_blocks(shape: tuple[int, int]) -> int:
     """Rows of X up to which blocks of sums are the way for a weight of this shape."""
-    if amx.available():
+    if _is_for_amx(shape):
         return sys.maxsize
     return block_choice.most_rows(shape) if blocks_are_faster() else 0
 

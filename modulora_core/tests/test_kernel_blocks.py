@@ -193,6 +193,7 @@ def test_amx_takes_more_rows_than_few_however_many(
         launch(kernel, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(products, "launch", watched)
+    monkeypatch.setattr(block_choice, "LEAST_FOR_AMX", 40 * 48)
     before, least, most = (
         torch.get_float32_matmul_precision(),
         block_choice.LEAST_ROWS_OF_SLICES[slices],
@@ -211,6 +212,10 @@ def test_amx_takes_more_rows_than_few_however_many(
     finally:
         torch.set_float32_matmul_precision(before)
     assert taken == [(slices, rows) for rows in (least, least, *2 * [most, most, 1])]
+    assert (
+        module.rows.product(torch.randn(most, 48), (39, 48), lambda: (codes[:39], scales[:39]), 64, False)
+        is None
+    )
 
 
 def test_a_plan_measures_more_rows_where_there_are_more() -> None:
