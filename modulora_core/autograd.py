@@ -78,17 +78,49 @@ def lora_linear(
         _check_adapter(packed.shape, A, B, transpose)
     if input_scale is not None or output_scale is not None:
         _check_scales(x, packed.shape, input_scale, output_scale, transpose)
-    operands = (x, bias, A, B, input_scale, output_scale, quantizer, packed, scale, dropout, transpose)
-    if (
-        not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    ):  # decoding: a Function takes as long as a small layer
-        return _product(*operands)[0]
+    frozen = (quantizer, packed, scale, transpose)
     if torch.compiler.is_compiling():  # it can't know what a quantizer's compiled kernels do
         from modulora_core.uncompiled import uncompiled
 
-        return uncompiled(_LoRALinear.apply, *operands)  # type: ignore[no-any-return]  # the decorator has no types
-    y: Tensor = _LoRALinear.apply(*operands)
-    return y
+        return uncompiled(  # type: ignore[no-any-return]  # the decorator has no types
+            _recorded, x, bias, A, B, input_scale, output_scale, dropout, *frozen
+        )
+    if torch.is_grad_enabled():
+        return _recorded(x, bias, A, B, input_scale, output_scale, dropout, *frozen)
+    # decoding: a Function takes as long as a small layer
+    _, U = _projected(x, A, dropout)
+    return _product(x, bias, B, input_scale, output_scale, U, *frozen)[0]
+
+
+def _recorded(
+    x: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+    dropout: float,
+    quantizer: Quantizer,
+    packed: PackedWeight,
+    scale: float,
+    transpose: bool,
+) -> Tensor:
+    """The result, with what its backward needs saved *before* the packed weight is multiplied by.
+
+    Gradient checkpointing runs a block again for what it saves, and stops when all of that is there: the block's last layer, in a
+    Llama a quarter of its multiplications, is then not multiplied by again. So autograd records a result without memory, which gets that
+    of the product afterwards.
+    """
+    frozen = (quantizer, packed, scale, transpose)
+    y = Z = None
+    with torch.no_grad():
+        keep, U = _projected(x, A, dropout)
+        if v is not None and v.requires_grad:  # Z is one of the saved
+            y, Z = _product(x, bias, B, u, v, U, *frozen, keep_Z=True)
+    result: Tensor = _LoRALinear.apply(x, bias, A, B, u, v, U, keep, Z, dropout, *frozen)
+    with torch.no_grad():
+        result.data = _product(x, bias, B, u, v, U, *frozen)[0] if y is None else y
+    return result
 
 
 def _check_adapter(shape: tuple[int, int], A: Tensor | None, B: Tensor | None, transpose: bool) -> None:
@@ -129,30 +161,32 @@ class _LoRALinear(torch.autograd.Function):
         B: Tensor | None,
         u: Tensor | None,
         v: Tensor | None,
+        U: Tensor | None,
+        keep: Tensor | None,
+        Z: Tensor | None,
+        dropout: float,
         quantizer: Quantizer,
         packed: PackedWeight,
         scale: float,
-        dropout: float,
         transpose: bool,
     ) -> Tensor:
-        x_trains, bias_trains, A_trains, B_trains, u_trains, v_trains = ctx.needs_input_grad[:6]
-        y, Z, keep, U = _product(
-            x, bias, A, B, u, v, quantizer, packed, scale, dropout, transpose, keep_Z=v_trains
-        )
+        """The result's shape and dtype alone, in the memory of one number."""
+        x_trains, bias_trains, A_trains, B_trains, u_trains, _ = ctx.needs_input_grad[:6]
         ctx.quantizer, ctx.packed = quantizer, packed
         ctx.scale, ctx.dropout, ctx.transpose = scale, dropout, transpose
         ctx.bias_dtype = bias.dtype if bias is not None and bias_trains else None
         ctx.save_for_backward(
             x if A_trains or u_trains else None,
             U if B_trains else None,
-            Z if v_trains else None,
+            Z,
             keep if A_trains or x_trains else None,
             A,
             B,
             u,
             v,
         )
-        return _own(y)
+        shape = (*x.shape[:-1], packed.shape[1 if transpose else 0])
+        return x.new_empty_strided(shape, [0] * len(shape))
 
     @staticmethod
     @once_differentiable
@@ -176,39 +210,44 @@ class _LoRALinear(torch.autograd.Function):
                     low_rank.add_expanded(dX.view(-1, dX.shape[-1]), V, A, keep)
                 if A_trains:
                     dA = low_rank.gather(V, x.reshape(-1, x.shape[-1]), keep)
-        return dX, dbias, dA, dB, du, dv, None, None, None, None, None
+        return dX, dbias, dA, dB, du, dv, *[None] * 8
+
+
+def _projected(x: Tensor, A: Tensor | None, dropout: float) -> tuple[Tensor | None, Tensor | None]:
+    """The dropout mask and U; None without an adapter."""
+    if A is None:
+        return None, None
+    with _without_autocast(x.device.type):
+        x2 = x.reshape(-1, x.shape[-1])
+        keep = _dropout_mask(x2, dropout)
+        return keep, _made_up(low_rank.project(x2, A, keep), dropout)  # dropout(X) Aᵀ : [n, r]
 
 
 def _product(
     x: Tensor,
     bias: Tensor | None,
-    A: Tensor | None,
     B: Tensor | None,
     u: Tensor | None,
     v: Tensor | None,
+    U: Tensor | None,
     quantizer: Quantizer,
     packed: PackedWeight,
     scale: float,
-    dropout: float,
     transpose: bool,
     keep_Z: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Y, Z (which is Y's memory unless it is to be kept beside Y), the dropout mask and U."""
+) -> tuple[Tensor, Tensor]:
+    """Y, and Z, which is Y's memory unless it is to be kept beside Y."""
     Z = quantizer.matmul(x if u is None else _scaled(x, u), packed, transpose)  # [..., out]
     y = Z if v is None else _scaled(Z, v, in_place=not keep_Z)
-    keep = U = None
-    if bias is None and A is None:
-        return y, Z, keep, U
+    if bias is None and U is None:
+        return y, Z
     y2 = y.view(-1, y.shape[-1])
     with _without_autocast(x.device.type):
         if bias is not None:
             y2 += bias.to(y.dtype)
-        if A is not None and B is not None:
-            x2 = x.reshape(-1, x.shape[-1])
-            keep = _dropout_mask(x2, dropout)
-            U = _made_up(low_rank.project(x2, A, keep), dropout)  # dropout(X) Aᵀ : [n, r]
+        if B is not None and U is not None:
             low_rank.add_expanded(y2, U, B.t(), scale=scale)
-    return y, Z, keep, U
+    return y, Z
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
@@ -226,13 +265,6 @@ def _through_weight(
         return dX, None
     du = _column_dots(x, dX, u) if x is not None and u_trains else None
     return (_scaled(dX, u, in_place=True) if x_trains else None), du
-
-
-def _own(y: Tensor) -> Tensor:
-    """``y`` on the same memory, but not as a view: models add to a layer's output in place (Falcon, Llama 4), and
-    autograd refuses that for a view made inside of a Function.
-    """
-    return y.new_empty(0).set_(y) if y._is_view() else y  # type: ignore[call-overload]  # torch's stub lacks set_(tensor)
 
 
 def _scaled(x: Tensor, by: Tensor, *, in_place: bool = False) -> Tensor:

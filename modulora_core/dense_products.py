@@ -5,6 +5,8 @@
     add_product    Y += X W
     linear         X Wᵀ + b, of a frozen layer, with its backward  dX = dY W
 
+    matmul_precision   how much of fp32 products may be rounded away
+
 On x86 torch multiplies fp32 matrices by MKL. On an AMD processor with AVX-512 it was no faster than AVX2 allows, probably because it asks
 for the vendor. oneDNN, which torch brings too and multiplies bf16 by, goes by the instructions that are there: on Zen 5
 it takes 0.45 × MKL's time, from four rows on (docs/performance-findings.md). So there fp32 products are made by oneDNN, and elsewhere as
@@ -18,6 +20,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,6 +94,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     y: Tensor = _FrozenLinear.apply(x, weight, bias)
     return y
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """In this block products of fp32 numbers are as precise as ``torch.set_float32_matmul_precision`` understands it.
+
+    Packed weights follow it on a CPU with AMX (:func:`modulora_core.kernels.block_choice.slices`).
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _is_frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -28,6 +28,7 @@ from transformers import (
 from typing_extensions import override
 
 from modulora_core.adapter_trainer import AdapterFiles, AdapterTrainer
+from modulora_core.dense_products import matmul_precision
 from modulora_core.errors import OptionError, WorkError
 from modulora_core.finetune_config import FinetuneConfig
 from modulora_core.gradient_checkpointing import checkpoint_activations
@@ -236,16 +237,17 @@ def train(
         config=config,
         place=place,
     )
-    if resume_from is not None and _steps_done(resume_from) >= steps:
-        # Trainer would make one more step
-        files.restore(resume_from)
-        trainer.state = TrainerState.load_from_json(str(resume_from / TRAINER_STATE))
-        watcher.tokens_before = trainer.state.num_input_tokens_seen
-    else:
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    state = trainer.state
-    seconds = time.perf_counter() - started
-    eval_loss = None if eval_examples is None else _final_eval_loss(trainer)
+    with matmul_precision(config.matmul_precision):
+        if resume_from is not None and _steps_done(resume_from) >= steps:
+            # Trainer would make one more step
+            files.restore(resume_from)
+            trainer.state = TrainerState.load_from_json(str(resume_from / TRAINER_STATE))
+            watcher.tokens_before = trainer.state.num_input_tokens_seen
+        else:
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        state = trainer.state
+        seconds = time.perf_counter() - started
+        eval_loss = None if eval_examples is None else _final_eval_loss(trainer)
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     return Outcome(losses, eval_loss, seconds, state.num_input_tokens_seen - watcher.tokens_before)
 

@@ -145,10 +145,16 @@ def report(flags: argparse.Namespace, measured: dict[str, Any]) -> str:
 
 
 def _rate(flags: argparse.Namespace, measured: dict[str, Any]) -> str:
-    """What the products with packed weights come to: one in the forward, one in the backward, and one again under checkpointing."""
+    """What the products with packed weights come to: one in the forward, one in the backward, and one again under checkpointing, but for a
+    block's last layer.
+    """
     plan, step = measured["plan"], measured["step"]
+    shape = SHAPES[flags.model]
+    last = shape.intermediate / (
+        4 * shape.hidden + 3 * shape.intermediate
+    )  # of a block's weights, in down_proj
     weights = 8 * plan["packed_bytes"] / plan["bits_per_weight"]
-    operations = 2 * weights * flags.seq_len * (3 if flags.gradient_checkpointing else 2)
+    operations = 2 * weights * flags.seq_len * (3 - last if flags.gradient_checkpointing else 2)
     return f"{operations / 1e12:.2f}e12 operations with packed weights, {operations / step['seconds_of_step'] / 1e9:.1f}e9 a second"
 
 

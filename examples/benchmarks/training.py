@@ -4,6 +4,7 @@
     python examples/benchmarks/training.py -q nf4 quip-sharp-e8:bits=2 --peers bitsandbytes --repeats 5
 
     python examples/benchmarks/training.py -q nf4 --peers bitsandbytes --dtypes float32 bfloat16 --gradient-checkpointing nf4
+    python examples/benchmarks/training.py -q nf4 --matmul-precision high
 
 A step is a forward, a backward and AdamW on a batch, without gradient checkpointing unless asked: adapters of rank 8 in fp32 on all linear
 layers but the head, no dropout. Each method has a process of its own and they take turns. Peak is the resident set of that process
@@ -38,8 +39,10 @@ class TrainingJob(ModelJob):
         rows: int,
         length: int,
         checkpointing: Sequence[str],
+        precision: str,
     ) -> None:
         super().__init__(method, files, dtype)
+        torch.set_float32_matmul_precision(precision)
         self._rows, self._length, self._steps, self._peak = rows, length, 0, 0
         self.model = method.adapt(self.model, self.targets())
         if method.name in checkpointing:
@@ -122,6 +125,8 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int, default=2, help="segments of a batch (2)")
     add("--seq-len", type=int, help="tokens of a segment (256)")
     checkpointing_flag(parser)
+    add("--matmul-precision", choices=("highest", "high", "medium"), default="highest",
+        help="of products in fp32, of all methods, as torch.set_float32_matmul_precision takes it (highest)")  # fmt: skip
     flags = parser.parse_args(words)
     flags.seq_len = flags.seq_len or (32 if flags.quick else 256)
     flags.repeats = flags.repeats or (2 if flags.quick else 7)
@@ -129,8 +134,8 @@ def main(words: Sequence[str] | None = None) -> int:
     with model_files(run) as files:
         prepare_methods(run, files)
         checkpointing = checkpointing_methods(run)
-        shape = (flags.batch_size, flags.seq_len, checkpointing)
-        jobs = start_models(run, TrainingJob, files, flags.dtypes or [BASE_DTYPE], *shape)
+        rest = (flags.batch_size, flags.seq_len, checkpointing, flags.matmul_precision)
+        jobs = start_models(run, TrainingJob, files, flags.dtypes or [BASE_DTYPE], *rest)
         turns = take_turns({key: (job, ()) for key, job in jobs.items()}, flags.repeats, flags.limit)
         settle(jobs)
     run.results += turns.results((BASE, BASE_DTYPE))

@@ -242,6 +242,35 @@ def test_gradients_under_checkpointing_are_the_same(quantizer: Quantizer) -> Non
         torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("scales", "again"), [(False, 1), (True, 2)], ids=["", "output_scale"])
+def test_under_checkpointing_the_last_layer_is_not_multiplied_by_again(
+    quantizer: Quantizer, monkeypatch: pytest.MonkeyPatch, scales: bool, again: int
+) -> None:
+    """But where its output scale trains, whose gradient needs the product."""
+    packed = [quantizer.pack(torch.randn(IN, IN)) for _ in range(2)]
+    A, B = torch.randn(RANK, IN, requires_grad=True), torch.randn(IN, RANK, requires_grad=True)
+    v = torch.ones(IN, requires_grad=True) if scales else None
+    multiplied: list[int] = []
+    matmul = quantizer.matmul
+
+    def counted(x: Tensor, weight: PackedWeight, transpose: bool = False) -> Tensor:
+        if not transpose:
+            multiplied.append([p is weight for p in packed].index(True))
+        return matmul(x, weight, transpose)
+
+    def block(x: Tensor) -> Tensor:
+        for weight in packed:
+            x = lora_linear(x, quantizer, weight, None, A, B, output_scale=v)
+        return x
+
+    monkeypatch.setattr(quantizer, "matmul", counted)
+    x = torch.randn(4, IN, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+    assert multiplied == [0, 1]
+    y.square().sum().backward()
+    assert multiplied == [0, 1, *range(again)]
+
+
 @pytest.mark.parametrize("leading", [(4,), (2, 3)], ids=str)
 def test_the_output_may_be_changed_in_place(quantizer: Quantizer, leading: tuple[int, ...]) -> None:
     packed = quantizer.pack(torch.randn(OUT, IN))

@@ -18,6 +18,7 @@ from modulora_core.adapters import LoRASettings, add_lora, load_adapter, save_ad
 from modulora_core.checkpoint import load_model
 from modulora_core.data import load_examples
 from modulora_core.data.sources import pydoc_text
+from modulora_core.dense_products import matmul_precision
 from modulora_core.errors import AdapterError, DataError, ModelError, OptionError, OutputError, WorkError
 from modulora_core.finetune import finetune
 from modulora_core.finetune_config import FinetuneConfig
@@ -174,6 +175,22 @@ def test_a_run_of_one_step_trains(configure: Configure, tmp_path: Path) -> None:
     """The default warm-up is a share of the steps, and the first step of a warm-up has a rate of 0."""
     finetune(configure(steps=1))
     assert any(delta.B.abs().max() > 0 for delta in AdapterFolder(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_products_are_as_precise_as_asked_for_the_time_of_the_run(
+    configure: Configure, precision: str
+) -> None:
+    told: list[str] = []
+    before = torch.get_float32_matmul_precision()
+    with matmul_precision("medium"):
+        finetune(
+            configure(steps=1, matmul_precision=precision),
+            on_step=lambda _: told.append(torch.get_float32_matmul_precision()),
+        )
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert told == [precision]
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_gradient_checkpointing_changes_no_loss_dropout_included(

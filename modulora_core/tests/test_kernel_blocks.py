@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
+from modulora_core.dense_products import matmul_precision
 from modulora_core.tests.scaled_rows import DECODER, weight
 from modulora_core.tiles import tile_budget
 
@@ -194,13 +195,8 @@ def test_amx_takes_more_rows_than_few_however_many(
 
     monkeypatch.setattr(products, "launch", watched)
     monkeypatch.setattr(block_choice, "LEAST_FOR_AMX", 40 * 48)
-    before, least, most = (
-        torch.get_float32_matmul_precision(),
-        block_choice.LEAST_ROWS_OF_SLICES[slices],
-        block_choice.MOST_ROWS,
-    )
-    torch.set_float32_matmul_precision(precision)
-    try:
+    least, most = block_choice.LEAST_ROWS_OF_SLICES[slices], block_choice.MOST_ROWS
+    with matmul_precision(precision):
         for n in (least - 1, least, 2 * most + 1):
             for transpose in (False, True):
                 M = W if transpose else W.T
@@ -209,8 +205,6 @@ def test_amx_takes_more_rows_than_few_however_many(
                 assert y is not None
                 bound = allowed(slices, len(M)) * (x.double().abs() @ M.abs())
                 assert bool(((y - x.double() @ M).abs() <= bound + 1e-30).all())
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert taken == [(slices, rows) for rows in (least, least, *2 * [most, most, 1])]
     assert (
         module.rows.product(torch.randn(most, 48), (39, 48), lambda: (codes[:39], scales[:39]), 64, False)
