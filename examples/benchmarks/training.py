@@ -39,7 +39,7 @@ class TrainingJob(ModelJob):
         rows: int,
         length: int,
         checkpointing: Sequence[str],
-        precision: str,
+        precision: str = "highest",
     ) -> None:
         super().__init__(method, files, dtype)
         torch.set_float32_matmul_precision(precision)

@@ -284,7 +284,9 @@ def filled_tile(
     return tile
 
 
-def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = None) -> Tensor | None:
+def few_rows(
+    x: Tensor, features: int, most: int, dtype: torch.dtype | None = None, by_amx: bool = False
+) -> Tensor | None:
     """``x`` as a few-row kernel takes it, contiguous ``[..., features]``; None where tiles are the way.
 
     It is fp32, but bf16 where inputs are that and the processor is faster so (:mod:`modulora_core.kernels.bf16_choice`).
@@ -294,6 +296,7 @@ def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = No
 
     Args:
         dtype: of the inputs, where ``x`` was made of them in another one.
+        by_amx: whether the kernel multiplies bf16 by AMX.
     """
     size = x.numel()
     if not x.is_cpu or x.dtype not in _FEW_ROWS_DTYPES or x.dim() == 0 or x.shape[-1] != features:
@@ -301,7 +304,7 @@ def few_rows(x: Tensor, features: int, most: int, dtype: torch.dtype | None = No
     if not 0 < size <= most * features:
         return None
     is_bf16 = (x.dtype if dtype is None else dtype) is torch.bfloat16
-    wanted = dtype_of_few(size // features) if is_bf16 else torch.float32
+    wanted = dtype_of_few(size // features, by_amx) if is_bf16 else torch.float32
     if wanted is None:
         return None
     rows = x.detach() if x.requires_grad else x

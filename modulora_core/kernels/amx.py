@@ -168,16 +168,22 @@ def _call(builder: Any, instruction: str, *operands: Any) -> None:
 def put_row(
     _context: Any, _count: Any, x: Any, _row: Any, _column: Any, out: Any, _line: Any, _apart: Any
 ) -> Any:
-    """A line of A: of ``x[row, column : column + 32]``, fp32 and C-contiguous, slice k to line ``line + k apart`` of ``out``."""
+    """A line of A: of ``x[row, column : column + 32]``, C-contiguous, slice k to line ``line + k apart`` of ``out``.
+
+    Of bf16, which is given as the int16 of its bits, there is one.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         slices, x, row, column, out, line, apart = arguments
         data, length = matrix(context, builder, signature.args[1], x)
         index = builder.add(builder.mul(row, length), column)
-        numbers = [_numbers(builder, data, builder.add(index, _INDEX(first))) for first in (0, LANES)]
-        _put(
-            context, builder, slices, (signature.args[4], out, line, apart), list(_slices(builder, *numbers))
-        )
+        if signature.args[1].dtype is types.int16:
+            place = builder.bitcast(builder.gep(data, [index]), _LINE_OF.as_pointer())
+            lines = [builder.load(place, align=2)]
+        else:
+            places = (builder.add(index, _INDEX(first)) for first in (0, LANES))
+            lines = list(_slices(builder, *(_numbers(builder, data, place) for place in places)))
+        _put(context, builder, slices, (signature.args[4], out, line, apart), lines)
         return context.get_dummy_value()
 
     i64 = types.int64

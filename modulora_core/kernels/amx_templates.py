@@ -91,7 +91,7 @@ def _put_steps(
 ) -> None:
     """Lines of A of ``x[row, start : start + size]``, ``leap`` from step to step; zeros for what is beyond, and for a row that isn't there.
 
-    ``room``: fp32 ``[1, STEP]`` to write to.
+    ``room``: ``[1, STEP]`` of X's dtype, to write to.
     """
     whole = size // STEP if row < len(x) else 0
     for step in range(whole):
@@ -107,7 +107,7 @@ def _put_steps(
 @jit()
 def _put_panel(slices: int, x: Any, first: int, start: int, size: int, out: Any, line: int) -> None:
     """Lines of B, whose columns are :data:`SIDE` rows of X and whose terms are ``size`` columns from ``start`` on."""
-    room = scratch(1, STEP, np.float32)
+    room = scratch(1, STEP, x.dtype)
     pairs = scratch(PART // STEP * slices * _HALF, STEP // 2, np.float32)  # two numbers of bf16 each
     of_rows, of_columns = pairs.view(np.int16), out.view(np.float32)
     for part in range(0, size, PART):
@@ -122,8 +122,9 @@ def _put_panel(slices: int, x: Any, first: int, start: int, size: int, out: Any,
 
 
 def squares(weight: Any, threads: int, budget: int, slices: int, x: Any, y: Any) -> None:
-    """``x``, fp32 ``[n, in]``, and ``y``, fp32 ``[n, out]``, are C-contiguous; ``budget``: bytes of Ŵ that a thread may have decoded at
-    once; ``slices``: 1, 2 or 3.
+    """``x``, fp32 or bf16 ``[n, in]``, and ``y``, fp32 ``[n, out]``, are C-contiguous.
+
+    ``budget``: bytes of Ŵ that a thread may have decoded at once; ``slices``: 1, 2 or 3, of bf16 1.
     """
     n, columns = x.shape
     panels = (n + SIDE - 1) // SIDE
@@ -171,7 +172,7 @@ def squares(weight: Any, threads: int, budget: int, slices: int, x: Any, y: Any)
 
 
 def squares_transposed(weight: Any, threads: int, budget: int, slices: int, y: Any, x: Any) -> None:
-    """``y``, fp32 ``[n, out]``, and ``x``, fp32 ``[n, in]``, are C-contiguous; ``budget`` and ``slices`` as above."""
+    """``y``, fp32 or bf16 ``[n, out]``, and ``x``, fp32 ``[n, in]``, are C-contiguous; ``budget`` and ``slices`` as above."""
     n, rows = y.shape
     panels = (n + SIDE - 1) // SIDE
     lines = slices * LINES
@@ -182,7 +183,7 @@ def squares_transposed(weight: Any, threads: int, budget: int, slices: int, y: A
         sliced = scratch(panels * along, STEP, np.int16)
         for index in prange(panels):
             panel = signed(index)
-            room = scratch(1, STEP, np.float32)
+            room = scratch(1, STEP, y.dtype)
             for r in range(SIDE):
                 _put_steps(
                     slices, y, panel * SIDE + r, start, size, sliced, panel * along + r, lines, LINES, room

@@ -20,8 +20,8 @@ MOST_ROWS = 512
 LARGE = 2**20
 """Numbers of a weight whose tile, 4 MiB, leaves the L2 cache. Of a smaller one a tile is faster from half as many rows on."""
 
-LEAST_ROWS_OF_SLICES = {2: 32, 3: 64}
-"""The same where AMX multiplies slices of fp32 numbers (:mod:`modulora_core.kernels.amx`), for two and for three of each."""
+LEAST_ROWS_OF_SLICES = {1: 25, 2: 32, 3: 64}
+"""The same where AMX multiplies (:mod:`modulora_core.kernels.amx`): of bf16, and of fp32 in two or three slices."""
 
 LEAST_FOR_AMX = 2**18
 """Numbers of a weight from which on AMX is worth taking X apart."""

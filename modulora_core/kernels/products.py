@@ -144,8 +144,9 @@ class RowKernels:
         given, wanted = shape if transpose else (shape[1], shape[0])
         few = few_rows(x, given, most, dtype)
         if few is None:
-            few = few_rows(x, given, _most_in_blocks(shape), dtype)
-            if few is not None and few.dtype is not torch.float32:
+            by_amx = _is_for_amx(shape)
+            few = few_rows(x, given, _most_in_blocks(shape), dtype, by_amx)
+            if few is not None and few.dtype is not torch.float32 and not by_amx:
                 return None
         return None if few is None else like_input(self.matmul(weight(), few, wanted, transpose), x)
 
@@ -179,13 +180,12 @@ class RowKernels:
         self, dtype: torch.dtype, rows: int, shape: tuple[int, int], transpose: bool
     ) -> tuple[Any, tuple[int, ...]] | None:
         """The kernel that makes blocks of sums of so many rows, and what it is told besides; None where there is a faster one."""
-        if dtype is not torch.float32:
-            return None
-        slices = block_choice.slices()
+        slices = block_choice.slices() if dtype is torch.float32 else 1
         if rows >= block_choice.LEAST_ROWS_OF_SLICES[slices] and _is_for_amx(shape):
             return self._squares[transpose], (slices,)
         few_enough = block_choice.LEAST_ROWS <= rows <= block_choice.MOST_ROWS
-        return (self._blocks[transpose], ()) if few_enough and blocks_are_faster() else None
+        is_fp32 = dtype is torch.float32
+        return (self._blocks[transpose], ()) if is_fp32 and few_enough and blocks_are_faster() else None
 
     def _forward(self, weight: Weight, x: Tensor, features: int) -> Tensor:
         """``x Ŵᵀ``."""

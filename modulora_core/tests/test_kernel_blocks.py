@@ -19,7 +19,7 @@ from modulora_core.tiles import tile_budget
 
 pytest.importorskip("numba")
 
-from modulora_core.kernels import amx, block_choice, products
+from modulora_core.kernels import amx, bf16_choice, block_choice, products
 from modulora_core.plan import workspace
 
 SHAPES = [(1, 1), (3, 700), (15, 31), (28, 64), (300, 513), (530, 260), (40, 2100), (2100, 40)]
@@ -134,6 +134,36 @@ def test_what_is_not_finite_stays_in_its_row(module: ModuleType, transpose: bool
     y = multiplied(module, (codes, scales), x, transpose, slices)
     assert not bool(y[[1, 3]].isfinite().any())
     assert torch.equal(y[::2], expected[::2])
+
+
+@pytest.mark.skipif(not amx.available(), reason="this machine has no AMX")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bf16_is_one_slice_of_fp32(module: ModuleType, shape: tuple[int, int]) -> None:
+    codes, scales, _ = weight(*shape)
+    for transpose in (False, True):
+        x = torch.randn(33, shape[0 if transpose else 1]).bfloat16()
+        y, wide = (multiplied(module, (codes, scales), given, transpose, 1) for given in (x, x.float()))
+        assert torch.equal(y, wide)
+
+
+@pytest.mark.skipif(not amx.available(), reason="this machine has no AMX")
+@pytest.mark.parametrize("rows", [bf16_choice.ROWS_BEFORE_AMX + 1, bf16_choice.ROWS_OF_AMX])
+def test_amx_takes_bf16_up_to_as_many_rows_as_it_is_faster_for(
+    module: ModuleType, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_choice, "LEAST_FOR_AMX", 40 * 48)
+    codes, scales, W = weight(40, 48)
+    for transpose in (False, True):
+        M = W if transpose else W.T
+        x = torch.randn(rows + 1, len(M)).bfloat16()
+        y = module.rows.product(x[1:], (40, 48), lambda: (codes, scales), 8, transpose)
+        assert y is not None
+        assert y.dtype == torch.bfloat16
+        exact = x[1:].double() @ M
+        bound = (2.0**-8 + allowed(1, len(M))) * (x[1:].double().abs() @ M.abs())  # the result is rounded too
+        assert bool(((y.double() - exact).abs() <= bound).all())
+        if rows == bf16_choice.ROWS_OF_AMX:
+            assert module.rows.product(x, (40, 48), lambda: (codes, scales), 8, transpose) is None
 
 
 @pytest.mark.skipif(not amx.available(), reason="this machine has no AMX")

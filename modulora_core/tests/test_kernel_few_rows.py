@@ -64,7 +64,13 @@ def test_with_amx_few_rows_of_bf16_are_fewer_and_fp32(monkeypatch: pytest.Monkey
         assert few is not None
         assert few.dtype == torch.float32
         assert kernels.few_rows(given, 6, 64, dtype) is None
+        more = kernels.few_rows(given, 6, 64, dtype, by_amx=True)
+        assert more is not None
+        assert torch.equal(more, given.bfloat16())
     assert kernels.few_rows(x, 6, 64) is not None
+    many = torch.randn(bf16_choice.ROWS_OF_AMX + 1, 6).bfloat16()
+    assert kernels.few_rows(many[1:], 6, 10**6, by_amx=True) is not None
+    assert kernels.few_rows(many, 6, 10**6, by_amx=True) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -104,6 +104,7 @@ class Gradients(Level):
                         f"without, got a difference of {float((expected - found).abs().max()):.3g}"
                     )
 
+    @needs("test_the_input_of_a_product_is_unchanged")  # autograd, which saved it before, says so too
     def test_frozen_parts_get_no_gradient(self, quantizer: Quantizer) -> None:
         """If this fails: packed tensors require a gradient, or ``matmul`` returns a result with a graph of its own. The weight is
         frozen: pack under ``torch.no_grad()``, from ``weight.detach()``.
