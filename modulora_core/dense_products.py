@@ -96,13 +96,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
+def float32_precision() -> str:
+    """``torch.get_float32_matmul_precision()``, of CPUs. That raises once torch's newer settings are used, of which each library has its
+    own: then oneDNN's counts.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        theirs: Any = torch.backends.mkldnn  # its types lack what it is given when it is imported
+        return "highest" if theirs.matmul.fp32_precision in ("ieee", "none") else "high"
+
+
 @contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str | None) -> Iterator[None]:
     """In this block products of fp32 numbers are as precise as ``torch.set_float32_matmul_precision`` understands it.
 
+    None leaves them as they are, and where torch's newer settings are used those stay.
     Packed weights follow it on a CPU with AMX (:func:`modulora_core.kernels.block_choice.slices`).
     """
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        precision = None
+    if precision is None:
+        yield
+        return
     torch.set_float32_matmul_precision(precision)
     try:
         yield

@@ -91,9 +91,10 @@ class FinetuneConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the activations: auto is float32 on a CPU, else bfloat16"
     )
-    matmul_precision: Literal["highest", "high"] = Field(
-        "highest",
-        description="of products in float32, as torch names it: high rounds more, and is faster on a CPU with AMX and on GPUs",
+    matmul_precision: Literal["highest", "high"] | None = Field(
+        None,
+        description="of products in float32, as torch names it: high rounds more, and is faster on a CPU with AMX and on GPUs; by default "
+        "as torch is set, which is highest",
     )
     mapped: bool = Field(
         False,

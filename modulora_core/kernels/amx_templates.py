@@ -43,8 +43,8 @@ from modulora_core.kernels.scratch import scratch
 from modulora_core.kernels.shares import share, signed
 
 PART = 128
-"""Terms of a sum that are decoded and added at once: of 32 rows or columns, 24 KiB in three slices, which stay in the L1 cache while those
-that they are multiplied by go by."""
+"""Terms that are added to a sum at once: of 32 rows or columns, 24 KiB in three slices, which stay in the L1 cache while those that they
+are multiplied by go by."""
 
 MOST = 320
 """Rows or columns of Ŵ of which a thread has a part decoded at once, at most: their sums with 512 rows of X are 640 KiB."""
@@ -67,6 +67,7 @@ def _steps(terms: int) -> int:
 
 @jit()
 def _twice_if_few(count: int, panels: int) -> int:
+    """``count``, where sums with so many panels of X leave room for no more."""
     return count if panels > FEW_PANELS else 2 * count
 
 

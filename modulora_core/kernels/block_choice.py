@@ -9,7 +9,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-import torch
+from modulora_core.dense_products import float32_precision
 
 LEAST_ROWS = 32
 """Rows of X from which on blocks of sums are about as fast as other sums, or faster: a whole panel of them."""
@@ -31,7 +31,7 @@ def slices() -> int:
     """Into how many bf16 numbers AMX takes one of fp32 apart: three, with which products are as exact as in fp32, unless
     ``torch.set_float32_matmul_precision`` asks for less than ``"highest"``.
     """
-    return 3 if torch.get_float32_matmul_precision() == "highest" else 2
+    return 3 if float32_precision() == "highest" else 2
 
 
 def most_rows(shape: tuple[int, int]) -> int:

@@ -31,6 +31,29 @@ def operands(n: int, k: int, m: int, dtype: torch.dtype = torch.float32) -> tupl
     return torch.randn(n, k, generator=generator).to(dtype), torch.randn(k, m, generator=generator).to(dtype)
 
 
+NEWER = """
+import torch
+from modulora_core.dense_products import float32_precision, matmul_precision
+
+matmul = torch.backends.mkldnn.matmul
+for theirs, ours in (("tf32", "high"), ("bf16", "high"), ("ieee", "highest")):
+    matmul.fp32_precision = theirs
+    assert float32_precision() == ours, (theirs, float32_precision())
+matmul.fp32_precision = "tf32"
+with matmul_precision("highest"):
+    assert matmul.fp32_precision == "tf32"
+assert matmul.fp32_precision == "tf32"
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no such settings (2.9 brought them)"
+)
+def test_torchs_newer_settings_of_precision_are_understood_and_stay() -> None:
+    done = subprocess.run([sys.executable, "-c", NEWER], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def assert_is_product(y: Tensor, x: Tensor, w: Tensor, before: Tensor | float = 0.0) -> None:
     """To what fp32 sums of k products can be off by, in any order: k roundings of the sum of their sizes, of which few add up."""
     exact = x.double() @ w.double() + before
