@@ -145,7 +145,7 @@ class RowKernels:
         few = few_rows(x, given, most, dtype)
         if few is None:
             by_amx = _is_for_amx(shape)
-            few = few_rows(x, given, _most_in_blocks(shape), dtype, by_amx)
+            few = few_rows(x, given, sys.maxsize if by_amx else _most_in_blocks(shape), dtype, by_amx)
             if few is not None and few.dtype is not torch.float32 and not by_amx:
                 return None
         return None if few is None else like_input(self.matmul(weight(), few, wanted, transpose), x)
@@ -168,7 +168,7 @@ class RowKernels:
         rows = rows_of(x)
         way = self._way_in_blocks(x.dtype, len(rows), (features, given), transpose)
         if way is None:
-            return (self._transposed if transpose else self._forward)(weight, x, features)
+            return (self._transposed if transpose else self._forward)(weight, x, rows, features)
         y = room_for(x, features)
         kernel, options = way
         for start in range(0, len(rows), block_choice.MOST_ROWS):
@@ -187,21 +187,21 @@ class RowKernels:
         is_fp32 = dtype is torch.float32
         return (self._blocks[transpose], ()) if is_fp32 and few_enough and blocks_are_faster() else None
 
-    def _forward(self, weight: Weight, x: Tensor, features: int) -> Tensor:
-        """``x Ŵᵀ``."""
-        rows, y = rows_of(x), room_for(x, features)
+    def _forward(self, weight: Weight, x: Tensor, rows: NDArray[Any], features: int) -> Tensor:
+        """``x Ŵᵀ``; ``rows`` are those of ``x``."""
+        y = room_for(x, features)
         if len(rows) >= BLOCK:
             launch(self._many[x.dtype], weight, x.shape[-1], _whole_vectors(x), rows_of(y))
         else:
             launch(self._few, weight, rows, rows_of(y))
         return torch.from_numpy(y)
 
-    def _transposed(self, weight: Weight, x: Tensor, features: int) -> Tensor:
-        """``x Ŵ``, whose sums are made in parts."""
-        n = math.prod(x.shape[:-1])
+    def _transposed(self, weight: Weight, x: Tensor, rows: NDArray[Any], features: int) -> Tensor:
+        """``x Ŵ``, whose sums are made in parts; ``rows`` as above."""
+        n = len(rows)
         if n < BLOCK:
             sums = torch.empty(PARTIAL_SUMS, n, features)
-            launch(self._few_transposed, weight, features, rows_of(x), sums)
+            launch(self._few_transposed, weight, features, rows, sums)
         else:
             parts = PARTIAL_SUMS if n <= PARTED_ROWS else PARTIAL_SUMS // 2
             sums = torch.empty(parts, n, features + -features % _lanes(x))
@@ -230,9 +230,7 @@ def _is_for_amx(shape: tuple[int, int]) -> bool:
 
 
 def _most_in_blocks(shape: tuple[int, int]) -> int:
-    """Rows of X up to which blocks of sums are the way for a weight of this shape."""
-    if _is_for_amx(shape):
-        return sys.maxsize
+    """Rows of X up to which blocks of sums are the way for a weight of this shape, where AMX isn't."""
     return block_choice.most_rows(shape) if blocks_are_faster() else 0
 
 
