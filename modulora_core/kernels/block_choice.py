@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from modulora_core.dense_products import float32_precision
+from modulora_core.kernels.bf16_choice import ROWS_BEFORE_AMX
 
 LEAST_ROWS = 32
 """Rows of X from which on blocks of sums are about as fast as other sums, or faster: a whole panel of them."""
@@ -20,7 +21,7 @@ MOST_ROWS = 512
 LARGE = 2**20
 """Numbers of a weight whose tile, 4 MiB, leaves the L2 cache. Of a smaller one a tile is faster from half as many rows on."""
 
-LEAST_ROWS_OF_SLICES = {1: 25, 2: 32, 3: 64}
+LEAST_ROWS_OF_SLICES = {1: ROWS_BEFORE_AMX + 1, 2: 32, 3: 64}
 """The same where AMX multiplies (:mod:`modulora_core.kernels.amx`): of bf16, and of fp32 in two or three slices."""
 
 LEAST_FOR_AMX = 2**18
