@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from modulora_core.device_clock import seconds_of
 from modulora_core.errors import OptionError
 
 Item = TypeVar("Item")
@@ -39,12 +40,8 @@ MOST_COPIES = 256
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
-_COLD_BYTES, _COLD_FILLS = 2**28, 4
-"""A buffer larger than any GPU's cache, and how often it is filled before a call is timed: about 0.3 ms of a fast one, in which the
-launches of the call are queued."""
-
-_TICK = 5e-7
-"""Seconds: what CUDA's events resolve."""
+_COLD_BYTES = 2**28
+"""Of a buffer larger than any GPU's cache, which is filled before a call is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,18 +183,13 @@ def _waiting_clock(call: Call, device: torch.device) -> float:
 
 
 def _event_clock(device: torch.device) -> Callable[[Call], float]:
-    """The device's clock between two events, while it works through fills of its cache before the first."""
+    """The device's clock, after its cache was filled with something else, the host ahead by what the call took it the last time."""
     cold = torch.empty(_COLD_BYTES, dtype=torch.uint8, device=device)
+    on_host: dict[Call, float] = {}
 
     def clock(call: Call) -> float:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.device(device):
-            for _ in range(_COLD_FILLS):
-                cold.zero_()
-            start.record()
-            call()
-            stop.record()
-        stop.synchronize()
-        return max(_TICK, float(start.elapsed_time(stop)) / 1e3)
+        cold.zero_()
+        seconds, on_host[call] = seconds_of(call, device, on_host.get(call, 0.0))
+        return seconds
 
     return clock

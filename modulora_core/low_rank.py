@@ -67,8 +67,8 @@ def add_expanded(y: Tensor, U: Tensor, W: Tensor, keep: Tensor | None = None, *,
         y.addmm_(U, W, alpha=scale)
     else:
         for rows in row_chunks(y, U.dtype, keep):
-            part = torch.mm(U[rows], W).mul_(scale)
-            y[rows] += part if keep is None else part.where(keep[rows], 0)
+            part = torch.mm(U[rows], W)
+            y[rows].add_(part if keep is None else part.where(keep[rows], 0), alpha=scale)
 
 
 def gather(V: Tensor, x: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -94,8 +94,8 @@ def copy_bytes(device: torch.device) -> int:
 
 
 def row_chunks(x: Tensor, dtype: torch.dtype, keep: Tensor | None = None) -> Iterator[slice]:
-    """Slices of rows whose copies in ``dtype`` are small; one slice where no copy is needed."""
-    if x.dtype == dtype and keep is None:
+    """Slices of rows whose copies in ``dtype`` are small; one slice where no copy is needed, or there is one row."""
+    if x.shape[0] == 1 or (x.dtype == dtype and keep is None):
         yield slice(0, x.shape[0])
         return
     for start, stop in tile_ranges(x.shape[0], x.shape[1] * dtype.itemsize, copy_bytes(x.device)):

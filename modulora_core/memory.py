@@ -65,6 +65,7 @@ class PeakMemory:
 
     def _reset(self) -> None:
         if self._device is not None:
+            torch.cuda.init()  # what follows doesn't, and knows no device without
             torch.cuda.reset_peak_memory_stats(self._device)
             return
         try:

@@ -14,7 +14,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -34,7 +33,13 @@ those of the matrix product hand over to each other, which costs milliseconds on
 ACCELERATOR_TILE_BYTES = 64 * 2**20
 """On a GPU the tile lives in device memory anyway; this is large enough to fill it with work."""
 
-_TILE_BYTES: ContextVar[int | None] = ContextVar("modulora_tile_bytes", default=None)
+ACCELERATOR_BRIDGE_BYTES = 4 * 2**20
+"""Between two rows that are looked up others are decoded too where they take no more than this: a GPU writes it in microseconds, about as
+long as it takes to ask for one more tile. An estimate, not measured."""
+
+_budgets: list[int] = []
+"""Those of the blocks of :func:`tile_budget` that are open, the innermost last. Of the process, not of a thread: on a GPU autograd runs a
+backward in threads of its own."""
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -42,9 +47,8 @@ def tile_bytes(device: torch.device) -> int:
 
     In order: :func:`tile_budget`, the environment's ``MODULORA_TILE_BYTES``, the default for the device.
     """
-    chosen = _TILE_BYTES.get()
-    if chosen is not None:
-        return chosen
+    if _budgets:
+        return _budgets[-1]
     if "MODULORA_TILE_BYTES" in os.environ:
         return _parse_tile_bytes(os.environ["MODULORA_TILE_BYTES"])
     return CPU_TILE_BYTES if device.type == "cpu" else ACCELERATOR_TILE_BYTES
@@ -60,15 +64,16 @@ def _parse_tile_bytes(text: str) -> int:
 def tile_budget(nbytes: int) -> Iterator[None]:
     """Within this block a tile takes at most ``nbytes`` bytes (and never less than one row).
 
-    The backward of a forward made inside runs in the budget that holds when *it* runs.
+    It holds for the whole process: one thread at a time opens such a block. The backward of a forward made inside runs in the budget
+    that holds when *it* runs.
     """
     if nbytes <= 0:
         raise OptionError(f"tile budget: expected a positive number of bytes, got {nbytes}")
-    token = _TILE_BYTES.set(nbytes)
+    _budgets.append(nbytes)
     try:
         yield
     finally:
-        _TILE_BYTES.reset(token)
+        _budgets.pop()
 
 
 def tile_ranges(rows: int, row_bytes: int, budget: int) -> Iterator[tuple[int, int]]:
@@ -191,7 +196,8 @@ def looked_up(
 ) -> Tensor:
     """Rows of a matrix that only exists a tile at a time, by their numbers: what an embedding does.
 
-    Each row is decoded once, however often it is asked for; rows that stand side by side are decoded together.
+    Each row is decoded once, however often it is asked for; rows that stand side by side are decoded together, and on a GPU those that
+    stand near each other, with what is between them (:data:`ACCELERATOR_BRIDGE_BYTES`).
 
     Args:
         ids: any shape, an integer dtype.
@@ -214,20 +220,32 @@ def looked_up(
             raise IndexError(f"ids of rows of a [{rows}, {in_features}] table: expected 0 to {rows - 1}, got "
                              f"{wanted[0]} to {wanted[-1]}")  # fmt: skip
         found = torch.empty(len(wanted), in_features, dtype=dtype, device=ids.device)
-        at = 0
-        for start, stop in _runs(
-            wanted, (budget or tile_bytes(ids.device)) // max(1, in_features * dtype.itemsize)
-        ):
-            found[at : at + stop - start] = tile(start, stop, dtype)
-            at += stop - start
+        most, bridge = (
+            nbytes // max(1, in_features * dtype.itemsize)
+            for nbytes in (budget or tile_bytes(ids.device), _bridge_bytes(ids.device))
+        )
+        for first, last in _runs(wanted, most, bridge):
+            start, stop = wanted[first], wanted[last - 1] + 1
+            found[first:last] = _picked(tile(start, stop, dtype), distinct[first:last], start)
         return found[places]
 
 
-def _runs(numbers: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
-    """Ascending ``numbers`` as ranges without gaps of at most ``longest`` numbers, and at least one."""
-    start = 0
-    for i, number in enumerate(numbers):
-        last = i + 1 == len(numbers)
-        if last or numbers[i + 1] != number + 1 or i + 1 - start >= longest:
-            yield numbers[start], number + 1
-            start = i + 1
+def _picked(rows: Tensor, ids: Tensor, start: int) -> Tensor:
+    """Those of a tile, which begins at row ``start``, that are asked for; ``ids`` are ascending and distinct."""
+    return rows if len(rows) == len(ids) else rows[ids - start]
+
+
+def _bridge_bytes(device: torch.device) -> int:
+    return 0 if device.type == "cpu" else ACCELERATOR_BRIDGE_BYTES
+
+
+def _runs(numbers: Sequence[int], longest: int, bridge: int) -> Iterator[tuple[int, int]]:
+    """Ascending ``numbers`` in parts ``[first, last)``: no gap between two is longer than ``bridge``, and from the first to the last there
+    are at most ``longest``, or it is one.
+    """
+    first = 0
+    for i in range(1, len(numbers) + 1):
+        ends = i == len(numbers) or numbers[i] - numbers[i - 1] - 1 > bridge
+        if ends or numbers[i] - numbers[first] >= longest:
+            yield first, i
+            first = i

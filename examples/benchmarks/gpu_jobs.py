@@ -55,6 +55,7 @@ class QuantizerJob:
     def __init__(self, words: str, device: str, threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        _exact_products()
         self.quantizer = create(words)
         self.device = torch.device(device)
         self.large: PackedWeight | None = None
@@ -70,7 +71,8 @@ class QuantizerJob:
     ) -> list[dict[str, Any]]:
         """Check weights that came from another process, or of these shapes, which this one packs on its CPU."""
         given = truths(self.quantizer, shapes) if sent is None else [Truth.received(*each) for each in sent]
-        return [row for truth in given for row in check(self.quantizer, truth, self.device, rows)]
+        with _freed(self.device):
+            return [row for truth in given for row in check(self.quantizer, truth, self.device, rows)]
 
     def large_parity(
         self, allowance: float, shapes: Sequence[tuple[int, int]] = LARGE_SHAPES, rows: Sequence[int] = ROWS
@@ -81,6 +83,12 @@ class QuantizerJob:
         Returns:
             ``{"shape", "pack_seconds", "checks"}``.
         """
+        with _freed(self.device):
+            return self._large_parity(allowance, shapes, rows)
+
+    def _large_parity(
+        self, allowance: float, shapes: Sequence[tuple[int, int]], rows: Sequence[int]
+    ) -> dict[str, Any]:
         small = fit(self.quantizer, *(min(512, size) for size in shapes[-1]))
         self._pack(small)  # compiles
         self._pack(small)
@@ -102,18 +110,21 @@ class QuantizerJob:
         foreseen = sum(self._foreseen(shape) for shape in shapes)
         if foreseen > allowance:
             raise NotMeasuredError(f"packing its weights takes about {foreseen:.0f} s: more --seconds")
-        self.of_model = {shape: self._pack(shape).to("cpu") for shape in shapes}
+        with _freed(self.device):
+            self.of_model = {shape: self._pack(shape).to("cpu") for shape in shapes}
 
     def layer(self, seconds: float, shape: tuple[int, int]) -> dict[str, Any]:  # noqa: ARG002  # the peer's has one
         """:func:`modulora_core.quantizer_bench.measure_quantizer` on the device."""
         if self.large is None:
             raise NotMeasuredError("no weight was packed")
+        _choose_alone(self.device)
         with _freed(self.device):
             return _layer(self.quantizer, self.large.to(self.device), seconds)
 
     def model(self, recipe: Recipe, seconds: float) -> dict[str, Any]:
         if not self.of_model:
             raise NotMeasuredError("its weights weren't packed in time: more --seconds")
+        _choose_alone(self.device)
         with _freed(self.device):
             return gpu_models.measure(self._model(recipe), recipe, self.device, seconds)
 
@@ -161,6 +172,7 @@ class BitsAndBytesJob:
             raise NotMeasuredError(
                 f"bitsandbytes isn't installed or fails to start: {reason(error)}"
             ) from error
+        _exact_products()
         self.device = torch.device(device)
 
     def layer(self, seconds: float, shape: tuple[int, int]) -> dict[str, Any]:
@@ -176,6 +188,19 @@ class BitsAndBytesJob:
 def _layer(quantizer: Quantizer, packed: PackedWeight, seconds: float) -> dict[str, Any]:
     config = BenchConfig(shape=packed.shape, dtypes=LAYER_DTYPES, device=packed.device, seconds=seconds)
     return measure_quantizer(quantizer, config, packed=packed).to_json()
+
+
+def _exact_products() -> None:
+    """fp32 is multiplied in fp32, also where the environment asks for TF32, as some images do: values are compared."""
+    torch.set_float32_matmul_precision("highest")
+
+
+def _choose_alone(device: torch.device) -> None:
+    """What was the fastest while other processes used the device needn't be that now."""
+    if device.type == "cuda":
+        from modulora_core.kernels.triton_launch import forget_choices
+
+        forget_choices()
 
 
 @contextlib.contextmanager

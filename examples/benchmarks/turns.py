@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ from modulora_core.bench import Timing
 
 VERBOSE = "BENCHMARK_VERBOSE"
 """In the environment: processes may print, tracebacks too."""
+
+
+_STARTING = threading.Lock()
+"""The standard streams are all threads': while one has them lead elsewhere, another would take that for where they led before."""
 
 
 class NotMeasuredError(Exception):
@@ -82,7 +87,7 @@ class Process:
         self._connection, theirs = context.Pipe()
         self._timeout = timeout
         self._process = context.Process(target=_serve, args=(theirs, build, arguments), daemon=True)
-        with _output_for_children():
+        with _STARTING, _output_for_children():
             self._process.start()
         theirs.close()  # so that the end of the process ends the pipe
         self._answer()

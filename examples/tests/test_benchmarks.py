@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import multiprocessing
 import os
+import random
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,6 +270,28 @@ def test_a_process_that_dies_or_refuses_is_a_reason(module: Callable[[str], Modu
         turns.Process(os._exit, 3)
     with pytest.raises(turns.NotMeasuredError, match="ValueError: invalid literal"):
         turns.Process(int, "four")
+
+
+def test_processes_that_start_at_once_leave_the_standard_streams_as_they_were(
+    module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = module("turns")
+    context = SimpleNamespace(
+        Pipe=multiprocessing.Pipe, Process=lambda **_: SimpleNamespace(start=lambda: time.sleep(random.random() / 100))
+    )  # fmt: skip
+    monkeypatch.setattr(turns.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(turns.Process, "_answer", lambda _: None)
+    before = [os.fstat(stream) for stream in (1, 2)]
+    saved = os.dup(1), os.dup(2)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(turns.Process, [int] * 32))
+        after = [os.fstat(stream) for stream in (1, 2)]
+    finally:
+        for kept, stream in zip(saved, (1, 2), strict=True):
+            os.dup2(kept, stream)
+            os.close(kept)
+    assert [(stat.st_dev, stat.st_ino) for stat in after] == [(stat.st_dev, stat.st_ino) for stat in before]
 
 
 def test_a_peer_that_nobody_knows_is_refused(module: Callable[[str], ModuleType]) -> None:

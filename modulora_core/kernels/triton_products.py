@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ PROGRAMS = 512
 """How many programs a product is cut into at least, where the weight is large enough: about four for each processor of a large GPU.
 
 Fixed, and not the number of processors, so that the order of a sum is the same on every card."""
+
+ENOUGH_FOR_ONE_ROW = 128
+"""Programs from which on the forward of one row isn't cut into shares to make more of them: to start the kernels that add shares and round
+takes longer than such a product. An estimate: no card has measured it."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -175,15 +180,10 @@ def multiply(
         ``[n, out]``, or ``[n, in]`` when ``transpose``, in ``x``'s dtype, summed in fp32 and rounded once. Of more than one row
         Ŵ is rounded to ``x``'s dtype before it is multiplied, as tiles are.
     """
-    n, given = x.shape
+    n = x.shape[0]
     cut = cut or chosen(n, x.dtype, transpose)
-    part = triton.cdiv(shape[1], parts)
-    if transpose:
-        wanted, summed, step, blocks = shape[1], given, cut.block_out, triton.cdiv(part, cut.block_in) * parts
-    else:
-        wanted, summed, step, blocks = shape[0], part, cut.block_in, triton.cdiv(shape[0], cut.block_out)
-    steps = triton.cdiv(triton.cdiv(summed, step), max(1, triton.cdiv(PROGRAMS, blocks)))
-    shares = triton.cdiv(summed, step * steps)
+    part, wanted = -(-shape[1] // parts), shape[1 if transpose else 0]
+    blocks, steps, shares = _programs(shape, parts, cut, transpose, n == 1)
     y = torch.empty(shares, n, wanted, dtype=x.dtype if shares == 1 else torch.float32, device=x.device)
     arguments = (x, weight, y, n, *shape, part, steps)
     constants = {
@@ -192,3 +192,20 @@ def multiply(
     }  # fmt: skip
     launch(few_rows_kernel, lambda _: (blocks, shares), arguments, constants, (cut.config,))
     return y[0] if shares == 1 else y.sum(dim=0).to(x.dtype)
+
+
+@lru_cache(maxsize=1024)  # decoding asks for each layer and token
+def _programs(
+    shape: tuple[int, int], parts: int, cut: Cut, transpose: bool, one_row: bool
+) -> tuple[int, int, int]:
+    """How many blocks of outputs there are, how many steps a program makes, and into how many shares the sum is cut."""
+    part = -(-shape[1] // parts)
+    if transpose:
+        summed, step, blocks = shape[0], cut.block_out, -(-part // cut.block_in) * parts
+    else:
+        summed, step, blocks = part, cut.block_in, -(-shape[0] // cut.block_out)
+    whole = one_row and not transpose and blocks >= ENOUGH_FOR_ONE_ROW
+    shares = 1 if whole else max(1, -(-PROGRAMS // blocks))
+    in_all = -(-summed // step)
+    steps = -(-in_all // shares)
+    return blocks, steps, -(-in_all // steps)

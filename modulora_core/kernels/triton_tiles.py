@@ -92,13 +92,13 @@ def write_tile(
     if count <= 0 or end <= begin:
         return
     lead = begin % align
-    part = triton.cdiv(end - begin + lead, parts)
+    part = -(-(end - begin + lead) // parts)
     width = min(triton.next_power_of_2(max(part, align)), LARGEST)
     arguments = (weight, out, rows[0], count, begin // align, lead, end - begin + lead, part, *shape)
 
     def grid(meta: Mapping[str, Any]) -> tuple[int]:
         block_in = min(width, meta["CHUNK"])
-        return (triton.cdiv(count, meta["CHUNK"] // block_in) * triton.cdiv(part, block_in),)
+        return (-(-count // (meta["CHUNK"] // block_in)) * -(-part // block_in),)
 
     constants = {"DECODE": decode, "OPTIONS": options, "PARTS": parts, "WIDTH": width, "ALIGN": align}
     launch(tile_kernel, grid, arguments, constants, CONFIGS, key=("OPTIONS", "WIDTH"))

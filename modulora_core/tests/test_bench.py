@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import time
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from modulora_core import bench, quantizer_bench
+from modulora_core import bench, device_clock, quantizer_bench
 from modulora_core.autograd import lora_linear
 from modulora_core.bench import Timing, cold_copies, in_turns, rotating
 from modulora_core.errors import OptionError, ShapeError, WorkError
@@ -113,12 +112,40 @@ def test_on_cuda_the_device_times_the_call_alone(monkeypatch: pytest.MonkeyPatch
         def zero_(self) -> None:
             done.append("fill")
 
+    slept: list[int] = []
+
+    def sleep(cycles: int) -> None:
+        done.append("sleep")
+        slept.append(cycles)
+
+    def call() -> None:
+        done.append("call")
+        if len(slept) != 3:
+            time.sleep(1e-3)
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: Cold())
-    timings = in_turns({"a": lambda: done.append("call")}, seconds=1e-9, least=1, warm_up=0, device="cuda")
-    assert done == [*itertools.repeat("fill", bench._COLD_FILLS), "event", "call", "event", "wait"]
-    assert timings["a"].turns == (0.25,)
+    monkeypatch.setattr(device_clock, "MOST_AHEAD", 1.0)
+    timings = in_turns({"a": call}, seconds=1e-9, least=3, warm_up=1, device="cuda")
+    assert done == 4 * ["fill", "sleep", "event", "call", "event", "wait"]
+    assert timings["a"].turns == (0.25, 0.25, 0.25)
+    # at first nobody knows what the call takes the host; then the device waits for twice what it took the last time
+    assert slept[0] == int(device_clock.LEAST_AHEAD * 2e9)
+    assert slept[1] >= 2 * 1e-3 * 2e9
+    assert slept[3] < slept[2]
+
+
+def test_what_takes_the_host_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[int] = []
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda _: 0.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    seconds, _ = device_clock.seconds_of(lambda: None, torch.device("cuda"), device_clock.MOST_AHEAD)
+    assert slept == [int(device_clock.LEAST_AHEAD * 2e9)]
+    assert seconds == device_clock.TICK
 
 
 # --- a quantizer -----------------------------------------------------------------------------------------

@@ -129,3 +129,84 @@ assert tile.constants["DECODE"] is mine.decode and product.constants["OPTIONS"] 
 assert tile.constants["CHUNK"] == dict(tile.config.constants)["CHUNK"]
 """
     )
+
+
+def test_configurations_are_timed_for_large_tensors_alone(run):
+    """On a GPU; here the device, its clock and the kernel are made up."""
+    run("""
+        import contextlib
+        import torch
+        from modulora_core.kernels import triton_launch
+        from modulora_core.kernels.triton_launch import WORTH_TUNING, Config, launch
+
+        torch.cuda.device = lambda device: contextlib.nullcontext()
+        started = []
+
+        class Kernel:
+            def __getitem__(self, grid):
+                return lambda *arguments, **constants: started.append(constants)
+
+        made = []
+
+        def autotune(configs, key, do_bench):
+            assert key == ["WIDTH"] and do_bench is triton_launch._milliseconds
+            made.append(configs)
+            return lambda kernel: kernel
+
+        triton_launch.triton.autotune = autotune
+        configs = Config(2, constants=(("CHUNK", 8),)), Config(4, constants=(("CHUNK", 16),))
+        few, many = torch.empty(WORTH_TUNING - 1, device="meta"), torch.empty(WORTH_TUNING, device="meta")
+        kernel = Kernel()
+        for tensors in ((few, (few, 1)), (few, (1, many)), (many,)):
+            launch(kernel, None, tensors, {"WIDTH": 4}, configs, ("WIDTH",))
+        small, *large = started
+        assert small == {"WIDTH": 4, "CHUNK": 8, "num_warps": 2, "num_stages": 1, "enable_fp_fusion": False}
+        assert large == 2 * [{"WIDTH": 4, "enable_fp_fusion": False}]  # the tuner adds the rest
+        assert [config.num_warps for config in made[0]] == [2, 4]
+    """)
+
+
+def test_a_choice_is_kept_until_it_is_forgotten_and_made_by_the_median(run):
+    run("""
+        import torch
+        from modulora_core.kernels import triton_launch
+        from modulora_core.kernels.triton_launch import Config, forget_choices
+
+        made = []
+        triton_launch.triton.autotune = lambda *_, **__: lambda kernel: made.append(kernel)
+        for kernel in ("a", "a", "b"):
+            triton_launch._tuned(kernel, (), (Config(),), ())
+        assert made == ["a", "b"]
+        forget_choices()
+        triton_launch._tuned("a", (), (Config(),), ())
+        assert made == ["a", "b", "a"]
+
+        device = iter([9.0, *range(1, triton_launch._TRIALS), 50.0])
+        hosts = []
+        torch.cuda.current_device = lambda: 0
+        triton_launch.seconds_of = lambda call, on, host=0.0: (hosts.append(host), (next(device) / 1e3, call()))[1]
+        calls = iter(range(100))
+        assert triton_launch._milliseconds(lambda: next(calls), (0.5, 0.2)) == [5.0]
+        assert hosts == [0.0, *range(triton_launch._TRIALS)]
+    """)
+
+
+def test_one_row_is_multiplied_in_one_share_where_there_are_programs_enough(run):
+    run("""
+        from itertools import product
+        from modulora_core.kernels.triton_products import ENOUGH_FOR_ONE_ROW, PROGRAMS, Cut, _programs
+
+        cut = Cut(8, 512)
+        assert _programs((8 * ENOUGH_FOR_ONE_ROW, 4096), 1, cut, False, True) == (ENOUGH_FOR_ONE_ROW, 8, 1)
+        assert _programs((8 * (ENOUGH_FOR_ONE_ROW - 1), 4096), 1, cut, False, True)[2] > 1
+        assert _programs((8 * ENOUGH_FOR_ONE_ROW, 4096), 1, cut, False, False)[2] == PROGRAMS // ENOUGH_FOR_ONE_ROW
+        for out, columns, parts, transpose in product((1, 300, 4096), (1, 1000, 4096), (1, 8), (False, True)):
+            for cut in (Cut(8, 512), Cut(64, 64)):
+                blocks, steps, shares = _programs((out, columns), parts, cut, transpose, False)
+                part = -(-columns // parts)
+                kept, summed = (part, out) if transpose else (out, part)
+                wide, step = (cut.block_in, cut.block_out) if transpose else (cut.block_out, cut.block_in)
+                # every output has a block, every term a step of one share, and no share is empty
+                assert blocks == -(-kept // wide) * (parts if transpose else 1)
+                assert (shares - 1) * steps * step < summed <= shares * steps * step
+    """)

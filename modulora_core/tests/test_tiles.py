@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +45,15 @@ def test_budget_comes_from_the_block_then_the_environment_then_the_default(
     assert tile_bytes(CPU) == 12345
     with tile_budget(99):
         assert tile_bytes(CPU) == 99
+        with tile_budget(98):
+            assert tile_bytes(CPU) == 98
+        assert tile_bytes(CPU) == 99
     assert tile_bytes(CPU) == 12345
+
+
+def test_a_budget_holds_for_the_threads_in_which_autograd_runs_a_backward_on_a_gpu() -> None:
+    with tile_budget(99), ThreadPoolExecutor(1) as autograd:
+        assert autograd.submit(tile_bytes, CPU).result() == 99
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "4MiB", ""])
@@ -172,6 +182,23 @@ def test_a_row_is_decoded_once_and_neighbours_together_within_the_budget() -> No
     ids = torch.tensor([[36, 4, 5], [4, 8, 6], [0, 36, 7]])
     assert torch.equal(looked_up(ids, tile, (37, 23), torch.float32, budget=4 * 23 * 3), W[ids])
     assert asked == [(0, 1), (4, 7), (7, 9), (36, 37)]
+
+
+def test_on_a_gpu_short_gaps_are_decoded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = torch.randn(37, 23)
+    asked: list[tuple[int, int]] = []
+
+    def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        asked.append((start, stop))
+        return W[start:stop].to(dtype)
+
+    monkeypatch.setattr(tiles, "_bridge_bytes", lambda device: 4 * 23 * 2)  # two rows
+    ids = torch.tensor([36, 3, 6, 10, 4, 12, 33, 35])
+    assert torch.equal(looked_up(ids, tile, (37, 23), torch.float32, budget=4 * 23 * 8), W[ids])
+    assert asked == [(3, 7), (10, 13), (33, 37)]
+    asked.clear()
+    assert torch.equal(looked_up(ids, tile, (37, 23), torch.float32, budget=4 * 23 * 3), W[ids])
+    assert asked == [(3, 5), (6, 7), (10, 13), (33, 36), (36, 37)]
 
 
 @pytest.mark.parametrize("wrong", [-1, 37])

@@ -188,6 +188,15 @@ def test_input_is_neither_changed_nor_returned(path):
     assert y.data_ptr() != x.data_ptr()
 
 
+@pytest.mark.parametrize("n", [1, 20, 256, 577, 1536, 8191])
+def test_in_place_gives_the_same_bits(n, path):
+    x, before, after = random(5, n), random(n), random(n) + 1
+    expected = rotate(x, before=before, after=after)
+    y = rotate(x, before=before, after=after, in_place=True)
+    assert torch.equal(y, expected)
+    assert y.data_ptr() == x.data_ptr() or path == "torch" or n == 8191  # by way of a Fourier transform
+
+
 def test_random_signs_spread_an_outlier_and_a_constant(path):
     n = 1712  # 107 · 16: Hartley's matrix
     signs = torch.where(random(n) > 0, 1.0, -1.0)

@@ -86,8 +86,8 @@ class _Torch:
         """Quantize columns ``[start, stop)``: their errors e, ``[out, stop - start]``."""
         W, U = self.problem.W, self.problem.U
         E = W.new_empty(len(W), stop - start)
-        for j in range(start, stop):
-            g = int(self.problem.group[j])
+        groups = self.problem.group[start:stop].tolist()  # from a GPU once, and not a column at a time
+        for j, g in zip(range(start, stop), groups, strict=True):
             if not self.options.static_groups and j % self.size == 0:
                 self.grid(g)
             s, z = self.s[:, g], self.z[:, g]

@@ -210,7 +210,7 @@ def rotate_rows(
         after: ``[n]``, or of length 0 for none.
         start, stop: which rows.
         scratch: ``[n + 8]``.
-        out: ``[rows, n]``, no part of ``x``.
+        out: ``[rows, n]``: ``x`` itself, or no part of it.
     """
     n = x.shape[1]
     m = n // K

@@ -111,9 +111,10 @@ def decode(  # type: ignore[no-untyped-def]
     codes, residual, table, units = weight
     BITS: tl.constexpr = OPTIONS[0]
     ALIGN: tl.constexpr = OPTIONS[1]
+    STEP: tl.constexpr = 8 if BLOCK_IN >= 64 else BLOCK_IN // 8  # of blocks of columns, in codes
     blocks = units * ALIGN
     rows = (row + tl.arange(0, BLOCK_OUT))[:, None]
-    across = (tl.multiple_of(col // 8, 8) + tl.arange(0, BLOCK_IN // 8))[None, :]
+    across = (tl.multiple_of(col // 8, STEP) + tl.arange(0, BLOCK_IN // 8))[None, :]
     inside = (rows < out_features) & (across < blocks)
     at = rows.to(tl.int64) * blocks + across
     word = _point(table, tl.load(codes + at, mask=inside, other=0).to(tl.int32))

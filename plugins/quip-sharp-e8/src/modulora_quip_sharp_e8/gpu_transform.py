@@ -138,7 +138,7 @@ def times_factor(factor, at, size, x, total, PARTS: tl.constexpr, LEFT: tl.const
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # which is only compared
 def turn_kernel(  # type: ignore[no-untyped-def]
     x, before, left, right, after, out, scale, rows, period,
     A: tl.constexpr, B: tl.constexpr, PADDED_A: tl.constexpr, PADDED_B: tl.constexpr,
@@ -242,22 +242,36 @@ def _turn(
 ) -> None:
     """Both near axes."""
     n = x.shape[1]
+    left, right, shared, configs = _near(axes, K, transpose, x.device)
+    rows = x.numel() // axes.right
+    constants = shared | {"BEFORE": before is not None, "AFTER": after is not None}
+    vectors = out if before is None else before, out if after is None else after
+    arguments = (x, vectors[0], left, right, vectors[1], out, n**-0.5, rows, n // axes.right)
+    launch(turn_kernel, lambda _: (-(-rows // shared["A"]),), arguments, constants, configs)
+
+
+@lru_cache(maxsize=64)  # decoding asks for each layer and token
+def _near(
+    axes: Plan, K: int, transpose: bool, device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, int], tuple[Config]]:
+    """The factors from the left and from the right, the kernel's constants that go with them, and its configuration."""
     alone = axes.left == 1  # then rows of different matrices go together
     A, B = TOGETHER if alone else axes.left, axes.right
-    right = matrices(1, B, False, padded(B), x.device)
+    right = matrices(1, B, False, padded(B), device)
     left = right
     if not alone:
         order = K if axes.far == 1 else 1
-        left = matrices(order, axes.left // order, transpose, padded(A), x.device)
-    rows = x.numel() // B
+        left = matrices(order, axes.left // order, transpose, padded(A), device)
     constants = {
-        "A": A, "B": B, "PADDED_A": padded(A), "PADDED_B": padded(B), "LEFT": not alone, "PARTS": len(left),
-        "BEFORE": before is not None, "AFTER": after is not None,
-    }  # fmt: skip
-    vectors = out if before is None else before, out if after is None else after
-    arguments = (x, vectors[0], left, right, vectors[1], out, n**-0.5, rows, n // B)
+        "A": A,
+        "B": B,
+        "PADDED_A": padded(A),
+        "PADDED_B": padded(B),
+        "LEFT": not alone,
+        "PARTS": len(left),
+    }
     warps = max(4, padded(A) * padded(B) // 1024)  # up to 32 numbers a thread
-    launch(turn_kernel, lambda _: (triton.cdiv(rows, A),), arguments, constants, (Config(warps),))
+    return left, right, constants, (Config(warps),)
 
 
 def _across(x: Tensor, axes: Plan, K: int, transpose: bool, after: Tensor | None, out: Tensor) -> None:
@@ -267,7 +281,7 @@ def _across(x: Tensor, axes: Plan, K: int, transpose: bool, after: Tensor | None
     size = padded(axes.far, COLUMNS)
     outputs = min(size, COLUMNS)
     factors = matrices(K, axes.far // K, transpose, size, x.device)
-    programs = rows * (size // outputs) * triton.cdiv(m, COLUMNS)
+    programs = rows * (size // outputs) * -(-m // COLUMNS)
     constants = {
         "PARTS": len(factors), "AFTER": after is not None, "OUTPUTS": outputs, "COLUMNS": COLUMNS,
         "TERMS": min(size, TERMS),

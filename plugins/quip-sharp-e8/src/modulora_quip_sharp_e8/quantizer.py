@@ -107,9 +107,9 @@ class QuIPSharpE8(Quantizer):
             strip = _decode(
                 packed, slice(None), slice(a, b), columns_here.stop - columns_here.start, computed
             )
-            turned = transform.rotate(strip.T.contiguous(), transpose=True)  # (H_M C)ᵀ
+            turned = transform.rotate(strip.T.contiguous(), transpose=True, in_place=True)  # (H_M C)ᵀ
             out[:, columns_here] = turned[:, start + rows[0] : start + rows[1]].T
-        out = transform.rotate(out, transpose=True, after=vectors["input_scale"])
+        out = transform.rotate(out, transpose=True, after=vectors["input_scale"], in_place=True)
         scales = vectors["output_scale"][start + rows[0] : start + rows[1]].to(computed) * vectors[
             "scale"
         ].to(computed)
@@ -127,16 +127,18 @@ class QuIPSharpE8(Quantizer):
             return super().matmul(x, packed, transpose)
         input_scale = packed.tensors["input_scale"]
         computed = torch.float64 if x.dtype == torch.float64 else torch.float32
-        output_scale = packed.tensors["output_scale"].to(computed) * packed.tensors["scale"].to(computed)
+        output_scale = packed.tensors["output_scale"] * packed.tensors["scale"].to(computed)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if transpose:
                 y = F.pad(x.detach(), (start, whole - stop)) if whole != given else x.detach()
                 y = transform.rotate(y, before=output_scale)
                 z = _rotated_matmul(y, packed, True, x.dtype)
-                result = transform.rotate(z, transpose=True, after=input_scale)
+                result = transform.rotate(z, transpose=True, after=input_scale, in_place=True)
             else:
                 z = _rotated_matmul(transform.rotate(x.detach(), before=input_scale), packed, False, x.dtype)
-                result = transform.rotate(z, transpose=True, after=output_scale)[..., start:stop]
+                result = transform.rotate(z, transpose=True, after=output_scale, in_place=True)[
+                    ..., start:stop
+                ]
             return result.to(x.dtype)
 
 

@@ -114,10 +114,10 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
     input_scale = (signs(options.seed, N, "input").to(s) / s).to(torch.float16)
     output_scale = signs(options.seed, M, "output").to(W.device, torch.float16)
     u = input_scale.to(dtype)
-    W = transform.rotate(W / u)
-    W = transform.rotate(W.T.contiguous(), before=output_scale).T
-    H = transform.rotate(H, before=u)
-    H = transform.rotate(H.T.contiguous(), before=u)
+    W = transform.rotate(W / u, in_place=True)
+    W = transform.rotate(W.T.contiguous(), before=output_scale, in_place=True).T
+    H = transform.rotate(H, before=u, in_place=True)
+    H = transform.rotate(H.T.contiguous(), before=u, in_place=True)
     unit = _positive(_rms(W)) / (options.codebook_scale or codebooks.OPT_SCALE[options.bits])
     scale = (rms * unit).to(torch.float32).reshape(1)
     W, H = _whole_blocks(W / unit, (H + H.T) / 2)
@@ -229,11 +229,11 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
 
 def quantize(x: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Q: the codes of ``x``, ``[M, 8]``, and of what they leave of it; and the point that they stand for, ``[M, 8]``."""
-    first, point = _nearest(x, codebooks.e8p())
+    first, point = _nearest(x, codebooks.on(codebooks.e8p, x.device))
     if bits == 2:
         return (first.to(torch.int16), first[:0]), point
-    table, dtype = (codebooks.e81(), torch.uint8) if bits == 3 else (codebooks.e8p(), torch.int16)
-    second, rest = _nearest((x - point) * codebooks.RESIDUAL_SCALE[bits], table)
+    table, dtype = (codebooks.e81, torch.uint8) if bits == 3 else (codebooks.e8p, torch.int16)
+    second, rest = _nearest((x - point) * codebooks.RESIDUAL_SCALE[bits], codebooks.on(table, x.device))
     return (first.to(torch.int16), second.to(dtype)), point + rest * codebooks.residual_step(bits).to(
         x.device
     )

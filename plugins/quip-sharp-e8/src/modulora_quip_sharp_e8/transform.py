@@ -35,18 +35,19 @@ def rotate(
     transpose: bool = False,
     before: Tensor | None = None,
     after: Tensor | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """``((x ⊙ before) H_n) ⊙ after``, or with H_nᵀ where ``transpose``.
 
     Args:
         x: ``[..., n]``, any float dtype.
-        seed: not used: H_n is the same for every seed.
         transpose: whether to multiply by H_nᵀ, which is the inverse.
         before, after: ``[n]``, fp16 or wider, or None.
+        in_place: whether ``x`` isn't needed any more: on the CPU the result then takes its memory, where dtype and layout allow.
 
     Returns:
-        ``[..., n]``, a new tensor on the device of ``x``: fp64 for fp64, computed in it, else fp32. Half precision is widened
-        before anything is summed.
+        ``[..., n]``, a new tensor on the device of ``x`` unless ``in_place``: fp64 for fp64, computed in it, else fp32. Half precision is
+        widened before anything is summed.
 
     A row's bits don't depend on the other rows, nor on the number of threads: on the CPU, and by the kernels for GPUs. Elsewhere that is
     up to the device's matrix product (K > 1) and Fourier transform (odd part of n above 1024).
@@ -71,8 +72,8 @@ def rotate(
     cpu = kernels.load("modulora_quip_sharp_e8.cpu_transform", x.device)
     if cpu is None or K > LARGEST_ORDER:
         return _rotate(rows, K, transpose, scale, after).view(x.shape)
-    rows = rows.to(dtype).contiguous()
-    out = torch.empty_like(rows)
+    given, rows = rows, rows.to(dtype).contiguous()
+    out = torch.empty_like(rows) if rows is given and not in_place else rows
     threads = min(len(rows), torch.get_num_threads())
     scratch = torch.empty(threads, n + cpu.OUTPUTS, dtype=dtype)
     factors = scale, panels(K, transpose, dtype), K, scale[:0] if after is None else after
