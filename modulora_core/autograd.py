@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from modulora_core import low_rank
-from modulora_core.errors import ShapeError
+from modulora_core.errors import ShapeError, note_plugin
 from modulora_core.low_rank import copy_bytes, row_chunks
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_bytes, tile_ranges
@@ -237,7 +237,11 @@ def _product(
     keep_Z: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Y, and Z, which is Y's memory unless it is to be kept beside Y."""
-    Z = quantizer.matmul(x if u is None else _scaled(x, u), packed, transpose)  # [..., out]
+    try:
+        Z = quantizer.matmul(x if u is None else _scaled(x, u), packed, transpose)  # [..., out]
+    except Exception as error:  # whatever a plugin raises
+        _note(error, quantizer, packed, transpose)
+        raise
     y = Z if v is None else _scaled(Z, v, in_place=not keep_Z)
     if bias is None and U is None:
         return y, Z
@@ -250,6 +254,11 @@ def _product(
     return y, Z
 
 
+def _note(error: Exception, quantizer: Quantizer, packed: PackedWeight, transpose: bool) -> None:
+    what = "transposed product" if transpose else "product"
+    note_plugin(error, quantizer.spec.name, f"{what} of a layer of {list(packed.shape)}")
+
+
 def _without_autocast(device: str) -> AbstractContextManager[object]:
     """Autocast off; nothing at all where it is off, which a layer asks for each token."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -260,7 +269,11 @@ def _through_weight(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The packed weight's share of dX, if x trains, and du, if u trains."""
     x_trains, u_trains = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-    dX: Tensor = ctx.quantizer.matmul(dY if v is None else _scaled(dY, v), ctx.packed, not ctx.transpose)
+    try:
+        dX: Tensor = ctx.quantizer.matmul(dY if v is None else _scaled(dY, v), ctx.packed, not ctx.transpose)
+    except Exception as error:  # whatever a plugin raises
+        _note(error, ctx.quantizer, ctx.packed, not ctx.transpose)
+        raise
     if u is None:
         return dX, None
     du = _column_dots(x, dX, u) if x is not None and u_trains else None

@@ -94,3 +94,15 @@ class MissingExtraError(RequestError): ...
 
 
 class WorkError(ModuLoRAError): ...
+
+
+def note_plugin(error: Exception, quantizer: str, doing: str) -> None:
+    """Say on an exception that isn't of this package which quantizer raised it, at what: a traceback and the command line show it.
+
+    Args:
+        quantizer: its name; doing: what it was asked for, with the layer or its shape.
+    """
+    if not isinstance(error, ModuLoRAError):
+        error.add_note(
+            f"{doing}, by {quantizer}; `modulora conformance {quantizer}` finds what is broken in a plugin"
+        )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -40,7 +40,8 @@ def validate_options(subject: str, model: type[BaseModel], options: Mapping[str,
     Args:
         subject: whose options they are, for messages: the quantizer's name.
         model: the quantizer's ``Options``.
-        options: by field name. Fields that are left out take their defaults.
+        options: by field name. Fields that are left out take their defaults. Where a field is a ``Literal`` of numbers, a string that reads
+            like one of them is it.
 
     Raises:
         OptionError: an unknown option (with near misses), or values that the model refuses; one sentence that
@@ -54,11 +55,28 @@ def validate_model(subject: str, model: type[Model], values: Mapping[str, object
     unknown = [key for key in values if key not in model.model_fields]
     if unknown:
         raise OptionError(f"{subject}: " + "; ".join(_unknown(key, model) for key in unknown))
+    meant = {key: _member(value, model.model_fields[key].annotation) for key, value in values.items()}
     try:
-        return model.model_validate(dict(values))
+        return model.model_validate(meant)
     except ValidationError as error:
         problems = "; ".join(_invalid(details, model) for details in error.errors(include_url=False))
         raise OptionError(f"{subject}: {problems}") from None
+
+
+def _member(value: object, annotation: object) -> object:
+    """What of a ``Literal`` a word means. pydantic reads numbers from strings, but not there."""
+    if not isinstance(value, str):
+        return value
+    return next((member for member in _members(annotation) if str(member) == value.strip()), value)
+
+
+def _members(annotation: object) -> Iterator[object]:
+    """Of a ``Literal``, or of one among several types."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for each in get_args(annotation):
+            yield from _members(each)
 
 
 def _unknown(key: str, model: type[BaseModel]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modulora_core.calibration import BlockWalk, Tuner
 from modulora_core.channel_scales import ChannelScales
-from modulora_core.errors import WorkError
+from modulora_core.errors import WorkError, note_plugin
 from modulora_core.quantization_plan import Plan
 from modulora_core.record import PackedSite
 from modulora_core.shards import ShardWriter
@@ -141,7 +141,11 @@ class _Packer:
             # a stream of its own for each parameter, so that a resumed run draws the same numbers
             torch.manual_seed(zlib.crc32(f"{self._plan.record.seed} {name}".encode()))
             for matrix, seen in zip(matrices, calibrations, strict=True):
-                packed.append(quantizer.pack(matrix.to(self._device), seen))
+                try:
+                    packed.append(quantizer.pack(matrix.to(self._device), seen))
+                except Exception as error:  # whatever a plugin raises
+                    note_plugin(error, quantizer.spec.name, f"packing {name}, {list(matrix.shape)}")
+                    raise
                 self._check(name, site, packed[-1], "packed")
         return packed
 

@@ -106,11 +106,20 @@ class QuantizerSpec:
             )
         if not (isinstance(self.location, str) and LOCATION.fullmatch(self.location)):
             raise ValueError(f"location: expected 'package.module:Class', got {self.location!r}")
+        for name in ("bits", "devices", "formats", "promises"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(  # noqa: TRY004 - as every malformed field
+                    f"{name}: expected a tuple, such as (4,) for one value, got {getattr(self, name)!r}"
+                )
         if not self.bits or not all(isinstance(b, (int, float)) and 0 < b <= 32 for b in self.bits):
             raise ValueError(f"bits: expected one or more widths in (0, 32], got {self.bits!r}")
         if self.calibration not in ("none", "optional", "required"):
             raise ValueError(
                 f"calibration: expected 'none', 'optional' or 'required', got {self.calibration!r}"
+            )
+        if not self.devices or not all(isinstance(device, str) for device in self.devices):
+            raise ValueError(
+                f"devices: expected torch's names of device types, such as 'cpu', got {self.devices!r}"
             )
         for name in ("protocol", "out_multiple", "in_multiple"):
             value = getattr(self, name)
@@ -122,6 +131,11 @@ class QuantizerSpec:
             raise ValueError(f"rescales: expected True or False, got {self.rescales!r}")
         if not all(isinstance(item, Promise) for item in self.promises):
             raise ValueError(f"promises: expected values of Promise, got {self.promises!r}")
+
+    def next_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The least ``(out, in)`` from this one on whose sizes are multiples of :attr:`out_multiple` and :attr:`in_multiple`."""
+        (out_features, in_features), (a, b) = shape, (self.out_multiple, self.in_multiple)
+        return -(-out_features // a) * a, -(-in_features // b) * b
 
 
 @dataclass(frozen=True, slots=True)

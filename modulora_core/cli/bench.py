@@ -23,7 +23,8 @@ Name = Annotated[
     str, typer.Argument(metavar="NAME", show_default=False, help="One of `modulora list-quantizers`.")
 ]
 Shape = Annotated[
-    str, typer.Option("--shape", metavar="OUTxIN", help="Of the weight; larger ones are nearer to large models.")
+    str | None, typer.Option("--shape", metavar="OUTxIN", show_default="2048x2048, or the next that the quantizer takes",
+                             help="Of the weight; larger ones are nearer to large models.")
 ]  # fmt: skip
 Rows = Annotated[
     list[int],
@@ -43,7 +44,7 @@ Seconds = Annotated[
 def command(
     name: Name,
     option: QuantizerOptions = [],
-    shape: Shape = "2048x2048",
+    shape: Shape = None,
     rows: Rows = [],
     dtype: Dtypes = [],
     device: Device = None,
@@ -66,7 +67,9 @@ def command(
     from modulora_core.registry import create
 
     quantizer = create(name, parse_options(option))
-    config = BenchConfig(shape=_shape(shape), device=pick_device(device), seconds=seconds)
+    config = BenchConfig(device=pick_device(device), seconds=seconds)
+    wanted = quantizer.spec.next_shape(config.shape) if shape is None else _shape(shape)
+    config = replace(config, shape=wanted)
     if rows:
         config = replace(config, rows=tuple(rows))
     if dtype:

@@ -40,7 +40,8 @@ def _described(error: BaseException) -> tuple[str, str, int]:
         return "UsageError", _usage(error), RequestError.exit_code
     if isinstance(error, SystemExit):  # a library's sys.exit("message")
         return "SystemExit", _one_line(str(error.code)), 1
-    text = _one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+    about = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    text = _one_line(f"{type(error).__name__}: {error}".rstrip(": ") + about)
     return type(error).__name__, f"unexpected {text}; run again with --debug for the traceback", 1
 
 

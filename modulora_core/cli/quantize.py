@@ -160,12 +160,13 @@ def command(
       modulora quantize ./model out --budget 3.2GiB --choices NAME OTHER:group_size=64 --calibration pydoc
     """
     from modulora_core.choices import Choice
-    from modulora_core.mixed import quantize_mixed
     from modulora_core.options import parse_options
-    from modulora_core.quantize import quantize
+    from modulora_core.registry import create
 
     _check_request(quantizer, option, override, budget, choices, calibration)
     overrides = [_override(text) for text in override]
+    if quantizer is not None:
+        create(quantizer, parse_options(option))  # what is wrong with them is said before seconds of imports
     text = _calibration(
         calibration,
         samples=samples,
@@ -183,9 +184,13 @@ def command(
             "progress": lambda what, done, total: bar.update(done, total, what),
         }  # fmt: skip
         if budget is not None:
+            from modulora_core.mixed import quantize_mixed
+
             offered = [Choice.parse(choice, "--choices") for choice in choices]
             result = quantize_mixed(model, out, offered, budget, **common)
         else:
+            from modulora_core.quantize import quantize
+
             assert quantizer is not None
             result = quantize(model, out, quantizer, parse_options(option), overrides=overrides, **common)
     return Report(result.to_json(), _told(result))

@@ -50,7 +50,7 @@ PARTIAL_SUMS = 8
 Fixed, so that the order of a sum, and with it the result, is the same for any number of threads. More threads
 than this hardly read faster from one memory."""
 
-_FEW_ROWS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HALVES = (torch.float16, torch.bfloat16)
 _ONE_LAUNCH = threading.Lock()
 
 
@@ -60,7 +60,7 @@ def _numba() -> ModuleType | None:
         return importlib.import_module("numba")
     except ImportError as error:
         warnings.warn(
-            f"numba, which compiles the CPU kernels of quantizers, can't be imported ({error}); plain torch "
+            f"numba, which compiles CPU kernels of quantizers and adapters, can't be imported ({error}); plain torch "
             "runs instead: the same values, tens of times slower. To mend it: pip install numba",
             RuntimeWarning,
             stacklevel=3,
@@ -192,14 +192,14 @@ def operands(packed: PackedWeight, make: Callable[[PackedWeight], tuple[Any, ...
         return made
     tensors = make(packed)
     made = tuple(_array(operand) for operand in tensors)
-    if all(tensor.numpy().flags.aligned for tensor in tensors if isinstance(tensor, Tensor)):
+    if all(t.data_ptr() % t.element_size() == 0 for t in tensors if isinstance(t, Tensor)):
         packed.kept[make] = memory, made
     return made
 
 
 def launch(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Run ``kernel`` on torch's number of threads; CPU tensors, also those in a tuple, are passed as arrays on the same memory, bf16 as the
-    int16 of its bits, since numpy has no such numbers.
+    """Run ``kernel`` on torch's number of threads; CPU tensors, also those in a tuple, are passed as arrays on the same memory, bf16 and
+    fp16 as the int16 of their bits: numpy has no bf16, and numba can't compute with fp16 (:mod:`modulora_core.kernels.conversions` can).
 
     Tensors must be contiguous. One that isn't aligned to its dtype, as in a mapped file, is passed as a copy: what a
     kernel writes to must come from torch's allocator.
@@ -244,7 +244,7 @@ def _array(argument: Any) -> Any:
     """A numpy array on a tensor's memory. What lies askew in a mapped file is copied: numba would compile again."""
     if isinstance(argument, Tensor):
         tensor = argument.detach() if argument.requires_grad else argument
-        array = (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+        array = (tensor.view(torch.int16) if tensor.dtype in _HALVES else tensor).numpy()
         return array if array.flags.aligned else array.copy()
     if isinstance(argument, tuple):
         for a in argument:  # what operands() keeps has arrays already
@@ -299,7 +299,7 @@ def few_rows(
         by_amx: whether the kernel multiplies bf16 by AMX.
     """
     size = x.numel()
-    if not x.is_cpu or x.dtype not in _FEW_ROWS_DTYPES or x.dim() == 0 or x.shape[-1] != features:
+    if not x.is_cpu or x.dtype not in (torch.float32, *_HALVES) or x.dim() == 0 or x.shape[-1] != features:
         return None
     if not 0 < size <= most * features:
         return None

@@ -58,6 +58,27 @@ def whole(quantizer: Quantizer, packed: PackedWeight) -> Tensor:
     return quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.float64)
 
 
+@pytest.mark.parametrize("direction", [False, True], ids=["forward", "backward"])
+def test_an_exception_of_a_plugin_says_whose_it_is(
+    quantizer: Quantizer, monkeypatch: pytest.MonkeyPatch, direction: bool
+) -> None:
+    product = quantizer.matmul
+
+    def fails(x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
+        if transpose == direction:
+            raise RuntimeError("boom")
+        return product(x, packed, transpose)
+
+    monkeypatch.setattr(quantizer, "matmul", fails)
+    t, packed = make(quantizer, torch.float32), quantizer.pack(torch.randn(OUT, IN))
+    with pytest.raises(RuntimeError, match="boom") as raised:
+        lora_linear(t["x"], quantizer, packed).sum().backward()
+    (note,) = raised.value.__notes__
+    assert note.startswith("transposed product" if direction else "product of a layer of [11, 7], by toy;"), (
+        note
+    )
+
+
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("rank", [None, 1, 3, 16], ids=lambda r: f"r{r}")
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3)], ids=str)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 
+from modulora_core import quantizer_bench, registry
 from modulora_core.cli import main
 
 SMALL = ["--shape", "24x40", "--rows", "1", "--rows", "5", "--seconds", "1e-6"]
@@ -34,6 +37,21 @@ def test_bench_prints_the_promised_object(toy: ModuleType, capsys: pytest.Captur
         if "share_of_copy" in row:
             assert row["kind"] in ("pack", "decode")
             assert row["bytes_per_second"] > 0
+
+
+def test_without_a_shape_it_is_the_next_that_the_quantizer_takes(
+    toy: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(toy.Toy, "spec", replace(toy.Toy.spec, in_multiple=96))
+    monkeypatch.setattr(registry, "create", lambda *_: toy.Toy())
+    monkeypatch.setattr(
+        quantizer_bench, "measure_quantizer", lambda _, config, **__: shapes.append(config.shape)
+    )
+    monkeypatch.setattr("modulora_core.cli.bench._told", lambda _: "")
+    shapes: list[tuple[int, int]] = []
+    with contextlib.suppress(AttributeError):  # there is no bench to tell of
+        main(["bench", "toy"])
+    assert shapes == [(2048, 2112)]
 
 
 def test_bench_prints_a_table(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

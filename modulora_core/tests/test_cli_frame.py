@@ -50,6 +50,10 @@ def command(
         raise WorkError("the work failed")
     if how == "crash":
         raise ZeroDivisionError("1 / 0\\nin two lines")
+    if how == "doomed":
+        error = RuntimeError("boom")
+        error.add_note("packing x, by alpha")
+        raise error
     if how == "interrupt":
         raise KeyboardInterrupt
     if how == "wait":
@@ -170,6 +174,12 @@ FAILURES = {
         1,
         "ZeroDivisionError",
         "unexpected ZeroDivisionError: 1 / 0 in two lines; run again with --debug for the traceback",
+    ),
+    "a plugin's": (
+        "doomed",
+        1,
+        "RuntimeError",
+        "unexpected RuntimeError: boom (packing x, by alpha); run again with --debug for the traceback",
     ),
 }
 

@@ -93,6 +93,42 @@ def test_the_guides_quantizer_passes_its_tests_and_does_the_whole_job(tmp_path: 
     assert "pip install modulora-ternary" in without.stderr
 
 
+KERNELS_CHECK = """
+import os, torch
+from modulora_core import kernels
+from modulora_ternary.quantizer import Ternary
+
+quantizer, W = Ternary(), torch.randn(19, 36, generator=torch.Generator().manual_seed(0))
+packed = quantizer.pack(W)
+kernel = quantizer.dequantize_tile(packed, (3, 19), torch.float32)
+products = [quantizer.matmul(torch.eye(n), packed, turned) for n, turned in ((36, False), (19, True))]
+asked = [quantizer.matmul(torch.eye(n)[:2], packed, turned) for n, turned in ((36, False), (19, True))]
+kernels.load = kernels.load_triton = lambda *_: None
+reference = quantizer.dequantize_tile(packed, (0, 19), torch.float32)
+assert torch.equal(kernel, reference[3:])
+assert torch.equal(products[0], reference.T) and torch.equal(products[1], reference)  # one term each
+assert torch.equal(asked[0], reference.T[:2]) and torch.equal(asked[1], reference[:2])
+"""
+"""Run with a probe of which module of kernels was imported."""
+
+
+@pytest.mark.parametrize(
+    ("kernels", "needed", "interpreted"), [("cpu", "numba", "0"), ("gpu", "triton", "1")]
+)
+def test_the_kernels_of_the_docs_give_what_the_reference_gives(
+    tmp_path: Path, kernels: str, needed: str, interpreted: str
+) -> None:
+    if not installed_here(needed):
+        pytest.skip(f"{needed} compiles these kernels")
+    follow(GUIDE, tmp_path)
+    follow(ROOT / "docs" / "writing-kernels.md", tmp_path)
+    probe = KERNELS_CHECK + f"import sys; assert 'modulora_ternary.{kernels}' in sys.modules\n"
+    if kernels == "gpu":  # on CPU tensors numba's come first
+        probe = "from modulora_core import kernels; kernels.load = lambda *_: None\n" + probe
+    done = run(["-c", probe], tmp_path, PYTHONPATH=str(tmp_path), TRITON_INTERPRET=interpreted)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_guides_project_file_names_the_entry_point() -> None:
     import tomllib
 

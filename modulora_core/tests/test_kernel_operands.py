@@ -91,3 +91,20 @@ def test_every_half_is_the_float_that_torch_makes_of_it() -> None:
     assert torch.equal(out.isnan(), expected.isnan())
     number = ~out.isnan()
     assert torch.equal(out[number].view(torch.int32), expected[number].view(torch.int32)), "signs of zero too"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_floats_are_the_bits_of_whole_numbers(dtype: torch.dtype) -> None:
+    """numba computes with neither; a kernel that is launched with them reads, and writes, int16."""
+    codes = torch.tensor([[1.5, -2.0], [0.0, 3.25]], dtype=dtype)
+    (array,) = kernels.operands(weight(codes), lambda packed: (packed.tensors["codes"],))
+    assert array.dtype == "int16"
+    assert torch.equal(torch.from_numpy(array).view(dtype), codes)
+
+    def negate(bits: Any) -> None:
+        bits ^= -(2**15)
+
+    kernels.run(negate, array)
+    assert torch.equal(codes, torch.tensor([[-1.5, 2.0], [-0.0, -3.25]], dtype=dtype))
+    kernels.launch(negate, codes)
+    assert codes[0, 0] == 1.5

@@ -16,7 +16,6 @@ from modulora_core.errors import (
     OptionError,
     UnknownQuantizerError,
 )
-from modulora_core.options import parse_options
 from modulora_core.registry import Entry
 from modulora_core.tests.fake_site import HOOK, QUANTIZER, FakeSite, failing, spec
 
@@ -330,13 +329,3 @@ def test_a_quantizer_without_options_says_so(site: FakeSite) -> None:
     site.install("fake-plain", {"plain": "fake_plain"}, {"fake_plain": hook, "fake_plain_q": source})
     with pytest.raises(OptionError, match="unknown option 'bits' \\(it takes no options\\)"):
         registry.create("plain", {"bits": "4"})
-
-
-def test_parse_options_keeps_everything_after_the_first_equals_sign() -> None:
-    assert parse_options(["a=1", "b=x=y", "c=", " d =e"]) == {"a": "1", "b": "x=y", "c": "", "d": "e"}
-
-
-@pytest.mark.parametrize("words", [["group_size"], ["=64"], ["group_size 64"], ["a=1", "a=2"]])
-def test_parse_options_refuses_what_is_not_one_value_for_one_key(words: list[str]) -> None:
-    with pytest.raises(OptionError, match="expected"):
-        parse_options(words)

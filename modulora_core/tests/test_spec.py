@@ -27,7 +27,8 @@ GOOD: dict[str, Any] = {
         ("location", "mine.quantizer"), ("location", "mine quantizer:Mine"), ("location", ":Mine"),
         ("bits", ()), ("bits", (0,)), ("bits", (64,)), ("bits", ("4",)),
         ("calibration", "maybe"), ("protocol", 0), ("protocol", "1"), ("in_multiple", 0), ("out_multiple", -8),
-        ("rescales", "yes"), ("rescales", None),
+        ("rescales", "yes"), ("rescales", None), ("bits", 4), ("bits", [4]), ("devices", "cuda"), ("devices", ()), ("devices", (0,)),
+        ("promises", None), ("formats", []),
     ],
 )  # fmt: skip
 def test_a_malformed_field_is_refused_by_name(field: str, value: object) -> None:
@@ -39,6 +40,13 @@ def test_a_good_spec_is_frozen() -> None:
     spec = QuantizerSpec(**GOOD)
     with pytest.raises(AttributeError):
         spec.name = "other"  # type: ignore[misc]
+
+
+def test_the_next_shape_is_of_both_multiples() -> None:
+    spec = QuantizerSpec(**GOOD, out_multiple=10, in_multiple=96)
+    assert spec.next_shape((2048, 2048)) == (2050, 2112)
+    assert spec.next_shape((10, 96)) == (10, 96)
+    assert QuantizerSpec(**GOOD).next_shape((3, 5)) == (3, 5)
 
 
 def packed() -> PackedWeight:

@@ -41,12 +41,6 @@ class Options(BaseModel):
         "raised where H can't be factorized",
     )
 
-    @field_validator("bits", mode="before")
-    @classmethod
-    def _number(cls, value: object) -> object:
-        """A literal takes no text, and the command line has nothing else."""
-        return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
-
     @field_validator("group_size")
     @classmethod
     def _group(cls, value: int) -> int:

@@ -231,8 +231,7 @@ def _operands(packed: PackedWeight) -> tuple[Any, ...]:
     options, tensors = _options(packed), packed.tensors
     codes = tensors["codes"].view(-1)
     zeros = codes[:0] if options.symmetric else tensors["zeros"].view(-1)
-    scales = tensors["scales"].view(torch.int16)
-    return codes, scales, zeros, options.bits, options.group(packed.shape[1]), packed.shape[1]
+    return codes, tensors["scales"], zeros, options.bits, options.group(packed.shape[1]), packed.shape[1]
 
 
 def _gpu_weight(gpu: Any, packed: PackedWeight) -> Any:

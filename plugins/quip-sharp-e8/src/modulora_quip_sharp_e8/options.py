@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Options(BaseModel):
@@ -36,12 +36,6 @@ class Options(BaseModel):
         "by default the best one for a Gaussian",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of the random signs")
-
-    @field_validator("bits", mode="before")
-    @classmethod
-    def _number(cls, value: object) -> object:
-        """A literal takes no text, and the command line has nothing else."""
-        return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
     @property
     def rounds(self) -> int:

@@ -271,7 +271,7 @@ def _rotated(packed: PackedWeight) -> tuple[Any, ...]:
         transform.panels(K, turned, torch.float32) if small else torch.empty(0)
         for K, turned in ((K_in, False), (K_out, True))
     ]
-    scales = [tensors[name].view(torch.int16) for name in ("input_scale", "output_scale")]
+    scales = tensors["input_scale"], tensors["output_scale"]
     codes, residual, bits = _operands(packed, slice(None), slice(None))
     return codes, residual, bits, *scales, tensors["scale"], matrices[0], K_in, matrices[1], K_out
 
