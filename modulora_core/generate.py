@@ -96,8 +96,8 @@ def generate(
         on_text: gets each piece of text as soon as it is sure.
 
     Raises:
-        DataError: the prompt has no tokens, leaves no room in the model's window, or needs a chat template that the
-            tokenizer doesn't have.
+        DataError: the prompt has no tokens or no valid text, leaves no room in the model's window, or needs a chat template that
+            the tokenizer doesn't have.
     """
     sampling = sampling or Sampling()
     ids = _prompt_ids(tokenizer, prompt)
@@ -120,6 +120,8 @@ def generate(
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> torch.Tensor:
+    for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
+        _check_text(text)
     if isinstance(prompt, str):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
     elif tokenizer.chat_template is None:
@@ -134,6 +136,16 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messa
         raise DataError("prompt: expected some text, got none")
     prompt_ids: torch.Tensor = ids.long()
     return prompt_ids
+
+
+def _check_text(text: str) -> None:
+    """Python keeps bytes of a terminal or a pipe that aren't UTF-8 as surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"prompt: expected text in UTF-8, got other bytes after {text[: error.start][-20:]!r}"
+        ) from None
 
 
 def _check_window(model: PreTrainedModel, prompt: int, new: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -21,13 +23,19 @@ from modulora_core.cli.arguments import (
     TopP,
 )
 from modulora_core.cli.terminal import Report, terminal
+from modulora_core.errors import DataError
 
 System = Annotated[
     str | None,
     typer.Option("--system", metavar="TEXT", show_default=False, help="A system message to begin with."),
 ]
 
-HELP = "Type a message and press Enter. /reset forgets the conversation, /exit or Ctrl-D ends it."
+HELP = "Type a message and press Enter. Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends it."
+
+COMMAND = re.compile(r"/[a-z]+")
+"""What looks like one of ours."""
+
+Messages = list[dict[str, str]]
 
 
 def command(
@@ -53,7 +61,6 @@ def command(
       modulora chat smollm2-packed --adapter my-adapter --temperature 0.7 --top-p 0.9
       echo "What is a module?" | modulora chat smollm2-packed --json
     """
-    from modulora_core.errors import DataError
     from modulora_core.generate import Sampling, generate
     from modulora_core.loading import open_to_run
 
@@ -64,18 +71,50 @@ def command(
             f"model {model}: its tokenizer has no chat template, so it can't chat; use `modulora generate --raw`"
         )
     language_model = opened.load()
+
+    def answer(messages: Messages, on_text: Callable[[str], None]) -> str:
+        return generate(language_model, opened.tokenizer, messages, sampling, on_text=on_text).text
+
     begin = [{"role": "system", "content": system}] if system else []
     messages = list(begin)
     terminal().note(HELP)
     while (line := _read()) not in (None, "/exit"):
         if line == "/reset":
             messages = list(begin)
+        elif COMMAND.fullmatch(line or ""):
+            terminal().note(f"no such command: {line}. {HELP}")
         elif line:
-            messages.append({"role": "user", "content": line})
-            answer = generate(language_model, opened.tokenizer, messages, sampling, on_text=terminal().write)
-            terminal().write("\n")
-            messages.append({"role": "assistant", "content": answer.text})
+            messages += _turn(messages, line, answer)
     return Report({"messages": messages})
+
+
+def _turn(
+    messages: Messages, line: str, answer: Callable[[Messages, Callable[[str], None]], str]
+) -> Messages:
+    """What a message adds to the conversation: itself and the answer, as far as it came; nothing where it can't be answered.
+
+    Somebody who types is told what is wrong, and goes on; what comes through a pipe ends with it.
+    """
+    said: list[str] = []
+
+    def on_text(text: str) -> None:
+        said.append(text)
+        terminal().write(text)
+
+    question = {"role": "user", "content": line}
+    try:
+        text = answer([*messages, question], on_text)
+    except DataError as error:
+        if not sys.stdin.isatty():
+            raise
+        terminal().note(f"{error} (the message is left out; /reset forgets the conversation)")
+        return []
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        text = "".join(said)
+    terminal().write("\n")
+    return [question, {"role": "assistant", "content": text}]
 
 
 def _read() -> str | None:

@@ -15,6 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modulora_core.cli import main
+from modulora_core.errors import DataError
+from modulora_core.generate import Generation
 from modulora_core.tests.tiny_models import tiny_config
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
@@ -134,6 +136,50 @@ def test_chat_keeps_the_conversation_until_it_is_reset(
     assert [(m["role"], m["content"]) for m in told["messages"] if m["role"] != "assistant"] == [
         ("system", "s"), ("user", "again"), ("user", "more"),
     ]  # fmt: skip
+
+
+class Typed(io.StringIO):
+    """Lines that somebody types, who presses Ctrl-C once an answer has begun where a line is ``stop``."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_somebody_who_types_goes_on_after_a_mistake_and_stops_an_answer(
+    run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(
+        model: Any, tokenizer: Any, messages: list[dict[str, str]], sampling: Any, on_text: Any
+    ) -> Generation:
+        last = messages[-1]["content"]
+        if last == "long":
+            raise DataError("prompt of 9 tokens: the model's window is 8")
+        on_text("so ")
+        if last == "stop":
+            raise KeyboardInterrupt
+        return Generation("so it is", 1, 1, 1.0)
+
+    monkeypatch.setattr("modulora_core.generate.generate", answer)
+    lines = "one\nlong\n/rest\nstop\ntwo\n"
+    monkeypatch.setattr("sys.stdin", Typed(lines))
+    code, told, notes = run("chat", packed)
+    assert code == 0
+    assert [m["content"] for m in told["messages"]] == ["one", "so it is", "stop", "so ", "two", "so it is"]
+    assert "the model's window is 8 (the message is left out; /reset forgets the conversation)" in notes
+    assert "no such command: /rest" in notes
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))  # a pipe: nobody is there to go on
+    assert run("chat", packed)[0] == 2
+
+
+def test_bytes_that_are_no_text_are_refused(run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caf = b"caf\xe9".decode(errors="surrogateescape")
+    code, told, _ = run("generate", packed, caf, "--raw", "--max-new-tokens", 1)
+    assert (code, told["error"]["message"]) == (
+        2,
+        "prompt: expected text in UTF-8, got other bytes after 'caf'",
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(caf + "\n"))
+    assert run("chat", packed)[0] == 2
 
 
 def test_a_finetuned_adapter_is_used_by_every_command(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.tests.markdown_blocks import blocks, commands, follow
 from modulora_core.tests.plugin_sites import write_metadata
 from modulora_core.tests.tiny_models import save_tiny_model
@@ -72,7 +73,12 @@ def test_the_guides_quantizer_passes_its_tests_and_does_the_whole_job(tmp_path: 
     follow(GUIDE, site)
     write_metadata(site, "modulora-ternary", "0.1.0", {"ternary": "modulora_ternary"})
 
-    words = ["-q", "-p", "no:cacheprovider", "--conformance-level", "2", "test_ternary.py"]
+    words = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "test_ternary.py",
+    ]  # all levels: what the page tells its reader to run
     tested = run(["-m", "pytest", *words], site, PYTHONPATH=str(site))
     assert tested.returncode == 0, tested.stdout
 
@@ -91,6 +97,19 @@ def test_the_guides_quantizer_passes_its_tests_and_does_the_whole_job(tmp_path: 
     without = run([*command, "generate", "out", "x", "--raw"], tmp_path)
     assert without.returncode == 2
     assert "pip install modulora-ternary" in without.stderr
+
+
+@pytest.mark.skipif(
+    not installed_here("modulora_nf4"), reason="the page's quantizer: pip install ./plugins/nf4"
+)
+def test_the_python_of_the_docs_runs_as_it_stands(tmp_path: Path) -> None:
+    page = blocks(ROOT / "docs" / "python.md", "python")
+    save_llama_with_tokenizer(tmp_path / "dense-model")
+    (tmp_path / "notes.txt").write_text("The with statement wraps a block. " * 40, "utf-8")
+    begin = "from modulora_core.quantize import quantize\nquantize('dense-model', 'smollm2-nf4', 'nf4')\n"
+    end = "from pathlib import Path\nassert all(Path(p, 'adapter_config.json').exists() for p in ('adapter-by-config', 'my-own-adapter'))"
+    done = run(["-c", "\n".join([begin, *(block.text for block in page), end])], tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 KERNELS_CHECK = """
