@@ -31,6 +31,11 @@ def written(tmp_path: Path) -> Path:
 
 
 def failures(folder: Path) -> set[str]:
+    return set(outcomes(folder, "failed"))
+
+
+def outcomes(folder: Path, kind: str) -> dict[str, str]:
+    """The reasons of checks that ended so, by their names."""
     run(
         folder,
         "modulora_conformance",
@@ -45,7 +50,7 @@ def failures(folder: Path) -> set[str]:
     report = json.loads((folder / "report" / "zoo-healthy.json").read_text())
     golden = [c["check"] for c in report["checks"] if c["check"].endswith("_golden_vectors")]
     assert sorted(golden) == ["test_packing_gives_the_golden_vectors", "test_tiles_give_the_golden_vectors"]
-    return {f["check"] for f in report["failures"]}
+    return {c["check"]: c["reason"] for c in report["checks"] if c["outcome"] == kind}
 
 
 def test_what_was_just_written_holds(written: Path) -> None:
@@ -66,3 +71,14 @@ def test_a_change_of_one_value_is_told(written: Path, name: str, broken: set[str
     tensors[name][3, 5] += 1
     save_file(tensors, written, metadata)
     assert failures(written.parents[1]) == broken
+
+
+def test_another_format_is_one_failure_that_says_what_to_do(written: Path) -> None:
+    with safe_open(written, "pt") as file:
+        layout = json.loads(file.metadata()["layout"])
+    save_file(load_file(written), written, {"layout": json.dumps(layout | {"format": 3})})
+    failed = outcomes(written.parents[1], "failed")
+    assert failed.keys() == {"test_packing_gives_the_golden_vectors"}
+    assert "format 3 -> 1: write the golden vectors anew" in failed.popitem()[1]
+    skipped = outcomes(written.parents[1], "skipped")["test_tiles_give_the_golden_vectors"]
+    assert "isn't read any more: format 3 -> 1" in skipped

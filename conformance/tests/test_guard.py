@@ -67,6 +67,7 @@ def test_a_run_prints_its_seed_and_a_failing_case_in_its_smallest_form(tmp_path:
 def test_a_part_of_the_kit_certifies_nothing(tmp_path: Path) -> None:
     passed = kit(tmp_path, "zoo-healthy", "--level", "1")
     assert passed.returncode == 0, passed.stdout
+    assert "No golden vectors were held" in passed.stdout
     certified = kit(tmp_path, "zoo-healthy", "--level", "1", "--certified", "--report", "report")
     assert certified.returncode == 1, certified.stdout
     assert "Not certified" in certified.stdout

@@ -48,6 +48,7 @@ def test_a_broken_one_fails_the_check_made_for_it_and_no_other(
     found = results[modulora_zoo.SPECS[name].name]
     failed = {f["check"]: f["reason"] for f in found["failures"]}
     assert set(failed) == {member(name).breaks}, failed
+    assert getattr(member(name), "says", "") in failed[member(name).breaks]
     assert found["certified"] is False
 
 

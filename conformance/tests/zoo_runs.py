@@ -45,7 +45,8 @@ def run(folder: Path, names: tuple[str, ...] = (), *arguments: str) -> dict[str,
         "MODULORA_ZOO_RESULTS": str(folder / "results.json"),
     }
     words = [sys.executable, "-m", "pytest", str(ZOO / "check_zoo.py"), "-q", "-p", "no:cacheprovider", "-p", "zoo_results",
-             "-c", str(SETTINGS), "--rootdir", str(ZOO), "--hypothesis-seed", "20261125", "--tb=short", *arguments]  # fmt: skip
+             "-c", str(SETTINGS), "--rootdir", str(ZOO), "--hypothesis-seed", "20261125", "--tb=short", "--certified",
+             *arguments]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
     assert (folder / "results.json").is_file(), done.stdout[-3000:] + done.stderr[-3000:]

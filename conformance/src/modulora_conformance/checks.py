@@ -14,6 +14,9 @@ import pytest
 
 Check = TypeVar("Check", bound=Callable[..., Any])
 
+PACKS = "test_the_shape_is_kept"
+"""What every check of a level above L0 needs: where nothing can be packed, nothing else can be said."""
+
 YOURS = frozenset({"quantizer", "golden"})
 """What a subclass gives. Whatever else it takes from the kit stays as it is."""
 
@@ -28,11 +31,12 @@ def needs(*names: str) -> Callable[[Check], Check]:
     return mark
 
 
-def needed_by(check: Any) -> tuple[str, ...]:
-    """The names that :func:`needs` was given."""
+def needed_by(check: Any, level: str) -> tuple[str, ...]:
+    """The names that :func:`needs` was given, and :data:`PACKS` for a check of a ``level`` above L0."""
     tested = getattr(getattr(check, "hypothesis", None), "inner_test", check)  # what Hypothesis wrapped
     names: tuple[str, ...] = getattr(tested, "__conformance_needs__", ())
-    return names
+    packs = level != "L0" and check.__name__ != PACKS
+    return (PACKS, *names) if packs else names
 
 
 class Level:

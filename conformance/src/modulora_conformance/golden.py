@@ -15,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,6 +25,7 @@ from modulora_conformance.cases import fit, heavy_tailed, pack
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.measurements import Measurements
 from modulora_conformance.oracle import relative_error
+from modulora_core.errors import CheckpointError
 from modulora_core.packed import PackedLayout, PackedWeight
 from modulora_core.spec import Quantizer
 
@@ -43,6 +45,7 @@ class Golden(Level):
         """
         path = file_of(quantizer, golden_folder)
         weight, stored, _ = read(path)
+        assert stored.format == quantizer.format, f"{path.name}: {_raised(quantizer, stored)}"
         found = pack(quantizer, weight)
         assert found.layout == stored.layout, f"{path.name}: expected {stored.layout}, got {found.layout}"
         differing = [
@@ -60,10 +63,21 @@ class Golden(Level):
         """
         path = file_of(quantizer, golden_folder)
         _, stored, tile = read(path)
+        try:
+            quantizer.check_format(stored)
+        except CheckpointError:  # then the check before has failed
+            pytest.skip(f"{path.name} isn't read any more: {_raised(quantizer, stored)}")
         found = quantizer.dequantize_tile(stored, (0, stored.shape[0]), torch.float32)
         measurements.at_most(
             "distance from the golden tile", relative_error(found, tile), TILE_ERROR, case=path.name
         )
+
+
+def _raised(quantizer: Quantizer, stored: PackedWeight) -> str:
+    return (
+        f"format {stored.format} -> {quantizer.format}: write the golden vectors anew: "
+        f"python -m modulora_conformance.golden {quantizer.spec.name} DIR"
+    )
 
 
 def file_of(quantizer: Quantizer, folder: Path) -> Path:

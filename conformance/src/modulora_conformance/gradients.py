@@ -104,6 +104,38 @@ class Gradients(Level):
                         f"without, got a difference of {float((expected - found).abs().max()):.3g}"
                     )
 
+    @needs("test_output_and_gradients_equal_those_of_the_dense_layer", "test_the_tile_is_the_callers")
+    def test_inference_mode_leaves_nothing_behind(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails: memory that was first taken under ``torch.inference_mode()``, as while a model generates, is written to in the
+        training that comes after, which torch refuses. Allocate a scratch buffer that you keep under ``torch.inference_mode(False)``.
+        """
+        weight = packed(quantizer, (28, 64))  # of no other check: nothing is kept for this shape yet
+        W, rows = oracle.dense(quantizer, clone(weight)), (0, 5)
+        for n in (
+            1,
+            33,
+            2000,
+        ):  # the last takes more memory than any product before: a buffer that grows does so here
+            given = problem(weight.shape, torch.float32, rows=(n,), bias=False)
+            with torch.inference_mode():
+                quantizer.dequantize_tile(weight, rows, torch.float32)
+                quantizer.matmul(given.x, weight)
+                quantizer.matmul(given.dY, weight, True)
+            try:
+                quantizer.dequantize_tile(weight, rows, torch.float32)
+                y, dX = _run(quantizer, weight, given)
+            except RuntimeError as error:
+                raise AssertionError(
+                    f"{n} rows: expected a product and its gradient after one in inference mode, got {type(error).__name__}: {error}"
+                ) from error
+            for what, result, x, transpose in (("y", y, given.x, False), ("dX", dX, given.dY, True)):
+                error_of = oracle.product_error(result, x, W, transpose)
+                measurements.at_most(
+                    f"{what} after inference mode", error_of, PRODUCT[torch.float32].value, case=f"{n} rows"
+                )
+
     @needs("test_the_input_of_a_product_is_unchanged")  # autograd, which saved it before, says so too
     def test_frozen_parts_get_no_gradient(self, quantizer: Quantizer) -> None:
         """If this fails: packed tensors require a gradient, or ``matmul`` returns a result with a graph of its own. The weight is

@@ -16,7 +16,7 @@ from modulora_conformance.checks import Level, needs
 from modulora_conformance.measurements import Measurements
 from modulora_core import hookspecs
 from modulora_core.errors import ModuLoRAError, OptionError, ShapeError
-from modulora_core.options import validate_options
+from modulora_core.options import parse_options, validate_options
 from modulora_core.registry import find
 from modulora_core.spec import SUPPORTED_PROTOCOLS, Quantizer
 
@@ -112,10 +112,26 @@ class Identity(Level):
         assert type(quantizer)(again).options == quantizer.options
 
     def test_promised_options_are_accepted(self, quantizer: Quantizer) -> None:
-        """If this fails: spec.promises names options that the quantizer refuses, or a width in spec.bits has no promise."""
+        """If this fails: spec.promises names options that the quantizer refuses."""
         model: type[BaseModel] = type(quantizer).Options
         for promise in quantizer.spec.promises:
             validate_options(quantizer.spec.name, model, promise.options)
+
+    @needs("test_promised_options_are_accepted")
+    def test_promised_options_are_read_as_words(self, quantizer: Quantizer) -> None:
+        """If this fails: an option that the command line gives, as `-o key=value`, is another one than that of spec.promises, or is
+        refused: its field doesn't make the value of a word. Give it one type, such as int, and not int | str.
+        """
+        name, model = quantizer.spec.name, type(quantizer).Options
+        for promise in quantizer.spec.promises:
+            words = [f"{key}={_word(value)}" for key, value in promise.options.items() if _has_a_word(value)]
+            expected = validate_options(name, model, promise.options).model_dump()
+            found = validate_options(name, model, {**promise.options, **parse_options(words)}).model_dump()
+            differing = [key for key in expected if repr(found[key]) != repr(expected[key])]
+            assert not differing, (
+                f"-o {' -o '.join(words)}: expected {differing[0]} to be {expected[differing[0]]!r}, as in spec.promises, got "
+                f"{found[differing[0]]!r}"
+            )
 
     def test_shapes_follow_the_declared_multiples(self, quantizer: Quantizer) -> None:
         """If this fails: `check_shape` takes shapes that spec.out_multiple and spec.in_multiple exclude, so a model is refused late,
@@ -127,6 +143,15 @@ class Identity(Level):
             if multiple > 1:
                 with pytest.raises(ShapeError):
                     quantizer.check_shape(shape)
+
+
+def _has_a_word(value: object) -> bool:
+    return isinstance(value, (bool, int, float, str))
+
+
+def _word(value: object) -> str:
+    """A value as it is written on a command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _entry_point(quantizer: Quantizer) -> EntryPoint:

@@ -48,6 +48,13 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return float(error.nan_to_num(nan=torch.inf))
 
 
+def unlikeness(value: Tensor, exact: Tensor) -> float:
+    """The relative error of the multiple of ``value`` that is nearest to ``exact``: ``√(1 − cos²)``; 1 for zeros and for NaN."""
+    a, b = value.detach().to(torch.float64), exact.detach().to(torch.float64)
+    cosine = (a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-300)
+    return float((1 - cosine.square()).clamp(min=0).sqrt().nan_to_num(nan=1.0))
+
+
 def lora(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dY: Tensor, scale: float
 ) -> tuple[Tensor, dict[str, Tensor]]:

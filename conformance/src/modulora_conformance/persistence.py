@@ -10,6 +10,8 @@ import copy
 import json
 import pickle
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,25 +21,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modulora_conformance import oracle
-from modulora_conformance.another_process import inputs_for, read_elsewhere
+from modulora_conformance.another_process import Answer, answered
 from modulora_conformance.bits import check_same_bytes, same_bits
 from modulora_conformance.cases import inputs, packed
 from modulora_conformance.changes import change_in_place, changed_weight
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.measurements import Measurements
+from modulora_conformance.other_options import other_options
+from modulora_conformance.results import NOT_OFFERED
 from modulora_conformance.tiny_model import PACKED_LAYERS, dense_twin, logits_of, packed_layers, tiny_model
 from modulora_conformance.training_step import check_training_step
 from modulora_core.checkpoint import load_model
 from modulora_core.errors import CheckpointError, ModuLoRAError
 from modulora_core.layers import PackedParameter, QuantLinear
 from modulora_core.packed import PackedLayout
+from modulora_core.promise import titled
 from modulora_core.spec import PackedWeight, Quantizer
 
 SHAPE = (32, 64)
 REGISTERED = "test_the_spec_is_registered_by_an_entry_point"
+RECORDED = "test_a_checkpoint_records_the_options"
 ROUND_TRIP = "test_packed_tensors_and_layout_round_trip_bit_for_bit"
 LEADING = "test_leading_dimensions_are_kept"
 CHANGED = "test_a_changed_code_moves_forward_and_backward_alike"
+READ_ELSEWHERE = "test_another_process_reads_the_same_weight"
 MODEL = "test_a_transformer_is_quantized_saved_and_loaded"
 
 MODEL_TOLERANCE = 1e-5
@@ -69,18 +76,39 @@ class Persistence(Level):
             "expected the same Ŵ from the files in a new instance, got another"
         )
 
-    @needs(REGISTERED, ROUND_TRIP)
-    def test_another_process_reads_the_same_weight(self, quantizer: Quantizer, tmp_path: Path) -> None:
+    @needs(REGISTERED, RECORDED, ROUND_TRIP)
+    def test_another_process_reads_the_same_weight(self, quantizer: Quantizer) -> None:
         """If this fails: the weight depends on what this process knows: a table made while packing, a random number, the hash of a
         string.
         """
-        weight = packed(quantizer, SHAPE)
-        given = inputs_for(weight.shape, (torch.float32,))
-        found = read_elsewhere(quantizer, weight, given, tmp_path)["tile.float32"]
-        assert same_bits(found, _tile(quantizer, weight)), (
-            f"expected the bits of this process's Ŵ in another one, got a difference of "
-            f"{float((found - _tile(quantizer, weight)).abs().max()):.3g}"
+        expected = _tile(quantizer, packed(quantizer, SHAPE))
+        found = _told_elsewhere(quantizer, lambda answer: same_bits(answer.tile, expected)).tile
+        assert same_bits(found, expected), (
+            f"expected the bits of this process's Ŵ in another one, got a difference of {float((found - expected).abs().max()):.3g}"
         )
+
+    @needs(REGISTERED, ROUND_TRIP, "test_packing_is_deterministic", READ_ELSEWHERE)
+    def test_another_process_packs_the_same_bytes(self, quantizer: Quantizer) -> None:
+        """If this fails: the same weight gives other bytes in another process: by a random number, the process's id, the time, or the
+        hash of a string, which Python draws for each. Draw from a torch.Generator with a seed of the options.
+        """
+        here = packed(quantizer, SHAPE)
+        there = _told_elsewhere(quantizer, lambda answer: _same_packed(answer.packed, here)).packed
+        check_same_bytes(here, there, "packed by another process")
+
+    @needs(READ_ELSEWHERE, "test_another_process_packs_the_same_bytes")
+    def test_options_keep_apart(self, quantizer: Quantizer) -> None:
+        """If this fails: a weight is packed or read in another way after one with other options was, in the same process: a table or a
+        buffer of the module is kept by fewer options than it is made from. A model may have layers of several.
+        """
+        others = other_options(quantizer)
+        if not others:
+            pytest.skip(f"{NOT_OFFERED}it has no options to be told apart")
+        answer = answered(quantizer, SHAPE, others)
+        what = f"after weights with {len(others)} other sets of options, such as {titled(others[0])}"
+        expected = _tile(quantizer, packed(quantizer, SHAPE))
+        assert same_bits(answer.tile, expected), f"{what}: expected the same bits of Ŵ, got others"
+        check_same_bytes(packed(quantizer, SHAPE), answer.packed, f"packed {what}")
 
     def test_another_format_is_refused_or_migrated(self, quantizer: Quantizer) -> None:
         """If this fails: ``check_format`` lets a packed format pass that this version doesn't know, and its tensors are read as
@@ -217,6 +245,23 @@ class Persistence(Level):
         for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
             monkeypatch.setattr(module, name, refuse)
         logits_of(load_model(saved.packed, device="cpu"))
+
+
+def _told_elsewhere(quantizer: Quantizer, expected: Callable[[Answer], bool]) -> Answer:
+    """What another process makes of the weight: one that used other options before, so that a process is started once for three
+    checks; but where that one's answer isn't as expected, one that did nothing else.
+    """
+    with suppress(pytest.fail.Exception):
+        found = answered(quantizer, SHAPE, other_options(quantizer))
+        if expected(found):
+            return found
+    return answered(quantizer, SHAPE, [])
+
+
+def _same_packed(one: PackedWeight, other: PackedWeight) -> bool:
+    return one.layout == other.layout and all(
+        same_bits(one.tensors[name], t) for name, t in other.tensors.items()
+    )
 
 
 def _tile(quantizer: Quantizer, weight: PackedWeight) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from modulora_conformance.checks import Level, checks_of, needed_by
 from modulora_conformance.measurements import Measurements
-from modulora_conformance.results import Kind, Outcome, Result
+from modulora_conformance.results import GOLDEN, Kind, Outcome, Result
 
 if TYPE_CHECKING:
     from modulora_core.spec import Quantizer
@@ -23,9 +23,6 @@ MEASUREMENTS = pytest.StashKey[Measurements]()
 BLOCKED = "blocked: "
 
 GUARD = "test_no_check_is_overridden_or_deleted"
-
-GOLDEN = "_golden_vectors"
-"""How the names of checks end that are left out where there are no golden vectors."""
 
 _FIXTURES = ("quantizer", "conformance_configuration")
 """Fixtures whose parameters choose the quantizer; those of a check itself are its cases."""
@@ -67,7 +64,7 @@ class Recorder:
             seed = str(self._config.getoption("hypothesis_seed", ""))
             yield Result(
                 name, spec.protocol, *origin(name), complete, tuple(found.outcomes), seed, environment(),
-                about(found.cls), meanings(found.cls),
+                about(found.cls), meanings(found.cls), asked=self._certifying,
             )  # fmt: skip
 
     # -- collection
@@ -106,7 +103,8 @@ class Recorder:
         if not _is_check(item):
             return
         function = getattr(item.cls, _function(item))  # type: ignore[attr-defined]
-        failed = [name for name in needed_by(function) if name in self._failed[_key(item)]]
+        needed = needed_by(function, _level(item))
+        failed = [name for name in needed if name in self._failed[_key(item)]]
         if failed:
             pytest.skip(f"{BLOCKED}{', '.join(failed)} failed before")
 
@@ -114,15 +112,15 @@ class Recorder:
     def pytest_runtest_makereport(
         self,
         item: pytest.Item,
-        call: pytest.CallInfo[None],  # noqa: ARG002  # pluggy reads the names
+        call: pytest.CallInfo[None],
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if _is_check(item) and (report.when == "call" or not report.passed):
-            self._record(item, report)
+            self._record(item, report, None if call.excinfo is None else call.excinfo.value)
         return report
 
-    def _record(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        kind, reason = _kind(report)
+    def _record(self, item: pytest.Item, report: pytest.TestReport, error: BaseException | None) -> None:
+        kind, reason = _kind(report, error)
         if kind in ("failed", "blocked"):  # what needs a blocked check says nothing new either
             self._failed[_key(item)].add(_function(item))
         quantizer = getattr(item, "funcargs", {}).get("quantizer")
@@ -253,7 +251,7 @@ def _promised(found: _Found) -> set[str]:
     return titles
 
 
-def _kind(report: pytest.TestReport) -> tuple[Kind, str]:
+def _kind(report: pytest.TestReport, error: BaseException | None) -> tuple[Kind, str]:
     if hasattr(report, "wasxfail"):
         if report.skipped:
             return "xfailed", str(report.wasxfail)
@@ -266,6 +264,16 @@ def _kind(report: pytest.TestReport) -> tuple[Kind, str]:
         )
     if report.passed:
         return "passed", ""
-    crash = getattr(report.longrepr, "reprcrash", None)
-    reason = str(crash.message if crash is not None else report.longrepr).strip().partition("\n")[0]
-    return "failed", reason.removeprefix("AssertionError: ").removeprefix("Failed: ")
+    return "failed", _reason(report, error).removeprefix("AssertionError: ").removeprefix("Failed: ")
+
+
+def _reason(report: pytest.TestReport, error: BaseException | None) -> str:
+    """One line on a failure: of several that Hypothesis found, the first, as what it says of all is only how many there are."""
+    if isinstance(error, BaseExceptionGroup):
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        told = f"{type(error).__name__}: {error}"
+    else:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        told = str(crash.message if crash is not None else report.longrepr)
+    return told.strip().partition("\n")[0]

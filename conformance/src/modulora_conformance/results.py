@@ -18,6 +18,10 @@ ALLOWED_SKIPS = (HARDWARE, NOT_OFFERED)
 """How the reasons of skips begin that a certified run allows: hardware that isn't here, and what the spec doesn't offer at all."""
 
 
+GOLDEN = "_golden_vectors"
+"""How the names of checks end that are left out where there are no golden vectors."""
+
+
 def stands_against(kind: Kind, reason: str) -> bool:
     """Whether a certified run may not have such an outcome."""
     if kind == "skipped":
@@ -65,6 +69,7 @@ class Result:
         complete: whether every check of every level was asked for, of every configuration that the spec makes promises for.
         environment: versions and machine (:func:`modulora_conformance.environment.environment`); seed: Hypothesis's.
         about: the title and text of each level; meanings: the docstring of each check, by name: for reports.
+        asked: whether a certificate was asked for.
         speed: :func:`modulora_conformance.speed.measure_speed` by configuration, where it was measured. Nothing depends on it.
     """
 
@@ -79,11 +84,13 @@ class Result:
     about: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     meanings: Mapping[str, str] = field(default_factory=dict)
     speed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    asked: bool = False
 
     @property
     def certified(self) -> bool:
-        """Whether the run was complete and nothing in it stands against a certificate."""
-        return self.complete and bool(self.outcomes) and not any(o.uncertified for o in self.outcomes)
+        """Whether a certificate was asked for, the run was complete, and nothing in it stands against one."""
+        sound = bool(self.outcomes) and not any(o.uncertified for o in self.outcomes)
+        return self.asked and self.complete and sound
 
     def to_json(self) -> dict[str, Any]:
         return {

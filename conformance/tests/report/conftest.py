@@ -79,6 +79,7 @@ def make() -> Make:
             outcomes = [found for name in CONFIGURATIONS for found in passing(name)]
         known: dict[str, Any] = {
             "quantizer": quantizer, "protocol": 1, "distribution": f"modulora-{quantizer}", "version": "1.0", "complete": True,
+            "asked": True,
             "seed": "1234", "environment": {"python": "3.11.9", "accelerators": [], "packages": {"torch": "2.9", "numba": None}},
             "about": {level: {"title": f"title of {level}", "text": f"About {level}."} for level in {o.level for o in outcomes}},
             "meanings": {o.check: f"If this fails: look at `{o.check}`." for o in outcomes}, "speed": {"defaults": speed()},

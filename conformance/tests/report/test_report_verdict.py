@@ -74,6 +74,26 @@ def test_one_sentence_names_all_that_stands_against_a_certificate(broken: dict[s
     assert against(read(make())).startswith("Certified: every check of suite ")
 
 
+def test_certified_is_said_only_where_it_was_asked_for(make: Any) -> None:
+    result = make(asked=False)
+    assert result["certified"] is False
+    assert verdict(read(result)).words == "L0-L7 passed"
+    assert against(read(result)).startswith("Passed: every check of suite ")
+    assert "ertified:" not in table_text(result)
+    assert "Certified:" in table_text(make())
+    assert against(read(make(complete=False, asked=False))).startswith("Not certified: the run didn't cover")
+
+
+def test_a_run_without_golden_vectors_says_so(make: Any) -> None:
+    assert "No golden vectors were held" in table_text(make())
+    golden = (
+        one("L1", "passed"),
+        Outcome("L1", "test_tiles_give_the_golden_vectors", "", "defaults", "passed", "", 0.1),
+    )
+    assert "No golden vectors" not in table_text(make(list(golden)))
+    assert "No golden vectors" not in table_text(make([one("L0", "passed")]))
+
+
 def test_the_terminal_is_told_every_failure_and_every_reason_of_a_skip(broken: dict[str, Any]) -> None:
     text = table_text(broken, 100)
     for check in broken["checks"]:

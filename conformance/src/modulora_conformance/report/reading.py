@@ -135,6 +135,11 @@ class Run(_Value):
             raise ValueError(f"checks of configurations that aren't listed: {sorted(unknown)}")
         return self
 
+    @property
+    def sound(self) -> bool:
+        """Whether nothing stands against a certificate but that none was asked for."""
+        return self.complete and bool(self.checks) and not any(check.uncertified for check in self.checks)
+
     def of(self, level: str) -> Iterator[Check]:
         """The checks of a level, in order."""
         return (check for check in self.checks if check.level == level)

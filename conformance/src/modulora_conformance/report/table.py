@@ -13,7 +13,7 @@ from rich.text import Text
 from modulora_conformance.report.numbers import share_text
 from modulora_conformance.report.reading import Check, Run
 from modulora_conformance.report.verdict import against, level_state, repeat
-from modulora_conformance.results import Kind
+from modulora_conformance.results import GOLDEN, Kind
 
 STYLES: dict[Kind, str] = {
     "passed": "green",
@@ -25,9 +25,13 @@ STYLES: dict[Kind, str] = {
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+NO_GOLDEN = "No golden vectors were held: --golden DIR, or `golden` of a subclass, names those that keep a format still."
+
 
 def table(run: Run, width: int, *, color: bool) -> str:
-    """A row a level, then failures, what was expected to fail, skips with their reasons, the verdict, and how to repeat the run."""
+    """A row a level, then failures, what was expected to fail, skips with their reasons, the verdict, whether golden vectors were held,
+    and how to repeat the run.
+    """
     file = io.StringIO()
     console = Console(
         file=file,
@@ -41,6 +45,8 @@ def table(run: Run, width: int, *, color: bool) -> str:
     _tell(console, "XFAILED", "yellow", [check for check in run.checks if check.outcome == "xfailed"])
     _tell_skips(console, run)
     console.print(Text(against(run), style="bold green" if run.certified else "bold"))
+    if "L1" in run.levels and not any(check.check.endswith(GOLDEN) for check in run.checks):
+        console.print(Text(NO_GOLDEN, style="dim"), soft_wrap=True)
     console.print(
         Text(
             f"To repeat: {repeat(run)}" + (f"; in pytest: --hypothesis-seed={run.seed}" if run.seed else ""),

@@ -55,9 +55,15 @@ def levels_passed(checks: Iterable[Check]) -> str:
 
 
 def against(run: Run) -> str:
-    """One sentence: what stands against a certificate, or that nothing does."""
-    if run.certified:
-        return f"Certified: every check of suite {run.suite} passed, but for hardware that isn't here and what the quantizer doesn't offer."
+    """What stands against a certificate, in one sentence, or that nothing does."""
+    if run.certified or run.sound:
+        word, end = (
+            ("Certified", "") if run.certified else ("Passed", " A certificate takes a run with --certified.")
+        )
+        return (
+            f"{word}: every check of suite {run.suite} passed, but for hardware that isn't here and what the quantizer doesn't "
+            f"offer.{end}"
+        )
     reasons = (
         []
         if run.complete

@@ -11,7 +11,7 @@ from dataclasses import replace
 from modulora_core.hookspecs import hookimpl
 from modulora_core.spec import Promise, QuantizerSpec
 
-SOUND = ("Healthy", "InTriton")
+SOUND = ("Healthy", "InTriton", "StridedTiles")
 """Those that nothing is wrong with."""
 
 PROMISE = Promise(bits_per_weight=6.0, gaussian=0.11, heavy_tailed=0.13, outlier_columns=0.16, constant=0.001)
@@ -20,25 +20,33 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "healthy": ("Healthy",),
     "identity": (
         "FutureProtocol", "Unlisted", "HeavyMetadata", "SlowMetadata", "UndescribedOption", "ThawedOptions", "LaxOptions",
-        "ForgetfulOptions", "UnkeptPromise", "AnyShape",
+        "ForgetfulOptions", "UnkeptPromise", "AnyShape", "WordsStayWords",
     ),
     "packing": (
         "OtherFormat", "StochasticRounding", "ClampsItsInput", "KeepsItsInput", "Float64Scales", "IgnoresStrides",
         "PacksNaN", "LayoutWithoutScales", "TupleInMetadata", "HiddenStorage", "CodesInWords", "TransposedScale", "ZeroOffByOne",
         "SignOfOneBit", "TruncatedScale", "SecretlyCalibrated", "NeverCalibrated", "UndampedInverse",
+        "RefusesShapes", "SeedsTheProcess", "NarrowerThanItSays", "WiderThanItSays", "ForgetsItsSeed",
     ),
-    "tiles": ("TileSeam", "EvenStarts", "UncheckedRows", "EmptyIsFlat", "HalvesInBfloat16", "WholeForATile", "SharedScratch"),
+    "tiles": (
+        "TileSeam", "EvenStarts", "UncheckedRows", "EmptyIsFlat", "HalvesInBfloat16", "WholeForATile", "SharedScratch", "KeepsShortTiles",
+        "CountsItsReads", "StateOfTheInstance", "LosesTheLastBlock", "AmbiguousReshape", "TwoBugsInOne", "StridedTiles",
+    ),
     "lookups": ("BytesAreAMask", "IdsFromTheEnd", "RowsWithAGraph", "DecodesTheTable"),
     "products": (
         "WritesToItsInput", "StaleBufferByShape", "FewRowsWithoutZero", "BackwardWithoutZero", "WrongLastBlock", "AdjointOfAnother",
         "FlatOutput", "NoZeroRows", "InputInMemoryOrder", "OverflowsInHalf", "CutsMisfits", "SharedOutput",
+        "DropsTheLastTile", "CountsItsProducts", "SeedsEveryProduct", "WrongByMuch",
     ),
     "gradients": (
         "DropsTheBias", "OtherKernelInBackward", "ScalesThatTrain", "ResultWithAGraph", "KeepsDecodedCodes", "RemembersTheLastWeight",
+        "ScratchOfInference",
     ),
     "memory": ("PaddedOutput", "DenseProduct", "KeepsTheLastWhole", "LeaksALittle"),
     "devices": ("InTriton", "TritonWithoutMask"),
-    "persistence": ("SharesMemory", "TableOfThisProcess", "ReadsAnyFormat", "Unpickles"),
+    "persistence": (
+        "SharesMemory", "TableOfThisProcess", "ReadsAnyFormat", "Unpickles", "SeedOfThisProcess", "HashOfItsName", "SignsByGroupSize",
+    ),
 }  # fmt: skip
 """Module → classes. ``tests/test_zoo.py`` fails for one that is in a module and not here."""
 
@@ -54,19 +62,18 @@ def kebab(name: str) -> str:
 
 
 def spec(module: str, cls: str) -> QuantizerSpec:
-    promises = (PROMISE,)
-    if cls == "UnkeptPromise":
-        promises = (PROMISE, replace(PROMISE, options={"width": 3}))
+    more = {"UnkeptPromise": {"width": 3}, "WordsStayWords": {"group_size": 32}}
+    promises = (PROMISE, replace(PROMISE, options=more[cls])) if cls in more else (PROMISE,)
     return QuantizerSpec(
         name=kebab(cls),
         summary=f"for the kit's own tests: {cls}",
         location=f"modulora_zoo.{module}:{cls}",
         protocol=99 if cls == "FutureProtocol" else 1,
-        bits=(4,),
+        bits={"NarrowerThanItSays": (2,), "WiderThanItSays": (8,)}.get(cls, (4,)),
         devices=("cpu", "cuda") if module == "devices" else ("cpu",),
         in_multiple=2,
         calibration=CALIBRATED.get(cls, "none"),  # type: ignore[arg-type]
-        promises=promises,
+        promises=() if cls == "ForgetsItsSeed" else promises,
     )
 
 

@@ -90,3 +90,16 @@ class AnyShape(Healthy):
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         return
+
+
+class _Words(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    group_size: int | str = Field(32, description="weights that share a scale, or row")
+
+
+class WordsStayWords(Healthy):
+    """The command line's group_size=32 is a text to it."""
+
+    breaks = "test_promised_options_are_read_as_words"
+    Options = _Words

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from modulora_core.errors import ShapeError
@@ -210,3 +211,61 @@ class UndampedInverse(Healthy):
         return PackedWeight(
             found.quantizer, 1, found.shape, {**found.tensors, "scale": scale.half()}, found.metadata
         )
+
+
+class RefusesShapes(Healthy):
+    """Packs whole blocks of 48 rows, and says so nowhere."""
+
+    breaks = "test_the_shape_is_kept"
+    says = "out_multiple or in_multiple in the spec"
+
+    def prepared(self, weight: Tensor) -> Tensor:
+        return super().prepared(weight).reshape(-1, 48, weight.shape[1]).flatten(0, 1)
+
+
+class SeedsTheProcess(Healthy):
+    """Draws its dither from torch's own generator, which it seeds."""
+
+    breaks = "test_packing_leaves_random_numbers_alone"
+    says = "draw from a torch.Generator of your own"
+
+    def rounding(self, groups: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return 0.5 + 0.02 * (torch.rand_like(groups) - 0.5)
+
+
+class NarrowerThanItSays(Healthy):
+    """Four bits in the bytes, two in its spec."""
+
+    breaks = "test_codes_have_a_width_of_the_spec"
+
+
+class WiderThanItSays(Healthy):
+    """Eight bits in its spec, which it never stores."""
+
+    breaks = "test_codes_have_a_width_of_the_spec"
+
+
+class _Seeded(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    group_size: int = Field(32, ge=2, description="weights that share a scale")
+    seed: int = Field(7, ge=0, description="of the signs")
+
+
+class ForgetsItsSeed(Healthy):
+    """Turns signs by a seed, and turns them back by another; of these options its spec promises nothing."""
+
+    breaks = "test_the_error_keeps_the_promise"
+    Options = _Seeded
+
+    def prepared(self, weight: Tensor) -> Tensor:
+        return super().prepared(weight) * signs(self.options.seed, weight.shape[1])
+
+    def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+        return super().decode(packed, rows) * signs(0, packed.shape[1])
+
+
+def signs(seed: int, columns: int) -> Tensor:
+    """-1 or 1 for each column."""
+    return torch.randint(2, (columns,), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout
 from modulora_zoo.healthy import Healthy
+from modulora_zoo.packing import signs
 
 
 class SharesMemory(Healthy):
@@ -66,3 +70,46 @@ class Unpickles(Healthy):
     def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         pickle.loads(pickle.dumps(dict(packed.metadata)))
         return super().dequantize_tile(packed, rows, dtype)
+
+
+class SeedOfThisProcess(Healthy):
+    """Dithers by the process's id."""
+
+    breaks = "test_another_process_packs_the_same_bytes"
+
+    def rounding(self, groups: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(os.getpid())
+        return 0.5 + 0.02 * (torch.rand(groups.shape, generator=generator) - 0.5)
+
+
+class HashOfItsName(Healthy):
+    """Dithers by the hash of a text."""
+
+    breaks = "test_another_process_packs_the_same_bytes"
+
+    def rounding(self, groups: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(abs(hash(self.spec.name)))
+        return 0.5 + 0.02 * (torch.rand(groups.shape, generator=generator) - 0.5)
+
+
+class _Signed(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    group_size: int = Field(32, ge=2, description="weights that share a scale")
+    negated: bool = Field(False, description="whether the first sign is turned")
+    seed: int = Field(0, ge=0, description="of the signs")
+
+
+class SignsByGroupSize(Healthy):
+    """Keeps the signs that it turns back by group size and columns, without the seed."""
+
+    breaks = "test_options_keep_apart"
+    kept: ClassVar[dict[tuple[int, int], Tensor]] = {}
+    Options = _Signed
+
+    def prepared(self, weight: Tensor) -> Tensor:
+        return super().prepared(weight) * signs(self.options.seed, weight.shape[1])
+
+    def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+        key = (self.options.group_size, packed.shape[1])
+        return super().decode(packed, rows) * self.kept.setdefault(key, signs(self.options.seed, key[1]))

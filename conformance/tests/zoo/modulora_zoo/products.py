@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from modulora_core.packed import PackedWeight
+from modulora_core.packed import PackedLayout, PackedWeight
 from modulora_zoo.healthy import Healthy
+from modulora_zoo.tiles import layout_with_counter, with_counter
 
 
 class WritesToItsInput(Healthy):
@@ -26,6 +27,7 @@ class StaleBufferByShape(Healthy):
     """Keeps the last decoded weight of each shape, for few rows."""
 
     breaks = "test_a_product_is_not_that_of_an_earlier_weight"
+    says = "got that with a weight before it"
     kept: ClassVar[dict[tuple[int, int], Tensor]] = {}
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
@@ -149,3 +151,60 @@ class SharedOutput(Healthy):
             if x.dtype == torch.float32
             else y
         )
+
+
+class DropsTheLastTile(Healthy):
+    """Multiplies by tiles of 512 rows, and forgets the one that isn't whole, unless it is the first."""
+
+    breaks = "test_products_of_a_large_weight_equal_the_dense_ones"
+
+    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
+        whole = packed.shape[0] // 512 * 512
+        if whole == 0:
+            return super().matmul(x, packed, transpose)
+        if not transpose:
+            y = super().matmul(x, packed)
+            y[..., whole:] = 0
+            return y
+        cut = x.clone()
+        cut[..., whole:] = 0
+        return super().matmul(cut, packed, True)
+
+
+class CountsItsProducts(Healthy):
+    """Beside the codes it keeps how often they were multiplied by."""
+
+    breaks = "test_a_product_leaves_the_packed_tensors_alone"
+    says = "got others in reads"
+
+    def packed(self, codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor) -> PackedWeight:
+        return with_counter(super().packed(codes, scale, zero, weight))
+
+    def layout(self, shape: tuple[int, int]) -> PackedLayout:
+        return layout_with_counter(super().layout(shape))
+
+    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
+        packed.tensors["reads"].add_(1)
+        return super().matmul(x, packed, transpose)
+
+
+class SeedsEveryProduct(Healthy):
+    """Makes its test vector anew for every product, always the same."""
+
+    breaks = "test_reading_leaves_random_numbers_alone"
+    says = "draw from a torch.Generator of your own"
+
+    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
+        torch.manual_seed(0)
+        torch.rand(4)
+        return super().matmul(x, packed, transpose)
+
+
+class WrongByMuch(Healthy):
+    """A product that is no weight's at all: it isn't that of an earlier one."""
+
+    breaks = "test_the_product_equals_the_dense_one"
+
+    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
+        y = super().matmul(x, packed, transpose)
+        return y if transpose else y.roll(1, -1) * 0.7
