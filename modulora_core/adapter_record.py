@@ -1,7 +1,8 @@
 """``modulora.json``: which base an adapter was made for, in more words than PEFT's one path.
 
 A base is named, and known by two digests. Both are the same however the base is quantized: one of its
-architecture (names and shapes of its linear layers), one of what quantization leaves alone (norms, biases).
+architecture (names and shapes of its linear layers), one of what quantization leaves alone (norms, biases). Only
+tuning, while it is quantized, changes the latter too; so that is recorded beside them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import modulora_core
 from modulora_core.errors import AdapterError
 from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.record import QuantizationRecord
 
 RECORD_FILE = "modulora.json"
 
@@ -37,12 +39,14 @@ class BaseRecord:
         architecture: digest of the names and shapes of all linear layers, packed or not.
         dense_weights: digest of the one-dimensional parameters, rounded to bfloat16. It tells models of one
             architecture apart.
+        tuned: those parameters were tuned while it was quantized, so they aren't the model's own.
     """
 
     name: str
     quantizers: tuple[Mapping[str, Any], ...]
     architecture: str
     dense_weights: str
+    tuned: bool = False
 
     @property
     def quantized_with(self) -> str:
@@ -52,12 +56,23 @@ class BaseRecord:
     def difference(self, here: BaseRecord) -> str:
         """How ``here`` differs from this base, which has its architecture, in words; "" if it doesn't."""
         if self.dense_weights != here.dense_weights:
+            if self.tuned or here.tuned:
+                return self._other_tuning(here)
             return (f"made for the base {self.name}; {here.name} has its shapes and other weights: "
                     "results will differ")  # fmt: skip
         if self.quantizers != here.quantizers:
             return (f"trained on {self.name} quantized with {self.quantized_with}, used on it quantized with "
                     f"{here.quantized_with}: results may differ")  # fmt: skip
         return ""
+
+    def _other_tuning(self, here: BaseRecord) -> str:
+        """Whether it is another model can't be told then, so it isn't said."""
+        if self.tuned and here.tuned:
+            whose = "of both were tuned while they were quantized, each its own way"
+        else:
+            whose = f"of the {'first' if self.tuned else 'second'} were tuned while it was quantized"
+        return (f"trained on {self.name} quantized with {self.quantized_with}, used on {here.name} quantized with "
+                f"{here.quantized_with}: the unquantized tensors {whose}: results may differ")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +110,8 @@ class AdapterRecord:
         try:
             base = data["base"]
             quantizers = tuple(_quantizer(q["quantizer"], q["options"]) for q in base["quantizers"])
-            record = BaseRecord(base["name"], quantizers, base["architecture"], base["dense_weights"])
+            tuned = bool(base.get("tuned", False))  # older ones don't say
+            record = BaseRecord(base["name"], quantizers, base["architecture"], base["dense_weights"], tuned)
             scales = data["format"] == _FORMAT_WITH_SCALES and bool(data["channel_scales"])
             return cls(record, dict(data["settings"]), str(data["core_version"]), scales)
         except (KeyError, TypeError, ValueError) as error:
@@ -108,7 +124,16 @@ def describe_base(model: nn.Module, name: str) -> BaseRecord:
     recipes = {id(q): _quantizer(q.spec.name, q.options.model_dump(mode="json")) for q in found}
     distinct = {json.dumps(recipe, sort_keys=True): recipe for recipe in recipes.values()}
     quantizers = tuple(distinct[key] for key in sorted(distinct))
-    return BaseRecord(name, quantizers, _digest(_linear_shapes(model)), _digest(_dense_values(model)))
+    record = record_of(model)
+    tuned = record is not None and bool((record.calibration or {}).get("tuning"))
+    return BaseRecord(name, quantizers, _digest(_linear_shapes(model)), _digest(_dense_values(model)), tuned)
+
+
+def record_of(model: nn.Module) -> QuantizationRecord | None:
+    """What the checkpoint says that ``model`` was loaded from."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    record = getattr(config, "record", None)
+    return record if isinstance(record, QuantizationRecord) else None
 
 
 def _quantizer(name: Any, options: Mapping[str, Any]) -> dict[str, Any]:

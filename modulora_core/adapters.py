@@ -11,7 +11,7 @@ trained there is used here on a packed one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,13 +19,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modulora_core.adapter_record import AdapterRecord, describe_base
+from modulora_core.adapter_record import AdapterRecord, describe_base, record_of
 from modulora_core.channel_scales import ChannelScales
 from modulora_core.errors import AdapterError, ModelError, OptionError
 from modulora_core.layers import LoRALinear, PackedStack, QuantLinear
 from modulora_core.packed_table import TiedHead
 from modulora_core.peft_format import AdapterDelta, AdapterFolder, adapter_deltas, write_adapter
-from modulora_core.record import QuantizationRecord
 from modulora_core.targets import ALL_LINEAR, select_targets, shortest_names
 
 __all__ = [
@@ -35,6 +34,7 @@ __all__ = [
     "adapter_deltas",
     "adapter_layers",
     "add_lora",
+    "check_rank",
     "load_adapter",
     "save_adapter",
     "set_adapter",
@@ -78,6 +78,28 @@ class LoRASettings:
             raise OptionError(f"targets: expected {ALL_LINEAR!r} or names of layers, got none")
 
 
+def check_rank(rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a rank that no layer can have.
+
+    B A has at most the rank min(in, out). A layer that is smaller than the others is no reason to refuse: one rank for all is what
+    most people want, and there it only costs memory.
+
+    Args:
+        rank: r.
+        shapes: ``(out, in)`` of each layer that is to have an adapter, by its path.
+
+    Raises:
+        OptionError: r is larger than min(in, out) of every layer.
+    """
+    largest = max(shapes, key=lambda path: min(shapes[path]), default=None)
+    if largest is not None and rank > (most := min(shapes[largest])):
+        out, in_ = shapes[largest]
+        raise OptionError(
+            f"rank {rank}: expected at most {most}, as no adapted layer can change by a matrix of a higher rank (the largest, "
+            f"{largest}, is [{out}, {in_}]); lower the rank"
+        )
+
+
 def add_lora(model: nn.Module, settings: LoRASettings, name: str = "default") -> list[str]:
     """Put a new adapter on ``model``'s packed layers, in place, and freeze everything else.
 
@@ -95,12 +117,16 @@ def add_lora(model: nn.Module, settings: LoRASettings, name: str = "default") ->
         ModelError: the model has no packed layers.
         AdapterError: a target is no packed layer (the message has near misses), or the model has an adapter
             of that name.
+        OptionError: see :func:`check_rank`. Where the rank is too large for some of the layers alone, that is a warning.
     """
     packed = _packed_layers(model)
     paths = select_targets(packed, settings.targets, [path for path, _ in model.named_modules()])
     if ALL_LINEAR in settings.targets:
         paths = [path for path in paths if not _is_head(model, path)]
     _check_name_is_free(model, name)
+    shapes = {path: (packed[path].out_features, packed[path].in_features) for path in paths}
+    check_rank(settings.rank, shapes)
+    _warn_of_small_layers(settings.rank, shapes)
     stacked = sum(len(module) for module in model.modules() if isinstance(module, PackedStack))
     if stacked and len(paths) == len(packed):
         logger.warning("%s: %d packed expert matrices stay as they are: only linear layers take an adapter",
@@ -121,6 +147,13 @@ def adapter_layers(model: nn.Module, name: str = "default") -> Iterator[tuple[st
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear) and name in module.lora_A:
             yield path, module
+
+
+def _warn_of_small_layers(rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    small = [path for path, shape in shapes.items() if min(shape) < rank]
+    if small:
+        logger.warning("rank %d: %d of %d adapted layers have fewer rows or columns, as %s %s: the rest of A and B only takes memory",
+                       rank, len(small), len(shapes), small[0], list(shapes[small[0]]))  # fmt: skip
 
 
 def _packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -230,21 +263,14 @@ def set_adapter(layer: LoRALinear, delta: AdapterDelta, name: str = "default") -
         layer.output_scale[name].data.copy_(delta.channel_scales.output)
 
 
-def _record_of(model: nn.Module) -> QuantizationRecord | None:
-    """What the checkpoint says that ``model`` was loaded from."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    record = getattr(config, "record", None)
-    return record if isinstance(record, QuantizationRecord) else None
-
-
 def _base_name(model: nn.Module) -> str:
-    record = _record_of(model)
+    record = record_of(model)
     return str(record.source.get("name") or _name_of(model)) if record is not None else _name_of(model)
 
 
 def _was_conv1d(model: nn.Module, path: str) -> bool:
     """Whether the dense model has GPT-2's transposed Conv1D at ``path``."""
-    record = _record_of(model)
+    record = record_of(model)
     index = None if record is None else record.weights.get(f"{path}.weight")
     return record is not None and index is not None and record.sites[index].kind == "conv1d"
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from modulora_core.devices import pick_device
 from modulora_core.errors import CheckpointError, ModelError, OptionError
 from modulora_core.foreign import ForeignModel, ForeignStore, open_foreign
-from modulora_core.formats import recognise, specs
+from modulora_core.formats import recognise
 from modulora_core.mapped_blocks import keep_one_block
 from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
+from modulora_core.sources.config import no_config, unread_method
 from modulora_core.sources.conversion import build_skeleton
 from modulora_core.sources.locate import fetch_weights, locate
 from modulora_core.sources.mapped_files import MappedFiles
@@ -125,7 +126,7 @@ class PackedCheckpoint:
             return AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError) as error:
             raise ModelError(f"{self.folder}: its tokenizer can't be loaded ({str(error).splitlines()[0]}); "
-                             "quantize the model again, or copy the tokenizer's files there") from None  # fmt: skip
+                             "copy the tokenizer's files of the model that it was made from there") from None  # fmt: skip
 
     def copy_tokenizer(self, out: Path) -> list[str]:
         """Copy tokenizer, chat template and generation config."""
@@ -182,8 +183,9 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Packed
         return PackedCheckpoint(location.folder, foreign.config(), location.name, foreign)
     other = config.get("quantization_config")
     if not _is_ours(config) and isinstance(other, Mapping):
-        raise ModelError(f"model {model}: quantized with {other.get('quant_method', 'an unnamed method')}, which no installed plugin "
-                         f"reads (formats: {', '.join(specs()) or 'none'}); install one that does, or give the original model")  # fmt: skip
+        raise ModelError(unread_method(str(model), other.get("quant_method", "an unnamed method")))
+    if location.gguf is None and not (location.folder / "config.json").is_file():
+        raise ModelError(no_config(location.folder))
     if not _is_ours(config):
         raise ModelError(
             f"model {model}: it isn't quantized by modulora; quantize it first: modulora quantize {model} OUT -q NAME"

@@ -26,6 +26,7 @@ from modulora_core.adapters import (
     LoRASettings,
     adapter_layers,
     add_lora,
+    check_rank,
     load_adapter,
     save_adapter,
     set_adapter,
@@ -39,12 +40,13 @@ from modulora_core.memory import PeakMemory
 from modulora_core.model_card import model_card
 from modulora_core.offload import offload_place
 from modulora_core.optimizers import check_optimizer
-from modulora_core.outputs import check_disk_space, check_output, write_file
+from modulora_core.outputs import check_disk_space, check_output, only_writer, partial_name, write_file
 from modulora_core.peft_format import CONFIG_FILE
 from modulora_core.sources.quiet import quiet
 from modulora_core.targets import select_targets
 from modulora_core.training import OnEval, OnStep, Outcome, train
-from modulora_core.training_checkpoints import latest_checkpoint
+from modulora_core.training_checkpoints import latest_checkpoint, remove_half_written
+from modulora_core.training_losses import divergence
 
 RUN_FILE = "finetune.yaml"
 CHECKPOINTS = "checkpoints"
@@ -88,12 +90,13 @@ def finetune(
     Args:
         config: the run; :meth:`FinetuneConfig.build` makes one from options and a file.
         resume: go on with a run of the same config that was interrupted, from its last whole checkpoint. The
-            losses are those of an uninterrupted run. Where nothing was begun, begin.
+            losses are those of an uninterrupted run. Where there is no whole checkpoint, begin.
         on_step: is called after every optimizer step, for progress and logs.
         on_eval: is called after every evaluation.
 
     Raises:
-        OutputError: ``out`` holds a finished adapter, other things, or an unfinished run without ``resume``.
+        OutputError: ``out`` holds a finished adapter, other things, or, without ``resume``, whole checkpoints
+            of an unfinished run. A run that left none is begun anew, whatever its config was.
         OptionError: an option doesn't fit the model, the device, or the run to be resumed.
         ModelError: the model isn't packed: `modulora quantize` comes first.
         RequestError: the data, the adapter to go on with, or the model can't be used. All these come before
@@ -121,8 +124,9 @@ def finetune(
         settings = _adapt(model, config)
         check_disk_space(out, _nbytes(model, config))
         out.mkdir(parents=True, exist_ok=True)
-        write_file(out / RUN_FILE, config.to_yaml())
-        with offload_place(device, out) as place:
+        with only_writer(out), offload_place(device, out) as place:
+            write_file(out / RUN_FILE, config.to_yaml())
+            remove_half_written(out / CHECKPOINTS)
             outcome = train(
                 model,
                 examples,
@@ -141,17 +145,22 @@ def finetune(
     card = model_card(config, checkpoint, result.losses, result.eval_loss, channel_scales=scaled)
     write_file(out / "README.md", card)
     save_adapter(model, out, settings=settings)
+    _warn_if_worse(result, config, model.config.get_text_config().vocab_size)
     return result
 
 
 def _check_out(out: Path, config: FinetuneConfig, resume: bool) -> Path | None:
     """The checkpoint to resume from, if any."""
     if (out / CONFIG_FILE).is_file():
-        raise OutputError(
-            f"output folder {out}: it holds a finished adapter; choose another name or remove it"
-        )
+        raise _finished(out, resume)
     if not (out / RUN_FILE).is_file():
         check_output(out)
+        return None
+    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    if checkpoint is None:  # nothing would be lost, and so nobody has to decide what becomes of it
+        if not resume:
+            _check_only_begun(out)
+        logger.info("%s: beginning anew, as the run in it left no whole checkpoint", out)
         return None
     if not resume:
         raise OutputError(
@@ -161,11 +170,33 @@ def _check_out(out: Path, config: FinetuneConfig, resume: bool) -> Path | None:
     if changed:
         raise OptionError(
             f"resume of {out}: expected the options that it was begun with ({RUN_FILE}), got others: "
-            f"{'; '.join(changed)}"
+            f"{'; '.join(changed)}; to train with these, choose another OUT, or remove {out} and begin anew"
         )
-    checkpoint = latest_checkpoint(out / CHECKPOINTS)
-    logger.info("%s: resuming from %s", out, checkpoint or "the beginning, as there is no whole checkpoint")
+    logger.info("%s: resuming from %s", out, checkpoint)
     return checkpoint
+
+
+def _finished(out: Path, resume: bool) -> OutputError:
+    if not resume:
+        return OutputError(
+            f"output folder {out}: it holds a finished adapter; choose another name or remove it"
+        )
+    return OutputError(
+        f"resume of {out}: it holds a finished adapter, so there is nothing left to resume; to train it on, "
+        f"choose another OUT and give --adapter {out}"
+    )
+
+
+def _check_only_begun(out: Path) -> None:
+    """Refuse a folder that somebody else's files are in too: a run's README.md would replace one of theirs."""
+    begun = {RUN_FILE, partial_name(Path(RUN_FILE)).name, CHECKPOINTS}
+    others = sorted(path.name for path in out.iterdir() if path.name not in begun)
+    if others:
+        some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise OutputError(
+            f"output folder {out}: expected it new or empty, or what a run leaves before its first checkpoint, found "
+            f"{len(others)} other entries ({some}); choose another name or remove them"
+        )
 
 
 def _check_dtype(config: FinetuneConfig, device: torch.device) -> None:
@@ -183,12 +214,15 @@ def _check_window(config: FinetuneConfig, checkpoint: PackedCheckpoint) -> None:
 
 
 def _check_targets(config: FinetuneConfig, checkpoint: PackedCheckpoint) -> None:
-    """Refuse a target that is no packed linear layer, before the weights are loaded."""
-    sites = checkpoint.record.items()
-    packed = [
-        name.removesuffix(".weight") for name, site in sites if site.kind not in ("experts", "embedding")
-    ]
-    select_targets(packed, config.targets, [name.removesuffix(".weight") for name in checkpoint.parameters])
+    """Refuse a target that is no packed linear layer, or a rank above all of them, before the weights are loaded."""
+    packed = {
+        name.removesuffix(".weight"): site.layout.shape
+        for name, site in checkpoint.record.items()
+        if site.kind not in ("experts", "embedding")
+    }
+    modules = [name.removesuffix(".weight") for name in checkpoint.parameters]
+    chosen = {path: packed[path] for path in select_targets(list(packed), config.targets, modules)}
+    check_rank(config.rank, chosen)
 
 
 def _examples(source: tuple[str, ...], tokenizer: Any, config: FinetuneConfig) -> Examples:
@@ -240,6 +274,13 @@ def _adapter_files(model: nn.Module, settings: LoRASettings | None) -> AdapterFi
             set_adapter(layer, saved[path])
 
     return AdapterFiles(save, restore)
+
+
+def _warn_if_worse(result: FinetuneResult, config: FinetuneConfig, vocabulary: int) -> None:
+    worse = divergence(result.losses, result.eval_loss, vocabulary)
+    if worse:
+        logger.warning("%s: %s: the adapter makes the model worse; lower the learning rate (lr %g)",
+                       result.out, worse, config.lr)  # fmt: skip
 
 
 def _result(config: FinetuneConfig, outcome: Outcome, peak_memory_bytes: int) -> FinetuneResult:

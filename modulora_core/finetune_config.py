@@ -41,6 +41,10 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), _Serializer]
 Targets = Annotated[tuple[str, ...], BeforeValidator(_comma_separated), _Serializer]
 
 
+_LARGEST = 1e30
+"""Of a factor: float32 ends at 3.4e38, and a run multiplies it by others."""
+
+
 class FinetuneConfig(BaseModel):
     """A finetuning run.
 
@@ -129,6 +133,9 @@ class FinetuneConfig(BaseModel):
             )
         if self.steps is None and self.epochs is None:
             raise ValueError("expected steps or epochs, got neither: say how long to train")
+        for name in ("lr", "alpha"):
+            if getattr(self, name) > _LARGEST:
+                raise ValueError(f"{name}: expected at most {_LARGEST:g}, got {getattr(self, name):g}")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(
                 f"warmup: expected a share below 1 or a whole number of steps, got {self.warmup}"

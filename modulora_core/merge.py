@@ -9,6 +9,7 @@ One parameter is dense at a time.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,20 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modulora_core.adapters import AdapterDelta, adapter_deltas
+from modulora_core.adapter_record import describe_base
+from modulora_core.adapters import AdapterDelta, AdapterFolder, adapter_deltas
 from modulora_core.checkpoint import PackedCheckpoint, open_checkpoint
 from modulora_core.errors import AdapterError, OptionError
+from modulora_core.integrations.transformers import ModuLoRAConfig, install
 from modulora_core.memory import PeakMemory
 from modulora_core.outputs import check_disk_space, check_output, whole_or_nothing
 from modulora_core.quantize import SMALL_FILES, Progress
 from modulora_core.record import PackedSite
 from modulora_core.shards import ShardWriter, plan_shards
+from modulora_core.sources.conversion import build_skeleton
+from modulora_core.sources.quiet import quiet
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 
 DTYPES = ("float16", "bfloat16", "float32")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +64,12 @@ def merge(
 ) -> MergeResult:
     """Write ``model``'s weights, with ``adapter`` merged in, as a dense folder of ``dtype``.
 
+    ``model`` may be another quantization of the adapter's base than the one that it was trained on: then a warning is logged.
+
     Raises:
         OptionError: another dtype than float16, bfloat16, float32.
-        AdapterError: the adapter has modules that the model hasn't, or of other shapes.
+        AdapterError: the adapter has modules that the model hasn't, or of other shapes, or was made for another architecture.
+        PluginError: what packed the model isn't installed, or can't be used.
         RequestError: the model isn't packed, can't be read, or ``out`` holds something else.
     """
     started = time.perf_counter()
@@ -69,8 +79,9 @@ def merge(
         out = Path(out)
         check_output(out)
         checkpoint = open_checkpoint(model)
-        deltas = {} if adapter is None else adapter_deltas(adapter)
-        _check_deltas(checkpoint, deltas, adapter)
+        for site in checkpoint.record.sites:
+            checkpoint.quantizer(site)  # a missing plugin is told before anything is written
+        deltas: Mapping[str, AdapterDelta] = {} if adapter is None else _deltas(checkpoint, adapter)
         shards = plan_shards(dict(_dense_tensors(checkpoint, dtype)))
         nbytes = sum(shard.nbytes for shard in shards)
         check_disk_space(out, nbytes + SMALL_FILES)
@@ -86,20 +97,53 @@ def merge(
     return MergeResult(str(out), dtype, nbytes, len(deltas), time.perf_counter() - started, peak.nbytes)
 
 
-def _check_deltas(
-    checkpoint: PackedCheckpoint, deltas: Mapping[str, AdapterDelta], adapter: str | None
-) -> None:
-    for module, delta in deltas.items():
+def _deltas(checkpoint: PackedCheckpoint, adapter: str) -> AdapterFolder:
+    """What ``adapter`` changes. Raises AdapterError where it doesn't fit the model; warns where it was made for another one like it."""
+    deltas = adapter_deltas(adapter)
+    for module, (out_features, _, in_features) in deltas.shapes.items():
         index = checkpoint.record.weights.get(f"{module}.weight")
         if index is None:
             raise AdapterError(
                 f"adapter {adapter}: it adapts {module}, which {checkpoint.folder} has no packed weight of"
             )
         shape = checkpoint.record.sites[index].layout.shape
-        if delta.shape != shape:
+        if (out_features, in_features) != shape:
             raise AdapterError(
-                f"adapter {adapter}: {module} is {list(delta.shape)} there and {list(shape)} in {checkpoint.folder}"
+                f"adapter {adapter}: {module} is {[out_features, in_features]} there and {list(shape)} in {checkpoint.folder}"
             )
+    if deltas.record is None:  # peft's own: nothing more is known of its base
+        return deltas
+    made_for, here = deltas.record.base, describe_base(_small_parts(checkpoint), str(checkpoint.folder))
+    if made_for.architecture != here.architecture:
+        raise AdapterError(f"adapter {adapter}: made for the base {made_for.name}, which has other linear layers beside the adapter's than "
+                           f"{checkpoint.folder}; give the model that it was trained on")  # fmt: skip
+    difference = made_for.difference(here)
+    if difference:
+        logger.warning("adapter %s: %s", adapter, difference)
+    return deltas
+
+
+def _small_parts(checkpoint: PackedCheckpoint) -> nn.Module:
+    """The model on the meta device, of which only norms and biases have values: all that a base is known by."""
+    from transformers import AutoConfig
+
+    with quiet():
+        config = (
+            checkpoint.foreign.source.config
+            if checkpoint.foreign is not None
+            else AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        )
+        skeleton = build_skeleton(config, torch.float32)
+    skeleton.config.quantization_config = ModuLoRAConfig(
+        **checkpoint.record.to_json()
+    )  # as in a loaded model, which is asked for it
+    model: nn.Module = skeleton
+    install(model, checkpoint.record)
+    for name in [name for name, parameter in model.named_parameters() if parameter.dim() == 1]:
+        path, _, leaf = name.rpartition(".")
+        value = nn.Parameter(checkpoint.tensor(name), requires_grad=False)
+        model.get_submodule(path).register_parameter(leaf, value)
+    return model
 
 
 def _dense_tensors(checkpoint: PackedCheckpoint, dtype: str) -> Iterator[tuple[str, TensorLayout]]:

@@ -9,6 +9,7 @@ import modulora_core
 from modulora_core.checkpoint import PackedCheckpoint
 from modulora_core.finetune_config import FinetuneConfig
 from modulora_core.scales_format import SCALES_FILE
+from modulora_core.training_losses import loss_in_words
 
 _PLAIN = "The files are PEFT's. With the quantized model:"
 _WITH_SCALES = (
@@ -40,8 +41,7 @@ def model_card(
         f"Trained by modulora-core {modulora_core.__version__} on {base}, quantized with {recipes} "
         f"({checkpoint.record.bits_per_weight:.2f} bits per weight).",
         "",
-        f"Data: {_joined(config.data)}. "
-        f"Loss: {losses[0]:.4f} at step 1, {losses[-1]:.4f} at step {len(losses)}.",
+        f"Data: {_joined(config.data)}. {loss_in_words(losses).capitalize()}.",
         *held_out,
         "",
         "| setting | value |",

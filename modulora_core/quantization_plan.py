@@ -18,7 +18,7 @@ from modulora_core.ends import End, find_ends
 from modulora_core.errors import OptionError, ShapeError
 from modulora_core.record import PackedSite, QuantizationRecord, Recipe
 from modulora_core.shards import MAX_SHARD_BYTES, Shard, plan_shards
-from modulora_core.sites import LinearSite, find_sites
+from modulora_core.sites import LinearSite, find_sites, tied_to
 from modulora_core.sources import ModelSource
 from modulora_core.spec import PackedLayout, Quantizer, TensorLayout
 
@@ -74,9 +74,9 @@ def plan_quantization(
     ``include``, ``exclude`` and ``overrides`` are for the linear layers; an end that ``head`` or ``embeddings`` names is packed by that.
 
     Raises:
-        PluginError, OptionError: a quantizer or an option of it can't be used; a pattern matches nothing; a quantizer
-            needs calibration and there is none, or there is and none wants it; tuning is wanted and no quantizer's packed weights can be
-            rescaled; an end can't be packed (:func:`modulora_core.ends.find_ends`), or its quantizer needs calibration.
+        PluginError, OptionError: a quantizer or an option of it can't be used; a pattern matches nothing; nothing is left to pack; a
+            quantizer needs calibration and there is none, or there is and none wants it; tuning is wanted and no quantizer's packed
+            weights can be rescaled; an end can't be packed (:func:`modulora_core.ends.find_ends`), or its quantizer needs calibration.
         ShapeError: a quantizer can't take a layer's shape; the message names the layer.
         ModelError: calibration is wanted and the model has no decoder blocks.
     """
@@ -97,12 +97,20 @@ def plan_quantization(
             linear.name: "outside of the decoder blocks, where nothing is calibrated" for linear in unseen
         }
         linears = [linear for linear in linears if linear not in unseen]
+    if not (linears or ends):
+        raise OptionError(_nothing_to_pack(source, kept))
     of_ends = {name: choice_of_end(end, choices) for name, end in ends.items()}
     return plan_choices(
         source, choices, [*linears, *(end.site for end in ends.values())], kept,
         lambda linear: of_ends[linear.name] if linear.name in of_ends else _choose(linear, overrides),
         calibration=calibration, seed=seed, max_shard_bytes=max_shard_bytes,
     )  # fmt: skip
+
+
+def _nothing_to_pack(source: ModelSource, kept: Mapping[str, str]) -> str:
+    stays = "; ".join(f"{reason}: {len(names)}" for reason, names in _by_reason(kept).items())
+    return (f"quantize {source.location.model}: expected one weight or more to pack, all stay as they are ({stays}); leave out fewer "
+            "with --include and --exclude, or name a quantizer for an end with --quantize-head or --quantize-embeddings")  # fmt: skip
 
 
 def choice_of_end(end: End, choices: list[Quantizer]) -> int:
@@ -139,7 +147,7 @@ def plan_choices(
     """The plan in which every one of ``linears`` is packed by ``choices[chosen(linear)]``, and all else is kept.
 
     Args:
-        kept: name → reason of every other parameter.
+        kept: name → reason of every other parameter. What is tied to a packed one is packed with it, and isn't recorded.
         allocation: how the choices came about, for the record.
 
     Raises:
@@ -147,8 +155,10 @@ def plan_choices(
     """
     recipes = tuple(Recipe.of(choice) for choice in choices)
     sites, weights = _sites(linears, choices, chosen)
+    packed_too = {tied_to(name) for name in weights}
+    stays = {name: reason for name, reason in kept.items() if reason not in packed_too}
     record = QuantizationRecord(
-        recipes, sites, weights, _by_reason(kept), source.identity(), seed, modulora_core.__version__,
+        recipes, sites, weights, _by_reason(stays), source.identity(), seed, modulora_core.__version__,
         None if calibration is None else calibration.to_json(), allocation,
     )  # fmt: skip
     tensors = dict(_stored_tensors(source, record))

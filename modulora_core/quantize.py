@@ -7,6 +7,7 @@ written; :func:`quantize` then streams: what is read (memory-mapped) is packed, 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,15 +27,22 @@ from modulora_core.choices import Choice
 from modulora_core.devices import pick_device
 from modulora_core.errors import CheckpointError
 from modulora_core.memory import PeakMemory
-from modulora_core.outputs import check_disk_space, check_output, partial_name, whole_or_nothing, write_file
+from modulora_core.outputs import (
+    REQUEST,
+    check_disk_space,
+    check_output,
+    partial_name,
+    whole_or_nothing,
+    write_file,
+)
 from modulora_core.packer import Packed, Progress, pack_all
 from modulora_core.quantization_plan import Override, Plan, plan_quantization
 from modulora_core.record import QuantizationRecord
 from modulora_core.shards import MAX_SHARD_BYTES, ShardWriter
 from modulora_core.sources import ModelSource, open_model
+from modulora_core.sources.tokenizer_files import TOKENIZER_FILES
 
 __all__ = [
-    "REQUEST",
     "SMALL_FILES",
     "Choice",
     "Override",
@@ -44,11 +52,11 @@ __all__ = [
     "quantize",
 ]
 
-REQUEST = "request.json"
-"""In an unfinished folder: what was asked for, so that ``resume`` notices another request."""
-
 SMALL_FILES = 64 * 2**20
 """Room for config, tokenizer and index when disk space is checked."""
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,7 @@ class QuantizeResult:
 
     Attributes:
         bits_per_weight: of the ``weights`` packed weights, everything counted.
+        packed_by: how many weights each quantizer packed, by its name.
         bytes: of all tensors written; source_bytes: of the same parameters before.
         kept: what was not quantized: reason → names.
         calibration: the samples that were used; None without calibration.
@@ -76,6 +85,7 @@ class QuantizeResult:
     weights: int
     source_bytes: int
     kept: dict[str, list[str]]
+    packed_by: dict[str, int]
     calibration: dict[str, Any] | None = None
     unreached: list[str] = field(default_factory=list)
     tuning_errors: dict[str, tuple[float, float]] | None = None
@@ -118,7 +128,8 @@ def quantize(
         device: where packing is computed. The checkpoint is the same kind of folder whatever the device.
         seed: for quantizers that draw random numbers; each parameter has its own stream.
         resume: go on with ``out.partial`` of a killed run of the same request, on the same kind of machine: packed
-            parameters (with tuning: whole blocks) are kept, and the bytes are those of a run that wasn't killed.
+            parameters (with tuning: whole blocks) are kept, and the bytes are those of a run that wasn't killed. Where
+            nothing was begun, begin. Without it such a folder is refused.
 
     Raises:
         RequestError: anything that can be known beforehand, before any work. WorkError: what can't.
@@ -127,20 +138,22 @@ def quantize(
     where = pick_device(device)
     with PeakMemory(where) as peak:
         out = Path(out)
-        check_output(out)
+        check_output(out, resume=resume)
         source = open_model(model, revision=revision)
         text = None if calibration is None else calibration_text(source, calibration, seed)
         plan = plan_quantization(
             source, quantizer, options, overrides=overrides, include=include, exclude=exclude, head=head, embeddings=embeddings,
             calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
-        before = request_before(out, plan.record.to_json(), resume=resume)
+        _warn_without_tokenizer(source)
+        request = {**plan.record.to_json(), "max_shard_bytes": max_shard_bytes}
+        before = request_before(out, request, resume=resume)
         spilled = 0 if text is None else spill_bytes(text, source.config, where)
         check_disk_space(out, plan.nbytes + SMALL_FILES + spilled)
         contents = check_values(source, out, before, progress)
-        with whole_or_nothing(out, resume=resume) as folder:
-            write_request(folder, plan.record.to_json(), contents)
-            packed = write_packed(source, plan, folder, where, resume=resume, progress=progress)
+        with whole_or_nothing(out, resume=bool(before)) as folder:
+            write_request(folder, request, contents)
+            packed = write_packed(source, plan, folder, where, resume=bool(before), progress=progress)
     first = plan.record.recipes[0]
     return result_of(
         source, plan, packed, out=out, quantizer=first.quantizer, options=first.options,
@@ -152,6 +165,14 @@ def calibration_text(source: ModelSource, config: CalibrationConfig, seed: int) 
     """The samples. Raises OptionError, DataError, MissingExtraError, ModelError where there are none for this model."""
     check_seq_len(config, source.config)
     return load_calibration(config, source.tokenizer(), seed=seed)
+
+
+def _warn_without_tokenizer(source: ModelSource) -> None:
+    if not source.has_tokenizer:
+        logger.warning(
+            "model %s: it has no tokenizer files, such as %s, and so the packed one will have none: finetune, generate, chat and "
+            "evaluate need them; put them into its folder, or into the packed one later", source.location.model, TOKENIZER_FILES[0],
+        )  # fmt: skip
 
 
 def request_before(out: Path, request: Mapping[str, Any], *, resume: bool) -> dict[str, Any]:
@@ -231,10 +252,19 @@ def result_of(
         bytes=plan.nbytes, seconds=seconds, peak_memory_bytes=peak.nbytes,
         weights=sum(site.weights for _, site in plan.record.items()),
         source_bytes=sum(info.nbytes for info in source.parameters.values()),
-        kept=dict(plan.record.kept), calibration=None if text is None else text.to_json(), unreached=list(packed.unreached),
+        kept=dict(plan.record.kept), packed_by=_packed_by(plan.record),
+        calibration=None if text is None else text.to_json(), unreached=list(packed.unreached),
         tuning_errors=None if text is None or text.config.tuning is None else _rounded(packed.tuning_errors),
         allocation=allocation,
     )  # fmt: skip
+
+
+def _packed_by(record: QuantizationRecord) -> dict[str, int]:
+    weights: dict[str, int] = {}
+    for _, site in record.items():
+        name = record.recipes[site.recipe].quantizer
+        weights[name] = weights.get(name, 0) + site.weights
+    return weights
 
 
 def _rounded(errors: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
@@ -248,7 +278,8 @@ def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] |
 
 def _another(folder: Path, difference: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder}: an unfinished run of another request (differs in {difference}); start again without --resume"
+        f"{folder}: an unfinished run of another request (differs in {difference}); ask for the same, or remove the folder to start "
+        "again without --resume"
     )
 
 

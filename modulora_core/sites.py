@@ -102,6 +102,11 @@ def find_sites(model: PreTrainedModel, include: Sequence[str] = (), exclude: Seq
     return Sites(tuple(chosen), MappingProxyType(kept))
 
 
+def tied_to(name: str) -> str:
+    """Why a parameter is kept that is the one called ``name``."""
+    return f"tied to {name}"
+
+
 def _tied(model: nn.Module) -> dict[str, str]:
     """Why parameters that several names share are kept; an embedding that comes first has its own reason."""
     names: dict[int, list[str]] = {}
@@ -109,7 +114,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
         names.setdefault(id(tensor), []).append(name)
     reasons: dict[str, str] = {}
     for first, *others in names.values():
-        reasons |= dict.fromkeys(others, f"tied to {first}")
+        reasons |= dict.fromkeys(others, tied_to(first))
         if others and not isinstance(model.get_submodule(first.rpartition(".")[0]), nn.Embedding):
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             reasons[first] = f"shared with {others[0]}{more}"

@@ -8,6 +8,7 @@ and numbers is unpickled.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ from modulora_core.gradient_checkpointing import checkpoint_activations
 from modulora_core.offload import Place
 from modulora_core.optimizers import TRANSFORMERS_NAMES
 from modulora_core.training_checkpoints import TRAINER_STATE, seal
+
+logger = logging.getLogger(__name__)
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -136,12 +139,22 @@ def total_steps(config: FinetuneConfig, examples: int) -> int:
     return max(1, math.ceil((config.epochs or 1) * math.ceil(batches / config.grad_accum)))
 
 
+def _warmup_steps(config: FinetuneConfig, steps: int) -> int:
+    # transformers rounds up. The first step of a warm-up has a rate of 0, and a short run can't spare it
+    return int(config.warmup) if config.warmup >= 1 else round(config.warmup * steps)
+
+
+def _warn_of_warmup(config: FinetuneConfig, steps: int) -> None:
+    warmup = _warmup_steps(config, steps)
+    if warmup >= steps:
+        logger.warning("warmup %g: it takes %d of the run's %d steps, so the learning rate never reaches its peak (lr %g); lower it "
+                       "or train longer", config.warmup, warmup, steps, config.lr)  # fmt: skip
+
+
 def training_arguments(
     config: FinetuneConfig, folder: Path, steps: int, device: torch.device
 ) -> TrainingArguments:
     """A config in transformers' words. ``folder`` is where checkpoints go."""
-    # transformers rounds up. The first step of a warm-up has a rate of 0, and a short run can't spare it
-    warmup = config.warmup if config.warmup >= 1 else round(config.warmup * steps)
     on_gpu = device.type == "cuda"
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -152,7 +165,7 @@ def training_arguments(
         optim=TRANSFORMERS_NAMES[config.optimizer],
         learning_rate=config.lr,
         lr_scheduler_type=_SCHEDULES[config.scheduler],
-        warmup_steps=int(warmup),
+        warmup_steps=_warmup_steps(config, steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
@@ -225,6 +238,7 @@ def train(
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     steps = total_steps(config, len(examples))  # type: ignore[arg-type]  # torch's Dataset has no __len__
+    _warn_of_warmup(config, steps)
     watcher = _Watcher(on_step, on_eval)
     trainer = AdapterTrainer(
         model=model,

@@ -33,11 +33,13 @@ def is_sealed(checkpoint: Path) -> bool:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in ``folder``. Half-written ones are removed: nothing can use them."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if is_sealed(checkpoint):
-            whole.append(checkpoint)
-        else:
-            shutil.rmtree(checkpoint)
+    """The last whole checkpoint in ``folder``."""
+    whole = [checkpoint for checkpoint in folder.glob("checkpoint-*") if is_sealed(checkpoint)]
     return max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove the checkpoints in ``folder`` that aren't whole: nothing can use them."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not is_sealed(checkpoint):
+            shutil.rmtree(checkpoint)

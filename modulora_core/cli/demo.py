@@ -9,6 +9,7 @@ import typer
 
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
+from modulora_core.training_losses import loss_in_words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -97,7 +98,7 @@ def _told(result: DemoResult, question: str, out: Path | None) -> RenderableType
         "",
         f"Quantized in {packed['seconds']:.1f} s with {format_size(packed['peak_memory_bytes'])} of memory at the most.",
         f"Finetuned {tuned['steps']} steps in {tuned['seconds']:.1f} s ({tuned['tokens_per_second']:.0f} tokens/s) with "
-        f"{format_size(tuned['peak_memory_bytes'])}; loss {tuned['losses'][0]:.3f} → {tuned['losses'][-1]:.3f}.",
+        f"{format_size(tuned['peak_memory_bytes'])}; {loss_in_words(tuned['losses'], digits=3)}.",
         "Perplexity is of text held out from finetuning; peak memory is of measuring it.",
     ]
     if out is not None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modulora_core.cli.arguments import Adapter, Device, Dtype, Mapped, Model
+from modulora_core.cli.counted import counted
+from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.errors import OptionError
 
@@ -24,16 +26,20 @@ Text = Annotated[
     ),
 ]
 Metric = Annotated[str, typer.Option("--metric", metavar="METRIC", help=f"{', '.join(METRICS)}.")]
-SeqLen = Annotated[int, typer.Option("--seq-len", metavar="N", help="Tokens in a segment, for perplexity.")]
+SeqLen = Annotated[
+    int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens in a segment, for perplexity.")
+]
 Segments = Annotated[
     int | None,
-    typer.Option("--segments", metavar="N", show_default="all", help="Segments at most, for perplexity."),
+    typer.Option(
+        "--segments", metavar="N", min=1, show_default="all", help="Segments at most, for perplexity."
+    ),
 ]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", metavar="N", help="Segments or answers in a forward pass.")
+    int, typer.Option("--batch-size", metavar="N", min=1, help="Segments or answers in a forward pass.")
 ]
 NewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", help="The longest answer, for rouge.")
+    int, typer.Option("--max-new-tokens", metavar="N", min=1, help="The longest answer, for rouge.")
 ]
 
 
@@ -78,9 +84,7 @@ def command(
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak.nbytes,
     }
-    return Report(
-        facts, ", ".join(f"{key} {_shown(value)}" for key, value in facts.items() if key != "labels")
-    )
+    return Report(facts, _told(facts))
 
 
 def _perplexity(
@@ -114,5 +118,14 @@ def _answers(
     )
 
 
-def _shown(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def _told(facts: dict[str, Any]) -> str:
+    if facts["metric"] == "perplexity":
+        measured = (f"perplexity {facts['perplexity']:.4f}, {facts['nll']:.4f} nats per token, of {counted(facts['tokens'], 'token')} "
+                    f"in {counted(facts['segments'], 'segment')}")  # fmt: skip
+    elif facts["metric"] == "accuracy":
+        measured = (f"accuracy {facts['accuracy']:.4f}: {facts['correct']:,} of {counted(facts['examples'], 'example')}, "
+                    f"among {counted(len(facts['labels']), 'label')}")  # fmt: skip
+    else:
+        measured = (f"ROUGE-1 {facts['rouge1']:.4f}, ROUGE-2 {facts['rouge2']:.4f}, ROUGE-L {facts['rougeL']:.4f} "
+                    f"of {counted(facts['examples'], 'example')}")  # fmt: skip
+    return f"{measured}\n{facts['seconds']:.1f} s, peak memory {format_size(facts['peak_memory_bytes'])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from typing import Any
 
 import typer
 
@@ -15,14 +16,19 @@ INTERRUPTED = 130
 UsageError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "UsageError")
 """click's. typer brings click along since 0.26 and depended on it before; this finds it in both."""
 
+_Context: Any = next(cls for cls in typer.Context.__mro__ if cls.__module__.endswith("click.core"))
+"""click's, found in the same way."""
+
 
 def report_failure(error: BaseException, terminal: Terminal) -> int:
-    """Tell about ``error`` and return the exit code: 2 for a wrong request, 1 for work that failed."""
+    """Tell about ``error`` and return the exit code: 2 for a wrong request, 1 for work that failed, 130 for Ctrl-C."""
     if isinstance(error, typer.Exit):
         return error.exit_code
     if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
         return error.code or 0
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        goes_on = "; the same command with --resume goes on" if _can_resume(error) else ""
+        terminal.note(f"interrupted{goes_on}")
         return INTERRUPTED
     if terminal.debug:
         terminal.note("".join(traceback.format_exception(error)).rstrip())
@@ -31,6 +37,16 @@ def report_failure(error: BaseException, terminal: Terminal) -> int:
         terminal.write_object({"error": {"kind": kind, "message": message}})
     terminal.note(f"error: {message}")
     return code
+
+
+def _can_resume(error: BaseException) -> bool:
+    """Whether the command that ``error`` came out of has ``--resume``.
+
+    click has dropped its contexts by now, but the frames that the error went through still hold them: the last is the command's.
+    """
+    contexts = (frame.f_locals.get("ctx") for frame, _ in traceback.walk_tb(error.__traceback__))
+    commands: list[Any] = [ctx.command for ctx in contexts if isinstance(ctx, _Context)]
+    return bool(commands) and any("--resume" in parameter.opts for parameter in commands[-1].params)
 
 
 def _described(error: BaseException) -> tuple[str, str, int]:

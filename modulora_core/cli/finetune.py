@@ -11,6 +11,7 @@ from modulora_core.cli.arguments import Resume
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.finetune_config import FinetuneConfig
+from modulora_core.training_losses import loss_in_words
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -65,8 +66,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
 def _told(result: FinetuneResult) -> str:
     held_out = "" if result.eval_loss is None else f", {result.eval_loss:.4f} on the evaluation data"
     return (
-        f"{result.out}: {result.steps} steps, "
-        f"loss {result.losses[0]:.4f} → {result.losses[-1]:.4f}{held_out}\n"
+        f"{result.out}: {result.steps} steps, {loss_in_words(result.losses)}{held_out}\n"
         f"{result.seconds:.1f} s, {result.tokens_per_second:.0f} tokens/s, "
         f"peak memory {format_size(result.peak_memory_bytes)}"
     )

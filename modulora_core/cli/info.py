@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modulora_core.cli.allocation_table import with_allocation
+from modulora_core.cli.counted import counted
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report
 
@@ -76,8 +77,9 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
     for group in groups:
         options = ", ".join(f"{key}={value}" for key, value in group["options"].items()) or "no options"
         bits = 8 * group["bytes"] / max(1, group["weights"])
-        lines.append(f"  {group['quantizer']} ({options}) of {group['distribution']} {group['version']}: "
-                     f"{group['parameters']} parameters, {group['weights']:,} weights, {bits:.3f} bits each")  # fmt: skip
+        holds = f"{counted(group['parameters'], 'parameter')}, {counted(group['weights'], 'weight')}"
+        made_by = f"{group['quantizer']} ({options}) of {group['distribution']} {group['version']}"
+        lines.append(f"  {made_by}: {holds}, {bits:.3f} bits each")
     lines += [f"  not quantized, {reason}: {len(names)}" for reason, names in record.kept.items()]
     return Report(facts, with_allocation("\n".join(lines), facts["allocation"]))
 
@@ -95,18 +97,18 @@ def _allocation(checkpoint: PackedCheckpoint) -> dict[str, Any] | None:
 def _calibrated(calibration: Mapping[str, Any] | None) -> list[str]:
     if calibration is None:
         return []
-    told = "calibrated on {samples} samples of {seq_len} tokens of {source}".format_map(_Told(calibration))
+    samples = _counted(calibration.get("samples"), "sample")
+    told = f"calibrated on {samples} of {calibration.get('seq_len', '?')} tokens of {calibration.get('source', '?')}"
     tuning = calibration.get("tuning")
     if tuning is not None:
-        told += ", blocks tuned: {epochs} epochs at learning rate {learning_rate}".format_map(_Told(tuning))
+        epochs = _counted(tuning.get("epochs"), "epoch")
+        told += f", blocks tuned: {epochs} at learning rate {tuning.get('learning_rate', '?')}"
     return [told]
 
 
-class _Told(dict[str, Any]):
-    """What a record tells; a reader may find less in it than we write."""
-
-    def __missing__(self, key: str) -> str:
-        return "?"
+def _counted(number: object, noun: str) -> str:
+    """A number of a record, in which a reader may find less than we write."""
+    return counted(number, noun) if isinstance(number, int) else f"? {noun}s"
 
 
 def _adapter(path: str) -> Report:
@@ -123,6 +125,6 @@ def _adapter(path: str) -> Report:
              "parameters": parameters, "base": name, "base_quantizers": quantizers, "config": dict(adapter.config)}  # fmt: skip
     made_on = ", ".join(q["quantizer"] for q in quantizers) or "not recorded"
     made_of = f"rank {', '.join(map(str, ranks))}" + (" and channel scales" if scaled else "")
-    text = (f"LoRA adapter of {len(adapter)} modules, {made_of}, {parameters:,} parameters\n"
+    text = (f"LoRA adapter of {counted(len(adapter), 'module')}, {made_of}, {counted(parameters, 'parameter')}\n"
             f"made for {name} (quantizer: {made_on})")  # fmt: skip
     return Report(facts, text)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from modulora_core.cli.arguments import Adapter, Model, Out
+from modulora_core.cli.counted import counted
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
 
@@ -32,6 +33,6 @@ def command(model: Model, out: Out, adapter: Adapter = None, dtype: MergedDtype 
             dtype=dtype,
             progress=lambda what, done, total: bar.update(done, total, what),
         )
-    text = (f"{result.out}: {format_size(result.bytes)} of {result.dtype}, {result.adapted} modules with an adapter merged in\n"
+    text = (f"{result.out}: {format_size(result.bytes)} of {result.dtype}, {counted(result.adapted, 'module')} with an adapter merged in\n"
             f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}")  # fmt: skip
     return Report(result.to_json(), text)

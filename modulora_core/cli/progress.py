@@ -1,7 +1,8 @@
-"""A progress bar with rate and time left."""
+"""A progress bar with rate and time left; where nobody watches, a line now and then."""
 
 from __future__ import annotations
 
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,14 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from modulora_core.cli.sizes import format_size
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Task
+
+SECONDS_BETWEEN_LINES = 60
+"""Of work that isn't shown as a bar: what takes no longer than this says nothing of its progress."""
 
 
 class Bar:
@@ -30,7 +36,8 @@ class Bar:
                 ...
                 bar.advance()
 
-    Where the work counts for itself, hand it :meth:`update` as its callback. The unit ``"bytes"`` is shown as sizes.
+    Where the work counts for itself, hand it :meth:`update` as its callback. The unit ``"bytes"`` is shown as sizes. A bar that isn't
+    ``shown`` prints a plain line at most once a minute instead: ``quantizing: 12/210 layers``.
     """
 
     def __init__(
@@ -47,6 +54,8 @@ class Bar:
             disable=not shown,
         )
         self._task = self._progress.add_task(description, total=total)
+        self._console, self._unit, self._shown = console, unit, shown
+        self._last_line = monotonic()
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -60,6 +69,7 @@ class Bar:
     def advance(self, count: int = 1) -> None:
         """``count`` more are done."""
         self._progress.advance(self._task, count)
+        self._say()
 
     def update(self, done: int, total: int | None = None, description: str | None = None) -> None:
         """``done`` of ``total`` are done; None leaves the total or the description as it is.
@@ -69,6 +79,19 @@ class Bar:
         if done < self._progress.tasks[0].completed:
             self._progress.reset(self._task)
         self._progress.update(self._task, completed=done, total=total, description=description)
+        self._say()
+
+    def _say(self) -> None:
+        if self._shown or monotonic() - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = monotonic()
+        task = self._progress.tasks[0]
+        numbers = [task.completed] if task.total is None else [task.completed, task.total]
+        if self._unit == "bytes":
+            done = "/".join(format_size(number) for number in numbers)
+        else:
+            done = "/".join(f"{number:.0f}" for number in numbers) + f" {self._unit}"
+        self._console.print(f"{task.description}: {done}", markup=False, highlight=False, soft_wrap=True)
 
 
 class _RateColumn(ProgressColumn):

@@ -19,6 +19,7 @@ from modulora_core.cli.arguments import (
     Revision,
     Seed,
 )
+from modulora_core.cli.counted import counted
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.word_lists import WordLists
@@ -144,7 +145,7 @@ def command(
     --quantize-embeddings don't pack them; what stays is listed.
 
     Some quantizers want --calibration: the text goes through the model one decoder block at a time. A run that was
-    killed goes on with --resume.
+    killed goes on with --resume; to start it again instead, remove the folder OUT.partial that it left.
 
     With --budget, of all tensors that are stored, each layer gets one of the --choices: their errors are measured on the text
     first, and the sum is made small. A packed head and embedding count with what they take.
@@ -271,32 +272,43 @@ def _override(text: str) -> Override:
 
 
 def _told(result: QuantizeResult) -> RenderableType:
-    by = result.quantizer if result.allocation is None else "what suits each layer"
     lines = [
-        f"{result.out}: {result.weights:,} weights packed by {by}, {result.bits_per_weight:.3f} bits per weight; "
+        f"{result.out}: {result.weights:,} weights packed {_packed_by(result)}, {result.bits_per_weight:.3f} bits per weight; "
         f"{format_size(result.bytes)} on disk in all",
         f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}",
     ]
     if result.calibration is not None:
         lines.append(
-            "calibrated on {samples} samples of {seq_len} tokens of {source}".format(**result.calibration)
+            f"calibrated on {counted(result.calibration['samples'], 'sample')} of {result.calibration['seq_len']} tokens of "
+            f"{result.calibration['source']}"
         )
     if result.tuning_errors:
         before, after = (fmean(errors) for errors in zip(*result.tuning_errors.values(), strict=True))
         lines.append(
-            f"tuned {len(result.tuning_errors)} blocks: error of their outputs on samples held out {before:.3g} before, {after:.3g} after"
+            f"tuned {counted(len(result.tuning_errors), 'block')}: error of their outputs on samples held out {before:.3g} before, "
+            f"{after:.3g} after"
         )
     lines += _unreached(result.unreached)
-    lines.append("Not quantized:")
+    if result.kept:
+        lines.append("Not quantized:")
     for reason, names in result.kept.items():
         some = ", ".join(names[:2]) + (f", ... ({len(names)} in all)" if len(names) > 2 else "")
         lines.append(f"  {reason}: {some}")
     return with_allocation("\n".join(lines), result.allocation)
 
 
+def _packed_by(result: QuantizeResult) -> str:
+    if result.allocation is not None:
+        return "by what suits each layer"
+    if len(result.packed_by) == 1:
+        return f"by {next(iter(result.packed_by))}"
+    parts = (f"{weights:,} by {name}" for name, weights in result.packed_by.items())
+    return f"({', '.join(parts)})"
+
+
 def _unreached(names: list[str]) -> list[str]:
     if not names:
         return []
     some = ", ".join(names[:3]) + (", ..." if names[3:] else "")
-    return [f"no calibration token reached {len(names)} expert weights, which were packed as if all inputs mattered alike: {some}; "
+    return [f"no calibration token reached {counted(len(names), 'expert weight')}, packed as if all inputs mattered alike: {some}; "
             "more samples may help"]  # fmt: skip

@@ -6,7 +6,8 @@
 the report          text on stdout      one object on stdout
 streamed text       stdout              nowhere (it is in the report)
 notes, warnings     stderr              stderr
-progress            stderr, if a tty    nowhere
+progress, a bar     stderr, if a tty    nowhere
+or a line a minute  stderr, if no tty   stderr
 ==================  ==================  =========================
 """
 
@@ -73,7 +74,7 @@ class Terminal:
             self._write(text)
 
     def progress(self, description: str, *, unit: str, total: int | None = None) -> Bar:
-        """A progress bar on stderr with rate and time left; see :class:`~modulora_core.cli.progress.Bar`."""
+        """A progress bar on stderr with rate and time left, or lines; see :class:`~modulora_core.cli.progress.Bar`."""
         from modulora_core.cli.progress import Bar
 
         shown = not self.json and self._errors.is_terminal

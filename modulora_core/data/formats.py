@@ -92,7 +92,7 @@ def detect(records: Sequence[Record], requested: str = "auto") -> Format:
     for record in records[1:]:
         if (other := _detect_one(record)) != first:
             raise DataError(f"{record.place}: expected format {first} as in {records[0].place}, got {other}; "
-                            "keep one format to a file")  # fmt: skip
+                            "one run takes one format: give the others in a run of their own")  # fmt: skip
     return first
 
 

@@ -3,7 +3,7 @@
 ::
 
     notes.txt  data.jsonl  data.json  data.csv  data.parquet      a file
-    org/name   org/name:split   org/name:config:split             a Hub dataset, or a folder laid out like one
+    org/name   org/name:split   org/name:config:split             a Hub dataset, or a local folder laid out like one
     pydoc                                                         the English text that CPython ships
     anything[:90%]   anything[10%:20%]                            a part of it
 
@@ -128,7 +128,7 @@ def _load(text: str) -> list[Record]:
             f"{name!r}: expected a file that exists, pydoc, or a Hub dataset as org/name, org/name:split or "
             "org/name:config:split"
         )
-    return _hub(name, part)
+    return _hub(name, part, is_folder=is_folder)
 
 
 def _path(name: str) -> Path | None:
@@ -186,13 +186,17 @@ def pydoc_text() -> str:
     return "\n\n".join(topics[name].strip("\n") for name in sorted(topics))
 
 
-def _hub(name: str, part: Slice) -> list[Record]:
+def _hub(name: str, part: Slice, *, is_folder: bool) -> list[Record]:
     try:
         import datasets
     except ImportError:
+        needs = (
+            "a folder; expected a file, or for a folder laid out as a dataset"
+            if is_folder
+            else "reading a Hub dataset needs"
+        )
         raise MissingExtraError(
-            f"{name}: reading a Hub dataset needs the library datasets, which is not installed; "
-            "pip install 'modulora-core[data]'"
+            f"{name}: {needs} the library datasets, which is not installed; pip install 'modulora-core[data]'"
         ) from None
     dataset_id, *rest = os.path.expanduser(name).split(":")  # noqa: PTH111  a Hub id isn't a path
     config = rest[0] if len(rest) == 2 else None
@@ -200,10 +204,12 @@ def _hub(name: str, part: Slice) -> list[Record]:
     try:
         rows = datasets.load_dataset(dataset_id, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{name}: expected a Hub dataset with the split {split!r} (say org/name:split or "
-            f"org/name:config:split), got {type(error).__name__}: {error}"
-        ) from error
+        expected = (
+            f"a file in this folder, or a folder laid out as a dataset with the split {split!r} (say FOLDER:split)"
+            if is_folder
+            else f"a Hub dataset with the split {split!r} (say org/name:split or org/name:config:split)"
+        )
+        raise DataError(f"{name}: expected {expected}, got {type(error).__name__}: {error}") from error
     first, end = part.rows(len(rows))
     if first == end:
         raise _no_rows(name, part, len(rows))

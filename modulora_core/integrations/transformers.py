@@ -5,7 +5,8 @@ transformers builds the skeleton on the meta device, :func:`install` puts packed
 loader fills their buffers from the files. No dense weight exists at any moment.
 
 HfQuantizer's interface changed twice between transformers 4.57 and 5.24. Only what has been stable since 5.0 is used
-here: ``_process_model_before_weight_loading(model, **kwargs)`` and the capability properties.
+here: ``_process_model_before_weight_loading(model, **kwargs)``, ``get_state_dict_and_metadata(model)``, by which
+``save_pretrained`` asks what to write, and the capability properties.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from modulora_core.errors import CheckpointError, ModelError
-from modulora_core.layers import DenseLinear, PackedParameter, PackedStack, QuantLinear
+from modulora_core.errors import AdapterError, CheckpointError, ModelError
+from modulora_core.layers import DenseLinear, LoRALinear, PackedParameter, PackedStack, QuantLinear
 from modulora_core.packed_table import PackedTable, install_table
 from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.spec import Quantizer
@@ -53,6 +54,20 @@ class ModuLoRAHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         install(model, self.quantization_config.record)
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
+        """Refuse what ``save_pretrained`` would write of a model with an adapter: no checkpoint has a place for A and B.
+
+        Raises:
+            AdapterError: there is an adapter on the model.
+        """
+        path = next((p for p, m in model.named_modules() if isinstance(m, LoRALinear) and m.lora_A), None)
+        if path is not None:
+            raise AdapterError(
+                f"save_pretrained: expected a packed model without an adapter, got one with, on {path}; save the adapter with "
+                "modulora_core.save_adapter(model, OUT), or write a dense model with both by `modulora merge`"
+            )
+        return None, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True

@@ -83,21 +83,21 @@ def quantize_mixed(
     where = pick_device(device)
     with PeakMemory(where) as peak:
         out = Path(out)
-        check_output(out)
+        check_output(out, resume=resume)
         source = open_model(model, revision=revision)
         text = calibration_text(source, calibration, seed)
         candidates = find_candidates(
             source, choices, text, include=include, exclude=exclude, head=head, embeddings=embeddings, seed=seed,
         )  # fmt: skip
         _check_budget(candidates, budget)
-        request = _request(source, candidates, budget)
+        request = {**_request(source, candidates, budget), "max_shard_bytes": max_shard_bytes}
         before = request_before(out, request, resume=resume)
         spilled = spill_bytes(text, source.config, where)
         blocks = len(find_blocks(source.skeleton()))
         spilled += boundary_bytes(judging(text), source.config, where, blocks, text.config.spill)
         check_disk_space(out, min(budget, candidates.largest) + SMALL_FILES + spilled)
         contents = check_values(source, out, before, progress)
-        with whole_or_nothing(out, resume=resume) as folder:
+        with whole_or_nothing(out, resume=bool(before)) as folder:
             write_request(folder, request, contents)
             errors = measure_errors(
                 source, candidates, device=where, folder=folder, resume=bool(before), progress=progress

@@ -86,7 +86,7 @@ def plan_memory(request: PlanRequest, on_search: Callable[[str], None] | None = 
         OptionError: a quantizer for a model that is packed already, or none for one that isn't; an option of it.
         RequestError: the model, the quantizer or a setting can't be used.
     """
-    found = open_subject(request.model, request.revision)
+    found = open_subject(request.model, request.revision, mapped=request.config.mapped)
     if isinstance(found, Subject):
         if request.quantizer is not None:
             raise OptionError(
@@ -105,7 +105,7 @@ def plan_all(request: PlanRequest) -> list[MemoryPlan]:
 
     Quantizers that can't pack the model's shapes are left out.
     """
-    found = open_subject(request.model, request.revision)
+    found = open_subject(request.model, request.revision, mapped=request.config.mapped)
     if isinstance(found, Subject):
         return [plan_memory(request)]
     plans = []

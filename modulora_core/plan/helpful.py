@@ -56,7 +56,7 @@ def changes(
         rehearsal: of ``request``.
     """
     found = []
-    for words, fields in _other_settings(request):
+    for words, fields in _other_settings(request, subject):
         try:
             changed = request.changed(**fields)
         except OptionError:  # it doesn't go together with the rest
@@ -70,9 +70,9 @@ def changes(
     yield from sorted(worth, key=lambda change: -change.saves)
 
 
-def _other_settings(request: PlanRequest) -> Iterator[tuple[str, dict[str, Any]]]:
+def _other_settings(request: PlanRequest, subject: Subject) -> Iterator[tuple[str, dict[str, Any]]]:
     config = request.config
-    if request.device == "cpu" and not config.mapped:
+    if request.device == "cpu" and not config.mapped and not subject.foreign:
         yield "--mapped", {"mapped": True}
     if not config.gradient_checkpointing:
         yield "--gradient-checkpointing", {"gradient_checkpointing": True}

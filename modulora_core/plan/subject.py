@@ -13,7 +13,7 @@ import torch
 
 from modulora_core import registry
 from modulora_core.calibration import find_blocks
-from modulora_core.checkpoint import open_checkpoint
+from modulora_core.checkpoint import check_mapped, open_checkpoint
 from modulora_core.choices import Choice
 from modulora_core.ends import find_ends
 from modulora_core.errors import ModelError
@@ -82,6 +82,7 @@ class Subject:
         record: which parameter is packed, and how its tensors look.
         quantizers: for each of the record's recipes.
         blocks: the dotted path of the list of decoder blocks.
+        foreign: whether another tool packed it, in its own format, whose weights can't be mapped.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Subject:
     record: QuantizationRecord
     quantizers: tuple[Quantizer, ...]
     blocks: str
+    foreign: bool = False
 
     def skeleton(self, dtype: torch.dtype) -> PreTrainedModel:
         """A new model on the meta device with packed modules; all else in ``dtype``."""
@@ -105,10 +107,14 @@ class Subject:
         return f"{self.blocks}.{number}"
 
 
-def open_subject(model: str, revision: str | None = None) -> Dense | Subject:
+def open_subject(model: str, revision: str | None = None, *, mapped: bool = False) -> Dense | Subject:
     """Find MODEL and read what is known without its weights.
 
+    Args:
+        mapped: whether a run is planned that maps its weights.
+
     Raises:
+        OptionError: ``mapped``, and the model is packed in another tool's format.
         ModelError: nothing is there, it can't be used, or it has no decoder blocks.
         PluginError: what packed it isn't installed. CheckpointError: its record is malformed.
     """
@@ -117,7 +123,7 @@ def open_subject(model: str, revision: str | None = None) -> Dense | Subject:
     if dict(values.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
         return _packed_here(model, location.folder, values)
     if location.gguf is None and recognise(location.folder, values) is not None:
-        return _foreign(model, revision)
+        return _foreign(model, revision, mapped=mapped)
     source = open_model(model, revision=revision, weights=False)
     skeleton = source.skeleton()
     return Dense(model, source.config, find_sites(skeleton).linears, _list_of_blocks(skeleton))
@@ -150,12 +156,15 @@ def _packed_here(model: str, folder: Path, values: dict[str, Any]) -> Subject:
     return Subject(model, config, record, quantizers, _list_of_blocks(_dense_skeleton(config)))
 
 
-def _foreign(model: str, revision: str | None) -> Subject:
+def _foreign(model: str, revision: str | None, *, mapped: bool) -> Subject:
     checkpoint = open_checkpoint(model, revision=revision)
+    if mapped:
+        check_mapped(checkpoint, "cpu")  # a request for another device was refused
     assert checkpoint.foreign is not None
     config = checkpoint.foreign.source.config
     quantizers = tuple(recipe.create() for recipe in checkpoint.record.recipes)
-    return Subject(model, config, checkpoint.record, quantizers, _list_of_blocks(_dense_skeleton(config)))
+    blocks = _list_of_blocks(_dense_skeleton(config))
+    return Subject(model, config, checkpoint.record, quantizers, blocks, foreign=True)
 
 
 def _dense_skeleton(config: PretrainedConfig) -> PreTrainedModel:

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError
-from modulora_core.formats import FormatSpec, recognise
+from modulora_core.formats import FormatSpec, recognise, specs
 from modulora_core.hookspecs import PROJECT
+from modulora_core.outputs import MARKER, REQUEST
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+RUN_FILE = "finetune.yaml"
+"""What a run of finetune writes first: a folder that has it and no adapter is one that was begun."""
 
 
 def read_config(folder: Path, foreign: FormatSpec | None = None) -> tuple[PretrainedConfig, dict[str, Any]]:
@@ -29,7 +34,7 @@ def read_config(folder: Path, foreign: FormatSpec | None = None) -> tuple[Pretra
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(_no_config(folder))
+        raise ModelError(no_config(folder))
     try:
         values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -55,12 +60,22 @@ def read_config(folder: Path, foreign: FormatSpec | None = None) -> tuple[Pretra
     return config, values
 
 
-def _no_config(folder: Path) -> str:
+def no_config(folder: Path) -> str:
+    """What a folder without config.json holds, and what to do, for a message."""
     if (folder / "adapter_config.json").is_file():
         return (
             f"{folder}: no config.json; the folder holds an adapter: give its base model, "
-            f"and the adapter with --adapter"
+            f"and the adapter with --adapter where the command has it"
         )
+    if (folder / RUN_FILE).is_file():
+        return f"{folder}: an unfinished run of finetune; go on with it with --resume. The adapters that it saved are in checkpoints"
+    if (folder / MARKER).is_file():
+        on = (
+            "go on with it with quantize and --resume"
+            if (folder / REQUEST).is_file()
+            else "run its command again"
+        )
+        return f"{folder}: an unfinished run, not a model; {on}"
     ggufs = sorted(file.name for file in folder.glob("*.gguf"))
     if ggufs:
         return f"{folder}: no config.json; for a GGUF model give the file: {folder / ggufs[0]}"
@@ -88,7 +103,12 @@ def _refuse_quantized(folder: Path, values: dict[str, Any]) -> None:
                 f"ready for finetune, generate, chat, evaluate and merge; to quantize it differently, "
                 f"start from its original"
             )
-        raise ModelError(
-            f"{folder}: already quantized with {method} (quantization_config in config.json); expected "
-            f"floating-point weights. Give the original model, or dequantize this one with transformers first"
-        )
+        raise ModelError(unread_method(str(folder), method))
+
+
+def unread_method(model: str, method: object) -> str:
+    """That no plugin reads what ``model`` is quantized with, and what to do, for a message."""
+    return (
+        f"model {model}: quantized with {method}, which no installed plugin reads (formats: {', '.join(specs()) or 'none'}); "
+        "install one that does, or give the original model"
+    )

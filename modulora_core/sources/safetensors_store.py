@@ -135,7 +135,7 @@ def _no_weights(folder: Path) -> str:
         )
     others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     if "adapter_config.json" in names:
-        return f"{expected}; the folder holds an adapter: give its base model, and the adapter with --adapter"
+        return f"{expected}; the folder holds an adapter: give its base model, and the adapter with --adapter where the command has it"
     return f"{expected}, got {', '.join(others) or 'no weight files'}"
 
 

@@ -124,19 +124,24 @@ class ModelSource:
         """
         return self._need_weights().stream(progress, names)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is anything to make a tokenizer of; a GGUF file has its own."""
+        folder = self.location.folder
+        return self.location.gguf is not None or any((folder / name).is_file() for name in TOKENIZER_FILES)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises ModelError when there is none that transformers can read."""
         from transformers import AutoTokenizer
 
-        folder = self.location.folder
-        if self.location.gguf is None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if not self.has_tokenizer:
             # transformers makes an empty tokenizer of such a folder in some versions
             raise ModelError(f"model {self.location.model}: no tokenizer files, such as {TOKENIZER_FILES[0]}")
         options = {} if self.location.gguf is None else {"gguf_file": self.location.gguf}
         try:
             with quiet():
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=False, **options
+                    self.location.folder, trust_remote_code=False, **options
                 )
         except Exception as error:  # each tokenizer class fails in its own way on missing or broken files
             reason = str(error).strip().split("\n")[0]

@@ -36,11 +36,11 @@ def trained(model: nn.Module, settings: LoRASettings | None = None) -> nn.Module
     return model
 
 
-def save_llama_with_tokenizer(folder: Path) -> None:
-    """A tiny random Llama that can read text."""
+def save_llama_with_tokenizer(folder: Path, **other_sizes: int) -> None:
+    """A tiny random Llama that can read text; ``other_sizes`` are those of its config."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 600, "max_position_embeddings": 128,
-             "initializer_range": 0.2}  # fmt: skip
+             "initializer_range": 0.2, **other_sizes}  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
     model.save_pretrained(folder)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -113,6 +114,30 @@ def test_an_interrupted_run_is_resumed(
     assert "go on with it with --resume" in json.loads(capsys.readouterr().out)["error"]["message"]
     assert main([*words, "--resume"]) == 0
     assert json.loads(capsys.readouterr().out)["losses"] == losses
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        ("modulora_core.finetune.finetune", ["finetune", "m", "o", "--data", "pydoc", "--steps", "1"]),
+        ("modulora_core.quantize.quantize", ["quantize", "m", "o", "-q", "toy"]),
+    ],
+    ids=["finetune", "quantize"],
+)
+def test_ctrl_c_in_work_that_can_be_resumed_says_so(
+    work: str,
+    words: list[str],
+    toy: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, interrupted)
+    for flags in ([], ["--json"]):
+        assert main([*words, *flags]) == 130
+        assert capsys.readouterr() == ("", "interrupted; the same command with --resume goes on\n")
 
 
 @pytest.mark.parametrize(

@@ -244,13 +244,13 @@ def test_a_literal_argument_that_looks_like_a_flag_is_none(
     assert capsys.readouterr().out == "did --json\n"
 
 
-def test_an_interrupt_ends_quietly_with_130(probe: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_ends_with_one_word_and_130(probe: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "interrupt"]) == 130
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent as a POSIX signal")
-def test_ctrl_c_ends_a_process_quietly_with_130(tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_process_with_one_word_and_130(tmp_path: Path) -> None:
     with probe_process(tmp_path, "wait") as process:
         try:
             assert process.stderr is not None
@@ -259,7 +259,7 @@ def test_ctrl_c_ends_a_process_quietly_with_130(tmp_path: Path) -> None:
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()  # nothing is left where it has ended
-    assert (process.returncode, out, err) == (130, "", "")
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX pipe")

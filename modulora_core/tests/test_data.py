@@ -89,7 +89,7 @@ def test_nothing_left_to_train_on_is_refused(plain, save):
 TEXT, CHOICE = {"text": "a"}, {"prompt": "a", "completion": "b"}
 LISTED = [{"messages": [{"role": "user", "content": ["hi"]}]}]
 UNUSABLE = [
-    ([TEXT, CHOICE], "line 2: expected format text as in .*line 1, got completion"),
+    ([TEXT, CHOICE], "line 2: expected format text as in .*line 1, got completion; one run takes one format"),
     ([{**TEXT, "instruction": "b", "output": "c"}], "line 1: .* those of text and instruct .* with --format"),
     ([{"texts": "a", "n": 1}], "line 1: expected the fields text; or instruction, .*the fields 'n', 'texts'"),
     ([{"text": None}], "line 1: expected the fields .*got no fields"),

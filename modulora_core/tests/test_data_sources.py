@@ -240,7 +240,8 @@ def test_a_slice_of_a_hub_dataset_counts_records(hub_folder):
 
 
 def test_an_unknown_split_is_refused_by_name(hub_folder):
-    with pytest.raises(DataError, match=r"org/name:dev: expected a Hub dataset with the split 'dev'.*dev"):
+    expected = r"org/name:dev: expected a file in this folder, or a folder laid out as a dataset with the split 'dev'"
+    with pytest.raises(DataError, match=expected):
         load_records("org/name:dev")
 
 
@@ -251,3 +252,12 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(tmp_path, monk
     monkeypatch.setitem(sys.modules, module, None)  # import raises ImportError, as for a missing library
     with pytest.raises(MissingExtraError, match=rf"{module}.*pip install 'modulora-core\[data\]'"):
         load_records(name)
+
+
+def test_a_folder_is_told_from_a_hub_dataset(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        MissingExtraError,
+        match="a folder; expected a file, or for a folder laid out as a dataset the library",
+    ):
+        load_records(tmp_path)

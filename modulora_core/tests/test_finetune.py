@@ -27,6 +27,7 @@ from modulora_core.peft_format import AdapterFolder
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training import TrainingStep
+from modulora_core.training_losses import loss_in_words
 
 Configure = Callable[..., FinetuneConfig]
 
@@ -255,7 +256,7 @@ def test_the_base_stays_as_it_is_and_16_bit_activations_train_a_32_bit_adapter(
 def test_the_model_card_tells_what_was_done(configure: Configure, text: Path, tmp_path: Path) -> None:
     result = finetune(configure(eval_data=str(text)))
     card = (tmp_path / "out" / "README.md").read_text()
-    for told in ("library_name: peft", "for dense", "quantized with toy", f"Loss: {result.losses[0]:.4f} at step 1",
+    for told in ("library_name: peft", "for dense", "quantized with toy", loss_in_words(result.losses).capitalize(),
                  f"{result.eval_loss:.4f}", "| lr | 0.01 |", "modulora chat MODEL --adapter"):  # fmt: skip
         assert told in card
     assert "base_model:" not in card, "the Hub would link the name of a local folder to somebody's repository"
@@ -299,13 +300,14 @@ def _options(**changes: Any) -> Callable[[dict[str, Any], Path, Path], None]:
         (_options(model="./nothing"), ModelError, "no such file or folder"),
         (_foreign, OutputError, r"expected it new or empty, found 1 entries \(thesis.tex\)"),
         (_options(seq_len=129), OptionError, "seq_len 129: expected at most 128, the max_position_embeddings"),
+        (_options(rank=100_000), OptionError, "rank 100000: expected at most 32, as no adapted layer can"),
         (_options(targets="q_porj"), AdapterError, "no packed layer of that name; did you mean 'q_proj'"),
         (_options(targets="lm_head"), AdapterError, "lm_head is no packed linear layer"),
         (_broken_adapter, AdapterError, "expected adapter_config.json in it, found none"),
         (_options(data="nowhere.jsonl"), DataError, "nowhere.jsonl: expected a file, and there is none"),
         (_options(eval_data="nowhere.jsonl"), DataError, "nowhere.jsonl: expected a file, and there is none"),
     ],
-    ids=["dense", "no-model", "foreign", "window", "target", "head", "adapter", "data", "eval-data"],
+    ids=["dense", "no-model", "foreign", "window", "rank", "target", "head", "adapter", "data", "eval-data"],
 )  # fmt: skip
 def test_a_bad_request_is_refused_and_nothing_is_written(
     configure: Configure, tunable: Path, tmp_path: Path, spoil: Any, error: type[Exception], message: str
@@ -326,9 +328,12 @@ def test_float16_on_a_cpu_is_refused(configure: Configure) -> None:
 
 def test_a_finished_adapter_is_never_overwritten(configure: Configure) -> None:
     finetune(configure(steps=1))
-    for resume in (False, True):
-        with pytest.raises(OutputError, match="it holds a finished adapter"):
-            finetune(configure(steps=1), resume=resume)
+    with pytest.raises(OutputError, match="it holds a finished adapter; choose another name or remove it"):
+        finetune(configure(steps=1))
+    with pytest.raises(
+        OutputError, match=r"nothing left to resume; to train it on, .* give --adapter .*out$"
+    ):
+        finetune(configure(steps=1), resume=True)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_without_an_adapter(

@@ -80,6 +80,8 @@ def test_differences_name_the_fields_and_both_values_but_not_out() -> None:
         ({"rank": 0}, r"option 'rank': .*greater than or equal to 1, got 0 \(rank r of the adapter\)"),
         ({"lr": "fast"}, r"option 'lr': .*number.*got 'fast'"),
         ({"lr": "inf"}, r"option 'lr': expected a finite number, got"),
+        ({"lr": 1e38}, r"lr: expected at most 1e\+30, got 1e\+38$"),
+        ({"alpha": 1e39}, r"alpha: expected at most 1e\+30, got 1e\+39$"),
         ({"scheduler": "step"}, "option 'scheduler': expected 'cosine', 'linear' or 'constant', got 'step'"),
         ({"warmup": 1.5}, "warmup: expected a share below 1 or a whole number of steps, got 1.5"),
         ({"eval_every": 2}, "eval_every is 2: expected eval_data to evaluate on, got none"),

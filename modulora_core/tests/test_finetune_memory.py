@@ -6,6 +6,7 @@ import importlib.util
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from modulora_core.finetune import FinetuneResult, finetune
 from modulora_core.finetune_config import FinetuneConfig
 from modulora_core.offload import DiskFile
 from modulora_core.optimizers import step_one_by_one
+from modulora_core.quantize import quantize
+from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 
 Configure = Callable[..., FinetuneConfig]
 
@@ -44,10 +47,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def configure(tunable: Path, root: Path) -> Configure:
-    """Five steps with dropout and a checkpoint every two. States between blocks, 4 × 128 × 32, are just large enough to be offloaded."""
+def wide(toy: ModuleType, root: Path) -> Path:
+    """A packed Llama whose layers can have a rank of 64: bitsandbytes leaves moments of less than 64 × 64 values in 32 bits."""
+    save_llama_with_tokenizer(root / "dense", hidden_size=64, intermediate_size=128)
+    quantize(str(root / "dense"), root / "packed", "toy")
+    return root / "packed"
+
+
+@pytest.fixture(scope="module")
+def configure(wide: Path, root: Path) -> Configure:
+    """Five steps with dropout and a checkpoint every two. States between blocks, 4 × 128 × 64, are large enough to be offloaded."""
     text = str(root / "text.txt")
-    defaults = {"model": str(tunable), "data": text, "eval_data": text, "steps": 5, "batch_size": 4, "grad_accum": 2,
+    defaults = {"model": str(wide), "data": text, "eval_data": text, "steps": 5, "batch_size": 4, "grad_accum": 2,
                 "seq_len": 128, "lr": 1e-2, "save_every": 2, "rank": 64}  # fmt: skip
     return lambda out, **options: FinetuneConfig.build({**defaults, "out": str(root / out), **options})
 

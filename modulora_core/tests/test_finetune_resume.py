@@ -21,7 +21,7 @@ from modulora_core.errors import OptionError, OutputError
 from modulora_core.finetune import FinetuneResult, finetune
 from modulora_core.finetune_config import FinetuneConfig
 from modulora_core.training import TrainingStep
-from modulora_core.training_checkpoints import latest_checkpoint, seal
+from modulora_core.training_checkpoints import latest_checkpoint, remove_half_written, seal
 
 Configure = Callable[..., FinetuneConfig]
 
@@ -163,11 +163,35 @@ def test_resuming_where_nothing_was_begun_begins(configure: Configure) -> None:
 def test_an_unfinished_run_is_refused_without_resume_and_with_other_options(
     config: FinetuneConfig, configure: Configure, request: pytest.FixtureRequest
 ) -> None:
-    interrupt(config, 1)
+    interrupt(config, 3)
     with pytest.raises(OutputError, match="it holds an unfinished run; go on with it with --resume"):
         finetune(config)
-    with pytest.raises(OptionError, match=r"got others: rank 8 → 4; lr 0\.01 → 0\.02$"):
+    with pytest.raises(
+        OptionError, match=r"got others: rank 8 → 4; lr 0\.01 → 0\.02; to train with these, choose"
+    ):
         finetune(configure(request.node.name, lr=2e-2, rank=4), resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["anew", "resumed"])
+def test_a_run_that_left_no_whole_checkpoint_is_begun_anew_with_other_options(
+    config: FinetuneConfig, configure: Configure, request: pytest.FixtureRequest, resume: bool
+) -> None:
+    """As after a loss that is no number in the first steps: lower the learning rate, and go."""
+    (interrupt(config, 1) / "checkpoint-2").mkdir(parents=True)
+    lower = configure(request.node.name, lr=1e-3, steps=1)
+    assert finetune(lower, resume=resume).steps == 1
+    assert FinetuneConfig.build({}, file=Path(lower.out) / "finetune.yaml") == lower
+    assert [path.name for path in (Path(lower.out) / "checkpoints").iterdir()] == ["checkpoint-1"]
+
+
+def test_a_run_is_not_begun_anew_among_somebody_elses_files(config: FinetuneConfig) -> None:
+    interrupt(config, 1)
+    (Path(config.out) / "README.md").write_text("mine")
+    with pytest.raises(
+        OutputError, match=r"before its first checkpoint, found 1 other entries \(README.md\)"
+    ):
+        finetune(config)
+    assert (Path(config.out) / "README.md").read_text() == "mine"
 
 
 def test_a_checkpoint_holds_the_adapter_and_no_pickle_that_runs_code(
@@ -191,5 +215,22 @@ def test_the_last_whole_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path
         seal(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-11").mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert not (tmp_path / "checkpoint-11").exists(), "nothing can use a half-written one"
+    remove_half_written(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}
     assert latest_checkpoint(tmp_path / "none") is None
+
+
+def test_two_runs_do_not_write_one_folder(configure: Configure) -> None:
+    """If this fails: a second run, begun before the first has a checkpoint, starts over in its folder, and both write there."""
+    config = configure("taken")
+    tried: list[str] = []
+
+    def begin_another(step: TrainingStep) -> None:
+        if step.step == 1:
+            with pytest.raises(OutputError) as refused:
+                finetune(config, resume=True)
+            tried.append(str(refused.value))
+
+    result = finetune(config, on_step=begin_another)
+    assert "another run is writing it" in tried[0]
+    assert len(result.losses) == config.steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(whole: FinetuneResult, con
 def test_a_run_is_not_resumed_with_or_without_scales_as_it_was_not_begun(
     whole: FinetuneResult, configure: Configure
 ) -> None:
-    (Path(configure("begun").out)).mkdir()
-    (Path(configure("begun").out) / "finetune.yaml").write_text(configure("begun").to_yaml())
+    begun = Path(configure("begun").out)
+    shutil.copytree(Path(whole.out) / "checkpoints", begun / "checkpoints")
+    (begun / "finetune.yaml").write_text(configure("begun").to_yaml())
     with pytest.raises(OptionError, match="got others: train_scales True → False"):
         finetune(configure("begun", train_scales=False), resume=True)
 

@@ -5,19 +5,29 @@ from pathlib import Path
 import pytest
 
 from modulora_core.errors import DiskSpaceError, OutputError
-from modulora_core.outputs import MARKER, check_disk_space, check_output, partial_name, whole_or_nothing
+from modulora_core.outputs import (
+    MARKER,
+    REQUEST,
+    check_disk_space,
+    check_output,
+    partial_name,
+    whole_or_nothing,
+)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     with pytest.raises(RuntimeError), whole_or_nothing(out) as folder:
         (folder / "half").write_text("x")
+        (folder / "deep").mkdir()
         assert not out.exists()
         raise RuntimeError
     assert not out.exists()
     assert partial_name(out).is_dir()
     with whole_or_nothing(out) as folder:
-        assert not (folder / "half").exists(), "without resume the unfinished work is dropped"
+        assert [p.name for p in folder.iterdir()] == [MARKER], (
+            "without resume what nobody can go on with is dropped"
+        )
         (folder / "whole").write_text("x")
     assert [p.name for p in out.iterdir()] == ["whole"]
     assert not partial_name(out).exists()
@@ -31,6 +41,34 @@ def test_resume_finds_the_unfinished_work(tmp_path: Path) -> None:
         assert (folder / "half").read_text() == "x"
     assert (tmp_path / "out" / "half").exists()
     assert not (tmp_path / "out" / MARKER).exists()
+
+
+def test_work_that_can_be_gone_on_with_is_never_dropped(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), whole_or_nothing(tmp_path / "out") as folder:
+        (folder / REQUEST).write_text("{}")
+        raise RuntimeError
+    refusal = r"out\.partial: .*unfinished run of quantize; go on with it with --resume, or remove it"
+    with pytest.raises(OutputError, match=refusal), whole_or_nothing(tmp_path / "out"):
+        pass
+    with pytest.raises(OutputError, match=refusal):
+        check_output(tmp_path / "out")
+    check_output(tmp_path / "out", resume=True)
+    assert (folder / REQUEST).read_text() == "{}"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_another_run_writes_at_the_moment_is_left_alone(tmp_path: Path, resume: bool) -> None:
+    pytest.importorskip("fcntl")
+    with whole_or_nothing(tmp_path / "out") as folder:
+        (folder / "half").write_text("x")
+        with pytest.raises(OutputError, match="another run is writing it; wait"):
+            check_output(tmp_path / "out", resume=resume)
+        with (
+            pytest.raises(OutputError, match="another run is writing it; wait"),
+            whole_or_nothing(tmp_path / "out", resume=resume),
+        ):
+            pass
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["half"]
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:

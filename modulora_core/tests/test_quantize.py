@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modulora_core.checkpoint import load_model, open_checkpoint
+from modulora_core.choices import Choice
 from modulora_core.errors import (
     CheckpointError,
     ModelError,
@@ -23,7 +24,7 @@ from modulora_core.errors import (
     RequestError,
     WeightError,
 )
-from modulora_core.outputs import partial_name
+from modulora_core.outputs import MARKER, partial_name
 from modulora_core.plan.overhead import CUDA_BUILD_BYTES
 from modulora_core.quantize import Override, quantize
 from modulora_core.tests.tiny_models import save_tiny_model
@@ -141,6 +142,13 @@ def test_an_output_that_holds_something_else_is_refused(source: str, tmp_path: P
         quantize(source, tmp_path / "out", "toy")
 
 
+def test_a_request_that_would_pack_nothing_is_refused(source: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"all stay as they are .*excluded by --exclude \*: 14"):
+        quantize(source, tmp_path / "out", "toy", exclude=["*"])
+    assert not partial_name(tmp_path / "out").exists()
+    assert quantize(source, tmp_path / "out", "toy", exclude=["*"], head=Choice("toy")).weights > 0
+
+
 def test_a_packed_folder_is_not_quantized_again(source: str, tmp_path: Path) -> None:
     quantize(source, tmp_path / "out", "toy")
     with pytest.raises(ModelError, match="already quantized"):
@@ -173,11 +181,26 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     script = KILLED.format(site=str(toy_root), source=source, out=str(out), after=after)
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     assert not out.exists()
-    with pytest.raises(CheckpointError, match="--resume"):
-        quantize(source, out, "toy", {"levels": 3}, seed=1, resume=True)
+    for change in ({"options": {"levels": 3}}, {"max_shard_bytes": 20_000}):
+        with pytest.raises(CheckpointError, match="remove the folder to start again without --resume"):
+            quantize(source, out, "toy", seed=1, resume=True, **change)
+    before = stored(partial_name(out))
+    with pytest.raises(OutputError, match="unfinished run of quantize; go on with it with --resume"):
+        quantize(source, out, "toy", seed=1)
+    assert stored(partial_name(out)) == before
     quantize(source, out, "toy", seed=1, resume=True)
     assert stored(out) == stored(tmp_path / "whole")
     assert not partial_name(out).exists()
+
+
+def test_resume_begins_anew_on_what_another_command_left(source: str, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "whole", "toy")
+    partial = partial_name(tmp_path / "out")
+    partial.mkdir()
+    for name in (MARKER, "written.jsonl", "model-00001-of-00002.safetensors"):
+        (partial / name).write_text("")
+    quantize(source, tmp_path / "out", "toy", resume=True)
+    assert stored(tmp_path / "out") == stored(tmp_path / "whole")
 
 
 @pytest.mark.slow
