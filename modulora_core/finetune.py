@@ -40,7 +40,14 @@ from modulora_core.memory import PeakMemory
 from modulora_core.model_card import model_card
 from modulora_core.offload import offload_place
 from modulora_core.optimizers import check_optimizer
-from modulora_core.outputs import check_disk_space, check_output, only_writer, partial_name, write_file
+from modulora_core.outputs import (
+    RUN_FILE,
+    check_disk_space,
+    check_output,
+    only_writer,
+    partial_name,
+    write_file,
+)
 from modulora_core.peft_format import CONFIG_FILE
 from modulora_core.sources.quiet import quiet
 from modulora_core.targets import select_targets
@@ -48,7 +55,6 @@ from modulora_core.training import OnEval, OnStep, Outcome, train
 from modulora_core.training_checkpoints import latest_checkpoint, remove_half_written
 from modulora_core.training_losses import divergence
 
-RUN_FILE = "finetune.yaml"
 CHECKPOINTS = "checkpoints"
 
 logger = logging.getLogger(__name__)

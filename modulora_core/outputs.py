@@ -17,6 +17,9 @@ MARKER = ".modulora-partial"
 REQUEST = "request.json"
 """In an unfinished folder: what was asked for. A folder that has it can be gone on with, and so is never removed."""
 
+RUN_FILE = "finetune.yaml"
+"""What a run of finetune writes first, into the output folder itself: one that has it and no adapter was begun."""
+
 
 def partial_name(out: Path) -> Path:
     """Where ``out`` is written until it is whole: its sibling ``out.partial``."""

@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Any
 from modulora_core.errors import ModelError
 from modulora_core.formats import FormatSpec, recognise, specs
 from modulora_core.hookspecs import PROJECT
-from modulora_core.outputs import MARKER, REQUEST
+from modulora_core.outputs import MARKER, REQUEST, RUN_FILE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-RUN_FILE = "finetune.yaml"
-"""What a run of finetune writes first: a folder that has it and no adapter is one that was begun."""
 
 
 def read_config(folder: Path, foreign: FormatSpec | None = None) -> tuple[PretrainedConfig, dict[str, Any]]:

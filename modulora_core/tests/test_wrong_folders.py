@@ -7,10 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from modulora_core import finetune
 from modulora_core.cli import main
-from modulora_core.outputs import MARKER, REQUEST
-from modulora_core.sources.config import RUN_FILE
+from modulora_core.outputs import MARKER, REQUEST, RUN_FILE
 from modulora_core.tests.crude_folders import edit_config
 from modulora_core.tests.tiny_models import save_tiny_model
 
@@ -65,10 +63,6 @@ def test_an_unfinished_run_is_told_from_a_model(
     for name in files:
         (tmp_path / "it" / name).write_text("{}")
     assert expected in told(command, tmp_path / "it", capsys)
-
-
-def test_the_file_of_a_run_is_the_one_that_finetune_writes() -> None:
-    assert finetune.RUN_FILE == RUN_FILE
 
 
 @pytest.mark.parametrize("command", COMMANDS)
