@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from modulora_core.errors import ShapeError, WeightError
+from modulora_core.options import validate_options
 
 PLAIN = {"act_order": False, "static_groups": False, "range_search": False}
 BITS = [2, 3, 4, 8]
@@ -282,4 +283,4 @@ def test_other_options_are_refused(options):
 
 
 def test_bits_may_come_as_text_from_the_command_line():
-    assert Options.model_validate({"bits": "3"}).bits == 3
+    assert validate_options("optq", Options, {"bits": "3"}) == Options(bits=3)
