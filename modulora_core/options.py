@@ -64,10 +64,12 @@ def validate_model(subject: str, model: type[Model], values: Mapping[str, object
 
 
 def _member(value: object, annotation: object) -> object:
-    """What of a ``Literal`` a word means. pydantic reads numbers from strings, but not there."""
+    """What of a ``Literal`` a word means. pydantic reads numbers and flags from strings, but not there."""
     if not isinstance(value, str):
         return value
-    return next((member for member in _members(annotation) if str(member) == value.strip()), value)
+    word, members = value.strip().lower(), list(_members(annotation))
+    others = (member for member in members if not isinstance(member, str) and str(member).lower() == word)
+    return value if value in members else next(others, value)
 
 
 def _members(annotation: object) -> Iterator[object]:

@@ -32,8 +32,8 @@ Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 
 
 WORTH_TUNING = 2**20
-"""Numbers of a call's largest tensor from which on configurations are timed. With fewer a kernel takes no longer than to start it, and
-what is fastest for them says nothing about large ones."""
+"""Numbers of a call's largest tensor from which on configurations are timed. With fewer a kernel takes, by
+estimate, no longer than to start it, and what is fastest for them says nothing about large ones."""
 
 _TRIALS = 9
 

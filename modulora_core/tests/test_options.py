@@ -31,7 +31,7 @@ def test_parse_options_refuses_what_is_not_one_value_for_one_key(words: list[str
 @pytest.mark.parametrize(
     ("words", "meant"),
     [(["bits=3"], {"bits": 3}), (["bits= 2 "], {"bits": 2}), (["fraction=0.5"], {"fraction": 0.5}),
-     (["fraction=all"], {"fraction": "all"}), (["word=2"], {"word": "2"}), (["flag=True"], {"flag": True}), (["flag=7"], {"flag": 7})],
+     (["fraction=all"], {"fraction": "all"}), (["word=2"], {"word": "2"}), (["flag=true"], {"flag": True}), (["flag=7"], {"flag": 7})],
 )  # fmt: skip
 def test_a_word_is_read_as_the_number_of_a_literal(words: list[str], meant: dict[str, object]) -> None:
     read = validate_options("alpha", Choices, parse_options(words)).model_dump()

@@ -113,11 +113,8 @@ class Gradients(Level):
         """
         weight = packed(quantizer, (28, 64))  # of no other check: nothing is kept for this shape yet
         W, rows = oracle.dense(quantizer, clone(weight)), (0, 5)
-        for n in (
-            1,
-            33,
-            2000,
-        ):  # the last takes more memory than any product before: a buffer that grows does so here
+        # the last takes more memory than any product before: a buffer that grows does so here
+        for n in (1, 33, 2000):
             given = problem(weight.shape, torch.float32, rows=(n,), bias=False)
             with torch.inference_mode():
                 quantizer.dequantize_tile(weight, rows, torch.float32)
