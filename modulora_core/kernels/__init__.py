@@ -1,16 +1,13 @@
 """What CPU kernels written with numba need, once for every plugin.
 
 A plugin keeps its kernels in a module that imports numba at the top, decorates them with :func:`jit`, and
-reaches them through :func:`load` and :func:`launch`::
+reaches them through :func:`load`, which imports numba, and :func:`launch`::
 
     cpu = kernels.load("mine.cpu", codes.device)     # None without numba, and off the CPU: run plain torch
     if cpu is not None:
         kernels.launch(cpu.decode, codes, scales, out)
 
-numba is imported by the first :func:`load`, not by this module.
-
-Kernels for GPUs are written with Triton, in a module of their own that :func:`load_triton` gives. What they share is in
-:mod:`modulora_core.kernels.triton_blocks`, which says how to write one.
+Those for GPUs are written with Triton, in a module that :func:`load_triton` gives: see :mod:`modulora_core.kernels.triton_blocks`.
 """
 
 from __future__ import annotations
@@ -109,25 +106,28 @@ def _triton() -> ModuleType | None:
         return None
 
 
-def jit(*, parallel: bool = False, fastmath: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+def jit(
+    *, parallel: bool = False, fastmath: tuple[str, ...] = (), borrows: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
     """``numba.njit`` for a kernel: compiled once, kept on disk, run without the GIL.
 
     Args:
         parallel: whether ``prange`` runs on threads.
         fastmath: LLVM's flags, by default none: kernels that decode must give the reference's bits. Only a
             sum, whose order nobody promises, may use ``"reassoc"`` and ``"contract"``.
+        borrows: that it makes no array, and returns none but as it was given, else numba refuses to compile it; views are fine. Then
+            no references are counted at its calls, by atomic additions to what all threads share: up to a tenth of a decoder's time.
 
-    The compiled code is kept beside the module or, where that folder can't be written, in the user's cache
-    folder of numba. Where neither can be written the kernel is compiled again in each process. It is also compiled again when a module
-    beside its own, or one of the core's kernels, is another: numba itself looks at the kernel's own file, and not at those whose code is
-    compiled into it.
+    The compiled code is kept beside the module, else in the user's cache folder of numba. It is made again where neither can be written,
+    and after a change of a module beside the kernel's, or of the core's kernels: numba itself looks at the kernel's own file alone.
     """
     import numba
 
     def decorate(function: Callable[..., Any]) -> Any:
         folder = Path(function.__code__.co_filename).parent
         function.__qualname__ += f"_{_sources(folder)}"  # numba names what it keeps so
-        options: dict[str, Any] = {"nogil": True, "parallel": parallel, "fastmath": set(fastmath)}
+        options: dict[str, Any] = {"nogil": True, "parallel": parallel, "_nrt": not borrows}
+        options["fastmath"] = set(fastmath)
         try:
             return numba.njit(cache=True, **options)(function)
         except RuntimeError:  # numba found no folder to write to

@@ -77,7 +77,7 @@ def _pieces(side: int, most: int, block_bytes: int, budget: int, threads: int) -
     return pieces_of((side + SIDE - 1) // SIDE, most_units(most // SIDE, budget, block_bytes // 4), threads)
 
 
-@jit()
+@jit(borrows=True)
 def _put_steps(
     slices: int,
     x: Any,
@@ -101,7 +101,8 @@ def _put_steps(
         room[:] = 0
         if row < len(x):
             rest = size - step * STEP
-            room[0, :rest] = x[row, start + step * STEP : start + size]
+            for k in range(rest):
+                room[0, k] = x[row, start + step * STEP + k]
         put_row(slices, room, 0, 0, out, line + step * leap, apart)
 
 

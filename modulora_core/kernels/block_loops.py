@@ -32,7 +32,8 @@ ROW = PART + 16
 when the kernel is compiled is a part of the instruction that loads; to compute addresses took a fifth of the time."""
 
 STEP = 8
-"""Terms between two lines that are asked for ahead. All at once would have what is needed now wait behind them."""
+"""Terms between two lines that are asked for ahead, and in one turn of the loop. All lines at once would have what is needed now wait
+behind them; to count and compare for each term took the multipliers a sixteenth of their time (docs/performance-findings.md)."""
 
 RUN = 256
 """Numbers that are asked for side by side: sixteen lines."""
@@ -110,16 +111,20 @@ def add_block(  # numba's types of the arguments, of which those of numbers are 
         def split(index: Any, count: int) -> tuple[Any, Any]:
             return builder.udiv(index, _INDEX(count)), builder.urem(index, _INDEX(count))
 
-        def add_terms(begin: Any, count: Any) -> None:
-            with cgutils.for_range(builder, count) as loop:
-                k = builder.add(begin, loop.index)
-                places = vectors(b_data, builder.mul(k, b_length))
-                values = [builder.load(place, align=4) for place in places]
-                for i, of_row in enumerate(totals):
-                    number = builder.load(builder.gep(a_data, [builder.add(k, _INDEX(i * ROW))]))
-                    factor = splat(builder, number, of)
-                    for total, value in zip(of_row, values, strict=True):
-                        multiply_add(builder, total, factor, value)
+        def add_term(row_of_a: Any, row_of_b: Any) -> None:
+            values = [builder.load(place, align=4) for place in vectors(row_of_b, _INDEX(0))]
+            for i, of_row in enumerate(totals):
+                number = builder.load(builder.gep(row_of_a, [_INDEX(i * ROW)]))
+                factor = splat(builder, number, of)
+                for total, value in zip(of_row, values, strict=True):
+                    multiply_add(builder, total, factor, value)
+
+        def add_terms(begin: Any, count: int) -> None:
+            row_of_a = builder.gep(a_data, [begin])
+            row_of_b = builder.gep(b_data, [builder.mul(begin, b_length)])
+            for k in range(count):
+                add_term(builder.gep(row_of_a, [_INDEX(k)]), row_of_b)
+                row_of_b = builder.gep(row_of_b, [b_length])
 
         steps = builder.sdiv(depth, _INDEX(STEP))
         with cgutils.for_range(builder, steps) as step:
@@ -131,9 +136,10 @@ def add_block(  # numba's types of the arguments, of which those of numbers are 
             )  # of all rows, as there are fewer than half as many as steps
             place = builder.add(builder.mul(to_row, c_length), builder.mul(vector, _INDEX(lanes)))
             ask_for(builder, builder.bitcast(builder.gep(c_data, [place]), _BYTE.as_pointer()), NEAR)
-            add_terms(builder.mul(step.index, _INDEX(STEP)), _INDEX(STEP))
+            add_terms(builder.mul(step.index, _INDEX(STEP)), STEP)
         done = builder.mul(steps, _INDEX(STEP))
-        add_terms(done, builder.sub(depth, done))
+        with cgutils.for_range(builder, builder.sub(depth, done)) as rest:
+            add_terms(builder.add(done, rest.index), 1)
         for i, of_row in enumerate(totals):
             for total, place in zip(of_row, vectors(c_data, builder.mul(c_length, _INDEX(i))), strict=True):
                 builder.store(builder.fadd(builder.load(place, align=4), builder.load(total)), place, align=4)

@@ -3,7 +3,8 @@
     blocks              Y = X Ŵᵀ      Xᵀ is cut into panels; for each piece of Ŵ's rows, for each part of its columns:
                                       decode;  sums += Ŵ[piece, part] · Xᵀ[part];  at last  Y[:, piece] = sumsᵀ
     blocks_transposed   X = Y Ŵ       Y is cut into parts; for each piece of Ŵ's columns, for each few of its rows:
-                                      decode;  sums += Y[:, few] · Ŵ[few, piece];  at last  X[:, piece] = sums
+                                      decode;  for some of Y's rows at a time:  sums += Y[:, few] · Ŵ[few, piece];
+                                      at last  X[:, piece] = sums
 
 What is decoded, and the sums that it is added to, stay in the L2 cache, where a tile is written to memory and read again. For n rows
 and a weight of ``out · in`` values of b bits, ``out · in · b / 8`` bytes are read from memory once, and X or Y once for each piece.
@@ -42,6 +43,10 @@ TALL = 252
 WIDE = 256
 """Columns of Ŵ of which a thread has decoded :data:`DEPTH` rows, at most: a quarter of a MiB, and their sums half a one."""
 
+HIGH = 84
+"""Rows of Y whose terms stay in the L2 cache while all that is decoded is multiplied by them, 84 KiB: a multiple of any
+:func:`block_rows`. All rows at once, with their sums and what is decoded, left too little of that cache."""
+
 BETWEEN = GAP // 4  # numbers between two rows of sums, as for decoded ones
 _PIECE = 16  # rows that a thread copies at once
 
@@ -63,7 +68,7 @@ def pieces_of(units: int, most: int, threads: int) -> Any:
     return min(units, whole_units((units + most - 1) // most, threads))
 
 
-@jit()
+@jit(borrows=True)
 def _put_panel(x: Any, first: int, count: int, start: int, size: int, out: Any, to: int) -> None:
     """``out[to + k, r] = x[first + r, start + k]``, and 0 where there is no such row."""
     side = square()
@@ -76,11 +81,12 @@ def _put_panel(x: Any, first: int, count: int, start: int, size: int, out: Any, 
             out[to + k, r] = x[first + r, start + k] if r < count else np.float32(0)
 
 
-@jit()
+@jit(borrows=True)
 def _put_part(y: Any, row: int, start: int, size: int, out: Any, to: int) -> None:
     """``out[to, k] = y[row, start + k]``, and 0 where there is no such row."""
     if row < len(y):
-        out[to, :size] = y[row, start : start + size]
+        for k in range(size):
+            out[to, k] = y[row, start + k]
     else:
         out[to, :size] = 0
 
@@ -104,14 +110,16 @@ def put_sums(sums: Any, rows: int, y: Any, start: int, add: bool) -> None:
                         )
 
 
-@jit()
+@jit(borrows=True)
 def put_rows(sums: Any, x: Any, start: int, columns: int, add: bool) -> None:
     """``x[:, start : start + columns] = sums[:, :columns]``, or added."""
     for r in range(len(x)):
         if add:
-            x[r, start : start + columns] += sums[r, :columns]
+            for k in range(columns):
+                x[r, start + k] += sums[r, k]
         else:
-            x[r, start : start + columns] = sums[r, :columns]
+            for k in range(columns):
+                x[r, start + k] = sums[r, k]
 
 
 def blocks(weight: Any, threads: int, budget: int, x: Any, y: Any) -> None:
@@ -173,10 +181,16 @@ def blocks_transposed(weight: Any, threads: int, budget: int, y: Any, x: Any) ->
             for at in range(0, size, DEPTH):
                 depth, part, later = min(DEPTH, size - at), at // PART, at + DEPTH
                 decode(weight, start + at, begin, columns, w[:depth])
-                for column in range(0, width, wide):
-                    for row in range(0, whole, tall):
-                        # the next terms, of two of these rows for each panel
-                        then = (later // PART * whole + row + 2 * column // wide) * ROW + later % PART
-                        add_block(packed, part * whole + row, at % PART, w, 0, column, depth, sums, row, column,
-                                  packed, then, ROW)  # fmt: skip
+                for first in range(0, whole, HIGH):
+                    last = min(first + HIGH, whole)
+                    # the next rows, or the first ones' next terms, of which each block asks for two rows
+                    then = (part * whole + last) * ROW + at % PART
+                    if last == whole:
+                        then = later // PART * whole * ROW + later % PART
+                    ahead = 0
+                    for column in range(0, width, wide):
+                        for row in range(first, last, tall):
+                            add_block(packed, part * whole + row, at % PART, w, 0, column, depth, sums, row, column,
+                                      packed, then + ahead * ROW, ROW)  # fmt: skip
+                            ahead = ahead + 2 if ahead + 2 < last - first else 0
             put_rows(sums, x, begin, columns, start > 0)

@@ -164,7 +164,7 @@ def _is_special(builder: Any, numbers: Any) -> Any:
     return builder.icmp_unsigned("!=", builder.bitcast(found, _HALF), _HALF(0))
 
 
-@jit()
+@jit(borrows=True)
 def narrow_row(w: Any, out: Any) -> None:
     """fp32 numbers as ``out``, as long, is stored: rounded to bf16's bits for int16, to the nearest and halves to even, as torch does.
 

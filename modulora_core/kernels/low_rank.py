@@ -28,19 +28,19 @@ from modulora_core.kernels.vectors import LANES as LANES
 _PIECE = 16  # rows that a thread takes at once
 
 
-@jit()
+@jit(borrows=True)
 def _read(x: Any, out: Any) -> None:
     for k in range(out.size):
         out[k] = widen(x[k])
 
 
-@jit()
+@jit(borrows=True)
 def _clear(keep: Any, x: Any) -> None:
     for k in range(x.size):
         x[k] = x[k] if keep[k] else np.float32(0)
 
 
-@jit()
+@jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Columns ``start ...`` of the rows from ``row`` on, of what counts: ``weight`` is X and ``keep``."""
     x, keep = weight
@@ -54,7 +54,7 @@ rows = RowKernels(decode)
 """X as a matrix that few rows are multiplied by: those of A, or of Vᵀ."""
 
 
-@jit()
+@jit(borrows=True)
 def _add(sums: Any, y: Any) -> None:
     """``y += sums``; ``sums`` is scratch."""
     for k in range(y.size):

@@ -53,7 +53,7 @@ def _ask_for_lines(_context: Any, array: Any, _begin: Any, _stop: Any) -> Any:
     return types.void(array, types.int64, types.int64), generate
 
 
-@jit()
+@jit(borrows=True)
 def read_ahead(array: Any, first: int, count: int) -> None:
     """Have the processor fetch what a kernel reads after elements ``[first, first + count)`` of a C-contiguous array, as if it were flat.
 

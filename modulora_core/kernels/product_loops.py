@@ -33,6 +33,9 @@ from modulora_core.kernels.vectors import (
 BLOCK = 4
 """Rows that are multiplied at once, of either side."""
 
+AT_ONCE = 4
+"""Terms of each sum between two turns of a loop: what a turn counts and compares takes the multipliers' places on some processors."""
+
 PAIR = 2
 """Rows of Ŵ by which a single row of X is multiplied: two of 2048 columns fit the L1 cache beside it."""
 
@@ -115,14 +118,14 @@ def _products(rows: int, others: int) -> Any:
             parts = max(1, 2 * BLOCK // (rows * others))
             totals = [[zeros(builder, parts, lanes) for _ in range(others)] for _ in range(rows)]
             for first in range(0, others, together):
-                for width, vector in loops(builder, builder.sdiv(columns, at_once), parts):
+                for width, vector in loops(builder, builder.sdiv(columns, at_once), max(AT_ONCE, parts)):
                     for part in range(width):
                         index = builder.mul(builder.add(vector, _INDEX(part)), at_once)
                         values = [_load(builder, row, index, of) for row in x_rows]
                         for k in range(first, first + together):
                             weights = _load(builder, w_rows[k], index, of)
                             for i, value in enumerate(values):
-                                _add(context, builder, totals[i][k][part], value, weights)
+                                _add(context, builder, totals[i][k][part % parts], value, weights)
             found = [[_sum(builder, parts) for parts in of_row] for of_row in totals]
             for i, more in enumerate(_sums_of_rows(builder, found)):
                 _add_to(builder, _row(builder, to, to_length, r, i, o), more)
@@ -235,10 +238,14 @@ def _add_each_row(
 ) -> None:  # fmt: skip
     """``width`` vectors of columns of all the rows, from ``offset`` on."""
     totals = [zeros(builder, width) for _ in factors]
-    with cgutils.for_range(builder, count) as loop:
-        at = builder.add(builder.mul(loop.index, w_length), offset)
-        weights = [_load(builder, w, builder.add(at, _INDEX(k * LANES)), _VECTOR) for k in range(width)]
-        _add_products_of_factors(context, builder, totals, factors, loop.index, weights)
+    for rows, first in loops(builder, count, AT_ONCE):
+        at = builder.add(builder.mul(first, w_length), offset)
+        for r in range(rows):
+            weights = [_load(builder, w, builder.add(at, _INDEX(k * LANES)), _VECTOR) for k in range(width)]
+            _add_products_of_factors(
+                context, builder, totals, factors, builder.add(first, _INDEX(r)), weights
+            )
+            at = builder.add(at, w_length)
     for of_row, target in zip(totals, targets, strict=True):
         for k, total in enumerate(of_row):
             place = builder.gep(target, [builder.add(offset, _INDEX(k * LANES))])

@@ -74,7 +74,7 @@ def rounded(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
                 narrow_row(w[r, :size], out[first + r, at : at + size])
 
 
-@jit(fastmath=("reassoc", "contract", "nsz"))
+@jit(fastmath=("reassoc", "contract", "nsz"), borrows=True)
 def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0)
     for k in range(a.size):
@@ -98,7 +98,7 @@ def few(weight: Any, x: Any, y: Any) -> None:
                     y[r, o + j] = _dot(w[j], x[r])
 
 
-@jit(fastmath=("contract",))
+@jit(fastmath=("contract",), borrows=True)
 def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
     for k in range(total.size):
         total[k] += a * w[0, k] + b * w[1, k] + c * w[2, k] + d * w[3, k]

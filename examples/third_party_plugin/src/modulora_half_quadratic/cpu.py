@@ -15,14 +15,14 @@ from modulora_core.kernels import jit
 from modulora_core.kernels.products import RowKernels
 
 
-@jit()
+@jit(borrows=True)
 def _take_line(plane: Any, shift: int, mask: int, low: int, codes: Any) -> None:
     """Add a line of a plane to the codes, from their bit ``low`` on."""
     for k in range(codes.size):
         codes[k] |= ((plane[k] >> shift) & mask) << low
 
 
-@jit()
+@jit(borrows=True)
 def _unpack(packed: Any, bits: int, codes: Any) -> None:
     """All codes of the row ``packed``."""
     n = codes.size
@@ -40,13 +40,13 @@ def _unpack(packed: Any, bits: int, codes: Any) -> None:
             low += width
 
 
-@jit()
+@jit(borrows=True)
 def _scale(codes: Any, scale: Any, offset: Any, out: Any) -> None:
     for k in range(out.size):
         out[k] = np.float32(codes[k]) * scale + offset
 
 
-@jit()
+@jit(borrows=True)
 def _decode(packed: Any, scales: Any, offsets: Any, bits: int, group: int, codes: Any, out: Any) -> None:
     """A row of Ŵ from its bytes, scales and offsets; ``codes`` is scratch of the same length, uint8."""
     _unpack(packed, bits, codes)

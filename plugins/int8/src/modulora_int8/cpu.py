@@ -20,6 +20,7 @@ from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import through_half, through_halves
 from modulora_core.kernels.prefetch import FAR, ask_for
 from modulora_core.kernels.products import RowKernels
+from modulora_core.kernels.shares import signed
 from modulora_core.kernels.vectors import LANES, pointer, splat
 from modulora_int8.cpu_decode import decode
 from modulora_int8.cpu_one_row import matmul_one, takes
@@ -42,7 +43,7 @@ rows = RowKernels(decode, matmul_one, takes)
 """Tiles and few-row products."""
 
 
-@jit()
+@jit(borrows=True)
 def _largest(bits: Any) -> Any:
     """The bits of max |x|. As integers, because their maximum is vectorised, and because NaN is above all of them. ``bits`` is a slice of
     its own, from 0 on: LLVM can't rule out that other indices are negative.
@@ -87,7 +88,7 @@ def _put_codes(halves: bool) -> Any:
 _put_codes_of_halves, _put_codes_of_floats = _put_codes(halves=True), _put_codes(halves=False)
 
 
-@jit()
+@jit(borrows=True)
 def _quantize_vectors(x: Any, at: int, count: int, halves: bool, factor: Any, codes: Any, to: int) -> None:
     """So many vectors of sixteen, with ``factor`` codes in 1; ``halves``: rounded to fp16 first."""
     if halves:
@@ -96,7 +97,7 @@ def _quantize_vectors(x: Any, at: int, count: int, halves: bool, factor: Any, co
         _put_codes_of_floats(x, at, count, factor, codes, to)
 
 
-@jit()
+@jit(borrows=True)
 def _quantize_group(
     x: Any, at: int, bits: Any, codes: Any, scale: Any, scale_bits: Any, rest: Any, rest_codes: Any
 ) -> None:
@@ -114,21 +115,31 @@ def _quantize_group(
     if over:
         whole = at + vectors * LANES
         flat, flat_codes = x.reshape(x.size), codes.reshape(codes.size)
-        rest[:over] = flat[whole : whole + over]
+        for k in range(over):
+            rest[k] = flat[whole + k]
         _quantize_vectors(rest, 0, 1, halves, factor, rest_codes, 0)
-        flat_codes[whole : whole + over] = rest_codes[:over]
+        for k in range(over):
+            flat_codes[whole + k] = rest_codes[k]
+
+
+@jit(borrows=True)
+def _quantize_rows(
+    x: Any, first: int, last: int, group: int, codes: Any, scales: Any, rest: Any, rest_codes: Any
+) -> None:
+    """Rows ``[first, last)``; ``rest`` and ``rest_codes`` as above."""
+    columns = x.shape[1]
+    x_bits, scales_bits = x.view(np.int32), scales.view(np.int32)
+    for o in range(first, last):
+        for g in range(scales.shape[1]):
+            a, b = g * group, min((g + 1) * group, columns)
+            scale, scale_bits = scales[o, g : g + 1], scales_bits[o, g : g + 1]
+            _quantize_group(x, o * columns + a, x_bits[o, a:b], codes, scale, scale_bits, rest, rest_codes)
 
 
 @jit(parallel=True)
 def quantize(x: Any, group: int, codes: Any, scales: Any) -> None:
     """The fp32 weight ``[out, in]`` to codes and scales: see :func:`modulora_int8.reference.quantize`."""
-    out_features, in_features = x.shape
-    x_bits, scales_bits = x.view(np.int32), scales.view(np.int32)
-    for piece in prange((out_features + _ROWS - 1) // _ROWS):
+    for piece in prange((len(x) + _ROWS - 1) // _ROWS):
         rest, rest_codes = np.zeros(LANES, np.float32), np.empty(LANES, np.int8)
-        for o in range(piece * _ROWS, min((piece + 1) * _ROWS, out_features)):
-            for g in range(scales.shape[1]):
-                a, b = np.int64(g * group), min((g + 1) * group, in_features)
-                scale, scale_bits = scales[o, g : g + 1], scales_bits[o, g : g + 1]
-                at = np.int64(o) * in_features + a
-                _quantize_group(x, at, x_bits[o, a:b], codes, scale, scale_bits, rest, rest_codes)
+        first = signed(piece) * _ROWS
+        _quantize_rows(x, first, min(first + _ROWS, len(x)), group, codes, scales, rest, rest_codes)

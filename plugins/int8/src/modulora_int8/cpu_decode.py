@@ -53,7 +53,7 @@ def _scale(_context: Any, codes: Any, _at: Any, _by: Any, out: Any, _to: Any, _v
     return types.void(codes, i64, types.float32, out, i64, i64), generate
 
 
-@jit()
+@jit(borrows=True)
 def _decode(codes: Any, scales: Any, group: int, row: int, start: int, out: Any) -> None:
     """Columns ``start ...`` of one row to all of ``out``."""
     begin, k = row * codes.shape[1] + start, 0
@@ -68,7 +68,7 @@ def _decode(codes: Any, scales: Any, group: int, row: int, start: int, out: Any)
             k += 1
 
 
-@jit()
+@jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
 

@@ -67,7 +67,7 @@ def _cells() -> tuple[list[float], list[int]]:
     return [midpoints[0] if midpoints else math.inf for midpoints in within], below
 
 
-@jit()
+@jit(borrows=True)
 def _largest(bits: Any) -> Any:
     """The bits of max |x|: the maximum of integers is vectorised, and NaN is above all numbers."""
     largest = np.int32(0)
@@ -149,7 +149,7 @@ def _lookup_of_two(builder: Any, table: list[Any], index: Any, of: ir.VectorType
     )
 
 
-@jit()
+@jit(borrows=True)
 def _nearest(x: Any, reciprocal: Any, q: Any) -> None:
     """The number of midpoints that are strictly below ``x · reciprocal``: a tie takes the lower level."""
     for k in range(x.size):

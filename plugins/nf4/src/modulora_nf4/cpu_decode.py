@@ -72,7 +72,7 @@ def _decode_sixteen(_context: Any, out: Any, at: Any, codes: Any, byte: Any, sca
     return types.void(out, at, codes, byte, scale), generate
 
 
-@jit()
+@jit(borrows=True)
 def _decode(codes: Any, absmax: Any, first: int, shift: int, start: int, out: Any) -> None:
     """Elements ``start ...`` of the flat weight to all of ``out``."""
     stop = start + out.size
@@ -96,7 +96,7 @@ def _decode(codes: Any, absmax: Any, first: int, shift: int, start: int, out: An
             i, o = i + 1, o + 1
 
 
-@jit()
+@jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
 

@@ -91,7 +91,7 @@ def takes(weight: tuple[Any, ...]) -> bool:
     return bool(first == 0 and columns % _STEP == 0 and 1 << shift >= _STEP)
 
 
-@jit()
+@jit(borrows=True)
 def _apart(x: Any, out: Any) -> None:
     """The even ones of each 32 columns, then the odd ones."""
     for start in range(0, out.size, _STEP):

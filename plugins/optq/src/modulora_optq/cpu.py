@@ -54,7 +54,7 @@ def _transpose_four(
     return types.void(values, a, b, c, d, out, to, step), generate
 
 
-@jit()
+@jit(borrows=True)
 def _reorder(w: Any, order: Any, columns: Any, out: Any) -> None:
     """``out[:, k] = w[:, order[k]]`` for one to four rows; ``columns`` is scratch of four rows.
 

@@ -61,7 +61,7 @@ def _code(low: int, low_shift: int, low_mask: int, high: int, high_shift: int, h
     return np.uint8((low >> low_shift) & low_mask | (high >> high_shift << 2) & high_mask)
 
 
-@jit()
+@jit(borrows=True)
 def unpack(packed: Any, row: int, bits: int, n: int, start: int, count: int, out: Any, to: int) -> None:
     """Codes ``[start, start + count)`` of a row of ``n`` to ``out[to:]``; the row begins at ``packed[row]``.
 
@@ -112,7 +112,7 @@ def _scale_vector(_context: Any, codes: Any, at: Any, zero: Any, scale: Any, out
     return types.void(codes, at, zero, scale, out, to), generate
 
 
-@jit()
+@jit(borrows=True)
 def _decode(
     codes: Any, scales: Any, zeros: Any, bits: int, group: int, o: int, n: int, start: int, scratch: Any, out: Any
 ) -> None:  # fmt: skip

@@ -144,7 +144,7 @@ def _add_zeros(
     return types.void(zeros, i64, i64, i64, i64, places, i64, scale, f32, out), generate
 
 
-@jit()
+@jit(borrows=True)
 def _add_runs(
     codes: Any, at: int, row_bytes: int, count: int, bits: int, part: int, ends: Any, group_of: Any, x: Any, scale: Any, totals: Any
 ) -> None:  # fmt: skip

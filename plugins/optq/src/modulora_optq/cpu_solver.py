@@ -29,7 +29,7 @@ def _fp16(x: float) -> float:
     return max(float(np.rint(x / ulp)) * ulp, SMALLEST_SCALE)
 
 
-@jit(fastmath=("reassoc", "contract"))
+@jit(fastmath=("reassoc", "contract"), borrows=True)
 def _loss(w: Any, weight: Any, s: Any, z: Any, levels: Any) -> Any:
     """Σ_j weight_j (w_j − ŵ_j)². Times 1/s instead of division: only a choice hangs on it, no code."""
     number = w.dtype.type  # a Python number would make fp64 of the whole loop
@@ -72,10 +72,29 @@ def grids(W: Any, weight: Any, symmetric: bool, shares: Any, levels: Any, S: Any
         S[o, g], Z[o, g] = _grid(W[o], weight, levels[0], symmetric, shares)
 
 
-@jit(fastmath=("contract",))
-def _subtract(w: Any, e: float, u: Any) -> None:
-    for k in range(w.size):
-        w[k] -= e * u[k]
+@jit(fastmath=("contract",), borrows=True)
+def _subtract(w: Any, e: float, U: Any, j: int, stop: int) -> None:
+    """What column j's error takes from those after it, up to ``stop``."""
+    after, factors = w[j + 1 : stop], U[j, j + 1 : stop]
+    for k in range(after.size):
+        after[k] -= e * factors[k]
+
+
+@jit()
+def _row(
+    w: Any, U: Any, group: Any, size: int, weight: Any, symmetric: bool, shares: Any, top: Any, start: int, stop: int,
+    s_of: Any, z_of: Any, codes: Any, errors: Any,
+) -> None:  # fmt: skip
+    """The same for one row."""
+    for j in range(start, stop):
+        g = group[j]
+        if size != 0 and j % size == 0:
+            s_of[g], z_of[g] = _grid(w[j : j + size], weight[j : j + size], top, symmetric, shares)
+        s, z = s_of[g], z_of[g]
+        code = min(max(np.rint(w[j] / s) + z, w.dtype.type(0)), top)
+        e = (w[j] - s * (code - z)) / U[j, j]
+        codes[j], errors[j - start] = np.uint8(code), e
+        _subtract(w, e, U, j, stop)
 
 
 @jit(parallel=True)
@@ -89,13 +108,4 @@ def block(
     starts, and the block starts with one. W's columns of the block are updated, those after it aren't.
     """
     for o in prange(W.shape[0]):
-        w, top = W[o], levels[0]
-        for j in range(start, stop):
-            g = group[j]
-            if size != 0 and j % size == 0:
-                S[o, g], Z[o, g] = _grid(w[j : j + size], weight[j : j + size], top, symmetric, shares)
-            s, z = S[o, g], Z[o, g]
-            code = min(max(np.rint(w[j] / s) + z, W.dtype.type(0)), top)
-            e = (w[j] - s * (code - z)) / U[j, j]
-            Q[o, j], E[o, j - start] = np.uint8(code), e
-            _subtract(w[j + 1 : stop], e, U[j, j + 1 : stop])
+        _row(W[o], U, group, size, weight, symmetric, shares, levels[0], start, stop, S[o], Z[o], Q[o], E[o])

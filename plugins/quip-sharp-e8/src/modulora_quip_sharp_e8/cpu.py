@@ -38,7 +38,7 @@ def _decode_words(codes: Any, residual: Any, bits: int, row: int, block: int, co
                 expand(words, residual, r * taken // 2, half, columns, out, at)
 
 
-@jit()
+@jit(borrows=True)
 def _points(codes: Any, residual: Any, bits: int, at: int, count: int, out: Any, to: int) -> None:
     if bits == 2:
         expand_points(codes, None, at, count, out, to)

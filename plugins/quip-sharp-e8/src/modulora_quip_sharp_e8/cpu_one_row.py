@@ -41,7 +41,7 @@ def _sums_of_blocks(x: Any, blocks: int) -> Any:
     return sums
 
 
-@jit()
+@jit(borrows=True)
 def _four_by_points(
     codes: Any, residual: Any, bits: int, first: int, last: int, x: Any, sums: Any, y: Any
 ) -> None:
@@ -61,7 +61,7 @@ def _four_by_points(
             y[0, first + r] = found[r]
 
 
-@jit()
+@jit(borrows=True)
 def _one_by_words(
     codes: Any, residual: Any, bits: int, first: int, last: int, x: Any, words: Any, y: Any
 ) -> None:

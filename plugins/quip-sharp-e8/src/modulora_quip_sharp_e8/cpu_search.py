@@ -135,7 +135,7 @@ def _sorted(a: float, b: float, c: float, d: float, e: float, f: float, g: float
     return a, b, c, d, e, f, g, h
 
 
-@jit()
+@jit(borrows=True)
 def _norm_twelve(x: Any, shift: float, flipped: bool) -> Any:
     """The best of the 29: twice the sum of |z| at its 3/2, less what a wrong sign costs; its place in ``_RAISED``; the wrong sign's.
 
@@ -184,7 +184,7 @@ def _in_the_ball(a: float, b: float, c: float, d: float, odd: float, even: float
     return best, raised, gain
 
 
-@jit()
+@jit(borrows=True)
 def _coset(x: Any, shift: float) -> Any:
     """The nearest point of one coset: 2 z·v − |v|², and the code without its parity."""
     z0, z1, z2, z3 = x[0] - shift, x[1] - shift, x[2] - shift, x[3] - shift
@@ -209,7 +209,7 @@ def _coset(x: Any, shift: float) -> Any:
     return a + b + c + d + e + f + g + h - 2 + best, code ^ signs
 
 
-@jit()
+@jit(borrows=True)
 def nearest_e8p(x: Any) -> Any:
     """The code, 0 to 65535, of the point of E8P12 that is nearest to ``x``, float ``[8]``."""
     total = 0.0
@@ -221,7 +221,7 @@ def nearest_e8p(x: Any) -> Any:
     return code_plus if plus + 0.5 * total >= minus - 0.5 * total else code_minus ^ 1
 
 
-@jit()
+@jit(borrows=True)
 def nearest_e81(x: Any) -> Any:
     """The code, 0 to 255, of the point of E8₁ that is nearest to ``x``, float ``[8]``."""
     z0, z1, z2, z3 = np.float64(x[0]), np.float64(x[1]), np.float64(x[2]), np.float64(x[3])
@@ -251,7 +251,7 @@ def nearest_e81(x: Any) -> Any:
     return code
 
 
-@jit()
+@jit(borrows=True)
 def point_e8p(code: int, out: Any) -> None:
     """The point of a code of E8P12, 0 to 65535, to ``out``, fp32 ``[8]``."""
     parity = _parity(code & 255)
@@ -262,7 +262,7 @@ def point_e8p(code: int, out: Any) -> None:
         out[i] = (-value if signs >> _SIGN_BIT[i] & 1 else value) + shift
 
 
-@jit()
+@jit(borrows=True)
 def point_e81(code: int, out: Any) -> None:
     """The point of a code of E8₁, 0 to 255, to ``out``, fp32 ``[8]``."""
     for i in range(8):

@@ -18,7 +18,7 @@ _ROWS = 16
 """Rows a thread takes at a time: enough to pay for its scratch, few enough to share the work evenly."""
 
 
-@jit()
+@jit(borrows=True)
 def _round(t: Any, bits: int, scales: Any, p: Any, q: Any) -> tuple[int, int]:
     """Codes of the point nearest to ``t``, and the point in ``p``. ``q`` is scratch. All ``[8]``."""
     code = nearest_e8p(t)
@@ -38,7 +38,7 @@ def _round(t: Any, bits: int, scales: Any, p: Any, q: Any) -> tuple[int, int]:
     return code, residual
 
 
-@jit(fastmath=("contract",))
+@jit(fastmath=("contract",), borrows=True)
 def _add_feedback(t: Any, e: Any, P: Any, begin: int, k: int) -> None:
     """``t += e[begin:] P[begin:, k : k + 8]``."""
     for j in range(begin, e.size):

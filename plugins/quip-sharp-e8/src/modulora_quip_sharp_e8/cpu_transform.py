@@ -99,7 +99,7 @@ def _butterflies(order: int) -> Any:
 _two, _four, _eight = (_butterflies(order) for order in (2, 4, 8))
 
 
-@jit()
+@jit(borrows=True)
 def _walsh_rest(row: Any, n: int, m: int) -> None:
     """Of the transforms of order m of a row's segments what is left after those of order 16; m is 16 or more."""
     h = LANES
@@ -118,7 +118,7 @@ def _walsh_rest(row: Any, n: int, m: int) -> None:
                 _two(row, j, h)
 
 
-@jit()
+@jit(borrows=True)
 def _walsh_few(x: Any, before: Any, row: Any, n: int, m: int) -> None:
     """``x ⊙ before``, and the transforms of order m, below 16, of its segments, to ``row``."""
     for i in range(n):
@@ -174,7 +174,7 @@ def _eight_sums(
     return types.void(matrix, i64, i64, x, i64, i64, out, i64, i64), generate
 
 
-@jit()
+@jit(borrows=True)
 def _across(row: Any, matrix: Any, K: int, m: int, out: Any) -> None:
     """``out[b m + t] = Σ_a M[a, b] row[a m + t]``, 16 of t at once; m is a multiple of 16."""
     for t in range(0, m, LANES):
@@ -182,7 +182,7 @@ def _across(row: Any, matrix: Any, K: int, m: int, out: Any) -> None:
             _eight_sums(matrix, b * K, K, row, t, m, out, b * m + t, min(OUTPUTS, K - b))
 
 
-@jit()
+@jit(borrows=True)
 def _across_few(x: Any, matrix: Any, K: int, m: int, sums: Any, out: Any) -> None:
     """The same for m below 16: eight of b at once."""
     for t in range(m):
@@ -196,7 +196,7 @@ def _across_few(x: Any, matrix: Any, K: int, m: int, sums: Any, out: Any) -> Non
                 out[(b + i) * m + t] = sums[i]
 
 
-@jit()
+@jit(borrows=True)
 def rotate_rows(
     x: Any, before: Any, matrix: Any, K: int, after: Any, start: int, stop: int, scratch: Any, out: Any
 ) -> None:

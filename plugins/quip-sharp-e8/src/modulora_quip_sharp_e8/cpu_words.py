@@ -283,7 +283,7 @@ def half_of(count: int) -> int:
     return (count + CODES - 1) // CODES * PAIRS
 
 
-@jit()
+@jit(borrows=True)
 def spell_all(codes: Any, residual: Any, bits: int, at: int, count: int, words: Any) -> None:
     """The words of ``count`` codes from number ``at`` on, and of as many of a residual, to either half of ``words``."""
     half = half_of(count)
