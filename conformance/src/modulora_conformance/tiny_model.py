@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,19 +36,23 @@ PACKED_LAYERS = 14
 """Seven linear layers in each of two blocks."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class TinyModel:
     """Folders of the dense and of the quantized model; they live as long as this does."""
 
-    root: TemporaryDirectory[str]
+    root: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="modulora-conformance-")))
+
+    def __post_init__(self) -> None:
+        # not a TemporaryDirectory: where the cache forgets one it warns, which is an error in some author's CI
+        weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
 
     @property
     def dense(self) -> Path:
-        return Path(self.root.name) / "dense"
+        return self.root / "dense"
 
     @property
     def packed(self) -> Path:
-        return Path(self.root.name) / "packed"
+        return self.root / "packed"
 
 
 def tiny_model(quantizer: Quantizer) -> TinyModel:
@@ -59,7 +65,7 @@ def tiny_model(quantizer: Quantizer) -> TinyModel:
 
 @functools.lru_cache(maxsize=16)
 def _tiny_model(name: str, options: str, calibrated: bool, hidden_size: int) -> TinyModel:
-    model = TinyModel(TemporaryDirectory(prefix="modulora-conformance-"))
+    model = TinyModel()
     _save_dense(model.dense, hidden_size)
     _quantize(model.dense, model.packed, name, options, calibrated)
     return model
