@@ -80,23 +80,6 @@ def _subtract(w: Any, e: float, U: Any, j: int, stop: int) -> None:
         after[k] -= e * factors[k]
 
 
-@jit()
-def _row(
-    w: Any, U: Any, group: Any, size: int, weight: Any, symmetric: bool, shares: Any, top: Any, start: int, stop: int,
-    s_of: Any, z_of: Any, codes: Any, errors: Any,
-) -> None:  # fmt: skip
-    """The same for one row."""
-    for j in range(start, stop):
-        g = group[j]
-        if size != 0 and j % size == 0:
-            s_of[g], z_of[g] = _grid(w[j : j + size], weight[j : j + size], top, symmetric, shares)
-        s, z = s_of[g], z_of[g]
-        code = min(max(np.rint(w[j] / s) + z, w.dtype.type(0)), top)
-        e = (w[j] - s * (code - z)) / U[j, j]
-        codes[j], errors[j - start] = np.uint8(code), e
-        _subtract(w, e, U, j, stop)
-
-
 @jit(parallel=True)
 def block(
     W: Any, U: Any, group: Any, size: int, weight: Any, symmetric: bool, shares: Any, levels: Any,
@@ -108,4 +91,13 @@ def block(
     starts, and the block starts with one. W's columns of the block are updated, those after it aren't.
     """
     for o in prange(W.shape[0]):
-        _row(W[o], U, group, size, weight, symmetric, shares, levels[0], start, stop, S[o], Z[o], Q[o], E[o])
+        w, top = W[o], levels[0]
+        for j in range(start, stop):
+            g = group[j]
+            if size != 0 and j % size == 0:
+                S[o, g], Z[o, g] = _grid(w[j : j + size], weight[j : j + size], top, symmetric, shares)
+            s, z = S[o, g], Z[o, g]
+            code = min(max(np.rint(w[j] / s) + z, W.dtype.type(0)), top)
+            e = (w[j] - s * (code - z)) / U[j, j]
+            Q[o, j], E[o, j - start] = np.uint8(code), e
+            _subtract(w, e, U, j, stop)
