@@ -21,7 +21,7 @@ from modulora_core.kernels.product_loops import (
     add_rows_of_one,
 )
 from modulora_core.kernels.scratch import scratch
-from modulora_core.kernels.shares import signed
+from modulora_core.kernels.shares import share, signed
 
 STRIP = 16
 """Rows of Ŵ that are decoded before they are multiplied, where X has four rows or more."""
@@ -82,16 +82,14 @@ def _dot(a: Any, b: Any) -> Any:
     return total
 
 
-def few(weight: Any, x: Any, y: Any) -> None:
+def few(weight: Any, threads: int, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one to three rows: two rows of Ŵ at a time live in the L1 cache."""
     n, columns = x.shape
-    rows = y.shape[1]
-    for piece in prange((rows + _PIECE - 1) // _PIECE):
+    for index in prange(threads):
+        begin, stop = share(index, threads, y.shape[1], 2)
         w = scratch(2, columns, np.float32)
-        first = signed(piece) * _PIECE
-        last = min(first + _PIECE, rows)
-        for o in range(first, last, 2):
-            two = min(2, last - o)
+        for o in range(begin, stop, 2):
+            two = min(2, stop - o)
             decode(weight, o, 0, columns, w[:two])
             for j in range(two):
                 for r in range(n):
@@ -104,41 +102,41 @@ def _add_four(total: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> None:
         total[k] += a * w[0, k] + b * w[1, k] + c * w[2, k] + d * w[3, k]
 
 
-def few_transposed(weight: Any, columns: int, y: Any, sums: Any) -> None:
+def few_transposed(weight: Any, threads: int, columns: int, y: Any, sums: Any) -> None:
     """``x = y Ŵ`` for one to three rows; each part of ``sums`` has its share of the rows of Ŵ, from one end to the other.
 
     Four rows at a time: loading and storing the sums costs as much as adding to them.
     """
     parts, n = sums.shape[:2]
     rows = y.shape[1]
-    share = (rows + parts - 1) // parts
+    rows_of_part = (rows + parts - 1) // parts
     chunks = (columns + CHUNK - 1) // CHUNK
-    for piece in prange(parts * chunks):
-        part, start = signed(piece) // chunks, signed(piece) % chunks * CHUNK
-        stop, last = min(start + CHUNK, columns), min((part + 1) * share, rows)
-        sums[part, :, start:stop] = 0
-        w = scratch(4, stop - start, np.float32)
+    for index in prange(threads):
+        w = scratch(4, min(CHUNK, columns), np.float32)
         w[:] = 0
-        for o in range(part * share, last, 4):
-            four = min(4, last - o)
-            decode(weight, o, start, stop - start, w[:four])
-            for r in range(n):  # of what is left in w from the last four, nothing is added
-                b = y[r, o + 1] if four > 1 else np.float32(0)
-                c = y[r, o + 2] if four > 2 else np.float32(0)
-                d = y[r, o + 3] if four > 3 else np.float32(0)
-                _add_four(sums[part, r, start:stop], w, y[r, o], b, c, d)
+        for piece in range(*share(index, threads, parts * chunks)):
+            part, start = piece // chunks, piece % chunks * CHUNK
+            stop, last = min(start + CHUNK, columns), min((part + 1) * rows_of_part, rows)
+            sums[part, :, start:stop] = 0
+            for o in range(part * rows_of_part, last, 4):
+                four = min(4, last - o)
+                decode(weight, o, start, stop - start, w[:four])
+                for r in range(n):  # of what is left in w from the last four, nothing is added
+                    b = y[r, o + 1] if four > 1 else np.float32(0)
+                    c = y[r, o + 2] if four > 2 else np.float32(0)
+                    d = y[r, o + 3] if four > 3 else np.float32(0)
+                    _add_four(sums[part, r, start:stop], w, y[r, o], b, c, d)
 
 
-def many(weight: Any, columns: int, x: Any, y: Any) -> None:
+def many(weight: Any, threads: int, columns: int, x: Any, y: Any) -> None:
     """``x`` is padded to whole vectors; Ŵ has ``columns``."""
     n, rows = y.shape
     padded, whole = x.shape[1], n // BLOCK * BLOCK
     chunk, panel = min(CHUNK, padded), PANEL * 4 // x.itemsize
-    for piece in prange((rows + _PIECE - 1) // _PIECE):
+    for index in prange(threads):
+        begin, stop = share(index, threads, rows, STRIP)
         w = scratch(STRIP, chunk + GAP // x.itemsize, x.dtype)
         sums = scratch(n, STRIP, np.float32)
-        begin = signed(piece) * _PIECE
-        stop = min(begin + _PIECE, rows)
         for first in range(begin, stop, STRIP):
             count = min(STRIP, stop - first)
             for r in range(n):  # not slices: they take longer than so few values
@@ -162,33 +160,36 @@ def many(weight: Any, columns: int, x: Any, y: Any) -> None:
                     y[r, first + o] = sums[r, o]
 
 
-def many_transposed(weight: Any, rows: int, columns: int, y: Any, sums: Any) -> None:
+def many_transposed(weight: Any, threads: int, rows: int, columns: int, y: Any, sums: Any) -> None:
     """Each part of ``sums``, ``[parts, n, padded columns]``, has its share of the rows of Ŵ, from one end to the other.
 
     ``y`` is padded to whole vectors; Ŵ has ``rows``.
     """
     parts, n, padded = sums.shape
     whole = n // BLOCK * BLOCK
-    share = (rows + parts - 1) // parts
-    share += share % 2  # bf16 is multiplied in pairs of rows: only the last may be left without another
+    rows_of_part = (rows + parts - 1) // parts
+    rows_of_part += (
+        rows_of_part % 2
+    )  # bf16 is multiplied in pairs of rows: only the last may be left without another
     strip = TALL_STRIP * 4 // y.itemsize
     chunk = min(CHUNK, max(PANEL, SUMS // n // PANEL * PANEL), padded)
     chunks = (padded + chunk - 1) // chunk
-    for piece in prange(parts * chunks):
-        share_of, start = signed(piece) // chunks, signed(piece) % chunks * chunk
-        size, width = min(chunk, columns - start), min(chunk, padded - start)
-        sums[share_of, :, start : start + width] = 0
-        w = scratch(strip, width + GAP // y.itemsize, y.dtype)
-        w[:, size:width] = 0
-        last = min((share_of + 1) * share, rows)
-        for first in range(share_of * share, last, strip):
-            count = min(strip, last - first)
-            decode(weight, first, start, size, w[:count])
-            if count % 2:
-                w[count] = 0
-            for at in range(0, width, PANEL):
-                part = min(PANEL, width - at)
-                for r in range(0, whole, BLOCK):
-                    add_rows_of_four(y, r, first, count, w, at, part, sums, share_of * n + r, start + at)
-                for r in range(whole, n):
-                    add_rows_of_one(y, r, first, count, w, at, part, sums, share_of * n + r, start + at)
+    for index in prange(threads):
+        w = scratch(strip, chunk + GAP // y.itemsize, y.dtype)
+        for piece in range(*share(index, threads, parts * chunks)):
+            part, start = piece // chunks, piece % chunks * chunk
+            size, width = min(chunk, columns - start), min(chunk, padded - start)
+            sums[part, :, start : start + width] = 0
+            w[:, size:width] = 0
+            last = min((part + 1) * rows_of_part, rows)
+            for first in range(part * rows_of_part, last, strip):
+                count = min(strip, last - first)
+                decode(weight, first, start, size, w[:count])
+                if count % 2:
+                    w[count] = 0
+                for at in range(0, width, PANEL):
+                    of_panel = min(PANEL, width - at)
+                    for r in range(0, whole, BLOCK):
+                        add_rows_of_four(y, r, first, count, w, at, of_panel, sums, part * n + r, start + at)
+                    for r in range(whole, n):
+                        add_rows_of_one(y, r, first, count, w, at, of_panel, sums, part * n + r, start + at)

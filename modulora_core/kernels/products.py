@@ -189,23 +189,24 @@ class RowKernels:
 
     def _forward(self, weight: Weight, x: Tensor, rows: NDArray[Any], features: int) -> Tensor:
         """``x Ŵᵀ``; ``rows`` are those of ``x``."""
-        y = room_for(x, features)
+        y, threads = room_for(x, features), torch.get_num_threads()
         if len(rows) >= BLOCK:
-            launch(self._many[x.dtype], weight, x.shape[-1], _whole_vectors(x), rows_of(y))
+            launch(self._many[x.dtype], weight, threads, x.shape[-1], _whole_vectors(x), rows_of(y))
         else:
-            launch(self._few, weight, rows, rows_of(y))
+            launch(self._few, weight, threads, rows, rows_of(y))
         return torch.from_numpy(y)
 
     def _transposed(self, weight: Weight, x: Tensor, rows: NDArray[Any], features: int) -> Tensor:
         """``x Ŵ``, whose sums are made in parts; ``rows`` as above."""
-        n = len(rows)
+        n, threads = len(rows), torch.get_num_threads()
         if n < BLOCK:
             sums = torch.empty(PARTIAL_SUMS, n, features)
-            launch(self._few_transposed, weight, features, rows, sums)
+            launch(self._few_transposed, weight, threads, features, rows, sums)
         else:
             parts = PARTIAL_SUMS if n <= PARTED_ROWS else PARTIAL_SUMS // 2
             sums = torch.empty(parts, n, features + -features % _lanes(x))
-            launch(self._many_transposed[x.dtype], weight, x.shape[-1], features, _whole_vectors(x), sums)
+            kernel = self._many_transposed[x.dtype]
+            launch(kernel, weight, threads, x.shape[-1], features, _whole_vectors(x), sums)
         return sums.sum(dim=0)[:, :features].reshape(*x.shape[:-1], features).contiguous()
 
 

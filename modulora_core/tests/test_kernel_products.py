@@ -57,6 +57,30 @@ def test_products_are_those_of_the_decoded_weight(module: ModuleType, shape: tup
         assert bool(((y - expected).abs() <= bound + 1e-30).all())
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("n", [2, 4, 7])
+def test_a_product_takes_memory_as_often_however_many_rows_are_decoded(
+    module: ModuleType, n: int, transpose: bool
+) -> None:
+    """The C library may give other memory each time, and what no longer is in a cache took half of the time again."""
+    from numba.core.runtime import _nrt_python as memory  # numba's own module for what it allocates
+    from numba.core.runtime import rtsys
+
+    def taken(rows: int) -> int:
+        codes, scales, W = weight(rows, 48)
+        x = torch.randn(n, W.shape[0] if transpose else W.shape[1])
+        before = rtsys.get_allocation_stats().mi_alloc
+        module.rows.matmul((codes, scales), x, 48 if transpose else rows, transpose)
+        return int(rtsys.get_allocation_stats().mi_alloc - before)
+
+    memory.memsys_enable_stats()
+    try:
+        taken(16)  # compiled, and the threads started
+        assert 0 < taken(128) == taken(2048)
+    finally:
+        memory.memsys_disable_stats()
+
+
 @pytest.mark.parametrize("n", [4, 7, 16, 33, 64])
 @pytest.mark.parametrize("shape", [*SHAPES, (130, 96)], ids=str)
 def test_products_of_bf16_are_those_of_the_weight_rounded_to_it(

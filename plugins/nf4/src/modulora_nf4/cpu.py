@@ -38,6 +38,7 @@ _CODES_OF_POINTS = codes_of_points().numpy()
 
 _BYTE, _INDEX = ir.IntType(8), ir.IntType(64)
 _BYTES, _WHOLES, _FLOATS = (ir.VectorType(of, LANES) for of in (_BYTE, ir.IntType(32), ir.FloatType()))
+_PAIRS, _WORDS = (ir.VectorType(of, LANES // 2) for of in (_BYTE, _INDEX))
 _AT_ONCE = 4  # vectors: a lookup waits for what is looked up, so those of several run side by side
 _CELLS = 32
 _SCALE = 15.5  # cells in 1: narrower than any two midpoints are apart, and -1 to 1, both a little more, is within 32 of them
@@ -77,14 +78,14 @@ def _largest(bits: Any) -> Any:
 
 
 @intrinsic
-def _nearest_vectors(_context: Any, x: Any, reciprocals: Any, _shift: Any, q: Any, _vectors: Any) -> Any:
-    """The codes of so many vectors of sixteen, in blocks of 2 to the ``shift``, sixteen or more: see :func:`_nearest`.
+def _pack_vectors(_context: Any, x: Any, reciprocals: Any, _shift: Any, packed: Any, _vectors: Any) -> Any:
+    """The bytes of so many vectors of sixteen, in blocks of 2 to the ``shift``, sixteen or more: see :func:`_nearest`.
 
     Memory is asked for the next piece meanwhile, since nothing is read from it here.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, reciprocals, shift, q, vectors = arguments
+        x, reciprocals, shift, packed, vectors = arguments
         kinds = signature.args
         for width, first in loops(builder, vectors, _AT_ONCE):
             for part in range(width):
@@ -97,11 +98,19 @@ def _nearest_vectors(_context: Any, x: Any, reciprocals: Any, _shift: Any, q: An
                     pointer(context, builder, kinds[1], reciprocals, block, _FLOATS.element)
                 )
                 codes = _codes(context, builder, builder.fmul(values, splat(builder, factor, _FLOATS)))
-                place = pointer(context, builder, kinds[3], q, k, _BYTES)
-                builder.store(builder.trunc(codes, _BYTES), place, align=1)
+                byte = builder.lshr(k, _INDEX(1))
+                place = pointer(context, builder, kinds[3], packed, byte, _PAIRS)
+                builder.store(_in_pairs(builder, codes), place, align=1)
         return context.get_dummy_value()
 
-    return types.void(x, reciprocals, types.int64, q, types.int64), generate
+    return types.void(x, reciprocals, types.int64, packed, types.int64), generate
+
+
+def _in_pairs(builder: Any, codes: Any) -> Any:
+    """Bytes of two codes each, the first one in the high half."""
+    pairs = builder.bitcast(codes, _WORDS)
+    four, word = (ir.Constant(_WORDS, [bits] * _WORDS.count) for bits in (4, 32))
+    return builder.trunc(builder.or_(builder.shl(pairs, four), builder.lshr(pairs, word)), _PAIRS)
 
 
 def _codes(context: Any, builder: Any, values: Any) -> Any:
@@ -164,26 +173,33 @@ def _nearest(x: Any, reciprocal: Any, q: Any) -> None:
 def _quantize_piece(x: Any, x_bits: Any, shift: int, codes: Any, absmax: Any, absmax_bits: Any) -> None:
     """Whole blocks, and perhaps a short last one."""
     size, whole = 1 << shift, x.size >> shift
-    q = np.empty(x.size + 1, np.uint8)
-    q[x.size] = ZERO  # fills the last byte of an odd number of elements
     reciprocals = np.empty(whole, np.float32)
     for block in range(whole):
         absmax_bits[block] = _largest(x_bits[block * size : (block + 1) * size])
         reciprocals[block] = np.float32(1) / max(absmax[block], _SMALLEST)
-    if size >= LANES:
-        _nearest_vectors(x, reciprocals, shift, q, whole * size // LANES)
-    else:
-        for block in range(whole):
-            start, stop = block * size, (block + 1) * size
-            _nearest(x[start:stop], reciprocals[block], q[start:stop])
+    done = whole * size if size >= LANES else 0
+    _pack_vectors(x, reciprocals, shift, codes, done // LANES)
+    if done < x.size:
+        first = done >> shift
+        _quantize_rest(
+            x[done:], x_bits[done:], shift, codes[done >> 1 :], absmax[first:], absmax_bits[first:]
+        )
+
+
+@jit()
+def _quantize_rest(x: Any, x_bits: Any, shift: int, codes: Any, absmax: Any, absmax_bits: Any) -> None:
+    """Blocks that are shorter than a vector, whose ``absmax`` is known, and a short last one, whose isn't."""
+    size, whole = 1 << shift, x.size >> shift
+    q = np.empty(x.size + 1, np.uint8)
+    q[x.size] = ZERO  # fills the last byte of an odd number of elements
+    for block in range(whole):
+        start, stop = block * size, (block + 1) * size
+        _nearest(x[start:stop], np.float32(1) / max(absmax[block], _SMALLEST), q[start:stop])
     if whole < absmax.size:
         start = whole * size
         absmax_bits[whole] = _largest(x_bits[start:])
         absmax[whole] = max(absmax[whole], _SMALLEST)
-        rest = x[start:] / absmax[whole]
-        vectors = rest.size // LANES if size >= LANES else 0
-        _nearest_vectors(rest, np.ones(1, np.float32), shift, q[start:], vectors)
-        _nearest(rest[vectors * LANES :], np.float32(1), q[start + vectors * LANES :])
+        _nearest(x[start:] / absmax[whole], np.float32(1), q[start:])
     for k in range(codes.size):
         codes[k] = (q[2 * k] << 4) | q[2 * k + 1]
 

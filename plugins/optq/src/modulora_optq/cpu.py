@@ -14,11 +14,11 @@ from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.products import RowKernels
+from modulora_core.kernels.shares import share
 from modulora_core.kernels.vectors import pointer
 from modulora_optq.cpu_decode import decode
 from modulora_optq.cpu_one_row import matmul_one, takes
 
-_ROWS = 16  # rows that a thread takes at once
 _FOUR = ir.VectorType(ir.FloatType(), 4)
 
 rows = RowKernels(decode, matmul_one, takes)
@@ -81,13 +81,12 @@ def _reorder(w: Any, order: Any, columns: Any, out: Any) -> None:
 
 
 @jit(parallel=True)
-def dequantize_permuted(weight: Any, first: int, order: Any, out: Any) -> None:
+def dequantize_permuted(weight: Any, threads: int, first: int, order: Any, out: Any) -> None:
     """Rows ``first ...`` to all of ``out``, fp32 ``[rows, in]``: column k of it is stored column ``order[k]``, which must be in bounds."""
     count, n = out.shape
-    for piece in prange((count + _ROWS - 1) // _ROWS):
+    for index in prange(threads):
+        begin, stop = share(index, threads, count, 4)
         w, columns = np.empty((4, n), np.float32), np.empty(4 * n, np.float32)
-        begin: Any = np.int64(piece) * _ROWS
-        stop = min(begin + _ROWS, count)
         for o in range(begin, stop, 4):
             four = out[o : min(o + 4, stop)]
             decode(weight, first + o, 0, n, w[: len(four)])

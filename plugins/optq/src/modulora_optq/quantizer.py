@@ -261,7 +261,7 @@ def _tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype, order
     inverse = order.inverse
 
     def fill(start: int, _stop: int, out: Tensor) -> None:
-        kernels.launch(cpu.dequantize_permuted, weight, start, inverse, out)
+        kernels.launch(cpu.dequantize_permuted, weight, torch.get_num_threads(), start, inverse, out)
 
     return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
 
