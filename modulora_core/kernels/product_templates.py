@@ -20,7 +20,7 @@ from modulora_core.kernels.product_loops import (
     add_rows_of_four,
     add_rows_of_one,
 )
-from modulora_core.kernels.scratch import scratch
+from modulora_core.kernels.scratch import on_stack, scratch
 from modulora_core.kernels.shares import share, signed
 
 STRIP = 16
@@ -60,11 +60,14 @@ def fill(weight: Any, first: int, out: Any) -> None:
         decode(weight, first + start, 0, out.shape[1], out[start : min(start + _PIECE, len(out))])
 
 
+_before_rounding = on_stack(SCRATCH, np.float32)
+
+
 def rounded(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """A decoder like ``decode``, but that ``out`` holds the bits of bf16 numbers."""
     width = max(1, min(CHUNK, columns))
     together = min(len(out), SCRATCH // width)
-    w = scratch(together, width, np.float32)
+    w = _before_rounding()[: together * width].reshape(together, width)
     for first in range(0, len(out), together):
         count = min(together, len(out) - first)
         for at in range(0, columns, width):

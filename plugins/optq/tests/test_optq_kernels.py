@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BITS = (2, 3, 4, 8)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-SHAPES = [(1, 16), (7, 33), (1, 1), (5, 130), (37, 257), (19, 2113)]
+SHAPES = [(1, 16), (7, 33), (1, 1), (5, 130), (37, 257), (19, 2113), (3, 9001)]
+"""The last is unpacked in three pieces, whose ends are in the midst of groups."""
 OPTIONS = [
     Options(bits=bits, group_size=size, symmetric=symmetric)
     for bits, size, symmetric in itertools.product(BITS, (16, 64, 100, -1), (False, True))

@@ -21,6 +21,8 @@ SHAPES = [
     (37, 1030),
     (5, 4104),
     (37, 576),  # 72 codes a row: words are made of eight rows at once, of five at the end
+    (17, 4112),  # 514 codes a row: of seven rows, since 4096 codes are words at most
+    (3, 33000),  # 4125 codes a row, more than that
 ]  # rows and columns, not all whole blocks
 SUMS = 1e-6
 """Of the sum of magnitudes: fp32 sums of a few thousand products in eight or more parts are off by less."""

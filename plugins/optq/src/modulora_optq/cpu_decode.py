@@ -19,15 +19,21 @@ from numba.extending import intrinsic
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import from_half
 from modulora_core.kernels.prefetch import read_ahead
+from modulora_core.kernels.scratch import on_stack
 from modulora_core.kernels.vectors import pointer, splat
 
 _BYTES = 64  # bytes that are unpacked at once
 _VALUES = 16  # and values that are computed at once
+_PIECE = 4096  # columns that are unpacked before they are computed
 
 _MANY_BYTES = ir.VectorType(ir.IntType(8), _BYTES)
 _FEW_BYTES = ir.VectorType(ir.IntType(8), _VALUES)
 _WHOLE = ir.VectorType(ir.IntType(32), _VALUES)
 _FLOATS = ir.VectorType(ir.FloatType(), _VALUES)
+
+
+_scratch = on_stack(2 * _PIECE + 1 + _BYTES, np.uint8)
+"""For the codes of a piece, then for the zeros of its groups, which may be as many and one more, and what :func:`unpack` writes after."""
 
 
 @intrinsic
@@ -137,22 +143,18 @@ def _decode(
             k += 1
 
 
-@jit()
-def _scratch(columns: int, groups: int) -> Any:
-    """Room for the bytes of a row's codes and zeros, and for what :func:`unpack` writes after them."""
-    return np.empty(columns + groups + _BYTES, np.uint8)
-
-
-@jit()
+@jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Stored columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
 
     ``weight`` is codes, scales, zeros, bits, the columns of a group, and those of a row.
     """
     codes, scales, zeros, bits, group, n = weight
-    scratch = _scratch(columns, scales.shape[1])
+    scratch = _scratch()
     row_bytes = codes.size // max(1, len(scales))
     for r in range(len(out)):
         # its parts are all over the row: as much as it is of the row, so that all of it is asked for once
         read_ahead(codes, (row + r) * row_bytes + row_bytes * start // n, row_bytes * columns // n)
-        _decode(codes, scales, zeros, bits, group, row + r, n, start, scratch, out[r, :columns])
+        for at in range(0, columns, _PIECE):
+            part = out[r, at : min(at + _PIECE, columns)]
+            _decode(codes, scales, zeros, bits, group, row + r, n, start + at, scratch, part)

@@ -15,27 +15,34 @@ import numpy as np
 from modulora_core.kernels import jit
 from modulora_core.kernels.product_templates import STRIP
 from modulora_core.kernels.products import RowKernels
-from modulora_core.kernels.scratch import scratch
+from modulora_core.kernels.scratch import on_stack
 from modulora_quip_sharp_e8.cpu_points import expand_points
 from modulora_quip_sharp_e8.cpu_words import expand, half_of, has_byte_permutations, rows_together, spell_all
 
+_MOST_CODES = 4096  # that are made words at once
 
-@jit()
+_words = on_stack(2 * half_of.py_func(_MOST_CODES), np.int64)
+_last = on_stack(8, np.float32)
+
+
+@jit(borrows=True)
 def _decode_words(codes: Any, residual: Any, bits: int, row: int, block: int, columns: int, out: Any) -> None:
     blocks, step = codes.shape[1], out.shape[1]
-    taken = (columns + 7) // 8
-    together = rows_together(blocks, STRIP) if taken == blocks else 1
-    words = scratch(2, half_of(together * taken), np.int64)
+    taken, together, words = (columns + 7) // 8, 1, _words()
+    if taken == blocks:
+        together = max(1, min(rows_together(blocks, STRIP), _MOST_CODES // taken))
     for first in range(0, len(out), together):
         count = min(together, len(out) - first)
-        spell_all(codes, residual, bits, (row + first) * blocks + block, count * taken, words)
-        half = half_of(count * taken)
-        for r in range(count):
-            at = (first + r) * step
-            if bits == 2:
-                expand(words, None, r * taken // 2, half, columns, out, at)
-            else:
-                expand(words, residual, r * taken // 2, half, columns, out, at)
+        for start in range(0, taken, _MOST_CODES):  # once, but of a row that is longer
+            size = min(_MOST_CODES, taken - start)
+            spell_all(codes, residual, bits, (row + first) * blocks + block + start, count * size, words)
+            half, wide = half_of(count * size), min(8 * size, columns - 8 * start)
+            for r in range(count):
+                at = (first + r) * step + 8 * start
+                if bits == 2:
+                    expand(words, None, r * size // 2, half, wide, out, at)
+                else:
+                    expand(words, residual, r * size // 2, half, wide, out, at)
 
 
 @jit(borrows=True)
@@ -46,7 +53,7 @@ def _points(codes: Any, residual: Any, bits: int, at: int, count: int, out: Any,
         expand_points(codes, residual, at, count, out, to)
 
 
-@jit()
+@jit(borrows=True)
 def _decode_points(
     codes: Any, residual: Any, bits: int, row: int, block: int, columns: int, out: Any
 ) -> None:
@@ -56,13 +63,13 @@ def _decode_points(
         at = (row + r) * blocks + block
         _points(codes, residual, bits, at, whole, out, r * step)
         if 8 * whole < columns:
-            last = np.empty((1, 8), np.float32)
+            last = _last().reshape(1, 8)
             _points(codes, residual, bits, at + whole, 1, last, 0)
             for k in range(8 * whole, columns):
                 out[r, k] = last[0, k - 8 * whole]
 
 
-@jit()
+@jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Columns ``start ...``, a multiple of eight, of the rows of C from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
 
