@@ -32,7 +32,7 @@ _WHOLE = ir.VectorType(ir.IntType(32), _VALUES)
 _FLOATS = ir.VectorType(ir.FloatType(), _VALUES)
 
 
-_scratch = on_stack(2 * _PIECE + 1 + _BYTES, np.uint8)
+_room = on_stack(2 * _PIECE + 1 + _BYTES, np.uint8)
 """For the codes of a piece, then for the zeros of its groups, which may be as many and one more, and what :func:`unpack` writes after."""
 
 
@@ -68,6 +68,15 @@ def _code(low: int, low_shift: int, low_mask: int, high: int, high_shift: int, h
 
 
 @jit(borrows=True)
+def _part(column: int, length: int) -> int:
+    """In which part of so many columns it is: of eight at most, so that to divide takes longer."""
+    index = 0
+    while (index + 1) * length <= column:
+        index += 1
+    return index
+
+
+@jit(borrows=True)
 def unpack(packed: Any, row: int, bits: int, n: int, start: int, count: int, out: Any, to: int) -> None:
     """Codes ``[start, start + count)`` of a row of ``n`` to ``out[to:]``; the row begins at ``packed[row]``.
 
@@ -77,7 +86,7 @@ def unpack(packed: Any, row: int, bits: int, n: int, start: int, count: int, out
     low_part = (n * width + 7) // 8
     high_part = (n + 7) // 8 if bits == 3 else n
     low_mask, high_mask = np.uint8((1 << width) - 1), np.uint8(4 if bits == 3 else 0)
-    low_index, high_index = start // low_part, start // high_part
+    low_index, high_index = _part(start, low_part), _part(start, high_part)
     k = 0
     while k < count:  # as far as both planes are in one part
         low_at, high_at = start + k - low_index * low_part, start + k - high_index * high_part
@@ -119,27 +128,26 @@ def _scale_vector(_context: Any, codes: Any, at: Any, zero: Any, scale: Any, out
 
 
 @jit(borrows=True)
-def _decode(
-    codes: Any, scales: Any, zeros: Any, bits: int, group: int, o: int, n: int, start: int, scratch: Any, out: Any
-) -> None:  # fmt: skip
-    """Columns ``start ...`` of row ``o``, which has ``n``, to all of ``out``; ``scratch`` is :func:`_scratch`."""
-    rows, groups = scales.shape
-    first, columns = start // group, out.size
-    last = (start + columns - 1) // group
-    unpack(codes, o * (codes.size // rows), bits, n, start, columns, scratch, 0)
-    if zeros.size:
-        unpack(zeros, o * (zeros.size // rows), bits, groups, first, last + 1 - first, scratch, columns)
-    zero, k = np.float32(1 << (bits - 1)), 0
-    for g in range(first, last + 1):
-        if zeros.size:
-            zero = np.float32(scratch[columns + g - first])
+def _scale_row(
+    codes: Any, zeros_at: int, bits: int, scales: Any, o: int, group: int, first: int, start: int, out: Any
+) -> None:
+    """The values of unpacked codes, of columns ``start ...`` of row ``o``, which are in groups ``first ...``, to all of ``out``.
+
+    ``codes[zeros_at:]`` are the groups' zeros; where it is 0 there are none.
+    """
+    columns, g, k = out.size, first, 0
+    zero = np.float32(1 << (bits - 1))
+    while k < columns:
+        if zeros_at:
+            zero = np.float32(codes[zeros_at + g - first])
         scale = from_half(scales[o, g])
-        end = min(columns, (g + 1) * group - start)
+        g += 1
+        end = min(columns, g * group - start)
         while k + _VALUES <= end:
-            _scale_vector(scratch, k, zero, scale, out, k)
+            _scale_vector(codes, k, zero, scale, out, k)
             k += _VALUES
         while k < end:
-            out[k] = (np.float32(scratch[k]) - zero) * scale
+            out[k] = (np.float32(codes[k]) - zero) * scale
             k += 1
 
 
@@ -147,14 +155,24 @@ def _decode(
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Stored columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
 
-    ``weight`` is codes, scales, zeros, bits, the columns of a group, and those of a row.
+    ``weight`` is codes, scales, zeros, bits, the columns of a group, and those of a row. What is the same in each row is found once:
+    a division takes as long as three vectors.
     """
     codes, scales, zeros, bits, group, n = weight
-    scratch = _scratch()
-    row_bytes = codes.size // max(1, len(scales))
-    for r in range(len(out)):
+    rows, groups = max(1, len(scales)), scales.shape[1]
+    row_bytes, zero_bytes = codes.size // rows, zeros.size // rows
+    room = _room()
+    for at in range(0, columns, _PIECE):
+        begin, count = start + at, min(_PIECE, columns - at)
+        first = begin // group
+        of_groups = (begin + count - 1) // group + 1 - first
         # its parts are all over the row: as much as it is of the row, so that all of it is asked for once
-        read_ahead(codes, (row + r) * row_bytes + row_bytes * start // n, row_bytes * columns // n)
-        for at in range(0, columns, _PIECE):
-            part = out[r, at : min(at + _PIECE, columns)]
-            _decode(codes, scales, zeros, bits, group, row + r, n, start + at, scratch, part)
+        ahead, asked = row_bytes * begin // n, row_bytes * count // n
+        for r in range(len(out)):
+            o = row + r
+            read_ahead(codes, o * row_bytes + ahead, asked)
+            unpack(codes, o * row_bytes, bits, n, begin, count, room, 0)
+            if zero_bytes:
+                unpack(zeros, o * zero_bytes, bits, groups, first, of_groups, room, count)
+            zeros_at = count if zero_bytes else 0
+            _scale_row(room, zeros_at, bits, scales, o, group, first, begin, out[r, at : at + count])
