@@ -1,7 +1,8 @@
 """Vectors in kernels that numba compiles: what LLVM doesn't find by itself is spelled here, in terms that any processor has.
 
 What an intrinsic begins with, a plugin's own or the core's (:mod:`modulora_core.kernels.product_loops`): :func:`splat`,
-:func:`lookup`, :func:`matrix`, :func:`pointer`, :func:`has`, :func:`zeros`, :func:`multiply_add`, :func:`loops`, :func:`sum_of_lanes`.
+:func:`lookup`, :func:`lookup_of_eight`, :func:`matrix`, :func:`pointer`, :func:`has`, :func:`zeros`, :func:`multiply_add`,
+:func:`loops`, :func:`sum_of_lanes`.
 """
 
 from __future__ import annotations
@@ -66,22 +67,26 @@ def lookup(context: Any, builder: Any, table: Any, index: Any) -> Any:
     return found
 
 
+def lookup_of_eight(builder: Any, table: Any, index: Any) -> Any:
+    """``table[index & 7]``, a lane at a time, by AVX2, which :func:`has` must say is there: ``<8 x float>`` by ``<16 x i32>``."""
+    halves = [
+        _instruction(builder, "llvm.x86.avx2.permps", table, _eight(builder, index, first))
+        for first in (0, 8)
+    ]
+    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_LANE, LANES), list(range(LANES))))
+
+
+def _eight(builder: Any, of: Any, first: int) -> Any:
+    lanes = ir.Constant(ir.VectorType(_LANE, 8), list(range(first, first + 8)))
+    return builder.shuffle_vector(of, of, lanes)
+
+
 def _lookup_by_eights(builder: Any, table: Any, index: Any) -> Any:
     """By AVX2's, which is of eight values by the low three bits: two of them, and a choice by the fourth."""
-
-    def half(of: Any, first: int) -> Any:
-        lanes = list(range(first, first + 8))
-        return builder.shuffle_vector(of, of, ir.Constant(ir.VectorType(_LANE, 8), lanes))
-
-    halves = []
-    for lanes in (half(index, 0), half(index, 8)):
-        low, high = (
-            _instruction(builder, "llvm.x86.avx2.permps", half(table, first), lanes) for first in (0, 8)
-        )
-        bit = builder.and_(lanes, ir.Constant(lanes.type, [8] * 8))
-        is_high = builder.icmp_signed("!=", bit, ir.Constant(lanes.type, [0] * 8))
-        halves.append(builder.select(is_high, high, low))
-    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_LANE, LANES), list(range(LANES))))
+    low, high = (lookup_of_eight(builder, _eight(builder, table, first), index) for first in (0, 8))
+    none = ir.Constant(index.type, [0] * LANES)
+    bit = builder.and_(index, ir.Constant(index.type, [8] * LANES))
+    return builder.select(builder.icmp_signed("!=", bit, none), high, low)
 
 
 def _instruction(builder: Any, name: str, table: Any, index: Any) -> Any:

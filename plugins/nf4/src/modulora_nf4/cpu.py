@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from modulora_core.kernels import jit
 from modulora_core.kernels.prefetch import FAR, ask_for
 from modulora_core.kernels.products import RowKernels
-from modulora_core.kernels.vectors import LANES, has, lookup, loops, pointer, splat
+from modulora_core.kernels.vectors import LANES, has, lookup_of_eight, loops, pointer, splat
 from modulora_nf4.cpu_decode import decode
 from modulora_nf4.cpu_one_row import matmul_one, takes
 from modulora_nf4.reference import (
@@ -116,13 +116,13 @@ def _in_pairs(builder: Any, codes: Any) -> Any:
 def _codes(context: Any, builder: Any, values: Any) -> Any:
     """How many midpoints are below each value.
 
-    Found by its cell where 32 numbers can be looked up in registers, by halves where sixteen can, else counted.
+    Found by its cell where 32 numbers can be looked up in registers, by halves where eight can, else counted.
     """
     none = ir.Constant(_WHOLES, [0] * LANES)
 
-    def more(codes: Any, midpoints: Any, count: int) -> Any:
+    def more(codes: Any, midpoints: Any) -> Any:
         above = builder.fcmp_ordered(">", values, midpoints)
-        return builder.add(codes, builder.select(above, ir.Constant(_WHOLES, [count] * LANES), none))
+        return builder.add(codes, builder.select(above, ir.Constant(_WHOLES, [1] * LANES), none))
 
     if has(context, "avx512f"):
         midpoints, below = _cells()
@@ -130,21 +130,17 @@ def _codes(context: Any, builder: Any, values: Any) -> Any:
         placed = builder.fadd(scaled, ir.Constant(_FLOATS, [_CELLS / 2] * LANES), flags=("contract",))
         cell = builder.fptosi(placed, _WHOLES)
         return more(
-            _lookup_of_two(builder, below, cell, _WHOLES),
-            _lookup_of_two(builder, midpoints, cell, _FLOATS),
-            1,
+            _lookup_of_two(builder, below, cell, _WHOLES), _lookup_of_two(builder, midpoints, cell, _FLOATS)
         )
     codes = none
     if has(context, "avx2"):
-        table = ir.Constant(
-            _FLOATS, [float(m) for m in _MIDPOINTS] + [0.0]
-        )  # the last one is never looked at
-        for half in (8, 4, 2, 1):
-            index = builder.add(codes, ir.Constant(_WHOLES, [half - 1] * LANES))
-            codes = more(codes, lookup(context, builder, table, index), half)
+        for step in (8, 4, 2, 1):  # by the last one there are eight midpoints that the next may be with
+            tried = [float(m) for m in _MIDPOINTS[step - 1 :: 2 * step]]
+            table = ir.Constant(ir.VectorType(ir.FloatType(), 8), (8 * tried)[:8])
+            codes = more(builder.add(codes, codes), lookup_of_eight(builder, table, codes))
         return codes
     for midpoint in _MIDPOINTS:
-        codes = more(codes, ir.Constant(_FLOATS, [float(midpoint)] * LANES), 1)
+        codes = more(codes, ir.Constant(_FLOATS, [float(midpoint)] * LANES))
     return codes
 
 
