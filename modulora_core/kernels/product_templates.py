@@ -171,9 +171,8 @@ def many_transposed(weight: Any, threads: int, rows: int, columns: int, y: Any, 
     parts, n, padded = sums.shape
     whole = n // BLOCK * BLOCK
     rows_of_part = (rows + parts - 1) // parts
-    rows_of_part += (
-        rows_of_part % 2
-    )  # bf16 is multiplied in pairs of rows: only the last may be left without another
+    # bf16 is multiplied in pairs of rows: only the last may be left without another
+    rows_of_part += rows_of_part % 2
     strip = TALL_STRIP * 4 // y.itemsize
     chunk = min(CHUNK, max(PANEL, SUMS // n // PANEL * PANEL), padded)
     chunks = (padded + chunk - 1) // chunk

@@ -59,7 +59,8 @@ def _decode(packed: Any, scales: Any, offsets: Any, bits: int, group: int, codes
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
 
-    Bits are unpacked by the whole row, so what is asked for in parts (rows of more than 2048 columns) goes through a scratch.
+    Bits are unpacked by the whole row, so what is asked for in parts (rows of more than 2048 columns) goes through a scratch. Rows may be
+    of any length, so it is no scratch on the stack (:func:`modulora_core.kernels.scratch.on_stack`), and the function doesn't borrow.
     """
     packed, scales, offsets, bits, group, n = weight
     codes = np.empty(n, np.uint8)
