@@ -1,15 +1,17 @@
 """The four shapes of training data: which one a record has, and its fields, checked.
 
-========== ================================== ==========================================
-format     fields                             what is trained
-========== ================================== ==========================================
-text       text                               every token
-instruct   instruction, output [, input]      the output
-chat       messages: a list of role, content  the assistant's turns, all of them
-completion prompt, completion; or text, label the completion; the label
-========== ================================== ==========================================
+========== ======================================= ==========================================
+format     fields                                  what is trained
+========== ======================================= ==========================================
+text       text                                    every token
+instruct   instruction, output [, input]           the output
+chat       messages: a list of role, content; or   the assistant's turns, all of them
+           conversations: a list of from, value
+completion prompt, completion; or text, label      the completion; the label
+========== ======================================= ==========================================
 
-Other fields are left alone.
+Other fields are left alone. ``conversations`` is the form of ShareGPT, which calls the user human and the assistant gpt; where a record has
+``messages`` too, these count.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ _FIELDS: Mapping[Format, tuple[str, ...]] = MappingProxyType(
         "completion": ("prompt", "completion"),
     }
 )
+
+_SHAREGPT_ROLES: Mapping[str, str] = MappingProxyType({"human": "user", "gpt": "assistant"})
 
 _ALPACA = (
     "Below is an instruction that describes a task{paired}. "
@@ -98,8 +102,11 @@ def detect(records: Sequence[Record], requested: str = "auto") -> Format:
 
 def _detect_one(record: Record) -> Format:
     present = _present(record)
-    # `label` beside `text` makes it label data, which is trained as a completion
-    fields = {**_FIELDS, "text": ("text", "label")} if "label" in present else _FIELDS
+    fields = dict(_FIELDS)
+    if "label" in present:  # which beside `text` makes it label data, which is trained as a completion
+        fields["text"] = ("text", "label")
+    if "messages" not in present:
+        fields["chat"] = ("conversations",)
     found = [format_ for format_ in FORMATS if present.issuperset(fields[format_])]
     if not found:
         raise DataError(f"{record.place}: expected {_expected_fields()}; got {_got(present)}")
@@ -117,7 +124,9 @@ def _present(record: Record) -> set[str]:
 
 
 def _expected_fields() -> str:
-    shapes = "; or ".join(", ".join(fields) for fields in [*_FIELDS.values(), ("text", "label")])
+    shapes = "; or ".join(
+        ", ".join(fields) for fields in [*_FIELDS.values(), ("text", "label"), ("conversations",)]
+    )
     return f"the fields {shapes} (in a .csv file the first line names them)"
 
 
@@ -170,14 +179,16 @@ def _exchange(user: str, assistant: str, plain: tuple[str, str], place: str) -> 
 
 
 def _chat(record: Record) -> Conversation:
-    messages = _field(record, "messages")
+    present = _present(record)
+    name = "conversations" if "conversations" in present and "messages" not in present else "messages"
+    messages = _field(record, name)
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{record.place}: messages: expected a list of turns, got {_shown(messages)}")
+        raise DataError(f"{record.place}: {name}: expected a list of turns, got {_shown(messages)}")
     turns = tuple(_turn(message, number, record.place) for number, message in enumerate(messages, start=1))
     if not any(turn["role"] == "assistant" for turn in turns):
         roles = ", ".join(turn["role"] for turn in turns)
         raise DataError(
-            f"{record.place}: messages: expected a turn of the assistant to train on, got only {roles}"
+            f"{record.place}: {name}: expected a turn of the assistant to train on, got only {roles}"
         )
     return Conversation(turns, None, record.place)
 
@@ -187,12 +198,16 @@ def _turn(message: Any, number: int, place: str) -> Message:
         raise DataError(
             f"{place}: message {number}: expected an object with role and content, got {_shown(message)}"
         )
-    for name in ("role", "content"):
+    of_sharegpt = "role" not in message and "from" in message
+    names = ("from", "value") if of_sharegpt else ("role", "content")
+    for name in names:
         if not isinstance(message.get(name), str):
             raise DataError(
                 f"{place}: message {number}: expected a string as its {name}, got {_shown(message.get(name))}"
             )
-    return {name: value for name, value in message.items() if value is not None}
+    role, content = (message[name] for name in names)
+    others = {name: value for name, value in message.items() if name not in names and value is not None}
+    return {"role": _SHAREGPT_ROLES.get(role, role) if of_sharegpt else role, "content": content, **others}
 
 
 def _field(record: Record, name: str) -> Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader
 from modulora_core.data import Collator, instruction_prompt, load_examples, load_text, token_segments
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import DataError, OptionError
+from modulora_core.tests.markdown_blocks import blocks
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, smol_tokenizer, trained, write_jsonl
 
 CHAT = [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": "One, of course."}]
@@ -86,6 +88,7 @@ def test_nothing_left_to_train_on_is_refused(plain, save):
         load_examples(save({"text": " \n"}), plain, seq_len=5)
 
 
+SHAREGPT = [{"from": "human", "value": "Say one."}, {"from": "gpt", "value": "One, of course."}]
 TEXT, CHOICE = {"text": "a"}, {"prompt": "a", "completion": "b"}
 LISTED = [{"messages": [{"role": "user", "content": ["hi"]}]}]
 UNUSABLE = [
@@ -100,6 +103,12 @@ UNUSABLE = [
     ([{"messages": ["hi"]}], "line 1: message 1: expected an object with role and content, got 'hi'"),
     (LISTED, r"line 1: message 1: expected a string as its content, got \['hi'\]"),
     ([{"messages": CHAT[:1]}], "line 1: messages: expected a turn of the assistant .* got only user"),
+    (
+        [{"conversations": SHAREGPT[:1]}],
+        "line 1: conversations: expected a turn of the assistant .* only user",
+    ),
+    ([{"conversations": [{"from": "gpt"}]}], "line 1: message 1: expected a string as its value, got None"),
+    ([{"messages": CHAT}, {"text": "a"}], "line 2: expected format chat as in .*line 1, got text"),
 ]
 
 
@@ -107,6 +116,21 @@ UNUSABLE = [
 def test_records_of_no_format_are_refused_with_their_line(plain, save, rows, message):
     with pytest.raises(DataError, match=message):
         load_examples(save(*rows), plain, seq_len=50)
+
+
+@pytest.mark.parametrize("begin", [[], [{"from": "system", "value": "Be brief."}]], ids=["", "system"])
+def test_sharegpts_conversations_are_trained_like_messages(smol, save, begin):
+    same = [{"role": turn["from"], "content": turn["value"]} for turn in begin] + CHAT
+    of_sharegpt = load_examples(save({"conversations": begin + SHAREGPT, "id": "x"}), smol, seq_len=99)
+    of_messages = load_examples(save({"messages": same}), smol, seq_len=99)
+    assert of_sharegpt.report.format == "chat"
+    assert of_sharegpt[0] == of_messages[0]
+
+
+def test_messages_count_where_a_record_has_both_and_turns_may_have_either_form(smol, save):
+    both = load_examples(save({"messages": CHAT, "conversations": SHAREGPT[:1]}), smol, seq_len=99)
+    mixed = load_examples(save({"conversations": [SHAREGPT[0], CHAT[1]]}), smol, seq_len=99)
+    assert both[0] == mixed[0] == load_examples(save({"messages": CHAT}), smol, seq_len=99)[0]
 
 
 def test_a_csv_without_a_header_is_refused(plain, tmp_path):
@@ -213,3 +237,25 @@ def test_too_short_a_text_is_refused_with_its_length(plain, tmp_path):
         token_segments(tmp_path / "d.txt", plain, 64)
     with pytest.raises(OptionError, match="segments: expected at least 1, got 0"):
         token_segments("pydoc", plain, 64, 0)
+
+
+# --------------------------------------------------------------------------------------------- the docs
+
+DOCUMENTED = {
+    "texts.jsonl": "text",
+    "instructions.jsonl": "instruct",
+    "chats.jsonl": "chat",
+    "sharegpt.jsonl": "chat",
+    "completions.jsonl": "completion",
+    "labels.jsonl": "completion",
+}
+
+
+def test_the_records_of_the_docs_have_the_formats_that_they_show(smol, tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "training-data.md"
+    shown = {block.title: block.text for block in blocks(page, "json")}
+    assert shown.keys() == DOCUMENTED.keys()
+    for name, text in shown.items():
+        (tmp_path / name).write_text(text, "utf-8")
+        report = load_examples(tmp_path / name, smol, seq_len=99).report
+        assert (report.format, report.examples) == (DOCUMENTED[name], 1), name
