@@ -69,7 +69,7 @@ def _code(low: int, low_shift: int, low_mask: int, high: int, high_shift: int, h
 
 @jit(borrows=True)
 def _part(column: int, length: int) -> int:
-    """In which part of so many columns it is: of eight at most, so that to divide takes longer."""
+    """In which part of so many columns it is, counted instead of divided: there are eight at most."""
     index = 0
     while (index + 1) * length <= column:
         index += 1
@@ -155,8 +155,8 @@ def _scale_row(
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Stored columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
 
-    ``weight`` is codes, scales, zeros, bits, the columns of a group, and those of a row. What is the same in each row is found once:
-    a division takes as long as three vectors.
+    ``weight`` is codes, scales, zeros, bits, the columns of a group, and those of a row. What is the same in each row is divided once
+    (docs/performance-findings.md).
     """
     codes, scales, zeros, bits, group, n = weight
     rows, groups = max(1, len(scales)), scales.shape[1]
