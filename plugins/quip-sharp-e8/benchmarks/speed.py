@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from modulora_quip_sharp_e8 import codebooks, quantizer
+from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.options import Options
+from modulora_quip_sharp_e8.products import by_codes, operands
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8
 from torch import Tensor
 
@@ -95,7 +96,7 @@ class Weights:
         self.out = torch.empty(size, size)
 
     def operands(self, i: int) -> tuple[Tensor, Tensor, int]:
-        return quantizer._operands(self.weights[i], slice(None), slice(None))
+        return operands(self.weights[i], slice(None), slice(None))
 
     def decode(self, rows: int, i: int) -> None:
         self.cpu.rows.dequantize(self.operands(i), 0, self.out[:rows])
@@ -104,7 +105,7 @@ class Weights:
         self.decode(rows, 0)
 
     def fused(self, x: Tensor, transpose: bool, i: int) -> Tensor:
-        return quantizer._rotated_matmul(x, self.weights[i], transpose, x.dtype)
+        return by_codes(x, self.weights[i], partial(self.operands, i), transpose, x.dtype)
 
     def whole(self, x: Tensor, i: int) -> Tensor:
         return self.quantizer.matmul(x, self.weights[i])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from modulora_quip_sharp_e8 import transform
 from modulora_quip_sharp_e8.options import Options
-from modulora_quip_sharp_e8.quantizer import FEW_ROWS, QuIPSharpE8, from_solution, window
+from modulora_quip_sharp_e8.products import FEW_ROWS
+from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, from_solution, window
 from safetensors.torch import save_file
 
 from modulora_core import tiles

@@ -43,7 +43,7 @@ QWEN = {  # hidden, intermediate, and key-value sizes of 1.5, 2, 2.5 and 3, dens
 MODELS = sorted(SMOLLM2 | LLAMA | MISTRAL | QWEN)
 PRIMES = (577, 8191, 10007)  # 8191 and 10007 by way of a Fourier transform, and so are these:
 LARGE_ODD_PARTS = (4 * 1031, 6 * 1025)
-DENSE = [*range(1, 131), 172, 344, 576, 577, 1376, 1712, 2062]
+DENSE = [*range(1, 131), 172, 192, 344, 576, 577, 640, 1376, 1408, 1712, 2062]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 

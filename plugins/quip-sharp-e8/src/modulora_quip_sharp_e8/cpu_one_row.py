@@ -5,26 +5,25 @@
 Arrays are as in :mod:`modulora_quip_sharp_e8.cpu`. What is decoded is multiplied in registers and never stored. A weight of out · in
 values takes out · in · bits / 8 bytes, read once. At 2 bits sixteen weights cost four operations, and their share of making words
 (:mod:`modulora_quip_sharp_e8.cpu_words`); where bytes can't be permuted a block of eight costs two loads from tables, two operations and
-about six to find its place in them (:mod:`modulora_quip_sharp_e8.cpu_points`); twice that above 2 bits. The rotations take K + log₂ m
-operations a coordinate (:mod:`modulora_quip_sharp_e8.cpu_transform`), on one thread: to share them out would take longer.
+about six to find its place in them (:mod:`modulora_quip_sharp_e8.cpu_points`); twice that above 2 bits. The rotations take
+K / 4 + log₂ m additions a coordinate and four entries of tables (:mod:`modulora_quip_sharp_e8.cpu_across`), on one thread: to share them
+out would take longer.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numba import prange
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import from_half
 from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.scratch import scratch
 from modulora_core.kernels.shares import share
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.cpu_points import dot_points
-from modulora_quip_sharp_e8.cpu_transform import OUTPUTS, rotate_rows
+from modulora_quip_sharp_e8.cpu_transform import turn_rows
 from modulora_quip_sharp_e8.cpu_words import dot, half_of, has_byte_permutations, rows_together, spell_all
 
 _ROWS = 16  # whose words are made at once, at most
@@ -76,25 +75,6 @@ def _one_by_words(
             y[0, first + r] = dot(words, residual, r * blocks // 2, half, pairs, x)
 
 
-@jit()
-def _rotate_one(x: Any, scale: Any, unit: Any, matrix: Any, K: int, after: bool, out: Any) -> None:
-    """``out[0, :n] = x[0] ⊙ s`` rotated, or ``x`` rotated and then ``⊙ s`` where ``after``; s is ``unit`` times ``scale``, bits of fp16.
-
-    ``x`` is fp32 ``[1, n]``, ``out`` ``[1, n or more]``; see :func:`modulora_quip_sharp_e8.cpu_transform.rotate_rows` for the others.
-    """
-    n = x.shape[1]
-    norm = np.float32(1 / math.sqrt(n))
-    factors = np.empty(n, np.float32)
-    for i in range(n):
-        factors[i] = norm if after else norm * from_half(scale[i])
-    room = scratch(1, n + OUTPUTS, np.float32)[0]
-    flat = out.reshape(out.size)[:n]
-    rotate_rows(x, factors, matrix, K, factors[:0], 0, 1, room, flat.reshape(1, n))
-    if after:
-        for i in range(n):
-            flat[i] *= from_half(scale[i]) * unit
-
-
 @jit(parallel=True)
 def forward_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row, rotations and all: ``x`` is fp32 ``[1, in]``, ``y`` fp32 ``[1, rows of C]``.
@@ -106,7 +86,8 @@ def forward_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     rows, blocks = codes.shape
     turned, z = scratch(1, 16 * ((blocks + 1) // 2), np.float32), scratch(1, rows, np.float32)  # whole words
     turned[:] = 0
-    _rotate_one(x, input_scale, np.float32(1), matrix_in, K_in, False, turned)
+    there = turned.reshape(turned.size)[: x.shape[1]].reshape(1, x.shape[1])
+    turn_rows(x, input_scale, np.float32(1), matrix_in, K_in, False, 0, 1, there)
     sums = np.empty(0, np.float32) if has_byte_permutations() else _sums_of_blocks(turned, blocks)
     for index in prange(threads):
         begin, stop = share(index, threads, rows)
@@ -118,4 +99,4 @@ def forward_one(weight: Any, threads: int, x: Any, y: Any) -> None:
         else:
             for o in range(begin, stop, 4):
                 _four_by_points(codes, residual, bits, o, stop, turned, sums, z)
-    _rotate_one(z, output_scale, unit[0], matrix_out, K_out, True, y)
+    turn_rows(z, output_scale, unit[0], matrix_out, K_out, True, 0, 1, y)

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -75,13 +77,31 @@ def rotate(
     given, rows = rows, rows.to(dtype).contiguous()
     out = torch.empty_like(rows) if rows is given and not in_place else rows
     threads = min(len(rows), torch.get_num_threads())
-    scratch = torch.empty(threads, n + cpu.OUTPUTS, dtype=dtype)
-    factors = scale, panels(K, transpose, dtype), K, scale[:0] if after is None else after
+    scratch = torch.empty(threads, n, dtype=dtype)
+    factors = scale, laid_out(n, transpose, dtype), K, scale[:0] if after is None else after
     if threads == 1:  # to wake others costs as much as a row
         kernels.launch(cpu.rotate_rows, rows, *factors, 0, len(rows), scratch[0], out)
     else:
         kernels.launch(cpu.rotate, rows, *factors, scratch, out)
     return out.view(x.shape)
+
+
+def turn(
+    x: NDArray[Any],
+    scale: NDArray[Any],
+    unit: Any,
+    matrix: NDArray[Any],
+    K: int,
+    after: bool,
+    out: NDArray[Any],
+) -> None:
+    """A rotation of some rows for a caller that has what the kernel reads: see :func:`modulora_quip_sharp_e8.cpu_transform.turn_rows`."""
+    cpu: Any = kernels.load("modulora_quip_sharp_e8.cpu_transform", torch.device("cpu"))
+    threads = min(len(x), torch.get_num_threads())
+    if threads == 1:  # to wake others costs as much as a row
+        kernels.run(cpu.turn_rows, x, scale, unit, matrix, K, after, 0, len(x), out)
+    else:
+        kernels.run(cpu.turn, x, scale, unit, matrix, K, after, threads, out)
 
 
 def _on_gpu(x: Tensor, transpose: bool, before: Tensor | None, after: Tensor | None) -> Tensor | None:
@@ -135,9 +155,21 @@ def factor(K: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def panels(K: int, transpose: bool, dtype: torch.dtype) -> Tensor:
-    """M_K, or M_Kᵀ, as the kernel reads it: see there."""
+def laid_out(n: int, transpose: bool, dtype: torch.dtype) -> Tensor:
+    """M_K, or M_Kᵀ, of a dimension n as the kernel reads it.
+
+    uint8 ``[K / 4 · K]`` for a Hadamard matrix where segments have enough coordinates: the signs of M[4g, b] to M[4g + 3, b] as four bits,
+    the first the lowest, 1 for −1, at ``(b − b mod 4) / 4 · K + 4g + b mod 4``. Else the numbers in panels of eight columns, of ``dtype``:
+    M[a, b] at ``(b − b mod 8) · K + 8a + b mod 8``.
+    """
+    K = order(n)
     M = factor(K).T if transpose else factor(K)
+    if K == 1:  # not read
+        return torch.empty(0, dtype=torch.uint8)
+    if n // K >= 16 and decompose(K) == K:
+        bits = (M < 0).view(K // 4, 4, K // 4, 4)  # g, a, panel, b
+        signs = (bits * torch.tensor([1, 2, 4, 8]).view(1, 4, 1, 1)).sum(1)
+        return signs.transpose(0, 1).reshape(-1).to(torch.uint8)
     panels = F.pad(M, (0, -K % _PANEL)).view(K, -1, _PANEL)
     flat: Tensor = panels.transpose(0, 1).reshape(-1).to(dtype)
     return flat
