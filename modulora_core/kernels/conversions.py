@@ -90,14 +90,18 @@ def through_halves(context: Any, builder: Any, numbers: Any) -> Any:
 
 @intrinsic
 def widen(_context: Any, value: Any) -> Any:
-    """The fp32 number that is stored as ``value``: an int16 holds the bits of a bf16 number, and an fp32 number is itself."""
+    """The number that is stored as ``value``: of an int16, the bits of a bf16 number, that as fp32; others are themselves."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        if value is types.float32:
-            return arguments[0]
-        return builder.bitcast(builder.shl(builder.zext(arguments[0], _LANE), _LANE(16)), _FLOAT)
+        return arguments[0] if isinstance(value, types.Float) else bf16_to_float(builder, arguments[0])
 
-    return types.float32(value), generate
+    return (value if isinstance(value, types.Float) else types.float32)(value), generate
+
+
+def bf16_to_float(builder: Any, bits: Any) -> Any:
+    """The fp32 number of a bf16 one by its bits, or those of a vector of sixteen, in an intrinsic."""
+    lanes, floats = _as_many(bits, _LANE, _FLOAT)
+    return builder.bitcast(builder.shl(builder.zext(bits, lanes), _constant(lanes, 16)), floats)
 
 
 @intrinsic

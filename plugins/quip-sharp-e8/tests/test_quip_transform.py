@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from modulora_quip_sharp_e8.transform import matrix, order, rotate
+from modulora_quip_sharp_e8.transform import laid_out, matrix, order, rotate, turn
 from torch import Tensor
 
 from modulora_core import kernels
@@ -220,3 +220,40 @@ def test_what_cannot_be_rotated_is_refused(x):
 def test_a_vector_that_does_not_fit_is_refused(name):
     with pytest.raises(ShapeError, match=f"{name} of a rotation: expected the shape \\[4\\]"):
         rotate(torch.ones(2, 4), **{name: torch.ones(1)})
+
+
+def turned(x: Tensor, scale: Tensor, transpose: bool, after: bool, dtype: torch.dtype) -> Tensor:
+    """By the kernels for a product, in ``dtype``; 1.5 is the scale's unit."""
+    out, n = torch.empty(x.shape, dtype=dtype), x.shape[1]
+    matrix = laid_out(n, transpose, torch.float32).numpy()
+    bits = scale.view(torch.int16).numpy()
+    turn(kernels.rows_of(x), bits, np.float32(1.5), matrix, order(n), after, kernels.rows_of(out))
+    return out
+
+
+@pytest.mark.parametrize("n", [1, 8, 20, 48, 192, 256, 384, 577, 1024, 1536, 2752])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_products_rotation_is_that_of_its_scales(n, rows):
+    pytest.importorskip("numba")
+    x, scale = random(rows, n), random(n, dtype=torch.float16)
+    factors = 1.5 * scale.double()
+    for transpose in (False, True):
+        before = turned(x, scale, transpose, False, torch.float32)
+        assert error(before, rotate(x.double(), transpose=transpose, before=factors)) < 1e-5
+        after = turned(x, scale, transpose, True, torch.float32)
+        assert error(after, rotate(x.double(), transpose=transpose, after=factors)) < 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 8, 20, 48, 192, 256, 384, 577, 1024, 1536, 2752])
+@pytest.mark.parametrize("after", [False, True])
+def test_bf16_is_read_and_rounded_by_the_kernels_of_a_product(n, after):
+    pytest.importorskip("numba")
+    x, scale = random(5, n, dtype=torch.bfloat16), random(n, dtype=torch.float16)
+    expected = turned(x.float(), scale, False, after, torch.float32)
+    assert torch.equal(turned(x, scale, False, after, torch.float32), expected)
+    assert torch.equal(turned(x.float(), scale, False, after, torch.bfloat16), expected.bfloat16())
+    in_place = x.clone()
+    matrix, bits = laid_out(n, False, torch.float32).numpy(), scale.view(torch.int16).numpy()
+    rows = kernels.rows_of(in_place)
+    turn(rows, bits, np.float32(1.5), matrix, order(n), after, rows)
+    assert torch.equal(in_place, expected.bfloat16())

@@ -17,10 +17,10 @@ import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import prange, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import from_half
+from modulora_core.kernels.conversions import bf16_to_float, from_half, narrow_row, widen
 from modulora_core.kernels.scratch import scratch
 from modulora_core.kernels.shares import share
 from modulora_core.kernels.vectors import LANES, pointer
@@ -49,6 +49,13 @@ def _within_vector(builder: Any, v: Any) -> Any:
     return v
 
 
+def _loaded(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """Sixteen values of an array, as numbers: bits of bf16 as what they stand for."""
+    place = pointer(context, builder, kind, array, index, vector_of(context, kind))
+    values = builder.load(place, align=alignment(kind))
+    return values if isinstance(kind.dtype, types.Float) else bf16_to_float(builder, values)
+
+
 def _first_transform(vectors: int) -> Any:
     """The intrinsic that begins a row, so many vectors at once, a power of two."""
     order = LANES * vectors
@@ -59,19 +66,16 @@ def _first_transform(vectors: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             *arrays, n = arguments
-            vector, align = vector_of(context, signature.args[0]), alignment(signature.args[0])
+            vector, align = vector_of(context, signature.args[2]), alignment(signature.args[2])
             with cgutils.for_range(builder, builder.sdiv(n, INDEX(order))) as loop:
                 first = builder.mul(loop.index, INDEX(order))
                 values, places = [], []
                 for i in range(vectors):
                     at = builder.add(first, INDEX(LANES * i))
-                    source, factors, place = (
-                        pointer(context, builder, kind, array, at, vector)
-                        for kind, array in zip(signature.args[:3], arrays, strict=True)
-                    )
-                    v = builder.fmul(builder.load(source, align=align), builder.load(factors, align=align))
-                    values.append(_within_vector(builder, v))
-                    places.append(place)
+                    given = _loaded(context, builder, signature.args[0], arrays[0], at)
+                    factors = _loaded(context, builder, signature.args[1], arrays[1], at)
+                    values.append(_within_vector(builder, builder.fmul(given, factors)))
+                    places.append(pointer(context, builder, signature.args[2], arrays[2], at, vector))
                 for v, place in zip(_across_vectors(builder, values), places, strict=True):
                     builder.store(v, place, align=align)
             return context.get_dummy_value()
@@ -133,7 +137,7 @@ def _walsh_rest(row: Any, n: int, m: int, h: int) -> None:
 def _walsh_few(x: Any, before: Any, row: Any, n: int, m: int) -> None:
     """``x ⊙ before``, and the transforms of order m, below 16, of its segments, to ``row``."""
     for i in range(n):
-        row[i] = x[i] * before[i]
+        row[i] = widen(x[i]) * before[i]
     h = 1
     while h < m:
         for i in range(0, n, 2 * h):
@@ -144,45 +148,67 @@ def _walsh_few(x: Any, before: Any, row: Any, n: int, m: int) -> None:
 
 
 @jit(borrows=True)
+def _rotate_row(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any) -> None:
+    """See :func:`rotate_rows`; ``out`` is no bf16."""
+    n = out.size
+    m = n // K
+    row = out if K == 1 else scratch
+    if m >= 64:
+        _first64(x, before, row, n)
+        _walsh_rest(row, n, m, 64)
+    elif m == 32:
+        _first32(x, before, row, n)
+    elif m == 16:
+        _first16(x, before, row, n)
+    else:
+        _walsh_few(x, before, row, n, m)
+    if K > 1:
+        across(row, matrix, K, m, out)
+    if after.size:
+        for i in range(n):
+            out[i] *= after[i]
+
+
+def _rotate_row_to(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any) -> None:
+    """See :func:`rotate_rows`: to numbers, or to bits of bf16."""
+    raise NotImplementedError("_rotate_row_to() is for kernels that numba compiles")
+
+
+@overload(_rotate_row_to, inline="always")  # inlined, it counts no references to arrays
+def _rotate_row_to_of(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any) -> Any:  # noqa: ARG001
+    def to_numbers(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any) -> None:
+        _rotate_row(x, before, matrix, K, after, scratch[0], out)
+
+    def to_bf16(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any) -> None:
+        _rotate_row(x, before, matrix, K, after, scratch[0], scratch[1])
+        narrow_row(scratch[1], out)
+
+    return to_numbers if isinstance(out.dtype, types.Float) else to_bf16
+
+
+@jit(borrows=True)
 def rotate_rows(
     x: Any, before: Any, matrix: Any, K: int, after: Any, start: int, stop: int, scratch: Any, out: Any
 ) -> None:
     """``out[r] = ((x[r] ⊙ before) (M ⊗ Sylvester_m)) ⊙ after`` for rows ``[start, stop)``, on this thread.
 
     Args:
-        x: ``[rows, n]``, fp32 or fp64, as all others are.
+        x: ``[rows, n]``, fp32 or fp64, as all others are; or, where they are fp32, the bits of bf16, int16.
         before: ``[n]``, with the factor that makes the transform orthogonal.
         matrix: M, laid out by :func:`modulora_quip_sharp_e8.transform.laid_out`. Not read for K = 1.
         K: order of M; n = K · m.
         after: ``[n]``, or of length 0 for none.
         start, stop: which rows.
-        scratch: ``[n]``.
-        out: ``[rows, n]``: ``x`` itself, or no part of it.
+        scratch: ``[2, n]``.
+        out: ``[rows, n]``: ``x`` itself, or no part of it; of its dtype, or bits of bf16, rounded once.
     """
-    n = x.shape[1]
-    m = n // K
     for r in range(start, stop):
-        target = out[r]
-        row = target if K == 1 else scratch
-        if m >= 64:
-            _first64(x[r], before, row, n)
-            _walsh_rest(row, n, m, 64)
-        elif m == 32:
-            _first32(x[r], before, row, n)
-        elif m == 16:
-            _first16(x[r], before, row, n)
-        else:
-            _walsh_few(x[r], before, row, n, m)
-        if K > 1:
-            across(row, matrix, K, m, target)
-        if after.size:
-            for i in range(n):
-                target[i] *= after[i]
+        _rotate_row_to(x[r], before, matrix, K, after, scratch, out[r])
 
 
 @jit(parallel=True)
 def rotate(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any) -> None:
-    """:func:`rotate_rows` for all rows, on as many threads as there are rows of ``scratch``."""
+    """:func:`rotate_rows` for all rows, on as many threads as ``scratch``, ``[threads, 2, n]``, has parts."""
     rows, pieces = len(x), len(scratch)
     for piece in prange(pieces):
         start, stop = share(piece, pieces, rows)
@@ -195,18 +221,18 @@ def turn_rows(
 ) -> None:
     """``out[r] = x[r] ⊙ s`` rotated, or ``x[r]`` rotated and then ``⊙ s`` where ``after``, for rows ``[start, stop)``, on this thread.
 
-    ``x`` and ``out`` are fp32 ``[rows, n]``, s is ``unit`` times ``scale``, the bits of fp16 ``[n]``. For the others see
+    ``x`` and ``out`` are ``[rows, n]``, fp32 or bits of bf16; s is ``unit`` times ``scale``, the bits of fp16 ``[n]``. For the others see
     :func:`rotate_rows`.
     """
     n = x.shape[1]
     norm = np.float32(1 / math.sqrt(n))
-    room = scratch(3, n, np.float32)
-    first, last = room[0], room[1]
+    room = scratch(4, n, np.float32)
+    first, last = room[2], room[3]
     for i in range(n):
         factor = from_half(scale[i]) * unit
         first[i] = norm if after else norm * factor
         last[i] = factor
-    rotate_rows(x, first, matrix, K, last if after else last[:0], start, stop, room[2], out)
+    rotate_rows(x, first, matrix, K, last if after else last[:0], start, stop, room[:2], out)
 
 
 @jit(parallel=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core import kernels
+from modulora_core.kernels.bf16_choice import ROWS_OF_AMX
 from modulora_core.spec import PackedWeight
 from modulora_core.tiles import compute_dtype, tiled_matmul
 from modulora_quip_sharp_e8 import codebooks, transform
@@ -65,50 +66,60 @@ def _in_torch(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor | None
 
 
 def _by_kernels(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor | None:
-    """The product by the CPU's kernels, rotations and all; None where that isn't what is wanted, or can't be.
+    """By the CPU's kernels, rotations and all; None where that isn't what is wanted, or can't be.
 
     What they read of a weight is looked up, and torch does next to nothing between them: behind a product, which leaves nothing of torch's
     code in the caches, its small operations take many times as long as alone (docs/performance-findings.md).
     """
-    cpu: Any = kernels.load("modulora_quip_sharp_e8.cpu_one_row", packed.device)
-    if cpu is None or _gpu(packed.device) is not None:
+    one: Any = kernels.load("modulora_quip_sharp_e8.cpu_one_row", packed.device)
+    if one is None or _gpu(packed.device) is not None:
         return None
-    rows = kernels.few_rows(x, packed.shape[0 if transpose else 1], sys.maxsize, torch.float32)
+    rows = _rows(x, packed.shape[0 if transpose else 1])
     if rows is None:
         return None
     weight = kernels.operands(packed, _turned_back if transpose else _turned)
     if max(weight[7], weight[9]) > LARGEST_ORDER:
         return None
     start, (whole, columns) = packed.metadata["rows"][0], whole_shape(packed)
-    if transpose:
-        if whole != packed.shape[0]:
-            rows = F.pad(rows, (start, whole - start - packed.shape[0]))
-        return kernels.like_input(_between(rows, packed, weight, True, x.dtype), x)
-    if rows.numel() == columns:
-        y = kernels.product_of_one(cpu.forward_one, weight, rows, whole)
+    is_window = whole != packed.shape[0]
+    if transpose and is_window:
+        rows = F.pad(rows, (start, whole - start - packed.shape[0]))
+    if not transpose and rows.numel() == columns:
+        y = kernels.product_of_one(one.forward_one, weight, rows, whole)
     else:
-        y = _between(rows, packed, weight, False, x.dtype)
-    if whole != packed.shape[0]:
+        y = _between(rows, packed, weight, transpose, x.dtype)
+    if not transpose and is_window:
         y = y[..., start : start + packed.shape[0]]
     return kernels.like_input(y, x)
+
+
+def _rows(x: Tensor, features: int) -> Tensor | None:
+    """``x`` as kernels rotate it, contiguous ``[..., features]``: several rows of bf16 as they are, else fp32. None if it doesn't fit."""
+    if x.dtype is torch.bfloat16 and x.is_cpu and x.shape[-1:] == (features,) and x.numel() > features:
+        return x.detach().contiguous()
+    return kernels.few_rows(x, features, sys.maxsize, torch.float32)
 
 
 def _between(
     x: Tensor, packed: PackedWeight, weight: tuple[Any, ...], transpose: bool, dtype: torch.dtype
 ) -> Tensor:
-    """``x``, fp32, rotated, multiplied by C, and rotated back, for inputs that were of ``dtype``; ``weight`` is as kernels take it."""
+    """``x`` rotated, multiplied by C, and rotated back, in its dtype, for inputs that were of ``dtype``.
+
+    ``weight`` is as :func:`_with_matrices` gives it, in arrays.
+    """
     codes, residual, bits, input_scale, output_scale, unit, first, K_first, second, K_second = weight
     before, after = (input_scale, np.float32(1)), (output_scale, unit[0])
     if transpose:
         before, after = after, before
     rows = kernels.rows_of(x)
-    turned = np.empty(rows.shape, np.float32)
-    transform.turn(rows, *before, first, K_first, False, turned)
-    there = torch.from_numpy(turned).view(x.shape)
-    z = by_codes(there, packed, lambda: (codes, residual, bits), transpose, dtype)
-    z = z.to(torch.float32).contiguous()
-    transform.turn(kernels.rows_of(z), *after, second, K_second, True, kernels.rows_of(z))
-    return z
+    # fewer rows of bf16 may be multiplied in fp32, or to sums in fp32, and aren't rounded before and behind
+    by_tiles = len(rows) > ROWS_OF_AMX
+    turned = torch.empty(x.shape, dtype=compute_dtype(x.dtype, x.device) if by_tiles else torch.float32)
+    transform.turn(rows, *before, first, K_first, False, kernels.rows_of(turned))
+    z = by_codes(turned, packed, lambda: (codes, residual, bits), transpose, dtype).contiguous()
+    y = z if z.dtype is x.dtype else torch.empty(z.shape, dtype=x.dtype)
+    transform.turn(kernels.rows_of(z), *after, second, K_second, True, kernels.rows_of(y))
+    return y
 
 
 def _turned(packed: PackedWeight) -> tuple[Any, ...]:

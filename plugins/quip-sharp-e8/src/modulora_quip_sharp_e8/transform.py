@@ -77,7 +77,7 @@ def rotate(
     given, rows = rows, rows.to(dtype).contiguous()
     out = torch.empty_like(rows) if rows is given and not in_place else rows
     threads = min(len(rows), torch.get_num_threads())
-    scratch = torch.empty(threads, n, dtype=dtype)
+    scratch = torch.empty(threads, 2, n, dtype=dtype)
     factors = scale, laid_out(n, transpose, dtype), K, scale[:0] if after is None else after
     if threads == 1:  # to wake others costs as much as a row
         kernels.launch(cpu.rotate_rows, rows, *factors, 0, len(rows), scratch[0], out)
