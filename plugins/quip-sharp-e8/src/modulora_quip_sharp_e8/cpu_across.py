@@ -32,23 +32,25 @@ _tables32, _tables64 = (on_stack(_FOURS * _SIGNS * 2 * LANES, dtype) for dtype i
 _sums32, _sums64 = (on_stack(OUTPUTS, dtype) for dtype in (np.float32, np.float64))
 
 
-def vector_of(context: Any, kind: Any) -> ir.VectorType:
+def _vector_of(context: Any, kind: Any) -> ir.VectorType:
     """:data:`LANES` values of an array of numba's type ``kind``."""
     return ir.VectorType(context.get_data_type(kind.dtype), LANES)
 
 
-def alignment(kind: Any) -> int:
+def _alignment(kind: Any) -> int:
     """What numpy promises: that of one value."""
     return int(kind.dtype.bitwidth // 8)
 
 
-def _load(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
-    place = pointer(context, builder, kind, array, index, vector_of(context, kind))
-    return builder.load(place, align=alignment(kind))
+def load(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """The :data:`LANES` values of an array, of numba's type ``kind``, from ``index`` on."""
+    place = pointer(context, builder, kind, array, index, _vector_of(context, kind))
+    return builder.load(place, align=_alignment(kind))
 
 
-def _store(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: Any) -> None:
-    builder.store(vector, pointer(context, builder, kind, array, index, vector.type), align=alignment(kind))
+def store(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: Any) -> None:
+    """Puts them there."""
+    builder.store(vector, pointer(context, builder, kind, array, index, vector.type), align=_alignment(kind))
 
 
 def _zeros(builder: Any, of: ir.VectorType, count: int) -> list[Any]:
@@ -66,7 +68,7 @@ def _sums_of_four(_context: Any, x: Any, _first: Any, _step: Any, table: Any, _a
         x, first, step, table, at, stride = arguments
         kind, to = signature.args[0], signature.args[3]
         places = [builder.add(first, builder.mul(step, INDEX(i))) for i in range(4)]
-        a, b, c, d = (_load(context, builder, kind, x, place) for place in places)
+        a, b, c, d = (load(context, builder, kind, x, place) for place in places)
         r, s = builder.fadd(c, d), builder.fsub(c, d)
         entries = {}
         for e, front in ((0, builder.fadd(a, b)), (2, builder.fsub(a, b))):
@@ -76,7 +78,7 @@ def _sums_of_four(_context: Any, x: Any, _first: Any, _step: Any, table: Any, _a
             entries[15 - e] = builder.fneg(entries[e])
         for e, entry in entries.items():
             place = builder.add(at, builder.mul(stride, INDEX(e)))
-            _store(context, builder, to, table, place, entry)
+            store(context, builder, to, table, place, entry)
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -104,10 +106,10 @@ def _adder(vectors: int) -> Any:
                 for i in range(outputs)
                 for v in range(vectors)
             ]
-            totals = _zeros(builder, vector_of(context, kind), len(places))
+            totals = _zeros(builder, _vector_of(context, kind), len(places))
             with builder.if_then(builder.icmp_signed("!=", more, INDEX(0))):
                 for place, total in zip(places, totals, strict=True):
-                    builder.store(_load(context, builder, target, out, place), total)
+                    builder.store(load(context, builder, target, out, place), total)
             with cgutils.for_range(builder, count) as loop:
                 first, tables = (builder.mul(loop.index, INDEX(size)) for size in (4, _SIGNS))
                 for i in range(outputs):
@@ -115,10 +117,10 @@ def _adder(vectors: int) -> Any:
                     e = builder.load(pointer(context, builder, pick, picks, index, ir.IntType(8)))
                     entry = builder.mul(builder.add(tables, builder.zext(e, INDEX)), INDEX(width))
                     for v, total in enumerate(totals[i * vectors : (i + 1) * vectors]):
-                        value = _load(context, builder, kind, table, builder.add(entry, INDEX(LANES * v)))
+                        value = load(context, builder, kind, table, builder.add(entry, INDEX(LANES * v)))
                         builder.store(builder.fadd(builder.load(total), value), total)
             for place, total in zip(places, totals, strict=True):
-                _store(context, builder, target, out, place, builder.load(total))
+                store(context, builder, target, out, place, builder.load(total))
             return context.get_dummy_value()
 
         i64 = types.int64
@@ -160,10 +162,10 @@ def _eight_sums(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         matrix, at, K, x, first, step, out, to, count = arguments
         kind, given, target = signature.args[0], signature.args[3], signature.args[6]
-        vector = vector_of(context, kind)
+        vector = _vector_of(context, kind)
         totals = _zeros(builder, vector, OUTPUTS)
         with cgutils.for_range(builder, K) as loop:
-            values = _load(context, builder, given, x, builder.add(first, builder.mul(loop.index, step)))
+            values = load(context, builder, given, x, builder.add(first, builder.mul(loop.index, step)))
             panel = builder.add(at, builder.mul(loop.index, INDEX(OUTPUTS)))
             for i, total in enumerate(totals):
                 index = builder.add(panel, INDEX(i))
@@ -172,7 +174,7 @@ def _eight_sums(
         for i, total in enumerate(totals):
             with builder.if_then(builder.icmp_signed("<", INDEX(i), count)):
                 place = builder.add(to, builder.mul(step, INDEX(i)))
-                _store(context, builder, target, out, place, builder.load(total))
+                store(context, builder, target, out, place, builder.load(total))
         return context.get_dummy_value()
 
     i64 = types.int64

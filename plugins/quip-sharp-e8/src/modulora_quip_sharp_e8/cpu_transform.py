@@ -23,8 +23,8 @@ from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import bf16_to_float, from_half, narrow_row, widen
 from modulora_core.kernels.scratch import scratch
 from modulora_core.kernels.shares import share
-from modulora_core.kernels.vectors import LANES, pointer
-from modulora_quip_sharp_e8.cpu_across import INDEX, LANE, across, alignment, vector_of
+from modulora_core.kernels.vectors import LANES
+from modulora_quip_sharp_e8.cpu_across import INDEX, LANE, across, load, store
 
 
 def _across_vectors(builder: Any, values: list[Any]) -> list[Any]:
@@ -49,10 +49,9 @@ def _within_vector(builder: Any, v: Any) -> Any:
     return v
 
 
-def _loaded(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+def _numbers(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     """Sixteen values of an array, as numbers: bits of bf16 as what they stand for."""
-    place = pointer(context, builder, kind, array, index, vector_of(context, kind))
-    values = builder.load(place, align=alignment(kind))
+    values = load(context, builder, kind, array, index)
     return values if isinstance(kind.dtype, types.Float) else bf16_to_float(builder, values)
 
 
@@ -66,18 +65,16 @@ def _first_transform(vectors: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             *arrays, n = arguments
-            vector, align = vector_of(context, signature.args[2]), alignment(signature.args[2])
+            given, factors, to = zip(signature.args[:3], arrays, strict=True)
             with cgutils.for_range(builder, builder.sdiv(n, INDEX(order))) as loop:
                 first = builder.mul(loop.index, INDEX(order))
-                values, places = [], []
-                for i in range(vectors):
-                    at = builder.add(first, INDEX(LANES * i))
-                    given = _loaded(context, builder, signature.args[0], arrays[0], at)
-                    factors = _loaded(context, builder, signature.args[1], arrays[1], at)
-                    values.append(_within_vector(builder, builder.fmul(given, factors)))
-                    places.append(pointer(context, builder, signature.args[2], arrays[2], at, vector))
-                for v, place in zip(_across_vectors(builder, values), places, strict=True):
-                    builder.store(v, place, align=align)
+                places = [builder.add(first, INDEX(LANES * i)) for i in range(vectors)]
+                values = []
+                for place in places:
+                    a, b = (_numbers(context, builder, *array, place) for array in (given, factors))
+                    values.append(_within_vector(builder, builder.fmul(a, b)))
+                for place, value in zip(places, _across_vectors(builder, values), strict=True):
+                    store(context, builder, *to, place, value)
             return context.get_dummy_value()
 
         return types.void(x, before, row, types.int64), generate
@@ -97,14 +94,12 @@ def _butterflies(order: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             array, at, step = arguments
-            kind = signature.args[0]
-            places = []
-            for _ in range(order):
-                places.append(pointer(context, builder, kind, array, at, vector_of(context, kind)))
-                at = builder.add(at, step)
-            values = [builder.load(place, align=alignment(kind)) for place in places]
-            for value, place in zip(_across_vectors(builder, values), places, strict=True):
-                builder.store(value, place, align=alignment(kind))
+            kind, places = signature.args[0], [at]
+            while len(places) < order:
+                places.append(builder.add(places[-1], step))
+            values = [load(context, builder, kind, array, place) for place in places]
+            for place, value in zip(places, _across_vectors(builder, values), strict=True):
+                store(context, builder, kind, array, place, value)
             return context.get_dummy_value()
 
         return types.void(x, at, step), generate
