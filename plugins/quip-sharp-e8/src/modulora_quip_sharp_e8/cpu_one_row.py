@@ -80,7 +80,7 @@ def forward_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row, rotations and all: ``x`` is fp32 ``[1, in]``, ``y`` fp32 ``[1, rows of C]``.
 
     ``weight`` is codes, residual, bits; the bits of the input's and of the output's scale, int16; the unit, fp32 ``[1]``; then for the
-    input's rotation and for the output's the matrix, as panels, and its order.
+    input's rotation and for the output's the matrix, as :func:`modulora_quip_sharp_e8.transform.laid_out` gives it, and its order.
     """
     codes, residual, bits, input_scale, output_scale, unit, matrix_in, K_in, matrix_out, K_out = weight
     rows, blocks = codes.shape
