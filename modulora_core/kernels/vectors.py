@@ -106,9 +106,9 @@ def multiply_add(builder: Any, total: Any, a: Any, b: Any) -> None:
     builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
 
 
-def zeros(builder: Any, count: int, lanes: int = LANES) -> list[Any]:
+def zeros(builder: Any, count: int, lanes: int = LANES, number: ir.Type = _FLOAT) -> list[Any]:
     """So many sums of sixteen lanes each, or fewer, as allocas, set to 0 where this stands."""
-    of = ir.VectorType(_FLOAT, lanes)
+    of = ir.VectorType(number, lanes)
     totals = [cgutils.alloca_once(builder, of) for _ in range(count)]
     for total in totals:  # an alloca is made where the function begins, and this may be in a loop
         builder.store(ir.Constant(of, [0.0] * lanes), total)

@@ -20,7 +20,7 @@ from numba.extending import intrinsic, overload
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.scratch import on_stack
-from modulora_core.kernels.vectors import LANES, multiply_add, pointer, splat
+from modulora_core.kernels.vectors import LANES, multiply_add, pointer, splat, zeros
 
 OUTPUTS = 8  # segments that are summed at once
 _SIGNS = 16  # of four segments
@@ -51,13 +51,6 @@ def load(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
 def store(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: Any) -> None:
     """Puts them there."""
     builder.store(vector, pointer(context, builder, kind, array, index, vector.type), align=_alignment(kind))
-
-
-def _zeros(builder: Any, of: ir.VectorType, count: int) -> list[Any]:
-    totals = [cgutils.alloca_once(builder, of) for _ in range(count)]
-    for total in totals:  # an alloca is made where the function begins, and this may be in a loop
-        builder.store(ir.Constant(of, [0.0] * LANES), total)
-    return totals
 
 
 @intrinsic
@@ -106,7 +99,7 @@ def _adder(vectors: int) -> Any:
                 for i in range(outputs)
                 for v in range(vectors)
             ]
-            totals = _zeros(builder, _vector_of(context, kind), len(places))
+            totals = zeros(builder, len(places), number=context.get_data_type(kind.dtype))
             with builder.if_then(builder.icmp_signed("!=", more, INDEX(0))):
                 for place, total in zip(places, totals, strict=True):
                     builder.store(load(context, builder, target, out, place), total)
@@ -163,7 +156,7 @@ def _eight_sums(
         matrix, at, K, x, first, step, out, to, count = arguments
         kind, given, target = signature.args[0], signature.args[3], signature.args[6]
         vector = _vector_of(context, kind)
-        totals = _zeros(builder, vector, OUTPUTS)
+        totals = zeros(builder, OUTPUTS, number=vector.element)
         with cgutils.for_range(builder, K) as loop:
             values = load(context, builder, given, x, builder.add(first, builder.mul(loop.index, step)))
             panel = builder.add(at, builder.mul(loop.index, INDEX(OUTPUTS)))
