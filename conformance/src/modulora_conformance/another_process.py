@@ -139,7 +139,7 @@ def answer(folder: Path, environment: Mapping[str, str] | None = None) -> None:
     hashes = {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
     done = run_python(
         "-m", "modulora_conformance.another_process", str(folder), cwd=folder, timeout=TIMEOUT,
-        env=os.environ | hashes | dict(environment or {}), ready=(*READY, "modulora_conformance.cases"),
+        env=os.environ | hashes | dict(environment or {}), ready=(*READY, "pytest", "modulora_conformance.cases"),
     )  # fmt: skip
     if done.returncode != 0:
         ended = f"a process that ended with {done.returncode}"
