@@ -25,13 +25,14 @@ X ⊙ u and v ⊙ dY are made where they are multiplied, and dropped.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modulora_core import low_rank
+from modulora_core import kept_products, low_rank
 from modulora_core.errors import ShapeError, note_plugin
 from modulora_core.low_rank import copy_bytes, row_chunks
 from modulora_core.spec import PackedWeight, Quantizer
@@ -89,7 +90,8 @@ def lora_linear(
         return _recorded(x, bias, A, B, input_scale, output_scale, dropout, *frozen)
     # decoding: a Function takes as long as a small layer
     _, U = _projected(x, A, dropout)
-    return _product(x, bias, B, input_scale, output_scale, U, *frozen)[0]
+    Z = _multiplied(x, input_scale, quantizer, packed, transpose)
+    return _finished(Z, bias, B, output_scale, U, scale)
 
 
 def _recorded(
@@ -111,15 +113,23 @@ def _recorded(
     Llama a quarter of its multiplications, is then not multiplied by again. So autograd records a result without memory, which gets that
     of the product afterwards.
     """
-    frozen = (quantizer, packed, scale, transpose)
-    y = Z = None
+    multiply = partial(_multiplied, x, u, quantizer, packed, transpose)
+    finish = partial(_finished, bias=bias, B=B, v=v, scale=scale)
+    Z = None
     with torch.no_grad():
         keep, U = _projected(x, A, dropout)
         if v is not None and v.requires_grad:  # Z is one of the saved
-            y, Z = _product(x, bias, B, u, v, U, *frozen, keep_Z=True)
-    result: Tensor = _LoRALinear.apply(x, bias, A, B, u, v, U, keep, Z, dropout, *frozen)
+            Z = kept_products.product_or(multiply)
+            kept_products.keep(Z)
+    result: Tensor = _LoRALinear.apply(
+        x, bias, A, B, u, v, U, keep, Z, dropout, quantizer, packed, scale, transpose
+    )
     with torch.no_grad():
-        result.data = _product(x, bias, B, u, v, U, *frozen)[0] if y is None else y
+        if Z is not None:
+            result.data = finish(Z, U=U, keep_Z=True)
+            return result
+        result.data = kept_products.product_or(lambda: finish(multiply(), U=U))
+    kept_products.keep(result)
     return result
 
 
@@ -223,35 +233,38 @@ def _projected(x: Tensor, A: Tensor | None, dropout: float) -> tuple[Tensor | No
         return keep, _made_up(low_rank.project(x2, A, keep), dropout)  # dropout(X) Aᵀ : [n, r]
 
 
-def _product(
-    x: Tensor,
-    bias: Tensor | None,
-    B: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
-    U: Tensor | None,
-    quantizer: Quantizer,
-    packed: PackedWeight,
-    scale: float,
-    transpose: bool,
-    keep_Z: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Y, and Z, which is Y's memory unless it is to be kept beside Y."""
+def _multiplied(
+    x: Tensor, u: Tensor | None, quantizer: Quantizer, packed: PackedWeight, transpose: bool
+) -> Tensor:
+    """Z, ``[..., out]``."""
     try:
-        Z = quantizer.matmul(x if u is None else _scaled(x, u), packed, transpose)  # [..., out]
+        return quantizer.matmul(x if u is None else _scaled(x, u), packed, transpose)
     except Exception as error:  # whatever a plugin raises
         _note(error, quantizer, packed, transpose)
         raise
+
+
+def _finished(
+    Z: Tensor,
+    bias: Tensor | None,
+    B: Tensor | None,
+    v: Tensor | None,
+    U: Tensor | None,
+    scale: float,
+    *,
+    keep_Z: bool = False,
+) -> Tensor:
+    """Y, in Z's memory unless Z is to be kept beside it."""
     y = Z if v is None else _scaled(Z, v, in_place=not keep_Z)
     if bias is None and U is None:
-        return y, Z
+        return y
     y2 = y.view(-1, y.shape[-1])
-    with _without_autocast(x.device.type):
+    with _without_autocast(y.device.type):
         if bias is not None:
             y2 += bias.to(y.dtype)
         if B is not None and U is not None:
             low_rank.add_expanded(y2, U, B.t(), scale=scale)
-    return y, Z
+    return y
 
 
 def _note(error: Exception, quantizer: Quantizer, packed: PackedWeight, transpose: bool) -> None:

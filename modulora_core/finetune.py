@@ -36,6 +36,7 @@ from modulora_core.data import Collator, Examples, load_examples
 from modulora_core.devices import pick_device
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.finetune_config import FinetuneConfig
+from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.memory import PeakMemory
 from modulora_core.model_card import model_card
 from modulora_core.offload import offload_place
@@ -127,6 +128,7 @@ def finetune(
     eval_examples = None if config.eval_data is None else _examples(config.eval_data, tokenizer, config)
     with PeakMemory(device) as peak, quiet():
         model = load_model(checkpoint, dtype=config.dtype, device=str(device), mapped=config.mapped)
+        _check_products(model, config)
         settings = _adapt(model, config)
         check_disk_space(out, _nbytes(model, config))
         out.mkdir(parents=True, exist_ok=True)
@@ -255,16 +257,26 @@ def _adapt(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:
     return None
 
 
+def _check_products(model: PreTrainedModel, config: FinetuneConfig) -> None:
+    """Refuse to round what decides between experts: a block's second forward could ask for others than the first."""
+    if config.keep_products == "int8" and any(isinstance(module, PackedStack) for module in model.modules()):
+        raise OptionError(
+            "keep_products: int8 rounds what a model's tokens are routed to experts by, and its second forward may route them otherwise: "
+            "expected exact or none for a model with experts, got int8"
+        )
+
+
 def _nbytes(model: PreTrainedModel, config: FinetuneConfig) -> int:
     """Bytes that a run writes: the adapter, three checkpoints of it with AdamW's two moments, small files, what is offloaded."""
     adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     offloaded = 2 * adapter if config.offload_optimizer else 0
     if config.offload_activations:
-        sizes = model.config.get_text_config()
-        states = config.batch_size * config.seq_len * sizes.hidden_size * model.dtype.itemsize
-        offloaded += (
-            sizes.num_hidden_layers + 2
-        ) * states  # the inputs of the blocks, and what stands around them
+        sizes, tokens = model.config.get_text_config(), config.batch_size * config.seq_len
+        # the inputs of the blocks, and what stands around them
+        states = (sizes.num_hidden_layers + 2) * sizes.hidden_size * model.dtype.itemsize
+        widths = sum(m.layout.shape[0] for m in model.modules() if isinstance(m, PackedParameter))
+        products = {"none": 0, "exact": model.dtype.itemsize, "int8": 1}[config.keep_products] * widths
+        offloaded += tokens * (states + products)
     if model.device.type != "cpu":  # to the CPU's memory, then
         offloaded = 0
     return int(adapter * (1 + 3 * 3) + offloaded + 2**20)

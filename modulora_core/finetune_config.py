@@ -107,6 +107,11 @@ class FinetuneConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         True, description="compute activations again in the backward instead of keeping them"
     )
+    keep_products: Literal["none", "exact", "int8"] = Field(
+        "none",
+        description="what gradient checkpointing keeps of products with packed weights, which then aren't made again: exact as they are, "
+        "int8 in a byte a value, which rounds the gradients a little",
+    )
     offload_activations: bool = Field(
         False, description="keep what gradient checkpointing keeps in the CPU's memory, or on a CPU in a file"
     )
@@ -142,15 +147,23 @@ class FinetuneConfig(BaseModel):
             )
         if self.eval_every is not None and self.eval_data is None:
             raise ValueError(f"eval_every is {self.eval_every}: expected eval_data to evaluate on, got none")
-        if self.offload_activations and not self.gradient_checkpointing:
-            raise ValueError(
-                "offload_activations: expected gradient_checkpointing, got none: what it keeps is offloaded"
-            )
+        if not self.gradient_checkpointing:
+            self._check_without_checkpointing()
         self._check_at_once()
         given = [name for name in _EXCLUSIVE["adapter"] if name in self.model_fields_set]
         if self.adapter is not None and given:
             raise ValueError(f"{', '.join(given)}: the adapter {self.adapter} has its own; leave it out")
         return self
+
+    def _check_without_checkpointing(self) -> None:
+        if self.offload_activations:
+            raise ValueError(
+                "offload_activations: expected gradient_checkpointing, got none: what it keeps is offloaded"
+            )
+        if self.keep_products != "none":
+            raise ValueError(
+                "keep_products: expected gradient_checkpointing, got none: without it all that a backward needs is kept"
+            )
 
     def _check_at_once(self) -> None:
         if not self.apply_gradients_at_once:

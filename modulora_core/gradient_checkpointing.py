@@ -7,9 +7,21 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from modulora_core.kept_products import Form, KeptProducts
+from modulora_core.offload import Place
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Turn on gradient checkpointing. Not the reentrant kind: the first layer's inputs need no gradient."""
+
+def checkpoint_activations(
+    model: PreTrainedModel, *, products: Form | None = None, place: Place | None = None
+) -> None:
+    """Turn on gradient checkpointing. Not the reentrant kind: the first layer's inputs need no gradient.
+
+    Args:
+        products: how to keep the products with packed weights, which then aren't made again (:mod:`modulora_core.kept_products`); None
+            keeps the inputs of blocks alone.
+        place: where these products wait; None for the memory that they are in.
+    """
     # transformers 5.24 renamed gradient_checkpointing_enable, and warns of the old name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    around = {} if products is None else {"context_fn": KeptProducts(products, place)}
+    enable({"use_reentrant": False, **around})

@@ -25,6 +25,7 @@ from models import ModelJob, model_files, model_flags, prepare_methods, settle, 
 from report import Bars, Result, Run, arguments, markdown, ratio_cell
 from turns import take_turns
 
+from modulora_core.kept_products import Form
 from modulora_core.memory import PeakMemory
 
 
@@ -39,6 +40,7 @@ class TrainingJob(ModelJob):
         rows: int,
         length: int,
         checkpointing: Sequence[str],
+        products: Form | None,
         precision: str = "highest",
     ) -> None:
         super().__init__(method, files, dtype)
@@ -48,7 +50,7 @@ class TrainingJob(ModelJob):
         if method.name in checkpointing:
             from modulora_core.gradient_checkpointing import checkpoint_activations
 
-            checkpoint_activations(self.model)
+            checkpoint_activations(self.model, products=products)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._count = sum(parameter.numel() for parameter in trained)
         self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -125,6 +127,8 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int, default=2, help="segments of a batch (2)")
     add("--seq-len", type=int, help="tokens of a segment (256)")
     checkpointing_flag(parser)
+    add("--keep-products", choices=("exact", "int8"),
+        help="of methods with gradient checkpointing, ours: keep products with packed weights too")  # fmt: skip
     add("--matmul-precision", choices=("highest", "high", "medium"), default="highest",
         help="of products in fp32, of all methods, as torch.set_float32_matmul_precision takes it (highest)")  # fmt: skip
     flags = parser.parse_args(words)
@@ -134,7 +138,7 @@ def main(words: Sequence[str] | None = None) -> int:
     with model_files(run) as files:
         prepare_methods(run, files)
         checkpointing = checkpointing_methods(run)
-        rest = (flags.batch_size, flags.seq_len, checkpointing, flags.matmul_precision)
+        rest = (flags.batch_size, flags.seq_len, checkpointing, flags.keep_products, flags.matmul_precision)
         jobs = start_models(run, TrainingJob, files, flags.dtypes or [BASE_DTYPE], *rest)
         turns = take_turns({key: (job, ()) for key, job in jobs.items()}, flags.repeats, flags.limit)
         settle(jobs)

@@ -74,7 +74,10 @@ def rehearse_training(subject: Subject, request: PlanRequest) -> Rehearsal:
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        checkpoint_activations(model)
+        products = None if config.keep_products == "none" else config.keep_products
+        checkpoint_activations(
+            model, products=products, place=_Elsewhere() if config.offload_activations else None
+        )
     model.train()
     with _stage(model, subject, request, config.batch_size) as stage:
         _watch_gradients(model, stage.ledger, config)
@@ -209,6 +212,16 @@ def _offloaded(model: nn.Module) -> Any:
         return torch.empty(kept[0], dtype=kept[1], device=kept[2])
 
     return torch.autograd.graph.saved_tensors_hooks(drop, bring)
+
+
+class _Elsewhere:
+    """A place for kept products (:class:`modulora_core.offload.Place`) where they take no memory."""
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        return tensor.new_empty(()).expand(tensor.shape)
+
+    def drop(self, kept: Tensor) -> None:
+        pass
 
 
 def _tensors_of(cache: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -87,13 +88,15 @@ def plain(configure: Configure, one_thread: None) -> Callable[..., FinetuneResul
     [
         ({"offload_activations": True}, {}),
         ({"offload_optimizer": True}, {}),
+        ({"keep_products": "exact"}, {}),
+        ({"keep_products": "int8"}, {"keep_products": "int8"}),
         (AT_ONCE, {"grad_accum": 1, "max_grad_norm": 0}),
         (
-            {**AT_ONCE, "offload_optimizer": True, "offload_activations": True},
+            {**AT_ONCE, "offload_optimizer": True, "offload_activations": True, "keep_products": "exact"},
             {"grad_accum": 1, "max_grad_norm": 0},
         ),
     ],
-    ids=["activations", "optimizer", "at once", "all"],
+    ids=["activations", "optimizer", "products", "products in eight bits", "at once", "all"],
 )
 def test_a_run_computes_the_same_bits_and_goes_on_after_an_interruption(
     configure: Configure, plain: Callable[..., FinetuneResult], options: dict[str, Any], besides: dict[str, Any],
@@ -172,14 +175,28 @@ def test_8_bits_without_their_library_are_refused_before_any_work(
         ({**AT_ONCE, "max_grad_norm": 1.5}, "so their norm is never known: expected max_grad_norm 0, got 1.5"),
         ({**AT_ONCE, "dtype": "float16"}, "float16's are scaled until all are: expected another dtype"),
         ({"offload_activations": True, "gradient_checkpointing": False}, "expected gradient_checkpointing, got none"),
+        ({"keep_products": "int8", "gradient_checkpointing": False}, "expected gradient_checkpointing, got none"),
     ],
-    ids=["accumulation", "clipping", "float16", "no checkpointing"],
+    ids=["accumulation", "clipping", "float16", "nothing to offload", "nothing to keep"],
 )  # fmt: skip
 def test_what_doesnt_go_together_is_refused(
     configure: Configure, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(OptionError, match=message):
         configure("refused", **options)
+
+
+def test_what_routes_to_experts_isnt_rounded(
+    configure: Configure, pack: Callable[..., tuple[Path, Path]], wide: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "experts"
+    shutil.copytree(pack("mixtral", "toy")[1], folder)
+    for file in wide.glob("*token*"):
+        shutil.copy(file, folder)
+    config = configure("experts", model=str(folder), seq_len=16, rank=8, keep_products="int8")
+    with pytest.raises(OptionError, match="expected exact or none for a model with experts, got int8"):
+        finetune(config)
+    assert not Path(config.out).exists()
 
 
 def test_no_logits_are_whole_in_training_and_evaluation(

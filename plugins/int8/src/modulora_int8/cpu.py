@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import through_half, through_halves
+from modulora_core.kernels.magnitudes import largest_bits
 from modulora_core.kernels.prefetch import FAR, ask_for
 from modulora_core.kernels.products import RowKernels
 from modulora_core.kernels.shares import signed
@@ -41,17 +42,6 @@ _BYTES, _WHOLES, _FLOATS = (ir.VectorType(of, LANES) for of in (_BYTE, ir.IntTyp
 
 rows = RowKernels(decode, matmul_one, takes)
 """Tiles and few-row products."""
-
-
-@jit(borrows=True)
-def _largest(bits: Any) -> Any:
-    """The bits of max |x|. As integers, because their maximum is vectorised, and because NaN is above all of them. ``bits`` is a slice of
-    its own, from 0 on: LLVM can't rule out that other indices are negative.
-    """
-    largest = np.int32(0)
-    for k in range(bits.size):
-        largest = max(largest, np.int32(bits[k] & 0x7FFFFFFF))
-    return largest
 
 
 def _put_codes(halves: bool) -> Any:
@@ -105,7 +95,7 @@ def _quantize_group(
 
     ``scale`` and ``scale_bits`` are the same single value; ``rest`` and ``rest_codes`` are scratch for what is no whole vector.
     """
-    scale_bits[0] = _largest(bits)
+    scale_bits[0] = largest_bits(bits)
     halves = _FROM <= scale[0] < _BELOW
     if halves:  # what is largest stays so when all are rounded
         scale[0] = through_half(scale[0])

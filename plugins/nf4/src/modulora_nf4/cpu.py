@@ -16,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.magnitudes import largest_bits
 from modulora_core.kernels.prefetch import FAR, ask_for
 from modulora_core.kernels.products import RowKernels
 from modulora_core.kernels.vectors import LANES, has, lookup_of_eight, loops, pointer, splat
@@ -66,15 +67,6 @@ def _cells() -> tuple[list[float], list[int]]:
     within = [[float(m) for m in _MIDPOINTS if low <= m < high] for low, high in itertools.pairwise(ends)]
     below = [sum(bool(m < low) for m in _MIDPOINTS) for low in ends[:-1]]
     return [midpoints[0] if midpoints else math.inf for midpoints in within], below
-
-
-@jit(borrows=True)
-def _largest(bits: Any) -> Any:
-    """The bits of max |x|: the maximum of integers is vectorised, and NaN is above all numbers."""
-    largest = np.int32(0)
-    for k in range(bits.size):
-        largest = max(largest, np.int32(bits[k] & 0x7FFFFFFF))
-    return largest
 
 
 @intrinsic
@@ -171,7 +163,7 @@ def _quantize_piece(x: Any, x_bits: Any, shift: int, codes: Any, absmax: Any, ab
     size, whole = 1 << shift, x.size >> shift
     reciprocals = np.empty(whole, np.float32)
     for block in range(whole):
-        absmax_bits[block] = _largest(x_bits[block * size : (block + 1) * size])
+        absmax_bits[block] = largest_bits(x_bits[block * size : (block + 1) * size])
         reciprocals[block] = np.float32(1) / max(absmax[block], _SMALLEST)
     done = whole * size if size >= LANES else 0
     _pack_vectors(x, reciprocals, shift, codes, done // LANES)
@@ -193,7 +185,7 @@ def _quantize_rest(x: Any, x_bits: Any, shift: int, codes: Any, absmax: Any, abs
         _nearest(x[start:stop], np.float32(1) / max(absmax[block], _SMALLEST), q[start:stop])
     if whole < absmax.size:
         start = whole * size
-        absmax_bits[whole] = _largest(x_bits[start:])
+        absmax_bits[whole] = largest_bits(x_bits[start:])
         absmax[whole] = max(absmax[whole], _SMALLEST)
         _nearest(x[start:] / absmax[whole], np.float32(1), q[start:])
     for k in range(codes.size):
