@@ -130,6 +130,11 @@ class FinetuneConfig(BaseModel):
     seed: int = Field(0, ge=0, description="of the adapter's start, the order of the data and the dropout")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
 
+    @property
+    def kept_products(self) -> Literal["exact", "int8"] | None:
+        """``keep_products`` as :func:`modulora_core.gradient_checkpointing.checkpoint_activations` takes it."""
+        return None if self.keep_products == "none" else self.keep_products
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.steps is not None and self.epochs is not None:

@@ -236,8 +236,8 @@ def train(
     started = time.perf_counter()
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        products = None if config.keep_products == "none" else config.keep_products
-        checkpoint_activations(model, products=products, place=place if config.offload_activations else None)
+        elsewhere = place if config.offload_activations else None
+        checkpoint_activations(model, products=config.kept_products, place=elsewhere)
     steps = total_steps(config, len(examples))  # type: ignore[arg-type]  # torch's Dataset has no __len__
     _warn_of_warmup(config, steps)
     watcher = _Watcher(on_step, on_eval)

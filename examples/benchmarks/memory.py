@@ -17,7 +17,7 @@ from decoding import DecodingJob
 from methods import BASE, BASE_DTYPE, Method, ModelFiles
 from models import model_files, model_flags, prepare_methods
 from report import Bars, Result, Run, arguments, markdown
-from training import TrainingJob, checkpointing_flag, checkpointing_methods
+from training import TrainingJob, checkpointing_flag, checkpointing_methods, kept_products
 from turns import NotMeasuredError
 
 LOADING, TRAINING, DECODING, LIBRARIES = "loading_bytes", "training_bytes", "decoding_bytes", "libraries_bytes"  # fmt: skip
@@ -27,8 +27,8 @@ COLUMNS = {LIBRARIES: "libraries", LOADING: "loading", TRAINING: "training", DEC
 def measure(run: Run, files: ModelFiles, method: Method, dtype: str) -> Result:
     """The peaks of one method. What it can't do is noted and left out."""
     flags, result = run.flags, {"method": method.name, "dtype": dtype}
-    jobs = {DECODING: (DecodingJob, (flags.prompt, flags.length)),
-            TRAINING: (TrainingJob, (flags.batch_size, flags.seq_len, checkpointing_methods(run)))}  # fmt: skip
+    training = (flags.batch_size, flags.seq_len, checkpointing_methods(run), kept_products(run))
+    jobs = {DECODING: (DecodingJob, (flags.prompt, flags.length)), TRAINING: (TrainingJob, training)}
     for what, (build, shared) in jobs.items():
         run.say(f"{method.name}, {dtype}, {COLUMNS[what]}")
         try:

@@ -4,6 +4,7 @@
     python examples/benchmarks/training.py -q nf4 quip-sharp-e8:bits=2 --peers bitsandbytes --repeats 5
 
     python examples/benchmarks/training.py -q nf4 --peers bitsandbytes --dtypes float32 bfloat16 --gradient-checkpointing nf4
+    python examples/benchmarks/training.py -q nf4 --gradient-checkpointing nf4 --keep-products int8
     python examples/benchmarks/training.py -q nf4 --matmul-precision high
 
 A step is a forward, a backward and AdamW on a batch, without gradient checkpointing unless asked: adapters of rank 8 in fp32 on all linear
@@ -103,10 +104,14 @@ def panels(run: Run) -> dict[str, Bars]:
 
 
 def checkpointing_flag(parser: argparse.ArgumentParser) -> None:
-    """``--gradient-checkpointing``, of all methods or of some."""
+    """``--gradient-checkpointing``, of all methods or of some, and what it keeps."""
     parser.add_argument(
         "--gradient-checkpointing", nargs="*", metavar="METHOD",
         help="keep a block's inputs only, and run it again; with names, only these methods do",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-products", choices=("exact", "int8"),
+        help="of ours with gradient checkpointing: keep products with packed weights too",
     )  # fmt: skip
 
 
@@ -120,6 +125,14 @@ def checkpointing_methods(run: Run) -> list[str]:
     return list(run.methods) if named == [] else named or []
 
 
+def kept_products(run: Run) -> Form | None:
+    """Ends the program where nothing would be kept."""
+    form: Form | None = run.flags.keep_products
+    if form is not None and run.flags.gradient_checkpointing is None:
+        raise SystemExit("--keep-products: expected --gradient-checkpointing beside it, got none")
+    return form
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     model_flags(parser)
@@ -127,18 +140,17 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int, default=2, help="segments of a batch (2)")
     add("--seq-len", type=int, help="tokens of a segment (256)")
     checkpointing_flag(parser)
-    add("--keep-products", choices=("exact", "int8"),
-        help="of methods with gradient checkpointing, ours: keep products with packed weights too")  # fmt: skip
     add("--matmul-precision", choices=("highest", "high", "medium"), default="highest",
         help="of products in fp32, of all methods, as torch.set_float32_matmul_precision takes it (highest)")  # fmt: skip
     flags = parser.parse_args(words)
     flags.seq_len = flags.seq_len or (32 if flags.quick else 256)
     flags.repeats = flags.repeats or (2 if flags.quick else 7)
     run = Run("training", flags)
+    products = kept_products(run)
     with model_files(run) as files:
         prepare_methods(run, files)
         checkpointing = checkpointing_methods(run)
-        rest = (flags.batch_size, flags.seq_len, checkpointing, flags.keep_products, flags.matmul_precision)
+        rest = (flags.batch_size, flags.seq_len, checkpointing, products, flags.matmul_precision)
         jobs = start_models(run, TrainingJob, files, flags.dtypes or [BASE_DTYPE], *rest)
         turns = take_turns({key: (job, ()) for key, job in jobs.items()}, flags.repeats, flags.limit)
         settle(jobs)

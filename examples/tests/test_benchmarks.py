@@ -186,6 +186,8 @@ def test_ours_are_measured_again_with_a_packed_head_and_some_with_checkpointing(
         "int8",
         "--gradient-checkpointing",
         "nf4, head int8",
+        "--keep-products",
+        "int8",
         "--peers",
     )
     losses = {result["method"]: result["loss"] for result in told["results"]}
@@ -194,6 +196,8 @@ def test_ours_are_measured_again_with_a_packed_head_and_some_with_checkpointing(
     assert losses["nf4, head int8"] == pytest.approx(losses["nf4"], rel=0.1)
     with pytest.raises(SystemExit, match=r"'nf5': expected one of dense, nf4"):
         run("training", *models, "--gradient-checkpointing", "nf5")
+    with pytest.raises(SystemExit, match="expected --gradient-checkpointing beside it, got none"):
+        run("training", *models, "--keep-products", "int8")
 
 
 def test_decoding_rates_are_compared_in_both_dtypes(run: Main, models: list[str]) -> None:

@@ -74,10 +74,8 @@ def rehearse_training(subject: Subject, request: PlanRequest) -> Rehearsal:
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        products = None if config.keep_products == "none" else config.keep_products
-        checkpoint_activations(
-            model, products=products, place=_Elsewhere() if config.offload_activations else None
-        )
+        elsewhere = _Elsewhere() if config.offload_activations else None
+        checkpoint_activations(model, products=config.kept_products, place=elsewhere)
     model.train()
     with _stage(model, subject, request, config.batch_size) as stage:
         _watch_gradients(model, stage.ledger, config)
