@@ -1,22 +1,23 @@
-"""Activations in eight bits for the time until the backward: block-wise quantization (Dettmers et al. 2022, arXiv 2110.02861), linear.
+"""Activations in a byte each for the time until the backward: block-wise quantization (Dettmers et al. 2022, arXiv 2110.02861), linear.
 
-    s = max |x| / 127 over each block of a row          q = round(x / s)  in int8          x̂ = s q
+    s = max |x| / 127 over each block of a row          q = round(x / s), a signed byte          x̂ = s q
 
-What a step keeps of its activations may be rounded so with little harm to its gradients (Chen et al. 2021, arXiv 2104.14129, go down to two
-bits). A block is short because a few channels of a transformer are many times as large as others: their block alone is rounded by
+What a step keeps of its activations may be rounded so with little harm to its gradients (Chen et al. 2021, arXiv 2104.14129, go further
+down). A block is short because a few channels of a transformer are many times as large as others: their block alone is rounded by
 their measure.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core import kernels
+from modulora_core.dense_products import is_plain
 from modulora_core.tiles import tile_bytes, tile_ranges
 
 BLOCK = 128
@@ -28,10 +29,10 @@ _SMALLEST = 2.0**-119
 
 @dataclass(frozen=True, slots=True)
 class Blockwise:
-    """A tensor in eight bits.
+    """A tensor in a byte a value.
 
     Attributes:
-        codes: q, int8 in the tensor's shape ``[..., d]``.
+        codes: q, signed bytes in the tensor's shape ``[..., d]``.
         scales: s, ``[rows, blocks of a row]``, in float32 or wider.
         dtype: of the tensor.
     """
@@ -47,8 +48,7 @@ class Blockwise:
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
         scales = torch.empty(len(rows), -(-rows.shape[1] // BLOCK), dtype=wide, device=x.device)
-        cpu = kernels.load("modulora_core.kernels.blockwise", x.device) if _has_kernel(x) else None
-        if cpu is not None:
+        if (cpu := _kernels(x)) is not None:
             kernels.launch(cpu.quantize, rows, BLOCK, _SMALLEST, codes, scales)
         else:
             _quantize(rows, codes, scales)
@@ -58,17 +58,18 @@ class Blockwise:
         """x̂, in the tensor's shape and dtype, rounded to it once."""
         x = torch.empty(self.codes.shape, dtype=self.dtype, device=self.codes.device)
         codes, rows = (t.view(-1, x.shape[-1]) for t in (self.codes, x))
-        cpu = kernels.load("modulora_core.kernels.blockwise", x.device) if _has_kernel(x) else None
-        if cpu is not None:
+        if (cpu := _kernels(x)) is not None:
             kernels.launch(cpu.dequantize, codes, self.scales, BLOCK, rows)
         else:
             _dequantize(codes, self.scales, rows)
         return x
 
 
-def _has_kernel(x: Tensor) -> bool:
-    """Whether the CPU's kernels know its dtype, and it has memory: what `modulora plan` rehearses with has none."""
-    return x.dtype in (torch.float32, torch.bfloat16) and type(x) in (Tensor, torch.nn.Parameter)
+def _kernels(x: Tensor) -> Any:
+    """The CPU's, where they know its dtype and it has memory; else None."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or not is_plain(x):
+        return None
+    return kernels.load("modulora_core.kernels.blockwise", x.device)
 
 
 def _quantize(x: Tensor, codes: Tensor, scales: Tensor) -> None:

@@ -43,11 +43,13 @@ SCRATCH_BYTES = 4 * 2**20
 LEAST_ROWS = 128
 """Rows that are multiplied at once however wide they are: fewer would read W too often."""
 
-# no tensors that stand for others, on several devices or without memory
-_PLAIN = Tensor, torch.nn.Parameter
-
 KEPT_SIZES = 64
 """Sizes of products whose code oneDNN keeps: the packed layers of SmolLM2 have 8 in a step."""
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether it stands for no other, as what lies on several devices does, or what `modulora plan` rehearses with and has no memory."""
+    return type(x) in (Tensor, torch.nn.Parameter)
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
@@ -170,8 +172,8 @@ def _is_onednns(x: Tensor, w: Tensor) -> bool:
     rows = x.shape[:-1].numel()
     return (
         x.dtype is w.dtype is torch.float32
-        and type(x) in _PLAIN
-        and type(w) in _PLAIN
+        and is_plain(x)
+        and is_plain(w)
         and x.is_cpu
         and rows * w.numel() >= (LEAST_PRODUCTS_OF_A_ROW if rows == 1 else LEAST_PRODUCTS)
         and x.shape[-1] == len(w)

@@ -259,10 +259,12 @@ def _adapt(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:
 
 def _check_products(model: PreTrainedModel, config: FinetuneConfig) -> None:
     """Refuse to round what decides between experts: a block's second forward could ask for others than the first."""
-    if config.keep_products == "int8" and any(isinstance(module, PackedStack) for module in model.modules()):
+    if config.keep_products == "rounded" and any(
+        isinstance(module, PackedStack) for module in model.modules()
+    ):
         raise OptionError(
-            "keep_products: int8 rounds what a model's tokens are routed to experts by, and its second forward may route them otherwise: "
-            "expected exact or none for a model with experts, got int8"
+            "keep_products: with rounded products a block's second forward may route tokens to other experts: expected exact or none for a "
+            "model with experts, got rounded"
         )
 
 
@@ -275,7 +277,7 @@ def _nbytes(model: PreTrainedModel, config: FinetuneConfig) -> int:
         # the inputs of the blocks, and what stands around them
         states = (sizes.num_hidden_layers + 2) * sizes.hidden_size * model.dtype.itemsize
         widths = sum(m.layout.shape[0] for m in model.modules() if isinstance(m, PackedParameter))
-        products = {"none": 0, "exact": model.dtype.itemsize, "int8": 1}[config.keep_products] * widths
+        products = {"none": 0, "exact": model.dtype.itemsize, "rounded": 1}[config.keep_products] * widths
         offloaded += tokens * (states + products)
     if model.device.type != "cpu":  # to the CPU's memory, then
         offloaded = 0

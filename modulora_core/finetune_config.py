@@ -107,10 +107,10 @@ class FinetuneConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         True, description="compute activations again in the backward instead of keeping them"
     )
-    keep_products: Literal["none", "exact", "int8"] = Field(
+    keep_products: Literal["none", "exact", "rounded"] = Field(
         "none",
         description="what gradient checkpointing keeps of products with packed weights, which then aren't made again: exact as they are, "
-        "int8 in a byte a value, which rounds the gradients a little",
+        "rounded to a byte a value, which rounds the gradients a little",
     )
     offload_activations: bool = Field(
         False, description="keep what gradient checkpointing keeps in the CPU's memory, or on a CPU in a file"
@@ -129,11 +129,6 @@ class FinetuneConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, description="of the adapter's start, the order of the data and the dropout")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
-
-    @property
-    def kept_products(self) -> Literal["exact", "int8"] | None:
-        """``keep_products`` as :func:`modulora_core.gradient_checkpointing.checkpoint_activations` takes it."""
-        return None if self.keep_products == "none" else self.keep_products
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -2,8 +2,11 @@
 
 Without, a step multiplies by each packed weight three times: in the forward, in the forward that checkpointing repeats, and in the
 backward. What else a block computes costs little, and is made again from its products: selective recomputation (Korthikanti et al. 2022,
-arXiv 2205.05198). A product is kept as it is, or in eight bits (:mod:`modulora_core.blockwise`): then gradients are of a block whose
-products were rounded so, and the loss is exact.
+arXiv 2205.05198). A product is kept as it is, or rounded to a byte a value (:mod:`modulora_core.blockwise`): then gradients are of a
+block whose products were rounded so, and the loss is exact.
+
+Torch's own selective checkpointing keeps results of torch's operators. A product is made by a quantizer, and torch sees parts of it at
+most.
 
 :class:`KeptProducts` tells torch's checkpointing what surrounds a block's two forwards. A layer multiplies by :func:`product_or`, and says
 :func:`keep` afterwards. A block's last product is kept no more once a whole backward has asked for none: most blocks end with one that they
@@ -22,14 +25,14 @@ from torch import Tensor
 from modulora_core.blockwise import Blockwise
 from modulora_core.offload import Place
 
-Form = Literal["exact", "int8"]
+Form = Literal["exact", "rounded"]
 
 
 class KeptProducts:
     """What ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint` takes: each call is for one forward of one block.
 
     Args:
-        form: ``"exact"``, in the dtype of the activations, or ``"int8"``, with a scale for each 128 values of a row.
+        form: ``"exact"``, in the dtype of the activations, or ``"rounded"``, as :class:`Blockwise` has them.
         place: where they wait; None for the memory that they are in.
 
     Attributes:
@@ -50,7 +53,7 @@ class KeptProducts:
 
     def kept(self, product: Tensor) -> Callable[[], Tensor | None]:
         """How to have ``product`` again, as often as wanted; None where it was written to since."""
-        if self._form == "int8":
+        if self._form == "rounded":
             coded = Blockwise.quantize(product)
             codes = self._away(coded.codes)
             return lambda: Blockwise(codes(), coded.scales, coded.dtype).dequantize()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core import kernels
-from modulora_core.dense_products import add_product, put_product
+from modulora_core.dense_products import add_product, is_plain, put_product
 from modulora_core.tiles import tile_bytes, tile_ranges
 
 CPU_COPY_BYTES = 2**20
@@ -112,14 +112,9 @@ def _kernels(x: Tensor, keep: Tensor | None, factor: torch.dtype, rank: int) -> 
     needed = x.dtype == torch.bfloat16 or keep is not None
     if not needed or factor != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
         return None
-    if x.shape[0] < LEAST_ROWS or rank > MOST_RANK or not x.is_contiguous() or _is_fake(x):
+    if x.shape[0] < LEAST_ROWS or rank > MOST_RANK or not x.is_contiguous() or not is_plain(x):
         return None
     return kernels.load("modulora_core.kernels.low_rank", x.device)
-
-
-def _is_fake(x: Tensor) -> bool:
-    """Whether it has no memory, as what `modulora plan` rehearses with."""
-    return type(x) not in (Tensor, torch.nn.Parameter)
 
 
 def _mask(keep: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@
     python examples/benchmarks/training.py -q nf4 quip-sharp-e8:bits=2 --peers bitsandbytes --repeats 5
 
     python examples/benchmarks/training.py -q nf4 --peers bitsandbytes --dtypes float32 bfloat16 --gradient-checkpointing nf4
-    python examples/benchmarks/training.py -q nf4 --gradient-checkpointing nf4 --keep-products int8
+    python examples/benchmarks/training.py -q nf4 --gradient-checkpointing nf4 --keep-products rounded
     python examples/benchmarks/training.py -q nf4 --matmul-precision high
 
 A step is a forward, a backward and AdamW on a batch, without gradient checkpointing unless asked: adapters of rank 8 in fp32 on all linear
@@ -18,7 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from methods import BASE, BASE_DTYPE, Method, ModelFiles
@@ -41,7 +41,7 @@ class TrainingJob(ModelJob):
         rows: int,
         length: int,
         checkpointing: Sequence[str],
-        products: Form | None,
+        products: Form | Literal["none"],
         precision: str = "highest",
     ) -> None:
         super().__init__(method, files, dtype)
@@ -110,7 +110,7 @@ def checkpointing_flag(parser: argparse.ArgumentParser) -> None:
         help="keep a block's inputs only, and run it again; with names, only these methods do",
     )  # fmt: skip
     parser.add_argument(
-        "--keep-products", choices=("exact", "int8"),
+        "--keep-products", choices=("none", "exact", "rounded"), default="none",
         help="of ours with gradient checkpointing: keep products with packed weights too",
     )  # fmt: skip
 
@@ -125,10 +125,10 @@ def checkpointing_methods(run: Run) -> list[str]:
     return list(run.methods) if named == [] else named or []
 
 
-def kept_products(run: Run) -> Form | None:
+def kept_products(run: Run) -> Form | Literal["none"]:
     """Ends the program where nothing would be kept."""
-    form: Form | None = run.flags.keep_products
-    if form is not None and run.flags.gradient_checkpointing is None:
+    form: Form | Literal["none"] = run.flags.keep_products
+    if form != "none" and run.flags.gradient_checkpointing is None:
         raise SystemExit("--keep-products: expected --gradient-checkpointing beside it, got none")
     return form
 

@@ -187,7 +187,7 @@ def test_ours_are_measured_again_with_a_packed_head_and_some_with_checkpointing(
         "--gradient-checkpointing",
         "nf4, head int8",
         "--keep-products",
-        "int8",
+        "rounded",
         "--peers",
     )
     losses = {result["method"]: result["loss"] for result in told["results"]}
@@ -197,7 +197,7 @@ def test_ours_are_measured_again_with_a_packed_head_and_some_with_checkpointing(
     with pytest.raises(SystemExit, match=r"'nf5': expected one of dense, nf4"):
         run("training", *models, "--gradient-checkpointing", "nf5")
     with pytest.raises(SystemExit, match="expected --gradient-checkpointing beside it, got none"):
-        run("training", *models, "--keep-products", "int8")
+        run("training", *models, "--keep-products", "rounded")
 
 
 def test_decoding_rates_are_compared_in_both_dtypes(run: Main, models: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Activations to eight bits and back on the CPU, as :mod:`modulora_core.blockwise` has it.
+"""Activations to a byte each and back on the CPU, as :mod:`modulora_core.blockwise` has it.
 
     for each block of a row:    largest = max |x|    s = largest / 127    q = round(x · (127 / largest))          x̂ = s · q
 
@@ -16,16 +16,10 @@ import numpy as np
 from numba import prange
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import narrow_row, widen
+from modulora_core.kernels.conversions import narrow_row, widen_row
 from modulora_core.kernels.magnitudes import largest_bits
 
 _PIECE = 16  # rows that a thread takes at once
-
-
-@jit(borrows=True)
-def _read(x: Any, out: Any) -> None:
-    for k in range(out.size):
-        out[k] = widen(x[k])
 
 
 @jit(borrows=True)
@@ -52,7 +46,7 @@ def quantize(x: Any, block: int, smallest: Any, codes: Any, scales: Any) -> None
         for row in range(begin, min(begin + _PIECE, n)):
             for start in range(0, d, block):
                 size = min(block, d - start)
-                _read(x[row, start : start + size], numbers[:size])
+                widen_row(x[row, start : start + size], numbers[:size])
                 found.view(np.int32)[0] = largest_bits(bits[:size])
                 largest = found[0]
                 scales[row, start // block] = largest / np.float32(127)

@@ -169,6 +169,13 @@ def _is_special(builder: Any, numbers: Any) -> Any:
 
 
 @jit(borrows=True)
+def widen_row(x: Any, out: Any) -> None:
+    """The numbers that are stored in ``x``, :func:`widen` of each, to as many of ``out``, fp32."""
+    for k in range(out.size):
+        out[k] = widen(x[k])
+
+
+@jit(borrows=True)
 def narrow_row(w: Any, out: Any) -> None:
     """fp32 numbers as ``out``, as long, is stored: rounded to bf16's bits for int16, to the nearest and halves to even, as torch does.
 

@@ -19,19 +19,13 @@ import numpy as np
 from numba import prange
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import narrow_row, widen
+from modulora_core.kernels.conversions import narrow_row, widen, widen_row
 from modulora_core.kernels.product_loops import BLOCK, add_rows_of_four, add_rows_of_one
 from modulora_core.kernels.product_templates import PANEL
 from modulora_core.kernels.products import RowKernels
 from modulora_core.kernels.vectors import LANES as LANES
 
 _PIECE = 16  # rows that a thread takes at once
-
-
-@jit(borrows=True)
-def _read(x: Any, out: Any) -> None:
-    for k in range(out.size):
-        out[k] = widen(x[k])
 
 
 @jit(borrows=True)
@@ -45,7 +39,7 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Columns ``start ...`` of the rows from ``row`` on, of what counts: ``weight`` is X and ``keep``."""
     x, keep = weight
     for r in range(len(out)):
-        _read(x[row + r, start : start + columns], out[r, :columns])
+        widen_row(x[row + r, start : start + columns], out[r, :columns])
         if keep.size:
             _clear(keep[row + r, start : start + columns], out[r, :columns])
 

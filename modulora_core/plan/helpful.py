@@ -78,7 +78,7 @@ def _other_settings(request: PlanRequest, subject: Subject) -> Iterator[tuple[st
         yield "--gradient-checkpointing", {"gradient_checkpointing": True}
     elif not config.offload_activations:
         yield "--offload-activations", {"offload_activations": True}
-    for form in ("none", "int8"):
+    for form in ("none", "rounded"):
         if config.keep_products not in ("none", form):
             yield f"--keep-products {form}", {"keep_products": form}
     if config.batch_size > 1:

@@ -75,7 +75,7 @@ def rehearse_training(subject: Subject, request: PlanRequest) -> Rehearsal:
     model.config.use_cache = False
     if config.gradient_checkpointing:
         elsewhere = _Elsewhere() if config.offload_activations else None
-        checkpoint_activations(model, products=config.kept_products, place=elsewhere)
+        checkpoint_activations(model, products=config.keep_products, place=elsewhere)
     model.train()
     with _stage(model, subject, request, config.batch_size) as stage:
         _watch_gradients(model, stage.ledger, config)

@@ -89,7 +89,7 @@ def plain(configure: Configure, one_thread: None) -> Callable[..., FinetuneResul
         ({"offload_activations": True}, {}),
         ({"offload_optimizer": True}, {}),
         ({"keep_products": "exact"}, {}),
-        ({"keep_products": "int8"}, {"keep_products": "int8"}),
+        ({"keep_products": "rounded"}, {"keep_products": "rounded"}),
         (AT_ONCE, {"grad_accum": 1, "max_grad_norm": 0}),
         (
             {**AT_ONCE, "offload_optimizer": True, "offload_activations": True, "keep_products": "exact"},
@@ -175,7 +175,7 @@ def test_8_bits_without_their_library_are_refused_before_any_work(
         ({**AT_ONCE, "max_grad_norm": 1.5}, "so their norm is never known: expected max_grad_norm 0, got 1.5"),
         ({**AT_ONCE, "dtype": "float16"}, "float16's are scaled until all are: expected another dtype"),
         ({"offload_activations": True, "gradient_checkpointing": False}, "expected gradient_checkpointing, got none"),
-        ({"keep_products": "int8", "gradient_checkpointing": False}, "expected gradient_checkpointing, got none"),
+        ({"keep_products": "rounded", "gradient_checkpointing": False}, "expected gradient_checkpointing, got none"),
     ],
     ids=["accumulation", "clipping", "float16", "nothing to offload", "nothing to keep"],
 )  # fmt: skip
@@ -193,8 +193,8 @@ def test_what_routes_to_experts_isnt_rounded(
     shutil.copytree(pack("mixtral", "toy")[1], folder)
     for file in wide.glob("*token*"):
         shutil.copy(file, folder)
-    config = configure("experts", model=str(folder), seq_len=16, rank=8, keep_products="int8")
-    with pytest.raises(OptionError, match="expected exact or none for a model with experts, got int8"):
+    config = configure("experts", model=str(folder), seq_len=16, rank=8, keep_products="rounded")
+    with pytest.raises(OptionError, match="expected exact or none for a model with experts, got rounded"):
         finetune(config)
     assert not Path(config.out).exists()
 

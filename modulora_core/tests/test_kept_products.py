@@ -53,7 +53,7 @@ def step(model: Any) -> tuple[float, list[Tensor]]:
     return loss.item(), gradients
 
 
-def adapted(folder: Path, products: Form | None, **options: Any) -> Any:
+def adapted(folder: Path, products: Any, **options: Any) -> Any:
     """A packed model with an adapter whose B isn't zero."""
     torch.manual_seed(0)
     model = load_model(folder)
@@ -86,7 +86,7 @@ def test_exact_ones_give_the_same_bits_and_are_not_made_again(
     architecture: str, train_scales: bool, pack: Pack, multiplied: Counter[bool]
 ) -> None:
     _, folder = pack(architecture, "toy")
-    expected = step(adapted(folder, None, train_scales=train_scales))
+    expected = step(adapted(folder, "none", train_scales=train_scales))
     without = multiplied.copy()
     model = adapted(folder, "exact", train_scales=train_scales)
     for number in range(3):
@@ -98,7 +98,7 @@ def test_exact_ones_give_the_same_bits_and_are_not_made_again(
     assert multiplied[False] == BLOCKS * LINEARS[architecture] < without[False]
 
 
-@pytest.mark.parametrize("form", ["exact", "int8"])
+@pytest.mark.parametrize("form", ["exact", "rounded"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_the_last_product_of_a_block_is_kept_as_long_as_it_may_be_needed(
     architecture: str, form: Form, pack: Pack, multiplied: Counter[bool], monkeypatch: pytest.MonkeyPatch
@@ -123,8 +123,8 @@ def test_the_last_product_of_a_block_is_kept_as_long_as_it_may_be_needed(
 @pytest.mark.parametrize("architecture", LINEARS)
 def test_in_eight_bits_the_loss_is_exact_and_gradients_are_near(architecture: str, pack: Pack) -> None:
     _, folder = pack(architecture, "toy")
-    expected = step(adapted(folder, None))
-    model = adapted(folder, "int8")
+    expected = step(adapted(folder, "none"))
+    model = adapted(folder, "rounded")
     first, again = step(model), step(model)
     assert first[0] == expected[0]
     assert all(map(torch.equal, first[1], again[1])), "the same in the first step and those after it"
@@ -204,9 +204,9 @@ def test_a_product_that_was_written_to_is_made_again(
 
 def test_eight_bits_wait_elsewhere_with_the_same_values(toy: ModuleType, tmp_path: Path) -> None:
     block = Block(toy)
-    here = block.gradients(KeptProducts("int8"))
+    here = block.gradients(KeptProducts("rounded"))
     with DiskFile(tmp_path) as file:
-        assert all(map(torch.equal, block.gradients(KeptProducts("int8", file)), here))
+        assert all(map(torch.equal, block.gradients(KeptProducts("rounded", file)), here))
         assert file.nbytes > 0
     assert 1e-4 < difference(list(here), list(block.gradients(None))) < 0.03
 
@@ -217,7 +217,7 @@ def test_other_dtypes_are_kept_in_theirs(dtype: torch.dtype, toy: ModuleType) ->
     block.x = block.x.detach().to(dtype).requires_grad_()
     expected = block.gradients(None)
     assert all(map(torch.equal, block.gradients(KeptProducts("exact")), expected))
-    assert difference(list(block.gradients(KeptProducts("int8"))), list(expected)) < 0.03
+    assert difference(list(block.gradients(KeptProducts("rounded"))), list(expected)) < 0.03
 
 
 def test_outside_of_a_block_that_keeps_them_nothing_is_kept(

@@ -33,13 +33,13 @@ def test_they_are_planned_by_their_bytes(toy: ModuleType, llama: Path) -> None:
 
     # the first step keeps the last of a block too
     products = TOKENS * BLOCKS * (3 * HIDDEN + 2 * KEYS + 2 * INTERMEDIATE)
-    none, int8, exact = (activations(keep_products=form) for form in ("none", "int8", "exact"))
+    none, rounded, exact = (activations(keep_products=form) for form in ("none", "rounded", "exact"))
     assert exact - none == pytest.approx(4 * products, rel=0.1)
-    assert int8 - none == pytest.approx(products * (1 + 4 / 128), rel=0.1)
+    assert rounded - none == pytest.approx(products * (1 + 4 / 128), rel=0.1)
     assert activations(keep_products="exact", offload_activations=True) < none
 
 
 def test_without_room_a_plan_says_what_less_of_them_saves(toy: ModuleType, llama: Path) -> None:
     found = plan_memory(request(llama, budget=2**20, keep_products="exact"))
     saved = {change.change: change.saves for change in found.changes}
-    assert 0 < saved["--keep-products int8"] < saved["--keep-products none"]
+    assert 0 < saved["--keep-products rounded"] < saved["--keep-products none"]

@@ -52,12 +52,12 @@ WORK: Mapping[str, tuple[str, ...]] = {
 KEPT = {"gradient_checkpointing": False}
 
 TRAINING: list[tuple[int, dict[str, Any]]] = [
-    (0, {"batch_size": 1, "seq_len": 512, "keep_products": "int8"}),
+    (0, {"batch_size": 1, "seq_len": 512}),
     (0, {"batch_size": 1, "seq_len": 256, **KEPT, "mapped": True}),
     (0, {"batch_size": 2, "seq_len": 256, **KEPT, "dropout": 0.0}),
     (0, {"batch_size": 1, "seq_len": 512, **KEPT, "dtype": "bfloat16"}),
     (1, {"batch_size": 2, "seq_len": 256, **KEPT, "rank": 64}),
-    (1, {"batch_size": 1, "seq_len": 512, "rank": 128, "dtype": "bfloat16"}),
+    (1, {"batch_size": 1, "seq_len": 512, "rank": 128, "dtype": "bfloat16", "keep_products": "rounded"}),
     (1, {"batch_size": 4, "seq_len": 64, **KEPT, "targets": "q_proj,v_proj"}),
     (2, {"batch_size": 1, "seq_len": 512, **KEPT}),
     (2, {"batch_size": 2, "seq_len": 256, "keep_products": "exact"}),
