@@ -26,11 +26,12 @@ def random_weight(shape, options):
     return packed
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (19, 192), (3, 2048), (5, 80), (2, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (19, 192), (3, 2048), (5, 80), (2, 1), (45, 576)], ids=str)
 @pytest.mark.parametrize(("bits", "symmetric"), itertools.product(BITS, (False, True)))
-@pytest.mark.parametrize("group_size", [16, 64, 24, -1])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 24, -1])
 def test_the_product_of_one_row_is_that_of_the_decoded_weight(shape, bits, symmetric, group_size):
-    """192 columns: at 3 bits the parts of the high bits begin inside of sixteen columns."""
+    """192 and 576 columns: at 3 bits the parts of the high bits begin inside of sixteen columns. 45 rows: scales of some are read where
+    they are, and those of the last ones from a copy. 2048 columns in groups of 16: a row's zeros are in several chunks."""
     options = Options(
         bits=bits, group_size=group_size, symmetric=symmetric, act_order=True, static_groups=False
     )

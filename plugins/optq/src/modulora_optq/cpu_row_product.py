@@ -1,9 +1,8 @@
-"""Products of one row of x with sixteen rows of OPTQ's codes, in registers: see :mod:`modulora_optq.cpu_one_row`, which is made of them.
+"""The product of one row of x with one row of OPTQ's codes, in registers: see :mod:`modulora_optq.cpu_one_row`, which is made of it.
 
 Sixteen bytes hold codes of ⌈8 / bits⌉ times sixteen columns, at the same bits (:mod:`modulora_optq.packing`). They are loaded once, and
-each part of them is shifted down, looked up in a register, or converted, and multiplied by its x. Before a part comes to
-its next group its sums are scaled and added to those of the row. The columns in between, a *run*, are multiplied by all rows
-before the next ones: where they are, and whose scales they take, is found once.
+each part of them is shifted down, looked up in a register, or converted, and multiplied by its x. After a *step* of four such vectors, or
+fewer where a part comes to its next group sooner, each part's sum is scaled and added to that of the row.
 """
 
 from __future__ import annotations
@@ -11,19 +10,17 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 
-from modulora_core.kernels import jit
-from modulora_core.kernels.prefetch import FAR, ask_for
+from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
 from modulora_core.kernels.vectors import (
     LANES,
     has,
     lookup,
-    loops,
+    matrix,
     multiply_add,
     pointer,
     splat,
@@ -31,10 +28,10 @@ from modulora_core.kernels.vectors import (
     zeros,
 )
 
-_SUMS = 4  # a multiplier waits for its own result: so many sums are made side by side
+_ROWS = 2  # of the weight, that share what is loaded of x
 
-_INDEX, _WHOLE, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
-_BYTES = ir.VectorType(ir.IntType(8), LANES)
+_BYTE, _INDEX, _WHOLE, _FLOAT = ir.IntType(8), ir.IntType(64), ir.IntType(32), ir.FloatType()
+_BYTES = ir.VectorType(_BYTE, LANES)
 _WHOLES = ir.VectorType(_WHOLE, LANES)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 
@@ -43,27 +40,29 @@ def _same(value: int) -> Any:
     return ir.Constant(_WHOLES, [value] * LANES)
 
 
-def _high_bytes(builder: Any, plane: Any, j: Any, part: Any) -> Any:
-    """Of the plane of one bit a code sixteen bytes, whose bit 2 p belongs to part p of the low bits at ``j``; others are of no meaning.
-
-    The plane has eight parts of ``part`` bytes, half as long as those of the low bits. An odd one may begin after eight of the columns, so
-    they are loaded by eights. From an odd one's byte another's bit comes to the next byte's highest, which isn't looked at.
-    """
-    words = ir.Constant(ir.VectorType(_INDEX, 2), ir.Undefined)
-    for half in range(2):
-        at = builder.add(j, _INDEX(half * LANES // 2))
-        beyond = builder.icmp_signed(">=", at, part)
-        byte = builder.select(beyond, builder.sub(at, part), at)
-        source = builder.bitcast(builder.gep(plane, [byte]), _INDEX.as_pointer())
-        word = builder.lshr(builder.load(source, align=1), builder.zext(beyond, _INDEX))
-        words = builder.insert_element(words, word, _WHOLE(half))
-    return builder.bitcast(words, _BYTES)
-
-
-@register_jitable
 def parts_of_byte(bits: int) -> int:
     """How many codes' low bits a byte holds."""
     return 8 // (2 if bits == 3 else bits)
+
+
+def _high_bytes(builder: Any, plane: Any, j: Any, part: Any, at_once: int) -> Any:
+    """Of the plane of one bit a code sixteen bytes, whose bit 2 p belongs to part p of the low bits at ``j``; others are of no meaning.
+
+    The plane has eight parts of ``part`` bytes, half as long as those of the low bits. ``at_once`` are loaded: eight where an odd one may
+    begin after eight of the columns, else sixteen. From an odd one's byte another's bit comes to the next byte's highest, which isn't
+    looked at.
+    """
+    words = ir.Constant(ir.VectorType(ir.IntType(8 * at_once), LANES // at_once), ir.Undefined)
+    for number in range(LANES // at_once):
+        at = builder.add(j, _INDEX(number * at_once))
+        beyond = builder.icmp_signed(">=", at, part)
+        byte = builder.select(beyond, builder.sub(at, part), at)
+        source = builder.bitcast(builder.gep(plane, [byte]), words.type.element.as_pointer())
+        word = builder.load(source, align=1)
+        words = builder.insert_element(
+            words, builder.lshr(word, builder.zext(beyond, word.type)), _WHOLE(number)
+        )
+    return builder.bitcast(words, _BYTES)
 
 
 def _steps(context: Any, builder: Any, bits: int, low_bits: Any, high_bytes: Any) -> list[Any]:
@@ -112,114 +111,118 @@ def _middle(bits: int) -> int:
     return 1 << (bits - 1)
 
 
-def _run(bits: int) -> Any:
-    """The intrinsic for a width."""
-    parts = parts_of_byte(bits)
+def rows_product(bits: int, vectors: int) -> Any:
+    """The intrinsic for a width, and steps of so many vectors.
+
+    ``(codes, first, row_bytes, count, part, x, group_of, scales, sums, y, o)`` writes ``y[o + r] = Σ sums[r] + Σ_k (code[k] − middle)
+    scale[k's group] x[k]`` for ``count`` rows, at least one; the codes of row 0 begin at ``codes[first]``. Parts of the low bits are
+    ``part`` bytes long, a multiple of a step's. ``x`` is fp32 ``[1, in]``, ``group_of`` int32 ``[steps, parts]``, ``scales`` fp32 ``[rows,
+    groups or more]``, ``sums`` fp32 ``[rows, 16]``, ``y`` fp32 ``[1, out]``.
+    """
+    parts, step = parts_of_byte(bits), vectors * LANES
 
     @intrinsic
-    def add_run(  # numba's types of the arguments, of which those of numbers are not read
-        _context: Any, packed: Any, _first: Any, _row_bytes: Any, _rows: Any, _part: Any, _start: Any, _end: Any, x: Any, groups: Any,
-        _run: Any, scales: Any, totals: Any,
+    def product(  # numba's types of the arguments, of which those of numbers are not read
+        _context: Any, codes: Any, _first: Any, _row_bytes: Any, _count: Any, _part: Any, x: Any, group_of: Any, scales: Any, sums: Any,
+        y: Any, _o: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            packed, first, row_bytes, rows, part, start, end, x, groups, run, scales, totals = arguments
+            codes, first, row_bytes, count, part, x, group_of, scales, sums, y, o = arguments
             kinds = signature.args
-
-            def column(p: int, j: Any) -> Any:
-                at = builder.add(j, builder.mul(part, _INDEX(p)))
-                return builder.load(pointer(context, builder, kinds[7], x, at, _FLOATS), align=4)
-
-            def steps(data: Any, j: Any) -> list[Any]:
-                source = builder.bitcast(builder.gep(data, [j]), _BYTES.as_pointer())
-                low_bits = builder.zext(builder.load(source, align=1), _WHOLES)
-                plane, half = builder.gep(data, [part]), builder.sdiv(part, _INDEX(2))
-                high = _high_bytes(builder, plane, j, half) if bits == 3 else None
-                return _steps(context, builder, bits, low_bits, high)
-
-            of_parts = []  # of each part the scales of its group, a row at a time
-            for p in range(parts):
-                at = builder.add(builder.mul(run, _INDEX(parts)), _INDEX(p))
-                group = builder.load(pointer(context, builder, kinds[8], groups, at, _WHOLE))
-                at = builder.mul(builder.sext(group, _INDEX), _INDEX(LANES))
-                of_parts.append(pointer(context, builder, kinds[10], scales, at, _FLOAT))
-            # of so many vectors; where registers are short, a vector is four of them
-            at_once = max(1, _SUMS // parts) if has(context, "avx") else 1
-            vectors = builder.sub(builder.sdiv(builder.sub(end, start), _INDEX(LANES)), _INDEX(1))
-            data = pointer(context, builder, kinds[0], packed, first, ir.IntType(8))
-            ahead = builder.mul(row_bytes, _INDEX(LANES))
-            high_start = builder.add(part, builder.sdiv(start, _INDEX(2)))
-            with cgutils.for_range(builder, rows) as loop:
-                row = builder.gep(data, [builder.mul(loop.index, row_bytes)])
-                # where the next sixteen rows have what these have here
-                ask_for(builder, builder.gep(row, [builder.add(ahead, start)]), FAR)
-                if bits == 3:
-                    ask_for(builder, builder.gep(row, [builder.add(ahead, high_start)]), FAR)
-                sums = [zeros(builder, parts) for _ in range(at_once)]
-                # many runs are one vector: not in a loop, so that nothing but its row is computed for each row
-                for p, value in enumerate(steps(row, start)):
-                    builder.store(builder.fmul(value, column(p, start), flags=("contract",)), sums[0][p])
-                for width, vector in loops(builder, vectors, at_once):
-                    for k in range(width):
-                        more = builder.mul(builder.add(vector, _INDEX(k + 1)), _INDEX(LANES))
-                        j = builder.add(start, more)
-                        for p, value in enumerate(steps(row, j)):
-                            multiply_add(builder, sums[k][p], value, column(p, j))
-                at = builder.mul(loop.index, _INDEX(LANES))
-                total = pointer(context, builder, kinds[11], totals, at, _FLOATS)
-                added = builder.load(total, align=4)
-                for p, of_part in enumerate(of_parts):
-                    scale = splat(builder, builder.load(builder.gep(of_part, [loop.index])), _FLOATS)
-                    of_run = functools.reduce(builder.fadd, [builder.load(of[p]) for of in sums])
-                    product = builder.fmul(of_run, scale, flags=("contract",))
-                    added = builder.fadd(added, product, flags=("contract",))
-                builder.store(added, total, align=4)
+            columns = [
+                pointer(context, builder, kinds[5], x, builder.mul(part, _INDEX(p)), _FLOAT)
+                for p in range(parts)
+            ]
+            groups = pointer(context, builder, kinds[6], group_of, _INDEX(0), _WHOLE)
+            width = matrix(context, builder, kinds[7], scales)[1]
+            at_once = _ROWS if has(context, "avx512f") else 1
+            turns = builder.sdiv(builder.add(count, _INDEX(at_once - 1)), _INDEX(at_once))
+            last = builder.sub(count, _INDEX(1))
+            with cgutils.for_range(builder, turns) as turn:
+                rows = [builder.mul(turn.index, _INDEX(at_once))]
+                for _ in range(at_once - 1):  # the last row may be computed twice
+                    more = builder.add(rows[-1], _INDEX(1))
+                    rows.append(builder.select(builder.icmp_signed("<", more, last), more, last))
+                data = [
+                    pointer(
+                        context,
+                        builder,
+                        kinds[0],
+                        codes,
+                        builder.add(first, builder.mul(r, row_bytes)),
+                        _BYTE,
+                    )
+                    for r in rows
+                ]
+                scale = [
+                    pointer(context, builder, kinds[7], scales, builder.mul(r, width), _FLOAT) for r in rows
+                ]
+                # an addition waits for the one before: each part has a sum of its own, where there are registers for them
+                totals = [zeros(builder, parts if has(context, "avx512f") else 1) for _ in rows]
+                for r, of_row in zip(rows, totals, strict=True):
+                    begun = pointer(context, builder, kinds[8], sums, builder.mul(r, _INDEX(LANES)), _FLOATS)
+                    builder.store(builder.load(begun, align=4), of_row[0])
+                with cgutils.for_range(builder, builder.sdiv(part, _INDEX(step))) as loop:
+                    start = builder.mul(loop.index, _INDEX(step))
+                    of_rows = _of_step(context, builder, (bits, vectors), data, part, columns, start)
+                    for p in range(parts):
+                        place = builder.add(builder.mul(loop.index, _INDEX(parts)), _INDEX(p))
+                        group = builder.sext(builder.load(builder.gep(groups, [place])), _INDEX)
+                        for of_row, total, of_scale in zip(of_rows, totals, scale, strict=True):
+                            factor = splat(builder, builder.load(builder.gep(of_scale, [group])), _FLOATS)
+                            multiply_add(builder, total[p % len(total)], of_row[p], factor)
+                for r, of_row in zip(rows, totals, strict=True):
+                    total = sum_of_lanes(builder, functools.reduce(builder.fadd, map(builder.load, of_row)))
+                    builder.store(total, pointer(context, builder, kinds[9], y, builder.add(o, r), _FLOAT))
             return context.get_dummy_value()
 
         i64 = types.int64
         return (
-            types.void(packed, i64, i64, i64, i64, i64, i64, x, groups, i64, scales, totals),
+            types.void(codes, i64, i64, i64, i64, x, group_of, scales, sums, y, i64),
             generate,
         )
 
-    return add_run
+    return product
 
 
-add_run_2, add_run_3, add_run_4, add_run_8 = (_run(bits) for bits in (2, 3, 4, 8))
-"""``(packed, first, row_bytes, rows, part, start, end, x, groups, run, scales, totals)``: for so many rows, sixteen at most, the
-first of which begins at ``packed[first]``, add to ``totals[r]`` the products of the codes in bytes ``[start, end)`` of all parts, as if
-zeros were the middle code. Parts of the low bits are ``part`` bytes long, a multiple of sixteen, as are ``start`` and ``end``: those of
-run number ``run`` of :func:`runs_of_groups`, which gives ``groups``. ``scales`` are fp32 ``[groups, 16]``, and ``totals`` fp32
-``[16, 16]``: sums by lane."""
+def _of_step(
+    context: Any,
+    builder: Any,
+    form: tuple[int, int],
+    data: list[Any],
+    part: Any,
+    columns: list[Any],
+    start: Any,
+) -> list[list[Any]]:
+    """Of each row and part the sum of its codes times x, by lane, of the vectors that begin ``start`` bytes after the row's ``data``.
 
-
-@intrinsic
-def sum_of(_context: Any, totals: Any, _r: Any) -> Any:
-    """The sum of ``totals[r]``, of sixteen lanes."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        totals, r = arguments
-        at = builder.mul(r, _INDEX(LANES))
-        place = pointer(context, builder, signature.args[0], totals, at, _FLOATS)
-        return sum_of_lanes(builder, builder.load(place, align=4))
-
-    return types.float32(totals, types.int64), generate
-
-
-@jit()
-def runs_of_groups(part: int, parts: int, group: int) -> Any:
-    """Where the bytes of a row's parts are cut so that no part comes to another group inside of a run, and which groups these are.
-
-    The ends of the runs, int32 ``[runs]``, and int32 ``[runs, parts]``.
+    Args:
+        form: bits and vectors.
+        columns: of each part where its x are.
     """
-    ends, groups = np.empty(part // LANES, np.int32), np.empty((part // LANES, parts), np.int32)
-    runs = 0
-    for start in range(0, part, LANES):
-        new = start == 0
-        for p in range(parts):
-            new = new or (p * part + start) // group != groups[runs - 1, p]
-        if new:
-            for p in range(parts):
-                groups[runs, p] = (p * part + start) // group
-            runs += 1
-        ends[runs - 1] = start + LANES
-    return ends[:runs], groups[:runs]
+    bits, vectors = form
+    half = builder.sdiv(part, _INDEX(2))
+    planes = [builder.gep(of_row, [part]) for of_row in data]
+    for of_row, plane in zip(data, planes, strict=True):
+        ask_for(builder, builder.gep(of_row, [builder.add(start, _INDEX(AHEAD))]), NEAR)
+        if bits == 3:
+            high = builder.add(builder.sdiv(start, _INDEX(2)), _INDEX(AHEAD))
+            ask_for(builder, builder.gep(plane, [high]), NEAR)
+    sums: list[list[Any]] = [[] for _ in data]
+    for number in range(vectors):
+        j = builder.add(start, _INDEX(number * LANES))
+        at_once = LANES if vectors > 1 else LANES // 2
+        places = [builder.bitcast(builder.gep(of_part, [j]), _FLOATS.as_pointer()) for of_part in columns]
+        values = [builder.load(place, align=4) for place in places]
+        for of_row, plane, total in zip(data, planes, sums, strict=True):
+            source = builder.bitcast(builder.gep(of_row, [j]), _BYTES.as_pointer())
+            low_bits = builder.zext(builder.load(source, align=1), _WHOLES)
+            high_bytes = _high_bytes(builder, plane, j, half, at_once) if bits == 3 else None
+            steps = _steps(context, builder, bits, low_bits, high_bytes)
+            products = [builder.fmul(a, b, flags=("contract",)) for a, b in zip(steps, values, strict=True)]
+            total[:] = (
+                [builder.fadd(a, b, flags=("contract",)) for a, b in zip(total, products, strict=True)]
+                if total
+                else products
+            )
+    return sums
