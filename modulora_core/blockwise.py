@@ -48,7 +48,9 @@ class Blockwise:
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
         scales = torch.empty(len(rows), -(-rows.shape[1] // BLOCK), dtype=wide, device=x.device)
-        if (cpu := _kernels(x)) is not None:
+        if (gpu := _gpu(x)) is not None:
+            gpu.quantize(rows, BLOCK, _SMALLEST, codes, scales)
+        elif (cpu := _kernels(x)) is not None:
             kernels.launch(cpu.quantize, rows, BLOCK, _SMALLEST, codes, scales)
         else:
             _quantize(rows, codes, scales)
@@ -58,7 +60,9 @@ class Blockwise:
         """x̂, in the tensor's shape and dtype, rounded to it once."""
         x = torch.empty(self.codes.shape, dtype=self.dtype, device=self.codes.device)
         codes, rows = (t.view(-1, x.shape[-1]) for t in (self.codes, x))
-        if (cpu := _kernels(x)) is not None:
+        if (gpu := _gpu(x)) is not None:
+            gpu.dequantize(codes, self.scales, BLOCK, rows)
+        elif (cpu := _kernels(x)) is not None:
             kernels.launch(cpu.dequantize, codes, self.scales, BLOCK, rows)
         else:
             _dequantize(codes, self.scales, rows)
@@ -72,6 +76,13 @@ def _kernels(x: Tensor) -> Any:
     return kernels.load("modulora_core.kernels.blockwise", x.device)
 
 
+def _gpu(x: Tensor) -> Any:
+    """Triton's, likewise."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not is_plain(x):
+        return None
+    return kernels.load_triton("modulora_core.kernels.triton_blockwise", x.device)
+
+
 def _quantize(x: Tensor, codes: Tensor, scales: Tensor) -> None:
     """The reference, some rows at a time, because they are copied. ``x``: ``[n, d]``."""
     d = x.shape[1]
@@ -79,7 +90,8 @@ def _quantize(x: Tensor, codes: Tensor, scales: Tensor) -> None:
         blocks = _in_blocks(x[start:stop].to(scales.dtype))
         largest = blocks.abs().amax(2)
         scales[start:stop] = largest / 127
-        reciprocal = torch.where(largest >= _SMALLEST, 127 / largest, 0)
+        # a number over a tensor would be a product with the tensor's reciprocal, which is rounded too
+        reciprocal = torch.where(largest >= _SMALLEST, torch.full_like(largest, 127) / largest, 0)
         q = (blocks * reciprocal[..., None]).round()
         # what isn't finite has no code, and its scale says so
         codes[start:stop] = q.nan_to_num_(0, 0, 0).view(stop - start, -1)[:, :d].to(torch.int8)

@@ -9,7 +9,7 @@ from torch import Tensor
 from modulora_core import kernels
 from modulora_core.blockwise import BLOCK, Blockwise
 
-SHAPES = [(3, 5, 2 * BLOCK), (7, BLOCK - 1), (33, BLOCK + 1), (1, 1), (0, 40), (BLOCK,), (4, 576)]
+SHAPES = [(3, 5, 2 * BLOCK), (7, BLOCK - 1), (33, BLOCK + 1), (1, 1), (0, 40), (BLOCK,), (300, 576)]
 
 
 @pytest.fixture
