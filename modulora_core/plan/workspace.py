@@ -68,7 +68,9 @@ def product_workspace(
     if rows < ROWS:
         # as the real weight has no tile for so many rows, the small one must not have one either
         few = min(rows, most_rows(small)) if rows <= most_rows(shape) else rows
-        return _few_rows(*key, few, transpose).nbytes(rows, shape, tile_bytes)
+        per_entry = _without_tile(*key, few, transpose)
+        if per_entry is not None:
+            return int(per_entry * rows * max(shape))
     shrunk, width = max(small) / max(shape), _width(dtype)
     few = max(ROWS, round(rows * shrunk))
     # the small tile is to the small input what the real one is to the real one, as far as it can be
@@ -80,18 +82,22 @@ def product_workspace(
 
 
 @lru_cache(maxsize=256)
-def _few_rows(
+def _without_tile(
     cls: type[Quantizer], options: str, shape: tuple[int, int], dtype: torch.dtype, rows: int, transpose: bool
-) -> _Product:
-    """Of a product that perhaps has a kernel of its own, and then no tile: two budgets tell."""
+) -> float | None:
+    """Bytes for each row and each column of the longer side, of a product that has a kernel of its own; None where it takes a tile.
+
+    Two budgets tell. What it takes by tiles isn't told by them: with several tiles there are results of each, too.
+    """
     width = _width(dtype)
     budgets = [shape[0] * shape[1] * width // part for part in (8, 4)]
     first, second = (
         _peak_of_product(cls, options, shape, dtype, rows, transpose, budget) for budget in budgets
     )
     small, large = (_tile(shape, budget, width) for budget in budgets)
-    per_tile_byte = max(0.0, (second - first) / (large - small))
-    return _Product((first - per_tile_byte * small) / (rows * max(shape)), per_tile_byte, width)
+    if second - first > (large - small) / 2:
+        return None
+    return first / (rows * max(shape))
 
 
 @lru_cache(maxsize=256)

@@ -41,9 +41,10 @@ def test_a_run_that_diverged_says_that_its_adapter_is_worse(run: Run, tmp_path: 
     easy: dict[str, Any] = {"data": str(tmp_path / "easy.txt"), "adapter": str(tmp_path / "good")}
     # random weights know less than a guess does
     assert run(data=easy["data"], out=easy["adapter"], steps=20, lr=3e-2) == []
-    (warning,) = run(**easy, lr=1e6, max_grad_norm=0)
+    # one step of Adam, which is as long as the rate says; behind it attention's gradients are NaN on some processors
+    (warning,) = run(**easy, lr=1.0, steps=2, max_grad_norm=0)
     assert warning.startswith(f"{tmp_path / 'out'}: the loss was ")
-    assert warning.endswith(": the adapter makes the model worse; lower the learning rate (lr 1e+06)")
+    assert warning.endswith(": the adapter makes the model worse; lower the learning rate (lr 1)")
     assert (tmp_path / "out" / "adapter_config.json").is_file(), "it is a finished run all the same"
 
 
