@@ -88,9 +88,11 @@ def lora_linear(
         )
     if torch.is_grad_enabled():
         return _recorded(x, bias, A, B, input_scale, output_scale, dropout, *frozen)
-    # decoding: a Function takes as long as a small layer
-    _, U = _projected(x, A, dropout)
+    # decoding: a Function takes as long as a small layer, and other calls that do nothing a tenth of that
     Z = _multiplied(x, input_scale, quantizer, packed, transpose)
+    if A is None and bias is None and output_scale is None:
+        return Z
+    _, U = _projected(x, A, dropout)
     return _finished(Z, bias, B, output_scale, U, scale)
 
 

@@ -49,6 +49,7 @@ than this hardly read faster from one memory."""
 
 _HALVES = (torch.float16, torch.bfloat16)
 _ONE_LAUNCH = threading.Lock()
+_OF_THIS_THREAD = threading.local()  # numba's number of threads, when it was last asked
 
 
 @cache
@@ -215,15 +216,16 @@ def run(kernel: Callable[..., None], *arrays: Any) -> None:
     numba = prepared_numba()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _ONE_LAUNCH:
-        before = numba.get_num_threads()
-        if before == threads:  # as ever but once: to set the number takes longer than to ask for it
+        known = getattr(_OF_THIS_THREAD, "threads", 0)
+        if known != threads:  # to ask numba takes two locks, to set the number longer: as ever but once
+            known = _OF_THIS_THREAD.threads = numba.get_num_threads()
+        if known == threads:
+            return kernel(*arrays)
+        numba.set_num_threads(threads)
+        try:
             kernel(*arrays)
-        else:
-            numba.set_num_threads(threads)
-            try:
-                kernel(*arrays)
-            finally:
-                numba.set_num_threads(before)
+        finally:
+            numba.set_num_threads(known)
 
 
 @contextlib.contextmanager
@@ -312,19 +314,17 @@ def few_rows(
 
 
 def product_of_one(kernel: Callable[..., None], weight: tuple[Any, ...], x: Tensor, features: int) -> Tensor:
-    """The product of a single row with a packed weight, which decoding asks for once a layer and token.
+    """The product of a single row with a packed weight, fp32 ``[..., features]``: decoding asks for it once a layer and token.
 
     Args:
         kernel: ``kernel(weight, threads, x, y)`` writes all of ``y``, fp32 ``[1, features]``, of ``x``, fp32 ``[1, given]``.
-        weight: what it reads, as :func:`launch` takes it.
+        weight: what it reads, all arrays or all tensors, and numbers; one of these is first.
         x: fp32 ``[..., given]`` of one row, as :func:`few_rows` gives it.
-
-    Returns:
-        fp32 ``[..., features]``.
     """
     row: NDArray[Any] = x.numpy()
     y = np.empty((*row.shape[:-1], features), np.float32)
-    run(kernel, _array(weight), torch.get_num_threads(), row.reshape(1, row.size), y.reshape(1, features))
+    arrays = weight if isinstance(weight[0], np.ndarray) else _array(weight)
+    run(kernel, arrays, torch.get_num_threads(), row.reshape(1, row.size), y.reshape(1, features))
     return torch.from_numpy(y)
 
 

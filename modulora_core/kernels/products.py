@@ -142,6 +142,10 @@ class RowKernels:
             dtype: of the inputs, where ``x`` was made of them in another one.
         """
         given, wanted = shape if transpose else (shape[1], shape[0])
+        if not transpose and self._one_row is not None and _is_one_row(x, given):
+            arrays = weight()
+            if self._takes(arrays):
+                return product_of_one(self._one_row, arrays, x, wanted)
         few = few_rows(x, given, most, dtype)
         if few is None:
             by_amx = _is_for_amx(shape)
@@ -217,6 +221,19 @@ def blocks_are_faster() -> bool:
     """
     context = cpu_target.target_context
     return any(has(context, feature) for feature in ("avx2", "avx512f")) and not onednn_is_faster()
+
+
+def _is_one_row(x: Tensor, features: int) -> bool:
+    """Whether it can be multiplied as it is: decoding asks for that once a layer and token, so nothing else is asked then."""
+    return (
+        x.dtype is torch.float32
+        and 0 < x.numel() == features
+        and x.dim() > 0
+        and x.shape[-1] == features
+        and x.is_cpu
+        and x.is_contiguous()
+        and not x.requires_grad
+    )
 
 
 def _shared(x: Tensor) -> tuple[int, int]:

@@ -40,6 +40,7 @@ def takes(weight: tuple[Any, ...]) -> bool:
     return _is_whole(bits, group, columns, LANES)
 
 
+@cache  # a layer asks for it each token
 def _is_whole(bits: int, group: int, columns: int, step: int) -> bool:
     """Whether parts and groups are whole steps of so many columns."""
     return columns % (step * parts_of_byte(bits)) == 0 and (group % step == 0 or group >= columns)
