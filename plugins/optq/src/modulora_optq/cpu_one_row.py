@@ -100,6 +100,7 @@ def _template(
     x: Any,
     y: Any,
 ) -> None:
+    """:func:`matmul_one`, with what a :class:`_Plan` has."""
     rows, groups = scales.shape
     row_bytes, part = codes.size // max(1, rows), x.size // group_of.shape[1]
     row_zeros = zeros_of_row(groups, bits) if zeros.size else 0
