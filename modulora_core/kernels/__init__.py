@@ -49,7 +49,6 @@ than this hardly read faster from one memory."""
 
 _HALVES = (torch.float16, torch.bfloat16)
 _ONE_LAUNCH = threading.Lock()
-_OF_THIS_THREAD = threading.local()  # numba's number of threads, when it was last asked
 
 
 @cache
@@ -216,16 +215,15 @@ def run(kernel: Callable[..., None], *arrays: Any) -> None:
     numba = prepared_numba()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _ONE_LAUNCH:
-        known = getattr(_OF_THIS_THREAD, "threads", 0)
-        if known != threads:  # to ask numba takes two locks, to set the number longer: as ever but once
-            known = _OF_THIS_THREAD.threads = numba.get_num_threads()
-        if known == threads:
-            return kernel(*arrays)
-        numba.set_num_threads(threads)
-        try:
+        before = numba.get_num_threads()
+        if before == threads:  # as ever but once: to set the number takes longer than to ask for it
             kernel(*arrays)
-        finally:
-            numba.set_num_threads(known)
+        else:
+            numba.set_num_threads(threads)
+            try:
+                kernel(*arrays)
+            finally:
+                numba.set_num_threads(before)
 
 
 @contextlib.contextmanager

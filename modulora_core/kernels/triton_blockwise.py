@@ -20,9 +20,8 @@ from modulora_core.kernels.triton_blocks import block, rounded
 from modulora_core.kernels.triton_launch import launch
 
 _ROWS = 16  # of a program, one block wide
-_INTEGER = tl.constexpr(
-    1.5 * 2.0**23
-)  # has no bits behind the point: adding it rounds to a whole number, halves to even
+# so large a number has no bits behind the point: adding it rounds to a whole number, halves to even
+_INTEGER = tl.constexpr(1.5 * 2.0**23)
 _INFINITY = tl.constexpr(0x7F800000)
 
 

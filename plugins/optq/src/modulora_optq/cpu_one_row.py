@@ -28,7 +28,7 @@ from modulora_core.kernels import jit
 from modulora_core.kernels.shares import share
 from modulora_core.kernels.vectors import LANES
 from modulora_optq.cpu_row_product import parts_of_byte, rows_product
-from modulora_optq.cpu_row_scales import chunks_of, sum_of_vectors, take_row, zeros_of_row
+from modulora_optq.cpu_row_scales import chunks_of, sum_of_vectors, take_row
 
 _ROWS = 16  # whose scales a thread takes at once
 _STEPS = (4, 2, 1)  # vectors of a step, best first
@@ -75,7 +75,7 @@ def matmul_one(weight: tuple[Any, ...], threads: int, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``; ``weight`` as in :func:`modulora_optq.cpu_decode.decode`."""
     codes, scales, zeros, bits, group, columns = weight
     plan = _plan(bits, group, columns)
-    plan.kernel(codes, scales, zeros, bits, group, plan.group_of, plan.chunks, threads, x, y)
+    plan.kernel(codes, scales, zeros, group, plan.group_of, plan.chunks, threads, x, y)
 
 
 def _product(*_: Any) -> Any:
@@ -92,7 +92,6 @@ def _template(
     codes: Any,
     scales: Any,
     zeros: Any,
-    bits: int,
     group: int,
     group_of: Any,
     chunks: Any,
@@ -102,8 +101,8 @@ def _template(
 ) -> None:
     """:func:`matmul_one`, with what a :class:`_Plan` has."""
     rows, groups = scales.shape
-    row_bytes, part = codes.size // max(1, rows), x.size // group_of.shape[1]
-    row_zeros = zeros_of_row(groups, bits) if zeros.size else 0
+    row_bytes, row_zeros = codes.size // max(1, rows), zeros.size // max(1, rows)
+    part = x.size // group_of.shape[1]
     flat = scales.reshape(scales.size)
     sums_of_x = np.zeros(groups + LANES, np.float32)
     for g in range(groups):

@@ -6,7 +6,7 @@ are loaded, and a table, the same for all rows, says from which of them and at w
 its zeros don't lie within sixteen bytes.
 
 What it moves and does, for a row of G groups: 2 G bytes of scales and bits · G / 8 of zeros are read, and some fifteen operations are done
-for each sixteen groups, five more at 3 bits. One by one they took six operations a group.
+for each sixteen groups, five more at 3 bits.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import halves_to_floats
 from modulora_core.kernels.vectors import LANES, lookup, loops, matrix, pointer, sum_of_lanes
 from modulora_core.kernels.vectors import zeros as zeros_of
+from modulora_optq.packing import PLANES, plane_bytes
 
 _INDEX, _WHOLE = ir.IntType(64), ir.IntType(32)
 _BYTES, _HALVES, _WHOLES, _FLOATS = (
@@ -40,9 +40,10 @@ def chunks_of(bits: int, groups: int) -> NDArray[np.int32]:
     looked up; then, of each group, -1, and 0 where there is none; of the low bits the byte after that, and the bit in it; and of the third
     one at 3 bits.
     """
-    width = 2 if bits == 3 else bits
-    low, high = -(-groups * width // 8), -(-groups // 8)  # bytes of a part of either plane
-    planes = [(0, low, width)] + ([(low, high, 1)] if bits == 3 else [])
+    planes, begin = [], 0
+    for width in PLANES[bits]:
+        planes.append((begin, plane_bytes(groups, width), width))
+        begin += plane_bytes(groups, width)
     chunks: list[list[int]] = []
     for g in range(groups):
         if not chunks or not _is_chunk([*chunks[-1], g], planes):
@@ -154,11 +155,3 @@ def _steps(context: Any, builder: Any, bits: int, places: list[Any], table: Any)
     if bits == 3:
         codes = builder.or_(codes, builder.shl(plane(1, 1), ir.Constant(_WHOLES, [2] * LANES)))
     return builder.sitofp(builder.sub(codes, ir.Constant(_WHOLES, [1 << (bits - 1)] * LANES)), _FLOATS)
-
-
-@jit(borrows=True)
-def zeros_of_row(groups: int, bits: int) -> int:
-    """Bytes that the zeros of a row take."""
-    if bits == 3:
-        return (2 * groups + 7) // 8 + (groups + 7) // 8
-    return (groups * bits + 7) // 8
