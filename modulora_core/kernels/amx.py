@@ -32,7 +32,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from modulora_core.kernels.prefetch import FAR, ask_for
-from modulora_core.kernels.vectors import LANES, assembly, has, matrix, pointer
+from modulora_core.kernels.vectors import LANES, assembly, call, has, matrix, pointer
 
 SIDE = 32
 """Rows and columns of a block of sums."""
@@ -159,9 +159,7 @@ def _add_step(builder: Any, a: Any, b: Any, order: list[tuple[int, int]]) -> Non
 
 
 def _call(builder: Any, instruction: str, *operands: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{instruction}")
-    builder.call(function, operands)
+    call(builder, f"llvm.x86.{instruction}", ir.VoidType(), list(operands))
 
 
 @intrinsic

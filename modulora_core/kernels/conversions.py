@@ -8,11 +8,10 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.vectors import LANES, assembly, has, pointer
+from modulora_core.kernels.vectors import LANES, assembly, call, has, pointer
 
 _FLOAT, _LANE, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _FLOATS, _HALVES = ir.VectorType(_FLOAT, LANES), ir.VectorType(_HALF, LANES)
@@ -161,10 +160,9 @@ def _narrow_vectors(_context: Any, w: Any, _index: Any, out: Any) -> Any:
 
 def _is_special(builder: Any, numbers: Any) -> Any:
     """Whether one of the lanes is a NaN or subnormal, by AVX-512's instruction that sorts numbers into classes."""
-    of = ir.FunctionType(ir.VectorType(ir.IntType(1), LANES), [_FLOATS, _LANE])
-    classify = cgutils.get_or_insert_function(builder.module, of, "llvm.x86.avx512.fpclass.ps.512")
     quiet_nan, subnormal, signalling_nan = 0x01, 0x20, 0x80
-    found = builder.call(classify, [numbers, _LANE(quiet_nan | subnormal | signalling_nan)])
+    bits, classes = ir.VectorType(ir.IntType(1), LANES), _LANE(quiet_nan | subnormal | signalling_nan)
+    found = call(builder, "llvm.x86.avx512.fpclass.ps.512", bits, [numbers, classes])
     return builder.icmp_unsigned("!=", builder.bitcast(found, _HALF), _HALF(0))
 
 

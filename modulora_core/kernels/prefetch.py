@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.vectors import pointer
+from modulora_core.kernels.vectors import call, pointer
 
 AHEAD = 4096
 """How many bytes ahead: what memory delivers within the time that it takes to answer, and a little. 2 to 8 KiB made no difference."""
@@ -32,9 +32,8 @@ NEAR, FAR = 3, 2
 
 def ask_for(builder: Any, place: Any, caches: int) -> None:
     """Have the line at ``place``, a pointer to bytes, fetched, in an intrinsic. It may be anywhere, also where nothing may be read."""
-    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WHOLE, _WHOLE, _WHOLE])
-    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(ask, [place, _WHOLE(0), _WHOLE(caches), _WHOLE(1)])  # to read, and data
+    to_read, data = _WHOLE(0), _WHOLE(1)
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, to_read, _WHOLE(caches), data])
 
 
 @intrinsic

@@ -1,7 +1,7 @@
 """Vectors in kernels that numba compiles: what LLVM doesn't find by itself is spelled here, in terms that any processor has.
 
 What an intrinsic begins with, a plugin's own or the core's (:mod:`modulora_core.kernels.product_loops`): :func:`splat`,
-:func:`lookup`, :func:`lookup_of_eight`, :func:`matrix`, :func:`pointer`, :func:`has`, :func:`zeros`, :func:`multiply_add`,
+:func:`lookup`, :func:`call`, :func:`matrix`, :func:`pointer`, :func:`has`, :func:`zeros`, :func:`multiply_add`,
 :func:`loops`, :func:`sum_of_lanes`.
 """
 
@@ -51,7 +51,7 @@ def lookup(context: Any, builder: Any, table: Any, index: Any) -> Any:
     LLVM doesn't find the lookup in registers by itself, so it is spelled for AVX-512 and AVX2. Elsewhere each lane loads its value.
     """
     if has(context, "avx512f"):
-        return _instruction(builder, "llvm.x86.avx512.permvar.sf.512", table, index)
+        return call(builder, "llvm.x86.avx512.permvar.sf.512", table.type, [table, index])
     if has(context, "avx2"):
         return _lookup_by_eights(builder, table, index)
     if isinstance(table, ir.Constant):
@@ -67,31 +67,28 @@ def lookup(context: Any, builder: Any, table: Any, index: Any) -> Any:
     return found
 
 
-def lookup_of_eight(builder: Any, table: Any, index: Any) -> Any:
-    """``table[index & 7]``, a lane at a time, by AVX2, which :func:`has` must say is there: ``<8 x float>`` by ``<16 x i32>``."""
-    halves = [
-        _instruction(builder, "llvm.x86.avx2.permps", table, _eight(builder, index, first))
-        for first in (0, 8)
-    ]
-    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_LANE, LANES), list(range(LANES))))
-
-
 def _eight(builder: Any, of: Any, first: int) -> Any:
     lanes = ir.Constant(ir.VectorType(_LANE, 8), list(range(first, first + 8)))
     return builder.shuffle_vector(of, of, lanes)
 
 
 def _lookup_by_eights(builder: Any, table: Any, index: Any) -> Any:
-    """By AVX2's, which is of eight values by the low three bits: two of them, and a choice by the fourth."""
-    low, high = (lookup_of_eight(builder, _eight(builder, table, first), index) for first in (0, 8))
-    none = ir.Constant(index.type, [0] * LANES)
-    bit = builder.and_(index, ir.Constant(index.type, [8] * LANES))
-    return builder.select(builder.icmp_signed("!=", bit, none), high, low)
+    """By AVX2's, which is of eight values by the low three bits: two of them, and a choice by the fourth, which is made a sign for it."""
+    tables = [_eight(builder, table, first) for first in (0, 8)]
+    found = []
+    for first in (0, 8):
+        eight = _eight(builder, index, first)
+        low, high = (call(builder, "llvm.x86.avx2.permps", of.type, [of, eight]) for of in tables)
+        fourth = builder.shl(eight, ir.Constant(eight.type, [28] * eight.type.count))
+        choice = [low, high, builder.bitcast(fourth, low.type)]
+        found.append(call(builder, "llvm.x86.avx.blendv.ps.256", low.type, choice))
+    return builder.shuffle_vector(*found, ir.Constant(ir.VectorType(_LANE, LANES), list(range(LANES))))
 
 
-def _instruction(builder: Any, name: str, table: Any, index: Any) -> Any:
-    of = ir.FunctionType(table.type, [table.type, index.type])
-    return builder.call(cgutils.get_or_insert_function(builder.module, of, name), [table, index])
+def call(builder: Any, name: str, of: ir.Type, operands: list[Any]) -> Any:
+    """What one of LLVM's functions gives, most of which are an instruction of the processor."""
+    kind = ir.FunctionType(of, [operand.type for operand in operands])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
 
 def assembly(builder: Any, code: str, of: ir.Type, operands: list[Any], constraints: str) -> Any:

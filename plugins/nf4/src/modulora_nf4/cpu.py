@@ -5,25 +5,22 @@ Everything works on the flat, row-major weight, as :mod:`modulora_nf4.cpu_decode
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.magnitudes import largest_bits
 from modulora_core.kernels.prefetch import FAR, ask_for
 from modulora_core.kernels.products import RowKernels
-from modulora_core.kernels.vectors import LANES, has, lookup_of_eight, loops, pointer, splat
+from modulora_core.kernels.vectors import LANES, loops, pointer, splat
+from modulora_nf4.cpu_codes import MIDPOINTS, codes, in_pairs
 from modulora_nf4.cpu_decode import decode
 from modulora_nf4.cpu_one_row import matmul_one, takes
 from modulora_nf4.reference import (
-    LEVELS,
     NESTED_BLOCK_SIZE,
     SMALLEST_ABSMAX,
     ZERO,
@@ -31,18 +28,13 @@ from modulora_nf4.reference import (
     dynamic_map,
 )
 
-_LEVELS = np.array(LEVELS, np.float32)
-_MIDPOINTS = tuple((_LEVELS[1:] + _LEVELS[:-1]) / np.float32(2))
 _SMALLEST = np.float32(SMALLEST_ABSMAX)
 _DYNAMIC_MAP = dynamic_map().numpy()
 _CODES_OF_POINTS = codes_of_points().numpy()
 
 _BYTE, _INDEX = ir.IntType(8), ir.IntType(64)
-_BYTES, _WHOLES, _FLOATS = (ir.VectorType(of, LANES) for of in (_BYTE, ir.IntType(32), ir.FloatType()))
-_PAIRS, _WORDS = (ir.VectorType(of, LANES // 2) for of in (_BYTE, _INDEX))
-_AT_ONCE = 4  # vectors: a lookup waits for what is looked up, so those of several run side by side
-_CELLS = 32
-_SCALE = 15.5  # cells in 1: narrower than any two midpoints are apart, and -1 to 1, both a little more, is within 32 of them
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_AT_ONCE = 2  # vectors: a lookup waits for what is looked up, so those of several run side by side
 
 _PIECE = 8192  # elements that a thread takes at once: 4 KiB of codes and 32 KiB of values
 
@@ -61,14 +53,6 @@ def dequantize_absmax(
             out[i] = _DYNAMIC_MAP[codes[block]] * nested_absmax[block >> nested_shift] + offset[0]
 
 
-def _cells() -> tuple[list[float], list[int]]:
-    """Where [-1, 1] is cut into cells that hold one midpoint at most: that one, and how many midpoints are below the cell."""
-    ends = [(cell - _CELLS // 2) / _SCALE for cell in range(_CELLS + 1)]
-    within = [[float(m) for m in _MIDPOINTS if low <= m < high] for low, high in itertools.pairwise(ends)]
-    below = [sum(bool(m < low) for m in _MIDPOINTS) for low in ends[:-1]]
-    return [midpoints[0] if midpoints else math.inf for midpoints in within], below
-
-
 @intrinsic
 def _pack_vectors(_context: Any, x: Any, reciprocals: Any, _shift: Any, packed: Any, _vectors: Any) -> Any:
     """The bytes of so many vectors of sixteen, in blocks of 2 to the ``shift``, sixteen or more: see :func:`_nearest`.
@@ -79,71 +63,25 @@ def _pack_vectors(_context: Any, x: Any, reciprocals: Any, _shift: Any, packed: 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, reciprocals, shift, packed, vectors = arguments
         kinds = signature.args
+
+        def codes_at(vector: Any) -> Any:
+            k = builder.mul(vector, _INDEX(LANES))
+            then = builder.add(k, _INDEX(_PIECE))
+            ask_for(builder, pointer(context, builder, kinds[0], x, then, _BYTE), FAR)
+            values = builder.load(pointer(context, builder, kinds[0], x, k, _FLOATS), align=4)
+            block = builder.lshr(k, shift)
+            factor = builder.load(pointer(context, builder, kinds[1], reciprocals, block, _FLOATS.element))
+            return codes(context, builder, builder.fmul(values, splat(builder, factor, _FLOATS)))
+
         for width, first in loops(builder, vectors, _AT_ONCE):
-            for part in range(width):
-                k = builder.mul(builder.add(first, _INDEX(part)), _INDEX(LANES))
-                then = builder.add(k, _INDEX(_PIECE))
-                ask_for(builder, pointer(context, builder, kinds[0], x, then, _BYTE), FAR)
-                values = builder.load(pointer(context, builder, kinds[0], x, k, _FLOATS), align=4)
-                block = builder.lshr(k, shift)
-                factor = builder.load(
-                    pointer(context, builder, kinds[1], reciprocals, block, _FLOATS.element)
-                )
-                codes = _codes(context, builder, builder.fmul(values, splat(builder, factor, _FLOATS)))
-                byte = builder.lshr(k, _INDEX(1))
-                place = pointer(context, builder, kinds[3], packed, byte, _PAIRS)
-                builder.store(_in_pairs(builder, codes), place, align=1)
+            of_vectors = [codes_at(builder.add(first, _INDEX(part))) for part in range(width)]
+            byte = builder.mul(first, _INDEX(LANES // 2))
+            for pairs in in_pairs(context, builder, of_vectors):
+                builder.store(pairs, pointer(context, builder, kinds[3], packed, byte, pairs.type), align=1)
+                byte = builder.add(byte, _INDEX(pairs.type.count))
         return context.get_dummy_value()
 
     return types.void(x, reciprocals, types.int64, packed, types.int64), generate
-
-
-def _in_pairs(builder: Any, codes: Any) -> Any:
-    """Bytes of two codes each, the first one in the high half."""
-    pairs = builder.bitcast(codes, _WORDS)
-    four, word = (ir.Constant(_WORDS, [bits] * _WORDS.count) for bits in (4, 32))
-    return builder.trunc(builder.or_(builder.shl(pairs, four), builder.lshr(pairs, word)), _PAIRS)
-
-
-def _codes(context: Any, builder: Any, values: Any) -> Any:
-    """How many midpoints are below each value.
-
-    Found by its cell where 32 numbers can be looked up in registers, by halves where eight can, else counted.
-    """
-    none = ir.Constant(_WHOLES, [0] * LANES)
-
-    def more(codes: Any, midpoints: Any) -> Any:
-        above = builder.fcmp_ordered(">", values, midpoints)
-        return builder.add(codes, builder.select(above, ir.Constant(_WHOLES, [1] * LANES), none))
-
-    if has(context, "avx512f"):
-        midpoints, below = _cells()
-        scaled = builder.fmul(values, ir.Constant(_FLOATS, [_SCALE] * LANES), flags=("contract",))
-        placed = builder.fadd(scaled, ir.Constant(_FLOATS, [_CELLS / 2] * LANES), flags=("contract",))
-        cell = builder.fptosi(placed, _WHOLES)
-        return more(
-            _lookup_of_two(builder, below, cell, _WHOLES), _lookup_of_two(builder, midpoints, cell, _FLOATS)
-        )
-    codes = none
-    if has(context, "avx2"):
-        for step in (8, 4, 2, 1):  # by the last one there are eight midpoints that the next may be with
-            tried = [float(m) for m in _MIDPOINTS[step - 1 :: 2 * step]]
-            table = ir.Constant(ir.VectorType(ir.FloatType(), 8), (8 * tried)[:8])
-            codes = more(builder.add(codes, codes), lookup_of_eight(builder, table, codes))
-        return codes
-    for midpoint in _MIDPOINTS:
-        codes = more(codes, ir.Constant(_FLOATS, [float(midpoint)] * LANES))
-    return codes
-
-
-def _lookup_of_two(builder: Any, table: list[Any], index: Any, of: ir.VectorType) -> Any:
-    """``table[index & 31]`` by AVX-512, whose lookup is of two vectors."""
-    name = f"llvm.x86.avx512.vpermi2var.{'ps' if of is _FLOATS else 'd'}.512"
-    kind = ir.FunctionType(of, [of, _WHOLES, of])
-    halves = [ir.Constant(of, table[first : first + LANES]) for first in (0, LANES)]
-    return builder.call(
-        cgutils.get_or_insert_function(builder.module, kind, name), [halves[0], index, halves[1]]
-    )
 
 
 @jit(borrows=True)
@@ -152,7 +90,7 @@ def _nearest(x: Any, reciprocal: Any, q: Any) -> None:
     for k in range(x.size):
         v = x[k] * reciprocal
         code = np.int32(0)
-        for m in _MIDPOINTS:
+        for m in MIDPOINTS:
             code += np.int32(v > m)
         q[k] = code
 

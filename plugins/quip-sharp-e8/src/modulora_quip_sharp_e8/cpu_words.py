@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
 from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
-from modulora_core.kernels.vectors import LANES, has, lookup, loops, pointer, splat, sum_of_lanes, zeros
+from modulora_core.kernels.vectors import LANES, call, has, lookup, loops, pointer, splat, sum_of_lanes, zeros
 from modulora_quip_sharp_e8 import codebooks
 
 CODES = 64
@@ -92,11 +92,11 @@ def _levels(residual: Any) -> ir.Constant:
 
 def _permuted(builder: Any, index: Any, plane: list[int]) -> Any:
     """``plane[index]`` for 64 bytes."""
-    of = ir.FunctionType(_BYTES, [_BYTES] * 3)
     name = "llvm.x86.avx512.vpermi2var.qi.512"
-    permute = cgutils.get_or_insert_function(builder.module, of, name)
     tables = [ir.Constant(_BYTES, plane[start : start + CODES]) for start in range(0, 256, CODES)]
-    low, high = (builder.call(permute, [tables[i], index, tables[i + 1]]) for i in (0, 2))  # by seven bits
+    low, high = (
+        call(builder, name, _BYTES, [tables[i], index, tables[i + 1]]) for i in (0, 2)
+    )  # by seven bits
     is_high = builder.icmp_signed("<", index, ir.Constant(_BYTES, [0] * CODES))
     return builder.select(is_high, high, low)
 
