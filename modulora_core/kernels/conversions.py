@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from modulora_core.kernels import jit
 from modulora_core.kernels.vectors import LANES, assembly, call, has, pointer
 
-_FLOAT, _LANE, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+_FLOAT, _LANE, _HALF, _INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(64)
 _FLOATS, _HALVES = ir.VectorType(_FLOAT, LANES), ir.VectorType(_HALF, LANES)
 
 
@@ -104,17 +104,19 @@ def bf16_to_float(builder: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def _narrow(_context: Any, _number: Any, like: Any) -> Any:
-    """An fp32 number as ``like`` is stored."""
+def narrow(_context: Any, _number: Any, like: Any) -> Any:
+    """An fp32 number as ``like`` is stored: rounded to bf16's bits where that is an int16."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return arguments[0] if like is types.float32 else _rounded(builder, arguments[0])
+        return arguments[0] if like is types.float32 else float_to_bf16(builder, arguments[0])
 
     return like(types.float32, like), generate
 
 
-def _rounded(builder: Any, numbers: Any) -> Any:
-    """The bits in bf16 of an fp32 number, or of a vector of them: to the nearest, halves to even, and one NaN for all, as torch does."""
+def float_to_bf16(builder: Any, numbers: Any) -> Any:
+    """The bits in bf16 of an fp32 number, or of a vector of sixteen, in an intrinsic: to the nearest, halves to even, and one NaN for all,
+    as torch does.
+    """
     of, stored = _as_many(numbers, _LANE, _HALF)
     bits = builder.bitcast(numbers, of)
     is_odd = builder.and_(builder.lshr(bits, _constant(of, 16)), _constant(of, 1))
@@ -126,36 +128,43 @@ def _rounded(builder: Any, numbers: Any) -> Any:
 
 @intrinsic
 def _narrow_vectors(_context: Any, w: Any, _index: Any, out: Any) -> Any:
-    """Thirty-two values of ``w`` from ``index`` on to ``out``, as it is stored.
-
-    AVX-512 has an instruction: it takes subnormal numbers for 0 and keeps a NaN's other
-    bits, so where a lane is of these, all are rounded the long way.
-    """
+    """Thirty-two values of ``w`` from ``index`` on to ``out``, as it is stored."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         w, index, out = arguments
         kind, _, out_kind = signature.args
-        starts = index, builder.add(index, ir.IntType(64)(LANES))
+        starts = index, builder.add(index, _INDEX(LANES))
         numbers = [builder.load(pointer(context, builder, kind, w, at, _FLOATS), align=4) for at in starts]
-
-        def store(rounded: list[Any]) -> None:
-            for at, value in zip(starts, rounded, strict=True):
-                builder.store(value, pointer(context, builder, out_kind, out, at, value.type), align=2)
-
-        if out_kind.dtype is types.float32:
-            store(numbers)
-        elif has(context, "avx512bf16") and has(context, "avx512dq"):
-            two = ir.VectorType(_HALF, 2 * LANES)
-            rounded = assembly(builder, "vcvtne2ps2bf16 $2, $1, $0", two, numbers[::-1], "=v,v,v")
-            builder.store(rounded, pointer(context, builder, out_kind, out, index, two), align=2)
-            is_special = builder.or_(*(_is_special(builder, value) for value in numbers))
-            with builder.if_then(is_special, likely=False):
-                store([_rounded(builder, value) for value in numbers])
-        else:
-            store([_rounded(builder, value) for value in numbers])
+        put_numbers(context, builder, out_kind, out, index, numbers)
         return context.get_dummy_value()
 
     return types.void(w, types.int64, out), generate
+
+
+def put_numbers(context: Any, builder: Any, kind: Any, out: Any, index: Any, numbers: list[Any]) -> None:
+    """Vectors of sixteen fp32 numbers, one after another, to ``out[index:]``, flat, as it is stored: see :func:`narrow`, in an intrinsic.
+
+    Two at a time AVX-512 rounds by one instruction, which takes subnormal numbers for 0 and keeps a NaN's other bits: where a lane is of
+    these, all are rounded the long way.
+    """
+    places = [builder.add(index, _INDEX(k * LANES)) for k in range(len(numbers))]
+
+    def store(values: list[Any], first: int) -> None:
+        for at, value in zip(places[first:], values, strict=False):
+            builder.store(value, pointer(context, builder, kind, out, at, value.type), align=2)
+
+    for first in range(0, len(numbers), 2):
+        two = numbers[first : first + 2]
+        if kind.dtype is types.float32:
+            store(two, first)
+        elif len(two) == 2 and has(context, "avx512bf16") and has(context, "avx512dq"):
+            of = ir.VectorType(_HALF, 2 * LANES)
+            store([assembly(builder, "vcvtne2ps2bf16 $2, $1, $0", of, two[::-1], "=v,v,v")], first)
+            is_special = builder.or_(*(_is_special(builder, value) for value in two))
+            with builder.if_then(is_special, likely=False):
+                store([float_to_bf16(builder, value) for value in two], first)
+        else:
+            store([float_to_bf16(builder, value) for value in two], first)
 
 
 def _is_special(builder: Any, numbers: Any) -> Any:
@@ -183,4 +192,4 @@ def narrow_row(w: Any, out: Any) -> None:
     for k in range(0, whole, 2 * LANES):
         _narrow_vectors(w, k, out)
     for k in range(whole, out.size):
-        out[k] = _narrow(w[k], out[k])
+        out[k] = narrow(w[k], out[k])

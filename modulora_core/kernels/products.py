@@ -12,7 +12,7 @@
     blocks      the same of up to 512 rows of X, where that is faster than a tile: see modulora_core.kernels.block_templates
     squares     the same by AMX, where there is that, of any number of rows: see modulora_core.kernels.amx_templates
 
-For bf16, tiles and strips alike are decoded into a scratch in the L1 cache and rounded from there.
+For bf16, tiles and strips alike are decoded into a scratch in the L1 cache and rounded from there, unless the decoder rounds itself.
 
 What a product moves and multiplies, for n rows and a weight of ``out · in`` values of b bits: ``out · in · b / 8`` bytes are
 read from memory, once; decoded strips live in the L1 and L2 caches. ``2 n · out · in`` operations are done, beside those of
@@ -83,6 +83,9 @@ class RowKernels:
             ``y = x Ŵᵀ``, fp32 ``[1, in]`` and ``[1, out]``; ``threads``: into how many shares to cut the rows of Ŵ
             (:func:`modulora_core.kernels.shares.share`).
         takes: which weights ``one_row`` can multiply by: ``takes(weight)``; by default all.
+        rounds: whether ``decode`` takes an ``out`` that holds the bits of bf16 numbers too, int16, and rounds to them
+            (:func:`modulora_core.kernels.conversions.put_numbers`, :func:`~modulora_core.kernels.conversions.narrow`). What others decode
+            goes through a scratch, from which it is rounded.
 
     The kernels are compiled at their first call for a type of weight, with ``decode`` inside of them, and kept on disk beside
     the module of ``decode``.
@@ -93,6 +96,7 @@ class RowKernels:
         decode: Any,
         one_row: Callable[..., None] | None = None,
         takes: Callable[[Weight], bool] = lambda _: True,
+        rounds: bool = False,
     ) -> None:
         self._one_row, self._takes = one_row, takes
         self._few, self._few_transposed = (
@@ -105,7 +109,7 @@ class RowKernels:
                 (amx_templates.squares, amx_templates.squares_transposed),
             )
         )
-        rounded = _compiled(templates.rounded, decode, parallel=False)
+        rounded = decode if rounds else _compiled(templates.rounded, decode, parallel=False)
         self._fill, self._many, self._many_transposed = (
             {torch.float32: _compiled(template, decode), torch.bfloat16: _compiled(template, rounded)}
             for template in (templates.fill, templates.many, templates.many_transposed)

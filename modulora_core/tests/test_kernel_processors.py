@@ -1,4 +1,4 @@
-"""What is spelled for some processors, on others: looking up in a table, rounding to bf16 and fp16, multiplying, asking for bytes ahead."""
+"""What is spelled for some processors, on others: looking up in tables, rounding to bf16 and fp16, multiplying, asking for bytes ahead."""
 
 from __future__ import annotations
 
@@ -187,6 +187,49 @@ for first, count in ((0, 100), (last, 1), (last - AHEAD // 2, 10**6), (0, 0), (0
 print("prefetch" in "".join(kernel.inspect_asm().values()))
 """
 
+TABLE = """
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from modulora_core.kernels import jit
+from modulora_core.kernels.tables import Table
+from modulora_core.kernels.vectors import LANES, pointer
+
+def put(vectors):
+    @intrinsic
+    def put(_context, numbers, codes, out):
+        def generate(context, builder, signature, arguments):
+            kinds = signature.args
+            here = pointer(context, builder, kinds[0], arguments[0], ir.IntType(64)(0), ir.VectorType(ir.FloatType(), LANES))
+            table = Table(context, builder, kinds[2], builder.load(here, align=4))
+            for first in range(0, vectors, table.at_once):
+                at, count = ir.IntType(64)(first * LANES), min(table.at_once, vectors - first) * LANES
+                place = pointer(context, builder, kinds[1], arguments[1], at, ir.VectorType(ir.IntType(8), count))
+                table.put(arguments[2], at, builder.zext(builder.load(place, align=1), ir.VectorType(table.index, count)))
+            return context.get_dummy_value()
+        return types.void(numbers, codes, out), generate
+
+    @jit()
+    def kernel(numbers, codes, out):
+        put(numbers, codes, out)
+    return kernel
+
+bits = torch.randint(-2**31, 2**31, (200, 16), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+bits[::3, 3:7] = torch.tensor([0x7F800001, -1, 1, 0x3F808000])  # NaN of both kinds, a subnormal number, a half
+for vectors in (1, 2, 3):
+    kernel = put(vectors)
+    for numbers in bits.view(torch.float32):
+        codes = torch.randint(0, 256, (vectors * LANES,), dtype=torch.uint8)  # all but four bits are somebody else's
+        for dtype, stored in ((torch.float32, torch.float32), (torch.bfloat16, torch.int16)):
+            out = torch.zeros(vectors * LANES, dtype=dtype)
+            kernel(numbers.numpy(), codes.numpy(), out.view(stored).numpy())
+            expected = numbers[(codes & 15).long()].to(dtype)
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+print("vpermw" in "".join(kernel.inspect_asm().values()))
+"""
+
 PLAIN, AVX2 = ("x86-64", "+sse2"), ("haswell", "+sse4.2,+avx,+avx2,+fma")
 NATIVE = ("", "")  # as numba finds it
 
@@ -200,6 +243,9 @@ NATIVE = ("", "")  # as numba finds it
         (ROUND, PLAIN, False),
         (ROUND, AVX2, False),
         (ROUND, NATIVE, torch.cpu._is_avx512_bf16_supported()),
+        (TABLE, PLAIN, False),
+        (TABLE, AVX2, False),
+        (TABLE, NATIVE, torch.cpu._is_avx512_supported()),
         (HALVES, PLAIN, False),
         (HALVES, AVX2, False),
         (HALVES, NATIVE, torch.cpu._is_avx2_supported()),  # a processor with AVX2 has F16C too
@@ -218,6 +264,9 @@ NATIVE = ("", "")  # as numba finds it
         "round, SSE2",
         "round, AVX2",
         "round, this one",
+        "table, SSE2",
+        "table, AVX2",
+        "table, this one",
         "halves, SSE2",
         "halves, AVX2",
         "halves, this one",

@@ -40,7 +40,7 @@ _BYTE, _INDEX = ir.IntType(8), ir.IntType(64)
 _BYTES, _WHOLES, _FLOATS = (ir.VectorType(of, LANES) for of in (_BYTE, ir.IntType(32), ir.FloatType()))
 
 
-rows = RowKernels(decode, matmul_one, takes)
+rows = RowKernels(decode, matmul_one, takes, rounds=True)
 """Tiles and few-row products."""
 
 

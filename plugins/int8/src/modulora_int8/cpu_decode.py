@@ -14,6 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.conversions import narrow, put_numbers
 from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.vectors import LANES, loops, pointer, splat
 from modulora_int8 import reference
@@ -41,12 +42,11 @@ def _scale(_context: Any, codes: Any, _at: Any, _by: Any, out: Any, _to: Any, _v
         kinds = signature.args
         factor, inverse = splat(builder, by, _FLOATS), ir.Constant(_FLOATS, [float(INVERSE)] * LANES)
         for width, first in loops(builder, vectors, _AT_ONCE):
-            for part in range(width):
-                k = builder.mul(builder.add(first, _INDEX(part)), _INDEX(LANES))
-                values = numbers(context, builder, kinds[0], codes, builder.add(at, k))
-                values = builder.fmul(builder.fmul(values, factor), inverse)
-                target = pointer(context, builder, kinds[3], out, builder.add(to, k), _FLOATS)
-                builder.store(values, target, align=4)
+            k = builder.mul(first, _INDEX(LANES))
+            places = [builder.add(builder.add(at, k), _INDEX(part * LANES)) for part in range(width)]
+            steps = [numbers(context, builder, kinds[0], codes, place) for place in places]
+            values = [builder.fmul(builder.fmul(step, factor), inverse) for step in steps]
+            put_numbers(context, builder, kinds[3], out, builder.add(to, k), values)
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -64,7 +64,7 @@ def _decode(codes: Any, scales: Any, group: int, row: int, start: int, out: Any)
         _scale(codes, begin + k, scale, out, k, vectors)
         k += vectors * LANES
         while k < end:
-            out[k] = np.float32(codes[row, start + k]) * scale * INVERSE
+            out[k] = narrow(np.float32(codes[row, start + k]) * scale * INVERSE, out[k])
             k += 1
 
 

@@ -38,7 +38,7 @@ _AT_ONCE = 2  # vectors: a lookup waits for what is looked up, so those of sever
 
 _PIECE = 8192  # elements that a thread takes at once: 4 KiB of codes and 32 KiB of values
 
-rows = RowKernels(decode, matmul_one, takes)
+rows = RowKernels(decode, matmul_one, takes, rounds=True)
 """Tiles and few-row products."""
 
 

@@ -21,7 +21,7 @@ from modulora_optq.cpu_one_row import matmul_one, takes
 
 _FOUR = ir.VectorType(ir.FloatType(), 4)
 
-rows = RowKernels(decode, matmul_one, takes)
+rows = RowKernels(decode, matmul_one, takes, rounds=True)
 """Tiles and few-row products, with the columns as they are stored."""
 
 

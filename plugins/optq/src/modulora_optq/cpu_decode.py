@@ -17,19 +17,22 @@ from numba import types
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import from_half
+from modulora_core.kernels.conversions import from_half, narrow, put_numbers
 from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.scratch import on_stack
-from modulora_core.kernels.vectors import pointer, splat
+from modulora_core.kernels.tables import Table
+from modulora_core.kernels.vectors import has, loops, pointer, splat
 
 _BYTES = 64  # bytes that are unpacked at once
-_VALUES = 16  # and values that are computed at once
+_VALUES = 16  # and values of a vector
+_AT_ONCE = 4  # vectors that are computed at once
 _PIECE = 4096  # columns that are unpacked before they are computed
 
 _MANY_BYTES = ir.VectorType(ir.IntType(8), _BYTES)
 _FEW_BYTES = ir.VectorType(ir.IntType(8), _VALUES)
 _WHOLE = ir.VectorType(ir.IntType(32), _VALUES)
 _FLOATS = ir.VectorType(ir.FloatType(), _VALUES)
+_INDEX = ir.IntType(64)
 
 
 _room = on_stack(2 * _PIECE + 1 + _BYTES, np.uint8)
@@ -111,20 +114,60 @@ def unpack(packed: Any, row: int, bits: int, n: int, start: int, count: int, out
         high_index += high_at + take == high_part
 
 
+def _put_values(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """What :func:`_scale_vectors` generates."""
+    codes, at, zero, scale, out, to, vectors = arguments
+    kinds = signature.args
+    for width, first in loops(builder, vectors, _AT_ONCE):
+        k = builder.mul(first, _INDEX(_VALUES))
+        values = []
+        for part in range(width):
+            place = builder.add(builder.add(at, k), _INDEX(part * _VALUES))
+            source = pointer(context, builder, kinds[0], codes, place, _FEW_BYTES)
+            wide = builder.zext(builder.load(source, align=1), _WHOLE)
+            values.append(_values(builder, builder.uitofp(wide, _FLOATS), zero, scale))
+        put_numbers(context, builder, kinds[4], out, builder.add(to, k), values)
+    return context.get_dummy_value()
+
+
 @intrinsic
-def _scale_vector(_context: Any, codes: Any, at: Any, zero: Any, scale: Any, out: Any, to: Any) -> Any:
-    """``out[to : to + 16] = (codes[at : at + 16] - zero) * scale``."""
+def _scale_vectors(
+    _context: Any, codes: Any, _at: Any, _zero: Any, _scale: Any, out: Any, _to: Any, _vectors: Any
+) -> Any:
+    """``out[to + k] = (codes[at + k] - zero) * scale`` for so many vectors of sixteen."""
+    i64 = types.int64
+    return types.void(codes, i64, types.float32, types.float32, out, i64, i64), _put_values
+
+
+@intrinsic
+def _look_vectors_up(
+    _context: Any, codes: Any, _at: Any, _zero: Any, _scale: Any, out: Any, _to: Any, _vectors: Any
+) -> Any:
+    """The same of codes below sixteen."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, at, zero, scale, out, to = arguments
-        source = pointer(context, builder, signature.args[0], codes, at, _FEW_BYTES)
-        values = builder.uitofp(builder.zext(builder.load(source, align=1), _WHOLE), _FLOATS)
-        steps = builder.fsub(values, splat(builder, zero, _FLOATS))
-        target = pointer(context, builder, signature.args[4], out, to, _FLOATS)
-        builder.store(builder.fmul(steps, splat(builder, scale, _FLOATS)), target, align=4)
+        if not has(context, "avx512f"):  # AVX2's lookup of sixteen takes as long as the values do
+            return _put_values(context, builder, signature, arguments)
+        codes, at, zero, scale, out, to, vectors = arguments
+        kinds = signature.args
+        all_codes = ir.Constant(_FLOATS, [float(code) for code in range(_VALUES)])
+        table = Table(context, builder, kinds[4], _values(builder, all_codes, zero, scale))
+        for width, first in loops(builder, vectors, _AT_ONCE):
+            for part in range(0, width, table.at_once):
+                count = min(table.at_once, width - part) * _VALUES
+                k = builder.add(builder.mul(first, _INDEX(_VALUES)), _INDEX(part * _VALUES))
+                bytes_of = ir.VectorType(_FEW_BYTES.element, count)
+                source = pointer(context, builder, kinds[0], codes, builder.add(at, k), bytes_of)
+                index = builder.zext(builder.load(source, align=1), ir.VectorType(table.index, count))
+                table.put(out, builder.add(to, k), index)
         return context.get_dummy_value()
 
-    return types.void(codes, at, zero, scale, out, to), generate
+    i64 = types.int64
+    return types.void(codes, i64, types.float32, types.float32, out, i64, i64), generate
+
+
+def _values(builder: Any, codes: Any, zero: Any, scale: Any) -> Any:
+    return builder.fmul(builder.fsub(codes, splat(builder, zero, _FLOATS)), splat(builder, scale, _FLOATS))
 
 
 @jit(borrows=True)
@@ -143,11 +186,14 @@ def _scale_row(
         scale = from_half(scales[o, g])
         g += 1
         end = min(columns, g * group - start)
-        while k + _VALUES <= end:
-            _scale_vector(codes, k, zero, scale, out, k)
-            k += _VALUES
+        vectors = (end - k) // _VALUES
+        if bits <= 4:
+            _look_vectors_up(codes, k, zero, scale, out, k, vectors)
+        else:
+            _scale_vectors(codes, k, zero, scale, out, k, vectors)
+        k += vectors * _VALUES
         while k < end:
-            out[k] = (np.float32(codes[k]) - zero) * scale
+            out[k] = narrow((np.float32(codes[k]) - zero) * scale, out[k])
             k += 1
 
 
