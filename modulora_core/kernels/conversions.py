@@ -18,13 +18,13 @@ _FLOATS, _HALVES = ir.VectorType(_FLOAT, LANES), ir.VectorType(_HALF, LANES)
 
 
 def _as_many(values: Any, *kinds: ir.Type) -> list[ir.Type]:
-    """Types of one value each, or of a vector of sixteen, as ``values`` are."""
+    """Types of one value each, or of a vector of as many, as ``values`` are."""
     is_vector = isinstance(values.type, ir.VectorType)
-    return [ir.VectorType(kind, LANES) if is_vector else kind for kind in kinds]
+    return [ir.VectorType(kind, values.type.count) if is_vector else kind for kind in kinds]
 
 
 def _constant(of: ir.Type, value: float) -> Any:
-    return ir.Constant(of, [value] * LANES if isinstance(of, ir.VectorType) else value)
+    return ir.Constant(of, [value] * of.count if isinstance(of, ir.VectorType) else value)
 
 
 def _has_halves(context: Any) -> bool:
@@ -114,7 +114,7 @@ def narrow(_context: Any, _number: Any, like: Any) -> Any:
 
 
 def float_to_bf16(builder: Any, numbers: Any) -> Any:
-    """The bits in bf16 of an fp32 number, or of a vector of sixteen, in an intrinsic: to the nearest, halves to even, and one NaN for all,
+    """The bits in bf16 of an fp32 number, or of a vector of them, in an intrinsic: to the nearest, halves to even, and one NaN for all,
     as torch does.
     """
     of, stored = _as_many(numbers, _LANE, _HALF)

@@ -18,18 +18,16 @@ from modulora_core.kernels.prefetch import FAR, ask_for
 from modulora_core.kernels.products import RowKernels
 from modulora_core.kernels.vectors import LANES, loops, pointer, splat
 from modulora_nf4.cpu_codes import MIDPOINTS, codes, in_pairs
-from modulora_nf4.cpu_decode import decode
-from modulora_nf4.cpu_one_row import matmul_one, takes
+from modulora_nf4.cpu_decode import decode, decode_nested
+from modulora_nf4.cpu_one_row import matmul_one, matmul_one_nested, takes
 from modulora_nf4.reference import (
     NESTED_BLOCK_SIZE,
     SMALLEST_ABSMAX,
     ZERO,
     codes_of_points,
-    dynamic_map,
 )
 
 _SMALLEST = np.float32(SMALLEST_ABSMAX)
-_DYNAMIC_MAP = dynamic_map().numpy()
 _CODES_OF_POINTS = codes_of_points().numpy()
 
 _BYTE, _INDEX = ir.IntType(8), ir.IntType(64)
@@ -41,16 +39,8 @@ _PIECE = 8192  # elements that a thread takes at once: 4 KiB of codes and 32 KiB
 rows = RowKernels(decode, matmul_one, takes, rounds=True)
 """Tiles and few-row products."""
 
-
-@jit(parallel=True)
-def dequantize_absmax(
-    codes: Any, nested_absmax: Any, offset: Any, nested_shift: int, first: int, out: Any
-) -> None:
-    """Blocks ``first ...`` of a double-quantized absmax to all of ``out``: two roundings, not one."""
-    for piece in prange((out.size + _PIECE - 1) // _PIECE):
-        for i in range(piece * _PIECE, min((piece + 1) * _PIECE, out.size)):
-            block = first + i
-            out[i] = _DYNAMIC_MAP[codes[block]] * nested_absmax[block >> nested_shift] + offset[0]
+nested_rows = RowKernels(decode_nested, matmul_one_nested, takes, rounds=True)
+"""The same where constants are quantized too."""
 
 
 @intrinsic

@@ -1,7 +1,8 @@
 """How the CPU decodes NF4, compiled by numba: the values of :mod:`modulora_nf4.reference` at the speed of memory.
 
 Everything works on the flat, row-major weight: element ``i`` is in block ``i >> shift`` and in byte
-``i >> 1``, and a row may start in the middle of either. ``absmax`` is fp32 and starts at block ``first``.
+``i >> 1``, and a row may start in the middle of either. ``absmax`` is fp32, one number for each block; where these are quantized
+too, they are computed for the blocks of some columns at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from numba.extending import intrinsic
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import narrow
 from modulora_core.kernels.prefetch import read_ahead
+from modulora_core.kernels.scratch import on_stack
 from modulora_core.kernels.tables import Table
 from modulora_core.kernels.vectors import LANES, lookup, loops, pointer, splat
-from modulora_nf4.reference import LEVELS
+from modulora_nf4.reference import LEVELS, NESTED_BLOCK_SIZE, dynamic_map
 
 _LEVELS = np.array(LEVELS, np.float32)
+_DYNAMIC_MAP = dynamic_map().numpy()
+
+_absmax = on_stack(1024, np.float32)  # of as many blocks at a time
 
 _F32, _I8, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(64)
 _FLOATS = ir.VectorType(_F32, LANES)
@@ -104,16 +109,61 @@ def _decode_each(codes: Any, absmax: Any, first: int, shift: int, start: int, ou
 
 
 @jit(borrows=True)
+def _decode(codes: Any, absmax: Any, first: int, shift: int, start: int, out: Any) -> None:
+    """Elements ``start ...`` of the flat weight to all of ``out``; ``absmax`` begins with block ``first``."""
+    is_whole = start % LANES == 0 and 1 << shift >= LANES
+    whole = out.size // LANES * LANES if is_whole else 0
+    _decode_whole(codes, absmax, first, shift, start, out[:whole])
+    if whole < out.size:
+        _decode_each(codes, absmax, first, shift, start + whole, out[whole:])
+
+
+@jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
 
-    ``out`` may be of bf16 too. ``weight`` is codes, absmax, the block that absmax starts at, shift, and the length of a row.
+    ``out`` may be of bf16 too. ``weight`` is codes, absmax, shift, and the length of a row.
     """
-    codes, absmax, first, shift, in_features = weight
+    codes, absmax, shift, in_features = weight
     for r in range(len(out)):
         begin = (row + r) * in_features + start
-        whole = columns // LANES * LANES if begin % LANES == 0 and 1 << shift >= LANES else 0
         read_ahead(codes, begin // 2, columns // 2)
-        _decode_whole(codes, absmax, first, shift, begin, out[r, :whole])
-        if whole < columns:
-            _decode_each(codes, absmax, first, shift, begin + whole, out[r, whole:columns])
+        _decode(codes, absmax, 0, shift, begin, out[r, :columns])
+
+
+@jit(borrows=True)
+def _scale_map(codes: Any, constant: Any, offset: Any, out: Any) -> None:
+    # whole arrays: LLVM doesn't take sixteen at once where an index might be negative
+    for k in range(out.size):
+        out[k] = _DYNAMIC_MAP[codes[k]] * constant + offset
+
+
+@jit(borrows=True)
+def put_absmax(codes: Any, constants: Any, mean: Any, first: int, out: Any) -> None:
+    """The absmax of blocks ``first ...``, of codes and their constants, and the mean ``[1]``, to all of ``out``: two roundings, not one."""
+    i, offset = 0, mean[0]
+    while i < out.size:
+        nested = (first + i) // NESTED_BLOCK_SIZE
+        end = min(out.size, (nested + 1) * NESTED_BLOCK_SIZE - first)
+        _scale_map(codes[first + i : first + end], constants[nested], offset, out[i:end])
+        i = end
+
+
+@jit(borrows=True)
+def decode_nested(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+    """:func:`decode` where constants are quantized too; ``weight`` is codes, the codes of absmax, their constants, the mean, shift, and
+    the length of a row.
+    """
+    codes, absmax_codes, constants, mean, shift, in_features = weight
+    room = _absmax()
+    for r in range(len(out)):
+        begin = (row + r) * in_features + start
+        read_ahead(codes, begin // 2, columns // 2)
+        at = 0
+        while at < columns:
+            first = (begin + at) >> shift
+            stop = min(columns, ((first + room.size) << shift) - begin)
+            absmax = room[: ((begin + stop - 1) >> shift) + 1 - first]
+            put_absmax(absmax_codes, constants, mean, first, absmax)
+            _decode(codes, absmax, first, shift, begin + at, out[r, at:stop])
+            at = stop

@@ -21,9 +21,10 @@ from modulora_core.kernels import jit
 from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
 from modulora_core.kernels.shares import share
 from modulora_core.kernels.vectors import LANES, loops, pointer, splat, sum_of_lanes, zeros
-from modulora_nf4.cpu_decode import levels
+from modulora_nf4.cpu_decode import levels, put_absmax
 
 _STEP = 2 * LANES  # columns that are multiplied at once
+_ROWS = 16  # whose constants are computed at once, where they are quantized too
 _SUMS = 4  # a multiplier waits for its own result: so many sums are made side by side
 
 _INDEX = ir.IntType(64)
@@ -34,20 +35,20 @@ _BYTES, _WHOLES, _FLOATS = (
 
 @intrinsic
 def _row_product(
-    _context: Any, codes: Any, absmax: Any, _shift: Any, x: Any, _start: Any, _columns: Any
-) -> Any:  # fmt: skip
+    _context: Any, codes: Any, absmax: Any, _first: Any, _shift: Any, x: Any, _start: Any, _columns: Any
+) -> Any:
     """Of the ``columns`` elements from number ``start`` on, in blocks of 2 to the ``shift``; all three are multiples of 32.
 
-    ``x`` is as :func:`_apart` leaves it.
+    ``absmax`` begins with block ``first``; ``x`` is as :func:`_apart` leaves it.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, absmax, shift, x, start, columns = arguments
+        codes, absmax, first, shift, x, start, columns = arguments
         kinds = signature.args
         totals = zeros(builder, _SUMS)
 
         def product(index: Any, column: Any) -> Any:
-            values = builder.load(pointer(context, builder, kinds[3], x, column, _FLOATS), align=4)
+            values = builder.load(pointer(context, builder, kinds[4], x, column, _FLOATS), align=4)
             return builder.fmul(levels(context, builder, index), values, flags=("contract",))
 
         def byte(element: Any, of: Any, ahead: int = 0) -> Any:
@@ -66,7 +67,7 @@ def _row_product(
                     builder.load(source, align=1), _WHOLES
                 )  # levels() looks at the low half alone
                 even = builder.lshr(odd, ir.Constant(_WHOLES, [4] * LANES))
-                block = builder.lshr(element, shift)
+                block = builder.sub(builder.lshr(element, shift), first)
                 scale = builder.load(pointer(context, builder, kinds[1], absmax, block, ir.FloatType()))
                 more = builder.fadd(
                     product(even, column),
@@ -82,13 +83,13 @@ def _row_product(
         return sum_of_lanes(builder, summed)
 
     i64 = types.int64
-    return types.float32(codes, absmax, i64, x, i64, i64), generate
+    return types.float32(codes, absmax, i64, i64, x, i64, i64), generate
 
 
 def takes(weight: tuple[Any, ...]) -> bool:
-    """Whether :func:`matmul_one` can multiply: no row, and no block, begins inside of 32 elements, and all blocks are there."""
-    _, _, first, shift, columns = weight
-    return bool(first == 0 and columns % _STEP == 0 and 1 << shift >= _STEP)
+    """Whether :func:`matmul_one`, or :func:`matmul_one_nested`, can multiply: no row, and no block, begins inside of 32 elements."""
+    *_, shift, columns = weight
+    return bool(columns % _STEP == 0 and 1 << shift >= _STEP)
 
 
 @jit(borrows=True)
@@ -103,11 +104,29 @@ def _apart(x: Any, out: Any) -> None:
 @jit(parallel=True)
 def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``; ``weight`` as in :func:`modulora_nf4.cpu_decode.decode`."""
-    codes, absmax, _, shift, columns = weight
+    codes, absmax, shift, columns = weight
     rows = y.shape[1]
     apart = np.empty(columns, np.float32)
     _apart(x[0], apart)
     for index in prange(threads):
         begin, stop = share(index, threads, rows)
         for o in range(begin, stop):
-            y[0, o] = _row_product(codes, absmax, shift, apart, o * columns, columns)
+            y[0, o] = _row_product(codes, absmax, 0, shift, apart, o * columns, columns)
+
+
+@jit(parallel=True)
+def matmul_one_nested(weight: Any, threads: int, x: Any, y: Any) -> None:
+    """The same of a weight as in :func:`modulora_nf4.cpu_decode.decode_nested`: constants of a few rows at a time are in the L1 cache."""
+    codes, absmax_codes, constants, mean, shift, columns = weight
+    rows = y.shape[1]
+    apart = np.empty(columns, np.float32)
+    _apart(x[0], apart)
+    for index in prange(threads):
+        begin, stop = share(index, threads, rows)
+        absmax = np.empty((_ROWS * columns >> shift) + 2, np.float32)
+        for first in range(begin, stop, _ROWS):
+            last = min(first + _ROWS, stop)
+            block, end = first * columns >> shift, (last * columns - 1 >> shift) + 1
+            put_absmax(absmax_codes, constants, mean, block, absmax[: end - block])
+            for o in range(first, last):
+                y[0, o] = _row_product(codes, absmax, block, shift, apart, o * columns, columns)

@@ -30,6 +30,8 @@ from modulora_nf4.reference import NESTED_BLOCK_SIZE
 FEW_ROWS = 64
 """Up to so many rows of x the fused kernel is faster than a product over decoded tiles (README, Speed)."""
 
+_NESTED = ("absmax_codes", "nested_absmax", "offset")
+
 REFERENCE_BYTES = 4 * 2**20
 """fp32 weights that the reference packs at once: it needs about six copies of what it is given."""
 
@@ -98,7 +100,7 @@ class NF4(Quantizer):
         cpu = _kernels(packed.device)
         if cpu is None:
             return _reference_tile(packed, rows).to(dtype)
-        decoded: Tensor = cpu.rows.tile(_operands(packed, rows), rows, packed.shape[1], dtype)
+        decoded: Tensor = _rows(cpu, packed).tile(_operands(packed), rows, packed.shape[1], dtype)
         return decoded
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
@@ -111,8 +113,8 @@ class NF4(Quantizer):
         cpu = _kernels(packed.device)
         y: Tensor | None = None
         if cpu is not None:
-            weight = partial(_operands, packed, (0, packed.shape[0]))
-            y = cpu.rows.product(x, packed.shape, weight, FEW_ROWS, transpose)
+            weight = partial(_operands, packed)
+            y = _rows(cpu, packed).product(x, packed.shape, weight, FEW_ROWS, transpose)
         return super().matmul(x, packed, transpose) if y is None else y
 
 
@@ -181,37 +183,30 @@ def _reference_tile(packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
     in_features, B = packed.shape[1], packed.metadata["block_size"]
     begin, end = rows[0] * in_features, rows[1] * in_features
     q = packing.unpack(packed.tensors["codes"], begin, end)
-    absmax = _absmax(packed, begin // B, reference.blocks(end, B))
+    absmax = _reference_absmax(packed, begin // B, reference.blocks(end, B))
     return reference.dequantize(q, absmax, B, begin).reshape(rows[1] - rows[0], in_features)
 
 
-def _operands(packed: PackedWeight, rows: tuple[int, int]) -> tuple[Any, ...]:
-    """What the decoder needs for these rows: codes, absmax, the block that it starts at, shift, and the length of a row."""
+def _reference_absmax(packed: PackedWeight, first: int, stop: int) -> Tensor:
+    """The constants of blocks ``[first, stop)``, fp32."""
     if "absmax" in packed.tensors:
-        return kernels.operands(packed, _stored)
-    kernels.check_tensors(packed, _tensors)
-    in_features, B = packed.shape[1], packed.metadata["block_size"]
-    first = rows[0] * in_features // B
-    absmax = _absmax(packed, first, reference.blocks(rows[1] * in_features, B))
-    return packed.tensors["codes"], absmax, first, _shift(B), in_features
+        return packed.tensors["absmax"][first:stop]
+    q2, c1, mean = (packed.tensors[name] for name in _NESTED)
+    return reference.double_dequantize(q2[first:stop], c1[first // NESTED_BLOCK_SIZE :], mean, first)
+
+
+def _rows(cpu: Any, packed: PackedWeight) -> Any:
+    """The kernels for a weight's form."""
+    return cpu.rows if "absmax" in packed.tensors else cpu.nested_rows
+
+
+def _operands(packed: PackedWeight) -> tuple[Any, ...]:
+    """What they need: codes, absmax or what it is made of, shift, and the length of a row."""
+    return kernels.operands(packed, _stored)
 
 
 def _stored(packed: PackedWeight) -> tuple[Any, ...]:
-    """The same of all rows, where every block's constant is stored as it is."""
     kernels.check_tensors(packed, _tensors)
-    shift = _shift(packed.metadata["block_size"])
-    return packed.tensors["codes"], packed.tensors["absmax"], 0, shift, packed.shape[1]
-
-
-def _absmax(packed: PackedWeight, first: int, stop: int) -> Tensor:
-    """The constants of blocks ``[first, stop)``, fp32."""
-    tensors = packed.tensors
-    if "absmax" in tensors:
-        return tensors["absmax"][first:stop]
-    q2, c1, mean = tensors["absmax_codes"], tensors["nested_absmax"], tensors["offset"]
-    cpu = _kernels(packed.device)
-    if cpu is None:
-        return reference.double_dequantize(q2[first:stop], c1[first // NESTED_BLOCK_SIZE :], mean, first)
-    absmax = torch.empty(max(0, stop - first))  # no rows give stop < first, where a row starts inside a block
-    kernels.launch(cpu.dequantize_absmax, q2, c1, mean, _shift(NESTED_BLOCK_SIZE), first, absmax)
-    return absmax
+    tensors, shift = packed.tensors, _shift(packed.metadata["block_size"])
+    names = ("absmax",) if "absmax" in tensors else _NESTED
+    return tensors["codes"], *(tensors[name] for name in names), shift, packed.shape[1]

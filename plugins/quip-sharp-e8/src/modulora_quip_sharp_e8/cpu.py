@@ -1,9 +1,9 @@
 """QuIP#'s packed codes on the CPU, compiled by numba: the bits of :func:`modulora_quip_sharp_e8.codebooks.decode`, and products.
 
 In all kernels ``codes`` are int16 ``[rows, blocks]``, a code for eight columns, and ``residual`` is uint8 ``[rows, blocks]`` at 3
-bits, int16 likewise at 4, and at 2 bits not read: pass ``codes``. All arrays are C-contiguous. C is what the codes stand for, fp32
-``[rows, 8 · blocks]``, in units of the codebook. They are decoded by words of nibbles where the processor permutes
-bytes (:mod:`modulora_quip_sharp_e8.cpu_words`), elsewhere by points (:mod:`modulora_quip_sharp_e8.cpu_points`).
+bits, int16 likewise at 4, and at 2 bits not read: pass ``codes``. All arrays are C-contiguous. C is what the codes stand for, fp32, or
+rounded to bf16, ``[rows, 8 · blocks]``, in units of the codebook. They are decoded by words of nibbles where the processor permutes bytes
+(:mod:`modulora_quip_sharp_e8.cpu_words`), elsewhere by points (:mod:`modulora_quip_sharp_e8.cpu_points`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.conversions import narrow
 from modulora_core.kernels.product_templates import STRIP
 from modulora_core.kernels.products import RowKernels
 from modulora_core.kernels.scratch import on_stack
@@ -66,7 +67,7 @@ def _decode_points(
             last = _last().reshape(1, 8)
             _points(codes, residual, bits, at + whole, 1, last, 0)
             for k in range(8 * whole, columns):
-                out[r, k] = last[0, k - 8 * whole]
+                out[r, k] = narrow(last[0, k - 8 * whole], out[r, k])
 
 
 @jit(borrows=True)
@@ -82,5 +83,5 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
         _decode_points(codes, residual, bits, row, start // 8, columns, out)
 
 
-rows = RowKernels(decode)
+rows = RowKernels(decode, rounds=True)
 """Tiles and few-row products; for one row there is a faster one in :mod:`modulora_quip_sharp_e8.cpu_one_row`."""

@@ -17,6 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from modulora_core.kernels.conversions import float_to_bf16
 from modulora_core.kernels.vectors import assembly, has, matrix, multiply_add, splat, sum_of_lanes, zeros
 from modulora_quip_sharp_e8 import codebooks
 
@@ -113,7 +114,7 @@ def _step(residual: Any) -> float:
 
 @intrinsic
 def expand_points(_context: Any, codes: Any, residual: Any, _at: Any, _count: Any, out: Any, _to: Any) -> Any:
-    """C at ``count`` codes from number ``at`` on, fp32, to ``out[to : to + 8 count]``, as if arrays were flat.
+    """C at ``count`` codes from number ``at`` on to ``out[to : to + 8 count]``, as if arrays were flat, fp32 or rounded to bf16.
 
     ``residual`` is None at 2 bits; at 3 and 4 its dtype says what it is.
     """
@@ -140,7 +141,8 @@ def expand_points(_context: Any, codes: Any, residual: Any, _at: Any, _count: An
             for k, value in enumerate(found):
                 block = builder.add(builder.sub(first, at), _INDEX(k))
                 place = builder.gep(target, [builder.add(to, builder.mul(block, _INDEX(codebooks.BLOCK)))])
-                builder.store(value, builder.bitcast(place, _EIGHT.as_pointer()), align=4)
+                stored = float_to_bf16(builder, value) if kinds[4].dtype is types.int16 else value
+                builder.store(stored, builder.bitcast(place, stored.type.as_pointer()), align=2)
 
         _by_words(builder, at, count, _IN_WORD, write)
         return context.get_dummy_value()

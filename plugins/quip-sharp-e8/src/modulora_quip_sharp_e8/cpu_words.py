@@ -23,6 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.conversions import float_to_bf16, put_numbers
 from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
 from modulora_core.kernels.vectors import LANES, call, has, lookup, loops, pointer, splat, sum_of_lanes, zeros
 from modulora_quip_sharp_e8 import codebooks
@@ -40,6 +41,7 @@ _BYTES, _WHOLES, _WORDS, _FLOATS = (
 _COORDINATES = ((0, 2), (4, 6), (1, 3), (5, 7))
 """Whose nibbles are in which byte of a code: the low one, then the high one."""
 
+_TOGETHER = 2  # words, whose values are rounded by one instruction
 _SUMS = 4  # a multiplier waits for its own result: so many sums are made side by side
 
 # bits of E8P12's nibble, beside the number of the magnitude: its sign, and the side that the point is moved to
@@ -212,7 +214,7 @@ def _values(context: Any, builder: Any, kinds: Any, words: Any, index: Any, half
 def expand(
     _context: Any, words: Any, residual: Any, _first: Any, _half: Any, _columns: Any, out: Any, _at: Any
 ) -> Any:
-    """The values of so many columns from word ``first`` on, fp32, to ``out[at : at + columns]``, as if it were flat.
+    """The values of so many columns from word ``first`` on to ``out[at : at + columns]``, as if it were flat, fp32 or rounded to bf16.
 
     ``residual`` is None at 2 bits; at 3 and 4 its dtype says what it is.
     """
@@ -223,20 +225,24 @@ def expand(
         words, _, first, half, columns, out, at = arguments
         kinds = signature.args
 
-        def place(word: Any) -> Any:
-            index = builder.add(at, builder.mul(word, _INDEX(LANES)))
-            return pointer(context, builder, kinds[5], out, index, _FLOATS)
+        def index(word: Any) -> Any:
+            return builder.add(at, builder.mul(word, _INDEX(LANES)))
 
         def values(word: Any) -> Any:
             return _values(context, builder, kinds[:2], words, builder.add(first, word), half)
 
         whole, rest = builder.sdiv(columns, _INDEX(LANES)), builder.srem(columns, _INDEX(LANES))
-        with cgutils.for_range(builder, whole) as loop:
-            builder.store(values(loop.index), place(loop.index), align=4)
+        for width, word in loops(builder, whole, _TOGETHER):
+            several = [values(builder.add(word, _INDEX(part))) for part in range(width)]
+            put_numbers(context, builder, kinds[5], out, index(word), several)
         with builder.if_then(builder.icmp_signed(">", rest, _INDEX(0)), likely=False):
-            last = cgutils.alloca_once(builder, _FLOATS)
-            builder.store(values(whole), last)
-            cgutils.raw_memcpy(builder, place(whole), last, rest, 4)
+            numbers = values(whole)
+            if kinds[5].dtype is types.int16:
+                numbers = float_to_bf16(builder, numbers)
+            last = cgutils.alloca_once(builder, numbers.type)
+            builder.store(numbers, last)
+            place = pointer(context, builder, kinds[5], out, index(whole), numbers.type)
+            cgutils.raw_memcpy(builder, place, last, rest, kinds[5].dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     i64 = types.int64
