@@ -57,8 +57,8 @@ def _scale(_context: Any, codes: Any, _at: Any, _by: Any, out: Any, _to: Any, _v
 def _decode(codes: Any, scales: Any, group: int, row: int, start: int, out: Any) -> None:
     """Columns ``start ...`` of one row to all of ``out``."""
     begin, k = row * codes.shape[1] + start, 0
+    index = start // group  # counted from here on: to divide takes as long as some vectors
     while k < out.size:
-        index = (start + k) // group
         end = min(out.size, (index + 1) * group - start)
         scale, vectors = scales[row, index], (end - k) // LANES
         _scale(codes, begin + k, scale, out, k, vectors)
@@ -66,6 +66,7 @@ def _decode(codes: Any, scales: Any, group: int, row: int, start: int, out: Any)
         while k < end:
             out[k] = narrow(np.float32(codes[row, start + k]) * scale * INVERSE, out[k])
             k += 1
+        index += 1
 
 
 @jit(borrows=True)
