@@ -161,9 +161,11 @@ def test_leading_dimensions_and_no_rows(options, random_solution, generator):
     x = torch.randn(2, 3, 20, generator=generator)
     y = QuIPSharpE8(options).matmul(x, packed)
     assert torch.equal(y.view(6, 12), QuIPSharpE8(options).matmul(x.view(6, 20), packed))
-    assert torch.equal(QuIPSharpE8(options).matmul(x.transpose(0, 1), packed), y.transpose(0, 1))
     assert QuIPSharpE8(options).matmul(x[:0], packed).shape == (0, 3, 12)
-    torch.testing.assert_close(QuIPSharpE8(options).matmul(x[0, 0], packed), y[0, 0], rtol=1e-5, atol=1e-6)
+    # four rows at a time have sums of other lanes than one has, on some processors: where a row is may change its last bits
+    for part, expected in ((x.transpose(0, 1), y.transpose(0, 1)), (x[0, 0], y[0, 0])):
+        found = QuIPSharpE8(options).matmul(part, packed)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
