@@ -42,13 +42,13 @@ class Table:
         builder, count = self._builder, index.type.count
         if self.at_once == 1:
             found = lookup(self._context, builder, self._numbers, index)
-            return put_numbers(self._context, builder, self._kind, out, at, [found])
+            put_numbers(self._context, builder, self._kind, out, at, [found])
+            return
         of = self._numbers.type
         wide = [self._numbers, self._lanes(index, of.count)]
         found = self._lanes(call(builder, "llvm.x86.avx512.permvar.hi.512", of, wide), count)
         place = pointer(self._context, builder, self._kind, out, at, found.type)
         builder.store(found, place, align=2)
-        return None
 
     def _lanes(self, vector: Any, count: int) -> Any:
         """The first ``count`` lanes, begun again where there are fewer."""

@@ -25,8 +25,8 @@ MIDPOINTS = tuple((_LEVELS[1:] + _LEVELS[:-1]) / np.float32(2))
 """Between two neighbours of the levels each, ascending, fp32. What lies on one takes the lower level."""
 
 STEEPNESS, BEND, MIDDLE = 12.65, 4.9, 7.2
-"""The curve over [-1, 1], ``v · (STEEPNESS - BEND · |v|) + MIDDLE``. Of all such it keeps the ends of cells farthest from midpoints, 0.3 of
-a cell. Of a value beyond ±1, which only rounding makes, the cell is still the first or the last."""
+"""The curve over [-1, 1], ``v · (STEEPNESS - BEND · |v|) + MIDDLE``. The ends of cells are 0.3 of a cell from midpoints, about as far as
+such a curve can have them. Of a value beyond ±1, which only rounding makes, the cell is still the first or the last."""
 
 _BYTE, _SHORT, _WHOLE, _WORD = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOATS, _WHOLES = (ir.VectorType(of, LANES) for of in (ir.FloatType(), _WHOLE))
@@ -43,19 +43,19 @@ def codes(context: Any, builder: Any, values: Any) -> Any:
 
     if has(context, "avx512f") or has(context, "avx2"):
         cells = _cells(builder, values)
-        return more(cells, lookup(context, builder, _splat([*map(float, MIDPOINTS), math.inf]), cells))
+        return more(cells, lookup(context, builder, _vector([*map(float, MIDPOINTS), math.inf]), cells))
     counted = none
     for midpoint in MIDPOINTS:
-        counted = more(counted, _splat([float(midpoint)] * LANES))
+        counted = more(counted, _vector([float(midpoint)] * LANES))
     return counted
 
 
-def _splat(numbers: list[float]) -> Any:
+def _vector(numbers: list[float]) -> Any:
     return ir.Constant(_FLOATS, numbers)
 
 
 def _cells(builder: Any, values: Any) -> Any:
-    steepness, bend, middle = (_splat([number] * LANES) for number in (STEEPNESS, -BEND, MIDDLE))
+    steepness, bend, middle = (_vector([number] * LANES) for number in (STEEPNESS, -BEND, MIDDLE))
     magnitude = builder.bitcast(
         builder.and_(builder.bitcast(values, _WHOLES), ir.Constant(_WHOLES, [2**31 - 1] * LANES)), _FLOATS
     )
