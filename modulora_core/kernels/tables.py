@@ -13,9 +13,7 @@ from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, wit
 from numba import types
 
 from modulora_core.kernels.conversions import float_to_bf16, put_numbers
-from modulora_core.kernels.vectors import LANES, call, has, lookup, pointer
-
-_LANE = ir.IntType(32)
+from modulora_core.kernels.vectors import LANES, call, chosen, has, lookup, pointer
 
 
 class Table:
@@ -35,7 +33,7 @@ class Table:
         self.index, self.at_once = ir.IntType(16 if is_of_halves else 32), 2 if is_of_halves else 1
         if is_of_halves:
             # twice, so that the fifth bit of an index, which this lookup has, may be anything
-            self._numbers = self._lanes(float_to_bf16(builder, numbers), 2 * LANES)
+            self._numbers = chosen(builder, float_to_bf16(builder, numbers), 2 * list(range(LANES)))
 
     def put(self, out: Any, at: Any, index: Any) -> None:
         """``out[at + k] = numbers[index[k] & 15]``, flat, for all lanes of ``index``: sixteen, or 32 where two vectors are taken."""
@@ -45,12 +43,10 @@ class Table:
             put_numbers(self._context, builder, self._kind, out, at, [found])
             return
         of = self._numbers.type
-        wide = [self._numbers, self._lanes(index, of.count)]
-        found = self._lanes(call(builder, "llvm.x86.avx512.permvar.hi.512", of, wide), count)
+        wide = chosen(
+            builder, index, [lane % count for lane in range(of.count)]
+        )  # sixteen are looked up twice
+        found = call(builder, "llvm.x86.avx512.permvar.hi.512", of, [self._numbers, wide])
+        found = chosen(builder, found, range(count))
         place = pointer(self._context, builder, self._kind, out, at, found.type)
         builder.store(found, place, align=2)
-
-    def _lanes(self, vector: Any, count: int) -> Any:
-        """The first ``count`` lanes, begun again where there are fewer."""
-        lanes = [lane % vector.type.count for lane in range(count)]
-        return self._builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_LANE, count), lanes))

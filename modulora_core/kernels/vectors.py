@@ -1,13 +1,13 @@
 """Vectors in kernels that numba compiles: what LLVM doesn't find by itself is spelled here, in terms that any processor has.
 
 What an intrinsic begins with, a plugin's own or the core's (:mod:`modulora_core.kernels.product_loops`): :func:`splat`,
-:func:`lookup`, :func:`call`, :func:`matrix`, :func:`pointer`, :func:`has`, :func:`zeros`, :func:`multiply_add`,
+:func:`chosen`, :func:`lookup`, :func:`call`, :func:`matrix`, :func:`pointer`, :func:`has`, :func:`zeros`, :func:`multiply_add`,
 :func:`loops`, :func:`sum_of_lanes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]  # comes with numba, without types
@@ -42,7 +42,7 @@ def pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any, of: i
 def splat(builder: Any, value: Any, of: ir.VectorType) -> Any:
     """A vector whose lanes are all ``value``."""
     one = builder.insert_element(ir.Constant(of, ir.Undefined), value, _LANE(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_LANE, of.count), [0] * of.count))
+    return chosen(builder, one, [0] * of.count)
 
 
 def lookup(context: Any, builder: Any, table: Any, index: Any) -> Any:
@@ -67,17 +67,19 @@ def lookup(context: Any, builder: Any, table: Any, index: Any) -> Any:
     return found
 
 
-def _eight(builder: Any, of: Any, first: int) -> Any:
-    lanes = ir.Constant(ir.VectorType(_LANE, 8), list(range(first, first + 8)))
-    return builder.shuffle_vector(of, of, lanes)
+def chosen(builder: Any, vector: Any, lanes: Iterable[int]) -> Any:
+    """A vector of these lanes of one."""
+    numbers = list(lanes)
+    mask = ir.Constant(ir.VectorType(_LANE, len(numbers)), numbers)
+    return builder.shuffle_vector(vector, vector, mask)
 
 
 def _lookup_by_eights(builder: Any, table: Any, index: Any) -> Any:
     """By AVX2's, which is of eight values by the low three bits: two of them, and a choice by the fourth, which is made a sign for it."""
-    tables = [_eight(builder, table, first) for first in (0, 8)]
+    tables = [chosen(builder, table, range(first, first + 8)) for first in (0, 8)]
     found = []
     for first in (0, 8):
-        eight = _eight(builder, index, first)
+        eight = chosen(builder, index, range(first, first + 8))
         low, high = (call(builder, "llvm.x86.avx2.permps", of.type, [of, eight]) for of in tables)
         fourth = builder.shl(eight, ir.Constant(eight.type, [28] * eight.type.count))
         choice = [low, high, builder.bitcast(fourth, low.type)]
@@ -116,11 +118,7 @@ def sum_of_lanes(builder: Any, value: Any) -> Any:
     """Of sixteen or another power of two, by halves: in one order on every processor."""
     width = value.type.count // 2
     while width:
-        lanes = ir.VectorType(_LANE, width)
-        low, high = (
-            builder.shuffle_vector(value, value, ir.Constant(lanes, list(range(first, first + width))))
-            for first in (0, width)
-        )
+        low, high = (chosen(builder, value, range(first, first + width)) for first in (0, width))
         value = builder.fadd(low, high)
         width //= 2
     return builder.extract_element(value, _LANE(0))

@@ -1,4 +1,4 @@
-"""Decoders that aren't one of our plugins', as the source of a module: whole numbers times a scale a row."""
+"""A decoder that isn't one of our plugins', as the source of a module: whole numbers times a scale a row."""
 
 from __future__ import annotations
 
@@ -6,20 +6,6 @@ import torch
 from torch import Tensor
 
 DECODER = """
-from modulora_core.kernels import jit
-from modulora_core.kernels.products import RowKernels
-
-@jit()
-def decode(weight, row, start, columns, out):
-    codes, scales = weight
-    for r in range(len(out)):
-        for k in range(columns):
-            out[r, k] = codes[row + r, start + k] * scales[row + r]
-
-rows = RowKernels(decode)
-"""
-
-ROUNDING_DECODER = """
 from modulora_core.kernels import jit
 from modulora_core.kernels.conversions import narrow
 from modulora_core.kernels.products import RowKernels
@@ -31,7 +17,7 @@ def decode(weight, row, start, columns, out):
         for k in range(columns):
             out[r, k] = narrow(codes[row + r, start + k] * scales[row + r], out[r, k])
 
-rows = RowKernels(decode, rounds=True)
+rows, rounding_rows = RowKernels(decode), RowKernels(decode, rounds=True)
 """
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.tests.scaled_rows import DECODER, ROUNDING_DECODER, weight
+from modulora_core.tests.scaled_rows import DECODER, weight
 
 pytest.importorskip("numba")
 
@@ -194,18 +194,15 @@ def test_a_kernel_for_one_row_is_asked_for_one_row_of_a_weight_that_it_takes(mod
     assert nothing is None
 
 
-def test_a_decoder_that_rounds_gives_the_bits_that_are_rounded_from_a_scratch(
-    module: ModuleType, folder: Path
-) -> None:
-    (folder / "rounding_rows.py").write_text(ROUNDING_DECODER, encoding="utf-8")
-    rounding = importlib.import_module("rounding_rows")
+def test_a_decoder_that_rounds_gives_the_bits_that_are_rounded_from_a_scratch(module: ModuleType) -> None:
+    kernels = (module.rows, module.rounding_rows)
     codes, scales, _ = weight(40, 100)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(*(m.rows.tile((codes, scales), (3, 40), 100, dtype) for m in (module, rounding)))
+        assert torch.equal(*(rows.tile((codes, scales), (3, 40), 100, dtype) for rows in kernels))
     for dtype in (torch.float32, torch.bfloat16):
         for given, wanted in ((100, 40), (40, 100)):
             x = torch.randn(5, given).to(dtype)
-            found = [m.rows.matmul((codes, scales), x, wanted, given == 40) for m in (module, rounding)]
+            found = [rows.matmul((codes, scales), x, wanted, given == 40) for rows in kernels]
             assert torch.equal(*found)
 
 

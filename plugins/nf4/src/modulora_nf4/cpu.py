@@ -17,7 +17,7 @@ from modulora_core.kernels.magnitudes import largest_bits
 from modulora_core.kernels.prefetch import FAR, ask_for
 from modulora_core.kernels.products import RowKernels
 from modulora_core.kernels.vectors import LANES, loops, pointer, splat
-from modulora_nf4.cpu_codes import MIDPOINTS, codes, in_pairs
+from modulora_nf4.cpu_codes import MIDPOINTS, codes_of, in_pairs
 from modulora_nf4.cpu_decode import decode, decode_nested
 from modulora_nf4.cpu_one_row import matmul_one, matmul_one_nested, takes
 from modulora_nf4.reference import (
@@ -61,7 +61,7 @@ def _pack_vectors(_context: Any, x: Any, reciprocals: Any, _shift: Any, packed: 
             values = builder.load(pointer(context, builder, kinds[0], x, k, _FLOATS), align=4)
             block = builder.lshr(k, shift)
             factor = builder.load(pointer(context, builder, kinds[1], reciprocals, block, _FLOATS.element))
-            return codes(context, builder, builder.fmul(values, splat(builder, factor, _FLOATS)))
+            return codes_of(context, builder, builder.fmul(values, splat(builder, factor, _FLOATS)))
 
         for width, first in loops(builder, vectors, _AT_ONCE):
             of_vectors = [codes_at(builder.add(first, _INDEX(part))) for part in range(width)]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 
-from modulora_core.kernels.vectors import LANES, call, has, lookup
+from modulora_core.kernels.vectors import LANES, call, chosen, has, lookup
 from modulora_nf4.reference import LEVELS
 
 _LEVELS = np.array(LEVELS, np.float32)
@@ -34,7 +34,7 @@ _SHORTS, _BYTES = ir.VectorType(_SHORT, LANES), ir.VectorType(_BYTE, 2 * LANES)
 _PAIRS, _WORDS = (ir.VectorType(of, LANES // 2) for of in (_BYTE, _WORD))
 
 
-def codes(context: Any, builder: Any, values: Any) -> Any:
+def codes_of(context: Any, builder: Any, values: Any) -> Any:
     """How many midpoints are below each value: ``<16 x float>`` of [-1, 1] to ``<16 x i32>``."""
     none, one = (ir.Constant(_WHOLES, [number] * LANES) for number in (0, 1))
 
@@ -86,19 +86,12 @@ def _pairs_of_two(builder: Any, first: Any, second: Any) -> Any:
     So bytes 0 to 3 of each half are of the first register, the next four of the second, and so on: half of the bytes change places at the
     end, of which there are fewest then.
     """
-    quarters = [
-        builder.shuffle_vector(of, of, _lanes(range(at, at + 8))) for of in (first, second) for at in (0, 8)
-    ]
+    quarters = [chosen(builder, of, range(at, at + 8)) for of in (first, second) for at in (0, 8)]
     shorts = [call(builder, "llvm.x86.avx2.packssdw", _SHORTS, quarters[at : at + 2]) for at in (0, 2)]
     narrow = call(builder, "llvm.x86.avx2.packsswb", _BYTES, shorts)
     weights = ir.Constant(_BYTES, [16, 1] * LANES)
     pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", _SHORTS, [narrow, weights])
-    halves = [builder.shuffle_vector(pairs, pairs, _lanes(range(at, at + 8))) for at in (0, 8)]
+    halves = [chosen(builder, pairs, range(at, at + 8)) for at in (0, 8)]
     packed = call(builder, "llvm.x86.sse2.packuswb.128", ir.VectorType(_BYTE, LANES), halves)
     order = [half + register + k for register in range(0, 8, 2) for half in (0, 8) for k in (0, 1)]
-    return builder.shuffle_vector(packed, packed, _lanes(order))
-
-
-def _lanes(places: Any) -> ir.Constant:
-    places = list(places)
-    return ir.Constant(ir.VectorType(_WHOLE, len(places)), places)
+    return chosen(builder, packed, order)

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import narrow
+from modulora_core.kernels.conversions import narrow, put_numbers
 from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.scratch import on_stack
 from modulora_core.kernels.tables import Table
-from modulora_core.kernels.vectors import LANES, lookup, loops, pointer, splat
+from modulora_core.kernels.vectors import LANES, has, lookup, loops, pointer, splat
 from modulora_nf4.reference import LEVELS, NESTED_BLOCK_SIZE, dynamic_map
 
 _LEVELS = np.array(LEVELS, np.float32)
+_PAIRS = np.stack([np.repeat(_LEVELS, 16), np.tile(_LEVELS, 16)], axis=1)  # [256, 2]: both levels of a byte
 _DYNAMIC_MAP = dynamic_map().numpy()
 
 _absmax = on_stack(1024, np.float32)  # of as many blocks at a time
@@ -46,6 +48,8 @@ def _decode_vectors(
     """``out[to + k] = scale · level`` of the codes from ``codes[byte]`` on, of one block, for so many vectors of sixteen."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if not has(context, "avx2") and not has(context, "avx512f"):
+            return _decode_by_bytes(context, builder, signature, arguments)
         codes, byte, scale, out, to, vectors = arguments
         kinds = signature.args
         numbers = builder.fmul(_ALL_LEVELS, splat(builder, scale, _FLOATS))
@@ -63,6 +67,26 @@ def _decode_vectors(
 
     i64 = types.int64
     return types.void(codes, i64, types.float32, out, i64, i64), generate
+
+
+def _decode_by_bytes(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """What :func:`_decode_vectors` generates without instructions for a lookup: both levels of a byte are side by side in memory."""
+    codes, byte, scale, out, to, vectors = arguments
+    kinds = signature.args
+    table = ir.Constant(ir.ArrayType(_F32, _PAIRS.size), _PAIRS.ravel().tolist())
+    pairs = cgutils.global_constant(builder, "nf4_pairs", table)
+    with cgutils.for_range(builder, vectors) as loop:
+        source = builder.add(byte, builder.mul(loop.index, _I64(LANES // 2)))
+        levels_here = ir.Constant(_FLOATS, ir.Undefined)
+        for k in range(LANES):
+            place = pointer(context, builder, kinds[0], codes, builder.add(source, _I64(k // 2)), _I8)
+            at = builder.add(builder.shl(builder.zext(builder.load(place), _I64), _I64(1)), _I64(k % 2))
+            level = builder.load(builder.gep(pairs, [_I64(0), at]))
+            levels_here = builder.insert_element(levels_here, level, ir.IntType(32)(k))
+        values = builder.fmul(levels_here, splat(builder, scale, _FLOATS))
+        target = builder.add(to, builder.mul(loop.index, _I64(LANES)))
+        put_numbers(context, builder, kinds[3], out, target, [values])
+    return context.get_dummy_value()
 
 
 def _both(builder: Any, codes: Any, of: ir.Type) -> Any:
