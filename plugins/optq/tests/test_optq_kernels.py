@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modulora_optq import packing
+from modulora_optq import packing, quantizer
 from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ, codes_of, from_solution
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BITS = (2, 3, 4, 8)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-SHAPES = [(1, 16), (7, 33), (1, 1), (5, 130), (37, 257), (19, 2113), (3, 9001)]
-"""The last is unpacked in three pieces, whose ends are in the midst of groups."""
+SHAPES = [(1, 16), (7, 33), (1, 1), (5, 130), (37, 257), (5, 6144), (19, 2113), (3, 9001)]
+"""The last is decoded in three pieces, whose ends are in the midst of groups; of 6144 columns every part consists of whole groups of 64."""
 OPTIONS = [
     Options(bits=bits, group_size=size, symmetric=symmetric)
     for bits, size, symmetric in itertools.product(BITS, (16, 64, 100, -1), (False, True))
@@ -89,6 +89,29 @@ def test_kernels_give_the_bits_of_the_definition(options, permuted, random_solut
             tile = OPTQ(options).dequantize_tile(packed, (0, shape[0]), dtype)
             assert tile.dtype == dtype
             assert torch.equal(tile, W.to(dtype)), (shape, dtype)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(BITS),
+    st.sampled_from((16, 48, 64, 128, -1)),
+    st.sampled_from((130, 512, 576, 1027, 1536)),
+    st.booleans(),
+    st.data(),
+)
+def test_any_columns_of_some_rows_are_decoded(random_solution, bits, size, columns, symmetric, data):
+    decode = pytest.importorskip("modulora_optq.cpu_decode").decode
+    options = Options(bits=bits, group_size=size, symmetric=symmetric)
+    solution = random_solution((4, columns), options)
+    weight = kernels.operands(from_solution(solution, options), quantizer._operands)
+    row, start = data.draw(st.integers(0, 3)), data.draw(st.integers(0, columns - 1))
+    count = data.draw(st.integers(1, columns - start))
+    wanted = by_hand(solution, options)[row:, start : start + count]
+    for dtype, number in ((torch.float32, np.float32), (torch.bfloat16, np.int16)):
+        out = np.full((4 - row, count + 5), 77, number)
+        decode(weight, row, start, count, out)
+        assert torch.equal(torch.from_numpy(out[:, :count]).view(dtype), wanted.to(dtype))
+        assert (out[:, count:] == 77).all()
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["own-order", "permuted"])

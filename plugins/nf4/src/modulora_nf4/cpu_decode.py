@@ -7,6 +7,7 @@ too, they are computed for the blocks of some columns at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from modulora_core.kernels.conversions import narrow, put_numbers
 from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.scratch import on_stack
 from modulora_core.kernels.tables import Table
-from modulora_core.kernels.vectors import LANES, has, lookup, loops, pointer, splat
+from modulora_core.kernels.vectors import LANES, has, lookup, pointer, splat
 from modulora_nf4.reference import LEVELS, NESTED_BLOCK_SIZE, dynamic_map
 
 _LEVELS = np.array(LEVELS, np.float32)
@@ -33,12 +34,37 @@ _F32, _I8, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(64)
 _FLOATS = ir.VectorType(_F32, LANES)
 _ALL_LEVELS = ir.Constant(_FLOATS, [float(level) for level in LEVELS])
 
-_AT_ONCE = 4  # vectors of sixteen: a block of 64, of which most are
+_RUN = 64  # as long as most blocks
 
 
 def levels(context: Any, builder: Any, index: Any) -> Any:
     """The levels of sixteen codes: ``<16 x i32>``, of which the low four bits are looked at, to ``<16 x float>``."""
     return lookup(context, builder, _ALL_LEVELS, index)
+
+
+@intrinsic
+def _decode_runs(
+    _context: Any, codes: Any, absmax: Any, _first: Any, _shift: Any, _start: Any, out: Any, _runs: Any
+) -> Any:
+    """Elements ``start ...`` of the flat weight to ``out``, so many runs of :data:`_RUN`, none of which is in two blocks.
+
+    Without a loop inside of it, a run takes half of the time (docs/performance-findings.md).
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, absmax, first, shift, start, out, runs = arguments
+        kinds = signature.args
+        with cgutils.for_range(builder, runs) as loop:
+            to = builder.mul(loop.index, _I64(_RUN))
+            element = builder.add(start, to)
+            block = builder.sub(builder.ashr(element, shift), first)
+            scale = builder.load(pointer(context, builder, kinds[1], absmax, block, _F32))
+            put = _put(context, builder, kinds[0], codes, scale, kinds[5], out)
+            put(builder.ashr(element, _I64(1)), to, _RUN // LANES)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(codes, absmax, i64, i64, i64, out, i64), generate
 
 
 @intrinsic
@@ -48,45 +74,59 @@ def _decode_vectors(
     """``out[to + k] = scale · level`` of the codes from ``codes[byte]`` on, of one block, for so many vectors of sixteen."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if not has(context, "avx2") and not has(context, "avx512f"):
-            return _decode_by_bytes(context, builder, signature, arguments)
         codes, byte, scale, out, to, vectors = arguments
-        kinds = signature.args
-        numbers = builder.fmul(_ALL_LEVELS, splat(builder, scale, _FLOATS))
-        table = Table(context, builder, kinds[3], numbers)
-        for width, first in loops(builder, vectors, _AT_ONCE):
-            source = builder.add(byte, builder.mul(first, _I64(LANES // 2)))
-            target = builder.add(to, builder.mul(first, _I64(LANES)))
-            for part in range(0, width, table.at_once):
-                of = ir.VectorType(_I8, min(table.at_once, width - part) * LANES // 2)
-                at = builder.add(source, _I64(part * LANES // 2))
-                place = pointer(context, builder, kinds[0], codes, at, of)
-                index = _both(builder, builder.load(place, align=1), table.index)
-                table.put(out, builder.add(target, _I64(part * LANES)), index)
+        put = _put(context, builder, signature.args[0], codes, scale, signature.args[3], out)
+        with cgutils.for_range(builder, vectors) as loop:
+            at = builder.mul(loop.index, _I64(LANES))
+            put(builder.add(byte, builder.ashr(at, _I64(1))), builder.add(to, at), 1)
         return context.get_dummy_value()
 
     i64 = types.int64
     return types.void(codes, i64, types.float32, out, i64, i64), generate
 
 
-def _decode_by_bytes(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    """What :func:`_decode_vectors` generates without instructions for a lookup: both levels of a byte are side by side in memory."""
-    codes, byte, scale, out, to, vectors = arguments
-    kinds = signature.args
+def _put(
+    context: Any, builder: Any, codes_kind: Any, codes: Any, scale: Any, out_kind: Any, out: Any
+) -> Callable[[Any, Any, int], None]:
+    """Generates, at each call, ``put(byte, to, vectors)``: as many vectors of codes from ``codes[byte]`` on, times the scale, to ``out[to:]``.
+
+    Both arrays come with their numba types.
+    """
+    if not has(context, "avx2") and not has(context, "avx512f"):
+        return _put_by_bytes(context, builder, codes_kind, codes, scale, out_kind, out)
+    table = Table(context, builder, out_kind, builder.fmul(_ALL_LEVELS, splat(builder, scale, _FLOATS)))
+
+    def put(byte: Any, to: Any, vectors: int) -> None:
+        for part in range(0, vectors, table.at_once):
+            of = ir.VectorType(_I8, min(table.at_once, vectors - part) * LANES // 2)
+            at = builder.add(byte, _I64(part * LANES // 2))
+            found = builder.load(pointer(context, builder, codes_kind, codes, at, of), align=1)
+            table.put(out, builder.add(to, _I64(part * LANES)), _both(builder, found, table.index))
+
+    return put
+
+
+def _put_by_bytes(
+    context: Any, builder: Any, codes_kind: Any, codes: Any, scale: Any, out_kind: Any, out: Any
+) -> Callable[[Any, Any, int], None]:
+    """What :func:`_put` is without instructions for a lookup: both levels of a byte are side by side in memory."""
     table = ir.Constant(ir.ArrayType(_F32, _PAIRS.size), _PAIRS.ravel().tolist())
     pairs = cgutils.global_constant(builder, "nf4_pairs", table)
-    with cgutils.for_range(builder, vectors) as loop:
-        source = builder.add(byte, builder.mul(loop.index, _I64(LANES // 2)))
-        levels_here = ir.Constant(_FLOATS, ir.Undefined)
-        for k in range(LANES):
-            place = pointer(context, builder, kinds[0], codes, builder.add(source, _I64(k // 2)), _I8)
-            at = builder.add(builder.shl(builder.zext(builder.load(place), _I64), _I64(1)), _I64(k % 2))
-            level = builder.load(builder.gep(pairs, [_I64(0), at]))
-            levels_here = builder.insert_element(levels_here, level, ir.IntType(32)(k))
-        values = builder.fmul(levels_here, splat(builder, scale, _FLOATS))
-        target = builder.add(to, builder.mul(loop.index, _I64(LANES)))
-        put_numbers(context, builder, kinds[3], out, target, [values])
-    return context.get_dummy_value()
+
+    def level(byte: Any, k: int) -> Any:
+        place = pointer(context, builder, codes_kind, codes, builder.add(byte, _I64(k // 2)), _I8)
+        at = builder.add(builder.shl(builder.zext(builder.load(place), _I64), _I64(1)), _I64(k % 2))
+        return builder.load(builder.gep(pairs, [_I64(0), at]))
+
+    def put(byte: Any, to: Any, vectors: int) -> None:
+        for first in range(0, vectors * LANES, LANES):
+            levels_here = ir.Constant(_FLOATS, ir.Undefined)
+            for k in range(LANES):
+                levels_here = builder.insert_element(levels_here, level(byte, first + k), ir.IntType(32)(k))
+            values = builder.fmul(levels_here, splat(builder, scale, _FLOATS))
+            put_numbers(context, builder, out_kind, out, builder.add(to, _I64(first)), [values])
+
+    return put
 
 
 def _both(builder: Any, codes: Any, of: ir.Type) -> Any:
@@ -101,19 +141,8 @@ def _both(builder: Any, codes: Any, of: ir.Type) -> Any:
 
 
 @jit(borrows=True)
-def _decode_whole(codes: Any, absmax: Any, first: int, shift: int, start: int, out: Any) -> None:
-    """Elements ``start ...`` of the flat weight to all of ``out``, whole vectors, none of which is in two blocks."""
-    o = 0
-    while o < out.size:
-        block = (start + o) >> shift
-        end = min(out.size, ((block + 1) << shift) - start)
-        _decode_vectors(codes, (start + o) >> 1, absmax[block - first], out, o, (end - o) // LANES)
-        o = end
-
-
-@jit(borrows=True)
 def _decode_each(codes: Any, absmax: Any, first: int, shift: int, start: int, out: Any) -> None:
-    """The same of any elements."""
+    """Elements ``start ...`` of the flat weight to all of ``out``, whatever these are; ``absmax`` begins with block ``first``."""
     stop = start + out.size
     i, o = start, 0
     while i < stop:
@@ -134,12 +163,13 @@ def _decode_each(codes: Any, absmax: Any, first: int, shift: int, start: int, ou
 
 @jit(borrows=True)
 def _decode(codes: Any, absmax: Any, first: int, shift: int, start: int, out: Any) -> None:
-    """Elements ``start ...`` of the flat weight to all of ``out``; ``absmax`` begins with block ``first``."""
-    is_whole = start % LANES == 0 and 1 << shift >= LANES
-    whole = out.size // LANES * LANES if is_whole else 0
-    _decode_whole(codes, absmax, first, shift, start, out[:whole])
-    if whole < out.size:
-        _decode_each(codes, absmax, first, shift, start + whole, out[whole:])
+    """The same, of runs that are in one block each without a thought for each of them."""
+    has_runs = start % _RUN == 0 and 1 << shift >= _RUN
+    runs = out.size // _RUN if has_runs else 0
+    _decode_runs(codes, absmax, first, shift, start, out, runs)
+    done = runs * _RUN
+    if done < out.size:
+        _decode_each(codes, absmax, first, shift, start + done, out[done:])
 
 
 @jit(borrows=True)

@@ -2,223 +2,206 @@
 
 In all kernels ``codes`` are the bytes of all rows, flat, as :mod:`modulora_optq.packing` arranges them; ``zeros`` likewise, or empty
 for a symmetric weight; ``scales`` are the bits of fp16 ``[out, groups]``, int16; ``group`` stored columns share a scale and a zero.
-A row is decoded in two steps through a scratch in the L1 cache: from bits to bytes, where groups don't matter, and from bytes to
-values, where the width doesn't. LLVM's own vectorised loops spend more on entering them than on a group of 64, so a step's vector
-is spelled, in terms that any processor's instructions can be made from.
+A row is cut where a group ends, and where a part of a plane does: between two cuts all codes are at the same bits of neighbouring
+bytes and share a scale. They are shifted down, and looked up among the values that codes of up to 4 bits can have, or computed; nothing
+but values is written. Where parts consist of whole groups, as in most layers, what is left of a row is one loop. Where codes are, and how
+they are taken, is in :mod:`modulora_optq.cpu_planes`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import from_half, narrow, put_numbers
+from modulora_core.kernels.conversions import from_half, halves_to_floats, narrow, put_numbers
 from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.scratch import on_stack
 from modulora_core.kernels.tables import Table
-from modulora_core.kernels.vectors import has, loops, pointer, splat
+from modulora_core.kernels.vectors import LANES, chosen, has, pointer, splat
+from modulora_optq.cpu_planes import Taken, code_at, left_of, moved, parts_of, place_of, unpack
+from modulora_optq.packing import PLANES
 
-_BYTES = 64  # bytes that are unpacked at once
-_VALUES = 16  # and values of a vector
-_AT_ONCE = 4  # vectors that are computed at once
-_PIECE = 4096  # columns that are unpacked before they are computed
+_RUN = 64  # codes that are taken at once: a group of most weights, or a part of one
+_PIECE = 4096  # columns whose zeros are unpacked at once
 
-_MANY_BYTES = ir.VectorType(ir.IntType(8), _BYTES)
-_FEW_BYTES = ir.VectorType(ir.IntType(8), _VALUES)
-_WHOLE = ir.VectorType(ir.IntType(32), _VALUES)
-_FLOATS = ir.VectorType(ir.FloatType(), _VALUES)
-_INDEX = ir.IntType(64)
+_BYTE, _HALF, _WHOLE, _INDEX = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
-
-_room = on_stack(2 * _PIECE + 1 + _BYTES, np.uint8)
-"""For the codes of a piece, then for the zeros of its groups, which may be as many and one more, and what :func:`unpack` writes after."""
+_room = on_stack(_PIECE + 1 + LANES, np.uint8)
+"""For the zeros of a piece's groups, which may be as many as its columns and one more, and what :func:`unpack` writes after them."""
 
 
-@intrinsic
-def _unpack_vector(
-    _context: Any, packed: Any, low: Any, low_shift: Any, low_mask: Any, high: Any, high_shift: Any, high_mask: Any,
-    out: Any, to: Any,
-) -> Any:  # fmt: skip
-    """``out[to : to + 64]`` from the two planes at ``packed[low:]`` and ``packed[high:]``, see :func:`_code`."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        packed, low, low_shift, low_mask, high, high_shift, high_mask, out, to = arguments
-
-        def plane(at: Any, shift: Any) -> Any:
-            source = pointer(context, builder, signature.args[0], packed, at, _MANY_BYTES)
-            return builder.lshr(builder.load(source, align=1), splat(builder, shift, _MANY_BYTES))
-
-        low_bits = builder.and_(plane(low, low_shift), splat(builder, low_mask, _MANY_BYTES))
-        two = ir.Constant(_MANY_BYTES, [2] * _BYTES)
-        high_bits = builder.shl(plane(high, high_shift), two)
-        high_bits = builder.and_(high_bits, splat(builder, high_mask, _MANY_BYTES))
-        target = pointer(context, builder, signature.args[7], out, to, _MANY_BYTES)
-        builder.store(builder.or_(low_bits, high_bits), target, align=1)
-        return context.get_dummy_value()
-
-    return types.void(packed, low, low_shift, low_mask, high, high_shift, high_mask, out, to), generate
+def _values(builder: Any, codes: Any, of_group: tuple[Any, Any]) -> Any:
+    """Of codes as floats; ``of_group``: zero and scale."""
+    zero, scale = (splat(builder, number, codes.type) for number in of_group)
+    return builder.fmul(builder.fsub(codes, zero), scale)
 
 
-@jit()
-def _code(low: int, low_shift: int, low_mask: int, high: int, high_shift: int, high_mask: int) -> Any:
-    """The code whose low bits are in the byte ``low`` and whose third bit is in the byte ``high``."""
-    return np.uint8((low >> low_shift) & low_mask | (high >> high_shift << 2) & high_mask)
+def _table(context: Any, builder: Any, bits: int, kind: Any, of_group: tuple[Any, Any]) -> Table | None:
+    """The values that a group's codes can have, for an array of that type; None where to compute them takes no longer."""
+    if not ((bits < 8 and has(context, "avx512f")) or (bits < 4 and has(context, "avx2"))):
+        return None
+    # AVX2's lookup is of eight values: as a vector of that many, which LLVM sees to be both halves of the table
+    count = LANES // 2 if bits < 4 else LANES
+    possible = ir.Constant(ir.VectorType(ir.FloatType(), count), [float(k % 2**bits) for k in range(count)])
+    values = _values(builder, possible, of_group)
+    return Table(context, builder, kind, chosen(builder, values, [lane % count for lane in range(LANES)]))
 
 
-@jit(borrows=True)
-def _part(column: int, length: int) -> int:
-    """In which part of so many columns it is, counted instead of divided: there are eight at most."""
-    index = 0
-    while (index + 1) * length <= column:
-        index += 1
-    return index
+def _put(
+    context: Any, builder: Any, bits: int, taken: Taken, size: int, of_group: tuple[Any, Any], out: tuple[Any, Any]
+) -> Callable[[Any, Any], None]:  # fmt: skip
+    """Generates, at each call, ``put(k, to)``: the values of ``size`` codes from the k-th on to ``out[to:]``."""
+    table = _table(context, builder, bits, out[0], of_group)
 
-
-@jit(borrows=True)
-def unpack(packed: Any, row: int, bits: int, n: int, start: int, count: int, out: Any, to: int) -> None:
-    """Codes ``[start, start + count)`` of a row of ``n`` to ``out[to:]``; the row begins at ``packed[row]``.
-
-    Up to 63 bytes of ``out`` after them are overwritten.
-    """
-    width = 2 if bits == 3 else bits
-    low_part = (n * width + 7) // 8
-    high_part = (n + 7) // 8 if bits == 3 else n
-    low_mask, high_mask = np.uint8((1 << width) - 1), np.uint8(4 if bits == 3 else 0)
-    low_index, high_index = _part(start, low_part), _part(start, high_part)
-    k = 0
-    while k < count:  # as far as both planes are in one part
-        low_at, high_at = start + k - low_index * low_part, start + k - high_index * high_part
-        take = min(count - k, low_part - low_at, high_part - high_at)
-        low_shift, high_shift = np.uint8(low_index * width), np.uint8(high_index)
-        low = row + low_at
-        high = row + low_part + high_at if bits == 3 else low
-        j = 0
-        while j < take:
-            if high + j + _BYTES <= packed.size:  # beyond the row is fine, and beyond the end isn't
-                _unpack_vector(
-                    packed, low + j, low_shift, low_mask, high + j, high_shift, high_mask, out, to + k + j
-                )
-                j += _BYTES
+    def put(k: Any, to: Any) -> None:
+        at_once = min(size, table.at_once * LANES) if table else LANES
+        # without a lookup two planes are joined as bytes, of which registers hold more
+        lane = table.index if table else _BYTE if bits == 3 else _WHOLE
+        of, computed = ir.VectorType(lane, at_once), []
+        for first in range(0, size, at_once):
+            at = builder.add(k, _INDEX(first))
+            if table:
+                table.put(out[1], builder.add(to, _INDEX(first)), taken.indices(at, of))
             else:
-                out[to + k + j] = _code(
-                    packed[low + j], low_shift, low_mask, packed[high + j], high_shift, high_mask
-                )
-                j += 1
-        k += take
-        low_index += low_at + take == low_part
-        high_index += high_at + take == high_part
+                computed.append(_values(builder, builder.uitofp(taken.codes(at, of), _FLOATS), of_group))
+        put_numbers(context, builder, *out, to, computed)
+
+    return put
 
 
-def _put_values(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    """What :func:`_scale_vectors` generates."""
-    codes, at, zero, scale, out, to, vectors = arguments
-    kinds = signature.args
-    for width, first in loops(builder, vectors, _AT_ONCE):
-        k = builder.mul(first, _INDEX(_VALUES))
-        values = []
-        for part in range(width):
-            place = builder.add(builder.add(at, k), _INDEX(part * _VALUES))
-            source = pointer(context, builder, kinds[0], codes, place, _FEW_BYTES)
-            wide = builder.zext(builder.load(source, align=1), _WHOLE)
-            values.append(_values(builder, builder.uitofp(wide, _FLOATS), zero, scale))
-        put_numbers(context, builder, kinds[4], out, builder.add(to, k), values)
-    return context.get_dummy_value()
+def _take(size: int) -> Any:
+    """The intrinsic that takes ``size`` codes in each turn, sixteen or a multiple of 32.
+
+    ``(codes, row, parts, place, bits, zeros, g, scales, first, out, to, turns, groups)`` writes ``(code - zeros[g]) * scales[first]`` to
+    ``out[to:]`` for so many turns of the group ``g``; then, of ``groups`` groups, for as many of the next one. The row's codes begin at
+    ``codes[row]``. ``parts`` are the lengths of parts of the low bits and of third ones; both are multiples of what is taken of a group,
+    where ``groups`` is more than one.
+    """
+
+    @intrinsic
+    def take(
+        _context: Any, codes: Any, _row: Any, parts: Any, place: Any, _bits: Any, zeros: Any, _g: Any, scales: Any, _first: Any,
+        out: Any, _to: Any, _turns: Any, _groups: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            for bits in PLANES:
+                with builder.if_then(builder.icmp_signed("==", arguments[4], _INDEX(bits))):
+                    _take_groups(context, builder, bits, size, signature.args, arguments)
+            return context.get_dummy_value()
+
+        i64 = types.int64
+        return types.void(
+            codes, i64, parts, place, i64, zeros, i64, scales, i64, out, i64, i64, i64
+        ), generate
+
+    return take
 
 
-@intrinsic
-def _scale_vectors(
-    _context: Any, codes: Any, _at: Any, _zero: Any, _scale: Any, out: Any, _to: Any, _vectors: Any
-) -> Any:
-    """``out[to + k] = (codes[at + k] - zero) * scale`` for so many vectors of sixteen."""
-    i64 = types.int64
-    return types.void(codes, i64, types.float32, types.float32, out, i64, i64), _put_values
+def _take_groups(context: Any, builder: Any, bits: int, size: int, kinds: Any, arguments: Any) -> None:
+    """What :func:`_take` generates for a width."""
+    codes, row, parts, place, _, zeros, g, scales, first, out, to, turns, groups = arguments
+    lengths = cgutils.unpack_tuple(builder, parts, 2)
+    moving = [cgutils.alloca_once(builder, _INDEX) for _ in range(4)]
+    for variable, value in zip(moving, cgutils.unpack_tuple(builder, place, 4), strict=True):
+        builder.store(value, variable)
+    of_turns = builder.mul(turns, _INDEX(size))
+    with cgutils.for_range(builder, groups) as loop:
+        zero, scale = (
+            builder.load(pointer(context, builder, kind, array, builder.add(at, loop.index), of))
+            for kind, array, at, of in ((kinds[5], zeros, g, _BYTE), (kinds[7], scales, first, _HALF))
+        )
+        of_group = builder.uitofp(zero, ir.FloatType()), halves_to_floats(context, builder, scale)
+        here = [builder.load(variable) for variable in moving]
+        taken = Taken(context, builder, bits, (kinds[0], codes), row, lengths[0], here)
+        put = _put(context, builder, bits, taken, size, of_group, (kinds[9], out))
+        begin = builder.add(to, builder.mul(loop.index, of_turns))
+        with cgutils.for_range(builder, turns) as turn:
+            k = builder.mul(turn.index, _INDEX(size))
+            put(k, builder.add(begin, k))
+        for at, shift, length, width in zip(moving[::2], moving[1::2], lengths, PLANES[bits], strict=False):
+            then = builder.add(builder.load(at), of_turns)
+            is_next = builder.icmp_signed("==", then, length)
+            builder.store(builder.select(is_next, _INDEX(0), then), at)
+            more = builder.select(is_next, _INDEX(width), _INDEX(0))
+            builder.store(builder.add(builder.load(shift), more), shift)
 
 
-@intrinsic
-def _look_vectors_up(
-    _context: Any, codes: Any, _at: Any, _zero: Any, _scale: Any, out: Any, _to: Any, _vectors: Any
-) -> Any:
-    """The same of codes below sixteen."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if not has(context, "avx512f"):  # AVX2's lookup of sixteen takes as long as the values do
-            return _put_values(context, builder, signature, arguments)
-        codes, at, zero, scale, out, to, vectors = arguments
-        kinds = signature.args
-        all_codes = ir.Constant(_FLOATS, [float(code) for code in range(_VALUES)])
-        table = Table(context, builder, kinds[4], _values(builder, all_codes, zero, scale))
-        for width, first in loops(builder, vectors, _AT_ONCE):
-            for part in range(0, width, table.at_once):
-                count = min(table.at_once, width - part) * _VALUES
-                k = builder.add(builder.mul(first, _INDEX(_VALUES)), _INDEX(part * _VALUES))
-                bytes_of = ir.VectorType(_FEW_BYTES.element, count)
-                source = pointer(context, builder, kinds[0], codes, builder.add(at, k), bytes_of)
-                index = builder.zext(builder.load(source, align=1), ir.VectorType(table.index, count))
-                table.put(out, builder.add(to, k), index)
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    return types.void(codes, i64, types.float32, types.float32, out, i64, i64), generate
-
-
-def _values(builder: Any, codes: Any, zero: Any, scale: Any) -> Any:
-    return builder.fmul(builder.fsub(codes, splat(builder, zero, _FLOATS)), splat(builder, scale, _FLOATS))
+_take_runs, _take_vector = _take(_RUN), _take(LANES)
 
 
 @jit(borrows=True)
-def _scale_row(
-    codes: Any, zeros_at: int, bits: int, scales: Any, o: int, group: int, first: int, start: int, out: Any
-) -> None:
-    """The values of unpacked codes, of columns ``start ...`` of row ``o``, which are in groups ``first ...``, to all of ``out``.
+def _decode_row(
+    codes: Any, row: int, bits: int, group: int, parts: Any, start: int, begin: Any, zeros: Any, scales: Any, first: int, out: Any
+) -> None:  # fmt: skip
+    """Columns ``start ...`` of the row that begins at ``codes[row]`` to all of ``out``.
 
-    ``codes[zeros_at:]`` are the groups' zeros; where it is 0 there are none.
+    ``zeros[0]`` and ``scales[first]`` are of the first column's group. ``begin``: its place, how many columns after it the group ends, and
+    whether parts consist of whole groups.
     """
-    columns, g, k = out.size, first, 0
-    zero = np.float32(1 << (bits - 1))
-    while k < columns:
-        if zeros_at:
-            zero = np.float32(codes[zeros_at + g - first])
-        scale = from_half(scales[o, g])
-        g += 1
-        end = min(columns, g * group - start)
-        vectors = (end - k) // _VALUES
-        if bits <= 4:
-            _look_vectors_up(codes, k, zero, scale, out, k, vectors)
-        else:
-            _scale_vectors(codes, k, zero, scale, out, k, vectors)
-        k += vectors * _VALUES
-        while k < end:
-            out[k] = narrow((np.float32(codes[k]) - zero) * scale, out[k])
-            k += 1
+    place, end, consist_of_groups = begin
+    k, g = 0, 0
+    while k < out.size:
+        left = min(out.size - k, left_of(place, parts))
+        if end - k == group and group <= left and group % _RUN == 0:
+            groups = (out.size - k if consist_of_groups else left) // group
+            turns, take = group // _RUN, groups * group
+            _take_runs(codes, row, parts, place, bits, zeros, g, scales, first + g, out, k, turns, groups)
+            g, k, end = g + groups, k + take, end + take
+            place = moved(place, take, parts, bits) if take <= left else place_of(start + k, parts, bits)
+            continue
+        take = min(left, end - k)
+        _take_runs(codes, row, parts, place, bits, zeros, g, scales, first + g, out, k, take // _RUN, 1)
+        done = take // _RUN * _RUN
+        if done < take:
+            then = place[0] + done, place[1], place[2] + done, place[3]
+            turns = (take - done) // LANES
+            _take_vector(codes, row, parts, then, bits, zeros, g, scales, first + g, out, k + done, turns, 1)
+            done += turns * LANES
+        if done < take:
+            zero, scale = np.float32(zeros[g]), from_half(scales[first + g])
+            for j in range(done, take):
+                code = np.float32(code_at(codes, row, parts[0], place, j, bits))
+                out[k + j] = narrow((code - zero) * scale, out[k + j])
+        place, k = moved(place, take, parts, bits), k + take
+        if k == end:
+            g, end = g + 1, end + group
 
 
 @jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Stored columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
 
-    ``weight`` is codes, scales, zeros, bits, the columns of a group, and those of a row. What is the same in each row is divided once
+    ``weight`` is codes, scales, zeros, bits, columns of a group, and those of a row. What is the same in each row is divided once
     (docs/performance-findings.md).
     """
     codes, scales, zeros, bits, group, n = weight
     rows, groups = max(1, len(scales)), scales.shape[1]
     row_bytes, zero_bytes = codes.size // rows, zeros.size // rows
-    room = _room()
+    flat, room = scales.reshape(scales.size), _room()
+    parts, zero_parts = parts_of(n, bits), parts_of(groups, bits)
+    consist_of_groups = parts[0] % group == 0 and parts[1] % group == 0
     for at in range(0, columns, _PIECE):
-        begin, count = start + at, min(_PIECE, columns - at)
-        first = begin // group
-        of_groups = (begin + count - 1) // group + 1 - first
+        piece, count = start + at, min(_PIECE, columns - at)
+        first = piece // group
+        of_groups = (piece + count - 1) // group + 1 - first
+        begin = place_of(piece, parts, bits), (first + 1) * group - piece, consist_of_groups
+        zero_place = place_of(first, zero_parts, bits)
+        if not zero_bytes:
+            room[:of_groups] = 1 << (bits - 1)
         # its parts are all over the row: as much as it is of the row, so that all of it is asked for once
-        ahead, asked = row_bytes * begin // n, row_bytes * count // n
+        ahead, asked = row_bytes * piece // n, row_bytes * count // n
         for r in range(len(out)):
-            o = row + r
+            o, to = row + r, out[r, at : at + count]
             read_ahead(codes, o * row_bytes + ahead, asked)
-            unpack(codes, o * row_bytes, bits, n, begin, count, room, 0)
             if zero_bytes:
-                unpack(zeros, o * zero_bytes, bits, groups, first, of_groups, room, count)
-            zeros_at = count if zero_bytes else 0
-            _scale_row(room, zeros_at, bits, scales, o, group, first, begin, out[r, at : at + count])
+                unpack(zeros, o * zero_bytes, bits, zero_parts, zero_place, of_groups, room)
+            of_row = o * row_bytes, o * groups + first
+            _decode_row(codes, of_row[0], bits, group, parts, piece, begin, room, flat, of_row[1], to)
