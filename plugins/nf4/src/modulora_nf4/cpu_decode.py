@@ -88,9 +88,8 @@ def _decode_vectors(
 def _put(
     context: Any, builder: Any, codes_kind: Any, codes: Any, scale: Any, out_kind: Any, out: Any
 ) -> Callable[[Any, Any, int], None]:
-    """Generates, at each call, ``put(byte, to, vectors)``: as many vectors of codes from ``codes[byte]`` on, times the scale, to ``out[to:]``.
-
-    Both arrays come with their numba types.
+    """Generates, at each call, ``put(byte, to, vectors)``: so many vectors of codes from ``codes[byte]`` on, times the scale, to
+    ``out[to:]``. Arrays come with their numba types.
     """
     if not has(context, "avx2") and not has(context, "avx512f"):
         return _put_by_bytes(context, builder, codes_kind, codes, scale, out_kind, out)
