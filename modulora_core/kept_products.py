@@ -55,8 +55,9 @@ class KeptProducts:
         """How to have ``product`` again, as often as wanted; None where it was written to since."""
         if self._form == "rounded":
             coded = Blockwise.quantize(product)
-            codes = self._away(coded.codes)
-            return lambda: Blockwise(codes(), coded.scales, coded.dtype).dequantize()
+            codes, scales, dtype = self._away(coded.codes), coded.scales, coded.dtype
+            # not coded itself, whose codes would stay where they are too
+            return lambda: Blockwise(codes(), scales, dtype).dequantize()
         if self._place is not None:
             return self._away(product)
         version = product._version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modulora_core.adapters import LoRASettings, add_lora
 from modulora_core.autograd import lora_linear
+from modulora_core.blockwise import Blockwise
 from modulora_core.checkpoint import load_model
 from modulora_core.gradient_checkpointing import checkpoint_activations
 from modulora_core.kept_products import Form, KeptProducts
@@ -209,6 +211,27 @@ def test_eight_bits_wait_elsewhere_with_the_same_values(toy: ModuleType, tmp_pat
         assert all(map(torch.equal, block.gradients(KeptProducts("rounded", file)), here))
         assert file.nbytes > 0
     assert 1e-4 < difference(list(here), list(block.gradients(None))) < 0.03
+
+
+@pytest.mark.parametrize("form", ["exact", "rounded"])
+def test_what_waits_elsewhere_is_not_here_too(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed_over: list[weakref.ref[Tensor]] = []
+    with DiskFile(tmp_path) as file:
+        keep = file.keep
+        monkeypatch.setattr(
+            file, "keep", lambda tensor: handed_over.append(weakref.ref(tensor)) or keep(tensor)
+        )
+        product = torch.randn(64, 2048)
+        expected = product if form == "exact" else Blockwise.quantize(product).dequantize()
+        again = KeptProducts(form, file).kept(product)
+        expected = expected.clone()
+        del product
+        assert [tensor() for tensor in handed_over] == [None]
+        found = again()
+        assert found is not None
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
