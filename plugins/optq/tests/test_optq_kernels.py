@@ -100,7 +100,8 @@ def test_kernels_give_the_bits_of_the_definition(options, permuted, random_solut
     st.data(),
 )
 def test_any_columns_of_some_rows_are_decoded(random_solution, bits, size, columns, symmetric, data):
-    decode = pytest.importorskip("modulora_optq.cpu_decode").decode
+    from modulora_optq.cpu_decode import decode  # which imports numba
+
     options = Options(bits=bits, group_size=size, symmetric=symmetric)
     solution = random_solution((4, columns), options)
     weight = kernels.operands(from_solution(solution, options), quantizer._operands)

@@ -42,47 +42,38 @@ def levels(context: Any, builder: Any, index: Any) -> Any:
     return lookup(context, builder, _ALL_LEVELS, index)
 
 
-@intrinsic
-def _decode_runs(
-    _context: Any, codes: Any, absmax: Any, _first: Any, _shift: Any, _start: Any, out: Any, _runs: Any
-) -> Any:
-    """Elements ``start ...`` of the flat weight to ``out``, so many runs of :data:`_RUN`, none of which is in two blocks.
+def _decode_runs(size: int) -> Any:
+    """The intrinsic for runs of ``size`` codes, sixteen or a multiple of 32.
 
-    Without a loop inside of it, a run takes half of the time (docs/performance-findings.md).
+    ``(codes, byte, absmax, block, out, to, runs, blocks)`` writes ``absmax · level`` of so many runs of each of so many blocks, from
+    ``codes[byte]`` and ``absmax[block]`` on, to ``out[to:]``. A run has no loop inside, which would take as long again
+    (docs/performance-findings.md).
     """
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, absmax, first, shift, start, out, runs = arguments
-        kinds = signature.args
-        with cgutils.for_range(builder, runs) as loop:
-            to = builder.mul(loop.index, _I64(_RUN))
-            element = builder.add(start, to)
-            block = builder.sub(builder.ashr(element, shift), first)
-            scale = builder.load(pointer(context, builder, kinds[1], absmax, block, _F32))
-            put = _put(context, builder, kinds[0], codes, scale, kinds[5], out)
-            put(builder.ashr(element, _I64(1)), to, _RUN // LANES)
-        return context.get_dummy_value()
+    @intrinsic
+    def decode_runs(
+        _context: Any, codes: Any, _byte: Any, absmax: Any, _block: Any, out: Any, _to: Any, _runs: Any, _blocks: Any
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            codes, byte, absmax, block, out, to, runs, blocks = arguments
+            kinds = signature.args
+            with cgutils.for_range(builder, blocks) as loop:
+                number = builder.add(block, loop.index)
+                scale = builder.load(pointer(context, builder, kinds[2], absmax, number, _F32))
+                put = _put(context, builder, kinds[0], codes, scale, kinds[4], out)
+                begin = builder.mul(loop.index, runs)
+                with cgutils.for_range(builder, runs) as run:
+                    done = builder.mul(builder.add(begin, run.index), _I64(size))
+                    put(builder.add(byte, builder.ashr(done, _I64(1))), builder.add(to, done), size // LANES)
+            return context.get_dummy_value()
 
-    i64 = types.int64
-    return types.void(codes, absmax, i64, i64, i64, out, i64), generate
+        i64 = types.int64
+        return types.void(codes, i64, absmax, i64, out, i64, i64, i64), generate
+
+    return decode_runs
 
 
-@intrinsic
-def _decode_vectors(
-    _context: Any, codes: Any, _byte: Any, _scale: Any, out: Any, _to: Any, _vectors: Any
-) -> Any:
-    """``out[to + k] = scale · level`` of the codes from ``codes[byte]`` on, of one block, for so many vectors of sixteen."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, byte, scale, out, to, vectors = arguments
-        put = _put(context, builder, signature.args[0], codes, scale, signature.args[3], out)
-        with cgutils.for_range(builder, vectors) as loop:
-            at = builder.mul(loop.index, _I64(LANES))
-            put(builder.add(byte, builder.ashr(at, _I64(1))), builder.add(to, at), 1)
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    return types.void(codes, i64, types.float32, out, i64, i64), generate
+_decode_long, _decode_short = _decode_runs(_RUN), _decode_runs(LANES)
 
 
 def _put(
@@ -152,7 +143,7 @@ def _decode_each(codes: Any, absmax: Any, first: int, shift: int, start: int, ou
             out[o] = narrow(_LEVELS[codes[i >> 1] & 15] * scale, out[o])
             i, o = i + 1, o + 1
         vectors = (end - i) // LANES
-        _decode_vectors(codes, i >> 1, scale, out, o, vectors)
+        _decode_short(codes, i >> 1, absmax, block - first, out, o, vectors, 1)
         i, o = i + vectors * LANES, o + vectors * LANES
         while i < end:
             byte = np.int32(codes[i >> 1])
@@ -163,10 +154,20 @@ def _decode_each(codes: Any, absmax: Any, first: int, shift: int, start: int, ou
 @jit(borrows=True)
 def _decode(codes: Any, absmax: Any, first: int, shift: int, start: int, out: Any) -> None:
     """The same, of runs that are in one block each without a thought for each of them."""
-    has_runs = start % _RUN == 0 and 1 << shift >= _RUN
-    runs = out.size // _RUN if has_runs else 0
-    _decode_runs(codes, absmax, first, shift, start, out, runs)
-    done = runs * _RUN
+    run = _RUN if 1 << shift >= _RUN else LANES
+    has_runs = start % run == 0 and 1 << shift >= run
+    done, whole = 0, out.size // run * run if has_runs else 0
+    while done < whole:
+        at = start + done
+        block = at >> shift
+        # what is left of a block, or all blocks that are whole
+        size = min(((block + 1) << shift) - at, whole - done)
+        blocks = max(1, (whole - done) >> shift) if size == 1 << shift else 1
+        if run == _RUN:
+            _decode_long(codes, at >> 1, absmax, block - first, out, done, size // run, blocks)
+        else:
+            _decode_short(codes, at >> 1, absmax, block - first, out, done, size // run, blocks)
+        done += blocks * size
     if done < out.size:
         _decode_each(codes, absmax, first, shift, start + done, out[done:])
 

@@ -24,8 +24,8 @@ from modulora_core.kernels.conversions import from_half, halves_to_floats, narro
 from modulora_core.kernels.prefetch import read_ahead
 from modulora_core.kernels.scratch import on_stack
 from modulora_core.kernels.tables import Table
-from modulora_core.kernels.vectors import LANES, chosen, has, pointer, splat
-from modulora_optq.cpu_planes import Taken, code_at, left_of, moved, parts_of, place_of, unpack
+from modulora_core.kernels.vectors import LANES, chosen, pointer, splat
+from modulora_optq.cpu_planes import Taken, code_at, left_of, looks_up, moved, parts_of, place_of, unpack
 from modulora_optq.packing import PLANES
 
 _RUN = 64  # codes that are taken at once: a group of most weights, or a part of one
@@ -46,9 +46,9 @@ def _values(builder: Any, codes: Any, of_group: tuple[Any, Any]) -> Any:
 
 def _table(context: Any, builder: Any, bits: int, kind: Any, of_group: tuple[Any, Any]) -> Table | None:
     """The values that a group's codes can have, for an array of that type; None where to compute them takes no longer."""
-    if not ((bits < 8 and has(context, "avx512f")) or (bits < 4 and has(context, "avx2"))):
+    if not looks_up(context, bits):
         return None
-    # AVX2's lookup is of eight values: as a vector of that many, which LLVM sees to be both halves of the table
+    # a vector of eight, where that many are enough, is what LLVM sees to be both halves of the table
     count = LANES // 2 if bits < 4 else LANES
     possible = ir.Constant(ir.VectorType(ir.FloatType(), count), [float(k % 2**bits) for k in range(count)])
     values = _values(builder, possible, of_group)
@@ -203,5 +203,5 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
             read_ahead(codes, o * row_bytes + ahead, asked)
             if zero_bytes:
                 unpack(zeros, o * zero_bytes, bits, zero_parts, zero_place, of_groups, room)
-            of_row = o * row_bytes, o * groups + first
-            _decode_row(codes, of_row[0], bits, group, parts, piece, begin, room, flat, of_row[1], to)
+            o_codes, o_first = o * row_bytes, o * groups + first
+            _decode_row(codes, o_codes, bits, group, parts, piece, begin, room, flat, o_first, to)

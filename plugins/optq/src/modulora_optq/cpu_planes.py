@@ -12,13 +12,19 @@ import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.vectors import LANES, pointer, splat
-from modulora_optq.packing import PLANES
+from modulora_core.kernels.vectors import LANES, has, pointer, splat
+from modulora_optq.packing import PLANES, plane_bytes
 
 _BYTE, _INDEX = ir.IntType(8), ir.IntType(64)
+_plane_bytes = register_jitable(plane_bytes)
+
+
+def looks_up(context: Any, bits: int) -> bool:
+    """Whether what codes stand for is looked up in registers, where one instruction does: AVX2's is of eight values."""
+    return (bits < 8 and has(context, "avx512f")) or (bits < 4 and has(context, "avx2"))
 
 
 class Taken:
@@ -81,8 +87,8 @@ def code_at(codes: Any, row: int, low_part: int, place: Any, k: int, bits: int) 
 @jit(borrows=True)
 def parts_of(n: int, bits: int) -> Any:
     """How long a part is of the low bits of ``n`` codes, and of third ones, where there are none as long as the other."""
-    low_part = (n * _low_width(bits) + 7) // 8
-    return low_part, (n + 7) // 8 if bits == 3 else low_part
+    low_part = _plane_bytes(n, _low_width(bits))
+    return low_part, _plane_bytes(n, 1) if bits == 3 else low_part
 
 
 @jit(borrows=True)

@@ -27,6 +27,7 @@ from modulora_core.kernels.vectors import (
     sum_of_lanes,
     zeros,
 )
+from modulora_optq.cpu_planes import looks_up
 
 _ROWS = 2  # of the weight, that share what is loaded of x
 
@@ -85,9 +86,7 @@ def _steps(context: Any, builder: Any, bits: int, low_bits: Any, high_bytes: Any
 
 def _step(context: Any, builder: Any, bits: int, index: Any) -> Any:
     """How far codes are from the middle one; above their bits there may be others."""
-    # where it is one instruction: AVX2's is of eight values
-    looks_up = (bits < 8 and has(context, "avx512f")) or (bits < 4 and has(context, "avx2"))
-    if looks_up:
+    if looks_up(context, bits):
         table = ir.Constant(_FLOATS, [i % 2**bits - _middle(bits) for i in range(LANES)])
         return lookup(context, builder, table, index)
     codes = index if bits == 8 else builder.and_(index, _same(2**bits - 1))
