@@ -14,6 +14,7 @@ once; what is timed runs alone. The exit code is 1 if a value is wrong, 2 if the
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -107,9 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuLoRAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not (flags.interpret or flags.device == "cpu" or torch.cuda.is_available()):
-        print(f"error: expected a GPU that torch can use, found none (torch {torch.__version__}); --interpret checks the kernels' "
-              "values on the CPU", file=sys.stderr)  # fmt: skip
+    if missing := _missing(flags):
+        print(f"error: {missing}", file=sys.stderr)
         return 2
     run = Run(flags.seconds, flags.device, Recipe(flags.model), one_process=flags.one_process)
     if flags.quick:
@@ -141,6 +141,19 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="smaller: to see that it works")
     add("--one-process", action="store_true", help="all in this process: for a debugger")
     return parser.parse_args(arguments)
+
+
+def _missing(flags: argparse.Namespace) -> str | None:
+    """What the kernels would need to run, in a sentence; None where it is there."""
+    if flags.interpret:
+        if importlib.util.find_spec("triton") is None:
+            return "--interpret: expected triton, whose interpreter runs the kernels, found none; pip install triton"
+    elif flags.device != "cpu" and not torch.cuda.is_available():
+        return (
+            f"expected a GPU that torch can use, found none (torch {torch.__version__}); "
+            "--interpret checks the kernels' values on the CPU"
+        )
+    return None
 
 
 def by_turns(names: Iterable[str]) -> list[str]:

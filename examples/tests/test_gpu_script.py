@@ -113,6 +113,15 @@ def test_an_unknown_quantizer_is_refused_before_any_work(
 
 
 @needs_kit
+def test_without_triton_nothing_is_interpreted(
+    gpu: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert gpu.main(["-q", "right", "--interpret"]) == 2
+    assert capsys.readouterr().err.startswith("error: --interpret: expected triton, ")
+
+
+@needs_kit
 def test_interpreted_values_are_compared_with_those_that_are_not(site: Path, tmp_path: Path) -> None:
     ran = run(site, "--interpret", "-q", "right", "wrong", "plain", "--json", tmp_path / "found.json")
     assert ran.returncode == 1, ran.stderr

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from modulora_core.choices import Choice
 from modulora_core.plan import jobs
 from modulora_core.plan.fitting import plan_memory
 from modulora_core.plan.jobs import Job
+from modulora_core.plan.overhead import TRITON_BYTES
 from modulora_core.plan.rehearsal import rehearse_training
 from modulora_core.plan.request import PlanRequest, finetuning
 from modulora_core.plan.subject import Subject, open_subject
@@ -196,3 +198,15 @@ def test_a_decoding_plan_is_within_8_percent_of_a_real_run(
     real = run("decoding", {"model": str(model), **options})
     config = finetuning({"seq_len": real["prompt"], "mapped": options.get("mapped", False)})
     held_to_the_truth("decoding", jobs.decoding(packed_subject(model), PlanRequest(str(model), config=config)), real)  # fmt: skip
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="it is about Triton, where that is installed")
+def test_triton_takes_what_is_planned_for_it() -> None:
+    imports = "with PeakMemory() as peak: from transformers import PreTrainedModel"
+    code = f"from modulora_core.memory import PeakMemory\n{imports}\nprint(peak.nbytes)"
+    without = f"import sys; sys.modules['triton'] = None\n{code}"  # as if it weren't installed
+    taken, less = (
+        int(subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout)
+        for words in (code, without)
+    )
+    assert taken - less == pytest.approx(TRITON_BYTES, rel=0.15)
