@@ -89,9 +89,13 @@ def tile_ranges(rows: int, row_bytes: int, budget: int) -> Iterator[tuple[int, i
 
 @cache
 def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bf16 numbers itself, by AVX-512's or AMX's instructions, and torch uses these (by oneDNN)."""
+    """Whether this CPU multiplies bf16 numbers itself, by AVX-512's or AMX's instructions, and torch uses these, by oneDNN.
+
+    oneDNN may have been told not to (``ONEDNN_MAX_CPU_ISA``): then a bf16 product takes hundreds of times as long.
+    """
     capabilities = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
-    has = torch.backends.mkldnn.is_available() and any(supported() for supported in capabilities)
+    has = any(supported() for supported in capabilities)
+    has = has and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if has:
         bound_caches()
     return has

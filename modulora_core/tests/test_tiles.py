@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -84,6 +87,15 @@ def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     """Whether the processor is taken for one that multiplies bf16 numbers; torch does anyway, faster or slower."""
     monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: request.param)
     return bool(request.param)
+
+
+def test_units_that_torch_was_told_not_to_use_are_none() -> None:
+    code = "import torch; from modulora_core import tiles; print(tiles.compute_dtype(torch.bfloat16, torch.device('cpu')))"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert told.stdout == "torch.float32\n"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
