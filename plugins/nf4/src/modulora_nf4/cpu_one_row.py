@@ -5,7 +5,7 @@
 Sixteen bytes hold 32 codes, the even columns' in their high halves and the odd columns' in the low ones. Levels are looked up and
 multiplied in registers, by an x whose columns were put in the order of the levels first, and the sum of 32 products is scaled: nothing
 decoded is stored. AVX-512 looks sixteen levels up at once. AVX2 does so with bytes, so it looks up each of a level's four bytes, and puts
-them together, for 32 codes in sixteen operations. A weight of out · in values takes out · in / 2 bytes and 4 bytes a block, read once, and
+them together, for 32 codes in fifteen operations. A weight of out · in values takes out · in / 2 bytes and 4 bytes a block, read once, and
 seven operations for each 32 values, 21 in code for AVX2. The floor is the larger of bytes / bandwidth and operations / peak.
 """
 
