@@ -99,7 +99,7 @@ def _triton() -> ModuleType | None:
     except ImportError as error:
         warnings.warn(
             f"triton, which compiles the GPU kernels of quantizers, can't be imported ({error}); plain torch runs instead: the same "
-            "values, slower and with more memory. Builds of torch for GPUs bring theirs: to mend it, install torch again, or pip install triton",
+            "values, slower and with more memory. GPU builds of torch bring it. To mend it: reinstall torch, or pip install triton",
             RuntimeWarning,
             stacklevel=3,
         )
