@@ -86,7 +86,7 @@ def lora_linear(
         return uncompiled(  # type: ignore[no-any-return]  # the decorator has no types
             _recorded, x, bias, A, B, input_scale, output_scale, dropout, *frozen
         )
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or kept_products.is_inside():
         return _recorded(x, bias, A, B, input_scale, output_scale, dropout, *frozen)
     # decoding: a Function takes as long as a small layer, and other calls that do nothing a tenth of that
     Z = _multiplied(x, input_scale, quantizer, packed, transpose)
@@ -122,7 +122,7 @@ def _recorded(
         keep, U = _projected(x, A, dropout)
         if v is not None and v.requires_grad:  # Z is one of the saved
             Z = kept_products.product_or(multiply)
-            kept_products.keep(Z)
+            kept_products.keep(Z, is_needed=True)
     result: Tensor = _LoRALinear.apply(
         x, bias, A, B, u, v, U, keep, Z, dropout, quantizer, packed, scale, transpose
     )

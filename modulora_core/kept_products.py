@@ -6,149 +6,200 @@ arXiv 2205.05198). A product is kept as it is, or rounded to a byte a value (:mo
 block whose products were rounded so, and the loss is exact.
 
 Torch's own selective checkpointing keeps results of torch's operators. A product is made by a quantizer, and torch sees parts of it at
-most.
+most. So a layer multiplies by :func:`product_or`, and says :func:`keep` afterwards. :class:`Making` surrounds a block's first forward, and
+:class:`Repeating` those after it (:mod:`modulora_core.recomputation`).
 
-:class:`KeptProducts` tells torch's checkpointing what surrounds a block's two forwards. A layer multiplies by :func:`product_or`, and says
-:func:`keep` afterwards. A block's last product is kept no more once a whole backward has asked for none: most blocks end with one that they
-need no more.
+Most blocks end with a product that is added to their input, and no gradient needs its values: in a Llama they are a quarter of the
+multiplications. So in the second forward zeros stand for a block's last product. Where something behind it is saved for the backward,
+that forward was in vain, and last products are needed from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from modulora_core.blockwise import Blockwise
-from modulora_core.offload import Place
 
-Form = Literal["exact", "rounded"]
+Form = Literal["none", "exact", "rounded"]
 
 
 class KeptProducts:
-    """What ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint` takes: each call is for one forward of one block.
+    """How a model's products are kept.
 
     Args:
-        form: ``"exact"``, in the dtype of the activations, or ``"rounded"``, as :class:`Blockwise` has them.
-        place: where they wait; None for the memory that they are in.
+        form: ``"exact"``, in the dtype of the activations; ``"rounded"``, as :class:`Blockwise` has them; or ``"none"``.
 
     Attributes:
-        with_last: whether a block's last product is kept too. It is known when the second step begins, and changes no value.
+        were_repeated: whether a block has been. From then on it is known
+        needs_last: whether the values of a block's last product are needed; it is kept until then too.
     """
 
-    def __init__(self, form: Form, place: Place | None = None) -> None:
-        self._form, self._place = form, place
-        self.with_last = True
-        self._repeats = self._needs_last = False
+    def __init__(self, form: Form) -> None:
+        self._form = form
+        self.were_repeated = self.needs_last = False
 
-    def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """What the forward runs in, and its repetition."""
-        if self._repeats and not self._needs_last:  # a step was made, and this is the next one's
-            self.with_last = False
-        block = _Block(self)
-        return _Within(block, replays=False), _Within(block, replays=True)
-
-    def kept(self, product: Tensor) -> Callable[[], Tensor | None]:
-        """How to have ``product`` again, as often as wanted; None where it was written to since."""
+    def keep(self, product: Tensor) -> tuple[Tensor, ...]:
+        """The tensors to keep for ``product``."""
         if self._form == "rounded":
             coded = Blockwise.quantize(product)
-            codes, scales, dtype = self._away(coded.codes), coded.scales, coded.dtype
-            # not coded itself, whose codes would stay where they are too
-            return lambda: Blockwise(codes(), scales, dtype).dequantize()
-        if self._place is not None:
-            return self._away(product)
-        version = product._version
-        return lambda: product if product._version == version else None
+            return coded.codes, coded.scales
+        return (product,) if self._form == "exact" else ()
 
-    def note(self, *, last: bool) -> None:
-        """That a block was repeated, and whether it asked for its last product."""
-        self._repeats = True
-        self._needs_last |= last
-
-    def _away(self, tensor: Tensor) -> Callable[[], Tensor]:
-        if self._place is None:
-            return lambda: tensor
-        place, device, parked = self._place, tensor.device, self._place.keep(tensor)
-
-        def back() -> Tensor:
-            brought = parked.to(device, copy=True)
-            place.drop(parked)
-            return brought
-
-        return back
+    def again(self, kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The product for which :meth:`keep` gave ``kept``."""
+        if self._form == "rounded":
+            codes, scales = kept
+            return Blockwise(codes, scales, dtype).dequantize()
+        return kept[0]
 
 
-class _Within(AbstractContextManager[None]):
-    """Has the layers that run inside find their block. It may be entered again: a graph that is kept goes back more than once."""
+class _Block(Protocol):
+    """What the layers find that run in a block."""
 
-    def __init__(self, block: _Block, *, replays: bool) -> None:
-        self._block, self._replays = block, replays
+    def product_or(self, make: Callable[[], Tensor]) -> Tensor: ...
 
-    def __enter__(self) -> None:
-        self._block.begin(replays=self._replays)
-        self._before = _current_block.set(self._block)
-
-    def __exit__(self, *error: object) -> None:
-        _current_block.reset(self._before)
-        self._block.end()
-
-
-class _Block:
-    """The products of one forward of a block, in their order, which is that of its repetition.
-
-    In the place of a product that was written to is one that is not there: it is made again.
-    """
-
-    def __init__(self, owner: KeptProducts) -> None:
-        self._owner = owner
-        self._products: list[Callable[[], Tensor | None]] = []
-        self._latest: tuple[Tensor, int] | None = None
-        self._count = self._next = 0
-        self.is_replayed = False
-
-    def begin(self, *, replays: bool) -> None:
-        self._next, self.is_replayed = 0, replays
-
-    def end(self) -> None:
-        if self.is_replayed:
-            self._owner.note(last=0 < self._next == self._count)
-        else:
-            self._keep_latest(at_end=True)
-
-    def add(self, product: Tensor) -> None:
-        self._keep_latest()
-        self._latest, self._count = (product, product._version), self._count + 1
-
-    def _keep_latest(self, *, at_end: bool = False) -> None:
-        if self._latest is None:
-            return
-        product, version = self._latest
-        self._latest = None
-        if product._version != version:
-            self._products.append(lambda: None)
-        elif self._owner.with_last or not at_end:
-            self._products.append(self._owner.kept(product))
-
-    def product_or(self, make: Callable[[], Tensor]) -> Tensor:
-        number, self._next = self._next, self._next + 1
-        product = self._products[number]() if number < len(self._products) else None
-        return make() if product is None else product
+    def keep(self, product: Tensor, *, is_needed: bool) -> None: ...
 
 
 _current_block: ContextVar[_Block | None] = ContextVar("current_block", default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is known of a block's products, in their order, but for the tensors that are kept of them.
+
+    Attributes:
+        kept: of each product its dtype, and how many tensors are kept; none of one that was written to, which is made again.
+        last: number, shape, dtype and device of the last one; None where its values are needed for sure.
+    """
+
+    kept: tuple[tuple[torch.dtype, int], ...]
+    last: tuple[int, torch.Size, torch.dtype, torch.device] | None
+
+
+class Making(AbstractContextManager["Making"]):
+    """The first forward of a block runs in it."""
+
+    def __init__(self, products: KeptProducts) -> None:
+        self._products = products
+        self._kept: list[tuple[torch.dtype, tuple[Tensor, ...], int]] = []
+        self._latest: tuple[Tensor, int, bool] | None = None
+
+    def __enter__(self) -> Self:
+        self._before = _current_block.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _current_block.reset(self._before)
+
+    def product_or(self, make: Callable[[], Tensor]) -> Tensor:
+        return make()
+
+    def keep(self, product: Tensor, *, is_needed: bool) -> None:
+        self._keep_latest()
+        self._latest = product, product._version, is_needed
+
+    def _keep_latest(self) -> None:
+        """Not before the next one is made, or the block ends: until then its own layer's result may be written to."""
+        if self._latest is None:
+            return
+        product, version, _ = self._latest
+        kept = self._products.keep(product) if product._version == version else ()
+        self._kept.append((product.dtype, kept, kept[0]._version if kept else 0))
+        self._latest = None
+
+    def record(self) -> tuple[list[Tensor], Record]:
+        """At the end of the block: the tensors to keep until it is repeated, and what else there is to know."""
+        last = None
+        if self._latest is not None:
+            product, _, is_needed = self._latest
+            if not is_needed:
+                last = len(self._kept), product.shape, product.dtype, product.device
+            if is_needed or self._products.needs_last or not self._products.were_repeated:
+                self._keep_latest()
+        unwritten = [
+            (dtype, kept if kept and kept[0]._version == version else ())
+            for dtype, kept, version in self._kept
+        ]
+        tensors = [tensor for _, kept in unwritten for tensor in kept]
+        return tensors, Record(tuple((dtype, len(kept)) for dtype, kept in unwritten), last)
+
+
+class Repeating(AbstractContextManager["Repeating"]):
+    """A later forward of a block runs in it.
+
+    Args:
+        tensors, record: what :meth:`Making.record` returned.
+
+    Attributes:
+        was_in_vain: something behind the last product was saved, and there were zeros in the place of that.
+    """
+
+    def __init__(self, products: KeptProducts, tensors: Sequence[Tensor], record: Record) -> None:
+        self._products, self._record = products, record
+        rest = iter(tensors)
+        self._kept = [(dtype, [next(rest) for _ in range(count)]) for dtype, count in record.kept]
+        self._next, self._watch = 0, ExitStack()
+        self.was_in_vain = False
+
+    def __enter__(self) -> Self:
+        self._before = _current_block.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._watch.close()
+        _current_block.reset(self._before)
+        self._products.were_repeated = True
+
+    def product_or(self, make: Callable[[], Tensor]) -> Tensor:
+        number, self._next = self._next, self._next + 1
+        last = self._record.last
+        if last is not None and number == last[0] and not self._products.needs_last:
+            return self._zeros(*last[1:])
+        if number < len(self._kept):
+            dtype, kept = self._kept[number]
+            if kept:
+                return self._products.again(kept, dtype)
+        return make()
+
+    def _zeros(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        # what is saved from here on is saved in vain, and nobody asks for it
+        self._watch.enter_context(
+            torch.autograd.graph.saved_tensors_hooks(self._note, lambda _: torch.empty(0))
+        )
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def keep(self, product: Tensor, *, is_needed: bool) -> None:
+        pass
+
+    def _note(self, _: Tensor) -> None:
+        self.was_in_vain = self._products.needs_last = True
+
+
+def is_inside() -> bool:
+    """Whether this runs in a block's forward, the first one or another."""
+    return _current_block.get() is not None
+
+
 def product_or(make: Callable[[], Tensor]) -> Tensor:
     """A layer's product: the kept one where a block is repeated, else what ``make()`` gives. It isn't to be written to."""
     block = _current_block.get()
-    return block.product_or(make) if block is not None and block.is_replayed else make()
+    return make() if block is None else block.product_or(make)
 
 
-def keep(product: Tensor) -> None:
-    """Keep the product that a layer just made, in the first forward of a block that keeps them."""
+def keep(product: Tensor, *, is_needed: bool = False) -> None:
+    """Keep the product that a layer just made, in the first forward of a block that keeps them.
+
+    Args:
+        is_needed: the layer's own backward needs its values, so that a block's last product is kept too.
+    """
     block = _current_block.get()
-    if block is not None and not block.is_replayed:
-        block.add(product.detach())  # which counts what is written to either
+    if block is not None:
+        block.keep(product.detach(), is_needed=is_needed)  # which counts what is written to either

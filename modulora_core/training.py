@@ -236,8 +236,7 @@ def train(
     started = time.perf_counter()
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        elsewhere = place if config.offload_activations else None
-        checkpoint_activations(model, products=config.keep_products, place=elsewhere)
+        checkpoint_activations(model, products=config.keep_products)
     steps = total_steps(config, len(examples))  # type: ignore[arg-type]  # torch's Dataset has no __len__
     _warn_of_warmup(config, steps)
     watcher = _Watcher(on_step, on_eval)

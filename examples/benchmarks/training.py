@@ -18,7 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from methods import BASE, BASE_DTYPE, Method, ModelFiles
@@ -41,7 +41,7 @@ class TrainingJob(ModelJob):
         rows: int,
         length: int,
         checkpointing: Sequence[str],
-        products: Form | Literal["none"],
+        products: Form,
         precision: str = "highest",
     ) -> None:
         super().__init__(method, files, dtype)
@@ -125,9 +125,9 @@ def checkpointing_methods(run: Run) -> list[str]:
     return list(run.methods) if named == [] else named or []
 
 
-def kept_products(run: Run) -> Form | Literal["none"]:
+def kept_products(run: Run) -> Form:
     """Ends the program where nothing would be kept."""
-    form: Form | Literal["none"] = run.flags.keep_products
+    form: Form = run.flags.keep_products
     if form != "none" and run.flags.gradient_checkpointing is None:
         raise SystemExit("--keep-products: expected --gradient-checkpointing beside it, got none")
     return form

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,18 +74,16 @@ def rehearse_training(subject: Subject, request: PlanRequest) -> Rehearsal:
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        elsewhere = _Elsewhere() if config.offload_activations else None
-        checkpoint_activations(model, products=config.keep_products, place=elsewhere)
+        checkpoint_activations(model, products=config.keep_products)
     model.train()
     with _stage(model, subject, request, config.batch_size) as stage:
         _watch_gradients(model, stage.ledger, config)
-        with _offloaded(model) if config.offload_activations else ExitStack():
-            stage.ledger.begin("start")
-            with chunked_loss(model):
-                loss = model(**stage.batch, labels=stage.batch["input_ids"]).loss
-            loss.backward()
-            del loss
-            stage.ledger.end()
+        stage.ledger.begin("start")
+        with chunked_loss(model), _offloaded(model) if config.offload_activations else nullcontext():
+            loss = model(**stage.batch, labels=stage.batch["input_ids"]).loss
+        loss.backward()
+        del loss
+        stage.ledger.end()
     return Rehearsal(stage.timeline, sum(trained), max(trained), largest=stage.ledger.largest)
 
 
@@ -210,16 +208,6 @@ def _offloaded(model: nn.Module) -> Any:
         return torch.empty(kept[0], dtype=kept[1], device=kept[2])
 
     return torch.autograd.graph.saved_tensors_hooks(drop, bring)
-
-
-class _Elsewhere:
-    """A place for kept products (:class:`modulora_core.offload.Place`) where they take no memory."""
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        return tensor.new_empty(()).expand(tensor.shape)
-
-    def drop(self, kept: Tensor) -> None:
-        pass
 
 
 def _tensors_of(cache: Any) -> list[Tensor]:
