@@ -37,8 +37,8 @@ class KeptProducts:
         form: ``"exact"``, in the dtype of the activations; ``"rounded"``, as :class:`Blockwise` has them; or ``"none"``.
 
     Attributes:
-        were_repeated: whether a block has been. From then on it is known
-        needs_last: whether the values of a block's last product are needed; it is kept until then too.
+        were_repeated: whether a block was repeated. Until then it isn't known
+        needs_last: whether the values of a block's last product are needed, and it is kept.
     """
 
     def __init__(self, form: Form) -> None:
