@@ -34,6 +34,8 @@ def checkpoint_activations(model: PreTrainedModel, *, products: Form = "none") -
     # transformers 5.24 renamed gradient_checkpointing_enable, and warns of the old name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # it has embeddings require gradients, so that all blocks go back, for a kind of checkpointing that wants that
+    model.disable_input_require_grads()
     blocks = _Blocks(products)
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):

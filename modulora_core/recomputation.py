@@ -102,13 +102,10 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
-        inputs = [
-            tensor.detach().requires_grad_(needs)
-            for tensor, needs in zip(ctx.saved_tensors[: ctx.count], needed, strict=False)
-        ]
+        inputs, results = _repeated(ctx, needed)
         pairs = [
             (output, gradient)
-            for output, gradient in zip(_repeated(ctx, inputs), gradients, strict=True)
+            for output, gradient in zip(results, gradients, strict=True)
             if gradient is not None and output.requires_grad
         ]
         wanted = [number for number, needs in enumerate(needed) if needs]
@@ -122,18 +119,24 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *found
 
 
-def _repeated(ctx: Any, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The function's outputs once more, recorded."""
-    with (
-        Repeating(ctx.products, ctx.saved_tensors[ctx.count :], ctx.record) as repeating,
-        ctx.surroundings.again(),
-        torch.enable_grad(),
-    ):
-        outputs: tuple[Any, ...] = ctx.function(inputs)
-    if not repeating.was_in_vain:
-        return outputs
-    del outputs
-    return _repeated(ctx, inputs)
+def _repeated(ctx: Any, needed: Sequence[bool]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The function's inputs, as leaves of a graph, and once more its outputs, recorded."""
+    saved = ctx.saved_tensors  # once: what waits elsewhere is brought each time
+    inputs = [
+        tensor.detach().requires_grad_(needs)
+        for tensor, needs in zip(saved[: ctx.count], needed, strict=False)
+    ]
+
+    def outputs() -> tuple[Any, ...] | None:
+        with (
+            Repeating(ctx.products, saved[ctx.count :], ctx.record) as repeating,
+            ctx.surroundings.again(),
+            torch.enable_grad(),
+        ):
+            found: tuple[Any, ...] = ctx.function(inputs)
+        return None if repeating.was_in_vain else found
+
+    return inputs, outputs() or outputs() or ()
 
 
 class _Surroundings:
@@ -147,7 +150,7 @@ class _Surroundings:
             torch.autocast(
                 device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), torch.is_autocast_cache_enabled()
             )
-            for device in dict.fromkeys(("cpu", self._device))
+            for device in dict.fromkeys(("cpu", self._device)) if torch.amp.is_autocast_available(device)
         ]  # fmt: skip
 
     @contextmanager

@@ -137,6 +137,15 @@ def test_none_are_kept_and_the_last_is_made_again_where_it_is_needed(
         assert multiplied[False] == BLOCKS * linears + repeated + in_vain
 
 
+def test_blocks_below_what_trains_are_not_made_again_nor_gone_back_through(
+    pack: Pack, multiplied: Counter[bool]
+) -> None:
+    model = adapted(pack("llama", "toy")[1], "none", targets="layers.1.self_attn.o_proj")
+    step(model)
+    # the block above makes all again but its last product; gradients go back through its feed-forward layers alone
+    assert multiplied == {False: BLOCKS * LINEARS["llama"] + LINEARS["llama"] - 1, True: 3}
+
+
 class Outer(GradientCheckpointingLayer):
     """A block around a block."""
 
