@@ -111,9 +111,9 @@ def _recorded(
 ) -> Tensor:
     """The result, with what its backward needs saved *before* the packed weight is multiplied by.
 
-    Gradient checkpointing runs a block again for what it saves, and stops when all of that is there: the block's last layer, in a
-    Llama a quarter of its multiplications, is then not multiplied by again. So autograd records a result without memory, which gets that
-    of the product afterwards.
+    Gradient checkpointing runs a block again for what it saves, so its last product, in a Llama a quarter of its multiplications, needn't
+    be made again if nothing is saved behind it: torch's stops there, and :mod:`modulora_core.kept_products` has zeros for it. So autograd
+    records a result without memory, which gets that of the product afterwards.
     """
     multiply = partial(_multiplied, x, u, quantizer, packed, transpose)
     finish = partial(_finished, bias=bias, B=B, v=v, scale=scale)
