@@ -9,10 +9,9 @@ Apart from :mod:`modulora_core.training`, whose Trainer takes a second and 100 M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,6 @@ class _Blocks:
 
     def __init__(self, form: Form) -> None:
         self._products = KeptProducts(form)
-        self._known: WeakSet[nn.Module] = WeakSet()
         self._are_closed = True
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -56,18 +54,19 @@ class _Blocks:
             return checkpoint(function, *arguments, use_reentrant=False)
         if kept_products.is_inside():  # a part of a block that is made again as a whole
             return function(*arguments)
-        if self._are_closed:
-            call = function if isinstance(function, partial) else partial(function)
-            block = _block_of(call)
-            self._are_closed = block is not None and _is_closed(block, (*arguments, *call.keywords.values()))
-            if block is not None and self._are_closed:
-                before = _attributes(block) if block not in self._known else None
-                parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-                outputs = recomputed(call, arguments, parameters, self._products)
-                self._known.add(block)
-                self._are_closed = before is None or _attributes(block) == before
-                if self._are_closed:
-                    return outputs
+        call = function if isinstance(function, partial) else partial(function)
+        block = _block_of(call)
+        if (
+            self._are_closed
+            and block is not None
+            and _is_closed(block, (*arguments, *call.keywords.values()))
+        ):
+            before = _attributes(block)
+            parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+            outputs = recomputed(call, arguments, parameters, self._products)
+            if _are_the_same(before, _attributes(block)):
+                return outputs
+        self._are_closed = False
         return checkpointed(function, arguments, self._products)
 
 
@@ -90,11 +89,15 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype)
 
 
-def _attributes(block: nn.Module) -> dict[tuple[int, str], int]:
+def _attributes(block: nn.Module) -> dict[tuple[int, str], Tensor]:
     """The tensors, neither parameters nor buffers, that the modules of a block refer to."""
     return {
-        (number, name): id(value)
+        (number, name): value
         for number, module in enumerate(block.modules())
         for name, value in vars(module).items()
         if isinstance(value, Tensor)
     }
+
+
+def _are_the_same(some: Mapping[Any, Tensor], others: Mapping[Any, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(some[key] is others[key] for key in some)

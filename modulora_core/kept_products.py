@@ -16,11 +16,12 @@ that forward was in vain, and last products are needed from then on.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -37,13 +38,12 @@ class KeptProducts:
         form: ``"exact"``, in the dtype of the activations; ``"rounded"``, as :class:`Blockwise` has them; or ``"none"``.
 
     Attributes:
-        were_repeated: whether a block was repeated. Until then it isn't known
-        needs_last: whether the values of a block's last product are needed, and it is kept.
+        needs_last: whether the values of a block's last product are needed. None until a block was repeated; it is kept so long.
     """
 
     def __init__(self, form: Form) -> None:
         self._form = form
-        self.were_repeated = self.needs_last = False
+        self.needs_last: bool | None = None
 
     def keep(self, product: Tensor) -> tuple[Tensor, ...]:
         """The tensors to keep for ``product``."""
@@ -60,11 +60,20 @@ class KeptProducts:
         return kept[0]
 
 
-class _Block(Protocol):
-    """What the layers find that run in a block."""
+class _Block(AbstractContextManager["_Block"], ABC):
+    """What the layers find that run in it."""
 
+    def __enter__(self) -> Self:
+        self._before = _current_block.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _current_block.reset(self._before)
+
+    @abstractmethod
     def product_or(self, make: Callable[[], Tensor]) -> Tensor: ...
 
+    @abstractmethod
     def keep(self, product: Tensor, *, is_needed: bool) -> None: ...
 
 
@@ -84,20 +93,13 @@ class Record:
     last: tuple[int, torch.Size, torch.dtype, torch.device] | None
 
 
-class Making(AbstractContextManager["Making"]):
+class Making(_Block):
     """The first forward of a block runs in it."""
 
     def __init__(self, products: KeptProducts) -> None:
         self._products = products
         self._kept: list[tuple[torch.dtype, tuple[Tensor, ...], int]] = []
         self._latest: tuple[Tensor, int, bool] | None = None
-
-    def __enter__(self) -> Self:
-        self._before = _current_block.set(self)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        _current_block.reset(self._before)
 
     def product_or(self, make: Callable[[], Tensor]) -> Tensor:
         return make()
@@ -122,7 +124,7 @@ class Making(AbstractContextManager["Making"]):
             product, _, is_needed = self._latest
             if not is_needed:
                 last = len(self._kept), product.shape, product.dtype, product.device
-            if is_needed or self._products.needs_last or not self._products.were_repeated:
+            if is_needed or self._products.needs_last is not False:
                 self._keep_latest()
         unwritten = [
             (dtype, kept if kept and kept[0]._version == version else ())
@@ -132,7 +134,7 @@ class Making(AbstractContextManager["Making"]):
         return tensors, Record(tuple((dtype, len(kept)) for dtype, kept in unwritten), last)
 
 
-class Repeating(AbstractContextManager["Repeating"]):
+class Repeating(_Block):
     """A later forward of a block runs in it.
 
     Args:
@@ -149,14 +151,10 @@ class Repeating(AbstractContextManager["Repeating"]):
         self._next, self._watch = 0, ExitStack()
         self.was_in_vain = False
 
-    def __enter__(self) -> Self:
-        self._before = _current_block.set(self)
-        return self
-
     def __exit__(self, *error: object) -> None:
         self._watch.close()
-        _current_block.reset(self._before)
-        self._products.were_repeated = True
+        super().__exit__(*error)
+        self._products.needs_last = bool(self._products.needs_last)
 
     def product_or(self, make: Callable[[], Tensor]) -> Tensor:
         number, self._next = self._next, self._next + 1

@@ -127,16 +127,16 @@ def _repeated(ctx: Any, needed: Sequence[bool]) -> tuple[list[Tensor], tuple[Any
         for tensor, needs in zip(saved[: ctx.count], needed, strict=False)
     ]
 
-    def outputs() -> tuple[Any, ...] | None:
+    while True:
         with (
             Repeating(ctx.products, saved[ctx.count :], ctx.record) as repeating,
             ctx.surroundings.again(),
             torch.enable_grad(),
         ):
-            found: tuple[Any, ...] = ctx.function(inputs)
-        return None if repeating.was_in_vain else found
-
-    return inputs, outputs() or outputs() or ()
+            outputs: tuple[Any, ...] = ctx.function(inputs)
+        if not repeating.was_in_vain:
+            return inputs, outputs
+        del outputs
 
 
 class _Surroundings:

@@ -81,27 +81,30 @@ def test_what_blocks_hand_on_beside_their_outputs_has_a_gradient(what: str) -> N
     assert made_again(model) == 0, "or nothing here hands on more"
 
 
-def test_what_a_block_leaves_in_an_attribute_has_a_gradient() -> None:
+@pytest.mark.parametrize("first", [0, 1], ids=["from the first step on", "from the second one on"])
+def test_what_a_block_leaves_in_an_attribute_has_a_gradient(first: int) -> None:
     class Leaves(nn.Module):
         def __init__(self, mlp: nn.Module) -> None:
             super().__init__()
-            self.mlp, self.power = mlp, torch.zeros(())
+            self.mlp, self.power, self.leaves = mlp, torch.zeros(()), False
 
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.mlp(x)
-            self.power = y.square().mean()
+            if self.leaves:
+                self.power = y.square().mean()
             return y
 
     found = []
     for checkpointed in (False, True):
         model: Any = tiny_model("llama").train()
-        blocks = model.model.layers
-        blocks[0].mlp = Leaves(blocks[0].mlp)
+        leaver = model.model.layers[0].mlp = Leaves(model.model.layers[0].mlp)
         if checkpointed:
             checkpoint_activations(model)
-        model(input_ids=IDS, use_cache=False)  # whose output isn't looked at
-        blocks[0].mlp.power.backward()
-        found.append(blocks[0].mlp.mlp.down_proj.weight.grad)
+        for step in range(first + 1):
+            leaver.leaves = step == first
+            model(input_ids=IDS, use_cache=False)  # whose output isn't looked at
+        leaver.power.backward()
+        found.append(leaver.mlp.down_proj.weight.grad)
     assert torch.equal(*found)
 
 
