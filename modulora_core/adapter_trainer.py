@@ -1,7 +1,7 @@
 """transformers.Trainer for an adapter on packed weights: what it does otherwise.
 
 Only the adapter is saved and restored. No logits are whole (:mod:`modulora_core.chunked_loss`). The loss on held-out data is a mean over
-tokens. Activations and the optimizer's states are offloaded, and gradients applied at once, where the config asks for it.
+tokens.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from typing_extensions import override
@@ -21,8 +21,6 @@ from typing_extensions import override
 from modulora_core.chunked_loss import chunked_loss
 from modulora_core.data.rendering import IGNORED
 from modulora_core.finetune_config import FinetuneConfig
-from modulora_core.offload import Place, offloaded_activations
-from modulora_core.optimizers import step_one_by_one
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +35,11 @@ class AdapterTrainer(Trainer):
     """A Trainer whose model is an adapter: the frozen base is neither saved nor loaded."""
 
     def __init__(
-        self, *, files: AdapterFiles, config: FinetuneConfig, place: Place, **arguments: Any
+        self, *, files: AdapterFiles, config: FinetuneConfig, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
         self._files = files
         self._config = config
-        self._place = place
         self.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to --json
 
     @override
@@ -58,20 +55,8 @@ class AdapterTrainer(Trainer):
     @override
     def compute_loss(self, model: nn.Module, *arguments: Any, **options: Any) -> Any:
         offload = self._config.offload_activations and model.training
-        with (
-            chunked_loss(self.model),
-            offloaded_activations(self.model, self._place) if offload else nullcontext(),
-        ):
+        with chunked_loss(self.model), save_on_cpu(pin_memory=True) if offload else nullcontext():
             return super().compute_loss(model, *arguments, **options)
-
-    @override
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        place = self._place if self._config.offload_optimizer else None
-        at_once = self._config.apply_gradients_at_once
-        if place is not None or at_once:
-            step_one_by_one(optimizer, place, at_once=at_once)
-        return optimizer
 
     @override
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

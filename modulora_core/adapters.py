@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 from modulora_core.adapter_record import AdapterRecord, describe_base, record_of
 from modulora_core.channel_scales import ChannelScales
 from modulora_core.errors import AdapterError, ModelError, OptionError
-from modulora_core.layers import LoRALinear, PackedStack, QuantLinear
-from modulora_core.packed_table import TiedHead
+from modulora_core.layers import LoRALinear, PackedStack, QuantLinear, TiedHead
 from modulora_core.peft_format import AdapterDelta, AdapterFolder, adapter_deltas, write_adapter
 from modulora_core.targets import ALL_LINEAR, select_targets, shortest_names
 

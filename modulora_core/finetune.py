@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from modulora_core.adapter_trainer import AdapterFiles
 from modulora_core.adapters import (
@@ -36,11 +35,8 @@ from modulora_core.data import Collator, Examples, load_examples
 from modulora_core.devices import pick_device
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.finetune_config import FinetuneConfig
-from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.memory import PeakMemory
 from modulora_core.model_card import model_card
-from modulora_core.offload import offload_place
-from modulora_core.optimizers import check_optimizer
 from modulora_core.outputs import (
     RUN_FILE,
     check_disk_space,
@@ -52,7 +48,7 @@ from modulora_core.outputs import (
 from modulora_core.peft_format import CONFIG_FILE
 from modulora_core.sources.quiet import quiet
 from modulora_core.targets import select_targets
-from modulora_core.training import OnEval, OnStep, Outcome, train
+from modulora_core.training import OnEval, OnStep, Outcome, check_optimizer, train
 from modulora_core.training_checkpoints import latest_checkpoint, remove_half_written
 from modulora_core.training_losses import divergence
 
@@ -113,8 +109,8 @@ def finetune(
     out = Path(config.out)
     resume_from = _check_out(out, config, resume)
     device = pick_device()
-    _check_dtype(config, device)
-    check_optimizer(config.optimizer)
+    _check_device(config, device)
+    check_optimizer(config.optim)
     checkpoint = open_checkpoint(config.model)
     if config.mapped:
         check_mapped(checkpoint, str(device))
@@ -128,11 +124,10 @@ def finetune(
     eval_examples = None if config.eval_data is None else _examples(config.eval_data, tokenizer, config)
     with PeakMemory(device) as peak, quiet():
         model = load_model(checkpoint, dtype=config.dtype, device=str(device), mapped=config.mapped)
-        _check_products(model, config)
         settings = _adapt(model, config)
-        check_disk_space(out, _nbytes(model, config))
+        check_disk_space(out, _nbytes(model))
         out.mkdir(parents=True, exist_ok=True)
-        with only_writer(out), offload_place(device, out) as place:
+        with only_writer(out):
             write_file(out / RUN_FILE, config.to_yaml())
             remove_half_written(out / CHECKPOINTS)
             outcome = train(
@@ -142,7 +137,6 @@ def finetune(
                 config,
                 out / CHECKPOINTS,
                 files=_adapter_files(model, settings),
-                place=place,
                 eval_examples=eval_examples,
                 resume_from=resume_from,
                 on_step=on_step,
@@ -207,9 +201,11 @@ def _check_only_begun(out: Path) -> None:
         )
 
 
-def _check_dtype(config: FinetuneConfig, device: torch.device) -> None:
+def _check_device(config: FinetuneConfig, device: torch.device) -> None:
     if config.dtype == "float16" and device.type == "cpu":
         raise OptionError("dtype float16: training in it takes a GPU; on a CPU expected float32 or bfloat16")
+    if config.offload_activations and device.type == "cpu":
+        raise OptionError("offload_activations: expected a GPU, got a CPU, whose memory already holds the activations")
 
 
 def _check_window(config: FinetuneConfig, checkpoint: PackedCheckpoint) -> None:
@@ -257,31 +253,10 @@ def _adapt(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:
     return None
 
 
-def _check_products(model: PreTrainedModel, config: FinetuneConfig) -> None:
-    """Refuse to round what decides between experts: a block's second forward could ask for others than the first."""
-    if config.keep_products == "rounded" and any(
-        isinstance(module, PackedStack) for module in model.modules()
-    ):
-        raise OptionError(
-            "keep_products: with rounded products a block's second forward may route tokens to other experts: expected exact or none for a "
-            "model with experts, got rounded"
-        )
-
-
-def _nbytes(model: PreTrainedModel, config: FinetuneConfig) -> int:
-    """Bytes that a run writes: the adapter, three checkpoints of it with AdamW's two moments, small files, what is offloaded."""
+def _nbytes(model: nn.Module) -> int:
+    """Bytes that a run writes: the adapter, three checkpoints with AdamW's two moments, and small files."""
     adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    offloaded = 2 * adapter if config.offload_optimizer else 0
-    if config.offload_activations:
-        sizes, tokens = model.config.get_text_config(), config.batch_size * config.seq_len
-        # the inputs of the blocks, and what stands around them
-        states = (sizes.num_hidden_layers + 2) * sizes.hidden_size * model.dtype.itemsize
-        widths = sum(m.layout.shape[0] for m in model.modules() if isinstance(m, PackedParameter))
-        products = {"none": 0, "exact": model.dtype.itemsize, "rounded": 1}[config.keep_products] * widths
-        offloaded += tokens * (states + products)
-    if model.device.type != "cpu":  # to the CPU's memory, then
-        offloaded = 0
-    return int(adapter * (1 + 3 * 3) + offloaded + 2**20)
+    return adapter * (1 + 3 * 3) + 2**20
 
 
 def _adapter_files(model: nn.Module, settings: LoRASettings | None) -> AdapterFiles:

@@ -107,25 +107,16 @@ class FinetuneConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         True, description="compute activations again in the backward instead of keeping them"
     )
-    keep_products: Literal["none", "exact", "rounded"] = Field(
-        "none",
-        description="what gradient checkpointing keeps of products with packed weights, which then aren't made again: exact as they are, "
-        "rounded to a byte a value, which rounds the gradients a little",
+    keep_products: bool = Field(
+        False,
+        description="gradient checkpointing keeps the products with packed weights, so that the backward doesn't multiply again",
     )
     offload_activations: bool = Field(
-        False, description="keep what gradient checkpointing keeps in the CPU's memory, or on a CPU in a file"
+        False, description="on a GPU: keep the activations that the backward needs in the CPU's memory"
     )
-    optimizer: Literal["adamw", "adamw-8bit"] = Field(
-        "adamw",
-        description="makes the steps; adamw-8bit keeps 2 bytes a trained value instead of 8, and needs bitsandbytes",
-    )
-    offload_optimizer: bool = Field(
-        False, description="keep the optimizer's states in the CPU's memory, or on a CPU in a file"
-    )
-    apply_gradients_at_once: bool = Field(
-        False,
-        description="apply each gradient in the backward and drop it, so that they never add up; takes "
-        "--grad-accum 1 and --max-grad-norm 0",
+    optim: str = Field(
+        "adamw_torch",
+        description="optimizer, by its name in transformers: adamw_torch, adamw_bnb_8bit, paged_adamw_32bit, adafactor, ...",
     )
     seed: int = Field(0, ge=0, description="of the adapter's start, the order of the data and the dropout")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
@@ -147,38 +138,12 @@ class FinetuneConfig(BaseModel):
             )
         if self.eval_every is not None and self.eval_data is None:
             raise ValueError(f"eval_every is {self.eval_every}: expected eval_data to evaluate on, got none")
-        if not self.gradient_checkpointing:
-            self._check_without_checkpointing()
-        self._check_at_once()
+        if self.keep_products and not self.gradient_checkpointing:
+            raise ValueError("keep_products: expected gradient_checkpointing, got none: without it all products are kept")
         given = [name for name in _EXCLUSIVE["adapter"] if name in self.model_fields_set]
         if self.adapter is not None and given:
             raise ValueError(f"{', '.join(given)}: the adapter {self.adapter} has its own; leave it out")
         return self
-
-    def _check_without_checkpointing(self) -> None:
-        if self.offload_activations:
-            raise ValueError(
-                "offload_activations: expected gradient_checkpointing, got none: what it keeps is offloaded"
-            )
-        if self.keep_products != "none":
-            raise ValueError(
-                "keep_products: expected gradient_checkpointing, got none: without it all that a backward needs is kept"
-            )
-
-    def _check_at_once(self) -> None:
-        if not self.apply_gradients_at_once:
-            return
-        subject = "apply_gradients_at_once: a gradient is applied and dropped before the others are there"
-        if self.grad_accum != 1:
-            raise ValueError(f"{subject}, so none add up: expected grad_accum 1, got {self.grad_accum}")
-        if self.max_grad_norm != 0:
-            raise ValueError(
-                f"{subject}, so their norm is never known: expected max_grad_norm 0, got {self.max_grad_norm:g}"
-            )
-        if self.dtype == "float16":
-            raise ValueError(
-                f"{subject}, and float16's are scaled until all are: expected another dtype, got float16"
-            )
 
     @classmethod
     def build(cls, options: Mapping[str, object], *, file: str | Path | None = None) -> Self:

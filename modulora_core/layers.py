@@ -1,13 +1,15 @@
-"""The modules that hold packed weights: what stands where a ``nn.Parameter``, a ``nn.Linear`` stood.
+"""Modules that hold packed weights.
 
-    PackedParameter    a packed weight as a module: its tensors are buffers, never cast, moved with the model
+    PackedParameter    a packed weight as a module: its tensors are buffers, moved with the model and never cast
     QuantLinear        y = x Ŵᵀ + b
-    LoRALinear         a QuantLinear with named LoRA adapters on top
-    PackedStack        a fused 3-D expert weight: a list of PackedParameters
-    DenseLinear        what stays an ``nn.Linear`` beside them, a head for instance
+    LoRALinear         a QuantLinear with named LoRA adapters
+    PackedStack        fused experts, ``[experts, out, in]``: a list of PackedParameters
+    PackedTable        the packed weight of an input embedding, whose rows are decoded when they are looked up
+    TiedHead           an output head that shares the PackedTable of the embedding
+    DenseLinear        a linear layer that stays dense, such as an output head
 
-The model's own forward indexes a stack as it indexed the tensor, and ``F.linear(x, experts[i])``, ``x @ experts[i]`` and
-``torch.bmm(x, experts)`` reach the quantizer through torch's ``__torch_function__`` protocol.
+The model's own code uses a packed weight like the tensor that it replaces. ``F.linear(x, experts[i])``, ``x @ experts[i]``,
+``torch.bmm(x, experts)`` and ``F.embedding(ids, weight)`` reach the quantizer through torch's ``__torch_function__`` protocol.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from modulora_core import dense_products
-from modulora_core.autograd import lora_linear
-from modulora_core.errors import AdapterError, ShapeError
+from modulora_core.autograd import WEIGHTS, lora_linear, number_of, packed_product
+from modulora_core.errors import AdapterError, ModelError, ShapeError
 from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
 
 
@@ -30,9 +32,9 @@ class PackedParameter(nn.Module):
     """A packed weight in the place of a parameter.
 
     Args:
-        quantizer: what packed it.
+        quantizer: the quantizer that packed it.
         packed: Ŵ, ``[out, in]``; on the meta device for a skeleton that a loader fills.
-        transposed: the model's code sees the weight as ``[in, out]`` (``x @ W`` instead of ``F.linear(x, W)``).
+        transposed: the model's code sees the weight as ``[in, out]`` and computes ``x @ W``.
     """
 
     def __init__(self, quantizer: Quantizer, packed: PackedWeight, *, transposed: bool = False) -> None:
@@ -43,22 +45,22 @@ class PackedParameter(nn.Module):
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
         self._current = packed
+        number_of(quantizer, packed)  # a compiler can look the number up, and not make one
 
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight, of the buffers as they are now."""
-        # made anew only when a buffer was replaced (moved, loaded): decoding asks for this once a layer and token
+        """The packed weight, made of the buffers as they are now."""
+        # decoding asks for it once a layer and token, so it is made again only when a buffer was moved or loaded
         for name, tensor in self._current.tensors.items():
             if self._buffers[name] is not tensor:
-                self._current = self.layout.fill(
-                    {name: self.get_buffer(name) for name in self.layout.tensors}
-                )
+                tensors = {name: self.get_buffer(name) for name in self.layout.tensors}
+                self._current = self.layout.fill(tensors)
                 break
         return self._current
 
     @property
     def shape(self) -> torch.Size:
-        """As the model's code sees it."""
+        """The shape that the model's code sees."""
         return torch.Size(reversed(self.layout.shape) if self.transposed else self.layout.shape)
 
     @property
@@ -67,15 +69,16 @@ class PackedParameter(nn.Module):
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``; differentiable in ``x``."""
-        return lora_linear(x, self.quantizer, self.packed, transpose=transpose)
+        return packed_product(x, self.quantizer, self.packed, transpose)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # model.half() and model.to(torch.bfloat16) cast every float buffer; scales keep the dtype they were packed with
+        # model.half() casts every float buffer; scales keep the dtype that they were packed with
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(move, recurse)
+        number_of(self.quantizer, self.packed)
         return self
 
     @classmethod
@@ -103,12 +106,16 @@ class PackedParameter(nn.Module):
         return f"{self.layout.quantizer}, {out_features}x{in_features}, {self.layout.bits_per_weight:.2f} bits per weight"
 
 
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    return input, weight, bias
+
+
 class PackedStack(nn.ModuleList):
     """The packed matrices of a 3-D parameter, one for each expert; indexed by an int or a 0-d tensor."""
 
     @property
     def shape(self) -> torch.Size:
-        """As the model's code sees it."""
+        """The shape that the model's code sees."""
         first = self[0]
         assert isinstance(first, PackedParameter)
         return torch.Size((len(self), *first.shape))
@@ -127,8 +134,70 @@ class PackedStack(nn.ModuleList):
         return NotImplemented
 
 
-def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
-    return input, weight, bias
+class PackedTable(PackedParameter):
+    """The packed weight of an embedding: ``X = Ŵ[ids]``, without a gradient.
+
+    The model's own ``nn.Embedding`` stays, since some models scale the rows. This module replaces its ``weight``.
+
+    Args:
+        quantizer: the quantizer that packed it.
+        packed: Ŵ, ``[vocabulary, hidden]``.
+        dtype: the dtype of the rows; ``model.to(dtype)`` changes it as it would change a dense weight.
+    """
+
+    def __init__(self, quantizer: Quantizer, packed: PackedWeight, dtype: torch.dtype) -> None:
+        super().__init__(quantizer, packed)
+        self.dtype = dtype
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows ``ids``, ``[*ids.shape, hidden]``. Raises IndexError for an id outside the table."""
+        if torch.compiler.is_compiling():
+            rows: Tensor = torch.ops.modulora.lookup(ids, number_of(self.quantizer, self.packed), self.dtype)
+            return rows
+        return self.quantizer.lookup(ids, self.packed, self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        super()._apply(fn, recurse)
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.nn.functional.embedding:
+            ids, table, max_norm = _embedding_arguments(*args, **dict(kwargs or {}))
+            if max_norm is not None:
+                raise ModelError(f"embedding: expected max_norm=None for a packed table, got {max_norm}")
+            if isinstance(table, PackedTable):
+                return table.lookup(ids)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _embedding_arguments(
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+) -> tuple[Any, Any, Any]:
+    """The arguments that change a lookup; the others concern gradients."""
+    del padding_idx
+    return input, weight, max_norm
+
+
+def _lookup(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
+    return WEIGHTS[number].quantizer.lookup(ids, WEIGHTS[number].packed, dtype)
+
+
+def _empty_rows(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(*ids.shape, WEIGHTS[number].packed.shape[1], dtype=dtype)
+
+
+_LIBRARY = torch.library.Library("modulora", "FRAGMENT")
+_LIBRARY.define("lookup(Tensor ids, int weight, ScalarType dtype) -> Tensor")
+_LIBRARY.impl("lookup", _lookup, "CompositeExplicitAutograd")
+torch.library.register_fake("modulora::lookup", _empty_rows, lib=_LIBRARY)
 
 
 class QuantLinear(nn.Module):
@@ -149,9 +218,8 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # nn.Module's lookup of an attribute is a function in Python, which decoding would call twice a layer and token
-        weight: Any = self._modules["weight"]
-        return lora_linear(x, weight.quantizer, weight.packed, self._parameters["bias"])
+        y = self.weight.multiply(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -159,28 +227,26 @@ class QuantLinear(nn.Module):
         )
 
 
-class DenseLinear(nn.Linear):
-    """A linear layer that stays dense in a packed model. Frozen, it is multiplied as tiles are (:mod:`modulora_core.dense_products`)."""
+class TiedHead(QuantLinear):
+    """The output head of a model whose input embedding is the same packed table.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return dense_products.linear(x, self.weight, self.bias)
+    It refers to the table and does not own it, so the table is stored, moved and counted once.
+    """
 
-    @staticmethod
-    def replace_in(model: nn.Module) -> None:
-        """Make one of each ``nn.Linear`` of ``model``, which keeps its parameters; subclasses compute what they like and stay."""
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = DenseLinear
+    def __init__(self, table: PackedTable, bias: nn.Parameter | None = None) -> None:
+        super().__init__(table, bias)
+        del self._modules["weight"]
+        self.__dict__["weight"] = table  # nn.Module's own assignment would register it as a submodule
 
 
 class LoRALinear(QuantLinear):
     """A QuantLinear with LoRA adapters (Hu et al. 2021, arXiv 2106.09685): ``y = x Ŵᵀ + b + Σ s (x Aᵀ) Bᵀ``.
 
-    It shares the base's packed weight and bias, so a state dict's names don't change. Several adapters of different
-    ranks may be active at once; each has its A ``[r, in]`` and B ``[out, r]`` in ``lora_A[name]`` and ``lora_B[name]``.
+    It shares the base's packed weight and bias, so names in a state dict stay. Several adapters of different ranks may be
+    active at once; each has A ``[r, in]`` and B ``[out, r]`` in ``lora_A[name]`` and ``lora_B[name]``.
 
-    An adapter may have channel scales too, u ``[in]`` and v ``[out]`` in ``input_scale[name]`` and
-    ``output_scale[name]``: then diag(v) Ŵ diag(u) stands in the place of Ŵ. Those of several adapters multiply.
+    An adapter may have channel scales u ``[in]`` and v ``[out]`` in ``input_scale[name]`` and ``output_scale[name]``: they
+    replace Ŵ by diag(v) Ŵ diag(u). The scales of several adapters multiply.
     """
 
     def __init__(self, base: QuantLinear) -> None:
@@ -203,11 +269,12 @@ class LoRALinear(QuantLinear):
         channel_scales: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Add and activate an adapter: A Kaiming-uniform as in PEFT, B zero, channel scales one, so that the layer's
-        output doesn't change.
+        """Add and activate an adapter that does not change the output yet.
+
+        A is Kaiming-uniform as in PEFT, B is zero, channel scales are one.
 
         Raises:
-            AdapterError: the name is taken, the rank isn't positive, or the dropout isn't in [0, 1).
+            AdapterError: the name is taken, the rank is not positive, or the dropout is not in [0, 1).
         """
         if name in self.lora_A:
             raise AdapterError(f"adapter {name!r}: there is one of that name already")
@@ -227,7 +294,7 @@ class LoRALinear(QuantLinear):
         self.active.append(name)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of one adapter: ``lora_A``, ``lora_B``, and if it has them ``input_scale``, ``output_scale``."""
+        """The parameters of one adapter: ``lora_A``, ``lora_B``, and ``input_scale``, ``output_scale`` if it has them."""
         kinds = {"lora_A": self.lora_A, "lora_B": self.lora_B, "input_scale": self.input_scale,
                  "output_scale": self.output_scale}  # fmt: skip
         return {kind: values[name] for kind, values in kinds.items() if name in values}
@@ -241,7 +308,7 @@ class LoRALinear(QuantLinear):
         )  # fmt: skip
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
-        """A, B and s of the active adapters; several are one of the summed rank, with s folded into B."""
+        """A, B and s of the active adapters. Several adapters become one: ranks add up, and s is folded into B."""
         if not self.active:
             return None, None, 1.0
         if len(self.active) == 1:
@@ -252,7 +319,7 @@ class LoRALinear(QuantLinear):
         return A, B, 1.0
 
     def _channel_scale(self, of_adapters: nn.ParameterDict) -> Tensor | None:
-        """The product over the active adapters that have one."""
+        """The product of the active adapters' scales; None if no adapter has any."""
         scales: list[Tensor] = [of_adapters[name] for name in self.active if name in of_adapters]
         return functools.reduce(torch.mul, scales) if scales else None
 
@@ -260,3 +327,17 @@ class LoRALinear(QuantLinear):
         ranks = ", ".join(f"{name}: {A.shape[0]}" for name, A in self.lora_A.items())
         scaled = f", channel_scales={list(self.input_scale)}" if self.input_scale else ""
         return f"{super().extra_repr()}, adapters={{{ranks}}}{scaled}"
+
+
+class DenseLinear(nn.Linear):
+    """A frozen linear layer that stays dense; the faster of torch's libraries multiplies it (:mod:`modulora_core.dense_products`)."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> DenseLinear:
+        """A layer with the parameters of ``linear``, shared and not copied."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dense_products.linear(x, self.weight, self.bias)

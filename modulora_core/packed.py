@@ -187,3 +187,25 @@ def check_rows(packed: PackedWeight, rows: tuple[int, int]) -> None:
     if not 0 <= start <= stop <= packed.shape[0]:
         raise ShapeError(f"rows of a {list(packed.shape)} weight: expected 0 <= start <= stop <= {packed.shape[0]}, "
                          f"got ({start}, {stop})")  # fmt: skip
+
+
+def check_operands(
+    packed: PackedWeight, x: Tensor, A: Tensor | None, B: Tensor | None, u: Tensor | None, v: Tensor | None
+) -> None:
+    """Refuse an input, an adapter or channel scales whose shapes do not fit ``packed``.
+
+    Raises:
+        ShapeError: names the operand, its expected shape and its shape.
+    """
+    if (A is None) != (B is None):
+        raise ShapeError("LoRA adapter: expected both A and B, got one of them")
+    (out_features, in_features), rank = packed.shape, () if A is None else A.shape[:1]
+    for name, tensor, *shape in (
+        ("input", x, *x.shape[:-1], in_features),
+        ("A", A, *rank, in_features),
+        ("B", B, out_features, *rank),
+        ("input_scale", u, in_features),
+        ("output_scale", v, out_features),
+    ):
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ShapeError(f"{name} of a {list(packed.shape)} weight: expected {shape}, got {list(tensor.shape)}")

@@ -8,12 +8,15 @@ and numbers is unpickled.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,15 +29,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.training_args import OptimizerNames
 from typing_extensions import override
 
 from modulora_core.adapter_trainer import AdapterFiles, AdapterTrainer
 from modulora_core.dense_products import matmul_precision
-from modulora_core.errors import OptionError, WorkError
+from modulora_core.errors import MissingExtraError, OptionError, WorkError
 from modulora_core.finetune_config import FinetuneConfig
 from modulora_core.gradient_checkpointing import checkpoint_activations
-from modulora_core.offload import Place
-from modulora_core.optimizers import TRANSFORMERS_NAMES
 from modulora_core.training_checkpoints import TRAINER_STATE, seal
 
 logger = logging.getLogger(__name__)
@@ -162,7 +164,7 @@ def training_arguments(
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
-        optim=TRANSFORMERS_NAMES[config.optimizer],
+        optim=config.optim,
         learning_rate=config.lr,
         lr_scheduler_type=_SCHEDULES[config.scheduler],
         warmup_steps=_warmup_steps(config, steps),
@@ -192,12 +194,30 @@ def training_arguments(
     # a process trains on one device: Trainer would copy the model to every GPU that it sees (DataParallel)
     _ = arguments.device
     arguments._n_gpu = min(1, arguments._n_gpu)
-    if config.apply_gradients_at_once and arguments.world_size > 1:
-        raise OptionError(
-            f"apply_gradients_at_once: expected one process, got {arguments.world_size}: each would apply its own gradients "
-            "before they are averaged"
-        )
     return arguments
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse an optimizer that transformers doesn't know, or whose library is missing.
+
+    Raises:
+        OptionError: transformers has no optimizer of that name; the message has near misses.
+        MissingExtraError: its library isn't installed.
+    """
+    names = [known.value for known in OptimizerNames]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}"
+        raise OptionError(f"optim {name!r}: transformers has no such optimizer; {hint}")
+    # not TrainingArguments itself: making one resets accelerate, which another run of this process may use
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    arguments: Any = SimpleNamespace(**{**defaults, "optim": name})
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError as error:
+        raise MissingExtraError(f"optim {name}: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # such as one that also needs optim_target_modules
+        raise OptionError(f"optim {name}: {' '.join(str(error).split())}") from None
 
 
 def train(
@@ -208,7 +228,6 @@ def train(
     folder: Path,
     *,
     files: AdapterFiles,
-    place: Place,
     eval_examples: Dataset[Any] | None = None,
     resume_from: Path | None = None,
     on_step: OnStep | None = None,
@@ -223,7 +242,6 @@ def train(
         config: of the run.
         folder: for checkpoints.
         files: how the adapter is saved and restored.
-        place: where what the config offloads waits.
         eval_examples: to measure the loss on.
         resume_from: a whole checkpoint of the same run; its steps are not repeated, and the rest goes as it
             would have gone.
@@ -231,12 +249,12 @@ def train(
         on_eval: is called after every evaluation.
 
     Raises:
-        WorkError: the loss became NaN or infinite, or there is no room for what is offloaded.
+        WorkError: the loss became NaN or infinite.
     """
     started = time.perf_counter()
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        checkpoint_activations(model, products=config.keep_products)
+        checkpoint_activations(model, keep_products=config.keep_products)
     steps = total_steps(config, len(examples))  # type: ignore[arg-type]  # torch's Dataset has no __len__
     _warn_of_warmup(config, steps)
     watcher = _Watcher(on_step, on_eval)
@@ -249,7 +267,6 @@ def train(
         callbacks=[watcher],
         files=files,
         config=config,
-        place=place,
     )
     with matmul_precision(config.matmul_precision):
         if resume_from is not None and _steps_done(resume_from) >= steps:

@@ -20,9 +20,16 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from modulora_core.errors import AdapterError, CheckpointError, ModelError
-from modulora_core.layers import DenseLinear, LoRALinear, PackedParameter, PackedStack, QuantLinear
-from modulora_core.packed_table import PackedTable, install_table
+from modulora_core.errors import AdapterError, CheckpointError
+from modulora_core.layers import (
+    DenseLinear,
+    LoRALinear,
+    PackedParameter,
+    PackedStack,
+    PackedTable,
+    QuantLinear,
+    TiedHead,
+)
 from modulora_core.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.spec import Quantizer
 
@@ -122,7 +129,9 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
             linear = QuantLinear(_packed(site, quantizers[site.recipe]), parent._parameters["bias"])
             linear._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark: not to be filled with noise
             model.set_submodule(parent_name, linear)
-    DenseLinear.replace_in(model)
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear:  # a subclass may compute something else
+            model.set_submodule(path, DenseLinear.of(module))
 
 
 def _check_shape(parameter: str, site: PackedSite, found: tuple[int, ...]) -> None:
@@ -151,12 +160,31 @@ def _install_experts(
 def _install_table(
     model: nn.Module, path: str, site: PackedSite, quantizer: Quantizer, dtype: torch.dtype
 ) -> None:
+    """Put a packed table into the embedding at ``path``, and into the heads that the model ties to it."""
     quantizer.check_format(site.layout)
     table = PackedTable(quantizer, site.layout.empty(torch.device("meta")), dtype)
-    try:
-        install_table(model, path, table)
-    except ModelError as error:
-        raise CheckpointError(f"{path}: packed as the input embedding in this checkpoint: {error}") from None
+    embedding = model.get_submodule(path)
+    if not isinstance(embedding, nn.Embedding):
+        raise CheckpointError(f"{path}: packed as an input embedding: expected nn.Embedding, got {type(embedding).__name__}")
+    for head in _untie(model, f"{path}.weight"):
+        linear = model.get_submodule(head)
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(f"{head}: tied to the packed embedding {path}: expected nn.Linear, got {type(linear).__name__}")
+        tied = TiedHead(table, linear.bias)
+        tied._is_hf_initialized = True  # type: ignore[assignment]  # see above
+        model.set_submodule(head, tied)
+    del embedding._parameters["weight"]
+    table._is_hf_initialized = True  # type: ignore[assignment]  # not the embedding's: it may have buffers to be computed
+    embedding.add_module("weight", table)
+
+
+def _untie(model: Any, parameter: str) -> list[str]:
+    """The modules whose weight is tied to ``parameter``. transformers forgets these ties, as no parameters are left to tie."""
+    ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
+    tied = [name for name, other in ties.items() if other == parameter]
+    left = {name: other for name, other in ties.items() if name not in tied}
+    model.all_tied_weights_keys = model._tied_weights_keys = left  # of this object: the class keeps its own
+    return [name.rpartition(".")[0] for name in tied]
 
 
 def use_eager_experts(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modulora_core.autograd import _dropout_mask, lora_linear
+from modulora_core.autograd import lora_linear, packed_product
 from modulora_core.errors import ShapeError
 from modulora_core.memory import Allocations
 from modulora_core.spec import PackedWeight, Quantizer
@@ -172,20 +172,6 @@ def test_dropout_drops_the_adapters_input_alone_and_in_both_directions(quantizer
     torch.testing.assert_close(t["A"].grad[:, :1], expected_dA)
 
 
-@pytest.mark.parametrize("dropout", [0.05, 0.1, 0.5, 0.9])
-def test_each_input_is_dropped_with_the_asked_probability_and_on_its_own(dropout: float) -> None:
-    torch.manual_seed(0)
-    keep = _dropout_mask(torch.empty(501, 1001), dropout)
-    assert keep is not None
-    n = keep.numel()
-    sigma = (dropout * (1 - dropout) / n) ** 0.5
-    assert abs(keep.double().mean().item() - (1 - dropout)) < 5 * sigma
-    flat = keep.flatten().double() - keep.double().mean()
-    for lag in (1, 2, 3, 4, 1001):  # neighbours share a random word
-        correlation = (flat[lag:] * flat[:-lag]).mean() / (dropout * (1 - dropout))
-        assert abs(correlation.item()) < 5 / n**0.5, f"lag {lag}"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_of_the_size_of_the_weight_is_saved(toy: ModuleType, dtype: torch.dtype) -> None:
     quantizer = toy.Toy()
@@ -201,7 +187,8 @@ def test_nothing_of_the_size_of_the_weight_is_saved(toy: ModuleType, dtype: torc
     allocations = Allocations([*packed.tensors.values(), x, A, B])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), allocations:
         y = lora_linear(x, quantizer, packed, None, A, B)
-    assert sorted(saved) == sorted([(4, 128), (4, 2), (2, 128), (256, 2)])
+    # x, U and the transposes of A and B
+    assert sorted(saved) == sorted([(4, 128), (4, 2), (128, 2), (2, 256)])
     gc.collect()
     assert allocations.alive < 256 * 128, (
         allocations.alive
@@ -210,9 +197,9 @@ def test_nothing_of_the_size_of_the_weight_is_saved(toy: ModuleType, dtype: torc
 
 
 @pytest.mark.parametrize(
-    ("trains", "shapes"), [("A", [(4, 7), (3, 7), (11, 3)]), ("B", [(4, 3), (3, 7), (11, 3)]), ("", [])]
+    ("trains", "shapes"), [("A", [(4, 7), (3, 11)]), ("B", [(4, 3)]), ("", [])], ids=["A", "B", "none"]
 )
-def test_x_is_saved_only_if_A_trains(
+def test_x_is_saved_only_if_A_trains_and_x_A_only_if_B_trains(
     quantizer: Quantizer, trains: str, shapes: list[tuple[int, int]]
 ) -> None:
     packed = quantizer.pack(torch.randn(OUT, IN))
@@ -308,18 +295,17 @@ def test_transposed_product_is_the_adjoint(quantizer: Quantizer) -> None:
     y = torch.randn(4, OUT, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(
         (lora_linear(x, quantizer, packed) * y).sum(),
-        (x * lora_linear(y, quantizer, packed, transpose=True)).sum(),
+        (x * packed_product(y, quantizer, packed, transpose=True)).sum(),
     )
-    assert torch.autograd.gradcheck(lambda y: lora_linear(y, quantizer, packed, transpose=True), (y,))
+    assert torch.autograd.gradcheck(lambda y: packed_product(y, quantizer, packed, transpose=True), (y,))
 
 
 @pytest.mark.parametrize(
     ("A", "B", "message"),
     [
-        (torch.ones(3, 8), torch.ones(11, 3), r"expected A \[r, 7\] and B \[11, r\], got A \[3, 8\]"),
-        (torch.ones(3, 7), torch.ones(11, 2), r"got A \[3, 7\] and B \[11, 2\]"),
+        (torch.ones(3, 8), torch.ones(11, 3), r"A of a \[11, 7\] weight: expected \[3, 7\], got \[3, 8\]"),
+        (torch.ones(3, 7), torch.ones(11, 2), r"B of a \[11, 7\] weight: expected \[11, 3\], got \[11, 2\]"),
         (torch.ones(3, 7), None, "expected both A and B"),
-        (torch.ones(3, 7), torch.ones(11, 3).half(), "one dtype"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(
@@ -328,16 +314,3 @@ def test_an_adapter_that_does_not_fit_is_refused(
     packed = quantizer.pack(torch.randn(OUT, IN))
     with pytest.raises(ShapeError, match=message):
         lora_linear(torch.ones(2, IN), quantizer, packed, None, A, B)
-
-
-@pytest.mark.parametrize("nbytes", [1, 8, 100])
-def test_the_mask_does_not_depend_on_the_tile_budget(nbytes: int) -> None:
-    """If this fails: a seed gives other masks in another budget, or a budget of a few bytes ends the run."""
-    x, masks = torch.empty(7, 13), []
-    for budget in (nbytes, 2**20):
-        torch.manual_seed(0)
-        with tile_budget(budget):
-            masks.append(_dropout_mask(x, 0.5))
-    assert masks[0] is not None
-    assert masks[1] is not None
-    assert torch.equal(masks[0], masks[1])

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modulora_core.autograd import _column_dots, lora_linear
+from modulora_core.autograd import lora_linear
 from modulora_core.errors import ShapeError
 from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
-from modulora_core.memory import Allocations
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import compute_dtype, tile_budget
 
@@ -145,14 +144,6 @@ def test_gradients_of_16_bit_rows_are_summed_in_float32(quantizer: Quantizer, pa
     torch.testing.assert_close(v.grad, 3001 * W.sum(1).bfloat16().float(), rtol=1e-5, atol=0)
 
 
-def test_the_sums_hold_a_few_tiles_and_no_wider_copy() -> None:
-    x, y, u = torch.ones(2048, 128).bfloat16(), torch.ones(2048, 128).bfloat16(), torch.ones(128)
-    with tile_budget(64 * 2**10), Allocations([x, y, u]) as allocations:
-        assert torch.equal(_column_dots(x, y, u), torch.full((128,), 2048.0))
-    # a chunk of x in float32, its product, and those of the chunk before until they are dropped
-    assert 64 * 2**10 <= allocations.peak <= 5 * 64 * 2**10 < x.numel() * 4
-
-
 def test_the_adapter_sees_the_unscaled_input_and_its_dropout(
     quantizer: Quantizer, packed: PackedWeight
 ) -> None:
@@ -204,9 +195,9 @@ def test_the_output_may_be_changed_in_place(quantizer: Quantizer, packed: Packed
     [
         ("", []),
         ("x", ["u", "v"]),
-        ("u", ["x", "u", "v"]),
-        ("v", ["Z", "u", "v"]),
-        ("uv", ["x", "Z", "u", "v"]),
+        ("u", ["x", "v"]),
+        ("v", ["Z"]),
+        ("uv", ["x", "Z", "v"]),
     ],
 )
 def test_x_is_saved_if_u_trains_and_the_product_only_if_v_does(
@@ -230,9 +221,8 @@ def test_x_is_saved_if_u_trains_and_the_product_only_if_v_does(
     [
         ({"input_scale": torch.ones(OUT)}, r"input_scale of a \[11, 7\] weight: expected \[7\], got \[11\]"),
         ({"output_scale": torch.ones(OUT, 1)}, r"output_scale of a \[11, 7\] weight: expected \[11\], got \[11, 1\]"),
-        ({"input_scale": torch.ones(IN), "transpose": True}, "a transposed product takes none"),
     ],
-    ids=["input", "output", "transposed"],
+    ids=["input", "output"],
 )  # fmt: skip
 def test_scales_that_do_not_fit_are_refused(
     quantizer: Quantizer, packed: PackedWeight, scales: dict[str, Tensor], message: str
@@ -243,7 +233,7 @@ def test_scales_that_do_not_fit_are_refused(
 
 def test_an_input_of_another_width_is_refused(quantizer: Quantizer, packed: PackedWeight) -> None:
     for scales in ({"input_scale": torch.ones(IN)}, {"output_scale": torch.ones(OUT)}):
-        with pytest.raises(ShapeError, match=r"expected .*\[\.\.\., 7\], got \[2, 1\]"):
+        with pytest.raises(ShapeError, match=r"expected \[2, 7\], got \[2, 1\]"):
             lora_linear(torch.ones(2, 1), quantizer, packed, **scales)  # type: ignore[arg-type]
 
 

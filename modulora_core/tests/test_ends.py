@@ -20,7 +20,7 @@ from modulora_core.ends import find_ends
 from modulora_core.errors import AdapterError, CheckpointError, OptionError, RequestError
 from modulora_core.layers import LoRALinear, QuantLinear
 from modulora_core.merge import merge
-from modulora_core.packed_table import PackedTable, TiedHead
+from modulora_core.layers import PackedTable, TiedHead
 from modulora_core.quantize import quantize
 from modulora_core.sites import find_sites
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
@@ -239,7 +239,7 @@ def test_a_checkpoint_whose_table_is_no_embedding_is_refused(toy: ModuleType, tm
     values = json.loads(text)
     values["quantization_config"]["sites"][index]["kind"] = "embedding"
     config.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=r"lm_head: packed as the input embedding .* got Linear"):
+    with pytest.raises(CheckpointError, match=r"lm_head: packed as an input embedding: expected nn.Embedding, got Linear"):
         load_model(tmp_path / "packed", device="cpu")
 
 

@@ -1,120 +1,126 @@
-"""A checkpointed model has the gradients that it has without, whatever its blocks hand on."""
+"""Gradient checkpointing changes no gradient, and multiplies by packed weights only where it must."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
+from modulora_core.adapters import LoRASettings, add_lora
+from modulora_core.checkpoint import load_model
 from modulora_core.gradient_checkpointing import checkpoint_activations
-from modulora_core.tests.tiny_models import ARCHITECTURES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
-SIZES: Any = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
-}  # fmt: skip
+Pack = Callable[..., tuple[Path, Path]]
+
+BLOCKS = 2
+LINEARS = {"llama": 7, "gemma3_text": 7, "gpt2": 4, "mixtral": 4}
+"""Packed linear layers of a block."""
+
+FIRST = {"llama": 3, "gemma3_text": 3, "gpt2": 1}
+"""Layers that multiply the embedding, which has no gradient."""
+
+LAST_IS_NEEDED = {"gemma3_text", "gpt2"}
+"""Something behind the last product of a block is saved for the backward: a norm's input, a dropout's mask."""
 
 
-def gradients(model: Any) -> dict[str, Tensor | None]:
-    torch.manual_seed(0)  # of dropout
-    model.zero_grad()
-    model.train()
-    model.config.use_cache = False
-    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
-    model(input_ids=IDS, labels=IDS, **more).loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+@pytest.fixture
+def products(toy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
+    """Counts the products with packed weights: forward under False, transposed under True."""
+    counts: Counter[bool] = Counter()
+    matmul = toy.Toy.matmul
+
+    def counted(self: Any, x: Tensor, packed: Any, transpose: bool = False) -> Tensor:
+        counts[transpose] += 1
+        return matmul(self, x, packed, transpose)
+
+    monkeypatch.setattr(toy.Toy, "matmul", counted)
+    return counts
 
 
-def assert_the_same_with_checkpointing(model: Any) -> None:
-    expected = gradients(model)
-    checkpoint_activations(model)
-    for step in range(2):
-        for name, gradient in gradients(model).items():
-            if expected[name] is None:
-                assert gradient is None
-            else:
-                assert torch.equal(gradient, expected[name]), f"{name}, step {step}"  # type: ignore[arg-type]
-
-
-def made_again(model: Any) -> int:
-    """By how many blocks, as one node of the graph each."""
-    nodes, todo = set(), [model(input_ids=IDS, labels=IDS).loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return sum(type(node).__name__ == "_RecomputedBackward" for node in nodes)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_are_the_same_bits(architecture: str) -> None:
-    model = tiny_model(architecture)
-    assert_the_same_with_checkpointing(model)
-    assert made_again(model) == model.config.num_hidden_layers
-
-
-HAND_ON_MORE = {
-    "router logits, seen by hooks": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}),
-    "keys and values, in an argument": ("Gemma4Text", {
-        "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-    }),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", HAND_ON_MORE)
-def test_what_blocks_hand_on_beside_their_outputs_has_a_gradient(what: str) -> None:
-    name, options = HAND_ON_MORE[what]
-    config = getattr(transformers, f"{name}Config", None)
-    if config is None:
-        pytest.skip(f"this transformers has no {name}Config")
+def adapted(folder: Path, **options: Any) -> Any:
+    """A packed model in training, with an adapter whose B isn't zero."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config(**SIZES, **options))
-    assert_the_same_with_checkpointing(model)
-    assert made_again(model) == 0, "or nothing here hands on more"
+    model: Any = load_model(folder)
+    add_lora(model, LoRASettings(rank=2, dropout=0.1, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                parameter.add_(torch.randn_like(parameter) / 8)
+    model.config.use_cache = False
+    return model.train()
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["from the first step on", "from the second one on"])
-def test_what_a_block_leaves_in_an_attribute_has_a_gradient(first: int) -> None:
-    class Leaves(nn.Module):
-        def __init__(self, mlp: nn.Module) -> None:
-            super().__init__()
-            self.mlp, self.power, self.leaves = mlp, torch.zeros(()), False
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.mlp(x)
-            if self.leaves:
-                self.power = y.square().mean()
-            return y
-
-    found = []
-    for checkpointed in (False, True):
-        model: Any = tiny_model("llama").train()
-        leaver = model.model.layers[0].mlp = Leaves(model.model.layers[0].mlp)
-        if checkpointed:
-            checkpoint_activations(model)
-        for step in range(first + 1):
-            leaver.leaves = step == first
-            model(input_ids=IDS, use_cache=False)  # whose output isn't looked at
-        leaver.power.backward()
-        found.append(leaver.mlp.down_proj.weight.grad)
-    assert torch.equal(*found)
+def step(model: Any) -> tuple[float, list[Tensor]]:
+    """The loss, and the gradient of each parameter that trains."""
+    torch.manual_seed(4)  # dropout
+    ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(5))
+    loss = model(ids, labels=ids).loss
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return loss.item(), list(torch.autograd.grad(loss, trained))
 
 
-def test_a_compiler_sees_torchs_checkpointing() -> None:
-    model: Any = tiny_model("llama")
-    expected = gradients(model)
-    checkpoint_activations(model, products="rounded")
-    model.zero_grad()
+@pytest.mark.parametrize("train_scales", [False, True], ids=["adapter", "and scales"])
+@pytest.mark.parametrize("keep_products", [False, True], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("architecture", LINEARS)
+def test_gradients_are_the_same_bits(
+    architecture: str, keep_products: bool, train_scales: bool, pack: Pack
+) -> None:
+    model = adapted(pack(architecture, "toy")[1], train_scales=train_scales)
+    loss, expected = step(model)
+    checkpoint_activations(model, keep_products=keep_products)
+    for _ in range(2):
+        again, gradients = step(model)
+        assert again == loss
+        assert all(map(torch.equal, gradients, expected))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
+def test_the_last_product_of_a_block_is_made_once_where_nothing_behind_it_is_saved(
+    architecture: str, pack: Pack, products: Counter[bool]
+) -> None:
+    model = adapted(pack(architecture, "toy")[1])
+    checkpoint_activations(model)
+    step(model)
+    linears = LINEARS[architecture]
+    again = linears if architecture in LAST_IS_NEEDED else linears - 1
+    assert products[False] == BLOCKS * (linears + again)
+    assert products[True] == BLOCKS * linears - FIRST[architecture]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
+def test_kept_products_are_made_once(architecture: str, pack: Pack, products: Counter[bool]) -> None:
+    model = adapted(pack(architecture, "toy")[1])
+    checkpoint_activations(model, keep_products=True)
+    step(model)
+    assert products[False] == BLOCKS * LINEARS[architecture]
+
+
+def test_blocks_below_the_first_that_trains_are_not_recomputed(pack: Pack, products: Counter[bool]) -> None:
+    model = adapted(pack("llama", "toy")[1], targets="layers.1.self_attn.o_proj")
+    checkpoint_activations(model)
+    step(model)
+    # the second block recomputes all but its last product; gradients go back through its feed-forward layers alone
+    assert products == {False: BLOCKS * LINEARS["llama"] + LINEARS["llama"] - 1, True: 3}
+
+
+@pytest.mark.parametrize("keep_products", [False, True], ids=["recomputed", "kept"])
+def test_a_compiled_model_checkpoints_too(keep_products: bool, pack: Pack) -> None:
+    model = adapted(pack("llama", "toy")[1])
+    for _, layer in model.named_modules():
+        layer.dropout = 0.0
+    loss, expected = step(model)
+    checkpoint_activations(model, keep_products=keep_products)
     compiled = torch.compile(model, backend="eager")
-    compiled(input_ids=IDS, labels=IDS).loss.backward()
+    again, gradients = step(compiled)
     torch._dynamo.reset()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name])
+    assert again == pytest.approx(loss)
+    for gradient, exact in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, exact)

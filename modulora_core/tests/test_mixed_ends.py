@@ -16,7 +16,7 @@ from modulora_core.choices import Choice
 from modulora_core.errors import CheckpointError, OptionError
 from modulora_core.mixed import recorded_allocation
 from modulora_core.outputs import partial_name
-from modulora_core.packed_table import TiedHead
+from modulora_core.layers import TiedHead
 from modulora_core.quantize import Override, QuantizeResult, quantize
 from modulora_core.sources import open_model
 from modulora_core.tests.mixed_runs import CHOICES, run, save_uneven_llama, stop, stored, uniform_size
