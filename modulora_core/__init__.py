@@ -10,19 +10,19 @@ from typing import Any
 
 _PUBLIC = {
     "Calibration": "modulora_core.spec",
-    "FinetuneConfig": "modulora_core.finetune_config",
+    "FinetuneConfig": "modulora_core.training.config",
     "LoRALinear": "modulora_core.layers",
     "PackedLayout": "modulora_core.packed",
     "PackedWeight": "modulora_core.packed",
-    "Promise": "modulora_core.promise",
+    "Promise": "modulora_core.spec",
     "QuantLinear": "modulora_core.layers",
     "Quantizer": "modulora_core.spec",
     "QuantizerSpec": "modulora_core.spec",
-    "add_lora": "modulora_core.adapters",
+    "add_lora": "modulora_core.adapters.lora",
     "hookimpl": "modulora_core.hookspecs",
-    "load_adapter": "modulora_core.adapters",
-    "load_model": "modulora_core.checkpoint",
-    "save_adapter": "modulora_core.adapters",
+    "load_adapter": "modulora_core.adapters.lora",
+    "load_model": "modulora_core.checkpoints.checkpoint",
+    "save_adapter": "modulora_core.adapters.lora",
     "tile_budget": "modulora_core.tiles",
 }
 """Each public name and the module that defines it; ``"module:other_name"`` where it has another name there.

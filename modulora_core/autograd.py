@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modulora_core.devices.memory import Allocations
 from modulora_core.errors import note_plugin
-from modulora_core.memory import Allocations
 from modulora_core.packed import PackedWeight, check_operands
 from modulora_core.spec import Quantizer
 from modulora_core.tiles import compute_dtype

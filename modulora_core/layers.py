@@ -17,13 +17,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from modulora_core import dense_products
 from modulora_core.autograd import WEIGHTS, lora_linear, number_of, packed_product
+from modulora_core.devices import dense_products
 from modulora_core.errors import AdapterError, ModelError, ShapeError
 from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
 
@@ -37,7 +38,9 @@ class PackedParameter(nn.Module):
         transposed: the model's code sees the weight as ``[in, out]`` and computes ``x @ W``.
     """
 
-    def __init__(self, quantizer: Quantizer, packed: PackedWeight, *, transposed: bool = False) -> None:
+    def __init__(
+        self, quantizer: Quantizer, packed: PackedWeight, *, transposed: bool = False
+    ) -> None:
         super().__init__()
         self.quantizer = quantizer
         self.layout: PackedLayout = packed.layout
@@ -95,7 +98,10 @@ class PackedParameter(nn.Module):
             if isinstance(weight, PackedParameter):
                 y = weight.multiply(x, transpose=weight.transposed)
                 return y if bias is None else y + bias
-        if func in (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__) and not kwargs:
+        if (
+            func in (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+            and not kwargs
+        ):
             x, weight = args
             if isinstance(weight, PackedParameter):
                 return weight.multiply(x, transpose=not weight.transposed)
@@ -130,7 +136,9 @@ class PackedStack(nn.ModuleList):
     ) -> Any:
         if func is torch.bmm and not kwargs and isinstance(args[1], PackedStack):
             x, stack = args  # x: [experts, n, rows of each matrix as the model sees it]
-            return torch.stack([torch.matmul(part, weight) for part, weight in zip(x, stack, strict=True)])
+            return torch.stack(
+                [torch.matmul(part, weight) for part, weight in zip(x, stack, strict=True)]
+            )
         return NotImplemented
 
 
@@ -152,7 +160,9 @@ class PackedTable(PackedParameter):
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows ``ids``, ``[*ids.shape, hidden]``. Raises IndexError for an id outside the table."""
         if torch.compiler.is_compiling():
-            rows: Tensor = torch.ops.modulora.lookup(ids, number_of(self.quantizer, self.packed), self.dtype)
+            rows: Tensor = torch.ops.modulora.lookup(
+                ids, number_of(self.quantizer, self.packed), self.dtype
+            )
             return rows
         return self.quantizer.lookup(ids, self.packed, self.dtype)
 
@@ -172,7 +182,9 @@ class PackedTable(PackedParameter):
         if func is torch.nn.functional.embedding:
             ids, table, max_norm = _embedding_arguments(*args, **dict(kwargs or {}))
             if max_norm is not None:
-                raise ModelError(f"embedding: expected max_norm=None for a packed table, got {max_norm}")
+                raise ModelError(
+                    f"embedding: expected max_norm=None for a packed table, got {max_norm}"
+                )
             if isinstance(table, PackedTable):
                 return table.lookup(ids)
         return super().__torch_function__(func, types, args, kwargs)
@@ -212,7 +224,9 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.layout.shape
         if bias is not None and bias.shape != (self.out_features,):
-            raise ShapeError(f"bias of a QuantLinear: expected [{self.out_features}], got {list(bias.shape)}")
+            raise ShapeError(
+                f"bias of a QuantLinear: expected [{self.out_features}], got {list(bias.shape)}"
+            )
         self.weight = weight
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
@@ -222,9 +236,7 @@ class QuantLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class TiedHead(QuantLinear):
@@ -236,7 +248,34 @@ class TiedHead(QuantLinear):
     def __init__(self, table: PackedTable, bias: nn.Parameter | None = None) -> None:
         super().__init__(table, bias)
         del self._modules["weight"]
-        self.__dict__["weight"] = table  # nn.Module's own assignment would register it as a submodule
+        self.__dict__["weight"] = (
+            table  # nn.Module's own assignment would register it as a submodule
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelScales:
+    """What a packed weight is scaled by: diag(v) Ŵ diag(u).
+
+    Attributes:
+        input: u, ``[in]``.
+        output: v, ``[out]``.
+
+    Raises:
+        ShapeError: one of them is no vector.
+    """
+
+    input: Tensor
+    output: Tensor
+
+    def __post_init__(self) -> None:
+        if self.input.dim() != 1 or self.output.dim() != 1:
+            raise ShapeError(f"channel scales: expected two vectors, got {list(self.input.shape)} and "
+                             f"{list(self.output.shape)}")  # fmt: skip
+
+    def of_rows(self, start: int, stop: int, W: Tensor) -> Tensor:
+        """Rows ``[start, stop)`` of diag(v) Ŵ diag(u), in ``W``'s dtype, from those of Ŵ: ``W``, ``[stop - start, in]``."""
+        return W * self.output[start:stop, None].to(W.dtype) * self.input.to(W.dtype)
 
 
 class LoRALinear(QuantLinear):
@@ -315,7 +354,9 @@ class LoRALinear(QuantLinear):
             name = self.active[0]
             return self.lora_A[name], self.lora_B[name], self.scale[name]
         A = torch.cat([self.lora_A[name] for name in self.active])  # [Σ r, in]
-        B = torch.cat([self.lora_B[name] * self.scale[name] for name in self.active], dim=1)  # [out, Σ r]
+        B = torch.cat(
+            [self.lora_B[name] * self.scale[name] for name in self.active], dim=1
+        )  # [out, Σ r]
         return A, B, 1.0
 
     def _channel_scale(self, of_adapters: nn.ParameterDict) -> Tensor | None:
@@ -330,7 +371,7 @@ class LoRALinear(QuantLinear):
 
 
 class DenseLinear(nn.Linear):
-    """A frozen linear layer that stays dense; the faster of torch's libraries multiplies it (:mod:`modulora_core.dense_products`)."""
+    """A frozen linear layer that stays dense; the faster of torch's libraries multiplies it (:mod:`modulora_core.devices.dense_products`)."""
 
     @classmethod
     def of(cls, linear: nn.Linear) -> DenseLinear:

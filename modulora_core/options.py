@@ -29,12 +29,16 @@ def parse_options(words: Iterable[str]) -> dict[str, str]:
         if not (equals and key):
             raise OptionError(f"quantizer option: expected key=value, got {word!r}")
         if key in options:
-            raise OptionError(f"quantizer option {key!r}: expected once, got {options[key]!r} and {value!r}")
+            raise OptionError(
+                f"quantizer option {key!r}: expected once, got {options[key]!r} and {value!r}"
+            )
         options[key] = value
     return options
 
 
-def validate_options(subject: str, model: type[BaseModel], options: Mapping[str, object]) -> BaseModel:
+def validate_options(
+    subject: str, model: type[BaseModel], options: Mapping[str, object]
+) -> BaseModel:
     """Build ``model`` from ``options``, whose strings are parsed to the fields' types.
 
     Args:
@@ -55,11 +59,15 @@ def validate_model(subject: str, model: type[Model], values: Mapping[str, object
     unknown = [key for key in values if key not in model.model_fields]
     if unknown:
         raise OptionError(f"{subject}: " + "; ".join(_unknown(key, model) for key in unknown))
-    meant = {key: _member(value, model.model_fields[key].annotation) for key, value in values.items()}
+    meant = {
+        key: _member(value, model.model_fields[key].annotation) for key, value in values.items()
+    }
     try:
         return model.model_validate(meant)
     except ValidationError as error:
-        problems = "; ".join(_invalid(details, model) for details in error.errors(include_url=False))
+        problems = "; ".join(
+            _invalid(details, model) for details in error.errors(include_url=False)
+        )
         raise OptionError(f"{subject}: {problems}") from None
 
 
@@ -68,7 +76,9 @@ def _member(value: object, annotation: object) -> object:
     if not isinstance(value, str):
         return value
     word, members = value.strip().lower(), list(_members(annotation))
-    others = (member for member in members if not isinstance(member, str) and str(member).lower() == word)
+    others = (
+        member for member in members if not isinstance(member, str) and str(member).lower() == word
+    )
     return value if value in members else next(others, value)
 
 
@@ -92,7 +102,9 @@ def _unknown(key: str, model: type[BaseModel]) -> str:
 def _invalid(details: ErrorDetails, model: type[BaseModel]) -> str:
     message = details["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message.replace("Input should be", "expected", 1)
-    if not details["loc"]:  # a check of the whole model, such as of two fields that exclude each other
+    if not details[
+        "loc"
+    ]:  # a check of the whole model, such as of two fields that exclude each other
         return message
     name = ".".join(str(part) for part in details["loc"])
     field = model.model_fields.get(str(details["loc"][0]))

@@ -40,7 +40,9 @@ class TensorLayout:
                 f"dtype of a packed tensor: expected one of {', '.join(BITS_OF_DTYPE)}, got {self.dtype!r}"
             )
         if not all(isinstance(n, int) and n >= 0 for n in self.shape):
-            raise CheckpointError(f"shape of a packed tensor: expected whole numbers, got {self.shape!r}")
+            raise CheckpointError(
+                f"shape of a packed tensor: expected whole numbers, got {self.shape!r}"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +149,9 @@ class PackedWeight:
             )
         for name in self.tensors:
             if not _TENSOR_NAME.fullmatch(name):
-                raise CheckpointError(f"name of a packed tensor: expected [a-z][a-z0-9_]*, got {name!r}")
+                raise CheckpointError(
+                    f"name of a packed tensor: expected [a-z][a-z0-9_]*, got {name!r}"
+                )
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
         object.__setattr__(
             self, "tensors", MappingProxyType({n: t.contiguous() for n, t in self.tensors.items()})
@@ -190,7 +194,12 @@ def check_rows(packed: PackedWeight, rows: tuple[int, int]) -> None:
 
 
 def check_operands(
-    packed: PackedWeight, x: Tensor, A: Tensor | None, B: Tensor | None, u: Tensor | None, v: Tensor | None
+    packed: PackedWeight,
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
 ) -> None:
     """Refuse an input, an adapter or channel scales whose shapes do not fit ``packed``.
 
@@ -208,4 +217,6 @@ def check_operands(
         ("output_scale", v, out_features),
     ):
         if tensor is not None and list(tensor.shape) != shape:
-            raise ShapeError(f"{name} of a {list(packed.shape)} weight: expected {shape}, got {list(tensor.shape)}")
+            raise ShapeError(
+                f"{name} of a {list(packed.shape)} weight: expected {shape}, got {list(tensor.shape)}"
+            )

@@ -23,10 +23,10 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pluggy
 from pydantic import BaseModel
@@ -37,12 +37,23 @@ from modulora_core.errors import (
     BrokenPluginError,
     DuplicatePluginError,
     IncompatiblePluginError,
+    OptionError,
     UnknownQuantizerError,
 )
 from modulora_core.options import parse_options, validate_options
 from modulora_core.spec import SUPPORTED_PROTOCOLS, Quantizer, QuantizerSpec
 
-__all__ = ["BLOCK_VARIABLE", "Entry", "create", "entries", "find", "import_class", "load", "parse_options"]
+__all__ = [
+    "BLOCK_VARIABLE",
+    "Choice",
+    "Entry",
+    "create",
+    "entries",
+    "find",
+    "import_class",
+    "load",
+    "parse_options",
+]
 
 BLOCK_VARIABLE = "MODULORA_BLOCK"
 
@@ -129,10 +140,13 @@ def load(name: str, *, distribution: str | None = None) -> type[Quantizer]:
     class_name = cls.__name__
     if getattr(cls, "spec", None) != entry.spec:
         raise _broken(
-            entry, f"expected {class_name}.spec to equal the listed {entry.spec}, got {_spec_of(cls)}"
+            entry,
+            f"expected {class_name}.spec to equal the listed {entry.spec}, got {_spec_of(cls)}",
         )
     if not (inspect.isclass(cls.Options) and issubclass(cls.Options, BaseModel)):
-        raise _broken(entry, f"expected {class_name}.Options to be a pydantic model, got {cls.Options!r}")
+        raise _broken(
+            entry, f"expected {class_name}.Options to be a pydantic model, got {cls.Options!r}"
+        )
     return cls
 
 
@@ -149,7 +163,8 @@ def import_class(entry: Entry, location: str, base: type[Class]) -> type[Class]:
         raise _broken(entry, f"importing {location} failed: {_told(error)}") from error
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         raise _broken(
-            entry, f"expected a subclass of modulora_core.{base.__name__} at {location}, got {cls!r}"
+            entry,
+            f"expected a subclass of modulora_core.{base.__name__} at {location}, got {cls!r}",
         )
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
@@ -173,6 +188,39 @@ def create(
     """
     cls = load(name, distribution=distribution)
     return cls(validate_options(name, cls.Options, options or {}))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A quantizer by name, with options of it; nothing is checked before :meth:`create`."""
+
+    quantizer: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str, subject: str = "choice") -> Choice:
+        """Read ``NAME`` or ``NAME:KEY=VALUE,...``. Option values stay strings.
+
+        Args:
+            subject: what it was said to, as ``--choices``; the message begins with it.
+
+        Raises:
+            OptionError: it is neither, or a key comes twice.
+        """
+        name, colon, options = text.partition(":")
+        if not name or (colon and not options):
+            raise OptionError(f"{subject}: expected NAME or NAME:KEY=VALUE,..., got {text!r}")
+        return cls(name, parse_options(options.split(",") if options else []))
+
+    @property
+    def label(self) -> str:
+        """As :meth:`parse` reads it."""
+        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.quantizer}:{options}" if options else self.quantizer
+
+    def create(self) -> Quantizer:
+        """The quantizer. Raises PluginError where its plugin can't be used, OptionError for wrong options."""
+        return create(self.quantizer, self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +269,13 @@ def _read(point: EntryPoint) -> list[QuantizerSpec]:
     manager.register(point.load(), name=point.name)
     manager.check_pending()  # a hook that this project doesn't have
     if not manager.hook.modulora_quantizers.get_hookimpls():
-        raise TypeError(f"{point.value} implements no hook; mark its modulora_quantizers with @hookimpl")
+        raise TypeError(
+            f"{point.value} implements no hook; mark its modulora_quantizers with @hookimpl"
+        )
     (specs,) = manager.hook.modulora_quantizers() or (None,)  # pluggy leaves a None out
-    if not isinstance(specs, (list, tuple)) or not all(isinstance(spec, QuantizerSpec) for spec in specs):
+    if not isinstance(specs, (list, tuple)) or not all(
+        isinstance(spec, QuantizerSpec) for spec in specs
+    ):
         raise TypeError(
             f"modulora_quantizers of {point.value}: expected a list of QuantizerSpec, got {specs!r}"
         )
@@ -253,7 +305,9 @@ def _checked(entry: Entry) -> Entry:
 
 def _broken(entry: Entry, reason: str) -> BrokenPluginError:
     advice = f"reinstall or update {entry.distribution}, or tell its authors"
-    return BrokenPluginError(f"quantizer {entry.name!r} of {entry.origin} is broken: {reason}; {advice}")
+    return BrokenPluginError(
+        f"quantizer {entry.name!r} of {entry.origin} is broken: {reason}; {advice}"
+    )
 
 
 def _blocked(entry: Entry) -> Entry:
@@ -267,9 +321,7 @@ def _duplicate(entry: Entry, found: list[Entry] | tuple[Entry, ...]) -> Entry:
         return entry
     same = [other for other in found if other.name == entry.name and other.status != "blocked"]
     origins = " and ".join(other.origin for other in same)
-    reason = (
-        f"brought by {origins}; uninstall one, or disable it with {BLOCK_VARIABLE}={same[-1].distribution}"
-    )
+    reason = f"brought by {origins}; uninstall one, or disable it with {BLOCK_VARIABLE}={same[-1].distribution}"
     return replace(entry, status="broken", reason=reason)
 
 

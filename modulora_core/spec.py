@@ -1,35 +1,33 @@
-"""The contract: what a quantizer plugin is. This is the file to read before writing one.
+"""The contract of a quantizer plugin. Read this file before you write one.
 
-A plugin gives a :class:`QuantizerSpec` (metadata, known without importing torch) and a :class:`Quantizer` with three
-methods. The core does the rest: it differentiates the product (Yin et al. 2023, arXiv 2309.16119, section 3),
-stores the packed tensors, loads them, finetunes on top of them, and draws the command line's options from
-the plugin's ``Options``::
+A plugin gives a :class:`QuantizerSpec`, which is known without importing torch, and a
+:class:`Quantizer` with three methods::
 
     class Mine(Quantizer):
-        spec = SPEC                                                 # the same object that the hook returns
-        Options = MineOptions                                       # a frozen pydantic model, or leave it out
+        spec = SPEC                                          # the object that the hook returns
+        Options = MineOptions                                # a frozen pydantic model, if any
 
-        def pack(self, weight, calibration=None): ...               # [out, in] float  ->  PackedWeight
-        def dequantize_tile(self, packed, rows, dtype): ...         # rows (start, stop)  ->  [stop - start, in]
-        # matmul comes with the base class, tile by tile; override it when you know better
+        def pack(self, weight, calibration=None): ...        # [out, in] float  ->  PackedWeight
+        def dequantize_tile(self, packed, rows, dtype): ...  # rows (start, stop)  ->  [stop - start, in]
+        # matmul has a default that multiplies tile by tile; override it with a faster kernel
 
+The core does the rest. It differentiates ``matmul`` (arXiv 2309.16119, section 3), stores the packed
+tensors, loads them, finetunes on top of them, and derives command-line options from ``Options``.
 Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
 from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError, WeightError
-from modulora_core.format_spec import LOCATION, FormatSpec
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
-from modulora_core.promise import Promise
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PROTOCOL",
+    "QUANTIZER_NAME",
     "SUPPORTED_PROTOCOLS",
     "Calibration",
     "FormatSpec",
@@ -49,102 +48,145 @@ __all__ = [
     "TensorLayout",
     "check_hessian",
     "check_rows",
+    "titled",
 ]
 
 PROTOCOL = 1
 """The version of this contract that the core speaks."""
 
 SUPPORTED_PROTOCOLS = range(1, 2)
-"""The versions of plugins that this core can use."""
+"""The versions that a plugin may be written for."""
 
-QUANTIZER_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-"""What a quantizer may be called."""
+QUANTIZER_NAME = "[a-z][a-z0-9]*(-[a-z0-9]+)*"
+"""The pattern of a quantizer's name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizerSpec:
-    """What is known of a quantizer without importing torch. ``modulora list-quantizers`` prints from this alone.
+def _free(name: str) -> str:
+    if name in ("quantization_config", "compression_config", "text_config", "config.json"):
+        raise ValueError("expected a name that transformers does not use")
+    return name
 
-    Attributes:
-        name: how users ask for it: lower case letters, digits and single hyphens, such as ``"my-rounding"``.
-        summary: one line.
-        location: where the class is: ``"package.module:Class"``. Imported only when it is used.
-        protocol: the version of this contract that the plugin was written for. Write the number, do not import
-            :data:`PROTOCOL`: it says what *you* tested.
-        bits: the widths offered, in bits for a weight, without scales.
-        calibration: whether ``pack`` wants the layer's second-moment matrix: ``"none"``, ``"optional"``, ``"required"``.
-        devices: the torch device types that the plugin has a kernel for. Elsewhere plain torch is expected to work.
-        out_multiple: ``out_features`` must be divisible by this.
-        in_multiple: ``in_features`` must be divisible by this.
-        url: the paper or the project's page.
-        formats: checkpoint formats of other tools that hold this quantizer's weights (:mod:`modulora_core.formats`).
-        rescales: whether :meth:`Quantizer.rescaled` is there, which tuning asks for (docs/calibration.md).
-        promises: what the quantizer keeps with which options: the configurations that the conformance kit runs.
+
+_Name = Annotated[str, StringConstraints(pattern=f"^{QUANTIZER_NAME}$")]
+_FormatName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9]*([-_][a-z0-9]+)*$")]
+_Location = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+_Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$"), AfterValidator(_free)]
+_JsonFile = Annotated[str, StringConstraints(pattern=r"^[^/\\]+\.json$"), AfterValidator(_free)]
+_Bits = Annotated[float, Field(gt=0, le=32)]
+_RelativeError = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Fact(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Promise(_Fact):
+    """The size and the error that a quantizer promises with some options; the conformance kit checks them.
+
+    An error is relative, ``‖W − Ŵ‖ / ‖W‖`` (Frobenius), of a weight of about ``[256, 512]`` that was packed
+    without calibration data. For Gaussian weights no quantizer of b bits is below 2⁻ᵇ (rate-distortion bound).
+
+    Raises:
+        ValueError: a number is not finite, or out of its range.
+    """
+
+    options: Mapping[str, Any] = {}
+    """Names and values of options; the others have their defaults."""
+    bits_per_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """The most bits that a ``[2048, 2048]`` layer takes per weight, scales included."""
+    gaussian: _RelativeError
+    """The error for independent normal values."""
+    heavy_tailed: _RelativeError
+    """The error for Student's t with 3 degrees of freedom."""
+    outlier_columns: _RelativeError
+    """The error for normal values with every 64th column 20 times as large."""
+    constant: _RelativeError
+    """The error for a weight of equal values."""
+
+    @property
+    def title(self) -> str:
+        """The options in one line, such as ``"bits=2, group_size=64"``; ``"defaults"`` if there are none."""
+        return titled(self.options)
+
+
+def titled(options: Mapping[str, Any]) -> str:
+    """Options in one line, as in :attr:`Promise.title`."""
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "defaults"
+
+
+class FormatSpec(_Fact):
+    """A checkpoint format of another tool that a plugin reads or writes.
 
     Raises:
         ValueError: a field is malformed; the message names it.
     """
 
-    name: str
+    name: _FormatName
+    """The name that users give (``modulora convert --to NAME``): lower case letters, digits, hyphens, underscores."""
     summary: str
-    location: str
-    protocol: int
-    bits: tuple[float, ...]
-    calibration: Literal["none", "optional", "required"] = "none"
-    devices: tuple[str, ...] = ("cpu",)
-    out_multiple: int = 1
-    in_multiple: int = 1
-    url: str = ""
-    formats: tuple[FormatSpec, ...] = ()
-    rescales: bool = False
-    promises: tuple[Promise, ...] = ()
+    """One line."""
+    location: _Location
+    """``"package.module:Class"`` of its :class:`~modulora_core.models.formats.CheckpointFormat`. Formats may share
+    a class, which is constructed with the spec."""
+    quant_methods: tuple[str, ...] = ()
+    """Values of ``quant_method`` in config.json's ``quantization_config`` that mark a folder of this format. A format
+    without these and without ``config_keys`` is only written."""
+    config_keys: tuple[_Key, ...] = ()
+    """Keys of config.json that mark a folder of this format if one is not empty, for tools that write no
+    ``quantization_config``. The model's config does not keep them."""
+    config_files: tuple[_JsonFile, ...] = ()
+    """Files that hold the quantization config where config.json has none, such as older tools wrote. They are
+    written too."""
 
-    def __post_init__(self) -> None:
-        if not (isinstance(self.name, str) and QUANTIZER_NAME.fullmatch(self.name)):
-            raise ValueError(
-                f"name: expected lower case letters, digits and single hyphens, got {self.name!r}"
-            )
-        if not (isinstance(self.location, str) and LOCATION.fullmatch(self.location)):
-            raise ValueError(f"location: expected 'package.module:Class', got {self.location!r}")
-        for name in ("bits", "devices", "formats", "promises"):
-            if not isinstance(getattr(self, name), tuple):
-                raise ValueError(  # noqa: TRY004 - as every malformed field
-                    f"{name}: expected a tuple, such as (4,) for one value, got {getattr(self, name)!r}"
-                )
-        if not self.bits or not all(isinstance(b, (int, float)) and 0 < b <= 32 for b in self.bits):
-            raise ValueError(f"bits: expected one or more widths in (0, 32], got {self.bits!r}")
-        if self.calibration not in ("none", "optional", "required"):
-            raise ValueError(
-                f"calibration: expected 'none', 'optional' or 'required', got {self.calibration!r}"
-            )
-        if not self.devices or not all(isinstance(device, str) for device in self.devices):
-            raise ValueError(
-                f"devices: expected torch's names of device types, such as 'cpu', got {self.devices!r}"
-            )
-        for name in ("protocol", "out_multiple", "in_multiple"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
-        if not all(isinstance(item, FormatSpec) for item in self.formats):
-            raise ValueError(f"formats: expected values of FormatSpec, got {self.formats!r}")
-        if self.rescales not in (True, False):
-            raise ValueError(f"rescales: expected True or False, got {self.rescales!r}")
-        if not all(isinstance(item, Promise) for item in self.promises):
-            raise ValueError(f"promises: expected values of Promise, got {self.promises!r}")
+
+class QuantizerSpec(_Fact):
+    """The facts of a quantizer that ``modulora list-quantizers`` prints.
+
+    Raises:
+        ValueError: a field is malformed; the message names it.
+    """
+
+    name: _Name
+    """The name that users give: lower case letters, digits and single hyphens, such as ``"my-rounding"``."""
+    summary: str
+    """One line."""
+    location: _Location
+    """``"package.module:Class"``, imported on first use."""
+    protocol: PositiveInt
+    """The version of this contract that the plugin was written for. Write the number and do not import
+    :data:`PROTOCOL`: it says which version *you* tested."""
+    bits: Annotated[tuple[_Bits, ...], Field(min_length=1)]
+    """The widths that it offers, in bits per weight without scales."""
+    calibration: Literal["none", "optional", "required"] = "none"
+    """Whether ``pack`` wants the second moment of the layer's inputs."""
+    devices: Annotated[tuple[str, ...], Field(min_length=1)] = ("cpu",)
+    """The torch device types that it has kernels for. On others plain torch must work."""
+    out_multiple: PositiveInt = 1
+    """A divisor of ``out_features``."""
+    in_multiple: PositiveInt = 1
+    """A divisor of ``in_features``."""
+    url: str = ""
+    """The paper, or the project's page."""
+    formats: tuple[FormatSpec, ...] = ()
+    """Checkpoint formats of other tools that hold its weights."""
+    rescales: bool = False
+    """Whether it implements :meth:`Quantizer.rescaled`, which tuning needs."""
+    promises: tuple[Promise, ...] = ()
+    """What it promises with which options: the configurations that the conformance kit runs."""
 
     def next_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """The least ``(out, in)`` from this one on whose sizes are multiples of :attr:`out_multiple` and :attr:`in_multiple`."""
+        """The smallest ``(out, in)`` from ``shape`` on that its multiples divide."""
         (out_features, in_features), (a, b) = shape, (self.out_multiple, self.in_multiple)
         return -(-out_features // a) * a, -(-in_features // b) * b
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What calibration saw of one layer.
+    """The statistics of one layer's inputs.
 
     Attributes:
-        hessian: H = E[xxᵀ], ``[in, in]``, fp32, symmetric: the second moment of the layer's inputs.
-        samples: how many input vectors the mean is over.
+        hessian: H = E[xxᵀ], ``[in, in]``, fp32, symmetric: the second moment.
+        samples: the number of input vectors.
     """
 
     hessian: Tensor
@@ -152,32 +194,36 @@ class Calibration:
 
 
 def check_hessian(quantizer: str, weight: Tensor, hessian: Tensor) -> None:
-    """Refuse a weight and its H that can't be quantized together.
+    """Refuse a weight and an H that cannot be quantized together.
 
     Args:
         quantizer: its name, for messages.
-        weight: ``[out, in]``; hessian: ``[in, in]``, of any float dtype each.
+        weight: ``[out, in]``, any float dtype.
+        hessian: ``[in, in]``, any float dtype.
 
     Raises:
-        ShapeError: ``hessian`` doesn't fit ``weight``.
-        WeightError: NaN or Inf in either, or a negative number on ``hessian``'s diagonal.
+        ShapeError: ``hessian`` does not fit ``weight``.
+        WeightError: NaN or Inf in either, or a negative number on the diagonal of ``hessian``.
     """
     import torch
 
     columns = weight.shape[1]
     if tuple(hessian.shape) != (columns, columns):
-        raise ShapeError(f"{quantizer}: expected a second moment of shape [{columns}, {columns}] for a weight of shape "
-                         f"{list(weight.shape)}, got {list(hessian.shape)}")  # fmt: skip
-    for what, tensor in (("weight", weight), ("second moment", hessian)):
-        if not math.isfinite(
-            float(tensor.detach().sum(dtype=torch.float64))
-        ):  # one bad value makes the sum bad
+        raise ShapeError(
+            f"{quantizer}: expected a second moment of shape [{columns}, {columns}] for a weight of shape "
+            f"{list(weight.shape)}, got {list(hessian.shape)}"
+        )
+    for name, tensor in (("weight", weight), ("second moment", hessian)):
+        total = float(tensor.detach().sum(dtype=torch.float64))  # one bad value makes the sum bad
+        if not math.isfinite(total):
             raise WeightError(
-                f"{quantizer}: expected a finite {what}, got NaN or Inf in one of shape {list(tensor.shape)}"
+                f"{quantizer}: expected a finite {name}, got NaN or Inf in one of shape {list(tensor.shape)}"
             )
-    if bool((hessian.diagonal() < 0).any()):
-        raise WeightError(f"{quantizer}: expected a second moment, whose diagonal isn't negative, got "
-                          f"{float(hessian.diagonal().min()):g} on it; calibrate again")  # fmt: skip
+    least = float(hessian.diagonal().min())
+    if least < 0:
+        raise WeightError(
+            f"{quantizer}: expected no negative number on the diagonal of a second moment, got {least:g}; calibrate again"
+        )
 
 
 class NoOptions(BaseModel):
@@ -187,15 +233,15 @@ class NoOptions(BaseModel):
 
 
 class Quantizer(ABC):
-    """A black box that packs a weight, gives tiles of it back, and multiplies by it. Subclass this.
+    """A black box that packs a weight, gives tiles of it back, and multiplies by it. Subclass it.
 
-    An instance is cheap, holds only its options, and is shared between layers: keep no state in it. It is
-    constructed with the options that are recorded in a checkpoint, also when the checkpoint is only read.
+    An instance is cheap and shared by all layers: it holds its options and no other state. A checkpoint constructs
+    it with the options that it records, also when the checkpoint is only read.
 
     Attributes:
         spec: the plugin's :class:`QuantizerSpec`.
         format: the number of the packed format that :meth:`pack` writes.
-        Options: a frozen pydantic model, every field with a default, a type and a description. The command line's
+        Options: a frozen pydantic model; every field has a default, a type and a description. The command line's
             ``-o key=value``, the checkpoint's record and the docs are derived from it.
     """
 
@@ -215,35 +261,37 @@ class Quantizer(ABC):
         """Quantize ``weight``.
 
         Args:
-            weight: ``[out, in]``, any float dtype, any strides, finite. It must not be changed, nor kept.
+            weight: ``[out, in]``, any float dtype, any strides, finite. Do not change it, and do not keep it.
             calibration: the layer's :class:`Calibration` where ``spec.calibration`` asks for one.
 
         Returns:
-            the packed weight on the same device; the same bytes for the same input, every time.
+            the packed weight on the same device; the same bytes for the same input.
         """
 
     @abstractmethod
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         """Rows ``[start, stop)`` of Ŵ in the original basis.
 
         Args:
-            packed: what :meth:`pack` returned, perhaps on another device.
+            packed: a result of :meth:`pack`, perhaps on another device.
             rows: ``(start, stop)`` with ``0 <= start <= stop <= out``; :func:`check_rows` refuses others.
-            dtype: float32, float16, bfloat16 or float64. Compute in fp32 and round once, so that a float64
-                tile holds the values of the float32 one: that is what gradients are proven against. Where a
-                tile is a sum, as in a rotated basis, compute a float64 one in fp64, as :meth:`matmul` does.
+            dtype: float32, float16, bfloat16 or float64. Compute in fp32 and round once; a float64 tile then holds
+                the values of the float32 tile. A tile that is a sum, as in a rotated basis, is summed in fp64 for
+                float64: gradients are proven against it.
 
         Returns:
-            ``[stop - start, in]`` on the device of ``packed``; bit-identical to the same rows of the whole,
-            whatever the range. The caller owns it.
+            ``[stop - start, in]`` on the device of ``packed``, owned by the caller. Its bits do not depend on the
+            range: they equal the same rows of the whole.
         """
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         """``x Ŵᵀ`` for ``x: [..., in]``, or ``x Ŵ`` for ``x: [..., out]`` when ``transpose``; in ``x``'s dtype.
 
-        This one works for every quantizer: tile by tile within a byte budget (:mod:`modulora_core.tiles`).
-        Override it for a fused kernel or a rotated basis. Both directions must use the same Ŵ, and one that
-        ``dequantize_tile`` agrees with. It is not differentiated through: the core calls it both ways.
+        The default multiplies tile by tile within a byte budget (:mod:`modulora_core.tiles`). Override it for a fused
+        kernel or a rotated basis. Both directions must use the Ŵ of :meth:`dequantize_tile`. The core differentiates
+        it, so it needs no gradient.
         """
         from modulora_core.tiles import tiled_matmul
 
@@ -253,10 +301,10 @@ class Quantizer(ABC):
         return tiled_matmul(x, tile, packed.shape, transpose)
 
     def lookup(self, ids: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-        """Rows ``ids`` of Ŵ, where it is the table of an embedding: ``[*ids.shape, in]`` in ``dtype``.
+        """Rows ``ids`` of Ŵ, the table of an embedding: ``[*ids.shape, in]`` in ``dtype``, without a gradient.
 
-        This one works for every quantizer, by :meth:`dequantize_tile`; it waits for the ids, and each of many ids that are far apart
-        costs a call. Override it where packed rows can be gathered. It has no gradient.
+        The default uses :meth:`dequantize_tile`; it waits for the ids, and distant ids cost a call each. Override it
+        where packed rows can be gathered.
 
         Args:
             ids: any shape, an integer dtype, on the device of ``packed``.
@@ -271,45 +319,48 @@ class Quantizer(ABC):
 
         return looked_up(ids, tile, packed.shape, dtype)
 
-    def rescaled(self, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor) -> PackedWeight:  # noqa: ARG002
-        """The packed weight of diag(output_scale) Ŵ diag(input_scale), for a spec that says ``rescales=True``.
+    def rescaled(
+        self, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor
+    ) -> PackedWeight:
+        """The packed weight of diag(output_scale) Ŵ diag(input_scale); implement it if ``spec.rescales``.
 
-        For formats that keep a vector for each side of Ŵ: the scales are multiplied into those. Rounding them to their
-        dtype is fine; codes stay. Tuning trains the scales while a model is quantized.
+        It is for formats that keep a vector for each side of Ŵ: multiply the scales into these and keep the codes.
+        Rounding to the vectors' dtype is fine. Tuning trains the scales while a model is quantized.
 
         Args:
-            packed: what :meth:`pack` returned.
-            input_scale: ``[in]``, fp32; output_scale: ``[out]``, fp32; on the device of ``packed``. Near 1.
+            packed: a result of :meth:`pack`.
+            input_scale: ``[in]``, fp32, near 1, on the device of ``packed``; output_scale: ``[out]``, likewise.
 
         Returns:
             a packed weight of the same layout.
 
         Raises:
-            PluginError: by default: this quantizer has no place for such scales.
+            PluginError: the default: this quantizer has no place for scales.
         """
         raise PluginError(
-            f"{self.spec.name}: expected a quantizer whose packed weights can be rescaled (rescales=True in its spec), got one that "
-            "has no rescaled(); quantize without tuning"
+            f"{self.spec.name}: expected a quantizer with rescales=True, got one without; quantize without tuning"
         )
 
     def check_shape(self, shape: tuple[int, int]) -> None:
-        """Refuse a shape that can't be packed, before any work.
+        """Refuse a shape that cannot be packed, before any work.
 
         Raises:
-            ShapeError: by default when ``spec.out_multiple`` or ``spec.in_multiple`` doesn't divide it.
+            ShapeError: the default: ``spec.out_multiple`` or ``spec.in_multiple`` does not divide it.
         """
         multiples = (self.spec.out_multiple, self.spec.in_multiple)
-        for name, size, multiple in zip(("out_features", "in_features"), shape, multiples, strict=True):
+        for name, size, multiple in zip(
+            ("out_features", "in_features"), shape, multiples, strict=True
+        ):
             if size % multiple:
                 raise ShapeError(f"{self.spec.name}: {name} {size} is not a multiple of {multiple}")
 
     def check_format(self, packed: PackedWeight | PackedLayout) -> None:
-        """Refuse a packed weight of a format that this version doesn't read; asked before a checkpoint is loaded.
+        """Refuse a packed weight of a format that this version does not read, before a checkpoint is loaded.
 
         Override it if the other methods read older formats too, by ``packed.format``.
 
         Raises:
-            CheckpointError: by default when the format isn't the one that :meth:`pack` writes.
+            CheckpointError: the default: the format is not the one that :meth:`pack` writes.
         """
         if packed.format != self.format:
             raise CheckpointError(
@@ -318,13 +369,15 @@ class Quantizer(ABC):
             )
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
-        """What :meth:`pack` would return for this shape, without the bytes: for plans and disk-space checks.
+        """The layout of :meth:`pack`'s result for this shape, for plans and disk-space checks.
 
-        This one packs a weight of that shape (and an identity H where calibration is required): exact for a
-        format whose size doesn't depend on the values, and slow. Override it where arithmetic will do.
+        The default packs a random weight (with H the identity where calibration is required). That is slow, and exact
+        if the size does not depend on the values. Override it where arithmetic will do.
         """
         import torch
 
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         needs_calibration = self.spec.calibration == "required"
-        return self.pack(weight, Calibration(torch.eye(shape[1]), 1) if needs_calibration else None).layout
+        return self.pack(
+            weight, Calibration(torch.eye(shape[1]), 1) if needs_calibration else None
+        ).layout

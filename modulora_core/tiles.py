@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from modulora_core.dense_products import add_product, bound_caches, product, put_product
+from modulora_core.devices.dense_products import add_product, bound_caches, product, put_product
 from modulora_core.errors import OptionError, ShapeError
 
 TileFunction = Callable[[int, int, torch.dtype], Tensor]
@@ -56,7 +56,9 @@ def tile_bytes(device: torch.device) -> int:
 
 def _parse_tile_bytes(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
-        raise OptionError(f"MODULORA_TILE_BYTES: expected a positive whole number of bytes, got {text!r}")
+        raise OptionError(
+            f"MODULORA_TILE_BYTES: expected a positive whole number of bytes, got {text!r}"
+        )
     return int(text)
 
 
@@ -95,7 +97,11 @@ def has_bfloat16_units() -> bool:
     """
     capabilities = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
     has = any(supported() for supported in capabilities)
-    has = has and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has = (
+        has
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
     if has:
         bound_caches()
     return has
@@ -114,7 +120,9 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     (docs/performance-findings.md). For fp16 no CPU is known to be worth it.
     """
     on_cpu = device.type == "cpu"
-    if on_cpu and (dtype == torch.float16 or (dtype == torch.bfloat16 and not has_bfloat16_units())):
+    if on_cpu and (
+        dtype == torch.float16 or (dtype == torch.bfloat16 and not has_bfloat16_units())
+    ):
         return torch.float32
     return dtype
 

@@ -39,7 +39,9 @@ def shares(source, to, BLOCK: tl.constexpr):
 
 def compile_copy(target, dtype, divisible, block=1024):
     signature = {"source": f"*{dtype}", "to": f"*{dtype}", "n": "i32"}
-    return ahead_of_time.compile_kernel(copy, signature, {"BLOCK": block}, target, divisible=divisible)
+    return ahead_of_time.compile_kernel(
+        copy, signature, {"BLOCK": block}, target, divisible=divisible
+    )
 
 
 def compile_shares():
@@ -86,13 +88,17 @@ def test_registers_are_those_that_cuobjdump_prints(kernel, tmp_path, monkeypatch
         pytest.skip("this build of triton brings no cuobjdump")
     read, cubins = ahead_of_time._read, []
     monkeypatch.setattr(
-        ahead_of_time, "_read", lambda built, target: cubins.append(built.asm["cubin"]) or read(built, target)
+        ahead_of_time,
+        "_read",
+        lambda built, target: cubins.append(built.asm["cubin"]) or read(built, target),
     )
     code = compile_copy("sm_80", "fp32", [(0,), (1,)]) if kernel is copy else compile_shares()
     (tmp_path / "kernel.cubin").write_bytes(cubins[0])
     command = [str(tool), "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"REG:(\d+) STACK:(\d+)", printed) == [(str(code.registers), str(code.spills))]
+    assert re.findall(r"REG:(\d+) STACK:(\d+)", printed) == [
+        (str(code.registers), str(code.spills))
+    ]
 
 
 def test_a_recorded_call_is_compiled_with_its_types_and_alignments():

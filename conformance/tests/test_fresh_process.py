@@ -15,7 +15,10 @@ from modulora_conformance.fresh_process import run_python
 
 CASES = {
     "a module with arguments": ("-m", "told", "a b", "--c"),
-    "code that reads its argv and path": ("-c", "import sys, told; print(sys.argv, sys.path[0] == '')"),
+    "code that reads its argv and path": (
+        "-c",
+        "import sys, told; print(sys.argv, sys.path[0] == '')",
+    ),
     "an exit code": ("-c", "raise SystemExit(3)"),
     "a message": ("-c", "import sys; sys.exit('no')"),
     "an error": ("-c", "import os; os.write(1, b'before'); print('this'); 1 / 0"),
@@ -26,7 +29,9 @@ CASES = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "told.py").write_text("import sys, os\nprint(sys.argv[1:], __name__, os.getcwd())\n")
+    (tmp_path / "told.py").write_text(
+        "import sys, os\nprint(sys.argv[1:], __name__, os.getcwd())\n"
+    )
     return tmp_path
 
 
@@ -50,7 +55,9 @@ def test_runs_share_nothing_with_each_other_nor_with_this_process(folder: Path) 
 def test_a_run_has_the_environment_that_it_is_given(folder: Path) -> None:
     code = "import os; print(os.environ.get('MODULORA_TEST'))"
     for value in ("1", "2"):
-        done = run_python("-c", code, cwd=folder, env={**os.environ, "MODULORA_TEST": value}, ready=())
+        done = run_python(
+            "-c", code, cwd=folder, env={**os.environ, "MODULORA_TEST": value}, ready=()
+        )
         assert done.stdout.strip() == value
     assert len(fresh_process._nurseries) <= fresh_process.MOST
 
@@ -61,7 +68,9 @@ def test_a_run_that_takes_too_long_is_ended_and_the_next_one_works(folder: Path)
         run_python("-c", pid, cwd=folder, timeout=3, ready=())
     if sys.platform == "linux":
         state = Path("/proc") / (folder / "pid").read_text() / "stat"
-        wait_until(lambda: has_ended(state))  # killed it is, but the kernel takes its memory down first
+        wait_until(
+            lambda: has_ended(state)
+        )  # killed it is, but the kernel takes its memory down first
     assert run_python("-c", "print(7)", cwd=folder, ready=()).stdout == "7\n"
 
 
@@ -91,4 +100,7 @@ def test_a_nursery_that_has_ended_is_replaced(folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no nursery")
 def test_what_is_ready_was_imported_once(folder: Path) -> None:
     code = "import sys; print('modulora_core.registry' in sys.modules, 'numba' in sys.modules)"
-    assert run_python("-c", code, cwd=folder, ready=("modulora_core.registry",)).stdout == "True False\n"
+    assert (
+        run_python("-c", code, cwd=folder, ready=("modulora_core.registry",)).stdout
+        == "True False\n"
+    )

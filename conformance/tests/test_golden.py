@@ -49,7 +49,10 @@ def outcomes(folder: Path, kind: str) -> dict[str, str]:
     )
     report = json.loads((folder / "report" / "zoo-healthy.json").read_text())
     golden = [c["check"] for c in report["checks"] if c["check"].endswith("_golden_vectors")]
-    assert sorted(golden) == ["test_packing_gives_the_golden_vectors", "test_tiles_give_the_golden_vectors"]
+    assert sorted(golden) == [
+        "test_packing_gives_the_golden_vectors",
+        "test_tiles_give_the_golden_vectors",
+    ]
     return {c["check"]: c["reason"] for c in report["checks"] if c["outcome"] == kind}
 
 
@@ -61,7 +64,10 @@ def test_what_was_just_written_holds(written: Path) -> None:
     ("name", "broken"),
     [
         ("tile", {"test_tiles_give_the_golden_vectors"}),
-        ("packed.codes", {"test_packing_gives_the_golden_vectors", "test_tiles_give_the_golden_vectors"}),
+        (
+            "packed.codes",
+            {"test_packing_gives_the_golden_vectors", "test_tiles_give_the_golden_vectors"},
+        ),
     ],
 )
 def test_a_change_of_one_value_is_told(written: Path, name: str, broken: set[str]) -> None:

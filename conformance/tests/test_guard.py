@@ -49,7 +49,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("TestSaysWhyWithoutCause", "test_the_protocol_is_supported", "FAILED"),
     ],
 )
-def test_what_is_taken_from_the_kit_is_told(guarded: str, cls: str, check: str, outcome: str) -> None:
+def test_what_is_taken_from_the_kit_is_told(
+    guarded: str, cls: str, check: str, outcome: str
+) -> None:
     found = re.search(rf"{cls}::{check} (\w+)", guarded)
     assert found is not None, guarded
     assert found[1] == outcome
@@ -85,7 +87,9 @@ def test_a_part_of_the_kit_certifies_nothing(tmp_path: Path) -> None:
         (["zoo-healthy", "--level", "9"], "invalid choice"),
     ],
 )
-def test_a_wrong_request_is_told_before_any_check(words: list[str], told: str, tmp_path: Path) -> None:
+def test_a_wrong_request_is_told_before_any_check(
+    words: list[str], told: str, tmp_path: Path
+) -> None:
     done = kit(tmp_path, *words)
     assert done.returncode not in (0, 1)
     assert told in done.stdout + done.stderr

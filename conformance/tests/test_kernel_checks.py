@@ -31,7 +31,9 @@ def outcomes(folder: Path, *nodes: str, **environment: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     broken = [f"Test{name}::{test}" for name, test in zoo_kernels.BREAKS.items()]
-    broken = [f"{node}[kernels]" if "packing" in node else node for node in broken]  # once: it takes seconds
+    broken = [
+        f"{node}[kernels]" if "packing" in node else node for node in broken
+    ]  # once: it takes seconds
     return outcomes(tmp_path_factory.mktemp("kernels"), "TestSound", *broken)
 
 

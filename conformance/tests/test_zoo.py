@@ -34,7 +34,9 @@ def test_a_sound_one_is_certified(name: str, results: dict[str, dict[str, Any]])
     found = results[modulora_zoo.SPECS[name].name]
     assert found["failures"] == []
     allowed = [
-        c for c in found["checks"] if c["outcome"] == "passed" or c["reason"].startswith(ALLOWED_SKIPS)
+        c
+        for c in found["checks"]
+        if c["outcome"] == "passed" or c["reason"].startswith(ALLOWED_SKIPS)
     ]
     assert allowed == found["checks"]
     assert found["certified"] is True

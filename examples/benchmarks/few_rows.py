@@ -24,11 +24,11 @@ from unittest.mock import patch
 import torch
 from layer import shape_of
 from methods import Packed, promised
+from modulora_conformance.bench.timing import Timing, cold_copies, in_turns, rotating
 from report import describe, environment, markdown
 from torch import Tensor
 
-from modulora_core.bench import Timing, cold_copies, in_turns, rotating
-from modulora_core.kernels import amx, block_choice, products
+from modulora_core.kernels.cpu import amx, block_choice, products
 from modulora_core.packed import PackedWeight
 from modulora_core.spec import Calibration, Quantizer
 
@@ -37,7 +37,9 @@ WAYS = "fused", "blocks", "amx", "tiles"
 
 def packed_copies(quantizer: Quantizer, weight: Tensor) -> list[PackedWeight]:
     """As many as come from memory when they take turns. What wants calibration gets the identity for H."""
-    seen = None if quantizer.spec.calibration == "none" else Calibration(torch.eye(weight.shape[1]), 1)
+    seen = (
+        None if quantizer.spec.calibration == "none" else Calibration(torch.eye(weight.shape[1]), 1)
+    )
     packed = quantizer.pack(weight, seen)
     return [
         packed.layout.fill({name: tensor.clone() for name, tensor in packed.tensors.items()})
@@ -51,9 +53,15 @@ def compare(
     """The ways and ``dense``, in turns; ``amx`` where the processor has it."""
     has_amx = amx.available()
 
-    def product(most: int, blocks: bool = False, by_amx: bool = False) -> Callable[[PackedWeight], Tensor]:
+    def product(
+        most: int, blocks: bool = False, by_amx: bool = False
+    ) -> Callable[[PackedWeight], Tensor]:
         def multiply(weight: PackedWeight) -> Tensor:
-            module.FEW_ROWS, products.blocks_are_faster, amx.available = most, lambda: blocks, lambda: by_amx
+            module.FEW_ROWS, products.blocks_are_faster, amx.available = (
+                most,
+                lambda: blocks,
+                lambda: by_amx,
+            )
             return quantizer.matmul(x, weight, transpose)
 
         return multiply
@@ -88,7 +96,9 @@ def measured(words: str, dense: list[Tensor], flags: argparse.Namespace) -> Iter
     quantizer: Quantizer = method.quantizer()
     module: ModuleType = sys.modules[type(quantizer).__module__]
     if not hasattr(module, "FEW_ROWS"):
-        print(f"{words}: not measured: its module {module.__name__} has no FEW_ROWS", file=sys.stderr)
+        print(
+            f"{words}: not measured: its module {module.__name__} has no FEW_ROWS", file=sys.stderr
+        )
         return
     packed = packed_copies(quantizer, dense[0])
     for n in flags.rows:
@@ -96,7 +106,9 @@ def measured(words: str, dense: list[Tensor], flags: argparse.Namespace) -> Iter
         for transpose in (False, True):
             x = torch.randn(n, dense[0].shape[0 if transpose else 1])
             times = compare(quantizer, module, packed, dense, x, flags.seconds, transpose=transpose)
-            cells += [f"{times[way].beside(times['dense']):.2f}" if way in times else "–" for way in WAYS]
+            cells += [
+                f"{times[way].beside(times['dense']):.2f}" if way in times else "–" for way in WAYS
+            ]
         yield cells
 
 

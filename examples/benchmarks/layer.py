@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 from methods import BASE, BASE_DTYPE, Method
+from modulora_conformance.bench.timing import cold_copies
 from report import Bars, Result, Run, arguments, pivot, ratio_cell
 from torch import Tensor, nn
 from turns import NotMeasuredError, take_turns
-
-from modulora_core.bench import cold_copies
 
 FORWARD, BOTH = "forward", "forward + backward"
 DTYPES = ("float32", "bfloat16")
@@ -72,10 +71,14 @@ class LayerJob:
         return {**told, "relative_error": error}
 
     def _make(self, case: Case) -> dict[str, Any]:
-        self._layers = {key: layers for key, layers in self._layers.items() if key[0] == case.passes}
+        self._layers = {
+            key: layers for key, layers in self._layers.items() if key[0] == case.passes
+        }
         first = self._method.layer(self._weight, getattr(torch, case.dtype), training=case.training)
         size = nbytes(first)
-        copies = self._method.copies(first, self._weight, getattr(torch, case.dtype), training=case.training)
+        copies = self._method.copies(
+            first, self._weight, getattr(torch, case.dtype), training=case.training
+        )
         layers = [first, *itertools.islice(copies, cold_copies(size) - 1)]
         self._layers[case.passes, case.dtype] = itertools.cycle(layers)
         return {"bytes": size, "copies": len(layers)}

@@ -30,8 +30,8 @@ import llama_step
 from llama_step import RANK, step_flags
 from random_checkpoint import SHAPES, create_quantizer, write_checkpoint
 
-from modulora_core.plan.fitting import plan_memory
-from modulora_core.plan.request import PlanRequest, finetuning
+from modulora_core.planner.fitting import plan_memory
+from modulora_core.planner.request import PlanRequest, finetuning
 
 GB, GIB = 10**9, 2**30
 
@@ -61,7 +61,11 @@ def main(words: Sequence[str] | None = None) -> int:
     print(report(flags, measured))
     if flags.json is not None:
         flags.json.write_text(json.dumps(measured, indent=2) + "\n")
-    return 0 if math.isfinite(measured["step"]["loss"]) and not measured["step"]["bad_gradients"] else 1
+    return (
+        0
+        if math.isfinite(measured["step"]["loss"]) and not measured["step"]["bad_gradients"]
+        else 1
+    )
 
 
 def run(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -70,14 +74,25 @@ def run(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     checkpoint, started = folder / name, time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     nbytes = write_checkpoint(
-        flags.model, create_quantizer(flags.quantizer), checkpoint, progress=None if flags.quiet else _told
+        flags.model,
+        create_quantizer(flags.quantizer),
+        checkpoint,
+        progress=None if flags.quiet else _told,
     )
     writing = time.perf_counter() - started
     words = [llama_step.__file__, str(checkpoint), *_step_words(flags)]
     done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise SystemExit(f"the step ended with exit code {done.returncode}")
-    fields = ("model", "quantizer", "seq_len", "dtype", "device", "mapped", "gradient_checkpointing")
+    fields = (
+        "model",
+        "quantizer",
+        "seq_len",
+        "dtype",
+        "device",
+        "mapped",
+        "gradient_checkpointing",
+    )
     return {
         "request": {name: getattr(flags, name) for name in fields},
         "checkpoint_bytes": nbytes,
@@ -124,7 +139,9 @@ def report(flags: argparse.Namespace, measured: dict[str, Any]) -> str:
         "|-|-|-|-|-|-|",
     ]
     for name, phase in step["phases"].items():
-        sizes = [phase[key] / GIB for key in ("peak_memory_bytes", "anonymous_bytes", "mapped_bytes")]
+        sizes = [
+            phase[key] / GIB for key in ("peak_memory_bytes", "anonymous_bytes", "mapped_bytes")
+        ]
         cells = [
             name,
             *(f"{phase[key]:.1f}" for key in ("seconds", "cpu_seconds")),
@@ -162,7 +179,9 @@ def _plan_table(measured: dict[str, Any]) -> list[str]:
     items, planned = measured["plan"]["items"], measured["plan"]["training_bytes"]
     peak = measured["step"]["peak_memory_bytes"]
     lines = [f"| `modulora plan`, {measured['plan']['jobs']['training']['when']} | GiB |", "|-|-|"]
-    lines += [f"| {name.replace('_', ' ')} | {nbytes / GIB:.2f} |" for name, nbytes in items.items()]
+    lines += [
+        f"| {name.replace('_', ' ')} | {nbytes / GIB:.2f} |" for name, nbytes in items.items()
+    ]
     lines += [f"| planned | {planned / GIB:.2f} |", f"| measured | {peak / GIB:.2f} |"]
     return lines
 
@@ -171,10 +190,14 @@ def _paper_table(flags: argparse.Namespace, measured: dict[str, Any]) -> list[st
     step = measured["step"]
     peak, libraries = step["peak_memory_bytes"], step["phases"]["libraries"]["peak_memory_bytes"]
     lines = ["| GB | " + flags.model + " |", "|-|-|"]
-    in_paper = {name: sizes[flags.model] for name, sizes in PAPER_GB.items() if flags.model in sizes}
+    in_paper = {
+        name: sizes[flags.model] for name, sizes in PAPER_GB.items() if flags.model in sizes
+    }
     lines += [f"| {name} (the paper, on a GPU) | {size} |" for name, size in in_paper.items()]
     lines.append(f"| here, {flags.quantizer}, the whole process | {peak / GB:.2f} |")
-    lines.append(f"| here, without what was resident before loading | {(peak - libraries) / GB:.2f} |")
+    lines.append(
+        f"| here, without what was resident before loading | {(peak - libraries) / GB:.2f} |"
+    )
     return lines
 
 

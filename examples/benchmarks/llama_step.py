@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modulora_core.adapters import LoRASettings, adapter_layers, add_lora
-from modulora_core.checkpoint import load_model, open_checkpoint
-from modulora_core.chunked_loss import chunked_loss
-from modulora_core.gradient_checkpointing import checkpoint_activations
-from modulora_core.memory import PeakMemory
+from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.devices.memory import PeakMemory
+from modulora_core.training.chunked_loss import chunked_loss
+from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
 RANK = 8
 B_DEVIATION = 1e-3
@@ -75,7 +75,11 @@ class Phases:
         self.told[name] = {"seconds": seconds, "cpu_seconds": cpu, "peak_memory_bytes": peak.nbytes,
                            "anonymous_bytes": anonymous, "mapped_bytes": mapped}  # fmt: skip
         if self._loud:
-            print(f"{name}: {seconds:.1f} s, peak {peak.nbytes / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {seconds:.1f} s, peak {peak.nbytes / 2**30:.2f} GiB",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _resident_parts() -> tuple[int, int]:
@@ -83,8 +87,12 @@ def _resident_parts() -> tuple[int, int]:
     status = Path("/proc/self/status")
     if not status.is_file():
         return 0, 0
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith("Rss"))
-    anonymous, mapped = (int(lines.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    lines = dict(
+        line.split(":", 1) for line in status.read_text().splitlines() if line.startswith("Rss")
+    )
+    anonymous, mapped = (
+        int(lines.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile")
+    )
     return anonymous, mapped
 
 
@@ -111,7 +119,9 @@ def step(flags: argparse.Namespace) -> dict[str, Any]:
         "expected_loss": math.log(model.config.vocab_size) + 0.5,
         "token": token,
         "phases": phases.told,
-        "seconds_of_step": sum(phases.told[name]["seconds"] for name in ("forward", "backward", "optimizer")),
+        "seconds_of_step": sum(
+            phases.told[name]["seconds"] for name in ("forward", "backward", "optimizer")
+        ),
         "peak_memory_bytes": max(phase["peak_memory_bytes"] for phase in phases.told.values()),
         **_gradients(model),
     }
@@ -161,7 +171,11 @@ def step_flags(parser: argparse.ArgumentParser) -> None:
     add("--seq-len", type=int, default=128, help="tokens of the one sequence (128)")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of embeddings, head and activations (bfloat16)")  # fmt: skip
     add("--device", default="cpu", help="cpu, cuda (cpu)")
-    add("--mapped", action="store_true", help="one decoder block's packed weights in memory at a time")
+    add(
+        "--mapped",
+        action="store_true",
+        help="one decoder block's packed weights in memory at a time",
+    )
     add("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false",
         help="keep activations: no second forward, more memory")  # fmt: skip
     add("--quiet", action="store_true", help="no progress on stderr")

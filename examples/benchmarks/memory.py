@@ -28,7 +28,10 @@ def measure(run: Run, files: ModelFiles, method: Method, dtype: str) -> Result:
     """The peaks of one method. What it can't do is noted and left out."""
     flags, result = run.flags, {"method": method.name, "dtype": dtype}
     training = (flags.batch_size, flags.seq_len, checkpointing_methods(run), kept_products(run))
-    jobs = {DECODING: (DecodingJob, (flags.prompt, flags.length)), TRAINING: (TrainingJob, training)}
+    jobs = {
+        DECODING: (DecodingJob, (flags.prompt, flags.length)),
+        TRAINING: (TrainingJob, training),
+    }
     for what, (build, shared) in jobs.items():
         run.say(f"{method.name}, {dtype}, {COLUMNS[what]}")
         try:
@@ -39,14 +42,21 @@ def measure(run: Run, files: ModelFiles, method: Method, dtype: str) -> Result:
         except NotMeasuredError as error:
             run.skip(method.name, str(error), f"{COLUMNS[what]}, {dtype}")
             continue
-        result |= {LIBRARIES: told[LIBRARIES], LOADING: told[LOADING], what: last["peak_memory_bytes"]}
+        result |= {
+            LIBRARIES: told[LIBRARIES],
+            LOADING: told[LOADING],
+            what: last["peak_memory_bytes"],
+        }
     return result
 
 
 def with_ratios(results: list[Result]) -> list[Result]:
     """Each result with ``ratios`` to the dense one, by column."""
     base = next((r for r in results if (r["method"], r["dtype"]) == (BASE, BASE_DTYPE)), {})
-    return [r | {"ratios": {c: r[c] / base[c] for c in COLUMNS if c in r and base.get(c)}} for r in results]
+    return [
+        r | {"ratios": {c: r[c] / base[c] for c in COLUMNS if c in r and base.get(c)}}
+        for r in results
+    ]
 
 
 def table(results: list[Result]) -> str:
@@ -59,7 +69,8 @@ def table(results: list[Result]) -> str:
 
     heads = ["", "dtype", *COLUMNS.values()]
     return markdown(
-        heads, [[r["method"], r["dtype"], *(cell(r, column) for column in COLUMNS)] for r in results]
+        heads,
+        [[r["method"], r["dtype"], *(cell(r, column) for column in COLUMNS)] for r in results],
     )
 
 

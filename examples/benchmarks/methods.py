@@ -20,8 +20,8 @@ from typing_extensions import override
 
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.choices import Choice
 from modulora_core.errors import ModuLoRAError
+from modulora_core.registry import Choice
 from modulora_core.spec import Calibration
 from modulora_core.tiles import tile_budget
 
@@ -69,10 +69,14 @@ class Method:
     def missing(self) -> str | None:
         """What to install, or None."""
         lacking = [
-            name for name in self.distributions if not any(importlib.metadata.distributions(name=name))
+            name
+            for name in self.distributions
+            if not any(importlib.metadata.distributions(name=name))
         ]
         return (
-            f"{' and '.join(lacking)} isn't installed; pip install {' '.join(lacking)}" if lacking else None
+            f"{' and '.join(lacking)} isn't installed; pip install {' '.join(lacking)}"
+            if lacking
+            else None
         )
 
     def layer(self, weight: Tensor, dtype: torch.dtype, *, training: bool = False) -> nn.Module:
@@ -128,7 +132,9 @@ def with_peft(model: Any, targets: list[str]) -> Any:
     """A LoRA adapter of PEFT, as its users put it on."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, bias="none")
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, bias="none"
+    )
     return get_peft_model(model, config).train()
 
 
@@ -198,7 +204,11 @@ class Packed(Method):
 
         quantizer = self.quantizer()
         # values make no difference to the time, so what wants calibration gets the identity for H
-        seen = None if quantizer.spec.calibration == "none" else Calibration(torch.eye(weight.shape[1]), 1)
+        seen = (
+            None
+            if quantizer.spec.calibration == "none"
+            else Calibration(torch.eye(weight.shape[1]), 1)
+        )
         return QuantLinear(PackedParameter(quantizer, quantizer.pack(weight, seen)))
 
     @contextlib.contextmanager
@@ -212,7 +222,7 @@ class Packed(Method):
 
     @override
     def prepare(self, files: ModelFiles) -> None:
-        from modulora_core.quantize import quantize
+        from modulora_core.quantization.quantize import quantize
 
         quantizer = self.quantizer()
         options = quantizer.options.model_dump(mode="json")
@@ -229,20 +239,22 @@ class Packed(Method):
 
     @override
     def load(self, files: ModelFiles, dtype: torch.dtype) -> Any:
-        from modulora_core.loading import open_to_run
+        from modulora_core.inference.loading import open_to_run
 
-        return open_to_run(str(files.of(self)), dtype=str(dtype).removeprefix("torch."), device="cpu").load()
+        return open_to_run(
+            str(files.of(self)), dtype=str(dtype).removeprefix("torch."), device="cpu"
+        ).load()
 
     @override
     def adapt(self, model: Any, targets: list[str]) -> Any:
-        from modulora_core.adapters import LoRASettings, add_lora
+        from modulora_core.adapters.lora import LoRASettings, add_lora
 
         add_lora(model, LoRASettings(rank=RANK, alpha=ALPHA, dropout=0.0, targets=targets))
         return model.train()
 
     @override
     def loss(self, model: Any, ids: Tensor) -> Tensor:
-        from modulora_core.chunked_loss import chunked_loss
+        from modulora_core.training.chunked_loss import chunked_loss
 
         with chunked_loss(model):  # as `modulora finetune` does
             return super().loss(model, ids)

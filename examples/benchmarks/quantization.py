@@ -23,12 +23,12 @@ import torch
 from layer import nbytes, shape_of
 from methods import BASE, Dense, Method, ModelFiles
 from models import model_files, model_flags
+from modulora_conformance.bench.timing import cold_copies
 from report import Bars, Run, arguments, markdown, ratio_cell
 from torch import Tensor
 from turns import NotMeasuredError, take_turns
 
-from modulora_core.bench import cold_copies
-from modulora_core.memory import PeakMemory
+from modulora_core.devices.memory import PeakMemory
 
 COPY = "copy"
 

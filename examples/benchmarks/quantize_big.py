@@ -29,10 +29,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from modulora_core.outputs import partial_name
-from modulora_core.shards import JOURNAL, ShardWriter, plan_shards
-from modulora_core.sources.conversion import build_skeleton
-from modulora_core.sources.safetensors_store import SafetensorsStore
+from modulora_core.checkpoints.outputs import partial_name
+from modulora_core.checkpoints.shards import JOURNAL, ShardWriter, plan_shards
+from modulora_core.models.conversion import build_skeleton
+from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.spec import TensorLayout
 
 SIZES = {
@@ -77,7 +77,9 @@ def make_model(folder: Path, sizes: dict[str, int], shard_bytes: int) -> None:
         **sizes, tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="bfloat16"
     )
     state = build_skeleton(config, torch.bfloat16).state_dict()
-    layouts = {name: TensorLayout("bfloat16", tuple(tensor.shape)) for name, tensor in state.items()}
+    layouts = {
+        name: TensorLayout("bfloat16", tuple(tensor.shape)) for name, tensor in state.items()
+    }
     writer = ShardWriter(folder, plan_shards(layouts, shard_bytes), resume=True)
     for number, (name, layout) in enumerate(layouts.items()):
         if name not in writer.done:
@@ -115,7 +117,16 @@ class Process:
         self, model: Path, out: Path, flags: argparse.Namespace, quantizer: str, *, resume: bool
     ) -> None:
         name, _, options = quantizer.partition(":")
-        words = [sys.executable, "-m", "modulora_core.cli", "quantize", str(model), str(out), "-q", name]
+        words = [
+            sys.executable,
+            "-m",
+            "modulora_core.cli",
+            "quantize",
+            str(model),
+            str(out),
+            "-q",
+            name,
+        ]
         for option in filter(None, options.split(",")):
             words += ["-o", option]
         if name not in flags.without_calibration:
@@ -208,13 +219,27 @@ def _flags(words: Sequence[str] | None) -> argparse.Namespace:
     add("--layers", type=int, help="decoder layers, to make it smaller (32)")
     add("--folder", type=Path, help="keep the model there, and use the one that is there already")
     add("--shard-bytes", type=int, default=10**9, help="of a file of the model (1000000000)")
-    add("--quantizers", nargs="+", default=["nf4", "optq"], metavar="NAME[:KEY=VALUE,...]", help="(nf4 optq)")
     add(
-        "--without-calibration", nargs="*", default=["nf4", "int8"], help="those that take no text (nf4 int8)"
+        "--quantizers",
+        nargs="+",
+        default=["nf4", "optq"],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="(nf4 optq)",
+    )
+    add(
+        "--without-calibration",
+        nargs="*",
+        default=["nf4", "int8"],
+        help="those that take no text (nf4 int8)",
     )
     add("--samples", type=int, default=4, help="of calibration (4)")
     add("--seq-len", type=int, default=128, help="tokens of a calibration sample (128)")
-    add("--kill-at", type=float, default=0.0, help="kill each run at this share of it, and go on (0: don't)")
+    add(
+        "--kill-at",
+        type=float,
+        default=0.0,
+        help="kill each run at this share of it, and go on (0: don't)",
+    )
     add("--json", type=Path, help="write the numbers there")
     return parser.parse_args(words)
 

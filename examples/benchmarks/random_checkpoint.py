@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import modulora_core
-from modulora_core.choices import Choice
+from modulora_core.checkpoints.outputs import check_disk_space, whole_or_nothing
+from modulora_core.checkpoints.record import PackedSite, QuantizationRecord, Recipe
+from modulora_core.checkpoints.shards import ShardWriter, plan_shards
 from modulora_core.errors import CheckpointError
-from modulora_core.outputs import check_disk_space, whole_or_nothing
-from modulora_core.record import PackedSite, QuantizationRecord, Recipe
-from modulora_core.shards import ShardWriter, plan_shards
-from modulora_core.sites import Sites, find_sites
-from modulora_core.sources.conversion import build_skeleton
+from modulora_core.models.conversion import build_skeleton
+from modulora_core.models.sites import Sites, find_sites
+from modulora_core.registry import Choice
 from modulora_core.spec import Calibration, PackedLayout, Quantizer, TensorLayout
 
 STORED = "bfloat16"
@@ -113,7 +113,9 @@ def write_checkpoint(
             if parameter not in writer.done:
                 generator = torch.Generator().manual_seed(zlib.crc32(parameter.encode(), seed))
                 if parameter in dense:
-                    writer.write(parameter, {parameter: _dense(parameter, dense[parameter], generator)})
+                    writer.write(
+                        parameter, {parameter: _dense(parameter, dense[parameter], generator)}
+                    )
                 else:
                     shape = record.sites[record.weights[parameter]].layout.shape
                     writer.write(parameter, filler.fill(layouts, shape, generator))
@@ -135,14 +137,18 @@ def _record(model: str, quantizer: Quantizer, sites: Sites, seed: int) -> Quanti
             quantizer.check_shape(shape)
             layouts[shape] = quantizer.layout(shape)
     numbers = {shape: i for i, shape in enumerate(layouts)}
-    weights = {linear.name: numbers[linear.out_features, linear.in_features] for linear in sites.linears}
+    weights = {
+        linear.name: numbers[linear.out_features, linear.in_features] for linear in sites.linears
+    }
     kept: dict[str, list[str]] = {}
     for name, reason in sites.kept.items():
         kept.setdefault(reason, []).append(name)
     source = {"name": f"random weights of the shapes of LLaMA {model}"}
     packed = tuple(PackedSite(0, layout, "linear") for layout in layouts.values())
     recipes = (Recipe.of(quantizer),)
-    return QuantizationRecord(recipes, packed, weights, kept, source, seed, modulora_core.__version__)
+    return QuantizationRecord(
+        recipes, packed, weights, kept, source, seed, modulora_core.__version__
+    )
 
 
 def _check_same(out: Path, record: QuantizationRecord) -> None:
@@ -163,7 +169,10 @@ class _Filler:
         self._samples: dict[int, Mapping[str, Tensor]] = {}
 
     def fill(
-        self, layouts: Mapping[str, TensorLayout], shape: tuple[int, int], generator: torch.Generator
+        self,
+        layouts: Mapping[str, TensorLayout],
+        shape: tuple[int, int],
+        generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Tensors of ``layouts``, whose names end with those of the packed format, of a weight of ``shape``."""
         samples = self._samples_of(shape[1])
@@ -175,18 +184,24 @@ class _Filler:
     def _samples_of(self, columns: int) -> Mapping[str, Tensor]:
         """The packed tensors of a small Gaussian matrix of variance 1 / columns, flat."""
         if columns not in self._samples:
-            weight = torch.randn(SMALL, SMALL, generator=torch.Generator().manual_seed(0)) / math.sqrt(
-                columns
-            )
+            weight = torch.randn(
+                SMALL, SMALL, generator=torch.Generator().manual_seed(0)
+            ) / math.sqrt(columns)
             wanted = self._quantizer.spec.calibration == "required"
-            packed = self._quantizer.pack(weight, Calibration(torch.eye(SMALL), 1) if wanted else None)
-            self._samples[columns] = {name: tensor.reshape(-1) for name, tensor in packed.tensors.items()}
+            packed = self._quantizer.pack(
+                weight, Calibration(torch.eye(SMALL), 1) if wanted else None
+            )
+            self._samples[columns] = {
+                name: tensor.reshape(-1) for name, tensor in packed.tensors.items()
+            }
         return self._samples[columns]
 
 
 def _drawn(sample: Tensor, layout: TensorLayout, generator: torch.Generator) -> Tensor:
     """Entries of ``sample``, at random: a tensor of ``layout``."""
-    chosen = torch.randint(len(sample), (math.prod(layout.shape),), generator=generator, dtype=torch.int32)
+    chosen = torch.randint(
+        len(sample), (math.prod(layout.shape),), generator=generator, dtype=torch.int32
+    )
     return sample.index_select(0, chosen).view(layout.shape)
 
 

@@ -39,7 +39,12 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     add("-p", "--peers", nargs="*", metavar="NAME",
         help=f"by default all of {', '.join(peer.name for peer in PEERS)}; a name's beginning takes all that begin so")  # fmt: skip
     add("--repeats", type=int, help="turns that each method takes")
-    add("--limit", type=float, default=60.0, help="a method that took so many seconds takes no more turns")
+    add(
+        "--limit",
+        type=float,
+        default=60.0,
+        help="a method that took so many seconds takes no more turns",
+    )
     add("--threads", type=int, help="torch's number of threads, which all follow")
     add("--quick", action="store_true", help="smaller and fewer: to see that it works")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
@@ -75,7 +80,11 @@ class Run:
     def skip(self, method: str, why: str, case: str = "") -> None:
         """Note that something isn't measured, and say so."""
         self.not_measured.append({"method": method, "case": case, "reason": why})
-        print(f"{method}{', ' if case else ''}{case}: not measured: {why}", file=sys.stderr, flush=True)
+        print(
+            f"{method}{', ' if case else ''}{case}: not measured: {why}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def start(self, build: Callable[..., object], *shared: Any) -> dict[str, Asked]:
         """A job for each method, by name: ``build(method, *shared)`` in a process of its own. Those that fail are noted."""
@@ -110,7 +119,9 @@ class Run:
             "not_measured": self.not_measured,
         }  # fmt: skip
 
-    def finish(self, tables: Iterable[tuple[str, str]], panels: Callable[[], Mapping[str, Bars]]) -> int:
+    def finish(
+        self, tables: Iterable[tuple[str, str]], panels: Callable[[], Mapping[str, Bars]]
+    ) -> int:
         """Print the tables, write what was asked for. Returns the exit code: 1 where nothing was measured."""
         print(f"{self.benchmark}: {describe(self._environment)}")
         for title, text in tables:
@@ -143,7 +154,11 @@ def chosen(flags: argparse.Namespace) -> list[Method]:
             raise SystemExit(
                 f"peer {name!r}: expected one of {', '.join(p.name for p in PEERS)}, or how one begins"
             )
-    return [Dense(), *ours, *(peer for peer in PEERS if any(peer.name.startswith(name) for name in wanted))]
+    return [
+        Dense(),
+        *ours,
+        *(peer for peer in PEERS if any(peer.name.startswith(name) for name in wanted)),
+    ]
 
 
 def started(threads: int | None, build: Callable[..., object], *shared: Any) -> object:
@@ -186,7 +201,9 @@ def environment(threads: int | None) -> dict[str, Any]:
 
 def describe(environment: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    load = "" if environment["load"] is None else f", load {environment['load'][0]:.1f} at the start"
+    load = (
+        "" if environment["load"] is None else f", load {environment['load'][0]:.1f} at the start"
+    )
     return (f"{environment['cpu']}, {environment['cores']} cores, {environment['instructions']}, {environment['threads']} threads{load}; "
             f"{versions}")  # fmt: skip
 
@@ -195,12 +212,16 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table, in columns that line up."""
     lines = [list(heads), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    padded = [
+        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
+    ]
     padded.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def pivot(results: Iterable[Result], column: Callable[[Result], str], cell: Callable[[Result], str]) -> str:
+def pivot(
+    results: Iterable[Result], column: Callable[[Result], str], cell: Callable[[Result], str]
+) -> str:
     """A table of one row a method and one column a case."""
     cells: dict[str, dict[str, str]] = {}
     columns: dict[str, None] = {}
@@ -236,14 +257,20 @@ def plot(file: Path, title: str, panels: Mapping[str, Bars]) -> None:
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     figure, axes = pyplot.subplots(
-        down, across, figsize=(5.5 * across, (1 + 0.26 * tallest) * down), squeeze=False, layout="constrained"
+        down,
+        across,
+        figsize=(5.5 * across, (1 + 0.26 * tallest) * down),
+        squeeze=False,
+        layout="constrained",
     )
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     for ax, (name, bars) in zip(axes.flat, panels.items(), strict=False):
         labels, lengths = [label for label, _ in bars], [length for _, length in bars]
         places = range(len(bars))
-        ax.barh(places, lengths, color=["#888888" if label == BASE else "#4477aa" for label in labels])
+        ax.barh(
+            places, lengths, color=["#888888" if label == BASE else "#4477aa" for label in labels]
+        )
         ax.set_yticks(places, labels, fontsize=8)
         ax.invert_yaxis()
         ax.axvline(1.0, color="#333333", linewidth=0.8)

@@ -42,14 +42,18 @@ def measure(nested: bool) -> None:
     heads = [torch.randn(8, 512, count, 64).transpose(1, 2) for count in (9, 3, 3)]
 
     def attention() -> object:
-        return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        return torch.nn.functional.scaled_dot_product_attention(
+            *heads, is_causal=True, enable_gqa=True
+        )
 
     before = least(attention, time.process_time)
     quantizer = registry.create("nf4")
     packed = quantizer.pack(torch.randn(2048, 2048))
     if nested:
         for library in {
-            m.split(maxsplit=5)[5] for m in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in m
+            m.split(maxsplit=5)[5]
+            for m in Path("/proc/self/maps").read_text().splitlines()
+            if "libgomp" in m
         }:
             ctypes.CDLL(library).omp_set_max_active_levels(2)
     x, small = torch.randn(512, 2048), torch.randn(512, 576)
@@ -66,7 +70,9 @@ def measure(nested: bool) -> None:
     times = sorted(between() for _ in range(50))
     print(f"tile between products {times[25]:8.2f} ms (median)")
     square = torch.randn(576, 576)
-    operations = least(lambda: [torch.cos(small) @ square for _ in range(100)], time.perf_counter, 10)
+    operations = least(
+        lambda: [torch.cos(small) @ square for _ in range(100)], time.perf_counter, 10
+    )
     print(f"products and cosines  {operations:8.1f} ms")
 
 
@@ -74,10 +80,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--busy", type=int, default=0, help="how many other processes compute meanwhile")
-    parser.add_argument("--nested", action="store_true", help="allow teams of threads inside of teams")
+    parser.add_argument(
+        "--busy", type=int, default=0, help="how many other processes compute meanwhile"
+    )
+    parser.add_argument(
+        "--nested", action="store_true", help="allow teams of threads inside of teams"
+    )
     asked = parser.parse_args()
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(asked.busy)]
+    others = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(asked.busy)
+    ]
     try:
         measure(asked.nested)
     finally:

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from methods import BASE, BASE_DTYPE, Method, ModelFiles
 from models import ModelJob, model_files, model_flags, prepare_methods, settle, start_models
+from modulora_core.kept_products import Form
 from report import Bars, Result, Run, arguments, markdown, ratio_cell
 from turns import take_turns
 
-from modulora_core.kept_products import Form
-from modulora_core.memory import PeakMemory
+from modulora_core.devices.memory import PeakMemory
 
 
 class TrainingJob(ModelJob):
@@ -49,7 +49,7 @@ class TrainingJob(ModelJob):
         self._rows, self._length, self._steps, self._peak = rows, length, 0, 0
         self.model = method.adapt(self.model, self.targets())
         if method.name in checkpointing:
-            from modulora_core.gradient_checkpointing import checkpoint_activations
+            from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
             checkpoint_activations(self.model, products=products)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -99,7 +99,9 @@ def panels(run: Run) -> dict[str, Bars]:
     panels = {"time of a step": [(name(result), result["ratio"]) for result in measured]}
     if base is not None:
         peak = base["peak_memory_bytes"]
-        panels["peak memory"] = [(name(result), result["peak_memory_bytes"] / peak) for result in measured]
+        panels["peak memory"] = [
+            (name(result), result["peak_memory_bytes"] / peak) for result in measured
+        ]
     return dict(panels)
 
 
@@ -152,7 +154,9 @@ def main(words: Sequence[str] | None = None) -> int:
         checkpointing = checkpointing_methods(run)
         rest = (flags.batch_size, flags.seq_len, checkpointing, products, flags.matmul_precision)
         jobs = start_models(run, TrainingJob, files, flags.dtypes or [BASE_DTYPE], *rest)
-        turns = take_turns({key: (job, ()) for key, job in jobs.items()}, flags.repeats, flags.limit)
+        turns = take_turns(
+            {key: (job, ()) for key, job in jobs.items()}, flags.repeats, flags.limit
+        )
         settle(jobs)
     run.results += turns.results((BASE, BASE_DTYPE))
     for (name, dtype), why in turns.failed.items():

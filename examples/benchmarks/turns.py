@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from modulora_core.bench import Timing
+from modulora_conformance.bench.timing import Timing
 
 VERBOSE = "BENCHMARK_VERBOSE"
 """In the environment: processes may print, tracebacks too."""
@@ -82,7 +82,9 @@ class Process:
         NotMeasuredError: the job can't be built; the process died; it gave no answer in time.
     """
 
-    def __init__(self, build: Callable[..., object], *arguments: Any, timeout: float = 1800.0) -> None:
+    def __init__(
+        self, build: Callable[..., object], *arguments: Any, timeout: float = 1800.0
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._timeout = timeout
@@ -145,7 +147,9 @@ def _last_word(code: int | None) -> str:
     return f"its process ended with exit code {code}"
 
 
-def _serve(connection: Connection, build: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _serve(
+    connection: Connection, build: Callable[..., object], arguments: tuple[Any, ...]
+) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     job: object = None
@@ -188,7 +192,13 @@ class Turns:
     def results(self, base: Key, **case: Any) -> Iterator[dict[str, Any]]:
         """A dict for each that was measured: ``method``, ``dtype``, ``case``, what was told, and the comparison."""
         for key in self.seconds:
-            yield {"method": key[0], "dtype": key[1], **case, **self.told[key], **self.compared(key, base)}
+            yield {
+                "method": key[0],
+                "dtype": key[1],
+                **case,
+                **self.told[key],
+                **self.compared(key, base),
+            }
 
     def compared(self, key: Key, base: Key) -> dict[str, Any]:
         """The seconds, and their ratio to the base's in the same turns: of medians, and of low percentiles.
@@ -206,7 +216,9 @@ class Turns:
         return result
 
 
-def take_turns(jobs: Mapping[Key, tuple[Asked, tuple[Any, ...]]], repeats: int, limit: float) -> Turns:
+def take_turns(
+    jobs: Mapping[Key, tuple[Asked, tuple[Any, ...]]], repeats: int, limit: float
+) -> Turns:
     """Ask each job for ``prepare(*arguments)`` once, then for ``turn(*arguments)``, in turn, ``repeats`` times.
 
     ``prepare`` returns a dict of what it tells; ``turn`` its seconds and such a dict. A job that fails is left out from then on; one that

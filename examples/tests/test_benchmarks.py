@@ -24,7 +24,9 @@ import torch
 from modulora_core.spec import Quantizer
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 
-pytest.importorskip("modulora_nf4", reason="something of ours to measure: pip install ./plugins/nf4")
+pytest.importorskip(
+    "modulora_nf4", reason="something of ours to measure: pip install ./plugins/nf4"
+)
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = ("turns", "methods", "peers", "report", "models", "layer", "training", "decoding", "memory", "quantization",
@@ -59,7 +61,9 @@ def run(
     module: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Main:  # fmt: skip
     """Run a benchmark in this process with nf4, one peer that isn't installed, and the flags; give its JSON and what it printed."""
-    monkeypatch.setattr(module("peers").Bitsandbytes, "distributions", ("modulora-no-such-library",))
+    monkeypatch.setattr(
+        module("peers").Bitsandbytes, "distributions", ("modulora-no-such-library",)
+    )
 
     def call(name: str, *flags: str) -> dict[str, Any]:
         file = tmp_path / f"{name}.json"
@@ -96,7 +100,9 @@ def check_turns(results: list[dict[str, Any]], base: dict[str, Any]) -> None:
     assert base["ratio"] == base["low_ratio"] == 1
     for result in results:
         assert result["seconds"] == statistics.median(result["samples"])
-        assert result["low_seconds"] == min(result["samples"])  # the tenth percentile of fewer than ten
+        assert result["low_seconds"] == min(
+            result["samples"]
+        )  # the tenth percentile of fewer than ten
         ratios = [mine / its for mine, its in zip(result["samples"], base["samples"], strict=True)]
         assert min(ratios) <= result["ratio"] <= max(ratios)
         assert math.isfinite(result["low_ratio"])
@@ -111,7 +117,9 @@ def test_layer_tells_every_case_of_every_method(run: Main, tmp_path: Path) -> No
     check(told, "layer")
     results = told["results"]
     cases = {(r["passes"], r["rows"]) for r in results}
-    assert cases == {(passes, rows) for passes in ("forward", "forward + backward") for rows in (1, 5)}
+    assert cases == {
+        (passes, rows) for passes in ("forward", "forward + backward") for rows in (1, 5)
+    }
     for passes, rows in cases:
         turns = [r for r in results if (r["passes"], r["rows"]) == (passes, rows)]
         names = {"dense", "nf4", "nf4, tiles of 16 KiB"}
@@ -133,11 +141,13 @@ def test_few_rows_compares_both_ways_and_leaves_the_limit_alone(
 ) -> None:  # fmt: skip
     from modulora_nf4 import quantizer
 
-    from modulora_core.kernels import amx
+    from modulora_core.kernels.cpu import amx
 
     before, given = quantizer.FEW_ROWS, []
     tiled = Quantizer.matmul
-    monkeypatch.setattr(Quantizer, "matmul", lambda *all_: given.append(len(all_[1])) or tiled(*all_))
+    monkeypatch.setattr(
+        Quantizer, "matmul", lambda *all_: given.append(len(all_[1])) or tiled(*all_)
+    )
     words = ["-q", "nf4", "nosuch", "--rows", "2", "40", "--shape", "64x128", "--seconds", "0.01"]
     assert module("few_rows").main(words) == 0
     assert set(given) == {2, 40}  # by tiles, of either number
@@ -220,7 +230,9 @@ def test_packing_is_measured_beside_a_copy(run: Main) -> None:
     check_turns(told["results"], base_of(told["results"], "copy"))
     ours = base_of(told["results"], "nf4")
     assert ours["bits_per_weight"] == 4.5
-    assert ours["gigabytes_per_second"] * ours["seconds"] == pytest.approx(ours["source_bytes"] / 1e9)
+    assert ours["gigabytes_per_second"] * ours["seconds"] == pytest.approx(
+        ours["source_bytes"] / 1e9
+    )
 
 
 def test_quantizing_a_whole_model_is_measured(run: Main, models: list[str]) -> None:
@@ -301,7 +313,9 @@ def test_processes_that_start_at_once_leave_the_standard_streams_as_they_were(
         for kept, stream in zip(saved, (1, 2), strict=True):
             os.dup2(kept, stream)
             os.close(kept)
-    assert [(stat.st_dev, stat.st_ino) for stat in after] == [(stat.st_dev, stat.st_ino) for stat in before]
+    assert [(stat.st_dev, stat.st_ino) for stat in after] == [
+        (stat.st_dev, stat.st_ino) for stat in before
+    ]
 
 
 def test_a_peer_that_nobody_knows_is_refused(module: Callable[[str], ModuleType]) -> None:

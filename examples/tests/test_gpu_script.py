@@ -19,7 +19,8 @@ from modulora_core.tests.conftest import install_package
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 needs_kit = pytest.mark.skipif(
-    importlib.util.find_spec("modulora_conformance") is None, reason="its bounds are the conformance kit's"
+    importlib.util.find_spec("modulora_conformance") is None,
+    reason="its bounds are the conformance kit's",
 )
 
 SPEC = """
@@ -95,8 +96,12 @@ def run(site: Path, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 @needs_kit
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would run everything")
-def test_without_a_gpu_it_says_so_in_a_sentence(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a GPU, on which it would run everything"
+)
+def test_without_a_gpu_it_says_so_in_a_sentence(
+    gpu: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert gpu.main([]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -122,8 +127,12 @@ def test_without_triton_nothing_is_interpreted(
 
 
 @needs_kit
-def test_interpreted_values_are_compared_with_those_that_are_not(site: Path, tmp_path: Path) -> None:
-    ran = run(site, "--interpret", "-q", "right", "wrong", "plain", "--json", tmp_path / "found.json")
+def test_interpreted_values_are_compared_with_those_that_are_not(
+    site: Path, tmp_path: Path
+) -> None:
+    ran = run(
+        site, "--interpret", "-q", "right", "wrong", "plain", "--json", tmp_path / "found.json"
+    )
     assert ran.returncode == 1, ran.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["wrong"] == ["wrong"]
@@ -139,7 +148,10 @@ def test_interpreted_values_are_compared_with_those_that_are_not(site: Path, tmp
 
 @needs_kit
 def test_every_section_runs_and_a_peer_that_is_missing_is_told(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gpu: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for module in ("bitsandbytes", "peft"):
         monkeypatch.setitem(sys.modules, module, None)  # as Python marks what can't be imported
@@ -148,15 +160,29 @@ def test_every_section_runs_and_a_peer_that_is_missing_is_told(
     assert gpu.main(words) == 0
     found = json.loads(file.read_text())
     assert all(row["passed"] for row in found["parity"]["right"])
-    assert {tuple(row["shape"]) for row in found["parity"]["right"]} == {(3, 5), (37, 52), (128, 128)}
+    assert {tuple(row["shape"]) for row in found["parity"]["right"]} == {
+        (3, 5),
+        (37, 52),
+        (128, 128),
+    }
     layer = found["layers"]["right"]
     assert layer["shape"] == [128, 128]
-    assert {row["kind"] for row in layer["comparisons"]} == {"decode", "forward", "transposed", "lora_step"}
+    assert {row["kind"] for row in layer["comparisons"]} == {
+        "decode",
+        "forward",
+        "transposed",
+        "lora_step",
+    }
     assert found["models"].keys() == {"dense", "right"}
     for model in found["models"].values():
-        assert min(model["step"]["seconds"], model["peak_memory_bytes"], model["tokens_per_second"]) > 0
+        assert (
+            min(model["step"]["seconds"], model["peak_memory_bytes"], model["tokens_per_second"])
+            > 0
+        )
     # the packed weights are other ones, of the same spread: a loss near that of guessing
-    assert found["models"]["right"]["loss"] == pytest.approx(found["models"]["dense"]["loss"], rel=0.1)
+    assert found["models"]["right"]["loss"] == pytest.approx(
+        found["models"]["dense"]["loss"], rel=0.1
+    )
     (peer,) = found["not_measured"]
     assert (peer["method"], peer["section"]) == ("bitsandbytes-nf4", "start")
     printed = capsys.readouterr().out
@@ -165,7 +191,9 @@ def test_every_section_runs_and_a_peer_that_is_missing_is_told(
 
 
 @needs_kit
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed"
+)
 def test_the_peers_layers_are_bitsandbytes_own(gpu: ModuleType) -> None:
     """PEFT must have put its adapters on quantized layers, and the kernels that are measured must be those of a layer."""
     from bitsandbytes.nn import Linear4bit

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.errors import CheckpointError
 
-pytest.importorskip("modulora_quip_sharp_e8", reason="what is written: pip install ./plugins/quip-sharp-e8")
+pytest.importorskip(
+    "modulora_quip_sharp_e8", reason="what is written: pip install ./plugins/quip-sharp-e8"
+)
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = ("llama65b", "llama_step", "random_checkpoint")
@@ -88,7 +90,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     assert 0.5 < float(logits.std()) < 2, "the products keep the size of their inputs"
 
 
-def test_another_request_s_checkpoint_is_refused(module: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_another_request_s_checkpoint_is_refused(
+    module: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
     random_checkpoint = module("random_checkpoint")
     created = random_checkpoint.create_quantizer(QUIP)
     first = random_checkpoint.write_checkpoint("tiny", created, tmp_path / "a")
@@ -100,10 +104,12 @@ def test_another_request_s_checkpoint_is_refused(module: Callable[[str], ModuleT
 def test_gradients_that_are_zero_or_not_finite_are_told(
     module: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
-    from modulora_core.adapters import LoRASettings, adapter_layers, add_lora
+    from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
 
     random_checkpoint = module("random_checkpoint")
-    random_checkpoint.write_checkpoint("tiny", random_checkpoint.create_quantizer(QUIP), tmp_path / "a")
+    random_checkpoint.write_checkpoint(
+        "tiny", random_checkpoint.create_quantizer(QUIP), tmp_path / "a"
+    )
     model = load_model(tmp_path / "a")
     add_lora(model, LoRASettings(rank=2, dropout=0.0))  # B is zero, and so are the gradients of A
     model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.data import token_segments
-from modulora_core.sources import open_model
+from modulora_core.models import open_model
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 
 pytest.importorskip("modulora_nf4", reason="something to mix: pip install ./plugins/nf4")
@@ -54,7 +54,14 @@ def run(script: ModuleType, model: str, tmp_path: Path, capsys: pytest.CaptureFi
     """Run it with these flags; give its JSON, and what it printed."""
 
     def call(*flags: str) -> dict[str, Any]:
-        kept = ["--model", model, "--folder", str(tmp_path / "work"), "--json", str(tmp_path / "told.json")]
+        kept = [
+            "--model",
+            model,
+            "--folder",
+            str(tmp_path / "work"),
+            "--json",
+            str(tmp_path / "told.json"),
+        ]
         assert script.main([*kept, "--choices", SMALL, LARGE, *TEXT, *flags]) == 0
         captured = capsys.readouterr()
         told = dict(json.loads((tmp_path / "told.json").read_text()))
@@ -79,10 +86,14 @@ def test_a_mixture_of_a_uniform_choice_s_size(run: Main, model: str, tmp_path: P
     budget = open_checkpoint(work / "nf4-block_size32").nbytes
     assert told["allocation"]["budget"] == small["bytes"] == budget
     out = work / f"mixed-{budget}"
-    assert mixed["bytes"] == open_checkpoint(out).nbytes <= budget < large["bytes"] < original["bytes"]
+    assert (
+        mixed["bytes"] == open_checkpoint(out).nbytes <= budget < large["bytes"] < original["bytes"]
+    )
     # products of fp32 in another order
     assert mixed["perplexity"] == pytest.approx(perplexity(model, out), rel=1e-4)
-    assert mixed["measured"] == pytest.approx(math.log(mixed["perplexity"] / original["perplexity"]))
+    assert mixed["measured"] == pytest.approx(
+        math.log(mixed["perplexity"] / original["perplexity"])
+    )
     assert mixed["estimated"] <= small["estimated"]
     assert large["estimated"] < small["estimated"]
     assert f"| {LARGE} " in told["printed"]
@@ -103,13 +114,17 @@ def test_average_bits_are_of_the_layers_beside_packed_ends(run: Main, tmp_path: 
     told = run("--bits", "6.5", "--compare", LARGE, "--quantize-embeddings", "int8")
     allocation = told["allocation"]
     weights = sum(choice["weights"] for choice in allocation["choices"])
-    assert weights == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)  # q, o; k, v of two heads; gate, up, down
+    assert weights == 2 * (
+        2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64
+    )  # q, o; k, v of two heads; gate, up, down
     room = allocation["budget"] - allocation["kept_bytes"] - allocation["ends_bytes"]
     assert room == int(6.5 * weights / 8)
     assert allocation["packed_bytes"] <= room
     assert len({layer["choice"] for layer in allocation["layers"].values()}) == 2
     for name in ("int8", f"mixed-{allocation['budget']}"):
-        assert "model.embed_tokens.weight" in open_checkpoint(tmp_path / "work" / name).record.weights
+        assert (
+            "model.embed_tokens.weight" in open_checkpoint(tmp_path / "work" / name).record.weights
+        )
 
 
 def test_what_the_command_refuses_ends_the_script_with_its_sentence(run: Main) -> None:

@@ -44,14 +44,18 @@ def test_a_killed_run_goes_on_and_its_peak_is_told(
     assert 2**27 < run.peak_bytes < 2**31  # an interpreter with torch, and a tiny model
     (model,) = (tmp_path / "models").iterdir()
     assert len(list(model.glob("*.safetensors"))) == 3
-    assert run.source_bytes == sum(f.stat().st_size for f in model.glob("*.safetensors")) - headers(model)
+    assert run.source_bytes == sum(f.stat().st_size for f in model.glob("*.safetensors")) - headers(
+        model
+    )
     assert json.loads((tmp_path / "told.json").read_text())[0]["rate"] == pytest.approx(run.rate)
     assert f"| nf4:block_size=32 | {run.peak_bytes / 2**30:.2f} GiB |" in capfd.readouterr().out
 
 
 def headers(model: Path) -> int:
     """Bytes of the files that aren't data: 8, and what these 8 say."""
-    return sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in model.glob("*.safetensors"))
+    return sum(
+        8 + int.from_bytes(f.read_bytes()[:8], "little") for f in model.glob("*.safetensors")
+    )
 
 
 def test_the_shapes_are_those_of_the_model_that_is_named(script: ModuleType) -> None:
@@ -59,6 +63,10 @@ def test_the_shapes_are_those_of_the_model_that_is_named(script: ModuleType) -> 
 
     sizes = LlamaConfig(**script.SIZES["7b"], tie_word_embeddings=False)
     weights = sizes.vocab_size * sizes.hidden_size * 2 + sizes.num_hidden_layers * (
-        4 * sizes.hidden_size**2 + 3 * sizes.hidden_size * sizes.intermediate_size + 2 * sizes.hidden_size
+        4 * sizes.hidden_size**2
+        + 3 * sizes.hidden_size * sizes.intermediate_size
+        + 2 * sizes.hidden_size
     )
-    assert weights + sizes.hidden_size == 6_738_415_616  # Llama 2's paper and files say 6.74 billion
+    assert (
+        weights + sizes.hidden_size == 6_738_415_616
+    )  # Llama 2's paper and files say 6.74 billion

@@ -46,7 +46,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_passes_its_own_tests(site: Path, tmp_path: Path) -> None:
-    settings, certified = PLUGIN / "pyproject.toml", PLUGIN / "tests" / "test_half_quadratic_conformance.py"
+    settings, certified = (
+        PLUGIN / "pyproject.toml",
+        PLUGIN / "tests" / "test_half_quadratic_conformance.py",
+    )
     words = [
         "pytest",
         str(PLUGIN / "tests"),
@@ -90,5 +93,9 @@ def test_no_file_of_the_core_knows_it() -> None:
         for path in core.rglob("*.py")
         if "tests" not in path.relative_to(core).parts
     }
-    naming = [str(path) for path, text in texts.items() if "modulora_half_quadratic" in text or "hqq" in text]
+    naming = [
+        str(path)
+        for path, text in texts.items()
+        if "modulora_half_quadratic" in text or "hqq" in text
+    ]
     assert naming == []

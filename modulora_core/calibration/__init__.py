@@ -19,7 +19,12 @@ from __future__ import annotations
 
 from modulora_core.calibration.blocks import find_blocks
 from modulora_core.calibration.states import spill_bytes
-from modulora_core.calibration.text import CalibrationConfig, CalibrationText, check_seq_len, load_calibration
+from modulora_core.calibration.text import (
+    CalibrationConfig,
+    CalibrationText,
+    check_seq_len,
+    load_calibration,
+)
 from modulora_core.calibration.tuning import Tuner
 from modulora_core.calibration.tuning_config import TuningConfig
 from modulora_core.calibration.walk import BlockWalk, HeldOutCalibration

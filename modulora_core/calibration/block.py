@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from modulora_core.calibration.observe import Key, Listener, ObservedWeight, ignore, observe
 from modulora_core.calibration.order import Order, OrderRecorder
+from modulora_core.checkpoints.hf_quantizer import use_eager_experts
 from modulora_core.errors import ModelError
-from modulora_core.integrations.transformers import use_eager_experts
-from modulora_core.sites import LinearSite
-from modulora_core.sources import ModelSource
+from modulora_core.models import ModelSource
+from modulora_core.models.sites import LinearSite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,12 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
 
 
 def fill_outside(
-    model: PreTrainedModel, blocks: Sequence[str], source: ModelSource, device: torch.device, *, head: bool
+    model: PreTrainedModel,
+    blocks: Sequence[str],
+    source: ModelSource,
+    device: torch.device,
+    *,
+    head: bool,
 ) -> None:
     """Fill in what is outside of the blocks of a skeleton: with the output head, or only what runs before the first block.
 
@@ -63,7 +68,9 @@ def fill_outside(
 def sites_within(path: str, linears: Iterable[LinearSite]) -> dict[str, LinearSite]:
     """Those of ``linears`` that the block at ``path`` has, by their names in the block."""
     prefix = f"{path}."
-    return {site.name.removeprefix(prefix): site for site in linears if site.name.startswith(prefix)}
+    return {
+        site.name.removeprefix(prefix): site for site in linears if site.name.startswith(prefix)
+    }
 
 
 class Block:
@@ -114,7 +121,9 @@ class Block:
                 fill(module, inside, cast(tensor, device))
         move_buffers(module, device)
         for inside in list(linear):  # now that biases are there
-            self.weights[inside] = observe(module, inside, sites[inside], linear.pop(inside), self._tell)
+            self.weights[inside] = observe(
+                module, inside, sites[inside], linear.pop(inside), self._tell
+            )
         if self.has_experts:
             use_eager_experts(module)
         self._check_filled()

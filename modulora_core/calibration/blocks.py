@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modulora_core.errors import ModelError
-from modulora_core.sites import decoder_linears
+from modulora_core.models.sites import decoder_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,7 +122,11 @@ def record_calls(
 
 
 def logits_after(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], calls: Sequence[Call], ids: Tensor, hidden: Tensor
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    calls: Sequence[Call],
+    ids: Tensor,
+    hidden: Tensor,
 ) -> Tensor:
     """The model's logits where ``hidden`` comes out of its last block; differentiable in ``hidden``.
 
@@ -176,7 +180,9 @@ class _Recorder:
             raise ModelError(
                 f"{type(self._model).__name__}: {self.problem(f'block {number} came after {len(self.calls)} others')}"
             )
-        if not isinstance(hidden, Tensor) or (self.hidden is not None and not _same(hidden, self.hidden)):
+        if not isinstance(hidden, Tensor) or (
+            self.hidden is not None and not _same(hidden, self.hidden)
+        ):
             raise ModelError(
                 f"{type(self._model).__name__}: {self.problem(f'block {number} got another hidden state')}"
             )

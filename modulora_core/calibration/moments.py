@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from modulora_core.dense_products import add_product
+from modulora_core.devices.dense_products import add_product
 from modulora_core.errors import WorkError
 from modulora_core.spec import Calibration
 
@@ -30,7 +30,9 @@ class SecondMoment:
         rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)  # [n, in]
         for start in range(0, rows.shape[1], STRIP):
             stop = min(start + STRIP, rows.shape[1])
-            add_product(self._sum[start:, start:stop], rows[:, start:].t(), rows[:, start:stop].contiguous())
+            add_product(
+                self._sum[start:, start:stop], rows[:, start:].t(), rows[:, start:stop].contiguous()
+            )
         self.samples += rows.shape[0]
 
     def mean(self, layer: str) -> Calibration:

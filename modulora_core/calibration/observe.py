@@ -13,10 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from modulora_core.channel_scales import ChannelScales
-from modulora_core.dense_products import linear
-from modulora_core.layers import PackedParameter, PackedStack
-from modulora_core.sites import LinearSite
+from modulora_core.devices.dense_products import linear
+from modulora_core.layers import ChannelScales, PackedParameter, PackedStack
+from modulora_core.models.sites import LinearSite
 from modulora_core.spec import PROTOCOL, Calibration, PackedWeight, Quantizer, QuantizerSpec
 
 
@@ -95,9 +94,13 @@ class _Observed(Quantizer):
 
     def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:  # noqa: ARG002
         out_features, in_features = weight.shape
-        return PackedWeight(self.spec.name, self.format, (out_features, in_features), {"weight": weight})
+        return PackedWeight(
+            self.spec.name, self.format, (out_features, in_features), {"weight": weight}
+        )
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         return packed.tensors["weight"][rows[0] : rows[1]].to(dtype)
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:  # noqa: ARG002

@@ -29,7 +29,10 @@ class Order:
 
     def group(self, leader: Key) -> list[Key]:
         """All matrices with the same input as ``leader``, itself among them."""
-        return [leader, *(key for key, other in self.leaders.items() if other == leader and key != leader)]
+        return [
+            leader,
+            *(key for key, other in self.leaders.items() if other == leader and key != leader),
+        ]
 
     def merged(self) -> Order:
         """The same with one stage: every layer sees the outputs of dense weights."""

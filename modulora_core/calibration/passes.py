@@ -137,8 +137,16 @@ class Passes:
 
     def _activation_bytes(self, hidden: Tensor) -> int:
         """What a batch holds at most where it pauses, by estimate: a residual and the widest layer's input, twice."""
-        widest = max((max(s.in_features, s.out_features) for s in self._block.sites.values()), default=0)
-        return 2 * hidden.shape[0] * hidden.shape[1] * (hidden.shape[2] + widest) * hidden.element_size()
+        widest = max(
+            (max(s.in_features, s.out_features) for s in self._block.sites.values()), default=0
+        )
+        return (
+            2
+            * hidden.shape[0]
+            * hidden.shape[1]
+            * (hidden.shape[2] + widest)
+            * hidden.element_size()
+        )
 
     def order(self) -> Order:
         """In which order the block uses its weights, from the first batch."""

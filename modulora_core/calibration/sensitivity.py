@@ -33,8 +33,8 @@ from modulora_core.calibration.blocks import Call, find_blocks, logits_after, re
 from modulora_core.calibration.observe import ObservedWeight
 from modulora_core.calibration.states import HiddenStates, spills
 from modulora_core.errors import ModelError, WorkError
-from modulora_core.sites import LinearSite
-from modulora_core.sources import ModelSource
+from modulora_core.models import ModelSource
+from modulora_core.models.sites import LinearSite
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -121,7 +121,9 @@ class _Passes:
         self._progress = progress
         self._model = source.skeleton(buffers=True).eval()
         self._paths = find_blocks(self._model)
-        again = source.skeleton(buffers=True).eval()  # modules that aren't filled, for the second time
+        again = source.skeleton(
+            buffers=True
+        ).eval()  # modules that aren't filled, for the second time
         self._again = [again.get_submodule(path) for path in self._paths]
         self._calls: list[list[Call]] = []  # of each sample, of each block
 
@@ -138,7 +140,9 @@ class _Passes:
                 self._states = self._room(hidden, folder, spill, stack)
             self._states[self._at(0, sample)] = hidden
             first = self._calls[0] if self._calls else calls
-            self._calls.append([call.sharing(other) for call, other in zip(calls, first, strict=True)])
+            self._calls.append(
+                [call.sharing(other) for call, other in zip(calls, first, strict=True)]
+            )
         for number in range(len(modules)):
             block = block if number == 0 else self._block(number, modules[number])
             for sample, calls in enumerate(self._calls):
@@ -156,7 +160,11 @@ class _Passes:
             hidden = self._states[place].requires_grad_()
             with torch.enable_grad():
                 ids = self._ids[sample][None].to(self._device)
-                scores = logits_after(self._model, self._again, calls, ids, hidden)[0].float().log_softmax(-1)
+                scores = (
+                    logits_after(self._model, self._again, calls, ids, hidden)[0]
+                    .float()
+                    .log_softmax(-1)
+                )
                 _check_finite(scores.detach(), "the model's logits")
                 drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=self._generator)
                 scores.gather(-1, drawn.to(scores.device)).sum().backward()
@@ -170,7 +178,10 @@ class _Passes:
         for number in reversed(range(len(self._paths))):
             block = self._block(number, self._again[number])
             self._again[number] = nn.Identity()
-            watches = {name: [_Watch(each) for each in matrices] for name, matrices in block.weights.items()}
+            watches = {
+                name: [_Watch(each) for each in matrices]
+                for name, matrices in block.weights.items()
+            }
             for sample, calls in enumerate(self._calls):
                 before = self._states[self._at(number, sample)].requires_grad_()
                 with torch.enable_grad():
@@ -182,7 +193,9 @@ class _Passes:
                     watch.next_sample()
             for name, seen in watches.items():
                 full_name = f"{block.path}.{name}"
-                found[full_name] = [watch.sensitivity(full_name, self._ids.numel()) for watch in seen]
+                found[full_name] = [
+                    watch.sensitivity(full_name, self._ids.numel()) for watch in seen
+                ]
             block.close()
             self._progress(2 * len(self._paths) - number, 2 * len(self._paths))
         return found
@@ -197,7 +210,9 @@ class _Passes:
         place = number * len(self._ids) + sample
         return slice(place, place + 1)
 
-    def _room(self, hidden: Tensor, folder: Path, spill: bool | None, stack: ExitStack) -> HiddenStates:
+    def _room(
+        self, hidden: Tensor, folder: Path, spill: bool | None, stack: ExitStack
+    ) -> HiddenStates:
         count = (len(self._paths) + 1) * len(self._ids)
         states = HiddenStates((count, hidden.shape[1], hidden.shape[2]), hidden.dtype, folder, device=self._device,
                               spill=spill, file=FILE)  # fmt: skip
@@ -248,7 +263,9 @@ def _check_finite(values: Tensor, what: str) -> None:
 def _check_filled(model: nn.Module, blocks: Sequence[str]) -> None:
     inside = tuple(f"{path}." for path in blocks)
     empty = [
-        name for name, tensor in model.named_parameters() if tensor.is_meta and not name.startswith(inside)
+        name
+        for name, tensor in model.named_parameters()
+        if tensor.is_meta and not name.startswith(inside)
     ]
     if empty:
         raise ModelError(

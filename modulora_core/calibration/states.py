@@ -64,7 +64,9 @@ class HiddenStates:
         self._path = folder / file
         if self.spilled:
             self._path.unlink(missing_ok=True)
-            mapped = torch.from_file(str(self._path), shared=True, size=math.prod(shape), dtype=dtype)
+            mapped = torch.from_file(
+                str(self._path), shared=True, size=math.prod(shape), dtype=dtype
+            )
             self._values = mapped.view(shape)
         else:
             self._values = torch.empty(shape, dtype=dtype, device=device)

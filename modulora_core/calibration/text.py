@@ -105,7 +105,9 @@ def load_calibration(config: CalibrationConfig, tokenizer: Any, *, seed: int) ->
             there is tuning.
         MissingExtraError: reading it takes a library that isn't installed.
     """
-    ids = token_segments(config.source, tokenizer, config.seq_len, config.samples or SAMPLES, seed=seed)
+    ids = token_segments(
+        config.source, tokenizer, config.seq_len, config.samples or SAMPLES, seed=seed
+    )
     if config.samples is not None and len(ids) < config.samples:
         raise DataError(
             f"calibration {config.source}: expected text for {config.samples} samples of {config.seq_len} tokens, got enough "

@@ -28,7 +28,7 @@ from modulora_core.calibration.block import Block
 from modulora_core.calibration.blocks import Call
 from modulora_core.calibration.states import HiddenStates
 from modulora_core.calibration.text import CalibrationText
-from modulora_core.channel_scales import ChannelScales
+from modulora_core.layers import ChannelScales
 
 WARMUP = 0.05
 """Share of the steps in which the learning rate rises to its peak; then it falls to 0 along a cosine."""
@@ -93,7 +93,9 @@ class Tuner:
         self.batches = [*self._trained, *self._held_out]
         self.errors: dict[str, tuple[float, float]] = {}
 
-    def begin(self, inputs: HiddenStates, targets: HiddenStates, calls: Sequence[Sequence[Call]]) -> None:
+    def begin(
+        self, inputs: HiddenStates, targets: HiddenStates, calls: Sequence[Sequence[Call]]
+    ) -> None:
         """Take the hidden states, which others advance, and what each block is called with for each of :attr:`batches`."""
         self._inputs, self._targets, self._calls = inputs, targets, calls
 
@@ -140,7 +142,9 @@ class Tuner:
     def _train(self, number: int, block: Block, trainee: Trainee, before: float) -> None:
         steps = self._config.epochs * len(self._trained)
         optimizer = torch.optim.Adam(trainee.groups(self._config.learning_rate))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, steps=steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, partial(learning_rate_factor, steps=steps)
+        )
         for step, i in enumerate(self._order(block.path)):
             batch = self._trained[i]
             with torch.enable_grad():
@@ -195,7 +199,9 @@ class Trainee:
         self._observed = {name: block.weights[name][0] for name in scaled}
         for name, observed in self._observed.items():
             v, u = (torch.ones(n, device=observed.weight.device) for n in observed.weight.shape)
-            self.scales[name] = observed.scales = ChannelScales(u.requires_grad_(), v.requires_grad_())
+            self.scales[name] = observed.scales = ChannelScales(
+                u.requires_grad_(), v.requires_grad_()
+            )
         tensors = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
         self._dtypes = {name: tensors[name].dtype for name in block.vectors}
         self.vectors = {

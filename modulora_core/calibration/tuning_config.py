@@ -38,7 +38,9 @@ class TuningConfig:
         if self.epochs < 0:
             raise OptionError(f"tuning epochs: expected 0 (no tuning) or more, got {self.epochs}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise OptionError(f"tuning learning_rate: expected a positive number, got {self.learning_rate}")
+            raise OptionError(
+                f"tuning learning_rate: expected a positive number, got {self.learning_rate}"
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise OptionError(f"tuning batch_size: expected at least 1, got {self.batch_size}")
 

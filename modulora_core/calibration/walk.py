@@ -23,8 +23,8 @@ from modulora_core.calibration.passes import Collector, Passes
 from modulora_core.calibration.states import DENSE_FILE, FILE, HiddenStates
 from modulora_core.calibration.text import CalibrationText
 from modulora_core.calibration.tuning import Tuner
-from modulora_core.sites import LinearSite
-from modulora_core.sources import ModelSource
+from modulora_core.models import ModelSource
+from modulora_core.models.sites import LinearSite
 from modulora_core.spec import Calibration
 
 PAUSED_BYTES = 2**30
@@ -125,7 +125,9 @@ class BlockWalk:
             targets = None if tuner is None else self._begin(tuner, states, modules, stack)
             del self._model  # the embeddings aren't needed any more
             for number in range(len(modules)):
-                block = filled.pop() if filled else self._fill_block(number, modules[number], packing)
+                block = (
+                    filled.pop() if filled else self._fill_block(number, modules[number], packing)
+                )
                 modules[number] = nn.Identity()
                 passes = self._passes(block, states, [found[number] for found in calls])
                 if targets is not None:
@@ -152,13 +154,17 @@ class BlockWalk:
         calibrating = [slice(start, min(start + size, first)) for start in range(0, first, size)]
         return calibrating + [slice(i, i + 1) for i in range(first, count)]
 
-    def _enter(self, blocks: list[nn.Module], stack: ExitStack) -> tuple[HiddenStates, list[list[Call]]]:
+    def _enter(
+        self, blocks: list[nn.Module], stack: ExitStack
+    ) -> tuple[HiddenStates, list[list[Call]]]:
         """The hidden states before the first block, and for each batch a call of each block."""
         fill_outside(self._model, self.blocks, self._source, self._device, head=False)
         calls: list[list[Call]] = []
         states = None
         for batch in self._batches():
-            hidden, found = record_calls(self._model, blocks, self._text.ids[batch].to(self._device))
+            hidden, found = record_calls(
+                self._model, blocks, self._text.ids[batch].to(self._device)
+            )
             if states is None:
                 states = self._states(hidden, FILE, stack)
             states[batch] = hidden
@@ -190,7 +196,12 @@ class BlockWalk:
     def _fill_block(self, number: int, module: nn.Module, packing: Packing) -> Block:
         path = self.blocks[number]
         return Block(
-            path, module, sites_within(path, self._linears), self._source, self._device, packing.keep
+            path,
+            module,
+            sites_within(path, self._linears),
+            self._source,
+            self._device,
+            packing.keep,
         )
 
     def _pack_block(self, block: Block, passes: Passes, packing: Packing) -> None:
@@ -241,7 +252,9 @@ class BlockWalk:
             seen = moment.mean(f"{full_name}{expert}")
             if self._held_out is not None:
                 other = collector.held_out(observed.key, observed.weight.shape[1], self._device)
-                seen = HeldOutCalibration(seen.hessian, seen.samples, other.mean(f"{full_name}{expert}"))
+                seen = HeldOutCalibration(
+                    seen.hessian, seen.samples, other.mean(f"{full_name}{expert}")
+                )
             yield seen
 
 
@@ -252,4 +265,8 @@ def _replace(block: Block, name: str, values: Iterable[Tensor] | None) -> None:
 
 def _sharing(found: list[Call], before: Sequence[list[Call]]) -> list[Call]:
     """The calls of one batch, with the objects of the first batch's where they are equal."""
-    return [call.sharing(first) for call, first in zip(found, before[0], strict=True)] if before else found
+    return (
+        [call.sharing(first) for call, first in zip(found, before[0], strict=True)]
+        if before
+        else found
+    )

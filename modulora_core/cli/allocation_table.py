@@ -17,8 +17,8 @@ def with_allocation(text: str, allocation: Mapping[str, Any] | None) -> Renderab
     """``text``, and under it what each choice got, which layers these are, and a sentence.
 
     Args:
-        allocation: of :attr:`modulora_core.quantize.QuantizeResult.allocation`, or of
-            :func:`modulora_core.mixed.recorded.recorded_allocation`; None: only ``text``.
+        allocation: of :attr:`modulora_core.quantization.quantize.QuantizeResult.allocation`, or of
+            :func:`modulora_core.quantization.mixed.recorded.recorded_allocation`; None: only ``text``.
     """
     if allocation is None:
         return text
@@ -64,7 +64,8 @@ def _layers(layers: Mapping[str, Mapping[str, Any]]) -> Table:
         paths = list(alike)
         first, last = paths[0], paths[-1].rpartition(".")[2]
         table.add_row(
-            first if len(paths) == 1 else f"{first} to {last}", *(block.get(column, "") for column in columns)
+            first if len(paths) == 1 else f"{first} to {last}",
+            *(block.get(column, "") for column in columns),
         )
     return table
 

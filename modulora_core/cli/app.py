@@ -58,7 +58,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if report is not None:
             terminal.show(report)
             return report.exit_code
-    except BaseException as error:  # Ctrl-C and exits too: this is where the process's exit code is made
+    except (
+        BaseException
+    ) as error:  # Ctrl-C and exits too: this is where the process's exit code is made
         return report_failure(error, terminal)
     return 0
 
@@ -93,7 +95,11 @@ class _LazyGroup(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in COMMANDS:
             near = difflib.get_close_matches(args[0], COMMANDS, n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(COMMANDS)}"
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"expected one of {', '.join(COMMANDS)}"
+            )
             ctx.fail(f"no such command: {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)
 
@@ -104,7 +110,9 @@ def load_command(name: str) -> Any:
     module = importlib.import_module(f"modulora_core.cli.{name.replace('-', '_')}")
     function = module.command
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    parser = getattr(module, "PARSER", None)  # a command class of its own, such as one of word_lists.py
+    parser = getattr(
+        module, "PARSER", None
+    )  # a command class of its own, such as one of word_lists.py
     app.command(name, cls=parser, help=help_text(function), context_settings=_SETTINGS)(
         _with_common_flags(function)
     )
@@ -130,7 +138,8 @@ def _show_version(asked: bool) -> None:
 
 def _modulora(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
     ] = False,
     json: Json = False,
     debug: Debug = False,
@@ -148,11 +157,15 @@ def _with_common_flags(function: Callable[..., Report]) -> Callable[..., Report]
 
     @functools.wraps(function)
     def command(**arguments: Any) -> Report:
-        return function(**{name: value for name, value in arguments.items() if name not in _COMMON_FLAGS})
+        return function(
+            **{name: value for name, value in arguments.items() if name not in _COMMON_FLAGS}
+        )
 
     signature = inspect.signature(function, eval_str=True)
     flags = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation
+        )
         for name, annotation in _COMMON_FLAGS.items()
     ]
     command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *flags])  # type: ignore[attr-defined]
@@ -162,7 +175,9 @@ def _with_common_flags(function: Callable[..., Report]) -> Callable[..., Report]
 def help_text(function: Callable[..., object]) -> str:
     """A command's help: its docstring with the prose unwrapped and the examples kept line by line."""
     paragraphs = re.split(r"\n{2,}", escape(inspect.getdoc(function) or ""))
-    return "\n\n".join(_kept(text) if _is_verbatim(text) else text.replace("\n", " ") for text in paragraphs)
+    return "\n\n".join(
+        _kept(text) if _is_verbatim(text) else text.replace("\n", " ") for text in paragraphs
+    )
 
 
 def _is_verbatim(paragraph: str) -> bool:
@@ -173,4 +188,6 @@ def _is_verbatim(paragraph: str) -> bool:
 def _kept(paragraph: str) -> str:
     """A style around an indented line keeps its indentation; a backspace in front keeps the lines apart."""
     lines = paragraph.splitlines()
-    return "\b" + "\n".join(f"[cyan]{line}[/cyan]" if line.startswith(" ") else line for line in lines)
+    return "\b" + "\n".join(
+        f"[cyan]{line}[/cyan]" if line.startswith(" ") else line for line in lines
+    )

@@ -35,13 +35,19 @@ Model = Annotated[
 
 Out = Annotated[
     Path,
-    typer.Argument(metavar="OUT", show_default=False, help="The folder to write; new, or of the same work."),
+    typer.Argument(
+        metavar="OUT", show_default=False, help="The folder to write; new, or of the same work."
+    ),
 ]
 
 QuantizerName = Annotated[
     str,
     typer.Option(
-        "--quantizer", "-q", metavar="NAME", show_default=False, help="One of `modulora list-quantizers`."
+        "--quantizer",
+        "-q",
+        metavar="NAME",
+        show_default=False,
+        help="One of `modulora list-quantizers`.",
     ),
 ]
 
@@ -70,7 +76,10 @@ Data = Annotated[
 Adapter = Annotated[
     str | None,
     typer.Option(
-        "--adapter", metavar="ADAPTER", show_default=False, help="A LoRA adapter: a folder or Hub id."
+        "--adapter",
+        metavar="ADAPTER",
+        show_default=False,
+        help="A LoRA adapter: a folder or Hub id.",
     ),
 ]
 
@@ -96,7 +105,10 @@ Dtype = Annotated[
 Revision = Annotated[
     str | None,
     typer.Option(
-        "--revision", metavar="REV", show_default=False, help="A branch, tag or commit of a Hub model."
+        "--revision",
+        metavar="REV",
+        show_default=False,
+        help="A branch, tag or commit of a Hub model.",
     ),
 ]
 
@@ -108,22 +120,29 @@ Mapped = Annotated[
     ),
 ]
 
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="The longest answer.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", help="The longest answer.")
+]
 Temperature = Annotated[
     float, typer.Option("--temperature", metavar="T", help="0 is greedy; higher is more varied.")
 ]
 TopP = Annotated[
-    float, typer.Option("--top-p", metavar="P", help="Sample from the likeliest tokens up to this share.")
+    float,
+    typer.Option("--top-p", metavar="P", help="Sample from the likeliest tokens up to this share."),
 ]
 TopK = Annotated[
     int, typer.Option("--top-k", metavar="K", help="Sample from the K likeliest tokens; 0 is all.")
 ]
 RepetitionPenalty = Annotated[
     float,
-    typer.Option("--repetition-penalty", metavar="F", help="Above 1 makes repeated tokens less likely."),
+    typer.Option(
+        "--repetition-penalty", metavar="F", help="Above 1 makes repeated tokens less likely."
+    ),
 ]
 
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="The seed of every random choice.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, help="The seed of every random choice.")
+]
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with work that was interrupted.")]
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modulora_core.cli.arguments import Device, QuantizerOptions
+from modulora_core.cli.kit import import_kit
 from modulora_core.cli.terminal import Report, terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from modulora_core.quantizer_bench import Bench, Comparison
 
 NOISY = 1.3
 """A median that is more than so many times its best is worth a word."""
 
 Name = Annotated[
-    str, typer.Argument(metavar="NAME", show_default=False, help="One of `modulora list-quantizers`.")
+    str,
+    typer.Argument(metavar="NAME", show_default=False, help="One of `modulora list-quantizers`."),
 ]
 Shape = Annotated[
     str | None, typer.Option("--shape", metavar="OUTxIN", show_default="2048x2048, or the next that the quantizer takes",
@@ -37,7 +38,10 @@ Dtypes = Annotated[
                  help="Of inputs and tiles: float32, bfloat16, float16; repeat for more."),
 ]  # fmt: skip
 Seconds = Annotated[
-    float, typer.Option("--seconds", metavar="S", help="For each comparison; more gives steadier medians.")
+    float,
+    typer.Option(
+        "--seconds", metavar="S", help="For each comparison; more gives steadier medians."
+    ),
 ]
 
 
@@ -63,11 +67,12 @@ def command(
     """
     from modulora_core.devices import pick_device
     from modulora_core.options import parse_options
-    from modulora_core.quantizer_bench import BenchConfig, measure_quantizer
     from modulora_core.registry import create
 
+    kit = import_kit("bench", "bench.quantizer_bench")
+
     quantizer = create(name, parse_options(option))
-    config = BenchConfig(device=pick_device(device), seconds=seconds)
+    config = kit.BenchConfig(device=pick_device(device), seconds=seconds)
     wanted = quantizer.spec.next_shape(config.shape) if shape is None else _shape(shape)
     config = replace(config, shape=wanted)
     if rows:
@@ -75,7 +80,7 @@ def command(
     if dtype:
         config = replace(config, dtypes=tuple(dtype))
     with terminal().progress("measuring", unit="comparisons") as bar:
-        found = measure_quantizer(quantizer, config, progress=bar.update)
+        found = kit.measure_quantizer(quantizer, config, progress=bar.update)
     return Report(found.to_json(), _told(found))
 
 
@@ -88,7 +93,7 @@ def _shape(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _told(found: Bench) -> RenderableType:
+def _told(found: Any) -> RenderableType:
     from rich.console import Group
     from rich.markup import escape
 
@@ -106,19 +111,29 @@ def _told(found: Bench) -> RenderableType:
     return Group(escape("\n".join(lines)), _table(found), escape("\n".join(notes)))
 
 
-def _table(found: Bench) -> RenderableType:
+def _table(found: Any) -> RenderableType:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
-    for heading in ("dtype", "rows", "ms", "dense ms", "× dense", "GB/s", "of copy", "noise", "turns"):
+    for heading in (
+        "dtype",
+        "rows",
+        "ms",
+        "dense ms",
+        "× dense",
+        "GB/s",
+        "of copy",
+        "noise",
+        "turns",
+    ):
         table.add_column(heading, justify="left" if heading == "dtype" else "right", no_wrap=True)
     for row in found.comparisons:
         table.add_row(*_cells(row))
     return table
 
 
-def _cells(row: Comparison) -> tuple[str, ...]:
+def _cells(row: Any) -> tuple[str, ...]:
     names = {
         "pack": "pack",
         "decode": "decode",

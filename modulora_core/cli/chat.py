@@ -27,7 +27,9 @@ from modulora_core.errors import DataError
 
 System = Annotated[
     str | None,
-    typer.Option("--system", metavar="TEXT", show_default=False, help="A system message to begin with."),
+    typer.Option(
+        "--system", metavar="TEXT", show_default=False, help="A system message to begin with."
+    ),
 ]
 
 HELP = "Type a message and press Enter. Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends it."
@@ -61,8 +63,8 @@ def command(
       modulora chat smollm2-packed --adapter my-adapter --temperature 0.7 --top-p 0.9
       echo "What is a module?" | modulora chat smollm2-packed --json
     """
-    from modulora_core.generate import Sampling, generate
-    from modulora_core.loading import open_to_run
+    from modulora_core.inference.generate import Sampling, generate
+    from modulora_core.inference.loading import open_to_run
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,9 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from modulora_core.cli.arguments import QuantizerOptions
+from modulora_core.cli.kit import NAME, check_kit
 from modulora_core.cli.terminal import Report, terminal
-
-KIT = "modulora_conformance"
 
 LAST_LEVEL = 7
 
@@ -26,7 +24,8 @@ _STDERR = 2
 """The file descriptor."""
 
 Name = Annotated[
-    str, typer.Argument(metavar="NAME", show_default=False, help="One of `modulora list-quantizers`.")
+    str,
+    typer.Argument(metavar="NAME", show_default=False, help="One of `modulora list-quantizers`."),
 ]
 Level = Annotated[
     int, typer.Option("--level", metavar="N", min=0, max=LAST_LEVEL, help="Run the levels 0 to N.")
@@ -85,14 +84,11 @@ def command(
 
 def _check_request(name: str, option: list[str], level: int, certified: bool) -> None:
     """Refuse what the kit would refuse, before its process is started."""
-    from modulora_core.errors import MissingExtraError, OptionError
+    from modulora_core.errors import OptionError
     from modulora_core.options import parse_options
     from modulora_core.registry import create
 
-    if importlib.util.find_spec(KIT) is None:
-        raise MissingExtraError(
-            "modulora conformance: expected the conformance kit, which isn't installed: pip install modulora-conformance"
-        )
+    check_kit("conformance")
     create(name, parse_options(option))
     if certified and level < LAST_LEVEL:
         raise OptionError(
@@ -106,7 +102,7 @@ def _run(name: str, words: list[str], folder: Path) -> tuple[int, dict[str, Any]
 
     file = folder / f"{name}.json"
     file.unlink(missing_ok=True)  # one of an earlier run must not be taken for this one's
-    arguments = [sys.executable, "-m", KIT, name, *words, f"--report={folder}"]
+    arguments = [sys.executable, "-m", NAME, name, *words, f"--report={folder}"]
     code = subprocess.run(arguments, stdout=_STDERR if terminal().json else None).returncode
     if code not in (PASSED, FAILED) or not file.exists():
         raise WorkError(

@@ -23,7 +23,11 @@ To = Annotated[
 
 
 def command(
-    source: Source, out: Out, to: To, max_shard_size: MaxShardSize = 5 * 10**9, revision: Revision = None
+    source: Source,
+    out: Out,
+    to: To,
+    max_shard_size: MaxShardSize = 5 * 10**9,
+    revision: Revision = None,
 ) -> Report:
     """Rewrite a packed checkpoint in another format, a layer at a time.
 
@@ -35,7 +39,7 @@ def command(
       modulora convert org/quantized-model ours --to modulora
       modulora convert ours theirs --to FORMAT
     """
-    from modulora_core.convert import convert
+    from modulora_core.checkpoints.convert import convert
 
     with terminal().progress("converting", unit="parameters") as bar:
         result = convert(

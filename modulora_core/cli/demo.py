@@ -9,12 +9,12 @@ import typer
 
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.training_losses import loss_in_words
+from modulora_core.training.losses import loss_in_words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from modulora_core.demo import DemoResult
+    from modulora_core.cli.demo_run import DemoResult
 
 DemoOut = Annotated[
     Path | None,
@@ -38,12 +38,17 @@ DemoQuantizer = Annotated[
 Steps = Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of finetuning.")]
 DemoSegments = Annotated[
     int,
-    typer.Option("--segments", metavar="N", min=1, help="Segments of 512 tokens to measure perplexity on."),
+    typer.Option(
+        "--segments", metavar="N", min=1, help="Segments of 512 tokens to measure perplexity on."
+    ),
 ]
 
 
 def command(
-    out: DemoOut = None, quantizer: DemoQuantizer = "", steps: Steps = 16, segments: DemoSegments = 6
+    out: DemoOut = None,
+    quantizer: DemoQuantizer = "",
+    steps: Steps = 16,
+    segments: DemoSegments = 6,
 ) -> Report:
     """Do the whole job on a small model, offline: quantize, finetune, measure, talk.
 
@@ -56,16 +61,18 @@ def command(
     """
     import tempfile
 
-    from modulora_core.demo import Settings, run_demo
-    from modulora_core.outputs import check_output
-    from modulora_core.sources.locate import locate
+    from modulora_core.checkpoints.outputs import check_output
+    from modulora_core.cli.demo_run import Settings, run_demo
+    from modulora_core.models.locate import locate
 
     locate(Settings(Path()).model)  # a missing package is told before any work
     if out is not None:
         check_output(out)
         out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="modulora-demo-") as temporary:
-        settings = Settings(out or Path(temporary), quantizer=quantizer, steps=steps, eval_segments=segments)
+        settings = Settings(
+            out or Path(temporary), quantizer=quantizer, steps=steps, eval_segments=segments
+        )
         result = run_demo(settings, terminal().note)
     return Report(_to_json(result), _told(result, settings.question, out))
 

@@ -15,14 +15,16 @@ from modulora_core.errors import OptionError
 
 if TYPE_CHECKING:
     from modulora_core.cli.progress import Bar
-    from modulora_core.loading import Opened
+    from modulora_core.inference.loading import Opened
 
 METRICS = ("perplexity", "accuracy", "rouge")
 
 Text = Annotated[
     str,
     typer.Option(
-        "--data", metavar="SOURCE", help="A file, a Hub dataset, or pydoc; a slice such as pydoc[90%:]."
+        "--data",
+        metavar="SOURCE",
+        help="A file, a Hub dataset, or pydoc; a slice such as pydoc[90%:].",
     ),
 ]
 Metric = Annotated[str, typer.Option("--metric", metavar="METRIC", help=f"{', '.join(METRICS)}.")]
@@ -32,11 +34,16 @@ SeqLen = Annotated[
 Segments = Annotated[
     int | None,
     typer.Option(
-        "--segments", metavar="N", min=1, show_default="all", help="Segments at most, for perplexity."
+        "--segments",
+        metavar="N",
+        min=1,
+        show_default="all",
+        help="Segments at most, for perplexity.",
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", metavar="N", min=1, help="Segments or answers in a forward pass.")
+    int,
+    typer.Option("--batch-size", metavar="N", min=1, help="Segments or answers in a forward pass."),
 ]
 NewTokens = Annotated[
     int, typer.Option("--max-new-tokens", metavar="N", min=1, help="The longest answer, for rouge.")
@@ -66,8 +73,8 @@ def command(
       modulora evaluate smollm2-packed --data 'pydoc[90%:]' --adapter my-adapter
       modulora evaluate smollm2-packed --data reviews.jsonl --metric accuracy
     """
-    from modulora_core.loading import open_to_run
-    from modulora_core.memory import PeakMemory
+    from modulora_core.devices.memory import PeakMemory
+    from modulora_core.inference.loading import open_to_run
 
     if metric not in METRICS:
         raise OptionError(f"--metric: expected one of {', '.join(METRICS)}, got {metric!r}")
@@ -93,7 +100,7 @@ def _perplexity(
     from dataclasses import asdict
 
     from modulora_core.data import token_segments
-    from modulora_core.evaluate import perplexity
+    from modulora_core.inference.evaluate import perplexity
 
     ids = token_segments(
         data, opened.tokenizer, seq_len, segments
@@ -107,14 +114,23 @@ def _answers(
     from dataclasses import asdict
 
     from modulora_core.data.sources import load_records
-    from modulora_core.evaluate import accuracy, rouge
+    from modulora_core.inference.evaluate import accuracy, rouge
 
     load_records(data)  # refuses a missing or malformed file before the model is loaded
     model = opened.load()
     if metric == "accuracy":
-        return asdict(accuracy(model, opened.tokenizer, data, batch_size=batch_size, progress=bar.update))
+        return asdict(
+            accuracy(model, opened.tokenizer, data, batch_size=batch_size, progress=bar.update)
+        )
     return asdict(
-        rouge(model, opened.tokenizer, data, max_new_tokens, batch_size=batch_size, progress=bar.update)
+        rouge(
+            model,
+            opened.tokenizer,
+            data,
+            max_new_tokens,
+            batch_size=batch_size,
+            progress=bar.update,
+        )
     )
 
 

@@ -70,7 +70,9 @@ def _usage(error: BaseException) -> str:
     option = getattr(error, "option_name", None)
     if type(error).__name__ == "NoSuchOption":
         near = getattr(error, "possibilities", None)
-        message = f"no such option: {option}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        message = f"no such option: {option}" + (
+            f"; did you mean {' or '.join(near)}?" if near else ""
+        )
     context = getattr(error, "ctx", None)
     where = f" (see {context.command_path} --help)" if context is not None else ""
     return message[:1].lower() + message[1:] + where

@@ -10,14 +10,14 @@ import typer
 from modulora_core.cli.arguments import Resume
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.finetune_config import FinetuneConfig
-from modulora_core.training_losses import loss_in_words
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.losses import loss_in_words
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from modulora_core.finetune import FinetuneResult
-    from modulora_core.training import TrainingStep
+    from modulora_core.training.finetune import FinetuneResult
+    from modulora_core.training.trainer import TrainingStep
 
 _ARGUMENTS = ("model", "out")
 _METAVARS = {int: "N", float: "X", str: "TEXT", list[str]: "SOURCE"}
@@ -25,7 +25,10 @@ _METAVARS = {int: "N", float: "X", str: "TEXT", list[str]: "SOURCE"}
 ConfigFile = Annotated[
     str | None,
     typer.Option(
-        "--config", metavar="FILE", show_default=False, help="Read options from YAML; flags override it."
+        "--config",
+        metavar="FILE",
+        show_default=False,
+        help="Read options from YAML; flags override it.",
     ),
 ]
 
@@ -49,7 +52,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
       modulora finetune smollm2-packed my-adapter --data notes.txt --steps 100 --resume
     """
     request = FinetuneConfig.build(options, file=config)
-    from modulora_core.finetune import finetune
+    from modulora_core.training.finetune import finetune
 
     with terminal().progress("training", unit="steps") as bar:
 
@@ -64,7 +67,9 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
 
 
 def _told(result: FinetuneResult) -> str:
-    held_out = "" if result.eval_loss is None else f", {result.eval_loss:.4f} on the evaluation data"
+    held_out = (
+        "" if result.eval_loss is None else f", {result.eval_loss:.4f} on the evaluation data"
+    )
     return (
         f"{result.out}: {result.steps} steps, {loss_in_words(result.losses)}{held_out}\n"
         f"{result.seconds:.1f} s, {result.tokens_per_second:.0f} tokens/s, "
@@ -77,7 +82,9 @@ def _signature() -> inspect.Signature:
     kinds = {name: _parameter(name, field) for name, field in FinetuneConfig.model_fields.items()}
     defaults = dict.fromkeys(kinds) | {"config": None, "resume": False}
     parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind
+        )
         for name, kind in {**kinds, "config": ConfigFile, "resume": Resume}.items()
     ]
     return inspect.Signature(parameters, return_annotation=Report)
@@ -90,7 +97,9 @@ def _parameter(name: str, field: FieldInfo) -> Any:
     told = description[:1].upper() + description[1:]
     if name in _ARGUMENTS:
         told += "; it may be in --config instead."
-        return Annotated[str | None, typer.Argument(metavar=name.upper(), show_default=False, help=told)]
+        return Annotated[
+            str | None, typer.Argument(metavar=name.upper(), show_default=False, help=told)
+        ]
     flag = name.replace("_", "-")
     return Annotated[
         kind | None,

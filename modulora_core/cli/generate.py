@@ -22,10 +22,12 @@ from modulora_core.cli.arguments import (
 from modulora_core.cli.terminal import Report, terminal
 
 Prompt = Annotated[
-    str, typer.Argument(metavar="PROMPT", show_default=False, help="The text to answer or continue.")
+    str,
+    typer.Argument(metavar="PROMPT", show_default=False, help="The text to answer or continue."),
 ]
 Raw = Annotated[
-    bool, typer.Option("--raw", help="Continue the text as it is, also where there is a chat template.")
+    bool,
+    typer.Option("--raw", help="Continue the text as it is, also where there is a chat template."),
 ]
 
 
@@ -54,9 +56,9 @@ def command(
       modulora generate smollm2-packed "Once upon a time" --raw --temperature 0.8 --top-p 0.95
       modulora generate smollm2-packed "What is a module?" --adapter my-adapter --json
     """
-    from modulora_core.generate import Sampling, generate
-    from modulora_core.loading import open_to_run
-    from modulora_core.memory import PeakMemory
+    from modulora_core.devices.memory import PeakMemory
+    from modulora_core.inference.generate import Sampling, generate
+    from modulora_core.inference.loading import open_to_run
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
@@ -64,7 +66,9 @@ def command(
     language_model = opened.load()
     question = [{"role": "user", "content": prompt}] if chat else prompt
     with PeakMemory(opened.device) as peak:
-        result = generate(language_model, opened.tokenizer, question, sampling, on_text=terminal().write)
+        result = generate(
+            language_model, opened.tokenizer, question, sampling, on_text=terminal().write
+        )
     terminal().write("\n")
     terminal().note(f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s")
     return Report({"prompt": prompt, **result.to_json(), "peak_memory_bytes": peak.nbytes})

@@ -14,12 +14,14 @@ from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report
 
 if TYPE_CHECKING:
-    from modulora_core.checkpoint import PackedCheckpoint
+    from modulora_core.checkpoints.checkpoint import PackedCheckpoint
 
 PathArgument = Annotated[
     str,
     typer.Argument(
-        metavar="PATH", show_default=False, help="A packed checkpoint or an adapter: a folder or a Hub id."
+        metavar="PATH",
+        show_default=False,
+        help="A packed checkpoint or an adapter: a folder or a Hub id.",
     ),
 ]
 
@@ -33,7 +35,7 @@ def command(path: PathArgument) -> Report:
     """
     if (Path(path) / "adapter_config.json").is_file():
         return _adapter(path)
-    from modulora_core.checkpoint import open_checkpoint
+    from modulora_core.checkpoints.checkpoint import open_checkpoint
 
     return _checkpoint(open_checkpoint(path))
 
@@ -75,9 +77,13 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
     ]
     lines += _calibrated(record.calibration)
     for group in groups:
-        options = ", ".join(f"{key}={value}" for key, value in group["options"].items()) or "no options"
+        options = (
+            ", ".join(f"{key}={value}" for key, value in group["options"].items()) or "no options"
+        )
         bits = 8 * group["bytes"] / max(1, group["weights"])
-        holds = f"{counted(group['parameters'], 'parameter')}, {counted(group['weights'], 'weight')}"
+        holds = (
+            f"{counted(group['parameters'], 'parameter')}, {counted(group['weights'], 'weight')}"
+        )
         made_by = f"{group['quantizer']} ({options}) of {group['distribution']} {group['version']}"
         lines.append(f"  {made_by}: {holds}, {bits:.3f} bits each")
     lines += [f"  not quantized, {reason}: {len(names)}" for reason, names in record.kept.items()]
@@ -89,7 +95,7 @@ def _allocation(checkpoint: PackedCheckpoint) -> dict[str, Any] | None:
     record = checkpoint.record
     if record.allocation is None:
         return None
-    from modulora_core.mixed import recorded_allocation
+    from modulora_core.quantization.mixed import recorded_allocation
 
     return recorded_allocation(record, checkpoint.nbytes - record.nbytes)
 
@@ -112,7 +118,7 @@ def _counted(number: object, noun: str) -> str:
 
 
 def _adapter(path: str) -> Report:
-    from modulora_core.peft_format import AdapterFolder
+    from modulora_core.adapters.peft_format import AdapterFolder
 
     adapter = AdapterFolder(path)
     ranks = sorted({rank for _, rank, _ in adapter.shapes.values()})

@@ -27,7 +27,9 @@ def command() -> Report:
     from modulora_core.registry import entries
 
     found = entries()
-    return Report({"quantizers": [_to_json(entry) for entry in found]}, _table(found) if found else _NONE)
+    return Report(
+        {"quantizers": [_to_json(entry) for entry in found]}, _table(found) if found else _NONE
+    )
 
 
 _NONE = "No quantizer is installed; each comes with a package of its own, to be installed by pip."
@@ -53,7 +55,15 @@ def _table(found: list[Entry]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("name", "bits", "version", "distribution", "devices", "status", "summary or reason"):
+    for heading in (
+        "name",
+        "bits",
+        "version",
+        "distribution",
+        "devices",
+        "status",
+        "summary or reason",
+    ):
         table.add_column(heading, overflow="fold", no_wrap=heading == "name")
     for entry in found:
         row = _to_json(entry)

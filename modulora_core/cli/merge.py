@@ -11,10 +11,14 @@ from modulora_core.cli.counted import counted
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
 
-MergedDtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32.")]
+MergedDtype = Annotated[
+    str, typer.Option("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32.")
+]
 
 
-def command(model: Model, out: Out, adapter: Adapter = None, dtype: MergedDtype = "bfloat16") -> Report:
+def command(
+    model: Model, out: Out, adapter: Adapter = None, dtype: MergedDtype = "bfloat16"
+) -> Report:
     """Unpack a model, with an adapter merged in, to a folder that plain transformers loads.
 
     W = Ŵ + s·B·A, one parameter at a time. Without an adapter the packed weights are only unpacked.
@@ -23,7 +27,7 @@ def command(model: Model, out: Out, adapter: Adapter = None, dtype: MergedDtype 
       modulora merge smollm2-packed merged --adapter my-adapter
       modulora merge smollm2-packed unpacked --dtype float32
     """
-    from modulora_core.merge import merge
+    from modulora_core.adapters.merge import merge
 
     with terminal().progress("merging", unit="parameters") as bar:
         result = merge(

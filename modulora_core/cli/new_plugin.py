@@ -16,7 +16,8 @@ Name = Annotated[
                    "hyphens."),
 ]  # fmt: skip
 Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", show_default=False, help="The folder to write; new or empty.")
+    Path,
+    typer.Argument(metavar="DIR", show_default=False, help="The folder to write; new or empty."),
 ]
 
 
@@ -30,7 +31,7 @@ def command(name: Name, folder: Folder) -> Report:
       modulora new-plugin my-rounding my-plugin
       modulora new-plugin my-rounding my-plugin --json
     """
-    from modulora_core.new_plugin import new_plugin
+    from modulora_core.cli.scaffold import new_plugin
 
     written = new_plugin(name, folder)
     text = (f"{folder}: the quantizer {name} in {len(written.files)} files; begin in src/{written.module}/quantizer.py\n"
@@ -39,7 +40,9 @@ def command(name: Name, folder: Folder) -> Report:
 
 
 def _commands(name: str, folder: Path) -> str:
-    here = folder if folder.is_absolute() else f"./{folder}"  # else pip takes it for a package's name
+    here = (
+        folder if folder.is_absolute() else f"./{folder}"
+    )  # else pip takes it for a package's name
     commands = (
         f"pip install -e {shlex.quote(f'{here}[test]')}",
         f"pytest {shlex.quote(str(folder))}",

@@ -13,8 +13,8 @@ from modulora_core.cli.finetune import _parameter as field_parameter
 from modulora_core.cli.quantize import Embeddings, Head
 from modulora_core.cli.sizes import format_size
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.finetune_config import FinetuneConfig
-from modulora_core.plan.request import UNPLANNED, PlanRequest, finetuning
+from modulora_core.planner.request import UNPLANNED, PlanRequest, finetuning
+from modulora_core.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from modulora_core.plan.fitting import MemoryPlan
+    from modulora_core.planner.fitting import MemoryPlan
 
 Quantizer = Annotated[
     str | None,
@@ -31,25 +31,34 @@ Quantizer = Annotated[
 ]  # fmt: skip
 DeviceKind = Annotated[
     str,
-    typer.Option("--device", metavar="cpu|cuda", help="The kind of device to plan for; it needn't be here."),
+    typer.Option(
+        "--device", metavar="cpu|cuda", help="The kind of device to plan for; it needn't be here."
+    ),
 ]
 Padded = Annotated[
     bool,
     typer.Option(
-        "--padded", help="Sequences of a batch differ in length, as chats do: attention then has a mask."
+        "--padded",
+        help="Sequences of a batch differ in length, as chats do: attention then has a mask.",
     ),
 ]
 Plot = Annotated[
     Path | None,
     typer.Option(
-        "--plot", metavar="FILE", show_default=False, help="Draw it: .svg, or .png and .pdf with matplotlib."
+        "--plot",
+        metavar="FILE",
+        show_default=False,
+        help="Draw it: .svg, or .png and .pdf with matplotlib.",
     ),
 ]
 Samples = Annotated[
     int, typer.Option("--samples", metavar="N", min=1, help="Calibration samples, for quantizing.")
 ]
 CalibrationSeqLen = Annotated[
-    int, typer.Option("--calibration-seq-len", metavar="N", min=1, help="Tokens in a calibration sample.")
+    int,
+    typer.Option(
+        "--calibration-seq-len", metavar="N", min=1, help="Tokens in a calibration sample."
+    ),
 ]
 
 
@@ -82,22 +91,25 @@ def command(
       modulora plan org/model -q NAME --quantize-head OTHER --quantize-embeddings OTHER --mapped
       modulora plan my-packed-model --no-gradient-checkpointing --plot plan.svg
     """
-    from modulora_core.choices import Choice
     from modulora_core.errors import OptionError
     from modulora_core.options import parse_options
+    from modulora_core.registry import Choice
 
     if option and quantizer is None:
         raise OptionError(f"option {option[0]}: expected -q NAME beside it, got none")
     given = {name: value for name, value in finetune.items() if value is not None}
     head, embeddings = (
         None if text is None else Choice.parse(text, f"--{name}")
-        for text, name in ((quantize_head, "quantize-head"), (quantize_embeddings, "quantize-embeddings"))
+        for text, name in (
+            (quantize_head, "quantize-head"),
+            (quantize_embeddings, "quantize-embeddings"),
+        )
     )
     request = PlanRequest(
         model, quantizer, parse_options(option), finetuning(given), device, budget, padded, samples, calibration_seq_len,  # type: ignore[arg-type]
         revision, head, embeddings,
     )  # fmt: skip
-    from modulora_core.plan.picture import check_picture, draw
+    from modulora_core.planner.picture import check_picture, draw
 
     if plot is not None:
         check_picture(plot)
@@ -107,12 +119,13 @@ def command(
     if len(plans) == 1 and (quantizer is not None or plans[0].quantizing is None):
         return Report(plans[0].to_json(), _one(plans[0]))
     return Report(
-        {"model": model, "budget_bytes": budget, "plans": [plan.to_json() for plan in plans]}, _all(plans)
+        {"model": model, "budget_bytes": budget, "plans": [plan.to_json() for plan in plans]},
+        _all(plans),
     )
 
 
 def _plans(request: PlanRequest) -> Sequence[MemoryPlan]:
-    from modulora_core.plan.fitting import plan_all, plan_memory
+    from modulora_core.planner.fitting import plan_all, plan_memory
 
     if request.quantizer is None:
         return plan_all(request)
@@ -130,8 +143,8 @@ def _one(plan: MemoryPlan) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
-    from modulora_core.plan.jobs import ITEMS
-    from modulora_core.plan.picture import titled
+    from modulora_core.planner.jobs import ITEMS
+    from modulora_core.planner.picture import titled
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
@@ -141,7 +154,10 @@ def _one(plan: MemoryPlan) -> RenderableType:
         if any(item in job.items for job in plan.jobs.values()):
             table.add_row(
                 title,
-                *(format_size(job.items[item]) if item in job.items else "" for job in plan.jobs.values()),
+                *(
+                    format_size(job.items[item]) if item in job.items else ""
+                    for job in plan.jobs.values()
+                ),
             )
     table.add_row("peak", *(format_size(job.nbytes) for job in plan.jobs.values()), style="bold")
     config = plan.request.config
@@ -161,7 +177,9 @@ def _verdict(plan: MemoryPlan) -> list[str]:
             f"Longest sequence that fits, {config.batch_size} at a time: {plan.longest_seq_len} tokens."
         )
     if plan.largest_batch_size:
-        lines.append(f"Largest batch that fits, of {config.seq_len} tokens each: {plan.largest_batch_size}.")
+        lines.append(
+            f"Largest batch that fits, of {config.seq_len} tokens each: {plan.largest_batch_size}."
+        )
     if plan.changes:
         lines.append("What would help, each alone:")
     for change in plan.changes:
@@ -175,7 +193,7 @@ def _verdict(plan: MemoryPlan) -> list[str]:
 def _all(plans: Sequence[MemoryPlan]) -> Table | str:
     from rich.table import Table
 
-    from modulora_core.plan.picture import titled
+    from modulora_core.planner.picture import titled
 
     if not plans:
         return "No installed quantizer can pack this model."
@@ -194,7 +212,9 @@ def _all(plans: Sequence[MemoryPlan]) -> Table | str:
         sizes = [plan.packed_bytes, plan.training.nbytes, plan.decoding.nbytes]
         packing = format_size(plan.quantizing.nbytes) if plan.quantizing is not None else ""
         fits = [] if plan.fits is None else ["yes" if plan.fits else "no"]
-        table.add_row(titled(plan), f"{plan.bits_per_weight:.2f}", *map(format_size, sizes), packing, *fits)
+        table.add_row(
+            titled(plan), f"{plan.bits_per_weight:.2f}", *map(format_size, sizes), packing, *fits
+        )
     return table
 
 

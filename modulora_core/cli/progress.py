@@ -62,7 +62,10 @@ class Bar:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
 
@@ -91,7 +94,9 @@ class Bar:
             done = "/".join(format_size(number) for number in numbers)
         else:
             done = "/".join(f"{number:.0f}" for number in numbers) + f" {self._unit}"
-        self._console.print(f"{task.description}: {done}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            f"{task.description}: {done}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 class _RateColumn(ProgressColumn):
@@ -103,4 +108,6 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.{0 if speed >= 100 else 2}f} {self._unit}/s")
+        return Text(
+            "" if speed is None else f"{speed:,.{0 if speed >= 100 else 2}f} {self._unit}/s"
+        )

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from modulora_core.calibration import CalibrationConfig, TuningConfig
-    from modulora_core.choices import Choice
-    from modulora_core.quantize import Override, QuantizeResult
+    from modulora_core.quantization.quantize import Override, QuantizeResult
+    from modulora_core.registry import Choice
 
 
 class PARSER(WordLists):
@@ -83,7 +83,9 @@ Samples = Annotated[
 ]  # fmt: skip
 SeqLen = Annotated[
     int | None,
-    typer.Option("--seq-len", metavar="N", min=1, show_default="512", help="Tokens in a calibration sample."),
+    typer.Option(
+        "--seq-len", metavar="N", min=1, show_default="512", help="Tokens in a calibration sample."
+    ),
 ]
 Sequential = Annotated[
     bool,
@@ -108,7 +110,9 @@ TuneEpochs = Annotated[
 ]  # fmt: skip
 TuneLR = Annotated[
     float | None,
-    typer.Option("--tune-lr", metavar="X", show_default="0.005", help="Peak learning rate of --tune-epochs."),
+    typer.Option(
+        "--tune-lr", metavar="X", show_default="0.005", help="Peak learning rate of --tune-epochs."
+    ),
 ]
 
 
@@ -160,14 +164,15 @@ def command(
       modulora quantize ./model out -q NAME --quantize-head OTHER --quantize-embeddings OTHER
       modulora quantize ./model out --budget 3.2GiB --choices NAME OTHER:group_size=64 --calibration pydoc
     """
-    from modulora_core.choices import Choice
     from modulora_core.options import parse_options
-    from modulora_core.registry import create
+    from modulora_core.registry import Choice, create
 
     _check_request(quantizer, option, override, budget, choices, calibration)
     overrides = [_override(text) for text in override]
     if quantizer is not None:
-        create(quantizer, parse_options(option))  # what is wrong with them is said before seconds of imports
+        create(
+            quantizer, parse_options(option)
+        )  # what is wrong with them is said before seconds of imports
     text = _calibration(
         calibration,
         samples=samples,
@@ -185,15 +190,17 @@ def command(
             "progress": lambda what, done, total: bar.update(done, total, what),
         }  # fmt: skip
         if budget is not None:
-            from modulora_core.mixed import quantize_mixed
+            from modulora_core.quantization.mixed import quantize_mixed
 
             offered = [Choice.parse(choice, "--choices") for choice in choices]
             result = quantize_mixed(model, out, offered, budget, **common)
         else:
-            from modulora_core.quantize import quantize
+            from modulora_core.quantization.quantize import quantize
 
             assert quantizer is not None
-            result = quantize(model, out, quantizer, parse_options(option), overrides=overrides, **common)
+            result = quantize(
+                model, out, quantizer, parse_options(option), overrides=overrides, **common
+            )
     return Report(result.to_json(), _told(result))
 
 
@@ -221,7 +228,9 @@ def _check_request(
                 f"{name}: expected it without --budget, which chooses itself; name quantizers and options in --choices"
             )
     if not choices:
-        raise OptionError("--budget: expected --choices NAME[:KEY=VALUE,...] ... beside it, got none")
+        raise OptionError(
+            "--budget: expected --choices NAME[:KEY=VALUE,...] ... beside it, got none"
+        )
     if calibration is None:
         raise OptionError(
             "--budget: expected --calibration SOURCE beside it, the text that errors are measured on, got none"
@@ -230,12 +239,14 @@ def _check_request(
 
 def _end(text: str | None, end: str) -> Choice | None:
     """What ``--quantize-head`` or ``--quantize-embeddings`` says. Raises OptionError."""
-    from modulora_core.choices import Choice
+    from modulora_core.registry import Choice
 
     return None if text is None else Choice.parse(text, f"--quantize-{end}")
 
 
-def _calibration(source: str | None, *, sequential: bool, **chosen: Any) -> CalibrationConfig | None:
+def _calibration(
+    source: str | None, *, sequential: bool, **chosen: Any
+) -> CalibrationConfig | None:
     from modulora_core.calibration import CalibrationConfig
     from modulora_core.errors import OptionError
 
@@ -260,9 +271,9 @@ def _tuning(epochs: int, learning_rate: float | None) -> TuningConfig | None:
 
 
 def _override(text: str) -> Override:
-    from modulora_core.choices import Choice
     from modulora_core.errors import OptionError
-    from modulora_core.quantize import Override
+    from modulora_core.quantization.quantize import Override
+    from modulora_core.registry import Choice
 
     pattern, equals, words = text.partition("=")
     if not (pattern and equals):
@@ -283,7 +294,9 @@ def _told(result: QuantizeResult) -> RenderableType:
             f"{result.calibration['source']}"
         )
     if result.tuning_errors:
-        before, after = (fmean(errors) for errors in zip(*result.tuning_errors.values(), strict=True))
+        before, after = (
+            fmean(errors) for errors in zip(*result.tuning_errors.values(), strict=True)
+        )
         lines.append(
             f"tuned {counted(len(result.tuning_errors), 'block')}: error of their outputs on samples held out {before:.3g} before, "
             f"{after:.3g} after"

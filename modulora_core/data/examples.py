@@ -67,10 +67,15 @@ class Examples(Dataset[dict[str, list[int]]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         first, end = self._offsets[index % len(self)], self._offsets[index % len(self) + 1]
-        return {"input_ids": self._ids[first:end].tolist(), "labels": self._labels[first:end].tolist()}
+        return {
+            "input_ids": self._ids[first:end].tolist(),
+            "labels": self._labels[first:end].tolist(),
+        }
 
 
-def load_examples(source: Source, tokenizer: Any, *, format: str = "auto", seq_len: int) -> Examples:
+def load_examples(
+    source: Source, tokenizer: Any, *, format: str = "auto", seq_len: int
+) -> Examples:
     """Read ``source`` and make training examples of at most ``seq_len`` tokens.
 
     Text is packed: documents are joined by EOS and cut into windows of ``seq_len``, of which the last may be
@@ -121,7 +126,9 @@ def _packed(records: Sequence[Record], tokenizer: Any, seq_len: int, name: str) 
     return Examples(ids, ids, offsets, report)
 
 
-def _answers(records: Sequence[Record], format: Format, tokenizer: Any, seq_len: int, name: str) -> Examples:
+def _answers(
+    records: Sequence[Record], format: Format, tokenizer: Any, seq_len: int, name: str
+) -> Examples:
     read = conversations(records, format)
     kept = [conversation for conversation in read if not conversation.is_blank]
     if not kept:
@@ -158,7 +165,9 @@ def _answers(records: Sequence[Record], format: Format, tokenizer: Any, seq_len:
     return Examples(ids, labels, offsets, report)
 
 
-def _batched(renderer: Renderer, renderings: Sequence[Any]) -> Iterator[tuple[list[int], list[int]]]:
+def _batched(
+    renderer: Renderer, renderings: Sequence[Any]
+) -> Iterator[tuple[list[int], list[int]]]:
     for start in range(0, len(renderings), _BATCH):
         yield from renderer.encode(renderings[start : start + _BATCH])
 
@@ -172,7 +181,9 @@ def _warn(report: DataReport, seq_len: int, name: str) -> None:
             f"{report.dropped} dropped because no token of their answer fits"
         )
     if report.blank:
-        lost.append(f"{report.blank} of {report.records} records have an empty answer and are left out")
+        lost.append(
+            f"{report.blank} of {report.records} records have an empty answer and are left out"
+        )
     if lost:
         _LOG.warning("%s: %s", name, "; ".join(lost))
 
@@ -192,7 +203,9 @@ class Collator:
         longest = max(len(example["input_ids"]) for example in examples)
 
         def padded(rows: Sequence[list[int]], value: int) -> Tensor:
-            return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)
+            return torch.tensor(
+                [[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64
+            )
 
         return {
             "input_ids": padded([example["input_ids"] for example in examples], self.pad_token_id),

@@ -119,17 +119,23 @@ def _csv(path: Path) -> list[Record]:
         try:
             header = [name.strip() for name in next(rows)]
             if len(set(header)) < len(header):
-                raise DataError(f"{path}, line 1: expected a header of distinct column names, got {header}")
+                raise DataError(
+                    f"{path}, line 1: expected a header of distinct column names, got {header}"
+                )
             line = rows.line_num + 1
             for row in rows:
                 if row and len(row) != len(header):
                     columns = f"{len(header)} columns ({', '.join(header)})"
                     raise DataError(f"{path}, line {line}: expected {columns}, got {len(row)}")
                 if row:
-                    records.append(Record(dict(zip(header, row, strict=True)), f"{path}, line {line}"))
+                    records.append(
+                        Record(dict(zip(header, row, strict=True)), f"{path}, line {line}")
+                    )
                 line = rows.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}, line {line}: expected comma-separated values, got {error}") from None
+            raise DataError(
+                f"{path}, line {line}: expected comma-separated values, got {error}"
+            ) from None
     return records
 
 

@@ -103,7 +103,9 @@ def detect(records: Sequence[Record], requested: str = "auto") -> Format:
 def _detect_one(record: Record) -> Format:
     present = _present(record)
     fields = dict(_FIELDS)
-    if "label" in present:  # which beside `text` makes it label data, which is trained as a completion
+    if (
+        "label" in present
+    ):  # which beside `text` makes it label data, which is trained as a completion
         fields["text"] = ("text", "label")
     if "messages" not in present:
         fields["chat"] = ("conversations",)
@@ -180,11 +182,15 @@ def _exchange(user: str, assistant: str, plain: tuple[str, str], place: str) -> 
 
 def _chat(record: Record) -> Conversation:
     present = _present(record)
-    name = "conversations" if "conversations" in present and "messages" not in present else "messages"
+    name = (
+        "conversations" if "conversations" in present and "messages" not in present else "messages"
+    )
     messages = _field(record, name)
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{record.place}: {name}: expected a list of turns, got {_shown(messages)}")
-    turns = tuple(_turn(message, number, record.place) for number, message in enumerate(messages, start=1))
+    turns = tuple(
+        _turn(message, number, record.place) for number, message in enumerate(messages, start=1)
+    )
     if not any(turn["role"] == "assistant" for turn in turns):
         roles = ", ".join(turn["role"] for turn in turns)
         raise DataError(
@@ -206,8 +212,14 @@ def _turn(message: Any, number: int, place: str) -> Message:
                 f"{place}: message {number}: expected a string as its {name}, got {_shown(message.get(name))}"
             )
     role, content = (message[name] for name in names)
-    others = {name: value for name, value in message.items() if name not in names and value is not None}
-    return {"role": _SHAREGPT_ROLES.get(role, role) if of_sharegpt else role, "content": content, **others}
+    others = {
+        name: value for name, value in message.items() if name not in names and value is not None
+    }
+    return {
+        "role": _SHAREGPT_ROLES.get(role, role) if of_sharegpt else role,
+        "content": content,
+        **others,
+    }
 
 
 def _field(record: Record, name: str) -> Any:

@@ -47,12 +47,17 @@ class Rendering:
         return "".join(text for text, _ in self.pieces)
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+def token_ids(
+    tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = False
+) -> list[list[int]]:
     """The token ids of each text, however long: without the tokenizer's warning about its model's window."""
     if not texts:
         return []
     encoded = tokenizer(
-        list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+        list(texts),
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        verbose=False,
     )
     ids: list[list[int]] = encoded["input_ids"]
     return ids
@@ -65,7 +70,10 @@ class Renderer:
         self.tokenizer = tokenizer
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self._special = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
-        bos, first = tokenizer.bos_token_id, token_ids(tokenizer, ["a"], add_special_tokens=True)[0][:1]
+        bos, first = (
+            tokenizer.bos_token_id,
+            token_ids(tokenizer, ["a"], add_special_tokens=True)[0][:1],
+        )
         self._start = first if bos is not None and first == [bos] else []
 
     def render(self, conversation: Conversation) -> list[Rendering]:
@@ -101,7 +109,9 @@ class Renderer:
         for i, message in enumerate(conversation.messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._apply(conversation.messages[:i], conversation.place, add_generation_prompt=True)
+            prompt = self._apply(
+                conversation.messages[:i], conversation.place, add_generation_prompt=True
+            )
             answered = self._apply(conversation.messages[: i + 1], conversation.place)
             if not answered.startswith(prompt):
                 raise _broken_prefix(conversation.place, i + 1, prompt, answered)
@@ -113,7 +123,9 @@ class Renderer:
             done = prompt + answer
         return [*renderings, Rendering(tuple(pieces), templated=True)]
 
-    def _apply(self, messages: Sequence[Message], place: str, *, add_generation_prompt: bool = False) -> str:
+    def _apply(
+        self, messages: Sequence[Message], place: str, *, add_generation_prompt: bool = False
+    ) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
@@ -142,7 +154,8 @@ class Renderer:
         prefixes = [list(itertools.accumulate(text for text, _ in r.pieces)) for r in renderings]
         wholes = iter(token_ids(self.tokenizer, list(itertools.chain.from_iterable(prefixes))))
         return [
-            self._encode_one(rendering, [next(wholes) for _ in rendering.pieces]) for rendering in renderings
+            self._encode_one(rendering, [next(wholes) for _ in rendering.pieces])
+            for rendering in renderings
         ]
 
     def _encode_one(self, rendering: Rendering, wholes: Sequence[list[int]]) -> Encoded:

@@ -30,10 +30,17 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _SLICED = re.compile(r"(.+)\[([^\[\]]*)\]", re.DOTALL)
 _PERCENTS = re.compile(r"\s*(?:(\d{1,3})%)?\s*:\s*(?:(\d{1,3})%)?\s*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]+){0,2}")
-_PATHLIKE_SUFFIX = re.compile(r"\.(txt|md|jsonl|json|csv|tsv|parquet|gz|zip|xz|arrow)$", re.IGNORECASE)
+_PATHLIKE_SUFFIX = re.compile(
+    r"\.(txt|md|jsonl|json|csv|tsv|parquet|gz|zip|xz|arrow)$", re.IGNORECASE
+)
 
 # Where a text may be cut, from the best place to the worst: after a blank line, a line, a word, anywhere.
-_CUTS = (re.compile(r"\n(?:[ \t]*\n)+"), re.compile(r"\n+"), re.compile(r"\s+"), re.compile(r"(?s)."))
+_CUTS = (
+    re.compile(r"\n(?:[ \t]*\n)+"),
+    re.compile(r"\n+"),
+    re.compile(r"\s+"),
+    re.compile(r"(?s)."),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +154,9 @@ def _split_slice(text: str) -> tuple[str, Slice]:
         return text, Slice()
     percents = _PERCENTS.fullmatch(sliced[2])
     if percents is None:
-        raise DataError(f"{text}: expected a slice in percent such as [:90%] or [10%:20%], got [{sliced[2]}]")
+        raise DataError(
+            f"{text}: expected a slice in percent such as [:90%] or [10%:20%], got [{sliced[2]}]"
+        )
     start, stop = percents.groups()
     return sliced[1], Slice(int(start or 0), 100 if stop is None else int(stop))
 
@@ -164,7 +173,9 @@ def _looks_like_file(name: str) -> bool:
 def _one_text(text: str, part: Slice, place: str) -> list[Record]:
     cut = part.of_text(text)
     if not cut.strip():
-        raise DataError(f"{place}{part}: expected text, and this slice of {len(text)} characters has none")
+        raise DataError(
+            f"{place}{part}: expected text, and this slice of {len(text)} characters has none"
+        )
     return [Record({"text": cut}, place)]
 
 
@@ -176,7 +187,9 @@ def _rows(records: list[Record], part: Slice, place: str) -> list[Record]:
 
 
 def _no_rows(place: str, part: Slice, count: int) -> DataError:
-    return DataError(f"{place}{part}: expected one or more records, and this slice of {count} has none")
+    return DataError(
+        f"{place}{part}: expected one or more records, and this slice of {count} has none"
+    )
 
 
 def pydoc_text() -> str:
@@ -209,7 +222,9 @@ def _hub(name: str, part: Slice, *, is_folder: bool) -> list[Record]:
             if is_folder
             else f"a Hub dataset with the split {split!r} (say org/name:split or org/name:config:split)"
         )
-        raise DataError(f"{name}: expected {expected}, got {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"{name}: expected {expected}, got {type(error).__name__}: {error}"
+        ) from error
     first, end = part.rows(len(rows))
     if first == end:
         raise _no_rows(name, part, len(rows))

@@ -36,7 +36,9 @@ def load_text(source: Source, tokenizer: Any = None) -> str:
         texts = [_training_text(read, renderer) for read in conversations(records, format_)]
     text = "\n\n".join(texts)
     if not text.strip():
-        raise DataError(f"{records[0].place}: expected text, got only empty records in {source_name(source)}")
+        raise DataError(
+            f"{records[0].place}: expected text, got only empty records in {source_name(source)}"
+        )
     return text
 
 
@@ -49,7 +51,12 @@ def _training_text(conversation: Conversation, renderer: Renderer | None) -> str
 
 
 def token_segments(
-    source: Source, tokenizer: Any, seq_len: int, segments: int | None = None, *, seed: int | None = None
+    source: Source,
+    tokenizer: Any,
+    seq_len: int,
+    segments: int | None = None,
+    *,
+    seed: int | None = None,
 ) -> Tensor:
     """Cut the text of ``source`` into consecutive, non-overlapping segments of tokens, without BOS.
 

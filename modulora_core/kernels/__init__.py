@@ -7,7 +7,7 @@ reaches them through :func:`load`, which imports numba, and :func:`launch`::
     if cpu is not None:
         kernels.launch(cpu.decode, codes, scales, out)
 
-Those for GPUs are written with Triton, in a module that :func:`load_triton` gives: see :mod:`modulora_core.kernels.triton_blocks`.
+Those for GPUs are written with Triton, in a module that :func:`load_triton` gives: see :mod:`modulora_core.kernels.triton.blocks`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
-from modulora_core.kernels.bf16_choice import dtype_of_few
-from modulora_core.kernels.process import prepared_numba
+from modulora_core.kernels.cpu.bf16_choice import dtype_of_few
+from modulora_core.kernels.cpu.process import prepared_numba
 from modulora_core.packed import PackedWeight, TensorLayout
 from modulora_core.tiles import tile_ranges
 
@@ -71,7 +71,9 @@ def load(module: str, device: torch.device) -> ModuleType | None:
 
     That numba is missing is said in one warning a process.
     """
-    return importlib.import_module(module) if device.type == "cpu" and _numba() is not None else None
+    return (
+        importlib.import_module(module) if device.type == "cpu" and _numba() is not None else None
+    )
 
 
 @cache
@@ -143,7 +145,9 @@ def _sources(folder: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def check_tensors(packed: PackedWeight, expected: Callable[..., Mapping[str, TensorLayout]]) -> None:
+def check_tensors(
+    packed: PackedWeight, expected: Callable[..., Mapping[str, TensorLayout]]
+) -> None:
     """Refuse tensors that aren't what the metadata says, as in a checkpoint that was edited.
 
     Kernels have no bounds checks: they would read beyond the end. Loading compares a checkpoint's tensors with
@@ -166,7 +170,11 @@ def check_tensors(packed: PackedWeight, expected: Callable[..., Mapping[str, Ten
         ) from None
     for name, layout in layouts.items():
         tensor = packed.tensors.get(name)
-        if tensor is None or tensor.shape != layout.shape or tensor.dtype is not getattr(torch, layout.dtype):
+        if (
+            tensor is None
+            or tensor.shape != layout.shape
+            or tensor.dtype is not getattr(torch, layout.dtype)
+        ):
             raise CheckpointError(
                 f"{packed.quantizer} weight of shape {list(packed.shape)} and {dict(packed.metadata)}: expected "
                 f"{name} as {layout.dtype} {list(layout.shape)}, "
@@ -174,7 +182,9 @@ def check_tensors(packed: PackedWeight, expected: Callable[..., Mapping[str, Ten
             )
 
 
-def operands(packed: PackedWeight, make: Callable[[PackedWeight], tuple[Any, ...]]) -> tuple[Any, ...]:
+def operands(
+    packed: PackedWeight, make: Callable[[PackedWeight], tuple[Any, ...]]
+) -> tuple[Any, ...]:
     """What kernels read of a packed weight: ``make(packed)``, with arrays for tensors.
 
     It is kept beside ``packed``, since decoding needs it for each layer and token, and made again when one of the tensors was given
@@ -199,7 +209,7 @@ def operands(packed: PackedWeight, make: Callable[[PackedWeight], tuple[Any, ...
 
 def launch(kernel: Callable[..., None], *arguments: Any) -> None:
     """Run ``kernel`` on torch's number of threads; CPU tensors, also those in a tuple, are passed as arrays on the same memory, bf16 and
-    fp16 as the int16 of their bits: numpy has no bf16, and numba can't compute with fp16 (:mod:`modulora_core.kernels.conversions` can).
+    fp16 as the int16 of their bits: numpy has no bf16, and numba can't compute with fp16 (:mod:`modulora_core.kernels.cpu.conversions` can).
 
     Tensors must be contiguous. One that isn't aligned to its dtype, as in a mapped file, is passed as a copy: what a
     kernel writes to must come from torch's allocator.
@@ -289,7 +299,7 @@ def few_rows(
 ) -> Tensor | None:
     """``x`` as a few-row kernel takes it, contiguous ``[..., features]``; None where tiles are the way.
 
-    It is fp32, but bf16 where inputs are that and the processor is faster so (:mod:`modulora_core.kernels.bf16_choice`).
+    It is fp32, but bf16 where inputs are that and the processor is faster so (:mod:`modulora_core.kernels.cpu.bf16_choice`).
 
     Tiles are for more than ``most`` rows, or fewer of bf16, where a matrix product over them costs less; for fp64, because the kernels sum
     in fp32; for devices other than the CPU; and for a wrong last dimension, so that the tiled product says what is wrong.
@@ -299,7 +309,12 @@ def few_rows(
         by_amx: whether the kernel multiplies bf16 by AMX.
     """
     size = x.numel()
-    if not x.is_cpu or x.dtype not in (torch.float32, *_HALVES) or x.dim() == 0 or x.shape[-1] != features:
+    if (
+        not x.is_cpu
+        or x.dtype not in (torch.float32, *_HALVES)
+        or x.dim() == 0
+        or x.shape[-1] != features
+    ):
         return None
     if not 0 < size <= most * features:
         return None
@@ -311,7 +326,9 @@ def few_rows(
     return (rows if rows.dtype is wanted else rows.to(wanted)).contiguous()
 
 
-def product_of_one(kernel: Callable[..., None], weight: tuple[Any, ...], x: Tensor, features: int) -> Tensor:
+def product_of_one(
+    kernel: Callable[..., None], weight: tuple[Any, ...], x: Tensor, features: int
+) -> Tensor:
     """The product of a single row with a packed weight, fp32 ``[..., features]``: decoding asks for it once a layer and token.
 
     Args:

@@ -73,7 +73,7 @@ class Verbatim(Quantizer):
 
 TOY_FORMAT = """
 from modulora_core.errors import CheckpointError, ModelError, ShapeError
-from modulora_core.formats import CheckpointFormat, ForeignWeight, FormatReader
+from modulora_core.models.formats import CheckpointFormat, ForeignWeight, FormatReader
 from modulora_core.spec import TensorLayout
 from modulora_toy.quantizer import Toy, ToyOptions
 
@@ -159,9 +159,11 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture(scope="session")
-def pack(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+def pack(
+    toy: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
     """``pack(architecture, quantizer)``: the folders of a tiny dense model and of its packed form, made once."""
-    from modulora_core.quantize import quantize
+    from modulora_core.quantization.quantize import quantize
     from modulora_core.tests.tiny_models import save_tiny_model
 
     made: dict[tuple[object, ...], tuple[Path, Path]] = {}
@@ -183,7 +185,7 @@ def pack(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 @pytest.fixture(scope="session")
 def tunable(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny packed Llama that has a tokenizer, a window of 128 tokens, and its dense form beside it."""
-    from modulora_core.quantize import quantize
+    from modulora_core.quantization.quantize import quantize
     from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 
     root = tmp_path_factory.mktemp("tunable")

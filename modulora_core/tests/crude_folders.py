@@ -62,7 +62,9 @@ def _save(folder: Path, tensors: dict[str, Tensor], files: int) -> None:
     weight_map = {tensor: names[i % files] for i, tensor in enumerate(tensors)}
     for file in names:
         save_file(
-            {t: tensors[t] for t, f in weight_map.items() if f == file}, folder / file, {"format": "pt"}
+            {t: tensors[t] for t, f in weight_map.items() if f == file},
+            folder / file,
+            {"format": "pt"},
         )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 

@@ -22,7 +22,10 @@ def serve_repository(folder: Path) -> Iterator[str]:
             return (folder / url.rpartition("/")[2]).read_bytes()
         files = sorted(folder.iterdir())
         if "/tree/" in url:
-            tree = [{"type": "file", "path": f.name, "oid": f.name, "size": f.stat().st_size} for f in files]
+            tree = [
+                {"type": "file", "path": f.name, "oid": f.name, "size": f.stat().st_size}
+                for f in files
+            ]
             return json.dumps(tree).encode()
         about: dict[str, Any] = {"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}  # fmt: skip
         return json.dumps(about).encode()

@@ -48,7 +48,13 @@ class Mine(Quantizer):
 def spec(name: str, location: str, *, protocol: int = 1, **fields: object) -> str:
     """The source of a QuantizerSpec."""
     summary = f"{name} for tests"
-    known = {"name": name, "summary": summary, "location": location, "protocol": protocol, "bits": (5,)}
+    known = {
+        "name": name,
+        "summary": summary,
+        "location": location,
+        "protocol": protocol,
+        "bits": (5,),
+    }
     return f"QuantizerSpec(**{known | fields!r})"
 
 
@@ -70,7 +76,9 @@ class FakeSite:
         """Write a dist-info folder and modules (name to source)."""
         info = self.path / f"{distribution.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        )
         lines = [f"{name} = {value}" for name, value in entry_points.items()]
         (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines, ""]))
         for name, source in modules.items():

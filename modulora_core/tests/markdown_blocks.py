@@ -46,7 +46,9 @@ def follow(page: Path, folder: Path) -> None:
             continue
         text = file.read_text("utf-8")
         for before, after in _places(block.text):
-            assert text.count(before) == 1, f"{block.title} has {text.count(before)} times:\n{before}"
+            assert text.count(before) == 1, (
+                f"{block.title} has {text.count(before)} times:\n{before}"
+            )
             text = text.replace(before, after)
         file.write_text(text, "utf-8")
 

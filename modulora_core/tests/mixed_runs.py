@@ -9,15 +9,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.choices import Choice
-from modulora_core.mixed import errors, quantize_mixed
-from modulora_core.quantize import QuantizeResult
-from modulora_core.shards import ShardWriter
-from modulora_core.sources import open_model
+from modulora_core.checkpoints.shards import ShardWriter
+from modulora_core.models import open_model
+from modulora_core.quantization.mixed import errors, quantize_mixed
+from modulora_core.quantization.quantize import QuantizeResult
+from modulora_core.registry import Choice
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 
 CONFIG = CalibrationConfig("pydoc[:20%]", samples=16, seq_len=32)
-CHOICES = tuple(map(Choice.parse, ("heeding:bits=2", "plain:bits=4", "heeding:bits=4", "plain:bits=8")))
+CHOICES = tuple(
+    map(Choice.parse, ("heeding:bits=2", "plain:bits=4", "heeding:bits=4", "plain:bits=8"))
+)
 
 
 def save_uneven_llama(folder: Path, family: str = "llama") -> str:
@@ -35,7 +37,11 @@ def save_uneven_llama(folder: Path, family: str = "llama") -> str:
 
 def uniform_size(source: str, bits: int) -> int:
     """Bytes of a checkpoint of that width, by arithmetic: codes, an fp16 scale for each row, and fp32 for the rest."""
-    packed = [info for name, info in open_model(source).parameters.items() if name.endswith("_proj.weight")]
+    packed = [
+        info
+        for name, info in open_model(source).parameters.items()
+        if name.endswith("_proj.weight")
+    ]
     kept = sum(
         info.nbytes
         for name, info in open_model(source).parameters.items()
@@ -46,7 +52,9 @@ def uniform_size(source: str, bits: int) -> int:
 
 def run(source: str, out: Path, budget: int, **arguments: Any) -> QuantizeResult:
     return quantize_mixed(
-        source, out, **{"choices": CHOICES, "budget": budget, "calibration": CONFIG, "seed": 1, **arguments}
+        source,
+        out,
+        **{"choices": CHOICES, "budget": budget, "calibration": CONFIG, "seed": 1, **arguments},
     )
 
 

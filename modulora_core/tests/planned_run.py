@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from modulora_core.memory import Allocations, PeakMemory
+from modulora_core.devices.memory import Allocations, PeakMemory
 
 Taken = Mapping[str, int]
 
 
 def training(options: dict[str, Any]) -> Taken:
     """Two steps of ``modulora finetune``, unless ``options`` say how many."""
-    from modulora_core.adapter_trainer import AdapterTrainer
-    from modulora_core.finetune import finetune
-    from modulora_core.finetune_config import FinetuneConfig
     from modulora_core.offload import DiskFile
+
+    from modulora_core.training.adapter_trainer import AdapterTrainer
+    from modulora_core.training.config import FinetuneConfig
+    from modulora_core.training.finetune import finetune
 
     steps: list[int] = []
     step, keep = AdapterTrainer.training_step, DiskFile.keep
@@ -44,15 +45,17 @@ def training(options: dict[str, Any]) -> Taken:
 
     AdapterTrainer.training_step = counted  # type: ignore[method-assign]
     DiskFile.keep = uncounted  # type: ignore[method-assign]
-    result = finetune(FinetuneConfig.build({"data": ["pydoc"], "steps": 2, "grad_accum": 1, **options}))
+    result = finetune(
+        FinetuneConfig.build({"data": ["pydoc"], "steps": 2, "grad_accum": 1, **options})
+    )
     return {"peak": result.peak_memory_bytes, "work": max(steps)}
 
 
 def quantizing(options: dict[str, Any]) -> Taken:
     """``modulora quantize``; ``head`` is as ``--quantize-head`` has it, ``calibration`` the samples and their tokens."""
-    from modulora_core import quantize as module
     from modulora_core.calibration import CalibrationConfig
-    from modulora_core.choices import Choice
+    from modulora_core.quantization import quantize as module
+    from modulora_core.registry import Choice
 
     model, out, quantizer = options["model"], options["out"], options["quantizer"]
     head = None if "head" not in options else Choice.parse(options["head"])
@@ -70,7 +73,9 @@ def quantizing(options: dict[str, Any]) -> Taken:
         return packed
 
     module.write_packed = watched
-    result = module.quantize(model, out, quantizer, options.get("options"), head=head, calibration=text)
+    result = module.quantize(
+        model, out, quantizer, options.get("options"), head=head, calibration=text
+    )
     return {"peak": result.peak_memory_bytes, "work": max(counted)}
 
 
@@ -78,8 +83,8 @@ def decoding(options: dict[str, Any]) -> Taken:
     """A prompt of ``prompt`` tokens and a few new ones."""
     from pydoc_data.topics import topics
 
-    from modulora_core.generate import Sampling, generate
-    from modulora_core.loading import open_to_run
+    from modulora_core.inference.generate import Sampling, generate
+    from modulora_core.inference.loading import open_to_run
 
     opened = open_to_run(
         options["model"], dtype=options.get("dtype", "auto"), mapped=options.get("mapped", False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from modulora_core.sites import find_sites
+from modulora_core.models.sites import find_sites
 
 
 class Products(TorchFunctionMode):
@@ -41,7 +41,9 @@ class Products(TorchFunctionMode):
             name, i = self._at[weight.data_ptr()]
             if func is torch.bmm:  # all experts at once
                 for expert, rows in enumerate(x):
-                    self.inputs[name, expert].append(rows.detach().double().reshape(-1, rows.shape[-1]))
+                    self.inputs[name, expert].append(
+                        rows.detach().double().reshape(-1, rows.shape[-1])
+                    )
             else:
                 self.inputs[name, i].append(x.detach().double().reshape(-1, x.shape[-1]))
         y = func(*args, **(kwargs or {}))

@@ -7,8 +7,8 @@ from torch import Tensor
 
 DECODER = """
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import narrow
-from modulora_core.kernels.products import RowKernels
+from modulora_core.kernels.cpu.conversions import narrow
+from modulora_core.kernels.cpu.products import RowKernels
 
 @jit()
 def decode(weight, row, start, columns, out):
@@ -24,6 +24,8 @@ rows, rounding_rows = RowKernels(decode), RowKernels(decode, rounds=True)
 def weight(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales, and what they stand for in float64."""
     generator = torch.Generator().manual_seed(out_features)
-    codes = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8, generator=generator)
+    codes = torch.randint(
+        -128, 128, (out_features, in_features), dtype=torch.int8, generator=generator
+    )
     scales = torch.rand(out_features, generator=generator) / 128
     return codes, scales, codes.double() * scales.double().unsqueeze(1)

@@ -77,7 +77,9 @@ def test_the_core_names_no_other_package_of_the_project() -> None:
         ("modulora quantize MODEL OUT -q int8", "int8", True),
     ],
 )
-def test_the_search_for_plugin_names_finds_what_it_should(text: str, name: str, names_it: bool) -> None:
+def test_the_search_for_plugin_names_finds_what_it_should(
+    text: str, name: str, names_it: bool
+) -> None:
     assert bool(re.search(naming(name), text, flags=re.IGNORECASE)) == names_it
 
 
@@ -85,14 +87,18 @@ def test_files_are_short() -> None:
     """If this fails: a file has two ideas in it; give the second a file of its own."""
     folders = [CORE, *(ROOT / name for name in ("plugins", "conformance", "examples"))]
     lengths = {
-        path: len(path.read_text(encoding="utf-8").splitlines()) for f in folders for path in sources(f)
+        path: len(path.read_text(encoding="utf-8").splitlines())
+        for f in folders
+        for path in sources(f)
     }
     assert CORE / "registry.py" in lengths
     assert {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > LONGEST} == {}
 
 
 def test_there_is_no_utils_module() -> None:
-    assert [str(path) for path in sources(CORE) if path.stem in ("utils", "util", "helpers", "misc")] == []
+    assert [
+        str(path) for path in sources(CORE) if path.stem in ("utils", "util", "helpers", "misc")
+    ] == []
 
 
 # --- the package's public names --------------------------------------------------------------------------
@@ -128,5 +134,7 @@ def test_importing_the_package_and_the_contract_imports_nothing_heavy() -> None:
         modulora_core.Quantizer, modulora_core.hookimpl, modulora_core.__version__
         sys.exit(str([name for name in ("torch", "numpy", "transformers") if name in sys.modules]))
     """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert result.stderr.strip() == "[]"

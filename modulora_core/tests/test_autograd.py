@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from modulora_core.autograd import lora_linear, packed_product
+from modulora_core.devices.memory import Allocations
 from modulora_core.errors import ShapeError
-from modulora_core.memory import Allocations
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import compute_dtype, tile_budget
 
@@ -74,9 +74,9 @@ def test_an_exception_of_a_plugin_says_whose_it_is(
     with pytest.raises(RuntimeError, match="boom") as raised:
         lora_linear(t["x"], quantizer, packed).sum().backward()
     (note,) = raised.value.__notes__
-    assert note.startswith("transposed product" if direction else "product of a layer of [11, 7], by toy;"), (
-        note
-    )
+    assert note.startswith(
+        "transposed product" if direction else "product of a layer of [11, 7], by toy;"
+    ), note
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
@@ -151,7 +151,9 @@ def test_backward_uses_the_weight_that_forward_used(quantizer: Quantizer) -> Non
         torch.testing.assert_close(x.grad, W.sum(0).expand(3, IN))
 
 
-def test_dropout_drops_the_adapters_input_alone_and_in_both_directions(quantizer: Quantizer) -> None:
+def test_dropout_drops_the_adapters_input_alone_and_in_both_directions(
+    quantizer: Quantizer,
+) -> None:
     packed = quantizer.pack(torch.randn(OUT, IN))
     t = make(quantizer, torch.float64, (200,))
     t["A"].data.zero_()[:, 0] = 1.0  # the adapter sees the first input feature only
@@ -168,7 +170,9 @@ def test_dropout_drops_the_adapters_input_alone_and_in_both_directions(quantizer
     torch.testing.assert_close(through_adapter, expected)
     rows = t["x"].detach() * kept[:, None] / 0.6
     torch.testing.assert_close(t["B"].grad, (rows @ t["A"].detach().t()).sum(0).expand(OUT, RANK))
-    expected_dA = t["B"].detach().sum(0)[:, None] * rows[:, :1].sum(0)  # feature 0: its mask is known
+    expected_dA = t["B"].detach().sum(0)[:, None] * rows[:, :1].sum(
+        0
+    )  # feature 0: its mask is known
     torch.testing.assert_close(t["A"].grad[:, :1], expected_dA)
 
 
@@ -197,7 +201,9 @@ def test_nothing_of_the_size_of_the_weight_is_saved(toy: ModuleType, dtype: torc
 
 
 @pytest.mark.parametrize(
-    ("trains", "shapes"), [("A", [(4, 7), (3, 11)]), ("B", [(4, 3)]), ("", [])], ids=["A", "B", "none"]
+    ("trains", "shapes"),
+    [("A", [(4, 7), (3, 11)]), ("B", [(4, 3)]), ("", [])],
+    ids=["A", "B", "none"],
 )
 def test_x_is_saved_only_if_A_trains_and_x_A_only_if_B_trains(
     quantizer: Quantizer, trains: str, shapes: list[tuple[int, int]]
@@ -208,7 +214,9 @@ def test_x_is_saved_only_if_A_trains_and_x_A_only_if_B_trains(
         torch.randn(OUT, RANK, requires_grad=trains == "B"),
     )
     saved: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(tuple(t.shape)), lambda t: t
+    ):
         lora_linear(torch.randn(4, IN), quantizer, packed, None, A, B)
     assert sorted(saved) == sorted(shapes)
 
@@ -226,7 +234,9 @@ def test_no_more_than_a_few_tiles_are_alive(toy: ModuleType, dtype: torch.dtype)
     # the toy's tile is made of two in fp32 (codes as floats, their product) and rounded; the results and what is saved take 64 KiB
     width = compute_dtype(dtype, torch.device("cpu")).itemsize
     most = 2 * 4 / width + (2 if width < 4 else 1)
-    assert 256 * 2**10 <= allocations.peak <= most * 256 * 2**10, f"peak {allocations.peak / 2**20:.2f} MiB"
+    assert 256 * 2**10 <= allocations.peak <= most * 256 * 2**10, (
+        f"peak {allocations.peak / 2**20:.2f} MiB"
+    )
 
 
 def test_gradients_under_checkpointing_are_the_same(quantizer: Quantizer) -> None:
@@ -297,14 +307,24 @@ def test_transposed_product_is_the_adjoint(quantizer: Quantizer) -> None:
         (lora_linear(x, quantizer, packed) * y).sum(),
         (x * packed_product(y, quantizer, packed, transpose=True)).sum(),
     )
-    assert torch.autograd.gradcheck(lambda y: packed_product(y, quantizer, packed, transpose=True), (y,))
+    assert torch.autograd.gradcheck(
+        lambda y: packed_product(y, quantizer, packed, transpose=True), (y,)
+    )
 
 
 @pytest.mark.parametrize(
     ("A", "B", "message"),
     [
-        (torch.ones(3, 8), torch.ones(11, 3), r"A of a \[11, 7\] weight: expected \[3, 7\], got \[3, 8\]"),
-        (torch.ones(3, 7), torch.ones(11, 2), r"B of a \[11, 7\] weight: expected \[11, 3\], got \[11, 2\]"),
+        (
+            torch.ones(3, 8),
+            torch.ones(11, 3),
+            r"A of a \[11, 7\] weight: expected \[3, 7\], got \[3, 8\]",
+        ),
+        (
+            torch.ones(3, 7),
+            torch.ones(11, 2),
+            r"B of a \[11, 7\] weight: expected \[11, 3\], got \[11, 2\]",
+        ),
         (torch.ones(3, 7), None, "expected both A and B"),
     ],
 )

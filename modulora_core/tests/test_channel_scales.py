@@ -54,7 +54,9 @@ def make(dtype: torch.dtype, leading: tuple[int, ...] = (5,)) -> dict[str, Tenso
     return {name: t.requires_grad_() for name, t in tensors.items()}
 
 
-def layer(quantizer: Quantizer, packed: PackedWeight, t: dict[str, Tensor], dropout: float = 0.0) -> Tensor:
+def layer(
+    quantizer: Quantizer, packed: PackedWeight, t: dict[str, Tensor], dropout: float = 0.0
+) -> Tensor:
     return lora_linear(
         t["x"], quantizer, packed, t.get("bias"), t.get("A"), t.get("B"),
         scale=0.5, dropout=dropout, input_scale=t.get("u"), output_scale=t.get("v"),
@@ -79,7 +81,9 @@ def test_gradients_equal_finite_differences(
     quantizer: Quantizer, packed: PackedWeight, scales: str, with_lora: bool, leading: tuple[int, ...], dropout: float
 ) -> None:  # fmt: skip
     names = ("x", "bias", *("AB" if with_lora else ""), *scales)
-    tensors = {name: tensor for name, tensor in make(torch.float64, leading).items() if name in names}
+    tensors = {
+        name: tensor for name, tensor in make(torch.float64, leading).items() if name in names
+    }
 
     def output(*values: Tensor) -> Tensor:
         torch.manual_seed(3)  # the same mask each time
@@ -133,7 +137,9 @@ def test_output_and_gradients_equal_the_dense_layer_in_every_dtype(
         torch.testing.assert_close(tensor.grad.double(), oracle[name].grad, rtol=TOLERANCE[dtype], atol=atol, msg=name)  # fmt: skip
 
 
-def test_gradients_of_16_bit_rows_are_summed_in_float32(quantizer: Quantizer, packed: PackedWeight) -> None:
+def test_gradients_of_16_bit_rows_are_summed_in_float32(
+    quantizer: Quantizer, packed: PackedWeight
+) -> None:
     """In bfloat16 a sum of ones ends at 256: 256 + 1 is 256 there."""
     x, dY = torch.ones(3001, IN, dtype=torch.bfloat16), torch.ones(3001, OUT, dtype=torch.bfloat16)
     u, v = torch.ones(IN, requires_grad=True), torch.ones(OUT, requires_grad=True)
@@ -151,13 +157,17 @@ def test_the_adapter_sees_the_unscaled_input_and_its_dropout(
 
     def adapter(scaled: tuple[str, ...]) -> Tensor:
         torch.manual_seed(3)
-        with_adapter = layer(quantizer, packed, {name: t[name] for name in ("x", "A", "B", *scaled)}, 0.5)
+        with_adapter = layer(
+            quantizer, packed, {name: t[name] for name in ("x", "A", "B", *scaled)}, 0.5
+        )
         return with_adapter - layer(quantizer, packed, {name: t[name] for name in ("x", *scaled)})
 
     torch.testing.assert_close(adapter(("u", "v")), adapter(()))
 
 
-def test_gradients_under_checkpointing_are_the_same(quantizer: Quantizer, packed: PackedWeight) -> None:
+def test_gradients_under_checkpointing_are_the_same(
+    quantizer: Quantizer, packed: PackedWeight
+) -> None:
     gradients = []
     for checkpointed in (False, True):
         t = make(torch.float32)
@@ -174,7 +184,9 @@ def test_gradients_under_checkpointing_are_the_same(quantizer: Quantizer, packed
 
 
 @pytest.mark.parametrize("trains", ["", "u", "v"])
-def test_the_output_may_be_changed_in_place(quantizer: Quantizer, packed: PackedWeight, trains: str) -> None:
+def test_the_output_may_be_changed_in_place(
+    quantizer: Quantizer, packed: PackedWeight, trains: str
+) -> None:
     t = make(torch.float64)
     oracle = {name: tensor.detach().clone().requires_grad_() for name, tensor in t.items()}
     for name in {"u", "v"} - {trains}:
@@ -208,7 +220,9 @@ def test_x_is_saved_if_u_trains_and_the_product_only_if_v_does(
         tensor.requires_grad_(name in trains)
     shapes = {"x": (5, IN), "Z": (5, OUT), "u": (IN,), "v": (OUT,)}
     seen: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(tuple(t.shape)), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: seen.append(tuple(t.shape)), lambda t: t
+    ):
         layer(quantizer, packed, t)
     assert sorted(seen) == sorted(shapes[name] for name in saved)
 

@@ -7,8 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from modulora_core.choices import Choice
 from modulora_core.errors import OptionError, PluginError
+from modulora_core.registry import Choice
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,10 @@ from modulora_core.errors import OptionError, PluginError
     [
         ("toy", Choice("toy")),
         ("toy:levels=9", Choice("toy", {"levels": "9"})),
-        ("a-b:c=1,d=x=y:z", Choice("a-b", {"c": "1", "d": "x=y:z"})),  # a value may have what separates
+        (
+            "a-b:c=1,d=x=y:z",
+            Choice("a-b", {"c": "1", "d": "x=y:z"}),
+        ),  # a value may have what separates
     ],
 )
 def test_a_label_is_what_was_parsed(text: str, expected: Choice) -> None:

@@ -20,7 +20,9 @@ def layer(toy: ModuleType) -> LoRALinear:
     quantizer = toy.Toy()
     torch.manual_seed(0)
     packed = quantizer.pack(torch.randn(11, 7))
-    layer = LoRALinear(QuantLinear(PackedParameter(quantizer, packed), nn.Parameter(torch.randn(11))))
+    layer = LoRALinear(
+        QuantLinear(PackedParameter(quantizer, packed), nn.Parameter(torch.randn(11)))
+    )
     layer.add_adapter("default", 2, alpha=4)
     nn.init.normal_(layer.lora_B["default"])
     return layer

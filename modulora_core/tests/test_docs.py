@@ -24,7 +24,11 @@ def modulora_commands(path: Path) -> list[str]:
     return [command for command in commands(path) if command.startswith("modulora ")]
 
 
-READY = ("modulora_core.finetune", "modulora_core.quantize", "modulora_core.evaluate")
+READY = (
+    "modulora_core.training.finetune",
+    "modulora_core.quantization.quantize",
+    "modulora_core.inference.evaluate",
+)
 """What most commands import, for seconds."""
 
 
@@ -65,11 +69,17 @@ def test_the_readmes_commands_and_python_run_as_they_stand(tmp_path: Path) -> No
         assert done.returncode == 0, f"{block.text}\n{done.stderr}"
 
 
-@pytest.mark.skipif(not installed_here("modulora_conformance"), reason="its tests are the conformance kit's")
+@pytest.mark.skipif(
+    not installed_here("modulora_conformance"), reason="its tests are the conformance kit's"
+)
 def test_the_guides_quantizer_passes_its_tests_and_does_the_whole_job(tmp_path: Path) -> None:
     site = tmp_path / "site"
     titles = [block.title for block in blocks(GUIDE, "python")]
-    assert titles == ["modulora_ternary/__init__.py", "modulora_ternary/quantizer.py", "test_ternary.py"]
+    assert titles == [
+        "modulora_ternary/__init__.py",
+        "modulora_ternary/quantizer.py",
+        "test_ternary.py",
+    ]
     follow(GUIDE, site)
     write_metadata(site, "modulora-ternary", "0.1.0", {"ternary": "modulora_ternary"})
 
@@ -106,7 +116,7 @@ def test_the_python_of_the_docs_runs_as_it_stands(tmp_path: Path) -> None:
     page = blocks(ROOT / "docs" / "python.md", "python")
     save_llama_with_tokenizer(tmp_path / "dense-model")
     (tmp_path / "notes.txt").write_text("The with statement wraps a block. " * 40, "utf-8")
-    begin = "from modulora_core.quantize import quantize\nquantize('dense-model', 'smollm2-nf4', 'nf4')\n"
+    begin = "from modulora_core.quantization.quantize import quantize\nquantize('dense-model', 'smollm2-nf4', 'nf4')\n"
     end = "from pathlib import Path\nassert all(Path(p, 'adapter_config.json').exists() for p in ('adapter-by-config', 'my-own-adapter'))"
     done = run(["-c", "\n".join([begin, *(block.text for block in page), end])], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -152,7 +162,9 @@ def test_the_guides_project_file_names_the_entry_point() -> None:
     import tomllib
 
     (block,) = blocks(GUIDE, "toml")
-    assert tomllib.loads(block.text)["project"]["entry-points"]["modulora"] == {"ternary": "modulora_ternary"}
+    assert tomllib.loads(block.text)["project"]["entry-points"]["modulora"] == {
+        "ternary": "modulora_ternary"
+    }
 
 
 def test_every_command_and_error_is_in_the_docs() -> None:
@@ -160,7 +172,9 @@ def test_every_command_and_error_is_in_the_docs() -> None:
     from modulora_core import errors
     from modulora_core.cli.app import COMMANDS
 
-    text = README.read_text("utf-8") + "".join(p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md"))
+    text = README.read_text("utf-8") + "".join(
+        p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md")
+    )
     assert [command for command in COMMANDS if command not in text] == []
     drawn = errors.__doc__ or ""
     named = [

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modulora_core import dense_products
+from modulora_core.devices import dense_products
 from modulora_core.errors import AdapterError, CheckpointError, ShapeError
 from modulora_core.layers import DenseLinear, LoRALinear, PackedParameter, QuantLinear
 
@@ -24,7 +24,9 @@ def dense(weight: PackedParameter) -> torch.Tensor:
     return weight.quantizer.dequantize_tile(weight.packed, (0, 6), torch.float32)
 
 
-def test_quant_linear_equals_the_linear_layer_of_its_dequantized_weight(weight: PackedParameter) -> None:
+def test_quant_linear_equals_the_linear_layer_of_its_dequantized_weight(
+    weight: PackedParameter,
+) -> None:
     bias = nn.Parameter(torch.randn(6))
     x = torch.randn(2, 3, 4)
     torch.testing.assert_close(QuantLinear(weight, bias)(x), F.linear(x, dense(weight), bias))
@@ -66,16 +68,25 @@ def test_a_buffer_of_another_shape_is_refused(weight: PackedParameter) -> None:
         _ = weight.packed
 
 
-def test_state_dict_round_trip_and_deepcopy_keep_every_bit(weight: PackedParameter, toy: ModuleType) -> None:
+def test_state_dict_round_trip_and_deepcopy_keep_every_bit(
+    weight: PackedParameter, toy: ModuleType
+) -> None:
     layer = LoRALinear(QuantLinear(weight))
     layer.add_adapter("default", 2, alpha=4)
-    other = LoRALinear(QuantLinear(PackedParameter(toy.Toy(), weight.layout.empty(torch.device("cpu")))))
+    other = LoRALinear(
+        QuantLinear(PackedParameter(toy.Toy(), weight.layout.empty(torch.device("cpu"))))
+    )
     other.add_adapter("default", 2, alpha=4)
     other.load_state_dict(layer.state_dict())
     x = torch.randn(3, 4)
     assert torch.equal(other(x), layer(x))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
-    assert set(layer.state_dict()) == {"weight.codes", "weight.scale", "lora_A.default", "lora_B.default"}
+    assert set(layer.state_dict()) == {
+        "weight.codes",
+        "weight.scale",
+        "lora_A.default",
+        "lora_B.default",
+    }
 
 
 def test_a_stack_of_experts_is_indexed_and_multiplied_as_a_tensor_is(toy: ModuleType) -> None:
@@ -163,7 +174,8 @@ def test_an_adapter_with_impossible_settings_is_refused(
 def test_a_dense_layer_shares_the_parameters_of_the_linear_layer() -> None:
     linear = nn.Linear(4, 6)
     layer = DenseLinear.of(linear)
-    assert (layer.weight is linear.weight) and (layer.bias is linear.bias)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
     assert torch.equal(layer(torch.ones(2, 4)), linear(torch.ones(2, 4)))
 
 
@@ -171,7 +183,9 @@ def test_a_dense_layer_shares_the_parameters_of_the_linear_layer() -> None:
 def test_a_dense_layer_gives_the_product_and_its_gradients(
     trains: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(dense_products, "LEAST_PRODUCTS", 1)

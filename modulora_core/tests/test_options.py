@@ -19,7 +19,12 @@ class Choices(BaseModel):
 
 
 def test_parse_options_keeps_everything_after_the_first_equals_sign() -> None:
-    assert parse_options(["a=1", "b=x=y", "c=", " d =e"]) == {"a": "1", "b": "x=y", "c": "", "d": "e"}
+    assert parse_options(["a=1", "b=x=y", "c=", " d =e"]) == {
+        "a": "1",
+        "b": "x=y",
+        "c": "",
+        "d": "e",
+    }
 
 
 @pytest.mark.parametrize("words", [["group_size"], ["=64"], ["group_size 64"], ["a=1", "a=2"]])
@@ -33,7 +38,9 @@ def test_parse_options_refuses_what_is_not_one_value_for_one_key(words: list[str
     [(["bits=3"], {"bits": 3}), (["bits= 2 "], {"bits": 2}), (["fraction=0.5"], {"fraction": 0.5}),
      (["fraction=all"], {"fraction": "all"}), (["word=2"], {"word": "2"}), (["flag=true"], {"flag": True}), (["flag=7"], {"flag": 7})],
 )  # fmt: skip
-def test_a_word_is_read_as_the_number_of_a_literal(words: list[str], meant: dict[str, object]) -> None:
+def test_a_word_is_read_as_the_number_of_a_literal(
+    words: list[str], meant: dict[str, object]
+) -> None:
     read = validate_options("alpha", Choices, parse_options(words)).model_dump()
     expected = Choices(**meant).model_dump()
     assert read == expected

@@ -74,15 +74,23 @@ def test_one_entry_point_may_bring_several_quantizers(site: FakeSite) -> None:
 
 
 def test_entry_points_of_other_groups_are_not_read(site: FakeSite) -> None:
-    site.install("fake-other", {"other": "fake_other"}, {"fake_other": failing("read")}, group="modulora2")
+    site.install(
+        "fake-other", {"other": "fake_other"}, {"fake_other": failing("read")}, group="modulora2"
+    )
     assert named("other") == []
 
 
 BROKEN = {
     "it fails to import": (failing("no such GPU"), "RuntimeError: no such GPU"),
     "it exits": ("import sys; sys.exit('bye')", "SystemExit: bye"),
-    "its import misses a package": ("import fake_missing_package", "No module named 'fake_missing_package'"),
-    "its spec is malformed": (HOOK.format(specs=spec("Alpha", "m:C")), "name: expected lower case letters"),
+    "its import misses a package": (
+        "import fake_missing_package",
+        "No module named 'fake_missing_package'",
+    ),
+    "its spec is malformed": (
+        HOOK.format(specs=spec("Alpha", "m:C")),
+        "name: expected lower case letters",
+    ),
     "its hook has another name": (
         "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantisers(): return []",
         "unknown hook 'modulora_quantisers'",
@@ -138,7 +146,9 @@ def test_a_plugin_of_another_protocol_is_incompatible_and_says_both(site: FakeSi
     site.install_quantizer("future", distribution="fake-future", module="fake_future", protocol=9)
     (entry,) = named("future")
     assert entry.status == "incompatible"
-    with pytest.raises(IncompatiblePluginError, match=r"written for protocol 9, .* supports 1") as raised:
+    with pytest.raises(
+        IncompatiblePluginError, match=r"written for protocol 9, .* supports 1"
+    ) as raised:
         registry.create("future")
     assert "fake-future 1.0" in str(raised.value)
 
@@ -151,14 +161,18 @@ def test_two_distributions_with_one_name_are_an_error_that_names_both(site: Fake
         ("fake-one", "broken"),
         ("fake-two", "broken"),
     ]
-    with pytest.raises(DuplicatePluginError, match=r"'twin'.* fake-\w+ \d\.\d and fake-\w+ \d\.\d") as raised:
+    with pytest.raises(
+        DuplicatePluginError, match=r"'twin'.* fake-\w+ \d\.\d and fake-\w+ \d\.\d"
+    ) as raised:
         registry.load("twin")
     assert "fake-one 1.1" in str(raised.value)
     assert "fake-two 2.2" in str(raised.value)
     assert registry.find("alpha").status == "ok"
 
 
-def test_two_quantizers_of_one_name_behind_different_entry_points_are_an_error(site: FakeSite) -> None:
+def test_two_quantizers_of_one_name_behind_different_entry_points_are_an_error(
+    site: FakeSite,
+) -> None:
     for distribution, module in (("fake-one", "fake_one"), ("fake-two", "fake_two")):
         hook = HOOK.format(specs=spec("twin", f"{module}_q:Mine"))
         site.install(distribution, {f"point-of-{module}": module}, {module: hook})
@@ -189,7 +203,9 @@ def test_a_blocked_plugin_is_not_imported_and_says_so(
     assert registry.find("alpha").status == "ok"
 
 
-def test_one_quantizer_of_a_plugin_can_be_blocked(site: FakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_quantizer_of_a_plugin_can_be_blocked(
+    site: FakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     both = f"{spec('alpha', 'fake_both_q:A')}, {spec('beta', 'fake_both_q:B')}"
     site.install("fake-both", {"both": "fake_both"}, {"fake_both": HOOK.format(specs=both)})
     monkeypatch.setenv(registry.BLOCK_VARIABLE, "beta")
@@ -203,7 +219,8 @@ def test_a_name_with_options_in_it_says_where_they_go(site: FakeSite) -> None:
     """``--choices`` and the benchmarks take them so."""
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     with pytest.raises(
-        UnknownQuantizerError, match=r"expected a name alone, .*: -q alpha -o bits=3 -o group_size=64$"
+        UnknownQuantizerError,
+        match=r"expected a name alone, .*: -q alpha -o bits=3 -o group_size=64$",
     ):
         registry.create("alpha:bits=3,group_size=64")
     with pytest.raises(UnknownQuantizerError, match="isn't installed"):
@@ -253,7 +270,9 @@ def test_a_plugin_that_is_installed_later_is_found(site: FakeSite) -> None:
 
 def test_create_constructs_the_class_with_parsed_options(site: FakeSite) -> None:
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
-    quantizer = registry.create("alpha", registry.parse_options(["group_size=128", "symmetric=false"]))
+    quantizer = registry.create(
+        "alpha", registry.parse_options(["group_size=128", "symmetric=false"])
+    )
     assert type(quantizer) is registry.load("alpha")
     assert quantizer.spec == registry.find("alpha").spec
     assert quantizer.options.model_dump() == {"group_size": 128, "symmetric": False}
@@ -261,7 +280,10 @@ def test_create_constructs_the_class_with_parsed_options(site: FakeSite) -> None
 
 
 BAD_CLASSES = {
-    "its module fails": (failing("no kernel"), "importing fake_bad_q:Mine failed: RuntimeError: no kernel"),
+    "its module fails": (
+        failing("no kernel"),
+        "importing fake_bad_q:Mine failed: RuntimeError: no kernel",
+    ),
     "its class is missing": ("Other = 1", "has no attribute 'Mine'"),
     "it isn't a class": ("Mine = 'Mine'", "expected a subclass of modulora_core.Quantizer"),
     "it is of another base": ("class Mine: pass", "expected a subclass of modulora_core.Quantizer"),
@@ -269,7 +291,10 @@ BAD_CLASSES = {
         "from modulora_core import Quantizer\nclass Mine(Quantizer):\n  def pack(self, *_): ...",
         "doesn't implement dequantize_tile",
     ),
-    "it has no spec": (QUANTIZER.format(module="fake_bad").replace("spec =", "other ="), "got none"),
+    "it has no spec": (
+        QUANTIZER.format(module="fake_bad").replace("spec =", "other ="),
+        "got none",
+    ),
     "its spec differs": (
         QUANTIZER.format(module="fake_bad").replace("SPECS[0]", "SPECS[1]"),
         "expected Mine.spec to equal the listed",
@@ -282,10 +307,14 @@ BAD_CLASSES = {
 
 
 @pytest.mark.parametrize(("source", "reason"), BAD_CLASSES.values(), ids=BAD_CLASSES.keys())
-def test_a_broken_class_is_refused_with_the_reason(site: FakeSite, source: str, reason: str) -> None:
+def test_a_broken_class_is_refused_with_the_reason(
+    site: FakeSite, source: str, reason: str
+) -> None:
     specs = f"{spec('bad', 'fake_bad_q:Mine')}, {spec('bad-too', 'fake_bad_q:Mine')}"
     site.install(
-        "fake-bad", {"bad": "fake_bad"}, {"fake_bad": HOOK.format(specs=specs), "fake_bad_q": source}
+        "fake-bad",
+        {"bad": "fake_bad"},
+        {"fake_bad": HOOK.format(specs=specs), "fake_bad_q": source},
     )
     assert registry.find("bad").status == "ok"  # known only when the class is imported
     with pytest.raises(BrokenPluginError, match=r"quantizer 'bad' of fake-bad 1\.0") as raised:
@@ -302,8 +331,14 @@ BAD_OPTIONS: dict[str, tuple[dict[str, object], list[str]]] = {
         {"group_size": "many"},
         ["option 'group_size'", "integer", "got 'many'", "share one scale"],
     ),
-    "out of range": ({"group_size": 1}, ["option 'group_size'", "greater than or equal to 2", "got 1"]),
-    "refused by the plugin": ({"group_size": 63}, ["option 'group_size': expected an even number, got 63"]),
+    "out of range": (
+        {"group_size": 1},
+        ["option 'group_size'", "greater than or equal to 2", "got 1"],
+    ),
+    "refused by the plugin": (
+        {"group_size": 63},
+        ["option 'group_size': expected an even number, got 63"],
+    ),
     "several": (
         {"group_size": "x", "symmetric": "perhaps"},
         ["'group_size'", "'symmetric'", "got 'perhaps'"],
@@ -326,6 +361,8 @@ def test_a_bad_option_is_named_with_what_was_expected_and_what_came(
 def test_a_quantizer_without_options_says_so(site: FakeSite) -> None:
     source = QUANTIZER.format(module="fake_plain").replace("    Options = Options\n", "")
     hook = HOOK.format(specs=spec("plain", "fake_plain_q:Mine"))
-    site.install("fake-plain", {"plain": "fake_plain"}, {"fake_plain": hook, "fake_plain_q": source})
+    site.install(
+        "fake-plain", {"plain": "fake_plain"}, {"fake_plain": hook, "fake_plain_q": source}
+    )
     with pytest.raises(OptionError, match="unknown option 'bits' \\(it takes no options\\)"):
         registry.create("plain", {"bits": "4"})

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
-from modulora_core.spec import NoOptions, PackedLayout, PackedWeight, QuantizerSpec, TensorLayout, check_rows
+from modulora_core.spec import (
+    NoOptions,
+    PackedLayout,
+    PackedWeight,
+    QuantizerSpec,
+    TensorLayout,
+    check_rows,
+)
 
 GOOD: dict[str, Any] = {
     "name": "mine",
@@ -169,7 +176,8 @@ def test_the_base_class_has_no_place_for_scales(toy: ModuleType) -> None:
     assert not toy.Toy.spec.rescales
     weight = toy.Toy().pack(torch.randn(6, 4))
     with pytest.raises(
-        PluginError, match=r"toy: expected a quantizer whose packed weights can be rescaled .*without tuning"
+        PluginError,
+        match=r"toy: expected a quantizer whose packed weights can be rescaled .*without tuning",
     ):
         toy.Toy().rescaled(weight, torch.ones(4), torch.ones(6))
 

@@ -60,7 +60,9 @@ def test_a_budget_holds_for_the_threads_in_which_autograd_runs_a_backward_on_a_g
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "4MiB", ""])
-def test_a_budget_that_is_no_positive_number_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_that_is_no_positive_number_is_refused(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MODULORA_TILE_BYTES", text)
     with pytest.raises(OptionError, match="MODULORA_TILE_BYTES"):
         tile_bytes(CPU)
@@ -112,7 +114,11 @@ def test_sixteen_bit_inputs_are_summed_in_fp32_and_rounded_once(
 
     def rounding(product: Tensor) -> Tensor:
         """Half an ulp of a 16-bit result, and the fp32 sums' own rounding on top."""
-        return 0.51 * torch.finfo(dtype).eps * product.abs().clamp_min(torch.finfo(dtype).smallest_normal)
+        return (
+            0.51
+            * torch.finfo(dtype).eps
+            * product.abs().clamp_min(torch.finfo(dtype).smallest_normal)
+        )
 
     allowed = rounding(exact) + 1e-4
     if transpose and units and dtype == torch.bfloat16:  # a tile's product comes rounded from torch
@@ -128,7 +134,9 @@ def test_x_of_the_wrong_width_is_refused_with_both_shapes() -> None:
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-def test_tiles_have_the_inputs_dtype_where_the_cpu_multiplies_it_fast(units: bool, transpose: bool) -> None:
+def test_tiles_have_the_inputs_dtype_where_the_cpu_multiplies_it_fast(
+    units: bool, transpose: bool
+) -> None:
     asked = []
 
     def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -137,7 +145,12 @@ def test_tiles_have_the_inputs_dtype_where_the_cpu_multiplies_it_fast(units: boo
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         assert tiled_matmul(torch.ones(2, 8, dtype=dtype), tile, (8, 8), transpose).dtype == dtype
-    assert asked == [torch.bfloat16 if units else torch.float32, torch.float32, torch.float32, torch.float64]
+    assert asked == [
+        torch.bfloat16 if units else torch.float32,
+        torch.float32,
+        torch.float32,
+        torch.float64,
+    ]
 
 
 def test_autocast_does_not_change_the_dtype_of_a_product(units: bool) -> None:
@@ -168,15 +181,21 @@ def test_no_rows_are_multiplied_by_no_tile(transpose: bool) -> None:
 @pytest.mark.parametrize(
     ("shape", "transpose"), [((0, 4), False), ((0, 4), True), ((4, 0), False), ((4, 0), True)]
 )
-def test_a_weight_without_rows_or_columns_is_multiplied_too(shape: tuple[int, int], transpose: bool) -> None:
+def test_a_weight_without_rows_or_columns_is_multiplied_too(
+    shape: tuple[int, int], transpose: bool
+) -> None:
     W = torch.ones(shape)
     x = torch.ones(2, 3, shape[0] if transpose else shape[1])
-    assert torch.equal(tiled_matmul(x, tiles_of(W), shape, transpose), x @ W if transpose else x @ W.t())
+    assert torch.equal(
+        tiled_matmul(x, tiles_of(W), shape, transpose), x @ W if transpose else x @ W.t()
+    )
 
 
 @pytest.mark.parametrize("budget", [1, 200, 10**9])
 @pytest.mark.parametrize("shape", [(), (0,), (9,), (3, 4)])
-def test_rows_that_are_looked_up_are_those_of_the_whole(shape: tuple[int, ...], budget: int) -> None:
+def test_rows_that_are_looked_up_are_those_of_the_whole(
+    shape: tuple[int, ...], budget: int
+) -> None:
     W = torch.randn(37, 23, generator=torch.Generator().manual_seed(0))
     ids = torch.randint(0, 37, shape, generator=torch.Generator().manual_seed(1))
     found = looked_up(ids, tiles_of(W), (37, 23), torch.bfloat16, budget=budget)

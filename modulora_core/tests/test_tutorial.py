@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from modulora_core.new_plugin import new_plugin
+from modulora_core.cli.scaffold import new_plugin
 from modulora_core.tests.markdown_blocks import blocks, commands, follow
 from modulora_core.tests.plugin_sites import site_of
 
@@ -51,7 +51,9 @@ def site(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def errors(text: str) -> dict[str, list[float]]:
-    return {bits: [float(plain), float(calibrated)] for bits, plain, calibrated in _ERRORS.findall(text)}
+    return {
+        bits: [float(plain), float(calibrated)] for bits, plain, calibrated in _ERRORS.findall(text)
+    }
 
 
 def test_measuring_gives_the_numbers_of_the_page(package: Path, site: Path) -> None:
@@ -68,8 +70,12 @@ def test_before_the_calibration_is_used_both_columns_are_equal(tmp_path: Path) -
     new_plugin(NAME, tmp_path / "plugin")
     (measure,) = [block for block in blocks(TUTORIAL, "python") if block.title == "measure.py"]
     (tmp_path / "measure.py").write_text(measure.text)
-    done = python("measure.py", folder=tmp_path, site=site_of(tmp_path / "plugin", tmp_path / "site"))
-    assert all(plain == calibrated for plain, calibrated in errors(done.stdout).values()), done.stdout
+    done = python(
+        "measure.py", folder=tmp_path, site=site_of(tmp_path / "plugin", tmp_path / "site")
+    )
+    assert all(plain == calibrated for plain, calibrated in errors(done.stdout).values()), (
+        done.stdout
+    )
 
 
 def test_its_tests_pass(package: Path, site: Path) -> None:
@@ -87,7 +93,9 @@ def test_its_tests_pass(package: Path, site: Path) -> None:
 
 
 @needs_kit
-def test_the_kit_names_the_check_that_a_forgotten_refusal_fails(package: Path, tmp_path: Path) -> None:
+def test_the_kit_names_the_check_that_a_forgotten_refusal_fails(
+    package: Path, tmp_path: Path
+) -> None:
     """The failure that section 5 shows."""
     changed = site_of(package, tmp_path / "site")
     file = changed / "modulora_feedback_rounding" / "quantizer.py"

@@ -38,10 +38,21 @@ _HEAD_NORMS: Shapes = {"attn_q_norm.weight": (8,), "attn_k_norm.weight": (8,)}
 _EMBEDDING: Shapes = {"token_embd.weight": (VOCABULARY, HIDDEN)}
 _TOP: Shapes = {**_EMBEDDING, "output_norm.weight": (HIDDEN,)}
 _HEAD: Shapes = {"output.weight": (VOCABULARY, HIDDEN)}
-_SIZES = {"context_length": 64, "block_count": 2, "embedding_length": HIDDEN, "feed_forward_length": 64}
-_ROPE = {"rope.dimension_count": 8, "rope.freq_base": 10000.0, "attention.layer_norm_rms_epsilon": 1e-5}
+_SIZES = {
+    "context_length": 64,
+    "block_count": 2,
+    "embedding_length": HIDDEN,
+    "feed_forward_length": 64,
+}
+_ROPE = {
+    "rope.dimension_count": 8,
+    "rope.freq_base": 10000.0,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+}
 _GROUPED = {**_SIZES, **_ROPE, "attention.head_count": 4, "attention.head_count_kv": 2}
-_EXPERT_ROWS = 768  # transformers reads no expert width from a GGUF header: it is the default of the class
+_EXPERT_ROWS = (
+    768  # transformers reads no expert width from a GGUF header: it is the default of the class
+)
 
 _GPT2_LAYER: Shapes = {
     "attn_qkv.weight": (96, HIDDEN),
@@ -86,13 +97,17 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
 }
 
 
-def write_tiny_gguf(architecture: str, path: Path, kind: str = "F32", extra: tuple[str, ...] = ()) -> Path:
+def write_tiny_gguf(
+    architecture: str, path: Path, kind: str = "F32", extra: tuple[str, ...] = ()
+) -> Path:
     """Write a file whose matrices are stored as ``kind`` and whose vectors are F32. Returns ``path``."""
     fields, top, layer = ARCHITECTURES[architecture]
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in fields.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[type(value)]
+        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[
+            type(value)
+        ]
         add(f"{architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])

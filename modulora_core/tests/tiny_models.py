@@ -64,7 +64,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {**_GROUPED, **_LOCAL, "head_dim": 8}),
     "llama4_text": ("llama4_text", {**_GROUPED, **_LOCAL, **_LLAMA4, "head_dim": 8}),
     "deepseek_v3": ("deepseek_v3", {**_COMMON, **_LATENT, **_ROUTED, "num_key_value_heads": 4}),
-    "sarvam_moe": ("sarvam_moe", {**_GROUPED, **_ROUTED, "head_dim": 8}),  # one tensor becomes q, k and v
+    "sarvam_moe": (
+        "sarvam_moe",
+        {**_GROUPED, **_ROUTED, "head_dim": 8},
+    ),  # one tensor becomes q, k and v
 }
 ARCHITECTURES = {name: entry for name, entry in ARCHITECTURES.items() if entry[0] in CONFIG_MAPPING}
 
@@ -74,7 +77,9 @@ def tiny_config(architecture: str) -> Any:
     return CONFIG_MAPPING[model_type](**options)
 
 
-def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
     """A model whose every parameter is random, norms and biases too: a wrong order or sign would show."""
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=dtype)

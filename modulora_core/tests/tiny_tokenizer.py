@@ -45,8 +45,12 @@ def make_tokenizer(*, add_bos=False, metaspace=False, eos="</s>", template=None)
     )
     core.train_from_iterator([pydoc_text()[:30_000]], trainer)
     if add_bos:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=eos, model_max_length=64)
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token=eos, model_max_length=64
+    )
     fast.chat_template = template
     return fast
 

@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report", metavar="DIR", type=Path, help="write the reports there")
     parser.add_argument("--golden", metavar="DIR", type=Path, help="golden vectors to hold it to")
     parser.add_argument("--seed", metavar="N", type=int, help="of Hypothesis, to repeat a run")
-    parser.add_argument("--certified", action="store_true", help="allow no skip but that of missing hardware")
+    parser.add_argument(
+        "--certified", action="store_true", help="allow no skip but that of missing hardware"
+    )
     return run(parser.parse_args(arguments))
 
 

@@ -4,7 +4,7 @@ What a kernel costs shows without running it. A plugin's test compiles what its 
 
     packed = quantizer.layout((4096, 4096)).empty("cpu")
     for target in TARGETS:
-        # kernels that modulora_core.kernels.triton_launch starts, on CPU tensors; nothing is run
+        # kernels that modulora_core.kernels.triton.launch starts, on CPU tensors; nothing is run
         (compiled,) = compile_launches(lambda: gpu.matmul(x, packed, transpose=False), target)
         assert compiled.spills == 0
         assert compiled.loads[128] > 0                # some load of 16 bytes a thread
@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modulora_core.kernels.triton_launch import Call, Config, recorded
+from modulora_core.kernels.triton.launch import Call, Config, recorded
 
 __all__ = [
     "TARGETS",
@@ -123,9 +123,13 @@ def compile_call(call: Call, target: str) -> Compiled:
     """Compile what a recorded call would run, with the types, the alignments and the configuration that it would have."""
     signature: dict[str, Types] = {}
     constants, divisible = dict(call.constants), []
-    for i, (parameter, argument) in enumerate(zip(call.kernel.params, call.arguments, strict=False)):
+    for i, (parameter, argument) in enumerate(
+        zip(call.kernel.params, call.arguments, strict=False)
+    ):
         special = not parameter.do_not_specialize
-        if special and isinstance(argument, int) and argument == 1:  # as Triton does: 1 is compiled in
+        if (
+            special and isinstance(argument, int) and argument == 1
+        ):  # as Triton does: 1 is compiled in
             constants[parameter.name] = 1
             continue
         signature[parameter.name] = _type(argument)
@@ -180,15 +184,17 @@ def _read(built: Any, target: str) -> Compiled:
     return Compiled(target, registers, spills, built.metadata.shared, loads, stores, text)
 
 
-_PTX_ACCESS = (
-    r"\b%s\.(?:\w+\.)*?global\.(?:[\w:]+\.)*?(?:v(\d)\.)?[bufs](\d+)\b"  # ld.global.L1::evict_last.v4.b32
-)
+_PTX_ACCESS = r"\b%s\.(?:\w+\.)*?global\.(?:[\w:]+\.)*?(?:v(\d)\.)?[bufs](\d+)\b"  # ld.global.L1::evict_last.v4.b32
 _PTX_COPY = r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x\w+|\d+)[,;\s]"  # to shared memory: cp.async.cg.shared.global [a], [b], 16
-_AMD_ACCESS = r"\b(?:global|buffer|flat)_%s_(?:[us]?(byte|short)\w*|dword(?:x(\d))?)\b"  # global_load_dwordx4
+_AMD_ACCESS = (
+    r"\b(?:global|buffer|flat)_%s_(?:[us]?(byte|short)\w*|dword(?:x(\d))?)\b"  # global_load_dwordx4
+)
 
 
 def _ptx_widths(text: str, what: str) -> Counter[int]:
-    found = Counter(int(count or 1) * int(bits) for count, bits in re.findall(_PTX_ACCESS % what, text))
+    found = Counter(
+        int(count or 1) * int(bits) for count, bits in re.findall(_PTX_ACCESS % what, text)
+    )
     if what == "ld":
         found.update(8 * int(size, 0) for size in re.findall(_PTX_COPY, text))
     return found
@@ -196,7 +202,9 @@ def _ptx_widths(text: str, what: str) -> Counter[int]:
 
 def _amd_widths(text: str, what: str) -> Counter[int]:
     found = re.findall(_AMD_ACCESS % what, text)
-    return Counter({"byte": 8, "short": 16}.get(small, 32 * int(count or 1)) for small, count in found)
+    return Counter(
+        {"byte": 8, "short": 16}.get(small, 32 * int(count or 1)) for small, count in found
+    )
 
 
 def _amd_number(text: str, what: str) -> int:
@@ -205,7 +213,10 @@ def _amd_number(text: str, what: str) -> int:
 
 
 _ENTRY_WITH_SIZE = 4  # EIFMT_SVAL: two bytes of length follow, and so many bytes
-_REGISTERS, _FRAME = 0x2F, 0x11  # EIATTR_REGCOUNT, EIATTR_FRAME_SIZE: each the index of a symbol and a number
+_REGISTERS, _FRAME = (
+    0x2F,
+    0x11,
+)  # EIATTR_REGCOUNT, EIATTR_FRAME_SIZE: each the index of a symbol and a number
 
 
 def _cubin_registers(cubin: bytes) -> tuple[int, int]:

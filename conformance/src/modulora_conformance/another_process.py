@@ -61,7 +61,9 @@ def inputs_for(shape: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> dict[
     """Inputs of both products in each dtype, by their names in the file."""
     out_features, in_features = shape
     forward = {f"x.{name_of(dtype)}": inputs((ROWS,), in_features, dtype, 1) for dtype in dtypes}
-    return forward | {f"dY.{name_of(dtype)}": inputs((ROWS,), out_features, dtype, 2) for dtype in dtypes}
+    return forward | {
+        f"dY.{name_of(dtype)}": inputs((ROWS,), out_features, dtype, 2) for dtype in dtypes
+    }
 
 
 def read_elsewhere(
@@ -84,7 +86,9 @@ def read_elsewhere(
     return results_in(folder)
 
 
-def answered(quantizer: Quantizer, shape: tuple[int, int], before: Sequence[Mapping[str, Any]]) -> Answer:
+def answered(
+    quantizer: Quantizer, shape: tuple[int, int], before: Sequence[Mapping[str, Any]]
+) -> Answer:
     """What another process makes of :func:`modulora_conformance.cases.packed` of this shape, and of the weight that it is of, after it
     has used the options in ``before``. It is asked once for the same arguments. The check fails where the process does.
     """
@@ -145,7 +149,8 @@ def answer(folder: Path, environment: Mapping[str, str] | None = None) -> None:
         ended = f"a process that ended with {done.returncode}"
         last = (done.stderr.strip().splitlines() or [ended])[-1]
         pytest.fail(
-            f"expected another process to read the packed weight from files, got: {last}", pytrace=False
+            f"expected another process to read the packed weight from files, got: {last}",
+            pytrace=False,
         )
 
 
@@ -183,12 +188,16 @@ def _read(folder: Path, request: Mapping[str, Any]) -> None:
     for dtype in {given.dtype for given in operands.values()} or {torch.float32}:
         for what, start in (("tile", 0), ("part", weight.shape[0] // 3)):
             rows = (start, weight.shape[0])
-            results[f"{what}.{name_of(dtype)}"] = quantizer.dequantize_tile(weight, rows, dtype).contiguous()
+            results[f"{what}.{name_of(dtype)}"] = quantizer.dequantize_tile(
+                weight, rows, dtype
+            ).contiguous()
     for name, given in operands.items():
         operand, _, dtype_name = name.partition(".")
         transpose = operand == "dY"
         result = quantizer.matmul(given, weight, transpose)
-        results[f"transposed.{dtype_name}" if transpose else f"product.{dtype_name}"] = result.contiguous()
+        results[f"transposed.{dtype_name}" if transpose else f"product.{dtype_name}"] = (
+            result.contiguous()
+        )
     save_file(results, folder / "results.safetensors")
     if (folder / "weight.safetensors").exists():
         there = pack(quantizer, load_file(folder / "weight.safetensors")["weight"].clone())

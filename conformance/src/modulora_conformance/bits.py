@@ -19,7 +19,9 @@ def check_same_bytes(expected: PackedWeight, found: PackedWeight, what: str) -> 
         f"{what}: expected the layout {expected.layout}, got {found.layout}"
     )
     differing = [
-        name for name, tensor in expected.tensors.items() if not same_bits(tensor, found.tensors[name])
+        name
+        for name, tensor in expected.tensors.items()
+        if not same_bits(tensor, found.tensors[name])
     ]
     assert differing == [], f"{what}: expected the same bytes, got others in {', '.join(differing)}"
 

@@ -64,7 +64,7 @@ KINDS: dict[str, Callable[[tuple[int, int], int], Tensor]] = {
     "outlier_columns": outlier_columns,
     "constant": constant,
 }
-"""The kinds of :class:`~modulora_core.promise.Promise`."""
+"""The kinds of :class:`~modulora_core.spec.Promise`."""
 
 
 def fit(quantizer: Quantizer, out_features: int, in_features: int) -> tuple[int, int]:
@@ -75,7 +75,10 @@ def fit(quantizer: Quantizer, out_features: int, in_features: int) -> tuple[int,
         for size, multiple in ((out_features, spec.out_multiple), (in_features, spec.in_multiple))
     )
     for step in range(32):
-        for shape in ((rows + step * spec.out_multiple, columns), (rows, columns + step * spec.in_multiple)):
+        for shape in (
+            (rows + step * spec.out_multiple, columns),
+            (rows, columns + step * spec.in_multiple),
+        ):
             if _takes(quantizer, shape):
                 return shape
     return rows, columns  # pack() tells what is wrong with it
@@ -90,7 +93,9 @@ def _takes(quantizer: Quantizer, shape: tuple[int, int]) -> bool:
 
 
 @st.composite
-def shapes(draw: st.DrawFn, quantizer: Quantizer, rows: int = 40, columns: int = 90) -> tuple[int, int]:
+def shapes(
+    draw: st.DrawFn, quantizer: Quantizer, rows: int = 40, columns: int = 90
+) -> tuple[int, int]:
     """``(out, in)`` that the quantizer takes, odd ones where it does, up to about ``rows`` and ``columns``."""
     return fit(quantizer, draw(st.integers(1, rows)), draw(st.integers(1, columns)))
 

@@ -33,7 +33,9 @@ def needs(*names: str) -> Callable[[Check], Check]:
 
 def needed_by(check: Any, level: str) -> tuple[str, ...]:
     """The names that :func:`needs` was given, and :data:`PACKS` for a check of a ``level`` above L0."""
-    tested = getattr(getattr(check, "hypothesis", None), "inner_test", check)  # what Hypothesis wrapped
+    tested = getattr(
+        getattr(check, "hypothesis", None), "inner_test", check
+    )  # what Hypothesis wrapped
     names: tuple[str, ...] = getattr(tested, "__conformance_needs__", ())
     packs = level != "L0" and check.__name__ != PACKS
     return (PACKS, *names) if packs else names
@@ -81,7 +83,9 @@ def violations(cls: type) -> list[str]:
         if _is_of_the_kit(base) or base is object:
             continue
         for name, value in vars(base).items():
-            if name in kit - YOURS and not (name.startswith("test_") and _is_expected_to_fail(value)):
+            if name in kit - YOURS and not (
+                name.startswith("test_") and _is_expected_to_fail(value)
+            ):
                 found.append(f"{base.__name__}.{name}")
     return found
 
@@ -96,7 +100,8 @@ def _is_of_the_kit(cls: type) -> bool:
 def _is_expected_to_fail(value: Any) -> bool:
     marks = [mark for mark in getattr(value, "pytestmark", []) if mark.name == "xfail"]
     return inspect.isfunction(value) and any(
-        mark.kwargs.get("strict") is True and str(mark.kwargs.get("reason", "")).strip() for mark in marks
+        mark.kwargs.get("strict") is True and str(mark.kwargs.get("reason", "")).strip()
+        for mark in marks
     )
 
 

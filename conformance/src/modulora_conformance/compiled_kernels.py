@@ -44,7 +44,9 @@ INSTRUCTIONS: dict[str, tuple[str, dict[str, str]]] = {
 }
 """What the processor must have, and what tells numba to use no more than that. Its own set is what every other test runs."""
 
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and protects pages with mprotect")
+on_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="reads /proc, and protects pages with mprotect"
+)
 
 
 class CompiledKernels:
@@ -66,7 +68,8 @@ class CompiledKernels:
     @pytest.fixture
     def quantizers(self) -> Sequence[Quantizer]:
         pytest.fail(
-            f"{type(self).__name__}: expected a fixture `quantizers`, a list, got none", pytrace=False
+            f"{type(self).__name__}: expected a fixture `quantizers`, a list, got none",
+            pytrace=False,
         )
 
     @pytest.fixture
@@ -94,10 +97,13 @@ class CompiledKernels:
                 for transpose, features in ((False, in_features), (True, out_features)):
                     x = inputs((2,), features, torch.float32)
                     assert torch.equal(
-                        quantizer.matmul(x, mapped, transpose), quantizer.matmul(x, packed, transpose)
+                        quantizer.matmul(x, mapped, transpose),
+                        quantizer.matmul(x, packed, transpose),
                     )
 
-    def test_several_python_threads_get_what_one_gets(self, quantizers: Sequence[Quantizer]) -> None:
+    def test_several_python_threads_get_what_one_gets(
+        self, quantizers: Sequence[Quantizer]
+    ) -> None:
         """If this fails: kernels share memory, or enter numba's threads at once, which may end the process: start them with
         :func:`modulora_core.kernels.launch`.
         """
@@ -120,7 +126,9 @@ class CompiledKernels:
             for i, found in enumerate(together):
                 assert all(torch.equal(a, b) for a, b in zip(found, alone[i % 4], strict=True))
 
-    def test_products_do_not_depend_on_the_number_of_threads(self, quantizers: Sequence[Quantizer]) -> None:
+    def test_products_do_not_depend_on_the_number_of_threads(
+        self, quantizers: Sequence[Quantizer]
+    ) -> None:
         """If this fails: each thread has a sum of its own, so that a run can't be repeated on another machine. Cut sums into a fixed number
         of shares, as :data:`modulora_core.kernels.PARTIAL_SUMS` has it.
         """
@@ -173,7 +181,9 @@ class CompiledKernels:
         self._assert_elsewhere(weights, tmp_path, monkeypatch)
 
     @on_linux
-    @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86")
+    @pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86"
+    )
     @pytest.mark.parametrize(("needs", "environment"), INSTRUCTIONS.values(), ids=INSTRUCTIONS)
     def test_other_instruction_sets_give_the_same_values(
         self,
@@ -199,7 +209,9 @@ class CompiledKernels:
         """If this fails: packing holds several copies of the weight in fp32 at a time. Work on a range of rows after the other."""
         if self.packing_share is None:
             pytest.skip("packing a large weight takes too long")
-        found = _on_its_own("packs", quantizers[0], tmp_path, *([] if compiled else ["--without-numba"]))
+        found = _on_its_own(
+            "packs", quantizers[0], tmp_path, *([] if compiled else ["--without-numba"])
+        )
         assert found["share"] <= self.packing_share
 
     def _assert_elsewhere(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from modulora_core.options import parse_options
-from modulora_core.promise import titled
 from modulora_core.registry import find
+from modulora_core.spec import titled
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,4 +35,6 @@ def configurations(name: str, options: list[str]) -> list[Configuration]:
     if options:
         return [Configuration(name, parse_options(options))]
     promises = entry.spec.promises if entry.spec is not None else ()
-    return [Configuration(name, promise.options) for promise in promises] or [Configuration(name, {})]
+    return [Configuration(name, promise.options) for promise in promises] or [
+        Configuration(name, {})
+    ]

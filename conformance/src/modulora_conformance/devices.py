@@ -40,7 +40,9 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Devices(Level):
     level, title = "L7", "devices"
 
-    def test_cuda_gives_the_tiles_of_the_cpu(self, quantizer: Quantizer, measurements: Measurements) -> None:
+    def test_cuda_gives_the_tiles_of_the_cpu(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
         """If this fails: a model finetuned on a GPU isn't the one that is evaluated on a CPU: the GPU's path decodes other values."""
         _require_cuda()
         weight = packed(quantizer, RAGGED)
@@ -75,7 +77,9 @@ class Devices(Level):
                 given = problem(weight.shape, dtype, rows=(rows,), seed=rows)
                 for transpose, x in ((False, given.x), (True, given.dY)):
                     y = quantizer.matmul(x.to("cuda"), on_cuda, transpose)
-                    assert y.device.type == "cuda", f"product: expected it on x's device, got {y.device}"
+                    assert y.device.type == "cuda", (
+                        f"product: expected it on x's device, got {y.device}"
+                    )
                     error = oracle.product_error(y.cpu(), x, W, transpose)
                     case = f"{rows} rows, transpose={transpose}; {PRODUCT[dtype].reason}"
                     measurements.at_most(
@@ -88,7 +92,10 @@ class Devices(Level):
                     assert gradient is not None, f"d{name} on CUDA: expected a gradient, got none"
                     error = given.error(name, gradient.cpu(), W)
                     measurements.at_most(
-                        f"d{name} on CUDA in {dtype}", error, GRADIENT[dtype].value, case=f"{rows} rows"
+                        f"d{name} on CUDA in {dtype}",
+                        error,
+                        GRADIENT[dtype].value,
+                        case=f"{rows} rows",
                     )
 
     @needs(GRADIENTS)
@@ -121,8 +128,12 @@ class Devices(Level):
         }
         for name, (found, exact) in own.items():
             assert exact.grad is not None
-            assert found.grad is not None, f"d{name}: expected a gradient from the compiled layer, got none"
-            measurements.at_most(f"compiled d{name}", oracle.relative_error(found.grad, exact.grad), limit)
+            assert found.grad is not None, (
+                f"d{name}: expected a gradient from the compiled layer, got none"
+            )
+            measurements.at_most(
+                f"compiled d{name}", oracle.relative_error(found.grad, exact.grad), limit
+            )
         torch._dynamo.reset()
 
     @needs(REGISTERED, ELSEWHERE)
@@ -135,7 +146,9 @@ class Devices(Level):
         if "cuda" not in quantizer.spec.devices:
             pytest.skip(f"{NOT_OFFERED}spec.devices names no cuda")
         if importlib.util.find_spec("triton") is None:
-            pytest.skip("missing package: triton, in whose interpreter the kernels run; pip install triton")
+            pytest.skip(
+                "missing package: triton, in whose interpreter the kernels run; pip install triton"
+            )
         weight = packed(quantizer, RAGGED)
         W = oracle.dense(quantizer, weight)
         exact = quantizer.dequantize_tile(weight, (0, weight.shape[0]), torch.float32)
@@ -143,14 +156,18 @@ class Devices(Level):
         found = read_elsewhere(quantizer, weight, given, tmp_path, {"TRITON_INTERPRET": "1"})
         for dtype in KERNEL_DTYPES:
             name = str(dtype).removeprefix("torch.")
-            error = float((found[f"tile.{name}"].double() - exact.double()).abs().max() / exact.abs().max())
+            error = float(
+                (found[f"tile.{name}"].double() - exact.double()).abs().max() / exact.abs().max()
+            )
             limit = ROUNDING[dtype].value + PRODUCT[torch.float32].value
             measurements.at_most(f"interpreted tile in {dtype}", error, limit)
             for result, operand, transpose in (("product", "x", False), ("transposed", "dY", True)):
                 error = oracle.product_error(
                     found[f"{result}.{name}"], given[f"{operand}.{name}"], W, transpose
                 )
-                measurements.at_most(f"interpreted {result} in {dtype}", error, PRODUCT[dtype].value)
+                measurements.at_most(
+                    f"interpreted {result} in {dtype}", error, PRODUCT[dtype].value
+                )
 
 
 class _Block(nn.Module):
@@ -163,7 +180,9 @@ class _Block(nn.Module):
         self.layer.add_adapter("default", 2, alpha=2 * SCALE)
         with torch.no_grad():
             for i, parameter in enumerate(self.layer.parameters_of("default").values()):
-                parameter.copy_(inputs(tuple(parameter.shape[:1]), parameter.shape[1], torch.float32, 4 + i))
+                parameter.copy_(
+                    inputs(tuple(parameter.shape[:1]), parameter.shape[1], torch.float32, 4 + i)
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.tanh(self.layer(x * 0.5)) + 1.0

@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
     """Versions of packages (None where one isn't installed), Python, system, processor and accelerators."""
     import torch
 
-    from modulora_core.bench import device_name
+    from modulora_conformance.bench.timing import device_name
 
     cuda = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

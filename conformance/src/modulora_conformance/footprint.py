@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modulora_core.memory import Allocations
+from modulora_core.devices.memory import Allocations
 
 
 @dataclass

@@ -48,15 +48,21 @@ def run_python(
         subprocess.TimeoutExpired: it took longer; it was ended.
     """
     # what pytest says of the running test changes all the time, and is none of the other process's business
-    chosen = {name: value for name, value in (env or os.environ).items() if name != "PYTEST_CURRENT_TEST"}
+    chosen = {
+        name: value for name, value in (env or os.environ).items() if name != "PYTEST_CURRENT_TEST"
+    }
     if sys.platform != "linux":
         command = [sys.executable, *words]
-        return subprocess.run(command, cwd=cwd, env=chosen, timeout=timeout, capture_output=True, text=True)
+        return subprocess.run(
+            command, cwd=cwd, env=chosen, timeout=timeout, capture_output=True, text=True
+        )
     with tempfile.TemporaryDirectory() as kept:
         said = [Path(kept, name) for name in ("stdout", "stderr")]
         request = {"words": words, "cwd": str(cwd), "said": [str(path) for path in said]}
         code = _nursery(chosen, ready).run(request, timeout)
-        return subprocess.CompletedProcess(words, code, *(p.read_text(errors="replace") for p in said))
+        return subprocess.CompletedProcess(
+            words, code, *(p.read_text(errors="replace") for p in said)
+        )
 
 
 class Nursery:

@@ -39,7 +39,9 @@ class Golden(Level):
     level, title = "L1", "packing"
 
     @needs("test_packing_is_deterministic")
-    def test_packing_gives_the_golden_vectors(self, quantizer: Quantizer, golden_folder: Path) -> None:
+    def test_packing_gives_the_golden_vectors(
+        self, quantizer: Quantizer, golden_folder: Path
+    ) -> None:
         """If this fails: the installed version packs other bytes than the one that wrote the golden vectors. If that is meant, write
         them anew, and raise `format` where stored weights mean something else now.
         """
@@ -47,9 +49,13 @@ class Golden(Level):
         weight, stored, _ = read(path)
         assert stored.format == quantizer.format, f"{path.name}: {_raised(quantizer, stored)}"
         found = pack(quantizer, weight)
-        assert found.layout == stored.layout, f"{path.name}: expected {stored.layout}, got {found.layout}"
+        assert found.layout == stored.layout, (
+            f"{path.name}: expected {stored.layout}, got {found.layout}"
+        )
         differing = [
-            name for name, tensor in stored.tensors.items() if not torch.equal(found.tensors[name], tensor)
+            name
+            for name, tensor in stored.tensors.items()
+            if not torch.equal(found.tensors[name], tensor)
         ]
         assert differing == [], (
             f"{path.name}: expected the stored bytes, got others in {', '.join(differing)}"
@@ -93,7 +99,9 @@ def read(path: Path) -> tuple[Tensor, PackedWeight, Tensor]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         layout = PackedLayout.from_json(json.loads(file.metadata()["layout"]))
     packed = {
-        name.removeprefix("packed."): tensor for name, tensor in tensors.items() if name.startswith("packed.")
+        name.removeprefix("packed."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("packed.")
     }
     return tensors["weight"], layout.fill(packed), tensors["tile"]
 

@@ -60,7 +60,9 @@ class Gradients(Level):
             error = given.error("y", y.detach().flatten(0, -2), W)
             measurements.at_most(f"y in {dtype}", error, GRADIENT[dtype].value, case=case)
             for name, gradient in gradients(leaves).items():
-                assert gradient is not None, f"d{name} in {dtype} ({case}): expected a gradient, got none"
+                assert gradient is not None, (
+                    f"d{name} in {dtype} ({case}): expected a gradient, got none"
+                )
                 error = given.error(name, gradient, W)
                 measurements.at_most(f"d{name} in {dtype}", error, GRADIENT[dtype].value, case=case)
 
@@ -78,7 +80,9 @@ class Gradients(Level):
         # fast: along random directions, as a rotated basis makes the smallest layer wide. The layer is at most quadratic in its
         # operands, so that differences of 1e-6 are exact but for rounding, 1e-10
         torch.manual_seed(0)
-        assert torch.autograd.gradcheck(layer, tuple(leaves.values()), atol=1e-6, rtol=1e-5, fast_mode=True)
+        assert torch.autograd.gradcheck(
+            layer, tuple(leaves.values()), atol=1e-6, rtol=1e-5, fast_mode=True
+        )
 
     @needs("test_output_and_gradients_equal_those_of_the_dense_layer")
     def test_gradient_checkpointing_changes_no_bit(self, quantizer: Quantizer) -> None:
@@ -98,20 +102,26 @@ class Gradients(Level):
                 for name, leaf in recomputed.items():
                     expected, found = plain[name].grad, leaf.grad
                     assert expected is not None
-                    assert found is not None, f"d{name}: expected a gradient under checkpointing, got none"
+                    assert found is not None, (
+                        f"d{name}: expected a gradient under checkpointing, got none"
+                    )
                     assert torch.equal(expected, found), (
                         f"d{name} in {dtype}, use_reentrant={reentrant}: expected the same bits with gradient checkpointing as "
                         f"without, got a difference of {float((expected - found).abs().max()):.3g}"
                     )
 
-    @needs("test_output_and_gradients_equal_those_of_the_dense_layer", "test_the_tile_is_the_callers")
+    @needs(
+        "test_output_and_gradients_equal_those_of_the_dense_layer", "test_the_tile_is_the_callers"
+    )
     def test_inference_mode_leaves_nothing_behind(
         self, quantizer: Quantizer, measurements: Measurements
     ) -> None:
         """If this fails: memory that was first taken under ``torch.inference_mode()``, as while a model generates, is written to in the
         training that comes after, which torch refuses. Allocate a scratch buffer that you keep under ``torch.inference_mode(False)``.
         """
-        weight = packed(quantizer, (28, 64))  # of no other check: nothing is kept for this shape yet
+        weight = packed(
+            quantizer, (28, 64)
+        )  # of no other check: nothing is kept for this shape yet
         W, rows = oracle.dense(quantizer, clone(weight)), (0, 5)
         # the last takes more memory than any product before: a buffer that grows does so here
         for n in (1, 33, 2000):
@@ -127,13 +137,21 @@ class Gradients(Level):
                 raise AssertionError(
                     f"{n} rows: expected a product and its gradient after one in inference mode, got {type(error).__name__}: {error}"
                 ) from error
-            for what, result, x, transpose in (("y", y, given.x, False), ("dX", dX, given.dY, True)):
+            for what, result, x, transpose in (
+                ("y", y, given.x, False),
+                ("dX", dX, given.dY, True),
+            ):
                 error_of = oracle.product_error(result, x, W, transpose)
                 measurements.at_most(
-                    f"{what} after inference mode", error_of, PRODUCT[torch.float32].value, case=f"{n} rows"
+                    f"{what} after inference mode",
+                    error_of,
+                    PRODUCT[torch.float32].value,
+                    case=f"{n} rows",
                 )
 
-    @needs("test_the_input_of_a_product_is_unchanged")  # autograd, which saved it before, says so too
+    @needs(
+        "test_the_input_of_a_product_is_unchanged"
+    )  # autograd, which saved it before, says so too
     def test_frozen_parts_get_no_gradient(self, quantizer: Quantizer) -> None:
         """If this fails: packed tensors require a gradient, or ``matmul`` returns a result with a graph of its own. The weight is
         frozen: pack under ``torch.no_grad()``, from ``weight.detach()``.
@@ -150,13 +168,18 @@ class Gradients(Level):
             _check_frozen(frozen.tensors, f"after a backward to {trained}")
             assert weight.grad is None, "the weight that was packed: expected no gradient, got one"
             found = sorted(name for name, leaf in leaves.items() if leaf.grad is not None)
-            assert found == [trained], f"expected a gradient of {trained} alone, got those of {found}"
+            assert found == [trained], (
+                f"expected a gradient of {trained} alone, got those of {found}"
+            )
 
     @needs("test_frozen_parts_get_no_gradient")
     def test_a_product_of_frozen_operands_has_no_graph(self, quantizer: Quantizer) -> None:
         """If this fails: ``matmul`` or ``dequantize_tile`` returns a tensor that requires a gradient though nothing trains."""
         weight = packed(quantizer, SHAPE)
-        leaves = {name: leaf.detach() for name, leaf in problem(weight.shape, torch.float32).tensors.items()}
+        leaves = {
+            name: leaf.detach()
+            for name, leaf in problem(weight.shape, torch.float32).tensors.items()
+        }
         results = {
             "the layer's output": output(quantizer, weight, leaves),
             "matmul": quantizer.matmul(leaves["x"], weight),
@@ -203,8 +226,12 @@ class Gradients(Level):
         y, z = (lora_linear(x, quantizer, weight) for weight in (first, second))
         for what, result, weight in (("first", y, first), ("second", z, second)):
             (dX,) = torch.autograd.grad(result, x, given.dY)
-            error = oracle.product_error(dX, given.dY, oracle.dense(quantizer, weight), transpose=True)
-            measurements.at_most(f"dX of the {what} of two weights", error, PRODUCT[torch.float64].value)
+            error = oracle.product_error(
+                dX, given.dY, oracle.dense(quantizer, weight), transpose=True
+            )
+            measurements.at_most(
+                f"dX of the {what} of two weights", error, PRODUCT[torch.float64].value
+            )
 
 
 def _curved(quantizer: Quantizer, weight: PackedWeight, leaves: dict[str, Tensor]) -> Tensor:

@@ -46,7 +46,9 @@ class Identity(Level):
             entry = find(spec.name)
         except ModuLoRAError as error:
             pytest.fail(f"{spec.name}: expected an installed plugin: {error}", pytrace=False)
-        assert entry.spec == spec, f"{spec.name}: the installed plugin has another spec: {entry.spec}"
+        assert entry.spec == spec, (
+            f"{spec.name}: the installed plugin has another spec: {entry.spec}"
+        )
         location = f"{type(quantizer).__module__}:{type(quantizer).__qualname__}"
         assert spec.location == location, f"spec.location: expected {location}, got {spec.location}"
 
@@ -64,7 +66,9 @@ class Identity(Level):
         )
 
     @needs("test_metadata_is_known_without_torch")
-    def test_metadata_is_imported_fast(self, quantizer: Quantizer, measurements: Measurements) -> None:
+    def test_metadata_is_imported_fast(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
         """If this fails: the module of the entry point does work when it is imported. Every `modulora --help` waits for it."""
         module = _entry_point(quantizer).module
         # processor time, and the best of three: a busy machine must not fail a plugin
@@ -81,7 +85,9 @@ class Identity(Level):
         """
         model = type(quantizer).Options
         undescribed = [
-            name for name, field in model.model_fields.items() if not (field.description or "").strip()
+            name
+            for name, field in model.model_fields.items()
+            if not (field.description or "").strip()
         ]
         assert undescribed == [], f"options without a description: {', '.join(undescribed)}"
         required = [name for name, field in model.model_fields.items() if field.is_required()]
@@ -124,9 +130,15 @@ class Identity(Level):
         """
         name, model = quantizer.spec.name, type(quantizer).Options
         for promise in quantizer.spec.promises:
-            words = [f"{key}={_word(value)}" for key, value in promise.options.items() if _has_a_word(value)]
+            words = [
+                f"{key}={_word(value)}"
+                for key, value in promise.options.items()
+                if _has_a_word(value)
+            ]
             expected = validate_options(name, model, promise.options).model_dump()
-            found = validate_options(name, model, {**promise.options, **parse_options(words)}).model_dump()
+            found = validate_options(
+                name, model, {**promise.options, **parse_options(words)}
+            ).model_dump()
             differing = [key for key in expected if repr(found[key]) != repr(expected[key])]
             assert not differing, (
                 f"-o {' -o '.join(words)}: expected {differing[0]} to be {expected[differing[0]]!r}, as in spec.promises, got "

@@ -92,7 +92,9 @@ class InterpretedKernels:
         [(1, torch.float32), (3, torch.bfloat16), (17, torch.float16), (MANY_ROWS, torch.float32), (1, torch.float64)],
         ids=str,
     )  # fmt: skip
-    def test_products_are_those_of_the_reference(self, weight: Weight, rows: int, dtype: torch.dtype) -> None:
+    def test_products_are_those_of_the_reference(
+        self, weight: Weight, rows: int, dtype: torch.dtype
+    ) -> None:
         """If this fails: a product is wrong: of one row, of a few, on tensor cores, or by tiles."""
         quantizer, packed, truth = weight
         for transpose in (False, True):

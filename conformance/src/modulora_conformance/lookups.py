@@ -13,7 +13,7 @@ from modulora_conformance.cases import DTYPES, packed
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.measurements import Measurements
 from modulora_conformance.tiles import SMALL_BUDGET, TALL
-from modulora_core.memory import Allocations
+from modulora_core.devices.memory import Allocations
 from modulora_core.spec import Quantizer
 from modulora_core.tiles import tile_budget
 
@@ -30,7 +30,9 @@ class Lookups(Level):
         "a batch of no tokens": torch.empty(2, 0, dtype=torch.int64),
         "one number": torch.tensor(7),
         "int32": torch.tensor([5, 0, 1], dtype=torch.int32),
-        "uint8, which torch's indexing takes for a mask": torch.tensor([1, 0, 2], dtype=torch.uint8),
+        "uint8, which torch's indexing takes for a mask": torch.tensor(
+            [1, 0, 2], dtype=torch.uint8
+        ),
         "strided": torch.arange(16).view(4, 4).t(),
     }
 
@@ -43,13 +45,18 @@ class Lookups(Level):
         for dtype in DTYPES:
             whole = quantizer.dequantize_tile(found, (0, found.shape[0]), dtype)
             for what, ids in self.IDS.items():
-                rows, case = quantizer.lookup(ids, found, dtype), f"ids {list(ids.shape)}, {what}, in {dtype}"
+                rows, case = (
+                    quantizer.lookup(ids, found, dtype),
+                    f"ids {list(ids.shape)}, {what}, in {dtype}",
+                )
                 expected = whole[ids.long()]
                 assert rows.shape == expected.shape, (
                     f"{case}: expected shape {list(expected.shape)}, got {list(rows.shape)}"
                 )
                 assert rows.dtype == dtype, f"{case}: got rows of {rows.dtype}"
-                assert same_bits(rows.contiguous(), expected), f"{case}: not the bits of the tile's rows"
+                assert same_bits(rows.contiguous(), expected), (
+                    f"{case}: not the bits of the tile's rows"
+                )
 
     @pytest.mark.parametrize("wrong", ["before the first", "after the last"])
     def test_ids_outside_are_refused(self, quantizer: Quantizer, wrong: str) -> None:
@@ -90,5 +97,8 @@ class Lookups(Level):
             quantizer.lookup(ids, found, torch.float32)
         # as for a tile: a rotated basis works in strips of the budget
         measurements.at_most(
-            "peak for looking up 3 of 4096 rows", allocations.peak, rows * columns * 4 / 4, unit="bytes"
+            "peak for looking up 3 of 4096 rows",
+            allocations.peak,
+            rows * columns * 4 / 4,
+            unit="bytes",
         )

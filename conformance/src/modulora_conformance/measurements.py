@@ -51,4 +51,6 @@ class Measurements:
         if before is None or not found.share <= before.share:
             self.worst[name] = found
         where = f" ({case})" if case != "" else ""
-        assert value <= limit, f"{name}{where}: expected at most {limit:.4g}, got {value:.4g} ({unit})"
+        assert value <= limit, (
+            f"{name}{where}: expected at most {limit:.4g}, got {value:.4g} ({unit})"
+        )

@@ -17,7 +17,12 @@ from torch import Tensor
 from modulora_conformance.cases import inputs, packed
 from modulora_conformance.changes import clone
 from modulora_conformance.checks import Level, needs
-from modulora_conformance.footprint import Footprint, cuda_footprint, python_footprint, tensor_footprint
+from modulora_conformance.footprint import (
+    Footprint,
+    cuda_footprint,
+    python_footprint,
+    tensor_footprint,
+)
 from modulora_conformance.measurements import Measurements
 from modulora_conformance.problems import SCALE, Problem, output, problem
 from modulora_conformance.results import HARDWARE
@@ -50,7 +55,9 @@ class Memory(Level):
     level, title = "L5", "memory"
 
     @needs(GRADIENTS)
-    def test_autograd_saves_no_weight(self, quantizer: Quantizer, measurements: Measurements) -> None:
+    def test_autograd_saves_no_weight(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
         """If this fails: the result of ``matmul`` is a view of a much larger tensor, which autograd then keeps whole until the
         backward. Return a tensor of its own.
         """
@@ -94,13 +101,17 @@ class Memory(Level):
             for (
                 what,
                 measure,
-            ) in MEASURES.items():  # a tile that is a numpy array is as good as one that is a tensor
+            ) in (
+                MEASURES.items()
+            ):  # a tile that is a numpy array is as good as one that is a tensor
                 found = _forward_and_backward(quantizer, weight, given, measure)
                 for which, used in zip(("forward", "backward"), found, strict=True):
                     measurements.at_most(f"{which}, {name}, {what}", used.peak, limit, unit="bytes")
 
     @needs(GRADIENTS, "test_the_tile_is_the_callers")
-    def test_nothing_is_kept_after_a_call(self, quantizer: Quantizer, measurements: Measurements) -> None:
+    def test_nothing_is_kept_after_a_call(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
         """If this fails: a decoded weight, unpacked codes or a tile stay alive after ``matmul`` or ``dequantize_tile``: in a cache, in
         a module's variable, or in the quantizer, which all layers of a model share.
         """
@@ -115,7 +126,11 @@ class Memory(Level):
             another = clone(weight)  # what is kept by weight is made anew for it
             with measure([*another.tensors.values(), *given.tensors.values(), given.dY]) as found:
                 _step(quantizer, another, given)
-                _step(quantizer, another, problem(weight.shape, torch.float32, rows=(ROWS["many rows"],)))
+                _step(
+                    quantizer,
+                    another,
+                    problem(weight.shape, torch.float32, rows=(ROWS["many rows"],)),
+                )
                 quantizer.dequantize_tile(another, rows, torch.float32)
             measurements.at_most(f"{what} kept", found.alive, limit, unit="bytes")
         measurements.at_most("kept in the quantizer", _held(quantizer) - held, limit, unit="bytes")
@@ -166,7 +181,9 @@ class Memory(Level):
             _step(quantizer, weight, given)
             found = _forward_and_backward(quantizer, weight, given, lambda _: cuda_footprint())
             for which, used in zip(("forward", "backward"), found, strict=True):
-                measurements.at_most(f"{which}, {name}, CUDA", used.peak, _peak_limit(given), unit="bytes")
+                measurements.at_most(
+                    f"{which}, {name}, CUDA", used.peak, _peak_limit(given), unit="bytes"
+                )
             with cuda_footprint() as kept:
                 _step(quantizer, weight, given)
             limit = _dense_bytes(weight) / 16

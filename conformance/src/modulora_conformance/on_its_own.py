@@ -35,7 +35,11 @@ def _works(quantizer: Quantizer) -> dict[str, Any]:
             "transposed": quantizer.matmul(torch.ones(2, out_features), packed, True),
         }
     shapes = {name: list(tensor.shape) for name, tensor in results.items()}
-    return {"warnings": [str(warning.message) for warning in caught], "shape": list(shape), "shapes": shapes}
+    return {
+        "warnings": [str(warning.message) for warning in caught],
+        "shape": list(shape),
+        "shapes": shapes,
+    }
 
 
 def _packs(quantizer: Quantizer) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def lora(
         Y ``[n, out]`` and gradients by name: ``x``, ``A``, ``B``, and ``bias`` if there is one.
     """
     leaves = {"x": x, "A": A, "B": B} | ({} if bias is None else {"bias": bias})
-    leaves = {name: leaf.detach().to(torch.float64).requires_grad_() for name, leaf in leaves.items()}
+    leaves = {
+        name: leaf.detach().to(torch.float64).requires_grad_() for name, leaf in leaves.items()
+    }
     y = leaves["x"] @ W.to(torch.float64).T + scale * (leaves["x"] @ leaves["A"].T) @ leaves["B"].T
     y = y + leaves["bias"] if bias is not None else y
     gradients = torch.autograd.grad(y, list(leaves.values()), dY.to(torch.float64))

@@ -24,7 +24,8 @@ def other_options(quantizer: Quantizer) -> list[dict[str, Any]]:
     model, own = type(quantizer).Options, quantizer.options.model_dump()
     changed = {name: value for name in own if (value := _another(quantizer, name)) is not None}
     tried = [
-        own | {name: changed[name] for name in changed if name not in kept} for kept in _subsets(changed)
+        own | {name: changed[name] for name in changed if name not in kept}
+        for kept in _subsets(changed)
     ]
     found: list[dict[str, Any]] = []
     for options in (*tried, *(promise.options for promise in quantizer.spec.promises)):

@@ -30,8 +30,7 @@ from modulora_conformance.random_state import unchanged_random_state
 from modulora_conformance.results import NOT_OFFERED
 from modulora_core.errors import ModuLoRAError, ShapeError, WeightError
 from modulora_core.packed import BITS_OF_DTYPE, PackedWeight
-from modulora_core.promise import Promise
-from modulora_core.spec import Calibration, Quantizer
+from modulora_core.spec import Calibration, Promise, Quantizer
 
 DETERMINISTIC = "test_packing_is_deterministic"
 
@@ -84,7 +83,9 @@ class Packing(Level):
         threads = torch.get_num_threads()
         try:
             torch.set_num_threads(1 if threads > 1 else 2)
-            check_same_bytes(first, pack(quantizer, weight), "packed with another number of threads")
+            check_same_bytes(
+                first, pack(quantizer, weight), "packed with another number of threads"
+            )
         finally:
             torch.set_num_threads(threads)
 
@@ -116,7 +117,9 @@ class Packing(Level):
         found = pack(quantizer, weight)
         before = {name: tensor.clone() for name, tensor in found.tensors.items()}
         weight.zero_()
-        changed = [name for name, tensor in found.tensors.items() if not torch.equal(tensor, before[name])]
+        changed = [
+            name for name, tensor in found.tensors.items() if not torch.equal(tensor, before[name])
+        ]
         assert changed == [], f"packed tensors that changed with the weight: {', '.join(changed)}"
         # one that the caller holds as float32 already is the one that a plugin forgets to copy
         again = pack(quantizer, gaussian(found.shape, 3))
@@ -156,7 +159,9 @@ class Packing(Level):
             )
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
-    def test_weights_that_are_not_finite_are_refused(self, quantizer: Quantizer, bad: float) -> None:
+    def test_weights_that_are_not_finite_are_refused(
+        self, quantizer: Quantizer, bad: float
+    ) -> None:
         """If this fails: NaN or Inf is packed into codes, and the model is broken without a word. Raise WeightError."""
         shape = fit(quantizer, 16, 80)
         for row, column in ((0, 0), (shape[0] - 1, shape[1] - 1), (shape[0] // 2, shape[1] // 2)):
@@ -167,7 +172,9 @@ class Packing(Level):
 
     @SETTINGS
     @given(data=st.data())
-    def test_layout_foretells_the_packed_weight(self, quantizer: Quantizer, data: st.DataObject) -> None:
+    def test_layout_foretells_the_packed_weight(
+        self, quantizer: Quantizer, data: st.DataObject
+    ) -> None:
         """If this fails: `layout(shape)` isn't what `pack` returns, so that plans and disk-space checks are wrong; or the layout
         depends on the values, and layers of one shape don't share it.
         """
@@ -207,7 +214,9 @@ class Packing(Level):
         )
 
     @needs("test_layout_foretells_the_packed_weight")
-    def test_bits_per_weight_keep_the_promise(self, quantizer: Quantizer, measurements: Measurements) -> None:
+    def test_bits_per_weight_keep_the_promise(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
         """If this fails: weights take more bytes than the spec promises, scales and all."""
         promise = _promise(quantizer)
         bits = quantizer.layout(fit(quantizer, *SIZE_SHAPE)).bits_per_weight
@@ -249,7 +258,9 @@ class Packing(Level):
         weight = KINDS[kind](fit(quantizer, *ERROR_SHAPE), 7)
         W = dense(quantizer, pack(quantizer, weight))
         if promise is None:
-            measurements.at_most("error of gaussian weights at the best scale", unlikeness(W, weight), UNLIKE)
+            measurements.at_most(
+                "error of gaussian weights at the best scale", unlikeness(W, weight), UNLIKE
+            )
             return
         error = relative_error(W, weight)
         measurements.at_most(
@@ -271,7 +282,9 @@ class Packing(Level):
         found = quantizer.pack(weight, calibration)
         if quantizer.spec.calibration == "none":
             check_same_bytes(
-                pack(quantizer, weight), found, "packed with a calibration, which the spec doesn't ask for"
+                pack(quantizer, weight),
+                found,
+                "packed with a calibration, which the spec doesn't ask for",
             )
 
     @needs("test_calibration_is_taken_as_the_spec_says")
@@ -292,7 +305,9 @@ class Packing(Level):
         W = dense(quantizer, quantizer.pack(weight, calibration))
         assert bool(W.isfinite().all()), f"{case}: expected finite values, got NaN or Inf"
         error = relative_error(W, weight)
-        assert error < 1.5, f"{case}: expected weights like those packed, got a relative error of {error:.3g}"
+        assert error < 1.5, (
+            f"{case}: expected weights like those packed, got a relative error of {error:.3g}"
+        )
 
 
 def _second_moment(case: str, n: int) -> Calibration:

@@ -29,14 +29,19 @@ from modulora_conformance.checks import Level, needs
 from modulora_conformance.measurements import Measurements
 from modulora_conformance.other_options import other_options
 from modulora_conformance.results import NOT_OFFERED
-from modulora_conformance.tiny_model import PACKED_LAYERS, dense_twin, logits_of, packed_layers, tiny_model
+from modulora_conformance.tiny_model import (
+    PACKED_LAYERS,
+    dense_twin,
+    logits_of,
+    packed_layers,
+    tiny_model,
+)
 from modulora_conformance.training_step import check_training_step
-from modulora_core.checkpoint import load_model
+from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import CheckpointError, ModuLoRAError
 from modulora_core.layers import PackedParameter, QuantLinear
 from modulora_core.packed import PackedLayout
-from modulora_core.promise import titled
-from modulora_core.spec import PackedWeight, Quantizer
+from modulora_core.spec import PackedWeight, Quantizer, titled
 
 SHAPE = (32, 64)
 REGISTERED = "test_the_spec_is_registered_by_an_entry_point"
@@ -105,7 +110,9 @@ class Persistence(Level):
         if not others:
             pytest.skip(f"{NOT_OFFERED}it has no options to be told apart")
         answer = answered(quantizer, SHAPE, others)
-        what = f"after weights with {len(others)} other sets of options, such as {titled(others[0])}"
+        what = (
+            f"after weights with {len(others)} other sets of options, such as {titled(others[0])}"
+        )
         expected = _tile(quantizer, packed(quantizer, SHAPE))
         assert same_bits(answer.tile, expected), f"{what}: expected the same bits of Ŵ, got others"
         check_same_bytes(packed(quantizer, SHAPE), answer.packed, f"packed {what}")
@@ -117,7 +124,9 @@ class Persistence(Level):
         weight = packed(quantizer, SHAPE)
         quantizer.check_format(weight)
         for other in (weight.format + 1000, 0, -1):
-            foreign = PackedWeight(weight.quantizer, other, weight.shape, weight.tensors, weight.metadata)
+            foreign = PackedWeight(
+                weight.quantizer, other, weight.shape, weight.tensors, weight.metadata
+            )
             try:
                 quantizer.check_format(foreign)
                 quantizer.check_format(foreign.layout)
@@ -143,17 +152,23 @@ class Persistence(Level):
         weight, other = packed(quantizer, SHAPE, seed=1), packed(quantizer, SHAPE, seed=2)
         state = QuantLinear(PackedParameter(quantizer, weight), _bias(weight)).state_dict()
         start = weight.layout.empty("meta") if assign else other
-        layer = QuantLinear(PackedParameter(quantizer, start), nn.Parameter(torch.zeros(weight.shape[0])))
+        layer = QuantLinear(
+            PackedParameter(quantizer, start), nn.Parameter(torch.zeros(weight.shape[0]))
+        )
         x = inputs((3,), weight.shape[1], torch.float32)
         if not assign:
             layer(x)
         layer.load_state_dict(state, assign=assign)
         expected = QuantLinear(PackedParameter(quantizer, weight), _bias(weight))(x)
-        assert torch.equal(layer(x), expected), "expected the loaded weight's output bit for bit, got another"
+        assert torch.equal(layer(x), expected), (
+            "expected the loaded weight's output bit for bit, got another"
+        )
         check_same_bytes(weight, layer.weight.packed, "loaded")
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-    def test_a_cast_of_the_model_keeps_packed_dtypes(self, quantizer: Quantizer, dtype: torch.dtype) -> None:
+    def test_a_cast_of_the_model_keeps_packed_dtypes(
+        self, quantizer: Quantizer, dtype: torch.dtype
+    ) -> None:
         """If this fails: ``model.to(dtype)`` changes packed scales, or the product of the cast model isn't in its dtype."""
         weight = packed(quantizer, SHAPE)
         layer = QuantLinear(PackedParameter(quantizer, weight), _bias(weight)).to(dtype)
@@ -211,7 +226,9 @@ class Persistence(Level):
         check_training_step(tiny_model(quantizer), tmp_path, measurements, MODEL_TOLERANCE)
 
     @needs(MODEL, "test_another_format_is_refused_or_migrated")
-    def test_a_checkpoint_of_another_format_is_refused(self, quantizer: Quantizer, tmp_path: Path) -> None:
+    def test_a_checkpoint_of_another_format_is_refused(
+        self, quantizer: Quantizer, tmp_path: Path
+    ) -> None:
         """If this fails: ``modulora`` loads a checkpoint whose packed format the plugin doesn't know. See ``check_format``."""
         saved = tiny_model(quantizer)
         folder = tmp_path / "packed"
@@ -224,10 +241,14 @@ class Persistence(Level):
         except ModuLoRAError:
             return
         same = torch.equal(logits_of(model), logits_of(load_model(saved.packed, device="cpu")))
-        assert same, "a checkpoint of format + 1000: expected it refused, or the same logits, got others"
+        assert same, (
+            "a checkpoint of format + 1000: expected it refused, or the same logits, got others"
+        )
 
     @needs(MODEL)
-    def test_nothing_is_unpickled(self, quantizer: Quantizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_is_unpickled(
+        self, quantizer: Quantizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """If this fails: a file of the checkpoint is a pickle, or loading unpickles something: opening a checkpoint from a stranger
         would run their code.
         """
@@ -239,10 +260,16 @@ class Persistence(Level):
 
         def refuse(*_: object, **__: object) -> NoReturn:
             pytest.fail(
-                "expected a checkpoint to load without unpickling, got a call of pickle", pytrace=False
+                "expected a checkpoint to load without unpickling, got a call of pickle",
+                pytrace=False,
             )
 
-        for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        for module, name in (
+            (pickle, "load"),
+            (pickle, "loads"),
+            (pickle, "Unpickler"),
+            (torch, "load"),
+        ):
             monkeypatch.setattr(module, name, refuse)
         logits_of(load_model(saved.packed, device="cpu"))
 

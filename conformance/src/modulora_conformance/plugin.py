@@ -24,7 +24,11 @@ LEVELS = range(8)
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("modulora-conformance", "ModuLoRA conformance kit")
     add = group.addoption
-    add("--quantizer", metavar="NAME", help="the quantizer to check, with --pyargs modulora_conformance")
+    add(
+        "--quantizer",
+        metavar="NAME",
+        help="the quantizer to check, with --pyargs modulora_conformance",
+    )
     options = "an option of it; repeat for more (default: those that its spec makes promises for)"
     add("--quantizer-option", metavar="KEY=VALUE", action="append", default=[], help=options)
     add(
@@ -48,9 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return (
-        f"modulora-conformance suite {SUITE}, --hypothesis-seed={config.getoption('hypothesis_seed', None)}"
-    )
+    return f"modulora-conformance suite {SUITE}, --hypothesis-seed={config.getoption('hypothesis_seed', None)}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

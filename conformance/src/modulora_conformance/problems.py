@@ -40,7 +40,9 @@ class Problem:
     def to(self, device: str) -> Problem:
         """The same on another device."""
         bias = None if self.bias is None else self.bias.to(device)
-        return Problem(self.x.to(device), self.dY.to(device), self.A.to(device), self.B.to(device), bias)
+        return Problem(
+            self.x.to(device), self.dY.to(device), self.A.to(device), self.B.to(device), bias
+        )
 
     def leaves(self, *trained: str) -> dict[str, Tensor]:
         """Copies of :attr:`tensors` as leaves of a graph: those named require a gradient, all where none is named."""
@@ -61,7 +63,9 @@ class Problem:
         """
         exact, whole = self.exact(W)[name], self._magnitudes().exact(W.abs())[name]
         tiny = torch.finfo(self.x.dtype).smallest_normal  # below it a dtype has fewer digits
-        difference = (value.detach().to(torch.float64) - exact).norm() / whole.norm().clamp(min=tiny)
+        difference = (value.detach().to(torch.float64) - exact).norm() / whole.norm().clamp(
+            min=tiny
+        )
         return float(difference.nan_to_num(nan=torch.inf))
 
     def _magnitudes(self) -> Problem:

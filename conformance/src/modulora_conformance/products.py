@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modulora_conformance.bits import check_same_bytes
-from modulora_conformance.cases import DTYPES, SETTINGS, fit, gaussian, inputs, pack, packed, seeds, shapes
+from modulora_conformance.cases import (
+    DTYPES,
+    SETTINGS,
+    fit,
+    gaussian,
+    inputs,
+    pack,
+    packed,
+    seeds,
+    shapes,
+)
 from modulora_conformance.changes import clone
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.measurements import Measurements
@@ -58,7 +68,9 @@ class Products(Level):
         before = clone(found)
         for transpose, rows in itertools.product((False, True), (1, 40)):
             quantizer.matmul(
-                inputs((rows,), found.shape[0 if transpose else 1], torch.float32, 16), found, transpose
+                inputs((rows,), found.shape[0 if transpose else 1], torch.float32, 16),
+                found,
+                transpose,
             )
             check_same_bytes(
                 before, found, f"packed tensors after matmul of {rows} rows, transpose={transpose}"
@@ -87,11 +99,15 @@ class Products(Level):
 
     @pytest.mark.parametrize("rows", [1, 40], ids=lambda n: f"{n} rows")
     @needs(TILES)
-    def test_a_product_is_not_that_of_an_earlier_weight(self, quantizer: Quantizer, rows: int) -> None:
+    def test_a_product_is_not_that_of_an_earlier_weight(
+        self, quantizer: Quantizer, rows: int
+    ) -> None:
         """If this fails: something of one weight is used for another of the same shape: a buffer or a cache that is keyed on shape, on
         an id, or on an address that was used again. An instance serves all layers, so it must keep nothing.
         """
-        shape = fit(quantizer, 20, 62)  # of no other check: what is kept for it is of one of these weights
+        shape = fit(
+            quantizer, 20, 62
+        )  # of no other check: what is kept for it is of one of these weights
         earlier: list[torch.Tensor] = []
         for seed in range(4):  # the packed weight before is gone: its memory is used again
             found = pack(quantizer, gaussian(shape, 100 + seed))
@@ -112,7 +128,9 @@ class Products(Level):
         """If this fails: `dequantize_tile`, `matmul` or `lookup` seeds or draws from the random numbers of the whole process: where it
         seeds them, every layer gets the same dropout, and a user's seed counts for nothing. Draw from a torch.Generator of your own.
         """
-        found = packed(quantizer, (26, 64))  # of no other check: what is made once for a shape is made here
+        found = packed(
+            quantizer, (26, 64)
+        )  # of no other check: what is made once for a shape is made here
         with unchanged_random_state("dequantize_tile"):
             quantizer.dequantize_tile(found, (0, found.shape[0]), torch.float32)
         for transpose, rows in itertools.product((False, True), (1, 40)):
@@ -158,7 +176,10 @@ class Products(Level):
             error = product_error(quantizer.matmul(x, found, transpose), x, W, transpose)
             limit = PRODUCT[torch.float32]
             measurements.at_most(
-                "product of a large weight", error, limit.value, case=f"transpose={transpose}; {limit.reason}"
+                "product of a large weight",
+                error,
+                limit.value,
+                case=f"transpose={transpose}; {limit.reason}",
             )
 
     @pytest.mark.parametrize("rows", [2, 48], ids=lambda n: f"{n} rows")
@@ -171,14 +192,19 @@ class Products(Level):
         """
         found = packed(quantizer, (137, 210))
         out_features, in_features = found.shape
-        x, y = inputs((rows,), in_features, torch.float64, 6), inputs((rows,), out_features, torch.float64, 7)
+        x, y = (
+            inputs((rows,), in_features, torch.float64, 6),
+            inputs((rows,), out_features, torch.float64, 7),
+        )
         forward, backward = quantizer.matmul(x, found), quantizer.matmul(y, found, True)
         scale = x.norm() * backward.norm() + y.norm() * forward.norm()
         error = float(((forward * y).sum() - (x * backward).sum()).abs() / scale)
         measurements.at_most("difference of the directions", error, PRODUCT[torch.float64].value)
 
     @needs(FORWARD, TRANSPOSED)
-    def test_leading_dimensions_are_kept(self, quantizer: Quantizer, measurements: Measurements) -> None:
+    def test_leading_dimensions_are_kept(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
         """If this fails: `matmul` doesn't take `[features]`, `[batch, tokens, features]` or more, and give the same leading
         dimensions back in x's dtype.
         """
@@ -194,7 +220,10 @@ class Products(Level):
                 )
                 assert y.dtype == x.dtype, f"expected {x.dtype}, got {y.dtype}"
                 measurements.at_most(
-                    "product", product_error(y, x, W, transpose), PRODUCT[x.dtype].value, case=leading
+                    "product",
+                    product_error(y, x, W, transpose),
+                    PRODUCT[x.dtype].value,
+                    case=leading,
                 )
 
     @needs(FORWARD, TRANSPOSED, "test_leading_dimensions_are_kept")
@@ -205,7 +234,9 @@ class Products(Level):
             given_, wanted = found.shape if transpose else found.shape[::-1]
             for leading in ((0,), (2, 0), (0, 3)):
                 for dtype in (torch.float32, torch.bfloat16):
-                    y = quantizer.matmul(torch.empty(*leading, given_, dtype=dtype), found, transpose)
+                    y = quantizer.matmul(
+                        torch.empty(*leading, given_, dtype=dtype), found, transpose
+                    )
                     assert tuple(y.shape) == (*leading, wanted), (
                         f"expected {[*leading, wanted]}, got {list(y.shape)}"
                     )
@@ -229,8 +260,12 @@ class Products(Level):
                 x[::2],
                 x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
             ):
-                error = product_error(quantizer.matmul(strided, found, transpose), strided, W, transpose)
-                measurements.at_most("product", error, PRODUCT[x.dtype].value, case=strided.stride())
+                error = product_error(
+                    quantizer.matmul(strided, found, transpose), strided, W, transpose
+                )
+                measurements.at_most(
+                    "product", error, PRODUCT[x.dtype].value, case=strided.stride()
+                )
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("magnitude", [1e-6, 1e4], ids=str)
@@ -268,7 +303,11 @@ class Products(Level):
         found = packed(quantizer, (24, 64))
         for transpose in (False, True):
             features = found.shape[0 if transpose else 1]
-            for wrong in (torch.randn(2, features + 1), torch.randn(2, features - 1), torch.tensor(1.0)):
+            for wrong in (
+                torch.randn(2, features + 1),
+                torch.randn(2, features - 1),
+                torch.tensor(1.0),
+            ):
                 with pytest.raises(ShapeError):
                     quantizer.matmul(wrong, found, transpose)
 
@@ -290,5 +329,8 @@ def _check_product(
     limit = PRODUCT[dtype]
     error = product_error(y, x, dense(quantizer, found), transpose)
     measurements.at_most(
-        f"product in {dtype}", error, limit.value, case=f"{list(shape)}, {rows} rows; {limit.reason}"
+        f"product in {dtype}",
+        error,
+        limit.value,
+        case=f"{list(shape)}, {rows} rows; {limit.reason}",
     )

@@ -70,7 +70,9 @@ class Recorder:
     # -- collection
 
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
         left_out = [item for item in items if _is_check(item) and self._is_left_out(item)]
         if left_out:
             config.hook.pytest_deselected(items=left_out)
@@ -119,7 +121,9 @@ class Recorder:
             self._record(item, report, None if call.excinfo is None else call.excinfo.value)
         return report
 
-    def _record(self, item: pytest.Item, report: pytest.TestReport, error: BaseException | None) -> None:
+    def _record(
+        self, item: pytest.Item, report: pytest.TestReport, error: BaseException | None
+    ) -> None:
         kind, reason = _kind(report, error)
         if kind in ("failed", "blocked"):  # what needs a blocked check says nothing new either
             self._failed[_key(item)].add(_function(item))
@@ -177,7 +181,9 @@ class Recorder:
         for result in self.results() if self._found else ():
             terminalreporter.section(f"conformance of {result.quantizer}")
             terminal = terminalreporter._tw
-            terminal.write(table_text(result.to_json(), terminal.fullwidth, color=terminal.hasmarkup))
+            terminal.write(
+                table_text(result.to_json(), terminal.fullwidth, color=terminal.hasmarkup)
+            )
 
 
 def golden_of(item: pytest.Item) -> Path | None:
@@ -221,12 +227,14 @@ def _key(item: pytest.Item) -> tuple[str, str]:
 
 def _case(item: pytest.Item) -> str:
     chosen = {name: value for name, value in _parameters(item).items() if name not in _FIXTURES}
-    return ", ".join(str(getattr(value, "stem", value)).removeprefix("torch.") for value in chosen.values())
+    return ", ".join(
+        str(getattr(value, "stem", value)).removeprefix("torch.") for value in chosen.values()
+    )
 
 
 def _title(quantizer: Quantizer) -> str:
     """The options that aren't at their defaults, in one line."""
-    from modulora_core.promise import titled
+    from modulora_core.spec import titled
 
     return titled(quantizer.options.model_dump(exclude_defaults=True))
 
@@ -260,11 +268,15 @@ def _kind(report: pytest.TestReport, error: BaseException | None) -> tuple[Kind,
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         reason = reason.removeprefix("Skipped: ")
         return (
-            ("blocked", reason.removeprefix(BLOCKED)) if reason.startswith(BLOCKED) else ("skipped", reason)
+            ("blocked", reason.removeprefix(BLOCKED))
+            if reason.startswith(BLOCKED)
+            else ("skipped", reason)
         )
     if report.passed:
         return "passed", ""
-    return "failed", _reason(report, error).removeprefix("AssertionError: ").removeprefix("Failed: ")
+    return "failed", _reason(report, error).removeprefix("AssertionError: ").removeprefix(
+        "Failed: "
+    )
 
 
 def _reason(report: pytest.TestReport, error: BaseException | None) -> str:

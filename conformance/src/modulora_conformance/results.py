@@ -110,7 +110,9 @@ class Result:
             "environment": dict(self.environment),
             "about": {level: dict(told) for level, told in self.about.items()},
             "meanings": dict(self.meanings),
-            "speed": {configuration: dict(measured) for configuration, measured in self.speed.items()},
+            "speed": {
+                configuration: dict(measured) for configuration, measured in self.speed.items()
+            },
         }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from modulora_conformance.bench.timing import Call, in_turns
 from modulora_conformance.cases import fit, gaussian, inputs, pack
-from modulora_core.bench import Call, in_turns
 from modulora_core.spec import Quantizer
 
 SHAPE = (1024, 512)
@@ -25,7 +25,7 @@ MOST_TURNS = 200
 
 def measure_speed(quantizer: Quantizer) -> dict[str, Any]:
     """Decode a tile beside a copy of it, and multiply both ways by few and many rows beside a dense float32 weight, in turns
-    (:func:`modulora_core.bench.in_turns`). ``modulora bench`` measures more, and weights that no cache holds.
+    (:func:`modulora_conformance.bench.timing.in_turns`). ``modulora bench`` measures more, and weights that no cache holds.
 
     Returns:
         JSON-able, for :class:`modulora_conformance.report.reading.Speed`; empty where the quantizer fails, which checks tell.
@@ -42,18 +42,37 @@ def _measured(quantizer: Quantizer) -> dict[str, Any]:
     out_features, in_features = weight.shape
     tile = partial(quantizer.dequantize_tile, packed, (0, out_features), torch.float32)
     pairs: list[tuple[str, int, Call, Call]] = [
-        ("decode, beside a copy", weight.nbytes, tile, partial(torch.empty_like(weight).copy_, weight))
+        (
+            "decode, beside a copy",
+            weight.nbytes,
+            tile,
+            partial(torch.empty_like(weight).copy_, weight),
+        )
     ]
     for rows in (FEW, MANY):
-        x, y = inputs((rows,), in_features, torch.float32), inputs((rows,), out_features, torch.float32)
+        x, y = (
+            inputs((rows,), in_features, torch.float32),
+            inputs((rows,), out_features, torch.float32),
+        )
         size = f"{rows} row" if rows == 1 else f"{rows} rows"
         pairs += [
-            (f"x Ŵᵀ, {size}", 0, partial(quantizer.matmul, x, packed), partial(torch.matmul, x, weight.T)),
-            (f"y Ŵ, {size}", 0, partial(quantizer.matmul, y, packed, True), partial(torch.matmul, y, weight)),
+            (
+                f"x Ŵᵀ, {size}",
+                0,
+                partial(quantizer.matmul, x, packed),
+                partial(torch.matmul, x, weight.T),
+            ),
+            (
+                f"y Ŵ, {size}",
+                0,
+                partial(quantizer.matmul, y, packed, True),
+                partial(torch.matmul, y, weight),
+            ),
         ]
     with torch.no_grad():
         timings = [
-            {"name": name, "bytes": nbytes} | _alternating(ours, dense) for name, nbytes, ours, dense in pairs
+            {"name": name, "bytes": nbytes} | _alternating(ours, dense)
+            for name, nbytes, ours, dense in pairs
         ]
     return {"shape": list(weight.shape), "threads": torch.get_num_threads(), "timings": timings}
 

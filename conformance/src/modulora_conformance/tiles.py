@@ -10,13 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modulora_conformance.bits import check_same_bytes, same_bits
-from modulora_conformance.cases import DTYPES, KINDS, SETTINGS, fit, gaussian, pack, packed, seeds, shapes
+from modulora_conformance.cases import (
+    DTYPES,
+    KINDS,
+    SETTINGS,
+    fit,
+    gaussian,
+    pack,
+    packed,
+    seeds,
+    shapes,
+)
 from modulora_conformance.changes import clone
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.measurements import Measurements
 from modulora_conformance.tolerances import ROUNDING
+from modulora_core.devices.memory import Allocations
 from modulora_core.errors import ShapeError
-from modulora_core.memory import Allocations
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_budget
 
@@ -48,12 +58,16 @@ class Tiles(Level):
     @SETTINGS
     @given(data=st.data())
     @needs("test_a_tile_leaves_the_packed_tensors_alone")
-    def test_any_range_equals_the_rows_of_the_whole(self, quantizer: Quantizer, data: st.DataObject) -> None:
+    def test_any_range_equals_the_rows_of_the_whole(
+        self, quantizer: Quantizer, data: st.DataObject
+    ) -> None:
         """If this fails: rows depend on the range that they are asked for in, as at the seam between two tiles, at an odd start, or
         in a last short block. Backward and forward may then see other weights. The bits must be the same.
         """
         shape, dtype = data.draw(shapes(quantizer)), data.draw(st.sampled_from(DTYPES))
-        found = pack(quantizer, data.draw(st.sampled_from(sorted(KINDS.items())))[1](shape, data.draw(seeds)))
+        found = pack(
+            quantizer, data.draw(st.sampled_from(sorted(KINDS.items())))[1](shape, data.draw(seeds))
+        )
         start = data.draw(st.integers(0, shape[0] - 1))
         stop = data.draw(st.integers(start + 1, shape[0]))  # an empty range is another check's
         whole, part = (
@@ -68,7 +82,9 @@ class Tiles(Level):
         )
 
     @needs("test_any_range_equals_the_rows_of_the_whole")
-    def test_every_block_of_rows_of_a_large_weight_equals_the_whole(self, quantizer: Quantizer) -> None:
+    def test_every_block_of_rows_of_a_large_weight_equals_the_whole(
+        self, quantizer: Quantizer
+    ) -> None:
         """If this fails: as the check before, for a weight that kernels split among threads and into blocks, whose last is a short one."""
         found, tall = packed(quantizer, (300, 288)), packed(quantizer, NARROW)
         rows, last = found.shape[0], tall.shape[0]
@@ -81,7 +97,9 @@ class Tiles(Level):
         ends = [(start, last) for start in (last - 1, last - 7, last - 64, 1024, 1000, 512, 500)]
         _check_blocks(quantizer, tall, [*ends, (0, 512), (500, 1030)])
 
-    @pytest.mark.parametrize("rows", ["before the first", "after the last", "backwards", "far away"])
+    @pytest.mark.parametrize(
+        "rows", ["before the first", "after the last", "backwards", "far away"]
+    )
     def test_rows_outside_are_refused(self, quantizer: Quantizer, rows: str) -> None:
         """If this fails: a range outside of the weight reads memory that isn't its own, or gives fewer rows than asked for. Call
         `check_rows(packed, rows)` first, which raises ShapeError.
@@ -124,9 +142,12 @@ class Tiles(Level):
         )
         assert tile.dtype == dtype, f"expected a tile of {dtype}, got {tile.dtype}"
         error = float(
-            (tile.double() - exact.double()).abs().nan_to_num(nan=torch.inf).max() / exact.abs().max()
+            (tile.double() - exact.double()).abs().nan_to_num(nan=torch.inf).max()
+            / exact.abs().max()
         )
-        measurements.at_most(f"tile in {dtype}", error, ROUNDING[dtype].value, case=ROUNDING[dtype].reason)
+        measurements.at_most(
+            f"tile in {dtype}", error, ROUNDING[dtype].value, case=ROUNDING[dtype].reason
+        )
 
     @needs("test_any_range_equals_the_rows_of_the_whole")
     def test_a_tile_takes_the_memory_of_a_tile(

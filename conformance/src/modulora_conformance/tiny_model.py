@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.errors import ShapeError
 from modulora_core.layers import QuantLinear
-from modulora_core.quantize import quantize
-from modulora_core.sources.quiet import quiet
+from modulora_core.models.quiet import quiet
+from modulora_core.quantization.quantize import quantize
 from modulora_core.spec import Quantizer
 
 HEADS = 4
@@ -40,7 +40,9 @@ PACKED_LAYERS = 14
 class TinyModel:
     """Folders of the dense and of the quantized model; they live as long as this does."""
 
-    root: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="modulora-conformance-")))
+    root: Path = field(
+        default_factory=lambda: Path(tempfile.mkdtemp(prefix="modulora-conformance-"))
+    )
 
     def __post_init__(self) -> None:
         # not a TemporaryDirectory: where the cache forgets one it warns, which is an error in some author's CI
@@ -118,7 +120,9 @@ def _save_dense(folder: Path, hidden_size: int) -> None:
 
 def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The packed linear layers of a loaded model, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)
+    }
 
 
 def dense_twin(model: nn.Module, folder: Path) -> nn.Module:
@@ -130,7 +134,9 @@ def dense_twin(model: nn.Module, folder: Path) -> nn.Module:
     with torch.no_grad():
         for path, layer in packed_layers(model).items():
             packed = layer.weight.packed
-            tile = layer.weight.quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.float32)
+            tile = layer.weight.quantizer.dequantize_tile(
+                packed, (0, packed.shape[0]), torch.float32
+            )
             dense.get_parameter(f"{path}.weight").copy_(tile)
     return dense
 
@@ -141,7 +147,9 @@ def adapted_loss(
     """Loss and logits of the dense model with W + s B A for each path's (A ``[r, in]``, B ``[out, r]``)."""
     weights = {f"{path}.weight": dense.get_parameter(f"{path}.weight").detach() + scale * B @ A
                for path, (A, B) in adapters.items()}  # fmt: skip
-    result: Any = torch.func.functional_call(dense, weights, kwargs={"input_ids": IDS, "labels": IDS})
+    result: Any = torch.func.functional_call(
+        dense, weights, kwargs={"input_ids": IDS, "labels": IDS}
+    )
     return result.loss, result.logits
 
 

@@ -11,14 +11,22 @@ from modulora_conformance import oracle
 from modulora_conformance.cases import generator
 from modulora_conformance.measurements import Measurements
 from modulora_conformance.tiny_model import IDS, TinyModel, adapted_loss, dense_twin, logits_of
-from modulora_core.adapters import LoRASettings, adapter_layers, add_lora, load_adapter, save_adapter
-from modulora_core.checkpoint import load_model
+from modulora_core.adapters.lora import (
+    LoRASettings,
+    adapter_layers,
+    add_lora,
+    load_adapter,
+    save_adapter,
+)
+from modulora_core.checkpoints.checkpoint import load_model
 
 SETTINGS = LoRASettings(rank=2, alpha=4.0, dropout=0.0)
 LEARNING_RATE = 0.1
 
 
-def check_training_step(saved: TinyModel, folder: Path, measurements: Measurements, tolerance: float) -> None:
+def check_training_step(
+    saved: TinyModel, folder: Path, measurements: Measurements, tolerance: float
+) -> None:
     """Compare gradients, then logits after the step, then those of the adapter on a model that was loaded anew.
 
     Args:
@@ -39,7 +47,9 @@ def check_training_step(saved: TinyModel, folder: Path, measurements: Measuremen
     model.train()(IDS, labels=IDS).loss.backward()
     names = [f"{path} {which}" for path in layers for which in "AB"]
     own = [
-        layer.parameters_of("default")[which] for layer in layers.values() for which in ("lora_A", "lora_B")
+        layer.parameters_of("default")[which]
+        for layer in layers.values()
+        for which in ("lora_A", "lora_B")
     ]
     for name, parameter, gradient in zip(names, own, expected, strict=True):
         assert parameter.grad is not None, f"{name}: expected a gradient, got none"
@@ -52,7 +62,9 @@ def check_training_step(saved: TinyModel, folder: Path, measurements: Measuremen
             leaf -= LEARNING_RATE * gradient
         _, exact = adapted_loss(dense, adapters, scale)
     logits = logits_of(model)
-    measurements.at_most("logits after a step", oracle.relative_error(logits, exact), 10 * tolerance)
+    measurements.at_most(
+        "logits after a step", oracle.relative_error(logits, exact), 10 * tolerance
+    )
     _check_reloaded(model, saved, folder, logits)
 
 

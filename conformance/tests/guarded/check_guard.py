@@ -68,7 +68,9 @@ class TestSaysWhy(QuantizerConformance):
     def quantizer(self) -> Any:
         return LaxOptions()
 
-    @pytest.mark.xfail(strict=True, reason="options of old checkpoints have names that it no longer knows")
+    @pytest.mark.xfail(
+        strict=True, reason="options of old checkpoints have names that it no longer knows"
+    )
     def test_unknown_and_malformed_options_are_refused(self, quantizer: Any) -> None:
         super().test_unknown_and_malformed_options_are_refused(quantizer)
 

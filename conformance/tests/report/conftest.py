@@ -74,7 +74,9 @@ def speed() -> dict[str, Any]:
 def make() -> Make:
     """``make(outcomes)`` gives the JSON of a run, as a reader of the file gets it; by default of one that is certified."""
 
-    def made(outcomes: list[Outcome] | None = None, quantizer: str = "mine", **fields: Any) -> dict[str, Any]:
+    def made(
+        outcomes: list[Outcome] | None = None, quantizer: str = "mine", **fields: Any
+    ) -> dict[str, Any]:
         if outcomes is None:
             outcomes = [found for name in CONFIGURATIONS for found in passing(name)]
         known: dict[str, Any] = {
@@ -106,5 +108,7 @@ def broken(make: Make) -> dict[str, Any]:
         outcome("L6", "something_else", "skipped", second, reason="I didn't feel like it"),
     ]  # fmt: skip
     return make(
-        outcomes, distribution=HOSTILE, environment={HOSTILE: [HOSTILE], "packages": {"torch": HOSTILE}}
+        outcomes,
+        distribution=HOSTILE,
+        environment={HOSTILE: [HOSTILE], "packages": {"torch": HOSTILE}},
     )

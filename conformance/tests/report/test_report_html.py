@@ -72,7 +72,9 @@ def test_a_page_is_well_formed_and_names_every_check(
     assert len(ids) == len(set(ids))
     assert set(result["levels"]) <= set(ids)
     targets = {
-        str(attributes["href"]).removeprefix("#") for _, attributes in page.tags if "href" in attributes
+        str(attributes["href"]).removeprefix("#")
+        for _, attributes in page.tags
+        if "href" in attributes
     }
     assert targets <= set(ids)
 
@@ -89,7 +91,9 @@ def test_a_page_loads_nothing_and_runs_nothing(broken: dict[str, Any], tmp_path:
     (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     assert "url(" not in style
     assert "@import" not in style
-    policies = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    policies = [
+        a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
@@ -100,9 +104,13 @@ def test_hostile_text_is_shown_as_it_is(broken: dict[str, Any], tmp_path: Path) 
     assert page.text.count(hostile) >= 6
 
 
-def test_a_failure_tells_what_it_means_and_what_was_measured(broken: dict[str, Any], tmp_path: Path) -> None:
+def test_a_failure_tells_what_it_means_and_what_was_measured(
+    broken: dict[str, Any], tmp_path: Path
+) -> None:
     _, page = written(broken, tmp_path)
-    assert "If this fails: look at test_the_two_directions_are_adjoint" in re.sub(r" +", " ", page.text)
+    assert "If this fails: look at test_the_two_directions_are_adjoint" in re.sub(
+        r" +", " ", page.text
+    )
     assert "difference of the directions: 0.03, at most 2e-06" in page.text
     assert "1 more check was held back" in page.text
     assert "other: not finite, at most 1" in page.text
@@ -114,7 +122,9 @@ def test_errors_lie_on_the_side_of_the_limit_where_they_belong(
     _, page = written(broken, tmp_path)
     uses = [a for tag, a in page.tags if tag == "use" and str(a.get("x", "")).endswith("%")]
     limits = {str(a["x1"]) for tag, a in page.tags if tag == "line" and a.get("class") == "limit"}
-    errors = [m for check in broken["checks"] for m in check["measurements"] if m["unit"] == "relative"]
+    errors = [
+        m for check in broken["checks"] for m in check["measurements"] if m["unit"] == "relative"
+    ]
     assert len(uses) == len(errors) + len(broken["speed"]["defaults"]["timings"])
     assert all(0 <= float(str(a["x"]).removesuffix("%")) <= 100 for a in uses)
     rows = re.findall(
@@ -130,7 +140,9 @@ def test_errors_lie_on_the_side_of_the_limit_where_they_belong(
     assert limits
 
 
-def test_a_saved_result_makes_the_same_reports_again(broken: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_result_makes_the_same_reports_again(
+    broken: dict[str, Any], tmp_path: Path
+) -> None:
     write_report(broken, tmp_path / "first")
     folders = str(tmp_path / "first" / "mine.json"), str(tmp_path / "again")
     command = [sys.executable, "-m", "modulora_conformance.report", *folders]

@@ -15,14 +15,21 @@ from modulora_core.spec import Calibration, PackedWeight, Quantizer, QuantizerSp
 class Plain(Quantizer):
     """Keeps the float32 weight."""
 
-    spec = QuantizerSpec(name="plain", summary="float32", location="nowhere:Plain", protocol=1, bits=(32,))
+    spec = QuantizerSpec(
+        name="plain", summary="float32", location="nowhere:Plain", protocol=1, bits=(32,)
+    )
 
     def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:
         return PackedWeight(
-            "plain", 1, (weight.shape[0], weight.shape[1]), {"values": weight.float().contiguous().clone()}
+            "plain",
+            1,
+            (weight.shape[0], weight.shape[1]),
+            {"values": weight.float().contiguous().clone()},
         )
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         return packed.tensors["values"][slice(*rows)].to(dtype, copy=True)
 
 

@@ -10,9 +10,7 @@ import pytest
 from modulora_conformance.report import write_report
 from modulora_conformance.report.support import main
 
-HEADINGS = (
-    "quantizer, options, bits per weight, error, Gaussian weights, levels passed, certified, suite, protocol"
-)
+HEADINGS = "quantizer, options, bits per weight, error, Gaussian weights, levels passed, certified, suite, protocol"
 
 
 @pytest.fixture
@@ -60,7 +58,9 @@ def test_the_text_is_the_same_on_another_machine(make: Any, tmp_path: Path) -> N
     assert len(texts) == 1
 
 
-def test_a_written_page_passes_its_check_and_lists_every_configuration(results: Path, tmp_path: Path) -> None:
+def test_a_written_page_passes_its_check_and_lists_every_configuration(
+    results: Path, tmp_path: Path
+) -> None:
     page = tmp_path / "docs" / "support.md"
     assert main([str(results), "--write", str(page)]) == 0
     assert main([str(results), "--check", str(page)]) == 0
@@ -82,7 +82,8 @@ def test_a_page_that_differs_fails_with_the_command_that_mends_it(
         page.write_text(page.read_text("utf-8").replace("4.5", "2.5"), "utf-8")
     assert main([str(results), "--check", str(page)]) == 1
     assert (
-        f"python -m modulora_conformance.report.support {results} --write {page}" in capsys.readouterr().err
+        f"python -m modulora_conformance.report.support {results} --write {page}"
+        in capsys.readouterr().err
     )
 
 
@@ -100,7 +101,9 @@ def test_results_of_a_part_are_refused_for_writing_and_left_out_of_a_check(
     assert "third.json" in capsys.readouterr().err
 
 
-def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_results_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(tmp_path), "--write", str(tmp_path / "support.md")]) == 2
     assert not (tmp_path / "support.md").exists()
     assert "--report" in capsys.readouterr().err

@@ -59,7 +59,9 @@ def test_a_gap_ends_the_levels_that_passed(make: Any) -> None:
     assert levels_passed(run.checks) == "L0-L1"
 
 
-def test_one_sentence_names_all_that_stands_against_a_certificate(broken: dict[str, Any], make: Any) -> None:
+def test_one_sentence_names_all_that_stands_against_a_certificate(
+    broken: dict[str, Any], make: Any
+) -> None:
     broken["complete"] = False
     sentence = against(read(broken))
     assert sentence.startswith("Not certified: the run didn't cover every level")
@@ -81,7 +83,9 @@ def test_certified_is_said_only_where_it_was_asked_for(make: Any) -> None:
     assert against(read(result)).startswith("Passed: every check of suite ")
     assert "ertified:" not in table_text(result)
     assert "Certified:" in table_text(make())
-    assert against(read(make(complete=False, asked=False))).startswith("Not certified: the run didn't cover")
+    assert against(read(make(complete=False, asked=False))).startswith(
+        "Not certified: the run didn't cover"
+    )
 
 
 def test_a_run_without_golden_vectors_says_so(make: Any) -> None:
@@ -94,7 +98,9 @@ def test_a_run_without_golden_vectors_says_so(make: Any) -> None:
     assert "No golden vectors" not in table_text(make([one("L0", "passed")]))
 
 
-def test_the_terminal_is_told_every_failure_and_every_reason_of_a_skip(broken: dict[str, Any]) -> None:
+def test_the_terminal_is_told_every_failure_and_every_reason_of_a_skip(
+    broken: dict[str, Any],
+) -> None:
     text = table_text(broken, 100)
     for check in broken["checks"]:
         if check["outcome"] == "failed":
@@ -113,7 +119,11 @@ def test_the_terminal_is_told_every_failure_and_every_reason_of_a_skip(broken: d
 
 
 def test_the_table_has_a_row_for_each_level_with_its_counts(broken: dict[str, Any]) -> None:
-    rows = {line.split()[0]: line for line in table_text(broken, 120).splitlines() if line.startswith("L")}
+    rows = {
+        line.split()[0]: line
+        for line in table_text(broken, 120).splitlines()
+        if line.startswith("L")
+    }
     assert rows.keys() == broken["levels"].keys()
     for level, counts in broken["levels"].items():
         cells = rows[level].removeprefix(f"{level}     title of {level}").split()

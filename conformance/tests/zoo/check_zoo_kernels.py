@@ -20,7 +20,11 @@ for name, spec in zoo_kernels.SPECS.items():
         return [getattr(importlib.import_module(module), cls)()]
 
     share = 4.0 if "Packs" in name else None
-    members = {"quantizers": pytest.fixture(quantizers), "packing_share": share, "instruction_sets": True}
+    members = {
+        "quantizers": pytest.fixture(quantizers),
+        "packing_share": share,
+        "instruction_sets": True,
+    }
     globals()[f"Test{name}"] = type(f"Test{name}", (CompiledKernels,), members)
 
 
@@ -32,7 +36,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         @pytest.fixture(params=[(1, 2), (5, 70)], ids=str)
         def weight(self, request):
             quantizer = self.cls()
-            packed = quantizer.pack(torch.randn(request.param, generator=torch.Generator().manual_seed(0)))
+            packed = quantizer.pack(
+                torch.randn(request.param, generator=torch.Generator().manual_seed(0))
+            )
             return quantizer, packed, Healthy.decode(quantizer, packed, (0, request.param[0]))
 
     class TestInTriton(Interpreted):

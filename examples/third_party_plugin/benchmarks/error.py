@@ -99,7 +99,9 @@ def main() -> None:
         }
         for name, quantized in rows.items():
             if quantized is not None:
-                errors = (f"{largest_error(kind, quantized, arguments.seeds):.5f}" for kind in KINDS)
+                errors = (
+                    f"{largest_error(kind, quantized, arguments.seeds):.5f}" for kind in KINDS
+                )
                 print(f"| {bits} | {stored:.5f} | {name} | {' | '.join(errors)} |", flush=True)
 
 

@@ -15,7 +15,9 @@ def by_the_reference():
     def dequantize(packed: PackedWeight) -> torch.Tensor:
         tensors, metadata = packed.tensors, packed.metadata
         codes = packing.unpack(tensors["codes"], metadata["bits"], packed.shape[1])
-        scales, offsets = (tensors[name].float() * tensors["unit"] for name in ("scales", "offsets"))
+        scales, offsets = (
+            tensors[name].float() * tensors["unit"] for name in ("scales", "offsets")
+        )
         return reference.dequantize(codes, scales, offsets, metadata["group_size"])
 
     return dequantize

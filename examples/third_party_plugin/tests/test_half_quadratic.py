@@ -50,13 +50,18 @@ def test_layout_is_exact_for_any_shape(out_features, in_features, options):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_weight_takes_its_bits_and_half_a_bit_for_scale_and_offset(bits):
     """And 32 bits a layer for the unit."""
-    assert HalfQuadratic(Options(bits=bits)).layout((2048, 2048)).nbytes == 2048**2 * (bits + 0.5) / 8 + 4
+    assert (
+        HalfQuadratic(Options(bits=bits)).layout((2048, 2048)).nbytes
+        == 2048**2 * (bits + 0.5) / 8 + 4
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
-def test_kernels_dequantize_to_the_bits_of_the_reference(shape, options, dtype, generator, by_the_reference):
+def test_kernels_dequantize_to_the_bits_of_the_reference(
+    shape, options, dtype, generator, by_the_reference
+):
     packed = HalfQuadratic(options).pack(torch.randn(shape, generator=generator))
     ours = HalfQuadratic(options).dequantize_tile(packed, (0, shape[0]), dtype)
     assert ours.dtype == dtype
@@ -75,7 +80,9 @@ def test_dequantize_tile_equals_rows_of_the_whole(data):
     )
     for dtype in DTYPES:
         whole = quantizer.dequantize_tile(packed, (0, out_features), dtype)
-        assert torch.equal(quantizer.dequantize_tile(packed, (start, stop), dtype), whole[start:stop])
+        assert torch.equal(
+            quantizer.dequantize_tile(packed, (start, stop), dtype), whole[start:stop]
+        )
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
@@ -92,7 +99,8 @@ def test_the_error_is_at_most_half_a_step_within_the_range_of_the_codes(options,
     packed = quantizer.pack(w)
     group = torch.arange(130) // options.group_size
     step, low = (
-        (packed.tensors[n].float() * packed.tensors["unit"])[:, group] for n in ("scales", "offsets")
+        (packed.tensors[n].float() * packed.tensors["unit"])[:, group]
+        for n in ("scales", "offsets")
     )
     inside = (w >= low) & (w <= low + step * options.levels)
     error = (quantizer.dequantize_tile(packed, (0, 20), torch.float32) - w).abs()
@@ -111,7 +119,9 @@ def test_packing_reads_any_strides_and_dtypes_and_changes_nothing(columns, gener
 
 
 @pytest.mark.parametrize("nbytes", [1, 4096, 2**30])
-def test_packed_bytes_do_not_depend_on_how_much_is_quantized_at_once(nbytes, generator, monkeypatch):
+def test_packed_bytes_do_not_depend_on_how_much_is_quantized_at_once(
+    nbytes, generator, monkeypatch
+):
     w = torch.randn(70, 100, generator=generator)
     usual = HalfQuadratic().pack(w)
     monkeypatch.setattr(module, "PACKED_AT_ONCE", nbytes)
@@ -128,7 +138,9 @@ def test_the_same_weight_gives_the_same_bytes_for_any_number_of_threads(generato
             packed.append(HalfQuadratic().pack(w))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(tensor, packed[1].tensors[key]) for key, tensor in packed[0].tensors.items())
+    assert all(
+        torch.equal(tensor, packed[1].tensors[key]) for key, tensor in packed[0].tensors.items()
+    )
 
 
 @pytest.mark.parametrize("rows", [(-1, 2), (0, 5), (3, 2)])

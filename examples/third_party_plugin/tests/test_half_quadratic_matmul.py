@@ -13,13 +13,20 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 # fp32 sums of n products of any order differ by about sqrt(n) roundings; an output in 16 bits is rounded once more, and where the
 # processor multiplies bf16 numbers the weights are too
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+TOLERANCE = {
+    torch.float32: 1e-6,
+    torch.float64: 1e-15,
+    torch.float16: 2**-11,
+    torch.bfloat16: 2**-7,
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("transpose", [False, True], ids=["forward", "transposed"])
-@pytest.mark.parametrize("shape", [(1, 1), (6, 64), (37, 129), (131, 1030)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (6, 64), (37, 129), (131, 1030)], ids=lambda s: f"{s[0]}x{s[1]}"
+)
 def test_matmul_equals_the_product_with_the_reference(
     shape, transpose, rows, dtype, generator, by_the_reference
 ):
@@ -33,7 +40,9 @@ def test_matmul_equals_the_product_with_the_reference(
         magnitude = x.double().abs() @ (W if transpose else W.t()).abs()
         assert y.dtype == dtype
         assert y.shape == exact.shape
-        error = ((y.double() - exact).abs() / magnitude.clamp(min=1e-30)).max().item() if rows else 0.0
+        error = (
+            ((y.double() - exact).abs() / magnitude.clamp(min=1e-30)).max().item() if rows else 0.0
+        )
         assert error <= TOLERANCE[dtype], error
 
 
@@ -51,7 +60,9 @@ def test_every_width_multiplies_both_ways(bits, generator, by_the_reference):
 @pytest.mark.parametrize("transpose", [False, True])
 def test_an_empty_weight_gives_zeros_or_nothing(shape, transpose):
     given, wanted = shape if transpose else shape[::-1]
-    y = HalfQuadratic().matmul(torch.ones(2, given), HalfQuadratic().pack(torch.ones(shape)), transpose)
+    y = HalfQuadratic().matmul(
+        torch.ones(2, given), HalfQuadratic().pack(torch.ones(shape)), transpose
+    )
     assert torch.equal(y, torch.zeros(2, wanted))
 
 
@@ -71,7 +82,9 @@ def test_few_row_products_do_not_depend_on_the_number_of_threads(generator):
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            products.append((HalfQuadratic().matmul(x, packed), HalfQuadratic().matmul(y, packed, True)))
+            products.append(
+                (HalfQuadratic().matmul(x, packed), HalfQuadratic().matmul(y, packed, True))
+            )
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(*products, rtol=0, atol=0)
@@ -91,4 +104,6 @@ def test_the_cores_layer_differentiates_through_it(bits):
     x = torch.randn(3, 70, dtype=torch.float64, requires_grad=True)
     A = torch.randn(2, 70, dtype=torch.float64, requires_grad=True)
     B = torch.randn(13, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, A, B: lora_linear(x, quantizer, packed, None, A, B), (x, A, B))
+    assert torch.autograd.gradcheck(
+        lambda x, A, B: lora_linear(x, quantizer, packed, None, A, B), (x, A, B)
+    )

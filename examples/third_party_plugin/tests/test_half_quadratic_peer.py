@@ -10,7 +10,9 @@ from modulora_half_quadratic.quantizer import HalfQuadratic, Options
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it imports warns, differently from version to version
-    peer = pytest.importorskip("hqq.core.quantize", reason="hqq, the peer, isn't installed").Quantizer
+    peer = pytest.importorskip(
+        "hqq.core.quantize", reason="hqq, the peer, isn't installed"
+    ).Quantizer
 
 
 def weight(kind: str) -> torch.Tensor:

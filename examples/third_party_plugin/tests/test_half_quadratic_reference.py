@@ -30,7 +30,9 @@ def the_papers(w: list[float], bits: int, options: Options) -> tuple[float, floa
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("options", [{}, {"p": 0.5, "beta": 3.0}, {"p": 1.0, "iterations": 7}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"p": 0.5, "beta": 3.0}, {"p": 1.0, "iterations": 7}], ids=str
+)
 def test_with_a_fixed_scale_the_result_is_the_papers(bits, options, generator):
     options = Options(bits=bits, fit_scale=False, **options)
     W = torch.randn(12, 40, generator=generator, dtype=torch.float64)
@@ -61,12 +63,16 @@ def test_least_squares_are_torchs(dtype, generator):
     for row in range(9):
         A = torch.stack([q[row], torch.ones(30, dtype=dtype)], dim=1).double()
         expected = torch.linalg.lstsq(A, W[row].double()[:, None]).solution[:, 0]
-        torch.testing.assert_close(torch.cat([s[row], b[row]]).double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.cat([s[row], b[row]]).double(), expected, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_scale_that_nothing_determines_stays_what_it_was(generator):
     W = torch.randn(2, 10, generator=generator)
-    q = torch.stack([torch.full((10,), 3.0), -W[1]])  # all codes equal, and codes against the weights
+    q = torch.stack(
+        [torch.full((10,), 3.0), -W[1]]
+    )  # all codes equal, and codes against the weights
     s, b = reference.least_squares(W, q, torch.full((2, 1), 0.5))
     assert s.tolist() == [[0.5], [0.5]]
     torch.testing.assert_close(b, (W - 0.5 * q).mean(dim=1, keepdim=True))
@@ -107,7 +113,9 @@ def test_optimizing_lowers_the_lp_error(bits, fit_scale, generator):
 @pytest.mark.parametrize(("bits", "share"), [(1, 0.7), (2, 0.85), (3, 0.96), (4, 0.99)])
 def test_fitting_the_scale_lowers_the_lp_error_the_more_the_fewer_bits(bits, share, generator):
     W = torch.randn(400, 64, generator=generator)
-    assert lp_error(Options(bits=bits), W) < share * lp_error(Options(bits=bits, fit_scale=False), W)
+    assert lp_error(Options(bits=bits), W) < share * lp_error(
+        Options(bits=bits, fit_scale=False), W
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ def test_the_command_line_finds_it_by_its_entry_point_alone(tmp_path: Path):
     """As pip would have installed it: a folder of metadata beside the module."""
     info = tmp_path / "modulora_half_quadratic-0.1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: modulora-half-quadratic\nVersion: 0.1.0\n")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: modulora-half-quadratic\nVersion: 0.1.0\n"
+    )
     (info / "entry_points.txt").write_text("[modulora]\nhalf-quadratic = modulora_half_quadratic\n")
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     done = subprocess.run(

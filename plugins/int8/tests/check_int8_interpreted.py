@@ -21,7 +21,11 @@ class TestInterpreted(InterpretedKernels):
         quantizer = INT8(Options(group_size=group_size))
         packed = quantizer.pack(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
         tensors = packed.tensors
-        return quantizer, packed, reference.dequantize(tensors["codes"], tensors["scales"], group_size)
+        return (
+            quantizer,
+            packed,
+            reference.dequantize(tensors["codes"], tensors["scales"], group_size),
+        )
 
 
 def test_many_rows_are_left_to_tiles():

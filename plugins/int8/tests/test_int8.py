@@ -65,7 +65,10 @@ def test_kernels_dequantize_to_the_bits_of_the_reference(shape, options, dtype, 
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_kernels_pack_to_the_bytes_of_the_reference(shape, options, dtype, generator, monkeypatch):
-    w = torch.randn(shape, generator=generator) * torch.logspace(-30, 5, max(1, shape[0]))[: shape[0], None]
+    w = (
+        torch.randn(shape, generator=generator)
+        * torch.logspace(-30, 5, max(1, shape[0]))[: shape[0], None]
+    )
     w[shape[0] // 2 :] *= torch.logspace(-5, 0, max(1, shape[1]))[: shape[1]]
     w = w.clamp(-65504, 65504).to(dtype)
     compiled = INT8(options).pack(w)
@@ -123,7 +126,12 @@ def test_the_error_is_at_most_half_a_step(options, generator):
 
 # fp32 sums of n products of any order differ by about sqrt(n) roundings; an output in 16 bits is rounded once more, and where the
 # processor multiplies bf16 numbers the weights are too
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+TOLERANCE = {
+    torch.float32: 1e-6,
+    torch.float64: 1e-15,
+    torch.float16: 2**-11,
+    torch.bfloat16: 2**-7,
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -142,7 +150,9 @@ def test_matmul_equals_the_product_with_the_reference(shape, transpose, rows, dt
         magnitude = x.double().abs() @ (W if transpose else W.t()).abs()
         assert y.dtype == dtype
         assert y.shape == exact.shape
-        error = ((y.double() - exact).abs() / magnitude.clamp(min=1e-30)).max().item() if rows else 0.0
+        error = (
+            ((y.double() - exact).abs() / magnitude.clamp(min=1e-30)).max().item() if rows else 0.0
+        )
         assert error <= TOLERANCE[dtype], error
 
 
@@ -202,7 +212,9 @@ def test_the_quantizer_is_what_its_spec_says():
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"group_size": 8}, {"group_size": -1}, {}, {"group_size": None, "more": 1}], ids=str
+    "metadata",
+    [{"group_size": 8}, {"group_size": -1}, {}, {"group_size": None, "more": 1}],
+    ids=str,
 )
 def test_tensors_that_do_not_fit_their_metadata_are_refused_before_they_are_read(metadata):
     """If this fails: a checkpoint that was edited makes a kernel read beyond the end of its tensors."""

@@ -35,7 +35,9 @@ def compiled(target, launch):
 @TARGETS
 @pytest.mark.parametrize("group_size", [None, 64], ids=str)
 def test_tiles_are_read_and_written_16_bytes_at_a_time(group_size, target):
-    code = compiled(target, lambda: gpu.dequantize(empty(group_size), (0, SHAPE[0]), torch.bfloat16))
+    code = compiled(
+        target, lambda: gpu.dequantize(empty(group_size), (0, SHAPE[0]), torch.bfloat16)
+    )
     assert code.registers <= 64, "eight programs on a processor, half of its threads"
     assert set(code.stores) == {128}
     # of 2048 weights each of 128 threads has 16 bytes; AMD's 256 have 8
@@ -67,7 +69,9 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
     assert code.loads[128] >= 1
     if rows > 1:
         units = ("mma.sync", "wgmma", "v_mfma")
-        assert any(unit in code.text for unit in units), "a product of 16 bits that isn't on tensor cores"
+        assert any(unit in code.text for unit in units), (
+            "a product of 16 bits that isn't on tensor cores"
+        )
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])

@@ -33,7 +33,9 @@ def truth(weight):
     if c2 is None:
         nested = tensors["absmax_codes"], tensors["nested_absmax"], tensors["offset"]
         c2 = reference.double_dequantize(*nested)
-    return reference.dequantize(packing.unpack(tensors["codes"], 0, numel), c2, B).view(weight.shape)
+    return reference.dequantize(packing.unpack(tensors["codes"], 0, numel), c2, B).view(
+        weight.shape
+    )
 
 
 class TestInterpreted(InterpretedKernels):

@@ -76,7 +76,10 @@ def test_kernels_dequantize_to_the_bits_of_the_reference(shape, options, dtype, 
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_kernels_pack_to_the_bytes_of_the_reference(shape, options, generator, monkeypatch):
-    w = torch.randn(shape, generator=generator) * torch.logspace(-42, 3, max(1, shape[1]))[: shape[1]]
+    w = (
+        torch.randn(shape, generator=generator)
+        * torch.logspace(-42, 3, max(1, shape[1]))[: shape[1]]
+    )
     compiled = NF4(options).pack(w)
     monkeypatch.setattr(kernels, "load", lambda module, device: None)
     plain = NF4(options).pack(w)
@@ -106,13 +109,17 @@ def _ends_of_cells():
 def test_each_midpoint_is_in_a_cell_of_its_own_a_quarter_of_a_cell_from_its_ends():
     midpoints = torch.tensor(reference.LEVELS, dtype=torch.float64).unfold(0, 2, 1).mean(1)
     curve = midpoints * (cpu_codes.STEEPNESS - cpu_codes.BEND * midpoints.abs()) + cpu_codes.MIDDLE
-    assert curve.trunc().tolist() == list(range(15))  # the first cell reaches from -1 to 1 of the curve
+    assert curve.trunc().tolist() == list(
+        range(15)
+    )  # the first cell reaches from -1 to 1 of the curve
     to_an_end = (curve[:, None] - torch.arange(1, 16)).abs()
     assert to_an_end.min() > 0.25
     assert len(_ends_of_cells()) == 14  # between fifteen cells
 
 
-def test_kernels_find_the_nearest_level_for_every_number_about_a_midpoint_or_the_end_of_a_cell(monkeypatch):
+def test_kernels_find_the_nearest_level_for_every_number_about_a_midpoint_or_the_end_of_a_cell(
+    monkeypatch,
+):
     """A midpoint is looked up by its cell of [-1, 1]: next to midpoints, the ends of cells and at 1 is where that could go wrong."""
     levels = torch.tensor(reference.LEVELS)
     edges = torch.cat([(levels[1:] + levels[:-1]) / 2, _ends_of_cells(), torch.tensor([-1.0, 1.0])])
@@ -158,15 +165,24 @@ def test_without_kernels_any_rows_are_the_same(options, plain_torch, generator):
 
 def test_a_tile_of_many_rounding_pieces_is_rounded_once(generator):
     quantizer = NF4(Options(double_quant=True))
-    packed = quantizer.pack(torch.randn(701, 1027, generator=generator))  # 2.7 MiB of fp32, odd rows
+    packed = quantizer.pack(
+        torch.randn(701, 1027, generator=generator)
+    )  # 2.7 MiB of fp32, odd rows
     whole = quantizer.dequantize_tile(packed, (0, 701), torch.float32)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        assert torch.equal(quantizer.dequantize_tile(packed, (3, 700), dtype), whole[3:700].to(dtype))
+        assert torch.equal(
+            quantizer.dequantize_tile(packed, (3, 700), dtype), whole[3:700].to(dtype)
+        )
 
 
 # fp32 sums of n products of any order differ by about sqrt(n) roundings; an output in 16 bits is rounded once more, and where the
 # processor multiplies bf16 numbers the weights are too
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+TOLERANCE = {
+    torch.float32: 1e-6,
+    torch.float64: 1e-15,
+    torch.float16: 2**-11,
+    torch.bfloat16: 2**-7,
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -185,7 +201,9 @@ def test_matmul_equals_the_product_with_the_reference(shape, transpose, rows, dt
         magnitude = x.double().abs() @ (W if transpose else W.t()).abs()
         assert y.dtype == dtype
         assert y.shape == exact.shape
-        error = ((y.double() - exact).abs() / magnitude.clamp(min=1e-30)).max().item() if rows else 0.0
+        error = (
+            ((y.double() - exact).abs() / magnitude.clamp(min=1e-30)).max().item() if rows else 0.0
+        )
         assert error <= TOLERANCE[dtype], error
 
 
@@ -195,7 +213,9 @@ def test_matmul_equals_the_product_with_the_reference(shape, transpose, rows, dt
      {"block_size": 63, "double_quant": False}, {"block_size": "64 ", "double_quant": False, "more": 1}],
     ids=str,
 )  # fmt: skip
-def test_tensors_that_do_not_fit_their_metadata_are_refused_before_they_are_read(metadata, generator):
+def test_tensors_that_do_not_fit_their_metadata_are_refused_before_they_are_read(
+    metadata, generator
+):
     """If this fails: a checkpoint that was edited makes a kernel read beyond the end of its tensors."""
     packed = NF4().pack(torch.randn(8, 63, generator=generator))
     edited = PackedWeight("nf4", 1, packed.shape, packed.tensors, metadata)
@@ -220,7 +240,9 @@ def test_nan_and_inf_are_refused(bad, at, compiled, monkeypatch):
         monkeypatch.setattr(kernels, "load", lambda module, device: None)
     w = torch.ones(2, 65)
     w.view(-1)[at] = bad
-    with pytest.raises(WeightError, match=r"nf4: expected finite weights .* got NaN or Inf .* \[2, 65\]"):
+    with pytest.raises(
+        WeightError, match=r"nf4: expected finite weights .* got NaN or Inf .* \[2, 65\]"
+    ):
         NF4().pack(w)
 
 

@@ -19,7 +19,9 @@ def weights(kind: str, shape: tuple[int, int]) -> torch.Tensor:
         w[torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.02] *= 1000
     if kind == "zeros":
         w.view(-1)[: max(1, w.numel() // 2)] = 0
-    if kind == "ties":  # every midpoint between two levels, scaled by a power of two so that it stays a tie
+    if (
+        kind == "ties"
+    ):  # every midpoint between two levels, scaled by a power of two so that it stays a tie
         level = torch.tensor(LEVELS)
         values = torch.cat([(level[1:] + level[:-1]) / 2, level]) * 4
         w = values.repeat(-(-w.numel() // values.numel()))[: w.numel()].reshape(shape)
@@ -30,7 +32,11 @@ def weights(kind: str, shape: tuple[int, int]) -> torch.Tensor:
 
 def theirs(w: torch.Tensor, block_size: int, double_quant: bool):
     return functional.quantize_4bit(
-        w, blocksize=block_size, quant_type="nf4", compress_statistics=double_quant, quant_storage=torch.uint8
+        w,
+        blocksize=block_size,
+        quant_type="nf4",
+        compress_statistics=double_quant,
+        quant_storage=torch.uint8,
     )
 
 
@@ -75,7 +81,9 @@ def test_double_quantization_equals_bitsandbytes(kind, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(64, 64), (5, 200), (33, 1000), (7, 129)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (5, 200), (33, 1000), (7, 129)], ids=lambda s: f"{s[0]}x{s[1]}"
+)
 @pytest.mark.parametrize("kind", ["normal", "outliers"])
 def test_dequantized_values_equal_bitsandbytes_in_every_dtype(kind, shape, dtype):
     w = weights(kind, shape).to(dtype)
@@ -86,7 +94,9 @@ def test_dequantized_values_equal_bitsandbytes_in_every_dtype(kind, shape, dtype
     assert torch.equal(ours, functional.dequantize_4bit(codes, state))
 
 
-@pytest.mark.parametrize(("shape", "block_size"), [((64, 64), 128), ((128, 48), 64), ((4, 1024), 2048)])
+@pytest.mark.parametrize(
+    ("shape", "block_size"), [((64, 64), 128), ((128, 48), 64), ((4, 1024), 2048)]
+)
 def test_blocks_go_on_from_row_to_row(shape, block_size):
     """bitsandbytes 0.50 reads its own bytes wrongly here, for want of an absmax per row, where its CPU code uses
     AVX-512; the same bytes as one long row, which whole blocks fill, it reads as the format says."""

@@ -40,7 +40,10 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(double_quant, target):
         gpu.dequantize(empty(double_quant), (0, SHAPE[0]), torch.bfloat16)
     (call,) = calls
     # of 4096 weights, which are 2048 bytes, each of 128 threads has 16 bytes; AMD's 256 have 8
-    wide, code = 64 if target == "gfx942" else 128, replace(call, constants={**call.constants, "CHUNK": 4096})
+    wide, code = (
+        64 if target == "gfx942" else 128,
+        replace(call, constants={**call.constants, "CHUNK": 4096}),
+    )
     code = ahead_of_time.compile_call(code, target)
     assert code.spills == 0
     assert code.registers <= 64, "eight programs on a processor, half of its threads"
@@ -75,7 +78,9 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
     assert code.loads[64 if target == "gfx942" else 128] >= 1
     if rows > 1:
         units = ("mma.sync", "wgmma", "v_mfma")
-        assert any(unit in code.text for unit in units), "a product of 16 bits that isn't on tensor cores"
+        assert any(unit in code.text for unit in units), (
+            "a product of 16 bits that isn't on tensor cores"
+        )
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["", "double"])

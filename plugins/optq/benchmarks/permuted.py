@@ -12,13 +12,13 @@ import argparse
 import sys
 
 import torch
+from modulora_conformance.bench.quantizer_bench import BenchConfig, measure_quantizer
 from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ, from_solution
 from modulora_optq.reference import Solution
 
 from modulora_core.errors import RequestError
 from modulora_core.options import validate_model
-from modulora_core.quantizer_bench import BenchConfig, measure_quantizer
 from modulora_core.spec import PackedWeight
 
 BITS = (2, 3, 4, 8)
@@ -27,10 +27,13 @@ BITS = (2, 3, 4, 8)
 def random_weight(size: int, options: Options, permuted: bool) -> PackedWeight:
     groups = size, options.groups(size)
     codes, zeros = (
-        torch.randint(0, options.levels + 1, shape, dtype=torch.uint8) for shape in ((size, size), groups)
+        torch.randint(0, options.levels + 1, shape, dtype=torch.uint8)
+        for shape in ((size, size), groups)
     )
     permutation = torch.randperm(size, dtype=torch.int32) if permuted else None
-    return from_solution(Solution(codes, (torch.rand(groups) + 1).half(), zeros, permutation), options)
+    return from_solution(
+        Solution(codes, (torch.rand(groups) + 1).half(), zeros, permutation), options
+    )
 
 
 def measure(flags: argparse.Namespace) -> None:
@@ -47,7 +50,10 @@ def measure(flags: argparse.Namespace) -> None:
             for row in measure_quantizer(quantizer, config, packed=packed).comparisons:
                 if row.kind != "lora_step":
                     name = f"{bits} bits{', permuted' if permuted else ''}, {row.kind}"
-                    print(f"{name:<32} {1e3 * row.ours.seconds:8.3f} ms, {row.ratio:.2f} x dense", flush=True)
+                    print(
+                        f"{name:<32} {1e3 * row.ours.seconds:8.3f} ms, {row.ratio:.2f} x dense",
+                        flush=True,
+                    )
 
 
 def main() -> int:

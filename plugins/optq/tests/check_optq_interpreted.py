@@ -26,7 +26,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}bit-g{case[1]}-{'x'.join(map(str, case[4]))}")
+@pytest.fixture(
+    params=CASES, ids=lambda case: f"{case[0]}bit-g{case[1]}-{'x'.join(map(str, case[4]))}"
+)
 def case(request, random_solution, monkeypatch):
     bits, size, symmetric, permuted, shape = request.param
     options = Options(bits=bits, group_size=size, symmetric=symmetric)
@@ -44,7 +46,9 @@ def test_tiles_have_the_bits_of_the_reference(case):
     optq, packed, W = case
     out_features = packed.shape[0]
     for dtype in DTYPES:
-        assert torch.equal(optq.dequantize_tile(packed, (0, out_features), dtype), W.to(dtype)), dtype
+        assert torch.equal(optq.dequantize_tile(packed, (0, out_features), dtype), W.to(dtype)), (
+            dtype
+        )
     rows = (out_features // 3, out_features - out_features // 4)
     assert torch.equal(optq.dequantize_tile(packed, rows, torch.float64), W[slice(*rows)].double())
     assert optq.dequantize_tile(packed, (1, 1), torch.float16).shape == (0, packed.shape[1])
@@ -57,7 +61,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2 * 2**-11, torch.bfloat16: 2 *
 def assert_product(y, x, matrix):
     magnitude = x.double().abs() @ matrix.abs()
     # fp16 has steps of 2⁻²⁴ near zero, in the result and in every weight
-    steps = 2**-25 * (1 + x.double().abs().sum(dim=1, keepdim=True)) if x.dtype == torch.float16 else 0
+    steps = (
+        2**-25 * (1 + x.double().abs().sum(dim=1, keepdim=True)) if x.dtype == torch.float16 else 0
+    )
     assert y.dtype == x.dtype
     error = (y.double() - x.double() @ matrix).abs()
     assert bool((error <= TOLERANCE[x.dtype] * magnitude + steps).all()), (x.shape, x.dtype)

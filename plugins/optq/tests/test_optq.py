@@ -20,7 +20,9 @@ from modulora_core.tiles import tile_budget
 BITS = (2, 3, 4, 8)
 SHAPES = [(1, 16), (3, 7), (17, 129), (24, 64), (5, 1)]
 OPTIONS = [
-    Options(bits=bits, group_size=size, symmetric=symmetric, act_order=act_order, static_groups=static)
+    Options(
+        bits=bits, group_size=size, symmetric=symmetric, act_order=act_order, static_groups=static
+    )
     for bits, size, symmetric, (act_order, static) in itertools.product(
         BITS, (16, 64, -1), (False, True), ((False, False), (True, False), (True, True))
     )
@@ -30,7 +32,9 @@ OPTIONS = [
 def name(value):
     if isinstance(value, Options):
         flags = "".join(
-            f"-{flag}" for flag in ("symmetric", "act_order", "static_groups") if getattr(value, flag)
+            f"-{flag}"
+            for flag in ("symmetric", "act_order", "static_groups")
+            if getattr(value, flag)
         )
         return f"{value.bits}bit-g{value.group_size}{flags}"
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -44,7 +48,9 @@ def calibration(in_features, generator):
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
 def test_layout_equals_that_of_a_packed_weight(options, generator):
     for shape in SHAPES:
-        packed = OPTQ(options).pack(torch.randn(shape, generator=generator), calibration(shape[1], generator))
+        packed = OPTQ(options).pack(
+            torch.randn(shape, generator=generator), calibration(shape[1], generator)
+        )
         assert OPTQ(options).layout(shape) == packed.layout
 
 
@@ -53,7 +59,9 @@ def test_the_tile_is_what_the_solver_found(options, generator):
     for shape in SHAPES:
         w, seen = torch.randn(shape, generator=generator), calibration(shape[1], generator)
         found = solver.solve(w, seen.hessian, options)
-        tile = OPTQ(options).dequantize_tile(OPTQ(options).pack(w, seen), (0, shape[0]), torch.float32)
+        tile = OPTQ(options).dequantize_tile(
+            OPTQ(options).pack(w, seen), (0, shape[0]), torch.float32
+        )
         assert torch.equal(tile, found.dequantize(options))
 
 
@@ -111,7 +119,9 @@ def test_gradients_of_an_adapted_layer_equal_those_of_the_dense_weight(
 ):
     options = Options(bits=bits, group_size=16)
     solution = random_solution((13, 40), options, permuted)
-    layer = LoRALinear(QuantLinear(PackedParameter(OPTQ(options), from_solution(solution, options))))
+    layer = LoRALinear(
+        QuantLinear(PackedParameter(OPTQ(options), from_solution(solution, options)))
+    )
     layer.add_adapter("default", 2, alpha=4)
     A, B = layer.lora_A["default"], layer.lora_B["default"]
     nn.init.normal_(B, generator=generator)
@@ -129,7 +139,10 @@ def test_gradients_of_an_adapted_layer_equal_those_of_the_dense_weight(
 
 def test_matmul_takes_any_leading_dimensions_and_strides(generator, random_solution):
     solution = random_solution((12, 20), Options(group_size=16), True)
-    packed, W = from_solution(solution, Options(group_size=16)), solution.dequantize(Options(group_size=16))
+    packed, W = (
+        from_solution(solution, Options(group_size=16)),
+        solution.dequantize(Options(group_size=16)),
+    )
     x = torch.randn(20, 2, 3, generator=generator).permute(2, 1, 0)  # [3, 2, 20], not contiguous
     y = OPTQ().matmul(x, packed)
     assert y.shape == (3, 2, 12)
@@ -158,7 +171,11 @@ def test_rows_outside_of_the_weight_are_refused(rows, random_solution):
 
 def edited(packed, tensors=(), metadata=()):
     return PackedWeight(
-        "optq", 1, packed.shape, {**packed.tensors, **dict(tensors)}, {**packed.metadata, **dict(metadata)}
+        "optq",
+        1,
+        packed.shape,
+        {**packed.tensors, **dict(tensors)},
+        {**packed.metadata, **dict(metadata)},
     )
 
 
@@ -181,7 +198,9 @@ def assert_refused(packed, message):
      {"permuted": None}, {"more": 1}],
     ids=str,
 )  # fmt: skip
-def test_metadata_that_does_not_fit_the_tensors_is_refused_before_they_are_read(metadata, random_solution):
+def test_metadata_that_does_not_fit_the_tensors_is_refused_before_they_are_read(
+    metadata, random_solution
+):
     """If this fails: a checkpoint that was edited makes a kernel read beyond the end of its tensors."""
     packed = from_solution(random_solution((8, 100), Options(), True), Options())
     assert_refused(edited(packed, metadata=metadata), "optq weight")
@@ -195,7 +214,8 @@ def test_tensors_of_wrong_shape_dtype_or_none_are_refused(key, random_solution):
     assert_refused(edited(packed, {key: tensor.double()}), f"expected {key} as")
     without = {name: t for name, t in packed.tensors.items() if name != key}
     assert_refused(
-        PackedWeight("optq", 1, packed.shape, without, packed.metadata), f"expected {key} as .* got none"
+        PackedWeight("optq", 1, packed.shape, without, packed.metadata),
+        f"expected {key} as .* got none",
     )
 
 
@@ -204,7 +224,9 @@ def test_a_permutation_that_leaves_a_column_out_is_refused(value, random_solutio
     packed = from_solution(random_solution((8, 100), Options(), True), Options())
     wrong = torch.arange(100, dtype=torch.int32)
     wrong[42] = value
-    assert_refused(edited(packed, {"permutation": wrong}), "expected a permutation of its 100 columns")
+    assert_refused(
+        edited(packed, {"permutation": wrong}), "expected a permutation of its 100 columns"
+    )
     solution = codes_of(packed)
     with pytest.raises(CheckpointError, match="permutation"):
         from_solution(Solution(solution.codes, solution.scales, solution.zeros, wrong), Options())
@@ -216,7 +238,9 @@ def test_a_permutation_that_is_changed_after_a_product_is_seen(random_solution):
     before = optq.matmul(x, packed)
     columns.copy_(columns.flip(0))
     rows = (0, 8)
-    torch.testing.assert_close(optq.matmul(x, packed), x @ optq.dequantize_tile(packed, rows, x.dtype).t())
+    torch.testing.assert_close(
+        optq.matmul(x, packed), x @ optq.dequantize_tile(packed, rows, x.dtype).t()
+    )
     assert not torch.allclose(optq.matmul(x, packed), before)
     columns[42] = columns[43]
     with pytest.raises(CheckpointError, match="expected a permutation of its 100 columns"):
@@ -227,7 +251,9 @@ def test_codes_that_the_bits_can_not_hold_are_refused(random_solution):
     solution = random_solution((3, 20), Options(bits=4))
     with pytest.raises(CheckpointError, match="expected codes of 3 bits, uint8 from 0 to 7"):
         from_solution(solution, Options(bits=3))
-    with pytest.raises(CheckpointError, match="expected zeros of 8 in a symmetric weight of 4 bits"):
+    with pytest.raises(
+        CheckpointError, match="expected zeros of 8 in a symmetric weight of 4 bits"
+    ):
         from_solution(solution, Options(bits=4, symmetric=True))
 
 
@@ -244,7 +270,9 @@ def test_a_weight_without_rows_or_columns_is_packed_and_multiplied(shape):
     assert packed.layout == OPTQ().layout(shape)
     assert OPTQ().dequantize_tile(packed, (0, shape[0]), torch.float16).shape == shape
     assert torch.equal(OPTQ().matmul(torch.ones(3, shape[1]), packed), torch.zeros(3, shape[0]))
-    assert torch.equal(OPTQ().matmul(torch.ones(3, shape[0]), packed, True), torch.zeros(3, shape[1]))
+    assert torch.equal(
+        OPTQ().matmul(torch.ones(3, shape[0]), packed, True), torch.zeros(3, shape[1])
+    )
 
 
 def test_the_quantizer_is_what_its_spec_says():

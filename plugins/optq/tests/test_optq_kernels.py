@@ -44,7 +44,9 @@ def by_hand(solution, options):
     """Ŵ, fp32, in numpy: float(code − zero) · float(scale), and the columns to where they came from."""
     columns = np.arange(solution.codes.shape[1])
     group = columns // (len(columns) if options.group_size == -1 else options.group_size)
-    steps = solution.codes.numpy().astype(np.int32) - solution.zeros.numpy().astype(np.int32)[:, group]
+    steps = (
+        solution.codes.numpy().astype(np.int32) - solution.zeros.numpy().astype(np.int32)[:, group]
+    )
     stored = steps.astype(np.float32) * solution.scales.numpy().astype(np.float32)[:, group]
     W = np.empty_like(stored)
     W[:, columns if solution.permutation is None else solution.permutation.numpy()] = stored
@@ -69,7 +71,9 @@ def test_rows_of_whole_bytes_take_exactly_their_bits(bits):
 
 
 def test_a_row_of_three_bits_is_laid_out_as_documented():
-    codes = torch.tensor([[0b101, 0b010, 0b111, 0b000, 0b011, 0b100, 0b110, 0b001, 0b111]], dtype=torch.uint8)
+    codes = torch.tensor(
+        [[0b101, 0b010, 0b111, 0b000, 0b011, 0b100, 0b110, 0b001, 0b111]], dtype=torch.uint8
+    )
     low = [
         0b10_00_01,
         0b01_11_10,
@@ -99,7 +103,9 @@ def test_kernels_give_the_bits_of_the_definition(options, permuted, random_solut
     st.booleans(),
     st.data(),
 )
-def test_any_columns_of_some_rows_are_decoded(random_solution, bits, size, columns, symmetric, data):
+def test_any_columns_of_some_rows_are_decoded(
+    random_solution, bits, size, columns, symmetric, data
+):
     from modulora_optq.cpu_decode import decode  # which imports numba
 
     options = Options(bits=bits, group_size=size, symmetric=symmetric)
@@ -117,7 +123,9 @@ def test_any_columns_of_some_rows_are_decoded(random_solution, bits, size, colum
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["own-order", "permuted"])
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
-def test_plain_torch_gives_the_bits_of_the_definition(options, permuted, random_solution, plain_torch):
+def test_plain_torch_gives_the_bits_of_the_definition(
+    options, permuted, random_solution, plain_torch
+):
     for shape in SHAPES:
         solution = random_solution(shape, options, permuted)
         packed, W = from_solution(solution, options), by_hand(solution, options)
@@ -147,15 +155,24 @@ def test_dequantize_tile_equals_rows_of_the_whole(data, random_solution):
 
 def test_a_tile_of_many_rounding_pieces_is_rounded_once(random_solution):
     options = Options(bits=3)
-    packed = from_solution(random_solution((701, 1027), options, True), options)  # 2.7 MiB of fp32, odd rows
+    packed = from_solution(
+        random_solution((701, 1027), options, True), options
+    )  # 2.7 MiB of fp32, odd rows
     whole = OPTQ(options).dequantize_tile(packed, (0, 701), torch.float32)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        assert torch.equal(OPTQ(options).dequantize_tile(packed, (3, 700), dtype), whole[3:700].to(dtype))
+        assert torch.equal(
+            OPTQ(options).dequantize_tile(packed, (3, 700), dtype), whole[3:700].to(dtype)
+        )
 
 
 # fp32 sums of n products of any order differ by about sqrt(n) roundings; an output in 16 bits is rounded once more, and where the
 # processor multiplies bf16 numbers the weights are too
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-15, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+TOLERANCE = {
+    torch.float32: 1e-6,
+    torch.float64: 1e-15,
+    torch.float16: 2**-11,
+    torch.bfloat16: 2**-7,
+}
 
 
 @pytest.mark.parametrize("transpose", [False, True], ids=["forward", "transposed"])
@@ -168,7 +185,9 @@ def test_matmul_equals_the_product_with_the_definition(
         solution = random_solution(shape, options, permuted)
         packed, W = from_solution(solution, options), by_hand(solution, options).double()
         for rows, dtype in itertools.product((0, 1, 2, 5, 31, 40), DTYPES):
-            x = torch.randn(rows, shape[0] if transpose else shape[1], generator=generator).to(dtype)
+            x = torch.randn(rows, shape[0] if transpose else shape[1], generator=generator).to(
+                dtype
+            )
             y = OPTQ(options).matmul(x, packed, transpose)
             exact = x.double() @ (W if transpose else W.t())
             magnitude = x.double().abs() @ (W if transpose else W.t()).abs()
@@ -180,14 +199,18 @@ def test_matmul_equals_the_product_with_the_definition(
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_products_without_kernels_equal_those_with_them(bits, generator, random_solution, monkeypatch):
+def test_products_without_kernels_equal_those_with_them(
+    bits, generator, random_solution, monkeypatch
+):
     options = Options(bits=bits)
     packed = from_solution(random_solution((130, 257), options, True), options)
     x, y = torch.randn(3, 257, generator=generator), torch.randn(3, 130, generator=generator)
     compiled = OPTQ(options).matmul(x, packed), OPTQ(options).matmul(y, packed, True)
     monkeypatch.setattr(kernels, "load", lambda module, device: None)
     torch.testing.assert_close(OPTQ(options).matmul(x, packed), compiled[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(OPTQ(options).matmul(y, packed, True), compiled[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        OPTQ(options).matmul(y, packed, True), compiled[1], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["own-order", "permuted"])

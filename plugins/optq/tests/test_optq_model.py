@@ -9,8 +9,8 @@ from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ
 from transformers import AutoModelForCausalLM
 
-from modulora_core.checkpoint import load_model, open_checkpoint
-from modulora_core.merge import merge
+from modulora_core.adapters.merge import merge
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,7 +26,9 @@ def random_weight(shape, options):
     return packed
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (19, 192), (3, 2048), (5, 80), (2, 1), (45, 576)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 64), (19, 192), (3, 2048), (5, 80), (2, 1), (45, 576)], ids=str
+)
 @pytest.mark.parametrize(("bits", "symmetric"), itertools.product(BITS, (False, True)))
 @pytest.mark.parametrize("group_size", [16, 32, 64, 24, -1])
 def test_the_product_of_one_row_is_that_of_the_decoded_weight(shape, bits, symmetric, group_size):

@@ -117,7 +117,9 @@ def test_the_search_takes_the_least_weighted_error_of_all_candidates(symmetric):
         tried = []
         for each_s, each_z in reference.candidates(W[o : o + 1], options):
             step = ((W[o] / each_s).round() + each_z).clamp(0, 7) - each_z
-            tried.append((float((loss * (W[o] - each_s * step) ** 2).sum()), float(each_s), float(each_z)))
+            tried.append(
+                (float((loss * (W[o] - each_s * step) ** 2).sum()), float(each_s), float(each_z))
+            )
         assert min(tried, key=lambda t: t[0])[1:] == (float(s[o]), float(z[o]))
 
 

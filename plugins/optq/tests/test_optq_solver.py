@@ -68,7 +68,9 @@ def test_where_codes_differ_in_fp32_each_row_first_differs_at_a_tie(choice, path
     rows = different(ours, theirs, options).any(dim=1).nonzero().flatten().tolist()
     assert len(rows) <= 3
     for row in rows:
-        assert_first_difference_is_a_tie(row, reference.prepare(W, H, options), ours, theirs, options)
+        assert_first_difference_is_a_tie(
+            row, reference.prepare(W, H, options), ours, theirs, options
+        )
 
 
 def spread(solution: Solution, problem: Problem, options: Options) -> tuple[Tensor, Tensor, Tensor]:

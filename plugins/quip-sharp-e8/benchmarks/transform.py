@@ -37,7 +37,9 @@ def measure(rows: int, n: int, seconds: float) -> None:
     rotation = milliseconds(lambda: rotate(x, before=before), seconds)
     product = milliseconds(lambda: columns @ dense, seconds)
     copy = milliseconds(lambda: other.copy_(x), seconds)
-    print(f"{rows:6} {n:7} {K:5} {rotation:11.3f} ms {product:11.3f} ms {copy:11.3f} ms", flush=True)
+    print(
+        f"{rows:6} {n:7} {K:5} {rotation:11.3f} ms {product:11.3f} ms {copy:11.3f} ms", flush=True
+    )
 
 
 def main() -> None:

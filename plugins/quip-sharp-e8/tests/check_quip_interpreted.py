@@ -19,7 +19,12 @@ from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, from_solution, window
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
 
 BITS = (2, 3, 4)
-SHAPES = [(1, 1), (3, 5), (17, 130), (9, 520)]  # not all whole blocks, nor all whole words of eight codes
+SHAPES = [
+    (1, 1),
+    (3, 5),
+    (17, 130),
+    (9, 520),
+]  # not all whole blocks, nor all whole words of eight codes
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COUNTS = [
     (torch.float32, 1),
@@ -68,7 +73,9 @@ def test_every_code_decodes_to_its_point(bits):
     codes = torch.arange(1 << 16).to(torch.int16).reshape(256, 256)
     residual = {2: codes, 3: codes.to(torch.uint8), 4: codes.flip(0).contiguous()}[bits]
     out = torch.empty(256, 2048)
-    one_block[(1,)]((codes, residual, gpu.words(), 32), out, OPTIONS=(bits, 8), ROWS=256, COLUMNS=2048)
+    one_block[(1,)](
+        (codes, residual, gpu.words(), 32), out, OPTIONS=(bits, 8), ROWS=256, COLUMNS=2048
+    )
     assert torch.equal(out, definition(codes, residual, bits, 2048))
 
 
@@ -129,15 +136,21 @@ def test_rotation_is_the_product_with_the_dense_matrix(n, generator):
     for transpose, M in ((False, H), (True, H.T)):
         expected = ((x.double() * before.double()) @ M) * after.double()
         got = gpu_transform.rotate(x, K, transpose, before, after)
-        scale = (after.double() * (x.double() * before).square().mean(-1, keepdim=True).sqrt()).abs()
-        assert ((got - expected).abs() <= 1e-5 * scale).all(), "fp32 sums of n terms, as by every other path"
+        scale = (
+            after.double() * (x.double() * before).square().mean(-1, keepdim=True).sqrt()
+        ).abs()
+        assert ((got - expected).abs() <= 1e-5 * scale).all(), (
+            "fp32 sums of n terms, as by every other path"
+        )
 
 
 def test_a_matrix_between_segments_is_applied_with_a_sylvester_matrix_inside_of_them(generator):
     x, n = torch.randn(1, 172 * 128, generator=generator), 172 * 128
     assert gpu_transform.plan(172, 128).far == 172
     y = gpu_transform.rotate(x, 172, False, None, None)
-    assert torch.allclose(y, transform._rotate(x, 172, False, torch.full((n,), n**-0.5), None), atol=1e-5)
+    assert torch.allclose(
+        y, transform._rotate(x, 172, False, torch.full((n,), n**-0.5), None), atol=1e-5
+    )
     assert torch.allclose(gpu_transform.rotate(y, 172, True, None, None), x, atol=1e-5)
 
 
@@ -186,7 +199,9 @@ def test_products_of_a_window_are_those_of_its_rows(bits, random_solution, gener
     for transpose, M in ((False, W.T), (True, W)):
         for dtype in DTYPES:
             x = torch.randn(3, len(M), generator=generator).to(dtype)
-            error = (quantizer.matmul(x, packed, transpose) - x.double() @ M).norm() / (x.double() @ M).norm()
+            error = (quantizer.matmul(x, packed, transpose) - x.double() @ M).norm() / (
+                x.double() @ M
+            ).norm()
             assert error <= 4 * ROUNDING[dtype] + 1e-5, (dtype, transpose)
     tile = quantizer.dequantize_tile(packed, (2, 9), torch.float32)
     assert (tile - W[2:9]).abs().max() <= 1e-5 * W.abs().max()

@@ -21,7 +21,9 @@ def layer() -> Callable[..., tuple[Tensor, Tensor]]:
         W = 0.02 * torch.randn(M, N, generator=numbers, dtype=dtype)
         W[:, N // 2] *= 20
         W[M // 3] *= 5
-        mixing = torch.randn(N, N, generator=numbers, dtype=dtype) / N**0.5 + torch.eye(N, dtype=dtype)
+        mixing = torch.randn(N, N, generator=numbers, dtype=dtype) / N**0.5 + torch.eye(
+            N, dtype=dtype
+        )
         x = (
             torch.randn(4 * N, N, generator=numbers, dtype=dtype)
             @ mixing

@@ -50,7 +50,9 @@ def test_tiles_are_the_rows_of_the_reference(shape, options, plain, random_solut
 @pytest.mark.parametrize(
     "budget", [2 * 8 * 33 * 4, 2**20]
 )  # one strip of eight columns at a time, and all at once
-def test_a_tile_is_bit_for_bit_the_same_rows_of_the_whole(budget, plain, options, random_solution, request):
+def test_a_tile_is_bit_for_bit_the_same_rows_of_the_whole(
+    budget, plain, options, random_solution, request
+):
     if plain:
         request.getfixturevalue("plain_torch")
     packed = from_solution(random_solution((33, 130), options), options)
@@ -88,7 +90,9 @@ def test_products_are_those_of_the_reference(
         request.getfixturevalue("plain_torch")
     solution = random_solution(shape, options)
     W, packed = dense(solution, options), from_solution(solution, options)
-    x = torch.randn(rows, shape[0] if transpose else shape[1], generator=generator, dtype=torch.float64)
+    x = torch.randn(
+        rows, shape[0] if transpose else shape[1], generator=generator, dtype=torch.float64
+    )
     expected = x @ (W if transpose else W.T)
     norm = float(expected.norm()) / expected.numel() ** 0.5
     y = QuIPSharpE8(options).matmul(x, packed, transpose)
@@ -124,7 +128,9 @@ def test_with_units_for_bf16_inputs_are_multiplied_in_it(
     assert y.dtype == torch.bfloat16
     # the rotated input, the tile, the product and the result are each rounded, by less than 2^-9 in the mean, and rotations keep norms
     assert bool(((y.double() - exact).norm(dim=1) <= 4 * 2**-9 * exact.norm(dim=1)).all())
-    assert not torch.equal(y, QuIPSharpE8(options).matmul(x.float(), packed, transpose).to(torch.bfloat16))
+    assert not torch.equal(
+        y, QuIPSharpE8(options).matmul(x.float(), packed, transpose).to(torch.bfloat16)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,7 +142,10 @@ def test_both_directions_are_adjoint(rows, dtype, options, random_solution, gene
         torch.randn(rows, 576, generator=generator).to(dtype),
         torch.randn(rows, 192, generator=generator).to(dtype),
     )
-    Wx, Wty = (QuIPSharpE8(options).matmul(given, packed, t).double() for given, t in ((x, False), (y, True)))
+    Wx, Wty = (
+        QuIPSharpE8(options).matmul(given, packed, t).double()
+        for given, t in ((x, False), (y, True))
+    )
     one, other = (Wx * y).sum(dim=1), (x * Wty).sum(dim=1)
     size = Wx.norm(dim=1) * y.double().norm(dim=1)
     assert bool(((one - other).abs() <= 4 * torch.finfo(dtype).eps * size).all())
@@ -148,12 +157,16 @@ def test_activations_of_ten_thousand_do_not_overflow_in_fp16(transpose, rows, ra
     options, side = Options(), "output_scale" if transpose else "input_scale"
     solution = random_solution((6656, 96) if transpose else (96, 11008), options)
     packed = from_solution(replace(solution, scale=torch.tensor([0.005])), options)
-    x = 1e4 * packed.tensors[side].sign().expand(rows, -1)  # all of it in one coordinate, once it is rotated
+    x = 1e4 * packed.tensors[side].sign().expand(
+        rows, -1
+    )  # all of it in one coordinate, once it is rotated
     assert float(transform.rotate(x, before=packed.tensors[side]).abs().max()) > 65504
     expected = QuIPSharpE8(options).matmul(x.double(), packed, transpose)
     assert float(expected.abs().max()) < 65504
     y = QuIPSharpE8(options).matmul(x.half(), packed, transpose)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        y.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+    )
 
 
 def test_leading_dimensions_and_no_rows(options, random_solution, generator):
@@ -199,7 +212,9 @@ def test_a_rescaled_weight_is_the_weight_between_scales(options, random_solution
     rescaled = QuIPSharpE8(options).rescaled(packed, u, v)
     assert rescaled.layout == packed.layout
     assert torch.equal(rescaled.tensors["codes"], packed.tensors["codes"])
-    W, moved = (QuIPSharpE8(options).dequantize_tile(p, (0, 40), torch.float64) for p in (packed, rescaled))
+    W, moved = (
+        QuIPSharpE8(options).dequantize_tile(p, (0, 40), torch.float64) for p in (packed, rescaled)
+    )
     # two scales, each rounded to fp16
     torch.testing.assert_close(moved, v[:, None] * W * u, rtol=2.2e-3 / 2, atol=0)
 
@@ -245,7 +260,9 @@ def test_without_calibration_it_says_what_it_needs(layer):
 def test_metadata_that_was_edited_is_refused(change, random_solution):
     options = Options()
     packed = from_solution(random_solution((12, 20), options), options)
-    edited = type(packed)(packed.quantizer, 1, packed.shape, packed.tensors, dict(packed.metadata) | change)
+    edited = type(packed)(
+        packed.quantizer, 1, packed.shape, packed.tensors, dict(packed.metadata) | change
+    )
     for use in (lambda: QuIPSharpE8(options).matmul(torch.ones(1, 20), edited),
                 lambda: QuIPSharpE8(options).dequantize_tile(edited, (0, 12), torch.float32)):  # fmt: skip
         with pytest.raises(CheckpointError):
@@ -257,7 +274,11 @@ def test_tensors_that_do_not_fit_the_metadata_are_refused(options, random_soluti
     for name in packed.tensors:
         for tensor in (packed.tensors[name][:-1], packed.tensors[name].to(torch.float64)):
             broken = type(packed)(
-                packed.quantizer, 1, packed.shape, dict(packed.tensors) | {name: tensor}, packed.metadata
+                packed.quantizer,
+                1,
+                packed.shape,
+                dict(packed.tensors) | {name: tensor},
+                packed.metadata,
             )
             with pytest.raises(CheckpointError, match=name):
                 QuIPSharpE8(options).matmul(torch.ones(1, 20), broken)

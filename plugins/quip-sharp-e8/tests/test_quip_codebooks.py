@@ -38,7 +38,16 @@ def test_vectors_of_norm_12_are_distinct_and_have_three_halves():
     assert len({tuple(vector) for vector in long.tolist()}) == 29
     assert ((long == 0.5).sum(-1) == 3).all()
     assert ((long == 1.5).sum(-1) == 5).all()
-    assert long[0].tolist() == [1.5, 0.5, 0.5, 0.5, 1.5, 1.5, 1.5, 1.5]  # "123", the first of the list
+    assert long[0].tolist() == [
+        1.5,
+        0.5,
+        0.5,
+        0.5,
+        1.5,
+        1.5,
+        1.5,
+        1.5,
+    ]  # "123", the first of the list
     assert long[-1].tolist() == [1.5, 1.5, 0.5, 0.5, 1.5, 1.5, 1.5, 0.5]  # "237", the last
 
 
@@ -105,7 +114,9 @@ def test_e81_has_256_distinct_points_of_e8():
     assert points.shape == (256, 8)
     assert len(points.unique(dim=0)) == 256
     doubled = 2 * points
-    assert ((doubled % 2 == 0).all(-1) | (doubled % 2 == 1).all(-1)).all()  # all integers or all halves
+    assert (
+        (doubled % 2 == 0).all(-1) | (doubled % 2 == 1).all(-1)
+    ).all()  # all integers or all halves
     assert (doubled.sum(-1) % 4 == 0).all()  # of even sum
     assert [int((points.square().sum(-1) == norm).sum()) for norm in (0, 2, 4)] == [1, 240, 15]
 
@@ -122,10 +133,14 @@ def test_e81_is_in_the_documented_order():
 @pytest.mark.parametrize(("scale", "error"), [(1.03, 0.0915)])
 def test_a_gaussian_loses_what_the_paper_says(scale, error, generator):
     x = scale * torch.randn(8192, 8, generator=generator)
-    nearest = torch.cat([codebooks.nearest_brute(chunk, codebooks.e8p()) for chunk in x.split(1024)])
+    nearest = torch.cat(
+        [codebooks.nearest_brute(chunk, codebooks.e8p()) for chunk in x.split(1024)]
+    )
     errors = (x - codebooks.e8p_points(nearest)).square().mean(-1) / scale**2
     # four standard errors of the mean, and half of the last digit that is given
-    assert abs(float(errors.mean()) - error) < 4 * float(errors.std()) / len(errors) ** 0.5 + 0.00005
+    assert (
+        abs(float(errors.mean()) - error) < 4 * float(errors.std()) / len(errors) ** 0.5 + 0.00005
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -136,7 +151,9 @@ def test_decode_adds_the_residual_divided_by_its_scale(bits, generator):
         residual = torch.randint(0, 256, (5, 7), generator=generator, dtype=torch.uint8)
         points = codebooks.e81()[residual.long()] / 2.04
     elif bits == 4:
-        residual = torch.randint(-(1 << 15), 1 << 15, (5, 7), generator=generator, dtype=torch.int16)
+        residual = torch.randint(
+            -(1 << 15), 1 << 15, (5, 7), generator=generator, dtype=torch.int16
+        )
         points = codebooks.e8p()[residual.long() % (1 << 16)] / 3.45
     expected = (codebooks.e8p()[codes.long() % (1 << 16)] + points).reshape(5, 56)
     C = codebooks.decode(codes, residual, bits)

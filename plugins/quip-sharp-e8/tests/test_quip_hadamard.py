@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 from modulora_quip_sharp_e8.galois import jacobsthal, prime_power
-from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER, SEQUENCES, construction, decompose, hadamard
+from modulora_quip_sharp_e8.hadamard import (
+    LARGEST_ORDER,
+    SEQUENCES,
+    construction,
+    decompose,
+    hadamard,
+)
 
 from modulora_core.errors import ShapeError
 
@@ -88,7 +94,9 @@ def test_an_order_out_of_reach_is_refused(order):
 
 @pytest.mark.parametrize("q", [3, 7, 11, 13, 103, 461])
 def test_jacobsthal_matrix_of_a_prime_is_that_of_legendre_symbols(q):
-    expected = [[{0: 0, 1: 1, q - 1: -1}[pow(i - j, (q - 1) // 2, q)] for j in range(q)] for i in range(q)]
+    expected = [
+        [{0: 0, 1: 1, q - 1: -1}[pow(i - j, (q - 1) // 2, q)] for j in range(q)] for i in range(q)
+    ]
     assert jacobsthal(q).tolist() == expected
 
 
@@ -115,9 +123,9 @@ def test_no_jacobsthal_matrix_of_another_order(q):
 @pytest.mark.parametrize("n", SEQUENCES)
 def test_autocorrelations_of_the_sequences_sum_to_zero(n):
     signs = np.array([[1 if s == "+" else -1 for s in sequence] for sequence in SEQUENCES[n]])
-    assert [int((signs * np.roll(signs, shift, axis=1)).sum()) for shift in range(n)] == [4 * n] + (n - 1) * [
-        0
-    ]
+    assert [int((signs * np.roll(signs, shift, axis=1)).sum()) for shift in range(n)] == [4 * n] + (
+        n - 1
+    ) * [0]
 
 
 @pytest.mark.parametrize("order", DIGESTS)

@@ -9,8 +9,8 @@ from modulora_quip_sharp_e8.options import Options
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8
 from transformers import AutoModelForCausalLM
 
-from modulora_core.checkpoint import load_model, open_checkpoint
-from modulora_core.merge import merge
+from modulora_core.adapters.merge import merge
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

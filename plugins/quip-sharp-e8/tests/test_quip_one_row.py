@@ -16,7 +16,9 @@ def random_weight(shape, bits):
         if tensor.dtype.is_floating_point:
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
         else:
-            tensor.copy_(torch.randint(0, 2**16, tensor.shape, generator=generator).to(tensor.dtype))
+            tensor.copy_(
+                torch.randint(0, 2**16, tensor.shape, generator=generator).to(tensor.dtype)
+            )
     return packed
 
 

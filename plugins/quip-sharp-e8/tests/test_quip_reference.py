@@ -44,7 +44,10 @@ def test_an_error_costs_the_same_in_both_bases(rescale, layer, generator):
     )
     E = in_its_basis(rotated) - in_its_basis(problem)
     damped = H / H.diagonal().mean() + 0.25 * torch.eye(32, dtype=torch.float64)
-    here, there = (E @ damped * E).sum(), (moved @ problem.H * moved).sum() * problem.scale.double() ** 2
+    here, there = (
+        (E @ damped * E).sum(),
+        (moved @ problem.H * moved).sum() * problem.scale.double() ** 2,
+    )
     torch.testing.assert_close(here[None], there, rtol=1e-9, atol=0)
 
 
@@ -82,7 +85,9 @@ def test_signs_are_half_of_each_and_of_their_seed():
 def test_feedback_is_the_block_ldl_factor(n, layer):
     H = layer(8, n, torch.float64)[1] + torch.eye(n, dtype=torch.float64)
     L = reference.feedback(H, 0.01) + torch.eye(n, dtype=torch.float64)
-    D = torch.linalg.solve_triangular(L, torch.linalg.solve_triangular(L, H, upper=False).T, upper=False)
+    D = torch.linalg.solve_triangular(
+        L, torch.linalg.solve_triangular(L, H, upper=False).T, upper=False
+    )
     blocks = torch.block_diag(*[torch.ones(8, 8, dtype=torch.float64)] * (n // 8))
     assert torch.equal(L * (1 - torch.tril(torch.ones_like(L))) * (1 - blocks), torch.zeros_like(L))
     torch.testing.assert_close(D * (1 - blocks), torch.zeros_like(D), rtol=0, atol=1e-9)
@@ -91,12 +96,16 @@ def test_feedback_is_the_block_ldl_factor(n, layer):
 def test_a_second_moment_that_fp32_cannot_factorize_is_factorized_in_fp64(generator):
     rows = torch.randint(-900, 901, (16, 16), generator=generator, dtype=torch.float64)
     rows[15] = rows[0]
-    rows[15, 3] += 1  # so that what is left for the last column is 1e-7 of what it is subtracted from
+    rows[15, 3] += (
+        1  # so that what is left for the last column is 1e-7 of what it is subtracted from
+    )
     H = rows @ rows.T
     assert torch.equal(H, H.float().double())
     assert torch.linalg.cholesky_ex(H.float())[1] != 0, "or this test tests nothing"
     L = torch.linalg.cholesky(H)
-    blocks = torch.linalg.solve_triangular(L[:8, :8].contiguous(), L[8:, :8], upper=False, left=False)
+    blocks = torch.linalg.solve_triangular(
+        L[:8, :8].contiguous(), L[8:, :8], upper=False, left=False
+    )
     torch.testing.assert_close(
         reference.feedback(H.float(), 0.5)[8:, :8], blocks.float(), rtol=1e-5, atol=1e-6
     )
@@ -148,7 +157,9 @@ def test_more_bits_leave_less_error(layer):
     errors = []
     for bits in (2, 3, 4):
         options = Options(bits=bits, sweeps=0)
-        errors.append(reference.proxy_error(W, reference.solve(W, H, options).dequantize(options), H))
+        errors.append(
+            reference.proxy_error(W, reference.solve(W, H, options).dequantize(options), H)
+        )
     # a bit more is a quarter of the error for an ideal quantizer
     assert errors[1] < errors[0] / 3
     assert errors[2] < errors[1] / 3

@@ -137,10 +137,14 @@ def test_zeros_of_either_sign_have_a_nearest_point(name):
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), torch.finfo(torch.float32).max])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), -float("inf"), torch.finfo(torch.float32).max]
+)
 def test_what_is_not_a_number_still_gets_a_code_of_the_codebook(name, value, generator):
     x = torch.where(
-        torch.rand(512, 8, generator=generator) < 0.4, value, torch.randn(512, 8, generator=generator)
+        torch.rand(512, 8, generator=generator) < 0.4,
+        value,
+        torch.randn(512, 8, generator=generator),
     )
     codes = search(x, name)
     assert bool((codes < len(CODEBOOKS[name][0]())).all())

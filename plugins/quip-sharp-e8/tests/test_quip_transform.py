@@ -57,14 +57,16 @@ def path(request: pytest.FixtureRequest) -> str:
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(
-        dtype
-    )
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64
+    ).to(dtype)
 
 
 def error(got: Tensor, expected: Tensor) -> float:
     """The largest difference, in units of the expected root mean square."""
-    return float((got.double() - expected.double()).abs().max() / expected.double().square().mean().sqrt())
+    return float(
+        (got.double() - expected.double()).abs().max() / expected.double().square().mean().sqrt()
+    )
 
 
 def check_orthogonality(n: int) -> None:
@@ -104,7 +106,10 @@ def test_rotation_is_the_product_with_the_dense_matrix(n, path):
         got = rotate(x, transpose=transpose, before=before, after=after)
         assert got.dtype == torch.float64
         assert error(got, expected) < 1e-12
-        assert error(rotate(x.float(), transpose=transpose, before=before, after=after), expected) < 1e-5
+        assert (
+            error(rotate(x.float(), transpose=transpose, before=before, after=after), expected)
+            < 1e-5
+        )
 
 
 def test_dense_matrix_is_what_the_definition_says():
@@ -194,7 +199,9 @@ def test_in_place_gives_the_same_bits(n, path):
     expected = rotate(x, before=before, after=after)
     y = rotate(x, before=before, after=after, in_place=True)
     assert torch.equal(y, expected)
-    assert y.data_ptr() == x.data_ptr() or path == "torch" or n == 8191  # by way of a Fourier transform
+    assert (
+        y.data_ptr() == x.data_ptr() or path == "torch" or n == 8191
+    )  # by way of a Fourier transform
 
 
 def test_random_signs_spread_an_outlier_and_a_constant(path):
@@ -210,7 +217,9 @@ def test_random_signs_spread_an_outlier_and_a_constant(path):
     assert incoherence.max() < bound
 
 
-@pytest.mark.parametrize("x", [torch.ones(()), torch.ones(3, 0), torch.ones(3, 4, dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "x", [torch.ones(()), torch.ones(3, 0), torch.ones(3, 4, dtype=torch.int32)]
+)
 def test_what_cannot_be_rotated_is_refused(x):
     with pytest.raises(ShapeError, match="what is to be rotated"):
         rotate(x)

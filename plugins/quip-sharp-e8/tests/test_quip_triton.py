@@ -55,7 +55,9 @@ def rotation(n, target):
     from modulora_quip_sharp_e8 import gpu_transform
 
     x, vector = torch.empty(8, n), torch.empty(n, dtype=torch.float16)
-    return compiled(target, lambda: gpu_transform.rotate(x, transform.order(n), False, vector, vector))
+    return compiled(
+        target, lambda: gpu_transform.rotate(x, transform.order(n), False, vector, vector)
+    )
 
 
 @TARGETS

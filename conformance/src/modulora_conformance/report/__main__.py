@@ -14,7 +14,9 @@ from modulora_core.errors import DataError
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the reports. Returns 0, or 2 for a file that isn't the JSON of a run."""
-    parser = argparse.ArgumentParser(prog="python -m modulora_conformance.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m modulora_conformance.report", description=__doc__
+    )
     parser.add_argument("file", metavar="FILE.json", type=Path, help="what a run wrote")
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write the reports")
     asked = parser.parse_args(arguments)

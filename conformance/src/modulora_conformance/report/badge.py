@@ -42,4 +42,6 @@ def badge(run: Run) -> str:
 
 def _width(text: str) -> int:
     """About as wide as Verdana at 11 px."""
-    return round(sum(next((width for width, letters in _WIDTHS.items() if c in letters), 7.0) for c in text))
+    return round(
+        sum(next((width for width, letters in _WIDTHS.items() if c in letters), 7.0) for c in text)
+    )

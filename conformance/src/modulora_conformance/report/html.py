@@ -115,7 +115,8 @@ def _prose(docstring: str) -> Markup:
     """Text of a docstring, escaped, with what is between backticks as code."""
     pieces = _CODE.split(docstring)  # every other one was between backticks
     return Markup("").join(
-        Markup("<code>{}</code>").format(piece) if i % 2 else piece for i, piece in enumerate(pieces)
+        Markup("<code>{}</code>").format(piece) if i % 2 else piece
+        for i, piece in enumerate(pieces)
     )
 
 
@@ -128,7 +129,9 @@ def _level(run: Run, name: str) -> LevelView:
         for key, found in checks.items()
     )
     text = run.about[name].text if name in run.about else ""
-    return LevelView(name, run.title(name), tuple(text.splitlines()), level_state(run.of(name)), groups)
+    return LevelView(
+        name, run.title(name), tuple(text.splitlines()), level_state(run.of(name)), groups
+    )
 
 
 def _configuration(run: Run, name: str) -> dict[str, Any]:
@@ -148,7 +151,9 @@ def _configuration(run: Run, name: str) -> dict[str, Any]:
 
 def _noise(run: Run) -> float:
     """How many times its best a median of the speed was, where that is so much that the speed says little; else 0."""
-    worst = max((timing.noise for speed in run.speed.values() for timing in speed.timings), default=0.0)
+    worst = max(
+        (timing.noise for speed in run.speed.values() for timing in speed.timings), default=0.0
+    )
     return worst if worst > NOISY else 0.0
 
 
@@ -157,7 +162,8 @@ def _flat(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in environment.items():
         if isinstance(value, Mapping):
             yield from (
-                (str(key), "not installed" if item is None else str(item)) for key, item in value.items()
+                (str(key), "not installed" if item is None else str(item))
+                for key, item in value.items()
             )
         elif isinstance(value, (list, tuple)):
             yield name, ", ".join(map(str, value)) or "none"

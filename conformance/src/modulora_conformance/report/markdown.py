@@ -32,7 +32,13 @@ def support_table(runs: Sequence[Run]) -> str:
     """A badge for each run, a table with a row for each configuration, and what stands against a certificate where something does."""
     badges = [f"![modulora conformance: {verdict(run).words}]({run.quantizer}.svg)" for run in runs]
     return "\n".join(
-        [*badges, "", *table(runs), *(f"\n{escape(against(run))}" for run in runs if not run.certified), ""]
+        [
+            *badges,
+            "",
+            *table(runs),
+            *(f"\n{escape(against(run))}" for run in runs if not run.certified),
+            "",
+        ]
     )
 
 
@@ -42,7 +48,9 @@ def table(runs: Iterable[Run]) -> Iterator[str]:
     yield _row(["---"] * len(HEADINGS))
     for run in runs:
         for configuration in run.configurations:
-            levels = levels_passed(check for check in run.checks if check.configuration == configuration)
+            levels = levels_passed(
+                check for check in run.checks if check.configuration == configuration
+            )
             yield _row([
                 f"{run.quantizer} {run.version}".strip(),
                 configuration,

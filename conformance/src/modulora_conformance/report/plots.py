@@ -96,7 +96,9 @@ class _Axis:
     @property
     def ticks(self) -> tuple[tuple[float, str], ...]:
         step = math.ceil((self.high - self.low) / 6)
-        return tuple((self.x(10.0**p), _power(p)) for p in range(self.low, self.high + 1) if p % step == 0)
+        return tuple(
+            (self.x(10.0**p), _power(p)) for p in range(self.low, self.high + 1) if p % step == 0
+        )
 
 
 def _power(p: int) -> str:
@@ -181,7 +183,9 @@ def speed_plot(run: Run) -> Plot | None:
             for name, t in items
         )  # fmt: skip
         speeds = sorted(t.speed for _, t in items)
-        value = f"{speeds[0]:.2g} ×" if len(speeds) == 1 else f"{speeds[0]:.2g} to {speeds[-1]:.2g} ×"
+        value = (
+            f"{speeds[0]:.2g} ×" if len(speeds) == 1 else f"{speeds[0]:.2g} to {speeds[-1]:.2g} ×"
+        )
         rows.append(Row(label, "", dots, value, over=False))
     return Plot(tuple(rows), axis.ticks, axis.x(1.0))
 

@@ -138,7 +138,11 @@ class Run(_Value):
     @property
     def sound(self) -> bool:
         """Whether nothing stands against a certificate but that none was asked for."""
-        return self.complete and bool(self.checks) and not any(check.uncertified for check in self.checks)
+        return (
+            self.complete
+            and bool(self.checks)
+            and not any(check.uncertified for check in self.checks)
+        )
 
     def of(self, level: str) -> Iterator[Check]:
         """The checks of a level, in order."""
@@ -152,7 +156,9 @@ class Run(_Value):
         """What a level is about, in a word or two."""
         return self.about[level].title if level in self.about else ""
 
-    def measured(self, unit: str, configuration: str | None = None) -> Iterator[tuple[Check, Measured]]:
+    def measured(
+        self, unit: str, configuration: str | None = None
+    ) -> Iterator[tuple[Check, Measured]]:
         """Every measurement in a unit, with its check."""
         for check in self.checks:
             if configuration in (None, check.configuration):

@@ -38,7 +38,13 @@ def page(runs: Sequence[Run]) -> str:
     open_points = [
         f"\n* {escape(run.quantizer)}: {escape(against(run))}" for run in runs if not run.certified
     ]
-    return HEADER + "\n".join(table(runs)) + "\n" + "".join(open_points) + ("\n" if open_points else "")
+    return (
+        HEADER
+        + "\n".join(table(runs))
+        + "\n"
+        + "".join(open_points)
+        + ("\n" if open_points else "")
+    )
 
 
 def complete_runs(folder: Path) -> tuple[list[Run], list[Run]]:
@@ -80,7 +86,8 @@ def check(folder: Path, file: Path) -> list[str]:
     complete, others = complete_runs(folder)
     for run in others:
         print(
-            f"note: {run.quantizer}.json is of a run that wasn't complete, and is left out", file=sys.stderr
+            f"note: {run.quantizer}.json is of a run that wasn't complete, and is left out",
+            file=sys.stderr,
         )
     found = file.read_text(encoding="utf-8") if file.exists() else ""
     lines = found.splitlines(), page(complete).splitlines()
@@ -94,9 +101,12 @@ def check(folder: Path, file: Path) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, 1 where the page differs, 2 for results that can't be used."""
     parser = argparse.ArgumentParser(
-        prog="python -m modulora_conformance.report.support", description="A support page from results."
+        prog="python -m modulora_conformance.report.support",
+        description="A support page from results.",
     )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the .json files of complete runs")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="the .json files of complete runs"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", metavar="FILE", type=Path, help="write the page")
     what.add_argument(

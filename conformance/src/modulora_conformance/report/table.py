@@ -41,15 +41,20 @@ def table(run: Run, width: int, *, color: bool) -> str:
         highlight=False,
     )
     console.print(_levels(run))
-    _tell(console, "FAILED", "bold red", [check for check in run.checks if check.outcome == "failed"])
-    _tell(console, "XFAILED", "yellow", [check for check in run.checks if check.outcome == "xfailed"])
+    _tell(
+        console, "FAILED", "bold red", [check for check in run.checks if check.outcome == "failed"]
+    )
+    _tell(
+        console, "XFAILED", "yellow", [check for check in run.checks if check.outcome == "xfailed"]
+    )
     _tell_skips(console, run)
     console.print(Text(against(run), style="bold green" if run.certified else "bold"))
     if "L1" in run.levels and not any(check.check.endswith(GOLDEN) for check in run.checks):
         console.print(Text(NO_GOLDEN, style="dim"), soft_wrap=True)
     console.print(
         Text(
-            f"To repeat: {repeat(run)}" + (f"; in pytest: --hypothesis-seed={run.seed}" if run.seed else ""),
+            f"To repeat: {repeat(run)}"
+            + (f"; in pytest: --hypothesis-seed={run.seed}" if run.seed else ""),
             style="dim",
         )
     )
@@ -80,7 +85,9 @@ def _count(run: Run, level: str, kind: Kind) -> Text:
 def _tell(console: Console, word: str, style: str, checks: list[Check]) -> None:
     for check in checks:
         case = f" ({check.case})" if check.case else ""
-        where = Text.assemble((word, style), f" {check.level} {check.check}{case} [{check.configuration}]: ")
+        where = Text.assemble(
+            (word, style), f" {check.level} {check.check}{case} [{check.configuration}]: "
+        )
         console.print(where + Text(" ".join(check.reason.split())), soft_wrap=True)
 
 
@@ -88,5 +95,6 @@ def _tell_skips(console: Console, run: Run) -> None:
     reasons = Counter(check.reason for check in run.checks if check.outcome == "skipped")
     for reason, number in reasons.items():
         console.print(
-            Text.assemble(("SKIPPED", "dim"), f" {number}: {' '.join(reason.split())}"), soft_wrap=True
+            Text.assemble(("SKIPPED", "dim"), f" {number}: {' '.join(reason.split())}"),
+            soft_wrap=True,
         )

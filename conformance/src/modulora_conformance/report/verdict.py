@@ -31,7 +31,9 @@ def verdict(run: Run) -> Verdict:
     if run.count("failed") or run.count("blocked"):
         return Verdict("failing", "failing")
     passed = levels_passed(run.checks)
-    return Verdict("passed", f"{passed} passed") if passed else Verdict("incomplete", "not certified")
+    return (
+        Verdict("passed", f"{passed} passed") if passed else Verdict("incomplete", "not certified")
+    )
 
 
 def level_state(checks: Iterable[Check]) -> Kind:
@@ -58,7 +60,9 @@ def against(run: Run) -> str:
     """What stands against a certificate, in one sentence, or that nothing does."""
     if run.certified or run.sound:
         word, end = (
-            ("Certified", "") if run.certified else ("Passed", " A certificate takes a run with --certified.")
+            ("Certified", "")
+            if run.certified
+            else ("Passed", " A certificate takes a run with --certified.")
         )
         return (
             f"{word}: every check of suite {run.suite} passed, but for hardware that isn't here and what the quantizer doesn't "
@@ -67,15 +71,23 @@ def against(run: Run) -> str:
     reasons = (
         []
         if run.complete
-        else ["the run didn't cover every level and every configuration that the spec makes promises for"]
+        else [
+            "the run didn't cover every level and every configuration that the spec makes promises for"
+        ]
     )
     reasons += [
-        _counted(kind, run.count(kind)) for kind in ("failed", "blocked", "xfailed") if run.count(kind)
+        _counted(kind, run.count(kind))
+        for kind in ("failed", "blocked", "xfailed")
+        if run.count(kind)
     ]
-    skips = Counter(check.reason for check in run.checks if check.outcome == "skipped" and check.uncertified)
+    skips = Counter(
+        check.reason for check in run.checks if check.outcome == "skipped" and check.uncertified
+    )
     if skips:
         first = next(iter(skips))
-        reasons.append(f"{_checks(skips.total())} skipped for another reason than missing hardware ({first})")
+        reasons.append(
+            f"{_checks(skips.total())} skipped for another reason than missing hardware ({first})"
+        )
     return f"Not certified: {'; '.join(reasons) or 'nothing was checked'}."
 
 

@@ -14,7 +14,9 @@ from modulora_core.spec import Promise, QuantizerSpec
 SOUND = ("Healthy", "InTriton", "StridedTiles")
 """Those that nothing is wrong with."""
 
-PROMISE = Promise(bits_per_weight=6.0, gaussian=0.11, heavy_tailed=0.13, outlier_columns=0.16, constant=0.001)
+PROMISE = Promise(
+    bits_per_weight=6.0, gaussian=0.11, heavy_tailed=0.13, outlier_columns=0.16, constant=0.001
+)
 
 MEMBERS: dict[str, tuple[str, ...]] = {
     "healthy": ("Healthy",),
@@ -53,7 +55,11 @@ MEMBERS: dict[str, tuple[str, ...]] = {
 ELSEWHERE = ("Unlisted", "HeavyMetadata", "SlowMetadata")
 """Those that this module's hook doesn't list: none does, or ``zoo_heavy.py`` and ``zoo_slow.py`` do."""
 
-CALIBRATED = {"SecretlyCalibrated": "none", "NeverCalibrated": "required", "UndampedInverse": "optional"}
+CALIBRATED = {
+    "SecretlyCalibrated": "none",
+    "NeverCalibrated": "required",
+    "UndampedInverse": "optional",
+}
 
 
 def kebab(name: str) -> str:

@@ -66,7 +66,9 @@ class ResultWithAGraph(Healthy):
     breaks = "test_a_product_of_frozen_operands_has_no_graph"
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
-        return super().matmul(x, packed, transpose) * torch.ones((), dtype=x.dtype, requires_grad=True)
+        return super().matmul(x, packed, transpose) * torch.ones(
+            (), dtype=x.dtype, requires_grad=True
+        )
 
 
 class KeepsDecodedCodes(Healthy):
@@ -95,7 +97,9 @@ class RemembersTheLastWeight(Healthy):
         if (
             transpose
             and remembered
-            and all(t is not None and t.shape == packed.tensors[n].shape for n, t in remembered.items())
+            and all(
+                t is not None and t.shape == packed.tensors[n].shape for n, t in remembered.items()
+            )
         ):
             packed = PackedWeight(packed.quantizer, 1, packed.shape, remembered, packed.metadata)
         return super().matmul(x, packed, transpose)

@@ -7,7 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from modulora_core.errors import WeightError
-from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, TensorLayout, check_rows
+from modulora_core.spec import (
+    Calibration,
+    PackedLayout,
+    PackedWeight,
+    Quantizer,
+    TensorLayout,
+    check_rows,
+)
 from modulora_zoo import SPECS
 
 LEVELS = 15
@@ -37,7 +44,10 @@ class Healthy(Quantizer):
                 f"{self.spec.name}: expected a finite weight, got NaN or Inf in one of shape {list(weight.shape)}"
             )
         groups = self.grouped(W)  # [out, groups, G]
-        low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)  # [out, groups]
+        low, high = (
+            groups.amin(dim=2).clamp(max=0),
+            groups.amax(dim=2).clamp(min=0),
+        )  # [out, groups]
         scale = self.scale((high - low) / LEVELS)
         zero = -low / scale.float().clamp(min=1e-8)
         codes = (
@@ -78,9 +88,13 @@ class Healthy(Quantizer):
         n = -(-shape[1] // self.options.group_size)
         tensors = {"codes": TensorLayout("uint8", (shape[0], shape[1] // 2)), "scale": TensorLayout("float16", (shape[0], n)),
                    "zero": TensorLayout("float16", (shape[0], n))}  # fmt: skip
-        return PackedLayout(self.spec.name, 1, shape, tensors, {"group_size": self.options.group_size})
+        return PackedLayout(
+            self.spec.name, 1, shape, tensors, {"group_size": self.options.group_size}
+        )
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         check_rows(packed, rows)
         return self.decode(packed, rows).to(dtype)
 
@@ -92,10 +106,15 @@ class Healthy(Quantizer):
     def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
         """fp32 ``[rows, in]``."""
         columns = packed.shape[1]
-        scale, zero = self.spread(packed, "scale", rows, columns), self.spread(packed, "zero", rows, columns)
+        scale, zero = (
+            self.spread(packed, "scale", rows, columns),
+            self.spread(packed, "zero", rows, columns),
+        )
         return (self.codes(packed, rows).float() - zero) * scale
 
-    def spread(self, packed: PackedWeight, name: str, rows: tuple[int, int], columns: int) -> Tensor:
+    def spread(
+        self, packed: PackedWeight, name: str, rows: tuple[int, int], columns: int
+    ) -> Tensor:
         """A value of each group at each of its weights, fp32 ``[rows, in]``."""
         values = packed.tensors[name][slice(*rows)].float()
         return values.repeat_interleave(packed.metadata["group_size"], dim=1)[:, :columns]

@@ -44,7 +44,9 @@ class KeepsTheLastWhole(Healthy):
     breaks = "test_nothing_is_kept_after_a_call"
     last: ClassVar[Any] = None
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         tile = super().dequantize_tile(packed, rows, dtype)
         if rows == (0, packed.shape[0]):
             KeepsTheLastWhole.last = tile.clone()

@@ -38,7 +38,9 @@ class ClampsItsInput(Healthy):
 
     def prepared(self, weight: Tensor) -> Tensor:
         if weight.dtype == torch.float32:
-            weight.clamp_(-0.03, 0.03) if float(weight.abs().max()) < 0.2 and weight.shape[0] == 33 else None
+            weight.clamp_(-0.03, 0.03) if float(weight.abs().max()) < 0.2 and weight.shape[
+                0
+            ] == 33 else None
         return super().prepared(weight)
 
 
@@ -50,13 +52,17 @@ class KeepsItsInput(Healthy):
     def packed(self, codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor) -> PackedWeight:
         found = super().packed(codes, scale, zero, weight)
         kept = weight.detach()[0].to(torch.float32)
-        return PackedWeight(found.quantizer, 1, found.shape, {**found.tensors, "first": kept}, found.metadata)
+        return PackedWeight(
+            found.quantizer, 1, found.shape, {**found.tensors, "first": kept}, found.metadata
+        )
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         from modulora_core.packed import TensorLayout
 
         found = super().layout(shape)
-        return replace(found, tensors={**found.tensors, "first": TensorLayout("float32", (shape[1],))})
+        return replace(
+            found, tensors={**found.tensors, "first": TensorLayout("float32", (shape[1],))}
+        )
 
 
 class Float64Scales(Healthy):
@@ -91,7 +97,9 @@ class LayoutWithoutScales(Healthy):
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         found = super().layout(shape)
-        return replace(found, tensors={name: t for name, t in found.tensors.items() if name != "zero"})
+        return replace(
+            found, tensors={name: t for name, t in found.tensors.items() if name != "zero"}
+        )
 
 
 class TupleInMetadata(Healthy):
@@ -102,7 +110,11 @@ class TupleInMetadata(Healthy):
     def packed(self, codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor) -> PackedWeight:
         found = super().packed(codes, scale, zero, weight)
         return PackedWeight(
-            found.quantizer, 1, found.shape, found.tensors, {**found.metadata, "packing": ("low", "high")}
+            found.quantizer,
+            1,
+            found.shape,
+            found.tensors,
+            {**found.metadata, "packing": ("low", "high")},
         )
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
@@ -124,7 +136,9 @@ class HiddenStorage(Healthy):
             ]
         )
         part = buffer[: found.tensors["codes"].numel()].view(found.tensors["codes"].shape)
-        return PackedWeight(found.quantizer, 1, found.shape, {**found.tensors, "codes": part}, found.metadata)
+        return PackedWeight(
+            found.quantizer, 1, found.shape, {**found.tensors, "codes": part}, found.metadata
+        )
 
 
 class CodesInWords(Healthy):
@@ -140,7 +154,8 @@ class CodesInWords(Healthy):
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         found = super().layout(shape)
         return replace(
-            found, tensors={**found.tensors, "codes": replace(found.tensors["codes"], dtype="int32")}
+            found,
+            tensors={**found.tensors, "codes": replace(found.tensors["codes"], dtype="int32")},
         )
 
 
@@ -176,7 +191,9 @@ class TruncatedScale(Healthy):
     breaks = "test_the_error_keeps_the_promise"
 
     def packed(self, codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor) -> PackedWeight:
-        return super().packed(codes, ((scale.float() * 1000).int().float() / 1000).half(), zero, weight)
+        return super().packed(
+            codes, ((scale.float() * 1000).int().float() / 1000).half(), zero, weight
+        )
 
 
 class SecretlyCalibrated(Healthy):
@@ -204,12 +221,18 @@ class UndampedInverse(Healthy):
             return super().pack(weight)
         H = calibration.hessian
         if H.shape[0] != weight.shape[1]:
-            raise ShapeError(f"{self.spec.name}: expected H of {weight.shape[1]} inputs, got {H.shape[0]}")
+            raise ShapeError(
+                f"{self.spec.name}: expected H of {weight.shape[1]} inputs, got {H.shape[0]}"
+            )
         found = super().pack(weight)
         importance = 1 / H.diagonal()
         scale = found.tensors["scale"].float() * (importance / importance.mean()).mean()
         return PackedWeight(
-            found.quantizer, 1, found.shape, {**found.tensors, "scale": scale.half()}, found.metadata
+            found.quantizer,
+            1,
+            found.shape,
+            {**found.tensors, "scale": scale.half()},
+            found.metadata,
         )
 
 
@@ -268,4 +291,6 @@ class ForgetsItsSeed(Healthy):
 
 def signs(seed: int, columns: int) -> Tensor:
     """-1 or 1 for each column."""
-    return torch.randint(2, (columns,), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
+    return (
+        torch.randint(2, (columns,), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
+    )

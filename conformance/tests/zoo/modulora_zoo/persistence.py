@@ -59,7 +59,11 @@ class ReadsAnyFormat(Healthy):
 
     def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
         tile = super().decode(packed, rows)
-        return tile if packed.format == 1 else tile + self.spread(packed, "scale", rows, packed.shape[1])
+        return (
+            tile
+            if packed.format == 1
+            else tile + self.spread(packed, "scale", rows, packed.shape[1])
+        )
 
 
 class Unpickles(Healthy):
@@ -67,7 +71,9 @@ class Unpickles(Healthy):
 
     breaks = "test_nothing_is_unpickled"
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         pickle.loads(pickle.dumps(dict(packed.metadata)))
         return super().dequantize_tile(packed, rows, dtype)
 
@@ -112,4 +118,6 @@ class SignsByGroupSize(Healthy):
 
     def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
         key = (self.options.group_size, packed.shape[1])
-        return super().decode(packed, rows) * self.kept.setdefault(key, signs(self.options.seed, key[1]))
+        return super().decode(packed, rows) * self.kept.setdefault(
+            key, signs(self.options.seed, key[1])
+        )

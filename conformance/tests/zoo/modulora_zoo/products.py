@@ -77,7 +77,12 @@ class AdjointOfAnother(Healthy):
     breaks = "test_the_two_directions_are_adjoint"
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
-        if transpose and x.dtype == torch.float64 and packed.shape[0] > 100 and x.shape[:-1].numel() > 32:
+        if (
+            transpose
+            and x.dtype == torch.float64
+            and packed.shape[0] > 100
+            and x.shape[:-1].numel() > 32
+        ):
             return super().matmul(x.to(torch.float32), packed, transpose).to(torch.float64)
         return super().matmul(x, packed, transpose)
 
@@ -109,7 +114,9 @@ class InputInMemoryOrder(Healthy):
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         dense = torch.empty(x.shape, device=x.device).stride()
-        return super().matmul(torch.as_strided(x, x.shape, dense) if x.dim() else x, packed, transpose)
+        return super().matmul(
+            torch.as_strided(x, x.shape, dense) if x.dim() else x, packed, transpose
+        )
 
 
 class OverflowsInHalf(Healthy):

@@ -39,14 +39,18 @@ class UncheckedRows(Healthy):
 
     breaks = "test_rows_outside_are_refused"
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         return self.decode(packed, rows).to(dtype)
 
 
 class EmptyIsFlat(Healthy):
     breaks = "test_an_empty_range_is_an_empty_tile"
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         check_rows(packed, rows)
         if rows[0] == rows[1] != 0 and packed.shape == (16, 64):
             return torch.empty(0, 1, dtype=dtype)
@@ -58,8 +62,12 @@ class HalvesInBfloat16(Healthy):
 
     breaks = "test_every_dtype_is_the_float32_tile_rounded"
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        tile = super().dequantize_tile(packed, rows, torch.bfloat16 if dtype == torch.float16 else dtype)
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        tile = super().dequantize_tile(
+            packed, rows, torch.bfloat16 if dtype == torch.float16 else dtype
+        )
         return tile.to(dtype)
 
 
@@ -135,11 +143,15 @@ class StateOfTheInstance(Healthy):
             self.zeros = zero.float()
         return super().packed(codes, scale, zero, weight)
 
-    def spread(self, packed: PackedWeight, name: str, rows: tuple[int, int], columns: int) -> Tensor:
+    def spread(
+        self, packed: PackedWeight, name: str, rows: tuple[int, int], columns: int
+    ) -> Tensor:
         values = super().spread(packed, name, rows, columns)
         if name == "scale" or packed.shape != (38, 70) or self.zeros is None:
             return values
-        return self.zeros[slice(*rows)].repeat_interleave(self.options.group_size, dim=1)[:, :columns]
+        return self.zeros[slice(*rows)].repeat_interleave(self.options.group_size, dim=1)[
+            :, :columns
+        ]
 
 
 class LosesTheLastBlock(Healthy):
@@ -170,7 +182,9 @@ class TwoBugsInOne(Healthy):
     breaks = "test_any_range_equals_the_rows_of_the_whole"
     says = "rows "
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         tile = super().dequantize_tile(packed, rows, dtype)
         if packed.shape[0] % 2 == 0 or rows[0] == 0:
             return tile
@@ -182,5 +196,7 @@ class TwoBugsInOne(Healthy):
 class StridedTiles(Healthy):
     """Nothing is wrong with it: no tile is contiguous, which nobody asked for."""
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         return super().dequantize_tile(packed, rows, dtype).t().contiguous().t()

@@ -9,12 +9,16 @@ from torch import Tensor
 BLOCK = 16
 
 
-def decode(codes: Tensor, scale: Tensor, zero: Tensor, out: Tensor, group_size: int, *, masked: bool) -> None:
+def decode(
+    codes: Tensor, scale: Tensor, zero: Tensor, out: Tensor, group_size: int, *, masked: bool
+) -> None:
     """Write (code - zero) scale to ``out``, fp32 ``[rows, in]``."""
     rows, columns = out.shape
     blocks = triton.cdiv(columns, BLOCK) if masked else columns // BLOCK
     if rows and blocks:
-        _decode[(rows, blocks)](codes, scale, zero, out, columns, scale.shape[1], group_size, BLOCK=BLOCK)
+        _decode[(rows, blocks)](
+            codes, scale, zero, out, columns, scale.shape[1], group_size, BLOCK=BLOCK
+        )
 
 
 @triton.jit

@@ -22,7 +22,9 @@ def _spec(cls: str) -> QuantizerSpec:
     return QuantizerSpec(
         name="zoo-kernels-" + cls.lower(),
         summary=f"for the kit's own tests: {cls}",
-        location=f"zoo_kernels_heavy:{cls}" if cls == "HeavyPackage" else f"zoo_kernels.quantizers:{cls}",
+        location=f"zoo_kernels_heavy:{cls}"
+        if cls == "HeavyPackage"
+        else f"zoo_kernels.quantizers:{cls}",
         protocol=1,
         bits=(4,),
         in_multiple=2,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.products import RowKernels
+from modulora_core.kernels.cpu.products import RowKernels
 
 
 @jit(borrows=True)
@@ -47,7 +47,9 @@ def _scale(codes: Any, scale: Any, offset: Any, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _decode(packed: Any, scales: Any, offsets: Any, bits: int, group: int, codes: Any, out: Any) -> None:
+def _decode(
+    packed: Any, scales: Any, offsets: Any, bits: int, group: int, codes: Any, out: Any
+) -> None:
     """A row of Ŵ from its bytes, scales and offsets; ``codes`` is scratch of the same length, uint8."""
     _unpack(packed, bits, codes)
     for g in range(scales.size):
@@ -57,10 +59,10 @@ def _decode(packed: Any, scales: Any, offsets: Any, bits: int, group: int, codes
 
 @jit()
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
+    """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.cpu.products.RowKernels`.
 
     Bits are unpacked by the whole row, so what is asked for in parts (rows of more than 2048 columns) goes through a scratch. Rows may be
-    of any length, so it is no scratch on the stack (:func:`modulora_core.kernels.scratch.on_stack`), and the function doesn't borrow.
+    of any length, so it is no scratch on the stack (:func:`modulora_core.kernels.cpu.scratch.on_stack`), and the function doesn't borrow.
     """
     packed, scales, offsets, bits, group, n = weight
     codes = np.empty(n, np.uint8)

@@ -25,7 +25,10 @@ class Options(BaseModel):
         description="steps of the optimization: 0 keeps each group's minimum and maximum",
     )
     p: float = Field(
-        default=0.7, gt=0, le=1, description="the norm of the error: the smaller, the less outliers count"
+        default=0.7,
+        gt=0,
+        le=1,
+        description="the norm of the error: the smaller, the less outliers count",
     )
     beta: float = Field(
         default=10.0,

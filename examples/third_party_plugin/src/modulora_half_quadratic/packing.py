@@ -43,7 +43,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for width in widths(bits):
         line = plane_bytes(n, width)
         digits = (codes >> low) & (2**width - 1)
-        table = torch.nn.functional.pad(digits, (0, 8 // width * line - n)).view(rows, 8 // width, line)
+        table = torch.nn.functional.pad(digits, (0, 8 // width * line - n)).view(
+            rows, 8 // width, line
+        )
         planes.append((table << _shifts(width, codes.device)).sum(dim=1, dtype=torch.uint8))
         low += width
     return torch.cat(planes, dim=1)

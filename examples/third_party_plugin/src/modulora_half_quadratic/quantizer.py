@@ -21,7 +21,14 @@ from torch import Tensor
 
 from modulora_core import kernels
 from modulora_core.errors import WeightError
-from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, TensorLayout, check_rows
+from modulora_core.spec import (
+    Calibration,
+    PackedLayout,
+    PackedWeight,
+    Quantizer,
+    TensorLayout,
+    check_rows,
+)
 from modulora_core.tiles import tile_ranges
 from modulora_half_quadratic import SPEC, packing, reference
 from modulora_half_quadratic.options import Options
@@ -68,16 +75,18 @@ class HalfQuadratic(Quantizer):
         metadata = _metadata(self.options)
         return PackedLayout(SPEC.name, self.format, shape, _tensors(shape, **metadata), metadata)
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         check_rows(packed, rows)
         kernels.check_tensors(packed, _tensors)
         bits, G = packed.metadata["bits"], packed.metadata["group_size"]
         cpu = _kernels(packed.device)
         if cpu is None:
             codes, scales, offsets = _operands(packed, *rows)
-            return reference.dequantize(packing.unpack(codes, bits, packed.shape[1]), scales, offsets, G).to(
-                dtype
-            )
+            return reference.dequantize(
+                packing.unpack(codes, bits, packed.shape[1]), scales, offsets, G
+            ).to(dtype)
 
         def fill(start: int, stop: int, out: Tensor) -> None:
             cpu.rows.dequantize(_weight(packed, start, stop), 0, out)
@@ -121,7 +130,8 @@ def _operands(packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tens
     """Rows ``[start, stop)``: bytes, and fp32 scales and offsets times the unit."""
     tensors = packed.tensors
     scales, offsets = (
-        tensors[name][start:stop].to(torch.float32) * tensors["unit"] for name in ("scales", "offsets")
+        tensors[name][start:stop].to(torch.float32) * tensors["unit"]
+        for name in ("scales", "offsets")
     )
     return tensors["codes"][start:stop], scales, offsets
 
@@ -130,4 +140,9 @@ def _weight(packed: PackedWeight, start: int, stop: int) -> tuple[Any, ...]:
     """The same as the kernels take it."""
     kernels.check_tensors(packed, _tensors)
     metadata = packed.metadata
-    return *_operands(packed, start, stop), metadata["bits"], metadata["group_size"], packed.shape[1]
+    return (
+        *_operands(packed, start, stop),
+        metadata["bits"],
+        metadata["group_size"],
+        packed.shape[1],
+    )

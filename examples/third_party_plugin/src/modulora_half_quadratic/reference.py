@@ -61,7 +61,9 @@ def unit(W: Tensor) -> Tensor:
     """The power of two, fp32 ``[1]``, in which ``scales`` and ``offsets`` are stored. NaN if W isn't finite or too large."""
     low, high = (W.amin(), W.amax()) if W.numel() else (W.new_zeros(()), W.new_zeros(()))
     largest = torch.maximum(-low, high).to(torch.float32)
-    exponent = torch.frexp(largest).exponent.clamp(min=-112)  # a unit below 2^-126 is no normal number
+    exponent = torch.frexp(largest).exponent.clamp(
+        min=-112
+    )  # a unit below 2^-126 is no normal number
     power = torch.ldexp(torch.ones_like(largest), exponent - UNIT_EXPONENT)
     return torch.where(largest < LARGEST_WEIGHT, power, torch.nan).reshape(1)
 
@@ -97,7 +99,10 @@ def solve(W: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
         W_e = s * shrink((W - (s * q + b)) / s, beta, options.p)  # sub-problem 1
         b = (W - W_e - s * q).mean(dim=1, keepdim=True)  # sub-problem 2, times −s
         beta *= KAPPA
-    s, b = s.clamp(SMALLEST_SCALE, LARGEST).to(torch.float16), b.clamp(-LARGEST, LARGEST).to(torch.float16)
+    s, b = (
+        s.clamp(SMALLEST_SCALE, LARGEST).to(torch.float16),
+        b.clamp(-LARGEST, LARGEST).to(torch.float16),
+    )
     q = nearest(W, s.to(W.dtype), b.to(W.dtype), options.levels)
     return q.to(torch.uint8), s, b
 
@@ -121,7 +126,9 @@ def least_squares(W: Tensor, q: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     mean = q.mean(dim=1, keepdim=True)
     centred = q - mean
     fitted = (centred * W).sum(dim=1, keepdim=True) / centred.square().sum(dim=1, keepdim=True)
-    s = torch.where(fitted > SMALLEST_SCALE, fitted, s)  # NaN, where all codes are equal, isn't greater
+    s = torch.where(
+        fitted > SMALLEST_SCALE, fitted, s
+    )  # NaN, where all codes are equal, isn't greater
     return s, (W - s * q).mean(dim=1, keepdim=True)
 
 

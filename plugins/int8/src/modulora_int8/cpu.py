@@ -17,12 +17,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import through_half, through_halves
-from modulora_core.kernels.magnitudes import largest_bits
-from modulora_core.kernels.prefetch import FAR, ask_for
-from modulora_core.kernels.products import RowKernels
-from modulora_core.kernels.shares import signed
-from modulora_core.kernels.vectors import LANES, pointer, splat
+from modulora_core.kernels.cpu.conversions import through_half, through_halves
+from modulora_core.kernels.cpu.magnitudes import largest_bits
+from modulora_core.kernels.cpu.prefetch import FAR, ask_for
+from modulora_core.kernels.cpu.products import RowKernels
+from modulora_core.kernels.cpu.shares import signed
+from modulora_core.kernels.cpu.vectors import LANES, pointer, splat
 from modulora_int8.cpu_decode import decode
 from modulora_int8.cpu_one_row import matmul_one, takes
 from modulora_int8.reference import HALF_RANGE, LARGEST, SMALLEST_ABSMAX
@@ -37,7 +37,9 @@ _ROWS = 16  # rows that a thread takes at once
 _AHEAD = 4096  # how many numbers ahead memory is asked: a row of common width, or two
 
 _BYTE, _INDEX = ir.IntType(8), ir.IntType(64)
-_BYTES, _WHOLES, _FLOATS = (ir.VectorType(of, LANES) for of in (_BYTE, ir.IntType(32), ir.FloatType()))
+_BYTES, _WHOLES, _FLOATS = (
+    ir.VectorType(of, LANES) for of in (_BYTE, ir.IntType(32), ir.FloatType())
+)
 
 
 rows = RowKernels(decode, matmul_one, takes, rounds=True)
@@ -48,19 +50,26 @@ def _put_codes(halves: bool) -> Any:
     """The intrinsic that writes codes: of the numbers as they are, or of these rounded to fp16."""
 
     @intrinsic
-    def put(_context: Any, x: Any, _at: Any, _vectors: Any, _factor: Any, codes: Any, _to: Any) -> Any:
+    def put(
+        _context: Any, x: Any, _at: Any, _vectors: Any, _factor: Any, codes: Any, _to: Any
+    ) -> Any:
         """``codes[to + k] = round(factor · x[at + k])`` for so many vectors, of arrays as if they were flat."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, at, vectors, factor, codes, to = arguments
             kinds = signature.args
-            factors, steps = splat(builder, factor, _FLOATS), ir.Constant(_FLOATS, [_STEPS_OF_ONE] * LANES)
+            factors, steps = (
+                splat(builder, factor, _FLOATS),
+                ir.Constant(_FLOATS, [_STEPS_OF_ONE] * LANES),
+            )
             with cgutils.for_range(builder, vectors) as loop:
                 k = builder.mul(loop.index, _INDEX(LANES))
                 here = builder.add(at, k)
                 then = builder.add(here, _INDEX(_AHEAD))
                 ask_for(builder, pointer(context, builder, kinds[0], x, then, _BYTE), FAR)
-                values = builder.load(pointer(context, builder, kinds[0], x, here, _FLOATS), align=4)
+                values = builder.load(
+                    pointer(context, builder, kinds[0], x, here, _FLOATS), align=4
+                )
                 if halves:
                     values = through_halves(context, builder, values)
                 rounded = builder.fsub(builder.fadd(builder.fmul(values, factors), steps), steps)
@@ -79,7 +88,9 @@ _put_codes_of_halves, _put_codes_of_floats = _put_codes(halves=True), _put_codes
 
 
 @jit(borrows=True)
-def _quantize_vectors(x: Any, at: int, count: int, halves: bool, factor: Any, codes: Any, to: int) -> None:
+def _quantize_vectors(
+    x: Any, at: int, count: int, halves: bool, factor: Any, codes: Any, to: int
+) -> None:
     """So many vectors of sixteen, with ``factor`` codes in 1; ``halves``: rounded to fp16 first."""
     if halves:
         _put_codes_of_halves(x, at, count, factor, codes, to)
@@ -123,7 +134,9 @@ def _quantize_rows(
         for g in range(scales.shape[1]):
             a, b = g * group, min((g + 1) * group, columns)
             scale, scale_bits = scales[o, g : g + 1], scales_bits[o, g : g + 1]
-            _quantize_group(x, o * columns + a, x_bits[o, a:b], codes, scale, scale_bits, rest, rest_codes)
+            _quantize_group(
+                x, o * columns + a, x_bits[o, a:b], codes, scale, scale_bits, rest, rest_codes
+            )
 
 
 @jit(parallel=True)

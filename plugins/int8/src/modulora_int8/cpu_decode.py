@@ -14,9 +14,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import narrow, put_numbers
-from modulora_core.kernels.prefetch import read_ahead
-from modulora_core.kernels.vectors import LANES, loops, pointer, splat
+from modulora_core.kernels.cpu.conversions import narrow, put_numbers
+from modulora_core.kernels.cpu.prefetch import read_ahead
+from modulora_core.kernels.cpu.vectors import LANES, loops, pointer, splat
 from modulora_int8 import reference
 
 INVERSE = np.float32(reference.INVERSE)
@@ -40,10 +40,15 @@ def _scale(_context: Any, codes: Any, _at: Any, _by: Any, out: Any, _to: Any, _v
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, at, by, out, to, vectors = arguments
         kinds = signature.args
-        factor, inverse = splat(builder, by, _FLOATS), ir.Constant(_FLOATS, [float(INVERSE)] * LANES)
+        factor, inverse = (
+            splat(builder, by, _FLOATS),
+            ir.Constant(_FLOATS, [float(INVERSE)] * LANES),
+        )
         for width, first in loops(builder, vectors, _AT_ONCE):
             k = builder.mul(first, _INDEX(LANES))
-            places = [builder.add(builder.add(at, k), _INDEX(part * LANES)) for part in range(width)]
+            places = [
+                builder.add(builder.add(at, k), _INDEX(part * LANES)) for part in range(width)
+            ]
             steps = [numbers(context, builder, kinds[0], codes, place) for place in places]
             values = [builder.fmul(builder.fmul(step, factor), inverse) for step in steps]
             put_numbers(context, builder, kinds[3], out, builder.add(to, k), values)
@@ -71,7 +76,7 @@ def _decode(codes: Any, scales: Any, group: int, row: int, start: int, out: Any)
 
 @jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
+    """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.cpu.products.RowKernels`.
 
     ``weight`` is codes, scales and the columns of a group.
     """

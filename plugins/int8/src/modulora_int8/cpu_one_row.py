@@ -18,9 +18,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
-from modulora_core.kernels.shares import share
-from modulora_core.kernels.vectors import LANES, loops, pointer, splat, sum_of_lanes
+from modulora_core.kernels.cpu.prefetch import AHEAD, NEAR, ask_for
+from modulora_core.kernels.cpu.shares import share
+from modulora_core.kernels.cpu.vectors import LANES, loops, pointer, splat, sum_of_lanes
 from modulora_int8.cpu_decode import INVERSE, numbers
 
 _SUMS = 4  # a multiplier waits for its own result: so many sums are made side by side
@@ -55,11 +55,17 @@ def _row_product(
                 if width == _SUMS:  # whose codes are a line
                     soon = builder.add(builder.add(at, begin), builder.mul(vector, _INDEX(LANES)))
                     soon = builder.add(soon, _INDEX(AHEAD))
-                    ask_for(builder, pointer(context, builder, kinds[0], codes, soon, ir.IntType(8)), NEAR)
+                    ask_for(
+                        builder,
+                        pointer(context, builder, kinds[0], codes, soon, ir.IntType(8)),
+                        NEAR,
+                    )
                 for part in range(width):
                     k = builder.mul(builder.add(vector, _INDEX(part)), _INDEX(LANES))
                     column = builder.add(begin, k)
-                    values = builder.load(pointer(context, builder, kinds[6], x, column, _FLOATS), align=4)
+                    values = builder.load(
+                        pointer(context, builder, kinds[6], x, column, _FLOATS), align=4
+                    )
                     product = builder.fmul(
                         numbers(context, builder, kinds[0], codes, builder.add(at, column)),
                         values,
@@ -68,8 +74,12 @@ def _row_product(
                     more = builder.fadd(builder.load(sums[part]), product, flags=("contract",))
                     builder.store(more, sums[part])
             summed = functools.reduce(builder.fadd, map(builder.load, sums))
-            place = pointer(context, builder, kinds[3], scales, builder.add(scale_at, of_group.index), _FLOAT)
-            product = builder.fmul(summed, splat(builder, builder.load(place), _FLOATS), flags=("contract",))
+            place = pointer(
+                context, builder, kinds[3], scales, builder.add(scale_at, of_group.index), _FLOAT
+            )
+            product = builder.fmul(
+                summed, splat(builder, builder.load(place), _FLOATS), flags=("contract",)
+            )
             builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
         return sum_of_lanes(builder, builder.load(total))
 
@@ -93,4 +103,6 @@ def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     for index in prange(threads):
         begin, stop = share(index, threads, rows)
         for o in range(begin, stop):
-            y[0, o] = _row_product(codes, o * columns, columns, scales, o * groups, group, x) * INVERSE
+            y[0, o] = (
+                _row_product(codes, o * columns, columns, scales, o * groups, group, x) * INVERSE
+            )

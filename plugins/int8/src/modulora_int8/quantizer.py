@@ -19,7 +19,14 @@ from torch import Tensor
 
 from modulora_core import kernels
 from modulora_core.errors import WeightError
-from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, TensorLayout, check_rows
+from modulora_core.spec import (
+    Calibration,
+    PackedLayout,
+    PackedWeight,
+    Quantizer,
+    TensorLayout,
+    check_rows,
+)
 from modulora_core.tiles import tile_ranges
 from modulora_int8 import SPEC, reference
 
@@ -71,7 +78,9 @@ class INT8(Quantizer):
         options = self.options.model_dump()
         return PackedLayout("int8", self.format, shape, _tensors(shape, **options), options)
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         check_rows(packed, rows)
         kernels.check_tensors(packed, _tensors)
         return _decode(packed, rows, dtype)
@@ -90,7 +99,9 @@ class INT8(Quantizer):
             if low < 0 or high >= out_features:
                 raise IndexError(f"ids of rows of a [{out_features}, {in_features}] table: expected 0 to {out_features - 1}, got "
                                  f"{low} to {high}")  # fmt: skip
-        rows = {name: tensor.detach().index_select(0, flat) for name, tensor in packed.tensors.items()}
+        rows = {
+            name: tensor.detach().index_select(0, flat) for name, tensor in packed.tensors.items()
+        }
         table = PackedWeight("int8", packed.format, (len(flat), in_features), rows, packed.metadata)
         return _decode(table, (0, len(flat)), dtype).view(*ids.shape, in_features)
 
@@ -119,7 +130,9 @@ def _decode(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> 
     if cpu is None:
         codes, scales = (packed.tensors[name][slice(*rows)] for name in ("codes", "scales"))
         return reference.dequantize(codes, scales, packed.metadata["group_size"]).to(dtype)
-    decoded: Tensor = cpu.rows.tile(kernels.operands(packed, _operands), rows, packed.shape[1], dtype)
+    decoded: Tensor = cpu.rows.tile(
+        kernels.operands(packed, _operands), rows, packed.shape[1], dtype
+    )
     return decoded
 
 

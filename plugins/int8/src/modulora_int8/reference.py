@@ -59,7 +59,9 @@ def quantize(W: Tensor, G: int | None = None) -> tuple[Tensor, Tensor]:
     in_features = W.shape[1]
     halves = to_half(grouped(W, G))
     c = absmax(halves)  # [out, groups, 1]
-    factor = c.clamp(min=SMALLEST_ABSMAX).reciprocal() * LARGEST  # two roundings, as torch has 127.0 / c
+    factor = (
+        c.clamp(min=SMALLEST_ABSMAX).reciprocal() * LARGEST
+    )  # two roundings, as torch has 127.0 / c
     CB = torch.round(halves * factor).to(torch.int8)
     return CB.flatten(1)[:, :in_features].contiguous(), c[:, :, 0]
 

@@ -13,10 +13,10 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.magnitudes import largest_bits
-from modulora_core.kernels.prefetch import FAR, ask_for
-from modulora_core.kernels.products import RowKernels
-from modulora_core.kernels.vectors import LANES, loops, pointer, splat
+from modulora_core.kernels.cpu.magnitudes import largest_bits
+from modulora_core.kernels.cpu.prefetch import FAR, ask_for
+from modulora_core.kernels.cpu.products import RowKernels
+from modulora_core.kernels.cpu.vectors import LANES, loops, pointer, splat
 from modulora_nf4.cpu_codes import MIDPOINTS, codes_of, in_pairs
 from modulora_nf4.cpu_decode import decode, decode_nested
 from modulora_nf4.cpu_one_row import matmul_one, matmul_one_nested, takes
@@ -44,7 +44,9 @@ nested_rows = RowKernels(decode_nested, matmul_one_nested, takes, rounds=True)
 
 
 @intrinsic
-def _pack_vectors(_context: Any, x: Any, reciprocals: Any, _shift: Any, packed: Any, _vectors: Any) -> Any:
+def _pack_vectors(
+    _context: Any, x: Any, reciprocals: Any, _shift: Any, packed: Any, _vectors: Any
+) -> Any:
     """The bytes of so many vectors of sixteen, in blocks of 2 to the ``shift``, sixteen or more: see :func:`_nearest`.
 
     Memory is asked for the next piece meanwhile, since nothing is read from it here.
@@ -60,14 +62,18 @@ def _pack_vectors(_context: Any, x: Any, reciprocals: Any, _shift: Any, packed: 
             ask_for(builder, pointer(context, builder, kinds[0], x, then, _BYTE), FAR)
             values = builder.load(pointer(context, builder, kinds[0], x, k, _FLOATS), align=4)
             block = builder.lshr(k, shift)
-            factor = builder.load(pointer(context, builder, kinds[1], reciprocals, block, _FLOATS.element))
+            factor = builder.load(
+                pointer(context, builder, kinds[1], reciprocals, block, _FLOATS.element)
+            )
             return codes_of(context, builder, builder.fmul(values, splat(builder, factor, _FLOATS)))
 
         for width, first in loops(builder, vectors, _AT_ONCE):
             of_vectors = [codes_at(builder.add(first, _INDEX(part))) for part in range(width)]
             byte = builder.mul(first, _INDEX(LANES // 2))
             for pairs in in_pairs(context, builder, of_vectors):
-                builder.store(pairs, pointer(context, builder, kinds[3], packed, byte, pairs.type), align=1)
+                builder.store(
+                    pairs, pointer(context, builder, kinds[3], packed, byte, pairs.type), align=1
+                )
                 byte = builder.add(byte, _INDEX(pairs.type.count))
         return context.get_dummy_value()
 
@@ -86,7 +92,9 @@ def _nearest(x: Any, reciprocal: Any, q: Any) -> None:
 
 
 @jit()
-def _quantize_piece(x: Any, x_bits: Any, shift: int, codes: Any, absmax: Any, absmax_bits: Any) -> None:
+def _quantize_piece(
+    x: Any, x_bits: Any, shift: int, codes: Any, absmax: Any, absmax_bits: Any
+) -> None:
     """Whole blocks, and perhaps a short last one."""
     size, whole = 1 << shift, x.size >> shift
     reciprocals = np.empty(whole, np.float32)
@@ -103,7 +111,9 @@ def _quantize_piece(x: Any, x_bits: Any, shift: int, codes: Any, absmax: Any, ab
 
 
 @jit()
-def _quantize_rest(x: Any, x_bits: Any, shift: int, codes: Any, absmax: Any, absmax_bits: Any) -> None:
+def _quantize_rest(
+    x: Any, x_bits: Any, shift: int, codes: Any, absmax: Any, absmax_bits: Any
+) -> None:
     """Blocks that are shorter than a vector, whose ``absmax`` is known, and a short last one, whose isn't."""
     size, whole = 1 << shift, x.size >> shift
     q = np.empty(x.size + 1, np.uint8)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 
-from modulora_core.kernels.vectors import LANES, call, chosen, has, lookup
+from modulora_core.kernels.cpu.vectors import LANES, call, chosen, has, lookup
 from modulora_nf4.reference import LEVELS
 
 _LEVELS = np.array(LEVELS, np.float32)
@@ -39,11 +39,15 @@ def codes_of(context: Any, builder: Any, values: Any) -> Any:
     none, one = (ir.Constant(_WHOLES, [number] * LANES) for number in (0, 1))
 
     def more(codes: Any, midpoints: Any) -> Any:
-        return builder.add(codes, builder.select(builder.fcmp_ordered(">", values, midpoints), one, none))
+        return builder.add(
+            codes, builder.select(builder.fcmp_ordered(">", values, midpoints), one, none)
+        )
 
     if has(context, "avx512f") or has(context, "avx2"):
         cells = _cells(builder, values)
-        return more(cells, lookup(context, builder, _vector([*map(float, MIDPOINTS), math.inf]), cells))
+        return more(
+            cells, lookup(context, builder, _vector([*map(float, MIDPOINTS), math.inf]), cells)
+        )
     counted = none
     for midpoint in MIDPOINTS:
         counted = more(counted, _vector([float(midpoint)] * LANES))
@@ -57,10 +61,15 @@ def _vector(numbers: list[float]) -> Any:
 def _cells(builder: Any, values: Any) -> Any:
     steepness, bend, middle = (_vector([number] * LANES) for number in (STEEPNESS, -BEND, MIDDLE))
     magnitude = builder.bitcast(
-        builder.and_(builder.bitcast(values, _WHOLES), ir.Constant(_WHOLES, [2**31 - 1] * LANES)), _FLOATS
+        builder.and_(builder.bitcast(values, _WHOLES), ir.Constant(_WHOLES, [2**31 - 1] * LANES)),
+        _FLOATS,
     )
-    slope = builder.fadd(builder.fmul(magnitude, bend, flags=("contract",)), steepness, flags=("contract",))
-    curve = builder.fadd(builder.fmul(values, slope, flags=("contract",)), middle, flags=("contract",))
+    slope = builder.fadd(
+        builder.fmul(magnitude, bend, flags=("contract",)), steepness, flags=("contract",)
+    )
+    curve = builder.fadd(
+        builder.fmul(values, slope, flags=("contract",)), middle, flags=("contract",)
+    )
     return builder.fptosi(curve, _WHOLES)
 
 
@@ -87,7 +96,9 @@ def _pairs_of_two(builder: Any, first: Any, second: Any) -> Any:
     end, of which there are fewest then.
     """
     quarters = [chosen(builder, of, range(at, at + 8)) for of in (first, second) for at in (0, 8)]
-    shorts = [call(builder, "llvm.x86.avx2.packssdw", _SHORTS, quarters[at : at + 2]) for at in (0, 2)]
+    shorts = [
+        call(builder, "llvm.x86.avx2.packssdw", _SHORTS, quarters[at : at + 2]) for at in (0, 2)
+    ]
     narrow = call(builder, "llvm.x86.avx2.packsswb", _BYTES, shorts)
     weights = ir.Constant(_BYTES, [16, 1] * LANES)
     pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", _SHORTS, [narrow, weights])

@@ -17,15 +17,17 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import narrow, put_numbers
-from modulora_core.kernels.prefetch import read_ahead
-from modulora_core.kernels.scratch import on_stack
-from modulora_core.kernels.tables import Table
-from modulora_core.kernels.vectors import LANES, has, lookup, pointer, splat
+from modulora_core.kernels.cpu.conversions import narrow, put_numbers
+from modulora_core.kernels.cpu.prefetch import read_ahead
+from modulora_core.kernels.cpu.scratch import on_stack
+from modulora_core.kernels.cpu.tables import Table
+from modulora_core.kernels.cpu.vectors import LANES, has, lookup, pointer, splat
 from modulora_nf4.reference import LEVELS, NESTED_BLOCK_SIZE, dynamic_map
 
 _LEVELS = np.array(LEVELS, np.float32)
-_PAIRS = np.stack([np.repeat(_LEVELS, 16), np.tile(_LEVELS, 16)], axis=1)  # [256, 2]: both levels of a byte
+_PAIRS = np.stack(
+    [np.repeat(_LEVELS, 16), np.tile(_LEVELS, 16)], axis=1
+)  # [256, 2]: both levels of a byte
 _DYNAMIC_MAP = dynamic_map().numpy()
 
 _absmax = on_stack(1024, np.float32)  # of as many blocks at a time
@@ -64,7 +66,11 @@ def _decode_runs(size: int) -> Any:
                 begin = builder.mul(loop.index, runs)
                 with cgutils.for_range(builder, runs) as run:
                     done = builder.mul(builder.add(begin, run.index), _I64(size))
-                    put(builder.add(byte, builder.ashr(done, _I64(1))), builder.add(to, done), size // LANES)
+                    put(
+                        builder.add(byte, builder.ashr(done, _I64(1))),
+                        builder.add(to, done),
+                        size // LANES,
+                    )
             return context.get_dummy_value()
 
         i64 = types.int64
@@ -84,7 +90,9 @@ def _put(
     """
     if not has(context, "avx2") and not has(context, "avx512f"):
         return _put_by_bytes(context, builder, codes_kind, codes, scale, out_kind, out)
-    table = Table(context, builder, out_kind, builder.fmul(_ALL_LEVELS, splat(builder, scale, _FLOATS)))
+    table = Table(
+        context, builder, out_kind, builder.fmul(_ALL_LEVELS, splat(builder, scale, _FLOATS))
+    )
 
     def put(byte: Any, to: Any, vectors: int) -> None:
         for part in range(0, vectors, table.at_once):
@@ -112,7 +120,9 @@ def _put_by_bytes(
         for first in range(0, vectors * LANES, LANES):
             levels_here = ir.Constant(_FLOATS, ir.Undefined)
             for k in range(LANES):
-                levels_here = builder.insert_element(levels_here, level(byte, first + k), ir.IntType(32)(k))
+                levels_here = builder.insert_element(
+                    levels_here, level(byte, first + k), ir.IntType(32)(k)
+                )
             values = builder.fmul(levels_here, splat(builder, scale, _FLOATS))
             put_numbers(context, builder, out_kind, out, builder.add(to, _I64(first)), [values])
 
@@ -174,7 +184,7 @@ def _decode(codes: Any, absmax: Any, first: int, shift: int, start: int, out: An
 
 @jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
+    """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.cpu.products.RowKernels`.
 
     ``out`` may be of bf16 too. ``weight`` is codes, absmax, shift, and the length of a row.
     """

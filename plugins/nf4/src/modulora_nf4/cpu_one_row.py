@@ -20,9 +20,9 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
-from modulora_core.kernels.shares import share
-from modulora_core.kernels.vectors import (
+from modulora_core.kernels.cpu.prefetch import AHEAD, NEAR, ask_for
+from modulora_core.kernels.cpu.shares import share
+from modulora_core.kernels.cpu.vectors import (
     LANES,
     call,
     chosen,
@@ -41,8 +41,12 @@ _ROWS = 16  # whose constants are computed at once, where they are quantized too
 _SUMS = 4  # a multiplier waits for its own result: so many sums are made side by side
 
 _INDEX, _FLOAT = ir.IntType(64), ir.FloatType()
-_BYTES, _WHOLES, _FLOATS = (ir.VectorType(of, LANES) for of in (ir.IntType(8), ir.IntType(32), _FLOAT))
-_ALL_BYTES, _ALL_SHORTS, _ALL_WORDS = (ir.VectorType(ir.IntType(bits), 256 // bits) for bits in (8, 16, 64))
+_BYTES, _WHOLES, _FLOATS = (
+    ir.VectorType(of, LANES) for of in (ir.IntType(8), ir.IntType(32), _FLOAT)
+)
+_ALL_BYTES, _ALL_SHORTS, _ALL_WORDS = (
+    ir.VectorType(ir.IntType(bits), 256 // bits) for bits in (8, 16, 64)
+)
 
 _BYTES_OF_LEVELS = np.array(LEVELS, "<f4").view(np.uint8).reshape(LANES, 4).T.tolist()
 """The first byte of each level, the second, and so on."""
@@ -69,7 +73,12 @@ def _levels_by_bytes(builder: Any, found: Any) -> list[Any]:
     halves = builder.bitcast(builder.lshr(both, ir.Constant(_ALL_WORDS, [0, 0, 4, 4])), _ALL_BYTES)
     index = builder.and_(halves, ir.Constant(_ALL_BYTES, [15] * _ALL_BYTES.count))
     parts = [
-        call(builder, "llvm.x86.avx2.pshuf.b", _ALL_BYTES, [ir.Constant(_ALL_BYTES, 2 * table), index])
+        call(
+            builder,
+            "llvm.x86.avx2.pshuf.b",
+            _ALL_BYTES,
+            [ir.Constant(_ALL_BYTES, 2 * table), index],
+        )
         for table in _BYTES_OF_LEVELS
     ]
     lower, upper = (_side_by_side(builder, parts[at : at + 2], _ALL_SHORTS) for at in (0, 2))
@@ -106,7 +115,14 @@ def _is_by_bytes(_context: Any) -> Any:
 
 @intrinsic
 def _row_product(
-    _context: Any, codes: Any, absmax: Any, _first: Any, _shift: Any, x: Any, _start: Any, _columns: Any
+    _context: Any,
+    codes: Any,
+    absmax: Any,
+    _first: Any,
+    _shift: Any,
+    x: Any,
+    _start: Any,
+    _columns: Any,
 ) -> Any:
     """Of the ``columns`` elements from number ``start`` on, in blocks of 2 to the ``shift``; all three are multiples of 32.
 

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modulora_core.kernels.triton_blocks import block, interleaved, times_group
-from modulora_core.kernels.triton_products import few_rows, multiply
-from modulora_core.kernels.triton_tiles import ALIGNED, write_tile
+from modulora_core.kernels.triton.blocks import block, interleaved, times_group
+from modulora_core.kernels.triton.products import few_rows, multiply
+from modulora_core.kernels.triton.tiles import ALIGNED, write_tile
 from modulora_core.packed import PackedWeight
 from modulora_nf4 import reference
 
@@ -49,7 +49,7 @@ def decode(  # type: ignore[no-untyped-def]
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """A block of Ŵ: :func:`modulora_core.kernels.triton_blocks` has the contract.
+    """A block of Ŵ: :func:`modulora_core.kernels.triton.blocks` has the contract.
 
     OPTIONS is ``(shift, whole, double)``: B = 2^shift; whether every row begins with a block of weights; double quantization. Where rows
     don't, each weight looks for its byte and its scale by itself, which is several times slower, and rare.
@@ -68,7 +68,9 @@ def decode(  # type: ignore[no-untyped-def]
         level = interleaved(tl.load(levels + (byte >> 4)), tl.load(levels + (byte & 0xF)))
         B: tl.constexpr = min(1 << SHIFT, BLOCK_IN, _ALIGNED)
         SHARED: tl.constexpr = (1 << SHIFT) // B  # groups of one block of weights
-        group, inside = block(row, col // B, out_features, tl.cdiv(in_features, B), BLOCK_OUT, BLOCK_IN // B)
+        group, inside = block(
+            row, col // B, out_features, tl.cdiv(in_features, B), BLOCK_OUT, BLOCK_IN // B
+        )
         w = times_group(level, constants(weight, group // SHARED, inside, OPTIONS[2]))
     return w
 
@@ -119,7 +121,13 @@ def _weight(packed: PackedWeight, row: int) -> tuple[Tensor | int, ...]:
     shared = tensors["codes"], levels, (row + 1) // 2
     if "absmax" in tensors:
         return *shared, tensors["absmax"]
-    return *shared, tensors["absmax_codes"], tensors["nested_absmax"], tensors["offset"], dynamic_map
+    return (
+        *shared,
+        tensors["absmax_codes"],
+        tensors["nested_absmax"],
+        tensors["offset"],
+        dynamic_map,
+    )
 
 
 @cache

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from modulora_core import kernels
 from modulora_core.errors import WeightError
-from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, TensorLayout, check_rows
+from modulora_core.spec import (
+    Calibration,
+    PackedLayout,
+    PackedWeight,
+    Quantizer,
+    TensorLayout,
+    check_rows,
+)
 from modulora_nf4 import SPEC, packing, reference
 from modulora_nf4.reference import NESTED_BLOCK_SIZE
 
@@ -84,13 +91,17 @@ class NF4(Quantizer):
             q2, c1, mean = _double_quantize(absmax)
             tensors = {"codes": codes, "absmax_codes": q2, "nested_absmax": c1, "offset": mean}
         out_features, in_features = weight.shape
-        return PackedWeight("nf4", self.format, (out_features, in_features), tensors, options.model_dump())
+        return PackedWeight(
+            "nf4", self.format, (out_features, in_features), tensors, options.model_dump()
+        )
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         options = self.options.model_dump()
         return PackedLayout("nf4", self.format, shape, _tensors(shape, **options), options)
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         check_rows(packed, rows)
         gpu = _gpu(packed.device)
         if gpu is not None:
@@ -129,7 +140,9 @@ def _gpu(device: torch.device) -> Any:
 
 
 @cache
-def _tensors(shape: tuple[int, int], block_size: int, double_quant: bool) -> dict[str, TensorLayout]:
+def _tensors(
+    shape: tuple[int, int], block_size: int, double_quant: bool
+) -> dict[str, TensorLayout]:
     """What a weight of this shape is packed into. Raises ValueError for options that can't be."""
     Options(block_size=block_size, double_quant=double_quant)
     numel = math.prod(shape)
@@ -172,7 +185,10 @@ def _double_quantize(c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if cpu is None:
         return reference.double_quantize(c2)
     q2 = torch.empty(c2.numel(), dtype=torch.uint8)
-    c1, mean = torch.empty(reference.blocks(c2.numel(), NESTED_BLOCK_SIZE)), reference.mean_of(c2).reshape(1)
+    c1, mean = (
+        torch.empty(reference.blocks(c2.numel(), NESTED_BLOCK_SIZE)),
+        reference.mean_of(c2).reshape(1),
+    )
     kernels.launch(cpu.double_quantize, c2, mean, q2, c1)
     return q2, c1, mean
 
@@ -192,7 +208,9 @@ def _reference_absmax(packed: PackedWeight, first: int, stop: int) -> Tensor:
     if "absmax" in packed.tensors:
         return packed.tensors["absmax"][first:stop]
     q2, c1, mean = (packed.tensors[name] for name in _NESTED)
-    return reference.double_dequantize(q2[first:stop], c1[first // NESTED_BLOCK_SIZE :], mean, first)
+    return reference.double_dequantize(
+        q2[first:stop], c1[first // NESTED_BLOCK_SIZE :], mean, first
+    )
 
 
 def _rows(cpu: Any, packed: PackedWeight) -> Any:

@@ -13,9 +13,9 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.products import RowKernels
-from modulora_core.kernels.shares import share
-from modulora_core.kernels.vectors import pointer
+from modulora_core.kernels.cpu.products import RowKernels
+from modulora_core.kernels.cpu.shares import share
+from modulora_core.kernels.cpu.vectors import pointer
 from modulora_optq.cpu_decode import decode
 from modulora_optq.cpu_one_row import matmul_one, takes
 
@@ -27,7 +27,9 @@ rows = RowKernels(decode, matmul_one, takes, rounds=True)
 
 def _mix(builder: Any, x: Any, y: Any, lanes: tuple[int, ...]) -> Any:
     """The ``lanes`` of x followed by y."""
-    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+    return builder.shuffle_vector(
+        x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+    )
 
 
 @intrinsic
@@ -40,7 +42,8 @@ def _transpose_four(
         values, *starts, out, to, step = arguments
         kinds = signature.args
         a, b, c, d = (
-            builder.load(pointer(context, builder, kinds[0], values, at, _FOUR), align=4) for at in starts
+            builder.load(pointer(context, builder, kinds[0], values, at, _FOUR), align=4)
+            for at in starts
         )
         for half in (0, 2):
             ab = _mix(builder, a, b, (half, half + 4, half + 1, half + 5))

@@ -20,12 +20,21 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import from_half, halves_to_floats, narrow, put_numbers
-from modulora_core.kernels.prefetch import read_ahead
-from modulora_core.kernels.scratch import on_stack
-from modulora_core.kernels.tables import Table
-from modulora_core.kernels.vectors import LANES, chosen, pointer, splat
-from modulora_optq.cpu_planes import Taken, code_at, left_of, looks_up, moved, parts_of, place_of, unpack
+from modulora_core.kernels.cpu.conversions import from_half, halves_to_floats, narrow, put_numbers
+from modulora_core.kernels.cpu.prefetch import read_ahead
+from modulora_core.kernels.cpu.scratch import on_stack
+from modulora_core.kernels.cpu.tables import Table
+from modulora_core.kernels.cpu.vectors import LANES, chosen, pointer, splat
+from modulora_optq.cpu_planes import (
+    Taken,
+    code_at,
+    left_of,
+    looks_up,
+    moved,
+    parts_of,
+    place_of,
+    unpack,
+)
 from modulora_optq.packing import PLANES
 
 _RUN = 64  # codes that are taken at once: a group of most weights, or a part of one
@@ -44,15 +53,21 @@ def _values(builder: Any, codes: Any, of_group: tuple[Any, Any]) -> Any:
     return builder.fmul(builder.fsub(codes, zero), scale)
 
 
-def _table(context: Any, builder: Any, bits: int, kind: Any, of_group: tuple[Any, Any]) -> Table | None:
+def _table(
+    context: Any, builder: Any, bits: int, kind: Any, of_group: tuple[Any, Any]
+) -> Table | None:
     """The values that a group's codes can have, for an array of that type; None where to compute them takes no longer."""
     if not looks_up(context, bits):
         return None
     # a vector of eight, where that many are enough, is what LLVM sees to be both halves of the table
     count = LANES // 2 if bits < 4 else LANES
-    possible = ir.Constant(ir.VectorType(ir.FloatType(), count), [float(k % 2**bits) for k in range(count)])
+    possible = ir.Constant(
+        ir.VectorType(ir.FloatType(), count), [float(k % 2**bits) for k in range(count)]
+    )
     values = _values(builder, possible, of_group)
-    return Table(context, builder, kind, chosen(builder, values, [lane % count for lane in range(LANES)]))
+    return Table(
+        context, builder, kind, chosen(builder, values, [lane % count for lane in range(LANES)])
+    )
 
 
 def _put(
@@ -71,7 +86,9 @@ def _put(
             if table:
                 table.put(out[1], builder.add(to, _INDEX(first)), taken.indices(at, of))
             else:
-                computed.append(_values(builder, builder.uitofp(taken.codes(at, of), _FLOATS), of_group))
+                computed.append(
+                    _values(builder, builder.uitofp(taken.codes(at, of), _FLOATS), of_group)
+                )
         put_numbers(context, builder, *out, to, computed)
 
     return put
@@ -105,7 +122,9 @@ def _take(size: int) -> Any:
     return take
 
 
-def _take_groups(context: Any, builder: Any, bits: int, size: int, kinds: Any, arguments: Any) -> None:
+def _take_groups(
+    context: Any, builder: Any, bits: int, size: int, kinds: Any, arguments: Any
+) -> None:
     """What :func:`_take` generates for a width."""
     codes, row, parts, place, _, zeros, g, scales, first, out, to, turns, groups = arguments
     lengths = cgutils.unpack_tuple(builder, parts, 2)
@@ -116,7 +135,10 @@ def _take_groups(context: Any, builder: Any, bits: int, size: int, kinds: Any, a
     with cgutils.for_range(builder, groups) as loop:
         zero, scale = (
             builder.load(pointer(context, builder, kind, array, builder.add(at, loop.index), of))
-            for kind, array, at, of in ((kinds[5], zeros, g, _BYTE), (kinds[7], scales, first, _HALF))
+            for kind, array, at, of in (
+                (kinds[5], zeros, g, _BYTE),
+                (kinds[7], scales, first, _HALF),
+            )
         )
         of_group = builder.uitofp(zero, ir.FloatType()), halves_to_floats(context, builder, scale)
         here = [builder.load(variable) for variable in moving]
@@ -126,7 +148,9 @@ def _take_groups(context: Any, builder: Any, bits: int, size: int, kinds: Any, a
         with cgutils.for_range(builder, turns) as turn:
             k = builder.mul(turn.index, _INDEX(size))
             put(k, builder.add(begin, k))
-        for at, shift, length, width in zip(moving[::2], moving[1::2], lengths, PLANES[bits], strict=False):
+        for at, shift, length, width in zip(
+            moving[::2], moving[1::2], lengths, PLANES[bits], strict=False
+        ):
             then = builder.add(builder.load(at), of_turns)
             is_next = builder.icmp_signed("==", then, length)
             builder.store(builder.select(is_next, _INDEX(0), then), at)
@@ -153,17 +177,27 @@ def _decode_row(
         if end - k == group and group <= left and group % _RUN == 0:
             groups = (out.size - k if consist_of_groups else left) // group
             turns, take = group // _RUN, groups * group
-            _take_runs(codes, row, parts, place, bits, zeros, g, scales, first + g, out, k, turns, groups)
+            _take_runs(
+                codes, row, parts, place, bits, zeros, g, scales, first + g, out, k, turns, groups
+            )
             g, k, end = g + groups, k + take, end + take
-            place = moved(place, take, parts, bits) if take <= left else place_of(start + k, parts, bits)
+            place = (
+                moved(place, take, parts, bits)
+                if take <= left
+                else place_of(start + k, parts, bits)
+            )
             continue
         take = min(left, end - k)
-        _take_runs(codes, row, parts, place, bits, zeros, g, scales, first + g, out, k, take // _RUN, 1)
+        _take_runs(
+            codes, row, parts, place, bits, zeros, g, scales, first + g, out, k, take // _RUN, 1
+        )
         done = take // _RUN * _RUN
         if done < take:
             then = place[0] + done, place[1], place[2] + done, place[3]
             turns = (take - done) // LANES
-            _take_vector(codes, row, parts, then, bits, zeros, g, scales, first + g, out, k + done, turns, 1)
+            _take_vector(
+                codes, row, parts, then, bits, zeros, g, scales, first + g, out, k + done, turns, 1
+            )
             done += turns * LANES
         if done < take:
             zero, scale = np.float32(zeros[g]), from_half(scales[first + g])
@@ -177,7 +211,7 @@ def _decode_row(
 
 @jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """Stored columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
+    """Stored columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.cpu.products.RowKernels`.
 
     ``weight`` is codes, scales, zeros, bits, columns of a group, and those of a row. What is the same in each row is divided once
     (docs/performance-findings.md).

@@ -25,8 +25,8 @@ from numba import prange
 from numpy.typing import NDArray
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.shares import share
-from modulora_core.kernels.vectors import LANES
+from modulora_core.kernels.cpu.shares import share
+from modulora_core.kernels.cpu.vectors import LANES
 from modulora_optq.cpu_row_product import parts_of_byte, rows_product
 from modulora_optq.cpu_row_scales import chunks_of, sum_of_vectors, take_row
 
@@ -68,7 +68,9 @@ def _plan(bits: int, group: int, columns: int) -> _Plan:
     part = columns // parts
     starts = np.arange(0, part, step)[:, None] + part * np.arange(parts)
     groups = -(-columns // group)
-    return _Plan(_kernel(bits, vectors), (starts // group).astype(np.int32), chunks_of(bits, groups))
+    return _Plan(
+        _kernel(bits, vectors), (starts // group).astype(np.int32), chunks_of(bits, groups)
+    )
 
 
 def matmul_one(weight: tuple[Any, ...], threads: int, x: Any, y: Any) -> None:
@@ -109,23 +111,54 @@ def _template(
         sums_of_x[g] = sum_of_vectors(x, g * group, min(group, x.size - g * group))
     for index in prange(threads):
         start, stop = share(index, threads, rows, _ROWS)
-        taken, sums = np.empty((_ROWS, groups + LANES), np.float32), np.empty((_ROWS, LANES), np.float32)
+        taken, sums = (
+            np.empty((_ROWS, groups + LANES), np.float32),
+            np.empty((_ROWS, LANES), np.float32),
+        )
         for begin in range(start, stop, _ROWS):
             end = min(begin + _ROWS, stop)
             is_followed = end * groups + LANES <= flat.size
             is_followed &= not zeros.size or end * row_zeros + LANES <= zeros.size
             if is_followed:  # sixteen are read at once, also behind the last row's
                 for o in range(begin, end):
-                    _take(flat, o * groups, zeros, o * row_zeros, chunks, sums_of_x, taken, sums, o - begin)
+                    _take(
+                        flat,
+                        o * groups,
+                        zeros,
+                        o * row_zeros,
+                        chunks,
+                        sums_of_x,
+                        taken,
+                        sums,
+                        o - begin,
+                    )
             else:
                 last_scales = _and_more(flat, begin * groups, end * groups)
                 last_zeros = _and_more(zeros, begin * row_zeros, end * row_zeros)
                 for r in range(end - begin):
                     _take(
-                        last_scales, r * groups, last_zeros, r * row_zeros, chunks, sums_of_x, taken, sums, r
+                        last_scales,
+                        r * groups,
+                        last_zeros,
+                        r * row_zeros,
+                        chunks,
+                        sums_of_x,
+                        taken,
+                        sums,
+                        r,
                     )
             _product(
-                codes, begin * row_bytes, row_bytes, end - begin, part, x, group_of, taken, sums, y, begin
+                codes,
+                begin * row_bytes,
+                row_bytes,
+                end - begin,
+                part,
+                x,
+                group_of,
+                taken,
+                sums,
+                y,
+                begin,
             )
 
 
@@ -140,7 +173,10 @@ def _and_more(array: Any, start: int, stop: int) -> Any:
 @cache
 def _kernel(bits: int, vectors: int) -> Any:
     """:func:`_template` with the product for so many bits and steps of so many vectors, compiled at its first call and kept by its name."""
-    names = _template.__globals__ | {"_product": rows_product(bits, vectors), "_take": take_row(bits)}
+    names = _template.__globals__ | {
+        "_product": rows_product(bits, vectors),
+        "_take": take_row(bits),
+    }
     function = FunctionType(_template.__code__, names, f"matmul_one_{bits}_{vectors}")
     function.__module__, function.__qualname__ = __name__, function.__name__
     return jit(parallel=True)(function)

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.vectors import LANES, has, pointer, splat
+from modulora_core.kernels.cpu.vectors import LANES, has, pointer, splat
 from modulora_optq.packing import PLANES, plane_bytes
 
 _BYTE, _INDEX = ir.IntType(8), ir.IntType(64)
@@ -57,7 +57,9 @@ class Taken:
 
     def codes(self, k: Any, of: ir.VectorType) -> Any:
         """The same without others."""
-        return self._builder.and_(self.indices(k, of), ir.Constant(of, [2**self._bits - 1] * of.count))
+        return self._builder.and_(
+            self.indices(k, of), ir.Constant(of, [2**self._bits - 1] * of.count)
+        )
 
     def _shifted(self, byte: Any, shift: Any, of: ir.VectorType) -> Any:
         """Bytes shifted down."""
@@ -133,7 +135,11 @@ def _unpack_vector(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         packed, row, low_part, place, k, bits, out, to = arguments
-        kinds, of, here = signature.args, ir.VectorType(_BYTE, LANES), cgutils.unpack_tuple(builder, place, 4)
+        kinds, of, here = (
+            signature.args,
+            ir.VectorType(_BYTE, LANES),
+            cgutils.unpack_tuple(builder, place, 4),
+        )
         target = pointer(context, builder, kinds[6], out, to, of)
         for width in PLANES:
             with builder.if_then(builder.icmp_signed("==", bits, _INDEX(width))):
@@ -153,7 +159,9 @@ def unpack(packed: Any, row: int, bits: int, parts: Any, place: Any, count: int,
         take, j = min(count - k, left_of(place, parts)), 0
         furthest = row + (parts[0] + place[2] if bits == 3 else place[0])
         while j < take:
-            if furthest + j + LANES > packed.size:  # beyond the row is fine, and beyond the end isn't
+            if (
+                furthest + j + LANES > packed.size
+            ):  # beyond the row is fine, and beyond the end isn't
                 out[k + j] = code_at(packed, row, parts[0], place, j, bits)
                 j += 1
                 continue

@@ -15,8 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
-from modulora_core.kernels.vectors import (
+from modulora_core.kernels.cpu.prefetch import AHEAD, NEAR, ask_for
+from modulora_core.kernels.cpu.vectors import (
     LANES,
     has,
     lookup,
@@ -80,7 +80,9 @@ def _steps(context: Any, builder: Any, bits: int, low_bits: Any, high_bytes: Any
     for p in range(parts_of_byte(bits)):
         low = builder.and_(builder.lshr(low_bits, _same(2 * p)), _same(3))
         above = builder.lshr(high_bits, _same(2 * p - 2)) if p else builder.shl(high_bits, _same(2))
-        steps.append(_step(context, builder, bits, builder.or_(low, builder.and_(above, _same(~3)))))
+        steps.append(
+            _step(context, builder, bits, builder.or_(low, builder.and_(above, _same(~3))))
+        )
     return steps
 
 
@@ -101,7 +103,9 @@ def _steps_by_masks(context: Any, builder: Any, low_bits: Any, high_bytes: Any) 
     for p in range(parts_of_byte(3)):
         low = lookup(context, builder, table, builder.lshr(low_bits, _same(2 * p)))
         bit = builder.and_(high_bytes, ir.Constant(_BYTES, [1 << 2 * p] * LANES))
-        steps.append(builder.select(builder.icmp_unsigned("==", bit, none), builder.fadd(low, less), low))
+        steps.append(
+            builder.select(builder.icmp_unsigned("==", bit, none), builder.fadd(low, less), low)
+        )
     return steps
 
 
@@ -154,25 +158,36 @@ def rows_product(bits: int, vectors: int) -> Any:
                     for r in rows
                 ]
                 scale = [
-                    pointer(context, builder, kinds[7], scales, builder.mul(r, width), _FLOAT) for r in rows
+                    pointer(context, builder, kinds[7], scales, builder.mul(r, width), _FLOAT)
+                    for r in rows
                 ]
                 # an addition waits for the one before: each part has a sum of its own, where there are registers for them
                 totals = [zeros(builder, parts if has(context, "avx512f") else 1) for _ in rows]
                 for r, of_row in zip(rows, totals, strict=True):
-                    begun = pointer(context, builder, kinds[8], sums, builder.mul(r, _INDEX(LANES)), _FLOATS)
+                    begun = pointer(
+                        context, builder, kinds[8], sums, builder.mul(r, _INDEX(LANES)), _FLOATS
+                    )
                     builder.store(builder.load(begun, align=4), of_row[0])
                 with cgutils.for_range(builder, builder.sdiv(part, _INDEX(step))) as loop:
                     start = builder.mul(loop.index, _INDEX(step))
-                    of_rows = _of_step(context, builder, (bits, vectors), data, part, columns, start)
+                    of_rows = _of_step(
+                        context, builder, (bits, vectors), data, part, columns, start
+                    )
                     for p in range(parts):
                         place = builder.add(builder.mul(loop.index, _INDEX(parts)), _INDEX(p))
                         group = builder.sext(builder.load(builder.gep(groups, [place])), _INDEX)
                         for of_row, total, of_scale in zip(of_rows, totals, scale, strict=True):
-                            factor = splat(builder, builder.load(builder.gep(of_scale, [group])), _FLOATS)
+                            factor = splat(
+                                builder, builder.load(builder.gep(of_scale, [group])), _FLOATS
+                            )
                             multiply_add(builder, total[p % len(total)], of_row[p], factor)
                 for r, of_row in zip(rows, totals, strict=True):
-                    total = sum_of_lanes(builder, functools.reduce(builder.fadd, map(builder.load, of_row)))
-                    builder.store(total, pointer(context, builder, kinds[9], y, builder.add(o, r), _FLOAT))
+                    total = sum_of_lanes(
+                        builder, functools.reduce(builder.fadd, map(builder.load, of_row))
+                    )
+                    builder.store(
+                        total, pointer(context, builder, kinds[9], y, builder.add(o, r), _FLOAT)
+                    )
             return context.get_dummy_value()
 
         i64 = types.int64
@@ -211,16 +226,23 @@ def _of_step(
     for number in range(vectors):
         j = builder.add(start, _INDEX(number * LANES))
         at_once = LANES if vectors > 1 else LANES // 2
-        places = [builder.bitcast(builder.gep(of_part, [j]), _FLOATS.as_pointer()) for of_part in columns]
+        places = [
+            builder.bitcast(builder.gep(of_part, [j]), _FLOATS.as_pointer()) for of_part in columns
+        ]
         values = [builder.load(place, align=4) for place in places]
         for of_row, plane, total in zip(data, planes, sums, strict=True):
             source = builder.bitcast(builder.gep(of_row, [j]), _BYTES.as_pointer())
             low_bits = builder.zext(builder.load(source, align=1), _WHOLES)
             high_bytes = _high_bytes(builder, plane, j, half, at_once) if bits == 3 else None
             steps = _steps(context, builder, bits, low_bits, high_bytes)
-            products = [builder.fmul(a, b, flags=("contract",)) for a, b in zip(steps, values, strict=True)]
+            products = [
+                builder.fmul(a, b, flags=("contract",)) for a, b in zip(steps, values, strict=True)
+            ]
             total[:] = (
-                [builder.fadd(a, b, flags=("contract",)) for a, b in zip(total, products, strict=True)]
+                [
+                    builder.fadd(a, b, flags=("contract",))
+                    for a, b in zip(total, products, strict=True)
+                ]
                 if total
                 else products
             )

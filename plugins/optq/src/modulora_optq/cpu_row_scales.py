@@ -20,9 +20,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from modulora_core.kernels.conversions import halves_to_floats
-from modulora_core.kernels.vectors import LANES, lookup, loops, matrix, pointer, sum_of_lanes
-from modulora_core.kernels.vectors import zeros as zeros_of
+from modulora_core.kernels.cpu.conversions import halves_to_floats
+from modulora_core.kernels.cpu.vectors import LANES, lookup, loops, matrix, pointer, sum_of_lanes
+from modulora_core.kernels.cpu.vectors import zeros as zeros_of
 from modulora_optq.packing import PLANES, plane_bytes
 
 _INDEX, _WHOLE = ir.IntType(64), ir.IntType(32)
@@ -76,7 +76,9 @@ def sum_of_vectors(_context: Any, x: Any, _first: Any, _count: Any) -> Any:
         for width, vector in loops(builder, builder.sdiv(count, _INDEX(LANES)), len(sums)):
             for k in range(width):
                 at = builder.add(first, builder.mul(builder.add(vector, _INDEX(k)), _INDEX(LANES)))
-                more = builder.load(pointer(context, builder, signature.args[0], x, at, _FLOATS), align=4)
+                more = builder.load(
+                    pointer(context, builder, signature.args[0], x, at, _FLOATS), align=4
+                )
                 builder.store(builder.fadd(builder.load(sums[k]), more), sums[k])
         return sum_of_lanes(builder, builder.fadd(*map(builder.load, sums)))
 
@@ -113,12 +115,15 @@ def take_row(bits: int) -> Any:
                 table = pointer(context, builder, kinds[4], chunks, at, _WHOLES)
                 starts = builder.bitcast(table, _WHOLE.as_pointer())
                 g, *planes = (
-                    builder.sext(builder.load(builder.gep(starts, [_INDEX(i)])), _INDEX) for i in range(3)
+                    builder.sext(builder.load(builder.gep(starts, [_INDEX(i)])), _INDEX)
+                    for i in range(3)
                 )
                 halves = pointer(context, builder, kinds[0], scales, builder.add(first, g), _HALVES)
                 scale = halves_to_floats(context, builder, builder.load(halves, align=2))
                 to = builder.add(builder.mul(r, width), g)
-                builder.store(scale, pointer(context, builder, kinds[6], taken, to, _FLOATS), align=4)
+                builder.store(
+                    scale, pointer(context, builder, kinds[6], taken, to, _FLOATS), align=4
+                )
                 with builder.if_then(builder.icmp_signed(">", size, _INDEX(0))):
                     places = [
                         pointer(context, builder, kinds[2], zeros, builder.add(zero, plane), _BYTES)
@@ -127,10 +132,14 @@ def take_row(bits: int) -> Any:
                     steps = _steps(context, builder, bits, places, table)
                     of_x = pointer(context, builder, kinds[5], sums_of_x, g, _WHOLES)
                     counted = builder.load(builder.gep(table, [_INDEX(_COUNTED)]), align=4)
-                    factor = builder.bitcast(builder.and_(builder.load(of_x, align=4), counted), _FLOATS)
+                    factor = builder.bitcast(
+                        builder.and_(builder.load(of_x, align=4), counted), _FLOATS
+                    )
                     off = builder.fmul(builder.fmul(steps, factor), scale)
                     builder.store(builder.fsub(builder.load(total), off), total)
-            target = pointer(context, builder, kinds[7], sums, builder.mul(r, _INDEX(LANES)), _FLOATS)
+            target = pointer(
+                context, builder, kinds[7], sums, builder.mul(r, _INDEX(LANES)), _FLOATS
+            )
             builder.store(builder.load(total), target, align=4)
             return context.get_dummy_value()
 
@@ -145,13 +154,18 @@ def _steps(context: Any, builder: Any, bits: int, places: list[Any], table: Any)
 
     def plane(number: int, width: int) -> Any:
         at, bit = (
-            builder.load(builder.gep(table, [_INDEX(_PLACES + 2 * number + i)]), align=4) for i in range(2)
+            builder.load(builder.gep(table, [_INDEX(_PLACES + 2 * number + i)]), align=4)
+            for i in range(2)
         )
-        words = builder.bitcast(builder.zext(builder.load(places[number], align=1), _WHOLES), _FLOATS)
+        words = builder.bitcast(
+            builder.zext(builder.load(places[number], align=1), _WHOLES), _FLOATS
+        )
         found = builder.bitcast(lookup(context, builder, words, at), _WHOLES)
         return builder.and_(builder.lshr(found, bit), ir.Constant(_WHOLES, [2**width - 1] * LANES))
 
     codes = plane(0, 2 if bits == 3 else bits)
     if bits == 3:
         codes = builder.or_(codes, builder.shl(plane(1, 1), ir.Constant(_WHOLES, [2] * LANES)))
-    return builder.sitofp(builder.sub(codes, ir.Constant(_WHOLES, [1 << (bits - 1)] * LANES)), _FLOATS)
+    return builder.sitofp(
+        builder.sub(codes, ir.Constant(_WHOLES, [1 << (bits - 1)] * LANES)), _FLOATS
+    )

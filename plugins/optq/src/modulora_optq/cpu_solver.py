@@ -17,7 +17,9 @@ from modulora_core.kernels import jit
 from modulora_optq.reference import LARGEST_SCALE, SMALLEST_SCALE
 
 _FP16_DIGITS = 11
-_FP16_LEAST_EXPONENT = -13  # of math.frexp, whose mantissa is in [0.5, 1): 2**-14 is the least normal number
+_FP16_LEAST_EXPONENT = (
+    -13
+)  # of math.frexp, whose mantissa is in [0.5, 1): 2**-14 is the least normal number
 
 
 @jit()
@@ -51,7 +53,10 @@ def _grid(w: Any, weight: Any, levels: Any, symmetric: bool, shares: Any) -> tup
         high = max(-low, high)
         low = -high
     least = number(np.inf)
-    best_s, best_z = number(0), number(0)  # no scale is 0: the first is kept where all losses overflow
+    best_s, best_z = (
+        number(0),
+        number(0),
+    )  # no scale is 0: the first is kept where all losses overflow
     for share in shares:
         s = number(_fp16((high * share - low * share) / levels))
         middle = (levels + 1) / 2 if symmetric else np.rint(-(low * share) / s)
@@ -66,7 +71,9 @@ def _grid(w: Any, weight: Any, levels: Any, symmetric: bool, shares: Any) -> tup
 
 
 @jit(parallel=True)
-def grids(W: Any, weight: Any, symmetric: bool, shares: Any, levels: Any, S: Any, Z: Any, g: int) -> None:
+def grids(
+    W: Any, weight: Any, symmetric: bool, shares: Any, levels: Any, S: Any, Z: Any, g: int
+) -> None:
     """``reference.grid`` of the group W ``[out, columns]`` to column ``g`` of S and Z."""
     for o in prange(W.shape[0]):
         S[o, g], Z[o, g] = _grid(W[o], weight, levels[0], symmetric, shares)
@@ -95,7 +102,9 @@ def block(
         for j in range(start, stop):
             g = group[j]
             if size != 0 and j % size == 0:
-                S[o, g], Z[o, g] = _grid(w[j : j + size], weight[j : j + size], top, symmetric, shares)
+                S[o, g], Z[o, g] = _grid(
+                    w[j : j + size], weight[j : j + size], top, symmetric, shares
+                )
             s, z = S[o, g], Z[o, g]
             code = min(max(np.rint(w[j] / s) + z, W.dtype.type(0)), top)
             e = (w[j] - s * (code - z)) / U[j, j]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, ModelError, OptionError, ShapeError
-from modulora_core.formats import CheckpointFormat, ForeignWeight, Read, StoredWeight
+from modulora_core.models.formats import CheckpointFormat, ForeignWeight, Read, StoredWeight
 from modulora_core.options import validate_model
 from modulora_core.spec import PackedWeight, TensorLayout
 from modulora_optq import SPEC, gptq_words, packing
@@ -48,7 +48,9 @@ class GPTQ(CheckpointFormat):
         whole = Config.of(config)
         quantizers: dict[Options, OPTQ] = {}
         found: dict[str, ForeignWeight] = {}
-        for module in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
+        for module in (
+            name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")
+        ):
             layer = whole.layer(module)
             if layer is None:
                 raise CheckpointError(f"{module}.qweight: the files have it, and the config's dynamic says that {module} isn't "
@@ -93,7 +95,9 @@ class GPTQ(CheckpointFormat):
         codes = solution.codes
         g_idx = torch.arange(in_features, dtype=torch.int32) // columns
         if solution.permutation is not None:
-            own = torch.argsort(solution.permutation)  # where each of the weight's own columns is stored
+            own = torch.argsort(
+                solution.permutation
+            )  # where each of the weight's own columns is stored
             codes, g_idx = codes.index_select(1, own), g_idx.index_select(0, own)
         zeros = solution.zeros - 1 if self.spec.name == V1 else solution.zeros
         return {
@@ -112,7 +116,9 @@ class GPTQ(CheckpointFormat):
         return compose(layers, kept, self.spec.name, {"quantizer": writers})
 
 
-def _check_shapes(module: str, layer: Layer, tensors: Mapping[str, TensorLayout]) -> tuple[int, int]:
+def _check_shapes(
+    module: str, layer: Layer, tensors: Mapping[str, TensorLayout]
+) -> tuple[int, int]:
     """``(out, in)`` of a layer, whose tensors agree with each other and the config."""
     qweight = tensors[f"{module}.qweight"]
     if qweight.dtype != "int32" or len(qweight.shape) != 2:
@@ -154,7 +160,8 @@ def _permutation(
 def _sizes(g_idx: Tensor) -> str:
     groups, counts = g_idx.unique(return_counts=True)
     pairs = [
-        f"{count} (group {group})" for group, count in zip(groups.tolist(), counts.tolist(), strict=True)
+        f"{count} (group {group})"
+        for group, count in zip(groups.tolist(), counts.tolist(), strict=True)
     ]
     return ", ".join(pairs[:4]) + (", ..." if len(pairs) > 4 else "")
 
@@ -195,7 +202,9 @@ def _unpack(
 ) -> PackedWeight:
     scales = read(f"{module}.scales").t().contiguous()
     if not bool(scales.isfinite().all()):
-        raise CheckpointError(f"{module}.scales: expected finite values, got NaN or Inf; the file is damaged")
+        raise CheckpointError(
+            f"{module}.scales: expected finite values, got NaN or Inf; the file is damaged"
+        )
     codes = gptq_words.unpack(read(f"{module}.qweight"), options.bits)
     codes = (codes if permutation is None else codes.index_select(0, permutation)).t().contiguous()
     return from_solution(Solution(codes, scales, zeros(read), permutation), options)

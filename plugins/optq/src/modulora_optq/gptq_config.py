@@ -76,7 +76,9 @@ class Config(Layer):
             if data.get(key):
                 raise ValueError(f"{key}: {what}, which isn't implemented")
         known = {key: value for key, value in data.items() if value is not None}
-        return known | {"checkpoint_format": known.get("checkpoint_format") or known.get("format") or "gptq"}
+        return known | {
+            "checkpoint_format": known.get("checkpoint_format") or known.get("format") or "gptq"
+        }
 
     @field_validator("checkpoint_format")
     @classmethod
@@ -113,7 +115,9 @@ class Config(Layer):
         """
         for pattern, options in self.dynamic.items():
             try:
-                matches = re.match(pattern.removeprefix("+:").removeprefix("-:"), module) is not None
+                matches = (
+                    re.match(pattern.removeprefix("+:").removeprefix("-:"), module) is not None
+                )
             except re.error as error:
                 raise ModelError(
                     f"GPTQ config: dynamic {pattern!r}: expected a regular expression: {error}"
@@ -138,7 +142,10 @@ def _checked(model: type[Model], data: Mapping[str, Any], subject: str) -> Model
 
 
 def compose(
-    layers: Mapping[str, Layer], kept: Sequence[str], checkpoint_format: str, meta: Mapping[str, Any]
+    layers: Mapping[str, Layer],
+    kept: Sequence[str],
+    checkpoint_format: str,
+    meta: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The config of a folder with these layers: the commonest options for all, ``dynamic`` for the others.
 
@@ -152,7 +159,9 @@ def compose(
     dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(path)}$": {} for path in in_blocks}
     for path, layer in layers.items():
         if layer != common:
-            dynamic[f"+:^{re.escape(path)}$"] = layer.model_dump(by_alias=True, exclude={"pack_dtype"})
+            dynamic[f"+:^{re.escape(path)}$"] = layer.model_dump(
+                by_alias=True, exclude={"pack_dtype"}
+            )
     config: dict[str, Any] = {
         "quant_method": "gptq", **common.model_dump(by_alias=True), "checkpoint_format": checkpoint_format,
         "format": checkpoint_format, "lm_head": any(not any(p.isdigit() for p in path.split(".")) for path in layers),

@@ -25,7 +25,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         threes = torch.zeros(n // 8, m, dtype=torch.int32)  # eight codes in three bytes
         for i, part in enumerate(codes.view(n // 8, 8, m).unbind(1)):
             threes |= part.to(torch.int32) << bits * i
-        data = torch.stack([(threes >> shift & 0xFF).to(torch.uint8) for shift in (0, 8, 16)], dim=1)
+        data = torch.stack(
+            [(threes >> shift & 0xFF).to(torch.uint8) for shift in (0, 8, 16)], dim=1
+        )
     else:
         per = 8 // bits
         data = torch.zeros(n // per, m, dtype=torch.uint8)

@@ -8,7 +8,7 @@
 
 Bits lie as :mod:`modulora_optq.packing` arranges them: a byte holds codes of columns that are far apart, one of each *part* of the row,
 which is cut into 8 / w parts for the w bits of the narrowest plane. What a thread decodes from 16 bytes are 16 neighbours in each part,
-which it multiplies or writes as whole vectors. The parts are taken in turn (:mod:`modulora_core.kernels.triton_blocks`): the bytes
+which it multiplies or writes as whole vectors. The parts are taken in turn (:mod:`modulora_core.kernels.triton.blocks`): the bytes
 come from memory for the first of them, and from a cache for the others.
 
 Values are those of :mod:`modulora_optq.reference`, bit for bit: fp32(q − z) times fp32(s), rounded once.
@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modulora_core.kernels.triton_products import DTYPES, few_rows, multiply
-from modulora_core.kernels.triton_tiles import write_tile
+from modulora_core.kernels.triton.products import DTYPES, few_rows, multiply
+from modulora_core.kernels.triton.tiles import write_tile
 from modulora_optq import packing
 
 __all__ = ["Weight", "dequantize", "few_rows", "matmul"]
@@ -165,7 +165,7 @@ def decode(  # type: ignore[no-untyped-def]
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Columns ``col ...`` of a part: :mod:`modulora_core.kernels.triton_blocks` has the contract. OPTIONS is a :class:`Format`."""
+    """Columns ``col ...`` of a part: :mod:`modulora_core.kernels.triton.blocks` has the contract. OPTIONS is a :class:`Format`."""
     BITS: tl.constexpr = OPTIONS[0]
     PARTS: tl.constexpr = OPTIONS[1]
     EVEN: tl.constexpr = OPTIONS[2]
@@ -180,7 +180,16 @@ def decode(  # type: ignore[no-untyped-def]
     inside = held(row, part, columns, length, out_features, in_features, BLOCK_OUT, EVEN)
     rows_codes = rows * row_bytes
     q = codes_at(
-        codes, rows_codes, part, columns, length, in_features, inside, BITS, PARTS, EVEN or BITS != 3
+        codes,
+        rows_codes,
+        part,
+        columns,
+        length,
+        in_features,
+        inside,
+        BITS,
+        PARTS,
+        EVEN or BITS != 3,
     )
 
     runs = col + RUN * tl.arange(0, BLOCK_IN // RUN)[None, :]
@@ -195,22 +204,30 @@ def decode(  # type: ignore[no-untyped-def]
         steps = q - (_TWO_23 + (1 << (BITS - 1)))
     else:
         rows_zeros = rows * zero_bytes
-        z = codes_at(zeros, rows_zeros, of_part, group, part_groups, groups, known, BITS, PARTS, ALIGNED)
+        z = codes_at(
+            zeros, rows_zeros, of_part, group, part_groups, groups, known, BITS, PARTS, ALIGNED
+        )
         steps = q - spread(z, RUN)
     w = steps * spread(s, RUN)
-    return w if EVEN and GROUP else tl.where(inside, w, 0.0)  # else a run may begin inside and end outside
+    return (
+        w if EVEN and GROUP else tl.where(inside, w, 0.0)
+    )  # else a run may begin inside and end outside
 
 
 def dequantize(weight: Weight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Rows ``[start, stop)`` of Ŵ with the columns as they are stored: ``[stop - start, in]`` in any float dtype."""
     written = dtype if dtype in DTYPES else torch.float32
-    tile = torch.empty(rows[1] - rows[0], weight.shape[1], dtype=written, device=weight.codes.device)
+    tile = torch.empty(
+        rows[1] - rows[0], weight.shape[1], dtype=written, device=weight.codes.device
+    )
     form = weight.format
     write_tile(decode, weight.operands, tile, rows, weight.shape, form, parts=form.parts)
     return tile.to(dtype)
 
 
 def matmul(x: Tensor, weight: Weight, transpose: bool) -> Tensor:
-    """``x Ŵᵀ``, or ``x Ŵ``, with the columns as they are stored: :func:`modulora_core.kernels.triton_products.multiply`."""
+    """``x Ŵᵀ``, or ``x Ŵ``, with the columns as they are stored: :func:`modulora_core.kernels.triton.products.multiply`."""
     form = weight.format
-    return multiply(decode, weight.operands, x, weight.shape, form, transpose=transpose, parts=form.parts)
+    return multiply(
+        decode, weight.operands, x, weight.shape, form, transpose=transpose, parts=form.parts
+    )

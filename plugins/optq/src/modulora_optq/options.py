@@ -21,17 +21,20 @@ class Options(BaseModel):
         description="how many weights of a row share a scale and a zero point: 16 or more; -1 for the whole row",
     )
     symmetric: bool = Field(
-        False, description="one fixed zero point in the middle of the codes: saves its bits, costs quality"
+        False,
+        description="one fixed zero point in the middle of the codes: saves its bits, costs quality",
     )
     act_order: bool = Field(
         True,
         description="quantize the columns with the largest inputs first, while others can still make up for it",
     )
     static_groups: bool = Field(
-        True, description="choose all scales before the first column, from the weight as it was given"
+        True,
+        description="choose all scales before the first column, from the weight as it was given",
     )
     range_search: bool = Field(
-        True, description="search each group's range for the least error, instead of taking its extremes"
+        True,
+        description="search each group's range for the least error, instead of taking its extremes",
     )
     damping: float = Field(
         0.1,

@@ -64,7 +64,9 @@ def _pack_plane(values: Tensor, width: int) -> Tensor:
     rows, n = values.shape
     parts, part = 8 // width, plane_bytes(n, width)
     padded = torch.nn.functional.pad(values, (0, parts * part - n)).view(rows, parts, part)
-    return (padded << _shifts(width, values.device)).sum(dim=1, dtype=torch.uint8)  # no bit is in two parts
+    return (padded << _shifts(width, values.device)).sum(
+        dim=1, dtype=torch.uint8
+    )  # no bit is in two parts
 
 
 def _unpack_plane(plane: Tensor, width: int, n: int) -> Tensor:

@@ -23,7 +23,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from modulora_core import kernels
 from modulora_core.errors import CheckpointError, OptionError
-from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, TensorLayout, check_rows
+from modulora_core.spec import (
+    Calibration,
+    PackedLayout,
+    PackedWeight,
+    Quantizer,
+    TensorLayout,
+    check_rows,
+)
 from modulora_core.tiles import tiled_matmul
 from modulora_optq import SPEC, packing, solver
 from modulora_optq.options import Options
@@ -61,7 +68,9 @@ class OPTQ(Quantizer):
         metadata = _metadata(options, options.permutes(shape[1]))
         return PackedLayout(SPEC.name, self.format, shape, _tensors(shape, **metadata), metadata)
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         check_rows(packed, rows)
         return _tile(packed, rows, dtype, _order(packed))
 
@@ -141,17 +150,23 @@ def _tensors(
     shape: tuple[int, int], bits: int, group_size: int, symmetric: bool, permuted: bool
 ) -> dict[str, TensorLayout]:
     """What a weight of this shape is packed into. Raises ValueError for metadata that can't be."""
-    options = Options.model_validate({"bits": bits, "group_size": group_size, "symmetric": symmetric})
+    options = Options.model_validate(
+        {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    )
     if not isinstance(permuted, bool):
         raise TypeError(f"permuted: expected true or false, got {permuted!r}")
     out_features, in_features = shape
     groups = options.groups(in_features)
     tensors = {
-        "codes": TensorLayout("uint8", (out_features, packing.row_bytes(in_features, options.bits))),
+        "codes": TensorLayout(
+            "uint8", (out_features, packing.row_bytes(in_features, options.bits))
+        ),
         "scales": TensorLayout("float16", (out_features, groups)),
     }
     if not options.symmetric:
-        tensors["zeros"] = TensorLayout("uint8", (out_features, packing.row_bytes(groups, options.bits)))
+        tensors["zeros"] = TensorLayout(
+            "uint8", (out_features, packing.row_bytes(groups, options.bits))
+        )
     if permuted:
         tensors["permutation"] = TensorLayout("int32", (in_features,))
     return tensors
@@ -219,7 +234,9 @@ def _solution(packed: PackedWeight, rows: tuple[int, int], permutation: Tensor |
     codes = packing.unpack(tensors["codes"][start:stop], options.bits, packed.shape[1])
     scales = tensors["scales"][start:stop]
     if options.symmetric:
-        zeros = torch.full(scales.shape, middle(options.bits), dtype=torch.uint8, device=scales.device)
+        zeros = torch.full(
+            scales.shape, middle(options.bits), dtype=torch.uint8, device=scales.device
+        )
     else:
         zeros = packing.unpack(tensors["zeros"][start:stop], options.bits, scales.shape[1])
     return Solution(codes, scales, zeros, permutation)
@@ -231,7 +248,14 @@ def _operands(packed: PackedWeight) -> tuple[Any, ...]:
     options, tensors = _options(packed), packed.tensors
     codes = tensors["codes"].view(-1)
     zeros = codes[:0] if options.symmetric else tensors["zeros"].view(-1)
-    return codes, tensors["scales"], zeros, options.bits, options.group(packed.shape[1]), packed.shape[1]
+    return (
+        codes,
+        tensors["scales"],
+        zeros,
+        options.bits,
+        options.group(packed.shape[1]),
+        packed.shape[1],
+    )
 
 
 def _gpu_weight(gpu: Any, packed: PackedWeight) -> Any:
@@ -242,7 +266,9 @@ def _gpu_weight(gpu: Any, packed: PackedWeight) -> Any:
     return gpu.Weight(packed.shape, tensors["codes"], tensors["scales"], zeros, options.bits, group)
 
 
-def _tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype, order: _Order | None) -> Tensor:
+def _tile(
+    packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype, order: _Order | None
+) -> Tensor:
     """Rows ``[start, stop)``, their columns as they are stored, or put in the weight's own ``order``."""
     kernels.check_tensors(packed, _tensors)
     gpu = _gpu(packed.device)
@@ -261,7 +287,9 @@ def _tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype, order
     inverse = order.inverse
 
     def fill(start: int, _stop: int, out: Tensor) -> None:
-        kernels.launch(cpu.dequantize_permuted, weight, torch.get_num_threads(), start, inverse, out)
+        kernels.launch(
+            cpu.dequantize_permuted, weight, torch.get_num_threads(), start, inverse, out
+        )
 
     return kernels.filled_tile(fill, rows, packed.shape[1], dtype)
 
@@ -284,5 +312,8 @@ def _stored_matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor:
     if y is not None:
         return y
     return tiled_matmul(
-        x, lambda start, stop, dtype: _tile(packed, (start, stop), dtype, None), packed.shape, transpose
+        x,
+        lambda start, stop, dtype: _tile(packed, (start, stop), dtype, None),
+        packed.shape,
+        transpose,
     )

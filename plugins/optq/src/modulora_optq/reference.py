@@ -67,7 +67,9 @@ class Solution:
         steps = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[:, group]
         W = self.scales.to(torch.float32)[:, group] * steps
         return (
-            W if self.permutation is None else torch.empty_like(W).index_copy_(1, self.permutation.long(), W)
+            W
+            if self.permutation is None
+            else torch.empty_like(W).index_copy_(1, self.permutation.long(), W)
         )
 
 
@@ -174,7 +176,9 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
             s[:, g], z[:, g] = grid(W[:, group == g], loss[group == g], options)
     for j in range(W.shape[1]):
         g = int(group[j])
-        if not options.static_groups and j % size == 0:  # the group's columns, as earlier ones left them
+        if (
+            not options.static_groups and j % size == 0
+        ):  # the group's columns, as earlier ones left them
             s[:, g], z[:, g] = grid(W[:, j : j + size], loss[j : j + size], options)
         q[:, j] = quantize(W[:, j], s[:, g], z[:, g], options)
         e = (W[:, j] - s[:, g] * (q[:, j] - z[:, g])) / U[j, j]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
-from modulora_core.dense_products import add_product
+from modulora_core.devices.dense_products import add_product
 from modulora_optq import reference
 from modulora_optq.options import Options
 from modulora_optq.reference import Problem, Solution
@@ -86,7 +86,9 @@ class _Torch:
         """Quantize columns ``[start, stop)``: their errors e, ``[out, stop - start]``."""
         W, U = self.problem.W, self.problem.U
         E = W.new_empty(len(W), stop - start)
-        groups = self.problem.group[start:stop].tolist()  # from a GPU once, and not a column at a time
+        groups = self.problem.group[
+            start:stop
+        ].tolist()  # from a GPU once, and not a column at a time
         for j, g in zip(range(start, stop), groups, strict=True):
             if not self.options.static_groups and j % self.size == 0:
                 self.grid(g)

@@ -55,7 +55,15 @@ class Layer:
 
     @classmethod
     def random(
-        cls, out: int, columns: int, bits: int, group: int, *, symmetric: bool, permuted: bool, seed: int
+        cls,
+        out: int,
+        columns: int,
+        bits: int,
+        group: int,
+        *,
+        symmetric: bool,
+        permuted: bool,
+        seed: int,
     ) -> Layer:
         generator = torch.Generator().manual_seed(seed)
         size = columns if group == -1 else group
@@ -65,7 +73,9 @@ class Layer:
         z = torch.full_like(z, 2 ** (bits - 1)) if symmetric else z
         s = ((torch.rand(out, groups, generator=generator) + 0.5) / 2 ** (bits + 1)).half()
         g = torch.arange(columns) // size
-        return cls(q, z, s, g[torch.randperm(columns, generator=generator)] if permuted else g, bits)
+        return cls(
+            q, z, s, g[torch.randperm(columns, generator=generator)] if permuted else g, bits
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -109,7 +119,9 @@ def save_gptq(
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": vocab_size})).eval()
     model.save_pretrained(folder)
-    stored = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    stored = {
+        name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     for seed, (name, module) in enumerate(model.named_modules()):
         leaf = name.rpartition(".")[2]
         if not isinstance(module, nn.Linear) or leaf in kept or (name == "lm_head" and not head):
@@ -119,14 +131,18 @@ def save_gptq(
                              permuted=permuted, seed=seed)  # fmt: skip
         del stored[f"{name}.weight"]
         parts = layer.tensors(version)
-        stored |= {f"{name}.{part}": tensor for part, tensor in parts.items() if g_idx or part != "g_idx"}
+        stored |= {
+            f"{name}.{part}": tensor for part, tensor in parts.items() if g_idx or part != "g_idx"
+        }
         module.weight.data = layer.weight
     _save(folder, stored, files)
     quantization = {"bits": bits, "group_size": group, "sym": symmetric, "desc_act": permuted, "lm_head": head,
                     "quant_method": "gptq", **({"checkpoint_format": "gptq_v2"} if version == 2 else {}), **config}  # fmt: skip
     if config_file == "config.json":
         values = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**values, "quantization_config": quantization}))
+        (folder / "config.json").write_text(
+            json.dumps({**values, "quantization_config": quantization})
+        )
     else:
         del quantization["quant_method"]
         (folder / config_file).write_text(json.dumps(quantization))

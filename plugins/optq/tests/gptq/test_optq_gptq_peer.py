@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.checkpoint import load_model
-from modulora_core.convert import convert
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.convert import convert
 from modulora_core.layers import QuantLinear
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
@@ -60,9 +60,16 @@ VARIANTS: list[dict[str, Any]] = [
 
 def peer(folder: Path, script: str, *words: str) -> None:
     """Run a script in ``folder``, where the peer leaves its logs. The words are absolute paths, or no paths."""
-    environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}  # without it, it crashes on two cores
+    environment = {
+        **os.environ,
+        "GPTQMODEL_CPU_WORKERS": "2",
+    }  # without it, it crashes on two cores
     done = subprocess.run(
-        [sys.executable, "-c", script, *words], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script, *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -11,10 +11,10 @@ import torch
 from modulora_optq import gptq_words
 from modulora_optq.quantizer import codes_of
 
-from modulora_core.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.layers import QuantLinear
-from modulora_core.sources import open_model
+from modulora_core.models import open_model
 
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 
@@ -37,7 +37,9 @@ def test_every_width_and_version_reads_to_the_last_bit(
     kind: str, bits: int, version: int, gptq: ModuleType, tmp_path: Path
 ) -> None:
     symmetric, permuted = kind == "symmetric", kind == "act-order"
-    dense = gptq.save_gptq(tmp_path / "m", bits=bits, version=version, symmetric=symmetric, permuted=permuted)
+    dense = gptq.save_gptq(
+        tmp_path / "m", bits=bits, version=version, symmetric=symmetric, permuted=permuted
+    )
     layouts = [site.layout for _, site in open_checkpoint(tmp_path / "m").record.items()]
     assert {layout.metadata["symmetric"] for layout in layouts} == {symmetric}
     assert {layout.metadata["permuted"] for layout in layouts} == {permuted}
@@ -53,7 +55,9 @@ def test_every_width_and_version_reads_to_the_last_bit(
     ],
     ids=str,
 )  # fmt: skip
-def test_what_folders_differ_in_is_read(options: dict[str, Any], gptq: ModuleType, tmp_path: Path) -> None:
+def test_what_folders_differ_in_is_read(
+    options: dict[str, Any], gptq: ModuleType, tmp_path: Path
+) -> None:
     dense = gptq.save_gptq(tmp_path / "m", **options)
     check(tmp_path / "m", dense, gptq)
     packed = open_checkpoint(tmp_path / "m").record.weights
@@ -61,18 +65,24 @@ def test_what_folders_differ_in_is_read(options: dict[str, Any], gptq: ModuleTyp
     assert len(packed) == 7 + ("head" in options) - ("kept" in options)
 
 
-def test_dynamic_overrides_by_the_first_pattern_that_matches(gptq: ModuleType, tmp_path: Path) -> None:
+def test_dynamic_overrides_by_the_first_pattern_that_matches(
+    gptq: ModuleType, tmp_path: Path
+) -> None:
     dynamic = {r"-:.*q_proj": {}, r"+:.*\.mlp\.down": {"bits": 8, "group_size": 32}, r".*proj": {}}
-    dense = gptq.save_gptq(tmp_path / "m", others={"down_proj": (8, 32)}, kept=("q_proj",), dynamic=dynamic)
+    dense = gptq.save_gptq(
+        tmp_path / "m", others={"down_proj": (8, 32)}, kept=("q_proj",), dynamic=dynamic
+    )
     check(tmp_path / "m", dense, gptq)
     record = open_checkpoint(tmp_path / "m").record
-    assert [record.recipes[site.recipe].options["bits"] for name, site in record.items() if DOWN in name] == [
-        8
-    ]
+    assert [
+        record.recipes[site.recipe].options["bits"] for name, site in record.items() if DOWN in name
+    ] == [8]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_zeros_of_0_that_gptqmodel_borrowed_for_are_read(bits: int, gptq: ModuleType, tmp_path: Path) -> None:
+def test_zeros_of_0_that_gptqmodel_borrowed_for_are_read(
+    bits: int, gptq: ModuleType, tmp_path: Path
+) -> None:
     gptq.save_gptq(tmp_path / "m", bits=bits, version=1, meta={"quantizer": ["gptqmodel:7.6.0"]})
     z = torch.arange(32).remainder(2**bits).view(32, 1).repeat(1, 4)  # [out, groups], every value
     if bits == 3:
@@ -88,7 +98,9 @@ def test_zeros_of_0_that_gptqmodel_borrowed_for_are_read(bits: int, gptq: Module
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_words_survive_packing_and_unpacking(bits: int, gptq: ModuleType) -> None:
-    codes = torch.randint(0, 2**bits, (96, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    codes = torch.randint(0, 2**bits, (96, 5), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
     expected = gptq.words(codes.T.tolist(), bits)
     assert torch.equal(gptq_words.pack(codes, bits), expected)
     assert torch.equal(gptq_words.unpack(expected, bits), codes)
@@ -129,7 +141,11 @@ def test_what_is_not_implemented_is_refused_by_name(
         **{"group": group, **{k: v for k, v in config.items() if k not in ("group_size", "bits")}},
     )
     if "bits" in config:
-        text = (tmp_path / "m" / "config.json").read_text().replace('"bits": 4', f'"bits": {config["bits"]}')
+        text = (
+            (tmp_path / "m" / "config.json")
+            .read_text()
+            .replace('"bits": 4', f'"bits": {config["bits"]}')
+        )
         (tmp_path / "m" / "config.json").write_text(text)
     with pytest.raises(ModelError, match=match):
         open_checkpoint(tmp_path / "m")

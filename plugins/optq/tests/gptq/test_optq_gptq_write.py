@@ -15,12 +15,12 @@ from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ, from_solution
 from modulora_optq.reference import Solution
 
-from modulora_core import formats
-from modulora_core.checkpoint import load_model, open_checkpoint
-from modulora_core.convert import convert
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.convert import convert
 from modulora_core.errors import ModelError, ShapeError
-from modulora_core.formats import StoredWeight
-from modulora_core.quantize import quantize
+from modulora_core.models import formats
+from modulora_core.models.formats import StoredWeight
+from modulora_core.quantization.quantize import quantize
 from modulora_core.spec import PackedWeight
 
 KINDS: list[dict[str, Any]] = [
@@ -48,7 +48,9 @@ def test_v2_to_ours_to_v1_and_back_gives_the_tensors_that_the_formats_say(
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_the_config_says_what_holds_for_all_and_what_for_some(gptq: ModuleType, tmp_path: Path) -> None:
+def test_the_config_says_what_holds_for_all_and_what_for_some(
+    gptq: ModuleType, tmp_path: Path
+) -> None:
     gptq.save_gptq(tmp_path / "v2", **KINDS[-1])
     convert(str(tmp_path / "v2"), tmp_path / "v1", "gptq")
     written = json.loads((tmp_path / "v1" / "config.json").read_text())["quantization_config"]
@@ -77,7 +79,9 @@ def writer(name: str) -> GPTQ:
     return GPTQ(formats.specs()[name])
 
 
-def test_a_zero_of_0_is_refused_by_v1_and_kept_by_v2(random_solution: Callable[..., Solution]) -> None:
+def test_a_zero_of_0_is_refused_by_v1_and_kept_by_v2(
+    random_solution: Callable[..., Solution],
+) -> None:
     options = Options(bits=4, group_size=16)
     solution = random_solution((32, 64), options)
     assert bool((solution.zeros == 0).any())
@@ -98,7 +102,9 @@ def test_a_shape_that_does_not_fill_words_is_refused(
     if fits:
         planned = writer("gptq").plan(weight)
         made = writer("gptq").tensors(weight)
-        assert {name: tuple(t.shape) for name, t in made.items()} == {n: t.shape for n, t in planned.items()}
+        assert {name: tuple(t.shape) for name, t in made.items()} == {
+            n: t.shape for n, t in planned.items()
+        }
     else:
         with pytest.raises(
             ShapeError, match=rf"shape \[{shape[0]}, {shape[1]}\] at {bits} bits: .*multiples of 32"
@@ -111,7 +117,8 @@ def test_a_weight_of_another_quantizer_is_refused_by_name(gptq: ModuleType, tmp_
     gptq.LlamaForCausalLM(gptq.LlamaConfig(**gptq.SIZES)).save_pretrained(tmp_path / "dense")
     quantize(str(tmp_path / "dense"), tmp_path / "ours", "nf4")
     with pytest.raises(
-        ModelError, match=r"model\.layers\.0\.\S+_proj: packed by nf4; gptq holds weights of optq only"
+        ModelError,
+        match=r"model\.layers\.0\.\S+_proj: packed by nf4; gptq holds weights of optq only",
     ):
         convert(str(tmp_path / "ours"), tmp_path / "out", "gptq")
     assert not (tmp_path / "out").exists()
@@ -142,7 +149,7 @@ def test_finetuning_works_straight_on_a_folder(gptq: ModuleType, tmp_path: Path)
     record = json.loads((tmp_path / "adapter" / "modulora.json").read_text())
     assert record["base"]["quantizers"][0]["quantizer"] == "optq"
     convert(model, tmp_path / "ours", "modulora")
-    from modulora_core.adapters import load_adapter
+    from modulora_core.adapters.lora import load_adapter
 
     logits = []
     for folder in ("m", "ours"):

@@ -73,7 +73,9 @@ def e81() -> Tensor:
 
     Integers of even sum and squared norm ≤ 2, then (±1/2)⁸ of even sum, both lexicographic; then ±2 in one coordinate.
     """
-    whole = [v for v in itertools.product((-1.0, 0.0, 1.0), repeat=BLOCK) if sum(map(abs, v)) in (0, 2)]
+    whole = [
+        v for v in itertools.product((-1.0, 0.0, 1.0), repeat=BLOCK) if sum(map(abs, v)) in (0, 2)
+    ]
     half = [v for v in itertools.product((-0.5, 0.5), repeat=BLOCK) if sum(v) % 2 == 0]
     axes = 2 * torch.eye(BLOCK)
     return torch.cat([torch.tensor(whole), torch.tensor(half), axes, -axes[:7]])

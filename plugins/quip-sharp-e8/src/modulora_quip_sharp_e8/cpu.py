@@ -13,12 +13,18 @@ from typing import Any
 import numpy as np
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import narrow
-from modulora_core.kernels.product_templates import STRIP
-from modulora_core.kernels.products import RowKernels
-from modulora_core.kernels.scratch import on_stack
+from modulora_core.kernels.cpu.conversions import narrow
+from modulora_core.kernels.cpu.product_templates import STRIP
+from modulora_core.kernels.cpu.products import RowKernels
+from modulora_core.kernels.cpu.scratch import on_stack
 from modulora_quip_sharp_e8.cpu_points import expand_points
-from modulora_quip_sharp_e8.cpu_words import expand, half_of, has_byte_permutations, rows_together, spell_all
+from modulora_quip_sharp_e8.cpu_words import (
+    expand,
+    half_of,
+    has_byte_permutations,
+    rows_together,
+    spell_all,
+)
 
 _MOST_CODES = 4096  # that are made words at once
 
@@ -27,7 +33,9 @@ _last = on_stack(8, np.float32)
 
 
 @jit(borrows=True)
-def _decode_words(codes: Any, residual: Any, bits: int, row: int, block: int, columns: int, out: Any) -> None:
+def _decode_words(
+    codes: Any, residual: Any, bits: int, row: int, block: int, columns: int, out: Any
+) -> None:
     blocks, step = codes.shape[1], out.shape[1]
     taken, together, words = (columns + 7) // 8, 1, _words()
     if taken == blocks:
@@ -36,7 +44,9 @@ def _decode_words(codes: Any, residual: Any, bits: int, row: int, block: int, co
         count = min(together, len(out) - first)
         for start in range(0, taken, _MOST_CODES):  # once, but of a row that is longer
             size = min(_MOST_CODES, taken - start)
-            spell_all(codes, residual, bits, (row + first) * blocks + block + start, count * size, words)
+            spell_all(
+                codes, residual, bits, (row + first) * blocks + block + start, count * size, words
+            )
             half, wide = half_of(count * size), min(8 * size, columns - 8 * start)
             for r in range(count):
                 at = (first + r) * step + 8 * start
@@ -72,7 +82,7 @@ def _decode_points(
 
 @jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """Columns ``start ...``, a multiple of eight, of the rows of C from ``row`` on: see :class:`modulora_core.kernels.products.RowKernels`.
+    """Columns ``start ...``, a multiple of eight, of the rows of C from ``row`` on: see :class:`modulora_core.kernels.cpu.products.RowKernels`.
 
     ``weight`` is codes, residual and bits.
     """

@@ -19,8 +19,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.scratch import on_stack
-from modulora_core.kernels.vectors import LANES, multiply_add, pointer, splat, zeros
+from modulora_core.kernels.cpu.scratch import on_stack
+from modulora_core.kernels.cpu.vectors import LANES, multiply_add, pointer, splat, zeros
 
 OUTPUTS = 8  # segments that are summed at once
 _SIGNS = 16  # of four segments
@@ -28,7 +28,9 @@ _FOURS = 8  # tables that are kept at once: 16 KiB of fp32, so that they stay in
 
 LANE, INDEX = ir.IntType(32), ir.IntType(64)
 
-_tables32, _tables64 = (on_stack(_FOURS * _SIGNS * 2 * LANES, dtype) for dtype in (np.float32, np.float64))
+_tables32, _tables64 = (
+    on_stack(_FOURS * _SIGNS * 2 * LANES, dtype) for dtype in (np.float32, np.float64)
+)
 _sums32, _sums64 = (on_stack(OUTPUTS, dtype) for dtype in (np.float32, np.float64))
 
 
@@ -50,11 +52,15 @@ def load(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
 
 def store(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: Any) -> None:
     """Puts them there."""
-    builder.store(vector, pointer(context, builder, kind, array, index, vector.type), align=_alignment(kind))
+    builder.store(
+        vector, pointer(context, builder, kind, array, index, vector.type), align=_alignment(kind)
+    )
 
 
 @intrinsic
-def _sums_of_four(_context: Any, x: Any, _first: Any, _step: Any, table: Any, _at: Any, _stride: Any) -> Any:
+def _sums_of_four(
+    _context: Any, x: Any, _first: Any, _step: Any, table: Any, _at: Any, _stride: Any
+) -> Any:
     """``table[at + stride e + l] = Σ_i ± x[first + step i + l]`` for i < 4, l < 16 and e < 16: minus where bit i of e is set."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -110,7 +116,9 @@ def _adder(vectors: int) -> Any:
                     e = builder.load(pointer(context, builder, pick, picks, index, ir.IntType(8)))
                     entry = builder.mul(builder.add(tables, builder.zext(e, INDEX)), INDEX(width))
                     for v, total in enumerate(totals[i * vectors : (i + 1) * vectors]):
-                        value = load(context, builder, kind, table, builder.add(entry, INDEX(LANES * v)))
+                        value = load(
+                            context, builder, kind, table, builder.add(entry, INDEX(LANES * v))
+                        )
                         builder.store(builder.fadd(builder.load(total), value), total)
             for place, total in zip(places, totals, strict=True):
                 store(context, builder, target, out, place, builder.load(total))
@@ -134,13 +142,17 @@ def _across_signs(row: Any, picks: Any, K: int, m: int, tables: Any, out: Any) -
             fours = min(_FOURS, (K - first) // 4)
             for g in range(fours):
                 for v in range(0, wide, LANES):
-                    _sums_of_four(row, (first + 4 * g) * m + t + v, m, tables, g * _SIGNS * wide + v, wide)
+                    _sums_of_four(
+                        row, (first + 4 * g) * m + t + v, m, tables, g * _SIGNS * wide + v, wide
+                    )
             if wide == LANES:
                 for b in range(0, K, 4):
                     _add_one(tables, picks, b * K // 4 + first, fours, first, out, b * m + t, m)
             else:
                 for b in range(0, K, 2):
-                    _add_two(tables, picks, b // 4 * K + b % 4 + first, fours, first, out, b * m + t, m)
+                    _add_two(
+                        tables, picks, b // 4 * K + b % 4 + first, fours, first, out, b * m + t, m
+                    )
 
 
 @intrinsic
@@ -158,11 +170,15 @@ def _eight_sums(
         vector = _vector_of(context, kind)
         totals = zeros(builder, OUTPUTS, number=vector.element)
         with cgutils.for_range(builder, K) as loop:
-            values = load(context, builder, given, x, builder.add(first, builder.mul(loop.index, step)))
+            values = load(
+                context, builder, given, x, builder.add(first, builder.mul(loop.index, step))
+            )
             panel = builder.add(at, builder.mul(loop.index, INDEX(OUTPUTS)))
             for i, total in enumerate(totals):
                 index = builder.add(panel, INDEX(i))
-                factor = builder.load(pointer(context, builder, kind, matrix, index, vector.element))
+                factor = builder.load(
+                    pointer(context, builder, kind, matrix, index, vector.element)
+                )
                 multiply_add(builder, total, splat(builder, factor, vector), values)
         for i, total in enumerate(totals):
             with builder.if_then(builder.icmp_signed("<", INDEX(i), count)):

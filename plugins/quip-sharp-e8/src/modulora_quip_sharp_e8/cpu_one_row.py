@@ -18,16 +18,24 @@ import numpy as np
 from numba import prange
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.prefetch import read_ahead
-from modulora_core.kernels.scratch import scratch
-from modulora_core.kernels.shares import share
+from modulora_core.kernels.cpu.prefetch import read_ahead
+from modulora_core.kernels.cpu.scratch import scratch
+from modulora_core.kernels.cpu.shares import share
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.cpu_points import dot_points
 from modulora_quip_sharp_e8.cpu_transform import turn_rows
-from modulora_quip_sharp_e8.cpu_words import dot, half_of, has_byte_permutations, rows_together, spell_all
+from modulora_quip_sharp_e8.cpu_words import (
+    dot,
+    half_of,
+    has_byte_permutations,
+    rows_together,
+    spell_all,
+)
 
 _ROWS = 16  # whose words are made at once, at most
-_STEPS = np.array([codebooks.residual_step(bits) if bits > 2 else 0 for bits in range(5)], np.float32)
+_STEPS = np.array(
+    [codebooks.residual_step(bits) if bits > 2 else 0 for bits in range(5)], np.float32
+)
 
 
 @jit()
@@ -82,9 +90,14 @@ def forward_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     ``weight`` is codes, residual, bits; the bits of the input's and of the output's scale, int16; the unit, fp32 ``[1]``; then for the
     input's rotation and for the output's the matrix, as :func:`modulora_quip_sharp_e8.transform.laid_out` gives it, and its order.
     """
-    codes, residual, bits, input_scale, output_scale, unit, matrix_in, K_in, matrix_out, K_out = weight
+    codes, residual, bits, input_scale, output_scale, unit, matrix_in, K_in, matrix_out, K_out = (
+        weight
+    )
     rows, blocks = codes.shape
-    turned, z = scratch(1, 16 * ((blocks + 1) // 2), np.float32), scratch(1, rows, np.float32)  # whole words
+    turned, z = (
+        scratch(1, 16 * ((blocks + 1) // 2), np.float32),
+        scratch(1, rows, np.float32),
+    )  # whole words
     turned[:] = 0
     there = turned.reshape(turned.size)[: x.shape[1]].reshape(1, x.shape[1])
     turn_rows(x, input_scale, np.float32(1), matrix_in, K_in, False, 0, 1, there)

@@ -17,8 +17,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from modulora_core.kernels.conversions import float_to_bf16
-from modulora_core.kernels.vectors import assembly, has, matrix, multiply_add, splat, sum_of_lanes, zeros
+from modulora_core.kernels.cpu.conversions import float_to_bf16
+from modulora_core.kernels.cpu.vectors import (
+    assembly,
+    has,
+    matrix,
+    multiply_add,
+    splat,
+    sum_of_lanes,
+    zeros,
+)
 from modulora_quip_sharp_e8 import codebooks
 
 _BYTE, _CODE, _WHOLE, _INDEX = (ir.IntType(width) for width in (8, 16, 32, 64))
@@ -35,7 +43,9 @@ _IN_WORD = 4  # codes of 16 bits
 def _tables() -> tuple[list[list[float]], list[list[float]], list[float]]:
     """``vectors[code >> 8] * signs[code & 255] + shift[code & 255]`` is the point: ``[256, 8]`` twice and ``[256]``."""
     points = codebooks.e8p().numpy()
-    shift = np.float32(0.25) - np.float32(0.5) * np.array([i.bit_count() & 1 for i in range(256)], np.float32)
+    shift = np.float32(0.25) - np.float32(0.5) * np.array(
+        [i.bit_count() & 1 for i in range(256)], np.float32
+    )
     signs = np.sign(points[:256] - shift[:, None])  # vector 0 is (1/2)⁸
     vectors = points[::256] - shift[0]  # signs 0 are none
     return vectors.tolist(), signs.tolist(), shift.tolist()
@@ -68,7 +78,10 @@ class _Points:
             self._leaves = _table(builder, "leaves", leaves.tolist())
         else:
             self._vectors = _table(builder, "vectors", _VECTORS)
-            self._signs, self._shift = _table(builder, "signs", _SIGNS), _table(builder, "shift", _SHIFT)
+            self._signs, self._shift = (
+                _table(builder, "signs", _SIGNS),
+                _table(builder, "shift", _SHIFT),
+            )
 
     def codes(self, data: Any, at: Any, count: int) -> list[tuple[Any, int]]:
         """``count`` codes from number ``at`` on, at most four: words of 64 bits, and where in them they begin."""
@@ -101,7 +114,9 @@ class _Points:
         if self._named:
             turned = assembly(builder, f"rorxq $${turn}, $1, $0", _INDEX, [word], "=r,r")
         else:
-            turned = builder.or_(builder.lshr(word, _INDEX(turn)), builder.shl(word, _INDEX(64 - turn)))
+            turned = builder.or_(
+                builder.lshr(word, _INDEX(turn)), builder.shl(word, _INDEX(64 - turn))
+            )
         offset = builder.and_(turned, _INDEX(255 << width))
         place = builder.gep(builder.bitcast(table, _BYTE.as_pointer()), [offset])
         return builder.load(builder.bitcast(place, of.as_pointer()))
@@ -113,7 +128,9 @@ def _step(residual: Any) -> float:
 
 
 @intrinsic
-def expand_points(_context: Any, codes: Any, residual: Any, _at: Any, _count: Any, out: Any, _to: Any) -> Any:
+def expand_points(
+    _context: Any, codes: Any, residual: Any, _at: Any, _count: Any, out: Any, _to: Any
+) -> Any:
     """C at ``count`` codes from number ``at`` on to ``out[to : to + 8 count]``, as if arrays were flat, fp32 or rounded to bf16.
 
     ``residual`` is None at 2 bits; at 3 and 4 its dtype says what it is.
@@ -140,7 +157,9 @@ def expand_points(_context: Any, codes: Any, residual: Any, _at: Any, _count: An
                 found = [builder.fadd(value, rest) for value, rest in zip(found, more, strict=True)]
             for k, value in enumerate(found):
                 block = builder.add(builder.sub(first, at), _INDEX(k))
-                place = builder.gep(target, [builder.add(to, builder.mul(block, _INDEX(codebooks.BLOCK)))])
+                place = builder.gep(
+                    target, [builder.add(to, builder.mul(block, _INDEX(codebooks.BLOCK)))]
+                )
                 stored = float_to_bf16(builder, value) if kinds[4].dtype is types.int16 else value
                 builder.store(stored, builder.bitcast(place, stored.type.as_pointer()), align=2)
 
@@ -173,10 +192,14 @@ def dot_points(_context: Any, codes: Any, rows: Any, _count: Any, x: Any, sums: 
         kinds = signature.args
         points = _Points(builder, kinds[0], named=has(context, "bmi2"))
         source, factors, of_blocks = (
-            matrix(context, builder, kinds[i], array)[0] for i, array in ((0, codes), (3, x), (4, sums))
+            matrix(context, builder, kinds[i], array)[0]
+            for i, array in ((0, codes), (3, x), (4, sums))
         )
         starts = cgutils.unpack_tuple(builder, rows, ROWS)
-        totals, shifts = zeros(builder, ROWS, codebooks.BLOCK), zeros(builder, ROWS, codebooks.BLOCK)
+        totals, shifts = (
+            zeros(builder, ROWS, codebooks.BLOCK),
+            zeros(builder, ROWS, codebooks.BLOCK),
+        )
         # AVX2 moves bits by another number in each lane, which the parity takes
         apart = has(context, "avx2") and not points.are_leaves
 
@@ -191,13 +214,21 @@ def dot_points(_context: Any, codes: Any, rows: Any, _count: Any, x: Any, sums: 
         whole = builder.mul(builder.sdiv(count, _INDEX(_AT_ONCE)), _INDEX(_AT_ONCE))
         if apart:
             _add_signed(builder, source, starts, whole, of_blocks, shifts)
-        _by_words(builder, _INDEX(0), whole, _IN_WORD, lambda first, width: multiply(first, width, not apart))
+        _by_words(
+            builder,
+            _INDEX(0),
+            whole,
+            _IN_WORD,
+            lambda first, width: multiply(first, width, not apart),
+        )
         rest = builder.sub(count, whole)
         _by_words(builder, whole, rest, 1, lambda first, width: multiply(first, width, True))
         quarter = splat(builder, _FLOAT(0.25), _EIGHT)
         for total, shift in zip(totals, shifts, strict=True):
             multiply_add(builder, total, builder.load(shift), quarter)
-        return cgutils.pack_array(builder, [sum_of_lanes(builder, builder.load(total)) for total in totals])
+        return cgutils.pack_array(
+            builder, [sum_of_lanes(builder, builder.load(total)) for total in totals]
+        )
 
     return types.UniTuple(types.float32, ROWS)(codes, rows, types.int64, x, sums), generate
 
@@ -210,7 +241,9 @@ def _add_signed(
         first = builder.mul(loop.index, _INDEX(_AT_ONCE))
         eight = _eight_at(builder, values, first)
         for total, start in zip(totals, starts, strict=True):
-            signed = _signed_by_parity(builder, builder.gep(source, [builder.add(start, first)]), eight)
+            signed = _signed_by_parity(
+                builder, builder.gep(source, [builder.add(start, first)]), eight
+            )
             builder.store(builder.fadd(builder.load(total), signed), total)
 
 
@@ -224,7 +257,9 @@ def _signed_by_parity(builder: Any, codes: Any, values: Any) -> Any:
     def whole(number: int) -> Any:
         return ir.Constant(_WHOLES, [number] * codebooks.BLOCK)
 
-    words = builder.load(builder.bitcast(codes, ir.VectorType(_CODE, codebooks.BLOCK).as_pointer()), align=2)
+    words = builder.load(
+        builder.bitcast(codes, ir.VectorType(_CODE, codebooks.BLOCK).as_pointer()), align=2
+    )
     bits = builder.zext(words, _WHOLES)
     folded = builder.xor(bits, builder.lshr(bits, whole(4)))
     # of a number of four bits the parity is a bit of 0x6996, which comes to the sign's place

@@ -36,7 +36,9 @@ def _raised_table() -> Any:
     """
     index = {tuple(vector): a for a, vector in enumerate((_E8P - 0.5).astype(int).tolist())}
     steps = [tuple(mask >> i & 1 for i in range(8)) for mask in range(256)]
-    steps += [tuple(2 if k == i else int(k == j) for k in range(8)) for i in range(8) for j in range(8)]
+    steps += [
+        tuple(2 if k == i else int(k == j) for k in range(8)) for i in range(8) for j in range(8)
+    ]
     return np.array([index.get(step, 0) << 8 | sum(step) % 2 << 7 for step in steps], np.uint16)
 
 
@@ -193,7 +195,14 @@ def _coset(x: Any, shift: float) -> Any:
     signs |= _sign(z4) << 2 | _sign(z5) << 6 | _sign(z6) << 3 | _sign(z7) << 7
     parity = _parity(signs)
     a, b, c, d, e, f, g, h = _sorted(
-        _key(z0, 0), _key(z1, 1), _key(z2, 2), _key(z3, 3), _key(z4, 4), _key(z5, 5), _key(z6, 6), _key(z7, 7)
+        _key(z0, 0),
+        _key(z1, 1),
+        _key(z2, 2),
+        _key(z3, 3),
+        _key(z4, 4),
+        _key(z5, 5),
+        _key(z6, 6),
+        _key(z7, 7),
     )
     # an odd number of 3/2 goes with an odd number of signs; otherwise the least |z|, which is at a 1/2, has the wrong one
     odd, even = (0.0, 2 * h) if parity else (2 * h, 0.0)
@@ -229,7 +238,14 @@ def nearest_e81(x: Any) -> Any:
     signs = _sign(z0) | _sign(z1) << 1 | _sign(z2) << 2 | _sign(z3) << 3
     signs |= _sign(z4) << 4 | _sign(z5) << 5 | _sign(z6) << 6 | _sign(z7) << 7
     a, b, c, d, e, f, g, h = _sorted(
-        _key(z0, 0), _key(z1, 1), _key(z2, 2), _key(z3, 3), _key(z4, 4), _key(z5, 5), _key(z6, 6), _key(z7, 7)
+        _key(z0, 0),
+        _key(z1, 1),
+        _key(z2, 2),
+        _key(z3, 3),
+        _key(z4, 4),
+        _key(z5, 5),
+        _key(z6, 6),
+        _key(z7, 7),
     )
     first, second = _coordinate(a), _coordinate(b)
     pair, half = 2 * (a + b) - 2, a + b + c + d + e + f + g + h - 2

@@ -20,10 +20,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import bf16_to_float, from_half, narrow_row, widen
-from modulora_core.kernels.scratch import scratch
-from modulora_core.kernels.shares import share
-from modulora_core.kernels.vectors import LANES
+from modulora_core.kernels.cpu.conversions import bf16_to_float, from_half, narrow_row, widen
+from modulora_core.kernels.cpu.scratch import scratch
+from modulora_core.kernels.cpu.shares import share
+from modulora_core.kernels.cpu.vectors import LANES
 from modulora_quip_sharp_e8.cpu_across import INDEX, LANE, across, load, store
 
 
@@ -143,7 +143,9 @@ def _walsh_few(x: Any, before: Any, row: Any, n: int, m: int) -> None:
 
 
 @jit(borrows=True)
-def _rotate_row(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any) -> None:
+def _rotate_row(
+    x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any
+) -> None:
     """See :func:`rotate_rows`; ``out`` is no bf16."""
     n = out.size
     m = n // K
@@ -164,17 +166,25 @@ def _rotate_row(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: A
             out[i] *= after[i]
 
 
-def _rotate_row_to(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any) -> None:
+def _rotate_row_to(
+    x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any
+) -> None:
     """See :func:`rotate_rows`: to numbers, or to bits of bf16."""
     raise NotImplementedError("_rotate_row_to() is for kernels that numba compiles")
 
 
 @overload(_rotate_row_to, inline="always")  # inlined, it counts no references to arrays
-def _rotate_row_to_of(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any) -> Any:  # noqa: ARG001
-    def to_numbers(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any) -> None:
+def _rotate_row_to_of(
+    x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any
+) -> Any:  # noqa: ARG001
+    def to_numbers(
+        x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any
+    ) -> None:
         _rotate_row(x, before, matrix, K, after, scratch[0], out)
 
-    def to_bf16(x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any) -> None:
+    def to_bf16(
+        x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any
+    ) -> None:
         _rotate_row(x, before, matrix, K, after, scratch[0], scratch[1])
         narrow_row(scratch[1], out)
 
@@ -183,7 +193,15 @@ def _rotate_row_to_of(x: Any, before: Any, matrix: Any, K: int, after: Any, scra
 
 @jit(borrows=True)
 def rotate_rows(
-    x: Any, before: Any, matrix: Any, K: int, after: Any, start: int, stop: int, scratch: Any, out: Any
+    x: Any,
+    before: Any,
+    matrix: Any,
+    K: int,
+    after: Any,
+    start: int,
+    stop: int,
+    scratch: Any,
+    out: Any,
 ) -> None:
     """``out[r] = ((x[r] ⊙ before) (M ⊗ Sylvester_m)) ⊙ after`` for rows ``[start, stop)``, on this thread.
 
@@ -231,7 +249,9 @@ def turn_rows(
 
 
 @jit(parallel=True)
-def turn(x: Any, scale: Any, unit: Any, matrix: Any, K: int, after: bool, threads: int, out: Any) -> None:
+def turn(
+    x: Any, scale: Any, unit: Any, matrix: Any, K: int, after: bool, threads: int, out: Any
+) -> None:
     """:func:`turn_rows` for all rows, on so many threads."""
     rows = len(x)
     for index in prange(threads):

@@ -23,9 +23,19 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.conversions import float_to_bf16, put_numbers
-from modulora_core.kernels.prefetch import AHEAD, NEAR, ask_for
-from modulora_core.kernels.vectors import LANES, call, has, lookup, loops, pointer, splat, sum_of_lanes, zeros
+from modulora_core.kernels.cpu.conversions import float_to_bf16, put_numbers
+from modulora_core.kernels.cpu.prefetch import AHEAD, NEAR, ask_for
+from modulora_core.kernels.cpu.vectors import (
+    LANES,
+    call,
+    has,
+    lookup,
+    loops,
+    pointer,
+    splat,
+    sum_of_lanes,
+    zeros,
+)
 from modulora_quip_sharp_e8 import codebooks
 
 CODES = 64
@@ -36,7 +46,12 @@ PAIRS = CODES // 2
 _INDEX = ir.IntType(64)
 _BYTES, _WHOLES, _WORDS, _FLOATS = (
     ir.VectorType(of, width)
-    for of, width in ((ir.IntType(8), CODES), (ir.IntType(32), LANES), (_INDEX, 8), (ir.FloatType(), LANES))
+    for of, width in (
+        (ir.IntType(8), CODES),
+        (ir.IntType(32), LANES),
+        (_INDEX, 8),
+        (ir.FloatType(), LANES),
+    )
 )
 _COORDINATES = ((0, 2), (4, 6), (1, 3), (5, 7))
 """Whose nibbles are in which byte of a code: the low one, then the high one."""
@@ -58,7 +73,8 @@ def _point_tables() -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     high = torch.searchsorted(magnitudes, vectors.abs()) | (vectors < 0) * _NEGATIVE
     low = (signs < 0) * _NEGATIVE | parity[:, None] * _BELOW
     levels = [
-        (-1.0 if nibble & _NEGATIVE else 1.0) * float(magnitudes[min(nibble & 3, len(magnitudes) - 1)])
+        (-1.0 if nibble & _NEGATIVE else 1.0)
+        * float(magnitudes[min(nibble & 3, len(magnitudes) - 1)])
         + (-0.25 if nibble & _BELOW else 0.25)
         for nibble in range(16)
     ]
@@ -74,7 +90,9 @@ def _leaf_tables() -> tuple[torch.Tensor, list[float]]:
 
 def _planes(nibbles: torch.Tensor) -> list[list[int]]:
     """Four tables of 256 bytes."""
-    return [(nibbles[:, first] | nibbles[:, second] << 4).tolist() for first, second in _COORDINATES]
+    return [
+        (nibbles[:, first] | nibbles[:, second] << 4).tolist() for first, second in _COORDINATES
+    ]
 
 
 _HIGH, _LOW, _POINT_LEVELS = _point_tables()
@@ -107,7 +125,9 @@ def _interleaved(builder: Any, a: Any, b: Any, of: ir.VectorType) -> list[Any]:
     """The elements of two vectors in turn, as two vectors."""
     a, b = builder.bitcast(a, of), builder.bitcast(b, of)
     half = of.count // 2
-    masks = [[i for k in range(start, start + half) for i in (k, of.count + k)] for start in (0, half)]
+    masks = [
+        [i for k in range(start, start + half) for i in (k, of.count + k)] for start in (0, half)
+    ]
     lanes = ir.VectorType(ir.IntType(32), of.count)
     return [builder.shuffle_vector(a, b, ir.Constant(lanes, mask)) for mask in masks]
 
@@ -124,7 +144,9 @@ def _nibbles(builder: Any, data: Any, kind: Any) -> list[Any]:
         codes = builder.load(builder.bitcast(data, _BYTES.as_pointer()), align=1)
         return [_permuted(builder, codes, plane) for plane in _planes(_LEAVES)]
     first, second = (
-        builder.load(builder.bitcast(builder.gep(data, [_INDEX(start)]), _BYTES.as_pointer()), align=2)
+        builder.load(
+            builder.bitcast(builder.gep(data, [_INDEX(start)]), _BYTES.as_pointer()), align=2
+        )
         for start in (0, CODES)
     )
     low, high = (_every_other(builder, first, second, odd) for odd in (0, 1))
@@ -192,7 +214,9 @@ def _whole(context: Any, builder: Any, kind: Any, codes: Any, at: Any, count: An
     return builder.select(is_short, start, source)
 
 
-def _sixteen(context: Any, builder: Any, kind: Any, words: Any, index: Any, levels: ir.Constant) -> Any:
+def _sixteen(
+    context: Any, builder: Any, kind: Any, words: Any, index: Any, levels: ir.Constant
+) -> Any:
     """The sixteen values of ``words[index]``."""
     word = builder.load(pointer(context, builder, kind, words, index, _INDEX))
     shifts = ir.Constant(_WORDS, [4 * lane for lane in range(8)])
@@ -212,7 +236,14 @@ def _values(context: Any, builder: Any, kinds: Any, words: Any, index: Any, half
 
 @intrinsic
 def expand(
-    _context: Any, words: Any, residual: Any, _first: Any, _half: Any, _columns: Any, out: Any, _at: Any
+    _context: Any,
+    words: Any,
+    residual: Any,
+    _first: Any,
+    _half: Any,
+    _columns: Any,
+    out: Any,
+    _at: Any,
 ) -> Any:
     """The values of so many columns from word ``first`` on to ``out[at : at + columns]``, as if it were flat, fp32 or rounded to bf16.
 
@@ -250,7 +281,9 @@ def expand(
 
 
 @intrinsic
-def dot(_context: Any, words: Any, residual: Any, _first: Any, _half: Any, _pairs: Any, x: Any) -> Any:
+def dot(
+    _context: Any, words: Any, residual: Any, _first: Any, _half: Any, _pairs: Any, x: Any
+) -> Any:
     """The sum of the values of so many words from ``first`` on times fp32 ``x[: 16 · pairs]``; ``residual`` as for :func:`expand`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -263,7 +296,9 @@ def dot(_context: Any, words: Any, residual: Any, _first: Any, _half: Any, _pair
             for part in range(width):
                 pair = builder.add(begin, _INDEX(part))
                 index = builder.mul(pair, _INDEX(LANES))
-                factors = builder.load(pointer(context, builder, kinds[5], x, index, _FLOATS), align=4)
+                factors = builder.load(
+                    pointer(context, builder, kinds[5], x, index, _FLOATS), align=4
+                )
                 values = _values(context, builder, kinds[:2], words, builder.add(first, pair), half)
                 more = builder.fmul(values, factors, flags=("contract",))
                 more = builder.fadd(builder.load(totals[part]), more, flags=("contract",))

@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modulora_core.kernels.triton_blocks import interleaved
-from modulora_core.kernels.triton_products import few_rows, multiply
-from modulora_core.kernels.triton_tiles import write_tile
+from modulora_core.kernels.triton.blocks import interleaved
+from modulora_core.kernels.triton.products import few_rows, multiply
+from modulora_core.kernels.triton.tiles import write_tile
 from modulora_core.tiles import tiled_matmul
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.codebooks import BLOCK
@@ -71,7 +71,9 @@ def _point(table, code) -> Any:  # type: ignore[no-untyped-def]
     s = code & 255
     # bit π(i) of s to bit 4 i: even coordinates have the low four bits, odd ones the high four, so all move by multiples of 7
     signs = (s | (s << 7) | (s << 14) | (s << 21)) & 0x11111111
-    odd = ((signs * 0x11111111) << 3) >> 31  # bit 28 of the product is the parity of all nibbles: 0 or −1
+    odd = (
+        (signs * 0x11111111) << 3
+    ) >> 31  # bit 28 of the product is the parity of all nibbles: 0 or −1
     # an odd number of signs: to the other side, and the sign of coordinate 0 changes
     return word ^ (signs * 14) ^ (odd & 0x1111111F)
 
@@ -103,7 +105,7 @@ def decode(  # type: ignore[no-untyped-def]
     weight, row, col, out_features, in_features,  # noqa: ARG001 - blocks are whole where columns aren't
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
 ) -> Any:  # fmt: skip
-    """A block of C, as :mod:`modulora_core.kernels.triton_blocks` has it; ``col`` is a multiple of :data:`ALIGNED`.
+    """A block of C, as :mod:`modulora_core.kernels.triton.blocks` has it; ``col`` is a multiple of :data:`ALIGNED`.
 
     ``weight`` is codes, residual (codes once more where there is none), :func:`words`, and a row's number of blocks over ALIGN; OPTIONS are
     bits and ALIGN. Outside of the weight are finite numbers, not always 0: products multiply them by 0, and tiles don't store them.
@@ -134,7 +136,9 @@ def decode(  # type: ignore[no-untyped-def]
     return interleaved(even, odd)
 
 
-def _operands(codes: Tensor, residual: Tensor, bits: int) -> tuple[tuple[Tensor | int, ...], tuple[int, int]]:
+def _operands(
+    codes: Tensor, residual: Tensor, bits: int
+) -> tuple[tuple[Tensor | int, ...], tuple[int, int]]:
     """``weight`` and OPTIONS of :func:`decode`."""
     # Triton knows of a number whether 16 divides it, and no more: rows begin at multiples of this many codes
     align = math.gcd(codes.shape[1], BLOCK)
@@ -157,12 +161,20 @@ def dequantize(
     """
     weight, options = _operands(codes, residual, bits)
     out = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=dtype, device=codes.device)
-    write_tile(decode, weight, out, rows, (len(codes), columns[1]), options, columns=columns, align=ALIGNED)
+    write_tile(
+        decode, weight, out, rows, (len(codes), columns[1]), options, columns=columns, align=ALIGNED
+    )
     return out
 
 
 def product(
-    x: Tensor, dtype: torch.dtype, codes: Tensor, residual: Tensor, bits: int, columns: int, transpose: bool
+    x: Tensor,
+    dtype: torch.dtype,
+    codes: Tensor,
+    residual: Tensor,
+    bits: int,
+    columns: int,
+    transpose: bool,
 ) -> Tensor:
     """``x Cᵀ``, or ``x C`` where ``transpose``.
 

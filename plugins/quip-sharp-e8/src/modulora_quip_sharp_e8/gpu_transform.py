@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from modulora_core.kernels.triton_blocks import dot
-from modulora_core.kernels.triton_launch import Config, launch
+from modulora_core.kernels.triton.blocks import dot
+from modulora_core.kernels.triton.launch import Config, launch
 from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER, hadamard
 from modulora_quip_sharp_e8.transform import factor
 
@@ -74,7 +74,9 @@ class Plan:
         """What it costs: terms of products for each coordinate, with those that padding adds."""
         rows, columns = padded(self.left) / self.left, padded(self.right) / self.right
         near = (
-            padded(self.right) if self.left == 1 else rows * padded(self.right) + padded(self.left) * columns
+            padded(self.right)
+            if self.left == 1
+            else rows * padded(self.right) + padded(self.left) * columns
         )
         return near if self.far == 1 else near + PASS + padded(self.far, COLUMNS) ** 2 / self.far
 
@@ -83,7 +85,12 @@ class Plan:
         """Whether a program can hold its numbers, and has enough of them to be worth starting."""
         held = (TOGETHER if self.left == 1 else padded(self.left)) * padded(self.right)
         enough = self.far == 1 or held >= FEWEST
-        return enough and held <= TILE and max(self.left, self.right) <= LARGEST and self.far <= LARGEST_ORDER
+        return (
+            enough
+            and held <= TILE
+            and max(self.left, self.right) <= LARGEST
+            and self.far <= LARGEST_ORDER
+        )
 
 
 @lru_cache(maxsize=256)
@@ -189,9 +196,13 @@ def across_kernel(  # type: ignore[no-untyped-def]
     for first in range(0, K, TERMS):
         k = first + tl.arange(0, TERMS)
         value = tl.load(
-            x + row + k[:, None] * m + t[None, :], mask=(k < K)[:, None] & (t < m)[None, :], other=0.0
+            x + row + k[:, None] * m + t[None, :],
+            mask=(k < K)[:, None] & (t < m)[None, :],
+            other=0.0,
         )
-        total = times_factor(factor, o[:, None] * size + k[None, :], size * size, value, total, PARTS, True)
+        total = times_factor(
+            factor, o[:, None] * size + k[None, :], size * size, value, total, PARTS, True
+        )
     place = o[:, None] * m + t[None, :]
     inside = (o < K)[:, None] & (t < m)[None, :]
     if AFTER:
@@ -215,7 +226,9 @@ def matrices(K: int, sylvester: int, transpose: bool, size: int, device: torch.d
     return torch.stack(parts).to(device)
 
 
-def rotate(x: Tensor, K: int, transpose: bool, before: Tensor | None, after: Tensor | None) -> Tensor | None:
+def rotate(
+    x: Tensor, K: int, transpose: bool, before: Tensor | None, after: Tensor | None
+) -> Tensor | None:
     """:func:`modulora_quip_sharp_e8.transform.rotate` for ``x`` ``[rows, n]`` with at least one row: fp32, or None if there is no plan.
 
     Args:
@@ -238,7 +251,13 @@ def rotate(x: Tensor, K: int, transpose: bool, before: Tensor | None, after: Ten
 
 
 def _turn(
-    x: Tensor, axes: Plan, K: int, transpose: bool, before: Tensor | None, after: Tensor | None, out: Tensor
+    x: Tensor,
+    axes: Plan,
+    K: int,
+    transpose: bool,
+    before: Tensor | None,
+    after: Tensor | None,
+    out: Tensor,
 ) -> None:
     """Both near axes."""
     n = x.shape[1]
@@ -274,7 +293,9 @@ def _near(
     return left, right, constants, (Config(warps),)
 
 
-def _across(x: Tensor, axes: Plan, K: int, transpose: bool, after: Tensor | None, out: Tensor) -> None:
+def _across(
+    x: Tensor, axes: Plan, K: int, transpose: bool, after: Tensor | None, out: Tensor
+) -> None:
     """The far axis."""
     rows, n = x.shape
     m = n // axes.far

@@ -151,7 +151,9 @@ def _paley_ii(q: int) -> NDArray[Any]:
 def _goethals_seidel(sequences: tuple[str, ...]) -> NDArray[Any]:
     """[[A, BR, CR, DR], [−BR, A, DᵀR, −CᵀR], [−CR, −DᵀR, A, BᵀR], [−DR, CᵀR, −BᵀR, A]]: circulants; R reverses columns."""
     A, B, C, D = (_circulant(signs) for signs in sequences)
-    (B, C, D), (E, F, G) = (tuple(X[:, ::-1] for X in three) for three in ((B, C, D), (B.T, C.T, D.T)))
+    (B, C, D), (E, F, G) = (
+        tuple(X[:, ::-1] for X in three) for three in ((B, C, D), (B.T, C.T, D.T))
+    )
     H: NDArray[Any] = np.block([[A, B, C, D], [-B, A, G, -F], [-C, -G, A, E], [-D, F, -E, A]])
     return H
 

@@ -41,11 +41,17 @@ def tensors_of(shape: tuple[int, int], bits: int, rows: Sequence[int]) -> dict[s
 
 
 @cache
-def _known_tensors(shape: tuple[int, int], bits: int, start: int, whole: int) -> dict[str, TensorLayout]:
+def _known_tensors(
+    shape: tuple[int, int], bits: int, start: int, whole: int
+) -> dict[str, TensorLayout]:
     if bits not in codebooks.OPT_SCALE:
-        raise ValueError(f"bits: expected one of {', '.join(map(str, codebooks.OPT_SCALE))}, got {bits}")
+        raise ValueError(
+            f"bits: expected one of {', '.join(map(str, codebooks.OPT_SCALE))}, got {bits}"
+        )
     if not 0 <= start <= start + shape[0] <= whole:
-        raise ValueError(f"rows: expected [start, whole] around {shape[0]} rows, got [{start}, {whole}]")
+        raise ValueError(
+            f"rows: expected [start, whole] around {shape[0]} rows, got [{start}, {whole}]"
+        )
     blocks = (whole, -(-shape[1] // BLOCK))
     tensors = {
         "codes": TensorLayout("int16", blocks),

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core import kernels
-from modulora_core.kernels.bf16_choice import ROWS_OF_AMX
+from modulora_core.kernels.cpu.bf16_choice import ROWS_OF_AMX
 from modulora_core.spec import PackedWeight
 from modulora_core.tiles import compute_dtype, tiled_matmul
 from modulora_quip_sharp_e8 import codebooks, transform
@@ -95,7 +95,12 @@ def _by_kernels(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor | No
 
 def _rows(x: Tensor, features: int) -> Tensor | None:
     """``x`` as kernels rotate it, contiguous ``[..., features]``: several rows of bf16 as they are, else fp32. None if it doesn't fit."""
-    if x.dtype is torch.bfloat16 and x.is_cpu and x.shape[-1:] == (features,) and x.numel() > features:
+    if (
+        x.dtype is torch.bfloat16
+        and x.is_cpu
+        and x.shape[-1:] == (features,)
+        and x.numel() > features
+    ):
         return x.detach().contiguous()
     return kernels.few_rows(x, features, sys.maxsize, torch.float32)
 
@@ -107,14 +112,18 @@ def _between(
 
     ``weight`` is as :func:`_with_matrices` gives it, in arrays.
     """
-    codes, residual, bits, input_scale, output_scale, unit, first, K_first, second, K_second = weight
+    codes, residual, bits, input_scale, output_scale, unit, first, K_first, second, K_second = (
+        weight
+    )
     before, after = (input_scale, np.float32(1)), (output_scale, unit[0])
     if transpose:
         before, after = after, before
     rows = kernels.rows_of(x)
     # fewer rows of bf16 may be multiplied in fp32, or to sums in fp32, and aren't rounded before and behind
     by_tiles = len(rows) > ROWS_OF_AMX
-    turned = torch.empty(x.shape, dtype=compute_dtype(x.dtype, x.device) if by_tiles else torch.float32)
+    turned = torch.empty(
+        x.shape, dtype=compute_dtype(x.dtype, x.device) if by_tiles else torch.float32
+    )
     transform.turn(rows, *before, first, K_first, False, kernels.rows_of(turned))
     z = by_codes(turned, packed, lambda: (codes, residual, bits), transpose, dtype).contiguous()
     y = z if z.dtype is x.dtype else torch.empty(z.shape, dtype=x.dtype)
@@ -145,7 +154,17 @@ def _with_matrices(packed: PackedWeight, *, back: bool) -> tuple[Any, ...]:
     ]
     scales = tensors["input_scale"], tensors["output_scale"]
     codes, residual, bits = operands(packed, slice(None), slice(None))
-    return codes, residual, bits, *scales, tensors["scale"], matrices[0], orders[0], matrices[1], orders[1]
+    return (
+        codes,
+        residual,
+        bits,
+        *scales,
+        tensors["scale"],
+        matrices[0],
+        orders[0],
+        matrices[1],
+        orders[1],
+    )
 
 
 def by_codes(
@@ -184,7 +203,11 @@ def by_codes(
 
 
 def decoded(
-    packed: PackedWeight, rows: slice, blocks: slice, columns: int, dtype: torch.dtype = torch.float32
+    packed: PackedWeight,
+    rows: slice,
+    blocks: slice,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """A part of C, ``[rows, columns]``: the first columns of these blocks."""
     gpu = _gpu(packed.device)
@@ -208,7 +231,11 @@ def operands(packed: PackedWeight, rows: slice, blocks: slice) -> tuple[Tensor, 
     """Codes, residual (codes once more where there is none) and bits, as the kernels take them."""
     codes = packed.tensors["codes"][rows, blocks].contiguous()
     bits = packed.metadata["bits"]
-    return codes, codes if bits == 2 else packed.tensors["residual"][rows, blocks].contiguous(), bits
+    return (
+        codes,
+        codes if bits == 2 else packed.tensors["residual"][rows, blocks].contiguous(),
+        bits,
+    )
 
 
 def _kernels(device: torch.device) -> Any:

@@ -51,7 +51,9 @@ class QuIPSharpE8(Quantizer):
         metadata = metadata_of(options, [0, shape[0]])
         return PackedLayout(SPEC.name, self.format, shape, tensors_of(shape, **metadata), metadata)
 
-    def rescaled(self, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor) -> PackedWeight:
+    def rescaled(
+        self, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor
+    ) -> PackedWeight:
         """The same codes between scales that are multiplied by these: exact but for the rounding of scales to fp16."""
         kernels.check_tensors(packed, tensors_of)
         if packed.shape[0] != len(packed.tensors["output_scale"]):
@@ -68,7 +70,9 @@ class QuIPSharpE8(Quantizer):
         tensors["scale"] = unit
         return PackedWeight(packed.quantizer, packed.format, packed.shape, tensors, packed.metadata)
 
-    def dequantize_tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         """Rows of Ŵ in the original basis; in fp64 computed in fp64.
 
         Every row of Ŵ needs all of C: a strip of its columns at a time is decoded, rotated back, and left but for ``rows``. So this
@@ -83,12 +87,16 @@ class QuIPSharpE8(Quantizer):
             return out.to(dtype)
         vectors = packed.tensors
         budget = tile_bytes(packed.device) // 2  # beside a strip there is its transpose
-        for a, b in tile_ranges(vectors["codes"].shape[1], BLOCK * whole * computed.itemsize, budget):
+        for a, b in tile_ranges(
+            vectors["codes"].shape[1], BLOCK * whole * computed.itemsize, budget
+        ):
             columns_here = slice(a * BLOCK, min(b * BLOCK, columns))
             strip = products.decoded(
                 packed, slice(None), slice(a, b), columns_here.stop - columns_here.start, computed
             )
-            turned = transform.rotate(strip.T.contiguous(), transpose=True, in_place=True)  # (H_M C)ᵀ
+            turned = transform.rotate(
+                strip.T.contiguous(), transpose=True, in_place=True
+            )  # (H_M C)ᵀ
             out[:, columns_here] = turned[:, start + rows[0] : start + rows[1]].T
         out = transform.rotate(out, transpose=True, after=vectors["input_scale"], in_place=True)
         scales = vectors["output_scale"][start + rows[0] : start + rows[1]].to(computed) * vectors[
@@ -115,7 +123,11 @@ def from_solution(solution: Solution, options: Options) -> PackedWeight:
     tensors = {"codes": solution.codes, "residual": solution.residual, "input_scale": solution.input_scale,
                "output_scale": solution.output_scale, "scale": solution.scale}  # fmt: skip
     packed = PackedWeight(
-        SPEC.name, QuIPSharpE8.format, shape, {n: t for n, t in tensors.items() if t is not None}, metadata
+        SPEC.name,
+        QuIPSharpE8.format,
+        shape,
+        {n: t for n, t in tensors.items() if t is not None},
+        metadata,
     )
     kernels.check_tensors(packed, tensors_of)
     return packed

@@ -167,7 +167,12 @@ def feedback(H: Tensor, damping: float) -> Tensor:
         WeightError: no damping will do, as H isn't positive semidefinite.
     """
     C = _cholesky(H, damping)
-    blocks = C.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    blocks = (
+        C.unflatten(0, (-1, BLOCK))
+        .unflatten(2, (-1, BLOCK))
+        .diagonal(dim1=0, dim2=2)
+        .permute(2, 0, 1)
+    )
     columns = C.unflatten(1, (-1, BLOCK)).transpose(0, 1)  # [blocks, N8, 8]
     L = torch.linalg.solve_triangular(blocks, columns, upper=False, left=False)
     return _others(L.transpose(0, 1).flatten(1).to(H.dtype).contiguous())
@@ -199,8 +204,15 @@ def _cholesky(H: Tensor, damping: float) -> Tensor:
 def descent(H: Tensor) -> Tensor:
     """H_jk H_kk⁻¹ for j ≠ k, zero for j = k, ``[N8, N8]``: what a sweep feeds from block j to block k."""
     H_k = H.unflatten(1, (-1, BLOCK)).transpose(0, 1)  # [blocks, N8, 8]
-    H_kk = H.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return _others(torch.linalg.solve(H_kk, H_k, left=False).transpose(0, 1).flatten(1).contiguous())
+    H_kk = (
+        H.unflatten(0, (-1, BLOCK))
+        .unflatten(2, (-1, BLOCK))
+        .diagonal(dim1=0, dim2=2)
+        .permute(2, 0, 1)
+    )
+    return _others(
+        torch.linalg.solve(H_kk, H_k, left=False).transpose(0, 1).flatten(1).contiguous()
+    )
 
 
 def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
@@ -220,7 +232,9 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
     for _ in range(options.rounds):
         for k in blocks:
             here = slice(k, k + BLOCK)
-            target = W_hat[:, here] + torch.linalg.solve(H[here, here], (W - W_hat) @ H[:, here], left=False)
+            target = W_hat[:, here] + torch.linalg.solve(
+                H[here, here], (W - W_hat) @ H[:, here], left=False
+            )
             codes[k], W_hat[:, here] = quantize(target, options.bits)
     first, second = zip(*(codes[k] for k in reversed(blocks)), strict=True)
     residual = None if options.bits == 2 else torch.stack(second, dim=1)
@@ -233,10 +247,12 @@ def quantize(x: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     if bits == 2:
         return (first.to(torch.int16), first[:0]), point
     table, dtype = (codebooks.e81, torch.uint8) if bits == 3 else (codebooks.e8p, torch.int16)
-    second, rest = _nearest((x - point) * codebooks.RESIDUAL_SCALE[bits], codebooks.on(table, x.device))
-    return (first.to(torch.int16), second.to(dtype)), point + rest * codebooks.residual_step(bits).to(
-        x.device
+    second, rest = _nearest(
+        (x - point) * codebooks.RESIDUAL_SCALE[bits], codebooks.on(table, x.device)
     )
+    return (first.to(torch.int16), second.to(dtype)), point + rest * codebooks.residual_step(
+        bits
+    ).to(x.device)
 
 
 def _nearest(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

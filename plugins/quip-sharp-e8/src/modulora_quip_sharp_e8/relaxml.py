@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, ModelError
-from modulora_core.formats import ForeignWeight, FormatReader, FormatSpec, Read
+from modulora_core.models.formats import ForeignWeight, FormatReader, FormatSpec, Read
 from modulora_core.spec import PackedWeight, TensorLayout
 from modulora_quip_sharp_e8 import relaxml_words
 from modulora_quip_sharp_e8.options import Options
@@ -64,7 +64,9 @@ class Relaxml(FormatReader):
                     )
                 unpack = partial(_unpack, whole, start, stop)
                 names = tuple(f"{module}.{part}" for part in stored)
-                found[path] = ForeignWeight(names, quantizer, window(layout, start, stop).layout, unpack)
+                found[path] = ForeignWeight(
+                    names, quantizer, window(layout, start, stop).layout, unpack
+                )
         return found
 
     def _whole(
@@ -125,7 +127,9 @@ def _parts(module: str, out_features: int, rows: tuple[int, ...]) -> Iterator[tu
         yield module, 0, out_features
         return
     parent = module.removesuffix(_leaf(module))
-    for name, (start, stop) in zip(FUSED[_leaf(module)], pairwise(accumulate(rows, initial=0)), strict=True):
+    for name, (start, stop) in zip(
+        FUSED[_leaf(module)], pairwise(accumulate(rows, initial=0)), strict=True
+    ):
         yield f"{parent}{name}", start, stop
 
 
@@ -192,7 +196,9 @@ def _scales(
         CheckpointError: NaN or Inf, in the files or in what is to be stored.
     """
     values = {
-        part: read(f"{module}.{part}") for part in ("SU", "SV", "Wscale", FUSE_SCALES) if part in stored
+        part: read(f"{module}.{part}")
+        for part in ("SU", "SV", "Wscale", FUSE_SCALES)
+        if part in stored
     }
     for part, value in values.items():
         if not bool(value.isfinite().all()):

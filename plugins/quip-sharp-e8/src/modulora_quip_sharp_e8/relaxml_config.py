@@ -61,14 +61,18 @@ class QuipParams(BaseModel):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in CODEBOOKS:
-            raise ValueError(f"expected one of {', '.join(CODEBOOKS)}, got {value}, which isn't implemented")
+            raise ValueError(
+                f"expected one of {', '.join(CODEBOOKS)}, got {value}, which isn't implemented"
+            )
         return value
 
     @field_validator("lora_rank")
     @classmethod
     def _no_lora(cls, value: int) -> int:
         if value != 0:
-            raise ValueError(f"expected 0, got {value}: low-rank terms beside the codes aren't implemented")
+            raise ValueError(
+                f"expected 0, got {value}: low-rank terms beside the codes aren't implemented"
+            )
         return value
 
     @field_validator("rescale")
@@ -102,7 +106,9 @@ class QuipParams(BaseModel):
             )
         packed = 8 / book.bits  # codes in a word of 64 bits, a code being of 8 weights
         if self.packsz is not None and not math.isclose(self.packsz, packed, rel_tol=1e-3):
-            raise ValueError(f"packsz: expected {packed:.4g} for {self.codebook}, got {self.packsz:.4g}")
+            raise ValueError(
+                f"packsz: expected {packed:.4g} for {self.codebook}, got {self.packsz:.4g}"
+            )
         if self.resid_scale_override not in (None, -1, book.residual_scale):
             raise ValueError(
                 f"resid_scale_override: expected -1 (the codebook's own: {book.residual_scale or 'it has no residual'}), "

@@ -46,7 +46,9 @@ def unpack_e8p(words: Tensor) -> Tensor:
     codes = torch.empty(T, 8, 2, U, 4, 2, dtype=torch.int16)  # [t, a, r, u, b, c]
     for i in range(4):
         code = (absolute >> 8 * i & 0xFF) << 8 | _every_fourth_bit(signs >> i)
-        codes[:, :, i % 2, :, :, i // 2] = code.permute(0, 2, 1, 3).to(torch.int16)  # wraps: 65535 is -1
+        codes[:, :, i % 2, :, :, i // 2] = code.permute(0, 2, 1, 3).to(
+            torch.int16
+        )  # wraps: 65535 is -1
     return codes.view(out_features, in_features // CODE)
 
 

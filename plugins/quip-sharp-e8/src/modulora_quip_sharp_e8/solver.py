@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
-from modulora_core.dense_products import add_product, product
+from modulora_core.devices.dense_products import add_product, product
 from modulora_quip_sharp_e8 import codebooks, reference
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.options import Options
@@ -42,7 +42,11 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
     cpu = None
     if problem.W.dtype == torch.float32:
         cpu = kernels.load("modulora_quip_sharp_e8.cpu_solver", problem.W.device)
-    rounding = _Rounding(problem.W, options.bits) if cpu is None else _Compiled(problem.W, options.bits, cpu)
+    rounding = (
+        _Rounding(problem.W, options.bits)
+        if cpu is None
+        else _Compiled(problem.W, options.bits, cpu)
+    )
     rounding.run(reference.feedback(problem.H, options.damping), lower=True)
     if options.rounds:
         P = reference.descent(problem.H)
@@ -66,7 +70,9 @@ class _Rounding:
         self.codes = torch.empty(blocks, dtype=torch.int16, device=W.device)
         self.residual: Tensor | None = None
         if bits > 2:
-            self.residual = torch.empty_like(self.codes, dtype=torch.uint8 if bits == 3 else torch.int16)
+            self.residual = torch.empty_like(
+                self.codes, dtype=torch.uint8 if bits == 3 else torch.int16
+            )
 
     def run(self, P: Tensor, *, lower: bool) -> None:
         """Round every block once, the last one first, each given the errors of the others.

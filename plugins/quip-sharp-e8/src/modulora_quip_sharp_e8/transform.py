@@ -104,7 +104,9 @@ def turn(
         kernels.run(cpu.turn, x, scale, unit, matrix, K, after, threads, out)
 
 
-def _on_gpu(x: Tensor, transpose: bool, before: Tensor | None, after: Tensor | None) -> Tensor | None:
+def _on_gpu(
+    x: Tensor, transpose: bool, before: Tensor | None, after: Tensor | None
+) -> Tensor | None:
     """By Triton's kernels; None where they don't run, or not for this dimension."""
     K = order(x.shape[1])
     gpu = kernels.load_triton("modulora_quip_sharp_e8.gpu_transform", x.device)
@@ -212,7 +214,9 @@ def _across(M: Tensor, x: Tensor) -> Tensor:
 
 def _hartley(x: Tensor) -> Tensor:
     """Σ_a x[:, a] cas(2πab/K) for all b, ``[rows, K, m]``, K odd, as Re − Im of a Fourier transform over a."""
-    if x.device.type == "cpu":  # numpy's library takes one column after the other: no bits depend on how many
+    if (
+        x.device.type == "cpu"
+    ):  # numpy's library takes one column after the other: no bits depend on how many
         spectrum: Tensor = torch.from_numpy(np.fft.rfft(x.numpy(), axis=1))
     else:
         spectrum = torch.fft.rfft(x, dim=1)

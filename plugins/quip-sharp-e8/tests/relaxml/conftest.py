@@ -56,7 +56,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple
 
 
 @pytest.fixture
-def copied(published: Callable[[int], tuple[Path, nn.Module]], tmp_path: Path) -> Callable[[int], Path]:
+def copied(
+    published: Callable[[int], tuple[Path, nn.Module]], tmp_path: Path
+) -> Callable[[int], Path]:
     """``copied(bits)``: a folder to change."""
 
     def copy(bits: int = 2) -> Path:
@@ -79,7 +81,8 @@ def absolute_vectors() -> list[tuple[float, ...]]:
     halves = ("123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 "
               "014 237")  # fmt: skip
     return short + [
-        tuple(0.5 if str(i) in positions else 1.5 for i in range(8)) for positions in halves.split(" ")
+        tuple(0.5 if str(i) in positions else 1.5 for i in range(8))
+        for positions in halves.split(" ")
     ]
 
 
@@ -94,7 +97,10 @@ def e8p(code: int) -> list[float]:
     p = s.bit_count() % 2
     s ^= p
     shift = -0.25 if p else 0.25
-    return [x * (-1) ** (s >> bit & 1) + shift for x, bit in zip(v, (0, 4, 1, 5, 2, 6, 3, 7), strict=True)]
+    return [
+        x * (-1) ** (s >> bit & 1) + shift
+        for x, bit in zip(v, (0, 4, 1, 5, 2, 6, 3, 7), strict=True)
+    ]
 
 
 def e81() -> list[tuple[float, ...]]:
@@ -111,7 +117,9 @@ def decode(codes: Codes, residual: Codes, bits: int) -> Tensor:
     C = torch.tensor([[x for code in row for x in e8p(code)] for row in codes], dtype=torch.float64)
     if bits == 3:
         points = e81()
-        return C + torch.tensor([[x for code in row for x in points[code]] for row in residual]) / 2.04
+        return (
+            C + torch.tensor([[x for code in row for x in points[code]] for row in residual]) / 2.04
+        )
     if bits == 4:
         return C + torch.tensor([[x for code in row for x in e8p(code)] for row in residual]) / 3.45
     return C
@@ -143,7 +151,11 @@ def words_of_e8p(codes: Codes) -> Tensor:
 
 def words_of_bytes(codes: Codes) -> Tensor:
     """int64 ``[out, in / 64]``: byte k is code 8 w + k."""
-    words = [sum(row[8 * w + k] << 8 * k for k in range(8)) for row in codes for w in range(len(row) // 8)]
+    words = [
+        sum(row[8 * w + k] << 8 * k for k in range(8))
+        for row in codes
+        for w in range(len(row) // 8)
+    ]
     return signed(words).view(len(codes), -1)
 
 
@@ -182,7 +194,12 @@ def layer(
         return tensors, torch.zeros(out, columns, dtype=torch.float64)
     output_scale = (S_V.float() * factors).half().double()
     C = decode(codes, residual, bits)
-    W = scale.double() * output_scale[:, None] * (sylvester(out) @ C @ sylvester(columns).T) * S_U.double()
+    W = (
+        scale.double()
+        * output_scale[:, None]
+        * (sylvester(out) @ C @ sylvester(columns).T)
+        * S_U.double()
+    )
     return tensors, W
 
 
@@ -200,7 +217,9 @@ def save_relaxml(
         prefix = f"model.layers.{block}."
         parts = [model.get_submodule(prefix + name) for name in names or (path,)]
         rows = [part.out_features for part in parts]
-        tensors, W = layer(sum(rows), parts[0].in_features, rows if names else [], bits, seed, tuned, meaning)
+        tensors, W = layer(
+            sum(rows), parts[0].in_features, rows if names else [], bits, seed, tuned, meaning
+        )
         stored |= {f"{prefix}{path}.{name}": tensor for name, tensor in tensors.items()}
         for name, part, weight in zip(names or (path,), parts, W.split(rows), strict=True):
             del stored[f"{prefix}{name}.weight"]
@@ -223,11 +242,15 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def edit_params(folder: Path, **changes: Any) -> None:
     """Change ``quip_params``. None removes a key."""
     values = json.loads((folder / "config.json").read_text())["quip_params"] | changes
-    edit_config(folder, quip_params={key: value for key, value in values.items() if value is not None})
+    edit_config(
+        folder, quip_params={key: value for key, value in values.items() if value is not None}
+    )
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    return {
+        name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()
+    }
 
 
 def change(folder: Path, **tensors: Tensor | None) -> None:

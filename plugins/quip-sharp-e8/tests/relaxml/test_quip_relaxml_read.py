@@ -14,10 +14,10 @@ from modulora_quip_sharp_e8 import SPEC, relaxml_words
 from modulora_quip_sharp_e8.relaxml import Relaxml
 from torch import Tensor, nn
 
-from modulora_core.checkpoint import load_model, open_checkpoint
-from modulora_core.convert import convert
+from modulora_core.adapters.merge import merge
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.convert import convert
 from modulora_core.layers import QuantLinear
-from modulora_core.merge import merge
 from modulora_core.spec import PackedWeight, TensorLayout
 
 Published = Callable[[int], tuple[Path, nn.Module]]
@@ -35,7 +35,9 @@ def check(folder: Path, dense: nn.Module, relaxml: ModuleType) -> None:
             names.append(name)
             packed = module.weight.packed
             W = module.weight.quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.float32)
-            torch.testing.assert_close(W, dense.get_submodule(name).weight, rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                W, dense.get_submodule(name).weight, rtol=1e-5, atol=1e-6, msg=name
+            )
     assert names == [name for name, _ in dense.named_modules() if name.endswith("proj")]
     torch.testing.assert_close(relaxml.logits(model), relaxml.logits(dense), rtol=1e-4, atol=1e-4)
 
@@ -74,7 +76,9 @@ def test_the_residuals_own_scale_may_be_written_out(
     assert len(open_checkpoint(folder).record.weights) == 14
 
 
-def test_the_biases_of_layers_that_are_not_fused_are_read(relaxml: ModuleType, copied: Copied) -> None:
+def test_the_biases_of_layers_that_are_not_fused_are_read(
+    relaxml: ModuleType, copied: Copied
+) -> None:
     folder = copied()
     relaxml.edit_config(folder, mlp_bias=True)
     biases = {f"model.layers.{i}.mlp.down_proj.bias": torch.full((128,), 0.5 + i) for i in range(2)}
@@ -82,17 +86,23 @@ def test_the_biases_of_layers_that_are_not_fused_are_read(relaxml: ModuleType, c
     relaxml.change(folder, **biases, **others)
     model = load_model(folder, dtype="float32", device="cpu")
     assert torch.equal(
-        model.get_submodule("model.layers.1.mlp.down_proj").bias, biases["model.layers.1.mlp.down_proj.bias"]
+        model.get_submodule("model.layers.1.mlp.down_proj").bias,
+        biases["model.layers.1.mlp.down_proj.bias"],
     )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_words_are_unpacked_in_the_order_of_rows_and_columns(bits: int, relaxml: ModuleType) -> None:
+def test_words_are_unpacked_in_the_order_of_rows_and_columns(
+    bits: int, relaxml: ModuleType
+) -> None:
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 65536, (48, 24), generator=generator)
     residual = torch.randint(0, 256 if bits == 3 else 65536, (48, 24), generator=generator)
     pack = relaxml.words_of_bytes if bits == 3 else relaxml.words_of_e8p
-    words = [relaxml.words_of_e8p(codes.tolist()), *([] if bits == 2 else [pack(residual.tolist())])]
+    words = [
+        relaxml.words_of_e8p(codes.tolist()),
+        *([] if bits == 2 else [pack(residual.tolist())]),
+    ]
     first, second = relaxml_words.unpack(torch.cat(words, dim=1), bits)
     assert first.dtype == torch.int16
     assert torch.equal(first.long() & 0xFFFF, codes)
@@ -104,7 +114,9 @@ def test_words_are_unpacked_in_the_order_of_rows_and_columns(bits: int, relaxml:
         assert torch.equal(second.long() & 0xFFFF, residual)
 
 
-def test_parts_are_windows_on_one_whole_that_is_read_once(relaxml: ModuleType, published: Published) -> None:
+def test_parts_are_windows_on_one_whole_that_is_read_once(
+    relaxml: ModuleType, published: Published
+) -> None:
     folder, _ = published(3)
     tensors, reads = relaxml.stored(folder), Counter[str]()
 
@@ -116,7 +128,9 @@ def test_parts_are_windows_on_one_whole_that_is_read_once(relaxml: ModuleType, p
     config = json.loads((folder / "config.json").read_text())
     weights = Relaxml(SPEC.formats[0]).weights(config, layouts, read)
     assert not any("Qidxs" in name for name in reads)
-    parts = {name: weights[f"{ATTENTION}.{name}"].unpack(read) for name in ("q_proj", "k_proj", "v_proj")}
+    parts = {
+        name: weights[f"{ATTENTION}.{name}"].unpack(read) for name in ("q_proj", "k_proj", "v_proj")
+    }
     assert reads[f"{ATTENTION}.qkv_proj.Qidxs"] == 1
     assert {name: (p.shape, list(p.metadata["rows"])) for name, p in parts.items()} == {
         "q_proj": ((128, 128), [0, 256]), "k_proj": ((64, 128), [128, 256]), "v_proj": ((64, 128), [192, 256])}  # fmt: skip
@@ -134,10 +148,14 @@ def test_factors_of_parts_are_rounded_into_the_output_scale_once(
     tensors = relaxml.stored(folder)
     factors = tensors[f"{ATTENTION}.qkv_proj.fuse_scales"].double()
     S_V = tensors[f"{ATTENTION}.qkv_proj.SV"].double()
-    expected = torch.cat([S_V[:128] * factors[0], S_V[128:192] * factors[1], S_V[192:] * factors[2]])
+    expected = torch.cat(
+        [S_V[:128] * factors[0], S_V[128:192] * factors[1], S_V[192:] * factors[2]]
+    )
     (packed,) = open_checkpoint(folder).packed(f"{ATTENTION}.v_proj.weight")
     error = (packed.tensors["output_scale"].double() - expected).abs()
-    assert bool((error <= 1.0001 * 2**-11 * expected.abs()).all())  # half a unit in the last place of fp16
+    assert bool(
+        (error <= 1.0001 * 2**-11 * expected.abs()).all()
+    )  # half a unit in the last place of fp16
 
 
 def test_convert_writes_a_checkpoint_of_ours_with_the_same_logits(
@@ -150,7 +168,9 @@ def test_convert_writes_a_checkpoint_of_ours_with_the_same_logits(
     assert ours.foreign is None
     assert ours.record.source["format"] == "quip-sharp"
     assert {site.layout.metadata["bits"] for _, site in ours.record.items()} == {3}
-    assert torch.equal(relaxml.logits(load_model(tmp_path / "ours")), relaxml.logits(load_model(folder)))
+    assert torch.equal(
+        relaxml.logits(load_model(tmp_path / "ours")), relaxml.logits(load_model(folder))
+    )
 
 
 def test_merge_unpacks_a_folder_to_a_model_of_plain_transformers(
@@ -163,8 +183,10 @@ def test_merge_unpacks_a_folder_to_a_model_of_plain_transformers(
     torch.testing.assert_close(relaxml.logits(plain), relaxml.logits(dense), rtol=1e-4, atol=1e-4)
 
 
-def test_finetuning_works_straight_on_a_folder(relaxml: ModuleType, copied: Copied, tmp_path: Path) -> None:
-    from modulora_core.adapters import load_adapter
+def test_finetuning_works_straight_on_a_folder(
+    relaxml: ModuleType, copied: Copied, tmp_path: Path
+) -> None:
+    from modulora_core.adapters.lora import load_adapter
     from modulora_core.cli import main
     from modulora_core.tests.tiny_tokenizer import make_tokenizer
 

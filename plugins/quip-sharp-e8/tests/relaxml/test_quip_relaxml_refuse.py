@@ -13,10 +13,10 @@ import torch
 from modulora_quip_sharp_e8.relaxml_config import check_dimension
 from torch import Tensor
 
-from modulora_core.checkpoint import is_packed, open_checkpoint
-from modulora_core.convert import convert
+from modulora_core.checkpoints.checkpoint import is_packed, open_checkpoint
+from modulora_core.checkpoints.convert import convert
 from modulora_core.errors import CheckpointError, ModelError, OptionError
-from modulora_core.sources import open_model
+from modulora_core.models import open_model
 
 Copied = Callable[..., Path]
 
@@ -70,20 +70,30 @@ def test_params_that_are_no_table_are_refused(relaxml: ModuleType, copied: Copie
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_a_config_of_another_width_is_refused(bits: int, relaxml: ModuleType, copied: Copied) -> None:
+def test_a_config_of_another_width_is_refused(
+    bits: int, relaxml: ModuleType, copied: Copied
+) -> None:
     folder = copied(2)
     name, _, version, packsz = relaxml.CODEBOOKS[bits]
     relaxml.edit_params(folder, codebook=name, codebook_version=version, packsz=packsz)
     refused(
-        folder, CheckpointError, rf"Qidxs: expected int64 \[out, in · {bits} / 64\]|SU: expected float16 \["
+        folder,
+        CheckpointError,
+        rf"Qidxs: expected int64 \[out, in · {bits} / 64\]|SU: expected float16 \[",
     )
 
 
 @pytest.mark.parametrize("id", [17, 18, 0])
-def test_a_layer_of_another_codebook_is_refused(id: int, relaxml: ModuleType, copied: Copied) -> None:
+def test_a_layer_of_another_codebook_is_refused(
+    id: int, relaxml: ModuleType, copied: Copied
+) -> None:
     folder = copied(2)
     relaxml.change(folder, **{f"{OUT}.codebook_id": torch.tensor(id)})
-    refused(folder, ModelError, rf"{OUT}\.codebook_id: expected 7, that of E8P12 in config\.json, got {id}")
+    refused(
+        folder,
+        ModelError,
+        rf"{OUT}\.codebook_id: expected 7, that of E8P12 in config\.json, got {id}",
+    )
 
 
 def test_heads_that_do_not_make_up_the_rows_of_a_fused_layer_are_refused(
@@ -98,11 +108,15 @@ def test_heads_that_do_not_make_up_the_rows_of_a_fused_layer_are_refused(
     )
 
 
-def test_a_size_that_the_config_does_not_tell_is_refused(relaxml: ModuleType, copied: Copied) -> None:
+def test_a_size_that_the_config_does_not_tell_is_refused(
+    relaxml: ModuleType, copied: Copied
+) -> None:
     folder = copied()
     relaxml.edit_config(folder, intermediate_size=None)
     refused(
-        folder, ModelError, r"intermediate_size of config\.json: expected a positive whole number.*got None"
+        folder,
+        ModelError,
+        r"intermediate_size of config\.json: expected a positive whole number.*got None",
     )
 
 
@@ -110,7 +124,9 @@ def test_a_size_that_the_config_does_not_tell_is_refused(relaxml: ModuleType, co
 
 
 @pytest.mark.parametrize("part", ["Qidxs", "SU", "SV", "Wscale", "codebook_id", "fuse_scales"])
-def test_a_missing_tensor_is_refused_by_name(part: str, relaxml: ModuleType, copied: Copied) -> None:
+def test_a_missing_tensor_is_refused_by_name(
+    part: str, relaxml: ModuleType, copied: Copied
+) -> None:
     folder = copied()
     relaxml.change(folder, **{f"{QKV}.{part}": None})
     refused(folder, CheckpointError, rf"{QKV}.*{part}")
@@ -155,14 +171,18 @@ def test_scales_that_are_not_finite_are_refused(
     refused(folder, CheckpointError, rf"{UP}\.{part}: expected finite values, got NaN or Inf")
 
 
-def test_factors_whose_products_overflow_fp16_are_refused(relaxml: ModuleType, copied: Copied) -> None:
+def test_factors_whose_products_overflow_fp16_are_refused(
+    relaxml: ModuleType, copied: Copied
+) -> None:
     folder = copied()
     relaxml.change(folder, **{f"{UP}.fuse_scales": torch.tensor([1.0, 1e5])})
     refused(folder, CheckpointError, rf"{UP}\.fuse_scales: .*fp16 can hold, got one above 65504")
 
 
 @pytest.mark.parametrize("name", [f"{OUT}.A", f"{QKV}.bias", f"{UP}.scaleWH"])
-def test_a_tensor_beside_the_known_ones_is_refused(name: str, relaxml: ModuleType, copied: Copied) -> None:
+def test_a_tensor_beside_the_known_ones_is_refused(
+    name: str, relaxml: ModuleType, copied: Copied
+) -> None:
     folder = copied()
     relaxml.change(folder, **{name: torch.zeros(4)})
     refused(
@@ -176,7 +196,9 @@ def test_a_part_that_is_stored_twice_is_refused(relaxml: ModuleType, copied: Cop
     folder = copied()
     relaxml.change(folder, **{"model.layers.1.self_attn.k_proj.weight": torch.zeros(64, 128)})
     refused(
-        folder, CheckpointError, rf"{QKV}: expected model\.layers\.1\.self_attn\.k_proj to be stored once"
+        folder,
+        CheckpointError,
+        rf"{QKV}: expected model\.layers\.1\.self_attn\.k_proj to be stored once",
     )
     again = {f"model.layers.1.mlp.gate_proj.{part}": relaxml.stored(folder)[f"{OUT}.{part}"]
              for part in ("Qidxs", "SU", "SV", "Wscale", "codebook_id")}  # fmt: skip
@@ -230,7 +252,8 @@ def test_it_is_refused_as_a_model_to_quantize_with_what_to_do(copied: Copied) ->
     folder = copied()
     assert is_packed(folder)
     with pytest.raises(
-        ModelError, match=r"already quantized with quip-sharp \(config\.json\).*convert \S+ OUT --to modulora"
+        ModelError,
+        match=r"already quantized with quip-sharp \(config\.json\).*convert \S+ OUT --to modulora",
     ):
         open_model(str(folder))
 

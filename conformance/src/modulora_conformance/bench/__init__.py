@@ -1,0 +1,1 @@
+"""How fast a quantizer is beside the dense layer, on this machine: ``modulora bench``."""

@@ -1,0 +1,1 @@
+"""LoRA adapters: put on a model, saved and loaded as PEFT's files, merged."""

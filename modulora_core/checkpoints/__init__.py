@@ -1,0 +1,1 @@
+"""Packed checkpoints: written, opened, loaded, mapped and converted."""

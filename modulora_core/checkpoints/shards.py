@@ -1,0 +1,180 @@
+"""safetensors files written a tensor at a time.
+
+The safetensors library wants all tensors of a file in memory at once. Here dtypes and shapes are known before the
+first byte (layouts are), so headers are written first and each tensor goes to its place when it comes. A journal
+beside the files says which parameters are whole, so that a killed run can go on.
+
+The layout of a file is the one that safetensors specifies: 8 bytes with the header's length, little endian; a JSON
+header padded with spaces to a multiple of 8; the data without holes, here widest dtypes first so that every tensor is
+aligned.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modulora_core.errors import CheckpointError, WorkError
+from modulora_core.models.safetensors_store import DTYPE_CODES, INDEX
+from modulora_core.spec import TensorLayout
+
+JOURNAL = "written.jsonl"
+MAX_SHARD_BYTES = 5 * 10**9
+"""As transformers has it: one file up to 5 GB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One planned file: its tensors in the order of the file, and where each begins in the data."""
+
+    tensors: Mapping[str, TensorLayout]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def header(self) -> bytes:
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for name, start, layout in self.places():
+            entries[name] = {"dtype": DTYPE_CODES[layout.dtype], "shape": list(layout.shape),
+                             "data_offsets": [start, start + layout.nbytes]}  # fmt: skip
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    def places(self) -> Iterator[tuple[str, int, TensorLayout]]:
+        start = 0
+        for name, layout in self.tensors.items():
+            yield name, start, layout
+            start += layout.nbytes
+
+
+def plan_shards(
+    tensors: Mapping[str, TensorLayout], max_bytes: int = MAX_SHARD_BYTES
+) -> list[Shard]:
+    """Cut ``tensors`` into files of at most ``max_bytes`` (a single tensor may be larger), in the order given."""
+    groups: list[dict[str, TensorLayout]] = [{}]
+    size = 0
+    for name, layout in tensors.items():
+        if groups[-1] and size + layout.nbytes > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = layout
+        size += layout.nbytes
+    return [Shard(dict(sorted(group.items(), key=_by_alignment))) for group in groups]
+
+
+def _by_alignment(item: tuple[str, TensorLayout]) -> tuple[int, str]:
+    name, layout = item
+    return -torch.empty(0, dtype=getattr(torch, layout.dtype)).element_size(), name
+
+
+def shard_names(count: int) -> list[str]:
+    """Transformers' names of the files of a model."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+class ShardWriter:
+    """Writes planned shards into ``folder``, tensor by tensor, in any order.
+
+    Args:
+        folder: an existing folder.
+        shards: the plan.
+        resume: go on with the files and the journal that are there.
+
+    Raises:
+        CheckpointError: on resume, a file's header isn't the planned one.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], *, resume: bool = False) -> None:
+        self.folder = folder
+        self._places: dict[str, tuple[Path, int, TensorLayout]] = {}
+        self._sizes = {
+            name: shard.nbytes for name, shard in zip(shard_names(len(shards)), shards, strict=True)
+        }
+        self._journal = folder / JOURNAL
+        self.done: set[str] = self._read_journal() if resume else set()
+        for name, shard in zip(self._sizes, shards, strict=True):
+            self._open(folder / name, shard)
+
+    def _open(self, path: Path, shard: Shard) -> None:
+        header = shard.header()
+        for name, start, layout in shard.places():
+            self._places[name] = (path, len(header) + start, layout)
+        if self.done:
+            with path.open("rb") as file:
+                if file.read(len(header)) != header:
+                    raise CheckpointError(
+                        f"{path}: its header isn't that of this request; start again without --resume"
+                    )
+            return
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + shard.nbytes)
+
+    def _read_journal(self) -> set[str]:
+        if not self._journal.is_file():
+            return set()
+        # a line that a kill cut off in the middle has no newline, and its parameter is written again
+        lines = self._journal.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        self._journal.write_text("".join(whole))  # so that the next line begins where a line begins
+        return {json.loads(line) for line in whole}
+
+    def write(self, parameter: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write all tensors of one parameter, then note it as done.
+
+        Raises:
+            WorkError: a tensor has another dtype or shape than planned.
+        """
+        for name, tensor in tensors.items():
+            path, offset, layout = self._places[name]
+            if TensorLayout.of(tensor) != layout:
+                raise WorkError(f"{name}: planned {layout}, got {TensorLayout.of(tensor)}")
+            with path.open("r+b") as file:
+                file.seek(offset)
+                file.write(_bytes_of(tensor))
+        with self._journal.open("a") as journal:
+            journal.write(json.dumps(parameter) + "\n")
+        self.done.add(parameter)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was written, perhaps by the run that is resumed."""
+        path, offset, layout = self._places[name]
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = bytearray(file.read(layout.nbytes))
+        dtype = getattr(torch, layout.dtype)
+        return (
+            torch.frombuffer(data, dtype=dtype).view(layout.shape)
+            if data
+            else torch.empty(layout.shape, dtype=dtype)
+        )
+
+    def finish(self) -> None:
+        """Write the index where there is more than one file, and remove the journal."""
+        if len(self._sizes) > 1:
+            weight_map = {name: path.name for name, (path, _, _) in sorted(self._places.items())}
+            index = {
+                "metadata": {"total_size": sum(self._sizes.values())},
+                "weight_map": weight_map,
+            }
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        self._journal.unlink(missing_ok=True)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if not flat.numel():
+        return memoryview(b"")
+    array: Any = flat.view(torch.uint8).numpy()  # not all of numpy's stubs know that it is a buffer
+    return memoryview(array)

@@ -1,0 +1,1 @@
+"""Running a model: opening it, generating and evaluating."""

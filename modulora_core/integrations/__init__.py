@@ -1,1 +1,0 @@
-"""Where other libraries' extension points are met: thin, and gated on their versions."""

@@ -1,0 +1,1 @@
+"""The toolkit for kernels that numba compiles."""

@@ -1,0 +1,1 @@
+"""The toolkit for kernels in Triton."""

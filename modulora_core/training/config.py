@@ -1,0 +1,222 @@
+"""Everything that a finetuning run is made of, in one frozen object.
+
+The command line's flags, a ``--config`` file and the ``finetune.yaml`` that each run writes are this model's
+fields: defaults and descriptions exist here alone. Importing it does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from modulora_core.errors import OptionError
+from modulora_core.options import validate_model
+
+_EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
+    "steps": ("epochs",),
+    "epochs": ("steps",),
+    "adapter": ("rank", "alpha", "targets", "train_scales"),
+}
+"""Where a flag is given, the file's fields of the same question give way."""
+
+
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _comma_separated(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+def _unwrapped(value: tuple[str, ...]) -> str | list[str]:
+    return value[0] if len(value) == 1 else list(value)
+
+
+_Serializer = PlainSerializer(_unwrapped, return_type=str | list[str])
+Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), _Serializer]
+Targets = Annotated[tuple[str, ...], BeforeValidator(_comma_separated), _Serializer]
+
+
+_LARGEST = 1e30
+"""Of a factor: float32 ends at 3.4e38, and a run multiplies it by others."""
+
+
+class FinetuneConfig(BaseModel):
+    """A finetuning run.
+
+    The defaults of the optimizer and the adapter are the paper's (arXiv 2309.16119), but for the targets and
+    the batches, which depend on the task there.
+
+    Build it with :meth:`build`, which says in one sentence what is wrong, or directly, as any pydantic model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str = Field(description="a folder or Hub id that `modulora quantize` wrote")
+    out: str = Field(description="the folder to write the adapter to")
+    data: Sources = Field(min_length=1, description="training data: files, a Hub dataset, or pydoc")
+    format: Literal["auto", "text", "instruct", "chat", "completion"] = Field(
+        "auto", description="what the records of the data are"
+    )
+    eval_data: Sources | None = Field(
+        None, description="data to measure the loss on, never trained on"
+    )
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between evaluations; always one at the end"
+    )
+
+    rank: int = Field(8, ge=1, description="rank r of the adapter")
+    alpha: float = Field(32.0, gt=0, description="scale of the adapter, times rank")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="probability that an adapter's input is left out"
+    )
+    targets: Targets = Field(
+        ("all-linear",),
+        min_length=1,
+        description="layers to adapt: all-linear, or names separated by commas",
+    )
+    train_scales: bool = Field(
+        False, description="train also two vectors a layer, which scale its inputs and its outputs"
+    )
+    adapter: str | None = Field(
+        None, description="go on training this adapter instead of a new one"
+    )
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps; this or epochs is needed")
+    epochs: float | None = Field(None, gt=0, description="passes over the data, instead of steps")
+    batch_size: int = Field(4, ge=1, description="examples in one forward pass")
+    grad_accum: int = Field(4, ge=1, description="forward passes in one optimizer step")
+    seq_len: int = Field(512, ge=2, description="longest example, in tokens")
+
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the learning rate goes on after the warm-up"
+    )
+    warmup: float = Field(
+        0.06, ge=0, description="warm-up: a share of the steps if below 1, else a number of steps"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="gradients are clipped to this norm; 0: never"
+    )
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the activations: auto is float32 on a CPU, else bfloat16"
+    )
+    matmul_precision: Literal["highest", "high"] | None = Field(
+        None,
+        description="of products in float32, as torch names it: high rounds more, and is faster on a CPU with AMX and on GPUs; by default "
+        "as torch is set, which is highest",
+    )
+    mapped: bool = Field(
+        False,
+        description="leave packed weights in their files, one decoder block in memory at a time; on a CPU",
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="compute activations again in the backward instead of keeping them"
+    )
+    keep_products: bool = Field(
+        False,
+        description="gradient checkpointing keeps the products with packed weights, so that the backward doesn't multiply again",
+    )
+    offload_activations: bool = Field(
+        False,
+        description="on a GPU: keep the activations that the backward needs in the CPU's memory",
+    )
+    optim: str = Field(
+        "adamw_torch",
+        description="optimizer, by its name in transformers: adamw_torch, adamw_bnb_8bit, paged_adamw_32bit, adafactor, ...",
+    )
+    seed: int = Field(
+        0, ge=0, description="of the adapter's start, the order of the data and the dropout"
+    )
+    save_every: int = Field(100, ge=1, description="steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"expected steps or epochs, got both: {self.steps} steps and {self.epochs:g} epochs"
+            )
+        if self.steps is None and self.epochs is None:
+            raise ValueError("expected steps or epochs, got neither: say how long to train")
+        for name in ("lr", "alpha"):
+            if getattr(self, name) > _LARGEST:
+                raise ValueError(
+                    f"{name}: expected at most {_LARGEST:g}, got {getattr(self, name):g}"
+                )
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(
+                f"warmup: expected a share below 1 or a whole number of steps, got {self.warmup}"
+            )
+        if self.eval_every is not None and self.eval_data is None:
+            raise ValueError(
+                f"eval_every is {self.eval_every}: expected eval_data to evaluate on, got none"
+            )
+        if self.keep_products and not self.gradient_checkpointing:
+            raise ValueError(
+                "keep_products: expected gradient_checkpointing, got none: without it all products are kept"
+            )
+        given = [name for name in _EXCLUSIVE["adapter"] if name in self.model_fields_set]
+        if self.adapter is not None and given:
+            raise ValueError(
+                f"{', '.join(given)}: the adapter {self.adapter} has its own; leave it out"
+            )
+        return self
+
+    @classmethod
+    def build(cls, options: Mapping[str, object], *, file: str | Path | None = None) -> Self:
+        """Make one from options, and a YAML file that has the rest.
+
+        Args:
+            options: by field name; strings are parsed, None counts as not given. They override the file.
+            file: what ``--config`` names.
+
+        Raises:
+            OptionError: an unknown option (with near misses), a bad value, or a file that isn't such YAML.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        values = {} if file is None else _read(Path(file))
+        for name in given:
+            for other in _EXCLUSIVE.get(name, ()):
+                values.pop(other, None)
+        subject = "finetune" if file is None else f"finetune with {file}"
+        return validate_model(subject, cls, {**values, **given})
+
+    def to_yaml(self) -> str:
+        """The file that makes the same run: ``modulora finetune --config FILE``."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        if self.adapter is not None:
+            values = {
+                name: value for name, value in values.items() if name not in _EXCLUSIVE["adapter"]
+            }
+        text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return (
+            "# modulora finetune --config FILE makes this run again; flags override the file.\n"
+            + text
+        )
+
+    def differences(self, other: FinetuneConfig) -> list[str]:
+        """The fields that differ from ``other``'s: ``"lr 0.001 → 0.01"``. ``out`` may differ."""
+        mine, others = self.model_dump(mode="json"), other.model_dump(mode="json")
+        names = [name for name in mine if name != "out" and mine[name] != others[name]]
+        return [f"{name} {others[name]!r} → {mine[name]!r}" for name in names]
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise OptionError(f"config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise OptionError(f"config {path}: expected YAML, got something else: {reason}") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise OptionError(
+            f"config {path}: expected lines of `option: value`, got {type(values).__name__}"
+        )
+    return {name: value for name, value in values.items() if value is not None}
