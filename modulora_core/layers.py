@@ -6,7 +6,6 @@
     PackedStack        fused experts, ``[experts, out, in]``: a list of PackedParameters
     PackedTable        the packed weight of an input embedding, whose rows are decoded when they are looked up
     TiedHead           an output head that shares the PackedTable of the embedding
-    DenseLinear        a linear layer that stays dense, such as an output head
 
 The model's own code uses a packed weight like the tensor that it replaces. ``F.linear(x, experts[i])``, ``x @ experts[i]``,
 ``torch.bmm(x, experts)`` and ``F.embedding(ids, weight)`` reach the quantizer through torch's ``__torch_function__`` protocol.
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from modulora_core.autograd import WEIGHTS, lora_linear, number_of, packed_product
-from modulora_core.devices import dense_products
 from modulora_core.errors import AdapterError, ModelError, ShapeError
 from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
 
@@ -368,17 +366,3 @@ class LoRALinear(QuantLinear):
         ranks = ", ".join(f"{name}: {A.shape[0]}" for name, A in self.lora_A.items())
         scaled = f", channel_scales={list(self.input_scale)}" if self.input_scale else ""
         return f"{super().extra_repr()}, adapters={{{ranks}}}{scaled}"
-
-
-class DenseLinear(nn.Linear):
-    """A frozen linear layer that stays dense; the faster of torch's libraries multiplies it (:mod:`modulora_core.devices.dense_products`)."""
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> DenseLinear:
-        """A layer with the parameters of ``linear``, shared and not copied."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return dense_products.linear(x, self.weight, self.bias)

@@ -29,7 +29,7 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, v
 from typing import Any, Literal, TypeVar
 
 import pluggy
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from modulora_core import hookspecs
 from modulora_core.errors import (
@@ -370,4 +370,9 @@ def _spec_of(cls: type[Quantizer]) -> object:
 
 
 def _told(error: BaseException) -> str:
+    """The error in one line."""
+    if isinstance(error, ValidationError):
+        found = error.errors(include_url=False)
+        fields = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in found]
+        return f"{error.title}: {'; '.join(fields)}"
     return " ".join(f"{type(error).__name__}: {error}".split())

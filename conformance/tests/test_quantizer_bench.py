@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_conformance.bench import quantizer_bench
+from modulora_conformance.bench import timing as bench
 from modulora_conformance.bench.quantizer_bench import BenchConfig, Comparison, measure_quantizer
 from modulora_conformance.bench.timing import Timing, cold_copies, in_turns, rotating
 from torch import Tensor
 
-from modulora_core import bench, device_clock, quantizer_bench
+from modulora_core.devices import clock as device_clock
 from modulora_core.autograd import lora_linear
 from modulora_core.errors import OptionError, ShapeError, WorkError
 
@@ -252,7 +254,7 @@ def test_calibration_that_is_wanted_is_an_identity(
     assert set(seen) == {None}
     seen.clear()
     for wanted in ("optional", "required"):
-        monkeypatch.setattr(Calibrated, "spec", replace(toy.Toy.spec, calibration=wanted))
+        monkeypatch.setattr(Calibrated, "spec", toy.Toy.spec.model_copy(update={"calibration": wanted}))
         measure_quantizer(Calibrated(), BenchConfig(**SMALL))
     assert len(seen) == 4  # a small one that compiles, and the one that is timed
     assert all(torch.equal(c.hessian, torch.eye(len(c.hessian))) for c in seen)

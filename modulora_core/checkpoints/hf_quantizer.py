@@ -21,9 +21,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
+from modulora_core.devices.dense_products import DenseLinear
 from modulora_core.errors import AdapterError, CheckpointError
 from modulora_core.layers import (
-    DenseLinear,
     LoRALinear,
     PackedParameter,
     PackedStack,

@@ -132,7 +132,7 @@ def _check_free(names: PluginNames) -> None:
 
 def _templates() -> Iterator[tuple[str, str]]:
     """Path and text of each template."""
-    yield from _walk(files("modulora_core") / "templates" / "plugin", "")
+    yield from _walk(files("modulora_core.cli") / "templates" / "plugin", "")
 
 
 def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, str]]:

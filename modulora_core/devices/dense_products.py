@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -100,6 +100,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     y: Tensor = _FrozenLinear.apply(x, weight, bias)
     return y
+
+
+class DenseLinear(nn.Linear):
+    """A linear layer that stays dense, such as an output head: :func:`linear` multiplies it."""
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> DenseLinear:
+        """A layer with the parameters of ``layer``, shared and not copied."""
+        dense = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        dense.weight, dense.bias = layer.weight, layer.bias
+        return dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def float32_precision() -> str:

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modulora_core.devices import dense_products
 from modulora_core.errors import AdapterError, CheckpointError, ShapeError
-from modulora_core.layers import DenseLinear, LoRALinear, PackedParameter, QuantLinear
+from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
 
 
 @pytest.fixture
@@ -169,37 +168,3 @@ def test_an_adapter_with_impossible_settings_is_refused(
     layer.add_adapter("default", 1, alpha=1)
     with pytest.raises(AdapterError, match="one of that name"):
         layer.add_adapter("default", 1, alpha=1)
-
-
-def test_a_dense_layer_shares_the_parameters_of_the_linear_layer() -> None:
-    linear = nn.Linear(4, 6)
-    layer = DenseLinear.of(linear)
-    assert layer.weight is linear.weight
-    assert layer.bias is linear.bias
-    assert torch.equal(layer(torch.ones(2, 4)), linear(torch.ones(2, 4)))
-
-
-@pytest.mark.parametrize("trains", [False, True])
-def test_a_dense_layer_gives_the_product_and_its_gradients(
-    trains: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not (
-        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
-        pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(dense_products, "LEAST_PRODUCTS", 1)
-    layer = DenseLinear(40, 24).requires_grad_(trains)
-    x = torch.randn(2, 5, 40).requires_grad_()
-    y = layer(x)
-    y.square().sum().backward()
-    W, b, X = layer.weight.detach().double(), layer.bias.detach().double(), x.detach().double()
-    exact = X @ W.t() + b
-    near = {"rtol": 1e-5, "atol": 1e-4}  # fp32 sums of 40 products
-    torch.testing.assert_close(y.double(), exact, **near)
-    torch.testing.assert_close(x.grad.double(), 2 * exact @ W, **near)
-    assert (layer.weight.grad is not None) == trains
-    if trains:
-        torch.testing.assert_close(
-            layer.weight.grad.double(), torch.einsum("abi,abj->ij", 2 * exact, X), **near
-        )

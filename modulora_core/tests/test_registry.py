@@ -89,7 +89,7 @@ BROKEN = {
     ),
     "its spec is malformed": (
         HOOK.format(specs=spec("Alpha", "m:C")),
-        "name: expected lower case letters",
+        "QuantizerSpec: name: String should match pattern",
     ),
     "its hook has another name": (
         "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantisers(): return []",

@@ -237,5 +237,5 @@ def test_a_malformed_field_of_a_format_is_refused_by_name(field: str, value: obj
         "config_files": ("theirs.json",),
     }
     assert formats.FormatSpec(**good).quant_methods == ()  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=f"^{field} of (a )?format.*: expected"):
+    with pytest.raises(ValueError, match=rf"FormatSpec\n{field}"):
         formats.FormatSpec(**{**good, field: value})  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from modulora_core import quantizer_bench, registry
+from modulora_core import registry
 from modulora_core.cli import main
 
 SMALL = ["--shape", "24x40", "--rows", "1", "--rows", "5", "--seconds", "1e-6"]
@@ -44,7 +44,7 @@ def test_bench_prints_the_promised_object(
 def test_without_a_shape_it_is_the_next_that_the_quantizer_takes(
     toy: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(toy.Toy, "spec", replace(toy.Toy.spec, in_multiple=96))
+    monkeypatch.setattr(toy.Toy, "spec", toy.Toy.spec.model_copy(update={"in_multiple": 96}))
     monkeypatch.setattr(registry, "create", lambda *_: toy.Toy())
     monkeypatch.setattr(
         quantizer_bench, "measure_quantizer", lambda _, config, **__: shapes.append(config.shape)

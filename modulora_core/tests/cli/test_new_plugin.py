@@ -240,7 +240,7 @@ def test_the_wheel_of_the_core_has_every_template(tmp_path: Path) -> None:
     done = python(*pip("wheel"), "-w", str(tmp_path), str(ROOT), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    templates = CORE / "templates"
+    templates = CORE / "cli" / "templates"
     there = {path.relative_to(ROOT).as_posix() for path in templates.rglob("*") if path.is_file()}
     assert there <= set(zipfile.ZipFile(wheel).namelist())
     assert len(there) == len(new_plugin(NAME, tmp_path / "plugin").files)

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modulora_core.devices import dense_products
-from modulora_core.devices.dense_products import add_product, linear, product, put_product
+from modulora_core.devices.dense_products import DenseLinear, add_product, linear, product, put_product
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -333,3 +333,37 @@ def test_onednn_is_for_avx512_of_another_vendor(
     monkeypatch.setattr(dense_products, "_processor", lambda: described)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert dense_products.onednn_is_faster.__wrapped__() is faster
+
+
+def test_a_dense_layer_shares_the_parameters_of_the_linear_layer() -> None:
+    linear = nn.Linear(4, 6)
+    layer = DenseLinear.of(linear)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert torch.equal(layer(torch.ones(2, 4)), linear(torch.ones(2, 4)))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_dense_layer_gives_the_product_and_its_gradients(
+    trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(dense_products, "LEAST_PRODUCTS", 1)
+    layer = DenseLinear(40, 24).requires_grad_(trains)
+    x = torch.randn(2, 5, 40).requires_grad_()
+    y = layer(x)
+    y.square().sum().backward()
+    W, b, X = layer.weight.detach().double(), layer.bias.detach().double(), x.detach().double()
+    exact = X @ W.t() + b
+    near = {"rtol": 1e-5, "atol": 1e-4}  # fp32 sums of 40 products
+    torch.testing.assert_close(y.double(), exact, **near)
+    torch.testing.assert_close(x.grad.double(), 2 * exact @ W, **near)
+    assert (layer.weight.grad is not None) == trains
+    if trains:
+        torch.testing.assert_close(
+            layer.weight.grad.double(), torch.einsum("abi,abj->ij", 2 * exact, X), **near
+        )
