@@ -1,34 +1,63 @@
 """ModuLoRA: finetune quantized language models with any quantizer.
 
-The public names are imported on first use: ``import modulora_core`` takes milliseconds and never torch.
+The public names are imported on first use: ``import modulora_core`` takes milliseconds, and never
+imports torch.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors; a test compares these imports with _PUBLIC
+    from modulora_core.adapters.lora import LoRASettings as LoRASettings
+    from modulora_core.adapters.lora import add_lora as add_lora
+    from modulora_core.adapters.lora import load_adapter as load_adapter
+    from modulora_core.adapters.lora import save_adapter as save_adapter
+    from modulora_core.adapters.merge import merge as merge
+    from modulora_core.checkpoints.checkpoint import load_model as load_model
+    from modulora_core.checkpoints.convert import convert as convert
+    from modulora_core.checkpoints.hf_quantizer import register as register
+    from modulora_core.hookspecs import hookimpl as hookimpl
+    from modulora_core.inference.generate import generate as generate
+    from modulora_core.layers import LoRALinear as LoRALinear
+    from modulora_core.layers import QuantLinear as QuantLinear
+    from modulora_core.packed import PackedLayout as PackedLayout
+    from modulora_core.packed import PackedWeight as PackedWeight
+    from modulora_core.quantization.quantize import quantize as quantize
+    from modulora_core.spec import Calibration as Calibration
+    from modulora_core.spec import Promise as Promise
+    from modulora_core.spec import Quantizer as Quantizer
+    from modulora_core.spec import QuantizerSpec as QuantizerSpec
+    from modulora_core.tiles import tile_budget as tile_budget
+    from modulora_core.training.config import FinetuneConfig as FinetuneConfig
+    from modulora_core.training.finetune import finetune as finetune
 
 _PUBLIC = {
-    "Calibration": "modulora_core.spec",
-    "FinetuneConfig": "modulora_core.training.config",
-    "LoRALinear": "modulora_core.layers",
-    "PackedLayout": "modulora_core.packed",
-    "PackedWeight": "modulora_core.packed",
-    "Promise": "modulora_core.spec",
-    "QuantLinear": "modulora_core.layers",
-    "Quantizer": "modulora_core.spec",
-    "QuantizerSpec": "modulora_core.spec",
-    "add_lora": "modulora_core.adapters.lora",
-    "hookimpl": "modulora_core.hookspecs",
-    "load_adapter": "modulora_core.adapters.lora",
-    "load_model": "modulora_core.checkpoints.checkpoint",
-    "save_adapter": "modulora_core.adapters.lora",
-    "tile_budget": "modulora_core.tiles",
+    "Calibration": "spec",
+    "FinetuneConfig": "training.config",
+    "LoRALinear": "layers",
+    "LoRASettings": "adapters.lora",
+    "PackedLayout": "packed",
+    "PackedWeight": "packed",
+    "Promise": "spec",
+    "QuantLinear": "layers",
+    "Quantizer": "spec",
+    "QuantizerSpec": "spec",
+    "add_lora": "adapters.lora",
+    "convert": "checkpoints.convert",
+    "finetune": "training.finetune",
+    "generate": "inference.generate",
+    "hookimpl": "hookspecs",
+    "load_adapter": "adapters.lora",
+    "load_model": "checkpoints.checkpoint",
+    "merge": "adapters.merge",
+    "quantize": "quantization.quantize",
+    "register": "checkpoints.hf_quantizer",
+    "save_adapter": "adapters.lora",
+    "tile_budget": "tiles",
 }
-"""Each public name and the module that defines it; ``"module:other_name"`` where it has another name there.
-
-A public name mustn't be a module's (``quantize``): importing that module would put it in the name's place.
-"""
+"""Each public name, and its module within this package."""
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604  # all of them are strings
 
@@ -38,8 +67,7 @@ def __getattr__(name: str) -> Any:
         return _version()
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = _PUBLIC[name].partition(":")
-    value = getattr(importlib.import_module(module), attribute or name)
+    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value
 

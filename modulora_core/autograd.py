@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modulora_core.devices.dense_products import compute_dtype
 from modulora_core.devices.memory import Allocations
 from modulora_core.errors import note_plugin
 from modulora_core.packed import PackedWeight, check_operands
 from modulora_core.spec import Quantizer
-from modulora_core.tiles import compute_dtype
 
 
 def lora_linear(
@@ -68,10 +68,8 @@ def lora_linear(
     y = packed_product(scaled, quantizer, packed)
     if output_scale is not None:
         y = y * output_scale
-    if bias is not None:
-        y = y + bias
-    if delta is not None:
-        y = y + delta
+    for term in (bias, delta):
+        y = y if term is None else y + term
     return y.to(x.dtype)
 
 
@@ -80,7 +78,8 @@ def packed_product(
 ) -> Tensor:
     """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``; differentiable in ``x``, in its dtype."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.ops.modulora.product(x, number_of(quantizer, packed), transpose)
+        number = number_of(quantizer, packed)
+        return torch.ops.modulora.product(x, number, transpose)  # type: ignore[no-any-return]
     return _multiply(x, quantizer, packed, transpose)  # decoding: torch's dispatcher takes 15 µs
 
 
@@ -100,7 +99,7 @@ def _multiply(x: Tensor, quantizer: Quantizer, packed: PackedWeight, transpose: 
 
 
 class Weight:
-    """A packed weight and its quantizer. torch's operations take tensors and numbers, so it has a number."""
+    """A packed weight, its quantizer, and a number: torch's operations take tensors and numbers."""
 
     def __init__(self, quantizer: Quantizer, packed: PackedWeight) -> None:
         self.quantizer, self.packed, self.number = quantizer, packed, next(_NUMBERS)
@@ -118,12 +117,12 @@ def number_of(quantizer: Quantizer, packed: PackedWeight) -> int:
     return packed.kept[quantizer].number  # type: ignore[no-any-return]  # it holds anything
 
 
-def _product(x: Tensor, number: int, transpose: bool) -> Tensor:
-    y = _multiply(x, WEIGHTS[number].quantizer, WEIGHTS[number].packed, transpose)
+def _product(x: Tensor, number: int, transpose: bool) -> Any:
+    y: Any = _multiply(x, WEIGHTS[number].quantizer, WEIGHTS[number].packed, transpose)
     return y.new_empty(0).set_(y)  # no view: autograd forbids changing an operation's view in place
 
 
-def _measured(mode: Allocations, _func: Any, _types: Any, args: Any, _kwargs: Any) -> Tensor:
+def _measured(mode: Allocations, _func: Any, _types: Any, args: Any, _kwargs: Any) -> Any:
     with mode:  # torch would hide what the operation itself allocates
         return _product(*args)
 
@@ -132,7 +131,7 @@ def _empty_product(x: Tensor, number: int, transpose: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], WEIGHTS[number].packed.shape[1 if transpose else 0])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:  # noqa: ARG001
+def _setup_context(ctx: Any, inputs: tuple[Tensor, int, bool], **_: Tensor) -> None:
     ctx.weight, ctx.transpose = WEIGHTS[inputs[1]], inputs[2]
 
 

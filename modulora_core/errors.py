@@ -1,28 +1,28 @@
-"""Every error that this package raises on purpose.
+"""The exceptions of this package.
 
 ::
 
     ModuLoRAError
     ├── RequestError               the request was wrong; said before any work     exit code 2
     │   ├── OptionError            an unknown or ill-typed option
-    │   ├── PluginError            a quantizer plugin can't be used
+    │   ├── PluginError            a quantizer plugin cannot be used
     │   │   ├── UnknownQuantizerError
     │   │   ├── BrokenPluginError
     │   │   ├── IncompatiblePluginError
     │   │   ├── DuplicatePluginError
     │   │   └── BlockedPluginError
-    │   ├── ShapeError             a shape that a quantizer or a layer can't take
-    │   ├── ModelError             a model that can't be found or read
+    │   ├── ShapeError             a shape that does not fit
+    │   ├── ModelError             a model that cannot be found or read
     │   ├── CheckpointError        a shard that is missing, truncated or of other shapes
     │   ├── WeightError            NaN or Inf in a weight
     │   ├── DataError              an empty or malformed data file
-    │   ├── AdapterError           an adapter that doesn't fit its base
+    │   ├── AdapterError           an adapter that does not fit its base
     │   ├── OutputError            an output folder that holds something else
     │   ├── DiskSpaceError         too little room for what would be written
     │   └── MissingExtraError      an optional dependency that this request needs
     └── WorkError                  the request was fine and the work failed        exit code 1
 
-A message says the subject, what was expected, what came, and what to do.
+A message says the subject, the expected value, the value, and what to do.
 """
 
 from __future__ import annotations
@@ -96,13 +96,15 @@ class MissingExtraError(RequestError): ...
 class WorkError(ModuLoRAError): ...
 
 
-def note_plugin(error: Exception, quantizer: str, doing: str) -> None:
-    """Say on an exception that isn't of this package which quantizer raised it, at what: a traceback and the command line show it.
+def note_plugin(error: Exception, quantizer: str, work: str) -> None:
+    """Add a note to a plugin's exception, which a traceback and the command line show.
 
     Args:
-        quantizer: its name; doing: what it was asked for, with the layer or its shape.
+        error: errors of this package get no note.
+        quantizer: the name of the quantizer that raised it.
+        work: the work that failed, with the layer or its shape.
     """
     if not isinstance(error, ModuLoRAError):
         error.add_note(
-            f"{doing}, by {quantizer}; `modulora conformance {quantizer}` finds what is broken in a plugin"
+            f"{work}, by {quantizer}; `modulora conformance {quantizer}` finds faults of a plugin"
         )

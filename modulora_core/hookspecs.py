@@ -17,8 +17,8 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def modulora_quantizers() -> list[QuantizerSpec]:  # type: ignore[empty-body]  # a hookspec has no body
-    """Tell which quantizers this package brings.
+def modulora_quantizers() -> list[QuantizerSpec]:  # type: ignore[empty-body]  # a hookspec
+    """Return the quantizers of this package.
 
-    Keep it free of heavy imports: it runs on every ``modulora`` command, and torch takes seconds.
+    Import nothing heavy here: this runs on every ``modulora`` command, and torch takes seconds.
     """

@@ -1,30 +1,33 @@
 """Modules that hold packed weights.
 
-    PackedParameter    a packed weight as a module: its tensors are buffers, moved with the model and never cast
-    QuantLinear        y = x Ŵᵀ + b
-    LoRALinear         a QuantLinear with named LoRA adapters
-    PackedStack        fused experts, ``[experts, out, in]``: a list of PackedParameters
-    PackedTable        the packed weight of an input embedding, whose rows are decoded when they are looked up
-    TiedHead           an output head that shares the PackedTable of the embedding
+    PackedParameter   a packed weight as a module: its tensors are buffers, moved but never cast
+    QuantLinear       y = x Ŵᵀ + b
+    LoRALinear        a QuantLinear with named LoRA adapters
+    PackedStack       fused experts, [experts, out, in]: a list of PackedParameters
+    PackedTable       the weight of an embedding, whose rows are decoded when they are looked up
+    TiedHead          an output head that shares the PackedTable of the embedding
 
-The model's own code uses a packed weight like the tensor that it replaces. ``F.linear(x, experts[i])``, ``x @ experts[i]``,
-``torch.bmm(x, experts)`` and ``F.embedding(ids, weight)`` reach the quantizer through torch's ``__torch_function__`` protocol.
+The model's own code uses a packed weight like the tensor that it replaces. ``F.linear(x, W)``,
+``x @ W``, ``torch.bmm(x, experts)`` and ``F.embedding(ids, W)`` reach the quantizer through
+torch's ``__torch_function__`` protocol.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from modulora_core.autograd import WEIGHTS, lora_linear, number_of, packed_product
 from modulora_core.errors import AdapterError, ModelError, ShapeError
 from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
+
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
 class PackedParameter(nn.Module):
@@ -51,7 +54,7 @@ class PackedParameter(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The packed weight, made of the buffers as they are now."""
-        # decoding asks for it once a layer and token, so it is made again only when a buffer was moved or loaded
+        # decoding reads it once a layer and token: rebuilt only after a buffer was moved or loaded
         for name, tensor in self._current.tensors.items():
             if self._buffers[name] is not tensor:
                 tensors = {name: self.get_buffer(name) for name in self.layout.tensors}
@@ -83,23 +86,13 @@ class PackedParameter(nn.Module):
         return self
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.nn.functional.linear:
-            x, weight, bias = _linear_arguments(*args, **kwargs)
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, bias = _linear_arguments(*args, **(kwargs or {}))
             if isinstance(weight, PackedParameter):
                 y = weight.multiply(x, transpose=weight.transposed)
                 return y if bias is None else y + bias
-        if (
-            func in (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-            and not kwargs
-        ):
+        if func in _PRODUCTS and not kwargs:
             x, weight = args
             if isinstance(weight, PackedParameter):
                 return weight.multiply(x, transpose=not weight.transposed)
@@ -107,7 +100,8 @@ class PackedParameter(nn.Module):
 
     def extra_repr(self) -> str:
         out_features, in_features = self.layout.shape
-        return f"{self.layout.quantizer}, {out_features}x{in_features}, {self.layout.bits_per_weight:.2f} bits per weight"
+        bits = f"{self.layout.bits_per_weight:.2f} bits per weight"
+        return f"{self.layout.quantizer}, {out_features}x{in_features}, {bits}"
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
@@ -115,7 +109,7 @@ def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, A
 
 
 class PackedStack(nn.ModuleList):
-    """The packed matrices of a 3-D parameter, one for each expert; indexed by an int or a 0-d tensor."""
+    """The packed matrices of a 3-D parameter, indexed by an int or a 0-d tensor."""
 
     @property
     def shape(self) -> torch.Size:
@@ -125,13 +119,7 @@ class PackedStack(nn.ModuleList):
         return torch.Size((len(self), *first.shape))
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.bmm and not kwargs and isinstance(args[1], PackedStack):
             x, stack = args  # x: [experts, n, rows of each matrix as the model sees it]
             return torch.stack(
@@ -143,12 +131,14 @@ class PackedStack(nn.ModuleList):
 class PackedTable(PackedParameter):
     """The packed weight of an embedding: ``X = Ŵ[ids]``, without a gradient.
 
-    The model's own ``nn.Embedding`` stays, since some models scale the rows. This module replaces its ``weight``.
+    The model's own ``nn.Embedding`` stays, since some models scale the rows. This module replaces
+    its ``weight``.
 
     Args:
         quantizer: the quantizer that packed it.
         packed: Ŵ, ``[vocabulary, hidden]``.
-        dtype: the dtype of the rows; ``model.to(dtype)`` changes it as it would change a dense weight.
+        dtype: the dtype of the rows; ``model.to(dtype)`` changes it as it would change a dense
+            weight.
     """
 
     def __init__(self, quantizer: Quantizer, packed: PackedWeight, dtype: torch.dtype) -> None:
@@ -170,15 +160,9 @@ class PackedTable(PackedParameter):
         return self
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.nn.functional.embedding:
-            ids, table, max_norm = _embedding_arguments(*args, **dict(kwargs or {}))
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.embedding:
+            ids, table, max_norm = _embedding_arguments(*args, **(kwargs or {}))
             if max_norm is not None:
                 raise ModelError(
                     f"embedding: expected max_norm=None for a packed table, got {max_norm}"
@@ -191,8 +175,7 @@ class PackedTable(PackedParameter):
 def _embedding_arguments(
     input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
 ) -> tuple[Any, Any, Any]:
-    """The arguments that change a lookup; the others concern gradients."""
-    del padding_idx
+    del padding_idx  # it and the others concern gradients
     return input, weight, max_norm
 
 
@@ -234,7 +217,8 @@ class QuantLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}"
 
 
 class TiedHead(QuantLinear):
@@ -251,40 +235,16 @@ class TiedHead(QuantLinear):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelScales:
-    """What a packed weight is scaled by: diag(v) Ŵ diag(u).
-
-    Attributes:
-        input: u, ``[in]``.
-        output: v, ``[out]``.
-
-    Raises:
-        ShapeError: one of them is no vector.
-    """
-
-    input: Tensor
-    output: Tensor
-
-    def __post_init__(self) -> None:
-        if self.input.dim() != 1 or self.output.dim() != 1:
-            raise ShapeError(f"channel scales: expected two vectors, got {list(self.input.shape)} and "
-                             f"{list(self.output.shape)}")  # fmt: skip
-
-    def of_rows(self, start: int, stop: int, W: Tensor) -> Tensor:
-        """Rows ``[start, stop)`` of diag(v) Ŵ diag(u), in ``W``'s dtype, from those of Ŵ: ``W``, ``[stop - start, in]``."""
-        return W * self.output[start:stop, None].to(W.dtype) * self.input.to(W.dtype)
-
-
 class LoRALinear(QuantLinear):
-    """A QuantLinear with LoRA adapters (Hu et al. 2021, arXiv 2106.09685): ``y = x Ŵᵀ + b + Σ s (x Aᵀ) Bᵀ``.
+    """A QuantLinear with LoRA adapters (arXiv 2106.09685): ``y = x Ŵᵀ + b + Σ s (x Aᵀ) Bᵀ``.
 
-    It shares the base's packed weight and bias, so names in a state dict stay. Several adapters of different ranks may be
-    active at once; each has A ``[r, in]`` and B ``[out, r]`` in ``lora_A[name]`` and ``lora_B[name]``.
+    It shares the base's packed weight and bias, so names in a state dict stay. Several adapters of
+    different ranks may be active at once; each has A ``[r, in]`` and B ``[out, r]`` in
+    ``lora_A[name]`` and ``lora_B[name]``.
 
-    An adapter may have channel scales u ``[in]`` and v ``[out]`` in ``input_scale[name]`` and ``output_scale[name]``: they
-    replace Ŵ by diag(v) Ŵ diag(u). The scales of several adapters multiply.
-    """
+    An adapter may have channel scales u ``[in]`` and v ``[out]`` in ``input_scale[name]`` and
+    ``output_scale[name]``: they replace Ŵ by diag(v) Ŵ diag(u). The scales of several adapters
+    multiply."""
 
     def __init__(self, base: QuantLinear) -> None:
         super().__init__(base.weight, base.bias)
@@ -311,7 +271,8 @@ class LoRALinear(QuantLinear):
         A is Kaiming-uniform as in PEFT, B is zero, channel scales are one.
 
         Raises:
-            AdapterError: the name is taken, the rank is not positive, or the dropout is not in [0, 1).
+            AdapterError: the name is taken, the rank is not positive, or the dropout is not in [0,
+                1).
         """
         if name in self.lora_A:
             raise AdapterError(f"adapter {name!r}: there is one of that name already")
@@ -331,7 +292,8 @@ class LoRALinear(QuantLinear):
         self.active.append(name)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of one adapter: ``lora_A``, ``lora_B``, and ``input_scale``, ``output_scale`` if it has them."""
+        """The parameters of one adapter: ``lora_A``, ``lora_B``, and ``input_scale``,
+        ``output_scale`` if it has them."""
         kinds = {"lora_A": self.lora_A, "lora_B": self.lora_B, "input_scale": self.input_scale,
                  "output_scale": self.output_scale}  # fmt: skip
         return {kind: values[name] for kind, values in kinds.items() if name in values}
@@ -339,13 +301,21 @@ class LoRALinear(QuantLinear):
     def forward(self, x: Tensor) -> Tensor:
         A, B, scale = self._adapter()
         return lora_linear(
-            x, self.weight.quantizer, self.weight.packed, self.bias, A, B,
-            scale=scale, dropout=self.dropout if self.training else 0.0,
-            input_scale=self._channel_scale(self.input_scale), output_scale=self._channel_scale(self.output_scale),
-        )  # fmt: skip
+            x,
+            self.weight.quantizer,
+            self.weight.packed,
+            self.bias,
+            A,
+            B,
+            scale=scale,
+            dropout=self.dropout if self.training else 0.0,
+            input_scale=self._channel_scale(self.input_scale),
+            output_scale=self._channel_scale(self.output_scale),
+        )
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
-        """A, B and s of the active adapters. Several adapters become one: ranks add up, and s is folded into B."""
+        """A, B and s of the active adapters. Several adapters become one: ranks add up, and s is
+        folded into B."""
         if not self.active:
             return None, None, 1.0
         if len(self.active) == 1:

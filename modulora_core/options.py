@@ -1,10 +1,10 @@
-"""A quantizer's options: from ``key=value`` words or a mapping to its validated pydantic model."""
+"""A quantizer's options: from ``key=value`` words or a mapping to a validated pydantic model."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -17,10 +17,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_options(words: Iterable[str]) -> dict[str, str]:
-    """Turn ``["group_size=64", "symmetric=true"]`` into a mapping. Values stay strings.
+    """Turn ``["group_size=64", "symmetric=true"]`` into a mapping; values stay strings.
 
     Raises:
-        OptionError: a word isn't ``key=value``, or a key comes twice.
+        OptionError: a word is not ``key=value``, or a key comes twice.
     """
     options: dict[str, str] = {}
     for word in words:
@@ -39,51 +39,49 @@ def parse_options(words: Iterable[str]) -> dict[str, str]:
 def validate_options(
     subject: str, model: type[BaseModel], options: Mapping[str, object]
 ) -> BaseModel:
-    """Build ``model`` from ``options``, whose strings are parsed to the fields' types.
-
-    Args:
-        subject: whose options they are, for messages: the quantizer's name.
-        model: the quantizer's ``Options``.
-        options: by field name. Fields that are left out take their defaults. Where a field is a ``Literal`` of numbers, a string that reads
-            like one of them is it.
-
-    Raises:
-        OptionError: an unknown option (with near misses), or values that the model refuses; one sentence that
-            names each option, what was expected and what came.
-    """
+    """Build the ``Options`` of the quantizer ``subject``, as :func:`validate_model`."""
     return validate_model(f"quantizer {subject!r}", model, options)
 
 
 def validate_model(subject: str, model: type[Model], values: Mapping[str, object]) -> Model:
-    """Build any pydantic model as :func:`validate_options` does; ``subject`` begins the message."""
+    """Build a pydantic model from values by field name; strings are parsed to the fields' types.
+
+    A field that is a ``Literal`` of numbers takes the string of such a number.
+
+    Args:
+        subject: the beginning of messages.
+        model: the class to build.
+        values: the fields that differ from their defaults.
+
+    Raises:
+        OptionError: unknown fields (with near misses), or values that the model refuses: one
+            sentence with each field, its expected value, and its value.
+    """
     unknown = [key for key in values if key not in model.model_fields]
     if unknown:
         raise OptionError(f"{subject}: " + "; ".join(_unknown(key, model) for key in unknown))
-    meant = {
-        key: _member(value, model.model_fields[key].annotation) for key, value in values.items()
+    parsed = {
+        key: _literal(value, model.model_fields[key].annotation) for key, value in values.items()
     }
     try:
-        return model.model_validate(meant)
+        return model.model_validate(parsed)
     except ValidationError as error:
-        problems = "; ".join(
-            _invalid(details, model) for details in error.errors(include_url=False)
-        )
-        raise OptionError(f"{subject}: {problems}") from None
+        problems = [_invalid(details, model) for details in error.errors(include_url=False)]
+        raise OptionError(f"{subject}: {'; '.join(problems)}") from None
 
 
-def _member(value: object, annotation: object) -> object:
-    """What of a ``Literal`` a word means. pydantic reads numbers and flags from strings, but not there."""
-    if not isinstance(value, str):
+def _literal(value: object, annotation: object) -> object:
+    """The member of a ``Literal`` that a string spells. pydantic parses strings only elsewhere."""
+    members = list(_members(annotation))
+    if not isinstance(value, str) or value in members:
         return value
-    word, members = value.strip().lower(), list(_members(annotation))
-    others = (
-        member for member in members if not isinstance(member, str) and str(member).lower() == word
-    )
-    return value if value in members else next(others, value)
+    word = value.strip().lower()
+    spelled = (m for m in members if not isinstance(m, str) and str(m).lower() == word)
+    return next(spelled, value)
 
 
 def _members(annotation: object) -> Iterator[object]:
-    """Of a ``Literal``, or of one among several types."""
+    """The members of each ``Literal`` in a type or a union of types."""
     if get_origin(annotation) is Literal:
         yield from get_args(annotation)
     else:
@@ -102,18 +100,13 @@ def _unknown(key: str, model: type[BaseModel]) -> str:
 def _invalid(details: ErrorDetails, model: type[BaseModel]) -> str:
     message = details["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message.replace("Input should be", "expected", 1)
-    if not details[
-        "loc"
-    ]:  # a check of the whole model, such as of two fields that exclude each other
+    if not details["loc"]:  # a check of several fields
         return message
     name = ".".join(str(part) for part in details["loc"])
     field = model.model_fields.get(str(details["loc"][0]))
     about = f" ({field.description})" if field is not None and field.description else ""
     if details["type"] == "missing":
         return f"option {name!r}: expected a value, got none{about}"
-    return f"option {name!r}: {message}, got {_shown(details['input'])}{about}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    got = repr(details["input"])
+    got = got if len(got) <= 60 else got[:57] + "..."
+    return f"option {name!r}: {message}, got {got}{about}"

@@ -1,4 +1,4 @@
-"""A packed weight as a value: named tensors, a shape, and who can read it.
+"""A packed weight as a value: named tensors, a shape, and the quantizer that reads it.
 
 Importing this module does not import torch.
 """
@@ -21,23 +21,24 @@ if TYPE_CHECKING:
 _TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 BITS_OF_DTYPE: Mapping[str, int] = MappingProxyType(
-    {"bool": 8, "uint8": 8, "int8": 8, "int16": 16, "uint16": 16, "float16": 16, "bfloat16": 16, "int32": 32,
-     "uint32": 32, "float32": 32, "int64": 64, "uint64": 64, "float64": 64}
+    {"bool": 8, "uint8": 8, "int8": 8, "int16": 16, "uint16": 16, "float16": 16, "bfloat16": 16,
+     "int32": 32, "uint32": 32, "float32": 32, "int64": 64, "uint64": 64, "float64": 64}
 )  # fmt: skip
-"""The dtypes that a packed tensor may have, by torch's name, and their widths."""
+"""The dtypes that a packed tensor may have, by torch's names, and their widths."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorLayout:
-    """The dtype (torch's name, ``"uint8"``) and shape of one packed tensor."""
+    """The dtype (torch's name, ``"uint8"``) and the shape of one packed tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if self.dtype not in BITS_OF_DTYPE:
+            known = ", ".join(BITS_OF_DTYPE)
             raise CheckpointError(
-                f"dtype of a packed tensor: expected one of {', '.join(BITS_OF_DTYPE)}, got {self.dtype!r}"
+                f"dtype of a packed tensor: expected one of {known}, got {self.dtype!r}"
             )
         if not all(isinstance(n, int) and n >= 0 for n in self.shape):
             raise CheckpointError(
@@ -55,9 +56,7 @@ class TensorLayout:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Everything about a packed weight but the bytes: what a checkpoint's config.json records, and what a
-    memory plan needs. See :class:`PackedWeight` for the fields.
-    """
+    """A packed weight without its bytes, as config.json records it; fields as in PackedWeight."""
 
     quantizer: str
     format: int
@@ -72,7 +71,7 @@ class PackedLayout:
 
     @property
     def bits_per_weight(self) -> float:
-        """``8 · nbytes / (out · in)``, everything counted."""
+        """``8 · nbytes / (out · in)``."""
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
     def to_json(self) -> dict[str, Any]:
@@ -82,55 +81,59 @@ class PackedLayout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PackedLayout:
-        """Raises CheckpointError when ``data`` isn't what :meth:`to_json` writes."""
+        """Raises CheckpointError: ``data`` is not a result of :meth:`to_json`."""
         try:
             out_features, in_features = data["shape"]
+            shape = (int(out_features), int(in_features))
             tensors = {
-                str(name): TensorLayout(dtype, tuple(shape))
-                for name, (dtype, shape) in data["tensors"].items()
+                str(name): TensorLayout(dtype, tuple(sizes))
+                for name, (dtype, sizes) in data["tensors"].items()
             }
-            return cls(str(data["quantizer"]), int(data["format"]), (int(out_features), int(in_features)), tensors,
-                       dict(data["metadata"]))  # fmt: skip
+            quantizer, number = str(data["quantizer"]), int(data["format"])
+            return cls(quantizer, number, shape, tensors, dict(data["metadata"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"layout of a packed weight: expected quantizer, format, shape, tensors, metadata; {error!r} in {data!r}"
+                "layout of a packed weight: expected quantizer, format, shape, tensors, metadata; "
+                f"{error!r} in {data!r}"
             ) from None
 
     def empty(self, device: str | torch.device = "meta") -> PackedWeight:
-        """A packed weight of this layout with uninitialised tensors, by default on the meta device: no memory."""
+        """A packed weight with uninitialised tensors, by default without memory."""
         import torch
 
         tensors = {
-            n: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device=device)
-            for n, t in self.tensors.items()
+            name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device=device)
+            for name, t in self.tensors.items()
         }
         return self.fill(tensors)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> PackedWeight:
-        """The packed weight of this layout with these tensors. Raises CheckpointError if they don't match it."""
+        """The packed weight with these tensors. Raises CheckpointError: they do not match."""
         packed = PackedWeight(self.quantizer, self.format, self.shape, tensors, self.metadata)
         if packed.layout.tensors != self.tensors:
             raise CheckpointError(
-                f"packed tensors of a {self.quantizer} weight: expected {dict(self.tensors)}, got {dict(packed.layout.tensors)}"
+                f"packed tensors of a {self.quantizer} weight: expected {dict(self.tensors)}, "
+                f"got {dict(packed.layout.tensors)}"
             )
         return packed
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A quantized weight: a frozen value that knows its shape, its bytes and who can read it.
+    """A quantized weight, a frozen value.
 
     Attributes:
         quantizer: the name in the plugin's spec.
-        format: the plugin's number for its packed format. Raise it when the meaning of the tensors changes.
-        shape: ``(out_features, in_features)`` of the logical weight.
-        tensors: named packed tensors, any dtype of :data:`BITS_OF_DTYPE`, all on one device; kept contiguous. Everything
-            that differs from layer to layer belongs here, scalars too.
-        metadata: JSON-able structure that layers of one shape and one set of options share, such as a block size.
-        device: where the tensors are.
+        format: the plugin's number for its packed format; raise it when tensors change meaning.
+        shape: ``(out_features, in_features)`` of the weight.
+        tensors: named packed tensors on one device, contiguous, with dtypes of
+            :data:`BITS_OF_DTYPE`. Each value that differs between layers belongs here, scalars too.
+        metadata: JSON-able facts that layers of one shape and one set of options share.
+        device: the device of the tensors.
+        kept: a cache of the toolkit and of the backward, derived from the rest and never stored.
 
     Raises:
-        CheckpointError: there is no tensor, or a tensor's name isn't ``[a-z][a-z0-9_]*``.
+        CheckpointError: there is no tensor, or a name does not match ``[a-z][a-z0-9_]*``.
     """
 
     quantizer: str
@@ -140,47 +143,45 @@ class PackedWeight:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device = field(init=False, repr=False, compare=False)
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What kernels keep beside it (:func:`modulora_core.kernels.operands`): made from the rest, and never stored."""
 
     def __post_init__(self) -> None:
+        subject = f"packed tensors of a {self.quantizer} weight"
         if not self.tensors:
-            raise CheckpointError(
-                f"packed tensors of a {self.quantizer} weight: expected one at least, got none"
-            )
+            raise CheckpointError(f"{subject}: expected at least one, got none")
         for name in self.tensors:
             if not _TENSOR_NAME.fullmatch(name):
-                raise CheckpointError(
-                    f"name of a packed tensor: expected [a-z][a-z0-9_]*, got {name!r}"
-                )
-        object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
-        object.__setattr__(
-            self, "tensors", MappingProxyType({n: t.contiguous() for n, t in self.tensors.items()})
-        )
-        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
-        # not a property: decoding asks for it several times a layer and token
-        object.__setattr__(self, "device", next(iter(self.tensors.values())).device)
+                raise CheckpointError(f"{subject}: expected names [a-z][a-z0-9_]*, got {name!r}")
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        values = {
+            "shape": (int(self.shape[0]), int(self.shape[1])),
+            "tensors": MappingProxyType(tensors),
+            "metadata": MappingProxyType(dict(self.metadata)),
+            "device": next(iter(tensors.values())).device,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @property
     def layout(self) -> PackedLayout:
         tensors = {name: TensorLayout.of(tensor) for name, tensor in self.tensors.items()}
         return PackedLayout(self.quantizer, self.format, self.shape, tensors, dict(self.metadata))
 
-    def __reduce__(self) -> tuple[Any, ...]:  # for copy.deepcopy: a mapping proxy can't be copied
-        fields = (self.quantizer, self.format, self.shape, dict(self.tensors), dict(self.metadata))
-        return PackedWeight, fields
+    def __reduce__(self) -> tuple[Any, ...]:  # for copy.deepcopy, which cannot copy a mapping proxy
+        tensors, metadata = dict(self.tensors), dict(self.metadata)
+        return PackedWeight, (self.quantizer, self.format, self.shape, tensors, metadata)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all packed tensors, scales included."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(t.nbytes for t in self.tensors.values())
 
     @property
     def bits_per_weight(self) -> float:
-        """``8 · nbytes / (out · in)``, everything counted."""
+        """``8 · nbytes / (out · in)``."""
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
     def to(self, device: str | torch.device) -> PackedWeight:
-        """The same weight on another device. Dtypes never change."""
+        """The same weight on another device; dtypes never change."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return PackedWeight(self.quantizer, self.format, self.shape, moved, self.metadata)
 
@@ -189,8 +190,10 @@ def check_rows(packed: PackedWeight, rows: tuple[int, int]) -> None:
     """Refuse a row range outside of ``packed``. Raises ShapeError."""
     start, stop = rows
     if not 0 <= start <= stop <= packed.shape[0]:
-        raise ShapeError(f"rows of a {list(packed.shape)} weight: expected 0 <= start <= stop <= {packed.shape[0]}, "
-                         f"got ({start}, {stop})")  # fmt: skip
+        raise ShapeError(
+            f"rows of a {list(packed.shape)} weight: expected 0 <= start <= stop <= "
+            f"{packed.shape[0]}, got ({start}, {stop})"
+        )
 
 
 def check_operands(
@@ -217,6 +220,30 @@ def check_operands(
         ("output_scale", v, out_features),
     ):
         if tensor is not None and list(tensor.shape) != shape:
-            raise ShapeError(
-                f"{name} of a {list(packed.shape)} weight: expected {shape}, got {list(tensor.shape)}"
-            )
+            weight = f"a {list(packed.shape)} weight"
+            raise ShapeError(f"{name} of {weight}: expected {shape}, got {list(tensor.shape)}")
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelScales:
+    """Two vectors u and v that replace Ŵ by diag(v) Ŵ diag(u).
+
+    Attributes:
+        input: u, ``[in]``.
+        output: v, ``[out]``.
+
+    Raises:
+        ShapeError: one of them is not a vector.
+    """
+
+    input: Tensor
+    output: Tensor
+
+    def __post_init__(self) -> None:
+        if self.input.dim() != 1 or self.output.dim() != 1:
+            shapes = f"{list(self.input.shape)} and {list(self.output.shape)}"
+            raise ShapeError(f"channel scales: expected two vectors, got {shapes}")
+
+    def of_rows(self, start: int, stop: int, W: Tensor) -> Tensor:
+        """Scale ``W``, rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``; in its dtype."""
+        return W * self.output[start:stop, None].to(W.dtype) * self.input.to(W.dtype)

@@ -1,16 +1,15 @@
-"""Finding quantizers: pluggy over the entry-point group ``modulora``.
+"""Quantizers are found by pluggy in the entry-point group ``modulora``.
 
 An entry point names a module that implements :func:`modulora_core.hookspecs.modulora_quantizers`::
 
     [project.entry-points.modulora]
     mine = "modulora_mine"
 
-Every entry point is read on its own: one that fails becomes an entry with the reason, and harms no other.
-Reading imports that module only, not the one that has the quantizer's class, and so not torch; :func:`load`
-imports the class.
+Each entry point is read on its own. A failing plugin becomes an entry with its reason, and harms no
+other. Reading imports that module only. :func:`load` imports the quantizer's class, and so torch.
 
-``MODULORA_BLOCK=name,...`` disables plugins by the name of a quantizer, an entry point or a distribution; one
-that is blocked by the latter two isn't even imported.
+``MODULORA_BLOCK=name,...`` disables plugins by the name of a quantizer, an entry point or a
+distribution. The module of a blocked entry point or distribution is not imported.
 """
 
 from __future__ import annotations
@@ -38,28 +37,24 @@ from modulora_core.errors import (
     DuplicatePluginError,
     IncompatiblePluginError,
     OptionError,
+    PluginError,
     UnknownQuantizerError,
 )
 from modulora_core.options import parse_options, validate_options
 from modulora_core.spec import SUPPORTED_PROTOCOLS, Quantizer, QuantizerSpec
 
-__all__ = [
-    "BLOCK_VARIABLE",
-    "Choice",
-    "Entry",
-    "create",
-    "entries",
-    "find",
-    "import_class",
-    "load",
-    "parse_options",
-]
-
 BLOCK_VARIABLE = "MODULORA_BLOCK"
 
 Class = TypeVar("Class")
 
-Status = Literal["ok", "broken", "incompatible", "blocked"]
+Status = Literal["ok", "broken", "incompatible", "duplicate", "blocked"]
+
+_ERRORS: Mapping[str, type[PluginError]] = {
+    "broken": BrokenPluginError,
+    "incompatible": IncompatiblePluginError,
+    "duplicate": DuplicatePluginError,
+    "blocked": BlockedPluginError,
+}
 
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
@@ -69,10 +64,11 @@ class Entry:
     """One row of ``modulora list-quantizers``.
 
     Attributes:
-        name: the quantizer's name; the entry point's where the plugin couldn't tell its own.
-        spec: what the plugin says of it; None where it couldn't be asked.
-        distribution: the installed package that brings it, and its ``version``.
-        status: ``"ok"``, or why it can't be used.
+        name: the quantizer's name, or the entry point's if the plugin cannot be read.
+        spec: the plugin's facts; None if it cannot be read.
+        distribution: the installed package that brings it.
+        version: the version of that package.
+        status: ``"ok"``, or why it cannot be used.
         reason: one sentence; None when ``status`` is ``"ok"``.
     """
 
@@ -85,90 +81,83 @@ class Entry:
 
     @property
     def origin(self) -> str:
-        """The distribution and its version, as messages name it."""
+        """The distribution and its version."""
         return f"{self.distribution} {self.version}"
 
 
 def entries() -> list[Entry]:
-    """Everything that is installed, usable or not, sorted by name. It never fails because of a plugin."""
-    found = list(_discover(_environment()))
-    counts = Counter(entry.name for entry in found if entry.status != "blocked")
-    marked = [_duplicate(entry, found) if counts[entry.name] > 1 else entry for entry in found]
-    return sorted(marked, key=lambda entry: (entry.name, entry.distribution))
+    """Every installed quantizer, usable or not, sorted by name. No plugin makes it fail."""
+    return list(_discover(*_environment()))
 
 
 def find(name: str, *, distribution: str | None = None) -> Entry:
-    """Look a usable quantizer up.
+    """Find a usable quantizer.
 
     Args:
         name: the quantizer's name.
-        distribution: the package that a checkpoint says it needs, for the message when it isn't installed.
+        distribution: the package that brings it, for the message when it is not installed.
 
     Raises:
-        UnknownQuantizerError: no plugin brings it; says near misses, what is installed, what to install.
-        BrokenPluginError: its plugin can't be read.
-        IncompatiblePluginError: its plugin was written for a protocol that this core doesn't support.
+        UnknownQuantizerError: no plugin brings it; says near misses and the package to install.
+        BrokenPluginError: its plugin cannot be read.
+        IncompatiblePluginError: its plugin was written for a protocol that this core does not
+            speak.
         DuplicatePluginError: several plugins bring it.
         BlockedPluginError: ``MODULORA_BLOCK`` disables it.
     """
-    key = _environment()
-    found = _cached(key)
-    if not any(entry.name == name and entry.status == "ok" for entry in found):
-        _cached.cache_clear()  # perhaps installed or mended since, as happens in a notebook
-        found = _cached(key)
-    named = [entry for entry in found if entry.name == name]
-    usable = [entry for entry in named if entry.status != "blocked"]
-    if len(usable) > 1:
-        raise DuplicatePluginError(f"quantizer {name!r}: {_duplicate(usable[0], found).reason}")
-    if usable:
-        return _checked(usable[0])
-    if named:
-        raise BlockedPluginError(f"quantizer {name!r} of {named[0].origin}: {named[0].reason}")
-    raise UnknownQuantizerError(_unknown(name, found, distribution))
+    environment = _environment()
+    if not any(entry.name == name and entry.status == "ok" for entry in _cached(*environment)):
+        _cached.cache_clear()  # it may have been installed since, as happens in a notebook
+    named = [entry for entry in _cached(*environment) if entry.name == name]
+    if not named:
+        raise UnknownQuantizerError(_unknown(name, _cached(*environment), distribution))
+    entry = min(named, key=lambda entry: entry.status == "blocked")  # False comes first
+    if entry.status != "ok":
+        raise _unusable(entry, entry.status, str(entry.reason))
+    return entry
 
 
 def load(name: str, *, distribution: str | None = None) -> type[Quantizer]:
-    """Import the quantizer's class. This is where torch gets imported.
+    """Import the class of a quantizer, and so torch.
 
     Raises:
-        PluginError: as :func:`find`; BrokenPluginError also when the class can't be imported, isn't a
-            complete :class:`~modulora_core.spec.Quantizer`, or has another spec than the listed one.
+        PluginError: as :func:`find`; BrokenPluginError also if the class cannot be imported, is not
+            a complete :class:`~modulora_core.spec.Quantizer`, or has another spec than the listed
+            one.
     """
     entry = find(name, distribution=distribution)
     assert entry.spec is not None  # find() returns usable entries only
-    cls = import_class(entry, entry.spec.location, Quantizer)  # type: ignore[type-abstract]  # it is no abstract class, as import_class makes sure
-    class_name = cls.__name__
-    if getattr(cls, "spec", None) != entry.spec:
-        raise _broken(
-            entry,
-            f"expected {class_name}.spec to equal the listed {entry.spec}, got {_spec_of(cls)}",
-        )
-    if not (inspect.isclass(cls.Options) and issubclass(cls.Options, BaseModel)):
-        raise _broken(
-            entry, f"expected {class_name}.Options to be a pydantic model, got {cls.Options!r}"
-        )
+    # mypy's type[T] takes no abstract class; import_class returns none
+    cls = import_class(entry, entry.spec.location, Quantizer)  # type: ignore[type-abstract]
+    found = getattr(cls, "spec", None)
+    if found != entry.spec:
+        reason = f"expected {cls.__name__}.spec to equal the listed {entry.spec}, got {found}"
+        raise _unusable(entry, "broken", reason)
+    options: object = cls.Options
+    if not (inspect.isclass(options) and issubclass(options, BaseModel)):
+        reason = f"expected {cls.__name__}.Options to be a pydantic model, got {options!r}"
+        raise _unusable(entry, "broken", reason)
     return cls
 
 
 def import_class(entry: Entry, location: str, base: type[Class]) -> type[Class]:
-    """Import what a plugin says is at ``location``, ``"package.module:Class"``.
+    """Import the class at ``location``, ``"package.module:Class"``, of a plugin.
 
     Raises:
-        BrokenPluginError: it can't be imported, or isn't a complete subclass of ``base``.
+        BrokenPluginError: it cannot be imported, or is not a complete subclass of ``base``.
     """
     module_name, class_name = location.split(":")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (Exception, SystemExit) as error:
-        raise _broken(entry, f"importing {location} failed: {_told(error)}") from error
+        reason = f"importing {location} failed: {_in_one_line(error)}"
+        raise _unusable(entry, "broken", reason) from error
     if not (inspect.isclass(cls) and issubclass(cls, base)):
-        raise _broken(
-            entry,
-            f"expected a subclass of modulora_core.{base.__name__} at {location}, got {cls!r}",
-        )
+        reason = f"expected a subclass of {base.__name__} at {location}, got {cls!r}"
+        raise _unusable(entry, "broken", reason)
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
-        raise _broken(entry, f"{location} doesn't implement {', '.join(missing)}")
+        raise _unusable(entry, "broken", f"{location} doesn't implement {', '.join(missing)}")
     return cls
 
 
@@ -179,12 +168,12 @@ def create(
 
     Args:
         name: the quantizer's name.
-        options: by name; strings, as ``key=value`` gives them, are parsed to the options' types.
+        options: by name; strings are parsed to the types of the options.
         distribution: as for :func:`find`.
 
     Raises:
         PluginError: as :func:`load`.
-        OptionError: an option that is unknown or that the quantizer's ``Options`` refuses.
+        OptionError: an option is unknown, or the quantizer's ``Options`` refuses its value.
     """
     cls = load(name, distribution=distribution)
     return cls(validate_options(name, cls.Options, options or {}))
@@ -192,20 +181,20 @@ def create(
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A quantizer by name, with options of it; nothing is checked before :meth:`create`."""
+    """A quantizer's name with options. :meth:`create` checks them."""
 
     quantizer: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str, subject: str = "choice") -> Choice:
-        """Read ``NAME`` or ``NAME:KEY=VALUE,...``. Option values stay strings.
+        """Read ``NAME`` or ``NAME:KEY=VALUE,...``; values stay strings.
 
         Args:
-            subject: what it was said to, as ``--choices``; the message begins with it.
+            subject: the flag or field that holds ``text``, for messages.
 
         Raises:
-            OptionError: it is neither, or a key comes twice.
+            OptionError: ``text`` is neither, or a key comes twice.
         """
         name, colon, options = text.partition(":")
         if not name or (colon and not options):
@@ -214,126 +203,122 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """As :meth:`parse` reads it."""
+        """The text that :meth:`parse` reads."""
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.quantizer}:{options}" if options else self.quantizer
 
     def create(self) -> Quantizer:
-        """The quantizer. Raises PluginError where its plugin can't be used, OptionError for wrong options."""
+        """The quantizer. Raises PluginError and OptionError as :func:`create`."""
         return create(self.quantizer, self.options)
 
 
-@dataclass(frozen=True, slots=True)
-class _Environment:
-    """What discovery depends on, so that a cached result is never used for another path or block list."""
-
-    path: tuple[str, ...]
-    blocked: frozenset[str]
-
-
-def _environment() -> _Environment:
+def _environment() -> tuple[tuple[str, ...], frozenset[str]]:
+    """The path and the blocked names, on which discovery depends."""
     names = os.environ.get(BLOCK_VARIABLE, "").split(",")
-    return _Environment(tuple(sys.path), frozenset(_normal(name) for name in names if name.strip()))
+    return tuple(sys.path), frozenset(_normal(name) for name in names if name.strip())
 
 
 def _normal(name: str) -> str:
-    """As packages are compared: ``My_Package`` is ``my-package``."""
+    """Package names are compared in this form: ``My_Package`` is ``my-package``."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
-@lru_cache(maxsize=1)
-def _cached(key: _Environment) -> tuple[Entry, ...]:
-    return tuple(_discover(key))
+def _discover(path: tuple[str, ...], blocked: frozenset[str]) -> tuple[Entry, ...]:
+    del path  # a key of the cache
+    found = [
+        entry for point in entry_points(group=hookspecs.PROJECT) for entry in _read(point, blocked)
+    ]
+    counts = Counter(entry.name for entry in found if entry.status != "blocked")
+    marked = [_duplicate(entry, found) if counts[entry.name] > 1 else entry for entry in found]
+    return tuple(sorted(marked, key=lambda entry: (entry.name, entry.distribution)))
 
 
-def _discover(key: _Environment) -> Iterator[Entry]:
-    for point in entry_points(group=hookspecs.PROJECT):
-        distribution, its_version = _distribution(point)
-        entry = Entry(point.name, None, distribution, its_version)
-        if {_normal(point.name), _normal(distribution)} & key.blocked:
-            yield _blocked(entry)
-            continue
-        try:
-            specs = _read(point)
-        except (Exception, SystemExit) as error:  # a plugin may do anything when it is imported
-            yield replace(entry, status="broken", reason=_told(error))
-            continue
-        for spec in specs:
-            yield _judged(replace(entry, name=spec.name, spec=spec), key)
+_cached = lru_cache(maxsize=1)(_discover)
 
 
-def _read(point: EntryPoint) -> list[QuantizerSpec]:
-    """Ask one plugin, with a plugin manager of its own: what it does wrong stays with it."""
+def _read(point: EntryPoint, blocked: frozenset[str]) -> Iterator[Entry]:
+    entry = Entry(point.name, None, *_distribution(point))
+    if {_normal(point.name), _normal(entry.distribution)} & blocked:
+        yield _blocked(entry)
+        return
+    try:
+        specs = _ask(point)
+    except (Exception, SystemExit) as error:  # a plugin may do anything when it is imported
+        yield replace(entry, status="broken", reason=_in_one_line(error))
+        return
+    for spec in specs:
+        named = replace(entry, name=spec.name, spec=spec)
+        if spec.name in blocked:
+            yield _blocked(named)
+        elif spec.protocol not in SUPPORTED_PROTOCOLS:
+            yield replace(
+                named, status="incompatible", reason=_other_protocol(named, spec.protocol)
+            )
+        else:
+            yield named
+
+
+def _ask(point: EntryPoint) -> list[QuantizerSpec]:
+    """Call the hook of one plugin, with a plugin manager of its own."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(point.load(), name=point.name)
-    manager.check_pending()  # a hook that this project doesn't have
-    if not manager.hook.modulora_quantizers.get_hookimpls():
-        raise TypeError(
-            f"{point.value} implements no hook; mark its modulora_quantizers with @hookimpl"
-        )
-    (specs,) = manager.hook.modulora_quantizers() or (None,)  # pluggy leaves a None out
-    if not isinstance(specs, (list, tuple)) or not all(
-        isinstance(spec, QuantizerSpec) for spec in specs
-    ):
+    manager.check_pending()  # raises for a hook that this project does not have
+    hook = manager.hook.modulora_quantizers
+    if not hook.get_hookimpls():
+        raise TypeError(f"{point.value} has no hook; mark its modulora_quantizers with @hookimpl")
+    (specs,) = hook() or (None,)  # pluggy leaves out a None
+    if not isinstance(specs, list | tuple) or not all(isinstance(s, QuantizerSpec) for s in specs):
         raise TypeError(
             f"modulora_quantizers of {point.value}: expected a list of QuantizerSpec, got {specs!r}"
         )
     return list(specs)
 
 
-def _judged(entry: Entry, key: _Environment) -> Entry:
-    assert entry.spec is not None
-    if entry.name in key.blocked:
-        return _blocked(entry)
-    if entry.spec.protocol not in SUPPORTED_PROTOCOLS:
-        reason = (
-            f"written for protocol {entry.spec.protocol}, and modulora-core {_core_version()} supports "
-            f"{_supported()}; install a version of {entry.distribution} or of modulora-core that fits"
-        )
-        return replace(entry, status="incompatible", reason=reason)
-    return entry
+def _other_protocol(entry: Entry, protocol: int) -> str:
+    from modulora_core import __version__
 
-
-def _checked(entry: Entry) -> Entry:
-    if entry.status == "incompatible":
-        raise IncompatiblePluginError(f"quantizer {entry.name!r} of {entry.origin}: {entry.reason}")
-    if entry.status == "broken":
-        raise _broken(entry, str(entry.reason))
-    return entry
-
-
-def _broken(entry: Entry, reason: str) -> BrokenPluginError:
-    advice = f"reinstall or update {entry.distribution}, or tell its authors"
-    return BrokenPluginError(
-        f"quantizer {entry.name!r} of {entry.origin} is broken: {reason}; {advice}"
+    first, last = SUPPORTED_PROTOCOLS[0], SUPPORTED_PROTOCOLS[-1]
+    supported = str(first) if first == last else f"{first} to {last}"
+    return (
+        f"written for protocol {protocol}, and modulora-core {__version__} supports {supported}; "
+        f"install a version of {entry.distribution} or of modulora-core that fits"
     )
 
 
 def _blocked(entry: Entry) -> Entry:
-    return replace(
-        entry, status="blocked", reason=f"disabled by {BLOCK_VARIABLE}={os.environ[BLOCK_VARIABLE]}"
-    )
+    reason = f"disabled by {BLOCK_VARIABLE}={os.environ[BLOCK_VARIABLE]}"
+    return replace(entry, status="blocked", reason=reason)
 
 
-def _duplicate(entry: Entry, found: list[Entry] | tuple[Entry, ...]) -> Entry:
+def _duplicate(entry: Entry, found: list[Entry]) -> Entry:
     if entry.status == "blocked":
         return entry
     same = [other for other in found if other.name == entry.name and other.status != "blocked"]
-    origins = " and ".join(other.origin for other in same)
-    reason = f"brought by {origins}; uninstall one, or disable it with {BLOCK_VARIABLE}={same[-1].distribution}"
-    return replace(entry, status="broken", reason=reason)
+    origins, last = " and ".join(other.origin for other in same), same[-1].distribution
+    reason = f"brought by {origins}; uninstall one, or disable it with {BLOCK_VARIABLE}={last}"
+    return replace(entry, status="duplicate", reason=reason)
+
+
+def _unusable(entry: Entry, status: Status, reason: str) -> PluginError:
+    subject = f"quantizer {entry.name!r}"
+    if status == "duplicate":
+        return DuplicatePluginError(f"{subject}: {reason}")
+    if status == "broken":
+        reason = f"{reason}; reinstall or update {entry.distribution}, or report it to its authors"
+        return BrokenPluginError(f"{subject} of {entry.origin} is broken: {reason}")
+    return _ERRORS[status](f"{subject} of {entry.origin}: {reason}")
 
 
 def _unknown(name: str, found: tuple[Entry, ...], distribution: str | None) -> str:
     usable = sorted({entry.name for entry in found if entry.status == "ok"})
     base, _, options = name.partition(":")
     if options and base in usable:
-        apart = " ".join(f"-o {option}" for option in options.split(","))
-        return f"quantizer {name!r}: expected a name alone, got one with options; they go apart: -q {base} {apart}"
+        flags = " ".join(f"-o {option}" for option in options.split(","))
+        return f"quantizer {name!r}: expected a name alone, got options too; give -q {base} {flags}"
     near = difflib.get_close_matches(name, [entry.name for entry in found], n=2)
-    meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    sentence = f"quantizer {name!r} isn't installed{meant} Installed: {', '.join(usable) or 'none'}"
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    sentence = f"quantizer {name!r} isn't installed{hint} Installed: {', '.join(usable) or 'none'}"
     unusable = [f"{entry.name} ({entry.status})" for entry in found if entry.status != "ok"]
     sentence += f"; not usable: {', '.join(unusable)}" if unusable else ""
     if distribution is None or not _DISTRIBUTION.fullmatch(distribution):
@@ -342,35 +327,19 @@ def _unknown(name: str, found: tuple[Entry, ...], distribution: str | None) -> s
         present = version(distribution)
     except PackageNotFoundError:
         return f"{sentence}. It is in a package of its own: pip install {distribution}"
-    return f"{sentence}. {distribution} {present} doesn't bring it: pip install -U {distribution}"
+    return f"{sentence}. {distribution} {present} lacks it: pip install -U {distribution}"
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:
-    """The name and version of the package that has this entry point, also where its metadata is damaged."""
+    """The name and the version of the package that has this entry point."""
     try:
         assert point.dist is not None
         return str(point.dist.name), str(point.dist.version)
-    except Exception:  # importlib.metadata raises several kinds, by version of Python
+    except Exception:  # damaged metadata: importlib.metadata's errors differ by version of Python
         return "unknown distribution", "?"
 
 
-def _core_version() -> str:
-    from modulora_core import __version__
-
-    return str(__version__)
-
-
-def _supported() -> str:
-    first, last = SUPPORTED_PROTOCOLS[0], SUPPORTED_PROTOCOLS[-1]
-    return str(first) if first == last else f"{first} to {last}"
-
-
-def _spec_of(cls: type[Quantizer]) -> object:
-    return getattr(cls, "spec", "none")
-
-
-def _told(error: BaseException) -> str:
-    """The error in one line."""
+def _in_one_line(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         found = error.errors(include_url=False)
         fields = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in found]

@@ -4,17 +4,16 @@ A plugin gives a :class:`QuantizerSpec`, which is known without importing torch,
 :class:`Quantizer` with three methods::
 
     class Mine(Quantizer):
-        spec = SPEC                                          # the object that the hook returns
+        spec = SPEC                                          # as the hook returns it
         Options = MineOptions                                # a frozen pydantic model, if any
 
-        def pack(self, weight, calibration=None): ...        # [out, in] float  ->  PackedWeight
-        def dequantize_tile(self, packed, rows, dtype): ...  # rows (start, stop)  ->  [stop - start, in]
-        # matmul has a default that multiplies tile by tile; override it with a faster kernel
+        def pack(self, weight, calibration=None): ...        # [out, in] float -> PackedWeight
+        def dequantize_tile(self, packed, rows, dtype): ...  # -> rows [start, stop) of Ŵ
+        # matmul has a default that multiplies tile by tile; override it with a kernel
 
-The core does the rest. It differentiates ``matmul`` (arXiv 2309.16119, section 3), stores the packed
-tensors, loads them, finetunes on top of them, and derives command-line options from ``Options``.
-Importing this module does not import torch.
-"""
+The core does the rest. It differentiates ``matmul`` (arXiv 2309.16119, section 3), stores the
+packed tensors, loads them, finetunes on top of them, and derives command-line options from
+``Options``. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -34,22 +33,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "PROTOCOL",
-    "QUANTIZER_NAME",
-    "SUPPORTED_PROTOCOLS",
-    "Calibration",
-    "FormatSpec",
-    "NoOptions",
-    "PackedLayout",
-    "PackedWeight",
-    "Promise",
-    "Quantizer",
-    "QuantizerSpec",
-    "TensorLayout",
-    "check_hessian",
-    "check_rows",
-    "titled",
-]
+    "PROTOCOL", "QUANTIZER_NAME", "SUPPORTED_PROTOCOLS", "Calibration", "FormatSpec", "NoOptions",
+    "PackedLayout", "PackedWeight", "Promise", "Quantizer", "QuantizerSpec", "TensorLayout",
+    "check_hessian", "check_rows", "titled",
+]  # fmt: skip
 
 PROTOCOL = 1
 """The version of this contract that the core speaks."""
@@ -81,10 +68,12 @@ class _Fact(BaseModel):
 
 
 class Promise(_Fact):
-    """The size and the error that a quantizer promises with some options; the conformance kit checks them.
+    """The size and the error that a quantizer promises with some options; the conformance kit
+    checks them.
 
-    An error is relative, ``‖W − Ŵ‖ / ‖W‖`` (Frobenius), of a weight of about ``[256, 512]`` that was packed
-    without calibration data. For Gaussian weights no quantizer of b bits is below 2⁻ᵇ (rate-distortion bound).
+    An error is relative, ``‖W − Ŵ‖ / ‖W‖`` (Frobenius), of a weight of about ``[256, 512]`` that
+    was packed without calibration data. For Gaussian weights no quantizer of b bits is below 2⁻ᵇ
+    (rate-distortion bound).
 
     Raises:
         ValueError: a number is not finite, or out of its range.
@@ -105,7 +94,8 @@ class Promise(_Fact):
 
     @property
     def title(self) -> str:
-        """The options in one line, such as ``"bits=2, group_size=64"``; ``"defaults"`` if there are none."""
+        """The options in one line, such as ``"bits=2, group_size=64"``; ``"defaults"`` if there are
+        none."""
         return titled(self.options)
 
 
@@ -122,21 +112,22 @@ class FormatSpec(_Fact):
     """
 
     name: _FormatName
-    """The name that users give (``modulora convert --to NAME``): lower case letters, digits, hyphens, underscores."""
+    """The name that users give (``modulora convert --to NAME``): lower case letters, digits,
+    hyphens, underscores."""
     summary: str
     """One line."""
     location: _Location
-    """``"package.module:Class"`` of its :class:`~modulora_core.models.formats.CheckpointFormat`. Formats may share
-    a class, which is constructed with the spec."""
+    """``"package.module:Class"`` of its :class:`~modulora_core.models.formats.CheckpointFormat`.
+    Formats may share a class, which is constructed with the spec."""
     quant_methods: tuple[str, ...] = ()
-    """Values of ``quant_method`` in config.json's ``quantization_config`` that mark a folder of this format. A format
-    without these and without ``config_keys`` is only written."""
+    """Values of ``quant_method`` in config.json's ``quantization_config`` that mark a folder of
+    this format. A format without these and without ``config_keys`` is only written."""
     config_keys: tuple[_Key, ...] = ()
-    """Keys of config.json that mark a folder of this format if one is not empty, for tools that write no
-    ``quantization_config``. The model's config does not keep them."""
+    """Keys of config.json that mark a folder of this format if one is not empty, for tools that
+    write no ``quantization_config``. The model's config does not keep them."""
     config_files: tuple[_JsonFile, ...] = ()
-    """Files that hold the quantization config where config.json has none, such as older tools wrote. They are
-    written too."""
+    """Files that hold the quantization config where config.json has none, such as older tools
+    wrote. They are written too."""
 
 
 class QuantizerSpec(_Fact):
@@ -147,14 +138,15 @@ class QuantizerSpec(_Fact):
     """
 
     name: _Name
-    """The name that users give: lower case letters, digits and single hyphens, such as ``"my-rounding"``."""
+    """The name that users give: lower case letters, digits and single hyphens, such as
+    ``"my-rounding"``."""
     summary: str
     """One line."""
     location: _Location
     """``"package.module:Class"``, imported on first use."""
     protocol: PositiveInt
-    """The version of this contract that the plugin was written for. Write the number and do not import
-    :data:`PROTOCOL`: it says which version *you* tested."""
+    """The version of this contract that the plugin was written for. Write the number and do not
+    import :data:`PROTOCOL`: it says which version *you* tested."""
     bits: Annotated[tuple[_Bits, ...], Field(min_length=1)]
     """The widths that it offers, in bits per weight without scales."""
     calibration: Literal["none", "optional", "required"] = "none"
@@ -172,7 +164,7 @@ class QuantizerSpec(_Fact):
     rescales: bool = False
     """Whether it implements :meth:`Quantizer.rescaled`, which tuning needs."""
     promises: tuple[Promise, ...] = ()
-    """What it promises with which options: the configurations that the conformance kit runs."""
+    """Its promises, one for each configuration that the conformance kit runs."""
 
     def next_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The smallest ``(out, in)`` from ``shape`` on that its multiples divide."""
@@ -210,19 +202,19 @@ def check_hessian(quantizer: str, weight: Tensor, hessian: Tensor) -> None:
     columns = weight.shape[1]
     if tuple(hessian.shape) != (columns, columns):
         raise ShapeError(
-            f"{quantizer}: expected a second moment of shape [{columns}, {columns}] for a weight of shape "
-            f"{list(weight.shape)}, got {list(hessian.shape)}"
+            f"{quantizer}: expected a second moment of shape [{columns}, {columns}] for a weight "
+            f"of shape {list(weight.shape)}, got {list(hessian.shape)}"
         )
     for name, tensor in (("weight", weight), ("second moment", hessian)):
         total = float(tensor.detach().sum(dtype=torch.float64))  # one bad value makes the sum bad
         if not math.isfinite(total):
-            raise WeightError(
-                f"{quantizer}: expected a finite {name}, got NaN or Inf in one of shape {list(tensor.shape)}"
-            )
+            shape = list(tensor.shape)
+            raise WeightError(f"{quantizer}: expected a finite {name} {shape}, got NaN or Inf")
     least = float(hessian.diagonal().min())
     if least < 0:
         raise WeightError(
-            f"{quantizer}: expected no negative number on the diagonal of a second moment, got {least:g}; calibrate again"
+            f"{quantizer}: expected a second moment without negative numbers on its diagonal, got "
+            f"{least:g}; calibrate again"
         )
 
 
@@ -235,14 +227,16 @@ class NoOptions(BaseModel):
 class Quantizer(ABC):
     """A black box that packs a weight, gives tiles of it back, and multiplies by it. Subclass it.
 
-    An instance is cheap and shared by all layers: it holds its options and no other state. A checkpoint constructs
-    it with the options that it records, also when the checkpoint is only read.
+    An instance is cheap and shared by all layers: it holds its options and no other state. A
+    checkpoint constructs it with the options that it records, also when the checkpoint is only
+    read.
 
     Attributes:
         spec: the plugin's :class:`QuantizerSpec`.
         format: the number of the packed format that :meth:`pack` writes.
-        Options: a frozen pydantic model; every field has a default, a type and a description. The command line's
-            ``-o key=value``, the checkpoint's record and the docs are derived from it.
+        Options: a frozen pydantic model; every field has a default, a type and a description. The
+            command line's ``-o key=value``, the checkpoint's record and the docs are derived from
+            it.
     """
 
     spec: ClassVar[QuantizerSpec]
@@ -261,7 +255,8 @@ class Quantizer(ABC):
         """Quantize ``weight``.
 
         Args:
-            weight: ``[out, in]``, any float dtype, any strides, finite. Do not change it, and do not keep it.
+            weight: ``[out, in]``, any float dtype, any strides, finite. Do not change it, and do
+                not keep it.
             calibration: the layer's :class:`Calibration` where ``spec.calibration`` asks for one.
 
         Returns:
@@ -276,23 +271,25 @@ class Quantizer(ABC):
 
         Args:
             packed: a result of :meth:`pack`, perhaps on another device.
-            rows: ``(start, stop)`` with ``0 <= start <= stop <= out``; :func:`check_rows` refuses others.
-            dtype: float32, float16, bfloat16 or float64. Compute in fp32 and round once; a float64 tile then holds
-                the values of the float32 tile. A tile that is a sum, as in a rotated basis, is summed in fp64 for
-                float64: gradients are proven against it.
+            rows: ``(start, stop)`` with ``0 <= start <= stop <= out``; :func:`check_rows` refuses
+                others.
+            dtype: float32, float16, bfloat16 or float64. Compute in fp32 and round once; a float64
+                tile then holds the values of the float32 tile. A tile that is a sum, as in a
+                rotated basis, is summed in fp64 for float64: gradients are proven against it.
 
         Returns:
-            ``[stop - start, in]`` on the device of ``packed``, owned by the caller. Its bits do not depend on the
+            ``[stop - start, in]`` on the device of ``packed``, owned by the caller. Its bits do not
+            depend on the
             range: they equal the same rows of the whole.
         """
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
-        """``x Ŵᵀ`` for ``x: [..., in]``, or ``x Ŵ`` for ``x: [..., out]`` when ``transpose``; in ``x``'s dtype.
+        """``x Ŵᵀ`` for ``x: [..., in]``, or ``x Ŵ`` for ``x: [..., out]`` when ``transpose``; in
+        ``x``'s dtype.
 
-        The default multiplies tile by tile within a byte budget (:mod:`modulora_core.tiles`). Override it for a fused
-        kernel or a rotated basis. Both directions must use the Ŵ of :meth:`dequantize_tile`. The core differentiates
-        it, so it needs no gradient.
-        """
+        The default multiplies tile by tile within a byte budget (:mod:`modulora_core.tiles`).
+        Override it for a fused kernel or a rotated basis. Both directions must use the Ŵ of
+        :meth:`dequantize_tile`. The core differentiates it, so it needs no gradient."""
         from modulora_core.tiles import tiled_matmul
 
         def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -301,10 +298,11 @@ class Quantizer(ABC):
         return tiled_matmul(x, tile, packed.shape, transpose)
 
     def lookup(self, ids: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-        """Rows ``ids`` of Ŵ, the table of an embedding: ``[*ids.shape, in]`` in ``dtype``, without a gradient.
+        """Rows ``ids`` of Ŵ, the table of an embedding: ``[*ids.shape, in]`` in ``dtype``, without
+        a gradient.
 
-        The default uses :meth:`dequantize_tile`; it waits for the ids, and distant ids cost a call each. Override it
-        where packed rows can be gathered.
+        The default uses :meth:`dequantize_tile`; it waits for the ids, and distant ids cost a call
+        each. Override it where packed rows can be gathered.
 
         Args:
             ids: any shape, an integer dtype, on the device of ``packed``.
@@ -322,14 +320,17 @@ class Quantizer(ABC):
     def rescaled(
         self, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor
     ) -> PackedWeight:
-        """The packed weight of diag(output_scale) Ŵ diag(input_scale); implement it if ``spec.rescales``.
+        """The packed weight of diag(output_scale) Ŵ diag(input_scale); implement it if
+        ``spec.rescales``.
 
-        It is for formats that keep a vector for each side of Ŵ: multiply the scales into these and keep the codes.
-        Rounding to the vectors' dtype is fine. Tuning trains the scales while a model is quantized.
+        It is for formats that keep a vector for each side of Ŵ: multiply the scales into these and
+        keep the codes. Rounding to the vectors' dtype is fine. Tuning trains the scales while a
+        model is quantized.
 
         Args:
             packed: a result of :meth:`pack`.
-            input_scale: ``[in]``, fp32, near 1, on the device of ``packed``; output_scale: ``[out]``, likewise.
+            input_scale: ``[in]``, fp32, near 1, on the device of ``packed``; output_scale:
+                ``[out]``, likewise.
 
         Returns:
             a packed weight of the same layout.
@@ -337,15 +338,16 @@ class Quantizer(ABC):
         Raises:
             PluginError: the default: this quantizer has no place for scales.
         """
-        raise PluginError(
-            f"{self.spec.name}: expected a quantizer with rescales=True, got one without; quantize without tuning"
-        )
+        del packed, input_scale, output_scale
+        name = self.spec.name
+        raise PluginError(f"{name}: expected rescales=True, got a quantizer without; don't tune")
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a shape that cannot be packed, before any work.
 
         Raises:
-            ShapeError: the default: ``spec.out_multiple`` or ``spec.in_multiple`` does not divide it.
+            ShapeError: the default: ``spec.out_multiple`` or ``spec.in_multiple`` does not divide
+                it.
         """
         multiples = (self.spec.out_multiple, self.spec.in_multiple)
         for name, size, multiple in zip(
@@ -355,25 +357,27 @@ class Quantizer(ABC):
                 raise ShapeError(f"{self.spec.name}: {name} {size} is not a multiple of {multiple}")
 
     def check_format(self, packed: PackedWeight | PackedLayout) -> None:
-        """Refuse a packed weight of a format that this version does not read, before a checkpoint is loaded.
+        """Refuse a packed weight of a format that this version does not read, before a checkpoint
+        is loaded.
 
         Override it if the other methods read older formats too, by ``packed.format``.
 
         Raises:
-            CheckpointError: the default: the format is not the one that :meth:`pack` writes.
+            CheckpointError: the default: the format differs from :meth:`pack`'s.
         """
         if packed.format != self.format:
             raise CheckpointError(
-                f"packed weight of {packed.quantizer}: expected format {self.format}, which the installed version reads, got format "
-                f"{packed.format}; install the version of the plugin that wrote it, or quantize again"
+                f"packed weight of {packed.quantizer}: expected format {self.format}, which the "
+                f"installed version reads, got format {packed.format}; install the version of the "
+                "plugin that wrote it, or quantize again"
             )
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         """The layout of :meth:`pack`'s result for this shape, for plans and disk-space checks.
 
-        The default packs a random weight (with H the identity where calibration is required). That is slow, and exact
-        if the size does not depend on the values. Override it where arithmetic will do.
-        """
+        The default packs a random weight (with H the identity where calibration is required). That
+        is slow, and exact if the size does not depend on the values. Override it where arithmetic
+        will do."""
         import torch
 
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))

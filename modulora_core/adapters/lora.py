@@ -28,7 +28,8 @@ from modulora_core.adapters.peft_format import (
 from modulora_core.adapters.record import AdapterRecord, describe_base, record_of
 from modulora_core.adapters.targets import ALL_LINEAR, select_targets, shortest_names
 from modulora_core.errors import AdapterError, ModelError, OptionError
-from modulora_core.layers import ChannelScales, LoRALinear, PackedStack, QuantLinear, TiedHead
+from modulora_core.layers import LoRALinear, PackedStack, QuantLinear, TiedHead
+from modulora_core.packed import ChannelScales
 
 __all__ = [
     "AdapterDelta",

@@ -31,7 +31,7 @@ from modulora_core.adapters.record import RECORD_FILE, AdapterRecord
 from modulora_core.adapters.scales_format import SCALES_FILE, ScalesFile, write_scales
 from modulora_core.checkpoints.outputs import write_file
 from modulora_core.errors import AdapterError
-from modulora_core.layers import ChannelScales
+from modulora_core.packed import ChannelScales
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from modulora_core.checkpoints.outputs import write_file
 from modulora_core.errors import AdapterError
-from modulora_core.layers import ChannelScales
+from modulora_core.packed import ChannelScales
 
 SCALES_FILE = "modulora_scales.safetensors"
 

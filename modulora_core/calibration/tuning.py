@@ -28,7 +28,7 @@ from modulora_core.calibration.block import Block
 from modulora_core.calibration.blocks import Call
 from modulora_core.calibration.states import HiddenStates
 from modulora_core.calibration.text import CalibrationText
-from modulora_core.layers import ChannelScales
+from modulora_core.packed import ChannelScales
 
 WARMUP = 0.05
 """Share of the steps in which the learning rate rises to its peak; then it falls to 0 along a cosine."""

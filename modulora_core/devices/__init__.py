@@ -1,4 +1,4 @@
-"""Which device a request runs on."""
+"""The machine: its devices, their memory, and the faster of torch's libraries."""
 
 from __future__ import annotations
 

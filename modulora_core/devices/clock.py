@@ -1,4 +1,4 @@
-"""The clock of a CUDA device (ROCm's are called so too), for calls that are shorter than it takes the host to start them."""
+"""The clock of a CUDA device, for calls that are shorter than their launch."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from collections.abc import Callable
 import torch
 
 TICK = 5e-7
-"""Seconds: what events resolve."""
+"""The resolution of CUDA events, in seconds."""
 
 LEAST_AHEAD, MOST_AHEAD = 1e-4, 4e-3
-"""Seconds for which the device is kept busy before a call. What would take more than the most is timed as the host starts it, as it is
-in life.
-"""
+"""Seconds that the device waits before a call, at least and at most."""
 
 _CYCLES = 2e9
-"""A second of a fast card. One with a faster clock waits for less time, one with a slower clock for more."""
+"""Cycles of a second of waiting. A faster clock waits shorter, a slower clock longer."""
 
 
 def seconds_of(
     call: Callable[[], object], device: torch.device, host_seconds: float = 0.0
 ) -> tuple[float, float]:
-    """What one call takes the device, and the host.
+    """Measure one call on the device and on the host.
 
-    The device waits first, for twice ``host_seconds``, so that all of the call is queued when its first kernel starts, and the time between
-    kernels isn't the host's. Nothing is allocated.
+    The device first waits for twice ``host_seconds``, so that the whole call is queued when its
+    first kernel starts. A call that takes the host longer than :data:`MOST_AHEAD` is measured
+    without.
 
     Args:
-        call: what it returns is dropped.
-        device: the CUDA device that it computes on.
-        host_seconds: that the call takes the host, as far as is known.
+        call: the work; its result is dropped.
+        device: the CUDA device that computes it.
+        host_seconds: an estimate of the time that the call takes the host.
 
     Returns:
-        seconds of the device, at least :data:`TICK`, and of the host.
+        seconds of the device, at least :data:`TICK`, and seconds of the host.
     """
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.device(device):

@@ -1,8 +1,5 @@
-"""Peak memory, measured.
-
-:class:`PeakMemory`: on an accelerator what torch's allocator held at most; on a CPU the resident set of this whole process at its
-largest, interpreter and libraries included. :class:`Allocations`: what torch's operations allocate, to the byte.
-"""
+"""Measured memory: the peak of a process or a GPU, and the bytes that torch's operations
+allocate."""
 
 from __future__ import annotations
 
@@ -22,17 +19,20 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 _running: list[PeakMemory] = []
-"""Those that have begun and not ended: the kernel keeps one peak, and a new one must not lose theirs."""
+"""The measurements in progress. The kernel keeps one peak, so a new one notes the peaks of the
+others."""
 
 
 class PeakMemory:
-    """Measure the peak inside a ``with`` block; :attr:`nbytes` may be read within and after it. Blocks nest.
+    """Measure the peak memory of a ``with`` block; blocks nest.
+
+    On a CUDA device it is the peak of torch's allocator. On a CPU it is the peak resident set of
+    the process, with interpreter and libraries. If the system cannot reset its peak (anything but
+    Linux, or a locked-down container), it is the peak of the whole process. It is 0 if the system
+    has none.
 
     Args:
-        device: ``"cpu"`` or a CUDA device. Others count as the CPU.
-
-    Where the operating system can't reset its peak (not Linux, or a locked-down container), a CPU's peak is
-    that of the process's life so far: never too low. It is 0 where the system tells none.
+        device: ``"cpu"`` or a CUDA device; others count as the CPU.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -42,7 +42,7 @@ class PeakMemory:
 
     @property
     def nbytes(self) -> int:
-        """The peak so far, or of the whole block once it has ended; in bytes."""
+        """The peak in bytes, so far or of the whole block."""
         return max(self._seen, self._read()) if self in _running else self._seen
 
     def __enter__(self) -> Self:
@@ -68,13 +68,11 @@ class PeakMemory:
 
     def _reset(self) -> None:
         if self._device is not None:
-            torch.cuda.init()  # what follows doesn't, and knows no device without
+            torch.cuda.init()  # the next line does not
             torch.cuda.reset_peak_memory_stats(self._device)
             return
         try:
-            _CLEAR_REFS.write_text(
-                "5"
-            )  # proc(5): 5 resets VmHWM to what is resident now (Linux 4.0)
+            _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set, since Linux 4.0
         except OSError:
             return
 
@@ -100,15 +98,17 @@ def _peak_resident_bytes() -> int:
 
 
 class Allocations(TorchDispatchMode):
-    """Inside of this mode, follow the bytes of the storages that torch's operations make, on any device.
+    """Count the bytes of the storages that torch's operations allocate within this mode.
 
-    Storages are counted whole, also where only a view of one is left alive. What compiled kernels allocate for themselves isn't seen.
+    A storage counts whole as long as a view of it is alive. Memory that compiled kernels allocate
+    for themselves is not counted.
 
     Args:
-        before: tensors whose storages exist already and don't count.
+        before: tensors whose storages exist already and do not count.
 
     Attributes:
-        alive: bytes of new storages that are alive now; peak: at most so far.
+        alive: bytes of the new storages that are alive.
+        peak: the most so far.
     """
 
     def __init__(self, before: Iterable[Tensor] = ()) -> None:
@@ -116,9 +116,7 @@ class Allocations(TorchDispatchMode):
         self.alive = self.peak = 0
         self._known = {tensor.untyped_storage().data_ptr() for tensor in before}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # torch's signature
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

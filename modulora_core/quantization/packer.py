@@ -13,7 +13,7 @@ from modulora_core.calibration import BlockWalk, Tuner
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.shards import ShardWriter
 from modulora_core.errors import WorkError, note_plugin
-from modulora_core.layers import ChannelScales
+from modulora_core.packed import ChannelScales
 from modulora_core.models import ModelSource
 from modulora_core.models.progress import Progress
 from modulora_core.quantization.layout import Plan

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 import modulora_core
@@ -101,7 +103,46 @@ def test_there_is_no_utils_module() -> None:
     ] == []
 
 
-# --- the package's public names --------------------------------------------------------------------------
+# --- the layout --------------------------------------------------------------------------------
+
+
+def rooms() -> dict[str, set[str]]:
+    """The top-level modules and packages of the core, and which others each imports."""
+    graph = grimp.build_graph("modulora_core", exclude_type_checking_imports=True)
+    found: dict[str, set[str]] = {}
+    for module in graph.modules:
+        parts = module.split(".")
+        if len(parts) < 2 or parts[1] == "tests":
+            continue
+        imported = graph.find_modules_directly_imported_by(module)
+        others = {other.split(".")[1] for other in imported if "." in other}
+        found.setdefault(parts[1], set()).update(others - {parts[1]})
+    return found
+
+
+def test_the_top_level_is_the_contract_and_the_backward() -> None:
+    """If this fails: move the file into the package of its job, or shorten another."""
+    files = {path.stem: len(path.read_text("utf-8").splitlines()) for path in CORE.glob("*.py")}
+    assert files.keys() == {
+        "__init__", "autograd", "errors", "hookspecs", "layers", "options", "packed", "registry",
+        "spec", "tiles",
+    }  # fmt: skip
+    assert sum(files.values()) <= 2000, files
+    assert files["autograd"] <= 150
+
+
+def test_the_rooms_are_few_and_no_path_through_them_is_long() -> None:
+    found = rooms()
+
+    @functools.cache
+    def longest_path(room: str) -> int:
+        return 1 + max((longest_path(other) for other in found[room]), default=0)
+
+    assert len(found) < 25, sorted(found)
+    assert max(map(longest_path, found)) <= 12
+
+
+# --- the public names --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", modulora_core.__all__)
@@ -109,12 +150,18 @@ def test_a_public_name_is_what_its_module_defines(name: str) -> None:
     value = getattr(modulora_core, name)
     assert name in dir(modulora_core)
     if name != "__version__":
-        module, _, attribute = modulora_core._PUBLIC[name].partition(":")
-        assert value is vars(sys.modules[module])[attribute or name]
+        module = f"modulora_core.{modulora_core._PUBLIC[name]}"
+        assert value is vars(sys.modules[module])[name]
+
+
+def test_type_checkers_see_the_same_public_names() -> None:
+    text = (CORE / "__init__.py").read_text("utf-8")
+    imports = re.findall(r"from modulora_core\.([\w.]+) import (\w+) as \2", text)
+    assert {name: module for module, name in imports} == modulora_core._PUBLIC
 
 
 def test_no_public_name_is_a_modules_name() -> None:
-    """If this fails: whether the name is the function or the module depends on what was imported before."""
+    """If this fails: the name means the module or the function, by the order of imports."""
     modules = {path.stem for path in CORE.glob("*.py")} | {
         path.parent.name for path in CORE.glob("*/__init__.py")
     }

@@ -158,8 +158,8 @@ def test_two_distributions_with_one_name_are_an_error_that_names_both(site: Fake
     site.install_quantizer("twin", distribution="fake-two", module="fake_two", version="2.2")
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     assert [(e.distribution, e.status) for e in named("twin")] == [
-        ("fake-one", "broken"),
-        ("fake-two", "broken"),
+        ("fake-one", "duplicate"),
+        ("fake-two", "duplicate"),
     ]
     with pytest.raises(
         DuplicatePluginError, match=r"'twin'.* fake-\w+ \d\.\d and fake-\w+ \d\.\d"
@@ -220,7 +220,7 @@ def test_a_name_with_options_in_it_says_where_they_go(site: FakeSite) -> None:
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     with pytest.raises(
         UnknownQuantizerError,
-        match=r"expected a name alone, .*: -q alpha -o bits=3 -o group_size=64$",
+        match=r"expected a name alone, .* give -q alpha -o bits=3 -o group_size=64$",
     ):
         registry.create("alpha:bits=3,group_size=64")
     with pytest.raises(UnknownQuantizerError, match="isn't installed"):
@@ -244,7 +244,7 @@ def test_an_unknown_name_from_a_checkpoint_says_what_to_install(site: FakeSite) 
         registry.find("gamma", distribution="fake-gamma")
     site.install_quantizer("delta", distribution="fake-gamma", module="fake_gamma", version="0.9")
     with pytest.raises(
-        UnknownQuantizerError, match=r"fake-gamma 0.9 doesn't bring it: pip install -U fake-gamma"
+        UnknownQuantizerError, match=r"fake-gamma 0.9 lacks it: pip install -U fake-gamma"
     ):
         registry.load("gamma", distribution="fake-gamma")
 
@@ -285,15 +285,15 @@ BAD_CLASSES = {
         "importing fake_bad_q:Mine failed: RuntimeError: no kernel",
     ),
     "its class is missing": ("Other = 1", "has no attribute 'Mine'"),
-    "it isn't a class": ("Mine = 'Mine'", "expected a subclass of modulora_core.Quantizer"),
-    "it is of another base": ("class Mine: pass", "expected a subclass of modulora_core.Quantizer"),
+    "it isn't a class": ("Mine = 'Mine'", "expected a subclass of Quantizer"),
+    "it is of another base": ("class Mine: pass", "expected a subclass of Quantizer"),
     "it is incomplete": (
         "from modulora_core import Quantizer\nclass Mine(Quantizer):\n  def pack(self, *_): ...",
         "doesn't implement dequantize_tile",
     ),
     "it has no spec": (
         QUANTIZER.format(module="fake_bad").replace("spec =", "other ="),
-        "got none",
+        "got None",
     ),
     "its spec differs": (
         QUANTIZER.format(module="fake_bad").replace("SPECS[0]", "SPECS[1]"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from modulora_core.cli.scaffold import new_plugin
+from modulora_core.cli.new_plugin import new_plugin
 from modulora_core.tests.markdown_blocks import blocks, commands, follow
 from modulora_core.tests.plugin_sites import site_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from modulora_core import tiles
+from modulora_core.devices import dense_products
 
 BF16_ROWS = 8
 """From how many rows on few-row products multiply bf16 as bf16, where the processor does: fewer are as fast in fp32, which rounds less."""
@@ -24,12 +24,12 @@ def dtype_of_few(rows: int, by_amx: bool = False) -> torch.dtype | None:
     Args:
         by_amx: whether the kernel does so by AMX, where there is that.
     """
-    if tiles.has_bfloat16_tile_units():
+    if dense_products.has_bfloat16_tile_units():
         if rows <= ROWS_BEFORE_AMX:
             return torch.float32
         return torch.bfloat16 if by_amx and rows <= ROWS_OF_AMX else None
     return (
-        tiles.compute_dtype(torch.bfloat16, torch.device("cpu"))
+        dense_products.compute_dtype(torch.bfloat16, torch.device("cpu"))
         if rows >= BF16_ROWS
         else torch.float32
     )

@@ -28,7 +28,7 @@ from modulora_core.adapters.record import describe_base
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.cli import main
 from modulora_core.errors import AdapterError, ShapeError
-from modulora_core.layers import ChannelScales
+from modulora_core.packed import ChannelScales
 from modulora_core.tests.adapted_models import logits, trained
 from modulora_core.tests.fake_hub import serve_repository
 from modulora_core.tiles import tile_budget

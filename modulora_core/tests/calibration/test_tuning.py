@@ -27,7 +27,7 @@ from modulora_core.calibration.observe import Key, ObservedWeight, ignore
 from modulora_core.calibration.tuning import learning_rate_factor, relative_error
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import DataError, OptionError, WorkError
-from modulora_core.layers import ChannelScales
+from modulora_core.packed import ChannelScales
 from modulora_core.models import open_model
 from modulora_core.quantization.quantize import QuantizeResult, quantize
 from modulora_core.spec import PackedWeight

@@ -117,7 +117,7 @@ def test_a_product_is_added(size: tuple[int, int, int], library: str) -> None:
 
 
 @pytest.mark.parametrize("put", [put_product, add_product])
-def test_rows_are_multiplied_a_block_at_a_time(
+def test_rows_are_by_onednn_a_block_at_a_time(
     put: object, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dense_products, "SCRATCH_BYTES", 4 * 20 * 8)  # 8 rows of 20 columns
@@ -140,7 +140,7 @@ def test_other_dtypes_are_torchs(dtype: torch.dtype, library: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(0, 4, 4), (4, 0, 4), (4, 4, 0)])
-def test_nothing_is_multiplied_as_torch_does(size: tuple[int, int, int], library: str) -> None:
+def test_nothing_is_by_onednn_as_torch_does(size: tuple[int, int, int], library: str) -> None:
     x, w = operands(*size)
     y = torch.ones(size[0], size[2])
     add_product(y, x, w)
@@ -204,7 +204,7 @@ def test_a_layer_that_could_train_is_onednns_where_no_gradient_is_asked_for(
     monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(dense_products, "LEAST_PRODUCTS", 1)
     monkeypatch.setattr(
-        dense_products, "_multiplied", lambda x, w: torch.full((len(x), w.shape[1]), 7.0)
+        dense_products, "_by_onednn", lambda x, w: torch.full((len(x), w.shape[1]), 7.0)
     )
     weight = torch.ones(20, 12, requires_grad=True)
     with torch.no_grad():
@@ -271,7 +271,7 @@ from modulora_core import tiles
 from modulora_core.devices import dense_products
 
 dense_products.onednn_is_faster = lambda: True
-tiles.has_bfloat16_units()
+dense_products.has_bfloat16_units()
 
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS:"))
@@ -311,7 +311,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(len(x))
         return x @ w
 
-    monkeypatch.setattr(dense_products, "_multiplied", multiplied)
+    monkeypatch.setattr(dense_products, "_by_onednn", multiplied)
     return asked
 
 

@@ -36,8 +36,8 @@ def test_what_a_few_row_kernel_can_not_take_goes_to_tiles(x: Tensor) -> None:
 def test_enough_rows_of_bf16_stay_bf16_where_the_processor_multiplies_it(
     units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: units)
-    monkeypatch.setattr(tiles, "has_bfloat16_tile_units", lambda: False)
+    monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: units)
+    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: False)
     x = torch.randn(bf16_choice.BF16_ROWS, 6)
     cases = [
         (x.bfloat16(), None, units),
@@ -55,8 +55,8 @@ def test_enough_rows_of_bf16_stay_bf16_where_the_processor_multiplies_it(
 
 
 def test_with_amx_few_rows_of_bf16_are_fewer_and_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: True)
-    monkeypatch.setattr(tiles, "has_bfloat16_tile_units", lambda: True)
+    monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: True)
     most = bf16_choice.ROWS_BEFORE_AMX
     x = torch.randn(most + 1, 6)
     for given, dtype in ((x.bfloat16(), None), (x, torch.bfloat16)):

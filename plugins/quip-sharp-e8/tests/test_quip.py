@@ -12,7 +12,7 @@ from modulora_quip_sharp_e8.products import FEW_ROWS
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, from_solution, window
 from safetensors.torch import save_file
 
-from modulora_core import tiles
+from modulora_core.devices import dense_products
 from modulora_core.errors import CheckpointError, OptionError, ShapeError
 from modulora_core.spec import Calibration
 from modulora_core.tiles import tile_budget
@@ -108,7 +108,7 @@ def test_products_are_those_of_the_reference(
 def test_16_bit_inputs_are_computed_in_fp32_and_rounded_once(
     dtype, transpose, rows, options, random_solution, generator, monkeypatch
 ):
-    monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: False)
     packed = from_solution(random_solution((40, 36), options), options)
     x = torch.randn(rows, 40 if transpose else 36, generator=generator).to(dtype)
     y = QuIPSharpE8(options).matmul(x, packed, transpose)
@@ -120,7 +120,7 @@ def test_16_bit_inputs_are_computed_in_fp32_and_rounded_once(
 def test_with_units_for_bf16_inputs_are_multiplied_in_it(
     transpose, options, random_solution, generator, monkeypatch
 ):
-    monkeypatch.setattr(tiles, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: True)
     packed = from_solution(random_solution((192, 576), options), options)
     x = torch.randn(FEW_ROWS + 1, 192 if transpose else 576, generator=generator).to(torch.bfloat16)
     y = QuIPSharpE8(options).matmul(x, packed, transpose)

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from modulora_core import kernels
 from modulora_core.kernels.cpu.bf16_choice import ROWS_OF_AMX
 from modulora_core.spec import PackedWeight
-from modulora_core.tiles import compute_dtype, tiled_matmul
+from modulora_core.devices.dense_products import compute_dtype
+from modulora_core.tiles import tiled_matmul
 from modulora_quip_sharp_e8 import codebooks, transform
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER
