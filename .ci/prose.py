@@ -137,18 +137,19 @@ def docstring(line: int, text: str) -> Iterator[Block]:
 
 
 def comments(text: str) -> Iterator[Block]:
-    """Runs of comment lines, without directives for tools."""
+    """Comments; lines of their own that follow each other are one. Directives for tools go."""
     start, last, lines = 0, -1, list[str]()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type != tokenize.COMMENT:
             continue
-        content = re.sub(
-            r"^#+!?\s*(noqa|type: ignore|fmt|pragma)\S*( \w+\d+,?)*\s*#?", "", token.string
-        )
-        content = content.lstrip("#").strip()
-        if token.start[0] != last + 1 and lines:
+        content = DIRECTIVE.sub("", token.string).lstrip("#").strip()
+        alone = token.line.strip().startswith("#")
+        if lines and (not alone or token.start[0] != last + 1):
             yield start, " ".join(lines)
             lines = []
+        if not alone:
+            yield token.start[0], content
+            continue
         start, last = (start if lines else token.start[0]), token.start[0]
         if "   " not in content:
             lines.append(content)

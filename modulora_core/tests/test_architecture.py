@@ -1,4 +1,4 @@
-"""Invariants that a test can read off the source tree. Import directions are import-linter's: make check."""
+"""Invariants of the source tree. import-linter holds import directions: make check."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plugin_names() -> set[str]:
 
 
 def naming(name: str) -> str:
-    """A pattern that finds a plugin's name; one that is also a dtype's only where it means the plugin."""
+    """A pattern for a plugin's name. If a dtype has the same name, it finds the plugin only."""
     if name in BITS_OF_DTYPE:
         return rf"modulora[-_]{name}|-q {name}\b|={name}\b"
     return rf"(?<![A-Za-z]){name}(?![a-z])"
@@ -53,12 +53,12 @@ def found(pattern: str) -> list[str]:
 
 @pytest.mark.parametrize("name", sorted(plugin_names()))
 def test_the_core_names_no_plugin(name: str) -> None:
-    """If this fails: say 'a quantizer', or read it from the registry. Examples in help use `-q NAME`."""
+    """If this fails: say 'a quantizer', or ask the registry. Examples in help use `-q NAME`."""
     assert found(naming(name)) == []
 
 
 def test_the_core_names_no_bit_width_of_a_plugin() -> None:
-    """If this fails: a width belongs to a plugin's spec, and the core reads it there. An optimizer's name may have one."""
+    """If this fails: read the width from the plugin's spec. Names of optimizers may have one."""
     assert found(r"(?<![0-9A-Za-z])(?<!adamw_bnb_)[1-8][- ]?bits?\b(?! float)") == []
 
 
@@ -103,7 +103,7 @@ def test_there_is_no_utils_module() -> None:
     ] == []
 
 
-# --- the layout --------------------------------------------------------------------------------
+# --- the layout ----------------------------------------------------------------------------------
 
 
 def rooms() -> dict[str, set[str]]:
@@ -142,7 +142,7 @@ def test_the_rooms_are_few_and_no_path_through_them_is_long() -> None:
     assert max(map(longest_path, found)) <= 12
 
 
-# --- the public names --------------------------------------------------------------------------
+# --- the public names ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", modulora_core.__all__)

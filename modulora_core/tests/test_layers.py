@@ -1,12 +1,15 @@
+"""Modules that hold packed weights: products, moves, casts, copies, adapters and scales."""
+
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from modulora_core.errors import AdapterError, CheckpointError, ShapeError
 from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
@@ -39,7 +42,9 @@ def test_a_bias_of_another_size_is_refused(weight: PackedParameter) -> None:
 @pytest.mark.parametrize(
     "cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)]
 )
-def test_casting_the_model_never_casts_packed_tensors(weight: PackedParameter, cast) -> None:  # type: ignore[no-untyped-def]
+def test_casting_the_model_never_casts_packed_tensors(
+    weight: PackedParameter, cast: Callable[[nn.Module], nn.Module]
+) -> None:
     layer = QuantLinear(weight, nn.Parameter(torch.randn(6)))
     before = {name: tensor.clone() for name, tensor in weight.packed.tensors.items()}
     cast(layer)
@@ -168,3 +173,42 @@ def test_an_adapter_with_impossible_settings_is_refused(
     layer.add_adapter("default", 1, alpha=1)
     with pytest.raises(AdapterError, match="one of that name"):
         layer.add_adapter("default", 1, alpha=1)
+
+
+def test_new_scales_are_float32_and_change_no_bit(weight: PackedParameter) -> None:
+    scaled = LoRALinear(QuantLinear(weight))
+    scaled.add_adapter("default", 2, alpha=4, channel_scales=True)
+    parameters = scaled.parameters_of("default")
+    shapes = {"lora_A": (2, 4), "lora_B": (6, 2), "input_scale": (4,), "output_scale": (6,)}
+    assert {name: tuple(p.shape) for name, p in parameters.items()} == shapes
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(3, 4).to(dtype)
+        assert torch.equal(scaled(x), QuantLinear(weight)(x))
+
+
+def test_scales_of_several_adapters_multiply_and_all_train(weight: PackedParameter) -> None:
+    scaled = LoRALinear(QuantLinear(weight))
+    for name in ("one", "two"):
+        scaled.add_adapter(name, 1, alpha=1, channel_scales=True)
+    scaled.add_adapter("plain", 1, alpha=1)
+    vectors = [*scaled.input_scale.values(), *scaled.output_scale.values()]
+    for vector in vectors:
+        nn.init.uniform_(vector, 0.5, 2)
+    x = torch.randn(4, 4)
+    base = QuantLinear(weight)
+
+    def expected(names: tuple[str, ...]) -> Tensor:
+        y = x
+        for name in names:
+            y = y * scaled.input_scale[name]
+        y = base(y)
+        for name in names:
+            y = y * scaled.output_scale[name]
+        return y
+
+    torch.testing.assert_close(scaled(x), expected(("one", "two")))
+    scaled(x).sum().backward()
+    assert all(vector.grad is not None and vector.grad.abs().sum() > 0 for vector in vectors)
+    scaled.active.remove("one")
+    torch.testing.assert_close(scaled(x), expected(("two",)))

@@ -1,14 +1,17 @@
-"""Options as words of a command line, and what a model makes of them. What a plugin's model refuses is in test_registry.py."""
+"""Options: words of a command line become a validated model."""
 
 from __future__ import annotations
 
+import re
+from types import ModuleType
 from typing import Literal
 
 import pytest
 from pydantic import BaseModel
 
-from modulora_core.errors import OptionError
+from modulora_core.errors import OptionError, PluginError
 from modulora_core.options import parse_options, validate_options
+from modulora_core.registry import Choice
 
 
 class Choices(BaseModel):
@@ -35,9 +38,16 @@ def test_parse_options_refuses_what_is_not_one_value_for_one_key(words: list[str
 
 @pytest.mark.parametrize(
     ("words", "meant"),
-    [(["bits=3"], {"bits": 3}), (["bits= 2 "], {"bits": 2}), (["fraction=0.5"], {"fraction": 0.5}),
-     (["fraction=all"], {"fraction": "all"}), (["word=2"], {"word": "2"}), (["flag=true"], {"flag": True}), (["flag=7"], {"flag": 7})],
-)  # fmt: skip
+    [
+        (["bits=3"], {"bits": 3}),
+        (["bits= 2 "], {"bits": 2}),
+        (["fraction=0.5"], {"fraction": 0.5}),
+        (["fraction=all"], {"fraction": "all"}),
+        (["word=2"], {"word": "2"}),
+        (["flag=true"], {"flag": True}),
+        (["flag=7"], {"flag": 7}),
+    ],
+)
 def test_a_word_is_read_as_the_number_of_a_literal(
     words: list[str], meant: dict[str, object]
 ) -> None:
@@ -50,3 +60,46 @@ def test_a_word_is_read_as_the_number_of_a_literal(
 def test_a_word_that_is_none_of_a_literal_is_refused() -> None:
     with pytest.raises(OptionError, match="option 'bits': expected 2, 3 or 4, got '5'"):
         validate_options("alpha", Choices, {"bits": "5"})
+
+
+# --- a quantizer with options in one word ---
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("toy", Choice("toy")),
+        ("toy:levels=9", Choice("toy", {"levels": "9"})),
+        (
+            "a-b:c=1,d=x=y:z",
+            Choice("a-b", {"c": "1", "d": "x=y:z"}),
+        ),  # a value may have what separates
+    ],
+)
+def test_a_label_equals_the_parsed_text(text: str, expected: Choice) -> None:
+    assert Choice.parse(text) == expected
+    assert expected.label == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "--some: expected NAME or NAME:KEY=VALUE,..., got ''"),
+        (":levels=9", "--some: expected NAME or NAME:KEY=VALUE,..., got ':levels=9'"),
+        ("toy:", "--some: expected NAME or NAME:KEY=VALUE,..., got 'toy:'"),
+        ("toy:levels", "expected key=value, got 'levels'"),
+        ("toy:levels=9,levels=8", "'levels': expected once, got '9' and '8'"),
+    ],
+)
+def test_a_malformed_choice_is_refused_in_the_name_of_its_flag(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        Choice.parse(text, "--some")
+
+
+def test_options_are_checked_when_the_quantizer_is_made(toy: ModuleType) -> None:
+    quantizer = Choice.parse("toy:levels=9").create()
+    assert quantizer.options.model_dump() == {"levels": 9}
+    with pytest.raises(OptionError, match="levels"):
+        Choice("toy", {"levels": 1000}).create()
+    with pytest.raises(PluginError, match="nobody"):
+        Choice("nobody").create()

@@ -1,3 +1,5 @@
+"""Discovery: each plugin on its own, with a status and a reason."""
+
 from __future__ import annotations
 
 import json
@@ -22,7 +24,7 @@ from modulora_core.tests.fake_site import HOOK, QUANTIZER, FakeSite, failing, sp
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
-    """A site-packages folder on this process's path; what is imported from it is forgotten afterwards."""
+    """A site-packages folder on the path of this process; its modules are forgotten afterwards."""
     monkeypatch.delenv(registry.BLOCK_VARIABLE, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     known = set(sys.modules)
@@ -36,7 +38,7 @@ def named(name: str) -> list[Entry]:
     return [entry for entry in registry.entries() if entry.name == name]
 
 
-# --- listing -------------------------------------------------------------------------------------------
+# --- listing -------------------------------------------------------------------------------------
 
 
 def test_an_installed_plugin_is_listed_with_its_distribution(site: FakeSite) -> None:
@@ -139,7 +141,7 @@ def test_a_plugin_without_metadata_is_still_listed(site: FakeSite) -> None:
     assert [entry.status for entry in named("alpha")] == ["ok"]
 
 
-# --- versions, duplicates, the block list --------------------------------------------------------------
+# --- versions, duplicates, the block list --------------------------------------------------------
 
 
 def test_a_plugin_of_another_protocol_is_incompatible_and_says_both(site: FakeSite) -> None:
@@ -212,7 +214,7 @@ def test_one_quantizer_of_a_plugin_can_be_blocked(
     assert [e.status for e in named("alpha") + named("beta")] == ["ok", "blocked"]
 
 
-# --- unknown names -------------------------------------------------------------------------------------
+# --- unknown names -------------------------------------------------------------------------------
 
 
 def test_a_name_with_options_in_it_says_where_they_go(site: FakeSite) -> None:
@@ -265,7 +267,7 @@ def test_a_plugin_that_is_installed_later_is_found(site: FakeSite) -> None:
     assert registry.find("alpha").status == "ok"
 
 
-# --- loading and options -------------------------------------------------------------------------------
+# --- loading and options -------------------------------------------------------------------------
 
 
 def test_create_constructs_the_class_with_parsed_options(site: FakeSite) -> None:

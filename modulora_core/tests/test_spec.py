@@ -1,3 +1,5 @@
+"""The contract: specs, packed weights as values, and the defaults of Quantizer."""
+
 from __future__ import annotations
 
 import copy
@@ -33,10 +35,10 @@ GOOD: dict[str, Any] = {
     [
         ("name", "Mine"), ("name", "a--b"), ("name", "-a"), ("name", ""), ("name", "a_b"),
         ("location", "mine.quantizer"), ("location", "mine quantizer:Mine"), ("location", ":Mine"),
-        ("bits", ()), ("bits", (0,)), ("bits", (64,)), ("bits", ("4",)),
-        ("calibration", "maybe"), ("protocol", 0), ("protocol", "1"), ("in_multiple", 0), ("out_multiple", -8),
-        ("rescales", "yes"), ("rescales", None), ("bits", 4), ("bits", [4]), ("devices", "cuda"), ("devices", ()), ("devices", (0,)),
-        ("promises", None), ("formats", []),
+        ("bits", ()), ("bits", (0,)), ("bits", (64,)), ("bits", ("4",)), ("bits", 4), ("bits", [4]),
+        ("calibration", "maybe"), ("protocol", 0), ("protocol", "1"), ("in_multiple", 0),
+        ("out_multiple", -8), ("rescales", "yes"), ("rescales", None), ("devices", "cuda"),
+        ("devices", ()), ("devices", (0,)), ("promises", None), ("formats", []),
     ],
 )  # fmt: skip
 def test_a_malformed_field_is_refused_by_name(field: str, value: object) -> None:

@@ -1,0 +1,41 @@
+"""A plugin for tests: the quantizers ``toy`` and ``verbatim``, and the format ``crude``."""
+
+from modulora_core.hookspecs import hookimpl
+from modulora_core.spec import FormatSpec, QuantizerSpec
+
+CRUDE = FormatSpec(
+    name="crude",
+    summary="another tool's format",
+    location="modulora_toy.crude:Crude",
+    quant_methods=("crude",),
+    config_files=("crude.json",),
+)
+CRUDE_2 = FormatSpec(
+    name="crude_2", summary="the same, only written", location="modulora_toy.crude:Crude"
+)
+CRUDE_3 = FormatSpec(
+    name="crude_3",
+    summary="the same, only read",
+    location="modulora_toy.crude:CrudeReader",
+    config_keys=("crude_levels",),
+)
+TOY = QuantizerSpec(
+    name="toy",
+    summary="Rounds each row to 8 bits",
+    location="modulora_toy.quantizer:Toy",
+    protocol=1,
+    bits=(8,),
+    formats=(CRUDE, CRUDE_2, CRUDE_3),
+)
+VERBATIM = QuantizerSpec(
+    name="verbatim",
+    summary="Keeps fp32",
+    location="modulora_toy.quantizer:Verbatim",
+    protocol=1,
+    bits=(32,),
+)
+
+
+@hookimpl
+def modulora_quantizers():
+    return [TOY, VERBATIM]
