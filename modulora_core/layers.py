@@ -147,7 +147,7 @@ class PackedTable(PackedParameter):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows ``ids``, ``[*ids.shape, hidden]``. Raises IndexError for an id outside the table."""
-        if torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             rows: Tensor = torch.ops.modulora.lookup(
                 ids, number_of(self.quantizer, self.packed), self.dtype
             )

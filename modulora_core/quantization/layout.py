@@ -158,7 +158,7 @@ def plan_choices(
         ShapeError: a quantizer can't take a layer's shape; the message names the layer.
     """
     recipes = tuple(Recipe.of(choice) for choice in choices)
-    sites, weights = _sites(linears, choices, chosen)
+    sites, weights = packed_sites(linears, choices, chosen)
     packed_too = {tied_to(name) for name in weights}
     stays = {name: reason for name, reason in kept.items() if reason not in packed_too}
     record = QuantizationRecord(
@@ -170,7 +170,7 @@ def plan_choices(
     return Plan(record, tuple(choices), shards, tuple(linears), calibration)
 
 
-def _sites(
+def packed_sites(
     linears: Sequence[LinearSite], choices: Sequence[Quantizer], chosen: Callable[[LinearSite], int]
 ) -> tuple[tuple[PackedSite, ...], dict[str, int]]:
     """Each kind of packed parameter once, and the kind of every parameter."""
