@@ -6,7 +6,6 @@ Each broken one is named after its bug, and is in the module of the level that m
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from modulora_core.hookspecs import hookimpl
 from modulora_core.spec import Promise, QuantizerSpec
@@ -69,7 +68,7 @@ def kebab(name: str) -> str:
 
 def spec(module: str, cls: str) -> QuantizerSpec:
     more = {"UnkeptPromise": {"width": 3}, "WordsStayWords": {"group_size": 32}}
-    promises = (PROMISE, replace(PROMISE, options=more[cls])) if cls in more else (PROMISE,)
+    promises = (PROMISE, PROMISE.model_copy(update={"options": more[cls]})) if cls in more else (PROMISE,)
     return QuantizerSpec(
         name=kebab(cls),
         summary=f"for the kit's own tests: {cls}",
