@@ -17,8 +17,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from types import ModuleType
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -28,7 +26,8 @@ from modulora_conformance.bench.timing import Timing, cold_copies, in_turns, rot
 from report import describe, environment, markdown
 from torch import Tensor
 
-from modulora_core.kernels.cpu import amx, block_choice, products
+from modulora_core.kernels import choices
+from modulora_core.kernels.cpu import amx, cpu_kernels
 from modulora_core.packed import PackedWeight
 from modulora_core.spec import Calibration, Quantizer
 
@@ -48,7 +47,7 @@ def packed_copies(quantizer: Quantizer, weight: Tensor) -> list[PackedWeight]:
 
 
 def compare(
-    quantizer: Quantizer, module: Any, packed: list[PackedWeight], dense: list[Tensor], x: Tensor, seconds: float, *, transpose: bool
+    quantizer: Quantizer, packed: list[PackedWeight], dense: list[Tensor], x: Tensor, seconds: float, *, transpose: bool
 ) -> dict[str, Timing]:  # fmt: skip
     """The ways and ``dense``, in turns; ``amx`` where the processor has it."""
     has_amx = amx.available()
@@ -57,7 +56,7 @@ def compare(
         most: int, blocks: bool = False, by_amx: bool = False
     ) -> Callable[[PackedWeight], Tensor]:
         def multiply(weight: PackedWeight) -> Tensor:
-            module.FEW_ROWS, products.blocks_are_faster, amx.available = (
+            choices.FEW_ROWS, cpu_kernels.blocks_are_faster, amx.available = (
                 most,
                 lambda: blocks,
                 lambda: by_amx,
@@ -75,13 +74,13 @@ def compare(
     }
     with ExitStack() as stack, torch.no_grad():
         for owner, name, value in (
-            (module, "FEW_ROWS", module.FEW_ROWS),
-            (products, "blocks_are_faster", products.blocks_are_faster),
+            (choices, "FEW_ROWS", choices.FEW_ROWS),
+            (cpu_kernels, "blocks_are_faster", cpu_kernels.blocks_are_faster),
             (amx, "available", amx.available),
-            (block_choice, "LEAST_ROWS_OF_SLICES", {2: 1, 3: 1}),
-            (block_choice, "LEAST_FOR_AMX", 0),
-            (block_choice, "LEAST_ROWS", 1),
-            (block_choice, "MOST_ROWS", 2 * len(x)),  # half of it is for a small weight
+            (choices, "LEAST_ROWS_OF_SLICES", {2: 1, 3: 1}),
+            (choices, "LEAST_FOR_AMX", 0),
+            (choices, "LEAST_ROWS", 1),
+            (choices, "MOST_ROWS", 2 * len(x)),  # half of it is for a small weight
         ):
             stack.enter_context(patch.object(owner, name, value))  # as it was, afterwards
         return in_turns(calls, seconds=seconds)
@@ -94,18 +93,12 @@ def measured(words: str, dense: list[Tensor], flags: argparse.Namespace) -> Iter
         print(f"{words}: not measured: {why}", file=sys.stderr)
         return
     quantizer: Quantizer = method.quantizer()
-    module: ModuleType = sys.modules[type(quantizer).__module__]
-    if not hasattr(module, "FEW_ROWS"):
-        print(
-            f"{words}: not measured: its module {module.__name__} has no FEW_ROWS", file=sys.stderr
-        )
-        return
     packed = packed_copies(quantizer, dense[0])
     for n in flags.rows:
         cells = [words, str(n)]
         for transpose in (False, True):
             x = torch.randn(n, dense[0].shape[0 if transpose else 1])
-            times = compare(quantizer, module, packed, dense, x, flags.seconds, transpose=transpose)
+            times = compare(quantizer, packed, dense, x, flags.seconds, transpose=transpose)
             cells += [
                 f"{times[way].beside(times['dense']):.2f}" if way in times else "–" for way in WAYS
             ]

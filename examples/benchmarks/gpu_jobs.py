@@ -217,7 +217,7 @@ def _exact_products() -> None:
 def _choose_alone(device: torch.device) -> None:
     """What was the fastest while other processes used the device needn't be that now."""
     if device.type == "cuda":
-        from modulora_core.kernels.triton.launch import forget_choices
+        from modulora_core.kernels.triton.launching import forget_choices
 
         forget_choices()
 

@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.spec import Quantizer
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 
 pytest.importorskip(
@@ -139,19 +138,18 @@ def test_layer_tells_every_case_of_every_method(run: Main, tmp_path: Path) -> No
 def test_few_rows_compares_both_ways_and_leaves_the_limit_alone(
     module: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    from modulora_nf4 import quantizer
-
+    from modulora_core.kernels import choices, quantizer
     from modulora_core.kernels.cpu import amx
 
-    before, given = quantizer.FEW_ROWS, []
-    tiled = Quantizer.matmul
+    before, given = choices.FEW_ROWS, []
+    tiled = quantizer.tiled_matmul
     monkeypatch.setattr(
-        Quantizer, "matmul", lambda *all_: given.append(len(all_[1])) or tiled(*all_)
+        quantizer, "tiled_matmul", lambda *all_: given.append(len(all_[0])) or tiled(*all_)
     )
     words = ["-q", "nf4", "nosuch", "--rows", "2", "40", "--shape", "64x128", "--seconds", "0.01"]
     assert module("few_rows").main(words) == 0
     assert set(given) == {2, 40}  # by tiles, of either number
-    assert before == quantizer.FEW_ROWS
+    assert before == choices.FEW_ROWS
     told = capsys.readouterr()
     assert told.err.startswith("nosuch: not measured: quantizer 'nosuch' isn't installed")
     rows = [line.split("|")[1:-1] for line in told.out.splitlines() if line.startswith("| nf4")]

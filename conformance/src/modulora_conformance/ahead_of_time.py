@@ -4,7 +4,7 @@ What a kernel costs shows without running it. A plugin's test compiles what its 
 
     packed = quantizer.layout((4096, 4096)).empty("cpu")
     for target in TARGETS:
-        # kernels that modulora_core.kernels.triton.launch starts, on CPU tensors; nothing is run
+        # kernels that modulora_core.kernels.triton.launching starts, on CPU tensors; nothing is run
         (compiled,) = compile_launches(lambda: gpu.matmul(x, packed, transpose=False), target)
         assert compiled.spills == 0
         assert compiled.loads[128] > 0                # some load of 16 bytes a thread
@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modulora_core.kernels.triton.launch import Call, Config, recorded
+from modulora_core.kernels.triton.launching import Call, Config, recorded
 
 __all__ = [
     "TARGETS",

@@ -43,9 +43,9 @@ INTERPRETED = tl.constexpr(triton_is_interpreted())
 
 
 @triton.jit
-def block(
+def block(  # type: ignore[no-untyped-def]
     row, col, out_features, in_features, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
-) -> Any:  # type: ignore[no-untyped-def]
+) -> Any:  # fmt: skip
     """Where the elements of a block are in a row-major ``[out, in]`` matrix, and which of them exist.
 
     Returns:

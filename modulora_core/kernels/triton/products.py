@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modulora_core.kernels.triton.blocks import dot, rounded
-from modulora_core.kernels.triton.launch import Config, launch
+from modulora_core.kernels.triton.launching import Config, launch
 
 MOST_ROWS = 32
 """Rows of x that the kernel takes."""

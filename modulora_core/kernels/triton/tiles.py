@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modulora_core.kernels.triton.blocks import rounded
-from modulora_core.kernels.triton.launch import Config, launch
+from modulora_core.kernels.triton.launching import Config, launch
 
 LARGEST = 8192
 """Elements of a chunk at most."""

@@ -19,7 +19,9 @@ from modulora_core.tiles import tile_budget
 
 pytest.importorskip("numba")
 
-from modulora_core.kernels.cpu import amx, bf16_choice, block_choice, products
+from modulora_core.kernels import choices
+from modulora_core.kernels.cpu import amx
+from modulora_core.kernels.cpu import cpu_kernels as products
 from modulora_core.planner import workspace
 
 SHAPES = [(1, 1), (3, 700), (15, 31), (28, 64), (300, 513), (530, 260), (40, 2100), (2100, 40)]
@@ -91,7 +93,7 @@ def test_products_are_those_of_the_decoded_weight(
 
 def test_as_many_rows_as_there_may_be(module: ModuleType, slices: int) -> None:
     codes, scales, W = weight(70, 300)
-    n = block_choice.MOST_ROWS
+    n = choices.MOST_ROWS
     for transpose in (False, True):
         M = W if transpose else W.T
         x = torch.randn(n, len(M))
@@ -154,11 +156,11 @@ def test_bf16_is_one_slice_of_fp32(module: ModuleType, shape: tuple[int, int]) -
 
 
 @pytest.mark.skipif(not amx.available(), reason="this machine has no AMX")
-@pytest.mark.parametrize("rows", [bf16_choice.ROWS_BEFORE_AMX + 1, bf16_choice.ROWS_OF_AMX])
+@pytest.mark.parametrize("rows", [choices.ROWS_BEFORE_AMX + 1, choices.ROWS_OF_AMX])
 def test_amx_takes_bf16_up_to_as_many_rows_as_it_is_faster_for(
     module: ModuleType, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_choice, "LEAST_FOR_AMX", 40 * 48)
+    monkeypatch.setattr(choices, "LEAST_FOR_AMX", 40 * 48)
     codes, scales, W = weight(40, 48)
     for transpose in (False, True):
         M = W if transpose else W.T
@@ -171,7 +173,7 @@ def test_amx_takes_bf16_up_to_as_many_rows_as_it_is_faster_for(
             x[1:].double().abs() @ M.abs()
         )  # the result is rounded too
         assert bool(((y.double() - exact).abs() <= bound).all())
-        if rows == bf16_choice.ROWS_OF_AMX:
+        if rows == choices.ROWS_OF_AMX:
             assert module.rows.product(x, (40, 48), lambda: (codes, scales), 8, transpose) is None
 
 
@@ -206,7 +208,7 @@ def test_they_are_taken_between_few_rows_and_those_that_a_tile_is_for(
 
     monkeypatch.setattr(products, "launch", watched)
     monkeypatch.setattr(amx, "available", lambda: False)
-    most = block_choice.most_rows((40, 48))
+    most = choices.most_rows((40, 48))
     for faster, expected in ((True, [32, 64, most]), (False, [])):
         monkeypatch.setattr(products, "blocks_are_faster", lambda faster=faster: faster)
         taken.clear()
@@ -235,8 +237,8 @@ def test_amx_takes_more_rows_than_few_however_many(
         launch(kernel, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(products, "launch", watched)
-    monkeypatch.setattr(block_choice, "LEAST_FOR_AMX", 40 * 48)
-    least, most = block_choice.LEAST_ROWS_OF_SLICES[slices], block_choice.MOST_ROWS
+    monkeypatch.setattr(choices, "LEAST_FOR_AMX", 40 * 48)
+    least, most = choices.LEAST_ROWS_OF_SLICES[slices], choices.MOST_ROWS
     with matmul_precision(precision):
         for n in (least - 1, least, 2 * most + 1):
             for transpose in (False, True):
@@ -257,15 +259,15 @@ def test_amx_takes_more_rows_than_few_however_many(
 
 def test_a_plan_measures_more_rows_where_there_are_more() -> None:
     """What such products keep is no tile: a plan that mistook one for the other would be off by a tile."""
-    assert block_choice.MOST_ROWS < workspace.ROWS
+    assert choices.MOST_ROWS < workspace.ROWS
 
 
 def test_the_size_of_a_cache_is_what_the_system_says(tmp_path: Path) -> None:
     file = tmp_path / "size"
-    assert block_choice.cache_bytes(file) == 2**21
+    assert choices.cache_bytes(file) == 2**21
     for said, expected in (("512K\n", 2**19), ("1024K\n", 2**20), ("a lot\n", 2**21)):
         file.write_text(said)
-        assert block_choice.cache_bytes(file) == expected
+        assert choices.cache_bytes(file) == expected
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -279,7 +281,7 @@ def test_a_product_keeps_to_that_share(
     monkeypatch.setattr(
         products, "launch", lambda _kernel, _weight, _threads, budget, *_: budgets.append(budget)
     )
-    monkeypatch.setattr(block_choice, "decoded_bytes", lambda: 12345)
+    monkeypatch.setattr(choices, "decoded_bytes", lambda: 12345)
     given, wanted = (40, 48) if transpose else (48, 40)
     module.rows.matmul((codes, scales), torch.randn(64, given), wanted, transpose)
     with tile_budget(100):
@@ -288,5 +290,5 @@ def test_a_product_keeps_to_that_share(
 
 
 def test_a_smaller_weight_has_fewer_rows_in_blocks() -> None:
-    assert block_choice.most_rows((1024, 1024)) == block_choice.MOST_ROWS
-    assert block_choice.most_rows((1023, 1024)) < block_choice.MOST_ROWS
+    assert choices.most_rows((1024, 1024)) == choices.MOST_ROWS
+    assert choices.most_rows((1023, 1024)) < choices.MOST_ROWS

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modulora_core import kernels, tiles
-from modulora_core.kernels.cpu import bf16_choice
+from modulora_core import kernels
+from modulora_core.devices import dense_products
+from modulora_core.kernels import choices
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -38,7 +39,7 @@ def test_enough_rows_of_bf16_stay_bf16_where_the_processor_multiplies_it(
 ) -> None:
     monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: units)
     monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: False)
-    x = torch.randn(bf16_choice.BF16_ROWS, 6)
+    x = torch.randn(choices.BF16_ROWS, 6)
     cases = [
         (x.bfloat16(), None, units),
         (x.bfloat16(), torch.float32, False),  # made of fp32
@@ -57,7 +58,7 @@ def test_enough_rows_of_bf16_stay_bf16_where_the_processor_multiplies_it(
 def test_with_amx_few_rows_of_bf16_are_fewer_and_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: True)
     monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: True)
-    most = bf16_choice.ROWS_BEFORE_AMX
+    most = choices.ROWS_BEFORE_AMX
     x = torch.randn(most + 1, 6)
     for given, dtype in ((x.bfloat16(), None), (x, torch.bfloat16)):
         few = kernels.few_rows(given[1:], 6, 64, dtype)
@@ -68,7 +69,7 @@ def test_with_amx_few_rows_of_bf16_are_fewer_and_fp32(monkeypatch: pytest.Monkey
         assert more is not None
         assert torch.equal(more, given.bfloat16())
     assert kernels.few_rows(x, 6, 64) is not None
-    many = torch.randn(bf16_choice.ROWS_OF_AMX + 1, 6).bfloat16()
+    many = torch.randn(choices.ROWS_OF_AMX + 1, 6).bfloat16()
     assert kernels.few_rows(many[1:], 6, 10**6, by_amx=True) is not None
     assert kernels.few_rows(many, 6, 10**6, by_amx=True) is None
 

@@ -184,7 +184,7 @@ def test_what_is_beyond_the_weight_counts_nothing_whatever_is_in_memory(module: 
 def test_a_kernel_for_one_row_is_asked_for_one_row_of_a_weight_that_it_takes(
     module: ModuleType,
 ) -> None:
-    from modulora_core.kernels.cpu.products import RowKernels
+    from modulora_core.kernels.cpu.cpu_kernels import RowKernels
 
     asked: list[tuple[int, ...]] = []
 

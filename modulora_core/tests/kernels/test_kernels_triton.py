@@ -116,7 +116,7 @@ def test_a_recorded_call_runs_nothing_and_keeps_what_would_have_run(run):
     run(
         CODES
         + """
-from modulora_core.kernels.triton.launch import recorded
+from modulora_core.kernels.triton.launching import recorded
 import mine
 out = torch.full((19, 45), torch.nan)
 with recorded() as calls:
@@ -136,8 +136,8 @@ def test_configurations_are_timed_for_large_tensors_alone(run):
     run("""
         import contextlib
         import torch
-        from modulora_core.kernels import triton_launch
-        from modulora_core.kernels.triton.launch import WORTH_TUNING, Config, launch
+        from modulora_core.kernels.triton import launching as triton_launch
+        from modulora_core.kernels.triton.launching import WORTH_TUNING, Config, launch
 
         torch.cuda.device = lambda device: contextlib.nullcontext()
         started = []
@@ -169,8 +169,8 @@ def test_configurations_are_timed_for_large_tensors_alone(run):
 def test_a_choice_is_kept_until_it_is_forgotten_and_made_by_the_median(run):
     run("""
         import torch
-        from modulora_core.kernels import triton_launch
-        from modulora_core.kernels.triton.launch import Config, forget_choices
+        from modulora_core.kernels.triton import launching as triton_launch
+        from modulora_core.kernels.triton.launching import Config, forget_choices
 
         made = []
         triton_launch.triton.autotune = lambda *_, **__: lambda kernel: made.append(kernel)

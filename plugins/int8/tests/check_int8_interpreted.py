@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 from modulora_conformance.interpreted_kernels import InterpretedKernels
-from modulora_int8 import gpu, reference
+from modulora_int8 import reference
+from modulora_int8.kernels import gpu
 from modulora_int8.quantizer import INT8, Options
 
 SHAPES = [(1, 1), (3, 5), (17, 130), (40, 192)]
@@ -30,4 +31,4 @@ class TestInterpreted(InterpretedKernels):
 
 def test_many_rows_are_left_to_tiles():
     packed = INT8().pack(torch.ones(8, 64))
-    assert gpu.matmul(torch.ones(33, 64), packed, False) is None
+    assert gpu.product(torch.ones(33, 64), packed, False) is None

@@ -11,7 +11,7 @@ from modulora_int8.quantizer import INT8, Options
 
 pytest.importorskip("triton")
 ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
-gpu = pytest.importorskip("modulora_int8.gpu")
+gpu = pytest.importorskip("modulora_int8.kernels.gpu")
 
 TARGETS = pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
 SHAPE = (4096, 4096)
@@ -35,9 +35,7 @@ def compiled(target, launch):
 @TARGETS
 @pytest.mark.parametrize("group_size", [None, 64], ids=str)
 def test_tiles_are_read_and_written_16_bytes_at_a_time(group_size, target):
-    code = compiled(
-        target, lambda: gpu.dequantize(empty(group_size), (0, SHAPE[0]), torch.bfloat16)
-    )
+    code = compiled(target, lambda: gpu.tile(empty(group_size), (0, SHAPE[0]), torch.bfloat16))
     assert code.registers <= 64, "eight programs on a processor, half of its threads"
     assert set(code.stores) == {128}
     # of 2048 weights each of 128 threads has 16 bytes; AMD's 256 have 8
@@ -48,7 +46,7 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(group_size, target):
 @TARGETS
 def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
     x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
-    code = compiled(target, lambda: gpu.matmul(x, empty(), False))
+    code = compiled(target, lambda: gpu.product(x, empty(), False))
     assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
     assert code.loads[128] >= 1
     assert code.loads[8] == code.loads[16] == 0
@@ -62,7 +60,7 @@ def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
 )
 def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target):
     x = torch.empty(rows, SHAPE[0 if transpose else 1], dtype=dtype)
-    code = compiled(target, lambda: gpu.matmul(x, empty(), transpose))
+    code = compiled(target, lambda: gpu.product(x, empty(), transpose))
     assert code.registers <= 144, (
         "three programs on a processor, where x's 32 rows and their sums are held too"
     )
@@ -78,5 +76,5 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
 def test_groups_that_are_no_power_of_two_compile_too(target):
     """The interpreter takes more of Python than the compiler does, so what it ran must be compiled as well."""
     packed = empty(group_size=24)
-    compiled(target, lambda: gpu.matmul(torch.empty(1, SHAPE[1]), packed, False))
-    compiled(target, lambda: gpu.dequantize(packed, (1, 20), torch.float32))
+    compiled(target, lambda: gpu.product(torch.empty(1, SHAPE[1]), packed, False))
+    compiled(target, lambda: gpu.tile(packed, (1, 20), torch.float32))

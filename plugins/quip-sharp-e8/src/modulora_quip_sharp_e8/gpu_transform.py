@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core.kernels.triton.blocks import dot
-from modulora_core.kernels.triton.launch import Config, launch
+from modulora_core.kernels.triton.launching import Config, launch
 from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER, hadamard
 from modulora_quip_sharp_e8.transform import factor
 

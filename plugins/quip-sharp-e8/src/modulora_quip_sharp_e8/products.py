@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core import kernels
-from modulora_core.kernels.cpu.bf16_choice import ROWS_OF_AMX
+from modulora_core.kernels.choices import ROWS_OF_AMX
 from modulora_core.spec import PackedWeight
 from modulora_core.devices.dense_products import compute_dtype
 from modulora_core.tiles import tiled_matmul

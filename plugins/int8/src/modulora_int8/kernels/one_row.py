@@ -21,7 +21,7 @@ from modulora_core.kernels import jit
 from modulora_core.kernels.cpu.prefetch import AHEAD, NEAR, ask_for
 from modulora_core.kernels.cpu.shares import share
 from modulora_core.kernels.cpu.vectors import LANES, loops, pointer, splat, sum_of_lanes
-from modulora_int8.cpu_decode import INVERSE, numbers
+from modulora_int8.kernels.decode import INVERSE, numbers
 
 _SUMS = 4  # a multiplier waits for its own result: so many sums are made side by side
 
@@ -87,16 +87,9 @@ def _row_product(
     return types.float32(codes, i64, i64, scales, i64, i64, x), generate
 
 
-def takes(weight: tuple[Any, ...]) -> bool:
-    """Whether :func:`matmul_one` can multiply: no row, and no group, ends inside of sixteen columns."""
-    codes, _, group = weight
-    columns = codes.shape[1]
-    return bool(columns % LANES == 0 and (group % LANES == 0 or group >= columns))
-
-
 @jit(parallel=True)
 def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``; ``weight`` as in :func:`modulora_int8.cpu_decode.decode`."""
+    """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``; ``weight`` as in :func:`modulora_int8.kernels.decode.decode`."""
     codes, scales, group = weight
     rows, columns = codes.shape
     groups = scales.shape[1]
@@ -106,3 +99,11 @@ def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
             y[0, o] = (
                 _row_product(codes, o * columns, columns, scales, o * groups, group, x) * INVERSE
             )
+
+
+def one_row(weight: tuple[Any, ...]) -> Any:
+    """:func:`matmul_one`, if no row and no group ends inside of sixteen columns."""
+    codes, _, group = weight
+    columns = codes.shape[1]
+    fits = columns % LANES == 0 and (group % LANES == 0 or group >= columns)
+    return matmul_one if fits else None

@@ -17,14 +17,15 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
+from modulora_core.kernels.cpu import CPUKernels
 from modulora_core.kernels.cpu.conversions import through_half, through_halves
 from modulora_core.kernels.cpu.magnitudes import largest_bits
 from modulora_core.kernels.cpu.prefetch import FAR, ask_for
-from modulora_core.kernels.cpu.products import RowKernels
 from modulora_core.kernels.cpu.shares import signed
 from modulora_core.kernels.cpu.vectors import LANES, pointer, splat
-from modulora_int8.cpu_decode import decode
-from modulora_int8.cpu_one_row import matmul_one, takes
+from modulora_core.packed import PackedWeight
+from modulora_int8.kernels.decode import decode
+from modulora_int8.kernels.one_row import one_row
 from modulora_int8.reference import HALF_RANGE, LARGEST, SMALLEST_ABSMAX
 
 _ONE, _LARGEST = np.float32(1), np.float32(LARGEST)
@@ -42,8 +43,14 @@ _BYTES, _WHOLES, _FLOATS = (
 )
 
 
-rows = RowKernels(decode, matmul_one, takes, rounds=True)
-"""Tiles and few-row products."""
+def operands(packed: PackedWeight) -> tuple[Any, ...]:
+    """Codes, scales, and how many columns share a scale."""
+    group = packed.metadata["group_size"] or max(1, packed.shape[1])
+    return packed.tensors["codes"], packed.tensors["scales"], group
+
+
+kernels = CPUKernels(decode, operands, one_row, rounds=True)
+tile, product = kernels.tile, kernels.product
 
 
 def _put_codes(halves: bool) -> Any:

@@ -124,7 +124,7 @@ def launch(
 @cache
 def _tuned(
     kernel: Any, functions: tuple[Any, ...], configs: tuple[Config, ...], key: tuple[str, ...]
-) -> Any:  # noqa: ARG001
+) -> Any:
     """A tuner for ``kernel`` around these ``functions``: their best configuration is their own."""
     choices = [
         triton.Config(dict(c.constants), num_warps=c.warps, num_stages=c.stages) for c in configs

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from modulora_core.kernels.triton.blocks import block, times_group
-from modulora_core.kernels.triton.products import few_rows, multiply
-from modulora_core.kernels.triton.tiles import write_tile
+from modulora_core.kernels.triton import GPUKernels, block, times_group
 from modulora_core.packed import PackedWeight
 from modulora_int8 import reference
 
@@ -54,26 +51,9 @@ def decode(  # type: ignore[no-untyped-def]
     return scaled * _INVERSE
 
 
-def dequantize(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Rows ``[start, stop)`` of Ŵ: ``[stop - start, in]`` in fp32, fp16 or bf16."""
-    tile = torch.empty(rows[1] - rows[0], packed.shape[1], dtype=dtype, device=packed.device)
-    write_tile(decode, _weight(packed), tile, rows, packed.shape, _options(packed))
-    return tile
-
-
-def matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor | None:
-    """``x Ŵᵀ`` for ``x: [..., in]``, or ``x Ŵ`` for ``x: [..., out]``; None where tiles are the way: for many rows, and in fp64."""
-    few = few_rows(x, packed.shape[0 if transpose else 1])
-    if few is None:
-        return None
-    y = multiply(decode, _weight(packed), few, packed.shape, _options(packed), transpose=transpose)
-    return y.view(*x.shape[:-1], y.shape[1])
-
-
-def _options(packed: PackedWeight) -> int:
-    return packed.metadata["group_size"] or 0
-
-
-def _weight(packed: PackedWeight) -> tuple[Tensor, Tensor]:
-    """What :func:`decode` takes apart."""
+def operands(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     return packed.tensors["codes"], packed.tensors["scales"]
+
+
+kernels = GPUKernels(decode, operands, lambda packed: packed.metadata["group_size"] or 0)
+tile, product = kernels.tile, kernels.product

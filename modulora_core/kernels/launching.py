@@ -1,0 +1,247 @@
+"""Give torch's tensors to kernels that numba compiled, and run these on torch's threads."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modulora_core.errors import CheckpointError
+from modulora_core.kernels.choices import dtype_of_few
+from modulora_core.kernels.process import prepared_numba
+from modulora_core.packed import PackedWeight, TensorLayout
+from modulora_core.tiles import tile_ranges
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ROUNDING_BYTES = 2**20
+"""fp32 scratch for a tile of another dtype: a common L2 cache holds it."""
+
+PARTIAL_SUMS = 8
+"""Parts into which a kernel cuts a sum over the rows of Ŵ, each with sums of its own.
+
+Fixed, so that the result does not depend on the number of threads."""
+
+_HALVES = (torch.float16, torch.bfloat16)
+_ONE_LAUNCH = threading.Lock()
+
+
+def check_tensors(
+    packed: PackedWeight, expected: Callable[..., Mapping[str, TensorLayout]]
+) -> None:
+    """Refuse tensors that do not match the metadata, as in an edited checkpoint.
+
+    Kernels do not check bounds, and only the plugin knows how many scales a block size means.
+
+    Args:
+        packed: a weight that a kernel will read.
+        expected: ``expected(shape, **metadata)`` gives the tensors by name. Cache it: it is called for every
+            product. It raises TypeError or ValueError, such as pydantic's, for metadata that the plugin does
+            not write.
+
+    Raises:
+        CheckpointError: the metadata is malformed, or a tensor is missing or of another dtype or shape.
+    """
+    try:
+        layouts = expected(packed.shape, **packed.metadata)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"metadata of a {packed.quantizer} weight: got {dict(packed.metadata)}: {error}"
+        ) from None
+    for name, layout in layouts.items():
+        tensor = packed.tensors.get(name)
+        if (
+            tensor is None
+            or tensor.shape != layout.shape
+            or tensor.dtype is not getattr(torch, layout.dtype)
+        ):
+            got = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise CheckpointError(
+                f"{packed.quantizer} weight of shape {list(packed.shape)} and {dict(packed.metadata)}: "
+                f"expected {name} as {layout.dtype} {list(layout.shape)}, got {got}"
+            )
+
+
+def operands(
+    packed: PackedWeight, make: Callable[[PackedWeight], tuple[Any, ...]]
+) -> tuple[Any, ...]:
+    """The arrays and numbers that a CPU kernel reads of a packed weight, cached beside the weight.
+
+    They are made again when a tensor was given other memory. A tensor that is not aligned to its dtype, as in a
+    mapped file, is copied each time: a cached copy would take memory.
+
+    Args:
+        packed: on the CPU.
+        make: ``make(packed)`` gives views of the tensors, and numbers. A copy would not follow a tensor that is
+            changed in place.
+    """
+    memory = [*map(Tensor.data_ptr, packed.tensors.values())]
+    known = packed.kept.get(make)
+    if known is not None and known[0] == memory:
+        cached: tuple[Any, ...] = known[1]
+        return cached
+    tensors = make(packed)
+    arrays = tuple(array_of(operand) for operand in tensors)
+    if all(t.data_ptr() % t.element_size() == 0 for t in tensors if isinstance(t, Tensor)):
+        packed.kept[make] = memory, arrays
+    return arrays
+
+
+def launch(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Run ``kernel`` on torch's number of threads. CPU tensors, alone or in a tuple, become arrays on their memory.
+
+    fp16 and bf16 become the int16 of their bits, because numba computes with neither. Tensors are contiguous. One
+    that is not aligned to its dtype is copied, so a kernel may write only to memory from torch's allocator.
+
+    One kernel runs at a time: numba's thread layer "workqueue" ends the process when two threads enter it.
+    """
+    run(kernel, *[array_of(a) for a in arguments])
+
+
+def run(kernel: Callable[..., None], *arrays: Any) -> None:
+    """:func:`launch` of arrays and numbers."""
+    numba = prepared_numba()
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    with _ONE_LAUNCH:
+        before = numba.get_num_threads()
+        if before == threads:  # asking is cheaper than setting
+            kernel(*arrays)
+            return
+        numba.set_num_threads(threads)
+        try:
+            kernel(*arrays)
+        finally:
+            numba.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread in this block: LAPACK's last bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def array_of(argument: Any) -> Any:
+    """A numpy array on a tensor's memory, or a copy of an unaligned one: numba would compile for it again."""
+    if isinstance(argument, Tensor):
+        tensor = argument.detach() if argument.requires_grad else argument
+        array = (tensor.view(torch.int16) if tensor.dtype in _HALVES else tensor).numpy()
+        return array if array.flags.aligned else array.copy()
+    if isinstance(argument, tuple):
+        for a in argument:  # a cached tuple has arrays already
+            if isinstance(a, Tensor):
+                return tuple([array_of(a) for a in argument])
+    return argument
+
+
+def filled_tile(
+    fill: Callable[[int, int, Tensor], None],
+    rows: tuple[int, int],
+    in_features: int,
+    dtype: torch.dtype,
+    written: tuple[torch.dtype, ...] = (torch.float32,),
+) -> Tensor:
+    """A CPU tile in ``dtype``, filled by a kernel that writes fp32.
+
+    Args:
+        fill: ``fill(start, stop, out)`` writes rows ``[start, stop)`` to ``out``, contiguous ``[stop - start, in]``.
+        rows: the range of rows.
+        in_features: the length of a row.
+        dtype: any float dtype. One that is not in ``written`` is rounded from :data:`ROUNDING_BYTES` of fp32.
+        written: the dtypes that ``fill`` writes, fp32 among them.
+    """
+    start, stop = rows
+    tile = torch.empty(stop - start, in_features, dtype=dtype)
+    if tile.numel() == 0:
+        return tile
+    if dtype in written:
+        fill(start, stop, tile)
+        return tile
+    scratch = torch.empty(0)
+    for a, b in tile_ranges(stop - start, 4 * in_features, ROUNDING_BYTES):
+        scratch = torch.empty(b - a, in_features) if scratch.numel() == 0 else scratch[: b - a]
+        fill(start + a, start + b, scratch)
+        tile[a:b].copy_(scratch)
+    return tile
+
+
+def few_rows(
+    x: Tensor, features: int, most: int, dtype: torch.dtype | None = None, by_amx: bool = False
+) -> Tensor | None:
+    """``x`` for a kernel, contiguous ``[..., features]`` in fp32 or bf16; None to multiply by tiles.
+
+    Tiles are for more than ``most`` rows, for fp64, because kernels sum in fp32, for other devices, and for a wrong last
+    dimension, which the tiled product refuses.
+
+    Args:
+        x: inputs of any shape, dtype and device.
+        features: the last dimension that the product needs.
+        most: rows of ``x``.
+        dtype: the dtype of the layer's inputs, where ``x`` was made from them in another one.
+        by_amx: whether the kernel multiplies bf16 by AMX.
+    """
+    size = x.numel()
+    if (
+        not x.is_cpu
+        or x.dtype not in (torch.float32, *_HALVES)
+        or x.dim() == 0
+        or x.shape[-1] != features
+    ):
+        return None
+    if not 0 < size <= most * features:
+        return None
+    is_bf16 = (x.dtype if dtype is None else dtype) is torch.bfloat16
+    wanted = dtype_of_few(size // features, by_amx) if is_bf16 else torch.float32
+    if wanted is None:
+        return None
+    rows = x.detach() if x.requires_grad else x
+    return (rows if rows.dtype is wanted else rows.to(wanted)).contiguous()
+
+
+def product_of_one(
+    kernel: Callable[..., None], weight: tuple[Any, ...], x: Tensor, features: int
+) -> Tensor:
+    """The product of one row with a packed weight, fp32 ``[..., features]``.
+
+    Args:
+        kernel: ``kernel(weight, threads, x, y)`` writes ``y``, fp32 ``[1, features]``, from ``x``, fp32 ``[1, given]``.
+        weight: all arrays, or all tensors, and numbers.
+        x: one row, fp32 ``[..., given]``, as :func:`few_rows` gives it.
+        features: of the result.
+    """
+    row: NDArray[Any] = x.numpy()
+    y = np.empty((*row.shape[:-1], features), np.float32)
+    arrays = weight if isinstance(weight[0], np.ndarray) else array_of(weight)
+    run(kernel, arrays, torch.get_num_threads(), row.reshape(1, row.size), y.reshape(1, features))
+    return torch.from_numpy(y)
+
+
+def rows_of(x: Tensor | NDArray[Any]) -> NDArray[Any]:
+    """A contiguous CPU tensor ``[..., features]`` as an array ``[n, features]`` on its memory; bf16 as int16.
+
+    numpy reshapes faster than torch.
+    """
+    array: NDArray[Any] = array_of(x)
+    columns = array.shape[-1]
+    return array.reshape(array.size // columns if columns else math.prod(array.shape[:-1]), columns)
+
+
+def room_for(x: Tensor, features: int) -> NDArray[np.float32]:
+    """Uninitialised fp32 ``[..., features]`` with the leading dimensions of ``x``."""
+    return np.empty((*x.shape[:-1], features), np.float32)
+
+
+def like_input(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` in ``x``'s dtype."""
+    return y if y.dtype is x.dtype else y.to(x.dtype)

@@ -1,0 +1,108 @@
+"""Import and compile a plugin's kernels where they can run: numba's on a CPU, Triton's on a GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from modulora_core import kernels
+
+_HERE = Path(__file__).parent
+
+_MISSING = {
+    "numba": "the CPU kernels of quantizers: plain torch runs instead, tens of times slower. "
+    "To get them: pip install numba",
+    "triton": "the GPU kernels of quantizers: plain torch runs instead, slower and with more memory. "
+    "To get them: reinstall torch for your GPU, or pip install triton",
+}
+
+
+@cache  # a layer asks for each token
+def load(module: str, device: torch.device) -> ModuleType | None:
+    """A module of numba kernels; None off the CPU, and without numba, after one warning a process."""
+    if device.type != "cpu" or _compiler("numba") is None:
+        return None
+    return importlib.import_module(module)
+
+
+@cache
+def load_triton(module: str, device: torch.device) -> ModuleType | None:
+    """A module of Triton kernels; None where they can't run.
+
+    They run on CUDA devices, as torch calls AMD's too, and in Triton's interpreter on a CPU. Without Triton on
+    a CUDA device a process warns once.
+    """
+    on_gpu = device.type == "cuda" or (device.type == "cpu" and triton_is_interpreted())
+    if not on_gpu or _compiler("triton") is None:
+        return None
+    return importlib.import_module(module)
+
+
+def for_device(package: str, device: torch.device) -> ModuleType | None:
+    """The module of a package of kernels for a device: ``gpu``, ``cpu``, or None to run plain torch."""
+    module = kernels.load_triton(f"{package}.gpu", device)
+    return module or kernels.load(f"{package}.cpu", device)
+
+
+@cache
+def triton_is_interpreted() -> bool:
+    """Whether ``TRITON_INTERPRET`` asks for the interpreter, in the words that Triton takes for yes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@cache
+def _compiler(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        message = f"{name} can't be imported ({error}). It compiles {_MISSING[name]}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return None
+
+
+def jit(
+    *, parallel: bool = False, fastmath: tuple[str, ...] = (), borrows: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
+    """``numba.njit`` for a kernel: compiled once, cached on disk, run without the GIL.
+
+    numba caches beside the module, or in the user's cache folder. A change in any module of the plugin's package,
+    or of the core's kernels, compiles again.
+
+    Args:
+        parallel: whether ``prange`` runs on threads.
+        fastmath: LLVM's flags. A decoder must give the reference's bits, so it has none. A sum of a product may
+            use ``"reassoc"`` and ``"contract"``.
+        borrows: promise that the function makes no array; numba refuses to compile one that does. Views are
+            fine. Calls then count no references, which takes up to a tenth of a decoder's time.
+    """
+    import numba
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        # the name of numba's cache file
+        function.__qualname__ += f"_{_sources(Path(function.__code__.co_filename).parent)}"
+        options: dict[str, Any] = {"nogil": True, "parallel": parallel, "_nrt": not borrows}
+        options["fastmath"] = set(fastmath)
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder to write to
+            return numba.njit(**options)(function)
+
+    return decorate
+
+
+@cache
+def _sources(folder: Path) -> str:
+    """A hash of the core's kernels and of the package that a folder is in."""
+    while (folder.parent / "__init__.py").exists() and _HERE not in (folder, *folder.parents):
+        folder = folder.parent
+    files = sorted({*_HERE.rglob("*.py"), *folder.rglob("*.py")})
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

@@ -1,0 +1,70 @@
+"""The functions ``tile`` and ``product`` of a plugin's module of GPU kernels, made from a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modulora_core.kernels.triton.products import few_rows, multiply
+from modulora_core.kernels.triton.tiles import write_tile
+from modulora_core.packed import PackedWeight
+
+
+class GPUKernels:
+    """Tiles and products of few rows around a decoder. Write them like this::
+
+        @triton.jit
+        def decode(weight, row, col, out_features, in_features, OPTIONS, BLOCK_OUT, BLOCK_IN): ...
+
+        kernels = GPUKernels(decode, operands, options)
+        tile, product = kernels.tile, kernels.product
+
+    Args:
+        decode: a block of Ŵ (:mod:`modulora_core.kernels.triton.blocks`).
+        operands: ``operands(packed)`` gives the ``weight`` of ``decode``: a tuple of contiguous tensors, which
+            become pointers, and whole numbers.
+        options: ``options(packed)`` gives the ``OPTIONS`` of ``decode``, a hashable constant.
+        parts: ``parts(packed)`` gives the number of parts into which a row falls.
+    """
+
+    def __init__(
+        self,
+        decode: Any,
+        operands: Callable[[PackedWeight], tuple[Tensor | int, ...]],
+        options: Callable[[PackedWeight], Hashable] = lambda _: 0,
+        parts: Callable[[PackedWeight], int] = lambda _: 1,
+    ) -> None:
+        self._decode, self._operands, self._options, self._parts = decode, operands, options, parts
+
+    def tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``, in any float dtype, rounded once from fp32."""
+        out = torch.empty(rows[1] - rows[0], packed.shape[1], dtype=dtype, device=packed.device)
+        weight, options = self._operands(packed), self._options(packed)
+        write_tile(
+            self._decode, weight, out, rows, packed.shape, options, parts=self._parts(packed)
+        )
+        return out
+
+    def product(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor | None:
+        """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``, in ``x``'s dtype; None to multiply by tiles.
+
+        Tiles are for more than :data:`~modulora_core.kernels.triton.products.MOST_ROWS` rows, for fp64, and for an
+        ``x`` of a wrong shape, which the tiled product refuses.
+        """
+        few = few_rows(x, packed.shape[0 if transpose else 1])
+        if few is None:
+            return None
+        weight, options = self._operands(packed), self._options(packed)
+        y = multiply(
+            self._decode,
+            weight,
+            few,
+            packed.shape,
+            options,
+            transpose=transpose,
+            parts=self._parts(packed),
+        )
+        return y.view(*x.shape[:-1], y.shape[1])
