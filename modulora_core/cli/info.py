@@ -6,32 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from modulora_core.cli.allocation_table import with_allocation
-from modulora_core.cli.counted import counted
-from modulora_core.cli.sizes import format_size
+from modulora_core.cli.allocation import with_allocation
+from modulora_core.cli.arguments import argument
 from modulora_core.cli.terminal import Report
+from modulora_core.cli.text import counted, format_size
 
 if TYPE_CHECKING:
     from modulora_core.checkpoints.checkpoint import PackedCheckpoint
+    from modulora_core.checkpoints.record import QuantizationRecord
 
-PathArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="PATH",
-        show_default=False,
-        help="A packed checkpoint or an adapter: a folder or a Hub id.",
-    ),
-]
+Checked = Annotated[str, argument("PATH", "A checkpoint or an adapter: a folder or a Hub id.")]
 
 
-def command(path: PathArgument) -> Report:
-    """Tell what a checkpoint or an adapter holds: sizes, bits per weight, and where it came from.
+def command(path: Checked) -> Report:
+    """Show what a packed checkpoint or an adapter contains.
+
+    It prints sizes, bits per weight, quantizers with their options, and the original model.
 
     Examples:
-      modulora info smollm2-packed
-      modulora info my-adapter --json
+        modulora info smollm2-packed
+        modulora info my-adapter --json
     """
     if (Path(path) / "adapter_config.json").is_file():
         return _adapter(path)
@@ -42,15 +36,7 @@ def command(path: PathArgument) -> Report:
 
 def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
     record = checkpoint.record
-    groups = [
-        {
-            **recipe.to_json(),
-            "parameters": sum(site.recipe == index for _, site in record.items()),
-            "weights": sum(site.weights for _, site in record.items() if site.recipe == index),
-            "bytes": sum(site.nbytes for _, site in record.items() if site.recipe == index),
-        }
-        for index, recipe in enumerate(record.recipes)
-    ]
+    groups = _groups(record)
     facts: dict[str, Any] = {
         "kind": "checkpoint",
         "format": checkpoint.format,
@@ -66,32 +52,42 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
         "allocation": _allocation(checkpoint),
     }
     name = record.source.get("name", "an unknown model")
-    origin = (
-        f"made from {name} by modulora-core {record.core_version}"
-        if checkpoint.foreign is None
-        else f"{name} in the format {checkpoint.format}"
-    )
+    ours = f"made from {name} by modulora-core {record.core_version}"
+    foreign = f"{name} in the format {checkpoint.format}"
     lines = [
-        f"{facts['architecture']}, {origin}",
-        f"{format_size(checkpoint.nbytes)}, of which {format_size(record.nbytes)} packed at {record.bits_per_weight:.3f} bits per weight",
+        f"{facts['architecture']}, {ours if checkpoint.foreign is None else foreign}",
+        f"{format_size(checkpoint.nbytes)}, of which {format_size(record.nbytes)} packed at "
+        f"{record.bits_per_weight:.3f} bits per weight",
+        *_calibrated(record.calibration),
+        *map(_group_line, groups),
+        *(f"  not quantized, {reason}: {len(names)}" for reason, names in record.kept.items()),
     ]
-    lines += _calibrated(record.calibration)
-    for group in groups:
-        options = (
-            ", ".join(f"{key}={value}" for key, value in group["options"].items()) or "no options"
-        )
-        bits = 8 * group["bytes"] / max(1, group["weights"])
-        holds = (
-            f"{counted(group['parameters'], 'parameter')}, {counted(group['weights'], 'weight')}"
-        )
-        made_by = f"{group['quantizer']} ({options}) of {group['distribution']} {group['version']}"
-        lines.append(f"  {made_by}: {holds}, {bits:.3f} bits each")
-    lines += [f"  not quantized, {reason}: {len(names)}" for reason, names in record.kept.items()]
     return Report(facts, with_allocation("\n".join(lines), facts["allocation"]))
 
 
+def _groups(record: QuantizationRecord) -> list[dict[str, Any]]:
+    """Count what each quantizer packed."""
+    nothing = {"parameters": 0, "weights": 0, "bytes": 0}
+    groups = [{**recipe.to_json(), **nothing} for recipe in record.recipes]
+    for _, site in record.items():
+        group = groups[site.recipe]
+        group["parameters"] += 1
+        group["weights"] += site.weights
+        group["bytes"] += site.nbytes
+    return groups
+
+
+def _group_line(group: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in group["options"].items())
+    bits = 8 * group["bytes"] / max(1, group["weights"])
+    return (
+        f"  {group['quantizer']} ({options or 'no options'}) of {group['distribution']} "
+        f"{group['version']}: {counted(group['parameters'], 'parameter')}, "
+        f"{counted(group['weights'], 'weight')}, {bits:.3f} bits each"
+    )
+
+
 def _allocation(checkpoint: PackedCheckpoint) -> dict[str, Any] | None:
-    """What went where, if a budget chose."""
     record = checkpoint.record
     if record.allocation is None:
         return None
@@ -101,36 +97,40 @@ def _allocation(checkpoint: PackedCheckpoint) -> dict[str, Any] | None:
 
 
 def _calibrated(calibration: Mapping[str, Any] | None) -> list[str]:
+    """Describe the calibration of a record, which may lack any of its entries."""
     if calibration is None:
         return []
-    samples = _counted(calibration.get("samples"), "sample")
-    told = f"calibrated on {samples} of {calibration.get('seq_len', '?')} tokens of {calibration.get('source', '?')}"
-    tuning = calibration.get("tuning")
-    if tuning is not None:
-        epochs = _counted(tuning.get("epochs"), "epoch")
-        told += f", blocks tuned: {epochs} at learning rate {tuning.get('learning_rate', '?')}"
-    return [told]
-
-
-def _counted(number: object, noun: str) -> str:
-    """A number of a record, in which a reader may find less than we write."""
-    return counted(number, noun) if isinstance(number, int) else f"? {noun}s"
+    samples, seq_len, source = (
+        calibration.get(key, "?") for key in ("samples", "seq_len", "source")
+    )
+    text = f"calibrated on {samples} × {seq_len} tokens of {source}"
+    if (tuning := calibration.get("tuning")) is not None:
+        epochs, rate = (tuning.get(key, "?") for key in ("epochs", "learning_rate"))
+        text += f", blocks tuned (epochs {epochs}, learning rate {rate})"
+    return [text]
 
 
 def _adapter(path: str) -> Report:
     from modulora_core.adapters.peft_format import AdapterFolder
 
     adapter = AdapterFolder(path)
-    ranks = sorted({rank for _, rank, _ in adapter.shapes.values()})
     scaled = adapter.has_channel_scales
-    parameters = sum((out + in_) * (r + scaled) for out, r, in_ in adapter.shapes.values())
-    base = adapter.record.base if adapter.record is not None else None
-    name = base.name if base is not None else adapter.config.get("base_model_name_or_path")
-    quantizers = [dict(q) for q in base.quantizers] if base is not None else []
-    facts = {"kind": "adapter", "modules": len(adapter), "ranks": ranks, "channel_scales": scaled,
-             "parameters": parameters, "base": name, "base_quantizers": quantizers, "config": dict(adapter.config)}  # fmt: skip
-    made_on = ", ".join(q["quantizer"] for q in quantizers) or "not recorded"
-    made_of = f"rank {', '.join(map(str, ranks))}" + (" and channel scales" if scaled else "")
-    text = (f"LoRA adapter of {counted(len(adapter), 'module')}, {made_of}, {counted(parameters, 'parameter')}\n"
-            f"made for {name} (quantizer: {made_on})")  # fmt: skip
+    base = None if adapter.record is None else adapter.record.base
+    facts: dict[str, Any] = {
+        "kind": "adapter",
+        "modules": len(adapter),
+        "ranks": sorted({rank for _, rank, _ in adapter.shapes.values()}),
+        "channel_scales": scaled,
+        "parameters": sum((out + in_) * (r + scaled) for out, r, in_ in adapter.shapes.values()),
+        "base": adapter.config.get("base_model_name_or_path") if base is None else base.name,
+        "base_quantizers": [] if base is None else [dict(q) for q in base.quantizers],
+        "config": dict(adapter.config),
+    }
+    packed_by = ", ".join(q["quantizer"] for q in facts["base_quantizers"]) or "not recorded"
+    text = (
+        f"LoRA adapter of {counted(len(adapter), 'module')}, "
+        f"rank {', '.join(map(str, facts['ranks']))}{' and channel scales' if scaled else ''}, "
+        f"{counted(facts['parameters'], 'parameter')}\n"
+        f"made for {facts['base']} (quantizer: {packed_by})"
+    )
     return Report(facts, text)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.cli.terminal import Report
+from modulora_core.cli.text import table
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from modulora_core.registry import Entry
 
@@ -15,24 +16,20 @@ if TYPE_CHECKING:
 def command() -> Report:
     """List the installed quantizers, and say why one can't be used.
 
-    A quantizer comes with a package of its own: install one with pip and it is in this list.
-    MODULORA_BLOCK=NAME,... disables some. The status is ok, broken (it can't be read), incompatible (it was
-    written for another version of the protocol) or blocked.
+    Each quantizer is a package: install one with pip, and this list has it. The status is ok,
+    broken (it can't be imported), incompatible (it needs another version of modulora-core) or
+    blocked. MODULORA_BLOCK=NAME,... blocks quantizers.
 
     Examples:
-      modulora list-quantizers
-      modulora list-quantizers --json
-      MODULORA_BLOCK=some-quantizer modulora list-quantizers
+        modulora list-quantizers
+        modulora list-quantizers --json
+        MODULORA_BLOCK=some-quantizer modulora list-quantizers
     """
     from modulora_core.registry import entries
 
-    found = entries()
-    return Report(
-        {"quantizers": [_to_json(entry) for entry in found]}, _table(found) if found else _NONE
-    )
-
-
-_NONE = "No quantizer is installed; each comes with a package of its own, to be installed by pip."
+    rows = [_to_json(entry) for entry in entries()]
+    nothing = "No quantizer is installed. Each is a package: install one with pip."
+    return Report({"quantizers": rows}, _table(rows) if rows else nothing)
 
 
 def _to_json(entry: Entry) -> dict[str, Any]:
@@ -50,25 +47,12 @@ def _to_json(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _table(found: list[Entry]) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
+def _table(rows: list[dict[str, Any]]) -> RenderableType:
+    headings = ("name", "bits", "version", "distribution", "devices", "status", "summary or reason")
+    return table(headings, map(_cells, rows))
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in (
-        "name",
-        "bits",
-        "version",
-        "distribution",
-        "devices",
-        "status",
-        "summary or reason",
-    ):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "name")
-    for entry in found:
-        row = _to_json(entry)
-        bits, devices = ", ".join(f"{b:g}" for b in row["bits"]), ", ".join(row["devices"])
-        told = entry.reason or row["summary"]
-        cells = (entry.name, bits, entry.version, entry.distribution, devices, entry.status, told)
-        table.add_row(*map(escape, cells))
-    return table
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    bits, devices = ", ".join(f"{b:g}" for b in row["bits"]), ", ".join(row["devices"])
+    package = (row["version"], row["distribution"])
+    return row["name"], bits, *package, devices, row["status"], row["reason"] or row["summary"]

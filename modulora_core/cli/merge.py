@@ -4,39 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from modulora_core.cli.arguments import Adapter, Model, Out
-from modulora_core.cli.counted import counted
-from modulora_core.cli.sizes import format_size
+from modulora_core.cli.arguments import Adapter, Model, Out, option
 from modulora_core.cli.terminal import Report, terminal
+from modulora_core.cli.text import counted, format_size
 
-MergedDtype = Annotated[
-    str, typer.Option("--dtype", metavar="DTYPE", help="float16, bfloat16 or float32.")
-]
+Dtype = Annotated[str, option("--dtype DTYPE", "Dtype of weights: float16, bfloat16, float32.")]
 
 
-def command(
-    model: Model, out: Out, adapter: Adapter = None, dtype: MergedDtype = "bfloat16"
-) -> Report:
-    """Unpack a model, with an adapter merged in, to a folder that plain transformers loads.
+def command(model: Model, out: Out, adapter: Adapter = None, dtype: Dtype = "bfloat16") -> Report:
+    """Dequantize a packed model and add an adapter to its weights.
 
-    W = Ŵ + s·B·A, one parameter at a time. Without an adapter the packed weights are only unpacked.
+    It writes W = Ŵ + s·B·A, one parameter at a time, to a folder that transformers loads without
+    modulora. Without an adapter it only dequantizes.
 
     Examples:
-      modulora merge smollm2-packed merged --adapter my-adapter
-      modulora merge smollm2-packed unpacked --dtype float32
+        modulora merge smollm2-packed merged --adapter my-adapter
+        modulora merge smollm2-packed unpacked --dtype float32
     """
     from modulora_core.adapters.merge import merge
 
-    with terminal().progress("merging", unit="parameters") as bar:
-        result = merge(
-            model,
-            out,
-            adapter=adapter,
-            dtype=dtype,
-            progress=lambda what, done, total: bar.update(done, total, what),
-        )
-    text = (f"{result.out}: {format_size(result.bytes)} of {result.dtype}, {counted(result.adapted, 'module')} with an adapter merged in\n"
-            f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}")  # fmt: skip
+    with terminal().progress("merging", "parameters") as show:
+        result = merge(model, out, adapter=adapter, dtype=dtype, progress=show)
+    text = (
+        f"{result.out}: {format_size(result.bytes)} of {result.dtype}, "
+        f"{counted(result.adapted, 'module')} with an adapter merged in\n"
+        f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}"
+    )
     return Report(result.to_json(), text)

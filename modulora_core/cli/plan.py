@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modulora_core.cli.arguments import ByteSize, Model, QuantizerOptions, Revision
-from modulora_core.cli.finetune import _parameter as field_parameter
-from modulora_core.cli.quantize import Embeddings, Head
-from modulora_core.cli.sizes import format_size
+from modulora_core.cli.arguments import (
+    ByteSize,
+    Embeddings,
+    Head,
+    Model,
+    QuantizerOptions,
+    Revision,
+)
+from modulora_core.cli.finetune import field_parameter
 from modulora_core.cli.terminal import Report, terminal
+from modulora_core.cli.text import format_size
 from modulora_core.planner.request import UNPLANNED, PlanRequest, finetuning
 from modulora_core.training.config import FinetuneConfig
 
@@ -129,12 +135,12 @@ def _plans(request: PlanRequest) -> Sequence[MemoryPlan]:
 
     if request.quantizer is None:
         return plan_all(request)
-    with terminal().progress("planning", unit="tries") as bar:
+    with terminal().progress("planning", "tries") as show:
         tried: list[str] = []
 
         def on_search(what: str) -> None:
             tried.append(what)
-            bar.update(len(tried), None, f"planning, {what}")
+            show(f"planning, {what}", len(tried), None)
 
         return [plan_memory(request, on_search)]
 

@@ -1,112 +1,72 @@
-"""A progress bar with rate and time left; where nobody watches, a line now and then."""
+"""Progress of long work: a bar with rate and time left, or a line now and then."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
-from types import TracebackType
-from typing import TYPE_CHECKING
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich import progress
+from rich.console import Console
 from rich.text import Text
 
-from modulora_core.cli.sizes import format_size
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Task
+from modulora_core.cli.text import format_size
 
 SECONDS_BETWEEN_LINES = 60
-"""Of work that isn't shown as a bar: what takes no longer than this says nothing of its progress."""
+
+Show = Callable[[str, int, int | None], None]
+"""A ``Progress`` whose total may be None, for unknown."""
 
 
-class Bar:
-    """Progress of one piece of work, a context manager::
+@contextmanager
+def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
+    """Draw a bar. The unit ``"bytes"`` is shown as sizes."""
+    sizes = unit == "bytes"
+    drawn = progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn() if sizes else progress.MofNCompleteColumn(),
+        progress.TransferSpeedColumn() if sizes else _Rate(unit),
+        progress.TimeRemainingColumn(compact=True),
+        console=console,
+    )
+    task = drawn.add_task(what, total=None)
 
-        with terminal().progress("quantizing", unit="layers", total=210) as bar:
-            for layer in layers:
-                ...
-                bar.advance()
+    def show(what: str, done: int, total: int | None) -> None:
+        if done < drawn.tasks[0].completed:  # other work begins, with its own rate
+            drawn.reset(task)
+        drawn.update(task, description=what, completed=done, total=total)
 
-    Where the work counts for itself, hand it :meth:`update` as its callback. The unit ``"bytes"`` is shown as sizes. A bar that isn't
-    ``shown`` prints a plain line at most once a minute instead: ``quantizing: 12/210 layers``.
-    """
+    with drawn:
+        yield show
 
-    def __init__(
-        self, console: Console, description: str, *, unit: str, total: int | None, shown: bool
-    ) -> None:
-        sizes = unit == "bytes"
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn() if sizes else MofNCompleteColumn(),
-            TransferSpeedColumn() if sizes else _RateColumn(unit),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not shown,
-        )
-        self._task = self._progress.add_task(description, total=total)
-        self._console, self._unit, self._shown = console, unit, shown
-        self._last_line = monotonic()
 
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
+@contextmanager
+def lines(console: Console, unit: str) -> Iterator[Show]:
+    """Print ``quantizing: 12/210 layers`` at most once a minute."""
+    last = monotonic()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def advance(self, count: int = 1) -> None:
-        """``count`` more are done."""
-        self._progress.advance(self._task, count)
-        self._say()
-
-    def update(self, done: int, total: int | None = None, description: str | None = None) -> None:
-        """``done`` of ``total`` are done; None leaves the total or the description as it is.
-
-        Fewer than before are of another piece of work: rate and time left are its own.
-        """
-        if done < self._progress.tasks[0].completed:
-            self._progress.reset(self._task)
-        self._progress.update(self._task, completed=done, total=total, description=description)
-        self._say()
-
-    def _say(self) -> None:
-        if self._shown or monotonic() - self._last_line < SECONDS_BETWEEN_LINES:
+    def show(what: str, done: int, total: int | None) -> None:
+        nonlocal last
+        if monotonic() - last < SECONDS_BETWEEN_LINES:
             return
-        self._last_line = monotonic()
-        task = self._progress.tasks[0]
-        numbers = [task.completed] if task.total is None else [task.completed, task.total]
-        if self._unit == "bytes":
-            done = "/".join(format_size(number) for number in numbers)
-        else:
-            done = "/".join(f"{number:.0f}" for number in numbers) + f" {self._unit}"
-        self._console.print(
-            f"{task.description}: {done}", markup=False, highlight=False, soft_wrap=True
-        )
+        last = monotonic()
+        write = format_size if unit == "bytes" else str
+        counts = write(done) if total is None else f"{write(done)}/{write(total)}"
+        counts += "" if unit == "bytes" else f" {unit}"
+        console.print(f"{what}: {counts}", markup=False, highlight=False, soft_wrap=True)
+
+    yield show
 
 
-class _RateColumn(ProgressColumn):
-    """``12.3 layers/s``."""
+class _Rate(progress.ProgressColumn):
+    """Show ``12.3 layers/s``."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
         self._unit = unit
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: progress.Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(
             "" if speed is None else f"{speed:,.{0 if speed >= 100 else 2}f} {self._unit}/s"

@@ -1,10 +1,10 @@
-"""What a command shows: its result on stdout, everything else on stderr.
+"""Print a command's result on stdout and everything else on stderr.
 
 ==================  ==================  =========================
                     without ``--json``  with ``--json``
 ==================  ==================  =========================
 the report          text on stdout      one object on stdout
-streamed text       stdout              nowhere (it is in the report)
+streamed text       stdout              nowhere: the report has it
 notes, warnings     stderr              stderr
 progress, a bar     stderr, if a tty    nowhere
 or a line a minute  stderr, if no tty   stderr
@@ -20,7 +20,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+    suppress,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,21 +35,21 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from modulora_core.cli.progress import Bar
+    from modulora_core.cli.progress import Show
 
 PIPED_WIDTH = 160
-"""Columns of a table that goes to a file or a pipe, where nothing is cut off at a screen's edge."""
+"""Columns of a table in a file or a pipe, so that nothing is cut off."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a command did.
+    """The result of a command.
 
     Attributes:
-        json: the object that ``--json`` prints. Its keys are a promise: add some, rename none. A number that
-            isn't finite is printed as null.
-        text: what a person reads: a string, which is printed as it is, or something that rich renders.
-        exit_code: what the command line ends with: 1 where the work was done and its finding is bad.
+        json: the object of ``--json``. Its keys are a promise: add some, rename none. NaN and
+            infinities are printed as null.
+        text: for people: a string, printed unchanged, or something that rich renders.
+        exit_code: 1 if the work was done and found something bad.
     """
 
     json: Mapping[str, Any]
@@ -53,7 +59,7 @@ class Report:
 
 @dataclass
 class Terminal:
-    """One run's stdout and stderr. A command gets its own from :func:`terminal`."""
+    """The stdout and stderr of one run. A command gets its own from :func:`terminal`."""
 
     json: bool = False
     debug: bool = False
@@ -61,24 +67,24 @@ class Terminal:
     stderr: TextIO = field(default_factory=lambda: sys.stderr)
 
     def note(self, text: str) -> None:
-        """Say something on stderr."""
+        """Print a line on stderr."""
         self._errors.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def warn(self, text: str) -> None:
-        """Say that something is not as expected, though the work goes on."""
-        self.note(f"warning: {text}")
-
     def write(self, text: str) -> None:
-        """Stream a piece of the result on stdout, at once and as it is. Nothing under ``--json``."""
+        """Stream a piece of the result to stdout at once. With ``--json`` nothing is printed."""
         if not self.json:
             self._write(text)
 
-    def progress(self, description: str, *, unit: str, total: int | None = None) -> Bar:
-        """A progress bar on stderr with rate and time left, or lines; see :class:`~modulora_core.cli.progress.Bar`."""
-        from modulora_core.cli.progress import Bar
+    def progress(self, what: str, unit: str) -> AbstractContextManager[Show]:
+        """Show progress on stderr: ``with terminal().progress("packing", "layers") as show:``.
 
-        shown = not self.json and self._errors.is_terminal
-        return Bar(self._errors, description, unit=unit, total=total, shown=shown)
+        ``show(what, done, total)`` is a progress callback as the work takes it.
+        """
+        from modulora_core.cli import progress
+
+        if self.json or not self._errors.is_terminal:
+            return progress.lines(self._errors, unit)
+        return progress.bar(self._errors, what, unit)
 
     def show(self, report: Report) -> None:
         """Print a command's report."""
@@ -87,13 +93,16 @@ class Terminal:
         elif isinstance(report.text, str):
             self._write(report.text + "\n")
         elif report.text is not None:
-            from rich.console import Console
+            self.render(report.text, None if self.stdout.isatty() else PIPED_WIDTH)
 
-            width = None if self.stdout.isatty() else PIPED_WIDTH
-            console = Console(file=self.stdout, width=width, highlight=False)
-            with console.capture() as captured:
-                console.print(report.text)
-            self._write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    def render(self, renderable: RenderableType, width: int | None = None) -> None:
+        """Print on stdout something that rich renders, without spaces at the ends of lines."""
+        from rich.console import Console
+
+        console = Console(file=self.stdout, width=width, highlight=False)
+        with console.capture() as captured:
+            console.print(renderable)
+        self._write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def write_object(self, value: Mapping[str, Any]) -> None:
         """Print one JSON object on one line of stdout."""
@@ -107,7 +116,7 @@ class Terminal:
             self._close_quietly()
 
     def _close_quietly(self) -> NoReturn:
-        """Nobody reads any more, as in ``modulora ... | head -1``: end without a word."""
+        """End without a message, because nobody reads any more: ``modulora ... | head -1``."""
         with suppress(OSError, ValueError):  # a stdout without a file descriptor
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
         raise SystemExit(1)
@@ -120,12 +129,15 @@ class Terminal:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While a command runs: what :func:`terminal` gives, and under ``--json`` the only way to stdout."""
+        """Make this the terminal of :func:`terminal`, and of libraries' warnings.
+
+        With ``--json`` nothing else reaches stdout meanwhile.
+        """
         token = _current.set(self)
         show_warning = warnings.showwarning
         if not self.debug:
             warnings.showwarning = self._show_warning
-            # transformers' Trainer imports it where it is installed, and it tells of an optional package each time
+            # the Trainer imports it, and it logs a missing optional package each time
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             with _stdout_to_stderr(self.stdout) if self.json else nullcontext():
@@ -135,20 +147,20 @@ class Terminal:
             _current.reset(token)
 
     def _show_warning(self, message: Warning | str, *_where: Any, **_more: Any) -> None:
-        self.warn(" ".join(str(message).split()))
+        self.note(f"warning: {' '.join(str(message).split())}")
 
 
 _current: ContextVar[Terminal] = ContextVar("modulora_terminal")
 
 
 def terminal() -> Terminal:
-    """The terminal of the command that runs; outside of one, the process's stdout and stderr."""
+    """Give the running command's terminal; without one, the process's stdout and stderr."""
     return _current.get(None) or Terminal()
 
 
 @contextmanager
 def _stdout_to_stderr(stdout: TextIO) -> Iterator[None]:
-    """Send to stderr what libraries and child processes print, by Python's object and by file descriptor."""
+    """Send to stderr whatever libraries print, through Python or through the file descriptor."""
     stdout.flush()
     try:
         descriptor = stdout.fileno()
@@ -162,13 +174,13 @@ def _stdout_to_stderr(stdout: TextIO) -> Iterator[None]:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        stdout.flush()  # what was written to the object itself belongs on stderr too
+        stdout.flush()  # text written to the object itself belongs on stderr too
         os.dup2(saved, descriptor)
         os.close(saved)
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for NaN and infinities, which JSON doesn't have."""
+    """Replace NaN and infinities, which JSON lacks, by None."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -9,7 +9,7 @@ taken in fp32, a few rows of logits at a time (:mod:`modulora_core.training.chun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +22,8 @@ from modulora_core.data.formats import Conversation, conversations, detect
 from modulora_core.data.rendering import Encoded, Renderer
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.errors import DataError, MissingExtraError, OptionError, WorkError
+from modulora_core.models.progress import Progress
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
-
-Progress = Callable[[int, int], None]
-"""Called with what is done and the total."""
 
 MAX_LABELS = 64
 """Accuracy scores every label for every example; more distinct answers than this are not labels."""
@@ -278,7 +276,7 @@ def _batches(items: Any, size: int, progress: Progress | None) -> Iterator[tuple
     for start in range(0, len(items), size):
         yield start, items[start : start + size]
         if progress is not None:
-            progress(min(start + size, len(items)), len(items))
+            progress("evaluating", min(start + size, len(items)), len(items))
 
 
 def _nll(model: Any, batch: dict[str, Tensor]) -> list[float]:

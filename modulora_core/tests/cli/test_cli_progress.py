@@ -1,4 +1,4 @@
-"""The progress bar: sizes where bytes are counted, a rate and a time left of the work that goes on, lines where nobody watches."""
+"""The progress bar, and the lines that replace it where nobody watches."""
 
 from __future__ import annotations
 
@@ -8,91 +8,57 @@ import time
 import pytest
 from rich.console import Console
 
-from modulora_core.cli.progress import Bar
+from modulora_core.cli.progress import bar
 from modulora_core.cli.terminal import Terminal
 
 
-def test_bytes_are_shown_as_sizes() -> None:
+def test_a_bar_shows_bytes_as_sizes_and_starts_again_for_other_work() -> None:
     shown = io.StringIO()
-    with Bar(
-        Console(file=shown, force_terminal=True, width=120),
-        "reading",
-        unit="bytes",
-        total=None,
-        shown=True,
-    ) as bar:
-        bar.update(0, 13_500_000_000, "packing")
-        time.sleep(0.01)
-        bar.update(4_000_000_000)
-        time.sleep(0.01)
-        bar.update(5_000_000_000)
-    assert "5.0/13.5 GB" in shown.getvalue()
-    assert "B/s" in shown.getvalue().split("5.0/13.5 GB")[1]
-
-
-def test_work_that_follows_has_a_time_left_of_its_own() -> None:
-    shown = io.StringIO()
-    with Bar(
-        Console(file=shown, force_terminal=True, width=120),
-        "reading",
-        unit="bytes",
-        total=None,
-        shown=True,
-    ) as bar:
-        for done in (1, 50, 100):
-            bar.update(done, 100, "checking")
-            time.sleep(0.01)
-        task = bar._progress.tasks[0]
-        assert task.finished
-        for done in (1, 2, 3):  # of the same total, as a model that is checked and then packed has
-            bar.update(done, 100, "packing")
-            time.sleep(0.01)
-        assert not task.finished
-        assert task.description == "packing"
-        # 1 byte in 10 ms: about a second for 97, and not the few hundredths of the check's rate
-        assert task.time_remaining is not None
-        assert task.time_remaining > 0
+    with bar(Console(file=shown, force_terminal=True, width=120), "reading", "bytes") as show:
+        show("checking", 0, 13_500_000_000)
+        for done in (4_000_000_000, 13_500_000_000, 1_000):
+            time.sleep(0.2)  # longer than the bar's refresh
+            show("packing [x]" if done == 1_000 else "checking", done, 13_500_000_000)
+    text = shown.getvalue()
+    assert "4.0/13.5 GB" in text
+    assert "B/s" in text
+    last = text[text.rindex("packing [x]") :]
+    assert "0.0/13.5 GB" in last
+    assert "0:00:00" not in last
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """``clock[0]`` is what time it is."""
+    """``clock[0]`` is the time in seconds."""
     now = [1000.0]
     monkeypatch.setattr("modulora_core.cli.progress.monotonic", lambda: now[0])
     return now
 
 
 @pytest.mark.parametrize("json", [False, True])
-def test_where_no_bar_is_shown_a_line_comes_at_most_once_a_minute(
+def test_without_a_terminal_a_line_comes_at_most_once_a_minute(
     clock: list[float], json: bool
 ) -> None:
     stdout, stderr = io.StringIO(), io.StringIO()
-    with Terminal(json=json, stdout=stdout, stderr=stderr).progress(
-        "training", unit="steps"
-    ) as bar:
+    terminal = Terminal(json=json, stdout=stdout, stderr=stderr)
+    with terminal.progress("training", "steps") as show:
         for step in range(1, 9):
             clock[0] += 20
-            bar.update(step, 8, f"training, loss [{step}]")
+            show(f"training, loss [{step}]", step, 8)
     assert stderr.getvalue() == "training, loss [3]: 3/8 steps\ntraining, loss [6]: 6/8 steps\n"
     assert stdout.getvalue() == ""
 
 
-def test_lines_know_sizes_and_totals_that_nobody_knows(clock: list[float]) -> None:
+def test_lines_show_sizes_and_unknown_totals(clock: list[float]) -> None:
     stderr = io.StringIO()
     for unit in ("bytes", "layers"):
-        with Terminal(stderr=stderr).progress("reading", unit=unit) as bar:
-            clock[0] += 60
-            bar.advance(2048)
-            clock[0] += 60
-            bar.update(4096, 8192)
+        with Terminal(stderr=stderr).progress("reading", unit) as show:
+            for done, total in ((2048, None), (4096, 8192)):
+                clock[0] += 60
+                show("reading", done, total)
     assert stderr.getvalue().splitlines() == [
-        "reading: 2.00 KiB", "reading: 4.00 KiB/8.00 KiB", "reading: 2048 layers", "reading: 4096/8192 layers",
-    ]  # fmt: skip
-
-
-def test_what_is_done_within_a_minute_says_nothing(clock: list[float]) -> None:
-    stderr = io.StringIO()
-    with Terminal(stderr=stderr).progress("training", unit="steps", total=2) as bar:
-        clock[0] += 59
-        bar.advance(2)
-    assert stderr.getvalue() == ""
+        "reading: 2.00 KiB",
+        "reading: 4.00 KiB/8.00 KiB",
+        "reading: 2048 layers",
+        "reading: 4096/8192 layers",
+    ]

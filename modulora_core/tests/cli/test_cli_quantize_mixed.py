@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from modulora_core.cli import main
-from modulora_core.cli.allocation_table import _layers
-from modulora_core.cli.word_lists import repeated
+from modulora_core.cli.allocation import _layers
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.tests.width_quantizer import installed
 
@@ -172,20 +171,6 @@ def test_wrong_words_are_refused_with_one_sentence(
     assert main(["quantize", source, str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("M O --choices a b -q x", "M O --choices a --choices b -q x"),
-        ("--choices a --choices b", "--choices a --choices b"),
-        ("-o a b --choices c", "-o a b --choices c"),
-        ("--choices a -- --choices b c", "--choices a -- --choices b c"),
-        ("--choices=a b", "--choices=a b"),
-    ],
-)
-def test_words_up_to_the_next_option_belong_to_a_list(words: str, expected: str) -> None:
-    assert repeated(words.split(), ("--choices",)) == expected.split()
 
 
 def test_blocks_stand_in_the_order_of_their_numbers_though_config_json_sorts_them_as_text() -> None:

@@ -11,7 +11,6 @@ from types import ModuleType
 import pytest
 
 from modulora_core.cli import main
-from modulora_core.cli.counted import counted
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.tests.tiny_models import save_tiny_model
 
@@ -100,15 +99,6 @@ def test_a_number_too_small_is_told_by_its_option(
 ) -> None:
     assert main(["evaluate", str(tmp_path / "nothing"), f"--{option}", str(value)]) == 2
     assert f"--{option}" in capsys.readouterr().err
-
-
-def test_one_of_a_thing_is_not_many() -> None:
-    assert [counted(n, "epoch") for n in (0, 1, 2, 1000)] == [
-        "0 epochs",
-        "1 epoch",
-        "2 epochs",
-        "1,000 epochs",
-    ]
 
 
 def test_info_counts_as_people_do(told: Told, source: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 import modulora_core
 from modulora_core.cli import main
-from modulora_core.cli.scaffold import new_plugin
+from modulora_core.cli.new_plugin import new_plugin
 from modulora_core.errors import DuplicatePluginError, OptionError, OutputError
 from modulora_core.tests.plugin_sites import site_of
 

@@ -164,7 +164,7 @@ def test_the_mode_is_restored_after_an_error(llama, segments):
 def test_progress_is_told_what_is_done(llama, segments):
     told = []
     perplexity(
-        llama, segments, batch_size=2, progress=lambda done, total: told.append((done, total))
+        llama, segments, batch_size=2, progress=lambda what, done, total: told.append((done, total))
     )
     assert told == [(2, 5), (4, 5), (5, 5)]
 

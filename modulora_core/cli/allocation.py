@@ -1,0 +1,100 @@
+"""Show which layers a mixed checkpoint packs with which choice.
+
+``modulora quantize`` knows the errors of the choices too; ``modulora info`` doesn't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from modulora_core.cli.text import format_size, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+
+def with_allocation(text: str, allocation: Mapping[str, Any] | None) -> RenderableType:
+    """Add two tables and a summary to ``text``: a row per choice, and a row per decoder block.
+
+    Args:
+        allocation: ``QuantizeResult.allocation``, or a checkpoint's ``recorded_allocation``.
+            None adds nothing.
+    """
+    if allocation is None:
+        return text
+    from rich.console import Group
+    from rich.text import Text
+
+    choices, layers = _choices(allocation), _layers(allocation["layers"])
+    return Group(Text(text), "", choices, "", layers, "", Text(_summary(allocation)))
+
+
+def _choices(allocation: Mapping[str, Any]) -> Table:
+    """Make a row for each choice, and one for a packed head and embedding."""
+    measured = "error" in allocation
+    rows = []
+    for number, choice in enumerate(allocation["choices"], 1):
+        row = [str(number), choice["name"], str(choice["layers"]), *_sizes(choice)]
+        if measured:
+            uniform = format_size(choice["uniform_bytes"])
+            row += [f"{choice['error']:.4f}", uniform, f"{choice['uniform_error']:.4f}"]
+        rows.append(row)
+    for name, end in allocation["ends"].items():
+        rows.append(["", end["name"], name.removesuffix(".weight"), *_sizes(end)])
+    headings = ("", "choice", "layers", "weights", "size", "bits")
+    return table((*headings, *(("error", "everywhere: size", "error") if measured else ())), rows)
+
+
+def _sizes(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    bits = f"{8 * row['bytes'] / row['weights']:.2f}" if row["weights"] else ""
+    return f"{row['weights']:,}", format_size(row["bytes"]), bits
+
+
+def _layers(layers: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Make a row for consecutive equal blocks: the number of each layer's choice."""
+    blocks: dict[str, dict[str, str]] = {}
+    for name in sorted(layers, key=lambda name: _place(_split(name)[0])):
+        path, layer = _split(name)
+        blocks.setdefault(path, {})[layer] = str(layers[name]["choice"] + 1)
+    columns = list(dict.fromkeys(layer for block in blocks.values() for layer in block))
+    rows = []
+    for block, equal in groupby(blocks.items(), key=lambda item: item[1]):
+        (first, _), *others = equal
+        last = f" to {others[-1][0].rpartition('.')[2]}" if others else ""
+        rows.append([first + last, *(block.get(column, "") for column in columns)])
+    return table(("block", *(column.rpartition(".")[2] for column in columns)), rows)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Split a parameter's name after its first number: the block's path, the layer's."""
+    parts = name.removesuffix(".weight").split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[: place + 1]), ".".join(parts[place + 1 :])
+
+
+def _place(path: str) -> tuple[str, int]:
+    """Sort block 10 after block 9, though config.json sorts them as text."""
+    before, _, number = path.rpartition(".")
+    return (before, int(number)) if number.isdigit() else (path, -1)
+
+
+def _summary(allocation: Mapping[str, Any]) -> str:
+    packed, ends, kept = (allocation[f"{part}_bytes"] for part in ("packed", "ends", "kept"))
+    of_ends = f"{format_size(ends)} head and embedding, " if allocation["ends"] else ""
+    used, budget = format_size(packed + ends + kept), format_size(allocation["budget"])
+    lines = [
+        f"{used} of a budget of {budget} used: {format_size(packed)} packed layers, "
+        f"{of_ends}{format_size(kept)} dense"
+    ]
+    if "error" in allocation:
+        error, layers = allocation["error"], allocation["layers"].values()
+        lines.append(
+            f"estimated growth of the loss: {error:.4f} nats per token; "
+            f"lower bound within the budget: {allocation['bound']:.4f}"
+        )
+        if error <= sum(min(layer["errors"]) for layer in layers) * (1 + 1e-9):
+            lines.append("the budget is more than enough: every layer has its best choice")
+    return "\n".join(lines)

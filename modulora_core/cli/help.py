@@ -1,0 +1,90 @@
+"""Print a command's help: usage, description, examples, and its options in panels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from modulora_core.cli.terminal import terminal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+NAMES_WIDTH = 30
+"""Columns of a panel for an option's names; longer ones take several lines."""
+
+FIRST_PANEL = "Options"
+"""The panel of every option that has no other."""
+
+
+def show_help(
+    command: Any,
+    context: Any,
+    panels: Mapping[str, Sequence[str]],
+    commands: Mapping[str, str] | None = None,
+) -> None:
+    """Print the help of a click command.
+
+    Args:
+        panels: names of parameters by panel title; the others are in :data:`FIRST_PANEL`.
+        commands: the help of each subcommand, by name.
+    """
+    from rich.console import Group
+
+    rows = _rows(command, context, panels)
+    rows["Commands"] = [(name, _summary(text)) for name, text in (commands or {}).items()]
+    shown = [_panel(title, lines) for title, lines in rows.items() if lines]
+    terminal().render(Group(context.get_usage(), "", *_description(command.help), *shown))
+
+
+def _rows(command: Any, context: Any, panels: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Give the names and the help of each parameter, by panel, in the order of ``panels``."""
+    parameters = {parameter.name: parameter for parameter in command.get_params(context)}
+    listed = {name for names in panels.values() for name in names}
+    titles = ["Arguments", *dict.fromkeys([FIRST_PANEL, *panels])]
+    rows: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
+    for title, names in panels.items():
+        rows[title] = [_row(parameters[name], context) for name in names]
+    for name, parameter in parameters.items():
+        if name not in listed:
+            title = FIRST_PANEL if parameter.param_type_name == "option" else "Arguments"
+            rows[title].append(_row(parameter, context))
+    return rows
+
+
+def _row(parameter: Any, context: Any) -> tuple[str, str]:
+    names, help = parameter.get_help_record(context)
+    is_argument = parameter.param_type_name == "argument"
+    return (parameter.metavar if is_argument else None) or names, help or ""
+
+
+def _panel(title: str, lines: list[tuple[str, str]]) -> RenderableType:
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(max_width=NAMES_WIDTH, style="cyan", overflow="fold")
+    table.add_column()
+    for names, help in lines:
+        table.add_row(Text(names), Text(help))
+    return Panel(table, title=title, title_align="left", border_style="dim")
+
+
+def _description(text: str) -> Iterator[Text]:
+    """Unwrap the paragraphs of a docstring. Paragraphs with indented lines stay as they are."""
+    from rich.text import Text
+
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        verbatim = "\n " in paragraph
+        shown = Text(paragraph if verbatim else paragraph.replace("\n", " "))
+        shown.highlight_regex(r"(?m)^ +modulora .*$", "cyan")
+        yield shown
+        yield Text("")
+
+
+def _summary(text: str) -> str:
+    """Give the first paragraph of a docstring in one line."""
+    return " ".join(inspect.cleandoc(text).partition("\n\n")[0].split())

@@ -1,0 +1,334 @@
+"""Dispatch, results, errors and help, with a command that is only there for these tests."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import modulora_core
+from modulora_core import cli
+from modulora_core.cli import app, main
+
+PROBE = '''
+import os, sys, time, warnings
+from typing import Annotated
+from modulora_core.cli.arguments import ByteSize, QuantizerOptions, Resume, option as declared
+from modulora_core.cli.terminal import Report, terminal
+from modulora_core.errors import OptionError, WorkError
+
+PANELS = {"Rare": ("rank",)}
+WORD_LISTS = ("--names",)
+
+def command(
+    how: str, option: QuantizerOptions = [], budget: ByteSize = None,
+    rank: Annotated[int, declared("--rank N", "Rank.", min=1)] = 8,
+    names: Annotated[list[str], declared("--names A B", "Names.")] = [],
+    resume: Resume = False,
+) -> Report:
+    """Do something, on [out, in] weights.
+
+    Prose [as 90%:] that is wrapped
+    in the source.
+
+    Examples:
+        modulora probe well --budget 1GiB [at 90%]
+    """
+    if how == "refuse":
+        raise OptionError("option 'rank' of probe: expected 1 or more, got 0")
+    if how == "fail":
+        raise WorkError("the work failed")
+    if how == "crash":
+        raise ZeroDivisionError("1 / 0\\nin two lines")
+    if how == "doomed":
+        error = RuntimeError("boom")
+        error.add_note("packing x, by alpha")
+        raise error
+    if how == "interrupt":
+        raise KeyboardInterrupt
+    if how == "wait":
+        print("waiting", file=sys.stderr, flush=True)
+        time.sleep(60)
+    if how == "noise":
+        print("from print")
+        os.system("echo from a child process")
+        warnings.warn("from warnings")
+        terminal().note("from note")
+        terminal().write("from write\\n")
+    with terminal().progress("working", "layers") as show:
+        for done in range(3):
+            show("working", done + 1, 3)
+    nan = float("nan")
+    found = {"how": how, "option": option, "budget": budget, "names": names, "losses": [nan, 1]}
+    return Report(found, f"did {how}" + " and so on" * (100_000 if how == "much" else 0))
+'''
+
+DRIVER = """
+import signal, sys
+from modulora_core import cli
+from modulora_core.cli import app
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
+cli.__path__.append({folder!r})
+app.COMMANDS += ("probe",)
+sys.exit(cli.main())
+"""
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Add the command ``probe`` to this process's command line."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+    monkeypatch.setattr(app, "COMMANDS", (*app.COMMANDS, "probe"))
+    app.load_command.cache_clear()
+    yield
+    sys.modules.pop("modulora_core.cli.probe", None)
+    app.load_command.cache_clear()
+
+
+def probe_process(tmp_path: Path, *words: str, **options: Any) -> subprocess.Popen[str]:
+    """Run the command ``probe`` in its own process."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    code = DRIVER.format(folder=str(tmp_path))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, "probe", *words], **{**pipes, **options})
+
+
+# --- results ---------------------------------------------------------------------------------
+
+
+def test_a_report_is_text_without_json_and_one_object_with_it(
+    probe: None, capsys: Captured
+) -> None:
+    words = ["probe", "well", "-o", "a=1", "-o", "b=2", "--budget", "1KiB", "--names", "x", "y"]
+    assert main(words) == 0
+    assert capsys.readouterr() == ("did well\n", "")
+    assert main([*words, "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out, parse_constant=pytest.fail)
+    assert found == {
+        "how": "well", "option": ["a=1", "b=2"], "budget": 1024, "names": ["x", "y"],
+        "losses": [None, 1],
+    }  # fmt: skip
+    assert printed.err == ""
+
+
+def test_under_json_everything_else_goes_to_stderr(tmp_path: Path) -> None:
+    out, err = probe_process(tmp_path, "noise", "--json").communicate(timeout=60)
+    assert json.loads(out)["how"] == "noise"
+    for line in ("from print", "from a child process", "warning: from warnings", "from note"):
+        assert line in err.splitlines()
+    assert "from write" not in out + err
+
+
+def test_without_json_streamed_text_goes_to_stdout_and_notes_to_stderr(tmp_path: Path) -> None:
+    out, err = probe_process(tmp_path, "noise").communicate(timeout=60)
+    assert "from write" in out.splitlines()
+    assert err.splitlines() == ["warning: from warnings", "from note"]
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_progress_shows_rate_and_count_on_a_terminal(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = probe_process(tmp_path, "well", stderr=theirs, env=environment)
+    process.communicate(timeout=60)
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "working" in shown
+    assert "3/3" in shown
+    assert "layers/s" in shown
+
+
+def test_a_list_of_words_ends_at_the_next_option(probe: None, capsys: Captured) -> None:
+    cases = {
+        "x --names a --names b": ["a", "b"],
+        "--names a b -o c=1 x": ["a", "b"],
+        "--names a -- x": ["a"],
+        "x --names=a": ["a"],
+    }
+    for words, names in cases.items():
+        assert main(["probe", "--json", *words.split()]) == 0
+        assert json.loads(capsys.readouterr().out)["names"] == names, words
+
+
+def test_a_word_after_two_dashes_is_no_flag(probe: None, capsys: Captured) -> None:
+    assert main(["probe", "--", "--json"]) == 0
+    assert capsys.readouterr().out == "did --json\n"
+
+
+# --- failures --------------------------------------------------------------------------------
+
+FAILURES = {
+    "refuse": (2, "OptionError", "option 'rank' of probe: expected 1 or more, got 0"),
+    "fail": (1, "WorkError", "the work failed"),
+    "crash": (1, "ZeroDivisionError", "unexpected ZeroDivisionError: 1 / 0 in two lines; run again "
+              "with --debug for the traceback"),
+    "doomed": (1, "RuntimeError", "unexpected RuntimeError: boom (packing x, by alpha); run again "
+               "with --debug for the traceback"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_a_failure_is_one_sentence_and_an_exit_code(
+    probe: None, capsys: Captured, how: str
+) -> None:
+    code, kind, message = FAILURES[how]
+    assert main(["probe", how]) == code
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+    assert main(["probe", how, "--json"]) == code
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"error": {"kind": kind, "message": message}}
+    assert printed.err == f"error: {message}\n"
+
+
+def test_debug_shows_the_traceback(probe: None, capsys: Captured) -> None:
+    assert main(["probe", "crash", "--debug"]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in printed
+    assert 'raise ZeroDivisionError("1 / 0' in printed
+
+
+USAGE = {
+    "prob": "no such command: 'prob'; did you mean probe?",
+    "xyz": "no such command: 'xyz'; expected one of ",
+    "probe well --rnak 1": "no such option: --rnak; did you mean --rank",
+    "probe": "missing argument",
+    "probe well again": "again",
+    "probe well --rank many": "invalid value for '--rank'",
+    "probe well --rank 0": "invalid value for '--rank'",
+    "probe well --budget 24gigs": "expected a size such as 24GiB",
+    "probe well --budget 0GB": "expected more than 0 bytes, got 0GB",
+    "probe well --rank": "'--rank' requires",
+    "probe well --names": "--names: expected one or more words after it, got none",
+    "--debug": "missing command",
+}
+
+
+@pytest.mark.parametrize("words", USAGE)
+def test_a_usage_error_is_one_sentence_and_exit_code_2(
+    probe: None, capsys: Captured, words: str
+) -> None:
+    assert main(words.split()) == 2
+    printed = capsys.readouterr().err.replace("Traceback", "").splitlines()[-1]
+    assert printed.startswith("error: ")
+    assert USAGE[words] in printed
+    assert main(["--json", *words.split()]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["kind"] == "UsageError"
+    assert USAGE[words] in error["message"]
+    assert "\n" not in error["message"]
+
+
+def test_an_interrupt_ends_with_one_line_and_130(probe: None, capsys: Captured) -> None:
+    for flags in ([], ["--json"]):
+        assert main(["probe", "interrupt", *flags]) == 130
+        message = "interrupted; the same command with --resume continues\n"
+        assert capsys.readouterr() == ("", message)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent as a POSIX signal")
+def test_ctrl_c_ends_a_process_with_one_line_and_130(tmp_path: Path) -> None:
+    with probe_process(tmp_path, "wait") as process:
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "waiting\n"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, out, err.count("\n")) == (130, "", 1)
+    assert err.startswith("interrupted")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX pipe")
+@pytest.mark.parametrize("words", [["much"], ["much", "--json"], ["--help"]], ids=" ".join)
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    process = probe_process(tmp_path, *words, stdout=write)
+    os.close(write)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, "")
+
+
+# --- help ------------------------------------------------------------------------------------
+
+
+def test_every_command_has_a_module_and_every_module_with_a_command_is_listed() -> None:
+    modules = {name for _, name, _ in pkgutil.iter_modules(cli.__path__)} - {"__main__"}
+    with_command = {
+        name.replace("_", "-")
+        for name in modules
+        if hasattr(importlib.import_module(f"modulora_core.cli.{name}"), "command")
+    }
+    assert with_command == set(app.COMMANDS)
+
+
+@pytest.mark.parametrize("name", app.COMMANDS)
+def test_the_help_of_a_command_has_examples_that_parse(name: str, capsys: Captured) -> None:
+    assert main([name, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    command = app.load_command(name)
+    examples = re.findall(rf"^\s+(?:\S.* )?modulora {name}\b.*", command.help, flags=re.MULTILINE)
+    assert examples, f"the docstring of {name} has no examples"
+    for example in examples:
+        assert " ".join(example.split()) in shown
+        words = shlex.split(example, comments=True)
+        command.make_context(name, words[words.index(name) + 1 :])  # raises a usage error
+    for parameter in command.params:
+        names = [*parameter.opts, *parameter.secondary_opts]
+        assert all(name in shown for name in names if name.startswith("--"))
+    assert command.panels.keys() <= set(re.findall(r"─ (\w+) ─", shown))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = """if True:
+        import sys
+        from modulora_core.cli import app, main
+        codes = [main([*words, "--help"]) for words in ([], *([name] for name in app.COMMANDS))]
+        heavy = {"torch", "numpy", "transformers"} & set(sys.modules)
+        sys.exit(f"imported {heavy}" if heavy else max(codes))
+    """
+    words = [sys.executable, "-c", code]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Usage") == 1 + len(app.COMMANDS)
+
+
+def test_help_unwraps_prose_keeps_examples_and_groups_options(
+    probe: None, capsys: Captured
+) -> None:
+    assert main(["probe", "--help"]) == 0
+    shown = capsys.readouterr().out
+    lines = [line.strip(" \n│") for line in shown.splitlines()]
+    assert "Do something, on [out, in] weights." in lines
+    assert "Prose [as 90%:] that is wrapped in the source." in lines
+    assert lines[lines.index("Examples:") + 1] == "modulora probe well --budget 1GiB [at 90%]"
+    first, rare = shown.index("─ Options ─"), shown.index("─ Rare ─")
+    assert first < shown.index("--budget SIZE") < rare < shown.index("--rank N")
+
+
+def test_no_words_show_the_help(capsys: Captured) -> None:
+    assert main([]) == 0
+    assert "list-quantizers" in capsys.readouterr().out
+
+
+def test_version_and_the_module_are_the_same_program() -> None:
+    words = [sys.executable, "-m", "modulora_core.cli", "--version"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (0, f"modulora {modulora_core.__version__}\n")
