@@ -77,7 +77,9 @@ def command(
     config = replace(config, rows=tuple(rows)) if rows else config
     config = replace(config, dtypes=tuple(dtype)) if dtype else config
     with terminal().progress("measuring", "comparisons") as show:
-        found = kit.measure_quantizer(quantizer, config, progress=show).to_json()
+        found = kit.measure_quantizer(
+            quantizer, config, progress=lambda done, total, what: show(what, done, total)
+        ).to_json()
     return Report(found, _text(found))
 
 

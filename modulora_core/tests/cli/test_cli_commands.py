@@ -5,137 +5,138 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modulora_core.cli import main
+from modulora_core.cli import demo
 from modulora_core.errors import DataError
 from modulora_core.inference.generate import Generation
-from modulora_core.tests.tiny_models import tiny_config
-from modulora_core.tests.tiny_tokenizer import make_tokenizer
+from modulora_core.tests.cli.conftest import Run, save_source
+from modulora_core.tests.tiny_models import save_tiny_model
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TextOf = Callable[..., str]
 
-Run = Callable[..., tuple[int, dict[str, Any], str]]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], toy: ModuleType) -> Run:
-    """``run("info", path)`` gives the exit code, the JSON object of stdout, and stderr."""
-
-    def run(*words: object) -> tuple[int, dict[str, Any], str]:
-        code = main([*map(str, words), "--json"])
-        captured = capsys.readouterr()
-        return code, json.loads(captured.out), captured.err
-
-    return run
+SCOPE = ("--seq-len", 16, "--segments", 3)
+FEW_STEPS = ("--batch-size", 4, "--grad-accum", 1, "--seq-len", 16, "--lr", 0.05)
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
-    tokenizer = make_tokenizer(template=TEMPLATE)
-    torch.manual_seed(0)
-    config = tiny_config("llama")
-    config.vocab_size = len(tokenizer)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def packed(run: Run, source: Path, tmp_path: Path) -> Path:
-    assert run("quantize", source, tmp_path / "packed", "-q", "toy")[0] == 0
-    return tmp_path / "packed"
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 60)
-    return path
-
-
-def test_quantize_prints_the_promised_keys_and_lists_what_it_kept(
-    run: Run, source: Path, tmp_path: Path
-) -> None:
-    code, told, _ = run(
-        "quantize",
-        source,
-        tmp_path / "out",
-        "-q",
-        "toy",
-        "-o",
-        "levels=7",
-        "--max-shard-size",
-        "20kB",
-    )
+def test_quantize_prints_the_promised_keys(run: Run, source: Path, tmp_path: Path) -> None:
+    words = ("-q", "toy", "-o", "levels=7", "--max-shard-size", "20kB")
+    code, found, _ = run("quantize", source, tmp_path / "out", *words)
     assert code == 0
-    keys = {
-        "out",
-        "quantizer",
-        "options",
-        "bits_per_weight",
-        "bytes",
-        "seconds",
-        "peak_memory_bytes",
-    }
-    assert keys <= told.keys()
-    assert told["options"] == {"levels": 7}
-    assert "lm_head.weight" in told["kept"]["output head"]
+    assert {"out", "bits_per_weight", "bytes", "seconds", "peak_memory_bytes"} <= found.keys()
+    assert (found["quantizer"], found["options"]) == ("toy", {"levels": 7})
+    assert "lm_head.weight" in found["kept"]["output head"]
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
-def test_info_says_what_a_checkpoint_holds(run: Run, packed: Path) -> None:
-    code, told, _ = run("info", packed)
-    assert code == 0
-    assert told["quantizers"][0]["quantizer"] == "toy"
-    assert told["quantizers"][0]["parameters"] == 14
-    assert told["bits_per_weight"] > 8
+def test_quantize_names_what_each_quantizer_packed(text_of: TextOf, tmp_path: Path) -> None:
+    source = save_tiny_model("llama-tied", tmp_path / "source")
+    text = text_of("quantize", source, tmp_path / "one", "-q", "toy")
+    assert re.search(r"one: [\d,]+ weights packed by toy, ", text)
+    assert "tied to model.embed_tokens.weight: lm_head.weight" in text
+    words = ("-q", "toy", "--quantize-embeddings", "verbatim")
+    text = text_of("quantize", source, tmp_path / "two", *words)
+    assert re.search(r"weights packed \([\d,]+ by toy, 3,072 by verbatim\)", text)  # 96 x 32
+    assert "tied to" not in text.partition("Not quantized:")[2]
+
+
+def test_a_source_without_a_tokenizer_is_reported(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = save_tiny_model("llama", tmp_path / "bare")
+    assert run("quantize", bare, tmp_path / "without", "-q", "toy")[0] == 0
+    assert f"model {bare}: " in caplog.text
+    assert "tokenizer" in caplog.text
+    code, found, _ = run("generate", tmp_path / "without", "hello")
+    assert code == 2
+    assert "tokenizer" in found["error"]["message"]
+
+
+def test_info_shows_what_a_checkpoint_holds(run: Run, packed: Path, text_of: TextOf) -> None:
+    found = run("info", packed)[1]
+    assert found["quantizers"][0]["quantizer"] == "toy"
+    assert found["quantizers"][0]["parameters"] == 14
+    assert found["bits_per_weight"] > 8
     stored = sum(path.stat().st_size for path in packed.glob("*.safetensors"))
-    assert 0 < stored - told["bytes"] < 20_000  # the header
+    assert 0 < stored - found["bytes"] < 20_000  # the header
+    assert re.search(
+        r"toy \(levels=127\) of modulora-toy \S+: 14 parameters", text_of("info", packed)
+    )
+
+
+def test_info_takes_a_record_that_lacks_entries(
+    text_of: TextOf, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "packed"
+    text_of("quantize", source, out, "-q", "toy", "--quantize-head", "verbatim")
+    config = json.loads((out / "config.json").read_text())
+    tuning = {"epochs": 1, "learning_rate": 0.005}
+    for calibration, expected in (
+        (
+            {"samples": 1, "seq_len": 8, "source": "pydoc", "tuning": tuning},
+            "calibrated on 1 × 8 tokens of pydoc, blocks tuned (epochs 1, learning rate 0.005)",
+        ),
+        ({"tuning": {}}, "calibrated on ? × ? tokens of ?, blocks tuned (epochs ?"),
+    ):
+        config["quantization_config"]["calibration"] = calibration
+        (out / "config.json").write_text(json.dumps(config))
+        text = text_of("info", out)
+        assert expected in text
+        assert re.search(r"verbatim .*?: 1 parameter, [\d,]+ weights", text)
 
 
 def test_evaluate_agrees_with_a_plain_loop_over_the_merged_model(
     run: Run, packed: Path, text: Path, tmp_path: Path
 ) -> None:
-    code, told, _ = run("evaluate", packed, "--data", text, "--seq-len", 16, "--segments", 3)
+    code, found, _ = run("evaluate", packed, "--data", text, *SCOPE)
     assert code == 0
-    assert {"metric", "perplexity", "tokens", "segments", "peak_memory_bytes"} <= told.keys()
-    assert run("merge", packed, tmp_path / "merged", "--dtype", "float32")[0] == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    ids = (
-        tokenizer(text.read_text(), add_special_tokens=False, return_tensors="pt")
-        .input_ids[0, :48]
-        .view(3, 16)
+    assert {"metric", "perplexity", "tokens", "segments", "peak_memory_bytes"} <= found.keys()
+    merged = tmp_path / "merged"
+    assert run("merge", packed, merged, "--dtype", "float32")[0] == 0
+    model, tokenizer = (
+        kind.from_pretrained(merged) for kind in (AutoModelForCausalLM, AutoTokenizer)
     )
+    words = tokenizer(text.read_text(), add_special_tokens=False, return_tensors="pt")
+    ids = words.input_ids[0, :48].view(3, 16)
     with torch.no_grad():
         loss = sum(model(row[None], labels=row[None]).loss.item() for row in ids) / 3
-    assert told["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
-    code, dense, _ = run(
-        "evaluate", tmp_path / "merged", "--data", text, "--seq-len", 16, "--segments", 3
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    dense = run("evaluate", merged, "--data", text, *SCOPE)[1]
+    assert dense["perplexity"] == pytest.approx(found["perplexity"], rel=1e-4)
+
+
+def test_a_measurement_in_words(text_of: TextOf, source: Path, text: Path, tmp_path: Path) -> None:
+    number = r"\d+\.\d{4}"
+    words = ("evaluate", source, "--data", text, "--seq-len", 16, "--segments", 1)
+    assert re.fullmatch(
+        rf"perplexity {number}, {number} nats per token, of 15 tokens in 1 segment "
+        r"\d+\.\d s, peak memory [\d.]+ [MG]iB",
+        text_of(*words),
     )
-    assert dense["perplexity"] == pytest.approx(told["perplexity"], rel=1e-4)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a", "label": "yes"}\n{"text": "b", "label": "no"}\n')
+    words = ("evaluate", source, "--data", rows, "--metric", "accuracy")
+    expected = rf"accuracy {number}: [012] of 2 examples, among 2 labels \d"
+    assert re.match(expected, text_of(*words))
 
 
-def test_generate_streams_what_it_reports(
-    packed: Path, toy: ModuleType, capsys: pytest.CaptureFixture[str], run: Run
-) -> None:
-    words = ["generate", packed, "The quick", "--max-new-tokens", 5]
-    assert main([str(word) for word in words]) == 0
-    streamed = capsys.readouterr().out
-    code, told, _ = run(*words)
+def test_generate_streams_what_it_reports(run: Run, packed: Path, text_of: TextOf) -> None:
+    words = ("generate", packed, "The quick", "--max-new-tokens", 5)
+    streamed = text_of(*words)
+    code, found, _ = run(*words)
     assert code == 0
-    assert streamed.rstrip("\n") == told["text"].rstrip("\n")
-    assert 1 <= told["tokens"] <= 5
-    assert run(*words, "--raw")[1]["prompt_tokens"] < told["prompt_tokens"]
+    assert streamed == " ".join(found["text"].split())
+    assert 1 <= found["tokens"] <= 5
+    assert run(*words, "--raw")[1]["prompt_tokens"] < found["prompt_tokens"]
 
 
 def test_sampling_depends_on_the_seed_alone(run: Run, packed: Path) -> None:
@@ -149,25 +150,24 @@ def test_chat_keeps_the_conversation_until_it_is_reset(
     run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/reset\nagain\nmore\n/exit\nnever\n"))
-    code, told, _ = run("chat", packed, "--max-new-tokens", 2, "--system", "s")
+    code, found, _ = run("chat", packed, "--max-new-tokens", 2, "--system", "s")
     assert code == 0
-    assert [(m["role"], m["content"]) for m in told["messages"] if m["role"] != "assistant"] == [
-        ("system", "s"), ("user", "again"), ("user", "more"),
-    ]  # fmt: skip
+    said = [(m["role"], m["content"]) for m in found["messages"] if m["role"] != "assistant"]
+    assert said == [("system", "s"), ("user", "again"), ("user", "more")]
 
 
 class Typed(io.StringIO):
-    """Lines that somebody types, who presses Ctrl-C once an answer has begun where a line is ``stop``."""
+    """Lines from a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def test_somebody_who_types_goes_on_after_a_mistake_and_stops_an_answer(
+def test_chat_on_a_terminal_continues_after_an_error_and_after_ctrl_c(
     run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer(
-        model: Any, tokenizer: Any, messages: list[dict[str, str]], sampling: Any, on_text: Any
+        model: Any, messages: list[dict[str, str]], sampling: Any, on_text: Any
     ) -> Generation:
         last = messages[-1]["content"]
         if last == "long":
@@ -180,22 +180,13 @@ def test_somebody_who_types_goes_on_after_a_mistake_and_stops_an_answer(
     monkeypatch.setattr("modulora_core.inference.generate.generate", answer)
     lines = "one\nlong\n/rest\nstop\ntwo\n"
     monkeypatch.setattr("sys.stdin", Typed(lines))
-    code, told, notes = run("chat", packed)
+    code, found, notes = run("chat", packed)
     assert code == 0
-    assert [m["content"] for m in told["messages"]] == [
-        "one",
-        "so it is",
-        "stop",
-        "so ",
-        "two",
-        "so it is",
-    ]
-    assert (
-        "the model's window is 8 (the message is left out; /reset forgets the conversation)"
-        in notes
-    )
+    said = [m["content"] for m in found["messages"]]
+    assert said == ["one", "so it is", "stop", "so ", "two", "so it is"]
+    assert "the model's window is 8 (the message is left out;" in notes
     assert "no such command: /rest" in notes
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))  # a pipe: nobody is there to go on
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))  # through a pipe an error is final
     assert run("chat", packed)[0] == 2
 
 
@@ -203,80 +194,128 @@ def test_bytes_that_are_no_text_are_refused(
     run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caf = b"caf\xe9".decode(errors="surrogateescape")
-    code, told, _ = run("generate", packed, caf, "--raw", "--max-new-tokens", 1)
-    assert (code, told["error"]["message"]) == (
-        2,
-        "prompt: expected text in UTF-8, got other bytes after 'caf'",
-    )
+    code, found, _ = run("generate", packed, caf, "--raw", "--max-new-tokens", 1)
+    assert code == 2
+    assert "expected text in UTF-8" in found["error"]["message"]
     monkeypatch.setattr("sys.stdin", io.StringIO(caf + "\n"))
     assert run("chat", packed)[0] == 2
 
 
-def test_a_finetuned_adapter_is_used_by_every_command(
-    run: Run, packed: Path, text: Path, tmp_path: Path
-) -> None:
-    adapter = tmp_path / "adapter"
-    code, told, _ = run("finetune", packed, adapter, "--data", text, "--steps", 6, "--seq-len", 16, "--batch-size", 4,
-                        "--grad-accum", 1, "--lr", 0.05)  # fmt: skip
-    assert code == 0
-    assert told["losses"][-1] < told["losses"][0]
-    perplexity = {name: run("evaluate", packed, "--data", text, "--seq-len", 16, "--segments", 2, *flags)[1]["perplexity"]
-                  for name, flags in {"base": (), "tuned": ("--adapter", adapter)}.items()}  # fmt: skip
-    assert perplexity["tuned"] < perplexity["base"]
-    assert run("info", adapter)[1]["modules"] == 14
-    assert (
-        run("merge", packed, tmp_path / "merged", "--adapter", adapter, "--dtype", "float32")[0]
-        == 0
-    )
-    merged = run("evaluate", tmp_path / "merged", "--data", text, "--seq-len", 16, "--segments", 2)[
-        1
-    ]
-    assert merged["perplexity"] == pytest.approx(perplexity["tuned"], rel=1e-4)
+def check_every_command(run: Run, packed: Path, text: Path, folder: Path) -> dict[str, float]:
+    """Finetune, merge, generate and evaluate; the adapter and the merged model agree."""
+    adapter, merged = folder / "adapter", folder / "merged"
+    code, found, _ = run("finetune", packed, adapter, "--data", text, "--steps", 6, *FEW_STEPS)
+    assert code == 0, found
+    assert found["losses"][-1] < found["losses"][0]
+    assert run("merge", packed, merged, "--adapter", adapter, "--dtype", "float32")[0] == 0
     assert run("generate", packed, "The", "--adapter", adapter, "--max-new-tokens", 2)[0] == 0
+    models = {"base": (packed,), "tuned": (packed, "--adapter", adapter), "merged": (merged,)}
+    perplexity: dict[str, float] = {
+        name: run("evaluate", *model, "--data", text, *SCOPE)[1]["perplexity"]
+        for name, model in models.items()
+    }
+    assert perplexity["tuned"] < perplexity["base"]
+    assert perplexity["merged"] == pytest.approx(perplexity["tuned"], rel=1e-4)
+    return perplexity
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["quantize", "{source}", "{new}", "-q", "tyo"], "did you mean 'toy'"),
-        (["quantize", "{source}", "{new}", "-q", "toy", "-o", "level=3"], "levels"),
-        (["quantize", "{source}", "{new}", "-q", "toy", "-o", "levels=x"], "levels"),
-        (
-            ["quantize", "{source}", "{new}", "-q", "toy", "--override", "nonsense"],
-            "expected GLOB=NAME",
-        ),
-        (
-            ["quantize", "{source}", "{new}", "-q", "toy", "--max-shard-size", "big"],
-            "--max-shard-size",
-        ),
-        (["quantize", "{source}", "{source}", "-q", "toy"], "new or empty"),
-        (["quantize", "{packed}", "{new}", "-q", "toy"], "already quantized"),
-        (["quantize", "{text}", "{new}", "-q", "toy"], "expected a folder or a .gguf file"),
-        (["info", "{source}"], "modulora quantize"),
-        (["evaluate", "{packed}", "--data", "missing.txt"], "missing.txt"),
-        (["evaluate", "{packed}", "--metric", "bleu"], "--metric"),
-        (["evaluate", "{packed}", "--data", "{text}", "--seq-len", "100000"], "tokens"),
-        (["generate", "{source}", "x", "--adapter", "{new}"], "is dense"),
-        (["generate", "{packed}", "x", "--adapter", "{new}"], "adapter"),
-        (["generate", "{packed}", "x", "--temperature", "-1"], "temperature"),
-        (["generate", "{packed}", "x", "--dtype", "int4"], "dtype"),
-        (["generate", "{packed}", "x", "--max-new-tokens", "1000"], "window"),
-        (["merge", "{packed}", "{new}", "--dtype", "int4"], "dtype"),
-        (["merge", "{source}", "{new}"], "modulora quantize"),
-        (
-            ["finetune", "{source}", "{new}", "--data", "{text}", "--steps", "1"],
-            "modulora quantize",
-        ),
-    ],
-)
+def test_every_command_takes_a_finetuned_adapter(
+    run: Run, packed: Path, text: Path, tmp_path: Path, text_of: TextOf
+) -> None:
+    check_every_command(run, packed, text, tmp_path)
+    assert run("info", tmp_path / "adapter")[1]["modules"] == 14
+    assert "LoRA adapter of 14 modules, rank 8, " in text_of("info", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_every_command_takes_a_model_with_packed_ends(
+    run: Run, architecture: str, text: Path, tmp_path: Path
+) -> None:
+    source, packed = save_source(tmp_path / "source", architecture), tmp_path / "packed"
+    head = ("--quantize-head", "toy") if architecture == "llama" else ()
+    words = ("-q", "verbatim", "--quantize-embeddings", "toy:levels=127", *head)
+    code, found, _ = run("quantize", source, packed, *words)
+    assert code == 0, found
+    assert not set(found["kept"]) & {"embedding", "output head"}
+    groups = {group["quantizer"]: group for group in run("info", packed)[1]["quantizers"]}
+    assert groups["verbatim"]["parameters"] == 14
+    assert groups["toy"]["parameters"] == (2 if head else 1)
+    perplexity = check_every_command(run, packed, text, tmp_path)
+    dense = run("evaluate", source, "--data", text, *SCOPE)[1]["perplexity"]
+    # 8 bits move a weight by 1/254 of a row's largest at most
+    assert perplexity["base"] == pytest.approx(dense, rel=0.01)
+
+
+def test_the_demo_reports_three_stages(
+    run: Run, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+
+    def step(*words: object) -> dict[str, Any]:
+        steps.append([str(word) for word in words])
+        return {
+            "bytes": 10, "source_bytes": 40, "bits_per_weight": 8.0, "perplexity": 9.0, "text": "a",
+            "tokens_per_second": 1.0, "losses": [2.0], "steps": 3, "seconds": 1.0,
+            "peak_memory_bytes": 100,
+        }  # fmt: skip
+
+    monkeypatch.setattr("modulora_core.models.locate.locate", lambda model: None)
+    monkeypatch.setattr(demo, "_step", step)
+    words = ("demo", "--steps", "3", "--out", str(tmp_path / "out"), "-q", "toy")
+    code, found, _ = run(*words)
+    assert code == 0
+    assert [stage["name"] for stage in found["stages"]][1:] == ["toy", "toy + finetuned"]
+    assert {"quantize", "finetune"} <= found.keys()
+    assert [words[0] for words in steps] == [
+        "quantize", "evaluate", "generate", "evaluate", "generate", "finetune", "evaluate",
+        "generate",
+    ]  # fmt: skip
+    assert steps[5][steps[5].index("--steps") + 1] == "3"
+    (tmp_path / "out" / "mine").touch()
+    code, found, _ = run(*words)
+    assert (code, found["error"]["kind"]) == (2, "OutputError")
+
+
+QUANTIZE = "quantize {source} {new} -q toy"
+WRONG = {
+    "quantize {source} {new} -q tyo": "did you mean 'toy'",
+    f"{QUANTIZE} -o level=3": "levels",
+    f"{QUANTIZE} -o levels=x": "levels",
+    f"{QUANTIZE} --override nonsense": "expected GLOB=NAME",
+    f"{QUANTIZE} --quantize-head toy:": "--quantize-head: expected NAME or NAME:KEY=VALUE,...",
+    f"{QUANTIZE} --quantize-embeddings :a=1": "--quantize-embeddings: expected NAME",
+    f"{QUANTIZE} --max-shard-size big": "--max-shard-size",
+    f"{QUANTIZE} --tune-lr 1": "--tune-lr: expected --tune-epochs N beside it",
+    f"{QUANTIZE} --tune-epochs 1": "--tune-epochs: expected --calibration SOURCE beside it",
+    f"{QUANTIZE} --samples 4": "--samples: expected --calibration SOURCE beside it",
+    "quantize {source} {source} -q toy": "new or empty",
+    "quantize {packed} {new} -q toy": "already quantized",
+    "quantize {text} {new} -q toy": "expected a folder or a .gguf file",
+    "info {source}": "modulora quantize",
+    "evaluate {packed} --data missing.txt": "missing.txt",
+    "evaluate {packed} --metric bleu": "--metric",
+    "evaluate {packed} --data {text} --seq-len 100000": "tokens",
+    "evaluate {packed} --seq-len 1": "--seq-len",
+    "generate {source} x --adapter {new}": "is dense",
+    "generate {packed} x --adapter {new}": "adapter",
+    "generate {packed} x --temperature -1": "temperature",
+    "generate {packed} x --dtype int4": "dtype",
+    "generate {packed} x --max-new-tokens 1000": "window",
+    "merge {packed} {new} --dtype int4": "dtype",
+    "merge {source} {new}": "modulora quantize",
+    "finetune {source} {new} --data {text} --steps 1": "modulora quantize",
+    "convert {packed} {new} --to tyo": "tyo",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
 def test_a_wrong_input_is_one_sentence_and_exit_code_2(
-    run: Run, source: Path, packed: Path, text: Path, tmp_path: Path, words: list[str], message: str
+    run: Run, source: Path, packed: Path, text: Path, tmp_path: Path, words: str
 ) -> None:
     places = {"source": source, "packed": packed, "text": text, "new": tmp_path / "new"}
-    before = sorted(path.name for path in tmp_path.iterdir())
-    code, told, errors = run(*(word.format(**places) for word in words))
-    assert code == 2, told
-    assert message in told["error"]["message"]
+    code, found, errors = run(*(word.format(**places) for word in words.split()))
+    assert code == 2, found
+    assert WRONG[words] in found["error"]["message"]
     assert errors.count("error: ") == 1
     assert "Traceback" not in errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
