@@ -24,15 +24,15 @@ import torch
 from methods import ModelFiles, Packed
 from report import Result, describe, environment, markdown
 
-from modulora_core.calibration import CalibrationConfig
+from modulora_core.calibration import CalibrationConfig, calibration_text
 from modulora_core.checkpoints.outputs import write_file
 from modulora_core.cli import evaluate, quantize
 from modulora_core.cli.terminal import Report
 from modulora_core.cli.text import format_size, parse_size
 from modulora_core.errors import ModuLoRAError
 from modulora_core.models import open_model
+from modulora_core.quantization.layout import Selection
 from modulora_core.quantization.mixed.candidates import find_candidates
-from modulora_core.quantization.quantize import calibration_text
 from modulora_core.registry import Choice
 
 COMMANDS: dict[str, Callable[..., Report]] = {
@@ -120,10 +120,10 @@ def budget_of(work: Work) -> int:
         None if text is None else Choice.parse(text)
         for text in (flags.quantize_head, flags.quantize_embeddings)
     )
-    candidates = find_candidates(
-        source, [Choice.parse(label, "--choices") for label in flags.choices], calibration_text(source, work.calibration, flags.seed),
-        head=head, embeddings=embeddings, seed=flags.seed,
-    )  # fmt: skip
+    choices = [Choice.parse(label, "--choices") for label in flags.choices]
+    text = calibration_text(source, work.calibration, flags.seed)
+    selection = Selection(head=head, embeddings=embeddings)
+    candidates = find_candidates(source, choices, text, selection, seed=flags.seed)
     return candidates.fixed_bytes + math.floor(
         flags.bits * sum(linear.numel for linear in candidates.linears) / 8
     )

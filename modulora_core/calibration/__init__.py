@@ -1,43 +1,43 @@
-"""Calibration: H = E[xxᵀ] of every layer's inputs, from a model and text, one decoder block in memory at a time.
+"""Computes H = E[xxᵀ] of every layer's inputs, from a model and text, a decoder block at a time.
 
-::
+    text.py          the samples: segments of a text, and their entry in a record
+    blocks.py        decoder blocks: found, filled with values, and called as the model does
+    observe.py       dense weights that report their inputs
+    moments.py       the running sum of xxᵀ
+    states.py        the hidden states of the samples, in memory or in a mapped file
+    passes.py        batches on their way through one block, stopped before each stage
+    packing.py       the interface to the code that packs
+    walk.py          the samples' way through all blocks
+    tuning.py        training a quantized block's vectors towards the dense block
+    sensitivity.py   how much the loss depends on errors in each layer
 
-    text.py        the samples: segments of a text, and what a record says of them
-    blocks.py      the decoder blocks in a module tree, and what each is called with besides the hidden state
-    states.py      the hidden states of the samples, in memory or in a mapped file
-    moments.py     the running sum of xxᵀ
-    observe.py     a dense weight that tells what it is multiplied by
-    order.py       in which order a block uses its weights, and which share an input
-    walk.py        the samples' way through the blocks
-    tuning.py      training a quantized block's vectors towards the dense block; tuning_config.py says how
-
-Frantar et al. 2022 (arXiv 2210.17323), section 4, calibrate this way: the inputs of a block are those that the
-quantized blocks before it give.
+Frantar et al. 2022 (arXiv 2210.17323, section 4) calibrate like this: the inputs of a block are
+the outputs of the quantized blocks before it.
 """
 
 from __future__ import annotations
 
 from modulora_core.calibration.blocks import find_blocks
-from modulora_core.calibration.states import spill_bytes
+from modulora_core.calibration.packing import HeldOutCalibration, PackedMatrices, Packing
 from modulora_core.calibration.text import (
     CalibrationConfig,
     CalibrationText,
-    check_seq_len,
+    calibration_text,
     load_calibration,
 )
-from modulora_core.calibration.tuning import Tuner
-from modulora_core.calibration.tuning_config import TuningConfig
-from modulora_core.calibration.walk import BlockWalk, HeldOutCalibration
+from modulora_core.calibration.tuning import Tuner, TuningConfig
+from modulora_core.calibration.walk import BlockWalk
 
 __all__ = [
     "BlockWalk",
     "CalibrationConfig",
     "CalibrationText",
     "HeldOutCalibration",
+    "PackedMatrices",
+    "Packing",
     "Tuner",
     "TuningConfig",
-    "check_seq_len",
+    "calibration_text",
     "find_blocks",
     "load_calibration",
-    "spill_bytes",
 ]

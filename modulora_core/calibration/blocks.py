@@ -1,124 +1,298 @@
-"""The decoder blocks of a model, found in its module tree, and what the model calls each of them with.
+"""Finds the decoder blocks of a model, fills them with values, and calls them as the model does.
 
-A model's forward does more than call its blocks: it embeds, makes masks and rotary angles, and hands each block
-what it needs (Gemma's blocks with a sliding window get another mask than the others). So its own forward runs once
-for each batch, with blocks that only note what they were called with and hand the hidden state on.
+A model embeds tokens, computes masks and rotary angles, and passes each block its arguments.
+Its own forward therefore runs once per batch, with blocks that only record their arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from modulora_core.calibration.observe import Listener, observe
+from modulora_core.checkpoints.hf_quantizer import use_eager_experts
 from modulora_core.errors import ModelError
-from modulora_core.models.sites import decoder_linears
+from modulora_core.models import ModelSource
+from modulora_core.models.sites import LinearSite, decoder_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_HIDDEN = "hidden_states"
+
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, ...]:
-    """The dotted paths of the decoder blocks, in order: the outermost ``nn.ModuleList`` with most linear weights.
+    """The dotted paths of the decoder blocks, in order.
+
+    They are the children of the outermost ``nn.ModuleList`` with most linear weights.
 
     Raises:
         ModelError: no list of modules holds a linear weight.
     """
-    linears = decoder_linears(model)
-    most, blocks = 0, []
+    sizes = {site.name: site.numel for site in decoder_linears(model)}
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    for path in lists:
-        if any(path.startswith(f"{outer}.") for outer in lists):
-            continue
-        weights = sum(site.numel for site in linears if site.name.startswith(f"{path}."))
-        if weights > most:
-            most, blocks = (
-                weights,
-                [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()],
-            )
-    if not blocks:
+    outermost = [path for path in lists if not path.startswith(tuple(f"{p}." for p in lists))]
+    weights = {
+        path: sum(size for name, size in sizes.items() if name.startswith(f"{path}."))
+        for path in outermost
+    }
+    largest = max(weights, key=weights.__getitem__, default="")
+    if not weights.get(largest):
         raise ModelError(
-            f"{type(model).__name__}: expected decoder blocks in an nn.ModuleList with linear weights, found none; "
-            "calibration goes block by block. Choose a quantizer that needs no calibration"
+            f"{type(model).__name__}: expected decoder blocks in an nn.ModuleList with linear "
+            "weights, found none; calibration goes block by block. Choose a quantizer that needs "
+            "no calibration"
         )
-    return tuple(blocks)
+    return tuple(f"{largest}.{name}" for name, _ in model.get_submodule(largest).named_children())
+
+
+def block_modules(source: ModelSource, blocks: Sequence[str]) -> list[nn.Module]:
+    """New skeletons of the decoder blocks at these paths."""
+    model = _skeleton(source)
+    return [model.get_submodule(path) for path in blocks]
+
+
+def outer_model(
+    source: ModelSource, blocks: Sequence[str], device: torch.device, *, head: bool
+) -> PreTrainedModel:
+    """The model with values for its first block and for the parts outside of its blocks.
+
+    Args:
+        blocks: the paths of the decoder blocks; all but the first stay on the meta device.
+        head: whether the output head gets values too.
+    """
+    model = _skeleton(source)
+    output = model.get_output_embeddings()
+    heads = [path for path, module in model.named_modules() if module is output and not head]
+    left_out = tuple(f"{path}." for path in (*heads, *blocks[1:]))
+    names = {name for name in source.parameters if not name.startswith(left_out)}
+    for name, tensor in source.tensors(names=names):
+        _fill(model, name, _cast(tensor, device))
+    _move_buffers(model, device)
+    return model
+
+
+def _skeleton(source: ModelSource) -> PreTrainedModel:
+    model = source.skeleton(buffers=True).eval()  # no dropout
+    use_eager_experts(model)
+    return model
+
+
+class Block:
+    """A decoder block in memory, with observed weights in the place of its linear weights.
+
+    Args:
+        path: its dotted path in the model.
+        module: its skeleton, which is changed.
+        linears: the parameters of the model that will be packed.
+        source: the model with the values.
+        device: the block runs there, on a CPU in fp32, elsewhere in the model's dtype.
+        keep: gets every parameter that is not packed, as the model stores it.
+
+    Attributes:
+        sites: the parameters to pack, by their names inside the block.
+        weights: the observed matrices of each of them: one, or one for each expert.
+        vectors: the 1-dimensional parameters (norms, biases), as the model stores them.
+
+    Raises:
+        ModelError: the files have no value for a parameter of the block.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        linears: Iterable[LinearSite],
+        source: ModelSource,
+        device: torch.device,
+        keep: Callable[[str, Tensor], None],
+    ) -> None:
+        self.path, self.module, self.device = path, module, device
+        prefix = f"{path}."
+        self.sites: Mapping[str, LinearSite] = {
+            site.name.removeprefix(prefix): site for site in linears if site.name.startswith(prefix)
+        }
+        self.vectors: dict[str, Tensor] = {}
+        parameters = {name for name, _ in module.named_parameters()}  # without stored buffers
+        linear: dict[str, Tensor] = {}
+        names = {name for name in source.parameters if name.startswith(prefix)}
+        for name, tensor in source.tensors(names=names):
+            inside = name.removeprefix(prefix)
+            if inside in self.sites:
+                linear[inside] = _cast(tensor, device)
+                continue
+            keep(name, tensor)
+            if tensor.dim() == 1 and tensor.is_floating_point() and inside in parameters:
+                self.vectors[inside] = tensor
+            _fill(module, inside, _cast(tensor, device))
+        _move_buffers(module, device)
+        self.weights = {
+            name: observe(module, name, self.sites[name], linear.pop(name)) for name in list(linear)
+        }
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        if empty := [name for name, tensor in tensors if tensor.is_meta]:
+            raise ModelError(
+                f"{path}: expected a decoder block with weights of its own, got none for "
+                f"{', '.join(empty[:3])} (shared with another block?); calibration goes block by "
+                "block. Choose a quantizer that needs none"
+            )
+
+    @property
+    def has_experts(self) -> bool:
+        return any(site.experts is not None for site in self.sites.values())
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """Blocks of equal structure use their weights in the same order."""
+        return (type(self.module), *self.sites)
+
+    def listen(self, listener: Listener) -> None:
+        """Pass the input of every product to ``listener``."""
+        for matrices in self.weights.values():
+            for observed in matrices:
+                observed.listener = listener
+
+    def replace(self, name: str, values: Iterable[Tensor]) -> None:
+        """Multiply by other values of a parameter's matrices from now on."""
+        for observed, value in zip(self.weights[name], values, strict=True):
+            observed.weight.copy_(value)
+
+    def replace_vector(self, name: str, value: Tensor) -> None:
+        """Use another value of one of :attr:`vectors`, ``[n]``, from now on."""
+        _fill(self.module, name, _cast(value, self.device))
+
+
+def _cast(tensor: Tensor, device: torch.device) -> Tensor:
+    """16-bit floats become fp32 on a CPU, which is exact."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.to(device, torch.float32 if half and device.type == "cpu" else tensor.dtype)
+
+
+def _fill(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer of a skeleton its value."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move computed buffers, such as rotary frequencies; those without a value stay on meta."""
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                owner._buffers[name] = buffer.to(device)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What one block is called with for one batch, the hidden state left out, and how it answers.
+    """The arguments of one block for one batch, without the hidden state.
 
     Attributes:
-        by_name: the hidden state is a keyword argument.
-        beside: what the first block returned beside the hidden state; None where it returned a tensor.
+        kwargs: has the key ``hidden_states`` if the model passes the hidden state by name.
+        beside: the other values that the first block returned; None if it returned a tensor.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    by_name: bool
     beside: tuple[Any, ...] | None
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """The hidden state after ``block``, a module or what calls one."""
-        if self.by_name:
-            return hidden_of(block(*self.args, **{**self.kwargs, _HIDDEN: hidden}))
-        return hidden_of(block(hidden, *self.args, **self.kwargs))
+        """The hidden state after ``block``."""
+        if _HIDDEN in self.kwargs:
+            return _hidden_of(block(*self.args, **{**self.kwargs, _HIDDEN: hidden}))
+        return _hidden_of(block(hidden, *self.args, **self.kwargs))
 
     def answer(self, hidden: Tensor) -> Any:
-        """What a block returns with this hidden state."""
+        """The value that a block with this result returns."""
         return hidden if self.beside is None else (hidden, *self.beside)
 
     def sharing(self, other: Call) -> Call:
-        """This call with ``other``'s objects where they are equal: batches of one size have the same masks and angles."""
-        return Call(_share(self.args, other.args), _share(self.kwargs, other.kwargs), self.by_name,
-                    _share(self.beside, other.beside))  # fmt: skip
-
-
-_HIDDEN = "hidden_states"
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden state in what a block returns: a tensor, or the first of a tuple."""
-    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-    return hidden
+        """The same call with ``other``'s tensors where they are equal, such as masks."""
+        return Call(
+            _share(self.args, other.args),
+            _share(self.kwargs, other.kwargs),
+            _share(self.beside, other.beside),
+        )
 
 
 class _Enough(Exception):  # noqa: N818 - a signal, not an error
-    """Leaves the model's forward after its last block."""
+    """Leaves the model's forward at its last block."""
 
 
 def record_calls(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor
-) -> tuple[Tensor, list[Call]]:
-    """Run the model's forward up to its blocks.
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    ids: Tensor,
+    batches: Iterable[slice],
+    device: torch.device,
+) -> Iterator[tuple[slice, Tensor, list[Call]]]:
+    """Run the model's forward up to its last block, for each batch.
 
     Args:
-        model: with everything filled in that its forward needs before the first block, and the first block.
-        blocks: the decoder blocks; the others may be on the meta device.
-        ids: one batch of tokens, int64 ``[samples, seq_len]``.
+        model: of :func:`outer_model`.
+        blocks: its decoder blocks.
+        ids: the samples, int64 ``[samples, seq_len]``.
 
-    Returns:
-        the hidden state that enters the first block, ``[samples, seq_len, hidden]``, and a call for each block.
+    Yields:
+        the batch; the hidden state before the first block, ``[samples, seq_len, hidden]``; a call
+        for each block.
 
     Raises:
-        ModelError: the blocks aren't run once each, in their order, each on what the one before it gave.
+        ModelError: the model does not pass the hidden state through its blocks in order.
     """
-    recorder = _Recorder(model, len(blocks))
-    originals = [block.forward for block in blocks]
-    for number, block in enumerate(blocks):
-        block.forward = recorder.stand_in(number, originals[number])
-    try:
-        model(input_ids=ids, use_cache=False)
-    except _Enough:
-        assert recorder.hidden is not None
-        return recorder.hidden, recorder.calls
-    finally:
-        for block in blocks:
-            del block.forward  # uncovers the class's own
-    raise ModelError(f"{type(model).__name__}: {recorder.problem('some were not run')}")
+    first: list[Call] = []
+    for batch in batches:
+        hidden, calls = _record(model, blocks, ids[batch].to(device))
+        first = first or calls
+        yield batch, hidden, [call.sharing(other) for call, other in zip(calls, first, strict=True)]
+
+
+def _record(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor
+) -> tuple[Tensor, list[Call]]:
+    before_first: list[Tensor] = []
+    calls: list[Call] = []
+    real_first = blocks[0].forward
+
+    def forward(number: int, *args: Any, **kwargs: Any) -> Any:
+        hidden = kwargs[_HIDDEN] if _HIDDEN in kwargs else args[0]
+        if number != len(calls):
+            raise refused(f"block {number} ran after {len(calls)} others")
+        if calls and not _equal(hidden, before_first[0]):
+            raise refused(f"block {number} got another hidden state")
+        beside = calls[0].beside if calls else None
+        if not calls:
+            before_first.append(hidden)
+            output = real_first(*args, **kwargs)
+            beside = None if isinstance(output, Tensor) else tuple(output[1:])
+        by_name = {_HIDDEN: None} if _HIDDEN in kwargs else {}
+        calls.append(Call(args if by_name else args[1:], {**kwargs, **by_name}, beside))
+        if len(calls) == len(blocks):
+            raise _Enough
+        return calls[-1].answer(hidden)
+
+    def refused(reason: str) -> ModelError:
+        return ModelError(
+            f"{type(model).__name__}: expected a model that runs its decoder blocks once each, in "
+            f"order, each on the hidden state of the one before it; {reason}. Calibration goes "
+            "block by block: choose a quantizer that needs none"
+        )
+
+    with _forwards(blocks, [partial(forward, number) for number in range(len(blocks))]):
+        try:
+            model(input_ids=ids, use_cache=False)
+        except _Enough:
+            return before_first[0], calls
+    raise refused("some did not run")
 
 
 def logits_after(
@@ -128,85 +302,52 @@ def logits_after(
     ids: Tensor,
     hidden: Tensor,
 ) -> Tensor:
-    """The model's logits where ``hidden`` comes out of its last block; differentiable in ``hidden``.
+    """The model's logits if its last block returned ``hidden``; differentiable in ``hidden``.
 
     Args:
-        model: with everything outside of the blocks filled in.
-        blocks: they aren't run, and may be on the meta device.
-        calls: of each block for this batch, from :func:`record_calls`.
-        ids: the batch, int64 ``[samples, seq_len]``.
-        hidden: ``[samples, seq_len, hidden]``.
+        model: with values outside of the blocks; blocks: they do not run.
+        calls: of each block for this batch.
+        ids: the batch, int64 ``[samples, seq_len]``; hidden: ``[samples, seq_len, hidden]``.
 
     Returns:
         ``[samples, seq_len, vocabulary]``.
     """
-    for block, call in zip(blocks, calls, strict=True):
-        answer = call.answer(hidden)
-        block.forward = lambda *_args, _answer=answer, **_kwargs: _answer
-    try:
+    answers = [call.answer(hidden) for call in calls]
+    with _forwards(blocks, [lambda *_, answer=each, **__: answer for each in answers]):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    finally:
-        for block in blocks:
-            del block.forward
     return logits
 
 
-class _Recorder:
-    def __init__(self, model: PreTrainedModel, count: int) -> None:
-        self.hidden: Tensor | None = None
-        self.calls: list[Call] = []
-        self._model, self._count = model, count
-        self._beside: tuple[Any, ...] | None = None
-
-    def stand_in(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            by_name = _HIDDEN in kwargs
-            hidden = kwargs[_HIDDEN] if by_name else args[0]
-            self._check(number, hidden)
-            if number == 0:
-                self.hidden = hidden
-                output = forward(*args, **kwargs)
-                self._beside = None if isinstance(output, Tensor) else tuple(output[1:])
-            rest = {name: value for name, value in kwargs.items() if name != _HIDDEN}
-            self.calls.append(Call(args if by_name else args[1:], rest, by_name, self._beside))
-            if number == self._count - 1:
-                raise _Enough
-            return self.calls[-1].answer(hidden)
-
-        return run
-
-    def _check(self, number: int, hidden: Any) -> None:
-        if number != len(self.calls):
-            raise ModelError(
-                f"{type(self._model).__name__}: {self.problem(f'block {number} came after {len(self.calls)} others')}"
-            )
-        if not isinstance(hidden, Tensor) or (
-            self.hidden is not None and not _same(hidden, self.hidden)
-        ):
-            raise ModelError(
-                f"{type(self._model).__name__}: {self.problem(f'block {number} got another hidden state')}"
-            )
-
-    @staticmethod
-    def problem(what: str) -> str:
-        return (
-            f"expected a model that runs its decoder blocks once each, in order, each on the hidden state that the one before it "
-            f"gave; {what}. Calibration can't go through it block by block: choose a quantizer that needs none"
-        )
+@contextmanager
+def _forwards(
+    blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Give these module objects other forwards for a while."""
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # uncovers the method of the class
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(torch.equal(a, b))
+def _hidden_of(output: Any) -> Tensor:
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
+
+
+def _equal(a: Any, b: Any) -> bool:
+    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return tensors and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _share(value: Any, other: Any) -> Any:
-    if isinstance(value, Tensor):
-        alike = isinstance(other, Tensor) and value.dtype == other.dtype and _same(value, other)
-        return other if alike else value
-    if type(value) is not type(other):
-        return value
-    if type(value) in (tuple, list) and len(value) == len(other):
-        return type(value)(_share(v, o) for v, o in zip(value, other, strict=True))
-    if isinstance(value, dict) and value.keys() == other.keys():
+    """``value`` with the tensors of ``other`` that are equal."""
+    if _equal(value, other):
+        return other
+    if type(value) in (tuple, list) and type(value) is type(other) and len(value) == len(other):
+        return type(value)(map(_share, value, other))
+    if isinstance(value, dict) and isinstance(other, dict) and value.keys() == other.keys():
         return {name: _share(v, other[name]) for name, v in value.items()}
     return value

@@ -1,7 +1,7 @@
-"""Dense weights that tell what they are multiplied by, in the places where packed weights will be.
+"""Puts dense weights that report their inputs in the place of a block's linear weights.
 
-They stand where packed weights stand in a packed model (:mod:`modulora_core.layers`), experts in the same modules, so that
-``nn.Linear``, ``Conv1D`` and experts that index a stack are observed in one way.
+Experts get the same modules as packed ones (:mod:`modulora_core.layers`). So ``nn.Linear``,
+``Conv1D`` and experts that index a stack are observed alike.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from modulora_core.devices.dense_products import linear
 from modulora_core.layers import PackedParameter, PackedStack
-from modulora_core.packed import ChannelScales
 from modulora_core.models.sites import LinearSite
+from modulora_core.packed import ChannelScales
 from modulora_core.spec import PROTOCOL, Calibration, PackedWeight, Quantizer, QuantizerSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One matrix of a block: the parameter's name inside of the block, and which expert of a stack."""
+    """One matrix of a block: the parameter's name inside the block, and the expert's index."""
 
     name: str
     index: int = 0
 
 
 Listener = Callable[[Key, Tensor], None]
-"""``listener(key, x)`` is called before ``x Ŵᵀ`` is computed, ``x: [..., in]``."""
+"""``listener(key, x)`` is called before ``x Wᵀ`` is computed; ``x: [..., in]``."""
 
 
 def ignore(key: Key, x: Tensor) -> None:
@@ -37,20 +37,24 @@ def ignore(key: Key, x: Tensor) -> None:
 
 
 class ObservedWeight:
-    """One dense matrix ``[out, in]``, which may be exchanged for its quantized values.
+    """One dense matrix, ``[out, in]``; its values may be replaced by quantized ones.
 
-    ``scales`` multiply it while they are tuned: v ⊙ (W (u ⊙ x)) + b, differentiable in u, v, x and b.
-    ``watch`` is given the gradient of what the product gives, ``[..., out]``, where there is one.
+    Attributes:
+        listener: gets each input before it is multiplied.
+        scales: multiply the matrix while they are tuned: ``v ⊙ (W (u ⊙ x)) + b``, differentiable
+            in u, v, x and b.
+        watch: gets the gradient of each product, ``[..., out]``.
     """
 
-    def __init__(self, key: Key, weight: Tensor, listener: Listener) -> None:
-        self.key, self.weight, self._listener = key, weight, listener
+    def __init__(self, key: Key, weight: Tensor) -> None:
+        self.key, self.weight = key, weight
+        self.listener: Listener = ignore
         self.scales: ChannelScales | None = None
         self.watch: Callable[[Tensor], None] | None = None
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x Wᵀ + b``."""
-        self._listener(self.key, x)
+        self.listener(self.key, x)
         if self.scales is None:
             y = linear(x, self.weight, bias)
             if self.watch is not None and y.requires_grad:
@@ -61,8 +65,10 @@ class ObservedWeight:
 
 
 class ObservedLinear(nn.Module):
-    """Stands for an ``nn.Linear`` or a ``Conv1D``. Plain Python between the block's forward and the listener: the
-    listener may leave it in the middle and come back (:mod:`modulora_core.calibration.walk`).
+    """Replaces an ``nn.Linear`` or a ``Conv1D``.
+
+    Only Python runs between the block's forward and the listener, so the listener may pause the
+    forward (:mod:`modulora_core.calibration.walk`).
     """
 
     def __init__(self, observed: ObservedWeight, bias: Tensor | None) -> None:
@@ -82,22 +88,23 @@ class ObservedLinear(nn.Module):
 
 
 class _Observed(Quantizer):
-    """A quantizer that quantizes nothing: what a stack of experts multiplies with."""
+    """Multiplies by one expert's dense matrix, in the place of a quantizer."""
 
     spec: ClassVar[QuantizerSpec] = QuantizerSpec(
-        name="observed", summary="dense, for calibration", location="modulora_core.calibration.observe:_Observed",
-        protocol=PROTOCOL, bits=(32,),
-    )  # fmt: skip
+        name="observed",
+        summary="dense, for calibration",
+        location="modulora_core.calibration.observe:_Observed",
+        protocol=PROTOCOL,
+        bits=(32,),
+    )
 
     def __init__(self, observed: ObservedWeight) -> None:
         super().__init__()
         self._observed = observed
 
     def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:  # noqa: ARG002
-        out_features, in_features = weight.shape
-        return PackedWeight(
-            self.spec.name, self.format, (out_features, in_features), {"weight": weight}
-        )
+        rows, columns = weight.shape
+        return PackedWeight(self.spec.name, self.format, (rows, columns), {"weight": weight})
 
     def dequantize_tile(
         self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
@@ -112,23 +119,20 @@ class _Observed(Quantizer):
         return self._observed.multiply(x)
 
 
-def observe(
-    block: nn.Module, name: str, site: LinearSite, weight: Tensor, listener: Listener
-) -> list[ObservedWeight]:
-    """Put observed weights in the place of a block's parameter.
+def observe(block: nn.Module, name: str, site: LinearSite, weight: Tensor) -> list[ObservedWeight]:
+    """Replace one linear weight of a decoder block by observed weights.
 
     Args:
-        block: the decoder block, whose other parameters are filled in.
-        name: of the parameter inside of ``block``; site: what it is.
+        block: the block; its other parameters have their values.
+        name: the parameter's name inside ``block``; site: its place in the model.
         weight: the parameter as the model stores it.
-        listener: see :data:`Listener`.
 
     Returns:
         the matrices, ``[out, in]`` each: one, or one for each expert.
     """
     matrices = list(weight) if site.experts is not None else [weight]
     oriented = [matrix.t().contiguous() if site.transposed else matrix for matrix in matrices]
-    observed = [ObservedWeight(Key(name, i), matrix, listener) for i, matrix in enumerate(oriented)]
+    observed = [ObservedWeight(Key(name, i), matrix) for i, matrix in enumerate(oriented)]
     path, _, parameter = name.rpartition(".")
     parent = block.get_submodule(path)
     if site.experts is None:

@@ -1,46 +1,77 @@
-"""One batch on its way through a block, stopped before each stage until the stage's weights are packed.
-
-A batch stops in one of two ways:
-
-* it *pauses*: its forward runs in a greenlet of its own and is left in the middle, activations and all, so that the block is
-  run once for everything;
-* where activations would take too much memory, or experts make it unknown which weight comes next, it is *run again* from
-  the block's beginning for every stage, and once more for the output.
-
-Both give the same numbers: each product is the same product.
-"""
+"""Runs all batches through one block, and stops each of them where weights are packed next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
-from greenlet import greenlet
+from greenlet import getcurrent, greenlet
 from torch import Tensor
 
-from modulora_core.calibration.block import Block
-from modulora_core.calibration.blocks import Call
+from modulora_core.calibration.blocks import Block, Call
 from modulora_core.calibration.moments import SecondMoment
 from modulora_core.calibration.observe import Key, ignore
-from modulora_core.calibration.order import Order
-from modulora_core.calibration.states import HiddenStates
+from modulora_core.calibration.packing import HeldOutCalibration
+from modulora_core.spec import Calibration
+
+TokenWeights = Mapping[str, Sequence[Sequence[Tensor]]]
+"""By parameter, matrix and held-out sample: a weight for each input, fp32 ``[rows]``."""
 
 
-class _Stop(Exception):  # noqa: N818 - a signal, not an error
-    """Leaves a forward that has told all that was wanted."""
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The order in which one run of a block used its weights.
+
+    Attributes:
+        stages: the parameters by first use. Parameters with the same input, such as q, k and v,
+            are one stage. Unused ones come last.
+        leaders: for each used matrix, the first one with the same input. Only leaders sum H.
+    """
+
+    stages: tuple[tuple[str, ...], ...]
+    leaders: Mapping[Key, Key]
+
+    @classmethod
+    def of(cls, uses: Iterable[tuple[Key, Tensor]], names: Iterable[str]) -> Order:
+        """The order of all ``names``. All inputs must still exist: freed memory is used again."""
+        leaders: dict[Key, Key] = {}
+        first: dict[object, Key] = {}
+        stage_of: dict[str, str] = {}
+        for key, x in uses:
+            identity = (x.data_ptr(), x.shape, x.stride(), x._version)
+            leaders.setdefault(key, first.setdefault(identity, key))
+            stage_of.setdefault(key.name, stage_of.get(leaders[key].name, key.name))
+        stages: dict[str, list[str]] = {}
+        for name, stage in {**stage_of, **{n: n for n in names if n not in stage_of}}.items():
+            stages.setdefault(stage, []).append(name)
+        return cls(tuple(map(tuple, stages.values())), leaders)
+
+    def leader(self, key: Key) -> Key:
+        """The matrix that sums H for ``key``: itself if it was not used, as some experts are."""
+        return self.leaders.get(key, key)
+
+    def followers(self, leader: Key) -> list[Key]:
+        """All matrices with the same input as ``leader``, itself among them."""
+        return [key for key in {leader: leader, **self.leaders} if self.leader(key) == leader]
+
+    def merged(self) -> Order:
+        """The same order in one stage: every layer sees the outputs of dense weights."""
+        return Order((tuple(name for stage in self.stages for name in stage),), self.leaders)
 
 
 class Collector:
-    """A listener that sums up H for the weights of one stage.
+    """A listener that sums H for one stage, then stops the batch.
 
     Args:
-        order: of the block.
-        stage: names of the stage's parameters.
-        early: leave a forward that isn't paused when the stage's inputs have been seen. Not for experts: which of
-            them a batch uses is known at its end only.
-        sums: whether H is wanted at all.
-        token_weights: of the samples that are held out, by matrix and sample: each input's weight in the matrix's own H.
+        order: the order of the block; stage: the parameters of the stage.
+        stops: whether a batch stops once all inputs of the stage arrived. Batches through experts
+            run to their end, because only the end shows which experts they used.
+        weights: the token weights, by the parameters' names inside the block.
+        device: the device of H.
     """
 
     def __init__(
@@ -48,173 +79,146 @@ class Collector:
         order: Order,
         stage: Collection[str],
         *,
-        early: bool,
-        sums: bool,
-        token_weights: Mapping[Key, Sequence[Tensor]] | None = None,
+        stops: bool,
+        weights: TokenWeights,
+        device: torch.device,
     ) -> None:
-        self._order, self._stage, self._early, self._sums = order, stage, early, sums
+        self._device = device
+        self._order, self._stage, self._stops, self._weights = order, stage, stops, weights
         self._leaders = {leader for leader in order.leaders.values() if leader.name in stage}
-        self._waiting = set(self._leaders)
-        self._caller: greenlet | None = None
         self._moments: dict[Key, SecondMoment] = {}
-        self._token_weights = token_weights or {}
         self._held_out: dict[Key, SecondMoment] = {}
-        self._sample: int | None = None
-        self._rows: dict[Key, int] = {}  # of the current sample, so far
 
-    def begin(self, caller: greenlet | None, *, held_out: int | None = None) -> None:
-        """A batch goes on; if it pauses, ``caller`` is where to go meanwhile. ``held_out`` is its number where it is one sample that is."""
-        self._waiting = set(self._leaders)
-        self._caller = caller
-        self._sample = held_out
-        self._rows.clear()
+    def begin(self, sample: int | None) -> None:
+        """A batch begins. ``sample`` is its number if it is one held-out sample."""
+        self._waiting, self._sample = set(self._leaders), sample
+        self._rows = Counter[Key]()  # of this sample, so far
 
     def __call__(self, key: Key, x: Tensor) -> None:
         if key.name not in self._stage:
             return
-        if self._sums and self._order.leader(key) == key:
+        if self._order.leader(key) == key:
+            rows = x.reshape(-1, x.shape[-1])
             if self._sample is None:
-                self._moments.setdefault(key, SecondMoment(x.shape[-1], x.device)).add(x)
-            else:  # at once for all that are multiplied by it: the batch may stop before they are
-                for each in self._order.group(key):
-                    self._add_weighted(each, x, self._sample)
+                self._add(self._moments, key, rows)
+            else:  # for all matrices with this input: the batch may stop before they multiply
+                for each in self._order.followers(key):
+                    weighted = rows * self._next_weights(each, rows, self._sample)
+                    self._add(self._held_out, each, weighted)
         self._waiting.discard(key)
-        if self._caller is not None:
-            self._caller.switch()
-        elif self._early and not self._waiting:
-            raise _Stop
+        if self._stops and not self._waiting:
+            getcurrent().parent.switch()
 
-    def _add_weighted(self, key: Key, x: Tensor, sample: int) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        start = self._rows.get(key, 0)
-        weights = self._token_weights[key][sample][start : start + len(rows)]
+    def _add(self, moments: dict[Key, SecondMoment], key: Key, rows: Tensor) -> None:
+        if key not in moments:
+            moments[key] = SecondMoment(rows.shape[1], self._device)
+        moments[key].add(rows)
+
+    def _next_weights(self, key: Key, rows: Tensor, sample: int) -> Tensor:
+        """The roots of the weights of the next inputs in a held-out sample, ``[n, 1]``."""
+        start = self._rows[key]
+        self._rows[key] += len(rows)
+        weights = self._weights[key.name][key.index][sample][start : self._rows[key]]
         assert len(weights) == len(rows), f"{key}: the block multiplied other inputs than before"
-        self._rows[key] = start + len(rows)
-        moment = self._held_out.setdefault(key, SecondMoment(x.shape[-1], x.device))
-        moment.add(rows * weights.to(rows).sqrt()[:, None])
+        return weights.to(rows).sqrt()[:, None]
 
-    def moment(self, key: Key, in_features: int, device: torch.device) -> SecondMoment:
-        """What was seen of ``key``'s inputs; an empty sum if there were none."""
-        return self._moments.get(self._order.leader(key)) or SecondMoment(in_features, device)
+    def calibration(self, key: Key, weight: Tensor, layer: str) -> Calibration:
+        """H of one matrix, ``weight``; with held-out samples a :class:`HeldOutCalibration`.
 
-    def held_out(self, key: Key, in_features: int, device: torch.device) -> SecondMoment:
-        """What was seen of ``key``'s weighted inputs in the samples that are held out."""
-        return self._held_out.get(key) or SecondMoment(in_features, device)
+        Raises:
+            WorkError: H of ``layer`` is not finite.
+        """
+
+        def mean(moments: Mapping[Key, SecondMoment], key: Key) -> Calibration:
+            return (moments.get(key) or SecondMoment(weight.shape[1], self._device)).mean(layer)
+
+        found = mean(self._moments, self._order.leader(key))
+        if not self._weights:
+            return found
+        return HeldOutCalibration(found.hessian, found.samples, mean(self._held_out, key))
 
 
 class Passes:
-    """All batches in one block, and the hidden states that they begin and end with.
+    """All batches in one block.
 
     Args:
         block: the block.
-        states: the samples' hidden states; :meth:`finish` replaces them.
-        calls: what the block is called with, for each batch; batches: the samples of each.
-        paused_bytes: what the activations of paused batches may take; 0 lets none pause.
-        held_out: the samples from this one on are held out, each in a batch of its own.
+        states: the hidden states before the block, ``[samples, seq_len, hidden]``;
+            :meth:`finish` replaces them by those after it.
+        calls: the block's call for each batch; batches: the samples of each batch.
+        paused_bytes: the memory for activations of paused batches; 0 lets no batch pause.
+        first_held_out: samples from here on are held out, each in a batch of its own.
+        device: the device of the block.
     """
 
     def __init__(
         self,
         block: Block,
-        states: HiddenStates,
+        states: Tensor,
         calls: Sequence[Call],
         batches: Sequence[slice],
         *,
         paused_bytes: int,
-        held_out: int | None = None,
+        first_held_out: int,
+        device: torch.device,
     ) -> None:
-        self._states, self._batches, self._calls = states, batches, calls
-        self._held_out = held_out
-        self._block = block
-        self._passes: list[Pass] = []
-        room = paused_bytes
-        for call, batch in zip(calls, batches, strict=True):
-            room -= self._activation_bytes(states[batch])
-            self._passes.append(Pass(partial(self._forward, call, batch), pauses=room >= 0))
-
-    def _forward(self, call: Call, batch: slice) -> Tensor:
-        return call.run(self._block.module, self._states[batch])
-
-    def _activation_bytes(self, hidden: Tensor) -> int:
-        """What a batch holds at most where it pauses, by estimate: a residual and the widest layer's input, twice."""
-        widest = max(
-            (max(s.in_features, s.out_features) for s in self._block.sites.values()), default=0
-        )
-        return (
-            2
-            * hidden.shape[0]
-            * hidden.shape[1]
-            * (hidden.shape[2] + widest)
-            * hidden.element_size()
-        )
+        self._block, self._states, self._calls, self._batches = block, states, calls, batches
+        self._first_held_out, self._device = first_held_out, device
+        sites = block.sites.values()
+        widest = max((max(s.in_features, s.out_features) for s in sites), default=0)
+        # an estimate of what a paused token holds: twice a residual and the widest layer's input
+        token_bytes = 2 * (states.shape[2] + widest) * states.element_size()
+        batch_bytes = [token_bytes * (b.stop - b.start) * states.shape[1] for b in batches]
+        self._pauses = [total <= paused_bytes for total in accumulate(batch_bytes)]
+        self._paused: dict[int, greenlet] = {}
+        self._outputs: dict[int, Tensor] = {}
 
     def order(self) -> Order:
-        """In which order the block uses its weights, from the first batch."""
-        return self._block.order(self._passes[0].run)
+        """The order in which the block uses its weights, from a run of the first batch."""
+        uses: list[tuple[Key, Tensor]] = []
+        self._block.listen(lambda key, x: uses.append((key, x)))
+        self._run(0, self._states)
+        self._block.listen(ignore)
+        return Order.of(uses, self._block.sites)
 
     def collect(self, collector: Collector) -> None:
         """Let ``collector`` see the inputs of its stage, of every batch."""
-        self._block.listener = collector
-        for batch, one in zip(self._batches, self._passes, strict=True):
-            held_out = None
-            if self._held_out is not None and batch.start >= self._held_out:
-                held_out = batch.start - self._held_out
-            collector.begin(None if one.paused is None else one.paused.parent, held_out=held_out)
-            one.collect()
-        self._block.listener = ignore
+        self._block.listen(collector)
+        for i, batch in enumerate(self._batches):
+            sample = batch.start - self._first_held_out
+            collector.begin(sample if sample >= 0 else None)
+            self._continue(i)
+        self._block.listen(ignore)
 
-    def advance(self, states: HiddenStates) -> None:
-        """Replace other hidden states of the same samples by those after the block as it is now."""
-        for call, batch in zip(self._calls, self._batches, strict=True):
-            states[batch] = call.run(self._block.module, states[batch])
+    def advance(self, states: Tensor) -> None:
+        """Replace other hidden states of the same samples by those after the block as it is."""
+        for i, batch in enumerate(self._batches):
+            states[batch] = self._run(i, states)
 
-    def begin_again(self) -> None:
-        """Forget how far the batches came: they run the block from its beginning."""
-        self._passes = [Pass(one.run, pauses=False) for one in self._passes]
+    def discard(self) -> None:
+        """Give up the paused batches. Later runs begin at the block's beginning."""
+        self._paused.clear()
+        self._outputs.clear()
 
     def finish(self) -> None:
-        """Replace the hidden states by those after the block, whose weights are all packed now."""
-        for batch, one in zip(self._batches, self._passes, strict=True):
-            self._states[batch] = one.finish()
+        """Replace the hidden states by those after the block, whose weights are all packed."""
+        for i, batch in enumerate(self._batches):
+            if i in self._paused:
+                self._continue(i)
+                self._states[batch] = self._outputs[i]
+            else:
+                self._states[batch] = self._run(i, self._states)
 
-    def close(self) -> None:
-        """Let go of the batches that still pause, with what they hold."""
-        self._passes.clear()
+    def _run(self, i: int, states: Tensor) -> Tensor:
+        hidden = states[self._batches[i]].to(self._device)
+        return self._calls[i].run(self._block.module, hidden)
 
-
-class Pass:
-    """One batch in one block.
-
-    Args:
-        forward: runs the block on the batch's hidden state and gives the next.
-        pauses: pause instead of running again.
-    """
-
-    def __init__(self, forward: Callable[[], Tensor], *, pauses: bool) -> None:
-        self.run = forward
-        self.paused = greenlet(forward) if pauses else None
-        self._output: Tensor | None = None
-
-    def collect(self) -> None:
-        """Go on to where the current stage's inputs have been seen."""
-        if self.paused is None:
-            try:
-                self.run()
-            except _Stop:
-                return
-        else:
-            self._continue()
-
-    def finish(self) -> Tensor:
-        """The hidden state after the block, whose weights are all packed now."""
-        if self.paused is None:
-            return self.run()
-        while self._output is None:
-            self._continue()
-        return self._output
-
-    def _continue(self) -> None:
-        if self.paused is not None and not self.paused.dead:
-            output = self.paused.switch()
-            if self.paused.dead:
-                self._output = output
+    def _continue(self, i: int) -> None:
+        """Run batch ``i`` to its next stop: from where it paused, or from the block's beginning."""
+        runner = self._paused.get(i) or greenlet(partial(self._run, i, self._states))
+        if self._pauses[i]:
+            self._paused[i] = runner
+        if not runner.dead:
+            output = runner.switch()
+            if runner.dead and self._pauses[i]:
+                self._outputs[i] = output

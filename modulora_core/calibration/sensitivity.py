@@ -1,69 +1,65 @@
-"""How much the loss minds an error in the outputs of each layer, from one backward pass, a decoder block at a time.
+"""Measures how much the loss depends on errors in each layer's outputs, by one backward pass.
 
-Quantizing changes a layer's output at token t by ΔW xₜ. To second order the model's distribution moves by the Kullback-Leibler
-divergence, in nats per token,
+Quantizing changes a layer's output at token t by ΔW xₜ. To second order the model's distribution
+moves by the Kullback-Leibler divergence, in nats per token,
 
-    KL ≈ ½ E[(gₜᵀ ΔW xₜ)²] ≈ ½ E[Σᵢ gₜᵢ² (ΔW xₜ)ᵢ²] ≈ ½ Σᵢ sᵢ (ΔW H ΔWᵀ)ᵢᵢ          sᵢ = E[gₜᵢ²]    H = E[wₜ xₜ xₜᵀ]    wₜ = ‖gₜ‖² / E‖g‖²
+    KL ≈ ½ E[(gₜᵀ ΔW xₜ)²] ≈ ½ E[Σᵢ gₜᵢ² (ΔW xₜ)ᵢ²] ≈ ½ Σᵢ sᵢ (ΔW H ΔWᵀ)ᵢᵢ
 
-where g is the gradient of -log p(token) in the layer's output, with every token drawn from the model's own distribution: E[ggᵀ] is
-then the Fisher information, which is the divergence's second derivative (Martens 2014, arXiv 1412.1193). The steps leave out what
-outputs of one layer, and layers, do together, and take gₜᵢ² for a product of its marginals. Kronecker-factored approximations (Martens
-and Grosse 2015, arXiv 1503.05671) have w = 1; here tokens differ too much for that: some have huge activations that the loss
-hardly depends on.
+    sᵢ = E[gₜᵢ²]      H = E[wₜ xₜ xₜᵀ]      wₜ = ‖gₜ‖² / E‖g‖²
 
-One pass forward keeps the hidden states between blocks (in a file where they are large), the head gives the gradient of the last
-of them, and one pass backward runs each block again, with a gradient, from the last to the first. Each block is read twice;
-two are never in memory together.
+Here g is the gradient of -log p(token) in the layer's output, with each token drawn from the
+model's own distribution. E[ggᵀ] is then the Fisher information, the second derivative of the
+divergence (Martens 2014, arXiv 1412.1193).
+
+The steps ignore correlations between outputs of a layer and between layers. They replace gₜᵢ² by
+the product of its marginals. Kronecker-factored approximations (Martens and Grosse 2015, arXiv
+1503.05671) have w = 1. Tokens differ too much for that: the loss hardly depends on some tokens
+with huge activations.
+
+The forward pass stores the hidden states between blocks. The head gives the gradient of the last
+ones, and the backward pass recomputes each block, last block first. Each block is read twice, and
+one is in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from modulora_core.calibration.block import Block, fill_outside, sites_within
-from modulora_core.calibration.blocks import Call, find_blocks, logits_after, record_calls
+from modulora_core.calibration.blocks import (
+    Block,
+    Call,
+    block_modules,
+    find_blocks,
+    logits_after,
+    outer_model,
+    record_calls,
+)
 from modulora_core.calibration.observe import ObservedWeight
-from modulora_core.calibration.states import HiddenStates, spills
+from modulora_core.calibration.states import empty_states
 from modulora_core.errors import ModelError, WorkError
 from modulora_core.models import ModelSource
+from modulora_core.models.progress import Progress
 from modulora_core.models.sites import LinearSite
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-FILE = "boundary_states.bin"
-"""The hidden states before every block, then the gradients in them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """Of one matrix.
+    """The sensitivity of the loss to one matrix.
 
     Attributes:
-        outputs: s, fp32 ``[out]``, a mean over all tokens; in nats for a unit of the output, squared.
-        tokens: w, for each sample fp32 ``[rows]``, of the inputs that the matrix was multiplied by: all tokens, or those that an expert
-            got, in their order. Their mean over all samples is 1, or 0 where there is no gradient.
+        outputs: s, fp32 ``[out]``, a mean over all tokens, in nats per squared unit of the output.
+        tokens: w of each sample, fp32 ``[rows]``: of all tokens, or of an expert's tokens, in
+            order. Their mean over all samples is 1, or 0 if all gradients are 0.
     """
 
     outputs: Tensor
     tokens: tuple[Tensor, ...]
-
-
-def boundary_bytes(
-    ids: Tensor, config: PretrainedConfig, device: torch.device, blocks: int, spill: bool | None
-) -> int:
-    """How large the file of the hidden states will be; 0 where they stay in memory."""
-    dtype = torch.float32 if device.type == "cpu" else config.dtype
-    nbytes = (blocks + 1) * ids.numel() * config.get_text_config().hidden_size * dtype.itemsize
-    return nbytes if spills(nbytes, spill) else 0
 
 
 def loss_sensitivities(
@@ -75,32 +71,32 @@ def loss_sensitivities(
     folder: Path,
     seed: int,
     spill: bool | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, list[Sensitivity]]:
-    """The s and w of every one of ``linears`` that is in a block.
+    """Compute s and w of each of ``linears`` in a decoder block.
 
     Args:
         source: the model.
-        ids: samples, int64 ``[samples, seq_len]``.
+        ids: the samples, int64 ``[samples, seq_len]``.
         linears: the layers.
-        device: where blocks are run.
-        folder: for the hidden states, where they are kept in a file.
-        seed: of the drawn tokens.
-        spill: keep them in a file; None decides by their size.
-        progress: called with blocks done and their number, each counted twice.
+        device: the device of the blocks.
+        folder: for hidden states in a file.
+        seed: for the drawn tokens.
+        spill: whether to keep hidden states in a file; None decides by size.
+        progress: called with ``"weighing"``, the bytes of ``linears`` done and all of them. Each
+            pass counts half.
 
     Returns:
-        by parameter name, on the CPU: one for the matrix, or one for each expert. Means are over all tokens, so an expert that
-        few tokens reach counts for little.
+        by parameter name, on the CPU: one for the matrix, or one for each expert. Means are over
+        all tokens, so an expert with few tokens counts for little.
 
     Raises:
-        ModelError: the model can't be run block by block.
-        WorkError: a gradient or the model's logits aren't finite.
+        ModelError: the model can't run block by block.
+        WorkError: a gradient or a logit is NaN or Inf.
     """
-    passes = _Passes(source, ids, linears, device, seed, progress or (lambda _done, _total: None))
-    with ExitStack() as stack, torch.no_grad():
-        passes.forward(folder, spill, stack)
-        passes.head()
+    passes = _Passes(source, ids, linears, device, progress)
+    with torch.no_grad():
+        passes.forward(folder, spill, seed)
         return passes.backward()
 
 
@@ -113,122 +109,104 @@ class _Passes:
         ids: Tensor,
         linears: Sequence[LinearSite],
         device: torch.device,
-        seed: int,
-        progress: Callable[[int, int], None],
+        progress: Progress | None,
     ) -> None:
         self._source, self._ids, self._linears, self._device = source, ids, linears, device
-        self._generator = torch.Generator().manual_seed(seed)
         self._progress = progress
-        self._model = source.skeleton(buffers=True).eval()
-        self._paths = find_blocks(self._model)
-        again = source.skeleton(
-            buffers=True
-        ).eval()  # modules that aren't filled, for the second time
-        self._again = [again.get_submodule(path) for path in self._paths]
+        self._nbytes = sum(source.parameters[linear.name].nbytes for linear in linears)
+        self._paths = find_blocks(source.skeleton())
         self._calls: list[list[Call]] = []  # of each sample, of each block
 
-    def forward(self, folder: Path, spill: bool | None, stack: ExitStack) -> None:
-        """Keep the hidden states before every block, and after the last."""
-        modules = [self._model.get_submodule(path) for path in self._paths]
-        fill_outside(self._model, self._paths, self._source, self._device, head=True)
-        self._model.tie_weights()
-        _check_filled(self._model, self._paths)
-        block = self._block(0, modules[0])
-        for sample, ids in enumerate(self._ids):
-            hidden, calls = record_calls(self._model, modules, ids[None].to(self._device))
-            if sample == 0:
-                self._states = self._room(hidden, folder, spill, stack)
-            self._states[self._at(0, sample)] = hidden
-            first = self._calls[0] if self._calls else calls
-            self._calls.append(
-                [call.sharing(other) for call, other in zip(calls, first, strict=True)]
-            )
-        for number in range(len(modules)):
-            block = block if number == 0 else self._block(number, modules[number])
+    def forward(self, folder: Path, spill: bool | None, seed: int) -> None:
+        """Store the hidden states before every block, and the gradient after the last block."""
+        model = outer_model(self._source, self._paths, self._device, head=True)
+        model.tie_weights()
+        _check_filled(model, self._paths)
+        blocks = [model.get_submodule(path) for path in self._paths]
+        singles = [slice(i, i + 1) for i in range(len(self._ids))]
+        for batch, hidden, calls in record_calls(model, blocks, self._ids, singles, self._device):
+            if not self._calls:
+                shape = (len(blocks) + 1, len(self._ids), *hidden.shape[1:])
+                self._states = empty_states(shape, hidden.dtype, self._device, folder, spill)
+            self._states[0, batch] = hidden
+            self._calls.append(calls)
+        modules = block_modules(self._source, self._paths)
+        for number in range(len(blocks)):
+            block = self._block(number, modules.pop(0))
             for sample, calls in enumerate(self._calls):
-                before = self._states[self._at(number, sample)]
-                self._states[self._at(number + 1, sample)] = calls[number].run(block.module, before)
-            block.close()
-            self._model.set_submodule(self._paths[number], self._again[number])
-            modules[number] = nn.Identity()
-            self._progress(number + 1, 2 * len(modules))
+                self._states[number + 1, sample] = calls[number].run(
+                    block.module, self._state(number, sample)
+                )
+            del block
+            self._tell(number + 1)
+        self._head(model, blocks, torch.Generator().manual_seed(seed))
 
-    def head(self) -> None:
-        """Put the gradient of Σ log p(drawn token) in the place of the last hidden states."""
+    def _head(self, model: nn.Module, blocks: list[nn.Module], generator: torch.Generator) -> None:
+        """Replace the last hidden states by the gradient of Σ log p(drawn token) in them."""
         for sample, calls in enumerate(self._calls):
-            place = self._at(len(self._paths), sample)
-            hidden = self._states[place].requires_grad_()
+            hidden = self._state(len(blocks), sample).requires_grad_()
             with torch.enable_grad():
                 ids = self._ids[sample][None].to(self._device)
-                scores = (
-                    logits_after(self._model, self._again, calls, ids, hidden)[0]
-                    .float()
-                    .log_softmax(-1)
-                )
+                logits = logits_after(model, blocks, calls, ids, hidden)[0]
+                scores = logits.float().log_softmax(-1)
                 _check_finite(scores.detach(), "the model's logits")
-                drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=self._generator)
+                drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
                 scores.gather(-1, drawn.to(scores.device)).sum().backward()
-            assert hidden.grad is not None
-            self._states[place] = hidden.grad
-        del self._model
+            self._states[-1, sample] = _gradient(hidden)
 
     def backward(self) -> dict[str, list[Sensitivity]]:
-        """From the last block to the first; the gradient before a block takes the place of the one after it."""
+        """From the last block to the first, replace hidden states by the gradient in them."""
         found: dict[str, list[Sensitivity]] = {}
+        modules = block_modules(self._source, self._paths)
         for number in reversed(range(len(self._paths))):
-            block = self._block(number, self._again[number])
-            self._again[number] = nn.Identity()
-            watches = {
-                name: [_Watch(each) for each in matrices]
-                for name, matrices in block.weights.items()
-            }
-            for sample, calls in enumerate(self._calls):
-                before = self._states[self._at(number, sample)].requires_grad_()
-                with torch.enable_grad():
-                    after = calls[number].run(block.module, before)
-                    after.backward(self._states[self._at(number + 1, sample)])
-                assert before.grad is not None
-                self._states[self._at(number, sample)] = before.grad
-                for watch in chain.from_iterable(watches.values()):
-                    watch.next_sample()
-            for name, seen in watches.items():
-                full_name = f"{block.path}.{name}"
-                found[full_name] = [
-                    watch.sensitivity(full_name, self._ids.numel()) for watch in seen
-                ]
-            block.close()
-            self._progress(2 * len(self._paths) - number, 2 * len(self._paths))
+            found |= self._backward_through(number, modules.pop())
+            self._tell(2 * len(self._paths) - number)
         return found
+
+    def _backward_through(self, number: int, module: nn.Module) -> dict[str, list[Sensitivity]]:
+        block = self._block(number, module)
+        watches = {name: [_Watch(each) for each in seen] for name, seen in block.weights.items()}
+        for sample, calls in enumerate(self._calls):
+            before = self._state(number, sample).requires_grad_()
+            with torch.enable_grad():
+                after = calls[number].run(block.module, before)
+                after.backward(self._state(number + 1, sample))
+            self._states[number, sample] = _gradient(before)
+            for watch in chain.from_iterable(watches.values()):
+                watch.next_sample()
+        full_names = {name: f"{block.path}.{name}" for name in watches}
+        return {
+            full_names[name]: [w.sensitivity(full_names[name], self._ids.numel()) for w in seen]
+            for name, seen in watches.items()
+        }
 
     def _block(self, number: int, module: nn.Module) -> Block:
         path = self._paths[number]
-        sites = sites_within(path, self._linears)
-        return Block(path, module, sites, self._source, self._device, lambda _name, _tensor: None)
+        return Block(path, module, self._linears, self._source, self._device, lambda *_: None)
 
-    def _at(self, number: int, sample: int) -> slice:
-        """The place of a sample's hidden state before block ``number``."""
-        place = number * len(self._ids) + sample
-        return slice(place, place + 1)
+    def _state(self, number: int, sample: int) -> Tensor:
+        """A sample's hidden state before block ``number``, ``[1, seq_len, hidden]``."""
+        return self._states[number, sample][None].to(self._device)
 
-    def _room(
-        self, hidden: Tensor, folder: Path, spill: bool | None, stack: ExitStack
-    ) -> HiddenStates:
-        count = (len(self._paths) + 1) * len(self._ids)
-        states = HiddenStates((count, hidden.shape[1], hidden.shape[2]), hidden.dtype, folder, device=self._device,
-                              spill=spill, file=FILE)  # fmt: skip
-        stack.callback(states.close)
-        return states
+    def _tell(self, blocks: int) -> None:
+        if self._progress is not None:
+            done = self._nbytes * blocks // (2 * len(self._paths))
+            self._progress("weighing", done, self._nbytes)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    """The gradient of the loss in ``leaf``, ``[1, seq_len, hidden]``, without its first dimension."""
+    assert leaf.grad is not None
+    return leaf.grad[0]
 
 
 class _Watch:
-    """Sums up the squared gradients in the outputs of one matrix."""
+    """Sums the squared gradients in the outputs of one matrix."""
 
     def __init__(self, observed: ObservedWeight) -> None:
         weight = observed.weight
         self._outputs = torch.zeros(weight.shape[0], device=weight.device)
-        self._pieces: list[
-            Tensor
-        ] = []  # of this sample: ‖gₜ‖² for the rows of each product, the last product first
+        self._pieces: list[Tensor] = []  # ‖gₜ‖² of this sample's products, the last product first
         self._tokens: list[Tensor] = []
         observed.watch = self._add
 
@@ -243,7 +221,7 @@ class _Watch:
         self._pieces.clear()
 
     def sensitivity(self, name: str, tokens: int) -> Sensitivity:
-        """What was seen in ``tokens`` tokens. Raises WorkError when it isn't finite."""
+        """The means over ``tokens`` tokens. Raises WorkError if one is NaN or Inf."""
         _check_finite(self._outputs, f"{name}: its gradient")
         norms = torch.cat(self._tokens).double()
         mean = float(norms.mean()) if len(norms) else 0.0
@@ -252,23 +230,20 @@ class _Watch:
         return Sensitivity((self._outputs / tokens).cpu(), weights)
 
 
-def _check_finite(values: Tensor, what: str) -> None:
+def _check_finite(values: Tensor, subject: str) -> None:
     if not bool(torch.isfinite(values).all()):
         raise WorkError(
-            f"{what}: expected finite numbers on the calibration text, got NaN or Inf; the model overflows on it (try `modulora evaluate` "
-            "with the same text)"
+            f"{subject}: expected finite numbers on the calibration text, got NaN or Inf; the "
+            "model overflows on it (try `modulora evaluate` with the same text)"
         )
 
 
 def _check_filled(model: nn.Module, blocks: Sequence[str]) -> None:
     inside = tuple(f"{path}." for path in blocks)
-    empty = [
-        name
-        for name, tensor in model.named_parameters()
-        if tensor.is_meta and not name.startswith(inside)
-    ]
+    parameters = model.named_parameters()
+    empty = [name for name, p in parameters if p.is_meta and not name.startswith(inside)]
     if empty:
         raise ModelError(
-            f"{type(model).__name__}: expected values for {', '.join(empty[:3])}, got none in its files; without them the model's loss "
-            "can't be had"
+            f"{type(model).__name__}: expected values for {', '.join(empty[:3])}, got none in its "
+            "files; the loss needs them"
         )

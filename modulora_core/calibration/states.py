@@ -1,88 +1,63 @@
-"""The hidden states of all samples between two blocks."""
+"""Allocates the hidden states between two blocks, in memory or in a temporary file."""
 
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from modulora_core.calibration.text import CalibrationText
-
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from modulora_core.calibration.text import CalibrationText
+
 SPILL_BYTES = 4 * 2**30
-"""Hidden states larger than this go to a file, unless the caller decides: 128 samples of 2048 tokens of a 7B model in
-fp32 just fit into memory."""
+"""Larger hidden states go to a file unless the user decides.
 
-FILE = "hidden_states.bin"
-DENSE_FILE = "dense_states.bin"
-"""Of the unquantized model, where blocks are tuned towards it."""
+128 samples of 2048 tokens of a 7B model take 4 GiB in fp32."""
 
 
-def spill_bytes(text: CalibrationText, config: PretrainedConfig, device: torch.device) -> int:
-    """How large the files of the hidden states will be; 0 where they stay in memory."""
-    dtype = torch.float32 if device.type == "cpu" else config.dtype
-    nbytes = text.ids.numel() * config.get_text_config().hidden_size * dtype.itemsize
-    files = 1 if text.config.tuning is None else 2
-    return files * nbytes if spills(nbytes, text.config.spill) else 0
-
-
-def spills(nbytes: int, wish: bool | None) -> bool:
-    """Whether hidden states of this size go to a file; ``wish`` is the user's."""
-    return nbytes > SPILL_BYTES if wish is None else wish
-
-
-class HiddenStates:
-    """``[samples, seq_len, hidden]``, written and read a batch at a time.
+def empty_states(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    folder: Path,
+    spill: bool | None,
+) -> Tensor:
+    """Allocate hidden states, ``[samples, seq_len, hidden]``.
 
     Args:
-        shape: of the whole.
-        dtype: of the values.
-        folder: where the mapped file is put, if there is one.
-        device: where batches are wanted.
-        spill: use a file; None does for more than :data:`SPILL_BYTES`.
-        file: its name.
+        shape: the shape; dtype: the dtype.
+        device: the device of hidden states that stay in memory. A file is mapped on the CPU.
+        folder: the folder of the file. The file has no name and disappears with the tensor.
+        spill: whether to use a file; None decides by size.
     """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not _spills(nbytes, spill):
+        return torch.empty(shape, dtype=dtype, device=device)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:  # deleted here; the mapping stays valid
+        mapped = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
+    return mapped.view(shape)
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        folder: Path,
-        *,
-        device: torch.device,
-        spill: bool | None = None,
-        file: str = FILE,
-    ) -> None:
-        self._device = device
-        nbytes = math.prod(shape) * dtype.itemsize
-        self.spilled = spills(nbytes, spill)
-        self._path = folder / file
-        if self.spilled:
-            self._path.unlink(missing_ok=True)
-            mapped = torch.from_file(
-                str(self._path), shared=True, size=math.prod(shape), dtype=dtype
-            )
-            self._values = mapped.view(shape)
-        else:
-            self._values = torch.empty(shape, dtype=dtype, device=device)
 
-    def __getitem__(self, samples: slice) -> Tensor:
-        return self._values[samples].to(self._device)
+def spilled_bytes(
+    tokens: int, config: PretrainedConfig, device: torch.device, spill: bool | None
+) -> int:
+    """Bytes of the file with the hidden states of ``tokens`` tokens; 0 if they stay in memory."""
+    dtype = torch.float32 if device.type == "cpu" else config.dtype
+    nbytes = tokens * int(config.get_text_config().hidden_size) * dtype.itemsize
+    return nbytes if _spills(nbytes, spill) else 0
 
-    def __setitem__(self, samples: slice, values: Tensor) -> None:
-        self._values[samples] = values
 
-    def copy_(self, other: HiddenStates) -> None:
-        """Take ``other``'s values, which has the same shape, a sample at a time."""
-        for sample in range(len(self._values)):
-            self._values[sample] = other._values[sample]
+def spilled_by(text: CalibrationText, config: PretrainedConfig, device: torch.device) -> int:
+    """Bytes of all files of a calibration run. Tuning needs the dense model's states too."""
+    files = 1 if text.config.tuning is None else 2
+    return files * spilled_bytes(text.ids.numel(), config, device, text.config.spill)
 
-    def close(self) -> None:
-        """Give memory and file back."""
-        del self._values
-        self._path.unlink(missing_ok=True)
+
+def _spills(nbytes: int, wish: bool | None) -> bool:
+    return nbytes > SPILL_BYTES if wish is None else wish

@@ -1,4 +1,4 @@
-"""The calibration samples: which text, how much of it, and what a checkpoint's record says of it."""
+"""Picks the calibration samples from a text, and describes them for the checkpoint's record."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from modulora_core.calibration.tuning_config import TuningConfig
+from modulora_core.calibration.tuning import TuningConfig
 from modulora_core.data import token_segments
 from modulora_core.errors import DataError, OptionError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from modulora_core.models import ModelSource
 
 SAMPLES = 128
-"""As Frantar et al. 2022 (arXiv 2210.17323), section 5."""
+"""As in Frantar et al. 2022 (arXiv 2210.17323), section 5."""
 
 SEQ_LEN = 512
-"""The paper has 2048, for which small texts are too short; with a quarter of it calibration takes a quarter of the time."""
+"""The paper uses 2048. Small texts are too short for that, and 512 takes a quarter of the time."""
 
 BATCH_TOKENS = 4096
-"""Tokens that go through a block at once: enough for efficient products, few enough for the activations to stay small."""
+"""Tokens in a batch: enough for efficient products, few enough for small activations."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationConfig:
-    """What to calibrate with.
+    """Selects the calibration text, and how it passes through the model.
 
     Attributes:
-        source: the text, as in :mod:`modulora_core.data.sources`.
-        samples: number of segments, picked at random from the text; None for :data:`SAMPLES`, or all that a shorter
-            text has.
+        source: a file, a Hub dataset or ``pydoc`` (:mod:`modulora_core.data.sources`).
+        samples: the number of segments, drawn at random from the text; None takes
+            :data:`SAMPLES`, or all segments of a shorter text.
         seq_len: tokens in a segment.
-        sequential: within a block, each layer sees the outputs of the quantized layers before it
-            ("true-sequential"); otherwise all layers of a block see those of its dense weights.
-        batch_size: segments that go through a block at once; None for about :data:`BATCH_TOKENS` tokens. It changes
+        sequential: calibrate each layer on the outputs of the quantized layers before it
+            ("true-sequential"); False uses the dense layers of the same block.
+        batch_size: segments in a batch; None takes about :data:`BATCH_TOKENS` tokens. It changes
             rounding only.
-        spill: keep hidden states in a file beside the output instead of in memory; None decides by their size.
-        tuning: tune each block after it was quantized (:mod:`modulora_core.calibration.tuning`); None doesn't.
+        spill: keep hidden states in a file beside the output; None decides by their size.
+        tuning: how to tune each block after it was quantized; None does not tune.
 
     Raises:
         OptionError: a number is less than 1.
@@ -64,7 +64,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationText:
-    """The samples, int64 ``[samples, seq_len]``, and how they go through the model."""
+    """The samples, int64 ``[samples, seq_len]``, and how they pass through the model."""
 
     config: CalibrationConfig
     ids: Tensor
@@ -75,7 +75,7 @@ class CalibrationText:
         return self.config.batch_size or max(1, BATCH_TOKENS // self.ids.shape[1])
 
     def to_json(self) -> dict[str, Any]:
-        """For the checkpoint's record. Two runs with equal records have had the same samples in the same way."""
+        """The entry in the checkpoint's record. Equal entries mean equal samples and batches."""
         tuning = self.config.tuning
         return {
             "source": self.config.source,
@@ -88,30 +88,37 @@ class CalibrationText:
         }
 
 
-def check_seq_len(config: CalibrationConfig, model: PretrainedConfig) -> None:
-    """Refuse samples that are longer than the model's context. Raises OptionError."""
-    longest = getattr(model.get_text_config(), "max_position_embeddings", None)
+def calibration_text(source: ModelSource, config: CalibrationConfig, seed: int) -> CalibrationText:
+    """Tokenize the text with the model's tokenizer and draw the samples.
+
+    Raises:
+        OptionError: the samples are longer than the model's context.
+        DataError, MissingExtraError, ModelError: see :func:`load_calibration`; the model has no
+            tokenizer.
+    """
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.seq_len > longest:
         raise OptionError(
-            f"calibration seq_len: expected at most {longest}, the context of this model, got {config.seq_len}"
+            f"calibration seq_len: expected at most {longest}, the context of this model, "
+            f"got {config.seq_len}"
         )
+    return load_calibration(config, source.tokenizer(), seed=seed)
 
 
 def load_calibration(config: CalibrationConfig, tokenizer: Any, *, seed: int) -> CalibrationText:
-    """Tokenize the text and pick the samples.
+    """Tokenize the text and draw the samples.
 
     Raises:
-        DataError: the text is missing or malformed, has fewer than ``config.samples`` segments, or one only where
-            there is tuning.
-        MissingExtraError: reading it takes a library that isn't installed.
+        DataError: the text is missing or malformed, or has too few segments.
+        MissingExtraError: a library that reads this kind of text is not installed.
     """
-    ids = token_segments(
-        config.source, tokenizer, config.seq_len, config.samples or SAMPLES, seed=seed
-    )
+    samples = config.samples or SAMPLES
+    ids = token_segments(config.source, tokenizer, config.seq_len, samples, seed=seed)
     if config.samples is not None and len(ids) < config.samples:
         raise DataError(
-            f"calibration {config.source}: expected text for {config.samples} samples of {config.seq_len} tokens, got enough "
-            f"for {len(ids)}; give more text, fewer samples, or shorter ones (seq_len)"
+            f"calibration {config.source}: expected text for {config.samples} samples of "
+            f"{config.seq_len} tokens, got enough for {len(ids)}; give more text, fewer samples, "
+            "or shorter ones (seq_len)"
         )
     if config.tuning is not None:
         config.tuning.batches(*ids.shape)  # refuses too few samples before any work

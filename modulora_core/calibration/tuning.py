@@ -1,72 +1,119 @@
-"""Tuning: after a decoder block was quantized, what is a vector in it is trained, so that the block gives what it gave.
+"""Tunes a quantized block: trains its vectors until its output is close to the dense block's.
 
-The idea is from Tseng et al. 2024 (arXiv 2402.04396, section 5), for any quantizer that can fold scales into its packed
-weights. Codes stay as they are. Of every packed matrix Ŵ of the block a scale of its inputs, u, and of its outputs, v:
+Tseng et al. 2024 (arXiv 2402.04396, section 5) do so for QuIP#. Here any quantizer is tuned that
+can fold scales into its packed weights. Codes stay fixed. Each packed matrix Ŵ gets a scale of
+its inputs, u, and one of its outputs, v:
 
     y = v ⊙ (Ŵ (u ⊙ x)) + b
 
-and of the block its norms and biases are trained by gradient descent. The block gets the hidden states that the *quantized*
-blocks before it give; its output shall be that of the *unquantized* model. So a block also makes up for errors before it.
+Gradient descent trains u, v, and the block's norms and biases. The block's input
+comes from the *quantized* blocks before it, its target from the *dense* model. So a block also
+corrects errors of the blocks before it.
 
-Some samples are held out. What is judged on them is what will be stored: scales folded into packed tensors, norms and
-biases in their dtype. A block that didn't become better on them stays as it was quantized.
+The last samples are held out. They judge the values that will be stored: with scales folded into
+packed tensors, and vectors in their dtype. A block without a smaller error stays as it was.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from modulora_core.calibration.block import Block
-from modulora_core.calibration.blocks import Call
-from modulora_core.calibration.states import HiddenStates
-from modulora_core.calibration.text import CalibrationText
+from modulora_core.calibration.blocks import Block, Call
+from modulora_core.calibration.packing import PackedMatrices
+from modulora_core.errors import DataError, OptionError
 from modulora_core.packed import ChannelScales
 
+if TYPE_CHECKING:
+    from modulora_core.calibration.text import CalibrationText
+
+EPOCHS = 5
+LEARNING_RATE = 5e-3
+STEP_TOKENS = 512
+"""Tokens in an optimizer step. Small steps are more steps, and hold fewer activations."""
+
+HELD_OUT = 16
+"""One sample of so many is held out; at least one."""
+
 WARMUP = 0.05
-"""Share of the steps in which the learning rate rises to its peak; then it falls to 0 along a cosine."""
+"""The share of steps with a rising learning rate. It then falls to 0 along a cosine."""
 
 MAX_GRADIENT_NORM = 1.0
-"""Of all that is trained in a block, where the loss is 1 before the first step."""
+"""The bound for a block's whole gradient. The loss is 1 before the first step."""
 
 
-class HeldBack(Protocol):
-    """What tuning asks of who packs: a block's parameters, packed and kept, are written when it is tuned."""
+@dataclass(frozen=True, slots=True)
+class TuningConfig:
+    """Selects how each decoder block is tuned after it was quantized.
 
-    def is_whole(self, path: str) -> bool:
-        """Whether an earlier run wrote all of the block at ``path``."""
+    Attributes:
+        epochs: passes over the calibration samples for each block; 0 does not tune.
+        learning_rate: Adam's peak rate, for factors near 1. A step changes them by about this.
+        batch_size: samples in an optimizer step; None takes about :data:`STEP_TOKENS` tokens.
 
-    def restore_vector(self, name: str) -> Tensor:
-        """A parameter that an earlier run kept, as it is stored."""
+    Raises:
+        OptionError: a number is out of its range.
+    """
 
-    def rescales(self, name: str) -> bool:
-        """Whether the packed weight of this name can take scales."""
+    epochs: int = EPOCHS
+    learning_rate: float = LEARNING_RATE
+    batch_size: int | None = None
 
-    def rescale(self, name: str, scales: ChannelScales | None) -> Iterable[Tensor]:
-        """Fold scales into a weight as it was packed, or with None take them out; its quantized matrices, in fp32."""
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise OptionError(f"tuning epochs: expected 0 (no tuning) or more, got {self.epochs}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise OptionError(
+                f"tuning learning_rate: expected a positive number, got {self.learning_rate}"
+            )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise OptionError(f"tuning batch_size: expected at least 1, got {self.batch_size}")
 
-    def keep(self, name: str, tensor: Tensor) -> None:
-        """Take a parameter that isn't packed; a second time instead of the first."""
+    def batches(self, samples: int, seq_len: int) -> tuple[list[slice], list[slice]]:
+        """The samples of each optimizer step, and of each held-out batch.
 
-    def tell_tuning(self, step: int, steps: int) -> None:
-        """The block is being tuned."""
+        Raises:
+            DataError: there is only one sample.
+        """
+        if samples < 2:
+            raise DataError(
+                "tuning: expected at least 2 calibration samples, one of them to judge by, got "
+                f"{samples}; give more text or shorter samples (seq_len)"
+            )
+        size = self.step_samples(seq_len)
+        trained = samples - max(1, samples // HELD_OUT)
+        return _slices(0, trained, size), _slices(trained, samples, size)
 
-    def release(self) -> None:
-        """Write the block."""
+    def step_samples(self, seq_len: int) -> int:
+        """Samples in an optimizer step."""
+        return self.batch_size or max(1, STEP_TOKENS // seq_len)
+
+    def to_json(self, seq_len: int) -> dict[str, Any]:
+        """The entry in the checkpoint's record."""
+        return {
+            "epochs": self.epochs,
+            "learning_rate": self.learning_rate,
+            "batch_size": self.step_samples(seq_len),
+        }
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """The mean over tokens of ‖y − t‖² / ‖t‖²; y, t: ``[..., hidden]``, computed in fp32.
 
-    Each token counts by itself: those with massive activations, often the first one, would outweigh all others. It is also
-    what follows: the next norm divides a token's hidden state by its size.
+    Every token counts alike. Otherwise a few tokens with massive activations, often the first
+    one, would outweigh all others. The next norm divides a token by its size too.
     """
     y, t = output.to(torch.float32), target.to(torch.float32)
     power = t.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -78,115 +125,127 @@ class Tuner:
 
     Args:
         text: the samples; its config says how to tune.
-        packing: who packs.
-        seed: of the order of the samples.
+        seed: for the order of the samples.
 
     Attributes:
-        batches: the samples of each optimizer step, then those of each batch that is held out.
-        errors: of each block's path that was tuned in this run: :func:`relative_error` on the samples held out, before and after.
+        batches: the samples of each optimizer step, then of each held-out batch.
+        targets: the hidden states of the dense model, ``[samples, seq_len, hidden]``.
+        errors: by the path of each tuned block, :func:`relative_error` on held-out samples before
+            and after.
     """
 
-    def __init__(self, text: CalibrationText, packing: HeldBack, *, seed: int) -> None:
+    def __init__(self, text: CalibrationText, *, seed: int) -> None:
         assert text.config.tuning is not None
-        self._config, self._packing, self._seed = text.config.tuning, packing, seed
+        self._config, self._seed = text.config.tuning, seed
         self._trained, self._held_out = self._config.batches(*text.ids.shape)
         self.batches = [*self._trained, *self._held_out]
         self.errors: dict[str, tuple[float, float]] = {}
 
-    def begin(
-        self, inputs: HiddenStates, targets: HiddenStates, calls: Sequence[Sequence[Call]]
-    ) -> None:
-        """Take the hidden states, which others advance, and what each block is called with for each of :attr:`batches`."""
-        self._inputs, self._targets, self._calls = inputs, targets, calls
+    def begin(self, inputs: Tensor, targets: Tensor, calls: Sequence[Sequence[Call]]) -> None:
+        """Take the hidden states of the quantized and of the dense model, and the blocks' calls.
 
-    def take_up(self, number: int, block: Block) -> None:
-        """Tune a block whose weights are all packed, and let it be written; or take it as an earlier run tuned it.
+        The caller advances both from block to block. ``calls`` has each of :attr:`batches`.
+        """
+        self._inputs, self.targets, self._calls = inputs, targets, calls
+
+    def tune(
+        self,
+        number: int,
+        block: Block,
+        packed: Mapping[str, PackedMatrices],
+        progress: Callable[[str, int, int], None],
+    ) -> tuple[dict[str, PackedMatrices], dict[str, Tensor]]:
+        """Tune a block whose weights have their quantized values.
+
+        The hidden states are those before the block, the targets those after it.
 
         Args:
-            number: of the block.
-            block: its weights have their quantized values. Inputs are the hidden states before it, targets those after it.
-        """
-        if self._packing.is_whole(block.path):
-            for name in block.vectors:
-                block.replace_vector(name, self._packing.restore_vector(f"{block.path}.{name}"))
-            return
-        before = after = self._error(number, block)
-        trainee = Trainee(block, self._scaled(block))
-        if trainee.parameters() and 0 < before < math.inf:
-            self._train(number, block, trainee, before)
-            self._fold(block, trainee)
-            after = self._error(number, block)
-            if not after < before:  # NaN isn't
-                self._undo(block, trainee)
-                after = before
-        self.errors[block.path] = (before, after)
-        self._packing.release()
+            number: the block's number.
+            packed: its packed parameters, by their names inside the block.
+            progress: called with the block's path, steps done and all steps.
 
-    def _scaled(self, block: Block) -> list[str]:
-        """The weights that get scales. A stack of experts gets none: an expert sees few of the samples."""
-        return [
-            name
-            for name, site in block.sites.items()
-            if site.experts is None and self._packing.rescales(f"{block.path}.{name}")
-        ]
+        Returns:
+            the packed parameters and the vectors that changed, by their names inside the block.
+        """
+        before = after = self._error(number, block)
+        tuned, vectors = dict[str, PackedMatrices](), dict[str, Tensor]()
+        # experts get no scales: each sees too few samples
+        scaled = [name for name, site in block.sites.items()
+                  if site.experts is None and packed[name].quantizer.spec.rescales]  # fmt: skip
+        if (scaled or block.vectors) and 0 < before < math.inf:
+            trainee = Trainee(block, scaled)
+            self._train(number, block, trainee, before, progress)
+            trainee.detach()
+            tuned = {name: packed[name].rescaled(u_v) for name, u_v in trainee.scales.items()}
+            vectors = {n: v.to(block.vectors[n].dtype) for n, v in trainee.vectors.items()}
+            _replace(block, tuned, vectors)
+            after = self._error(number, block)
+            if not after < before:  # NaN is not
+                _replace(block, {name: packed[name] for name in tuned}, block.vectors)
+                after, tuned, vectors = before, {}, {}
+        self.errors[block.path] = (before, after)
+        return tuned, vectors
 
     def _error(self, number: int, block: Block) -> float:
-        """On the samples held out, of the block as it is now."""
+        """The error of the block as it is, on the held-out samples."""
         total, samples = 0.0, 0
         for call, batch in zip(self._calls[len(self._trained) :], self._held_out, strict=True):
-            output = call[number].run(block.module, self._inputs[batch])
-            total += float(relative_error(output, self._targets[batch])) * len(output)
+            inputs, targets = self._states(block, batch)
+            output = call[number].run(block.module, inputs)
+            total += float(relative_error(output, targets)) * len(output)
             samples += len(output)
         return total / samples
 
-    def _train(self, number: int, block: Block, trainee: Trainee, before: float) -> None:
+    def _train(
+        self,
+        number: int,
+        block: Block,
+        trainee: Trainee,
+        before: float,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
         steps = self._config.epochs * len(self._trained)
         optimizer = torch.optim.Adam(trainee.groups(self._config.learning_rate))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, partial(learning_rate_factor, steps=steps)
-        )
+        factor = partial(learning_rate_factor, steps=steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         for step, i in enumerate(self._order(block.path)):
-            batch = self._trained[i]
+            inputs, targets = self._states(block, self._trained[i])
             with torch.enable_grad():
-                output = self._calls[i][number].run(trainee, self._inputs[batch])
-                loss = relative_error(output, self._targets[batch]) / before
+                output = self._calls[i][number].run(trainee, inputs)
+                loss = relative_error(output, targets) / before
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainee.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             schedule.step()
-            self._packing.tell_tuning(step + 1, steps)
+            progress(block.path, step + 1, steps)
+
+    def _states(self, block: Block, batch: slice) -> tuple[Tensor, Tensor]:
+        """The inputs and the targets of a batch, on the block's device."""
+        return self._inputs[batch].to(block.device), self.targets[batch].to(block.device)
 
     def _order(self, path: str) -> Iterator[int]:
-        """The batch of each step. Each block has a stream of its own, so that a resumed run draws the same numbers."""
+        """The batch of each step. Each block has its own seed, so a resumed run draws the same."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {path}".encode()))
         for _ in range(self._config.epochs):
             yield from torch.randperm(len(self._trained), generator=generator).tolist()
 
-    def _fold(self, block: Block, trainee: Trainee) -> None:
-        trainee.detach()
-        for name, scales in trainee.scales.items():
-            block.replace(name, self._packing.rescale(f"{block.path}.{name}", scales))
-        for name, vector in trainee.vectors.items():
-            self._set(block, name, vector.to(block.vectors[name].dtype))
 
-    def _undo(self, block: Block, trainee: Trainee) -> None:
-        for name in trainee.scales:
-            block.replace(name, self._packing.rescale(f"{block.path}.{name}", None))
-        for name in trainee.vectors:
-            self._set(block, name, block.vectors[name])
-
-    def _set(self, block: Block, name: str, value: Tensor) -> None:
+def _replace(
+    block: Block, packed: Mapping[str, PackedMatrices], vectors: Mapping[str, Tensor]
+) -> None:
+    for name, matrices in packed.items():
+        block.replace(name, matrices.values())
+    for name, value in vectors.items():
         block.replace_vector(name, value)
-        self._packing.keep(f"{block.path}.{name}", value.cpu())
 
 
 class Trainee:
-    """A block with what is trained of it, in fp32 whatever the block is computed in; call it as the block.
+    """A block with trainable scales, norms and biases in fp32. Call it like the block.
 
     Args:
-        block: its parameters aren't changed.
-        scaled: the names of the weights that get scales.
+        block: its own parameters do not change.
+        scaled: the weights that get scales, by their names inside the block.
 
     Attributes:
         scales: u and v of each of these weights, 1 at first.
@@ -195,13 +254,12 @@ class Trainee:
 
     def __init__(self, block: Block, scaled: Sequence[str]) -> None:
         self._module = block.module
-        self.scales: dict[str, ChannelScales] = {}
         self._observed = {name: block.weights[name][0] for name in scaled}
+        self.scales: dict[str, ChannelScales] = {}
         for name, observed in self._observed.items():
             v, u = (torch.ones(n, device=observed.weight.device) for n in observed.weight.shape)
-            self.scales[name] = observed.scales = ChannelScales(
-                u.requires_grad_(), v.requires_grad_()
-            )
+            self.scales[name] = ChannelScales(u.requires_grad_(), v.requires_grad_())
+            observed.scales = self.scales[name]
         tensors = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
         self._dtypes = {name: tensors[name].dtype for name in block.vectors}
         self.vectors = {
@@ -213,14 +271,16 @@ class Trainee:
         values = {name: vector.to(self._dtypes[name]) for name, vector in self.vectors.items()}
         return functional_call(self._module, values, args, kwargs)
 
+    def _sides(self) -> list[Tensor]:
+        return [side for scales in self.scales.values() for side in (scales.input, scales.output)]
+
     def parameters(self) -> list[Tensor]:
-        """All that is trained."""
-        sides = [side for scales in self.scales.values() for side in (scales.input, scales.output)]
-        return [*sides, *self.vectors.values()]
+        """All trained tensors."""
+        return [*self._sides(), *self.vectors.values()]
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """For the optimizer. Adam's steps don't know how large a parameter is: vectors get steps relative to theirs."""
-        sides = [side for scales in self.scales.values() for side in (scales.input, scales.output)]
+        """Adam's groups. Adam ignores a parameter's size, so the rate of a vector follows it."""
+        sides = self._sides()
         groups: list[dict[str, Any]] = [{"params": sides, "lr": learning_rate}] if sides else []
         for vector in self.vectors.values():
             size = float(vector.detach().square().mean().sqrt()) or 1.0  # a bias may be zero
@@ -228,7 +288,7 @@ class Trainee:
         return groups
 
     def detach(self) -> None:
-        """Training is over: let the block be without scales again, and values be values."""
+        """End training: remove the scales from the block, and stop recording gradients."""
         for observed in self._observed.values():
             observed.scales = None
         for tensor in self.parameters():
@@ -236,7 +296,7 @@ class Trainee:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """The share of the peak in step ``step`` of ``steps``, counted from 0."""
+    """The share of the peak rate in ``step`` of ``steps``, counted from 0."""
     warmup = max(1, math.ceil(WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup

@@ -1,26 +1,42 @@
-"""The samples' way through the decoder blocks: see a layer's inputs, let it be packed, go on with what was packed.
+"""Takes the samples through a model block by block, and lets each block be packed on the way.
 
-One block is dense at a time. The inputs of a block are what the quantized blocks before it give; in true-sequential
-order this holds for the layers within a block too: q, k, v are packed, then o, then gate and up, then down.
+The inputs of a block are the outputs of the quantized blocks before it. In true-sequential order
+this holds inside a block too: q, k and v are packed, then o, then gate and up, then down.
+One block is dense at a time.
+
+A batch must therefore stop in the middle of a block's forward, wait for packing, and go on:
+
+1.  The forward is the model's own code, and torch has no hook that suspends it.
+2.  A greenlet can be suspended: it is a function with a stack of its own, in the same thread.
+3.  Each batch runs the block in a greenlet. ``switch()`` starts it or continues it.
+4.  Each observed weight passes its input to a collector, which adds it to H.
+5.  When all inputs of a stage arrived, the collector switches back to the walk.
+6.  The walk does this for each batch, packs the stage, and replaces its weights.
+7.  Then it continues each batch: the next product of the batch uses the quantized weights.
+8.  A paused batch holds its activations. Batches beyond :data:`PAUSED_BYTES` do not pause.
+9.  The walk drops their greenlet at the stop, and runs them from the block's beginning next time.
+10. Both ways compute the same products, so they give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from modulora_core.calibration.block import Block, fill_outside, sites_within
-from modulora_core.calibration.blocks import Call, find_blocks, record_calls
-from modulora_core.calibration.observe import Key
-from modulora_core.calibration.order import Order
-from modulora_core.calibration.passes import Collector, Passes
-from modulora_core.calibration.states import DENSE_FILE, FILE, HiddenStates
+from modulora_core.calibration.blocks import (
+    Block,
+    Call,
+    block_modules,
+    find_blocks,
+    outer_model,
+    record_calls,
+)
+from modulora_core.calibration.packing import PackedMatrices, Packing
+from modulora_core.calibration.passes import Collector, Order, Passes, TokenWeights
+from modulora_core.calibration.states import empty_states
 from modulora_core.calibration.text import CalibrationText
 from modulora_core.calibration.tuning import Tuner
 from modulora_core.models import ModelSource
@@ -28,41 +44,7 @@ from modulora_core.models.sites import LinearSite
 from modulora_core.spec import Calibration
 
 PAUSED_BYTES = 2**30
-"""What the activations of paused batches may take, by estimate."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOutCalibration(Calibration):
-    """What was seen of one layer, and apart from it what was seen of samples that are held out: to judge by.
-
-    Attributes:
-        held_out: of these samples, with their inputs weighted; no ``samples`` where no token of them reached an expert.
-    """
-
-    held_out: Calibration
-
-
-class Packing(Protocol):
-    """What the walk asks of its caller."""
-
-    def keep(self, name: str, tensor: Tensor) -> None:
-        """Take a parameter of a block that isn't packed."""
-
-    def wants_calibration(self, name: str) -> bool:
-        """Whether ``name`` is packed with its H."""
-
-    def is_packed(self, name: str) -> bool:
-        """Whether an earlier run packed ``name``."""
-
-    def restore(self, name: str) -> Iterable[Tensor] | None:
-        """The quantized matrices of a parameter that an earlier run packed, in fp32, one at a time; None to go on as they are."""
-
-    def pack(
-        self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
-    ) -> Iterable[Tensor] | None:
-        """Pack a parameter's matrices, ``[out, in]`` each, and give their quantized values back, in fp32, one at a time; or
-        None to go on with these.
-        """
+"""The estimated memory for activations of paused batches."""
 
 
 class BlockWalk:
@@ -71,19 +53,19 @@ class BlockWalk:
     Args:
         source: the model.
         text: the samples.
-        linears: what will be packed; those outside of the blocks aren't seen here.
-        device: where blocks are run. On a CPU in fp32, elsewhere in the model's dtype.
-        folder: for the hidden states, where they are kept in a file.
+        linears: the parameters to pack; the walk skips parameters outside of the blocks.
+        device: blocks run there, on a CPU in fp32, elsewhere in the model's dtype.
+        folder: for hidden states in a file.
         paused_bytes: see :data:`PAUSED_BYTES`.
-        held_out: by name of a parameter and matrix, the weights of the inputs in each of the last samples: these samples are held out, and
-            what is packed is given a :class:`HeldOutCalibration`, whose ``hessian`` is of the others.
+        token_weights: holds the last samples out, as many as it has weights for. Then each
+            calibration is a :class:`~modulora_core.calibration.packing.HeldOutCalibration`.
 
     Attributes:
         blocks: dotted paths of the decoder blocks.
         unreached: the experts that no token was routed to.
 
     Raises:
-        ModelError: no decoder blocks are found.
+        ModelError: the model has no decoder blocks.
     """
 
     def __init__(
@@ -95,178 +77,169 @@ class BlockWalk:
         device: torch.device,
         folder: Path,
         paused_bytes: int = PAUSED_BYTES,
-        held_out: Mapping[str, Sequence[Sequence[Tensor]]] | None = None,
+        token_weights: TokenWeights | None = None,
     ) -> None:
         self._source, self._text, self._device, self._folder = source, text, device, folder
-        self._held_out = held_out
-        count = 0 if not held_out else len(next(iter(held_out.values()))[0])
-        self._first_held_out = len(text.ids) - count
-        self._paused_bytes = paused_bytes
-        self._model = source.skeleton(buffers=True).eval()  # no dropout
-        self.blocks = find_blocks(self._model)
-        self._linears = tuple(linears)
+        self._linears, self._paused_bytes = tuple(linears), paused_bytes
+        self._token_weights = token_weights or {}
+        held_out = len(next(iter(token_weights.values()))[0]) if token_weights else 0
+        self._first_held_out = len(text.ids) - held_out
         self._orders: dict[tuple[object, ...], Order] = {}
+        self.blocks = find_blocks(source.skeleton())
         self.unreached: list[str] = []
 
     @torch.no_grad()
     def run(self, packing: Packing, tuner: Tuner | None = None) -> None:
-        """Pack every block, and with a ``tuner`` tune it then.
+        """Pack every block, and tune it if there is a ``tuner``.
 
         Raises:
-            ModelError: the model can't be run block by block.
-            WorkError: NaN or Inf in a layer's inputs; the message names it.
+            ModelError: the model can't run block by block.
+            WorkError: an input of a layer is NaN or Inf; the message names the layer.
         """
-        modules = [self._model.get_submodule(path) for path in self.blocks]
-        filled = [
-            self._fill_block(0, modules[0], packing)
-        ]  # the model's forward runs it to learn what it returns
-        with ExitStack() as stack:
-            states, calls = self._enter(modules, stack)
-            targets = None if tuner is None else self._begin(tuner, states, modules, stack)
-            del self._model  # the embeddings aren't needed any more
-            for number in range(len(modules)):
-                block = (
-                    filled.pop() if filled else self._fill_block(number, modules[number], packing)
-                )
-                modules[number] = nn.Identity()
-                passes = self._passes(block, states, [found[number] for found in calls])
-                if targets is not None:
-                    passes.advance(targets)  # while the block is dense
-                self._pack_block(block, passes, packing)
-                if tuner is not None:
-                    passes.begin_again()  # what pauses has seen weights that aren't tuned
-                    tuner.take_up(number, block)
-                if number < len(modules) - 1:
-                    passes.finish()
-                passes.close()
-                block.close()
+        states, calls = self._enter(tuner)
+        modules = block_modules(self._source, self.blocks)
+        for number in range(len(self.blocks)):
+            of_batches = [found[number] for found in calls]
+            self._do_block(number, modules.pop(0), states, of_batches, packing, tuner)
 
-    def _passes(self, block: Block, states: HiddenStates, calls: Sequence[Call]) -> Passes:
-        may_pause = self._text.config.sequential and not block.has_experts
-        room = self._paused_bytes if may_pause else 0
-        return Passes(
-            block, states, calls, self._batches(), paused_bytes=room, held_out=self._first_held_out
-        )  # fmt: skip
+    def _enter(self, tuner: Tuner | None) -> tuple[Tensor, list[list[Call]]]:
+        """The hidden states before the first block, and for each batch a call of each block."""
+        model = outer_model(self._source, self.blocks, self._device, head=False)
+        modules = [model.get_submodule(path) for path in self.blocks]
+        ids, calls = self._text.ids, list[list[Call]]()
+        batches = record_calls(model, modules, ids, self._batches(), self._device)
+        for batch, hidden, found in batches:
+            if not calls:
+                states = self._empty_states(hidden)
+            states[batch] = hidden
+            calls.append(found)
+        if tuner is not None:
+            batches = record_calls(model, modules, ids, tuner.batches, self._device)
+            targets = self._empty_states(states).copy_(states)
+            tuner.begin(states, targets, [found for _, _, found in batches])
+        return states, calls
+
+    def _empty_states(self, hidden: Tensor) -> Tensor:
+        shape = (len(self._text.ids), *hidden.shape[1:])
+        spill = self._text.config.spill
+        return empty_states(shape, hidden.dtype, self._device, self._folder, spill)
 
     def _batches(self) -> list[slice]:
-        """Samples that are held out go alone, as they did when their weights were found."""
+        """Held-out samples go alone, as they did when their weights were computed."""
         size, count, first = self._text.batch_size, len(self._text.ids), self._first_held_out
         calibrating = [slice(start, min(start + size, first)) for start in range(0, first, size)]
         return calibrating + [slice(i, i + 1) for i in range(first, count)]
 
-    def _enter(
-        self, blocks: list[nn.Module], stack: ExitStack
-    ) -> tuple[HiddenStates, list[list[Call]]]:
-        """The hidden states before the first block, and for each batch a call of each block."""
-        fill_outside(self._model, self.blocks, self._source, self._device, head=False)
-        calls: list[list[Call]] = []
-        states = None
-        for batch in self._batches():
-            hidden, found = record_calls(
-                self._model, blocks, self._text.ids[batch].to(self._device)
-            )
-            if states is None:
-                states = self._states(hidden, FILE, stack)
-            states[batch] = hidden
-            calls.append(_sharing(found, calls))
-        assert states is not None
-        return states, calls
-
-    def _begin(
-        self, tuner: Tuner, states: HiddenStates, blocks: list[nn.Module], stack: ExitStack
-    ) -> HiddenStates:
-        """The unquantized model's hidden states, which are the same before the first block."""
-        calls: list[list[Call]] = []
-        for batch in tuner.batches:
-            _, found = record_calls(self._model, blocks, self._text.ids[batch].to(self._device))
-            calls.append(_sharing(found, calls))
-        targets = self._states(states[slice(0, 1)], DENSE_FILE, stack)
-        targets.copy_(states)
-        tuner.begin(states, targets, calls)
-        return targets
-
-    def _states(self, hidden: Tensor, file: str, stack: ExitStack) -> HiddenStates:
-        """Room for all samples' hidden states, of which ``hidden`` are some."""
-        shape = (len(self._text.ids), hidden.shape[1], hidden.shape[2])
-        states = HiddenStates(shape, hidden.dtype, self._folder, device=self._device,
-                              spill=self._text.config.spill, file=file)  # fmt: skip
-        stack.callback(states.close)
-        return states
-
-    def _fill_block(self, number: int, module: nn.Module, packing: Packing) -> Block:
+    def _do_block(
+        self,
+        number: int,
+        module: nn.Module,
+        states: Tensor,
+        calls: Sequence[Call],
+        packing: Packing,
+        tuner: Tuner | None,
+    ) -> None:
+        """Fill a block, pack it, tune it, and replace the hidden states by those after it."""
+        dense: dict[str, Tensor] = {}  # a tuner changes vectors before they are written
+        keep: Callable[[str, Tensor], None] = packing.keep if tuner is None else dense.__setitem__
         path = self.blocks[number]
-        return Block(
-            path,
-            module,
-            sites_within(path, self._linears),
-            self._source,
-            self._device,
-            packing.keep,
+        block = Block(path, module, self._linears, self._source, self._device, keep)
+        may_pause = self._text.config.sequential and not block.has_experts
+        passes = Passes(
+            block,
+            states,
+            calls,
+            self._batches(),
+            paused_bytes=self._paused_bytes if may_pause else 0,
+            first_held_out=self._first_held_out,
+            device=self._device,
         )
+        if tuner is None:
+            written = {name for name in block.sites if packing.is_written(f"{path}.{name}")}
+            self._pack(block, passes, packing, written, packing.write)
+        else:
+            passes.advance(tuner.targets)  # while the block is dense
+            self._pack_and_tune(number, block, passes, packing, tuner, dense)
+        if number < len(self.blocks) - 1:
+            passes.finish()
+        passes.discard()
 
-    def _pack_block(self, block: Block, passes: Passes, packing: Packing) -> None:
-        """Pack a block's weights stage by stage, or take them from an earlier run."""
-        done = {name for name in block.sites if packing.is_packed(f"{block.path}.{name}")}
-        if len(done) == len(block.sites):
-            for name in done:
-                _replace(block, name, packing.restore(f"{block.path}.{name}"))
-            return
-        if block.structure not in self._orders:
-            self._orders[block.structure] = passes.order()
-        order = self._orders[block.structure]
-        for stage in order.stages if self._text.config.sequential else order.merged().stages:
-            sums = any(packing.wants_calibration(f"{block.path}.{name}") for name in stage)
+    def _pack_and_tune(
+        self,
+        number: int,
+        block: Block,
+        passes: Passes,
+        packing: Packing,
+        tuner: Tuner,
+        dense: dict[str, Tensor],
+    ) -> None:
+        """Pack and tune a block, then write it. A block that an earlier run wrote is read."""
+        prefix, packed = f"{block.path}.", list[PackedMatrices]()
+        names = [*dense, *(prefix + name for name in block.sites)]
+        whole = all(packing.is_written(name) for name in names)
+        self._pack(block, passes, packing, block.sites if whole else (), packed.append)
+        passes.discard()  # paused batches have multiplied by weights that are not tuned
+        by_name = {matrices.name.removeprefix(prefix): matrices for matrices in packed}
+        if whole:
+            for name in block.vectors:
+                block.replace_vector(name, packing.read_kept(prefix + name))
+        else:
+            tuned, vectors = tuner.tune(number, block, by_name, packing.tell_tuning)
+            by_name |= tuned
+            dense |= {prefix + name: value.cpu() for name, value in vectors.items()}
+        for name, tensor in dense.items():
+            packing.keep(name, tensor)
+        for matrices in by_name.values():
+            packing.write(matrices)
+
+    def _pack(
+        self,
+        block: Block,
+        passes: Passes,
+        packing: Packing,
+        written: Collection[str],
+        write: Callable[[PackedMatrices], None],
+    ) -> None:
+        """Pack a block's weights stage by stage; read those that an earlier run has ``written``."""
+        full_names = {name: f"{block.path}.{name}" for name in block.sites}
+        wanting = {name for name in block.sites if packing.wants_calibration(full_names[name])}
+        weights = {n: self._token_weights[f] for n, f in full_names.items() if self._token_weights}
+        order = self._order(block, passes)
+        for stage in order.stages:
             collector = Collector(
-                order, stage, early=not block.has_experts, sums=sums, token_weights=self._token_weights(block)
-            )  # fmt: skip
-            if sums:
+                order, stage, stops=not block.has_experts, weights=weights, device=self._device
+            )
+            if wanting.intersection(stage).difference(written):
                 passes.collect(collector)
             for name in stage:
-                full_name = f"{block.path}.{name}"
-                if name in done:
-                    values = packing.restore(full_name)
+                if name in written:
+                    packed = packing.read(full_names[name])
                 else:
                     matrices = [observed.weight for observed in block.weights[name]]
-                    wanted = packing.wants_calibration(full_name)
-                    seen = self._seen(block, name, collector) if wanted else [None] * len(matrices)
-                    values = packing.pack(full_name, matrices, seen)
-                _replace(block, name, values)
+                    found = self._calibrations(block, name, collector if name in wanting else None)
+                    packed = packing.pack(full_names[name], matrices, found)
+                if packed is not None:
+                    write(packed)
+                    block.replace(name, packed.values())
 
-    def _token_weights(self, block: Block) -> dict[Key, Sequence[Tensor]]:
-        if self._held_out is None:
-            return {}
-        return {
-            Key(name, i): weights
-            for name in block.sites
-            for i, weights in enumerate(self._held_out[f"{block.path}.{name}"])
-        }
+    def _order(self, block: Block, passes: Passes) -> Order:
+        if block.structure not in self._orders:
+            order = passes.order()
+            sequential = self._text.config.sequential
+            self._orders[block.structure] = order if sequential else order.merged()
+        return self._orders[block.structure]
 
-    def _seen(self, block: Block, name: str, collector: Collector) -> Iterator[Calibration]:
-        """What was seen of each matrix of a parameter, one at a time: an H of each of many experts is large."""
-        full_name = f"{block.path}.{name}"
+    def _calibrations(
+        self, block: Block, name: str, collector: Collector | None
+    ) -> Iterator[Calibration | None]:
+        """H of each matrix of a parameter, one at a time: H of many experts is large."""
         for i, observed in enumerate(block.weights[name]):
-            moment = collector.moment(observed.key, observed.weight.shape[1], self._device)
+            if collector is None:
+                yield None
+                continue
+            layer = f"{block.path}.{name}"
             expert = f" of expert {i}" if block.sites[name].experts is not None else ""
-            if moment.samples == 0:
-                self.unreached.append(f"{full_name}[{i}]")
-            seen = moment.mean(f"{full_name}{expert}")
-            if self._held_out is not None:
-                other = collector.held_out(observed.key, observed.weight.shape[1], self._device)
-                seen = HeldOutCalibration(
-                    seen.hessian, seen.samples, other.mean(f"{full_name}{expert}")
-                )
-            yield seen
-
-
-def _replace(block: Block, name: str, values: Iterable[Tensor] | None) -> None:
-    if values is not None:
-        block.replace(name, values)
-
-
-def _sharing(found: list[Call], before: Sequence[list[Call]]) -> list[Call]:
-    """The calls of one batch, with the objects of the first batch's where they are equal."""
-    return (
-        [call.sharing(first) for call, first in zip(found, before[0], strict=True)]
-        if before
-        else found
-    )
+            found = collector.calibration(observed.key, observed.weight, f"{layer}{expert}")
+            if found.samples == 0:
+                self.unreached.append(f"{layer}[{i}]")
+            yield found

@@ -1,7 +1,8 @@
-"""From a dense model to a packed checkpoint, a parameter or, with calibration, a decoder block at a time.
+"""Quantizes a model into a packed checkpoint, a parameter or a decoder block at a time.
 
-:func:`~modulora_core.quantization.layout.plan_quantization` does all that can be refused, and knows every byte that will be
-written; :func:`quantize` then streams: what is read (memory-mapped) is packed, written to its place, and dropped.
+:func:`~modulora_core.quantization.layout.choose_layout` makes all refusals and computes every byte
+that will be written. :func:`quantize` then streams: it reads a parameter, packs it, writes it to
+its place, and drops it.
 """
 
 from __future__ import annotations
@@ -9,20 +10,16 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from modulora_core.calibration import (
-    CalibrationConfig,
-    CalibrationText,
-    check_seq_len,
-    load_calibration,
-    spill_bytes,
-)
+from modulora_core.calibration import CalibrationConfig, calibration_text
+from modulora_core.calibration.states import spilled_by
 from modulora_core.checkpoints.outputs import (
     SMALL_FILES,
     check_disk_space,
@@ -31,7 +28,6 @@ from modulora_core.checkpoints.outputs import (
     whole_or_nothing,
     write_file,
 )
-from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter
 from modulora_core.devices import pick_device
 from modulora_core.devices.memory import PeakMemory
@@ -40,35 +36,32 @@ from modulora_core.models import ModelSource, open_model
 from modulora_core.models.progress import Progress
 from modulora_core.models.tokenizer_files import TOKENIZER_FILES
 from modulora_core.models.unfinished import REQUEST
-from modulora_core.quantization.layout import Override, Plan, plan_quantization
+from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
 from modulora_core.quantization.packer import Packed, pack_all
 from modulora_core.registry import Choice
 
-__all__ = [
-    "Choice",
-    "Override",
-    "QuantizeResult",
-    "plan_quantization",
-    "quantize",
-]
+__all__ = ["Choice", "Override", "QuantizeResult", "quantize"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What was written.
+    """A packed checkpoint that was written.
 
     Attributes:
-        bits_per_weight: of the ``weights`` packed weights, everything counted.
-        packed_by: how many weights each quantizer packed, by its name.
-        bytes: of all tensors written; source_bytes: of the same parameters before.
-        kept: what was not quantized: reason → names.
-        calibration: the samples that were used; None without calibration.
-        unreached: experts that no calibration token was routed to: packed as if all inputs mattered alike.
-        tuning_errors: of each decoder block that this run tuned, its error on samples held out, before and after; None
-            without tuning.
-        allocation: what went where and why (:func:`modulora_core.quantization.mixed.run.quantize_mixed`), if a budget decided.
+        quantizer, options: the quantizer of all layers without an override.
+        bits_per_weight: the packed bits per packed weight, scales included.
+        bytes: the size of all tensors; source_bytes: their size in the dense model.
+        seconds: the duration; peak_memory_bytes: the peak memory of the process.
+        weights: the number of packed weights; packed_by: the same by quantizer.
+        kept: reason → names of the parameters that stayed dense.
+        calibration: the samples; None without calibration.
+        unreached: experts without a calibration token. They were packed with H = I.
+        tuning_errors: by decoder block tuned in this run, its error on held-out samples before
+            and after; None without tuning.
+        allocation: the choice of each layer, if a budget decided
+            (:func:`modulora_core.quantization.mixed.run.quantize_mixed`).
     """
 
     out: str
@@ -110,123 +103,138 @@ def quantize(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> QuantizeResult:
-    """Quantize ``model`` into the folder ``out``.
+    """Quantize the linear layers of ``model`` into the folder ``out``.
+
+    The model is never whole in memory. ``out`` becomes a Hugging Face folder that
+    :func:`modulora_core.load_model` opens. The same arguments give the same bytes::
+
+        result = quantize("org/model", "packed", "NAME", {"bits": 3},
+                          calibration=CalibrationConfig("text.txt"))
+        print(result.bits_per_weight)
 
     Args:
         model: a Hub id, a folder of safetensors, a ``.gguf`` file, or ``package:NAME``.
-        out: a new or empty folder. It appears whole or not at all.
-        quantizer: the plugin's name; options: of its ``Options``.
-        overrides: other quantizers for some modules; the last that matches holds.
-        include, exclude: fnmatch patterns on module paths (:func:`modulora_core.models.sites.find_sites`).
-        head, embeddings: quantizers for the output head and the input embedding, which stay dense without; in a tied model they are
-            one table, which either of the two packs.
-        calibration: the text whose tokens tell a quantizer which inputs matter, and whether blocks are tuned on it.
-        device: where packing is computed. The checkpoint is the same kind of folder whatever the device.
-        seed: for quantizers that draw random numbers; each parameter has its own stream.
-        resume: go on with ``out.partial`` of a killed run of the same request, on the same kind of machine: packed
-            parameters (with tuning: whole blocks) are kept, and the bytes are those of a run that wasn't killed. Where
-            nothing was begun, begin. Without it such a folder is refused.
+        out: a new or empty folder. It appears when it is whole.
+        quantizer: a name of ``modulora list-quantizers``; options: of its ``Options``.
+        overrides: other quantizers for some modules; the last match counts.
+        include: quantize only modules whose dotted path matches one of these patterns (fnmatch).
+        exclude: leave modules dense that match one of these patterns.
+        head: also quantize the output head; embeddings: also the input embedding. In a tied model
+            they are one table, and either packs both.
+        calibration: the text for quantizers that need the second moment of each layer's inputs.
+            Its ``tuning`` also trains each block after it was quantized.
+        device: the torch device that packs, such as ``"cuda"``.
+        seed: for random numbers of quantizers and the choice of samples.
+        max_shard_bytes: the size of a file of the checkpoint.
+        resume: continue the same request in ``out.partial`` after a killed run. Parameters that
+            were written (with tuning: whole blocks) are kept. Without ``resume`` such a folder is
+            refused.
+        revision: a branch, tag or commit of a Hub repository.
+        progress: called with a phase, bytes done and all bytes of the phase.
 
     Raises:
-        RequestError: anything that can be known beforehand, before any work. WorkError: what can't.
+        RequestError: the request can't be fulfilled; nothing was written.
+        WorkError: a layer's inputs are NaN or Inf, or a quantizer failed.
     """
     started = time.perf_counter()
-    where = pick_device(device)
+    where, out = pick_device(device), Path(out)
     with PeakMemory(where) as peak:
-        out = Path(out)
         check_output(out, resume=resume)
         source = open_model(model, revision=revision)
         text = None if calibration is None else calibration_text(source, calibration, seed)
-        plan = plan_quantization(
-            source, quantizer, options, overrides=overrides, include=include, exclude=exclude, head=head, embeddings=embeddings,
+        selection = Selection(include, exclude, head, embeddings)
+        layout = choose_layout(
+            source, Choice(quantizer, options or {}), overrides, selection,
             calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
-        _warn_without_tokenizer(source)
-        request = {**plan.record.to_json(), "max_shard_bytes": max_shard_bytes}
-        before = request_before(out, request, resume=resume)
-        spilled = 0 if text is None else spill_bytes(text, source.config, where)
-        check_disk_space(out, plan.nbytes + SMALL_FILES + spilled)
-        contents = check_values(source, out, before, progress)
-        with whole_or_nothing(out, resume=bool(before)) as folder:
-            write_request(folder, request, contents)
-            packed = write_packed(
-                source, plan, folder, where, resume=bool(before), progress=progress
+        if not source.has_tokenizer:
+            logger.warning(
+                "model %s: it has no tokenizer files, such as %s, so the packed model has none; "
+                "finetune, generate, chat and evaluate need them: put them into its folder, or "
+                "later into the packed one",
+                source.location.model,
+                TOKENIZER_FILES[0],
             )
-    first = plan.record.recipes[0]
-    return result_of(
-        source, plan, packed, out=out, quantizer=first.quantizer, options=first.options,
-        seconds=time.perf_counter() - started, peak=peak,
-    )  # fmt: skip
+        request = {**layout.record.to_json(), "max_shard_bytes": max_shard_bytes}
+        nbytes = layout.nbytes + (0 if text is None else spilled_by(text, source.config, where))
+        with unfinished(source, out, request, nbytes, resume, progress) as (folder, resumes):
+            packed = write_packed(source, layout, folder, where, resume=resumes, progress=progress)
+    first = layout.record.recipes[0]
+    seconds = time.perf_counter() - started
+    return result_of(source, layout, packed, out, (first.quantizer, first.options), seconds, peak)
 
 
-def calibration_text(source: ModelSource, config: CalibrationConfig, seed: int) -> CalibrationText:
-    """The samples. Raises OptionError, DataError, MissingExtraError, ModelError where there are none for this model."""
-    check_seq_len(config, source.config)
-    return load_calibration(config, source.tokenizer(), seed=seed)
+@contextmanager
+def unfinished(
+    source: ModelSource,
+    out: Path,
+    request: Mapping[str, Any],
+    nbytes: int,
+    resume: bool,
+    progress: Progress | None,
+) -> Iterator[tuple[Path, bool]]:
+    """Open the folder of an unfinished run, which becomes ``out`` at the end.
 
+    Args:
+        request: identifies the run; a resumed run must have the same.
+        nbytes: the size of the files to write, without small ones.
+        resume: whether to continue a run that is there.
 
-def _warn_without_tokenizer(source: ModelSource) -> None:
-    if not source.has_tokenizer:
-        logger.warning(
-            "model %s: it has no tokenizer files, such as %s, and so the packed one will have none: finetune, generate, chat and "
-            "evaluate need them; put them into its folder, or into the packed one later", source.location.model, TOKENIZER_FILES[0],
-        )  # fmt: skip
-
-
-def request_before(out: Path, request: Mapping[str, Any], *, resume: bool) -> dict[str, Any]:
-    """What the unfinished run was asked for that shall be resumed; empty if there is none.
-
-    Raises:
-        CheckpointError: that wasn't ``request``; the message says what differs.
-    """
-    path = partial_name(out) / REQUEST
-    if not (resume and path.is_file()):
-        return {}
-    before = dict(json.loads(path.read_text()))
-    changed = [key for key in request if request[key] != before["record"].get(key)]
-    if changed:
-        raise _another(partial_name(out), ", ".join(changed))
-    return before
-
-
-def check_values(
-    source: ModelSource, out: Path, before: Mapping[str, Any], progress: Progress | None
-) -> str:
-    """Read every weight once; a SHA-256 of them.
+    Yields:
+        the folder, and whether a run is continued.
 
     Raises:
-        CheckpointError: a weight is missing or of another shape, or they aren't those of the unfinished run.
-        WeightError: NaN or Inf in a weight.
+        CheckpointError: the unfinished run has another request or other weights; a weight is
+            missing or has another shape.
+        DiskSpaceError: the disk has too little space.
+        WeightError: a weight is NaN or Inf.
     """
+    folder = partial_name(out)
+    before: dict[str, Any] = {}
+    if resume and (folder / REQUEST).is_file():
+        before = json.loads((folder / REQUEST).read_text())
+        changed = [key for key in request if request[key] != before["record"].get(key)]
+        if changed:
+            raise _another(folder, ", ".join(changed))
+    check_disk_space(out, nbytes + SMALL_FILES)
     source.validate()
-    contents = source.check_finite(_named(progress, "checking"))
+    contents = source.check_finite(
+        None if progress is None else lambda done, total: progress("checking", done, total)
+    )
     if before.get("contents", contents) != contents:
-        raise _another(partial_name(out), "the values of the model's weights")
-    return contents
+        raise _another(folder, "the values of the model's weights")
+    with whole_or_nothing(out, resume=bool(before)) as folder:
+        write_file(folder / REQUEST, json.dumps({"record": request, "contents": contents}))
+        yield folder, bool(before)
 
 
-def write_request(folder: Path, request: Mapping[str, Any], contents: str) -> None:
-    """Note what an unfinished folder is of, for :func:`request_before`."""
-    write_file(folder / REQUEST, json.dumps({"record": request, "contents": contents}))
+def _another(folder: Path, difference: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: an unfinished run of another request (differs in {difference}); ask for the "
+        "same, or remove the folder to start again without --resume"
+    )
 
 
 def write_packed(
     source: ModelSource,
-    plan: Plan,
+    layout: Layout,
     folder: Path,
     device: torch.device,
     *,
     resume: bool,
     progress: Progress | None,
 ) -> Packed:
-    """Everything that ``plan`` says, into an unfinished folder.
+    """Write all files of ``layout`` into an unfinished folder.
 
     Raises:
         ModelError, WorkError: as :func:`modulora_core.quantization.packer.pack_all`.
     """
-    writer = ShardWriter(folder, plan.shards, resume=resume)
-    packed = pack_all(source, plan, writer, device, progress)
-    _write_config(source, plan.record, folder)
+    writer = ShardWriter(folder, layout.shards, resume=resume)
+    packed = pack_all(source, layout, writer, device, progress)
+    config = source.config
+    config.architectures = [type(source.skeleton()).__name__]
+    config.quantization_config = layout.record.to_json()
+    config.save_pretrained(folder)
     source.copy_tokenizer(folder)
     writer.finish()
     (folder / REQUEST).unlink()
@@ -235,59 +243,38 @@ def write_packed(
 
 def result_of(
     source: ModelSource,
-    plan: Plan,
+    layout: Layout,
     packed: Packed,
-    *,
     out: Path,
-    quantizer: str,
-    options: Mapping[str, Any],
+    quantizer: tuple[str, Mapping[str, Any]],
     seconds: float,
     peak: PeakMemory,
     allocation: dict[str, Any] | None = None,
 ) -> QuantizeResult:
-    """What is told of a checkpoint that was written."""
-    text = plan.calibration
-    return QuantizeResult(
-        out=str(out), quantizer=quantizer, options=dict(options), bits_per_weight=plan.record.bits_per_weight,
-        bytes=plan.nbytes, seconds=seconds, peak_memory_bytes=peak.nbytes,
-        weights=sum(site.weights for _, site in plan.record.items()),
-        source_bytes=sum(info.nbytes for info in source.parameters.values()),
-        kept=dict(plan.record.kept), packed_by=_packed_by(plan.record),
-        calibration=None if text is None else text.to_json(), unreached=list(packed.unreached),
-        tuning_errors=None if text is None or text.config.tuning is None else _rounded(packed.tuning_errors),
-        allocation=allocation,
-    )  # fmt: skip
-
-
-def _packed_by(record: QuantizationRecord) -> dict[str, int]:
-    weights: dict[str, int] = {}
+    """The result of a run that wrote ``layout``."""
+    record, text = layout.record, layout.calibration
+    packed_by: dict[str, int] = {}
     for _, site in record.items():
         name = record.recipes[site.recipe].quantizer
-        weights[name] = weights.get(name, 0) + site.weights
-    return weights
-
-
-def _rounded(errors: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """To four digits."""
-    return {
+        packed_by[name] = packed_by.get(name, 0) + site.weights
+    errors = {
         path: (float(f"{before:.4g}"), float(f"{after:.4g}"))
-        for path, (before, after) in errors.items()
+        for path, (before, after) in packed.tuning_errors.items()
     }
-
-
-def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
-
-
-def _another(folder: Path, difference: str) -> CheckpointError:
-    return CheckpointError(
-        f"{folder}: an unfinished run of another request (differs in {difference}); ask for the same, or remove the folder to start "
-        "again without --resume"
+    return QuantizeResult(
+        out=str(out),
+        quantizer=quantizer[0],
+        options=dict(quantizer[1]),
+        bits_per_weight=record.bits_per_weight,
+        bytes=layout.nbytes,
+        seconds=seconds,
+        peak_memory_bytes=peak.nbytes,
+        weights=sum(packed_by.values()),
+        source_bytes=sum(info.nbytes for info in source.parameters.values()),
+        kept=dict(record.kept),
+        packed_by=packed_by,
+        calibration=None if text is None else text.to_json(),
+        unreached=list(packed.unreached),
+        tuning_errors=errors if text is not None and text.config.tuning is not None else None,
+        allocation=allocation,
     )
-
-
-def _write_config(source: ModelSource, record: QuantizationRecord, folder: Path) -> None:
-    config = source.config
-    config.architectures = [type(source.skeleton()).__name__]
-    config.quantization_config = record.to_json()
-    config.save_pretrained(folder)

@@ -1,14 +1,10 @@
-"""Mixed precision under a budget: every layer its own quantizer, so that all of it fits and the loss grows least.
+"""Mixed precision: gives each layer the quantizer that keeps the loss smallest within a budget.
 
-::
-
-    candidates.py    what may be chosen: quantizers, layers, bytes; what is refused before work
-    errors.py        each layer's error under each quantizer, measured block by block
-    allocation.py    the choice: a knapsack
-    run.py           the command's work: measure, choose, quantize
-    recorded.py      what went where, from a checkpoint's record
-
-docs/mixed-precision.md says what is measured, and why.
+candidates.py    the quantizers and layers to choose from, and their sizes
+errors.py        each layer's error under each quantizer, measured block by block
+allocation.py    the choice: a knapsack problem
+run.py           the whole run: measure, choose, quantize
+recorded.py      the choice of each layer, from a checkpoint's record
 """
 
 from __future__ import annotations

@@ -1,50 +1,50 @@
-"""Each layer's error under each choice, measured block by block and noted in a journal.
+"""Measures each layer's error under each choice, block by block, and notes it in a journal.
 
     error = ½ Σᵢ sᵢ · (ΔW H ΔWᵀ)ᵢᵢ         ΔW = Ŵ − W
 
-s says how much the loss minds an error in an output, and H, the second moment of the layer's inputs, counts each token as much as the loss
-minds errors there (:mod:`modulora_core.calibration.sensitivity`). Both are of the unquantized model: so each error is one layer's alone, in
-nats per token, and errors of layers may be added up.
+s is the sensitivity of the loss to a layer's outputs. H is the second moment of its inputs, with
+each token weighted by its sensitivity (:mod:`modulora_core.calibration.sensitivity`). Both belong
+to the dense model, so each error is due to one layer alone, in nats per token, and errors add up.
 
-Calibrated quantizers make the error small on the samples that they are given, and smaller there than on other text; some more than
-others. So some samples are held out: quantizers are given the plain H of the others, s and H of the error are of these.
+Calibrated quantizers reduce the error on their own samples more than on other text, and some do so
+more than others. Therefore some samples are held out. Quantizers get the plain H of the other
+samples; s and H of the error come from the held-out ones.
 
-Packed candidates are dropped: what is written later is packed with all samples, on the inputs that the quantized layers before
-it give, and would differ.
+Packed candidates are dropped. The checkpoint is packed later, with all samples and with the inputs
+that the quantized layers give.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from modulora_core.calibration import BlockWalk, CalibrationText, HeldOutCalibration
+from modulora_core.calibration import BlockWalk, CalibrationText, HeldOutCalibration, Packing
 from modulora_core.calibration.sensitivity import Sensitivity, loss_sensitivities
 from modulora_core.errors import WorkError
 from modulora_core.models import ModelSource
 from modulora_core.models.progress import Progress
 from modulora_core.quantization.mixed.candidates import Candidates
+from modulora_core.quantization.packer import random_stream
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 from modulora_core.tiles import tile_bytes, tile_ranges
 
 JOURNAL = "errors.jsonl"
-"""In an unfinished folder: a line for each layer that is measured."""
-
+"""The file of an unfinished folder with a line for each measured layer."""
 
 HELD_OUT = 4
-"""One calibration sample of so many is held out to judge by; at least one, at most :data:`MOST_HELD_OUT`."""
+"""One calibration sample of so many is held out; at least one, at most :data:`MOST_HELD_OUT`."""
 
 MOST_HELD_OUT = 16
 
 
-def judging(calibration: CalibrationText) -> Tensor:
-    """The samples that are held out, ``[samples, seq_len]``: the last ones."""
+def held_out_ids(calibration: CalibrationText) -> Tensor:
+    """The held-out samples, the last ones: ``[samples, seq_len]``."""
     return calibration.ids[-min(MOST_HELD_OUT, max(1, len(calibration.ids) // HELD_OUT)) :]
 
 
@@ -60,12 +60,12 @@ def measure_errors(
     """The error of every layer under every choice, in the order of the choices.
 
     Args:
-        folder: for the journal, and for hidden states where they are large.
-        resume: take what the journal has; the caller knows that it is of the same request.
+        folder: for the journal, and for hidden states in a file.
+        resume: whether to continue the journal. The caller checks that the request is the same.
 
     Raises:
-        ModelError: the model can't be run block by block.
-        WorkError: inputs, gradients or errors aren't finite; the message names the layer.
+        ModelError: the model can't run block by block.
+        WorkError: an input, a gradient or an error is NaN or Inf; the message names the layer.
     """
     journal = folder / JOURNAL
     if not resume:
@@ -73,40 +73,30 @@ def measure_errors(
     measured = _read(journal)
     if all(linear.name in measured for linear in candidates.linears):
         return measured
-
-    nbytes = sum(source.parameters[linear.name].nbytes for linear in candidates.linears)
-
-    def tell(done: int, total: int) -> None:
-        if progress is not None:
-            progress("weighing", nbytes * done // total, nbytes)
-
     text = candidates.calibration
     sensitivities = loss_sensitivities(
-        source, judging(text), candidates.linears, device=device, folder=folder, seed=candidates.seed, spill=text.config.spill,
-        progress=tell,
+        source, held_out_ids(text), candidates.linears, device=device, folder=folder,
+        seed=candidates.seed, spill=text.config.spill, progress=progress,
     )  # fmt: skip
-    held_out = {
-        name: [matrix.tokens for matrix in matrices] for name, matrices in sensitivities.items()
-    }
+    token_weights = {name: [each.tokens for each in found] for name, found in sensitivities.items()}
     walk = BlockWalk(
-        source, text, candidates.linears, device=device, folder=folder, held_out=held_out
-    )  # fmt: skip
+        source, text, candidates.linears, device=device, folder=folder, token_weights=token_weights
+    )
     walk.run(_Measuring(source, candidates, sensitivities, journal, measured, progress))
     return measured
 
 
 def _read(journal: Path) -> dict[str, list[float]]:
-    """What the journal has; a line that a kill cut off is taken away, and its layer measured again."""
+    """The errors in the journal. A line that a kill cut off is removed."""
     if not journal.is_file():
         return {}
     whole = [line for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
     journal.write_text("".join(whole))
-    entries = [json.loads(line) for line in whole]
-    return {str(name): [float(error) for error in errors] for name, errors in entries}
+    return dict(map(json.loads, whole))
 
 
-class _Measuring:
-    """The :class:`~modulora_core.calibration.walk.Packing` of a walk whose weights stay as they are."""
+class _Measuring(Packing):
+    """Measures every layer, and leaves it dense."""
 
     def __init__(
         self,
@@ -119,75 +109,52 @@ class _Measuring:
     ) -> None:
         self._candidates, self._sensitivities = candidates, sensitivities
         self._journal, self._measured, self._progress = journal, measured, progress
-        self._sizes = {
-            linear.name: source.parameters[linear.name].nbytes for linear in candidates.linears
-        }
+        names = [linear.name for linear in candidates.linears]
+        self._nbytes = {name: source.parameters[name].nbytes for name in names}
 
-    def keep(self, name: str, tensor: Tensor) -> None:
-        pass
-
-    def wants_calibration(self, name: str) -> bool:  # noqa: ARG002  # errors are weighted with H in any case
-        return True
-
-    def is_packed(self, name: str) -> bool:
+    def is_written(self, name: str) -> bool:
         return name in self._measured
-
-    def restore(self, name: str) -> None:
-        pass
 
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> None:
         totals = [0.0] * len(self._candidates.choices)
-        for matrix, seen, sensitivity in zip(
-            matrices, calibrations, self._sensitivities[name], strict=True
-        ):
+        sensitivities = self._sensitivities[name]
+        for weight, seen, sensitivity in zip(matrices, calibrations, sensitivities, strict=True):
             assert isinstance(seen, HeldOutCalibration)
             for i, quantizer in enumerate(self._candidates.quantizers):
-                totals[i] += self._error(name, quantizer, matrix, seen, sensitivity)
+                with random_stream(self._candidates.seed, name):
+                    given = None if quantizer.spec.calibration == "none" else seen
+                    packed = quantizer.pack(weight, given)
+                H, s = seen.held_out.hessian, sensitivity.outputs
+                totals[i] += weighted_error(weight, quantizer, packed, H, s)
         for choice, total in zip(self._candidates.choices, totals, strict=True):
             if not math.isfinite(total):
                 raise WorkError(
-                    f"{name}: expected a finite error under {choice.label}, got {total}; leave this choice out"
+                    f"{name}: expected a finite error under {choice.label}, got {total}; leave "
+                    "this choice out"
                 )
         with self._journal.open("a") as journal:
             journal.write(json.dumps([name, totals]) + "\n")
         self._measured[name] = totals
         if self._progress is not None:
-            done = sum(self._sizes[each] for each in self._measured)
-            self._progress("measuring", done, sum(self._sizes.values()))
-
-    def _error(
-        self,
-        name: str,
-        quantizer: Quantizer,
-        weight: Tensor,
-        seen: HeldOutCalibration,
-        sensitivity: Sensitivity,
-    ) -> float:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{self._candidates.seed} {name}".encode()))
-            packed = quantizer.pack(weight, None if quantizer.spec.calibration == "none" else seen)
-        return weighted_error(weight, quantizer, packed, seen.held_out.hessian, sensitivity.outputs)
+            done = sum(self._nbytes[each] for each in self._measured)
+            self._progress("measuring", done, sum(self._nbytes.values()))
 
 
 def weighted_error(
-    weight: Tensor, quantizer: Quantizer, packed: PackedWeight, hessian: Tensor, sensitivity: Tensor
+    weight: Tensor, quantizer: Quantizer, packed: PackedWeight, H: Tensor, s: Tensor
 ) -> float:
     """½ Σᵢ sᵢ (ΔW H ΔWᵀ)ᵢᵢ, a tile of rows at a time.
 
     Args:
-        weight: W, ``[out, in]``; packed: Ŵ.
-        hessian: H, ``[in, in]``, fp32.
-        sensitivity: s, ``[out]``.
+        weight: W, ``[out, in]``; packed: Ŵ; H: ``[in, in]``, fp32; s: ``[out]``.
     """
     out_features, in_features = weight.shape
     total = 0.0
     for start, stop in tile_ranges(out_features, 4 * in_features, tile_bytes(weight.device)):
-        difference = (
-            quantizer.dequantize_tile(packed, (start, stop), torch.float32)
-            - weight[start:stop].float()
-        )
-        rows = ((difference @ hessian) * difference).sum(1, dtype=torch.float64)  # [stop - start]
-        total += float((rows.clamp_min(0) * sensitivity[start:stop].to(rows)).sum())
+        tile = quantizer.dequantize_tile(packed, (start, stop), torch.float32)
+        difference = tile - weight[start:stop].float()
+        rows = ((difference @ H) * difference).sum(1, dtype=torch.float64)  # [stop - start]
+        total += float((rows.clamp_min(0) * s[start:stop].to(rows)).sum())
     return total / 2

@@ -1,0 +1,95 @@
+"""The interface between the walk, which calibrates blocks, and its caller, which packs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modulora_core.errors import WorkError
+from modulora_core.packed import ChannelScales
+from modulora_core.spec import Calibration, PackedWeight, Quantizer
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutCalibration(Calibration):
+    """The calibration of one layer, with a second moment of samples that judge the result.
+
+    Attributes:
+        held_out: of the held-out samples, with weighted inputs. Its ``samples`` is 0 if no token
+            reached the expert.
+    """
+
+    held_out: Calibration
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrices:
+    """A packed parameter: one matrix, or one for each expert."""
+
+    name: str
+    quantizer: Quantizer
+    matrices: Sequence[PackedWeight]
+
+    def values(self) -> Iterator[Tensor]:
+        """The quantized matrices, fp32 ``[out, in]``, one at a time."""
+        for packed in self.matrices:
+            yield self.quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.float32)
+
+    def rescaled(self, scales: ChannelScales) -> PackedMatrices:
+        """The parameter with ``scales`` folded into its only matrix.
+
+        Raises:
+            WorkError: the quantizer gave another layout.
+        """
+        [before] = self.matrices
+        after = self.quantizer.rescaled(before, scales.input, scales.output)
+        if after.layout != before.layout:
+            raise WorkError(
+                f"{self.name}: {after.quantizer} rescaled it as {after.layout}, expected "
+                f"{before.layout} as it was packed; report it to the plugin's author"
+            )
+        return PackedMatrices(self.name, self.quantizer, [after])
+
+
+class Packing:
+    """Decides what happens to each parameter of a block. This base leaves all of them dense.
+
+    Parameters are named as in the model.
+    """
+
+    def is_written(self, name: str) -> bool:  # noqa: ARG002
+        """Whether an earlier run wrote the parameter."""
+        return False
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Write a parameter that is not packed, unless it is written."""
+
+    def wants_calibration(self, name: str) -> bool:  # noqa: ARG002
+        """Whether :meth:`pack` needs H."""
+        return True
+
+    def pack(
+        self,
+        name: str,  # noqa: ARG002
+        matrices: Sequence[Tensor],  # noqa: ARG002
+        calibrations: Iterable[Calibration | None],  # noqa: ARG002
+    ) -> PackedMatrices | None:
+        """Pack a parameter's matrices, ``[out, in]`` each; None leaves them dense."""
+        return None
+
+    def read(self, name: str) -> PackedMatrices | None:  # noqa: ARG002
+        """Read a packed parameter that is written; None leaves it dense."""
+        return None
+
+    def read_kept(self, name: str) -> Tensor:
+        """Read a written parameter that is not packed."""
+        raise NotImplementedError
+
+    def write(self, packed: PackedMatrices) -> None:
+        """Write a packed parameter, unless it is written."""
+
+    def tell_tuning(self, path: str, step: int, steps: int) -> None:
+        """Report progress: the block at ``path`` has done ``step`` of ``steps`` steps."""
