@@ -28,8 +28,7 @@ def option(words: str, help: str, *, default: str | None = None, **more: Any) ->
     """
     flags = [word for word in words.split() if word.startswith("-")]
     metavar = " ".join(words.split()[len(flags) :]) or None
-    help += f"  [default: {default}]" if default else ""
-    return typer.Option(*flags, metavar=metavar, help=help, show_default=not default, **more)
+    return typer.Option(*flags, metavar=metavar, help=help, show_default=default or True, **more)
 
 
 def parse_choice(text: str | None, flag: str) -> Choice | None:

@@ -101,7 +101,7 @@ def field_parameter(name: str, field: FieldInfo) -> Any:
     value = None if field.is_required() else field.default
     default = ",".join(value) if isinstance(value, tuple) else value
     kind, metavar, members = _kind(name, field.annotation)
-    text += f"  [{', '.join(members)}]" if members else ""
+    text += f" [{', '.join(members)}]" if members else ""
     flag = name.replace("_", "-")
     flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
     shown = None if default is None else str(default)

@@ -56,8 +56,10 @@ def _rows(command: Any, context: Any, panels: Mapping[str, Sequence[str]]) -> di
 
 def _row(parameter: Any, context: Any) -> tuple[str, str]:
     names, help = parameter.get_help_record(context)
-    is_argument = parameter.param_type_name == "argument"
-    return (parameter.metavar if is_argument else None) or names, help or ""
+    if parameter.param_type_name == "argument":
+        names = parameter.metavar or names
+    default = parameter.show_default
+    return names, (help or "").replace(f"[default: ({default})", f"[default: {default}")
 
 
 def _panel(title: str, lines: list[tuple[str, str]]) -> RenderableType:

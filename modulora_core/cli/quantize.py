@@ -77,7 +77,7 @@ Spill = Annotated[
 ]
 TuneEpochs = Annotated[
     int,
-    option("--tune-epochs N", "Then train each block's scales, norms, biases N epochs.", min=0),
+    option("--tune-epochs N", "Train packed blocks' scales, norms and biases N epochs.", min=0),
 ]
 TuneLR = Annotated[float | None, option("--tune-lr X", "Peak learning rate.", default="0.005")]
 
