@@ -9,27 +9,24 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from modulora_core.cli.text import format_size, table
+from modulora_core.cli.text import facts, format_size, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
 
-def with_allocation(text: str, allocation: Mapping[str, Any] | None) -> RenderableType:
-    """Add two tables and a summary to ``text``: a row per choice, and a row per decoder block.
+def allocation_tables(allocation: Mapping[str, Any] | None) -> list[RenderableType]:
+    """Make a table of choices, a table of decoder blocks, and a summary.
 
     Args:
         allocation: ``QuantizeResult.allocation``, or a checkpoint's ``recorded_allocation``.
-            None adds nothing.
+            None has no tables.
     """
     if allocation is None:
-        return text
-    from rich.console import Group
-    from rich.text import Text
-
+        return []
     choices, layers = _choices(allocation), _layers(allocation["layers"])
-    return Group(Text(text), "", choices, "", layers, "", Text(_summary(allocation)))
+    return ["", choices, "", layers, "", _summary(allocation)]
 
 
 def _choices(allocation: Mapping[str, Any]) -> Table:
@@ -81,20 +78,18 @@ def _place(path: str) -> tuple[str, int]:
     return (before, int(number)) if number.isdigit() else (path, -1)
 
 
-def _summary(allocation: Mapping[str, Any]) -> str:
-    packed, ends, kept = (allocation[f"{part}_bytes"] for part in ("packed", "ends", "kept"))
-    of_ends = f"{format_size(ends)} head and embedding, " if allocation["ends"] else ""
-    used, budget = format_size(packed + ends + kept), format_size(allocation["budget"])
-    lines = [
-        f"{used} of a budget of {budget} used: {format_size(packed)} packed layers, "
-        f"{of_ends}{format_size(kept)} dense"
-    ]
+def _summary(allocation: Mapping[str, Any]) -> Table:
+    parts = {
+        "packed_layers_bytes": allocation["packed_bytes"],
+        "head_and_embedding_bytes": allocation["ends_bytes"],
+        "dense_bytes": allocation["kept_bytes"],
+    }
+    found = {"budget_bytes": allocation["budget"], "used_bytes": sum(parts.values()), **parts}
     if "error" in allocation:
-        error, layers = allocation["error"], allocation["layers"].values()
-        lines.append(
-            f"estimated growth of the loss: {error:.4f} nats per token; "
-            f"lower bound within the budget: {allocation['bound']:.4f}"
-        )
-        if error <= sum(min(layer["errors"]) for layer in layers) * (1 + 1e-9):
-            lines.append("the budget is more than enough: every layer has its best choice")
-    return "\n".join(lines)
+        layers = allocation["layers"].values()
+        best = sum(min(layer["errors"]) for layer in layers) * (1 + 1e-9)
+        found["estimated_growth_of_the_loss"] = allocation["error"]
+        found["lower_bound_of_the_growth"] = allocation["bound"]
+        if allocation["error"] <= best:
+            found["note"] = "the budget is more than enough: every layer has its best choice"
+    return facts(found)

@@ -20,21 +20,9 @@ from modulora_core.cli.help import show_help
 from modulora_core.cli.terminal import Report, Terminal
 
 COMMANDS = (
-    "demo",
-    "list-quantizers",
-    "quantize",
-    "info",
-    "finetune",
-    "generate",
-    "chat",
-    "evaluate",
-    "merge",
-    "convert",
-    "plan",
-    "conformance",
-    "bench",
-    "new-plugin",
-)
+    "demo", "list-quantizers", "quantize", "info", "finetune", "generate", "chat", "evaluate",
+    "merge", "convert", "plan", "conformance", "bench", "new-plugin",
+)  # fmt: skip
 """Every command, in the order of ``modulora --help``. ``list_quantizers.py`` has the second."""
 
 _SETTINGS = {"help_option_names": ["--help", "-h"]}

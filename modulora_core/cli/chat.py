@@ -57,10 +57,10 @@ def command(
             f"model {model}: expected a tokenizer with a chat template, got one without; "
             "use `modulora generate --raw`"
         )
-    loaded = opened.load()
+    loaded = opened.load(), opened.tokenizer
 
     def answer(messages: Messages, on_text: Callable[[str], None]) -> str:
-        return generate(loaded, opened.tokenizer, messages, sampling, on_text=on_text).text
+        return generate(loaded, messages, sampling, on_text=on_text).text
 
     begin = [{"role": "system", "content": system}] if system else []
     return Report({"messages": _converse(begin, answer)})

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from modulora_core.cli.arguments import MaxShardSize, Out, Revision, argument, option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import counted, format_size
+from modulora_core.cli.text import facts
 
 Source = Annotated[str, argument("SOURCE", "A packed checkpoint: a folder or a Hub id.")]
 To = Annotated[str, option("--to FORMAT", "modulora, or a format of an installed quantizer.")]
@@ -36,9 +36,4 @@ def command(
         result = convert(
             source, out, to, max_shard_bytes=max_shard_size, revision=revision, progress=show
         )
-    text = (
-        f"{result.out}: {counted(result.weights, 'packed weight')} from {result.source_format} to "
-        f"{result.format}, {format_size(result.bytes)} on disk\n"
-        f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}"
-    )
-    return Report(result.to_json(), text)
+    return Report(result.to_json(), facts(result.to_json()))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from modulora_core.cli import arguments as shared
 from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import counted, format_size
+from modulora_core.cli.text import facts
 from modulora_core.errors import OptionError
-
-if TYPE_CHECKING:
-    from modulora_core.inference.loading import Opened
 
 METRICS = ("perplexity", "accuracy", "rouge")
 
@@ -54,6 +51,7 @@ def command(
         modulora evaluate smollm2-packed --data reviews.jsonl --metric accuracy
     """
     from modulora_core.devices.memory import PeakMemory
+    from modulora_core.inference.evaluate import evaluate
     from modulora_core.inference.loading import open_to_run
 
     if metric not in METRICS:
@@ -61,52 +59,17 @@ def command(
     opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
     started = time.perf_counter()
     with terminal().progress("evaluating", "passes") as show, PeakMemory(opened.device) as peak:
-        how = {"batch_size": batch_size, "progress": show}
-        if metric == "perplexity":
-            measured = _perplexity(opened, data, seq_len, segments, how)
-        else:
-            measured = _answers(opened, data, metric, max_new_tokens, how)
+        measured = evaluate(
+            opened,
+            data,
+            metric=metric,  # type: ignore[arg-type]  # typer gives a str
+            seq_len=seq_len,
+            segments=segments,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=show,
+        )
     seconds = time.perf_counter() - started
-    facts = {**measured, "seconds": seconds, "peak_memory_bytes": peak.nbytes}
-    return Report({"metric": metric, **facts}, _text(metric, facts))
-
-
-def _perplexity(
-    opened: Opened, data: str, seq_len: int, segments: int | None, how: dict[str, Any]
-) -> dict[str, Any]:
-    from modulora_core.data import token_segments
-    from modulora_core.inference.evaluate import perplexity
-
-    ids = token_segments(data, opened.tokenizer, seq_len, segments)  # bad data is refused first
-    return asdict(perplexity(opened.load(), ids, **how))
-
-
-def _answers(
-    opened: Opened, data: str, metric: str, max_new_tokens: int, how: dict[str, Any]
-) -> dict[str, Any]:
-    from modulora_core.data.sources import load_records
-    from modulora_core.inference.evaluate import accuracy, rouge
-
-    load_records(data)  # bad data is refused before the model is loaded
-    if metric == "accuracy":
-        return asdict(accuracy(opened.load(), opened.tokenizer, data, **how))
-    return asdict(rouge(opened.load(), opened.tokenizer, data, max_new_tokens, **how))
-
-
-def _text(metric: str, facts: dict[str, Any]) -> str:
-    if metric == "perplexity":
-        measured = (
-            f"perplexity {facts['perplexity']:.4f}, {facts['nll']:.4f} nats per token, of "
-            f"{counted(facts['tokens'], 'token')} in {counted(facts['segments'], 'segment')}"
-        )
-    elif metric == "accuracy":
-        measured = (
-            f"accuracy {facts['accuracy']:.4f}: {facts['correct']:,} of "
-            f"{counted(facts['examples'], 'example')}, "
-            f"among {counted(len(facts['labels']), 'label')}"
-        )
-    else:
-        scores = ", ".join(f"ROUGE-{n} {facts[f'rouge{n}']:.4f}" for n in "12L")
-        measured = f"{scores} of {counted(facts['examples'], 'example')}"
-    memory = format_size(facts["peak_memory_bytes"])
-    return f"{measured}\n{facts['seconds']:.1f} s, peak memory {memory}"
+    cost = {"seconds": seconds, "peak_memory_bytes": peak.nbytes}
+    found = {"metric": metric, **asdict(measured), **cost}
+    return Report(found, facts(found))

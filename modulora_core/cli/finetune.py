@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from modulora_core.cli.arguments import Resume, argument, option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import format_size
+from modulora_core.cli.text import facts
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.losses import loss_in_words
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from modulora_core.training.finetune import FinetuneResult
     from modulora_core.training.trainer import TrainingStep
 
 PANELS = {
@@ -76,17 +75,9 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
             terminal().note(f"step {step}: loss {loss:.4f} on the evaluation data")
 
         result = finetune(request, resume=resume, on_step=on_step, on_eval=on_eval)
-    return Report(result.to_json(), _text(result))
-
-
-def _text(result: FinetuneResult) -> str:
-    held_out = result.eval_loss
-    after = "" if held_out is None else f", {held_out:.4f} on the evaluation data"
-    return (
-        f"{result.out}: {result.steps} steps, {loss_in_words(result.losses)}{after}\n"
-        f"{result.seconds:.1f} s, {result.tokens_per_second:.0f} tokens/s, "
-        f"peak memory {format_size(result.peak_memory_bytes)}"
-    )
+    found = result.to_json()
+    losses = loss_in_words(result.losses).removeprefix("loss ")
+    return Report(found, facts({**found, "losses": losses}))
 
 
 def field_parameter(name: str, field: FieldInfo) -> Any:

@@ -43,11 +43,9 @@ def command(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
-    chat = not raw and opened.tokenizer.chat_template is not None
-    question = [{"role": "user", "content": prompt}] if chat else prompt
-    loaded = opened.load()
+    loaded = opened.load(), opened.tokenizer
     with PeakMemory(opened.device) as peak:
-        result = generate(loaded, opened.tokenizer, question, sampling, on_text=terminal().write)
+        result = generate(loaded, prompt, sampling, raw=raw, on_text=terminal().write)
     terminal().write("\n")
     terminal().note(f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s")
     return Report({"prompt": prompt, **result.to_json(), "peak_memory_bytes": peak.nbytes})

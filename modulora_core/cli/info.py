@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from modulora_core.cli.allocation import with_allocation
+from modulora_core.cli.allocation import allocation_tables
 from modulora_core.cli.arguments import argument
 from modulora_core.cli.terminal import Report
-from modulora_core.cli.text import counted, format_size
+from modulora_core.cli.text import facts, format_size, table
 
 if TYPE_CHECKING:
     from modulora_core.checkpoints.checkpoint import PackedCheckpoint
@@ -35,9 +35,11 @@ def command(path: Checked) -> Report:
 
 
 def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
+    from rich.console import Group
+
     record = checkpoint.record
     groups = _groups(record)
-    facts: dict[str, Any] = {
+    found: dict[str, Any] = {
         "kind": "checkpoint",
         "format": checkpoint.format,
         "architecture": checkpoint.config.get("architectures", [None])[0],
@@ -51,18 +53,10 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
         "kept": {reason: list(names) for reason, names in record.kept.items()},
         "allocation": _allocation(checkpoint),
     }
-    name = record.source.get("name", "an unknown model")
-    ours = f"made from {name} by modulora-core {record.core_version}"
-    foreign = f"{name} in the format {checkpoint.format}"
-    lines = [
-        f"{facts['architecture']}, {ours if checkpoint.foreign is None else foreign}",
-        f"{format_size(checkpoint.nbytes)}, of which {format_size(record.nbytes)} packed at "
-        f"{record.bits_per_weight:.3f} bits per weight",
-        *_calibrated(record.calibration),
-        *map(_group_line, groups),
-        *(f"  not quantized, {reason}: {len(names)}" for reason, names in record.kept.items()),
-    ]
-    return Report(facts, with_allocation("\n".join(lines), facts["allocation"]))
+    headings = ("quantizer", "options", "package", "parameters", "weights", "size", "bits")
+    shown = facts({**found, "quantizers": None, "allocation": None})
+    rows = table(headings, map(_cells, groups))
+    return Report(found, Group(shown, "", rows, *allocation_tables(found["allocation"])))
 
 
 def _groups(record: QuantizationRecord) -> list[dict[str, Any]]:
@@ -77,13 +71,15 @@ def _groups(record: QuantizationRecord) -> list[dict[str, Any]]:
     return groups
 
 
-def _group_line(group: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{key}={value}" for key, value in group["options"].items())
-    bits = 8 * group["bytes"] / max(1, group["weights"])
+def _cells(group: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        f"  {group['quantizer']} ({options or 'no options'}) of {group['distribution']} "
-        f"{group['version']}: {counted(group['parameters'], 'parameter')}, "
-        f"{counted(group['weights'], 'weight')}, {bits:.3f} bits each"
+        group["quantizer"],
+        ", ".join(f"{key}={value}" for key, value in group["options"].items()),
+        f"{group['distribution']} {group['version']}",
+        f"{group['parameters']:,}",
+        f"{group['weights']:,}",
+        format_size(group["bytes"]),
+        f"{8 * group['bytes'] / max(1, group['weights']):.3f}",
     )
 
 
@@ -96,41 +92,20 @@ def _allocation(checkpoint: PackedCheckpoint) -> dict[str, Any] | None:
     return recorded_allocation(record, checkpoint.nbytes - record.nbytes)
 
 
-def _calibrated(calibration: Mapping[str, Any] | None) -> list[str]:
-    """Describe the calibration of a record, which may lack any of its entries."""
-    if calibration is None:
-        return []
-    samples, seq_len, source = (
-        calibration.get(key, "?") for key in ("samples", "seq_len", "source")
-    )
-    text = f"calibrated on {samples} × {seq_len} tokens of {source}"
-    if (tuning := calibration.get("tuning")) is not None:
-        epochs, rate = (tuning.get(key, "?") for key in ("epochs", "learning_rate"))
-        text += f", blocks tuned (epochs {epochs}, learning rate {rate})"
-    return [text]
-
-
 def _adapter(path: str) -> Report:
-    from modulora_core.adapters.peft_format import AdapterFolder
+    from modulora_core.adapters.peft_format import read_adapter
 
-    adapter = AdapterFolder(path)
+    adapter = read_adapter(path)
     scaled = adapter.has_channel_scales
     base = None if adapter.record is None else adapter.record.base
-    facts: dict[str, Any] = {
+    found: dict[str, Any] = {
         "kind": "adapter",
-        "modules": len(adapter),
-        "ranks": sorted({rank for _, rank, _ in adapter.shapes.values()}),
+        "modules": len(adapter.deltas),
+        "ranks": sorted({delta.rank for delta in adapter.deltas.values()}),
         "channel_scales": scaled,
-        "parameters": sum((out + in_) * (r + scaled) for out, r, in_ in adapter.shapes.values()),
+        "parameters": sum(sum(d.shape) * (d.rank + scaled) for d in adapter.deltas.values()),
         "base": adapter.config.get("base_model_name_or_path") if base is None else base.name,
         "base_quantizers": [] if base is None else [dict(q) for q in base.quantizers],
         "config": dict(adapter.config),
     }
-    packed_by = ", ".join(q["quantizer"] for q in facts["base_quantizers"]) or "not recorded"
-    text = (
-        f"LoRA adapter of {counted(len(adapter), 'module')}, "
-        f"rank {', '.join(map(str, facts['ranks']))}{' and channel scales' if scaled else ''}, "
-        f"{counted(facts['parameters'], 'parameter')}\n"
-        f"made for {facts['base']} (quantizer: {packed_by})"
-    )
-    return Report(facts, text)
+    return Report(found, facts({**found, "config": None}))

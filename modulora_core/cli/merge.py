@@ -6,7 +6,7 @@ from typing import Annotated
 
 from modulora_core.cli.arguments import Adapter, Model, Out, option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import counted, format_size
+from modulora_core.cli.text import facts
 
 Dtype = Annotated[str, option("--dtype DTYPE", "Dtype of weights: float16, bfloat16, float32.")]
 
@@ -25,9 +25,4 @@ def command(model: Model, out: Out, adapter: Adapter = None, dtype: Dtype = "bfl
 
     with terminal().progress("merging", "parameters") as show:
         result = merge(model, out, adapter=adapter, dtype=dtype, progress=show)
-    text = (
-        f"{result.out}: {format_size(result.bytes)} of {result.dtype}, "
-        f"{counted(result.adapted, 'module')} with an adapter merged in\n"
-        f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}"
-    )
-    return Report(result.to_json(), text)
+    return Report(result.to_json(), facts(result.to_json()))

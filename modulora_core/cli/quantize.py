@@ -6,17 +6,17 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli import arguments as shared
-from modulora_core.cli.allocation import with_allocation
+from modulora_core.cli.allocation import allocation_tables
 from modulora_core.cli.arguments import option, parse_choice
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import counted, format_size, some
+from modulora_core.cli.text import facts
 from modulora_core.errors import OptionError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from modulora_core.calibration import CalibrationConfig
-    from modulora_core.quantization.quantize import Override, QuantizeResult
+    from modulora_core.quantization.quantize import Override
 
 WORD_LISTS = ("--choices",)
 
@@ -155,16 +155,13 @@ def command(
     with terminal().progress("reading", "bytes") as show:
         if quantizer is not None:
             create(quantizer, options)  # refuse wrong options before seconds of imports
-            from modulora_core.quantization.quantize import quantize
+        from modulora_core.quantization.quantize import Budget, quantize
 
-            common |= {"overrides": overrides, "progress": show}
-            result = quantize(model, out, quantizer, options, **common)
-        else:
-            from modulora_core.quantization.mixed import quantize_mixed
-
-            assert budget is not None
-            result = quantize_mixed(model, out, offered, budget, progress=show, **common)
-    return Report(result.to_json(), _text(result))
+        chosen = quantizer if budget is None else Budget(budget, offered)
+        assert chosen is not None
+        common |= {"overrides": overrides, "progress": show}
+        result = quantize(model, out, chosen, options, **common)
+    return Report(result.to_json(), _text(result.to_json()))
 
 
 def _check_together(
@@ -229,35 +226,17 @@ def _override(text: str) -> Override:
     return Override(pattern, choice.quantizer, choice.options)
 
 
-def _text(result: QuantizeResult) -> RenderableType:
-    lines = [
-        f"{result.out}: {result.weights:,} weights packed {_packed_by(result)}, "
-        f"{result.bits_per_weight:.3f} bits per weight; {format_size(result.bytes)} on disk",
-        f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory_bytes)}",
-    ]
-    if (text := result.calibration) is not None:
-        samples = counted(text["samples"], "sample")
-        lines.append(f"calibrated on {samples} of {text['seq_len']} tokens of {text['source']}")
-    if result.tuning_errors:
-        before, after = map(fmean, zip(*result.tuning_errors.values(), strict=True))
-        lines.append(
-            f"tuned {counted(len(result.tuning_errors), 'block')}: error of the outputs on "
-            f"held-out samples {before:.3g} before, {after:.3g} after"
-        )
-    if result.unreached:
-        lines.append(
-            f"no calibration token reached {counted(len(result.unreached), 'expert weight')}, "
-            f"packed without calibration: {some(result.unreached)}; give more samples"
-        )
-    lines += ["Not quantized:"] if result.kept else []
-    lines += [f"  {reason}: {some(names, 2)}" for reason, names in result.kept.items()]
-    return with_allocation("\n".join(lines), result.allocation)
+def _text(found: dict[str, Any]) -> RenderableType:
+    from rich.console import Group
 
-
-def _packed_by(result: QuantizeResult) -> str:
-    if result.allocation is not None:
-        return "with a choice for each layer"
-    if len(result.packed_by) == 1:
-        return f"by {next(iter(result.packed_by))}"
-    parts = (f"{weights:,} by {name}" for name, weights in result.packed_by.items())
-    return f"({', '.join(parts)})"
+    if found["unreached"]:
+        terminal().note(
+            f"no calibration token reached {len(found['unreached'])} expert weights, which are "
+            "packed without calibration; give more samples"
+        )
+    allocation, errors = found["allocation"], found["tuning_errors"]
+    if errors:
+        before, after = map(fmean, zip(*errors.values(), strict=True))
+        errors = f"{before:.3g} before, {after:.3g} after (mean of {len(errors)} blocks)"
+    shown = facts({**found, "allocation": None, "tuning_errors": errors})
+    return Group(shown, *allocation_tables(allocation))

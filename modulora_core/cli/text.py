@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,15 +39,34 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
-def counted(number: int, noun: str) -> str:
-    """Write ``"1 tensor"`` or ``"2,048 tensors"``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def facts(found: Mapping[str, Any]) -> Table:
+    """Make a row for each entry of a report's object: ``peak memory   1.25 GiB``.
+
+    Empty entries have no row. Keys that end in ``bytes`` have sizes.
+    """
+    rows = [(_title(key), _value(key, value)) for key, value in found.items()]
+    made = table(("", ""), [row for row in rows if row[1]])
+    made.show_header = False
+    return made
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """Write the first names, and how many there are: ``"a, b, c, ... (7 in all)"``."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown}, ... ({len(names):,} in all)"
+def _title(key: str) -> str:
+    return "size" if key == "bytes" else key.removesuffix("_bytes").replace("_", " ")
+
+
+def _value(key: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        if any(isinstance(part, list) for part in value.values()):
+            return "; ".join(f"{name}: {_value(name, part)}" for name, part in value.items())
+        return ", ".join(f"{name} {_value(name, part)}" for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        shown = [_value(key, part) for part in value]
+        return ", ".join(shown[:3]) + (f", ... ({len(shown):,} in all)" if shown[3:] else "")
+    if isinstance(value, int) and key.endswith("bytes"):
+        return format_size(value)
+    if isinstance(value, float):
+        return f"{value:,.5g}"
+    return f"{value:,}" if type(value) is int else "" if value is None else str(value)
 
 
 def table(

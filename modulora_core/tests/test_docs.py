@@ -145,7 +145,7 @@ def test_all_commands_and_the_python_of_the_readme_run(tmp_path: Path) -> None:
 def test_the_first_tutorial_gives_the_perplexities_of_the_page(tmp_path: Path) -> None:
     page = DOCS / "tutorials" / "finetune.md"
     printed = "".join(run_commands(page, tmp_path))
-    before, after = (float(number) for number in re.findall(r"^perplexity ([\d.]+)", printed, re.M))
+    before, after = (float(number) for number in re.findall(r"^perplexity +([\d.]+)", printed, re.M))
     promised = re.search(r"falls from ([\d.]+) to about ([\d.]+)", page.read_text("utf-8"))
     assert promised is not None
     assert before == pytest.approx(float(promised[1]), abs=0.01)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from collections.abc import Callable
@@ -41,12 +40,12 @@ def test_quantize_prints_the_promised_keys(run: Run, source: Path, tmp_path: Pat
 def test_quantize_names_what_each_quantizer_packed(text_of: TextOf, tmp_path: Path) -> None:
     source = save_tiny_model("llama-tied", tmp_path / "source")
     text = text_of("quantize", source, tmp_path / "one", "-q", "toy")
-    assert re.search(r"one: [\d,]+ weights packed by toy, ", text)
+    assert re.search(r"quantizer toy options levels 127 bits per weight \d+\.\d+ size ", text)
     assert "tied to model.embed_tokens.weight: lm_head.weight" in text
     words = ("-q", "toy", "--quantize-embeddings", "verbatim")
     text = text_of("quantize", source, tmp_path / "two", *words)
-    assert re.search(r"weights packed \([\d,]+ by toy, 3,072 by verbatim\)", text)  # 96 x 32
-    assert "tied to" not in text.partition("Not quantized:")[2]
+    assert re.search(r"packed by toy [\d,]+, verbatim 3,072", text)  # 96 x 32
+    assert "tied to" not in text
 
 
 def test_a_source_without_a_tokenizer_is_reported(
@@ -68,30 +67,8 @@ def test_info_shows_what_a_checkpoint_holds(run: Run, packed: Path, text_of: Tex
     assert found["bits_per_weight"] > 8
     stored = sum(path.stat().st_size for path in packed.glob("*.safetensors"))
     assert 0 < stored - found["bytes"] < 20_000  # the header
-    assert re.search(
-        r"toy \(levels=127\) of modulora-toy \S+: 14 parameters", text_of("info", packed)
-    )
-
-
-def test_info_takes_a_record_that_lacks_entries(
-    text_of: TextOf, source: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "packed"
-    text_of("quantize", source, out, "-q", "toy", "--quantize-head", "verbatim")
-    config = json.loads((out / "config.json").read_text())
-    tuning = {"epochs": 1, "learning_rate": 0.005}
-    for calibration, expected in (
-        (
-            {"samples": 1, "seq_len": 8, "source": "pydoc", "tuning": tuning},
-            "calibrated on 1 × 8 tokens of pydoc, blocks tuned (epochs 1, learning rate 0.005)",
-        ),
-        ({"tuning": {}}, "calibrated on ? × ? tokens of ?, blocks tuned (epochs ?"),
-    ):
-        config["quantization_config"]["calibration"] = calibration
-        (out / "config.json").write_text(json.dumps(config))
-        text = text_of("info", out)
-        assert expected in text
-        assert re.search(r"verbatim .*?: 1 parameter, [\d,]+ weights", text)
+    text = text_of("info", packed)
+    assert re.search(r"toy levels=127 modulora-toy \S+ 14 [\d,]+ [\d.]+ KiB 8\.\d+", text)
 
 
 def test_evaluate_agrees_with_a_plain_loop_over_the_merged_model(
@@ -114,19 +91,16 @@ def test_evaluate_agrees_with_a_plain_loop_over_the_merged_model(
     assert dense["perplexity"] == pytest.approx(found["perplexity"], rel=1e-4)
 
 
-def test_a_measurement_in_words(text_of: TextOf, source: Path, text: Path, tmp_path: Path) -> None:
-    number = r"\d+\.\d{4}"
-    words = ("evaluate", source, "--data", text, "--seq-len", 16, "--segments", 1)
-    assert re.fullmatch(
-        rf"perplexity {number}, {number} nats per token, of 15 tokens in 1 segment "
-        r"\d+\.\d s, peak memory [\d.]+ [MG]iB",
-        text_of(*words),
-    )
+def test_a_measurement_in_words(text_of: TextOf, source: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a", "label": "yes"}\n{"text": "b", "label": "no"}\n')
-    words = ("evaluate", source, "--data", rows, "--metric", "accuracy")
-    expected = rf"accuracy {number}: [012] of 2 examples, among 2 labels \d"
-    assert re.match(expected, text_of(*words))
+    text = text_of("evaluate", source, "--data", rows, "--metric", "accuracy")
+    number = r"\d+(\.\d+)?"
+    assert re.fullmatch(
+        rf"metric accuracy accuracy {number} correct [012] examples 2 labels no, yes "
+        rf"seconds {number} peak memory {number} [MG]iB",
+        text,
+    )
 
 
 def test_generate_streams_what_it_reports(run: Run, packed: Path, text_of: TextOf) -> None:
@@ -224,7 +198,7 @@ def test_every_command_takes_a_finetuned_adapter(
 ) -> None:
     check_every_command(run, packed, text, tmp_path)
     assert run("info", tmp_path / "adapter")[1]["modules"] == 14
-    assert "LoRA adapter of 14 modules, rank 8, " in text_of("info", tmp_path / "adapter")
+    assert "kind adapter modules 14 ranks 8 " in text_of("info", tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])

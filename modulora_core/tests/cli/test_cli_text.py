@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from modulora_core.cli.text import counted, format_size, parse_size, some
+from modulora_core.cli.terminal import Report, Terminal
+from modulora_core.cli.text import facts, format_size, parse_size
 
 
 def test_sizes_are_read_in_binary_and_decimal_units() -> None:
@@ -27,7 +28,20 @@ def test_sizes_are_written_with_a_few_digits() -> None:
     assert {number: format_size(number) for number in sizes} == sizes
 
 
-def test_counts_have_singular_and_plural() -> None:
-    assert [counted(n, "epoch") for n in (0, 1, 1000)] == ["0 epochs", "1 epoch", "1,000 epochs"]
-    assert some(["a", "b"], 2) == "a, b"
-    assert some(["a", "b", "c"], 2) == "a, b, ... (3 in all)"
+def test_facts_have_a_line_for_each_entry(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {
+        "out": "here", "bytes": 2048, "peak_memory_bytes": 1536, "seconds": 1.234567, "weights": 2048,
+        "kept": {"norm": ["a", "b"], "head": ["c"]}, "options": {"bits": 3, "sym": True},
+        "losses": [2.0, 1.5, 1.25, 1.0], "eval_loss": None, "unreached": [],
+    }  # fmt: skip
+    Terminal().show(Report({}, facts(found)))
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line] == [
+        "out here",
+        "size 2.00 KiB",
+        "peak memory 1.50 KiB",
+        "seconds 1.2346",
+        "weights 2,048",
+        "kept norm: a, b; head: c",
+        "options bits 3, sym True",
+        "losses 2, 1.5, 1.25, ... (4 in all)",
+    ]
