@@ -48,7 +48,7 @@ def open_model(model: str, *, revision: str | None = None, weights: bool = True)
     location = locate(model, revision)
     with quiet():
         if location.gguf is not None:
-            return _open_gguf(location, location.folder / location.gguf)
+            return _open_gguf(location, location.folder / location.gguf, weights)
         return _open_folder(location, weights)
 
 
@@ -224,10 +224,13 @@ def fit(
     return _source(location, model.config, dtype, found, {"config": values, "tensors": stored})
 
 
-def _open_gguf(location: Location, path: Path) -> ModelSource:
-    file: GGUFFile = read_gguf(path)
+def _open_gguf(location: Location, path: Path, weights: bool) -> ModelSource:
+    # reading a header takes seconds, and transformers reads it once more for the config
+    file = read_gguf(path) if weights else GGUFFile(path, "", {})
     config, values = gguf_config(file)
     model = build_skeleton(config, file.dtype)
+    if not weights:
+        return _source(location, model.config, file.dtype, None, {})
     store = GGUFStore(file, model, values)
     found = Weights(store, model, file.dtype, store.transforms)
     stored = {name: [tensor.kind.name, tensor.shape] for name, tensor in file.tensors.items()}
