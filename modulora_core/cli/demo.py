@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import format_size, table
+from modulora_core.cli.text import facts, format_size, table
 from modulora_core.errors import UnknownQuantizerError, WorkError
 
 if TYPE_CHECKING:
@@ -135,28 +135,27 @@ def _text(found: Object, out: Path | None) -> RenderableType:
     from modulora_core.training.losses import loss_in_words
 
     headings = ("", "size", "bits/weight", "perplexity", "peak memory", "tokens/s")
-    stages, packed, trained = found["stages"], found["quantize"], found["finetune"]
-    lines = [
-        f"\nQ: {QUESTION}\n",
-        *(f"{stage['name']}:\n  {' '.join(stage['answer'].split())}" for stage in stages),
-        f"\nQuantized in {packed['seconds']:.1f} s, "
-        f"peak memory {format_size(packed['peak_memory_bytes'])}.",
-        f"Finetuned {trained['steps']} steps in {trained['seconds']:.1f} s "
-        f"({trained['tokens_per_second']:.0f} tokens/s), "
-        f"peak memory {format_size(trained['peak_memory_bytes'])}; "
-        f"{loss_in_words(trained['losses'], digits=3)}.",
-        "Perplexity and its peak memory are measured on held-out text.",
-    ]
+    lines = [f"\nQ: {QUESTION}\n"]
+    lines += [f"{each['name']}:\n  {' '.join(each['answer'].split())}" for each in found["stages"]]
+    lines.append("\nThe perplexity and its peak memory are measured on held-out text.")
     if out is not None:
         lines.append(f"Continue with: modulora chat {out / 'model'} --adapter {out / 'adapter'}")
-    return Group(table(headings, map(_cells, stages), numbers=True), Text("\n".join(lines)))
+    stages = table(headings, map(_cells, found["stages"]), numbers=True)
+    work = {
+        "quantizing": _cost(found["quantize"]),
+        "finetuning": _cost(found["finetune"]),
+        "losses": loss_in_words(found["finetune"]["losses"], digits=3).removeprefix("loss "),
+    }
+    return Group(stages, "", facts(work), Text("\n".join(lines)))
+
+
+def _cost(found: Object) -> str:
+    return f"{found['seconds']:.1f} s, peak memory {format_size(found['peak_memory_bytes'])}"
 
 
 def _cells(stage: Object) -> tuple[str, ...]:
-    size, memory = format_size(stage["size"]), format_size(stage["eval_peak_memory"])
-    bits, perplexity, speed = (
-        stage["bits_per_weight"],
-        stage["perplexity"],
-        stage["tokens_per_second"],
-    )
-    return stage["name"], size, f"{bits:.2f}", f"{perplexity:.2f}", memory, f"{speed:.1f}"
+    return (
+        stage["name"], format_size(stage["size"]), f"{stage['bits_per_weight']:.2f}",
+        f"{stage['perplexity']:.2f}", format_size(stage["eval_peak_memory"]),
+        f"{stage['tokens_per_second']:.1f}",
+    )  # fmt: skip

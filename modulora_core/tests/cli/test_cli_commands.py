@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modulora_core.cli import demo
 from modulora_core.errors import DataError
@@ -71,26 +68,6 @@ def test_info_shows_what_a_checkpoint_holds(run: Run, packed: Path, text_of: Tex
     assert re.search(r"toy levels=127 modulora-toy \S+ 14 [\d,]+ [\d.]+ KiB 8\.\d+", text)
 
 
-def test_evaluate_agrees_with_a_plain_loop_over_the_merged_model(
-    run: Run, packed: Path, text: Path, tmp_path: Path
-) -> None:
-    code, found, _ = run("evaluate", packed, "--data", text, *SCOPE)
-    assert code == 0
-    assert {"metric", "perplexity", "tokens", "segments", "peak_memory_bytes"} <= found.keys()
-    merged = tmp_path / "merged"
-    assert run("merge", packed, merged, "--dtype", "float32")[0] == 0
-    model, tokenizer = (
-        kind.from_pretrained(merged) for kind in (AutoModelForCausalLM, AutoTokenizer)
-    )
-    words = tokenizer(text.read_text(), add_special_tokens=False, return_tensors="pt")
-    ids = words.input_ids[0, :48].view(3, 16)
-    with torch.no_grad():
-        loss = sum(model(row[None], labels=row[None]).loss.item() for row in ids) / 3
-    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
-    dense = run("evaluate", merged, "--data", text, *SCOPE)[1]
-    assert dense["perplexity"] == pytest.approx(found["perplexity"], rel=1e-4)
-
-
 def test_a_measurement_in_words(text_of: TextOf, source: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a", "label": "yes"}\n{"text": "b", "label": "no"}\n')
@@ -104,20 +81,16 @@ def test_a_measurement_in_words(text_of: TextOf, source: Path, tmp_path: Path) -
 
 
 def test_generate_streams_what_it_reports(run: Run, packed: Path, text_of: TextOf) -> None:
-    words = ("generate", packed, "The quick", "--max-new-tokens", 5)
+    words = ("generate", packed, "The quick", "--max-new-tokens", 8)
     streamed = text_of(*words)
     code, found, _ = run(*words)
     assert code == 0
     assert streamed == " ".join(found["text"].split())
-    assert 1 <= found["tokens"] <= 5
-    assert run(*words, "--raw")[1]["prompt_tokens"] < found["prompt_tokens"]
-
-
-def test_sampling_depends_on_the_seed_alone(run: Run, packed: Path) -> None:
-    words = ("generate", packed, "The", "--raw", "--max-new-tokens", 8, "--temperature", 1.5)
-    first, again, other = (run(*words, "--seed", seed)[1]["text"] for seed in (1, 1, 2))
-    assert first == again
-    assert first != other
+    assert 1 <= found["tokens"] <= 8
+    raw = run(*words, "--raw")[1]
+    assert raw["prompt_tokens"] < found["prompt_tokens"]
+    sampled = [run(*words, "--temperature", 1.5, "--seed", seed)[1]["text"] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
 
 
 def test_chat_keeps_the_conversation_until_it_is_reset(
@@ -184,10 +157,11 @@ def check_every_command(run: Run, packed: Path, text: Path, folder: Path) -> dic
     assert run("merge", packed, merged, "--adapter", adapter, "--dtype", "float32")[0] == 0
     assert run("generate", packed, "The", "--adapter", adapter, "--max-new-tokens", 2)[0] == 0
     models = {"base": (packed,), "tuned": (packed, "--adapter", adapter), "merged": (merged,)}
-    perplexity: dict[str, float] = {
-        name: run("evaluate", *model, "--data", text, *SCOPE)[1]["perplexity"]
-        for name, model in models.items()
+    measured = {
+        name: run("evaluate", *model, "--data", text, *SCOPE)[1] for name, model in models.items()
     }
+    assert {"metric", "tokens", "segments", "peak_memory_bytes"} <= measured["base"].keys()
+    perplexity: dict[str, float] = {name: each["perplexity"] for name, each in measured.items()}
     assert perplexity["tuned"] < perplexity["base"]
     assert perplexity["merged"] == pytest.approx(perplexity["tuned"], rel=1e-4)
     return perplexity
