@@ -6,10 +6,11 @@ Its own forward therefore runs once per batch, with blocks that only record thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,8 +43,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, ...]:
         path: sum(size for name, size in sizes.items() if name.startswith(f"{path}."))
         for path in outermost
     }
-    largest = max(weights, key=weights.__getitem__, default="")
-    if not weights.get(largest):
+    largest = max(weights, key=weights.__getitem__, default=None)
+    if largest is None or not weights[largest]:
         raise ModelError(
             f"{type(model).__name__}: expected decoder blocks in an nn.ModuleList with linear "
             "weights, found none; calibration goes block by block. Choose a quantizer that needs "
@@ -87,6 +88,8 @@ def _skeleton(source: ModelSource) -> PreTrainedModel:
 class Block:
     """A decoder block in memory, with observed weights in the place of its linear weights.
 
+    Parameters are named as in the model.
+
     Args:
         path: its dotted path in the model.
         module: its skeleton, which is changed.
@@ -96,7 +99,7 @@ class Block:
         keep: gets every parameter that is not packed, as the model stores it.
 
     Attributes:
-        sites: the parameters to pack, by their names inside the block.
+        sites: the parameters to pack.
         weights: the observed matrices of each of them: one, or one for each expert.
         vectors: the 1-dimensional parameters (norms, biases), as the model stores them.
 
@@ -114,26 +117,24 @@ class Block:
         keep: Callable[[str, Tensor], None],
     ) -> None:
         self.path, self.module, self.device = path, module, device
-        prefix = f"{path}."
-        self.sites: Mapping[str, LinearSite] = {
-            site.name.removeprefix(prefix): site for site in linears if site.name.startswith(prefix)
-        }
+        self.sites = {site.name: site for site in linears if site.name.startswith(f"{path}.")}
         self.vectors: dict[str, Tensor] = {}
         parameters = {name for name, _ in module.named_parameters()}  # without stored buffers
         linear: dict[str, Tensor] = {}
-        names = {name for name in source.parameters if name.startswith(prefix)}
+        names = {name for name in source.parameters if name.startswith(f"{path}.")}
         for name, tensor in source.tensors(names=names):
-            inside = name.removeprefix(prefix)
-            if inside in self.sites:
-                linear[inside] = _cast(tensor, device)
+            if name in self.sites:
+                linear[name] = self.computed(tensor)
                 continue
             keep(name, tensor)
-            if tensor.dim() == 1 and tensor.is_floating_point() and inside in parameters:
-                self.vectors[inside] = tensor
-            _fill(module, inside, _cast(tensor, device))
+            is_vector = tensor.dim() == 1 and tensor.is_floating_point()
+            if is_vector and self.inside(name) in parameters:
+                self.vectors[name] = tensor
+            self.replace_vector(name, tensor)
         _move_buffers(module, device)
         self.weights = {
-            name: observe(module, name, self.sites[name], linear.pop(name)) for name in list(linear)
+            name: observe(module, self.inside(name), self.sites[name], linear.pop(name))
+            for name in list(linear)
         }
         tensors = [*module.named_parameters(), *module.named_buffers()]
         if empty := [name for name, tensor in tensors if tensor.is_meta]:
@@ -143,20 +144,22 @@ class Block:
                 "block. Choose a quantizer that needs none"
             )
 
+    def inside(self, name: str) -> str:
+        """A parameter's name inside the block."""
+        return name.removeprefix(f"{self.path}.")
+
+    def computed(self, tensor: Tensor) -> Tensor:
+        """A stored tensor on the device and in the dtype that the block computes with."""
+        return _cast(tensor, self.device)
+
     @property
     def has_experts(self) -> bool:
         return any(site.experts is not None for site in self.sites.values())
 
-    @property
-    def structure(self) -> tuple[object, ...]:
-        """Blocks of equal structure use their weights in the same order."""
-        return (type(self.module), *self.sites)
-
     def listen(self, listener: Listener) -> None:
         """Pass the input of every product to ``listener``."""
-        for matrices in self.weights.values():
-            for observed in matrices:
-                observed.listener = listener
+        for observed in chain.from_iterable(self.weights.values()):
+            observed.listener = listener
 
     def replace(self, name: str, values: Iterable[Tensor]) -> None:
         """Multiply by other values of a parameter's matrices from now on."""
@@ -164,8 +167,8 @@ class Block:
             observed.weight.copy_(value)
 
     def replace_vector(self, name: str, value: Tensor) -> None:
-        """Use another value of one of :attr:`vectors`, ``[n]``, from now on."""
-        _fill(self.module, name, _cast(value, self.device))
+        """Use another value of a parameter or buffer that is not packed from now on."""
+        _fill(self.module, self.inside(name), self.computed(value))
 
 
 def _cast(tensor: Tensor, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from modulora_core.spec import PROTOCOL, Calibration, PackedWeight, Quantizer, Q
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One matrix of a block: the parameter's name inside the block, and the expert's index."""
+    """One matrix of a model: the parameter's name, and the expert's index."""
 
     name: str
     index: int = 0
@@ -36,6 +36,7 @@ def ignore(key: Key, x: Tensor) -> None:
     """The listener that does nothing."""
 
 
+@dataclass(eq=False)
 class ObservedWeight:
     """One dense matrix, ``[out, in]``; its values may be replaced by quantized ones.
 
@@ -46,11 +47,11 @@ class ObservedWeight:
         watch: gets the gradient of each product, ``[..., out]``.
     """
 
-    def __init__(self, key: Key, weight: Tensor) -> None:
-        self.key, self.weight = key, weight
-        self.listener: Listener = ignore
-        self.scales: ChannelScales | None = None
-        self.watch: Callable[[Tensor], None] | None = None
+    key: Key
+    weight: Tensor
+    listener: Listener = ignore
+    scales: ChannelScales | None = None
+    watch: Callable[[Tensor], None] | None = None
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x Wᵀ + b``."""
@@ -76,12 +77,8 @@ class ObservedLinear(nn.Module):
         self.observed = observed
         self.out_features, self.in_features = observed.weight.shape
         self.bias: Tensor | None
+        self.register_buffer("weight", observed.weight)  # some models read its dtype
         self.register_buffer("bias", bias)
-
-    @property
-    def weight(self) -> Tensor:
-        """Some models read the weight's dtype."""
-        return self.observed.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.observed.multiply(x, self.bias)
@@ -102,29 +99,33 @@ class _Observed(Quantizer):
         super().__init__()
         self._observed = observed
 
-    def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:  # noqa: ARG002
+    def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:
+        del calibration
         rows, columns = weight.shape
         return PackedWeight(self.spec.name, self.format, (rows, columns), {"weight": weight})
 
     def dequantize_tile(
         self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
-        return packed.tensors["weight"][rows[0] : rows[1]].to(dtype)
+        return packed.tensors["weight"][slice(*rows)].to(dtype)
 
-    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:  # noqa: ARG002
-        if transpose:  # only the backward asks for it
-            if self._observed.watch is not None:
-                self._observed.watch(x)
-            return linear(x, self._observed.weight.t())
-        return self._observed.multiply(x)
+    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
+        del packed
+        if not transpose:
+            return self._observed.multiply(x)
+        if self._observed.watch is not None:  # only the backward asks for it
+            self._observed.watch(x)
+        return linear(x, self._observed.weight.t())
 
 
-def observe(block: nn.Module, name: str, site: LinearSite, weight: Tensor) -> list[ObservedWeight]:
+def observe(
+    block: nn.Module, inside: str, site: LinearSite, weight: Tensor
+) -> list[ObservedWeight]:
     """Replace one linear weight of a decoder block by observed weights.
 
     Args:
         block: the block; its other parameters have their values.
-        name: the parameter's name inside ``block``; site: its place in the model.
+        inside: the parameter's name inside ``block``; site: its place in the model.
         weight: the parameter as the model stores it.
 
     Returns:
@@ -132,17 +133,17 @@ def observe(block: nn.Module, name: str, site: LinearSite, weight: Tensor) -> li
     """
     matrices = list(weight) if site.experts is not None else [weight]
     oriented = [matrix.t().contiguous() if site.transposed else matrix for matrix in matrices]
-    observed = [ObservedWeight(Key(name, i), matrix) for i, matrix in enumerate(oriented)]
-    path, _, parameter = name.rpartition(".")
-    parent = block.get_submodule(path)
+    observed = [ObservedWeight(Key(site.name, i), matrix) for i, matrix in enumerate(oriented)]
+    path, _, parameter = inside.rpartition(".")
+    owner = block.get_submodule(path)
     if site.experts is None:
-        block.set_submodule(path, ObservedLinear(observed[0], parent._parameters["bias"]))
+        block.set_submodule(path, ObservedLinear(observed[0], owner._parameters["bias"]))
     else:
-        del parent._parameters[parameter]
-        parent.add_module(parameter, PackedStack(_stacked(each, site) for each in observed))
+        del owner._parameters[parameter]
+        owner.add_module(parameter, PackedStack(_as_packed(each, site) for each in observed))
     return observed
 
 
-def _stacked(observed: ObservedWeight, site: LinearSite) -> PackedParameter:
+def _as_packed(observed: ObservedWeight, site: LinearSite) -> PackedParameter:
     quantizer = _Observed(observed)
     return PackedParameter(quantizer, quantizer.pack(observed.weight), transposed=site.transposed)

@@ -1,5 +1,7 @@
 """The interface between the walk, which calibrates blocks, and its caller, which packs them."""
 
+# ruff: noqa: ARG002  # the base class ignores its arguments
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +17,11 @@ from modulora_core.spec import Calibration, PackedWeight, Quantizer
 
 @dataclass(frozen=True, slots=True)
 class HeldOutCalibration(Calibration):
-    """The calibration of one layer, with a second moment of samples that judge the result.
+    """The calibration of one layer, with H of held-out samples that judge the result.
 
     Attributes:
-        held_out: of the held-out samples, with weighted inputs. Its ``samples`` is 0 if no token
-            reached the expert.
+        held_out: of the held-out samples, with weighted inputs; 0 ``samples`` if no token reached
+            the expert.
     """
 
     held_out: Calibration
@@ -55,41 +57,32 @@ class PackedMatrices:
 
 
 class Packing:
-    """Decides what happens to each parameter of a block. This base leaves all of them dense.
+    """Decides what happens to each parameter of a block. This base leaves all of them dense."""
 
-    Parameters are named as in the model.
-    """
-
-    def is_written(self, name: str) -> bool:  # noqa: ARG002
+    def is_written(self, name: str) -> bool:
         """Whether an earlier run wrote the parameter."""
         return False
 
     def keep(self, name: str, tensor: Tensor) -> None:
         """Write a parameter that is not packed, unless it is written."""
 
-    def wants_calibration(self, name: str) -> bool:  # noqa: ARG002
+    def wants_calibration(self, name: str) -> bool:
         """Whether :meth:`pack` needs H."""
         return True
 
     def pack(
-        self,
-        name: str,  # noqa: ARG002
-        matrices: Sequence[Tensor],  # noqa: ARG002
-        calibrations: Iterable[Calibration | None],  # noqa: ARG002
+        self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> PackedMatrices | None:
         """Pack a parameter's matrices, ``[out, in]`` each; None leaves them dense."""
         return None
 
-    def read(self, name: str) -> PackedMatrices | None:  # noqa: ARG002
+    def write(self, packed: PackedMatrices) -> None:
+        """Write a packed parameter, unless it is written."""
+
+    def read(self, name: str) -> PackedMatrices | None:
         """Read a packed parameter that is written; None leaves it dense."""
         return None
 
     def read_kept(self, name: str) -> Tensor:
         """Read a written parameter that is not packed."""
         raise NotImplementedError
-
-    def write(self, packed: PackedMatrices) -> None:
-        """Write a packed parameter, unless it is written."""
-
-    def tell_tuning(self, path: str, step: int, steps: int) -> None:
-        """Report progress: the block at ``path`` has done ``step`` of ``steps`` steps."""

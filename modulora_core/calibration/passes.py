@@ -70,7 +70,7 @@ class Collector:
         order: the order of the block; stage: the parameters of the stage.
         stops: whether a batch stops once all inputs of the stage arrived. Batches through experts
             run to their end, because only the end shows which experts they used.
-        weights: the token weights, by the parameters' names inside the block.
+        weights: the token weights of held-out samples, if there are any.
         device: the device of H.
     """
 
@@ -83,8 +83,8 @@ class Collector:
         weights: TokenWeights,
         device: torch.device,
     ) -> None:
-        self._device = device
-        self._order, self._stage, self._stops, self._weights = order, stage, stops, weights
+        self._order, self._stage, self._stops = order, stage, stops
+        self._weights, self._device = weights, device
         self._leaders = {leader for leader in order.leaders.values() if leader.name in stage}
         self._moments: dict[Key, SecondMoment] = {}
         self._held_out: dict[Key, SecondMoment] = {}
@@ -103,8 +103,8 @@ class Collector:
                 self._add(self._moments, key, rows)
             else:  # for all matrices with this input: the batch may stop before they multiply
                 for each in self._order.followers(key):
-                    weighted = rows * self._next_weights(each, rows, self._sample)
-                    self._add(self._held_out, each, weighted)
+                    weights = self._next_weights(each, len(rows), self._sample)
+                    self._add(self._held_out, each, rows * weights.to(rows).sqrt()[:, None])
         self._waiting.discard(key)
         if self._stops and not self._waiting:
             getcurrent().parent.switch()
@@ -114,23 +114,23 @@ class Collector:
             moments[key] = SecondMoment(rows.shape[1], self._device)
         moments[key].add(rows)
 
-    def _next_weights(self, key: Key, rows: Tensor, sample: int) -> Tensor:
-        """The roots of the weights of the next inputs in a held-out sample, ``[n, 1]``."""
+    def _next_weights(self, key: Key, count: int, sample: int) -> Tensor:
+        """The weights of the next ``count`` inputs in a held-out sample."""
         start = self._rows[key]
-        self._rows[key] += len(rows)
-        weights = self._weights[key.name][key.index][sample][start : self._rows[key]]
-        assert len(weights) == len(rows), f"{key}: the block multiplied other inputs than before"
-        return weights.to(rows).sqrt()[:, None]
+        self._rows[key] += count
+        weights = self._weights[key.name][key.index][sample][start : start + count]
+        assert len(weights) == count, f"{key}: the block multiplied other inputs than before"
+        return weights
 
-    def calibration(self, key: Key, weight: Tensor, layer: str) -> Calibration:
-        """H of one matrix, ``weight``; with held-out samples a :class:`HeldOutCalibration`.
+    def calibration(self, key: Key, in_features: int, layer: str) -> Calibration:
+        """H of one matrix; with held-out samples a :class:`HeldOutCalibration`.
 
         Raises:
             WorkError: H of ``layer`` is not finite.
         """
 
         def mean(moments: Mapping[Key, SecondMoment], key: Key) -> Calibration:
-            return (moments.get(key) or SecondMoment(weight.shape[1], self._device)).mean(layer)
+            return (moments.get(key) or SecondMoment(in_features, self._device)).mean(layer)
 
         found = mean(self._moments, self._order.leader(key))
         if not self._weights:
@@ -147,8 +147,7 @@ class Passes:
             :meth:`finish` replaces them by those after it.
         calls: the block's call for each batch; batches: the samples of each batch.
         paused_bytes: the memory for activations of paused batches; 0 lets no batch pause.
-        first_held_out: samples from here on are held out, each in a batch of its own.
-        device: the device of the block.
+        held_out: samples from this number on are held out, each in a batch of its own.
     """
 
     def __init__(
@@ -159,17 +158,16 @@ class Passes:
         batches: Sequence[slice],
         *,
         paused_bytes: int,
-        first_held_out: int,
-        device: torch.device,
+        held_out: int,
     ) -> None:
-        self._block, self._states, self._calls, self._batches = block, states, calls, batches
-        self._first_held_out, self._device = first_held_out, device
+        self._block, self._states, self._calls = block, states, calls
+        self._batches, self._held_out = batches, held_out
         sites = block.sites.values()
         widest = max((max(s.in_features, s.out_features) for s in sites), default=0)
         # an estimate of what a paused token holds: twice a residual and the widest layer's input
         token_bytes = 2 * (states.shape[2] + widest) * states.element_size()
-        batch_bytes = [token_bytes * (b.stop - b.start) * states.shape[1] for b in batches]
-        self._pauses = [total <= paused_bytes for total in accumulate(batch_bytes)]
+        sizes = [token_bytes * (b.stop - b.start) * states.shape[1] for b in batches]
+        self._pauses = [total <= paused_bytes for total in accumulate(sizes)]
         self._paused: dict[int, greenlet] = {}
         self._outputs: dict[int, Tensor] = {}
 
@@ -185,7 +183,7 @@ class Passes:
         """Let ``collector`` see the inputs of its stage, of every batch."""
         self._block.listen(collector)
         for i, batch in enumerate(self._batches):
-            sample = batch.start - self._first_held_out
+            sample = batch.start - self._held_out
             collector.begin(sample if sample >= 0 else None)
             self._continue(i)
         self._block.listen(ignore)
@@ -196,7 +194,7 @@ class Passes:
             states[batch] = self._run(i, states)
 
     def discard(self) -> None:
-        """Give up the paused batches. Later runs begin at the block's beginning."""
+        """Drop the paused batches. Later runs begin at the block's beginning."""
         self._paused.clear()
         self._outputs.clear()
 
@@ -210,11 +208,11 @@ class Passes:
                 self._states[batch] = self._run(i, self._states)
 
     def _run(self, i: int, states: Tensor) -> Tensor:
-        hidden = states[self._batches[i]].to(self._device)
+        hidden = states[self._batches[i]].to(self._block.device)
         return self._calls[i].run(self._block.module, hidden)
 
     def _continue(self, i: int) -> None:
-        """Run batch ``i`` to its next stop: from where it paused, or from the block's beginning."""
+        """Run batch ``i`` to its next stop, from its pause or from the block's beginning."""
         runner = self._paused.get(i) or greenlet(partial(self._run, i, self._states))
         if self._pauses[i]:
             self._paused[i] = runner

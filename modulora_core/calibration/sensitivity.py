@@ -94,59 +94,58 @@ def loss_sensitivities(
         ModelError: the model can't run block by block.
         WorkError: a gradient or a logit is NaN or Inf.
     """
-    passes = _Passes(source, ids, linears, device, progress)
+    paths = find_blocks(source.skeleton())
+    passes = _Passes(source, ids, linears, device, progress, paths)
     with torch.no_grad():
         passes.forward(folder, spill, seed)
         return passes.backward()
 
 
+@dataclass
 class _Passes:
     """One pass forward and one backward, a sample at a time."""
 
-    def __init__(
-        self,
-        source: ModelSource,
-        ids: Tensor,
-        linears: Sequence[LinearSite],
-        device: torch.device,
-        progress: Progress | None,
-    ) -> None:
-        self._source, self._ids, self._linears, self._device = source, ids, linears, device
-        self._progress = progress
-        self._nbytes = sum(source.parameters[linear.name].nbytes for linear in linears)
-        self._paths = find_blocks(source.skeleton())
-        self._calls: list[list[Call]] = []  # of each sample, of each block
+    source: ModelSource
+    ids: Tensor
+    linears: Sequence[LinearSite]
+    device: torch.device
+    progress: Progress | None
+    paths: Sequence[str]
 
     def forward(self, folder: Path, spill: bool | None, seed: int) -> None:
         """Store the hidden states before every block, and the gradient after the last block."""
-        model = outer_model(self._source, self._paths, self._device, head=True)
+        model = outer_model(self.source, self.paths, self.device, head=True)
         model.tie_weights()
-        _check_filled(model, self._paths)
-        blocks = [model.get_submodule(path) for path in self._paths]
-        singles = [slice(i, i + 1) for i in range(len(self._ids))]
-        for batch, hidden, calls in record_calls(model, blocks, self._ids, singles, self._device):
+        _check_filled(model, self.paths)
+        blocks = [model.get_submodule(path) for path in self.paths]
+        singles = [slice(i, i + 1) for i in range(len(self.ids))]
+        self._calls: list[list[Call]] = []  # of each sample, of each block
+        for batch, hidden, calls in record_calls(model, blocks, self.ids, singles, self.device):
             if not self._calls:
-                shape = (len(blocks) + 1, len(self._ids), *hidden.shape[1:])
-                self._states = empty_states(shape, hidden.dtype, self._device, folder, spill)
+                shape = (len(blocks) + 1, len(self.ids), *hidden.shape[1:])
+                self._states = empty_states(hidden, shape, folder, spill)
             self._states[0, batch] = hidden
             self._calls.append(calls)
-        modules = block_modules(self._source, self._paths)
+        modules = block_modules(self.source, self.paths)
+        [blocks[0]] = block_modules(self.source, self.paths[:1])  # its values aren't needed again
+        model.set_submodule(self.paths[0], blocks[0])
         for number in range(len(blocks)):
-            block = self._block(number, modules.pop(0))
-            for sample, calls in enumerate(self._calls):
-                self._states[number + 1, sample] = calls[number].run(
-                    block.module, self._state(number, sample)
-                )
-            del block
+            self._forward_through(number, modules.pop(0))
             self._tell(number + 1)
         self._head(model, blocks, torch.Generator().manual_seed(seed))
+
+    def _forward_through(self, number: int, module: nn.Module) -> None:
+        block = self._block(number, module)
+        for sample, calls in enumerate(self._calls):
+            after = calls[number].run(block.module, self._state(number, sample))
+            self._states[number + 1, sample] = after
 
     def _head(self, model: nn.Module, blocks: list[nn.Module], generator: torch.Generator) -> None:
         """Replace the last hidden states by the gradient of Σ log p(drawn token) in them."""
         for sample, calls in enumerate(self._calls):
             hidden = self._state(len(blocks), sample).requires_grad_()
             with torch.enable_grad():
-                ids = self._ids[sample][None].to(self._device)
+                ids = self.ids[sample][None].to(self.device)
                 logits = logits_after(model, blocks, calls, ids, hidden)[0]
                 scores = logits.float().log_softmax(-1)
                 _check_finite(scores.detach(), "the model's logits")
@@ -157,10 +156,10 @@ class _Passes:
     def backward(self) -> dict[str, list[Sensitivity]]:
         """From the last block to the first, replace hidden states by the gradient in them."""
         found: dict[str, list[Sensitivity]] = {}
-        modules = block_modules(self._source, self._paths)
-        for number in reversed(range(len(self._paths))):
+        modules = block_modules(self.source, self.paths)
+        for number in reversed(range(len(self.paths))):
             found |= self._backward_through(number, modules.pop())
-            self._tell(2 * len(self._paths) - number)
+            self._tell(2 * len(self.paths) - number)
         return found
 
     def _backward_through(self, number: int, module: nn.Module) -> dict[str, list[Sensitivity]]:
@@ -174,28 +173,25 @@ class _Passes:
             self._states[number, sample] = _gradient(before)
             for watch in chain.from_iterable(watches.values()):
                 watch.next_sample()
-        full_names = {name: f"{block.path}.{name}" for name in watches}
-        return {
-            full_names[name]: [w.sensitivity(full_names[name], self._ids.numel()) for w in seen]
-            for name, seen in watches.items()
-        }
+        tokens = self.ids.numel()
+        return {n: [watch.sensitivity(n, tokens) for watch in seen] for n, seen in watches.items()}
 
     def _block(self, number: int, module: nn.Module) -> Block:
-        path = self._paths[number]
-        return Block(path, module, self._linears, self._source, self._device, lambda *_: None)
+        path = self.paths[number]
+        return Block(path, module, self.linears, self.source, self.device, lambda *_: None)
 
     def _state(self, number: int, sample: int) -> Tensor:
         """A sample's hidden state before block ``number``, ``[1, seq_len, hidden]``."""
-        return self._states[number, sample][None].to(self._device)
+        return self._states[number, sample][None].to(self.device)
 
     def _tell(self, blocks: int) -> None:
-        if self._progress is not None:
-            done = self._nbytes * blocks // (2 * len(self._paths))
-            self._progress("weighing", done, self._nbytes)
+        if self.progress is not None:
+            nbytes = sum(self.source.parameters[linear.name].nbytes for linear in self.linears)
+            self.progress("weighing", nbytes * blocks // (2 * len(self.paths)), nbytes)
 
 
 def _gradient(leaf: Tensor) -> Tensor:
-    """The gradient of the loss in ``leaf``, ``[1, seq_len, hidden]``, without its first dimension."""
+    """The gradient in ``leaf``, ``[1, seq_len, hidden]``, without the first dimension."""
     assert leaf.grad is not None
     return leaf.grad[0]
 

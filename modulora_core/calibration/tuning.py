@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -126,6 +126,7 @@ class Tuner:
     Args:
         text: the samples; its config says how to tune.
         seed: for the order of the samples.
+        progress: called with the block's path, steps done and all steps.
 
     Attributes:
         batches: the samples of each optimizer step, then of each held-out batch.
@@ -134,9 +135,11 @@ class Tuner:
             and after.
     """
 
-    def __init__(self, text: CalibrationText, *, seed: int) -> None:
+    def __init__(
+        self, text: CalibrationText, *, seed: int, progress: Callable[[str, int, int], None]
+    ) -> None:
         assert text.config.tuning is not None
-        self._config, self._seed = text.config.tuning, seed
+        self._config, self._seed, self._progress = text.config.tuning, seed, progress
         self._trained, self._held_out = self._config.batches(*text.ids.shape)
         self.batches = [*self._trained, *self._held_out]
         self.errors: dict[str, tuple[float, float]] = {}
@@ -149,23 +152,17 @@ class Tuner:
         self._inputs, self.targets, self._calls = inputs, targets, calls
 
     def tune(
-        self,
-        number: int,
-        block: Block,
-        packed: Mapping[str, PackedMatrices],
-        progress: Callable[[str, int, int], None],
+        self, number: int, block: Block, packed: Mapping[str, PackedMatrices]
     ) -> tuple[dict[str, PackedMatrices], dict[str, Tensor]]:
         """Tune a block whose weights have their quantized values.
 
         The hidden states are those before the block, the targets those after it.
 
         Args:
-            number: the block's number.
-            packed: its packed parameters, by their names inside the block.
-            progress: called with the block's path, steps done and all steps.
+            number: the block's number; packed: its packed parameters by name.
 
         Returns:
-            the packed parameters and the vectors that changed, by their names inside the block.
+            the packed parameters and the vectors that changed, by name.
         """
         before = after = self._error(number, block)
         tuned, vectors = dict[str, PackedMatrices](), dict[str, Tensor]()
@@ -173,11 +170,9 @@ class Tuner:
         scaled = [name for name, site in block.sites.items()
                   if site.experts is None and packed[name].quantizer.spec.rescales]  # fmt: skip
         if (scaled or block.vectors) and 0 < before < math.inf:
-            trainee = Trainee(block, scaled)
-            self._train(number, block, trainee, before, progress)
-            trainee.detach()
-            tuned = {name: packed[name].rescaled(u_v) for name, u_v in trainee.scales.items()}
-            vectors = {n: v.to(block.vectors[n].dtype) for n, v in trainee.vectors.items()}
+            scales, trained = self._train(number, block, scaled, before)
+            tuned = {name: packed[name].rescaled(u_v) for name, u_v in scales.items()}
+            vectors = {n: v.to(block.vectors[n].dtype).cpu() for n, v in trained.items()}
             _replace(block, tuned, vectors)
             after = self._error(number, block)
             if not after < before:  # NaN is not
@@ -197,28 +192,53 @@ class Tuner:
         return total / samples
 
     def _train(
-        self,
-        number: int,
-        block: Block,
-        trainee: Trainee,
-        before: float,
-        progress: Callable[[str, int, int], None],
-    ) -> None:
+        self, number: int, block: Block, scaled: Sequence[str], before: float
+    ) -> tuple[dict[str, ChannelScales], dict[str, Tensor]]:
+        """Train scales of the weights in ``scaled`` and the block's vectors, all in fp32."""
+        scales = {name: _ones(block.weights[name][0].weight) for name in scaled}
+        vectors = {
+            name: vector.to(block.device, torch.float32, copy=True).requires_grad_()
+            for name, vector in block.vectors.items()
+        }
+        dtypes = {name: block.computed(vector).dtype for name, vector in block.vectors.items()}
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            values = {block.inside(name): v.to(dtypes[name]) for name, v in vectors.items()}
+            return functional_call(block.module, values, args, kwargs)
+
+        sides = [side for each in scales.values() for side in (each.input, each.output)]
+        trained = [*sides, *vectors.values()]
         steps = self._config.epochs * len(self._trained)
-        optimizer = torch.optim.Adam(trainee.groups(self._config.learning_rate))
+        optimizer = torch.optim.Adam(self._groups(sides, vectors.values()))
         factor = partial(learning_rate_factor, steps=steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        for name, each in scales.items():
+            block.weights[name][0].scales = each
         for step, i in enumerate(self._order(block.path)):
             inputs, targets = self._states(block, self._trained[i])
             with torch.enable_grad():
-                output = self._calls[i][number].run(trainee, inputs)
+                output = self._calls[i][number].run(run, inputs)
                 loss = relative_error(output, targets) / before
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainee.parameters(), MAX_GRADIENT_NORM)
+            torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
             optimizer.step()
             schedule.step()
-            progress(block.path, step + 1, steps)
+            self._progress(block.path, step + 1, steps)
+        for name in scales:
+            block.weights[name][0].scales = None
+        for tensor in trained:
+            tensor.requires_grad_(False)
+        return scales, vectors
+
+    def _groups(self, sides: Sequence[Tensor], vectors: Iterable[Tensor]) -> list[dict[str, Any]]:
+        """Adam's groups. Adam ignores a parameter's size, so the rate of a vector follows it."""
+        rate = self._config.learning_rate
+        groups: list[dict[str, Any]] = [{"params": sides, "lr": rate}] if sides else []
+        for vector in vectors:
+            size = float(vector.detach().square().mean().sqrt()) or 1.0  # a bias may be zero
+            groups.append({"params": [vector], "lr": rate * size})
+        return groups
 
     def _states(self, block: Block, batch: slice) -> tuple[Tensor, Tensor]:
         """The inputs and the targets of a batch, on the block's device."""
@@ -231,6 +251,12 @@ class Tuner:
             yield from torch.randperm(len(self._trained), generator=generator).tolist()
 
 
+def _ones(weight: Tensor) -> ChannelScales:
+    out_features, in_features = weight.shape
+    u, v = (weight.new_ones(n, dtype=torch.float32) for n in (in_features, out_features))
+    return ChannelScales(u.requires_grad_(), v.requires_grad_())
+
+
 def _replace(
     block: Block, packed: Mapping[str, PackedMatrices], vectors: Mapping[str, Tensor]
 ) -> None:
@@ -238,61 +264,6 @@ def _replace(
         block.replace(name, matrices.values())
     for name, value in vectors.items():
         block.replace_vector(name, value)
-
-
-class Trainee:
-    """A block with trainable scales, norms and biases in fp32. Call it like the block.
-
-    Args:
-        block: its own parameters do not change.
-        scaled: the weights that get scales, by their names inside the block.
-
-    Attributes:
-        scales: u and v of each of these weights, 1 at first.
-        vectors: the block's norms and biases.
-    """
-
-    def __init__(self, block: Block, scaled: Sequence[str]) -> None:
-        self._module = block.module
-        self._observed = {name: block.weights[name][0] for name in scaled}
-        self.scales: dict[str, ChannelScales] = {}
-        for name, observed in self._observed.items():
-            v, u = (torch.ones(n, device=observed.weight.device) for n in observed.weight.shape)
-            self.scales[name] = ChannelScales(u.requires_grad_(), v.requires_grad_())
-            observed.scales = self.scales[name]
-        tensors = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
-        self._dtypes = {name: tensors[name].dtype for name in block.vectors}
-        self.vectors = {
-            name: tensors[name].detach().to(torch.float32, copy=True).requires_grad_()
-            for name in block.vectors
-        }
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        values = {name: vector.to(self._dtypes[name]) for name, vector in self.vectors.items()}
-        return functional_call(self._module, values, args, kwargs)
-
-    def _sides(self) -> list[Tensor]:
-        return [side for scales in self.scales.values() for side in (scales.input, scales.output)]
-
-    def parameters(self) -> list[Tensor]:
-        """All trained tensors."""
-        return [*self._sides(), *self.vectors.values()]
-
-    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Adam's groups. Adam ignores a parameter's size, so the rate of a vector follows it."""
-        sides = self._sides()
-        groups: list[dict[str, Any]] = [{"params": sides, "lr": learning_rate}] if sides else []
-        for vector in self.vectors.values():
-            size = float(vector.detach().square().mean().sqrt()) or 1.0  # a bias may be zero
-            groups.append({"params": [vector], "lr": learning_rate * size})
-        return groups
-
-    def detach(self) -> None:
-        """End training: remove the scales from the block, and stop recording gradients."""
-        for observed in self._observed.values():
-            observed.scales = None
-        for tensor in self.parameters():
-            tensor.requires_grad_(False)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

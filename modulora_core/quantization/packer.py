@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner
+from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner, find_blocks
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.shards import ShardWriter
 from modulora_core.errors import WorkError, note_plugin
@@ -49,22 +49,23 @@ def pack_all(
         ModelError: the model can't run block by block.
         WorkError: a layer's inputs are NaN or Inf, or a quantizer broke the promise of its layout.
     """
-    if layout.calibration is None:
+    text = layout.calibration
+    if text is None:
         packer = _Packer(source, layout, writer, device, progress)
         for name, tensor in source.tensors():
             packer.take(name, tensor)
         return Packed()
-    walk = BlockWalk(
-        source, layout.calibration, layout.linears, device=device, folder=writer.folder
-    )
-    blocks = tuple(f"{path}." for path in walk.blocks)
-    tuned = layout.calibration.config.tuning is not None
-    tuner = Tuner(layout.calibration, seed=layout.record.seed) if tuned else None
+    blocks = tuple(f"{path}." for path in find_blocks(source.skeleton()))
+    tuned = text.config.tuning is not None
     packer = _Packer(source, layout, writer, device, progress, blocks if tuned else ())
-    outside = {name for name in source.parameters if not name.startswith(blocks)}
-    for name, tensor in source.tensors(names=outside):
+    for name, tensor in source.tensors(
+        names={name for name in source.parameters if not name.startswith(blocks)}
+    ):
         packer.take(name, tensor)
-    walk.run(packer, tuner)
+    seed = layout.record.seed
+    tuner = Tuner(text, seed=seed, progress=packer.tell_tuning) if tuned else None
+    walk = BlockWalk(source, text, layout.linears, packer, device, writer.folder, tuner)
+    walk.run()
     return Packed(walk.unreached, {} if tuner is None else tuner.errors)
 
 
@@ -76,6 +77,7 @@ def random_stream(seed: int, name: str) -> Iterator[None]:
         yield
 
 
+@dataclass
 class _Packer(Packing):
     """Packs parameters and writes them.
 
@@ -83,24 +85,23 @@ class _Packer(Packing):
     they are packed, and when their block is tuned and written.
     """
 
-    def __init__(
-        self,
-        source: ModelSource,
-        layout: Layout,
-        writer: ShardWriter,
-        device: torch.device,
-        progress: Progress | None,
-        tuned: tuple[str, ...] = (),
-    ) -> None:
-        self._layout, self._writer, self._device, self._progress = layout, writer, device, progress
-        self._sizes = {name: info.nbytes for name, info in source.parameters.items()}
-        self._twice = {name for name in layout.record.weights if tuned and name.startswith(tuned)}
+    source: ModelSource
+    layout: Layout
+    writer: ShardWriter
+    device: torch.device
+    progress: Progress | None
+    tuned: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._sizes = {name: info.nbytes for name, info in self.source.parameters.items()}
+        weights = self.layout.record.weights
+        self._twice = {name for name in weights if self.tuned and name.startswith(self.tuned)}
         self._total = sum(self._sizes.values()) + sum(self._sizes[name] for name in self._twice)
-        self._done = 0
+        self._done = self._told = 0
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Pack or keep a parameter that needs no calibration, as the model stores it."""
-        if name not in self._layout.record.weights:
+        if name not in self.layout.record.weights:
             self.keep(name, tensor)
         elif self.is_written(name):
             self._count(name)
@@ -111,26 +112,26 @@ class _Packer(Packing):
             self.write(self.pack(name, matrices, [None] * len(matrices)))
 
     def is_written(self, name: str) -> bool:
-        return name in self._writer.done
+        return name in self.writer.done
 
     def keep(self, name: str, tensor: Tensor) -> None:
         if not self.is_written(name):
-            self._writer.write(name, {name: tensor})
+            self.writer.write(name, {name: tensor})
         self._count(name)
 
     def wants_calibration(self, name: str) -> bool:
-        return self._layout.quantizer(self._site(name)).spec.calibration != "none"
+        return self.layout.quantizer(self._site(name)).spec.calibration != "none"
 
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> PackedMatrices:
         site = self._site(name)
-        quantizer = self._layout.quantizer(site)
+        quantizer = self.layout.quantizer(site)
         packed: list[PackedWeight] = []
-        with random_stream(self._layout.record.seed, name), torch.no_grad():
+        with random_stream(self.layout.record.seed, name), torch.no_grad():
             for matrix, calibration in zip(matrices, calibrations, strict=True):
                 try:
-                    packed.append(quantizer.pack(matrix.to(self._device), calibration))
+                    packed.append(quantizer.pack(matrix.to(self.device), calibration))
                 except Exception as error:  # a plugin may raise anything
                     note_plugin(error, quantizer.spec.name, f"packing {name}, {list(matrix.shape)}")
                     raise
@@ -147,14 +148,14 @@ class _Packer(Packing):
         site = self._site(name)
         packed = []
         for prefix in site.prefixes(name):
-            tensors = {key: self._writer.read(f"{prefix}.{key}") for key in site.layout.tensors}
-            packed.append(site.layout.fill(tensors).to(self._device))
+            tensors = {key: self.writer.read(f"{prefix}.{key}") for key in site.layout.tensors}
+            packed.append(site.layout.fill(tensors).to(self.device))
         if name in self._twice:
             self._count(name)
-        return PackedMatrices(name, self._layout.quantizer(site), packed)
+        return PackedMatrices(name, self.layout.quantizer(site), packed)
 
     def read_kept(self, name: str) -> Tensor:
-        return self._writer.read(name)
+        return self.writer.read(name)
 
     def write(self, packed: PackedMatrices) -> None:
         if not self.is_written(packed.name):
@@ -164,7 +165,7 @@ class _Packer(Packing):
                 for prefix, each in zip(prefixes, packed.matrices, strict=True)
                 for key, value in each.tensors.items()
             }
-            self._writer.write(packed.name, tensors)
+            self.writer.write(packed.name, tensors)
         self._count(packed.name)
 
     def tell_tuning(self, path: str, step: int, steps: int) -> None:
@@ -172,12 +173,13 @@ class _Packer(Packing):
         self._tell("tuning", self._done + in_block * step // steps)
 
     def _site(self, name: str) -> PackedSite:
-        return self._layout.record.sites[self._layout.record.weights[name]]
+        return self.layout.record.sites[self.layout.record.weights[name]]
 
     def _count(self, name: str) -> None:
         self._done += self._sizes[name]
         self._tell("packing", self._done)
 
     def _tell(self, what: str, done: int) -> None:
-        if self._progress is not None:
-            self._progress(what, done, self._total)
+        self._told = max(self._told, done)  # a block that was tuned is written afterwards
+        if self.progress is not None:
+            self.progress(what, self._told, self._total)

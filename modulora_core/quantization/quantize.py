@@ -1,8 +1,8 @@
 """Quantizes a model into a packed checkpoint, a parameter or a decoder block at a time.
 
-:func:`~modulora_core.quantization.layout.choose_layout` makes all refusals and computes every byte
-that will be written. :func:`quantize` then streams: it reads a parameter, packs it, writes it to
-its place, and drops it.
+The layout of the checkpoint comes first: it refuses wrong requests and has every byte's place.
+:func:`quantize` then streams: it reads a parameter, packs it, writes it to its place, and drops
+it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modulora_core.calibration import CalibrationConfig, calibration_text
-from modulora_core.calibration.states import spilled_by
+from modulora_core.calibration.states import spilled_bytes
 from modulora_core.checkpoints.outputs import (
     SMALL_FILES,
     check_disk_space,
@@ -31,16 +31,21 @@ from modulora_core.checkpoints.outputs import (
 from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter
 from modulora_core.devices import pick_device
 from modulora_core.devices.memory import PeakMemory
-from modulora_core.errors import CheckpointError
+from modulora_core.errors import CheckpointError, OptionError
 from modulora_core.models import ModelSource, open_model
 from modulora_core.models.progress import Progress
 from modulora_core.models.tokenizer_files import TOKENIZER_FILES
 from modulora_core.models.unfinished import REQUEST
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
+from modulora_core.quantization.mixed.errors import JOURNAL
+from modulora_core.quantization.mixed.mixture import Budget, find_mixture
 from modulora_core.quantization.packer import Packed, pack_all
 from modulora_core.registry import Choice
 
-__all__ = ["Choice", "Override", "QuantizeResult", "quantize"]
+__all__ = ["Budget", "Choice", "Override", "QuantizeResult", "quantize"]
+
+MIXED = "mixed"
+"""The name that a result gives to the quantizer of a budget."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +55,7 @@ class QuantizeResult:
     """A packed checkpoint that was written.
 
     Attributes:
-        quantizer, options: the quantizer of all layers without an override.
+        quantizer, options: of all layers without an override; ``"mixed"`` with a budget.
         bits_per_weight: the packed bits per packed weight, scales included.
         bytes: the size of all tensors; source_bytes: their size in the dense model.
         seconds: the duration; peak_memory_bytes: the peak memory of the process.
@@ -61,7 +66,7 @@ class QuantizeResult:
         tuning_errors: by decoder block tuned in this run, its error on held-out samples before
             and after; None without tuning.
         allocation: the choice of each layer, if a budget decided
-            (:func:`modulora_core.quantization.mixed.run.quantize_mixed`).
+            (:meth:`modulora_core.quantization.mixed.mixture.Mixture.table`).
     """
 
     out: str
@@ -87,7 +92,7 @@ class QuantizeResult:
 def quantize(
     model: str,
     out: str | Path,
-    quantizer: str,
+    quantizer: str | Budget,
     options: Mapping[str, Any] | None = None,
     *,
     overrides: Sequence[Override] = (),
@@ -108,14 +113,16 @@ def quantize(
     The model is never whole in memory. ``out`` becomes a Hugging Face folder that
     :func:`modulora_core.load_model` opens. The same arguments give the same bytes::
 
-        result = quantize("org/model", "packed", "NAME", {"bits": 3},
-                          calibration=CalibrationConfig("text.txt"))
-        print(result.bits_per_weight)
+        text = CalibrationConfig("text.txt")
+        quantize("org/model", "packed", "NAME", {"group_size": 64}, calibration=text)
+        choices = [Choice("NAME"), Choice("OTHER")]
+        quantize("org/model", "mixed", Budget(3 * 2**30, choices), calibration=text)
 
     Args:
         model: a Hub id, a folder of safetensors, a ``.gguf`` file, or ``package:NAME``.
         out: a new or empty folder. It appears when it is whole.
-        quantizer: a name of ``modulora list-quantizers``; options: of its ``Options``.
+        quantizer: a name of ``modulora list-quantizers``; options: of its ``Options``. A
+            :class:`Budget` chooses a quantizer for each layer.
         overrides: other quantizers for some modules; the last match counts.
         include: quantize only modules whose dotted path matches one of these patterns (fnmatch).
         exclude: leave modules dense that match one of these patterns.
@@ -143,10 +150,19 @@ def quantize(
         source = open_model(model, revision=revision)
         text = None if calibration is None else calibration_text(source, calibration, seed)
         selection = Selection(include, exclude, head, embeddings)
-        layout = choose_layout(
-            source, Choice(quantizer, options or {}), overrides, selection,
-            calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
-        )  # fmt: skip
+        mixture, layout = None, None
+        if isinstance(quantizer, Budget):
+            if options or overrides:
+                raise OptionError("budget: expected no options and no overrides beside it; name "
+                                  "quantizers with their options in its choices")  # fmt: skip
+            mixture = find_mixture(source, quantizer, text, selection, seed=seed)
+            request, nbytes = mixture.request, mixture.nbytes(where)
+        else:
+            layout = choose_layout(
+                source, Choice(quantizer, options or {}), overrides, selection,
+                calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
+            )  # fmt: skip
+            request, nbytes = layout.record.to_json(), layout.nbytes
         if not source.has_tokenizer:
             logger.warning(
                 "model %s: it has no tokenizer files, such as %s, so the packed model has none; "
@@ -155,13 +171,23 @@ def quantize(
                 source.location.model,
                 TOKENIZER_FILES[0],
             )
-        request = {**layout.record.to_json(), "max_shard_bytes": max_shard_bytes}
-        nbytes = layout.nbytes + (0 if text is None else spilled_by(text, source.config, where))
+        request |= {"max_shard_bytes": max_shard_bytes}
+        if text is not None:  # tuning needs the hidden states of the dense model too
+            files = 1 if text.config.tuning is None else 2
+            tokens, spill = text.ids.numel(), text.config.spill
+            nbytes += files * spilled_bytes(tokens, source.config, where, spill)
         with unfinished(source, out, request, nbytes, resume, progress) as (folder, resumes):
+            if mixture is not None:
+                layout = mixture.choose(
+                    where, folder, max_shard_bytes, resume=resumes, progress=progress
+                )
+            assert layout is not None
             packed = write_packed(source, layout, folder, where, resume=resumes, progress=progress)
-    first = layout.record.recipes[0]
-    seconds = time.perf_counter() - started
-    return result_of(source, layout, packed, out, (first.quantizer, first.options), seconds, peak)
+    result = _result(source, layout, packed, out, time.perf_counter() - started, peak.nbytes)
+    if mixture is None:
+        return result
+    table = mixture.table(layout.record)
+    return replace(result, quantizer=MIXED, options={}, allocation=table)
 
 
 @contextmanager
@@ -237,21 +263,14 @@ def write_packed(
     config.save_pretrained(folder)
     source.copy_tokenizer(folder)
     writer.finish()
-    (folder / REQUEST).unlink()
+    for name in (REQUEST, JOURNAL):
+        (folder / name).unlink(missing_ok=True)
     return packed
 
 
-def result_of(
-    source: ModelSource,
-    layout: Layout,
-    packed: Packed,
-    out: Path,
-    quantizer: tuple[str, Mapping[str, Any]],
-    seconds: float,
-    peak: PeakMemory,
-    allocation: dict[str, Any] | None = None,
+def _result(
+    source: ModelSource, layout: Layout, packed: Packed, out: Path, seconds: float, peak: int
 ) -> QuantizeResult:
-    """The result of a run that wrote ``layout``."""
     record, text = layout.record, layout.calibration
     packed_by: dict[str, int] = {}
     for _, site in record.items():
@@ -263,12 +282,12 @@ def result_of(
     }
     return QuantizeResult(
         out=str(out),
-        quantizer=quantizer[0],
-        options=dict(quantizer[1]),
+        quantizer=record.recipes[0].quantizer,
+        options=dict(record.recipes[0].options),
         bits_per_weight=record.bits_per_weight,
         bytes=layout.nbytes,
         seconds=seconds,
-        peak_memory_bytes=peak.nbytes,
+        peak_memory_bytes=peak,
         weights=sum(packed_by.values()),
         source_bytes=sum(info.nbytes for info in source.parameters.values()),
         kept=dict(record.kept),
@@ -276,5 +295,4 @@ def result_of(
         calibration=None if text is None else text.to_json(),
         unreached=list(packed.unreached),
         tuning_errors=errors if text is not None and text.config.tuning is not None else None,
-        allocation=allocation,
     )

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.shards import ShardWriter
 from modulora_core.models import open_model
-from modulora_core.quantization.mixed import errors, quantize_mixed
-from modulora_core.quantization.quantize import QuantizeResult
+from modulora_core.quantization.mixed import errors
+from modulora_core.quantization.quantize import Budget, QuantizeResult, quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 
@@ -51,10 +51,9 @@ def uniform_size(source: str, bits: int) -> int:
 
 
 def run(source: str, out: Path, budget: int, **arguments: Any) -> QuantizeResult:
-    return quantize_mixed(
-        source,
-        out,
-        **{"choices": CHOICES, "budget": budget, "calibration": CONFIG, "seed": 1, **arguments},
+    choices = arguments.pop("choices", CHOICES)
+    return quantize(
+        source, out, Budget(budget, choices), **{"calibration": CONFIG, "seed": 1, **arguments}
     )
 
 

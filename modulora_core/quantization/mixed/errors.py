@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -78,11 +79,10 @@ def measure_errors(
         source, held_out_ids(text), candidates.linears, device=device, folder=folder,
         seed=candidates.seed, spill=text.config.spill, progress=progress,
     )  # fmt: skip
-    token_weights = {name: [each.tokens for each in found] for name, found in sensitivities.items()}
-    walk = BlockWalk(
-        source, text, candidates.linears, device=device, folder=folder, token_weights=token_weights
-    )
-    walk.run(_Measuring(source, candidates, sensitivities, journal, measured, progress))
+    measuring = _Measuring(source, candidates, sensitivities, journal, measured, progress)
+    weights = {name: [each.tokens for each in found] for name, found in sensitivities.items()}
+    linears = candidates.linears
+    BlockWalk(source, text, linears, measuring, device, folder, token_weights=weights).run()
     return measured
 
 
@@ -95,51 +95,48 @@ def _read(journal: Path) -> dict[str, list[float]]:
     return dict(map(json.loads, whole))
 
 
+@dataclass
 class _Measuring(Packing):
     """Measures every layer, and leaves it dense."""
 
-    def __init__(
-        self,
-        source: ModelSource,
-        candidates: Candidates,
-        sensitivities: Mapping[str, Sequence[Sensitivity]],
-        journal: Path,
-        measured: dict[str, list[float]],
-        progress: Progress | None,
-    ) -> None:
-        self._candidates, self._sensitivities = candidates, sensitivities
-        self._journal, self._measured, self._progress = journal, measured, progress
-        names = [linear.name for linear in candidates.linears]
-        self._nbytes = {name: source.parameters[name].nbytes for name in names}
+    source: ModelSource
+    candidates: Candidates
+    sensitivities: Mapping[str, Sequence[Sensitivity]]
+    journal: Path
+    measured: dict[str, list[float]]
+    progress: Progress | None
 
     def is_written(self, name: str) -> bool:
-        return name in self._measured
+        return name in self.measured
 
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> None:
-        totals = [0.0] * len(self._candidates.choices)
-        sensitivities = self._sensitivities[name]
+        totals = [0.0] * len(self.candidates.choices)
+        sensitivities = self.sensitivities[name]
         for weight, seen, sensitivity in zip(matrices, calibrations, sensitivities, strict=True):
             assert isinstance(seen, HeldOutCalibration)
-            for i, quantizer in enumerate(self._candidates.quantizers):
-                with random_stream(self._candidates.seed, name):
+            for i, quantizer in enumerate(self.candidates.quantizers):
+                with random_stream(self.candidates.seed, name):
                     given = None if quantizer.spec.calibration == "none" else seen
                     packed = quantizer.pack(weight, given)
                 H, s = seen.held_out.hessian, sensitivity.outputs
                 totals[i] += weighted_error(weight, quantizer, packed, H, s)
-        for choice, total in zip(self._candidates.choices, totals, strict=True):
+        for choice, total in zip(self.candidates.choices, totals, strict=True):
             if not math.isfinite(total):
                 raise WorkError(
                     f"{name}: expected a finite error under {choice.label}, got {total}; leave "
                     "this choice out"
                 )
-        with self._journal.open("a") as journal:
+        with self.journal.open("a") as journal:
             journal.write(json.dumps([name, totals]) + "\n")
-        self._measured[name] = totals
-        if self._progress is not None:
-            done = sum(self._nbytes[each] for each in self._measured)
-            self._progress("measuring", done, sum(self._nbytes.values()))
+        self.measured[name] = totals
+        if self.progress is not None:
+            nbytes = {
+                x.name: self.source.parameters[x.name].nbytes for x in self.candidates.linears
+            }
+            done = sum(nbytes[each] for each in self.measured)
+            self.progress("measuring", done, sum(nbytes.values()))
 
 
 def weighted_error(
