@@ -26,13 +26,14 @@ from report import Result, describe, environment, markdown
 
 from modulora_core.calibration import CalibrationConfig, calibration_text
 from modulora_core.checkpoints.outputs import write_file
+from modulora_core.checkpoints.shards import MAX_SHARD_BYTES
 from modulora_core.cli import evaluate, quantize
 from modulora_core.cli.terminal import Report
 from modulora_core.cli.text import format_size, parse_size
 from modulora_core.errors import ModuLoRAError
 from modulora_core.models import open_model
 from modulora_core.quantization.layout import Selection
-from modulora_core.quantization.mixed.candidates import find_candidates
+from modulora_core.quantization.mixed.mixture import Budget, find_mixture
 from modulora_core.registry import Choice
 
 COMMANDS: dict[str, Callable[..., Report]] = {
@@ -120,13 +121,14 @@ def budget_of(work: Work) -> int:
         None if text is None else Choice.parse(text)
         for text in (flags.quantize_head, flags.quantize_embeddings)
     )
-    choices = [Choice.parse(label, "--choices") for label in flags.choices]
+    anything = Budget(2**63, [Choice.parse(label, "--choices") for label in flags.choices])
     text = calibration_text(source, work.calibration, flags.seed)
     selection = Selection(head=head, embeddings=embeddings)
-    candidates = find_candidates(source, choices, text, selection, seed=flags.seed)
-    return candidates.fixed_bytes + math.floor(
-        flags.bits * sum(linear.numel for linear in candidates.linears) / 8
+    mixture = find_mixture(
+        source, anything, text, selection, seed=flags.seed, max_shard_bytes=MAX_SHARD_BYTES
     )
+    weights = sum(linear.numel for linear in mixture.linears)
+    return mixture.fixed_bytes + math.floor(flags.bits * weights / 8)
 
 
 def measure(work: Work, budget: int) -> tuple[list[Result], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Computes H = E[xxᵀ] of every layer's inputs, from a model and text, a decoder block at a time.
 
     text.py          the samples: segments of a text, and their entry in a record
-    blocks.py        decoder blocks: found, filled with values, and called as the model does
+    blocks.py        decoder blocks: found, and filled with values
+    calls.py         how the model calls its blocks
     observe.py       dense weights that report their inputs
     moments.py       the running sum of xxᵀ
     states.py        the hidden states of the samples, in memory or in a mapped file

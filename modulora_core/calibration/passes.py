@@ -12,7 +12,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
-from modulora_core.calibration.blocks import Block, Call
+from modulora_core.calibration.blocks import Block
+from modulora_core.calibration.calls import Call
 from modulora_core.calibration.moments import SecondMoment
 from modulora_core.calibration.observe import Key, ignore
 from modulora_core.calibration.packing import HeldOutCalibration
@@ -36,8 +37,13 @@ class Order:
     leaders: Mapping[Key, Key]
 
     @classmethod
-    def of(cls, uses: Iterable[tuple[Key, Tensor]], names: Iterable[str]) -> Order:
-        """The order of all ``names``. All inputs must still exist: freed memory is used again."""
+    def of(
+        cls, uses: Iterable[tuple[Key, Tensor]], names: Iterable[str], *, sequential: bool
+    ) -> Order:
+        """The order of all ``names``. All inputs must still exist: freed memory is used again.
+
+        If it is not ``sequential``, there is one stage: every layer sees outputs of dense weights.
+        """
         leaders: dict[Key, Key] = {}
         first: dict[object, Key] = {}
         stage_of: dict[str, str] = {}
@@ -46,8 +52,8 @@ class Order:
             leaders.setdefault(key, first.setdefault(identity, key))
             stage_of.setdefault(key.name, stage_of.get(leaders[key].name, key.name))
         stages: dict[str, list[str]] = {}
-        for name, stage in {**stage_of, **{n: n for n in names if n not in stage_of}}.items():
-            stages.setdefault(stage, []).append(name)
+        for name in dict.fromkeys([*stage_of, *names]):
+            stages.setdefault(stage_of.get(name, name) if sequential else "", []).append(name)
         return cls(tuple(map(tuple, stages.values())), leaders)
 
     def leader(self, key: Key) -> Key:
@@ -57,10 +63,6 @@ class Order:
     def followers(self, leader: Key) -> list[Key]:
         """All matrices with the same input as ``leader``, itself among them."""
         return [key for key in {leader: leader, **self.leaders} if self.leader(key) == leader]
-
-    def merged(self) -> Order:
-        """The same order in one stage: every layer sees the outputs of dense weights."""
-        return Order((tuple(name for stage in self.stages for name in stage),), self.leaders)
 
 
 class Collector:
@@ -171,13 +173,13 @@ class Passes:
         self._paused: dict[int, greenlet] = {}
         self._outputs: dict[int, Tensor] = {}
 
-    def order(self) -> Order:
+    def order(self, *, sequential: bool) -> Order:
         """The order in which the block uses its weights, from a run of the first batch."""
         uses: list[tuple[Key, Tensor]] = []
         self._block.listen(lambda key, x: uses.append((key, x)))
         self._run(0, self._states)
         self._block.listen(ignore)
-        return Order.of(uses, self._block.sites)
+        return Order.of(uses, self._block.sites, sequential=sequential)
 
     def collect(self, collector: Collector) -> None:
         """Let ``collector`` see the inputs of its stage, of every batch."""

@@ -31,15 +31,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modulora_core.calibration.blocks import (
-    Block,
-    Call,
-    block_modules,
-    find_blocks,
-    logits_after,
-    outer_model,
-    record_calls,
-)
+from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
+from modulora_core.calibration.calls import Call, logits_after, record_calls
 from modulora_core.calibration.observe import ObservedWeight
 from modulora_core.calibration.states import empty_states
 from modulora_core.errors import ModelError, WorkError

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from modulora_core.calibration.blocks import Block, Call
+from modulora_core.calibration.blocks import Block
+from modulora_core.calibration.calls import Call
 from modulora_core.calibration.packing import PackedMatrices
 from modulora_core.errors import DataError, OptionError
 from modulora_core.packed import ChannelScales
@@ -126,7 +127,7 @@ class Tuner:
     Args:
         text: the samples; its config says how to tune.
         seed: for the order of the samples.
-        progress: called with the block's path, steps done and all steps.
+        progress: called after each step.
 
     Attributes:
         batches: the samples of each optimizer step, then of each held-out batch.
@@ -135,9 +136,7 @@ class Tuner:
             and after.
     """
 
-    def __init__(
-        self, text: CalibrationText, *, seed: int, progress: Callable[[str, int, int], None]
-    ) -> None:
+    def __init__(self, text: CalibrationText, *, seed: int, progress: Callable[[], None]) -> None:
         assert text.config.tuning is not None
         self._config, self._seed, self._progress = text.config.tuning, seed, progress
         self._trained, self._held_out = self._config.batches(*text.ids.shape)
@@ -214,7 +213,7 @@ class Tuner:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         for name, each in scales.items():
             block.weights[name][0].scales = each
-        for step, i in enumerate(self._order(block.path)):
+        for i in self._order(block.path):
             inputs, targets = self._states(block, self._trained[i])
             with torch.enable_grad():
                 output = self._calls[i][number].run(run, inputs)
@@ -224,7 +223,7 @@ class Tuner:
             torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
             optimizer.step()
             schedule.step()
-            self._progress(block.path, step + 1, steps)
+            self._progress()
         for name in scales:
             block.weights[name][0].scales = None
         for tensor in trained:

@@ -27,14 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modulora_core.calibration.blocks import (
-    Block,
-    Call,
-    block_modules,
-    find_blocks,
-    outer_model,
-    record_calls,
-)
+from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
+from modulora_core.calibration.calls import Call, record_calls
 from modulora_core.calibration.packing import PackedMatrices, Packing
 from modulora_core.calibration.passes import Collector, Passes, TokenWeights
 from modulora_core.calibration.states import empty_states
@@ -180,8 +174,8 @@ class BlockWalk:
     ) -> None:
         """Pack a block's weights stage by stage; read those that an earlier run has ``written``."""
         wanting = set(filter(self.packing.wants_calibration, block.sites))
-        order = passes.order()
-        for stage in order.stages if self.text.config.sequential else order.merged().stages:
+        order = passes.order(sequential=self.text.config.sequential)
+        for stage in order.stages:
             collector = Collector(
                 order,
                 stage,

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,21 +50,18 @@ def pack_all(
         ModelError: the model can't run block by block.
         WorkError: a layer's inputs are NaN or Inf, or a quantizer broke the promise of its layout.
     """
-    text = layout.calibration
+    text, tuner = layout.calibration, None
+    packer = _Packer(source, layout, writer, device, progress)
     if text is None:
-        packer = _Packer(source, layout, writer, device, progress)
         for name, tensor in source.tensors():
             packer.take(name, tensor)
         return Packed()
     blocks = tuple(f"{path}." for path in find_blocks(source.skeleton()))
-    tuned = text.config.tuning is not None
-    packer = _Packer(source, layout, writer, device, progress, blocks if tuned else ())
-    for name, tensor in source.tensors(
-        names={name for name in source.parameters if not name.startswith(blocks)}
-    ):
+    outside = {name for name in source.parameters if not name.startswith(blocks)}
+    for name, tensor in source.tensors(names=outside):
         packer.take(name, tensor)
-    seed = layout.record.seed
-    tuner = Tuner(text, seed=seed, progress=packer.tell_tuning) if tuned else None
+    if text.config.tuning is not None:
+        tuner = Tuner(text, seed=layout.record.seed, progress=partial(packer.tell, "tuning"))
     walk = BlockWalk(source, text, layout.linears, packer, device, writer.folder, tuner)
     walk.run()
     return Packed(walk.unreached, {} if tuner is None else tuner.errors)
@@ -79,25 +77,14 @@ def random_stream(seed: int, name: str) -> Iterator[None]:
 
 @dataclass
 class _Packer(Packing):
-    """Packs parameters and writes them.
-
-    Progress counts bytes of dense parameters. Packed weights in ``tuned`` blocks count twice: when
-    they are packed, and when their block is tuned and written.
-    """
+    """Packs parameters and writes them. Progress counts bytes of dense parameters."""
 
     source: ModelSource
     layout: Layout
     writer: ShardWriter
     device: torch.device
     progress: Progress | None
-    tuned: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        self._sizes = {name: info.nbytes for name, info in self.source.parameters.items()}
-        weights = self.layout.record.weights
-        self._twice = {name for name in weights if self.tuned and name.startswith(self.tuned)}
-        self._total = sum(self._sizes.values()) + sum(self._sizes[name] for name in self._twice)
-        self._done = self._told = 0
+    done_bytes: int = 0
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Pack or keep a parameter that needs no calibration, as the model stores it."""
@@ -140,8 +127,7 @@ class _Packer(Packing):
                         f"{name}: {packed[-1].quantizer} packed it as {packed[-1].layout}, but its "
                         f"layout() promised {site.layout}; report it to the plugin's author"
                     )
-        if name in self._twice:
-            self._count(name)
+        self._count(name)
         return PackedMatrices(name, quantizer, packed)
 
     def read(self, name: str) -> PackedMatrices:
@@ -150,8 +136,7 @@ class _Packer(Packing):
         for prefix in site.prefixes(name):
             tensors = {key: self.writer.read(f"{prefix}.{key}") for key in site.layout.tensors}
             packed.append(site.layout.fill(tensors).to(self.device))
-        if name in self._twice:
-            self._count(name)
+        self._count(name)
         return PackedMatrices(name, self.layout.quantizer(site), packed)
 
     def read_kept(self, name: str) -> Tensor:
@@ -166,20 +151,15 @@ class _Packer(Packing):
                 for key, value in each.tensors.items()
             }
             self.writer.write(packed.name, tensors)
-        self._count(packed.name)
-
-    def tell_tuning(self, path: str, step: int, steps: int) -> None:
-        in_block = sum(size for name, size in self._sizes.items() if name.startswith(f"{path}."))
-        self._tell("tuning", self._done + in_block * step // steps)
 
     def _site(self, name: str) -> PackedSite:
         return self.layout.record.sites[self.layout.record.weights[name]]
 
     def _count(self, name: str) -> None:
-        self._done += self._sizes[name]
-        self._tell("packing", self._done)
+        self.done_bytes += self.source.parameters[name].nbytes
+        self.tell("packing")
 
-    def _tell(self, what: str, done: int) -> None:
-        self._told = max(self._told, done)  # a block that was tuned is written afterwards
+    def tell(self, phase: str) -> None:
         if self.progress is not None:
-            self.progress(what, self._told, self._total)
+            total = sum(info.nbytes for info in self.source.parameters.values())
+            self.progress(phase, self.done_bytes, total)

@@ -155,7 +155,9 @@ def quantize(
             if options or overrides:
                 raise OptionError("budget: expected no options and no overrides beside it; name "
                                   "quantizers with their options in its choices")  # fmt: skip
-            mixture = find_mixture(source, quantizer, text, selection, seed=seed)
+            mixture = find_mixture(
+                source, quantizer, text, selection, seed=seed, max_shard_bytes=max_shard_bytes
+            )
             request, nbytes = mixture.request, mixture.nbytes(where)
         else:
             layout = choose_layout(
@@ -178,9 +180,7 @@ def quantize(
             nbytes += files * spilled_bytes(tokens, source.config, where, spill)
         with unfinished(source, out, request, nbytes, resume, progress) as (folder, resumes):
             if mixture is not None:
-                layout = mixture.choose(
-                    where, folder, max_shard_bytes, resume=resumes, progress=progress
-                )
+                layout = mixture.choose(where, folder, resume=resumes, progress=progress)
             assert layout is not None
             packed = write_packed(source, layout, folder, where, resume=resumes, progress=progress)
     result = _result(source, layout, packed, out, time.perf_counter() - started, peak.nbytes)

@@ -1,10 +1,11 @@
 """Mixed precision: gives each layer the quantizer that keeps the loss smallest within a budget.
 
-mixture.py       the choice for one model
-candidates.py    the quantizers and layers to choose from, and their sizes
-errors.py        each layer's error under each quantizer, measured block by block
-allocation.py    the knapsack problem
-recorded.py      the choice of each layer, from a checkpoint's record
+    mixture.py       the choice for one model: layers, sizes, errors, the layout
+    errors.py        each layer's error under each quantizer, measured block by block
+    allocation.py    the knapsack problem
+    recorded.py      the choice of each layer, from a checkpoint's record
+
+A :class:`Budget` takes the place of a quantizer's name in ``modulora_core.quantize``.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ from modulora_core.calibration.sensitivity import Sensitivity, loss_sensitivitie
 from modulora_core.errors import WorkError
 from modulora_core.models import ModelSource
 from modulora_core.models.progress import Progress
-from modulora_core.quantization.mixed.candidates import Candidates
+from modulora_core.models.sites import LinearSite
 from modulora_core.quantization.packer import random_stream
-from modulora_core.spec import Calibration, PackedWeight, Quantizer
+from modulora_core.spec import Calibration, PackedWeight, Quantizer, titled
 from modulora_core.tiles import tile_bytes, tile_ranges
 
 JOURNAL = "errors.jsonl"
@@ -51,18 +51,21 @@ def held_out_ids(calibration: CalibrationText) -> Tensor:
 
 def measure_errors(
     source: ModelSource,
-    candidates: Candidates,
+    calibration: CalibrationText,
+    linears: Sequence[LinearSite],
+    quantizers: Sequence[Quantizer],
     *,
+    seed: int,
     device: torch.device,
     folder: Path,
     resume: bool,
     progress: Progress | None,
 ) -> dict[str, list[float]]:
-    """The error of every layer under every choice, in the order of the choices.
+    """The error of each of ``linears`` under each of ``quantizers``.
 
     Args:
         folder: for the journal, and for hidden states in a file.
-        resume: whether to continue the journal. The caller checks that the request is the same.
+        resume: whether to continue the journal. The caller checks that the request is equal.
 
     Raises:
         ModelError: the model can't run block by block.
@@ -72,17 +75,16 @@ def measure_errors(
     if not resume:
         journal.unlink(missing_ok=True)
     measured = _read(journal)
-    if all(linear.name in measured for linear in candidates.linears):
+    if all(linear.name in measured for linear in linears):
         return measured
-    text = candidates.calibration
     sensitivities = loss_sensitivities(
-        source, held_out_ids(text), candidates.linears, device=device, folder=folder,
-        seed=candidates.seed, spill=text.config.spill, progress=progress,
+        source, held_out_ids(calibration), linears, device=device, folder=folder, seed=seed,
+        spill=calibration.config.spill, progress=progress,
     )  # fmt: skip
-    measuring = _Measuring(source, candidates, sensitivities, journal, measured, progress)
+    sizes = {linear.name: source.parameters[linear.name].nbytes for linear in linears}
+    measuring = _Measuring(quantizers, seed, sensitivities, journal, measured, sizes, progress)
     weights = {name: [each.tokens for each in found] for name, found in sensitivities.items()}
-    linears = candidates.linears
-    BlockWalk(source, text, linears, measuring, device, folder, token_weights=weights).run()
+    BlockWalk(source, calibration, linears, measuring, device, folder, token_weights=weights).run()
     return measured
 
 
@@ -99,11 +101,12 @@ def _read(journal: Path) -> dict[str, list[float]]:
 class _Measuring(Packing):
     """Measures every layer, and leaves it dense."""
 
-    source: ModelSource
-    candidates: Candidates
+    quantizers: Sequence[Quantizer]
+    seed: int
     sensitivities: Mapping[str, Sequence[Sensitivity]]
     journal: Path
     measured: dict[str, list[float]]
+    sizes: Mapping[str, int]
     progress: Progress | None
 
     def is_written(self, name: str) -> bool:
@@ -112,31 +115,29 @@ class _Measuring(Packing):
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> None:
-        totals = [0.0] * len(self.candidates.choices)
-        sensitivities = self.sensitivities[name]
-        for weight, seen, sensitivity in zip(matrices, calibrations, sensitivities, strict=True):
+        totals = [0.0] * len(self.quantizers)
+        of_matrices = zip(matrices, calibrations, self.sensitivities[name], strict=True)
+        for weight, seen, sensitivity in of_matrices:
             assert isinstance(seen, HeldOutCalibration)
-            for i, quantizer in enumerate(self.candidates.quantizers):
-                with random_stream(self.candidates.seed, name):
+            H, s = seen.held_out.hessian, sensitivity.outputs
+            for i, quantizer in enumerate(self.quantizers):
+                with random_stream(self.seed, name):
                     given = None if quantizer.spec.calibration == "none" else seen
                     packed = quantizer.pack(weight, given)
-                H, s = seen.held_out.hessian, sensitivity.outputs
                 totals[i] += weighted_error(weight, quantizer, packed, H, s)
-        for choice, total in zip(self.candidates.choices, totals, strict=True):
+        for quantizer, total in zip(self.quantizers, totals, strict=True):
             if not math.isfinite(total):
                 raise WorkError(
-                    f"{name}: expected a finite error under {choice.label}, got {total}; leave "
-                    "this choice out"
+                    f"{name}: expected a finite error under {quantizer.spec.name} "
+                    f"({titled(quantizer.options.model_dump())}), got {total}; leave this choice "
+                    "out"
                 )
         with self.journal.open("a") as journal:
             journal.write(json.dumps([name, totals]) + "\n")
         self.measured[name] = totals
         if self.progress is not None:
-            nbytes = {
-                x.name: self.source.parameters[x.name].nbytes for x in self.candidates.linears
-            }
-            done = sum(nbytes[each] for each in self.measured)
-            self.progress("measuring", done, sum(nbytes.values()))
+            done = sum(self.sizes[each] for each in self.measured)
+            self.progress("measuring", done, sum(self.sizes.values()))
 
 
 def weighted_error(

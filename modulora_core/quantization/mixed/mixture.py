@@ -12,16 +12,28 @@ import torch
 
 from modulora_core.calibration import CalibrationText, find_blocks
 from modulora_core.calibration.states import spilled_bytes
-from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.errors import OptionError
+from modulora_core.checkpoints.record import QuantizationRecord, Recipe
+from modulora_core.errors import DataError, OptionError
 from modulora_core.models import ModelSource
+from modulora_core.models.ends import End
 from modulora_core.models.progress import Progress
-from modulora_core.quantization.layout import Layout, Selection
+from modulora_core.models.sites import LinearSite
+from modulora_core.quantization.layout import (
+    Layout,
+    Selection,
+    check_rescales,
+    choice_of_end,
+    layout_with,
+    linears_outside_blocks,
+    packed_sites,
+)
 from modulora_core.quantization.mixed.allocation import Allocation, Offer, allocate
-from modulora_core.quantization.mixed.candidates import Candidates, find_candidates
 from modulora_core.quantization.mixed.errors import held_out_ids, measure_errors
 from modulora_core.quantization.mixed.recorded import recorded_allocation
 from modulora_core.registry import Choice
+from modulora_core.spec import Quantizer
+
+OUTSIDE = "outside of the decoder blocks, where no error is measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,101 +52,124 @@ class Budget:
 
 @dataclass
 class Mixture:
-    """A budget for one model.
+    """The choice of a budget for one model.
 
-    Raises:
-        OptionError: the budget is too small.
+    Attributes:
+        quantizers: of the budget's choices.
+        linears: the layers to choose for, all of them in decoder blocks.
+        sizes: by layer, its packed bytes under each choice.
+        ends: the packed head and embedding; ends_bytes: their packed size.
+        kept: name → reason of every other parameter; kept_bytes: their size.
+        calibration: the samples; seed: of packing.
     """
 
     source: ModelSource
-    candidates: Candidates
-    budget: int
-    _errors: Mapping[str, Sequence[float]] = field(default_factory=dict, init=False)
-    _allocation: Allocation | None = field(default=None, init=False)
+    budget: Budget
+    quantizers: Sequence[Quantizer]
+    linears: Sequence[LinearSite]
+    sizes: Mapping[str, Sequence[int]]
+    ends: Sequence[End]
+    ends_bytes: int
+    kept: Mapping[str, str]
+    kept_bytes: int
+    calibration: CalibrationText
+    seed: int
+    max_shard_bytes: int
+    _errors: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    _allocation: Allocation = field(default_factory=lambda: Allocation((), 0, 0, 0))
 
-    def __post_init__(self) -> None:
-        found, smallest = self.candidates, self.candidates.smallest
-        if self.budget >= smallest:
-            return
-        ends = ", ".join(f"{end.site.module} by {end.choice.label}" for end in found.ends)
-        raise OptionError(
-            f"budget: expected at least {smallest} bytes ({_mib(smallest)}), got {self.budget} "
-            f"({_mib(self.budget)}): dense tensors take {_mib(found.kept_bytes)}, "
-            f"{f'{ends} {_mib(found.ends_bytes)}, ' if ends else ''}and the smallest choice for "
-            f"every layer {_mib(smallest - found.fixed_bytes)}; give more, or smaller choices"
-        )
+    @property
+    def fixed_bytes(self) -> int:
+        """The size of everything that is not chosen for."""
+        return self.kept_bytes + self.ends_bytes
+
+    def nbytes(self, device: torch.device) -> int:
+        """The largest size of the files to write: of the checkpoint, and of hidden states."""
+        text, blocks = self.calibration, find_blocks(self.source.skeleton())
+        tokens = (len(blocks) + 1) * held_out_ids(text).numel()
+        spilled = spilled_bytes(tokens, self.source.config, device, text.config.spill)
+        largest = self.fixed_bytes + sum(map(max, self.sizes.values()))
+        return min(self.budget.nbytes, largest) + spilled
 
     @property
     def request(self) -> dict[str, Any]:
         """Identifies a run: equal requests give equal checkpoints."""
         return {
             "source": self.source.identity(),
-            "seed": self.candidates.seed,
-            "weights": [linear.name for linear in self.candidates.linears],
-            "kept": dict(self.candidates.kept),
-            **self.candidates.to_json(self.budget),
+            "seed": self.seed,
+            "weights": [linear.name for linear in self.linears],
+            "kept": dict(self.kept),
+            **self._entry(),
         }
 
-    def nbytes(self, device: torch.device) -> int:
-        """The largest size of the files to write: the checkpoint's, and hidden states."""
-        text = self.candidates.calibration
-        blocks = len(find_blocks(self.source.skeleton()))
-        tokens = (blocks + 1) * held_out_ids(text).numel()
-        spilled = spilled_bytes(tokens, self.source.config, device, text.config.spill)
-        return min(self.budget, self.candidates.largest) + spilled
+    def _entry(self) -> dict[str, Any]:
+        """The entry in the checkpoint's record."""
+        recipes = [Recipe.of(quantizer).to_json() for quantizer in self.quantizers]
+        ends = {end.site.name: Recipe.of(end.choice.create()).to_json() for end in self.ends}
+        return {
+            "budget": self.budget.nbytes,
+            "choices": recipes,
+            "measured_on": self.calibration.to_json(),
+            **({"ends": ends} if ends else {}),
+        }
 
     def choose(
-        self,
-        device: torch.device,
-        folder: Path,
-        max_shard_bytes: int,
-        *,
-        resume: bool,
-        progress: Progress | None,
+        self, device: torch.device, folder: Path, *, resume: bool, progress: Progress | None
     ) -> Layout:
         """Measure every layer's errors, and choose its quantizer.
 
+        Args:
+            folder: for the journal of errors, and for hidden states in a file.
+            resume: whether to continue the journal. The caller checks that the request is equal.
+
         Raises:
-            ModelError, WorkError: as :func:`measure_errors`.
+            ModelError: the model can't run block by block.
+            WorkError: an input, a gradient or an error is NaN or Inf.
         """
         self._errors = measure_errors(
-            self.source, self.candidates, device=device, folder=folder, resume=resume,
-            progress=progress,
+            self.source, self.calibration, self.linears, self.quantizers,
+            seed=self.seed, device=device, folder=folder, resume=resume, progress=progress,
         )  # fmt: skip
-        sizes = self.candidates.sizes
-        offers = [list(map(Offer, sizes[name], self._errors[name])) for name in sizes]
-        self._allocation = allocate(offers, self.budget - self.candidates.fixed_bytes)
-        taken = dict(zip(sizes, self._allocation.taken, strict=True))
-        return self.candidates.layout(self.source, taken, self.budget, max_shard_bytes)
+        offers = [list(map(Offer, sizes, self._errors[name])) for name, sizes in self.sizes.items()]
+        self._allocation = allocate(offers, self.budget.nbytes - self.fixed_bytes)
+        used = sorted(set(self._allocation.taken))  # no other quantizer is recorded
+        quantizers = [self.quantizers[choice] for choice in used]
+        uses_text = any(quantizer.spec.calibration != "none" for quantizer in quantizers)
+        uses_text |= self.calibration.config.tuning is not None
+        chosen = dict(zip(self.sizes, map(used.index, self._allocation.taken), strict=True))
+        chosen |= {end.site.name: choice_of_end(end, quantizers) for end in self.ends}
+        linears = [*self.linears, *(end.site for end in self.ends)]
+        return layout_with(
+            self.source, quantizers, linears, chosen, self.kept, seed=self.seed,
+            calibration=self.calibration if uses_text else None,
+            max_shard_bytes=self.max_shard_bytes, allocation=self._entry(),
+        )  # fmt: skip
 
     def table(self, record: QuantizationRecord) -> dict[str, Any]:
-        """The table that :func:`recorded_allocation` reads, with the user's names and with errors.
+        """The table of :func:`recorded_allocation`, with the names of the choices and errors.
 
         Returns:
             also ``error`` and its lower ``bound``, in nats per token. Each layer has ``error``,
             and ``errors`` under each choice. Each choice has ``error`` of its layers, and
             ``uniform_bytes`` and ``uniform_error`` of a checkpoint with this choice everywhere.
         """
-        found, allocation = self.candidates, self._allocation
-        table = recorded_allocation(record, found.kept_bytes)
+        table = recorded_allocation(record, self.kept_bytes)
         assert table is not None, "the record is from this run"
-        assert allocation is not None, "choose() was called"
         layers = table["layers"]
         for name, layer in layers.items():
             errors = self._errors[name]
             layer |= {"error": errors[layer["choice"]], "errors": list(errors)}
-        for index, (choice, row) in enumerate(zip(found.choices, table["choices"], strict=True)):
+        for index, row in enumerate(table["choices"]):
             own = [layer["error"] for layer in layers.values() if layer["choice"] == index]
-            sizes = [sizes[index] for sizes in found.sizes.values()]
             row |= {
-                "name": choice.label,
+                "name": self.budget.choices[index].label,
                 "error": sum(own),
-                "uniform_bytes": found.fixed_bytes + sum(sizes),
+                "uniform_bytes": self.fixed_bytes + sum(s[index] for s in self.sizes.values()),
                 "uniform_error": math.fsum(layer["errors"][index] for layer in layers.values()),
             }
-        for end in found.ends:
+        for end in self.ends:
             table["ends"][end.site.name]["name"] = end.choice.label
-        return {**table, "error": allocation.error, "bound": allocation.bound}
+        return {**table, "error": self._allocation.error, "bound": self._allocation.bound}
 
 
 def find_mixture(
@@ -144,19 +179,85 @@ def find_mixture(
     selection: Selection,
     *,
     seed: int,
+    max_shard_bytes: int,
 ) -> Mixture:
-    """Prepare the choice. Reads no weight.
+    """Sort the model's parameters, and compute every layer's size. Reads no weight.
 
     Raises:
-        OptionError: there is no calibration text, or the budget is too small.
-        RequestError: as :func:`~modulora_core.quantization.mixed.candidates.find_candidates`.
+        PluginError, OptionError: a quantizer, an option, a pattern or a combination is refused;
+            the budget is too small.
+        ShapeError: a quantizer can't take a layer's shape; the message names the layer.
+        ModelError: the model has no decoder blocks.
+        DataError: there is only one calibration sample.
     """
     if calibration is None:
-        raise OptionError(
-            "budget: expected a calibration text that errors are measured on, got none"
+        raise OptionError("budget: expected a calibration text to measure errors on, got none")
+    if len(calibration.ids) < 2:
+        raise DataError(
+            "budget: expected at least 2 calibration samples, one of them to judge by, got 1; "
+            "give more text or shorter samples (seq_len)"
         )
-    candidates = find_candidates(source, budget.choices, calibration, selection, seed=seed)
-    return Mixture(source, candidates, budget.nbytes)
+    quantizers = [choice.create() for choice in budget.choices]
+    _check_distinct(budget.choices, quantizers)
+    check_rescales(quantizers, calibration)
+    linears, ends, kept = selection.sort(source)
+    outside = linears_outside_blocks(source, linears)
+    selection.refuse(outside, OUTSIDE, "leave it dense, or quantize without --budget")
+    kept |= {linear.name: OUTSIDE for linear in outside}
+    linears = [linear for linear in linears if linear not in outside]
+    if not linears:
+        raise OptionError(
+            "budget: expected linear layers to choose for, got none; leave out --include or "
+            "--exclude"
+        )
+    sizes: dict[str, list[int]] = {linear.name: [] for linear in linears}
+    for index in range(len(quantizers)):
+        sites, weights = packed_sites(linears, quantizers, dict.fromkeys(sizes, index))
+        for name, site in weights.items():
+            sizes[name].append(sites[site].nbytes)
+    known, sites_of_ends = list(quantizers), [end.site for end in ends]
+    of_ends = {end.site.name: choice_of_end(end, known) for end in ends}
+    sites, weights = packed_sites(sites_of_ends, known, of_ends)
+    dense = source.parameters.keys() - sizes.keys() - of_ends.keys()
+    mixture = Mixture(
+        source, budget, quantizers, linears, sizes, ends,
+        ends_bytes=sum(sites[index].nbytes for index in weights.values()),
+        kept=kept,
+        kept_bytes=sum(source.parameters[name].nbytes for name in dense),
+        calibration=calibration, seed=seed, max_shard_bytes=max_shard_bytes,
+    )  # fmt: skip
+    _check_budget(mixture)
+    return mixture
+
+
+def _check_distinct(choices: Sequence[Choice], quantizers: Sequence[Quantizer]) -> None:
+    if len(choices) < 2:
+        raise OptionError(
+            f"choices: expected two or more to choose from, got {len(choices)}; for one quantizer "
+            "everywhere use -q NAME"
+        )
+    seen: dict[str, str] = {}
+    for choice, quantizer in zip(choices, quantizers, strict=True):
+        same = f"{choice.quantizer} {quantizer.options.model_dump_json()}"
+        if same in seen:
+            raise OptionError(
+                f"choices: expected each once, got {seen[same]} and {choice.label}, which are the "
+                "same"
+            )
+        seen[same] = choice.label
+
+
+def _check_budget(mixture: Mixture) -> None:
+    layers = sum(map(min, mixture.sizes.values()))
+    least, given = mixture.fixed_bytes + layers, mixture.budget.nbytes
+    ends = ", ".join(f"{end.site.module} by {end.choice.label}" for end in mixture.ends)
+    if given < least:
+        raise OptionError(
+            f"budget: expected at least {least} bytes ({_mib(least)}), got {given} ({_mib(given)}):"
+            f" dense tensors take {_mib(mixture.kept_bytes)}, "
+            f"{f'{ends} {_mib(mixture.ends_bytes)}, ' if ends else ''}and the smallest choice for "
+            f"every layer {_mib(layers)}; give more, or smaller choices"
+        )
 
 
 def _mib(nbytes: int) -> str:

@@ -16,12 +16,11 @@ def recorded_allocation(record: QuantizationRecord, kept_bytes: int) -> dict[str
         kept_bytes: the size of all tensors that are not packed.
 
     Returns:
-        ``budget``; ``kept_bytes``; ``ends_bytes`` of a packed head and embedding; ``packed_bytes``
-        of all layers; ``measured_on``: the text; ``choices``: ``name``, ``quantizer``,
-        ``options``, and ``layers``, ``weights``, ``bytes`` of its layers; ``layers``: parameter →
-        ``choice`` (an index), ``weights``, ``bytes``; ``ends``: parameter → ``name``,
-        ``quantizer``, ``options``, ``weights``, ``bytes``. None if no budget chose, or if the
-        record's entry does not fit these weights.
+        None if no budget chose, or if the record's entry does not fit these weights. Else
+        ``budget``, ``kept_bytes``, ``ends_bytes``, ``packed_bytes`` and ``measured_on``. Each of
+        ``choices`` has ``name``, ``quantizer``, ``options``, ``layers``, ``weights``, ``bytes``.
+        ``layers`` are parameter → ``choice`` (an index), ``weights``, ``bytes``. ``ends`` are
+        parameter → ``name``, ``quantizer``, ``options``, ``weights``, ``bytes``.
     """
     if record.allocation is None:
         return None
