@@ -50,6 +50,7 @@ def _described(error: BaseException) -> tuple[str, str, int]:
 def _usage(error: BaseException) -> str:
     """Make one sentence of click's message, with near misses of an unknown option."""
     message = _one_line(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
+    message = message.replace("Input should be", "expected")
     if type(error).__name__ == "NoSuchOption":
         near = " or ".join(getattr(error, "possibilities", None) or ())
         message = f"no such option: {getattr(error, 'option_name', '')}"

@@ -197,7 +197,7 @@ USAGE = {
     "probe": "missing argument",
     "probe well again": "again",
     "probe well --rank many": "invalid value for '--rank'",
-    "probe well --rank 0": "invalid value for '--rank'",
+    "probe well --rank 0": "invalid value for '--rank': expected greater than or equal to 1",
     "probe well --budget 24gigs": "expected a size such as 24GiB",
     "probe well --budget 0GB": "expected more than 0 bytes, got 0GB",
     "probe well --rank": "'--rank' requires",
