@@ -98,27 +98,23 @@ def _multiply(x: Tensor, quantizer: Quantizer, packed: PackedWeight, transpose: 
         raise
 
 
-class Weight:
-    """A packed weight, its quantizer, and a number: torch's operations take tensors and numbers."""
+WEIGHTS: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
+QUANTIZERS: WeakValueDictionary[int, Quantizer] = WeakValueDictionary()
+"""Packed weights and their quantizers by number: torch's operations take tensors and numbers."""
 
-    def __init__(self, quantizer: Quantizer, packed: PackedWeight) -> None:
-        self.quantizer, self.packed, self.number = quantizer, packed, next(_NUMBERS)
-        WEIGHTS[self.number] = self
-
-
-WEIGHTS: WeakValueDictionary[int, Weight] = WeakValueDictionary()
 _NUMBERS = count()
 
 
 def number_of(quantizer: Quantizer, packed: PackedWeight) -> int:
-    """The number that :data:`WEIGHTS` has for this quantizer and weight."""
+    """The number of a weight in :data:`WEIGHTS`, and of its quantizer in :data:`QUANTIZERS`."""
     if quantizer not in packed.kept:
-        packed.kept[quantizer] = Weight(quantizer, packed)
-    return packed.kept[quantizer].number  # type: ignore[no-any-return]  # it holds anything
+        number = packed.kept[quantizer] = next(_NUMBERS)
+        WEIGHTS[number], QUANTIZERS[number] = packed, quantizer
+    return packed.kept[quantizer]  # type: ignore[no-any-return]  # it holds anything
 
 
 def _product(x: Tensor, number: int, transpose: bool) -> Any:
-    y: Any = _multiply(x, WEIGHTS[number].quantizer, WEIGHTS[number].packed, transpose)
+    y: Any = _multiply(x, QUANTIZERS[number], WEIGHTS[number], transpose)
     return y.new_empty(0).set_(y)  # no view: autograd forbids changing an operation's view in place
 
 
@@ -128,15 +124,16 @@ def _measured(mode: Allocations, _func: Any, _types: Any, args: Any, _kwargs: An
 
 
 def _empty_product(x: Tensor, number: int, transpose: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], WEIGHTS[number].packed.shape[1 if transpose else 0])
+    return x.new_empty(*x.shape[:-1], WEIGHTS[number].shape[1 if transpose else 0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, int, bool], **_: Tensor) -> None:
-    ctx.weight, ctx.transpose = WEIGHTS[inputs[1]], inputs[2]
+    ctx.number, ctx.transpose = inputs[1:]
+    ctx.packed = WEIGHTS[ctx.number]  # the graph holds it until the backward
 
 
 def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.modulora.product(dY, ctx.weight.number, not ctx.transpose), None, None
+    return torch.ops.modulora.product(dY, ctx.number, not ctx.transpose), None, None
 
 
 _OPS = torch.library.Library("modulora", "DEF")

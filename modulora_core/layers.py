@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modulora_core.autograd import WEIGHTS, lora_linear, number_of, packed_product
+from modulora_core.autograd import QUANTIZERS, WEIGHTS, lora_linear, number_of, packed_product
 from modulora_core.errors import AdapterError, ModelError, ShapeError
 from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
 
@@ -180,11 +180,11 @@ def _embedding_arguments(
 
 
 def _lookup(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
-    return WEIGHTS[number].quantizer.lookup(ids, WEIGHTS[number].packed, dtype)
+    return QUANTIZERS[number].lookup(ids, WEIGHTS[number], dtype)
 
 
 def _empty_rows(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
-    return ids.new_empty(*ids.shape, WEIGHTS[number].packed.shape[1], dtype=dtype)
+    return ids.new_empty(*ids.shape, WEIGHTS[number].shape[1], dtype=dtype)
 
 
 _LIBRARY = torch.library.Library("modulora", "FRAGMENT")

@@ -118,7 +118,7 @@ class PackedLayout:
         return packed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class PackedWeight:
     """A quantized weight, a frozen value.
 
