@@ -132,20 +132,6 @@ def test_stdout_has_the_result_alone(tmp_path: Path) -> None:
     assert "from write" not in out + err
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-def test_progress_shows_rate_and_count_on_a_terminal(tmp_path: Path) -> None:
-    ours, theirs = os.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    process = probe_process(tmp_path, "well", stderr=theirs, env=environment)
-    process.communicate(timeout=60)
-    os.close(theirs)
-    shown = os.read(ours, 65536).decode()
-    os.close(ours)
-    assert "working" in shown
-    assert "3/3" in shown
-    assert "layers/s" in shown
-
-
 def test_a_list_of_words_ends_at_the_next_option(probe: None, capsys: Captured) -> None:
     cases = {
         "x --names a --names b": ["a", "b"],

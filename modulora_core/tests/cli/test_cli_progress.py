@@ -6,25 +6,37 @@ import io
 import time
 
 import pytest
-from rich.console import Console
 
-from modulora_core.cli.progress import bar
 from modulora_core.cli.terminal import Terminal
 
 
-def test_a_bar_shows_bytes_as_sizes_and_starts_again_for_other_work() -> None:
-    shown = io.StringIO()
-    with bar(Console(file=shown, force_terminal=True, width=120), "reading", "bytes") as show:
-        show("checking", 0, 13_500_000_000)
-        for done in (4_000_000_000, 13_500_000_000, 1_000):
-            time.sleep(0.2)  # longer than the bar's refresh
-            show("packing [x]" if done == 1_000 else "checking", done, 13_500_000_000)
-    text = shown.getvalue()
-    assert "4.0/13.5 GB" in text
-    assert "B/s" in text
-    last = text[text.rindex("packing [x]") :]
-    assert "0.0/13.5 GB" in last
-    assert "0:00:00" not in last
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_shows_rate_and_sizes_and_starts_again_for_other_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    for unit, total, count, rate in (
+        ("bytes", 13_500_000_000, "4.0/13.5 GB", "B/s"),
+        ("layers", 135, "40/135", " layers/s"),
+    ):
+        screen = Screen()
+        with Terminal(stderr=screen).progress("reading", unit) as show:
+            for part in (0, 0.2963, 1.0):
+                show("checking", round(part * total), total)
+                time.sleep(0.2)  # longer than the bar's refresh
+            show("packing [x]", 0, total)
+        shown = screen.getvalue()
+        assert count in shown
+        assert rate in shown
+        last = shown[shown.rindex("packing [x]") :]
+        assert "0:00:00" not in last, "the time left is that of other work"
 
 
 @pytest.fixture

@@ -118,12 +118,6 @@ def test_a_folder_with_files_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_its_own_tests_pass(package: Path, site: Path) -> None:
-    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_tried_rounding.py")
-    done = python(*words, folder=package, site=site)
-    assert done.returncode == 0, done.stdout
-
-
 @needs_kit
 @pytest.mark.slow
 def test_it_is_certified_as_it_stands(package: Path, site: Path, tmp_path: Path) -> None:
@@ -135,11 +129,11 @@ def test_it_is_certified_as_it_stands(package: Path, site: Path, tmp_path: Path)
 
 
 @needs_kit
-def test_its_conformance_class_runs_every_promise(package: Path, site: Path) -> None:
-    tests = package / "tests" / "test_tried_rounding_conformance.py"
-    words = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--conformance-level", "0", str(tests))
+def test_its_tests_pass_with_every_promise(package: Path, site: Path) -> None:
+    words = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--conformance-level", "0", "tests")
     done = python(*words, folder=package, site=site)
     assert done.returncode == 0, done.stdout[-4000:]
+    assert "test_tiles_are_the_reference PASSED" in done.stdout
     assert set(re.findall(r"\[(bits=\d)\] PASSED", done.stdout)) == {"bits=2", "bits=4", "bits=8"}
 
 
