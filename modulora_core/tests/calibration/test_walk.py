@@ -1,0 +1,321 @@
+"""H = E[xxᵀ] of every layer, block by block, against a whole model whose products are watched."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from modulora_core.calibration import (
+    BlockWalk,
+    CalibrationConfig,
+    CalibrationText,
+    HeldOutCalibration,
+    Packing,
+    find_blocks,
+)
+from modulora_core.calibration.moments import SecondMoment
+from modulora_core.calibration.observe import ObservedWeight
+from modulora_core.errors import ModelError, WorkError
+from modulora_core.models import open_model
+from modulora_core.models.sites import find_sites
+from modulora_core.spec import Calibration
+from modulora_core.tests.products import second_moments
+from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model, tiny_model
+
+IDS = torch.randint(3, 96, (7, 24), generator=torch.Generator().manual_seed(1))
+ODD = ("llama-biased", "gpt2", "gemma3_text", "falcon", "mixtral", "gpt_oss")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Seen(Packing):
+    """Notes its arguments, and replaces each weight by the values that ``quantized`` returns."""
+
+    def __init__(self, quantized: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.quantized = quantized
+        self.calibrations: dict[tuple[str, int], Calibration] = {}
+        self.weights: dict[str, list[Tensor]] = {}
+        self.kept: dict[str, Tensor] = {}
+        self.unwanted: set[str] = set()
+        self.written: dict[str, list[Tensor]] = {}
+
+    def is_written(self, name: str) -> bool:
+        return name in self.written
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        self.kept[name] = tensor
+
+    def wants_calibration(self, name: str) -> bool:
+        return name not in self.unwanted
+
+    def pack(
+        self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
+    ) -> Any:
+        assert name not in self.weights
+        self.weights[name] = [matrix.clone() for matrix in matrices]
+        for i, calibration in enumerate(calibrations):
+            if calibration is not None:
+                self.calibrations[name, i] = calibration
+        return self.quantized and packed(list(map(self.quantized, matrices)))
+
+    def read(self, name: str) -> Any:
+        return packed(self.written[name])
+
+
+def packed(values: list[Tensor]) -> SimpleNamespace:
+    return SimpleNamespace(values=lambda: values)
+
+
+def coarse(weight: Tensor) -> Tensor:
+    """Rounds so much that each layer's quantization changes the inputs of the next ones."""
+    return (weight * 4).round() / 4
+
+
+def walk(folder: Path, seen: Packing, ids: Tensor = IDS, **settings: Any) -> BlockWalk:
+    own = ("paused_bytes", "token_weights")
+    of_walk = {name: settings.pop(name) for name in own if name in settings}
+    source = open_model(str(folder))
+    linears = find_sites(source.skeleton()).linears
+    text = CalibrationText(CalibrationConfig("ids", **settings), ids)
+    walk = BlockWalk(source, text, linears, seen, torch.device("cpu"), folder, **of_walk)
+    walk.run()
+    return walk
+
+
+def dense(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative; sums of hundreds of fp32 products are within 1e-5 of fp64."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("architecture", [
+    name if name in ODD else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES
+])  # fmt: skip
+def test_every_layer_gets_the_second_moment_of_its_inputs(
+    architecture: str, tmp_path: Path
+) -> None:
+    folder, seen = save_tiny_model(architecture, tmp_path), Seen()
+    model = dense(folder)
+    expected, done = second_moments(model, IDS), walk(folder, seen, batch_size=2)
+    reached = {key: found for key, found in seen.calibrations.items() if found.samples}
+    blocks = find_blocks(model)
+    assert set(reached) == {key for key in expected.inputs if key[0].startswith(blocks)}
+    for (name, expert), found in reached.items():
+        assert found.samples == sum(map(len, expected.inputs[name, expert]))
+        assert error(found.hessian, expected.hessian(name, expert)) < 1e-5, (name, expert)
+        assert torch.equal(found.hessian, found.hessian.t())
+    unreached = seen.calibrations.keys() - reached.keys()
+    assert sorted(done.unreached) == sorted(f"{name}[{i}]" for name, i in unreached)
+
+
+@pytest.mark.parametrize("architecture", ["llama-biased", "gpt2", "mixtral"])
+def test_every_parameter_of_the_blocks_is_packed_or_kept_once(
+    architecture: str, tmp_path: Path
+) -> None:
+    folder, seen = save_tiny_model(architecture, tmp_path, torch.bfloat16), Seen()
+    walk(folder, seen)
+    source = open_model(str(folder))
+    blocks = find_blocks(source.skeleton())
+    stored = {name: tensor for name, tensor in source.tensors() if name.startswith(blocks)}
+    assert seen.kept.keys() | seen.weights.keys() == stored.keys()
+    for name, tensor in seen.kept.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, stored[name])
+    for name, matrices in seen.weights.items():
+        stack = stored[name] if len(matrices) > 1 else stored[name][None]
+        for matrix, expected in zip(matrices, stack, strict=True):
+            assert torch.equal(
+                matrix, (expected.t() if architecture == "gpt2" else expected).float()
+            )
+
+
+LLAMA = "q_proj k_proj v_proj, o_proj, gate_proj up_proj, down_proj"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "paused_bytes", "stages"),
+    [
+        ("llama", 2**30, LLAMA),
+        ("llama", 0, LLAMA),
+        ("opt", 2**30, "q_proj k_proj v_proj, out_proj, fc1, fc2"),
+        ("mixtral", 2**30, "q_proj k_proj v_proj, o_proj, gate_up_proj, down_proj"),
+        ("llama", None, "_proj"),  # not sequential: each block is calibrated dense
+    ],
+)
+def test_each_layer_sees_its_quantized_predecessors(
+    architecture: str, paused_bytes: int | None, stages: str, tmp_path: Path
+) -> None:
+    folder, seen = save_tiny_model(architecture, tmp_path), Seen(coarse)
+    how = {"sequential": False} if paused_bytes is None else {"paused_bytes": paused_bytes}
+    walk(folder, seen, batch_size=2, **how)
+    model = dense(folder)
+    unseen = {key for key, found in seen.calibrations.items() if found.samples}
+    for block in find_blocks(model):
+        for stage in stages.split(", "):
+            inside = {name: name.removesuffix(".weight") for name in seen.weights if block in name}
+            names = {name for name, path in inside.items() if path.endswith(tuple(stage.split()))}
+            expected = second_moments(model, IDS)
+            for key in [key for key in unseen if key[0] in names]:
+                assert error(seen.calibrations[key].hessian, expected.hessian(*key)) < 1e-4, key
+                unseen.remove(key)
+            with torch.no_grad():
+                for name in names:
+                    model.get_parameter(name).copy_(coarse(model.get_parameter(name)))
+    assert not unseen
+
+
+def test_pausing_running_again_and_spilling_give_the_same_bits(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path)
+    files = sorted(folder.iterdir())
+    some = 3 * 2 * 24 * (32 + 48) * 4  # room for the activations of some batches
+    runs = []
+    spilled: dict[str, Any] = {"spill": True}
+    for how in ({"paused_bytes": 0}, {"paused_bytes": some}, {"paused_bytes": 2**30}, spilled):
+        runs.append(Seen(coarse))
+        walk(folder, runs[-1], batch_size=1, **how)
+    for other in runs[1:]:
+        for key, found in other.calibrations.items():
+            assert torch.equal(found.hessian, runs[0].calibrations[key].hessian), key
+    assert sorted(folder.iterdir()) == files
+
+
+def test_weights_of_an_earlier_run_are_read_and_the_rest_sees_the_same(tmp_path: Path) -> None:
+    folder, whole, resumed = save_tiny_model("llama", tmp_path), Seen(coarse), Seen(coarse)
+    walk(folder, whole)
+    names = {name for name in whole.weights if ".0." in name or "1.self_attn.q_proj" in name}
+    resumed.written = {name: list(map(coarse, whole.weights[name])) for name in names}
+    walk(folder, resumed)
+    assert resumed.weights.keys() == whole.weights.keys() - names
+    for key, found in resumed.calibrations.items():
+        assert torch.equal(found.hessian, whole.calibrations[key].hessian), key
+
+
+def test_a_quantizer_that_wants_no_calibration_gets_none(tmp_path: Path) -> None:
+    folder, seen = save_tiny_model("llama", tmp_path), Seen()
+    seen.unwanted = {f"model.layers.0.mlp.{leaf}_proj.weight" for leaf in ("gate", "up", "down")}
+    walk(folder, seen)
+    assert {(name, 0) for name in seen.weights.keys() - seen.unwanted} == seen.calibrations.keys()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "paused_bytes", "matrices"),
+    [("llama", 0, 7), ("llama", 2**30, 7), ("mixtral", 0, 4 + 2 * 4)],
+)
+def test_one_block_is_dense_at_a_time(
+    architecture: str, paused_bytes: int, matrices: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    alive: weakref.WeakSet[ObservedWeight] = weakref.WeakSet()
+    made = ObservedWeight.__init__
+
+    def counted(self: ObservedWeight, *given: Any) -> None:
+        made(self, *given)
+        alive.add(self)
+
+    class Counting(Seen):
+        def pack(self, name: str, *given: Any) -> Any:
+            assert len(alive) == matrices, name
+            return super().pack(name, *given)
+
+    monkeypatch.setattr(ObservedWeight, "__init__", counted)
+    folder = save_tiny_model(architecture, tmp_path)
+    gc.disable()  # a block must go when it is done, and not when a collector comes by
+    try:
+        walk(folder, Counting(coarse), batch_size=1, paused_bytes=paused_bytes)
+    finally:
+        gc.enable()
+    assert not alive
+
+
+def test_an_expert_without_tokens_gets_the_identity_and_is_listed(tmp_path: Path) -> None:
+    folder, seen = save_tiny_model("mixtral", tmp_path), Seen()
+    done = walk(folder, seen, IDS[:1, :1])  # one token reaches two of four experts
+    assert len(done.unreached) == 8  # two experts of two weights in each of two blocks
+    for name in done.unreached:
+        stack, _, index = name.rstrip("]").partition("[")
+        found = seen.calibrations[stack, int(index)]
+        assert found.samples == 0
+        assert torch.equal(found.hessian, torch.eye(found.hessian.shape[0]))
+
+
+@pytest.mark.parametrize("paused_bytes", [0, 2**30])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_held_out_samples_have_a_weighted_second_moment_of_their_own(
+    architecture: str, paused_bytes: int, tmp_path: Path
+) -> None:
+    folder, seen = save_tiny_model(architecture, tmp_path), Seen()
+    model, first = dense(folder), 5
+    calibrating = second_moments(model, IDS[:first])
+    held_out = [second_moments(model, ids[None]).inputs for ids in IDS[first:]]
+    generator = torch.Generator().manual_seed(2)
+    weights: dict[str, list[list[Tensor]]] = {
+        site.name: [
+            [torch.rand(sum(map(len, x[site.name, i])), generator=generator) for x in held_out]
+            for i in range(site.experts or 1)
+        ]
+        for site in find_sites(model).linears
+    }
+    # batches don't end where the held-out samples begin
+    walk(folder, seen, batch_size=4, token_weights=weights, paused_bytes=paused_bytes)
+    for (name, i), found in seen.calibrations.items():
+        assert isinstance(found, HeldOutCalibration)
+        assert found.samples == sum(map(len, calibrating.inputs[name, i]))
+        if found.samples:
+            assert error(found.hessian, calibrating.hessian(name, i)) < 1e-5, (name, i)
+        inputs = [x for sample in held_out for x in sample[name, i]]
+        assert found.held_out.samples == sum(map(len, inputs))
+        if inputs:
+            x, w = torch.cat(inputs), torch.cat(weights[name][i]).double()
+            expected = (x * w[:, None]).t() @ x / len(x)
+            assert error(found.held_out.hessian, expected) < 1e-5, (name, i)
+
+
+def test_inputs_that_are_not_finite_are_refused_with_the_layer(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").fill_(1e38)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        WorkError, match=r"layers\.1\.mlp\.down_proj\.weight: expected finite inputs"
+    ):
+        walk(tmp_path, Seen())
+
+
+def test_a_model_that_runs_its_blocks_in_another_order_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    folder, forward = save_tiny_model("llama", tmp_path), LlamaModel.forward
+
+    def backwards(self: LlamaModel, *args: Any, **kwargs: Any) -> Any:
+        self.layers = torch.nn.ModuleList(reversed(self.layers))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", backwards)
+    with pytest.raises(ModelError, match="once each, in order"):
+        walk(folder, Seen())
+
+
+def test_a_sum_of_outer_products_is_accurate_to_fp32(generator: torch.Generator) -> None:
+    moment = SecondMoment(500, torch.device("cpu"))
+    x = torch.randn(3000, 500, generator=generator) * torch.logspace(-3, 3, 500)
+    for rows in x.split(700):
+        moment.add(rows.view(-1, 1, 500))
+    found = moment.mean("layer")
+    expected = x.double().t() @ x.double() / 3000
+    scale = expected.diagonal().sqrt()
+    assert float(((found.hessian - expected) / torch.outer(scale, scale)).abs().max()) < 1e-5
+    assert found.samples == 3000
