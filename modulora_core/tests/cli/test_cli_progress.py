@@ -31,7 +31,7 @@ def test_a_bar_shows_rate_and_sizes_and_starts_again_for_other_work(
             for part in (0, 0.2963, 1.0):
                 show("checking", round(part * total), total)
                 time.sleep(0.2)  # longer than the bar's refresh
-            show("packing [x]", 0, total)
+            show("packing [x]", 1, total)
         shown = screen.getvalue()
         assert count in shown
         assert rate in shown

@@ -30,10 +30,17 @@ def test_sizes_are_written_with_a_few_digits() -> None:
 
 def test_facts_have_a_line_for_each_entry(capsys: pytest.CaptureFixture[str]) -> None:
     found = {
-        "out": "here", "bytes": 2048, "peak_memory_bytes": 1536, "seconds": 1.234567,
-        "weights": 2048, "kept": {"norm": ["a", "b"], "head": ["c"]}, "options": {"bits": 3, "sym": True},
-        "losses": [2.0, 1.5, 1.25, 1.0], "eval_loss": None, "unreached": [],
-    }  # fmt: skip
+        "out": "here",
+        "bytes": 2048,
+        "peak_memory_bytes": 1536,
+        "seconds": 1.234567,
+        "weights": 2048,
+        "kept": {"norm": ["a", "b"], "head": ["c"]},
+        "options": {"bits": 3, "sym": True},
+        "losses": [2.0, 1.5, 1.25, 1.0],
+        "eval_loss": None,
+        "unreached": [],
+    }
     Terminal().show(Report({}, facts(found)))
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line] == [
         "out here",
