@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and editors; a test compares these imports with _PUBLIC
     from modulora_core.adapters.lora import LoRASettings as LoRASettings
     from modulora_core.adapters.lora import add_lora as add_lora
-    from modulora_core.adapters.lora import load_adapter as load_adapter
-    from modulora_core.adapters.lora import save_adapter as save_adapter
     from modulora_core.adapters.merge import merge as merge
+    from modulora_core.adapters.save_load import load_adapter as load_adapter
+    from modulora_core.adapters.save_load import save_adapter as save_adapter
     from modulora_core.checkpoints.checkpoint import load_model as load_model
     from modulora_core.checkpoints.convert import convert as convert
     from modulora_core.checkpoints.hf_quantizer import register as register
     from modulora_core.hookspecs import hookimpl as hookimpl
+    from modulora_core.inference.evaluate import evaluate as evaluate
     from modulora_core.inference.generate import generate as generate
     from modulora_core.layers import LoRALinear as LoRALinear
     from modulora_core.layers import QuantLinear as QuantLinear
@@ -46,15 +47,16 @@ _PUBLIC = {
     "QuantizerSpec": "spec",
     "add_lora": "adapters.lora",
     "convert": "checkpoints.convert",
+    "evaluate": "inference.evaluate",
     "finetune": "training.finetune",
     "generate": "inference.generate",
     "hookimpl": "hookspecs",
-    "load_adapter": "adapters.lora",
+    "load_adapter": "adapters.save_load",
     "load_model": "checkpoints.checkpoint",
     "merge": "adapters.merge",
     "quantize": "quantization.quantize",
     "register": "checkpoints.hf_quantizer",
-    "save_adapter": "adapters.lora",
+    "save_adapter": "adapters.save_load",
     "tile_budget": "tiles",
 }
 """Each public name, and its module within this package."""

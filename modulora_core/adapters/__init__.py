@@ -1,1 +1,1 @@
-"""LoRA adapters: put on a model, saved and loaded as PEFT's files, merged."""
+"""LoRA adapters: on a model, in PEFT's files, and merged into the weights."""

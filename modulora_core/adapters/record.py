@@ -1,20 +1,20 @@
-"""``modulora.json``: which base an adapter was made for, in more words than PEFT's one path.
+"""``modulora.json``: identifies the base that an adapter was trained on.
 
-A base is named, and known by two digests. Both are the same however the base is quantized: one of its
-architecture (names and shapes of its linear layers), one of what quantization leaves alone (norms, biases). Only
-tuning, while it is quantized, changes the latter too; so that is recorded beside them.
+PEFT's file has one path for it. Ours adds two digests, which do not depend on the quantizer. One is
+of the architecture: names and shapes of linear layers. The other is of norms and biases, which stay
+unquantized. Tuning during quantization changes these, so the record says if it was done.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Self
 
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import modulora_core
@@ -24,126 +24,119 @@ from modulora_core.layers import LoRALinear, QuantLinear
 
 RECORD_FILE = "modulora.json"
 
-_FORMAT = 1
-_FORMAT_WITH_SCALES = 2
-"""Readers of format 1 alone would leave the channel scales out, and so they are to refuse."""
 
-
-@dataclass(frozen=True, slots=True)
-class BaseRecord:
-    """Which base an adapter was made for.
+class BaseRecord(BaseModel):
+    """The base of an adapter.
 
     Attributes:
-        name: the model before quantization, as it was named: a Hub id or a path.
+        name: the model before quantization, a Hub id or a path.
         quantizers: each quantizer of the base: ``{"quantizer": name, "options": {...}}``.
         architecture: digest of the names and shapes of all linear layers, packed or not.
-        dense_weights: digest of the one-dimensional parameters, rounded to bfloat16. It tells models of one
-            architecture apart.
-        tuned: those parameters were tuned while it was quantized, so they aren't the model's own.
+        dense_weights: digest of the one-dimensional parameters, rounded to bfloat16.
+        tuned: quantization tuned the one-dimensional parameters.
     """
 
+    model_config = ConfigDict(frozen=True)
+
     name: str
-    quantizers: tuple[Mapping[str, Any], ...]
+    quantizers: tuple[dict[str, Any], ...]
     architecture: str
     dense_weights: str
     tuned: bool = False
 
-    @property
-    def quantized_with(self) -> str:
-        """The quantizers in words, for messages."""
-        return ", ".join(_in_words(q) for q in self.quantizers) or "no quantizer"
-
     def difference(self, here: BaseRecord) -> str:
-        """How ``here`` differs from this base, which has its architecture, in words; "" if it doesn't."""
-        if self.dense_weights != here.dense_weights:
-            if self.tuned or here.tuned:
-                return self._other_tuning(here)
-            return (f"made for the base {self.name}; {here.name} has its shapes and other weights: "
-                    "results will differ")  # fmt: skip
-        if self.quantizers != here.quantizers:
-            return (f"trained on {self.name} quantized with {self.quantized_with}, used on it quantized with "
-                    f"{here.quantized_with}: results may differ")  # fmt: skip
-        return ""
-
-    def _other_tuning(self, here: BaseRecord) -> str:
-        """Whether it is another model can't be told then, so it isn't said."""
-        if self.tuned and here.tuned:
-            whose = "of both were tuned while they were quantized, each its own way"
-        else:
-            whose = (
-                f"of the {'first' if self.tuned else 'second'} were tuned while it was quantized"
+        """Describe how ``here``, of the same architecture, differs; "" if it does not."""
+        same_weights = self.dense_weights == here.dense_weights
+        if same_weights and self.quantizers == here.quantizers:
+            return ""
+        if not (same_weights or self.tuned or here.tuned):
+            return (
+                f"made for the base {self.name}; {here.name} has the same shapes and other "
+                "weights: results will differ"
             )
-        return (f"trained on {self.name} quantized with {self.quantized_with}, used on {here.name} quantized with "
-                f"{here.quantized_with}: the unquantized tensors {whose}: results may differ")  # fmt: skip
+        trained = f"trained on {self.name} quantized with {self._quantized_with()}"
+        used = f"used on {here.name} quantized with {here._quantized_with()}"
+        if same_weights:
+            return f"{trained}, {used}: results may differ"
+        # a tuning changes the weights, so that the digests cannot identify the model
+        tuned = "both" if self.tuned and here.tuned else "the first" if self.tuned else "the second"
+        return f"{trained}, {used}; quantization tuned the norms of {tuned}: results may differ"
+
+    def _quantized_with(self) -> str:
+        return ", ".join(_in_words(quantizer) for quantizer in self.quantizers) or "no quantizer"
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterRecord:
+class AdapterRecord(BaseModel):
     """The contents of ``modulora.json``.
 
     Attributes:
-        settings: what the adapter was made of.
-        channel_scales: there are channel scales beside A and B.
+        settings: the settings that made the adapter.
+        channel_scales: there are channel scales beside A and B. Such a record has format 2, since
+            older readers of format 1 would leave the scales out.
     """
 
+    model_config = ConfigDict(frozen=True)
+
+    core_version: str = Field(default_factory=lambda: modulora_core.__version__)
+    kind: Literal["lora"] = "lora"
     base: BaseRecord
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    core_version: str = ""
+    settings: dict[str, Any] = Field(default_factory=dict)
     channel_scales: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        excluded = set() if self.channel_scales else {"channel_scales"}
         return {
-            "format": _FORMAT_WITH_SCALES if self.channel_scales else _FORMAT,
-            "kind": "lora",
-            "core_version": self.core_version or modulora_core.__version__,
-            "base": asdict(self.base),
-            "settings": dict(self.settings),
-            **({"channel_scales": True} if self.channel_scales else {}),
+            "format": 2 if self.channel_scales else 1,
+            **self.model_dump(mode="json", exclude=excluded),
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str) -> AdapterRecord:
-        """Raises AdapterError: another format, or malformed."""
-        if data.get("format") not in (_FORMAT, _FORMAT_WITH_SCALES):
+    def from_json(cls, data: Mapping[str, Any], where: str) -> Self:
+        """Read the file's contents. Raises AdapterError: another format, or malformed."""
+        if data.get("format") not in (1, 2):
             raise AdapterError(
-                f"{where}: this version of modulora-core reads formats {_FORMAT} and {_FORMAT_WITH_SCALES} of "
-                f"{RECORD_FILE}, got {data.get('format')!r}; install one that fits"
+                f"{where}: this version of modulora-core reads formats 1 and 2 of {RECORD_FILE}, "
+                f"got {data.get('format')!r}; install a version that reads it"
             )
         try:
-            base = data["base"]
-            quantizers = tuple(_quantizer(q["quantizer"], q["options"]) for q in base["quantizers"])
-            tuned = bool(base.get("tuned", False))  # older ones don't say
-            record = BaseRecord(
-                base["name"], quantizers, base["architecture"], base["dense_weights"], tuned
-            )
-            scales = data["format"] == _FORMAT_WITH_SCALES and bool(data["channel_scales"])
-            return cls(record, dict(data["settings"]), str(data["core_version"]), scales)
-        except (KeyError, TypeError, ValueError) as error:
-            raise AdapterError(f"{where}: malformed {RECORD_FILE}: {error!r}") from None
+            scales = data["format"] == 2 and data["channel_scales"]
+            return cls.model_validate({**data, "channel_scales": scales})
+        except (KeyError, ValidationError) as error:
+            reason = " ".join(str(error).split())
+            raise AdapterError(f"{where}: malformed {RECORD_FILE}: {reason}") from None
 
 
-def describe_base(model: nn.Module, name: str) -> BaseRecord:
-    """The record of ``model`` as a base, adapters left aside. Reads the one-dimensional parameters only."""
-    found = (m.weight.quantizer for m in model.modules() if isinstance(m, QuantLinear))
-    recipes = {id(q): _quantizer(q.spec.name, q.options.model_dump(mode="json")) for q in found}
-    distinct = {json.dumps(recipe, sort_keys=True): recipe for recipe in recipes.values()}
-    quantizers = tuple(distinct[key] for key in sorted(distinct))
+def describe_base(
+    model: nn.Module, name: str, read: Callable[[str], Tensor] | None = None
+) -> BaseRecord:
+    """Describe ``model`` as a base, without its adapters.
+
+    Args:
+        model: a packed model.
+        name: its name before quantization.
+        read: gives a parameter by name, for a model on the meta device.
+    """
+    packed = (module.weight for module in model.modules() if isinstance(module, QuantLinear))
+    recipes = {
+        json.dumps({"quantizer": q.spec.name, "options": q.options.model_dump(mode="json")},
+                   sort_keys=True)
+        for q in {id(weight.quantizer): weight.quantizer for weight in packed}.values()
+    }  # fmt: skip
     record = record_of(model)
-    tuned = record is not None and bool((record.calibration or {}).get("tuning"))
     return BaseRecord(
-        name, quantizers, _digest(_linear_shapes(model)), _digest(_dense_values(model)), tuned
+        name=name,
+        quantizers=tuple(json.loads(recipe) for recipe in sorted(recipes)),
+        architecture=_digest(_linear_shapes(model)),
+        dense_weights=_digest(_dense_values(model, read)),
+        tuned=record is not None and bool((record.calibration or {}).get("tuning")),
     )
 
 
 def record_of(model: nn.Module) -> QuantizationRecord | None:
-    """What the checkpoint says that ``model`` was loaded from."""
+    """The record of the checkpoint that ``model`` was loaded from."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     record = getattr(config, "record", None)
     return record if isinstance(record, QuantizationRecord) else None
-
-
-def _quantizer(name: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"quantizer": str(name), "options": dict(options)}
 
 
 def _in_words(quantizer: Mapping[str, Any]) -> str:
@@ -159,18 +152,19 @@ def _linear_shapes(model: nn.Module) -> Iterator[bytes]:
             yield f"{name} {module.weight.shape[1]} {module.weight.shape[0]}\n".encode()
 
 
-def _dense_values(model: nn.Module) -> Iterator[bytes]:
+def _dense_values(model: nn.Module, read: Callable[[str], Tensor] | None) -> Iterator[bytes]:
     adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
     scales = {
         id(scale) for m in adapted for scale in (*m.input_scale.values(), *m.output_scale.values())
     }
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and id(parameter) not in scales:
-            # one rounding to bfloat16 gives the same bytes whatever wider dtype the model is loaded in
-            values = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+            values = parameter.detach() if read is None else read(name)
+            # bfloat16 gives the same bytes for a model in float32 and in bfloat16
+            values = values.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
             yield name.encode() + values.numpy().tobytes()
 
 
 def _digest(parts: Iterator[bytes]) -> str:
-    """SHA-256 of the parts in the order of their bytes: the order of a model's modules doesn't matter."""
+    """SHA-256 of the sorted parts, so that the order of a model's modules does not matter."""
     return "sha256:" + hashlib.sha256(b"".join(sorted(parts))).hexdigest()

@@ -1,1 +1,1 @@
-"""Running a model: opening it, generating and evaluating."""
+"""Run a model: open it, generate, evaluate."""

@@ -1,9 +1,9 @@
-"""How good a loaded model is: perplexity of text, accuracy on labels, ROUGE of what it writes.
+"""Measure a model: perplexity of text, accuracy on labels, ROUGE of its answers.
 
-    perplexity = exp(nll)        nll = -1/N Σ log p(xₜ | x₍<t₎)      N predicted tokens, in nats
+    perplexity = exp(nll)      nll = -1/N Σ log p(xₜ | x₍<t₎)      N predicted tokens, in nats
 
-Each function takes a model and leaves it in the mode (training or evaluation) that it had. The log-softmax is
-taken in fp32, a few rows of logits at a time (:mod:`modulora_core.training.chunked_loss`), and the other rows don't exist meanwhile.
+The log-softmax is computed in fp32, for a few rows of logits at a time
+(:mod:`modulora_core.training.chunked_loss`).
 """
 
 from __future__ import annotations
@@ -12,30 +12,32 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from modulora_core.data import token_segments
 from modulora_core.data.examples import Collator
 from modulora_core.data.formats import Conversation, conversations, detect
 from modulora_core.data.rendering import Encoded, Renderer
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.errors import DataError, MissingExtraError, OptionError, WorkError
+from modulora_core.inference.generate import Sampling, continuations
+from modulora_core.inference.loading import Runnable, opened
 from modulora_core.models.progress import Progress
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
 
 MAX_LABELS = 64
-"""Accuracy scores every label for every example; more distinct answers than this are not labels."""
+"""Accuracy scores every label for every example, so it refuses more distinct answers than this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """Attributes:
-    perplexity: ``exp(nll)``.
-    nll: the mean negative log-likelihood of a predicted token, in nats.
-    tokens: how many were predicted: ``seq_len - 1`` in each segment.
-    segments: how many segments.
+    """The perplexity, ``exp(nll)``, and ``nll``, the mean -log p of a predicted token in nats.
+
+    Attributes:
+        tokens: number of predicted tokens, ``seq_len - 1`` per segment.
     """
 
     perplexity: float
@@ -46,12 +48,7 @@ class Perplexity:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Attributes:
-    accuracy: ``correct / examples``, in [0, 1].
-    correct: examples whose own answer was the likeliest.
-    examples: how many were asked.
-    labels: the distinct answers that were compared, sorted.
-    """
+    """The accuracy, ``correct / examples``, and the distinct answers that were compared, sorted."""
 
     accuracy: float
     correct: int
@@ -61,7 +58,7 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class Rouge:
-    """Mean F-measures of ROUGE-1, ROUGE-2, ROUGE-L (Lin 2004), stemmed, in [0, 1]; papers print percent."""
+    """Mean F-measures of ROUGE-1, ROUGE-2, ROUGE-L (Lin 2004), stemmed, in [0, 1]."""
 
     rouge1: float
     rouge2: float
@@ -69,20 +66,66 @@ class Rouge:
     examples: int
 
 
+def evaluate(
+    model: Runnable,
+    data: Source = "pydoc",
+    *,
+    metric: Literal["perplexity", "accuracy", "rouge"] = "perplexity",
+    seq_len: int = 512,
+    segments: int | None = None,
+    batch_size: int = 1,
+    max_new_tokens: int = 128,
+    adapter: str | None = None,
+    progress: Progress | None = None,
+) -> Perplexity | Accuracy | Rouge:
+    """Measure a model on data, as ``modulora evaluate`` does.
+
+    Args:
+        model: MODEL as on the command line, the result of ``open_to_run``, or a loaded model with
+            its tokenizer, ``(model, tokenizer)``.
+        data: files, a Hub dataset, or pydoc.
+        metric: the metric, and so the class of the result.
+        seq_len: tokens per segment; segments: limit of their number; both for perplexity.
+        batch_size: segments, answers or prompts per forward pass.
+        max_new_tokens: limit of an answer, for rouge.
+        adapter: a LoRA adapter in PEFT's format, if ``model`` is a name.
+        progress: called as ``progress("evaluating", done, total)`` after each pass.
+
+    Raises:
+        OptionError: an unknown metric, or a value out of range.
+        DataError: the data is missing or malformed, or does not fit the metric.
+        RequestError: the model cannot be opened.
+        WorkError: the model's logits are NaN or infinite.
+    """
+    if metric not in ("perplexity", "accuracy", "rouge"):
+        raise OptionError(f"metric: expected perplexity, accuracy or rouge, got {metric!r}")
+    source = opened(model, adapter)
+    tokenizer = source.tokenizer
+    if metric == "perplexity":
+        ids = token_segments(data, tokenizer, seq_len, segments)
+        return perplexity(source.load(), ids, batch_size=batch_size, progress=progress)
+    load_records(data)  # a bad source is refused before the model is loaded
+    if metric == "accuracy":
+        return accuracy(source.load(), tokenizer, data, batch_size=batch_size, progress=progress)
+    return rouge(
+        source.load(), tokenizer, data, max_new_tokens, batch_size=batch_size, progress=progress
+    )
+
+
 def perplexity(
     model: Any, segments: Tensor, *, batch_size: int = 1, progress: Progress | None = None
 ) -> Perplexity:
-    """The perplexity of ``segments``, each on its own: its first token is given, the others are predicted.
+    """The perplexity of ``segments``, each by itself: all tokens but the first are predicted.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers causal language model. It keeps its mode, training or evaluation.
         segments: token ids, int64 ``[n, seq_len]`` (:func:`modulora_core.data.token_segments`).
-        batch_size: segments in a forward pass.
-        progress: called after each pass with segments done and ``n``.
+        batch_size: segments per forward pass.
+        progress: called after each forward pass.
 
     Raises:
-        DataError: ``segments`` isn't ``[n >= 1, seq_len >= 2]``.
-        OptionError: ``batch_size`` is less than 1, or ``seq_len`` is more than the model's window.
+        DataError: ``segments`` is not ``[n >= 1, seq_len >= 2]``.
+        OptionError: ``batch_size`` is below 1, or ``seq_len`` above the model's window.
         WorkError: the model's logits are NaN or infinite.
     """
     if segments.dim() != 2 or segments.shape[0] < 1 or segments.shape[1] < 2:
@@ -100,7 +143,8 @@ def perplexity(
             sums = _nll(model, {"input_ids": batch, "labels": batch})
             if not all(map(math.isfinite, sums)):
                 raise WorkError(
-                    f"perplexity: expected finite logits, got NaN or Inf in segments from {start} on"
+                    "perplexity: expected finite logits, got NaN or Inf in segments from "
+                    f"{start} on"
                 )
             total += sum(sums)
     tokens = segments.shape[0] * (segments.shape[1] - 1)
@@ -116,48 +160,47 @@ def accuracy(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Accuracy:
-    """How often the example's own answer is the likeliest of all distinct answers in ``source``.
+    """The fraction of examples whose own answer is the most likely of all distinct answers.
 
-    Each answer is scored by the log-likelihood of its tokens and of the one that closes it: the probability
-    that the model says this and nothing more, so a label that another one starts with has no advantage. It is
-    rendered as in training (:func:`modulora_core.data.load_examples`).
+    The score of an answer is the log-likelihood of its tokens and of the token that closes it. So a
+    label that is the beginning of another has no advantage. Prompts and answers are rendered as in
+    training (:func:`modulora_core.data.load_examples`).
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers causal language model. It keeps its mode, training or evaluation.
         tokenizer: its tokenizer.
         source: records of text and label, prompt and completion, or instruction and output.
-        batch_size: answers in a forward pass.
-        progress: called after each pass with answers done and their number.
+        batch_size: answers per forward pass.
+        progress: called after each forward pass.
 
     Raises:
-        DataError: the source is missing or malformed, is text or a chat, has fewer than 2 or more than
-            :data:`MAX_LABELS` distinct answers, or an example is longer than the model's window.
-        OptionError: ``batch_size`` is less than 1.
+        DataError: the source is malformed, is text or a chat, or has too few or too many distinct
+            answers; or an example exceeds the model's window.
+        OptionError: ``batch_size`` is below 1.
         WorkError: the model's logits are NaN or infinite.
     """
     asked = _conversations(source)
     if asked[0].plain is None:
         raise DataError(f"{asked[0].place}: accuracy: expected a prompt and a label, got a chat")
-    answers = {each.answer: each for each in asked}  # the answer, and one example that has it
-    labels = tuple(sorted(answers))
+    examples = {each.answer: each for each in asked}  # an example of each answer
+    labels = tuple(sorted(examples))
     if not 2 <= len(labels) <= MAX_LABELS:
         raise DataError(
-            f"{source_name(source)}: accuracy: expected 2 to {MAX_LABELS} distinct labels, got {len(labels)}"
+            f"{source_name(source)}: accuracy: expected 2 to {MAX_LABELS} distinct labels, "
+            f"got {len(labels)}"
         )
     renderer = Renderer(tokenizer)
-    choices = range(len(asked) * len(labels))  # choice i: example i // labels, label i % labels
+    pairs = [(each, examples[label]) for each in asked for label in labels]
 
-    def encoded(chosen: Sequence[int]) -> list[Encoded]:
-        pairs = [(asked[i // len(labels)], answers[labels[i % len(labels)]]) for i in chosen]
-        return renderer.encode([renderer.render(_answered(*pair))[-1] for pair in pairs])
+    def encoded(batch: Sequence[tuple[Conversation, Conversation]]) -> list[Encoded]:
+        return renderer.encode([renderer.render(_answered(*pair))[-1] for pair in batch])
 
-    for _, chosen in _batches(choices, 256, None):
-        lengths = [len(ids) for ids, _ in encoded(chosen)]
-        _check_window(model, lengths, [asked[i // len(labels)] for i in chosen])
+    for _, batch in _batches(pairs, 256, None):
+        _check_window(model, [len(ids) for ids, _ in encoded(batch)], [each for each, _ in batch])
     collate, scores = Collator(0), list[float]()
     with _evaluating(model):
-        for _, chosen in _batches(choices, batch_size, progress):
-            rows = [{"input_ids": ids, "labels": goal} for ids, goal in encoded(chosen)]
+        for _, batch in _batches(pairs, batch_size, progress):
+            rows = [{"input_ids": ids, "labels": goals} for ids, goals in encoded(batch)]
             scores += _nll(model, collate(rows))
     if not all(map(math.isfinite, scores)):
         raise WorkError("accuracy: expected finite logits, got NaN or Inf")
@@ -177,45 +220,45 @@ def rouge(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Rouge:
-    """ROUGE of what the model writes, greedily, against the answers in ``source``.
+    """ROUGE of the model's greedy answers against the answers in ``source``.
 
-    The model is asked as in training; of a chat the assistant's last turn is what it is asked for.
+    Prompts are rendered as in training. In a chat, the last turn of the assistant is the answer.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers causal language model. It keeps its mode, training or evaluation.
         tokenizer: its tokenizer.
         source: instructions, chats or completions.
-        max_new_tokens: where an answer is cut off.
-        batch_size: prompts in a generation.
-        progress: called after each generation with prompts done and their number.
+        max_new_tokens: limit of an answer.
+        batch_size: prompts per generation.
+        progress: called after each generation.
 
     Raises:
-        MissingExtraError: rouge-score isn't installed.
-        DataError: the source is missing or malformed, is text, or a prompt and its answer don't fit the
+        MissingExtraError: rouge-score is not installed.
+        DataError: the source is malformed or is text, or a prompt with its answer exceeds the
             model's window.
-        OptionError: ``max_new_tokens`` or ``batch_size`` is less than 1.
+        OptionError: ``max_new_tokens`` or ``batch_size`` is below 1.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise MissingExtraError(
-            "rouge needs the library rouge-score, which is missing; pip install 'modulora-core[evaluation]'"
+            "rouge: expected the library rouge-score; pip install 'modulora-core[evaluation]'"
         ) from None
-    if max_new_tokens < 1:
-        raise OptionError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    sampling = Sampling(max_new_tokens)
     asked = _conversations(source)
     renderer = Renderer(tokenizer)
     prompts = [renderer.encode_prompt(renderer.render(each)[-1]) for each in asked]
     _check_window(model, [len(ids) + max_new_tokens for ids in prompts], asked)
-    written: list[str] = []
+    texts: list[str] = []
     with _evaluating(model):
         for _, batch in _batches(prompts, batch_size, progress):
-            written += _greedy(model, tokenizer, batch, max_new_tokens)
+            ids = continuations(model, tokenizer, batch, sampling)
+            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
     kinds = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(list(kinds), use_stemmer=True)
-    scored = [scorer.score(each.answer, text) for each, text in zip(asked, written, strict=True)]
-    mean = {kind: sum(score[kind].fmeasure for score in scored) / len(scored) for kind in kinds}
-    return Rouge(mean["rouge1"], mean["rouge2"], mean["rougeL"], len(scored))
+    scored = [scorer.score(each.answer, text) for each, text in zip(asked, texts, strict=True)]
+    means = [sum(score[kind].fmeasure for score in scored) / len(scored) for kind in kinds]
+    return Rouge(means[0], means[1], means[2], len(scored))
 
 
 def _conversations(source: Source) -> list[Conversation]:
@@ -229,7 +272,7 @@ def _conversations(source: Source) -> list[Conversation]:
 def _answered(asked: Conversation, other: Conversation) -> Conversation:
     """``asked`` with the answer of ``other``."""
     assert asked.plain is not None
-    assert other.plain is not None  # both come from one file that isn't a chat
+    assert other.plain is not None  # both come from one file, which is no chat
     return replace(
         asked,
         messages=(*asked.messages[:-1], other.messages[-1]),
@@ -238,9 +281,8 @@ def _answered(asked: Conversation, other: Conversation) -> Conversation:
 
 
 def _window(model: Any) -> int | None:
-    """The most tokens that the model was made for, where its configuration says so."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    """The limit of the model's context in tokens, or None if its config has none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_window(model: Any, lengths: Sequence[int], asked: Sequence[Conversation]) -> None:
@@ -248,17 +290,17 @@ def _check_window(model: Any, lengths: Sequence[int], asked: Sequence[Conversati
     for length, each in zip(lengths, asked, strict=True):
         if window is not None and length > window:
             raise DataError(
-                f"{each.place}: expected at most the model's window of {window} tokens, got {length} with "
-                "the answer"
+                f"{each.place}: expected at most the model's window of {window} tokens, got "
+                f"{length} with the answer"
             )
 
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode that it was in.
+    """Evaluation mode without gradients. Afterwards each module is in its previous mode.
 
-    Not ``inference_mode``: what a model or a quantizer caches in here (rotary tables, a rotation) could never
-    be saved for a later backward.
+    Not ``inference_mode``: tensors that a model caches in it, such as rotary tables, cannot be
+    saved for a later backward.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -283,34 +325,6 @@ def _nll(model: Any, batch: dict[str, Tensor]) -> list[float]:
     """Σ -log p of the labels that are not -100, in nats, for each row of the batch."""
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     with deferred_logits(model):
-        logits = model(
-            **inputs, use_cache=False
-        ).logits  # [batch, length, vocabulary], not there yet
+        logits = model(**inputs, use_cache=False).logits
     sums: list[float] = token_losses(logits, batch["labels"]).sum(1).tolist()
     return sums
-
-
-def _greedy(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int
-) -> list[str]:
-    from transformers import GenerationConfig
-
-    own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-    longest = max(map(len, prompts))
-    # padded on the left: generation continues at the right end
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=0), repetition_penalty=1.0, no_repeat_ngram_size=0,
-        temperature=1.0, top_p=1.0, top_k=50,  # or the model's own would come in, and a warning with them
-    )  # fmt: skip
-    out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=settings,
-    )
-    return [
-        text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    ]

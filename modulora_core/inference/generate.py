@@ -1,19 +1,23 @@
-"""Text from a model, streamed."""
+"""Generate text with a model."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+from typing_extensions import override
 
 from modulora_core.errors import DataError, OptionError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from modulora_core.inference.loading import Runnable, opened
 
 Message = Mapping[str, str]
 """``{"role": "user", "content": "..."}``"""
@@ -21,11 +25,18 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen. A temperature of 0 takes the likeliest each time; the rest then has no effect but
-    ``repetition_penalty``.
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: limit of the generated text.
+        temperature: 0 takes the most likely token; ``top_p`` and ``top_k`` then have no effect.
+        top_p: sample from the most likely tokens that have this probability together.
+        top_k: sample from this many of the most likely tokens; 0 takes all.
+        repetition_penalty: divides the scores of tokens that have already come.
+        seed: seed of the sampling.
 
     Raises:
-        OptionError: a value outside of its range.
+        OptionError: a value is out of range.
     """
 
     max_new_tokens: int = 256
@@ -36,39 +47,20 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise OptionError(f"max-new-tokens: expected at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise OptionError(f"temperature: expected 0 (greedy) or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise OptionError(f"top-p: expected a share in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise OptionError(f"top-k: expected 0 (all) or more, got {self.top_k}")
-        if self.repetition_penalty <= 0:
-            raise OptionError(
-                f"repetition-penalty: expected more than 0, got {self.repetition_penalty}"
-            )
-
-    def arguments(self) -> dict[str, Any]:
-        """For transformers' ``generate``. Everything is said, so that a model's own defaults don't come in."""
-        chosen: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "repetition_penalty": self.repetition_penalty,
-        }
-        if self.temperature == 0:
-            return {**chosen, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {
-            **chosen,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
+        for name, is_valid, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "a probability in (0, 1]"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
+        ):
+            if not is_valid:
+                raise OptionError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A generated text, and how fast it came. ``seconds`` includes the prompt."""
+    """A generated text. ``seconds`` includes the prompt."""
 
     text: str
     prompt_tokens: int
@@ -84,68 +76,116 @@ class Generation:
 
 
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Runnable,
     prompt: str | Sequence[Message],
     sampling: Sampling | None = None,
+    *,
+    raw: bool = False,
     on_text: Callable[[str], None] | None = None,
+    adapter: str | None = None,
 ) -> Generation:
-    """Continue ``prompt``.
+    """Answer or continue ``prompt``.
 
     Args:
-        prompt: a text, continued as it is; or the messages of a conversation, put into the chat template.
-        sampling: by default greedy.
-        on_text: gets each piece of text as soon as it is sure.
+        model: MODEL as on the command line, the result of ``open_to_run``, or a loaded model with
+            its tokenizer, ``(model, tokenizer)``.
+        prompt: the messages of a conversation; or a text, which is the user's message if the
+            tokenizer has a chat template.
+        sampling: greedy by default.
+        raw: continue the text without the chat template.
+        on_text: called with each piece of text as it is generated.
+        adapter: a LoRA adapter in PEFT's format, if ``model`` is a name.
 
     Raises:
-        DataError: the prompt has no tokens or no valid text, leaves no room in the model's window, or needs a chat template that
-            the tokenizer doesn't have.
+        DataError: the prompt is empty, no valid text, or too long for the model's window; or it
+            needs a chat template and the tokenizer has none.
+        RequestError: the model cannot be opened.
     """
     sampling = sampling or Sampling()
+    source = opened(model, adapter)
+    tokenizer = source.tokenizer
+    if isinstance(prompt, str) and not raw and tokenizer.chat_template is not None:
+        prompt = [{"role": "user", "content": prompt}]
     ids = _prompt_ids(tokenizer, prompt)
-    _check_window(model, ids.shape[1], sampling.max_new_tokens)
-    ids = ids.to(model.device)
+    language_model = source.load()
+    window = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and len(ids) + sampling.max_new_tokens > window:
+        raise DataError(
+            f"prompt of {len(ids)} tokens and {sampling.max_new_tokens} new tokens: expected at "
+            f"most the model's window of {window}; shorten one of them"
+        )
+    streamer = None if on_text is None else _Streamer(tokenizer, on_text)
     started = time.perf_counter()
-    pad = (
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else model.generation_config.eos_token_id
-    )
-    with torch.inference_mode(), torch.random.fork_rng():
-        torch.manual_seed(sampling.seed)
-        streamer = None if on_text is None else _Streamer(tokenizer, on_text)
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=pad if isinstance(pad, int) else pad[0],
-            **sampling.arguments(),
-        )  # fmt: skip
-    new = output[0, ids.shape[1] :]
+    with torch.inference_mode():
+        (new,) = continuations(language_model, tokenizer, [ids], sampling, streamer)
     text = tokenizer.decode(new, skip_special_tokens=True)
-    return Generation(text, ids.shape[1], new.numel(), time.perf_counter() - started)
+    return Generation(text, len(ids), len(new), time.perf_counter() - started)
 
 
-def _prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]
-) -> torch.Tensor:
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    streamer: TextStreamer | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, generated as one batch.
+
+    A continuation ends at an EOS of the model or the tokenizer, or at ``max_new_tokens``. In a
+    batch, padding follows the EOS. Only the settings in ``sampling`` apply.
+    """
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    greedy = sampling.temperature == 0
+    settings = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+        do_sample=not greedy,
+        repetition_penalty=sampling.repetition_penalty,
+        # transformers fills absent fields from the model's own config
+        temperature=1.0 if greedy else sampling.temperature,
+        top_p=1.0 if greedy else sampling.top_p,
+        top_k=50 if greedy else sampling.top_k,
+        num_beams=1,
+        no_repeat_ngram_size=0,
+    )
+    longest = max(map(len, prompts))
+    # padded on the left, since generation continues at the right end
+    ids = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.random.fork_rng():
+        torch.manual_seed(sampling.seed)
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+            streamer=streamer,
+        )
+    return [row.tolist() for row in out[:, longest:]]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
     for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
         _check_text(text)
     if isinstance(prompt, str):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        ids = tokenizer(prompt).input_ids
     elif tokenizer.chat_template is None:
         raise DataError(
-            "conversation: the model's tokenizer has no chat template; give a plain text (generate --raw)"
+            "conversation: the model's tokenizer has no chat template; give a plain text "
+            "(generate --raw)"
         )
     else:
         ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            list(prompt), add_generation_prompt=True, return_dict=True
         )["input_ids"]
-    if ids.numel() == 0:
+    if not ids:
         raise DataError("prompt: expected some text, got none")
-    prompt_ids: torch.Tensor = ids.long()
-    return prompt_ids
+    return list(ids)
 
 
 def _check_text(text: str) -> None:
-    """Python keeps bytes of a terminal or a pipe that aren't UTF-8 as surrogates, which no tokenizer takes."""
+    """Refuse surrogates, which Python makes of bytes that are not UTF-8. Tokenizers fail on them."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -154,21 +194,14 @@ def _check_text(text: str) -> None:
         ) from None
 
 
-def _check_window(model: PreTrainedModel, prompt: int, new: int) -> None:
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window is not None and prompt + new > window:
-        raise DataError(
-            f"prompt of {prompt} tokens and {new} new ones: the model's window is {window}; shorten one of them"
-        )
-
-
 class _Streamer(TextStreamer):
-    """Hands text on instead of printing it."""
+    """Passes text to a function instead of printing it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002 - the base's signature
+    @override
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self._on_text(text)

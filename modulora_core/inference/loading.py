@@ -1,14 +1,17 @@
-"""A model to run, whatever it is: packed or dense, with or without an adapter.
+"""Open a model to run it: packed or dense, with or without an adapter.
 
-Opening reads configs and headers, so that a wrong request is refused at once; loading comes after all else is checked.
+Opening reads configs and headers, so that a wrong request is refused at once. The weights are
+loaded later, after every other check.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import (
     PackedCheckpoint,
     check_mapped,
@@ -23,13 +26,10 @@ from modulora_core.models import ModelSource, open_model
 from modulora_core.models.locate import locate
 from modulora_core.models.quiet import quiet
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that is known to be there, and whose weights haven't been read."""
+    """A model that was found; its weights are not loaded yet. Make one with :func:`open_to_run`."""
 
     name: str
     origin: PackedCheckpoint | ModelSource
@@ -40,24 +40,34 @@ class Opened:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises ModelError when there is none, or a broken one."""
+        """The model's tokenizer. Raises ModelError if it is missing or broken."""
         try:
             return self.origin.tokenizer()
         except (OSError, ValueError) as error:
-            raise ModelError(
-                f"model {self.name}: its tokenizer can't be loaded: {str(error).splitlines()[0]}"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"model {self.name}: cannot load its tokenizer: {reason}") from error
 
     def load(self) -> PreTrainedModel:
-        """The model in evaluation mode, with its adapter. Raises CheckpointError when it can't be loaded."""
+        """Load the model in evaluation mode, with its adapter. Raises CheckpointError."""
         if isinstance(self.origin, ModelSource):
             return _load_dense(self.origin, self.name, self.dtype, self.device)
         model = load_model(self.origin, dtype=self.dtype, device=self.device, mapped=self.mapped)
         if self.adapter is not None:
-            from modulora_core.adapters.lora import load_adapter
-
             load_adapter(model, self.adapter)
         return model
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def load(self) -> PreTrainedModel:
+        return self.model
+
+
+Runnable = str | Opened | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+"""MODEL as on the command line, the result of :func:`open_to_run`, or (model, tokenizer)."""
 
 
 def open_to_run(
@@ -69,16 +79,18 @@ def open_to_run(
     revision: str | None = None,
     mapped: bool = False,
 ) -> Opened:
-    """Find MODEL.
+    """Find a model.
 
     Args:
-        model: a packed checkpoint, or anything that :func:`modulora_core.models.open_model` opens, which is then
-            loaded dense: to compare with, for instance.
-        adapter: a LoRA adapter in PEFT's format, a folder or a Hub id; for a packed model.
-        dtype, device, mapped: as for :func:`modulora_core.checkpoints.checkpoint.load_model`; ``mapped`` for a packed model.
+        model: a packed checkpoint, or any model that :func:`modulora_core.models.open_model` opens,
+            which is then loaded dense.
+        adapter: a LoRA adapter in PEFT's format, a folder or Hub id, for a packed model.
+        dtype, device, mapped: as for :func:`modulora_core.checkpoints.checkpoint.load_model`;
+            ``mapped`` needs a packed model.
+        revision: a revision of a Hub model.
 
     Raises:
-        RequestError: no such device, nothing is there, it can't be read, or a plugin is missing.
+        RequestError: the model, the device or a plugin is missing, or the model cannot be read.
     """
     device = str(pick_device(device))
     load_dtype(dtype, device)  # refuses an unknown name
@@ -91,29 +103,47 @@ def open_to_run(
             check_mapped(checkpoint, device)
         return Opened(model, checkpoint, adapter, dtype, device, mapped)
     if adapter is not None:
-        raise AdapterError(f"adapter {adapter}: expected a packed model to put it on, and {model} is dense; give the folder that "
-                           "`modulora quantize` wrote, or load both with peft")  # fmt: skip
+        raise AdapterError(
+            f"adapter {adapter}: expected a packed model for it, and {model} is dense; give the "
+            "folder that `modulora quantize` wrote, or load both with peft"
+        )
     if mapped:
         raise OptionError(
-            f"mapped: expected a packed model, and {model} is dense; quantize it first, or leave mapped out"
+            f"mapped: expected a packed model, and {model} is dense; quantize it first, or leave "
+            "mapped out"
         )
     source = open_model(model, revision=revision)
     source.validate()
     return Opened(model, source, None, dtype, device)
 
 
+def opened(model: Runnable, adapter: str | None = None) -> Opened | _Loaded:
+    """Open ``model`` if it is a name. Raises RequestError, as :func:`open_to_run`."""
+    if isinstance(model, str):
+        return open_to_run(model, adapter=adapter)
+    if adapter is not None:
+        raise AdapterError(
+            f"adapter {adapter}: expected a model's name with it, got an open model; open it with "
+            "the adapter, or put the adapter on with load_adapter"
+        )
+    return _Loaded(*model) if isinstance(model, tuple) else model
+
+
 def _load_dense(source: ModelSource, name: str, dtype: str, device: str) -> PreTrainedModel:
-    # a GGUF file is read by our own stream: transformers' holds all of it twice, and draws bars that can't be turned off
+    # transformers reads a GGUF file into memory twice, and always draws progress bars
     weights = None if source.location.gguf is None else dict(source.tensors())
     try:
         with quiet():
             loaded = type(source.skeleton()).from_pretrained(
-                source.location.folder if weights is None else None, config=source.config, state_dict=weights,
-                dtype=load_dtype(dtype, device), device_map={"": device}, trust_remote_code=False,
-            )  # fmt: skip
+                source.location.folder if weights is None else None,
+                config=source.config,
+                state_dict=weights,
+                dtype=load_dtype(dtype, device),
+                device_map={"": device},
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"model {name}: transformers can't load it: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"model {name}: transformers cannot load it: {reason}") from error
     loaded.eval()
     return loaded

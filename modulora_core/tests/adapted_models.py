@@ -1,4 +1,4 @@
-"""Tiny packed models with adapters whose B isn't zero."""
+"""Tiny packed models with adapters that change their logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IDS = torch.arange(3, 27).view(2, 12)  # [batch, sequence]
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Give B and channel scales values, as training does: a new adapter's are zero and one, and would hide every mistake."""
+    """Change B from zero and channel scales from one, as training does, so that mistakes show."""
     generator = torch.Generator().manual_seed(seed)
     for _, layer in adapter_layers(model):
         for B in layer.lora_B.values():
@@ -37,10 +37,10 @@ def trained(model: nn.Module, settings: LoRASettings | None = None) -> nn.Module
 
 
 def save_llama_with_tokenizer(folder: Path, **other_sizes: int) -> None:
-    """A tiny random Llama that can read text; ``other_sizes`` are those of its config."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 600, "max_position_embeddings": 128,
-             "initializer_range": 0.2, **other_sizes}  # fmt: skip
+    """Save a tiny random Llama that can read text; ``other_sizes`` override its config."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 600,
+             "max_position_embeddings": 128, "initializer_range": 0.2, **other_sizes}  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
     model.save_pretrained(folder)

@@ -1,1 +1,1 @@
-"""Finetuning: the config of a run, the Trainer, its checkpoints and the chunked loss."""
+"""Finetuning: the config of a run, the Trainer, its checkpoints, and the loss."""

@@ -1,7 +1,8 @@
-"""Checkpoints of a run in training: whole or absent.
+"""Checkpoints of a run in training: whole or ignored.
 
-transformers' Trainer writes a checkpoint file by file into its final place. A folder that it was killed in
-looks like any other; so a checkpoint is *sealed* once it is on the disk, and only sealed ones are used.
+transformers' Trainer writes the files of a checkpoint into its final folder, one by one. If it is
+killed there, the folder looks complete. So we *seal* a checkpoint once it is on the disk, and
+resume from sealed ones only.
 """
 
 from __future__ import annotations
@@ -10,21 +11,22 @@ import json
 import shutil
 from pathlib import Path
 
+from transformers import TrainerState
+
 from modulora_core.checkpoints.outputs import sync_folder, write_file
 
-TRAINER_STATE = "trainer_state.json"
 _SEAL = "complete.json"
 
 
 def seal(checkpoint: Path) -> None:
-    """Mark a checkpoint as whole: note the sizes of its files, once they are on the disk."""
+    """Mark a checkpoint as whole: sync its files to the disk, then record their sizes."""
     sync_folder(checkpoint)
     sizes = {file.name: file.stat().st_size for file in sorted(checkpoint.iterdir())}
     write_file(checkpoint / _SEAL, json.dumps({"files": sizes}, indent=2))
 
 
 def is_sealed(checkpoint: Path) -> bool:
-    """Whether a checkpoint is whole: it is sealed, and its files have the sizes of that moment."""
+    """Whether a checkpoint is whole: it has a seal, and its files have the recorded sizes."""
     try:
         sizes = json.loads((checkpoint / _SEAL).read_text("utf-8"))["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
@@ -33,13 +35,18 @@ def is_sealed(checkpoint: Path) -> bool:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in ``folder``."""
+    """The last whole checkpoint in ``folder``, or None."""
     whole = [checkpoint for checkpoint in folder.glob("checkpoint-*") if is_sealed(checkpoint)]
     return max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
 
 
 def remove_half_written(folder: Path) -> None:
-    """Remove the checkpoints in ``folder`` that aren't whole: nothing can use them."""
+    """Remove the checkpoints in ``folder`` that are not whole."""
     for checkpoint in folder.glob("checkpoint-*"):
         if not is_sealed(checkpoint):
             shutil.rmtree(checkpoint)
+
+
+def trainer_state(checkpoint: Path) -> TrainerState:
+    """The state of transformers' Trainer in a checkpoint."""
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

@@ -1,7 +1,7 @@
-"""Everything that a finetuning run is made of, in one frozen object.
+"""The config of a finetuning run. Importing this module does not import torch.
 
-The command line's flags, a ``--config`` file and the ``finetune.yaml`` that each run writes are this model's
-fields: defaults and descriptions exist here alone. Importing it does not import torch.
+The flags of the command line, a ``--config`` file, and the ``finetune.yaml`` of each run are the
+fields of :class:`FinetuneConfig`. Defaults and descriptions exist here only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
     "epochs": ("steps",),
     "adapter": ("rank", "alpha", "targets", "train_scales"),
 }
-"""Where a flag is given, the file's fields of the same question give way."""
+"""Fields of a file that give way to a flag."""
+
+_LARGEST = 1e30
+"""Limit of a factor: float32 ends at 3.4e38, and a run multiplies factors."""
 
 
 def _one_or_more(value: Any) -> Any:
@@ -41,99 +44,88 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), _Serializer]
 Targets = Annotated[tuple[str, ...], BeforeValidator(_comma_separated), _Serializer]
 
 
-_LARGEST = 1e30
-"""Of a factor: float32 ends at 3.4e38, and a run multiplies it by others."""
-
-
 class FinetuneConfig(BaseModel):
     """A finetuning run.
 
-    The defaults of the optimizer and the adapter are the paper's (arXiv 2309.16119), but for the targets and
-    the batches, which depend on the task there.
-
-    Build it with :meth:`build`, which says in one sentence what is wrong, or directly, as any pydantic model.
+    The defaults of optimizer and adapter are the paper's (arXiv 2309.16119), except targets and
+    batches, which depend on the task there. :meth:`build` raises OptionError for a bad value;
+    the constructor raises pydantic's ValidationError.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: str = Field(description="a folder or Hub id that `modulora quantize` wrote")
-    out: str = Field(description="the folder to write the adapter to")
+    model: str = Field(
+        description="packed model: a folder or Hub id that `modulora quantize` wrote"
+    )
+    out: str = Field(description="folder to write the adapter to")
     data: Sources = Field(min_length=1, description="training data: files, a Hub dataset, or pydoc")
     format: Literal["auto", "text", "instruct", "chat", "completion"] = Field(
-        "auto", description="what the records of the data are"
+        "auto", description="format of the records"
     )
-    eval_data: Sources | None = Field(
-        None, description="data to measure the loss on, never trained on"
-    )
+    eval_data: Sources | None = Field(None, description="data to measure the loss on; not trained")
     eval_every: int | None = Field(
-        None, ge=1, description="steps between evaluations; always one at the end"
+        None, ge=1, description="steps between evaluations; there is always one at the end"
     )
 
     rank: int = Field(8, ge=1, description="rank r of the adapter")
-    alpha: float = Field(32.0, gt=0, description="scale of the adapter, times rank")
-    dropout: float = Field(
-        0.1, ge=0, lt=1, description="probability that an adapter's input is left out"
-    )
+    alpha: float = Field(32.0, gt=0, description="scale of the adapter, which is alpha / rank")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the adapter's input")
     targets: Targets = Field(
         ("all-linear",),
         min_length=1,
         description="layers to adapt: all-linear, or names separated by commas",
     )
     train_scales: bool = Field(
-        False, description="train also two vectors a layer, which scale its inputs and its outputs"
+        False, description="also train two vectors per layer, which scale its input and its output"
     )
-    adapter: str | None = Field(
-        None, description="go on training this adapter instead of a new one"
-    )
+    adapter: str | None = Field(None, description="continue this adapter instead of a new one")
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps; this or epochs is needed")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the data, instead of steps")
-    batch_size: int = Field(4, ge=1, description="examples in one forward pass")
-    grad_accum: int = Field(4, ge=1, description="forward passes in one optimizer step")
-    seq_len: int = Field(512, ge=2, description="longest example, in tokens")
+    batch_size: int = Field(4, ge=1, description="examples per forward pass")
+    grad_accum: int = Field(4, ge=1, description="forward passes per optimizer step")
+    seq_len: int = Field(512, ge=2, description="maximum length of an example, in tokens")
 
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="how the learning rate goes on after the warm-up"
+        "cosine", description="schedule of the learning rate after the warm-up"
     )
     warmup: float = Field(
-        0.06, ge=0, description="warm-up: a share of the steps if below 1, else a number of steps"
+        0.06, ge=0, description="warm-up: a fraction of the steps if below 1, else a step count"
     )
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
-    max_grad_norm: float = Field(
-        1.0, ge=0, description="gradients are clipped to this norm; 0: never"
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of A and B")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip gradients to this norm; 0: never")
+    optim: str = Field(
+        "adamw_torch",
+        description="optimizer, by its name in transformers, such as adamw_torch, adamw_bnb_8bit, "
+        "paged_adamw_32bit, adafactor",
     )
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the activations: auto is float32 on a CPU, else bfloat16"
+        "auto", description="dtype of activations; auto is float32 on a CPU, else bfloat16"
     )
     matmul_precision: Literal["highest", "high"] | None = Field(
         None,
-        description="of products in float32, as torch names it: high rounds more, and is faster on a CPU with AMX and on GPUs; by default "
-        "as torch is set, which is highest",
+        description="precision of float32 products, by torch's name; high is faster on GPUs and on "
+        "CPUs with AMX, and rounds more; the default is torch's setting, highest",
     )
     mapped: bool = Field(
         False,
-        description="leave packed weights in their files, one decoder block in memory at a time; on a CPU",
+        description="leave packed weights in their files and read one decoder block at a time; "
+        "CPU only",
     )
     gradient_checkpointing: bool = Field(
-        True, description="compute activations again in the backward instead of keeping them"
+        True, description="recompute activations in the backward instead of saving them"
     )
     keep_products: bool = Field(
         False,
-        description="gradient checkpointing keeps the products with packed weights, so that the backward doesn't multiply again",
+        description="save the products with packed weights for the backward; "
+        "gradient checkpointing then recomputes only the rest",
     )
     offload_activations: bool = Field(
-        False,
-        description="on a GPU: keep the activations that the backward needs in the CPU's memory",
+        False, description="keep saved activations in CPU memory; GPU only"
     )
-    optim: str = Field(
-        "adamw_torch",
-        description="optimizer, by its name in transformers: adamw_torch, adamw_bnb_8bit, paged_adamw_32bit, adafactor, ...",
-    )
-    seed: int = Field(
-        0, ge=0, description="of the adapter's start, the order of the data and the dropout"
-    )
+    seed: int = Field(0, ge=0, description="seed of the adapter, the data order and the dropout")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
 
     @model_validator(mode="after")
@@ -143,7 +135,7 @@ class FinetuneConfig(BaseModel):
                 f"expected steps or epochs, got both: {self.steps} steps and {self.epochs:g} epochs"
             )
         if self.steps is None and self.epochs is None:
-            raise ValueError("expected steps or epochs, got neither: say how long to train")
+            raise ValueError("expected steps or epochs, got neither; give the length of the run")
         for name in ("lr", "alpha"):
             if getattr(self, name) > _LARGEST:
                 raise ValueError(
@@ -151,15 +143,14 @@ class FinetuneConfig(BaseModel):
                 )
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(
-                f"warmup: expected a share below 1 or a whole number of steps, got {self.warmup}"
+                f"warmup: expected a fraction below 1 or a whole number of steps, got {self.warmup}"
             )
         if self.eval_every is not None and self.eval_data is None:
-            raise ValueError(
-                f"eval_every is {self.eval_every}: expected eval_data to evaluate on, got none"
-            )
+            raise ValueError(f"eval_every is {self.eval_every}: expected eval_data, got none")
         if self.keep_products and not self.gradient_checkpointing:
             raise ValueError(
-                "keep_products: expected gradient_checkpointing, got none: without it all products are kept"
+                "keep_products: expected gradient_checkpointing, got none; without it, the "
+                "backward saves all products anyway"
             )
         given = [name for name in _EXCLUSIVE["adapter"] if name in self.model_fields_set]
         if self.adapter is not None and given:
@@ -170,14 +161,15 @@ class FinetuneConfig(BaseModel):
 
     @classmethod
     def build(cls, options: Mapping[str, object], *, file: str | Path | None = None) -> Self:
-        """Make one from options, and a YAML file that has the rest.
+        """Build a config from options and a YAML file.
 
         Args:
-            options: by field name; strings are parsed, None counts as not given. They override the file.
-            file: what ``--config`` names.
+            options: by field name; strings are parsed, None counts as absent. They override the
+                file.
+            file: the file that ``--config`` names.
 
         Raises:
-            OptionError: an unknown option (with near misses), a bad value, or a file that isn't such YAML.
+            OptionError: an unknown option (with near misses), a bad value, or a malformed file.
         """
         given = {name: value for name, value in options.items() if value is not None}
         values = {} if file is None else _read(Path(file))
@@ -188,20 +180,14 @@ class FinetuneConfig(BaseModel):
         return validate_model(subject, cls, {**values, **given})
 
     def to_yaml(self) -> str:
-        """The file that makes the same run: ``modulora finetune --config FILE``."""
-        values = self.model_dump(mode="json", exclude_none=True)
-        if self.adapter is not None:
-            values = {
-                name: value for name, value in values.items() if name not in _EXCLUSIVE["adapter"]
-            }
+        """The file that repeats the run: ``modulora finetune --config FILE``."""
+        adapter = set() if self.adapter is None else set(_EXCLUSIVE["adapter"])
+        values = self.model_dump(mode="json", exclude_none=True, exclude=adapter)
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        return (
-            "# modulora finetune --config FILE makes this run again; flags override the file.\n"
-            + text
-        )
+        return f"# modulora finetune --config FILE repeats this run; flags override it.\n{text}"
 
     def differences(self, other: FinetuneConfig) -> list[str]:
-        """The fields that differ from ``other``'s: ``"lr 0.001 → 0.01"``. ``out`` may differ."""
+        """The fields that differ from ``other``'s, except ``out``: ``"lr 0.001 → 0.01"``."""
         mine, others = self.model_dump(mode="json"), other.model_dump(mode="json")
         names = [name for name in mine if name != "out" and mine[name] != others[name]]
         return [f"{name} {others[name]!r} → {mine[name]!r}" for name in names]
@@ -214,7 +200,7 @@ def _read(path: Path) -> dict[str, object]:
         raise OptionError(f"config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise OptionError(f"config {path}: expected YAML, got something else: {reason}") from None
+        raise OptionError(f"config {path}: expected YAML: {reason}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise OptionError(
             f"config {path}: expected lines of `option: value`, got {type(values).__name__}"

@@ -1,11 +1,12 @@
-"""Logits that aren't computed until somebody asks for them, and then a few rows at a time if that is enough.
+"""Logits that are computed when they are read: a few rows at a time, or whole.
 
-    z = f(h Wᵀ + b)        h : [..., hidden]   W : [vocabulary, hidden]   z : [..., vocabulary]   f : pointwise
+    z = f(h Wᵀ + b)      h : [..., hidden]   W : [vocabulary, hidden]   z : [..., vocabulary]
 
-A causal language model's forward ends with its head, perhaps a pointwise function of what the head gives (a scale, a soft cap), and
-the loss. In :func:`deferred_head` the head gives a :class:`DeferredLogits`: it keeps h, notes f, and multiplies when it is read. So the
-model's own forward runs as it is written, with all that it does besides (an auxiliary loss of experts), and a loss that knows
-about chunks (:mod:`modulora_core.training.chunked_loss`) never needs z whole. Code that doesn't know gets z whole, as ever, gradients included.
+A causal language model's forward ends with its head, often a pointwise function f (a scale, a soft
+cap), and the loss. Inside :func:`deferred_head` the head returns :class:`DeferredLogits`, which
+keep h and record f. The model's own forward runs unchanged, with everything else that it computes,
+such as an auxiliary loss of experts. The chunked loss then reads a few rows at a time
+(:mod:`modulora_core.training.chunked_loss`). Other code gets z whole, with its gradients.
 """
 
 from __future__ import annotations
@@ -20,35 +21,30 @@ from torch import Tensor, nn
 
 from modulora_core.layers import QuantLinear
 
-_POINTWISE = {
-    "mul",
-    "div",
-    "true_divide",
-    "tanh",
-    "float",
-    "double",
-    "to",
-    "contiguous",
-    "clamp",
-    "add",
-    "sub",
-    "neg",
-}
-"""Names of torch's functions that keep rows apart and whose other operands are no tensors. Any other function gets z whole: a missing
-name costs memory and never a wrong result."""
+_POINTWISE = frozenset(
+    ["mul", "div", "true_divide", "tanh", "float", "double", "to", "contiguous", "clamp", "add",
+     "sub", "neg"]
+)  # fmt: skip
+"""torch's functions that keep rows apart, if no other operand is a tensor.
 
-_FACTS = {"size", "dim", "numel", "is_floating_point", "__len__"}
-_PROPERTIES = {"shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda"}
+Any other function gets z whole: a missing name costs memory and never changes a result.
+"""
+
+_FACTS = frozenset(
+    ["size", "dim", "numel", "is_floating_point", "__len__", "shape", "dtype", "device", "ndim",
+     "requires_grad", "layout", "is_cuda"]
+)  # fmt: skip
+"""Methods and properties of a tensor that need no values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """z = f(h Wᵀ + b) as a function of h, each row by itself.
+    """z = f(h Wᵀ + b) as a function of h, row by row.
 
     Attributes:
         linear: the layer's forward, ``[..., hidden]`` to ``[..., vocabulary]``.
-        parameters: those of the layer that train.
-        steps: f, the pointwise functions that come after the layer.
+        parameters: its parameters that train.
+        steps: f, the pointwise functions after the layer.
     """
 
     linear: Callable[[Tensor], Tensor]
@@ -63,34 +59,35 @@ class Head:
 
 
 class DeferredLogits(Tensor):
-    """Stands for ``head(hidden)`` without being it: a tensor with a shape, a dtype and a device, and no storage.
+    """``head(hidden)`` as a tensor with shape, dtype and device, but without storage.
 
     Args:
         hidden: h, ``[..., hidden]``.
-        head: what they go through.
+        head: the head with f.
+        empty: ``head`` of no rows, ``[..., 0, vocabulary]``.
     """
 
     hidden: Tensor
     head: Head
+    empty: Tensor
     _whole: Tensor | None
 
     @staticmethod
-    def __new__(cls, hidden: Tensor, head: Head) -> DeferredLogits:
-        with torch.no_grad():  # no rows at all tell the width and the dtype
-            sample = head(hidden.reshape(-1, hidden.shape[-1])[:0])
+    def __new__(cls, hidden: Tensor, head: Head, empty: Tensor) -> DeferredLogits:
+        shape = (*hidden.shape[:-1], empty.shape[-1])
         logits: DeferredLogits = Tensor._make_wrapper_subclass(
-            cls, (*hidden.shape[:-1], sample.shape[-1]), dtype=sample.dtype, device=sample.device
+            cls, shape, dtype=empty.dtype, device=empty.device
         )
-        logits.hidden, logits.head, logits._whole = hidden, head, None
+        logits.hidden, logits.head, logits.empty, logits._whole = hidden, head, empty, None
         return logits
 
     @property
     def is_whole(self) -> bool:
-        """Whether somebody needed all of it: it takes its memory now, and may have been changed in place."""
+        """Whether all rows were computed. They may have been changed in place since."""
         return self._whole is not None
 
     def whole(self) -> Tensor:
-        """An ordinary tensor of this shape, differentiable in ``hidden`` and the head's parameters."""
+        """An ordinary tensor of this shape, differentiable in ``hidden`` and the parameters."""
         if self._whole is None:
             self._whole = self.head(self.hidden)
         return self._whole
@@ -106,44 +103,34 @@ class DeferredLogits(Tensor):
         kwargs = dict(kwargs or {})
         first = args[0] if args else None
         if isinstance(first, DeferredLogits) and not first.is_whole:
-            if _is_fact(func):
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
-            if _is_pointwise(func, args[1:], kwargs):
-                step = _step(func, args[1:], kwargs)
-                return DeferredLogits(
-                    first.hidden, replace(first.head, steps=(*first.head.steps, step))
-                )
+            name, others = _name(func), args[1:]
+            if name in _FACTS:
+                return super().__torch_function__(func, types, args, kwargs)
+            if name in _POINTWISE and not any(
+                isinstance(operand, Tensor) for operand in (*others, *kwargs.values())
+            ):
+
+                def step(logits: Tensor) -> Tensor:
+                    return func(logits, *others, **kwargs)  # type: ignore[no-any-return]
+
+                head = replace(first.head, steps=(*first.head.steps, step))
+                return DeferredLogits(first.hidden, head, step(first.empty))
         return func(*_whole(args), **_whole(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise AssertionError(f"{func} reached logits that are not there")
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise AssertionError(f"{func}: deferred logits have no values")
 
 
-def _is_fact(func: Callable[..., Any]) -> bool:
-    """Whether ``func`` only asks for what is known without z: ``z.shape``, ``z.size()``."""
-    if getattr(func, "__name__", "") == "__get__":
-        return getattr(func.__self__, "__name__", "") in _PROPERTIES  # type: ignore[attr-defined]
-    return getattr(func, "__name__", "") in _FACTS
-
-
-def _is_pointwise(
-    func: Callable[..., Any], others: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> bool:
-    if getattr(func, "__name__", "") not in _POINTWISE:
-        return False
-    return not any(isinstance(operand, Tensor) for operand in (*others, *kwargs.values()))
-
-
-def _step(
-    func: Callable[..., Tensor], others: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Callable[[Tensor], Tensor]:
-    return lambda logits: func(logits, *others, **kwargs)
+def _name(func: Callable[..., Any]) -> str:
+    getter = getattr(func, "__name__", "") == "__get__"  # of a property
+    return getattr(func.__self__ if getter else func, "__name__", "")  # type: ignore[attr-defined]
 
 
 def _whole(value: Any) -> Any:
-    """``value`` with every deferred tensor in it replaced."""
+    """``value`` with ordinary tensors in the place of deferred ones."""
     if isinstance(value, DeferredLogits):
         return value.whole()
     if isinstance(value, list | tuple):
@@ -155,11 +142,10 @@ def _whole(value: Any) -> Any:
 
 @contextmanager
 def deferred_head(head: nn.Module | None) -> Iterator[None]:
-    """In this block ``head`` gives :class:`DeferredLogits`.
+    """Let ``head`` return :class:`DeferredLogits` in this block, by forward hooks.
 
-    It does if it is a linear layer, dense or packed, with an adapter or not: then each row of logits comes from one row of hidden
-    states and the head's own parameters. A layer of another kind, or one with hooks, which want to see its output (FSDP2 gathers a
-    layer's shards in them), works as ever.
+    A head that is no linear layer works as usual. So does one with hooks, which want its output:
+    FSDP2, for example, gathers a layer's shards in them.
     """
     if (
         not isinstance(head, nn.Linear | QuantLinear)
@@ -168,21 +154,21 @@ def deferred_head(head: nn.Module | None) -> Iterator[None]:
     ):
         yield
         return
-    attributes = vars(head)
-    before = attributes.get(
-        "forward"
-    )  # accelerate puts one there when it spreads a model over devices
-    trained = tuple(parameter for parameter in head.parameters() if parameter.requires_grad)
-    rows = Head(head.forward, trained)
+    rows = Head(head.forward, tuple(p for p in head.parameters() if p.requires_grad))
+    hidden: list[Tensor] = []
 
-    def deferred(hidden: Tensor) -> Tensor:
-        # a compiler that traces the model would trace the head's replacement
-        return rows(hidden) if torch.compiler.is_compiling() else DeferredLogits(hidden, rows)
+    def set_aside(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        if torch.compiler.is_compiling():  # a compiler would trace the deferred logits
+            return None
+        hidden.append(inputs[0])
+        return (inputs[0].detach()[..., :0, :],)
 
-    attributes["forward"] = deferred
+    def defer(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return DeferredLogits(hidden.pop(), rows, output.detach()) if hidden else output
+
+    hooks = head.register_forward_pre_hook(set_aside), head.register_forward_hook(defer)
     try:
         yield
     finally:
-        del attributes["forward"]
-        if before is not None:
-            attributes["forward"] = before
+        for hook in hooks:
+            hook.remove()

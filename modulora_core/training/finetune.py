@@ -1,36 +1,31 @@
 """Finetune an adapter on a packed model: from a config to an adapter folder.
 
-OUT/finetune.yaml                 the config, written before training: what ``resume`` compares with
-OUT/checkpoints/checkpoint-N/     while it trains; each is an adapter too
+OUT/finetune.yaml                 the config, written before training; resume compares with it
+OUT/checkpoints/checkpoint-N/     during training; each is an adapter folder too
 OUT/README.md                     a model card
-OUT/modulora.json                 which base it is for
+OUT/modulora.json                 the base of the adapter
 OUT/adapter_model.safetensors
 OUT/modulora_scales.safetensors   with channel scales only
-OUT/adapter_config.json           last: with it, OUT is a finished adapter
+OUT/adapter_config.json           written last: with it, OUT is a finished adapter
 """
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from modulora_core.adapters.lora import (
-    AdapterFolder,
-    LoRASettings,
-    adapter_layers,
-    add_lora,
-    check_rank,
-    load_adapter,
-    save_adapter,
-    set_adapter,
-)
-from modulora_core.adapters.peft_format import CONFIG_FILE
-from modulora_core.adapters.targets import select_targets
+from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
+from modulora_core.adapters.peft_format import CONFIG_FILE, read_adapter
+from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.adapters.targets import select_layers
 from modulora_core.checkpoints.checkpoint import (
     PackedCheckpoint,
     check_mapped,
@@ -46,16 +41,23 @@ from modulora_core.checkpoints.outputs import (
 )
 from modulora_core.data import Collator, Examples, load_examples
 from modulora_core.devices import pick_device
+from modulora_core.devices.dense_products import matmul_precision
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.models.quiet import quiet
-from modulora_core.models.unfinished import RUN_FILE
-from modulora_core.training.adapter_trainer import AdapterFiles
+from modulora_core.models.folders import RUN_FILE
+from modulora_core.training.arguments import (
+    check_optimizer,
+    total_steps,
+    training_arguments,
+    warn_of_warmup,
+)
 from modulora_core.training.checkpoints import latest_checkpoint, remove_half_written
 from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.losses import divergence
 from modulora_core.training.model_card import model_card
-from modulora_core.training.trainer import OnEval, OnStep, Outcome, check_optimizer, train
+from modulora_core.training.trainer import AdapterTrainer, OnEval, OnStep, Watcher
 
 CHECKPOINTS = "checkpoints"
 
@@ -64,14 +66,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FinetuneResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        losses: of every optimizer step, over the trained tokens of its batch.
+        out: the adapter folder.
+        losses: the loss of each optimizer step, over the trained tokens of its batch.
         eval_loss: after the last step; None without evaluation data.
-        seconds: of training, in this call: a resumed run's earlier steps don't count.
+        seconds: duration of training in this call, without the steps before a resume.
         tokens_per_second: without padding.
-        peak_memory_bytes: of loading and training (:class:`modulora_core.devices.memory.PeakMemory`).
+        peak_memory_bytes: of loading and training
+            (:class:`modulora_core.devices.memory.PeakMemory`).
     """
 
     out: str
@@ -96,211 +100,174 @@ def finetune(
     """Train an adapter and write it to ``config.out``, in PEFT's format.
 
     Args:
-        config: the run; :meth:`FinetuneConfig.build` makes one from options and a file.
-        resume: go on with a run of the same config that was interrupted, from its last whole checkpoint. The
-            losses are those of an uninterrupted run. Where there is no whole checkpoint, begin.
-        on_step: is called after every optimizer step, for progress and logs.
-        on_eval: is called after every evaluation.
+        config: the run. :meth:`FinetuneConfig.build` makes it from options and a file.
+        resume: continue an interrupted run of the same config from its last whole checkpoint, with
+            the losses of an uninterrupted run. Without a whole checkpoint, start again.
+        on_step: called after each optimizer step.
+        on_eval: called after each evaluation.
 
     Raises:
-        OutputError: ``out`` holds a finished adapter, other things, or, without ``resume``, whole checkpoints
-            of an unfinished run. A run that left none is begun anew, whatever its config was.
-        OptionError: an option doesn't fit the model, the device, or the run to be resumed.
-        ModelError: the model isn't packed: `modulora quantize` comes first.
-        RequestError: the data, the adapter to go on with, or the model can't be used. All these come before
-            any work.
-        WorkError: the loss became NaN or infinite.
+        OutputError: ``out`` holds a finished adapter, other files, or, without ``resume``, an
+            unfinished run with a whole checkpoint.
+        OptionError: an option does not fit the model, the device, or the run to resume.
+        ModelError: the model is not packed.
+        RequestError: the data, the adapter to continue, or the model cannot be used.
+        WorkError: the loss became NaN or infinite. Every other error comes before work starts.
     """
     out = Path(config.out)
     resume_from = _check_out(out, config, resume)
     device = pick_device()
-    _check_device(config, device)
-    check_optimizer(config.optim)
-    checkpoint = open_checkpoint(config.model)
-    if config.mapped:
-        check_mapped(checkpoint, str(device))
-    _check_window(config, checkpoint)
-    if config.adapter is None:
-        _check_targets(config, checkpoint)
-    else:
-        AdapterFolder(config.adapter)  # a bad one is refused before the model is loaded
+    checkpoint = _checked_model(config, device)
     tokenizer = checkpoint.tokenizer()
-    examples = _examples(config.data, tokenizer, config)
-    eval_examples = (
-        None if config.eval_data is None else _examples(config.eval_data, tokenizer, config)
-    )
+    data = {
+        name: load_examples(source, tokenizer, format=config.format, seq_len=config.seq_len)
+        for name, source in (("train", config.data), ("eval", config.eval_data))
+        if source is not None
+    }
     with PeakMemory(device) as peak, quiet():
         model = load_model(checkpoint, dtype=config.dtype, device=str(device), mapped=config.mapped)
-        settings = _adapt(model, config)
+        settings = _put_adapter(model, config)
         check_disk_space(out, _nbytes(model))
         out.mkdir(parents=True, exist_ok=True)
-        with only_writer(out):
+        with only_writer(out), matmul_precision(config.matmul_precision):
             write_file(out / RUN_FILE, config.to_yaml())
             remove_half_written(out / CHECKPOINTS)
-            outcome = train(
-                model,
-                examples,
-                Collator(_pad_token_id(tokenizer)),
-                config,
-                out / CHECKPOINTS,
-                files=_adapter_files(model, settings),
-                eval_examples=eval_examples,
-                resume_from=resume_from,
-                on_step=on_step,
-                on_eval=on_eval,
-            )
-    result = _result(config, outcome, peak.nbytes)
+            started = time.perf_counter()
+            trainer = _trainer(model, config, settings, data, tokenizer, Watcher(on_step, on_eval))
+            tokens = trainer.run(resume_from)
+            seconds = time.perf_counter() - started
+            eval_loss = trainer.final_eval_loss() if "eval" in data else None
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     scaled = any(layer.input_scale for _, layer in adapter_layers(model))
-    card = model_card(config, checkpoint, result.losses, result.eval_loss, channel_scales=scaled)
+    card = model_card(config, checkpoint, losses, eval_loss, channel_scales=scaled)
     write_file(out / "README.md", card)
     save_adapter(model, out, settings=settings)
-    _warn_if_worse(result, config, model.config.get_text_config().vocab_size)
-    return result
+    worse = divergence(losses, eval_loss, model.config.get_text_config().vocab_size)
+    if worse:
+        advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"
+        logger.warning("%s: %s: %s", out, worse, advice)
+    return FinetuneResult(
+        config.out, len(losses), losses, eval_loss, seconds, tokens / seconds, peak.nbytes
+    )
+
+
+def _trainer(
+    model: PreTrainedModel,
+    config: FinetuneConfig,
+    settings: LoRASettings | None,
+    data: Mapping[str, Examples],
+    tokenizer: Any,
+    watcher: Watcher,
+) -> AdapterTrainer:
+    if config.gradient_checkpointing:
+        checkpoint_activations(model, keep_products=config.keep_products)
+    steps = total_steps(config, len(data["train"]))
+    warn_of_warmup(config, steps)
+    # any id will do to pad: attention and labels mask it
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return AdapterTrainer(
+        model=model,
+        args=training_arguments(config, Path(config.out) / CHECKPOINTS, steps, model.device),
+        data_collator=Collator(next(int(pad) for pad in pads if pad is not None)),
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        callbacks=[watcher],
+        settings=settings,
+        offload_activations=config.offload_activations,
+    )
 
 
 def _check_out(out: Path, config: FinetuneConfig, resume: bool) -> Path | None:
-    """The checkpoint to resume from, if any."""
+    """Check the output folder. Returns the checkpoint to resume from, or None to start."""
     if (out / CONFIG_FILE).is_file():
-        raise _finished(out, resume)
+        advice = (
+            f"nothing is left to resume; to continue training, choose another OUT and give "
+            f"--adapter {out}"
+            if resume
+            else "choose another name or remove it"
+        )
+        raise OutputError(f"output folder {out}: it holds a finished adapter; {advice}")
     if not (out / RUN_FILE).is_file():
         check_output(out)
         return None
     checkpoint = latest_checkpoint(out / CHECKPOINTS)
-    if checkpoint is None:  # nothing would be lost, and so nobody has to decide what becomes of it
+    if checkpoint is None:  # nothing would be lost, so the run may start again
         if not resume:
             _check_only_begun(out)
-        logger.info("%s: beginning anew, as the run in it left no whole checkpoint", out)
+        logger.info("%s: starting again; the run in it left no whole checkpoint", out)
         return None
     if not resume:
         raise OutputError(
-            f"output folder {out}: it holds an unfinished run; go on with it with --resume, or remove it"
+            f"output folder {out}: it holds an unfinished run; continue it with --resume, or "
+            "remove it"
         )
     changed = config.differences(FinetuneConfig.build({}, file=out / RUN_FILE))
     if changed:
         raise OptionError(
-            f"resume of {out}: expected the options that it was begun with ({RUN_FILE}), got others: "
-            f"{'; '.join(changed)}; to train with these, choose another OUT, or remove {out} and begin anew"
+            f"resume of {out}: expected the options of {RUN_FILE}, got others: "
+            f"{'; '.join(changed)}; to train with these, choose another OUT, or remove {out}"
         )
     logger.info("%s: resuming from %s", out, checkpoint)
     return checkpoint
 
 
-def _finished(out: Path, resume: bool) -> OutputError:
-    if not resume:
-        return OutputError(
-            f"output folder {out}: it holds a finished adapter; choose another name or remove it"
-        )
-    return OutputError(
-        f"resume of {out}: it holds a finished adapter, so there is nothing left to resume; to train it on, "
-        f"choose another OUT and give --adapter {out}"
-    )
-
-
 def _check_only_begun(out: Path) -> None:
-    """Refuse a folder that somebody else's files are in too: a run's README.md would replace one of theirs."""
+    """Refuse a folder with other files: the model card could replace one of them."""
     begun = {RUN_FILE, partial_name(Path(RUN_FILE)).name, CHECKPOINTS}
     others = sorted(path.name for path in out.iterdir() if path.name not in begun)
     if others:
         some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise OutputError(
-            f"output folder {out}: expected it new or empty, or what a run leaves before its first checkpoint, found "
-            f"{len(others)} other entries ({some}); choose another name or remove them"
+            f"output folder {out}: expected no files except those of an unfinished run, found "
+            f"{len(others)} ({some}); choose another name or remove them"
         )
 
 
-def _check_device(config: FinetuneConfig, device: torch.device) -> None:
+def _checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpoint:
+    """Open the model, and check every option before its weights are loaded."""
     if config.dtype == "float16" and device.type == "cpu":
-        raise OptionError(
-            "dtype float16: training in it takes a GPU; on a CPU expected float32 or bfloat16"
-        )
+        raise OptionError("dtype float16: expected a GPU; on a CPU take float32 or bfloat16")
     if config.offload_activations and device.type == "cpu":
-        raise OptionError(
-            "offload_activations: expected a GPU, got a CPU, whose memory already holds the activations"
-        )
-
-
-def _check_window(config: FinetuneConfig, checkpoint: PackedCheckpoint) -> None:
+        raise OptionError("offload_activations: expected a GPU, got a CPU")
+    check_optimizer(config.optim)
+    checkpoint = open_checkpoint(config.model)
+    if config.mapped:
+        check_mapped(checkpoint, str(device))
     for name in ("max_position_embeddings", "n_positions"):
         longest = checkpoint.config.get(name)
         if isinstance(longest, int) and config.seq_len > longest:
             raise OptionError(
-                f"seq_len {config.seq_len}: expected at most {longest}, the {name} of {config.model}"
+                f"seq_len {config.seq_len}: expected at most {longest}, the {name} of "
+                f"{config.model}"
             )
-
-
-def _check_targets(config: FinetuneConfig, checkpoint: PackedCheckpoint) -> None:
-    """Refuse a target that is no packed linear layer, or a rank above all of them, before the weights are loaded."""
-    packed = {
+    if config.adapter is not None:
+        read_adapter(config.adapter)
+        return checkpoint
+    shapes = {
         name.removesuffix(".weight"): site.layout.shape
         for name, site in checkpoint.record.items()
         if site.kind not in ("experts", "embedding")
     }
     modules = [name.removesuffix(".weight") for name in checkpoint.parameters]
-    chosen = {path: packed[path] for path in select_targets(list(packed), config.targets, modules)}
-    check_rank(config.rank, chosen)
+    select_layers(shapes, config.targets, config.rank, modules)
+    return checkpoint
 
 
-def _examples(source: tuple[str, ...], tokenizer: Any, config: FinetuneConfig) -> Examples:
-    return load_examples(source, tokenizer, format=config.format, seq_len=config.seq_len)
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    """Any id will do: attention and labels mask it."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in candidates if token is not None))
-
-
-def _adapt(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:
-    """Put the adapter on: a new one, or the one to go on with."""
-    if config.adapter is None:
-        settings = LoRASettings(
-            config.rank,
-            config.alpha,
-            config.dropout,
-            config.targets,
-            config.seed,
-            config.train_scales,
-        )
-        add_lora(model, settings)
-        return settings
-    load_adapter(model, config.adapter, trainable=True)
-    for _, layer in adapter_layers(model):
-        layer.dropout = config.dropout
-    return None
+def _put_adapter(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:
+    """Put on a new adapter, and return its settings; or load the adapter to continue."""
+    if config.adapter is not None:
+        load_adapter(model, config.adapter, trainable=True)
+        for _, layer in adapter_layers(model):
+            layer.dropout = config.dropout
+        return None
+    settings = LoRASettings(
+        config.rank, config.alpha, config.dropout, config.targets, config.seed, config.train_scales
+    )
+    add_lora(model, settings)
+    return settings
 
 
 def _nbytes(model: nn.Module) -> int:
-    """Bytes that a run writes: the adapter, three checkpoints with AdamW's two moments, and small files."""
+    """Bytes that a run writes: the adapter, three checkpoints with two moments, small files."""
     adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return adapter * (1 + 3 * 3) + 2**20
-
-
-def _adapter_files(model: nn.Module, settings: LoRASettings | None) -> AdapterFiles:
-    def save(folder: Path) -> None:
-        save_adapter(model, folder, settings=settings)
-
-    def restore(folder: Path) -> None:
-        saved = AdapterFolder(folder)
-        for path, layer in adapter_layers(model):
-            set_adapter(layer, saved[path])
-
-    return AdapterFiles(save, restore)
-
-
-def _warn_if_worse(result: FinetuneResult, config: FinetuneConfig, vocabulary: int) -> None:
-    worse = divergence(result.losses, result.eval_loss, vocabulary)
-    if worse:
-        logger.warning("%s: %s: the adapter makes the model worse; lower the learning rate (lr %g)",
-                       result.out, worse, config.lr)  # fmt: skip
-
-
-def _result(config: FinetuneConfig, outcome: Outcome, peak_memory_bytes: int) -> FinetuneResult:
-    return FinetuneResult(
-        out=config.out,
-        steps=len(outcome.losses),
-        losses=outcome.losses,
-        eval_loss=outcome.eval_loss,
-        seconds=outcome.seconds,
-        tokens_per_second=outcome.tokens / outcome.seconds,
-        peak_memory_bytes=peak_memory_bytes,
-    )

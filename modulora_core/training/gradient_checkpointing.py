@@ -1,7 +1,7 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): the backward recomputes a block instead of keeping its activations.
+"""Gradient checkpointing (arXiv 1604.06174): the backward recomputes activations, block by block.
 
-torch does the work. ``keep_products`` is its selective checkpointing (Korthikanti et al. 2022, arXiv 2205.05198): the products with packed
-weights are kept, and only the cheap rest is recomputed.
+torch does the work. ``keep_products`` is its selective checkpointing (arXiv 2205.05198): it saves
+the products with packed weights and recomputes only the cheap rest.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ def checkpoint_activations(model: PreTrainedModel, *, keep_products: bool = Fals
     """Turn on gradient checkpointing.
 
     Args:
-        keep_products: keep the products with packed weights, ``[..., out]`` each, so that the backward does not multiply again.
+        model: a packed model.
+        keep_products: save the products with packed weights, ``[..., out]`` each, so that the
+            backward does not multiply again.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if keep_products:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    # transformers 5.24 renamed gradient_checkpointing_enable and warns of the old name
-    enable = (
-        getattr(model, "activation_checkpointing_enable", None)
-        or model.gradient_checkpointing_enable
-    )
-    enable(options)
-    # transformers makes embeddings require gradients for reentrant checkpointing; then frozen blocks would be recomputed too
+    # transformers 5.24 renamed gradient_checkpointing_enable, and warns at the old name
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)(options)
+    # transformers lets embeddings require gradients, which reentrant checkpointing needs; then the
+    # backward would recompute the frozen blocks too
     model.disable_input_require_grads()
 
 

@@ -1,6 +1,7 @@
-"""What the losses of a run's steps say, and what they don't.
+"""Summarize the losses of a run's steps.
 
-Each is of its step's batch, and batches differ in difficulty by more than most finetuning changes: two of them aren't a trend.
+Each loss is of one batch. Batches differ by more than most finetuning changes, so that a difference
+of two losses is no trend: we compare means of several steps.
 """
 
 from __future__ import annotations
@@ -11,48 +12,49 @@ from statistics import fmean, variance
 
 
 def loss_in_words(losses: Sequence[float], digits: int = 4) -> str:
-    """``loss 2.9312 → 2.5077 (means of the first and last 5 steps)``; of few steps one mean, of all."""
+    """``loss 2.9312 → 2.5077 (means of the first and last 5 steps)``; below 10 steps, one mean."""
     size = _window(len(losses))
     if size is None:
-        of = f" (mean of {len(losses)} steps)" if len(losses) > 1 else ""
-        return f"loss {fmean(losses):.{digits}f}{of}"
+        steps = f" (mean of {len(losses)} steps)" if len(losses) > 1 else ""
+        return f"loss {fmean(losses):.{digits}f}{steps}"
     first, last = fmean(losses[:size]), fmean(losses[-size:])
     return f"loss {first:.{digits}f} → {last:.{digits}f} (means of the first and last {size} steps)"
 
 
 def divergence(losses: Sequence[float], eval_loss: float | None, vocabulary: int) -> str:
-    """In words how training made the model worse; "" if nothing says that it did.
+    """Describe how training made the model worse; "" if nothing shows that it did.
 
-    It did where the loss became that of a uniform guess, ln V, and was clearly less at step 1, before the first change; or where
-    its mean rose from the first steps to the last by more than the differences of their batches explain.
+    It did in two cases. The loss reached that of a uniform guess, ln V, from clearly below at
+    step 1. Or its mean rose from the first to the last steps by more than batches scatter.
 
     Args:
-        losses: of every step.
-        eval_loss: after the last step, if it was measured. It is asked before the steps' own.
+        losses: the loss of each step.
+        eval_loss: the loss after the last step on evaluation data; preferred if given.
         vocabulary: V.
     """
-    if len(losses) < 2:  # the only one was there before the only change
+    if len(losses) < 2:  # its only loss precedes its only update
         return ""
     size = _window(len(losses))
     end = fmean(losses[-(size or 1) :])
     uniform = math.log(vocabulary)
-    last, where = (
-        (end, "at the end") if eval_loss is None else (eval_loss, "on the evaluation data")
-    )
+    last, source = (end, "at the end") if eval_loss is None else (eval_loss, "on evaluation data")
     if last > 0.99 * uniform and last > losses[0] + 0.1 * uniform:
-        return (f"the loss was {losses[0]:.4f} at step 1 and is {last:.4f} {where}, where a guess that takes all {vocabulary} "
-                f"tokens for equally likely has {uniform:.4f}")  # fmt: skip
+        return (
+            f"the loss was {losses[0]:.4f} at step 1 and is {last:.4f} {source}; a uniform guess "
+            f"among {vocabulary} tokens has {uniform:.4f}"
+        )
     if size is None:
         return ""
     begin = fmean(losses[:size])
-    scatter = math.sqrt(
-        (variance(losses[:size]) + variance(losses[-size:])) / size
-    )  # of end - begin
-    if end - begin > max(0.1, 4 * scatter):
-        return f"the loss rose from {begin:.4f} to {end:.4f} (means of the first and last {size} steps)"
+    deviation = math.sqrt((variance(losses[:size]) + variance(losses[-size:])) / size)
+    if end - begin > max(0.1, 4 * deviation):
+        return (
+            f"the loss rose from {begin:.4f} to {end:.4f} "
+            f"(means of the first and last {size} steps)"
+        )
     return ""
 
 
 def _window(steps: int) -> int | None:
-    """How many losses at either end are compared; None: there are too few."""
+    """Number of losses to average at either end; None if there are too few."""
     return max(5, steps // 10) if steps >= 10 else None

@@ -1,113 +1,95 @@
-"""What merging says of an adapter that was trained on something else, and what it refuses before it writes."""
+"""A merged model gives the logits of the packed model with its adapter."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.lora import load_adapter, save_adapter
+from modulora_core.adapters.lora import LoRASettings
 from modulora_core.adapters.merge import merge
-from modulora_core.calibration import CalibrationConfig, TuningConfig
+from modulora_core.adapters.save_load import load_adapter, save_adapter
 from modulora_core.checkpoints.checkpoint import load_model
-from modulora_core.errors import AdapterError
+from modulora_core.errors import AdapterError, OptionError, PluginError
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
-from modulora_core.tests.adapted_models import trained
+from modulora_core.tests.adapted_models import logits, trained
 from modulora_core.tests.crude_folders import save_crude
-from modulora_core.tests.scaled_quantizer import installed, save_model_with_tokenizer
 from modulora_core.tests.tiny_models import save_tiny_model
+from modulora_core.tiles import tile_budget
 
 Pack = Callable[..., tuple[Path, Path]]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def adapter(pack: Pack, tmp_path: Path) -> str:
-    """Trained on the tiny Llama that ``verbatim`` packed."""
-    save_adapter(trained(load_model(pack("llama")[1])), tmp_path / "adapter")
-    return str(tmp_path / "adapter")
-
-
-def test_another_quantization_is_told_as_loading_tells_it(
-    adapter: str, pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("architecture", ["llama-biased", "gpt2"])
+@pytest.mark.parametrize("scales", [False, True], ids=["plain", "with scales"])
+def test_the_merged_model_gives_the_same_logits(
+    pack: Pack, architecture: str, scales: bool, tmp_path: Path
 ) -> None:
-    packed = pack("llama", "toy")[1]
-    caplog.clear()  # of a model without a tokenizer
-    load_adapter(load_model(packed), adapter)
-    (loading,) = caplog.messages
-    caplog.clear()
-    merge(str(packed), tmp_path / "merged", adapter=adapter)
-    assert caplog.messages == [loading]
-    assert (
-        "quantized with verbatim, used on it quantized with toy (levels=127): results may differ"
-        in loading
-    )
+    packed = pack(architecture, "toy")[1]
+    model = trained(load_model(packed), LoRASettings(rank=3, train_scales=scales))
+    save_adapter(model, tmp_path / "adapter")
+    calls: list[tuple[str, int, int]] = []
+    with tile_budget(5 * 32 * 4):  # a few rows a tile: the rows of v must fit theirs
+        result = merge(
+            str(packed),
+            tmp_path / "merged",
+            adapter=str(tmp_path / "adapter"),
+            dtype="float32",
+            progress=lambda *call: calls.append(call),
+        )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "quantization_config")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+    assert result.adapted == sum(1 for module in model.modules() if hasattr(module, "lora_A"))
+    assert calls[-1] == ("merging", len(calls), len(calls))
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "phi", "crude"])
-def test_nothing_is_told_of_the_base_that_it_was_trained_on(
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "crude"])
+def test_merging_warns_as_loading_does(
     family: str, toy: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Norms and biases are stored in float32, and the model is loaded in bfloat16."""
-    packed = tmp_path / "packed"
+    """The checkpoint has norms and biases in float32; the model is loaded in bfloat16."""
+    packed, other = tmp_path / "packed", tmp_path / "other"
     if family == "crude":
         save_crude(packed)
     else:
-        quantize(
-            str(save_tiny_model(family, tmp_path / "dense")),
-            packed,
-            "toy",
-            embeddings=Choice("toy"),
-        )
-    save_adapter(trained(load_model(packed, dtype="bfloat16")), tmp_path / "adapter")
-    caplog.clear()  # of a model without a tokenizer
-    merge(str(packed), tmp_path / "merged", adapter=str(tmp_path / "adapter"))
+        dense = str(save_tiny_model(family, tmp_path / "dense"))
+        quantize(dense, packed, "toy", embeddings=Choice("toy"))
+        quantize(dense, other, "verbatim")
+    adapter = str(tmp_path / "adapter")
+    save_adapter(trained(load_model(packed, dtype="bfloat16")), adapter)
+    caplog.clear()  # of the missing tokenizer
+    merge(str(packed), tmp_path / "merged", adapter=adapter)
     assert caplog.messages == []
+    if other.exists():
+        load_adapter(load_model(other), adapter)
+        merge(str(other), tmp_path / "warned", adapter=adapter)
+        loading, merging = caplog.messages
+        assert merging == loading
 
 
-def test_norms_that_were_tuned_are_told_as_loading_tells_them(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    source = save_model_with_tokenizer("llama", tmp_path / "source", "float32")
-    with installed(tmp_path / "site"):
-        for name, tuning in (("tuned", TuningConfig(1, 2e-2)), ("plain", None)):
-            text = CalibrationConfig(
-                "pydoc[:10%]", samples=6, seq_len=32, batch_size=2, tuning=tuning
-            )
-            quantize(str(source), tmp_path / name, "scaled", calibration=text)
-        save_adapter(trained(load_model(tmp_path / "tuned")), tmp_path / "adapter")
-        merge(str(tmp_path / "tuned"), tmp_path / "same", adapter=str(tmp_path / "adapter"))
-        assert caplog.messages == []
-        load_adapter(load_model(tmp_path / "plain"), tmp_path / "adapter")
-        merge(str(tmp_path / "plain"), tmp_path / "other", adapter=str(tmp_path / "adapter"))
-    loading, merging = caplog.messages
-    assert merging == loading
+def test_a_wrong_request_writes_nothing(pack: Pack, tmp_path: Path) -> None:
+    save_adapter(trained(load_model(pack("gpt2")[1])), tmp_path / "adapter")
+    packed = str(pack("llama")[1])
+    with pytest.raises(AdapterError, match=r"it does not fit .*: there is no packed layer"):
+        merge(packed, tmp_path / "merged", adapter=str(tmp_path / "adapter"))
+    with pytest.raises(OptionError, match=r"dtype: expected one of float16, .* got 'int4'"):
+        merge(packed, tmp_path / "merged", dtype="int4")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_an_adapter_of_another_architecture_is_refused(
-    adapter: str, pack: Pack, tmp_path: Path
-) -> None:
-    record = Path(adapter) / "modulora.json"
-    values = json.loads(record.read_text())
-    values["base"]["architecture"] = "sha256:0"
-    record.write_text(json.dumps(values))
-    with pytest.raises(AdapterError, match="other linear layers beside the adapter's"):
-        merge(str(pack("llama")[1]), tmp_path / "merged", adapter=adapter)
-    assert not (tmp_path / "merged.partial").exists()
-
-
-def test_a_missing_plugin_is_told_before_anything_is_written(pack: Pack, tmp_path: Path) -> None:
-    words = ["merge", str(pack("llama", "toy")[1]), str(tmp_path / "merged")]
-    done = subprocess.run(  # where the fixture's plugin isn't on the path
-        [sys.executable, "-m", "modulora_core.cli", *words], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "pip install modulora-toy" in done.stderr, done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_a_missing_plugin_is_refused_before_anything_is_written(pack: Pack, tmp_path: Path) -> None:
+    shutil.copytree(pack("llama", "toy")[1], tmp_path / "packed")
+    config = tmp_path / "packed" / "config.json"
+    config.write_text(config.read_text().replace('"quantizer": "toy"', '"quantizer": "gone"'))
+    with pytest.raises(PluginError, match=r"^quantizer 'gone' "):
+        merge(str(tmp_path / "packed"), tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]

@@ -1,8 +1,12 @@
+"""Perplexity, accuracy and ROUGE equal what transformers alone computes, for any batches."""
+
 from __future__ import annotations
 
 import math
 import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +14,16 @@ import transformers
 from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, LlamaConfig
 
 from modulora_core.data import load_examples, token_segments
-from modulora_core.errors import DataError, MissingExtraError, OptionError, WorkError
-from modulora_core.inference.evaluate import accuracy, perplexity, rouge
+from modulora_core.errors import (
+    AdapterError,
+    DataError,
+    MissingExtraError,
+    ModuLoRAError,
+    OptionError,
+    WorkError,
+)
+from modulora_core.inference.evaluate import accuracy, evaluate, perplexity, rouge
+from modulora_core.inference.loading import open_to_run
 from modulora_core.tests.tiny_tokenizer import (
     SMOL_FILE,
     make_tokenizer,
@@ -24,41 +36,34 @@ from modulora_core.training import chunked_loss
 SIZES = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}  # fmt: skip
-ASKED = [
-    ("Is it good?", " yes"),
-    ("Is it bad, then?", " no"),
-    ("Really?", " yes"),
-    ("So?", " not at all"),
-]
+ASKED = {"Is it good?": " yes", "Is it bad, then?": " no", "Really?": " yes", "So?": " not at all"}
 
 
-def tiny(config):
+def tiny(config: Any) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    for (
-        parameter
-    ) in model.parameters():  # far from uniform, so that no two answers are equally likely
+    for parameter in model.parameters():  # far from uniform, so that no two answers tie
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
 @pytest.fixture
-def llama():
+def llama() -> Any:
     return tiny(LlamaConfig(**SIZES))
 
 
 @pytest.fixture(scope="module")
-def plain():
+def plain() -> Any:
     return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def segments(plain):
+def segments(plain: Any) -> torch.Tensor:
     return token_segments("pydoc[:10%]", plain, 48, 5)
 
 
 @pytest.fixture(scope="module")
-def smol():
+def smol() -> Any:
     transformers.utils.logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(
         smol_folder(), gguf_file=SMOL_FILE, dtype=torch.float32
@@ -66,17 +71,13 @@ def smol():
 
 
 @pytest.fixture
-def asked(tmp_path):
-    return write_jsonl(
-        tmp_path / "asked.jsonl", *({"prompt": p, "completion": c} for p, c in ASKED)
-    )
+def asked(tmp_path: Path) -> Path:
+    rows = ({"prompt": prompt, "completion": answer} for prompt, answer in ASKED.items())
+    return write_jsonl(tmp_path / "asked.jsonl", *rows)  # type: ignore[no-any-return]
 
 
-def plain_loop(model, segments):
-    """What anybody would write with transformers alone, a segment at a time, but for the sum over the vocabulary, which is made in float64.
-
-    In fp32 torch's is off by up to 2e-5 with a vocabulary of 49,152, by how much depends on the processor.
-    """
+def plain_loop(model: Any, segments: torch.Tensor) -> float:
+    """One segment at a time by transformers alone; the log-softmax is in float64."""
     with torch.no_grad():
         log_p = [model(row[None]).logits[0, :-1].double().log_softmax(-1) for row in segments]
     losses = [
@@ -85,57 +86,39 @@ def plain_loop(model, segments):
     return math.exp(sum(losses) / len(losses))
 
 
-# ------------------------------------------------------------------------------------------------- perplexity
+# perplexity
 
 
-def test_perplexity_is_that_of_a_plain_loop(llama, segments):
-    found = perplexity(llama, segments)
-    assert found.perplexity == pytest.approx(plain_loop(llama, segments), rel=1e-6)
+@pytest.mark.parametrize("kind", ["llama", "soft cap", "bfloat16"])
+def test_perplexity_equals_a_plain_loop(llama: Any, segments: torch.Tensor, kind: str) -> None:
+    model = llama.bfloat16() if kind == "bfloat16" else llama
+    if kind == "soft cap":
+        model = tiny(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0))
+    found = perplexity(model, segments)
+    assert found.perplexity == pytest.approx(plain_loop(model, segments), rel=1e-5)
     assert found.nll == pytest.approx(math.log(found.perplexity))
     assert (found.segments, found.tokens) == (5, 5 * 47)
 
 
-def test_perplexity_of_smollm2_is_that_of_a_plain_loop(smol):
+def test_perplexity_of_smollm2_equals_a_plain_loop(smol: Any) -> None:
     segments = token_segments("pydoc[90%:]", smol_tokenizer(), 128, 2)
-    assert perplexity(smol, segments).perplexity == pytest.approx(
-        plain_loop(smol, segments), rel=1e-6
-    )
+    expected = plain_loop(smol, segments)
+    assert perplexity(smol, segments).perplexity == pytest.approx(expected, rel=1e-6)
 
 
-def test_perplexity_counts_a_cap_on_the_logits(segments):
-    model = tiny(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0))
-    assert perplexity(model, segments).perplexity == pytest.approx(
-        plain_loop(model, segments), rel=1e-6
-    )
-
-
-@pytest.mark.parametrize("batch_size", [2, 5, 9])
-def test_perplexity_does_not_depend_on_the_batch(llama, segments, batch_size):
+@pytest.mark.parametrize(("batch_size", "rows"), [(2, 1), (5, 7), (9, 46)])
+def test_perplexity_does_not_depend_on_batches_and_chunks(
+    llama: Any, segments: torch.Tensor, monkeypatch: pytest.MonkeyPatch, batch_size: int, rows: int
+) -> None:
     whole = perplexity(llama, segments)
-    assert perplexity(llama, segments, batch_size=batch_size).nll == pytest.approx(
-        whole.nll, rel=1e-6
-    )
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES_CPU", rows * 4 * 600)
+    found = perplexity(llama, segments, batch_size=batch_size)
+    assert found.nll == pytest.approx(whole.nll, rel=1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 46, 47])
-def test_perplexity_does_not_depend_on_the_rows_of_logits_at_a_time(
-    llama, segments, monkeypatch, rows
-):
-    whole = perplexity(llama, segments)
-    monkeypatch.setattr(chunked_loss, "CPU_LOGIT_BYTES", rows * 4 * 600)
-    assert perplexity(llama, segments).nll == pytest.approx(whole.nll, rel=1e-6)
-
-
-def test_perplexity_sums_in_fp32_for_a_bf16_model(llama, segments):
-    with torch.no_grad():
-        logits = llama.bfloat16()(segments).logits.double()
-    log_p = logits.log_softmax(-1)[:, :-1].gather(-1, segments[:, 1:, None])
-    assert perplexity(llama, segments, batch_size=5).nll == pytest.approx(
-        -log_p.mean().item(), rel=1e-5
-    )
-
-
-def test_every_module_keeps_its_mode_and_no_gradient_is_made(llama, segments):
+def test_every_module_keeps_its_mode_and_nothing_is_saved_for_a_backward(
+    llama: Any, segments: torch.Tensor
+) -> None:
     llama.train()
     llama.model.layers[1].eval()
     before = {name: module.training for name, module in llama.named_modules()}
@@ -149,71 +132,56 @@ def test_every_module_keeps_its_mode_and_no_gradient_is_made(llama, segments):
     handle.remove()
     assert seen == [(False, False, False)]
     assert {name: module.training for name, module in llama.named_modules()} == before
-
-
-def test_the_mode_is_restored_after_an_error(llama, segments):
-    llama.train()
     llama.lm_head.weight.data.fill_(math.nan)
-    with pytest.raises(
-        WorkError, match="expected finite logits, got NaN or Inf in segments from 0 on"
-    ):
+    with pytest.raises(WorkError, match="expected finite logits, got NaN or Inf in segments from"):
         perplexity(llama, segments)
-    assert llama.training
+    assert {name: module.training for name, module in llama.named_modules()} == before
 
 
-def test_progress_is_told_what_is_done(llama, segments):
-    told = []
-    perplexity(
-        llama, segments, batch_size=2, progress=lambda what, done, total: told.append((done, total))
-    )
-    assert told == [(2, 5), (4, 5), (5, 5)]
-
-
-def test_segments_that_can_not_be_predicted_are_refused(llama, segments):
+def test_wrong_segments_are_refused(llama: Any, segments: torch.Tensor) -> None:
     for wrong in (segments[0], segments[:0], segments[:, :1]):
-        with pytest.raises(
-            DataError, match=r"segments: expected shape \[n >= 1, seq_len >= 2\], got"
-        ):
+        with pytest.raises(DataError, match=r"segments: expected shape \[n >= 1, seq_len >= 2\]"):
             perplexity(llama, wrong)
     with pytest.raises(
-        OptionError, match="seq_len 144: expected at most the model's window of 128 tokens"
+        OptionError, match="seq_len 144: expected at most the model's window of 128"
     ):
         perplexity(llama, segments[:3].reshape(1, -1))
     with pytest.raises(OptionError, match="batch_size: expected at least 1, got 0"):
         perplexity(llama, segments, batch_size=0)
 
 
-# --------------------------------------------------------------------------------------------------- accuracy
+# accuracy
 
 
-def likeliest(model, tokenizer, prompt):
-    """The answer of ASKED with the largest log-likelihood, closed by EOS, each in a pass of its own."""
+def likeliest(model: Any, tokenizer: Any, prompt: str) -> str:
+    """The answer with the largest log-likelihood, closed by EOS, each in its own forward."""
 
-    def score(answer):
+    def score(answer: str) -> float:
         start = len(tokenizer(prompt)["input_ids"])
         ids = torch.tensor([*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id])
         with torch.no_grad():
             log_p = model(ids[None]).logits[0].log_softmax(-1)
         return sum(log_p[t - 1, ids[t]].item() for t in range(start, len(ids)))
 
-    return max(sorted({answer for _, answer in ASKED}), key=score)
+    return max(sorted(set(ASKED.values())), key=score)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 99])
-def test_accuracy_ranks_all_answers_by_their_whole_likelihood(llama, plain, asked, batch_size):
-    picked = [likeliest(llama, plain, prompt) for prompt, _ in ASKED]
-    correct = sum(pick == answer for pick, (_, answer) in zip(picked, ASKED, strict=True))
+def test_accuracy_ranks_answers_by_their_whole_likelihood(
+    llama: Any, plain: Any, asked: Path, batch_size: int
+) -> None:
+    correct = sum(likeliest(llama, plain, prompt) == ASKED[prompt] for prompt in ASKED)
     found = accuracy(llama, plain, asked, batch_size=batch_size)
     assert (found.correct, found.examples, found.accuracy) == (correct, 4, correct / 4)
     assert found.labels == (" no", " not at all", " yes")
 
 
-def test_a_model_that_has_learned_the_labels_is_right(llama, plain, asked):
-    """Overfitted on the training examples of the same file: what is trained is what is measured."""
+def test_a_model_trained_on_the_examples_is_right(llama: Any, plain: Any, asked: Path) -> None:
+    """Evaluation renders a file exactly as training does."""
     examples = load_examples(asked, plain, seq_len=64)
     optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-2)
     for _ in range(30):
-        for example in examples:
+        for example in examples:  # type: ignore[attr-defined]
             ids, labels = (torch.tensor([example[name]]) for name in ("input_ids", "labels"))
             llama(ids, labels=labels).loss.backward()
         optimizer.step()
@@ -223,57 +191,45 @@ def test_a_model_that_has_learned_the_labels_is_right(llama, plain, asked):
     assert rouge(llama, plain, asked, 8).rougeL == 1.0
 
 
-def test_smollm2_knows_capitals(smol, tmp_path):
-    rows = [("France", "Paris"), ("Japan", "Tokyo"), ("Italy", "Rome"), ("Egypt", "Cairo")]
-    source = write_jsonl(
-        tmp_path / "d.jsonl",
-        *({"text": f"Name the capital of {a}, in one word.", "label": b} for a, b in rows),
-    )
-    found = accuracy(smol, smol_tokenizer(), source)
-    assert found.labels == ("Cairo", "Paris", "Rome", "Tokyo")
-    assert found.correct >= 3
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"text": "a"}], "line 1: expected prompts and answers, got text"),
-        (
-            [{"messages": [{"role": "assistant", "content": "a"}]}],
-            "line 1: accuracy: .* got a chat",
-        ),
-        ([{"text": "a", "label": 1}], "accuracy: expected 2 to 64 distinct labels, got 1"),
-        (
-            [{"text": "a", "label": i} for i in range(65)],
-            "accuracy: expected 2 to 64 distinct labels, got 65",
-        ),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], "accuracy: .* got a chat"),
+        ([{"text": "a", "label": 1}], "expected 2 to 64 distinct labels, got 1"),
+        ([{"text": "a", "label": i} for i in range(65)], "2 to 64 distinct labels, got 65"),
         (
             [{"text": "a", "label": 0}, {"text": "a " * 130, "label": 1}],
             "line 2: .* window of 128 tokens, got",
         ),
     ],
+    ids=["text", "chat", "one", "many", "long"],
 )
-def test_what_has_no_labels_is_refused(llama, plain, tmp_path, rows, message):
+def test_data_without_labels_is_refused(
+    llama: Any, plain: Any, tmp_path: Path, rows: list[dict[str, Any]], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         accuracy(llama, plain, write_jsonl(tmp_path / "d.jsonl", *rows))
 
 
-# ------------------------------------------------------------------------------------------------------ rouge
+# ROUGE
 
 
-def test_rouge_scores_what_plain_greedy_generation_writes(smol, tmp_path):
-    """Prompts of different lengths, asked as a chat asks them; batches are padded on the left."""
+def test_rouge_scores_plain_greedy_generation(smol: Any, tmp_path: Path) -> None:
+    """Prompts of different lengths in a chat template; a batch is padded on the left."""
     scorer_module = pytest.importorskip("rouge_score.rouge_scorer")
     tokenizer = smol_tokenizer()
-    rows = [
-        ("What is the capital of France?", "The capital of France is Paris, a city."),
-        ("Repeat the word apple three times, with spaces and nothing else.", "apple apple apple"),
-        ("Who wrote Hamlet?", "It was written by William Shakespeare."),
-    ]
-    source = write_jsonl(tmp_path / "d.jsonl", *({"instruction": a, "output": b} for a, b in rows))
+    rows = {
+        "What is the capital of France?": "The capital of France is Paris, a city.",
+        "Repeat the word apple three times, with spaces and nothing else.": "apple apple apple",
+        "Who wrote Hamlet?": "It was written by William Shakespeare.",
+    }
+    source = write_jsonl(
+        tmp_path / "d.jsonl", *({"instruction": a, "output": b} for a, b in rows.items())
+    )
     scorer = scorer_module.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     expected = {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
-    for question, answer in rows:
+    for question, answer in rows.items():
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
         )["input_ids"]
@@ -290,13 +246,13 @@ def test_rouge_scores_what_plain_greedy_generation_writes(smol, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_rouge_is_greedy_whatever_the_models_own_generation_says(
-    llama, plain, tmp_path, batch_size
-):
-    """The file's answers are what the model writes greedily: any other text scores less than 1."""
+def test_rouge_is_greedy_for_any_generation_config_of_the_model(
+    llama: Any, plain: Any, tmp_path: Path, batch_size: int
+) -> None:
+    """The answers in the file are the model's greedy ones: any other text scores less than 1."""
     pytest.importorskip("rouge_score")
     rows = []
-    for prompt, _ in ASKED:
+    for prompt in ASKED:
         ids = plain(prompt, return_tensors="pt")["input_ids"]
         out = llama.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
@@ -304,29 +260,60 @@ def test_rouge_is_greedy_whatever_the_models_own_generation_says(
         rows.append({"prompt": prompt, "completion": plain.decode(out[0, ids.shape[1] :])})
     source = write_jsonl(tmp_path / "d.jsonl", *rows)
     llama.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=5.0,
-        top_k=3,
-        top_p=0.5,
-        repetition_penalty=9.0,
-        num_beams=2,
+        do_sample=True, temperature=5.0, top_k=3, top_p=0.5, repetition_penalty=9.0, num_beams=2,
         eos_token_id=2,
-    )
+    )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert rouge(llama, plain, source, 20, batch_size=batch_size).rougeL == 1.0
 
 
-def test_rouge_refuses_before_it_writes(llama, plain, asked, monkeypatch):
+def test_rouge_refuses_before_it_generates(
+    llama: Any, plain: Any, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("rouge_score")
-    with pytest.raises(
-        DataError, match="line 1: expected at most the model's window of 128 tokens"
-    ):
+    with pytest.raises(DataError, match="line 1: expected at most the model's window of 128"):
         rouge(llama, plain, asked, 128)
     with pytest.raises(OptionError, match="max_new_tokens: expected at least 1, got 0"):
         rouge(llama, plain, asked, 0)
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(
-        MissingExtraError, match=r"rouge-score.*pip install 'modulora-core\[evaluation\]'"
-    ):
+    with pytest.raises(MissingExtraError, match=r"pip install 'modulora-core\[evaluation\]'"):
         rouge(llama, plain, asked)
+
+
+# evaluate
+
+
+def test_evaluate_takes_a_name_an_opened_and_a_loaded_model(tunable: Path, asked: Path) -> None:
+    opened = open_to_run(str(tunable))
+    calls: list[tuple[str, int, int]] = []
+    found = [
+        evaluate(model, "pydoc[:1%]", seq_len=32, segments=3, batch_size=2, progress=progress)
+        for model, progress in (
+            (str(tunable), None),
+            (opened, lambda *call: calls.append(call)),
+            ((opened.load(), opened.tokenizer), None),
+        )
+    ]
+    assert found[0] == found[1] == found[2]
+    assert calls == [("evaluating", 2, 3), ("evaluating", 3, 3)]
+    measured = evaluate(opened, asked, metric="accuracy")
+    assert measured == accuracy(opened.load(), opened.tokenizer, asked)
+    pytest.importorskip("rouge_score")
+    measured = evaluate(opened, asked, metric="rouge", max_new_tokens=4)
+    assert measured == rouge(opened.load(), opened.tokenizer, asked, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"metric": "bleu"}, OptionError, "metric: expected perplexity, accuracy or rouge, got"),
+        ({"adapter": "a"}, AdapterError, "expected a model's name with it, got an open model"),
+        ({"data": "no.jsonl", "metric": "rouge"}, DataError, "no.jsonl: expected a file"),
+    ],
+)
+def test_evaluate_refuses_a_wrong_request(
+    tunable: Path, options: dict[str, Any], error: type[ModuLoRAError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(open_to_run(str(tunable)), **options)

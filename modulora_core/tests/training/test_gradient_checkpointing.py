@@ -1,4 +1,4 @@
-"""Gradient checkpointing changes no gradient, and multiplies by packed weights only where it must."""
+"""Gradient checkpointing changes no gradient and repeats as few packed products as possible."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Pack = Callable[..., tuple[Path, Path]]
 
 BLOCKS = 2
 LINEARS = {"llama": 7, "gemma3_text": 7, "gpt2": 4, "mixtral": 4}
-"""Packed linear layers of a block."""
+"""Number of packed linear layers in a block."""
 
 FIRST = {"llama": 3, "gemma3_text": 3, "gpt2": 1}
-"""Layers that multiply the embedding, which has no gradient."""
+"""Number of layers whose input is the embedding, which has no gradient."""
 
 LAST_IS_NEEDED = {"gemma3_text", "gpt2"}
-"""Something behind the last product of a block is saved for the backward: a norm's input, a dropout's mask."""
+"""A step after a block's last product saves a tensor: a norm its input, a dropout its mask."""
 
 
 @pytest.fixture
 def products(toy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
-    """Counts the products with packed weights: forward under False, transposed under True."""
+    """Counts products with packed weights: the key False is forward, True is transposed."""
     counts: Counter[bool] = Counter()
     matmul = toy.Toy.matmul
 
@@ -46,7 +46,7 @@ def products(toy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
 
 
 def adapted(folder: Path, **options: Any) -> Any:
-    """A packed model in training, with an adapter whose B isn't zero."""
+    """A packed model in training, with an adapter whose B is not zero."""
     torch.manual_seed(0)
     model: Any = load_model(folder)
     add_lora(model, LoRASettings(rank=2, dropout=0.1, **options))
@@ -83,7 +83,7 @@ def test_gradients_are_the_same_bits(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
-def test_the_last_product_of_a_block_is_made_once_where_nothing_behind_it_is_saved(
+def test_a_blocks_last_product_is_not_repeated_if_no_later_step_saves_a_tensor(
     architecture: str, pack: Pack, products: Counter[bool]
 ) -> None:
     model = adapted(pack(architecture, "toy")[1])
@@ -96,7 +96,7 @@ def test_the_last_product_of_a_block_is_made_once_where_nothing_behind_it_is_sav
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
-def test_kept_products_are_made_once(
+def test_kept_products_are_computed_once(
     architecture: str, pack: Pack, products: Counter[bool]
 ) -> None:
     model = adapted(pack(architecture, "toy")[1])
@@ -111,7 +111,7 @@ def test_blocks_below_the_first_that_trains_are_not_recomputed(
     model = adapted(pack("llama", "toy")[1], targets="layers.1.self_attn.o_proj")
     checkpoint_activations(model)
     step(model)
-    # the second block recomputes all but its last product; gradients go back through its feed-forward layers alone
+    # the second block recomputes all products but its last; gradients stop at its MLP
     assert products == {False: BLOCKS * LINEARS["llama"] + LINEARS["llama"] - 1, True: 3}
 
 

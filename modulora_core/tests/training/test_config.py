@@ -20,59 +20,45 @@ def build(**options: Any) -> FinetuneConfig:
     return FinetuneConfig.build({**ASKED, **options})
 
 
-def test_the_defaults_are_the_papers() -> None:
-    config = build()
-    assert (config.rank, config.alpha, config.dropout, config.lr) == (8, 32.0, 0.1, 1e-3)
-    assert (config.scheduler, config.warmup) == ("cosine", 0.06)
-
-
-def test_the_defaults_of_an_adapter_are_the_same_from_python_and_from_a_config() -> None:
+def test_the_defaults_are_the_papers_and_the_settings_of_an_adapter_have_them_too() -> None:
     config, settings = build(), LoRASettings()
+    assert (config.rank, config.alpha, config.dropout, config.lr) == (8, 32.0, 0.1, 1e-3)
     for field in fields(LoRASettings):
         value = getattr(config, field.name)
         value = value[0] if isinstance(value, tuple) else value
         assert value == getattr(settings, field.name), field.name
 
 
-def test_every_field_says_what_it_is() -> None:
-    assert [
-        name for name, field in FinetuneConfig.model_fields.items() if not field.description
-    ] == []
+def test_every_field_has_a_description() -> None:
+    assert all(field.description for field in FinetuneConfig.model_fields.values())
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"data": ["a.txt", "pydoc[:90%]"], "eval_data": ["b.txt"], "eval_every": 2},
         {"targets": "q_proj, v_proj", "dtype": "bfloat16", "gradient_checkpointing": False},
         {"steps": None, "epochs": 0.5, "lr": "2e-4", "warmup": 10},
         {"adapter": "org/adapter", "dropout": 0.0},
     ],
-    ids=["plain", "sources", "targets", "epochs", "adapter"],
+    ids=["sources", "targets", "epochs", "adapter"],
 )
-def test_the_file_of_a_run_makes_the_same_config_again(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_file_of_a_run_gives_the_same_config(options: dict[str, Any], tmp_path: Path) -> None:
     config = build(**options)
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     again = FinetuneConfig.build({}, file=tmp_path / "run.yaml")
     assert again == config
     assert again.differences(config) == []
+    other = config.model_copy(update={"out": "elsewhere", "seed": 7})
+    assert other.differences(config) == ["seed 0 → 7"]
 
 
-def test_options_override_the_file_and_what_excludes_them_there(tmp_path: Path) -> None:
+def test_options_override_the_file_and_the_fields_that_they_exclude(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**ASKED, "lr": 1e-4, "rank": 16}))
     config = FinetuneConfig.build({"epochs": 2, "lr": 3e-4, "seed": None}, file=file)
     assert (config.steps, config.epochs, config.lr, config.rank) == (None, 2.0, 3e-4, 16)
-    assert FinetuneConfig.build({"adapter": "org/a"}, file=file).adapter == "org/a", (
-        "its rank is the adapter's"
-    )
-
-
-def test_differences_name_the_fields_and_both_values_but_not_out() -> None:
-    assert build(lr=1e-2, out="elsewhere").differences(build()) == ["lr 0.001 → 0.01"]
+    assert FinetuneConfig.build({"adapter": "org/a"}, file=file).adapter == "org/a"
 
 
 @pytest.mark.parametrize(
@@ -81,21 +67,15 @@ def test_differences_name_the_fields_and_both_values_but_not_out() -> None:
         ({"epochs": 1}, "expected steps or epochs, got both: 3 steps and 1 epochs"),
         ({"steps": None}, "expected steps or epochs, got neither"),
         ({"ranc": 4}, "unknown option 'ranc'; did you mean 'rank'"),
-        (
-            {"rank": 0},
-            r"option 'rank': .*greater than or equal to 1, got 0 \(rank r of the adapter\)",
-        ),
+        ({"rank": 0}, r"option 'rank': .*equal to 1, got 0 \(rank r of the adapter\)"),
         ({"lr": "fast"}, r"option 'lr': .*number.*got 'fast'"),
         ({"lr": "inf"}, r"option 'lr': expected a finite number, got"),
         ({"lr": 1e38}, r"lr: expected at most 1e\+30, got 1e\+38$"),
-        ({"alpha": 1e39}, r"alpha: expected at most 1e\+30, got 1e\+39$"),
-        (
-            {"scheduler": "step"},
-            "option 'scheduler': expected 'cosine', 'linear' or 'constant', got 'step'",
-        ),
-        ({"warmup": 1.5}, "warmup: expected a share below 1 or a whole number of steps, got 1.5"),
-        ({"eval_every": 2}, "eval_every is 2: expected eval_data to evaluate on, got none"),
-        ({"adapter": "a", "rank": 4}, "rank: the adapter a has its own"),
+        ({"scheduler": "step"}, "option 'scheduler': expected 'cosine', 'linear' or 'constant'"),
+        ({"warmup": 1.5}, "warmup: expected a fraction below 1 or a whole number of steps"),
+        ({"eval_every": 2}, "eval_every is 2: expected eval_data, got none"),
+        ({"adapter": "a", "train_scales": True}, "train_scales: the adapter a has its own"),
+        ({"keep_products": True, "gradient_checkpointing": False}, "keep_products: expected grad"),
         ({"data": None}, r"option 'data': expected a value, got none \(training data"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -108,26 +88,19 @@ def test_a_bad_option_is_refused_in_one_sentence(options: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "No such file"),
-        ("a: [", "expected YAML, got something else"),
-        ("- a\n- b\n", "expected lines of `option: value`, got list"),
-        ("", "expected lines of `option: value`, got NoneType"),
-        ("1: 2\n", "expected lines of `option: value`"),
+        (None, "config {}: No such file"),
+        ("a: [", "config {}: expected YAML"),
+        ("- a\n- b\n", "config {}: expected lines of `option: value`, got list"),
+        ("1: 2\n", "config {}: expected lines of `option: value`"),
+        ("learning-rate: 1\n", "finetune with {}: unknown option 'learning-rate'"),
     ],
-    ids=["missing", "broken", "list", "empty", "number"],
+    ids=["missing", "broken", "list", "number", "unknown"],
 )
-def test_a_file_that_isnt_a_config_is_refused_by_name(
+def test_a_file_that_is_no_config_is_refused_by_name(
     text: str | None, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "run.yaml"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(OptionError, match=f"config {file}: {message}"):
-        FinetuneConfig.build({}, file=file)
-
-
-def test_an_unknown_option_of_a_file_is_refused_with_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("learning-rate: 1\n")
-    with pytest.raises(OptionError, match=f"finetune with {file}: unknown option 'learning-rate'"):
+    with pytest.raises(OptionError, match=message.format(file)):
         FinetuneConfig.build(ASKED, file=file)

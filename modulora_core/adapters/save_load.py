@@ -1,0 +1,200 @@
+"""Save the adapter of a model, load a saved one, and check that it fits the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+
+from modulora_core.adapters.lora import (
+    LoRASettings,
+    adapter_layers,
+    check_name_is_free,
+    lora_layer,
+    model_name,
+    packed_layers,
+    train_only,
+)
+from modulora_core.adapters.peft_format import (
+    AdapterDelta,
+    SavedAdapter,
+    lora_config,
+    read_adapter,
+    write_adapter,
+)
+from modulora_core.adapters.record import AdapterRecord, BaseRecord, describe_base, record_of
+from modulora_core.adapters.targets import shortest_names
+from modulora_core.checkpoints.record import QuantizationRecord
+from modulora_core.errors import AdapterError
+from modulora_core.layers import LoRALinear
+from modulora_core.packed import ChannelScales
+
+logger = logging.getLogger(__name__)
+
+
+def save_adapter(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    name: str = "default",
+    base: str | None = None,
+    settings: LoRASettings | None = None,
+) -> None:
+    """Write an adapter in PEFT's format, with ``modulora.json`` beside it.
+
+    Args:
+        model: the model with the adapter.
+        out: a folder; an adapter in it is replaced. ``adapter_config.json`` is written last: an
+            unfinished folder is no adapter.
+        name: one of the model's adapters.
+        base: the model before quantization, for PEFT's ``base_model_name_or_path``. The default is
+            the source that the checkpoint records.
+        settings: the settings that made the adapter, to be recorded.
+
+    Raises:
+        AdapterError: the model has no adapter of that name.
+    """
+    layers = dict(adapter_layers(model, name))
+    if not layers:
+        raise AdapterError(f"adapter {name!r}: {model_name(model)} has no adapter of that name")
+    scaled = any(name in layer.input_scale for layer in layers.values())
+    deltas = {path: _delta(layer, name, scaled) for path, layer in layers.items()}
+    source = record_of(model)
+    base = base or str((source and source.source.get("name")) or model_name(model))
+    config = {
+        **lora_config(deltas),
+        "base_model_name_or_path": base,
+        "target_modules": shortest_names(layers, [path for path, _ in model.named_modules()]),
+        "lora_dropout": next(iter(layers.values())).dropout,
+        # GPT-2's Conv1D has its weight transposed
+        "fan_in_fan_out": source is not None and any(_is_conv1d(source, path) for path in layers),
+    }
+    record = AdapterRecord(
+        base=describe_base(model, base),
+        settings=asdict(settings) if settings else {},
+        channel_scales=scaled,
+    )
+    write_adapter(SavedAdapter(Path(out), config, record, deltas))
+
+
+def load_adapter(
+    model: nn.Module, path: str | Path, name: str = "default", *, trainable: bool = False
+) -> list[str]:
+    """Put a saved adapter on ``model``'s packed layers, in place, and freeze everything else.
+
+    A and B become float32. An adapter with channel scales brings them along.
+
+    Args:
+        model: its linear layers are QuantLinear. Another quantization of the adapter's base is
+            allowed, and logs a warning.
+        path: a folder that :func:`save_adapter` or `peft` wrote, or a Hub id.
+        name: one model may carry several adapters.
+        trainable: A, B and channel scales train.
+
+    Returns:
+        the paths of the adapted layers.
+
+    Raises:
+        ModelError: the model has no packed layers.
+        AdapterError: it is no LoRA adapter, it does not fit the model, or the model has an adapter
+            of that name.
+    """
+    adapter = read_adapter(path)
+    shapes = {path: layer.weight.layout.shape for path, layer in packed_layers(model).items()}
+    modules = [module for module, _ in model.named_modules()]
+    here = model_name(model)
+    check_fit(adapter, shapes, modules, here, lambda: describe_base(model, here))
+    check_name_is_free(model, name)
+    for module, delta in adapter.deltas.items():
+        layer = lora_layer(model, module)
+        layer.add_adapter(
+            name,
+            delta.rank,
+            alpha=delta.scale * delta.rank,
+            dropout=adapter.dropout,
+            channel_scales=delta.channel_scales is not None,
+        )
+        layer.scale[name] = delta.scale
+        _copy(delta, layer, name)
+    if trainable:
+        train_only(model, name)
+    else:
+        model.requires_grad_(False)
+    return list(adapter.deltas)
+
+
+def restore_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
+    """Copy the values of a saved adapter into the same adapter on ``model``."""
+    deltas = read_adapter(path).deltas
+    for module, layer in adapter_layers(model, name):
+        _copy(deltas[module], layer, name)
+
+
+def check_fit(
+    adapter: SavedAdapter,
+    packed: Mapping[str, tuple[int, int]],
+    modules: Collection[str],
+    here: str,
+    describe: Callable[[], BaseRecord],
+) -> None:
+    """Refuse an adapter that does not fit a model; warn of another base or quantization.
+
+    Args:
+        adapter: the adapter.
+        packed: ``(out, in)`` of each packed layer, by path.
+        modules: paths of all modules of the model.
+        here: the model's name, for messages.
+        describe: describes the model; called only if the adapter has a record.
+
+    Raises:
+        AdapterError: a layer is missing, dense, or of another shape; or other linear layers differ.
+    """
+    misfit = (
+        f"adapter {adapter.folder}: made for the base {adapter.base_name}, it does not fit {here}"
+    )
+    missing = [module for module in adapter.deltas if module not in packed]
+    if missing:
+        dense = [module for module in missing if module in modules]
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        reason = f"{dense[0]} is not packed" if dense else f"there is no packed layer {missing[0]}"
+        raise AdapterError(f"{misfit}: {reason}{more}")
+    for module, delta in adapter.deltas.items():
+        if delta.shape != tuple(packed[module]):
+            raise AdapterError(
+                f"{misfit}: {module}: expected an adapter of {list(packed[module])}, "
+                f"got {list(delta.shape)}"
+            )
+    if adapter.record is None:
+        return
+    base = describe()
+    if adapter.record.base.architecture != base.architecture:
+        raise AdapterError(f"{misfit}: linear layers without an adapter differ")
+    difference = adapter.record.base.difference(base)
+    if difference:
+        logger.warning("adapter %s: %s", adapter.folder, difference)
+
+
+def _delta(layer: LoRALinear, name: str, scaled: bool) -> AdapterDelta:
+    """The adapter of one layer; ``scaled``: with channel scales, which default to ones."""
+    values = {kind: parameter.detach() for kind, parameter in layer.parameters_of(name).items()}
+    A, B = values["lora_A"], values["lora_B"]
+    u = values.get("input_scale", A.new_ones(layer.in_features))
+    v = values.get("output_scale", A.new_ones(layer.out_features))
+    return AdapterDelta(A, B, layer.scale[name], ChannelScales(u, v) if scaled else None)
+
+
+def _copy(delta: AdapterDelta, layer: LoRALinear, name: str) -> None:
+    values = {"lora_A": delta.A, "lora_B": delta.B}
+    if delta.channel_scales is not None:
+        values["input_scale"] = delta.channel_scales.input
+        values["output_scale"] = delta.channel_scales.output
+    for kind, parameter in layer.parameters_of(name).items():
+        parameter.data.copy_(values[kind])
+
+
+def _is_conv1d(record: QuantizationRecord, path: str) -> bool:
+    index = record.weights.get(f"{path}.weight")
+    return index is not None and record.sites[index].kind == "conv1d"

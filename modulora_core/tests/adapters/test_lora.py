@@ -1,0 +1,117 @@
+"""Adapters are put on packed models; a wrong request changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.errors import AdapterError, ModelError, ModuLoRAError, OptionError
+from modulora_core.layers import QuantLinear
+from modulora_core.tests.adapted_models import IDS, logits, trained
+
+Pack = Callable[..., tuple[Path, Path]]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def llama(pack: Pack) -> nn.Module:
+    """Hidden size 32; k_proj and v_proj are [16, 32], the MLP's matrices have 32 and 48."""
+    return load_model(pack("llama")[1])
+
+
+@pytest.mark.parametrize("scales", [False, True], ids=["plain", "with scales"])
+def test_every_packed_layer_trains_and_nothing_else(llama: nn.Module, scales: bool) -> None:
+    packed = [path for path, module in llama.named_modules() if isinstance(module, QuantLinear)]
+    before = logits(llama)
+    assert add_lora(llama, LoRASettings(train_scales=scales)) == packed
+    assert len(packed) == 2 * 7
+    kinds = ["lora_A", "lora_B", *(["input_scale", "output_scale"] if scales else [])]
+    trains = {name for name, parameter in llama.named_parameters() if parameter.requires_grad}
+    assert trains == {f"{path}.{kind}.default" for path in packed for kind in kinds}
+    assert torch.equal(logits(llama), before), "a new adapter changes no logit"
+
+
+def test_the_seed_decides_the_adapter_and_global_random_numbers_stay(pack: Pack) -> None:
+    def values(seed: int) -> list[Tensor]:
+        model = load_model(pack("llama")[1])
+        add_lora(model, LoRASettings(seed=seed))
+        return [layer.lora_A["default"].data for _, layer in adapter_layers(model)]
+
+    state = torch.get_rng_state()
+    first, again, other = values(1), values(1), values(2)
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("q_proj", ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
+        (
+            ("self_attn.k_proj", "layers.1.self_attn.q_proj"),
+            ["model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.q_proj",
+             "model.layers.1.self_attn.k_proj"],
+        ),
+        (("model.layers.1.mlp.up_proj",), ["model.layers.1.mlp.up_proj"]),
+    ],
+)  # fmt: skip
+def test_targets_match_whole_parts_at_the_end_of_a_path(
+    llama: nn.Module, targets: str | tuple[str, ...], expected: list[str]
+) -> None:
+    assert add_lora(llama, LoRASettings(targets=targets)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"targets": ("v_proj", "q_porj")}, AdapterError, "'q_porj': .*did you mean 'q_proj'"),
+        ({"targets": ("v_proj", "proj")}, AdapterError, "'proj': no packed layer has that name"),
+        ({"targets": "lm_head"}, AdapterError, "expected a packed linear layer, and lm_head is"),
+        ({"rank": 33}, OptionError, r"^rank 33: expected at most 32, .*, is \[32, 32\]\); lower"),
+        ({"rank": 17, "targets": "k_proj"}, OptionError, r"rank 17: expected at most 16"),
+    ],
+)
+def test_a_wrong_request_changes_nothing(
+    llama: nn.Module, settings: dict[str, object], error: type[ModuLoRAError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        add_lora(llama, LoRASettings(**settings))  # type: ignore[arg-type]
+    assert not list(adapter_layers(llama))
+
+
+def test_a_dense_model_is_refused_with_the_command_to_run(pack: Pack) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(pack("llama")[0])
+    with pytest.raises(ModelError, match="run `modulora quantize` on it first"):
+        add_lora(dense)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rank", 0), ("dropout", 1.0), ("dropout", -0.1), ("alpha", 0.0), ("targets", ())],
+)
+def test_settings_out_of_range_are_refused(name: str, value: object) -> None:
+    with pytest.raises(OptionError, match=f"{name}: expected"):
+        replace(LoRASettings(), **{name: value})  # type: ignore[arg-type]
+
+
+def test_an_adapter_follows_its_model_into_training_and_evaluation(llama: nn.Module) -> None:
+    trained(llama, LoRASettings(rank=4, dropout=0.5))
+    assert torch.equal(logits(llama), logits(llama)), "evaluation drops nothing"
+    llama.train()
+    assert not torch.equal(llama(IDS).logits, llama(IDS).logits), "training drops at random"
+
+
+def test_a_name_that_is_taken_is_refused(llama: nn.Module) -> None:
+    add_lora(llama)
+    with pytest.raises(AdapterError, match=r"'default': .* already has an adapter of that name"):
+        add_lora(llama)

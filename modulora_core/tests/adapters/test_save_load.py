@@ -1,0 +1,343 @@
+"""Adapters are saved and loaded. A misfit is refused; another base gives a warning."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
+from modulora_core.adapters.peft_format import read_adapter
+from modulora_core.adapters.record import AdapterRecord, describe_base
+from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.errors import AdapterError
+from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.adapted_models import logits, randomize, trained
+from modulora_core.tests.fake_hub import serve_repository
+from modulora_core.tests.tiny_models import tiny_config
+
+Pack = Callable[..., tuple[Path, Path]]
+
+CONFIG, WEIGHTS, RECORD, SCALES = FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "modulora.json",
+    "modulora_scales.safetensors",
+]
+PLAIN = LoRASettings(rank=3, alpha=7, dropout=0.2, targets=("q_proj", "k_proj"))
+SCALED = replace(PLAIN, train_scales=True)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def llama(pack: Pack) -> nn.Module:
+    return load_model(pack("llama", "toy")[1])
+
+
+@pytest.fixture
+def saved(pack: Pack, tmp_path: Path) -> Path:
+    """An adapter with channel scales for the tiny Llama."""
+    model = trained(load_model(pack("llama", "toy")[1]), SCALED)
+    save_adapter(model, tmp_path / "saved", base="org/base", settings=SCALED)
+    return tmp_path / "saved"
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
+
+
+def trains(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("settings", [PLAIN, SCALED], ids=["plain", "with scales"])
+def test_a_saved_adapter_comes_back_bit_for_bit(
+    llama: nn.Module, pack: Pack, tmp_path: Path, settings: LoRASettings
+) -> None:
+    trained(llama, settings)
+    expected, trainable = logits(llama), trains(llama)
+    save_adapter(llama, tmp_path, base="org/base", settings=settings)
+    scaled = settings.train_scales
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES[: 4 if scaled else 3]
+    record, config = read(tmp_path / RECORD), read(tmp_path / CONFIG)
+    assert (record["format"], record.get("channel_scales")) == ((2, True) if scaled else (1, None))
+    assert record["base"]["name"] == config["base_model_name_or_path"] == "org/base"
+    assert record["base"]["quantizers"] == [{"quantizer": "toy", "options": {"levels": 127}}]
+    assert record["settings"] == asdict(settings) | {"targets": ["q_proj", "k_proj"]}
+
+    again = load_model(pack("llama", "toy")[1])
+    assert set(load_adapter(again, tmp_path)) == {path for path, _ in adapter_layers(llama)}
+    assert torch.equal(logits(again), expected)
+    assert trains(again) == set()
+    layer = next(layer for _, layer in adapter_layers(again))
+    assert (layer.dropout, layer.scale) == (0.2, {"default": 7 / 3})
+    other = load_model(pack("llama", "toy")[1])
+    load_adapter(other, tmp_path, trainable=True)
+    assert trains(other) == trainable
+
+
+def test_the_base_is_named_after_the_checkpoints_source(pack: Pack, tmp_path: Path) -> None:
+    dense, packed = pack("llama")
+    save_adapter(trained(load_model(packed)), tmp_path)
+    assert read(tmp_path / CONFIG)["base_model_name_or_path"] == dense.name
+
+
+def test_a_plain_adapter_replaces_one_with_scales(llama: nn.Module, saved: Path) -> None:
+    save_adapter(trained(llama, PLAIN), saved)
+    assert sorted(path.name for path in saved.iterdir()) == FILES[:3]
+    assert not read_adapter(saved).has_channel_scales
+
+
+def test_two_adapters_on_one_model_add_up(pack: Pack, tmp_path: Path) -> None:
+    folder = pack("llama")[1]
+    both = load_model(folder)
+    add_lora(both, LoRASettings(rank=4, targets=("q_proj",), seed=1), "first")
+    add_lora(both, LoRASettings(rank=2, targets=("q_proj", "v_proj"), seed=2), "second")
+    randomize(both)
+    assert {name.rpartition(".")[2] for name in trains(both)} == {"second"}
+    for name in ("first", "second"):
+        save_adapter(both, tmp_path / name, base="base", name=name)
+    again = load_model(folder)
+    for name in ("second", "first"):
+        load_adapter(again, tmp_path / name, name)
+    torch.testing.assert_close(logits(again), logits(both))
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, SCALES])
+def test_an_unfinished_folder_is_no_adapter(llama: nn.Module, tmp_path: Path, file: str) -> None:
+    """A folder in the way of a file stops the writing, as a full disk would."""
+    (tmp_path / file).mkdir()
+    (tmp_path / CONFIG).write_text("{}")  # of an older adapter
+    with pytest.raises(OSError, match=file.partition(".")[0]):
+        save_adapter(trained(llama, SCALED), tmp_path)
+    with pytest.raises(AdapterError, match=r"expected adapter_config\.json in it, found none"):
+        read_adapter(tmp_path)
+
+
+def test_an_adapter_is_saved_and_loaded_by_its_name(llama: nn.Module, tmp_path: Path) -> None:
+    trained(llama)
+    with pytest.raises(AdapterError, match=r"'other': .* has no adapter of that name"):
+        save_adapter(llama, tmp_path / "a", name="other")
+    assert not (tmp_path / "a").exists()
+    save_adapter(llama, tmp_path / "a")
+    with pytest.raises(AdapterError, match=r"'default': .* already has an adapter of that name"):
+        load_adapter(llama, tmp_path / "a")
+
+
+def test_save_pretrained_refuses_a_model_with_an_adapter(
+    llama: nn.Module, saved: Path, tmp_path: Path
+) -> None:
+    llama.save_pretrained(tmp_path / "without")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "without")
+    assert torch.equal(logits(again), logits(llama))
+    load_adapter(llama, saved)
+    with pytest.raises(AdapterError, match=r"without an adapter.*save_adapter.*merge"):
+        llama.save_pretrained(tmp_path / "with")
+
+
+# an adapter and a model that do not fit together
+
+
+def test_another_architecture_is_refused(llama: nn.Module, pack: Pack, tmp_path: Path) -> None:
+    save_adapter(trained(load_model(pack("gpt2")[1])), tmp_path, base="org/gpt")
+    missing = r"there is no packed layer transformer\.h\.0\.\S+ \(and 7 more\)"
+    with pytest.raises(AdapterError, match=rf"made for the base org/gpt, .*packed: {missing}"):
+        load_adapter(llama, tmp_path)
+
+
+def test_other_shapes_are_refused_before_the_model_changes(llama: nn.Module, saved: Path) -> None:
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    save_file(load_file(saved / WEIGHTS) | {key: torch.zeros(3, 33)}, saved / WEIGHTS)
+    scales = {"model.layers.1.self_attn.q_proj.input_scale": torch.ones(33)}
+    save_file(load_file(saved / SCALES) | scales, saved / SCALES)
+    misfit = r"q_proj: expected an adapter of \[32, 32\], got \[32, 33\]"
+    with pytest.raises(AdapterError, match=rf"made for the base org/base.*{misfit}"):
+        load_adapter(llama, saved)
+    assert not list(adapter_layers(llama))
+
+
+def test_a_deeper_model_of_the_same_widths_is_refused(
+    toy: Any, saved: Path, tmp_path: Path
+) -> None:
+    """It has every layer of the adapter; only the record shows that it has others."""
+    config = tiny_config("llama")
+    config.num_hidden_layers = 3
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "verbatim")
+    with pytest.raises(AdapterError, match=r"base org/base.*layers without an adapter differ"):
+        load_adapter(load_model(tmp_path / "packed"), saved)
+
+
+def test_a_layer_that_is_dense_here_is_named(pack: Pack, saved: Path) -> None:
+    partly = load_model(pack("llama", exclude=("model.layers.0.self_attn.q_proj",))[1])
+    with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj is not packed"):
+        load_adapter(partly, saved)
+
+
+def test_another_quantization_of_the_base_is_one_warning(
+    pack: Pack, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for dtype in ("float32", "bfloat16"):
+        load_adapter(load_model(pack("llama", "toy")[1], dtype=dtype), saved)
+    assert caplog.messages == []
+    load_adapter(load_model(pack("llama", "verbatim")[1]), saved)
+    (warning,) = caplog.messages
+    assert "trained on org/base quantized with toy (levels=127), used on" in warning
+    assert "quantized with verbatim: results may differ" in warning
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (False, False, "made for the base org/base; .* has the same shapes and other weights"),
+        (False, True, "quantization tuned the norms of the second: results may differ"),
+        (True, False, "quantization tuned the norms of the first"),
+        (True, True, "quantization tuned the norms of both"),
+    ],
+)
+def test_other_norms_are_one_warning_which_says_if_they_were_tuned(
+    pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture, first: bool, second: bool,
+    message: str,
+) -> None:  # fmt: skip
+    def model(tuned: bool) -> Any:
+        loaded: Any = load_model(pack("llama", "toy")[1])
+        if tuned:
+            of = loaded.config.quantization_config
+            of.record = replace(of.record, calibration={"tuning": {"epochs": 1}})
+        return loaded
+
+    source = model(first)
+    source.model.norm.weight.data.mul_(1.1)
+    save_adapter(trained(source), tmp_path, base="org/base")
+    caplog.clear()
+    load_adapter(model(second), tmp_path)
+    (warning,) = caplog.messages
+    assert re.search(message, warning), warning
+
+
+def test_scales_are_no_part_of_the_base_and_older_records_lack_tuned(llama: nn.Module) -> None:
+    base = describe_base(llama, "base")
+    assert describe_base(trained(llama, SCALED), "base") == base
+    written = json.loads(json.dumps(AdapterRecord(base=base).to_json()))
+    assert AdapterRecord.from_json(written, "here").base == base
+    del written["base"]["tuned"]
+    assert AdapterRecord.from_json(written, "here").base == base
+
+
+# damaged files
+
+
+def changed(**tensors: Tensor | None) -> Callable[[Path], None]:
+    """Replace or remove channel scales of the first q_proj."""
+
+    def damage(folder: Path) -> None:
+        stored = load_file(folder / SCALES)
+        for name, tensor in tensors.items():
+            stored.pop(f"model.layers.0.self_attn.q_proj.{name}", None)
+            if tensor is not None:
+                stored[f"model.layers.0.self_attn.q_proj.{name}"] = tensor
+        save_file(stored, folder / SCALES)
+
+    return damage
+
+
+def edited(file: str, **values: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        data = read(folder / file) | values
+        (folder / file).write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+
+    return damage
+
+
+def weights(**shapes: tuple[int, ...]) -> Callable[[Path], None]:
+    tensors = {name.replace("__", "."): torch.zeros(shape) for name, shape in shapes.items()}
+    return lambda folder: save_file(tensors, folder / WEIGHTS)
+
+
+A, B = "base_model__model__x__lora_A__weight", "base_model__model__x__lora_B__weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / CONFIG).write_text("{"), "adapter_config.json: not readable JSON"),
+        (lambda f: (f / CONFIG).write_text("[]"), "expected an object, got list"),
+        (edited(RECORD, format=99), "reads formats 1 and 2 of modulora.json, got 99"),
+        (edited(RECORD, base=None), "malformed modulora.json"),
+        (edited(RECORD, channel_scales=None), "malformed modulora.json"),
+        (lambda f: (f / WEIGHTS).write_bytes(b"short"), "expected a readable safetensors file"),
+        (lambda f: (f / WEIGHTS).unlink(), "expected adapter_model.safetensors in it"),
+        (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "is a pickle: load it with peft"),
+        (weights(), "expected tensors, found none"),
+        (weights(**{A: (2, 4)}), r"x: expected lora_A .* got \[2, 4\] and None"),
+        (weights(**{A: (2, 4), B: (4, 3)}), r"got \[2, 4\] and \[4, 3\]"),
+        (weights(x__lora_A__weight=(2, 4)), "expected names base_model.* got x.lora_A.weight"),
+        (lambda f: (f / SCALES).unlink(), "scales.safetensors: expected a readable safetensors"),
+        (changed(input_scale=None), r"q_proj\.input_scale: expected .*\[32\]\), got None"),
+        (changed(output_scale=torch.ones(31)), r"expected .*\[32\]\), got .*\[31\]\)"),
+        (changed(output_scale=torch.ones(32).half()), r"float32, \[32\]\), got .*float16, \[32\]"),
+        (changed(bias=torch.ones(32)), r"q_proj\.bias: expected None, got .*\[32\]"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_by_name_before_the_model_changes(
+    llama: nn.Module, saved: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(saved)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(llama, saved)
+    assert not list(adapter_layers(llama))
+
+
+@pytest.mark.parametrize("lost", [edited(CONFIG, modulora_channel_scales=None),
+                                  lambda folder: (folder / RECORD).unlink()])  # fmt: skip
+def test_scales_are_loaded_if_either_file_names_them(
+    llama: nn.Module, saved: Path, lost: Callable[[Path], object]
+) -> None:
+    lost(saved)
+    load_adapter(llama, saved)
+    assert all(layer.input_scale for _, layer in adapter_layers(llama))
+
+
+# from the Hub
+
+
+@pytest.fixture
+def hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub where every repository is the saved adapter, and an empty cache."""
+    with serve_repository(saved) as url:
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        yield
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_adapter_from_the_hub_comes_with_its_scales(llama: nn.Module) -> None:
+    load_adapter(llama, "org/adapter")
+    assert all(layer.input_scale for _, layer in adapter_layers(llama))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("./no/such/adapter", "expected a folder or a Hub id"),
+        ("org/none", "Hub did not provide it"),
+    ],
+)
+def test_an_adapter_that_is_nowhere_is_refused(path: str, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(path)

@@ -1,0 +1,94 @@
+"""Text is generated from a name, an opened model or a loaded one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modulora_core.adapters.save_load import save_adapter
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.errors import DataError, OptionError
+from modulora_core.inference.generate import Sampling, generate
+from modulora_core.inference.loading import open_to_run
+from modulora_core.tests.adapted_models import trained
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def loaded(tunable: Path) -> tuple[Any, Any]:
+    opened = open_to_run(str(tunable))
+    return opened.load(), opened.tokenizer
+
+
+def test_a_text_is_continued_greedily_and_streamed(tunable: Path, loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    pieces: list[str] = []
+    found = generate(str(tunable), "The", Sampling(max_new_tokens=5), on_text=pieces.append)
+    ids = tokenizer("The", return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
+    assert found.text == tokenizer.decode(out, skip_special_tokens=True) == "".join(pieces)
+    assert (found.prompt_tokens, found.tokens) == (ids.shape[1], len(out))
+    assert found.to_json()["tokens_per_second"] == found.tokens / found.seconds
+    assert generate(loaded, "The", Sampling(max_new_tokens=5)).text == found.text
+
+
+def test_an_adapter_changes_the_text(tunable: Path, tmp_path: Path) -> None:
+    save_adapter(trained(load_model(tunable)), tmp_path)
+    five = Sampling(max_new_tokens=5)
+    with_adapter = generate(str(tunable), "The", five, adapter=str(tmp_path))
+    assert with_adapter.text != generate(str(tunable), "The", five).text
+
+
+def test_the_seed_decides_a_sample_and_global_random_numbers_stay(loaded: tuple[Any, Any]) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (
+        generate(loaded, "The", Sampling(8, temperature=2.0, seed=seed)).text for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_text_is_a_users_message_if_there_is_a_template(loaded: tuple[Any, Any]) -> None:
+    loaded[1].chat_template = TEMPLATE
+    one = Sampling(max_new_tokens=1)
+    message = [{"role": "user", "content": "The"}]
+    assert (
+        generate(loaded, "The", one).prompt_tokens == generate(loaded, message, one).prompt_tokens
+    )
+    expected = len(loaded[1]("<user>The<assistant>").input_ids)
+    assert generate(loaded, "The", one).prompt_tokens == expected
+    assert generate(loaded, "The", one, raw=True).prompt_tokens < expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "message"),
+    [
+        ("", 4, "prompt: expected some text, got none"),
+        ("caf\udce9", 4, "expected text in UTF-8, got other bytes after 'caf'"),
+        ("The", 128, "expected at most the model's window of 128"),
+        ([{"role": "user", "content": "a"}], 4, "the model's tokenizer has no chat template"),
+    ],
+    ids=["empty", "bytes", "long", "conversation"],
+)
+def test_a_wrong_prompt_is_refused(tunable: Path, prompt: Any, tokens: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        generate(str(tunable), prompt, Sampling(max_new_tokens=tokens))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1},
+     {"repetition_penalty": 0}],
+)  # fmt: skip
+def test_sampling_out_of_range_is_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(option))}: expected"):
+        Sampling(**option)

@@ -1,0 +1,224 @@
+"""A run is resumed from its last whole checkpoint, with the losses of an uninterrupted run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.trainer_pt_utils import safe_globals
+
+from modulora_core.adapters.save_load import load_adapter
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.data.sources import pydoc_text
+from modulora_core.errors import OptionError, OutputError
+from modulora_core.training.checkpoints import latest_checkpoint, remove_half_written, seal
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.finetune import FinetuneResult, finetune
+from modulora_core.training.trainer import TrainingStep
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KILLED = """
+import os, signal, sys
+import torch
+from modulora_core import FinetuneConfig, finetune
+
+torch.set_num_threads(1)
+
+def on_step(step):
+    if step.step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+finetune(FinetuneConfig.build({}, file=sys.argv[1]), on_step=on_step)
+"""
+
+
+class Stop(Exception):  # noqa: N818
+    """Interrupts a run where a kill is not needed."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.txt").write_text(pydoc_text()[:1000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tunable: Path, root: Path) -> Callable[..., FinetuneConfig]:
+    """Makes a run of 9 steps over several epochs, with dropout, scales and evaluations."""
+    text = str(root / "text.txt")
+    defaults = {"model": str(tunable), "data": text, "eval_data": text, "eval_every": 3, "steps": 9,
+                "batch_size": 2, "grad_accum": 2, "seq_len": 64, "lr": 1e-2, "dropout": 0.2,
+                "save_every": 2, "train_scales": True}  # fmt: skip
+    return lambda out, **options: FinetuneConfig.build(
+        {**defaults, "out": str(root / out), **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(run: Callable[..., FinetuneConfig], one_thread: None) -> FinetuneResult:
+    """The uninterrupted run."""
+    return finetune(run("whole"))
+
+
+@pytest.fixture
+def config(run: Callable[..., FinetuneConfig], request: pytest.FixtureRequest) -> FinetuneConfig:
+    """The same run in a folder of the test's own."""
+    return run(request.node.name)
+
+
+def changed(config: FinetuneConfig, **options: Any) -> FinetuneConfig:
+    return FinetuneConfig.build({**config.model_dump(exclude_unset=True), **options})
+
+
+def outcome(result: FinetuneResult) -> tuple[Any, ...]:
+    names = ("adapter_model.safetensors", "modulora_scales.safetensors")
+    files = [(Path(result.out) / name).read_bytes() for name in names]
+    return result.losses, result.eval_loss, files
+
+
+def interrupt(config: FinetuneConfig, step: int) -> Path:
+    """Start a run and stop it. Returns the folder of its checkpoints."""
+
+    def stop(taken: TrainingStep) -> None:
+        if taken.step == step:
+            raise Stop
+
+    with pytest.raises(Stop):
+        finetune(config, on_step=stop)
+    return Path(config.out) / "checkpoints"
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_with_the_losses_of_an_uninterrupted_one(
+    config: FinetuneConfig, whole: FinetuneResult, toy_root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "run.yaml"), "7"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(toy_root)},
+    )  # fmt: skip
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    checkpoints = Path(config.out) / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert outcome(finetune(config, resume=True)) == outcome(whole)
+
+
+def test_a_half_written_checkpoint_is_ignored(
+    config: FinetuneConfig, whole: FinetuneResult
+) -> None:
+    file = interrupt(config, 7) / "checkpoint-6" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    steps: list[int] = []
+    resumed = finetune(config, resume=True, on_step=lambda step: steps.append(step.step))
+    assert steps == [5, 6, 7, 8, 9]
+    assert outcome(resumed) == outcome(whole)
+
+
+def test_a_run_without_a_checkpoint_starts_again(
+    config: FinetuneConfig, whole: FinetuneResult
+) -> None:
+    interrupt(config, 1)
+    assert outcome(finetune(config, resume=True)) == outcome(whole)
+
+
+def test_a_run_that_was_killed_after_its_last_step_only_writes_its_adapter(
+    config: FinetuneConfig, whole: FinetuneResult
+) -> None:
+    shutil.copytree(whole.out, config.out)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (Path(config.out) / name).unlink()
+    steps: list[TrainingStep] = []
+    assert outcome(finetune(config, resume=True, on_step=steps.append)) == outcome(whole)
+    assert steps == []
+
+
+def test_another_optimizer_of_transformers_resumes_too(config: FinetuneConfig) -> None:
+    other = changed(config, optim="adafactor")
+    expected = finetune(changed(other, out=f"{config.out}-whole"))
+    interrupt(other, 7)
+    assert outcome(finetune(other, resume=True)) == outcome(expected)
+
+
+def test_an_unfinished_run_is_refused_without_resume_and_with_other_options(
+    config: FinetuneConfig,
+) -> None:
+    interrupt(config, 3)
+    with pytest.raises(OutputError, match="an unfinished run; continue it with --resume"):
+        finetune(config)
+    other = changed(config, lr=2e-2, train_scales=False)
+    with pytest.raises(
+        OptionError, match=r"got others: train_scales True → False; lr 0\.01 → 0\.02; to train"
+    ):
+        finetune(other, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["again", "resumed"])
+def test_a_run_without_a_whole_checkpoint_starts_again_with_other_options(
+    config: FinetuneConfig, resume: bool
+) -> None:
+    """For example with a lower learning rate, after the loss was NaN in the first steps."""
+    (interrupt(config, 1) / "checkpoint-2").mkdir(parents=True)
+    lower = changed(config, lr=1e-3, steps=1, eval_every=None)
+    assert finetune(lower, resume=resume).steps == 1
+    assert FinetuneConfig.build({}, file=Path(lower.out) / "finetune.yaml") == lower
+    assert [path.name for path in (Path(lower.out) / "checkpoints").iterdir()] == ["checkpoint-1"]
+
+
+def test_a_run_does_not_start_again_among_other_files(config: FinetuneConfig) -> None:
+    interrupt(config, 1)
+    (Path(config.out) / "README.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"expected no files except .* found 1 \(README\.md\)"):
+        finetune(config)
+    assert (Path(config.out) / "README.md").read_text() == "mine"
+
+
+def test_a_checkpoint_is_an_adapter_and_has_no_pickle_that_runs_code(
+    config: FinetuneConfig, tunable: Path
+) -> None:
+    checkpoint = interrupt(config, 3) / "checkpoint-2"
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "complete.json", "modulora.json",
+        "modulora_scales.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
+        "trainer_state.json",
+    }  # fmt: skip
+    for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
+        with safe_globals():  # for numpy's random state, as transformers loads it
+            torch.load(file, weights_only=True)
+    assert len(load_adapter(load_model(tunable), checkpoint)) == 14
+
+
+def test_only_whole_checkpoints_are_used_and_kept(tmp_path: Path) -> None:
+    for step in (2, 10, 11, 12):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"...")
+        if step != 12:
+            seal(folder)
+    (tmp_path / "checkpoint-11" / "optimizer.pt").unlink()
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    remove_half_written(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}
+    assert latest_checkpoint(tmp_path / "none") is None
+
+
+def test_a_second_run_does_not_write_the_folder_of_the_first(config: FinetuneConfig) -> None:
+    refused: list[str] = []
+
+    def start_another(step: TrainingStep) -> None:
+        if step.step == 1:
+            with pytest.raises(OutputError) as error:
+                finetune(config, resume=True)
+            refused.append(str(error.value))
+
+    assert len(finetune(config, on_step=start_another).losses) == config.steps
+    assert "another run is writing it" in refused[0]

@@ -1,0 +1,70 @@
+"""Losses are summarized by means of several steps, so that noise is no trend."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from modulora_core.training.losses import divergence, loss_in_words
+
+VOCABULARY = 49152
+UNIFORM = math.log(VOCABULARY)
+
+
+def noisy(*means: float) -> list[float]:
+    """Losses of batches that differ as real ones do."""
+    chance = random.Random(0)
+    return [chance.gauss(mean, 0.4) for mean in means]
+
+
+@pytest.mark.parametrize(
+    ("losses", "summary"),
+    [
+        ([2.5], "loss 2.5000"),
+        ([1.762, 2.5, 2.9, 3.5831], "loss 2.6863 (mean of 4 steps)"),
+        ([3.0] * 5 + [2.0] * 5, "loss 3.0000 → 2.0000 (means of the first and last 5 steps)"),
+        ([3.0] * 100 + [2.0] * 100, "loss 3.0000 → 2.0000 (means of the first and last 20 steps)"),
+    ],
+)
+def test_a_summary_has_means(losses: list[float], summary: str) -> None:
+    assert loss_in_words(losses) == summary
+
+
+@pytest.mark.parametrize(
+    ("losses", "eval_loss"),
+    [
+        ([4.3282, UNIFORM - 1e-3], None),
+        (noisy(*[3.0] * 5, *[UNIFORM] * 30), None),
+        ([4.3282, 5.0, 6.0], 11.2),
+        ([UNIFORM, 40.0], None),
+    ],
+    ids=["few steps", "many steps", "evaluation data", "random weights"],
+)
+def test_a_model_that_only_guesses_is_worse(losses: list[float], eval_loss: float | None) -> None:
+    worse = divergence(losses, eval_loss, VOCABULARY)
+    assert worse.startswith(f"the loss was {losses[0]:.4f} at step 1 and is ")
+    assert worse.endswith(f"a uniform guess among 49152 tokens has {UNIFORM:.4f}")
+
+
+def test_a_loss_that_rose_by_more_than_batches_differ_is_worse() -> None:
+    worse = divergence(noisy(*[2.5] * 10, *[4.5] * 90), None, VOCABULARY)
+    assert worse.startswith("the loss rose from 2.")
+    assert worse.endswith("(means of the first and last 10 steps)")
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [UNIFORM],
+        [1.762, 2.5, 2.9, 3.5831],
+        noisy(*[2.5] * 10),
+        noisy(*[2.5] * 200),
+        [UNIFORM + 0.01 * i for i in range(9)],
+        [2.5] * 5 + [2.51] * 5,
+    ],
+    ids=["one step", "harder batches", "noise", "long noise", "random weights", "no noise"],
+)
+def test_noise_is_not_worse(losses: list[float]) -> None:
+    assert divergence(losses, None, VOCABULARY) == ""

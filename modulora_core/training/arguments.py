@@ -1,0 +1,117 @@
+"""Translate a config to transformers' TrainingArguments, and check the optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.training.config import FinetuneConfig
+
+logger = logging.getLogger(__name__)
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+_SAVED_CHECKPOINTS = 2
+"""The Trainer deletes the oldest before we seal the newest: with one, none would be whole then."""
+
+
+class _Arguments(TrainingArguments):
+    n_gpu = 1  # with more, Trainer copies the model to each GPU that it sees (DataParallel)
+
+
+def training_arguments(
+    config: FinetuneConfig, folder: Path, steps: int, device: torch.device
+) -> TrainingArguments:
+    """Translate a config to transformers' arguments. Checkpoints go to ``folder``."""
+    on_gpu = device.type == "cuda"
+    return _Arguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        optim=config.optim,
+        learning_rate=config.lr,
+        lr_scheduler_type=_SCHEDULES[config.scheduler],
+        warmup_steps=_warmup_steps(config, steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        # float16 needs its loss scaler; bfloat16 needs no autocast, as activations have the model's
+        # dtype and the adapter is float32
+        fp16=on_gpu and config.dtype == "float16",
+        use_cpu=not on_gpu,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy="no" if config.eval_every is None else "steps",
+        eval_steps=config.eval_every,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=_SAVED_CHECKPOINTS,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=on_gpu,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def total_steps(config: FinetuneConfig, examples: int) -> int:
+    """Number of optimizer steps; the last batch of an epoch may be smaller."""
+    if config.steps is not None:
+        return config.steps
+    batches = math.ceil(examples / config.batch_size)
+    return max(1, math.ceil((config.epochs or 1) * math.ceil(batches / config.grad_accum)))
+
+
+def _warmup_steps(config: FinetuneConfig, steps: int) -> int:
+    # transformers rounds up, but the first warm-up step has a rate of 0, which wastes a short run
+    return int(config.warmup) if config.warmup >= 1 else round(config.warmup * steps)
+
+
+def warn_of_warmup(config: FinetuneConfig, steps: int) -> None:
+    """Log a warning if the learning rate never reaches its peak."""
+    warmup = _warmup_steps(config, steps)
+    if warmup >= steps:
+        logger.warning(
+            "warmup %g: it takes %d of the run's %d steps, so the learning rate never reaches its "
+            "peak (lr %g); lower it or train longer",
+            config.warmup, warmup, steps, config.lr,
+        )  # fmt: skip
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse an optimizer before work starts.
+
+    Raises:
+        OptionError: transformers has no optimizer of that name; the message has near misses.
+        MissingExtraError: the optimizer's library is not installed.
+    """
+    names = [known.value for known in OptimizerNames]
+    if name not in names:
+        near = difflib.get_close_matches(name, names) or names
+        raise OptionError(
+            f"optim {name!r}: transformers has no such optimizer; expected {' or '.join(near)}"
+        )
+    # not TrainingArguments(): it resets accelerate, which another run of this process may use
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    arguments: Any = SimpleNamespace(**{**defaults, "optim": name})
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError as error:
+        raise MissingExtraError(f"optim {name}: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # for example, it also needs optim_target_modules
+        raise OptionError(f"optim {name}: {' '.join(str(error).split())}") from None
