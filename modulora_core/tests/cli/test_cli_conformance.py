@@ -23,6 +23,7 @@ needs_kit = pytest.mark.skipif(
 
 
 @needs_kit
+@pytest.mark.slow
 def test_a_run_prints_the_result_alone_and_leaves_the_reports(tmp_path: Path) -> None:
     site, reports = tmp_path / "site", tmp_path / "reports"
     hook = "import torch\n" + TOY_INIT  # level 0 refuses a hook that imports torch

@@ -129,6 +129,7 @@ def test_it_is_certified_as_it_stands(package: Path, site: Path, tmp_path: Path)
 
 
 @needs_kit
+@pytest.mark.slow
 def test_its_tests_pass_with_every_promise(package: Path, site: Path) -> None:
     words = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--conformance-level", "0", "tests")
     done = python(*words, folder=package, site=site)
