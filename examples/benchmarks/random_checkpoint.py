@@ -144,10 +144,16 @@ def _record(model: str, quantizer: Quantizer, sites: Sites, seed: int) -> Quanti
     for name, reason in sites.kept.items():
         kept.setdefault(reason, []).append(name)
     source = {"name": f"random weights of the shapes of LLaMA {model}"}
-    packed = tuple(PackedSite(0, layout, "linear") for layout in layouts.values())
+    packed = tuple(PackedSite(recipe=0, kind="linear", layout=layout) for layout in layouts.values())
     recipes = (Recipe.of(quantizer),)
     return QuantizationRecord(
-        recipes, packed, weights, kept, source, seed, modulora_core.__version__
+        core_version=modulora_core.__version__,
+        seed=seed,
+        source=source,
+        recipes=recipes,
+        sites=packed,
+        weights=weights,
+        kept=kept,
     )
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from modulora_core.calibration.observe import Listener, observe
-from modulora_core.checkpoints.hf_quantizer import use_eager_experts
+from modulora_core.checkpoints.packed_modules import use_eager_experts
 from modulora_core.errors import ModelError
 from modulora_core.models import ModelSource
-from modulora_core.models.sites import LinearSite, decoder_linears
+from modulora_core.models.sites import LinearSite, find_sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, ...]:
     Raises:
         ModelError: no list of modules holds a linear weight.
     """
-    sizes = {site.name: site.numel for site in decoder_linears(model)}
+    sizes = {site.name: site.numel for site in find_sites(model).linears}
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [path for path in lists if not path.startswith(tuple(f"{p}." for p in lists))]
     weights = {

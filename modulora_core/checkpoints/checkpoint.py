@@ -1,8 +1,8 @@
-"""Packed checkpoints: opening, checking and loading what ``modulora quantize`` wrote, and what other tools wrote.
+"""Open, check and load packed checkpoints, written by ``modulora quantize`` or by other tools.
 
-:func:`open_checkpoint` reads config.json and the files' headers, and gives tensors one at a time;
-:func:`load_model` gives the transformers model, with packed weights and no dense one.
-"""
+:func:`open_checkpoint` reads config.json and the files' headers; a checkpoint then gives tensors
+one at a time. :func:`load_model` makes the transformers model, with packed weights and no dense
+one."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modulora_core.checkpoints.foreign import ForeignModel, ForeignStore, open_foreign
-from modulora_core.checkpoints.mapped_blocks import keep_one_block
-from modulora_core.checkpoints.mapped_files import MappedFiles
+from modulora_core.checkpoints.foreign import ForeignModel, ForeignStore, layout_of, open_foreign
+from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.devices import pick_device
 from modulora_core.errors import CheckpointError, ModelError, OptionError
-from modulora_core.models.config import no_config, unread_method
+from modulora_core.models import tokenizer
+from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton
-from modulora_core.models.formats import recognise
-from modulora_core.models.locate import fetch_weights, locate
+from modulora_core.models.folders import no_config
+from modulora_core.models.formats import method_of, recognise, unread_method
+from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import SafetensorsStore
-from modulora_core.models.tokenizer_files import copy_files
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 
 if TYPE_CHECKING:
@@ -37,17 +37,18 @@ LOAD_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class PackedCheckpoint:
-    """A folder of packed weights, known from config.json and headers. Make one with :func:`open_checkpoint`.
-
-    Args:
-        foreign: what :func:`~modulora_core.checkpoints.foreign.open_foreign` gave, if the folder isn't of ours.
+    """A folder of packed weights, known from config.json and headers; :func:`open_checkpoint` makes
+    one.
 
     Attributes:
-        folder: where it is on this machine.
+        folder: its path on this machine.
+        name: its name without this machine's folders.
+        foreign: the opened folder of another tool, else None.
         format: ``"modulora"``, or the name of the foreign format.
-        config: its config.json; of a foreign folder, what config.json would be if it were ours.
+        config: its config.json; of a foreign folder, config.json as ours would be.
         record: its ``quantization_config``.
-        parameters: every stored parameter → its :class:`PackedSite` if it is packed, else its layout.
+        parameters: every stored parameter → its :class:`PackedSite` if it is packed, else its
+            layout.
     """
 
     def __init__(
@@ -57,69 +58,80 @@ class PackedCheckpoint:
         name: str,
         foreign: ForeignModel | None = None,
     ) -> None:
-        self.folder = folder
-        self.name = name
+        self.folder, self.name, self.foreign = folder, name, foreign
         self.config = dict(config)
         self.record = QuantizationRecord.from_json(config["quantization_config"])
-        self.foreign = foreign
         self.format = QUANT_METHOD if foreign is None else str(self.record.source["format"])
         self._store: SafetensorsStore | ForeignStore = (
             SafetensorsStore(folder) if foreign is None else foreign.store
         )
         self._quantizers: dict[int, Quantizer] = {}
-        packed = self._check_packed()
-        dense = {name: TensorLayout(str(t.dtype).removeprefix("torch."), t.shape)
-                 for name, t in self._store.tensors.items() if name not in packed}  # fmt: skip
+        stored = {name: layout_of(tensor) for name, tensor in self._store.tensors.items()}
+        self._check_packed(stored)
+        packed = {
+            name for parameter, site in self.record.items() for name, _ in site.tensors(parameter)
+        }
         self.parameters: dict[str, PackedSite | TensorLayout] = {
-            **dense,
+            **{name: layout for name, layout in stored.items() if name not in packed},
             **dict(self.record.items()),
         }
 
-    def _check_packed(self) -> set[str]:
-        """Names of all packed tensors. Raises CheckpointError where a file differs from what config.json says."""
-        names: set[str] = set()
+    def _check_packed(self, stored: Mapping[str, TensorLayout]) -> None:
         for parameter, site in self.record.items():
             for name, expected in site.tensors(parameter):
-                stored = self._store.tensors.get(name)
-                if stored is None:
-                    raise CheckpointError(f"{self.folder}: {name}: config.json names it, the files don't have it; "
-                                          "download or quantize the model again")  # fmt: skip
-                found = TensorLayout(str(stored.dtype).removeprefix("torch."), stored.shape)
+                found = stored.get(name)
+                if found is None:
+                    raise CheckpointError(
+                        f"{self.folder}: {name}: config.json names it, the files don't have it; "
+                        "download or quantize the model again"
+                    )
                 if found != expected:
-                    raise CheckpointError(f"{self.folder / stored.file}: {name}: config.json says {expected.dtype} {list(expected.shape)}, "
-                                          f"the file has {found.dtype} {list(found.shape)}")  # fmt: skip
-                names.add(name)
-        return names
+                    raise CheckpointError(
+                        f"{self.folder / self._store.tensors[name].file}: {name}: expected "
+                        f"{expected} by config.json, got {found}"
+                    )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors, packed or not."""
-        return sum(t.nbytes for t in self._store.tensors.values())
+        return sum(tensor.nbytes for tensor in self._store.tensors.values())
 
     def quantizer(self, site: PackedSite) -> Quantizer:
-        """The quantizer that can read ``site``. Raises PluginError with what to install, CheckpointError for another packed format."""
+        """The quantizer that reads ``site``.
+
+        Raises:
+            PluginError: it isn't installed; says what to install.
+            CheckpointError: it doesn't read this packed format.
+        """
         if site.recipe not in self._quantizers:
             self._quantizers[site.recipe] = self.record.recipes[site.recipe].create()
         self._quantizers[site.recipe].check_format(site.layout)
         return self._quantizers[site.recipe]
 
     def tensor(self, name: str) -> Tensor:
-        """A stored tensor: a parameter that isn't packed, or one tensor of one that is."""
+        """Read a stored tensor: a dense parameter, or one tensor of a packed one."""
         return self._store.read(name)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All stored tensors, in memory."""
+        """Read all stored tensors into memory."""
         return {name: self._store.read(name) for name in self._store.tensors}
 
     def mapped(self) -> MappedFiles:
-        """All stored tensors, on their files. Raises OptionError: another tool's, whose tensors must be converted."""
+        """Map all stored tensors from their files.
+
+        Raises:
+            OptionError: it is another tool's, whose tensors must be converted.
+        """
         if isinstance(self._store, ForeignStore):
-            raise OptionError(f"mapped: expected a checkpoint of modulora's own format, got {self.format} in {self.folder}; write it as "
-                              f"one with `modulora convert {self.name} OUT --to {QUANT_METHOD}`, or leave mapped out")  # fmt: skip
+            raise OptionError(
+                f"mapped: expected a checkpoint of modulora's own format, got {self.format} in "
+                f"{self.folder}; write it as one with `modulora convert {self.name} OUT --to "
+                f"{QUANT_METHOD}`, or leave mapped out"
+            )
         return MappedFiles(self._store, self.folder)
 
     def packed(self, parameter: str) -> Iterator[PackedWeight]:
-        """The packed matrices of a parameter: one, or one for each expert."""
+        """Read the packed matrices of a parameter: one, or one for each expert."""
         site = self.record.sites[self.record.weights[parameter]]
         for prefix in site.prefixes(parameter):
             yield site.layout.fill(
@@ -127,31 +139,23 @@ class PackedCheckpoint:
             )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{self.folder}: its tokenizer can't be loaded ({str(error).splitlines()[0]}); "
-                             "copy the tokenizer's files of the model that it was made from there") from None  # fmt: skip
+        """Load its tokenizer. Raises ModelError if there is none that transformers can read."""
+        return tokenizer.load_tokenizer(str(self.folder), self.folder)
 
     def copy_tokenizer(self, out: Path) -> list[str]:
         """Copy tokenizer, chat template and generation config."""
-        return copy_files(self.folder, out)
+        return tokenizer.copy_tokenizer(self.folder, out)
 
     def write_dense_config(self, out: Path, dtype: str) -> None:
-        """config.json of the dense model."""
-        config = {
-            key: value
-            for key, value in self.config.items()
-            if key not in ("quantization_config", "torch_dtype")
-        }
+        """Write config.json of the dense model."""
+        dropped = ("quantization_config", "torch_dtype")
+        config = {key: value for key, value in self.config.items() if key not in dropped}
         (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether :func:`open_checkpoint` opens a folder: one of ours, or of a format that a plugin reads."""
-    config = read_config(folder)
+    """Whether a folder is a packed checkpoint: ours, or of a format that a plugin reads."""
+    config = config_values(folder)
     return _is_ours(config) or recognise(folder, config) is not None
 
 
@@ -160,61 +164,60 @@ def _is_ours(config: Mapping[str, Any]) -> bool:
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder; empty when there is none. Raises CheckpointError when it isn't JSON."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: expected a JSON object: {error}; download or quantize the model again"
-        ) from None
-
-
 def open_checkpoint(model: str | Path, *, revision: str | None = None) -> PackedCheckpoint:
-    """Open a folder, or a Hub repository, that ``modulora quantize`` wrote, or another tool in a format that an installed
-    plugin reads. Reads headers, no weights.
+    """Open a folder or Hub repository of packed weights: ours, or of a format that a plugin reads.
+
+    Only headers are read.
 
     Raises:
         ModelError: nothing is there, or it isn't a packed checkpoint; says what to do.
-        CheckpointError: it is one, and a file is missing, truncated, or differs from config.json.
+        CheckpointError: a file is missing, truncated, or differs from config.json.
     """
     location = locate(str(model), revision)
-    config = {} if location.gguf is not None else read_config(location.folder)
-    known = (
-        None
-        if location.gguf is not None or _is_ours(config)
-        else recognise(location.folder, config)
+    config = {} if location.gguf is not None else config_values(location.folder)
+    if _is_ours(config):
+        return PackedCheckpoint(fetch_weights(location).folder, config, location.name)
+    known = None if location.gguf is not None else recognise(location.folder, config)
+    if known is None:
+        raise ModelError(_not_packed(location, config))
+    location = fetch_weights(location)
+    foreign = open_foreign(location, known)
+    return PackedCheckpoint(location.folder, foreign.config(), location.name, foreign)
+
+
+def _not_packed(location: Location, config: Mapping[str, Any]) -> str:
+    method = method_of(config)
+    if method is not None:
+        return unread_method(location.model, method)
+    if location.gguf is None and not config:
+        return no_config(location.folder)
+    return (
+        f"model {location.model}: it isn't quantized by modulora; quantize it first: "
+        f"modulora quantize {location.model} OUT -q NAME"
     )
-    if known is not None:
-        location = fetch_weights(location)
-        foreign = open_foreign(location, known)
-        return PackedCheckpoint(location.folder, foreign.config(), location.name, foreign)
-    other = config.get("quantization_config")
-    if not _is_ours(config) and isinstance(other, Mapping):
-        raise ModelError(unread_method(str(model), other.get("quant_method", "an unnamed method")))
-    if location.gguf is None and not (location.folder / "config.json").is_file():
-        raise ModelError(no_config(location.folder))
-    if not _is_ours(config):
-        raise ModelError(
-            f"model {model}: it isn't quantized by modulora; quantize it first: modulora quantize {model} OUT -q NAME"
-        )
-    return PackedCheckpoint(fetch_weights(location).folder, config, location.name)
 
 
 def check_mapped(checkpoint: PackedCheckpoint, device: str) -> None:
-    """Refuse what :func:`load_model` couldn't map.
+    """Refuse a checkpoint that :func:`load_model` can't map.
 
     Raises:
         OptionError: the model isn't for a CPU, or isn't in our format.
     """
     if torch.device(device).type != "cpu":
         raise OptionError(
-            f"mapped: expected the device cpu, got {device}, to which weights are copied; leave mapped out"
+            f"mapped: expected the device cpu, got {device}, to which weights are copied; "
+            "leave mapped out"
         )
     checkpoint.mapped()
+
+
+def load_dtype(dtype: str, device: str) -> torch.dtype:
+    """The dtype called ``dtype``; ``"auto"`` depends on ``device``. Raises OptionError."""
+    if dtype not in LOAD_DTYPES:
+        raise OptionError(f"dtype: expected one of {', '.join(LOAD_DTYPES)}, got {dtype!r}")
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
 def load_model(
@@ -224,75 +227,74 @@ def load_model(
     device: str | None = None,
     mapped: bool = False,
 ) -> PreTrainedModel:
-    """Load a packed checkpoint as a transformers model, in evaluation mode.
+    """Load a quantized model, with its weights packed, as a transformers model in evaluation mode.
 
-    On a CPU the packed weights of our own format stay in their files, mapped into memory, and so does what else is stored in ``dtype``:
-    the files must stay as they are while the model lives.
+    ::
+
+        model = modulora_core.load_model("smollm2-packed")
+
+    On a CPU the weights stay in their files, mapped into memory, if the folder is in our format and
+    they need no cast. The files must not change while the model lives.
 
     Args:
         model: a folder, a Hub id, or an opened checkpoint.
-        dtype: of everything that isn't packed, and so of the activations. ``"auto"`` is float32 on a CPU and
-            bfloat16 elsewhere. Packed tensors keep their own.
-        device: see :func:`modulora_core.devices.pick_device`.
-        mapped: have the packed weights of one decoder block in memory at a time (:mod:`modulora_core.checkpoints.mapped_blocks`). On a CPU only.
+        dtype: the dtype of the activations and of all dense parameters. ``"auto"`` is float32 on a
+            CPU and bfloat16 elsewhere. Packed tensors keep their own.
+        device: ``"cpu"``, ``"cuda"``, ...; None takes a GPU if there is one.
+        mapped: hold the packed weights of one decoder block in memory at a time, on a CPU only.
 
     Raises:
-        OptionError: ``mapped`` on another device, or of another tool's format.
-        PluginError: the plugin that packed it isn't installed, or can't be used.
-        ModelError, CheckpointError: as :func:`open_checkpoint`; also when files and model don't fit together.
+        OptionError: no such dtype or device, or ``mapped`` on a GPU or for another tool's format.
+        PluginError: the quantizer that packed it isn't installed, or can't be used.
+        ModelError: nothing is there, or it isn't quantized.
+        CheckpointError: a file is missing or damaged, or files and config.json don't fit together.
     """
-    from modulora_core.checkpoints import hf_quantizer as integration
+    from modulora_core.checkpoints import hf_quantizer
 
     device = str(pick_device(device))
     checkpoint = model if isinstance(model, PackedCheckpoint) else open_checkpoint(model)
     for site in checkpoint.record.sites:
-        checkpoint.quantizer(site)  # a missing plugin is told before any work
+        checkpoint.quantizer(site)  # a missing plugin is refused before any work
     if mapped:
         check_mapped(checkpoint, device)
-    stays = torch.device(device).type == "cpu" and checkpoint.foreign is None
-    files = checkpoint.mapped() if stays else None
-    integration.register()
+    files = None if checkpoint.foreign is not None else checkpoint.mapped()
+    loaded_as = load_dtype(dtype, device)
+    hf_quantizer.register()
     with quiet():
-        loaded, info = _from_pretrained(
-            checkpoint, files, dtype=load_dtype(dtype, device), device_map={"": device}, output_loading_info=True,
-            trust_remote_code=False,
-        )  # fmt: skip
-    _check_loaded(checkpoint, info)
+        loaded = _from_pretrained(checkpoint, files, device, loaded_as)
     if files is not None:
         if mapped:
             keep_one_block(loaded, files)
-        _hand_back_cast(checkpoint, files, load_dtype(dtype, device))
+        _drop_cast(checkpoint, files, loaded_as)
     loaded.eval()
     return loaded
 
 
 def _from_pretrained(
-    checkpoint: PackedCheckpoint, files: MappedFiles | None, **options: Any
-) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    checkpoint: PackedCheckpoint, files: MappedFiles | None, device: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Let transformers load our tensors, which are views of ``files`` or converted."""
+    from transformers import GenerationConfig
 
-    if checkpoint.foreign is not None:
-        source = checkpoint.foreign.source
-        config, skeleton, tensors = (
-            copy.deepcopy(source.config),
-            source.skeleton(),
-            checkpoint.tensors(),
-        )
-    elif files is not None:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        skeleton, tensors = build_skeleton(config, options["dtype"]), files.views()
+    if files is not None:
+        config, tensors = transformers_config(checkpoint.folder), files.views()
     else:
-        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)  # type: ignore[no-any-return]
+        assert checkpoint.foreign is not None
+        config, tensors = copy.deepcopy(checkpoint.foreign.source.config), checkpoint.tensors()
     config.quantization_config = checkpoint.record.to_json()
-    model, info = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, **options)
+    model, info = type(build_skeleton(config, dtype)).from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, device_map={"": device},
+        output_loading_info=True, trust_remote_code=False,
+    )  # fmt: skip
+    _check_loaded(checkpoint, info)
     model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-    return model, info
+    return model
 
 
-def _hand_back_cast(checkpoint: PackedCheckpoint, files: MappedFiles, dtype: torch.dtype) -> None:
-    """Drop the pages of what isn't packed and is stored in another dtype: the model has a copy in its own."""
+def _drop_cast(checkpoint: PackedCheckpoint, files: MappedFiles, dtype: torch.dtype) -> None:
+    """Drop the pages of dense tensors in another dtype: the model has a copy in its own."""
     wanted = str(dtype).removeprefix("torch.")
     cast = [
         name
@@ -303,20 +305,13 @@ def _hand_back_cast(checkpoint: PackedCheckpoint, files: MappedFiles, dtype: tor
         pages.drop()
 
 
-def load_dtype(dtype: str, device: str) -> torch.dtype:
-    """What ``"auto"`` means on ``device``; else the dtype of that name. Raises OptionError for another name."""
-    if dtype not in LOAD_DTYPES:
-        raise OptionError(f"dtype: expected one of {', '.join(LOAD_DTYPES)}, got {dtype!r}")
-    if dtype == "auto":
-        return torch.float32 if device == "cpu" else torch.bfloat16
-    return getattr(torch, dtype)  # type: ignore[no-any-return]
-
-
 def _check_loaded(checkpoint: PackedCheckpoint, info: Mapping[str, Any]) -> None:
-    """Transformers fills what is missing with noise and goes on: refuse it here."""
-    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        names = sorted(str(name) for name in info[what])
+    """Refuse a model with missing keys, which transformers fills with noise, or with other ones."""
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(str(name) for name in info[kind])
         if names:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise CheckpointError(f"{checkpoint.folder}: {len(names)} {what.replace('_', ' ')} ({some}); the files and config.json "
-                                  "don't belong together: download or quantize the model again")  # fmt: skip
+            raise CheckpointError(
+                f"{checkpoint.folder}: {len(names)} {kind.replace('_', ' ')} ({some}); the files "
+                "and config.json don't belong together: download or quantize the model again"
+            )

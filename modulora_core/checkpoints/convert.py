@@ -1,13 +1,14 @@
-"""A packed checkpoint rewritten in another format: a foreign folder as one of ours, ours as a foreign one.
+"""Rewrite a packed checkpoint in another format: a foreign folder as one of ours, or ours as a
+foreign one.
 
-The packed weights keep their values: nothing is quantized again. One layer is in memory at a time.
+Packed weights keep their values: nothing is quantized again. One layer is in memory at a time.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,15 @@ from modulora_core.spec import TensorLayout
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What was written.
+    """The result of :func:`convert`.
 
     Attributes:
-        format: that of ``out``; source_format: that of what was read.
-        weights: how many logical weights are packed; bytes: of all tensors written.
+        out: the folder that was written.
+        format, source_format: the formats of ``out`` and of the source.
+        weights: the number of packed logical weights.
+        bytes: of all tensors written.
+        seconds: the time it took.
+        peak_memory_bytes: see :class:`modulora_core.devices.memory.PeakMemory`.
     """
 
     out: str
@@ -62,108 +67,121 @@ def convert(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
-    """Write the packed checkpoint ``source`` to the folder ``out`` in the format ``to``.
+    """Write the packed checkpoint ``source`` to the folder ``out`` in another format.
+
+    ::
+
+        modulora_core.convert("someone/llama-gptq", "llama-packed", "modulora")
+
+    Packed weights keep their values. The formats of other tools come with the installed quantizers.
 
     Args:
         source: a folder of ours or of a format that an installed plugin reads, or a Hub id.
         out: a new or empty folder. It appears whole or not at all.
         to: ``"modulora"``, or the name of an installed format.
+        max_shard_bytes: the size of a file, in bytes.
+        revision: a branch, tag or commit of a Hub repository.
+        progress: called as ``progress("converting", done, total)`` after each parameter.
 
     Raises:
-        OptionError: no such format, one that is only read, or ``source`` is of it already.
-        ModelError, ShapeError: a weight that the format can't hold, by its name; or ``source`` isn't packed.
-        RequestError: ``source`` can't be read, ``out`` holds something else or is too small. All before any work.
+        OptionError: no such format, or ``out`` can't be written in it, or ``source`` is in it.
+        ModelError, ShapeError: ``source`` isn't packed, or the format can't hold a weight, which is
+            named.
+        RequestError: ``source`` can't be read, or ``out`` holds something else or is too small.
+            Every error is raised before any work.
     """
     started = time.perf_counter()
     with PeakMemory("cpu") as peak:
         out = Path(out)
         check_output(out)
-        written = None if to == QUANT_METHOD else formats.create_writer(to)
+        writer = None if to == QUANT_METHOD else formats.create_writer(to)
         checkpoint = open_checkpoint(source, revision=revision)
-        if written is None and checkpoint.foreign is None:
-            raise OptionError(f"--to {to}: {source} is in this format already; expected another, one of "
-                              f"{', '.join(formats.specs()) or '(none is installed)'}")  # fmt: skip
-        plan = dict(_plan(checkpoint, written))
-        shards = plan_shards(
-            {name: t for tensors in plan.values() for name, t in tensors.items()}, max_shard_bytes
-        )
+        if writer is None and checkpoint.foreign is None:
+            raise OptionError(
+                f"--to {to}: {source} is in this format already; expected another, one of "
+                f"{', '.join(formats.specs()) or '(none is installed)'}"
+            )
+        parts = {name: _part(checkpoint, name, writer) for name in checkpoint.parameters}
+        layouts = {name: t for part in parts.values() for name, t in part.layouts.items()}
+        shards = plan_shards(layouts, max_shard_bytes)
         nbytes = sum(shard.nbytes for shard in shards)
         check_disk_space(out, nbytes + SMALL_FILES)
-        with whole_or_nothing(out) as folder:
-            writer = ShardWriter(folder, shards)
-            for done, name in enumerate(plan, 1):
-                with torch.no_grad():
-                    writer.write(name, _tensors(checkpoint, name, written))
+        with whole_or_nothing(out) as folder, torch.no_grad():
+            shard_writer = ShardWriter(folder, shards)
+            for done, (name, part) in enumerate(parts.items(), 1):
+                shard_writer.write(name, part.read())
                 if progress is not None:
-                    progress("converting", done, len(plan))
-            writer.finish()
-            _write_config(checkpoint, written, folder)
+                    progress("converting", done, len(parts))
+            shard_writer.finish()
+            _write_config(checkpoint, writer, folder)
             checkpoint.copy_tokenizer(folder)
     weights = sum(site.weights for _, site in checkpoint.record.items())
-    return ConvertResult(
-        str(out), to, checkpoint.format, weights, nbytes, time.perf_counter() - started, peak.nbytes
+    seconds = time.perf_counter() - started
+    return ConvertResult(str(out), to, checkpoint.format, weights, nbytes, seconds, peak.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The tensors that one parameter is written as: known from headers, and read on request."""
+
+    layouts: Mapping[str, TensorLayout]
+    read: Callable[[], Mapping[str, Tensor]]
+
+
+def _part(checkpoint: PackedCheckpoint, name: str, writer: CheckpointFormat | None) -> _Part:
+    stored = checkpoint.parameters[name]
+    if writer is None or not isinstance(stored, PackedSite):
+        as_it_is = dict(stored.tensors(name)) if isinstance(stored, PackedSite) else {name: stored}
+        return _Part(as_it_is, lambda: {part: checkpoint.tensor(part) for part in as_it_is})
+    weight = _stored_weight(checkpoint, name, stored, writer)
+    try:
+        layouts = writer.plan(weight)
+    except (ModelError, ShapeError) as error:
+        raise type(error)(f"{weight.module}: {error}") from None
+    return _Part(
+        {f"{weight.module}.{part}": layout for part, layout in layouts.items()},
+        lambda: {f"{weight.module}.{part}": t for part, t in writer.tensors(weight).items()},
     )
 
 
-def _plan(
-    checkpoint: PackedCheckpoint, written: CheckpointFormat | None
-) -> Iterator[tuple[str, Mapping[str, TensorLayout]]]:
-    """Each parameter with the tensors that it is stored as."""
-    for name, stored in checkpoint.parameters.items():
-        if not isinstance(stored, PackedSite):
-            yield name, {name: stored}
-        elif written is None:
-            yield name, dict(stored.tensors(name))
-        else:
-            weight = _weight(checkpoint, name, stored, written)
-            try:
-                tensors = written.plan(weight)
-            except ShapeError as error:
-                raise ShapeError(f"{weight.module}: {error}") from None
-            except ModelError as error:
-                raise ModelError(f"{weight.module}: {error}") from None
-            yield name, {f"{weight.module}.{part}": layout for part, layout in tensors.items()}
-
-
-def _weight(
-    checkpoint: PackedCheckpoint, name: str, site: PackedSite, written: CheckpointFormat
+def _stored_weight(
+    checkpoint: PackedCheckpoint, name: str, site: PackedSite, writer: CheckpointFormat
 ) -> StoredWeight:
-    if site.kind == "embedding":
-        raise ModelError(f"{name}: a packed input embedding; the format {written.spec.name} holds linear layers only, so this model can't "
-                         "be written in it")  # fmt: skip
-    if site.experts is not None or not name.endswith(".weight"):
-        raise ModelError(f"{name}: a stack of {site.experts or 1} experts in one parameter; the format {written.spec.name} holds "
-                         "linear layers only, so this model can't be written in it")  # fmt: skip
-
-    def read(part: str) -> Tensor:
-        return checkpoint.tensor(f"{name}.{part}")
-
-    return StoredWeight(name.removesuffix(".weight"), checkpoint.quantizer(site), site.layout, read)
-
-
-def _tensors(
-    checkpoint: PackedCheckpoint, name: str, written: CheckpointFormat | None
-) -> dict[str, Tensor]:
-    stored = checkpoint.parameters[name]
-    if not isinstance(stored, PackedSite):
-        return {name: checkpoint.tensor(name)}
-    if written is None:
-        return {part: checkpoint.tensor(part) for part, _ in stored.tensors(name)}
-    weight = _weight(checkpoint, name, stored, written)
-    return {f"{weight.module}.{part}": tensor for part, tensor in written.tensors(weight).items()}
+    if site.kind in ("embedding", "experts"):
+        got = (
+            "a packed input embedding"
+            if site.kind == "embedding"
+            else (f"a stack of {site.experts} experts in one parameter")
+        )
+        raise ModelError(
+            f"{name}: {got}; the format {writer.spec.name} holds linear layers only, so this model "
+            "can't be written in it"
+        )
+    return StoredWeight(
+        module=name.removesuffix(".weight"),
+        quantizer=checkpoint.quantizer(site),
+        layout=site.layout,
+        read=lambda part: checkpoint.tensor(f"{name}.{part}"),
+    )
 
 
 def _write_config(
-    checkpoint: PackedCheckpoint, written: CheckpointFormat | None, folder: Path
+    checkpoint: PackedCheckpoint, writer: CheckpointFormat | None, folder: Path
 ) -> None:
     config = {**checkpoint.config, "quantization_config": checkpoint.record.to_json()}
-    if written is not None:
+    if writer is not None:
         weights = [
-            _weight(checkpoint, name, site, written) for name, site in checkpoint.record.items()
+            _stored_weight(checkpoint, name, site, writer)
+            for name, site in checkpoint.record.items()
         ]
-        kept = [name.removesuffix(".weight") for name, stored in checkpoint.parameters.items()
-                if name.endswith(".weight") and isinstance(stored, TensorLayout) and len(stored.shape) == 2]  # fmt: skip
-        config["quantization_config"] = written.config(weights, kept)
-        for file in written.spec.config_files:
+        kept = [
+            name.removesuffix(".weight")
+            for name, stored in checkpoint.parameters.items()
+            if name.endswith(".weight")
+            and isinstance(stored, TensorLayout)
+            and len(stored.shape) == 2
+        ]
+        config["quantization_config"] = writer.config(weights, kept)
+        for file in writer.spec.config_files:
             (folder / file).write_text(json.dumps(config["quantization_config"], indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,25 +1,25 @@
-"""A foreign folder under our own tensors' names: what another tool quantized, read as a checkpoint of ours.
+"""Read a folder that another tool quantized, under the names of a checkpoint of ours.
 
-:func:`open_foreign` reads config, headers and what little the format needs to know layouts. Large tensors are
-converted a layer at a time when they are asked for, so nothing here is as large as the model.
+:func:`open_foreign` reads config, headers, and the few small tensors that layouts need. Large
+tensors are converted a layer at a time, on request, so that nothing here is as large as the model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import modulora_core
-from modulora_core.checkpoints.record import PackedSite, QuantizationRecord, Recipe
+from modulora_core.checkpoints.record import QuantizationRecord, Recipe, distinct_sites
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.models import formats
 from modulora_core.models.config import read_config
-from modulora_core.models.conversion import build_skeleton, plan_conversions
+from modulora_core.models.conversion import build_skeleton, plan_conversions, tied_names, untied
 from modulora_core.models.formats import ForeignWeight, Recognised
 from modulora_core.models.locate import Location
 from modulora_core.models.quiet import quiet
@@ -30,8 +30,8 @@ from modulora_core.models.store import StoredTensor
 from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.spec import PackedWeight, TensorLayout
 
-PACKED = "packed"
-"""What :class:`_Headers` says a packed weight is stored as."""
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ForeignModel:
 
     Attributes:
         source: its config, tokenizer and dense parameters.
-        record: what a checkpoint of ours with these weights has in config.json.
+        record: the record of a checkpoint of ours with these weights.
         store: all its tensors, named as in such a checkpoint.
     """
 
@@ -52,119 +52,165 @@ class ForeignModel:
         """config.json of a checkpoint of ours with these weights."""
         config: dict[str, Any] = json.loads(self.source.config.to_json_string(use_diff=False))
         architectures = [type(self.source.skeleton()).__name__]
-        return {
-            **config,
-            "architectures": architectures,
-            "quantization_config": self.record.to_json(),
-        }
+        quantization = self.record.to_json()
+        return {**config, "architectures": architectures, "quantization_config": quantization}
 
 
 def open_foreign(location: Location, recognised: Recognised) -> ForeignModel:
-    """Open a folder that :func:`modulora_core.models.formats.recognise` knows, its weights being there.
+    """Open a folder that :func:`modulora_core.models.formats.recognise` knows; its weights are
+    there.
 
     Raises:
-        ModelError: it asks for what can't be read: by the format, or a layer that isn't a linear layer of its own in
-            the model that transformers makes of config.json.
+        ModelError: the format can't read it, or a quantized layer isn't a linear layer of its own
+            in the model that transformers makes of config.json.
         CheckpointError: missing, truncated or damaged files, or tensors that don't fit config.json.
         PluginError: the plugin can't be used.
     """
     with quiet():
         config, values = read_config(location.folder, recognised.spec)
         raw = SafetensorsStore(location.folder)
-        layouts = {name: _layout(tensor) for name, tensor in raw.tensors.items() if _known(tensor)}
-        weights = recognised.open().weights(recognised.config, layouts, raw.read)
+        packable = [(n, t) for n, t in raw.tensors.items() if _dtype_name(t) in BITS_OF_DTYPE]
+        layouts = {name: layout_of(tensor) for name, tensor in packable}
+        weights = formats.create(recognised.spec.name).weights(recognised.config, layouts, raw.read)
         if not weights:
-            raise CheckpointError(f"{location.folder}: {recognised.file} says that it is quantized in the format "
-                                  f"{recognised.spec.name}, and no tensor of its files is")  # fmt: skip
-        skeleton = build_skeleton(config, torch.float32)
-        turned = {site.name for site in find_sites(skeleton).linears if site.transposed}
-        plan = plan_conversions(skeleton, _Headers(raw, weights, frozenset()).tensors)
-        transposed = {found.names[0] for found in plan.conversions if found.target in turned}
-        source = fit(location, config, values, _Headers(raw, weights, transposed))
-        placed = _place(source, raw, weights)
-        source_record = {**source.identity(), "format": recognised.spec.name}
-    record = _record(source, placed, source_record)
-    return ForeignModel(
-        source, record, ForeignStore(source, raw, record, {n: w for n, (_, w) in placed.items()})
-    )
+            raise CheckpointError(
+                f"{location.folder}: {recognised.file} says that it is quantized in the format "
+                f"{recognised.spec.name}, and no tensor of its files is"
+            )
+        headers = _Headers(raw, weights)
+        placed = _place(location.model, config, headers)
+        source = fit(location, config, values, headers)
+        source.validate()
+        record = _record(source, placed, recognised.spec.name)
+    return ForeignModel(source, record, ForeignStore(source, raw, record, placed))
 
 
 class _Headers:
-    """The tensors of a foreign folder with the parts of a packed weight standing as one tensor, ``MODULE.weight``.
+    """The tensors of a foreign folder; each packed weight is one tensor, ``MODULE.weight``.
 
-    It is what :class:`~modulora_core.models.weights.Weights` maps to names in memory; packed weights aren't read
-    through it.
-    """
+    :class:`~modulora_core.models.weights.Weights` maps them to names in memory. Packed weights
+    aren't read through it."""
 
-    def __init__(
-        self,
-        raw: SafetensorsStore,
-        weights: Mapping[str, ForeignWeight],
-        transposed: frozenset[str] | set[str],
-    ) -> None:
-        self._raw = raw
+    def __init__(self, raw: SafetensorsStore, weights: Mapping[str, ForeignWeight]) -> None:
+        self.read, self._raw = raw.read, raw
+        self.packed = {f"{module}.weight": weight for module, weight in weights.items()}
         parts = {part for weight in weights.values() for part in weight.tensors}
-        tensors = {name: tensor for name, tensor in raw.tensors.items() if name not in parts}
-        for module, weight in weights.items():
-            name = f"{module}.weight"
-            if name in tensors:
-                raise CheckpointError(
-                    f"{name}: the files have it, and {weight.tensors[0]} of the same layer"
-                )
-            shape = weight.layout.shape[::-1] if name in transposed else weight.layout.shape
-            stored = [raw.tensors[part] for part in weight.tensors]
-            tensors[name] = StoredTensor(
-                shape, torch.float16, PACKED, sum(t.nbytes for t in stored), stored[0].file
+        self.tensors = {name: t for name, t in raw.tensors.items() if name not in parts}
+        for name, weight in self.packed.items():
+            if name in self.tensors:
+                other = weight.tensors[0]
+                raise CheckpointError(f"{name}: the files have it, and {other} of the same layer")
+            self.set_shape(name, weight.layout.shape)
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Say which shape a packed weight has in the model's code."""
+        parts = [self._raw.tensors[part] for part in self.packed[name].tensors]
+        nbytes, file = sum(tensor.nbytes for tensor in parts), parts[0].file
+        self.tensors[name] = StoredTensor(shape, torch.float16, "packed", nbytes, file)
+
+
+_Placed = dict[str, tuple[LinearSite, ForeignWeight]]
+"""Each packed weight by its name in memory, in the model's order."""
+
+
+def _place(model: str, config: PretrainedConfig, headers: _Headers) -> _Placed:
+    """Find the layer of each packed weight. If the head is packed, ``config`` becomes untied."""
+    skeleton = build_skeleton(config, torch.float32)
+    kind = type(skeleton).__name__
+    conversions, unexpected = plan_conversions(skeleton, headers.tensors)
+    _check_unexpected(model, kind, headers, unexpected)
+    found = {
+        step.target: step
+        for step in conversions
+        if not headers.packed.keys().isdisjoint(step.names)
+    }
+    if not found.keys().isdisjoint(tied_names(skeleton)):
+        skeleton = build_skeleton(untied(config), torch.float32)
+    sites = {site.name: site for site in find_sites(skeleton, include=["*"]).linears}
+    placed: _Placed = {}
+    for target, step in found.items():
+        (name, *_), site = step.names, sites.get(target)
+        if step.rule is not None or site is None or site.experts is not None:
+            raise ModelError(
+                f"{model}: {name.removesuffix('.weight')} is quantized as a layer of its own; in "
+                f"transformers' {kind} it is a part of {target}. Such a folder can't be read"
             )
-        self._tensors = tensors
+        weight = headers.packed[name]
+        if site.transposed:
+            headers.set_shape(name, weight.layout.shape[::-1])
+        placed[target] = site, weight
+    return placed
 
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        return MappingProxyType(self._tensors)
 
-    def read(self, name: str) -> Tensor:
-        return self._raw.read(name)
+def _check_unexpected(model: str, kind: str, headers: _Headers, unexpected: list[str]) -> None:
+    """Refuse a packed weight, or the bias of one, that the model has no place for."""
+    for name in headers.packed:
+        module = name.removesuffix(".weight")
+        if name in unexpected:
+            raise ModelError(
+                f"{model}: {module} is quantized there, and transformers' {kind} has no such layer"
+            )
+        # some tools write a bias of zeros for layers that have none
+        if f"{module}.bias" in unexpected and bool(headers.read(f"{module}.bias").any()):
+            raise ModelError(
+                f"{module}.bias: the files have a bias that isn't zero, and the layer of the model "
+                "has none"
+            )
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        return self._raw.chunks(name)
+
+def _record(source: ModelSource, placed: _Placed, format_name: str) -> QuantizationRecord:
+    # a format makes few quantizers, and Recipe.of looks plugins up
+    quantizers = {id(weight.quantizer): weight.quantizer for _, weight in placed.values()}
+    recipe_of = {key: Recipe.of(quantizer) for key, quantizer in quantizers.items()}
+    recipes: list[Recipe] = []
+    for recipe in recipe_of.values():
+        if recipe not in recipes:
+            recipes.append(recipe)
+    sites, weights = distinct_sites(
+        (site, recipes.index(recipe_of[id(weight.quantizer)]), weight.layout)
+        for site, weight in placed.values()
+    )
+    found = find_sites(source.skeleton())
+    dense = {site.name: f"not quantized in {source.location.name}" for site in found.linears}
+    kept: dict[str, list[str]] = {}
+    for name, reason in {**found.kept, **dense}.items():
+        if name not in weights:
+            kept.setdefault(reason, []).append(name)
+    return QuantizationRecord(
+        core_version=modulora_core.__version__, source={**source.identity(), "format": format_name},
+        recipes=tuple(recipes), sites=sites, weights=weights, kept=kept,
+    )  # fmt: skip
 
 
 class ForeignStore:
-    """The tensors of a foreign folder as a checkpoint of ours would have them: a ``TensorStore`` but for chunks.
+    """The tensors of a foreign folder, named and packed as in a checkpoint of ours.
 
-    The packed tensors of one parameter are asked for one after another: the last that was converted is kept.
-    """
+    The tensors of one packed weight are read one after another, so the last converted weight is
+    kept."""
 
     def __init__(
         self,
         source: ModelSource,
         raw: SafetensorsStore,
         record: QuantizationRecord,
-        weights: Mapping[str, ForeignWeight],
+        placed: _Placed,
     ) -> None:
-        self._source, self._raw, self._weights = source, raw, weights
+        self._source, self._raw, self._placed = source, raw, placed
         self._owners: dict[str, tuple[str, str]] = {}
         self._last: tuple[str, PackedWeight] | None = None
-        tensors: dict[str, StoredTensor] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         for name, info in source.parameters.items():
-            if name not in weights:
-                dtype = str(info.dtype).removeprefix("torch.")
-                tensors[name] = _stored(
-                    TensorLayout(dtype, tuple(info.shape)), source.location.folder.name
-                )
+            if name not in placed:
+                layout = TensorLayout(str(info.dtype).removeprefix("torch."), info.shape)
+                self.tensors[name] = _stored(layout, source.location.folder.name)
         for parameter, site in record.items():
-            file = raw.tensors[weights[parameter].tensors[0]].file
+            file = raw.tensors[placed[parameter][1].tensors[0]].file
             for name, layout in site.tensors(parameter):
-                tensors[name] = _stored(layout, file)
+                self.tensors[name] = _stored(layout, file)
                 self._owners[name] = parameter, name.removeprefix(f"{parameter}.")
-        self._tensors = tensors
-
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        return MappingProxyType(self._tensors)
 
     def read(self, name: str) -> Tensor:
-        """Raises CheckpointError when a file was changed meanwhile, or is damaged."""
+        """Raises CheckpointError if a file was changed meanwhile, or is damaged."""
         if name not in self._owners:
             ((_, tensor),) = self._source.tensors(names=[name])
             return tensor
@@ -175,101 +221,24 @@ class ForeignStore:
         return self._last[1].tensors[part]
 
     def _unpack(self, parameter: str) -> PackedWeight:
-        weight = self._weights[parameter]
+        _, weight = self._placed[parameter]
         packed = weight.unpack(self._raw.read)
         if packed.layout != weight.layout:
-            raise CheckpointError(f"{parameter}: read as {packed.layout}, and its headers promised {weight.layout}; report it to "
-                                  f"the authors of the plugin of {packed.quantizer}")  # fmt: skip
+            raise CheckpointError(
+                f"{parameter}: expected {weight.layout} by its headers, got {packed.layout}; "
+                f"report it to the authors of the plugin of {packed.quantizer}"
+            )
         return packed
 
 
-def _known(tensor: StoredTensor) -> bool:
-    return str(tensor.dtype).removeprefix("torch.") in BITS_OF_DTYPE
+def layout_of(tensor: StoredTensor) -> TensorLayout:
+    return TensorLayout(_dtype_name(tensor), tensor.shape)
 
 
-def _layout(tensor: StoredTensor) -> TensorLayout:
-    return TensorLayout(str(tensor.dtype).removeprefix("torch."), tensor.shape)
+def _dtype_name(tensor: StoredTensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _stored(layout: TensorLayout, file: str) -> StoredTensor:
-    return StoredTensor(
-        layout.shape, getattr(torch, layout.dtype), DTYPE_CODES[layout.dtype], layout.nbytes, file
-    )
-
-
-def _place(
-    source: ModelSource, raw: SafetensorsStore, weights: Mapping[str, ForeignWeight]
-) -> dict[str, tuple[LinearSite, ForeignWeight]]:
-    """``{name in memory: (its site, its weight)}``, in the model's order."""
-    unexpected = set(source.validate())
-    for module in weights:
-        if f"{module}.weight" in unexpected:
-            raise ModelError(f"{source.location.model}: {module} is quantized there, and transformers' "
-                             f"{type(source.skeleton()).__name__} has no such layer")  # fmt: skip
-        _check_bias(f"{module}.bias", unexpected, raw)
-    skeleton = source.skeleton()
-    sites = {site.name: site for site in find_sites(skeleton, include=["*"]).linears}
-    placed: dict[str, tuple[LinearSite, ForeignWeight]] = {}
-    for found in plan_conversions(
-        skeleton, _Headers(raw, weights, frozenset()).tensors
-    ).conversions:
-        modules = [name.removesuffix(".weight") for name in found.names]
-        if not any(module in weights for module in modules):
-            continue
-        site = sites.get(found.target)
-        if found.rule is not None or site is None or site.experts is not None:
-            raise ModelError(
-                f"{source.location.model}: {modules[0]} is quantized as a layer of its own; in transformers' "
-                f"{type(skeleton).__name__} it is a part of {found.target}. Such a folder can't be read"
-            )
-        placed[found.target] = site, weights[modules[0]]
-    return placed
-
-
-def _check_bias(name: str, unexpected: set[str], raw: SafetensorsStore) -> None:
-    """Some tools write a bias of zeros for layers that have none. One with values can't be left out."""
-    if name in unexpected and bool(raw.read(name).any()):
-        raise ModelError(
-            f"{name}: the files have a bias that isn't zero, and the layer of the model has none"
-        )
-
-
-def _record(
-    source: ModelSource,
-    placed: Mapping[str, tuple[LinearSite, ForeignWeight]],
-    identity: Mapping[str, Any],
-) -> QuantizationRecord:
-    recipes: list[Recipe] = []
-    sites: list[PackedSite] = []
-    weights: dict[str, int] = {}
-    known: dict[
-        int, int
-    ] = {}  # id of a quantizer → its recipe: a format makes few, and Recipe.of looks plugins up
-    for name, (linear, weight) in placed.items():
-        if id(weight.quantizer) not in known:
-            recipe = Recipe.of(weight.quantizer)
-            if recipe not in recipes:
-                recipes.append(recipe)
-            known[id(weight.quantizer)] = recipes.index(recipe)
-        site = PackedSite(
-            known[id(weight.quantizer)], weight.layout, linear.kind, None, linear.transposed
-        )
-        if site not in sites:
-            sites.append(site)
-        weights[name] = sites.index(site)
-    found = find_sites(source.skeleton())
-    reasons = dict(found.kept) | {
-        site.name: f"not quantized in {source.location.name}" for site in found.linears
-    }
-    kept: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        if name not in weights:
-            kept.setdefault(reason, []).append(name)
-    return QuantizationRecord(
-        tuple(recipes),
-        tuple(sites),
-        weights,
-        kept=kept,
-        source=identity,
-        core_version=modulora_core.__version__,
-    )
+    dtype = getattr(torch, layout.dtype)
+    return StoredTensor(layout.shape, dtype, DTYPE_CODES[layout.dtype], layout.nbytes, file)

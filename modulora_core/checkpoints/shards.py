@@ -1,13 +1,9 @@
-"""safetensors files written a tensor at a time.
+"""Write safetensors files a tensor at a time.
 
-The safetensors library wants all tensors of a file in memory at once. Here dtypes and shapes are known before the
-first byte (layouts are), so headers are written first and each tensor goes to its place when it comes. A journal
-beside the files says which parameters are whole, so that a killed run can go on.
-
-The layout of a file is the one that safetensors specifies: 8 bytes with the header's length, little endian; a JSON
-header padded with spaces to a multiple of 8; the data without holes, here widest dtypes first so that every tensor is
-aligned.
-"""
+The safetensors library wants all tensors of a file in memory. Here layouts are known before the
+first byte, so headers are written first, and each tensor goes to its place when it comes. The
+widest dtypes come first, so that every tensor is aligned. A journal beside the files lists the
+parameters that are whole, so that a killed run can be resumed."""
 
 from __future__ import annotations
 
@@ -27,18 +23,18 @@ from modulora_core.spec import TensorLayout
 
 JOURNAL = "written.jsonl"
 MAX_SHARD_BYTES = 5 * 10**9
-"""As transformers has it: one file up to 5 GB."""
+"""The size of a file in transformers: at most 5 GB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One planned file: its tensors in the order of the file, and where each begins in the data."""
+    """One planned file: its tensors in the order of the file."""
 
     tensors: Mapping[str, TensorLayout]
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
+        return sum(layout.nbytes for layout in self.tensors.values())
 
     def header(self) -> bytes:
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -50,6 +46,7 @@ class Shard:
         return struct.pack("<Q", len(text)) + text
 
     def places(self) -> Iterator[tuple[str, int, TensorLayout]]:
+        """Each tensor with the byte of the data at which it begins."""
         start = 0
         for name, layout in self.tensors.items():
             yield name, start, layout
@@ -59,7 +56,7 @@ class Shard:
 def plan_shards(
     tensors: Mapping[str, TensorLayout], max_bytes: int = MAX_SHARD_BYTES
 ) -> list[Shard]:
-    """Cut ``tensors`` into files of at most ``max_bytes`` (a single tensor may be larger), in the order given."""
+    """Cut ``tensors``, in order, into files of at most ``max_bytes``; one tensor may be larger."""
     groups: list[dict[str, TensorLayout]] = [{}]
     size = 0
     for name, layout in tensors.items():
@@ -73,23 +70,26 @@ def plan_shards(
 
 def _by_alignment(item: tuple[str, TensorLayout]) -> tuple[int, str]:
     name, layout = item
-    return -torch.empty(0, dtype=getattr(torch, layout.dtype)).element_size(), name
+    return -getattr(torch, layout.dtype).itemsize, name
 
 
 def shard_names(count: int) -> list[str]:
-    """Transformers' names of the files of a model."""
+    """The names that transformers gives the files of a model."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 class ShardWriter:
-    """Writes planned shards into ``folder``, tensor by tensor, in any order.
+    """Write planned shards into ``folder``, tensor by tensor, in any order.
 
     Args:
         folder: an existing folder.
         shards: the plan.
-        resume: go on with the files and the journal that are there.
+        resume: continue with the files and the journal that are there.
+
+    Attributes:
+        done: the parameters that are written.
 
     Raises:
         CheckpointError: on resume, a file's header isn't the planned one.
@@ -98,40 +98,40 @@ class ShardWriter:
     def __init__(self, folder: Path, shards: Sequence[Shard], *, resume: bool = False) -> None:
         self.folder = folder
         self._places: dict[str, tuple[Path, int, TensorLayout]] = {}
-        self._sizes = {
-            name: shard.nbytes for name, shard in zip(shard_names(len(shards)), shards, strict=True)
-        }
+        self._nbytes = sum(shard.nbytes for shard in shards)
+        self._is_sharded = len(shards) > 1
         self._journal = folder / JOURNAL
         self.done: set[str] = self._read_journal() if resume else set()
-        for name, shard in zip(self._sizes, shards, strict=True):
+        for name, shard in zip(shard_names(len(shards)), shards, strict=True):
             self._open(folder / name, shard)
 
     def _open(self, path: Path, shard: Shard) -> None:
         header = shard.header()
         for name, start, layout in shard.places():
             self._places[name] = (path, len(header) + start, layout)
-        if self.done:
-            with path.open("rb") as file:
-                if file.read(len(header)) != header:
-                    raise CheckpointError(
-                        f"{path}: its header isn't that of this request; start again without --resume"
-                    )
+        if not self.done:
+            with path.open("wb") as file:
+                file.write(header)
+                file.truncate(len(header) + shard.nbytes)
             return
-        with path.open("wb") as file:
-            file.write(header)
-            file.truncate(len(header) + shard.nbytes)
+        with path.open("rb") as file:
+            if file.read(len(header)) != header:
+                raise CheckpointError(
+                    f"{path}: expected the header of this request, got another one; "
+                    "start again without --resume"
+                )
 
     def _read_journal(self) -> set[str]:
         if not self._journal.is_file():
             return set()
-        # a line that a kill cut off in the middle has no newline, and its parameter is written again
+        # a kill may cut the last line off; its parameter is written again
         lines = self._journal.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
-        self._journal.write_text("".join(whole))  # so that the next line begins where a line begins
+        self._journal.write_text("".join(whole))
         return {json.loads(line) for line in whole}
 
     def write(self, parameter: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write all tensors of one parameter, then note it as done.
+        """Write all tensors of one parameter, then note it in the journal.
 
         Raises:
             WorkError: a tensor has another dtype or shape than planned.
@@ -148,33 +148,27 @@ class ShardWriter:
         self.done.add(parameter)
 
     def read(self, name: str) -> Tensor:
-        """A tensor that was written, perhaps by the run that is resumed."""
+        """Read a tensor that was written, perhaps by the run that is resumed."""
         path, offset, layout = self._places[name]
+        tensor = torch.empty(layout.shape, dtype=getattr(torch, layout.dtype))
         with path.open("rb") as file:
             file.seek(offset)
-            data = bytearray(file.read(layout.nbytes))
-        dtype = getattr(torch, layout.dtype)
-        return (
-            torch.frombuffer(data, dtype=dtype).view(layout.shape)
-            if data
-            else torch.empty(layout.shape, dtype=dtype)
-        )
+            file.readinto(_bytes_of(tensor))
+        return tensor
 
     def finish(self) -> None:
-        """Write the index where there is more than one file, and remove the journal."""
-        if len(self._sizes) > 1:
+        """Write the index if there is more than one file, and remove the journal."""
+        if self._is_sharded:
             weight_map = {name: path.name for name, (path, _, _) in sorted(self._places.items())}
-            index = {
-                "metadata": {"total_size": sum(self._sizes.values())},
-                "weight_map": weight_map,
-            }
+            index = {"metadata": {"total_size": self._nbytes}, "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         self._journal.unlink(missing_ok=True)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes. They are its own memory if it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if not flat.numel():
-        return memoryview(b"")
-    array: Any = flat.view(torch.uint8).numpy()  # not all of numpy's stubs know that it is a buffer
+        return memoryview(bytearray())
+    array: Any = flat.view(torch.uint8).numpy()  # numpy's stubs don't all know that it is a buffer
     return memoryview(array)

@@ -1,9 +1,8 @@
-"""Text, instruction, chat and label data from files or the Hub: read, checked, rendered, tokenized.
+"""Read training and evaluation data from files or the Hub: checked, rendered, tokenized.
 
-:func:`load_text` and :func:`token_segments` serve perplexity and calibration, :func:`load_examples` and
-:class:`Collator` finetuning. :mod:`~modulora_core.data.sources` says what a SOURCE is,
-:mod:`~modulora_core.data.formats` which fields a record has.
-"""
+:func:`load_examples` and :class:`Collator` serve finetuning, :func:`load_text` and
+:func:`token_segments` perplexity and calibration. :mod:`~modulora_core.data.sources` explains
+SOURCE, :mod:`~modulora_core.data.formats` the fields of a record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training examples: token ids and labels, cut to the window; and the collator that pads them."""
+"""Make training examples, token ids and labels cut to the window, and pad them to batches."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modulora_core.data.files import Record
-from modulora_core.data.formats import Format, conversations, detect, documents
-from modulora_core.data.rendering import IGNORED, Renderer, token_ids
+from modulora_core.data.formats import Format, conversations, detect, texts
+from modulora_core.data.rendering import IGNORED, Encoded, Renderer, Rendering, token_ids
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.errors import DataError, OptionError
 
@@ -24,53 +24,46 @@ _BATCH = 256  # records tokenized in one call, which the tokenizers library spre
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """What became of a source.
+    """The counts of a source.
 
     Attributes:
         format: the format of its records.
         templated: whether the tokenizer's chat template wrote the examples.
-        records: how many it holds.
-        examples: how many are trained on.
+        records: all records.
+        examples: the examples that are trained on.
         tokens: in all examples.
-        trained_tokens: those that are predicted and count in the loss.
+        trained_tokens: the tokens that count in the loss.
         truncated: examples that were longer than the window and lost their end.
         dropped: examples whose answer lay entirely beyond the window.
         blank: records without a text or an answer, left out.
     """
 
     format: Format
-    templated: bool
+    templated: bool = False
     records: int
     examples: int
     tokens: int
     trained_tokens: int
-    truncated: int
-    dropped: int
+    truncated: int = 0
+    dropped: int = 0
     blank: int
 
 
 class Examples(Dataset[dict[str, list[int]]]):
     """A map-style dataset of ``{"input_ids": list[int], "labels": list[int]}``.
 
-    Labels are -100 where a token isn't trained. All tokens lie in one flat buffer, four bytes for each.
+    Labels are -100 for tokens that aren't trained. A token takes four bytes in each array.
     """
 
-    def __init__(
-        self, ids: array[int], labels: array[int], offsets: Sequence[int], report: DataReport
-    ) -> None:
-        self._ids, self._labels, self._offsets, self.report = ids, labels, offsets, report
+    def __init__(self, pairs: list[tuple[array[int], array[int]]], report: DataReport) -> None:
+        self._pairs, self.report = pairs, report
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._pairs)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        first, end = self._offsets[index % len(self)], self._offsets[index % len(self) + 1]
-        return {
-            "input_ids": self._ids[first:end].tolist(),
-            "labels": self._labels[first:end].tolist(),
-        }
+        ids, labels = self._pairs[index]
+        return {"input_ids": ids.tolist(), "labels": labels.tolist()}
 
 
 def load_examples(
@@ -78,52 +71,52 @@ def load_examples(
 ) -> Examples:
     """Read ``source`` and make training examples of at most ``seq_len`` tokens.
 
-    Text is packed: documents are joined by EOS and cut into windows of ``seq_len``, of which the last may be
-    shorter. Of instructions, chats and completions only the answers are trained; each record is an example
-    (each answer, where a chat template rewrites earlier turns). What doesn't fit is cut off, counted in the
-    report, and logged.
+    Text is packed: EOS joins documents, and the tokens are cut into windows of ``seq_len``; the
+        last may be
+    shorter. Of instructions, chats and completions only the answers are trained. Each record is an
+    example, or each answer if a chat template rewrites earlier turns. Tokens beyond the window are
+    cut off, counted in the report, and logged.
 
     Args:
         source: see :mod:`modulora_core.data.sources`.
-        tokenizer: a transformers tokenizer. Where it has a chat template, every format but text uses it.
+        tokenizer: a transformers tokenizer. Every format but text uses its chat template, if it has
+            one.
         format: ``"auto"`` or one of :data:`~modulora_core.data.formats.FORMATS`.
         seq_len: the window, in tokens; at least 2.
 
     Raises:
         OptionError: ``format`` or ``seq_len`` is out of range.
-        DataError: the source is missing, malformed, mixed or ambiguous (with file and line), or nothing is
-            left to train on.
-        MissingExtraError: the source takes an optional library that isn't installed.
+        DataError: the source is missing, malformed, mixed or ambiguous (with file and line), or
+            nothing is left to train on.
+        MissingExtraError: the source needs an optional library that isn't installed.
     """
     if seq_len < 2:
         raise OptionError(f"seq_len: expected at least 2 tokens, got {seq_len}")
     records = load_records(source)
-    chosen = detect(records, format)
-    name = source_name(source)
+    chosen, name = detect(records, format), source_name(source)
     if chosen == "text":
         return _packed(records, tokenizer, seq_len, name)
     return _answers(records, chosen, tokenizer, seq_len, name)
 
 
 def _packed(records: Sequence[Record], tokenizer: Any, seq_len: int, name: str) -> Examples:
-    texts = [document.text for document in documents(records) if document.text.strip()]
+    documents = [text for text in texts(records) if text.strip()]
     eos = tokenizer.eos_token_id
     joint = token_ids(tokenizer, ["\n\n"])[0] if eos is None else [eos]
     ids = array("i")
-    for start in range(0, len(texts), _BATCH):
-        for document_ids in token_ids(tokenizer, texts[start : start + _BATCH]):
-            ids.extend([*joint, *document_ids] if ids else document_ids)
+    for start in range(0, len(documents), _BATCH):
+        for document in token_ids(tokenizer, documents[start : start + _BATCH]):
+            ids.extend([*joint, *document] if ids else document)
     if len(ids) < 2:
         raise DataError(f"{name}: expected a text of 2 tokens or more, got {len(ids)}")
-    end = (
-        len(ids) - 1 if len(ids) % seq_len == 1 else len(ids)
-    )  # a window of one token has nothing to predict
-    offsets = [*range(0, end, seq_len), end]
+    # a last window of one token has nothing to predict
+    end = len(ids) - 1 if len(ids) % seq_len == 1 else len(ids)
+    windows = [ids[start : min(start + seq_len, end)] for start in range(0, end, seq_len)]
     report = DataReport(
-        format="text", templated=False, records=len(records), examples=len(offsets) - 1, tokens=end,
-        trained_tokens=end - (len(offsets) - 1), truncated=0, dropped=0, blank=len(records) - len(texts),
+        format="text", records=len(records), examples=len(windows), tokens=end,
+        trained_tokens=end - len(windows), blank=len(records) - len(documents),
     )  # fmt: skip
-    return Examples(ids, ids, offsets, report)
+    return Examples([(window, window) for window in windows], report)
 
 
 def _answers(
@@ -137,48 +130,42 @@ def _answers(
         )
     renderer = Renderer(tokenizer)
     renderings = [rendering for conversation in kept for rendering in renderer.render(conversation)]
-    ids, labels, offsets = array("i"), array("i"), [0]
-    truncated = dropped = trained = 0
-    for all_ids, all_labels in _batched(renderer, renderings):
-        answer = sum(
-            label != IGNORED for label in all_labels[1:seq_len]
-        )  # the first token is never predicted
-        if answer == 0:
-            dropped += 1
-            continue
-        truncated += len(all_ids) > seq_len
-        trained += answer
-        ids.extend(all_ids[:seq_len])
-        labels.extend(all_labels[:seq_len])
-        offsets.append(len(ids))
+    pairs: list[tuple[array[int], array[int]]] = []
+    truncated = trained = 0
+    for ids, labels in _batched(renderer, renderings):
+        # the first token is never predicted
+        answer = sum(label != IGNORED for label in labels[1:seq_len])
+        if answer:
+            truncated += len(ids) > seq_len
+            trained += answer
+            pairs.append((array("i", ids[:seq_len]), array("i", labels[:seq_len])))
     report = DataReport(
-        format=format, templated=renderer.has_template, records=len(records), examples=len(offsets) - 1,
-        tokens=len(ids), trained_tokens=trained, truncated=truncated, dropped=dropped,
-        blank=len(read) - len(kept),
+        format=format, templated=renderer.has_template, records=len(records), examples=len(pairs),
+        tokens=sum(len(ids) for ids, _ in pairs), trained_tokens=trained, truncated=truncated,
+        dropped=len(renderings) - len(pairs), blank=len(read) - len(kept),
     )  # fmt: skip
-    if report.examples == 0:
+    if not pairs:
         raise DataError(
             f"{name}: expected examples whose answer starts within seq_len {seq_len}, got none of "
             f"{len(renderings)}; raise seq_len"
         )
     _warn(report, seq_len, name)
-    return Examples(ids, labels, offsets, report)
+    return Examples(pairs, report)
 
 
-def _batched(
-    renderer: Renderer, renderings: Sequence[Any]
-) -> Iterator[tuple[list[int], list[int]]]:
+def _batched(renderer: Renderer, renderings: Sequence[Rendering]) -> Iterator[Encoded]:
     for start in range(0, len(renderings), _BATCH):
         yield from renderer.encode(renderings[start : start + _BATCH])
 
 
 def _warn(report: DataReport, seq_len: int, name: str) -> None:
     lost = []
-    if report.truncated or report.dropped:
-        longer, of = report.truncated + report.dropped, report.examples + report.dropped
+    longer = report.truncated + report.dropped
+    if longer:
         lost.append(
-            f"{longer} of {of} examples are longer than seq_len {seq_len}: {report.truncated} truncated, "
-            f"{report.dropped} dropped because no token of their answer fits"
+            f"{longer} of {report.examples + report.dropped} examples are longer than seq_len "
+            f"{seq_len}: {report.truncated} truncated, {report.dropped} dropped because no token "
+            "of their answer fits"
         )
     if report.blank:
         lost.append(
@@ -203,12 +190,11 @@ class Collator:
         longest = max(len(example["input_ids"]) for example in examples)
 
         def padded(rows: Sequence[list[int]], value: int) -> Tensor:
-            return torch.tensor(
-                [[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64
-            )
+            return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
+        ids = [example["input_ids"] for example in examples]
         return {
-            "input_ids": padded([example["input_ids"] for example in examples], self.pad_token_id),
-            "attention_mask": padded([[1] * len(example["input_ids"]) for example in examples], 0),
+            "input_ids": padded(ids, self.pad_token_id),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
             "labels": padded([example["labels"] for example in examples], IGNORED),
         }

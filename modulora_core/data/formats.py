@@ -1,25 +1,33 @@
-"""The four shapes of training data: which one a record has, and its fields, checked.
+"""Tell the format of training data, and check the fields of its records.
 
 ========== ======================================= ==========================================
-format     fields                                  what is trained
+format     fields                                  trained tokens
 ========== ======================================= ==========================================
 text       text                                    every token
 instruct   instruction, output [, input]           the output
-chat       messages: a list of role, content; or   the assistant's turns, all of them
+chat       messages: a list of role, content; or   all turns of the assistant
            conversations: a list of from, value
 completion prompt, completion; or text, label      the completion; the label
 ========== ======================================= ==========================================
 
-Other fields are left alone. ``conversations`` is the form of ShareGPT, which calls the user human and the assistant gpt; where a record has
-``messages`` too, these count.
-"""
+Other fields are ignored. ``conversations`` is the form of ShareGPT, which calls the user human and
+the assistant gpt. If a record has ``messages`` too, those are used."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from modulora_core.data.files import Record
 from modulora_core.errors import DataError, OptionError
@@ -27,33 +35,73 @@ from modulora_core.errors import DataError, OptionError
 Format = Literal["text", "instruct", "chat", "completion"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 Message = Mapping[str, Any]
-"""One turn of a conversation: ``role``, ``content``, and what else the chat template may read."""
+"""One turn: ``role``, ``content``, and other fields that a chat template may read."""
 
-_FIELDS: Mapping[Format, tuple[str, ...]] = MappingProxyType(
-    {
-        "text": ("text",),
-        "instruct": ("instruction", "output"),
-        "chat": ("messages",),
-        "completion": ("prompt", "completion"),
-    }
+_SHAPES: tuple[tuple[Format, tuple[str, ...]], ...] = (
+    ("text", ("text",)),
+    ("instruct", ("instruction", "output")),
+    ("chat", ("messages",)),
+    ("completion", ("prompt", "completion")),
+    ("completion", ("text", "label")),
+    ("chat", ("conversations",)),
 )
-
-_SHAREGPT_ROLES: Mapping[str, str] = MappingProxyType({"human": "user", "gpt": "assistant"})
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 _ALPACA = (
     "Below is an instruction that describes a task{paired}. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-"""The prompt of Stanford Alpaca (Taori et al. 2023), which models without a chat template are asked with."""
+"""The prompt of Stanford Alpaca (Taori et al. 2023), for models without a chat template."""
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text of which every token is trained."""
+Fields = TypeVar("Fields", bound=BaseModel)
 
-    text: str
-    place: str
+
+class _Text(BaseModel):
+    text: StrictStr
+
+
+class _Instruct(BaseModel):
+    instruction: StrictStr
+    output: StrictStr
+    input: StrictStr | None = None
+
+
+class _Completion(BaseModel):
+    prompt: StrictStr
+    completion: StrictStr
+
+
+def _label(value: object) -> str:
+    if not isinstance(value, str | int):
+        raise ValueError("expected a string or a whole number")  # noqa: TRY004  pydantic wants it
+    return str(value)
+
+
+class _Labelled(BaseModel):
+    text: StrictStr
+    label: Annotated[str, BeforeValidator(_label)]
+
+
+class _Turn(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: StrictStr
+    content: StrictStr
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_sharegpt(cls, turn: Any) -> Any:
+        if not isinstance(turn, dict) or "role" in turn or "from" not in turn:
+            return turn
+        renamed = {"from": "role", "value": "content"}
+        turn = {renamed.get(name, name): value for name, value in turn.items()}
+        return {**turn, "role": _SHAREGPT_ROLES.get(str(turn["role"]), turn["role"])}
+
+
+class _Chat(BaseModel):
+    messages: Annotated[list[_Turn], Field(min_length=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +110,9 @@ class Conversation:
 
     Attributes:
         messages: for a tokenizer with a chat template.
-        plain: ``(prompt, answer)`` for one without; None for a chat, where only a template will do.
-        place: where the record is, for messages.
+        plain: ``(prompt, answer)`` for a tokenizer without one; None for a chat, which needs a
+            template.
+        place: the place of the record, for messages.
     """
 
     messages: tuple[Message, ...]
@@ -82,97 +131,94 @@ class Conversation:
 
 
 def detect(records: Sequence[Record], requested: str = "auto") -> Format:
-    """The format of ``records``: ``requested``, or for ``"auto"`` the one whose fields they have.
+    """The format of ``records``: ``requested``, or for ``"auto"`` the format of the first record.
 
     Raises:
         OptionError: ``requested`` is no format.
-        DataError: a record has the fields of no format, of several, or of another one than the first record.
+        DataError: the first record has the fields of no format, or of several.
     """
     if requested != "auto":
         if requested not in FORMATS:
             raise OptionError(f"format: expected auto, {', '.join(FORMATS)}, got {requested!r}")
         return requested
-    first = _detect_one(records[0])
-    for record in records[1:]:
-        if (other := _detect_one(record)) != first:
-            raise DataError(f"{record.place}: expected format {first} as in {records[0].place}, got {other}; "
-                            "one run takes one format: give the others in a run of their own")  # fmt: skip
-    return first
-
-
-def _detect_one(record: Record) -> Format:
-    present = _present(record)
-    fields = dict(_FIELDS)
-    if (
-        "label" in present
-    ):  # which beside `text` makes it label data, which is trained as a completion
-        fields["text"] = ("text", "label")
-    if "messages" not in present:
-        fields["chat"] = ("conversations",)
-    found = [format_ for format_ in FORMATS if present.issuperset(fields[format_])]
+    place, present = records[0].place, _present(records[0])
+    found = {format_: None for format_, fields in _SHAPES if present.issuperset(fields)}
+    if "label" in present:
+        found.pop("text", None)  # a text with a label is a completion
     if not found:
-        raise DataError(f"{record.place}: expected {_expected_fields()}; got {_got(present)}")
+        shapes = "; or ".join(", ".join(fields) for _, fields in _SHAPES)
+        raise DataError(
+            f"{place}: expected the fields {shapes} (in a .csv file the first line names them); "
+            f"got {_shown(present)}"
+        )
     if len(found) > 1:
         raise DataError(
-            f"{record.place}: expected the fields of one format, got those of {' and '.join(found)} "
-            f"({_got(present)}); say which with --format"
+            f"{place}: expected the fields of one format, got those of {' and '.join(found)} "
+            f"({_shown(present)}); say which with --format"
         )
-    return "completion" if found == ["text"] and "label" in present else found[0]
+    return next(iter(found))
 
 
 def _present(record: Record) -> set[str]:
     # tables have every column in every row: an empty one is null
-    return {name for name, value in record.fields.items() if value is not None}
+    return {str(name) for name, value in record.fields.items() if value is not None}
 
 
-def _expected_fields() -> str:
-    shapes = "; or ".join(
-        ", ".join(fields) for fields in [*_FIELDS.values(), ("text", "label"), ("conversations",)]
-    )
-    return f"the fields {shapes} (in a .csv file the first line names them)"
-
-
-def _got(names: set[str]) -> str:
-    shown = ", ".join(repr(name[:40]) for name in sorted(map(str, names))[:8])
+def _shown(names: set[str]) -> str:
+    shown = ", ".join(repr(name[:40]) for name in sorted(names)[:8])
     return f"the fields {shown}" if shown else "no fields"
 
 
-def documents(records: Sequence[Record]) -> list[Document]:
-    """The texts of records in format text. Raises DataError with the place: a missing field, a wrong type."""
-    return [Document(_string(record, "text"), record.place) for record in records]
+def texts(records: Sequence[Record]) -> list[str]:
+    """The texts of records in format text. Raises DataError for a missing field or a wrong type."""
+    return [_checked(record, _Text).text for record in records]
 
 
 def conversations(records: Sequence[Record], format_: Format) -> list[Conversation]:
     """The conversations of records in format instruct, chat or completion.
 
     Raises:
-        DataError: with the place: a missing field, a wrong type, no assistant's turn.
+        DataError: a missing field, a wrong type, or no turn of the assistant; the message names the
+            place.
     """
     convert = {"instruct": _instruct, "chat": _chat, "completion": _completion}[format_]
     return [convert(record) for record in records]
 
 
 def instruction_prompt(instruction: str, input: str = "") -> str:
-    """What a model without a chat template is asked with: Alpaca's prompt, with or without an input."""
+    """The prompt for a model without a chat template: Alpaca's, with or without an input."""
     paired = ", paired with an input that provides further context" if input else ""
-    return _ALPACA.format(
-        paired=paired, instruction=instruction, input=f"### Input:\n{input}\n\n" if input else ""
-    )
+    shown = f"### Input:\n{input}\n\n" if input else ""
+    return _ALPACA.format(paired=paired, instruction=instruction, input=shown)
+
+
+def _checked(record: Record, kind: type[Fields]) -> Fields:
+    try:
+        return kind.model_validate(record.fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    expected = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    expected = expected.partition(" or instance")[0]  # of a class of ours
+    field = "".join(f"{part}: " for part in first["loc"])
+    raise DataError(f"{record.place}: {field}{expected}, got {first['input']!r:.60}")
 
 
 def _instruct(record: Record) -> Conversation:
-    instruction, output = _string(record, "instruction"), _string(record, "output")
-    input = "" if record.fields.get("input") is None else _string(record, "input")
-    user = f"{instruction}\n\n{input}" if input else instruction
-    return _exchange(user, output, (instruction_prompt(instruction, input), output), record.place)
+    read = _checked(record, _Instruct)
+    input = read.input or ""
+    user = f"{read.instruction}\n\n{input}" if input else read.instruction
+    plain = (instruction_prompt(read.instruction, input), read.output)
+    return _exchange(user, read.output, plain, record.place)
 
 
 def _completion(record: Record) -> Conversation:
     if "label" in _present(record) and "prompt" not in record.fields:
-        text, label = _string(record, "text"), _label(record)
-        return _exchange(text, label, (f"{text}\nLabel:", f" {label}"), record.place)
-    prompt, completion = _string(record, "prompt"), _string(record, "completion")
-    return _exchange(prompt, completion, (prompt, completion), record.place)
+        read = _checked(record, _Labelled)
+        plain = (f"{read.text}\nLabel:", f" {read.label}")
+        return _exchange(read.text, read.label, plain, record.place)
+    pair = _checked(record, _Completion)
+    plain = (pair.prompt, pair.completion)
+    return _exchange(pair.prompt, pair.completion, plain, record.place)
 
 
 def _exchange(user: str, assistant: str, plain: tuple[str, str], place: str) -> Conversation:
@@ -182,68 +228,16 @@ def _exchange(user: str, assistant: str, plain: tuple[str, str], place: str) -> 
 
 def _chat(record: Record) -> Conversation:
     present = _present(record)
-    name = (
-        "conversations" if "conversations" in present and "messages" not in present else "messages"
-    )
-    messages = _field(record, name)
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{record.place}: {name}: expected a list of turns, got {_shown(messages)}")
+    if "messages" not in present and "conversations" in present:
+        record = Record({"messages": record.fields["conversations"]}, record.place)
     turns = tuple(
-        _turn(message, number, record.place) for number, message in enumerate(messages, start=1)
+        {name: value for name, value in turn if value is not None}
+        for turn in _checked(record, _Chat).messages
     )
     if not any(turn["role"] == "assistant" for turn in turns):
         roles = ", ".join(turn["role"] for turn in turns)
         raise DataError(
-            f"{record.place}: {name}: expected a turn of the assistant to train on, got only {roles}"
+            f"{record.place}: messages: expected a turn of the assistant to train on, got only "
+            f"{roles}"
         )
     return Conversation(turns, None, record.place)
-
-
-def _turn(message: Any, number: int, place: str) -> Message:
-    if not isinstance(message, dict):
-        raise DataError(
-            f"{place}: message {number}: expected an object with role and content, got {_shown(message)}"
-        )
-    of_sharegpt = "role" not in message and "from" in message
-    names = ("from", "value") if of_sharegpt else ("role", "content")
-    for name in names:
-        if not isinstance(message.get(name), str):
-            raise DataError(
-                f"{place}: message {number}: expected a string as its {name}, got {_shown(message.get(name))}"
-            )
-    role, content = (message[name] for name in names)
-    others = {
-        name: value for name, value in message.items() if name not in names and value is not None
-    }
-    return {
-        "role": _SHAREGPT_ROLES.get(role, role) if of_sharegpt else role,
-        "content": content,
-        **others,
-    }
-
-
-def _field(record: Record, name: str) -> Any:
-    if name not in _present(record):
-        raise DataError(f"{record.place}: missing field {name!r}; got {_got(_present(record))}")
-    return record.fields[name]
-
-
-def _string(record: Record, name: str) -> str:
-    value = _field(record, name)
-    if not isinstance(value, str):
-        raise DataError(f"{record.place}: field {name!r}: expected a string, got {_shown(value)}")
-    return value
-
-
-def _label(record: Record) -> str:
-    value = _field(record, "label")
-    if not isinstance(value, str | int):
-        raise DataError(
-            f"{record.place}: field 'label': expected a string or a whole number, got {_shown(value)}"
-        )
-    return str(value)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{text[:60]}..." if len(text) > 60 else text

@@ -1,15 +1,14 @@
-"""What a SOURCE is: files, a Hub dataset or ``pydoc``, perhaps a slice of it, read as records.
+"""Read a SOURCE as records: files, a Hub dataset or ``pydoc``, or a slice of one.
 
 ::
 
     notes.txt  data.jsonl  data.json  data.csv  data.parquet      a file
-    org/name   org/name:split   org/name:config:split             a Hub dataset, or a local folder laid out like one
-    pydoc                                                         the English text that CPython ships
+    org/name   org/name:split   org/name:config:split             a Hub dataset, or such a folder
+    pydoc                                                         English text of CPython
     anything[:90%]   anything[10%:20%]                            a part of it
 
-A slice counts in whole percent, rounded to the nearest record as in Hugging Face datasets; a text is cut
-between paragraphs. Slices that meet at a percentage share no record and leave none out.
-"""
+A slice counts in whole percent, rounded to the nearest record as in Hugging Face datasets. A text
+is cut between paragraphs. Slices that meet at a percentage share no record and leave none out."""
 
 from __future__ import annotations
 
@@ -30,11 +29,12 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _SLICED = re.compile(r"(.+)\[([^\[\]]*)\]", re.DOTALL)
 _PERCENTS = re.compile(r"\s*(?:(\d{1,3})%)?\s*:\s*(?:(\d{1,3})%)?\s*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]+){0,2}")
-_PATHLIKE_SUFFIX = re.compile(
-    r"\.(txt|md|jsonl|json|csv|tsv|parquet|gz|zip|xz|arrow)$", re.IGNORECASE
+_LIKE_A_FILE = re.compile(
+    r"[./~].*|.*/.*/.*|.*\\.*|.*\.(txt|md|jsonl|json|csv|tsv|parquet|gz|zip|xz|arrow)",
+    re.IGNORECASE | re.DOTALL,
 )
 
-# Where a text may be cut, from the best place to the worst: after a blank line, a line, a word, anywhere.
+# places to cut a text, from the best to the worst: after a blank line, a line, a word, anywhere
 _CUTS = (
     re.compile(r"\n(?:[ \t]*\n)+"),
     re.compile(r"\n+"),
@@ -61,6 +61,15 @@ class Slice:
         """``(first, end)`` of ``count`` records, each rounded to the nearest."""
         return (count * self.start + 50) // 100, (count * self.stop + 50) // 100
 
+    def of_records(self, count: int, place: str) -> range:
+        """The numbers of its records. Raises DataError if there are none."""
+        rows = range(*self.rows(count))
+        if not rows:
+            raise DataError(
+                f"{place}{self}: expected one or more records, and this slice of {count} has none"
+            )
+        return rows
+
     def of_text(self, text: str) -> str:
         """The text between the two paragraph boundaries that are nearest to the percentages."""
         cuts = _cut_positions(text)
@@ -69,9 +78,9 @@ class Slice:
 
 
 def _cut_positions(text: str) -> list[int]:
-    """Where ``text`` may be cut, inside of it: between paragraphs, or finer where these are too uneven.
+    """The places to cut ``text``: between paragraphs, or finer if these are too uneven.
 
-    Which kind is chosen depends on the text alone, never on the slice, so that slices fit together.
+    They depend on the text alone, never on the slice, so that slices fit together.
     """
     for pattern in _CUTS:
         cuts = [match.end() for match in pattern.finditer(text) if 0 < match.end() < len(text)]
@@ -88,8 +97,8 @@ def _nearest(cuts: list[int], length: int, percent: int) -> int:
 
 
 def source_name(source: Source) -> str:
-    """How a message names ``source``."""
-    return ", ".join(os.fspath(part) for part in _parts(source))
+    """The name of ``source`` in messages."""
+    return ", ".join(_parts(source))
 
 
 def load_records(source: Source) -> list[Record]:
@@ -97,7 +106,7 @@ def load_records(source: Source) -> list[Record]:
 
     Raises:
         DataError: nothing is there, or it is empty or malformed; the message names file and line.
-        MissingExtraError: it takes an optional library that isn't installed.
+        MissingExtraError: it needs an optional library that isn't installed.
     """
     parts = _parts(source)
     if not parts:
@@ -106,9 +115,8 @@ def load_records(source: Source) -> list[Record]:
 
 
 def _parts(source: Source) -> list[str]:
-    if isinstance(source, str | os.PathLike):
-        return [os.fspath(source)]
-    return [os.fspath(part) for part in source]
+    parts = [source] if isinstance(source, str | os.PathLike) else source
+    return [os.fspath(part) for part in parts]
 
 
 def _load(text: str) -> list[Record]:
@@ -116,30 +124,37 @@ def _load(text: str) -> list[Record]:
     path = _path(name)
     if path is None:
         raise DataError(
-            f"{name[:60]!r}: expected a file, a Hub dataset id or pydoc, got no possible name of one"
+            f"{name[:60]!r}: expected a file, a Hub dataset id or pydoc, got no possible name"
         )
-    if path.is_file() and path.suffix.lower() in TEXT_SUFFIXES:
-        return _one_text(read_text(path), part, str(path))
-    if path.is_file():
-        return _rows(read_records(path), part, str(path))
-    if name == "pydoc":
-        return _one_text(pydoc_text(), part, "pydoc")
+    if path.is_file() and path.suffix.lower() not in TEXT_SUFFIXES:
+        records = read_records(path)
+        rows = part.of_records(len(records), str(path))
+        return records[rows.start : rows.stop]
+    if path.is_file() or name == "pydoc":
+        whole = read_text(path) if path.is_file() else pydoc_text()
+        cut = part.of_text(whole)
+        if not cut.strip():
+            raise DataError(
+                f"{name}{part}: expected text, and this slice of {len(whole)} characters has none"
+            )
+        return [Record({"text": cut}, name)]
     folder = _path(name.partition(":")[0])
-    is_folder = folder is not None and folder.is_dir()
-    if _looks_like_file(name) and not is_folder:
+    if folder is not None and folder.is_dir():
+        expected = "a file in this folder, or a folder laid out as a dataset"
+        return _dataset(name, part, expected, "FOLDER:split")
+    if _LIKE_A_FILE.fullmatch(name):
+        where = path.absolute().parent
+        raise DataError(f"{name}: expected a file, and there is none of that name in {where}")
+    if not _HUB_ID.fullmatch(name):
         raise DataError(
-            f"{name}: expected a file, and there is none of that name in {path.absolute().parent}"
+            f"{name!r}: expected a file that exists, pydoc, or a Hub dataset as org/name, "
+            "org/name:split or org/name:config:split"
         )
-    if not (_HUB_ID.fullmatch(name) or is_folder):
-        raise DataError(
-            f"{name!r}: expected a file that exists, pydoc, or a Hub dataset as org/name, org/name:split or "
-            "org/name:config:split"
-        )
-    return _hub(name, part, is_folder=is_folder)
+    return _dataset(name, part, "a Hub dataset", "org/name:split or org/name:config:split")
 
 
 def _path(name: str) -> Path | None:
-    """``name`` as a path, or None where no file can be called so: empty, too long, of an unknown user."""
+    """``name`` as a path; None if no file can have it: empty, too long, of an unknown user."""
     try:
         path = Path(name).expanduser()
         path.exists()
@@ -150,7 +165,7 @@ def _path(name: str) -> Path | None:
 
 def _split_slice(text: str) -> tuple[str, Slice]:
     sliced, path = _SLICED.fullmatch(text), _path(text)
-    if sliced is None or (path is not None and path.exists()):  # a file that is really called so
+    if sliced is None or (path is not None and path.exists()):  # a file may have such a name
         return text, Slice()
     percents = _PERCENTS.fullmatch(sliced[2])
     if percents is None:
@@ -161,82 +176,41 @@ def _split_slice(text: str) -> tuple[str, Slice]:
     return sliced[1], Slice(int(start or 0), 100 if stop is None else int(stop))
 
 
-def _looks_like_file(name: str) -> bool:
-    return bool(
-        name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or "\\" in name
-        or _PATHLIKE_SUFFIX.search(name)
-    )
-
-
-def _one_text(text: str, part: Slice, place: str) -> list[Record]:
-    cut = part.of_text(text)
-    if not cut.strip():
-        raise DataError(
-            f"{place}{part}: expected text, and this slice of {len(text)} characters has none"
-        )
-    return [Record({"text": cut}, place)]
-
-
-def _rows(records: list[Record], part: Slice, place: str) -> list[Record]:
-    first, end = part.rows(len(records))
-    if first == end:
-        raise _no_rows(place, part, len(records))
-    return records[first:end]
-
-
-def _no_rows(place: str, part: Slice, count: int) -> DataError:
-    return DataError(
-        f"{place}{part}: expected one or more records, and this slice of {count} has none"
-    )
-
-
 def pydoc_text() -> str:
-    """The text of CPython's help topics, by name, with blank lines between them. About 465 kB of English."""
+    """The text of CPython's help topics, joined by blank lines. About 465 kB of English."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip("\n") for name in sorted(topics))
 
 
-def _hub(name: str, part: Slice, *, is_folder: bool) -> list[Record]:
+def _dataset(name: str, part: Slice, expected: str, form: str) -> list[Record]:
+    """Read a dataset with the library datasets. A class label becomes the name of its class."""
     try:
         import datasets
     except ImportError:
-        needs = (
-            "a folder; expected a file, or for a folder laid out as a dataset"
-            if is_folder
-            else "reading a Hub dataset needs"
-        )
         raise MissingExtraError(
-            f"{name}: {needs} the library datasets, which is not installed; pip install 'modulora-core[data]'"
+            f"{name}: expected {expected}; reading a dataset needs the library datasets, which is "
+            "not installed; pip install 'modulora-core[data]'"
         ) from None
     dataset_id, *rest = os.path.expanduser(name).split(":")  # noqa: PTH111  a Hub id isn't a path
-    config = rest[0] if len(rest) == 2 else None
-    split = rest[-1] if rest else "train"
+    config, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
     try:
         rows = datasets.load_dataset(dataset_id, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        expected = (
-            f"a file in this folder, or a folder laid out as a dataset with the split {split!r} (say FOLDER:split)"
-            if is_folder
-            else f"a Hub dataset with the split {split!r} (say org/name:split or org/name:config:split)"
-        )
         raise DataError(
-            f"{name}: expected {expected}, got {type(error).__name__}: {error}"
+            f"{name}: expected {expected} with the split {split!r} (say {form}), got "
+            f"{type(error).__name__}: {error}"
         ) from error
-    first, end = part.rows(len(rows))
-    if first == end:
-        raise _no_rows(name, part, len(rows))
-    label_names = getattr(rows.features.get("label"), "names", None)
+    chosen = part.of_records(len(rows), name)
+    class_names = getattr(rows.features.get("label"), "names", None)
     return [
-        Record(_with_label_name(row, label_names), f"{name}, row {number}")
-        for number, row in enumerate(rows.select(range(first, end)), start=first + 1)
+        Record(_with_class_name(row, class_names), f"{name}, row {number}")
+        for number, row in zip((n + 1 for n in chosen), rows.select(chosen), strict=True)
     ]
 
 
-def _with_label_name(row: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
-    """Put a class's name in place of its number; -1 is how datasets mark a row without a label."""
+def _with_class_name(row: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
     if names is None or row["label"] is None:
         return row
+    # datasets mark a row without a label by -1
     return {**row, "label": names[row["label"]] if row["label"] >= 0 else None}

@@ -1,4 +1,4 @@
-"""Plain text and its segments, for perplexity and for calibration."""
+"""Read plain text, and cut it into segments of tokens, for perplexity and for calibration."""
 
 from __future__ import annotations
 
@@ -7,34 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modulora_core.data.formats import Conversation, conversations, detect, documents
+from modulora_core.data.formats import Conversation, conversations, detect, texts
 from modulora_core.data.rendering import Renderer, token_ids
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.errors import DataError, OptionError
 
 
 def load_text(source: Source, tokenizer: Any = None) -> str:
-    """The text of ``source``: its ``text`` fields, or its records as they would be trained.
+    """Read the ``text`` fields of ``source``, or its other records as they are trained.
 
     Blank lines join them.
 
     Args:
         source: see :mod:`modulora_core.data.sources`.
-        tokenizer: one whose chat template renders records of other shapes; without it they are plain text.
+        tokenizer: its chat template renders records of other formats; without one they are plain
+            text.
 
     Raises:
         DataError: the source is missing, empty or malformed; the message names file and line.
-        MissingExtraError: the source takes an optional library that isn't installed.
+        MissingExtraError: the source needs an optional library that isn't installed.
     """
     records = load_records(source)
     if all(isinstance(record.fields.get("text"), str) for record in records):
-        texts = [record.fields["text"] for record in records]
+        read = [record.fields["text"] for record in records]
     elif (format_ := detect(records)) == "text":
-        texts = [document.text for document in documents(records)]
+        read = texts(records)
     else:
         renderer = None if tokenizer is None else Renderer(tokenizer)
-        texts = [_training_text(read, renderer) for read in conversations(records, format_)]
-    text = "\n\n".join(texts)
+        read = [_training_text(each, renderer) for each in conversations(records, format_)]
+    text = "\n\n".join(read)
     if not text.strip():
         raise DataError(
             f"{records[0].place}: expected text, got only empty records in {source_name(source)}"
@@ -64,15 +65,15 @@ def token_segments(
         source: see :mod:`modulora_core.data.sources`.
         tokenizer: a transformers tokenizer.
         seq_len: tokens in a segment. The text's last tokens, fewer than that, are left out.
-        segments: how many at most; None for all. The text may hold fewer: see the result's shape.
-        seed: pick the segments at random, without repeats, instead of taking the first.
+        segments: the most segments; None for all. The text may hold fewer.
+        seed: draw the segments at random, without repeats, instead of taking the first.
 
     Returns:
         int64 ``[n, seq_len]`` on the CPU, ``1 <= n``.
 
     Raises:
         OptionError: ``seq_len`` or ``segments`` is less than 1.
-        DataError: the text has fewer than ``seq_len`` tokens; or as :func:`load_text`.
+        DataError: the text has fewer than ``seq_len`` tokens, or as :func:`load_text`.
         MissingExtraError: as :func:`load_text`.
     """
     for name, value in (("seq_len", seq_len), ("segments", 1 if segments is None else segments)):
@@ -80,8 +81,10 @@ def token_segments(
             raise OptionError(f"{name}: expected at least 1, got {value}")
     ids = torch.tensor(token_ids(tokenizer, [load_text(source, tokenizer)])[0], dtype=torch.int64)
     if len(ids) < seq_len:
-        raise DataError(f"{source_name(source)}: expected at least seq_len {seq_len} tokens, got {len(ids)}; "
-                        "give more text or a smaller seq_len")  # fmt: skip
+        raise DataError(
+            f"{source_name(source)}: expected at least seq_len {seq_len} tokens, got {len(ids)}; "
+            "give more text or a smaller seq_len"
+        )
     cut = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
     if seed is not None:
         cut = cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))]

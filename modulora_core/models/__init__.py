@@ -1,4 +1,4 @@
-"""Opening MODEL, whatever it is, and streaming its parameters one at a time.
+"""Open MODEL, whatever it is, and stream its parameters one at a time.
 
 ::
 
@@ -10,6 +10,6 @@
 from __future__ import annotations
 
 from modulora_core.models.source import ModelSource, open_model
-from modulora_core.models.weights import ParameterInfo, Progress
+from modulora_core.models.weights import ParameterInfo
 
-__all__ = ["ModelSource", "ParameterInfo", "Progress", "open_model"]
+__all__ = ["ModelSource", "ParameterInfo", "open_model"]

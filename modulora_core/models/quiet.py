@@ -1,4 +1,4 @@
-"""Keep transformers' progress bars and advice out of the way of our own."""
+"""Keep transformers' progress bars, advice and long errors out of our own output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within this block transformers logs errors only and draws no progress bars."""
+    """Let transformers log errors only and draw no progress bars within this block."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -20,3 +20,8 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, else its type."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,8 +1,10 @@
-"""Where the linear weights of a transformers model are, and what is kept dense and why.
+"""Find the linear weights of a transformers model, and say why every other parameter stays dense.
 
-transformers ≥ 5 has three kinds: ``nn.Linear`` with ``[out, in]``; GPT-2's ``Conv1D``, the same layer with
-its weight transposed, ``[in, out]``; and the experts of a layer fused in one 3-D parameter, ``[experts,
-out, in]``, or ``[experts, in, out]`` where the module says ``is_transposed``.
+transformers ≥ 5 has three kinds of linear weights::
+
+    nn.Linear     [out, in]
+    Conv1D        [in, out]                 GPT-2's layer, the same with its weight transposed
+    experts       [experts, out, in]        all experts of a layer in one parameter, or transposed
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from modulora_core.errors import OptionError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Kind = Literal["linear", "conv1d", "experts", "embedding"]
+
 
 @dataclass(frozen=True, slots=True)
 class LinearSite:
@@ -30,18 +34,17 @@ class LinearSite:
 
     Attributes:
         name: the parameter's name in memory: ``"model.layers.0.mlp.up_proj.weight"``.
-        module: the dotted path of the module that owns it.
-        kind: ``"linear"``, ``"conv1d"`` or ``"experts"``; ``"embedding"`` only from :mod:`modulora_core.models.ends`.
-        out_features: rows of each matrix as a quantizer sees it, ``[out, in]``.
-        in_features: columns of each matrix as a quantizer sees it.
-        experts: the number of matrices in the stack; None where there is one matrix.
+        module: the dotted path of its module.
+        kind: ``"embedding"`` comes only from :mod:`modulora_core.models.ends`.
+        out_features, in_features: rows and columns of each matrix, ``[out, in]``.
+        experts: the number of matrices in a stack; None for one matrix.
         transposed: whether the parameter holds ``[in, out]``.
         bias: whether the module adds a bias to the product.
     """
 
     name: str
     module: str
-    kind: Literal["linear", "conv1d", "experts", "embedding"]
+    kind: Kind
     out_features: int
     in_features: int
     experts: int | None
@@ -55,28 +58,22 @@ class LinearSite:
 
 @dataclass(frozen=True, slots=True)
 class Sites:
-    """Every parameter of a model, in exactly one of two lists: ``linears``, and ``kept`` as name → reason."""
+    """Every parameter of a model: in ``linears``, or in ``kept`` with the reason."""
 
     linears: tuple[LinearSite, ...]
     kept: Mapping[str, str]
 
 
-def decoder_linears(model: PreTrainedModel) -> list[LinearSite]:
-    """The linear weights of a model that are quantized by default: all but the output head and tied ones."""
-    return list(find_sites(model).linears)
-
-
 def find_sites(
     model: PreTrainedModel, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> Sites:
-    """Sort every parameter of ``model`` into linear weights and what is kept dense.
+    """Sort every parameter of ``model`` into linear weights and parameters that stay dense.
 
     Args:
         model: a causal language model, on any device, the meta device too.
-        include: glob patterns (:mod:`fnmatch`: ``*`` crosses dots) on module paths or parameter names. Only
-            the linear weights that match one are taken; the output head too, if it is named and not tied.
-            None given: all but the head.
-        exclude: patterns of linear weights that are kept dense after all.
+        include: fnmatch patterns (``*`` crosses dots) on module paths or parameter names; only
+            linear weights that match one are taken. The output head is taken only by a pattern.
+        exclude: patterns of linear weights that stay dense after all.
 
     Raises:
         OptionError: a pattern that matches nothing, or only weights that can't be taken.
@@ -87,30 +84,33 @@ def find_sites(
     for path, module in model.named_modules(remove_duplicate=False):
         for parameter, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{path}.{parameter}" if path else parameter
-            site = _linear(model, path, module, parameter, tensor)
-            if site is not None and name not in tied:
+            site = None if name in tied else _linear(model, path, module, parameter, tensor)
+            if site is not None:
                 linears.append(site)
             else:
                 kept[name] = tied.get(name) or _reason(path, module, parameter, tensor)
-    _check_patterns(include, exclude, linears, kept)
-    head = _head_weight(model)
-    chosen = []
+    _check_patterns(include, exclude, [site.name for site in linears], kept)
+    head, chosen = model.get_output_embeddings(), []
     for site in linears:
-        reason = _left_out(site, include, exclude, is_head=site.name == head)
-        if reason is None:
-            chosen.append(site)
+        excluded = [pattern for pattern in exclude if _matching(pattern, [site.name])]
+        if include and not any(_matching(pattern, [site.name]) for pattern in include):
+            kept[site.name] = "not in --include"
+        elif not include and model.get_submodule(site.module) is head:
+            kept[site.name] = "output head"
+        elif excluded:
+            kept[site.name] = f"excluded by --exclude {excluded[0]}"
         else:
-            kept[site.name] = reason
+            chosen.append(site)
     return Sites(tuple(chosen), MappingProxyType(kept))
 
 
 def tied_to(name: str) -> str:
-    """Why a parameter is kept that is the one called ``name``."""
+    """The reason to keep a parameter that is the one called ``name``."""
     return f"tied to {name}"
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Why parameters that several names share are kept; an embedding that comes first has its own reason."""
+    """The reason to keep each parameter that has several names, but for an embedding."""
     names: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
@@ -123,59 +123,29 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def _head_weight(model: PreTrainedModel) -> str | None:
-    head = model.get_output_embeddings()
-    return next(
-        (f"{path}.weight" for path, module in model.named_modules() if module is head), None
-    )
-
-
-def _left_out(
-    site: LinearSite, include: Sequence[str], exclude: Sequence[str], *, is_head: bool
-) -> str | None:
-    if include and not _matches(site, include):
-        return "not in --include"
-    if is_head and not include:
-        return "output head"
-    pattern = next((pattern for pattern in exclude if _matches(site, [pattern])), None)
-    return None if pattern is None else f"excluded by --exclude {pattern}"
-
-
-def _matches(site: LinearSite, patterns: Iterable[str]) -> bool:
-    return any(
-        fnmatch.fnmatchcase(name, pattern)
-        for name in (site.module, site.name)
-        for pattern in patterns
-    )
-
-
 def _check_patterns(
-    include: Sequence[str],
-    exclude: Sequence[str],
-    linears: Sequence[LinearSite],
-    kept: Mapping[str, str],
+    include: Sequence[str], exclude: Sequence[str], linears: list[str], kept: Mapping[str, str]
 ) -> None:
     for pattern in include:
-        if any(_matches(site, [pattern]) for site in linears):
-            continue
-        found = _matching_names(pattern, kept)
-        if found:
+        if not _matching(pattern, linears):
+            found = _matching(pattern, kept)
+            if not found:
+                raise OptionError(_no_match("--include", pattern, linears))
             raise OptionError(
-                f"--include {pattern}: expected linear weights that can be quantized, got {found[0]} "
-                f"({kept[found[0]]}){f' and {len(found) - 1} more' if found[1:] else ''}"
+                f"--include {pattern}: expected linear weights that can be quantized, got "
+                f"{found[0]} ({kept[found[0]]}){f' and {len(found) - 1} more' if found[1:] else ''}"
             )
-        raise OptionError(_no_match("--include", pattern, [site.name for site in linears]))
-    names = [*(site.name for site in linears), *kept]
     for pattern in exclude:
-        if not _matching_names(pattern, names):
-            raise OptionError(_no_match("--exclude", pattern, names))
+        if not _matching(pattern, [*linears, *kept]):
+            raise OptionError(_no_match("--exclude", pattern, [*linears, *kept]))
 
 
-def _matching_names(pattern: str, names: Iterable[str]) -> list[str]:
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The parameters whose name or module the pattern matches."""
     return [
         name
         for name in names
-        if any(fnmatch.fnmatchcase(n, pattern) for n in (name, name.rpartition(".")[0]))
+        if any(fnmatch.fnmatchcase(part, pattern) for part in (name, name.rpartition(".")[0]))
     ]
 
 
@@ -191,41 +161,34 @@ def _no_match(option: str, pattern: str, names: Sequence[str]) -> str:
 def _linear(
     model: PreTrainedModel, path: str, module: nn.Module, parameter: str, tensor: Tensor
 ) -> LinearSite | None:
-    """The site of a parameter, None where it isn't a linear weight that stands for itself."""
+    """The site of a parameter; None if it isn't a linear weight."""
     from transformers.pytorch_utils import Conv1D
 
-    name = f"{path}.{parameter}" if path else parameter
     if not tensor.is_floating_point():
         return None
+    kind: Kind
+    experts, bias = None, "bias"
     if parameter == "weight" and isinstance(module, Conv1D):
-        in_features, out_features = tensor.shape
-        return LinearSite(
-            name, path, "conv1d", out_features, in_features, None, transposed=True, bias=True
-        )
-    if parameter == "weight" and isinstance(module, nn.Linear) and _computes_linear(module):
-        out_features, in_features = tensor.shape
-        bias = module.bias is not None
-        return LinearSite(
-            name, path, "linear", out_features, in_features, None, transposed=False, bias=bias
-        )
-    transposed = _experts_transposed(model, path, module, parameter, tensor)
-    if transposed is None:
-        return None
-    experts, rows, columns = tensor.shape
-    out_features, in_features = (columns, rows) if transposed else (rows, columns)
-    bias = getattr(module, f"{parameter}_bias", None) is not None
-    return LinearSite(
-        name, path, "experts", out_features, in_features, experts, transposed=transposed, bias=bias
-    )
+        kind, transposed = "conv1d", True
+    elif parameter == "weight" and isinstance(module, nn.Linear) and _computes_linear(module):
+        kind, transposed = "linear", False
+    else:
+        turned = _experts_transposed(model, path, module, parameter, tensor)
+        if turned is None:
+            return None
+        kind, transposed, experts, bias = "experts", turned, len(tensor), f"{parameter}_bias"
+    rows, columns = tensor.shape[-2:]
+    shape = (columns, rows) if transposed else (rows, columns)
+    has_bias = getattr(module, bias, None) is not None
+    return LinearSite(f"{path}.{parameter}", path, kind, *shape, experts, transposed, has_bias)
 
 
 def _computes_linear(module: nn.Linear) -> bool:
-    """Whether calling ``module`` gives x Wᵀ + b, so that a quantized layer can stand in for it.
+    """Whether calling ``module`` gives x Wᵀ + b, so that a quantized layer can replace it.
 
-    Subclasses may do the same in their own words (Falcon), or something else (routers, grouped
-    projections): a small product tells. ``nn.MultiheadAttention`` never calls its projection, it reads the
-    weight.
-    """
+    Subclasses may compute the same (Falcon), or something else (routers, grouped projections): a
+    small product shows it. ``nn.MultiheadAttention`` never calls its projection, it reads the
+    weight."""
     if type(module) is nn.Linear:
         return True
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -234,30 +197,26 @@ def _computes_linear(module: nn.Linear) -> bool:
     weights = {"weight": torch.linspace(-2, 1, 15, device="cpu").view(3, 5)}
     if module.bias is not None:
         weights["bias"] = torch.linspace(-1, 2, 3, device="cpu")
+    expected = nn.functional.linear(x, **weights)
     try:
         with torch.no_grad():
             y = functional_call(module, weights, (x,))
+        return y.shape == expected.shape and torch.allclose(y, expected, atol=1e-6)
     except Exception:  # it wants other arguments or another shape: not a plain linear layer
         return False
-    expected = nn.functional.linear(x, weights["weight"], weights.get("bias"))
-    return (
-        isinstance(y, Tensor)
-        and y.shape == expected.shape
-        and torch.allclose(y, expected, atol=1e-6)
-    )
 
 
 def _experts_transposed(
     model: PreTrainedModel, path: str, module: nn.Module, parameter: str, tensor: Tensor
 ) -> bool | None:
-    """Whether a stack of experts is ``[experts, in, out]``; None where it isn't a stack or can't be told."""
+    """Whether a parameter is a stack ``[experts, in, out]``; None if it is no stack, or unclear."""
     if tensor.dim() != 3 or parameter.endswith("bias"):
         return None
     if hasattr(module, "is_transposed"):  # set by transformers' use_experts_implementation
         return bool(module.is_transposed)
     if not type(module).__name__.endswith("Experts"):
         return None
-    # classes without that decorator (Llama 4, JetMoE): a projection down gives hidden_size, others take it
+    # Llama 4, JetMoE: a down projection gives hidden_size, others take it
     hidden_size = model.config.get_text_config().hidden_size
     _, rows, columns = tensor.shape
     if (rows == hidden_size) == (columns == hidden_size):
@@ -268,7 +227,7 @@ def _experts_transposed(
 
 
 def _reason(path: str, module: nn.Module, parameter: str, tensor: Tensor) -> str:
-    """Why a parameter that is no linear site is kept dense, in few enough words to group by."""
+    """Why a parameter that is no linear weight stays dense, in few words, for a table."""
     kind = type(module).__name__
     if isinstance(module, nn.Embedding) or "Embedding" in kind:
         return "embedding"

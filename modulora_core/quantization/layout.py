@@ -14,7 +14,12 @@ from typing import Any
 import modulora_core
 from modulora_core import registry
 from modulora_core.calibration import CalibrationText, find_blocks
-from modulora_core.checkpoints.record import PackedSite, QuantizationRecord, Recipe
+from modulora_core.checkpoints.record import (
+    PackedSite,
+    QuantizationRecord,
+    Recipe,
+    distinct_sites,
+)
 from modulora_core.checkpoints.shards import Shard, plan_shards
 from modulora_core.errors import OptionError, ShapeError
 from modulora_core.models import ModelSource
@@ -203,15 +208,15 @@ def layout_with(
     sites, weights = packed_sites(linears, quantizers, chosen)
     packed_too = {tied_to(name) for name in weights}
     record = QuantizationRecord(
-        tuple(Recipe.of(quantizer) for quantizer in quantizers),
-        sites,
-        weights,
-        _by_reason({name: reason for name, reason in kept.items() if reason not in packed_too}),
-        source.identity(),
-        seed,
-        modulora_core.__version__,
-        None if calibration is None else calibration.to_json(),
-        allocation,
+        core_version=modulora_core.__version__,
+        seed=seed,
+        source=source.identity(),
+        calibration=None if calibration is None else calibration.to_json(),
+        recipes=tuple(Recipe.of(quantizer) for quantizer in quantizers),
+        sites=sites,
+        weights=weights,
+        kept=_by_reason({n: reason for n, reason in kept.items() if reason not in packed_too}),
+        allocation=allocation,
     )
     shards = tuple(plan_shards(dict(_stored_tensors(source, record)), max_shard_bytes))
     return Layout(record, tuple(quantizers), shards, tuple(linears), calibration)
@@ -226,17 +231,13 @@ def packed_sites(
         ShapeError: a quantizer can't take a layer's shape; the message names the layer.
     """
     layouts: dict[tuple[int, tuple[int, int]], PackedLayout] = {}
-    sites: dict[tuple[object, ...], PackedSite] = {}
-    weights: dict[str, int] = {}
+    packed = []
     for linear in linears:
         recipe, shape = chosen[linear.name], (linear.out_features, linear.in_features)
         if (recipe, shape) not in layouts:
             layouts[recipe, shape] = layout_of(quantizers[recipe], shape, linear)
-        traits = (linear.kind, linear.experts, linear.transposed)
-        site = PackedSite(recipe, layouts[recipe, shape], *traits)
-        sites.setdefault((recipe, shape, *traits), site)
-        weights[linear.name] = list(sites).index((recipe, shape, *traits))
-    return tuple(sites.values()), weights
+        packed.append((linear, recipe, layouts[recipe, shape]))
+    return distinct_sites(packed)
 
 
 def layout_of(quantizer: Quantizer, shape: tuple[int, int], linear: LinearSite) -> PackedLayout:

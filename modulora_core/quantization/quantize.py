@@ -33,9 +33,9 @@ from modulora_core.devices import pick_device
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import CheckpointError, OptionError
 from modulora_core.models import ModelSource, open_model
+from modulora_core.models.folders import REQUEST
 from modulora_core.models.progress import Progress
-from modulora_core.models.tokenizer_files import TOKENIZER_FILES
-from modulora_core.models.unfinished import REQUEST
+from modulora_core.models.tokenizer import TOKENIZER_FILES
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
 from modulora_core.quantization.mixed.errors import JOURNAL
 from modulora_core.quantization.mixed.mixture import Budget, find_mixture
@@ -224,9 +224,7 @@ def unfinished(
             raise _another(folder, ", ".join(changed))
     check_disk_space(out, nbytes + SMALL_FILES)
     source.validate()
-    contents = source.check_finite(
-        None if progress is None else lambda done, total: progress("checking", done, total)
-    )
+    contents = source.check_finite(progress)
     if before.get("contents", contents) != contents:
         raise _another(folder, "the values of the model's weights")
     with whole_or_nothing(out, resume=bool(before)) as folder:

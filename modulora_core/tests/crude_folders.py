@@ -1,4 +1,4 @@
-"""Folders in the format ``crude``, as a tool of its own would write them: nothing of the core's is used."""
+"""Save folders in the format ``crude``, as another tool would: nothing of the core is used."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ def save_crude(
     config_file: str | None = "config.json",
     **more: Tensor,
 ) -> nn.Module:
-    """Save a tiny model with its chosen layers quantized. Returns the dense model that it stands for.
+    """Save a tiny model with its chosen layers quantized.
 
     Args:
         chosen: by the name of a layer in the file.
-        files: in how many shards.
-        config_file: where the quantization config goes; None for a key of its own in config.json.
+        files: the number of shards.
+        config_file: the file of the quantization config; None for a key of its own in config.json.
         more: tensors to add to the file.
+
+    Returns:
+        the dense model with the rounded weights.
     """
     model = tiny_model(architecture)
     model.save_pretrained(folder)
@@ -61,24 +64,19 @@ def _save(folder: Path, tensors: dict[str, Tensor], files: int) -> None:
     names = [f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)]
     weight_map = {tensor: names[i % files] for i, tensor in enumerate(tensors)}
     for file in names:
-        save_file(
-            {t: tensors[t] for t, f in weight_map.items() if f == file},
-            folder / file,
-            {"format": "pt"},
-        )
+        shard = {name: tensors[name] for name, place in weight_map.items() if place == file}
+        save_file(shard, folder / file, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def _save_config(folder: Path, config_file: str | None) -> None:
+    quantization = {"quant_method": "crude", "levels": 127}
     if config_file is None:
         edit_config(folder, crude_levels=127)
-        return
-    quantization: dict[str, Any] = {"quant_method": "crude", "levels": 127}
-    if config_file != "config.json":
+    elif config_file == "config.json":
+        edit_config(folder, quantization_config=quantization)
+    else:
         (folder / config_file).write_text(json.dumps(quantization))
-        return
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

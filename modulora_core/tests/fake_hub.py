@@ -1,4 +1,4 @@
-"""A server on this machine that answers as the Hugging Face Hub does for one repository, for the Hub's real client."""
+"""Serve one repository on this machine to the Hugging Face Hub's real client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def serve_repository(folder: Path) -> Iterator[str]:
-    """The files of ``folder`` are the repository, whatever it is called. Gives the server's URL."""
+    """Serve the files of ``folder`` under any repository name. Gives the server's URL."""
 
     def answer(url: str) -> bytes:
         if f"/resolve/{COMMIT}/" in url:
@@ -23,11 +23,12 @@ def serve_repository(folder: Path) -> Iterator[str]:
         files = sorted(folder.iterdir())
         if "/tree/" in url:
             tree = [
-                {"type": "file", "path": f.name, "oid": f.name, "size": f.stat().st_size}
-                for f in files
+                {"type": "file", "path": file.name, "oid": file.name, "size": file.stat().st_size}
+                for file in files
             ]
             return json.dumps(tree).encode()
-        about: dict[str, Any] = {"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}  # fmt: skip
+        siblings = [{"rfilename": file.name} for file in files]
+        about: dict[str, Any] = {"id": "org/name", "sha": COMMIT, "siblings": siblings}
         return json.dumps(about).encode()
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Tiny GGUF files of random values, written with the ``gguf`` package under llama.cpp's names and shapes."""
+"""Write tiny GGUF files of random values, with llama.cpp's names and shapes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
 def write_tiny_gguf(
     architecture: str, path: Path, kind: str = "F32", extra: tuple[str, ...] = ()
 ) -> Path:
-    """Write a file whose matrices are stored as ``kind`` and whose vectors are F32. Returns ``path``."""
+    """Write a file with matrices of ``kind`` and F32 vectors. Returns ``path``."""
     fields, top, layer = ARCHITECTURES[architecture]
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)

@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised causal language models of many architectures, made by transformers itself."""
+"""Make tiny causal language models of many architectures, with random values."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def tiny_config(architecture: str) -> Any:
 def tiny_model(
     architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
-    """A model whose every parameter is random, norms and biases too: a wrong order or sign would show."""
+    """A model with random norms and biases too, so that a wrong order or sign shows."""
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=dtype)
     with torch.no_grad():

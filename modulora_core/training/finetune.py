@@ -44,8 +44,8 @@ from modulora_core.devices import pick_device
 from modulora_core.devices.dense_products import matmul_precision
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import OptionError, OutputError
-from modulora_core.models.quiet import quiet
 from modulora_core.models.folders import RUN_FILE
+from modulora_core.models.quiet import quiet
 from modulora_core.training.arguments import (
     check_optimizer,
     total_steps,

@@ -1,3 +1,5 @@
+"""An output folder appears whole or not at all, and nobody else's files are touched."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,94 +11,94 @@ from modulora_core.checkpoints.outputs import (
     REQUEST,
     check_disk_space,
     check_output,
+    only_writer,
     partial_name,
     whole_or_nothing,
+    write_file,
 )
 from modulora_core.errors import DiskSpaceError, OutputError
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-    with pytest.raises(RuntimeError), whole_or_nothing(out) as folder:
-        (folder / "half").write_text("x")
-        (folder / "deep").mkdir()
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "out"
+
+
+def begin(out: Path, name: str) -> None:
+    """A run that wrote one file and was stopped."""
+    with pytest.raises(KeyboardInterrupt), whole_or_nothing(out) as folder:
+        (folder / name).write_text("x")
         assert not out.exists()
-        raise RuntimeError
+        raise KeyboardInterrupt
+
+
+def test_a_folder_appears_whole_or_not_at_all(out: Path) -> None:
+    begin(out, "half")
     assert not out.exists()
-    assert partial_name(out).is_dir()
     with whole_or_nothing(out) as folder:
-        assert [p.name for p in folder.iterdir()] == [MARKER], (
-            "without resume what nobody can go on with is dropped"
-        )
+        assert [path.name for path in folder.iterdir()] == [MARKER], "it is begun anew"
         (folder / "whole").write_text("x")
-    assert [p.name for p in out.iterdir()] == ["whole"]
+    assert [path.name for path in out.iterdir()] == ["whole"]
     assert not partial_name(out).exists()
 
 
-def test_resume_finds_the_unfinished_work(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), whole_or_nothing(tmp_path / "out") as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError
-    with whole_or_nothing(tmp_path / "out", resume=True) as folder:
+def test_resume_finds_the_unfinished_work(out: Path) -> None:
+    begin(out, "half")
+    with whole_or_nothing(out, resume=True) as folder:
         assert (folder / "half").read_text() == "x"
-    assert (tmp_path / "out" / "half").exists()
-    assert not (tmp_path / "out" / MARKER).exists()
+    assert [path.name for path in out.iterdir()] == ["half"]
 
 
-def test_work_that_can_be_gone_on_with_is_never_dropped(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), whole_or_nothing(tmp_path / "out") as folder:
-        (folder / REQUEST).write_text("{}")
-        raise RuntimeError
-    refusal = (
-        r"out\.partial: .*unfinished run of quantize; go on with it with --resume, or remove it"
-    )
-    with pytest.raises(OutputError, match=refusal), whole_or_nothing(tmp_path / "out"):
+def test_work_that_can_be_resumed_is_never_removed(out: Path) -> None:
+    begin(out, REQUEST)
+    refusal = r"out\.partial: .*unfinished run of quantize; go on with it with --resume, or remove"
+    with pytest.raises(OutputError, match=refusal), whole_or_nothing(out):
         pass
     with pytest.raises(OutputError, match=refusal):
-        check_output(tmp_path / "out")
-    check_output(tmp_path / "out", resume=True)
-    assert (folder / REQUEST).read_text() == "{}"
+        check_output(out)
+    check_output(out, resume=True)
+    assert (partial_name(out) / REQUEST).read_text() == "x"
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_what_another_run_writes_at_the_moment_is_left_alone(tmp_path: Path, resume: bool) -> None:
+def test_a_folder_that_another_run_writes_is_left_alone(out: Path, resume: bool) -> None:
     pytest.importorskip("fcntl")
-    with whole_or_nothing(tmp_path / "out") as folder:
+    busy = "another run is writing it; wait"
+    with whole_or_nothing(out) as folder:
         (folder / "half").write_text("x")
-        with pytest.raises(OutputError, match="another run is writing it; wait"):
-            check_output(tmp_path / "out", resume=resume)
-        with (
-            pytest.raises(OutputError, match="another run is writing it; wait"),
-            whole_or_nothing(tmp_path / "out", resume=resume),
-        ):
+        with pytest.raises(OutputError, match=busy):
+            check_output(out, resume=resume)
+        with pytest.raises(OutputError, match=busy), whole_or_nothing(out, resume=resume):
             pass
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["half"]
+    assert [path.name for path in out.iterdir()] == ["half"]
+    with only_writer(out), pytest.raises(OutputError, match=busy), only_writer(out):
+        pass
 
 
-def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with whole_or_nothing(tmp_path / "out") as folder:
-        (folder / "whole").write_text("x")
-    assert (tmp_path / "out" / "whole").exists()
-
-
-def test_something_else_at_the_output_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_an_empty_folder_may_be_filled_and_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "mine").write_text("x")
+    with whole_or_nothing(tmp_path / "folder") as folder:
+        (folder / "mine").write_text("x")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match=r"found 1 entries \(mine\)"):
-        check_output(tmp_path / "folder")
-    with pytest.raises(OutputError, match="found a file"):
-        check_output(tmp_path / "file")
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "mine").write_text("x")
+    for name, message in (
+        ("folder", r"found 1 entries \(mine\)"),
+        ("file", "found a file"),
+        ("new", r"new\.partial: .*found something else; remove or rename it"),
+    ):
+        with pytest.raises(OutputError, match=message), whole_or_nothing(tmp_path / name):
+            pass
+    assert (tmp_path / "new.partial" / "mine").exists()
     assert (tmp_path / "folder" / "mine").read_text() == "x"
 
 
-def test_a_foreign_folder_under_the_temporary_name_is_never_removed(tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "mine").write_text("x")
-    with pytest.raises(OutputError, match=r"out\.partial"), whole_or_nothing(tmp_path / "out"):
-        pass
-    assert (tmp_path / "out.partial" / "mine").exists()
+def test_a_folder_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(OutputError, match="is not writable"):
+        check_output(tmp_path / "out")
 
 
 def test_work_killed_before_its_folder_was_marked_may_begin_again(tmp_path: Path) -> None:
@@ -109,23 +111,24 @@ def test_work_killed_before_its_folder_was_marked_may_begin_again(tmp_path: Path
 def test_work_killed_before_its_folder_was_renamed_may_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException): ...
-
     def killed(*_: object) -> None:
-        raise Killed
+        raise KeyboardInterrupt
 
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(Killed),
-        whole_or_nothing(tmp_path / "out") as folder,
-    ):
-        (folder / "a").write_text("1")
-        patch.setattr(Path, "replace", killed)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: SIM117
+        with whole_or_nothing(tmp_path / "out") as folder:
+            (folder / "a").write_text("1")
+            patch.setattr(Path, "replace", killed)
     with whole_or_nothing(tmp_path / "out", resume=True) as folder:
         assert (folder / "a").read_text() == "1"
 
 
-def test_too_little_disk_space_is_refused_with_both_sizes(tmp_path: Path) -> None:
-    check_disk_space(tmp_path / "new" / "out", 1)
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        write_file(tmp_path / "file", text)
+        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", text)]
+
+
+def test_too_little_disk_space_is_refused_with_both_sizes(out: Path) -> None:
+    check_disk_space(out, 1)
     with pytest.raises(DiskSpaceError, match=r"MiB would be written, [\d,]+ MiB are free"):
-        check_disk_space(tmp_path / "new" / "out", 2**62)
+        check_disk_space(out, 2**62)

@@ -1,0 +1,99 @@
+"""Load a model's tokenizer, and copy it with the chat template and the generation config."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modulora_core.errors import ModelError
+from modulora_core.models.quiet import first_line, quiet
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+"""The names that transformers gives the files of a tokenizer."""
+
+COPIED_FILES = (
+    *TOKENIZER_FILES,
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)
+"""Names and patterns of the files that are copied: data only, no weights, no code."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(model: str, folder: Path, gguf: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of ``folder``, or of the GGUF file ``gguf`` in it; ``model`` is for
+    messages.
+
+    Raises:
+        ModelError: there is none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    advice = "copy the tokenizer files of the model that it was made from into the folder"
+    if gguf is None and not has_tokenizer(folder):
+        # some versions of transformers make an empty tokenizer of such a folder
+        raise ModelError(
+            f"model {model}: no tokenizer files, such as {TOKENIZER_FILES[0]}; {advice}"
+        )
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, **({} if gguf is None else {"gguf_file": gguf})
+            )
+    except Exception as error:  # each tokenizer class fails in its own way on broken files
+        reason = first_line(error)
+        raise ModelError(
+            f"model {model}: no tokenizer that transformers can read ({reason}); {advice}"
+        ) from error
+    return tokenizer
+
+
+def copy_tokenizer(folder: Path, out: Path) -> list[str]:
+    """Copy the :data:`COPIED_FILES` of ``folder``. Returns their names, relative to ``out``."""
+    copied = []
+    for pattern in COPIED_FILES:
+        for file in sorted(folder.glob(pattern)):
+            name = file.relative_to(folder)
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / name)  # follows the symbolic links of the Hub's cache
+            copied.append(name.as_posix())
+    return copied
+
+
+def write_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, out: Path
+) -> list[str]:
+    """Write a tokenizer, and the generation config that follows from ``config``.
+
+    Returns:
+        the files' names, relative to ``out``.
+    """
+    from transformers import GenerationConfig
+
+    out.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        saved = [Path(file) for file in tokenizer.save_pretrained(out)]
+        GenerationConfig.from_model_config(config).save_pretrained(out)
+    names = [file.relative_to(out).as_posix() for file in saved if file.is_file()]
+    return [*names, "generation_config.json"]

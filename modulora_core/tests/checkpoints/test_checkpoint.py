@@ -1,0 +1,119 @@
+"""A packed folder is checked when it is opened, and loads through transformers too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.hf_quantizer import register
+from modulora_core.checkpoints.record import QuantizationRecord
+from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError, PluginError
+from modulora_core.layers import PackedParameter
+from modulora_core.tests.adapted_models import logits, trained
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folder(pack: Callable[..., tuple[Path, Path]], tmp_path: Path) -> Path:
+    """A copy of a tiny packed Llama."""
+    return Path(shutil.copytree(pack("llama", "toy")[1], tmp_path / "packed"))
+
+
+def edit_record(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    edit(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def test_the_record_is_written_as_it_was_read(folder: Path) -> None:
+    text = json.loads((folder / "config.json").read_text())["quantization_config"]
+    record = QuantizationRecord.from_json(text)
+    assert json.loads(json.dumps(record.to_json())) == text
+    assert record.nbytes == sum(site.nbytes for _, site in record.items())
+    assert 8 < record.bits_per_weight < 10
+
+
+def site(**changes: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda record: record["sites"][0].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda record: record.update(format=2), "reads 1, got 2, .*install another version"),
+        (
+            lambda record: record.pop("sites"),
+            "malformed quantization_config: sites: Field required",
+        ),
+        (site(kind="cube"), "sites: 0: kind: expected .*'cube'"),
+        (site(recipe=1), "a site is of recipe 1, expected 0 to 0"),
+        (site(layout={}), "layout of a packed weight: expected"),
+        (lambda record: record["weights"].update({UP: 99}), "a weight is of site 99, expected 0"),
+        (lambda record: record["weights"].update({"w": 0}), "w.codes: config.json names it, the"),
+        (
+            lambda record: record["sites"][0]["layout"]["tensors"].update(scale=["float32", [7]]),
+            r"expected .*\(7,\).* by config\.json, got",
+        ),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused(
+    edit: Callable[[dict[str, Any]], object], message: str, folder: Path
+) -> None:
+    edit_record(folder, edit)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_a_missing_plugin_is_named_with_the_package_to_install(folder: Path) -> None:
+    edit_record(folder, lambda record: record["recipes"][0].update(
+        quantizer="absent", distribution="modulora-absent"
+    ))  # fmt: skip
+    with pytest.raises(PluginError, match="pip install modulora-absent"):
+        load_model(folder)
+
+
+def test_files_of_another_model_are_refused(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"layers\.1\..*: expected a parameter of the model"):
+        load_model(folder)
+    path.write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(CheckpointError, match=r"expected shape \[32, 40\] by config\.json, got a"):
+        load_model(folder)
+    path.write_text(json.dumps({**config, "attention_bias": True}))
+    with pytest.raises(CheckpointError, match=r"8 missing keys \(.*don't belong together"):
+        load_model(folder)
+
+
+def test_a_wrong_request_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"dtype: expected one of auto, .*got 'float8'"):
+        load_model(folder, dtype="float8")
+    with pytest.raises(ModelError, match="no tokenizer files, such as tokenizer"):
+        open_checkpoint(folder).tokenizer()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json; expected a folder"):
+        open_checkpoint(tmp_path / "empty")
+
+
+def test_transformers_loads_and_saves_a_packed_folder(folder: Path, tmp_path: Path) -> None:
+    register()
+    register()  # a second time does nothing
+    ours = load_model(folder, device="cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    assert sum(isinstance(module, PackedParameter) for module in theirs.modules()) == 14
+    assert torch.equal(logits(theirs), logits(ours))
+    ours.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load_model(tmp_path / "saved")), logits(ours))
+    with pytest.raises(AdapterError, match=r"without an adapter.*save_adapter.*modulora merge"):
+        trained(ours).save_pretrained(tmp_path / "adapted")

