@@ -62,7 +62,7 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
 def _groups(record: QuantizationRecord) -> list[dict[str, Any]]:
     """Count what each quantizer packed."""
     nothing = {"parameters": 0, "weights": 0, "bytes": 0}
-    groups = [{**recipe.to_json(), **nothing} for recipe in record.recipes]
+    groups = [{**recipe.model_dump(), **nothing} for recipe in record.recipes]
     for _, site in record.items():
         group = groups[site.recipe]
         group["parameters"] += 1
