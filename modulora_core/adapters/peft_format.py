@@ -33,6 +33,8 @@ from torch import Tensor
 from modulora_core.adapters.record import RECORD_FILE, AdapterRecord
 from modulora_core.checkpoints.outputs import write_file
 from modulora_core.errors import AdapterError
+from modulora_core.models.json_files import read_json
+from modulora_core.models.quiet import first_line
 from modulora_core.packed import ChannelScales
 
 CONFIG_FILE = "adapter_config.json"
@@ -121,11 +123,11 @@ def read_adapter(path: str | Path) -> SavedAdapter:
         AdapterError: the folder is missing or malformed, or has more than A, B and channel scales.
     """
     folder = _find(path)
-    config = _read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE, dict[str, Any], error=AdapterError)
     _check_config(config, f"adapter {folder}")
     record = None
     if (folder / RECORD_FILE).is_file():
-        record = AdapterRecord.from_json(_read_json(folder / RECORD_FILE), str(folder))
+        record = read_json(folder / RECORD_FILE, AdapterRecord, error=AdapterError)
     deltas = {
         module: AdapterDelta(A, B, _scale(config, module, A.shape[0], str(folder)))
         for module, (A, B) in _read_factors(folder / WEIGHTS_FILE).items()
@@ -216,21 +218,10 @@ def _download(hub_id: str) -> Path:
         files = [CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, SCALES_FILE]
         return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as error:  # the Hub's client, the HTTP library and the system raise their own
-        reason = str(error).strip().split("\n")[0]
         raise AdapterError(
             f"adapter {hub_id}: no such folder, and the Hugging Face Hub did not provide it "
-            f"({type(error).__name__}: {reason}); check the name, or give a folder"
+            f"({type(error).__name__}: {first_line(error)}); check the name, or give a folder"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: not readable JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise AdapterError(f"{path}: expected an object, got {type(data).__name__}")
-    return data
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -282,7 +273,7 @@ def write_adapter(adapter: SavedAdapter) -> None:
     else:
         (folder / SCALES_FILE).unlink(missing_ok=True)
     if adapter.record is not None:
-        write_file(folder / RECORD_FILE, json.dumps(adapter.record.to_json(), indent=2))
+        write_file(folder / RECORD_FILE, adapter.record.model_dump_json(indent=2))
     write_file(folder / CONFIG_FILE, json.dumps(config, indent=2))
 
 

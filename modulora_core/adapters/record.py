@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import modulora_core
 from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.errors import AdapterError
 from modulora_core.layers import LoRALinear, QuantLinear
 
 RECORD_FILE = "modulora.json"
@@ -70,40 +69,19 @@ class AdapterRecord(BaseModel):
     """The contents of ``modulora.json``.
 
     Attributes:
+        format: 2 with channel scales, which older readers of format 1 would leave out; else 1.
         settings: the settings that made the adapter.
-        channel_scales: there are channel scales beside A and B. Such a record has format 2, since
-            older readers of format 1 would leave the scales out.
+        channel_scales: there are channel scales beside A and B.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    core_version: str = Field(default_factory=lambda: modulora_core.__version__)
+    format: Literal[1, 2]
     kind: Literal["lora"] = "lora"
+    core_version: str = Field(default_factory=lambda: modulora_core.__version__)
     base: BaseRecord
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = {}
     channel_scales: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        excluded = set() if self.channel_scales else {"channel_scales"}
-        return {
-            "format": 2 if self.channel_scales else 1,
-            **self.model_dump(mode="json", exclude=excluded),
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str) -> Self:
-        """Read the file's contents. Raises AdapterError: another format, or malformed."""
-        if data.get("format") not in (1, 2):
-            raise AdapterError(
-                f"{where}: this version of modulora-core reads formats 1 and 2 of {RECORD_FILE}, "
-                f"got {data.get('format')!r}; install a version that reads it"
-            )
-        try:
-            scales = data["format"] == 2 and data["channel_scales"]
-            return cls.model_validate({**data, "channel_scales": scales})
-        except (KeyError, ValidationError) as error:
-            reason = " ".join(str(error).split())
-            raise AdapterError(f"{where}: malformed {RECORD_FILE}: {reason}") from None
 
 
 def describe_base(

@@ -73,6 +73,7 @@ def save_adapter(
         "fan_in_fan_out": source is not None and any(_is_conv1d(source, path) for path in layers),
     }
     record = AdapterRecord(
+        format=2 if scaled else 1,
         base=describe_base(model, base),
         settings=asdict(settings) if settings else {},
         channel_scales=scaled,

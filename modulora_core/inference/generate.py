@@ -185,7 +185,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messa
 
 
 def _check_text(text: str) -> None:
-    """Refuse surrogates, which Python makes of bytes that are not UTF-8. Tokenizers fail on them."""
+    """Refuse surrogates, which Python makes of bytes that are not UTF-8: tokenizers fail."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

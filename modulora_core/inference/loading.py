@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modulora_core.adapters.save_load import load_adapter
@@ -24,7 +25,7 @@ from modulora_core.devices import pick_device
 from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
 from modulora_core.models import ModelSource, open_model
 from modulora_core.models.locate import locate
-from modulora_core.models.quiet import quiet
+from modulora_core.models.quiet import first_line, quiet
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Opened:
         try:
             return self.origin.tokenizer()
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"model {self.name}: cannot load its tokenizer: {reason}") from error
+            raise ModelError(
+                f"model {self.name}: cannot load its tokenizer: {first_line(error)}"
+            ) from error
 
     def load(self) -> PreTrainedModel:
         """Load the model in evaluation mode, with its adapter. Raises CheckpointError."""
@@ -142,8 +144,9 @@ def _load_dense(source: ModelSource, name: str, dtype: str, device: str) -> PreT
                 device_map={"": device},
                 trust_remote_code=False,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"model {name}: transformers cannot load it: {reason}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"model {name}: transformers cannot load it: {first_line(error)}"
+        ) from error
     loaded.eval()
     return loaded

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
 from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.adapters.record import AdapterRecord, describe_base
+from modulora_core.adapters.record import BaseRecord, describe_base
 from modulora_core.adapters.save_load import load_adapter, save_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import AdapterError
@@ -72,7 +72,7 @@ def test_a_saved_adapter_comes_back_bit_for_bit(
     scaled = settings.train_scales
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES[: 4 if scaled else 3]
     record, config = read(tmp_path / RECORD), read(tmp_path / CONFIG)
-    assert (record["format"], record.get("channel_scales")) == ((2, True) if scaled else (1, None))
+    assert (record["format"], record.get("channel_scales")) == ((2, True) if scaled else (1, False))
     assert record["base"]["name"] == config["base_model_name_or_path"] == "org/base"
     assert record["base"]["quantizers"] == [{"quantizer": "toy", "options": {"levels": 127}}]
     assert record["settings"] == asdict(settings) | {"targets": ["q_proj", "k_proj"]}
@@ -215,7 +215,7 @@ def test_other_norms_are_one_warning_which_says_if_they_were_tuned(
         loaded: Any = load_model(pack("llama", "toy")[1])
         if tuned:
             of = loaded.config.quantization_config
-            of.record = replace(of.record, calibration={"tuning": {"epochs": 1}})
+            of.record = of.record.model_copy(update={"calibration": {"tuning": {"epochs": 1}}})
         return loaded
 
     source = model(first)
@@ -230,10 +230,9 @@ def test_other_norms_are_one_warning_which_says_if_they_were_tuned(
 def test_scales_are_no_part_of_the_base_and_older_records_lack_tuned(llama: nn.Module) -> None:
     base = describe_base(llama, "base")
     assert describe_base(trained(llama, SCALED), "base") == base
-    written = json.loads(json.dumps(AdapterRecord(base=base).to_json()))
-    assert AdapterRecord.from_json(written, "here").base == base
-    del written["base"]["tuned"]
-    assert AdapterRecord.from_json(written, "here").base == base
+    written = base.model_dump(mode="json")
+    del written["tuned"]
+    assert BaseRecord.model_validate(written) == base
 
 
 # damaged files
@@ -272,11 +271,10 @@ A, B = "base_model__model__x__lora_A__weight", "base_model__model__x__lora_B__we
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / CONFIG).write_text("{"), "adapter_config.json: not readable JSON"),
-        (lambda f: (f / CONFIG).write_text("[]"), "expected an object, got list"),
-        (edited(RECORD, format=99), "reads formats 1 and 2 of modulora.json, got 99"),
-        (edited(RECORD, base=None), "malformed modulora.json"),
-        (edited(RECORD, channel_scales=None), "malformed modulora.json"),
+        (lambda f: (f / CONFIG).write_text("{"), r"adapter_config\.json: Invalid JSON"),
+        (lambda f: (f / CONFIG).write_text("[]"), r"adapter_config\.json: .*\[\]"),
+        (edited(RECORD, format=99), r"modulora\.json: format: expected 1 or 2, got 99"),
+        (edited(RECORD, base=None), r"modulora\.json: base: Field required"),
         (lambda f: (f / WEIGHTS).write_bytes(b"short"), "expected a readable safetensors file"),
         (lambda f: (f / WEIGHTS).unlink(), "expected adapter_model.safetensors in it"),
         (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "is a pickle: load it with peft"),

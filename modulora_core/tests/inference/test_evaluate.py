@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, LlamaConfig
 
 from modulora_core.data import load_examples, token_segments
@@ -24,13 +23,7 @@ from modulora_core.errors import (
 )
 from modulora_core.inference.evaluate import accuracy, evaluate, perplexity, rouge
 from modulora_core.inference.loading import open_to_run
-from modulora_core.tests.tiny_tokenizer import (
-    SMOL_FILE,
-    make_tokenizer,
-    smol_folder,
-    smol_tokenizer,
-    write_jsonl,
-)
+from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 from modulora_core.training import chunked_loss
 
 SIZES = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -62,14 +55,6 @@ def segments(plain: Any) -> torch.Tensor:
     return token_segments("pydoc[:10%]", plain, 48, 5)
 
 
-@pytest.fixture(scope="module")
-def smol() -> Any:
-    transformers.utils.logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(
-        smol_folder(), gguf_file=SMOL_FILE, dtype=torch.float32
-    ).eval()
-
-
 @pytest.fixture
 def asked(tmp_path: Path) -> Path:
     rows = ({"prompt": prompt, "completion": answer} for prompt, answer in ASKED.items())
@@ -98,12 +83,6 @@ def test_perplexity_equals_a_plain_loop(llama: Any, segments: torch.Tensor, kind
     assert found.perplexity == pytest.approx(plain_loop(model, segments), rel=1e-5)
     assert found.nll == pytest.approx(math.log(found.perplexity))
     assert (found.segments, found.tokens) == (5, 5 * 47)
-
-
-def test_perplexity_of_smollm2_equals_a_plain_loop(smol: Any) -> None:
-    segments = token_segments("pydoc[90%:]", smol_tokenizer(), 128, 2)
-    expected = plain_loop(smol, segments)
-    assert perplexity(smol, segments).perplexity == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("batch_size", "rows"), [(2, 1), (5, 7), (9, 46)])
@@ -215,49 +194,25 @@ def test_data_without_labels_is_refused(
 # ROUGE
 
 
-def test_rouge_scores_plain_greedy_generation(smol: Any, tmp_path: Path) -> None:
-    """Prompts of different lengths in a chat template; a batch is padded on the left."""
-    scorer_module = pytest.importorskip("rouge_score.rouge_scorer")
-    tokenizer = smol_tokenizer()
-    rows = {
-        "What is the capital of France?": "The capital of France is Paris, a city.",
-        "Repeat the word apple three times, with spaces and nothing else.": "apple apple apple",
-        "Who wrote Hamlet?": "It was written by William Shakespeare.",
-    }
-    source = write_jsonl(
-        tmp_path / "d.jsonl", *({"instruction": a, "output": b} for a, b in rows.items())
-    )
-    scorer = scorer_module.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    expected = {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
-    for question, answer in rows.items():
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
-        )["input_ids"]
-        out = smol.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
-        )
-        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        for kind, score in scorer.score(answer, text).items():
-            expected[kind] += score.fmeasure / len(rows)
-    found = rouge(smol, tokenizer, source, 12, batch_size=3)
-    assert found.examples == 3
-    assert {kind: getattr(found, kind) for kind in expected} == pytest.approx(expected)
-    assert 0 < found.rouge2 < found.rouge1 < 1
-
-
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_rouge_is_greedy_for_any_generation_config_of_the_model(
+def test_rouge_scores_greedy_answers_for_any_generation_config(
     llama: Any, plain: Any, tmp_path: Path, batch_size: int
 ) -> None:
-    """The answers in the file are the model's greedy ones: any other text scores less than 1."""
-    pytest.importorskip("rouge_score")
-    rows = []
+    """The data has the model's greedy answers; one of them has more words."""
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(
+        ["rouge1", "rouge2", "rougeL"], use_stemmer=True
+    )
+    rows, expected = [], {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
     for prompt in ASKED:
         ids = plain(prompt, return_tensors="pt")["input_ids"]
         out = llama.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
         )
-        rows.append({"prompt": prompt, "completion": plain.decode(out[0, ids.shape[1] :])})
+        text = plain.decode(out[0, ids.shape[1] :])
+        answer = f"{text} and more words" if prompt == "So?" else text
+        rows.append({"prompt": prompt, "completion": answer})
+        for kind, score in scorer.score(answer, text).items():
+            expected[kind] += score.fmeasure / len(ASKED)
     source = write_jsonl(tmp_path / "d.jsonl", *rows)
     llama.generation_config = GenerationConfig(
         do_sample=True, temperature=5.0, top_k=3, top_p=0.5, repetition_penalty=9.0, num_beams=2,
@@ -265,7 +220,10 @@ def test_rouge_is_greedy_for_any_generation_config_of_the_model(
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert rouge(llama, plain, source, 20, batch_size=batch_size).rougeL == 1.0
+        found = rouge(llama, plain, source, 20, batch_size=batch_size)
+    assert {kind: getattr(found, kind) for kind in expected} == pytest.approx(expected)
+    assert found.examples == 4
+    assert 0.5 < found.rouge2 < 1
 
 
 def test_rouge_refuses_before_it_generates(

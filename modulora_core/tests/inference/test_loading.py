@@ -1,0 +1,52 @@
+"""A model is opened before its weights are loaded, and a wrong request is refused then."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
+from modulora_core.inference.loading import open_to_run
+from modulora_core.tests.adapted_models import logits
+
+Pack = Callable[..., tuple[Path, Path]]
+
+
+def test_a_dense_model_is_loaded_as_transformers_loads_it(pack: Pack) -> None:
+    dense = pack("llama")[0]
+    model = open_to_run(str(dense), dtype="float32", device="cpu").load()
+    assert not model.training
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(dense)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"adapter": "a"}, AdapterError, "adapter a: expected a packed model for it, and .* is"),
+        ({"mapped": True}, OptionError, "mapped: expected a packed model, and .* is dense"),
+        ({"dtype": "int4"}, OptionError, "dtype: expected one of"),
+    ],
+)
+def test_a_dense_model_with_options_for_packed_ones_is_refused(
+    pack: Pack, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        open_to_run(str(pack("llama")[0]), device="cpu", **options)
+
+
+def test_files_that_cannot_be_loaded_are_refused_by_name(pack: Pack, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(pack("llama")[0], folder)
+    opened = open_to_run(str(folder), device="cpu")
+    with pytest.raises(ModelError, match=f"model {folder}: .*tokenizer"):
+        _ = opened.tokenizer
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"model {folder}: transformers cannot load it"):
+        opened.load()
