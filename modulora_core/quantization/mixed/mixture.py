@@ -104,8 +104,9 @@ class Mixture:
 
     def _entry(self) -> dict[str, Any]:
         """The entry in the checkpoint's record."""
-        recipes = [Recipe.of(quantizer).to_json() for quantizer in self.quantizers]
-        ends = {end.site.name: Recipe.of(end.choice.create()).to_json() for end in self.ends}
+        recipes = [Recipe.of(quantizer).model_dump(mode="json") for quantizer in self.quantizers]
+        of_ends = {end.site.name: Recipe.of(end.choice.create()) for end in self.ends}
+        ends = {name: recipe.model_dump(mode="json") for name, recipe in of_ends.items()}
         return {
             "budget": self.budget.nbytes,
             "choices": recipes,

@@ -1,15 +1,16 @@
-"""Mixed precision under a budget: what is measured, what is written, what is refused, and what a killed run leaves."""
+"""Quantizing within a budget: sizes, errors, the record, refusals, and killed runs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modulora_core.calibration import CalibrationConfig
@@ -24,263 +25,283 @@ from modulora_core.errors import (
     PluginError,
     ShapeError,
 )
+from modulora_core.layers import TiedHead
 from modulora_core.models import open_model
-from modulora_core.quantization.mixed import Offer, allocate
-from modulora_core.quantization.quantize import Override, QuantizeResult, quantize
+from modulora_core.quantization.mixed import Offer, allocate, recorded_allocation
+from modulora_core.quantization.quantize import Budget, Override, QuantizeResult, quantize
 from modulora_core.registry import Choice
-from modulora_core.tests.mixed_runs import (
-    CHOICES,
-    CONFIG,
-    run,
-    save_uneven_llama,
-    stop,
-    stored,
-    uniform_size,
-)
+from modulora_core.tests import tiny_models
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
+from modulora_core.tests.stopped_runs import stop, stored
 from modulora_core.tests.width_quantizer import installed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+TEXT = CalibrationConfig("pydoc[:20%]", samples=16, seq_len=32)
+FEW = CalibrationConfig("pydoc[:20%]", samples=4, seq_len=32)
+CHOICES = tuple(
+    map(Choice.parse, ("heeding:bits=2", "plain:bits=4", "heeding:bits=4", "plain:bits=8"))
+)
+WIDTHS = (2, 4, 4, 8)
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+ENDS = {"head": Choice("plain", {"bits": 8}), "embeddings": Choice("plain", {"bits": 2})}
+"""The head by one of the choices, the embedding by another quantizer."""
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("widths-site")
-    with installed(root):
-        yield root
+
+@pytest.fixture(scope="module", autouse=True)
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with installed(tmp_path_factory.mktemp("widths-site")):
+        yield
+
+
+def save_uneven(folder: Path, family: str = "llama") -> str:
+    """A random model whose layers matter differently, as in a trained model."""
+    save_model_with_tokenizer(family, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("0.mlp.down_proj.weight", "1.self_attn.o_proj.weight")):
+            tensor *= 4
+        if name.endswith(("1.mlp.down_proj.weight", "0.self_attn.o_proj.weight")):
+            tensor /= 4
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_uneven_llama(tmp_path_factory.mktemp("source") / "llama")
+    return save_uneven(tmp_path_factory.mktemp("source") / "llama")
 
 
-@pytest.fixture(scope="module")
+def size(source: str, bits: int, ends: dict[str, int] | None = None) -> int:
+    """Bytes of a checkpoint of that width: codes, an fp16 scale for each row, fp32 for the rest."""
+    total = 0
+    for name, info in open_model(source).parameters.items():
+        width = bits if name.endswith("_proj.weight") else (ends or {}).get(name)
+        total += info.nbytes if width is None else info.numel * width // 8 + 2 * info.shape[0]
+    return total
+
+
+def run(source: str, out: Path, budget: int, **arguments: Any) -> QuantizeResult:
+    asked = Budget(budget, arguments.pop("choices", CHOICES))
+    return quantize(source, out, asked, **{"calibration": TEXT, "seed": 1, **arguments})
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["dense ends", "packed ends"])
 def made(
-    site: Path, source: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[QuantizeResult, Path]:
-    """A checkpoint of the size of a uniform one."""
+    request: pytest.FixtureRequest, source: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[QuantizeResult, Path, dict[str, Any]]:
+    """A checkpoint of the size of a uniform one, and its extra arguments."""
+    extra: dict[str, Any] = {"calibration": FEW, **ENDS} if request.param else {}
+    budget = size(source, 4, {HEAD: 8, TABLE: 2} if request.param else None)
     out = tmp_path_factory.mktemp("made") / "out"
-    return run(source, out, uniform_size(source, 4)), out
+    return run(source, out, budget, **extra), out, extra
 
 
-def test_it_is_within_the_budget_and_layers_differ(
-    made: tuple[QuantizeResult, Path], source: str
+@pytest.fixture
+def table(made: tuple[QuantizeResult, Path, dict[str, Any]]) -> dict[str, Any]:
+    assert made[0].allocation is not None
+    return made[0].allocation
+
+
+def test_the_checkpoint_is_within_the_budget_and_the_table_describes_it(
+    made: tuple[QuantizeResult, Path, dict[str, Any]], table: dict[str, Any], source: str
 ) -> None:
-    result, out = made
+    result, out, extra = made
     checkpoint = open_checkpoint(out)
-    allocation = result.allocation
-    assert allocation is not None
-    assert (
-        result.bytes == checkpoint.nbytes == allocation["packed_bytes"] + allocation["kept_bytes"]
-    )
-    assert checkpoint.nbytes <= uniform_size(source, 4) == allocation["budget"]
-    assert len({layer["choice"] for layer in allocation["layers"].values()}) > 1
-    for name, layer in allocation["layers"].items():
-        chosen, site = (
-            allocation["choices"][layer["choice"]],
-            checkpoint.record.sites[checkpoint.record.weights[name]],
-        )
-        recipe = checkpoint.record.recipes[site.recipe]
+    record = checkpoint.record
+    parts = sum(table[key] for key in ("packed_bytes", "kept_bytes", "ends_bytes"))
+    assert result.bytes == checkpoint.nbytes == parts <= table["budget"]
+    assert result.quantizer == "mixed"
+    assert len({layer["choice"] for layer in table["layers"].values()}) > 1
+    for name, layer in table["layers"].items():
+        chosen, site = table["choices"][layer["choice"]], record.sites[record.weights[name]]
+        recipe = record.recipes[site.recipe]
         assert (recipe.quantizer, dict(recipe.options)) == (chosen["quantizer"], chosen["options"])
         assert site.nbytes == layer["bytes"]
-    assert sorted(path.name for path in out.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+    ends = {HEAD: 8, TABLE: 2} if extra else {}
+    uniform = [choice["uniform_bytes"] for choice in table["choices"]]
+    assert uniform == [size(source, bits, ends) for bits in WIDTHS]
+    assert {n: end["name"] for n, end in table["ends"].items()} == {
+        name: f"plain:bits={bits}" for name, bits in ends.items()
+    }
+    used = {record.recipes[site.recipe].options["bits"] for _, site in record.items()}
+    assert {recipe.options["bits"] for recipe in record.recipes} == used  # no unused recipe
+    assert json.dumps(result.to_json())
+    assert not list(out.glob("*.jsonl"))
 
 
-def test_its_tensors_are_those_of_quantizing_with_these_choices(
-    made: tuple[QuantizeResult, Path], source: str, tmp_path: Path
+def test_the_record_has_the_table_without_the_errors(
+    made: tuple[QuantizeResult, Path, dict[str, Any]], table: dict[str, Any]
 ) -> None:
-    result, out = made
-    assert result.allocation is not None
-    layers, choices = result.allocation["layers"], result.allocation["choices"]
-    overrides = [
-        Override(
-            name.removesuffix(".weight"),
-            choices[layer["choice"]]["quantizer"],
-            choices[layer["choice"]]["options"],
-        )
-        for name, layer in layers.items()
-    ]
-    quantize(source, tmp_path / "same", "plain", overrides=overrides, calibration=CONFIG, seed=1)
-    expected, found = (
-        load_file(tmp_path / "same" / "model.safetensors"),
-        load_file(out / "model.safetensors"),
-    )
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    checkpoint = open_checkpoint(made[1])
+    errors = {"error", "errors", "bound", "uniform_bytes", "uniform_error"}
+
+    def without_errors(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_errors(item) for key, item in value.items() if key not in errors}
+        return [without_errors(item) for item in value] if isinstance(value, list) else value
+
+    kept = checkpoint.nbytes - checkpoint.record.nbytes
+    assert recorded_allocation(checkpoint.record, kept) == without_errors(table)
+
+
+def test_its_tensors_are_the_ones_of_quantizing_with_these_choices(
+    made: tuple[QuantizeResult, Path, dict[str, Any]], table: dict[str, Any], source: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    _, out, extra = made
+    overrides = []
+    for name, layer in table["layers"].items():
+        chosen = table["choices"][layer["choice"]]
+        module = name.removesuffix(".weight")
+        overrides.append(Override(module, chosen["quantizer"], chosen["options"]))
+    arguments = {"calibration": TEXT, "seed": 1, **extra}
+    quantize(source, tmp_path / "same", "plain", overrides=overrides, **arguments)
+    same, found = (load_file(path / "model.safetensors") for path in (tmp_path / "same", out))
+    assert same.keys() == found.keys()
+    assert all(torch.equal(same[name], found[name]) for name in same)
+    assert torch.isfinite(load_model(out, device="cpu")(torch.tensor([[5, 17, 3]])).logits).all()
 
 
 def divergence(dense: Any, packed: Any, ids: torch.Tensor) -> float:
     """KL in nats per token."""
     with torch.no_grad():
-        p, q = (
-            model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
-            for model in (dense, packed)
-        )
+        p, q = (m(input_ids=ids).logits.double().log_softmax(-1) for m in (dense, packed))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def test_of_one_size_the_mixed_model_is_nearer_to_the_dense_one_than_any_uniform_one(
-    made: tuple[QuantizeResult, Path], source: str, tmp_path: Path
+    source: str, tmp_path: Path
 ) -> None:
-    """On text that wasn't calibrated on; and the estimate is of the right size."""
-    result, out = made
-    assert result.allocation is not None
-    for name in ("plain", "heeding"):
-        quantize(
-            source,
-            tmp_path / name,
-            name,
-            {"bits": 4},
-            calibration=CONFIG if name == "heeding" else None,
-            seed=1,
-        )
-        assert open_checkpoint(tmp_path / name).nbytes == uniform_size(source, 4)
+    """On text that nothing was calibrated on; and the estimate has the right size."""
+    table = run(source, tmp_path / "mixed", size(source, 4)).allocation
+    for name, text in (("plain", None), ("heeding", TEXT)):
+        quantize(source, tmp_path / name, name, {"bits": 4}, calibration=text, seed=1)
+        assert open_checkpoint(tmp_path / name).nbytes == size(source, 4)
     dense = AutoModelForCausalLM.from_pretrained(source).eval()
     ids = token_segments("pydoc[80%:]", open_model(source).tokenizer(), 32, 64)
     mixed, *uniform = (
-        divergence(dense, load_model(f, device="cpu"), ids)
-        for f in (out, tmp_path / "plain", tmp_path / "heeding")
+        divergence(dense, load_model(tmp_path / name, device="cpu"), ids)
+        for name in ("mixed", "plain", "heeding")
     )
-    # by 0.9 with the text of Python 3.11, by 0.97 with that of 3.13, whose topics of pydoc differ
+    # by 0.9 with the text of Python 3.11, by 0.97 with 3.13, whose topics of pydoc differ
     assert mixed < min(uniform)
-    # second order, layers as if they were independent: with that of 3.11 within a half, with that of 3.13 0.49 of what is measured
-    assert 0.4 < result.allocation["error"] / mixed < 2
-
-
-def test_at_every_uniform_size_the_estimate_is_below_the_uniform_ones(
-    made: tuple[QuantizeResult, Path],
-) -> None:
-    allocation = made[0].allocation
-    assert allocation is not None
-    for i, choice in enumerate(allocation["choices"]):
+    # second order, with independent layers: a half too small at most with these texts
+    assert table is not None
+    assert 0.4 < table["error"] / mixed < 2
+    for i, choice in enumerate(table["choices"]):  # uniform choices of other sizes are beaten too
         offers = [
-            [
-                Offer(int(layer["weights"] * bits / 8), error)
-                for bits, error in zip((2, 4, 4, 8), layer["errors"], strict=True)
-            ]
-            for layer in allocation["layers"].values()
-        ]
-        uniform = sum(layer[i].nbytes for layer in offers)
-        assert allocate(offers, uniform).error <= choice["uniform_error"]
-    assert allocation["bound"] <= allocation["error"]
-    assert allocation["error"] == pytest.approx(
-        sum(layer["error"] for layer in allocation["layers"].values())
-    )
+            [Offer(layer["weights"] * bits // 8, error)
+             for bits, error in zip(WIDTHS, layer["errors"], strict=True)]
+            for layer in table["layers"].values()
+        ]  # fmt: skip
+        uniform_size = sum(layer[i].nbytes for layer in offers)
+        assert allocate(offers, uniform_size).error <= choice["uniform_error"]
+    assert table["bound"] <= table["error"]
+    total = sum(layer["error"] for layer in table["layers"].values())
+    assert table["error"] == pytest.approx(total)
 
 
-def test_the_record_says_what_was_asked(made: tuple[QuantizeResult, Path], source: str) -> None:
-    record = open_checkpoint(made[1]).record
-    assert record.allocation is not None
-    assert record.allocation["budget"] == uniform_size(source, 4)
-    assert [choice["options"]["bits"] for choice in record.allocation["choices"]] == [2, 4, 4, 8]
-    assert record.allocation["measured_on"]["samples"] == 16
-    used = {(recipe.quantizer, recipe.options["bits"]) for recipe in record.recipes}
-    sites = {record.recipes[site.recipe].quantizer for _, site in record.items()}
-    assert len(used) == len(record.recipes)
-    assert sites == {name for name, _ in used}  # none that no layer has
-
-
-def test_more_than_enough_gives_every_layer_its_best_choice(
-    site: Path, source: str, tmp_path: Path
-) -> None:
-    result = run(source, tmp_path / "out", 2**30)
+def test_a_large_budget_gives_every_layer_its_best_choice(source: str, tmp_path: Path) -> None:
+    result = run(source, tmp_path / "out", 2**30, calibration=FEW)
     assert result.allocation is not None
     assert {layer["choice"] for layer in result.allocation["layers"].values()} == {3}
-    assert result.bytes == uniform_size(source, 8)
-    assert result.calibration is None  # what is left needs none
+    assert result.bytes == size(source, 8)
+    assert result.calibration is None  # the used quantizer needs none
     assert open_checkpoint(tmp_path / "out").record.calibration is None
 
 
-def test_experts_are_chosen_for_by_the_stack(site: Path, tmp_path: Path) -> None:
+def test_experts_are_chosen_for_by_the_stack(tmp_path: Path) -> None:
     dense = str(save_model_with_tokenizer("mixtral", tmp_path / "dense"))
-    largest = run(dense, tmp_path / "largest", 2**30, choices=CHOICES[:3]).bytes
-    result = run(dense, tmp_path / "out", largest - 4_000, choices=CHOICES[:3])
+    few: dict[str, Any] = {"choices": CHOICES[:3], "calibration": FEW}
+    largest = run(dense, tmp_path / "largest", 2**30, **few).bytes
+    result = run(dense, tmp_path / "out", largest - 4_000, **few)
     assert result.bytes <= largest - 4_000
     assert result.allocation is not None
     assert len({layer["choice"] for layer in result.allocation["layers"].values()}) > 1
     load_model(tmp_path / "out", device="cpu")
 
 
+def test_the_table_of_a_tied_model_counts_once(tmp_path: Path) -> None:
+    tied = save_uneven(tmp_path / "tied", "llama-tied")
+    few: dict[str, Any] = {"choices": CHOICES[1::2], "calibration": FEW}
+    result = run(tied, tmp_path / "out", 2**30, head=ENDS["head"], **few)
+    assert result.bytes == size(tied, 8, {TABLE: 8}) == open_checkpoint(tmp_path / "out").nbytes
+    assert isinstance(load_model(tmp_path / "out", device="cpu").lm_head, TiedHead)
+
+
+def test_the_least_budget_that_the_message_names_is_enough(source: str, tmp_path: Path) -> None:
+    least = size(source, 2, {HEAD: 8, TABLE: 2})
+    ends = "lm_head by plain:bits=8, model.embed_tokens by plain:bits=2"
+    named = rf"at least {least} bytes .* {ends} 0\.\d\d MiB"
+    with pytest.raises(OptionError, match=named):
+        run(source, tmp_path / "out", least - 1, calibration=FEW, **ENDS)
+    assert run(source, tmp_path / "out", least, calibration=FEW, **ENDS).bytes == least
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"budget": 1000}, OptionError, r"budget: expected at least \d+ bytes \(\d\.\d\d MiB\), got 1000"),
+        ({"budget": 1000}, OptionError, r"budget: expected at least \d+ bytes \(\d\.\d\d MiB\)"),
         ({"choices": CHOICES[:1]}, OptionError, "two or more to choose from, got 1"),
-        ({"choices": (Choice("plain"), Choice("plain", {"bits": 2}))}, OptionError, "plain and plain:bits=2, which are the same"),
+        ({"choices": (Choice("plain"), Choice("plain", {"bits": 2}))}, OptionError, "are the same"),
         ({"choices": (Choice("plain"), Choice("plainer"))}, PluginError, "plainer"),
         ({"choices": (Choice("plain"), Choice("plain", {"bits": 3}))}, OptionError, "bits"),
-        ({"include": ["lm_head"]}, OptionError, "lm_head is outside of the decoder blocks, where no error is measured"),
+        ({"include": ["lm_head"]}, OptionError, "lm_head is outside of the decoder blocks"),
         ({"exclude": ["*_proj"]}, OptionError, "linear layers to choose for, got none"),
-        ({"calibration": CalibrationConfig("pydoc[:10%]", samples=1, seq_len=32)}, DataError, "at least 2 calibration samples"),
+        ({"calibration": replace(FEW, samples=1)}, DataError, "at least 2"),
+        ({"calibration": None}, OptionError, "expected a calibration text"),
+        ({"options": {"bits": 2}}, OptionError, "expected no options"),
+        ({"head": Choice("heeding")}, OptionError, "--quantize-head heeding: it needs calibration"),
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_refused_and_writes_nothing(
-    site: Path,
-    source: str,
-    tmp_path: Path,
-    arguments: dict[str, Any],
-    error: type[ModuLoRAError],
-    message: str,
+    source: str, tmp_path: Path, arguments: dict[str, Any], error: type[ModuLoRAError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         run(source, tmp_path / "out", **{"budget": 2**30, **arguments})
     assert not list(tmp_path.iterdir())
 
 
-def test_the_least_budget_that_the_message_names_is_enough(
-    site: Path, source: str, tmp_path: Path
+def test_a_shape_that_a_choice_cannot_pack_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = run(source, tmp_path / "out", uniform_size(source, 2))
-    assert result.bytes == uniform_size(source, 2)
-    with pytest.raises(OptionError, match=f"at least {uniform_size(source, 2)} bytes"):
-        run(source, tmp_path / "less", uniform_size(source, 2) - 1)
-
-
-def test_a_shape_that_a_choice_cannot_pack_is_refused(site: Path, tmp_path: Path) -> None:
-    from modulora_core.tests.tiny_models import _GROUPED, ARCHITECTURES
-
-    ARCHITECTURES["llama-odd"] = ("llama", {**_GROUPED, "intermediate_size": 44})
-    try:
-        dense = save_model_with_tokenizer("llama-odd", tmp_path / "dense")
-    finally:
-        del ARCHITECTURES["llama-odd"]
+    kind, sizes = tiny_models.ARCHITECTURES["llama"]
+    odd = (kind, {**sizes, "intermediate_size": 44})
+    monkeypatch.setitem(tiny_models.ARCHITECTURES, "llama-odd", odd)
+    dense = save_model_with_tokenizer("llama-odd", tmp_path / "dense")
     with pytest.raises(ShapeError, match=r"in_features 44 .*down_proj"):
         run(str(dense), tmp_path / "out", 2**30)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_killed_while_measuring_and_while_packing_ends_with_the_same_bytes(
-    site: Path, source: str, made: tuple[QuantizeResult, Path], tmp_path: Path
-) -> None:
-    budget, out = uniform_size(source, 4), tmp_path / "out"
-    stop(source, out, budget, after=9)  # of 14 layers
-    assert len((partial_name(out) / "errors.jsonl").read_text().splitlines()) == 9
-    with (partial_name(out) / "errors.jsonl").open("a") as journal:
+    made: tuple[QuantizeResult, Path, dict[str, Any]], table: dict[str, Any], source: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    _, whole, extra = made
+    out, partial = tmp_path / "out", partial_name(tmp_path / "out")
+
+    def go_on(budget: int = table["budget"], **changed: Any) -> QuantizeResult:
+        return run(source, out, budget, resume=True, **{**extra, **changed})
+
+    stop(go_on, after=9)  # of 14 layers
+    assert len((partial / "errors.jsonl").read_text().splitlines()) == 9
+    with (partial / "errors.jsonl").open("a") as journal:
         journal.write('["model.layers.1.')  # as a kill in the middle of a line leaves it
-    stop(source, out, budget, after=5 + 8)
-    assert len((partial_name(out) / "written.jsonl").read_text().splitlines()) == 8
-    for change in ({"budget": budget + 1}, {"choices": CHOICES[1:]}, {"seed": 2}):
-        with pytest.raises(CheckpointError, match=f"differs in .*{next(iter(change))}"):
-            run(source, out, **{"budget": budget, "resume": True, **change})
+    stop(go_on, after=5 + 8)
+    assert len((partial / "written.jsonl").read_text().splitlines()) == 8
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("budget", {"budget": table["budget"] + 1}), ("choices", {"choices": CHOICES[1:]}),
+        ("seed", {"seed": 2}), ("ends", {"head": Choice("plain", {"bits": 4})}),
+    ]  # fmt: skip
+    for named, change in others:
+        with pytest.raises(CheckpointError, match=f"differs in .*{named}"):
+            go_on(**change)
     with pytest.raises(CheckpointError, match="differs in"):
         quantize(source, out, "plain", resume=True)
-    measured: list[str] = []
-    run(source, out, budget, resume=True, progress=lambda what, done, total: measured.append(what))
-    assert "measuring" not in measured
-    assert stored(out) == stored(made[1])
-
-
-def test_errors_do_not_depend_on_the_budget(
-    site: Path, source: str, made: tuple[QuantizeResult, Path], tmp_path: Path
-) -> None:
-    again = run(source, tmp_path / "out", uniform_size(source, 4) - 3000)
-    assert again.allocation is not None
-    assert made[0].allocation is not None
-    found, expected = again.allocation["layers"], made[0].allocation["layers"]
-    assert {name: layer["errors"] for name, layer in found.items()} == {
-        name: layer["errors"] for name, layer in expected.items()
-    }
-    assert json.dumps(again.to_json())
+    phases: list[str] = []
+    result = go_on(progress=lambda phase, done, total: phases.append(phase))
+    assert "measuring" not in phases
+    assert stored(out) == stored(whole)
+    assert result.allocation == table

@@ -1,0 +1,334 @@
+"""Quantizing with calibration and tuning: the record, refusals, the command line, killed runs."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modulora_core import registry
+from modulora_core.calibration import CalibrationConfig, TuningConfig
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.outputs import partial_name
+from modulora_core.cli import main
+from modulora_core.errors import CheckpointError, DataError, ModuLoRAError, OptionError
+from modulora_core.models.folders import MARKER
+from modulora_core.quantization.quantize import Override, QuantizeResult, quantize
+from modulora_core.tests import scaled_quantizer, width_quantizer
+from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
+from modulora_core.tests.stopped_runs import stop, stored
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on the path with ``plain`` and with ``heeding``, which needs calibration."""
+    root = tmp_path_factory.mktemp("widths-site")
+    with width_quantizer.installed(root):
+        yield root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The module of ``scaled``, whose calibration is optional, and which can be tuned."""
+    with scaled_quantizer.installed(tmp_path_factory.mktemp("scaled-site")) as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("source") / "llama"
+    return str(save_model_with_tokenizer("llama-biased", folder, "bfloat16"))
+
+
+OUTSIDE, IN_BLOCK = 3, 16
+"""Parameters outside of the two blocks (embeddings, norm, head), and in one (7 weights, 7 biases,
+2 norms)."""
+
+TUNING = TuningConfig(epochs=2, learning_rate=2e-2)
+
+
+def text(**changed: Any) -> CalibrationConfig:
+    settings = {"source": "pydoc[:10%]", "samples": 6, "seq_len": 32, "batch_size": 2, **changed}
+    return CalibrationConfig(**settings)
+
+
+def run(source: str, out: Path, quantizer: str = "heeding", **arguments: Any) -> QuantizeResult:
+    calibration = text(tuning=TUNING if quantizer == "scaled" else None)
+    return quantize(source, out, quantizer, **{"calibration": calibration, "seed": 1, **arguments})
+
+
+@pytest.fixture(scope="module", params=["heeding", "scaled"])
+def whole(
+    request: pytest.FixtureRequest, source: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, QuantizeResult]:
+    """A quantizer, its checkpoint and its result; ``scaled`` is tuned."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return request.param, out, run(source, out, request.param)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_samples_are_recorded_and_the_model_loads(
+    whole: tuple[str, Path, QuantizeResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantizer, out, result = whole
+    record = open_checkpoint(out).record.calibration
+    assert record is not None
+    assert record == result.calibration
+    assert record["tokens_sha256"]
+    samples = {"source": "pydoc[:10%]", "samples": 6, "seq_len": 32, "batch_size": 2}
+    assert {key: record[key] for key in samples} == samples
+    tuning = {"epochs": 2, "learning_rate": 0.02, "batch_size": 16}  # of 32 tokens
+    assert record.get("tuning") == (tuning if quantizer == "scaled" else None)
+    assert (result.tuning_errors is not None) == (quantizer == "scaled")
+    load_model(out, device="cpu")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert main(["info", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["calibration"] == record
+
+
+def test_the_command_line_gives_the_same_bytes(
+    whole: tuple[str, Path, QuantizeResult], source: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    quantizer, out, result = whole
+    samples = "--calibration pydoc[:10%] --samples 6 --seq-len 32 --batch-size 2 --spill"
+    tune = "--tune-epochs 2 --tune-lr 0.02" if quantizer == "scaled" else ""
+    words = f"-q {quantizer} {samples} {tune} --seed 1 --json".split()
+    assert main(["quantize", source, str(tmp_path / "out"), *words]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["calibration"] == result.calibration
+    assert printed["unreached"] == []
+    assert printed["tuning_errors"] == json.loads(json.dumps(result.tuning_errors))
+    assert stored(tmp_path / "out") == stored(out)
+
+
+def test_an_optional_calibration_may_be_left_out(source: str, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", "scaled", calibration=None)
+    assert open_checkpoint(tmp_path / "out").record.calibration is None
+
+
+def test_layers_without_calibration_are_packed_beside_layers_with_it(
+    source: str, tmp_path: Path
+) -> None:
+    result = run(source, tmp_path / "out", overrides=[Override("*.mlp.*", "plain")])
+    assert result.packed_by.keys() == {"heeding", "plain"}
+    run(source, tmp_path / "same", "plain", overrides=[Override("*.self_attn.*", "heeding")])
+    one, other = (tensors(tmp_path / name) for name in ("out", "same"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_short_text_gives_all_of_its_samples(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    result = run(source, tmp_path / "out", calibration=CalibrationConfig(str(path), seq_len=32))
+    assert result.calibration is not None
+    assert 0 < result.calibration["samples"] < 128
+
+
+def test_no_epochs_mean_no_tuning(source: str, tmp_path: Path) -> None:
+    no_epochs = text(tuning=TuningConfig(epochs=0))
+    result = run(source, tmp_path / "none", "scaled", calibration=no_epochs)
+    run(source, tmp_path / "untuned", "scaled", calibration=text())
+    assert stored(tmp_path / "none") == stored(tmp_path / "untuned")
+    assert result.tuning_errors is None
+
+
+def test_weights_of_other_quantizers_are_not_rescaled(
+    toy: object, source: str, tmp_path: Path
+) -> None:
+    toys = [Override("*.mlp.*", "toy")]
+    run(source, tmp_path / "tuned", "scaled", overrides=toys)
+    run(source, tmp_path / "untuned", "scaled", overrides=toys, calibration=text())
+    tuned, untuned = (tensors(tmp_path / name) for name in ("tuned", "untuned"))
+    differing = {name for name in tuned if not torch.equal(tuned[name], untuned[name])}
+    assert any(name.endswith("self_attn.v_proj.weight.rows") for name in differing)
+    assert any(name.endswith("mlp.up_proj.bias") for name in differing)
+    assert not [name for name in differing if ".mlp." in name and ".weight." in name]
+
+
+def test_a_quantizer_that_uses_no_calibration_is_tuned_on_the_text(
+    scaled: ModuleType, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, pack = list[Any](), scaled.Scaled.pack
+
+    def noted(self: Any, weight: Any, calibration: Any = None) -> Any:
+        given.append(calibration)
+        return pack(self, weight, calibration)
+
+    monkeypatch.setattr(scaled.Scaled, "pack", noted)
+    spec = scaled.Scaled.spec
+    object.__setattr__(spec, "calibration", "none")
+    try:
+        errors = run(source, tmp_path / "out", "scaled").tuning_errors
+    finally:
+        object.__setattr__(spec, "calibration", "optional")
+    assert given
+    assert not any(given)
+    assert errors is not None
+    assert all(after < before for before, after in errors.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"calibration": None}, OptionError, "heeding: expected a calibration text"),
+        ({"quantizer": "toy"}, OptionError, "toy uses none"),
+        ({"calibration": text(samples=10**6)}, DataError, "1000000 samples"),
+        ({"calibration": text(seq_len=4096)}, OptionError, "at most 64, the context"),
+        ({"calibration": text(source="nowhere.txt")}, DataError, "nowhere.txt"),
+        ({"include": ["lm_head"]}, OptionError, "lm_head is outside of the decoder blocks"),
+        ({"quantizer": "toy", "calibration": text(tuning=TUNING)}, OptionError, "got toy; leave"),
+        ({"calibration": text(tuning=TUNING, samples=1)}, DataError, "tuning: expected at least 2"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_refused_and_writes_nothing(
+    source: str, toy: object, tmp_path: Path, arguments: dict[str, Any],
+    error: type[ModuLoRAError], message: str,
+) -> None:  # fmt: skip
+    with pytest.raises(error, match=message):
+        run(source, tmp_path / "out", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["samples", "seq_len", "batch_size"])
+def test_a_number_below_one_is_refused(option: str) -> None:
+    with pytest.raises(OptionError, match=f"calibration {option}"):
+        text(**{option: 0})
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "after", "packed_again"),
+    [
+        ("heeding", OUTSIDE + 9 + 4, 10),  # a block's biases and norms come first
+        ("scaled", OUTSIDE + 9, 14),
+        ("scaled", OUTSIDE + IN_BLOCK, 7),
+        ("scaled", OUTSIDE + 2 * IN_BLOCK - 1, 7),
+    ],
+)
+def test_a_resumed_run_packs_missing_parameters_or_tunes_missing_blocks(
+    quantizer: str, after: int, packed_again: int, source: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    whole = run(source, tmp_path / "whole", quantizer)
+    out = tmp_path / "out"
+    stop(lambda: run(source, out, quantizer), after)
+    journal = (partial_name(out) / "written.jsonl").read_text()
+    assert len(journal.splitlines()) == after
+    cls = registry.load(quantizer)
+    packed, pack = list[int](), cls.pack
+    monkeypatch.setattr(cls, "pack", lambda *given: packed.append(1) or pack(*given))
+    calls: list[tuple[str, int, int]] = []
+    result = run(source, out, quantizer, resume=True, progress=lambda *call: calls.append(call))
+    layouts = len(open_checkpoint(out).record.sites)  # Quantizer.layout() packs each kind once
+    assert len(packed) - layouts == packed_again
+    assert stored(out) == stored(tmp_path / "whole")
+    done = [(done, total) for phase, done, total in calls if phase in ("packing", "tuning")]
+    assert done == sorted(done)
+    assert done[-1][0] == done[-1][1]
+    assert ("tuning" in {phase for phase, _, _ in calls}) == (quantizer == "scaled")
+    if quantizer == "scaled":
+        errors, expected = result.tuning_errors, whole.tuning_errors
+        assert errors is not None
+        assert expected is not None
+        assert errors == {path: expected[path] for path in list(expected)[-len(errors) :]}
+
+
+@pytest.fixture(scope="module")
+def stopped(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The place of a killed run; other requests leave it as it is."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    stop(lambda: run(source, out, "scaled"), after=5)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 2}, "seed"),
+        ({"calibration": text(tuning=TUNING, source="pydoc[:20%]")}, "calibration"),
+        ({"calibration": text(tuning=TUNING, samples=5)}, "calibration"),
+        ({"calibration": text()}, "calibration"),
+        ({"calibration": text(tuning=TuningConfig(3, 2e-2))}, "calibration"),
+        ({"exclude": ["*.down_proj"]}, "weights"),
+        ({"quantizer": "heeding", "calibration": text()}, "recipes"),
+    ],
+)
+def test_a_changed_request_is_not_resumed(
+    source: str, stopped: Path, change: dict[str, Any], named: str
+) -> None:
+    before = stored(partial_name(stopped))
+    assert before
+    with pytest.raises(CheckpointError, match=f"differs in .*{named}.*without --resume"):
+        run(source, stopped, **{"quantizer": "scaled", "resume": True, **change})
+    assert stored(partial_name(stopped)) == before
+
+
+def test_a_changed_text_or_changed_weights_are_not_resumed(source: str, tmp_path: Path) -> None:
+    path, copy, out = tmp_path / "text.txt", tmp_path / "copy", tmp_path / "out"
+    words = "The quick brown fox jumps over the lazy dog. " * 200
+    path.write_text(words)
+    shutil.copytree(source, copy)
+    calibration = CalibrationConfig(str(path), samples=6, seq_len=32)
+    stop(lambda: run(str(copy), out, calibration=calibration), after=5)
+    path.write_text(words.replace("lazy", "sleepy"))
+    with pytest.raises(CheckpointError, match="differs in calibration"):
+        run(str(copy), out, calibration=calibration, resume=True)
+    path.write_text(words)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="differs in the values of the model's weights"):
+        run(str(copy), out, calibration=calibration, resume=True)
+
+
+RUN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from modulora_core.calibration import CalibrationConfig
+from modulora_core.quantization.quantize import quantize
+text = CalibrationConfig("pydoc[:10%]", samples=6, seq_len=32, batch_size=2)
+quantize(sys.argv[2], sys.argv[3], "heeding", seed=1, resume=True, calibration=text)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
+    site: Path, source: str, tmp_path: Path
+) -> None:
+    run(source, tmp_path / "whole")
+    out, moments, cut = tmp_path / "out", random.Random(0), 0
+    journal = partial_name(out) / "written.jsonl"
+    for after in [*sorted(moments.sample(range(30), 4)), 1000]:  # of 35 parameters
+        command = [sys.executable, "-c", RUN, str(site), source, str(out)]
+        with subprocess.Popen(command) as process:
+            while process.poll() is None:
+                if journal.is_file() and len(journal.read_text().splitlines()) >= after:
+                    time.sleep(moments.uniform(0, 0.02))
+                    process.send_signal(signal.SIGKILL)
+                    break
+                time.sleep(0.001)
+        if out.exists():
+            break
+        cut += 1
+    assert cut > 0
+    found = {name: data for name, data in stored(out).items() if name != MARKER}
+    assert found == stored(tmp_path / "whole")
