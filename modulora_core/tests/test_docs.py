@@ -78,6 +78,17 @@ def test_links_files_and_names_exist(page: Path) -> None:
         assert resolve(name) is not None, name
 
 
+def test_the_places_to_change_exist() -> None:
+    """If this fails: a name in the table of read-the-code.md has moved."""
+    page = (DOCS / "tutorials" / "read-the-code.md").read_text("utf-8")
+    rows = re.findall(r"^\| [^|]+ \| (.+) in `(modulora_core/\S+)` \|$", page, re.M)
+    assert len(rows) >= 5
+    for names, path in rows:
+        source = (ROOT / path).read_text("utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(def |class )?{name}\b", source, re.M), (name, path)
+
+
 def resolve(dotted: str) -> Any:
     """The object of a dotted name: a module, or attributes of one."""
     name, *rest = dotted.split(".")
@@ -145,7 +156,9 @@ def test_all_commands_and_the_python_of_the_readme_run(tmp_path: Path) -> None:
 def test_the_first_tutorial_gives_the_perplexities_of_the_page(tmp_path: Path) -> None:
     page = DOCS / "tutorials" / "finetune.md"
     printed = "".join(run_commands(page, tmp_path))
-    before, after = (float(number) for number in re.findall(r"^perplexity +([\d.]+)", printed, re.M))
+    before, after = (
+        float(number) for number in re.findall(r"^perplexity +([\d.]+)", printed, re.M)
+    )
     promised = re.search(r"falls from ([\d.]+) to about ([\d.]+)", page.read_text("utf-8"))
     assert promised is not None
     assert before == pytest.approx(float(promised[1]), abs=0.01)
