@@ -1,15 +1,16 @@
 """Record in config.json which quantizer packed which parameter, and how
-(docs/checkpoint-format.md).
+(docs/reference/checkpoint-format.md).
 
 A :class:`QuantizationRecord` is the ``quantization_config`` of an ordinary Hugging Face folder. It
 names every packed parameter, and says once for each kind of layer which quantizer packed it and how
-its tensors look. A reader thus knows dtypes, shapes and bytes from config.json alone."""
+its tensors look. A reader thus knows dtypes, shapes and bytes from config.json alone.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -18,6 +19,7 @@ from pydantic import (
     NonNegativeInt,
     PlainSerializer,
     PositiveInt,
+    model_validator,
 )
 
 from modulora_core import registry
@@ -149,49 +151,39 @@ class QuantizationRecord(_Frozen):
         return 8 * self.nbytes / max(1, sum(site.weights for _, site in self.items()))
 
     def to_json(self) -> dict[str, Any]:
-        return self.model_dump(
-            exclude={"allocation"} if self.allocation is None else None, mode="json"
-        )
+        left_out = {"allocation"} if self.allocation is None else None
+        return self.model_dump(exclude=left_out, mode="json")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> QuantizationRecord:
         """Read a ``quantization_config``.
 
         Raises:
-            CheckpointError: it is another method's, another format's, or malformed; the message
-                says which.
+            CheckpointError: it is another method's, another format's, or malformed.
         """
-        subject = "quantization_config"
-        if data.get("quant_method") != QUANT_METHOD:
-            raise CheckpointError(
-                f"{subject}: expected quant_method {QUANT_METHOD!r}, "
-                f"got {data.get('quant_method')!r}"
-            )
         if data.get("format") != FORMAT:
             raise CheckpointError(
                 f"checkpoint format: this version of modulora-core reads {FORMAT}, got "
                 f"{data.get('format')!r}, written by modulora-core "
                 f"{data.get('core_version', '?')}; install another version"
             )
-        record = check_json(data, cls, f"malformed {subject}")
-        _check_indices(
-            "a site is of recipe", (site.recipe for site in record.sites), len(record.recipes)
-        )
-        _check_indices("a weight is of site", record.weights.values(), len(record.sites))
-        return record
+        return check_json(data, cls, "malformed quantization_config")
 
-
-def _check_indices(what: str, indices: Iterable[int], count: int) -> None:
-    for index in indices:
-        if index >= count:
-            raise CheckpointError(f"quantization_config: {what} {index}, expected 0 to {count - 1}")
+    @model_validator(mode="after")
+    def _check_indices(self) -> Self:
+        for index, count, what in (
+            *((site.recipe, len(self.recipes), "recipe") for site in self.sites),
+            *((index, len(self.sites), "site") for index in self.weights.values()),
+        ):
+            if index >= count:
+                raise ValueError(f"expected a {what} 0 to {count - 1}, got {what} {index}")
+        return self
 
 
 def distinct_sites(
     packed: Iterable[tuple[LinearSite, int, PackedLayout]],
 ) -> tuple[tuple[PackedSite, ...], dict[str, int]]:
-    """Each kind of packed parameter once, and the kind of every parameter: a record's sites and
-    weights.
+    """A record's sites and weights: each kind of packed parameter once, and the kind of each.
 
     Args:
         packed: each parameter with the index of its recipe and its layout.

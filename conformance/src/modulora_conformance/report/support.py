@@ -2,8 +2,8 @@
 
 ::
 
-    python -m modulora_conformance.report.support FOLDER --write docs/support.md
-    python -m modulora_conformance.report.support FOLDER --check docs/support.md
+    python -m modulora_conformance.report.support FOLDER --write docs/reference/support.md
+    python -m modulora_conformance.report.support FOLDER --check docs/reference/support.md
 """
 
 from __future__ import annotations
