@@ -89,6 +89,14 @@ def test_the_places_to_change_exist() -> None:
             assert re.search(rf"^(def |class )?{name}\b", source, re.M), (name, path)
 
 
+def test_pages_that_code_refers_to_exist() -> None:
+    """If this fails: a docstring or a message names a page that has moved."""
+    for folder in ("modulora_core", "conformance", "plugins", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for page in re.findall(r"\bdocs/[\w/-]+\.md", file.read_text("utf-8")):
+                assert (ROOT / page).exists(), f"{file}: {page}"
+
+
 def resolve(dotted: str) -> Any:
     """The object of a dotted name: a module, or attributes of one."""
     name, *rest = dotted.split(".")

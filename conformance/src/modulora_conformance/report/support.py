@@ -22,9 +22,10 @@ from modulora_core.errors import DataError
 HEADER = """\
 # Supported quantizers
 
-What the conformance kit found, for every configuration that a quantizer makes promises for. Bits per weight are those of a
-2048 × 2048 layer, scales and all; the error is ‖W − Ŵ‖ / ‖W‖ of normal weights, packed without calibration data. A certified run
-covers all levels, and skips nothing but hardware that isn't there and what the quantizer doesn't offer.
+The table has a row for each configuration that a quantizer promises, as the conformance kit
+measured it. Bits per weight include scales, for a layer of 2048 × 2048.
+The error is ‖W − Ŵ‖ / ‖W‖ for normal weights, packed without calibration. A certified run passes
+all levels. It skips only missing hardware, and features that the quantizer does not offer.
 
 """
 
