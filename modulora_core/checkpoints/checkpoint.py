@@ -1,8 +1,8 @@
 """Open, check and load packed checkpoints, written by ``modulora quantize`` or by other tools.
 
 :func:`open_checkpoint` reads config.json and the files' headers; a checkpoint then gives tensors
-one at a time. :func:`load_model` makes the transformers model, with packed weights and no dense
-one."""
+one at a time. :func:`load_model` makes the transformers model; its weights stay packed.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ LOAD_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class PackedCheckpoint:
-    """A folder of packed weights, known from config.json and headers; :func:`open_checkpoint` makes
-    one.
+    """A folder of packed weights, known from headers; :func:`open_checkpoint` makes one.
 
     Attributes:
         folder: its path on this machine.
@@ -47,8 +46,7 @@ class PackedCheckpoint:
         format: ``"modulora"``, or the name of the foreign format.
         config: its config.json; of a foreign folder, config.json as ours would be.
         record: its ``quantization_config``.
-        parameters: every stored parameter → its :class:`PackedSite` if it is packed, else its
-            layout.
+        parameters: every stored parameter → its :class:`PackedSite`, or its layout if it is dense.
     """
 
     def __init__(
@@ -66,30 +64,18 @@ class PackedCheckpoint:
             SafetensorsStore(folder) if foreign is None else foreign.store
         )
         self._quantizers: dict[int, Quantizer] = {}
-        stored = {name: layout_of(tensor) for name, tensor in self._store.tensors.items()}
-        self._check_packed(stored)
-        packed = {
-            name for parameter, site in self.record.items() for name, _ in site.tensors(parameter)
-        }
         self.parameters: dict[str, PackedSite | TensorLayout] = {
-            **{name: layout for name, layout in stored.items() if name not in packed},
-            **dict(self.record.items()),
+            name: layout_of(tensor) for name, tensor in self._store.tensors.items()
         }
-
-    def _check_packed(self, stored: Mapping[str, TensorLayout]) -> None:
         for parameter, site in self.record.items():
             for name, expected in site.tensors(parameter):
-                found = stored.get(name)
-                if found is None:
-                    raise CheckpointError(
-                        f"{self.folder}: {name}: config.json names it, the files don't have it; "
-                        "download or quantize the model again"
-                    )
+                found = self.parameters.pop(name, None)
                 if found != expected:
                     raise CheckpointError(
-                        f"{self.folder / self._store.tensors[name].file}: {name}: expected "
-                        f"{expected} by config.json, got {found}"
+                        f"{folder}: {name}: expected {expected} by config.json, got "
+                        f"{found or 'none'} in the files; download or quantize the model again"
                     )
+        self.parameters |= dict(self.record.items())
 
     @property
     def nbytes(self) -> int:

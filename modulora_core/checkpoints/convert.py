@@ -1,5 +1,4 @@
-"""Rewrite a packed checkpoint in another format: a foreign folder as one of ours, or ours as a
-foreign one.
+"""Rewrite a packed checkpoint in another format: from another tool's to ours, or from ours.
 
 Packed weights keep their values: nothing is quantized again. One layer is in memory at a time.
 """
@@ -85,8 +84,7 @@ def convert(
 
     Raises:
         OptionError: no such format, or ``out`` can't be written in it, or ``source`` is in it.
-        ModelError, ShapeError: ``source`` isn't packed, or the format can't hold a weight, which is
-            named.
+        ModelError, ShapeError: ``source`` isn't packed, or the format can't hold the named weight.
         RequestError: ``source`` can't be read, or ``out`` holds something else or is too small.
             Every error is raised before any work.
     """
@@ -148,11 +146,8 @@ def _stored_weight(
     checkpoint: PackedCheckpoint, name: str, site: PackedSite, writer: CheckpointFormat
 ) -> StoredWeight:
     if site.kind in ("embedding", "experts"):
-        got = (
-            "a packed input embedding"
-            if site.kind == "embedding"
-            else (f"a stack of {site.experts} experts in one parameter")
-        )
+        stack = f"a stack of {site.experts} experts in one parameter"
+        got = stack if site.kind == "experts" else "a packed input embedding"
         raise ModelError(
             f"{name}: {got}; the format {writer.spec.name} holds linear layers only, so this model "
             "can't be written in it"

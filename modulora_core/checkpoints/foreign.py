@@ -57,8 +57,7 @@ class ForeignModel:
 
 
 def open_foreign(location: Location, recognised: Recognised) -> ForeignModel:
-    """Open a folder that :func:`modulora_core.models.formats.recognise` knows; its weights are
-    there.
+    """Open a folder of weights that :func:`modulora_core.models.formats.recognise` knows.
 
     Raises:
         ModelError: the format can't read it, or a quantized layer isn't a linear layer of its own
@@ -89,7 +88,8 @@ class _Headers:
     """The tensors of a foreign folder; each packed weight is one tensor, ``MODULE.weight``.
 
     :class:`~modulora_core.models.weights.Weights` maps them to names in memory. Packed weights
-    aren't read through it."""
+    aren't read through it.
+    """
 
     def __init__(self, raw: SafetensorsStore, weights: Mapping[str, ForeignWeight]) -> None:
         self.read, self._raw = raw.read, raw
@@ -185,8 +185,8 @@ def _record(source: ModelSource, placed: _Placed, format_name: str) -> Quantizat
 class ForeignStore:
     """The tensors of a foreign folder, named and packed as in a checkpoint of ours.
 
-    The tensors of one packed weight are read one after another, so the last converted weight is
-    kept."""
+    The tensors of one packed weight are read one after another: the last weight is kept.
+    """
 
     def __init__(
         self,

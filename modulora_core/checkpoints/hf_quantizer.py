@@ -5,7 +5,8 @@ transformers builds the skeleton on the meta device,
 transformers' loader fills their buffers from the files. No dense weight exists at any moment.
 
 The interface of HfQuantizer changed twice between transformers 4.57 and 5.24. We use only the
-methods that have been stable since 5.0."""
+methods that have been stable since 5.0.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ and takes it back without swap space. While it is in memory it counts in the res
 cache while there is memory for it.
 
 A file must not be cut short while it is mapped: touching a missing page ends the process (SIGBUS).
-Our folders are never changed, only renamed (:mod:`modulora_core.checkpoints.outputs`)."""
+Our folders are never changed, only renamed (:mod:`modulora_core.checkpoints.outputs`).
+"""
 
 from __future__ import annotations
 
@@ -93,8 +94,7 @@ class BlockWindow:
     """Keep the pages of the packed weights of one block at a time in memory.
 
     A training step goes through the blocks in order, and back. So one rule is enough: entering a
-        block
-    drops the pages of the block before, and prefetches the next block in the same direction.
+    block drops the pages of the block before, and prefetches the next in the same direction.
 
     Args:
         blocks: the pages of each block's packed weights, the blocks in order.

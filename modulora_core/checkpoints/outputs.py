@@ -86,9 +86,8 @@ def _nearest_folder(path: Path) -> Path:
 def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
     """Give a folder to write into; it becomes ``out`` when the block ends well.
 
-    An ``out`` that exists is always whole. After a failure ``out.partial`` stays, and the next call
-    with ``resume`` gets it as it is. Without ``resume`` it is emptied, or refused if it holds a
-    :data:`REQUEST`.
+    An ``out`` that exists is always whole. After a failure ``out.partial`` stays for the next call
+    with ``resume``. Without ``resume`` it is emptied, or refused if it holds a :data:`REQUEST`.
 
     Raises:
         OutputError: see :func:`check_output`.
@@ -104,8 +103,7 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
         if out.exists():
             out.rmdir()  # empty, as checked; some systems don't replace a folder
         partial.replace(out)
-        # last, since a folder without the marker that is killed before its renaming looks like a
-        # stranger's
+        # last: without the marker, a run killed before its renaming would look like a stranger's
         (out / MARKER).unlink()
     _sync(out.absolute().parent)
 
@@ -119,8 +117,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock(path: Path, subject: str) -> Iterator[None]:
-    """Hold the lock on a folder, or on a file, which is made. It ends with the process, however
-    that ends.
+    """Hold the lock on a folder, or on a file, which is made. It ends with the process.
 
     Raises:
         OutputError: another process holds it; the message begins with ``subject``.

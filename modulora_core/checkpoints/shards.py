@@ -3,7 +3,8 @@
 The safetensors library wants all tensors of a file in memory. Here layouts are known before the
 first byte, so headers are written first, and each tensor goes to its place when it comes. The
 widest dtypes come first, so that every tensor is aligned. A journal beside the files lists the
-parameters that are whole, so that a killed run can be resumed."""
+parameters that are whole, so that a killed run can be resumed.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 :func:`load_examples` and :class:`Collator` serve finetuning, :func:`load_text` and
 :func:`token_segments` perplexity and calibration. :mod:`~modulora_core.data.sources` explains
-SOURCE, :mod:`~modulora_core.data.formats` the fields of a record."""
+SOURCE, :mod:`~modulora_core.data.formats` the fields of a record.
+"""
 
 from __future__ import annotations
 

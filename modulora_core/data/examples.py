@@ -71,23 +71,20 @@ def load_examples(
 ) -> Examples:
     """Read ``source`` and make training examples of at most ``seq_len`` tokens.
 
-    Text is packed: EOS joins documents, and the tokens are cut into windows of ``seq_len``; the
-        last may be
-    shorter. Of instructions, chats and completions only the answers are trained. Each record is an
-    example, or each answer if a chat template rewrites earlier turns. Tokens beyond the window are
-    cut off, counted in the report, and logged.
+    EOS joins the documents of a text, and the tokens are cut into windows of ``seq_len``. Of
+    instructions, chats and completions only the answers are trained. Each record is an example, or
+    each answer if a chat template rewrites earlier turns. Tokens beyond the window are cut off,
+    counted in the report, and logged.
 
     Args:
         source: see :mod:`modulora_core.data.sources`.
-        tokenizer: a transformers tokenizer. Every format but text uses its chat template, if it has
-            one.
+        tokenizer: a transformers tokenizer. All formats but text use its chat template, if any.
         format: ``"auto"`` or one of :data:`~modulora_core.data.formats.FORMATS`.
         seq_len: the window, in tokens; at least 2.
 
     Raises:
         OptionError: ``format`` or ``seq_len`` is out of range.
-        DataError: the source is missing, malformed, mixed or ambiguous (with file and line), or
-            nothing is left to train on.
+        DataError: the source is missing, malformed or ambiguous, or nothing is left to train on.
         MissingExtraError: the source needs an optional library that isn't installed.
     """
     if seq_len < 2:

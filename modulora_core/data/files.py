@@ -95,15 +95,12 @@ def _json(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[Any, str]]:
+    rows, line = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), 1
     limit = csv.field_size_limit(2**31 - 1)  # a cell may be longer than the default of 128 KiB
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    line = 1
     try:
         header = [name.strip() for name in next(rows)]
         if len(set(header)) < len(header):
-            raise DataError(
-                f"{path}, line 1: expected a header of distinct column names, got {header}"
-            )
+            raise DataError(f"{path}, line 1: expected distinct column names, got {header}")
         line = rows.line_num + 1
         for row in rows:
             if row and len(row) != len(header):

@@ -11,7 +11,8 @@ completion prompt, completion; or text, label      the completion; the label
 ========== ======================================= ==========================================
 
 Other fields are ignored. ``conversations`` is the form of ShareGPT, which calls the user human and
-the assistant gpt. If a record has ``messages`` too, those are used."""
+the assistant gpt. If a record has ``messages`` too, those are used.
+"""
 
 from __future__ import annotations
 
@@ -110,8 +111,7 @@ class Conversation:
 
     Attributes:
         messages: for a tokenizer with a chat template.
-        plain: ``(prompt, answer)`` for a tokenizer without one; None for a chat, which needs a
-            template.
+        plain: ``(prompt, answer)`` for a tokenizer without one; None for a chat.
         place: the place of the record, for messages.
     """
 
@@ -178,8 +178,7 @@ def conversations(records: Sequence[Record], format_: Format) -> list[Conversati
     """The conversations of records in format instruct, chat or completion.
 
     Raises:
-        DataError: a missing field, a wrong type, or no turn of the assistant; the message names the
-            place.
+        DataError: a missing field, a wrong type, or no turn of the assistant, with the place.
     """
     convert = {"instruct": _instruct, "chat": _chat, "completion": _completion}[format_]
     return [convert(record) for record in records]
@@ -237,7 +236,6 @@ def _chat(record: Record) -> Conversation:
     if not any(turn["role"] == "assistant" for turn in turns):
         roles = ", ".join(turn["role"] for turn in turns)
         raise DataError(
-            f"{record.place}: messages: expected a turn of the assistant to train on, got only "
-            f"{roles}"
+            f"{record.place}: messages: expected a turn of the assistant to train, got only {roles}"
         )
     return Conversation(turns, None, record.place)

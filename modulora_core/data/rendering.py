@@ -146,7 +146,8 @@ class Renderer:
         """Token ids and labels of each rendering.
 
         The prompt's tokens are the tokens of the prompt alone, as in generation. If the tokenizer
-        would merge characters across the start of an answer, both are tokenized alone."""
+        would merge characters across the start of an answer, both are tokenized alone.
+        """
         prefixes = [list(itertools.accumulate(text for text, _ in r.pieces)) for r in renderings]
         wholes = iter(token_ids(self.tokenizer, list(itertools.chain.from_iterable(prefixes))))
         return [

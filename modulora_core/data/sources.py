@@ -8,7 +8,8 @@
     anything[:90%]   anything[10%:20%]                            a part of it
 
 A slice counts in whole percent, rounded to the nearest record as in Hugging Face datasets. A text
-is cut between paragraphs. Slices that meet at a percentage share no record and leave none out."""
+is cut between paragraphs. Slices that meet at a percentage share no record and leave none out.
+"""
 
 from __future__ import annotations
 

@@ -20,8 +20,7 @@ def load_text(source: Source, tokenizer: Any = None) -> str:
 
     Args:
         source: see :mod:`modulora_core.data.sources`.
-        tokenizer: its chat template renders records of other formats; without one they are plain
-            text.
+        tokenizer: its chat template renders records of other formats, else they are plain text.
 
     Raises:
         DataError: the source is missing, empty or malformed; the message names file and line.

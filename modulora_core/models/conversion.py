@@ -4,7 +4,8 @@ transformers ≥ 5 renames and fuses tensors while it loads. A Mixtral folder ho
 ``w3`` of every expert; the model holds ``gate_up_proj`` and ``down_proj`` of all experts. We use
 transformers' own tables and operations, one conversion at a time instead of all at once. They are
 semi-private, so every use is in this file. The steps follow
-``core_model_loading.convert_and_load_state_dict_in_model``."""
+``core_model_loading.convert_and_load_state_dict_in_model``.
+"""
 
 from __future__ import annotations
 
@@ -166,8 +167,7 @@ def build_skeleton(
     Args:
         config: of the model; it isn't changed.
         dtype: the dtype that the model is loaded in.
-        buffers: compute buffers, such as rotary frequencies, on the CPU; by default they are on the
-            meta device too.
+        buffers: compute buffers, such as rotary frequencies, on the CPU, not on the meta device.
 
     Raises:
         ModelError: transformers has no causal language model for this config, or can't build it.

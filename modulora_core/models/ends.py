@@ -48,8 +48,7 @@ def find_ends(
         stored: names of the parameters that the model's files give; only one of several tied ones.
 
     Raises:
-        OptionError: the model has no such end, or it can't be packed, or a tied model has two
-            choices.
+        OptionError: the model has no such end, it can't be packed, or a tied one has two choices.
     """
     table, output = _path_of(model.get_input_embeddings(), model), _output_path(model)
     tied = output is not None and f"{output}.weight" in _sharing(model, f"{table}.weight")
@@ -69,9 +68,8 @@ def find_ends(
 
 
 def _head(model: PreTrainedModel, path: str | None) -> LinearSite:
-    expected = (
-        f"--{HEAD}: expected an output head that is a linear layer, and {type(model).__name__} has"
-    )
+    name = type(model).__name__
+    expected = f"--{HEAD}: expected an output head that is a linear layer, and {name} has"
     if path is None:
         raise OptionError(f"{expected} none")
     kind = type(model.get_submodule(path)).__name__

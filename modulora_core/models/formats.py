@@ -1,10 +1,10 @@
-"""Checkpoint formats of other tools: the classes that a plugin implements, and how a format is
-found.
+"""Read and write checkpoint formats of other tools: what a plugin implements, how it is found.
 
 A plugin names a format in ``QuantizerSpec.formats`` and implements a :class:`CheckpointFormat`, or
 a :class:`FormatReader` if it doesn't write the format. The core finds the linear layers, streams a
 layer at a time, and keeps config, tokenizer and dense tensors. A foreign folder can then be
-finetuned, evaluated and merged as it is, and ``modulora convert`` rewrites it."""
+finetuned, evaluated and merged as it is, and ``modulora convert`` rewrites it.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ most architectures a map gives the names in memory, and a *tensor processor* cha
 (``modeling_gguf_pytorch_utils``). A few newer ones have weight transforms (``integrations.gguf``).
 
 transformers dequantizes the whole file into one dictionary; we dequantize a tensor at a time. Its
-tables are semi-private, so every use is in this file."""
+tables are semi-private, so every use is in this file.
+"""
 
 from __future__ import annotations
 
@@ -198,7 +199,8 @@ class _Outline:
 
     The map descends into every module and builds the table of all names for each, which takes 6 s
     for 30 layers. Files have the names of a model or of its base model, so deeper ones aren't
-    needed."""
+    needed.
+    """
 
     def __init__(self, model: Any, *, children: bool = True) -> None:
         self.config = getattr(model, "config", None)

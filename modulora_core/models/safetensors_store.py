@@ -5,8 +5,8 @@ the header, little endian. The header is JSON, ``{name: {"dtype", "shape", "data
 end]}}``. The data follows, to the end of the file.
 
 ``safetensors.safe_open`` maps the file, and every touched page counts as memory of this process
-until the file is closed. Streaming a shard would peak at its size, so tensors are read with plain
-file reads."""
+until the file is closed. Streaming a shard would peak at its size, so we use plain file reads.
+"""
 
 from __future__ import annotations
 
@@ -142,8 +142,7 @@ def read_header(path: Path) -> dict[str, tuple[StoredTensor, int]]:
     """The tensors of one file and the bytes at which they begin, in the header's order.
 
     Raises:
-        CheckpointError: the header is broken, or the file is shorter or longer than the header
-            says.
+        CheckpointError: the header is broken, or doesn't fit the file's length.
     """
     try:
         with safe_open(path, "pt"):  # it checks names, dtypes, shapes, places and the file's length

@@ -188,7 +188,8 @@ def _computes_linear(module: nn.Linear) -> bool:
 
     Subclasses may compute the same (Falcon), or something else (routers, grouped projections): a
     small product shows it. ``nn.MultiheadAttention`` never calls its projection, it reads the
-    weight."""
+    weight.
+    """
     if type(module) is nn.Linear:
         return True
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):

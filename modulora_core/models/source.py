@@ -49,7 +49,8 @@ class ModelSource(Weights):
         """A new model on the meta device: names, shapes and dtypes, no memory.
 
         With ``buffers``, computed buffers such as rotary frequencies have their values on the CPU.
-        A part of the model then runs as soon as its parameters are filled in."""
+        A part of the model then runs as soon as its parameters are filled in.
+        """
         with quiet():
             return build_skeleton(self.config, self.config.dtype, buffers=buffers)
 
@@ -79,7 +80,8 @@ class ModelSource(Weights):
         """The model's origin for a checkpoint's record, as JSON.
 
         ``fingerprint`` is a SHA-256 of the config and of the tensors' names, dtypes and shapes. It
-        does not distinguish two finetunes of one model: no values are read."""
+        does not distinguish two finetunes of one model: no values are read.
+        """
         text = json.dumps(self._described, sort_keys=True, separators=(",", ":"))
         return {
             "kind": self.location.kind,
@@ -123,12 +125,10 @@ def open_config(model: str, *, revision: str | None = None) -> PretrainedConfig:
     """
     location = locate(model, revision)
     with quiet():
-        if (
-            location.gguf is not None
-        ):  # its header takes seconds to read, and its dtype is mostly fp32
-            config, _ = gguf_config(location.folder / location.gguf)
-        else:
+        if location.gguf is None:
             config, _ = read_config(location.folder)
+        else:  # reading the header for its dtype, which is mostly fp32, would take seconds
+            config, _ = gguf_config(location.folder / location.gguf)
         dtype = _dtype_of(config, None)
         config = build_skeleton(config, dtype).config  # refuses other models than language models
     config.name_or_path, config.dtype = model, dtype

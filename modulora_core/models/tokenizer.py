@@ -42,8 +42,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(model: str, folder: Path, gguf: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of ``folder``, or of the GGUF file ``gguf`` in it; ``model`` is for
-    messages.
+    """Load the tokenizer of ``folder``, or of its file ``gguf``; messages name ``model``.
 
     Raises:
         ModelError: there is none that transformers can read.

@@ -47,15 +47,13 @@ class Weights:
     Args:
         store: the tensors in the files.
         model: the model on the meta device.
-        dtype: the dtype that the model is loaded in; transformers keeps some modules in fp32 all
-            the same.
+        dtype: the dtype that the model is loaded in; transformers keeps some modules in fp32.
         transforms: transformers' weight transforms, if they differ from the transforms of the
             class. Tensors are then cast after them instead of before, as transformers does.
 
     Attributes:
         parameters: every parameter and persistent buffer in the files, by its name in memory, in
-            the model's order. They are known from headers alone. Of tied names only the first is
-            listed.
+            the model's order, known from headers alone. Of tied names only the first is listed.
     """
 
     def __init__(
@@ -156,12 +154,10 @@ class Weights:
         return digest.hexdigest()
 
     def tensors(self, *, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Stream :attr:`parameters`, or only ``names`` of them: each with its name in memory, on
-        the CPU.
+        """Stream :attr:`parameters`, or ``names`` of them: names in memory, values on the CPU.
 
         A decoder layer comes together. One parameter exists at a time, if the caller drops it
-        before the next. While tensors of the files are fused or split, the parts and the whole
-        exist together.
+        before the next. While tensors are fused or split, the parts and the whole exist together.
 
         Raises:
             CheckpointError: a file was changed since it was opened.

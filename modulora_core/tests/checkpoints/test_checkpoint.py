@@ -56,10 +56,13 @@ def site(**changes: Any) -> Callable[[dict[str, Any]], object]:
             "malformed quantization_config: sites: Field required",
         ),
         (site(kind="cube"), "sites: 0: kind: expected .*'cube'"),
-        (site(recipe=1), "a site is of recipe 1, expected 0 to 0"),
+        (site(recipe=1), "expected a recipe 0 to 0, got recipe 1"),
         (site(layout={}), "layout of a packed weight: expected"),
-        (lambda record: record["weights"].update({UP: 99}), "a weight is of site 99, expected 0"),
-        (lambda record: record["weights"].update({"w": 0}), "w.codes: config.json names it, the"),
+        (lambda record: record["weights"].update({UP: 99}), "expected a site 0 to .*, got site 99"),
+        (
+            lambda record: record["weights"].update({"w": 0}),
+            "w.codes: expected .* by config.json, got none",
+        ),
         (
             lambda record: record["sites"][0]["layout"]["tensors"].update(scale=["float32", [7]]),
             r"expected .*\(7,\).* by config\.json, got",

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
+from modulora_core.cli import main
 from modulora_core.errors import DiskSpaceError, ModelError, OptionError, OutputError, ShapeError
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
@@ -157,3 +158,17 @@ def test_an_output_without_room_is_refused_before_writing(
         convert(str(theirs), theirs, "modulora")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
     refused(theirs, tmp_path, "modulora", DiskSpaceError, "1 MiB are free")
+
+
+def test_the_command_writes_and_describes_the_formats(
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    words = ["convert", str(theirs), out, "--to", "modulora", "--max-shard-size", "20kB", "--json"]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["out"], told["format"], told["source_format"]) == (out, "modulora", "crude")
+    assert told.keys() >= {"bytes", "seconds", "peak_memory_bytes", "weights"}
+    assert len(list(Path(out).glob("*.safetensors"))) > 1
+    assert main(["info", str(theirs), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "crude"

@@ -19,7 +19,7 @@ from modulora_core.data import (
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import DataError, OptionError
 from modulora_core.tests.markdown_blocks import blocks
-from modulora_core.tests.tiny_tokenizer import make_tokenizer, trained
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 CHAT = [
     {"role": "user", "content": "Say one."},
@@ -137,16 +137,6 @@ def test_a_format_that_is_asked_for_needs_its_fields_and_ignores_others(plain, s
         load_examples(path, plain, format="alpaca", seq_len=50)
     with pytest.raises(OptionError, match="seq_len: expected at least 2 tokens, got 1"):
         load_examples(path, plain, seq_len=1)
-
-
-def test_the_dataset_is_indexed_from_both_ends(plain, save):
-    rows = ({"prompt": "a", "completion": completion} for completion in "bcd")
-    examples = load_examples(save(*rows), plain, seq_len=9)
-    assert [trained(plain, example) for example in examples] == ["b</s>", "c</s>", "d</s>"]
-    assert examples[-1] == examples[2]
-    for index in (3, -4):
-        with pytest.raises(IndexError):
-            examples[index]
 
 
 def test_a_batch_is_padded_to_its_longest_and_masked(plain, save):

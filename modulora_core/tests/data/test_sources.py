@@ -90,7 +90,7 @@ MALFORMED = {
     "number.json": (b'[{"text": "a"},\n\n3]', "record 2: expected a JSON object, got 3"),
     "none.json": (b"[]", "line 1: expected one or more records, got none"),
     "header.csv": (b"prompt,completion\n", "line 1: expected one or more records, got none"),
-    "twice.csv": (b"text,text\na,b\n", "line 1: expected a header of distinct column names"),
+    "twice.csv": (b"text,text\na,b\n", "line 1: expected distinct column names"),
     "short.csv": (b'a,b\n"a\nb",c\n\nonly\n', r"line 5: expected 2 columns \(a, b\), got 1"),
     "quote.csv": (
         b'text\nfine\n"open\n',
