@@ -70,7 +70,7 @@ def convert(
 
     ::
 
-        modulora_core.convert("someone/llama-gptq", "llama-packed", "modulora")
+        modulora_core.convert("org/model-of-another-tool", "packed", "modulora")
 
     Packed weights keep their values. The formats of other tools come with the installed quantizers.
 
