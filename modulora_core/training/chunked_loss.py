@@ -206,6 +206,7 @@ def _softmax_loss(z: Tensor, goals: Tensor, *, gradient: bool) -> Tensor:
         if gradient:
             p.div_(total).scatter_add_(1, y, -torch.ones_like(total))
             piece.copy_(p.mul_(_FACTOR))
+        del p  # before the next piece is widened
     return torch.cat(losses)
 
 
