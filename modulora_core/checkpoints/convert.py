@@ -34,16 +34,7 @@ from modulora_core.spec import TensorLayout
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """The result of :func:`convert`.
-
-    Attributes:
-        out: the folder that was written.
-        format, source_format: the formats of ``out`` and of the source.
-        weights: the number of packed logical weights.
-        bytes: of all tensors written.
-        seconds: the time it took.
-        peak_memory_bytes: see :class:`modulora_core.devices.memory.PeakMemory`.
-    """
+    """The result of :func:`convert`: ``weights`` are the logical ones, ``bytes`` of all tensors."""
 
     out: str
     format: str

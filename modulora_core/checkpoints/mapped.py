@@ -26,14 +26,7 @@ from modulora_core.models.safetensors_store import SafetensorsStore
 
 
 class MappedFiles:
-    """The tensors of a folder of safetensors as views of its files.
-
-    The maps live as long as this object or any of the tensors.
-
-    Args:
-        store: the folder, with checked headers.
-        folder: its path.
-    """
+    """The tensors of a folder as views of its files, mapped as long as any of them lives."""
 
     def __init__(self, store: SafetensorsStore, folder: Path) -> None:
         self._store = store
@@ -95,12 +88,7 @@ class BlockWindow:
 
     A training step goes through the blocks in order, and back. So one rule is enough: entering a
     block drops the pages of the block before, and prefetches the next in the same direction.
-
-    Args:
-        blocks: the pages of each block's packed weights, the blocks in order.
-
-    Attributes:
-        inside: the number of the block that was entered last; None before the first.
+    ``blocks`` are the pages of each block's packed weights; ``inside`` is the block entered last.
     """
 
     def __init__(self, blocks: Sequence[Sequence[PageRange]]) -> None:
@@ -125,11 +113,8 @@ def keep_one_block(model: nn.Module, files: MappedFiles) -> BlockWindow:
 
     A block is entered when its forward begins, when gradient checkpointing recomputes it, and when
     a gradient reaches its output. Parameters outside of the blocks and dense ones stay: they may be
-    trained, and dropping their pages would lose that.
-
-    Args:
-        model: its packed tensors are views of ``files``, under the model's own names.
-        files: the mapped folder.
+    trained, and dropping their pages would lose that. The model's packed tensors are views of
+    ``files``, under the model's own names.
     """
     tensors = _tensors_of_blocks(model)
     window = BlockWindow([files.ranges(names) for names in tensors.values()])

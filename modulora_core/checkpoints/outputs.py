@@ -21,11 +21,7 @@ def partial_name(out: Path) -> Path:
 
 
 def check_output(out: Path, *, resume: bool = False) -> None:
-    """Refuse an output path that holds something else.
-
-    Args:
-        out: the path of a new or empty folder.
-        resume: whether to continue an unfinished run in ``out.partial``.
+    """Refuse an output path that holds something else; ``resume`` allows an unfinished run.
 
     Raises:
         OutputError: ``out`` exists and isn't an empty folder, or its parent can't be written. Or

@@ -84,13 +84,7 @@ def shard_names(count: int) -> list[str]:
 class ShardWriter:
     """Write planned shards into ``folder``, tensor by tensor, in any order.
 
-    Args:
-        folder: an existing folder.
-        shards: the plan.
-        resume: continue with the files and the journal that are there.
-
-    Attributes:
-        done: the parameters that are written.
+    ``resume`` continues with the files and the journal there; ``done`` lists written parameters.
 
     Raises:
         CheckpointError: on resume, a file's header isn't the planned one.

@@ -24,18 +24,10 @@ _BATCH = 256  # records tokenized in one call, which the tokenizers library spre
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """The counts of a source.
+    """The counts of a source: ``trained_tokens`` count in the loss, ``templated`` are all or none.
 
-    Attributes:
-        format: the format of its records.
-        templated: whether the tokenizer's chat template wrote the examples.
-        records: all records.
-        examples: the examples that are trained on.
-        tokens: in all examples.
-        trained_tokens: the tokens that count in the loss.
-        truncated: examples that were longer than the window and lost their end.
-        dropped: examples whose answer lay entirely beyond the window.
-        blank: records without a text or an answer, left out.
+    ``truncated`` examples lost their end, ``dropped`` ones their whole answer to the window.
+    ``blank`` records have no text or answer and are left out.
     """
 
     format: Format

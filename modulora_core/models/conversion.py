@@ -30,48 +30,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """Tensors of a file that become one or more parameters together.
+    """Tensors of a file, ``names``, that become one or more parameters together.
 
-    Attributes:
-        target: the name in memory under which transformers files this conversion.
-        sources: names in the file, each with the pattern of the rule that it matched.
-        rule: transformers' WeightConverter; None if the one source is only renamed.
+    ``target`` is transformers' name of it, ``rule`` its WeightConverter; None renames one tensor.
+    ``patterns`` are the patterns of the rule that the names match.
     """
 
     target: str
-    sources: tuple[tuple[str, str | None], ...]
+    names: list[str]
+    patterns: list[str | None]
     rule: Any = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names in the file."""
-        return tuple(name for name, _ in self.sources)
 
     def run(self, model: PreTrainedModel, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The parameters, by their names in memory. ``read`` reads a tensor of the file."""
         if self.rule is None:
             return {self.target: read(self.names[0])}
         rule = deepcopy(self.rule)  # it collects tensors in itself
-        for name, pattern in self.sources:
+        for name, pattern in zip(self.names, self.patterns, strict=True):
             rule.add_tensor(self.target, name, pattern, partial(read, name))
         converted = rule.convert(self.target, model=model, config=model.config)
         if isinstance(converted, tuple):  # transformers 5.0 returns its errors too
             converted = converted[0]
-        return {
-            name: value[0] if isinstance(value, list) else value
-            for name, value in converted.items()
-        }
+        return {n: value[0] if isinstance(value, list) else value for n, value in converted.items()}
 
 
 def plan_conversions(
     model: PreTrainedModel, names: Iterable[str], transforms: list[Any] | None = None
 ) -> tuple[list[Conversion], list[str]]:
-    """Group the tensors of a file by the parameters that they become.
+    """Group the tensors of a file, ``names``, by the parameters that they become.
 
-    Args:
-        model: the model on the meta device.
-        names: the tensors' names in the file.
-        transforms: transformers' weight transforms; None takes the transforms of the model's class.
+    ``transforms`` are transformers' weight transforms; by default the class's.
 
     Returns:
         all conversions in the model's order, and the tensors that the model has no place for.
@@ -90,22 +78,22 @@ def plan_conversions(
     rules = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     prefix, state = model.base_model_prefix, model.state_dict()
 
-    sources: dict[str, list[tuple[str, str | None]]] = {}
+    found: dict[str, Conversion] = {}
     unexpected = []
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
         if target in state:
-            sources.setdefault(target, []).append((name, pattern))
+            step = found.setdefault(target, Conversion(target, [], [], rules.get(pattern)))
+            step.names.append(name)
+            step.patterns.append(pattern)
         else:
             unexpected.append(name)
-    conversions = [
-        Conversion(target, tuple(sources[target]), rules.get(sources[target][0][1]))
-        for target in state
-        if target in sources
-    ]
-    return conversions, _without_ignored(model, unexpected)
+    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}  # old buffers
+    unexpected = [name for name in unexpected if not _matches(name, patterns)]
+    return [found[target] for target in state if target in found], unexpected
 
 
 def converted_shapes(
@@ -194,13 +182,6 @@ def untied(config: PretrainedConfig) -> PretrainedConfig:
     for part in (config, config.get_text_config()):
         part.tie_word_embeddings = False
     return config
-
-
-def _without_ignored(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Drop the names that transformers ignores: old buffers, and those that the class lists."""
-    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
-    return [name for name in names if not _matches(name, patterns)]
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

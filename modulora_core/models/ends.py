@@ -24,13 +24,7 @@ HEAD, EMBEDDINGS = "quantize-head", "quantize-embeddings"
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """One parameter to pack, and its quantizer.
-
-    Attributes:
-        site: the head's weight, of kind ``"linear"``, or the embedding's, of kind ``"embedding"``.
-        choice: the quantizer.
-        option: the option that asked for it.
-    """
+    """One parameter to pack, its quantizer, and the option that asked for it."""
 
     site: LinearSite
     choice: Choice

@@ -100,11 +100,7 @@ def read_gguf(path: Path) -> GGUFFile:
 
 
 def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The config that transformers makes of the header, and the dictionary that it makes it of.
-
-    Raises:
-        ModelError: transformers doesn't know the architecture.
-    """
+    """The config that transformers makes of the header, and its fields. Raises ModelError."""
     from transformers import AutoConfig, PretrainedConfig
 
     try:

@@ -138,14 +138,7 @@ def open_config(model: str, *, revision: str | None = None) -> PretrainedConfig:
 def fit(
     location: Location, config: PretrainedConfig, values: dict[str, Any], store: TensorStore
 ) -> ModelSource:
-    """The model of a config with the tensors of a store as its weights.
-
-    Args:
-        location: the place of its files.
-        config: of the model.
-        values: the contents of config.json, for the fingerprint.
-        store: tensors under the names of the files.
-    """
+    """The model of ``config`` with the tensors of a store; config.json has ``values``."""
     dtype = _dtype_of(config, store)
     stored = {name: [tensor.stored_as, tensor.shape] for name, tensor in store.tensors.items()}
     described = {"config": values, "tensors": stored}
