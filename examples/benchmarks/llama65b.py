@@ -30,8 +30,7 @@ import llama_step
 from llama_step import RANK, step_flags
 from random_checkpoint import SHAPES, create_quantizer, write_checkpoint
 
-from modulora_core.planner.fitting import plan_memory
-from modulora_core.planner.request import PlanRequest, finetuning
+from modulora_core.planner.fitting import MemoryPlan, plan
 
 GB, GIB = 10**9, 2**30
 
@@ -98,9 +97,8 @@ def run(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "checkpoint_bytes": nbytes,
         "writing_seconds": writing,
         "step": json.loads(done.stdout),
-        "plan": plan_memory(
-            _plan_request(flags, checkpoint)
-        ).to_json(),  # last: what it takes isn't there beside the step
+        # last, so that the planner's memory does not count in the step
+        "plan": _plan(flags, checkpoint).to_json(),
     }
 
 
@@ -110,12 +108,14 @@ def _told(done: int, total: int) -> None:
         _told.before = before  # type: ignore[attr-defined]
 
 
-def _plan_request(flags: argparse.Namespace, checkpoint: Path) -> PlanRequest:
-    """What `modulora plan` is asked."""
-    run = {"rank": RANK, "dropout": 0.0, "seq_len": flags.seq_len, "batch_size": 1, "grad_accum": 1, "steps": 1, "dtype": flags.dtype,
-           "gradient_checkpointing": flags.gradient_checkpointing, "mapped": flags.mapped}  # fmt: skip
-    device = "cuda" if flags.device.startswith("cuda") else "cpu"
-    return PlanRequest(str(checkpoint), config=finetuning(run), device=device)
+def _plan(flags: argparse.Namespace, checkpoint: Path) -> MemoryPlan:
+    """Plan the step that was run."""
+    return plan(
+        str(checkpoint), device="cuda" if flags.device.startswith("cuda") else "cpu", rank=RANK,
+        dropout=0.0, seq_len=flags.seq_len, batch_size=1, grad_accum=1, steps=1,
+        dtype=flags.dtype, gradient_checkpointing=flags.gradient_checkpointing,
+        mapped=flags.mapped,
+    )  # fmt: skip
 
 
 def _step_words(flags: argparse.Namespace) -> list[str]:

@@ -1,46 +1,66 @@
-"""Plans: the three jobs of a request, and what a budget allows."""
+"""Plan a request: its three jobs, what a budget allows, and settings that save memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from modulora_core.errors import OptionError, ShapeError
+from modulora_core import registry
+from modulora_core.errors import OptionError, RequestError
 from modulora_core.models.ends import EMBEDDINGS, HEAD
-from modulora_core.planner import jobs
-from modulora_core.planner.helpful import Change, changes, created
-from modulora_core.planner.jobs import Job
-from modulora_core.planner.packing import quantizing
+from modulora_core.models.progress import Progress
+from modulora_core.planner import memory
+from modulora_core.planner.memory import Job
+from modulora_core.planner.model import Dense, Packed, open_planned
 from modulora_core.planner.rehearsal import Rehearsal, rehearse_training
-from modulora_core.planner.request import PlanRequest
-from modulora_core.planner.subject import Dense, Subject, configurations, create, open_subject
+from modulora_core.planner.request import PlanRequest, finetuning
+from modulora_core.registry import Choice
 
-_MOST_BATCH = 1024
-"""Sequences in a batch beyond which nobody asks."""
+MOST_BATCH, MOST_SEQ_LEN = 1024, 2**17
+"""The largest batch, and without a limit of the model the longest sequence, of a search."""
 
-_MOST_SEQ_LEN = 2**17
-"""Tokens of a sequence, where the model doesn't say how many it takes."""
+CLOSE = 0.02
+"""A search ends when what fits and what does not differ by this share."""
 
-_CLOSE = 0.02
-"""A search ends when what fits and what doesn't differ by this share."""
+WORTH = 2**20
+"""Bytes that a change must save to be listed."""
+
+SAME_STEP = frozenset({"optim", "mapped"})
+"""Settings that change nothing in a forward and a backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that saves memory.
+
+    Attributes:
+        change: the setting as options of the command line.
+        nbytes: bytes of training with it.
+        saves: bytes less than without it.
+        fits: training fits the budget with it.
+    """
+
+    change: str
+    nbytes: int
+    saves: int
+    fits: bool
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What a model needs with one quantizer.
+    """The memory that a model needs with one quantizer.
 
     Attributes:
-        quantizer: its name; several are joined by a plus.
-        options: of the first.
+        request: the question.
+        quantizer: its name; several are joined by a plus. ``options`` are of the first.
         bits_per_weight: over all packed weights.
         packed_bytes: codes and scales.
-        quantizing: None for a checkpoint that is packed already.
-        fits: whether training does; None without a budget.
-        longest_seq_len: with the same batch; None without a budget, 0 where none fits.
-        largest_batch_size: with the same sequence length.
-        changes: what would help, the most saving first; empty where it fits.
+        quantizing: None for a packed checkpoint.
+        fits: training fits the budget; None without a budget.
+        longest_seq_len: that fits, with the same batch size; 0 if none does.
+        largest_batch_size: that fits, with the same sequence length.
+        changes: settings that save memory, the largest saving first; empty if training fits.
     """
 
     request: PlanRequest
@@ -54,182 +74,273 @@ class MemoryPlan:
     fits: bool | None = None
     longest_seq_len: int | None = None
     largest_batch_size: int | None = None
-    changes: tuple[Change, ...] = field(default_factory=tuple)
+    changes: tuple[Change, ...] = ()
 
     @property
     def jobs(self) -> dict[str, Job]:
-        found = {
-            "training": self.training,
-            "decoding": self.decoding,
-            "quantizing": self.quantizing,
-        }
-        return {name: job for name, job in found.items() if job is not None}
+        """The jobs by name."""
+        jobs = {"training": self.training, "decoding": self.decoding}
+        return jobs if self.quantizing is None else {**jobs, "quantizing": self.quantizing}
+
+    @property
+    def title(self) -> str:
+        """The quantizer and its options, in one line."""
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.quantizer} {options}".rstrip()
 
     def to_json(self) -> dict[str, Any]:
-        changes = [
-            {"change": c.change, "training_bytes": c.nbytes, "saves": c.saves, "fits": c.fits}
-            for c in self.changes
-        ]
         return {
-            "model": self.request.model, "quantizer": self.quantizer, "options": dict(self.options), "device": self.request.device,
-            "bits_per_weight": self.bits_per_weight, "packed_bytes": self.packed_bytes, "training_bytes": self.training.nbytes,
-            "items": dict(self.training.items), "budget_bytes": self.request.budget, "fits": self.fits,
-            "jobs": {name: job.to_json() for name, job in self.jobs.items()}, "longest_seq_len": self.longest_seq_len,
-            "largest_batch_size": self.largest_batch_size, "changes": changes,
+            "model": self.request.model, "quantizer": self.quantizer,
+            "options": dict(self.options), "device": self.request.device,
+            "bits_per_weight": self.bits_per_weight, "packed_bytes": self.packed_bytes,
+            "training_bytes": self.training.nbytes, "items": dict(self.training.items),
+            "budget_bytes": self.request.budget, "fits": self.fits,
+            "jobs": {name: job.to_json() for name, job in self.jobs.items()},
+            "longest_seq_len": self.longest_seq_len,
+            "largest_batch_size": self.largest_batch_size,
+            "changes": [
+                {"change": c.change, "training_bytes": c.nbytes, "saves": c.saves, "fits": c.fits}
+                for c in self.changes
+            ],
         }  # fmt: skip
 
 
-def plan_memory(request: PlanRequest, on_search: Callable[[str], None] | None = None) -> MemoryPlan:
-    """Plan for one quantizer, or for a packed checkpoint.
+def plan(
+    model: str,
+    quantizer: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    budget: int | None = None,
+    head: Choice | None = None,
+    embeddings: Choice | None = None,
+    padded: bool = False,
+    calibration_samples: int = 128,
+    calibration_seq_len: int = 512,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **fields: Any,
+) -> MemoryPlan:
+    """Plan the memory of training, decoding and quantizing, from the model's config alone.
+
+    ::
+
+        print(plan("org/model", "NAME", {"bits": 3}, seq_len=1024).training.nbytes)
 
     Args:
-        request: the question.
-        on_search: is told what is tried, where a budget makes it search.
+        quantizer: its name, and its ``options``; None for a packed checkpoint.
+        budget: bytes; with a budget the plan says what fits, and which settings save memory.
+        progress: called for each trial of the search in a budget.
+        fields: fields of :class:`~modulora_core.training.config.FinetuneConfig`.
+
+    The other arguments are attributes of :class:`~modulora_core.planner.request.PlanRequest`.
 
     Raises:
-        OptionError: a quantizer for a model that is packed already, or none for one that isn't; an option of it.
-        RequestError: the model, the quantizer or a setting can't be used.
+        OptionError: a quantizer for a packed model, none for a dense one, or a wrong option.
+        RequestError: the model, the quantizer or a setting cannot be used.
     """
-    found = open_subject(request.model, request.revision, mapped=request.config.mapped)
-    if isinstance(found, Subject):
-        if request.quantizer is not None:
-            raise OptionError(
-                f"quantizer {request.quantizer}: expected a model that isn't packed, and {request.model} is; leave -q out"
-            )
-        _refuse_ends(request)
-        return _fitted(request, found, on_search)
+    choice = None if quantizer is None else Choice(quantizer, options or {})
+    request = PlanRequest(
+        model, choice, head, embeddings, finetuning(fields), device, budget, padded,
+        calibration_samples, calibration_seq_len, revision,
+    )  # fmt: skip
+    return plan_request(request, progress)
+
+
+def plan_request(request: PlanRequest, progress: Progress | None = None) -> MemoryPlan:
+    """Plan for one quantizer, or for a packed checkpoint. See :func:`plan`."""
+    found = _open(request)
+    if isinstance(found, Packed):
+        choices = {"quantizer": request.quantizer, f"--{HEAD}": request.head,
+                   f"--{EMBEDDINGS}": request.embeddings}  # fmt: skip
+        for subject, choice in choices.items():
+            if choice is not None:
+                raise OptionError(
+                    f"{subject} {choice.label}: expected a model that isn't packed, and "
+                    f"{request.model} is; leave it out"
+                )
+        return _fitted(request, found, None, progress)
     if request.quantizer is None:
         raise OptionError(f"model {request.model}: it isn't packed: expected a quantizer, got none")
-    subject = found.packed_by(
-        create(request.quantizer, request.options), request.head, request.embeddings
-    )
-    return _fitted(request, subject, on_search, found)
+    packed = found.packed_by(request.quantizer, request.head, request.embeddings)
+    return _fitted(request, packed, found, progress)
 
 
 def plan_all(request: PlanRequest) -> list[MemoryPlan]:
-    """A plan for every installed quantizer with each configuration that it makes promises for; of a packed checkpoint its own alone.
+    """Plan for each installed quantizer, with each configuration of its promises.
 
-    Quantizers that can't pack the model's shapes are left out.
+    It leaves out quantizers that cannot pack the model. A packed checkpoint gets one plan.
     """
-    found = open_subject(request.model, request.revision, mapped=request.config.mapped)
-    if isinstance(found, Subject):
-        return [plan_memory(request)]
-    plans = []
-    for name, options in configurations():
-        quantizer = created(name, options)
-        if quantizer is None:
-            continue
-        try:
-            subject = found.packed_by(quantizer, request.head, request.embeddings)
-        except ShapeError:
-            continue
-        asked = replace(request, quantizer=name, options=options)
-        rehearsal = rehearse_training(_checked(subject, asked), asked)
-        plans.append(_judged(_plan(subject, asked, rehearsal)))
-    return plans
+    found = _open(request)
+    if isinstance(found, Packed):
+        return [plan_request(request)]
+    asked = [replace(request, quantizer=choice) for choice in _choices()]
+    packed = [(each, _packed_by(found, each)) for each in asked]
+    return [_plan(each, model, found) for each, model in packed if model is not None]
 
 
-def _refuse_ends(request: PlanRequest) -> None:
-    for option, choice in ((HEAD, request.head), (EMBEDDINGS, request.embeddings)):
-        if choice is not None:
-            raise OptionError(
-                f"--{option} {choice.label}: expected a model that isn't packed, and {request.model} is; leave it out"
-            )
+def _open(request: PlanRequest) -> Dense | Packed:
+    found = open_planned(request.model, request.revision, mapped=request.config.mapped)
+    window = (found.dense if isinstance(found, Packed) else found).window
+    if window is not None and request.config.seq_len > window:
+        raise OptionError(
+            f"seq_len {request.config.seq_len}: expected at most {window}, the context of "
+            f"{request.model}"
+        )
+    return found
+
+
+def _choices() -> Iterator[Choice]:
+    """Each usable quantizer with each configuration of its promises."""
+    for entry in registry.entries():
+        if entry.status == "ok" and entry.spec is not None:
+            for options in [promise.options for promise in entry.spec.promises] or [{}]:
+                yield Choice(entry.name, options)
+
+
+def _packed_by(dense: Dense, request: PlanRequest) -> Packed | None:
+    """The model as the request packs it; None where that is impossible."""
+    assert request.quantizer is not None
+    try:
+        return dense.packed_by(request.quantizer, request.head, request.embeddings)
+    except RequestError:
+        return None
+
+
+def _training(request: PlanRequest, packed: Packed, rehearsal: Rehearsal | None = None) -> Job:
+    return memory.training(packed, request, rehearsal or rehearse_training(packed, request))
 
 
 def _plan(
-    subject: Subject, request: PlanRequest, rehearsal: Rehearsal, *, packed: bool = False
+    request: PlanRequest, packed: Packed, dense: Dense | None, rehearsal: Rehearsal | None = None
 ) -> MemoryPlan:
-    recipes = subject.record.recipes
+    """The three jobs; ``dense`` is the model before it is packed."""
+    recipes, training = packed.record.recipes, _training(request, packed, rehearsal)
     return MemoryPlan(
-        request, "+".join(dict.fromkeys(recipe.quantizer for recipe in recipes)), recipes[0].options,
-        subject.record.bits_per_weight, subject.record.nbytes, jobs.training(subject, request, rehearsal),
-        jobs.decoding(subject, request), None if packed else quantizing(subject, request),
-    )  # fmt: skip
-
-
-def _checked(subject: Subject, request: PlanRequest) -> Subject:
-    """Raises OptionError for sequences that are longer than the model takes."""
-    longest = _window(subject)
-    if request.config.seq_len > longest:
-        raise OptionError(
-            f"seq_len {request.config.seq_len}: expected at most {longest}, the context of {request.model}"
-        )
-    return subject
-
-
-def _window(subject: Subject) -> int:
-    return int(
-        getattr(subject.config.get_text_config(), "max_position_embeddings", None) or _MOST_SEQ_LEN
+        request,
+        "+".join(dict.fromkeys(recipe.quantizer for recipe in recipes)),
+        recipes[0].options,
+        packed.record.bits_per_weight,
+        packed.record.nbytes,
+        training,
+        memory.decoding(packed, request),
+        None if dense is None else memory.quantizing(packed, request),
+        None if request.budget is None else training.nbytes <= request.budget,
     )
-
-
-def _judged(plan: MemoryPlan) -> MemoryPlan:
-    budget = plan.request.budget
-    return plan if budget is None else replace(plan, fits=plan.training.nbytes <= budget)
 
 
 def _fitted(
-    request: PlanRequest,
-    subject: Subject,
-    on_search: Callable[[str], None] | None,
-    dense: Dense | None = None,
+    request: PlanRequest, packed: Packed, dense: Dense | None, progress: Progress | None
 ) -> MemoryPlan:
-    """The plan with what its budget allows; ``dense`` is the model that isn't packed yet."""
-    rehearsal = rehearse_training(_checked(subject, request), request)
-    plan = _plan(subject, request, rehearsal, packed=dense is None)
-    budget = request.budget
-    if budget is None:
+    """The plan, and what its budget allows."""
+    rehearsal = rehearse_training(packed, request)
+    plan = _plan(request, packed, dense, rehearsal)
+    if request.budget is None:
         return plan
+    config, budget = request.config, request.budget
+    known = {(config.seq_len, config.batch_size): plan.training.nbytes}
 
-    @cache
     def nbytes(seq_len: int, batch_size: int) -> int:
-        if on_search is not None:
-            on_search(f"{batch_size} × {seq_len} tokens")
-        changed = request.changed(seq_len=seq_len, batch_size=batch_size)
-        return jobs.training(subject, changed, rehearse_training(subject, changed)).nbytes
+        if (seq_len, batch_size) not in known:
+            if progress is not None:
+                progress(f"planning {batch_size} × {seq_len} tokens", len(known), 0)
+            changed = request.changed(seq_len=seq_len, batch_size=batch_size)
+            known[seq_len, batch_size] = _training(changed, packed).nbytes
+        return known[seq_len, batch_size]
 
-    config = request.config
-    longest = _largest(
-        lambda n: nbytes(n, config.batch_size),
-        budget,
-        config.seq_len,
-        range(2, _window(subject) + 1),
-    )
-    largest = _largest(
-        lambda n: nbytes(config.seq_len, n), budget, config.batch_size, range(1, _MOST_BATCH + 1)
-    )
-    judged = replace(_judged(plan), longest_seq_len=longest, largest_batch_size=largest)
-    if judged.fits:
-        return judged
-    helpful = changes(request, judged.training, subject, rehearsal, dense)
-    return replace(judged, changes=tuple(helpful))
+    lengths = range(2, (packed.dense.window or MOST_SEQ_LEN) + 1)
+    longest = largest(lambda n: nbytes(n, config.batch_size), budget, config.seq_len, lengths)
+    sizes = range(1, MOST_BATCH + 1)
+    batch = largest(lambda n: nbytes(config.seq_len, n), budget, config.batch_size, sizes)
+    plan = replace(plan, longest_seq_len=longest, largest_batch_size=batch)
+    return plan if plan.fits else replace(plan, changes=_changes(plan, packed, dense, rehearsal))
 
 
-def _largest(nbytes: Callable[[int], int], budget: int, start: int, allowed: range) -> int:
-    """The largest number of ``allowed`` whose bytes are within ``budget``, to within 2 %; 0 if not even the smallest's are.
+def largest(nbytes: Callable[[int], int], budget: int, start: int, allowed: range) -> int:
+    """Find the largest number whose bytes are within ``budget``, to within 2 %; 0 if none is.
 
-    Bytes grow with the number, nearly in a line: the next number to try is where the line through two that are known meets the budget.
+    Bytes grow nearly in a line. So the next trial is where the line through the two nearest known
+    numbers meets the budget.
     """
     known = {start: nbytes(start)}
     n = min(2 * start, allowed[-1]) if known[start] <= budget else allowed[0]
     while True:
         known[n] = nbytes(n)
-        low = max((m for m, taken in known.items() if taken <= budget), default=None)
-        high = min((m for m, taken in known.items() if taken > budget), default=None)
-        if low is None and allowed[0] in known:
+        low = max((m for m, found in known.items() if found <= budget), default=0)
+        high = min((m for m, found in known.items() if found > budget), default=allowed[-1] + 1)
+        if high == allowed[0]:
             return 0
-        if low == allowed[-1] or (
-            low is not None and high is not None and high - low <= max(1, int(_CLOSE * low))
-        ):
+        if low and high - low <= max(1, int(CLOSE * low)):
             return low
-        n = _next(known, budget, low or 0, high or allowed[-1] + 1)
+        (a, at_a), (b, at_b) = sorted(known.items(), key=lambda point: abs(point[1] - budget))[:2]
+        half = (low + high) // 2
+        n = half if at_a == at_b else a + int((budget - at_a) * (b - a) / (at_b - at_a))
+        n = min(max(n, low + max(1, int(CLOSE * low))), high - 1)
+        n = half if n in known else n
 
 
-def _next(known: Mapping[int, int], budget: int, low: int, high: int) -> int:
-    """A number between ``low`` and ``high``."""
-    (a, at_a), (b, at_b) = sorted(known.items(), key=lambda point: abs(point[1] - budget))[:2]
-    met = a + int((budget - at_a) * (b - a) / (at_b - at_a)) if at_a != at_b else (low + high) // 2
-    met = min(max(met, low + max(1, int(_CLOSE * low))), high - 1)
-    # once the line's number is known it is the next by 2 % that shows whether more fits
-    return met if met not in known else (low + high) // 2
+def _changes(
+    plan: MemoryPlan, packed: Packed, dense: Dense | None, rehearsal: Rehearsal
+) -> tuple[Change, ...]:
+    """Settings that save memory, each alone, the largest saving first."""
+    request, before, budget = plan.request, plan.training.nbytes, plan.request.budget or 0
+    found: dict[str, int] = {}
+    for words, fields in _other_settings(request, packed).items():
+        try:
+            changed = request.changed(**fields)
+        except OptionError:  # it excludes another setting
+            continue
+        same = rehearsal if SAME_STEP.issuperset(fields) else None
+        found[words] = _training(changed, packed, same).nbytes
+    # beside weights, steps with other quantizers take about the same memory
+    rest = before - sum(memory.loaded(packed, request).values())
+    for words, changed in {} if dense is None else _other_quantizers(request).items():
+        if dense is not None and (other := _packed_by(dense, changed)) is not None:
+            found[words] = rest + sum(memory.loaded(other, changed).values())
+    changes = [Change(words, n, before - n, n <= budget) for words, n in found.items()]
+    worth = [change for change in changes if change.saves > WORTH]
+    return tuple(sorted(worth, key=lambda change: -change.saves))
+
+
+def _other_settings(request: PlanRequest, packed: Packed) -> dict[str, dict[str, Any]]:
+    """Settings of the run that may save memory: options, and fields of FinetuneConfig."""
+    config, on_gpu = request.config, request.device == "cuda"
+    passes, half = config.grad_accum * config.batch_size, config.seq_len // 2
+    optim = "adamw_bnb_8bit" if on_gpu else "adafactor"
+    settings: list[tuple[bool, str, dict[str, Any]]] = [
+        (not (on_gpu or config.mapped or packed.foreign), "--mapped", {"mapped": True}),
+        (not config.gradient_checkpointing, "--gradient-checkpointing",
+         {"gradient_checkpointing": True}),
+        (config.keep_products, "--no-keep-products", {"keep_products": False}),
+        (on_gpu and not config.offload_activations, "--offload-activations",
+         {"offload_activations": True}),
+        (config.batch_size > 1, f"--batch-size 1 --grad-accum {passes}",
+         {"batch_size": 1, "grad_accum": passes}),
+        (half > 128, f"--seq-len {half}", {"seq_len": half}),
+        (request.dtype == "float32", "--dtype bfloat16", {"dtype": "bfloat16"}),
+        (config.optim != optim, f"--optim {optim}", {"optim": optim}),
+        (config.rank > 8, "--rank 8", {"rank": 8}),
+    ]  # fmt: skip
+    return {words: fields for helps, words, fields in settings if helps}
+
+
+def _other_quantizers(request: PlanRequest) -> dict[str, PlanRequest]:
+    """Other quantizers, and dense ends packed with the most precise one without calibration."""
+    requests = {}
+    for choice in _choices():
+        options = [f"-o {name}={value}" for name, value in choice.options.items()]
+        words = " ".join([f"-q {choice.quantizer}", *options])
+        requests[words] = replace(request, quantizer=choice)
+    specs = [e.spec for e in registry.entries() if e.status == "ok" and e.spec is not None]
+    offered = [(max(s.bits), s.name) for s in specs if s.calibration == "none" and max(s.bits) < 16]
+    if offered:
+        choice = Choice(max(offered)[1])
+        head, embeddings = f"--{HEAD} {choice.label}", f"--{EMBEDDINGS} {choice.label}"
+        if request.head is None:
+            requests[head] = replace(request, head=choice)
+        if request.embeddings is None:
+            requests[embeddings] = replace(request, embeddings=choice)
+        if request.head is request.embeddings is None:
+            both = replace(request, head=choice, embeddings=choice)
+            requests[f"{head} {embeddings}"] = both
+    return requests

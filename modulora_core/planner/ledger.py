@@ -1,14 +1,13 @@
-"""Who holds how many bytes: the storages that torch's operations make, each under the name of what it is for.
+"""Count the bytes of the storages that torch's operations make, by their purpose.
 
-It works on fake tensors (:mod:`torch._subclasses.fake_tensor`), which have shapes and no memory, as on real ones.
+It works on fake tensors, which have shapes and no memory.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,90 +16,108 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from modulora_core.autograd import WEIGHTS
+from modulora_core.devices.dense_products import compute_dtype
+from modulora_core.tiles import tile_bytes, tile_ranges
+
 Bytes = Counter[str]
 """Bytes by item: ``{"activations": 1024, ...}``."""
+
+HEAP_BLOCK = 32 * 2**20
+"""The largest block that glibc takes from its heap. A larger one is a mapping of its own."""
+
+
+def plus(a: Bytes, b: Bytes, sign: int = 1) -> Bytes:
+    """Give a + b, with negative counts too, which a Counter's own addition drops."""
+    total = Bytes(a)
+    total.update({item: sign * nbytes for item, nbytes in b.items()})
+    return total
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What happened between two marks.
+    """The bytes between two marks, beside the bytes alive at its begin.
 
     Attributes:
-        name: what was done.
-        before, after: bytes alive at its two ends.
-        peak: bytes alive at the moment when most were.
+        peak: at the moment when most were alive.
+        change: at its end.
     """
 
-    name: str
-    before: Bytes
     peak: Bytes
-    after: Bytes
+    change: Bytes
 
 
 class Ledger(TorchDispatchMode):
-    """Inside of this mode, follow the storages that torch's operations make, and cut the time into segments.
+    """Follow storages inside of this mode, and cut the time into segments.
+
+    It answers operations that need numbers: every entry is found, and no special case holds.
 
     Args:
-        before: tensors whose storages exist already and don't count.
-
-        small: the size up to which a storage counts for ``largest``.
+        before: tensors whose storages do not count.
+        device: the planned device.
 
     Attributes:
-        segments: those that have ended.
-        largest: bytes of the largest storage for activations, of those up to ``small``.
+        segments: the finished segments by name; of several with one name the last.
+        largest: bytes of the largest activation of at most :data:`HEAP_BLOCK`.
+        experts: the number of experts that share the tokens now.
+        most_labels: the number of labels that the loss finds at most.
     """
 
-    def __init__(self, before: Iterable[Tensor], small: int = 0) -> None:
+    def __init__(self, before: Iterable[Tensor], device: torch.device) -> None:
         super().__init__()
-        self._small, self.largest = small, 0
-        self._items: dict[int, tuple[str, int]] = {
-            t.untyped_storage()._cdata: ("", 0) for t in before
-        }
-        self._alive: Bytes = Counter()
-        self._total = self._most = 0
-        self._before: Bytes = Counter()
-        self._peak: Bytes = Counter()
-        self._item = "activations"
-        self._name = ""
-        self.segments: list[Segment] = []
+        self.segments: dict[str, Segment] = {}
+        self.largest, self.experts, self.most_labels = 0, 1, 1
+        self._device = device
+        self._items = {tensor.untyped_storage()._cdata: ("", 0) for tensor in before}
+        self._alive, self._before, self._peak = Bytes(), Bytes(), Bytes()
+        self._name, self._item, self._next = "", "", ("", "")
 
     def begin(self, name: str, item: str = "activations") -> None:
-        """End the segment that runs, if one does, and begin another; new storages are for ``item``."""
-        self.end()
-        self._name, self._item = name, item
-        self._before, self._peak, self._most = self._alive.copy(), self._alive.copy(), self._total
+        """Begin a segment with the next operation, and end the running one."""
+        self._next = (name, item)
 
     def end(self) -> None:
+        """End the running segment, if one runs."""
         if self._name:
-            self.segments.append(Segment(self._name, self._before, self._peak, self._alive.copy()))
+            peak, change = (plus(end, self._before, -1) for end in (self._peak, self._alive))
+            self.segments[self._name] = Segment(peak, change)
         self._name = ""
 
-    @contextmanager
-    def counted_as(self, item: str) -> Iterator[None]:
-        """Inside, new storages are for ``item``."""
-        outer, self._item = self._item, item
-        try:
-            yield
-        finally:
-            self._item = outer
-
     def call_it(self, tensor: Tensor, item: str) -> None:
-        """From now on ``tensor``'s storage is for ``item``."""
+        """Count the storage of ``tensor`` for ``item`` from now on."""
         key = tensor.untyped_storage()._cdata
-        if key in self._items and self._items[key][1]:
-            old, nbytes = self._items[key]
+        old, nbytes = self._items.get(key, ("", 0))
+        if old:
             self._alive[old] -= nbytes
             self._alive[item] += nbytes
             self._items[key] = (item, nbytes)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # torch's signature
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._next[0]:  # frames of the segment before have ended by now
+            self.end()
+            (self._name, self._item), self._next = self._next, ("", "")
+            self._before, self._peak = self._alive.copy(), self._alive.copy()
+        if func is torch.ops.aten.nonzero.default:
+            return self._all_found(args[0])
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else 1
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._follow(leaf.untyped_storage())
+        if func is torch.ops.modulora.product.default:
+            x, number, transpose = args
+            shape = WEIGHTS[number].shape
+            self._note(product_workspace(shape, x, transpose, self._device))
         return result
+
+    def _all_found(self, mask: Tensor) -> Tensor:
+        # among experts a vector says which are hit, a matrix which tokens come to one
+        entries, dims = mask.numel(), mask.dim()
+        shared = dims > 1 and entries != self.experts
+        found = -(-entries // self.experts) if shared else entries
+        found = min(found, self.most_labels) if self._item == "loss" else found
+        return mask.new_empty((found, dims), dtype=torch.int64)
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()
@@ -108,14 +125,36 @@ class Ledger(TorchDispatchMode):
             return
         self._items[key] = (self._item, nbytes)
         self._alive[self._item] += nbytes
-        self._total += nbytes
-        if self.largest < nbytes <= self._small and self._item == "activations":
+        if self.largest < nbytes <= HEAP_BLOCK and self._item == "activations":
             self.largest = nbytes
-        if self._total > self._most:
-            self._most, self._peak = self._total, self._alive.copy()
+        self._note(0)
         weakref.finalize(storage, self._release, key)
+
+    def _note(self, workspace: int) -> None:
+        if self._alive.total() + workspace > self._peak.total():
+            self._peak = plus(self._alive, Bytes(workspace=workspace))
 
     def _release(self, key: int) -> None:
         item, nbytes = self._items.pop(key)
         self._alive[item] -= nbytes
-        self._total -= nbytes
+
+
+def product_workspace(
+    shape: tuple[int, int], x: Tensor, transpose: bool, device: torch.device
+) -> int:
+    """Bytes that a tiled product takes beside its result (:mod:`modulora_core.tiles`).
+
+    They are one dense tile, and input and result in the tile's dtype if it is wider. A kernel
+    without tiles takes less. A plugin that rotates its input takes a copy more, which is small
+    beside the activations.
+    """
+    if x.numel() == 0:
+        return 0
+    width = compute_dtype(x.dtype, device).itemsize
+    start, stop = next(tile_ranges(shape[0], shape[1] * width, tile_bytes(device)))
+    several = stop - start < shape[0]
+    summed = max(width, 4) if several and transpose else width  # tiles of x Ŵ are summed in fp32
+    results = x.numel() // x.shape[-1] * shape[1 if transpose else 0]
+    casts = x.numel() * width if width > x.itemsize else 0
+    casts += results * summed if summed > x.itemsize else 0
+    return (stop - start) * shape[1] * width + casts

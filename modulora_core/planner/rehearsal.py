@@ -1,16 +1,18 @@
-"""Training and decoding without numbers: the code that trains runs on fake tensors, and its bytes are counted.
+"""Rehearse a training step or a prompt on fake tensors, and count the bytes that torch allocates.
 
-What autograd keeps of a model's attention, norms and activations is thus known for every architecture, with no formula for any. Of
-blocks that are all alike three are rehearsed, the first, the last and one between, which counts as often as the model has it
-(:mod:`modulora_core.planner.timeline`).
+The code that trains runs: the model's forward, our layers, their backward, the chunked loss. Its
+tensors have shapes and no memory. So the planner needs no formula for attention or a norm. One
+block of each kind runs; :class:`Rehearsal` replays it as often as the model has it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,256 +21,274 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modulora_core.adapters.lora import LoRASettings, add_lora
 from modulora_core.errors import ModelError
-from modulora_core.layers import PackedParameter
+from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.models.quiet import quiet
-from modulora_core.planner.ledger import Ledger
-from modulora_core.planner.overhead import HEAP_BLOCK
+from modulora_core.planner.ledger import Bytes, Ledger, Segment, plus
+from modulora_core.planner.model import Packed
 from modulora_core.planner.request import PlanRequest
-from modulora_core.planner.stand_ins import Assumed, RehearsedQuantizer, rehearse_attention
-from modulora_core.planner.subject import Subject
-from modulora_core.planner.timeline import Timeline
-from modulora_core.tiles import ACCELERATOR_TILE_BYTES, CPU_TILE_BYTES, tile_budget
-from modulora_core.training.chunked_loss import chunked_loss
-from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.chunked_loss import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
 _OWN = frozenset({"layer_idx", "layer_id", "layer_number", "training"})
-"""Attributes in which blocks that do the same differ."""
+"""Attributes in which blocks of one kind differ."""
 
-MIDDLE = 1
-"""The number of the block that stands for all between the first and the last."""
+_ATTENTION = "modulora_rehearsal"
+"""The name of the rehearsed attention in transformers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What a rehearsal told.
+    """The bytes of one step, beside the weights, the adapter and the optimizer's states.
 
     Attributes:
-        timeline: bytes beside the weights, the adapter and the optimizer's states.
-        adapter: trained values of the whole model.
-        largest_adapter: of the largest trained parameter.
-        kept: bytes that stay afterwards: for decoding those of the cache.
-        largest: bytes of the largest tensor that a CPU's heap takes (:mod:`modulora_core.planner.overhead`).
+        segments: by name: ``start``, ``forward 0``, ``loss``, ``backward 0``, ``end``. The number
+            counts the kinds of blocks.
+        kinds: the kind of each block of the model, in order.
+        largest: bytes of the largest tensor on a CPU's heap.
+        trained: the number of values of each trained parameter.
+        cache: bytes of the keys and values that stay after a prompt.
     """
 
-    timeline: Timeline
-    adapter: int = 0
-    largest_adapter: int = 0
-    kept: int = 0
-    largest: int = 0
+    segments: Mapping[str, Segment]
+    kinds: tuple[int, ...]
+    largest: int
+    trained: tuple[int, ...] = ()
+    cache: int = 0
+
+    def peak(self) -> tuple[str, Bytes]:
+        """Replay the step with all blocks. Give the segment with most bytes, and these bytes."""
+        forwards = [f"forward {kind}" for kind in self.kinds]
+        backwards = [f"backward {kind}" for kind in reversed(self.kinds)]
+        alive, best = Bytes(), ("start", Bytes())
+        for name in ("start", *forwards, "loss", *backwards, "end"):
+            if name in self.segments:
+                peak = plus(alive, self.segments[name].peak)
+                best = max(best, (name, peak), key=lambda named: named[1].total())
+                alive = plus(alive, self.segments[name].change)
+        return best
 
 
-def rehearse_training(subject: Subject, request: PlanRequest) -> Rehearsal:
-    """A forward and a backward of the run.
+def rehearse_training(packed: Packed, request: PlanRequest) -> Rehearsal:
+    """Rehearse the forward and the backward of one batch.
 
     Raises:
-        ModelError: the model can't be run without numbers.
+        ModelError: the model cannot run without its weights.
         AdapterError: a target is no packed layer.
     """
-    config = request.config
-    model: Any = subject.skeleton(getattr(torch, request.dtype))
-    settings = LoRASettings(rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets,
-                            train_scales=config.train_scales)  # fmt: skip
-    with quiet():
-        add_lora(model, settings)
-    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    config, chunk = request.config, CHUNK_BYTES_CPU if request.device == "cpu" else CHUNK_BYTES_GPU
+    settings = LoRASettings(
+        config.rank, config.alpha, config.dropout, config.targets, train_scales=config.train_scales
+    )
+    stage = _stage(packed, getattr(torch, request.dtype), settings)
+    model = deepcopy(stage.model)
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        checkpoint_activations(model, products=config.keep_products)
+        checkpoint_activations(model, keep_products=config.keep_products)
     model.train()
-    with _stage(model, subject, request, config.batch_size) as stage:
-        _watch_gradients(model, stage.ledger, config)
-        stage.ledger.begin("start")
+    with _running(packed, model, stage, request, config.batch_size) as (ledger, batch):
+        # two chunks of logits have the peak of all
+        ledger.most_labels = 2 * max(1, chunk // (4 * model.config.get_text_config().vocab_size))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda trained: ledger.call_it(trained.grad, "gradients")
+                )
+        # as save_on_cpu does, saved tensors take no memory until the backward wants them
+        offloading = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (tensor.shape, tensor.dtype),
+            lambda saved: torch.empty(saved[0], dtype=saved[1]),
+        )
         with (
-            chunked_loss(model),
-            _offloaded(model) if config.offload_activations else nullcontext(),
+            chunked_loss(model, chunk),
+            offloading if config.offload_activations else nullcontext(),
         ):
-            loss = model(**stage.batch, labels=stage.batch["input_ids"]).loss
+            loss = model(**batch, labels=batch["input_ids"]).loss
         loss.backward()
         del loss
-        stage.ledger.end()
-    return Rehearsal(stage.timeline, sum(trained), max(trained), largest=stage.ledger.largest)
+        ledger.end()
+    return Rehearsal(ledger.segments, stage.kinds, ledger.largest, stage.trained)
 
 
-def rehearse_decoding(subject: Subject, request: PlanRequest) -> Rehearsal:
-    """A prompt as long as the sequences of the run, and the first token after it.
+def rehearse_decoding(packed: Packed, request: PlanRequest) -> Rehearsal:
+    """Rehearse a prompt of ``seq_len`` tokens up to its first new token.
 
     Raises:
-        ModelError: the model can't be run without numbers.
+        ModelError: the model cannot run without its weights.
     """
-    model: Any = subject.skeleton(getattr(torch, request.dtype))
-    model.requires_grad_(False)
-    model.eval()
-    with _stage(model, subject, request, 1) as stage, torch.no_grad():
-        # transformers' generate() asks for the logits of the last token alone
-        last = (
-            {"logits_to_keep": 1}
-            if "logits_to_keep" in inspect.signature(model.forward).parameters
-            else {}
-        )
-        stage.ledger.begin("start")
-        cache = model(**stage.batch, use_cache=True, **last).past_key_values
-        stage.ledger.end()
-        kept = sum(t.untyped_storage().nbytes() for t in _tensors_of(cache))
-    blocks = stage.times + (stage.blocks - 1)
-    return Rehearsal(
-        stage.timeline, kept=kept * blocks // stage.blocks, largest=stage.ledger.largest
-    )
+    stage = _stage(packed, getattr(torch, request.dtype), None)
+    model = deepcopy(stage.model).eval()
+    # generate() asks for the last token's logits alone
+    last = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"use_cache": True, **({"logits_to_keep": 1} if last else {})}
+    with _running(packed, model, stage, request, 1) as (ledger, batch):
+        layers = getattr(model(**batch, **options).past_key_values, "layers", [])
+        ledger.end()
+        caches = {kind: _nbytes(layer) for kind, layer in zip(stage.left, layers, strict=False)}
+    cache = sum(caches.get(kind, 0) for kind in stage.kinds)
+    return Rehearsal(ledger.segments, stage.kinds, ledger.largest, cache=cache)
 
 
-@dataclass
+def _nbytes(layer: object) -> int:
+    """Bytes of the tensors of one layer of a cache."""
+    storages = [v.untyped_storage() for v in vars(layer).values() if isinstance(v, Tensor)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+@dataclass(frozen=True, slots=True)
 class _Stage:
-    ledger: Ledger
-    batch: dict[str, Tensor]
-    blocks: int
-    times: int
+    """A model on the meta device, cut behind the first block of the last new kind.
 
-    @property
-    def timeline(self) -> Timeline:
-        repeated = frozenset({f"forward {MIDDLE}", f"backward {MIDDLE}"})
-        return Timeline(tuple(self.ledger.segments), repeated, self.times)
+    Attributes:
+        kinds: the kind of each block of the whole model.
+        left: the kinds of the blocks that are left.
+        reached: a gradient reaches the block, for each block.
+        trained: the number of values of each trained parameter of the whole model.
+    """
 
-
-@contextmanager
-def _stage(model: Any, subject: Subject, request: PlanRequest, batch_size: int) -> Iterator[_Stage]:
-    """Inside, ``model`` is on fake tensors, and the ledger runs."""
-    times = _shorten(model, subject.blocks)
-    blocks = list(model.get_submodule(subject.blocks).children())
-    rehearse_attention(model, padded=request.padded)
-    on_cpu = request.device == "cpu"
-    shape = (batch_size, request.config.seq_len)
-    try:
-        with (
-            quiet(),
-            FakeTensorMode(allow_non_fake_inputs=True),
-            tile_budget(CPU_TILE_BYTES if on_cpu else ACCELERATOR_TILE_BYTES),
-        ):
-            model.to_empty(device="cpu")
-            model.tie_weights()
-            batch = {
-                name: torch.zeros(shape, dtype=torch.int64)
-                for name in ("input_ids", "attention_mask")
-            }
-            ledger = Ledger([*model.parameters(), *model.buffers(), *batch.values()], HEAP_BLOCK)
-            for module in model.modules():
-                if isinstance(module, PackedParameter):
-                    module.quantizer = RehearsedQuantizer(module.quantizer, ledger)
-            _Marks(ledger, blocks)
-            with ledger, Assumed(model):
-                yield _Stage(ledger, batch, len(blocks), times)
-    except (
-        RuntimeError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ) as error:  # what fake tensors can't do, torch tells in many ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {subject.name}: {type(model).__name__} can't be run without its weights, so its activations "
-                         f"aren't known: {reason}") from error  # fmt: skip
+    model: Any
+    kinds: tuple[int, ...]
+    left: tuple[int, ...]
+    reached: tuple[bool, ...]
+    trained: tuple[int, ...]
 
 
-def _shorten(model: Any, path: str) -> int:
-    """Leave three blocks of a model whose blocks are all alike. Returns how often the one in the middle stands in the whole model."""
-    blocks = list(model.get_submodule(path).children())
-    if len(blocks) <= MIDDLE + 2 or len({_kind(block) for block in blocks}) > 1:
-        return 1
-    model.set_submodule(path, nn.ModuleList(blocks[: MIDDLE + 2]))
-    return len(blocks) - 2
+@lru_cache(maxsize=8)
+def _stage(packed: Packed, dtype: torch.dtype, settings: LoRASettings | None) -> _Stage:
+    model: Any = packed.skeleton(dtype).requires_grad_(False)
+    if settings is not None:
+        with quiet():
+            add_lora(model, settings)
+    trained = tuple(p.numel() for p in model.parameters() if p.requires_grad)
+    blocks = list(model.get_submodule(packed.blocks).children())
+    known: dict[object, int] = {}
+    kinds, reached = [], [False]
+    for block in blocks:  # the backward ends at the first block with an adapter
+        reached.append(reached[-1] or any(p.requires_grad for p in block.parameters()))
+        kinds.append(known.setdefault((_kind(block), reached[-1]), len(known)))
+    left = kinds.index(len(known) - 1) + 1
+    model.set_submodule(packed.blocks, nn.ModuleList(blocks[:left]))
+    return _Stage(model, tuple(kinds), tuple(kinds[:left]), tuple(reached[1:]), trained)
 
 
 def _kind(block: nn.Module) -> tuple[object, ...]:
-    """Equal for blocks that do the same: types, shapes and plain attributes of everything in them."""
+    """Describe a block: types, shapes and plain attributes of everything in it.
+
+    The quantizer of a packed weight does not count: the operations are the same.
+    """
     parts: list[object] = []
     for path, module in block.named_modules():
         plain = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, int | float | str) and key not in _OWN
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(value, int | float | str) and name not in _OWN
         }
-        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        shapes = [
-            (name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
-            for name, tensor in tensors
-        ]
+        tensors = module.named_parameters(recurse=False)
+        shapes: list[object] = [(name, t.shape, t.dtype, t.requires_grad) for name, t in tensors]
+        shapes = [module.shape] if isinstance(module, PackedParameter) else shapes
         parts.append((path, type(module), tuple(sorted(plain.items())), tuple(shapes)))
     return tuple(parts)
 
 
-def _watch_gradients(model: nn.Module, ledger: Ledger, config: FinetuneConfig) -> None:
-    def arrived(parameter: Tensor) -> None:
-        if config.apply_gradients_at_once:
-            parameter.grad = None
-        elif parameter.grad is not None:
-            ledger.call_it(parameter.grad, "gradients")
-
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(arrived)
-
-
-def _offloaded(model: nn.Module) -> Any:
-    """What the forward keeps takes no memory until the backward asks for it, as with ``offload_activations``, but for the model's own."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-
-    def drop(tensor: Tensor) -> Tensor | tuple[torch.Size, torch.dtype, torch.device]:
-        if tensor.untyped_storage()._cdata in own:
-            return tensor
-        return tensor.shape, tensor.dtype, tensor.device
-
-    def bring(kept: Tensor | tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        return torch.empty(kept[0], dtype=kept[1], device=kept[2])
-
-    return torch.autograd.graph.saved_tensors_hooks(drop, bring)
+@contextmanager
+def _running(
+    packed: Packed, model: Any, stage: _Stage, request: PlanRequest, batch_size: int
+) -> Iterator[tuple[Ledger, dict[str, Tensor]]]:
+    """In this block ``model`` is on fake tensors and the ledger counts. Gives a batch too."""
+    _attend(model, padded=request.padded)
+    names, shape = ("input_ids", "attention_mask"), (batch_size, request.config.seq_len)
+    try:
+        with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            model.tie_weights()
+            batch = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+            before = [*model.parameters(), *model.buffers(), *batch.values()]
+            ledger = Ledger(before, torch.device(request.device))
+            _mark(ledger, list(model.get_submodule(packed.blocks).children()), stage)
+            _share_tokens(ledger, model)
+            ledger.begin("start")
+            with ledger:
+                yield ledger, batch
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"model {packed.dense.name}: {type(model).__name__} can't run without its weights, so "
+            f"its activations aren't known: {reason}"
+        ) from error
 
 
-def _tensors_of(cache: Any) -> list[Tensor]:
-    """Keys and values of transformers' caches, and the states of layers that have others."""
-    layers = getattr(cache, "layers", [])
-    found = {
-        id(value): value
-        for layer in layers
-        for value in vars(layer).values()
-        if isinstance(value, Tensor)
-    }
-    return list(found.values())
+def _attend(model: Any, *, padded: bool) -> None:
+    """Let ``model`` make the mask that it makes of numbers.
 
-
-class _Marks:
-    """Cuts a ledger's time where blocks begin and end: forwards, in the loss, and backwards.
-
-    A block that is checkpointed runs again in the backward: that is a part of its backward.
+    A batch without padding needs none. transformers reads a mask to know, and always makes one of
+    fake tensors.
     """
+    if model.config._attn_implementation != "sdpa":  # eager attention always has a mask
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
 
-    def __init__(self, ledger: Ledger, blocks: Sequence[nn.Module]) -> None:
-        self._ledger, self._in_blocks = ledger, True
-        for number, block in enumerate(blocks):
-            block.register_forward_pre_hook(self._entered(number), with_kwargs=True)
-        blocks[-1].register_forward_hook(self._left(len(blocks) - 1))
+    def no_mask(*args: Any, **kwargs: Any) -> Any:
+        return sdpa_mask(*args, **kwargs | {"attention_mask": None})
 
-    def _entered(self, number: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._in_blocks:
-                return
-            self._ledger.begin(f"forward {number}")
-            self._when_backward_reaches(args[0] if args else kwargs["hidden_states"], number - 1)
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask if padded else no_mask)
+    model.set_attn_implementation(_ATTENTION)
 
-        return hook
 
-    def _left(self, number: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            if not self._in_blocks:
-                return
-            self._in_blocks = False
-            self._ledger.begin("loss", "loss")
-            self._when_backward_reaches(output if isinstance(output, Tensor) else output[0], number)
+def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
+    """Cut the ledger's time where blocks begin and end.
 
-        return hook
+    A checkpointed block runs again in the backward. That belongs to its backward.
+    """
+    in_blocks = True
 
-    def _when_backward_reaches(self, hidden: Tensor, number: int) -> None:
-        """Its gradient is there: the backward of block ``number`` begins, or of what is before the first."""
+    def backward_follows(hidden: Tensor, name: str) -> None:
+        def reached(gradient: Tensor) -> None:
+            ledger.call_it(gradient, "activations")
+            ledger.begin(name)
+
         if hidden.requires_grad:
-            hidden.register_hook(
-                lambda _: self._ledger.begin(f"backward {number}" if number >= 0 else "end")
+            hidden.register_hook(reached)
+
+    def entered(position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not in_blocks:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if position == 0:
+            # as other blocks' inputs, a tensor that only the block holds, and with a gradient
+            hidden = hidden + hidden.new_zeros((), requires_grad=stage.reached[0])
+            args, kwargs = (
+                ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
             )
+        ledger.begin(f"forward {stage.left[position]}")
+        before = f"backward {stage.left[position - 1]}" if position else "end"
+        backward_follows(hidden, before)
+        return args, kwargs
+
+    def left(_block: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal in_blocks
+        if in_blocks:
+            in_blocks = False
+            ledger.begin("loss", "loss")
+            hidden = output if isinstance(output, Tensor) else output[0]
+            backward_follows(hidden, f"backward {stage.left[-1]}")
+
+    for position, block in enumerate(blocks):
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs, position=position: entered(position, args, kwargs),
+            with_kwargs=True,
+        )
+    blocks[-1].register_forward_hook(left)
+
+
+def _share_tokens(ledger: Ledger, model: nn.Module) -> None:
+    """Give each expert of a mixture the same number of tokens."""
+
+    def share(experts: int) -> Any:
+        return lambda *_: setattr(ledger, "experts", experts)
+
+    for module in model.modules():
+        for stack in [m for m in module.children() if isinstance(m, PackedStack)][:1]:
+            module.register_forward_pre_hook(share(len(stack)))
+            module.register_forward_hook(share(1))

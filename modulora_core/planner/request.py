@@ -1,4 +1,4 @@
-"""What a plan is asked for. Importing this module does not import torch."""
+"""The question that a plan answers. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -12,82 +12,78 @@ from modulora_core.training.config import FinetuneConfig
 if TYPE_CHECKING:
     from modulora_core.registry import Choice
 
-UNPLANNED = frozenset({"model", "out", "data", "format", "eval_data", "eval_every", "adapter", "epochs", "lr", "scheduler",
-                       "warmup", "weight_decay", "seed", "save_every"})  # fmt: skip
-"""Fields of a finetuning run that memory doesn't depend on, or that take files."""
+UNPLANNED = frozenset({
+    "model", "out", "data", "format", "eval_data", "eval_every", "adapter", "epochs", "lr",
+    "scheduler", "warmup", "weight_decay", "max_grad_norm", "seed", "save_every",
+    "matmul_precision",
+})  # fmt: skip
+"""Fields of a finetuning run that a plan does not use."""
 
-Device = Literal["cpu", "cuda"]
+
+def finetuning(options: Mapping[str, object]) -> FinetuneConfig:
+    """Build the run to plan from fields of FinetuneConfig. Raises OptionError."""
+    unimportant: dict[str, object] = {"model": "-", "out": "-", "data": ["-"]}
+    length = {} if options.get("steps") is not None else {"epochs": 1}
+    return FinetuneConfig.build(unimportant | length | dict(options))
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """A question about memory.
+    """A model, a quantizer, a finetuning run, a device and a budget.
 
     Attributes:
-        model: MODEL: a folder, of which config.json is enough, a Hub id, a ``.gguf`` file, ``package:NAME``, or a packed checkpoint.
-        quantizer: a quantizer's name; None for a packed checkpoint's own.
-        options: of the quantizer.
-        head, embeddings: quantizers for the output head and the input embedding, which stay dense without.
-        config: the finetuning run; of its fields those that memory doesn't depend on are ignored. Without ``steps`` it is so long that
-            every token has occurred.
-        device: the kind of device that is planned for.
-        budget: bytes that may be used; None for no limit.
-        padded: whether the sequences of a batch may be of different lengths, as those of chats and instructions are: then attention gets a
-            mask, which a full batch needs none of.
-        calibration_samples: of how many samples quantizing is planned, where the quantizer wants calibration.
-        calibration_seq_len: tokens in each of them.
-        revision: of a Hub model.
+        model: MODEL: a Hub id, a folder, a ``.gguf`` file, ``package:NAME``. config.json is enough.
+        quantizer: None for a packed checkpoint, or for all installed quantizers.
+        head, embeddings: quantizers of the output head and the input embedding; None keeps it
+            dense.
+        config: the finetuning run.
+        device: the kind of device. The machine need not have one.
+        budget: the limit in bytes; None for no limit.
+        padded: the sequences of a batch differ in length, so attention needs a mask.
+        calibration_samples: the number of calibration samples, ``calibration_seq_len`` tokens each.
+        revision: a revision of a Hub model.
+
+    Raises:
+        OptionError: the settings do not fit the device.
     """
 
     model: str
-    quantizer: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    quantizer: Choice | None = None
+    head: Choice | None = None
+    embeddings: Choice | None = None
     config: FinetuneConfig = field(default_factory=lambda: finetuning({}))
-    device: Device = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     budget: int | None = None
     padded: bool = False
     calibration_samples: int = 128
     calibration_seq_len: int = 512
     revision: str | None = None
-    head: Choice | None = None
-    embeddings: Choice | None = None
 
     def __post_init__(self) -> None:
+        on_cpu = self.device == "cpu"
         if self.device not in ("cpu", "cuda"):
+            raise OptionError(f"device {self.device!r}: expected cpu or cuda")
+        if self.config.mapped and not on_cpu:
             raise OptionError(
-                f"device {self.device!r}: expected cpu or cuda, which is all that is planned for"
+                f"mapped: expected the device cpu, got {self.device}, which copies the weights; "
+                "leave mapped out"
             )
-        if self.config.mapped and self.device != "cpu":
-            raise OptionError(
-                f"mapped: expected the device cpu, got {self.device}, to which weights are copied; leave mapped out"
-            )
-        if self.config.dtype == "float16" and self.device == "cpu":
+        if self.config.dtype == "float16" and on_cpu:
             raise OptionError(
                 "dtype float16: training in it takes a GPU; on a CPU expected float32 or bfloat16"
+            )
+        if self.config.offload_activations and on_cpu:
+            raise OptionError(
+                "offload_activations: expected the device cuda, got cpu; leave it out"
             )
 
     @property
     def dtype(self) -> str:
-        """Of the activations."""
+        """The dtype of the activations."""
         automatic = "float32" if self.device == "cpu" else "bfloat16"
         return automatic if self.config.dtype == "auto" else self.config.dtype
 
     def changed(self, **fields: Any) -> PlanRequest:
-        """The same question about a run with other settings.
-
-        Raises:
-            OptionError: settings that don't go together.
-        """
+        """Change fields of the finetuning run. Raises OptionError if they exclude each other."""
         given = self.config.model_dump(exclude_unset=True)
         return replace(self, config=finetuning(given | fields))
-
-
-def finetuning(options: Mapping[str, object]) -> FinetuneConfig:
-    """The finetuning run of which memory is planned: with ``options``, and anything for what they leave out.
-
-    Raises:
-        OptionError: as :meth:`FinetuneConfig.build`.
-    """
-    unimportant: dict[str, object] = {"model": "-", "out": "-", "data": ["-"]}
-    long = {} if options.get("steps") is not None else {"epochs": 1}
-    return FinetuneConfig.build(unimportant | long | dict(options))

@@ -22,7 +22,6 @@ pytest.importorskip("numba")
 from modulora_core.kernels import choices
 from modulora_core.kernels.cpu import amx
 from modulora_core.kernels.cpu import cpu_kernels as products
-from modulora_core.planner import workspace
 
 SHAPES = [(1, 1), (3, 700), (15, 31), (28, 64), (300, 513), (530, 260), (40, 2100), (2100, 40)]
 """(out, in): none but the fourth whole blocks, and more of both than is decoded or kept at once."""
@@ -255,11 +254,6 @@ def test_amx_takes_more_rows_than_few_however_many(
         )
         is None
     )
-
-
-def test_a_plan_measures_more_rows_where_there_are_more() -> None:
-    """What such products keep is no tile: a plan that mistook one for the other would be off by a tile."""
-    assert choices.MOST_ROWS < workspace.ROWS
 
 
 def test_the_size_of_a_cache_is_what_the_system_says(tmp_path: Path) -> None:

@@ -1,0 +1,251 @@
+"""The items of the three jobs, training, decoding and quantizing, at the moment of their peak.
+
+Constants were measured on Linux x86-64 with Python 3.11, torch 2.13 for CPUs, transformers 5.24.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from modulora_core.calibration.states import SPILL_BYTES
+from modulora_core.calibration.walk import PAUSED_BYTES
+from modulora_core.planner.ledger import HEAP_BLOCK, Bytes
+from modulora_core.planner.model import Packed
+from modulora_core.planner.rehearsal import Rehearsal, rehearse_decoding
+from modulora_core.planner.request import PlanRequest
+
+FP32 = 4
+MIB = 2**20
+
+RUNTIME = {"training": 658, "decoding": 495, "quantizing": 470, "calibrating": 520}
+"""MiB of a process without a model, on a CPU: interpreter, libraries, thread stacks."""
+
+GPU_RUNTIME = 600 * MIB
+"""Bytes of CUDA's context and cuBLAS's workspace: an estimate."""
+
+TRITON_BYTES = 70 * MIB
+"""Bytes that an installed Triton adds: torch's compiler imports it, and transformers that."""
+
+CUDA_BUILD_BYTES = 530 * MIB
+"""Bytes that torch's build for CUDA adds to a process on a CPU: 450 to 616 MiB were measured."""
+
+HOLES = {"training": 8, "decoding": 2, "calibrating": 4}
+"""Tensors of the largest size on a CPU's heap that fit into its holes.
+
+Measured: 4 to 11 after training steps, 1 to 4 after forwards, 2 to 4 after calibrated layers.
+"""
+
+GPU_CACHE = 0.05
+"""The share of a step's tensors that torch's allocator holds beside them on a GPU: an estimate."""
+
+STATES = {"adafactor": 0, "sgd": 0, "lomo": 0, "lion": 4, "rmsprop": 4, "adagrad": 4,
+          "ademamix": 12}  # fmt: skip
+"""Bytes of an optimizer's states for each value, by a part of its name. Others have AdamW's 8."""
+
+MOMENTS = 4
+"""H, its mean, and two triangles that make it (:mod:`modulora_core.calibration.moments`)."""
+
+SOLVER_WEIGHTS, SOLVER_MOMENTS = 2, 5
+"""Weights and H's, in fp32, that a calibrated solver holds. Measured: 1 and 6, and 2 and 4."""
+
+ITEMS: Mapping[str, str] = {
+    "packed_codes": "packed weights: codes",
+    "packed_scales": "packed weights: scales and vectors",
+    "embeddings_and_head": "embeddings and head",
+    "norms_and_biases": "norms, biases and other dense weights",
+    "adapter": "LoRA weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer's states",
+    "activations": "activations",
+    "workspace": "tiles and copies in products",
+    "loss": "logits and loss",
+    "kv_cache": "cache of keys and values",
+    "dense_weights": "dense weights in work",
+    "calibration": "hidden states and second moments",
+    "allocator": "held by the allocator, unused",
+    "runtime": "interpreter, libraries, runtime",
+}
+"""The items in the order of tables and pictures, with their titles."""
+
+_WHEN = {
+    "forward": "the forward ends",
+    "loss": "the loss is computed",
+    "backward": "a block's backward runs",
+    "optimizer": "the optimizer steps",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The peak of a job.
+
+    Attributes:
+        when: the work at the peak.
+        items: bytes by the names of :data:`ITEMS`, from 1 KiB on.
+    """
+
+    when: str
+    items: Mapping[str, int]
+
+    @classmethod
+    def of(cls, when: str, items: Mapping[str, float]) -> Job:
+        """Sort and round the items."""
+        return cls(when, {n: round(items[n]) for n in ITEMS if items.get(n, 0) >= 2**10})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.items.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bytes": self.nbytes, "when": self.when, "items": dict(self.items)}
+
+
+def training(packed: Packed, request: PlanRequest, rehearsal: Rehearsal) -> Job:
+    """Plan the training step with the highest peak; ``rehearsal`` is of its forward and backward.
+
+    After the first step the optimizer has its states.
+    """
+    adapter, largest = FP32 * sum(rehearsal.trained), FP32 * max(rehearsal.trained)
+    states = _states(sum(rehearsal.trained), request)
+    at, moving = rehearsal.peak()
+    moving["optimizer"] = 0 if request.config.steps == 1 else states
+    # torch's AdamW copies one parameter after the other on a CPU, all of them on a GPU
+    copies = 2 * (largest if request.device == "cpu" else adapter)
+    step = Bytes(gradients=adapter, workspace=copies, optimizer=states)
+    if step.total() > moving.total():
+        at, moving = "optimizer", step
+    if request.config.grad_accum > 1:  # the gradients of the batches before stay
+        moving["gradients"] = adapter
+    process = _process("training", request.device, moving.total(), rehearsal.largest)
+    items = {**loaded(packed, request), "adapter": adapter, **moving, **process}
+    return Job.of(_WHEN.get(at.partition(" ")[0], "a step begins"), items)
+
+
+def decoding(packed: Packed, request: PlanRequest) -> Job:
+    """Plan one answer in a context of ``seq_len`` tokens, of which the prompt is the most.
+
+    Raises:
+        ModelError: the model cannot run without its weights.
+    """
+    rehearsal = rehearse_decoding(packed, request)
+    _, moving = rehearsal.peak()
+    process = _process("decoding", request.device, moving.total(), rehearsal.largest)
+    moving["activations"] -= min(rehearsal.cache, moving["activations"])
+    moving["kv_cache"] = rehearsal.cache
+    return Job.of("the prompt is read", {**loaded(packed, request), **moving, **process})
+
+
+def quantizing(packed: Packed, request: PlanRequest) -> Job:
+    """Plan ``modulora quantize`` on a CPU.
+
+    It holds one parameter at a time, or with calibration one decoder block. With calibration this
+    is an estimate: the part of a block that waits between two layers depends on the model.
+    """
+    calibrated = any(q.spec.calibration == "required" for q in packed.quantizers)
+    items = _by_block(packed, request) if calibrated else _by_parameter(packed)
+    return Job.of("a layer is packed", items)
+
+
+def loaded(packed: Packed, request: PlanRequest) -> Mapping[str, int]:
+    """Bytes of all weights in memory, by item. A mapped model holds one block of packed weights."""
+    ends, others = _dense(packed, getattr(torch, request.dtype))
+    blocks: dict[str, Bytes] = {"": Bytes()}
+    for name, site in packed.record.items():
+        block = packed.block_of(name) if request.config.mapped else ""
+        items = blocks.setdefault(block, Bytes())
+        for tensor in site.layout.tensors.values():
+            item = "packed_scales" if "float" in tensor.dtype else "packed_codes"
+            items[item] += tensor.nbytes * (site.experts or 1)
+    outside = blocks.pop("")
+    largest = max(blocks.values(), key=Bytes.total, default=Bytes())
+    return {**(outside + largest), "embeddings_and_head": ends, "norms_and_biases": others}
+
+
+@lru_cache(maxsize=8)
+def _dense(packed: Packed, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the dense embeddings and head, and of other dense parameters, in ``dtype``."""
+    model = packed.dense.outline(dtype)
+    ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+    sizes = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        if name not in packed.record.weights:
+            module = model.get_submodule(name.rpartition(".")[0])
+            is_end = module in ends or isinstance(module, nn.Embedding)
+            sizes[is_end] += parameter.numel() * parameter.element_size()
+    return sizes[True], sizes[False]
+
+
+def _states(values: int, request: PlanRequest) -> int:
+    """Bytes of the optimizer's states."""
+    name = request.config.optim
+    if name.startswith("paged") and request.device == "cuda":
+        return 0  # a full GPU leaves them in the CPU's memory
+    nbytes = next((n for part, n in STATES.items() if part in name), 2 * FP32)
+    if "8bit" not in name:
+        return values * nbytes
+    # 256 values share a scale in fp32 (Dettmers et al. 2021, arXiv 2110.02861)
+    return round(values * nbytes / FP32 * (1 + FP32 / 256))
+
+
+def _process(job: str, device: str, moving: int = 0, largest: int = 0) -> dict[str, float]:
+    """Bytes of the process without a model, and bytes that the allocator holds unused.
+
+    Args:
+        moving: bytes of the tensors at the peak.
+        largest: bytes of the largest of them on the heap.
+    """
+    if device != "cpu":
+        return {"allocator": GPU_CACHE * moving, "runtime": GPU_RUNTIME}
+    runtime = RUNTIME[job] * MIB
+    runtime += TRITON_BYTES if importlib.util.find_spec("triton") is not None else 0
+    runtime += CUDA_BUILD_BYTES if torch.version.cuda is not None else 0
+    # with MALLOC_MMAP_THRESHOLD_=131072 each tensor is a mapping, and the heap has no holes
+    return {"allocator": HOLES.get(job, 0) * largest, "runtime": runtime}
+
+
+def _by_parameter(packed: Packed) -> dict[str, float]:
+    """The largest parameter and its packed weight, or two parameters while one is read."""
+    outline, width = packed.dense.outline(), packed.dense.stored_dtype.itemsize
+    sizes = [p.numel() * p.element_size() for p in outline.parameters()]
+    pair = max(map(sum, pairwise(sizes)), default=sum(sizes))
+    found: list[dict[str, float]] = [{"dense_weights": pair}]
+    for site in packed.record.sites:
+        # quantizers compute in fp32, one expert at a time
+        copy = 0 if width == FP32 else FP32 * math.prod(site.layout.shape)
+        found.append({"dense_weights": site.weights * width, "workspace": site.nbytes + copy})
+    return max(found, key=lambda items: sum(items.values())) | _process("quantizing", "cpu")
+
+
+def _by_block(packed: Packed, request: PlanRequest) -> dict[str, float]:
+    """A block in fp32, second moments and hidden states."""
+    weights, shapes = Bytes(), set()
+    for name, site in packed.record.items():
+        if block := packed.block_of(name):
+            weights[block] += site.weights
+            shapes.add(site.layout.shape)
+    tokens = request.calibration_samples * request.calibration_seq_len
+    hidden, widest = packed.dense.config.get_text_config().hidden_size, max(w for _, w in shapes)
+    states = FP32 * tokens * hidden
+    kept = 0 if states > SPILL_BYTES else states
+    dense, moment = FP32 * max(weights.values()), FP32 * widest**2
+    solver = max(SOLVER_WEIGHTS * out * width + SOLVER_MOMENTS * width**2 for out, width in shapes)
+    packing: dict[str, float] = {
+        "dense_weights": dense,
+        "workspace": FP32 * solver,
+        "activations": min(PAUSED_BYTES, FP32 * tokens * (2 * hidden + widest)),
+        "calibration": kept + MOMENTS * moment,
+    }
+    # the embedding stays until all samples have come through it
+    table = sum(p.numel() for p in packed.dense.outline().get_input_embeddings().parameters())
+    entering: dict[str, float] = {"dense_weights": dense + FP32 * table, "calibration": kept}
+    items = max(packing, entering, key=lambda items: sum(items.values()))
+    return items | _process("calibrating", "cpu", 0, min(moment, HEAP_BLOCK))

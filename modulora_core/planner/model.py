@@ -1,0 +1,183 @@
+"""Open the model of a plan, from its config alone: packed, or dense and packed on paper."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modulora_core.calibration import find_blocks
+from modulora_core.checkpoints.checkpoint import check_mapped, open_checkpoint
+from modulora_core.checkpoints.packed_modules import install
+from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord, Recipe
+from modulora_core.errors import ModelError
+from modulora_core.models.conversion import build_skeleton
+from modulora_core.models.ends import find_ends
+from modulora_core.models.formats import recognise
+from modulora_core.models.locate import locate
+from modulora_core.models.quiet import quiet
+from modulora_core.models.sites import find_sites
+from modulora_core.models.source import open_config
+from modulora_core.quantization.layout import choice_of_end, packed_sites
+from modulora_core.registry import Choice
+from modulora_core.spec import Quantizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A dense model, known from its config.
+
+    Attributes:
+        name: MODEL.
+        config: transformers' config; ``config.dtype`` is the stored dtype.
+    """
+
+    name: str
+    config: PretrainedConfig
+    _outlines: dict[torch.dtype, PreTrainedModel] = field(default_factory=dict)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return self.config.dtype or torch.float32
+
+    @property
+    def window(self) -> int | None:
+        """The longest sequence that the model takes; None where the config says nothing."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def outline(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model on the meta device, in ``dtype`` or its stored dtype. Do not change it."""
+        dtype = dtype or self.stored_dtype
+        if dtype not in self._outlines:
+            self._outlines[dtype] = self.skeleton(dtype)
+        return self._outlines[dtype]
+
+    def skeleton(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Build the model on the meta device, in ``dtype``."""
+        with quiet():
+            return build_skeleton(self.config, dtype)
+
+    def packed_by(
+        self, quantizer: Choice, head: Choice | None = None, embeddings: Choice | None = None
+    ) -> Packed:
+        """Lay the packed model out, as ``modulora quantize`` would write it.
+
+        Args:
+            quantizer: packs the decoder's linear weights.
+            head, embeddings: pack the output head, the input embedding; None keeps it dense.
+
+        Raises:
+            ShapeError: a quantizer cannot pack a layer; the message names the layer.
+            PluginError, OptionError: a choice is impossible.
+        """
+        outline, quantizers = self.outline(), [quantizer.create()]
+        ends = find_ends(
+            outline, head, embeddings, [name for name, _ in outline.named_parameters()]
+        )
+        of_ends = {end.site.name: choice_of_end(end, quantizers) for end in ends}
+        linears = [site for site in find_sites(outline).linears if site.name not in of_ends]
+        linears += [end.site for end in ends]
+        chosen = {site.name: of_ends.get(site.name, 0) for site in linears}
+        sites, weights = packed_sites(linears, quantizers, chosen)
+        recipes = tuple(map(Recipe.of, quantizers))
+        record = QuantizationRecord(recipes=recipes, sites=sites, weights=weights)
+        return Packed(self, record, tuple(quantizers))
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A packed model.
+
+    Attributes:
+        dense: the model without quantization.
+        record: each packed parameter with its layout.
+        quantizers: one for each recipe of ``record``.
+        foreign: another tool packed it, in its own format, so its weights cannot be mapped.
+    """
+
+    dense: Dense
+    record: QuantizationRecord
+    quantizers: tuple[Quantizer, ...]
+    foreign: bool = False
+
+    @cached_property
+    def blocks(self) -> str:
+        """The dotted path of the list of decoder blocks. Raises ModelError if there is none."""
+        return find_blocks(self.dense.outline())[0].rpartition(".")[0]
+
+    def skeleton(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Build the model on the meta device, with packed weights and the rest in ``dtype``."""
+        model = self.dense.skeleton(dtype)
+        install(model, self.record)
+        return model
+
+    def block_of(self, parameter: str) -> str:
+        """The path of the decoder block of a parameter; empty outside of the blocks."""
+        if not parameter.startswith(f"{self.blocks}."):
+            return ""
+        number = parameter.removeprefix(f"{self.blocks}.").partition(".")[0]
+        return f"{self.blocks}.{number}"
+
+
+def open_planned(name: str, revision: str | None = None, *, mapped: bool = False) -> Dense | Packed:
+    """Find MODEL and read its config.
+
+    Args:
+        name: MODEL.
+        revision: of a Hub model.
+        mapped: the run maps its weights.
+
+    Raises:
+        OptionError: ``mapped``, and the model is in another tool's format.
+        ModelError: nothing is there, it cannot be used, or it has no decoder blocks.
+        PluginError: its quantizer is not installed.
+        CheckpointError: its record is malformed.
+    """
+    location = locate(name, revision)
+    values = {} if location.gguf is not None else _config_values(location.folder)
+    if dict(values.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
+        record = QuantizationRecord.from_json(values["quantization_config"])
+        return _packed(Dense(name, _config(location.folder)), record)
+    if location.gguf is None and recognise(location.folder, values) is not None:
+        checkpoint = open_checkpoint(name, revision=revision)
+        if mapped:
+            check_mapped(checkpoint, "cpu")
+        assert checkpoint.foreign is not None
+        dense = Dense(name, checkpoint.foreign.source.config)
+        return _packed(dense, checkpoint.record, foreign=True)
+    return Dense(name, open_config(name, revision=revision))
+
+
+def _packed(dense: Dense, record: QuantizationRecord, *, foreign: bool = False) -> Packed:
+    quantizers = tuple(recipe.create() for recipe in record.recipes)
+    for site in record.sites:
+        quantizers[site.recipe].check_format(site.layout)
+    return Packed(dense, record, quantizers, foreign)
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config = deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:  # each config class checks its fields in its own way
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: transformers can't use its config.json: {reason}") from error
+    del config.quantization_config
+    return config
+
+
+def _config_values(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):  # open_model describes the fault
+        return {}
+    return values if isinstance(values, dict) else {}
