@@ -1,10 +1,61 @@
-"""The zoo, and what runs it, are found by the tests as modules."""
+"""Installs the zoo as a distribution, and runs pytest over it in this process."""
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+import modulora_conformance
+import pytest
 
-sys.path[:0] = [str(HERE), str(HERE / "zoo")]
+ZOO = Path(__file__).parent / "zoo"
+SETTINGS = Path(modulora_conformance.__file__).parent / "pytest.ini"
+
+sys.path.insert(0, str(ZOO))  # its modules are named in parameters
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """The module modulora_zoo, installed with three entry points for the tests of a module."""
+    site = tmp_path_factory.mktemp("site")
+    info = site / "modulora_zoo-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: modulora-zoo\nVersion: 1.0\n")
+    points = [f"{name} = {name}" for name in ("modulora_zoo", "zoo_heavy", "zoo_slow")]
+    (info / "entry_points.txt").write_text("\n".join(["[modulora]", *points, ""]))
+    paths = [str(ZOO), str(site)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*paths, *sys.path])
+        given = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+        patch.setenv("PYTHONPATH", os.pathsep.join([*paths, *given]))
+        importlib.invalidate_caches()
+        yield importlib.import_module("modulora_zoo")
+
+
+class Nested:
+    """A nested run of pytest: its exit code, its outcomes by node, and the kit's runs by name."""
+
+    def __init__(self, file, nodes, words):
+        self.outcomes, self.runs = {}, {}
+        ids = [f"{file}::{node}" for node in nodes]
+        fixed = ["-q", "-p", "no:cacheprovider", "-c", str(SETTINGS), "--rootdir", str(ZOO)]
+        fixed += ["--confcutdir", str(ZOO), "--tb=no", "--hypothesis-seed=20261125"]
+        self.code = pytest.main([*ids, *fixed, *words], plugins=[self])
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or not report.passed:
+            outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
+            self.outcomes[report.nodeid.partition("::")[2]] = outcome
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session):
+        recorder = session.config.pluginmanager.get_plugin("modulora_conformance_recorder")
+        self.runs = {run.quantizer: run for run in recorder.runs()}
+
+
+@pytest.fixture(scope="module")
+def nested(zoo):
+    """``nested(*nodes, words=())``: a run over classes or tests of ``zoo/check_zoo.py``."""
+    return lambda *nodes, words=(): Nested(ZOO / "check_zoo.py", nodes, words)

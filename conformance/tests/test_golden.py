@@ -3,88 +3,51 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import zoo_runs
+from modulora_conformance import golden
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": zoo_runs.install(folder / "site")}
-    return subprocess.run(
-        [sys.executable, "-m", *words], capture_output=True, text=True, cwd=folder, env=environment
-    )
+PACKING, TILES = "test_packing_gives_the_golden_vectors", "test_tiles_give_the_golden_vectors"
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Path:
-    done = run(tmp_path, "modulora_conformance.golden", "zoo-healthy", "golden")
-    assert done.returncode == 0, done.stderr
-    (path,) = (tmp_path / "golden").iterdir()
-    assert done.stdout.strip() == str(path.relative_to(tmp_path))
-    return path
+def written(zoo, tmp_path):
+    """The file of the healthy one's golden vectors, and its metadata."""
+    assert golden.main(["zoo-healthy", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    with safe_open(path, "pt") as file:
+        return path, file.metadata()
 
 
-def failures(folder: Path) -> set[str]:
-    return set(outcomes(folder, "failed"))
-
-
-def outcomes(folder: Path, kind: str) -> dict[str, str]:
-    """The reasons of checks that ended so, by their names."""
-    run(
-        folder,
-        "modulora_conformance",
-        "zoo-healthy",
-        "--level",
-        "1",
-        "--golden",
-        "golden",
-        "--report",
-        "report",
-    )
-    report = json.loads((folder / "report" / "zoo-healthy.json").read_text())
-    golden = [c["check"] for c in report["checks"] if c["check"].endswith("_golden_vectors")]
-    assert sorted(golden) == [
-        "test_packing_gives_the_golden_vectors",
-        "test_tiles_give_the_golden_vectors",
-    ]
-    return {c["check"]: c["reason"] for c in report["checks"] if c["outcome"] == kind}
-
-
-def test_what_was_just_written_holds(written: Path) -> None:
-    assert failures(written.parents[1]) == set()
+def outcomes(nested, path):
+    words = ["--golden", str(path.parent), "--conformance-level", "1", "-k", "golden"]
+    (run,) = nested("TestHealthy", words=words).runs.values()
+    return {check.check: check for check in run.checks}
 
 
 @pytest.mark.parametrize(
-    ("name", "broken"),
-    [
-        ("tile", {"test_tiles_give_the_golden_vectors"}),
-        (
-            "packed.codes",
-            {"test_packing_gives_the_golden_vectors", "test_tiles_give_the_golden_vectors"},
-        ),
-    ],
+    ("name", "failed"),
+    [(None, set()), ("tile", {TILES}), ("packed.codes", {PACKING, TILES})],
 )
-def test_a_change_of_one_value_is_told(written: Path, name: str, broken: set[str]) -> None:
-    with safe_open(written, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(written)
-    tensors[name][3, 5] += 1
-    save_file(tensors, written, metadata)
-    assert failures(written.parents[1]) == broken
+def test_a_change_of_one_value_fails(nested, written, name, failed):
+    path, metadata = written
+    tensors = load_file(path)
+    if name is not None:
+        tensors[name][3, 5] += 1
+    save_file(tensors, path, metadata)
+    found = outcomes(nested, path)
+    assert found.keys() == {PACKING, TILES}
+    assert {name for name, check in found.items() if check.outcome == "failed"} == failed
 
 
-def test_another_format_is_one_failure_that_says_what_to_do(written: Path) -> None:
-    with safe_open(written, "pt") as file:
-        layout = json.loads(file.metadata()["layout"])
-    save_file(load_file(written), written, {"layout": json.dumps(layout | {"format": 3})})
-    failed = outcomes(written.parents[1], "failed")
-    assert failed.keys() == {"test_packing_gives_the_golden_vectors"}
-    assert "format 3 -> 1: write the golden vectors anew" in failed.popitem()[1]
-    skipped = outcomes(written.parents[1], "skipped")["test_tiles_give_the_golden_vectors"]
-    assert "isn't read any more: format 3 -> 1" in skipped
+def test_another_format_is_one_failure_with_the_command_to_run(nested, written):
+    path, metadata = written
+    layout = json.loads(metadata["layout"]) | {"format": 3}
+    save_file(load_file(path), path, {"layout": json.dumps(layout)})
+    found = outcomes(nested, path)
+    assert (found[PACKING].outcome, found[TILES].outcome) == ("failed", "skipped")
+    command = "python -m modulora_conformance.golden zoo-healthy DIR"
+    assert f"format 3 -> 1: write the golden vectors again: {command}" in found[PACKING].reason
+    assert "has an old format: format 3 -> 1" in found[TILES].reason

@@ -1,96 +1,73 @@
-"""What a subclass may take from the kit, and what a run says on the command line: nothing silently, and certified only when all holds."""
+"""The guard over subclasses, and the command line: no check is lost silently."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import zoo_runs
+from modulora_conformance.__main__ import main
+from modulora_conformance.checks import GUARD, checks_of, meanings
+from modulora_conformance.suite import QuantizerConformance
 
-GUARD = "test_no_check_is_overridden_or_deleted"
+UNKNOWN = "test_unknown_and_malformed_options_are_refused"
+PROTOCOL = "test_the_protocol_is_supported"
 
-
-def kit(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """``python -m modulora_conformance`` where the zoo is installed."""
-    environment = {**os.environ, "PYTHONPATH": zoo_runs.install(folder / "site")}
-    command = [sys.executable, "-m", "modulora_conformance", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-
-
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The outcome of each test of guarded/check_guard.py, as pytest lists them."""
-    folder = tmp_path_factory.mktemp("guarded")
-    environment = {**os.environ, "PYTHONPATH": zoo_runs.install(folder)}
-    file = Path(__file__).parent / "guarded" / "check_guard.py"
-    words = [sys.executable, "-m", "pytest", str(file), "-v", "-p", "no:cacheprovider", "-c", str(zoo_runs.SETTINGS), "--rootdir",
-             str(file.parent), "--conformance-level", "0", "-k", f"{GUARD} or protocol or unknown or described"]  # fmt: skip
-    return subprocess.run(words, capture_output=True, text=True, env=environment, cwd=folder).stdout
-
-
-@pytest.mark.parametrize(
-    ("cls", "check", "outcome"),
-    [
-        ("TestNothingTaken", GUARD, "PASSED"),
-        ("TestOverrides", GUARD, "FAILED"),
-        ("TestDeletes", GUARD, "FAILED"),
-        ("TestOverridesTheGuard", GUARD, "FAILED"),
-        ("TestOverridesWithoutReason", GUARD, "FAILED"),
-        ("TestOverridesWithoutStrict", GUARD, "FAILED"),
-        ("TestChangesALevel", GUARD, "FAILED"),
-        ("TestSaysWhy", GUARD, "PASSED"),
-        ("TestSaysWhy", "test_unknown_and_malformed_options_are_refused", "XFAIL"),
-        ("TestSaysWhyWithoutCause", GUARD, "PASSED"),
-        ("TestSaysWhyWithoutCause", "test_the_protocol_is_supported", "FAILED"),
-    ],
-)
-def test_what_is_taken_from_the_kit_is_told(
-    guarded: str, cls: str, check: str, outcome: str
-) -> None:
-    found = re.search(rf"{cls}::{check} (\w+)", guarded)
-    assert found is not None, guarded
-    assert found[1] == outcome
+TESTS = {
+    f"TestNothingTaken::{GUARD}": "passed",
+    f"TestOverrides::{GUARD}": "failed",
+    f"TestDeletes::{GUARD}": "failed",
+    f"TestOverridesTheGuard::{GUARD}": "failed",
+    f"TestOverridesWithoutReason::{GUARD}": "failed",
+    f"TestOverridesWithoutStrict::{GUARD}": "failed",
+    f"TestChangesALevel::{GUARD}": "failed",
+    f"TestSaysWhy::{GUARD}": "passed",
+    f"TestSaysWhy::{UNKNOWN}": "xfailed",
+    f"TestSaysWhyWithoutCause::{GUARD}": "passed",
+    f"TestSaysWhyWithoutCause::{PROTOCOL}": "failed",
+}
 
 
-def test_a_run_prints_its_seed_and_a_failing_case_in_its_smallest_form(tmp_path: Path) -> None:
-    done = kit(tmp_path, "zoo-few-rows-without-zero", "--level", "3")
-    assert done.returncode == 1, done.stdout
-    seed = re.search(r"--hypothesis-seed=(\d+)", done.stdout)
-    assert seed is not None, done.stdout
-    # it fails for every weight at so few rows: what Hypothesis shows is the smallest that the quantizer takes
-    assert "[1, 2], 1 rows" in done.stdout, done.stdout
+def test_a_check_is_overridden_only_with_a_strict_xfail_and_its_reason(nested):
+    assert nested(*TESTS).outcomes == TESTS
 
 
-def test_a_part_of_the_kit_certifies_nothing(tmp_path: Path) -> None:
-    passed = kit(tmp_path, "zoo-healthy", "--level", "1")
-    assert passed.returncode == 0, passed.stdout
-    assert "No golden vectors were held" in passed.stdout
-    certified = kit(tmp_path, "zoo-healthy", "--level", "1", "--certified", "--report", "report")
-    assert certified.returncode == 1, certified.stdout
-    assert "Not certified" in certified.stdout
-    report = json.loads((tmp_path / "report" / "zoo-healthy.json").read_text())
+def test_every_check_says_why_it_fails():
+    said = meanings(QuantizerConformance)
+    assert said.keys() == {GUARD} | {name for name, _, _ in checks_of(QuantizerConformance)}
+    assert [name for name, text in said.items() if not text.startswith("If this fails")] == []
+
+
+def test_a_failing_run_prints_its_seed_and_the_smallest_case(zoo, capsys):
+    assert main(["zoo-few-rows-without-zero", "--level", "3", "--seed", "5"]) == 1
+    printed = capsys.readouterr().out
+    assert "--hypothesis-seed=5" in printed
+    # it fails for every weight at few rows: Hypothesis shows the smallest that it accepts
+    assert "[1, 2], 1 rows" in printed
+
+
+def test_a_part_of_the_kit_certifies_nothing(zoo, tmp_path, capsys):
+    assert main(["zoo-healthy", "--level", "0"]) == 0
+    words = ["zoo-healthy", "--level", "0", "-o", "group_size=16", "--certified"]
+    assert main([*words, "--report", str(tmp_path)]) == 1
+    assert "Not certified: the run omitted levels" in capsys.readouterr().out
+    report = json.loads((tmp_path / "zoo-healthy.json").read_text())
     assert report["failures"] == []
     assert report["certified"] is False
-    assert (tmp_path / "report" / "zoo-healthy.xml").read_text().startswith("<?xml")
+    assert report["configurations"] == ["group_size=16"]
+    assert report["speed"]["group_size=16"]["timings"]
+    names = {f"zoo-healthy.{suffix}" for suffix in ("html", "json", "md", "svg", "xml")}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["zoo-helthy"], "did you mean 'zoo-healthy'"),
         (["zoo-healthy", "-o", "group_size"], "expected key=value"),
-        (["zoo-healthy", "--level", "9"], "invalid choice"),
     ],
 )
-def test_a_wrong_request_is_told_before_any_check(
-    words: list[str], told: str, tmp_path: Path
-) -> None:
-    done = kit(tmp_path, *words)
-    assert done.returncode not in (0, 1)
-    assert told in done.stdout + done.stderr
-    assert "passed" not in done.stdout
+def test_a_wrong_request_is_refused_before_any_check(zoo, capsys, words, message):
+    assert main(words) == 4
+    printed = capsys.readouterr()
+    assert message in printed.out + printed.err
+    assert "passed" not in printed.out

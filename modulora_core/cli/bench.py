@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from modulora_core.cli.arguments import Device, Quantizer, QuantizerOptions, option
 from modulora_core.cli.conformance import KIT, check_kit
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import table
-from modulora_core.errors import OptionError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-NOISY = 1.3
-"""From this ratio of a median to its best time on, the report says that the machine is busy."""
 
 Shape = Annotated[
     str | None,
@@ -71,62 +60,14 @@ def command(
     check_kit("bench")
     kit = importlib.import_module(f"{KIT}.bench.quantizer_bench")
     quantizer = create(name, parse_options(option))
-    config = kit.BenchConfig(device=pick_device(device), seconds=seconds)
-    wanted = quantizer.spec.next_shape(config.shape) if shape is None else _shape(shape)
-    config = replace(config, shape=wanted)
-    config = replace(config, rows=tuple(rows)) if rows else config
-    config = replace(config, dtypes=tuple(dtype)) if dtype else config
+    config = kit.config_for(
+        quantizer,
+        shape=shape,
+        rows=rows,
+        dtypes=dtype,
+        device=pick_device(device),
+        seconds=seconds,
+    )
     with terminal().progress("measuring", "comparisons") as show:
-        found = kit.measure_quantizer(
-            quantizer, config, progress=lambda done, total, what: show(what, done, total)
-        ).to_json()
-    return Report(found, _text(found))
-
-
-def _shape(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)[x×](\d+)", text.strip())
-    if match is None:
-        raise OptionError(f"--shape: expected OUTxIN, such as 4096x11008, got {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def _text(found: Mapping[str, Any]) -> RenderableType:
-    from rich.console import Group
-    from rich.text import Text
-
-    options = ", ".join(f"{key}={value}" for key, value in found["options"].items())
-    name = f"{found['quantizer']} ({options})" if options else found["quantizer"]
-    out_features, in_features = found["shape"]
-    head = (
-        f"{name}, {out_features} x {in_features}, {found['bits_per_weight']:.3f} bits per weight\n"
-        f"{found['device_name']}, {found['threads']} threads, torch {found['torch']}"
-    )
-    notes = (
-        "Milliseconds are medians of the turns. A ratio below 1 is faster than dense. "
-        "GB/s count all bytes read and written."
-    )
-    if found["noise"] > NOISY:
-        notes += (
-            f"\nThe machine is busy: a median was {found['noise']:.1f} times its best. "
-            "Ratios are steadier than times; --seconds makes both steadier."
-        )
-    headings = ("", "dtype", "rows", "ms", "dense ms", "× dense", "GB/s", "of copy")
-    rows = map(_cells, found["comparisons"])
-    return Group(Text(head), table(headings, rows, numbers=True), Text(notes))
-
-
-KINDS = {"forward": "x Ŵᵀ", "transposed": "y Ŵ", "lora_step": "LoRA step"}
-
-
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    moves = "share_of_copy" in row
-    return (
-        KINDS.get(row["kind"], row["kind"]),
-        row["dtype"],
-        str(row["rows"] or ""),
-        f"{1e3 * row['ours']['seconds']:.3f}",
-        f"{1e3 * row['dense']['seconds']:.3f}",
-        f"{row['ratio']:.2f}",
-        f"{row['bytes_per_second'] / 1e9:.3g}" if moves else "",
-        f"{100 * row['share_of_copy']:.3g} %" if moves else "",
-    )
+        found = kit.measure_quantizer(quantizer, config, show)
+    return Report(found.to_json(), found.table())

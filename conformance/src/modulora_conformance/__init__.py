@@ -1,6 +1,6 @@
-"""The test kit for ModuLoRA quantizers.
+"""Tests whether a ModuLoRA quantizer does what its spec promises.
 
-Subclass :class:`QuantizerConformance`, give the quantizer, and pytest does the rest::
+Subclass :class:`QuantizerConformance` in a test file, and give it the quantizer::
 
     import pytest
     from modulora_conformance import QuantizerConformance
@@ -11,10 +11,8 @@ Subclass :class:`QuantizerConformance`, give the quantizer, and pytest does the 
         def quantizer(self):
             return Mine()
 
-``pytest --pyargs modulora_conformance --quantizer NAME`` and ``modulora conformance NAME`` run the same checks without a file.
-
-Importing this module doesn't import torch.
-"""
+``modulora conformance NAME`` and ``pytest --pyargs modulora_conformance --quantizer NAME`` run the
+same checks without a test file. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["SUITE", "QuantizerConformance"]
 
 SUITE = "2026.11"
-"""The version of the suite, CalVer: year and month in which a check was last added or made stricter."""
+"""The version of the suite: year and month in which a check was last added or made stricter."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,18 @@
-"""What the checks pack and multiply: weights of several kinds, calibrations, inputs. All from seeds, on the CPU."""
+"""Makes everything that the checks pack and multiply, from seeds: weights, calibrations, inputs."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from modulora_core.errors import ShapeError
@@ -20,15 +23,19 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SETTINGS = settings(
     max_examples=30,
     deadline=None,  # a kernel is compiled in the first example
-    database=None,  # a failure is repeated with the printed seed, not from a hidden folder
+    database=None,  # the printed seed repeats a failure
     print_blob=True,
-    # the quantizer of the fixture holds no state, and the same check runs for many classes
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors, HealthCheck.too_slow],
-)  # fmt: skip
-"""For every check that Hypothesis draws examples for."""
+    # the quantizer of the fixture holds no state, and many classes share a check
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.differing_executors,
+        HealthCheck.too_slow,
+    ],
+)
+"""The settings of every check that Hypothesis draws examples for."""
 
 SPREAD = 0.02
-"""The standard deviation of weights: that of a language model's."""
+"""The standard deviation of a weight, as in language models."""
 
 seeds = st.integers(0, 2**16)
 
@@ -64,27 +71,22 @@ KINDS: dict[str, Callable[[tuple[int, int], int], Tensor]] = {
     "outlier_columns": outlier_columns,
     "constant": constant,
 }
-"""The kinds of :class:`~modulora_core.spec.Promise`."""
+"""The kinds of weights in a :class:`~modulora_core.spec.Promise`."""
 
 
 def fit(quantizer: Quantizer, out_features: int, in_features: int) -> tuple[int, int]:
-    """The next shape from this one on that the quantizer takes."""
+    """The smallest shape from this one on that the quantizer accepts."""
     spec = quantizer.spec
-    rows, columns = (
-        multiple * max(1, math.ceil(size / multiple))
-        for size, multiple in ((out_features, spec.out_multiple), (in_features, spec.in_multiple))
-    )
+    rows, columns = spec.next_shape((max(1, out_features), max(1, in_features)))
     for step in range(32):
-        for shape in (
-            (rows + step * spec.out_multiple, columns),
-            (rows, columns + step * spec.in_multiple),
-        ):
-            if _takes(quantizer, shape):
+        taller, wider = rows + step * spec.out_multiple, columns + step * spec.in_multiple
+        for shape in ((taller, columns), (rows, wider)):
+            if accepts(quantizer, shape):
                 return shape
-    return rows, columns  # pack() tells what is wrong with it
+    return rows, columns  # pack() reports the fault
 
 
-def _takes(quantizer: Quantizer, shape: tuple[int, int]) -> bool:
+def accepts(quantizer: Quantizer, shape: tuple[int, int]) -> bool:
     try:
         quantizer.check_shape(shape)
     except ShapeError:
@@ -96,34 +98,39 @@ def _takes(quantizer: Quantizer, shape: tuple[int, int]) -> bool:
 def shapes(
     draw: st.DrawFn, quantizer: Quantizer, rows: int = 40, columns: int = 90
 ) -> tuple[int, int]:
-    """``(out, in)`` that the quantizer takes, odd ones where it does, up to about ``rows`` and ``columns``."""
+    """Draws ``(out, in)`` up to about ``rows`` and ``columns``, odd if the quantizer accepts it."""
     return fit(quantizer, draw(st.integers(1, rows)), draw(st.integers(1, columns)))
 
 
+@st.composite
+def weights(draw: st.DrawFn, quantizer: Quantizer) -> Tensor:
+    """Draws a weight of any kind of :data:`KINDS` and any shape."""
+    shape, kind = draw(shapes(quantizer)), draw(st.sampled_from(sorted(KINDS)))
+    return KINDS[kind](shape, draw(seeds))
+
+
 def identity(in_features: int) -> Calibration:
-    """Every input counts the same."""
+    """H = 1: every input has the same weight."""
     return Calibration(torch.eye(in_features), 1)
 
 
 def correlated(in_features: int, seed: int = 0) -> Calibration:
-    """Inputs of which some are large, some depend on others, as in a language model. H is fp32 ``[in, in]``."""
+    """Correlated inputs of different magnitudes, as in a language model. H is fp32 ``[in, in]``."""
     mix = torch.randn(in_features, in_features, generator=generator(seed)) / math.sqrt(in_features)
-    x = torch.randn(4 * in_features, in_features, generator=generator(seed + 1)) @ (
-        mix + torch.eye(in_features)
-    )
-    x *= torch.logspace(-1, 1, in_features)
+    x = torch.randn(4 * in_features, in_features, generator=generator(seed + 1))
+    x = x @ (mix + torch.eye(in_features)) * torch.logspace(-1, 1, in_features)
     H = x.T @ x / len(x)
     return Calibration((H + H.T) / 2, len(x))
 
 
 def pack(quantizer: Quantizer, weight: Tensor) -> PackedWeight:
-    """Pack without calibration data: H is the identity where one is required."""
+    """Pack without calibration data; H is the identity if the spec requires one."""
     required = quantizer.spec.calibration == "required"
     return quantizer.pack(weight, identity(weight.shape[1]) if required else None)
 
 
 def packed(quantizer: Quantizer, shape: tuple[int, int], seed: int = 0) -> PackedWeight:
-    """A packed Gaussian weight of the next shape that the quantizer takes: a copy of what was packed once for these arguments."""
+    """A packed Gaussian weight of the next shape that fits: a copy of a cached one."""
     return copy.deepcopy(_packed(type(quantizer), quantizer.options.model_dump_json(), shape, seed))
 
 
@@ -133,6 +140,70 @@ def _packed(cls: type[Quantizer], options: str, shape: tuple[int, int], seed: in
     return pack(quantizer, gaussian(fit(quantizer, *shape), seed))
 
 
+def tile(
+    quantizer: Quantizer,
+    packed: PackedWeight,
+    dtype: torch.dtype = torch.float32,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """Rows ``[start, stop)`` of Ŵ; all rows by default."""
+    rows = (start, packed.shape[0] if stop is None else stop)
+    return quantizer.dequantize_tile(packed, rows, dtype)
+
+
 def inputs(rows: tuple[int, ...], features: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """``[*rows, features]``, normal values."""
     return torch.randn(*rows, features, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def both_ways(
+    packed: PackedWeight, *rows: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Iterator[tuple[bool, Tensor]]:
+    """``(transpose, x)`` for each direction, with ``x: [*rows, features]``."""
+    for transpose in (False, True):
+        yield transpose, inputs(rows, packed.shape[0 if transpose else 1], dtype, seed)
+
+
+def other_options(quantizer: Quantizer) -> list[dict[str, Any]]:
+    """Other options of the same quantizer, as another layer of a model may have them.
+
+    Every number and flag is changed, except for none, one or two of them. The options of the spec's
+    promises follow. A cache with too small a key then meets the same key with another content.
+    """
+    own, changed = quantizer.options.model_dump(), _changed_options(quantizer)
+    kept = [names for size in range(3) for names in itertools.combinations(changed, size)]
+    tried = [
+        own | {name: value for name, value in changed.items() if name not in names}
+        for names in kept
+    ]
+    found: list[dict[str, Any]] = []
+    for options in (*tried, *(promise.options for promise in quantizer.spec.promises)):
+        valid = _valid(quantizer, options)
+        if valid not in (None, quantizer.options):
+            recorded = valid.model_dump(mode="json")
+            found += [] if recorded in found else [recorded]
+    return found
+
+
+def _changed_options(quantizer: Quantizer) -> dict[str, Any]:
+    """Another valid value of each option that has one."""
+    own, changed = quantizer.options.model_dump(), {}
+    for name, value in own.items():
+        others: tuple[Any, ...] = ()
+        if isinstance(value, bool):
+            others = (not value,)
+        elif isinstance(value, (int, float)):
+            others = tuple(map(type(value), (value + 1, value - 1, 2 * value, value / 2)))
+        for other in others:
+            if _valid(quantizer, own | {name: other}) is not None:
+                changed[name] = other
+                break
+    return changed
+
+
+def _valid(quantizer: Quantizer, options: Any) -> Any:
+    try:
+        return type(quantizer).Options.model_validate(dict(options))
+    except ValidationError:
+        return None

@@ -1,13 +1,18 @@
-"""One element of a packed weight changed, as loading other values into it would: to see what reads it."""
+"""Compares packed weights bit for bit, changes them, and finds changes of the random state."""
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from modulora_conformance.cases import tile
 from modulora_core.spec import PackedWeight, Quantizer
 
 VISIBLE = 1e-3
@@ -17,50 +22,99 @@ CANDIDATES = 64
 """How many elements of a tensor are tried."""
 
 
-def changed_weight(quantizer: Quantizer, packed: PackedWeight) -> PackedWeight:
-    """A copy whose Ŵ differs: an element of a packed tensor took the value of another one of it, which is never out of range.
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bytes, NaN and signed zeros
+    too."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
 
-    Codes are tried first: the smallest integers, of these the largest tensor.
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def same_packed(a: PackedWeight, b: PackedWeight) -> bool:
+    """Whether two packed weights have the same layout and bytes."""
+    same = (same_bits(tensor, b.tensors[name]) for name, tensor in a.tensors.items())
+    return a.layout == b.layout and all(same)
+
+
+def check_same_bytes(expected: PackedWeight, found: PackedWeight, origin: str) -> None:
+    """Fail if two packed weights differ; ``origin`` says how ``found`` was made."""
+    assert found.layout == expected.layout, (
+        f"{origin}: expected the layout {expected.layout}, got {found.layout}"
+    )
+    tensors = expected.tensors.items()
+    differing = [name for name, t in tensors if not same_bits(t, found.tensors[name])]
+    assert not differing, f"{origin}: expected the same bytes, got others in {', '.join(differing)}"
+
+
+def clone(packed: PackedWeight, **changed: Tensor) -> PackedWeight:
+    """A copy of a packed weight on its own storages, with some tensors changed."""
+    copies = {name: tensor.clone() for name, tensor in packed.tensors.items()}
+    return packed.layout.fill(copies | changed)
+
+
+def changed_weight(quantizer: Quantizer, packed: PackedWeight) -> PackedWeight:
+    """A copy with another Ŵ: one element of a packed tensor takes the value of its neighbour.
+
+    Such a value is never out of range. Codes are tried first: the smallest integers, and of equal
+    integers the largest tensor.
     """
-    rows = (0, packed.shape[0])
-    W = quantizer.dequantize_tile(packed, rows, torch.float64).clone()
-    for name in sorted(packed.tensors, key=lambda name: _rank(packed.tensors[name])):
+
+    def rank(name: str) -> tuple[bool, int, int]:
+        tensor = packed.tensors[name]
+        return tensor.is_floating_point(), tensor.element_size(), -tensor.numel()
+
+    W = tile(quantizer, packed, torch.float64).clone()
+    for name in sorted(packed.tensors, key=rank):
         for tensor in _changed(packed.tensors[name]):
-            changed = packed.layout.fill(_copies(packed) | {name: tensor})
-            difference = (quantizer.dequantize_tile(changed, rows, torch.float64) - W).abs().max()
-            if bool(difference.isfinite()) and float(difference) > VISIBLE * float(W.abs().max()):
+            changed = clone(packed, **{name: tensor})
+            difference = float((tile(quantizer, changed, torch.float64) - W).abs().max())
+            if VISIBLE * float(W.abs().max()) < difference < float("inf"):
                 return changed
     pytest.fail(
-        f"expected the weight to change with the packed tensors, got the same values whatever was changed in "
-        f"{', '.join(packed.tensors)}: dequantize_tile gives a decoded weight that was kept",
+        "expected Ŵ to change with the packed tensors, got the same values whatever was changed in "
+        f"{', '.join(packed.tensors)}: dequantize_tile returns a cached weight",
         pytrace=False,
     )
 
 
-def change_in_place(packed: PackedWeight, changed: PackedWeight) -> None:
-    """Write the values of ``changed`` into the storages of ``packed``, as ``load_state_dict`` does."""
-    for name, tensor in packed.tensors.items():
-        tensor.copy_(changed.tensors[name])
-
-
-def clone(packed: PackedWeight) -> PackedWeight:
-    """The same weight on storages of its own."""
-    return packed.layout.fill(_copies(packed))
-
-
-def _copies(packed: PackedWeight) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in packed.tensors.items()}
-
-
-def _rank(tensor: Tensor) -> tuple[bool, int, int]:
-    return tensor.is_floating_point(), tensor.element_size(), -tensor.numel()
-
-
 def _changed(tensor: Tensor) -> Iterator[Tensor]:
-    """Copies of ``tensor`` in which one element has its neighbour's value, for elements spread over all of it."""
+    """Copies of ``tensor``, each with one element changed."""
     flat = tensor.reshape(-1)
     differs = (flat[1:] != flat[:-1]).nonzero().flatten()
     for position in differs[:: max(1, len(differs) // CANDIDATES)].tolist():
         copy = flat.clone()
         copy[position] = flat[position + 1]
         yield copy.view(tensor.shape)
+
+
+def change_in_place(packed: PackedWeight, changed: PackedWeight) -> None:
+    """Copy the values of ``changed`` into the storages of ``packed``, as ``load_state_dict``
+    does."""
+    for name, tensor in packed.tensors.items():
+        tensor.copy_(changed.tensors[name])
+
+
+@contextmanager
+def unchanged_random_state(action: str) -> Iterator[None]:
+    """Fail if the block seeds a global random generator or draws from it: torch, numpy, Python."""
+    # draw once: setting a seed that an earlier call has set would show no change
+    torch.rand(1)
+    random.random()
+    np.random.random()
+    before = _states()
+    yield
+    changed = [name for name, state in _states().items() if state != before[name]]
+    assert not changed, (
+        f"{action}: expected the global random state of {' and '.join(changed)} unchanged, got "
+        "another one; draw from a torch.Generator of your own"
+    )
+
+
+def _states() -> dict[str, object]:
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": pickle.dumps(np.random.get_state()),
+        "random": random.getstate(),
+    }

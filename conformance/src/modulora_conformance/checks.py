@@ -1,8 +1,7 @@
-"""What a check is, what it needs, and the guard over the subclasses.
+"""Defines a check, the checks that it needs, and the guard over subclasses.
 
-A check is a method ``test_*`` of a :class:`Level`. Its docstring says what it means when it fails. ``@needs`` names checks that
-must have passed before: of a chain of failures with one cause only the first is told.
-"""
+A check is a method ``test_*`` of a :class:`Level`. Its docstring says why it fails. ``@needs``
+names checks that must pass first, so that one cause gives one failure."""
 
 from __future__ import annotations
 
@@ -14,15 +13,18 @@ import pytest
 
 Check = TypeVar("Check", bound=Callable[..., Any])
 
+GUARD = "test_no_check_is_overridden_or_deleted"
+
 PACKS = "test_the_shape_is_kept"
-"""What every check of a level above L0 needs: where nothing can be packed, nothing else can be said."""
+"""Every check above L0 needs this one: without a packed weight there is nothing to check."""
 
 YOURS = frozenset({"quantizer", "golden"})
-"""What a subclass gives. Whatever else it takes from the kit stays as it is."""
+"""The attributes that a subclass defines. Every other attribute of the kit stays as it is."""
 
 
 def needs(*names: str) -> Callable[[Check], Check]:
-    """Mark a check that says nothing new where one of these checks of the same quantizer has failed."""
+    """Skip the decorated check if one of these failed for the same quantizer. The outermost
+    decorator."""
 
     def mark(check: Check) -> Check:
         check.__conformance_needs__ = names  # type: ignore[attr-defined]
@@ -32,20 +34,17 @@ def needs(*names: str) -> Callable[[Check], Check]:
 
 
 def needed_by(check: Any, level: str) -> tuple[str, ...]:
-    """The names that :func:`needs` was given, and :data:`PACKS` for a check of a ``level`` above L0."""
-    tested = getattr(
-        getattr(check, "hypothesis", None), "inner_test", check
-    )  # what Hypothesis wrapped
-    names: tuple[str, ...] = getattr(tested, "__conformance_needs__", ())
-    packs = level != "L0" and check.__name__ != PACKS
-    return (PACKS, *names) if packs else names
+    """The names given to :func:`needs`, and :data:`PACKS` for a check above L0."""
+    names: tuple[str, ...] = getattr(check, "__conformance_needs__", ())
+    return (PACKS, *names) if level != "L0" and check.__name__ != PACKS else names
 
 
 class Level:
-    """A named set of checks.
+    """Groups checks.
 
     Attributes:
-        level: ``"L0"`` to ``"L7"``; title: what it is about.
+        level: ``"L0"`` to ``"L7"``.
+        title: its name. Reports show it with the docstring of the class.
     """
 
     level: ClassVar[str]
@@ -53,48 +52,48 @@ class Level:
 
 
 def checks_of(cls: type) -> Iterator[tuple[str, Any, type[Level]]]:
-    """Name, function and level of every check that the kit gives to ``cls``, in order of the levels."""
-    levels = [
-        base
-        for base in cls.__mro__
-        if issubclass(base, Level) and "level" in vars(base) and _is_of_the_kit(base)
-    ]
+    """Name, function and level of every check that ``cls`` inherits from the kit, by level."""
+    levels = [b for b in cls.__mro__ if issubclass(b, Level) and "level" in vars(b) and _kits(b)]
     for level in sorted(levels, key=lambda base: base.level):
         for name, value in vars(level).items():
             if name.startswith("test_") and callable(value):
                 yield name, value, level
 
 
-def violations(cls: type) -> list[str]:
-    """What a subclass took away from the kit: checks and helpers that it overrides or deletes.
-
-    An overridden check that carries ``pytest.mark.xfail(strict=True, reason="...")`` is told as an expected failure and isn't
-    among them.
-    """
-    kit = {
-        name
-        for base in cls.__mro__
-        if _is_of_the_kit(base)
-        for name in vars(base)
-        if not name.startswith("__")
+def about(cls: type) -> dict[str, dict[str, str]]:
+    """``{"title", "text"}`` of each level in ``cls``, for reports."""
+    levels: dict[str, type[Level]] = {}
+    for _, _, level in checks_of(cls):
+        levels.setdefault(level.level, level)
+    return {
+        name: {"title": level.title, "text": inspect.getdoc(level) or ""}
+        for name, level in levels.items()
     }
-    found = []
-    for base in cls.__mro__:
-        if _is_of_the_kit(base) or base is object:
-            continue
-        for name, value in vars(base).items():
-            if name in kit - YOURS and not (
-                name.startswith("test_") and _is_expected_to_fail(value)
-            ):
-                found.append(f"{base.__name__}.{name}")
-    return found
 
 
-def _is_of_the_kit(cls: type) -> bool:
-    return (
-        cls.__module__.startswith("modulora_conformance.")
-        and cls.__module__ != "modulora_conformance.test_conformance"
-    )
+def meanings(cls: type) -> dict[str, str]:
+    """The docstring of each check in ``cls``, by name, for reports."""
+    checks = {name: check for name, check, _ in checks_of(cls)} | {GUARD: guard}
+    return {name: " ".join((inspect.getdoc(check) or "").split()) for name, check in checks.items()}
+
+
+def violations(cls: type) -> list[str]:
+    """Names of the kit that a subclass overrides or deletes, without a strict xfail and its
+    reason."""
+    kit = {name for base in cls.__mro__ if _kits(base) for name in vars(base)}
+    replaced = {name for name in kit if not name.startswith("__")} - YOURS
+    return [
+        f"{base.__name__}.{name}"
+        for base in cls.__mro__
+        if not _kits(base) and base is not object
+        for name, value in vars(base).items()
+        if name in replaced and not (name.startswith("test_") and _is_expected_to_fail(value))
+    ]
+
+
+def _kits(cls: type) -> bool:
+    module = cls.__module__
+    return module.startswith("modulora_conformance.") and not module.endswith(".test_conformance")
 
 
 def _is_expected_to_fail(value: Any) -> bool:
@@ -105,11 +104,15 @@ def _is_expected_to_fail(value: Any) -> bool:
     )
 
 
-def guard(self: Any, quantizer: Any) -> None:  # noqa: ARG001  # whose result this belongs to
-    """If this fails: a subclass overrides or deletes a check, so that passing means nothing. Mark one that can't hold with
-    ``@pytest.mark.xfail(strict=True, reason="why")``, calling ``super()`` in its body.
+def guard(self: Any, quantizer: Any) -> None:  # noqa: ARG001  # the result belongs to its quantizer
+    """If this fails: a subclass overrides or deletes a check, so that a pass proves nothing.
+
+    Mark a check that cannot pass with ``@pytest.mark.xfail(strict=True, reason="why")`` and call
+    ``super()`` in its body.
     """
-    taken = violations(type(self))
-    if taken:
-        pytest.fail(f"expected every check of the kit, got {', '.join(taken)} in its place; "
-                    'mark it @pytest.mark.xfail(strict=True, reason="...") or remove it', pytrace=False)  # fmt: skip
+    if taken := violations(type(self)):
+        pytest.fail(
+            f"expected every check of the kit, got {', '.join(taken)} instead; "
+            'mark it @pytest.mark.xfail(strict=True, reason="...") or remove it',
+            pytrace=False,
+        )

@@ -1,47 +1,80 @@
-"""The pytest plugin: options, the configurations that a run covers, and the order, the outcomes and the report of the checks.
+"""Adds the kit to pytest: command-line options, fixtures, and the recorder of outcomes.
 
-It is imported by every run of pytest where the kit is installed: nothing here imports torch before a check is collected.
+Every run of pytest imports this module if the kit is installed, so it imports no torch.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 
 from modulora_conformance import SUITE
-from modulora_conformance.measurements import Measurements
 from modulora_conformance.recorder import MEASUREMENTS, Recorder, golden_of
-
-if TYPE_CHECKING:
-    from modulora_conformance.configurations import Configuration
-
-LEVELS = range(8)
+from modulora_conformance.results import Measurements
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("modulora-conformance", "ModuLoRA conformance kit")
-    add = group.addoption
+    add = parser.getgroup("modulora-conformance", "ModuLoRA conformance kit").addoption
     add(
         "--quantizer",
         metavar="NAME",
         help="the quantizer to check, with --pyargs modulora_conformance",
     )
-    options = "an option of it; repeat for more (default: those that its spec makes promises for)"
-    add("--quantizer-option", metavar="KEY=VALUE", action="append", default=[], help=options)
+    add(
+        "--quantizer-option",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an option of it; repeat for more (default: each set that its spec promises)",
+    )
     add(
         "--conformance-level",
         metavar="N",
         type=int,
-        choices=LEVELS,
-        default=LEVELS[-1],
+        choices=range(8),
+        default=7,
         help="run levels 0 to N",
     )
-    add("--certified", action="store_true", help="allow no skip but that of missing hardware")
-    add("--conformance-report", metavar="DIR", type=Path, help="write the reports there")
+    add("--certified", action="store_true", help="allow skips for missing hardware only")
+    add("--conformance-report", metavar="DIR", type=Path, help="write the reports to DIR")
     add("--golden", metavar="DIR", type=Path, help="golden vectors for --quantizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A quantizer's name and options: one run of all the checks."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        from modulora_core.spec import titled
+
+        return titled(self.options)
+
+
+CONFIGURATIONS = pytest.StashKey[list[Configuration]]()
+
+
+def configurations(name: str, options: list[str]) -> list[Configuration]:
+    """The given options (``key=value``), or every set of options that the spec promises.
+
+    Raises:
+        PluginError: the quantizer is not installed, or its plugin is broken.
+        OptionError: an option is malformed.
+    """
+    from modulora_core.options import parse_options
+    from modulora_core.registry import find
+
+    entry = find(name)
+    promises = entry.spec.promises if entry.spec is not None else ()
+    chosen = [parse_options(options)] if options else [promise.options for promise in promises]
+    return [Configuration(name, found) for found in chosen or [{}]]
 
 
 @pytest.hookimpl(tryfirst=True)  # before Hypothesis reads its seed
@@ -49,36 +82,36 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
     config.pluginmanager.register(Recorder(config), "modulora_conformance_recorder")
+    name = config.getoption("--quantizer")
+    if name is not None:
+        from modulora_core.errors import ModuLoRAError
+
+        try:
+            found = configurations(name, config.getoption("--quantizer-option"))
+        except ModuLoRAError as error:
+            raise pytest.UsageError(str(error)) from None
+        config.stash[CONFIGURATIONS] = found
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"modulora-conformance suite {SUITE}, --hypothesis-seed={config.getoption('hypothesis_seed', None)}"
+    seed = config.getoption("hypothesis_seed", None)
+    return f"modulora-conformance suite {SUITE}, --hypothesis-seed={seed}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "conformance_configuration" in metafunc.fixturenames:
-        found = _configurations(metafunc.config)
-        metafunc.parametrize("conformance_configuration", found, ids=[item.title for item in found])
-
-
-def _configurations(config: pytest.Config) -> list[Configuration]:
-    from modulora_conformance.configurations import configurations
-    from modulora_core.errors import ModuLoRAError
-
-    name = config.getoption("--quantizer")
-    if name is None:
-        raise pytest.UsageError(
-            "modulora_conformance: expected --quantizer NAME, one of `modulora list-quantizers`, got none"
-        )
-    try:
-        return configurations(name, config.getoption("--quantizer-option"))
-    except ModuLoRAError as error:
-        raise pytest.UsageError(str(error)) from None
+        found = metafunc.config.stash.get(CONFIGURATIONS, None)
+        if found is None:
+            raise pytest.UsageError(
+                "modulora_conformance: expected --quantizer NAME, one of `modulora "
+                "list-quantizers`, got none"
+            )
+        metafunc.parametrize("conformance_configuration", found, ids=str)
 
 
 @pytest.fixture
 def golden_folder(request: pytest.FixtureRequest) -> Path:
-    """Golden vectors to hold the quantizer to; the recorder leaves out the checks that want some where there are none."""
+    """The folder of golden vectors. Without one, the recorder deselects the checks that use it."""
     folder = golden_of(request.node)
     assert folder is not None
     return folder
@@ -86,6 +119,6 @@ def golden_folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def measurements(request: pytest.FixtureRequest) -> Measurements:
-    """Where a check of the kit leaves what it measures, beside the limit."""
+    """Collects the measurements of a check, beside their limits."""
     found: Measurements = request.node.stash.setdefault(MEASUREMENTS, Measurements())
     return found

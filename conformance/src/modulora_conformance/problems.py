@@ -1,4 +1,4 @@
-"""A layer with everything that can train, and what the core's product of it gives: what levels 4 to 7 compare."""
+"""Makes an adapted layer's operands, its output by the core, and its exact gradients."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modulora_conformance import oracle
 from modulora_conformance.cases import inputs
 from modulora_core.autograd import lora_linear
 from modulora_core.spec import PackedWeight, Quantizer
 
 SCALE = 0.5
-"""s of every adapter: not 1, so that a forgotten factor shows."""
+"""s of every adapter: not 1, so that a missing factor shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,56 +20,51 @@ class Problem:
     """The float operands of a layer, without a graph.
 
     Attributes:
-        x: ``[*leading, in]``; dY: ``[*leading, out]``, the gradient that comes from above; both in one dtype.
-        A: ``[r, in]``; B: ``[out, r]``; bias: ``[out]`` or None; fp32, or fp64 where ``x`` is.
+        operands: ``x: [*leading, in]``, ``A: [r, in]``, ``B: [out, r]``, perhaps ``bias: [out]``.
+            A, B and the bias are fp32, or fp64 if ``x`` is.
+        dY: ``[*leading, out]``, the gradient of the output, in ``x``'s dtype.
     """
 
-    x: Tensor
-    dY: Tensor  # noqa: N815 - the paper's
-    A: Tensor
-    B: Tensor
-    bias: Tensor | None
+    operands: dict[str, Tensor]
+    dY: Tensor  # noqa: N815  # the paper's symbol
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """What can train, by name."""
-        found = {"x": self.x, "A": self.A, "B": self.B, "bias": self.bias}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+    def x(self) -> Tensor:
+        return self.operands["x"]
 
     def to(self, device: str) -> Problem:
-        """The same on another device."""
-        bias = None if self.bias is None else self.bias.to(device)
         return Problem(
-            self.x.to(device), self.dY.to(device), self.A.to(device), self.B.to(device), bias
+            {name: t.to(device) for name, t in self.operands.items()}, self.dY.to(device)
         )
 
     def leaves(self, *trained: str) -> dict[str, Tensor]:
-        """Copies of :attr:`tensors` as leaves of a graph: those named require a gradient, all where none is named."""
+        """Copies of the operands. The named ones require a gradient; all if none is named."""
         return {
             name: tensor.clone().requires_grad_(not trained or name in trained)
-            for name, tensor in self.tensors.items()
+            for name, tensor in self.operands.items()
         }
 
     def exact(self, W: Tensor) -> dict[str, Tensor]:
-        """``y`` and the gradients by name for the dense ``W``, all fp64, rows in one dimension."""
-        rows = {name: tensor.flatten(0, -2) for name, tensor in (("x", self.x), ("dY", self.dY))}
-        y, gradients = oracle.lora(rows["x"], W, self.bias, self.A, self.B, rows["dY"], SCALE)
-        return {"y": y, **gradients}
+        """``y`` and the gradients by name for the dense ``W``, all fp64, by torch's autograd."""
+        x, A, B, *bias = leaves = [
+            t.detach().to(torch.float64).requires_grad_() for t in self.operands.values()
+        ]
+        y = x @ W.T + SCALE * (x @ A.T) @ B.T + sum(bias)
+        gradients = torch.autograd.grad(y, leaves, self.dY.to(torch.float64))
+        return {"y": y.detach()} | dict(zip(self.operands, gradients, strict=True))
 
     def error(self, name: str, value: Tensor, W: Tensor) -> float:
-        """How far ``y`` or a gradient is from that of the dense ``W``: the norm of the difference, as a share of the norm that it would
-        have if no two terms of its sums cancelled, which is what their rounding goes by. Infinite where there is NaN.
-        """
-        exact, whole = self.exact(W)[name], self._magnitudes().exact(W.abs())[name]
-        tiny = torch.finfo(self.x.dtype).smallest_normal  # below it a dtype has fewer digits
-        difference = (value.detach().to(torch.float64) - exact).norm() / whole.norm().clamp(
-            min=tiny
-        )
-        return float(difference.nan_to_num(nan=torch.inf))
+        """How far ``y`` or a gradient is from its exact value for the dense ``W``; infinite for
+        NaN.
 
-    def _magnitudes(self) -> Problem:
-        bias = None if self.bias is None else self.bias.abs()
-        return Problem(self.x.abs(), self.dY.abs(), self.A.abs(), self.B.abs(), bias)
+        The norm of the difference, as a share of the norm without cancellation: rounding is
+        proportional to the magnitudes of the terms.
+        """
+        magnitudes = {name: t.abs() for name, t in self.operands.items()}
+        whole = Problem(magnitudes, self.dY.abs()).exact(W.abs())[name].norm()
+        tiny = torch.finfo(self.x.dtype).smallest_normal  # a dtype has fewer digits below
+        difference = (value.detach().to(torch.float64) - self.exact(W)[name]).norm()
+        return float((difference / whole.clamp(min=tiny)).nan_to_num(nan=torch.inf))
 
 
 def problem(
@@ -82,30 +76,23 @@ def problem(
     bias: bool = True,
     seed: int = 0,
 ) -> Problem:
-    """Normal values for a weight of ``shape``; the adapter is as large as the weight of :mod:`modulora_conformance.cases`."""
+    """Normal values for a weight of ``shape``."""
     out_features, in_features = shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return Problem(
-        x=inputs(rows, in_features, dtype, seed),
-        dY=inputs(rows, out_features, dtype, seed + 1),
-        A=inputs((rank,), in_features, wide, seed + 2) / in_features**0.5,
-        B=inputs((out_features,), rank, wide, seed + 3) / rank**0.5,
-        bias=inputs((), out_features, wide, seed + 4) if bias else None,
-    )
+    operands = {
+        "x": inputs(rows, in_features, dtype, seed),
+        "A": inputs((rank,), in_features, wide, seed + 2) / in_features**0.5,
+        "B": inputs((out_features,), rank, wide, seed + 3) / rank**0.5,
+    }
+    if bias:
+        operands["bias"] = inputs((), out_features, wide, seed + 4)
+    return Problem(operands, inputs(rows, out_features, dtype, seed + 1))
 
 
 def output(
     quantizer: Quantizer, packed: PackedWeight, leaves: dict[str, Tensor], *, dropout: float = 0.0
 ) -> Tensor:
-    """The layer's output, by the core's differentiable product."""
-    return lora_linear(
-        leaves["x"], quantizer, packed, leaves.get("bias"), leaves["A"], leaves["B"], scale=SCALE, dropout=dropout
-    )  # fmt: skip
-
-
-def gradients(leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """What has come to the leaves, by name; x's and y's rows in one dimension."""
-    found = {name: leaf.grad for name, leaf in leaves.items()}
-    if found["x"] is not None:
-        found["x"] = found["x"].flatten(0, -2)
-    return found
+    """The layer's output, by the core."""
+    x, A, B, bias = (leaves.get(name) for name in ("x", "A", "B", "bias"))
+    assert x is not None
+    return lora_linear(x, quantizer, packed, bias, A, B, scale=SCALE, dropout=dropout)

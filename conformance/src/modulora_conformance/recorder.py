@@ -1,19 +1,23 @@
-"""The part of the pytest plugin that orders the kit's checks, holds back blocked ones, and keeps the outcomes."""
+"""Orders the checks, skips those that cannot tell anything new, and records the outcomes."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import os
+import platform
+import shutil
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from pydantic import ValidationError
 
-from modulora_conformance.checks import Level, checks_of, needed_by
-from modulora_conformance.measurements import Measurements
-from modulora_conformance.results import GOLDEN, Kind, Outcome, Result
+from modulora_conformance import SUITE
+from modulora_conformance.checks import GUARD, Level, about, checks_of, meanings, needed_by
+from modulora_conformance.results import GOLDEN, About, Kind, Measurements, Outcome, Run
 
 if TYPE_CHECKING:
     from modulora_core.spec import Quantizer
@@ -22,99 +26,108 @@ MEASUREMENTS = pytest.StashKey[Measurements]()
 
 BLOCKED = "blocked: "
 
-GUARD = "test_no_check_is_overridden_or_deleted"
+FIXTURES = ("quantizer", "conformance_configuration")
+"""Fixtures whose parameters choose the quantizer. Other parameters are a check's own cases."""
 
-_FIXTURES = ("quantizer", "conformance_configuration")
-"""Fixtures whose parameters choose the quantizer; those of a check itself are its cases."""
+PACKAGES = (
+    "modulora-core",
+    "modulora-conformance",
+    "torch",
+    "transformers",
+    "numba",
+    "triton",
+    "pytest",
+    "hypothesis",
+)
 
 
 @dataclass
-class _Found:
-    """What is known of one quantizer so far: the class with the checks, and an instance for each configuration."""
+class Subject:
+    """A quantizer with its options, in one class of checks."""
 
     quantizer: Quantizer
     cls: type
-    instances: dict[str, Quantizer] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
+
+    @property
+    def configuration(self) -> str:
+        return _title(self.quantizer)
 
 
 class Recorder:
-    """Registered once a run of pytest. Items of other tests pass through untouched."""
+    """Records one run of pytest. It leaves tests that are no checks alone."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._failed: dict[tuple[str, str], set[str]] = defaultdict(set)
-        self._found: dict[str, _Found] = {}
-        self._titles: dict[tuple[str, str], str] = {}
-        self._names: dict[tuple[str, str], str] = {}
-        self._complete = True
+        self._subjects: dict[tuple[str, str], Subject] = {}
+        self._all_levels = True
 
-    @property
-    def _certifying(self) -> bool:
-        return bool(self._config.getoption("--certified"))
+    def runs(self) -> Iterator[Run]:
+        """One for each quantizer, in the order of their first checks."""
+        names = dict.fromkeys(s.quantizer.spec.name for s in self._subjects.values())
+        for name in names:
+            yield self._run([s for s in self._subjects.values() if s.quantizer.spec.name == name])
 
-    def results(self) -> Iterator[Result]:
-        """One for each quantizer that was checked, in the order of their first checks."""
-        from modulora_conformance.descriptions import about, meanings
-        from modulora_conformance.environment import environment, origin
-
-        for name, found in self._found.items():
-            spec = found.quantizer.spec
-            complete = self._complete and _is_complete(found)
-            seed = str(self._config.getoption("hypothesis_seed", ""))
-            yield Result(
-                name, spec.protocol, *origin(name), complete, tuple(found.outcomes), seed, environment(),
-                about(found.cls), meanings(found.cls), asked=self._certifying,
-            )  # fmt: skip
+    def _run(self, subjects: list[Subject]) -> Run:
+        spec, cls = subjects[0].quantizer.spec, subjects[0].cls
+        distribution, of_version = _origin(spec.name)
+        run = Run(
+            quantizer=spec.name,
+            suite=SUITE,
+            protocol=spec.protocol,
+            distribution=distribution,
+            version=of_version,
+            certified=False,
+            complete=self._all_levels and _is_complete(subjects),
+            checks=tuple(outcome for subject in subjects for outcome in subject.outcomes),
+            seed=str(self._config.getoption("hypothesis_seed", "")),
+            environment=environment(),
+            about={level: About(**texts) for level, texts in about(cls).items()},
+            meanings=meanings(cls),
+        )
+        certified = self._config.getoption("--certified") and run.sound
+        return run.model_copy(update={"certified": certified})
 
     # -- collection
 
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(
-        self, config: pytest.Config, items: list[pytest.Item]
-    ) -> None:
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         left_out = [item for item in items if _is_check(item) and self._is_left_out(item)]
         if left_out:
-            config.hook.pytest_deselected(items=left_out)
+            self._config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item not in left_out]
         first: dict[object, int] = {}
         for position, item in enumerate(items):
-            first.setdefault(getattr(item, "cls", None) if _is_check(item) else item, position)
-        order = {cls: _order(cls) for cls in first if isinstance(cls, type)}
+            first.setdefault(_class(item) if _is_check(item) else item, position)
 
         def key(item: pytest.Item) -> tuple[int, int]:
             if not _is_check(item):
                 return first[item], 0
-            cls = item.cls  # type: ignore[attr-defined]
-            return first[cls], order[cls].get(_function(item), 0)
+            return first[_class(item)], list(_levels(_class(item))).index(_name(item))
 
         items.sort(key=key)
 
     def _is_left_out(self, item: pytest.Item) -> bool:
-        level = _level(item)
-        if int(level[1:]) > self._config.getoption("--conformance-level"):
-            self._complete = False
+        if int(_level(item)[1:]) > self._config.getoption("--conformance-level"):
+            self._all_levels = False
             return True
-        # golden vectors are the plugin author's: without some there is nothing to hold
-        return _function(item).endswith(GOLDEN) and golden_of(item) is None
+        return _name(item).endswith(GOLDEN) and golden_of(item) is None
 
     # -- running
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        if not _is_check(item):
-            return
-        function = getattr(item.cls, _function(item))  # type: ignore[attr-defined]
-        needed = needed_by(function, _level(item))
-        failed = [name for name in needed if name in self._failed[_key(item)]]
-        if failed:
-            pytest.skip(f"{BLOCKED}{', '.join(failed)} failed before")
+        subject = self._subjects.get(_key(item)) if _is_check(item) else None
+        if subject is not None:
+            needed = needed_by(getattr(subject.cls, _name(item)), _level(item))
+            failed = [name for name in needed if name in subject.failed]
+            if failed:
+                pytest.skip(f"{BLOCKED}{', '.join(failed)} failed before")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
-        self,
-        item: pytest.Item,
-        call: pytest.CallInfo[None],
+        self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if _is_check(item) and (report.when == "call" or not report.passed):
@@ -124,94 +137,125 @@ class Recorder:
     def _record(
         self, item: pytest.Item, report: pytest.TestReport, error: BaseException | None
     ) -> None:
-        kind, reason = _kind(report, error)
-        if kind in ("failed", "blocked"):  # what needs a blocked check says nothing new either
-            self._failed[_key(item)].add(_function(item))
         quantizer = getattr(item, "funcargs", {}).get("quantizer")
         if quantizer is not None:
-            self._titles.setdefault(_key(item), _title(quantizer))
-            found = self._found.setdefault(quantizer.spec.name, _Found(quantizer, item.cls))  # type: ignore[attr-defined]
-            found.instances.setdefault(self._titles[_key(item)], quantizer)
-        elif _key(item) not in self._titles:
-            return  # the fixture itself failed, and pytest tells it
-        found = self._of(item, quantizer)
-        measured = item.stash[MEASUREMENTS].worst.values() if MEASUREMENTS in item.stash else ()
-        measurements = tuple(m.to_json() for m in measured)
-        for measurement in measurements:
-            item.user_properties.append((f"modulora:{measurement['name']}", measurement["value"]))
-        found.outcomes.append(Outcome(_level(item), _function(item), _case(item), self._titles[_key(item)], kind, reason,
-                                      report.duration, measurements))  # fmt: skip
-
-    def _of(self, item: pytest.Item, quantizer: Any) -> _Found:
-        """Where an item's outcome belongs; a blocked one, whose fixtures never ran, follows those of its class."""
-        if quantizer is not None:
-            self._names[_key(item)] = quantizer.spec.name
-            return self._found[quantizer.spec.name]
-        return self._found[self._names[_key(item)]]
+            self._subjects.setdefault(_key(item), Subject(quantizer, _class(item)))
+        if _key(item) not in self._subjects:
+            return  # the fixture itself failed, and pytest reports that
+        subject = self._subjects[_key(item)]
+        kind, reason = _kind(report, error)
+        if kind in ("failed", "blocked"):
+            subject.failed.add(_name(item))
+        measured = tuple(item.stash.get(MEASUREMENTS, Measurements()).worst.values())
+        item.user_properties += [(f"modulora:{found.name}", found.value) for found in measured]
+        subject.outcomes.append(
+            Outcome(
+                level=_level(item),
+                check=_name(item),
+                case=_case(item),
+                configuration=subject.configuration,
+                outcome=kind,
+                reason=reason,
+                seconds=round(report.duration, 4),
+                measurements=measured,
+            )
+        )
 
     # -- the end
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if not self._found:
-            return
-        results = list(self.results())
-        if (
-            self._certifying
-            and session.exitstatus == pytest.ExitCode.OK
-            and not all(r.certified for r in results)
-        ):
+        runs = list(self.runs())
+        uncertified = self._config.getoption("--certified") and not all(r.certified for r in runs)
+        if uncertified and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         folder = self._config.getoption("--conformance-report")
         if folder is not None:
-            from modulora_conformance.report import write_report
-            from modulora_conformance.speed import measure_speed
+            for run in runs:
+                self._write(run, folder)
 
-            for result in results:
-                instances = self._found[result.quantizer].instances
-                speed = {
-                    title: measured
-                    for title, instance in instances.items()
-                    if (measured := measure_speed(instance))
-                }
-                write_report(replace(result, speed=speed).to_json(), folder)
+    def _write(self, run: Run, folder: Path) -> None:
+        from modulora_conformance.bench.quantizer_bench import measure_speed
+        from modulora_conformance.report import write_report
+
+        subjects = {
+            s.configuration: s.quantizer
+            for s in self._subjects.values()
+            if s.quantizer.spec.name == run.quantizer
+        }
+        speed = {name: measure_speed(quantizer) for name, quantizer in subjects.items()}
+        found = {name: measured for name, measured in speed.items() if measured is not None}
+        write_report(run.model_copy(update={"speed": found}), folder)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        from modulora_conformance.report import table_text
+        from modulora_conformance.report.terminal import table_text
 
-        for result in self.results() if self._found else ():
-            terminalreporter.section(f"conformance of {result.quantizer}")
-            terminal = terminalreporter._tw
-            terminal.write(
-                table_text(result.to_json(), terminal.fullwidth, color=terminal.hasmarkup)
-            )
+        for run in self.runs():
+            terminalreporter.section(f"conformance of {run.quantizer}")
+            width = shutil.get_terminal_size().columns
+            terminalreporter.write(table_text(run, width, color=terminalreporter.hasmarkup))
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Versions of packages (None if not installed), Python, system, processor and accelerators."""
+    import torch
+
+    from modulora_conformance.bench.timing import device_name
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": device_name(torch.device("cpu")),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(count)],
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _origin(quantizer: str) -> tuple[str, str]:
+    """The distribution of a quantizer and its version; ``("", "")`` if it is not registered."""
+    from modulora_core.registry import entries
+
+    found = (entry for entry in entries() if entry.name == quantizer)
+    return next(((entry.distribution, entry.version) for entry in found), ("", ""))
 
 
 def golden_of(item: pytest.Item) -> Path | None:
     """The folder of golden vectors that an item's class or the command line names."""
-    named: Path | None = getattr(item.cls, "golden", None) or item.config.getoption("--golden")  # type: ignore[attr-defined]
-    return named
+    named: Path | None = getattr(_class(item), "golden", None)
+    return named or item.config.getoption("--golden")
 
 
-def _is_check(item: pytest.Item) -> bool:
-    cls = getattr(item, "cls", None)
-    return (
-        cls is not None
-        and issubclass(cls, Level)
-        and (_function(item) == GUARD or _function(item) in _order(cls))
-    )
+def _class(item: pytest.Item) -> Any:
+    return getattr(item, "cls", None)
 
 
-def _function(item: pytest.Item) -> str:
+def _name(item: pytest.Item) -> str:
     return str(getattr(item, "originalname", None) or item.name)
 
 
-def _order(cls: type) -> dict[str, int]:
-    return {name: i for i, (name, _, _) in enumerate(checks_of(cls))}
+def _is_check(item: pytest.Item) -> bool:
+    cls = _class(item)
+    return cls is not None and issubclass(cls, Level) and _name(item) in _levels(cls)
+
+
+@cache
+def _levels(cls: type) -> dict[str, str]:
+    """The level of each check, in the order of the checks."""
+    return {GUARD: "L0"} | {name: level.level for name, _, level in checks_of(cls)}
 
 
 def _level(item: pytest.Item) -> str:
-    levels = {name: level.level for name, _, level in checks_of(item.cls)}  # type: ignore[attr-defined]
-    return levels.get(_function(item), "L0")
+    return _levels(_class(item))[_name(item)]
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:
@@ -220,41 +264,39 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
 
 
 def _key(item: pytest.Item) -> tuple[str, str]:
-    """A class and a quantizer of its fixture."""
+    """Identifies a class and the quantizer of its fixture."""
     parent = item.nodeid.split("::" + item.name)[0]
-    return parent, repr([_parameters(item).get(name) for name in _FIXTURES])
+    return parent, repr([_parameters(item).get(name) for name in FIXTURES])
 
 
 def _case(item: pytest.Item) -> str:
-    chosen = {name: value for name, value in _parameters(item).items() if name not in _FIXTURES}
-    return ", ".join(
-        str(getattr(value, "stem", value)).removeprefix("torch.") for value in chosen.values()
-    )
+    cases = [value for name, value in _parameters(item).items() if name not in FIXTURES]
+    return ", ".join(str(value).removeprefix("torch.") for value in cases)
 
 
 def _title(quantizer: Quantizer) -> str:
-    """The options that aren't at their defaults, in one line."""
+    """The options that are not at their defaults, in one line."""
     from modulora_core.spec import titled
 
     return titled(quantizer.options.model_dump(exclude_defaults=True))
 
 
-def _is_complete(found: _Found) -> bool:
-    """Whether each check that doesn't depend on golden vectors ran for each configuration that the spec makes promises for."""
-    checks = {GUARD, *(name for name, _, _ in checks_of(found.cls) if not name.endswith(GOLDEN))}
-    ran = {(o.configuration, o.check) for o in found.outcomes}
-    configurations = _promised(found) | {o.configuration for o in found.outcomes}
-    return all((title, check) in ran for title in configurations for check in checks)
+def _is_complete(subjects: list[Subject]) -> bool:
+    """Whether every check ran for every configuration that the spec makes promises for."""
+    checks = [name for name in _levels(subjects[0].cls) if not name.endswith(GOLDEN)]
+    outcomes = [outcome for subject in subjects for outcome in subject.outcomes]
+    titles = {outcome.configuration for outcome in outcomes} | _promised(subjects[0].quantizer)
+    ran = {(outcome.configuration, outcome.check) for outcome in outcomes}
+    return all((title, check) in ran for title in titles for check in checks)
 
 
-def _promised(found: _Found) -> set[str]:
-    """The configurations that the spec makes promises for, by title."""
-    cls = type(found.quantizer)
-    titles = set()
+def _promised(quantizer: Quantizer) -> set[str]:
+    """The configurations that the spec makes promises for."""
+    cls, titles = type(quantizer), set()
     for promise in cls.spec.promises:
         try:
             titles.add(_title(cls(cls.Options.model_validate(dict(promise.options)))))
-        except ValidationError:  # a check says so
+        except ValidationError:  # a check reports it
             titles.add(promise.title)
     return titles
 
@@ -267,25 +309,19 @@ def _kind(report: pytest.TestReport, error: BaseException | None) -> tuple[Kind,
     if report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         reason = reason.removeprefix("Skipped: ")
-        return (
-            ("blocked", reason.removeprefix(BLOCKED))
-            if reason.startswith(BLOCKED)
-            else ("skipped", reason)
-        )
-    if report.passed:
-        return "passed", ""
-    return "failed", _reason(report, error).removeprefix("AssertionError: ").removeprefix(
-        "Failed: "
-    )
+        kind: Kind = "blocked" if reason.startswith(BLOCKED) else "skipped"
+        return kind, reason.removeprefix(BLOCKED)
+    return ("passed", "") if report.passed else ("failed", _reason(report, error))
 
 
 def _reason(report: pytest.TestReport, error: BaseException | None) -> str:
-    """One line on a failure: of several that Hypothesis found, the first, as what it says of all is only how many there are."""
+    """One line about a failure; of several that Hypothesis found, the first."""
     if isinstance(error, BaseExceptionGroup):
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        told = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
     else:
         crash = getattr(report.longrepr, "reprcrash", None)
-        told = str(crash.message if crash is not None else report.longrepr)
-    return told.strip().partition("\n")[0]
+        message = str(crash.message if crash is not None else report.longrepr)
+    line = message.strip().partition("\n")[0]
+    return line.removeprefix("AssertionError: ").removeprefix("Failed: ")

@@ -1,124 +1,234 @@
-"""What a run found of one quantizer, as a value, and as the JSON that every report is made from."""
+"""Holds what a run found, and reads and writes it as JSON. Every report is made from it.
+
+A saved file may come from anybody, so it is validated.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from modulora_conformance import SUITE
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    computed_field,
+)
+
+from modulora_core.errors import DataError
 
 Kind = Literal["passed", "failed", "skipped", "blocked", "xfailed"]
-"""``blocked``: a check that it needs failed before. ``xfailed``: it failed as a subclass said it would."""
+"""``blocked``: a check that this one needs failed. ``xfailed``: it failed, as a subclass
+expected."""
 
-HARDWARE = "missing hardware: "
-NOT_OFFERED = "not offered: "
-ALLOWED_SKIPS = (HARDWARE, NOT_OFFERED)
-"""How the reasons of skips begin that a certified run allows: hardware that isn't here, and what the spec doesn't offer at all."""
+KINDS: tuple[Kind, ...] = ("passed", "failed", "skipped", "blocked", "xfailed")
 
+HARDWARE, NOT_OFFERED = "missing hardware: ", "not offered: "
+"""A certified run allows skips whose reasons begin so: hardware is missing, or the spec offers
+none."""
 
 GOLDEN = "_golden_vectors"
-"""How the names of checks end that are left out where there are no golden vectors."""
+"""The end of the names of checks that run only with golden vectors."""
 
 
-def stands_against(kind: Kind, reason: str) -> bool:
-    """Whether a certified run may not have such an outcome."""
-    if kind == "skipped":
-        return not reason.startswith(ALLOWED_SKIPS)
-    return kind != "passed"
+def _number(value: object) -> object:
+    """JSON has no NaN and no infinity: null is infinite, and above any limit."""
+    return math.inf if value is None or value != value else value
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One run of one check.
+Number = Annotated[float, BeforeValidator(_number)]
+LevelName = Annotated[str, Field(pattern=r"^L[0-9]$")]
 
-    Attributes:
-        level: ``"L0"`` to ``"L7"``; check: its name, ``test_...``; case: its parameters, if it has some.
-        configuration: the quantizer's options in one line.
-        reason: why it was skipped or failed: one line.
-        measurements: :meth:`modulora_conformance.measurements.Measurement.to_json` of each.
-    """
 
-    level: str
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=True)
+
+
+class Measurement(_Value):
+    """A number and its limit."""
+
+    name: str
+    value: Number
+    limit: Number
+    unit: str
+    """``"relative"``, ``"bytes"``, ``"bits"`` or ``"seconds"``."""
+
+    @property
+    def share(self) -> float:
+        """The value divided by its limit; 0 if both are 0."""
+        if self.value == 0 or not math.isfinite(self.value):
+            return self.value
+        return self.value / self.limit if self.limit > 0 else math.inf
+
+
+class Measurements:
+    """Collects the measurements of one check. It keeps the worst for each name."""
+
+    def __init__(self) -> None:
+        self.worst: dict[str, Measurement] = {}
+
+    def at_most(
+        self, name: str, value: float, limit: float, *, unit: str = "relative", case: object = ""
+    ) -> None:
+        """Record a measurement, and fail if it exceeds its limit.
+
+        Raises:
+            AssertionError: the value is above the limit, or NaN; the message names the case.
+        """
+        found = Measurement(name=name, value=value, limit=limit, unit=unit)
+        if name not in self.worst or found.share > self.worst[name].share:
+            self.worst[name] = found
+        where = f" ({case})" if case != "" else ""
+        assert value <= limit, (
+            f"{name}{where}: expected at most {limit:.4g}, got {value:.4g} ({unit})"
+        )
+
+
+class Outcome(_Value):
+    """One run of one check."""
+
+    level: LevelName
     check: str
-    case: str
+    """``test_...``."""
+    case: str = ""
+    """The check's own parameters."""
     configuration: str
-    kind: Kind
-    reason: str
+    """The quantizer's options in one line."""
+    outcome: Kind
+    reason: str = ""
+    """Why it was skipped or failed: one line."""
     seconds: float
-    measurements: tuple[Mapping[str, Any], ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+
+    @property
+    def sentence(self) -> str:
+        """The check's name with spaces."""
+        return self.check.removeprefix("test_").replace("_", " ")
 
     @property
     def uncertified(self) -> bool:
-        """Whether a certified run may not have it."""
-        return stands_against(self.kind, self.reason)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"level": self.level, "check": self.check, "case": self.case, "configuration": self.configuration,
-                "outcome": self.kind, "reason": self.reason, "seconds": round(self.seconds, 4),
-                "measurements": [dict(item) for item in self.measurements]}  # fmt: skip
+        """Whether a certified run excludes this outcome."""
+        if self.outcome == "skipped":
+            return not self.reason.startswith((HARDWARE, NOT_OFFERED))
+        return self.outcome != "passed"
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """All outcomes of one quantizer.
+class About(_Value):
+    """The name and the purpose of a level."""
 
-    Attributes:
-        quantizer: its name; protocol: the one it was written for; distribution, version: of its package.
-        complete: whether every check of every level was asked for, of every configuration that the spec makes promises for.
-        environment: versions and machine (:func:`modulora_conformance.environment.environment`); seed: Hypothesis's.
-        about: the title and text of each level; meanings: the docstring of each check, by name: for reports.
-        asked: whether a certificate was asked for.
-        speed: :func:`modulora_conformance.speed.measure_speed` by configuration, where it was measured. Nothing depends on it.
-    """
+    title: str = ""
+    text: str = ""
 
-    quantizer: str
+
+class Timing(_Value):
+    """One comparison of speed with a dense weight. Seconds are medians."""
+
+    name: str
+    seconds: float = Field(gt=0)
+    dense_seconds: float = Field(gt=0)
+    bytes: int = 0
+    """Bytes read and written, for the bandwidth; 0 for products."""
+    noise: float = 1.0
+    """The worse of the two ratios of a median to its best; about 1 on an idle machine."""
+
+    @property
+    def speed(self) -> float:
+        """How many times as fast as dense."""
+        return self.dense_seconds / self.seconds
+
+
+class Speed(_Value):
+    """The timings of one configuration, for a weight of ``shape`` on ``threads`` threads."""
+
+    shape: tuple[int, int]
+    threads: int
+    timings: tuple[Timing, ...]
+
+
+class Run(_Value):
+    """Everything that a run found for one quantizer."""
+
+    quantizer: str = Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$")
+    """It names files."""
+    suite: str
     protocol: int
     distribution: str
     version: str
+    certified: bool
+    """Whether ``--certified`` was given, and the run is sound."""
     complete: bool
-    outcomes: tuple[Outcome, ...]
-    seed: str = ""
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    about: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    meanings: Mapping[str, str] = field(default_factory=dict)
-    speed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    asked: bool = False
+    """Whether every check ran for every configuration that the spec makes promises for."""
+    checks: tuple[Outcome, ...]
+    seed: str
+    environment: Mapping[str, Any]
+    about: Mapping[str, About] = {}
+    meanings: Mapping[str, str] = {}
+    speed: Mapping[str, Speed] = {}
+    """By configuration. No check depends on it."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def levels(self) -> dict[str, dict[str, int]]:
+        """How many checks of each level had each outcome."""
+        counts: dict[str, dict[str, int]] = {}
+        for level in sorted({check.level for check in self.checks}):
+            found = Counter(check.outcome for check in self.of(level))
+            counts[level] = {kind: found[kind] for kind in KINDS}
+        return counts
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def failures(self) -> tuple[Outcome, ...]:
+        return tuple(check for check in self.checks if check.outcome == "failed")
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def configurations(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(check.configuration for check in self.checks))
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def seconds(self) -> float:
+        return round(sum(check.seconds for check in self.checks), 2)
 
     @property
-    def certified(self) -> bool:
-        """Whether a certificate was asked for, the run was complete, and nothing in it stands against one."""
-        sound = bool(self.outcomes) and not any(o.uncertified for o in self.outcomes)
-        return self.asked and self.complete and sound
+    def sound(self) -> bool:
+        """Whether the run would be certified with ``--certified``."""
+        return self.complete and bool(self.checks) and not any(c.uncertified for c in self.checks)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "quantizer": self.quantizer,
-            "suite": SUITE,
-            "protocol": self.protocol,
-            "distribution": self.distribution,
-            "version": self.version,
-            "certified": self.certified,
-            "complete": self.complete,
-            "levels": _levels(self.outcomes),
-            "failures": [o.to_json() for o in self.outcomes if o.kind == "failed"],
-            "configurations": list(dict.fromkeys(o.configuration for o in self.outcomes)),
-            "checks": [o.to_json() for o in self.outcomes],
-            "seconds": round(sum(o.seconds for o in self.outcomes), 2),
-            "seed": self.seed,
-            "environment": dict(self.environment),
-            "about": {level: dict(told) for level, told in self.about.items()},
-            "meanings": dict(self.meanings),
-            "speed": {
-                configuration: dict(measured) for configuration, measured in self.speed.items()
-            },
-        }
+    def of(self, level: str) -> Iterator[Outcome]:
+        """The checks of a level, in order."""
+        return (check for check in self.checks if check.level == level)
+
+    def count(self, kind: Kind) -> int:
+        """How many checks had this outcome."""
+        return sum(check.outcome == kind for check in self.checks)
+
+    def title(self, level: str) -> str:
+        """The name of a level."""
+        return self.about[level].title if level in self.about else ""
 
 
-def _levels(outcomes: Iterable[Outcome]) -> dict[str, dict[str, int]]:
-    counts: dict[str, Counter[str]] = {}
-    for outcome in outcomes:
-        counts.setdefault(outcome.level, Counter())[outcome.kind] += 1
-    return {level: {kind: count[kind] for kind in ("passed", "failed", "skipped", "blocked", "xfailed")}
-            for level, count in sorted(counts.items())}  # fmt: skip
+def read_file(path: Path) -> Run:
+    """Read the JSON of a run.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else; the message names the field.
+    """
+    try:
+        return Run.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise DataError(
+            f"{path}: expected the JSON that `modulora conformance NAME --report DIR` writes, got "
+            f"{where}: {first['msg']}; run the kit again"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected the JSON of a run, got {error}") from None

@@ -1,4 +1,4 @@
-"""The umbrella: every level in one class."""
+"""Joins all levels in one class."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ from typing import Any, ClassVar
 
 import pytest
 
-from modulora_conformance.checks import guard
-from modulora_conformance.devices import Devices
+from modulora_conformance.checks import GUARD, guard
 from modulora_conformance.golden import Golden
-from modulora_conformance.gradients import Gradients
-from modulora_conformance.identity import Identity
-from modulora_conformance.lookups import Lookups
-from modulora_conformance.memory import Memory
-from modulora_conformance.packing import Packing
-from modulora_conformance.persistence import Persistence
-from modulora_conformance.products import Products
-from modulora_conformance.tiles import Tiles
+from modulora_conformance.levels.devices import Devices
+from modulora_conformance.levels.gradients import Gradients
+from modulora_conformance.levels.identity import Identity
+from modulora_conformance.levels.memory import Memory
+from modulora_conformance.levels.packing import Packing
+from modulora_conformance.levels.persistence import Persistence
+from modulora_conformance.levels.products import Products
+from modulora_conformance.levels.tiles import Lookups, Tiles
 from modulora_core.spec import Quantizer
 
 
 class QuantizerConformance(
     Identity, Packing, Golden, Tiles, Lookups, Products, Gradients, Memory, Persistence, Devices
 ):
-    """Every check, L0 to L7. Subclass it in a test file, give the fixture ``quantizer``, and let pytest collect it::
+    """Runs every check, L0 to L7. Subclass it in a test file with the fixture ``quantizer``::
 
         class TestMine(QuantizerConformance):
             @pytest.fixture(params=[{"bits": 2}, {"bits": 4}], ids=str)
             def quantizer(self, request):
                 return registry.create("mine", request.param)
 
-    A check that can't hold is overridden with a strict xfail that says why; one that is overridden or deleted otherwise fails
-    ``test_no_check_is_overridden_or_deleted``.
+    Override a check that cannot pass with a strict xfail and its reason. Any other override or
+    deletion fails ``test_no_check_is_overridden_or_deleted``.
 
     Attributes:
         golden: a folder of golden vectors (:mod:`modulora_conformance.golden`), or None.
@@ -43,10 +42,11 @@ class QuantizerConformance(
     @pytest.fixture
     def quantizer(self) -> Quantizer:
         pytest.fail(
-            f"{type(self).__name__}: expected a fixture `quantizer` that returns a modulora_core Quantizer, got none",
+            f"{type(self).__name__}: expected a fixture `quantizer` that returns a modulora_core "
+            "Quantizer, got none",
             pytrace=False,
         )
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.test_no_check_is_overridden_or_deleted = guard  # type: ignore[attr-defined]  # also over a subclass's own
+        setattr(cls, GUARD, guard)  # replaces a subclass's own

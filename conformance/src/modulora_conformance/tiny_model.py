@@ -1,27 +1,36 @@
-"""A tiny Llama of random weights, quantized once for all checks of a configuration, and the dense model that it must equal."""
+"""Quantizes a tiny random Llama once for all checks, and trains it beside its dense twin."""
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import math
 import shutil
 import tempfile
-import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from modulora_conformance.cases import accepts, generator, tile
+from modulora_conformance.oracle import relative_error
+from modulora_conformance.results import Measurements
+from modulora_core import (
+    LoRASettings,
+    Quantizer,
+    QuantLinear,
+    add_lora,
+    load_adapter,
+    load_model,
+    quantize,
+    save_adapter,
+)
+from modulora_core.adapters.lora import adapter_layers
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.errors import ShapeError
-from modulora_core.layers import QuantLinear
 from modulora_core.models.quiet import quiet
-from modulora_core.quantization.quantize import quantize
-from modulora_core.spec import Quantizer
 
 HEADS = 4
 SMALLEST = 64
@@ -30,74 +39,58 @@ IDS = torch.arange(3, 43).view(2, 20)
 """Token ids, ``[2, 20]``."""
 
 CALIBRATION = CalibrationConfig("pydoc[:2%]", samples=8, seq_len=32)
-"""For a quantizer that asks for one."""
 
 PACKED_LAYERS = 14
 """Seven linear layers in each of two blocks."""
 
+TOLERANCE = 1e-5
+"""The relative error of logits: fp32 sums in another order through two blocks, some 100 ulps."""
 
-@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
-class TinyModel:
-    """Folders of the dense and of the quantized model; they live as long as this does."""
+ADAPTER = LoRASettings(rank=2, alpha=4.0, dropout=0.0)
+LEARNING_RATE = 0.1
 
-    root: Path = field(
-        default_factory=lambda: Path(tempfile.mkdtemp(prefix="modulora-conformance-"))
-    )
 
-    def __post_init__(self) -> None:
-        # not a TemporaryDirectory: where the cache forgets one it warns, which is an error in some author's CI
-        weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
+class TinyModel(NamedTuple):
+    """The folders of the dense and the quantized model. They are deleted when the process ends."""
 
-    @property
-    def dense(self) -> Path:
-        return self.root / "dense"
-
-    @property
-    def packed(self) -> Path:
-        return self.root / "packed"
+    dense: Path
+    packed: Path
 
 
 def tiny_model(quantizer: Quantizer) -> TinyModel:
-    """The model quantized with the quantizer that is installed under this name, with the same options."""
+    """The model, quantized by the installed quantizer of this name with the same options."""
     options = quantizer.options.model_dump_json()
-    return _tiny_model(
-        quantizer.spec.name, options, quantizer.spec.calibration != "none", _hidden_size(quantizer)
-    )
+    return _tiny_model(type(quantizer), options, _hidden_size(quantizer))
 
 
-@functools.lru_cache(maxsize=16)
-def _tiny_model(name: str, options: str, calibrated: bool, hidden_size: int) -> TinyModel:
-    model = TinyModel()
-    _save_dense(model.dense, hidden_size)
-    _quantize(model.dense, model.packed, name, options, calibrated)
-    return model
+@functools.cache
+def _tiny_model(cls: type[Quantizer], options: str, hidden_size: int) -> TinyModel:
+    root = Path(tempfile.mkdtemp(prefix="modulora-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    _save_dense(root / "dense", hidden_size)
+    return TinyModel(root / "dense", _quantize(root / "dense", root / "packed", cls, options))
 
 
 def quantized_again(quantizer: Quantizer, out: Path) -> Path:
-    """``out``, where the same model was quantized in the same way."""
+    """Quantize the same model in the same way to ``out``. Returns ``out``."""
     options = quantizer.options.model_dump_json()
-    calibrated = quantizer.spec.calibration != "none"
-    return _quantize(tiny_model(quantizer).dense, out, quantizer.spec.name, options, calibrated)
+    return _quantize(tiny_model(quantizer).dense, out, type(quantizer), options)
 
 
-def _quantize(dense: Path, out: Path, name: str, options: str, calibrated: bool) -> Path:
-    text = CALIBRATION if calibrated else None
-    quantize(str(dense), out, name, json.loads(options), calibration=text)
+def _quantize(dense: Path, out: Path, cls: type[Quantizer], options: str) -> Path:
+    calibration = None if cls.spec.calibration == "none" else CALIBRATION
+    quantize(str(dense), out, cls.spec.name, json.loads(options), calibration=calibration)
     return out
 
 
 def _hidden_size(quantizer: Quantizer) -> int:
-    """The smallest that the quantizer takes for a layer's square, wide and tall matrices."""
+    """The smallest size whose square, wide and tall matrices the quantizer accepts."""
     step = math.lcm(quantizer.spec.out_multiple, quantizer.spec.in_multiple, 2 * HEADS)
     first = step * math.ceil(SMALLEST / step)
-    for size in range(first, first + 64 * step, step):
-        try:
-            for shape in ((size, size), (2 * size, size), (size, 2 * size)):
-                quantizer.check_shape(shape)
-        except ShapeError:
-            continue
-        return size
-    return first  # quantize() tells what is wrong with it
+    for n in range(first, first + 64 * step, step):
+        if all(accepts(quantizer, shape) for shape in ((n, n), (2 * n, n), (n, 2 * n))):
+            return n
+    return first  # quantize() reports the fault
 
 
 def _save_dense(folder: Path, hidden_size: int) -> None:
@@ -105,10 +98,16 @@ def _save_dense(folder: Path, hidden_size: int) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
     config = LlamaConfig(
-        hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2, num_attention_heads=HEADS,
-        num_key_value_heads=HEADS, vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.1,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        initializer_range=0.1,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -120,41 +119,86 @@ def _save_dense(folder: Path, hidden_size: int) -> None:
 
 def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The packed linear layers of a loaded model, by path."""
-    return {
-        path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)
-    }
+    modules = model.named_modules()
+    return {path: module for path, module in modules if isinstance(module, QuantLinear)}
 
 
 def dense_twin(model: nn.Module, folder: Path) -> nn.Module:
-    """The dense model of ``folder`` with Ŵ of ``model``'s packed layers in the place of its weights, fp32."""
+    """The dense model of ``folder``, fp32, with the Ŵ of ``model``'s packed layers as weights."""
     from transformers import AutoModelForCausalLM
 
     with quiet():
         dense: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         for path, layer in packed_layers(model).items():
-            packed = layer.weight.packed
-            tile = layer.weight.quantizer.dequantize_tile(
-                packed, (0, packed.shape[0]), torch.float32
-            )
-            dense.get_parameter(f"{path}.weight").copy_(tile)
+            weight = dense.get_parameter(f"{path}.weight")
+            weight.copy_(tile(layer.weight.quantizer, layer.weight.packed))
     return dense
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    """The logits of :data:`IDS`, in evaluation mode, without a graph."""
+    with torch.no_grad():
+        logits: Tensor = model.eval()(IDS).logits
+    return logits
 
 
 def adapted_loss(
     dense: nn.Module, adapters: Mapping[str, tuple[Tensor, Tensor]], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss and logits of the dense model with W + s B A for each path's (A ``[r, in]``, B ``[out, r]``)."""
-    weights = {f"{path}.weight": dense.get_parameter(f"{path}.weight").detach() + scale * B @ A
-               for path, (A, B) in adapters.items()}  # fmt: skip
-    result: Any = torch.func.functional_call(
-        dense, weights, kwargs={"input_ids": IDS, "labels": IDS}
-    )
+    """Loss and logits of the dense model with W + s B A, for A ``[r, in]`` and B ``[out, r]``."""
+    weights = {
+        f"{path}.weight": dense.get_parameter(f"{path}.weight").detach() + scale * B @ A
+        for path, (A, B) in adapters.items()
+    }
+    inputs = {"input_ids": IDS, "labels": IDS}
+    result: Any = torch.func.functional_call(dense, weights, kwargs=inputs)
     return result.loss, result.logits
 
 
-def logits_of(model: nn.Module) -> Tensor:
-    """Of :data:`IDS`, in evaluation mode, without a graph."""
+def check_training_step(saved: TinyModel, folder: Path, measurements: Measurements) -> None:
+    """Train one step beside the dense twin. Compare gradients, logits, and a reloaded adapter.
+
+    Gradients go through the model twice, so they have ten times the tolerance of logits.
+    """
+    model = load_model(saved.packed, device="cpu")
+    dense = dense_twin(model, saved.dense)
+    add_lora(model, ADAPTER)
+    own = {path: _randomised(layer, i) for i, (path, layer) in enumerate(adapter_layers(model))}
+    twins = {
+        path: (A.detach().clone().requires_grad_(), B.detach().clone().requires_grad_())
+        for path, (A, B) in own.items()
+    }
+    parameters, leaves = ([p for pair in d.values() for p in pair] for d in (own, twins))
+    scale = ADAPTER.alpha / ADAPTER.rank
+
+    expected = torch.autograd.grad(adapted_loss(dense, twins, scale)[0], leaves)
+    model.train()(IDS, labels=IDS).loss.backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert parameter.grad is not None, "an adapter: expected a gradient, got none"
+        error = relative_error(parameter.grad, gradient)
+        measurements.at_most("gradients of adapters", error, 10 * TOLERANCE)
+
+    torch.optim.SGD(parameters, lr=LEARNING_RATE).step()
     with torch.no_grad():
-        result: Tensor = model.eval()(IDS).logits
-    return result
+        for leaf, gradient in zip(leaves, expected, strict=True):
+            leaf -= LEARNING_RATE * gradient
+        _, exact = adapted_loss(dense, twins, scale)
+    logits = logits_of(model)
+    error = relative_error(logits, exact)
+    measurements.at_most("logits after a step", error, 10 * TOLERANCE)
+
+    save_adapter(model, folder, settings=ADAPTER)
+    again = load_model(saved.packed, device="cpu")
+    load_adapter(again, folder)
+    assert torch.equal(logits_of(again), logits), (
+        "expected the same logits bit for bit from the reloaded model and adapter, got others"
+    )
+
+
+def _randomised(layer: Any, seed: int) -> tuple[Tensor, Tensor]:
+    """A and B of a layer, after B gets values: A would get no gradient from B = 0."""
+    A, B = (layer.parameters_of("default")[name] for name in ("lora_A", "lora_B"))
+    with torch.no_grad():
+        B.copy_(0.1 * torch.randn(B.shape, generator=generator(seed)))
+    return A, B

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch  # noqa: F401  # the bug
 from modulora_zoo import SPECS
+from modulora_zoo.kernels import HeavyPackage as HeavyPackage  # the fault: it imports torch
 
 from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import QuantizerSpec
 
 
 @hookimpl
-def modulora_quantizers() -> list[QuantizerSpec]:
+def modulora_quantizers():
     return [SPECS["HeavyMetadata"]]

@@ -1,19 +1,18 @@
-"""An entry point that computes something when it is imported."""
+"""An entry point that computes when the kit's check of metadata imports it."""
 
 from __future__ import annotations
 
+import sys
 import time
 
 from modulora_zoo import SPECS
 
 from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import QuantizerSpec
 
-end = time.process_time() + 0.6
-while time.process_time() < end:
+while "torch" not in sys.modules and time.process_time() < 1.5:
     pass
 
 
 @hookimpl
-def modulora_quantizers() -> list[QuantizerSpec]:
+def modulora_quantizers():
     return [SPECS["SlowMetadata"]]

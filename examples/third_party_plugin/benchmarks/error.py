@@ -1,11 +1,10 @@
-"""Measure what the README's tables and the promises in ``modulora_half_quadratic/__init__.py`` say.
+"""Measures the README's table, and the errors that the spec promises.
 
     python benchmarks/error.py [--seeds 20] [--bits 1 2 3 4 8]
 
-A row has the largest relative error ‖W − Ŵ‖ / ‖W‖ over the seeds, for weights [256, 512] of each kind that the conformance kit
-knows. ``hqq`` is the package of HQQ's authors, where it is installed; it computes and stores in fp32 here. The weights have the
-magnitude that language models' have, because hqq's β, unlike ours, depends on it.
-"""
+A row has the largest relative error ‖W − Ŵ‖ / ‖W‖ over the seeds, for weights [256, 512] of each
+kind in the conformance kit. ``hqq`` is the package of HQQ's authors, with fp32 scales. Weights have
+a language model's magnitude, because hqq's β, unlike ours, depends on it."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ def ours(**options: object) -> Callable[[Tensor], Tensor]:
 
 
 def theirs(bits: int) -> Callable[[Tensor], Tensor] | None:
-    """hqq's weight of so many bits; None where it isn't installed, or has no such width."""
+    """hqq's quantized weight; None if hqq is not installed, or lacks this width."""
     try:
         from hqq.core.quantize import Quantizer
     except ImportError:
@@ -59,15 +58,8 @@ def theirs(bits: int) -> Callable[[Tensor], Tensor] | None:
         return None
 
     def quantized(W: Tensor) -> Tensor:
-        codes, meta = Quantizer.quantize(
-            W.clone(),
-            nbits=bits,
-            group_size=64,
-            axis=1,
-            bitpack=False,
-            compute_dtype=torch.float32,
-            device="cpu",
-        )
+        options = {"axis": 1, "bitpack": False, "compute_dtype": torch.float32, "device": "cpu"}
+        codes, meta = Quantizer.quantize(W.clone(), nbits=bits, group_size=64, **options)
         W_hat: Tensor = Quantizer.dequantize(codes, meta)
         return W_hat.reshape(SHAPE)
 

@@ -1,4 +1,4 @@
-"""The conformance kit, level by level, for each configuration that the spec makes promises for."""
+"""The conformance kit, for each configuration that the spec makes promises for."""
 
 from __future__ import annotations
 

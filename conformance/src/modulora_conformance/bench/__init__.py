@@ -1,1 +1,1 @@
-"""How fast a quantizer is beside the dense layer, on this machine: ``modulora bench``."""
+"""Measures how fast a quantizer is beside a dense layer, on this machine: ``modulora bench``."""

@@ -1,22 +1,23 @@
-"""What ``modulora bench`` measures: one layer of a quantizer on this machine, beside the dense one.
+"""Measures one layer of a quantizer beside the dense one.
 
-=============  =====================================================  ===================================================
-kind           the quantizer's                                        beside it
-=============  =====================================================  ===================================================
-``pack``       a float32 weight is packed                             it is copied
-``decode``     Ŵ is dequantized, tile by tile                         a dense weight of that dtype is copied, by those tiles
-``forward``    x Ŵᵀ                                                   x Wᵀ
-``transposed`` y Ŵ                                                    y W
-``lora_step``  forward and backward of a LoRA layer                   those of a dense LoRA layer
-=============  =====================================================  ===================================================
+=============  ===============================  ==============================================
+kind           the quantizer                    beside it
+=============  ===============================  ==============================================
+``pack``       packs a float32 weight           a copy of the weight
+``decode``     decodes Ŵ tile by tile           a copy of a dense weight of that dtype, by tiles
+``forward``    x Ŵᵀ                             x Wᵀ
+``transposed`` y Ŵ                              y W
+``lora_step``  forward, backward of a LoRA layer  the same of a dense LoRA layer
+=============  ===============================  ==============================================
 
-Both sides take turns (:mod:`modulora_conformance.bench.timing`), and operands rotate, so that they come from memory. The dense side of
-products has the dtype in which tiles are multiplied (:func:`modulora_core.tiles.compute_dtype`): the input's, or float32.
-"""
+Both sides take turns (:mod:`modulora_conformance.bench.timing`), and operands rotate, so that they
+come from memory. The dense side of products has the dtype in which tiles are multiplied
+(:func:`modulora_core.devices.dense_products.compute_dtype`): the input's, or float32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,145 +26,93 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modulora_conformance.bench.timing import (
-    Call,
-    Timing,
-    cold_copies,
-    device_name,
-    in_turns,
-    rotating,
-)
+from modulora_conformance.bench.comparisons import RANK, Bench, Comparison
+from modulora_conformance.bench.timing import Call, cold_copies, in_turns, rotating
+from modulora_conformance.cases import SPREAD, accepts
+from modulora_conformance.changes import clone
+from modulora_conformance.results import Speed
+from modulora_conformance.results import Timing as SpeedTiming
 from modulora_core.autograd import lora_linear
+from modulora_core.devices.dense_products import compute_dtype
 from modulora_core.errors import ModuLoRAError, OptionError, ShapeError, WorkError
+from modulora_core.models.progress import Progress
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
-from modulora_core.tiles import compute_dtype, tile_bytes, tile_ranges
-
-Progress = Callable[[int, int, str], None]
-"""``progress(done, total, what)``: measurements."""
+from modulora_core.tiles import tile_bytes, tile_ranges
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+SHAPE = (2048, 2048)
 
 ROWS = (1, 16, 512)
 """A token being generated; a batch of them; a batch being trained on."""
 
-RANK, SCALE = 8, 2.0
-
-SPREAD = 0.02
-"""The standard deviation of the weight: that of a language model's."""
+SCALE = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
-    """What is measured.
+    """Chooses the measurements.
 
     Attributes:
-        shape: ``(out, in)`` of the weight; rows: of the inputs, of which the largest number is for the LoRA step too.
-        dtypes: of the inputs and tiles, names of :data:`DTYPES`.
-        device: where; seconds: for each comparison, both sides together.
+        shape: ``(out, in)`` of the weight.
+        rows: of the inputs; the LoRA step takes the largest.
+        dtypes: of inputs and tiles, names of :data:`DTYPES`.
+        device: of all tensors.
+        seconds: for each comparison, both sides together.
 
     Raises:
-        OptionError: a size or the seconds aren't positive, or an unknown dtype.
+        OptionError: a size or the seconds are not positive, or a dtype is unknown.
     """
 
-    shape: tuple[int, int] = (2048, 2048)
+    shape: tuple[int, int] = SHAPE
     rows: tuple[int, ...] = ROWS
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.shape) < 1:
-            raise OptionError(
-                f"shape: expected positive sizes OUTxIN, got {self.shape[0]}x{self.shape[1]}"
-            )
-        if not self.rows or min(self.rows) < 1:
-            raise OptionError(f"rows: expected positive numbers of rows, got {list(self.rows)}")
-        if not self.seconds > 0:
-            raise OptionError(f"seconds: expected more than 0, got {self.seconds:g}")
-        unknown = [name for name in self.dtypes if name not in DTYPES]
-        if unknown or not self.dtypes:
-            raise OptionError(f"dtype: expected some of {', '.join(DTYPES)}, got {', '.join(unknown) or 'none'}")  # fmt: skip
+        (out_features, in_features), known = self.shape, ", ".join(DTYPES)
+        unknown = ", ".join(name for name in self.dtypes if name not in DTYPES)
+        for good, expected in (
+            (
+                min(self.shape) > 0,
+                f"shape: expected positive sizes OUTxIN, got {out_features}x{in_features}",
+            ),
+            (min(self.rows) > 0, f"rows: expected positive numbers, got {list(self.rows)}"),
+            (self.seconds > 0, f"seconds: expected more than 0, got {self.seconds:g}"),
+            (not unknown, f"dtype: expected some of {known}, got {unknown}"),
+        ):
+            if not good:
+                raise OptionError(expected)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """One row: the quantizer's way and the dense one in the same turns.
+def config_for(
+    quantizer: Quantizer,
+    *,
+    shape: str | None,
+    rows: Sequence[int],
+    dtypes: Sequence[str],
+    device: torch.device,
+    seconds: float,
+) -> BenchConfig:
+    """The config that the command line asks for. Empty ``rows`` and ``dtypes`` mean the defaults.
 
-    Attributes:
-        kind: as in the table above; dtype: of the input or the tiles; rows: of the input, None for ``pack`` and ``decode``.
-        ours: the quantizer's times; dense: the other's.
-        moved: bytes that the quantizer's way reads and writes, packed and dense; dense_moved: the other's. 0 for products.
+    Args:
+        shape: ``"4096x11008"``; None takes the default, or the next shape that the quantizer
+            accepts.
+
+    Raises:
+        OptionError: ``shape`` is malformed; and as :class:`BenchConfig`.
     """
-
-    kind: str
-    dtype: str
-    rows: int | None
-    ours: Timing
-    dense: Timing
-    moved: int = 0
-    dense_moved: int = 0
-
-    @property
-    def ratio(self) -> float:
-        """The quantizer's time as a multiple of the dense way's: below 1 it is faster."""
-        return self.ours.beside(self.dense)
-
-    @property
-    def bandwidth(self) -> float | None:
-        """Bytes a second that the quantizer's way moves; None for products."""
-        return self.moved / self.ours.seconds if self.moved else None
-
-    @property
-    def share(self) -> float | None:
-        """:attr:`bandwidth` as a share of what the copy reaches: 1 is the memory's speed."""
-        return self.moved / self.dense_moved / self.ratio if self.moved else None
-
-    def to_json(self) -> dict[str, Any]:
-        told: dict[str, Any] = {
-            "kind": self.kind,
-            "dtype": self.dtype,
-            "rows": self.rows,
-            "ratio": self.ratio,
-        }
-        told |= {"ours": self.ours.to_json(), "dense": self.dense.to_json()}
-        if self.moved:
-            told |= {"bytes_per_second": self.bandwidth, "share_of_copy": self.share}
-        return told
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What was found of one quantizer with its options.
-
-    Attributes:
-        bits_per_weight: of the packed weight, everything counted; comparisons: in the order of the table above.
-    """
-
-    quantizer: Quantizer
-    config: BenchConfig
-    bits_per_weight: float
-    comparisons: tuple[Comparison, ...]
-
-    @property
-    def noise(self) -> float:
-        """The worst of all timings: how many times its best a median is."""
-        return max(timing.noise for row in self.comparisons for timing in (row.ours, row.dense))
-
-    def to_json(self) -> dict[str, Any]:
-        """The object of ``modulora bench --json``. Seconds, and bytes a second; a ratio is ours / dense."""
-        return {
-            "quantizer": self.quantizer.spec.name,
-            "options": self.quantizer.options.model_dump(mode="json"),
-            "shape": list(self.config.shape),
-            "device": str(self.config.device),
-            "device_name": device_name(self.config.device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "rank": RANK,
-            "bits_per_weight": self.bits_per_weight,
-            "noise": self.noise,
-            "comparisons": [row.to_json() for row in self.comparisons],
-        }
+    size = quantizer.spec.next_shape(SHAPE)
+    if shape is not None:
+        match = re.fullmatch(r"(\d+)[x×](\d+)", shape.strip())
+        if match is None:
+            raise OptionError(f"--shape: expected OUTxIN, such as 4096x11008, got {shape!r}")
+        size = (int(match[1]), int(match[2]))
+    given = {"shape": size, "rows": tuple(rows), "dtypes": tuple(dtypes)}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
+    return BenchConfig(**chosen, device=device, seconds=seconds)
 
 
 def measure_quantizer(
@@ -173,14 +122,15 @@ def measure_quantizer(
     *,
     packed: PackedWeight | None = None,
 ) -> Bench:
-    """Measure one quantizer. Calibrated ones get an identity H: every input counts the same.
+    """Measure one quantizer. A calibrated one gets H = 1.
 
     Args:
-        packed: a weight of the config's shape on its device, to be used instead of packing one; ``pack`` is then left out.
+        packed: a weight of the config's shape on its device; ``pack`` is then omitted.
 
     Raises:
-        ShapeError: the quantizer can't take the shape, or ``packed`` has another; said before any work.
-        WorkError: the quantizer failed; says at what.
+        ShapeError: the quantizer refuses the shape, or ``packed`` has another; raised before any
+            work.
+        WorkError: the quantizer failed; the message names the measurement.
     """
     config = config or BenchConfig()
     quantizer.check_shape(config.shape)
@@ -191,8 +141,32 @@ def measure_quantizer(
     return _Measurement(quantizer, config, progress).run(packed)
 
 
+def measure_speed(quantizer: Quantizer) -> Speed | None:
+    """A short measurement for a report: one and 512 rows in float32. None if the quantizer fails.
+
+    The weight has short rows: the packing time of calibrated quantizers grows with their square.
+    """
+    shape = quantizer.spec.next_shape((1024, 512))
+    config = BenchConfig(shape=shape, rows=(1, 512), dtypes=("float32",), seconds=0.15)
+    try:
+        found = measure_quantizer(quantizer, config)
+    except Exception:  # a check reports it
+        return None
+    timings = [
+        SpeedTiming(
+            name=row.label,
+            seconds=row.ours.seconds,
+            dense_seconds=row.dense.seconds,
+            bytes=row.moved[0] if row.moved else 0,
+            noise=row.noise,
+        )
+        for row in found.comparisons
+    ]
+    return Speed(shape=shape, threads=torch.get_num_threads(), timings=tuple(timings))
+
+
 class _Measurement:
-    """One run: the weights, and what to do with them."""
+    """Runs the comparisons of one quantizer."""
 
     def __init__(
         self, quantizer: Quantizer, config: BenchConfig, progress: Progress | None
@@ -207,39 +181,37 @@ class _Measurement:
         if packed is None:
             packed, packing = self._pack()
             rows.append(packing)
-        weights = self._copies(packed, packed.nbytes, lambda: _copy(packed))
+        weights = self._copies(packed, packed.nbytes, lambda: clone(packed))
         for name in self.config.dtypes:
-            dtype = DTYPES[name]
             rows.append(self._decode(weights, name))
-            dense = self._dense(compute_dtype(dtype, self.device))
+            dense = self._dense(compute_dtype(DTYPES[name], self.device))
             for n in self.config.rows:
-                rows += [
-                    self._product(weights, dense, name, n, transpose) for transpose in (False, True)
-                ]
+                rows += [self._product(weights, dense, name, n, t) for t in (False, True)]
             rows.append(self._lora_step(weights, dense, name))
-        return Bench(self.quantizer, self.config, packed.layout.bits_per_weight, tuple(rows))
+        bits, shape = packed.layout.bits_per_weight, self.config.shape
+        return Bench(self.quantizer, shape, self.device, bits, tuple(rows))
 
     def _pack(self) -> tuple[PackedWeight, Comparison]:
-        """Packing, once where that takes longer than the seconds: some quantizers take minutes."""
+        """Pack, once if that takes longer than the seconds: some quantizers take minutes."""
         weights = self._dense(torch.float32)
         last: list[PackedWeight] = []
 
         def pack(weight: Tensor) -> None:
             last[:] = [self._packed(weight)]
 
-        with self._telling("pack"):
+        with self._reporting("pack"):
             self._warm_up_packing()
             calls = {"ours": rotating(pack, weights), "dense": rotating(Tensor.clone, weights)}
             seconds = self.config.seconds
             timings = in_turns(calls, seconds=seconds, least=1, device=self.device, warm_up=0)
         [packed], nbytes = last, weights[0].nbytes
-        return packed, Comparison(kind="pack", dtype="float32", rows=None, ours=timings["ours"], dense=timings["dense"],
-                                  moved=nbytes + packed.nbytes, dense_moved=2 * nbytes)  # fmt: skip
+        moved = (nbytes + packed.nbytes, 2 * nbytes)
+        return packed, Comparison("pack", "float32", None, **timings, moved=moved)
 
     def _decode(self, weights: list[PackedWeight], dtype: str) -> Comparison:
-        dense = self._dense(DTYPES[dtype])
-        out_features, in_features = self.config.shape
-        ranges = list(tile_ranges(out_features, in_features * dense[0].element_size(), tile_bytes(self.device)))  # fmt: skip
+        dense, (out_features, in_features) = self._dense(DTYPES[dtype]), self.config.shape
+        row_bytes, limit = in_features * dense[0].element_size(), tile_bytes(self.device)
+        ranges = list(tile_ranges(out_features, row_bytes, limit))
 
         def decode(packed: PackedWeight) -> None:
             for rows in ranges:
@@ -250,8 +222,9 @@ class _Measurement:
                 weight[start:stop].clone()
 
         nbytes = dense[0].nbytes
-        return self._compare("decode", dtype, None, rotating(decode, weights), rotating(copy, dense),
-                             moved=weights[0].nbytes + nbytes, dense_moved=2 * nbytes)  # fmt: skip
+        moved = (weights[0].nbytes + nbytes, 2 * nbytes)
+        calls = rotating(decode, weights), rotating(copy, dense)
+        return self._compare("decode", dtype, None, *calls, moved)
 
     def _product(
         self,
@@ -263,65 +236,63 @@ class _Measurement:
     ) -> Comparison:
         x = self._normal(rows, self.config.shape[0 if transpose else 1])
         operand, x = x.to(dense[0].dtype), x.to(DTYPES[dtype])
-
-        def ours(packed: PackedWeight) -> None:
-            self.quantizer.matmul(x, packed, transpose)
-
-        def plain(weight: Tensor) -> None:
-            torch.mm(operand, weight if transpose else weight.t())
-
-        kind = "transposed" if transpose else "forward"
-        return self._compare(kind, dtype, rows, rotating(ours, weights), rotating(plain, dense))
+        ours = rotating(lambda packed: self.quantizer.matmul(x, packed, transpose), weights)
+        plain = rotating(lambda W: torch.mm(operand, W if transpose else W.t()), dense)
+        return self._compare("transposed" if transpose else "forward", dtype, rows, ours, plain)
 
     def _lora_step(
         self, weights: list[PackedWeight], dense: list[Tensor], dtype: str
     ) -> Comparison:
         """Y and the gradients dX, dA, dB, for the largest number of rows."""
         rows, (out_features, in_features) = max(self.config.rows), self.config.shape
-        A, B = (t.requires_grad_() for t in (self._normal(RANK, in_features), self._normal(out_features, RANK)))  # fmt: skip
-
-        def step(x: Tensor, dY: Tensor, layer: Callable[[Tensor], Tensor]) -> None:
-            with torch.enable_grad():
-                torch.autograd.grad(layer(x), (x, A, B), dY)
-
-        def ours(packed: PackedWeight) -> None:
-            step(x, dY, lambda x: lora_linear(x, self.quantizer, packed, A=A, B=B, scale=SCALE))
-
-        def plain(weight: Tensor) -> None:
-            step(operand, gradient, lambda x: _dense_lora(x, weight, A, B))
-
+        A, B = self._normal(RANK, in_features), self._normal(out_features, RANK)
+        A, B = A.requires_grad_(), B.requires_grad_()
         x, dY = self._normal(rows, in_features), self._normal(rows, out_features)
-        operand, gradient = x.to(dense[0].dtype, copy=True).requires_grad_(), dY.to(dense[0].dtype)
-        x, dY = x.to(DTYPES[dtype]).requires_grad_(), dY.to(DTYPES[dtype])
-        return self._compare(
-            "lora_step", dtype, rows, rotating(ours, weights), rotating(plain, dense)
-        )
+
+        def step(dtype: torch.dtype, layer: Callable[[Tensor, Any], Tensor]) -> Callable[..., None]:
+            leaf, gradient = x.to(dtype, copy=True).requires_grad_(), dY.to(dtype)
+
+            def run(weight: Any) -> None:
+                with torch.enable_grad():
+                    torch.autograd.grad(layer(leaf, weight), (leaf, A, B), gradient)
+
+            return run
+
+        adapter: dict[str, Any] = {"A": A, "B": B, "scale": SCALE}
+        ours = step(DTYPES[dtype], lambda x, p: lora_linear(x, self.quantizer, p, **adapter))
+        plain = step(dense[0].dtype, lambda x, W: dense_lora(x, W, A, B))
+        calls = rotating(ours, weights), rotating(plain, dense)
+        return self._compare("lora_step", dtype, rows, *calls)
 
     def _compare(
-        self, kind: str, dtype: str, rows: int | None, ours: Call, dense: Call, *, moved: int = 0, dense_moved: int = 0
-    ) -> Comparison:  # fmt: skip
+        self,
+        kind: str,
+        dtype: str,
+        rows: int | None,
+        ours: Call,
+        dense: Call,
+        moved: tuple[int, int] | None = None,
+    ) -> Comparison:
         size = "" if rows is None else f", {rows} row{'s' * (rows > 1)}"
-        with self._telling(f"{kind} in {dtype}{size}"), torch.no_grad():
-            calls = {"ours": ours, "dense": dense}
+        calls = {"ours": ours, "dense": dense}
+        with self._reporting(f"{kind} in {dtype}{size}"), torch.no_grad():
             timings = in_turns(calls, seconds=self.config.seconds, device=self.device)
-        return Comparison(kind=kind, dtype=dtype, rows=rows, ours=timings["ours"], dense=timings["dense"],
-                          moved=moved, dense_moved=dense_moved)  # fmt: skip
+        return Comparison(kind, dtype, rows, **timings, moved=moved)
 
     def _packed(self, weight: Tensor) -> PackedWeight:
         calibration = None
         if self.quantizer.spec.calibration != "none":
-            calibration = Calibration(
-                torch.eye(weight.shape[1], device=self.device), weight.shape[1]
-            )
+            columns = weight.shape[1]
+            calibration = Calibration(torch.eye(columns, device=self.device), columns)
         with torch.no_grad():
             return self.quantizer.pack(weight, calibration)
 
     def _warm_up_packing(self) -> None:
-        """Pack a small weight, so that compiling isn't timed: the smallest part of the shape that the quantizer takes."""
+        """Pack a small weight, so that the time excludes compiling."""
         out_features, in_features = self.config.shape
         for parts in (16, 8, 4, 2):
             small = (out_features // parts, in_features // parts)
-            if min(small) > 0 and _takes(self.quantizer, small):
+            if min(small) > 0 and accepts(self.quantizer, small):
                 self._packed(SPREAD * self._normal(*small))
                 return
 
@@ -330,7 +301,7 @@ class _Measurement:
         return self._copies(weight, weight.nbytes, weight.clone)
 
     def _copies(self, first: Any, nbytes: int, copy: Callable[[], Any]) -> list[Any]:
-        """As many as keep caches cold; one on CUDA, where the clock overwrites them."""
+        """Enough copies to keep caches cold; one on CUDA, whose clock overwrites them."""
         count = 1 if self.device.type == "cuda" else cold_copies(nbytes)
         return [first, *(copy() for _ in range(count - 1))]
 
@@ -338,37 +309,26 @@ class _Measurement:
         return torch.randn(shape, generator=self.generator).to(self.device)
 
     @contextmanager
-    def _telling(self, what: str) -> Iterator[None]:
-        """Tell the progress, and a failure in a sentence that says at what."""
-        if self.progress is not None:
-            self.progress(self.done, self.total, what)
+    def _reporting(self, measurement: str) -> Iterator[None]:
+        """Report progress, and turn a failure into a WorkError that names the measurement."""
+        progress = self.progress or (lambda *_: None)
+        progress(measurement, self.done, self.total)
         try:
             yield
         except ModuLoRAError:
             raise
         except Exception as error:  # a plugin may raise anything
             name = self.quantizer.spec.name
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            raise WorkError(f"bench of {name}: {what}: expected it to work, got {told}; `modulora conformance {name}` finds what is "
-                            "broken") from error  # fmt: skip
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            raise WorkError(
+                f"bench of {name}: {measurement}: expected it to work, got {message}; "
+                f"`modulora conformance {name}` finds the fault"
+            ) from error
         self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, self.total, what)
+        progress(measurement, self.done, self.total)
 
 
-def _copy(packed: PackedWeight) -> PackedWeight:
-    return packed.layout.fill({name: tensor.clone() for name, tensor in packed.tensors.items()})
-
-
-def _takes(quantizer: Quantizer, shape: tuple[int, int]) -> bool:
-    try:
-        quantizer.check_shape(shape)
-    except ShapeError:
-        return False
-    return True
-
-
-def _dense_lora(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Y = X Wᵀ + s (X Aᵀ) Bᵀ as PEFT computes it: the adapter in its own dtype."""
+def dense_lora(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Y = X Wᵀ + s (X Aᵀ) Bᵀ, as PEFT computes it: the adapter in its own dtype."""
     y = F.linear(x, W)
     return y + (SCALE * F.linear(F.linear(x.to(A.dtype), A), B)).to(y.dtype)

@@ -1,10 +1,9 @@
-"""Timing calls beside each other: interleaved turns, medians, and the noise told.
+"""Times calls beside each other: in turns within one process, by medians.
 
-What else a machine does falls on every side of a comparison when the sides take turns in one process, so a ratio from the same
-turns means more than seconds do. :func:`in_turns` measures; :func:`rotating` makes a call that takes another operand each time, so that
-operands come from memory instead of from the last cache, as they do in a model::
+Sides that take turns in one process are slowed alike by other work on the machine. So the ratio of
+their times means more than seconds. Operands that rotate come from memory, as in a model::
 
-    timings = in_turns({"ours": rotating(multiply, packed_copies), "dense": rotating(torch.Tensor.matmul, dense_copies)})
+    timings = in_turns({"ours": rotating(multiply, packed_copies), "dense": rotating(mm, copies)})
     timings["ours"].beside(timings["dense"])     # the ratio of times: below 1 ours is faster
 """
 
@@ -30,10 +29,10 @@ Call = Callable[[], object]
 LEAST_TURNS, MOST_TURNS = 3, 1000
 
 LAST_CACHE = 32 * 2**20
-"""Bytes of the last-level cache where the system tells none."""
+"""Bytes of the last-level cache if the system does not say."""
 
 MOST_COLD = 2**29
-"""Operands that rotate take no more bytes than this, or two of them where one is larger than half of it."""
+"""Operands that rotate take no more bytes than this, except two large ones."""
 
 MOST_COPIES = 256
 """A layer so small that these fit a cache is small in a model too."""
@@ -41,12 +40,12 @@ MOST_COPIES = 256
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 _COLD_BYTES = 2**28
-"""Of a buffer larger than any GPU's cache, which is filled before a call is timed."""
+"""A buffer larger than any GPU's cache, overwritten before each call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """The seconds of one call in every turn, in order. Those of one :func:`in_turns` have equally many."""
+    """The seconds of one call in every turn, in order."""
 
     turns: tuple[float, ...]
 
@@ -57,23 +56,26 @@ class Timing:
 
     @property
     def low(self) -> float:
-        """The tenth percentile: nearly what the call takes on a machine that does nothing else."""
+        """The tenth percentile: close to the time on an idle machine."""
         return sorted(self.turns)[len(self.turns) // 10]
 
     @property
     def noise(self) -> float:
-        """How many times its best the median is: about 1 on a machine that does nothing else."""
+        """The median divided by the best: about 1 on an idle machine."""
         return self.seconds / min(self.turns)
 
     def beside(self, other: Timing) -> float:
-        """The median over the turns of this call's time as a multiple of the other's in the same turn."""
-        return statistics.median(
-            mine / its for mine, its in zip(self.turns, other.turns, strict=True)
-        )
+        """The median ratio to the other call's time in the same turn."""
+        return statistics.median(a / b for a, b in zip(self.turns, other.turns, strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """``{"seconds", "low_seconds", "noise", "turns"}``; turns is how many."""
-        return {"seconds": self.seconds, "low_seconds": self.low, "noise": self.noise, "turns": len(self.turns)}  # fmt: skip
+        """``{"seconds", "low_seconds", "noise", "turns"}``; ``turns`` is their number."""
+        return {
+            "seconds": self.seconds,
+            "low_seconds": self.low,
+            "noise": self.noise,
+            "turns": len(self.turns),
+        }
 
 
 def in_turns(
@@ -88,24 +90,27 @@ def in_turns(
     """Time calls beside each other. Each turn makes every call once, in the mapping's order.
 
     Args:
-        calls: by name; what one returns is dropped within its time.
-        seconds: for all calls together, warming up not counted; turns end with the first that ends after it.
+        calls: by name.
+        seconds: for all calls together, without the warm-up.
         least: turns that are made however long they take.
-        most: turns after which it is enough, however short.
-        device: what the calls compute on. On CUDA (and ROCm) the device's own clock is read around each call, with the caches
-            overwritten before it and the host ahead, so that neither warm caches nor Python count. Other accelerators are waited for.
-        warm_up: calls of each before the first turn, which compile and fill pools; not timed.
+        most: turns that are never exceeded.
+        device: the device of the calls. On CUDA and ROCm the device's clock is read, after its
+            caches are overwritten, so that neither warm caches nor Python count.
+        warm_up: calls of each before the first turn, not timed.
 
     Returns:
-        a :class:`Timing` of each call, by the same names in the same order.
+        a :class:`Timing` for each call.
 
     Raises:
-        OptionError: no calls, or ``seconds`` or ``least`` isn't positive, or ``most`` is below ``least``.
-        Exception: whatever a call raises.
+        OptionError: no calls, ``seconds`` or ``least`` is not positive, or ``most`` is below
+            ``least``.
+        Exception: a call raises it.
     """
     if not calls or seconds <= 0 or not 1 <= least <= most:
-        raise OptionError(f"in_turns: expected calls, seconds > 0 and 1 <= least <= most, got {len(calls)} calls, seconds {seconds:g}, "
-                          f"least {least}, most {most}")  # fmt: skip
+        raise OptionError(
+            "in_turns: expected calls, seconds > 0 and 1 <= least <= most, got "
+            f"{len(calls)} calls, seconds {seconds:g}, least {least}, most {most}"
+        )
     clock = _clock(torch.device(device))
     for call in calls.values():
         for _ in range(warm_up):
@@ -121,21 +126,22 @@ def in_turns(
 
 
 def rotating(call: Callable[[Item], object], items: Sequence[Item]) -> Call:
-    """A call that takes the next of ``items`` each time, around and around."""
+    """A call that takes the next of ``items`` each time."""
     turning = itertools.cycle(items)
     return lambda: call(next(turning))
 
 
 def cold_copies(nbytes: int) -> int:
-    """How many operands of ``nbytes`` to rotate over so that each comes from memory: as many as twice the last-level cache, within
-    :data:`MOST_COLD` bytes, at least two and at most :data:`MOST_COPIES`.
-    """
+    """How many operands of ``nbytes`` rotate so that each comes from memory.
+
+    Together they take twice the last-level cache, within :data:`MOST_COLD` bytes; at least two and
+    at most :data:`MOST_COPIES`."""
     wanted = min(2 * _last_cache_bytes(), MOST_COLD)
     return min(MOST_COPIES, max(2, -(-wanted // max(1, nbytes))))
 
 
 def device_name(device: torch.device) -> str:
-    """The processor's or the accelerator's name, as reports give it; torch's name of the device where the system tells none."""
+    """The name of the processor or the accelerator; torch's name if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -149,46 +155,37 @@ def device_name(device: torch.device) -> str:
 
 
 def _last_cache_bytes() -> int:
-    """What Linux tells of the CPU's largest cache; :data:`LAST_CACHE` elsewhere."""
+    """The CPU's largest cache, as Linux says; :data:`LAST_CACHE` elsewhere."""
     try:
         sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
     except OSError:
         sizes = []
     units = {"K": 2**10, "M": 2**20}
-    return max(
-        (int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units),
-        default=LAST_CACHE,
-    )
+    known = (int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units)
+    return max(known, default=LAST_CACHE)
 
 
 def _clock(device: torch.device) -> Callable[[Call], float]:
-    """What times one call on a device, in seconds."""
-    if device.type == "cpu":
-        return _host_clock
+    """Measures the seconds of one call on a device."""
     if device.type == "cuda":
         return _event_clock(device)
-    return lambda call: _waiting_clock(call, device)
 
-
-def _host_clock(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _waiting_clock(call: Call, device: torch.device) -> float:
     def wait() -> None:
-        getattr(torch, device.type).synchronize()
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
 
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start
+    def clock(call: Call) -> float:
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        return time.perf_counter() - start
+
+    return clock
 
 
 def _event_clock(device: torch.device) -> Callable[[Call], float]:
-    """The device's clock, after its cache was filled with something else, the host ahead by what the call took it the last time."""
+    """The device's clock, with its caches overwritten and the host ahead."""
     cold = torch.empty(_COLD_BYTES, dtype=torch.uint8, device=device)
     on_host: dict[Call, float] = {}
 

@@ -1,101 +1,67 @@
-"""One self-contained HTML page of a run: no script, nothing from elsewhere, for a screen of any width and for paper.
+"""Renders a run as one self-contained HTML page, and as a badge.
 
-The words in it come from plugins, and from files that anybody may send: the template escapes all of them, and its policy
-(Content-Security-Policy) lets a browser load nothing at all. Jinja comes with torch, which depends on it.
+The words come from plugins, and from files that anybody may send. The template escapes them, and
+its Content-Security-Policy lets a browser load nothing. torch depends on Jinja, so it is installed.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from modulora_conformance.report import numbers, plots
-from modulora_conformance.report.markdown import ERROR, SIZE
-from modulora_conformance.report.reading import Check, Run
-from modulora_conformance.report.verdict import against, level_state, levels_passed, repeat, verdict
-from modulora_conformance.results import Kind
+from modulora_conformance.report import verdict as summary
+from modulora_conformance.report.verdict import State, verdict, worst
+from modulora_conformance.results import Measurement, Outcome, Run
 
 _FOLDER = Path(__file__).parent
 
 _CODE = re.compile(r"``?([^`]+)``?")
 
 SIGNS = {"passed": "✓", "failed": "✕", "blocked": "⊘", "skipped": "–", "xfailed": "≈"}
-"""Beside the word, never instead of it."""
+"""Each stands beside its word, for readers who see no colors."""
+
+COLORS: dict[State, str] = {
+    "certified": "#2a7d2e",
+    "passed": "#1f6feb",
+    "failing": "#c0362c",
+    "incomplete": "#6a6f76",
+}
+"""White text has a contrast of at least 4.5 on each (WCAG 2, AA)."""
+
+LABEL = "modulora conformance"
 
 NOISY = 2.0
-
-WORDS = {"xfailed": "expected failure"}
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The runs of one check, over configurations and cases."""
-
-    name: str
-    sentence: str
-    meaning: str
-    checks: tuple[Check, ...]
-
-    @property
-    def state(self) -> Kind:
-        """The worst outcome."""
-        return level_state(self.checks)
-
-    @property
-    def outcomes(self) -> Counter[str]:
-        """How often each outcome."""
-        return Counter(check.outcome for check in self.checks)
-
-    @property
-    def seconds(self) -> float:
-        """All of them together."""
-        return sum(check.seconds for check in self.checks)
-
-    @property
-    def worst(self) -> str:
-        """The largest share of a tolerance; empty where nothing was measured against one."""
-        shares = [found.share for check in self.checks for found in check.errors]
-        return numbers.share_text(max(shares)) if shares else ""
-
-    def only(self, outcome: str) -> Iterator[Check]:
-        """Those with an outcome."""
-        return (check for check in self.checks if check.outcome == outcome)
-
-
-@dataclass(frozen=True, slots=True)
-class LevelView:
-    """A level with its checks."""
-
-    name: str
-    title: str
-    paragraphs: tuple[str, ...]
-    state: Kind
-    groups: tuple[Group, ...]
-
-    @property
-    def outcomes(self) -> Counter[str]:
-        """How often each outcome."""
-        return sum((group.outcomes for group in self.groups), Counter())
+"""The page warns if a median of the speed is more than this many times its best."""
 
 
 def page(run: Run) -> str:
-    """The page's text."""
-    levels = tuple(_level(run, name) for name in sorted(run.levels))
+    """The text of the page."""
+    levels = {level: _groups(run, level) for level in run.levels}
+    noises = [timing.noise for speed in run.speed.values() for timing in speed.timings]
     return _template().render(
-        run=run, verdict=verdict(run), against=against(run), repeat=repeat(run), levels=levels, signs=SIGNS, words=WORDS,
-        failures=[(level, group) for level in levels for group in level.groups if group.outcomes["failed"]],
-        configurations=[_configuration(run, name) for name in run.configurations], markers=plots.markers(run),
-        noise=_noise(run), errors=plots.error_plot(run), memory=plots.memory_bars(run), speed=plots.speed_plot(run),
-        environment=list(_flat(run.environment)), n=numbers, style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
-    )  # fmt: skip
+        run=run,
+        verdict=verdict(run),
+        levels=levels,
+        failures=run.failures,
+        errors=_worst(run, "relative", lambda check, _: f"{check.level} {check.sentence}"),
+        memory=_worst(run, "bytes", lambda _, found: found.name),
+        noise=max(noises, default=0.0) > NOISY,
+        environment=list(_flat(run.environment)),
+        signs=SIGNS,
+        words={"xfailed": "expected failure"},
+        summary=summary,
+        worst=worst,
+        count=lambda checks: Counter(check.outcome for check in checks),
+        style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
+    )
 
 
 @cache
@@ -112,60 +78,61 @@ def _template() -> Template:
 
 
 def _prose(docstring: str) -> Markup:
-    """Text of a docstring, escaped, with what is between backticks as code."""
-    pieces = _CODE.split(docstring)  # every other one was between backticks
-    return Markup("").join(
-        Markup("<code>{}</code>").format(piece) if i % 2 else piece
-        for i, piece in enumerate(pieces)
-    )
+    """A docstring, escaped, with code between backticks."""
+    pieces = _CODE.split(docstring)  # every other piece was between backticks
+    formats = (Markup("{}"), Markup("<code>{}</code>"))
+    return Markup("").join(formats[i % 2].format(piece) for i, piece in enumerate(pieces))
 
 
-def _level(run: Run, name: str) -> LevelView:
-    checks: dict[str, list[Check]] = {}
-    for check in run.of(name):
-        checks.setdefault(check.check, []).append(check)
-    groups = tuple(
-        Group(key, found[0].sentence, run.meanings.get(key, ""), tuple(found))
-        for key, found in checks.items()
-    )
-    text = run.about[name].text if name in run.about else ""
-    return LevelView(
-        name, run.title(name), tuple(text.splitlines()), level_state(run.of(name)), groups
-    )
+def _groups(run: Run, level: str) -> dict[str, list[Outcome]]:
+    """The outcomes of each check of a level."""
+    groups: dict[str, list[Outcome]] = {}
+    for check in run.of(level):
+        groups.setdefault(check.check, []).append(check)
+    return groups
 
 
-def _configuration(run: Run, name: str) -> dict[str, Any]:
-    """A row of the table of configurations."""
-    checks = [check for check in run.checks if check.configuration == name]
-    size = [found for _, found in run.measured("bits", name) if found.name == SIZE]
-    error = [found for _, found in run.measured("relative", name) if found.name == ERROR]
-    return {
-        "name": name,
-        "size": f"{size[0].value:.4g}" if size else "",
-        "promise": f"{size[0].limit:.4g}" if size else "",
-        "error": f"{error[0].value:.2g}" if error else "",
-        "levels": levels_passed(checks).replace("-", "–") or "none",
-        "outcomes": Counter(check.outcome for check in checks),
-    }
-
-
-def _noise(run: Run) -> float:
-    """How many times its best a median of the speed was, where that is so much that the speed says little; else 0."""
-    worst = max(
-        (timing.noise for speed in run.speed.values() for timing in speed.timings), default=0.0
-    )
-    return worst if worst > NOISY else 0.0
+def _worst(
+    run: Run, unit: str, label: Callable[[Outcome, Measurement], str]
+) -> dict[str, dict[str, Measurement]]:
+    """The worst measurement in a unit by label and configuration."""
+    rows: dict[str, dict[str, Measurement]] = {}
+    for check in run.checks:
+        for found in check.measurements:
+            if found.unit == unit:
+                cells = rows.setdefault(label(check, found), {})
+                before = cells.get(check.configuration)
+                if before is None or found.share > before.share:
+                    cells[check.configuration] = found
+    return rows
 
 
 def _flat(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names and values of the environment, those of packages too."""
+    """Names and values of the environment, packages included."""
     for name, value in environment.items():
         if isinstance(value, Mapping):
-            yield from (
-                (str(key), "not installed" if item is None else str(item))
-                for key, item in value.items()
-            )
+            yield from _flat({key: item or "not installed" for key, item in value.items()})
         elif isinstance(value, (list, tuple)):
             yield name, ", ".join(map(str, value)) or "none"
         else:
             yield name, str(value)
+
+
+def badge(run: Run) -> str:
+    """A flat SVG. ``textLength`` fits the browser's font to the estimated width of the words."""
+    found = verdict(run)
+    left, right = (round(6.6 * len(text)) for text in (LABEL, found.words))
+    total, words = left + right + 40, escape(found.words)
+    return f"""\
+<svg xmlns="http://www.w3.org/2000/svg" width="{total}" height="20"
+role="img" aria-label="{LABEL}: {words}">
+<title>{LABEL}: {words} ({escape(run.quantizer)})</title>
+<clipPath id="r"><rect width="{total}" height="20" rx="3"/></clipPath>
+<g clip-path="url(#r)"><rect width="{left + 20}" height="20" fill="#444a50"/>
+<rect x="{left + 20}" width="{right + 20}" height="20" fill="{COLORS[found.state]}"/></g>
+<g fill="#fff" font-family="Verdana,DejaVu Sans,Geneva,sans-serif" font-size="11">
+<text x="10" y="14" textLength="{left}">{LABEL}</text>
+<text x="{left + 30}" y="14" textLength="{right}">{words}</text>
+</g>
+</svg>
+"""

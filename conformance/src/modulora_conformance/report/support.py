@@ -1,6 +1,8 @@
-"""One Markdown page from the results of several quantizers, to be committed, and checked in CI against fresh results.
+"""Writes support tables in Markdown: for one run, and as a page for several quantizers.
 
-::
+The text is the same whenever the same checks pass, so that it can be committed: no seconds, no
+date,
+no machine. CI compares the committed page with new results::
 
     python -m modulora_conformance.report.support FOLDER --write docs/reference/support.md
     python -m modulora_conformance.report.support FOLDER --check docs/reference/support.md
@@ -10,14 +12,25 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from modulora_conformance.report.markdown import escape, table
-from modulora_conformance.report.reading import Run, read_file
-from modulora_conformance.report.verdict import against
+from modulora_conformance.report.verdict import against, rows, verdict
+from modulora_conformance.results import Run, read_file
 from modulora_core.errors import DataError
+
+HEADINGS = (
+    "quantizer",
+    "options",
+    "bits per weight",
+    "error, Gaussian weights",
+    "levels passed",
+    "certified",
+    "suite",
+    "protocol",
+)
 
 HEADER = """\
 # Supported quantizers
@@ -30,34 +43,64 @@ all levels. It skips only missing hardware, and features that the quantizer does
 """
 
 OTHERWISE = 1
-"""The exit code where the page isn't what the results say."""
+"""The exit code if the page differs from the results."""
+
+_SPECIAL = re.compile(r"([\\`*\[\]<>|&])")
+
+
+def table(runs: Iterable[Run]) -> str:
+    """A table with a row for each configuration."""
+    lines = [HEADINGS, ("---",) * len(HEADINGS)]
+    for run in runs:
+        name, certified = f"{run.quantizer} {run.version}".strip(), "yes" if run.certified else "no"
+        lines += [
+            (
+                name,
+                row.configuration,
+                row.size or "-",
+                row.error or "-",
+                row.levels,
+                certified,
+                run.suite,
+                str(run.protocol),
+            )
+            for row in rows(run)
+        ]
+    return "".join(f"| {' | '.join(map(escape, cells))} |\n" for cells in lines)
+
+
+def escape(text: str) -> str:
+    """Text on one line for Markdown, so that a plugin's words make no markup."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def badge_and_table(run: Run) -> str:
+    """A badge, a table, and the reasons against a certificate."""
+    badge = f"![modulora conformance: {verdict(run).words}]({run.quantizer}.svg)"
+    reasons = "" if run.certified else f"\n{escape(against(run))}\n"
+    return f"{badge}\n\n{table([run])}{reasons}"
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The page, quantizers in the order of their names."""
+    """The page, with quantizers in alphabetical order."""
     runs = sorted(runs, key=lambda run: run.quantizer)
-    open_points = [
-        f"\n* {escape(run.quantizer)}: {escape(against(run))}" for run in runs if not run.certified
+    reasons = [
+        f"\n* {run.quantizer}: {escape(against(run))}\n" for run in runs if not run.certified
     ]
-    return (
-        HEADER
-        + "\n".join(table(runs))
-        + "\n"
-        + "".join(open_points)
-        + ("\n" if open_points else "")
-    )
+    return HEADER + table(runs) + "".join(reasons)
 
 
 def complete_runs(folder: Path) -> tuple[list[Run], list[Run]]:
-    """The results in ``folder``: those of complete runs, and the others.
+    """The results in ``folder``: complete runs, and others.
 
     Raises:
-        DataError: there are none, or one can't be read.
+        DataError: there are none, or a file cannot be read.
     """
     runs = [read_file(path) for path in sorted(folder.glob("*.json"))]
     if not runs:
         raise DataError(
-            f"{folder}: expected the .json files of `modulora conformance NAME --report {folder}`, got none"
+            f"{folder}: expected the .json files of `modulora conformance NAME --report {folder}`, "
+            "got none"
         )
     return [run for run in runs if run.complete], [run for run in runs if not run.complete]
 
@@ -66,7 +109,7 @@ def write(folder: Path, file: Path) -> None:
     """Write the page.
 
     Raises:
-        DataError: as :func:`complete_runs`, and for a run that didn't cover everything.
+        DataError: as :func:`complete_runs`; or a run is incomplete.
     """
     complete, others = complete_runs(folder)
     if others:
@@ -80,38 +123,27 @@ def write(folder: Path, file: Path) -> None:
 
 
 def check(folder: Path, file: Path) -> list[str]:
-    """The lines by which the page differs from what the results say; empty where it doesn't.
-
-    Results of incomplete runs are left out, with a note on stderr.
-    """
+    """The lines of the page that differ from the results. Incomplete runs are ignored with a
+    note."""
     complete, others = complete_runs(folder)
     for run in others:
-        print(
-            f"note: {run.quantizer}.json is of a run that wasn't complete, and is left out",
-            file=sys.stderr,
-        )
+        print(f"note: {run.quantizer}.json is an incomplete run, and is ignored", file=sys.stderr)
     found = file.read_text(encoding="utf-8") if file.exists() else ""
     lines = found.splitlines(), page(complete).splitlines()
-    return (
-        []
-        if lines[0] == lines[1]
-        else list(difflib.unified_diff(*lines, str(file), "the results", lineterm="", n=0))
-    )
+    return list(difflib.unified_diff(*lines, str(file), "the results", lineterm="", n=0))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, 1 where the page differs, 2 for results that can't be used."""
+    """Returns 0, 1 if the page differs, 2 if the results cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m modulora_conformance.report.support",
-        description="A support page from results.",
+        description="Write a support page from results.",
     )
-    parser.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="the .json files of complete runs"
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--write", metavar="FILE", type=Path, help="write the page")
-    what.add_argument(
-        "--check", metavar="FILE", type=Path, help="fail where the page isn't what the results say"
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the .json files of runs")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--write", metavar="FILE", type=Path, help="write the page")
+    action.add_argument(
+        "--check", metavar="FILE", type=Path, help="fail if the page differs from the results"
     )
     asked = parser.parse_args(arguments)
     try:
@@ -124,9 +156,13 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     if not difference:
         return 0
+    command = f"python -m modulora_conformance.report.support {asked.folder} --write {asked.check}"
     print("\n".join(difference), file=sys.stderr)
-    print(f"error: {asked.check} isn't what the results in {asked.folder} say; write it anew: "
-          f"python -m modulora_conformance.report.support {asked.folder} --write {asked.check}", file=sys.stderr)  # fmt: skip
+    print(
+        f"error: {asked.check}: expected the results in {asked.folder}, got another page; "
+        f"write it again: {command}",
+        file=sys.stderr,
+    )
     return OTHERWISE
 
 

@@ -1,109 +1,156 @@
-"""What a run amounts to: a word for a badge, a sentence for what stands against a certificate, a state for each level."""
+"""Sums up a run: a few words for a badge, a sentence, a state for each level, and numbers."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import takewhile
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from modulora_conformance.report.reading import Check, Run
-from modulora_conformance.results import Kind
+from rich.filesize import decimal
+
+from modulora_conformance.results import Kind, Measurement, Outcome, Run
 
 State = Literal["certified", "passed", "failing", "incomplete"]
 
-_WORST_FIRST: tuple[Kind, ...] = ("failed", "blocked", "xfailed", "passed", "skipped")
+WORST_FIRST: tuple[Kind, ...] = ("failed", "blocked", "xfailed", "passed", "skipped")
+
+SIZE, ERROR = "bits per weight", "error of gaussian weights"
+"""The measurements of L1 that tables show."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A state, and the few words that a badge has room for."""
+class Verdict(NamedTuple):
+    """A state, and a few words for a badge."""
 
     state: State
     words: str
 
 
 def verdict(run: Run) -> Verdict:
-    """Certified, the levels that passed without a gap from L0 on, or failing."""
+    """Certified, failing, or the levels that passed without a gap from L0 on."""
     if run.certified:
         return Verdict("certified", f"certified {run.suite}")
     if run.count("failed") or run.count("blocked"):
         return Verdict("failing", "failing")
-    passed = levels_passed(run.checks)
-    return (
-        Verdict("passed", f"{passed} passed") if passed else Verdict("incomplete", "not certified")
-    )
+    if passed := levels_passed(run.checks):
+        return Verdict("passed", f"{passed} passed")
+    return Verdict("incomplete", "not certified")
 
 
-def level_state(checks: Iterable[Check]) -> Kind:
-    """How checks of a level went: by the worst outcome; skipped where none ran."""
+def worst(checks: Iterable[Outcome]) -> Kind:
+    """The worst outcome; ``"skipped"`` if no check ran."""
     kinds = {check.outcome for check in checks}
-    return next((kind for kind in _WORST_FIRST if kind in kinds), "skipped")
+    return next((kind for kind in WORST_FIRST if kind in kinds), "skipped")
 
 
-def levels_passed(checks: Iterable[Check]) -> str:
-    """``"L0-L3"``: the levels from L0 on of which all that ran passed, up to the first of which that isn't so. Empty for none."""
-    levels: dict[str, list[Check]] = defaultdict(list)
-    for check in checks:
-        levels[check.level].append(check)
-    passed = list(
-        takewhile(
-            lambda level: level in levels and level_state(levels[level]) == "passed",
-            (f"L{n}" for n in range(10)),
-        )
-    )
+def levels_passed(checks: Iterable[Outcome]) -> str:
+    """``"L0-L3"``: the levels from L0 on whose checks all passed, up to the first gap; or empty."""
+    checks, passed = list(checks), list[str]()
+    for level in (f"L{n}" for n in range(10)):
+        if worst(check for check in checks if check.level == level) != "passed":
+            break
+        passed.append(level)
     return "-".join(dict.fromkeys(passed[:1] + passed[-1:]))
 
 
 def against(run: Run) -> str:
-    """What stands against a certificate, in one sentence, or that nothing does."""
+    """The reasons against a certificate, in one sentence, or that there is none."""
     if run.certified or run.sound:
-        word, end = (
-            ("Certified", "")
-            if run.certified
-            else ("Passed", " A certificate takes a run with --certified.")
+        passed = (
+            f"every check of suite {run.suite} passed, except for missing hardware and what the "
+            "quantizer does not offer."
         )
-        return (
-            f"{word}: every check of suite {run.suite} passed, but for hardware that isn't here and what the quantizer doesn't "
-            f"offer.{end}"
-        )
-    reasons = (
-        []
-        if run.complete
-        else [
-            "the run didn't cover every level and every configuration that the spec makes promises for"
-        ]
-    )
-    reasons += [
-        _counted(kind, run.count(kind))
-        for kind in ("failed", "blocked", "xfailed")
-        if run.count(kind)
-    ]
-    skips = Counter(
-        check.reason for check in run.checks if check.outcome == "skipped" and check.uncertified
-    )
-    if skips:
-        first = next(iter(skips))
-        reasons.append(
-            f"{_checks(skips.total())} skipped for another reason than missing hardware ({first})"
-        )
-    return f"Not certified: {'; '.join(reasons) or 'nothing was checked'}."
-
-
-def _counted(kind: Kind, number: int) -> str:
-    words = {
+        if run.certified:
+            return f"Certified: {passed}"
+        return f"Passed: {passed} A certificate needs a run with --certified."
+    reasons = []
+    if not run.complete:
+        reasons.append("the run omitted levels, or configurations that the spec makes promises for")
+    words: dict[Kind, str] = {
         "failed": "failed",
         "blocked": "held back after that",
         "xfailed": "failed as expected",
     }
-    return f"{_checks(number)} {words[kind]}"
+    reasons += [f"{_checks(run.count(k))} {word}" for k, word in words.items() if run.count(k)]
+    skips = [c.reason for c in run.checks if c.outcome == "skipped" and c.uncertified]
+    if skips:
+        reasons.append(
+            f"{_checks(len(skips))} skipped for another reason than missing hardware ({skips[0]})"
+        )
+    return f"Not certified: {'; '.join(reasons) or 'nothing was checked'}."
 
 
 def _checks(number: int) -> str:
-    return f"{number} check" if number == 1 else f"{number} checks"
+    return f"{number} check{'s' * (number != 1)}"
 
 
 def repeat(run: Run) -> str:
     """The command that repeats the run with the same draws."""
     return f"modulora conformance {run.quantizer}" + (f" --seed {run.seed}" if run.seed else "")
+
+
+class Row(NamedTuple):
+    """A row of the table of configurations; empty where nothing was measured."""
+
+    configuration: str
+    size: str
+    promise: str
+    error: str
+    levels: str
+    outcomes: Counter[str]
+
+
+def rows(run: Run) -> list[Row]:
+    """One row for each configuration. Rounding in another order does not change the text."""
+    found = []
+    for name in run.configurations:
+        checks = [check for check in run.checks if check.configuration == name]
+        measured = {m.name: m for check in checks for m in check.measurements}
+        size, error = measured.get(SIZE), measured.get(ERROR)
+        found.append(
+            Row(
+                name,
+                f"{size.value:.4g}" if size else "",
+                f"{size.limit:.4g}" if size else "",
+                f"{error.value:.2g}" if error else "",
+                levels_passed(checks).replace("-", "–") or "none",
+                Counter(check.outcome for check in checks),
+            )
+        )
+    return found
+
+
+def share_text(share: float) -> str:
+    """A share of a limit: ``"0"``, ``"12%"``, ``"7.1 ×"`` above it, ``"not finite"``."""
+    if not math.isfinite(share):
+        return "not finite"
+    if share > 1.005:
+        return f"{share:.3g}\u00a0×"
+    return (
+        f"{100 * share:.{0 if share >= 0.1 else 2}{'f' if share >= 0.1 else 'g'}}%"
+        if share
+        else "0"
+    )
+
+
+def measured_text(found: Measurement) -> str:
+    """A measurement beside its limit: ``"product: 1.2e-07, at most 2e-06"``."""
+    value, limit = (_quantity(number, found.unit) for number in (found.value, found.limit))
+    return f"{found.name}: {value}, at most {limit}"
+
+
+def _quantity(value: float, unit: str) -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    if unit == "bytes":
+        return decimal(round(value))
+    if unit == "seconds":
+        return duration(value)
+    return f"{value:.4g}" if unit == "relative" else f"{value:.4g} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a suitable unit: ``"12 ms"``."""
+    units = ((1, "s"), (1e3, "ms"), (1e6, "µs"))
+    factor, unit = next((u for u in units if seconds * u[0] >= 1), (1e9, "ns"))
+    return f"{seconds * factor:.3g} {unit}"

@@ -1,10 +1,10 @@
-"""Broken in what they say of themselves: level 0 finds them."""
+"""Broken in their metadata: level 0 finds them."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
-from modulora_zoo.healthy import Healthy, Options
+from modulora_zoo.healthy import Healthy, _Options
 
 
 class FutureProtocol(Healthy):
@@ -12,7 +12,7 @@ class FutureProtocol(Healthy):
 
 
 class Unlisted(Healthy):
-    """Nobody's hook lists it."""
+    """No hook lists it."""
 
     breaks = "test_the_spec_is_registered_by_an_entry_point"
 
@@ -29,77 +29,65 @@ class SlowMetadata(Healthy):
     breaks = "test_metadata_is_imported_fast"
 
 
-class _Undescribed(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    group_size: int = 32
-
-
 class UndescribedOption(Healthy):
     breaks = "test_options_are_described_and_frozen"
-    Options = _Undescribed
 
+    class Options(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid")
 
-class _Thawed(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    group_size: int = Field(32, ge=2, description="weights that share a scale")
+        group_size: int = 32
 
 
 class ThawedOptions(Healthy):
     breaks = "test_options_are_described_and_frozen"
-    Options = _Thawed
 
+    class Options(BaseModel):
+        model_config = ConfigDict(extra="forbid")
 
-class _Lax(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    group_size: int = Field(32, ge=2, description="weights that share a scale")
+        group_size: int = Field(32, ge=2, description="weights that share a scale")
 
 
 class LaxOptions(Healthy):
     """A misspelt option is ignored."""
 
     breaks = "test_unknown_and_malformed_options_are_refused"
-    Options = _Lax
 
-
-class _Forgetful(Options):
-    @field_serializer("group_size")
-    def halved(self, value: int) -> int:
-        return value // 2
+    class Options(_Options):
+        model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class ForgetfulOptions(Healthy):
-    """What it records isn't what it was given."""
+    """It records another value than it was given."""
 
     breaks = "test_a_checkpoint_records_the_options"
-    Options = _Forgetful
+
+    class Options(_Options):
+        @field_serializer("group_size")
+        def halved(self, value: int) -> int:
+            return value // 2
 
 
 class UnkeptPromise(Healthy):
-    """Its spec promises something for an option that it doesn't have."""
+    """Its spec has a promise for an unknown option."""
 
     breaks = "test_promised_options_are_accepted"
 
 
 class AnyShape(Healthy):
-    """Takes odd in_features, and fails later."""
+    """It accepts odd in_features, and fails later."""
 
     breaks = "test_shapes_follow_the_declared_multiples"
 
-    def check_shape(self, shape: tuple[int, int]) -> None:
+    def check_shape(self, shape):
         return
 
 
-class _Words(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    group_size: int | str = Field(32, description="weights that share a scale, or row")
-
-
 class WordsStayWords(Healthy):
-    """The command line's group_size=32 is a text to it."""
+    """The command line's group_size=32 is a string to it."""
 
     breaks = "test_promised_options_are_read_as_words"
-    Options = _Words
+
+    class Options(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        group_size: int | str = Field(32, description="weights that share a scale, or row")

@@ -1,36 +1,31 @@
-"""Broken in what they hold: level 5 finds them."""
+"""Broken in the memory that they hold: level 5 finds them."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from modulora_core.packed import PackedWeight
-from modulora_zoo.healthy import Healthy
+from modulora_zoo.healthy import Healthy, rows_of
 
 
 class PaddedOutput(Healthy):
-    """Returns the first part of a buffer three times as large, which autograd keeps whole."""
+    """Its result is a view of a buffer three times as large, which autograd saves whole."""
 
     breaks = "test_autograd_saves_no_weight"
 
-    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
+    def matmul(self, x, packed, transpose=False):
         y = super().matmul(x, packed, transpose)
-        if transpose or y.shape[:-1].numel() != 2:
+        if transpose or rows_of(y) != 2:
             return y
-        buffer = y.new_empty(3 * y.numel())
-        return buffer[: y.numel()].view(y.shape).copy_(y)
+        return y.new_empty(3 * y.numel())[: y.numel()].view(y.shape).copy_(y)
 
 
 class DenseProduct(Healthy):
-    """Multiplies by the whole dense weight."""
-
     breaks = "test_peak_memory_is_tiles_and_activations"
 
-    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
+    def matmul(self, x, packed, transpose=False):
         if x.shape[-1:] != (packed.shape[0 if transpose else 1],):
             return super().matmul(x, packed, transpose)
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -39,14 +34,10 @@ class DenseProduct(Healthy):
 
 
 class KeepsTheLastWhole(Healthy):
-    """A dense weight is kept: the last one that was decoded whole."""
-
     breaks = "test_nothing_is_kept_after_a_call"
-    last: ClassVar[Any] = None
+    last = None
 
-    def dequantize_tile(
-        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
+    def dequantize_tile(self, packed, rows, dtype):
         tile = super().dequantize_tile(packed, rows, dtype)
         if rows == (0, packed.shape[0]):
             KeepsTheLastWhole.last = tile.clone()
@@ -57,8 +48,8 @@ class LeaksALittle(Healthy):
     """Every product leaves a kilobyte behind."""
 
     breaks = "test_memory_does_not_grow_over_50_steps"
-    log: ClassVar[list[Any]] = []
+    log: ClassVar = []
 
-    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
+    def matmul(self, x, packed, transpose=False):
         self.log.append(np.zeros(1024, np.uint8))
         return super().matmul(x, packed, transpose)

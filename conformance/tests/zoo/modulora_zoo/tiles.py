@@ -1,165 +1,34 @@
-"""Broken in their rows: level 2 finds them."""
+"""Broken in their rows, by range or by number: level 2 finds them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
-from modulora_zoo.healthy import Healthy
+from modulora_core.packed import check_rows
+from modulora_core.spec import Quantizer
+from modulora_zoo.healthy import Healthy, changed
 
 
 class TileSeam(Healthy):
-    """The first row of every block of 64 but the first takes its scale from the row before, if the range starts there."""
+    """A tile that begins at a multiple of 64 has the first row of the row before."""
 
     breaks = "test_every_block_of_rows_of_a_large_weight_equals_the_whole"
 
-    def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+    def decode(self, packed, rows):
         tile = super().decode(packed, rows)
         if 0 < rows[0] < rows[1] and rows[0] % 64 == 0:
             tile[0] = super().decode(packed, (rows[0] - 1, rows[0]))[0]
         return tile
 
 
-class EvenStarts(Healthy):
-    """Reads rows in pairs: an odd start begins a row early."""
-
-    breaks = "test_any_range_equals_the_rows_of_the_whole"
-
-    def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
-        start = rows[0] - rows[0] % 2
-        return super().decode(packed, (start, start + rows[1] - rows[0]))
-
-
-class UncheckedRows(Healthy):
-    """Gives what Python's slices give."""
-
-    breaks = "test_rows_outside_are_refused"
-
-    def dequantize_tile(
-        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        return self.decode(packed, rows).to(dtype)
-
-
-class EmptyIsFlat(Healthy):
-    breaks = "test_an_empty_range_is_an_empty_tile"
-
-    def dequantize_tile(
-        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        check_rows(packed, rows)
-        if rows[0] == rows[1] != 0 and packed.shape == (16, 64):
-            return torch.empty(0, 1, dtype=dtype)
-        return super().dequantize_tile(packed, rows, dtype)
-
-
-class HalvesInBfloat16(Healthy):
-    """fp16 tiles are made from bf16 ones."""
-
-    breaks = "test_every_dtype_is_the_float32_tile_rounded"
-
-    def dequantize_tile(
-        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        tile = super().dequantize_tile(
-            packed, rows, torch.bfloat16 if dtype == torch.float16 else dtype
-        )
-        return tile.to(dtype)
-
-
-class WholeForATile(Healthy):
-    """Decodes the whole weight and gives a part."""
-
-    breaks = "test_a_tile_takes_the_memory_of_a_tile"
-
-    def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
-        return super().decode(packed, (0, packed.shape[0]))[slice(*rows)].clone()
-
-
-class SharedScratch(Healthy):
-    """Every tile of a shape is the same memory."""
-
-    breaks = "test_the_tile_is_the_callers"
-    scratch: ClassVar[dict[tuple[int, ...], Tensor]] = {}
-
-    def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
-        tile = super().decode(packed, rows)
-        return self.scratch.setdefault(tuple(tile.shape), torch.empty_like(tile)).copy_(tile)
-
-
-class KeepsShortTiles(Healthy):
-    """Tiles of few rows are the same memory every time."""
-
-    breaks = "test_the_tile_is_the_callers"
-    scratch: ClassVar[dict[int, Tensor]] = {}
-
-    def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
-        tile = super().decode(packed, rows)
-        if rows[1] - rows[0] > 4:
-            return tile
-        kept = self.scratch.setdefault(packed.shape[1], torch.empty(4, packed.shape[1]))
-        return kept[: len(tile)].copy_(tile)
-
-
-class CountsItsReads(Healthy):
-    """Beside the codes it keeps how often they were read."""
-
-    breaks = "test_a_tile_leaves_the_packed_tensors_alone"
-    says = "got others in reads"
-
-    def packed(self, codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor) -> PackedWeight:
-        return with_counter(super().packed(codes, scale, zero, weight))
-
-    def layout(self, shape: tuple[int, int]) -> PackedLayout:
-        return layout_with_counter(super().layout(shape))
-
-    def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
-        packed.tensors["reads"].add_(1)
-        return super().decode(packed, rows)
-
-
-def with_counter(packed: PackedWeight) -> PackedWeight:
-    tensors = {**packed.tensors, "reads": torch.zeros(1, dtype=torch.int32)}
-    return PackedWeight(packed.quantizer, packed.format, packed.shape, tensors, packed.metadata)
-
-
-def layout_with_counter(layout: PackedLayout) -> PackedLayout:
-    return replace(layout, tensors={**layout.tensors, "reads": TensorLayout("int32", (1,))})
-
-
-class StateOfTheInstance(Healthy):
-    """The zeros of a certain shape are those that were packed last."""
-
-    breaks = "test_packing_another_weight_leaves_this_one"
-    says = "state in the instance or module"
-    zeros: Tensor | None = None
-
-    def packed(self, codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor) -> PackedWeight:
-        if weight.shape == (38, 70):
-            self.zeros = zero.float()
-        return super().packed(codes, scale, zero, weight)
-
-    def spread(
-        self, packed: PackedWeight, name: str, rows: tuple[int, int], columns: int
-    ) -> Tensor:
-        values = super().spread(packed, name, rows, columns)
-        if name == "scale" or packed.shape != (38, 70) or self.zeros is None:
-            return values
-        return self.zeros[slice(*rows)].repeat_interleave(self.options.group_size, dim=1)[
-            :, :columns
-        ]
-
-
 class LosesTheLastBlock(Healthy):
-    """Decodes blocks of 512 rows, and forgets the one that isn't whole, unless it is the first."""
+    """It decodes blocks of 512 rows, and omits a last short one."""
 
     breaks = "test_every_block_of_rows_of_a_large_weight_equals_the_whole"
 
-    def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+    def decode(self, packed, rows):
         tile = super().decode(packed, rows)
         whole = len(tile) // 512 * 512
         if whole:
@@ -167,13 +36,14 @@ class LosesTheLastBlock(Healthy):
         return tile
 
 
-class AmbiguousReshape(Healthy):
-    """Leaves the columns to be found by the size, where there is none."""
+class EvenStarts(Healthy):
+    """It reads rows in pairs: an odd start begins a row early."""
 
-    breaks = "test_an_empty_range_is_an_empty_tile"
+    breaks = "test_any_range_equals_the_rows_of_the_whole"
 
-    def decode(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
-        return super().decode(packed, rows).reshape(rows[1] - rows[0], -1)
+    def decode(self, packed, rows):
+        start = rows[0] - rows[0] % 2
+        return super().decode(packed, (start, start + rows[1] - rows[0]))
 
 
 class TwoBugsInOne(Healthy):
@@ -182,9 +52,7 @@ class TwoBugsInOne(Healthy):
     breaks = "test_any_range_equals_the_rows_of_the_whole"
     says = "rows "
 
-    def dequantize_tile(
-        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
+    def dequantize_tile(self, packed, rows, dtype):
         tile = super().dequantize_tile(packed, rows, dtype)
         if packed.shape[0] % 2 == 0 or rows[0] == 0:
             return tile
@@ -193,10 +61,152 @@ class TwoBugsInOne(Healthy):
         return tile + 1
 
 
-class StridedTiles(Healthy):
-    """Nothing is wrong with it: no tile is contiguous, which nobody asked for."""
+class UncheckedRows(Healthy):
+    """It returns the rows of Python's slices."""
 
-    def dequantize_tile(
-        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
+    breaks = "test_rows_outside_are_refused"
+
+    def dequantize_tile(self, packed, rows, dtype):
+        return self.decode(packed, rows).to(dtype)
+
+
+class EmptyIsFlat(Healthy):
+    breaks = "test_an_empty_range_is_an_empty_tile"
+
+    def dequantize_tile(self, packed, rows, dtype):
+        check_rows(packed, rows)
+        if rows[0] == rows[1] != 0 and packed.shape == (16, 64):
+            return torch.empty(0, 1, dtype=dtype)
+        return super().dequantize_tile(packed, rows, dtype)
+
+
+class AmbiguousReshape(Healthy):
+    """A reshape infers the columns, which is impossible without rows."""
+
+    breaks = "test_an_empty_range_is_an_empty_tile"
+
+    def decode(self, packed, rows):
+        return super().decode(packed, rows).reshape(rows[1] - rows[0], -1)
+
+
+class HalvesInBfloat16(Healthy):
+    """It rounds fp16 tiles to bf16 first."""
+
+    breaks = "test_every_dtype_is_the_float32_tile_rounded"
+
+    def dequantize_tile(self, packed, rows, dtype):
+        first = torch.bfloat16 if dtype == torch.float16 else dtype
+        return super().dequantize_tile(packed, rows, first).to(dtype)
+
+
+class WholeForATile(Healthy):
+    breaks = "test_a_tile_takes_the_memory_of_a_tile"
+
+    def decode(self, packed, rows):
+        return super().decode(packed, (0, packed.shape[0]))[slice(*rows)].clone()
+
+
+class SharedScratch(Healthy):
+    """Every tile of a shape is the same memory."""
+
+    breaks = "test_the_tile_is_the_callers"
+    scratch: ClassVar = {}
+
+    def decode(self, packed, rows):
+        tile = super().decode(packed, rows)
+        return self.scratch.setdefault(tile.shape, torch.empty_like(tile)).copy_(tile)
+
+
+class KeepsShortTiles(Healthy):
+    """Tiles of few rows are the same memory."""
+
+    breaks = "test_the_tile_is_the_callers"
+    scratch: ClassVar = {}
+
+    def decode(self, packed, rows):
+        tile = super().decode(packed, rows)
+        if len(tile) > 4:
+            return tile
+        kept = self.scratch.setdefault(packed.shape[1], torch.empty(4, packed.shape[1]))
+        return kept[: len(tile)].copy_(tile)
+
+
+class _Counting(Healthy):
+    """Counts its reads in a packed tensor."""
+
+    says = "got others in reads"
+    layout = Quantizer.layout
+
+    def packed(self, codes, scale, zero, weight):
+        found = super().packed(codes, scale, zero, weight)
+        return changed(found, reads=torch.zeros(1, dtype=torch.int32))
+
+
+class CountsItsReads(_Counting):
+    breaks = "test_a_tile_leaves_the_packed_tensors_alone"
+
+    def decode(self, packed, rows):
+        packed.tensors["reads"].add_(1)
+        return super().decode(packed, rows)
+
+
+class StateOfTheInstance(Healthy):
+    """The zeros of a certain shape are the last packed ones."""
+
+    breaks = "test_packing_another_weight_leaves_this_one"
+    says = "state in the instance or module"
+    zeros = None
+
+    def packed(self, codes, scale, zero, weight):
+        found = super().packed(codes, scale, zero, weight)
+        self.zeros = found.tensors if weight.shape == (38, 70) else self.zeros
+        return found
+
+    def spread(self, packed, name, rows):
+        if name == "zero" and packed.shape == (38, 70) and self.zeros:
+            packed = changed(packed, zero=self.zeros["zero"])
+        return super().spread(packed, name, rows)
+
+
+class StridedTiles(Healthy):
+    """Sound: no tile is contiguous, which the contract allows."""
+
+    def dequantize_tile(self, packed, rows, dtype):
         return super().dequantize_tile(packed, rows, dtype).t().contiguous().t()
+
+
+class BytesAreAMask(Healthy):
+    """It passes ids to torch, which takes uint8 for a mask."""
+
+    breaks = "test_rows_looked_up_are_those_of_the_tile"
+
+    def lookup(self, ids, packed, dtype):
+        if ids.dtype == torch.uint8:
+            ids = (ids != 0).nonzero()[:, 0]
+        return super().lookup(ids, packed, dtype)
+
+
+class IdsFromTheEnd(Healthy):
+    """Negative ids count from the end."""
+
+    breaks = "test_ids_outside_are_refused"
+
+    def lookup(self, ids, packed, dtype):
+        return super().lookup(torch.where(ids < 0, ids + packed.shape[0], ids), packed, dtype)
+
+
+class RowsWithAGraph(Healthy):
+    breaks = "test_rows_looked_up_are_the_callers"
+
+    def lookup(self, ids, packed, dtype):
+        return super().lookup(ids, packed, dtype) * torch.ones((), dtype=dtype, requires_grad=True)
+
+
+class DecodesTheTable(Healthy):
+    breaks = "test_a_lookup_takes_the_memory_of_its_rows"
+
+    def lookup(self, ids, packed, dtype):
+        rows = packed.shape[0]
+        if not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+            return super().lookup(ids, packed, dtype)
+        return self.dequantize_tile(packed, (0, rows), dtype)[ids.long()]

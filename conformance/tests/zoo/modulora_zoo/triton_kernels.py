@@ -1,24 +1,21 @@
-"""The kernel of :mod:`modulora_zoo.devices`. Triton decides when it is imported whether kernels are interpreted."""
+"""The kernel of ``devices.py``. Triton decides when it is imported whether kernels are
+interpreted."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 BLOCK = 16
 
 
-def decode(
-    codes: Tensor, scale: Tensor, zero: Tensor, out: Tensor, group_size: int, *, masked: bool
-) -> None:
+def decode(codes, scale, zero, out, group_size, *, masked):
     """Write (code - zero) scale to ``out``, fp32 ``[rows, in]``."""
     rows, columns = out.shape
     blocks = triton.cdiv(columns, BLOCK) if masked else columns // BLOCK
     if rows and blocks:
-        _decode[(rows, blocks)](
-            codes, scale, zero, out, columns, scale.shape[1], group_size, BLOCK=BLOCK
-        )
+        groups = scale.shape[1]
+        _decode[(rows, blocks)](codes, scale, zero, out, columns, groups, group_size, BLOCK=BLOCK)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Half-quadratic quantization for ModuLoRA. This module is the entry point: metadata only, no torch."""
+"""Half-quadratic quantization for ModuLoRA: the entry point, metadata only, no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from modulora_core.spec import Promise, QuantizerSpec
 
 
 def _promise(bits: int, gaussian: float, heavy_tailed: float, outlier_columns: float) -> Promise:
-    """Half a bit for scale and offset, a ten-thousandth for the unit of a large layer; a constant is rounded to fp16."""
+    """Scale and offset take half a bit, the unit a ten-thousandth; fp16 rounds a constant."""
     return Promise(
         options={"bits": bits},
         bits_per_weight=bits + 0.5001,

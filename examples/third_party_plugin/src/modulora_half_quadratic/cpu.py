@@ -1,8 +1,7 @@
-"""Half-quadratic weights on the CPU, compiled by numba: the values of the reference, decoded a row at a time.
+"""Half-quadratic weights on the CPU, compiled by numba: the bits of the reference.
 
-In all kernels ``packed`` is uint8 ``[out, row_bytes]``, as :mod:`modulora_half_quadratic.packing` arranges it; ``scales`` and
-``offsets`` are fp32 ``[out, groups]``, times the unit; ``group`` columns share one of each. Packing has no kernel: torch
-vectorizes all that it does, the powers too.
+A row is decoded as a whole, because its planes hold the codes in lines. Packing has no kernel,
+because torch vectorizes it.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
-from modulora_core.kernels import jit
-from modulora_core.kernels.cpu.products import RowKernels
+from modulora_core.kernels.cpu import CPUKernels, from_half, jit
+from modulora_core.packed import PackedWeight
 
 
 @jit(borrows=True)
@@ -24,7 +24,7 @@ def _take_line(plane: Any, shift: int, mask: int, low: int, codes: Any) -> None:
 
 @jit(borrows=True)
 def _unpack(packed: Any, bits: int, codes: Any) -> None:
-    """All codes of the row ``packed``."""
+    """All codes of the row ``packed``, as :mod:`modulora_half_quadratic.packing` arranges them."""
     n = codes.size
     codes[:] = 0
     begin, low = 0, 0
@@ -46,35 +46,31 @@ def _scale(codes: Any, scale: Any, offset: Any, out: Any) -> None:
         out[k] = np.float32(codes[k]) * scale + offset
 
 
-@jit(borrows=True)
-def _decode(
-    packed: Any, scales: Any, offsets: Any, bits: int, group: int, codes: Any, out: Any
-) -> None:
-    """A row of Ŵ from its bytes, scales and offsets; ``codes`` is scratch of the same length, uint8."""
-    _unpack(packed, bits, codes)
-    for g in range(scales.size):
-        a, b = g * group, min((g + 1) * group, out.size)
-        _scale(codes[a:b], scales[g], offsets[g], out[a:b])
-
-
 @jit()
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """Columns ``start ...`` of the rows from ``row`` on: see :class:`modulora_core.kernels.cpu.products.RowKernels`.
-
-    Bits are unpacked by the whole row, so what is asked for in parts (rows of more than 2048 columns) goes through a scratch. Rows may be
-    of any length, so it is no scratch on the stack (:func:`modulora_core.kernels.cpu.scratch.on_stack`), and the function doesn't borrow.
-    """
-    packed, scales, offsets, bits, group, n = weight
+    """Columns ``start ...`` of the rows from ``row`` on: see :class:`CPUKernels`."""
+    packed, scales, offsets, unit, bits, group, n = weight
     codes = np.empty(n, np.uint8)
-    whole = np.empty(0 if columns == n else n, np.float32)
     for r in range(len(out)):
         o = row + r
-        if columns == n:
-            _decode(packed[o], scales[o], offsets[o], bits, group, codes, out[r, :n])
-        else:
-            _decode(packed[o], scales[o], offsets[o], bits, group, codes, whole)
-            out[r, :columns] = whole[start : start + columns]
+        _unpack(packed[o], bits, codes)
+        k = 0
+        while k < columns:
+            g = (start + k) // group
+            stop = min(columns, (g + 1) * group - start)
+            scale = from_half(scales[o, g]) * unit[0]
+            offset = from_half(offsets[o, g]) * unit[0]
+            _scale(codes[start + k : start + stop], scale, offset, out[r, k:stop])
+            k = stop
 
 
-rows = RowKernels(decode)
-"""Tiles and few-row products."""
+def operands(packed: PackedWeight) -> tuple[Any, ...]:
+    """The packed tensors, fp16 as its bits; bits, group size, and the length of a row."""
+    tensors, metadata = packed.tensors, packed.metadata
+    halves = (tensors[name].view(torch.int16) for name in ("scales", "offsets"))
+    sizes = (metadata["bits"], metadata["group_size"], packed.shape[1])
+    return (tensors["codes"], *halves, tensors["unit"], *sizes)
+
+
+kernels = CPUKernels(decode, operands)
+tile, product = kernels.tile, kernels.product

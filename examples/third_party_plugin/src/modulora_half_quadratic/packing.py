@@ -1,24 +1,25 @@
-"""Codes of 1 to 8 bits, stored in as many bits as they have.
+"""Packs codes of 1 to 8 bits without padding them.
 
-A row of b-bit codes is cut into *planes*, one for each binary digit of b: 5 bits are a plane of 4 bits and one of 1 bit,
-7 bits are planes of 4, 2 and 1. The first plane holds the lowest bits of the codes, and the planes of a row follow
-one another.
+A row of b-bit codes is cut into *planes*, one for each binary digit of b. For 5 bits they have 4
+bits and 1 bit. The first plane holds the lowest bits of the codes, and the others follow it.
 
-A plane of width w takes ⌈n · w / 8⌉ bytes for n codes. It is as if the codes were laid out in 8 / w lines of that many codes
-and each column of the table were squeezed into a byte, the first line in its lowest bits. Here w = 2, n = 10::
+A plane of width w takes ⌈n · w / 8⌉ bytes for n codes. The codes form a table with 8 / w lines.
+Each
+column is one byte, with the first line in its lowest bits. Here w = 2, n = 10::
 
     line 0      c0  c1  c2         byte 0 = c0 | c3 << 2 | c6 << 4 | c9 << 6
     line 1      c3  c4  c5         byte 1 = c1 | c4 << 2 | c7 << 4
     line 2      c6  c7  c8         byte 2 = c2 | c5 << 2 | c8 << 4
     line 3      c9  -   -
 
-One shift and one mask then take a whole line out of consecutive bytes, which is what vector instructions do best.
+One shift and one mask take a whole line out of consecutive bytes, which suits vector instructions.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def widths(bits: int) -> tuple[int, ...]:
@@ -27,7 +28,7 @@ def widths(bits: int) -> tuple[int, ...]:
 
 
 def plane_bytes(n: int, width: int) -> int:
-    """Bytes of a plane for ``n`` codes, which is also the length of its lines."""
+    """Bytes of a plane for ``n`` codes. Its lines have this length too."""
     return -(-n * width // 8)
 
 
@@ -37,22 +38,20 @@ def row_bytes(n: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes below 2^bits, uint8 ``[rows, n]``, to bytes, uint8 ``[rows, row_bytes(n, bits)]``."""
+    """Pack codes below 2^bits, uint8 ``[rows, n]``, into uint8 ``[rows, row_bytes(n, bits)]``."""
     rows, n = codes.shape
     planes, low = [], 0
     for width in widths(bits):
         line = plane_bytes(n, width)
-        digits = (codes >> low) & (2**width - 1)
-        table = torch.nn.functional.pad(digits, (0, 8 // width * line - n)).view(
-            rows, 8 // width, line
-        )
-        planes.append((table << _shifts(width, codes.device)).sum(dim=1, dtype=torch.uint8))
+        digits = pad((codes >> low) & (2**width - 1), (0, 8 // width * line - n))
+        table = digits.view(rows, 8 // width, line) << _shifts(width, codes.device)
+        planes.append(table.sum(dim=1, dtype=torch.uint8))
         low += width
     return torch.cat(planes, dim=1)
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse of :func:`pack`: bytes, uint8 ``[rows, row_bytes(n, bits)]``, to codes, uint8 ``[rows, n]``."""
+    """Unpack uint8 ``[rows, row_bytes(n, bits)]`` to codes, uint8 ``[rows, n]``."""
     codes = torch.zeros(len(packed), n, dtype=torch.uint8, device=packed.device)
     begin, low = 0, 0
     for width in widths(bits):

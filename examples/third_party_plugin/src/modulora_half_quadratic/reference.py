@@ -1,4 +1,4 @@
-"""Half-quadratic quantization in plain torch: the truth that the kernels are measured against.
+"""Half-quadratic quantization in plain torch. Kernels must give the same values.
 
 Symbols of Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models"
 (https://mobiusml.github.io/hqq_blog/), for each group of consecutive weights of a row::
@@ -6,20 +6,19 @@ Symbols of Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine L
     W     the weights of the group
     q     their codes, 0 … 2^bits − 1
     s, z  scale and zero point:  Ŵ = s (q − z)
-    φ     the l_p norm with p < 1, which forgives a few large errors
-    W_e   the errors that are forgiven
+    φ     the l_p norm with p < 1, which gives a few large errors little weight
+    W_e   the errors that are outliers
     β     the penalty that ties W_e to the errors; it grows by κ in each step
 
-    min φ(W − Ŵ)  over s, z    is split into                                                the problem
-    min φ(W_e) + β/2 ‖W_e − (W − Ŵ)‖²  over z and W_e, in turn:                             half-quadratic splitting
-        W_e = shrink(W − Ŵ, β)                                                              sub-problem 1
-        z   = mean(q − (W − W_e) / s)                                                       sub-problem 2
+    min φ(W − Ŵ)  over s, z                              the problem
+    min φ(W_e) + β/2 ‖W_e − (W − Ŵ)‖²  over z and W_e    half-quadratic splitting, in turn:
+        W_e = shrink(W − Ŵ, β)                           sub-problem 1
+        z   = mean(q − (W − W_e) / s)                    sub-problem 2
 
-Three things differ from the paper. ``b = −s z``, the value of code 0, stands for z: it fits in fp16 where a nearly constant group
-would need a huge z. Errors are shrunk in units of s, so that β means the same for any magnitude of W. And unless
-``fit_scale`` is off, s isn't that of the group's range but is fitted by least squares to the codes of each step: at 1 and 2
-bits the range is much too wide (README, Error).
-"""
+This differs from the paper in three points. We store ``b = −s z``, the value of code 0: z is too
+large for fp16 if a group is nearly constant. Errors are shrunk in units of s, so that β means the
+same for any magnitude of W. Unless ``fit_scale`` is off, each step fits s by least squares to its
+codes. At 1 and 2 bits the range of a group is much too wide (README, Error)."""
 
 from __future__ import annotations
 
@@ -34,23 +33,23 @@ KAPPA = 1.01
 """The factor κ by which β grows in each step."""
 
 SMALLEST_SCALE = 2.0**-24
-"""The smallest positive fp16, which a constant group takes."""
+"""The smallest positive fp16: the scale of a constant group."""
 
 LARGEST = 65504.0
 """The largest fp16."""
 
 UNIT_EXPONENT = 14
-"""W is divided by a power of two so that its largest magnitude is just below 2¹⁴: far from both ends of fp16."""
+"""A power of two brings the largest magnitude of W just below 2¹⁴, far from both ends of fp16."""
 
 LARGEST_WEIGHT = 2.0**120
-"""W must be smaller, so that Ŵ can't overflow in fp32."""
+"""W must be smaller, so that Ŵ cannot overflow in fp32."""
 
 
 class Groups(NamedTuple):
     """A quantized weight in units of :func:`unit`: ``Ŵ / unit = scales · codes + offsets``.
 
-    ``codes`` are uint8 ``[out, in]``; ``scales``, positive, and ``offsets`` are fp16 ``[out, groups]``.
-    """
+    ``codes`` are uint8 ``[out, in]``; ``scales``, positive, and ``offsets`` are fp16 ``[out,
+    groups]``."""
 
     codes: Tensor
     scales: Tensor
@@ -58,18 +57,21 @@ class Groups(NamedTuple):
 
 
 def unit(W: Tensor) -> Tensor:
-    """The power of two, fp32 ``[1]``, in which ``scales`` and ``offsets`` are stored. NaN if W isn't finite or too large."""
+    """The power of two that ``scales`` and ``offsets`` are multiples of, fp32 ``[1]``.
+
+    It is NaN if W is not finite, or too large.
+    """
     low, high = (W.amin(), W.amax()) if W.numel() else (W.new_zeros(()), W.new_zeros(()))
     largest = torch.maximum(-low, high).to(torch.float32)
-    exponent = torch.frexp(largest).exponent.clamp(
-        min=-112
-    )  # a unit below 2^-126 is no normal number
+    # a unit below 2^-126 is no normal number
+    exponent = torch.frexp(largest).exponent.clamp(min=-112)
     power = torch.ldexp(torch.ones_like(largest), exponent - UNIT_EXPONENT)
     return torch.where(largest < LARGEST_WEIGHT, power, torch.nan).reshape(1)
 
 
 def quantize(W: Tensor, options: Options) -> Groups:
-    """Quantize rows: ``W`` is fp32 or fp64 ``[out, in]``, contiguous, divided by its :func:`unit`."""
+    """Quantize rows: ``W`` is fp32 or fp64 ``[out, in]``, contiguous, divided by its
+    :func:`unit`."""
     rows, columns = W.shape
     G = options.group_size
     whole = columns // G * G
@@ -88,7 +90,11 @@ def quantize(W: Tensor, options: Options) -> Groups:
 
 
 def solve(W: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, uint8 ``[groups, size]``, scales and offsets, fp16 ``[groups, 1]``, of the groups ``W`` ``[groups, size]``."""
+    """Quantize groups ``W``, ``[groups, size]``.
+
+    Returns:
+        codes, uint8 ``[groups, size]``; scales and offsets, fp16 ``[groups, 1]``.
+    """
     low, high = W.aminmax(dim=1, keepdim=True)
     s, b = ((high - low) / options.levels).clamp(min=SMALLEST_SCALE), low
     beta = options.beta
@@ -99,40 +105,43 @@ def solve(W: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
         W_e = s * shrink((W - (s * q + b)) / s, beta, options.p)  # sub-problem 1
         b = (W - W_e - s * q).mean(dim=1, keepdim=True)  # sub-problem 2, times −s
         beta *= KAPPA
-    s, b = (
-        s.clamp(SMALLEST_SCALE, LARGEST).to(torch.float16),
-        b.clamp(-LARGEST, LARGEST).to(torch.float16),
-    )
+    s = s.clamp(SMALLEST_SCALE, LARGEST).to(torch.float16)
+    b = b.clamp(-LARGEST, LARGEST).to(torch.float16)
     q = nearest(W, s.to(W.dtype), b.to(W.dtype), options.levels)
     return q.to(torch.uint8), s, b
 
 
 def nearest(W: Tensor, s: Tensor, b: Tensor, levels: int) -> Tensor:
-    """The codes, still as floats, whose values are nearest to W; a tie takes the even one."""
+    """The codes with the nearest values, as floats; a tie takes the even code."""
     return ((W - b) / s).round_().clamp_(0, levels)
 
 
 def shrink(x: Tensor, beta: float, p: float) -> Tensor:
-    """The generalized soft threshold, sign(x) · max(0, |x| − |x|^(p−1) / β), of Chartrand (2012); for p = 1 the usual one.
+    """The generalized soft threshold, sign(x) · max(0, |x| − |x|^(p−1) / β) (Chartrand 2012).
 
-    Up to β^(−1 / (2 − p)) it is zero: errors that small are not forgiven.
+    For p = 1 it is the usual threshold. Up to β^(−1 / (2 − p)) it is zero.
     """
     magnitude = x.abs()
     return x.sign() * (magnitude - magnitude.pow(p - 1) / beta).relu_()
 
 
 def least_squares(W: Tensor, q: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """The s and b, ``[groups, 1]``, with the least ‖W − (s q + b)‖; s stays what it was where that isn't positive."""
+    """The s and b, ``[groups, 1]``, with the least ‖W − (s q + b)‖. s stays if that is not
+    positive."""
     mean = q.mean(dim=1, keepdim=True)
     centred = q - mean
     fitted = (centred * W).sum(dim=1, keepdim=True) / centred.square().sum(dim=1, keepdim=True)
     s = torch.where(
         fitted > SMALLEST_SCALE, fitted, s
-    )  # NaN, where all codes are equal, isn't greater
+    )  # equal codes give NaN, which is not greater
     return s, (W - s * q).mean(dim=1, keepdim=True)
 
 
 def dequantize(codes: Tensor, scales: Tensor, offsets: Tensor, group_size: int) -> Tensor:
-    """Ŵ, fp32 ``[rows, in]``, of codes ``[rows, in]``, and scales and offsets ``[rows, groups]``, both fp32 and times the unit."""
+    """Ŵ, fp32 ``[rows, in]``, from codes ``[rows, in]``.
+
+    Args:
+        scales: ``[rows, groups]``, fp32, times the unit; and ``offsets`` likewise.
+    """
     group = torch.arange(codes.shape[1], device=codes.device) // group_size
     return codes.to(torch.float32) * scales[:, group] + offsets[:, group]

@@ -1,0 +1,245 @@
+"""Packs, reads and multiplies in another process.
+
+On Linux a server process imports torch once, and forks a child for each job (multiprocessing's
+``forkserver``). A child knows no plugin, no kernel, and nothing of the process that asks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import multiprocessing
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from modulora_conformance.cases import both_ways, fit, gaussian, pack, packed, tile
+from modulora_core.packed import PackedLayout
+from modulora_core.registry import create
+from modulora_core.spec import PackedWeight, Quantizer
+
+TIMEOUT = 600
+"""Seconds: importing torch and compiling kernels, on a busy machine."""
+
+SIDE = 4096
+"""A square weight of 64 MiB in fp32, much more than anything else that packing takes."""
+
+_CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+
+
+def elsewhere(job: Callable[..., Any], *arguments: Any, **environment: str) -> Any:
+    """``job(*arguments)`` in another process, with more environment variables. Fails if it fails.
+
+    ``job`` is a function of a module. Its arguments and its result are pickled.
+    """
+    ours, theirs = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_work, args=(theirs, {**os.environ, **environment}))
+    _start(process)
+    theirs.close()
+    try:
+        ours.send_bytes(pickle.dumps((job, arguments)))
+        if not ours.poll(TIMEOUT):
+            process.kill()
+        result, error = pickle.loads(ours.recv_bytes())
+    except (EOFError, OSError):
+        process.join()
+        result, error = None, f"an end with exit code {process.exitcode}"
+    process.join()
+    if error is not None:
+        pytest.fail(f"expected another process to do the same work, got {error}", pytrace=False)
+    return result
+
+
+def _start(process: Any) -> None:
+    """Start a process in which strings hash differently."""
+    if sys.platform == "linux":
+        _CONTEXT.set_forkserver_preload(["torch", "modulora_core.registry", __name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONHASHSEED", "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1")
+        process.start()
+
+
+def _work(pipe: Any, variables: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    job, arguments = pickle.loads(pipe.recv_bytes())
+    result, failure = None, None
+    try:
+        result = job(*arguments)
+    except BaseException as error:
+        failure = f"{type(error).__name__}: {error}"
+    pipe.send_bytes(pickle.dumps((result, failure)))
+
+
+class Request(NamedTuple):
+    """A packed weight for another process, in the parts that a checkpoint has.
+
+    Attributes:
+        name: the quantizer's.
+        options: as a checkpoint records them.
+        layout: as a checkpoint records it.
+        tensors: the packed tensors.
+        inputs: ``x.NAME: [n, in]`` and ``dY.NAME: [n, out]``. Tiles are read in their dtypes.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    layout: Mapping[str, Any]
+    tensors: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+
+
+def request(quantizer: Quantizer, weight: PackedWeight, *dtypes: torch.dtype) -> Request:
+    """A request with three rows of inputs for both products in each dtype."""
+    inputs = {
+        f"{'dY' if transpose else 'x'}.{name_of(dtype)}": x
+        for dtype in dtypes
+        for transpose, x in both_ways(weight, 3, dtype=dtype, seed=1)
+    }
+    options = quantizer.options.model_dump(mode="json")
+    layout = json.loads(json.dumps(weight.layout.to_json()))
+    return Request(quantizer.spec.name, options, layout, dict(weight.tensors), inputs)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def results(requests: Sequence[Request], guard: bool = False) -> list[dict[str, Tensor]]:
+    """Read and multiply each packed weight. A job for :func:`elsewhere`.
+
+    Args:
+        requests: the packed weights.
+        guard: whether nothing readable follows the last byte of a packed tensor.
+
+    Returns:
+        for each request, ``tile.DTYPE`` with all rows of Ŵ, ``part.DTYPE`` without the first third,
+        and ``product.NAME`` and ``transposed.NAME`` for the inputs.
+    """
+    return [_results(request, guard) for request in requests]
+
+
+def _results(request: Request, guard: bool) -> dict[str, Tensor]:
+    quantizer, layout = (
+        create(request.name, request.options),
+        PackedLayout.from_json(request.layout),
+    )
+    quantizer.check_format(layout)
+    tensors = request.tensors
+    weight = layout.fill({n: guarded(t) for n, t in tensors.items()} if guard else tensors)
+    found = {}
+    for dtype in {x.dtype for x in request.inputs.values()}:
+        found[f"tile.{name_of(dtype)}"] = tile(quantizer, weight, dtype)
+        found[f"part.{name_of(dtype)}"] = tile(quantizer, weight, dtype, weight.shape[0] // 3)
+    for name, x in request.inputs.items():
+        operand, _, of = name.partition(".")
+        product = "transposed" if operand == "dY" else "product"
+        found[f"{product}.{of}"] = quantizer.matmul(x, weight, operand == "dY")
+    return found
+
+
+class Answer(NamedTuple):
+    """Ŵ in fp32 as another process reads it, and the same dense weight as it packs it."""
+
+    tile: Tensor
+    packed: PackedWeight
+
+
+def answered(
+    quantizer: Quantizer, shape: tuple[int, int], before: Sequence[Mapping[str, Any]]
+) -> Answer:
+    """Another process's answer about :func:`modulora_conformance.cases.packed`. Cached.
+
+    The process uses the options in ``before`` first.
+    """
+    options = quantizer.options.model_dump_json()
+    return _answered(type(quantizer), options, shape, json.dumps(list(before)))
+
+
+@lru_cache(maxsize=8)
+def _answered(cls: type[Quantizer], options: str, shape: tuple[int, int], before: str) -> Answer:
+    quantizer = cls(cls.Options.model_validate_json(options))
+    here = packed(quantizer, shape)
+    asked = request(quantizer, here, torch.float32)
+    tile, layout, tensors = elsewhere(_answer, asked, gaussian(here.shape, 0), json.loads(before))
+    return Answer(tile, PackedLayout.from_json(layout).fill(tensors))
+
+
+def _answer(request: Request, dense: Tensor, before: Sequence[Mapping[str, Any]]) -> Any:
+    for options in before:
+        with suppress(Exception):  # a run with these options reports failures
+            quantizer = create(request.name, options)
+            weight = pack(quantizer, gaussian(fit(quantizer, *dense.shape), 1))
+            tile(quantizer, weight)
+            quantizer.matmul(torch.ones(1, weight.shape[1]), weight)
+    (found,) = results([request])
+    there = pack(create(request.name, request.options), dense)
+    return found["tile.float32"], there.layout.to_json(), dict(there.tensors)
+
+
+_KEPT: list[mmap.mmap] = []
+"""Until the process ends: a mapping with a protected page cannot be freed in parts."""
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy of a CPU tensor before a protected page: an out-of-bounds read ends the process.
+
+    In ordinary memory, a kernel that reads a vector beyond its codes works by chance. Linux only.
+    """
+    if tensor.nbytes == 0:
+        return tensor.clone()
+    pages = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    _KEPT.append(memory)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(begin + pages), mmap.PAGESIZE, 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect of the page after a tensor")
+    count, offset = tensor.numel(), pages - tensor.nbytes
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
+    return flat.view(tensor.shape).copy_(tensor)
+
+
+def without_numba(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Use a quantizer where numba cannot be imported. Returns warnings and shapes of results."""
+    sys.modules["numba"] = None  # type: ignore[assignment]  # importing it raises ImportError
+    quantizer = create(name, options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weight = pack(quantizer, gaussian(fit(quantizer, 20, 70), 0))
+        found = [tile(quantizer, weight, torch.bfloat16, 3)]
+        found += [quantizer.matmul(x, weight, t) for t, x in both_ways(weight, 2)]
+    return {
+        "warnings": [str(warning.message) for warning in caught],
+        "shape": weight.shape,
+        "shapes": [tuple(result.shape) for result in found],
+    }
+
+
+def packing_share(name: str, options: Mapping[str, Any], compiled: bool) -> float:
+    """The peak memory of packing a large weight, its own bytes too, in units of the fp32 weight."""
+    if not compiled:
+        sys.modules["numba"] = None  # type: ignore[assignment]
+    warnings.simplefilter("ignore")
+    quantizer = create(name, options)
+    pack(quantizer, gaussian((512, 512), 0))  # whatever is loaded once is not the weight's
+    weight = torch.empty(SIDE, SIDE, dtype=torch.bfloat16).normal_().t()
+    before = _peak_bytes()
+    pack(quantizer, weight)
+    return (_peak_bytes() - before + weight.nbytes) / (4 * weight.numel())
+
+
+def _peak_bytes() -> int:
+    """The peak of the resident memory so far."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

@@ -1,0 +1,1 @@
+"""Checks a quantizer level by level: each module is one level."""

@@ -1,0 +1,290 @@
+"""L5: a layer takes the memory of tiles and activations, and keeps none of it."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from modulora_conformance.cases import inputs, packed, tile
+from modulora_conformance.changes import clone
+from modulora_conformance.checks import Level, needs
+from modulora_conformance.levels.gradients import GRADIENTS
+from modulora_conformance.levels.tiles import LITTLE, OWNED
+from modulora_conformance.problems import SCALE, Problem, output, problem
+from modulora_conformance.results import HARDWARE, Measurements
+from modulora_core.autograd import lora_linear
+from modulora_core.devices.memory import Allocations
+from modulora_core.kernels import one_thread
+from modulora_core.spec import PackedWeight, Quantizer
+from modulora_core.tiles import tile_budget
+
+SHAPE = (512, 512)
+"""1 MiB of dense fp32, 64 tiles. Powers of two, which every quantizer packs fast."""
+
+TILE = 16 * 2**10
+
+ROWS = {"few rows": 2, "many rows": 34}
+"""Kernels for few rows commonly end at 32."""
+
+STEPS = 50
+
+
+@dataclass
+class Footprint:
+    """Bytes above the start: the peak, and the rest at the end. Filled when the block ends."""
+
+    peak: int = 0
+    alive: int = 0
+
+
+Measure = Callable[[list[Tensor]], AbstractContextManager[Footprint]]
+
+
+@contextmanager
+def tensor_footprint(before: list[Tensor]) -> Iterator[Footprint]:
+    """Measure the storages that torch allocates, without the tensors of ``before``."""
+    found = Footprint()
+    with _new_objects(), Allocations(before) as allocations:
+        yield found
+        gc.collect()
+        found.peak, found.alive = allocations.peak, allocations.alive
+
+
+@contextmanager
+def python_footprint(_before: list[Tensor]) -> Iterator[Footprint]:
+    """Measure the memory of Python objects and numpy arrays."""
+    found = Footprint()
+    with _new_objects():
+        tracemalloc.start()
+        try:
+            yield found
+            gc.collect()
+            found.alive, found.peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+
+
+@contextmanager
+def cuda_footprint(_before: list[Tensor]) -> Iterator[Footprint]:
+    """Measure by the statistics of torch's allocator on the current CUDA device."""
+    found = Footprint()
+    gc.collect()
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    yield found
+    gc.collect()
+    torch.cuda.synchronize()
+    found.peak = torch.cuda.max_memory_allocated() - start
+    found.alive = torch.cuda.memory_allocated() - start
+
+
+@contextmanager
+def _new_objects() -> Iterator[None]:
+    """Limit garbage collection to new objects: the libraries have a million old ones."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+MEASURES: dict[str, Measure] = {
+    "tensors": tensor_footprint,
+    "objects and arrays": python_footprint,
+}
+
+
+class Memory(Level):
+    """No dense weight outlives a tile, so that a model trains that does not fit in memory.
+
+    Peaks are counted above the packed weight and the caller's tensors. Memory that a compiled
+    kernel allocates for itself is invisible."""
+
+    level, title = "L5", "memory"
+
+    @needs(GRADIENTS)
+    def test_autograd_saves_no_weight(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails: the result of `matmul` is a view of a much larger tensor.
+
+        Autograd then saves the larger one until the backward. Return a tensor with its own memory.
+        """
+        quantizer, weight = _packed(quantizer)
+        given = problem(weight.shape, torch.float32, rows=(ROWS["few rows"],))
+        x, A, B, bias = given.leaves().values()
+        u, v = (torch.ones(n, requires_grad=True) for n in reversed(weight.shape))
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            y = lora_linear(
+                x, quantizer, weight, bias, A, B, scale=SCALE, input_scale=u, output_scale=v
+            )
+        for tensor in weight.tensors.values():
+            saved.pop(tensor.untyped_storage().data_ptr(), None)
+        # the adapter saves x, x Aᵀ [n, r], A and B; the scales save x, u, Z [n, out] and v
+        needed = sum(t.nbytes for t in (x, A, B, u, v, y)) + len(x) * len(A) * 4
+        measurements.at_most("saved for the backward", sum(saved.values()), needed, unit="bytes")
+
+    @needs(GRADIENTS, LITTLE)
+    def test_peak_memory_is_tiles_and_activations(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails: `matmul` makes a dense weight, or much of one, or unpacks all codes.
+
+        Decode one tile at a time, within `tiles.tile_bytes`.
+        """
+        quantizer, weight = _packed(quantizer)
+        for name, rows in ROWS.items():
+            given = problem(weight.shape, torch.float32, rows=(rows,))
+            with tensor_footprint([]):  # whatever is made once exists after it
+                _step(quantizer, weight, given)
+            for unit, measure in MEASURES.items():  # a tile may be a numpy array
+                _check_peaks(quantizer, weight, given, measure, measurements, f"{name}, {unit}")
+
+    @needs(GRADIENTS, OWNED)
+    def test_nothing_is_kept_after_a_call(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails: a decoded weight, unpacked codes or a tile survives the call.
+
+        A cache, a module's variable, or the quantizer, which all layers share, holds it.
+        """
+        quantizer, weight = _packed(quantizer)
+        few, many = (problem(weight.shape, torch.float32, rows=(n,)) for n in ROWS.values())
+        _step(quantizer, weight, few)
+        held = _held(quantizer)
+        limit = _kept_limit(weight)
+        for name, measure in MEASURES.items():
+            another = clone(weight)  # a cache by weight is filled again
+            given = [tensor for p in (few, many) for tensor in (*p.operands.values(), p.dY)]
+            with measure([*another.tensors.values(), *given]) as found:
+                _step(quantizer, another, few)
+                _step(quantizer, another, many)
+                tile(quantizer, another)
+            measurements.at_most(f"{name} kept", found.alive, limit, unit="bytes")
+        measurements.at_most("kept in the quantizer", _held(quantizer) - held, limit, unit="bytes")
+
+    @needs(GRADIENTS)
+    def test_memory_does_not_grow_over_50_steps(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails: each call leaves something behind.
+
+        Look for a list that grows, a cache without a bound, and a reference to operands.
+        """
+        quantizer, weight = _packed(quantizer)
+        given = problem(weight.shape, torch.float32, rows=(ROWS["few rows"],))
+        leaves = given.leaves()
+        optimizer = torch.optim.SGD([leaves["A"], leaves["B"]], lr=1e-3)
+        before = [*weight.tensors.values(), *leaves.values(), given.dY]
+
+        def steps(n: int) -> None:
+            for step in range(n):
+                x = inputs((1 + step % 3,), weight.shape[1], torch.float32, step)
+                y = output(quantizer, weight, leaves | {"x": x})
+                y.backward(torch.ones_like(y))
+                optimizer.step()
+                optimizer.zero_grad()
+
+        steps(3)
+        # less than a row of x for each step; Python itself keeps some objects for later use
+        limit = STEPS * weight.shape[1] * 4 / 2
+        for name, measure in MEASURES.items():
+            with measure(before) as first:
+                steps(3)
+            with measure(before) as last:
+                steps(STEPS)
+            grown = last.alive - first.alive
+            measurements.at_most(f"growth of {name}", grown, limit, unit="bytes")
+
+    @needs(GRADIENTS)
+    def test_peak_memory_on_cuda_is_tiles_and_activations(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails, though the check on the CPU passes: the GPU's code makes or keeps a dense
+        weight."""
+        if not torch.cuda.is_available():
+            pytest.skip(f"{HARDWARE}no CUDA device")
+        quantizer, on_cpu = _packed(quantizer)
+        weight = on_cpu.to("cuda")
+        for name, rows in ROWS.items():
+            given = problem(weight.shape, torch.float32, rows=(rows,)).to("cuda")
+            _step(quantizer, weight, given)
+            _check_peaks(quantizer, weight, given, cuda_footprint, measurements, f"{name}, CUDA")
+            with cuda_footprint([]) as kept:
+                _step(quantizer, weight, given)
+            limit = _kept_limit(weight)
+            measurements.at_most(f"kept, {name}, CUDA", kept.alive, limit, unit="bytes")
+
+
+def _packed(quantizer: Quantizer) -> tuple[Quantizer, PackedWeight]:
+    """A weight of :data:`SHAPE` and the instance that packed it, cached for all checks."""
+    return _packed_once(type(quantizer), quantizer.options.model_dump_json())
+
+
+@functools.lru_cache(maxsize=16)
+def _packed_once(cls: type[Quantizer], options: str) -> tuple[Quantizer, PackedWeight]:
+    quantizer = cls(cls.Options.model_validate_json(options))
+    return quantizer, packed(quantizer, SHAPE)
+
+
+def _step(quantizer: Quantizer, weight: PackedWeight, given: Problem) -> None:
+    """Forward and backward with everything training. Returns nothing."""
+    output(quantizer, weight, given.leaves()).backward(given.dY)
+
+
+def _kept_limit(weight: PackedWeight) -> float:
+    """Less than the codes at 4 bits; an index, or a vector for each side, fits."""
+    return weight.shape[0] * weight.shape[1] * 4 / 16
+
+
+def _check_peaks(
+    quantizer: Quantizer,
+    weight: PackedWeight,
+    given: Problem,
+    measure: Measure,
+    measurements: Measurements,
+    case: str,
+) -> None:
+    """Limit the peaks of a forward and a backward within the tile budget.
+
+    Eight tiles: decoding in steps, from codes over integers to floats, takes about four, beside the
+    tile before. Three times x and y: the result, and copies in another basis.
+    """
+    leaves = given.leaves()
+    before = [*leaves.values(), *weight.tensors.values(), given.dY]
+    limit = 8 * TILE + 3 * (given.x.numel() + given.dY.numel()) * 4
+    # one thread: on a busy machine, many threads for 64 small tiles take minutes
+    with tile_budget(TILE), one_thread():
+        with measure(before) as forward:
+            y = output(quantizer, weight, leaves)
+        with measure([*before, y]) as backward:
+            y.backward(given.dY)
+    measurements.at_most(f"forward, {case}", forward.peak, limit, unit="bytes")
+    measurements.at_most(f"backward, {case}", backward.peak, limit, unit="bytes")
+
+
+def _held(value: object) -> int:
+    """Bytes of tensors and arrays in an instance's attributes, and in its dicts and lists."""
+    if isinstance(value, Quantizer):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return sum(_held(item) for item in value)
+    return int(getattr(value, "nbytes", 0))

@@ -1,0 +1,217 @@
+"""Turns, their statistics, and the measurements of a quantizer. No test says how fast it is."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from modulora_conformance.bench import quantizer_bench, timing
+from modulora_conformance.bench.quantizer_bench import (
+    BenchConfig,
+    config_for,
+    measure_quantizer,
+    measure_speed,
+)
+from modulora_conformance.bench.timing import Timing, cold_copies, in_turns, rotating
+from modulora_zoo.healthy import Healthy
+from rich.console import Console
+
+from modulora_core.autograd import lora_linear
+from modulora_core.devices import clock
+from modulora_core.errors import OptionError, ShapeError, WorkError
+
+SMALL = BenchConfig(shape=(24, 40), rows=(1, 5), seconds=1e-6)
+
+
+# -- turns
+
+
+def test_calls_take_turns_after_warming_up():
+    made = []
+    calls = {name: lambda name=name: made.append(name) for name in "abc"}
+    timings = in_turns(calls, seconds=60, most=4, warm_up=2)
+    assert made == list("aabbcc") + 4 * list("abc")
+    assert [len(timings[name].turns) for name in "abc"] == [4, 4, 4]
+
+
+def test_a_call_is_timed_alone_and_turns_end_with_the_seconds():
+    calls = {"long": lambda: time.sleep(0.02), "short": lambda: None}
+    timings = in_turns(calls, seconds=1e-9, least=3)
+    assert len(timings["long"].turns) == 3
+    assert min(timings["long"].turns) >= 0.02  # time.sleep never sleeps less
+    assert timings["short"].low < 0.02
+    assert timings["long"].beside(timings["short"]) > 1
+    turns = in_turns({"a": lambda: time.sleep(0.005)}, seconds=0.05, least=1, most=10**6)["a"].turns
+    assert 1 <= len(turns) <= 10
+
+
+@pytest.mark.parametrize("wrong", [{"seconds": 0}, {"least": 0}, {"least": 5, "most": 4}])
+def test_wrong_turns_are_refused(wrong):
+    with pytest.raises(OptionError, match="in_turns: expected calls, seconds > 0"):
+        in_turns({"a": lambda: None}, **wrong)
+    with pytest.raises(OptionError, match="got 0 calls"):
+        in_turns({})
+
+
+def test_statistics_of_turns():
+    ours, dense = Timing((4.0, 2.0, 9.0)), Timing((2.0, 2.0, 3.0))
+    assert (ours.seconds, ours.noise, ours.beside(dense)) == (4.0, 2.0, 2.0)
+    # turn by turn: the medians give 2
+    assert Timing((8.0, 2.0, 9.0)).beside(Timing((8.0, 4.0, 1.0))) == 1.0
+    assert Timing(tuple(float(i) for i in range(30, 0, -1))).low == 4.0
+    assert ours.to_json() == {"seconds": 4.0, "low_seconds": 2.0, "noise": 2.0, "turns": 3}
+
+
+def test_rotating_operands_take_more_than_a_cache(monkeypatch, tmp_path):
+    taken = []
+    call = rotating(taken.append, [1, 2, 3])
+    for _ in range(5):
+        call()
+    assert taken == [1, 2, 3, 1, 2]
+    monkeypatch.setattr(timing, "_CACHES", tmp_path)
+    assert cold_copies(10**7) == -(-2 * timing.LAST_CACHE // 10**7)
+    for i, size in enumerate(("48K\n", "2M\n", "odd\n")):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(size)
+    assert cold_copies(10**6) == 5  # 2 MiB, twice
+    assert (cold_copies(1), cold_copies(10**12)) == (timing.MOST_COPIES, 2)
+
+
+def test_on_cuda_the_device_times_the_call_alone(monkeypatch):
+    """The real clock runs in examples/benchmarks/gpu.py. This holds the order and the unit."""
+    done, slept = [], []
+    event = SimpleNamespace(
+        record=lambda: done.append("event"),
+        synchronize=lambda: done.append("wait"),
+        elapsed_time=lambda _: 250.0,  # milliseconds
+    )
+    # before and after each of four calls: they take the host 1, 1.5, 0.5 and 1 ms
+    now = iter([0.0, 1e-3, 1.0, 1.0 + 1.5e-3, 2.0, 2.0 + 5e-4, 3.0, 3.0 + 1e-3])
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda n: (done.append("sleep"), slept.append(n)))
+    cold = SimpleNamespace(zero_=lambda: done.append("fill"))
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: cold)
+    calls = {"a": lambda: done.append("call")}
+    timings = in_turns(calls, seconds=1e-9, least=3, warm_up=1, device="cuda")
+    assert done == 4 * ["fill", "sleep", "event", "call", "event", "wait"]
+    assert timings["a"].turns == (0.25, 0.25, 0.25)
+    # the device waits for twice the host's last time, and first for the least
+    ahead = [cycles / 2e9 for cycles in slept]
+    assert ahead == pytest.approx([clock.LEAST_AHEAD, 2e-3, 3e-3, 1e-3], rel=1e-6)
+
+
+# -- a quantizer
+
+
+def test_every_comparison_is_made_for_every_dtype_and_number_of_rows():
+    reported = []
+    found = measure_quantizer(Healthy(), SMALL, lambda *progress: reported.append(progress))
+    kinds = [("decode", None), ("forward", 1), ("transposed", 1), ("forward", 5)]
+    kinds += [("transposed", 5), ("lora_step", 5)]
+    expected = [("pack", "float32", None)]
+    expected += [(kind, dtype, rows) for dtype in SMALL.dtypes for kind, rows in kinds]
+    assert [(row.kind, row.dtype, row.rows) for row in found.comparisons] == expected
+    assert [done for _, done, _ in reported[1::2]] == list(range(1, len(expected) + 1))
+    assert {total for _, _, total in reported} == {len(expected)}
+    facts = json.loads(json.dumps(found.to_json()))
+    assert facts["quantizer"] == "zoo-healthy"
+    assert facts["options"] == {"group_size": 32}
+    assert len(facts["comparisons"]) == len(expected)
+    # two weights a byte; two groups a row, of a scale and a zero in fp16
+    values, packed = 24 * 40, 24 * 20 + 24 * 2 * 4
+    moved = [row.moved for row in found.comparisons if row.moved]
+    assert moved[:2] == 2 * [(4 * values + packed, 8 * values)]
+    assert moved[2] == (2 * values + packed, 4 * values)
+    assert facts["bits_per_weight"] == pytest.approx(8 * packed / values)
+    first = found.comparisons[1]
+    assert first.share * moved[1][1] * first.ratio == pytest.approx(moved[1][0])
+    console = Console(file=io.StringIO(), width=120)
+    console.print(found.table())
+    printed = console.file.getvalue()
+    assert "zoo-healthy (group_size=32), 24 x 40, 5.600 bits per weight" in printed
+    assert printed.count("float32") == 7
+
+
+def test_the_dense_step_computes_the_same_as_the_quantizers():
+    draw = torch.Generator().manual_seed(0)
+    x, A, B, dY = (
+        torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
+        for shape in ((5, 40), (8, 40), (24, 8), (5, 24))
+    )
+    packed = Healthy().pack(torch.randn(24, 40, generator=draw))
+    W = Healthy().dequantize_tile(packed, (0, 24), torch.float64)
+    ours = lora_linear(x, Healthy(), packed, A=A, B=B, scale=quantizer_bench.SCALE)
+    dense = quantizer_bench.dense_lora(x, W, A, B)
+    torch.testing.assert_close(ours, dense)
+    gradients = [torch.autograd.grad(y, (x, A, B), dY) for y in (ours, dense)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_required_calibration_is_the_identity(monkeypatch):
+    seen = []
+
+    class Calibrated(Healthy):
+        spec = Healthy.spec.model_copy(update={"calibration": "required"})
+
+        def pack(self, weight, calibration=None):
+            seen.append(calibration.hessian)
+            return super().pack(weight)
+
+    monkeypatch.setattr(
+        Calibrated, "spec", Healthy.spec.model_copy(update={"calibration": "required"})
+    )
+    measure_quantizer(Calibrated(), SMALL)
+    assert [len(H) for H in seen] == [2, 40]  # a small weight first, which compiles
+    assert all(torch.equal(H, torch.eye(len(H))) for H in seen)
+
+
+def test_a_failure_names_the_measurement():
+    class Failing(Healthy):
+        def matmul(self, x, packed, transpose=False):
+            if transpose and x.dtype == torch.bfloat16:
+                raise ZeroDivisionError("no such\nkernel")
+            return super().matmul(x, packed, transpose)
+
+    message = (
+        "bench of zoo-healthy: transposed in bfloat16, 1 row: expected it to work, got "
+        "ZeroDivisionError: no such kernel; `modulora conformance zoo-healthy`"
+    )
+    with pytest.raises(WorkError, match=message):
+        measure_quantizer(Failing(), SMALL)
+    monkeypatched = measure_speed(type("Broken", (Failing,), {"matmul": None})())
+    assert monkeypatched is None
+
+
+def test_a_shape_that_does_not_fit_is_refused_before_any_work():
+    class Lazy(Healthy):
+        def pack(self, weight, calibration=None):
+            raise AssertionError
+
+    with pytest.raises(ShapeError, match="in_features 41"):
+        measure_quantizer(Lazy(), BenchConfig(shape=(24, 41)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"shape": "4096"}, "--shape: expected OUTxIN, such as 4096x11008, got '4096'"),
+        ({"shape": "0x8"}, "shape: expected positive sizes OUTxIN, got 0x8"),
+        ({"rows": (1, 0)}, "rows: expected positive"),
+        ({"seconds": 0.0}, "seconds: expected more than 0, got 0"),
+        ({"seconds": float("nan")}, "seconds: expected more than 0, got nan"),
+        ({"dtypes": ("int4",)}, "dtype: expected some of float32, bfloat16, float16, got int4"),
+    ],
+)
+def test_a_wrong_request_is_refused(wrong, message):
+    asked = {"shape": None, "rows": (), "dtypes": (), "device": torch.device("cpu"), "seconds": 1.0}
+    assert config_for(Healthy(), **asked) == BenchConfig()
+    assert config_for(Healthy(), **asked | {"shape": "8×16"}).shape == (8, 16)
+    with pytest.raises(OptionError, match=message):
+        config_for(Healthy(), **asked | wrong)

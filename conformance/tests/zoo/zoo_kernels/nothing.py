@@ -1,1 +1,0 @@
-"""Stands for a module of kernels."""
