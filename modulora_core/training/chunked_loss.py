@@ -90,6 +90,7 @@ def token_losses(logits: Tensor, labels: Tensor, chunk_bytes: int | None = None)
             at = rows.unbind(1)
             z = logits.head(logits.hidden[at]) if _is_deferred(logits) else logits[at]
             losses[at] = _softmax_loss(z, goals[at], gradient=False)
+            del z  # before the next chunk is computed
     return losses
 
 
