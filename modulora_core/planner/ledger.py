@@ -23,9 +23,6 @@ from modulora_core.tiles import tile_bytes, tile_ranges
 Bytes = Counter[str]
 """Bytes by item: ``{"activations": 1024, ...}``."""
 
-HEAP_BLOCK = 32 * 2**20
-"""The largest block that glibc takes from its heap. A larger one is a mapping of its own."""
-
 
 def plus(a: Bytes, b: Bytes, sign: int = 1) -> Bytes:
     """Give a + b, with negative counts too, which a Counter's own addition drops."""
@@ -58,7 +55,6 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         segments: the finished segments by name; of several with one name the last.
-        largest: bytes of the largest activation of at most :data:`HEAP_BLOCK`.
         experts: the number of experts that share the tokens now.
         most_labels: the number of labels that the loss finds at most.
     """
@@ -66,7 +62,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self, before: Iterable[Tensor], device: torch.device) -> None:
         super().__init__()
         self.segments: dict[str, Segment] = {}
-        self.largest, self.experts, self.most_labels = 0, 1, 1
+        self.experts, self.most_labels = 1, 1
         self._device = device
         self._items = {tensor.untyped_storage()._cdata: ("", 0) for tensor in before}
         self._alive, self._before, self._peak = Bytes(), Bytes(), Bytes()
@@ -125,8 +121,6 @@ class Ledger(TorchDispatchMode):
             return
         self._items[key] = (self._item, nbytes)
         self._alive[self._item] += nbytes
-        if self.largest < nbytes <= HEAP_BLOCK and self._item == "activations":
-            self.largest = nbytes
         self._note(0)
         weakref.finalize(storage, self._release, key)
 

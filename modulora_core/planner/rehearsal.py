@@ -44,14 +44,12 @@ class Rehearsal:
         segments: by name: ``start``, ``forward 0``, ``loss``, ``backward 0``, ``end``. The number
             counts the kinds of blocks.
         kinds: the kind of each block of the model, in order.
-        largest: bytes of the largest tensor on a CPU's heap.
         trained: the number of values of each trained parameter.
         cache: bytes of the keys and values that stay after a prompt.
     """
 
     segments: Mapping[str, Segment]
     kinds: tuple[int, ...]
-    largest: int
     trained: tuple[int, ...] = ()
     cache: int = 0
 
@@ -106,7 +104,7 @@ def rehearse_training(packed: Packed, request: PlanRequest) -> Rehearsal:
         loss.backward()
         del loss
         ledger.end()
-    return Rehearsal(ledger.segments, stage.kinds, ledger.largest, stage.trained)
+    return Rehearsal(ledger.segments, stage.kinds, stage.trained)
 
 
 def rehearse_decoding(packed: Packed, request: PlanRequest) -> Rehearsal:
@@ -125,7 +123,7 @@ def rehearse_decoding(packed: Packed, request: PlanRequest) -> Rehearsal:
         ledger.end()
         caches = {kind: _nbytes(layer) for kind, layer in zip(stage.left, layers, strict=False)}
     cache = sum(caches.get(kind, 0) for kind in stage.kinds)
-    return Rehearsal(ledger.segments, stage.kinds, ledger.largest, cache=cache)
+    return Rehearsal(ledger.segments, stage.kinds, cache=cache)
 
 
 def _nbytes(layer: object) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,11 +49,9 @@ def quantizing(options: dict[str, Any]) -> Taken:
     from modulora_core.quantization import quantize as module
     from modulora_core.registry import Choice
 
-    head = None if "head" not in options else Choice.parse(options["head"])
-    text = None
-    if "calibration" in options:
-        samples, seq_len = options["calibration"]
-        text = CalibrationConfig("pydoc", samples=samples, seq_len=seq_len)
+    head = Choice(options["head"]) if "head" in options else None
+    seen = options.get("calibration")
+    text = seen and CalibrationConfig("pydoc", samples=seen[0], seq_len=seen[1])
     write, counted = module.write_packed, []
 
     def watched(*arguments: Any, **more: Any) -> Any:
@@ -96,14 +94,7 @@ def compiled() -> bool:
     return any(kernel.stats.cache_misses for kernel in kernels)
 
 
-JOBS: Mapping[str, Callable[[dict[str, Any]], Taken]] = {
-    "training": training,
-    "quantizing": quantizing,
-    "decoding": decoding,
-}
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    taken = JOBS[sys.argv[1]](json.loads(sys.argv[2]))
-    print(json.dumps({**taken, "compiled": compiled()}))
+    job = {"training": training, "quantizing": quantizing, "decoding": decoding}[sys.argv[1]]
+    print(json.dumps({**job(json.loads(sys.argv[2])), "compiled": compiled()}))
