@@ -62,18 +62,16 @@ def step(model: Any) -> tuple[float, list[Tensor]]:
     """The loss, and the gradient of each parameter that trains."""
     torch.manual_seed(4)  # dropout
     ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(5))
+    model.zero_grad()
     loss = model(ids, labels=ids).loss
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return loss.item(), list(torch.autograd.grad(loss, trained))
+    loss.backward()  # not autograd.grad, which would skip gradients that nobody asks for
+    return loss.item(), [p.grad for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("train_scales", [False, True], ids=["adapter", "and scales"])
 @pytest.mark.parametrize("keep_products", [False, True], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("architecture", LINEARS)
-def test_gradients_are_the_same_bits(
-    architecture: str, keep_products: bool, train_scales: bool, pack: Pack
-) -> None:
-    model = adapted(pack(architecture, "toy")[1], train_scales=train_scales)
+def test_gradients_are_the_same_bits(architecture: str, keep_products: bool, pack: Pack) -> None:
+    model = adapted(pack(architecture, "toy")[1], train_scales=True)
     loss, expected = step(model)
     checkpoint_activations(model, keep_products=keep_products)
     for _ in range(2):
