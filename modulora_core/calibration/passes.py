@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
-import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
@@ -56,6 +55,18 @@ class Order:
             stages.setdefault(stage_of.get(name, name) if sequential else "", []).append(name)
         return cls(tuple(map(tuple, stages.values())), leaders)
 
+    def renamed(self, before: str, after: str) -> Order:
+        """The order of an equal block, whose parameters have another prefix."""
+
+        def new(name: str) -> str:
+            return after + name.removeprefix(before)
+
+        leaders = {
+            Key(new(key.name), key.index): Key(new(leader.name), leader.index)
+            for key, leader in self.leaders.items()
+        }
+        return Order(tuple(tuple(map(new, stage)) for stage in self.stages), leaders)
+
     def leader(self, key: Key) -> Key:
         """The matrix that sums H for ``key``: itself if it was not used, as some experts are."""
         return self.leaders.get(key, key)
@@ -65,83 +76,8 @@ class Order:
         return [key for key in {leader: leader, **self.leaders} if self.leader(key) == leader]
 
 
-class Collector:
-    """A listener that sums H for one stage, then stops the batch.
-
-    Args:
-        order: the order of the block; stage: the parameters of the stage.
-        stops: whether a batch stops once all inputs of the stage arrived. Batches through experts
-            run to their end, because only the end shows which experts they used.
-        weights: the token weights of held-out samples, if there are any.
-        device: the device of H.
-    """
-
-    def __init__(
-        self,
-        order: Order,
-        stage: Collection[str],
-        *,
-        stops: bool,
-        weights: TokenWeights,
-        device: torch.device,
-    ) -> None:
-        self._order, self._stage, self._stops = order, stage, stops
-        self._weights, self._device = weights, device
-        self._leaders = {leader for leader in order.leaders.values() if leader.name in stage}
-        self._moments: dict[Key, SecondMoment] = {}
-        self._held_out: dict[Key, SecondMoment] = {}
-
-    def begin(self, sample: int | None) -> None:
-        """A batch begins. ``sample`` is its number if it is one held-out sample."""
-        self._waiting, self._sample = set(self._leaders), sample
-        self._rows = Counter[Key]()  # of this sample, so far
-
-    def __call__(self, key: Key, x: Tensor) -> None:
-        if key.name not in self._stage:
-            return
-        if self._order.leader(key) == key:
-            rows = x.reshape(-1, x.shape[-1])
-            if self._sample is None:
-                self._add(self._moments, key, rows)
-            else:  # for all matrices with this input: the batch may stop before they multiply
-                for each in self._order.followers(key):
-                    weights = self._next_weights(each, len(rows), self._sample)
-                    self._add(self._held_out, each, rows * weights.to(rows).sqrt()[:, None])
-        self._waiting.discard(key)
-        if self._stops and not self._waiting:
-            getcurrent().parent.switch()
-
-    def _add(self, moments: dict[Key, SecondMoment], key: Key, rows: Tensor) -> None:
-        if key not in moments:
-            moments[key] = SecondMoment(rows.shape[1], self._device)
-        moments[key].add(rows)
-
-    def _next_weights(self, key: Key, count: int, sample: int) -> Tensor:
-        """The weights of the next ``count`` inputs in a held-out sample."""
-        start = self._rows[key]
-        self._rows[key] += count
-        weights = self._weights[key.name][key.index][sample][start : start + count]
-        assert len(weights) == count, f"{key}: the block multiplied other inputs than before"
-        return weights
-
-    def calibration(self, key: Key, in_features: int, layer: str) -> Calibration:
-        """H of one matrix; with held-out samples a :class:`HeldOutCalibration`.
-
-        Raises:
-            WorkError: H of ``layer`` is not finite.
-        """
-
-        def mean(moments: Mapping[Key, SecondMoment], key: Key) -> Calibration:
-            return (moments.get(key) or SecondMoment(in_features, self._device)).mean(layer)
-
-        found = mean(self._moments, self._order.leader(key))
-        if not self._weights:
-            return found
-        return HeldOutCalibration(found.hessian, found.samples, mean(self._held_out, key))
-
-
 class Passes:
-    """All batches in one block.
+    """All batches in one block. They stop at each stage, and H of its inputs is summed.
 
     Args:
         block: the block.
@@ -150,6 +86,7 @@ class Passes:
         calls: the block's call for each batch; batches: the samples of each batch.
         paused_bytes: the memory for activations of paused batches; 0 lets no batch pause.
         held_out: samples from this number on are held out, each in a batch of its own.
+        weights: the token weights of held-out samples.
     """
 
     def __init__(
@@ -161,19 +98,21 @@ class Passes:
         *,
         paused_bytes: int,
         held_out: int,
+        weights: TokenWeights,
     ) -> None:
         self._block, self._states, self._calls = block, states, calls
-        self._batches, self._held_out = batches, held_out
-        sites = block.sites.values()
-        widest = max((max(s.in_features, s.out_features) for s in sites), default=0)
+        self._batches, self._held_out, self._weights = batches, held_out, weights
+        # only the end of a batch shows which experts it used
+        self._stops = not block.has_experts
+        widest = max((max(s.in_features, s.out_features) for s in block.sites.values()), default=0)
         # an estimate of what a paused token holds: twice a residual and the widest layer's input
         token_bytes = 2 * (states.shape[2] + widest) * states.element_size()
         sizes = [token_bytes * (b.stop - b.start) * states.shape[1] for b in batches]
-        self._pauses = [total <= paused_bytes for total in accumulate(sizes)]
+        self._pauses = [self._stops and total <= paused_bytes for total in accumulate(sizes)]
         self._paused: dict[int, greenlet] = {}
         self._outputs: dict[int, Tensor] = {}
 
-    def order(self, *, sequential: bool) -> Order:
+    def find_order(self, *, sequential: bool) -> Order:
         """The order in which the block uses its weights, from a run of the first batch."""
         uses: list[tuple[Key, Tensor]] = []
         self._block.listen(lambda key, x: uses.append((key, x)))
@@ -181,14 +120,62 @@ class Passes:
         self._block.listen(ignore)
         return Order.of(uses, self._block.sites, sequential=sequential)
 
-    def collect(self, collector: Collector) -> None:
-        """Let ``collector`` see the inputs of its stage, of every batch."""
-        self._block.listen(collector)
+    def collect(self, order: Order, stage: Collection[str]) -> None:
+        """Run each batch until all inputs of ``stage`` arrived, and sum their H."""
+        self._order, self._stage = order, stage
+        self._leaders = {key for key in order.leaders.values() if key.name in stage}
+        self._moments: dict[Key, SecondMoment] = {}
+        self._held_out_moments: dict[Key, SecondMoment] = {}
+        self._block.listen(self._see)
         for i, batch in enumerate(self._batches):
-            sample = batch.start - self._held_out
-            collector.begin(sample if sample >= 0 else None)
+            self._waiting, self._sample = set(self._leaders), batch.start - self._held_out
+            self._rows = Counter[Key]()  # of a held-out sample, so far
             self._continue(i)
         self._block.listen(ignore)
+
+    def _see(self, key: Key, x: Tensor) -> None:
+        """Add the input of a product to H, and stop the batch after the stage's last input."""
+        if key.name not in self._stage:
+            return
+        rows = x.reshape(-1, x.shape[-1])
+        if self._order.leader(key) == key:
+            if self._sample < 0:
+                self._add(self._moments, key, rows)
+            else:  # for all matrices with this input: the batch may stop before they multiply
+                for each in self._order.followers(key):
+                    weights = self._next_weights(each, len(rows)).to(rows)
+                    self._add(self._held_out_moments, each, rows * weights.sqrt()[:, None])
+        self._waiting.discard(key)
+        if self._stops and not self._waiting:
+            getcurrent().parent.switch()
+
+    def _add(self, moments: dict[Key, SecondMoment], key: Key, rows: Tensor) -> None:
+        if key not in moments:
+            moments[key] = SecondMoment(rows.shape[1], self._block.device)
+        moments[key].add(rows)
+
+    def _next_weights(self, key: Key, count: int) -> Tensor:
+        """The weights of the next ``count`` inputs in this held-out sample."""
+        start = self._rows[key]
+        self._rows[key] += count
+        weights: Tensor = self._weights[key.name][key.index][self._sample][start : start + count]
+        assert len(weights) == count, f"{key}: the block multiplied other inputs than before"
+        return weights
+
+    def calibration(self, key: Key, in_features: int, layer: str) -> Calibration:
+        """H of one matrix of the last stage; with held-out samples a :class:`HeldOutCalibration`.
+
+        Raises:
+            WorkError: H of ``layer`` is not finite.
+        """
+
+        def mean(moments: Mapping[Key, SecondMoment], key: Key) -> Calibration:
+            return (moments.get(key) or SecondMoment(in_features, self._block.device)).mean(layer)
+
+        found = mean(self._moments, self._order.leader(key))
+        if not self._weights:
+            return found
+        return HeldOutCalibration(found.hessian, found.samples, mean(self._held_out_moments, key))
 
     def advance(self, states: Tensor) -> None:
         """Replace other hidden states of the same samples by those after the block as it is."""

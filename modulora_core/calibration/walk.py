@@ -9,8 +9,8 @@ A batch must therefore stop in the middle of a block's forward, wait for packing
 1.  The forward is the model's own code, and torch has no hook that suspends it.
 2.  A greenlet can be suspended: it is a function with a stack of its own, in the same thread.
 3.  Each batch runs the block in a greenlet. ``switch()`` starts it or continues it.
-4.  Each observed weight passes its input to a collector, which adds it to H.
-5.  When all inputs of a stage arrived, the collector switches back to the walk.
+4.  Each observed weight passes its input to a listener, which adds it to H.
+5.  When all inputs of a stage arrived, the listener switches back to the walk.
 6.  The walk does this for each batch, packs the stage, and replaces its weights.
 7.  Then it continues each batch: the next product of the batch uses the quantized weights.
 8.  A paused batch holds its activations. Batches beyond :data:`PAUSED_BYTES` do not pause.
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
 from modulora_core.calibration.calls import Call, record_calls
 from modulora_core.calibration.packing import PackedMatrices, Packing
-from modulora_core.calibration.passes import Collector, Passes, TokenWeights
+from modulora_core.calibration.passes import Order, Passes, TokenWeights
 from modulora_core.calibration.states import empty_states
 from modulora_core.calibration.text import CalibrationText
 from modulora_core.calibration.tuning import Tuner
@@ -76,6 +76,7 @@ class BlockWalk:
         self._batches = [slice(i, min(i + size, first)) for i in range(0, first, size)]
         # held-out samples go alone, as they did when their weights were computed
         self._batches += [slice(i, i + 1) for i in range(first, count)]
+        self._orders: dict[tuple[object, ...], tuple[str, Order]] = {}
 
     @torch.no_grad()
     def run(self) -> None:
@@ -125,24 +126,32 @@ class BlockWalk:
         last: bool,
     ) -> None:
         """Fill a block, pack it, tune it, and replace the hidden states by those after it."""
-        packing = self.packing
         dense: dict[str, Tensor] = {}  # a tuner changes vectors before they are written
-        keep: Callable[[str, Tensor], None] = dense.__setitem__ if self.tuner else packing.keep
+        keep: Callable[[str, Tensor], None] = dense.__setitem__ if self.tuner else self.packing.keep
         block = Block(path, module, self.linears, self.source, self.device, keep)
-        may_pause = self.text.config.sequential and not block.has_experts
-        room = self.paused_bytes if may_pause else 0
         passes = Passes(
-            block, states, calls, self._batches, paused_bytes=room, held_out=self._held_out
-        )
+            block, states, calls, self._batches, held_out=self._held_out,
+            paused_bytes=self.paused_bytes if self.text.config.sequential else 0,
+            weights=self.token_weights,
+        )  # fmt: skip
         if self.tuner is None:
-            written = set(filter(packing.is_written, block.sites))
-            self._pack(block, passes, written, packing.write)
+            written = set(filter(self.packing.is_written, block.sites))
+            self._pack(block, passes, written, self.packing.write)
         else:
             passes.advance(self.tuner.targets)  # while the block is dense
             self._pack_and_tune(number, block, passes, dense, self.tuner)
         if not last:
             passes.finish()
         passes.discard()
+
+    def _order(self, block: Block, passes: Passes) -> Order:
+        """The block's order, which equal blocks share."""
+        structure = (type(block.module), *map(block.inside, block.sites))
+        if structure not in self._orders:
+            order = passes.find_order(sequential=self.text.config.sequential)
+            self._orders[structure] = block.path, order
+        path, order = self._orders[structure]
+        return order.renamed(path, block.path)
 
     def _pack_and_tune(
         self, number: int, block: Block, passes: Passes, dense: Mapping[str, Tensor], tuner: Tuner
@@ -174,39 +183,31 @@ class BlockWalk:
     ) -> None:
         """Pack a block's weights stage by stage; read those that an earlier run has ``written``."""
         wanting = set(filter(self.packing.wants_calibration, block.sites))
-        order = passes.order(sequential=self.text.config.sequential)
+        order = self._order(block, passes)
         for stage in order.stages:
-            collector = Collector(
-                order,
-                stage,
-                stops=not block.has_experts,
-                weights=self.token_weights,
-                device=self.device,
-            )
             if wanting.intersection(stage).difference(written):
-                passes.collect(collector)
+                passes.collect(order, stage)
             for name in stage:
                 if name in written:
                     packed = self.packing.read(name)
                 else:
                     matrices = [observed.weight for observed in block.weights[name]]
-                    found = self._calibrations(block, name, collector if name in wanting else None)
+                    found = self._calibrations(block, name, passes)
+                    if name not in wanting:
+                        found = iter([None] * len(matrices))
                     packed = self.packing.pack(name, matrices, found)
                 if packed is not None:
                     write(packed)
                     block.replace(name, packed.values())
 
     def _calibrations(
-        self, block: Block, name: str, collector: Collector | None
+        self, block: Block, name: str, passes: Passes
     ) -> Iterator[Calibration | None]:
         """H of each matrix of a parameter, one at a time: H of many experts is large."""
         for i, observed in enumerate(block.weights[name]):
-            if collector is None:
-                yield None
-                continue
             expert = f" of expert {i}" if block.sites[name].experts is not None else ""
             in_features = observed.weight.shape[1]
-            found = collector.calibration(observed.key, in_features, f"{name}{expert}")
+            found = passes.calibration(observed.key, in_features, f"{name}{expert}")
             if found.samples == 0:
                 self.unreached.append(f"{name}[{i}]")
             yield found
