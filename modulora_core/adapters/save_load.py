@@ -118,7 +118,6 @@ def load_adapter(
             dropout=adapter.dropout,
             channel_scales=delta.channel_scales is not None,
         )
-        layer.scale[name] = delta.scale
         _copy(delta, layer, name)
     if trainable:
         train_only(model, name)

@@ -106,9 +106,12 @@ def test_settings_out_of_range_are_refused(name: str, value: object) -> None:
 
 def test_an_adapter_follows_its_model_into_training_and_evaluation(llama: nn.Module) -> None:
     trained(llama, LoRASettings(rank=4, dropout=0.5))
-    assert torch.equal(logits(llama), logits(llama)), "evaluation drops nothing"
-    llama.train()
-    assert not torch.equal(llama(IDS).logits, llama(IDS).logits), "training drops at random"
+    assert not llama.training
+    for training in (False, True):
+        if training:
+            llama.train()
+        same = torch.equal(llama(IDS).logits, llama(IDS).logits)
+        assert same != training, "training drops at random, evaluation drops nothing"
 
 
 def test_a_name_that_is_taken_is_refused(llama: nn.Module) -> None:
