@@ -230,7 +230,7 @@ def test_16_bit_models_lose_no_more_than_their_own_rounding(dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trains", [True, False], ids=["training", "evaluation"])
 def test_no_more_logits_than_a_chunk_are_alive(trains: bool, dtype: torch.dtype) -> None:
-    """256 rows × 32,768 take 32 MiB in fp32; a chunk is a quarter. The plain loss is the control."""
+    """256 rows × 32,768 take 32 MiB in fp32, a chunk a quarter. The plain loss is the control."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 32768, "num_hidden_layers": 1, "max_position_embeddings": 128}
     model: Any = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).to(dtype)
