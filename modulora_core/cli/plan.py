@@ -10,7 +10,7 @@ from modulora_core.cli import arguments as shared
 from modulora_core.cli.arguments import option, parse_choice
 from modulora_core.cli.finetune import PANELS as FINETUNE_PANELS
 from modulora_core.cli.finetune import field_parameter
-from modulora_core.cli.terminal import Report, terminal
+from modulora_core.cli.terminal import Report
 from modulora_core.cli.text import format_size, table
 from modulora_core.planner.request import UNPLANNED, PlanRequest, finetuning
 from modulora_core.training.config import FinetuneConfig
@@ -117,8 +117,7 @@ def command(
 
     if plot is not None:
         check_picture(plot)
-    with terminal().progress("planning", "trials") as show:
-        plans = plan_all(request) if quantizer is None else [plan_request(request, show)]
+    plans = plan_all(request) if quantizer is None else [plan_request(request)]
     if plot is not None:
         draw(plans, plot)
     if len(plans) == 1 and (quantizer is not None or plans[0].quantizing is None):

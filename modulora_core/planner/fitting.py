@@ -9,11 +9,10 @@ from typing import Any, Literal
 from modulora_core import registry
 from modulora_core.errors import OptionError, RequestError
 from modulora_core.models.ends import EMBEDDINGS, HEAD
-from modulora_core.models.progress import Progress
 from modulora_core.planner import memory
 from modulora_core.planner.memory import Job
 from modulora_core.planner.model import Dense, Packed, open_planned
-from modulora_core.planner.rehearsal import Rehearsal, rehearse_training
+from modulora_core.planner.rehearsal import Rehearsal, rehearse_decoding, rehearse_training
 from modulora_core.planner.request import PlanRequest, finetuning
 from modulora_core.registry import Choice
 
@@ -118,7 +117,6 @@ def plan(
     calibration_samples: int = 128,
     calibration_seq_len: int = 512,
     revision: str | None = None,
-    progress: Progress | None = None,
     **fields: Any,
 ) -> MemoryPlan:
     """Plan the memory of training, decoding and quantizing, from the model's config alone.
@@ -130,7 +128,6 @@ def plan(
     Args:
         quantizer: its name, and its ``options``; None for a packed checkpoint.
         budget: bytes; with a budget the plan says what fits, and which settings save memory.
-        progress: called for each trial of the search in a budget.
         fields: fields of :class:`~modulora_core.training.config.FinetuneConfig`.
 
     The other arguments are attributes of :class:`~modulora_core.planner.request.PlanRequest`.
@@ -144,12 +141,12 @@ def plan(
         model, choice, head, embeddings, finetuning(fields), device, budget, padded,
         calibration_samples, calibration_seq_len, revision,
     )  # fmt: skip
-    return plan_request(request, progress)
+    return plan_request(request)
 
 
-def plan_request(request: PlanRequest, progress: Progress | None = None) -> MemoryPlan:
+def plan_request(request: PlanRequest) -> MemoryPlan:
     """Plan for one quantizer, or for a packed checkpoint. See :func:`plan`."""
-    found = _open(request)
+    found = open_planned(request)
     if isinstance(found, Packed):
         choices = {"quantizer": request.quantizer, f"--{HEAD}": request.head,
                    f"--{EMBEDDINGS}": request.embeddings}  # fmt: skip
@@ -159,11 +156,11 @@ def plan_request(request: PlanRequest, progress: Progress | None = None) -> Memo
                     f"{subject} {choice.label}: expected a model that isn't packed, and "
                     f"{request.model} is; leave it out"
                 )
-        return _fitted(request, found, None, progress)
+        return _fitted(request, found, None)
     if request.quantizer is None:
         raise OptionError(f"model {request.model}: it isn't packed: expected a quantizer, got none")
     packed = found.packed_by(request.quantizer, request.head, request.embeddings)
-    return _fitted(request, packed, found, progress)
+    return _fitted(request, packed, found)
 
 
 def plan_all(request: PlanRequest) -> list[MemoryPlan]:
@@ -171,23 +168,18 @@ def plan_all(request: PlanRequest) -> list[MemoryPlan]:
 
     It leaves out quantizers that cannot pack the model. A packed checkpoint gets one plan.
     """
-    found = _open(request)
+    found = open_planned(request)
     if isinstance(found, Packed):
         return [plan_request(request)]
-    asked = [replace(request, quantizer=choice) for choice in _choices()]
-    packed = [(each, _packed_by(found, each)) for each in asked]
-    return [_plan(each, model, found) for each, model in packed if model is not None]
-
-
-def _open(request: PlanRequest) -> Dense | Packed:
-    found = open_planned(request.model, request.revision, mapped=request.config.mapped)
-    window = (found.dense if isinstance(found, Packed) else found).window
-    if window is not None and request.config.seq_len > window:
-        raise OptionError(
-            f"seq_len {request.config.seq_len}: expected at most {window}, the context of "
-            f"{request.model}"
-        )
-    return found
+    plans: list[MemoryPlan] = []
+    rehearsals = None
+    for choice in _choices():
+        asked = replace(request, quantizer=choice)
+        if (packed := _packed_by(found, asked)) is not None:
+            # every quantizer's operations are the same
+            rehearsals = rehearsals or _rehearse(asked, packed)
+            plans.append(_plan(asked, packed, found, rehearsals))
+    return plans
 
 
 def _choices() -> Iterator[Choice]:
@@ -207,15 +199,19 @@ def _packed_by(dense: Dense, request: PlanRequest) -> Packed | None:
         return None
 
 
-def _training(request: PlanRequest, packed: Packed, rehearsal: Rehearsal | None = None) -> Job:
-    return memory.training(packed, request, rehearsal or rehearse_training(packed, request))
+def _rehearse(request: PlanRequest, packed: Packed) -> tuple[Rehearsal, Rehearsal]:
+    return rehearse_training(packed, request), rehearse_decoding(packed, request)
 
 
 def _plan(
-    request: PlanRequest, packed: Packed, dense: Dense | None, rehearsal: Rehearsal | None = None
+    request: PlanRequest,
+    packed: Packed,
+    dense: Dense | None,
+    rehearsals: tuple[Rehearsal, Rehearsal],
 ) -> MemoryPlan:
     """The three jobs; ``dense`` is the model before it is packed."""
-    recipes, training = packed.record.recipes, _training(request, packed, rehearsal)
+    recipes = packed.record.recipes
+    training = memory.training(packed, request, rehearsals[0])
     return MemoryPlan(
         request,
         "+".join(dict.fromkeys(recipe.quantizer for recipe in recipes)),
@@ -223,18 +219,16 @@ def _plan(
         packed.record.bits_per_weight,
         packed.record.nbytes,
         training,
-        memory.decoding(packed, request),
+        memory.decoding(packed, request, rehearsals[1]),
         None if dense is None else memory.quantizing(packed, request),
         None if request.budget is None else training.nbytes <= request.budget,
     )
 
 
-def _fitted(
-    request: PlanRequest, packed: Packed, dense: Dense | None, progress: Progress | None
-) -> MemoryPlan:
+def _fitted(request: PlanRequest, packed: Packed, dense: Dense | None) -> MemoryPlan:
     """The plan, and what its budget allows."""
-    rehearsal = rehearse_training(packed, request)
-    plan = _plan(request, packed, dense, rehearsal)
+    rehearsals = _rehearse(request, packed)
+    plan = _plan(request, packed, dense, rehearsals)
     if request.budget is None:
         return plan
     config, budget = request.config, request.budget
@@ -242,10 +236,9 @@ def _fitted(
 
     def nbytes(seq_len: int, batch_size: int) -> int:
         if (seq_len, batch_size) not in known:
-            if progress is not None:
-                progress(f"planning {batch_size} × {seq_len} tokens", len(known), 0)
             changed = request.changed(seq_len=seq_len, batch_size=batch_size)
-            known[seq_len, batch_size] = _training(changed, packed).nbytes
+            rehearsal = rehearse_training(packed, changed)
+            known[seq_len, batch_size] = memory.training(packed, changed, rehearsal).nbytes
         return known[seq_len, batch_size]
 
     lengths = range(2, (packed.dense.window or MOST_SEQ_LEN) + 1)
@@ -253,7 +246,9 @@ def _fitted(
     sizes = range(1, MOST_BATCH + 1)
     batch = largest(lambda n: nbytes(config.seq_len, n), budget, config.batch_size, sizes)
     plan = replace(plan, longest_seq_len=longest, largest_batch_size=batch)
-    return plan if plan.fits else replace(plan, changes=_changes(plan, packed, dense, rehearsal))
+    return (
+        plan if plan.fits else replace(plan, changes=_changes(plan, packed, dense, rehearsals[0]))
+    )
 
 
 def largest(nbytes: Callable[[int], int], budget: int, start: int, allowed: range) -> int:
@@ -290,8 +285,9 @@ def _changes(
             changed = request.changed(**fields)
         except OptionError:  # it excludes another setting
             continue
-        same = rehearsal if SAME_STEP.issuperset(fields) else None
-        found[words] = _training(changed, packed, same).nbytes
+        same = SAME_STEP.issuperset(fields)
+        other_rehearsal = rehearsal if same else rehearse_training(packed, changed)
+        found[words] = memory.training(packed, changed, other_rehearsal).nbytes
     # beside weights, steps with other quantizers take about the same memory
     rest = before - sum(memory.loaded(packed, request).values())
     for words, changed in {} if dense is None else _other_quantizers(request).items():

@@ -15,7 +15,7 @@ from modulora_core.calibration import find_blocks
 from modulora_core.checkpoints.checkpoint import check_mapped, open_checkpoint
 from modulora_core.checkpoints.packed_modules import install
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord, Recipe
-from modulora_core.errors import ModelError
+from modulora_core.errors import ModelError, OptionError
 from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.ends import find_ends
 from modulora_core.models.formats import recognise
@@ -23,6 +23,7 @@ from modulora_core.models.locate import locate
 from modulora_core.models.quiet import quiet
 from modulora_core.models.sites import find_sites
 from modulora_core.models.source import open_config
+from modulora_core.planner.request import PlanRequest
 from modulora_core.quantization.layout import choice_of_end, packed_sites
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer
@@ -127,20 +128,27 @@ class Packed:
         return f"{self.blocks}.{number}"
 
 
-def open_planned(name: str, revision: str | None = None, *, mapped: bool = False) -> Dense | Packed:
+def open_planned(request: PlanRequest) -> Dense | Packed:
     """Find MODEL and read its config.
 
-    Args:
-        name: MODEL.
-        revision: of a Hub model.
-        mapped: the run maps its weights.
-
     Raises:
-        OptionError: ``mapped``, and the model is in another tool's format.
-        ModelError: nothing is there, it cannot be used, or it has no decoder blocks.
+        OptionError: a foreign format to be mapped, or sequences longer than the model's context.
+        ModelError: nothing is there, or it cannot be used.
         PluginError: its quantizer is not installed.
         CheckpointError: its record is malformed.
     """
+    found = _open(request)
+    window = (found.dense if isinstance(found, Packed) else found).window
+    if window is not None and request.config.seq_len > window:
+        raise OptionError(
+            f"seq_len {request.config.seq_len}: expected at most {window}, the context of "
+            f"{request.model}"
+        )
+    return found
+
+
+def _open(request: PlanRequest) -> Dense | Packed:
+    name, revision = request.model, request.revision
     location = locate(name, revision)
     values = {} if location.gguf is not None else _config_values(location.folder)
     if dict(values.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
@@ -148,7 +156,7 @@ def open_planned(name: str, revision: str | None = None, *, mapped: bool = False
         return _packed(Dense(name, _config(location.folder)), record)
     if location.gguf is None and recognise(location.folder, values) is not None:
         checkpoint = open_checkpoint(name, revision=revision)
-        if mapped:
+        if request.config.mapped:
             check_mapped(checkpoint, "cpu")
         assert checkpoint.foreign is not None
         dense = Dense(name, checkpoint.foreign.source.config)

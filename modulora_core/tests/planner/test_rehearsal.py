@@ -36,10 +36,11 @@ FAMILIES = [name for name in FAMILIES if name in ARCHITECTURES]
 
 
 def opened(folder: Path, **options: Any) -> tuple[Packed, PlanRequest]:
-    packed = open_planned(str(folder))
-    assert isinstance(packed, Packed)
     run = {"batch_size": BATCH, "seq_len": LENGTH, **NO_DROPOUT, **options}
-    return packed, PlanRequest(str(folder), config=finetuning(run))
+    request = PlanRequest(str(folder), config=finetuning(run))
+    packed = open_planned(request)
+    assert isinstance(packed, Packed)
+    return packed, request
 
 
 def trained_bytes(folder: Path, *, checkpointing: bool) -> int:
@@ -83,9 +84,9 @@ def test_one_block_counts_for_all_of_its_kind(
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     LlamaConfig(**sizes, vocab_size=96, num_hidden_layers=6).save_pretrained(tmp_path)
-    dense = open_planned(str(tmp_path))
     run = {"batch_size": BATCH, "seq_len": LENGTH, "gradient_checkpointing": checkpointing}
     request = PlanRequest(str(tmp_path), config=finetuning(run))
+    dense = open_planned(request)
 
     def peaks() -> list[int]:
         packed = dense.packed_by(Choice("toy"))  # type: ignore[union-attr]
