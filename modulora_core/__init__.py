@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.layers import QuantLinear as QuantLinear
     from modulora_core.packed import PackedLayout as PackedLayout
     from modulora_core.packed import PackedWeight as PackedWeight
+    from modulora_core.planner.fitting import plan as plan
     from modulora_core.quantization.quantize import quantize as quantize
     from modulora_core.spec import Calibration as Calibration
     from modulora_core.spec import Promise as Promise
@@ -54,6 +55,7 @@ _PUBLIC = {
     "load_adapter": "adapters.save_load",
     "load_model": "checkpoints.checkpoint",
     "merge": "adapters.merge",
+    "plan": "planner.fitting",
     "quantize": "quantization.quantize",
     "register": "checkpoints.hf_quantizer",
     "save_adapter": "adapters.save_load",
