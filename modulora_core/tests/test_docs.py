@@ -173,6 +173,7 @@ def test_the_first_tutorial_gives_the_perplexities_of_the_page(tmp_path: Path) -
     assert after == pytest.approx(float(promised[2]), abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("modulora_nf4") is None, reason="pip install ./plugins/nf4")
 def test_the_python_of_the_docs_runs(tmp_path: Path) -> None:
     save_llama_with_tokenizer(tmp_path / "dense-model")
