@@ -206,13 +206,31 @@ class Tuner:
             return functional_call(block.module, values, args, kwargs)
 
         sides = [side for each in scales.values() for side in (each.input, each.output)]
-        trained = [*sides, *vectors.values()]
-        steps = self._config.epochs * len(self._trained)
-        optimizer = torch.optim.Adam(self._groups(sides, vectors.values()))
-        factor = partial(learning_rate_factor, steps=steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         for name, each in scales.items():
             block.weights[name][0].scales = each
+        trained = [*sides, *vectors.values()]
+        groups = self._groups(sides, vectors.values())
+        self._descend(number, block, run, groups, trained, before)
+        for name in scales:
+            block.weights[name][0].scales = None
+        for tensor in trained:
+            tensor.requires_grad_(False)
+        return scales, vectors
+
+    def _descend(
+        self,
+        number: int,
+        block: Block,
+        run: Callable[..., Any],
+        groups: list[dict[str, Any]],
+        trained: Sequence[Tensor],
+        before: float,
+    ) -> None:
+        """Minimise the error of ``run``, which is ``before`` at the beginning, by Adam."""
+        optimizer = torch.optim.Adam(groups)
+        steps = self._config.epochs * len(self._trained)
+        factor = partial(learning_rate_factor, steps=steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         for i in self._order(block.path):
             inputs, targets = self._states(block, self._trained[i])
             with torch.enable_grad():
@@ -224,11 +242,6 @@ class Tuner:
             optimizer.step()
             schedule.step()
             self._progress()
-        for name in scales:
-            block.weights[name][0].scales = None
-        for tensor in trained:
-            tensor.requires_grad_(False)
-        return scales, vectors
 
     def _groups(self, sides: Sequence[Tensor], vectors: Iterable[Tensor]) -> list[dict[str, Any]]:
         """Adam's groups. Adam ignores a parameter's size, so the rate of a vector follows it."""

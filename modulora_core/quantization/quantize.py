@@ -165,17 +165,10 @@ def quantize(
                 calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
             )  # fmt: skip
             request, nbytes = layout.record.to_json(), layout.nbytes
-        if not source.has_tokenizer:
-            logger.warning(
-                "model %s: it has no tokenizer files, such as %s, so the packed model has none; "
-                "finetune, generate, chat and evaluate need them: put them into its folder, or "
-                "later into the packed one",
-                source.location.model,
-                TOKENIZER_FILES[0],
-            )
+        _warn_without_tokenizer(source)
         request |= {"max_shard_bytes": max_shard_bytes}
-        if text is not None:  # tuning needs the hidden states of the dense model too
-            files = 1 if text.config.tuning is None else 2
+        if text is not None:
+            files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
             tokens, spill = text.ids.numel(), text.config.spill
             nbytes += files * spilled_bytes(tokens, source.config, where, spill)
         with unfinished(source, out, request, nbytes, resume, progress) as (folder, resumes):
@@ -188,6 +181,17 @@ def quantize(
         return result
     table = mixture.table(layout.record)
     return replace(result, quantizer=MIXED, options={}, allocation=table)
+
+
+def _warn_without_tokenizer(source: ModelSource) -> None:
+    if not source.has_tokenizer:
+        logger.warning(
+            "model %s: it has no tokenizer files, such as %s, so the packed model has none; "
+            "finetune, generate, chat and evaluate need them: put them into its folder, or later "
+            "into the packed one",
+            source.location.model,
+            TOKENIZER_FILES[0],
+        )
 
 
 @contextmanager
