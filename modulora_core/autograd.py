@@ -85,7 +85,9 @@ def packed_product(
 
 def _lora(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
     """``s · (x Aᵀ) Bᵀ``, ``[..., out]``."""
-    x = F.dropout(x.to(compute_dtype(x.dtype, x.device)), dropout)
+    x = x.to(compute_dtype(x.dtype, x.device))
+    if dropout:  # F.dropout saves a mask in x's dtype on a CPU; this one's is bool
+        x = torch.native_dropout(x, dropout, True)[0]
     return F.linear(scale * F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
