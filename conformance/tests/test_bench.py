@@ -185,8 +185,7 @@ def test_a_failure_names_the_measurement():
     )
     with pytest.raises(WorkError, match=message):
         measure_quantizer(Failing(), SMALL)
-    monkeypatched = measure_speed(type("Broken", (Failing,), {"matmul": None})())
-    assert monkeypatched is None
+    assert measure_speed(type("Broken", (Failing,), {"matmul": None})()) == {}
 
 
 def test_a_shape_that_does_not_fit_is_refused_before_any_work():

@@ -58,7 +58,7 @@ def passing(configuration="defaults"):
 def make(checks=None, **fields):
     if checks is None:
         checks = [check for name in CONFIGURATIONS for check in passing(name)]
-    timing = {"name": "x Ŵᵀ, 1 row", "seconds": 2e-5, "dense_seconds": 6e-5}
+    timing = {"name": "x", "seconds": 2e-5, "dense_seconds": 6e-5, "bytes": 0, "noise": 1.1}
     known = {
         "quantizer": "mine",
         "suite": "2026.11",
@@ -166,7 +166,6 @@ def test_saved_json_is_read_as_the_same_run(broken, tmp_path):
     text = (tmp_path / "mine.json").read_text()
     assert not re.search("Infinity|NaN", text)
     again = read_file(tmp_path / "mine.json")
-    assert again == broken.model_copy(update={"checks": again.checks})
     assert again.model_dump_json() == broken.model_dump_json()
     write_report(again, tmp_path / "again")
     assert (tmp_path / "again" / "mine.html").read_text() == (tmp_path / "mine.html").read_text()

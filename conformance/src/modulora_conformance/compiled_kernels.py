@@ -179,6 +179,7 @@ class CompiledKernels:
 
     @on_linux
     @on_x86
+    @pytest.mark.slow
     @pytest.mark.parametrize("instructions", INSTRUCTIONS)
     def test_other_instruction_sets_give_the_same_values(
         self,

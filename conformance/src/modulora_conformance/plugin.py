@@ -81,6 +81,7 @@ def configurations(name: str, options: list[str]) -> list[Configuration]:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+    config.addinivalue_line("markers", "slow: compiles for many seconds")
     config.pluginmanager.register(Recorder(config), "modulora_conformance_recorder")
     name = config.getoption("--quantizer")
     if name is not None:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from modulora_conformance import SUITE
 from modulora_conformance.checks import GUARD, Level, about, checks_of, meanings, needed_by
-from modulora_conformance.results import GOLDEN, About, Kind, Measurements, Outcome, Run
+from modulora_conformance.results import GOLDEN, Kind, Measurements, Outcome, Run
 
 if TYPE_CHECKING:
     from modulora_core.spec import Quantizer
@@ -83,7 +83,7 @@ class Recorder:
             checks=tuple(outcome for subject in subjects for outcome in subject.outcomes),
             seed=str(self._config.getoption("hypothesis_seed", "")),
             environment=environment(),
-            about={level: About(**texts) for level, texts in about(cls).items()},
+            about=about(cls),
             meanings=meanings(cls),
         )
         certified = self._config.getoption("--certified") and run.sound
@@ -183,7 +183,7 @@ class Recorder:
             if s.quantizer.spec.name == run.quantizer
         }
         speed = {name: measure_speed(quantizer) for name, quantizer in subjects.items()}
-        found = {name: measured for name, measured in speed.items() if measured is not None}
+        found = {name: measured for name, measured in speed.items() if measured}
         write_report(run.model_copy(update={"speed": found}), folder)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

@@ -119,38 +119,6 @@ class Outcome(_Value):
         return self.outcome != "passed"
 
 
-class About(_Value):
-    """The name and the purpose of a level."""
-
-    title: str = ""
-    text: str = ""
-
-
-class Timing(_Value):
-    """One comparison of speed with a dense weight. Seconds are medians."""
-
-    name: str
-    seconds: float = Field(gt=0)
-    dense_seconds: float = Field(gt=0)
-    bytes: int = 0
-    """Bytes read and written, for the bandwidth; 0 for products."""
-    noise: float = 1.0
-    """The worse of the two ratios of a median to its best; about 1 on an idle machine."""
-
-    @property
-    def speed(self) -> float:
-        """How many times as fast as dense."""
-        return self.dense_seconds / self.seconds
-
-
-class Speed(_Value):
-    """The timings of one configuration, for a weight of ``shape`` on ``threads`` threads."""
-
-    shape: tuple[int, int]
-    threads: int
-    timings: tuple[Timing, ...]
-
-
 class Run(_Value):
     """Everything that a run found for one quantizer."""
 
@@ -167,10 +135,10 @@ class Run(_Value):
     checks: tuple[Outcome, ...]
     seed: str
     environment: Mapping[str, Any]
-    about: Mapping[str, About] = {}
+    about: Mapping[str, Mapping[str, str]] = {}
     meanings: Mapping[str, str] = {}
-    speed: Mapping[str, Speed] = {}
-    """By configuration. No check depends on it."""
+    speed: Mapping[str, Mapping[str, Any]] = {}
+    """By configuration, from :func:`modulora_conformance.bench.quantizer_bench.measure_speed`."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -212,7 +180,7 @@ class Run(_Value):
 
     def title(self, level: str) -> str:
         """The name of a level."""
-        return self.about[level].title if level in self.about else ""
+        return self.about.get(level, {}).get("title", "")
 
 
 def read_file(path: Path) -> Run:

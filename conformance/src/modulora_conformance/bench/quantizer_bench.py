@@ -30,8 +30,6 @@ from modulora_conformance.bench.comparisons import RANK, Bench, Comparison
 from modulora_conformance.bench.timing import Call, cold_copies, in_turns, rotating
 from modulora_conformance.cases import SPREAD, accepts
 from modulora_conformance.changes import clone
-from modulora_conformance.results import Speed
-from modulora_conformance.results import Timing as SpeedTiming
 from modulora_core.autograd import lora_linear
 from modulora_core.devices.dense_products import compute_dtype
 from modulora_core.errors import ModuLoRAError, OptionError, ShapeError, WorkError
@@ -141,8 +139,8 @@ def measure_quantizer(
     return _Measurement(quantizer, config, progress).run(packed)
 
 
-def measure_speed(quantizer: Quantizer) -> Speed | None:
-    """A short measurement for a report: one and 512 rows in float32. None if the quantizer fails.
+def measure_speed(quantizer: Quantizer) -> dict[str, Any]:
+    """A short measurement for a report: one and 512 rows in float32. Empty if the quantizer fails.
 
     The weight has short rows: the packing time of calibrated quantizers grows with their square.
     """
@@ -151,18 +149,18 @@ def measure_speed(quantizer: Quantizer) -> Speed | None:
     try:
         found = measure_quantizer(quantizer, config)
     except Exception:  # a check reports it
-        return None
+        return {}
     timings = [
-        SpeedTiming(
-            name=row.label,
-            seconds=row.ours.seconds,
-            dense_seconds=row.dense.seconds,
-            bytes=row.moved[0] if row.moved else 0,
-            noise=row.noise,
-        )
+        {
+            "name": row.label,
+            "seconds": row.ours.seconds,
+            "dense_seconds": row.dense.seconds,
+            "bytes": row.moved[0] if row.moved else 0,
+            "noise": row.noise,
+        }
         for row in found.comparisons
     ]
-    return Speed(shape=shape, threads=torch.get_num_threads(), timings=tuple(timings))
+    return {"shape": shape, "threads": torch.get_num_threads(), "timings": timings}
 
 
 class _Measurement:

@@ -45,7 +45,7 @@ NOISY = 2.0
 def page(run: Run) -> str:
     """The text of the page."""
     levels = {level: _groups(run, level) for level in run.levels}
-    noises = [timing.noise for speed in run.speed.values() for timing in speed.timings]
+    noises = [timing["noise"] for speed in run.speed.values() for timing in speed["timings"]]
     return _template().render(
         run=run,
         verdict=verdict(run),

@@ -121,16 +121,12 @@ def rows(run: Run) -> list[Row]:
 
 
 def share_text(share: float) -> str:
-    """A share of a limit: ``"0"``, ``"12%"``, ``"7.1 ×"`` above it, ``"not finite"``."""
+    """A share of a limit: ``"0%"``, ``"12%"``, ``"7.1 ×"`` above it, ``"not finite"``."""
     if not math.isfinite(share):
         return "not finite"
     if share > 1.005:
         return f"{share:.3g}\u00a0×"
-    return (
-        f"{100 * share:.{0 if share >= 0.1 else 2}{'f' if share >= 0.1 else 'g'}}%"
-        if share
-        else "0"
-    )
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
 def measured_text(found: Measurement) -> str:
