@@ -130,8 +130,8 @@ def test_every_comparison_is_made_for_every_dtype_and_number_of_rows():
     assert moved[:2] == 2 * [(4 * values + packed, 8 * values)]
     assert moved[2] == (2 * values + packed, 4 * values)
     assert facts["bits_per_weight"] == pytest.approx(8 * packed / values)
-    first = found.comparisons[1]
-    assert first.share * moved[1][1] * first.ratio == pytest.approx(moved[1][0])
+    first = facts["comparisons"][1]
+    assert first["share_of_copy"] * moved[1][1] * first["ratio"] == pytest.approx(moved[1][0])
     console = Console(file=io.StringIO(), width=120)
     console.print(found.table())
     printed = console.file.getvalue()

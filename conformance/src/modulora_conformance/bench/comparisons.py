@@ -48,12 +48,6 @@ class Comparison:
     moved: tuple[int, int] | None = None
 
     @property
-    def label(self) -> str:
-        """``"x Ŵᵀ, 16 rows"``."""
-        rows = "" if self.rows is None else f", {self.rows} row{'s' * (self.rows > 1)}"
-        return f"{LABELS[self.kind]}{rows}"
-
-    @property
     def ratio(self) -> float:
         """The quantizer's time divided by the dense way's: below 1 it is faster."""
         return self.ours.beside(self.dense)
@@ -63,18 +57,17 @@ class Comparison:
         """The worse noise of the two timings."""
         return max(self.ours.noise, self.dense.noise)
 
-    @property
-    def bandwidth(self) -> float | None:
-        """Bytes a second that the quantizer moves; None for products."""
-        return self.moved[0] / self.ours.seconds if self.moved else None
-
-    @property
-    def share(self) -> float | None:
-        """:attr:`bandwidth` divided by the copy's: 1 is the memory's speed."""
-        return self.moved[0] / self.moved[1] / self.ratio if self.moved else None
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"kind": self.kind, "dtype": self.dtype, "rows": self.rows}
+        found |= {"ratio": self.ratio, "ours": self.ours.to_json(), "dense": self.dense.to_json()}
+        if self.moved:
+            found["bytes_per_second"] = self.moved[0] / self.ours.seconds
+            found["share_of_copy"] = self.moved[0] / self.moved[1] / self.ratio
+        return found
 
     def cells(self) -> tuple[str, ...]:
         """A row of the table."""
+        found = self.to_json()
         return (
             LABELS[self.kind],
             self.dtype,
@@ -82,22 +75,14 @@ class Comparison:
             f"{1e3 * self.ours.seconds:.3f}",
             f"{1e3 * self.dense.seconds:.3f}",
             f"{self.ratio:.2f}",
-            "" if self.bandwidth is None else f"{self.bandwidth / 1e9:.3g}",
-            "" if self.share is None else f"{100 * self.share:.3g} %",
+            f"{found['bytes_per_second'] / 1e9:.3g}" if self.moved else "",
+            f"{100 * found['share_of_copy']:.3g} %" if self.moved else "",
         )
-
-    def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"kind": self.kind, "dtype": self.dtype, "rows": self.rows}
-        found |= {"ratio": self.ratio, "ours": self.ours.to_json(), "dense": self.dense.to_json()}
-        if self.moved:
-            found |= {"bytes_per_second": self.bandwidth, "share_of_copy": self.share}
-        return found
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The comparisons of one quantizer with its options, for a weight of ``shape`` ``(out,
-    in)``."""
+    """The comparisons of one quantizer with its options, for a weight of ``shape`` ``(out, in)``."""
 
     quantizer: Quantizer
     shape: tuple[int, int]
@@ -105,14 +90,8 @@ class Bench:
     bits_per_weight: float
     comparisons: tuple[Comparison, ...]
 
-    @property
-    def noise(self) -> float:
-        """The worst of all timings."""
-        return max(row.noise for row in self.comparisons)
-
     def to_json(self) -> dict[str, Any]:
-        """The object of ``modulora bench --json``: seconds, bytes a second, and ratios ours /
-        dense."""
+        """The object of ``modulora bench --json``: seconds, bytes a second, ratios ours / dense."""
         return {
             "quantizer": self.quantizer.spec.name,
             "options": self.quantizer.options.model_dump(mode="json"),
@@ -123,7 +102,7 @@ class Bench:
             "torch": torch.__version__,
             "rank": RANK,
             "bits_per_weight": self.bits_per_weight,
-            "noise": self.noise,
+            "noise": max(row.noise for row in self.comparisons),
             "comparisons": [row.to_json() for row in self.comparisons],
         }
 
@@ -150,9 +129,9 @@ class Bench:
             "Milliseconds are medians of the turns. A ratio below 1 is faster than dense. "
             "GB/s count all bytes read and written."
         )
-        if self.noise > NOISY:
+        if facts["noise"] > NOISY:
             notes += (
-                f"\nThe machine is busy: a median was {self.noise:.1f} times its best. "
+                f"\nThe machine is busy: a median was {facts['noise']:.1f} times its best. "
                 "Ratios are steadier than times; --seconds makes both steadier."
             )
         return Group(Text(head), table, Text(notes))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modulora_conformance.bench.comparisons import RANK, Bench, Comparison
+from modulora_conformance.bench.comparisons import LABELS, RANK, Bench, Comparison
 from modulora_conformance.bench.timing import Call, cold_copies, in_turns, rotating
 from modulora_conformance.cases import SPREAD, accepts
 from modulora_conformance.changes import clone
@@ -152,7 +152,7 @@ def measure_speed(quantizer: Quantizer) -> dict[str, Any]:
         return {}
     timings = [
         {
-            "name": row.label,
+            "name": LABELS[row.kind] + (f", {row.rows} rows" if row.rows else ""),
             "seconds": row.ours.seconds,
             "dense_seconds": row.dense.seconds,
             "bytes": row.moved[0] if row.moved else 0,
