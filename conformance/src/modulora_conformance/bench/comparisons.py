@@ -82,7 +82,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The comparisons of one quantizer with its options, for a weight of ``shape`` ``(out, in)``."""
+    """The comparisons of one quantizer with its options, for a weight ``[out, in]``."""
 
     quantizer: Quantizer
     shape: tuple[int, int]
