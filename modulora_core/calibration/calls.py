@@ -66,12 +66,7 @@ def record_calls(
     batches: Iterable[slice],
     device: torch.device,
 ) -> Iterator[tuple[slice, Tensor, list[Call]]]:
-    """Run the model's forward up to its last block, for each batch.
-
-    Args:
-        model: of :func:`~modulora_core.calibration.blocks.outer_model`.
-        blocks: its decoder blocks.
-        ids: the samples, int64 ``[samples, seq_len]``.
+    """Run the forward of an ``outer_model`` up to its last block, for each batch of ``ids``.
 
     Yields:
         the batch; the hidden state before the first block, ``[samples, seq_len, hidden]``; a call
@@ -135,13 +130,7 @@ def logits_after(
 ) -> Tensor:
     """The model's logits if its last block returned ``hidden``; differentiable in ``hidden``.
 
-    Args:
-        model: with values outside of the blocks; blocks: they do not run.
-        calls: of each block for this batch.
-        ids: the batch, int64 ``[samples, seq_len]``; hidden: ``[samples, seq_len, hidden]``.
-
-    Returns:
-        ``[samples, seq_len, vocabulary]``.
+    The blocks do not run. ``ids`` and ``calls`` are the batch and its calls.
     """
     answers = [call.answer(hidden) for call in calls]
     with _forwards(blocks, [lambda *_, answer=each, **__: answer for each in answers]):

@@ -69,13 +69,8 @@ def loss_sensitivities(
     """Compute s and w of each of ``linears`` in a decoder block.
 
     Args:
-        source: the model.
-        ids: the samples, int64 ``[samples, seq_len]``.
-        linears: the layers.
-        device: the device of the blocks.
-        folder: for hidden states in a file.
-        seed: for the drawn tokens.
-        spill: whether to keep hidden states in a file; None decides by size.
+        ids: the samples, int64 ``[samples, seq_len]``; seed: for the drawn tokens.
+        folder: for hidden states in a file, if ``spill``; None decides by size.
         progress: called with ``"weighing"``, the bytes of ``linears`` done and all of them. Each
             pass counts half.
 

@@ -50,8 +50,7 @@ class BlockWalk:
         source: the model; text: the samples.
         linears: the parameters to pack; the walk skips parameters outside of the blocks.
         packing: packs them; tuner: tunes each packed block.
-        device: blocks run there, on a CPU in fp32, elsewhere in the model's dtype.
-        folder: for hidden states in a file.
+        device: the device of the blocks; folder: for hidden states in a file.
         token_weights: holds the last samples out, as many as it has weights for. Then each
             calibration is a :class:`~modulora_core.calibration.packing.HeldOutCalibration`.
         paused_bytes: see :data:`PAUSED_BYTES`.

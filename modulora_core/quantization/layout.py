@@ -79,11 +79,7 @@ class Selection:
     embeddings: Choice | None = None
 
     def sort(self, source: ModelSource) -> tuple[list[LinearSite], list[End], dict[str, str]]:
-        """The linear layers to pack, the packed ends, and name → reason of all other parameters.
-
-        Raises:
-            OptionError: a pattern matches nothing, or an end can't be packed.
-        """
+        """The linear layers to pack, the packed ends, and name → reason of all other parameters."""
         model = source.skeleton()
         found = find_sites(model, include=self.include, exclude=self.exclude)
         ends = find_ends(model, self.head, self.embeddings, source.parameters)
@@ -201,9 +197,6 @@ def layout_with(
         kept: name → reason of every other parameter. A parameter that is tied to a packed one is
             packed with it, and not recorded.
         allocation: the record's entry about a budget.
-
-    Raises:
-        ShapeError: a quantizer can't take a layer's shape; the message names the layer.
     """
     sites, weights = packed_sites(linears, quantizers, chosen)
     packed_too = {tied_to(name) for name in weights}
@@ -225,11 +218,7 @@ def layout_with(
 def packed_sites(
     linears: Sequence[LinearSite], quantizers: Sequence[Quantizer], chosen: Mapping[str, int]
 ) -> tuple[tuple[PackedSite, ...], dict[str, int]]:
-    """Each kind of packed parameter once, and by name the kind of every parameter.
-
-    Raises:
-        ShapeError: a quantizer can't take a layer's shape; the message names the layer.
-    """
+    """Each kind of packed parameter once, and by name the kind of every parameter."""
     layouts: dict[tuple[int, tuple[int, int]], PackedLayout] = {}
     packed = []
     for linear in linears:

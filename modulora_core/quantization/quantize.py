@@ -252,11 +252,7 @@ def write_packed(
     resume: bool,
     progress: Progress | None,
 ) -> Packed:
-    """Write all files of ``layout`` into an unfinished folder.
-
-    Raises:
-        ModelError, WorkError: as :func:`modulora_core.quantization.packer.pack_all`.
-    """
+    """Write all files of ``layout`` into an unfinished folder."""
     writer = ShardWriter(folder, layout.shards, resume=resume)
     packed = pack_all(source, layout, writer, device, progress)
     config = source.config

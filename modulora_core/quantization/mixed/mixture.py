@@ -117,16 +117,7 @@ class Mixture:
     def choose(
         self, device: torch.device, folder: Path, *, resume: bool, progress: Progress | None
     ) -> Layout:
-        """Measure every layer's errors, and choose its quantizer.
-
-        Args:
-            folder: for the journal of errors, and for hidden states in a file.
-            resume: whether to continue the journal. The caller checks that the request is equal.
-
-        Raises:
-            ModelError: the model can't run block by block.
-            WorkError: an input, a gradient or an error is NaN or Inf.
-        """
+        """Measure every layer's errors (:func:`measure_errors`), and choose its quantizer."""
         self._errors = measure_errors(
             self.source, self.calibration, self.linears, self.quantizers,
             seed=self.seed, device=device, folder=folder, resume=resume, progress=progress,

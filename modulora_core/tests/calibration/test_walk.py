@@ -136,6 +136,7 @@ def test_every_parameter_of_the_blocks_is_packed_or_kept_once(
     for name, matrices in seen.weights.items():
         stack = stored[name] if len(matrices) > 1 else stored[name][None]
         for matrix, expected in zip(matrices, stack, strict=True):
+            assert matrix.dtype == torch.float32
             assert torch.equal(
                 matrix, (expected.t() if architecture == "gpt2" else expected).float()
             )
@@ -248,6 +249,17 @@ def test_an_expert_without_tokens_gets_the_identity_and_is_listed(tmp_path: Path
         found = seen.calibrations[stack, int(index)]
         assert found.samples == 0
         assert torch.equal(found.hessian, torch.eye(found.hessian.shape[0]))
+
+
+def test_experts_that_the_first_batch_does_not_use_see_the_others(tmp_path: Path) -> None:
+    folder, seen = save_tiny_model("mixtral", tmp_path), Seen()
+    ids = IDS[:, :1]  # each batch has one token, which reaches two of four experts
+    expected = second_moments(dense(folder), ids)
+    walk(folder, seen, ids, batch_size=1)
+    for key, inputs in expected.inputs.items():
+        if key in seen.calibrations:
+            assert seen.calibrations[key].samples == sum(map(len, inputs)), key
+            assert error(seen.calibrations[key].hessian, expected.hessian(*key)) < 1e-5, key
 
 
 @pytest.mark.parametrize("paused_bytes", [0, 2**30])

@@ -134,6 +134,13 @@ def test_layers_without_calibration_are_packed_beside_layers_with_it(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_layer_outside_of_the_blocks_stays_dense_if_it_needs_calibration(tmp_path: Path) -> None:
+    opt = save_model_with_tokenizer("opt", tmp_path / "opt")
+    kept = run(str(opt), tmp_path / "out").kept
+    reason = "outside of the decoder blocks, where nothing is calibrated"
+    assert {name.split(".")[-2] for name in kept[reason]} == {"project_in", "project_out"}
+
+
 def test_a_short_text_gives_all_of_its_samples(source: str, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 40)

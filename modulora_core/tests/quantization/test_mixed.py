@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modulora_core.calibration import CalibrationConfig
+from modulora_core import registry
+from modulora_core.calibration import CalibrationConfig, HeldOutCalibration
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.outputs import partial_name
 from modulora_core.data import token_segments
@@ -220,6 +221,23 @@ def test_experts_are_chosen_for_by_the_stack(tmp_path: Path) -> None:
     assert result.allocation is not None
     assert len({layer["choice"] for layer in result.allocation["layers"].values()}) > 1
     load_model(tmp_path / "out", device="cpu")
+    table = recorded_allocation(open_checkpoint(tmp_path / "out").record, 0)
+    assert table is not None  # a name has the options that differ
+    names = [choice["name"] for choice in table["choices"]]
+    assert names == ["heeding:bits=2", "plain", "heeding:bits=4"]
+
+
+def test_errors_are_measured_on_samples_that_no_quantizer_is_given(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heeding, given = registry.load("heeding"), list[Any]()
+    pack = heeding.pack
+    monkeypatch.setattr(heeding, "pack", lambda self, w, H: given.append(H) or pack(self, w, H))
+    run(source, tmp_path / "out", 2**30)
+    measured = [each for each in given if isinstance(each, HeldOutCalibration)]
+    assert len(measured) == 14 * 2  # two of the choices
+    assert {each.samples for each in measured} == {12 * 32}
+    assert {each.held_out.samples for each in measured} == {4 * 32}
 
 
 def test_the_table_of_a_tied_model_counts_once(tmp_path: Path) -> None:

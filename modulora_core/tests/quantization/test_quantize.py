@@ -26,6 +26,7 @@ from modulora_core.errors import (
     RequestError,
     ShapeError,
     WeightError,
+    WorkError,
 )
 from modulora_core.models.folders import MARKER
 from modulora_core.quantization.quantize import Override, quantize
@@ -150,6 +151,15 @@ def test_a_shape_that_the_quantizer_cannot_take_is_refused_with_the_layer(
     monkeypatch.setattr(toy.Toy, "check_shape", refuse)
     named = r"48 is not a multiple of 32 \(model\.layers\.0\.mlp\.down_proj\)"
     with pytest.raises(ShapeError, match=named):
+        quantize(source, tmp_path / "out", "toy")
+
+
+def test_a_quantizer_that_breaks_the_promise_of_its_layout_is_named(
+    toy: ModuleType, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promised = toy.Toy().pack(torch.ones(1, 1)).layout
+    monkeypatch.setattr(toy.Toy, "layout", lambda self, shape: promised)
+    with pytest.raises(WorkError, match=r"_proj\.weight: toy packed it as .* promised"):
         quantize(source, tmp_path / "out", "toy")
 
 
