@@ -38,12 +38,12 @@ test: $(STAMP)
 test-all: $(STAMP)
 	rm -rf $(CERTIFICATES)
 	$(PYTEST) -m slow $(TESTS) --certified --conformance-report $(CERTIFICATES)
-	$(BIN)/python -m modulora_conformance.report.support $(CERTIFICATES) --check docs/support.md
+	$(BIN)/python -m modulora_conformance.report.support $(CERTIFICATES) --check docs/reference/support.md
 
 support: $(STAMP)
 	rm -rf $(CERTIFICATES)
 	$(BIN)/python -m pytest $(CONFORMANCE) --certified --conformance-report $(CERTIFICATES)
-	$(BIN)/python -m modulora_conformance.report.support $(CERTIFICATES) --write docs/support.md
+	$(BIN)/python -m modulora_conformance.report.support $(CERTIFICATES) --write docs/reference/support.md
 
 check: $(STAMP)
 	$(BIN)/ruff check .

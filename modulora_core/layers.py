@@ -51,6 +51,10 @@ class PackedParameter(nn.Module):
         self._current = packed
         number_of(quantizer, packed)  # a compiler can look the number up, and not make one
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a deep copy
+        number_of(self.quantizer, self.packed)
+
     @property
     def packed(self) -> PackedWeight:
         """The packed weight, made of the buffers as they are now."""

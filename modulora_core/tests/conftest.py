@@ -16,6 +16,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from modulora_core import registry
+from modulora_core.tests.fake_site import FakeSite
+
 TOY_SITE = Path(__file__).parent / "toy_site"
 """A folder that, on the path, installs the distribution modulora-toy."""
 
@@ -101,3 +104,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
+    """A site-packages folder on the path of this process; its modules are forgotten afterwards."""
+    monkeypatch.delenv(registry.BLOCK_VARIABLE, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    known = set(sys.modules)
+    yield FakeSite(tmp_path)
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]

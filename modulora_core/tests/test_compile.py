@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,10 @@ def layer(toy: ModuleType) -> LoRALinear:
     return layer
 
 
+def compiled(layer: LoRALinear) -> Callable[[Tensor], Tensor]:
+    return torch.compile(layer, backend="aot_eager", fullgraph=True)
+
+
 def results(layer: LoRALinear, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Output, dX, dA, dB and dbias."""
     layer.zero_grad()
@@ -42,9 +47,10 @@ def results(layer: LoRALinear, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
 def test_a_compiled_layer_gives_the_eager_results_without_a_warning(layer: LoRALinear) -> None:
     expected = results(layer, layer)
     # pytest turns warnings into errors, and fullgraph a break of the graph
-    found = results(layer, torch.compile(layer, backend="aot_eager", fullgraph=True))
-    for exact, got in zip(expected, found, strict=True):
-        torch.testing.assert_close(got, exact, rtol=0, atol=0)
+    for another in (layer, copy.deepcopy(layer), copy.deepcopy(layer).to("cpu")):
+        found = results(another, compiled(another))
+        for exact, got in zip(expected, found, strict=True):
+            torch.testing.assert_close(got, exact, rtol=0, atol=0)
     torch._dynamo.reset()
 
 
