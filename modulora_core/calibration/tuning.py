@@ -1,8 +1,8 @@
 """Tunes a quantized block: trains its vectors until its output is close to the dense block's.
 
 Tseng et al. 2024 (arXiv 2402.04396, section 5) do so for their quantizer. Here any quantizer is
-tuned that can fold scales into its packed weights. Codes stay fixed. Each packed matrix Ŵ gets a scale of
-its inputs, u, and one of its outputs, v:
+tuned that can fold scales into its packed weights. Codes stay fixed. Each packed matrix Ŵ gets a
+scale of its inputs, u, and a scale of its outputs, v:
 
     y = v ⊙ (Ŵ (u ⊙ x)) + b
 

@@ -1,4 +1,4 @@
-"""A folder that looks like site-packages, for tests of discovery: real modules and dist-info folders."""
+"""A folder like site-packages, for tests of discovery: real modules and dist-info folders."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class FakeSite:
     def install_quantizer(
         self, name: str, *, distribution: str, module: str, version: str = "1.0", protocol: int = 1
     ) -> None:
-        """Install a complete plugin with one quantizer, in two modules: the hook's and the class's."""
+        """Install a plugin with one quantizer, in two modules: the hook's and the class's."""
         hook = HOOK.format(specs=spec(name, f"{module}_quantizer:Mine", protocol=protocol))
         modules = {module: hook, f"{module}_quantizer": QUANTIZER.format(module=module)}
         self.install(distribution, {name: module}, modules, version=version)

@@ -1,4 +1,4 @@
-"""Plugin packages that Python takes for installed: a folder for PYTHONPATH with the code and a dist-info."""
+"""Plugin packages that look installed: a folder for PYTHONPATH with code and dist-info."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def site_of(package: Path, site: Path) -> Path:
-    """Put the package of a project folder (code in ``src/``) and its metadata into ``site``. Returns ``site``."""
+    """Copy a project's package (in ``src/``) and its metadata into ``site``, and return it."""
     project = tomllib.loads((package / "pyproject.toml").read_text("utf-8"))["project"]
     shutil.copytree(package / "src", site, dirs_exist_ok=True)
     write_metadata(site, project["name"], project["version"], project["entry-points"]["modulora"])

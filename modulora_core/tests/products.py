@@ -1,4 +1,4 @@
-"""An independent look at the inputs of a model's linear weights: every matrix product of torch, as it is called."""
+"""Records the inputs of a model's linear weights: each matrix product of torch as it is called."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from modulora_core.models.sites import find_sites
 
 
 class Products(TorchFunctionMode):
-    """Inside of this mode, ``inputs[name, expert]`` lists what each linear weight of ``model`` is multiplied by.
+    """Within this mode, ``inputs[name, expert]`` lists the inputs of each linear weight of ``model``.
 
-    A weight is known by the memory that it begins at: an expert's is a slice of its stack.
+    A weight is known by the address where it begins; an expert's is a slice of its stack.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -52,7 +52,7 @@ class Products(TorchFunctionMode):
         return y
 
     def gave(self, name: str, expert: int, y: Tensor, *, stacked: bool) -> None:
-        """For subclasses: a product's result; ``stacked`` ones are of all experts, along the first dimension."""
+        """For subclasses: the result of a product, ``[experts, ...]`` if ``stacked``."""
 
     def hessian(self, name: str, expert: int = 0) -> Tensor:
         """E[xxᵀ] in fp64."""
@@ -61,7 +61,7 @@ class Products(TorchFunctionMode):
 
 
 def second_moments(model: PreTrainedModel, ids: Tensor) -> Products:
-    """What the linear weights of a whole model in memory are multiplied by on ``ids``."""
+    """The inputs of the linear weights of a model on ``ids``."""
     seen = Products(model)
     with torch.no_grad(), seen:
         model(input_ids=ids, use_cache=False)

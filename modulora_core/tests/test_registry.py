@@ -96,8 +96,8 @@ BROKEN = {
         "expected a list of QuantizerSpec, got None",
     ),
     "its hook returns something else": (
-        "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantizers(): return ['alpha']",
-        "expected a list of QuantizerSpec, got ['alpha']",
+        "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantizers(): return ['x']",
+        "expected a list of QuantizerSpec, got ['x']",
     ),
 }
 
