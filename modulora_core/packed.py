@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from modulora_core.errors import CheckpointError, ShapeError
+from modulora_core.errors import CheckpointError, ShapeError, WeightError
 
 if TYPE_CHECKING:
     import torch
@@ -222,6 +222,39 @@ def check_operands(
         if tensor is not None and list(tensor.shape) != shape:
             weight = f"a {list(packed.shape)} weight"
             raise ShapeError(f"{name} of {weight}: expected {shape}, got {list(tensor.shape)}")
+
+
+def check_hessian(quantizer: str, weight: Tensor, hessian: Tensor) -> None:
+    """Refuse a weight and an H that cannot be quantized together.
+
+    Args:
+        quantizer: its name, for messages.
+        weight: ``[out, in]``, any float dtype.
+        hessian: ``[in, in]``, any float dtype.
+
+    Raises:
+        ShapeError: ``hessian`` does not fit ``weight``.
+        WeightError: NaN or Inf in either, or a negative number on the diagonal of ``hessian``.
+    """
+    import torch
+
+    columns = weight.shape[1]
+    if tuple(hessian.shape) != (columns, columns):
+        raise ShapeError(
+            f"{quantizer}: expected a second moment of shape [{columns}, {columns}] for a weight "
+            f"of shape {list(weight.shape)}, got {list(hessian.shape)}"
+        )
+    for name, tensor in (("weight", weight), ("second moment", hessian)):
+        total = float(tensor.detach().sum(dtype=torch.float64))  # one bad value makes the sum bad
+        if not math.isfinite(total):
+            shape = list(tensor.shape)
+            raise WeightError(f"{quantizer}: expected a finite {name} {shape}, got NaN or Inf")
+    least = float(hessian.diagonal().min())
+    if least < 0:
+        raise WeightError(
+            f"{quantizer}: expected a second moment without negative numbers on its diagonal, got "
+            f"{least:g}; calibrate again"
+        )
 
 
 @dataclass(frozen=True, slots=True)

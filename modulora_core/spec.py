@@ -17,7 +17,6 @@ packed tensors, loads them, finetunes on top of them, and derives command-line o
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
-from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError, WeightError
-from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
+from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
+from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_hessian, check_rows
 
 if TYPE_CHECKING:
     import torch
@@ -94,8 +93,7 @@ class Promise(_Fact):
 
     @property
     def title(self) -> str:
-        """The options in one line, such as ``"bits=2, group_size=64"``; ``"defaults"`` if there are
-        none."""
+        """The options in one line, such as ``"bits=2, group_size=64"``, or ``"defaults"``."""
         return titled(self.options)
 
 
@@ -183,39 +181,6 @@ class Calibration:
 
     hessian: Tensor
     samples: int
-
-
-def check_hessian(quantizer: str, weight: Tensor, hessian: Tensor) -> None:
-    """Refuse a weight and an H that cannot be quantized together.
-
-    Args:
-        quantizer: its name, for messages.
-        weight: ``[out, in]``, any float dtype.
-        hessian: ``[in, in]``, any float dtype.
-
-    Raises:
-        ShapeError: ``hessian`` does not fit ``weight``.
-        WeightError: NaN or Inf in either, or a negative number on the diagonal of ``hessian``.
-    """
-    import torch
-
-    columns = weight.shape[1]
-    if tuple(hessian.shape) != (columns, columns):
-        raise ShapeError(
-            f"{quantizer}: expected a second moment of shape [{columns}, {columns}] for a weight "
-            f"of shape {list(weight.shape)}, got {list(hessian.shape)}"
-        )
-    for name, tensor in (("weight", weight), ("second moment", hessian)):
-        total = float(tensor.detach().sum(dtype=torch.float64))  # one bad value makes the sum bad
-        if not math.isfinite(total):
-            shape = list(tensor.shape)
-            raise WeightError(f"{quantizer}: expected a finite {name} {shape}, got NaN or Inf")
-    least = float(hessian.diagonal().min())
-    if least < 0:
-        raise WeightError(
-            f"{quantizer}: expected a second moment without negative numbers on its diagonal, got "
-            f"{least:g}; calibrate again"
-        )
 
 
 class NoOptions(BaseModel):
@@ -349,10 +314,8 @@ class Quantizer(ABC):
             ShapeError: the default: ``spec.out_multiple`` or ``spec.in_multiple`` does not divide
                 it.
         """
-        multiples = (self.spec.out_multiple, self.spec.in_multiple)
-        for name, size, multiple in zip(
-            ("out_features", "in_features"), shape, multiples, strict=True
-        ):
+        multiples = {"out_features": self.spec.out_multiple, "in_features": self.spec.in_multiple}
+        for size, (name, multiple) in zip(shape, multiples.items(), strict=True):
             if size % multiple:
                 raise ShapeError(f"{self.spec.name}: {name} {size} is not a multiple of {multiple}")
 
@@ -381,7 +344,6 @@ class Quantizer(ABC):
         import torch
 
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        needs_calibration = self.spec.calibration == "required"
-        return self.pack(
-            weight, Calibration(torch.eye(shape[1]), 1) if needs_calibration else None
-        ).layout
+        identity = Calibration(torch.eye(shape[1]), samples=1)
+        calibration = identity if self.spec.calibration == "required" else None
+        return self.pack(weight, calibration).layout
