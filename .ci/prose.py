@@ -23,8 +23,8 @@ from pathlib import Path
 LONGEST_SENTENCE, LONGEST_LINE = 25, 100
 FIRST = re.compile(r"(what|where|these|those)\b", re.IGNORECASE)
 PHRASES = re.compile(
-    r"\b(as ever|(is|are|was|were) told|tells? what|stands? for|stands? in the place of|that of the|those of|"
-    r"what is|what was|isn't kept|one that|all that|it is that)\b",
+    r"\b(as ever|(is|are|was|were) told|tells? what|stands? for|stands? in the place of|"
+    r"that of the|those of|what is|what was|isn't kept|one that|all that|it is that)\b",
     re.IGNORECASE,
 )
 ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|etc|vs|cf|et al|Eq|Fig|Sec|No)\.")
@@ -115,7 +115,7 @@ def python(text: str) -> Iterator[Block]:
 
 
 def docstring(line: int, text: str) -> Iterator[Block]:
-    """Paragraphs and entries of ``Args:`` sections; indented blocks elsewhere are formulas or code."""
+    """Paragraphs and entries of ``Args:`` sections; other indented blocks are formulas or code."""
     first, _, rest = text.partition("\n")
     lines = [first, *textwrap.dedent(rest).split("\n")]
     start, paragraph, section = line, list[str](), False
