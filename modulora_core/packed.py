@@ -249,7 +249,7 @@ def check_hessian(quantizer: str, weight: Tensor, hessian: Tensor) -> None:
         if not math.isfinite(total):
             shape = list(tensor.shape)
             raise WeightError(f"{quantizer}: expected a finite {name} {shape}, got NaN or Inf")
-    least = float(hessian.diagonal().min())
+    least = float(hessian.diagonal().min()) if columns else 0.0
     if least < 0:
         raise WeightError(
             f"{quantizer}: expected a second moment without negative numbers on its diagonal, got "
