@@ -11,11 +11,12 @@ A plugin may import the names in ``__all__`` of these three packages. All other 
 from __future__ import annotations
 
 from modulora_core.kernels.launching import (
+    MOST_ROWS_BY_AMX,
     PARTIAL_SUMS,
     ROUNDING_BYTES,
     check_tensors,
-    few_rows,
     filled_tile,
+    fp32_input,
     launch,
     like_input,
     one_thread,
@@ -35,13 +36,14 @@ from modulora_core.kernels.loading import (
 from modulora_core.kernels.quantizer import KernelQuantizer
 
 __all__ = [
+    "MOST_ROWS_BY_AMX",
     "PARTIAL_SUMS",
     "ROUNDING_BYTES",
     "KernelQuantizer",
     "check_tensors",
-    "few_rows",
     "filled_tile",
     "for_device",
+    "fp32_input",
     "jit",
     "launch",
     "like_input",

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
-from modulora_core.kernels.choices import dtype_of_few
 from modulora_core.kernels.process import prepared_numba
 from modulora_core.packed import PackedWeight, TensorLayout
 from modulora_core.tiles import tile_ranges
@@ -24,10 +23,13 @@ if TYPE_CHECKING:
 ROUNDING_BYTES = 2**20
 """fp32 scratch for a tile of another dtype: a common L2 cache holds it."""
 
-PARTIAL_SUMS = 8
+PARTIAL_SUMS = 4
 """Parts into which a kernel cuts a sum over the rows of Ŵ, each with sums of its own.
 
 Fixed, so that the result does not depend on the number of threads."""
+
+MOST_ROWS_BY_AMX = 256
+"""Rows of bf16 up to which our AMX loops are faster than a tile that torch multiplies."""
 
 _HALVES = (torch.float16, torch.bfloat16)
 _ONE_LAUNCH = threading.Lock()
@@ -38,17 +40,20 @@ def check_tensors(
 ) -> None:
     """Refuse tensors that do not match the metadata, as in an edited checkpoint.
 
-    Kernels do not check bounds, and only the plugin knows how many scales a block size means.
+    Kernels do not check bounds, and only the plugin knows how many scales a block size means. A weight that passed
+    is checked again when one of its tensors was given other memory.
 
     Args:
         packed: a weight that a kernel will read.
-        expected: ``expected(shape, **metadata)`` gives the tensors by name. Cache it: it is called for every
-            product. It raises TypeError or ValueError, such as pydantic's, for metadata that the plugin does
-            not write.
+        expected: ``expected(shape, **metadata)`` gives the tensors by name. It raises TypeError or ValueError, such as
+            pydantic's, for metadata that the plugin does not write.
 
     Raises:
         CheckpointError: the metadata is malformed, or a tensor is missing or of another dtype or shape.
     """
+    memory = [*map(Tensor.data_ptr, packed.tensors.values())]
+    if packed.kept.get(expected) == memory:  # decoding asks for each layer and token
+        return
     try:
         layouts = expected(packed.shape, **packed.metadata)
     except (TypeError, ValueError) as error:
@@ -57,22 +62,20 @@ def check_tensors(
         ) from None
     for name, layout in layouts.items():
         tensor = packed.tensors.get(name)
-        if (
-            tensor is None
-            or tensor.shape != layout.shape
-            or tensor.dtype is not getattr(torch, layout.dtype)
-        ):
+        if tensor is None or TensorLayout.of(tensor) != layout:
             got = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(
-                f"{packed.quantizer} weight of shape {list(packed.shape)} and {dict(packed.metadata)}: "
-                f"expected {name} as {layout.dtype} {list(layout.shape)}, got {got}"
+                f"{packed.quantizer} weight of shape {list(packed.shape)} and "
+                f"{dict(packed.metadata)}: expected {name} as {layout.dtype} {list(layout.shape)}, "
+                f"got {got}"
             )
+    packed.kept[expected] = memory
 
 
 def operands(
     packed: PackedWeight, make: Callable[[PackedWeight], tuple[Any, ...]]
 ) -> tuple[Any, ...]:
-    """The arrays and numbers that a CPU kernel reads of a packed weight, cached beside the weight.
+    """The arrays and numbers that a CPU kernel reads of a packed weight, cached beside it.
 
     They are made again when a tensor was given other memory. A tensor that is not aligned to its dtype, as in a
     mapped file, is copied each time: a cached copy would take memory.
@@ -83,15 +86,12 @@ def operands(
             changed in place.
     """
     memory = [*map(Tensor.data_ptr, packed.tensors.values())]
-    known = packed.kept.get(make)
-    if known is not None and known[0] == memory:
-        cached: tuple[Any, ...] = known[1]
-        return cached
-    tensors = make(packed)
-    arrays = tuple(array_of(operand) for operand in tensors)
-    if all(t.data_ptr() % t.element_size() == 0 for t in tensors if isinstance(t, Tensor)):
-        packed.kept[make] = memory, arrays
-    return arrays
+    known, arrays = packed.kept.get(make, (None, ()))
+    if known != memory:
+        arrays = array_of(make(packed))
+        if all(t.data_ptr() % t.element_size() == 0 for t in packed.tensors.values()):
+            packed.kept[make] = memory, arrays
+    return arrays  # type: ignore[no-any-return]  # it holds anything
 
 
 def launch(kernel: Callable[..., None], *arguments: Any) -> None:
@@ -138,11 +138,7 @@ def array_of(argument: Any) -> Any:
         tensor = argument.detach() if argument.requires_grad else argument
         array = (tensor.view(torch.int16) if tensor.dtype in _HALVES else tensor).numpy()
         return array if array.flags.aligned else array.copy()
-    if isinstance(argument, tuple):
-        for a in argument:  # a cached tuple has arrays already
-            if isinstance(a, Tensor):
-                return tuple([array_of(a) for a in argument])
-    return argument
+    return tuple([array_of(a) for a in argument]) if isinstance(argument, tuple) else argument
 
 
 def filled_tile(
@@ -176,37 +172,14 @@ def filled_tile(
     return tile
 
 
-def few_rows(
-    x: Tensor, features: int, most: int, dtype: torch.dtype | None = None, by_amx: bool = False
-) -> Tensor | None:
-    """``x`` for a kernel, contiguous ``[..., features]`` in fp32 or bf16; None to multiply by tiles.
+def fp32_input(x: Tensor, features: int) -> Tensor | None:
+    """``x`` as a kernel reads it, contiguous fp32 ``[..., features]``.
 
-    Tiles are for more than ``most`` rows, for fp64, because kernels sum in fp32, for other devices, and for a wrong last
-    dimension, which the tiled product refuses.
-
-    Args:
-        x: inputs of any shape, dtype and device.
-        features: the last dimension that the product needs.
-        most: rows of ``x``.
-        dtype: the dtype of the layer's inputs, where ``x`` was made from them in another one.
-        by_amx: whether the kernel multiplies bf16 by AMX.
+    None for other devices, for fp64, which kernels do not sum in, for no rows, and for another last dimension.
     """
-    size = x.numel()
-    if (
-        not x.is_cpu
-        or x.dtype not in (torch.float32, *_HALVES)
-        or x.dim() == 0
-        or x.shape[-1] != features
-    ):
+    if not x.is_cpu or x.dtype not in (torch.float32, *_HALVES) or x.shape[-1:] != (features,):
         return None
-    if not 0 < size <= most * features:
-        return None
-    is_bf16 = (x.dtype if dtype is None else dtype) is torch.bfloat16
-    wanted = dtype_of_few(size // features, by_amx) if is_bf16 else torch.float32
-    if wanted is None:
-        return None
-    rows = x.detach() if x.requires_grad else x
-    return (rows if rows.dtype is wanted else rows.to(wanted)).contiguous()
+    return x.detach().to(torch.float32).contiguous() if x.numel() else None
 
 
 def product_of_one(

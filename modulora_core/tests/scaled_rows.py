@@ -1,14 +1,14 @@
-"""A decoder that isn't one of our plugins', as the source of a module: whole numbers times a scale a row."""
+"""A decoder that no plugin of ours has, as the source of a module: whole numbers times a scale a row."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from modulora_core.packed import PackedWeight
+
 DECODER = """
-from modulora_core.kernels import jit
-from modulora_core.kernels.cpu.conversions import narrow
-from modulora_core.kernels.cpu.products import RowKernels
+from modulora_core.kernels.cpu import CPUKernels, jit, narrow
 
 @jit()
 def decode(weight, row, start, columns, out):
@@ -17,15 +17,20 @@ def decode(weight, row, start, columns, out):
         for k in range(columns):
             out[r, k] = narrow(codes[row + r, start + k] * scales[row + r], out[r, k])
 
-rows, rounding_rows = RowKernels(decode), RowKernels(decode, rounds=True)
+def operands(packed):
+    return packed.tensors["codes"], packed.tensors["scales"]
+
+kernels = CPUKernels(decode, operands)
+rounding = CPUKernels(decode, operands, rounds=True)
+tile, product = kernels.tile, kernels.product
 """
 
 
-def weight(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales, and what they stand for in float64."""
+def packed(out_features: int, in_features: int) -> tuple[PackedWeight, Tensor]:
+    """A weight, and Ŵ in float64."""
     generator = torch.Generator().manual_seed(out_features)
-    codes = torch.randint(
-        -128, 128, (out_features, in_features), dtype=torch.int8, generator=generator
-    )
+    shape = (out_features, in_features)
+    codes = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
     scales = torch.rand(out_features, generator=generator) / 128
-    return codes, scales, codes.double() * scales.double().unsqueeze(1)
+    weight = PackedWeight("outsider", 1, shape, {"codes": codes, "scales": scales})
+    return weight, (codes.float() * scales[:, None]).double()

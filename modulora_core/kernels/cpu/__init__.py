@@ -1,94 +1,62 @@
 """Tools for a plugin's numba kernels. Importing this package imports numba.
 
-    CPUKernels                     tiles and products around a decoder
-    jit, share, signed             compile; divide rows among threads
-    scratch, on_stack              scratch memory of a thread; of a function
-    read_ahead                     prefetch the bytes that come next
-    largest_bits                   max |x|, by the bits of numbers
-    narrow, widen, from_half,      one number to bf16's bits and back; from fp16's bits; rounded to fp16
-    through_half
-    narrow_row, widen_row          the same of a row
+    CPUKernels                          tiles and products around a decoder
+    jit                                 compile a function
+    share, signed                       divide rows among threads
+    scratch, on_stack                   memory of a thread, and of a function
+    read_ahead, prefetch                load bytes into the cache before they are read
+    largest_bits                        max |x|, by the bits of numbers
+    narrow, widen, from_half, ...       numbers of 16 bits, whose arrays are int16
 
-For a kernel in LLVM's own language (numba's ``intrinsic``), where a loop is measurably slower: vectors of
-:data:`LANES` numbers, and operations on them.
+Operations on vectors of sixteen (:mod:`modulora_core.kernels.cpu.vectors`):
+
+    load, load_shorts, store,           memory
+    store_rounded
+    splat, to_floats, as_shorts,        arithmetic, beside + - * & | << >>
+    multiply_add, sum_of_lanes
+    lookup, lookup_pairs, table_for,    lookup in sixteen
+    store_lookup
 """
 
 from __future__ import annotations
 
-from modulora_core.kernels.cpu.conversions import (
-    bf16_to_float,
-    float_to_bf16,
+from modulora_core.kernels.cpu.cpu_kernels import CPUKernels
+from modulora_core.kernels.cpu.memory import AHEAD, on_stack, read_ahead, scratch, share, signed
+from modulora_core.kernels.cpu.numbers import (
+    from_bf16,
     from_half,
-    halves_to_floats,
+    largest_bits,
     narrow,
     narrow_row,
-    put_numbers,
-    through_half,
-    through_halves,
+    to_bf16,
     widen,
     widen_row,
 )
-from modulora_core.kernels.cpu.cpu_kernels import CPUKernels
-from modulora_core.kernels.cpu.magnitudes import largest_bits
-from modulora_core.kernels.cpu.prefetch import AHEAD, FAR, NEAR, ask_for, read_ahead
-from modulora_core.kernels.cpu.product_templates import STRIP
-from modulora_core.kernels.cpu.scratch import on_stack, scratch
-from modulora_core.kernels.cpu.shares import share, signed
-from modulora_core.kernels.cpu.tables import Table
+from modulora_core.kernels.cpu.products import STRIP
 from modulora_core.kernels.cpu.vectors import (
     LANES,
-    assembly,
-    call,
-    chosen,
-    has,
+    PAIR_ORDER,
+    as_shorts,
+    load,
+    load_shorts,
     lookup,
-    loops,
-    matrix,
+    lookup_pairs,
     multiply_add,
-    pointer,
+    operation,
+    prefetch,
     splat,
+    store,
+    store_lookup,
+    store_rounded,
     sum_of_lanes,
-    zeros,
+    table_for,
+    to_floats,
 )
 from modulora_core.kernels.loading import jit
 
 __all__ = [
-    "AHEAD",
-    "FAR",
-    "LANES",
-    "NEAR",
-    "STRIP",
-    "CPUKernels",
-    "Table",
-    "ask_for",
-    "assembly",
-    "bf16_to_float",
-    "call",
-    "chosen",
-    "float_to_bf16",
-    "from_half",
-    "halves_to_floats",
-    "has",
-    "jit",
-    "largest_bits",
-    "lookup",
-    "loops",
-    "matrix",
-    "multiply_add",
-    "narrow",
-    "narrow_row",
-    "on_stack",
-    "pointer",
-    "put_numbers",
-    "read_ahead",
-    "scratch",
-    "share",
-    "signed",
-    "splat",
-    "sum_of_lanes",
-    "through_half",
-    "through_halves",
-    "widen",
-    "widen_row",
-    "zeros",
-]
+    "AHEAD", "LANES", "PAIR_ORDER", "STRIP", "CPUKernels", "as_shorts", "from_bf16", "from_half", "jit", "largest_bits",
+    "load", "load_shorts", "lookup", "lookup_pairs", "multiply_add", "narrow", "narrow_row", "on_stack", "operation",
+    "prefetch", "read_ahead", "scratch", "share", "signed", "splat", "store", "store_lookup",
+    "store_rounded", "sum_of_lanes", "table_for", "to_bf16", "to_floats", "widen", "widen_row",
+]  # fmt: skip

@@ -1,136 +1,425 @@
-"""Vectors in kernels that numba compiles: what LLVM doesn't find by itself is spelled here, in terms that any processor has.
+"""Vectors as values of numba functions: a kernel is a loop over vectors, without LLVM's own language.
 
-What an intrinsic begins with, a plugin's own or the core's (:mod:`modulora_core.kernels.cpu.product_loops`): :func:`splat`,
-:func:`chosen`, :func:`lookup`, :func:`call`, :func:`matrix`, :func:`pointer`, :func:`has`, :func:`zeros`, :func:`multiply_add`,
-:func:`loops`, :func:`sum_of_lanes`.
+    Floats      16 fp32 numbers
+    Wholes      16 whole numbers, int32
+    Shorts      32 whole numbers, int16
+
+``+ - *`` are defined for two vectors of a kind, or a vector and a number, and so are ``& | << >>`` of
+whole numbers; ``>>`` fills with zeros. An array is C-contiguous and indexed as if it were flat, without
+bounds checks. An int16 array of numbers holds the bits of bf16.
+
+    total = multiply_add(load(x, at), load(y, at), total)
 """
+
+# ruff: noqa: PLW0108 - numba counts the arguments of a lambda
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]  # comes with numba, without types
+from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+binding.initialize_native_asmparser()  # without it LLVM ends the process at an instruction's name
+
+
+def has(feature: str) -> bool:
+    """Whether kernels are compiled for a processor with ``feature``, in LLVM's words: ``"avx2"``."""
+    return f"+{feature}" in str(cpu_target.target_context.codegen().magic_tuple()[2])
+
 
 LANES = 16
-"""Values that are multiplied at once; the processor's registers may be half or a quarter of that."""
-
-_FLOAT, _LANE, _INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(_FLOAT, LANES)
-
-binding.initialize_native_asmparser()  # for an instruction by its name: without it LLVM ends the process
+"""Numbers of a vector."""
 
 
-def has(context: Any, feature: str) -> bool:
-    """Whether code is generated for a processor with ``feature``, in LLVM's words, such as ``"avx2"``."""
-    return f"+{feature}" in str(context.codegen().magic_tuple()[2])
+class Vector(types.Type):
+    """numba's type of a vector: ``count`` times ``number``, a numba type."""
+
+    def __init__(self, number: Any, count: int) -> None:
+        self.number, self.count = number, count
+        super().__init__(name=f"Vector({count} x {number})")
 
 
-def matrix(context: Any, builder: Any, kind: Any, array: Any) -> tuple[Any, Any]:
-    """Where a C-contiguous array begins, and the length of its last dimension."""
-    made = context.make_array(kind)(context, builder, array)
-    return made.data, cgutils.unpack_tuple(builder, made.shape, kind.ndim)[-1]
+@register_model(Vector)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        number = manager[kind.number].get_value_type()
+        super().__init__(manager, kind, ir.VectorType(number, kind.count))
 
 
-def pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any, of: ir.Type) -> Any:
-    """To ``array[index]``, of a C-contiguous array as if it were flat, as a pointer to ``of``."""
+Floats, Wholes = Vector(types.float32, LANES), Vector(types.int32, LANES)
+Shorts = Vector(types.int16, 2 * LANES)
+
+_I64 = types.int64
+FLOAT, INT, INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_FLOATS, _WHOLES = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+_SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
+
+
+# for operations: those below, and a kernel's own
+
+
+def operation(kinds: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a function that generates LLVM code as an operation of numba functions.
+
+    ``generate(context, builder, kinds, *values)`` gives the operation's value, or None if it has none. ``kinds``
+    are numba's types of ``values``.
+
+    Args:
+        kinds: ``kinds(*types)`` gives the operation's numba signature for the types of its arguments.
+    """
+
+    def decorate(generate: Callable[..., Any]) -> Any:
+        def typed(_context: Any, *arguments: Any) -> Any:
+            def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+                made = generate(context, builder, signature.args, *values)
+                return context.get_dummy_value() if made is None else made
+
+            return kinds(*arguments), lower
+
+        typed.__name__, typed.__doc__ = generate.__name__, generate.__doc__
+        names = ["_context", *inspect.signature(kinds).parameters]
+        one = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        # numba counts an operation's arguments by its signature
+        typed.__signature__ = inspect.Signature([inspect.Parameter(name, one) for name in names])  # type: ignore[attr-defined]
+        return intrinsic(typed)
+
+    return decorate
+
+
+def place(context: Any, builder: Any, kind: Any, array: Any, at: Any, of: ir.Type) -> Any:
+    """A pointer to ``array[at]``, of numba's type ``kind``, to a value of LLVM's type ``of``."""
     data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), of.as_pointer())
+    return builder.bitcast(builder.gep(data, [at]), of.as_pointer())
 
 
-def splat(builder: Any, value: Any, of: ir.VectorType) -> Any:
+def put(context: Any, builder: Any, kind: Any, array: Any, at: Any, values: list[Any]) -> None:
+    """Store vectors of 16 numbers, one after another, from ``array[at]`` on."""
+    for k, value in enumerate(values):
+        here = builder.add(at, INDEX(k * LANES))
+        builder.store(value, place(context, builder, kind, array, here, value.type), align=1)
+
+
+def chosen(builder: Any, vector: Any, lanes: Iterable[int], other: Any = None) -> Any:
+    """A vector of these lanes of ``vector``; numbers after its last lane are lanes of ``other``."""
+    numbers = list(lanes)
+    mask = ir.Constant(ir.VectorType(INT, len(numbers)), numbers)
+    return builder.shuffle_vector(vector, vector if other is None else other, mask)
+
+
+def same(builder: Any, value: Any, of: ir.VectorType) -> Any:
     """A vector whose lanes are all ``value``."""
-    one = builder.insert_element(ir.Constant(of, ir.Undefined), value, _LANE(0))
+    one = builder.insert_element(ir.Constant(of, ir.Undefined), value, INT(0))
     return chosen(builder, one, [0] * of.count)
 
 
-def lookup(context: Any, builder: Any, table: Any, index: Any) -> Any:
-    """``table[index & 15]``, a lane at a time: ``<16 x float>`` by ``<16 x i32>``.
-
-    LLVM doesn't find the lookup in registers by itself, so it is spelled for AVX-512 and AVX2. Elsewhere each lane loads its value.
-    """
-    if has(context, "avx512f"):
-        return call(builder, "llvm.x86.avx512.permvar.sf.512", table.type, [table, index])
-    if has(context, "avx2"):
-        return _lookup_by_eights(builder, table, index)
-    if isinstance(table, ir.Constant):
-        place = cgutils.global_constant(builder, "table", table)
-    else:
-        place = cgutils.alloca_once(builder, table.type)
-        builder.store(table, place)
-    values = builder.bitcast(place, _FLOAT.as_pointer())
-    found = ir.Constant(_VECTOR, ir.Undefined)
-    for lane in range(LANES):
-        at = builder.and_(builder.extract_element(index, _LANE(lane)), _LANE(LANES - 1))
-        found = builder.insert_element(found, builder.load(builder.gep(values, [at])), _LANE(lane))
-    return found
-
-
-def chosen(builder: Any, vector: Any, lanes: Iterable[int]) -> Any:
-    """A vector of these lanes of one."""
-    numbers = list(lanes)
-    mask = ir.Constant(ir.VectorType(_LANE, len(numbers)), numbers)
-    return builder.shuffle_vector(vector, vector, mask)
-
-
-def _lookup_by_eights(builder: Any, table: Any, index: Any) -> Any:
-    """By AVX2's, which is of eight values by the low three bits: two of them, and a choice by the fourth, which is made a sign for it."""
-    tables = [chosen(builder, table, range(first, first + 8)) for first in (0, 8)]
-    found = []
-    for first in (0, 8):
-        eight = chosen(builder, index, range(first, first + 8))
-        low, high = (call(builder, "llvm.x86.avx2.permps", of.type, [of, eight]) for of in tables)
-        fourth = builder.shl(eight, ir.Constant(eight.type, [28] * eight.type.count))
-        choice = [low, high, builder.bitcast(fourth, low.type)]
-        found.append(call(builder, "llvm.x86.avx.blendv.ps.256", low.type, choice))
-    return builder.shuffle_vector(
-        *found, ir.Constant(ir.VectorType(_LANE, LANES), list(range(LANES)))
-    )
-
-
 def call(builder: Any, name: str, of: ir.Type, operands: list[Any]) -> Any:
-    """What one of LLVM's functions gives, most of which are an instruction of the processor."""
+    """Call one of LLVM's functions, most of which are an instruction of the processor."""
     kind = ir.FunctionType(of, [operand.type for operand in operands])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
 
-def assembly(builder: Any, code: str, of: ir.Type, operands: list[Any], constraints: str) -> Any:
-    """What an instruction of the processor gives, by its name: LLVM's names for new ones differ between its versions."""
+def instruction(builder: Any, code: str, of: ir.Type, operands: list[Any], where: str) -> Any:
+    """An instruction of the processor by its name: LLVM's names differ between its versions."""
     kind = ir.FunctionType(of, [operand.type for operand in operands])
-    return builder.asm(kind, code, constraints, operands, False)
+    return builder.asm(kind, code, where, operands, False)
 
 
-def multiply_add(builder: Any, total: Any, a: Any, b: Any) -> None:
-    """``total += a · b`` for an alloca, which LLVM makes a register; rounded once where the processor can."""
-    product = builder.fmul(a, b, flags=("contract",))
-    builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+def llvm(kind: Vector) -> Any:
+    """LLVM's type of a vector."""
+    return cpu_target.target_context.get_value_type(kind)
 
 
-def zeros(builder: Any, count: int, lanes: int = LANES, number: ir.Type = _FLOAT) -> list[Any]:
-    """So many sums of sixteen lanes each, or fewer, as allocas, set to 0 where this stands."""
-    of = ir.VectorType(number, lanes)
-    totals = [cgutils.alloca_once(builder, of) for _ in range(count)]
-    for total in totals:  # an alloca is made where the function begins, and this may be in a loop
-        builder.store(ir.Constant(of, [0.0] * lanes), total)
-    return totals
+def constant(of: ir.VectorType, number: float) -> Any:
+    return ir.Constant(of, [number] * of.count)
 
 
-def sum_of_lanes(builder: Any, value: Any) -> Any:
-    """Of sixteen or another power of two, by halves: in one order on every processor."""
-    width = value.type.count // 2
+# arithmetic
+
+
+def _define(symbol: Any, of_floats: str, of_wholes: str) -> None:
+    @type_callable(symbol)
+    def _typing(_context: Any) -> Any:
+        def typer(a: Any, b: Any) -> Any:
+            is_number = isinstance(b, types.Integer | types.Float)
+            return a if isinstance(a, Vector) and (a == b or is_number) else None
+
+        return typer
+
+    def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        (a, b), (kind, second) = values, signature.args
+        if not isinstance(second, Vector):
+            b = same(builder, context.cast(builder, b, second, kind.number), a.type)
+        name = of_floats if kind.number is types.float32 else of_wholes
+        return getattr(builder, name)(a, b)
+
+    for second in (Vector, types.Integer, types.Float):
+        lower_builtin(symbol, Vector, second)(lower)
+
+
+for _names in (
+    (operator.add, "fadd", "add"), (operator.sub, "fsub", "sub"), (operator.mul, "fmul", "mul"),
+    (operator.and_, "", "and_"), (operator.or_, "", "or_"), (operator.lshift, "", "shl"),
+    (operator.rshift, "", "lshr"),
+):  # fmt: skip
+    _define(*_names)
+
+
+@operation(lambda number: (Floats if isinstance(number, types.Float) else Wholes)(number))
+def splat(context: Any, builder: Any, kinds: Any, number: Any) -> Any:
+    """``(number)``: 16 times a number."""
+    kind = Floats if isinstance(kinds[0], types.Float) else Wholes
+    return same(builder, context.cast(builder, number, kinds[0], kind.number), llvm(kind))
+
+
+@operation(lambda wholes: Floats(wholes))
+def to_floats(_context: Any, builder: Any, _kinds: Any, wholes: Any) -> Any:
+    """``(wholes)``: the same numbers in fp32."""
+    return builder.sitofp(wholes, _FLOATS)
+
+
+@operation(lambda wholes: Shorts(wholes))
+def as_shorts(_context: Any, builder: Any, _kinds: Any, wholes: Any) -> Any:
+    """``(wholes)``: the low and the high 16 bits of each whole number, in turn."""
+    return builder.bitcast(wholes, _SHORTS)
+
+
+@operation(lambda a, b, total: total(a, b, total))
+def multiply_add(_context: Any, builder: Any, _kinds: Any, a: Any, b: Any, total: Any) -> Any:
+    """``(a, b, total)``: ``a * b + total``, rounded once where the processor can. Of :data:`Pairs` it adds
+    the products of both numbers of each pair to a :data:`Register`.
+    """
+    return multiplied(builder, a, b, total)
+
+
+def multiplied(builder: Any, a: Any, b: Any, total: Any) -> Any:
+    if a.type == total.type:
+        product = builder.fmul(a, b, flags=("contract",))
+        return builder.fadd(total, product, flags=("contract",))
+    of = ir.VectorType(INT, total.type.count)
+    pairs = [builder.bitcast(v, of) for v in (a, b)]
+    if has("avx512bf16"):  # subnormal numbers count as 0
+        where = "=v,0,v,v"
+        return instruction(builder, "vdpbf16ps $3, $2, $0", total.type, [total, *pairs], where)
+    for half, by in ((builder.shl, 16), (builder.and_, 0xFFFF0000)):
+        x, y = (builder.bitcast(half(v, constant(of, by)), total.type) for v in pairs)
+        total = multiplied(builder, x, y, total)
+    return total
+
+
+@operation(lambda vector: vector.number(vector))
+def sum_of_lanes(_context: Any, builder: Any, _kinds: Any, vector: Any) -> Any:
+    """``(vector)``: the sum of the numbers, by halves: in one order on every processor."""
+    width = vector.type.count // 2
     while width:
-        low, high = (chosen(builder, value, range(first, first + width)) for first in (0, width))
-        value = builder.fadd(low, high)
-        width //= 2
-    return builder.extract_element(value, _LANE(0))
+        halves = (chosen(builder, vector, range(at, at + width)) for at in (0, width))
+        vector, width = builder.fadd(*halves), width // 2
+    return builder.extract_element(vector, INT(0))
 
 
-def loops(builder: Any, count: Any, most: int) -> Iterator[tuple[int, Any]]:
-    """A loop over ``most`` at a time of ``count``, and one over the rest: how many at a time, and the first of them."""
-    done = _INDEX(0)
-    for width in sorted({most, 1}, reverse=True):
-        times = builder.sdiv(builder.sub(count, done), _INDEX(width))
-        with cgutils.for_range(builder, times) as loop:
-            yield width, builder.add(done, builder.mul(loop.index, _INDEX(width)))
-        done = builder.add(done, builder.mul(times, _INDEX(width)))
+# memory
+
+
+def _loader(kind_of: Callable[[Any], Vector], doc: str) -> Any:
+    @operation(lambda array, _at: kind_of(array)(array, _I64))
+    def loaded(context: Any, builder: Any, kinds: Any, array: Any, at: Any) -> Any:
+        of, stored = llvm(kind_of(kinds[0])), context.get_data_type(kinds[0].dtype)
+        source = ir.VectorType(stored, of.count)
+        values = builder.load(place(context, builder, kinds[0], array, at, source), align=1)
+        if stored == of.element:
+            return values
+        return (builder.sext if kinds[0].dtype.signed else builder.zext)(values, of)
+
+    loaded.__doc__ = doc
+    return loaded
+
+
+load = _loader(
+    lambda array: Floats if array.dtype is types.float32 else Wholes,
+    "``(array, at)``: 16 fp32 or whole numbers.",
+)
+load_shorts = _loader(lambda _: Shorts, "``(array, at)``: 32 whole numbers of at most 16 bits.")
+
+
+@operation(lambda array, _at, vector: types.void(array, _I64, vector))
+def store(context: Any, builder: Any, kinds: Any, array: Any, at: Any, vector: Any) -> None:
+    """``(array, at, vector)``: store a vector's numbers as they are."""
+    put(context, builder, kinds[0], array, at, [vector])
+
+
+@operation(lambda out, _at, a, b: types.void(out, _I64, a, b))
+def store_rounded(
+    context: Any, builder: Any, kinds: Any, out: Any, at: Any, a: Any, b: Any
+) -> None:
+    """``(out, at, a, b)``: store 32 fp32 numbers, rounded to bf16 as torch does where ``out`` is int16."""
+    _put_rounded(context, builder, kinds[0], out, at, [a, b])
+
+
+def _put_rounded(context: Any, builder: Any, kind: Any, out: Any, at: Any, two: list[Any]) -> None:
+    if kind.dtype is types.float32:
+        put(context, builder, kind, out, at, two)
+    elif not (has("avx512bf16") and has("avx512dq")):
+        put(context, builder, kind, out, at, [bf16_bits(builder, values) for values in two])
+    else:
+        # takes a subnormal number for 0 and keeps bits of a NaN: vectors with these, which are rare, again
+        code = "vcvtne2ps2bf16 $2, $1, $0"
+        put(
+            context,
+            builder,
+            kind,
+            out,
+            at,
+            [instruction(builder, code, _SHORTS, two[::-1], "=v,v,v")],
+        )
+        with builder.if_then(builder.or_(*(_is_special(builder, v) for v in two)), likely=False):
+            put(context, builder, kind, out, at, [bf16_bits(builder, values) for values in two])
+
+
+def _is_special(builder: Any, numbers: Any) -> Any:
+    """Whether a lane is a NaN or subnormal."""
+    quiet_nan, subnormal, signalling_nan = 0x01, 0x20, 0x80
+    bits, mask = ir.VectorType(ir.IntType(1), LANES), ir.IntType(16)
+    classes = [numbers, INT(quiet_nan | subnormal | signalling_nan)]
+    found = call(builder, "llvm.x86.avx512.fpclass.ps.512", bits, classes)
+    return builder.icmp_unsigned("!=", builder.bitcast(found, mask), mask(0))
+
+
+def bf16_bits(builder: Any, numbers: Any) -> Any:
+    """The bits in bf16 of fp32 numbers: to nearest, halves to even, and one NaN for all."""
+    of = ir.VectorType(INT, numbers.type.count)
+    bits = builder.bitcast(numbers, of)
+    is_odd = builder.and_(builder.lshr(bits, constant(of, 16)), constant(of, 1))
+    nearest = builder.add(bits, builder.add(is_odd, constant(of, 0x7FFF)))
+    is_number = builder.fcmp_ordered("==", numbers, numbers)
+    rounded = builder.select(is_number, nearest, constant(of, 0x7FC00000))
+    half = ir.VectorType(ir.IntType(16), of.count)
+    return builder.trunc(builder.lshr(rounded, constant(of, 16)), half)
+
+
+@operation(lambda array, _at: types.void(array, _I64))
+def prefetch(context: Any, builder: Any, kinds: Any, array: Any, at: Any) -> None:
+    """``(array, at)``: load the cache line of ``array[at]``, which may lie outside of the array."""
+    line = place(context, builder, kinds[0], array, at, ir.IntType(8))
+    to_read, to_all_caches, data = INT(0), INT(3), INT(1)
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [line, to_read, to_all_caches, data])
+
+
+@operation(lambda array: types.int64(array))
+def size_of(context: Any, _builder: Any, kinds: Any, _array: Any) -> Any:
+    """``(array)``: bytes of an element, a constant, which ``array.itemsize`` is not."""
+    return INDEX(context.get_abi_sizeof(context.get_data_type(kinds[0].dtype)))
+
+
+# lookup in sixteen
+
+
+@operation(lambda table, index: Floats(table, index))
+def lookup(_context: Any, builder: Any, _kinds: Any, table: Any, index: Any) -> Any:
+    """``(table, index)``: ``table[index & 15]`` in registers, of :data:`Floats` by :data:`Wholes`."""
+    return _looked_up(builder, table, index)
+
+
+def _looked_up(builder: Any, table: Any, index: Any) -> Any:
+    if has("avx512f"):
+        return call(builder, "llvm.x86.avx512.permvar.sf.512", _FLOATS, [table, index])
+    if has("avx2"):
+        eights = [_looked_up_eight(builder, table, index, at) for at in (0, 8)]
+        return chosen(builder, eights[0], range(LANES), eights[1])
+    room = cgutils.alloca_once(builder, _FLOATS)
+    builder.store(table, room)
+    numbers, found = builder.bitcast(room, FLOAT.as_pointer()), ir.Constant(_FLOATS, ir.Undefined)
+    for lane in range(LANES):
+        at = builder.and_(builder.extract_element(index, INT(lane)), INT(LANES - 1))
+        found = builder.insert_element(found, builder.load(builder.gep(numbers, [at])), INT(lane))
+    return found
+
+
+def _looked_up_eight(builder: Any, table: Any, index: Any, first: int) -> Any:
+    """By AVX2, which looks at three bits of an index: in both halves of the table, and the fourth bit chooses."""
+    eight = chosen(builder, index, range(first, first + 8))
+    of = ir.VectorType(FLOAT, 8)
+    halves = (chosen(builder, table, range(at, at + 8)) for at in (0, 8))
+    found = [call(builder, "llvm.x86.avx2.permps", of, [half, eight]) for half in halves]
+    sign = builder.bitcast(builder.shl(eight, constant(eight.type, 28)), of)
+    return call(builder, "llvm.x86.avx.blendv.ps.256", of, [*found, sign])
+
+
+_BY_BYTES = has("avx2") and not has("avx512f")
+
+PAIR_ORDER = tuple(
+    8 * (k // 8) + 2 * (k % 4) + (k % 8 < 4) if _BY_BYTES else 2 * (k % LANES) + k // LANES
+    for k in range(2 * LANES)
+)
+"""The order in which :func:`lookup_pairs` gives the codes of 16 bytes, whose high halves are even."""
+
+
+@operation(lambda table, pairs: types.UniTuple(Floats, 2)(table, pairs))
+def lookup_pairs(context: Any, builder: Any, _kinds: Any, table: Any, pairs: Any) -> Any:
+    """``(table, pairs)``: ``table`` of both halves of 16 bytes, :data:`Wholes`, in :data:`PAIR_ORDER`."""
+    if _BY_BYTES:
+        found = _looked_up_by_bytes(builder, table, pairs)
+    else:
+        high = builder.lshr(pairs, constant(_WHOLES, 4))
+        found = [_looked_up(builder, table, index) for index in (high, pairs)]
+    return context.make_tuple(builder, types.UniTuple(Floats, 2), found)
+
+
+def _looked_up_by_bytes(builder: Any, table: Any, pairs: Any) -> list[Any]:
+    """AVX2 looks up bytes in sixteen: it takes each of the four bytes of 32 numbers, and puts them together."""
+    of_bytes, of_words = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(64), 4)
+    codes = builder.trunc(pairs, ir.VectorType(ir.IntType(8), LANES))
+    twice = builder.bitcast(chosen(builder, codes, 2 * list(range(LANES))), of_words)
+    halves = builder.bitcast(builder.lshr(twice, ir.Constant(of_words, [0, 0, 4, 4])), of_bytes)
+    index = builder.and_(halves, constant(of_bytes, 15))
+    of_table = builder.bitcast(table, ir.VectorType(ir.IntType(8), 4 * LANES))
+    planes = [
+        chosen(builder, of_table, 2 * [4 * k + byte for k in range(LANES)]) for byte in range(4)
+    ]
+    parts = [call(builder, "llvm.x86.avx2.pshuf.b", of_bytes, [plane, index]) for plane in planes]
+    low, high = (_in_turn(builder, parts[at], parts[at + 1], ir.IntType(16)) for at in (0, 2))
+    eights = [_in_turn(builder, a, b, FLOAT) for a, b in zip(low, high, strict=True)]
+    return [chosen(builder, first, range(LANES), second) for first, second in eights]
+
+
+def _in_turn(builder: Any, a: Any, b: Any, number: ir.Type) -> list[Any]:
+    """The numbers of a and b by turns, within 128 bits, as numbers twice as wide: two registers."""
+    count = a.type.count
+    of, quarter, found = ir.VectorType(number, count // 2), count // 4, []
+    for start in (0, quarter):
+        firsts = (at + k for at in (start, start + count // 2) for k in range(quarter))
+        lanes = [lane + other for lane in firsts for other in (0, count)]
+        found.append(builder.bitcast(chosen(builder, a, lanes, b), of))
+    return found
+
+
+def _table_of(out: Any) -> Vector:
+    return Shorts if out.dtype is types.int16 and has("avx512bw") else Floats
+
+
+@operation(lambda out, values: _table_of(out)(out, values))
+def table_for(_context: Any, builder: Any, kinds: Any, _out: Any, values: Any) -> Any:
+    """``(out, values)``: a table of 16 values for :func:`store_lookup`, rounded once where ``out`` is bf16."""
+    if _table_of(kinds[0]) == Floats:
+        return values
+    # twice: AVX-512 looks at five bits of an index, and the fifth may be anything
+    return chosen(builder, bf16_bits(builder, values), 2 * list(range(LANES)))
+
+
+@operation(lambda out, _at, table, index: types.void(out, _I64, table, index))
+def store_lookup(
+    context: Any, builder: Any, kinds: Any, out: Any, at: Any, table: Any, index: Any
+) -> None:
+    """``(out, at, table, index)``: store the values of 32 codes, :data:`Shorts` whose low four bits count."""
+    if kinds[2] == Shorts:
+        found = call(builder, "llvm.x86.avx512.permvar.hi.512", _SHORTS, [table, index])
+        put(context, builder, kinds[0], out, at, [found])
+        return
+    halves = (chosen(builder, index, range(first, first + LANES)) for first in (0, LANES))
+    values = [_looked_up(builder, table, builder.zext(half, _WHOLES)) for half in halves]
+    _put_rounded(context, builder, kinds[0], out, at, values)

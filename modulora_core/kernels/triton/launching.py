@@ -123,7 +123,10 @@ def launch(
 
 @cache
 def _tuned(
-    kernel: Any, functions: tuple[Any, ...], configs: tuple[Config, ...], key: tuple[str, ...]
+    kernel: Any,
+    functions: tuple[Any, ...],  # noqa: ARG001 - a part of the cache's key
+    configs: tuple[Config, ...],
+    key: tuple[str, ...],
 ) -> Any:
     """A tuner for ``kernel`` around these ``functions``: their best configuration is their own."""
     choices = [

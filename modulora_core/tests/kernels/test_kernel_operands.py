@@ -77,7 +77,7 @@ def test_what_is_kept_is_no_part_of_the_weight() -> None:
 def test_every_half_is_the_float_that_torch_makes_of_it() -> None:
     from numba import njit
 
-    from modulora_core.kernels.cpu.conversions import from_half
+    from modulora_core.kernels.cpu import from_half
 
     @njit
     def convert(bits: Any, out: Any) -> None:

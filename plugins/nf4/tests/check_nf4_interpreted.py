@@ -9,7 +9,8 @@ import torch
 from modulora_conformance.interpreted_kernels import InterpretedKernels
 from modulora_conformance.oracle import product_error
 from modulora_conformance.tolerances import PRODUCT
-from modulora_nf4 import gpu, packing, reference
+from modulora_nf4 import packing, reference
+from modulora_nf4.kernels import gpu
 from modulora_nf4.quantizer import NF4, Options
 
 SHAPES = [(1, 1), (3, 5), (17, 130), (40, 192)]
@@ -49,12 +50,12 @@ class TestInterpreted(InterpretedKernels):
 def test_a_sum_in_many_shares_is_the_same_every_time():
     weight = packed((40, 2048))
     x = torch.randn(1, 2048, generator=torch.Generator().manual_seed(1))
-    y = gpu.matmul(x, weight, False)
-    assert torch.equal(gpu.matmul(x, weight, False), y)
+    y = gpu.product(x, weight, False)
+    assert torch.equal(gpu.product(x, weight, False), y)
     assert product_error(y, x, truth(weight).double(), False) <= PRODUCT[torch.float32].value
 
 
 def test_many_rows_and_fp64_are_left_to_tiles():
     weight = packed((8, 64))
-    assert gpu.matmul(torch.ones(33, 64), weight, False) is None
-    assert gpu.matmul(torch.ones(1, 64, dtype=torch.float64), weight, False) is None
+    assert gpu.product(torch.ones(33, 64), weight, False) is None
+    assert gpu.product(torch.ones(1, 64, dtype=torch.float64), weight, False) is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modulora_nf4 import SPEC, cpu_codes, packing, reference
+from modulora_nf4 import SPEC, packing, reference
 from modulora_nf4.quantizer import NF4, Options
 from pydantic import ValidationError
 
@@ -98,31 +98,12 @@ def test_constants_whose_reciprocal_is_infinite_are_quantized_too(compiled, monk
     assert packed.tensors["absmax_codes"].tolist() == [0, 0, 255]
 
 
-def _ends_of_cells():
-    """Where the curve of :mod:`modulora_nf4.cpu_codes` is a whole number: the roots of a quadratic on each side of 0."""
-    rise = torch.arange(1, 16.0) - cpu_codes.MIDDLE
-    a, b = cpu_codes.STEEPNESS, cpu_codes.BEND
-    ends = rise.sign() * (a - (a * a - 4 * b * rise.abs()).sqrt()) / (2 * b)
-    return ends[ends.abs() <= 1]
-
-
-def test_each_midpoint_is_in_a_cell_of_its_own_a_quarter_of_a_cell_from_its_ends():
-    midpoints = torch.tensor(reference.LEVELS, dtype=torch.float64).unfold(0, 2, 1).mean(1)
-    curve = midpoints * (cpu_codes.STEEPNESS - cpu_codes.BEND * midpoints.abs()) + cpu_codes.MIDDLE
-    assert curve.trunc().tolist() == list(
-        range(15)
-    )  # the first cell reaches from -1 to 1 of the curve
-    to_an_end = (curve[:, None] - torch.arange(1, 16)).abs()
-    assert to_an_end.min() > 0.25
-    assert len(_ends_of_cells()) == 14  # between fifteen cells
-
-
 def test_kernels_find_the_nearest_level_for_every_number_about_a_midpoint_or_the_end_of_a_cell(
     monkeypatch,
 ):
     """A midpoint is looked up by its cell of [-1, 1]: next to midpoints, the ends of cells and at 1 is where that could go wrong."""
     levels = torch.tensor(reference.LEVELS)
-    edges = torch.cat([(levels[1:] + levels[:-1]) / 2, _ends_of_cells(), torch.tensor([-1.0, 1.0])])
+    edges = torch.cat([(levels[1:] + levels[:-1]) / 2, torch.tensor([-1.0, 1.0])])
     steps = [edges]
     for toward in (-2.0, 2.0):
         near = edges

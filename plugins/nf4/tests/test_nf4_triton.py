@@ -12,7 +12,7 @@ from modulora_nf4.quantizer import NF4, Options
 
 pytest.importorskip("triton")
 ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
-gpu = pytest.importorskip("modulora_nf4.gpu")
+gpu = pytest.importorskip("modulora_nf4.kernels.gpu")
 
 TARGETS = pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
 SHAPE = (4096, 4096)
@@ -37,7 +37,7 @@ def compiled(target, launch):
 @pytest.mark.parametrize("double_quant", [False, True], ids=["", "double"])
 def test_tiles_are_read_and_written_16_bytes_at_a_time(double_quant, target):
     with ahead_of_time.recorded() as calls:
-        gpu.dequantize(empty(double_quant), (0, SHAPE[0]), torch.bfloat16)
+        gpu.tile(empty(double_quant), (0, SHAPE[0]), torch.bfloat16)
     (call,) = calls
     # of 4096 weights, which are 2048 bytes, each of 128 threads has 16 bytes; AMD's 256 have 8
     wide, code = (
@@ -59,7 +59,7 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(double_quant, target):
 @TARGETS
 def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
     x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
-    code = compiled(target, lambda: gpu.matmul(x, empty(), False))
+    code = compiled(target, lambda: gpu.product(x, empty(), False))
     assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
     assert code.loads[64 if target == "gfx942" else 128] >= 1
     assert code.loads[8] == code.loads[16] == 0
@@ -73,7 +73,7 @@ def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
 )
 def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target):
     x = torch.empty(rows, SHAPE[0 if transpose else 1], dtype=dtype)
-    code = compiled(target, lambda: gpu.matmul(x, empty(), transpose))
+    code = compiled(target, lambda: gpu.product(x, empty(), transpose))
     assert code.registers <= 128
     assert code.loads[64 if target == "gfx942" else 128] >= 1
     if rows > 1:
@@ -88,5 +88,5 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
 def test_rows_that_begin_inside_of_a_block_compile_too(target, double_quant):
     """The interpreter takes more of Python than the compiler does, so what it ran must be compiled as well."""
     packed = empty(double_quant, (33, 577))
-    compiled(target, lambda: gpu.matmul(torch.empty(1, 577), packed, False))
-    compiled(target, lambda: gpu.dequantize(packed, (1, 20), torch.float32))
+    compiled(target, lambda: gpu.product(torch.empty(1, 577), packed, False))
+    compiled(target, lambda: gpu.tile(packed, (1, 20), torch.float32))

@@ -1,8 +1,8 @@
-"""NF4 behind the contract: options, packed tensors, and which code runs where.
+"""NF4 behind the contract: options, packed tensors, tiles. The method is in reference.py.
 
 Packed tensors::
 
-    codes           uint8 [ceil(out · in / 2)]      two codes a byte, even element high
+    codes           uint8 [ceil(out · in / 2)]      two codes a byte, the even element high
     absmax          fp32 [blocks]                   without double quantization
     absmax_codes    uint8 [blocks]                  with it: codes of the dynamic map,
     nested_absmax   fp32 [ceil(blocks / 256)]       their constants,
@@ -14,37 +14,25 @@ Metadata: ``block_size`` and ``double_quant``.
 from __future__ import annotations
 
 import math
-from functools import cache, partial
-from typing import Any, ClassVar
+from functools import cache
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from modulora_core import kernels
 from modulora_core.errors import WeightError
-from modulora_core.spec import (
-    Calibration,
-    PackedLayout,
-    PackedWeight,
-    Quantizer,
-    TensorLayout,
-    check_rows,
-)
+from modulora_core.kernels import KernelQuantizer
+from modulora_core.spec import Calibration, PackedWeight, TensorLayout
 from modulora_nf4 import SPEC, packing, reference
 from modulora_nf4.reference import NESTED_BLOCK_SIZE
 
-FEW_ROWS = 64
-"""Up to so many rows of x the fused kernel is faster than a product over decoded tiles (README, Speed)."""
-
-_NESTED = ("absmax_codes", "nested_absmax", "offset")
-
 REFERENCE_BYTES = 4 * 2**20
-"""fp32 weights that the reference packs at once: it needs about six copies of what it is given."""
+"""Bytes of fp32 weights that plain torch packs at once: it needs about six copies of them."""
 
 
 class Options(BaseModel):
-    """What a user may choose."""
+    """How a weight is quantized."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,168 +51,85 @@ class Options(BaseModel):
         return value
 
 
-class NF4(Quantizer):
+class NF4(KernelQuantizer):
     """4-bit NormalFloat (QLoRA, arXiv 2305.14314), bit for bit as bitsandbytes stores it."""
 
     spec = SPEC
     format = 1
     Options: ClassVar[type[BaseModel]] = Options
+    kernels = "modulora_nf4.kernels"
 
     def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:  # noqa: ARG002 - data-free
         """Quantize ``weight``, ``[out, in]``.
 
         Raises:
-            WeightError: it has NaN or Inf, or values that fp32 can't hold.
+            WeightError: NaN or Inf in it, or values that fp32 can't hold.
         """
-        options: Options = self.options
-        # in one copy where strides and dtype are not those of the kernel, and in none where they are
+        # at most one copy
         W = weight.detach().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
-        codes, absmax = _quantize(W.view(-1), options.block_size)
-        # NaN is larger than all numbers, for torch too
-        if absmax.numel() and not bool(absmax.max().isfinite()):
+        codes, c2 = self._quantize(W.view(-1), self.options.block_size)
+        # NaN is larger than all numbers
+        if c2.numel() and not bool(c2.max().isfinite()):
             raise WeightError(
-                "nf4: expected finite weights that fp32 can hold, got NaN or Inf in a weight of shape "
-                f"{list(weight.shape)}"
+                f"{SPEC.name}: expected finite weights that fp32 can hold, got NaN or Inf in a "
+                f"weight of shape {list(weight.shape)}"
             )
-        tensors = {"codes": codes, "absmax": absmax}
-        if options.double_quant:
-            q2, c1, mean = _double_quantize(absmax)
+        tensors = {"codes": codes, "absmax": c2}
+        if self.options.double_quant:
+            q2, c1, mean = self._double_quantize(c2)
             tensors = {"codes": codes, "absmax_codes": q2, "nested_absmax": c1, "offset": mean}
         out_features, in_features = weight.shape
-        return PackedWeight(
-            "nf4", self.format, (out_features, in_features), tensors, options.model_dump()
-        )
+        return self.layout((out_features, in_features)).fill(tensors)
 
-    def layout(self, shape: tuple[int, int]) -> PackedLayout:
-        options = self.options.model_dump()
-        return PackedLayout("nf4", self.format, shape, _tensors(shape, **options), options)
+    def _quantize(self, W: Tensor, B: int) -> tuple[Tensor, Tensor]:
+        """Bytes and block constants c₂ of the flat fp32 weight."""
+        numel, blocks = W.numel(), reference.blocks(W.numel(), B)
+        codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=W.device)
+        c2 = torch.empty(blocks, device=W.device)
+        if not self.run_on_cpu("quantize", W, B.bit_length() - 1, codes, c2):
+            step = max(1, REFERENCE_BYTES // (4 * B)) * B  # an even number of elements
+            for start in range(0, numel, step):
+                stop = min(start + step, numel)
+                q, constants = reference.quantize(W[start:stop], B)
+                codes[start // 2 : (stop + 1) // 2] = packing.pack(q)
+                c2[start // B : reference.blocks(stop, B)] = constants
+        return codes, c2
 
-    def dequantize_tile(
-        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        check_rows(packed, rows)
-        gpu = _gpu(packed.device)
-        if gpu is not None:
-            kernels.check_tensors(packed, _tensors)
-            tile: Tensor = gpu.dequantize(packed, rows, dtype)
-            return tile
-        cpu = _kernels(packed.device)
-        if cpu is None:
-            return _reference_tile(packed, rows).to(dtype)
-        decoded: Tensor = _rows(cpu, packed).tile(_operands(packed), rows, packed.shape[1], dtype)
-        return decoded
-
-    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
-        gpu = _gpu(packed.device)
-        if gpu is not None:
-            kernels.check_tensors(packed, _tensors)
-            product: Tensor | None = gpu.matmul(x, packed, transpose)
-            if product is not None:
-                return product
-        cpu = _kernels(packed.device)
-        y: Tensor | None = None
-        if cpu is not None:
-            weight = partial(_operands, packed)
-            y = _rows(cpu, packed).product(x, packed.shape, weight, FEW_ROWS, transpose)
-        return super().matmul(x, packed, transpose) if y is None else y
-
-
-def _kernels(device: torch.device) -> Any:
-    """The compiled kernels; None where they can't run, and then the reference does."""
-    return kernels.load("modulora_nf4.cpu", device)
-
-
-def _gpu(device: torch.device) -> Any:
-    """The Triton kernels; None where they can't run."""
-    return kernels.load_triton("modulora_nf4.gpu", device)
-
-
-@cache
-def _tensors(
-    shape: tuple[int, int], block_size: int, double_quant: bool
-) -> dict[str, TensorLayout]:
-    """What a weight of this shape is packed into. Raises ValueError for options that can't be."""
-    Options(block_size=block_size, double_quant=double_quant)
-    numel = math.prod(shape)
-    blocks = reference.blocks(numel, block_size)
-    codes = {"codes": TensorLayout("uint8", ((numel + 1) // 2,))}
-    if not double_quant:
-        return codes | {"absmax": TensorLayout("float32", (blocks,))}
-    return codes | {
-        "absmax_codes": TensorLayout("uint8", (blocks,)),
-        "nested_absmax": TensorLayout("float32", (reference.blocks(blocks, NESTED_BLOCK_SIZE),)),
-        "offset": TensorLayout("float32", (1,)),
-    }
-
-
-def _shift(B: int) -> int:
-    """Element ``i`` is in block ``i >> shift``."""
-    return B.bit_length() - 1
-
-
-def _quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
-    """Bytes ``[ceil(numel / 2)]`` and block constants ``[blocks]`` of the flat fp32 weight ``[numel]``."""
-    codes = torch.empty((W.numel() + 1) // 2, dtype=torch.uint8, device=W.device)
-    absmax = torch.empty(reference.blocks(W.numel(), B), device=W.device)
-    cpu = _kernels(W.device)
-    if cpu is not None:
-        kernels.launch(cpu.quantize, W, _shift(B), codes, absmax)
-        return codes, absmax
-    step = max(1, REFERENCE_BYTES // (4 * B)) * B  # whole blocks, and an even number of elements
-    for start in range(0, W.numel(), step):
-        stop = min(start + step, W.numel())
-        q, c2 = reference.quantize(W[start:stop], B)
-        codes[start // 2 : (stop + 1) // 2] = packing.pack(q)
-        absmax[start // B : reference.blocks(stop, B)] = c2
-    return codes, absmax
-
-
-def _double_quantize(c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`modulora_nf4.reference.double_quantize` gives."""
-    cpu = _kernels(c2.device)
-    if cpu is None:
+    def _double_quantize(self, c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q₂, c₁ and the mean of the block constants."""
+        q2 = torch.empty(c2.numel(), dtype=torch.uint8, device=c2.device)
+        c1 = torch.empty(reference.blocks(c2.numel(), NESTED_BLOCK_SIZE), device=c2.device)
+        mean = reference.mean_of(c2).reshape(1)
+        if self.run_on_cpu("double_quantize", c2, mean, q2, c1):
+            return q2, c1, mean
         return reference.double_quantize(c2)
-    q2 = torch.empty(c2.numel(), dtype=torch.uint8)
-    c1, mean = (
-        torch.empty(reference.blocks(c2.numel(), NESTED_BLOCK_SIZE)),
-        reference.mean_of(c2).reshape(1),
-    )
-    kernels.launch(cpu.double_quantize, c2, mean, q2, c1)
-    return q2, c1, mean
 
+    @staticmethod
+    @cache
+    def tensors(
+        shape: tuple[int, int], block_size: int, double_quant: bool
+    ) -> dict[str, TensorLayout]:
+        Options(block_size=block_size, double_quant=double_quant)
+        numel = math.prod(shape)
+        blocks = reference.blocks(numel, block_size)
+        codes = {"codes": TensorLayout("uint8", ((numel + 1) // 2,))}
+        if not double_quant:
+            return codes | {"absmax": TensorLayout("float32", (blocks,))}
+        nested = reference.blocks(blocks, NESTED_BLOCK_SIZE)
+        return codes | {
+            "absmax_codes": TensorLayout("uint8", (blocks,)),
+            "nested_absmax": TensorLayout("float32", (nested,)),
+            "offset": TensorLayout("float32", (1,)),
+        }
 
-def _reference_tile(packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
-    """Rows ``[start, stop)`` in fp32, by plain torch."""
-    kernels.check_tensors(packed, _tensors)
-    in_features, B = packed.shape[1], packed.metadata["block_size"]
-    begin, end = rows[0] * in_features, rows[1] * in_features
-    q = packing.unpack(packed.tensors["codes"], begin, end)
-    absmax = _reference_absmax(packed, begin // B, reference.blocks(end, B))
-    return reference.dequantize(q, absmax, B, begin).reshape(rows[1] - rows[0], in_features)
-
-
-def _reference_absmax(packed: PackedWeight, first: int, stop: int) -> Tensor:
-    """The constants of blocks ``[first, stop)``, fp32."""
-    if "absmax" in packed.tensors:
-        return packed.tensors["absmax"][first:stop]
-    q2, c1, mean = (packed.tensors[name] for name in _NESTED)
-    return reference.double_dequantize(
-        q2[first:stop], c1[first // NESTED_BLOCK_SIZE :], mean, first
-    )
-
-
-def _rows(cpu: Any, packed: PackedWeight) -> Any:
-    """The kernels for a weight's form."""
-    return cpu.rows if "absmax" in packed.tensors else cpu.nested_rows
-
-
-def _operands(packed: PackedWeight) -> tuple[Any, ...]:
-    """What they need: codes, absmax or what it is made of, shift, and the length of a row."""
-    return kernels.operands(packed, _stored)
-
-
-def _stored(packed: PackedWeight) -> tuple[Any, ...]:
-    kernels.check_tensors(packed, _tensors)
-    tensors, shift = packed.tensors, _shift(packed.metadata["block_size"])
-    names = ("absmax",) if "absmax" in tensors else _NESTED
-    return tensors["codes"], *(tensors[name] for name in names), shift, packed.shape[1]
+    def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+        (_, in_features), B, tensors = packed.shape, packed.metadata["block_size"], packed.tensors
+        begin, end = rows[0] * in_features, rows[1] * in_features
+        first, stop = begin // B, reference.blocks(end, B)
+        if packed.metadata["double_quant"]:
+            q2, c1 = tensors["absmax_codes"], tensors["nested_absmax"][first // NESTED_BLOCK_SIZE :]
+            c2 = reference.double_dequantize(q2[first:stop], c1, tensors["offset"], first)
+        else:
+            c2 = tensors["absmax"][first:stop]
+        q = packing.unpack(tensors["codes"], begin, end)
+        return reference.dequantize(q, c2, B, begin).reshape(rows[1] - rows[0], in_features)

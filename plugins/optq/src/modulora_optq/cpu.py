@@ -13,9 +13,9 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.cpu.products import RowKernels
-from modulora_core.kernels.cpu.shares import share
-from modulora_core.kernels.cpu.vectors import pointer
+from modulora_core.kernels.cpu import share
+from modulora_core.kernels.cpu.cpu_kernels import RowKernels
+from modulora_core.kernels.cpu.ir import pointer
 from modulora_optq.cpu_decode import decode
 from modulora_optq.cpu_one_row import matmul_one, takes
 

@@ -20,11 +20,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.cpu.conversions import from_half, halves_to_floats, narrow, put_numbers
-from modulora_core.kernels.cpu.prefetch import read_ahead
-from modulora_core.kernels.cpu.scratch import on_stack
-from modulora_core.kernels.cpu.tables import Table
-from modulora_core.kernels.cpu.vectors import LANES, chosen, pointer, splat
+from modulora_core.kernels.cpu import from_half, narrow, on_stack, read_ahead
+from modulora_core.kernels.cpu.ir import (
+    LANES,
+    Table,
+    chosen,
+    halves_to_floats,
+    pointer,
+    put_numbers,
+    splat,
+)
 from modulora_optq.cpu_planes import (
     Taken,
     code_at,

@@ -25,8 +25,8 @@ from numba import prange
 from numpy.typing import NDArray
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.cpu.shares import share
-from modulora_core.kernels.cpu.vectors import LANES
+from modulora_core.kernels.cpu import share
+from modulora_core.kernels.cpu.ir import LANES
 from modulora_optq.cpu_row_product import parts_of_byte, rows_product
 from modulora_optq.cpu_row_scales import chunks_of, sum_of_vectors, take_row
 

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.cpu.vectors import LANES, has, pointer, splat
+from modulora_core.kernels.cpu.ir import LANES, has, pointer, splat
 from modulora_optq.packing import PLANES, plane_bytes
 
 _BYTE, _INDEX = ir.IntType(8), ir.IntType(64)

@@ -15,9 +15,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from modulora_core.kernels.cpu.prefetch import AHEAD, NEAR, ask_for
-from modulora_core.kernels.cpu.vectors import (
+from modulora_core.kernels.cpu.ir import (
+    AHEAD,
     LANES,
+    NEAR,
+    ask_for,
     has,
     lookup,
     matrix,

@@ -20,9 +20,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from modulora_core.kernels.cpu.conversions import halves_to_floats
-from modulora_core.kernels.cpu.vectors import LANES, lookup, loops, matrix, pointer, sum_of_lanes
-from modulora_core.kernels.cpu.vectors import zeros as zeros_of
+from modulora_core.kernels.cpu.ir import (
+    LANES,
+    halves_to_floats,
+    lookup,
+    loops,
+    matrix,
+    pointer,
+    sum_of_lanes,
+)
+from modulora_core.kernels.cpu.ir import (
+    zeros as zeros_of,
+)
 from modulora_optq.packing import PLANES, plane_bytes
 
 _INDEX, _WHOLE = ir.IntType(64), ir.IntType(32)

@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.cpu.conversions import narrow
-from modulora_core.kernels.cpu.product_templates import STRIP
-from modulora_core.kernels.cpu.products import RowKernels
-from modulora_core.kernels.cpu.scratch import on_stack
+from modulora_core.kernels.cpu import STRIP, narrow, on_stack
+from modulora_core.kernels.cpu.cpu_kernels import RowKernels
 from modulora_quip_sharp_e8.cpu_points import expand_points
 from modulora_quip_sharp_e8.cpu_words import (
     expand,

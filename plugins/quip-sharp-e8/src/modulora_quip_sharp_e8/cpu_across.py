@@ -19,8 +19,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.cpu.scratch import on_stack
-from modulora_core.kernels.cpu.vectors import LANES, multiply_add, pointer, splat, zeros
+from modulora_core.kernels.cpu import on_stack
+from modulora_core.kernels.cpu.ir import LANES, multiply_add, pointer, splat, zeros
 
 OUTPUTS = 8  # segments that are summed at once
 _SIGNS = 16  # of four segments

@@ -18,9 +18,7 @@ import numpy as np
 from numba import prange
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.cpu.prefetch import read_ahead
-from modulora_core.kernels.cpu.scratch import scratch
-from modulora_core.kernels.cpu.shares import share
+from modulora_core.kernels.cpu import read_ahead, scratch, share
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.cpu_points import dot_points
 from modulora_quip_sharp_e8.cpu_transform import turn_rows

@@ -17,9 +17,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from modulora_core.kernels.cpu.conversions import float_to_bf16
-from modulora_core.kernels.cpu.vectors import (
+from modulora_core.kernels.cpu.ir import (
     assembly,
+    float_to_bf16,
     has,
     matrix,
     multiply_add,

@@ -20,10 +20,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.cpu.conversions import bf16_to_float, from_half, narrow_row, widen
-from modulora_core.kernels.cpu.scratch import scratch
-from modulora_core.kernels.cpu.shares import share
-from modulora_core.kernels.cpu.vectors import LANES
+from modulora_core.kernels.cpu import from_half, narrow_row, scratch, share, widen
+from modulora_core.kernels.cpu.ir import LANES, bf16_to_float
 from modulora_quip_sharp_e8.cpu_across import INDEX, LANE, across, load, store
 
 
@@ -176,7 +174,7 @@ def _rotate_row_to(
 @overload(_rotate_row_to, inline="always")  # inlined, it counts no references to arrays
 def _rotate_row_to_of(
     x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any
-) -> Any:  # noqa: ARG001
+) -> Any:
     def to_numbers(
         x: Any, before: Any, matrix: Any, K: int, after: Any, scratch: Any, out: Any
     ) -> None:

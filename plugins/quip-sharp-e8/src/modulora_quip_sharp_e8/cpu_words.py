@@ -23,15 +23,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modulora_core.kernels import jit
-from modulora_core.kernels.cpu.conversions import float_to_bf16, put_numbers
-from modulora_core.kernels.cpu.prefetch import AHEAD, NEAR, ask_for
-from modulora_core.kernels.cpu.vectors import (
+from modulora_core.kernels.cpu.ir import (
+    AHEAD,
     LANES,
+    NEAR,
+    ask_for,
     call,
+    float_to_bf16,
     has,
     lookup,
     loops,
     pointer,
+    put_numbers,
     splat,
     sum_of_lanes,
     zeros,

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,9 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core import kernels
-from modulora_core.kernels.choices import ROWS_OF_AMX
-from modulora_core.spec import PackedWeight
 from modulora_core.devices.dense_products import compute_dtype
+from modulora_core.spec import PackedWeight
 from modulora_core.tiles import tiled_matmul
 from modulora_quip_sharp_e8 import codebooks, transform
 from modulora_quip_sharp_e8.codebooks import BLOCK
@@ -103,7 +101,7 @@ def _rows(x: Tensor, features: int) -> Tensor | None:
         and x.numel() > features
     ):
         return x.detach().contiguous()
-    return kernels.few_rows(x, features, sys.maxsize, torch.float32)
+    return kernels.fp32_input(x, features)
 
 
 def _between(
@@ -121,7 +119,7 @@ def _between(
         before, after = after, before
     rows = kernels.rows_of(x)
     # fewer rows of bf16 may be multiplied in fp32, or to sums in fp32, and aren't rounded before and behind
-    by_tiles = len(rows) > ROWS_OF_AMX
+    by_tiles = len(rows) > kernels.MOST_ROWS_BY_AMX
     turned = torch.empty(
         x.shape, dtype=compute_dtype(x.dtype, x.device) if by_tiles else torch.float32
     )

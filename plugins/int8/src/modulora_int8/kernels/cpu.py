@@ -1,9 +1,6 @@
-"""INT8 on the CPU, compiled by numba: the same values as :mod:`modulora_int8.reference`, at the speed of memory.
+"""INT8 on the CPU, compiled by numba: the values of :mod:`modulora_int8.reference`, bit for bit.
 
-``codes`` are ``[out, in]``, ``scales`` ``[out, groups]``; ``group`` columns share a scale.
-
-Quantizing reads a weight once from memory, for the largest values of its rows, and again from a cache for the codes. While it makes
-these it asks memory for what comes then: 4 bytes a value are read, one is written, and that is what it takes.
+``codes`` are int8 ``[out, in]``, ``scales`` fp32 ``[out, groups]``; ``group`` columns share a scale.
 """
 
 from __future__ import annotations
@@ -11,145 +8,135 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
-from numba import prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import prange
 
-from modulora_core.kernels import jit
-from modulora_core.kernels.cpu import CPUKernels
-from modulora_core.kernels.cpu.conversions import through_half, through_halves
-from modulora_core.kernels.cpu.magnitudes import largest_bits
-from modulora_core.kernels.cpu.prefetch import FAR, ask_for
-from modulora_core.kernels.cpu.shares import signed
-from modulora_core.kernels.cpu.vectors import LANES, pointer, splat
-from modulora_core.packed import PackedWeight
-from modulora_int8.kernels.decode import decode
-from modulora_int8.kernels.one_row import one_row
-from modulora_int8.reference import HALF_RANGE, LARGEST, SMALLEST_ABSMAX
-
-_ONE, _LARGEST = np.float32(1), np.float32(LARGEST)
-_SMALLEST = np.float32(SMALLEST_ABSMAX)
-_FROM, _BELOW = np.float32(HALF_RANGE[0]), np.float32(HALF_RANGE[1])
-
-_STEPS_OF_ONE = 1.5 * 2**23  # adding it to less than 2²² rounds to whole numbers, halves to even
-
-_ROWS = 16  # rows that a thread takes at once
-_AHEAD = 4096  # how many numbers ahead memory is asked: a row of common width, or two
-
-_BYTE, _INDEX = ir.IntType(8), ir.IntType(64)
-_BYTES, _WHOLES, _FLOATS = (
-    ir.VectorType(of, LANES) for of in (_BYTE, ir.IntType(32), ir.FloatType())
+from modulora_core.kernels.cpu import (
+    AHEAD,
+    CPUKernels,
+    jit,
+    largest_bits,
+    load,
+    multiply_add,
+    narrow,
+    prefetch,
+    read_ahead,
+    share,
+    signed,
+    splat,
+    store_rounded,
+    sum_of_lanes,
+    to_floats,
 )
+from modulora_core.packed import PackedWeight
+from modulora_int8 import reference
+
+_INVERSE, _LARGEST = np.float32(reference.INVERSE), np.float32(reference.LARGEST)
+_SMALLEST = np.float32(reference.SMALLEST_ABSMAX)
+_FROM, _BELOW = (np.float32(end) for end in reference.HALF_RANGE)
+_TO_WHOLE = np.float32(1.5 * 2**23)  # added to less than 2²², it leaves no digits after the point
+
+_ROWS = 16  # rows that a thread quantizes at once
 
 
 def operands(packed: PackedWeight) -> tuple[Any, ...]:
-    """Codes, scales, and how many columns share a scale."""
+    """The ``weight`` of the functions below: codes, scales, columns of a group."""
     group = packed.metadata["group_size"] or max(1, packed.shape[1])
     return packed.tensors["codes"], packed.tensors["scales"], group
 
 
-kernels = CPUKernels(decode, operands, one_row, rounds=True)
+@jit(borrows=True)
+def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+    """Columns ``start ...`` of the rows from ``row`` on (:class:`modulora_core.kernels.cpu.CPUKernels`)."""
+    codes, scales, group = weight
+    for r in range(len(out)):
+        at, to = (row + r) * codes.shape[1] + start, r * out.shape[1]
+        read_ahead(codes, at, columns)
+        k, g = 0, start // group
+        while k < columns:
+            end, scale = min(columns, (g + 1) * group - start), scales[row + r, g]
+            runs = (end - k) >> 6
+            whole = k + 64 * runs
+            for run in range(runs):
+                for half in range(2):
+                    j = k + 64 * run + 32 * half
+                    low, high = to_floats(load(codes, at + j)), to_floats(load(codes, at + j + 16))
+                    store_rounded(out, to + j, low * scale * _INVERSE, high * scale * _INVERSE)
+            for j in range(whole, end):
+                value = np.float32(codes[row + r, start + j]) * scale * _INVERSE
+                out[r, j] = narrow(value, out[r, j])
+            k, g = end, g + 1
+
+
+@jit(borrows=True)
+def _product(codes: Any, row: int, scales: Any, group: int, x: Any) -> Any:
+    """Σ_g scale[g] Σ_k code[k] x[k], over the columns k of group g of a row."""
+    total, columns = np.float32(0), codes.shape[1]
+    begin = row * columns
+    for g in range(scales.shape[1]):
+        start, stop = g * group, min((g + 1) * group, columns)
+        a = b = c = d = splat(np.float32(0))  # an addition waits for the one before
+        turns = (stop - start) >> 6
+        whole = start + 64 * turns
+        for turn in range(turns):
+            k = start + 64 * turn
+            at = begin + k
+            prefetch(codes, at + AHEAD)
+            a = multiply_add(to_floats(load(codes, at)), load(x, k), a)
+            b = multiply_add(to_floats(load(codes, at + 16)), load(x, k + 16), b)
+            c = multiply_add(to_floats(load(codes, at + 32)), load(x, k + 32), c)
+            d = multiply_add(to_floats(load(codes, at + 48)), load(x, k + 48), d)
+        of_group = sum_of_lanes((a + b) + (c + d))
+        for k in range(whole, stop):
+            of_group += np.float32(codes[row, k]) * x[0, k]
+        total += of_group * scales[row, g]
+    return total * _INVERSE
+
+
+@jit(parallel=True)
+def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
+    """``y = x Ŵᵀ`` for one row: codes are multiplied as they are, and the sums of groups scaled."""
+    codes, scales, group = weight
+    for index in prange(threads):
+        begin, stop = share(index, threads, len(codes))
+        for o in range(begin, stop):
+            y[0, o] = _product(codes, o, scales, group, x)
+
+
+kernels = CPUKernels(decode, operands, lambda _: matmul_one, rounds=True)
 tile, product = kernels.tile, kernels.product
 
 
-def _put_codes(halves: bool) -> Any:
-    """The intrinsic that writes codes: of the numbers as they are, or of these rounded to fp16."""
-
-    @intrinsic
-    def put(
-        _context: Any, x: Any, _at: Any, _vectors: Any, _factor: Any, codes: Any, _to: Any
-    ) -> Any:
-        """``codes[to + k] = round(factor · x[at + k])`` for so many vectors, of arrays as if they were flat."""
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            x, at, vectors, factor, codes, to = arguments
-            kinds = signature.args
-            factors, steps = (
-                splat(builder, factor, _FLOATS),
-                ir.Constant(_FLOATS, [_STEPS_OF_ONE] * LANES),
-            )
-            with cgutils.for_range(builder, vectors) as loop:
-                k = builder.mul(loop.index, _INDEX(LANES))
-                here = builder.add(at, k)
-                then = builder.add(here, _INDEX(_AHEAD))
-                ask_for(builder, pointer(context, builder, kinds[0], x, then, _BYTE), FAR)
-                values = builder.load(
-                    pointer(context, builder, kinds[0], x, here, _FLOATS), align=4
-                )
-                if halves:
-                    values = through_halves(context, builder, values)
-                rounded = builder.fsub(builder.fadd(builder.fmul(values, factors), steps), steps)
-                found = builder.trunc(builder.fptosi(rounded, _WHOLES), _BYTES)
-                place = pointer(context, builder, kinds[4], codes, builder.add(to, k), _BYTES)
-                builder.store(found, place, align=1)
-            return context.get_dummy_value()
-
-        i64 = types.int64
-        return types.void(x, i64, i64, types.float32, codes, i64), generate
-
-    return put
-
-
-_put_codes_of_halves, _put_codes_of_floats = _put_codes(halves=True), _put_codes(halves=False)
+@jit(borrows=True)
+def _through_half(x: Any) -> Any:
+    """An fp32 number below 65520 rounded to fp16, to nearest and halves to even."""
+    bits = np.float32(x).view(np.int32)
+    rounded = np.int32((bits + np.int32(0xFFF) + ((bits >> 13) & 1)) & np.int32(~0x1FFF))
+    # below 2⁻¹⁴ the steps are 2⁻²⁴, as in fp32 between 0.5 and 1
+    small = np.float32((x + np.float32(0.75)) - np.float32(0.75))
+    return small if abs(x) < np.float32(2.0**-14) else rounded.view(np.float32)
 
 
 @jit(borrows=True)
-def _quantize_vectors(
-    x: Any, at: int, count: int, halves: bool, factor: Any, codes: Any, to: int
-) -> None:
-    """So many vectors of sixteen, with ``factor`` codes in 1; ``halves``: rounded to fp16 first."""
-    if halves:
-        _put_codes_of_halves(x, at, count, factor, codes, to)
-    else:
-        _put_codes_of_floats(x, at, count, factor, codes, to)
-
-
-@jit(borrows=True)
-def _quantize_group(
-    x: Any, at: int, bits: Any, codes: Any, scale: Any, scale_bits: Any, rest: Any, rest_codes: Any
-) -> None:
-    """A group of a row, which begins at ``x[at]``, as if ``x`` and ``codes`` were flat; ``bits`` are its own alone.
-
-    ``scale`` and ``scale_bits`` are the same single value; ``rest`` and ``rest_codes`` are scratch for what is no whole vector.
-    """
-    scale_bits[0] = largest_bits(bits)
-    halves = _FROM <= scale[0] < _BELOW
-    if halves:  # what is largest stays so when all are rounded
-        scale[0] = through_half(scale[0])
-    factor = _ONE / max(scale[0], _SMALLEST) * _LARGEST
-    vectors, over = bits.size // LANES, bits.size % LANES
-    _quantize_vectors(x, at, vectors, halves, factor, codes, at)
-    if over:
-        whole = at + vectors * LANES
-        flat, flat_codes = x.reshape(x.size), codes.reshape(codes.size)
-        for k in range(over):
-            rest[k] = flat[whole + k]
-        _quantize_vectors(rest, 0, 1, halves, factor, rest_codes, 0)
-        for k in range(over):
-            flat_codes[whole + k] = rest_codes[k]
-
-
-@jit(borrows=True)
-def _quantize_rows(
-    x: Any, first: int, last: int, group: int, codes: Any, scales: Any, rest: Any, rest_codes: Any
-) -> None:
-    """Rows ``[first, last)``; ``rest`` and ``rest_codes`` as above."""
-    columns = x.shape[1]
-    x_bits, scales_bits = x.view(np.int32), scales.view(np.int32)
-    for o in range(first, last):
-        for g in range(scales.shape[1]):
-            a, b = g * group, min((g + 1) * group, columns)
-            scale, scale_bits = scales[o, g : g + 1], scales_bits[o, g : g + 1]
-            _quantize_group(
-                x, o * columns + a, x_bits[o, a:b], codes, scale, scale_bits, rest, rest_codes
-            )
+def _quantize_group(x: Any, bits: Any, codes: Any) -> Any:
+    """Codes of the numbers ``x``, whose bits are ``bits``; returns their scale."""
+    c = np.int32(largest_bits(bits)).view(np.float32)
+    in_halves = _FROM <= c < _BELOW
+    if in_halves:
+        c = _through_half(c)
+    factor = np.float32(1) / max(c, _SMALLEST) * _LARGEST
+    for k in range(codes.size):
+        value = _through_half(x[k]) if in_halves else x[k]
+        codes[k] = np.int8(np.int32((value * factor + _TO_WHOLE) - _TO_WHOLE))
+    return c
 
 
 @jit(parallel=True)
 def quantize(x: Any, group: int, codes: Any, scales: Any) -> None:
-    """The fp32 weight ``[out, in]`` to codes and scales: see :func:`modulora_int8.reference.quantize`."""
+    """The fp32 weight ``[out, in]`` to codes and scales: :func:`modulora_int8.reference.quantize`."""
+    bits, columns = x.view(np.int32), x.shape[1]
     for piece in prange((len(x) + _ROWS - 1) // _ROWS):
-        rest, rest_codes = np.zeros(LANES, np.float32), np.empty(LANES, np.int8)
         first = signed(piece) * _ROWS
-        _quantize_rows(x, first, min(first + _ROWS, len(x)), group, codes, scales, rest, rest_codes)
+        for o in range(first, min(first + _ROWS, len(x))):
+            for g in range(scales.shape[1]):
+                a, b = g * group, min((g + 1) * group, columns)
+                scales[o, g] = _quantize_group(x[o, a:b], bits[o, a:b], codes[o, a:b])

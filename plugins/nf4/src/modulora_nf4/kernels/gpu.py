@@ -20,9 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modulora_core.kernels.triton.blocks import block, interleaved, times_group
-from modulora_core.kernels.triton.products import few_rows, multiply
-from modulora_core.kernels.triton.tiles import ALIGNED, write_tile
+from modulora_core.kernels.triton import (
+    ALIGNED,
+    GPUKernels,
+    block,
+    interleaved,
+    times_group,
+    write_tile,
+)
 from modulora_core.packed import PackedWeight
 from modulora_nf4 import reference
 
@@ -75,62 +80,51 @@ def decode(  # type: ignore[no-untyped-def]
     return w
 
 
-def dequantize(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Rows ``[start, stop)`` of Ŵ: ``[stop - start, in]`` in fp32, fp16 or bf16.
-
-    The weight is taken as one long row, which is what the format is: so every block of weights begins a group, whatever the shape.
-    """
-    out_features, in_features = packed.shape
-    B = packed.metadata["block_size"]
-    tile = torch.empty(rows[1] - rows[0], in_features, dtype=dtype, device=packed.device)
-    write_tile(
-        decode, _weight(packed, out_features * in_features), tile.view(1, -1), (0, 1), (1, out_features * in_features),
-        _options(packed, True), columns=(rows[0] * in_features, rows[1] * in_features), align=min(max(B, 32), ALIGNED),
-    )  # fmt: skip
-    return tile
+def operands(packed: PackedWeight) -> tuple[Tensor | int, ...]:
+    """The ``weight`` of :func:`decode`, whose rows have ``packed.shape[1]`` elements."""
+    return _operands(packed, packed.shape[1])
 
 
-def matmul(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor | None:
-    """``x Ŵᵀ`` for ``x: [..., in]``, or ``x Ŵ`` for ``x: [..., out]``; None where tiles are the way: for many rows, and in fp64."""
-    few = few_rows(x, packed.shape[0 if transpose else 1])
-    if few is None:
-        return None
-    whole = packed.shape[1] % max(2, packed.metadata["block_size"]) == 0
-    y = multiply(
-        decode,
-        _weight(packed, packed.shape[1]),
-        few,
-        packed.shape,
-        _options(packed, whole),
-        transpose=transpose,
-    )
-    return y.view(*x.shape[:-1], y.shape[1])
-
-
-def _options(packed: PackedWeight, whole: bool) -> tuple[int, bool, bool]:
-    return packed.metadata["block_size"].bit_length() - 1, whole, packed.metadata["double_quant"]
-
-
-def _weight(packed: PackedWeight, row: int) -> tuple[Tensor | int, ...]:
-    """What :func:`decode` takes apart, for rows of so many weights.
-
-    The bytes of a row are given as a number, of which Triton sees whether it is a multiple of 16.
-    """
+def _operands(packed: PackedWeight, row: int) -> tuple[Tensor | int, ...]:
+    """Rows of ``row`` elements; their bytes are a number, of which Triton sees whether it is a multiple of 16."""
     tensors = packed.tensors
     levels, dynamic_map = _tables(packed.device)
     shared = tensors["codes"], levels, (row + 1) // 2
-    if "absmax" in tensors:
+    if not packed.metadata["double_quant"]:
         return *shared, tensors["absmax"]
-    return (
-        *shared,
-        tensors["absmax_codes"],
-        tensors["nested_absmax"],
-        tensors["offset"],
-        dynamic_map,
-    )
+    nested = tensors["absmax_codes"], tensors["nested_absmax"], tensors["offset"]
+    return *shared, *nested, dynamic_map
 
 
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """The 16 levels and the dynamic map, fp32, on ``device``."""
     return torch.tensor(reference.LEVELS, device=device), reference.dynamic_map().to(device)
+
+
+def options(packed: PackedWeight) -> tuple[int, bool, bool]:
+    """The ``OPTIONS`` of :func:`decode`."""
+    return _options(packed, packed.shape[1] % max(2, packed.metadata["block_size"]) == 0)
+
+
+def _options(packed: PackedWeight, whole: bool) -> tuple[int, bool, bool]:
+    return packed.metadata["block_size"].bit_length() - 1, whole, packed.metadata["double_quant"]
+
+
+product = GPUKernels(decode, operands, options).product
+
+
+def tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Rows ``[start, stop)`` of Ŵ in any float dtype.
+
+    The weight is one long row here, as the format has it, so every block begins a group whatever the shape.
+    """
+    out_features, in_features = packed.shape
+    numel, align = out_features * in_features, min(max(packed.metadata["block_size"], 32), ALIGNED)
+    out = torch.empty(rows[1] - rows[0], in_features, dtype=dtype, device=packed.device)
+    columns = rows[0] * in_features, rows[1] * in_features
+    weight, constants = _operands(packed, numel), _options(packed, True)
+    write_tile(
+        decode, weight, out.view(1, -1), (0, 1), (1, numel), constants, columns=columns, align=align
+    )
+    return out

@@ -1,9 +1,4 @@
-"""Memory for what a kernel decodes, in kernels that numba compiles: on the thread's stack, or taken from the heap.
-
-What a decoder needs for some rows, a few KiB, belongs on the stack: it is the same memory at each call, so it is in the cache, and costs
-nothing to take. The heap may have given other memory each time, and a decoder is called for each few rows. What is larger is taken by
-:func:`scratch`, once for each thread (:func:`modulora_core.kernels.cpu.shares.share`).
-"""
+"""Scratch memory of kernels, and how their threads share rows."""
 
 from __future__ import annotations
 
@@ -15,26 +10,50 @@ from numba import from_dtype, types
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
-from modulora_core.kernels import jit
+from modulora_core.kernels.cpu.vectors import prefetch, size_of
+from modulora_core.kernels.loading import jit
 
 _LINE = 64
-"""Bytes of a line of the cache, on nearly all processors, and of the widest vector."""
+"""Bytes of a cache line, and of the widest vector."""
 
-MOST_ON_STACK = 2**16
-"""Bytes: a thread of some systems has 512 KiB of stack, or fewer."""
+
+@jit()
+def signed(index: Any) -> Any:
+    """The index of a ``prange`` is unsigned, and numba adds unsigned and signed numbers as floats."""
+    return np.int64(index)
+
+
+@jit()
+def share(index: Any, shares: int, count: int, unit: int = 1) -> Any:
+    """Where share number ``index`` begins and stops: ``count`` rows in whole units, but for the last."""
+    number = signed(index)
+    units = (count + unit - 1) // unit
+    return number * units // shares * unit, min(count, (number + 1) * units // shares * unit)
 
 
 @jit()
 def scratch(rows: int, columns: int, dtype: Any) -> Any:
-    """Uninitialised ``[rows, columns]``, C-contiguous, that begins with a line of the cache.
-
-    numba's own arrays begin anywhere: each vector could be in two lines, and would be so for a process's whole life, since it is given the
-    same memory again and again.
-    """
+    """Uninitialised ``[rows, columns]``, C-contiguous, that begins with a cache line."""
     count = rows * columns
     room = np.empty(count + _LINE, dtype)
     first = -room.ctypes.data % _LINE // room.itemsize
     return room[first : first + count].reshape(rows, columns)
+
+
+AHEAD = 4096
+"""Bytes ahead: the processor reads ahead by itself, but only within a page of 4 KiB."""
+
+
+@jit(borrows=True)
+def read_ahead(array: Any, first: int, count: int) -> None:
+    """Prefetch the bytes :data:`AHEAD` of elements ``[first, first + count)``, of an array as if it were flat."""
+    line, begin = _LINE // size_of(array), first + AHEAD // size_of(array)
+    for at in range(begin, min(begin + count, array.size), line):
+        prefetch(array, at)
+
+
+MOST_ON_STACK = 2**16
+"""Bytes: a thread of some systems has 512 KiB of stack, or less."""
 
 
 def on_stack(count: int, dtype: Any) -> Any:

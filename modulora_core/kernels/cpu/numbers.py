@@ -1,0 +1,91 @@
+"""Numbers of 16 bits in kernels, whose arrays hold their bits as int16."""
+
+# ruff: noqa: PLW0108 - numba counts the arguments of a lambda
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from modulora_core.kernels.loading import jit
+
+
+@jit(borrows=True)
+def from_half(bits: Any) -> Any:
+    """The fp32 number of an fp16 one by its bits, an int16: exact, NaN and infinities too."""
+    wide = np.uint32(np.uint16(bits))
+    magnitude = np.uint32((wide & 0x7FFF) << 13)
+    sign = np.uint32((wide & 0x8000) << 16)
+    # exponents count from 15 and from 127; the product brings subnormal numbers in order too
+    scaled = np.float32(magnitude.view(np.float32) * np.float32(2.0**112)).view(np.uint32)
+    special = np.uint32(magnitude | np.uint32(0x7F800000))
+    number = special if magnitude >= np.uint32(0x7C00 << 13) else scaled
+    return np.uint32(number | sign).view(np.float32)
+
+
+@jit(borrows=True)
+def from_bf16(bits: Any) -> Any:
+    """The fp32 number of a bf16 one by its bits, an int16."""
+    return np.uint32(np.uint32(np.uint16(bits)) << 16).view(np.float32)
+
+
+@jit(borrows=True)
+def to_bf16(number: Any) -> Any:
+    """The bits in bf16, int16, of an fp32 number: to nearest, halves to even, and one NaN for all, as in torch."""
+    bits = np.float32(number).view(np.uint32)
+    nearest = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1)))
+    rounded = nearest if number == number else np.uint32(0x7FC00000)
+    return np.int16(rounded >> 16)
+
+
+def widen(value: Any) -> Any:
+    """The number that is stored as ``value``: an fp32 number itself, or the bf16 number of an int16."""
+    raise NotImplementedError
+
+
+@overload(widen, strict=False)
+def _widen(value: Any) -> Any:
+    if isinstance(value, types.Float):
+        return lambda value: value
+    return lambda value: from_bf16(value)
+
+
+def narrow(number: Any, like: Any) -> Any:
+    """An fp32 number as ``like`` is stored: itself, or rounded to bf16's bits if that is an int16."""
+    raise NotImplementedError
+
+
+@overload(narrow, strict=False)
+def _narrow(number: Any, like: Any) -> Any:  # noqa: ARG001 - numba matches names
+    if isinstance(like, types.Float):
+        return lambda number, like: number  # noqa: ARG005
+    return lambda number, like: to_bf16(number)  # noqa: ARG005
+
+
+@jit(borrows=True)
+def widen_row(x: Any, out: Any) -> None:
+    """The numbers stored in ``x``, to as many of ``out``, fp32."""
+    for k in range(out.size):
+        out[k] = widen(x[k])
+
+
+@jit(borrows=True)
+def narrow_row(x: Any, out: Any) -> None:
+    """fp32 numbers to as many of ``out``, which is fp32 or holds bf16's bits."""
+    for k in range(out.size):
+        out[k] = narrow(x[k], out[k])
+
+
+@jit(borrows=True)
+def largest_bits(bits: Any) -> Any:
+    """The bits of max |x|, an int32, of the int32 bits of x: NaN is above all numbers.
+
+    The maximum of whole numbers is vectorised. ``bits`` is a slice of its own: indices from 0 on are never negative.
+    """
+    largest = np.int32(0)
+    for k in range(bits.size):
+        largest = max(largest, np.int32(bits[k] & 0x7FFFFFFF))
+    return largest

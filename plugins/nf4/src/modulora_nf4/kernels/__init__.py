@@ -1,0 +1,1 @@
+"""NF4's compiled code. Nobody needs it to understand the method, which is in reference.py."""

@@ -1,0 +1,308 @@
+"""NF4 on the CPU, compiled by numba: the values of :mod:`modulora_nf4.reference`, bit for bit.
+
+Everything works on the flat, row-major weight: element ``i`` is in block ``i >> shift`` and in byte ``i >> 1``, and a row
+may start in the middle of either. ``absmax`` is the fp32 constant of each block; with double quantization a kernel
+computes the constants of some blocks at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from modulora_core.kernels.cpu import (
+    AHEAD,
+    PAIR_ORDER,
+    CPUKernels,
+    as_shorts,
+    jit,
+    largest_bits,
+    load,
+    lookup_pairs,
+    multiply_add,
+    narrow,
+    on_stack,
+    prefetch,
+    read_ahead,
+    share,
+    splat,
+    store_lookup,
+    sum_of_lanes,
+    table_for,
+)
+from modulora_core.packed import PackedWeight
+from modulora_nf4.reference import (
+    LEVELS,
+    NESTED_BLOCK_SIZE,
+    SMALLEST_ABSMAX,
+    ZERO,
+    codes_of_points,
+    dynamic_map,
+)
+
+_LEVELS = np.array(LEVELS, np.float32)
+_MIDPOINTS = tuple((_LEVELS[1:] + _LEVELS[:-1]) / np.float32(2))
+_DYNAMIC_MAP, _CODES_OF_POINTS = dynamic_map().numpy(), codes_of_points().numpy()
+_SMALLEST = np.float32(SMALLEST_ABSMAX)
+
+_STEP = 32  # codes of sixteen bytes
+_ORDER = np.array(PAIR_ORDER)
+_PIECE = 8192  # elements that a thread quantizes at once
+_ROWS = 16  # whose constants are computed at once, where they are quantized too
+
+_room = on_stack(1024, np.float32)  # constants of as many blocks
+
+
+def operands(packed: PackedWeight) -> tuple[Any, ...]:
+    """The ``weight`` of the functions below.
+
+    Codes; the block constants c₂, or None; with double quantization their codes q₂, constants c₁ and mean, else None;
+    shift; and the length of a row.
+    """
+    names = ("codes", "absmax", "absmax_codes", "nested_absmax", "offset")
+    tensors = (packed.tensors.get(name) for name in names)
+    return *tensors, packed.metadata["block_size"].bit_length() - 1, packed.shape[1]
+
+
+@jit(borrows=True)
+def _scale_map(codes: Any, constant: Any, offset: Any, out: Any) -> None:
+    for k in range(out.size):
+        out[k] = _DYNAMIC_MAP[codes[k]] * constant + offset
+
+
+@jit(borrows=True)
+def _put_constants(q2: Any, c1: Any, mean: Any, first: int, out: Any) -> None:
+    """The constants c₂ of blocks ``first ...`` to all of ``out``."""
+    i = 0
+    while i < out.size:
+        number = (first + i) // NESTED_BLOCK_SIZE
+        end = min(out.size, (number + 1) * NESTED_BLOCK_SIZE - first)
+        _scale_map(q2[first + i : first + end], c1[number], mean[0], out[i:end])
+        i = end
+
+
+@jit(borrows=True)
+def _decode_runs(codes: Any, byte: int, runs: int, table: Any, out: Any, to: int) -> None:
+    """``runs`` times 64 elements of one block, whose values are in ``table``."""
+    for run in range(runs):
+        for half in range(2):
+            pairs = load(codes, byte + 32 * run + 16 * half)
+            index = as_shorts((pairs >> 4) | (pairs << 16))  # the high half of a byte comes first
+            store_lookup(out, to + 64 * run + 32 * half, table, index)
+
+
+@jit(borrows=True)
+def _decode_blocks(
+    codes: Any, byte: int, absmax: Any, block: int, shift: int, blocks: int, out: Any, to: int
+) -> None:
+    """Whole blocks of 64 elements or more: each of sixteen values is computed, and rounded, once."""
+    levels = load(_LEVELS, 0)
+    for k in range(blocks):
+        table = table_for(out, levels * absmax[block + k])
+        at, begin = byte + (k << shift >> 1), to + (k << shift)
+        _decode_runs(codes, at, 1 << shift >> 6, table, out, begin)
+
+
+@jit(borrows=True)
+def _decode_rest(
+    codes: Any, absmax: Any, first: int, shift: int, start: int, stop: int, out: Any, to: int
+) -> None:
+    """Elements ``[start, stop)``, whatever blocks they are in; ``absmax`` begins with block ``first``."""
+    i, flat, levels = start, out.reshape(out.size), load(_LEVELS, 0)
+    while i < stop:
+        scale, end = absmax[(i >> shift) - first], min(stop, ((i >> shift) + 1) << shift)
+        runs = 0 if i & 1 else (end - i) >> 6
+        _decode_runs(codes, i >> 1, runs, table_for(out, levels * scale), out, to + i - start)
+        for k in range(i + 64 * runs, end):
+            byte, o = np.int32(codes[k >> 1]), to + k - start
+            flat[o] = narrow(_LEVELS[byte & 15 if k & 1 else byte >> 4] * scale, flat[o])
+        i = end
+
+
+@jit(borrows=True)
+def _decode_row(
+    codes: Any,
+    c2: Any,
+    q2: Any,
+    c1: Any,
+    mean: Any,
+    shift: int,
+    begin: int,
+    end: int,
+    out: Any,
+    to: int,
+) -> None:
+    """Elements ``[begin, end)`` to ``out[to:]``."""
+    room, i = _room(), begin
+    while i < end:
+        if q2 is None:
+            constants, first, stop = c2, 0, end
+        else:
+            first = i >> shift
+            stop = min(end, (first + room.size) << shift)
+            constants = room[: ((stop - 1) >> shift) + 1 - first]
+            _put_constants(q2, c1, mean, first, constants)
+        is_whole = shift >= 6 and i & ((1 << shift) - 1) == 0
+        blocks = (stop - i) >> shift if is_whole else 0
+        o = to + i - begin
+        _decode_blocks(codes, i >> 1, constants, (i >> shift) - first, shift, blocks, out, o)
+        done = blocks << shift
+        if i + done < stop:
+            _decode_rest(codes, constants, first, shift, i + done, stop, out, o + done)
+        i = stop
+
+
+@jit(borrows=True)
+def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+    """Columns ``start ...`` of the rows from ``row`` on (:class:`modulora_core.kernels.cpu.CPUKernels`)."""
+    codes, c2, q2, c1, mean, shift, in_features = weight
+    for r in range(len(out)):
+        begin = (row + r) * in_features + start
+        read_ahead(codes, begin >> 1, columns >> 1)
+        to = r * out.shape[1]
+        _decode_row(codes, c2, q2, c1, mean, shift, begin, begin + columns, out, to)
+
+
+@jit(borrows=True)
+def _add_run(levels: Any, codes: Any, at: int, x: Any, k: int, scale: Any, total: Any) -> Any:
+    """``total`` and the products of the 32 elements from ``at`` on, by lane; ``x`` is in the order of lookups."""
+    a, b = lookup_pairs(levels, load(codes, at >> 1))
+    products = multiply_add(b, load(x, k + 16), a * load(x, k))
+    return multiply_add(products, splat(scale), total)
+
+
+@jit(borrows=True)
+def _product(codes: Any, absmax: Any, first: int, shift: int, x: Any, start: int) -> Any:
+    """Σ level[code] absmax x over the row that begins with element ``start``; ``absmax`` begins with block ``first``."""
+    levels, scales, columns = load(_LEVELS, 0), absmax, x.size
+    a = b = c = d = splat(np.float32(0))  # an addition waits for the one before
+    turns = columns >> 7
+    for turn in range(turns):
+        k = 128 * turn
+        i = start + k
+        prefetch(codes, (i >> 1) + AHEAD)
+        a = _add_run(levels, codes, i, x, k, scales[(i >> shift) - first], a)
+        b = _add_run(levels, codes, i + 32, x, k + 32, scales[(i + 32 >> shift) - first], b)
+        c = _add_run(levels, codes, i + 64, x, k + 64, scales[(i + 64 >> shift) - first], c)
+        d = _add_run(levels, codes, i + 96, x, k + 96, scales[(i + 96 >> shift) - first], d)
+    for k in range(128 * turns, columns, _STEP):
+        i = start + k
+        a = _add_run(levels, codes, i, x, k, scales[(i >> shift) - first], a)
+    return sum_of_lanes((a + b) + (c + d))
+
+
+@jit(borrows=True)
+def _reorder(x: Any, out: Any) -> None:
+    """Each 32 columns in the order in which levels are looked up."""
+    for start in range(0, out.size, _STEP):
+        for k in range(_STEP):
+            out[start + k] = x[start + _ORDER[k]]
+
+
+@jit(borrows=True)
+def _products(
+    codes: Any,
+    c2: Any,
+    q2: Any,
+    c1: Any,
+    mean: Any,
+    shift: int,
+    x: Any,
+    begin: int,
+    stop: int,
+    room: Any,
+    y: Any,
+) -> None:
+    """Products of ``x`` with rows ``[begin, stop)`` of Ŵ."""
+    for o in range(begin, stop, _ROWS):
+        last = min(o + _ROWS, stop)
+        if q2 is None:
+            constants, first = c2, 0
+        else:
+            first = o * x.size >> shift
+            constants = room[: (last * x.size - 1 >> shift) + 1 - first]
+            _put_constants(q2, c1, mean, first, constants)
+        for row in range(o, last):
+            y[0, row] = _product(codes, constants, first, shift, x, row * x.size)
+
+
+@jit(parallel=True)
+def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
+    """``y = x Ŵᵀ`` for one row: levels are looked up and multiplied in registers, and nothing decoded is stored."""
+    codes, c2, q2, c1, mean, shift, columns = weight
+    ordered = np.empty(columns, np.float32)
+    _reorder(x[0], ordered)
+    for index in prange(threads):
+        begin, stop = share(index, threads, y.shape[1])
+        room = np.empty((_ROWS * columns >> shift) + 2, np.float32)
+        _products(codes, c2, q2, c1, mean, shift, ordered, begin, stop, room, y)
+
+
+def one_row(weight: tuple[Any, ...]) -> Any:
+    """:func:`matmul_one`, if no row and no block begins inside of 32 elements."""
+    *_, shift, columns = weight
+    return matmul_one if columns % _STEP == 0 and 1 << shift >= _STEP else None
+
+
+kernels = CPUKernels(decode, operands, one_row, rounds=True)
+tile, product = kernels.tile, kernels.product
+
+
+@jit(borrows=True)
+def _nearest(x: Any, factor: Any, codes: Any) -> None:
+    """The number of midpoints strictly below ``x * factor``: a tie takes the lower level."""
+    for k in range(codes.size):
+        v, code = x[k] * factor, np.int32(0)
+        for midpoint in _MIDPOINTS:
+            code += np.int32(v > midpoint)
+        codes[k] = code
+
+
+@jit(borrows=True)
+def _in_pairs(q: Any, codes: Any) -> None:
+    for k in range(codes.size):
+        codes[k] = (q[2 * k] << 4) | q[2 * k + 1]
+
+
+@jit(parallel=True)
+def quantize(x: Any, shift: int, codes: Any, absmax: Any) -> None:
+    """The flat fp32 weight to bytes and the absmax of each block: :func:`modulora_nf4.reference.quantize`."""
+    block = 1 << shift
+    size = max(block, _PIECE)  # even: pieces share no byte
+    x_bits, absmax_bits = x.view(np.int32), absmax.view(np.int32)
+    for piece in prange((x.size + size - 1) // size):
+        begin, stop = piece * size, min((piece + 1) * size, x.size)
+        q = np.empty(stop - begin + 1, np.uint8)
+        q[stop - begin] = ZERO  # fills the last byte of an odd number of elements
+        for a in range(begin, stop, block):
+            b, g = min(a + block, stop), a >> shift
+            absmax_bits[g] = largest_bits(x_bits[a:b])
+            largest = max(absmax[g], _SMALLEST)
+            if b - a == block:
+                _nearest(x[a:b], np.float32(1) / largest, q[a - begin : b - begin])
+            else:  # bitsandbytes divides in a short block, and stores the divisor
+                absmax[g] = largest
+                _nearest(x[a:b] / largest, np.float32(1), q[a - begin : b - begin])
+        _in_pairs(q, codes[begin >> 1 : (stop + 1) >> 1])
+
+
+@jit(parallel=True)
+def double_quantize(c2: Any, mean: Any, q2: Any, c1: Any) -> None:
+    """Constants to codes, and a constant for 256 of them: :func:`modulora_nf4.reference.double_quantize`.
+
+    ``mean``: of all, ``[1]``.
+    """
+    one, half, points = np.float32(1), np.float32(0.5), np.float32(65535)
+    for block in prange(c1.size):
+        a, b = block * NESTED_BLOCK_SIZE, min((block + 1) * NESTED_BLOCK_SIZE, c2.size)
+        centred = c2[a:b] - mean[0]
+        largest = np.abs(centred).max()
+        c1[block] = largest
+        # infinite for the smallest numbers, and infinity times zero is NaN
+        factor = one / largest if largest else np.float32(0)
+        for k in range(centred.size):
+            value = centred[k] * factor
+            scaled = min(value, one) if largest and value > -one else -one
+            q2[a + k] = _CODES_OF_POINTS[np.int32((scaled + one) * half * points + half)]
