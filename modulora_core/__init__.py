@@ -1,13 +1,16 @@
 """ModuLoRA: finetune quantized language models with any quantizer.
 
 The public names are imported on first use: ``import modulora_core`` takes milliseconds, and never
-imports torch.
+imports torch. Beside transformers it registers our checkpoints, so that ``from_pretrained`` loads
+them.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from modulora_core.checkpoints.registration import register_with_transformers
 
 if TYPE_CHECKING:  # for type checkers and editors; a test compares these imports with _PUBLIC
     from modulora_core.adapters.lora import LoRASettings as LoRASettings
@@ -87,3 +90,6 @@ def _version() -> str:
         return version("modulora-core")
     except PackageNotFoundError:
         return "0+unknown"  # a source tree on the path, not installed
+
+
+register_with_transformers()

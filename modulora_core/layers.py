@@ -9,7 +9,7 @@
 
 The model's own code uses a packed weight like the tensor that it replaces. ``F.linear(x, W)``,
 ``x @ W``, ``torch.bmm(x, experts)`` and ``F.embedding(ids, W)`` reach the quantizer through
-torch's ``__torch_function__`` protocol.
+torch's ``__torch_function__`` protocol. For PEFT a QuantLinear is an ``nn.Linear``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class PackedParameter(nn.Module):
         packed: Ŵ, ``[out, in]``; on the meta device for a skeleton that a loader fills.
         transposed: the model's code sees the weight as ``[in, out]`` and computes ``x @ W``.
     """
+
+    dtype = torch.uint8  # as other libraries ask: no dtype that adapters should be cast to
 
     def __init__(
         self, quantizer: Quantizer, packed: PackedWeight, *, transposed: bool = False
@@ -74,6 +76,20 @@ class PackedParameter(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.packed.device
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole Ŵ, in the orientation that the model's code sees."""
+        out = self.layout.shape[0]
+        tile = self.quantizer.dequantize_tile(self.packed, (0, out), dtype)
+        return tile.t().contiguous() if self.transposed else tile
+
+    @property
+    def data(self) -> Tensor:
+        """Refuse what PEFT does to merge an adapter. Raises ModelError."""
+        raise ModelError(
+            f"packed weight of {self.layout.quantizer}: expected a dense weight to merge into or "
+            "to initialize from; call model.dequantize() first, or run `modulora merge`"
+        )
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``; differentiable in ``x``."""
@@ -197,7 +213,7 @@ _LIBRARY.impl("lookup", _lookup, "CompositeExplicitAutograd")
 torch.library.register_fake("modulora::lookup", _empty_rows, lib=_LIBRARY)
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(nn.Linear):
     """A linear layer with a packed, frozen weight: ``y = x Ŵᵀ + b``.
 
     Args:
@@ -206,14 +222,14 @@ class QuantLinear(nn.Module):
     """
 
     def __init__(self, weight: PackedParameter, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would make a dense weight
         self.out_features, self.in_features = weight.layout.shape
         if bias is not None and bias.shape != (self.out_features,):
             raise ShapeError(
                 f"bias of a QuantLinear: expected [{self.out_features}], got {list(bias.shape)}"
             )
-        self.weight = weight
-        self.bias: nn.Parameter | None
+        self.weight: PackedParameter = weight  # type: ignore[assignment]
+        self.bias: nn.Parameter | None  # type: ignore[assignment]
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -234,9 +250,7 @@ class TiedHead(QuantLinear):
     def __init__(self, table: PackedTable, bias: nn.Parameter | None = None) -> None:
         super().__init__(table, bias)
         del self._modules["weight"]
-        self.__dict__["weight"] = (
-            table  # nn.Module's own assignment would register it as a submodule
-        )
+        self.__dict__["weight"] = table  # an assignment would register it as a submodule
 
 
 class LoRALinear(QuantLinear):
@@ -261,15 +275,9 @@ class LoRALinear(QuantLinear):
         self.active: list[str] = []
 
     def add_adapter(
-        self,
-        name: str,
-        rank: int,
-        *,
-        alpha: float,
-        dropout: float = 0.0,
-        channel_scales: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+        self, name: str, rank: int, *, alpha: float, dropout: float = 0.0,
+        channel_scales: bool = False, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         """Add and activate an adapter that does not change the output yet.
 
         A is Kaiming-uniform as in PEFT, B is zero, channel scales are one.
@@ -305,17 +313,11 @@ class LoRALinear(QuantLinear):
     def forward(self, x: Tensor) -> Tensor:
         A, B, scale = self._adapter()
         return lora_linear(
-            x,
-            self.weight.quantizer,
-            self.weight.packed,
-            self.bias,
-            A,
-            B,
-            scale=scale,
+            x, self.weight.quantizer, self.weight.packed, self.bias, A, B, scale=scale,
             dropout=self.dropout if self.training else 0.0,
             input_scale=self._channel_scale(self.input_scale),
             output_scale=self._channel_scale(self.output_scale),
-        )
+        )  # fmt: skip
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
         """A, B and s of the active adapters. Several adapters become one: ranks add up, and s is
@@ -326,10 +328,8 @@ class LoRALinear(QuantLinear):
             name = self.active[0]
             return self.lora_A[name], self.lora_B[name], self.scale[name]
         A = torch.cat([self.lora_A[name] for name in self.active])  # [Σ r, in]
-        B = torch.cat(
-            [self.lora_B[name] * self.scale[name] for name in self.active], dim=1
-        )  # [out, Σ r]
-        return A, B, 1.0
+        scaled = [self.lora_B[name] * self.scale[name] for name in self.active]
+        return A, torch.cat(scaled, dim=1), 1.0  # B: [out, Σ r]
 
     def _channel_scale(self, of_adapters: nn.ParameterDict) -> Tensor | None:
         """The product of the active adapters' scales; None if no adapter has any."""

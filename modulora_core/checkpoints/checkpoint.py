@@ -75,6 +75,13 @@ class PackedCheckpoint:
                         f"{folder}: {name}: expected {expected} by config.json, got "
                         f"{found or 'none'} in the files; download or quantize the model again"
                     )
+        for name, expected in self.record.guard.items():
+            found = self.parameters.pop(name, expected)
+            if found != expected:
+                raise CheckpointError(
+                    f"{folder}: {name}: expected it packed by config.json, got {found} in the "
+                    "files; download or quantize the model again"
+                )
         self.parameters |= dict(self.record.items())
 
     @property

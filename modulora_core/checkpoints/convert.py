@@ -92,6 +92,8 @@ def convert(
             )
         parts = {name: _part(checkpoint, name, writer) for name in checkpoint.parameters}
         layouts = {name: t for part in parts.values() for name, t in part.layouts.items()}
+        if writer is None:
+            layouts |= checkpoint.record.guard
         shards = plan_shards(layouts, max_shard_bytes)
         nbytes = sum(shard.nbytes for shard in shards)
         check_disk_space(out, nbytes + SMALL_FILES)

@@ -10,15 +10,16 @@ methods that have been stable since 5.0.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from modulora_core.checkpoints.packed_modules import install
+from modulora_core.checkpoints.packed_modules import install, unpack
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.errors import AdapterError
 from modulora_core.layers import LoRALinear
@@ -53,17 +54,34 @@ class ModuLoRAHfQuantizer(HfQuantizer):
     is_qat_trainable = True  # the Trainer then accepts a quantized model without PEFT's adapters
     is_compileable = False
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, **_: Any
-    ) -> PreTrainedModel:
-        install(model, self.quantization_config.record)
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        record: QuantizationRecord = self.quantization_config.record
+        install(model, record)
+        base = f"{model.base_model_prefix}."
+        guards = {f"{re.escape(name.removeprefix(base))}$" for name in record.guard}
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *guards,
+        }
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
-        """Refuse to save a model with an adapter: a checkpoint has no place for A and B.
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Freeze what came from the checkpoint. A new head, such as a classifier's, can train."""
+        for part in (model.base_model, model.get_output_embeddings()):
+            if part is not None:
+                part.requires_grad_(False)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        wanted = dtype or model.dtype
+        unpack(model, getattr(torch, wanted) if isinstance(wanted, str) else wanted)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
+        """The tensors of a checkpoint, with its guard.
 
         Raises:
-            AdapterError: there is an adapter on the model.
+            AdapterError: there is an adapter on the model, for which a checkpoint has no place.
         """
         layers = (p for p, m in model.named_modules() if isinstance(m, LoRALinear) and m.lora_A)
         path = next(layers, None)
@@ -73,7 +91,12 @@ class ModuLoRAHfQuantizer(HfQuantizer):
                 "save the adapter with modulora_core.save_adapter(model, OUT), or write a dense "
                 "model with both by `modulora merge`"
             )
-        return None, {}
+        record: QuantizationRecord = self.quantization_config.record
+        guard = {
+            name: torch.empty(layout.shape, dtype=getattr(torch, layout.dtype))
+            for name, layout in record.guard.items()
+        }
+        return {**model.state_dict(), **guard}, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True

@@ -1,16 +1,18 @@
-"""Put packed modules into a model's skeleton, in place of the parameters that a record names."""
+"""Put packed modules into a model, in place of the parameters that a record names, and back."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from modulora_core.checkpoints.record import PackedSite, QuantizationRecord
 from modulora_core.devices.dense_products import DenseLinear
-from modulora_core.errors import CheckpointError
+from modulora_core.errors import AdapterError, CheckpointError
 from modulora_core.layers import (
+    LoRALinear,
     PackedParameter,
     PackedStack,
     PackedTable,
@@ -23,7 +25,9 @@ from modulora_core.spec import Quantizer
 def install(model: nn.Module, record: QuantizationRecord) -> None:
     """Replace the parameters that ``record`` names by packed ones on the meta device.
 
-    Linear layers that stay dense become :class:`modulora_core.devices.dense_products.DenseLinear`.
+    A model with another head, such as a classifier, has no place for the packed output head, which
+    is left out. Linear layers that stay dense become
+    :class:`modulora_core.devices.dense_products.DenseLinear`.
 
     Raises:
         CheckpointError: the model has no such parameter, or one of another shape, or a quantizer
@@ -32,15 +36,12 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
     """
     quantizers = [recipe.create() for recipe in record.recipes]
     for parameter, site in record.items():
-        path, _, leaf = parameter.rpartition(".")
-        try:
-            parent = model.get_submodule(path)
-            dense = parent.get_parameter(leaf)
-        except AttributeError:
-            raise CheckpointError(
-                f"{parameter}: expected a parameter of the model, and {type(model).__name__} has "
-                "none of that name"
-            ) from None
+        name = _name_in(model, parameter)
+        if name is None:
+            continue
+        path, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(path)
+        dense = parent.get_parameter(leaf)
         if dense.shape != site.parameter_shape:
             raise CheckpointError(
                 f"{parameter}: expected shape {list(dense.shape)} by config.json, got a packed "
@@ -60,6 +61,75 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
             model.set_submodule(path, DenseLinear.of(module))
 
 
+def _name_in(model: nn.Module, parameter: str) -> str | None:
+    """The name of a recorded parameter in ``model``; None for a head that the model lacks.
+
+    The recorded names begin with the name of the base model, which the base model alone lacks.
+
+    Raises:
+        CheckpointError: the model has no such parameter.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in (parameter, parameter.removeprefix(prefix), prefix + parameter):
+        if name in known:
+            return name
+    if not parameter.startswith(prefix):
+        return None
+    raise CheckpointError(
+        f"{parameter}: expected a parameter of the model, and {type(model).__name__} has none of "
+        "that name"
+    )
+
+
+def unpack(model: Any, dtype: torch.dtype) -> None:
+    """Replace all packed modules by dense ones in ``dtype``, a layer at a time.
+
+    Raises:
+        AdapterError: an adapter of ours is on a layer.
+    """
+    tables: dict[PackedParameter, nn.Parameter] = {}
+    heads: list[tuple[nn.Module, str, TiedHead]] = []
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                raise AdapterError(
+                    "dequantize: expected a model without an adapter of add_lora; save it with "
+                    "save_adapter, and write the dense model with both by `modulora merge`"
+                )
+            if isinstance(child, TiedHead):
+                heads.append((parent, name, child))
+            elif isinstance(child, QuantLinear):
+                setattr(parent, name, _dense_linear(child, child.weight.dense(dtype)))
+            elif isinstance(child, PackedTable | PackedStack):
+                delattr(parent, name)
+                parts = [child] if isinstance(child, PackedTable) else list(child)
+                dense = [part.dense(dtype) for part in parts if isinstance(part, PackedParameter)]
+                weight = dense[0] if isinstance(child, PackedTable) else torch.stack(dense)
+                parent.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+                if isinstance(child, PackedTable):
+                    tables[child] = parent.get_parameter(name)
+    for parent, name, head in heads:
+        setattr(parent, name, _dense_linear(head, tables[head.weight]))
+    if heads:
+        del model._tied_weights_keys  # the class's own: see _untie
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _dense_linear(layer: QuantLinear, weight: Tensor) -> nn.Module:
+    """The layer with a dense weight, of which the model's code sees ``[in, out]`` in a Conv1D."""
+    with torch.device("meta"):
+        linear = (
+            Conv1D(layer.out_features, layer.in_features)
+            if layer.weight.transposed
+            else nn.Linear(layer.in_features, layer.out_features)
+        )
+    tied = isinstance(weight, nn.Parameter)
+    linear.weight = weight if tied else nn.Parameter(weight, requires_grad=False)
+    linear.bias = layer.bias
+    return linear
+
+
 def use_eager_experts(module: nn.Module) -> None:
     """Let experts multiply one by one: transformers' batched code wants dense tensors."""
     configs = (getattr(owner, "config", None) for owner in module.modules())
@@ -68,10 +138,7 @@ def use_eager_experts(module: nn.Module) -> None:
 
 
 def _packed(site: PackedSite, quantizer: Quantizer) -> PackedParameter:
-    # a Conv1D becomes a QuantLinear, whose forward knows the orientation; a stack is used by the
-    # model's code
-    transposed = site.transposed and site.kind == "experts"
-    return PackedParameter(quantizer, site.layout.empty("meta"), transposed=transposed)
+    return PackedParameter(quantizer, site.layout.empty("meta"), transposed=site.transposed)
 
 
 def _initialized(module: nn.Module) -> nn.Module:

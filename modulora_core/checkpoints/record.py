@@ -30,6 +30,8 @@ from modulora_core.spec import PackedLayout, Quantizer, TensorLayout
 
 QUANT_METHOD: Literal["modulora"] = "modulora"
 FORMAT: Literal[1] = 1
+GUARD = TensorLayout("uint8", (0,))
+"""The layout of a checkpoint's guard, :attr:`QuantizationRecord.guard`."""
 
 _Layout = Annotated[
     PackedLayout,
@@ -139,6 +141,15 @@ class QuantizationRecord(_Frozen):
         """Each packed parameter with its site."""
         for name, index in self.weights.items():
             yield name, self.sites[index]
+
+    @property
+    def guard(self) -> dict[str, TensorLayout]:
+        """A tensor without values in the place of a packed parameter.
+
+        A program that does not know this format would skip it and fill every packed parameter with
+        random numbers. The guard's shape makes transformers stop with an error.
+        """
+        return dict.fromkeys(sorted(self.weights)[:1], GUARD)
 
     @property
     def nbytes(self) -> int:

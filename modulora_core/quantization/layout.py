@@ -284,3 +284,4 @@ def _stored_tensors(
             yield from record.sites[record.weights[name]].tensors(name)
         else:
             yield name, TensorLayout(str(info.dtype).removeprefix("torch."), tuple(info.shape))
+    yield from record.guard.items()

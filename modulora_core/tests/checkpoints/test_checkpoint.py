@@ -1,4 +1,4 @@
-"""A packed folder is checked when it is opened, and loads through transformers too."""
+"""A packed folder is checked when it is opened."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
-from modulora_core.checkpoints.hf_quantizer import register
 from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError, PluginError
-from modulora_core.layers import PackedParameter
-from modulora_core.tests.adapted_models import logits, trained
+from modulora_core.errors import CheckpointError, ModelError, OptionError, PluginError
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -107,16 +102,3 @@ def test_a_wrong_request_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json; expected a folder"):
         open_checkpoint(tmp_path / "empty")
-
-
-def test_transformers_loads_and_saves_a_packed_folder(folder: Path, tmp_path: Path) -> None:
-    register()
-    register()  # a second time does nothing
-    ours = load_model(folder, device="cpu")
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    assert sum(isinstance(module, PackedParameter) for module in theirs.modules()) == 14
-    assert torch.equal(logits(theirs), logits(ours))
-    ours.save_pretrained(tmp_path / "saved")
-    assert torch.equal(logits(load_model(tmp_path / "saved")), logits(ours))
-    with pytest.raises(AdapterError, match=r"without an adapter.*save_adapter.*modulora merge"):
-        trained(ours).save_pretrained(tmp_path / "adapted")

@@ -1,0 +1,118 @@
+"""PEFT puts its adapters on packed layers, and saves no dense weight for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from modulora_core.adapters.save_load import load_adapter
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.errors import ModelError
+from modulora_core.tests.adapted_models import IDS, logits
+
+Pack = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture
+def packed(pack: Pack) -> Callable[[], Any]:
+    return lambda: load_model(pack("llama", "toy")[1], device="cpu")
+
+
+def adapted(model: Any, **options: Any) -> Any:
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **options)
+    return get_peft_model(model, config)
+
+
+def losses(model: Any, steps: int = 4) -> list[float]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, found = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "gaussian"}],
+    ids=str,
+)
+def test_losses_are_the_dense_models(packed: Callable[[], Any], options: dict[str, Any]) -> None:
+    found = losses(adapted(packed(), **options))
+    assert found == pytest.approx(losses(adapted(packed().dequantize(), **options)), rel=1e-5)
+    assert found[-1] < found[0]
+
+
+def test_the_backward_saves_no_dense_weight(packed: Callable[[], Any]) -> None:
+    model = adapted(packed())
+    saved: list[tuple[int, ...]] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    weights = {(out, into) for out, into in [(32, 32), (16, 32), (48, 32), (32, 48)]}
+    assert (4, 32) in saved, "A is saved"
+    assert not weights & {tuple(shape) for s in saved for shape in (s, s[::-1])}
+    loss.backward()
+
+
+def test_adapters_are_added_switched_and_loaded_again(
+    packed: Callable[[], Any], tmp_path: Path
+) -> None:
+    model = adapted(packed())
+    losses(model)
+    first = logits(model)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("second")
+    losses(model)
+    assert not torch.equal(logits(model), first)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(packed()))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(packed(), str(tmp_path))
+    assert torch.equal(logits(again), first)
+    ours = packed()
+    load_adapter(ours, tmp_path)
+    assert torch.allclose(logits(ours), first, atol=1e-5)
+
+
+def test_merging_needs_a_dense_model(packed: Callable[[], Any]) -> None:
+    model = adapted(packed())
+    losses(model)
+    expected = logits(model)
+    with pytest.raises(ModelError, match=r"dense weight to merge into.*call model\.dequantize"):
+        model.merge_and_unload()
+    model.get_base_model().dequantize()
+    merged = model.merge_and_unload()
+    assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert torch.allclose(logits(merged), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "weight should be of type nn.Parameter, got .*PackedParameter"),
+        ({"init_lora_weights": "pissa"}, "initialize PiSSA under float32"),
+    ],
+    ids=["dora", "pissa"],
+)
+def test_methods_that_read_the_dense_weight_are_refused(
+    packed: Callable[[], Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        adapted(packed(), **options)

@@ -1,0 +1,130 @@
+"""transformers loads, saves and dequantizes packed folders."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.hf_quantizer import register
+from modulora_core.checkpoints.record import QUANT_METHOD
+from modulora_core.errors import AdapterError, CheckpointError
+from modulora_core.layers import PackedParameter
+from modulora_core.quantization.quantize import quantize
+from modulora_core.registry import Choice
+from modulora_core.tests.adapted_models import IDS, logits, trained
+from modulora_core.tests.tiny_models import save_tiny_model
+
+Pack = Callable[..., tuple[Path, Path]]
+
+
+def packed_parameters(model: Any) -> int:
+    return sum(isinstance(module, PackedParameter) for module in model.modules())
+
+
+def test_from_pretrained_loads_what_load_model_loads(pack: Pack) -> None:
+    folder = pack("llama", "toy")[1]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    assert packed_parameters(theirs) == 14
+    assert torch.equal(logits(theirs), logits(load_model(folder, device="cpu")))
+    assert not any(parameter.requires_grad for parameter in theirs.parameters())
+
+
+@pytest.mark.parametrize("first", ["modulora_core", "transformers.modeling_utils"])
+def test_importing_both_registers_the_format(first: str) -> None:
+    code = f"""
+import sys, {first}
+assert "torch" in sys.modules or "{first}" == "modulora_core"
+import modulora_core, transformers.modeling_utils
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+print("{QUANT_METHOD}" in AUTO_QUANTIZER_MAPPING, len(sys.meta_path))
+import modulora_core
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.startswith("True"), done.stderr
+    register()  # a second time does nothing
+
+
+def test_transformers_alone_refuses_the_folder(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows no such method, and would fill packed layers with noise."""
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, QUANT_METHOD)
+    for architecture in ("llama", "gpt2", "mixtral"):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            AutoModelForCausalLM.from_pretrained(pack(architecture, "toy")[1])
+
+
+def test_other_heads_take_the_same_layers(pack: Pack) -> None:
+    folder = pack("llama", "toy")[1]
+    whole = load_model(folder, device="cpu")
+    base = AutoModel.from_pretrained(folder, dtype="float32")
+    assert packed_parameters(base) == 14
+    with torch.no_grad():
+        assert torch.equal(base(IDS).last_hidden_state, whole.base_model(IDS).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert packed_parameters(classifier) == 14
+    names = [name for name, parameter in classifier.named_parameters() if parameter.requires_grad]
+    assert names == ["score.weight"]
+
+
+def test_save_pretrained_writes_the_same_checkpoint(pack: Pack, tmp_path: Path) -> None:
+    model = load_model(pack("llama", "toy")[1], device="cpu")
+    model.save_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved", device="cpu")
+    assert torch.equal(logits(again), logits(model))
+    written, read = open_checkpoint(tmp_path / "saved"), open_checkpoint(pack("llama", "toy")[1])
+    assert {*written.tensors()} == {*read.tensors()}
+    assert all(torch.equal(t, read.tensor(name)) for name, t in written.tensors().items())
+    with pytest.raises(AdapterError, match=r"without an adapter.*save_adapter.*modulora merge"):
+        trained(model).save_pretrained(tmp_path / "adapted")
+
+
+def test_a_guard_with_values_is_refused(pack: Pack, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "packed"
+    model = load_model(pack("llama", "toy")[1], device="cpu")
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (guard,) = open_checkpoint(folder).record.guard
+    assert not tensors[guard].numel()
+    save_file({**tensors, guard: torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{guard}: expected it packed"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_dequantize_gives_a_dense_model(pack: Pack, tmp_path: Path, architecture: str) -> None:
+    """``verbatim`` packs without an error, so the dense model is the source, to the bit."""
+    source, folder = pack(architecture)
+    dense = load_model(folder, device="cpu").dequantize()
+    dense.save_pretrained(tmp_path / "dense")
+    state = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
+    assert {*again} == {*state}
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    assert not hasattr(dense.config, "quantization_config")
+
+
+def test_dequantize_ties_a_packed_table_again(toy: object, tmp_path: Path) -> None:
+    source = save_tiny_model("llama-tied", tmp_path / "dense")
+    quantize(str(source), tmp_path / "packed", "verbatim", embeddings=Choice.parse("verbatim"))
+    dense = load_model(tmp_path / "packed", device="cpu").dequantize()
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    dense.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), logits(AutoModelForCausalLM.from_pretrained(source)))
+
+
+def test_dequantize_refuses_an_adapter(pack: Pack) -> None:
+    model = trained(load_model(pack("llama", "toy")[1], device="cpu"))
+    with pytest.raises(AdapterError, match=r"without an adapter of add_lora.*modulora merge"):
+        model.dequantize()  # type: ignore[operator]
