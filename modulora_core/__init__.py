@@ -10,8 +10,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from modulora_core.checkpoints.registration import register_with_transformers
-
 if TYPE_CHECKING:  # for type checkers and editors; a test compares these imports with _PUBLIC
     from modulora_core.adapters.lora import LoRASettings as LoRASettings
     from modulora_core.adapters.lora import add_lora as add_lora
@@ -92,4 +90,4 @@ def _version() -> str:
         return "0+unknown"  # a source tree on the path, not installed
 
 
-register_with_transformers()
+importlib.import_module(f"{__name__}.checkpoints.registration").register_with_transformers()
