@@ -1,4 +1,4 @@
-"""What the tests of packing and kernels start from: weights whose every code, scale and zero is known."""
+"""Weights whose every code, scale and zero is known."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from modulora_conformance.fixtures import generator, one_thread, plain_torch  # noqa: F401 - for the tests
+from modulora_conformance.fixtures import generator, one_thread, plain_torch  # noqa: F401
 from modulora_optq.options import Options
 from modulora_optq.reference import Solution
 
 
 @pytest.fixture(scope="session")
 def random_solution() -> Callable[..., Solution]:
-    """``random_solution(shape, options, permuted)``: all codes and zeros, scales from the smallest fp16 on."""
+    """``random_solution(shape, options, permuted)``: all codes and zeros, scales from 2⁻²⁴ on."""
 
     def make(shape: tuple[int, int], options: Options, permuted: bool = False) -> Solution:
         numbers = torch.Generator().manual_seed(0)
-        groups, above = (shape[0], options.groups(shape[1])), options.levels + 1
-        codes = torch.randint(0, above, shape, generator=numbers, dtype=torch.uint8)
-        zeros = torch.randint(0, above, groups, generator=numbers, dtype=torch.uint8)
+        groups, top = (shape[0], options.groups(shape[1])), options.maxq + 1
+        codes = torch.randint(0, top, shape, generator=numbers, dtype=torch.uint8)
+        zeros = torch.randint(0, top, groups, generator=numbers, dtype=torch.uint8)
         if options.symmetric:
-            zeros.fill_(above // 2)
+            zeros.fill_(options.middle)
         scales = 2.0 ** (20 * torch.rand(groups, generator=numbers) - 24)
         permutation = torch.randperm(shape[1], generator=numbers).int() if permuted else None
         return Solution(codes, scales.half(), zeros, permutation)

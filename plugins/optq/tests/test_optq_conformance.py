@@ -11,6 +11,7 @@ from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ
 
 
+@pytest.mark.slow
 class TestOPTQ(QuantizerConformance):
     golden = Path(__file__).parent / "golden"
 

@@ -1,17 +1,17 @@
-"""Dense bit streams and the kernels that read them: every width, any shape, the same bits as plain torch."""
+"""Packed bits, and the CPU kernels that read them, beside a definition in numpy."""
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modulora_optq import packing, quantizer
+from modulora_conformance.oracle import product_error
+from modulora_conformance.tolerances import PRODUCT
+from modulora_optq import packing
 from modulora_optq.options import Options
-from modulora_optq.quantizer import OPTQ, codes_of, from_solution
+from modulora_optq.quantizer import OPTQ, from_solution, to_solution
 
 from modulora_core import kernels
 
@@ -19,101 +19,109 @@ pytest.importorskip("numba")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BITS = (2, 3, 4, 8)
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-SHAPES = [(1, 16), (7, 33), (1, 1), (5, 130), (37, 257), (5, 6144), (19, 2113), (3, 9001)]
-"""The last is decoded in three pieces, whose ends are in the midst of groups; of 6144 columns every part consists of whole groups of 64."""
-OPTIONS = [
-    Options(bits=bits, group_size=size, symmetric=symmetric)
-    for bits, size, symmetric in itertools.product(BITS, (16, 64, 100, -1), (False, True))
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+ODD = [
+    (2, 16, False, True, (5, 130)),
+    (3, -1, True, False, (1, 1)),
+    (3, 64, False, True, (19, 2113)),  # decoded in pieces, which end inside a group
+    (4, 100, False, False, (37, 257)),
+    (8, 64, True, True, (5, 6144)),  # each part has whole groups
+    (8, 16, False, False, (7, 33)),
 ]
-PRODUCTS = [
-    Options(bits=bits, group_size=size, symmetric=symmetric)
-    for bits, size, symmetric in zip(
-        2 * BITS, (16, 64, 100, -1, -1, 100, 64, 16), 4 * (True, False), strict=True
-    )
-]
+"""Bits, group size, symmetric, permuted, shape."""
+
+some_options = st.builds(
+    Options,
+    bits=st.sampled_from(BITS),
+    group_size=st.just(-1) | st.integers(16, 200),
+    symmetric=st.booleans(),
+    damping=st.just(0.1),
+)
 
 
-def name(value):
-    if isinstance(value, Options):
-        return f"{value.bits}bit-g{value.group_size}{'-symmetric' if value.symmetric else ''}"
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def by_hand(solution, options):
-    """Ŵ, fp32, in numpy: float(code − zero) · float(scale), and the columns to where they came from."""
+def by_definition(solution, options):
+    """Ŵ, fp32, in numpy: float(code − zero) · float(scale), each column in its own place."""
     columns = np.arange(solution.codes.shape[1])
     group = columns // (len(columns) if options.group_size == -1 else options.group_size)
-    steps = (
-        solution.codes.numpy().astype(np.int32) - solution.zeros.numpy().astype(np.int32)[:, group]
-    )
-    stored = steps.astype(np.float32) * solution.scales.numpy().astype(np.float32)[:, group]
+    codes, zeros = (t.numpy().astype(np.int32) for t in (solution.codes, solution.zeros))
+    steps = (codes - zeros[:, group]).astype(np.float32)
+    stored = steps * solution.scales.numpy().astype(np.float32)[:, group]
     W = np.empty_like(stored)
     W[:, columns if solution.permutation is None else solution.permutation.numpy()] = stored
     return torch.from_numpy(W)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(BITS), st.integers(0, 5), st.integers(0, 300))
 def test_unpacking_gives_the_codes_that_were_packed(bits, rows, n):
-    codes = torch.randint(
-        0, 2**bits, (rows, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(n)
-    )
+    numbers = torch.Generator().manual_seed(n)
+    codes = torch.randint(0, 2**bits, (rows, n), dtype=torch.uint8, generator=numbers)
     packed = packing.pack(codes, bits)
     assert packed.shape == (rows, packing.row_bytes(n, bits))
+    assert n % 8 or 8 * packing.row_bytes(n, bits) == bits * n
     assert torch.equal(packing.unpack(packed, bits, n), codes)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_rows_of_whole_bytes_take_exactly_their_bits(bits):
-    for n in range(0, 4096, 8):
-        assert 8 * packing.row_bytes(n, bits) == bits * n
-
-
-def test_a_row_of_three_bits_is_laid_out_as_documented():
+def test_a_row_of_three_bits_has_two_planes():
     codes = torch.tensor(
         [[0b101, 0b010, 0b111, 0b000, 0b011, 0b100, 0b110, 0b001, 0b111]], dtype=torch.uint8
     )
-    low = [
-        0b10_00_01,
-        0b01_11_10,
-        0b11_00_11,
-    ]  # a byte a column of (01 10 11), (00 11 00), (10 01 11), last part first
-    high = [0b1_1_0_1_1, 0b0_1_0_0]  # likewise of (1 0), (1 0), (0 1), (1 0), (1)
+    low = [0b10_00_01, 0b01_11_10, 0b11_00_11]  # parts (01 10 11), (00 11 00), (10 01 11)
+    high = [0b1_1_0_1_1, 0b0_1_0_0]  # parts (1 0), (1 0), (0 1), (1 0), (1)
     assert packing.pack(codes, 3).tolist() == [low + high]
 
 
-@pytest.mark.parametrize("permuted", [False, True], ids=["own-order", "permuted"])
-@pytest.mark.parametrize("options", OPTIONS, ids=name)
-def test_kernels_give_the_bits_of_the_definition(options, permuted, random_solution):
-    for shape in SHAPES:
-        solution = random_solution(shape, options, permuted)
-        packed, W = from_solution(solution, options), by_hand(solution, options)
-        for dtype in DTYPES:
-            tile = OPTQ(options).dequantize_tile(packed, (0, shape[0]), dtype)
-            assert tile.dtype == dtype
-            assert torch.equal(tile, W.to(dtype)), (shape, dtype)
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.sampled_from(BITS),
-    st.sampled_from((16, 48, 64, 128, -1)),
-    st.sampled_from((130, 512, 576, 1027, 1536)),
-    st.booleans(),
-    st.data(),
-)
-def test_any_columns_of_some_rows_are_decoded(
-    random_solution, bits, size, columns, symmetric, data
-):
-    from modulora_optq.cpu_decode import decode  # which imports numba
-
+@pytest.fixture(params=ODD, ids=str)
+def odd(request, random_solution):
+    """Quantizer, packed weight, Ŵ."""
+    bits, size, symmetric, permuted, shape = request.param
     options = Options(bits=bits, group_size=size, symmetric=symmetric)
+    solution = random_solution(shape, options, permuted)
+    return OPTQ(options), from_solution(solution, options), by_definition(solution, options)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "plain torch"])
+def test_tiles_have_the_bits_of_the_definition(odd, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernels, "load", lambda module, device: None)
+    quantizer, packed, W = odd
+    out_features = len(W)
+    for start, stop in ((0, out_features), (out_features // 3, out_features - out_features // 4)):
+        for dtype in DTYPES:
+            tile = quantizer.dequantize_tile(packed, (start, stop), dtype)
+            assert torch.equal(tile, W[start:stop].to(dtype)), (start, dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(some_options, st.integers(1, 20), st.integers(1, 400), st.booleans(), st.data())
+def test_any_rows_of_any_weight_have_the_bits_of_the_definition(
+    random_solution, options, out_features, in_features, permuted, data
+):
+    start = data.draw(st.integers(0, out_features))
+    stop = data.draw(st.integers(start, out_features))
+    solution = random_solution((out_features, in_features), options, permuted)
+    packed, W = from_solution(solution, options), by_definition(solution, options)
+    for dtype in DTYPES:
+        tile = OPTQ(options).dequantize_tile(packed, (start, stop), dtype)
+        assert torch.equal(tile, W[start:stop].to(dtype))
+    again = to_solution(packed)
+    for field in ("codes", "scales", "zeros", "permutation"):
+        expected = getattr(solution, field)
+        assert expected is getattr(again, field) or torch.equal(getattr(again, field), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(some_options, st.sampled_from((130, 512, 576, 1027)), st.data())
+def test_any_columns_of_some_rows_are_decoded(random_solution, options, columns, data):
+    """Products decode pieces of rows."""
+    from modulora_optq.kernels.cpu import decode, operands
+
     solution = random_solution((4, columns), options)
-    weight = kernels.operands(from_solution(solution, options), quantizer._operands)
+    weight = kernels.operands(from_solution(solution, options), operands)
     row, start = data.draw(st.integers(0, 3)), data.draw(st.integers(0, columns - 1))
     count = data.draw(st.integers(1, columns - start))
-    wanted = by_hand(solution, options)[row:, start : start + count]
+    wanted = by_definition(solution, options)[row:, start : start + count]
     for dtype, number in ((torch.float32, np.float32), (torch.bfloat16, np.int16)):
         out = np.full((4 - row, count + 5), 77, number)
         decode(weight, row, start, count, out)
@@ -121,122 +129,50 @@ def test_any_columns_of_some_rows_are_decoded(
         assert (out[:, count:] == 77).all()
 
 
-@pytest.mark.parametrize("permuted", [False, True], ids=["own-order", "permuted"])
-@pytest.mark.parametrize("options", OPTIONS, ids=name)
-def test_plain_torch_gives_the_bits_of_the_definition(
-    options, permuted, random_solution, plain_torch
-):
-    for shape in SHAPES:
-        solution = random_solution(shape, options, permuted)
-        packed, W = from_solution(solution, options), by_hand(solution, options)
-        for rows in {(0, shape[0]), (shape[0] // 3, shape[0] // 2), (shape[0], shape[0])}:
-            for dtype in DTYPES:
-                tile = OPTQ(options).dequantize_tile(packed, rows, dtype)
-                assert torch.equal(tile, W[slice(*rows)].to(dtype)), (shape, rows, dtype)
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_dequantize_tile_equals_rows_of_the_whole(data, random_solution):
-    out_features, in_features = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 400))
-    start = data.draw(st.integers(0, out_features))
-    stop = data.draw(st.integers(start, out_features))
-    options = Options(
-        bits=data.draw(st.sampled_from(BITS)),
-        group_size=data.draw(st.one_of(st.just(-1), st.integers(16, 200))),
-        symmetric=data.draw(st.booleans()),
-    )
-    solution = random_solution((out_features, in_features), options, data.draw(st.booleans()))
-    packed, W = from_solution(solution, options), by_hand(solution, options)
-    for dtype in DTYPES:
-        part = OPTQ(options).dequantize_tile(packed, (start, stop), dtype)
-        assert torch.equal(part, W[start:stop].to(dtype))
-
-
-def test_a_tile_of_many_rounding_pieces_is_rounded_once(random_solution):
-    options = Options(bits=3)
-    packed = from_solution(
-        random_solution((701, 1027), options, True), options
-    )  # 2.7 MiB of fp32, odd rows
-    whole = OPTQ(options).dequantize_tile(packed, (0, 701), torch.float32)
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        assert torch.equal(
-            OPTQ(options).dequantize_tile(packed, (3, 700), dtype), whole[3:700].to(dtype)
-        )
-
-
-# fp32 sums of n products of any order differ by about sqrt(n) roundings; an output in 16 bits is rounded once more, and where the
-# processor multiplies bf16 numbers the weights are too
-TOLERANCE = {
-    torch.float32: 1e-6,
-    torch.float64: 1e-15,
-    torch.float16: 2**-11,
-    torch.bfloat16: 2**-7,
-}
-
-
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "plain torch"])
 @pytest.mark.parametrize("transpose", [False, True], ids=["forward", "transposed"])
-@pytest.mark.parametrize("permuted", [False, True], ids=["own-order", "permuted"])
-@pytest.mark.parametrize("options", PRODUCTS, ids=name)
-def test_matmul_equals_the_product_with_the_definition(
-    options, permuted, transpose, generator, random_solution
+def test_products_equal_the_product_with_the_definition(
+    odd, transpose, compiled, generator, monkeypatch
 ):
-    for shape in [(1, 16), (7, 33), (37, 257), (19, 2113)]:
-        solution = random_solution(shape, options, permuted)
-        packed, W = from_solution(solution, options), by_hand(solution, options).double()
-        for rows, dtype in itertools.product((0, 1, 2, 5, 31, 40), DTYPES):
-            x = torch.randn(rows, shape[0] if transpose else shape[1], generator=generator).to(
-                dtype
-            )
-            y = OPTQ(options).matmul(x, packed, transpose)
-            exact = x.double() @ (W if transpose else W.t())
-            magnitude = x.double().abs() @ (W if transpose else W.t()).abs()
+    if not compiled:
+        monkeypatch.setattr(kernels, "load", lambda module, device: None)
+    quantizer, packed, W = odd
+    for rows in (0, 1, 2, 5, 40):
+        for dtype in DTYPES:
+            x = torch.randn(rows, len(W) if transpose else W.shape[1], generator=generator)
+            x = x.to(dtype)
+            y = quantizer.matmul(x, packed, transpose)
             assert y.dtype == dtype
-            assert y.shape == exact.shape
-            # fp16 has steps of 2⁻²⁴ near zero
-            allowed = TOLERANCE[dtype] * magnitude + (2**-25 if dtype == torch.float16 else 0)
-            assert bool(((y.double() - exact).abs() <= allowed).all()), (shape, rows, dtype)
+            assert product_error(y, x, W.double(), transpose) <= PRODUCT[dtype].value
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_products_without_kernels_equal_those_with_them(
-    bits, generator, random_solution, monkeypatch
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric", "shape"),
+    [
+        (2, 64, False, (45, 576)),  # 45 rows: the last of 16 are fewer
+        (3, 16, False, (3, 2048)),  # zeros of a row are in several chunks
+        (3, 64, True, (2, 576)),  # a plane of third bits that ends inside 32 bytes
+        (3, 64, False, (19, 64)),  # too short for the kernel
+        (4, -1, False, (1, 64)),
+        (8, 32, False, (19, 192)),
+        (4, 24, False, (5, 192)),  # groups of no whole vectors: not the kernel for one row
+    ],
+)
+def test_a_product_of_one_row_equals_the_product_with_the_definition(
+    bits, group_size, symmetric, shape, random_solution
 ):
-    options = Options(bits=bits)
-    packed = from_solution(random_solution((130, 257), options, True), options)
-    x, y = torch.randn(3, 257, generator=generator), torch.randn(3, 130, generator=generator)
-    compiled = OPTQ(options).matmul(x, packed), OPTQ(options).matmul(y, packed, True)
-    monkeypatch.setattr(kernels, "load", lambda module, device: None)
-    torch.testing.assert_close(OPTQ(options).matmul(x, packed), compiled[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        OPTQ(options).matmul(y, packed, True), compiled[1], rtol=1e-5, atol=1e-5
-    )
+    options = Options(bits=bits, group_size=group_size, symmetric=symmetric)
+    solution = random_solution(shape, options)
+    packed, W = from_solution(solution, options), by_definition(solution, options).double()
+    x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(0))
+    y = OPTQ(options).matmul(x, packed)
+    assert product_error(y, x, W) <= PRODUCT[torch.float32].value
 
 
-@pytest.mark.parametrize("permuted", [False, True], ids=["own-order", "permuted"])
-@pytest.mark.parametrize("options", OPTIONS, ids=name)
-def test_codes_of_is_the_inverse_of_from_solution(options, permuted, random_solution):
-    solution = random_solution((13, 203), options, permuted)
-    again = codes_of(from_solution(solution, options))
-    for field in ("codes", "scales", "zeros"):
-        assert torch.equal(getattr(again, field), getattr(solution, field)), field
-    if permuted:
-        assert torch.equal(again.permutation, solution.permutation)
-    else:
-        assert again.permutation is None
-
-
-def test_few_row_products_do_not_depend_on_the_number_of_threads(generator, random_solution):
+@pytest.mark.parametrize("permuted", [False, True], ids=["own order", "permuted"])
+def test_looked_up_rows_have_the_bits_of_tiles(permuted, random_solution):
     options = Options(bits=3)
-    packed = from_solution(random_solution((96, 1500), options, True), options)
-    x, y = torch.randn(3, 1500, generator=generator), torch.randn(3, 96, generator=generator)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = OPTQ(options).matmul(x, packed), OPTQ(options).matmul(y, packed, True)
-        torch.set_num_threads(2)
-        two = OPTQ(options).matmul(x, packed), OPTQ(options).matmul(y, packed, True)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(one[0], two[0])
-    assert torch.equal(one[1], two[1])
+    packed = from_solution(random_solution((41, 130), options, permuted), options)
+    W = OPTQ(options).dequantize_tile(packed, (0, 41), torch.bfloat16)
+    ids = torch.tensor([[40, 0, 7], [7, 3, 40]])
+    assert torch.equal(OPTQ(options).lookup(ids, packed, torch.bfloat16), W[ids])

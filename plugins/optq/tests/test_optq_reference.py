@@ -1,4 +1,4 @@
-"""The reference is the paper's algorithm: held against its equations, spelled with explicit inverses."""
+"""The reference against the paper's equations, computed with explicit inverses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from modulora_optq.options import Options
 from pydantic import ValidationError
 from torch import Tensor
 
-from modulora_core.errors import ShapeError, WeightError
+from modulora_core.errors import WeightError
 from modulora_core.options import validate_options
 
 PLAIN = {"act_order": False, "static_groups": False, "range_search": False}
@@ -42,10 +42,9 @@ def squared_error(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
     return float(((D @ H) * D).sum())
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("group_size", [16, -1])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 16), (3, -1), (8, 16)])
 def test_the_loop_is_optimal_brain_quantization_in_a_fixed_order(bits, group_size):
-    """Equations 2 and 3 with H_F⁻¹ inverted anew for the columns that are left: no Cholesky factor anywhere."""
+    """Equations 2 and 3, with H_F⁻¹ inverted again for the columns that are left."""
     W, H = layer()
     options = Options(bits=bits, group_size=group_size, damping=0.05, **PLAIN)
     solution = reference.solve(W, H, options)
@@ -64,7 +63,7 @@ def test_the_loop_is_optimal_brain_quantization_in_a_fixed_order(bits, group_siz
         left[:, j:] -= torch.outer(error, inverse[0])
 
 
-@pytest.mark.parametrize("damping", [0.001, 0.01, 1.0])
+@pytest.mark.parametrize("damping", [0.001, 1.0])
 def test_U_is_the_upper_cholesky_factor_of_the_damped_inverse(damping):
     H = layer()[1]
     H = H / H.diagonal().mean()
@@ -87,8 +86,7 @@ def test_with_uncorrelated_inputs_it_is_rounding_to_nearest(bits):
         assert torch.equal(W_hat[:, 16 * g : 16 * (g + 1)], expected.float())
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, True), (8, False)])
 def test_it_beats_rounding_to_nearest_on_the_layers_output(bits, symmetric):
     W, H = layer(rows=32, columns=96)
     options = Options(bits=bits, group_size=32, symmetric=symmetric)
@@ -136,7 +134,7 @@ def test_act_order_stores_columns_by_falling_second_moment():
     [{"act_order": False}, {"static_groups": True}, {"group_size": -1}, {"group_size": 40}],
     ids=str,
 )
-def test_columns_keep_their_places_where_no_group_needs_them_moved(chosen):
+def test_columns_keep_their_places_if_no_group_moves_them(chosen):
     W, H = layer()
     options = Options(bits=8, **({"group_size": 16, "static_groups": False} | chosen))
     solution = reference.solve(W, H, options)
@@ -188,9 +186,9 @@ def test_weights_of_dead_inputs_become_zero_and_change_nothing(act_order):
     assert (ours[:, dead] == 0).all()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [2, 8])
 def test_one_input_vector_is_enough_to_quantize_for_it(bits):
-    """H of rank one: damping makes it regular, and the output for that input is kept much better than by rounding."""
+    """H has rank one, and damping makes it regular."""
     W, _ = layer(rows=16)
     x = torch.linspace(0.5, 2, 40, dtype=torch.float64)
     H = torch.outer(x, x)
@@ -206,7 +204,7 @@ def test_without_any_input_all_weights_are_zero():
     assert torch.equal(W_hat, torch.zeros(6, 40))
 
 
-@pytest.mark.parametrize("factor", [2.0**-100, 2.0**-20, 2.0**40, 2.0**100])
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**40])
 def test_a_factor_common_to_all_of_H_changes_nothing(factor):
     W, H = layer()
     options = Options(bits=3, group_size=16)
@@ -225,9 +223,11 @@ def test_damping_grows_until_H_can_be_factorized():
     assert float(lam) == pytest.approx(0.16)  # the first of 0.01 · 2^k above 0.1
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-9, 1e-3, 1e4, 1e8, 1e30])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_scales_are_positive_fp16_numbers_whatever_the_weight(scale, symmetric):
+@pytest.mark.parametrize(
+    ("scale", "symmetric"),
+    [(0.0, False), (0.0, True), (1e-30, False), (1e-9, True), (1e8, False), (1e30, True)],
+)
+def test_scales_are_positive_fp16_numbers_for_weights_of_any_size(scale, symmetric):
     W, H = layer()
     options = Options(bits=2, group_size=16, symmetric=symmetric)
     solution = reference.solve((W * scale).float(), H, options)
@@ -238,37 +238,17 @@ def test_scales_are_positive_fp16_numbers_whatever_the_weight(scale, symmetric):
     assert solution.dequantize(options).isfinite().all()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_inf_are_refused_by_name(bad):
-    W, H = layer()
-    W[2, 3] = bad
-    with pytest.raises(
-        WeightError, match=r"expected a finite weight, got NaN or Inf in one of shape \[6, 40\]"
-    ):
-        reference.solve(W, H, Options())
-    W, H = layer()
-    H[2, 3] = bad
-    with pytest.raises(WeightError, match="expected a finite second moment"):
-        reference.solve(W, H, Options())
-
-
 def test_a_matrix_that_is_no_second_moment_is_refused():
     W, H = layer()
     H[5, 5] = -1
-    with pytest.raises(WeightError, match="whose diagonal isn't negative, got -1"):
+    with pytest.raises(WeightError, match="without negative numbers on its diagonal, got -1"):
         reference.solve(W, H, Options())
     swapped = torch.full((40, 40), -1e9, dtype=torch.float64).fill_diagonal_(1)
     with pytest.raises(WeightError, match=r"positive semidefinite .* \[40, 40\].* calibrate again"):
         reference.solve(W, swapped, Options())
 
 
-@pytest.mark.parametrize("shape", [(39, 39), (40, 39), (40,)])
-def test_a_second_moment_of_another_shape_is_refused(shape):
-    with pytest.raises(ShapeError, match=r"expected a second moment of shape \[40, 40\]"):
-        reference.solve(layer()[0], torch.ones(shape), Options())
-
-
-@pytest.mark.parametrize("value", [0, 1, 15, -2])
+@pytest.mark.parametrize("value", [0, 15, -2])
 def test_groups_that_are_too_small_are_refused(value):
     with pytest.raises(
         ValidationError, match=rf"group_size\n.*expected 16 or more, or -1 .*input_value={value},"

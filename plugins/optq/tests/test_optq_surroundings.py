@@ -1,4 +1,4 @@
-"""OPTQ's compiled kernels in their surroundings: mapped files, the end of memory, other processors, several Python threads, no numba."""
+"""OPTQ's compiled kernels: mapped files, the end of memory, other processors, several threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on a machine without a GPU: interpreted, and compiled for GPUs that aren't here."""
+"""The Triton kernels on a machine without a GPU: interpreted, and compiled for absent GPUs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from modulora_optq.quantizer import OPTQ
 
 pytest.importorskip("triton")
 ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
+gpu = pytest.importorskip("modulora_optq.kernels.gpu")
+
+pytestmark = pytest.mark.slow
 
 TARGETS = pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
 SHAPE = (4096, 4096)
@@ -24,16 +27,8 @@ def test_interpreted_kernels_give_the_values_of_the_reference():
 
 def empty(bits, symmetric=False):
     """A weight of ordinary size, whose values nothing reads."""
-    optq = OPTQ(Options(bits=bits, symmetric=symmetric, group_size=64))
-    return optq, optq.layout(SHAPE).empty("cpu")
-
-
-@pytest.fixture
-def on_a_gpu(monkeypatch):
-    """As if CPU tensors were on one: launches are recorded, not run."""
-    from modulora_optq import gpu
-
-    monkeypatch.setattr("modulora_optq.quantizer._gpu", lambda device: gpu)
+    options = Options(bits=bits, symmetric=symmetric, group_size=64)
+    return OPTQ(options).layout(SHAPE).empty("cpu")
 
 
 def compiled(target, launch):
@@ -44,9 +39,8 @@ def compiled(target, launch):
 
 @TARGETS
 @pytest.mark.parametrize("bits", [3, 4])
-def test_tiles_are_read_and_written_16_bytes_at_a_time(bits, target, on_a_gpu):
-    optq, packed = empty(bits)
-    code = compiled(target, lambda: optq.dequantize_tile(packed, (0, SHAPE[0]), torch.bfloat16))
+def test_tiles_are_read_and_written_16_bytes_at_a_time(bits, target):
+    code = compiled(target, lambda: gpu.tile(empty(bits), (0, SHAPE[0]), torch.bfloat16))
     # of a chunk of 2048 bytes AMD's 256 lanes have 8 each
     wide = code.loads[64 if target == "gfx942" else 128]
     assert code.registers <= 64, "eight programs on a processor, half of its threads"
@@ -58,38 +52,33 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(bits, target, on_a_gpu):
 
 @TARGETS
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_a_product_of_one_row_reads_16_bytes_at_a_time(bits, target, on_a_gpu):
-    optq, packed = empty(bits)
+def test_a_product_of_one_row_reads_16_bytes_at_a_time(bits, target):
     x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
-    code = compiled(target, lambda: optq.matmul(x, packed))
+    code = compiled(target, lambda: gpu.product(x, empty(bits), False))
     assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
     assert code.loads[128] >= len(packing.PLANES[bits])
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize(
     ("rows", "dtype", "transpose"),
-    [
-        (1, torch.float32, True),
-        (16, torch.float16, False),
-        (16, torch.float16, True),
-        (32, torch.float32, False),
-    ],
+    [(1, torch.float32, True), (16, torch.float16, False), (16, torch.float16, True),
+     (32, torch.float32, False)],
     ids=["1-transposed", "16", "16-transposed", "32-fp32"],
-)
-def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target, on_a_gpu):
-    optq, packed = empty(3)  # the most to hold: two planes
+)  # fmt: skip
+def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target):
+    packed = empty(3)  # the most to hold: two planes
     x = torch.empty(rows, SHAPE[0] if transpose else SHAPE[1], dtype=dtype)
-    code = compiled(target, lambda: optq.matmul(x, packed, transpose))
+    code = compiled(target, lambda: gpu.product(x, packed, transpose))
     assert code.registers <= 128
     # of 64 rows by 32 bytes AMD's 256 lanes have 8 bytes each
     narrower = 64 if target == "gfx942" and dtype == torch.float32 else 128
     assert code.loads[128] + code.loads[narrower] >= 2
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_a_symmetric_weight_reads_no_zeros(bits, on_a_gpu):
-    optq, packed = empty(bits, symmetric=True)
-    code = compiled("sm_90", lambda: optq.matmul(torch.empty(1, SHAPE[1]), packed))
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_symmetric_weight_reads_no_zeros(bits):
+    packed = empty(bits, symmetric=True)
+    code = compiled("sm_90", lambda: gpu.product(torch.empty(1, SHAPE[1]), packed, False))
     assert code.loads[8] == 0
     assert code.loads[16] > 0  # scales

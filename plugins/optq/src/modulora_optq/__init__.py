@@ -14,7 +14,8 @@ SPEC = QuantizerSpec(
     calibration="required",
     devices=("cpu", "cuda"),
     url="https://arxiv.org/abs/2210.17323",
-    # errors: the largest of three seeds of the kit's weights, and 5 % (python -m modulora_conformance optq measures them again)
+    # errors: the largest of three seeds of the kit's weights, and 5 %; measure them again by
+    # `python -m modulora_conformance optq`
     promises=(
         Promise(
             options={"bits": 2},
@@ -53,14 +54,14 @@ SPEC = QuantizerSpec(
         FormatSpec(
             name="gptq",
             summary="GPTQ v1; v2 is read by this name too",
-            location="modulora_optq.gptq:GPTQ",
+            location="modulora_optq.formats.gptq:GPTQ",
             quant_methods=("gptq",),
             config_files=("quantize_config.json",),
         ),
         FormatSpec(
             name="gptq_v2",
             summary="GPTQ v2, which holds every zero point",
-            location="modulora_optq.gptq:GPTQ",
+            location="modulora_optq.formats.gptq:GPTQ",
             config_files=("quantize_config.json",),
         ),
     ),

@@ -1,16 +1,17 @@
-"""OPTQ in plain torch, column by column, as the paper has it: the truth that the solver is measured against.
+"""OPTQ in plain torch, a column at a time, as in the paper: the solver is tested against it.
 
 Symbols of OPTQ (Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv 2210.17323), section 3:
 
-    W     the weight, [out, in]; each row is quantized on its own and all share H
-    H     E[x xᵀ], [in, in]: a row's squared output error is (w − ŵ) H (w − ŵ)ᵀ          equation 1
-    λ     damping, added to the diagonal of H                                            section 3.3, step 3
-    U     the upper Cholesky factor of (H + λI)⁻¹ = Uᵀ U: all that the loop needs of H   section 3.3, step 3
+    W     the weight, [out, in]; each row is quantized by itself, and all rows share H
+    H     E[x xᵀ], [in, in]; a row's squared output error is (w − ŵ) H (w − ŵ)ᵀ     equation 1
+    λ     damping, added to the diagonal of H                                       section 3.3
+    U     upper triangular, (H + λI)⁻¹ = Uᵀ U: all of H that the loop needs         section 3.3
     q     a code, 0 … maxq = 2^bits − 1
     s, z  scale and zero point of a group of columns: ŵ = s (q − z)
-    e     (w_j − ŵ_j) / U_jj: column j's error, which later columns make up for          equation 2
+    e     (w_j − ŵ_j) / U_jj: the error of column j, which later columns
+          compensate                                                                equation 2
 
-Everything is computed in fp64 where W is fp64, else in fp32.
+Everything is computed in fp64 if W is fp64, otherwise in fp32.
 """
 
 from __future__ import annotations
@@ -28,37 +29,39 @@ from modulora_optq import SPEC
 from modulora_optq.options import Options
 
 SMALLEST_SCALE = 2.0**-24
-"""The smallest positive fp16. A group whose range needs less, such as one of zeros, takes it."""
+"""The smallest positive fp16, for a group whose range needs less, such as a group of zeros."""
 
 LARGEST_SCALE = 65504.0
-"""The largest fp16. What lies beyond its codes is clipped."""
+"""The largest fp16. Weights outside the range of its codes are clipped."""
 
 STEPS = 24
-"""How many ranges a search tries,"""
+"""The number of ranges that a search tries."""
 
 SMALLEST_SHARE = 0.4
-"""evenly spaced from the whole one to just above this share of it."""
+"""The tried ranges lie evenly between the whole range and this share of it, which is excluded."""
 
 DOUBLINGS = 16
-"""λ grows to so many powers of two times its first value at most."""
+"""How often λ is doubled at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """A quantized weight: Ŵ[o, permutation[k]] = scales[o, g] · (codes[o, k] − zeros[o, g]), g = k // group size.
+    """A quantized weight, Ŵ[o, permutation[k]] = scales[o, g] · (codes[o, k] − zeros[o, g]).
+
+    Stored column k is in group g = k // group size.
 
     Attributes:
-        codes: uint8 ``[out, in]``, 0 … 2^bits − 1, columns in the stored order.
+        codes: uint8 ``[out, in]``, 0 … maxq, columns in the stored order.
         scales: fp16 ``[out, groups]``, finite and positive.
-        zeros: uint8 ``[out, groups]``, 0 … 2^bits − 1.
-        permutation: int32 ``[in]``: stored column k is column ``permutation[k]`` of the weight. None where columns
-            are stored in the weight's own order.
+        zeros: uint8 ``[out, groups]``, 0 … maxq.
+        permutation: int32 ``[in]``: stored column k is column ``permutation[k]`` of the weight.
+            None if columns are stored in the weight's own order.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor
-    permutation: Tensor | None
+    permutation: Tensor | None = None
 
     def dequantize(self, options: Options) -> Tensor:
         """Ŵ, fp32 ``[out, in]``, columns in the weight's own order."""
@@ -66,19 +69,17 @@ class Solution:
         group = torch.arange(columns, device=self.codes.device) // options.group(columns)
         steps = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[:, group]
         W = self.scales.to(torch.float32)[:, group] * steps
-        return (
-            W
-            if self.permutation is None
-            else torch.empty_like(W).index_copy_(1, self.permutation.long(), W)
-        )
+        if self.permutation is None:
+            return W
+        return torch.empty_like(W).index_copy_(1, self.permutation.long(), W)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What quantization starts from, columns in the order in which they are quantized.
+    """The inputs of quantization, columns in the order in which they are quantized.
 
     Attributes:
-        W: ``[out, in]``, dead columns zero; fp64 if the weight is, else fp32. Its own memory.
+        W: ``[out, in]``, fp64 if the weight is, otherwise fp32; a copy. Dead columns are zero.
         U: ``[in, in]``, upper triangular, in W's dtype.
         order: int64 ``[in]``: column k here is column ``order[k]`` of the weight.
         group: int64 ``[in]``: the group of column k.
@@ -91,11 +92,11 @@ class Problem:
 
     @property
     def loss(self) -> Tensor:
-        """1 / U_jj², ``[in]``: what an error of column j costs once later columns made up for it (equation 2)."""
+        """1 / U_jj², ``[in]``: the cost of an error of column j after compensation (equation 2)."""
         return self.U.diagonal() ** -2
 
     def solution(self, q: Tensor, s: Tensor, z: Tensor, options: Options) -> Solution:
-        """Codes, scales and zeros in the order and the dtypes in which they are stored."""
+        """Put codes into the stored order, and all three into their stored dtypes."""
         permutation = None
         if options.permutes(q.shape[1]):
             permutation = self.order.to(torch.int32)
@@ -105,16 +106,16 @@ class Problem:
 
 
 def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
-    """Order the columns, quiet the dead ones, factorize H.
+    """Order the columns, zero the dead ones, and factorize H.
 
     Args:
-        weight: ``[out, in]``, any float dtype. It isn't changed.
-        hessian: ``[in, in]``, symmetric, positive semidefinite. A factor common to all of it has no effect.
-        options: what the user chose.
+        weight: ``[out, in]``, any float dtype and strides. It is not changed.
+        hessian: ``[in, in]``, symmetric, positive semidefinite. Its magnitude has no effect.
+        options: bits, groups, order, damping.
 
     Raises:
-        ShapeError: ``hessian`` doesn't fit ``weight``.
-        WeightError: NaN or Inf in either, or ``hessian`` can't be a second moment.
+        ShapeError: ``hessian`` does not fit ``weight``.
+        WeightError: NaN or Inf in either, or ``hessian`` is no second moment.
     """
     check_hessian(SPEC.name, weight, hessian)
     columns = weight.shape[1]
@@ -122,7 +123,7 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
     W = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     H = hessian.detach().to(W.device, torch.promote_types(hessian.dtype, dtype))
     diagonal = H.diagonal().clone()
-    dead = diagonal == 0  # inputs that were always zero: their weights did nothing
+    dead = diagonal == 0  # inputs that were always zero: their weights had no effect
     W[:, dead] = 0
     H = (H / (1.0 if dead.all() else float(diagonal[~dead].mean(dtype=torch.float64)))).to(dtype)
     H[dead, dead] = 1
@@ -136,19 +137,20 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
 
 
 def factor(H: Tensor, damping: float) -> Tensor:
-    """U, upper triangular with (H + λI)⁻¹ = Uᵀ U, for an H whose diagonal has a mean of about 1, in H's dtype.
+    """U, upper triangular with (H + λI)⁻¹ = Uᵀ U, in H's dtype. H's diagonal has a mean of about 1.
 
-    H + λI = R Rᵀ with R upper triangular, so that U = R⁻¹: one factorization, and no inverse to factorize. torch has
-    the lower one, H = L Lᵀ, which is this one with rows and columns in reverse. λ starts at ``damping`` and
-    doubles until H + λI can be factorized; from 0.01 on fp32 gives U to five digits or more.
+    If H + λI = R Rᵀ with R upper triangular, then U = R⁻¹. No inverse is factorized. torch gives
+    the lower factor, H = L Lᵀ; R is the factor of H with its rows and columns reversed. λ is
+    ``damping``, doubled until H + λI can be factorized. From λ = 0.01 on, fp32 gives U to five
+    digits or more.
 
     Raises:
-        WeightError: no λ will do, as H isn't positive semidefinite.
+        WeightError: H is not positive semidefinite, so that no λ is enough.
     """
     lam = damping
     with kernels.one_thread():
         for _ in range(DOUBLINGS):
-            reversed_ = H.flip(0, 1)  # its own memory
+            reversed_ = H.flip(0, 1)  # a copy
             reversed_.diagonal().add_(lam)
             L, failed = torch.linalg.cholesky_ex(reversed_)
             if not bool(failed):
@@ -156,29 +158,29 @@ def factor(H: Tensor, damping: float) -> Tensor:
                 U: Tensor = torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
                 return U
             lam *= 2
-    raise WeightError(f"optq: expected a positive semidefinite second moment, got one of shape {list(H.shape)} that "
-                      f"can't be factorized with {lam / 2:g} times its mean on the diagonal; calibrate again")  # fmt: skip
+    raise WeightError(
+        f"{SPEC.name}: expected a positive semidefinite second moment, got one of shape "
+        f"{list(H.shape)} that can't be factorized with {lam / 2:g} times its mean on the "
+        "diagonal; calibrate again"
+    )
 
 
 def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
     """Quantize ``weight``, ``[out, in]``: algorithm 1 with blocks of one column.
 
-    Args and Raises: as :func:`prepare`.
+    See :func:`prepare` for arguments and errors.
     """
     problem = prepare(weight, hessian, options)
-    W, U, group = problem.W, problem.U, problem.group
+    W, U, group, loss = problem.W, problem.U, problem.group, problem.loss
     size, groups = options.group(W.shape[1]), options.groups(W.shape[1])
     q = torch.empty_like(W)
     s, z = W.new_empty(len(W), groups), W.new_empty(len(W), groups)
-    loss = problem.loss
     if options.static_groups:
         for g in range(groups):
             s[:, g], z[:, g] = grid(W[:, group == g], loss[group == g], options)
     for j in range(W.shape[1]):
         g = int(group[j])
-        if (
-            not options.static_groups and j % size == 0
-        ):  # the group's columns, as earlier ones left them
+        if not options.static_groups and j % size == 0:  # columns as earlier ones left them
             s[:, g], z[:, g] = grid(W[:, j : j + size], loss[j : j + size], options)
         q[:, j] = quantize(W[:, j], s[:, g], z[:, g], options)
         e = (W[:, j] - s[:, g] * (q[:, j] - z[:, g])) / U[j, j]
@@ -188,16 +190,16 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
 
 def quantize(w: Tensor, s: Tensor, z: Tensor, options: Options) -> Tensor:
     """The codes nearest to ``w``; a tie takes the even step from zero."""
-    return (torch.round(w / s) + z).clamp(0, options.levels)
+    return (torch.round(w / s) + z).clamp(0, options.maxq)
 
 
 def grid(W: Tensor, loss: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Scale and zero point for each row of a group, ``[out, columns]`` to ``[out]`` and ``[out]``.
+    """Choose scale and zero point for each row of a group, ``[out, columns]`` to twice ``[out]``.
 
-    With ``range_search`` the best of the candidates by Σ_j loss_j (w_j − ŵ_j)², where loss_j = 1 / U_jj²: what OPTQ pays
-    for an error of column j after later columns made up for it (equation 2). The first of equals.
+    The candidate with the least Σ_j loss_j (w_j − ŵ_j)², the first of equals. ``loss``,
+    ``[columns]``, is 1 / U_jj² (equation 2).
     """
-    best_s, best_z = next(candidates(W, options))  # kept where all errors overflow
+    best_s, best_z = next(candidates(W, options))  # kept if all errors overflow
     least = W.new_full((len(W),), torch.inf)
     for s, z in candidates(W, options):
         W_hat = s[:, None] * (quantize(W, s[:, None], z[:, None], options) - z[:, None])
@@ -209,28 +211,28 @@ def grid(W: Tensor, loss: Tensor, options: Options) -> tuple[Tensor, Tensor]:
 
 
 def shares(options: Options) -> list[float]:
-    """The shares of a group's range that are tried, the whole range first."""
+    """The shares of a group's range to try, the whole range first."""
     if not options.range_search:
         return [1.0]
     return [1 - (1 - SMALLEST_SHARE) * i / STEPS for i in range(STEPS)]
 
 
 def candidates(W: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scales and zero points to choose from, ``[out]`` and ``[out]`` each; scales are fp16 numbers.
+    """Scales, which are fp16 numbers, and zero points to choose from, ``[out]`` each.
 
-    A range holds zero: from min(w, 0) to max(w, 0), or from −max|w| to max|w| when symmetric. A search also tries the
-    zero points to either side, which move a shrunken range.
+    A range includes zero: min(w, 0) to max(w, 0), or −max|w| to max|w| when symmetric. A search
+    also tries the zero point above and the one below, which move a shrunken range.
     """
     low, high = W.amin(dim=1).clamp(max=0), W.amax(dim=1).clamp(min=0)
     if options.symmetric:
         high = torch.maximum(-low, high)
         low = -high
     for share in shares(options):
-        s = (high * share - low * share) / options.levels
+        s = (high * share - low * share) / options.maxq
         s = s.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(W.dtype)
         if options.symmetric:
-            yield s, torch.full_like(s, (options.levels + 1) // 2)
+            yield s, torch.full_like(s, options.middle)
             continue
-        middle = torch.round(-(low * share) / s)
+        z = torch.round(-(low * share) / s)
         for shift in (0, -1, 1) if options.range_search else (0,):
-            yield s, (middle + shift).clamp(0, options.levels)
+            yield s, (z + shift).clamp(0, options.maxq)

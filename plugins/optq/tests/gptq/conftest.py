@@ -1,4 +1,4 @@
-"""GPTQ folders written bit by bit from the format's description, in Python's own integers: nothing of ours is used."""
+"""GPTQ folders written bit by bit from the format's description, without our code."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
-         "vocab_size": 96, "max_position_embeddings": 64, "tie_word_embeddings": False}  # fmt: skip
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -45,7 +48,7 @@ def words(streams: list[list[int]], bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantized layer in plain numbers: q ``[out, in]``, z and s ``[out, groups]``, g ``[in]``."""
+    """A quantized layer in plain numbers: q ``[out, in]``, z, s ``[out, groups]``, g ``[in]``."""
 
     q: Tensor
     z: Tensor
@@ -109,7 +112,7 @@ def save_gptq(
     vocab_size: int = SIZES["vocab_size"],
     **config: Any,
 ) -> nn.Module:
-    """Save a tiny Llama whose linear layers are random codes. Returns the dense model that it stands for.
+    """Save a tiny Llama whose linear layers are random codes. Returns the same model, dense.
 
     Args:
         others: other bits and group size, by the last part of a layer's name.
@@ -127,8 +130,8 @@ def save_gptq(
         if not isinstance(module, nn.Linear) or leaf in kept or (name == "lm_head" and not head):
             continue
         its_bits, its_group = (others or {}).get(leaf, (bits, group))
-        layer = Layer.random(module.out_features, module.in_features, its_bits, its_group, symmetric=symmetric,
-                             permuted=permuted, seed=seed)  # fmt: skip
+        sizes = module.out_features, module.in_features, its_bits, its_group
+        layer = Layer.random(*sizes, symmetric=symmetric, permuted=permuted, seed=seed)
         del stored[f"{name}.weight"]
         parts = layer.tensors(version)
         stored |= {
@@ -136,8 +139,11 @@ def save_gptq(
         }
         module.weight.data = layer.weight
     _save(folder, stored, files)
-    quantization = {"bits": bits, "group_size": group, "sym": symmetric, "desc_act": permuted, "lm_head": head,
-                    "quant_method": "gptq", **({"checkpoint_format": "gptq_v2"} if version == 2 else {}), **config}  # fmt: skip
+    quantization = {
+        "bits": bits, "group_size": group, "sym": symmetric, "desc_act": permuted, "lm_head": head,
+        "quant_method": "gptq", **({"checkpoint_format": "gptq_v2"} if version == 2 else {}),
+        **config,
+    }  # fmt: skip
     if config_file == "config.json":
         values = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(

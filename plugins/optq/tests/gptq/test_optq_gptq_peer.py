@@ -1,7 +1,7 @@
-"""GPTQModel on the CPU reads what is written here and writes what is read here: the same weights, the same logits.
+"""GPTQModel on the CPU and this plugin read each other's folders: the same weights and logits.
 
-It is no dependency of ours: `pip install gptqmodel` where these are to run. It patches other libraries when it is imported, so
-it runs in a process of its own.
+GPTQModel is no dependency: `pip install gptqmodel` to run these tests. It patches other libraries
+when it is imported, so it runs in another process.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ model.save(out)
 READ = """
 import sys, torch
 from gptqmodel import GPTQModel, BACKEND
-model = GPTQModel.load(sys.argv[1], backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16).model
-weights = {n: m.dequantize_weight().T.contiguous().clone() for n, m in model.named_modules() if hasattr(m, "qweight")}
+options = {"backend": BACKEND.GPTQ_TORCH, "device": "cpu", "dtype": torch.float16}
+model = GPTQModel.load(sys.argv[1], **options).model
+layers = {n: m for n, m in model.named_modules() if hasattr(m, "qweight")}
+weights = {n: m.dequantize_weight().T.contiguous().clone() for n, m in layers.items()}
 with torch.no_grad():
     logits = model(torch.arange(3, 27).view(2, 12)).logits
 torch.save({"weights": weights, "logits": logits}, sys.argv[2])
@@ -59,7 +61,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 def peer(folder: Path, script: str, *words: str) -> None:
-    """Run a script in ``folder``, where the peer leaves its logs. The words are absolute paths, or no paths."""
+    """Run a script in ``folder``, where the peer leaves its logs. Paths are absolute."""
     environment = {
         **os.environ,
         "GPTQMODEL_CPU_WORKERS": "2",
