@@ -1,4 +1,4 @@
-"""The conformance kit over every configuration that the spec makes promises for."""
+"""The conformance kit over every configuration with a promise."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from modulora_conformance import QuantizerConformance
 from modulora_quip_sharp_e8 import SPEC
-from modulora_quip_sharp_e8.options import Options
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8
+from modulora_quip_sharp_e8.reference import Options
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
-"""QuIP#'s compiled kernels in their surroundings: mapped files, the end of memory, other processors, several Python threads, no numba."""
+"""QuIP#'s compiled kernels: mapped files, the end of memory, other processors, several threads."""
 
 from __future__ import annotations
 
 import pytest
 from modulora_conformance.compiled_kernels import SHAPES, CompiledKernels
-from modulora_quip_sharp_e8.options import Options
-from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, from_solution
+from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, packed_of
+from modulora_quip_sharp_e8.reference import Options
 
 BITS = (2, 3, 4)
 
@@ -13,7 +13,7 @@ BITS = (2, 3, 4)
 class TestKernels(CompiledKernels):
     instruction_sets = True
     rounding = 1e-5
-    """A tile is a rotation, whose sums of up to 2100 terms are made in another order. A wrong code moves it by more than 1e-3."""
+    """A tile is a rotation, whose sums are made in another order. A wrong code moves it by 1e-3."""
 
     @pytest.fixture
     def quantizers(self):
@@ -24,7 +24,7 @@ class TestKernels(CompiledKernels):
         """Codes and residuals of every bit pattern."""
         options = [Options(bits=bits) for bits in BITS]
         return [
-            (QuIPSharpE8(chosen), from_solution(random_solution(shape, chosen), chosen))
+            (QuIPSharpE8(chosen), packed_of(random_solution(shape, chosen), chosen))
             for chosen in options
             for shape in SHAPES
         ]

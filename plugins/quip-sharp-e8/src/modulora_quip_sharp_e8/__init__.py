@@ -7,14 +7,15 @@ from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="quip-sharp-e8",
-    summary="QuIP#: 2, 3 or 4 bits, rotated until no weight stands out, rounded to points of the E8 lattice",
+    summary="QuIP#: 2, 3 or 4 bits, rotated weights, rounded to points of the E8 lattice",
     location="modulora_quip_sharp_e8.quantizer:QuIPSharpE8",
     protocol=1,
     bits=(2, 3, 4),
     calibration="required",
     devices=("cpu", "cuda"),
     url="https://arxiv.org/abs/2402.04396",
-    # errors: the largest of three seeds of the kit's weights, and 5 % (python -m modulora_conformance quip-sharp-e8 measures them again)
+    # the largest of three seeds of the kit's weights, and 5 %:
+    # python -m modulora_conformance quip-sharp-e8
     promises=(
         Promise(
             options={"bits": 2},
@@ -46,7 +47,7 @@ SPEC = QuantizerSpec(
         FormatSpec(
             name="quip-sharp",
             summary="QuIP#'s published checkpoints, E8P-2Bit and E8PRVQ-3Bit and -4Bit; only read",
-            location="modulora_quip_sharp_e8.relaxml:Relaxml",
+            location="modulora_quip_sharp_e8.formats.relaxml:Relaxml",
             config_keys=("quip_params",),
         ),
     ),

@@ -1,24 +1,50 @@
-"""QuIP# behind the contract. What a weight is packed into is in :mod:`modulora_quip_sharp_e8.packed_layout`, its products in
-:mod:`modulora_quip_sharp_e8.products`.
+"""QuIP# behind the contract: packed tensors, tiles, products. The method is in reference.py.
+
+Packed tensors; ``whole`` is ``out``, except for a window, and a block is eight weights of a row::
+
+    codes         int16 [whole, blocks]              E8P12 codes, the bits of unsigned numbers
+    residual      uint8 or int16 [whole, blocks]     E8₁ at 3 bits, E8P12 again at 4
+    input_scale   fp16 [in]                          S_U, divided by the rescaling
+    output_scale  fp16 [whole]                       S_V
+    scale         fp32 [1]                           one unit of the codebook
+
+    Ŵ = scale · diag(output_scale) H_whole C H_inᵀ diag(input_scale)        C: the decoded codes
+
+Metadata: ``bits``; ``rows``, ``[start, whole]``. A window is the rows from ``start`` on of a larger
+weight, as in checkpoints that hold q, k and v as one matrix. Rotations mix all rows of the larger
+weight, so each of its windows carries all of its codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
+from torch.nn import functional as F
 
 from modulora_core import kernels
+from modulora_core.devices.dense_products import compute_dtype
 from modulora_core.errors import OptionError, ShapeError
-from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, check_rows
-from modulora_core.tiles import tile_bytes, tile_ranges
-from modulora_quip_sharp_e8 import SPEC, products, solver, transform
+from modulora_core.spec import (
+    Calibration,
+    PackedLayout,
+    PackedWeight,
+    Quantizer,
+    TensorLayout,
+    check_rows,
+)
+from modulora_core.tiles import tile_bytes, tile_ranges, tiled_matmul
+from modulora_quip_sharp_e8 import SPEC, codebooks, packing
 from modulora_quip_sharp_e8.codebooks import BLOCK
-from modulora_quip_sharp_e8.options import Options
-from modulora_quip_sharp_e8.packed_layout import metadata_of, tensors_of, whole_shape
-from modulora_quip_sharp_e8.reference import Solution
+from modulora_quip_sharp_e8.reference import Options, Solution
+from modulora_quip_sharp_e8.transform import KERNELS, rotate
+
+ROUNDED_ROWS = 256
+"""Rows of bf16 from which rotated inputs are rounded to bf16: fewer may be multiplied in fp32."""
 
 
 class QuIPSharpE8(Quantizer):
@@ -29,116 +55,208 @@ class QuIPSharpE8(Quantizer):
     Options: ClassVar[type[BaseModel]] = Options
 
     def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:
-        """Quantize ``weight``, ``[out, in]``, so that its product with the inputs that calibration saw changes little.
+        """Quantize ``weight``, ``[out, in]``: products with the calibrated inputs stay close.
 
         Raises:
             OptionError: there is no calibration.
-            ShapeError: its H isn't ``[in, in]``.
-            WeightError: NaN or Inf in the weight or in H, or an H that can't be a second moment.
+            ShapeError: its H is not ``[in, in]``.
+            WeightError: NaN or Inf in the weight or in H, or an H that is no second moment.
         """
         if calibration is None:
             raise OptionError(
-                f"quip-sharp-e8: expected a calibration, got none for a weight of shape {list(weight.shape)}; it needs "
-                "the second moment of the layer's inputs: give text to calibrate with"
+                "quip-sharp-e8: expected a calibration, the second moment of the layer's inputs, "
+                f"got none for a weight of shape {list(weight.shape)}: give text to calibrate with"
             )
-        options: Options = self.options
-        # the solver works in fp64 for an fp64 weight, which would pack to other bytes than the same values in fp32
+        # an fp64 weight would pack to other bytes than the same values in fp32
         weight = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
-        return from_solution(solver.solve(weight, calibration.hessian, options), options)
+        return packed_of(packing.solve(weight, calibration.hessian, self.options), self.options)
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
-        options: Options = self.options
-        metadata = metadata_of(options, [0, shape[0]])
-        return PackedLayout(SPEC.name, self.format, shape, tensors_of(shape, **metadata), metadata)
+        metadata = {"bits": self.options.bits, "rows": [0, shape[0]]}
+        return PackedLayout(SPEC.name, self.format, shape, tensors(shape, **metadata), metadata)
 
-    def rescaled(
-        self, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor
-    ) -> PackedWeight:
-        """The same codes between scales that are multiplied by these: exact but for the rounding of scales to fp16."""
-        kernels.check_tensors(packed, tensors_of)
-        if packed.shape[0] != len(packed.tensors["output_scale"]):
-            raise ShapeError(f"quip-sharp-e8: a weight of shape {list(packed.shape)} is a part of a larger one of "
-                             f"{len(packed.tensors['output_scale'])} rows and can't be rescaled alone")  # fmt: skip
-        tensors = dict(packed.tensors)
-        unit = tensors["scale"]
-        for name, factor in (("input_scale", input_scale), ("output_scale", output_scale)):
-            vector = tensors[name].to(torch.float32) * factor.to(unit)
-            mean = (
-                vector.abs().mean().clamp(min=torch.finfo(torch.float32).tiny)
-            )  # keeps fp16 far from its ends
-            tensors[name], unit = (vector / mean).to(torch.float16), unit * mean
-        tensors["scale"] = unit
-        return PackedWeight(packed.quantizer, packed.format, packed.shape, tensors, packed.metadata)
+    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
+        """The product in the rotated basis, without Ŵ; in fp32, or in fp64 for fp64.
+
+        x Ŵᵀ = (((x ⊙ S_U) H_in) Cᵀ) H_wholeᵀ ⊙ S_V, and x Ŵ = (((x ⊙ S_V) H_whole) C) H_inᵀ ⊙ S_U.
+        """
+        kernels.check_tensors(packed, tensors)
+        out_features, in_features = packed.shape
+        if x.dim() == 0 or x.shape[-1] != (out_features if transpose else in_features):
+            return super().matmul(x, packed, transpose)  # refuses it
+        start, whole = packed.metadata["rows"]
+        if transpose:
+            if whole != out_features:
+                x = F.pad(x.detach(), (start, whole - start - out_features))
+            return _whole_product(x, packed, transpose)
+        return _whole_product(x, packed, transpose)[..., start : start + out_features]
 
     def dequantize_tile(
         self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
         """Rows of Ŵ in the original basis; in fp64 computed in fp64.
 
-        Every row of Ŵ needs all of C: a strip of its columns at a time is decoded, rotated back, and left but for ``rows``. So this
-        costs as much for one row as for all, and products never ask for it.
+        Every row of Ŵ needs all of C. A strip of its columns at a time is decoded and rotated, and
+        only ``rows`` are kept. So one row costs as much as all, and products never ask for it.
         """
         check_rows(packed, rows)
-        kernels.check_tensors(packed, tensors_of)
+        kernels.check_tensors(packed, tensors)
         computed = torch.float64 if dtype == torch.float64 else torch.float32
-        start, (whole, columns) = packed.metadata["rows"][0], whole_shape(packed)
-        out = torch.empty(rows[1] - rows[0], columns, dtype=computed, device=packed.device)
+        C, (start, whole) = _codes(packed), packed.metadata["rows"]
+        kept = slice(start + rows[0], start + rows[1])
+        out = torch.empty(rows[1] - rows[0], C.shape[1], dtype=computed, device=packed.device)
         if out.numel() == 0:
             return out.to(dtype)
-        vectors = packed.tensors
-        budget = tile_bytes(packed.device) // 2  # beside a strip there is its transpose
-        for a, b in tile_ranges(
-            vectors["codes"].shape[1], BLOCK * whole * computed.itemsize, budget
-        ):
-            columns_here = slice(a * BLOCK, min(b * BLOCK, columns))
-            strip = products.decoded(
-                packed, slice(None), slice(a, b), columns_here.stop - columns_here.start, computed
+        budget = tile_bytes(packed.device) // 2  # a strip and its transpose
+        blocks = C.tensors["codes"].shape[1]
+        for a, b in tile_ranges(blocks, BLOCK * whole * computed.itemsize, budget):
+            strip = _strip(C, a, b)
+            columns = slice(a * BLOCK, a * BLOCK + strip.shape[1])
+            turned = rotate(  # (H_whole C)ᵀ
+                _tile(strip, 0, whole, computed).T.contiguous(), transpose=True, in_place=True
             )
-            turned = transform.rotate(
-                strip.T.contiguous(), transpose=True, in_place=True
-            )  # (H_M C)ᵀ
-            out[:, columns_here] = turned[:, start + rows[0] : start + rows[1]].T
-        out = transform.rotate(out, transpose=True, after=vectors["input_scale"], in_place=True)
-        scales = vectors["output_scale"][start + rows[0] : start + rows[1]].to(computed) * vectors[
-            "scale"
-        ].to(computed)
+            out[:, columns] = turned[:, kept].T
+        S_U, S_V = packed.tensors["input_scale"], packed.tensors["output_scale"][kept]
+        out = rotate(out, S_U, after=True, transpose=True, in_place=True)
+        scales = S_V.to(computed) * packed.tensors["scale"].to(computed)
         return out.mul_(scales[:, None]).to(dtype)
 
-    def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
-        """Rotate x, multiply it by C, and rotate back: Ŵ itself is never made. In fp32, or fp64 where x is; bf16 as tiles are."""
-        y = products.matmul(x, packed, transpose)
-        return (
-            super().matmul(x, packed, transpose) if y is None else y
-        )  # the tiled product says what is wrong
+    def rescaled(
+        self, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor
+    ) -> PackedWeight:
+        """The same codes, with the scales multiplied in: exact but for rounding to fp16."""
+        kernels.check_tensors(packed, tensors)
+        stored = dict(packed.tensors)
+        if packed.shape[0] != len(stored["output_scale"]):
+            raise ShapeError(
+                f"quip-sharp-e8: expected a whole weight to rescale, got {packed.shape[0]} of its "
+                f"{len(stored['output_scale'])} rows"
+            )
+        unit = stored["scale"]
+        for name, factor in (("input_scale", input_scale), ("output_scale", output_scale)):
+            vector = stored[name].to(torch.float32) * factor.to(unit)
+            mean = vector.abs().mean()  # keeps fp16 far from its ends
+            mean = mean.clamp(min=torch.finfo(torch.float32).tiny)
+            stored[name], unit = (vector / mean).to(torch.float16), unit * mean
+        stored["scale"] = unit
+        return PackedWeight(packed.quantizer, packed.format, packed.shape, stored, packed.metadata)
 
 
-def from_solution(solution: Solution, options: Options) -> PackedWeight:
-    """Pack what the solver found, or what a file of another format holds.
+def tensors(shape: tuple[int, int], bits: int, rows: Sequence[int]) -> dict[str, TensorLayout]:
+    """The packed tensors of a weight of this shape, by name.
 
     Raises:
-        CheckpointError: tensors of other shapes or dtypes than ``options`` means.
+        TypeError, ValueError: metadata that this plugin does not write.
     """
-    metadata = metadata_of(options, [0, len(solution.output_scale)])
+    if any(type(number) is not int for number in (bits, *rows)):  # 2.0 and True equal cached keys
+        raise TypeError(f"bits and rows: expected whole numbers, got {bits!r} and {rows!r}")
+    return _tensors(shape, bits, *rows)
+
+
+@cache
+def _tensors(shape: tuple[int, int], bits: int, start: int, whole: int) -> dict[str, TensorLayout]:
+    if bits not in codebooks.OPT_SCALE:
+        raise ValueError(f"bits: expected one of {sorted(codebooks.OPT_SCALE)}, got {bits}")
+    if not 0 <= start <= start + shape[0] <= whole:
+        raise ValueError(
+            f"rows: expected [start, whole] around {shape[0]} rows, got [{start}, {whole}]"
+        )
+    blocks = (whole, -(-shape[1] // BLOCK))
+    residual = {3: "uint8", 4: "int16"}
+    return {
+        "codes": TensorLayout("int16", blocks),
+        "input_scale": TensorLayout("float16", (shape[1],)),
+        "output_scale": TensorLayout("float16", (whole,)),
+        "scale": TensorLayout("float32", (1,)),
+        **({"residual": TensorLayout(residual[bits], blocks)} if bits in residual else {}),
+    }
+
+
+def packed_of(solution: Solution, options: Options) -> PackedWeight:
+    """Pack a solution of the solver, or of a foreign file.
+
+    Raises:
+        CheckpointError: tensors that do not fit ``options``.
+    """
     shape = (len(solution.output_scale), len(solution.input_scale))
-    tensors = {"codes": solution.codes, "residual": solution.residual, "input_scale": solution.input_scale,
-               "output_scale": solution.output_scale, "scale": solution.scale}  # fmt: skip
+    names = ("codes", "residual", "input_scale", "output_scale", "scale")
+    found = {name: getattr(solution, name) for name in names}
     packed = PackedWeight(
         SPEC.name,
         QuIPSharpE8.format,
         shape,
-        {n: t for n, t in tensors.items() if t is not None},
-        metadata,
+        {name: tensor for name, tensor in found.items() if tensor is not None},
+        {"bits": options.bits, "rows": [0, shape[0]]},
     )
-    kernels.check_tensors(packed, tensors_of)
+    kernels.check_tensors(packed, tensors)
     return packed
 
 
 def window(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
     """Rows ``[start, stop)`` of a weight, on the same tensors."""
     check_rows(packed, (start, stop))
-    metadata = dict(packed.metadata) | {
-        "rows": [packed.metadata["rows"][0] + start, packed.metadata["rows"][1]]
-    }
-    return PackedWeight(
-        packed.quantizer, packed.format, (stop - start, packed.shape[1]), packed.tensors, metadata
-    )
+    first, whole = packed.metadata["rows"]
+    metadata = dict(packed.metadata) | {"rows": [first + start, whole]}
+    shape = (stop - start, packed.shape[1])
+    return PackedWeight(packed.quantizer, packed.format, shape, packed.tensors, metadata)
+
+
+# --- C, the codes alone ----------------------------------------------------------------------
+
+
+def _codes(packed: PackedWeight) -> PackedWeight:
+    """C as a weight of its own, ``[whole, in]``, cached beside ``packed``."""
+    held = {name: t for name, t in packed.tensors.items() if name in ("codes", "residual")}
+    C: PackedWeight | None = packed.kept.get(_codes)
+    if C is None or any(C.tensors[name] is not tensor for name, tensor in held.items()):
+        shape = (packed.metadata["rows"][1], packed.shape[1])
+        C = PackedWeight(SPEC.name, packed.format, shape, held, {"bits": packed.metadata["bits"]})
+        packed.kept[_codes] = C
+    return C
+
+
+def _strip(C: PackedWeight, a: int, b: int) -> PackedWeight:
+    """Columns of blocks ``[a, b)`` of C."""
+    held = {name: tensor[:, a:b].contiguous() for name, tensor in C.tensors.items()}
+    shape = (C.shape[0], min(b * BLOCK, C.shape[1]) - a * BLOCK)
+    return PackedWeight(C.quantizer, C.format, shape, held, C.metadata)
+
+
+def _tile(C: PackedWeight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows ``[start, stop)`` of C, ``[stop - start, in]``."""
+    module = kernels.for_device(KERNELS, C.device)
+    if module is not None:
+        tile: Tensor = module.tile(C, (start, stop), dtype)
+        return tile
+    held = {name: tensor[start:stop] for name, tensor in C.tensors.items()}
+    dense = codebooks.decode(held["codes"], held.get("residual"), C.metadata["bits"])
+    return dense[:, : C.shape[1]].to(dtype)
+
+
+def _whole_product(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor:
+    """``x Ŵᵀ``, or ``x Ŵ`` if ``transpose``, for all rows of C; in ``x``'s dtype."""
+    module = kernels.for_device(KERNELS, packed.device)
+    if module is not None and not transpose:
+        y: Tensor | None = module.product_of_one(x, packed)
+        if y is not None:
+            return y
+    inputs = packed.tensors["input_scale"], None
+    outputs = packed.tensors["output_scale"], packed.tensors["scale"]
+    before, after = (outputs, inputs) if transpose else (inputs, outputs)
+    many = x.numel() > ROUNDED_ROWS * x.shape[-1]
+    rounded = compute_dtype(x.dtype, x.device) if many and x.dtype == torch.bfloat16 else None
+    turned = rotate(x, *before, dtype=rounded)
+    z = _product(turned, _codes(packed), transpose, x.dtype)
+    result = x.dtype if x.dtype == torch.bfloat16 else None
+    return rotate(z, *after, after=True, transpose=True, in_place=True, dtype=result).to(x.dtype)
+
+
+def _product(x: Tensor, C: PackedWeight, transpose: bool, dtype: torch.dtype) -> Tensor:
+    """``x Cᵀ``, or ``x C``, of rotated inputs, for a layer whose inputs are of ``dtype``."""
+    module = kernels.for_device(KERNELS, C.device)
+    y: Tensor | None = None if module is None else module.multiply(x, C, transpose, dtype)
+    if y is not None:
+        return y
+    if dtype == torch.bfloat16:  # as coarse as the inputs, and faster
+        x = x.to(compute_dtype(dtype, x.device))
+    return tiled_matmul(x, lambda start, stop, of: _tile(C, start, stop, of), C.shape, transpose)

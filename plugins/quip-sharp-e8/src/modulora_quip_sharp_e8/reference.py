@@ -1,25 +1,27 @@
-"""QuIP# in plain torch, as the paper has it: the truth that the solver and the kernels are measured against.
+"""QuIP# in plain torch, as in the paper: the truth for packing.py and the kernels.
 
 Symbols of QuIP# (Tseng, Chee, Sun, Kuleshov, De Sa 2024, arXiv 2402.04396):
 
-    W         the weight, [M, N]; each row is quantized on its own and all share H
-    H         E[x xᵀ], [N, N]: the proxy error of a quantized Ŵ is tr((Ŵ − W) H (Ŵ − W)ᵀ)      equation 1
-    H_n       the orthogonal matrix of :mod:`modulora_quip_sharp_e8.transform`                  section 3
-    S_U, S_V  random signs, [N] and [M]                                                       algorithm 3
-    W̃, H̃      W and H in the rotated basis: H_Mᵀ S_V W S_U H_N and H_Nᵀ S_U H S_U H_N           algorithm 3
-    L         unit block lower triangular, 8 × 8 blocks, H̃ = L D Lᵀ                           section 4.1
-    Q         rounding of eight weights to a point of the codebook                            section 4.2
-    s         rescaling of the columns, W s and x / s                                         QuIP (arXiv 2307.13304), section 4.2
+    W         the weight, [M, N]; rows are quantized apart, and all share H
+    H         E[x xᵀ], [N, N]; the proxy error is tr((Ŵ − W) H (Ŵ − W)ᵀ)              equation 1
+    H_n       the orthogonal matrix of :mod:`modulora_quip_sharp_e8.transform`           section 3
+    S_U, S_V  random signs, [N] and [M]                                                algorithm 3
+    W̃, H̃      W and H in the rotated basis: H_Mᵀ S_V W S_U H_N, H_Nᵀ S_U H S_U H_N     algorithm 3
+    L         unit block lower triangular, 8 × 8 blocks, H̃ = L D Lᵀ                   section 4.1
+    Q         rounds eight weights to a point of the codebook                          section 4.2
+    s         rescaling of the columns, W s and x / s          QuIP (arXiv 2307.13304), section 4.2
 
-Everything is computed in fp64 where W is fp64, else in fp32.
+All is computed in fp64 if W is fp64, else in fp32.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,25 +30,61 @@ from modulora_core.errors import WeightError
 from modulora_core.spec import check_hessian
 from modulora_quip_sharp_e8 import SPEC, codebooks, transform
 from modulora_quip_sharp_e8.codebooks import BLOCK
-from modulora_quip_sharp_e8.options import Options
 
 SCRATCH_BYTES = 256 * 2**20
-"""For the distances of a chunk of vectors to all points."""
+"""For the distances of some vectors to all points."""
 
 DOUBLINGS = 16
-"""Damping grows to so many powers of two times its first value at most."""
+"""Attempts to factorize H; each one after the second doubles the damping."""
+
+
+class Options(BaseModel):
+    """How a weight is quantized. The defaults measured best (README, Quality)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    bits: Literal[2, 3, 4] = Field(2, description="bits of a weight: 2, 3 or 4")
+    rescale: bool = Field(
+        True, description="before rotating, even out the sizes of columns and of their inputs"
+    )
+    sweeps: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="rounds of coordinate descent after BlockLDLQ; by default 4, or none at 4 bits",
+    )
+    damping: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="share of the mean of H's diagonal that is added to it; "
+        "it grows if H can't be factorized",
+    )
+    codebook_scale: float | None = Field(
+        None,
+        gt=0.1,
+        lt=10,
+        description="root mean square of the rotated weights in units of the codebook; "
+        "by default the best for a Gaussian",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of the random signs")
+
+    @property
+    def rounds(self) -> int:
+        """:attr:`sweeps`, or its default: at 4 bits a sweep overfits the samples."""
+        return self.sweeps if self.sweeps is not None else 0 if self.bits == 4 else 4
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """A quantized weight: Ŵ = scale · diag(output_scale) H_M C H_Nᵀ diag(input_scale), C being the decoded codes.
+    """A quantized weight: Ŵ = scale · diag(output_scale) H_M C H_Nᵀ diag(input_scale).
 
     Attributes:
-        codes: int16 ``[M, ⌈N/8⌉]``, the bits of an unsigned code.
-        residual: codes of the residual: none at 2 bits, uint8 at 3, int16 at 4.
-        input_scale: fp16 ``[N]``: S_U, over the rescaling.
+        codes: int16 ``[M, ⌈N/8⌉]``, the bits of unsigned codes; decoded they are C.
+        residual: codes of the residual: None at 2 bits, uint8 at 3, int16 at 4.
+        input_scale: fp16 ``[N]``: S_U, divided by the rescaling s.
         output_scale: fp16 ``[M]``: S_V.
-        scale: fp32 ``[1]``: what one unit of the codebook is.
+        scale: fp32 ``[1]``: one unit of the codebook.
     """
 
     codes: Tensor
@@ -55,27 +93,22 @@ class Solution:
     output_scale: Tensor
     scale: Tensor
 
-    def dequantize(self, options: Options) -> Tensor:
+    def dequantize(self, bits: int) -> Tensor:
         """Ŵ, fp64 ``[M, N]``, by dense matrices."""
         M, N = len(self.output_scale), len(self.input_scale)
         H_M, H_N = (transform.matrix(n) for n in (M, N))
-        C = codebooks.decode(self.codes, self.residual, options.bits)[:, :N].double()
-        rotated_back = H_M @ C @ H_N.T
-        return (
-            self.scale.double()
-            * self.output_scale.double()[:, None]
-            * rotated_back
-            * self.input_scale.double()
-        )
+        C = codebooks.decode(self.codes, self.residual, bits)[:, :N].double()
+        S_V, S_U = self.output_scale.double()[:, None], self.input_scale.double()
+        return self.scale.double() * S_V * (H_M @ C @ H_N.T) * S_U
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What rounding starts from: W and H in the rotated basis.
+    """The weight to round and its H, in the rotated basis.
 
     Attributes:
-        W: W̃ in units of the codebook, ``[M, N8]``: N8 is N rounded up to whole blocks, with columns of zeros.
-        H: H̃, ``[N8, N8]``, symmetric; the identity in the columns that were added.
+        W: W̃ in units of the codebook, ``[M, N8]``; N8 is N rounded up to whole blocks, with zeros.
+        H: H̃, ``[N8, N8]``, symmetric; the identity in the added columns.
         input_scale, output_scale, scale: as in :class:`Solution`.
     """
 
@@ -90,16 +123,16 @@ class Problem:
 
 
 def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
-    """Damp H, even W and H out, and rotate them (algorithm 3).
+    """Incoherence processing (algorithm 3): damp H, rescale W and H, and rotate them.
 
     Args:
-        weight: ``[M, N]``, any float dtype. It isn't changed.
-        hessian: ``[N, N]``, symmetric, positive semidefinite. A factor common to all of it has no effect.
-        options: what the user chose.
+        weight: ``[M, N]``, any float dtype; unchanged.
+        hessian: ``[N, N]``, symmetric, positive semidefinite. Only its ratios matter.
+        options: the user's choices.
 
     Raises:
-        ShapeError: ``hessian`` doesn't fit ``weight``.
-        WeightError: NaN or Inf in either, or ``hessian`` can't be a second moment.
+        ShapeError: ``hessian`` does not fit ``weight``.
+        WeightError: NaN or Inf in either, or ``hessian`` is no second moment.
     """
     check_hessian(SPEC.name, weight, hessian)
     M, N = weight.shape
@@ -110,22 +143,21 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
     rms = _positive(_rms(W))
     W = W / rms
     s = _rescaling(W, H) if options.rescale else W.new_ones(N)
-    # rounded to what is stored before anything else is computed from it
-    input_scale = (signs(options.seed, N, "input").to(s) / s).to(torch.float16)
-    output_scale = signs(options.seed, M, "output").to(W.device, torch.float16)
-    u = input_scale.to(dtype)
-    W = transform.rotate(W / u, in_place=True)
-    W = transform.rotate(W.T.contiguous(), before=output_scale, in_place=True).T
-    H = transform.rotate(H, before=u, in_place=True)
-    H = transform.rotate(H.T.contiguous(), before=u, in_place=True)
+    # both are rounded to the stored dtype before they are used
+    S_U = (signs(options.seed, N, "input").to(s) / s).to(torch.float16)
+    S_V = signs(options.seed, M, "output").to(W.device, torch.float16)
+    W = transform.rotate(W / S_U.to(dtype), in_place=True)
+    W = transform.rotate(W.T.contiguous(), S_V, in_place=True).T
+    H = transform.rotate(H, S_U, in_place=True)
+    H = transform.rotate(H.T.contiguous(), S_U, in_place=True)
     unit = _positive(_rms(W)) / (options.codebook_scale or codebooks.OPT_SCALE[options.bits])
     scale = (rms * unit).to(torch.float32).reshape(1)
     W, H = _whole_blocks(W / unit, (H + H.T) / 2)
-    return Problem(W, H, input_scale, output_scale, scale)
+    return Problem(W, H, S_U, S_V, scale)
 
 
-def signs(seed: int, n: int, side: str) -> Tensor:
-    """S_U (``"input"``) or S_V (``"output"``), fp32 ``[n]`` of ±1: the same for ever, whatever the device."""
+def signs(seed: int, n: int, side: Literal["input", "output"]) -> Tensor:
+    """S_U or S_V: fp32 ``[n]`` of ±1, the same on every device, forever."""
     # no release of numpy may change the raw numbers
     stream = np.random.PCG64([seed, n, {"input": 0, "output": 1}[side]])
     bits = np.unpackbits(stream.random_raw(-(-n // 64)).view(np.uint8))[:n]
@@ -142,7 +174,7 @@ def _positive(x: Tensor) -> Tensor:
 
 
 def _rescaling(W: Tensor, H: Tensor) -> Tensor:
-    """The s = (diag H / diag WᵀW)^¼ that gives W s and H / (s sᵀ) equal diagonals; about 1, and fit for fp16."""
+    """The rescaling s = (diag H / diag WᵀW)^¼, about 1: W s and H / (s sᵀ) have one diagonal."""
     weights = W.square().mean(dim=0)
     s = (H.diagonal() / weights.clamp(min=1e-6 * float(_positive(weights.mean())))) ** 0.25
     return (s / s.mean()).clamp(2.0**-12, 2.0**12)
@@ -158,28 +190,36 @@ def _whole_blocks(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def feedback(H: Tensor, damping: float) -> Tensor:
-    """L − I, block lower triangular, ``[N8, N8]`` in H's dtype: H = L D Lᵀ with 8 × 8 blocks on D's diagonal.
+    """L − I, block lower triangular, ``[N8, N8]`` in H's dtype: H = L D Lᵀ (section 4.1).
 
-    L = C blockdiag(C_kk)⁻¹ with the Cholesky factor C; its blocks of ones, which feed a block to itself, are left out. Where
-    H can't be factorized it is tried in fp64, then with ``damping`` on the diagonal, doubling.
+    L = C blockdiag(C_kk)⁻¹ with the Cholesky factor C. If H can't be factorized, it is tried again
+    in fp64, then with ``damping`` on the diagonal, doubling.
 
     Raises:
-        WeightError: no damping will do, as H isn't positive semidefinite.
+        WeightError: no damping helps, so H is not positive semidefinite.
     """
     C = _cholesky(H, damping)
-    blocks = (
-        C.unflatten(0, (-1, BLOCK))
-        .unflatten(2, (-1, BLOCK))
-        .diagonal(dim1=0, dim2=2)
-        .permute(2, 0, 1)
-    )
     columns = C.unflatten(1, (-1, BLOCK)).transpose(0, 1)  # [blocks, N8, 8]
-    L = torch.linalg.solve_triangular(blocks, columns, upper=False, left=False)
-    return _others(L.transpose(0, 1).flatten(1).to(H.dtype).contiguous())
+    L = torch.linalg.solve_triangular(_diagonal_blocks(C), columns, upper=False, left=False)
+    return _without_diagonal(L, H.dtype)
 
 
-def _others(P: Tensor) -> Tensor:
-    """``P`` with zeros in its diagonal blocks, in place."""
+def descent(H: Tensor) -> Tensor:
+    """H_jk H_kk⁻¹ for j ≠ k, zero for j = k, ``[N8, N8]``: a sweep feeds it from block j to k."""
+    columns = H.unflatten(1, (-1, BLOCK)).transpose(0, 1)  # [blocks, N8, 8]
+    return _without_diagonal(torch.linalg.solve(_diagonal_blocks(H), columns, left=False), H.dtype)
+
+
+def _diagonal_blocks(H: Tensor) -> Tensor:
+    """H_kk, ``[blocks, 8, 8]``."""
+    blocks = H.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    diagonal: Tensor = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return diagonal
+
+
+def _without_diagonal(columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix from its columns of blocks, ``[blocks, N8, 8]``, with zeros in diagonal blocks."""
+    P = columns.transpose(0, 1).flatten(1).to(dtype).contiguous()
     for k in range(0, len(P), BLOCK):
         P[k : k + BLOCK, k : k + BLOCK] = 0
     return P
@@ -197,26 +237,15 @@ def _cholesky(H: Tensor, damping: float) -> Tensor:
                 return factor
             more = 0.0 if attempt == 0 else max(damping, 2 * more)
             wide = H.double()
-    raise WeightError(f"quip-sharp-e8: expected a positive semidefinite second moment, got one of shape {list(H.shape)} that "
-                      f"can't be factorized with {more / 2:g} times its mean on the diagonal; calibrate again")  # fmt: skip
-
-
-def descent(H: Tensor) -> Tensor:
-    """H_jk H_kk⁻¹ for j ≠ k, zero for j = k, ``[N8, N8]``: what a sweep feeds from block j to block k."""
-    H_k = H.unflatten(1, (-1, BLOCK)).transpose(0, 1)  # [blocks, N8, 8]
-    H_kk = (
-        H.unflatten(0, (-1, BLOCK))
-        .unflatten(2, (-1, BLOCK))
-        .diagonal(dim1=0, dim2=2)
-        .permute(2, 0, 1)
-    )
-    return _others(
-        torch.linalg.solve(H_kk, H_k, left=False).transpose(0, 1).flatten(1).contiguous()
+    raise WeightError(
+        "quip-sharp-e8: expected a positive semidefinite second moment, got one of shape "
+        f"{list(H.shape)} that can't be factorized with {more / 2:g} times its mean on the "
+        "diagonal; calibrate again"
     )
 
 
 def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
-    """Quantize ``weight``: BlockLDLQ (section 4.1), then ``options.rounds`` rounds of coordinate descent.
+    """Quantize ``weight`` by BlockLDLQ (section 4.1), then by rounds of coordinate descent.
 
     Args and Raises: as :func:`prepare`.
     """
@@ -232,9 +261,8 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
     for _ in range(options.rounds):
         for k in blocks:
             here = slice(k, k + BLOCK)
-            target = W_hat[:, here] + torch.linalg.solve(
-                H[here, here], (W - W_hat) @ H[:, here], left=False
-            )
+            E = (W - W_hat) @ H[:, here]
+            target = W_hat[:, here] + torch.linalg.solve(H[here, here], E, left=False)
             codes[k], W_hat[:, here] = quantize(target, options.bits)
     first, second = zip(*(codes[k] for k in reversed(blocks)), strict=True)
     residual = None if options.bits == 2 else torch.stack(second, dim=1)
@@ -242,21 +270,19 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
 
 
 def quantize(x: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Q: the codes of ``x``, ``[M, 8]``, and of what they leave of it; and the point that they stand for, ``[M, 8]``."""
+    """Q of ``x``, ``[M, 8]``: its codes, the residual's codes, and the point ``[M, 8]``."""
     first, point = _nearest(x, codebooks.on(codebooks.e8p, x.device))
     if bits == 2:
         return (first.to(torch.int16), first[:0]), point
     table, dtype = (codebooks.e81, torch.uint8) if bits == 3 else (codebooks.e8p, torch.int16)
-    second, rest = _nearest(
-        (x - point) * codebooks.RESIDUAL_SCALE[bits], codebooks.on(table, x.device)
-    )
-    return (first.to(torch.int16), second.to(dtype)), point + rest * codebooks.residual_step(
-        bits
-    ).to(x.device)
+    residual = (x - point) * codebooks.RESIDUAL_SCALE[bits]
+    second, rest = _nearest(residual, codebooks.on(table, x.device))
+    step = codebooks.residual_step(bits).to(x.device)
+    return (first.to(torch.int16), second.to(dtype)), point + rest * step
 
 
 def _nearest(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and value of the nearest point to each of ``x``, a chunk of it at a time."""
+    """Index and value of the nearest point to each row of ``x``, some rows at a time."""
     table = table.to(x)
     chunks = x.split(max(1, SCRATCH_BYTES // (table.shape[0] * x.element_size())))
     index = torch.cat([codebooks.nearest_brute(chunk, table) for chunk in chunks])

@@ -1,12 +1,13 @@
-"""The exact nearest point of E8P12 and of E8₁ on the CPU, compiled by numba.
+"""Rounds to the nearest point of E8P12 and of E8₁, and a group of columns by BlockLDLQ, by numba.
 
-Write z for x minus the coset's 1/4, and v for a point of the coset less the same. The nearest v has the largest 2 z·v − |v|². Where |v|
-is one of the 227 vectors of squared norm ≤ 10, which are *all* of {1/2, 3/2, 5/2}⁸ in that ball, any rearrangement of it is in the
-codebook as well. So its larger coordinates are where |z| is largest; its signs are those of z, and if their number must be of the other
-parity, the least of |z| has the wrong one. What is left to compare are seven classes, by how many coordinates are 3/2 and 5/2. The
-29 vectors of squared norm 12 are looked at one by one, and only where a bound that takes any five coordinates for theirs allows it.
+The search is exact. Write z for x minus the shift of a coset, and v for a point minus the same. The
+nearest v has the largest 2 z·v − |v|². Let |v| be one of the 227 vectors of squared norm ≤ 10, all
+of {1/2, 3/2, 5/2}⁸ in that ball. Then every rearrangement of it is in the codebook too. So larger
+coordinates are where |z| is largest, and signs are the signs of z. If their number has the wrong
+parity, the smallest |z| gets the wrong sign. That leaves seven classes to compare, by the number of
+3/2 and 5/2. The 29 vectors of squared norm 12 are compared one by one, if a bound allows them.
 
-z and all scores are fp64, in which z is exact: the choice is the brute force's, but for ties and rounding in fp64.
+Scores are fp64, in which z is exact. So the choice is brute force's, except for ties and rounding.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ import itertools
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
-from numba import prange, types
-from numba.extending import intrinsic
+from numba import prange
 
-from modulora_core.kernels import jit
+from modulora_core.kernels.cpu import jit
 from modulora_quip_sharp_e8 import codebooks
 
-_VECTORS = 1024  # that a thread takes at once
+_ROWS = 16  # that a thread takes at once
 
 _E8P = codebooks.absolute_vectors().numpy()
 _E81 = codebooks.e81().numpy()
@@ -30,10 +29,10 @@ _TRIPLES = np.array(codebooks.norm_twelve(), np.uint8)
 
 
 def _raised_table() -> Any:
-    """Codes of absolute vectors, by which coordinates are raised from 1/2; bit 7 is set where their sum is odd.
+    """Codes of absolute vectors by the coordinates above 1/2; bit 7 is set if their sum is odd.
 
-    The first 256 are by the bits of the coordinates that are 3/2. Then ``256 + 8 i + j``: i is 5/2, and j is 3/2 if it isn't i.
-    """
+    The first 256 are by the bits of the coordinates at 3/2. Then ``256 + 8 i + j`` has 5/2 at i,
+    and 3/2 at j unless j is i."""
     index = {tuple(vector): a for a, vector in enumerate((_E8P - 0.5).astype(int).tolist())}
     steps = [tuple(mask >> i & 1 for i in range(8)) for mask in range(256)]
     steps += [
@@ -43,9 +42,9 @@ def _raised_table() -> Any:
 
 
 def _e81_tables() -> tuple[Any, Any]:
-    """Codes of E8₁: by the bits of the negative coordinates of (±1/2)⁸; and of ±1 at i and ±1 at j > i, by ``4 (8 i + j)`` plus 2 if
-    the first is negative and 1 if the second is.
-    """
+    """Codes of E8₁: of (±1/2)⁸ by the bits of the negative coordinates; and of ±1 at i and j > i.
+
+    The latter are at ``4 (8 i + j)``, plus 2 if the first is negative, plus 1 if the second is."""
     index = {tuple(point): code for code, point in enumerate(_E81.tolist())}
     by_signs, by_pair = np.zeros(256, np.uint8), np.zeros(256, np.uint8)
     for signs in range(256):
@@ -58,36 +57,25 @@ def _e81_tables() -> tuple[Any, Any]:
 
 _RAISED = _raised_table()
 _SIGN_BIT = np.array(codebooks.SIGN_BIT)
+_SIGNS = np.array(
+    [sum((mask >> i & 1) << bit for i, bit in enumerate(_SIGN_BIT)) for mask in range(256)],
+    np.uint8,
+)  # of a code, by the bits of the negative coordinates
 _ODD = _E8P.sum(axis=1).astype(np.int64) % 2
 _E81_BY_SIGNS, _E81_BY_PAIR = _e81_tables()
 _ORIGIN = int(np.flatnonzero(~_E81.any(axis=1))[0])
 _AXES = int(np.flatnonzero(_E81[:, 0] == 2)[0])  # 2e₀; the others follow, then −2e₀ to −2e₆
 
 
-@intrinsic
-def _bits(_context: Any, _number: Any) -> Any:
-    """The bits of an fp64 number as int64."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(64))
-
-    return types.int64(types.float64), generate
-
-
-@intrinsic
-def _number(_context: Any, _bits: Any) -> Any:
-    """The fp64 number of these bits."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.DoubleType())
-
-    return types.float64(types.int64), generate
+@jit()
+def _bits(z: float) -> Any:
+    return np.float64(z).view(np.int64)
 
 
 @jit()
 def _key(z: float, i: int) -> Any:
-    """|z| with its coordinate's number in the last three of its 52 bits, where scores are rounded anyway: sorting keeps them together."""
-    return _number(_bits(z) & 0x7FFFFFFFFFFFFFF8 | i)
+    """|z| with its coordinate's number in its last three bits: sorting keeps them together."""
+    return np.int64(_bits(z) & 0x7FFFFFFFFFFFFFF8 | i).view(np.float64)
 
 
 @jit()
@@ -114,7 +102,7 @@ def _ordered(a: float, b: float) -> Any:
 
 @jit()
 def _sorted(a: float, b: float, c: float, d: float, e: float, f: float, g: float, h: float) -> Any:
-    """From the largest to the smallest: a sorting network of 19 comparisons, none of which is a branch."""
+    """From the largest to the smallest, by a network of 19 comparisons without branches."""
     a, c = _ordered(a, c)
     b, d = _ordered(b, d)
     e, g = _ordered(e, g)
@@ -139,11 +127,10 @@ def _sorted(a: float, b: float, c: float, d: float, e: float, f: float, g: float
 
 @jit(borrows=True)
 def _norm_twelve(x: Any, shift: float, flipped: bool) -> Any:
-    """The best of the 29: twice the sum of |z| at its 3/2, less what a wrong sign costs; its place in ``_RAISED``; the wrong sign's.
+    """The best of the 29: 2 Σ|z| at its 3/2 minus a wrong sign's cost; its place in ``_RAISED``.
 
-    ``flipped``: a sign must be wrong. It is where |z| is least among those at a 1/2. It could be cheaper at one of the 3/2, but
-    then a 1/2 in that place, with the right sign, is in the ball and nearer.
-    """
+    ``flipped``: one sign must be wrong, at the smallest |z| of a 1/2, whose place comes third. At a
+    3/2 it could be cheaper, but a 1/2 there with the right sign is in the ball, and nearer."""
     total = 0.0
     for i in range(8):
         total += abs(x[i] - shift)
@@ -161,10 +148,10 @@ def _norm_twelve(x: Any, shift: float, flipped: bool) -> Any:
 
 @jit()
 def _in_the_ball(a: float, b: float, c: float, d: float, odd: float, even: float) -> Any:
-    """What the best class of squared norm ≤ 10 adds to the score of (1/2)⁸, its place in ``_RAISED``, and what four 3/2 would add.
+    """The best class of squared norm ≤ 10: its gain over (1/2)⁸, and its place in ``_RAISED``.
 
-    a to d are the keys of the four largest |z|. ``odd`` and ``even`` is what it costs to have such a number of 3/2.
-    """
+    a to d are the keys of the four largest |z|. ``odd`` and ``even`` are the costs of such a number
+    of 3/2. The gain of four 3/2 comes third."""
     first, second = _coordinate(a), _coordinate(b)
     best, raised = -even, 0
     gain, mask = 2 * a - 2, 1 << first
@@ -187,24 +174,26 @@ def _in_the_ball(a: float, b: float, c: float, d: float, odd: float, even: float
 
 
 @jit(borrows=True)
+def _keys(x: Any, shift: float) -> Any:
+    """The keys of |z| from the largest to the smallest, their sum, and the signs of z as bits."""
+    a, b, c, d = x[0] - shift, x[1] - shift, x[2] - shift, x[3] - shift
+    e, f, g, h = x[4] - shift, x[5] - shift, x[6] - shift, x[7] - shift
+    signs = _sign(a) | _sign(b) << 1 | _sign(c) << 2 | _sign(d) << 3
+    signs |= _sign(e) << 4 | _sign(f) << 5 | _sign(g) << 6 | _sign(h) << 7
+    keys = _sorted(
+        _key(a, 0), _key(b, 1), _key(c, 2), _key(d, 3),
+        _key(e, 4), _key(f, 5), _key(g, 6), _key(h, 7),
+    )  # fmt: skip
+    return keys, signs
+
+
+@jit(borrows=True)
 def _coset(x: Any, shift: float) -> Any:
     """The nearest point of one coset: 2 z·v − |v|², and the code without its parity."""
-    z0, z1, z2, z3 = x[0] - shift, x[1] - shift, x[2] - shift, x[3] - shift
-    z4, z5, z6, z7 = x[4] - shift, x[5] - shift, x[6] - shift, x[7] - shift
-    signs = _sign(z0) | _sign(z1) << 4 | _sign(z2) << 1 | _sign(z3) << 5
-    signs |= _sign(z4) << 2 | _sign(z5) << 6 | _sign(z6) << 3 | _sign(z7) << 7
+    (a, b, c, d, e, f, g, h), negative = _keys(x, shift)
+    signs = np.int64(_SIGNS[negative])
     parity = _parity(signs)
-    a, b, c, d, e, f, g, h = _sorted(
-        _key(z0, 0),
-        _key(z1, 1),
-        _key(z2, 2),
-        _key(z3, 3),
-        _key(z4, 4),
-        _key(z5, 5),
-        _key(z6, 6),
-        _key(z7, 7),
-    )
-    # an odd number of 3/2 goes with an odd number of signs; otherwise the least |z|, which is at a 1/2, has the wrong one
+    # an odd number of 3/2 goes with odd signs; otherwise the smallest |z| has the wrong one
     odd, even = (0.0, 2 * h) if parity else (2 * h, 0.0)
     best, raised, four = _in_the_ball(a, b, c, d, odd, even)
     wrong = _coordinate(h)
@@ -233,20 +222,7 @@ def nearest_e8p(x: Any) -> Any:
 @jit(borrows=True)
 def nearest_e81(x: Any) -> Any:
     """The code, 0 to 255, of the point of E8₁ that is nearest to ``x``, float ``[8]``."""
-    z0, z1, z2, z3 = np.float64(x[0]), np.float64(x[1]), np.float64(x[2]), np.float64(x[3])
-    z4, z5, z6, z7 = np.float64(x[4]), np.float64(x[5]), np.float64(x[6]), np.float64(x[7])
-    signs = _sign(z0) | _sign(z1) << 1 | _sign(z2) << 2 | _sign(z3) << 3
-    signs |= _sign(z4) << 4 | _sign(z5) << 5 | _sign(z6) << 6 | _sign(z7) << 7
-    a, b, c, d, e, f, g, h = _sorted(
-        _key(z0, 0),
-        _key(z1, 1),
-        _key(z2, 2),
-        _key(z3, 3),
-        _key(z4, 4),
-        _key(z5, 5),
-        _key(z6, 6),
-        _key(z7, 7),
-    )
+    (a, b, c, d, e, f, g, h), signs = _keys(x, 0.0)
     first, second = _coordinate(a), _coordinate(b)
     pair, half = 2 * (a + b) - 2, a + b + c + d + e + f + g + h - 2
     if _parity(signs):
@@ -269,7 +245,7 @@ def nearest_e81(x: Any) -> Any:
 
 @jit(borrows=True)
 def point_e8p(code: int, out: Any) -> None:
-    """The point of a code of E8P12, 0 to 65535, to ``out``, fp32 ``[8]``."""
+    """Write the point of a code of E8P12, 0 to 65535, to ``out``, fp32 ``[8]``."""
     parity = _parity(code & 255)
     signs = code ^ parity ^ (_ODD[code >> 8] << 7)
     shift = np.float32(0.25) - np.float32(0.5) * np.float32(parity)
@@ -280,22 +256,72 @@ def point_e8p(code: int, out: Any) -> None:
 
 @jit(borrows=True)
 def point_e81(code: int, out: Any) -> None:
-    """The point of a code of E8₁, 0 to 255, to ``out``, fp32 ``[8]``."""
+    """Write the point of a code of E8₁, 0 to 255, to ``out``, fp32 ``[8]``."""
     for i in range(8):
         out[i] = _E81[code, i]
 
 
-@jit(parallel=True)
-def search_e8p(x: Any, codes: Any) -> None:
-    """The nearest code of E8P12 for each row of ``x``, fp32 ``[n, 8]``, to ``codes``, int16 ``[n]``."""
-    for piece in prange((len(x) + _VECTORS - 1) // _VECTORS):
-        for k in range(piece * _VECTORS, min((piece + 1) * _VECTORS, len(x))):
-            codes[k] = np.int16(nearest_e8p(x[k]))
+# --- BlockLDLQ inside of a group of columns --------------------------------------------------
+
+
+@jit(borrows=True)
+def _round(t: Any, scales: Any, residual: Any, o: int, block: int, p: Any, q: Any) -> int:
+    """The code of the point nearest to ``t``; its residual's to ``residual``, if not None.
+
+    ``p`` gets the point, ``q`` is scratch; all are ``[8]``. ``scales`` are the factors of a
+    residual before it is rounded and after."""
+    code: int = nearest_e8p(t)
+    point_e8p(code, p)
+    if residual is not None:
+        for c in range(8):
+            t[c] = (t[c] - p[c]) * scales[0]
+        if residual.itemsize == 1:
+            residual[o, block] = nearest_e81(t)
+            point_e81(residual[o, block], q)
+        else:
+            second = nearest_e8p(t)
+            residual[o, block] = second
+            point_e8p(second, q)
+        for c in range(8):
+            p[c] += q[c] * scales[1]
+    return code
+
+
+@jit(fastmath=("contract",), borrows=True)
+def _add_feedback(t: Any, e: Any, P: Any, begin: int, k: int) -> None:
+    """``t += e[begin:] P[begin:, k : k + 8]``."""
+    for j in range(begin, e.size):
+        for c in range(8):
+            t[c] += e[j] * P[j, k + c]
 
 
 @jit(parallel=True)
-def search_e81(x: Any, codes: Any) -> None:
-    """The nearest code of E8₁ for each row of ``x``, fp32 ``[n, 8]``, to ``codes``, uint8 ``[n]``."""
-    for piece in prange((len(x) + _VECTORS - 1) // _VECTORS):
-        for k in range(piece * _VECTORS, min((piece + 1) * _VECTORS, len(x))):
-            codes[k] = np.uint8(nearest_e81(x[k]))
+def round_group(
+    W: Any,
+    base: Any,
+    P: Any,
+    E: Any,
+    start: int,
+    lower: bool,
+    scales: Any,
+    codes: Any,
+    residual: Any,
+) -> None:
+    """Round the blocks of columns ``[start, start + n)`` of W, last one first; E = W − Ŵ.
+
+    ``base`` ``[rows, n]`` is the feedback of other groups' columns, ``P`` ``[n, n]`` of this
+    group's, zero from a block to itself. ``lower``: P has blocks below the diagonal only. A thread
+    takes a row through the group, so the number of threads changes no bit."""
+    rows, n = base.shape
+    for piece in prange((rows + _ROWS - 1) // _ROWS):
+        t, p, q = np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32)
+        for o in range(piece * _ROWS, min((piece + 1) * _ROWS, rows)):
+            e = E[o, start : start + n]
+            for k in range(n - 8, -1, -8):
+                for c in range(8):
+                    t[c] = W[o, start + k + c] + base[o, k + c]
+                _add_feedback(t, e, P, k + 8 if lower else 0, k)
+                block = (start + k) // 8
+                codes[o, block] = _round(t, scales, residual, o, block, p, q)
+                for c in range(8):
+                    e[k + c] = W[o, start + k + c] - p[c]

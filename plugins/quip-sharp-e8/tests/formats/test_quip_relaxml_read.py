@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from modulora_quip_sharp_e8 import SPEC, relaxml_words
-from modulora_quip_sharp_e8.relaxml import Relaxml
+from modulora_quip_sharp_e8 import SPEC
+from modulora_quip_sharp_e8.formats.relaxml import Relaxml, unpack
 from torch import Tensor, nn
 
 from modulora_core.adapters.merge import merge
@@ -27,7 +27,7 @@ ATTENTION = "model.layers.1.self_attn"
 
 
 def check(folder: Path, dense: nn.Module, relaxml: ModuleType) -> None:
-    """Every layer is the one that the codes mean, computed in fp64, and the logits agree."""
+    """Each layer has the weight of its codes, computed in fp64, and the logits agree."""
     model = load_model(folder, dtype="float32", device="cpu")
     names = []
     for name, module in model.named_modules():
@@ -43,13 +43,11 @@ def check(folder: Path, dense: nn.Module, relaxml: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_every_width_reads_as_what_its_codes_mean(
-    bits: int, relaxml: ModuleType, published: Published
-) -> None:
+def test_every_width_is_read(bits: int, relaxml: ModuleType, published: Published) -> None:
     check(*published(bits), relaxml)
 
 
-def test_what_folders_may_differ_in_is_read(relaxml: ModuleType, tmp_path: Path) -> None:
+def test_optional_keys_and_shapes_are_read(relaxml: ModuleType, tmp_path: Path) -> None:
     dense = relaxml.save_relaxml(tmp_path / "m", 2, tuned=False, num_hidden_layers=1)
     relaxml.edit_config(tmp_path / "m", head_dim=None)
     relaxml.edit_params(
@@ -82,7 +80,11 @@ def test_the_biases_of_layers_that_are_not_fused_are_read(
     folder = copied()
     relaxml.edit_config(folder, mlp_bias=True)
     biases = {f"model.layers.{i}.mlp.down_proj.bias": torch.full((128,), 0.5 + i) for i in range(2)}
-    others = {f"model.layers.{i}.mlp.{name}.bias": torch.zeros(256) for i in range(2) for name in ("up_proj", "gate_proj")}  # fmt: skip
+    others = {
+        f"model.layers.{i}.mlp.{name}.bias": torch.zeros(256)
+        for i in range(2)
+        for name in ("up_proj", "gate_proj")
+    }
     relaxml.change(folder, **biases, **others)
     model = load_model(folder, dtype="float32", device="cpu")
     assert torch.equal(
@@ -103,7 +105,7 @@ def test_words_are_unpacked_in_the_order_of_rows_and_columns(
         relaxml.words_of_e8p(codes.tolist()),
         *([] if bits == 2 else [pack(residual.tolist())]),
     ]
-    first, second = relaxml_words.unpack(torch.cat(words, dim=1), bits)
+    first, second = unpack(torch.cat(words, dim=1), bits)
     assert first.dtype == torch.int16
     assert torch.equal(first.long() & 0xFFFF, codes)
     if bits == 2:
@@ -133,7 +135,10 @@ def test_parts_are_windows_on_one_whole_that_is_read_once(
     }
     assert reads[f"{ATTENTION}.qkv_proj.Qidxs"] == 1
     assert {name: (p.shape, list(p.metadata["rows"])) for name, p in parts.items()} == {
-        "q_proj": ((128, 128), [0, 256]), "k_proj": ((64, 128), [128, 256]), "v_proj": ((64, 128), [192, 256])}  # fmt: skip
+        "q_proj": ((128, 128), [0, 256]),
+        "k_proj": ((64, 128), [128, 256]),
+        "v_proj": ((64, 128), [192, 256]),
+    }
     addresses = {tuple(t.data_ptr() for t in part.tensors.values()) for part in parts.values()}
     assert len(addresses) == 1
     other: PackedWeight = weights["model.layers.0.mlp.gate_proj"].unpack(read)
@@ -153,9 +158,8 @@ def test_factors_of_parts_are_rounded_into_the_output_scale_once(
     )
     (packed,) = open_checkpoint(folder).packed(f"{ATTENTION}.v_proj.weight")
     error = (packed.tensors["output_scale"].double() - expected).abs()
-    assert bool(
-        (error <= 1.0001 * 2**-11 * expected.abs()).all()
-    )  # half a unit in the last place of fp16
+    # half a unit in the last place of fp16
+    assert bool((error <= 1.0001 * 2**-11 * expected.abs()).all())
 
 
 def test_convert_writes_a_checkpoint_of_ours_with_the_same_logits(
@@ -192,8 +196,9 @@ def test_finetuning_works_straight_on_a_folder(
 
     folder = copied(2)
     make_tokenizer().save_pretrained(folder)
-    words = f"finetune {folder} {tmp_path / 'adapter'} --data pydoc[:1%] --steps 2 --batch-size 1 --seq-len 32 --grad-accum 1"
-    assert main(words.split()) == 0
+    words = f"finetune {folder} {tmp_path / 'adapter'} --data pydoc[:1%] --steps 2"
+    options = "--batch-size 1 --seq-len 32 --grad-accum 1"
+    assert main([*words.split(), *options.split()]) == 0
     record = json.loads((tmp_path / "adapter" / "modulora.json").read_text())
     assert record["base"]["quantizers"][0]["quantizer"] == "quip-sharp-e8"
     model = load_model(folder)

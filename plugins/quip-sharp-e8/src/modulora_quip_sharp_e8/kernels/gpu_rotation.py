@@ -1,26 +1,23 @@
-"""The orthogonal transform on a GPU: products with small matrices on the tensor cores, along one axis of the row after the other.
+"""The rotation on a GPU: products with small matrices on tensor cores, along the axes of a row.
 
     H_n = (1/√n) (M_K ⊗ Sylvester_a ⊗ Sylvester_b),   n = K · a · b
 
-    moves      a row once in, in its dtype, and once out in fp32; through memory once more where K is too large for one kernel
-    computes   6 (K + a + b) operations a coordinate, in bf16 on tensor cores: 768 at n = 4096, which is 64 · 64
-    floor      8 bytes a coordinate for fp32: 512 rows of 4096 are 16.8 MB, 17 µs at 1 TB/s. The operations are 1.6 T, 23 µs at 70 TFLOP/s,
-               and hide behind the bytes from about 100 TFLOP/s for each TB/s on
+    moves      a row in, in its dtype, and out in fp32; once more if K is too large for one kernel
+    computes   6 (K + a + b) operations a coordinate, in bf16: 768 at n = 4096 = 64 · 64
+    floor      8 bytes a coordinate for fp32 at the rate of memory
 
-A row is a matrix [a, b], or K of them, and Sylvester_a X Sylvester_b is two products. Butterflies would be 2 log₂ n operations, but in
-Triton each of those that reaches beyond a thread's own coordinates is an exchange through shared memory, and which they are isn't for us to
-say; a product is one exchange, and what it computes is what tensor cores have plenty of. Their short numbers lose nothing: ±1 is
-exact in bf16, and an fp32 number is the sum of three (:func:`exact_dot`), so that products are exact and sums are in fp32. Hartley's
-matrices, whose entries aren't ±1, are split in three as well.
+A row is a matrix [a, b], or K of them, and Sylvester_a X Sylvester_b is two products. Butterflies
+would be 2 log₂ n operations, but most of them exchange numbers between threads. A product is one
+exchange. bf16 loses nothing: ±1 is exact in it, and an fp32 number is the sum of three
+(:func:`exact_dot`). Sums are in fp32. Hartley's matrices are split in three as well.
 
-A program has one row, or a part of one, or rows that don't meet: a row's bits are the same in any company.
+No two rows meet in a sum, so the bits of a row do not depend on other rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,40 +25,38 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from modulora_core.kernels.triton.blocks import dot
-from modulora_core.kernels.triton.launching import Config, launch
+from modulora_core.kernels.triton import Config, dot, launch
+from modulora_quip_sharp_e8 import transform
 from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER, hadamard
-from modulora_quip_sharp_e8.transform import factor
 
 LARGEST = 128
 """Rows and columns of a factor that a program holds whole."""
 
 TILE = 8192
-"""Numbers that a program holds in registers, with as many sums: more would spill."""
+"""Numbers of a program, with as many sums: more would not fit its registers."""
 
 FEWEST = 1024
-"""Numbers of a program, where a row has more than one in the first kernel."""
+"""Numbers of a program, if a row has more than one in the first kernel."""
 
 SMALLEST = 16
-"""What a tensor core takes; smaller factors are padded with zeros."""
+"""The least order that a tensor core takes; smaller factors are padded with zeros."""
 
 TOGETHER = 64
-"""Rows of a matrix that a program multiplies at once from the right alone."""
+"""Rows of a matrix that a program multiplies from the right alone."""
 
 COLUMNS, TERMS = 64, 32
-"""Columns of a program in the product with a far factor, as many outputs at most, and the terms that it sums at a time."""
+"""Columns of a program in the product with a far factor, as many outputs, and terms at a time."""
 
 PASS = 128
-"""To write a row and to read it again, as a number of terms of a product that take as long: about 100 on a GeForce 3090, 300 on an H100."""
+"""Terms of a product that take as long as writing a row and reading it again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """H_n as products along axes: a row is ``[far, left, right]``, and each axis has a factor of its order.
+class Plan(NamedTuple):
+    """H_n as products along axes: a row is ``[far, left, right]``, and each axis has a factor.
 
     Attributes:
-        far: order of M_K ⊗ Sylvester where it takes a kernel of its own, else 1.
-        left: order of the factor from the left, M_K ⊗ Sylvester or, where ``far`` has M_K, Sylvester's.
+        far: order of M_K ⊗ Sylvester if it takes a kernel of its own, else 1.
+        left: order of the factor from the left, M_K ⊗ Sylvester, or Sylvester's if ``far`` has M_K.
         right: order of the factor from the right, Sylvester's.
     """
 
@@ -71,13 +66,11 @@ class Plan:
 
     @property
     def terms(self) -> float:
-        """What it costs: terms of products for each coordinate, with those that padding adds."""
-        rows, columns = padded(self.left) / self.left, padded(self.right) / self.right
-        near = (
-            padded(self.right)
-            if self.left == 1
-            else rows * padded(self.right) + padded(self.left) * columns
-        )
+        """The cost: terms of products for each coordinate, padding included."""
+        near: float = padded(self.right)
+        if self.left > 1:
+            rows, columns = padded(self.left) / self.left, padded(self.right) / self.right
+            near = rows * padded(self.right) + padded(self.left) * columns
         return near if self.far == 1 else near + PASS + padded(self.far, COLUMNS) ** 2 / self.far
 
     @property
@@ -85,17 +78,16 @@ class Plan:
         """Whether a program can hold its numbers, and has enough of them to be worth starting."""
         held = (TOGETHER if self.left == 1 else padded(self.left)) * padded(self.right)
         enough = self.far == 1 or held >= FEWEST
-        return (
-            enough
-            and held <= TILE
-            and max(self.left, self.right) <= LARGEST
-            and self.far <= LARGEST_ORDER
-        )
+        small = max(self.left, self.right) <= LARGEST and self.far <= LARGEST_ORDER
+        return enough and small and held <= TILE
 
 
 @lru_cache(maxsize=256)
 def plan(K: int, m: int) -> Plan | None:
-    """The cheapest way to multiply by H_n, n = K · m: in one kernel where that can be, with the longest rows; None if the kernels can't."""
+    """The cheapest products for H_n, n = K · m; None if no kernel can.
+
+    One kernel is better than two, and long rows are better than short ones.
+    """
     powers = [2**i for i in range(m.bit_length())]
     found = [Plan(1, K * m // right, right) for right in powers]
     found += [
@@ -117,7 +109,7 @@ def padded(order: int, largest: int = LARGEST) -> int:
 
 @triton.jit
 def first_bits(x) -> Any:  # type: ignore[no-untyped-def]
-    """The first eight bits of fp32 numbers, as bf16, and the rest of them: nothing is lost."""
+    """The first eight bits of fp32 numbers, as bf16, and the rest, exactly."""
     bits = x.to(tl.int32, bitcast=True)
     first = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return first, x - (bits & -65536).to(tl.float32, bitcast=True)
@@ -125,11 +117,11 @@ def first_bits(x) -> Any:  # type: ignore[no-untyped-def]
 
 @triton.jit
 def exact_dot(m, x, total, LEFT: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
-    """``total + m x``, or ``total + x m`` unless LEFT, in fp32: ``m`` is bf16, and of the 24 bits of ``x``, fp32, none is lost."""
+    """``total + m x``, or ``total + x m`` unless LEFT: m is bf16, x fp32, products are exact."""
     high, rest = first_bits(x)
     middle, rest = first_bits(rest)
     low, rest = first_bits(rest)  # the small products are summed first
-    if LEFT:  # noqa: SIM108 - two shapes of a product, each in a line
+    if LEFT:  # noqa: SIM108
         total = dot(m, high, dot(m, middle, dot(m, low, total)))
     else:
         total = dot(high, m, dot(middle, m, dot(low, m, total)))
@@ -137,25 +129,27 @@ def exact_dot(m, x, total, LEFT: tl.constexpr) -> Any:  # type: ignore[no-untype
 
 
 @triton.jit
-def times_factor(factor, at, size, x, total, PARTS: tl.constexpr, LEFT: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
-    """:func:`exact_dot` with the sum of PARTS matrices of ``size`` numbers each, the smallest last; ``at``: where in each."""
+def times_factor(  # type: ignore[no-untyped-def]
+    factor, at, size, x, total, PARTS: tl.constexpr, LEFT: tl.constexpr
+) -> Any:
+    """:func:`exact_dot` with the sum of PARTS matrices of ``size`` numbers, read at ``at``."""
     for part in tl.static_range(PARTS):
         m = tl.load(factor + (PARTS - 1 - part) * size + at)
         total = exact_dot(m, x, total, LEFT)
     return total
 
 
-@triton.jit(do_not_specialize=["rows"])  # which is only compared
+@triton.jit(do_not_specialize=["rows"])
 def turn_kernel(  # type: ignore[no-untyped-def]
     x, before, left, right, after, out, scale, rows, period,
     A: tl.constexpr, B: tl.constexpr, PADDED_A: tl.constexpr, PADDED_B: tl.constexpr,
     LEFT: tl.constexpr, PARTS: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
-    """``out = (left ((x ⊙ before) scale) right) ⊙ after`` for a matrix of A rows and B columns, one a program.
+    """``out = (left ((x ⊙ before) scale) right) ⊙ after`` for a matrix [A, B] a program.
 
-    ``x`` is all of these matrices, ``[rows, B]``; ``before`` and ``after`` have ``period`` such rows. ``left`` is
-    ``[PARTS, PADDED_A, PADDED_A]``, ``right`` ``[PADDED_B, PADDED_B]``, both bf16 and zero where they are padded. Without LEFT a
-    matrix is any A rows.
+    ``x`` is all matrices, ``[rows, B]``; ``before`` and ``after`` have ``period`` such rows.
+    ``left`` is ``[PARTS, PADDED_A, PADDED_A]``, ``right`` ``[PADDED_B, PADDED_B]``, both bf16 with
+    zeros in the padding. Without LEFT a matrix is any A rows.
     """
     i = tl.arange(0, PADDED_A)
     j = tl.arange(0, PADDED_B)
@@ -182,9 +176,12 @@ def turn_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def across_kernel(  # type: ignore[no-untyped-def]
     x, factor, after, out, K, m, size,
-    PARTS: tl.constexpr, AFTER: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+    PARTS: tl.constexpr, AFTER: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
+    TERMS: tl.constexpr,
 ):  # fmt: skip
-    """``out[r] = (factor x[r]) ⊙ after`` for rows of K by m numbers, fp32; ``factor`` is ``[PARTS, size, size]``, zero beyond K."""
+    """``out[r] = (factor x[r]) ⊙ after`` for rows ``[K, m]`` of fp32.
+
+    ``factor`` is ``[PARTS, size, size]``, zero beyond K."""
     bands = tl.cdiv(K, OUTPUTS)
     strips = tl.cdiv(m, COLUMNS)
     band = tl.program_id(0) % bands
@@ -212,12 +209,12 @@ def across_kernel(  # type: ignore[no-untyped-def]
 
 @lru_cache(maxsize=64)
 def matrices(K: int, sylvester: int, transpose: bool, size: int, device: torch.device) -> Tensor:
-    """(M_K ⊗ Sylvester)ᵀ, or without the transpose, as a sum of bf16 matrices: ``[parts, size, size]``, zero beyond its order.
+    """(M_K ⊗ Sylvester)ᵀ, untransposed if ``transpose``, as a sum of bf16 matrices.
 
-    That is what columns are multiplied by, from the left, where rows are by M_K ⊗ Sylvester from the right. The sum is what fp32
-    holds of the matrix: one part where its entries are ±1, else three.
+    Columns are multiplied by it from the left. The sum is the matrix in fp32: one part if all
+    entries are ±1, else three. ``[parts, size, size]``, zero beyond the order.
     """
-    rest = torch.kron(factor(K), hadamard(sylvester).double()).to(torch.float32)
+    rest = torch.kron(transform.factor(K), hadamard(sylvester).double()).to(torch.float32)
     rest = F.pad(rest if transpose else rest.T, (0, size - len(rest), 0, size - len(rest)))
     parts: list[Tensor] = []
     while not parts or bool(rest.any()):
@@ -227,33 +224,32 @@ def matrices(K: int, sylvester: int, transpose: bool, size: int, device: torch.d
 
 
 def rotate(
-    x: Tensor, K: int, transpose: bool, before: Tensor | None, after: Tensor | None
+    x: Tensor, transpose: bool, before: Tensor | None, after: Tensor | None
 ) -> Tensor | None:
-    """:func:`modulora_quip_sharp_e8.transform.rotate` for ``x`` ``[rows, n]`` with at least one row: fp32, or None if there is no plan.
+    """``((x ⊙ before) H_n) ⊙ after``, or by H_nᵀ: fp32 ``[rows, n]``, or None without a plan.
 
     Args:
-        x: fp32, fp16 or bf16, contiguous.
-        K: the order of M_K.
-        transpose: H_nᵀ.
+        x: ``[rows, n]``, at least one row; fp32, fp16 or bf16, contiguous.
+        transpose: multiply by H_nᵀ.
         before, after: ``[n]``, any float dtype, or None.
     """
     rows, n = x.shape
+    K = transform.order(n)
     axes = plan(K, n // K)
     if axes is None:
         return None
     out = torch.empty(rows, n, dtype=torch.float32, device=x.device)
     last = after if axes.far == 1 else None
-    _turn(x, axes, K, transpose, before, last, out)
+    _turn(x, axes, transpose, before, last, out)
     if axes.far > 1:
         turned, out = out, torch.empty_like(out)
-        _across(turned, axes, K, transpose, after, out)
+        _across(turned, axes, transpose, after, out)
     return out
 
 
 def _turn(
     x: Tensor,
     axes: Plan,
-    K: int,
     transpose: bool,
     before: Tensor | None,
     after: Tensor | None,
@@ -261,7 +257,7 @@ def _turn(
 ) -> None:
     """Both near axes."""
     n = x.shape[1]
-    left, right, shared, configs = _near(axes, K, transpose, x.device)
+    left, right, shared, configs = _near(axes, transform.order(n), transpose, x.device)
     rows = x.numel() // axes.right
     constants = shared | {"BEFORE": before is not None, "AFTER": after is not None}
     vectors = out if before is None else before, out if after is None else after
@@ -273,7 +269,7 @@ def _turn(
 def _near(
     axes: Plan, K: int, transpose: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, dict[str, int], tuple[Config]]:
-    """The factors from the left and from the right, the kernel's constants that go with them, and its configuration."""
+    """The factors from the left and the right, the kernel's constants, and its configuration."""
     alone = axes.left == 1  # then rows of different matrices go together
     A, B = TOGETHER if alone else axes.left, axes.right
     right = matrices(1, B, False, padded(B), device)
@@ -293,12 +289,10 @@ def _near(
     return left, right, constants, (Config(warps),)
 
 
-def _across(
-    x: Tensor, axes: Plan, K: int, transpose: bool, after: Tensor | None, out: Tensor
-) -> None:
+def _across(x: Tensor, axes: Plan, transpose: bool, after: Tensor | None, out: Tensor) -> None:
     """The far axis."""
     rows, n = x.shape
-    m = n // axes.far
+    K, m = transform.order(n), n // axes.far
     size = padded(axes.far, COLUMNS)
     outputs = min(size, COLUMNS)
     factors = matrices(K, axes.far // K, transpose, size, x.device)

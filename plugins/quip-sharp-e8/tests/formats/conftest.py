@@ -1,6 +1,6 @@
-"""Folders as relaxml published them, written bit by bit in Python's own integers from the layout's description, and what they mean.
+"""Folders as relaxml published them, written bit by bit from the description of the layout.
 
-Nothing of the plugin is used: the codebooks, the transform and the words are all here once more, slowly.
+Nothing of the plugin is used: codebooks, transform and words are here again, in slow Python.
 """
 
 from __future__ import annotations
@@ -21,11 +21,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 32, "vocab_size": 600, "max_position_embeddings": 64, "tie_word_embeddings": False}  # fmt: skip
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 600,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
 
-PARTS = {"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj": (),
-         "mlp.upgate_proj": ("mlp.up_proj", "mlp.gate_proj"), "mlp.down_proj": ()}  # fmt: skip
+PARTS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": (),
+    "mlp.upgate_proj": ("mlp.up_proj", "mlp.gate_proj"),
+    "mlp.down_proj": (),
+}
 
 CODEBOOKS = {2: ("E8P12", 7, 1, 4), 3: ("E8P12RVQ3B", 18, 0, 8 / 3), 4: ("E8P12RVQ4B", 17, 1, 2)}
 """Name, id, version, packsz."""
@@ -43,7 +56,7 @@ def relaxml() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Path, nn.Module]]:
-    """``published(bits)``: a folder, not to be changed, and the dense model that it stands for; each made once."""
+    """``published(bits)``: a folder, not to be changed, and its dense model; each made once."""
     made: dict[int, tuple[Path, nn.Module]] = {}
 
     def make(bits: int) -> tuple[Path, nn.Module]:
@@ -72,14 +85,16 @@ def logits(model: nn.Module) -> Tensor:
         return model(IDS).logits  # type: ignore[no-any-return]
 
 
-# --- what codes mean -------------------------------------------------------------------------------------
+# --- the points of codes ---------------------------------------------------------------------
 
 
 def absolute_vectors() -> list[tuple[float, ...]]:
     """The 256 of E8P12, in their order."""
     short = [v for v in itertools.product((0.5, 1.5, 2.5), repeat=8) if sum(x * x for x in v) <= 10]
-    halves = ("123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 "
-              "014 237")  # fmt: skip
+    halves = (
+        "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 "
+        "167 157 147 156 146 045 067 057 047 056 046 014 237"
+    )
     return short + [
         tuple(0.5 if str(i) in positions else 1.5 for i in range(8))
         for positions in halves.split(" ")
@@ -131,7 +146,7 @@ def sylvester(n: int) -> Tensor:
     return torch.tensor(signs, dtype=torch.float64) / n**0.5
 
 
-# --- how they are stored ---------------------------------------------------------------------------------
+# --- the stored form -------------------------------------------------------------------------
 
 
 def words_of_e8p(codes: Codes) -> Tensor:
@@ -176,8 +191,11 @@ def layer(
     rng = np.random.default_rng(seed)
     codes: Codes = rng.integers(0, 65536, (out, columns // 8)).tolist()
     residual: Codes = rng.integers(0, 256 if bits == 3 else 65536, (out, columns // 8)).tolist()
-    S_U, S_V = (torch.from_numpy(rng.choice([-1.0, 1.0], n) * (rng.uniform(0.8, 1.25, n) if tuned else 1)).half()
-                for n in (columns, out))  # fmt: skip
+    S_U, S_V = (
+        torch.from_numpy(rng.choice([-1.0, 1.0], n) * (rng.uniform(0.8, 1.25, n) if tuned else 1))
+        for n in (columns, out)
+    )
+    S_U, S_V = S_U.half(), S_V.half()
     scale = torch.tensor(0.05, dtype=torch.float32) + 0.001 * seed
     qidxs = [words_of_e8p(codes)]
     if bits > 2:
@@ -206,7 +224,7 @@ def layer(
 def save_relaxml(
     folder: Path, bits: int = 2, *, tuned: bool = True, meaning: bool = True, **sizes: Any
 ) -> nn.Module:
-    """Save a tiny Llama as relaxml published theirs, in one file. Returns the dense model that it stands for."""
+    """Save a tiny Llama as relaxml published theirs, in one file. Returns the dense model."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES | sizes)).eval()
     model.save_pretrained(folder)
@@ -226,8 +244,17 @@ def save_relaxml(
             part.weight.data = weight.float()
     save_file(stored, file, {"format": "pt"})
     codebook, _, version, packsz = CODEBOOKS[bits]
-    edit_config(folder, quip_params={"lora_rank": 0, "rescale_WH": False, "codebook": codebook, "codebook_version": version,
-                                     "codesz": 8, "idx_dtype": "torch.int64", "packsz": packsz, "resid_scale_override": -1})  # fmt: skip
+    params = {
+        "lora_rank": 0,
+        "rescale_WH": False,
+        "codebook": codebook,
+        "codebook_version": version,
+        "codesz": 8,
+        "idx_dtype": "torch.int64",
+        "packsz": packsz,
+        "resid_scale_override": -1,
+    }
+    edit_config(folder, quip_params=params)
     return model
 
 

@@ -1,0 +1,1 @@
+"""Foreign checkpoints that this plugin reads."""

@@ -1,0 +1,116 @@
+"""BlockLDLQ and coordinate descent, fast: groups of columns, and one matrix product for each group.
+
+Both parts of QuIP# round a block of columns given the errors E = W − Ŵ of other blocks::
+
+    Ŵ_k = Q(W_k + Σ_j E_j P_jk)
+
+    BlockLDLQ             P = L, and E is still zero for blocks before k          section 4.1
+    coordinate descent    P_jk = H_jk H_kk⁻¹
+
+So one loop serves both. It computes as :mod:`modulora_quip_sharp_e8.reference` does, except for the
+order of sums. Symbols are the reference's too.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modulora_core import kernels
+from modulora_core.devices.dense_products import add_product, product
+from modulora_quip_sharp_e8 import codebooks, reference
+from modulora_quip_sharp_e8.codebooks import BLOCK
+from modulora_quip_sharp_e8.reference import Options, Solution
+
+GROUP = 128
+"""Columns of a group: the feedback inside of it fits a core's L2 cache."""
+
+
+def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
+    """Quantize ``weight``.
+
+    Args:
+        weight: ``[M, N]``, any float dtype, any strides, finite; unchanged.
+        hessian: H = E[xxᵀ], ``[N, N]``, symmetric, positive semidefinite. Only its ratios matter.
+        options: the user's choices.
+
+    Returns:
+        the quantized weight on ``weight``'s device, the same bytes for any number of threads.
+
+    Raises:
+        ShapeError: ``hessian`` does not fit ``weight``.
+        WeightError: NaN or Inf in either, or ``hessian`` is no second moment.
+    """
+    problem = reference.prepare(weight, hessian, options)
+    rounding = _Rounding(problem.W, options.bits)
+    rounding.run(reference.feedback(problem.H, options.damping), lower=True)
+    if options.rounds:
+        P = reference.descent(problem.H)
+        for _ in range(options.rounds):
+            rounding.run(P, lower=False)
+    return problem.solution(rounding.codes, rounding.residual)
+
+
+class _Rounding:
+    """The codes of W so far.
+
+    Attributes:
+        E: W − Ŵ, ``[M, N8]``; zero where nothing is rounded yet.
+        codes, residual: as in :class:`~modulora_quip_sharp_e8.reference.Solution`.
+    """
+
+    def __init__(self, W: Tensor, bits: int) -> None:
+        self.W, self.bits = W, bits
+        self.E = torch.zeros_like(W)
+        blocks = (len(W), W.shape[1] // BLOCK)
+        self.codes = torch.empty(blocks, dtype=torch.int16, device=W.device)
+        dtype = {2: None, 3: torch.uint8, 4: torch.int16}[bits]
+        self.residual = None if dtype is None else torch.empty_like(self.codes, dtype=dtype)
+        self._cpu: ModuleType | None = None
+        if W.dtype == torch.float32:
+            self._cpu = kernels.load("modulora_quip_sharp_e8.kernels.rounding", W.device)
+
+    def run(self, P: Tensor, *, lower: bool) -> None:
+        """Round every block once, the last one first, given the errors of the others.
+
+        Args:
+            P: ``[N8, N8]``, with zeros in its diagonal blocks.
+            lower: whether P has blocks below the diagonal only.
+        """
+        columns = self.W.shape[1]
+        for start in reversed(range(0, columns, GROUP)):
+            stop = min(start + GROUP, columns)
+            feeds = P[:, start:stop].contiguous()
+            base = product(self.E[:, stop:], feeds[stop:])
+            if not lower:
+                add_product(base, self.E[:, :start], feeds[:start])
+            self._round(start, base, feeds[start:stop], lower)
+
+    def _round(self, start: int, base: Tensor, P: Tensor, lower: bool) -> None:
+        """Round the group from column ``start`` on.
+
+        Args:
+            base: Σ_j E_j P_jk over blocks j outside of the group, ``[M, n]``.
+            P: the group's own part, ``[n, n]``.
+        """
+        if self._cpu is not None:
+            ratio = codebooks.RESIDUAL_SCALE.get(self.bits, 1.0)
+            scales = np.float32(ratio), np.float32(1 / ratio)
+            kernels.launch(
+                self._cpu.round_group, self.W, base, P, self.E, start, lower, scales, self.codes,
+                self.residual,
+            )  # fmt: skip
+            return
+        for k in range(base.shape[1] - BLOCK, -1, -BLOCK):
+            here = slice(start + k, start + k + BLOCK)
+            feeding = slice(k + BLOCK if lower else 0, None)
+            E = self.E[:, start : start + base.shape[1]][:, feeding]
+            target = self.W[:, here] + base[:, k : k + BLOCK] + E @ P[feeding, k : k + BLOCK]
+            (first, second), point = reference.quantize(target, self.bits)
+            self.codes[:, here.start // BLOCK] = first
+            if self.residual is not None:
+                self.residual[:, here.start // BLOCK] = second
+            self.E[:, here] = self.W[:, here] - point
