@@ -1,11 +1,17 @@
 """The toolkit for plugins with kernels. Importing it imports neither numba nor Triton.
 
-    KernelQuantizer     a quantizer that runs Triton's kernels on a GPU, numba's on a CPU, plain torch elsewhere
+    KernelQuantizer     a quantizer that runs Triton on a GPU, numba on a CPU, plain torch elsewhere
+    for_device          its module of kernels for a device, or None
+    load, load_triton   another module of kernels, for example a solver's
+    check_tensors       refuse packed tensors that do not match their metadata
+    operands, launch    tensors as arrays, and kernels on torch's threads
+    filled_tile         a tile in any dtype, from a kernel that writes fp32
+    one_thread          torch on one thread, for the same last bits everywhere
 
     kernels.cpu         for modules of numba kernels: CPUKernels and its tools
-    kernels.triton      for modules of Triton kernels: tile, product and their tools
+    kernels.triton      for modules of Triton kernels: GPUKernels and its tools
 
-A plugin may import the names in ``__all__`` of these three packages. All other modules are the toolkit's own.
+A plugin may import the names in ``__all__`` of these three packages, and nothing deeper.
 """
 
 from __future__ import annotations

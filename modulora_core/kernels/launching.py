@@ -26,7 +26,8 @@ ROUNDING_BYTES = 2**20
 PARTIAL_SUMS = 4
 """Parts into which a kernel cuts a sum over the rows of Ŵ, each with sums of its own.
 
-Fixed, so that the result does not depend on the number of threads."""
+Fixed, so that the result does not depend on the number of threads.
+"""
 
 MOST_ROWS_BY_AMX = 256
 """Rows of bf16 up to which our AMX loops are faster than a tile that torch multiplies."""
@@ -40,16 +41,17 @@ def check_tensors(
 ) -> None:
     """Refuse tensors that do not match the metadata, as in an edited checkpoint.
 
-    Kernels do not check bounds, and only the plugin knows how many scales a block size means. A weight that passed
-    is checked again when one of its tensors was given other memory.
+    Kernels do not check bounds, and only the plugin knows how many scales a block size means. A
+    weight that passed is checked again when one of its tensors was given other memory.
 
     Args:
         packed: a weight that a kernel will read.
-        expected: ``expected(shape, **metadata)`` gives the tensors by name. It raises TypeError or ValueError, such as
-            pydantic's, for metadata that the plugin does not write.
+        expected: ``expected(shape, **metadata)`` gives the tensors by name. It raises TypeError or
+            ValueError, such as pydantic's, for metadata that the plugin does not write.
 
     Raises:
-        CheckpointError: the metadata is malformed, or a tensor is missing or of another dtype or shape.
+        CheckpointError: the metadata is malformed, or a tensor is missing or of another dtype or
+            shape.
     """
     memory = [*map(Tensor.data_ptr, packed.tensors.values())]
     if packed.kept.get(expected) == memory:  # decoding asks for each layer and token
@@ -77,13 +79,13 @@ def operands(
 ) -> tuple[Any, ...]:
     """The arrays and numbers that a CPU kernel reads of a packed weight, cached beside it.
 
-    They are made again when a tensor was given other memory. A tensor that is not aligned to its dtype, as in a
-    mapped file, is copied each time: a cached copy would take memory.
+    They are made again when a tensor was given other memory. A tensor that is not aligned to its
+    dtype, as in a mapped file, is copied each time: a cached copy would take memory.
 
     Args:
         packed: on the CPU.
-        make: ``make(packed)`` gives views of the tensors, and numbers. A copy would not follow a tensor that is
-            changed in place.
+        make: ``make(packed)`` gives views of the tensors, and numbers. A copy would not follow a
+            tensor that is changed in place.
     """
     memory = [*map(Tensor.data_ptr, packed.tensors.values())]
     known, arrays = packed.kept.get(make, (None, ()))
@@ -95,12 +97,14 @@ def operands(
 
 
 def launch(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Run ``kernel`` on torch's number of threads. CPU tensors, alone or in a tuple, become arrays on their memory.
+    """Run ``kernel`` on torch's number of threads, on the memory of contiguous CPU tensors.
 
-    fp16 and bf16 become the int16 of their bits, because numba computes with neither. Tensors are contiguous. One
-    that is not aligned to its dtype is copied, so a kernel may write only to memory from torch's allocator.
+    Tensors, alone or in a tuple, become arrays. fp16 and bf16 become the int16 of their bits,
+    because numba computes with neither. An unaligned tensor is copied, so a kernel may write only
+    to memory from torch's allocator.
 
-    One kernel runs at a time: numba's thread layer "workqueue" ends the process when two threads enter it.
+    One kernel runs at a time: numba's thread layer "workqueue" ends the process when two threads
+    enter it.
     """
     run(kernel, *[array_of(a) for a in arguments])
 
@@ -133,7 +137,9 @@ def one_thread() -> Iterator[None]:
 
 
 def array_of(argument: Any) -> Any:
-    """A numpy array on a tensor's memory, or a copy of an unaligned one: numba would compile for it again."""
+    """A numpy array on a tensor's memory, or a copy of an unaligned one: numba would compile for it
+    again.
+    """
     if isinstance(argument, Tensor):
         tensor = argument.detach() if argument.requires_grad else argument
         array = (tensor.view(torch.int16) if tensor.dtype in _HALVES else tensor).numpy()
@@ -151,10 +157,11 @@ def filled_tile(
     """A CPU tile in ``dtype``, filled by a kernel that writes fp32.
 
     Args:
-        fill: ``fill(start, stop, out)`` writes rows ``[start, stop)`` to ``out``, contiguous ``[stop - start, in]``.
+        fill: ``fill(start, stop, out)`` writes rows ``[start, stop)`` to ``out``, contiguous
+            ``[stop - start, in]``.
         rows: the range of rows.
         in_features: the length of a row.
-        dtype: any float dtype. One that is not in ``written`` is rounded from :data:`ROUNDING_BYTES` of fp32.
+        dtype: any float dtype; rounded from :data:`ROUNDING_BYTES` of fp32 if not in ``written``.
         written: the dtypes that ``fill`` writes, fp32 among them.
     """
     start, stop = rows
@@ -175,7 +182,8 @@ def filled_tile(
 def fp32_input(x: Tensor, features: int) -> Tensor | None:
     """``x`` as a kernel reads it, contiguous fp32 ``[..., features]``.
 
-    None for other devices, for fp64, which kernels do not sum in, for no rows, and for another last dimension.
+    None for other devices, for fp64, which kernels do not sum in, for no rows, and for another last
+    dimension.
     """
     if not x.is_cpu or x.dtype not in (torch.float32, *_HALVES) or x.shape[-1:] != (features,):
         return None
@@ -188,7 +196,8 @@ def product_of_one(
     """The product of one row with a packed weight, fp32 ``[..., features]``.
 
     Args:
-        kernel: ``kernel(weight, threads, x, y)`` writes ``y``, fp32 ``[1, features]``, from ``x``, fp32 ``[1, given]``.
+        kernel: ``kernel(weight, threads, x, y)`` writes ``y``, fp32 ``[1, features]``, from ``x``,
+            fp32 ``[1, given]``.
         weight: all arrays, or all tensors, and numbers.
         x: one row, fp32 ``[..., given]``, as :func:`few_rows` gives it.
         features: of the result.
@@ -201,7 +210,8 @@ def product_of_one(
 
 
 def rows_of(x: Tensor | NDArray[Any]) -> NDArray[Any]:
-    """A contiguous CPU tensor ``[..., features]`` as an array ``[n, features]`` on its memory; bf16 as int16.
+    """A contiguous CPU tensor ``[..., features]`` as an array ``[n, features]`` on its memory; bf16
+    as int16.
 
     numpy reshapes faster than torch.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -21,14 +22,17 @@ _HERE = Path(__file__).parent
 _MISSING = {
     "numba": "the CPU kernels of quantizers: plain torch runs instead, tens of times slower. "
     "To get them: pip install numba",
-    "triton": "the GPU kernels of quantizers: plain torch runs instead, slower and with more memory. "
-    "To get them: reinstall torch for your GPU, or pip install triton",
+    "triton": "the GPU kernels of quantizers: plain torch runs instead, slower and with more "
+    "memory. To get them: reinstall torch for your GPU, or pip install triton",
 }
 
 
 @cache  # a layer asks for each token
 def load(module: str, device: torch.device) -> ModuleType | None:
-    """A module of numba kernels; None off the CPU, and without numba, after one warning a process."""
+    """A module of numba kernels; None off the CPU, and without numba.
+
+    Without numba on a CPU a process warns once.
+    """
     if device.type != "cpu" or _compiler("numba") is None:
         return None
     return importlib.import_module(module)
@@ -38,8 +42,8 @@ def load(module: str, device: torch.device) -> ModuleType | None:
 def load_triton(module: str, device: torch.device) -> ModuleType | None:
     """A module of Triton kernels; None where they can't run.
 
-    They run on CUDA devices, as torch calls AMD's too, and in Triton's interpreter on a CPU. Without Triton on
-    a CUDA device a process warns once.
+    They run on CUDA devices, as torch calls AMD's too, and in Triton's interpreter on a CPU.
+    Without Triton on a CUDA device a process warns once.
     """
     on_gpu = device.type == "cuda" or (device.type == "cpu" and triton_is_interpreted())
     if not on_gpu or _compiler("triton") is None:
@@ -48,14 +52,28 @@ def load_triton(module: str, device: torch.device) -> ModuleType | None:
 
 
 def for_device(package: str, device: torch.device) -> ModuleType | None:
-    """The module of a package of kernels for a device: ``gpu``, ``cpu``, or None to run plain torch."""
-    module = kernels.load_triton(f"{package}.gpu", device)
-    return module or kernels.load(f"{package}.cpu", device)
+    """A package's module for a device: ``gpu``, ``cpu``, or None to run plain torch.
+
+    The package may lack either module.
+    """
+    module: ModuleType | None = None
+    if _exists(f"{package}.gpu"):
+        module = kernels.load_triton(f"{package}.gpu", device)
+    if module is None and _exists(f"{package}.cpu"):
+        module = kernels.load(f"{package}.cpu", device)
+    return module
+
+
+@cache
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 @cache
 def triton_is_interpreted() -> bool:
-    """Whether ``TRITON_INTERPRET`` asks for the interpreter, in the words that Triton takes for yes."""
+    """Whether ``TRITON_INTERPRET`` asks for the interpreter, in the words that Triton takes for
+    yes.
+    """
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -74,15 +92,15 @@ def jit(
 ) -> Callable[[Callable[..., Any]], Any]:
     """``numba.njit`` for a kernel: compiled once, cached on disk, run without the GIL.
 
-    numba caches beside the module, or in the user's cache folder. A change in any module of the plugin's package,
-    or of the core's kernels, compiles again.
+    numba caches beside the module, or in the user's cache folder. A change in any module of the
+    plugin's package, or of the core's kernels, compiles again.
 
     Args:
         parallel: whether ``prange`` runs on threads.
-        fastmath: LLVM's flags. A decoder must give the reference's bits, so it has none. A sum of a product may
-            use ``"reassoc"`` and ``"contract"``.
-        borrows: promise that the function makes no array; numba refuses to compile one that does. Views are
-            fine. Calls then count no references, which takes up to a tenth of a decoder's time.
+        fastmath: LLVM's flags. A decoder must give the reference's bits, so it has none. A sum of a
+            product may use ``"reassoc"`` and ``"contract"``.
+        borrows: promise that the function makes no array but views, which numba checks. Calls then
+            count no references: a tenth of a decoder's time.
     """
     import numba
 

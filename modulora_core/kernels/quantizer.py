@@ -1,17 +1,20 @@
-"""Choose the code that reads a packed weight: Triton on a GPU, numba on a CPU, plain torch elsewhere.
+"""Choose the code that reads a packed weight: Triton on a GPU, numba on a CPU, plain torch
+elsewhere.
 
 A plugin keeps its compiled code in a package with two modules, which are imported on first use::
 
     mine/kernels/cpu.py     numba, for tensors on a CPU
     mine/kernels/gpu.py     Triton, for tensors on a GPU; with TRITON_INTERPRET=1 on a CPU
 
+Either may be missing: plain torch then decodes tiles, and torch multiplies by them.
+
 Each module has two functions of a packed weight Ŵ, ``[out, in]``::
 
     tile(packed, rows, dtype)          rows [start, stop) of Ŵ, in any float dtype
     product(x, packed, transpose)      x Ŵᵀ, or x Ŵ when transpose; None to multiply by tiles
 
-:class:`modulora_core.kernels.cpu.CPUKernels` and :mod:`modulora_core.kernels.triton` make both functions
-from a decoder.
+:class:`modulora_core.kernels.cpu.CPUKernels` and :mod:`modulora_core.kernels.triton` make both
+functions from a decoder.
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ class KernelQuantizer(Quantizer):
     def tensors(shape: tuple[int, int], **metadata: Any) -> Mapping[str, TensorLayout]:
         """The packed tensors of a weight of this shape, by name.
 
-        Called before every product: cache it. Kernels do not check bounds, so tensors that do not match are
-        refused (:func:`modulora_core.kernels.check_tensors`).
+        Called before every product: cache it. Kernels do not check bounds, so tensors that do not
+        match are refused (:func:`modulora_core.kernels.check_tensors`).
 
         Raises:
             TypeError, ValueError: metadata that this plugin does not write.

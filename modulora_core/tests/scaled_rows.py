@@ -1,4 +1,4 @@
-"""A decoder that no plugin of ours has, as the source of a module: whole numbers times a scale a row."""
+"""A decoder that no plugin of ours has, as a module's source: whole numbers times a row's scale."""
 
 from __future__ import annotations
 
@@ -34,3 +34,9 @@ def packed(out_features: int, in_features: int) -> tuple[PackedWeight, Tensor]:
     scales = torch.rand(out_features, generator=generator) / 128
     weight = PackedWeight("outsider", 1, shape, {"codes": codes, "scales": scales})
     return weight, (codes.float() * scales[:, None]).double()
+
+
+def poisoned(weight: PackedWeight) -> PackedWeight:
+    """The weight with NaN for every scale."""
+    tensors = {**weight.tensors, "scales": torch.full_like(weight.tensors["scales"], torch.nan)}
+    return PackedWeight(weight.quantizer, weight.format, weight.shape, tensors)

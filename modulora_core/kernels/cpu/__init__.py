@@ -21,6 +21,13 @@ Operations on vectors of sixteen (:mod:`modulora_core.kernels.cpu.vectors`):
 from __future__ import annotations
 
 from modulora_core.kernels.cpu.cpu_kernels import CPUKernels
+from modulora_core.kernels.cpu.lookups import (
+    PAIR_ORDER,
+    lookup,
+    lookup_pairs,
+    store_lookup,
+    table_for,
+)
 from modulora_core.kernels.cpu.memory import AHEAD, on_stack, read_ahead, scratch, share, signed
 from modulora_core.kernels.cpu.numbers import (
     from_bf16,
@@ -35,21 +42,16 @@ from modulora_core.kernels.cpu.numbers import (
 from modulora_core.kernels.cpu.products import STRIP
 from modulora_core.kernels.cpu.vectors import (
     LANES,
-    PAIR_ORDER,
     as_shorts,
     load,
     load_shorts,
-    lookup,
-    lookup_pairs,
     multiply_add,
     operation,
     prefetch,
     splat,
     store,
-    store_lookup,
     store_rounded,
     sum_of_lanes,
-    table_for,
     to_floats,
 )
 from modulora_core.kernels.loading import jit

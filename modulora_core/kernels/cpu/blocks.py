@@ -1,14 +1,16 @@
-"""Products of up to 512 rows, whose sums fill the registers in blocks. Compiled once for each decoder, like few rows.
+"""Products of up to 512 rows by blocks of sums, compiled once for each decoder.
 
-    forward       Y = X Ŵᵀ      Xᵀ is cut into panels; for each piece of the rows of Ŵ, for each part of its columns:
-                                decode;  sums += Ŵ[piece, part] · Xᵀ[part];  at last  Y[:, piece] = sumsᵀ
-    transposed    X = Y Ŵ       Y is cut into parts; for each piece of the columns of Ŵ, for each few of its rows:
-                                decode;  for some rows of Y at a time:  sums += Y[:, few] · Ŵ[few, piece];
-                                at last  X[:, piece] = sums
+    forward      Y = X Ŵᵀ    Xᵀ is cut into panels; for each piece of the rows of Ŵ,
+                             for each part of its columns: decode;
+                             sums += Ŵ[piece, part] · Xᵀ[part];
+                             at last  Y[:, piece] = sumsᵀ
+    transposed   X = Y Ŵ     Y is cut into parts; for each piece of the columns of Ŵ,
+                             for each few of its rows: decode;  sums += Y[:, few] · Ŵ[few, piece];
+                             at last  X[:, piece] = sums
 
-A matrix product is bound by its multiplications if each vector that is loaded takes part in many (Goto and van de Geijn,
-"Anatomy of High-Performance Matrix Multiplication", 2008). Decoded values and their sums stay in the L2 cache, where a
-tile would be written to memory and read again.
+Each loaded vector takes part in many multiplications, so that these bind the product (Goto and van
+de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008). Decoded values and their sums
+stay in the L2 cache; a tile would be written to memory and read again.
 """
 
 from __future__ import annotations
@@ -32,19 +34,19 @@ from modulora_core.kernels.cpu.vectors import has
 from modulora_core.kernels.loading import jit
 
 TALL = 14 if has("avx512f") or has("neon") else 6
-"""Rows of a block of sums: the block, what is loaded, and a number fit into 32 registers, or into 16."""
+"""Rows of a block of sums: with two vectors and a number it fits into 32 registers, or 16."""
 
 WIDE = 2 * WIDTH
 """Columns of a block."""
 
 DEPTH = 256
-"""Terms that are added in registers: a panel of so many rows and WIDE columns, 32 KiB, stays in the L1 cache."""
+"""Terms that are added in registers: their panel, 32 KiB, stays in the L1 cache."""
 
 PART = 2 * DEPTH
 """Terms that are decoded at once."""
 
 ROW = PART + 16
-"""Numbers from one row of A to the next. As a constant it is a part of the instruction that loads a number."""
+"""Numbers from one row of A to the next, a constant in the instruction that loads."""
 
 CHUNK = 2048
 """Terms whose factors of X are copied at once, in the order in which they are read."""
@@ -98,7 +100,9 @@ def pieces_of(count: int, unit: int, most: int, unit_bytes: int, budget: int, th
 def transpose(
     a: Any, row: int, column: int, rows: int, columns: int, b: Any, to_row: int, to_column: int
 ) -> None:
-    """``b[to_row + k, to_column + r] = a[row + r, column + k]`` for so many rows and columns of ``a``; both are fp32."""
+    """``b[to_row + k, to_column + r] = a[row + r, column + k]`` for so many rows and columns of
+    ``a``; both are fp32.
+    """
     long, step = a.shape[1], b.shape[1]
     high, wide = rows // WIDTH * WIDTH, columns // WIDTH * WIDTH
     for k in range(0, wide, WIDTH):
@@ -112,7 +116,9 @@ def transpose(
 
 @jit(borrows=True)
 def add_columns(sums: Any, y: Any, start: int, count: int, room: Any) -> None:
-    """``y[:, start + o] += sums[o]`` for ``count`` rows of sums; ``room`` is scratch, ``[n, WIDTH]``."""
+    """``y[:, start + o] += sums[o]`` for ``count`` rows of sums; ``room`` is scratch, ``[n,
+    WIDTH]``.
+    """
     for o in range(0, count, WIDTH):
         wide = min(WIDTH, count - o)
         transpose(sums, o, 0, wide, len(y), room, 0, 0)
@@ -130,7 +136,9 @@ def add_to_columns(sums: Any, x: Any, start: int, count: int) -> None:
 
 
 def forward(weight: Any, threads: int, budget: int, x: Any, y: Any) -> None:
-    """Add ``x Ŵᵀ`` to ``y``, for fp32 ``[n, in]`` and ``[n, out]``; ``budget``: bytes of Ŵ that a thread may have decoded."""
+    """Add ``x Ŵᵀ`` to ``y``, for fp32 ``[n, in]`` and ``[n, out]``; ``budget``: bytes of Ŵ that a
+    thread may have decoded.
+    """
     n, columns = x.shape
     panels, rows = units(n, WIDE), y.shape[1]
     pieces = pieces_of(rows, TALL, MOST_ROWS, TALL * ROW * 4, budget, threads)

@@ -23,13 +23,16 @@ FEW_ROWS = 64
 """Rows up to which products of few rows are faster than tiles."""
 
 BF16_ROWS = 8
-"""Rows from which bf16 inputs are multiplied in bf16: fewer are as fast in fp32, which rounds less."""
+"""Rows from which bf16 inputs are multiplied in bf16; fewer are as fast in fp32."""
 
 LEAST_ROWS, MOST_ROWS = 32, 512
-"""Rows for which blocks of sums are faster than few rows, and than tiles: their sums stay in the cache."""
+"""Rows for which blocks of sums are the fastest way: their sums stay in the cache."""
 
 LEAST_ROWS_BY_AMX = {1: 25, 2: 32, 3: 64}
-"""Rows from which AMX is faster, by slices of a number: bf16 has one. Of bf16, fewer rows are multiplied in fp32."""
+"""Rows from which AMX is faster, by slices of a number: bf16 has one.
+
+Fewer rows of bf16 are multiplied in fp32.
+"""
 
 LEAST_FOR_AMX = 2**18
 """Values of a weight from which slicing the inputs for AMX pays."""
@@ -74,11 +77,15 @@ def way_for(rows: int, dtype: torch.dtype, shape: tuple[int, int]) -> Way | None
 
 
 def precision_slices() -> int:
-    """Slices of an fp32 number: three are exact, two for ``torch.set_float32_matmul_precision`` below "highest"."""
+    """Slices of an fp32 number: three are exact, two for ``torch.set_float32_matmul_precision``
+    below "highest".
+    """
     return 3 if dense_products.float32_precision() == "highest" else 2
 
 
 @cache
 def blocks_are_faster() -> bool:
-    """Whether blocks of sums are as fast as torch's products: with AVX2 or AVX-512, beside MKL, not oneDNN."""
+    """Whether blocks of sums are as fast as torch's products: with AVX2 or AVX-512, beside MKL, not
+    oneDNN.
+    """
     return (has("avx2") or has("avx512f")) and not dense_products.onednn_is_faster()

@@ -24,13 +24,13 @@ from modulora_core.packed import PackedWeight
 from modulora_core.tiles import tile_bytes
 
 Weight = tuple[Any, ...]
-"""What a decoder reads: arrays and numbers."""
+"""Arrays and numbers that a decoder reads."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CPUKernels:
-    """The functions ``tile`` and ``product`` of a plugin's module of CPU kernels, made from a decoder.
+    """Make ``tile`` and ``product`` of a plugin's module of CPU kernels from a decoder.
 
     Write them like this::
 
@@ -40,19 +40,22 @@ class CPUKernels:
         kernels = CPUKernels(decode, operands)
         tile, product = kernels.tile, kernels.product
 
-    The loops around ``decode`` are compiled at their first call for a type of weight, and cached on disk beside the
-    module of ``decode``. Every sum is made in one order, whatever the number of threads.
+    The loops around ``decode`` are compiled at their first call for a type of weight, and cached on
+    disk beside the module of ``decode``. Every sum is made in one order, whatever the number of
+    threads.
 
     Args:
-        decode: compiled by :func:`modulora_core.kernels.jit`. ``decode(weight, row, start, columns, out)`` writes
-            columns ``[start, start + columns)`` of the rows from ``row`` on, as many as ``out`` has, to the first
-            columns of ``out``: fp32 ``[rows, columns or more]``, C-contiguous.
-        operands: ``operands(packed)`` gives the ``weight`` of ``decode``: a tuple of contiguous tensors, which
-            become arrays, and numbers (:func:`modulora_core.kernels.operands`).
+        decode: compiled by :func:`modulora_core.kernels.jit`. ``decode(weight, row, start, columns,
+            out)`` writes columns ``[start, start + columns)`` of the rows from ``row`` on, as many
+            as ``out`` has, to the first columns of ``out``: fp32 ``[rows, columns or more]``,
+            C-contiguous.
+        operands: ``operands(packed)`` gives the ``weight`` of ``decode``: a tuple of contiguous
+            tensors, which become arrays, and numbers (:func:`modulora_core.kernels.operands`).
         one_row: ``one_row(weight)`` gives a kernel for one row of inputs, or None. The kernel,
-            ``kernel(weight, threads, x, y)``, writes ``y = x Ŵᵀ``, fp32 ``[1, in]`` and ``[1, out]``.
-        rounds: whether ``decode`` also takes an ``out`` of bf16 bits, int16, and rounds to them. Otherwise bf16 is
-            rounded from fp32 scratch.
+            ``kernel(weight, threads, x, y)``, writes ``y = x Ŵᵀ``, fp32 ``[1, in]`` and ``[1,
+            out]``.
+        rounds: whether ``decode`` also takes an ``out`` of bf16 bits, int16, and rounds to them.
+            Otherwise bf16 is rounded from fp32 scratch.
     """
 
     def __init__(
@@ -76,7 +79,9 @@ class CPUKernels:
         )
 
     def tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``, in any float dtype, rounded once from fp32."""
+        """Rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``, in any float dtype, rounded once
+        from fp32.
+        """
         return self._tile(operands(packed, self._operands), rows, packed.shape[1], dtype)
 
     def _tile(
@@ -94,7 +99,8 @@ class CPUKernels:
         transpose: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Tensor | None:
-        """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``, in ``x``'s dtype, summed in fp32; None to multiply by tiles.
+        """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``, in ``x``'s dtype, summed in fp32; None to
+        multiply by tiles.
 
         Args:
             x: any shape, dtype and device.
@@ -185,8 +191,8 @@ class RowKernels(CPUKernels):
 def _compiled(template: Callable[..., None], decode: Any, parallel: bool = True) -> Any:
     """``template`` around ``decode``, as if it stood in the module of ``decode``.
 
-    numba caches compiled code by the file and the name of a function, and reads its source. A decoder that was handed
-    over as an argument would be called through a pointer.
+    numba caches compiled code by the file and the name of a function, and reads its source. A
+    decoder that was handed over as an argument would be called through a pointer.
     """
     owner = decode.py_func
     there = owner.__code__

@@ -19,13 +19,15 @@ _LINE = 64
 
 @jit()
 def signed(index: Any) -> Any:
-    """The index of a ``prange`` is unsigned, and numba adds unsigned and signed numbers as floats."""
+    """The index of a ``prange`` is unsigned, and numba adds unsigned and signed numbers as
+    floats.
+    """
     return np.int64(index)
 
 
 @jit()
 def share(index: Any, shares: int, count: int, unit: int = 1) -> Any:
-    """Where share number ``index`` begins and stops: ``count`` rows in whole units, but for the last."""
+    """The rows ``[begin, stop)`` of a share of ``count`` rows; all but the last are whole units."""
     number = signed(index)
     units = (count + unit - 1) // unit
     return number * units // shares * unit, min(count, (number + 1) * units // shares * unit)
@@ -46,7 +48,9 @@ AHEAD = 4096
 
 @jit(borrows=True)
 def read_ahead(array: Any, first: int, count: int) -> None:
-    """Prefetch the bytes :data:`AHEAD` of elements ``[first, first + count)``, of an array as if it were flat."""
+    """Prefetch the bytes :data:`AHEAD` of elements ``[first, first + count)``, of an array as if it
+    were flat.
+    """
     line, begin = _LINE // size_of(array), first + AHEAD // size_of(array)
     for at in range(begin, min(begin + count, array.size), line):
         prefetch(array, at)
@@ -57,24 +61,23 @@ MOST_ON_STACK = 2**16
 
 
 def on_stack(count: int, dtype: Any) -> Any:
-    """A function for kernels, without arguments, that gives ``count`` uninitialised numbers on the stack of its caller's thread.
+    """Make a function for kernels, without arguments, that gives scratch on the thread's stack.
 
-    They are a C-contiguous array ``[count]`` that begins with a line of the cache. It is valid until the function that asked for it
-    returns, which must not return it, and the same each time that function asks at the same place. Nothing is taken from the heap, so the
-    function may be one that borrows (:func:`modulora_core.kernels.jit`).
+    It gives an uninitialised array ``[count]`` that begins at a cache line, until the caller
+    returns. A function that borrows (:func:`modulora_core.kernels.jit`) may call it.
 
     Args:
         count: known when a kernel is compiled.
         dtype: numpy's.
 
     Raises:
-        ValueError: it is more than :data:`MOST_ON_STACK` bytes.
+        ValueError: more than :data:`MOST_ON_STACK` bytes.
     """
     size = np.dtype(dtype).itemsize
     if count * size > MOST_ON_STACK:
         raise ValueError(
-            f"on_stack({count}, {np.dtype(dtype)}): expected at most {MOST_ON_STACK} bytes, since a thread's stack may be small, got "
-            f"{count * size}; decode fewer columns at once, or take the memory by scratch(), once for each thread"
+            f"on_stack({count}, {np.dtype(dtype)}): expected at most {MOST_ON_STACK} bytes, "
+            f"got {count * size}; decode fewer columns at once, or use scratch()"
         )
     array = types.Array(from_dtype(np.dtype(dtype)), 1, "C")
 

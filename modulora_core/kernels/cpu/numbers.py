@@ -34,7 +34,9 @@ def from_bf16(bits: Any) -> Any:
 
 @jit(borrows=True)
 def to_bf16(number: Any) -> Any:
-    """The bits in bf16, int16, of an fp32 number: to nearest, halves to even, and one NaN for all, as in torch."""
+    """The bits in bf16, int16, of an fp32 number: to nearest, halves to even, and one NaN for all,
+    as in torch.
+    """
     bits = np.float32(number).view(np.uint32)
     nearest = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1)))
     rounded = nearest if number == number else np.uint32(0x7FC00000)
@@ -42,7 +44,9 @@ def to_bf16(number: Any) -> Any:
 
 
 def widen(value: Any) -> Any:
-    """The number that is stored as ``value``: an fp32 number itself, or the bf16 number of an int16."""
+    """The number that is stored as ``value``: an fp32 number itself, or the bf16 number of an
+    int16.
+    """
     raise NotImplementedError
 
 
@@ -54,7 +58,9 @@ def _widen(value: Any) -> Any:
 
 
 def narrow(number: Any, like: Any) -> Any:
-    """An fp32 number as ``like`` is stored: itself, or rounded to bf16's bits if that is an int16."""
+    """An fp32 number as ``like`` is stored: itself, or rounded to bf16's bits if that is an
+    int16.
+    """
     raise NotImplementedError
 
 
@@ -83,7 +89,8 @@ def narrow_row(x: Any, out: Any) -> None:
 def largest_bits(bits: Any) -> Any:
     """The bits of max |x|, an int32, of the int32 bits of x: NaN is above all numbers.
 
-    The maximum of whole numbers is vectorised. ``bits`` is a slice of its own: indices from 0 on are never negative.
+    The maximum of whole numbers is vectorised. ``bits`` is a slice of its own: indices from 0 on
+    are never negative.
     """
     largest = np.int32(0)
     for k in range(bits.size):

@@ -1,12 +1,14 @@
-"""Products of few rows. These functions are compiled once for each decoder, in the place of :func:`decode` here.
+"""Products of few rows, compiled once for each decoder: it replaces :func:`decode` here.
 
-    forward      Y = X Ŵᵀ      for each strip of rows of Ŵ, for each chunk of columns: decode;
-                               for each panel of columns: sums += X[:, panel] · strip[:, panel]ᵀ
-    transposed   X = Y Ŵ       for each part of the rows of Ŵ, for each chunk of columns, for each strip: decode;
-                               for each panel of columns: sums[part] += Y[:, strip] · strip[:, panel]
+    forward      Y = X Ŵᵀ    for each strip of rows of Ŵ, for each chunk of columns: decode;
+                             for each panel of columns: sums += X[:, panel] · strip[:, panel]ᵀ
+    transposed   X = Y Ŵ     for each part of the rows of Ŵ, for each chunk of columns,
+                             for each strip: decode; for each panel of columns:
+                             sums[part] += Y[:, strip] · strip[:, panel]
 
-Strips stay in the L1 and L2 caches, and sums in registers for a panel. For n rows and b bits a weight, out · in · b / 8
-bytes are read from memory once, and 2 n · out · in operations are done beside decoding: in fp32, or in bf16 with fp32 sums.
+Strips stay in the L1 and L2 caches, and sums in registers for a panel. Memory delivers out · in · b
+/ 8 bytes once, for b bits a weight. The sums take 2 n · out · in operations for n rows, in fp32, or
+in bf16 with fp32 sums.
 """
 
 from __future__ import annotations
@@ -39,16 +41,22 @@ STRIP = 16
 """Rows of Ŵ that are decoded at once."""
 
 TALL_STRIP = 32
-"""The same of a transposed product, in fp32: its sums are loaded and stored once a strip. Twice as many of bf16."""
+"""The same of a transposed product, in fp32: its sums are loaded and stored once a strip. Twice as
+many of bf16.
+"""
 
 CHUNK = 2048
 """Columns that are decoded at once: memory is read faster in long rows."""
 
 PANEL = 512
-"""Columns that are multiplied at once by all rows of X: a strip of them takes 32 KiB of the L1 cache."""
+"""Columns that are multiplied at once by all rows of X: a strip of them takes 32 KiB of the L1
+cache.
+"""
 
 SUMS = 2**14
-"""Sums of a transposed product that are added to at once, 64 KiB, if that leaves a panel of columns."""
+"""Sums of a transposed product that are added to at once, 64 KiB, if that leaves a panel of
+columns.
+"""
 
 GAP = 64
 """Bytes between two decoded rows: rows a power of two apart would share lines of the L1 cache."""
@@ -102,7 +110,8 @@ def rounded(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 def _add_four(
     x: Any, at_x: int, w: Any, start: int, count: int, columns: int, sums: Any, at: int
 ) -> None:
-    """Products of four rows of x with ``count`` rows of w, summed over ``columns`` from ``start`` on.
+    """Products of four rows of x with ``count`` rows of w, summed over ``columns`` from ``start``
+    on.
 
     Each block of sums is a register of ``sums``, row after row of x.
     """
@@ -140,7 +149,9 @@ def _put_sums(sums: Any, rows: int, count: int, y: Any, first: int) -> None:
 
 
 def forward(weight: Any, threads: int, columns: int, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ``: ``y`` is fp32; Ŵ has ``columns``, and ``x`` is padded to a multiple of :data:`COLUMNS`."""
+    """``y = x Ŵᵀ``: ``y`` is fp32; Ŵ has ``columns``, and ``x`` is padded to a multiple of
+    :data:`COLUMNS`.
+    """
     n, rows = y.shape
     padded, whole = x.shape[1], n // ROWS * ROWS
     chunk, panel = min(CHUNK, padded), PANEL * pair(x)
@@ -208,7 +219,8 @@ def _add_parts(sums: Any, n: int, row: int, out: Any) -> None:
 
 
 def transposed(weight: Any, threads: int, rows: int, y: Any, x: Any) -> None:
-    """``x = y Ŵ``: ``x`` is fp32; Ŵ has ``rows``, and ``y`` is padded to a multiple of :data:`COLUMNS`.
+    """``x = y Ŵ``: ``x`` is fp32; Ŵ has ``rows``, and ``y`` is padded to a multiple of
+    :data:`COLUMNS`.
 
     The rows of Ŵ are cut into parts, and each part has sums of its own.
     """

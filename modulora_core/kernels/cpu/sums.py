@@ -1,6 +1,7 @@
 """Blocks of sums in registers, as values of numba functions: the inner loops of products.
 
-A block is a tuple of rows, and a row a tuple of registers. A register has :data:`WIDTH` fp32 numbers, or as many pairs of bf16.
+A block is a tuple of rows, and a row a tuple of registers. A register has :data:`WIDTH` fp32
+numbers, or as many pairs of bf16.
 """
 
 # ruff: noqa: PLW0108 - numba counts the arguments of a lambda
@@ -57,7 +58,8 @@ def _rows(builder: Any, block: Any) -> list[list[Any]]:
 
 
 def registers(count: int) -> Any:
-    """The operation ``(array, at, apart)`` that loads ``count`` registers, each ``apart`` numbers after the last.
+    """The operation ``(array, at, apart)`` that loads ``count`` registers, each ``apart`` numbers
+    after the last.
 
     A register has fp32 numbers, or pairs of neighbouring numbers of bf16.
     """
@@ -81,8 +83,9 @@ def _registers_of(array: Any, count: int) -> Any:
 def columns_of_two_rows(count: int) -> Any:
     """The operation ``(array, at, apart)`` that loads ``count`` registers of a row of numbers.
 
-    Of bf16 it loads pairs from two rows, ``apart`` from each other: a pair is a column's two numbers. As the processor
-    interleaves within 128 bits, the first half of the registers has low columns; :func:`add_block` orders them.
+    Of bf16 it loads pairs from two rows, ``apart`` from each other: a pair is a column's two
+    numbers. As the processor interleaves within 128 bits, the first half of the registers has low
+    columns; :func:`add_block` orders them.
     """
 
     @operation(lambda array, _at, _apart: _registers_of(array, count)(array, _I64, _I64))
@@ -129,7 +132,8 @@ def add_products(context: Any, builder: Any, kinds: Any, a: Any, b: Any, block: 
 def add_multiples(
     context: Any, builder: Any, kinds: Any, a: Any, at: Any, apart: Any, b: Any, block: Any
 ) -> Any:
-    """``(a, at, apart, b, block)``: the block with ``a[at + i * apart] * b[j]`` added at row i, column j.
+    """``(a, at, apart, b, block)``: the block with ``a[at + i * apart] * b[j]`` added at row i,
+    column j.
 
     Of bf16 a number is a pair, of ``a[...]`` and the next one.
     """
@@ -149,7 +153,9 @@ def add_multiples(
 def add_block(
     context: Any, builder: Any, kinds: Any, _a: Any, sums: Any, at: Any, apart: Any, block: Any
 ) -> None:
-    """``(a, sums, at, apart, block)``: add rows of :func:`add_multiples` of ``a`` to ``sums[at + i * apart]`` on."""
+    """``(a, sums, at, apart, block)``: add rows of :func:`add_multiples` of ``a`` to ``sums[at + i
+    * apart]`` on.
+    """
     for row in _rows(builder, block):
         if kinds[0].dtype is not types.float32:
             two = [
@@ -166,7 +172,9 @@ def add_block(
 def add_sums_of_lanes(
     context: Any, builder: Any, kinds: Any, block: Any, sums: Any, at: Any
 ) -> None:
-    """``(block, sums, at)``: add the sum of each of a block's :data:`WIDTH` registers to ``sums[at]`` on, row after row."""
+    """``(block, sums, at)``: add the sum of each of a block's :data:`WIDTH` registers to
+    ``sums[at]`` on, row after row.
+    """
     values = [value for row in _rows(builder, block) for value in row]
     _add(
         context,
@@ -190,7 +198,9 @@ def _halves(half: int) -> tuple[list[int], list[int]]:
 
 
 def _sums_of(builder: Any, values: list[Any]) -> Any:
-    """The sum of each of as many registers as one has lanes, in their order: a transposition, added up at each step."""
+    """The sum of each of as many registers as one has lanes, in their order: a transposition, added
+    up at each step.
+    """
     half = WIDTH // 2
     while half:
         pairs = zip(values[:half], values[half:], strict=True)
@@ -226,7 +236,9 @@ def pair(_context: Any, _builder: Any, kinds: Any, _array: Any) -> Any:
 def store_transposed(
     context: Any, builder: Any, kinds: Any, a: Any, at: Any, long: Any, b: Any, to: Any, step: Any
 ) -> None:
-    """``(a, at, long, b, to, step)``: ``b[to + j * step + i] = a[at + i * long + j]``, i and j below WIDTH; fp32."""
+    """``(a, at, long, b, to, step)``: ``b[to + j * step + i] = a[at + i * long + j]``, i and j
+    below WIDTH; fp32.
+    """
     values = []
     for _ in range(WIDTH):
         values.append(builder.load(place(context, builder, kinds[0], a, at, _REGISTER), align=4))

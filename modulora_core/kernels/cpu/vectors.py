@@ -1,12 +1,13 @@
-"""Vectors as values of numba functions: a kernel is a loop over vectors, without LLVM's own language.
+"""Vectors as values of numba functions: a kernel is a loop over vectors, without LLVM's own
+language.
 
     Floats      16 fp32 numbers
     Wholes      16 whole numbers, int32
     Shorts      32 whole numbers, int16
 
-``+ - *`` are defined for two vectors of a kind, or a vector and a number, and so are ``& | << >>`` of
-whole numbers; ``>>`` fills with zeros. An array is C-contiguous and indexed as if it were flat, without
-bounds checks. An int16 array of numbers holds the bits of bf16.
+``+ - *`` are defined for two vectors of a kind, or a vector and a number, and so are ``& | << >>``
+of whole numbers; ``>>`` fills with zeros. An array is C-contiguous and indexed as if it were flat,
+without bounds checks. An int16 array of numbers holds the bits of bf16.
 
     total = multiply_add(load(x, at), load(y, at), total)
 """
@@ -30,7 +31,9 @@ binding.initialize_native_asmparser()  # without it LLVM ends the process at an 
 
 
 def has(feature: str) -> bool:
-    """Whether kernels are compiled for a processor with ``feature``, in LLVM's words: ``"avx2"``."""
+    """Whether kernels are compiled for a processor with ``feature``, in LLVM's words:
+    ``"avx2"``.
+    """
     return f"+{feature}" in str(cpu_target.target_context.codegen().magic_tuple()[2])
 
 
@@ -68,11 +71,12 @@ _SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
 def operation(kinds: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Decorate a function that generates LLVM code as an operation of numba functions.
 
-    ``generate(context, builder, kinds, *values)`` gives the operation's value, or None if it has none. ``kinds``
-    are numba's types of ``values``.
+    ``generate(context, builder, kinds, *values)`` gives the operation's value, or None if it has
+    none. ``kinds`` are numba's types of ``values``.
 
     Args:
-        kinds: ``kinds(*types)`` gives the operation's numba signature for the types of its arguments.
+        kinds: ``kinds(*types)`` gives the operation's numba signature for the types of its
+            arguments.
     """
 
     def decorate(generate: Callable[..., Any]) -> Any:
@@ -86,8 +90,8 @@ def operation(kinds: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
         typed.__name__, typed.__doc__ = generate.__name__, generate.__doc__
         names = ["_context", *inspect.signature(kinds).parameters]
         one = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        # numba counts an operation's arguments by its signature
-        typed.__signature__ = inspect.Signature([inspect.Parameter(name, one) for name in names])  # type: ignore[attr-defined]
+        signature = inspect.Signature([inspect.Parameter(name, one) for name in names])
+        typed.__signature__ = signature  # type: ignore[attr-defined]  # numba counts arguments
         return intrinsic(typed)
 
     return decorate
@@ -192,8 +196,8 @@ def as_shorts(_context: Any, builder: Any, _kinds: Any, wholes: Any) -> Any:
 
 @operation(lambda a, b, total: total(a, b, total))
 def multiply_add(_context: Any, builder: Any, _kinds: Any, a: Any, b: Any, total: Any) -> Any:
-    """``(a, b, total)``: ``a * b + total``, rounded once where the processor can. Of :data:`Pairs` it adds
-    the products of both numbers of each pair to a :data:`Register`.
+    """``(a, b, total)``: ``a * b + total``, rounded once where the processor can. Of :data:`Pairs`
+    it adds the products of both numbers of each pair to a :data:`Register`.
     """
     return multiplied(builder, a, b, total)
 
@@ -257,26 +261,20 @@ def store(context: Any, builder: Any, kinds: Any, array: Any, at: Any, vector: A
 def store_rounded(
     context: Any, builder: Any, kinds: Any, out: Any, at: Any, a: Any, b: Any
 ) -> None:
-    """``(out, at, a, b)``: store 32 fp32 numbers, rounded to bf16 as torch does where ``out`` is int16."""
-    _put_rounded(context, builder, kinds[0], out, at, [a, b])
+    """``(out, at, a, b)``: store 32 fp32 numbers, rounded to bf16 if ``out`` is int16."""
+    put_rounded(context, builder, kinds[0], out, at, [a, b])
 
 
-def _put_rounded(context: Any, builder: Any, kind: Any, out: Any, at: Any, two: list[Any]) -> None:
+def put_rounded(context: Any, builder: Any, kind: Any, out: Any, at: Any, two: list[Any]) -> None:
     if kind.dtype is types.float32:
         put(context, builder, kind, out, at, two)
     elif not (has("avx512bf16") and has("avx512dq")):
         put(context, builder, kind, out, at, [bf16_bits(builder, values) for values in two])
     else:
-        # takes a subnormal number for 0 and keeps bits of a NaN: vectors with these, which are rare, again
+        # takes a subnormal number for 0 and keeps bits of a NaN: rare, and then rounded again
         code = "vcvtne2ps2bf16 $2, $1, $0"
-        put(
-            context,
-            builder,
-            kind,
-            out,
-            at,
-            [instruction(builder, code, _SHORTS, two[::-1], "=v,v,v")],
-        )
+        both = instruction(builder, code, _SHORTS, two[::-1], "=v,v,v")
+        put(context, builder, kind, out, at, [both])
         with builder.if_then(builder.or_(*(_is_special(builder, v) for v in two)), likely=False):
             put(context, builder, kind, out, at, [bf16_bits(builder, values) for values in two])
 
@@ -314,112 +312,3 @@ def prefetch(context: Any, builder: Any, kinds: Any, array: Any, at: Any) -> Non
 def size_of(context: Any, _builder: Any, kinds: Any, _array: Any) -> Any:
     """``(array)``: bytes of an element, a constant, which ``array.itemsize`` is not."""
     return INDEX(context.get_abi_sizeof(context.get_data_type(kinds[0].dtype)))
-
-
-# lookup in sixteen
-
-
-@operation(lambda table, index: Floats(table, index))
-def lookup(_context: Any, builder: Any, _kinds: Any, table: Any, index: Any) -> Any:
-    """``(table, index)``: ``table[index & 15]`` in registers, of :data:`Floats` by :data:`Wholes`."""
-    return _looked_up(builder, table, index)
-
-
-def _looked_up(builder: Any, table: Any, index: Any) -> Any:
-    if has("avx512f"):
-        return call(builder, "llvm.x86.avx512.permvar.sf.512", _FLOATS, [table, index])
-    if has("avx2"):
-        eights = [_looked_up_eight(builder, table, index, at) for at in (0, 8)]
-        return chosen(builder, eights[0], range(LANES), eights[1])
-    room = cgutils.alloca_once(builder, _FLOATS)
-    builder.store(table, room)
-    numbers, found = builder.bitcast(room, FLOAT.as_pointer()), ir.Constant(_FLOATS, ir.Undefined)
-    for lane in range(LANES):
-        at = builder.and_(builder.extract_element(index, INT(lane)), INT(LANES - 1))
-        found = builder.insert_element(found, builder.load(builder.gep(numbers, [at])), INT(lane))
-    return found
-
-
-def _looked_up_eight(builder: Any, table: Any, index: Any, first: int) -> Any:
-    """By AVX2, which looks at three bits of an index: in both halves of the table, and the fourth bit chooses."""
-    eight = chosen(builder, index, range(first, first + 8))
-    of = ir.VectorType(FLOAT, 8)
-    halves = (chosen(builder, table, range(at, at + 8)) for at in (0, 8))
-    found = [call(builder, "llvm.x86.avx2.permps", of, [half, eight]) for half in halves]
-    sign = builder.bitcast(builder.shl(eight, constant(eight.type, 28)), of)
-    return call(builder, "llvm.x86.avx.blendv.ps.256", of, [*found, sign])
-
-
-_BY_BYTES = has("avx2") and not has("avx512f")
-
-PAIR_ORDER = tuple(
-    8 * (k // 8) + 2 * (k % 4) + (k % 8 < 4) if _BY_BYTES else 2 * (k % LANES) + k // LANES
-    for k in range(2 * LANES)
-)
-"""The order in which :func:`lookup_pairs` gives the codes of 16 bytes, whose high halves are even."""
-
-
-@operation(lambda table, pairs: types.UniTuple(Floats, 2)(table, pairs))
-def lookup_pairs(context: Any, builder: Any, _kinds: Any, table: Any, pairs: Any) -> Any:
-    """``(table, pairs)``: ``table`` of both halves of 16 bytes, :data:`Wholes`, in :data:`PAIR_ORDER`."""
-    if _BY_BYTES:
-        found = _looked_up_by_bytes(builder, table, pairs)
-    else:
-        high = builder.lshr(pairs, constant(_WHOLES, 4))
-        found = [_looked_up(builder, table, index) for index in (high, pairs)]
-    return context.make_tuple(builder, types.UniTuple(Floats, 2), found)
-
-
-def _looked_up_by_bytes(builder: Any, table: Any, pairs: Any) -> list[Any]:
-    """AVX2 looks up bytes in sixteen: it takes each of the four bytes of 32 numbers, and puts them together."""
-    of_bytes, of_words = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(64), 4)
-    codes = builder.trunc(pairs, ir.VectorType(ir.IntType(8), LANES))
-    twice = builder.bitcast(chosen(builder, codes, 2 * list(range(LANES))), of_words)
-    halves = builder.bitcast(builder.lshr(twice, ir.Constant(of_words, [0, 0, 4, 4])), of_bytes)
-    index = builder.and_(halves, constant(of_bytes, 15))
-    of_table = builder.bitcast(table, ir.VectorType(ir.IntType(8), 4 * LANES))
-    planes = [
-        chosen(builder, of_table, 2 * [4 * k + byte for k in range(LANES)]) for byte in range(4)
-    ]
-    parts = [call(builder, "llvm.x86.avx2.pshuf.b", of_bytes, [plane, index]) for plane in planes]
-    low, high = (_in_turn(builder, parts[at], parts[at + 1], ir.IntType(16)) for at in (0, 2))
-    eights = [_in_turn(builder, a, b, FLOAT) for a, b in zip(low, high, strict=True)]
-    return [chosen(builder, first, range(LANES), second) for first, second in eights]
-
-
-def _in_turn(builder: Any, a: Any, b: Any, number: ir.Type) -> list[Any]:
-    """The numbers of a and b by turns, within 128 bits, as numbers twice as wide: two registers."""
-    count = a.type.count
-    of, quarter, found = ir.VectorType(number, count // 2), count // 4, []
-    for start in (0, quarter):
-        firsts = (at + k for at in (start, start + count // 2) for k in range(quarter))
-        lanes = [lane + other for lane in firsts for other in (0, count)]
-        found.append(builder.bitcast(chosen(builder, a, lanes, b), of))
-    return found
-
-
-def _table_of(out: Any) -> Vector:
-    return Shorts if out.dtype is types.int16 and has("avx512bw") else Floats
-
-
-@operation(lambda out, values: _table_of(out)(out, values))
-def table_for(_context: Any, builder: Any, kinds: Any, _out: Any, values: Any) -> Any:
-    """``(out, values)``: a table of 16 values for :func:`store_lookup`, rounded once where ``out`` is bf16."""
-    if _table_of(kinds[0]) == Floats:
-        return values
-    # twice: AVX-512 looks at five bits of an index, and the fifth may be anything
-    return chosen(builder, bf16_bits(builder, values), 2 * list(range(LANES)))
-
-
-@operation(lambda out, _at, table, index: types.void(out, _I64, table, index))
-def store_lookup(
-    context: Any, builder: Any, kinds: Any, out: Any, at: Any, table: Any, index: Any
-) -> None:
-    """``(out, at, table, index)``: store the values of 32 codes, :data:`Shorts` whose low four bits count."""
-    if kinds[2] == Shorts:
-        found = call(builder, "llvm.x86.avx512.permvar.hi.512", _SHORTS, [table, index])
-        put(context, builder, kinds[0], out, at, [found])
-        return
-    halves = (chosen(builder, index, range(first, first + LANES)) for first in (0, LANES))
-    values = [_looked_up(builder, table, builder.zext(half, _WHOLES)) for half in halves]
-    _put_rounded(context, builder, kinds[0], out, at, values)

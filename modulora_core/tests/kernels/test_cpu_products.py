@@ -1,22 +1,29 @@
-"""Tiles and products of a decoder that no plugin of ours has, against float64, by every loop."""
+"""Tiles and products of an outsider's decoder against float64, by every kind of loop."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from modulora_core.devices import dense_products
+from modulora_core.devices.dense_products import matmul_precision
 from modulora_core.packed import PackedWeight
-from modulora_core.tests.scaled_rows import DECODER, packed
+from modulora_core.tests.scaled_rows import DECODER, packed, poisoned
 from modulora_core.tiles import tile_budget
 
 pytest.importorskip("numba")
 
-from modulora_core.kernels.cpu import amx, choices
-from modulora_core.kernels.cpu.choices import Way
+from modulora_core.kernels.cpu import CPUKernels, amx, choices
+from modulora_core.kernels.cpu.choices import Way, way_for
 
 SHAPES = [(1, 1), (5, 3), (17, 130), (300, 513), (33, 2100), (2100, 40)]
 """(out, in): no multiple of a block, and more of both than is decoded at once."""
@@ -30,13 +37,16 @@ WAYS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    folder = tmp_path_factory.mktemp("rows")
-    (folder / "outsiders_rows.py").write_text(DECODER, encoding="utf-8")
+def imported(folder: Path, source: str, name: str) -> ModuleType:
+    (folder / f"{name}.py").write_text(source, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        return importlib.import_module("outsiders_rows")
+        return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return imported(tmp_path_factory.mktemp("rows"), DECODER, "outsiders_rows")
 
 
 @pytest.fixture(params=WAYS, ids=lambda way: f"{way.loops} {way.dtype} {way.slices}")
@@ -58,8 +68,9 @@ def product(module: ModuleType, weight: PackedWeight, x: Tensor, transpose: bool
 def allowed(way: Way, terms: int) -> float:
     """The error of a sum of so many products, as a part of the sum of their magnitudes.
 
-    Each addition rounds by 2⁻²⁴. A slice is at most 2⁻⁸ of the one before, and products of slices whose numbers add up
-    to the number of slices or more are left out. bf16 rounds weights and results by 2⁻⁹, and inputs.
+    Each addition rounds by 2⁻²⁴. A slice is at most 2⁻⁸ of the one before, and products of slices
+    whose numbers add up to the number of slices are left out. bf16 rounds weights, inputs and
+    results by 2⁻⁹.
     """
     left_out = {1: 2 * 2.0**-8 + 2.0**-16, 2: 3 * 2.0**-16, 3: 2 * 2.0**-24 + 2.0**-32}
     additions = way.slices * (way.slices + 1) // 2 + 1
@@ -67,11 +78,7 @@ def allowed(way: Way, terms: int) -> float:
     return rounding + (3 * 2.0**-9 if way.dtype is torch.bfloat16 else 0)
 
 
-@pytest.mark.parametrize("n", [1, 4, 13, 33])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_are_those_of_the_decoded_weight(
-    module: ModuleType, way: Way, shape: tuple[int, int], n: int
-) -> None:
+def check(module: ModuleType, way: Way, shape: tuple[int, int], n: int) -> None:
     weight, W = packed(*shape)
     for transpose in (False, True):
         M = W if transpose else W.T
@@ -79,6 +86,58 @@ def test_products_are_those_of_the_decoded_weight(
         bound = allowed(way, len(M)) * (x.double().abs() @ M.abs())
         error = (product(module, weight, x, transpose) - x.double() @ M).abs()
         assert bool((error <= bound + 1e-30).all())
+
+
+@pytest.mark.parametrize("n", [1, 4, 13, 33])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_those_of_the_decoded_weight(
+    module: ModuleType, way: Way, shape: tuple[int, int], n: int
+) -> None:
+    check(module, way, shape, n)
+
+
+EMULATED = """
+import numpy as np
+from modulora_core.kernels import jit
+from modulora_core.kernels.cpu import amx
+from modulora_core.kernels.cpu.numbers import from_bf16
+
+@jit()
+def add_square(slices, a, of_a, b, of_b, steps, c, to):
+    flat, wide = c.reshape(c.size), c.shape[1]
+    for step in range(steps):
+        for i in range(slices):
+            for j in range(slices - i):
+                first_a, first_b = of_a + (step * slices + i) * 32, of_b + (step * slices + j) * 32
+                for r in range(32):
+                    for col in range(32):
+                        total = np.float32(0)
+                        for k in range(32):
+                            line, at = first_b + col // 16 * 16 + k // 2, 2 * (col % 16) + k % 2
+                            total += from_bf16(a[first_a + r, k]) * from_bf16(b[line, at])
+                        flat[to + r * wide + col] += total
+
+@jit()
+def nothing():
+    pass
+
+amx.add_square, amx.use_registers, amx.leave_registers = add_square, nothing, nothing
+"""
+
+
+@pytest.mark.slow
+def test_without_amx_its_loops_multiply_by_an_emulated_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if amx.available() or not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("a processor that rounds to bf16, and has no AMX")
+    for name in ("add_square", "use_registers", "leave_registers"):
+        monkeypatch.setattr(amx, name, getattr(amx, name))
+    module = imported(tmp_path, EMULATED + DECODER, "outsiders_emulated")
+    for way in WAYS[3:]:
+        monkeypatch.setattr(choices, "way_for", lambda *_, way=way: way)
+        for shape in SHAPES:
+            check(module, way, shape, 70)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -98,3 +157,155 @@ def test_bits_do_not_depend_on_threads_nor_the_budget_nor_the_rows_beside(
     with tile_budget(1):
         assert torch.equal(found[0], product(module, weight, x, transpose))
     assert torch.equal(product(module, weight, x[4:8], transpose), found[0][4:8])
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_padding_adds_nothing_and_nan_stays_in_its_row(
+    module: ModuleType, way: Way, transpose: bool
+) -> None:
+    """If this fails: NaN that another product left in scratch reaches a sum."""
+    weight, _ = packed(17, 20)
+    x = torch.randn(5, 17 if transpose else 20)
+    for _ in range(4):  # so that scratch of the right size is free
+        module.product(x, poisoned(weight), transpose)
+    y = product(module, weight, x, transpose)
+    assert bool(y.isfinite().all())
+    x[1, 3], x[3, 4] = torch.nan, torch.inf
+    beside = product(module, weight, x, transpose)
+    assert torch.equal(beside[::2], y[::2])
+    assert not bool(beside[[1, 3]].isfinite().any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES[2:5], ids=str)
+def test_tiles_are_rounded_once(
+    module: ModuleType, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight, W = packed(*shape)
+    for kernels in (module.kernels, module.rounding):
+        tile = kernels.tile(weight, (1, shape[0]), dtype)
+        assert torch.equal(tile, W[1:].to(torch.float32).to(dtype))
+
+
+def test_a_decoder_that_rounds_gives_the_same_bits(module: ModuleType) -> None:
+    weight, _ = packed(40, 100)
+    for transpose in (False, True):
+        x = torch.randn(9, 40 if transpose else 100).bfloat16()
+        both = [k.product(x, weight, transpose) for k in (module.kernels, module.rounding)]
+        assert torch.equal(*both)
+
+
+def test_a_kernel_for_one_row_multiplies_one_row_of_a_weight_that_it_takes(
+    module: ModuleType,
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def one_row(_weight: tuple[object, ...], _threads: int, x: Any, y: Any) -> None:
+        asked.append(x.shape)
+        y[:] = 7
+
+    operands = module.operands
+    kernels = CPUKernels(module.decode, operands, lambda w: one_row if len(w[0]) == 6 else None)
+    weight, _ = packed(6, 20)
+
+    def taken(x: Tensor, transpose: bool = False) -> bool:
+        asked.clear()
+        y = kernels.product(x, weight, transpose)
+        assert y is None or y.dtype is x.dtype
+        return asked == [(1, 20)]
+
+    row = torch.randn(20, requires_grad=True)
+    for x in (row.detach(), row, row.view(1, 1, 20), row.half(), torch.randn(20, 2)[:, 0]):
+        assert taken(x)
+    assert not taken(torch.randn(2, 20))
+    assert not taken(torch.randn(6), transpose=True)
+    asked.clear()
+    assert kernels.product(row, packed(5, 20)[0]) is not None
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(65, 6), torch.ones(2, 6).double(), torch.ones(2, 5), torch.ones(0, 6),
+     torch.ones(()), torch.ones(2, 6, device="meta")],
+    ids=["many rows", "fp64", "another last dimension", "no rows", "a scalar", "another device"],
+)  # fmt: skip
+def test_other_inputs_are_left_to_tiles(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, x: Tensor
+) -> None:
+    monkeypatch.setattr(choices, "blocks_are_faster", lambda: False)
+    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: False)
+    assert module.product(x, packed(4, 6)[0], False) is None
+
+
+FP32, BF16, LARGE = torch.float32, torch.bfloat16, (1024, 1024)
+
+
+@pytest.mark.parametrize(
+    ("processor", "rows", "dtype", "expected"),
+    [("plain", 64, FP32, Way("products", FP32)), ("plain", 65, FP32, None),
+     ("plain", 64, BF16, Way("products", FP32)),
+     ("bf16", 7, BF16, Way("products", FP32)), ("bf16", 8, BF16, Way("products", BF16)),
+     ("bf16", 8, torch.float16, Way("products", FP32)), ("bf16", 65, BF16, None),
+     ("mkl", 31, FP32, Way("products", FP32)), ("mkl", 512, FP32, Way("blocks", FP32)),
+     ("mkl", 513, FP32, None),
+     ("amx", 63, FP32, Way("products", FP32)), ("amx", 64, FP32, Way("amx", FP32, 3)),
+     ("amx", 10**6, FP32, Way("amx", FP32, 3)),
+     ("amx", 24, BF16, Way("products", FP32)), ("amx", 25, BF16, Way("amx", BF16)),
+     ("amx", 257, BF16, None)],
+)  # fmt: skip
+def test_the_way_follows_the_processor_the_rows_and_the_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+    processor: str,
+    rows: int,
+    dtype: torch.dtype,
+    expected: Way | None,
+) -> None:
+    has_units = processor in ("bf16", "amx")
+    monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: has_units)
+    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: processor == "amx")
+    monkeypatch.setattr(amx, "available", lambda: processor == "amx")
+    monkeypatch.setattr(choices, "blocks_are_faster", lambda: processor == "mkl")
+    assert way_for(rows, dtype, LARGE) == expected
+
+
+def test_amx_has_two_slices_below_the_highest_precision_and_no_small_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: True)
+    monkeypatch.setattr(amx, "available", lambda: True)
+    monkeypatch.setattr(choices, "blocks_are_faster", lambda: False)
+    with matmul_precision("high"):
+        assert way_for(32, FP32, LARGE) == Way("amx", FP32, 2)
+    assert way_for(64, FP32, (64, 64)) == Way("products", FP32)
+
+
+def in_another_process(folder: Path) -> str:
+    code = """
+import torch, outsiders_rows as m
+from modulora_core.packed import PackedWeight
+tensors = {"codes": torch.ones(4, 4, dtype=torch.int8), "scales": torch.ones(4)}
+y = m.product(torch.ones(1, 4), PackedWeight("outsider", 1, (4, 4), tensors), False)
+loops = m.kernels._products[torch.float32][False]
+print(int(y.sum()), sum(loops.stats.cache_hits.values()))
+"""
+    path = os.pathsep.join([str(folder), str(Path(__file__).parents[3])])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_compiled_code_is_cached_and_follows_changes_of_the_whole_package(tmp_path: Path) -> None:
+    file, beside = tmp_path / "outsiders_rows.py", tmp_path / "outsiders_factor.py"
+    source = "from outsiders_factor import factor\n" + DECODER
+    changed = source.replace("* scales[row + r]", "* scales[row + r] * factor()")
+    factor = "from modulora_core.kernels import jit\n\n@jit()\ndef factor():\n    return {}\n"
+    for text, value, expected in (
+        (source, 1, "16 0"), (source, 1, "16 1"), (changed, 1, "16 0"), (changed, 3, "48 0"),
+    ):  # fmt: skip
+        file.write_text(text, encoding="utf-8")
+        beside.write_text(factor.format(value), encoding="utf-8")
+        assert in_another_process(tmp_path) == expected
