@@ -12,12 +12,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from modulora_core.adapters.targets import ALL_LINEAR, select_layers
+from modulora_core.checkpoints.packed_model import with_methods
 from modulora_core.errors import AdapterError, ModelError, OptionError
 from modulora_core.layers import LoRALinear, PackedStack, QuantLinear, TiedHead
 
@@ -105,6 +108,21 @@ def add_lora(
     return paths
 
 
+class AdaptedModel:
+    """The methods of a transformers model with adapters of ours that differ from its own."""
+
+    def save_pretrained(self, save_directory: str | Path, *_: Any, **__: Any) -> None:
+        """Write the adapters and no base, as PEFT does: others than the first in subfolders."""
+        from modulora_core.adapters.save_load import save_adapter
+
+        assert isinstance(self, nn.Module)
+        layers = (module for module in self.modules() if isinstance(module, LoRALinear))
+        names = list(dict.fromkeys(name for layer in layers for name in layer.lora_A))
+        for name in names:
+            folder = Path(save_directory)
+            save_adapter(self, folder if name == names[0] else folder / name, name=name)
+
+
 def adapter_layers(model: nn.Module, name: str = "default") -> Iterator[tuple[str, LoRALinear]]:
     """The layers that carry the adapter ``name``, with their paths."""
     for path, module in model.named_modules():
@@ -145,6 +163,8 @@ def lora_layer(model: nn.Module, path: str) -> LoRALinear:
     if isinstance(layer, LoRALinear):
         return layer
     assert isinstance(layer, QuantLinear)
+    if isinstance(model, PreTrainedModel) and not isinstance(model, AdaptedModel):
+        model.__class__ = with_methods(AdaptedModel, type(model))
     adapted = LoRALinear(layer)
     adapted.train(layer.training)
     model.set_submodule(path, adapted)

@@ -19,10 +19,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from modulora_core.checkpoints.packed_model import PackedModel, with_methods
 from modulora_core.checkpoints.packed_modules import install, unpack
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
-from modulora_core.errors import AdapterError
-from modulora_core.layers import LoRALinear
 
 
 class ModuLoRAConfig(QuantizationConfigMixin):
@@ -70,27 +69,17 @@ class ModuLoRAHfQuantizer(HfQuantizer):
         for part in (model.base_model, model.get_output_embeddings()):
             if part is not None:
                 part.requires_grad_(False)
+        model.__class__ = with_methods(PackedModel, type(model))
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         wanted = dtype or model.dtype
         unpack(model, getattr(torch, wanted) if isinstance(wanted, str) else wanted)
+        model.__class__ = type(model).__bases__[1]  # without PackedModel
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
-        """The tensors of a checkpoint, with its guard.
-
-        Raises:
-            AdapterError: there is an adapter on the model, for which a checkpoint has no place.
-        """
-        layers = (p for p, m in model.named_modules() if isinstance(m, LoRALinear) and m.lora_A)
-        path = next(layers, None)
-        if path is not None:
-            raise AdapterError(
-                f"save_pretrained: expected a packed model without an adapter, got one on {path}; "
-                "save the adapter with modulora_core.save_adapter(model, OUT), or write a dense "
-                "model with both by `modulora merge`"
-            )
+        """The tensors of a checkpoint, with its guard."""
         record: QuantizationRecord = self.quantization_config.record
         guard = {
             name: torch.empty(layout.shape, dtype=getattr(torch, layout.dtype))

@@ -136,17 +136,6 @@ def test_an_adapter_is_saved_and_loaded_by_its_name(llama: nn.Module, tmp_path: 
         load_adapter(llama, tmp_path / "a")
 
 
-def test_save_pretrained_refuses_a_model_with_an_adapter(
-    llama: nn.Module, saved: Path, tmp_path: Path
-) -> None:
-    llama.save_pretrained(tmp_path / "without")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "without")
-    assert torch.equal(logits(again), logits(llama))
-    load_adapter(llama, saved)
-    with pytest.raises(AdapterError, match=r"without an adapter.*save_adapter.*merge"):
-        llama.save_pretrained(tmp_path / "with")
-
-
 # an adapter and a model that do not fit together
 
 
@@ -339,3 +328,16 @@ def test_an_adapter_from_the_hub_comes_with_its_scales(llama: nn.Module) -> None
 def test_an_adapter_that_is_nowhere_is_refused(path: str, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         read_adapter(path)
+
+
+def test_save_pretrained_writes_the_adapters(llama: nn.Module, pack: Pack, tmp_path: Path) -> None:
+    """So a Trainer of transformers saves what it trained."""
+    trained(llama, PLAIN)
+    add_lora(llama, SCALED, name="second")
+    expected = logits(llama)
+    llama.save_pretrained(tmp_path, state_dict=llama.state_dict())  # type: ignore[operator]
+    assert not (tmp_path / "model.safetensors").exists()
+    again = load_model(pack("llama", "toy")[1])
+    load_adapter(again, tmp_path)
+    load_adapter(again, tmp_path / "second", name="second")
+    assert torch.equal(logits(again), expected)
