@@ -13,12 +13,13 @@ import pytest
 pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
 EXAMPLES = Path(__file__).parents[1]
+TRL = ("trl_sft", "trl_dpo", "trl_grpo")
 SCRIPTS = ("finetune", "own_loop", "quantize_a_matrix", "compare_quantizers")
 
 Module = Callable[[str], ModuleType]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", (*SCRIPTS, *TRL))
 def test_a_script_is_short(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) < 60
 
@@ -50,6 +51,20 @@ def test_each_choice_is_compared_with_the_dense_model(
     assert len(set(found.values())) == 3, "each has values of its own"
     assert found["nf4:block_size=32"] == pytest.approx(found["dense"], rel=0.1)
     assert "optq:bits=3" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # TRL and its data loader warn, such as of no GPU
+@pytest.mark.parametrize("own", [False, True], ids=["PEFT", "add_lora"])
+@pytest.mark.parametrize("name", TRL)
+def test_trl_trains_and_saves_an_adapter(
+    module: Module, tiny_model: str, capsys: pytest.CaptureFixture[str], name: str, own: bool
+) -> None:
+    pytest.importorskip("trl", reason="pip install trl")
+    found = module(name).main(tiny_model, own=own, steps=3)
+    assert len(found) == 3
+    assert name == "trl_grpo" or found[-1] < found[0]
+    assert "'adapter_config.json', 'adapter_model.safetensors'" in capsys.readouterr().out
 
 
 @pytest.mark.slow
