@@ -17,9 +17,7 @@ A plugin may import the names in ``__all__`` of these three packages, and nothin
 from __future__ import annotations
 
 from modulora_core.kernels.launching import (
-    MOST_ROWS_BY_AMX,
     PARTIAL_SUMS,
-    ROUNDING_BYTES,
     check_tensors,
     filled_tile,
     fp32_input,
@@ -28,8 +26,6 @@ from modulora_core.kernels.launching import (
     one_thread,
     operands,
     product_of_one,
-    room_for,
-    rows_of,
     run,
 )
 from modulora_core.kernels.loading import (
@@ -42,9 +38,7 @@ from modulora_core.kernels.loading import (
 from modulora_core.kernels.quantizer import KernelQuantizer
 
 __all__ = [
-    "MOST_ROWS_BY_AMX",
     "PARTIAL_SUMS",
-    "ROUNDING_BYTES",
     "KernelQuantizer",
     "check_tensors",
     "filled_tile",
@@ -58,8 +52,6 @@ __all__ = [
     "one_thread",
     "operands",
     "product_of_one",
-    "room_for",
-    "rows_of",
     "run",
     "triton_is_interpreted",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -28,9 +27,6 @@ PARTIAL_SUMS = 4
 
 Fixed, so that the result does not depend on the number of threads.
 """
-
-MOST_ROWS_BY_AMX = 256
-"""Rows of bf16 up to which our AMX loops are faster than a tile that torch multiplies."""
 
 _HALVES = (torch.float16, torch.bfloat16)
 _ONE_LAUNCH = threading.Lock()
@@ -137,9 +133,7 @@ def one_thread() -> Iterator[None]:
 
 
 def array_of(argument: Any) -> Any:
-    """A numpy array on a tensor's memory, or a copy of an unaligned one: numba would compile for it
-    again.
-    """
+    """A numpy array on a tensor's memory; a copy of an unaligned tensor."""
     if isinstance(argument, Tensor):
         tensor = argument.detach() if argument.requires_grad else argument
         array = (tensor.view(torch.int16) if tensor.dtype in _HALVES else tensor).numpy()
@@ -207,22 +201,6 @@ def product_of_one(
     arrays = weight if isinstance(weight[0], np.ndarray) else array_of(weight)
     run(kernel, arrays, torch.get_num_threads(), row.reshape(1, row.size), y.reshape(1, features))
     return torch.from_numpy(y)
-
-
-def rows_of(x: Tensor | NDArray[Any]) -> NDArray[Any]:
-    """A contiguous CPU tensor ``[..., features]`` as an array ``[n, features]`` on its memory; bf16
-    as int16.
-
-    numpy reshapes faster than torch.
-    """
-    array: NDArray[Any] = array_of(x)
-    columns = array.shape[-1]
-    return array.reshape(array.size // columns if columns else math.prod(array.shape[:-1]), columns)
-
-
-def room_for(x: Tensor, features: int) -> NDArray[np.float32]:
-    """Uninitialised fp32 ``[..., features]`` with the leading dimensions of ``x``."""
-    return np.empty((*x.shape[:-1], features), np.float32)
 
 
 def like_input(y: Tensor, x: Tensor) -> Tensor:

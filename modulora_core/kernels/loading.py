@@ -71,9 +71,7 @@ def _exists(module: str) -> bool:
 
 @cache
 def triton_is_interpreted() -> bool:
-    """Whether ``TRITON_INTERPRET`` asks for the interpreter, in the words that Triton takes for
-    yes.
-    """
+    """Whether ``TRITON_INTERPRET`` asks for the interpreter, in Triton's words for yes."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 

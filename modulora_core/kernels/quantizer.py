@@ -1,5 +1,4 @@
-"""Choose the code that reads a packed weight: Triton on a GPU, numba on a CPU, plain torch
-elsewhere.
+"""Choose the code that reads a packed weight: Triton, numba or plain torch.
 
 A plugin keeps its compiled code in a package with two modules, which are imported on first use::
 

@@ -14,7 +14,7 @@ from modulora_core.models.sites import find_sites
 
 
 class Products(TorchFunctionMode):
-    """Within this mode, ``inputs[name, expert]`` lists the inputs of each linear weight of ``model``.
+    """Within this mode, ``inputs[name, expert]`` lists the inputs of a linear weight of ``model``.
 
     A weight is known by the address where it begins; an expert's is a slice of its stack.
     """

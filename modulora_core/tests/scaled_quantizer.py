@@ -1,4 +1,4 @@
-"""A quantizer with a vector for each side of its codes, installed as an outsider's package would be."""
+"""An outsider's quantizer with a vector for each side of its codes, installed as a package."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ INIT = """
 from modulora_core.hookspecs import hookimpl
 from modulora_core.spec import QuantizerSpec
 
-SCALED = QuantizerSpec(name="scaled", summary="-1, 0 or 1 times a factor for its row and its column", protocol=1, bits=(2,),
-                       location="modulora_scaled.quantizer:Scaled", calibration="optional", rescales=True)
+SCALED = QuantizerSpec(
+    name="scaled", summary="-1, 0 or 1 times a factor for its row and its column", protocol=1,
+    bits=(2,), location="modulora_scaled.quantizer:Scaled", calibration="optional", rescales=True,
+)
 
 @hookimpl
 def modulora_quantizers():
@@ -41,13 +43,13 @@ class Scaled(Quantizer):
         w = weight.float()
         rows = w.abs().mean(dim=1) + 1e-6  # too small a factor on average, as tuning will find
         codes = (w / rows[:, None]).round().clamp(-1, 1).to(torch.int8)
-        tensors = {"codes": codes, "rows": rows.half(), "columns": torch.ones(w.shape[1], dtype=torch.float16)}
+        columns = torch.ones(w.shape[1], dtype=torch.float16)
+        tensors = {"codes": codes, "rows": rows.half(), "columns": columns}
         return PackedWeight("scaled", 1, tuple(w.shape), tensors)
 
     def dequantize_tile(self, packed, rows, dtype):
-        start, stop = rows
-        t = packed.tensors
-        return (t["codes"][start:stop].float() * t["columns"].float() * t["rows"][start:stop, None].float()).to(dtype)
+        codes, factors = (packed.tensors[name][slice(*rows)].float() for name in ("codes", "rows"))
+        return (codes * packed.tensors["columns"].float() * factors[:, None]).to(dtype)
 
     def rescaled(self, packed, input_scale, output_scale):
         t = packed.tensors

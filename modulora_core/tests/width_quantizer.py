@@ -1,4 +1,4 @@
-"""Quantizers whose bytes follow a chosen width, installed as an outsider's package would be: ``plain``, and ``heeding``, which heeds H."""
+"""An outsider's quantizers of a chosen width, installed as a package: ``heeding`` heeds H."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from modulora_core.hookspecs import hookimpl
 from modulora_core.spec import QuantizerSpec
 
 def spec(name, calibration):
-    return QuantizerSpec(name=name, summary="Rounds to a grid for each row", location="modulora_widths.quantizer:" + name.title(),
-                         protocol=1, bits=(1, 2, 4, 8), calibration=calibration, in_multiple=8)
+    return QuantizerSpec(
+        name=name, summary="Rounds to a grid for each row", protocol=1, bits=(1, 2, 4, 8),
+        location="modulora_widths.quantizer:" + name.title(), calibration=calibration, in_multiple=8,
+    )
 
 PLAIN, HEEDING = spec("plain", "none"), spec("heeding", "required")
 
@@ -46,7 +48,8 @@ class Plain(Quantizer):
         codes = self.codes(w, scale)  # [out, in]
         places = torch.arange(8 // bits) * bits
         packed = (codes.view(len(w), -1, 8 // bits) << places).sum(-1).to(torch.uint8)
-        return PackedWeight(self.spec.name, 1, tuple(w.shape), {"codes": packed, "scale": scale.half()}, {"bits": bits})
+        tensors = {"codes": packed, "scale": scale.half()}
+        return PackedWeight(self.spec.name, 1, tuple(w.shape), tensors, {"bits": bits})
 
     def codes(self, w, scale):
         most = 2**self.options.bits - 1
@@ -58,9 +61,10 @@ class Plain(Quantizer):
     def dequantize_tile(self, packed, rows, dtype):
         start, stop = rows
         bits = packed.metadata["bits"]
-        codes = packed.tensors["codes"][start:stop, :, None] >> (torch.arange(8 // bits) * bits) & 2**bits - 1
-        values = (codes.flatten(1).float() - (2**bits - 1) / 2) * packed.tensors["scale"][start:stop].float()
-        return values.to(dtype)
+        places = torch.arange(8 // bits) * bits
+        codes = packed.tensors["codes"][start:stop, :, None] >> places & 2**bits - 1
+        scale = packed.tensors["scale"][start:stop].float()
+        return ((codes.flatten(1).float() - (2**bits - 1) / 2) * scale).to(dtype)
 
 class Heeding(Plain):
     spec = HEEDING

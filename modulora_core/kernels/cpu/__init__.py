@@ -16,6 +16,7 @@ Operations on vectors of sixteen (:mod:`modulora_core.kernels.cpu.vectors`):
     multiply_add, sum_of_lanes
     lookup, lookup_pairs, table_for,    lookup in sixteen
     store_lookup
+    operation                           an operation of your own, in LLVM IR
 """
 
 from __future__ import annotations
@@ -30,16 +31,12 @@ from modulora_core.kernels.cpu.lookups import (
 )
 from modulora_core.kernels.cpu.memory import AHEAD, on_stack, read_ahead, scratch, share, signed
 from modulora_core.kernels.cpu.numbers import (
-    from_bf16,
     from_half,
     largest_bits,
     narrow,
     narrow_row,
-    to_bf16,
     widen,
-    widen_row,
 )
-from modulora_core.kernels.cpu.products import STRIP
 from modulora_core.kernels.cpu.vectors import (
     LANES,
     as_shorts,
@@ -57,8 +54,9 @@ from modulora_core.kernels.cpu.vectors import (
 from modulora_core.kernels.loading import jit
 
 __all__ = [
-    "AHEAD", "LANES", "PAIR_ORDER", "STRIP", "CPUKernels", "as_shorts", "from_bf16", "from_half", "jit", "largest_bits",
-    "load", "load_shorts", "lookup", "lookup_pairs", "multiply_add", "narrow", "narrow_row", "on_stack", "operation",
-    "prefetch", "read_ahead", "scratch", "share", "signed", "splat", "store", "store_lookup",
-    "store_rounded", "sum_of_lanes", "table_for", "to_bf16", "to_floats", "widen", "widen_row",
+    "AHEAD", "LANES", "PAIR_ORDER", "CPUKernels", "as_shorts", "from_half", "jit",
+    "largest_bits", "load", "load_shorts", "lookup", "lookup_pairs", "multiply_add", "narrow",
+    "narrow_row", "on_stack", "operation", "prefetch", "read_ahead", "scratch", "share",
+    "signed", "splat", "store", "store_lookup", "store_rounded", "sum_of_lanes", "table_for",
+    "to_floats", "widen",
 ]  # fmt: skip

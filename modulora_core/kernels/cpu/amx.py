@@ -55,9 +55,7 @@ SIDE = 32
 """Rows and columns of a block of sums."""
 
 MOST = 320
-"""Rows or columns of Ŵ of which a thread has a part decoded: their sums with 512 rows of X are 640
-KiB.
-"""
+"""Rows or columns of Ŵ that a thread has decoded: 640 KiB of sums with 512 rows of X."""
 
 RUN = 256
 """Columns of a row of Ŵ that are decoded at once: longer pieces are decoded faster."""
@@ -71,9 +69,7 @@ _ORDERS = {
     2: [(1, 0), (0, 0), (0, 1)],
     3: [(2, 0), (1, 0), (1, 1), (0, 1), (0, 0), (0, 2)],
 }
-"""For each number of slices the slices of A and B to multiply: neighbours share one, which stays in
-its registers.
-"""
+"""Pairs of slices to multiply, by the number of slices; neighbours share a slice."""
 
 _BYTE, _LINE, _ROWS = ir.IntType(8), 64, 16  # of a register: bytes of a line, and lines
 _VOID, _I64 = types.void, types.int64
@@ -81,9 +77,7 @@ _VOID, _I64 = types.void, types.int64
 
 @cache
 def available() -> bool:
-    """Whether kernels may use AMX: the processor has it, and the system lets this process, which
-    torch asks for.
-    """
+    """Whether kernels may use AMX: the processor has it, and the system permits it."""
     ask = getattr(torch.cpu, "_init_amx", None)
     features = ("amx-tile", "amx-bf16", "avx512bf16")
     return all(map(has, features)) and ask is not None and bool(ask())
@@ -212,9 +206,7 @@ def forward(weight: Any, threads: int, budget: int, slices: int, x: Any, y: Any)
 
 
 def transposed(weight: Any, threads: int, budget: int, slices: int, y: Any, x: Any) -> None:
-    """Add ``y Ŵ`` to ``x``, for ``y`` fp32 or bf16 ``[n, out]`` and ``x`` fp32 ``[n, in]``; else as
-    above.
-    """
+    """Add ``y Ŵ`` to ``x``, for ``y`` fp32 or bf16 ``[n, out]`` and ``x`` fp32 ``[n, in]``."""
     (n, rows), in_features = y.shape, x.shape[1]
     panels, lines = units(n, SIDE), slices * LINES
     most = MOST if panels > FEW_PANELS else 2 * MOST

@@ -100,9 +100,7 @@ def pieces_of(count: int, unit: int, most: int, unit_bytes: int, budget: int, th
 def transpose(
     a: Any, row: int, column: int, rows: int, columns: int, b: Any, to_row: int, to_column: int
 ) -> None:
-    """``b[to_row + k, to_column + r] = a[row + r, column + k]`` for so many rows and columns of
-    ``a``; both are fp32.
-    """
+    """``b[to_row + k, to_column + r] = a[row + r, column + k]``, for fp32."""
     long, step = a.shape[1], b.shape[1]
     high, wide = rows // WIDTH * WIDTH, columns // WIDTH * WIDTH
     for k in range(0, wide, WIDTH):
@@ -116,9 +114,7 @@ def transpose(
 
 @jit(borrows=True)
 def add_columns(sums: Any, y: Any, start: int, count: int, room: Any) -> None:
-    """``y[:, start + o] += sums[o]`` for ``count`` rows of sums; ``room`` is scratch, ``[n,
-    WIDTH]``.
-    """
+    """``y[:, start + o] += sums[o]``, for ``count`` rows; ``room`` is scratch, ``[n, WIDTH]``."""
     for o in range(0, count, WIDTH):
         wide = min(WIDTH, count - o)
         transpose(sums, o, 0, wide, len(y), room, 0, 0)
@@ -136,9 +132,7 @@ def add_to_columns(sums: Any, x: Any, start: int, count: int) -> None:
 
 
 def forward(weight: Any, threads: int, budget: int, x: Any, y: Any) -> None:
-    """Add ``x Ŵᵀ`` to ``y``, for fp32 ``[n, in]`` and ``[n, out]``; ``budget``: bytes of Ŵ that a
-    thread may have decoded.
-    """
+    """Add ``x Ŵᵀ`` to ``y``; ``budget`` limits the bytes of Ŵ that a thread has decoded."""
     n, columns = x.shape
     panels, rows = units(n, WIDE), y.shape[1]
     pieces = pieces_of(rows, TALL, MOST_ROWS, TALL * ROW * 4, budget, threads)

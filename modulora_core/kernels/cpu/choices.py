@@ -17,7 +17,6 @@ import torch
 from modulora_core.devices import dense_products
 from modulora_core.kernels.cpu import amx
 from modulora_core.kernels.cpu.vectors import has
-from modulora_core.kernels.launching import MOST_ROWS_BY_AMX
 
 FEW_ROWS = 64
 """Rows up to which products of few rows are faster than tiles."""
@@ -33,6 +32,9 @@ LEAST_ROWS_BY_AMX = {1: 25, 2: 32, 3: 64}
 
 Fewer rows of bf16 are multiplied in fp32.
 """
+
+MOST_ROWS_BY_AMX = 256
+"""Rows of bf16 up to which AMX is faster than tiles that torch multiplies."""
 
 LEAST_FOR_AMX = 2**18
 """Values of a weight from which slicing the inputs for AMX pays."""
@@ -77,15 +79,11 @@ def way_for(rows: int, dtype: torch.dtype, shape: tuple[int, int]) -> Way | None
 
 
 def precision_slices() -> int:
-    """Slices of an fp32 number: three are exact, two for ``torch.set_float32_matmul_precision``
-    below "highest".
-    """
+    """Slices of an fp32 number, by torch's matmul precision; three are exact."""
     return 3 if dense_products.float32_precision() == "highest" else 2
 
 
 @cache
 def blocks_are_faster() -> bool:
-    """Whether blocks of sums are as fast as torch's products: with AVX2 or AVX-512, beside MKL, not
-    oneDNN.
-    """
+    """Whether blocks of sums are as fast as torch's products: with AVX2, beside MKL."""
     return (has("avx2") or has("avx512f")) and not dense_products.onednn_is_faster()

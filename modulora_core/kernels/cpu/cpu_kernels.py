@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from modulora_core.kernels.cpu import amx, blocks, choices, products
 from modulora_core.kernels.cpu.choices import Way
 from modulora_core.kernels.launching import (
-    array_of,
     filled_tile,
     launch,
     operands,
@@ -79,9 +78,7 @@ class CPUKernels:
         )
 
     def tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``, in any float dtype, rounded once
-        from fp32.
-        """
+        """Rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``, rounded once to ``dtype``."""
         return self._tile(operands(packed, self._operands), rows, packed.shape[1], dtype)
 
     def _tile(
@@ -99,8 +96,7 @@ class CPUKernels:
         transpose: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Tensor | None:
-        """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``, in ``x``'s dtype, summed in fp32; None to
-        multiply by tiles.
+        """``x Ŵᵀ``, or ``x Ŵ``, in ``x``'s dtype, summed in fp32; None to multiply by tiles.
 
         Args:
             x: any shape, dtype and device.
@@ -156,36 +152,6 @@ class CPUKernels:
             budget = tile_bytes(x.device) // threads
             launch(kernel[transpose], weight, threads, budget, *slices, rows, sums)
         return y
-
-
-class RowKernels(CPUKernels):
-    """:class:`CPUKernels` of arrays, for plugins that still name them."""
-
-    def __init__(
-        self,
-        decode: Any,
-        one_row: Callable[..., None] | None = None,
-        takes: Callable[[Weight], bool] = lambda _: True,
-        rounds: bool = False,
-    ) -> None:
-        def chosen(weight: Weight) -> Callable[..., None] | None:
-            return one_row if takes(weight) else None
-
-        super().__init__(decode, lambda _: (), chosen, rounds)
-
-    def tile(self, weight, rows, features, dtype):  # type: ignore[no-untyped-def, override]
-        return self._tile(weight, rows, features, dtype)
-
-    def product(self, x, shape, weight, most, transpose, dtype=None):  # type: ignore[no-untyped-def, override]  # noqa: ARG002
-        return self._product(x, shape, weight, transpose, dtype)
-
-    def dequantize(self, weight, first, out):  # type: ignore[no-untyped-def]
-        launch(self._fill[out.dtype], weight, first, out)
-
-    def matmul(self, weight, x, features, transpose=False):  # type: ignore[no-untyped-def]
-        given = x.shape[-1]
-        shape = (given, features) if transpose else (features, given)
-        return self._product(x.float(), shape, lambda: array_of(weight), transpose, x.dtype)
 
 
 def _compiled(template: Callable[..., None], decode: Any, parallel: bool = True) -> Any:

@@ -34,9 +34,7 @@ _FLOATS, _WHOLES, _SHORTS = (llvm(kind) for kind in (Floats, Wholes, Shorts))
 
 @operation(lambda table, index: Floats(table, index))
 def lookup(_context: Any, builder: Any, _kinds: Any, table: Any, index: Any) -> Any:
-    """``(table, index)``: ``table[index & 15]`` in registers, of :data:`Floats` by
-    :data:`Wholes`.
-    """
+    """``(table, index)``: ``table[index & 15]``, of :data:`Floats` by :data:`Wholes`."""
     return _looked_up(builder, table, index)
 
 
@@ -56,9 +54,7 @@ def _looked_up(builder: Any, table: Any, index: Any) -> Any:
 
 
 def _looked_up_eight(builder: Any, table: Any, index: Any, first: int) -> Any:
-    """By AVX2, which looks at three bits of an index: in both halves of the table, and the fourth
-    bit chooses.
-    """
+    """By AVX2, which looks at three bits of an index: in both halves; the fourth bit chooses."""
     eight = chosen(builder, index, range(first, first + 8))
     of = ir.VectorType(FLOAT, 8)
     halves = (chosen(builder, table, range(at, at + 8)) for at in (0, 8))
@@ -73,16 +69,12 @@ PAIR_ORDER = tuple(
     8 * (k // 8) + 2 * (k % 4) + (k % 8 < 4) if _BY_BYTES else 2 * (k % LANES) + k // LANES
     for k in range(2 * LANES)
 )
-"""The order in which :func:`lookup_pairs` gives the codes of 16 bytes, whose high halves are
-even.
-"""
+"""The order of :func:`lookup_pairs` for the codes of 16 bytes, whose high halves are even."""
 
 
 @operation(lambda table, pairs: types.UniTuple(Floats, 2)(table, pairs))
 def lookup_pairs(context: Any, builder: Any, _kinds: Any, table: Any, pairs: Any) -> Any:
-    """``(table, pairs)``: ``table`` of both halves of 16 bytes, :data:`Wholes`, in
-    :data:`PAIR_ORDER`.
-    """
+    """``(table, pairs)``: ``table`` of both halves of 16 bytes, in :data:`PAIR_ORDER`."""
     if _BY_BYTES:
         found = _looked_up_by_bytes(builder, table, pairs)
     else:
@@ -92,9 +84,7 @@ def lookup_pairs(context: Any, builder: Any, _kinds: Any, table: Any, pairs: Any
 
 
 def _looked_up_by_bytes(builder: Any, table: Any, pairs: Any) -> list[Any]:
-    """AVX2 looks up bytes in sixteen: it takes each of the four bytes of 32 numbers, and puts them
-    together.
-    """
+    """By AVX2, which looks up bytes: each of a number's four bytes, then put together."""
     of_bytes, of_words = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(64), 4)
     codes = builder.trunc(pairs, ir.VectorType(ir.IntType(8), LANES))
     twice = builder.bitcast(chosen(builder, codes, 2 * list(range(LANES))), of_words)
@@ -127,9 +117,7 @@ def _table_of(out: Any) -> Vector:
 
 @operation(lambda out, values: _table_of(out)(out, values))
 def table_for(_context: Any, builder: Any, kinds: Any, _out: Any, values: Any) -> Any:
-    """``(out, values)``: a table of 16 values for :func:`store_lookup`, rounded once where ``out``
-    is bf16.
-    """
+    """``(out, values)``: the table of :func:`store_lookup`, in bf16 if ``out`` is."""
     if _table_of(kinds[0]) == Floats:
         return values
     # twice: AVX-512 looks at five bits of an index, and the fifth may be anything
@@ -140,9 +128,7 @@ def table_for(_context: Any, builder: Any, kinds: Any, _out: Any, values: Any) -
 def store_lookup(
     context: Any, builder: Any, kinds: Any, out: Any, at: Any, table: Any, index: Any
 ) -> None:
-    """``(out, at, table, index)``: store the values of 32 codes, :data:`Shorts` whose low four bits
-    count.
-    """
+    """``(out, at, table, index)``: store 32 values by the low four bits of :data:`Shorts`."""
     if kinds[2] == Shorts:
         found = call(builder, "llvm.x86.avx512.permvar.hi.512", _SHORTS, [table, index])
         put(context, builder, kinds[0], out, at, [found])

@@ -19,9 +19,7 @@ _LINE = 64
 
 @jit()
 def signed(index: Any) -> Any:
-    """The index of a ``prange`` is unsigned, and numba adds unsigned and signed numbers as
-    floats.
-    """
+    """A signed index: numba adds unsigned and signed numbers as floats."""
     return np.int64(index)
 
 
@@ -48,9 +46,7 @@ AHEAD = 4096
 
 @jit(borrows=True)
 def read_ahead(array: Any, first: int, count: int) -> None:
-    """Prefetch the bytes :data:`AHEAD` of elements ``[first, first + count)``, of an array as if it
-    were flat.
-    """
+    """Prefetch the bytes :data:`AHEAD` of ``count`` elements from ``first`` on."""
     line, begin = _LINE // size_of(array), first + AHEAD // size_of(array)
     for at in range(begin, min(begin + count, array.size), line):
         prefetch(array, at)

@@ -34,9 +34,7 @@ def from_bf16(bits: Any) -> Any:
 
 @jit(borrows=True)
 def to_bf16(number: Any) -> Any:
-    """The bits in bf16, int16, of an fp32 number: to nearest, halves to even, and one NaN for all,
-    as in torch.
-    """
+    """The bits in bf16, int16, of an fp32 number: to nearest even, and one NaN for all."""
     bits = np.float32(number).view(np.uint32)
     nearest = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1)))
     rounded = nearest if number == number else np.uint32(0x7FC00000)
@@ -44,9 +42,7 @@ def to_bf16(number: Any) -> Any:
 
 
 def widen(value: Any) -> Any:
-    """The number that is stored as ``value``: an fp32 number itself, or the bf16 number of an
-    int16.
-    """
+    """The number stored as ``value``: fp32 itself, or the bf16 number of an int16."""
     raise NotImplementedError
 
 
@@ -58,9 +54,7 @@ def _widen(value: Any) -> Any:
 
 
 def narrow(number: Any, like: Any) -> Any:
-    """An fp32 number as ``like`` is stored: itself, or rounded to bf16's bits if that is an
-    int16.
-    """
+    """An fp32 number as ``like`` is stored: itself, or rounded to bf16's bits, int16."""
     raise NotImplementedError
 
 
@@ -69,13 +63,6 @@ def _narrow(number: Any, like: Any) -> Any:  # noqa: ARG001 - numba matches name
     if isinstance(like, types.Float):
         return lambda number, like: number  # noqa: ARG005
     return lambda number, like: to_bf16(number)  # noqa: ARG005
-
-
-@jit(borrows=True)
-def widen_row(x: Any, out: Any) -> None:
-    """The numbers stored in ``x``, to as many of ``out``, fp32."""
-    for k in range(out.size):
-        out[k] = widen(x[k])
 
 
 @jit(borrows=True)

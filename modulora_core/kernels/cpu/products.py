@@ -41,22 +41,16 @@ STRIP = 16
 """Rows of Ŵ that are decoded at once."""
 
 TALL_STRIP = 32
-"""The same of a transposed product, in fp32: its sums are loaded and stored once a strip. Twice as
-many of bf16.
-"""
+"""Rows of Ŵ that a transposed product decodes at once, in fp32; twice as many of bf16."""
 
 CHUNK = 2048
 """Columns that are decoded at once: memory is read faster in long rows."""
 
 PANEL = 512
-"""Columns that are multiplied at once by all rows of X: a strip of them takes 32 KiB of the L1
-cache.
-"""
+"""Columns that all rows of X are multiplied by at once: 32 KiB of a strip."""
 
 SUMS = 2**14
-"""Sums of a transposed product that are added to at once, 64 KiB, if that leaves a panel of
-columns.
-"""
+"""Sums of a transposed product that are added to at once, 64 KiB, or one panel."""
 
 GAP = 64
 """Bytes between two decoded rows: rows a power of two apart would share lines of the L1 cache."""
@@ -110,8 +104,7 @@ def rounded(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 def _add_four(
     x: Any, at_x: int, w: Any, start: int, count: int, columns: int, sums: Any, at: int
 ) -> None:
-    """Products of four rows of x with ``count`` rows of w, summed over ``columns`` from ``start``
-    on.
+    """Add products of four rows of x with ``count`` rows of w, over ``columns`` from ``start``.
 
     Each block of sums is a register of ``sums``, row after row of x.
     """
@@ -149,9 +142,7 @@ def _put_sums(sums: Any, rows: int, count: int, y: Any, first: int) -> None:
 
 
 def forward(weight: Any, threads: int, columns: int, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ``: ``y`` is fp32; Ŵ has ``columns``, and ``x`` is padded to a multiple of
-    :data:`COLUMNS`.
-    """
+    """``y = x Ŵᵀ``; Ŵ has ``columns``, and ``x`` is padded to a multiple of :data:`COLUMNS`."""
     n, rows = y.shape
     padded, whole = x.shape[1], n // ROWS * ROWS
     chunk, panel = min(CHUNK, padded), PANEL * pair(x)
@@ -219,8 +210,7 @@ def _add_parts(sums: Any, n: int, row: int, out: Any) -> None:
 
 
 def transposed(weight: Any, threads: int, rows: int, y: Any, x: Any) -> None:
-    """``x = y Ŵ``: ``x`` is fp32; Ŵ has ``rows``, and ``y`` is padded to a multiple of
-    :data:`COLUMNS`.
+    """``x = y Ŵ``; Ŵ has ``rows``, and ``y`` is padded to a multiple of :data:`COLUMNS`.
 
     The rows of Ŵ are cut into parts, and each part has sums of its own.
     """

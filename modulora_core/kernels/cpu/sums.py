@@ -58,8 +58,7 @@ def _rows(builder: Any, block: Any) -> list[list[Any]]:
 
 
 def registers(count: int) -> Any:
-    """The operation ``(array, at, apart)`` that loads ``count`` registers, each ``apart`` numbers
-    after the last.
+    """The operation ``(array, at, apart)`` that loads registers, ``apart`` from each other.
 
     A register has fp32 numbers, or pairs of neighbouring numbers of bf16.
     """
@@ -132,8 +131,7 @@ def add_products(context: Any, builder: Any, kinds: Any, a: Any, b: Any, block: 
 def add_multiples(
     context: Any, builder: Any, kinds: Any, a: Any, at: Any, apart: Any, b: Any, block: Any
 ) -> Any:
-    """``(a, at, apart, b, block)``: the block with ``a[at + i * apart] * b[j]`` added at row i,
-    column j.
+    """``(a, at, apart, b, block)``: add ``a[at + i * apart] * b[j]`` at row i, column j.
 
     Of bf16 a number is a pair, of ``a[...]`` and the next one.
     """
@@ -153,9 +151,7 @@ def add_multiples(
 def add_block(
     context: Any, builder: Any, kinds: Any, _a: Any, sums: Any, at: Any, apart: Any, block: Any
 ) -> None:
-    """``(a, sums, at, apart, block)``: add rows of :func:`add_multiples` of ``a`` to ``sums[at + i
-    * apart]`` on.
-    """
+    """``(a, sums, at, apart, block)``: add a block's rows to ``sums[at + i * apart]`` on."""
     for row in _rows(builder, block):
         if kinds[0].dtype is not types.float32:
             two = [
@@ -172,9 +168,7 @@ def add_block(
 def add_sums_of_lanes(
     context: Any, builder: Any, kinds: Any, block: Any, sums: Any, at: Any
 ) -> None:
-    """``(block, sums, at)``: add the sum of each of a block's :data:`WIDTH` registers to
-    ``sums[at]`` on, row after row.
-    """
+    """``(block, sums, at)``: add the sum of each register to ``sums[at]`` on, row after row."""
     values = [value for row in _rows(builder, block) for value in row]
     _add(
         context,
@@ -198,9 +192,7 @@ def _halves(half: int) -> tuple[list[int], list[int]]:
 
 
 def _sums_of(builder: Any, values: list[Any]) -> Any:
-    """The sum of each of as many registers as one has lanes, in their order: a transposition, added
-    up at each step.
-    """
+    """The sum of each of :data:`WIDTH` registers: a transposition, added up at each step."""
     half = WIDTH // 2
     while half:
         pairs = zip(values[:half], values[half:], strict=True)
@@ -236,9 +228,7 @@ def pair(_context: Any, _builder: Any, kinds: Any, _array: Any) -> Any:
 def store_transposed(
     context: Any, builder: Any, kinds: Any, a: Any, at: Any, long: Any, b: Any, to: Any, step: Any
 ) -> None:
-    """``(a, at, long, b, to, step)``: ``b[to + j * step + i] = a[at + i * long + j]``, i and j
-    below WIDTH; fp32.
-    """
+    """``(a, at, long, b, to, step)``: ``b[to + j * step + i] = a[at + i * long + j]``, a square."""
     values = []
     for _ in range(WIDTH):
         values.append(builder.load(place(context, builder, kinds[0], a, at, _REGISTER), align=4))

@@ -1,5 +1,4 @@
-"""Vectors as values of numba functions: a kernel is a loop over vectors, without LLVM's own
-language.
+"""Vectors as values of numba functions: a kernel is a loop over vectors.
 
     Floats      16 fp32 numbers
     Wholes      16 whole numbers, int32
@@ -31,9 +30,7 @@ binding.initialize_native_asmparser()  # without it LLVM ends the process at an 
 
 
 def has(feature: str) -> bool:
-    """Whether kernels are compiled for a processor with ``feature``, in LLVM's words:
-    ``"avx2"``.
-    """
+    """Whether kernels are compiled for a ``feature``, in LLVM's words: ``"avx2"``."""
     return f"+{feature}" in str(cpu_target.target_context.codegen().magic_tuple()[2])
 
 
@@ -196,9 +193,9 @@ def as_shorts(_context: Any, builder: Any, _kinds: Any, wholes: Any) -> Any:
 
 @operation(lambda a, b, total: total(a, b, total))
 def multiply_add(_context: Any, builder: Any, _kinds: Any, a: Any, b: Any, total: Any) -> Any:
-    """``(a, b, total)``: ``a * b + total``, rounded once where the processor can. Of :data:`Pairs`
-    it adds the products of both numbers of each pair to a :data:`Register`.
-    """
+    """``(a, b, total)``: ``a * b + total``, rounded once if the processor can.
+
+    Of :data:`Pairs`: adds the products of both numbers of each pair."""
     return multiplied(builder, a, b, total)
 
 

@@ -1,4 +1,4 @@
-"""The functions ``tile`` and ``product`` of a plugin's module of GPU kernels, made from a decoder."""
+"""Tiles and products on a GPU, around the decoder that a plugin writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from modulora_core.packed import PackedWeight
 
 
 class GPUKernels:
-    """Tiles and products of few rows around a decoder. Write them like this::
+    """Make ``tile`` and ``product`` of a plugin's module of GPU kernels from a decoder.
+
+    Write them like this::
 
         @triton.jit
         def decode(weight, row, col, out_features, in_features, OPTIONS, BLOCK_OUT, BLOCK_IN): ...
@@ -24,8 +26,8 @@ class GPUKernels:
 
     Args:
         decode: a block of Ŵ (:mod:`modulora_core.kernels.triton.blocks`).
-        operands: ``operands(packed)`` gives the ``weight`` of ``decode``: a tuple of contiguous tensors, which
-            become pointers, and whole numbers.
+        operands: ``operands(packed)`` gives the ``weight`` of ``decode``: a tuple of contiguous
+            tensors, which become pointers, and whole numbers.
         options: ``options(packed)`` gives the ``OPTIONS`` of ``decode``, a hashable constant.
         parts: ``parts(packed)`` gives the number of parts into which a row falls.
     """
@@ -40,7 +42,7 @@ class GPUKernels:
         self._decode, self._operands, self._options, self._parts = decode, operands, options, parts
 
     def tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``, in any float dtype, rounded once from fp32."""
+        """Rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``, rounded once to ``dtype``."""
         out = torch.empty(rows[1] - rows[0], packed.shape[1], dtype=dtype, device=packed.device)
         weight, options = self._operands(packed), self._options(packed)
         write_tile(
@@ -51,8 +53,8 @@ class GPUKernels:
     def product(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor | None:
         """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``, in ``x``'s dtype; None to multiply by tiles.
 
-        Tiles are for more than :data:`~modulora_core.kernels.triton.products.MOST_ROWS` rows, for fp64, and for an
-        ``x`` of a wrong shape, which the tiled product refuses.
+        Tiles are for more than :data:`~modulora_core.kernels.triton.products.MOST_ROWS` rows, for
+        fp64, and for an ``x`` of a wrong shape, which the tiled product refuses.
         """
         few = few_rows(x, packed.shape[0 if transpose else 1])
         if few is None:

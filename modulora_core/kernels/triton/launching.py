@@ -1,10 +1,8 @@
-"""How Triton kernels are started: the one place that knows of devices, of tuning and of the interpreter.
+"""Launch Triton kernels: on their tensors' GPU, in the interpreter, or only on record.
 
-    launch(kernel, grid, arguments, constants, configs)
-
-runs ``kernel`` on the GPU where its tensors are, in the configuration that is fastest there; where they are small, and in the
-interpreter, in the first; and inside of :func:`recorded` not at all: the call is kept, so that it can be compiled ahead of time, with
-the types and the alignments of a real one, for a GPU that isn't here (``modulora_conformance.ahead_of_time``).
+A kernel with several configurations is timed once, and runs in the fastest. Inside of
+:func:`recorded` nothing runs: ``modulora_conformance.ahead_of_time`` compiles the recorded calls
+for GPUs that are not here.
 """
 
 from __future__ import annotations
@@ -25,15 +23,14 @@ from modulora_core.devices.clock import seconds_of
 from modulora_core.kernels.triton.blocks import INTERPRETED
 
 Argument = Tensor | int | float | tuple["Argument", ...]
-"""What a kernel takes: a tensor becomes a pointer, a tuple stays one."""
+"""A kernel's argument: a tensor becomes a pointer, a tuple stays one."""
 
 Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 """The numbers of programs, given the kernel's constants."""
 
 
 WORTH_TUNING = 2**20
-"""Numbers of a call's largest tensor from which on configurations are timed. With fewer a kernel takes, by
-estimate, no longer than to start it, and what is fastest for them says nothing about large ones."""
+"""Numbers of a call's largest tensor from which configurations are timed."""
 
 _TRIALS = 9
 
@@ -44,8 +41,8 @@ class Config:
 
     Attributes:
         warps: of 32 threads (64 on AMD's) in a program.
-        stages: how many iterations of a loop around ``tl.dot`` have their loads under way. With more than 1 every load in it goes through
-            shared memory first, lookups in a table too.
+        stages: iterations of a loop around ``tl.dot`` whose loads are under way. With more than 1,
+            every load in it goes through shared memory, lookups in a table too.
         constants: the kernel's constants that go with it, as pairs of name and value.
     """
 
@@ -56,7 +53,7 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A launch that was recorded: ``kernel`` with ``arguments``, then ``constants`` by name, in ``config``."""
+    """A recorded launch: ``kernel`` with ``arguments``, then ``constants`` by name."""
 
     kernel: Any
     arguments: tuple[Argument, ...]
@@ -69,7 +66,7 @@ _CALLS: ContextVar[list[Call] | None] = ContextVar("modulora_triton_calls", defa
 
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """Inside of this block kernels aren't run; what would have been is in the list that it gives. Results are undefined."""
+    """Record launches in a list instead of running them. Results are undefined."""
     calls: list[Call] = []
     token = _CALLS.set(calls)
     try:
@@ -89,14 +86,14 @@ def launch(
     """Run ``kernel`` once.
 
     Args:
-        kernel: a ``@triton.jit`` function that only writes what it is to compute, so that running it twice does no harm.
+        kernel: a ``@triton.jit`` function that may run twice: it only writes its results.
         grid: the numbers of programs.
         arguments: in the kernel's order; its constants come after them.
         constants: by name; among them may be ``@triton.jit`` functions that the kernel calls.
-        configs: where there are several, each is timed once for each value of the constants ``key`` names and each dtype, and the
-            fastest is taken. Give several only where they all compute the same bits. The first is for where nothing is timed: in the
-            interpreter, and where no tensor has :data:`WORTH_TUNING` numbers.
-        key: the names of the constants on which the choice depends.
+        configs: the fastest is taken; each is timed once for each dtype and each value of the
+            constants in ``key``. They must compute the same bits. The first runs where nothing is
+            timed: in the interpreter, and with fewer numbers than :data:`WORTH_TUNING`.
+        key: names of the constants on which the choice depends.
     """
     first = configs[0]
     calls = _CALLS.get()
@@ -136,14 +133,14 @@ def _tuned(
 
 
 def forget_choices() -> None:
-    """Time configurations again: for a process that has shared its GPU with others until now. Nothing is compiled again."""
+    """Time configurations again, without compiling them again."""
     _tuned.cache_clear()
 
 
 def _milliseconds(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
-    """Triton's tuner asks so how long a configuration takes, and takes the one whose first number is least: here the median, alone.
+    """The median time of a call, for Triton's tuner.
 
-    Its own way fills a cache with 256 MiB of the device's memory, which a model may not leave, and which would count as a peak.
+    Its own timer fills 256 MiB of the device's memory, which a model may not leave free.
     """
     del quantiles
     device = torch.device("cuda", torch.cuda.current_device())

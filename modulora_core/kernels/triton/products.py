@@ -1,21 +1,20 @@
-"""Products of few rows with Ŵ on a GPU, without materialising it: around a plugin's decode function.
+"""Products of few rows with Ŵ on a GPU, around a plugin's decode function.
 
     forward      y[n, out] = Σ_in  x[n, in]  Ŵ[out, in]
     transposed   y[n, in]  = Σ_out x[n, out] Ŵ[out, in]
 
-    moves      the codes once, x once for each block of outputs (from L2), y once: b / 8 bytes a weight for b bits
+    moves      the codes once, x once for each block of outputs (from L2), y once
     computes   the decode once, and 2 n operations a weight
     floor      the codes' bytes at the rate of memory, while decoding keeps up
 
-A program has a block of the outputs and a *share* of the sum; it decodes a block of Ŵ into registers at a time and adds
-to fp32 sums. For one row it multiplies and adds, each thread for itself, and sums across threads once at its end. For more
-``tl.dot`` takes the block of Ŵ as its left operand and the rows of x, padded, as its right one. Shares are summed by torch in a
-fixed order: no atomics, the same bits every time.
+A program has a block of the outputs and a *share* of the sum. It decodes a block of Ŵ at a time
+into registers and adds to fp32 sums. With one row, each thread multiplies and adds, and the
+threads' sums are added once at the end. With more rows, ``tl.dot`` multiplies the block by the
+padded rows of x. Shares are added by torch in a fixed order: no atomics, the same bits every time.
 
-For more than :data:`MOST_ROWS` rows decoded tiles and cuBLAS are the way (:func:`modulora_core.tiles.tiled_matmul`).
+More than :data:`MOST_ROWS` rows are multiplied by tiles (:func:`modulora_core.tiles.tiled_matmul`).
 
-Nothing is timed here: which block a program takes decides the order of the sum, and a result mustn't depend on how
-busy a machine was when it was tuned. :func:`chosen` is the rule; pass another :class:`Cut` to look for a better one.
+The blocks decide the order of a sum, so they follow a rule (:func:`chosen`) and not the clock.
 """
 
 from __future__ import annotations
@@ -37,13 +36,14 @@ MOST_ROWS = 32
 """Rows of x that the kernel takes."""
 
 PROGRAMS = 512
-"""How many programs a product is cut into at least, where the weight is large enough: about four for each processor of a large GPU.
+"""Programs of a product of a large weight: about four for each processor of a large GPU.
 
-Fixed, and not the number of processors, so that the order of a sum is the same on every card."""
+Fixed, so that the order of a sum is the same on every card."""
 
 ENOUGH_FOR_ONE_ROW = 128
-"""Programs from which on the forward of one row isn't cut into shares to make more of them: to start the kernels that add shares and round
-takes longer than such a product. An estimate: no card has measured it."""
+"""Programs from which one row's forward is not cut into shares: adding them would take longer.
+
+An estimate."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,8 +65,8 @@ class Cut:
 def chosen(n: int, dtype: torch.dtype, transpose: bool) -> Cut:
     """The rule: a function of the number of rows, x's dtype and the direction alone.
 
-    16 or 32 weights a thread: loads of 16 bytes, and no spills with as many sums beside them. For one row, blocks are wide
-    along the rows of Ŵ, as memory likes it, and less so where each column more is a partial sum more to write.
+    A thread has 16 or 32 weights: loads of 16 bytes, and no spills with as many sums. One row's
+    blocks are wide along the rows of Ŵ; transposed less so, as each column is a partial sum.
     """
     if (
         n > 1 and dtype == torch.float32
@@ -78,7 +78,7 @@ def chosen(n: int, dtype: torch.dtype, transpose: bool) -> Cut:
 
 
 def padded(n: int, dtype: torch.dtype) -> int:
-    """Rows that the kernel is compiled for: a power of two, and where tensor cores multiply, so in 16 bits, 1 or at least 16."""
+    """Rows that the kernel is compiled for: a power of two; in 16 bits 1, 16 or 32."""
     if n == 1 or dtype == torch.float32:
         return 1 << (n - 1).bit_length()
     return 16 if n <= 16 else 32
@@ -92,10 +92,11 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
     DECODE: tl.constexpr, OPTIONS: tl.constexpr, PARTS: tl.constexpr, TRANSPOSE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """``y[s] = x Ŵᵀ``, or ``x Ŵ``, over share s of the sum, which is so many ``steps``; x ``[n, given]``, y ``[shares, n, wanted]``.
+    """``y[s] = x Ŵᵀ``, or ``x Ŵ``, over share s of the sum: so many ``steps``.
 
-    Of a row that falls into PARTS, a program sums over the same columns of all; where columns are kept, they are of one part,
-    and programs beside it have the same ones of the others.
+    x is ``[n, given]``, y ``[shares, n, wanted]``. If rows fall into PARTS, a program sums over the
+    same columns of all parts. Transposed, its columns are of one part, and neighbouring programs
+    have the same columns of the others.
     """
     if TRANSPOSE:
         given, wanted, last = out_features, in_features, out_features
@@ -113,7 +114,7 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
         total = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     else:
         total = tl.zeros((KEPT, ROWS), tl.float32)
-    # one loop over blocks and parts, so that the next loads are under way in either; unrolled, eight parts would spill
+    # one loop over blocks and parts: the next loads are under way; unrolled, parts would spill
     for step in range(begin * SUMMED, end * SUMMED):
         at = step // SUMMED * STEP  # so that the compiler sees what it is a multiple of
         row, col = (at, kept) if TRANSPOSE else (kept, at)
@@ -151,9 +152,10 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
 
 
 def few_rows(x: Tensor, features: int, most: int = MOST_ROWS) -> Tensor | None:
-    """``x`` as :func:`multiply` takes it, contiguous ``[n, features]``; None where tiles are the way.
+    """``x`` for :func:`multiply`, contiguous ``[n, features]``; None to multiply by tiles.
 
-    They are for more than ``most`` rows, for fp64, and for a wrong last dimension, so that the tiled product says what is wrong.
+    Tiles are for more than ``most`` rows, for fp64, and for a wrong last dimension, which the tiled
+    product refuses.
     """
     if x.dtype not in DTYPES or x.dim() == 0 or x.shape[-1] != features:
         return None
@@ -176,15 +178,19 @@ def multiply(
     """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``, for few rows.
 
     Args:
-        decode: the plugin's function (:mod:`modulora_core.kernels.triton.blocks`). Blocks begin at multiples of their own size.
-        weight: what ``decode`` takes apart; tensors are contiguous and on ``x``'s device.
-        x: contiguous ``[n, in]``, or ``[n, out]`` when ``transpose``; 1 to :data:`MOST_ROWS` rows of fp32, fp16 or bf16.
-        shape: ``(out, in)``; options: ``decode``'s constants, hashable; parts: into how many parts a row falls.
+        decode: the plugin's function (:mod:`modulora_core.kernels.triton.blocks`). Blocks begin at
+            multiples of their own size.
+        weight: for ``decode``; tensors are contiguous and on ``x``'s device.
+        x: contiguous ``[n, in]``, or ``[n, out]`` when ``transpose``, in fp32, fp16 or bf16; 1 to
+            :data:`MOST_ROWS` rows.
+        shape: ``(out, in)``.
+        options: ``decode``'s constants, hashable.
+        parts: the number of parts of a row.
         cut: how to cut the product, by default :func:`chosen`.
 
     Returns:
-        ``[n, out]``, or ``[n, in]`` when ``transpose``, in ``x``'s dtype, summed in fp32 and rounded once. Of more than one row
-        Ŵ is rounded to ``x``'s dtype before it is multiplied, as tiles are.
+        ``[n, out]``, or ``[n, in]`` when ``transpose``, in ``x``'s dtype, summed in fp32, rounded
+        once. With more than one row, Ŵ is rounded to ``x``'s dtype first, as in tiles.
     """
     n = x.shape[0]
     cut = cut or chosen(n, x.dtype, transpose)
@@ -206,7 +212,7 @@ def multiply(
 def _programs(
     shape: tuple[int, int], parts: int, cut: Cut, transpose: bool, one_row: bool
 ) -> tuple[int, int, int]:
-    """How many blocks of outputs there are, how many steps a program makes, and into how many shares the sum is cut."""
+    """The numbers of blocks of outputs, of steps of a program, and of shares of the sum."""
     part = -(-shape[1] // parts)
     if transpose:
         summed, step, blocks = shape[0], cut.block_out, -(-part // cut.block_in) * parts

@@ -1,12 +1,12 @@
 """Tiles of Ŵ on a GPU: the one kernel that writes dense weights, around a plugin's decode function.
 
-    moves      the codes of the range once, and the range once in the tile's dtype: for b bits a weight,
+    moves      the codes once, and the tile once: for b bits a weight,
                b / 8 + 4 bytes a weight in fp32, b / 8 + 2 in bf16 and fp16
     computes   the decode, and one rounding
     floor      those bytes at the rate of a device copy
 
-One program decodes one chunk: BLOCK_OUT rows of BLOCK_IN columns, CHUNK elements together. Nothing is summed, so the
-values don't depend on how Ŵ is cut, and the chunk and the warps may be chosen by the clock.
+One program decodes one chunk: BLOCK_OUT rows of BLOCK_IN columns, CHUNK elements together. Nothing
+is summed, so the clock may choose the chunk and the warps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONFIGS = tuple(
 """8 to 32 elements a thread; which is fastest is found by the clock."""
 
 ALIGNED = 1024
-"""No block is narrower than this, unless the range is: a flat format may count on blocks that begin at its multiples."""
+"""No block is narrower, unless the range is: a flat format may rely on blocks at its multiples."""
 
 
 @triton.jit(do_not_specialize=["row", "rows", "first"])
@@ -40,9 +40,9 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     DECODE: tl.constexpr, OPTIONS: tl.constexpr, PARTS: tl.constexpr,
     WIDTH: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write ``Ŵ[row : row + rows, col + lead : col + columns]`` to ``out``, row-major, of any float dtype.
+    """Write ``Ŵ[row : row + rows, col + lead : col + columns]`` to ``out``, of any float dtype.
 
-    ``col``, where blocks begin, is ``first · ALIGN``, so that the compiler sees what it is a multiple of; ``lead`` columns aren't wanted.
+    Blocks begin at ``col = first · ALIGN``, so that the compiler sees the alignment.
     """
     BLOCK_IN: tl.constexpr = WIDTH if WIDTH < CHUNK else CHUNK
     BLOCK_OUT: tl.constexpr = CHUNK // BLOCK_IN
@@ -81,17 +81,19 @@ def write_tile(
 ) -> None:
     """Write rows of Ŵ, or a range of columns of them, to ``out``.
 
-    A format that is flat, whose codes don't know of rows, is given as one row of out · in columns, and its tile as a
+    Pass a flat format, whose codes know no rows, as one row of out · in columns, and its tile as a
     range of columns.
 
     Args:
         decode: the plugin's function (:mod:`modulora_core.kernels.triton.blocks`).
-        weight: what ``decode`` takes apart; tensors are contiguous and on ``out``'s device.
+        weight: for ``decode``; tensors are contiguous and on ``out``'s device.
         out: contiguous ``[rows, columns]``; fp32, fp16 or bf16.
-        rows: the range of rows; shape: ``(out, in)`` as ``decode`` counts them; options: ``decode``'s constants, hashable.
+        rows: the range of rows.
+        shape: ``(out, in)`` as ``decode`` counts them.
+        options: ``decode``'s constants, hashable.
         columns: the range of columns, by default all.
         align: every block begins at a multiple of it: a power of two up to :data:`ALIGNED`.
-        parts: into how many parts a row falls; those of more than one part are written with all their columns.
+        parts: the number of parts of a row; with more than one, all columns are written.
     """
     begin, end = (0, shape[1]) if columns is None else columns
     count = rows[1] - rows[0]
@@ -100,27 +102,14 @@ def write_tile(
     lead = begin % align
     part = -(-(end - begin + lead) // parts)
     width = min(triton.next_power_of_2(max(part, align)), LARGEST)
-    arguments = (
-        weight,
-        out,
-        rows[0],
-        count,
-        begin // align,
-        lead,
-        end - begin + lead,
-        part,
-        *shape,
-    )
+    first, wide = begin // align, end - begin + lead
+    arguments = (weight, out, rows[0], count, first, lead, wide, part, *shape)
 
     def grid(meta: Mapping[str, Any]) -> tuple[int]:
         block_in = min(width, meta["CHUNK"])
         return (-(-count // (meta["CHUNK"] // block_in)) * -(-part // block_in),)
 
     constants = {
-        "DECODE": decode,
-        "OPTIONS": options,
-        "PARTS": parts,
-        "WIDTH": width,
-        "ALIGN": align,
-    }
+        "DECODE": decode, "OPTIONS": options, "PARTS": parts, "WIDTH": width, "ALIGN": align,
+    }  # fmt: skip
     launch(tile_kernel, grid, arguments, constants, CONFIGS, key=("OPTIONS", "WIDTH"))

@@ -68,8 +68,8 @@ def product(module: ModuleType, weight: PackedWeight, x: Tensor, transpose: bool
 def allowed(way: Way, terms: int) -> float:
     """The error of a sum of so many products, as a part of the sum of their magnitudes.
 
-    Each addition rounds by 2⁻²⁴. A slice is at most 2⁻⁸ of the one before, and products of slices
-    whose numbers add up to the number of slices are left out. bf16 rounds weights, inputs and
+    Each addition rounds by 2⁻²⁴. A slice is at most 2⁻⁸ of the slice before. Products of slices
+    whose numbers add up to the number of slices are left out. Here bf16 rounds weights, inputs and
     results by 2⁻⁹.
     """
     left_out = {1: 2 * 2.0**-8 + 2.0**-16, 2: 3 * 2.0**-16, 3: 2 * 2.0**-24 + 2.0**-32}
@@ -187,6 +187,7 @@ def test_tiles_are_rounded_once(
         assert torch.equal(tile, W[1:].to(torch.float32).to(dtype))
 
 
+@pytest.mark.slow
 def test_a_decoder_that_rounds_gives_the_same_bits(module: ModuleType) -> None:
     weight, _ = packed(40, 100)
     for transpose in (False, True):

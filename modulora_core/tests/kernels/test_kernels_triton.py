@@ -1,4 +1,4 @@
-"""What Triton kernels share, by a small format: a weight is its codes over eight."""
+"""Triton's tools, by a small format: a weight is its codes over eight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ import triton.language as tl
 from modulora_core.kernels.triton.blocks import block
 
 @triton.jit
-def decode(weight, row, col, out_features, in_features, OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+def decode(
+    weight, row, col, out_features, in_features,
+    OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):
     at, inside = block(row, col, out_features, in_features, BLOCK_OUT, BLOCK_IN)
     return tl.load(weight[0] + at, mask=inside, other=0).to(tl.float32) / OPTIONS
 """
@@ -31,7 +34,8 @@ from modulora_core.kernels.triton.products import Cut, few_rows, multiply
 from modulora_core.kernels.triton.tiles import write_tile
 
 mine = kernels.load_triton("mine", torch.device("cpu"))
-codes = torch.randint(-128, 128, (19, 45), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+generator = torch.Generator().manual_seed(0)
+codes = torch.randint(-128, 128, (19, 45), generator=generator).to(torch.int8)
 W = codes.double() / 8  # values and sums of few of them are exact in every dtype but bf16
 """
 
@@ -45,7 +49,8 @@ def run(tmp_path):
     def python(code, **environment):
         path = os.pathsep.join([str(tmp_path), str(Path(kernels.__file__).parents[2])])
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+            [sys.executable, "-c", textwrap.dedent(code)],
+            capture_output=True, text=True, timeout=300, cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
@@ -55,18 +60,20 @@ def run(tmp_path):
 
 
 def test_tiles_and_products_of_a_format_are_exact(run):
-    """In the interpreter; every sum of these values is a whole number of eighths below 2²¹, which fp32 holds."""
+    """In the interpreter; fp32 holds every sum: a whole number of eighths below 2²¹."""
     run(
         CODES
         + """
-for rows, columns in (((0, 19), (0, 45)), ((7, 9), (0, 45)), ((18, 19), (33, 45)), ((5, 5), (0, 45))):
+for rows, columns in (
+    ((0, 19), (0, 45)), ((7, 9), (0, 45)), ((18, 19), (33, 45)), ((5, 5), (0, 45))
+):
     out = torch.full((rows[1] - rows[0], columns[1] - columns[0]), torch.nan)
     write_tile(mine.decode, (codes,), out, rows, (19, 45), 8, columns=columns)
-    assert torch.equal(out.double(), W[rows[0] : rows[1], columns[0] : columns[1]]), (rows, columns)
+    assert torch.equal(out.double(), W[slice(*rows), slice(*columns)]), (rows, columns)
 for transpose, w in ((False, W.T), (True, W)):
     for n in (1, 2, 16, 17, 32):
         for dtype in (torch.float32, torch.float16):
-            x = torch.randint(-8, 9, (n, len(w)), generator=torch.Generator().manual_seed(n)).to(dtype)
+            x = torch.randint(-8, 9, (n, len(w)), generator=generator).to(dtype)
             for cut in (None, Cut(16, 16)):  # of one share, and of several
                 y = multiply(mine.decode, (codes,), x, (19, 45), 8, transpose=transpose, cut=cut)
                 assert torch.equal(y, (x.double() @ w).to(dtype)), (transpose, n, dtype, cut)
@@ -155,13 +162,14 @@ def test_configurations_are_timed_for_large_tensors_alone(run):
 
         triton_launch.triton.autotune = autotune
         configs = Config(2, constants=(("CHUNK", 8),)), Config(4, constants=(("CHUNK", 16),))
-        few, many = torch.empty(WORTH_TUNING - 1, device="meta"), torch.empty(WORTH_TUNING, device="meta")
+        few, many = (torch.empty(n, device="meta") for n in (WORTH_TUNING - 1, WORTH_TUNING))
         kernel = Kernel()
         for tensors in ((few, (few, 1)), (few, (1, many)), (many,)):
             launch(kernel, None, tensors, {"WIDTH": 4}, configs, ("WIDTH",))
         small, *large = started
-        assert small == {"WIDTH": 4, "CHUNK": 8, "num_warps": 2, "num_stages": 1, "enable_fp_fusion": False}
-        assert large == 2 * [{"WIDTH": 4, "enable_fp_fusion": False}]  # the tuner adds the rest
+        shared = {"WIDTH": 4, "enable_fp_fusion": False}
+        assert small == {"CHUNK": 8, "num_warps": 2, "num_stages": 1, **shared}
+        assert large == 2 * [shared]  # the tuner adds the rest
         assert [config.num_warps for config in made[0]] == [2, 4]
     """)
 
@@ -184,7 +192,12 @@ def test_a_choice_is_kept_until_it_is_forgotten_and_made_by_the_median(run):
         device = iter([9.0, *range(1, triton_launch._TRIALS), 50.0])
         hosts = []
         torch.cuda.current_device = lambda: 0
-        triton_launch.seconds_of = lambda call, on, host=0.0: (hosts.append(host), (next(device) / 1e3, call()))[1]
+
+        def seconds_of(call, on, host=0.0):
+            hosts.append(host)
+            return next(device) / 1e3, call()
+
+        triton_launch.seconds_of = seconds_of
         calls = iter(range(100))
         assert triton_launch._milliseconds(lambda: next(calls), (0.5, 0.2)) == [5.0]
         assert hosts == [0.0, *range(triton_launch._TRIALS)]
@@ -194,19 +207,24 @@ def test_a_choice_is_kept_until_it_is_forgotten_and_made_by_the_median(run):
 def test_one_row_is_multiplied_in_one_share_where_there_are_programs_enough(run):
     run("""
         from itertools import product
-        from modulora_core.kernels.triton.products import ENOUGH_FOR_ONE_ROW, PROGRAMS, Cut, _programs
+        from modulora_core.kernels.triton.products import Cut, _programs
+        from modulora_core.kernels.triton.products import ENOUGH_FOR_ONE_ROW as ENOUGH
+        from modulora_core.kernels.triton.products import PROGRAMS
 
         cut = Cut(8, 512)
-        assert _programs((8 * ENOUGH_FOR_ONE_ROW, 4096), 1, cut, False, True) == (ENOUGH_FOR_ONE_ROW, 8, 1)
-        assert _programs((8 * (ENOUGH_FOR_ONE_ROW - 1), 4096), 1, cut, False, True)[2] > 1
-        assert _programs((8 * ENOUGH_FOR_ONE_ROW, 4096), 1, cut, False, False)[2] == PROGRAMS // ENOUGH_FOR_ONE_ROW
-        for out, columns, parts, transpose in product((1, 300, 4096), (1, 1000, 4096), (1, 8), (False, True)):
+        assert _programs((8 * ENOUGH, 4096), 1, cut, False, True) == (ENOUGH, 8, 1)
+        assert _programs((8 * (ENOUGH - 1), 4096), 1, cut, False, True)[2] > 1
+        assert _programs((8 * ENOUGH, 4096), 1, cut, False, False)[2] == PROGRAMS // ENOUGH
+        sides = (1, 300, 4096), (1, 1000, 4096)
+        for out, columns, parts, transpose in product(*sides, (1, 8), (False, True)):
             for cut in (Cut(8, 512), Cut(64, 64)):
                 blocks, steps, shares = _programs((out, columns), parts, cut, transpose, False)
                 part = -(-columns // parts)
                 kept, summed = (part, out) if transpose else (out, part)
-                wide, step = (cut.block_in, cut.block_out) if transpose else (cut.block_out, cut.block_in)
-                # every output has a block, every term a step of one share, and no share is empty
+                wide, step = cut.block_out, cut.block_in
+                if transpose:
+                    wide, step = step, wide
+                # each output has a block, each term a step of one share; no share is empty
                 assert blocks == -(-kept // wide) * (parts if transpose else 1)
                 assert (shares - 1) * steps * step < summed <= shares * steps * step
     """)

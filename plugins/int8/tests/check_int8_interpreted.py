@@ -1,4 +1,6 @@
-"""INT8's Triton kernels in Triton's interpreter: run by ``test_int8_triton.py`` in a process with ``TRITON_INTERPRET=1``."""
+"""INT8's Triton kernels in Triton's interpreter: run by ``test_int8_triton.py`` in a process with
+``TRITON_INTERPRET=1``.
+"""
 
 from __future__ import annotations
 

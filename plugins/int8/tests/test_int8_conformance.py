@@ -10,6 +10,7 @@ from modulora_int8 import SPEC
 from modulora_int8.quantizer import INT8, Options
 
 
+@pytest.mark.slow
 class TestINT8(QuantizerConformance):
     golden = Path(__file__).parent / "golden"
 

@@ -1,4 +1,4 @@
-"""INT8's compiled kernels in their surroundings: mapped files, the end of memory, other processors, threads, little memory, no numba."""
+"""INT8's compiled kernels outside of the ordinary: mapped files, threads, processors, no numba."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on a machine without a GPU: interpreted, and compiled for GPUs that aren't here."""
+"""The Triton kernels without a GPU: interpreted, and compiled for absent GPUs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_groups_that_are_no_power_of_two_compile_too(target):
-    """The interpreter takes more of Python than the compiler does, so what it ran must be compiled as well."""
+    """The interpreter accepts more of Python than the compiler."""
     packed = empty(group_size=24)
     compiled(target, lambda: gpu.product(torch.empty(1, SHAPE[1]), packed, False))
     compiled(target, lambda: gpu.tile(packed, (1, 20), torch.float32))

@@ -1,4 +1,6 @@
-"""NF4's Triton kernels in Triton's interpreter: run by ``test_nf4_triton.py`` in a process with ``TRITON_INTERPRET=1``."""
+"""NF4's Triton kernels in Triton's interpreter: run by ``test_nf4_triton.py`` in a process with
+``TRITON_INTERPRET=1``.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,11 @@ from modulora_nf4.kernels import gpu
 from modulora_nf4.quantizer import NF4, Options
 
 SHAPES = [(1, 1), (3, 5), (17, 130), (40, 192)]
-"""One weight; an odd number, so that rows begin in the middle of a byte and of a block; rows that don't begin with one; rows that do."""
+"""One weight; rows that begin inside of a byte; rows that begin inside, and at the start, of a
+block."""
 OPTIONS = [
-    {}, {"double_quant": True}, {"block_size": 1}, {"block_size": 16, "double_quant": True}, {"block_size": 4096},
+    {}, {"double_quant": True}, {"block_size": 1}, {"block_size": 16, "double_quant": True},
+    {"block_size": 4096},
 ]  # fmt: skip
 
 

@@ -98,8 +98,10 @@ def test_dequantized_values_equal_bitsandbytes_in_every_dtype(kind, shape, dtype
     ("shape", "block_size"), [((64, 64), 128), ((128, 48), 64), ((4, 1024), 2048)]
 )
 def test_blocks_go_on_from_row_to_row(shape, block_size):
-    """bitsandbytes 0.50 reads its own bytes wrongly here, for want of an absmax per row, where its CPU code uses
-    AVX-512; the same bytes as one long row, which whole blocks fill, it reads as the format says."""
+    """With AVX-512, bitsandbytes 0.50 misreads its own bytes here: it assumes an absmax per row.
+
+    As one long row, it reads the same bytes as the format defines them.
+    """
     w = weights("normal", shape)
     packed = (quantizer := NF4(Options(block_size=block_size))).pack(w)
     codes, state = theirs(w, block_size, False)

@@ -10,6 +10,7 @@ from modulora_nf4 import SPEC
 from modulora_nf4.quantizer import NF4, Options
 
 
+@pytest.mark.slow
 class TestNF4(QuantizerConformance):
     golden = Path(__file__).parent / "golden"
 

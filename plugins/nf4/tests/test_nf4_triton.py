@@ -1,4 +1,4 @@
-"""The Triton kernels on a machine without a GPU: interpreted, and compiled for GPUs that aren't here."""
+"""The Triton kernels without a GPU: interpreted, and compiled for absent GPUs."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
 @pytest.mark.parametrize("double_quant", [False, True], ids=["", "double"])
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_rows_that_begin_inside_of_a_block_compile_too(target, double_quant):
-    """The interpreter takes more of Python than the compiler does, so what it ran must be compiled as well."""
+    """The interpreter accepts more of Python than the compiler."""
     packed = empty(double_quant, (33, 577))
     compiled(target, lambda: gpu.product(torch.empty(1, 577), packed, False))
     compiled(target, lambda: gpu.tile(packed, (1, 20), torch.float32))

@@ -13,7 +13,7 @@ SPEC = QuantizerSpec(
     bits=(8,),
     devices=("cpu", "cuda"),
     url="https://arxiv.org/abs/2208.07339",
-    # errors: the largest of three seeds of the kit's weights, and 5 % (python -m modulora_conformance int8 measures them again)
+    # the largest error of three seeds of the kit's weights, and 5 %
     promises=(
         Promise(
             options={},

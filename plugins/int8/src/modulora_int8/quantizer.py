@@ -53,7 +53,11 @@ class INT8(KernelQuantizer):
     kernels = "modulora_int8.kernels"
     row_tensors = ("codes", "scales")
 
-    def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:  # noqa: ARG002 - data-free
+    def pack(
+        self,
+        weight: Tensor,
+        calibration: Calibration | None = None,  # noqa: ARG002 - data-free
+    ) -> PackedWeight:
         """Quantize ``weight``, ``[out, in]``.
 
         Raises:

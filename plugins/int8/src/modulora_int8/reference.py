@@ -1,14 +1,15 @@
-"""Row-wise INT8 in plain torch, as LLM.int8 has it: the truth that the kernels are measured against.
+"""Row-wise INT8 of LLM.int8() in plain torch: the truth for the kernels.
 
 Symbols of LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), section 2.1, absmax quantization::
 
     W      the weight, [out, in]
-    c      the absmax of a row, or of G consecutive values of a row (the last group may be short): [out, groups]
+    c      the absmax of a row, or of G consecutive values (the last group may be short):
+           [out, groups]
     CB     round(127 · W / c), int8
     Ŵ      CB · c / 127, its inverse
 
-Roundings and their order are those of bitsandbytes 0.50: W is rounded to fp16 first, then 1 / c and 127
-times it, then the product to whole numbers, halves to even; Ŵ is (CB · c) times the fp32 value of 1 / 127.
+Values are rounded in the order of bitsandbytes 0.50: W to fp16; 1 / c; 127 times it; the product to
+whole numbers, halves to even. Ŵ is (CB · c) times the fp32 value of 1 / 127.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ INVERSE = 1 / 127
 HALF_RANGE = (127 * 2.0**-24, 65520.0)
 """W is rounded to fp16 where ``HALF_RANGE[0] <= c < HALF_RANGE[1]``, and stays in fp32 elsewhere.
 
-bitsandbytes rounds everywhere. From 65520 on that gives Inf. Below 127 · 2⁻²⁴ the steps of fp16, 2⁻²⁴ there, are
-larger than the steps c / 127 of the codes, so that fp16 would decide the result, down to all zeros."""
+bitsandbytes rounds everywhere. From 65520 on that gives Inf. Below 127 · 2⁻²⁴ the steps of fp16 are
+larger than c / 127, so that fp16 would decide the codes, down to all zeros.
+"""
 
 SMALLEST_ABSMAX = 1e-36
-"""What a smaller c is taken for in the division, so that 127 / c is finite; a group of zeros has codes 0."""
+"""The least divisor, so that 127 / c is finite; a group of zeros has codes 0."""
 
 
 def groups(in_features: int, G: int | None) -> int:
@@ -48,14 +50,14 @@ def absmax(W: Tensor) -> Tensor:
 
 
 def to_half(W: Tensor) -> Tensor:
-    """Groups ``[out, groups, G]`` rounded to fp16 where their absmax is in :data:`HALF_RANGE`; fp32."""
+    """Groups ``[out, groups, G]``, rounded to fp16 if their absmax is in :data:`HALF_RANGE`."""
     c = absmax(W)
     fits = (c >= HALF_RANGE[0]) & (c < HALF_RANGE[1])
     return torch.where(fits, W.to(torch.float16).to(torch.float32), W)
 
 
 def quantize(W: Tensor, G: int | None = None) -> tuple[Tensor, Tensor]:
-    """CB, int8 ``[out, in]``, and c, fp32 ``[out, groups]``, of the fp32 weight ``[out, in]`` (section 2.1)."""
+    """CB, int8 ``[out, in]``, and c, fp32 ``[out, groups]``, of the fp32 weight (section 2.1)."""
     in_features = W.shape[1]
     halves = to_half(grouped(W, G))
     c = absmax(halves)  # [out, groups, 1]

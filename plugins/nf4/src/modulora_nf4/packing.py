@@ -1,4 +1,4 @@
-"""Two 4-bit codes in a byte: ``byte = (even element << 4) | odd element``, as bitsandbytes stores them."""
+"""Two 4-bit codes in a byte: ``byte = (even element << 4) | odd element``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from modulora_nf4.reference import ZERO
 
 
 def pack(q: Tensor) -> Tensor:
-    """Codes, uint8 ``[numel]``, to bytes, uint8 ``[ceil(numel / 2)]``; zero's code fills an odd number."""
+    """Codes, uint8 ``[numel]``, to bytes; the code of zero fills an odd number."""
     if q.numel() % 2:
         q = torch.nn.functional.pad(q, (0, 1), value=ZERO)
     return (q[0::2] << 4) | q[1::2]

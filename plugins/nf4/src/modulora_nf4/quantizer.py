@@ -27,8 +27,7 @@ from modulora_core.spec import Calibration, PackedWeight, TensorLayout
 from modulora_nf4 import SPEC, packing, reference
 from modulora_nf4.reference import NESTED_BLOCK_SIZE
 
-REFERENCE_BYTES = 4 * 2**20
-"""Bytes of fp32 weights that plain torch packs at once: it needs about six copies of them."""
+REFERENCE_BYTES = 4 * 2**20  # of fp32 weights that plain torch packs at once, in six copies
 
 
 class Options(BaseModel):
@@ -59,7 +58,11 @@ class NF4(KernelQuantizer):
     Options: ClassVar[type[BaseModel]] = Options
     kernels = "modulora_nf4.kernels"
 
-    def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:  # noqa: ARG002 - data-free
+    def pack(
+        self,
+        weight: Tensor,
+        calibration: Calibration | None = None,  # noqa: ARG002 - data-free
+    ) -> PackedWeight:
         """Quantize ``weight``, ``[out, in]``.
 
         Raises:
@@ -68,8 +71,7 @@ class NF4(KernelQuantizer):
         # at most one copy
         W = weight.detach().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
         codes, c2 = self._quantize(W.view(-1), self.options.block_size)
-        # NaN is larger than all numbers
-        if c2.numel() and not bool(c2.max().isfinite()):
+        if c2.numel() and not bool(c2.max().isfinite()):  # NaN is larger than all numbers
             raise WeightError(
                 f"{SPEC.name}: expected finite weights that fp32 can hold, got NaN or Inf in a "
                 f"weight of shape {list(weight.shape)}"
@@ -78,8 +80,7 @@ class NF4(KernelQuantizer):
         if self.options.double_quant:
             q2, c1, mean = self._double_quantize(c2)
             tensors = {"codes": codes, "absmax_codes": q2, "nested_absmax": c1, "offset": mean}
-        out_features, in_features = weight.shape
-        return self.layout((out_features, in_features)).fill(tensors)
+        return self.layout((weight.shape[0], weight.shape[1])).fill(tensors)
 
     def _quantize(self, W: Tensor, B: int) -> tuple[Tensor, Tensor]:
         """Bytes and block constants c₂ of the flat fp32 weight."""
@@ -100,9 +101,8 @@ class NF4(KernelQuantizer):
         q2 = torch.empty(c2.numel(), dtype=torch.uint8, device=c2.device)
         c1 = torch.empty(reference.blocks(c2.numel(), NESTED_BLOCK_SIZE), device=c2.device)
         mean = reference.mean_of(c2).reshape(1)
-        if self.run_on_cpu("double_quantize", c2, mean, q2, c1):
-            return q2, c1, mean
-        return reference.double_quantize(c2)
+        done = self.run_on_cpu("double_quantize", c2, mean, q2, c1)
+        return (q2, c1, mean) if done else reference.double_quantize(c2)
 
     @staticmethod
     @cache

@@ -1,8 +1,8 @@
-"""NF4 in plain torch, as the paper has it: the truth that the kernels are measured against.
+"""NF4 in plain torch, in the paper's symbols: the truth for the kernels.
 
 Symbols of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3:
 
-    W     the weight, flattened row-major and cut into blocks of B values; the last block may be short
+    W     the weight, flattened row-major, in blocks of B values; the last may be short
     q     a 4-bit code for each value: the index of its level
     c₂    the quantization constant of a block: max |W| over the block, fp32
     c₁    with double quantization, the constant of 256 consecutive c₂
@@ -10,8 +10,8 @@ Symbols of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3:
     dequant(c₂, q)            = level[q] · c₂                                      equation 2
     doubleDequant(c₁, q₂, q)  = dequant(map[q₂] · c₁ + mean(c₂), q)                equation 6
 
-Where the paper leaves a choice (ties, the order of roundings, a block of zeros) this does what bitsandbytes
-0.50 does on the CPU, bit for bit; a comment says so.
+The paper leaves choices: ties, the order of roundings, a block of zeros. This module follows
+bitsandbytes 0.50 on the CPU, bit for bit; a comment says so.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ LEVELS = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-"""The 16 levels, appendix E: equal shares of a normal distribution (equation 4), with an exact zero."""
+"""The 16 levels, appendix E: equal shares of a normal distribution (equation 4), and zero."""
 
 ZERO = LEVELS.index(0.0)
 """The code of zero."""
 
 SMALLEST_ABSMAX = 1e-38
-"""What a smaller absmax is taken for in the division, so that a block of zeros doesn't divide by zero."""
+"""The least divisor, so that a block of zeros does not divide by zero."""
 
 NESTED_BLOCK_SIZE = 256
 """How many c₂ share a c₁."""
@@ -50,12 +50,12 @@ def constants(W: Tensor, B: int) -> Tensor:
 
 
 def spread(c: Tensor, B: int, start: int, stop: int) -> Tensor:
-    """The constant of each of the elements ``[start, stop)``; ``c[0]`` is that of block ``start // B``."""
+    """The constants of elements ``[start, stop)``; ``c`` begins with block ``start // B``."""
     return c.repeat_interleave(B)[start % B :][: stop - start]
 
 
 def quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
-    """Codes q, uint8 ``[numel]``, and c₂, fp32 ``[blocks]``, of the flat fp32 W ``[numel]`` (equation 1)."""
+    """Codes q, uint8 ``[numel]``, and c₂, fp32 ``[blocks]``, of the flat W (equation 1)."""
     c2 = constants(W, B)
     divisor = c2.clamp(min=SMALLEST_ABSMAX)
     scaled = W * spread(1 / divisor, B, 0, W.numel())
@@ -72,16 +72,16 @@ def quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(q: Tensor, c2: Tensor, B: int, start: int = 0) -> Tensor:
-    """Ŵ, fp32, of the elements ``start ...`` (equation 2); ``c2`` begins with block ``start // B``."""
+    """Ŵ of the elements ``start ...`` (equation 2); ``c2`` begins with block ``start // B``."""
     level = torch.tensor(LEVELS, device=q.device)
     return level[q.to(torch.int32)] * spread(c2, B, start, start + q.numel())
 
 
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The 256 values of the signed dynamic data type (Dettmers 2015, arXiv 1511.04561), ascending, fp32.
+    """The 256 values of the signed dynamic type (arXiv 1511.04561), ascending, fp32.
 
-    For i = 0 … 6 the decade 10^(i−6) has 2^i values of each sign: the midpoints of 2^i equal bins of
-    [0.1, 1]. With 0 and 1 that is 2 · 127 + 2.
+    For i = 0 … 6 the decade 10^(i−6) has 2^i values of each sign: the midpoints of 2^i equal bins
+    of [0.1, 1]. With 0 and 1 that is 2 · 127 + 2.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -92,28 +92,27 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
 
 
 def mean_of(c2: Tensor) -> Tensor:
-    """Of all c₂, fp32 ``[]``; 0 where there are none. torch's sum, whose order decides its last bit."""
+    """The mean of all c₂, fp32 ``[]``, or 0; the order of torch's sum decides its last bit."""
     return c2.mean() if c2.numel() else c2.new_zeros(())
 
 
 def codes_of_points(device: torch.device | str = "cpu") -> Tensor:
-    """The code q₂, uint8, of each of the 65536 points of a grid over [-1, 1], among which bitsandbytes looks a value up."""
+    """The codes q₂, uint8, of bitsandbytes' grid: 65536 points over [-1, 1]."""
     level = dynamic_map(device)
     midpoints = (level[:-1] + level[1:]) / 2
     points = torch.arange(65536, device=device)
-    return torch.bucketize(2 * points.to(torch.float32) / 65535 - 1, midpoints, out_int32=True).to(
-        torch.uint8
-    )
+    values = 2 * points.to(torch.float32) / 65535 - 1
+    return torch.bucketize(values, midpoints, out_int32=True).to(torch.uint8)
 
 
 def double_quantize(c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of c₂ ``[blocks]``: q₂, uint8 ``[blocks]``; c₁, fp32 ``[blocks / 256]``; and its mean, fp32 ``[1]``."""
+    """q₂, uint8 ``[blocks]``, c₁, fp32 ``[blocks / 256]``, and the mean, ``[1]``, of c₂."""
     mean = mean_of(c2)
     centred = c2 - mean  # c₂ is positive: around zero the signed map is used whole
     c1 = constants(centred, NESTED_BLOCK_SIZE)
     per_block = spread(c1, NESTED_BLOCK_SIZE, 0, c2.numel())
     scaled = (centred * (1 / per_block)).clamp(-1, 1)
-    # bitsandbytes takes code 0 in a block of zeros; and 1 / c₁ may be infinite, which makes NaN of zero
+    # bitsandbytes takes code 0 in a block of zeros; an infinite 1 / c₁ makes NaN of zero
     scaled = torch.where(per_block == 0, -1.0, scaled.nan_to_num(nan=-1.0))
     # the code that is nearest to the grid point, not to the value
     point = ((scaled + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
@@ -121,6 +120,6 @@ def double_quantize(c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def double_dequantize(q2: Tensor, c1: Tensor, mean: Tensor, start: int = 0) -> Tensor:
-    """c₂ of the blocks ``start ...`` (inside equation 6): ``q2`` of them, ``c1`` from ``start // 256`` on."""
+    """c₂ of the blocks ``start ...`` (inside equation 6); ``c1`` begins with ``start // 256``."""
     per_block = spread(c1, NESTED_BLOCK_SIZE, start, start + q2.numel())
     return dynamic_map(q2.device)[q2.to(torch.int32)] * per_block + mean

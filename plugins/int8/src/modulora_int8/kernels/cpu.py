@@ -1,6 +1,7 @@
 """INT8 on the CPU, compiled by numba: the values of :mod:`modulora_int8.reference`, bit for bit.
 
-``codes`` are int8 ``[out, in]``, ``scales`` fp32 ``[out, groups]``; ``group`` columns share a scale.
+``codes`` are int8 ``[out, in]``, ``scales`` fp32 ``[out, groups]``; ``group`` columns share a
+scale.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def operands(packed: PackedWeight) -> tuple[Any, ...]:
 
 @jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """Columns ``start ...`` of the rows from ``row`` on (:class:`modulora_core.kernels.cpu.CPUKernels`)."""
+    """Columns ``start ...`` of the rows from ``row`` on, for :class:`CPUKernels`."""
     codes, scales, group = weight
     for r in range(len(out)):
         at, to = (row + r) * codes.shape[1] + start, r * out.shape[1]
@@ -132,7 +133,7 @@ def _quantize_group(x: Any, bits: Any, codes: Any) -> Any:
 
 @jit(parallel=True)
 def quantize(x: Any, group: int, codes: Any, scales: Any) -> None:
-    """The fp32 weight ``[out, in]`` to codes and scales: :func:`modulora_int8.reference.quantize`."""
+    """Codes and scales of the fp32 weight: :func:`modulora_int8.reference.quantize`."""
     bits, columns = x.view(np.int32), x.shape[1]
     for piece in prange((len(x) + _ROWS - 1) // _ROWS):
         first = signed(piece) * _ROWS

@@ -1,11 +1,10 @@
 """INT8 on a GPU, in Triton: the decode function, and how the core's kernels are started on it.
 
-    moves      8 bits a weight and 32 / G of scales (none to speak of row-wise): 1 byte read a weight; a tile writes
-               4 (fp32) or 2 (bf16, fp16) beside it
+    moves      1 byte a weight, and 4 / G of scales; a tile writes 4 (fp32) or 2 (bf16, fp16) more
     computes   one conversion and two products for each weight
-    floor      products of few rows: 1 byte a weight at the rate of memory; tiles: 5 or 3 bytes a weight
+    floor      products of few rows: 1 byte a weight at the rate of memory; tiles: 5 or 3
 
-Values are those of :mod:`modulora_int8.reference`, bit for bit: CB times c, rounded, times the fp32 value of 1 / 127.
+The values equal :mod:`modulora_int8.reference` bit for bit: CB times c, rounded, times 1 / 127.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ def decode(  # type: ignore[no-untyped-def]
 ) -> Any:  # fmt: skip
     """A block of Ŵ: :func:`modulora_core.kernels.triton.blocks` has the contract.
 
-    OPTIONS is the group size G, or 0 row-wise. One scale is loaded for a group if G is a power of two, and for each weight if it isn't.
+    OPTIONS is the group size G, or 0 row-wise. One scale is loaded for a group if G is a power of
+    two, and for each weight if it isn't.
     """
     codes, scales = weight
     at, inside = block(row, col, out_features, in_features, BLOCK_OUT, BLOCK_IN)

@@ -1,8 +1,8 @@
 """NF4 on the CPU, compiled by numba: the values of :mod:`modulora_nf4.reference`, bit for bit.
 
-Everything works on the flat, row-major weight: element ``i`` is in block ``i >> shift`` and in byte ``i >> 1``, and a row
-may start in the middle of either. ``absmax`` is the fp32 constant of each block; with double quantization a kernel
-computes the constants of some blocks at a time.
+Kernels work on the flat, row-major weight: element ``i`` is in block ``i >> shift`` and byte
+``i >> 1``. A row may start in the middle of either. ``absmax`` is the fp32 constant of each
+block; with double quantization a kernel computes the constants of some blocks at a time.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ _room = on_stack(1024, np.float32)  # constants of as many blocks
 def operands(packed: PackedWeight) -> tuple[Any, ...]:
     """The ``weight`` of the functions below.
 
-    Codes; the block constants c₂, or None; with double quantization their codes q₂, constants c₁ and mean, else None;
-    shift; and the length of a row.
+    Codes; c₂ or None; q₂, c₁ and the mean, or None; shift; the length of a row.
     """
     names = ("codes", "absmax", "absmax_codes", "nested_absmax", "offset")
     tensors = (packed.tensors.get(name) for name in names)
@@ -97,7 +96,7 @@ def _decode_runs(codes: Any, byte: int, runs: int, table: Any, out: Any, to: int
 def _decode_blocks(
     codes: Any, byte: int, absmax: Any, block: int, shift: int, blocks: int, out: Any, to: int
 ) -> None:
-    """Whole blocks of 64 elements or more: each of sixteen values is computed, and rounded, once."""
+    """Whole blocks of 64 elements or more: each of 16 values is computed, and rounded, once."""
     levels = load(_LEVELS, 0)
     for k in range(blocks):
         table = table_for(out, levels * absmax[block + k])
@@ -109,7 +108,7 @@ def _decode_blocks(
 def _decode_rest(
     codes: Any, absmax: Any, first: int, shift: int, start: int, stop: int, out: Any, to: int
 ) -> None:
-    """Elements ``[start, stop)``, whatever blocks they are in; ``absmax`` begins with block ``first``."""
+    """Elements ``[start, stop)`` of any blocks; ``absmax`` begins with block ``first``."""
     i, flat, levels = start, out.reshape(out.size), load(_LEVELS, 0)
     while i < stop:
         scale, end = absmax[(i >> shift) - first], min(stop, ((i >> shift) + 1) << shift)
@@ -156,7 +155,7 @@ def _decode_row(
 
 @jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """Columns ``start ...`` of the rows from ``row`` on (:class:`modulora_core.kernels.cpu.CPUKernels`)."""
+    """Columns ``start ...`` of the rows from ``row`` on, for :class:`CPUKernels`."""
     codes, c2, q2, c1, mean, shift, in_features = weight
     for r in range(len(out)):
         begin = (row + r) * in_features + start
@@ -167,7 +166,7 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 
 @jit(borrows=True)
 def _add_run(levels: Any, codes: Any, at: int, x: Any, k: int, scale: Any, total: Any) -> Any:
-    """``total`` and the products of the 32 elements from ``at`` on, by lane; ``x`` is in the order of lookups."""
+    """Add the products of 32 elements from ``at`` on; ``x`` is in the order of lookups."""
     a, b = lookup_pairs(levels, load(codes, at >> 1))
     products = multiply_add(b, load(x, k + 16), a * load(x, k))
     return multiply_add(products, splat(scale), total)
@@ -175,7 +174,7 @@ def _add_run(levels: Any, codes: Any, at: int, x: Any, k: int, scale: Any, total
 
 @jit(borrows=True)
 def _product(codes: Any, absmax: Any, first: int, shift: int, x: Any, start: int) -> Any:
-    """Σ level[code] absmax x over the row that begins with element ``start``; ``absmax`` begins with block ``first``."""
+    """Σ level[code] absmax x over a row; ``absmax`` begins with block ``first``."""
     levels, scales, columns = load(_LEVELS, 0), absmax, x.size
     a = b = c = d = splat(np.float32(0))  # an addition waits for the one before
     turns = columns >> 7
@@ -230,7 +229,7 @@ def _products(
 
 @jit(parallel=True)
 def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ`` for one row: levels are looked up and multiplied in registers, and nothing decoded is stored."""
+    """``y = x Ŵᵀ`` for one row: levels are looked up and multiplied in registers."""
     codes, c2, q2, c1, mean, shift, columns = weight
     ordered = np.empty(columns, np.float32)
     _reorder(x[0], ordered)
@@ -268,7 +267,7 @@ def _in_pairs(q: Any, codes: Any) -> None:
 
 @jit(parallel=True)
 def quantize(x: Any, shift: int, codes: Any, absmax: Any) -> None:
-    """The flat fp32 weight to bytes and the absmax of each block: :func:`modulora_nf4.reference.quantize`."""
+    """Bytes and block constants of the flat weight: :func:`modulora_nf4.reference.quantize`."""
     block = 1 << shift
     size = max(block, _PIECE)  # even: pieces share no byte
     x_bits, absmax_bits = x.view(np.int32), absmax.view(np.int32)
@@ -290,7 +289,7 @@ def quantize(x: Any, shift: int, codes: Any, absmax: Any) -> None:
 
 @jit(parallel=True)
 def double_quantize(c2: Any, mean: Any, q2: Any, c1: Any) -> None:
-    """Constants to codes, and a constant for 256 of them: :func:`modulora_nf4.reference.double_quantize`.
+    """Codes of constants, and a constant for 256 of them: ``reference.double_quantize``.
 
     ``mean``: of all, ``[1]``.
     """

@@ -1,13 +1,11 @@
-"""NF4 on a GPU, in Triton: the decode function, and how the core's kernels are started on it.
+"""NF4 on a GPU, in Triton: the decode function, and tiles of the flat weight.
 
-    moves      4 bits of codes a weight and 32 / B of scales (4.5 bits together for B = 64; with double quantization
-               8 / B more than 4, 4.13): 0.5625 bytes read a weight; a tile writes 4 (fp32) or 2 (bf16, fp16) beside it
+    moves      4 bits of codes a weight and 32 / B of scales: 0.5625 bytes for B = 64;
+               a tile writes 4 (fp32) or 2 (bf16, fp16) more
     computes   a shift and a mask, one lookup, one product with the scale, for each weight
-    floor      products of few rows: 0.5625 bytes a weight at the rate of memory, so that a GPU of B bytes/s decodes
-               1.8 B weights/s; tiles: 4.5625 or 2.5625 bytes a weight. The lookup is one load from a table of 64 bytes that stays in the L1
-               cache: 32 a clock and processor, which is the floor of memory too on the fastest cards
+    floor      those bytes at the rate of memory; a level is loaded from 64 bytes in the L1 cache
 
-Values are those of :mod:`modulora_nf4.reference`, bit for bit. Symbols as there: B, c₁, c₂, q₂.
+The values equal :mod:`modulora_nf4.reference` bit for bit. Symbols as there: B, c₁, c₂, q₂.
 """
 
 from __future__ import annotations
@@ -56,8 +54,9 @@ def decode(  # type: ignore[no-untyped-def]
 ) -> Any:  # fmt: skip
     """A block of Ŵ: :func:`modulora_core.kernels.triton.blocks` has the contract.
 
-    OPTIONS is ``(shift, whole, double)``: B = 2^shift; whether every row begins with a block of weights; double quantization. Where rows
-    don't, each weight looks for its byte and its scale by itself, which is several times slower, and rare.
+    OPTIONS is ``(shift, whole, double)``: B = 2^shift; whether each row begins with a block of
+    weights; double quantization. In other rows, which are rare, each weight finds its own byte and
+    scale, several times slower.
     """
     SHIFT: tl.constexpr = OPTIONS[0]
     codes, levels, pairs = weight[0], weight[1], weight[2]
@@ -86,7 +85,7 @@ def operands(packed: PackedWeight) -> tuple[Tensor | int, ...]:
 
 
 def _operands(packed: PackedWeight, row: int) -> tuple[Tensor | int, ...]:
-    """Rows of ``row`` elements; their bytes are a number, of which Triton sees whether it is a multiple of 16."""
+    """Rows of ``row`` elements; Triton sees whether their number of bytes is a multiple of 16."""
     tensors = packed.tensors
     levels, dynamic_map = _tables(packed.device)
     shared = tensors["codes"], levels, (row + 1) // 2
@@ -117,7 +116,8 @@ product = GPUKernels(decode, operands, options).product
 def tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Rows ``[start, stop)`` of Ŵ in any float dtype.
 
-    The weight is one long row here, as the format has it, so every block begins a group whatever the shape.
+    The weight is one long row here, as the format has it, so every block begins a group whatever
+    the shape.
     """
     out_features, in_features = packed.shape
     numel, align = out_features * in_features, min(max(packed.metadata["block_size"], 32), ALIGNED)
