@@ -84,45 +84,77 @@ def _decode_run(
 
 
 @jit(borrows=True)
+def _decode_runs(work: Any, at: Any, end: int, last: int, bits: int) -> Any:
+    """Runs of a part from ``at`` on: the column, its group, and where the group ends.
+
+    Returns the same of the column where it stopped: ``end``, or from ``last`` on, inside a run.
+    """
+    (codes, place, group, s, z, out, to), (k, g, group_end) = work, at
+    while k < end:
+        stop = min(end, group_end)
+        k = _decode_run(codes, place, bits, z[LANES + g], s[g], out, to, k, min(stop, last))
+        if k < stop:
+            break
+        k = stop
+        if k == group_end:
+            g, group_end = g + 1, group_end + group
+    return k, g, group_end
+
+
+@jit(borrows=True)
+def _decode_piece(weight: Any, o: int, i: int, size: int, out: Any, to: int) -> None:
+    """Columns ``[i, i + size)`` of row o to ``out[to]`` on, which is flat."""
+    codes, scales, zeros, bits, group, n, chunks, _ = weight
+    width, third_width = (2, 1) if bits == 3 else (bits, bits)
+    part, high_part = (n * width + 7) // 8, (n * third_width + 7) // 8
+    s, z, first = _scales_room(), _zeros_room(), i // group
+    count = (i + size - 1) // group + 1 - first
+    put_scales(scales[o, first : first + count], s)
+    put_zeros(zeros, o, 1, bits, chunks, scales.shape[1], first, count, z, LANES, 0)
+    p, h, begin = i // part, i // high_part, o * codes.shape[1] + i
+    low, shift, low_end = begin - p * part, width * p, (p + 1) * part - i
+    high, third, high_end = begin - h * high_part, h, (h + 1) * high_part - i
+    if bits == 3:
+        high += part
+    k, g, group_end = 0, 0, (first + 1) * group - i
+    while k < size:
+        end, place = min(size, low_end, high_end), (low, shift, high, third)
+        # 32 codes are read, and 32 values written, at once
+        last = min(size, codes.size - max(low, high)) - 2 * LANES + 1
+        while k < end:
+            work, at = (codes, place, group, s, z, out, to), (k, g, group_end)
+            # a branch for each width: the loops over codes then have none
+            if bits == 2:
+                k, g, group_end = _decode_runs(work, at, end, last, 2)
+            elif bits == 3:
+                k, g, group_end = _decode_runs(work, at, end, last, 3)
+            elif bits == 4:
+                k, g, group_end = _decode_runs(work, at, end, last, 4)
+            else:
+                k, g, group_end = _decode_runs(work, at, end, last, 8)
+            stop = min(end, group_end)
+            for j in range(k, stop):
+                value = (code_at(codes, o, i + j, n, bits) - z[LANES + g]) * s[g]
+                out[to + j] = narrow(value, out[to + j])
+            k = stop
+            if k == group_end:
+                g, group_end = g + 1, group_end + group
+        if k == low_end:
+            low, shift, low_end = low - part, shift + width, low_end + part
+        if k == high_end:
+            high, third, high_end = high - high_part, third + 1, high_end + high_part
+
+
+@jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Columns ``start ...`` of the rows from ``row`` on, for :class:`CPUKernels`."""
-    codes, scales, zeros, bits, group, n, chunks, _ = weight
-    row_bytes, width = codes.shape[1], 2 if bits == 3 else bits
-    part = (n * width + 7) // 8
-    high_part = (n + 7) // 8 if bits == 3 else part
-    s, z, flat = _scales_room(), _zeros_room(), out.reshape(out.size)
+    codes, n = weight[0], weight[5]
+    flat, row_bytes = out.reshape(out.size), codes.shape[1]
     for piece in range(0, columns, _PIECE):
         size, i = min(_PIECE, columns - piece), start + piece
-        first, p, h = i // group, i // part, i // high_part
-        count = (i + size - 1) // group + 1 - first
-        ahead, asked = row_bytes * i // n, row_bytes * size // n
         for r in range(len(out)):
-            o = row + r
-            read_ahead(codes, o * row_bytes + ahead, asked)
-            put_scales(scales[o, first : first + count], s)
-            put_zeros(zeros, o, 1, bits, chunks, scales.shape[1], first, count, z, LANES, 0)
-            begin, to = o * row_bytes + i, r * out.shape[1] + piece
-            low, shift, low_end = begin - p * part, width * p, (p + 1) * part - i
-            high, third, high_end = begin + part - h * high_part, h, (h + 1) * high_part - i
-            # a run may write over its end, where the next run writes again, if codes follow the row
-            over = 2 * LANES - 1 if (o + 1) * row_bytes + 2 * LANES <= codes.size else 0
-            g, group_end, k = 0, (first + 1) * group - i, 0
-            while k < size:
-                stop = min(size, group_end, low_end, high_end)
-                last, place = min(stop + over, size) - 2 * LANES + 1, (low, shift, high, third)
-                zero, scale = z[LANES + g], s[g]
-                for j in range(
-                    _decode_run(codes, place, bits, zero, scale, out, to, k, last), stop
-                ):
-                    value = (code_at(codes, o, i + j, n, bits) - zero) * scale
-                    flat[to + j] = narrow(value, flat[to + j])
-                k = stop
-                if k == group_end:
-                    g, group_end = g + 1, group_end + group
-                if k == low_end:
-                    low, shift, low_end = low - part, shift + width, low_end + part
-                if k == high_end:
-                    high, third, high_end = high - high_part, third + 1, high_end + high_part
+            read_ahead(codes, (row + r) * row_bytes + row_bytes * i // n, row_bytes * size // n)
+            _decode_piece(weight, row + r, i, size, flat, r * out.shape[1] + piece)
 
 
 kernels = CPUKernels(decode, operands, one_row, rounds=True)
