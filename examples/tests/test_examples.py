@@ -19,7 +19,7 @@ SCRIPTS = ("finetune", "own_loop", "quantize_a_matrix", "compare_quantizers")
 Module = Callable[[str], ModuleType]
 
 
-@pytest.mark.parametrize("name", (*SCRIPTS, *TRL))
+@pytest.mark.parametrize("name", [*SCRIPTS, *TRL])
 def test_a_script_is_short(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) < 60
 
