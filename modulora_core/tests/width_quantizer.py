@@ -18,7 +18,8 @@ from modulora_core.spec import QuantizerSpec
 def spec(name, calibration):
     return QuantizerSpec(
         name=name, summary="Rounds to a grid for each row", protocol=1, bits=(1, 2, 4, 8),
-        location="modulora_widths.quantizer:" + name.title(), calibration=calibration, in_multiple=8,
+        location="modulora_widths.quantizer:" + name.title(), calibration=calibration,
+        in_multiple=8,
     )
 
 PLAIN, HEEDING = spec("plain", "none"), spec("heeding", "required")

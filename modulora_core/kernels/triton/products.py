@@ -110,7 +110,7 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
     begin = tl.program_id(1) * steps
     end = tl.minimum(begin + steps, tl.cdiv(last, STEP))
     i = tl.arange(0, ROWS)
-    if ROWS == 1:  # noqa: SIM108 - the compiler would make both
+    if ROWS == 1:
         total = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     else:
         total = tl.zeros((KEPT, ROWS), tl.float32)

@@ -37,10 +37,9 @@ class Crude(CheckpointFormat):
         return unpack
 
     def plan(self, weight):
-        if weight.quantizer.spec.name != "toy":
-            raise ModelError(
-                f"packed by {weight.quantizer.spec.name}; {self.spec.name} holds weights of toy only"
-            )
+        packed_by = weight.quantizer.spec.name
+        if packed_by != "toy":
+            raise ModelError(f"packed by {packed_by}; {self.spec.name} holds weights of toy only")
         out_features, in_features = weight.layout.shape
         if out_features % 4:
             raise ShapeError(f"out_features {out_features} is not a multiple of 4")

@@ -121,7 +121,7 @@ def exact_dot(m, x, total, LEFT: tl.constexpr) -> Any:  # type: ignore[no-untype
     high, rest = first_bits(x)
     middle, rest = first_bits(rest)
     low, rest = first_bits(rest)  # the small products are summed first
-    if LEFT:  # noqa: SIM108
+    if LEFT:
         total = dot(m, high, dot(m, middle, dot(m, low, total)))
     else:
         total = dot(high, m, dot(middle, m, dot(low, m, total)))
