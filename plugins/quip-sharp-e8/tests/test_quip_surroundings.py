@@ -10,6 +10,7 @@ from modulora_quip_sharp_e8.reference import Options
 BITS = (2, 3, 4)
 
 
+@pytest.mark.slow
 class TestKernels(CompiledKernels):
     instruction_sets = True
     rounding = 1e-5

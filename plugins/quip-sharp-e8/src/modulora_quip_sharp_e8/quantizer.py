@@ -89,7 +89,8 @@ class QuIPSharpE8(Quantizer):
             if whole != out_features:
                 x = F.pad(x.detach(), (start, whole - start - out_features))
             return _whole_product(x, packed, transpose)
-        return _whole_product(x, packed, transpose)[..., start : start + out_features]
+        y = _whole_product(x, packed, transpose)
+        return y if whole == out_features else y[..., start : start + out_features]
 
     def dequantize_tile(
         self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype

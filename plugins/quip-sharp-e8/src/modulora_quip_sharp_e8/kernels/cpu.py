@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
-from torch.nn import functional as F
 
 from modulora_core import kernels
 from modulora_core.kernels.cpu import (
@@ -120,9 +119,9 @@ tile, multiply = _kernels.tile, _kernels.product
 
 @lru_cache(maxsize=16)
 def _matrix(n: int, transpose: bool) -> Any:
-    """M_K of a dimension n, or its transpose: fp32 ``[K, columns]``, whole vectors a row."""
+    """M_K of a dimension n, or its transpose: fp32 ``[K, K]``."""
     M = transform.factor(transform.order(n)).to(torch.float32)
-    return F.pad(M.T if transpose else M, (0, -len(M) % LANES)).contiguous().numpy()
+    return (M.T if transpose else M).contiguous().numpy()
 
 
 _NO_SCALE, _ONE = np.empty(0, np.int16), np.ones(1, np.float32)

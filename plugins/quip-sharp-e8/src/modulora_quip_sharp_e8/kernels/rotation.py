@@ -1,13 +1,13 @@
 """Rotates rows by H_n on a CPU, a row at a time in a core's cache, for numba's kernels.
 
 A row of n = K · m numbers is K segments of m. Sylvester's matrix of order m is applied to each
-segment in log₂ m passes over the row::
+segment by log₂ m stages of butterflies, h = 1, 2, 4, … m / 2::
 
-    y[k] = x[2k] + x[2k + 1]        y[n/2 + k] = x[2k] − x[2k + 1]        k < n/2
+    y[i], y[i + h] = y[i] + y[i + h], y[i] − y[i + h]
 
-Each pass moves the lowest bit of a number's place to the top. So after the last one the row is
-``[m, K]``, and the matrix of order K follows as a product of matrices. All bits of a row are the
-same for any other rows and any number of threads. The order of sums is part of the packed bytes.
+The first four stages stay inside of a vector of sixteen; later ones are done in pairs. The matrix
+of order K follows as a product of matrices. All bits of a row are the same for any other rows and
+any number of threads. The order of sums is part of the packed bytes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from modulora_core.kernels.cpu import (
     from_half,
     jit,
     load,
+    lookup,
     multiply_add,
     narrow_row,
     scratch,
@@ -32,96 +33,158 @@ from modulora_core.kernels.cpu import (
     widen,
 )
 
-_ROWS = 4  # of the row as [m, K], multiplied at once
+_TERMS = 128  # of Hartley's sums, added one after another: longer sums are less exact
+
+_LANE = np.arange(LANES, dtype=np.int32)
+_PARTNERS = np.concatenate([_LANE ^ h for h in (1, 2, 4, 8)])
+_SIGNS = np.concatenate([1.0 - 2.0 * (_LANE & h > 0) for h in (1, 2, 4, 8)]).astype(np.float32)
+
+
+# --- Sylvester's matrix ----------------------------------------------------------------------
 
 
 @jit(borrows=True)
-def _add_signed(y: Any, at: int, line: Any, next_line: Any, third: Any, last: Any) -> Any:
-    """Σ y[at + i] · line i for four lines of ±1, whose products are exact, in pairs."""
-    first = multiply_add(splat(y[at + 1]), next_line, splat(y[at]) * line)
-    return first + multiply_add(splat(y[at + 3]), last, splat(y[at + 2]) * third)
+def _first_stages(y: Any) -> None:
+    """H = 1, 2, 4, 8, in registers."""
+    one, two = load(_PARTNERS, 0), load(_PARTNERS, LANES)
+    four, eight = load(_PARTNERS, 2 * LANES), load(_PARTNERS, 3 * LANES)
+    s, t = load(_SIGNS, 0), load(_SIGNS, LANES)
+    u, v = load(_SIGNS, 2 * LANES), load(_SIGNS, 3 * LANES)
+    for i in range(0, y.size, LANES):
+        x = load(y, i)
+        x = multiply_add(x, s, lookup(x, one))
+        x = multiply_add(x, t, lookup(x, two))
+        x = multiply_add(x, u, lookup(x, four))
+        store(y, i, multiply_add(x, v, lookup(x, eight)))
 
 
 @jit(borrows=True)
-def _multiply_signs(y: Any, at: int, K: int, M: Any, column: int, z: Any, to: int) -> None:
-    """``z[to + i · columns + l] = Σ_a y[at + i K + a] M[a, column + l]``, i < 4 and l < 16.
-
-    M is a Hadamard matrix, ``[K, columns]``, and 4 divides K.
-    """
-    columns = M.shape[1]
-    a = b = c = d = splat(np.float32(0))
-    for k in range(0, K, 4):
-        place = k * columns + column
-        one, two = load(M, place), load(M, place + columns)
-        three, four = load(M, place + 2 * columns), load(M, place + 3 * columns)
-        a = a + _add_signed(y, at + k, one, two, three, four)
-        b = b + _add_signed(y, at + K + k, one, two, three, four)
-        c = c + _add_signed(y, at + 2 * K + k, one, two, three, four)
-        d = d + _add_signed(y, at + 3 * K + k, one, two, three, four)
-    store(z, to, a)
-    store(z, to + columns, b)
-    store(z, to + 2 * columns, c)
-    store(z, to + 3 * columns, d)
+def _stage(y: Any, h: int) -> None:
+    for begin in range(0, y.size, 2 * h):
+        for i in range(begin, begin + h, LANES):
+            a, b = load(y, i), load(y, i + h)
+            store(y, i, a + b)
+            store(y, i + h, a - b)
 
 
 @jit(borrows=True)
-def _multiply_numbers(y: Any, at: int, K: int, M: Any, column: int, z: Any, to: int) -> None:
-    """The same for any M."""
-    columns = M.shape[1]
-    a = b = c = d = splat(np.float32(0))
-    for k in range(K):
-        line = load(M, k * columns + column)
-        a = multiply_add(splat(y[at + k]), line, a)
-        b = multiply_add(splat(y[at + K + k]), line, b)
-        c = multiply_add(splat(y[at + 2 * K + k]), line, c)
-        d = multiply_add(splat(y[at + 3 * K + k]), line, d)
-    store(z, to, a)
-    store(z, to + columns, b)
-    store(z, to + 2 * columns, c)
-    store(z, to + 3 * columns, d)
+def _two_stages(y: Any, h: int) -> None:
+    """H and 2 h."""
+    for begin in range(0, y.size, 4 * h):
+        for i in range(begin, begin + h, LANES):
+            a, b, c, d = load(y, i), load(y, i + h), load(y, i + 2 * h), load(y, i + 3 * h)
+            s, t, u, v = a + b, a - b, c + d, c - d
+            store(y, i, s + u)
+            store(y, i + h, t + v)
+            store(y, i + 2 * h, s - u)
+            store(y, i + 3 * h, t - v)
 
 
 @jit(borrows=True)
-def _multiply(y: Any, M: Any, K: int, m: int, z: Any) -> None:
-    """``z = y M`` for ``y`` ``[m, K]`` and M ``[K, columns]``, both flat but M."""
-    columns = M.shape[1]
+def _short_stages(y: Any, m: int) -> None:
+    """All stages of segments that are shorter than a vector."""
+    h = 1
+    while h < m:
+        for begin in range(0, y.size, 2 * h):
+            for i in range(begin, begin + h):
+                a, b = y[i], y[i + h]
+                y[i], y[i + h] = a + b, a - b
+        h *= 2
+
+
+@jit(borrows=True)
+def _sylvester(y: Any, m: int) -> None:
+    """All stages of each segment of ``m`` numbers of ``y``, in place."""
     if m < LANES:
-        for t in range(m):
-            line = z[t * columns : (t + 1) * columns]
-            line[:] = 0
-            for a in range(K):
-                factor, of = y[t * K + a], M[a]
-                for b in range(line.size):
-                    line[b] += factor * of[b]
+        _short_stages(y, m)
         return
-    for t in range(0, m, _ROWS):
-        for b in range(0, columns, LANES):
-            if K % 4 == 0:
-                _multiply_signs(y, t * K, K, M, b, z, t * columns + b)
-            else:
-                _multiply_numbers(y, t * K, K, M, b, z, t * columns + b)
+    _first_stages(y)
+    h = LANES
+    while 2 * h < m:
+        _two_stages(y, h)
+        h *= 4
+    if h < m:
+        _stage(y, h)
+
+
+# --- the matrix of order K -------------------------------------------------------------------
 
 
 @jit(borrows=True)
-def _pass(y: Any, z: Any) -> None:
-    half = z.size // 2
-    low, high = z[:half], z[half:]
-    for k in range(half):
-        a, b = y[2 * k], y[2 * k + 1]
-        low[k] = a + b
-        high[k] = a - b
+def _pairs(one: Any, two: Any, three: Any, four: Any, M: Any, at: int, step: int) -> Any:
+    """Σ M[at + i step] · line i for four lines and signs M, whose products are exact, in pairs."""
+    first = multiply_add(two, splat(M[at + step]), one * splat(M[at]))
+    return first + multiply_add(four, splat(M[at + 3 * step]), three * splat(M[at + 2 * step]))
 
 
 @jit(borrows=True)
-def _two_passes(y: Any, z: Any) -> None:
-    n = z.size // 4
-    first, second, third, last = z[:n], z[n : 2 * n], z[2 * n : 3 * n], z[3 * n :]
-    for k in range(n):
-        a, b, c, d = y[4 * k], y[4 * k + 1], y[4 * k + 2], y[4 * k + 3]
-        first[k] = (a + b) + (c + d)
-        second[k] = (a - b) + (c - d)
-        third[k] = (a + b) - (c + d)
-        last[k] = (a - b) - (c - d)
+def _multiply_signs(y: Any, t: int, m: int, M: Any, K: int, b: int, z: Any) -> None:
+    """``z[(b + i) m + t + l] = Σ_a M[a, b + i] y[a m + t + l]``, i < 4 and l < 16.
+
+    M is a Hadamard matrix, flat ``[K, K]``, and 4 divides K.
+    """
+    p = q = r = s = splat(np.float32(0))
+    for a in range(0, K, 4):
+        at, line = a * K + b, a * m + t
+        one, two = load(y, line), load(y, line + m)
+        three, four = load(y, line + 2 * m), load(y, line + 3 * m)
+        p = p + _pairs(one, two, three, four, M, at, K)
+        q = q + _pairs(one, two, three, four, M, at + 1, K)
+        r = r + _pairs(one, two, three, four, M, at + 2, K)
+        s = s + _pairs(one, two, three, four, M, at + 3, K)
+    store(z, b * m + t, p)
+    store(z, (b + 1) * m + t, q)
+    store(z, (b + 2) * m + t, r)
+    store(z, (b + 3) * m + t, s)
+
+
+@jit(borrows=True)
+def _multiply_numbers(y: Any, t: int, m: int, M: Any, K: int, b: int, z: Any) -> None:
+    """The same for one row of z, and any M."""
+    total = splat(np.float32(0))
+    for a in range(K):
+        total = multiply_add(load(y, a * m + t), splat(M[a * K + b]), total)
+    store(z, b * m + t, total)
+
+
+@jit(borrows=True)
+def _add_line(factor: Any, x: Any, total: Any) -> None:
+    for b in range(total.size):
+        total[b] += factor * x[b]
+
+
+@jit(borrows=True)
+def _multiply_short(y: Any, m: int, M: Any, K: int, z: Any, line: Any, part: Any) -> None:
+    """``z = Mᵀ y`` for rows that are shorter than a vector; ``line`` and ``part`` are scratch."""
+    terms = _TERMS if K % 4 else K
+    for t in range(m):
+        line[:] = 0
+        for first in range(0, K, terms):
+            part[:] = 0
+            for a in range(first, min(first + terms, K)):
+                _add_line(y[a * m + t], M[a], part)
+            _add_line(np.float32(1), part, line)
+        for b in range(K):
+            z[b * m + t] = line[b]
+
+
+@jit(borrows=True)
+def _multiply(y: Any, m: int, M: Any, K: int, z: Any, line: Any, part: Any) -> None:
+    """``z = Mᵀ y`` for ``y`` and ``z``, ``[K, m]``, flat."""
+    if m < LANES:
+        _multiply_short(y, m, M, K, z, line, part)
+        return
+    flat = M.reshape(M.size)
+    for t in range(0, m, LANES):
+        if K % 4 == 0:
+            for b in range(0, K, 4):
+                _multiply_signs(y, t, m, flat, K, b, z)
+        else:
+            for b in range(K):
+                _multiply_numbers(y, t, m, flat, K, b, z)
+
+
+# --- rows ------------------------------------------------------------------------------------
 
 
 @jit()
@@ -134,13 +197,13 @@ def rotate_rows(
         x, out: ``[rows, n]``, fp32 or the bits of bf16; they may be the same.
         scale: s in units of ``unit``, the bits of fp16 ``[n]``; of length 0 for none.
         unit: fp32 ``[1]``.
-        M: M_K, or its transpose for H_nᵀ, fp32 ``[K, columns]`` with columns of zeros.
+        M: M_K, or its transpose for H_nᵀ, fp32 ``[K, K]``.
         K: the order of M_K; n = K · m.
     """
     n = x.shape[1]
-    m, columns = n // K, M.shape[1]
-    room = scratch(4, max(n, m * columns), np.float32)
-    before, behind = room[2], room[3]
+    m = n // K
+    room = scratch(6, n, np.float32)
+    before, behind, line, part = room[2], room[3], room[4][:K], room[5][:K]
     norm = np.float32(1 / math.sqrt(n))
     before[:] = norm
     if scale.size:
@@ -148,27 +211,17 @@ def rotate_rows(
             behind[i] = from_half(scale[i]) * unit[0]
             before[i] = norm if after else norm * behind[i]
     for r in range(start, stop):
-        row = x[r]
-        y, z = room[0], room[1]
+        y, row = room[0], x[r]
         for i in range(n):
             y[i] = widen(row[i]) * before[i]
-        h = m
-        while h > 1:
-            if h > 2:
-                _two_passes(y, z[:n])
-            else:
-                _pass(y, z[:n])
-            y, z, h = z, y, h // 4
+        _sylvester(y, m)
         if K > 1:
-            _multiply(y, M, K, m, z)
-            for b in range(K):
-                segment = y[b * m : (b + 1) * m]
-                for t in range(m):
-                    segment[t] = z[t * columns + b]
+            _multiply(y, m, M, K, room[1], line, part)
+            y = room[1]
         if after:
             for i in range(n):
                 y[i] *= behind[i]
-        narrow_row(y[:n], out[r])
+        narrow_row(y, out[r])
 
 
 @jit(parallel=True)
