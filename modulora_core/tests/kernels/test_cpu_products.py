@@ -49,7 +49,10 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return imported(tmp_path_factory.mktemp("rows"), DECODER, "outsiders_rows")
 
 
-@pytest.fixture(params=WAYS, ids=lambda way: f"{way.loops} {way.dtype} {way.slices}")
+@pytest.fixture(
+    params=[pytest.param(w, marks=pytest.mark.slow if w.loops == "blocks" else ()) for w in WAYS],
+    ids=lambda way: f"{way.loops} {way.dtype} {way.slices}",
+)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     """All products go this way."""
     if request.param.loops == "amx" and not amx.available():

@@ -10,6 +10,7 @@ from modulora_conformance.interpreted_kernels import run_interpreted
 from modulora_int8.quantizer import INT8, Options
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
 gpu = pytest.importorskip("modulora_int8.kernels.gpu")
 

@@ -11,6 +11,7 @@ from modulora_conformance.interpreted_kernels import run_interpreted
 from modulora_nf4.quantizer import NF4, Options
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
 gpu = pytest.importorskip("modulora_nf4.kernels.gpu")
 
