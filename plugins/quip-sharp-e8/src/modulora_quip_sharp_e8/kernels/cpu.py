@@ -89,8 +89,7 @@ def _expand_nibbles(weight: Any, row: int, block: int, columns: int, out: Any) -
             find_nibbles(codes, residual, codes_at, count * size, words)
             for r in range(count):
                 width = min(8 * size, columns - 8 * start)
-                at = r * size // 2
-                end = words.shape[1]
+                at, end = r * size // 2, words.shape[1] - 1
                 _expand_row(words, residual, at, end, width, out, first + r, 8 * start)
 
 
