@@ -1,4 +1,4 @@
-"""Operations on vectors for decoding.py, in LLVM's language: plain loops took twice as long."""
+"""Operations on vectors for decoding.py, in the language of LLVM (docs/how-to/write-kernels.md)."""
 
 from __future__ import annotations
 
