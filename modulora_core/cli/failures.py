@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import sys
 import traceback
 
 import typer
@@ -14,7 +17,14 @@ INTERRUPTED = 130
 
 
 def report_failure(error: BaseException, terminal: Terminal) -> int:
-    """Print the error. Return 2 for a wrong request, 1 for failed work, 130 for Ctrl-C."""
+    """Print the error. Return 2 for a wrong request, 1 for failed work, 130 for Ctrl-C.
+
+    If nobody reads the output any more, as in ``modulora --help | head -1``, print nothing.
+    """
+    if isinstance(error, BrokenPipeError) and _reader_left():
+        # Python would write the rest at its exit, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     if isinstance(error, typer.Exit):
         return error.exit_code
     if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
@@ -29,6 +39,13 @@ def report_failure(error: BaseException, terminal: Terminal) -> int:
         terminal.write_object({"error": {"kind": kind, "message": message}})
     terminal.note(f"error: {message}")
     return code
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -51,7 +51,8 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
 
     The packed weights stay unchanged: only the adapter is trained, and OUT gets it in PEFT's
     format. The data is text, instructions, chats, or prompts with completions. Text is packed
-    into windows; of the others only the answers count for the loss. Give --steps or --epochs.
+    into windows; of the others only the answers count for the loss. Without --steps and --epochs
+    the run is one pass over the data.
 
     The run writes its options to OUT/finetune.yaml. Repeat the run with --config.
 

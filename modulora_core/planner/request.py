@@ -23,8 +23,7 @@ UNPLANNED = frozenset({
 def finetuning(options: Mapping[str, object]) -> FinetuneConfig:
     """Build the run to plan from fields of FinetuneConfig. Raises OptionError."""
     unimportant: dict[str, object] = {"model": "-", "out": "-", "data": ["-"]}
-    length = {} if options.get("steps") is not None else {"epochs": 1}
-    return FinetuneConfig.build(unimportant | length | dict(options))
+    return FinetuneConfig.build(unimportant | dict(options))
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,8 +80,8 @@ class FinetuneConfig(BaseModel):
     )
     adapter: str | None = Field(None, description="continue this adapter instead of a new one")
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the data, instead of steps")
+    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; 1 without steps")
     batch_size: int = Field(4, ge=1, description="examples per forward pass")
     grad_accum: int = Field(4, ge=1, description="forward passes per optimizer step")
     seq_len: int = Field(512, ge=2, description="maximum length of an example, in tokens")
@@ -134,8 +134,6 @@ class FinetuneConfig(BaseModel):
             raise ValueError(
                 f"expected steps or epochs, got both: {self.steps} steps and {self.epochs:g} epochs"
             )
-        if self.steps is None and self.epochs is None:
-            raise ValueError("expected steps or epochs, got neither; give the length of the run")
         for name in ("lr", "alpha"):
             if getattr(self, name) > _LARGEST:
                 raise ValueError(

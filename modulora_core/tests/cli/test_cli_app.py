@@ -292,3 +292,16 @@ def test_no_words_show_the_help_and_the_module_is_the_same_program() -> None:
         result = subprocess.run(words, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0
         assert expected in result.stdout
+
+
+@pytest.mark.parametrize("word", ["--help", "list-quantizers"])
+def test_nothing_is_said_when_nobody_reads(word: str) -> None:
+    """As in ``modulora --help | head -1``."""
+    code = f"import sys; from modulora_core.cli import main; sys.exit(main([{word!r}]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 1)

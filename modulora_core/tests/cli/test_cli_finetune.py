@@ -92,7 +92,6 @@ def test_flags_and_file_become_the_config(
 
 
 WRONG = {
-    "m o --data pydoc": "expected steps or epochs, got neither",
     "m o --data pydoc --steps 1 --epochs 1": "expected steps or epochs, got both",
     "m o --steps 1": "option 'data': expected a value, got none",
     "--data pydoc --steps 1": "option 'model': expected a value, got none",

@@ -11,6 +11,7 @@ import yaml
 
 from modulora_core.adapters.lora import LoRASettings
 from modulora_core.errors import OptionError
+from modulora_core.training.arguments import total_steps
 from modulora_core.training.config import FinetuneConfig
 
 ASKED: dict[str, Any] = {"model": "packed", "out": "out", "data": "notes.txt", "steps": 3}
@@ -65,7 +66,6 @@ def test_options_override_the_file_and_the_fields_that_they_exclude(tmp_path: Pa
     ("options", "message"),
     [
         ({"epochs": 1}, "expected steps or epochs, got both: 3 steps and 1 epochs"),
-        ({"steps": None}, "expected steps or epochs, got neither"),
         ({"ranc": 4}, "unknown option 'ranc'; did you mean 'rank'"),
         ({"rank": 0}, r"option 'rank': .*equal to 1, got 0 \(rank r of the adapter\)"),
         ({"lr": "fast"}, r"option 'lr': .*number.*got 'fast'"),
@@ -104,3 +104,9 @@ def test_a_file_that_is_no_config_is_refused_by_name(
         file.write_text(text)
     with pytest.raises(OptionError, match=message.format(file)):
         FinetuneConfig.build(ASKED, file=file)
+
+
+def test_a_run_without_a_length_is_one_epoch() -> None:
+    config = FinetuneConfig(model="m", out="o", data=["d"], batch_size=2, grad_accum=2)
+    assert total_steps(config, examples=9) == 3  # 5 batches
+    assert total_steps(config.model_copy(update={"epochs": 2.0}), examples=9) == 6
