@@ -227,6 +227,7 @@ def ratio_cell(result: Result, unit: float, name: str) -> str:
 
 def plot(file: Path, title: str, panels: Panels) -> None:
     """Draw bars, with a line at 1 for the dense method. Raises ImportError without matplotlib."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     panels = {name: bars for name, bars in panels.items() if bars}
@@ -241,13 +242,15 @@ def plot(file: Path, title: str, panels: Panels) -> None:
         labels, lengths = zip(*bars, strict=True)
         colors = ["#888888" if label == BASE else "#4477aa" for label in labels]
         drawn = ax.barh(range(len(bars)), lengths, color=colors)
-        ax.bar_label(drawn, fmt=" %.2f", fontsize=7)
+        ax.bar_label(drawn, fmt=" %.2f" if max(lengths) < 100 else " %.0f", fontsize=7)
         ax.set_yticks(range(len(bars)), labels, fontsize=8)
         ax.invert_yaxis()
-        ax.axvline(1.0, color="#333333", linewidth=0.8)
+        if dict(bars).get(BASE) == 1.0:  # ratios
+            ax.axvline(1.0, color="#333333", linewidth=0.8)
         ax.margins(x=0.15)  # room for the numbers
         if max(lengths) > 20 * min(lengths):
             ax.set_xscale("log")
         ax.set_title(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(file)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text: a smaller file
+        figure.savefig(file)
