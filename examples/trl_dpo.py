@@ -4,7 +4,7 @@
     python examples/trl_dpo.py [--add-lora]
 
 DPO compares the model with a reference (arXiv 2305.18290). With PEFT the reference is the same
-packed model without its adapter. With --add-lora, our adapter, TRL copies the packed model.
+packed model without its adapter. With --add-lora, our adapter, TRL loads the model a second time.
 """
 
 from __future__ import annotations

@@ -111,10 +111,21 @@ def add_lora(
 class AdaptedModel:
     """The methods of a transformers model with adapters of ours that differ from its own."""
 
-    def save_pretrained(self, save_directory: str | Path, *_: Any, **__: Any) -> None:
-        """Write the adapters and no base, as PEFT does: others than the first in subfolders."""
+    def save_pretrained(
+        self, save_directory: str | Path, *_: Any, push_to_hub: bool = False, **__: Any
+    ) -> None:
+        """Write the adapters and no base, as PEFT does: others than the first in subfolders.
+
+        Raises:
+            AdapterError: ``push_to_hub``, which is not done here.
+        """
         from modulora_core.adapters.save_load import save_adapter
 
+        if push_to_hub:
+            raise AdapterError(
+                "save_pretrained of a model with an adapter: expected push_to_hub=False, got True; "
+                "save it, and upload the folder with `hf upload`"
+            )
         assert isinstance(self, nn.Module)
         layers = (module for module in self.modules() if isinstance(module, LoRALinear))
         names = list(dict.fromkeys(name for layer in layers for name in layer.lora_A))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -70,9 +71,9 @@ def _name_in(model: nn.Module, parameter: str) -> str | None:
         CheckpointError: the model has no such parameter.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name in (parameter, parameter.removeprefix(prefix), prefix + parameter):
-        if name in known:
+        with contextlib.suppress(AttributeError):
+            model.get_parameter(name)
             return name
     if not parameter.startswith(prefix):
         return None

@@ -42,7 +42,7 @@ def test_from_pretrained_loads_what_load_model_loads(pack: Pack) -> None:
 def test_importing_both_registers_the_format(first: str) -> None:
     code = f"""
 import sys, {first}
-assert "torch" in sys.modules or "{first}" == "modulora_core"
+assert ("torch" in sys.modules) == ("{first}" != "modulora_core")
 import modulora_core, transformers.modeling_utils
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 print("{QUANT_METHOD}" in AUTO_QUANTIZER_MAPPING, len(sys.meta_path))
