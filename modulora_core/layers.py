@@ -1,15 +1,14 @@
 """Modules that hold packed weights.
 
-    PackedParameter   a packed weight as a module: its tensors are buffers, moved but never cast
+    PackedParameter   a packed weight as a module: its tensors are frozen, moved but never cast
     QuantLinear       y = x Ŵᵀ + b
-    LoRALinear        a QuantLinear with named LoRA adapters
+    LoRALayer         named LoRA adapters of a layer
+    LoRALinear        a QuantLinear with them
     PackedStack       fused experts, [experts, out, in]: a list of PackedParameters
-    PackedTable       the weight of an embedding, whose rows are decoded when they are looked up
-    TiedHead          an output head that shares the PackedTable of the embedding
 
 The model's own code uses a packed weight like the tensor that it replaces. ``F.linear(x, W)``,
-``x @ W``, ``torch.bmm(x, experts)`` and ``F.embedding(ids, W)`` reach the quantizer through
-torch's ``__torch_function__`` protocol. For PEFT a QuantLinear is an ``nn.Linear``.
+``x @ W`` and ``torch.bmm(x, experts)`` reach the quantizer through torch's ``__torch_function__``
+protocol. For PEFT a QuantLinear is an ``nn.Linear``.
 """
 
 from __future__ import annotations
@@ -23,15 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modulora_core.autograd import QUANTIZERS, WEIGHTS, lora_linear, number_of, packed_product
+from modulora_core.autograd import lora_linear, number_of, packed_product
 from modulora_core.errors import AdapterError, ModelError, ShapeError
 from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
 
+_HALVES = (torch.float16, torch.bfloat16)
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
 class PackedParameter(nn.Module):
     """A packed weight in the place of a parameter.
+
+    Its tensors are parameters without a gradient, since DDP broadcasts buffers at each forward and
+    FSDP2 shards parameters alone. A 0-d tensor, which FSDP2 cannot shard, is a buffer.
 
     Args:
         quantizer: the quantizer that packed it.
@@ -48,25 +51,42 @@ class PackedParameter(nn.Module):
         self.quantizer = quantizer
         self.layout: PackedLayout = packed.layout
         self.transposed = transposed
+        self._dtypes = {name: tensor.dtype for name, tensor in packed.tensors.items()}
         for name, tensor in packed.tensors.items():
-            self.register_buffer(name, tensor)
-        self._current = packed
-        number_of(quantizer, packed)  # a compiler can look the number up, and not make one
+            if tensor.dim():
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+        self._renew()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a deep copy
-        number_of(self.quantizer, self.packed)
+        self._renew()
 
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight, made of the buffers as they are now."""
-        # decoding reads it once a layer and token: rebuilt only after a buffer was moved or loaded
+        """The packed weight, made of the tensors as they are now."""
+        # decoding reads it once a layer and token: renewed only after a tensor was replaced or cast
         for name, tensor in self._current.tensors.items():
-            if self._buffers[name] is not tensor:
-                tensors = {name: self.get_buffer(name) for name in self.layout.tensors}
-                self._current = self.layout.fill(tensors)
+            held = self._tensor(name)
+            if held is not tensor or held.dtype is not self._dtypes[name]:
+                self._renew()
                 break
         return self._current
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self._parameters[name] if name in self._parameters else self._buffers[name]
+        assert tensor is not None
+        return tensor
+
+    def _renew(self) -> None:
+        tensors = {name: self._tensor(name) for name in self._dtypes}
+        for name, tensor in tensors.items():
+            # PEFT's prepare_model_for_kbit_training widens 16-bit parameters; narrowing is exact
+            if tensor.dtype is torch.float32 and self._dtypes[name] in _HALVES:
+                tensor.data = tensor.data.to(self._dtypes[name])
+        self._current = self.layout.fill(tensors)
+        number_of(self.quantizer, self._current)  # a compiler can look it up, and not make one
 
     @property
     def shape(self) -> torch.Size:
@@ -102,19 +122,19 @@ class PackedParameter(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(move, recurse)
-        number_of(self.quantizer, self.packed)
+        self._renew()  # the parameters may be the same objects, with other memory
         return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             x, weight, bias = _linear_arguments(*args, **(kwargs or {}))
-            if isinstance(weight, PackedParameter):
+            if hasattr(weight, "multiply"):  # a PackedParameter, or one with an adapter
                 y = weight.multiply(x, transpose=weight.transposed)
                 return y if bias is None else y + bias
         if func in _PRODUCTS and not kwargs:
             x, weight = args
-            if isinstance(weight, PackedParameter):
+            if hasattr(weight, "multiply"):
                 return weight.multiply(x, transpose=not weight.transposed)
         return NotImplemented
 
@@ -134,7 +154,7 @@ class PackedStack(nn.ModuleList):
     @property
     def shape(self) -> torch.Size:
         """The shape that the model's code sees."""
-        first = self[0]
+        first = self.get_submodule("0")
         assert isinstance(first, PackedParameter)
         return torch.Size((len(self), *first.shape))
 
@@ -142,75 +162,8 @@ class PackedStack(nn.ModuleList):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.bmm and not kwargs and isinstance(args[1], PackedStack):
             x, stack = args  # x: [experts, n, rows of each matrix as the model sees it]
-            return torch.stack(
-                [torch.matmul(part, weight) for part, weight in zip(x, stack, strict=True)]
-            )
+            return torch.stack([part @ stack[i] for i, part in enumerate(x)])
         return NotImplemented
-
-
-class PackedTable(PackedParameter):
-    """The packed weight of an embedding: ``X = Ŵ[ids]``, without a gradient.
-
-    The model's own ``nn.Embedding`` stays, since some models scale the rows. This module replaces
-    its ``weight``.
-
-    Args:
-        quantizer: the quantizer that packed it.
-        packed: Ŵ, ``[vocabulary, hidden]``.
-        dtype: the dtype of the rows; ``model.to(dtype)`` changes it as it would change a dense
-            weight.
-    """
-
-    def __init__(self, quantizer: Quantizer, packed: PackedWeight, dtype: torch.dtype) -> None:
-        super().__init__(quantizer, packed)
-        self.dtype = dtype
-
-    def lookup(self, ids: Tensor) -> Tensor:
-        """Rows ``ids``, ``[*ids.shape, hidden]``. Raises IndexError for an id outside the table."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            rows: Tensor = torch.ops.modulora.lookup(
-                ids, number_of(self.quantizer, self.packed), self.dtype
-            )
-            return rows
-        return self.quantizer.lookup(ids, self.packed, self.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        super()._apply(fn, recurse)
-        return self
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.embedding:
-            ids, table, max_norm = _embedding_arguments(*args, **(kwargs or {}))
-            if max_norm is not None:
-                raise ModelError(
-                    f"embedding: expected max_norm=None for a packed table, got {max_norm}"
-                )
-            if isinstance(table, PackedTable):
-                return table.lookup(ids)
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _embedding_arguments(
-    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
-) -> tuple[Any, Any, Any]:
-    del padding_idx  # it and the others concern gradients
-    return input, weight, max_norm
-
-
-def _lookup(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
-    return QUANTIZERS[number].lookup(ids, WEIGHTS[number], dtype)
-
-
-def _empty_rows(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
-    return ids.new_empty(*ids.shape, WEIGHTS[number].shape[1], dtype=dtype)
-
-
-_LIBRARY = torch.library.Library("modulora", "FRAGMENT")
-_LIBRARY.define("lookup(Tensor ids, int weight, ScalarType dtype) -> Tensor")
-_LIBRARY.impl("lookup", _lookup, "CompositeExplicitAutograd")
-torch.library.register_fake("modulora::lookup", _empty_rows, lib=_LIBRARY)
 
 
 class QuantLinear(nn.Linear):
@@ -241,35 +194,20 @@ class QuantLinear(nn.Linear):
         return f"{shape}, bias={self.bias is not None}"
 
 
-class TiedHead(QuantLinear):
-    """The output head of a model whose input embedding is the same packed table.
+class LoRALayer(nn.Module):
+    """A layer with named LoRA adapters (arXiv 2106.09685). Several may be active at once.
 
-    It refers to the table and does not own it, so the table is stored, moved and counted once.
+    Each has A ``[r, in]`` and B ``[out, r]`` in ``lora_A[name]`` and ``lora_B[name]``. On
+    ``stacked == (experts,)`` matrices, A is ``[experts, r, in]`` and B ``[experts, out, r]``.
     """
 
-    def __init__(self, table: PackedTable, bias: nn.Parameter | None = None) -> None:
-        super().__init__(table, bias)
-        del self._modules["weight"]
-        self.__dict__["weight"] = table  # an assignment would register it as a submodule
+    in_features: int
+    out_features: int
+    stacked: tuple[int, ...] = ()
 
-
-class LoRALinear(QuantLinear):
-    """A QuantLinear with LoRA adapters (arXiv 2106.09685): ``y = x Ŵᵀ + b + Σ s (x Aᵀ) Bᵀ``.
-
-    It shares the base's packed weight and bias, so names in a state dict stay. Several adapters of
-    different ranks may be active at once; each has A ``[r, in]`` and B ``[out, r]`` in
-    ``lora_A[name]`` and ``lora_B[name]``.
-
-    An adapter may have channel scales u ``[in]`` and v ``[out]`` in ``input_scale[name]`` and
-    ``output_scale[name]``: they replace Ŵ by diag(v) Ŵ diag(u). The scales of several adapters
-    multiply."""
-
-    def __init__(self, base: QuantLinear) -> None:
-        super().__init__(base.weight, base.bias)
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
-        self.input_scale = nn.ParameterDict()
-        self.output_scale = nn.ParameterDict()
+    def _without_adapters(self) -> None:
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.input_scale, self.output_scale = nn.ParameterDict(), nn.ParameterDict()
         self.scale: dict[str, float] = {}
         self.dropout = 0.0
         self.active: list[str] = []
@@ -292,10 +230,11 @@ class LoRALinear(QuantLinear):
             raise AdapterError(f"adapter {name!r}: expected a rank of at least 1, got {rank}")
         if not 0 <= dropout < 1:
             raise AdapterError(f"adapter {name!r}: expected a dropout in [0, 1), got {dropout}")
-        A = torch.empty(rank, self.in_features, dtype=dtype, device=self.weight.device)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        device = next(m.device for m in self.modules() if isinstance(m, PackedParameter))
+        A = torch.empty(*self.stacked, rank, self.in_features, dtype=dtype, device=device)
+        nn.init.kaiming_uniform_(A.view(-1, self.in_features), a=math.sqrt(5))
         self.lora_A[name] = nn.Parameter(A)
-        self.lora_B[name] = nn.Parameter(A.new_zeros(self.out_features, rank))
+        self.lora_B[name] = nn.Parameter(A.new_zeros(*self.stacked, self.out_features, rank))
         if channel_scales:
             self.input_scale[name] = nn.Parameter(A.new_ones(self.in_features))
             self.output_scale[name] = nn.Parameter(A.new_ones(self.out_features))
@@ -310,15 +249,6 @@ class LoRALinear(QuantLinear):
                  "output_scale": self.output_scale}  # fmt: skip
         return {kind: values[name] for kind, values in kinds.items() if name in values}
 
-    def forward(self, x: Tensor) -> Tensor:
-        A, B, scale = self._adapter()
-        return lora_linear(
-            x, self.weight.quantizer, self.weight.packed, self.bias, A, B, scale=scale,
-            dropout=self.dropout if self.training else 0.0,
-            input_scale=self._channel_scale(self.input_scale),
-            output_scale=self._channel_scale(self.output_scale),
-        )  # fmt: skip
-
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
         """A, B and s of the active adapters. Several adapters become one: ranks add up, and s is
         folded into B."""
@@ -327,9 +257,32 @@ class LoRALinear(QuantLinear):
         if len(self.active) == 1:
             name = self.active[0]
             return self.lora_A[name], self.lora_B[name], self.scale[name]
-        A = torch.cat([self.lora_A[name] for name in self.active])  # [Σ r, in]
+        A = torch.cat([self.lora_A[name] for name in self.active], dim=-2)  # [Σ r, in]
         scaled = [self.lora_B[name] * self.scale[name] for name in self.active]
-        return A, torch.cat(scaled, dim=1), 1.0  # B: [out, Σ r]
+        return A, torch.cat(scaled, dim=-1), 1.0  # B: [out, Σ r]
+
+
+class LoRALinear(QuantLinear, LoRALayer):
+    """A QuantLinear with LoRA adapters: ``y = x Ŵᵀ + b + Σ s (x Aᵀ) Bᵀ``.
+
+    It shares the base's packed weight and bias, so names in a state dict stay.
+
+    An adapter may have channel scales u ``[in]`` and v ``[out]`` in ``input_scale[name]`` and
+    ``output_scale[name]``: they replace Ŵ by diag(v) Ŵ diag(u). The scales of several adapters
+    multiply."""
+
+    def __init__(self, base: QuantLinear) -> None:
+        super().__init__(base.weight, base.bias)
+        self._without_adapters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        A, B, scale = self._adapter()
+        return lora_linear(
+            x, self.weight.quantizer, self.weight.packed, self.bias, A, B, scale=scale,
+            dropout=self.dropout if self.training else 0.0,
+            input_scale=self._channel_scale(self.input_scale),
+            output_scale=self._channel_scale(self.output_scale),
+        )  # fmt: skip
 
     def _channel_scale(self, of_adapters: nn.ParameterDict) -> Tensor | None:
         """The product of the active adapters' scales; None if no adapter has any."""

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import modulora_core
 from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
 
 RECORD_FILE = "modulora.json"
 
@@ -131,12 +131,15 @@ def _linear_shapes(model: nn.Module) -> Iterator[bytes]:
 
 
 def _dense_values(model: nn.Module, read: Callable[[str], Tensor] | None) -> Iterator[bytes]:
-    adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    scales = {
-        id(scale) for m in adapted for scale in (*m.input_scale.values(), *m.output_scale.values())
+    modules = list(model.modules())
+    adapted = [module for module in modules if isinstance(module, LoRALinear)]
+    packed = [module for module in modules if isinstance(module, PackedParameter)]
+    others = {
+        *(scale for m in adapted for scale in (*m.input_scale.values(), *m.output_scale.values())),
+        *(tensor for module in packed for tensor in module.parameters()),
     }
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and id(parameter) not in scales:
+        if parameter.dim() == 1 and parameter not in others:
             values = parameter.detach() if read is None else read(name)
             # bfloat16 gives the same bytes for a model in float32 and in bfloat16
             values = values.to("cpu", torch.bfloat16).contiguous().view(torch.int16)

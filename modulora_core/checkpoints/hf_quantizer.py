@@ -2,7 +2,7 @@
 
 transformers builds the skeleton on the meta device,
 :func:`~modulora_core.checkpoints.packed_modules.install` puts packed modules into it, and
-transformers' loader fills their buffers from the files. No dense weight exists at any moment.
+transformers' loader fills their tensors from the files. No dense weight exists at any moment.
 
 The interface of HfQuantizer changed twice between transformers 4.57 and 5.24. We use only the
 methods that have been stable since 5.0.
@@ -66,16 +66,22 @@ class ModuLoRAHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Freeze what came from the checkpoint. A new head, such as a classifier's, can train."""
+        from transformers import PreTrainedModel  # its import registers us
+
         for part in (model.base_model, model.get_output_embeddings()):
             if part is not None:
                 part.requires_grad_(False)
-        model.__class__ = with_methods(PackedModel, type(model))
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                part.__class__ = with_methods(PackedModel, type(part))
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         wanted = dtype or model.dtype
         unpack(model, getattr(torch, wanted) if isinstance(wanted, str) else wanted)
-        model.__class__ = type(model).__bases__[1]  # without PackedModel
+        for part in model.modules():
+            if isinstance(part, PackedModel):
+                part.__class__ = type(part).__bases__[1]  # without PackedModel
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:

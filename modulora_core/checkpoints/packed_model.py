@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import nn
 
-from modulora_core.layers import PackedParameter, PackedTable
+from modulora_core.embeddings.packed_table import PackedTable
+from modulora_core.checkpoints.publishing import Publishing
+from modulora_core.layers import PackedParameter
 
 
-class PackedModel:
+class PackedModel(Publishing):
     """The methods of a transformers model with packed weights that differ from its own."""
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -20,11 +24,19 @@ class PackedModel:
             return count
         assert isinstance(self, nn.Module)
         for module in self.modules():
-            left_out = exclude_embeddings and isinstance(module, PackedTable)
-            if isinstance(module, PackedParameter) and not left_out:
-                out_features, in_features = module.layout.shape
-                count += out_features * in_features
+            if isinstance(module, PackedParameter):
+                count -= sum(parameter.numel() for parameter in module.parameters())
+                if not (exclude_embeddings and isinstance(module, PackedTable)):
+                    count += math.prod(module.layout.shape)
         return count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dense parameters; a packed weight's scales keep their own."""
+        assert isinstance(self, nn.Module)
+        dense = (m for m in self.modules() if not isinstance(m, PackedParameter))
+        parameters = (p for module in dense for p in module.parameters(recurse=False))
+        return next(p.dtype for p in parameters if p.is_floating_point())
 
 
 _CLASSES: dict[tuple[type, type], type] = {}

@@ -11,14 +11,13 @@ from transformers.pytorch_utils import Conv1D
 
 from modulora_core.checkpoints.record import PackedSite, QuantizationRecord
 from modulora_core.devices.dense_products import DenseLinear
+from modulora_core.embeddings.packed_table import PackedTable, TiedHead
 from modulora_core.errors import AdapterError, CheckpointError
 from modulora_core.layers import (
     LoRALinear,
     PackedParameter,
     PackedStack,
-    PackedTable,
     QuantLinear,
-    TiedHead,
 )
 from modulora_core.spec import Quantizer
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modulora_core.errors import AdapterError, CheckpointError, ShapeError
 from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
+from modulora_core.spec import PackedWeight
 
 
 @pytest.fixture
@@ -54,20 +55,41 @@ def test_casting_the_model_never_casts_packed_tensors(
         assert torch.equal(tensor, before[name])
 
 
+def test_tensors_are_parameters_without_a_gradient(toy: ModuleType) -> None:
+    """DDP broadcasts buffers at each forward; FSDP2 shards parameters of at least one dimension."""
+    tensors = {"codes": torch.ones(6, 4, dtype=torch.int8), "scale": torch.ones(6, 1).half()}
+    packed = PackedWeight("toy", 1, (6, 4), {**tensors, "offset": torch.tensor(1.5)})
+    weight = PackedParameter(toy.Toy(), packed)
+    assert {name: p.requires_grad for name, p in weight.named_parameters()} == {
+        "codes": False,
+        "scale": False,
+    }
+    assert [name for name, _ in weight.named_buffers()] == ["offset"]
+
+
+def test_widened_tensors_are_narrowed_again(toy: ModuleType) -> None:
+    """PEFT's prepare_model_for_kbit_training widens every 16-bit parameter in place."""
+    tensors = {"codes": torch.ones(6, 4, dtype=torch.int8), "scale": torch.rand(6, 1).half()}
+    weight = PackedParameter(toy.Toy(), PackedWeight("toy", 1, (6, 4), tensors))
+    weight.scale.data = weight.scale.data.float()
+    assert torch.equal(weight.packed.tensors["scale"], tensors["scale"])
+    assert weight.packed.tensors["scale"].dtype is torch.float16
+
+
 def test_moving_the_model_moves_packed_tensors(weight: PackedParameter) -> None:
     weight.to("meta")
     assert weight.packed.device.type == "meta"
 
 
-def test_a_replaced_buffer_is_what_the_next_product_uses(weight: PackedParameter) -> None:
+def test_a_replaced_tensor_is_what_the_next_product_uses(weight: PackedParameter) -> None:
     x = torch.randn(2, 4)
     before = F.linear(x, weight)
-    weight.scale = weight.scale * 2
+    weight.scale = nn.Parameter(weight.scale * 2, requires_grad=False)
     torch.testing.assert_close(F.linear(x, weight), 2 * before)
 
 
-def test_a_buffer_of_another_shape_is_refused(weight: PackedParameter) -> None:
-    weight.scale = torch.ones(5, 1)
+def test_a_tensor_of_another_shape_is_refused(weight: PackedParameter) -> None:
+    weight.scale = nn.Parameter(torch.ones(5, 1), requires_grad=False)
     with pytest.raises(CheckpointError, match="expected"):
         _ = weight.packed
 

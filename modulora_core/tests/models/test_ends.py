@@ -16,8 +16,9 @@ from modulora_core.adapters.lora import LoRASettings, add_lora
 from modulora_core.adapters.merge import merge
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.embeddings.packed_table import PackedTable, TiedHead
 from modulora_core.errors import AdapterError, CheckpointError, OptionError, RequestError
-from modulora_core.layers import LoRALinear, PackedTable, QuantLinear, TiedHead
+from modulora_core.layers import LoRALinear, QuantLinear
 from modulora_core.models.ends import find_ends
 from modulora_core.models.sites import find_sites
 from modulora_core.quantization.quantize import quantize
@@ -89,6 +90,8 @@ def test_packed_ends_are_the_rounded_ones(family: str, toy: ModuleType, tmp_path
     merge(str(folder), tmp_path / "merged", dtype="float32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     assert all(torch.equal(merged[name], tensor) for name, tensor in dense.state_dict().items())
+    half = load_model(folder, device="cpu", dtype="bfloat16")
+    assert half.dtype == half.base_model.dtype == torch.bfloat16, "the scales are float32"
 
 
 @pytest.mark.parametrize(("end", "name"), [("head", HEAD), ("embeddings", TABLE)])

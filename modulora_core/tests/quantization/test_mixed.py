@@ -18,6 +18,7 @@ from modulora_core.calibration import CalibrationConfig, HeldOutCalibration
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.outputs import partial_name
 from modulora_core.data import token_segments
+from modulora_core.embeddings.packed_table import TiedHead
 from modulora_core.errors import (
     CheckpointError,
     DataError,
@@ -26,7 +27,6 @@ from modulora_core.errors import (
     PluginError,
     ShapeError,
 )
-from modulora_core.layers import TiedHead
 from modulora_core.models import open_model
 from modulora_core.quantization.mixed import Offer, allocate, recorded_allocation
 from modulora_core.quantization.quantize import Budget, Override, QuantizeResult, quantize

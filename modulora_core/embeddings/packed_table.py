@@ -1,0 +1,99 @@
+"""The packed weight of an embedding, and an output head that shares it.
+
+    PackedTable   the weight of an ``nn.Embedding``; its rows are decoded when they are looked up
+    TiedHead      an output head that shares the PackedTable of the embedding
+
+``F.embedding(ids, W)`` in the model's code reaches the quantizer through torch's
+``__torch_function__`` protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modulora_core.autograd import QUANTIZERS, WEIGHTS, number_of
+from modulora_core.errors import ModelError
+from modulora_core.layers import PackedParameter, QuantLinear
+from modulora_core.spec import PackedWeight, Quantizer
+
+
+class PackedTable(PackedParameter):
+    """The packed weight of an embedding: ``X = Ŵ[ids]``, without a gradient.
+
+    The model's own ``nn.Embedding`` stays, since some models scale the rows. This module replaces
+    its ``weight``.
+
+    Args:
+        quantizer: the quantizer that packed it.
+        packed: Ŵ, ``[vocabulary, hidden]``.
+        dtype: the dtype of the rows; ``model.to(dtype)`` changes it as it would change a dense
+            weight.
+    """
+
+    def __init__(self, quantizer: Quantizer, packed: PackedWeight, dtype: torch.dtype) -> None:
+        super().__init__(quantizer, packed)
+        self.dtype = dtype
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows ``ids``, ``[*ids.shape, hidden]``. Raises IndexError for an id outside the table."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            rows: Tensor = torch.ops.modulora.lookup(
+                ids, number_of(self.quantizer, self.packed), self.dtype
+            )
+            return rows
+        return self.quantizer.lookup(ids, self.packed, self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        super()._apply(fn, recurse)
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.embedding:
+            ids, table, max_norm = _embedding_arguments(*args, **(kwargs or {}))
+            if max_norm is not None:
+                raise ModelError(
+                    f"embedding: expected max_norm=None for a packed table, got {max_norm}"
+                )
+            if isinstance(table, PackedTable):
+                return table.lookup(ids)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _embedding_arguments(
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+) -> tuple[Any, Any, Any]:
+    del padding_idx  # it and the others concern gradients
+    return input, weight, max_norm
+
+
+def _lookup(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
+    return QUANTIZERS[number].lookup(ids, WEIGHTS[number], dtype)
+
+
+def _empty_rows(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(*ids.shape, WEIGHTS[number].shape[1], dtype=dtype)
+
+
+_LIBRARY = torch.library.Library("modulora", "FRAGMENT")
+_LIBRARY.define("lookup(Tensor ids, int weight, ScalarType dtype) -> Tensor")
+_LIBRARY.impl("lookup", _lookup, "CompositeExplicitAutograd")
+torch.library.register_fake("modulora::lookup", _empty_rows, lib=_LIBRARY)
+
+
+class TiedHead(QuantLinear):
+    """The output head of a model whose input embedding is the same packed table.
+
+    It refers to the table and does not own it, so the table is stored, moved and counted once.
+    """
+
+    def __init__(self, table: PackedTable, bias: nn.Parameter | None = None) -> None:
+        super().__init__(table, bias)
+        del self._modules["weight"]
+        self.__dict__["weight"] = table  # an assignment would register it as a submodule
