@@ -120,12 +120,13 @@ class FormatSpec(_Fact):
     quant_methods: tuple[str, ...] = ()
     """Values of ``quant_method`` in config.json's ``quantization_config`` that mark a folder of
     this format. A format without these and without ``config_keys`` is only written."""
+    quant_flags: tuple[_Key, ...] = ()
+    """Keys of that config of which one must be true, for a method that several formats share."""
     config_keys: tuple[_Key, ...] = ()
     """Keys of config.json that mark a folder of this format if one is not empty, for tools that
     write no ``quantization_config``. The model's config does not keep them."""
     config_files: tuple[_JsonFile, ...] = ()
-    """Files that hold the quantization config where config.json has none, such as older tools
-    wrote. They are written too."""
+    """Files with the quantization config of folders whose config.json has none; written too."""
 
 
 class QuantizerSpec(_Fact):

@@ -17,11 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from modulora_core import registry
-from modulora_core.errors import DuplicatePluginError, ModelError, OptionError
+from modulora_core.errors import CheckpointError, DuplicatePluginError, ModelError, OptionError
 from modulora_core.models.json_files import read_json
 from modulora_core.spec import FormatSpec, PackedLayout, PackedWeight, Quantizer, TensorLayout
 
-__all__ = ["CheckpointFormat", "ForeignWeight", "FormatReader", "FormatSpec", "StoredWeight"]
+__all__ = [
+    "CheckpointFormat", "ForeignWeight", "FormatReader", "FormatSpec", "StoredWeight",
+    "check_tensors", "read_finite",
+]  # fmt: skip
 
 Read = Callable[[str], Tensor]
 """Reads a tensor by its name."""
@@ -147,6 +150,38 @@ def create_writer(name: str) -> CheckpointFormat:
     return found
 
 
+def check_tensors(
+    expected: Mapping[str, TensorLayout], found: Mapping[str, TensorLayout], by: str
+) -> None:
+    """Refuse tensors of a folder that are missing, or of another dtype or shape.
+
+    Args:
+        expected: by name; ``found``: every tensor of the files.
+        by: the part of the folder that says so, for the message.
+
+    Raises:
+        CheckpointError: with the first such tensor.
+    """
+    for name, layout in expected.items():
+        got = found.get(name)
+        if got != layout:
+            raise CheckpointError(f"{name}: expected {_text(layout)} by {by}, got {_text(got)}")
+
+
+def _text(layout: TensorLayout | None) -> str:
+    return "nothing" if layout is None else f"{layout.dtype} {list(layout.shape)}"
+
+
+def read_finite(read: Read, name: str) -> Tensor:
+    """Read a tensor of scales. Raises CheckpointError for NaN or Inf in it."""
+    tensor = read(name)
+    if not bool(tensor.isfinite().all()):
+        raise CheckpointError(
+            f"{name}: expected finite values, got NaN or Inf; the file is damaged"
+        )
+    return tensor
+
+
 def config_files() -> list[str]:
     """The files beside config.json that mark a folder of an installed format."""
     return sorted({file for _, spec in _installed() for file in spec.config_files})
@@ -160,7 +195,8 @@ def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
     """
     method, quantization = _quantization(config)
     if method is not None:
-        found = next((spec for spec in specs().values() if method in spec.quant_methods), None)
+        shared = (spec for spec in specs().values() if method in spec.quant_methods)
+        found = next((spec for spec in shared if _flagged(spec, quantization)), None)
         return None if found is None else Recognised(found, quantization, "config.json")
     for spec in specs().values():
         if any(config.get(key) for key in spec.config_keys):
@@ -171,6 +207,10 @@ def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
                 if values.get("quant_method", spec.quant_methods[0]) in spec.quant_methods:
                     return Recognised(spec, values, path.name)
     return None
+
+
+def _flagged(spec: FormatSpec, quantization: Mapping[str, Any]) -> bool:
+    return not spec.quant_flags or any(quantization.get(key) is True for key in spec.quant_flags)
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:

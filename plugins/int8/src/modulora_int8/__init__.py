@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import Promise, QuantizerSpec
+from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="int8",
@@ -30,6 +30,15 @@ SPEC = QuantizerSpec(
             heavy_tailed=0.0117,
             outlier_columns=0.0177,
             constant=0.0005,
+        ),
+    ),
+    formats=(
+        FormatSpec(
+            name="bitsandbytes-int8",
+            summary="LLM.int8, as transformers saves it with load_in_8bit; only read",
+            location="modulora_int8.formats:BitsAndBytes",
+            quant_methods=("bitsandbytes",),
+            quant_flags=("load_in_8bit", "_load_in_8bit"),
         ),
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import Promise, QuantizerSpec
+from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="nf4",
@@ -30,6 +30,15 @@ SPEC = QuantizerSpec(
             heavy_tailed=0.131,
             outlier_columns=0.179,
             constant=0.0,
+        ),
+    ),
+    formats=(
+        FormatSpec(
+            name="bitsandbytes-nf4",
+            summary="bitsandbytes' NF4, as transformers saves it with load_in_4bit; only read",
+            location="modulora_nf4.formats:BitsAndBytes",
+            quant_methods=("bitsandbytes",),
+            quant_flags=("load_in_4bit", "_load_in_4bit"),
         ),
     ),
 )

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, ModelError, ShapeError
-from modulora_core.models.formats import CheckpointFormat, ForeignWeight, Read, StoredWeight
+from modulora_core.models.formats import (
+    CheckpointFormat,
+    ForeignWeight,
+    Read,
+    StoredWeight,
+    check_tensors,
+    read_finite,
+)
 from modulora_core.spec import PackedWeight, TensorLayout
 from modulora_optq import SPEC, packing
 from modulora_optq.formats import words
@@ -120,32 +127,25 @@ def _check_shapes(
     bits, qweight = layer.bits, tensors[f"{module}.qweight"]
     if qweight.dtype != "int32" or len(qweight.shape) != 2:
         raise CheckpointError(
-            f"{module}.qweight: expected int32 [in · bits / 32, out], got {_text(qweight)}"
+            f"{module}.qweight: expected int32 [in · bits / 32, out], got {qweight.dtype} "
+            f"{list(qweight.shape)}"
         )
     rows, out_features = qweight.shape
     in_features = rows * words.WORD_BITS // bits
     groups = -(-in_features // layer.group(in_features)) if in_features else 0
     expected = {
-        "qzeros": TensorLayout("int32", (groups, out_features * bits // words.WORD_BITS)),
-        "scales": TensorLayout("float16", (groups, out_features)),
-        "g_idx": TensorLayout("int32", (in_features,)),
+        f"{module}.qzeros": TensorLayout("int32", (groups, out_features * bits // words.WORD_BITS)),
+        f"{module}.scales": TensorLayout("float16", (groups, out_features)),
     }
-    for part, layout in expected.items():
-        found = tensors.get(f"{module}.{part}")
-        if found != layout and not (part == "g_idx" and _is_absent(found)):
-            raise CheckpointError(
-                f"{module}.{part}: expected {_text(layout)} by qweight and the config ({bits} "
-                f"bits, group size {layer.group_size}), got {_text(found)}"
-            )
+    if not _is_absent(tensors.get(f"{module}.g_idx")):
+        expected[f"{module}.g_idx"] = TensorLayout("int32", (in_features,))
+    by = f"qweight and the config ({bits} bits, group size {layer.group_size})"
+    check_tensors(expected, tensors, by)
     return out_features, in_features
 
 
 def _is_absent(g_idx: TensorLayout | None) -> bool:
     return g_idx is None or g_idx.shape == (0,)
-
-
-def _text(layout: TensorLayout | None) -> str:
-    return "nothing" if layout is None else f"{layout.dtype} {list(layout.shape)}"
 
 
 def _permutation(
@@ -202,11 +202,7 @@ def _unpack(
     zeros: Callable[[Read], Tensor],
     read: Read,
 ) -> PackedWeight:
-    scales = read(f"{module}.scales").t().contiguous()
-    if not bool(scales.isfinite().all()):
-        raise CheckpointError(
-            f"{module}.scales: expected finite values, got NaN or Inf; the file is damaged"
-        )
+    scales = read_finite(read, f"{module}.scales").t().contiguous()
     codes = words.unpack(read(f"{module}.qweight"), options.bits)
     codes = codes if permutation is None else codes.index_select(0, permutation)
     return from_solution(Solution(codes.t(), scales, zeros(read), permutation), options)

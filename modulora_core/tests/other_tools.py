@@ -1,0 +1,80 @@
+"""Folders that transformers and another tool write, and checks that they hold the same model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from modulora_core.checkpoints.convert import convert
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.finetune import finetune
+
+IDS = torch.arange(3, 27).view(2, 12)
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 640,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "tie_word_embeddings": False, "attention_bias": True,
+    },
+    "gpt2": {"vocab_size": 640, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 128,
+             "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+}  # fmt: skip
+"""Rows of whole blocks of 64: with AVX-512, bitsandbytes 0.50 misreads others."""
+
+
+def save_quantized(
+    folder: Path, quantization: Any, architecture: str = "llama", dtype: torch.dtype = torch.float32
+) -> None:
+    """Save a tiny model as transformers does, quantized by one of its configs; with a tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**_SIZES[architecture]))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.to(dtype).save_pretrained(folder / "dense")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tool's own
+        quantized = AutoModelForCausalLM.from_pretrained(
+            folder / "dense", quantization_config=quantization, dtype=dtype
+        )
+        quantized.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def load_with_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The folder as its tool runs it, in training mode.
+
+    For inference on the CPU, bitsandbytes rounds the scales to bfloat16.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return model(IDS).logits.float()  # type: ignore[no-any-return]
+
+
+def assert_trains_as_converted(folder: Path, out: Path) -> None:
+    """The folder and its copy in our format give the same losses, which fall."""
+    converted, data = out / "converted", out / "text.txt"
+    data.write_text("a line to learn by heart, again and again\n" * 20)
+    convert(str(folder), converted, "modulora")
+    losses = []
+    for model in (folder, converted):
+        options = {
+            "model": str(model), "out": str(out / f"adapter-{model.name}"), "data": str(data),
+            "steps": 4, "batch_size": 1, "grad_accum": 1, "seq_len": 32, "dtype": "float32",
+        }  # fmt: skip
+        losses.append(finetune(FinetuneConfig.build(options)).losses)
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
