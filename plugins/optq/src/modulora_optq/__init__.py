@@ -64,6 +64,13 @@ SPEC = QuantizerSpec(
             location="modulora_optq.formats.gptq:GPTQ",
             config_files=("quantize_config.json",),
         ),
+        FormatSpec(
+            name="awq",
+            summary="AWQ, 4 bits in the layout gemm; only read",
+            location="modulora_optq.formats.awq:AWQ",
+            quant_methods=("awq",),
+            config_files=("quant_config.json",),
+        ),
     ),
 )
 
