@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modulora_core.errors import DiskSpaceError, OutputError
@@ -106,9 +106,18 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the lock on a folder. Raises OutputError if another process has it."""
+    """Make a folder, and hold the lock on it; remove it at the end if it is still empty.
+
+    Raises:
+        OutputError: another process has the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder, f"output folder {folder}: expected it free"):
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it has files
+                folder.rmdir()
 
 
 @contextmanager

@@ -31,12 +31,13 @@ PANELS = {
         "gradient_checkpointing", "keep_products", "offload_activations", "mapped", "dtype",
         "matmul_precision",
     ),
-    "Output": ("save_every",),
+    "Output": ("save_every", "report_to", "report"),
+    "Trainer": ("trainer",),
 }  # fmt: skip
 
 _ARGUMENTS = ("model", "out")
-_LISTS = ("data", "eval_data")
-"""Fields whose option is repeated for each element."""
+_LISTS = {"data": "SOURCE", "eval_data": "SOURCE", "trainer": "KEY=VALUE"}
+"""Fields whose option is repeated for each element, and the element's name in the help."""
 
 _METAVARS = {int: "N", float: "X"}
 
@@ -70,7 +71,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
     with terminal().progress("training", "steps") as show:
 
         def on_step(step: TrainingStep) -> None:
-            show(f"training, loss {step.loss:.4f}", step.step, step.total)
+            show(step.line, step.step, step.total)
 
         def on_eval(step: int, loss: float) -> None:
             terminal().note(f"step {step}: loss {loss:.4f} on the evaluation data")
@@ -91,12 +92,12 @@ def field_parameter(name: str, field: FieldInfo) -> Any:
     if name in _ARGUMENTS:
         return Annotated[str | None, argument(name.upper(), f"{text} --config may have it.")]
     value = None if field.is_required() else field.default
-    default = ",".join(value) if isinstance(value, tuple) else value
+    default = ",".join(value) if isinstance(value, tuple | dict) else value
     kind, metavar, members = _kind(name, field.annotation)
     text += f" [{', '.join(members)}]" if members else ""
     flag = name.replace("_", "-")
     flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
-    shown = None if default is None else str(default)
+    shown = None if default in (None, "") else str(default)
     return Annotated[kind | None, option(f"{flags} {metavar}", text, default=shown)]
 
 
@@ -105,7 +106,7 @@ def _kind(name: str, kind: Any) -> tuple[Any, str, tuple[str, ...]]:
     if get_origin(kind) in (Union, UnionType):  # with None
         kind = get_args(kind)[0]
     if name in _LISTS:
-        return list[str], "SOURCE", ()
+        return list[str], _LISTS[name], ()
     if get_origin(kind) is Literal:
         return str, "NAME", get_args(kind)
     return (bool, "", ()) if kind is bool else (str, _METAVARS.get(kind, "NAME"), ())

@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.trainer_options import trainer_options
 
 logger = logging.getLogger(__name__)
 
@@ -32,41 +33,56 @@ class _Arguments(TrainingArguments):
 def training_arguments(
     config: FinetuneConfig, folder: Path, steps: int, device: torch.device
 ) -> TrainingArguments:
-    """Translate a config to transformers' arguments. Checkpoints go to ``folder``."""
+    """Translate a config to transformers' arguments. Checkpoints go to ``folder``.
+
+    Raises:
+        OptionError: transformers refuses a value of ``config.trainer``.
+    """
+    values = {**argument_values(config, folder, steps, device), **trainer_options(config.trainer)}
+    try:
+        return _Arguments(**values)
+    except (ValueError, ImportError) as error:
+        raise OptionError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def argument_values(
+    config: FinetuneConfig, folder: Path, steps: int, device: torch.device
+) -> dict[str, Any]:
+    """The fields of TrainingArguments that a config sets, by name."""
     on_gpu = device.type == "cuda"
-    return _Arguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.grad_accum,
-        optim=config.optim,
-        learning_rate=config.lr,
-        lr_scheduler_type=_SCHEDULES[config.scheduler],
-        warmup_steps=_warmup_steps(config, steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        data_seed=config.seed,
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.grad_accum,
+        "optim": config.optim,
+        "learning_rate": config.lr,
+        "lr_scheduler_type": _SCHEDULES[config.scheduler],
+        "warmup_steps": _warmup_steps(config, steps),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "data_seed": config.seed,
         # float16 needs its loss scaler; bfloat16 needs no autocast, as activations have the model's
         # dtype and the adapter is float32
-        fp16=on_gpu and config.dtype == "float16",
-        use_cpu=not on_gpu,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
-        eval_strategy="no" if config.eval_every is None else "steps",
-        eval_steps=config.eval_every,
-        prediction_loss_only=True,
-        save_strategy="steps",
-        save_steps=config.save_every,
-        save_total_limit=_SAVED_CHECKPOINTS,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=on_gpu,
-        report_to="none",
-        disable_tqdm=True,
-    )
+        "fp16": on_gpu and config.dtype == "float16",
+        "use_cpu": not on_gpu,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "eval_strategy": "no" if config.eval_every is None else "steps",
+        "eval_steps": config.eval_every,
+        "prediction_loss_only": True,
+        "save_strategy": "steps",
+        "save_steps": config.save_every,
+        "save_total_limit": _SAVED_CHECKPOINTS,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "dataloader_pin_memory": on_gpu,
+        "report_to": list(config.report_to) or "none",
+        "disable_tqdm": True,
+    }
 
 
 def total_steps(config: FinetuneConfig, examples: int) -> int:

@@ -35,13 +35,23 @@ def _comma_separated(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
+def _pairs(value: Any) -> Any:
+    """Read ``["KEY=VALUE", ...]`` as the command line gives it."""
+    if not isinstance(value, list | tuple):
+        return value
+    if not all("=" in str(word) for word in value):
+        raise ValueError("expected KEY=VALUE")
+    return dict(str(word).split("=", 1) for word in value)
+
+
 def _unwrapped(value: tuple[str, ...]) -> str | list[str]:
     return value[0] if len(value) == 1 else list(value)
 
 
 _Serializer = PlainSerializer(_unwrapped, return_type=str | list[str])
 Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), _Serializer]
-Targets = Annotated[tuple[str, ...], BeforeValidator(_comma_separated), _Serializer]
+Names = Annotated[tuple[str, ...], BeforeValidator(_comma_separated), _Serializer]
+Pairs = Annotated[dict[str, Any], BeforeValidator(_pairs)]
 
 
 class FinetuneConfig(BaseModel):
@@ -70,7 +80,7 @@ class FinetuneConfig(BaseModel):
     rank: int = Field(8, ge=1, description="rank r of the adapter")
     alpha: float = Field(32.0, gt=0, description="scale of the adapter, which is alpha / rank")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the adapter's input")
-    targets: Targets = Field(
+    targets: Names = Field(
         ("all-linear",),
         min_length=1,
         description="layers to adapt: all-linear, or names separated by commas",
@@ -127,6 +137,15 @@ class FinetuneConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, description="seed of the adapter, the data order and the dropout")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
+    report_to: Names = Field(
+        (), description="experiment trackers, separated by commas: tensorboard, wandb, mlflow, ..."
+    )
+    report: bool = Field(
+        True, description="write report.html: curves, settings, and answers before and after"
+    )
+    trainer: Pairs = Field(
+        {}, description="any other field of transformers' TrainingArguments, as KEY=VALUE"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -185,9 +204,11 @@ class FinetuneConfig(BaseModel):
         return f"# modulora finetune --config FILE repeats this run; flags override it.\n{text}"
 
     def differences(self, other: FinetuneConfig) -> list[str]:
-        """The fields that differ from ``other``'s, except ``out``: ``"lr 0.001 → 0.01"``."""
-        mine, others = self.model_dump(mode="json"), other.model_dump(mode="json")
-        names = [name for name in mine if name != "out" and mine[name] != others[name]]
+        """The fields that differ from ``other``'s, except of outputs: ``"lr 0.001 → 0.01"``."""
+        outputs = {"out", "report", "report_to"}
+        mine = self.model_dump(mode="json", exclude=outputs)
+        others = other.model_dump(mode="json", exclude=outputs)
+        names = [name for name in mine if mine[name] != others[name]]
         return [f"{name} {others[name]!r} → {mine[name]!r}" for name in names]
 
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
 from modulora_core.adapters.peft_format import CONFIG_FILE, read_adapter
@@ -58,6 +58,7 @@ from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.losses import divergence
 from modulora_core.training.model_card import model_card
 from modulora_core.training.trainer import AdapterTrainer, OnEval, OnStep, Watcher
+from modulora_core.training.trainer_options import check_reporters, trainer_options
 
 CHECKPOINTS = "checkpoints"
 
@@ -96,6 +97,7 @@ def finetune(
     resume: bool = False,
     on_step: OnStep | None = None,
     on_eval: OnEval | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> FinetuneResult:
     """Train an adapter and write it to ``config.out``, in PEFT's format.
 
@@ -105,6 +107,7 @@ def finetune(
             the losses of an uninterrupted run. Without a whole checkpoint, start again.
         on_step: called after each optimizer step.
         on_eval: called after each evaluation.
+        callbacks: callbacks of transformers' Trainer.
 
     Raises:
         OutputError: ``out`` holds a finished adapter, other files, or, without ``resume``, an
@@ -124,19 +127,28 @@ def finetune(
         for name, source in (("train", config.data), ("eval", config.eval_data))
         if source is not None
     }
-    with PeakMemory(device) as peak, quiet():
+    steps = total_steps(config, len(data["train"]))
+    warn_of_warmup(config, steps)
+    with (
+        PeakMemory(device) as peak,
+        quiet(),
+        only_writer(out),
+        matmul_precision(config.matmul_precision),
+    ):
+        arguments = training_arguments(config, out / CHECKPOINTS, steps, device)
         model = load_model(checkpoint, dtype=config.dtype, device=str(device), mapped=config.mapped)
         settings = _put_adapter(model, config)
         check_disk_space(out, _nbytes(model))
-        out.mkdir(parents=True, exist_ok=True)
-        with only_writer(out), matmul_precision(config.matmul_precision):
-            write_file(out / RUN_FILE, config.to_yaml())
-            remove_half_written(out / CHECKPOINTS)
-            started = time.perf_counter()
-            trainer = _trainer(model, config, settings, data, tokenizer, Watcher(on_step, on_eval))
-            tokens = trainer.run(resume_from)
-            seconds = time.perf_counter() - started
-            eval_loss = trainer.final_eval_loss() if "eval" in data else None
+        write_file(out / RUN_FILE, config.to_yaml())
+        remove_half_written(out / CHECKPOINTS)
+        started = time.perf_counter()
+        trainer = _trainer(
+            model, config, arguments, data, tokenizer,
+            settings=settings, memory=peak, callbacks=[Watcher(on_step, on_eval), *callbacks],
+        )  # fmt: skip
+        tokens = trainer.run(resume_from)
+        seconds = time.perf_counter() - started
+        eval_loss = trainer.final_eval_loss() if "eval" in data else None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     scaled = any(layer.input_scale for _, layer in adapter_layers(model))
     card = model_card(config, checkpoint, losses, eval_loss, channel_scales=scaled)
@@ -154,26 +166,23 @@ def finetune(
 def _trainer(
     model: PreTrainedModel,
     config: FinetuneConfig,
-    settings: LoRASettings | None,
+    arguments: TrainingArguments,
     data: Mapping[str, Examples],
     tokenizer: Any,
-    watcher: Watcher,
+    **common: Any,
 ) -> AdapterTrainer:
     if config.gradient_checkpointing:
         checkpoint_activations(model, keep_products=config.keep_products)
-    steps = total_steps(config, len(data["train"]))
-    warn_of_warmup(config, steps)
     # any id will do to pad: attention and labels mask it
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return AdapterTrainer(
         model=model,
-        args=training_arguments(config, Path(config.out) / CHECKPOINTS, steps, model.device),
+        args=arguments,
         data_collator=Collator(next(int(pad) for pad in pads if pad is not None)),
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
-        callbacks=[watcher],
-        settings=settings,
         offload_activations=config.offload_activations,
+        **common,
     )
 
 
@@ -230,6 +239,8 @@ def _checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckp
     if config.offload_activations and device.type == "cpu":
         raise OptionError("offload_activations: expected a GPU, got a CPU")
     check_optimizer(config.optim)
+    check_reporters(config.report_to)
+    trainer_options(config.trainer)
     checkpoint = open_checkpoint(config.model)
     if config.mapped:
         check_mapped(checkpoint, str(device))
@@ -243,10 +254,12 @@ def _checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckp
     if config.adapter is not None:
         read_adapter(config.adapter)
         return checkpoint
-    shapes = {
-        name.removesuffix(".weight"): site.layout.shape
+    shapes: dict[str, tuple[int, ...]] = {
+        name if site.experts else name.removesuffix(".weight"): (
+            (site.experts, *site.layout.shape) if site.experts else site.layout.shape
+        )
         for name, site in checkpoint.record.items()
-        if site.kind not in ("experts", "embedding")
+        if site.kind != "embedding"
     }
     modules = [name.removesuffix(".weight") for name in checkpoint.parameters]
     select_layers(shapes, config.targets, config.rank, modules)

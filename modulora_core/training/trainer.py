@@ -1,14 +1,15 @@
 """Train an adapter on packed weights with transformers' Trainer.
 
-:class:`AdapterTrainer` saves and restores the adapter only, computes the loss in chunks
-(:mod:`modulora_core.training.chunked_loss`), and averages the evaluation loss over tokens. A
-checkpoint is an adapter folder beside the states of optimizer, schedule and random numbers.
-transformers reads these with ``weights_only``: no code is unpickled.
+:class:`AdapterRun` saves and restores the adapter only. :class:`AdapterTrainer` also computes the
+loss in chunks (:mod:`modulora_core.training.chunked_loss`), and averages the evaluation loss over
+tokens. A checkpoint is an adapter folder beside the states of optimizer, schedule and random
+numbers. transformers reads these with ``weights_only``: no code is unpickled.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from typing_extensions import override
 from modulora_core.adapters.lora import LoRASettings
 from modulora_core.adapters.save_load import restore_adapter, save_adapter
 from modulora_core.data.rendering import IGNORED
+from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import WorkError
 from modulora_core.training.checkpoints import seal, trainer_state
 from modulora_core.training.chunked_loss import chunked_loss
@@ -45,6 +47,10 @@ class TrainingStep:
         loss: mean over the trained tokens of its batch.
         learning_rate: the rate of this step.
         tokens: number of tokens since the run began, without padding.
+        grad_norm: norm of the gradient before clipping; None if it is not measured.
+        tokens_per_second: throughput of this step.
+        memory_bytes: peak memory of the run so far
+            (:class:`modulora_core.devices.memory.PeakMemory`).
     """
 
     step: int
@@ -52,6 +58,18 @@ class TrainingStep:
     loss: float
     learning_rate: float
     tokens: int
+    grad_norm: float | None
+    tokens_per_second: float
+    memory_bytes: int
+
+    @property
+    def line(self) -> str:
+        """``loss 2.3120, lr 9.5e-04, gradient 0.51, 1,234 tokens/s, 2.1 GiB``."""
+        norm = "" if self.grad_norm is None else f", gradient {self.grad_norm:.2g}"
+        return (
+            f"loss {self.loss:.4f}, lr {self.learning_rate:.1e}{norm}, "
+            f"{self.tokens_per_second:,.0f} tokens/s, {self.memory_bytes / 2**30:.1f} GiB"
+        )
 
 
 OnStep = Callable[[TrainingStep], None]
@@ -59,25 +77,26 @@ OnEval = Callable[[int, float], None]
 """Called with the step and the loss on the evaluation data."""
 
 
-class AdapterTrainer(Trainer):
+class AdapterRun(Trainer):
     """A Trainer whose checkpoints hold the adapter without the frozen base.
 
     Args:
         settings: the settings of a new adapter, recorded in the checkpoints.
-        offload_activations: keep the activations of training in CPU memory.
+        memory: measures the run; its peak is in the logs.
         arguments: the arguments of Trainer.
     """
 
     def __init__(
-        self, *, settings: LoRASettings | None, offload_activations: bool, **arguments: Any
+        self, *, settings: LoRASettings | None, memory: PeakMemory, **arguments: Any
     ) -> None:
+        self._settings, self._memory = settings, memory
         super().__init__(**arguments)
-        self._settings, self._offload = settings, offload_activations
         self.remove_callback(PrinterCallback)  # it prints to stdout, where --json prints
 
     def run(self, resume_from: Path | None) -> int:
         """Train, or resume from a whole checkpoint. Returns the number of tokens of this call."""
         before = TrainerState() if resume_from is None else trainer_state(resume_from)
+        self._clock, self._tokens = time.perf_counter(), before.num_input_tokens_seen
         if resume_from is None or before.global_step < self.args.max_steps:
             self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         else:  # Trainer would make one more step
@@ -102,16 +121,46 @@ class AdapterTrainer(Trainer):
         restore_adapter(self.model, resume_from_checkpoint)
 
     @override
-    def compute_loss(self, model: nn.Module, *arguments: Any, **options: Any) -> Any:
-        offload = self._offload and model.training
-        with chunked_loss(self.model), save_on_cpu(pin_memory=True) if offload else nullcontext():
-            return super().compute_loss(model, *arguments, **options)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        now, tokens = time.perf_counter(), int(self.state.num_input_tokens_seen)
+        if "loss" in logs:
+            logs["tokens_per_second"] = (tokens - self._tokens) / (now - self._clock)
+            logs["memory_bytes"] = self._memory.nbytes
+        super().log(logs, start_time)
+        self._clock, self._tokens = now, tokens
+
+    @override
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write none: the run writes its own (:mod:`modulora_core.training.model_card`)."""
 
     @override
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         # channel scales, the only vectors that train, stay near one: no decay towards zero
         matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
         return [name for name in super().get_decay_parameter_names(model) if name in matrices]
+
+    @override
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # transformers estimates it from parameters, and packed weights are none
+
+
+class AdapterTrainer(AdapterRun):
+    """The trainer of next tokens.
+
+    Args:
+        offload_activations: keep the activations of training in CPU memory.
+        arguments: the arguments of AdapterRun.
+    """
+
+    def __init__(self, *, offload_activations: bool, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._offload = offload_activations
+
+    @override
+    def compute_loss(self, model: nn.Module, *arguments: Any, **options: Any) -> Any:
+        offload = self._offload and model.training
+        with chunked_loss(self.model), save_on_cpu(pin_memory=True) if offload else nullcontext():
+            return super().compute_loss(model, *arguments, **options)
 
     @override
     def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
@@ -130,10 +179,6 @@ class AdapterTrainer(Trainer):
         self._nll += float(loss) * predicted
         self._predicted += predicted
         return loss, logits, labels
-
-    @override
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # transformers estimates it from parameters, and packed weights are none
 
 
 class Watcher(TrainerCallback):
@@ -163,9 +208,19 @@ class Watcher(TrainerCallback):
         if "eval_loss" in logs and self._on_eval is not None:
             self._on_eval(state.global_step, logs["eval_loss"])
         if loss is not None and self._on_step is not None:
-            tokens = state.num_input_tokens_seen
-            rate = logs["learning_rate"]
-            self._on_step(TrainingStep(state.global_step, state.max_steps, loss, rate, tokens))
+            norm = logs.get("grad_norm")
+            self._on_step(
+                TrainingStep(
+                    step=state.global_step,
+                    total=state.max_steps,
+                    loss=loss,
+                    learning_rate=logs["learning_rate"],
+                    tokens=state.num_input_tokens_seen,
+                    grad_norm=None if norm is None else float(norm),
+                    tokens_per_second=logs["tokens_per_second"],
+                    memory_bytes=int(logs["memory_bytes"]),
+                )
+            )
 
     @override
     def on_save(

@@ -72,15 +72,17 @@ def test_flags_and_file_become_the_config(
 
     monkeypatch.setattr("modulora_core.training.finetune.finetune", finetune)
     flags = ["--data", "a", "--data", "b", "--steps", "2", "--lr", "1e-2", "--rank", "4",
-             "--targets", "q_proj,up_proj", "--no-gradient-checkpointing", "--optim",
-             "sgd"]  # fmt: skip
+             "--targets", "q_proj,up_proj", "--no-gradient-checkpointing", "--optim", "sgd",
+             "--report-to", "wandb,mlflow", "--trainer", "adam_beta1=0.8", "--trainer",
+             "lr_scheduler_kwargs={\"power\": 2}"]  # fmt: skip
     assert main(["finetune", "m", "o", *flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out).keys() >= {
         "out", "steps", "losses", "eval_loss", "seconds", "tokens_per_second", "peak_memory_bytes",
     }  # fmt: skip
     expected = FinetuneConfig(
         model="m", out="o", data=("a", "b"), steps=2, lr=1e-2, rank=4, optim="sgd",
-        targets=("q_proj", "up_proj"), gradient_checkpointing=False,
+        targets=("q_proj", "up_proj"), gradient_checkpointing=False, report_to=("wandb", "mlflow"),
+        trainer={"adam_beta1": "0.8", "lr_scheduler_kwargs": '{"power": 2}'},
     )  # fmt: skip
     (tmp_path / "run.yaml").write_text(expected.to_yaml())
     file = ["--config", str(tmp_path / "run.yaml")]
@@ -100,6 +102,7 @@ WRONG = {
     "m o --data pydoc --steps 1 --dtype int": "option 'dtype': expected 'auto', 'float32'",
     "m o --config no-such.yaml": "config no-such.yaml: No such file",
     "m o --data pydoc --learning-rate 1": "no such option: --learning-rate",
+    "m o --data pydoc --trainer 5": "option 'trainer': expected KEY=VALUE, got ['5']",
 }
 
 

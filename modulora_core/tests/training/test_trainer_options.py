@@ -1,0 +1,119 @@
+"""Fields of TrainingArguments, experiment trackers, callbacks, and the logs of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback, TrainingArguments
+
+from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.training import trainer_options as options
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.finetune import finetune
+from modulora_core.training.trainer import TrainingStep
+from modulora_core.training.trainer_options import check_reporters, trainer_options
+
+Configure = Callable[..., FinetuneConfig]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Recorder(TrainerCallback):
+    """Keeps the arguments and the last logs of a step."""
+
+    arguments: TrainingArguments
+    logs: dict[str, Any]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.arguments, self.logs = args, logs
+
+
+def test_values_are_parsed_to_the_types_of_the_fields() -> None:
+    given = {"adam_beta1": "0.8", "dataloader_num_workers": "2", "torch_compile": "true",
+             "neftune_noise_alpha": "5", "lr_scheduler_type": "polynomial",
+             "debug": "underflow_overflow"}  # fmt: skip
+    assert trainer_options(given) == {
+        "adam_beta1": 0.8, "dataloader_num_workers": 2, "torch_compile": True,
+        "neftune_noise_alpha": 5.0, "lr_scheduler_type": "polynomial",
+        "debug": "underflow_overflow",
+    }  # fmt: skip
+
+
+def test_they_reach_the_trainer_and_a_callback_sees_the_logs(configure: Configure) -> None:
+    seen, steps = Recorder(), list[TrainingStep]()
+    config = configure(steps=2, trainer=["adam_beta1=0.5", "lr_scheduler_type=polynomial"])
+    finetune(config, on_step=steps.append, callbacks=[seen])
+    assert seen.arguments.adam_beta1 == 0.5
+    assert seen.arguments.lr_scheduler_type == "polynomial"
+    last = steps[-1]
+    for name, value in {
+        "loss": last.loss, "learning_rate": last.learning_rate, "grad_norm": last.grad_norm,
+        "tokens_per_second": last.tokens_per_second, "memory_bytes": last.memory_bytes,
+    }.items():  # fmt: skip
+        assert seen.logs[name] == value
+        assert value > 0
+    assert last.memory_bytes > 10e6
+    for part in (f"loss {last.loss:.4f}", "gradient ", "tokens/s", "GiB"):
+        assert part in last.line
+
+
+WRONG = {
+    "adam_beta3=1": "did you mean adam_beta2 or adam_beta1?",
+    "learning_rate=1": "expected --lr instead",
+    "logging_steps=2": "the run depends on its own value; leave it out",
+    "adam_beta1=high": "trainer adam_beta1: expected a valid number.*, got 'high'",
+    "lr_scheduler_type=poly": "poly is not a valid SchedulerType",
+}
+
+
+@pytest.mark.parametrize("word", WRONG)
+def test_a_wrong_field_is_refused_and_nothing_is_written(
+    configure: Configure, tmp_path: Path, word: str
+) -> None:
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(OptionError, match=WRONG[word]):
+        finetune(configure(trainer=[word]))
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_every_field_that_we_own_exists() -> None:
+    """If this fails: transformers or TRL renamed a field, and the message of it is lost."""
+    known = set(TrainingArguments.__dataclass_fields__)
+    preferences = {"max_length", "activation_offloading", "precompute_ref_log_probs",
+                   "model_init_kwargs", "sync_ref_model"}  # fmt: skip
+    renamed = {"warmup_ratio"}
+    assert {*options._OWNED, *options._FIXED} - known <= preferences | renamed
+
+
+def test_trackers_are_those_of_transformers(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match="no such tracker; expected tensorboard"):
+        finetune(configure(report_to="tensorbord"))
+    monkeypatch.setattr(options, "get_available_reporting_integrations", lambda: ["mlflow"])
+    with pytest.raises(MissingExtraError, match=r"report_to wandb: .* pip install wandb"):
+        finetune(configure(report_to="mlflow,wandb"))
+    check_reporters(("mlflow",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_gets_the_logs(configure: Configure, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX", reason="pip install tensorboardX")
+    finetune(configure(steps=2, report_to="tensorboard"))
+    (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    assert b"train/tokens_per_second" in events.read_bytes()
+
+
+def test_the_config_keeps_them(configure: Configure, tmp_path: Path) -> None:
+    config = configure(trainer={"adam_beta1": 0.8}, report_to=["wandb"])
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert FinetuneConfig.build({}, file=tmp_path / "run.yaml") == config
+    assert json.loads(config.model_dump_json())["trainer"] == {"adam_beta1": 0.8}
+    assert config.differences(configure(trainer={"adam_beta1": 0.9}, report=False)) == [
+        "trainer {'adam_beta1': 0.9} → {'adam_beta1': 0.8}"
+    ]
