@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modulora_core.errors import CheckpointError
 from modulora_core.kernels.process import prepared_numba
-from modulora_core.packed import PackedWeight, TensorLayout
+from modulora_core.packed import BITS_OF_DTYPE, PackedLayout, PackedWeight, TensorLayout
 from modulora_core.tiles import tile_ranges
 
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ Fixed, so that the result does not depend on the number of threads.
 """
 
 _HALVES = (torch.float16, torch.bfloat16)
+_TYPES = {
+    dtype: "<i2" if dtype in _HALVES else torch.empty(0, dtype=dtype).numpy().dtype.str
+    for dtype in (getattr(torch, name) for name in BITS_OF_DTYPE)
+}
+"""numpy's names of the dtypes."""
+
 _ONE_LAUNCH = threading.Lock()
 
 
@@ -46,28 +52,42 @@ def check_tensors(
             ValueError, such as pydantic's, for metadata that the plugin does not write.
 
     Raises:
-        CheckpointError: the metadata is malformed, or a tensor is missing or of another dtype or
-            shape.
+        CheckpointError: as :func:`check_layout` does.
     """
     memory = [*map(Tensor.data_ptr, packed.tensors.values())]
     if packed.kept.get(expected) == memory:  # decoding asks for each layer and token
         return
-    try:
-        layouts = expected(packed.shape, **packed.metadata)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"metadata of a {packed.quantizer} weight: got {dict(packed.metadata)}: {error}"
-        ) from None
-    for name, layout in layouts.items():
-        tensor = packed.tensors.get(name)
-        if tensor is None or TensorLayout.of(tensor) != layout:
-            got = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise CheckpointError(
-                f"{packed.quantizer} weight of shape {list(packed.shape)} and "
-                f"{dict(packed.metadata)}: expected {name} as {layout.dtype} {list(layout.shape)}, "
-                f"got {got}"
-            )
+    check_layout(packed, expected)
     packed.kept[expected] = memory
+
+
+def check_layout(
+    packed: PackedWeight | PackedLayout, expected: Callable[..., Mapping[str, TensorLayout]]
+) -> None:
+    """Refuse a layout that is not exactly the one that its metadata implies.
+
+    Raises:
+        CheckpointError: the metadata is malformed, or a tensor is missing, too many, or of another
+            dtype or shape.
+    """
+    layout = packed.layout if isinstance(packed, PackedWeight) else packed
+    subject = f"{layout.quantizer} weight of shape {list(layout.shape)} and {dict(layout.metadata)}"
+    try:
+        wanted = expected(layout.shape, **layout.metadata)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())  # pydantic's has several lines
+        raise CheckpointError(
+            f"metadata of a {layout.quantizer} weight: got {dict(layout.metadata)}: {reason}"
+        ) from None
+    for name in {**wanted, **layout.tensors}:
+        described = [
+            "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            for tensor in (wanted.get(name), layout.tensors.get(name))
+        ]
+        if described[0] != described[1]:
+            raise CheckpointError(
+                f"{subject}: expected {name} as {described[0]}, got {described[1]}"
+            )
 
 
 def operands(
@@ -135,10 +155,29 @@ def one_thread() -> Iterator[None]:
 def array_of(argument: Any) -> Any:
     """A numpy array on a tensor's memory; a copy of an unaligned tensor."""
     if isinstance(argument, Tensor):
-        tensor = argument.detach() if argument.requires_grad else argument
-        array = (tensor.view(torch.int16) if tensor.dtype in _HALVES else tensor).numpy()
+        array: NDArray[Any] = np.asarray(_Memory(argument))
         return array if array.flags.aligned else array.copy()
     return tuple([array_of(a) for a in argument]) if isinstance(argument, tuple) else argument
+
+
+class _Memory:
+    """A CPU tensor for numpy. ``tensor.numpy()`` would forbid FSDP to free the tensor's memory."""
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor  # numpy's array holds this object
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tensor.shape,
+            "strides": None if tensor.is_contiguous() else _strides(tensor),
+            "typestr": _TYPES[tensor.dtype],
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return tuple([step * tensor.element_size() for step in tensor.stride()])
 
 
 def filled_tile(

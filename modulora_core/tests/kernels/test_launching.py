@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modulora_core import kernels
 from modulora_core.errors import CheckpointError
-from modulora_core.kernels.launching import ROUNDING_BYTES
+from modulora_core.kernels.launching import ROUNDING_BYTES, array_of
 from modulora_core.packed import PackedWeight, TensorLayout
 
 np = pytest.importorskip("numpy")
@@ -51,13 +51,15 @@ def test_tensors_that_match_the_metadata_are_let_through_until_they_change() -> 
 
 @pytest.mark.parametrize(
     ("packed", "message"),
-    [(outsiders(CODES, SCALES, size=1), r"scales as float32 \[4\], got torch.float32 \[2\]"),
-     (outsiders(CODES.int(), SCALES, size=2), r"codes as uint8 \[4, 6\], got torch.int32 \[4, 6\]"),
+    [(outsiders(CODES, SCALES, size=1), r"scales as float32 \[4\], got float32 \[2\]"),
+     (outsiders(CODES.int(), SCALES, size=2), r"codes as uint8 \[4, 6\], got int32 \[4, 6\]"),
      (PackedWeight("outsider", 1, (4, 6), {"codes": CODES}, {"size": 2}), r"scales .* got none"),
+     (PackedWeight("outsider", 1, (4, 6), {"codes": CODES, "scales": SCALES, "more": SCALES},
+                   {"size": 2}), r"expected more as none, got float32 \[2\]"),
      (outsiders(CODES, SCALES, size=0), "size: expected 1 or more, got 0"),
      (outsiders(CODES, SCALES), "missing 1 required positional argument: 'size'"),
      (outsiders(CODES, SCALES, size=2, more=1), "unexpected keyword argument 'more'")],
-    ids=["shape", "dtype", "missing", "value", "no metadata", "more metadata"],
+    ids=["shape", "dtype", "missing", "more", "value", "no metadata", "more metadata"],
 )  # fmt: skip
 def test_tensors_that_do_not_match_the_metadata_are_refused(
     packed: PackedWeight, message: str
@@ -243,3 +245,13 @@ def test_the_memory_of_a_tile_is_reused_by_the_next() -> None:
     """If this fails: each tile is faulted in anew, 4096 pages of it."""
     done = subprocess.run([sys.executable, "-c", TILES], capture_output=True, text=True)
     assert int(done.stdout) < 4096, done.stderr
+
+
+def test_an_array_lets_its_tensor_free_the_memory() -> None:
+    """FSDP2 frees a gathered parameter: it resizes the storage, which ``numpy()`` forbids."""
+    tensor = torch.arange(6.0).view(2, 3)
+    turned = array_of(tensor.t())
+    assert turned.tolist() == tensor.t().tolist()
+    assert turned.strides == (4, 12)
+    assert array_of(torch.empty(0, 3)).shape == (0, 3)
+    tensor.untyped_storage().resize_(0)
