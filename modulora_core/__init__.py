@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.calibration import CalibrationConfig as CalibrationConfig
     from modulora_core.checkpoints.checkpoint import load_model as load_model
     from modulora_core.checkpoints.convert import convert as convert
+    from modulora_core.checkpoints.hf_quantizer import ModuLoRAConfig as ModuLoRAConfig
     from modulora_core.checkpoints.hf_quantizer import register as register
     from modulora_core.hookspecs import hookimpl as hookimpl
     from modulora_core.inference.evaluate import evaluate as evaluate
@@ -47,6 +48,7 @@ _PUBLIC = {
     "FinetuneConfig": "training.config",
     "LoRALinear": "layers",
     "LoRASettings": "adapters.lora",
+    "ModuLoRAConfig": "checkpoints.hf_quantizer",
     "PackedLayout": "packed",
     "PackedWeight": "packed",
     "Promise": "spec",

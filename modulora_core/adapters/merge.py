@@ -130,7 +130,7 @@ def _describe(checkpoint: PackedCheckpoint) -> BaseRecord:
         else:
             config = checkpoint.foreign.source.config
         model: Any = build_skeleton(config, torch.float32)
-    model.config.quantization_config = ModuLoRAConfig(**checkpoint.record.to_json())
+    model.config.quantization_config = ModuLoRAConfig(record=checkpoint.record)
     install(model, checkpoint.record)
     return describe_base(model, str(checkpoint.folder), checkpoint.tensor)
 

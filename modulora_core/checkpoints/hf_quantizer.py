@@ -1,4 +1,4 @@
-"""Let transformers' ``from_pretrained`` load our checkpoints.
+"""Let transformers' ``from_pretrained`` load our checkpoints, or quantize a dense model.
 
 transformers builds the skeleton on the meta device,
 :func:`~modulora_core.checkpoints.packed_modules.install` puts packed modules into it, and
@@ -11,6 +11,7 @@ methods that have been stable since 5.0.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,43 +22,92 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modulora_core.checkpoints.packed_model import PackedModel, with_methods
 from modulora_core.checkpoints.packed_modules import install, unpack
+from modulora_core.checkpoints.packing_on_load import PackOnLoad, data_free
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
+from modulora_core.registry import Choice
 
 
 class ModuLoRAConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` for transformers: an object around our record."""
+    """Quantize a dense model while transformers loads it::
 
-    def __init__(self, **record: Any) -> None:
+        config = ModuLoRAConfig("NAME", {"OPTION": 64})
+        model = AutoModelForCausalLM.from_pretrained("org/model", quantization_config=config)
+
+    The result equals :func:`modulora_core.quantize` with the same arguments, then ``load_model``,
+    if ``dtype`` is the stored one: weights are cast to ``dtype`` first. Only quantizers without
+    calibration work here. transformers also makes this object of a packed folder's record.
+
+    Args:
+        quantizer: a name of ``modulora list-quantizers``; options: of its ``Options``.
+        include: quantize only modules whose dotted path matches one of these patterns (fnmatch).
+        exclude: leave modules dense that match one of these patterns.
+        seed: for random numbers of the quantizer.
+        record: of a packed folder, instead of all others.
+    """
+
+    def __init__(
+        self,
+        quantizer: str = "",
+        options: Mapping[str, Any] | None = None,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        seed: int = 0,
+        record: QuantizationRecord | None = None,
+    ) -> None:
         self.quant_method = QUANT_METHOD
-        self.record = QuantizationRecord.from_json({"quant_method": QUANT_METHOD, **record})
+        self.choice = Choice(quantizer, options or {})
+        self.include, self.exclude, self.seed = list(include), list(exclude), seed
+        self.record = record
 
     @classmethod
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        config = cls(**config_dict)
+        if "quantizer" in config_dict:
+            config = cls(**{k: v for k, v in config_dict.items() if k != "quant_method"})
+        else:
+            config = cls(record=QuantizationRecord.from_json(config_dict))
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return self.record.to_json()
+        if self.record is not None:
+            return self.record.to_json()
+        return {"quant_method": self.quant_method, "quantizer": self.choice.quantizer,
+                "options": dict(self.choice.options), "include": self.include,
+                "exclude": self.exclude, "seed": self.seed}  # fmt: skip
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
 
 class ModuLoRAHfQuantizer(HfQuantizer):
-    """Put packed modules into the skeleton that transformers is about to fill."""
+    """Put packed modules into the skeleton that transformers is about to fill.
 
-    requires_calibration = True  # from_pretrained only reads; `modulora quantize` packs
+    For a dense model they come one by one, each when its dense weight has been read.
+    """
+
     is_trainable = True
     is_qat_trainable = True  # the Trainer then accepts a quantized model without PEFT's adapters
     is_compileable = False
+    quantization_config: ModuLoRAConfig
+
+    def __init__(self, quantization_config: ModuLoRAConfig, **more: Any) -> None:
+        super().__init__(quantization_config, **more)
+        self.packer: PackOnLoad | None = None
+        self.quantizer = None if self.pre_quantized else data_free(quantization_config.choice)
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        record: QuantizationRecord = self.quantization_config.record
-        install(model, record)
+        if self.quantizer is not None:
+            wanted = self.quantization_config
+            self.packer = PackOnLoad(
+                model, self.quantizer, wanted.include, wanted.exclude, wanted.seed
+            )
+            self.quantization_config = ModuLoRAConfig(record=self.packer.record)
+            return model
+        install(model, self.record)
         base = f"{model.base_model_prefix}."
-        guards = {f"{re.escape(name.removeprefix(base))}$" for name in record.guard}
+        guards = {f"{re.escape(name.removeprefix(base))}$" for name in self.record.guard}
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             *guards,
@@ -66,6 +116,8 @@ class ModuLoRAHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Freeze what came from the checkpoint. A new head, such as a classifier's, can train."""
+        if self.packer is not None:
+            self.packer.check_complete(model)
         from transformers import PreTrainedModel  # its import registers us
 
         for part in (model.base_model, model.get_output_embeddings()):
@@ -75,6 +127,25 @@ class ModuLoRAHfQuantizer(HfQuantizer):
             if isinstance(part, PreTrainedModel):
                 part.__class__ = with_methods(PackedModel, type(part))
         return model
+
+    @property
+    def record(self) -> QuantizationRecord:
+        """The record of the model, as soon as it has packed modules or is about to get them."""
+        record = self.quantization_config.record
+        assert record is not None
+        return record
+
+    def param_needs_quantization(self, _: Any, param_name: str, **__: Any) -> bool:
+        return self.packer is not None and param_name in self.record.weights
+
+    def get_quantize_ops(self) -> PackOnLoad | None:
+        return self.packer
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per weight, for ``device_map="auto"``."""
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        return self.record.sites[self.record.weights[param_name]].layout.bits_per_weight / 8
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         wanted = dtype or model.dtype
@@ -86,10 +157,9 @@ class ModuLoRAHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
         """The tensors of a checkpoint, with its guard."""
-        record: QuantizationRecord = self.quantization_config.record
         guard = {
             name: torch.empty(layout.shape, dtype=getattr(torch, layout.dtype))
-            for name, layout in record.guard.items()
+            for name, layout in self.record.guard.items()
         }
         return {**model.state_dict(), **guard}, {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -37,27 +38,40 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
     quantizers = [recipe.create() for recipe in record.recipes]
     for parameter, site in record.items():
         name = _name_in(model, parameter)
-        if name is None:
-            continue
-        path, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(path)
-        dense = parent.get_parameter(leaf)
-        if dense.shape != site.parameter_shape:
-            raise CheckpointError(
-                f"{parameter}: expected shape {list(dense.shape)} by config.json, got a packed "
-                f"weight of {list(site.parameter_shape)}"
-            )
-        quantizer = quantizers[site.recipe]
-        quantizer.check_format(site.layout)
-        if site.kind == "experts":
-            _install_experts(model, parent, leaf, site, quantizer)
-        elif site.kind == "embedding":
-            _install_table(model, path, site, quantizer, dense.dtype)
-        else:
-            linear = QuantLinear(_packed(site, quantizer), parent._parameters["bias"])
-            model.set_submodule(path, _initialized(linear))
+        if name is not None:
+            quantizers[site.recipe].check_format(site.layout)
+            install_parameter(model, name, site, quantizers[site.recipe])
+    use_dense_products(model)
+
+
+def install_parameter(model: nn.Module, name: str, site: PackedSite, quantizer: Quantizer) -> None:
+    """Replace one parameter of ``model`` by a packed one on the meta device.
+
+    Raises:
+        CheckpointError: the parameter has another shape.
+    """
+    path, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(path)
+    dense = parent.get_parameter(leaf)
+    if dense.shape != site.parameter_shape:
+        raise CheckpointError(
+            f"{name}: expected shape {list(dense.shape)} by config.json, got a packed weight of "
+            f"{list(site.parameter_shape)}"
+        )
+    if site.kind == "experts":
+        _install_experts(model, parent, leaf, site, quantizer)
+    elif site.kind == "embedding":
+        _install_table(model, path, site, quantizer, dense.dtype)
+    else:
+        linear = QuantLinear(_packed(site, quantizer), parent._parameters["bias"])
+        model.set_submodule(path, _initialized(linear))
+
+
+def use_dense_products(model: nn.Module, skip: Collection[str] = ()) -> None:
+    """Replace the linear layers that stay dense, all but ``skip``, by ``DenseLinear``."""
     for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear:  # a subclass may compute something else
+        # a subclass may compute something else
+        if type(module) is nn.Linear and path not in skip:
             model.set_submodule(path, DenseLinear.of(module))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -27,6 +27,9 @@ from modulora_core.errors import CheckpointError
 from modulora_core.models.json_files import check_json
 from modulora_core.models.sites import Kind, LinearSite
 from modulora_core.spec import PackedLayout, Quantizer, TensorLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUANT_METHOD: Literal["modulora"] = "modulora"
 FORMAT: Literal[1] = 1
@@ -106,6 +109,11 @@ class PackedSite(_Frozen):
         if self.experts is None:
             return [parameter]
         return [f"{parameter}.{i}" for i in range(self.experts)]
+
+    def matrices(self, parameter: Tensor) -> list[Tensor]:
+        """The matrices of a dense parameter, each ``[out, in]``."""
+        stack = [parameter] if self.experts is None else list(parameter)
+        return [matrix.t() if self.transposed else matrix for matrix in stack]
 
     def tensors(self, parameter: str) -> Iterator[tuple[str, TensorLayout]]:
         """Names and layouts of the stored tensors."""

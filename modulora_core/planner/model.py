@@ -14,6 +14,7 @@ import torch
 from modulora_core.calibration import find_blocks
 from modulora_core.checkpoints.checkpoint import check_mapped, open_checkpoint
 from modulora_core.checkpoints.packed_modules import install
+from modulora_core.checkpoints.packing import packed_sites
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord, Recipe
 from modulora_core.errors import ModelError, OptionError
 from modulora_core.models.conversion import build_skeleton
@@ -24,7 +25,7 @@ from modulora_core.models.quiet import quiet
 from modulora_core.models.sites import find_sites
 from modulora_core.models.source import open_config
 from modulora_core.planner.request import PlanRequest
-from modulora_core.quantization.layout import choice_of_end, packed_sites
+from modulora_core.quantization.layout import choice_of_end
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer
 

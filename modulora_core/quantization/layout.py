@@ -14,19 +14,15 @@ from typing import Any
 import modulora_core
 from modulora_core import registry
 from modulora_core.calibration import CalibrationText, find_blocks
-from modulora_core.checkpoints.record import (
-    PackedSite,
-    QuantizationRecord,
-    Recipe,
-    distinct_sites,
-)
+from modulora_core.checkpoints.packing import by_reason, packed_sites
+from modulora_core.checkpoints.record import PackedSite, QuantizationRecord, Recipe
 from modulora_core.checkpoints.shards import Shard, plan_shards
-from modulora_core.errors import OptionError, ShapeError
+from modulora_core.errors import OptionError
 from modulora_core.models import ModelSource
 from modulora_core.models.ends import End, find_ends
 from modulora_core.models.sites import LinearSite, find_sites, tied_to
 from modulora_core.registry import Choice
-from modulora_core.spec import PackedLayout, Quantizer, TensorLayout
+from modulora_core.spec import Quantizer, TensorLayout
 
 OUTSIDE = "outside of the decoder blocks, where nothing is calibrated"
 
@@ -134,7 +130,7 @@ def choose_layout(
         kept |= {linear.name: OUTSIDE for linear in required}
         linears = [linear for linear in linears if linear not in required]
     if not (linears or ends):
-        stays = "; ".join(f"{reason}: {len(names)}" for reason, names in _by_reason(kept).items())
+        stays = "; ".join(f"{reason}: {len(names)}" for reason, names in by_reason(kept).items())
         raise OptionError(
             f"quantize {source.location.model}: expected one weight or more to pack, all stay as "
             f"they are ({stays}); leave out fewer with --include and --exclude, or name a "
@@ -208,36 +204,11 @@ def layout_with(
         recipes=tuple(Recipe.of(quantizer) for quantizer in quantizers),
         sites=sites,
         weights=weights,
-        kept=_by_reason({n: reason for n, reason in kept.items() if reason not in packed_too}),
+        kept=by_reason({n: reason for n, reason in kept.items() if reason not in packed_too}),
         allocation=allocation,
     )
     shards = tuple(plan_shards(dict(_stored_tensors(source, record)), max_shard_bytes))
     return Layout(record, tuple(quantizers), shards, tuple(linears), calibration)
-
-
-def packed_sites(
-    linears: Sequence[LinearSite], quantizers: Sequence[Quantizer], chosen: Mapping[str, int]
-) -> tuple[tuple[PackedSite, ...], dict[str, int]]:
-    """Each kind of packed parameter once, and by name the kind of every parameter."""
-    layouts: dict[tuple[int, tuple[int, int]], PackedLayout] = {}
-    packed = []
-    for linear in linears:
-        recipe, shape = chosen[linear.name], (linear.out_features, linear.in_features)
-        if (recipe, shape) not in layouts:
-            layouts[recipe, shape] = layout_of(quantizers[recipe], shape, linear)
-        packed.append((linear, recipe, layouts[recipe, shape]))
-    return distinct_sites(packed)
-
-
-def layout_of(quantizer: Quantizer, shape: tuple[int, int], linear: LinearSite) -> PackedLayout:
-    """The layout of a packed matrix of ``linear``. Raises ShapeError with the layer's name."""
-    try:
-        quantizer.check_shape(shape)
-    except ShapeError as error:
-        raise ShapeError(
-            f"{error} ({linear.module}); leave it out with --exclude or choose another quantizer"
-        ) from None
-    return quantizer.layout(shape)
 
 
 def _check_calibration(choices: Sequence[Quantizer], calibration: CalibrationText | None) -> None:
@@ -267,13 +238,6 @@ def check_rescales(choices: Sequence[Quantizer], calibration: CalibrationText) -
             "tuning: expected a quantizer whose packed weights can be rescaled, got "
             f"{names}; leave --tune-epochs out"
         )
-
-
-def _by_reason(kept: Mapping[str, str]) -> dict[str, list[str]]:
-    reasons: dict[str, list[str]] = {}
-    for name, reason in kept.items():
-        reasons.setdefault(reason, []).append(name)
-    return reasons
 
 
 def _stored_tensors(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,13 +10,13 @@ import torch
 from torch import Tensor
 
 from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner, find_blocks
+from modulora_core.checkpoints.packing import pack_matrices
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.shards import ShardWriter
-from modulora_core.errors import WorkError, note_plugin
 from modulora_core.models import ModelSource
 from modulora_core.models.progress import Progress
 from modulora_core.quantization.layout import Layout
-from modulora_core.spec import Calibration, PackedWeight
+from modulora_core.spec import Calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +65,6 @@ def pack_all(
     return Packed(walk.unreached, {} if tuner is None else tuner.errors)
 
 
-@contextmanager
-def random_stream(seed: int, name: str) -> Iterator[None]:
-    """Give a parameter random numbers of its own, so that a resumed run draws the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        yield
-
-
 @dataclass
 class _Packer(Packing):
     """Packs parameters and writes them. Progress counts bytes of dense parameters."""
@@ -93,9 +83,7 @@ class _Packer(Packing):
         elif self.is_written(name):
             self._count(name)
         else:
-            site = self._site(name)
-            stack = [tensor] if site.experts is None else tensor
-            matrices = [matrix.t() if site.transposed else matrix for matrix in stack]
+            matrices = self._site(name).matrices(tensor)
             self.write(self.pack(name, matrices, [None] * len(matrices)))
 
     def is_written(self, name: str) -> bool:
@@ -112,21 +100,10 @@ class _Packer(Packing):
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> PackedMatrices:
-        site = self._site(name)
+        site, seed = self._site(name), self.layout.record.seed
         quantizer = self.layout.quantizer(site)
-        packed: list[PackedWeight] = []
-        with random_stream(self.layout.record.seed, name), torch.no_grad():
-            for matrix, calibration in zip(matrices, calibrations, strict=True):
-                try:
-                    packed.append(quantizer.pack(matrix.to(self.device), calibration))
-                except Exception as error:  # a plugin may raise anything
-                    note_plugin(error, quantizer.spec.name, f"packing {name}, {list(matrix.shape)}")
-                    raise
-                if packed[-1].layout != site.layout:
-                    raise WorkError(
-                        f"{name}: {packed[-1].quantizer} packed it as {packed[-1].layout}, but its "
-                        f"layout() promised {site.layout}; report it to the plugin's author"
-                    )
+        on_device = (matrix.to(self.device) for matrix in matrices)
+        packed = pack_matrices(name, site, quantizer, on_device, calibrations, seed=seed)
         self._count(name)
         return PackedMatrices(name, quantizer, packed)
 

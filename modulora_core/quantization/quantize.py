@@ -20,6 +20,8 @@ import torch
 
 from modulora_core.calibration import CalibrationConfig, calibration_text
 from modulora_core.calibration.states import spilled_bytes
+from modulora_core.checkpoints.model_card import FILE as CARD
+from modulora_core.checkpoints.model_card import model_card
 from modulora_core.checkpoints.outputs import (
     SMALL_FILES,
     check_disk_space,
@@ -261,6 +263,7 @@ def write_packed(
     config.save_pretrained(folder)
     source.copy_tokenizer(folder)
     writer.finish()
+    write_file(folder / CARD, model_card(layout.record))
     for name in (REQUEST, JOURNAL):
         (folder / name).unlink(missing_ok=True)
     return packed

@@ -12,6 +12,7 @@ import torch
 
 from modulora_core.calibration import CalibrationText, find_blocks
 from modulora_core.calibration.states import spilled_bytes
+from modulora_core.checkpoints.packing import packed_sites
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe
 from modulora_core.errors import DataError, OptionError
 from modulora_core.models import ModelSource
@@ -25,7 +26,6 @@ from modulora_core.quantization.layout import (
     choice_of_end,
     layout_with,
     linears_outside_blocks,
-    packed_sites,
 )
 from modulora_core.quantization.mixed.allocation import Allocation, Offer, allocate
 from modulora_core.quantization.mixed.errors import held_out_ids, measure_errors

@@ -1,0 +1,53 @@
+"""Write the README.md of a packed folder, as the Hub shows it."""
+
+from __future__ import annotations
+
+import json
+
+import modulora_core
+from modulora_core.checkpoints.record import QuantizationRecord
+
+FILE = "README.md"
+
+
+def model_card(record: QuantizationRecord) -> str:
+    """Markdown with the Hub's metadata: source, quantizers, dense parameters, and usage."""
+    name = str(record.source.get("name") or "a model")
+    metadata = "pipeline_tag: text-generation\ntags: [modulora, quantized]"
+    if record.source.get("kind") == "hub":  # the Hub links it: not the name of a local folder
+        base = f"base_model: {json.dumps(name)}\nbase_model_relation: quantized"
+        metadata = f"{base}\n{metadata}"
+    packed = dict.fromkeys(range(len(record.recipes)), 0)
+    for _, site in record.items():
+        packed[site.recipe] += site.weights
+    rows = "\n".join(
+        f"| {recipe.quantizer} | {packed[index]:,} | {json.dumps(dict(recipe.options))} |"
+        for index, recipe in enumerate(record.recipes)
+    )
+    dense = "; ".join(f"{reason}: {len(names)}" for reason, names in record.kept.items())
+    plugins = " ".join(dict.fromkeys(recipe.distribution for recipe in record.recipes))
+    return f"""---
+{metadata}
+---
+
+# {name}, quantized
+
+Quantized by modulora-core {modulora_core.__version__} to {record.bits_per_weight:.2f} bits per
+weight, scales included.
+
+| quantizer | weights | options |
+|-|-|-|
+{rows}
+
+Parameters that stay dense, by reason: {dense or "none"}.
+
+Install `modulora-core {plugins}`, then load it with transformers:
+
+    import modulora_core
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("FOLDER")
+
+or finetune it:
+
+    modulora finetune FOLDER my-adapter --data notes.txt
+"""
