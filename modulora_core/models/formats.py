@@ -229,11 +229,29 @@ def _quantization(config: Mapping[str, Any]) -> tuple[str | None, Mapping[str, A
     return None, {}
 
 
+_DEQUANTIZED = {
+    "compressed-tensors": "CompressedTensorsConfig",
+    "fp8": "FineGrainedFP8Config",
+    "metal": "MetalConfig",
+    "mxfp4": "Mxfp4Config",
+    "mxfp8": "FineGrainedFP8Config",
+}
+"""The methods that transformers turns back into floats, and their configs with ``dequantize``."""
+
+
 def unread_method(model: str, method: str) -> str:
     """Say that no plugin reads the quantization of ``model``, and what to do, for a message."""
+    instead = "give the original model"
+    if method in _DEQUANTIZED:
+        config = f"quantization_config={_DEQUANTIZED[method]}(dequantize=True)"
+        instead = (
+            f"dequantize it with transformers: from_pretrained(..., {config}), save_pretrained"
+        )
+    if method == "auto-round":
+        instead = 'save it with auto-round\'s format="auto_gptq" or "auto_awq"'
     return (
         f"model {model}: quantized with {method}, which no installed plugin reads (formats: "
-        f"{', '.join(specs()) or 'none'}); install one that does, or give the original model"
+        f"{', '.join(specs()) or 'none'}); install one that does, or {instead}"
     )
 
 

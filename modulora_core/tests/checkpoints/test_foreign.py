@@ -121,7 +121,15 @@ EXTRA = {
         ({}, {"intermediate_size": 40}, CheckpointError, r"mlp\.\w+_proj\.weight: expected .* by"),
         (
             {}, {"quantization_config": {"quant_method": "exotic"}}, ModelError,
-            r"quantized with exotic, which no installed plugin reads \(formats: .*crude",
+            r"quantized with exotic, which no .* reads \(formats: .*crude.* give the original model",
+        ),
+        (
+            {}, {"quantization_config": {"quant_method": "mxfp4"}}, ModelError,
+            r"with mxfp4, which no .* or dequantize it with .*=Mxfp4Config\(dequantize=True\)",
+        ),
+        (
+            {}, {"quantization_config": {"quant_method": "auto-round"}}, ModelError,
+            r"with auto-round, which no .* or save it with auto-round's format=",
         ),
         (
             {}, {"quantization_config": {"quant_method": "crude", "levels": 200}}, ModelError,

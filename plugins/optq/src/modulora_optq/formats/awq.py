@@ -34,7 +34,7 @@ from modulora_optq.options import SMALLEST_GROUP, WHOLE_ROW, Options
 from modulora_optq.quantizer import OPTQ, from_solution
 from modulora_optq.reference import Solution
 
-BITS = 4
+BITS: Literal[4] = 4
 SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 """The lowest bit of each of a word's eight rows."""
 
