@@ -121,7 +121,7 @@ EXTRA = {
         ({}, {"intermediate_size": 40}, CheckpointError, r"mlp\.\w+_proj\.weight: expected .* by"),
         (
             {}, {"quantization_config": {"quant_method": "exotic"}}, ModelError,
-            r"quantized with exotic, which no .* reads \(formats: .*crude.* give the original model",
+            r"quantized with exotic, which no .* \(formats: .*crude.* give the original model",
         ),
         (
             {}, {"quantization_config": {"quant_method": "mxfp4"}}, ModelError,
