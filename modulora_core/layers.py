@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
@@ -149,14 +149,26 @@ def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, A
 
 
 class PackedStack(nn.ModuleList):
-    """The packed matrices of a 3-D parameter, indexed by an int or a 0-d tensor."""
+    """The packed matrices of a 3-D parameter, indexed by an int or a 0-d tensor.
+
+    Args:
+        matrices: a PackedParameter for each expert, of one shape.
+        place: the position of the dense parameter among the parameters of its module.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Module], place: int = 0) -> None:
+        super().__init__(matrices)
+        self.place = place
+
+    @property
+    def first(self) -> PackedParameter:
+        """The matrix of expert 0, without an adapter. All have its shape."""
+        return self.get_submodule("0")  # type: ignore[return-value]
 
     @property
     def shape(self) -> torch.Size:
         """The shape that the model's code sees."""
-        first = self.get_submodule("0")
-        assert isinstance(first, PackedParameter)
-        return torch.Size((len(self), *first.shape))
+        return torch.Size((len(self), *self.first.shape))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -2,15 +2,14 @@
 
     y = x Ŵᵀ + s (x Aᵀ) Bᵀ      s = α / r      A : [r, in], random      B : [out, r], zero at first
 
-:func:`add_lora` replaces each selected layer by a LoRALinear and freezes everything else. An
-adapter may also train channel scales u [in] and v [out], which start at one. They replace Ŵ by
-diag(v) Ŵ diag(u).
+:func:`add_lora` replaces each selected layer by a LoRALinear, each stack of fused experts by
+LoRAExperts, and freezes everything else. An adapter may also train channel scales u [in] and v
+[out] of linear layers, which start at one. They replace Ŵ by diag(v) Ŵ diag(u).
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from modulora_core.adapters.experts import LoRAExperts
 from modulora_core.adapters.targets import ALL_LINEAR, select_layers
 from modulora_core.checkpoints.packed_model import with_methods
 from modulora_core.embeddings.packed_table import TiedHead
 from modulora_core.errors import AdapterError, ModelError, OptionError
-from modulora_core.layers import LoRALinear, PackedStack, QuantLinear
-
-logger = logging.getLogger(__name__)
+from modulora_core.layers import LoRALayer, LoRALinear, PackedStack, QuantLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +34,10 @@ class LoRASettings:
         rank: r.
         alpha: α; the adapter is scaled by α / r.
         dropout: probability that training leaves out an entry of the adapter's input.
-        targets: one name or several, or ``"all-linear"`` (:mod:`modulora_core.adapters.targets`).
+        targets: ``"all-linear"``, ``"attention"``, ``"experts"`` or names of layers, one or several
+            (:mod:`modulora_core.adapters.targets`).
         seed: seed of A's random values.
-        train_scales: also train channel scales.
+        train_scales: also train channel scales of linear layers.
 
     Raises:
         OptionError: a value is out of range.
@@ -70,12 +69,12 @@ def add_lora(
     A, B and channel scales are float32, for activations of any dtype.
 
     Args:
-        model: its linear layers are QuantLinear.
+        model: its linear layers are QuantLinear, and its fused experts are packed stacks.
         settings: equal settings give equal values of A on one kind of device.
         name: one model may carry several adapters.
 
     Returns:
-        the paths of the adapted layers.
+        the paths of the adapted layers and stacks.
 
     Raises:
         ModelError: the model has no packed layers.
@@ -84,26 +83,21 @@ def add_lora(
     """
     settings = settings or LoRASettings()
     packed = packed_layers(model)
-    shapes = {path: layer.weight.layout.shape for path, layer in packed.items()}
+    shapes = {path: packed_shape(layer) for path, layer in packed.items()}
     modules = [path for path, _ in model.named_modules()]
     paths = select_layers(shapes, settings.targets, settings.rank, modules, _head(model, packed))
     check_name_is_free(model, name)
-    stacked = sum(len(module) for module in model.modules() if isinstance(module, PackedStack))
-    if stacked and len(paths) == len(packed):
-        logger.warning(
-            "%s: %d packed expert matrices get no adapter; only linear layers do",
-            model_name(model), stacked,
-        )  # fmt: skip
-    devices = {packed[path].weight.device for path in paths}
+    devices = {parameter.device for path in paths for parameter in packed[path].parameters()}
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         torch.manual_seed(settings.seed)
         for path in paths:
-            lora_layer(model, path).add_adapter(
+            layer = lora_layer(model, path)
+            layer.add_adapter(
                 name,
                 settings.rank,
                 alpha=settings.alpha,
                 dropout=settings.dropout,
-                channel_scales=settings.train_scales,
+                channel_scales=settings.train_scales and not layer.stacked,
             )
     train_only(model, name)
     return paths
@@ -128,29 +122,29 @@ class AdaptedModel:
                 "save it, and upload the folder with `hf upload`"
             )
         assert isinstance(self, nn.Module)
-        layers = (module for module in self.modules() if isinstance(module, LoRALinear))
+        layers = (module for module in self.modules() if isinstance(module, LoRALayer))
         names = list(dict.fromkeys(name for layer in layers for name in layer.lora_A))
         for name in names:
             folder = Path(save_directory)
             save_adapter(self, folder if name == names[0] else folder / name, name=name)
 
 
-def adapter_layers(model: nn.Module, name: str = "default") -> Iterator[tuple[str, LoRALinear]]:
-    """The layers that carry the adapter ``name``, with their paths."""
+def adapter_layers(model: nn.Module, name: str = "default") -> Iterator[tuple[str, LoRALayer]]:
+    """The layers and stacks that carry the adapter ``name``, with their paths."""
     for path, module in model.named_modules():
-        if isinstance(module, LoRALinear) and name in module.lora_A:
+        if isinstance(module, LoRALayer) and name in module.lora_A:
             yield path, module
 
 
-def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The layers that can carry an adapter, by path. Raises ModelError if there is none.
+def packed_layers(model: nn.Module) -> dict[str, QuantLinear | PackedStack]:
+    """The layers and stacks that can carry an adapter, by path. Raises ModelError if there is none.
 
     A tied head cannot: merging its adapter would change the embedding.
     """
     layers = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, QuantLinear) and not isinstance(module, TiedHead)
+        if isinstance(module, QuantLinear | PackedStack) and not isinstance(module, TiedHead)
     }
     if not layers:
         raise ModelError(
@@ -158,6 +152,13 @@ def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
             "run `modulora quantize` on it first"
         )
     return layers
+
+
+def packed_shape(layer: QuantLinear | PackedStack) -> tuple[int, ...]:
+    """``(out, in)`` of a layer, ``(experts, out, in)`` of a stack."""
+    if isinstance(layer, QuantLinear):
+        return layer.weight.layout.shape
+    return len(layer), *layer.first.layout.shape
 
 
 def check_name_is_free(model: nn.Module, name: str) -> None:
@@ -169,15 +170,19 @@ def check_name_is_free(model: nn.Module, name: str) -> None:
         )
 
 
-def lora_layer(model: nn.Module, path: str) -> LoRALinear:
-    """The LoRALinear at ``path``; it replaces a QuantLinear there."""
+def lora_layer(model: nn.Module, path: str) -> LoRALayer:
+    """The layer with adapters at ``path``; it replaces a packed layer or a stack there."""
     layer = model.get_submodule(path)
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, LoRALayer):
         return layer
-    assert isinstance(layer, QuantLinear)
+    assert isinstance(layer, QuantLinear | PackedStack)
     if isinstance(model, PreTrainedModel) and not isinstance(model, AdaptedModel):
         model.__class__ = with_methods(AdaptedModel, type(model))
-    adapted = LoRALinear(layer)
+    adapted: LoRALayer
+    if isinstance(layer, QuantLinear):
+        adapted = LoRALinear(layer)
+    else:
+        adapted = LoRAExperts(layer, model.get_submodule(path.rpartition(".")[0]))
     adapted.train(layer.training)
     model.set_submodule(path, adapted)
     return adapted
@@ -196,7 +201,7 @@ def model_name(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
 
 
-def _head(model: nn.Module, packed: dict[str, QuantLinear]) -> str | None:
+def _head(model: nn.Module, packed: Mapping[str, nn.Module]) -> str | None:
     if not isinstance(model, PreTrainedModel):
         return None
     head = model.get_output_embeddings()

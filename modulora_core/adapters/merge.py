@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
-from modulora_core.adapters.record import BaseRecord, describe_base
 from modulora_core.adapters.save_load import check_fit
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
 from modulora_core.checkpoints.hf_quantizer import ModuLoRAConfig
@@ -114,16 +114,14 @@ def merge(
 
 def _deltas(checkpoint: PackedCheckpoint, path: str) -> Mapping[str, AdapterDelta]:
     """Read the adapter. Raises AdapterError if it does not fit the checkpoint."""
-    adapter = read_adapter(path)
-    record = checkpoint.record
-    packed = {name.removesuffix(".weight"): site.layout.shape for name, site in record.items()}
-    modules = [name.removesuffix(".weight") for name in checkpoint.parameters]
-    check_fit(adapter, packed, modules, str(checkpoint.folder), lambda: _describe(checkpoint))
+    model, here = _skeleton(checkpoint), str(checkpoint.folder)
+    adapter = read_adapter(path, stacks_of(model))
+    check_fit(adapter, model, here, checkpoint.tensor)
     return adapter.deltas
 
 
-def _describe(checkpoint: PackedCheckpoint) -> BaseRecord:
-    """Describe a checkpoint as a base. Reads norms and biases only."""
+def _skeleton(checkpoint: PackedCheckpoint) -> Any:
+    """The packed model on the meta device."""
     with quiet():
         if checkpoint.foreign is None:
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -132,7 +130,7 @@ def _describe(checkpoint: PackedCheckpoint) -> BaseRecord:
         model: Any = build_skeleton(config, torch.float32)
     model.config.quantization_config = ModuLoRAConfig(record=checkpoint.record)
     install(model, checkpoint.record)
-    return describe_base(model, str(checkpoint.folder), checkpoint.tensor)
+    return model
 
 
 def _dense_layouts(checkpoint: PackedCheckpoint, dtype: str) -> Iterator[tuple[str, TensorLayout]]:
@@ -152,12 +150,13 @@ def _merged(
             tensor = checkpoint.tensor(name)
             yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
             continue
-        delta = deltas.get(name.removesuffix(".weight"))
+        delta = deltas.get(name if stored.experts else name.removesuffix(".weight"))
         quantizer = checkpoint.quantizer(stored)
         W = torch.empty(stored.parameter_shape, dtype=dtype)
         matrices = [W] if stored.experts is None else W
-        for packed, matrix in zip(checkpoint.packed(name), matrices, strict=True):
-            _unpack(quantizer, packed, delta, matrix.t() if stored.transposed else matrix)
+        changes = [None] * len(matrices) if delta is None else delta.matrices()
+        for packed, matrix, change in zip(checkpoint.packed(name), matrices, changes, strict=True):
+            _unpack(quantizer, packed, change, matrix.t() if stored.transposed else matrix)
         yield name, W
 
 

@@ -8,6 +8,8 @@
                                   <module>.input_scale   u, [in]   float32
                                   <module>.output_scale  v, [out]  float32
 
+Adapters on fused experts are laid out as :mod:`modulora_core.adapters.expert_format` says.
+
 An adapter changes a weight to ``diag(v) Ŵ diag(u) + s · B A``. s is α / r, or α / √r for rsLoRA
 (Kalajdzievski 2023, arXiv 2312.03732). PEFT has no channel scales. A key of ours in
 adapter_config.json makes PEFT warn that it ignores them.
@@ -16,9 +18,7 @@ adapter_config.json makes PEFT warn that it ignores them.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor
 
+from modulora_core.adapters.expert_format import Factors, Stack, from_file, to_file
+from modulora_core.adapters.peft_config import check_config, scale_of
 from modulora_core.adapters.record import RECORD_FILE, AdapterRecord
 from modulora_core.checkpoints.outputs import write_file
 from modulora_core.errors import AdapterError
@@ -47,23 +49,14 @@ _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-_UNSUPPORTED_FIELDS = (
-    "use_dora", "modules_to_save", "lora_bias", "layer_replication", "use_qalora",
-    "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_bdlora",
-    "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-"""Fields of a LoraConfig with which a module no longer computes ``W x + s · B A x``."""
-
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-"""Values of ``init_lora_weights`` that change the weights of the base too."""
-
 
 @dataclass(frozen=True, slots=True)
 class AdapterDelta:
     """The change that an adapter makes to one weight: ``diag(v) Ŵ diag(u) + s · B A``.
 
     Attributes:
-        A: ``[r, in]``; B: ``[out, r]``, as stored.
+        A: ``[r, in]``, of experts ``[experts, r, in]``; B: ``[out, r]``, of experts
+            ``[experts, out, r]``.
         scale: s.
         channel_scales: u and v; None for ones.
     """
@@ -74,13 +67,19 @@ class AdapterDelta:
     channel_scales: ChannelScales | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return self.B.shape[0], self.A.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """``(out, in)``, of experts ``(experts, out, in)``."""
+        return *self.B.shape[:-1], self.A.shape[-1]
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
+
+    def matrices(self) -> list[AdapterDelta]:
+        """The change of each expert's matrix, or of the one matrix."""
+        if self.A.dim() == 2:
+            return [self]
+        return [replace(self, A=A, B=B) for A, B in zip(self.A, self.B, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ class SavedAdapter:
         folder: the folder of its files.
         config: PEFT's LoraConfig.
         record: the contents of ``modulora.json``, or None.
-        deltas: the change of each module, by path.
+        deltas: the change of each weight, by the path of its module, or of the stack of experts.
     """
 
     folder: Path
@@ -106,38 +105,60 @@ class SavedAdapter:
 
     @property
     def dropout(self) -> float:
-        return float(self.config.get("lora_dropout") or 0.0)
+        """The dropout of training (:func:`modulora_core.adapters.peft_config.lora_config`)."""
+        recorded = {} if self.record is None else self.record.settings
+        return float(recorded.get("dropout") or self.config.get("lora_dropout") or 0.0)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks by the config; of experts the file's matrices have more rows."""
+        found = {self.config.get("r"), *(self.config.get("rank_pattern") or {}).values()}
+        return sorted(rank for rank in found if isinstance(rank, int))
+
+    @property
+    def parameters(self) -> int:
+        """The number of trained values."""
+        return sum(
+            delta.A.numel() + delta.B.numel() + (sum(delta.shape) if delta.channel_scales else 0)
+            for delta in self.deltas.values()
+        )
 
     @property
     def has_channel_scales(self) -> bool:
         return any(delta.channel_scales is not None for delta in self.deltas.values())
 
 
-def read_adapter(path: str | Path) -> SavedAdapter:
+def read_adapter(path: str | Path, stacks: Mapping[str, Stack] | None = None) -> SavedAdapter:
     """Read an adapter. Only JSON and safetensors are read.
 
     Args:
         path: a folder, or a repository on the Hub (``org/name``).
+        stacks: the packed experts of the model, by path. Without them, an adapter on experts stays
+            as in the file: one pair of matrices for all experts.
 
     Raises:
         AdapterError: the folder is missing or malformed, or has more than A, B and channel scales.
     """
     folder = _find(path)
     config = read_json(folder / CONFIG_FILE, dict[str, Any], error=AdapterError)
-    _check_config(config, f"adapter {folder}")
+    check_config(config, f"adapter {folder}")
     record = None
     if (folder / RECORD_FILE).is_file():
         record = read_json(folder / RECORD_FILE, AdapterRecord, error=AdapterError)
+    factors = _read_factors(folder / WEIGHTS_FILE)
+    if stacks is not None:
+        targets = config.get("target_parameters") or ()
+        factors = from_file(factors, stacks, targets, str(folder / WEIGHTS_FILE))
     deltas = {
-        module: AdapterDelta(A, B, _scale(config, module, A.shape[0], str(folder)))
-        for module, (A, B) in _read_factors(folder / WEIGHTS_FILE).items()
+        module: AdapterDelta(A, B, scale_of(config, module, A.shape[-2], str(folder / CONFIG_FILE)))
+        for module, (A, B) in factors.items()
     }
     if SCALES_KEY in config or (record is not None and record.channel_scales):
         deltas = _with_scales(deltas, folder / SCALES_FILE)
     return SavedAdapter(folder, config, record, deltas)
 
 
-def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _read_factors(path: Path) -> dict[str, Factors]:
     """A and B of each module."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _read_tensors(path).items():
@@ -159,38 +180,25 @@ def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _with_scales(deltas: Mapping[str, AdapterDelta], path: Path) -> dict[str, AdapterDelta]:
-    """Add the channel scales. The file has exactly two vectors for each module."""
+    """Add the channel scales. The file has exactly two vectors for each linear layer."""
     tensors = _read_tensors(path)
     found = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
     expected: dict[str, tuple[torch.dtype, list[int]]] = {}
-    for module, delta in deltas.items():
-        out_features, in_features = delta.shape
-        expected[f"{module}.input_scale"] = torch.float32, [in_features]
-        expected[f"{module}.output_scale"] = torch.float32, [out_features]
+    linear = {module: delta for module, delta in deltas.items() if delta.A.dim() == 2}
+    for module, delta in linear.items():
+        for kind, size in zip(("output", "input"), delta.shape, strict=True):
+            expected[f"{module}.{kind}_scale"] = torch.float32, [size]
     for name in sorted(expected.keys() | found.keys()):
         if (wanted := expected.get(name)) != (got := found.get(name)):
             raise AdapterError(f"{path}: {name}: expected {wanted}, got {got}")
+    scales = {
+        module: ChannelScales(tensors[f"{module}.input_scale"], tensors[f"{module}.output_scale"])
+        for module in linear
+    }
     return {
-        module: replace(
-            delta,
-            channel_scales=ChannelScales(
-                *(tensors[f"{module}.{k}_scale"] for k in ("input", "output"))
-            ),
-        )
+        module: replace(delta, channel_scales=scales.get(module))
         for module, delta in deltas.items()
     }
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int, where: str) -> float:
-    """s: α / r, or α / √r for rsLoRA."""
-    pattern = config.get("alpha_pattern") or {}
-    try:
-        # PEFT's rule: the first key that matches the end of the path, as a regular expression
-        key = next((k for k in pattern if re.match(rf"(.*\.)?({k})$", module)), None)
-        alpha = float(config["lora_alpha"] if key is None else pattern[key])
-    except (re.error, TypeError, ValueError) as error:
-        raise AdapterError(f"{where}: malformed alpha_pattern in {CONFIG_FILE}: {error}") from None
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _find(path: str | Path) -> Path:
@@ -233,33 +241,21 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _check_config(config: Mapping[str, Any], subject: str) -> None:
-    """Refuse an adapter that is more than LoRA."""
-    init = str(config.get("init_lora_weights", True)).lower()
-    refused = {
-        "peft_type": config.get("peft_type") != "LORA",
-        "bias": config.get("bias", "none") != "none",
-        "lora_alpha": not isinstance(config.get("lora_alpha"), int | float),
-        "init_lora_weights": init.startswith(_CHANGED_BASE),
-        **{name: bool(config.get(name)) for name in _UNSUPPORTED_FIELDS},
-    }
-    for name in filter(refused.get, refused):
-        hint = "; convert it with peft's path_initial_model_for_weight_conversion"
-        raise AdapterError(
-            f"{subject}: expected a LoRA adapter with factors A and B of linear layers only, got "
-            f"{name} = {config.get(name)!r}{hint if name == 'init_lora_weights' else ''}"
-        )
-
-
-def write_adapter(adapter: SavedAdapter) -> None:
+def write_adapter(adapter: SavedAdapter, stacks: Mapping[str, Stack]) -> None:
     """Write an adapter to its folder, in the place of an older one.
 
     ``adapter_config.json`` comes last, so that an unfinished folder is no adapter.
+
+    Args:
+        adapter: the adapter.
+        stacks: the packed experts of its model, by path.
     """
     factors, scales = dict[str, Tensor](), dict[str, Tensor]()
+    laid = to_file({module: (d.A, d.B) for module, d in adapter.deltas.items()}, stacks)
+    for module, (A, B) in laid.items():
+        factors[f"{_PREFIX}{module}.lora_A.weight"] = A
+        factors[f"{_PREFIX}{module}.lora_B.weight"] = B
     for module, delta in adapter.deltas.items():
-        factors[f"{_PREFIX}{module}.lora_A.weight"] = delta.A
-        factors[f"{_PREFIX}{module}.lora_B.weight"] = delta.B
         if delta.channel_scales is not None:
             scales[f"{module}.input_scale"] = delta.channel_scales.input.to(torch.float32)
             scales[f"{module}.output_scale"] = delta.channel_scales.output.to(torch.float32)
@@ -280,27 +276,3 @@ def write_adapter(adapter: SavedAdapter) -> None:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     write_file(path, safetensors.torch.save(on_cpu, metadata={"format": "pt"}))
-
-
-def lora_config(deltas: Mapping[str, AdapterDelta]) -> dict[str, Any]:
-    """PEFT's LoraConfig for the ranks and scales of ``deltas``, with fields since PEFT 0.17."""
-    ranks = {module: delta.rank for module, delta in deltas.items()}
-    alphas = {module: _whole(delta.scale * delta.rank) for module, delta in deltas.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
-        "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
-        "bias": "none",
-        "init_lora_weights": True,
-    }
-
-
-def _whole(alpha: float) -> int | float:
-    """``16.0`` as ``16``, as PEFT writes it."""
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha

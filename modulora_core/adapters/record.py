@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import modulora_core
 from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
+from modulora_core.layers import LoRALinear, PackedParameter, PackedStack, QuantLinear
 
 RECORD_FILE = "modulora.json"
 
@@ -94,7 +94,8 @@ def describe_base(
         name: its name before quantization.
         read: gives a parameter by name, for a model on the meta device.
     """
-    packed = (module.weight for module in model.modules() if isinstance(module, QuantLinear))
+    packed = [module.weight for module in model.modules() if isinstance(module, QuantLinear)]
+    packed += [module.first for module in model.modules() if isinstance(module, PackedStack)]
     recipes = {
         json.dumps({"quantizer": q.spec.name, "options": q.options.model_dump(mode="json")},
                    sort_keys=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.lora import (
     LoRASettings,
     adapter_layers,
@@ -16,20 +17,20 @@ from modulora_core.adapters.lora import (
     lora_layer,
     model_name,
     packed_layers,
+    packed_shape,
     train_only,
 )
+from modulora_core.adapters.peft_config import lora_config, peft_targets
 from modulora_core.adapters.peft_format import (
     AdapterDelta,
     SavedAdapter,
-    lora_config,
     read_adapter,
     write_adapter,
 )
-from modulora_core.adapters.record import AdapterRecord, BaseRecord, describe_base, record_of
-from modulora_core.adapters.targets import shortest_names
+from modulora_core.adapters.record import AdapterRecord, describe_base, record_of
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.errors import AdapterError
-from modulora_core.layers import LoRALinear
+from modulora_core.layers import LoRALayer
 from modulora_core.packed import ChannelScales
 
 logger = logging.getLogger(__name__)
@@ -64,21 +65,27 @@ def save_adapter(
     deltas = {path: _delta(layer, name, scaled) for path, layer in layers.items()}
     source = record_of(model)
     base = base or str((source and source.source.get("name")) or model_name(model))
+    stacks, dropout = stacks_of(model), next(iter(layers.values())).dropout
+    modules = [path for path, _ in model.named_modules()]
+    parameters = [path for path, _ in model.named_parameters()]
     config = {
-        **lora_config(deltas),
+        **lora_config(
+            {path: delta.rank for path, delta in deltas.items()},
+            {path: delta.scale for path, delta in deltas.items()},
+            dropout,
+            peft_targets(layers, stacks, modules, parameters),
+        ),
         "base_model_name_or_path": base,
-        "target_modules": shortest_names(layers, [path for path, _ in model.named_modules()]),
-        "lora_dropout": next(iter(layers.values())).dropout,
         # GPT-2's Conv1D has its weight transposed
         "fan_in_fan_out": source is not None and any(_is_conv1d(source, path) for path in layers),
     }
     record = AdapterRecord(
         format=2 if scaled else 1,
         base=describe_base(model, base),
-        settings=asdict(settings) if settings else {},
+        settings={**(asdict(settings) if settings else {}), "dropout": dropout},
         channel_scales=scaled,
     )
-    write_adapter(SavedAdapter(Path(out), config, record, deltas))
+    write_adapter(SavedAdapter(Path(out), config, record, deltas), stacks)
 
 
 def load_adapter(
@@ -103,11 +110,8 @@ def load_adapter(
         AdapterError: it is no LoRA adapter, it does not fit the model, or the model has an adapter
             of that name.
     """
-    adapter = read_adapter(path)
-    shapes = {path: layer.weight.layout.shape for path, layer in packed_layers(model).items()}
-    modules = [module for module, _ in model.named_modules()]
-    here = model_name(model)
-    check_fit(adapter, shapes, modules, here, lambda: describe_base(model, here))
+    adapter = read_adapter(path, stacks_of(model))
+    check_fit(adapter, model, model_name(model))
     check_name_is_free(model, name)
     for module, delta in adapter.deltas.items():
         layer = lora_layer(model, module)
@@ -128,48 +132,49 @@ def load_adapter(
 
 def restore_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Copy the values of a saved adapter into the same adapter on ``model``."""
-    deltas = read_adapter(path).deltas
+    deltas = read_adapter(path, stacks_of(model)).deltas
     for module, layer in adapter_layers(model, name):
         _copy(deltas[module], layer, name)
 
 
 def check_fit(
     adapter: SavedAdapter,
-    packed: Mapping[str, tuple[int, int]],
-    modules: Collection[str],
+    model: nn.Module,
     here: str,
-    describe: Callable[[], BaseRecord],
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Refuse an adapter that does not fit a model; warn of another base or quantization.
+    """Refuse an adapter that does not fit a packed model; warn of another base or quantization.
 
     Args:
         adapter: the adapter.
-        packed: ``(out, in)`` of each packed layer, by path.
-        modules: paths of all modules of the model.
+        model: the packed model.
         here: the model's name, for messages.
-        describe: describes the model; called only if the adapter has a record.
+        read: gives a parameter by name, for a model on the meta device.
 
     Raises:
+        ModelError: the model has no packed layers.
         AdapterError: a layer is missing, dense, or of another shape; or other linear layers differ.
     """
     misfit = (
         f"adapter {adapter.folder}: made for the base {adapter.base_name}, it does not fit {here}"
     )
+    packed = {path: packed_shape(layer) for path, layer in packed_layers(model).items()}
     missing = [module for module in adapter.deltas if module not in packed]
     if missing:
+        modules = {path for path, _ in model.named_modules()}
         dense = [module for module in missing if module in modules]
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         reason = f"{dense[0]} is not packed" if dense else f"there is no packed layer {missing[0]}"
         raise AdapterError(f"{misfit}: {reason}{more}")
     for module, delta in adapter.deltas.items():
-        if delta.shape != tuple(packed[module]):
+        if delta.shape != packed[module]:
             raise AdapterError(
                 f"{misfit}: {module}: expected an adapter of {list(packed[module])}, "
                 f"got {list(delta.shape)}"
             )
     if adapter.record is None:
         return
-    base = describe()
+    base = describe_base(model, here, read)
     if adapter.record.base.architecture != base.architecture:
         raise AdapterError(f"{misfit}: linear layers without an adapter differ")
     difference = adapter.record.base.difference(base)
@@ -177,8 +182,9 @@ def check_fit(
         logger.warning("adapter %s: %s", adapter.folder, difference)
 
 
-def _delta(layer: LoRALinear, name: str, scaled: bool) -> AdapterDelta:
+def _delta(layer: LoRALayer, name: str, scaled: bool) -> AdapterDelta:
     """The adapter of one layer; ``scaled``: with channel scales, which default to ones."""
+    scaled = scaled and not layer.stacked
     values = {kind: parameter.detach() for kind, parameter in layer.parameters_of(name).items()}
     A, B = values["lora_A"], values["lora_B"]
     u = values.get("input_scale", A.new_ones(layer.in_features))
@@ -186,7 +192,7 @@ def _delta(layer: LoRALinear, name: str, scaled: bool) -> AdapterDelta:
     return AdapterDelta(A, B, layer.scale[name], ChannelScales(u, v) if scaled else None)
 
 
-def _copy(delta: AdapterDelta, layer: LoRALinear, name: str) -> None:
+def _copy(delta: AdapterDelta, layer: LoRALayer, name: str) -> None:
     values = {"lora_A": delta.A, "lora_B": delta.B}
     if delta.channel_scales is not None:
         values["input_scale"] = delta.channel_scales.input

@@ -1,6 +1,9 @@
-"""Choose the layers that get an adapter, by PEFT's rule for names.
+"""Choose the layers that get an adapter: by a group, or by PEFT's rule for names.
 
-A name selects each layer whose dotted path is the name or ends with ``.name``.
+all-linear   every packed linear layer except the output head, and every stack of experts
+attention    the linear layers of attention: a part of their path has "attn" or "attention"
+experts      the fused experts of a mixture, but no router and no shared expert
+name         each layer or stack whose dotted path is the name or ends with ``.name``
 """
 
 from __future__ import annotations
@@ -10,12 +13,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from modulora_core.errors import AdapterError, OptionError
 
-ALL_LINEAR = "all-linear"
-"""The target that selects every packed linear layer except the output head."""
+ALL_LINEAR, ATTENTION, EXPERTS = "all-linear", "attention", "experts"
 
 
 def select_layers(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     targets: str | Sequence[str],
     rank: int,
     modules: Iterable[str],
@@ -24,8 +26,9 @@ def select_layers(
     """Select layers by name, in the order of ``shapes``.
 
     Args:
-        shapes: ``(out, in)`` of each packed linear layer, by path.
-        targets: one name or several, or ``"all-linear"``.
+        shapes: ``(out, in)`` of each packed linear layer, ``(experts, out, in)`` of a stack, by
+            path.
+        targets: one name or group, or several.
         rank: r of the adapter.
         modules: paths of all modules of the model, for a better message.
         head: path of the output head, which only its own name selects.
@@ -35,28 +38,42 @@ def select_layers(
         OptionError: r is larger than min(in, out) of every selected layer.
     """
     names = [targets] if isinstance(targets, str) else targets
-    if ALL_LINEAR in names:
-        paths = [path for path in shapes if path != head]
-    else:
-        for name in names:
-            if not any(_selects(name, path) for path in shapes):
-                raise AdapterError(_unknown(name, shapes, modules))
-        paths = [path for path in shapes if any(_selects(name, path) for name in names)]
-    largest = max(paths, key=lambda path: min(shapes[path]), default=None)
-    if largest is not None and rank > min(shapes[largest]):
+    chosen: set[str] = set()
+    for name in names:
+        group = _group(name, shapes, head)
+        found = [path for path in shapes if _selects(name, path)] if group is None else group
+        if not found and name != ALL_LINEAR:
+            raise AdapterError(_unknown(name, shapes, modules))
+        chosen.update(found)
+    paths = [path for path in shapes if path in chosen]
+    largest = max(paths, key=lambda path: min(shapes[path][-2:]), default=None)
+    if largest is not None and rank > min(shapes[largest][-2:]):
         raise OptionError(
-            f"rank {rank}: expected at most {min(shapes[largest])}, the highest rank that the "
+            f"rank {rank}: expected at most {min(shapes[largest][-2:])}, the highest rank that the "
             f"update of an adapted layer can have (the largest layer, {largest}, is "
             f"{list(shapes[largest])}); lower the rank"
         )
     return paths
 
 
-def shortest_names(paths: Collection[str], modules: Iterable[str]) -> list[str]:
+def shortest_names(paths: Collection[str], modules: Iterable[str], *, parts: int = 1) -> list[str]:
     """Names that select exactly ``paths`` among ``modules``: last parts, or else whole paths."""
-    names = sorted({path.rpartition(".")[2] for path in paths})
+    names = sorted({".".join(path.split(".")[-parts:]) for path in paths})
     selected = {path for path in modules if any(_selects(name, path) for name in names)}
     return names if selected == set(paths) else sorted(paths)
+
+
+def _group(name: str, shapes: Mapping[str, tuple[int, ...]], head: str | None) -> list[str] | None:
+    """The layers of a group; None for another name."""
+    if name == ALL_LINEAR:
+        return [path for path in shapes if path != head]
+    if name == EXPERTS:
+        return [path for path, shape in shapes.items() if len(shape) == 3]
+    if name == ATTENTION:
+        words = ("attn", "attention")
+        linear = [path for path, shape in shapes.items() if len(shape) == 2]
+        return [path for path in linear if any(word in path.lower() for word in words)]
+    return None
 
 
 def _selects(name: str, path: str) -> bool:
@@ -64,6 +81,9 @@ def _selects(name: str, path: str) -> bool:
 
 
 def _unknown(target: str, packed: Collection[str], modules: Iterable[str]) -> str:
+    if target in (ATTENTION, EXPERTS):
+        kind = "linear layer of attention" if target == ATTENTION else "stack of fused experts"
+        return f"target {target!r}: expected a packed {kind} in the model, found none"
     other = next((path for path in modules if _selects(target, path)), None)
     if other is not None:
         return f"target {target!r}: expected a packed linear layer, and {other} is none"
@@ -72,5 +92,5 @@ def _unknown(target: str, packed: Collection[str], modules: Iterable[str]) -> st
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     return (
         f"target {target!r}: no packed layer has that name{hint} "
-        f"(expected {', '.join(names)}, a path, or {ALL_LINEAR})"
+        f"(expected {', '.join(names)}, a path, {ATTENTION}, {EXPERTS} or {ALL_LINEAR})"
     )

@@ -15,7 +15,7 @@ from modulora_core.devices.dense_products import DenseLinear
 from modulora_core.embeddings.packed_table import PackedTable, TiedHead
 from modulora_core.errors import AdapterError, CheckpointError
 from modulora_core.layers import (
-    LoRALinear,
+    LoRALayer,
     PackedParameter,
     PackedStack,
     QuantLinear,
@@ -106,7 +106,7 @@ def unpack(model: Any, dtype: torch.dtype) -> None:
     heads: list[tuple[nn.Module, str, TiedHead]] = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
+            if isinstance(child, LoRALayer):
                 raise AdapterError(
                     "dequantize: expected a model without an adapter of add_lora; save it with "
                     "save_adapter, and write the dense model with both by `modulora merge`"
@@ -164,8 +164,14 @@ def _initialized(module: nn.Module) -> nn.Module:
 def _install_experts(
     model: nn.Module, parent: nn.Module, leaf: str, site: PackedSite, quantizer: Quantizer
 ) -> None:
+    place = list(parent._parameters).index(leaf)
+    for other in sorted(
+        child.place for child in parent.children() if isinstance(child, PackedStack)
+    ):
+        place += other <= place  # it was installed before, and is no parameter any more
     del parent._parameters[leaf]
-    parent.add_module(leaf, PackedStack(_packed(site, quantizer) for _ in range(site.experts or 0)))
+    matrices = (_packed(site, quantizer) for _ in range(site.experts or 0))
+    parent.add_module(leaf, PackedStack(matrices, place))
     _initialized(parent)
     use_eager_experts(model)
 

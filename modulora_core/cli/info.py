@@ -101,9 +101,9 @@ def _adapter(path: str) -> Report:
     found: dict[str, Any] = {
         "kind": "adapter",
         "modules": len(adapter.deltas),
-        "ranks": sorted({delta.rank for delta in adapter.deltas.values()}),
+        "ranks": adapter.ranks,
         "channel_scales": scaled,
-        "parameters": sum(sum(d.shape) * (d.rank + scaled) for d in adapter.deltas.values()),
+        "parameters": adapter.parameters,
         "base": adapter.config.get("base_model_name_or_path") if base is None else base.name,
         "base_quantizers": [] if base is None else [dict(q) for q in base.quantizers],
         "config": dict(adapter.config),

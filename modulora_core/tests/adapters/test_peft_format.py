@@ -22,7 +22,7 @@ from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.save_load import load_adapter, save_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import AdapterError
-from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.layers import QuantLinear
 from modulora_core.tests.adapted_models import logits, randomize, trained
 
 Pack = Callable[..., tuple[Path, Path]]
@@ -83,17 +83,6 @@ def test_target_names_never_reach_a_layer_that_stayed_dense(pack: Pack, tmp_path
     save_adapter(model, tmp_path, base=str(dense))
     targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
     assert targets == sorted(path for path, _ in adapter_layers(model))
-    assert_same(in_peft(dense, tmp_path), model)
-
-
-def test_experts_get_no_adapter_and_a_warning(
-    pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    dense, packed = pack("qwen3_moe")
-    model = trained(load_model(packed))
-    assert "packed expert matrices get no adapter" in caplog.text
-    assert {type(layer) for _, layer in adapter_layers(model)} == {LoRALinear}
-    save_adapter(model, tmp_path, base=str(dense))
     assert_same(in_peft(dense, tmp_path), model)
 
 

@@ -1,0 +1,24 @@
+"""Run a model without its adapter for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from modulora_core.adapters.lora import adapter_layers
+
+
+@contextmanager
+def without_adapter(model: nn.Module, name: str = "default") -> Iterator[None]:
+    """Make an adapter inactive within this block: the model computes as its base does."""
+    layers = [layer for _, layer in adapter_layers(model, name)]
+    active = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = [other for other in layer.active if other != name]
+    try:
+        yield
+    finally:
+        for layer, names in zip(layers, active, strict=True):
+            layer.active = names
