@@ -34,6 +34,8 @@ class ModuLoRAError(Exception):
     """The root of the tree. ``exit_code`` is what the command line ends with."""
 
     exit_code: ClassVar[int] = 1
+    agreed = False
+    """Whether all processes of a distributed run know this error."""
 
     @property
     def kind(self) -> str:

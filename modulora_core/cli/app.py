@@ -18,6 +18,7 @@ from modulora_core.cli.arguments import option
 from modulora_core.cli.failures import report_failure
 from modulora_core.cli.help import show_help
 from modulora_core.cli.terminal import Report, Terminal
+from modulora_core.devices import processes
 
 COMMANDS = (
     "demo", "list-quantizers", "quantize", "info", "finetune", "generate", "chat", "evaluate",
@@ -35,7 +36,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     flags = set(words[: words.index("--")] if "--" in words else words)
     wants_help = not flags.isdisjoint(_SETTINGS["help_option_names"])
     # read before parsing, since a parsing error is printed as JSON too
-    terminal = Terminal(json="--json" in flags and not wants_help, debug="--debug" in flags)
+    terminal = Terminal(
+        json="--json" in flags and not wants_help,
+        debug="--debug" in flags,
+        silent=not processes.is_first(),
+    )
     try:
         with terminal.active():
             report = _dispatch(words)

@@ -6,10 +6,12 @@ import os
 import select
 import sys
 import traceback
+from contextlib import suppress
 
 import typer
 
 from modulora_core.cli.terminal import Terminal
+from modulora_core.devices import processes
 from modulora_core.errors import ModuLoRAError, RequestError
 
 INTERRUPTED = 130
@@ -35,9 +37,18 @@ def report_failure(error: BaseException, terminal: Terminal) -> int:
     if terminal.debug:
         terminal.note("".join(traceback.format_exception(error)).rstrip())
     kind, message, code = _described(error)
+    is_request = code == RequestError.exit_code
+    if is_request:  # the first process prints it for all
+        with suppress(ModuLoRAError):
+            processes.agree(error if isinstance(error, ModuLoRAError) else RequestError(message))
+    elif terminal.silent:
+        terminal.silent, terminal.json = False, False
+        message = f"process {processes.rank()} of {processes.world_size()}: {message}"
     if terminal.json:
         terminal.write_object({"error": {"kind": kind, "message": message}})
     terminal.note(f"error: {message}")
+    if is_request:
+        processes.barrier()  # a launcher ends the others as soon as one process has ended
     return code
 
 

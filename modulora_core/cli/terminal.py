@@ -59,16 +59,21 @@ class Report:
 
 @dataclass
 class Terminal:
-    """The stdout and stderr of one run. A command gets its own from :func:`terminal`."""
+    """The stdout and stderr of one run. A command gets its own from :func:`terminal`.
+
+    In a distributed run all processes but the first are ``silent``.
+    """
 
     json: bool = False
     debug: bool = False
+    silent: bool = False
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     stderr: TextIO = field(default_factory=lambda: sys.stderr)
 
     def note(self, text: str) -> None:
         """Print a line on stderr."""
-        self._errors.print(text, markup=False, highlight=False, soft_wrap=True)
+        if not self.silent:
+            self._errors.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def write(self, text: str) -> None:
         """Stream a piece of the result to stdout at once. With ``--json`` nothing is printed."""
@@ -82,6 +87,8 @@ class Terminal:
         """
         from modulora_core.cli import progress
 
+        if self.silent:
+            return nullcontext(lambda *_: None)
         if self.json or not self._errors.is_terminal:
             return progress.lines(self._errors, unit)
         return progress.bar(self._errors, what, unit)
@@ -109,6 +116,8 @@ class Terminal:
         self._write(json.dumps(_finite(value), allow_nan=False) + "\n")
 
     def _write(self, text: str) -> None:
+        if self.silent:
+            return
         try:
             self.stdout.write(text)
             self.stdout.flush()
@@ -135,6 +144,8 @@ class Terminal:
         """
         token = _current.set(self)
         show_warning = warnings.showwarning
+        if self.silent:
+            logging.disable(logging.WARNING)
         if not self.debug:
             warnings.showwarning = self._show_warning
             # the Trainer imports it, and it logs a missing optional package each time
@@ -144,6 +155,7 @@ class Terminal:
                 yield
         finally:
             warnings.showwarning = show_warning
+            logging.disable(logging.NOTSET)
             _current.reset(token)
 
     def _show_warning(self, message: Warning | str, *_where: Any, **_more: Any) -> None:

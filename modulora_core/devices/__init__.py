@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from modulora_core.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def pick_device(name: str | None = None) -> torch.device:
     """The device called ``name``; without one ``"cuda"`` where there is one, else ``"cpu"``.
 
+    Each process of a distributed run has a GPU of its own.
+
     Raises:
         OptionError: torch knows no such device, or can't use it here.
     """
+    import torch
+
+    from modulora_core.devices.processes import local_rank, world_size
+
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = f"cuda:{local_rank()}" if world_size() > 1 else "cuda"
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ValueError) as error:  # torch builds without CUDA assert

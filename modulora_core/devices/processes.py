@@ -1,0 +1,119 @@
+"""The processes of a distributed run, as torchrun and ``accelerate launch`` start them.
+
+Each process runs the same program. The first one, rank 0, writes files and prints. A bad request
+must end all of them: :func:`together` lets them wait for each other at the end of their checks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from modulora_core.errors import ModuLoRAError, RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others: one of them may download the model."""
+
+
+def world_size() -> int:
+    """The number of processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, from 0."""
+    return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def join() -> None:
+    """Connect to the other processes; this process takes the GPU of its local rank."""
+    import torch
+    from torch import distributed
+
+    if world_size() == 1 or distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    distributed.init_process_group(timeout=PATIENCE)  # gloo, and NCCL for GPUs
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        from torch import distributed
+
+        join()
+        distributed.barrier()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Run a block in all processes. An error in one of them ends it in all.
+
+    Raises:
+        ModuLoRAError: the error of this process, else a RequestError with the first error of
+            another.
+    """
+    try:
+        yield
+    except ModuLoRAError as error:
+        agree(error)
+    else:
+        agree(None)
+
+
+def agree(error: ModuLoRAError | None) -> None:
+    """Tell the other processes the error of this one, and raise it, or the first of theirs.
+
+    Each process calls this once; :attr:`ModuLoRAError.agreed` marks an error that all know.
+    """
+    if world_size() > 1 and not (error and error.agreed):
+        from torch import distributed
+
+        join()
+        messages: list[Any] = [None] * world_size()
+        distributed.all_gather_object(messages, None if error is None else str(error))
+        failed = [number for number, message in enumerate(messages) if message is not None]
+        if error is None and failed:
+            first = failed[0]
+            error = RequestError(f"process {first} of {world_size()}: {messages[first]}")
+        if error is not None:
+            error.agreed = True
+    if error is not None:
+        raise error
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter without its gradient; FSDP2's shards of it are gathered from all processes."""
+    from torch.distributed.tensor import DTensor
+
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+def split_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a whole ``value``, if ``parameter`` is split so, else ``value``."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor):
+        return value
+    placed = value.to(parameter.device)
+    return distribute_tensor(
+        placed, parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
