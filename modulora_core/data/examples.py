@@ -16,6 +16,7 @@ from modulora_core.data.files import Record
 from modulora_core.data.formats import Format, conversations, detect, texts
 from modulora_core.data.rendering import IGNORED, Encoded, Renderer, Rendering, token_ids
 from modulora_core.data.sources import Source, load_records, source_name
+from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError
 
 _LOG = logging.getLogger(__name__)
@@ -59,7 +60,12 @@ class Examples(Dataset[dict[str, list[int]]]):
 
 
 def load_examples(
-    source: Source, tokenizer: Any, *, format: str = "auto", seq_len: int
+    source: Source,
+    tokenizer: Any,
+    *,
+    format: str = "auto",
+    seq_len: int,
+    template: Template | None = None,
 ) -> Examples:
     """Read ``source`` and make training examples of at most ``seq_len`` tokens.
 
@@ -73,6 +79,7 @@ def load_examples(
         tokenizer: a transformers tokenizer. All formats but text use its chat template, if any.
         format: ``"auto"`` or one of :data:`~modulora_core.data.formats.FORMATS`.
         seq_len: the window, in tokens; at least 2.
+        template: makes prompts and completions from columns of the source.
 
     Raises:
         OptionError: ``format`` or ``seq_len`` is out of range.
@@ -82,6 +89,8 @@ def load_examples(
     if seq_len < 2:
         raise OptionError(f"seq_len: expected at least 2 tokens, got {seq_len}")
     records = load_records(source)
+    if template is not None:
+        records = template.fill(records)
     chosen, name = detect(records, format), source_name(source)
     if chosen == "text":
         return _packed(records, tokenizer, seq_len, name)

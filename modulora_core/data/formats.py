@@ -130,8 +130,10 @@ class Conversation:
         return not any(m["content"].strip() for m in self.messages if m["role"] == "assistant")
 
 
-def detect(records: Sequence[Record], requested: str = "auto") -> Format:
+def detect(records: Sequence[Record], requested: str = "auto", *, answers: bool = False) -> Format:
     """The format of ``records``: ``requested``, or for ``"auto"`` the format of the first record.
+
+    With ``answers``, a record with a text and with a question and its answer is the latter.
 
     Raises:
         OptionError: ``requested`` is no format.
@@ -143,7 +145,7 @@ def detect(records: Sequence[Record], requested: str = "auto") -> Format:
         return requested
     place, present = records[0].place, _present(records[0])
     found = {format_: None for format_, fields in _SHAPES if present.issuperset(fields)}
-    if "label" in present:
+    if "label" in present or (answers and len(found) > 1):
         found.pop("text", None)  # a text with a label is a completion
     if not found:
         shapes = "; or ".join(", ".join(fields) for _, fields in _SHAPES)

@@ -1,4 +1,4 @@
-"""Measure a model: perplexity of text, accuracy on labels, ROUGE of its answers.
+"""Measure a model: perplexity of text, accuracy on labels, ROUGE and exact match of answers.
 
     perplexity = exp(nll)      nll = -1/N Σ log p(xₜ | x₍<t₎)      N predicted tokens, in nats
 
@@ -9,24 +9,27 @@ The log-softmax is computed in fp32, for a few rows of logits at a time
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from modulora_core.data import token_segments
 from modulora_core.data.examples import Collator
-from modulora_core.data.formats import Conversation, conversations, detect
+from modulora_core.data.formats import Conversation
 from modulora_core.data.rendering import Encoded, Renderer
-from modulora_core.data.sources import Source, load_records, source_name
-from modulora_core.errors import DataError, MissingExtraError, OptionError, WorkError
-from modulora_core.inference.generate import Sampling, continuations
+from modulora_core.data.sources import Source, source_name
+from modulora_core.data.templates import Template
+from modulora_core.errors import DataError, OptionError, WorkError
+from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
 from modulora_core.inference.loading import Runnable, opened
+from modulora_core.inference.passes import asked_in, batches, check_window, evaluating, window_of
 from modulora_core.models.progress import Progress
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
+
+Metric = Literal["perplexity", "accuracy", "rouge", "exact-match"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 MAX_LABELS = 64
 """Accuracy scores every label for every example, so it refuses more distinct answers than this."""
@@ -56,28 +59,21 @@ class Accuracy:
     labels: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Rouge:
-    """Mean F-measures of ROUGE-1, ROUGE-2, ROUGE-L (Lin 2004), stemmed, in [0, 1]."""
-
-    rouge1: float
-    rouge2: float
-    rougeL: float  # noqa: N815  the measure's own spelling
-    examples: int
-
-
 def evaluate(
     model: Runnable,
     data: Source = "pydoc",
     *,
-    metric: Literal["perplexity", "accuracy", "rouge"] = "perplexity",
+    metric: Metric = "perplexity",
     seq_len: int = 512,
     segments: int | None = None,
     batch_size: int = 1,
     max_new_tokens: int = 128,
+    beams: int = 1,
+    prompt: str | None = None,
+    completion: str | None = None,
     adapter: str | None = None,
     progress: Progress | None = None,
-) -> Perplexity | Accuracy | Rouge:
+) -> Perplexity | Accuracy | Rouge | ExactMatch:
     """Measure a model on data, as ``modulora evaluate`` does.
 
     Args:
@@ -87,7 +83,9 @@ def evaluate(
         metric: the metric, and so the class of the result.
         seq_len: tokens per segment; segments: limit of their number; both for perplexity.
         batch_size: segments, answers or prompts per forward pass.
-        max_new_tokens: limit of an answer, for rouge.
+        max_new_tokens: limit of an answer; beams: beams of its search; for rouge and exact-match.
+        prompt, completion: templates of columns of the data, as in a finetuning config; not for
+            perplexity.
         adapter: a LoRA adapter in PEFT's format, if ``model`` is a name.
         progress: called as ``progress("evaluating", done, total)`` after each pass.
 
@@ -97,19 +95,22 @@ def evaluate(
         RequestError: the model cannot be opened.
         WorkError: the model's logits are NaN or infinite.
     """
-    if metric not in ("perplexity", "accuracy", "rouge"):
-        raise OptionError(f"metric: expected perplexity, accuracy or rouge, got {metric!r}")
+    if metric not in METRICS:
+        raise OptionError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    template = Template.of(prompt, completion)
+    if template is not None and metric == "perplexity":
+        raise OptionError("prompt: expected another metric than perplexity, which measures text")
     source = opened(model, adapter)
     tokenizer = source.tokenizer
     if metric == "perplexity":
         ids = token_segments(data, tokenizer, seq_len, segments)
         return perplexity(source.load(), ids, batch_size=batch_size, progress=progress)
-    load_records(data)  # a bad source is refused before the model is loaded
+    asked_in(data, template)  # a bad source is refused before the model is loaded
+    common: Any = {"batch_size": batch_size, "template": template, "progress": progress}
     if metric == "accuracy":
-        return accuracy(source.load(), tokenizer, data, batch_size=batch_size, progress=progress)
-    return rouge(
-        source.load(), tokenizer, data, max_new_tokens, batch_size=batch_size, progress=progress
-    )
+        return accuracy(source.load(), tokenizer, data, **common)
+    measure = rouge if metric == "rouge" else exact_match
+    return measure(source.load(), tokenizer, data, max_new_tokens, beams=beams, **common)
 
 
 def perplexity(
@@ -132,14 +133,14 @@ def perplexity(
         raise DataError(
             f"segments: expected shape [n >= 1, seq_len >= 2], got {list(segments.shape)}"
         )
-    window = _window(model)
+    window = window_of(model)
     if window is not None and segments.shape[1] > window:
         raise OptionError(
             f"seq_len {segments.shape[1]}: expected at most the model's window of {window} tokens"
         )
     total = 0.0
-    with _evaluating(model):
-        for start, batch in _batches(segments, batch_size, progress):
+    with evaluating(model):
+        for start, batch in batches(segments, batch_size, progress):
             sums = _nll(model, {"input_ids": batch, "labels": batch})
             if not all(map(math.isfinite, sums)):
                 raise WorkError(
@@ -158,6 +159,7 @@ def accuracy(
     source: Source,
     *,
     batch_size: int = 8,
+    template: Template | None = None,
     progress: Progress | None = None,
 ) -> Accuracy:
     """The fraction of examples whose own answer is the most likely of all distinct answers.
@@ -171,6 +173,7 @@ def accuracy(
         tokenizer: its tokenizer.
         source: records of text and label, prompt and completion, or instruction and output.
         batch_size: answers per forward pass.
+        template: makes prompts and completions from columns of the source.
         progress: called after each forward pass.
 
     Raises:
@@ -179,7 +182,7 @@ def accuracy(
         OptionError: ``batch_size`` is below 1.
         WorkError: the model's logits are NaN or infinite.
     """
-    asked = _conversations(source)
+    asked = asked_in(source, template)
     if asked[0].plain is None:
         raise DataError(f"{asked[0].place}: accuracy: expected a prompt and a label, got a chat")
     examples = {each.answer: each for each in asked}  # an example of each answer
@@ -195,11 +198,11 @@ def accuracy(
     def encoded(batch: Sequence[tuple[Conversation, Conversation]]) -> list[Encoded]:
         return renderer.encode([renderer.render(_answered(*pair))[-1] for pair in batch])
 
-    for _, batch in _batches(pairs, 256, None):
-        _check_window(model, [len(ids) for ids, _ in encoded(batch)], [each for each, _ in batch])
+    for _, batch in batches(pairs, 256, None):
+        check_window(model, [len(ids) for ids, _ in encoded(batch)], [each for each, _ in batch])
     collate, scores = Collator(0), list[float]()
-    with _evaluating(model):
-        for _, batch in _batches(pairs, batch_size, progress):
+    with evaluating(model):
+        for _, batch in batches(pairs, batch_size, progress):
             rows = [{"input_ids": ids, "labels": goals} for ids, goals in encoded(batch)]
             scores += _nll(model, collate(rows))
     if not all(map(math.isfinite, scores)):
@@ -211,64 +214,6 @@ def accuracy(
     return Accuracy(correct / len(asked), correct, len(asked), labels)
 
 
-def rouge(
-    model: Any,
-    tokenizer: Any,
-    source: Source,
-    max_new_tokens: int = 128,
-    *,
-    batch_size: int = 1,
-    progress: Progress | None = None,
-) -> Rouge:
-    """ROUGE of the model's greedy answers against the answers in ``source``.
-
-    Prompts are rendered as in training. In a chat, the last turn of the assistant is the answer.
-
-    Args:
-        model: a transformers causal language model. It keeps its mode, training or evaluation.
-        tokenizer: its tokenizer.
-        source: instructions, chats or completions.
-        max_new_tokens: limit of an answer.
-        batch_size: prompts per generation.
-        progress: called after each generation.
-
-    Raises:
-        MissingExtraError: rouge-score is not installed.
-        DataError: the source is malformed or is text, or a prompt with its answer exceeds the
-            model's window.
-        OptionError: ``max_new_tokens`` or ``batch_size`` is below 1.
-    """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise MissingExtraError(
-            "rouge: expected the library rouge-score; pip install 'modulora-core[evaluation]'"
-        ) from None
-    sampling = Sampling(max_new_tokens)
-    asked = _conversations(source)
-    renderer = Renderer(tokenizer)
-    prompts = [renderer.encode_prompt(renderer.render(each)[-1]) for each in asked]
-    _check_window(model, [len(ids) + max_new_tokens for ids in prompts], asked)
-    texts: list[str] = []
-    with _evaluating(model):
-        for _, batch in _batches(prompts, batch_size, progress):
-            ids = continuations(model, tokenizer, batch, sampling)
-            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    kinds = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(list(kinds), use_stemmer=True)
-    scored = [scorer.score(each.answer, text) for each, text in zip(asked, texts, strict=True)]
-    means = [sum(score[kind].fmeasure for score in scored) / len(scored) for kind in kinds]
-    return Rouge(means[0], means[1], means[2], len(scored))
-
-
-def _conversations(source: Source) -> list[Conversation]:
-    records = load_records(source)
-    format_ = detect(records)
-    if format_ == "text":
-        raise DataError(f"{records[0].place}: expected prompts and answers, got text")
-    return conversations(records, format_)
-
-
 def _answered(asked: Conversation, other: Conversation) -> Conversation:
     """``asked`` with the answer of ``other``."""
     assert asked.plain is not None
@@ -278,47 +223,6 @@ def _answered(asked: Conversation, other: Conversation) -> Conversation:
         messages=(*asked.messages[:-1], other.messages[-1]),
         plain=(asked.plain[0], other.plain[1]),
     )
-
-
-def _window(model: Any) -> int | None:
-    """The limit of the model's context in tokens, or None if its config has none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _check_window(model: Any, lengths: Sequence[int], asked: Sequence[Conversation]) -> None:
-    window = _window(model)
-    for length, each in zip(lengths, asked, strict=True):
-        if window is not None and length > window:
-            raise DataError(
-                f"{each.place}: expected at most the model's window of {window} tokens, got "
-                f"{length} with the answer"
-            )
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients. Afterwards each module is in its previous mode.
-
-    Not ``inference_mode``: tensors that a model caches in it, such as rotary tables, cannot be
-    saved for a later backward.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _batches(items: Any, size: int, progress: Progress | None) -> Iterator[tuple[int, Any]]:
-    if size < 1:
-        raise OptionError(f"batch_size: expected at least 1, got {size}")
-    for start in range(0, len(items), size):
-        yield start, items[start : start + size]
-        if progress is not None:
-            progress("evaluating", min(start + size, len(items)), len(items))
 
 
 def _nll(model: Any, batch: dict[str, Tensor]) -> list[float]:

@@ -34,6 +34,7 @@ class Sampling:
         top_k: sample from this many of the most likely tokens; 0 takes all.
         repetition_penalty: divides the scores of tokens that have already come.
         seed: seed of the sampling.
+        beams: beams of beam search; 1 takes one token after the other.
 
     Raises:
         OptionError: a value is out of range.
@@ -45,6 +46,7 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 0
+    beams: int = 1
 
     def __post_init__(self) -> None:
         for name, is_valid, expected in (
@@ -52,6 +54,7 @@ class Sampling:
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "a probability in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("beams", self.beams >= 1, "at least 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
         ):
             if not is_valid:
@@ -147,7 +150,7 @@ def continuations(
         temperature=1.0 if greedy else sampling.temperature,
         top_p=1.0 if greedy else sampling.top_p,
         top_k=50 if greedy else sampling.top_k,
-        num_beams=1,
+        num_beams=sampling.beams,
         no_repeat_ngram_size=0,
     )
     longest = max(map(len, prompts))

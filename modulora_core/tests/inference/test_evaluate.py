@@ -265,7 +265,9 @@ def test_evaluate_takes_a_name_an_opened_and_a_loaded_model(tunable: Path, asked
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"metric": "bleu"}, OptionError, "metric: expected perplexity, accuracy or rouge, got"),
+        ({"metric": "bleu"}, OptionError, "metric: expected one of perplexity, .*, got 'bleu'"),
+        ({"prompt": "{a}"}, OptionError, "completion: expected prompt and completion together"),
+        ({"prompt": "{a}", "completion": "{b}"}, OptionError, "another metric than perplexity"),
         ({"adapter": "a"}, AdapterError, "expected a model's name with it, got an open model"),
         ({"data": "no.jsonl", "metric": "rouge"}, DataError, "no.jsonl: expected a file"),
     ],

@@ -1,0 +1,124 @@
+"""Generate a model's answers, and compare them with the data's: ROUGE and exact match."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from modulora_core.data.formats import Conversation
+from modulora_core.data.rendering import Renderer
+from modulora_core.data.sources import Source
+from modulora_core.data.templates import Template
+from modulora_core.errors import MissingExtraError
+from modulora_core.inference.generate import Sampling, continuations
+from modulora_core.inference.passes import asked_in, batches, check_window, evaluating
+from modulora_core.models.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Rouge:
+    """Mean F-measures of ROUGE-1, ROUGE-2, ROUGE-L (Lin 2004), stemmed, in [0, 1]."""
+
+    rouge1: float
+    rouge2: float
+    rougeL: float  # noqa: N815  the measure's own spelling
+    examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExactMatch:
+    """The share of answers that equal the data's, without blanks around them."""
+
+    exact_match: float
+    correct: int
+    examples: int
+
+
+def rouge(
+    model: Any,
+    tokenizer: Any,
+    source: Source,
+    max_new_tokens: int = 128,
+    *,
+    beams: int = 1,
+    batch_size: int = 1,
+    template: Template | None = None,
+    progress: Progress | None = None,
+) -> Rouge:
+    """ROUGE of the model's answers against the answers in ``source``.
+
+    Prompts are rendered as in training. In a chat, the last turn of the assistant is the answer.
+
+    Args:
+        model: a transformers causal language model. It keeps its mode, training or evaluation.
+        tokenizer: its tokenizer.
+        source: instructions, chats or completions.
+        max_new_tokens: limit of an answer.
+        beams: beams of beam search; 1 takes the most likely token.
+        batch_size: prompts per generation.
+        template: makes prompts and completions from columns of the source.
+        progress: called after each generation.
+
+    Raises:
+        MissingExtraError: rouge-score is not installed.
+        DataError: the source is malformed or is text, or a prompt with its answer exceeds the
+            model's window.
+        OptionError: ``max_new_tokens``, ``beams`` or ``batch_size`` is below 1.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise MissingExtraError(
+            "rouge: expected the library rouge-score; pip install 'modulora-core[evaluation]'"
+        ) from None
+    asked = asked_in(source, template)
+    texts = _texts(
+        model, tokenizer, asked, Sampling(max_new_tokens, beams=beams), batch_size, progress
+    )
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(list(kinds), use_stemmer=True)
+    scored = [scorer.score(each.answer, text) for each, text in zip(asked, texts, strict=True)]
+    means = [sum(score[kind].fmeasure for score in scored) / len(scored) for kind in kinds]
+    return Rouge(means[0], means[1], means[2], len(scored))
+
+
+def exact_match(
+    model: Any,
+    tokenizer: Any,
+    source: Source,
+    max_new_tokens: int = 128,
+    *,
+    beams: int = 1,
+    batch_size: int = 1,
+    template: Template | None = None,
+    progress: Progress | None = None,
+) -> ExactMatch:
+    """The share of generated answers that equal the answers in ``source``, as :func:`rouge`."""
+    asked = asked_in(source, template)
+    texts = _texts(
+        model, tokenizer, asked, Sampling(max_new_tokens, beams=beams), batch_size, progress
+    )
+    correct = sum(
+        text.strip() == each.answer.strip() for each, text in zip(asked, texts, strict=True)
+    )
+    return ExactMatch(correct / len(asked), correct, len(asked))
+
+
+def _texts(
+    model: Any,
+    tokenizer: Any,
+    asked: list[Conversation],
+    sampling: Sampling,
+    batch_size: int,
+    progress: Progress | None,
+) -> list[str]:
+    """The model's answer to each prompt."""
+    renderer = Renderer(tokenizer)
+    prompts = [renderer.encode_prompt(renderer.render(each)[-1]) for each in asked]
+    check_window(model, [len(ids) + sampling.max_new_tokens for ids in prompts], asked)
+    texts: list[str] = []
+    with evaluating(model):
+        for _, batch in batches(prompts, batch_size, progress):
+            ids = continuations(model, tokenizer, batch, sampling)
+            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts

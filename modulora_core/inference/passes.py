@@ -1,0 +1,77 @@
+"""The prompts and answers of a source, and passes over them in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from modulora_core.data.formats import Conversation, conversations, detect
+from modulora_core.data.sources import Source, load_records
+from modulora_core.data.templates import Template
+from modulora_core.errors import DataError, OptionError
+from modulora_core.models.progress import Progress
+
+
+def asked_in(source: Source, template: Template | None = None) -> list[Conversation]:
+    """The conversations of a source that have an answer.
+
+    Raises:
+        DataError: the source is malformed or is text, or no record has an answer.
+    """
+    records = load_records(source)
+    if template is not None:
+        records = template.fill(records)
+    format_ = detect(records, answers=True)
+    if format_ == "text":
+        raise DataError(f"{records[0].place}: expected prompts and answers, got text")
+    read = conversations(records, format_)
+    asked = [each for each in read if not each.is_blank]
+    if not asked:
+        raise DataError(f"{records[0].place}: expected answers, got an empty one in every record")
+    return asked
+
+
+def window_of(model: Any) -> int | None:
+    """The limit of the model's context in tokens, or None if its config has none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_window(model: Any, lengths: Sequence[int], asked: Sequence[Conversation]) -> None:
+    """Refuse examples of so many tokens that exceed the model's window, with their place."""
+    window = window_of(model)
+    for length, each in zip(lengths, asked, strict=True):
+        if window is not None and length > window:
+            raise DataError(
+                f"{each.place}: expected at most the model's window of {window} tokens, got "
+                f"{length} with the answer"
+            )
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients. Afterwards each module is in its previous mode.
+
+    Not ``inference_mode``: tensors that a model caches in it, such as rotary tables, cannot be
+    saved for a later backward.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def batches(items: Any, size: int, progress: Progress | None) -> Iterator[tuple[int, Any]]:
+    """The number of each batch's first item, and the batch; shows progress after it."""
+    if size < 1:
+        raise OptionError(f"batch_size: expected at least 1, got {size}")
+    for start in range(0, len(items), size):
+        yield start, items[start : start + size]
+        if progress is not None:
+            progress("evaluating", min(start + size, len(items)), len(items))
