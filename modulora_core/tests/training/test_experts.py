@@ -1,0 +1,101 @@
+"""A mixture of experts is finetuned: trained, resumed, continued, planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from modulora_core.adapters.lora import adapter_layers
+from modulora_core.adapters.save_load import load_adapter
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.inference.evaluate import evaluate
+from modulora_core.planner.model import Packed, open_planned
+from modulora_core.planner.rehearsal import rehearse_training
+from modulora_core.planner.request import PlanRequest, finetuning
+from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.tiny_models import tiny_config
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.finetune import finetune
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def mixture(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny packed gpt-oss with a tokenizer."""
+    root = tmp_path_factory.mktemp("mixture")
+    config = tiny_config("gpt_oss")
+    config.vocab_size = 600
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(root / "dense")
+    make_tokenizer().save_pretrained(root / "dense")
+    quantize(str(root / "dense"), root / "packed", "toy")
+    return str(root / "packed")
+
+
+@pytest.fixture
+def configure(mixture: str, text: Path, tmp_path: Path) -> Callable[..., FinetuneConfig]:
+    defaults = {"model": mixture, "data": str(text), "batch_size": 2, "grad_accum": 1,
+                "seq_len": 32, "lr": 1e-2, "save_every": 2, "steps": 4}  # fmt: skip
+    return lambda out, **options: FinetuneConfig.build(
+        {**defaults, "out": str(tmp_path / out), **options}
+    )
+
+
+@pytest.mark.slow
+def test_a_mixture_is_trained_resumed_and_continued(
+    configure: Callable[..., FinetuneConfig], mixture: str, text: Path
+) -> None:
+    whole = finetune(configure("whole"))
+
+    def stop(taken: Any) -> None:
+        if taken.step == 3:
+            raise KeyboardInterrupt
+
+    config = configure("stopped")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, on_step=stop)
+    resumed = finetune(config, resume=True)
+    assert resumed.losses == whole.losses
+    first, second = (
+        load_file(Path(out) / "adapter_model.safetensors") for out in (whole.out, resumed.out)
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    moved = [key for key in first if "experts" in key and "lora_B" in key and first[key].any()]
+    assert len(moved) == 2 * 2, "gate_up and down of two layers"
+
+    continued = finetune(configure("continued", adapter=whole.out, lr=1e-12, dropout=0.0))
+    third = load_file(Path(continued.out) / "adapter_model.safetensors")
+    assert all(torch.allclose(first[key], third[key], atol=1e-6) for key in first)
+    losses = [
+        evaluate(mixture, str(text), adapter=adapter, seq_len=32).nll
+        for adapter in (None, whole.out)
+    ]
+    assert losses[1] < losses[0]
+
+
+def test_the_planner_counts_experts(configure: Callable[..., FinetuneConfig], mixture: str) -> None:
+    counts = {}
+    for targets in ("attention", "experts", "all-linear"):
+        options = {"seq_len": 32, "batch_size": 2, "targets": targets}
+        request = PlanRequest(mixture, config=finetuning(options))
+        packed = open_planned(request)
+        assert isinstance(packed, Packed)
+        counts[targets] = sum(rehearse_training(packed, request).trained)
+    assert counts["attention"] + counts["experts"] == counts["all-linear"]
+    out = finetune(configure("planned", targets="experts", steps=1)).out
+    model = load_model(mixture)
+    load_adapter(model, out, trainable=True)
+    assert counts["experts"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert all("experts" in path for path, _ in adapter_layers(model))
