@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.sharding import distributed_arguments
 from modulora_core.training.trainer_options import trainer_options
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,12 @@ def training_arguments(
     """
     values = {**argument_values(config, folder, steps, device), **trainer_options(config.trainer)}
     try:
-        return _Arguments(**values)
+        arguments = _Arguments(**values)
     except (ValueError, ImportError) as error:
         raise OptionError(f"trainer: {' '.join(str(error).split())}") from None
+    # not accelerate's own setting: FSDP2 would cast packed scales, and dtype sets the precision
+    arguments.mixed_precision = "fp16" if arguments.fp16 else "no"
+    return arguments
 
 
 def argument_values(
@@ -73,6 +77,7 @@ def argument_values(
         "include_num_input_tokens_seen": "non_padding",
         "eval_strategy": "no" if config.eval_every is None else "steps",
         "eval_steps": config.eval_every,
+        "eval_on_start": config.report and config.eval_data is not None,
         "prediction_loss_only": True,
         "save_strategy": "steps",
         "save_steps": config.save_every,
@@ -82,14 +87,15 @@ def argument_values(
         "dataloader_pin_memory": on_gpu,
         "report_to": list(config.report_to) or "none",
         "disable_tqdm": True,
+        **distributed_arguments(config),
     }
 
 
-def total_steps(config: FinetuneConfig, examples: int) -> int:
+def total_steps(config: FinetuneConfig, examples: int, processes: int = 1) -> int:
     """Number of optimizer steps; the last batch of an epoch may be smaller."""
     if config.steps is not None:
         return config.steps
-    batches = math.ceil(examples / config.batch_size)
+    batches = math.ceil(math.ceil(examples / config.batch_size) / processes)
     return max(1, math.ceil((config.epochs or 1) * math.ceil(batches / config.grad_accum)))
 
 

@@ -18,11 +18,17 @@ from modulora_core.checkpoints.outputs import sync_folder, write_file
 _SEAL = "complete.json"
 
 
-def seal(checkpoint: Path) -> None:
+def seal(checkpoint: Path, processes: int = 1) -> None:
     """Mark a checkpoint as whole: sync its files to the disk, then record their sizes."""
     sync_folder(checkpoint)
     sizes = {file.name: file.stat().st_size for file in sorted(checkpoint.iterdir())}
-    write_file(checkpoint / _SEAL, json.dumps({"files": sizes}, indent=2))
+    text = json.dumps({"files": sizes, "processes": processes}, indent=2)
+    write_file(checkpoint / _SEAL, text)
+
+
+def processes_of(checkpoint: Path) -> int:
+    """The number of processes that trained up to a whole checkpoint."""
+    return int(json.loads((checkpoint / _SEAL).read_text("utf-8")).get("processes", 1))
 
 
 def is_sealed(checkpoint: Path) -> bool:

@@ -72,6 +72,12 @@ class FinetuneConfig(BaseModel):
     format: Literal["auto", "text", "instruct", "chat", "completion"] = Field(
         "auto", description="format of the records"
     )
+    prompt: str | None = Field(
+        None, description="template of a prompt from columns, such as 'Sum up: {dialogue}'"
+    )
+    completion: str | None = Field(
+        None, description="template of its completion, such as '{summary}'; with prompt"
+    )
     eval_data: Sources | None = Field(None, description="data to measure the loss on; not trained")
     eval_every: int | None = Field(
         None, ge=1, description="steps between evaluations; there is always one at the end"
@@ -83,7 +89,8 @@ class FinetuneConfig(BaseModel):
     targets: Names = Field(
         ("all-linear",),
         min_length=1,
-        description="layers to adapt: all-linear, or names separated by commas",
+        description="layers to adapt: all-linear, attention, experts, or names; several are "
+        "separated by commas",
     )
     train_scales: bool = Field(
         False, description="also train two vectors per layer, which scale its input and its output"
@@ -92,7 +99,7 @@ class FinetuneConfig(BaseModel):
 
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the data; 1 without steps")
-    batch_size: int = Field(4, ge=1, description="examples per forward pass")
+    batch_size: int = Field(4, ge=1, description="examples per forward pass and process")
     grad_accum: int = Field(4, ge=1, description="forward passes per optimizer step")
     seq_len: int = Field(512, ge=2, description="maximum length of an example, in tokens")
 
@@ -135,6 +142,10 @@ class FinetuneConfig(BaseModel):
     offload_activations: bool = Field(
         False, description="keep saved activations in CPU memory; GPU only"
     )
+    shard: bool = Field(
+        False,
+        description="split the weights over the processes (FSDP2), instead of a copy for each",
+    )
     seed: int = Field(0, ge=0, description="seed of the adapter, the data order and the dropout")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
     report_to: Names = Field(
@@ -162,6 +173,10 @@ class FinetuneConfig(BaseModel):
             raise ValueError(
                 f"warmup: expected a fraction below 1 or a whole number of steps, got {self.warmup}"
             )
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("expected prompt and completion together, got one of them")
+        if self.prompt is not None and self.format not in ("auto", "completion"):
+            raise ValueError(f"format {self.format}: expected no other format beside prompt")
         if self.eval_every is not None and self.eval_data is None:
             raise ValueError(f"eval_every is {self.eval_every}: expected eval_data, got none")
         if self.keep_products and not self.gradient_checkpointing:
@@ -204,10 +219,13 @@ class FinetuneConfig(BaseModel):
         return f"# modulora finetune --config FILE repeats this run; flags override it.\n{text}"
 
     def differences(self, other: FinetuneConfig) -> list[str]:
-        """The fields that differ from ``other``'s, except of outputs: ``"lr 0.001 → 0.01"``."""
-        outputs = {"out", "report", "report_to"}
-        mine = self.model_dump(mode="json", exclude=outputs)
-        others = other.model_dump(mode="json", exclude=outputs)
+        """The fields that differ from ``other``'s: ``"lr 0.001 → 0.01"``.
+
+        Not of outputs, nor of how a batch is divided over processes and forward passes.
+        """
+        left_out = {"out", "report", "report_to", "batch_size", "grad_accum", "shard"}
+        mine = self.model_dump(mode="json", exclude=left_out)
+        others = other.model_dump(mode="json", exclude=left_out)
         names = [name for name in mine if mine[name] != others[name]]
         return [f"{name} {others[name]!r} → {mine[name]!r}" for name in names]
 

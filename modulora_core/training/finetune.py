@@ -7,6 +7,7 @@ OUT/modulora.json                 the base of the adapter
 OUT/adapter_model.safetensors
 OUT/modulora_scales.safetensors   with channel scales only
 OUT/adapter_config.json           written last: with it, OUT is a finished adapter
+OUT/report.html                   curves, settings, answers without and with the adapter
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from modulora_core.adapters.targets import select_layers
 from modulora_core.checkpoints.checkpoint import (
     PackedCheckpoint,
     check_mapped,
+    load_dtype,
     load_model,
     open_checkpoint,
 )
@@ -40,9 +43,11 @@ from modulora_core.checkpoints.outputs import (
     write_file,
 )
 from modulora_core.data import Collator, Examples, load_examples
+from modulora_core.data.templates import Template
 from modulora_core.devices import pick_device
 from modulora_core.devices.dense_products import matmul_precision
 from modulora_core.devices.memory import PeakMemory
+from modulora_core.devices.processes import barrier, is_first, together, world_size
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.models.quiet import quiet
@@ -52,11 +57,18 @@ from modulora_core.training.arguments import (
     training_arguments,
     warn_of_warmup,
 )
-from modulora_core.training.checkpoints import latest_checkpoint, remove_half_written
+from modulora_core.training.checkpoints import (
+    latest_checkpoint,
+    processes_of,
+    remove_half_written,
+)
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.losses import divergence
 from modulora_core.training.model_card import model_card
+from modulora_core.training.report import REPORT_FILE, report
+from modulora_core.training.samples import answers
+from modulora_core.training.sharding import check_sharding, is_sharded
 from modulora_core.training.trainer import AdapterTrainer, OnEval, OnStep, Watcher
 from modulora_core.training.trainer_options import check_reporters, trainer_options
 
@@ -73,6 +85,7 @@ class FinetuneResult:
         out: the adapter folder.
         losses: the loss of each optimizer step, over the trained tokens of its batch.
         eval_loss: after the last step; None without evaluation data.
+        eval_loss_before: before the first step; None without evaluation data or report.
         seconds: duration of training in this call, without the steps before a resume.
         tokens_per_second: without padding.
         peak_memory_bytes: of loading and training
@@ -86,6 +99,7 @@ class FinetuneResult:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    eval_loss_before: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,6 +114,8 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> FinetuneResult:
     """Train an adapter and write it to ``config.out``, in PEFT's format.
+
+    In a distributed run all processes call it, and the first one writes.
 
     Args:
         config: the run. :meth:`FinetuneConfig.build` makes it from options and a file.
@@ -118,29 +134,36 @@ def finetune(
         WorkError: the loss became NaN or infinite. Every other error comes before work starts.
     """
     out = Path(config.out)
-    resume_from = _check_out(out, config, resume)
-    device = pick_device()
-    checkpoint = _checked_model(config, device)
-    tokenizer = checkpoint.tokenizer()
-    data = {
-        name: load_examples(source, tokenizer, format=config.format, seq_len=config.seq_len)
-        for name, source in (("train", config.data), ("eval", config.eval_data))
-        if source is not None
-    }
-    steps = total_steps(config, len(data["train"]))
-    warn_of_warmup(config, steps)
+    with together():
+        resume_from = _check_out(out, config, resume)
+        device = pick_device()
+        checkpoint = _checked_model(config, device)
+        tokenizer = checkpoint.tokenizer()
+        template = Template.of(config.prompt, config.completion)
+        data = {
+            name: load_examples(
+                source, tokenizer, format=config.format, seq_len=config.seq_len, template=template
+            )
+            for name, source in (("train", config.data), ("eval", config.eval_data))
+            if source is not None
+        }
+        steps = total_steps(config, len(data["train"]), world_size())
+        warn_of_warmup(config, steps)
     with (
         PeakMemory(device) as peak,
         quiet(),
-        only_writer(out),
+        only_writer(out) if is_first() else nullcontext(),
         matmul_precision(config.matmul_precision),
     ):
-        arguments = training_arguments(config, out / CHECKPOINTS, steps, device)
-        model = load_model(checkpoint, dtype=config.dtype, device=str(device), mapped=config.mapped)
-        settings = _put_adapter(model, config)
-        check_disk_space(out, _nbytes(model))
-        write_file(out / RUN_FILE, config.to_yaml())
-        remove_half_written(out / CHECKPOINTS)
+        with together():
+            arguments = training_arguments(config, out / CHECKPOINTS, steps, device)
+            arguments.eval_on_start &= resume_from is None
+            model = _loaded(checkpoint, config, device)
+            settings = _put_adapter(model, config)
+            check_disk_space(out, _nbytes(model))
+        if is_first():
+            write_file(out / RUN_FILE, config.to_yaml())
+            remove_half_written(out / CHECKPOINTS)
         started = time.perf_counter()
         trainer = _trainer(
             model, config, arguments, data, tokenizer,
@@ -149,18 +172,40 @@ def finetune(
         tokens = trainer.run(resume_from)
         seconds = time.perf_counter() - started
         eval_loss = trainer.final_eval_loss() if "eval" in data else None
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    eval_loss_before = evaluations[0] if config.report and evaluations else None
     scaled = any(layer.input_scale for _, layer in adapter_layers(model))
     card = model_card(config, checkpoint, losses, eval_loss, channel_scales=scaled)
-    write_file(out / "README.md", card)
+    if is_first():
+        write_file(out / "README.md", card)
     save_adapter(model, out, settings=settings)
+    if config.report:
+        samples = answers(model, tokenizer, data.get("eval", data["train"]))
+        page = report(
+            config, checkpoint, history, samples, seconds=seconds, peak_memory_bytes=peak.nbytes
+        )
+        if is_first():
+            write_file(out / REPORT_FILE, page)
+    barrier()  # OUT is whole
     worse = divergence(losses, eval_loss, model.config.get_text_config().vocab_size)
     if worse:
         advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"
         logger.warning("%s: %s: %s", out, worse, advice)
     return FinetuneResult(
-        config.out, len(losses), losses, eval_loss, seconds, tokens / seconds, peak.nbytes
-    )
+        config.out, len(losses), losses, eval_loss, seconds, tokens / seconds, peak.nbytes,
+        eval_loss_before,
+    )  # fmt: skip
+
+
+def _loaded(
+    checkpoint: PackedCheckpoint, config: FinetuneConfig, device: torch.device
+) -> PreTrainedModel:
+    """The model, on the CPU if FSDP2 will split it: as a whole it may not fit on a GPU."""
+    dtype = str(load_dtype(config.dtype, device.type)).removeprefix("torch.")
+    place = "cpu" if is_sharded(config) else str(device)
+    return load_model(checkpoint, dtype=dtype, device=place, mapped=config.mapped)
 
 
 def _trainer(
@@ -210,7 +255,17 @@ def _check_out(out: Path, config: FinetuneConfig, resume: bool) -> Path | None:
             f"output folder {out}: it holds an unfinished run; continue it with --resume, or "
             "remove it"
         )
-    changed = config.differences(FinetuneConfig.build({}, file=out / RUN_FILE))
+    before = FinetuneConfig.build({}, file=out / RUN_FILE)
+    batches = [
+        run.batch_size * run.grad_accum * processes
+        for run, processes in ((before, processes_of(checkpoint)), (config, world_size()))
+    ]
+    if batches[0] != batches[1]:
+        raise OptionError(
+            f"resume of {out}: expected {batches[0]} examples a step (batch_size × grad_accum × "
+            f"processes), got {batches[1]}; change grad_accum or the number of processes"
+        )
+    changed = config.differences(before)
     if changed:
         raise OptionError(
             f"resume of {out}: expected the options of {RUN_FILE}, got others: "
@@ -238,6 +293,7 @@ def _checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckp
         raise OptionError("dtype float16: expected a GPU; on a CPU take float32 or bfloat16")
     if config.offload_activations and device.type == "cpu":
         raise OptionError("offload_activations: expected a GPU, got a CPU")
+    check_sharding(config)
     check_optimizer(config.optim)
     check_reporters(config.report_to)
     trainer_options(config.trainer)

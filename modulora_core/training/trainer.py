@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from transformers import (
@@ -33,9 +34,11 @@ from modulora_core.adapters.lora import LoRASettings
 from modulora_core.adapters.save_load import restore_adapter, save_adapter
 from modulora_core.data.rendering import IGNORED
 from modulora_core.devices.memory import PeakMemory
+from modulora_core.devices.processes import barrier, world_size
 from modulora_core.errors import WorkError
 from modulora_core.training.checkpoints import seal, trainer_state
-from modulora_core.training.chunked_loss import chunked_loss
+from modulora_core.training.chunked_loss import chunked_loss, deferred_logits, token_losses
+from modulora_core.training.optimizer_files import load_optimizer, save_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class AdapterRun(Trainer):
     ) -> None:
         self._settings, self._memory = settings, memory
         super().__init__(**arguments)
+        if self.is_fsdp_enabled:  # each process has mapped the files, so none need be sent
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self.remove_callback(PrinterCallback)  # it prints to stdout, where --json prints
 
     def run(self, resume_from: Path | None) -> int:
@@ -113,12 +118,25 @@ class AdapterRun(Trainer):
 
     @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.args.should_save:
-            save_adapter(self.model, output_dir or self.args.output_dir, settings=self._settings)
+        save_adapter(self.model, output_dir or self.args.output_dir, settings=self._settings)
 
     @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore_adapter(self.model, resume_from_checkpoint)
+
+    @override
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:  # Trainer would write the frozen model too
+            save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    @override
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_fsdp_enabled and checkpoint is not None:
+            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -174,11 +192,16 @@ class AdapterTrainer(AdapterRun):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        loss, logits, labels = super().prediction_step(model, inputs, *arguments, **options)
-        predicted = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        self._nll += float(loss) * predicted
-        self._predicted += predicted
-        return loss, logits, labels
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), deferred_logits(self.model), self.compute_loss_context_manager():
+            losses = token_losses(model(**inputs).logits, labels).sum(1, dtype=torch.float64)
+        counts = (labels[:, 1:] != IGNORED).sum(1)
+        # of all processes, without the examples that fill up the last batch
+        losses, counts = self.gather_function((losses, counts))
+        self._nll += float(losses.sum())
+        self._predicted += int(counts.sum())
+        return losses.sum() / counts.sum(), None, None
 
 
 class Watcher(TrainerCallback):
@@ -226,5 +249,6 @@ class Watcher(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        barrier()  # the others have written their random states
         if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", world_size())

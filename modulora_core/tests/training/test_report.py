@@ -1,0 +1,139 @@
+"""report.html: its curves, its samples, and what it needs from outside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modulora_core.adapters.switching import without_adapter
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.data import load_examples
+from modulora_core.inference.generate import Sampling, continuations
+from modulora_core.tests.adapted_models import logits, trained
+from modulora_core.tests.tiny_tokenizer import write_jsonl
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.curves import Curve, curves
+from modulora_core.training.finetune import finetune
+from modulora_core.training.samples import LONGEST, _split, answers
+
+Configure = Callable[..., FinetuneConfig]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OUTSIDE = re.compile(r"<script|<link|<img|@import|url\(|https?://|\son\w+=", re.IGNORECASE)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"say <b>{word}</b>", "completion": f" {word}"} for word in "abcdefg"]
+    return write_jsonl(tmp_path / "data.jsonl", *rows)  # type: ignore[no-any-return]
+
+
+def test_a_run_leaves_a_page_that_needs_nothing_else(
+    configure: Configure, data: Path, tmp_path: Path
+) -> None:
+    result = finetune(configure(data=str(data), eval_data=str(data), seq_len=96))
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert OUTSIDE.search(page) is None
+    assert "default-src 'none'" in page
+    assert page.count("<svg ") == 5
+    assert "prefers-color-scheme: dark" in page
+    assert f"{result.eval_loss_before:.3f} → {result.eval_loss:.3f}" in page
+    assert result.eval_loss_before == pytest.approx(result.losses[0], rel=0.2)
+    assert "<b>a</b>" not in page
+    assert page.count("say &lt;b&gt;") == 5
+    assert "<span>lr</span><code>0.01</code>" in page
+
+
+def test_it_can_be_left_out(configure: Configure, text: Path, tmp_path: Path) -> None:
+    result = finetune(configure(steps=1, report=False, eval_data=str(text)))
+    assert result.eval_loss_before is None
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_resumed_run_has_all_curves_and_one_first_evaluation(
+    configure: Configure, text: Path, tmp_path: Path
+) -> None:
+    config = configure(steps=4, save_every=2, eval_data=str(text))
+
+    def stop(step: object) -> None:
+        if step.step == 3:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    evaluations: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, on_step=stop)
+    result = finetune(config, resume=True, on_eval=lambda step, _: evaluations.append(step))
+    assert evaluations == [4]
+    assert result.eval_loss_before is not None
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert page.count('<circle class="first"') == 5 * 4
+    assert page.count('<circle class="second"') == 2
+
+
+def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, text: Path) -> None:
+    base: Any = load_model(tunable)
+    adapted: Any = trained(load_model(tunable))
+    tokenizer = open_checkpoint(tunable).tokenizer()
+    examples = load_examples(text, tokenizer, seq_len=64)
+    samples = answers(adapted, tokenizer, examples)
+    assert len(samples) == 5
+    greedy = Sampling(LONGEST)
+
+    def words(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    for number, sample in enumerate(samples):
+        ids = examples[number * len(examples) // 5]["input_ids"]
+        assert (sample.prompt, sample.expected) == (words(ids[:32]), words(ids[32:]))
+        for model, answer in ((base, sample.before), (adapted, sample.after)):
+            (alone,) = continuations(model, tokenizer, [ids[:32]], greedy)
+            assert answer == words(alone)
+    assert any(sample.before != sample.after for sample in samples)
+
+
+def test_an_answer_follows_the_prompt_of_the_first_turn() -> None:
+    example = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, -100]}
+    assert _split(example) == ([5, 6], [7, 8])
+
+
+def _logits_without(model: torch.nn.Module) -> torch.Tensor:
+    with without_adapter(model):
+        return logits(model)
+
+
+def test_an_adapter_is_active_again_afterwards(tunable: Path) -> None:
+    model = trained(load_model(tunable))
+    before = logits(model)
+    assert not torch.equal(_logits_without(model), before)
+    assert torch.equal(logits(model), before)
+
+
+# curves
+
+
+def test_a_curve_places_its_points_between_round_ticks() -> None:
+    svg = Curve("Loss", {"": [(1, 0.9), (2, 3.9), (3, 2.0)]}).svg
+    assert re.findall(r">([\d.]+)</text>", svg) == ["0", "1", "2", "3", "4", "1", "3"]
+    xs, ys = zip(*re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg), strict=True)
+    assert [float(x) for x in xs] == sorted(float(x) for x in xs)
+    assert float(ys[1]) < float(ys[2]) < float(ys[0]), "a larger value is higher"
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [5.0, 5.0], [1e-9, 1e-9], [-1.0, -1.0], [2.0]])
+def test_level_and_single_values_have_a_curve(values: list[float]) -> None:
+    svg = Curve("", {"": [(step, value) for step, value in enumerate(values)]}).svg
+    assert "nan" not in svg
+    assert svg.count("<circle") == len(values)
+
+
+def test_a_long_run_has_few_points_and_nan_has_none() -> None:
+    history = [{"step": step, "loss": float(step)} for step in range(10_000)]
+    (curve,) = curves([*history, {"step": 10_000, "loss": float("nan")}])
+    (line,) = re.findall(r'points="([^"]+)"', curve.svg)
+    assert len(line.split()) <= 300

@@ -1,0 +1,83 @@
+"""Write report.html of a finetuning run: one page that needs no other file and no script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+import modulora_core
+from modulora_core.checkpoints.checkpoint import PackedCheckpoint
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.curves import curves
+from modulora_core.training.losses import loss_in_words
+from modulora_core.training.samples import LONGEST, Sample
+
+REPORT_FILE = "report.html"
+
+
+def report(
+    config: FinetuneConfig,
+    checkpoint: PackedCheckpoint,
+    history: Sequence[Mapping[str, float]],
+    samples: Sequence[Sample],
+    *,
+    seconds: float,
+    peak_memory_bytes: int,
+) -> str:
+    """The text of the page.
+
+    Args:
+        config: the run; checkpoint: its model.
+        history: Trainer's ``log_history``.
+        samples: answers without and with the adapter.
+        seconds: the duration of training; peak_memory_bytes: of loading and training.
+    """
+    quantizers = ", ".join(recipe.quantizer for recipe in checkpoint.record.recipes)
+    settings = {
+        name: ", ".join(value) if isinstance(value, list) else value
+        for name, value in config.model_dump(mode="json", exclude_none=True).items()
+        if value not in ([], {})
+    }
+    return _template().render(
+        title=f"Finetuning of {checkpoint.record.source.get('name') or checkpoint.name}",
+        subtitle=f"A LoRA adapter on weights quantized with "
+        f"{quantizers} ({checkpoint.record.bits_per_weight:.2f} bits per weight).",
+        tiles=_tiles(history, seconds, peak_memory_bytes),
+        curves=curves(history),
+        samples=samples,
+        sampled="the training data" if config.eval_data is None else "the evaluation data",
+        longest=LONGEST,
+        settings=settings,
+        version=modulora_core.__version__,
+    )
+
+
+def _tiles(
+    history: Sequence[Mapping[str, float]], seconds: float, peak_memory_bytes: int
+) -> dict[str, str]:
+    steps = [entry for entry in history if "loss" in entry]
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    change = loss_in_words([entry["loss"] for entry in steps], 3).partition(" (")[0]
+    tiles = {"Steps": f"{len(steps):,}", "Training loss": change.removeprefix("loss ")}
+    if evaluations:
+        before = f"{evaluations[0]:.3f} → " if len(evaluations) > 1 else ""
+        tiles["Evaluation loss"] = f"{before}{evaluations[-1]:.3f}"
+    tiles["Tokens"] = f"{steps[-1]['num_input_tokens_seen']:,.0f}"
+    minutes, rest = divmod(round(seconds), 60)
+    tiles["Duration"] = f"{minutes} min {rest} s"
+    tiles["Peak memory"] = f"{peak_memory_bytes / 2**30:.2f} GiB"
+    return tiles
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template(f"{REPORT_FILE}.jinja")

@@ -1,0 +1,91 @@
+"""Answers of a model to some prompts of its data, without and with the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from modulora_core.adapters.switching import without_adapter
+from modulora_core.data.rendering import IGNORED
+
+COUNT, LONGEST, PROMPT = 5, 48, 32
+"""Number of prompts, tokens of an answer, and tokens of a prompt that is cut from a text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A prompt, the answer in the data, and the model's answers.
+
+    Attributes:
+        before: without the adapter; after: with it.
+    """
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Any
+) -> list[Sample]:
+    """Answer the prompts of some examples greedily, in one batch without and one with the adapter.
+
+    Args:
+        model: with an active adapter; it is in evaluation mode afterwards.
+        tokenizer: its tokenizer.
+        examples: a dataset of ``input_ids`` and ``labels``, or of TRL's ``prompt_ids`` and
+            ``chosen_ids``.
+    """
+    count = min(COUNT, len(examples))
+    pairs = [_split(examples[i * len(examples) // count]) for i in range(count)]
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    prompts = [prompt[-(window - LONGEST) :] for prompt, _ in pairs]
+    model.eval()
+    with without_adapter(model):
+        before = _greedy(model, tokenizer, prompts)
+    after = _greedy(model, tokenizer, prompts)
+
+    expected = [answer[:LONGEST] for _, answer in pairs]
+    texts = (
+        [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        for rows in (prompts, expected, before, after)
+    )
+    return [Sample(*words) for words in zip(*texts, strict=True)]
+
+
+def _greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """The new tokens of each prompt, from one batch that is padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    settings = GenerationConfig(
+        max_new_tokens=LONGEST, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=0
+    )
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+        )
+    return [row.tolist() for row in out[:, longest:]]
+
+
+def _split(example: dict[str, list[int]]) -> tuple[list[int], list[int]]:
+    """The prompt of an example and its first answer; of a text, its beginning and the rest."""
+    if "prompt_ids" in example:
+        return example["prompt_ids"], example["chosen_ids"]
+    ids, labels = example["input_ids"], example["labels"]
+    start = next(i for i, label in enumerate(labels) if label != IGNORED)
+    if start == 0:
+        start = min(PROMPT, max(1, len(ids) // 2))
+    end = next((i for i in range(start, len(ids)) if labels[i] == IGNORED), len(ids))
+    return ids[:start], ids[start:end]

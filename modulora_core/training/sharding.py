@@ -1,0 +1,46 @@
+"""Split the frozen weights over the processes of a run with FSDP2, or copy them to each (DDP).
+
+transformers' Trainer and accelerate do the work: a decoder block is a group, gathered when its
+forward or backward begins, and freed when it ends. The adapter is split in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from modulora_core.devices.processes import world_size
+from modulora_core.errors import OptionError
+from modulora_core.training.config import FinetuneConfig
+
+
+def is_sharded(config: FinetuneConfig) -> bool:
+    """Whether FSDP2 splits the model, as the config or ``accelerate launch --use_fsdp`` asks."""
+    return config.shard or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def check_sharding(config: FinetuneConfig) -> None:
+    """Refuse a run whose processes cannot share a model. Raises OptionError."""
+    if not is_sharded(config):
+        return
+    if world_size() == 1:
+        raise OptionError(
+            "shard: expected several processes, got one; start them with `torchrun` or "
+            "`accelerate launch`"
+        )
+    version = os.environ.get("FSDP_VERSION", "2")
+    if version != "2":
+        raise OptionError(
+            f"fsdp_version: expected 2, got {version}; version 1 splits floating point weights only"
+        )
+    if config.mapped:
+        raise OptionError("mapped: expected no shard beside it; leave one of the two out")
+
+
+def distributed_arguments(config: FinetuneConfig) -> dict[str, Any]:
+    """The fields of TrainingArguments that concern several processes."""
+    return {
+        "ddp_broadcast_buffers": False,  # each process computes the same
+        "fsdp": config.shard,
+        "fsdp_config": {"version": 2} if config.shard else None,
+    }
