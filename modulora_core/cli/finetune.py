@@ -22,14 +22,14 @@ PANELS = {
         "data", "steps", "epochs", "lr", "rank", "batch_size", "seq_len", "eval_data", "config",
         "resume",
     ),
-    "Data": ("format", "eval_every"),
+    "Data": ("format", "prompt", "completion", "eval_every"),
     "Adapter": ("alpha", "dropout", "targets", "train_scales", "adapter"),
     "Optimizer": (
         "optim", "scheduler", "warmup", "weight_decay", "max_grad_norm", "grad_accum", "seed",
     ),
     "Memory": (
-        "gradient_checkpointing", "keep_products", "offload_activations", "mapped", "dtype",
-        "matmul_precision",
+        "gradient_checkpointing", "keep_products", "offload_activations", "mapped", "shard",
+        "dtype", "matmul_precision",
     ),
     "Output": ("save_every", "report_to", "report"),
     "Trainer": ("trainer",),
@@ -40,6 +40,8 @@ _LISTS = {"data": "SOURCE", "eval_data": "SOURCE", "trainer": "KEY=VALUE"}
 """Fields whose option is repeated for each element, and the element's name in the help."""
 
 _METAVARS = {int: "N", float: "X"}
+
+_TEMPLATES = ("prompt", "completion")
 
 ConfigFile = Annotated[
     str | None,
@@ -109,6 +111,8 @@ def _kind(name: str, kind: Any) -> tuple[Any, str, tuple[str, ...]]:
         return list[str], _LISTS[name], ()
     if get_origin(kind) is Literal:
         return str, "NAME", get_args(kind)
+    if name in _TEMPLATES:
+        return str, "TEMPLATE", ()
     return (bool, "", ()) if kind is bool else (str, _METAVARS.get(kind, "NAME"), ())
 
 
