@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import modulora_core
 from modulora_core.checkpoints.record import QuantizationRecord
+from modulora_core.devices.processes import whole
 from modulora_core.layers import LoRALinear, PackedParameter, PackedStack, QuantLinear
 
 RECORD_FILE = "modulora.json"
@@ -141,7 +142,7 @@ def _dense_values(model: nn.Module, read: Callable[[str], Tensor] | None) -> Ite
     }
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and parameter not in others:
-            values = parameter.detach() if read is None else read(name)
+            values = whole(parameter) if read is None else read(name)
             # bfloat16 gives the same bytes for a model in float32 and in bfloat16
             values = values.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
             yield name.encode() + values.numpy().tobytes()

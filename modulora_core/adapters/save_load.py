@@ -29,6 +29,7 @@ from modulora_core.adapters.peft_format import (
 )
 from modulora_core.adapters.record import AdapterRecord, describe_base, record_of
 from modulora_core.checkpoints.record import QuantizationRecord
+from modulora_core.devices.processes import is_first, split_like, whole
 from modulora_core.errors import AdapterError
 from modulora_core.layers import LoRALayer
 from modulora_core.packed import ChannelScales
@@ -46,8 +47,10 @@ def save_adapter(
 ) -> None:
     """Write an adapter in PEFT's format, with ``modulora.json`` beside it.
 
+    In a distributed run all processes call it, and the first one writes.
+
     Args:
-        model: the model with the adapter.
+        model: the model with the adapter; FSDP2 may have split it.
         out: a folder; an adapter in it is replaced. ``adapter_config.json`` is written last: an
             unfinished folder is no adapter.
         name: one of the model's adapters.
@@ -85,7 +88,8 @@ def save_adapter(
         settings={**(asdict(settings) if settings else {}), "dropout": dropout},
         channel_scales=scaled,
     )
-    write_adapter(SavedAdapter(Path(out), config, record, deltas), stacks)
+    if is_first():
+        write_adapter(SavedAdapter(Path(out), config, record, deltas), stacks)
 
 
 def load_adapter(
@@ -185,7 +189,7 @@ def check_fit(
 def _delta(layer: LoRALayer, name: str, scaled: bool) -> AdapterDelta:
     """The adapter of one layer; ``scaled``: with channel scales, which default to ones."""
     scaled = scaled and not layer.stacked
-    values = {kind: parameter.detach() for kind, parameter in layer.parameters_of(name).items()}
+    values = {kind: whole(parameter) for kind, parameter in layer.parameters_of(name).items()}
     A, B = values["lora_A"], values["lora_B"]
     u = values.get("input_scale", A.new_ones(layer.in_features))
     v = values.get("output_scale", A.new_ones(layer.out_features))
@@ -198,7 +202,7 @@ def _copy(delta: AdapterDelta, layer: LoRALayer, name: str) -> None:
         values["input_scale"] = delta.channel_scales.input
         values["output_scale"] = delta.channel_scales.output
     for kind, parameter in layer.parameters_of(name).items():
-        parameter.data.copy_(values[kind])
+        parameter.data.copy_(split_like(values[kind], parameter.data))
 
 
 def _is_conv1d(record: QuantizationRecord, path: str) -> bool:

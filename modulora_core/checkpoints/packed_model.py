@@ -31,6 +31,22 @@ class PackedModel(Publishing):
         return count
 
     @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The packed tensors, by their names here and in PEFT's wrapper.
+
+        DDP would broadcast them once, and no backend can broadcast all of their dtypes. Each
+        process has read them from the same files.
+        """
+        assert isinstance(self, nn.Module)
+        names = [
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            if isinstance(module, PackedParameter)
+            for name in module.layout.tensors
+        ]
+        return [*names, *(f"base_model.model.{name}" for name in names)]
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the dense parameters; a packed weight's scales keep their own."""
         assert isinstance(self, nn.Module)

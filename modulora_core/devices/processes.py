@@ -7,6 +7,7 @@ must end all of them: :func:`together` lets them wait for each other at the end 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,17 +24,26 @@ PATIENCE = timedelta(minutes=30)
 
 def world_size() -> int:
     """The number of processes of this run."""
+    if _are_connected():
+        return sys.modules["torch.distributed"].get_world_size()  # type: ignore[no-any-return]
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def rank() -> int:
     """The number of this process, from 0."""
+    if _are_connected():
+        return sys.modules["torch.distributed"].get_rank()  # type: ignore[no-any-return]
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
     """The number of this process on its machine, from 0."""
-    return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _are_connected() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # the command line starts without torch
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def is_first() -> bool:
