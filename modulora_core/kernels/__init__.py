@@ -3,6 +3,7 @@
     KernelQuantizer     a quantizer that runs Triton on a GPU, numba on a CPU, plain torch elsewhere
     for_device          its module of kernels for a device, or None
     load, load_triton   another module of kernels, for example a solver's
+    check_layout        refuse a layout that its metadata does not imply, when a file is opened
     check_tensors       refuse packed tensors that do not match their metadata
     operands, launch    tensors as arrays, and kernels on torch's threads
     filled_tile         a tile in any dtype, from a kernel that writes fp32
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from modulora_core.kernels.launching import (
     PARTIAL_SUMS,
+    check_layout,
     check_tensors,
     filled_tile,
     fp32_input,
@@ -40,6 +42,7 @@ from modulora_core.kernels.quantizer import KernelQuantizer
 __all__ = [
     "PARTIAL_SUMS",
     "KernelQuantizer",
+    "check_layout",
     "check_tensors",
     "filled_tile",
     "for_device",

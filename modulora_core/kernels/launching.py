@@ -64,7 +64,7 @@ def check_tensors(
 def check_layout(
     packed: PackedWeight | PackedLayout, expected: Callable[..., Mapping[str, TensorLayout]]
 ) -> None:
-    """Refuse a layout that is not exactly the one that its metadata implies.
+    """Refuse a layout that differs from the layout that its metadata implies.
 
     Raises:
         CheckpointError: the metadata is malformed, or a tensor is missing, too many, or of another

@@ -65,6 +65,10 @@ class KernelQuantizer(Quantizer):
         tensors = self.tensors(shape, **metadata)
         return PackedLayout(self.spec.name, self.format, shape, tensors, metadata)
 
+    def check_format(self, packed: PackedWeight | PackedLayout) -> None:
+        super().check_format(packed)
+        kernels.check_layout(packed, self.tensors)
+
     def dequantize_tile(
         self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:

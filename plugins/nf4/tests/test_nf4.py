@@ -129,6 +129,15 @@ def test_tensors_that_do_not_match_their_metadata_are_refused(metadata, generato
             NF4().matmul(x, edited, transpose)
 
 
+def test_both_kinds_of_block_constants_are_refused_before_a_weight_is_read(generator):
+    quantizer = NF4(Options(double_quant=True))
+    packed = quantizer.pack(torch.randn(8, 64, generator=generator))
+    tensors = {**packed.tensors, "absmax": torch.ones(1)}
+    crafted = PackedWeight("nf4", 1, packed.shape, tensors, packed.metadata)
+    with pytest.raises(CheckpointError, match=r"expected absmax as none, got float32 \[1\]"):
+        quantizer.check_format(crafted.layout)
+
+
 def test_a_block_larger_than_the_weight_is_one_short_block(generator):
     w = torch.randn(3, 5, generator=generator)
     packed = NF4(Options(block_size=2**30)).pack(w)

@@ -96,7 +96,8 @@ class Devices(Level):
                 leaf = x.clone().requires_grad_()
                 y = module(leaf)
                 y.backward(dY)
-                gradients = {f"d{name}": p.grad for name, p in block.named_parameters()}
+                trained = ((n, p) for n, p in block.named_parameters() if p.requires_grad)
+                gradients = {f"d{name}": p.grad for name, p in trained}
                 outcomes.append({"output": y, "dx": leaf.grad} | gradients)
         torch.compiler.reset()
         warned = [str(w.message).partition("\n")[0] for w in caught if "_dynamo" in w.filename]

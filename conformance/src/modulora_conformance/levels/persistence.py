@@ -26,6 +26,7 @@ from modulora_conformance.changes import (
     same_packed,
 )
 from modulora_conformance.checks import Level, needs
+from modulora_conformance.crafted import OTHER_BYTES, TOO_MANY, crafted, outcomes
 from modulora_conformance.elsewhere import Answer, answered
 from modulora_conformance.levels.gradients import APART, CHANGED
 from modulora_conformance.levels.packing import DETERMINISTIC, LAYOUT
@@ -139,6 +140,28 @@ class Persistence(Level):
             assert torch.equal(tile(quantizer, foreign), tile(quantizer, weight)), (
                 f"format {other}: expected CheckpointError or the same Ŵ, got another Ŵ"
             )
+
+    @needs(READS)
+    def test_crafted_tensors_are_refused_or_read_in_bounds(self, quantizer: Quantizer) -> None:
+        """If this fails: a packed value is an index that nobody checks, or a size is not checked.
+
+        Files come from strangers. Refuse in ``check_format`` each layout that the metadata does
+        not imply (:func:`modulora_core.kernels.check_layout`), and check indices before a kernel.
+        """
+        weight = packed(quantizer, SHAPE)
+        cases = list(crafted(quantizer, weight))
+        found = outcomes(quantizer, {title: case for _, title, case in cases} | {"own": weight})
+        own = found["own"]
+        assert isinstance(own, dict), f"expected the packed weight read in bounds, got {own}"
+        for kind, title, _ in cases:
+            read = found[title]
+            if isinstance(read, str):
+                continue
+            for name, value in read.items():
+                if kind == OTHER_BYTES:
+                    assert value.isfinite().all(), f"{title}: expected finite values in {name}"
+                if kind == TOO_MANY:
+                    assert same_bits(value, own[name]), f"{title}: expected an error or the same Ŵ"
 
     def test_moving_keeps_bytes_and_layout(self, quantizer: Quantizer) -> None:
         """If this fails: copying changes a packed tensor, or the layout depends on the device."""

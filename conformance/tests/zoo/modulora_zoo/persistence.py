@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import random
@@ -13,6 +14,8 @@ from pydantic import Field
 from modulora_core.spec import Quantizer
 from modulora_zoo.healthy import Healthy, _Options, changed
 from modulora_zoo.packing import signs
+
+CRAFTED = "test_crafted_tensors_are_refused_or_read_in_bounds"
 
 
 class SharesMemory(Healthy):
@@ -50,6 +53,38 @@ class SeedOfThisProcess(Healthy):
 class HashOfItsName(SeedOfThisProcess):
     def seed(self):
         return abs(hash(self.spec.name))
+
+
+class PrefersAnotherTensor(Healthy):
+    """A file with one tensor more, of any size, is read in another way."""
+
+    breaks = CRAFTED
+    says = "with a tensor surplus of one element: expected an error"
+
+    def decode(self, packed, rows):
+        return super().decode(packed, rows) * packed.tensors.get("surplus", torch.tensor(2.0)) / 2
+
+
+class TrustsItsIndices(Healthy):
+    """Each row of codes has an index, as after a sort, and nobody checks it."""
+
+    breaks = CRAFTED
+    says = "expected another process to do the same work, got an end"
+    layout = Quantizer.layout
+
+    def packed(self, codes, scale, zero, weight):
+        places = torch.arange(weight.shape[0], dtype=torch.int32)
+        return changed(super().packed(codes, scale, zero, weight), places=places)
+
+    def codes(self, packed, rows):
+        codes, places = packed.tensors["codes"].contiguous(), packed.tensors["places"]
+        width = codes.shape[1]
+        read = [
+            ctypes.string_at(codes.data_ptr() + place * width, width)
+            for place in places[slice(*rows)].tolist()
+        ]
+        nibbles = torch.tensor([*map(list, read)], dtype=torch.uint8).view(-1, width)
+        return torch.stack([nibbles & 15, nibbles >> 4], dim=-1).flatten(1)
 
 
 class SignsByGroupSize(Healthy):

@@ -76,6 +76,10 @@ class HalfQuadratic(Quantizer):
         metadata = self.options.model_dump(include={"bits", "group_size"})
         return PackedLayout(SPEC.name, self.format, shape, _tensors(shape, **metadata), metadata)
 
+    def check_format(self, packed: PackedWeight | PackedLayout) -> None:
+        super().check_format(packed)
+        kernels.check_layout(packed, _tensors)
+
     def dequantize_tile(
         self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:

@@ -75,6 +75,10 @@ class QuIPSharpE8(Quantizer):
         metadata = {"bits": self.options.bits, "rows": [0, shape[0]]}
         return PackedLayout(SPEC.name, self.format, shape, tensors(shape, **metadata), metadata)
 
+    def check_format(self, packed: PackedWeight | PackedLayout) -> None:
+        super().check_format(packed)
+        kernels.check_layout(packed, tensors)
+
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         """The product in the rotated basis, without Ŵ; in fp32, or in fp64 for fp64.
 
