@@ -40,7 +40,7 @@ def check_sharding(config: FinetuneConfig) -> None:
 def distributed_arguments(config: FinetuneConfig) -> dict[str, Any]:
     """The fields of TrainingArguments that concern several processes."""
     return {
-        "ddp_broadcast_buffers": False,  # each process computes the same
+        "ddp_find_unused_parameters": False,  # every layer's adapter is used in each forward
         "fsdp": config.shard,
         "fsdp_config": {"version": 2} if config.shard else None,
     }
