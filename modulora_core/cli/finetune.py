@@ -22,7 +22,7 @@ PANELS = {
         "data", "steps", "epochs", "lr", "rank", "batch_size", "seq_len", "eval_data", "config",
         "resume",
     ),
-    "Data": ("format", "prompt", "completion", "eval_every"),
+    "Data": ("format", "method", "prompt", "completion", "eval_every"),
     "Adapter": ("alpha", "dropout", "targets", "train_scales", "adapter"),
     "Optimizer": (
         "optim", "scheduler", "warmup", "weight_decay", "max_grad_norm", "grad_accum", "seed",

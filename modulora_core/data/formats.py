@@ -85,7 +85,9 @@ class _Labelled(BaseModel):
     label: Annotated[str, BeforeValidator(_label)]
 
 
-class _Turn(BaseModel):
+class Turn(BaseModel):
+    """One turn of a chat, of either spelling of the fields."""
+
     model_config = ConfigDict(extra="allow")
 
     role: StrictStr
@@ -102,7 +104,7 @@ class _Turn(BaseModel):
 
 
 class _Chat(BaseModel):
-    messages: Annotated[list[_Turn], Field(min_length=1)]
+    messages: Annotated[list[Turn], Field(min_length=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,8 @@ def detect(records: Sequence[Record], requested: str = "auto", *, answers: bool 
     found = {format_: None for format_, fields in _SHAPES if present.issuperset(fields)}
     if "label" in present or (answers and len(found) > 1):
         found.pop("text", None)  # a text with a label is a completion
+    if present.issuperset(("chosen", "rejected")):
+        raise DataError(f"{place}: preferences: train on them with method dpo (--method dpo)")
     if not found:
         shapes = "; or ".join(", ".join(fields) for _, fields in _SHAPES)
         raise DataError(
@@ -173,7 +177,7 @@ def _shown(names: set[str]) -> str:
 
 def texts(records: Sequence[Record]) -> list[str]:
     """The texts of records in format text. Raises DataError for a missing field or a wrong type."""
-    return [_checked(record, _Text).text for record in records]
+    return [checked(record, _Text).text for record in records]
 
 
 def conversations(records: Sequence[Record], format_: Format) -> list[Conversation]:
@@ -193,7 +197,8 @@ def instruction_prompt(instruction: str, input: str = "") -> str:
     return _ALPACA.format(paired=paired, instruction=instruction, input=shown)
 
 
-def _checked(record: Record, kind: type[Fields]) -> Fields:
+def checked(record: Record, kind: type[Fields]) -> Fields:
+    """The fields of a record. Raises DataError for a missing field or a wrong type."""
     try:
         return kind.model_validate(record.fields)
     except ValidationError as error:
@@ -205,7 +210,7 @@ def _checked(record: Record, kind: type[Fields]) -> Fields:
 
 
 def _instruct(record: Record) -> Conversation:
-    read = _checked(record, _Instruct)
+    read = checked(record, _Instruct)
     input = read.input or ""
     user = f"{read.instruction}\n\n{input}" if input else read.instruction
     plain = (instruction_prompt(read.instruction, input), read.output)
@@ -214,10 +219,10 @@ def _instruct(record: Record) -> Conversation:
 
 def _completion(record: Record) -> Conversation:
     if "label" in _present(record) and "prompt" not in record.fields:
-        read = _checked(record, _Labelled)
+        read = checked(record, _Labelled)
         plain = (f"{read.text}\nLabel:", f" {read.label}")
         return _exchange(read.text, read.label, plain, record.place)
-    pair = _checked(record, _Completion)
+    pair = checked(record, _Completion)
     plain = (pair.prompt, pair.completion)
     return _exchange(pair.prompt, pair.completion, plain, record.place)
 
@@ -233,7 +238,7 @@ def _chat(record: Record) -> Conversation:
         record = Record({"messages": record.fields["conversations"]}, record.place)
     turns = tuple(
         {name: value for name, value in turn if value is not None}
-        for turn in _checked(record, _Chat).messages
+        for turn in checked(record, _Chat).messages
     )
     if not any(turn["role"] == "assistant" for turn in turns):
         roles = ", ".join(turn["role"] for turn in turns)

@@ -23,6 +23,9 @@ _EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
 }
 """Fields of a file that give way to a flag."""
 
+_DPO: Mapping[str, float] = {"lr": 5e-5, "dropout": 0.0}
+"""Defaults of DPO: small steps; noise in the adapter would blur its difference from the base."""
+
 _LARGEST = 1e30
 """Limit of a factor: float32 ends at 3.4e38, and a run multiplies factors."""
 
@@ -77,6 +80,11 @@ class FinetuneConfig(BaseModel):
     )
     completion: str | None = Field(
         None, description="template of its completion, such as '{summary}'; with prompt"
+    )
+    method: Literal["sft", "dpo"] = Field(
+        "sft",
+        description="sft trains next tokens; dpo trains preferences (prompt, chosen, rejected) "
+        "with TRL, by default with lr 5e-05 and dropout 0",
     )
     eval_data: Sources | None = Field(None, description="data to measure the loss on; not trained")
     eval_every: int | None = Field(
@@ -158,6 +166,12 @@ class FinetuneConfig(BaseModel):
         {}, description="any other field of transformers' TrainingArguments, as KEY=VALUE"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_method(cls, values: Any) -> Any:
+        is_dpo = isinstance(values, Mapping) and values.get("method") == "dpo"
+        return {**_DPO, **values} if is_dpo else values
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.steps is not None and self.epochs is not None:
@@ -184,6 +198,8 @@ class FinetuneConfig(BaseModel):
                 "keep_products: expected gradient_checkpointing, got none; without it, the "
                 "backward saves all products anyway"
             )
+        if self.method == "dpo" and (self.format != "auto" or self.prompt is not None):
+            raise ValueError("format, prompt: expected method sft beside them, got dpo")
         given = [name for name in _EXCLUSIVE["adapter"] if name in self.model_fields_set]
         if self.adapter is not None and given:
             raise ValueError(

@@ -25,54 +25,39 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
-from modulora_core.adapters.peft_format import CONFIG_FILE, read_adapter
 from modulora_core.adapters.save_load import load_adapter, save_adapter
-from modulora_core.adapters.targets import select_layers
 from modulora_core.checkpoints.checkpoint import (
     PackedCheckpoint,
-    check_mapped,
     load_dtype,
     load_model,
-    open_checkpoint,
 )
 from modulora_core.checkpoints.outputs import (
     check_disk_space,
-    check_output,
     only_writer,
-    partial_name,
     write_file,
 )
-from modulora_core.data import Collator, Examples, load_examples
+from modulora_core.data import Collator, load_examples
+from modulora_core.data.preferences import load_preferences
+from modulora_core.data.sources import Source
 from modulora_core.data.templates import Template
 from modulora_core.devices import pick_device
 from modulora_core.devices.dense_products import matmul_precision
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.devices.processes import barrier, is_first, together, world_size
-from modulora_core.errors import OptionError, OutputError
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.models.quiet import quiet
-from modulora_core.training.arguments import (
-    check_optimizer,
-    total_steps,
-    training_arguments,
-    warn_of_warmup,
-)
-from modulora_core.training.checkpoints import (
-    latest_checkpoint,
-    processes_of,
-    remove_half_written,
-)
+from modulora_core.training.arguments import total_steps, training_arguments, warn_of_warmup
+from modulora_core.training.checkpoints import remove_half_written
+from modulora_core.training.checks import checked_model
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.losses import divergence
 from modulora_core.training.model_card import model_card
 from modulora_core.training.report import REPORT_FILE, report
+from modulora_core.training.resuming import CHECKPOINTS, check_out
 from modulora_core.training.samples import answers
-from modulora_core.training.sharding import check_sharding, is_sharded
-from modulora_core.training.trainer import AdapterTrainer, OnEval, OnStep, Watcher
-from modulora_core.training.trainer_options import check_reporters, trainer_options
-
-CHECKPOINTS = "checkpoints"
+from modulora_core.training.sharding import is_sharded
+from modulora_core.training.trainer import AdapterRun, AdapterTrainer, OnEval, OnStep, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -135,16 +120,14 @@ def finetune(
     """
     out = Path(config.out)
     with together():
-        resume_from = _check_out(out, config, resume)
+        resume_from = check_out(out, config, resume)
         device = pick_device()
-        checkpoint = _checked_model(config, device)
+        checkpoint = checked_model(config, device)
         tokenizer = checkpoint.tokenizer()
-        template = Template.of(config.prompt, config.completion)
+        sources = {"train": config.data, "eval": config.eval_data}
         data = {
-            name: load_examples(
-                source, tokenizer, format=config.format, seq_len=config.seq_len, template=template
-            )
-            for name, source in (("train", config.data), ("eval", config.eval_data))
+            name: _examples(source, config, tokenizer)
+            for name, source in sources.items()
             if source is not None
         }
         steps = total_steps(config, len(data["train"]), world_size())
@@ -156,7 +139,7 @@ def finetune(
         matmul_precision(config.matmul_precision),
     ):
         with together():
-            arguments = training_arguments(config, out / CHECKPOINTS, steps, device)
+            arguments = _arguments(config, out / CHECKPOINTS, steps, device)
             arguments.eval_on_start &= resume_from is None
             model = _loaded(checkpoint, config, device)
             settings = _put_adapter(model, config)
@@ -182,7 +165,7 @@ def finetune(
         write_file(out / "README.md", card)
     save_adapter(model, out, settings=settings)
     if config.report:
-        samples = answers(model, tokenizer, data.get("eval", data["train"]))
+        samples = answers(model, tokenizer, trainer.eval_dataset or trainer.train_dataset)
         page = report(
             config, checkpoint, history, samples, seconds=seconds, peak_memory_bytes=peak.nbytes
         )
@@ -208,118 +191,53 @@ def _loaded(
     return load_model(checkpoint, dtype=dtype, device=place, mapped=config.mapped)
 
 
+def _examples(source: Source, config: FinetuneConfig, tokenizer: Any) -> Any:
+    """The examples of a source, for the trainer of the config's method."""
+    if config.method == "dpo":
+        return load_preferences(source, tokenizer, seq_len=config.seq_len)
+    template = Template.of(config.prompt, config.completion)
+    return load_examples(
+        source, tokenizer, format=config.format, seq_len=config.seq_len, template=template
+    )
+
+
+def _arguments(
+    config: FinetuneConfig, folder: Path, steps: int, device: torch.device
+) -> TrainingArguments:
+    if config.method == "dpo":
+        from modulora_core.training.preference import preference_arguments
+
+        return preference_arguments(config, folder, steps, device)
+    return training_arguments(config, folder, steps, device)
+
+
 def _trainer(
     model: PreTrainedModel,
     config: FinetuneConfig,
     arguments: TrainingArguments,
-    data: Mapping[str, Examples],
+    data: Mapping[str, Any],
     tokenizer: Any,
     **common: Any,
-) -> AdapterTrainer:
+) -> AdapterRun:
+    if config.method == "dpo":
+        from modulora_core.training.preference import preference_trainer
+
+        trainer = preference_trainer(model, config, arguments, data, tokenizer, **common)
+    else:
+        # any id will do to pad: attention and labels mask it
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            data_collator=Collator(next(int(pad) for pad in pads if pad is not None)),
+            train_dataset=data["train"],
+            eval_dataset=data.get("eval"),
+            offload_activations=config.offload_activations,
+            **common,
+        )
     if config.gradient_checkpointing:
         checkpoint_activations(model, keep_products=config.keep_products)
-    # any id will do to pad: attention and labels mask it
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return AdapterTrainer(
-        model=model,
-        args=arguments,
-        data_collator=Collator(next(int(pad) for pad in pads if pad is not None)),
-        train_dataset=data["train"],
-        eval_dataset=data.get("eval"),
-        offload_activations=config.offload_activations,
-        **common,
-    )
-
-
-def _check_out(out: Path, config: FinetuneConfig, resume: bool) -> Path | None:
-    """Check the output folder. Returns the checkpoint to resume from, or None to start."""
-    if (out / CONFIG_FILE).is_file():
-        advice = (
-            f"nothing is left to resume; to continue training, choose another OUT and give "
-            f"--adapter {out}"
-            if resume
-            else "choose another name or remove it"
-        )
-        raise OutputError(f"output folder {out}: it holds a finished adapter; {advice}")
-    if not (out / RUN_FILE).is_file():
-        check_output(out)
-        return None
-    checkpoint = latest_checkpoint(out / CHECKPOINTS)
-    if checkpoint is None:  # nothing would be lost, so the run may start again
-        if not resume:
-            _check_only_begun(out)
-        logger.info("%s: starting again; the run in it left no whole checkpoint", out)
-        return None
-    if not resume:
-        raise OutputError(
-            f"output folder {out}: it holds an unfinished run; continue it with --resume, or "
-            "remove it"
-        )
-    before = FinetuneConfig.build({}, file=out / RUN_FILE)
-    batches = [
-        run.batch_size * run.grad_accum * processes
-        for run, processes in ((before, processes_of(checkpoint)), (config, world_size()))
-    ]
-    if batches[0] != batches[1]:
-        raise OptionError(
-            f"resume of {out}: expected {batches[0]} examples a step (batch_size × grad_accum × "
-            f"processes), got {batches[1]}; change grad_accum or the number of processes"
-        )
-    changed = config.differences(before)
-    if changed:
-        raise OptionError(
-            f"resume of {out}: expected the options of {RUN_FILE}, got others: "
-            f"{'; '.join(changed)}; to train with these, choose another OUT, or remove {out}"
-        )
-    logger.info("%s: resuming from %s", out, checkpoint)
-    return checkpoint
-
-
-def _check_only_begun(out: Path) -> None:
-    """Refuse a folder with other files: the model card could replace one of them."""
-    begun = {RUN_FILE, partial_name(Path(RUN_FILE)).name, CHECKPOINTS}
-    others = sorted(path.name for path in out.iterdir() if path.name not in begun)
-    if others:
-        some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        raise OutputError(
-            f"output folder {out}: expected no files except those of an unfinished run, found "
-            f"{len(others)} ({some}); choose another name or remove them"
-        )
-
-
-def _checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpoint:
-    """Open the model, and check every option before its weights are loaded."""
-    if config.dtype == "float16" and device.type == "cpu":
-        raise OptionError("dtype float16: expected a GPU; on a CPU take float32 or bfloat16")
-    if config.offload_activations and device.type == "cpu":
-        raise OptionError("offload_activations: expected a GPU, got a CPU")
-    check_sharding(config)
-    check_optimizer(config.optim)
-    check_reporters(config.report_to)
-    trainer_options(config.trainer)
-    checkpoint = open_checkpoint(config.model)
-    if config.mapped:
-        check_mapped(checkpoint, str(device))
-    for name in ("max_position_embeddings", "n_positions"):
-        longest = checkpoint.config.get(name)
-        if isinstance(longest, int) and config.seq_len > longest:
-            raise OptionError(
-                f"seq_len {config.seq_len}: expected at most {longest}, the {name} of "
-                f"{config.model}"
-            )
-    if config.adapter is not None:
-        read_adapter(config.adapter)
-        return checkpoint
-    shapes: dict[str, tuple[int, ...]] = {
-        name if site.experts else name.removesuffix(".weight"): (
-            (site.experts, *site.layout.shape) if site.experts else site.layout.shape
-        )
-        for name, site in checkpoint.record.items()
-        if site.kind != "embedding"
-    }
-    modules = [name.removesuffix(".weight") for name in checkpoint.parameters]
-    select_layers(shapes, config.targets, config.rank, modules)
-    return checkpoint
+    return trainer
 
 
 def _put_adapter(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:

@@ -1,0 +1,111 @@
+"""Read preference data: a prompt, a chosen answer and a rejected one.
+
+========================== ==========================================================
+fields                     meaning
+========================== ==========================================================
+prompt, chosen, rejected   strings; or lists of messages (role, content), or a mix
+chosen, rejected           lists of messages that begin with the same turns, the prompt
+========================== ==========================================================
+
+A string becomes a message if the tokenizer has a chat template, as in the other formats.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, StrictStr
+
+from modulora_core.data.files import Record
+from modulora_core.data.formats import Conversation, Message, Turn, checked
+from modulora_core.data.rendering import Renderer
+from modulora_core.data.sources import Source, load_records, source_name
+from modulora_core.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+class _Preference(BaseModel):
+    prompt: StrictStr | list[Turn] | None = None
+    chosen: StrictStr | list[Turn]
+    rejected: StrictStr | list[Turn]
+
+
+def load_preferences(source: Source, tokenizer: Any, *, seq_len: int) -> list[dict[str, Any]]:
+    """Read ``source`` as rows for TRL: ``{"prompt", "chosen", "rejected"}``.
+
+    With a chat template all three are lists of messages, without one strings. Rows whose prompt has
+    ``seq_len`` tokens or more are left out and counted in a warning.
+
+    Args:
+        source: see :mod:`modulora_core.data.sources`.
+        tokenizer: a transformers tokenizer.
+        seq_len: limit of a prompt with an answer, in tokens.
+
+    Raises:
+        DataError: the source is missing or malformed, or no prompt is short enough.
+        MissingExtraError: the source needs an optional library that isn't installed.
+    """
+    renderer = Renderer(tokenizer)
+    read = [_row(record, renderer) for record in load_records(source)]
+    rows = [row for row, length in read if length < seq_len]
+    name = source_name(source)
+    if not rows:
+        raise DataError(
+            f"{name}: expected prompts of fewer than seq_len {seq_len} tokens, got none in "
+            f"{len(read)} records; raise seq_len"
+        )
+    if len(rows) < len(read):
+        logger.warning(
+            "%s: %d of %d records are left out because their prompt alone has seq_len %d tokens "
+            "or more", name, len(read) - len(rows), len(read), seq_len,
+        )  # fmt: skip
+    return rows
+
+
+def _row(record: Record, renderer: Renderer) -> tuple[dict[str, Any], int]:
+    """The row of a record, and the number of tokens in its prompt."""
+    read = checked(record, _Preference)
+    prompt, chosen, rejected = _turns(read, record.place)
+    strings = (read.prompt, read.chosen, read.rejected)
+    plain = (read.prompt, read.chosen) if all(isinstance(s, str) for s in strings) else None
+    asked = Conversation((*prompt, *chosen), plain, record.place)  # type: ignore[arg-type]
+    length = len(renderer.encode_prompt(renderer.render(asked)[-1]))
+    if not renderer.has_template:
+        return dict(zip(("prompt", "chosen", "rejected"), strings, strict=True)), length
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, length
+
+
+def _turns(read: _Preference, place: str) -> tuple[list[Message], list[Message], list[Message]]:
+    """The messages of the prompt and of both answers."""
+    chosen, rejected = (_messages(answer, "assistant") for answer in (read.chosen, read.rejected))
+    prompt = [] if read.prompt is None else _messages(read.prompt, "user")
+    if not isinstance(read.prompt, list) and (shared := _shared(chosen, rejected)):
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not prompt:
+        raise DataError(
+            f"{place}: expected a prompt, or chosen and rejected messages that begin with the same "
+            "turns, got none"
+        )
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if [turn["role"] for turn in answer] != ["assistant"]:
+            roles = ", ".join(turn["role"] for turn in answer) or "no turn"
+            raise DataError(
+                f"{place}: {name}: expected one turn of the assistant after the prompt, got {roles}"
+            )
+    return prompt, chosen, rejected
+
+
+def _messages(value: str | Sequence[Turn], role: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [turn.model_dump(exclude_none=True) for turn in value]
+
+
+def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """Number of turns that both begin with, at most all but the last."""
+    longest = min(len(chosen), len(rejected)) - 1
+    same = (a == b for a, b in zip(chosen[:longest], rejected[:longest], strict=True))
+    return next((i for i, equal in enumerate(same) if not equal), longest)

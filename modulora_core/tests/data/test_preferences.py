@@ -1,0 +1,95 @@
+"""Preference data: its spellings, its rows for TRL, and refused records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modulora_core.data import load_examples
+from modulora_core.data.preferences import load_preferences
+from modulora_core.errors import DataError
+from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
+
+
+PLAIN = {"prompt": "Who?", "chosen": "me", "rejected": "you"}
+CHAT = {
+    "prompt": turns("Who?"),
+    "chosen": [{"role": "assistant", "content": "me"}],
+    "rejected": [{"role": "assistant", "content": "you"}],
+}
+SPELLINGS = {
+    "strings": PLAIN,
+    "messages": CHAT,
+    "a string and messages": {**CHAT, "prompt": "Who?"},
+    "messages and strings": {**PLAIN, "prompt": turns("Who?")},
+    "whole chats": {"chosen": turns("Who?", "me"), "rejected": turns("Who?", "you")},
+    "whole chats with a prompt": {
+        "prompt": "Who?", "chosen": turns("Who?", "me"), "rejected": turns("Who?", "you"),
+    },
+}  # fmt: skip
+
+
+def rows(tmp_path: Path, *records: dict[str, Any], template: str | None = TEMPLATE) -> Any:
+    file = write_jsonl(tmp_path / "data.jsonl", *records)
+    return load_preferences(file, make_tokenizer(template=template), seq_len=16)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_becomes_the_same_messages(tmp_path: Path, spelling: str) -> None:
+    assert rows(tmp_path, SPELLINGS[spelling]) == [CHAT]
+
+
+def test_without_a_chat_template_strings_stay_strings(tmp_path: Path) -> None:
+    assert rows(tmp_path, PLAIN, template=None) == [PLAIN]
+    with pytest.raises(DataError, match="line 1: a chat needs a chat template"):
+        rows(tmp_path, CHAT, template=None)
+
+
+def test_a_prompt_that_fills_the_window_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = {**PLAIN, "prompt": "why so long " * 20}
+    assert rows(tmp_path, long, PLAIN) == [CHAT]
+    assert "1 of 2 records are left out because their prompt alone has seq_len 16" in caplog.text
+    with pytest.raises(DataError, match="expected prompts of fewer than seq_len 16 tokens"):
+        rows(tmp_path, long)
+
+
+WRONG = {
+    "line 1: rejected: Field required": {"prompt": "a", "chosen": "b"},
+    "line 1: expected a prompt": {"chosen": "a", "rejected": "b"},
+    "line 1: chosen: expected one turn of the assistant after the prompt, got user": {
+        **CHAT, "chosen": turns("no"),
+    },
+    "line 1: rejected: expected one turn of the assistant .*, got assistant, user, assistant": {
+        **CHAT, "rejected": [*CHAT["rejected"], *turns("a", "b")],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_record_is_refused_with_its_place(tmp_path: Path, message: str) -> None:
+    with pytest.raises(
+        DataError, match=f"data.jsonl, line 1: .*{message.removeprefix('line 1: ')}"
+    ):
+        rows(tmp_path, WRONG[message])
+
+
+def test_other_training_names_the_method(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", PLAIN)
+    with pytest.raises(DataError, match="preferences: train on them with method dpo"):
+        load_examples(file, make_tokenizer(), seq_len=16)

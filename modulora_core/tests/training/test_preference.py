@@ -1,0 +1,136 @@
+"""DPO on a tiny packed Llama, through TRL."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from modulora_core.adapters.peft_format import read_adapter
+from modulora_core.adapters.save_load import load_adapter
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.tests.tiny_tokenizer import write_jsonl
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.finetune import finetune
+from modulora_core.training.trainer import TrainingStep
+
+Configure = Callable[..., FinetuneConfig]
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("default"),  # TRL warns, such as of names that transformers renamed
+]
+
+PAIRS = [("Who?", " me", " nobody else"), ("What?", " it", " something"), ("When?", " now", " so"),
+         ("How?", " well", " in some way")]  # fmt: skip
+
+
+@pytest.fixture
+def preferences(tmp_path: Path) -> str:
+    rows = ({"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS)
+    return str(write_jsonl(tmp_path / "preferences.jsonl", *rows))
+
+
+@pytest.fixture
+def dpo(configure: Configure, preferences: str) -> Configure:
+    def made(**options: Any) -> FinetuneConfig:
+        defaults: dict[str, Any] = {"method": "dpo", "data": preferences, "lr": 1e-2, "warmup": 0,
+                                    "grad_accum": 1}  # fmt: skip
+        return configure(**{**defaults, **options})
+
+    return made
+
+
+def log_probability(model: nn.Module, tokenizer: Any, prompt: str, answer: str) -> Tensor:
+    """Σ log p of the answer and the EOS after it, by torch alone."""
+    start, ids = (tokenizer(text).input_ids for text in (prompt, prompt + answer))
+    ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
+    with torch.no_grad():
+        scores = model.eval()(ids).logits[0, :-1].log_softmax(-1)
+    found: Tensor = scores.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum()
+    return found
+
+
+def dpo_loss(model: nn.Module, reference: nn.Module, packed: Path, beta: float) -> float:
+    """The mean of -log σ(β (Δ chosen - Δ rejected)) over all pairs."""
+    tokenizer = AutoTokenizer.from_pretrained(packed)
+    losses = []
+    for prompt, chosen, rejected in PAIRS:
+        chosen_change, rejected_change = (
+            log_probability(model, tokenizer, prompt, answer)
+            - log_probability(reference, tokenizer, prompt, answer)
+            for answer in (chosen, rejected)
+        )
+        losses.append(-nn.functional.logsigmoid(beta * (chosen_change - rejected_change)))
+    return float(torch.stack(losses).mean())
+
+
+@pytest.mark.slow
+def test_the_loss_begins_at_log_2_and_ends_at_its_definition(
+    dpo: Configure, preferences: str, tunable: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("trl", reason="pip install trl")
+    steps: list[TrainingStep] = []
+    config = dpo(steps=4, batch_size=2, eval_data=preferences, trainer={"beta": "0.5"})
+    result = finetune(config, on_step=steps.append)
+    assert result.losses[0] == pytest.approx(math.log(2), rel=1e-5)
+    assert result.eval_loss_before == pytest.approx(math.log(2), rel=1e-5)
+    model = load_model(tunable)
+    load_adapter(model, tmp_path / "out")
+    assert result.eval_loss == pytest.approx(
+        dpo_loss(model, load_model(tunable), tunable, 0.5), rel=1e-4
+    )
+    assert result.eval_loss < 0.6
+    assert all(step.grad_norm and step.tokens_per_second > 0 for step in steps)
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "Reward margin" in page
+    assert "| method | dpo |" in (tmp_path / "out" / "README.md").read_text()
+    # continued: its reference is the adapter at the start
+    again = finetune(dpo(steps=1, batch_size=2, adapter=str(tmp_path / "out"),
+                         out=str(tmp_path / "further")))  # fmt: skip
+    assert again.losses == pytest.approx([math.log(2)], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(
+    dpo: Configure, tmp_path: Path
+) -> None:
+    pytest.importorskip("trl", reason="pip install trl")
+
+    def stop(step: TrainingStep) -> None:
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    finetune(dpo(steps=4, save_every=2, out=str(tmp_path / "whole"), report=False))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(dpo(steps=4, save_every=2, report=False), on_step=stop)
+    finetune(FinetuneConfig.build({}, file=tmp_path / "out" / "finetune.yaml"), resume=True)
+    one, other = (read_adapter(tmp_path / name).deltas for name in ("whole", "out"))
+    assert all(torch.equal(one[path].B, delta.B) for path, delta in other.items())
+
+
+def test_dpo_has_defaults_of_its_own(dpo: Configure) -> None:
+    fields = {"model": "m", "out": "o", "data": "d", "method": "dpo"}
+    config = FinetuneConfig.build(fields)
+    assert (config.lr, config.dropout) == (5e-5, 0)
+    assert FinetuneConfig.build({**fields, "lr": 1e-3, "dropout": 0.2}).dropout == 0.2
+    assert FinetuneConfig.build({**fields, "method": "sft"}).lr == 1e-3
+    with pytest.raises(OptionError, match="expected method sft beside them, got dpo"):
+        FinetuneConfig.build({**fields, "format": "chat"})
+
+
+def test_without_trl_it_is_refused(
+    dpo: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(MissingExtraError, match=r"trl, .* pip install 'modulora-core\[pref"):
+        finetune(dpo())
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,72 @@
+"""Check the options of a run against the model and the device, before weights are loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from modulora_core.adapters.peft_format import read_adapter
+from modulora_core.adapters.targets import select_layers
+from modulora_core.checkpoints.checkpoint import PackedCheckpoint, check_mapped, open_checkpoint
+from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.training.arguments import check_optimizer
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.sharding import check_sharding, is_sharded
+from modulora_core.training.trainer_options import check_reporters, trainer_options
+
+
+def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpoint:
+    """Open the model.
+
+    Raises:
+        RequestError: the model cannot be opened, or an option does not fit it or the device.
+    """
+    if config.dtype == "float16" and device.type == "cpu":
+        raise OptionError("dtype float16: expected a GPU; on a CPU take float32 or bfloat16")
+    if config.offload_activations and device.type == "cpu":
+        raise OptionError("offload_activations: expected a GPU, got a CPU")
+    check_sharding(config)
+    check_optimizer(config.optim)
+    check_reporters(config.report_to)
+    _check_method(config)
+    checkpoint = open_checkpoint(config.model)
+    if config.mapped:
+        check_mapped(checkpoint, str(device))
+    for name in ("max_position_embeddings", "n_positions"):
+        longest = checkpoint.config.get(name)
+        if isinstance(longest, int) and config.seq_len > longest:
+            raise OptionError(
+                f"seq_len {config.seq_len}: expected at most {longest}, the {name} of "
+                f"{config.model}"
+            )
+    if config.adapter is not None:
+        read_adapter(config.adapter)
+        return checkpoint
+    shapes: dict[str, tuple[int, ...]] = {
+        name if site.experts else name.removesuffix(".weight"): (
+            (site.experts, *site.layout.shape) if site.experts else site.layout.shape
+        )
+        for name, site in checkpoint.record.items()
+        if site.kind != "embedding"
+    }
+    modules = [name.removesuffix(".weight") for name in checkpoint.parameters]
+    select_layers(shapes, config.targets, config.rank, modules)
+    return checkpoint
+
+
+def _check_method(config: FinetuneConfig) -> None:
+    if config.method == "sft":
+        trainer_options(config.trainer)
+        return
+    if importlib.util.find_spec("trl") is None:
+        raise MissingExtraError(
+            f"method {config.method}: expected the library trl, which is not installed; "
+            "pip install 'modulora-core[preferences]'"
+        )
+    if is_sharded(config):
+        raise OptionError(f"method {config.method}: expected whole weights in each process, got "
+                          "shard; leave shard out")  # fmt: skip
+    from trl import DPOConfig
+
+    trainer_options(config.trainer, DPOConfig)

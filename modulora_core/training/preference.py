@@ -1,0 +1,112 @@
+"""Train on preferences with TRL's DPOTrainer (arXiv 2305.18290).
+
+DPO compares the model with a reference: the model at the start. TRL computes the reference's
+log-probabilities before the first step, so that no second model is in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from trl import DPOConfig, DPOTrainer
+
+from modulora_core.errors import OptionError
+from modulora_core.training.arguments import argument_values
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.trainer import AdapterRun
+from modulora_core.training.trainer_options import trainer_options
+
+
+class _Arguments(DPOConfig):
+    n_gpu = 1  # with more, Trainer copies the model to each GPU that it sees (DataParallel)
+
+
+class PreferenceTrainer(AdapterRun, DPOTrainer):
+    """TRL's DPOTrainer, with checkpoints that hold the adapter alone."""
+
+
+def preference_arguments(
+    config: FinetuneConfig, folder: Path, steps: int, device: torch.device
+) -> DPOConfig:
+    """Translate a config to TRL's arguments, as :func:`training_arguments` does to transformers'.
+
+    Raises:
+        OptionError: TRL or transformers refuses a value of ``config.trainer``.
+    """
+    values = argument_values(config, folder, steps, device)
+    del values["label_names"]
+    values |= {
+        "bf16": False,
+        "gradient_checkpointing": False,  # turned on by our own function
+        "activation_offloading": config.offload_activations,
+        "max_length": config.seq_len,
+        "precompute_ref_log_probs": True,
+        **trainer_options(config.trainer, DPOConfig),
+    }
+    try:
+        with _quiet():
+            return _Arguments(**values)
+    except (ValueError, ImportError) as error:
+        raise OptionError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def preference_trainer(
+    model: Any,
+    config: FinetuneConfig,
+    arguments: DPOConfig,
+    rows: Mapping[str, Sequence[dict[str, Any]]],
+    tokenizer: Any,
+    **common: Any,
+) -> PreferenceTrainer:
+    """Make the trainer, which computes the reference's log-probabilities at once.
+
+    Args:
+        model: with an adapter.
+        config: the run.
+        arguments: of :func:`preference_arguments`.
+        rows: ``"train"`` and perhaps ``"eval"``, of :mod:`modulora_core.data.preferences`.
+        tokenizer: the model's tokenizer.
+        common: arguments of AdapterRun.
+    """
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    seen = arguments.max_steps * batch * arguments.world_size
+    train = list(rows["train"])
+    if seen < len(train):  # a log-probability of a row that no step sees would be wasted
+        train = random.Random(config.seed).sample(train, seen)
+    evaluated = rows.get("eval")
+    with _quiet():
+        return PreferenceTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(train),
+            eval_dataset=None if evaluated is None else datasets.Dataset.from_list([*evaluated]),
+            processing_class=tokenizer,
+            **common,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let datasets and TRL draw no progress bars, and TRL use old names of transformers."""
+    hidden, before = datasets.are_progress_bars_disabled(), os.environ.get("TQDM_DISABLE")
+    datasets.disable_progress_bars()
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
