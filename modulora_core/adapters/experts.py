@@ -80,7 +80,7 @@ class LoRAExperts(PackedStack, LoRALayer):
         self._rows = None
 
     def __len__(self) -> int:
-        return sum(isinstance(child, PackedParameter) for child in self._modules.values())
+        return self.stacked[0] if self.stacked else super().__len__()  # no module of an adapter
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -88,7 +88,7 @@ class LoRAExperts(PackedStack, LoRALayer):
     def __getitem__(self, index: Any) -> Any:
         """The matrix of an expert, by an int or a 0-d tensor. Raises IndexError."""
         expert = range(len(self))[index]
-        weight = self.get_submodule(str(expert))
+        weight = self._modules[str(expert)]
         assert isinstance(weight, PackedParameter)
         A, B, scale = self._rows or self._adapter()
         if A is None or B is None:
