@@ -39,8 +39,18 @@ def check_sharding(config: FinetuneConfig) -> None:
 
 def distributed_arguments(config: FinetuneConfig) -> dict[str, Any]:
     """The fields of TrainingArguments that concern several processes."""
+    # every process maps the model's files, so that none waits for another's weights
+    split = {"version": 2, "cpu_ram_efficient_loading": False}
     return {
         "ddp_find_unused_parameters": False,  # every layer's adapter is used in each forward
-        "fsdp": config.shard,
-        "fsdp_config": {"version": 2} if config.shard else None,
+        "fsdp": is_sharded(config),
+        "fsdp_config": split if is_sharded(config) else None,
     }
+
+
+def split_without_gpus(accelerator: Any, plugin_arguments: dict[str, Any]) -> None:
+    """Let processes on CPUs share a model too: accelerate itself asks for an accelerator."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_arguments)

@@ -39,6 +39,7 @@ from modulora_core.errors import WorkError
 from modulora_core.training.checkpoints import seal, trainer_state
 from modulora_core.training.chunked_loss import chunked_loss, deferred_logits, token_losses
 from modulora_core.training.optimizer_files import load_optimizer, save_optimizer
+from modulora_core.training.sharding import split_without_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +95,14 @@ class AdapterRun(Trainer):
     ) -> None:
         self._settings, self._memory = settings, memory
         super().__init__(**arguments)
-        if self.is_fsdp_enabled:  # each process has mapped the files, so none need be sent
-            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self.remove_callback(PrinterCallback)  # it prints to stdout, where --json prints
+
+    @override
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            split_without_gpus(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def run(self, resume_from: Path | None) -> int:
         """Train, or resume from a whole checkpoint. Returns the number of tokens of this call."""
