@@ -24,6 +24,7 @@ from modulora_core.checkpoints.packed_model import PackedModel, with_methods
 from modulora_core.checkpoints.packed_modules import install, unpack
 from modulora_core.checkpoints.packing_on_load import PackOnLoad, data_free
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
+from modulora_core.errors import ModelError
 from modulora_core.registry import Choice
 
 
@@ -108,16 +109,16 @@ class ModuLoRAHfQuantizer(HfQuantizer):
         install(model, self.record)
         base = f"{model.base_model_prefix}."
         guards = {f"{re.escape(name.removeprefix(base))}$" for name in self.record.guard}
-        model._keys_to_ignore_on_load_unexpected = {
-            *(model._keys_to_ignore_on_load_unexpected or ()),
-            *guards,
-        }
+        known = model._keys_to_ignore_on_load_unexpected
+        known = [] if known is None else known  # in transformers 5.0 a list, later a set
+        model._keys_to_ignore_on_load_unexpected = type(known)([*known, *guards])
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Freeze what came from the checkpoint. A new head, such as a classifier's, can train."""
         if self.packer is not None:
             self.packer.check_complete(model)
+        _refuse_offload(getattr(model, "hf_device_map", {}))
         from transformers import PreTrainedModel  # its import registers us
 
         for part in (model.base_model, model.get_output_embeddings()):
@@ -165,6 +166,18 @@ class ModuLoRAHfQuantizer(HfQuantizer):
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
+
+
+def _refuse_offload(device_map: Mapping[str, Any]) -> None:
+    """Refuse parts on a device where they can't be used. Raises ModelError."""
+    devices = {str(device) for device in device_map.values()}
+    for place in ("disk", "cpu"):
+        if place in devices and len(devices) > 1:
+            raise ModelError(
+                f"device_map: expected devices that hold their parts, got parts on {place}, which "
+                "accelerate would load where they are needed, and it can't load packed weights; "
+                "use more or larger devices, or on a CPU load_model(..., mapped=True)"
+            )
 
 
 def register() -> None:

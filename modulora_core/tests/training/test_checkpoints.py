@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer import safe_globals
 
 from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
