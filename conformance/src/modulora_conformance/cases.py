@@ -123,6 +123,20 @@ def correlated(in_features: int, seed: int = 0) -> Calibration:
     return Calibration((H + H.T) / 2, len(x))
 
 
+def second_moment(case: str, n: int) -> Calibration:
+    """An H as real data may give it, ``[n, n]``; ``"misfit"`` fits another shape."""
+    H = correlated(n).hessian
+    if case == "singular":
+        x = torch.randn(3, n, generator=generator(0))
+        return Calibration(x.T @ x / 3, 3)
+    if case == "dead inputs":
+        alive = (torch.arange(n) % 4 != 1).to(H.dtype)
+        return Calibration(H * alive[:, None] * alive, 4 * n)
+    if case == "zero":
+        return Calibration(torch.zeros(n, n), 8)
+    return Calibration(torch.eye(n), 0) if case == "no samples" else identity(n + 1)
+
+
 def pack(quantizer: Quantizer, weight: Tensor) -> PackedWeight:
     """Pack without calibration data; H is the identity if the spec requires one."""
     required = quantizer.spec.calibration == "required"

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from modulora_conformance.cases import (
     KINDS,
     SETTINGS,
+    SPREAD,
     correlated,
     fit,
     gaussian,
-    identity,
     pack,
     packed,
+    second_moment,
     shapes,
     weights,
 )
@@ -28,7 +29,7 @@ from modulora_conformance.oracle import dense, relative_error, unlikeness
 from modulora_conformance.results import NOT_OFFERED, Measurements
 from modulora_core.errors import ModuLoRAError, ShapeError, WeightError
 from modulora_core.packed import BITS_OF_DTYPE
-from modulora_core.spec import Calibration, Promise, Quantizer
+from modulora_core.spec import Promise, Quantizer
 
 DETERMINISTIC = "test_packing_is_deterministic"
 LAYOUT = "test_layout_foretells_the_packed_weight"
@@ -260,6 +261,39 @@ class Packing(Level):
             name, limit = f"error of {kind.replace('_', ' ')} weights", getattr(promise, kind)
             measurements.at_most(name, relative_error(W, weight), limit + MARGIN)
 
+    @pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e-4, 1e4, 1e12, 1e30], ids=str)
+    @needs(DETERMINISTIC)
+    def test_a_weight_of_any_magnitude_is_packed_or_refused(
+        self, quantizer: Quantizer, magnitude: float
+    ) -> None:
+        """If this fails: a scale overflows its dtype, or becomes zero. Raise WeightError."""
+        weight = gaussian(fit(quantizer, 32, 256), 10)
+        usual = relative_error(dense(quantizer, pack(quantizer, weight)), weight)
+        try:
+            found = pack(quantizer, weight * magnitude)
+        except WeightError:
+            return
+        W = dense(quantizer, found)
+        assert bool(W.isfinite().all()), "expected finite values or WeightError, got NaN or Inf"
+        error = relative_error(W, weight * magnitude)
+        expected = f"weights of about {SPREAD * magnitude:g}: expected WeightError or an error near"
+        assert error <= 1.5 * usual + MARGIN, f"{expected} the usual {usual:.3g}, got {error:.3g}"
+
+    @needs(DETERMINISTIC)
+    def test_zeros_stay_zeros(self, quantizer: Quantizer) -> None:
+        """If this fails: a weight of zeros gets other values, or a row of zeros spoils others.
+
+        A divisor or a scale that would be zero was replaced by one.
+        """
+        weight = gaussian(fit(quantizer, 32, 256), 11)
+        largest = float(dense(quantizer, pack(quantizer, 0 * weight)).abs().max())
+        assert largest == 0, f"zeros: expected zeros, got up to {largest:.3g}"
+        usual = relative_error(dense(quantizer, pack(quantizer, weight)), weight)
+        weight[::3] = 0
+        error = relative_error(dense(quantizer, pack(quantizer, weight)), weight)
+        expected = "every third row zero: expected an error near"
+        assert error <= 1.5 * usual + MARGIN, f"{expected} the usual {usual:.3g}, got {error:.3g}"
+
     @needs(DETERMINISTIC)
     def test_calibration_is_taken_as_the_spec_says(self, quantizer: Quantizer) -> None:
         """If this fails: `pack` does not treat calibration as spec.calibration says.
@@ -289,7 +323,7 @@ class Packing(Level):
         if quantizer.spec.calibration == "none":
             pytest.skip(f"{NOT_OFFERED}spec.calibration is none")
         weight = gaussian(fit(quantizer, 24, 64), 9)
-        calibration = _second_moment(case, weight.shape[1])
+        calibration = second_moment(case, weight.shape[1])
         if case == "misfit":
             with pytest.raises(ShapeError):
                 quantizer.pack(weight, calibration)
@@ -300,19 +334,6 @@ class Packing(Level):
         assert error < 1.5, (
             f"{case}: expected Ŵ near the weight, got a relative error of {error:.3g}"
         )
-
-
-def _second_moment(case: str, n: int) -> Calibration:
-    H = correlated(n).hessian
-    if case == "singular":
-        x = torch.randn(3, n, generator=torch.Generator().manual_seed(0))
-        return Calibration(x.T @ x / 3, 3)
-    if case == "dead inputs":
-        alive = (torch.arange(n) % 4 != 1).to(H.dtype)
-        return Calibration(H * alive[:, None] * alive, 4 * n)
-    if case == "zero":
-        return Calibration(torch.zeros(n, n), 8)
-    return Calibration(torch.eye(n), 0) if case == "no samples" else identity(n + 1)
 
 
 def _promise(quantizer: Quantizer) -> Promise | None:

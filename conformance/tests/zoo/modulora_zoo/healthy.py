@@ -37,11 +37,16 @@ class Healthy(Quantizer):
         groups = self.grouped(W)  # [out, groups, G]
         low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
         scale = ((high - low) / LEVELS).half()
+        self.check_scales(W, scale)
         step = scale.float().clamp(min=1e-8)
         zero = (-low / step).half()
         codes = groups / step[..., None] + zero.float()[..., None]
         codes = codes.add(self.rounding(groups)).floor().clamp(0, LEVELS).to(torch.uint8)
         return self.packed(codes.flatten(1)[:, : W.shape[1]], scale, zero, weight)
+
+    def check_scales(self, W, scale):
+        if bool(scale.isinf().any()) or (float(scale.max()) < 1e-6 and bool(W.any())):
+            raise WeightError(f"{self.spec.name}: expected weights whose scales fp16 can hold")
 
     def prepared(self, weight):
         return weight.detach().to(torch.float32).contiguous()

@@ -21,10 +21,10 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from modulora_core import kernels
-from modulora_core.errors import CheckpointError, OptionError
+from modulora_core.errors import CheckpointError, OptionError, WeightError
 from modulora_core.kernels import KernelQuantizer
 from modulora_core.spec import Calibration, PackedLayout, PackedWeight, TensorLayout
-from modulora_optq import SPEC, packing, solver
+from modulora_optq import SPEC, packing, reference, solver
 from modulora_optq.options import Options
 from modulora_optq.reference import Solution
 
@@ -44,7 +44,8 @@ class OPTQ(KernelQuantizer):
         Raises:
             OptionError: there is no calibration.
             ShapeError: its H isn't ``[in, in]``.
-            WeightError: NaN or Inf in the weight or in H, or H is no second moment.
+            WeightError: NaN or Inf in the weight or in H, or H is no second moment. Or fp16 scales
+                can't represent the weight's magnitude.
         """
         if calibration is None:
             raise OptionError(
@@ -53,6 +54,14 @@ class OPTQ(KernelQuantizer):
                 "text to calibrate with"
             )
         solution = solver.solve(weight, calibration.hessian, self.options)
+        largest = float(weight.detach().abs().amax()) if weight.numel() else 0.0
+        if largest and not reference.SMALLEST_WEIGHT <= largest <= reference.LARGEST_WEIGHT:
+            raise WeightError(
+                f"{SPEC.name}: expected a largest magnitude of 0, or of "
+                f"{reference.SMALLEST_WEIGHT:.2g} to {reference.LARGEST_WEIGHT:g} for fp16 scales, "
+                f"got {largest:.3g} in a weight of shape {list(weight.shape)}; choose another "
+                "quantizer"
+            )
         return from_solution(solution, self.options)
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:

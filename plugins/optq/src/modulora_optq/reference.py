@@ -32,7 +32,10 @@ SMALLEST_SCALE = 2.0**-24
 """The smallest positive fp16, for a group whose range needs less, such as a group of zeros."""
 
 LARGEST_SCALE = 65504.0
-"""The largest fp16. Weights outside the range of its codes are clipped."""
+"""The largest fp16."""
+
+LARGEST_WEIGHT, SMALLEST_WEIGHT = 65504.0, 2.0**-14
+"""A weight's largest magnitude: beyond this range, fp16 scales are too small or too coarse."""
 
 STEPS = 24
 """The number of ranges that a search tries."""

@@ -140,8 +140,11 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
     W, H = weight.detach().to(dtype), hessian.detach().to(weight.device, dtype)
     H = H / _positive(H.diagonal().mean(dtype=torch.float64).to(dtype))
     H.diagonal().add_(options.damping)
-    rms = _positive(_rms(W))
-    W = W / rms
+    # squares of fp32 overflow; a power of two changes no digit
+    power = torch.exp2(torch.frexp(W.abs().amax()).exponent.clamp(-126, 126).to(dtype))
+    W = W / power
+    rms = _rms(W)
+    W = W / _positive(rms)
     s = _rescaling(W, H) if options.rescale else W.new_ones(N)
     # both are rounded to the stored dtype before they are used
     S_U = (signs(options.seed, N, "input").to(s) / s).to(torch.float16)
@@ -151,7 +154,7 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
     H = transform.rotate(H, S_U, in_place=True)
     H = transform.rotate(H.T.contiguous(), S_U, in_place=True)
     unit = _positive(_rms(W)) / (options.codebook_scale or codebooks.OPT_SCALE[options.bits])
-    scale = (rms * unit).to(torch.float32).reshape(1)
+    scale = (rms * unit * power).to(torch.float32).reshape(1)  # 0 for a weight of zeros
     W, H = _whole_blocks(W / unit, (H + H.T) / 2)
     return Problem(W, H, S_U, S_V, scale)
 
