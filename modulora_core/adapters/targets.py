@@ -1,9 +1,11 @@
 """Choose the layers that get an adapter: by a group, or by PEFT's rule for names.
 
-all-linear   every packed linear layer except the output head, and every stack of experts
-attention    the linear layers of attention: a part of their path has "attn" or "attention"
-experts      the fused experts of a mixture, but no router and no shared expert
-name         each layer or stack whose dotted path is the name or ends with ``.name``
+    all-linear   every packed linear layer except the output head, and every stack of experts
+    attention    the linear layers of attention: a part of their path has "attn" or "attention"
+    experts      the fused experts of a mixture, but no shared expert
+    name         each layer or stack whose dotted path is the name or ends with ``.name``
+
+A group never has a router or another gate of a mixture: that would move tokens to other experts.
 """
 
 from __future__ import annotations
@@ -65,13 +67,15 @@ def shortest_names(paths: Collection[str], modules: Iterable[str], *, parts: int
 
 def _group(name: str, shapes: Mapping[str, tuple[int, ...]], head: str | None) -> list[str] | None:
     """The layers of a group; None for another name."""
+    experts = [path for path, shape in shapes.items() if len(shape) == 3]
+    routers = {"router", "gate", "shared_expert_gate"} if experts else set[str]()
+    linear = [path for path in shapes if path not in experts and not routers & {*path.split(".")}]
     if name == ALL_LINEAR:
-        return [path for path in shapes if path != head]
+        return [path for path in (*linear, *experts) if path != head]
     if name == EXPERTS:
-        return [path for path, shape in shapes.items() if len(shape) == 3]
+        return experts
     if name == ATTENTION:
         words = ("attn", "attention")
-        linear = [path for path, shape in shapes.items() if len(shape) == 2]
         return [path for path in linear if any(word in path.lower() for word in words)]
     return None
 

@@ -19,6 +19,7 @@ from modulora_core.adapters.expert_format import stacks_of, to_file
 from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
 from modulora_core.adapters.merge import merge
 from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.adapters.targets import select_layers
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import AdapterError
 from modulora_core.layers import PackedStack
@@ -179,6 +180,16 @@ def test_targets_choose_attention_experts_or_both(
     assert not any("shared" in path or "layers.0.mlp" in path for path in paths)
     kinds = {isinstance(model.get_submodule(path), PackedStack) for path in paths}
     assert kinds == ({False} if targets == "attention" else {True, *(["q_b_proj" not in expected])})
+
+
+def test_a_group_has_no_router_and_a_name_selects_it() -> None:
+    """As in HunYuan and JetMoE, whose routers are linear layers."""
+    linear = ["mlp.gate.wg", "self_attn.experts.router.layer", "self_attn.q_proj", "mlp.gate_proj"]
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(linear, (8, 8))
+    shapes["mlp.experts.up_proj"] = (4, 8, 8)
+    assert select_layers(shapes, "all-linear", 1, []) == [*linear[2:], "mlp.experts.up_proj"]
+    assert select_layers(shapes, "attention", 1, []) == ["self_attn.q_proj"]
+    assert select_layers(shapes, "wg", 1, []) == ["mlp.gate.wg"]
 
 
 def test_a_group_that_the_model_lacks_is_refused(pack: Pack) -> None:
