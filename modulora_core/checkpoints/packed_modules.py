@@ -35,7 +35,8 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
             doesn't read its packed format.
         PluginError: a quantizer isn't installed or can't be used.
     """
-    quantizers = [recipe.create() for recipe in record.recipes]
+    with torch.device("cpu"):  # the tables of a plugin hold values, in a skeleton too
+        quantizers = [recipe.create() for recipe in record.recipes]
     for parameter, site in record.items():
         name = _name_in(model, parameter)
         if name is not None:

@@ -54,6 +54,20 @@ import modulora_core
     register()  # a second time does nothing
 
 
+def test_a_plugin_makes_its_tables_with_values(
+    pack: Pack, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers builds models on the meta device, and a plugin may be imported there first."""
+    create = toy.Toy.__init__
+
+    def with_a_table(self: Any, *options: Any) -> None:
+        create(self, *options)
+        torch.arange(4).numpy()
+
+    monkeypatch.setattr(toy.Toy, "__init__", with_a_table)
+    AutoModelForCausalLM.from_pretrained(pack("llama", "toy")[1])
+
+
 def test_transformers_alone_refuses_the_folder(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows no such method, and would fill packed layers with noise."""
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, QUANT_METHOD)
