@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import Promise, QuantizerSpec
+from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
 
 
 def _promise(bits: int, gaussian: float, heavy_tailed: float, outlier_columns: float) -> Promise:
@@ -33,6 +33,14 @@ SPEC = QuantizerSpec(
         _promise(3, gaussian=0.178, heavy_tailed=0.252, outlier_columns=0.261),
         _promise(4, gaussian=0.0879, heavy_tailed=0.128, outlier_columns=0.151),
         _promise(8, gaussian=0.00527, heavy_tailed=0.00789, outlier_columns=0.00916),
+    ),
+    formats=(
+        FormatSpec(
+            name="hqq",
+            summary="HQQ with groups along rows (axis 1), as transformers saved it; only read",
+            location="modulora_half_quadratic.formats:HQQ",
+            quant_methods=("hqq",),
+        ),
     ),
 )
 
