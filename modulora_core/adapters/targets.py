@@ -92,7 +92,8 @@ def _unknown(target: str, packed: Collection[str], modules: Iterable[str]) -> st
     if other is not None:
         return f"target {target!r}: expected a packed linear layer, and {other} is none"
     names = sorted({path.rpartition(".")[2] for path in packed})
-    near = difflib.get_close_matches(target, [*names, *packed], n=3)
+    groups = [ALL_LINEAR, ATTENTION, EXPERTS]
+    near = difflib.get_close_matches(target, [*names, *groups, *packed], n=3)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     return (
         f"target {target!r}: no packed layer has that name{hint} "
