@@ -72,7 +72,7 @@ def test_the_command(tunable: Path, folder: Path, capsys: pytest.CaptureFixture[
 
 
 def test_wrong_requests_are_refused(tunable: Path, folder: Path) -> None:
-    with pytest.raises(OptionError, match="task helaswag: expected a name.*near: hellaswag"):
+    with pytest.raises(OptionError, match=r"task helaswag: expected a name.*near: hellaswag"):
         evaluate_tasks(str(tunable), ["helaswag"])
     with pytest.raises(OptionError, match=r"task gone\.yaml: no such file"):
         evaluate_tasks(str(tunable), ["gone.yaml"])
