@@ -1,0 +1,110 @@
+"""Jobs for several processes on the CPU, started as torchrun starts them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PATIENCE = 120
+"""Seconds until processes that wait for each other in vain are ended."""
+
+multiprocessing.set_forkserver_preload(["modulora_core.training.finetune", __name__])
+
+
+def run_in_processes(number: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``job(*arguments)`` in each of ``number`` processes; their results by rank."""
+    context = multiprocessing.get_context("forkserver")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    readers, started = [], []
+    for rank in range(number):
+        reader, writer = context.Pipe(duplex=False)
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in values.items()}
+        process = context.Process(target=_run, args=(environment, writer, job, *arguments))
+        process.start()
+        writer.close()
+        readers.append(reader)
+        started.append(process)
+    try:
+        return [reader.recv() if reader.poll(PATIENCE) else "no answer" for reader in readers]
+    finally:
+        for process in started:
+            process.join(5)
+            process.kill()
+
+
+def _run(environment: dict[str, str], out: Connection, job: Callable[..., Any], *args: Any) -> None:
+    os.environ |= {**environment, "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    try:
+        out.send(job(*args))
+    except Exception as error:
+        out.send(f"{type(error).__name__}: {error}")
+
+
+def finetuned(**options: Any) -> list[float]:
+    """The losses of a run, and its loss on the evaluation data."""
+    from modulora_core.training.config import FinetuneConfig
+    from modulora_core.training.finetune import finetune
+
+    resume = options.pop("resume", False)
+    result = finetune(FinetuneConfig.build(options), resume=resume)
+    assert result.eval_loss is not None
+    return [*result.losses, result.eval_loss]
+
+
+def trained_by_hand(folder: Path, ids: Tensor, *, split: bool) -> tuple[list[float], int]:
+    """Losses of a loop with torch's ``fully_shard``, and this process's bytes of packed tensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from modulora_core.adapters.lora import LoRASettings, add_lora
+    from modulora_core.checkpoints.checkpoint import load_model
+    from modulora_core.devices import processes
+    from modulora_core.training.gradient_checkpointing import checkpoint_activations
+
+    model = load_model(folder, device="cpu")
+    add_lora(model, LoRASettings(rank=2, dropout=0.0))
+    checkpoint_activations(model.train())
+    if split:
+        processes.join()
+        mesh = init_device_mesh("cpu", (processes.world_size(),))
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        ids = ids.chunk(processes.world_size())[processes.rank()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    found = torch.stack(losses)
+    if split:
+        torch.distributed.all_reduce(found)
+        found /= processes.world_size()
+    return found.tolist(), packed_bytes(model)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of this process's part of the packed tensors."""
+    from torch.distributed.tensor import DTensor
+
+    from modulora_core.layers import PackedParameter
+
+    modules = [module for module in model.modules() if isinstance(module, PackedParameter)]
+    tensors = [tensor for module in modules for tensor in module.parameters()]
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(part.untyped_storage().nbytes() for part in parts)

@@ -1,0 +1,140 @@
+"""A run in several processes gives the losses and the adapter of one process."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modulora_core.data.sources import pydoc_text
+from modulora_core.devices import processes
+from modulora_core.errors import OptionError, RequestError
+from modulora_core.tests.processes import finetuned, run_in_processes, trained_by_hand
+from modulora_core.training.arguments import total_steps
+from modulora_core.training.config import FinetuneConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def options(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run of 4 steps of 4 examples, with 5 examples to evaluate."""
+    folder = tmp_path_factory.mktemp("texts")
+    text = pydoc_text()
+    (folder / "train.txt").write_text(text[:4000])
+    (folder / "eval.txt").write_text(text[50_000:50_600])
+    return {
+        "model": str(tunable), "data": str(folder / "train.txt"), "dropout": 0.0, "steps": 4,
+        "eval_data": str(folder / "eval.txt"), "seq_len": 32, "save_every": 2, "report": False,
+    }  # fmt: skip
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter_model.safetensors")
+
+
+def interrupted(run: Path, out: Path) -> str:
+    """A copy of a finished run as it was after its first checkpoint."""
+    shutil.copytree(run / "checkpoints" / "checkpoint-2", out / "checkpoints" / "checkpoint-2")
+    shutil.copy(run / "finetune.yaml", out)
+    return str(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_losses_are_those_of_one_process_and_any_number_resumes(
+    options: dict[str, Any], tmp_path: Path, shard: bool
+) -> None:
+    one, two, four = (tmp_path / name for name in ("one", "two", "four"))
+    expected = finetuned(**options, out=str(one), batch_size=2, grad_accum=2)
+    shared = {**options, "shard": shard, "grad_accum": 1}
+
+    def in_processes(number: int, **more: Any) -> None:
+        batch = {"batch_size": 4 // number}
+        for found in run_in_processes(number, _finetuned, {**shared, **batch, **more}):
+            assert found == pytest.approx(expected, abs=1e-4)
+
+    in_processes(2, out=str(two))
+    if shard:
+        in_processes(4, out=interrupted(two, four), resume=True)
+    resumed = interrupted(two, tmp_path / "resumed")
+    again = {**options, "out": resumed, "batch_size": 4, "grad_accum": 1, "resume": True}
+    assert finetuned(**again) == pytest.approx(expected, abs=1e-4)
+    reference = adapter(one)
+    assert all(tensor.any() for tensor in reference.values()), "B has moved"
+    for folder in (two, Path(resumed), *([four] if shard else [])):
+        values = adapter(folder)
+        assert values.keys() == reference.keys()
+        for name, tensor in reference.items():
+            torch.testing.assert_close(values[name], tensor, rtol=0, atol=1e-4)
+
+
+def _finetuned(options: dict[str, Any]) -> list[float]:
+    return finetuned(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 4])
+def test_fully_shard_divides_packed_weights(tunable: Path, number: int) -> None:
+    ids = torch.arange(48).view(4, 12) + 3
+    expected, whole = trained_by_hand(tunable, ids, split=False)
+    for losses, part in run_in_processes(number, _trained, tunable, ids):
+        assert losses == pytest.approx(expected, abs=1e-4)
+        assert whole / number <= part <= whole / number * 1.02
+
+
+def _trained(folder: Path, ids: torch.Tensor) -> tuple[list[float], int]:
+    return trained_by_hand(folder, ids, split=True)
+
+
+@pytest.mark.slow
+def test_a_bad_request_is_one_sentence_once(tunable: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    command = ["modulora_core.cli", "finetune", str(tunable), str(tmp_path / "out")]
+    done = subprocess.run(
+        [*launcher, *command, "--data", "none.txt", "--seq-len", "32"],
+        capture_output=True,
+        text=True,
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "none.txt" in errors[0]
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_one_process_ends_all() -> None:
+    found = run_in_processes(2, _one_fails)
+    assert found == [
+        "RequestError: process 1 of 2: expected another disk, got a full one",
+        "OptionError: expected another disk, got a full one",
+    ]
+
+
+def _one_fails() -> None:
+    with processes.together():
+        if processes.rank() == 1:
+            raise OptionError("expected another disk, got a full one")
+
+
+def test_one_process_is_no_distributed_run() -> None:
+    assert (processes.world_size(), processes.rank(), processes.is_first()) == (1, 0, True)
+    with pytest.raises(RequestError, match="mine"), processes.together():
+        raise RequestError("mine")
+
+
+@pytest.mark.parametrize(("processes", "steps"), [(1, 8), (2, 4), (3, 3), (8, 1)])
+def test_an_epoch_has_fewer_steps_in_more_processes(processes: int, steps: int) -> None:
+    config = FinetuneConfig(model="m", out="o", data=("d",), epochs=1, batch_size=2, grad_accum=1)
+    assert total_steps(config, 15, processes) == steps
+
+
+def test_a_model_is_not_split_in_one_process(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="shard: expected several processes, got one"):
+        finetuned(**options, out=str(tmp_path / "out"), shard=True)
