@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from modulora_core.checkpoints.packed_table import PackedTable, TiedHead
 from modulora_core.checkpoints.record import PackedSite, QuantizationRecord
 from modulora_core.devices.dense_products import DenseLinear
-from modulora_core.embeddings.packed_table import PackedTable, TiedHead
 from modulora_core.errors import AdapterError, CheckpointError
 from modulora_core.layers import (
     LoRALayer,

@@ -17,8 +17,8 @@ from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, HeldOutCalibration
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.outputs import partial_name
+from modulora_core.checkpoints.packed_table import TiedHead
 from modulora_core.data import token_segments
-from modulora_core.embeddings.packed_table import TiedHead
 from modulora_core.errors import (
     CheckpointError,
     DataError,
