@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -133,10 +133,14 @@ def command(
     for flag, value in beside.items() if tasks is None else ():
         if value is not None:
             raise OptionError(f"{flag}: expected --tasks NAME beside it")
-    for flag, other in (("--data", data), ("--metric", metric)):
-        if tasks is not None and other is not None:
+    apart = {
+        "--data": data, "--metric": metric, "--prompt": prompt, "--completion": completion,
+        "--config": config,
+    }  # fmt: skip
+    for flag, other in apart.items() if tasks is not None else ():
+        if other is not None:
             raise OptionError(f"--tasks: expected no {flag} beside it, got {other}; run them apart")
-    source: str | tuple[str, ...] = data or "pydoc"
+    source: str | Sequence[str] = data or "pydoc"
     if config is not None:
         given = {"model": model, "out": ".", "prompt": prompt, "completion": completion}
         read = FinetuneConfig.build(given, file=config)

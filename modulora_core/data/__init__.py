@@ -2,7 +2,8 @@
 
 :func:`load_examples` and :class:`Collator` serve finetuning, :func:`load_text` and
 :func:`token_segments` perplexity and calibration. :mod:`~modulora_core.data.sources` explains
-SOURCE, :mod:`~modulora_core.data.formats` the fields of a record.
+SOURCE, :mod:`~modulora_core.data.formats` the fields of a record, and
+:mod:`~modulora_core.data.templates` how other columns become fields.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from modulora_core.data.examples import Collator, DataReport, Examples, load_examples
 from modulora_core.data.formats import FORMATS, Format, instruction_prompt
 from modulora_core.data.sources import Source
+from modulora_core.data.templates import Template
 from modulora_core.data.text import load_text, token_segments
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Examples",
     "Format",
     "Source",
+    "Template",
     "instruction_prompt",
     "load_examples",
     "load_text",
