@@ -105,11 +105,16 @@ class PackedParameter(nn.Module):
 
     @property
     def data(self) -> Tensor:
-        """Refuse what PEFT does to merge an adapter. Raises ModelError."""
+        """Refuse what PEFT does to merge an adapter, or to make one of W. Raises ModelError."""
         raise ModelError(
             f"packed weight of {self.layout.quantizer}: expected a dense weight to merge into or "
             "to initialize from; call model.dequantize() first, or run `modulora merge`"
         )
+
+    def to(self, *where: Any, **more: Any) -> Any:
+        """Move the tensors. Raises ModelError for a dtype, in which PEFT's LoftQ asks for W."""
+        cast = any(isinstance(each, torch.dtype) for each in (*where, *more.values()))
+        return self.data if cast else super().to(*where, **more)
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``; differentiable in ``x``."""

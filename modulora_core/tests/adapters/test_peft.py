@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoftQConfig, LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 
 from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.devices.memory import Allocations
 from modulora_core.errors import ModelError
 from modulora_core.tests.adapted_models import IDS, logits
+from modulora_core.tiles import tile_budget
 
 Pack = Callable[..., tuple[Path, Path]]
 
@@ -101,6 +104,39 @@ def test_merging_needs_a_dense_model(packed: Callable[[], Any]) -> None:
     merged = model.merge_and_unload()
     assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     assert torch.allclose(logits(merged), expected, atol=1e-4)
+
+
+def test_an_adapter_is_swapped_in_place(packed: Callable[[], Any], tmp_path: Path) -> None:
+    first, second = adapted(packed()), adapted(packed())
+    losses(first)
+    losses(second, steps=8)
+    expected = logits(second)
+    assert not torch.equal(logits(first), expected)
+    second.save_pretrained(tmp_path)
+    weights = [parameter.data_ptr() for parameter in first.parameters()]
+    hotswap_adapter(first, str(tmp_path), adapter_name="default", torch_device="cpu")
+    assert [parameter.data_ptr() for parameter in first.parameters()] == weights
+    assert torch.equal(logits(first), expected)
+
+
+def test_a_step_holds_few_tiles(pack: Pack) -> None:
+    """A model with weights of 6 KiB in tiles of 512 bytes."""
+    model = adapted(load_model(pack("llama", "toy")[1], device="cpu"))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 32, requires_grad=True)
+    with tile_budget(512), Allocations([x, *model.parameters()]) as allocations:
+        layer(x).sum().backward()
+    weight = 48 * 32 * 4
+    # y, dy and the gradients of A and B take 2 KiB
+    assert allocations.peak < weight * 0.9, f"{allocations.peak} bytes"
+    assert allocations.alive < weight / 2
+
+
+def test_loftq_is_refused(packed: Callable[[], Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))
+    with pytest.raises(ModelError, match="expected a dense weight to merge into or to initialize"):
+        get_peft_model(packed(), config)
 
 
 @pytest.mark.parametrize(
