@@ -53,15 +53,27 @@ def check_config(config: Mapping[str, Any], subject: str) -> None:
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int, where: str) -> float:
-    """S of a module. Raises AdapterError for a malformed pattern."""
+    """Compute s of a module. Raises AdapterError for a malformed pattern, or a bad alpha."""
     pattern = config.get("alpha_pattern") or {}
     try:
-        # PEFT's rule: the first key that matches the end of the path, as a regular expression
-        key = next((k for k in pattern if re.match(rf"(.*\.)?({k})$", module)), None)
+        key = next((k for k in pattern if _selects(k, module)), None)
         alpha = float(config["lora_alpha"] if key is None else pattern[key])
     except (re.error, TypeError, ValueError) as error:
         raise AdapterError(f"{where}: malformed alpha_pattern: {error}") from None
+    if not math.isfinite(alpha):
+        raise AdapterError(f"{where}: expected a finite alpha, got {alpha}; save the adapter again")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _selects(pattern: str, module: str) -> bool:
+    """PEFT's rule: a regular expression that matches the end of the path.
+
+    The file is a stranger's, and some expressions take years. Raises ValueError for a repeated
+    group, and for more than three repetitions.
+    """
+    if re.search(r"\)[*+{]", pattern) or sum(map(pattern.count, "*+{")) > 3:
+        raise ValueError(f"expected at most three repetitions, of no group, got {pattern!r:.80}")
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def lora_config(

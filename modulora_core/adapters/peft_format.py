@@ -37,6 +37,7 @@ from modulora_core.checkpoints.outputs import write_file
 from modulora_core.errors import AdapterError
 from modulora_core.models.json_files import read_json
 from modulora_core.models.quiet import first_line
+from modulora_core.models.store import is_finite
 from modulora_core.packed import ChannelScales
 
 CONFIG_FILE = "adapter_config.json"
@@ -234,11 +235,19 @@ def _download(hub_id: str) -> Path:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)  # type: ignore[no-any-return]
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{path}: expected a readable safetensors file: {error}; fetch the whole adapter again"
         ) from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not is_finite(tensor):
+            got = "NaN or Inf" if tensor.is_floating_point() else tensor.dtype
+            raise AdapterError(
+                f"{path}: {name}: expected finite floats, got {got}; the file is damaged, or the "
+                "training that wrote it diverged"
+            )
+    return tensors
 
 
 def write_adapter(adapter: SavedAdapter, stacks: Mapping[str, Stack]) -> None:

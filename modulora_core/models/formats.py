@@ -19,6 +19,7 @@ from torch import Tensor
 from modulora_core import registry
 from modulora_core.errors import CheckpointError, DuplicatePluginError, ModelError, OptionError
 from modulora_core.models.json_files import read_json
+from modulora_core.models.store import is_finite
 from modulora_core.spec import FormatSpec, PackedLayout, PackedWeight, Quantizer, TensorLayout
 
 __all__ = [
@@ -175,7 +176,7 @@ def _text(layout: TensorLayout | None) -> str:
 def read_finite(read: Read, name: str) -> Tensor:
     """Read a tensor of scales. Raises CheckpointError for NaN or Inf in it."""
     tensor = read(name)
-    if not bool(tensor.isfinite().all()):
+    if not is_finite(tensor):
         raise CheckpointError(
             f"{name}: expected finite values, got NaN or Inf; the file is damaged"
         )

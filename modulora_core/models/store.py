@@ -42,3 +42,13 @@ class TensorStore(Protocol):
 
     def read(self, name: str) -> Tensor:
         """Read a tensor into new memory. Raises CheckpointError if the file ends too early."""
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor Inf. Integers are finite."""
+    if not values.is_floating_point() or values.numel() == 0:
+        return True
+    if values.dtype.itemsize == 1:  # 8-bit floats have no arithmetic of their own
+        values = values.to(torch.float32)
+    low, high = torch.aminmax(values)  # of NaN it is NaN
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -15,6 +15,7 @@ from torch import Tensor
 from modulora_core.errors import CheckpointError, WeightError
 from modulora_core.models import conversion
 from modulora_core.models.progress import Progress
+from modulora_core.models.store import is_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,7 +144,9 @@ class Weights:
         done, total = 0, sum(tensor.nbytes for tensor in stored.values())
         digest = hashlib.sha256()
         for name, tensor in stored.items():
-            if not _finite(self._store.read(name), digest):
+            values = self._store.read(name)
+            digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+            if not is_finite(values):
                 raise WeightError(
                     f"{name} in {tensor.file}: expected finite values, got NaN or Inf; the file is "
                     "damaged, or the training that wrote it diverged"
@@ -193,14 +196,3 @@ def _streamed_names(given: Collection[str], ties: Mapping[str, str]) -> dict[str
         if streamed == name or not (streamed in given or streamed in names.values()):
             names[name] = streamed
     return names
-
-
-def _finite(values: Tensor, digest: Any) -> bool:
-    """Whether all values are finite; their bytes go into ``digest``. aminmax of NaN is NaN."""
-    digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy())
-    if not values.is_floating_point() or values.numel() == 0:
-        return True
-    if values.dtype.itemsize == 1:  # 8-bit floats have no arithmetic of their own
-        values = values.to(torch.float32)
-    low, high = torch.aminmax(values)
-    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -262,6 +262,8 @@ A, B = "base_model__model__x__lora_A__weight", "base_model__model__x__lora_B__we
     [
         (lambda f: (f / CONFIG).write_text("{"), r"adapter_config\.json: Invalid JSON"),
         (lambda f: (f / CONFIG).write_text("[]"), r"adapter_config\.json: .*\[\]"),
+        (edited(CONFIG, lora_alpha=float("nan")), "expected a finite alpha, got nan"),
+        (edited(CONFIG, alpha_pattern={r"(.+)+x": 1}), "expected at most three repetitions"),
         (edited(RECORD, format=99), r"modulora\.json: format: expected 1 or 2, got 99"),
         (edited(RECORD, base=None), r"modulora\.json: base: Field required"),
         (lambda f: (f / WEIGHTS).write_bytes(b"short"), "expected a readable safetensors file"),
@@ -275,6 +277,8 @@ A, B = "base_model__model__x__lora_A__weight", "base_model__model__x__lora_B__we
         (changed(input_scale=None), r"q_proj\.input_scale: expected .*\[32\]\), got None"),
         (changed(output_scale=torch.ones(31)), r"expected .*\[32\]\), got .*\[31\]\)"),
         (changed(output_scale=torch.ones(32).half()), r"float32, \[32\]\), got .*float16, \[32\]"),
+        (changed(input_scale=torch.full((32,), torch.inf)), "q_proj.input_scale: .* NaN or Inf"),
+        (changed(input_scale=torch.ones(32).int()), "expected finite floats, got torch.int32"),
         (changed(bias=torch.ones(32)), r"q_proj\.bias: expected None, got .*\[32\]"),
     ],
 )
