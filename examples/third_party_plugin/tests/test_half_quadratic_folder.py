@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.convert import convert
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models import formats
 from modulora_core.models.formats import FormatSpec
@@ -120,6 +121,10 @@ def test_a_folder_is_a_model(tmp_path):
         expected = dense(ids).logits
         error = model(ids).logits - expected
     assert error.norm() < 0.01 * expected.norm()
+    convert(str(tmp_path), tmp_path / "converted", "modulora")
+    converted = load_model(tmp_path / "converted", dtype="float32", device="cpu")
+    with torch.no_grad():
+        assert torch.equal(converted(ids).logits, model(ids).logits)
 
 
 @pytest.mark.usefixtures("installed")
