@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.training.config import FinetuneConfig as FinetuneConfig
     from modulora_core.training.finetune import finetune as finetune
 
+    __version__: str
+
 _PUBLIC = {
     "Calibration": "spec",
     "CalibrationConfig": "calibration",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from modulora_core.calibration.tuning import TuningConfig
-from modulora_core.data import token_segments
+from modulora_core.data import Source, token_segments
+from modulora_core.data.sources import source_name
 from modulora_core.errors import DataError, OptionError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class CalibrationConfig:
     """Selects the calibration text, and how it passes through the model.
 
     Attributes:
-        source: a file, a Hub dataset or ``pydoc`` (:mod:`modulora_core.data.sources`).
+        source: files, a Hub dataset, ``pydoc``, or records as dicts
+            (:mod:`modulora_core.data.sources`).
         samples: the number of segments, drawn at random from the text; None takes
             :data:`SAMPLES`, or all segments of a shorter text.
         seq_len: tokens in a segment.
@@ -45,7 +47,7 @@ class CalibrationConfig:
         OptionError: a number is less than 1.
     """
 
-    source: str
+    source: Source
     samples: int | None = None
     seq_len: int = SEQ_LEN
     sequential: bool = True
@@ -78,7 +80,7 @@ class CalibrationText:
         """The entry in the checkpoint's record. Equal entries mean equal samples and batches."""
         tuning = self.config.tuning
         return {
-            "source": self.config.source,
+            "source": source_name(self.config.source),
             "samples": self.ids.shape[0],
             "seq_len": self.ids.shape[1],
             "sequential": self.config.sequential,
@@ -116,9 +118,9 @@ def load_calibration(config: CalibrationConfig, tokenizer: Any, *, seed: int) ->
     ids = token_segments(config.source, tokenizer, config.seq_len, samples, seed=seed)
     if config.samples is not None and len(ids) < config.samples:
         raise DataError(
-            f"calibration {config.source}: expected text for {config.samples} samples of "
-            f"{config.seq_len} tokens, got enough for {len(ids)}; give more text, fewer samples, "
-            "or shorter ones (seq_len)"
+            f"calibration {source_name(config.source)}: expected text for {config.samples} samples "
+            f"of {config.seq_len} tokens, got enough for {len(ids)}; give more text, fewer "
+            "samples, or shorter ones (seq_len)"
         )
     if config.tuning is not None:
         config.tuning.batches(*ids.shape)  # refuses too few samples before any work

@@ -173,6 +173,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Packed
     known = None if location.gguf is not None else recognise(location.folder, config)
     if known is None:
         raise ModelError(_not_packed(location, config))
+    known.reader().check(known.config)
     location = fetch_weights(location)
     foreign = open_foreign(location, known)
     return PackedCheckpoint(location.folder, foreign.config(), location.name, foreign)
@@ -186,7 +187,7 @@ def _not_packed(location: Location, config: Mapping[str, Any]) -> str:
         return no_config(location.folder)
     return (
         f"model {location.model}: it isn't quantized by modulora; quantize it first: "
-        f"modulora quantize {location.model} OUT -q NAME"
+        f"modulora quantize {location.model} OUT -q NAME (finetune -q NAME does both)"
     )
 
 
@@ -204,8 +205,9 @@ def check_mapped(checkpoint: PackedCheckpoint, device: str) -> None:
     checkpoint.mapped()
 
 
-def load_dtype(dtype: str, device: str) -> torch.dtype:
-    """The dtype called ``dtype``; ``"auto"`` depends on ``device``. Raises OptionError."""
+def load_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
+    """``dtype`` or the dtype of that name; ``"auto"`` depends on ``device``. Raises OptionError."""
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in LOAD_DTYPES:
         raise OptionError(f"dtype: expected one of {', '.join(LOAD_DTYPES)}, got {dtype!r}")
     if dtype == "auto":
@@ -216,7 +218,7 @@ def load_dtype(dtype: str, device: str) -> torch.dtype:
 def load_model(
     model: str | Path | PackedCheckpoint,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | None = None,
     mapped: bool = False,
 ) -> PreTrainedModel:
@@ -231,8 +233,9 @@ def load_model(
 
     Args:
         model: a folder, a Hub id, or an opened checkpoint.
-        dtype: the dtype of the activations and of all dense parameters. ``"auto"`` is float32 on a
-            CPU and bfloat16 elsewhere. Packed tensors keep their own.
+        dtype: the dtype of the activations and of all dense parameters, such as torch.bfloat16 or
+            ``"bfloat16"``. ``"auto"`` is float32 on a CPU and bfloat16 elsewhere. Packed tensors
+            keep their own.
         device: ``"cpu"``, ``"cuda"``, ...; None takes a GPU if there is one.
         mapped: hold the packed weights of one decoder block in memory at a time, on a CPU only.
 

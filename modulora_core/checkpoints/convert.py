@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import ModelError, OptionError, ShapeError
 from modulora_core.models import formats
 from modulora_core.models.formats import CheckpointFormat, StoredWeight
-from modulora_core.models.progress import Progress
+from modulora_core.models.progress import Progress, shows_progress
 from modulora_core.spec import TensorLayout
 
 
@@ -48,6 +48,7 @@ class ConvertResult:
         return asdict(self)
 
 
+@shows_progress("converting", "parameters")
 def convert(
     source: str,
     out: str | Path,
@@ -55,7 +56,7 @@ def convert(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     revision: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | Literal[False] | None = None,
 ) -> ConvertResult:
     """Write the packed checkpoint ``source`` to the folder ``out`` in another format.
 
@@ -71,7 +72,8 @@ def convert(
         to: ``"modulora"``, or the name of an installed format.
         max_shard_bytes: the size of a file, in bytes.
         revision: a branch, tag or commit of a Hub repository.
-        progress: called as ``progress("converting", done, total)`` after each parameter.
+        progress: called as ``progress("converting", done, total)`` after each parameter; by default
+            a bar on a terminal, and False shows none.
 
     Raises:
         OptionError: no such format, or ``out`` can't be written in it, or ``source`` is in it.
@@ -79,7 +81,7 @@ def convert(
         RequestError: ``source`` can't be read, or ``out`` holds something else or is too small.
             Every error is raised before any work.
     """
-    started = time.perf_counter()
+    started, progress = time.perf_counter(), progress or None
     with PeakMemory("cpu") as peak:
         out = Path(out)
         check_output(out)

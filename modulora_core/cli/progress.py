@@ -1,44 +1,17 @@
-"""Progress of long work: a bar with rate and time left, or a line now and then."""
+"""Progress of long work where nobody watches a bar: a line now and then."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-from rich import progress
 from rich.console import Console
-from rich.text import Text
 
 from modulora_core.cli.text import format_size
+from modulora_core.devices.bar import Show
 
 SECONDS_BETWEEN_LINES = 60
-
-Show = Callable[[str, int, int | None], None]
-"""A ``Progress`` whose total may be None, for unknown."""
-
-
-@contextmanager
-def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
-    """Draw a bar. The unit ``"bytes"`` is shown as sizes."""
-    sizes = unit == "bytes"
-    drawn = progress.Progress(
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.DownloadColumn() if sizes else progress.MofNCompleteColumn(),
-        progress.TransferSpeedColumn() if sizes else _Rate(unit),
-        progress.TimeRemainingColumn(compact=True),
-        console=console,
-    )
-    task = drawn.add_task(what, total=None)
-
-    def show(what: str, done: int, total: int | None) -> None:
-        if done < drawn.tasks[0].completed:  # other work begins, with its own rate
-            drawn.reset(task)
-        drawn.update(task, description=what, completed=done, total=total)
-
-    with drawn:
-        yield show
 
 
 @contextmanager
@@ -57,17 +30,3 @@ def lines(console: Console, unit: str) -> Iterator[Show]:
         console.print(f"{what}: {counts}", markup=False, highlight=False, soft_wrap=True)
 
     yield show
-
-
-class _Rate(progress.ProgressColumn):
-    """Show ``12.3 layers/s``."""
-
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
-
-    def render(self, task: progress.Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(
-            "" if speed is None else f"{speed:,.{0 if speed >= 100 else 2}f} {self._unit}/s"
-        )

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from modulora_core.cli.progress import Show
+    from modulora_core.devices.bar import Show
 
 PIPED_WIDTH = 160
 """Columns of a table in a file or a pipe, so that nothing is cut off."""
@@ -85,13 +85,14 @@ class Terminal:
 
         ``show(what, done, total)`` is a progress callback as the work takes it.
         """
-        from modulora_core.cli import progress
+        from modulora_core.cli.progress import lines
+        from modulora_core.devices.bar import bar
 
         if self.silent:
             return nullcontext(lambda *_: None)
         if self.json or not self._errors.is_terminal:
-            return progress.lines(self._errors, unit)
-        return progress.bar(self._errors, what, unit)
+            return lines(self._errors, unit)
+        return bar(self._errors, what, unit)
 
     def show(self, report: Report) -> None:
         """Print a command's report."""

@@ -7,6 +7,8 @@
     pydoc                                                         English text of CPython
     anything[:90%]   anything[10%:20%]                            a part of it
 
+In Python a source may also be records: a ``datasets.Dataset``, or any sequence of dicts.
+
 A slice counts in whole percent, rounded to the nearest record as in Hugging Face datasets. A text
 is cut between paragraphs. Slices that meet at a percentage share no record and leave none out.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from typing import Any
 from modulora_core.data.files import TEXT_SUFFIXES, Record, read_records, read_text
 from modulora_core.errors import DataError, MissingExtraError
 
-Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""One source or several, which are read one after the other."""
+Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Mapping[str, Any]]
+"""One source or several, which are read one after the other; or records, as dicts."""
 
 _SLICED = re.compile(r"(.+)\[([^\[\]]*)\]", re.DOTALL)
 _PERCENTS = re.compile(r"\s*(?:(\d{1,3})%)?\s*:\s*(?:(\d{1,3})%)?\s*")
@@ -99,11 +101,16 @@ def _nearest(cuts: list[int], length: int, percent: int) -> int:
 
 def source_name(source: Source) -> str:
     """The name of ``source`` in messages."""
-    return ", ".join(_parts(source))
+    parts = _parts(source)
+    names = [part for part in parts if isinstance(part, str)]
+    records = len(parts) - len(names)
+    return ", ".join([*names, f"{records} records"] if records else names)
 
 
 def load_records(source: Source) -> list[Record]:
     """Read ``source``. A text file, and ``pydoc``, is one record with the field ``text``.
+
+    In a ``datasets.Dataset`` a class label becomes the name of its class.
 
     Raises:
         DataError: nothing is there, or it is empty or malformed; the message names file and line.
@@ -112,12 +119,29 @@ def load_records(source: Source) -> list[Record]:
     parts = _parts(source)
     if not parts:
         raise DataError("data: expected a file, a Hub dataset id or pydoc, got nothing")
-    return [record for part in parts for record in _load(part)]
+    class_names = _class_names(source)
+    records: list[Record] = []
+    for number, part in enumerate(parts, 1):
+        if isinstance(part, str):
+            records += _load(part)
+        else:
+            records.append(Record(_with_class_name(part, class_names), f"record {number}"))
+    return records
 
 
-def _parts(source: Source) -> list[str]:
+def _parts(source: Source) -> list[str | dict[str, Any]]:
+    if isinstance(source, Mapping):
+        raise DataError(
+            f"data: expected one split, such as data[{next(iter(source), 'train')!r}], or a list "
+            f"of records, got a mapping with {', '.join(map(repr, source)) or 'nothing'}"
+        )
     parts = [source] if isinstance(source, str | os.PathLike) else source
-    return [os.fspath(part) for part in parts]
+    return [dict(part) if isinstance(part, Mapping) else os.fspath(part) for part in parts]
+
+
+def _class_names(rows: Any) -> list[str] | None:
+    features = getattr(rows, "features", None) or {}
+    return getattr(features.get("label"), "names", None)
 
 
 def _load(text: str) -> list[Record]:
@@ -149,7 +173,7 @@ def _load(text: str) -> list[Record]:
     if not _HUB_ID.fullmatch(name):
         raise DataError(
             f"{name!r}: expected a file that exists, pydoc, or a Hub dataset as org/name, "
-            "org/name:split or org/name:config:split"
+            'org/name:split or org/name:config:split; in Python, a text itself is {"text": ...}'
         )
     return _dataset(name, part, "a Hub dataset", "org/name:split or org/name:config:split")
 
@@ -203,7 +227,7 @@ def _dataset(name: str, part: Slice, expected: str, form: str) -> list[Record]:
             f"{type(error).__name__}: {error}"
         ) from error
     chosen = part.of_records(len(rows), name)
-    class_names = getattr(rows.features.get("label"), "names", None)
+    class_names = _class_names(rows)
     return [
         Record(_with_class_name(row, class_names), f"{name}, row {number}")
         for number, row in zip((n + 1 for n in chosen), rows.select(chosen), strict=True)
@@ -211,7 +235,7 @@ def _dataset(name: str, part: Slice, expected: str, form: str) -> list[Record]:
 
 
 def _with_class_name(row: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
-    if names is None or row["label"] is None:
+    if names is None or row.get("label") is None:
         return row
     # datasets mark a row without a label by -1
     return {**row, "label": names[row["label"]] if row["label"] >= 0 else None}

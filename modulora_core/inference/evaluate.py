@@ -25,7 +25,7 @@ from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
 from modulora_core.inference.loading import Runnable, opened
 from modulora_core.inference.passes import asked_in, batches, check_window, evaluating, window_of
-from modulora_core.models.progress import Progress
+from modulora_core.models.progress import Progress, shows_progress
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
 
 Metric = Literal["perplexity", "accuracy", "rouge", "exact-match"]
@@ -59,6 +59,7 @@ class Accuracy:
     labels: tuple[str, ...]
 
 
+@shows_progress("evaluating", "passes")
 def evaluate(
     model: Runnable,
     data: Source = "pydoc",
@@ -72,7 +73,7 @@ def evaluate(
     prompt: str | None = None,
     completion: str | None = None,
     adapter: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | Literal[False] | None = None,
 ) -> Perplexity | Accuracy | Rouge | ExactMatch:
     """Measure a model on data, as ``modulora evaluate`` does.
 
@@ -87,7 +88,8 @@ def evaluate(
         prompt, completion: templates of columns of the data, as in a finetuning config; not for
             perplexity.
         adapter: a LoRA adapter in PEFT's format, if ``model`` is a name.
-        progress: called as ``progress("evaluating", done, total)`` after each pass.
+        progress: called as ``progress("evaluating", done, total)`` after each pass; by default a
+            bar on a terminal, and False shows none.
 
     Raises:
         OptionError: an unknown metric, or a value out of range.
@@ -95,6 +97,7 @@ def evaluate(
         RequestError: the model cannot be opened.
         WorkError: the model's logits are NaN or infinite.
     """
+    progress = progress or None
     if metric not in METRICS:
         raise OptionError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     template = Template.of(prompt, completion)

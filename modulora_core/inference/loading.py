@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,7 +36,7 @@ class Opened:
     name: str
     origin: PackedCheckpoint | ModelSource
     adapter: str | None
-    dtype: str
+    dtype: str | torch.dtype
     device: str
     mapped: bool = False
 
@@ -76,7 +77,7 @@ def open_to_run(
     model: str,
     *,
     adapter: str | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | None = None,
     revision: str | None = None,
     mapped: bool = False,
@@ -131,7 +132,9 @@ def opened(model: Runnable, adapter: str | None = None) -> Opened | _Loaded:
     return _Loaded(*model) if isinstance(model, tuple) else model
 
 
-def _load_dense(source: ModelSource, name: str, dtype: str, device: str) -> PreTrainedModel:
+def _load_dense(
+    source: ModelSource, name: str, dtype: str | torch.dtype, device: str
+) -> PreTrainedModel:
     # transformers reads a GGUF file into memory twice, and always draws progress bars
     weights = None if source.location.gguf is None else dict(source.tensors())
     try:

@@ -13,10 +13,11 @@ from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner,
 from modulora_core.checkpoints.packing import pack_matrices
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.shards import ShardWriter
+from modulora_core.devices import processes
 from modulora_core.models import ModelSource
 from modulora_core.models.progress import Progress
 from modulora_core.quantization.layout import Layout
-from modulora_core.spec import Calibration
+from modulora_core.spec import Calibration, PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +51,15 @@ def pack_all(
     """
     text, tuner = layout.calibration, None
     packer = _Packer(source, layout, writer, device, progress)
-    if text is None:
-        for name, tensor in source.tensors():
-            packer.take(name, tensor)
-        return Packed()
-    blocks = tuple(f"{path}." for path in find_blocks(source.skeleton()))
+    blocks: tuple[str, ...] = ()
+    if text is not None:
+        blocks = tuple(f"{path}." for path in find_blocks(source.skeleton()))
     outside = {name for name in source.parameters if not name.startswith(blocks)}
-    for name, tensor in source.tensors(names=outside):
-        packer.take(name, tensor)
+    if processes.is_first():  # reading takes most of the time
+        for name, tensor in source.tensors(names=outside):
+            packer.take(name, tensor)
+    if text is None:
+        return Packed()
     if text.config.tuning is not None:
         tuner = Tuner(text, seed=layout.record.seed, progress=partial(packer.tell, "tuning"))
     walk = BlockWalk(source, text, layout.linears, packer, device, writer.folder, tuner)
@@ -106,6 +108,11 @@ class _Packer(Packing):
         packed = pack_matrices(name, site, quantizer, on_device, calibrations, seed=seed)
         self._count(name)
         return PackedMatrices(name, quantizer, packed)
+
+    def received(self, name: str, matrices: Sequence[PackedWeight]) -> PackedMatrices:
+        quantizer = self.layout.quantizer(self._site(name))
+        self._count(name)
+        return PackedMatrices(name, quantizer, [matrix.to(self.device) for matrix in matrices])
 
     def read(self, name: str) -> PackedMatrices:
         site = self._site(name)

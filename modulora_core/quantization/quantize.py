@@ -11,10 +11,10 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -33,15 +33,17 @@ from modulora_core.checkpoints.outputs import (
 from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter
 from modulora_core.devices import pick_device
 from modulora_core.devices.memory import PeakMemory
+from modulora_core.devices.processes import barrier, from_first, is_first, together
 from modulora_core.errors import CheckpointError, OptionError
 from modulora_core.models import ModelSource, open_model
 from modulora_core.models.folders import REQUEST
-from modulora_core.models.progress import Progress
+from modulora_core.models.progress import Progress, shows_progress
 from modulora_core.models.tokenizer import TOKENIZER_FILES
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
 from modulora_core.quantization.mixed.errors import JOURNAL
 from modulora_core.quantization.mixed.mixture import Budget, find_mixture
 from modulora_core.quantization.packer import Packed, pack_all
+from modulora_core.quantization.processes import check_processes
 from modulora_core.registry import Choice
 
 __all__ = ["Budget", "Choice", "Override", "QuantizeResult", "quantize"]
@@ -91,6 +93,7 @@ class QuantizeResult:
         return asdict(self)
 
 
+@shows_progress("reading", "bytes")
 def quantize(
     model: str,
     out: str | Path,
@@ -108,9 +111,12 @@ def quantize(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     resume: bool = False,
     revision: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | Literal[False] | None = None,
 ) -> QuantizeResult:
     """Quantize the linear layers of ``model`` into the folder ``out``.
+
+    In a distributed run all processes call it. They divide the samples of a calibration and the
+    packing after it, and the first one writes.
 
     The model is never whole in memory. ``out`` becomes a Hugging Face folder that
     :func:`modulora_core.load_model` opens. The same arguments give the same bytes::
@@ -139,35 +145,40 @@ def quantize(
             were written (with tuning: whole blocks) are kept. Without ``resume`` such a folder is
             refused.
         revision: a branch, tag or commit of a Hub repository.
-        progress: called with a phase, bytes done and all bytes of the phase.
+        progress: called with a phase, bytes done and all bytes of the phase; by default a bar on a
+            terminal, and False shows none.
 
     Raises:
         RequestError: the request can't be fulfilled; nothing was written.
         WorkError: a layer's inputs are NaN or Inf, or a quantizer failed.
     """
-    started = time.perf_counter()
+    started, progress = time.perf_counter(), progress or None
     where, out = pick_device(device), Path(out)
     with PeakMemory(where) as peak:
-        check_output(out, resume=resume)
-        source = open_model(model, revision=revision)
-        text = None if calibration is None else calibration_text(source, calibration, seed)
-        selection = Selection(include, exclude, head, embeddings)
-        mixture, layout = None, None
-        if isinstance(quantizer, Budget):
-            if options or overrides:
-                raise OptionError("budget: expected no options and no overrides beside it; name "
-                                  "quantizers with their options in its choices")  # fmt: skip
-            mixture = find_mixture(
-                source, quantizer, text, selection, seed=seed, max_shard_bytes=max_shard_bytes
-            )
-            request, nbytes = mixture.request, mixture.nbytes(where)
-        else:
-            layout = choose_layout(
-                source, Choice(quantizer, options or {}), overrides, selection,
-                calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
-            )  # fmt: skip
-            request, nbytes = layout.record.to_json(), layout.nbytes
-        _warn_without_tokenizer(source)
+        with together():
+            check_output(out, resume=resume)
+            source = open_model(model, revision=revision)
+            text = None if calibration is None else calibration_text(source, calibration, seed)
+            check_processes(text, budget=isinstance(quantizer, Budget))
+            selection = Selection(include, exclude, head, embeddings)
+            mixture, layout = None, None
+            if isinstance(quantizer, Budget):
+                if options or overrides:
+                    raise OptionError(
+                        "budget: expected no options and no overrides beside it; name quantizers "
+                        "with their options in its choices"
+                    )
+                mixture = find_mixture(
+                    source, quantizer, text, selection, seed=seed, max_shard_bytes=max_shard_bytes
+                )
+                request, nbytes = mixture.request, mixture.nbytes(where)
+            else:
+                layout = choose_layout(
+                    source, Choice(quantizer, options or {}), overrides, selection,
+                    calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
+                )  # fmt: skip
+                request, nbytes = layout.record.to_json(), layout.nbytes
+            _warn_without_tokenizer(source)
         request |= {"max_shard_bytes": max_shard_bytes}
         if text is not None:
             files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
@@ -207,6 +218,8 @@ def unfinished(
 ) -> Iterator[tuple[Path, bool]]:
     """Open the folder of an unfinished run, which becomes ``out`` at the end.
 
+    In a distributed run the first process makes it, and the others wait.
+
     Args:
         request: identifies the run; a resumed run must have the same.
         nbytes: the size of the files to write, without small ones.
@@ -221,6 +234,25 @@ def unfinished(
         DiskSpaceError: the disk has too little space.
         WeightError: a weight is NaN or Inf.
     """
+    with ExitStack() as stack:
+        resumes = False
+        with together():
+            if is_first():
+                begun = _begun(source, out, request, nbytes, resume, progress)
+                resumes = stack.enter_context(begun)
+        yield partial_name(out), from_first(resumes)
+    barrier()  # out is whole
+
+
+@contextmanager
+def _begun(
+    source: ModelSource,
+    out: Path,
+    request: Mapping[str, Any],
+    nbytes: int,
+    resume: bool,
+    progress: Progress | None,
+) -> Iterator[bool]:
     folder = partial_name(out)
     before: dict[str, Any] = {}
     if resume and (folder / REQUEST).is_file():
@@ -235,7 +267,7 @@ def unfinished(
         raise _another(folder, "the values of the model's weights")
     with whole_or_nothing(out, resume=bool(before)) as folder:
         write_file(folder / REQUEST, json.dumps({"record": request, "contents": contents}))
-        yield folder, bool(before)
+        yield bool(before)
 
 
 def _another(folder: Path, difference: str) -> CheckpointError:
@@ -257,6 +289,8 @@ def write_packed(
     """Write all files of ``layout`` into an unfinished folder."""
     writer = ShardWriter(folder, layout.shards, resume=resume)
     packed = pack_all(source, layout, writer, device, progress)
+    if not is_first():
+        return packed
     config = source.config
     config.architectures = [type(source.skeleton()).__name__]
     config.quantization_config = layout.record.to_json()

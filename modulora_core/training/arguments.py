@@ -77,7 +77,6 @@ def argument_values(
         "include_num_input_tokens_seen": "non_padding",
         "eval_strategy": "no" if config.eval_every is None else "steps",
         "eval_steps": config.eval_every,
-        "eval_on_start": config.report and config.eval_data is not None,
         "prediction_loss_only": True,
         "save_strategy": "steps",
         "save_steps": config.save_every,

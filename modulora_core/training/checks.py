@@ -10,14 +10,16 @@ from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.targets import select_layers
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, check_mapped, open_checkpoint
 from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.quantization.cache import Unpacked
+from modulora_core.registry import Choice
 from modulora_core.training.arguments import check_optimizer
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.sharding import check_sharding, is_sharded
 from modulora_core.training.trainer_options import check_reporters, trainer_options
 
 
-def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpoint:
-    """Open the model.
+def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpoint | Unpacked:
+    """Open the packed model, or the dense model that will be packed.
 
     Raises:
         RequestError: the model cannot be opened, or an option does not fit it or the device.
@@ -30,9 +32,13 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
     check_optimizer(config.optim)
     check_reporters(config.report_to)
     _check_method(config)
-    checkpoint = open_checkpoint(config.model)
-    if config.mapped:
-        check_mapped(checkpoint, str(device))
+    checkpoint: PackedCheckpoint | Unpacked
+    if config.quantizer is not None:
+        checkpoint = Unpacked(config.model, Choice.parse(config.quantizer, "quantizer"))
+    else:
+        checkpoint = open_checkpoint(config.model)
+        if config.mapped:
+            check_mapped(checkpoint, str(device))
     for name in ("max_position_embeddings", "n_positions"):
         longest = checkpoint.config.get(name)
         if isinstance(longest, int) and config.seq_len > longest:

@@ -6,7 +6,8 @@ fields of :class:`FinetuneConfig`. Defaults and descriptions exist here only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,11 +32,15 @@ _LARGEST = 1e30
 
 
 def _one_or_more(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    if isinstance(value, str | os.PathLike):
+        return (os.fspath(value),)
+    return tuple(map(os.fspath, value)) if isinstance(value, list | tuple) else value
 
 
 def _comma_separated(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _pairs(value: Any) -> Any:
@@ -47,13 +52,17 @@ def _pairs(value: Any) -> Any:
     return dict(str(word).split("=", 1) for word in value)
 
 
-def _unwrapped(value: tuple[str, ...]) -> str | list[str]:
+def _unwrapped(value: Sequence[str]) -> str | list[str]:
     return value[0] if len(value) == 1 else list(value)
 
 
 _Serializer = PlainSerializer(_unwrapped, return_type=str | list[str])
-Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), _Serializer]
-Names = Annotated[tuple[str, ...], BeforeValidator(_comma_separated), _Serializer]
+Sources = Annotated[Sequence[str], BeforeValidator(_one_or_more), _Serializer]
+Names = Annotated[Sequence[str], BeforeValidator(_comma_separated), _Serializer]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    BeforeValidator(lambda dtype: str(dtype).removeprefix("torch.")),  # torch.float32 too
+]
 Pairs = Annotated[dict[str, Any], BeforeValidator(_pairs)]
 
 
@@ -68,102 +77,127 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(
-        description="packed model: a folder or Hub id that `modulora quantize` wrote"
+        description="packed model: a folder or Hub id that `modulora quantize` wrote; with "
+        "quantizer, a dense model"
     )
     out: str = Field(description="folder to write the adapter to")
-    data: Sources = Field(min_length=1, description="training data: files, a Hub dataset, or pydoc")
+    data: Sources | None = Field(
+        default=None, min_length=1, description="training data: files, a Hub dataset, or pydoc"
+    )
+    quantizer: str | None = Field(
+        default=None,
+        description="quantize a dense model first, with NAME or NAME:KEY=VALUE,...; the packed "
+        "model stays in a cache, $MODULORA_CACHE or modulora in the Hub's",
+    )
     format: Literal["auto", "text", "instruct", "chat", "completion"] = Field(
-        "auto", description="format of the records"
+        default="auto", description="format of the records"
     )
     prompt: str | None = Field(
-        None, description="template of a prompt from columns, such as 'Sum up: {dialogue}'"
+        default=None, description="template of a prompt from columns, such as 'Sum up: {dialogue}'"
     )
     completion: str | None = Field(
-        None, description="template of its completion, such as '{summary}'; with prompt"
+        default=None, description="template of its completion, such as '{summary}'; with prompt"
     )
     method: Literal["sft", "dpo"] = Field(
-        "sft",
+        default="sft",
         description="sft trains next tokens; dpo trains preferences (prompt, chosen, rejected) "
         "with TRL, by default with lr 5e-05 and dropout 0",
     )
-    eval_data: Sources | None = Field(None, description="data to measure the loss on; not trained")
+    eval_data: Sources | None = Field(
+        default=None, description="data to measure the loss on; not trained"
+    )
     eval_every: int | None = Field(
-        None, ge=1, description="steps between evaluations; there is always one at the end"
+        default=None, ge=1, description="steps between evaluations; there is always one at the end"
     )
 
-    rank: int = Field(8, ge=1, description="rank r of the adapter")
-    alpha: float = Field(32.0, gt=0, description="scale of the adapter, which is alpha / rank")
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the adapter's input")
+    rank: int = Field(default=8, ge=1, description="rank r of the adapter")
+    alpha: float = Field(
+        default=32.0, gt=0, description="scale of the adapter, which is alpha / rank"
+    )
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="dropout of the adapter's input")
     targets: Names = Field(
-        ("all-linear",),
+        default=("all-linear",),
         min_length=1,
         description="layers to adapt: all-linear, attention, experts, or names; several are "
         "separated by commas",
     )
     train_scales: bool = Field(
-        False, description="also train two vectors per layer, which scale its input and its output"
+        default=False,
+        description="also train two vectors per layer, which scale its input and its output",
     )
-    adapter: str | None = Field(None, description="continue this adapter instead of a new one")
+    adapter: str | None = Field(
+        default=None, description="continue this adapter instead of a new one"
+    )
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the data; 1 without steps")
-    batch_size: int = Field(4, ge=1, description="examples per forward pass and process")
-    grad_accum: int = Field(4, ge=1, description="forward passes per optimizer step")
-    seq_len: int = Field(512, ge=2, description="maximum length of an example, in tokens")
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
+    epochs: float | None = Field(
+        default=None, gt=0, description="passes over the data; 1 without steps"
+    )
+    batch_size: int = Field(default=4, ge=1, description="examples per forward pass and process")
+    grad_accum: int = Field(default=4, ge=1, description="forward passes per optimizer step")
+    seq_len: int = Field(default=512, ge=2, description="maximum length of an example, in tokens")
 
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="schedule of the learning rate after the warm-up"
+        default="cosine", description="schedule of the learning rate after the warm-up"
     )
     warmup: float = Field(
-        0.06, ge=0, description="warm-up: a fraction of the steps if below 1, else a step count"
+        default=0.06,
+        ge=0,
+        description="warm-up: a fraction of the steps if below 1, else a step count",
     )
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of A and B")
-    max_grad_norm: float = Field(1.0, ge=0, description="clip gradients to this norm; 0: never")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay of A and B")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="clip gradients to this norm; 0: never"
+    )
     optim: str = Field(
-        "adamw_torch",
+        default="adamw_torch",
         description="optimizer, by its name in transformers, such as adamw_torch, adamw_bnb_8bit, "
         "paged_adamw_32bit, adafactor",
     )
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of activations; auto is float32 on a CPU, else bfloat16"
+    dtype: Dtype = Field(
+        default="auto", description="dtype of activations; auto is float32 on a CPU, else bfloat16"
     )
     matmul_precision: Literal["highest", "high"] | None = Field(
-        None,
+        default=None,
         description="precision of float32 products, by torch's name; high is faster on GPUs and on "
         "CPUs with AMX, and rounds more; the default is torch's setting, highest",
     )
     mapped: bool = Field(
-        False,
+        default=False,
         description="leave packed weights in their files and read one decoder block at a time; "
         "CPU only",
     )
     gradient_checkpointing: bool = Field(
-        True, description="recompute activations in the backward instead of saving them"
+        default=True, description="recompute activations in the backward instead of saving them"
     )
     keep_products: bool = Field(
-        False,
+        default=False,
         description="save the products with packed weights for the backward; "
         "gradient checkpointing then recomputes only the rest",
     )
     offload_activations: bool = Field(
-        False, description="keep saved activations in CPU memory; GPU only"
+        default=False, description="keep saved activations in CPU memory; GPU only"
     )
     shard: bool = Field(
-        False,
+        default=False,
         description="split the weights over the processes (FSDP2), instead of a copy for each",
     )
-    seed: int = Field(0, ge=0, description="seed of the adapter, the data order and the dropout")
-    save_every: int = Field(100, ge=1, description="steps between checkpoints")
+    seed: int = Field(
+        default=0, ge=0, description="seed of the adapter, the data order and the dropout"
+    )
+    save_every: int = Field(default=100, ge=1, description="steps between checkpoints")
     report_to: Names = Field(
-        (), description="experiment trackers, separated by commas: tensorboard, wandb, mlflow, ..."
+        default=(),
+        description="experiment trackers, separated by commas: tensorboard, wandb, mlflow, ...",
     )
     report: bool = Field(
-        True, description="write report.html: curves, settings, and answers before and after"
+        default=True,
+        description="write report.html: curves, settings, and answers before and after",
     )
     trainer: Pairs = Field(
-        {}, description="any other field of transformers' TrainingArguments, as KEY=VALUE"
+        default={}, description="any other field of transformers' TrainingArguments, as KEY=VALUE"
     )
 
     @model_validator(mode="before")
@@ -191,8 +225,6 @@ class FinetuneConfig(BaseModel):
             raise ValueError("expected prompt and completion together, got one of them")
         if self.prompt is not None and self.format not in ("auto", "completion"):
             raise ValueError(f"format {self.format}: expected no other format beside prompt")
-        if self.eval_every is not None and self.eval_data is None:
-            raise ValueError(f"eval_every is {self.eval_every}: expected eval_data, got none")
         if self.keep_products and not self.gradient_checkpointing:
             raise ValueError(
                 "keep_products: expected gradient_checkpointing, got none; without it, the "

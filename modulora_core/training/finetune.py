@@ -38,14 +38,17 @@ from modulora_core.checkpoints.outputs import (
 )
 from modulora_core.data import Collator, load_examples
 from modulora_core.data.preferences import load_preferences
-from modulora_core.data.sources import Source
+from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
 from modulora_core.devices import pick_device
 from modulora_core.devices.dense_products import matmul_precision
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.devices.processes import barrier, is_first, together, world_size
+from modulora_core.errors import OptionError
 from modulora_core.models.folders import RUN_FILE
+from modulora_core.models.progress import Bars, bars
 from modulora_core.models.quiet import quiet
+from modulora_core.quantization.cache import Unpacked
 from modulora_core.training.arguments import total_steps, training_arguments, warn_of_warmup
 from modulora_core.training.checkpoints import remove_half_written
 from modulora_core.training.checks import checked_model
@@ -75,6 +78,7 @@ class FinetuneResult:
         tokens_per_second: without padding.
         peak_memory_bytes: of loading and training
             (:class:`modulora_core.devices.memory.PeakMemory`).
+        model: the packed model: the config's, or its folder in the cache.
     """
 
     out: str
@@ -85,6 +89,7 @@ class FinetuneResult:
     tokens_per_second: float
     peak_memory_bytes: int
     eval_loss_before: float | None = None
+    model: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,10 +98,13 @@ class FinetuneResult:
 def finetune(
     config: FinetuneConfig,
     *,
+    data: Source | None = None,
+    eval_data: Source | None = None,
     resume: bool = False,
     on_step: OnStep | None = None,
     on_eval: OnEval | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    progress: bool | Bars = True,
 ) -> FinetuneResult:
     """Train an adapter and write it to ``config.out``, in PEFT's format.
 
@@ -104,11 +112,13 @@ def finetune(
 
     Args:
         config: the run. :meth:`FinetuneConfig.build` makes it from options and a file.
+        data, eval_data: records as dicts or a ``datasets.Dataset``, instead of the config's.
         resume: continue an interrupted run of the same config from its last whole checkpoint, with
             the losses of an uninterrupted run. Without a whole checkpoint, start again.
         on_step: called after each optimizer step.
         on_eval: called after each evaluation.
         callbacks: callbacks of transformers' Trainer.
+        progress: a bar on a terminal, no bar, or a function that opens bars.
 
     Raises:
         OutputError: ``out`` holds a finished adapter, other files, or, without ``resume``, an
@@ -118,29 +128,27 @@ def finetune(
         RequestError: the data, the adapter to continue, or the model cannot be used.
         WorkError: the loss became NaN or infinite. Every other error comes before work starts.
     """
-    out = Path(config.out)
+    out, open_bar = Path(config.out), bars(progress)
     with together():
+        sources = _sources(config, data, eval_data)
         resume_from = check_out(out, config, resume)
         device = pick_device()
-        checkpoint = checked_model(config, device)
-        tokenizer = checkpoint.tokenizer()
-        sources = {"train": config.data, "eval": config.eval_data}
-        data = {
-            name: _examples(source, config, tokenizer)
-            for name, source in sources.items()
-            if source is not None
-        }
-        steps = total_steps(config, len(data["train"]), world_size())
+        base = checked_model(config, device)
+        tokenizer = base.tokenizer()
+        examples = {name: _examples(source, config, tokenizer) for name, source in sources.items()}
+        steps = total_steps(config, len(examples["train"]), world_size())
         warn_of_warmup(config, steps)
+    checkpoint = _packed(base, open_bar)
     with (
         PeakMemory(device) as peak,
         quiet(),
         only_writer(out) if is_first() else nullcontext(),
         matmul_precision(config.matmul_precision),
+        open_bar("training", "steps") as show,
     ):
         with together():
             arguments = _arguments(config, out / CHECKPOINTS, steps, device)
-            arguments.eval_on_start &= resume_from is None
+            arguments.eval_on_start = config.report and "eval" in sources and resume_from is None
             model = _loaded(checkpoint, config, device)
             settings = _put_adapter(model, config)
             check_disk_space(out, _nbytes(model))
@@ -149,26 +157,30 @@ def finetune(
             remove_half_written(out / CHECKPOINTS)
         started = time.perf_counter()
         trainer = _trainer(
-            model, config, arguments, data, tokenizer,
-            settings=settings, memory=peak, callbacks=[Watcher(on_step, on_eval), *callbacks],
+            model, config, arguments, examples, tokenizer,
+            settings=settings, memory=peak, callbacks=[Watcher(show, on_step, on_eval), *callbacks],
         )  # fmt: skip
         tokens = trainer.run(resume_from)
         seconds = time.perf_counter() - started
-        eval_loss = trainer.final_eval_loss() if "eval" in data else None
+        eval_loss = trainer.final_eval_loss() if "eval" in examples else None
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     eval_loss_before = evaluations[0] if config.report and evaluations else None
     scaled = any(layer.input_scale for _, layer in adapter_layers(model))
-    card = model_card(config, checkpoint, losses, eval_loss, channel_scales=scaled)
+    card = model_card(
+        config, checkpoint, losses, eval_loss, data=source_name(sources["train"]),
+        channel_scales=scaled,
+    )  # fmt: skip
     if is_first():
         write_file(out / "README.md", card)
     save_adapter(model, out, settings=settings)
     if config.report:
         samples = answers(model, tokenizer, trainer.eval_dataset or trainer.train_dataset)
         page = report(
-            config, checkpoint, history, samples, seconds=seconds, peak_memory_bytes=peak.nbytes
-        )
+            config, checkpoint, history, samples, seconds=seconds, peak_memory_bytes=peak.nbytes,
+            sampled="evaluation" if "eval" in sources else "training",
+        )  # fmt: skip
         if is_first():
             write_file(out / REPORT_FILE, page)
     barrier()  # OUT is whole
@@ -178,8 +190,39 @@ def finetune(
         logger.warning("%s: %s: %s", out, worse, advice)
     return FinetuneResult(
         config.out, len(losses), losses, eval_loss, seconds, tokens / seconds, peak.nbytes,
-        eval_loss_before,
+        eval_loss_before, config.model if checkpoint is base else str(checkpoint.folder),
     )  # fmt: skip
+
+
+def _sources(
+    config: FinetuneConfig, data: Source | None, eval_data: Source | None
+) -> dict[str, Source]:
+    """The sources ``"train"`` and perhaps ``"eval"``. Raises OptionError."""
+    found: dict[str, Source] = {}
+    for key, name, own, given in (
+        ("train", "data", config.data, data),
+        ("eval", "eval_data", config.eval_data, eval_data),
+    ):
+        if own is not None and given is not None:
+            raise OptionError(f"{name}: expected it in the config or beside it, got both")
+        if (source := own if given is None else given) is not None:
+            found[key] = source
+    if config.eval_every is not None and "eval" not in found:
+        raise OptionError(f"eval_every is {config.eval_every}: expected eval_data, got none")
+    if "train" not in found:
+        raise OptionError("data: expected training data, got none; give --data SOURCE")
+    return found
+
+
+def _packed(base: PackedCheckpoint | Unpacked, open_bar: Bars) -> PackedCheckpoint:
+    """The packed model; the first process quantizes a dense one."""
+    if isinstance(base, PackedCheckpoint):
+        return base
+    with together():
+        if is_first():
+            with open_bar("reading", "bytes") as show:
+                base.packed(show)
+    return base.packed()
 
 
 def _loaded(

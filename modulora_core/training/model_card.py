@@ -25,6 +25,7 @@ def model_card(
     losses: Sequence[float],
     eval_loss: float | None,
     *,
+    data: str,
     channel_scales: bool = False,
 ) -> str:
     """Markdown with the Hub's metadata: base, data, settings, losses, and usage.
@@ -32,6 +33,7 @@ def model_card(
     Args:
         config: the run; checkpoint: its model.
         losses: the loss of each step; eval_loss: the loss on the evaluation data.
+        data: the name of the training data.
         channel_scales: the adapter has channel scales, which PEFT ignores.
     """
     record = checkpoint.record
@@ -50,7 +52,9 @@ def model_card(
     )
     held_out = ""
     if eval_loss is not None:
-        held_out = f"\nLoss on {', '.join(config.eval_data or ())}: {eval_loss:.4f}."
+        held_out = (
+            f"\nLoss on {', '.join(config.eval_data or ('held-out records',))}: {eval_loss:.4f}."
+        )
     return f"""---
 {metadata}
 ---
@@ -60,7 +64,7 @@ def model_card(
 Trained by modulora-core {modulora_core.__version__} on {base}, quantized with {quantizers}
 ({record.bits_per_weight:.2f} bits per weight).
 
-Data: {", ".join(config.data)}. {loss_in_words(losses).capitalize()}.{held_out}
+Data: {data}. {loss_in_words(losses).capitalize()}.{held_out}
 
 | setting | value |
 |-|-|

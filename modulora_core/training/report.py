@@ -26,6 +26,7 @@ def report(
     *,
     seconds: float,
     peak_memory_bytes: int,
+    sampled: str,
 ) -> str:
     """The text of the page.
 
@@ -34,6 +35,7 @@ def report(
         history: Trainer's ``log_history``.
         samples: answers without and with the adapter.
         seconds: the duration of training; peak_memory_bytes: of loading and training.
+        sampled: ``"evaluation"`` or ``"training"``, the data of the samples' prompts.
     """
     quantizers = ", ".join(recipe.quantizer for recipe in checkpoint.record.recipes)
     settings = {
@@ -48,7 +50,7 @@ def report(
         tiles=_tiles(history, seconds, peak_memory_bytes),
         curves=curves(history),
         samples=samples,
-        sampled="the training data" if config.eval_data is None else "the evaluation data",
+        sampled=sampled,
         longest=LONGEST,
         settings=settings,
         version=modulora_core.__version__,

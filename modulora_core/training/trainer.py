@@ -36,6 +36,7 @@ from modulora_core.data.rendering import IGNORED
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.devices.processes import barrier, world_size
 from modulora_core.errors import WorkError
+from modulora_core.models.progress import Progress
 from modulora_core.training.checkpoints import seal, trainer_state
 from modulora_core.training.chunked_loss import chunked_loss, deferred_logits, token_losses
 from modulora_core.training.optimizer_files import load_optimizer, save_optimizer
@@ -102,7 +103,7 @@ class AdapterRun(Trainer):
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:
             split_without_gpus(self.accelerator, self.args.fsdp_plugin_args)
-            self.is_fsdp_enabled = True
+            self.is_fsdp_enabled: bool = True
 
     def run(self, resume_from: Path | None) -> int:
         """Train, or resume from a whole checkpoint. Returns the number of tokens of this call."""
@@ -213,8 +214,8 @@ class AdapterTrainer(AdapterRun):
 class Watcher(TrainerCallback):
     """Reports each step and evaluation, stops at NaN, and seals checkpoints."""
 
-    def __init__(self, on_step: OnStep | None, on_eval: OnEval | None) -> None:
-        self._on_step, self._on_eval = on_step, on_eval
+    def __init__(self, show: Progress, on_step: OnStep | None, on_eval: OnEval | None) -> None:
+        self._show, self._on_step, self._on_eval = show, on_step, on_eval
 
     @override
     def on_log(
@@ -236,20 +237,22 @@ class Watcher(TrainerCallback):
             return
         if "eval_loss" in logs and self._on_eval is not None:
             self._on_eval(state.global_step, logs["eval_loss"])
-        if loss is not None and self._on_step is not None:
-            norm = logs.get("grad_norm")
-            self._on_step(
-                TrainingStep(
-                    step=state.global_step,
-                    total=state.max_steps,
-                    loss=loss,
-                    learning_rate=logs["learning_rate"],
-                    tokens=state.num_input_tokens_seen,
-                    grad_norm=None if norm is None else float(norm),
-                    tokens_per_second=logs["tokens_per_second"],
-                    memory_bytes=int(logs["memory_bytes"]),
-                )
-            )
+        if loss is None:
+            return
+        norm = logs.get("grad_norm")
+        step = TrainingStep(
+            step=state.global_step,
+            total=state.max_steps,
+            loss=loss,
+            learning_rate=logs["learning_rate"],
+            tokens=state.num_input_tokens_seen,
+            grad_norm=None if norm is None else float(norm),
+            tokens_per_second=logs["tokens_per_second"],
+            memory_bytes=int(logs["memory_bytes"]),
+        )
+        self._show(step.line, step.step, step.total)
+        if self._on_step is not None:
+            self._on_step(step)
 
     @override
     def on_save(

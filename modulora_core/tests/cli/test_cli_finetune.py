@@ -41,7 +41,7 @@ def test_the_options_are_the_fields_of_the_config() -> None:
         assert param.default is None, "the config has the default"
         assert (field.description or "").rstrip(".")[1:] in param.help
         if name not in ("model", "out"):
-            assert param.opts == [f"--{name.replace('_', '-')}"]
+            assert param.opts[0] == f"--{name.replace('_', '-')}"
         if isinstance(field.default, int | float | str):
             assert param.show_default == str(field.default)
 
@@ -95,7 +95,7 @@ def test_flags_and_file_become_the_config(
 
 WRONG = {
     "m o --data pydoc --steps 1 --epochs 1": "expected steps or epochs, got both",
-    "m o --steps 1": "option 'data': expected a value, got none",
+    "m o --steps 1": "data: expected training data, got none; give --data SOURCE",
     "--data pydoc --steps 1": "option 'model': expected a value, got none",
     "m o --data pydoc --steps 0": "greater than or equal to 1, got '0'",
     "m o --data pydoc --steps many": "option 'steps': expected a valid integer",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modulora_core.data.sources import Slice, load_records, pydoc_text
+from modulora_core.data.sources import Slice, load_records, pydoc_text, source_name
 from modulora_core.data.text import load_text
 from modulora_core.errors import DataError, MissingExtraError
 
@@ -205,3 +205,30 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
     monkeypatch.setitem(sys.modules, module, None)  # import raises ImportError
     with pytest.raises(MissingExtraError, match=rf"{module}.*pip install 'modulora-core\[data\]'"):
         load_records(name)
+
+
+# records of a Python program
+
+
+def test_dicts_and_datasets_are_records_that_know_their_number():
+    datasets = pytest.importorskip("datasets")
+    for rows in (ROWS, datasets.Dataset.from_list(ROWS)):
+        records = load_records(rows)
+        assert [record.fields for record in records] == ROWS
+        assert records[2].place == "record 3"
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    labelled = datasets.Dataset.from_dict({"text": ["a"], "label": [1]}, features=features)
+    assert load_records(labelled)[0].fields == {"text": "a", "label": "good"}
+    with pytest.raises(DataError, match=r"expected one split, such as data\['train'\]"):
+        load_records({"train": ROWS})
+
+
+def test_dicts_and_names_may_be_mixed(tmp_path):
+    file = as_jsonl(tmp_path / "rows.jsonl")
+    records = load_records([ROWS[0], str(file), file])
+    assert [record.fields for record in records] == [ROWS[0], *ROWS, *ROWS]
+    assert source_name([ROWS[0], str(file), ROWS[1]]) == f"{file}, 2 records"
+    with pytest.raises(DataError, match=r'in Python, a text itself is \{"text": ...\}'):
+        load_records(["The with statement wraps a block."])

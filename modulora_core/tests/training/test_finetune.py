@@ -295,6 +295,7 @@ def test_a_run_that_diverged_warns_and_still_finishes(
         ({"targets": "q_porj"}, AdapterError, "did you mean 'q_proj'"),
         ({"targets": "lm_head"}, AdapterError, "and lm_head is none"),
         ({"adapter": "{packed}"}, AdapterError, "expected adapter_config.json in it, found none"),
+        ({"eval_every": 2}, OptionError, "eval_every is 2: expected eval_data, got none"),
         ({"data": "nowhere.jsonl"}, DataError, "nowhere.jsonl: expected a file"),
         ({"eval_data": "nowhere.jsonl"}, DataError, "nowhere.jsonl: expected a file"),
         ({"optim": "adamw_torhc"}, OptionError, "no such optimizer; expected adamw_torch"),

@@ -1,0 +1,50 @@
+"""Draw a progress bar with rate and time left, with rich."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich import progress
+from rich.console import Console
+from rich.text import Text
+
+Show = Callable[[str, int, int | None], None]
+"""A ``Progress`` whose total may be None, for unknown."""
+
+
+@contextmanager
+def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
+    """Draw a bar. The unit ``"bytes"`` is shown as sizes."""
+    sizes = unit == "bytes"
+    drawn = progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn() if sizes else progress.MofNCompleteColumn(),
+        progress.TransferSpeedColumn() if sizes else _Rate(unit),
+        progress.TimeRemainingColumn(compact=True),
+        console=console,
+    )
+    task = drawn.add_task(what, total=None)
+
+    def show(what: str, done: int, total: int | None) -> None:
+        if done < drawn.tasks[0].completed:  # other work begins, with its own rate
+            drawn.reset(task)
+        drawn.update(task, description=what, completed=done, total=total)
+
+    with drawn:
+        yield show
+
+
+class _Rate(progress.ProgressColumn):
+    """Show ``12.3 layers/s``."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: progress.Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(
+            "" if speed is None else f"{speed:,.{0 if speed >= 100 else 2}f} {self._unit}/s"
+        )

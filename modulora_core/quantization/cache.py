@@ -1,0 +1,110 @@
+"""Quantize a dense model into a cache folder, once.
+
+The folder is ``$MODULORA_CACHE``, else ``modulora`` beside the Hub's own cache (``$HF_HOME``). A
+model's name in it has a hash of its files, the quantizer and the options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+
+from modulora_core import registry
+from modulora_core.checkpoints.checkpoint import PackedCheckpoint, is_packed, open_checkpoint
+from modulora_core.checkpoints.record import QuantizationRecord
+from modulora_core.checkpoints.shards import MAX_SHARD_BYTES
+from modulora_core.errors import OptionError
+from modulora_core.models import ParameterInfo, open_model
+from modulora_core.models.progress import Progress
+from modulora_core.quantization.layout import Selection, choose_layout
+from modulora_core.quantization.quantize import quantize
+from modulora_core.registry import Choice
+
+CACHE_VARIABLE = "MODULORA_CACHE"
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """The folder of all cached models."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(HF_HOME) / "modulora").expanduser()
+
+
+class Unpacked:
+    """A dense model that will be packed into the cache, known from headers until then.
+
+    Args:
+        model: MODEL as on the command line.
+        choice: the quantizer; the other settings of :func:`quantize` have their defaults.
+
+    Attributes:
+        config: its config, as config.json.
+        record: the ``quantization_config`` that the packed model will have.
+        parameters: the dense model's parameters by name.
+
+    Raises:
+        ModelError, CheckpointError: the model cannot be read, or it is packed already.
+        PluginError, OptionError: the quantizer or an option is refused, or it needs calibration.
+    """
+
+    def __init__(self, model: str, choice: Choice) -> None:
+        if choice.create().spec.calibration == "required":
+            raise OptionError(
+                f"quantizer {choice.quantizer}: it needs calibration; quantize first: modulora "
+                f"quantize {model} PACKED -q {choice.quantizer} --calibration SOURCE"
+            )
+        self._choice, self._source = choice, open_model(model)
+        layout = choose_layout(
+            self._source, choice, (), Selection(), calibration=None, seed=0,
+            max_shard_bytes=MAX_SHARD_BYTES,
+        )  # fmt: skip
+        self.config: dict[str, Any] = self._source.config.to_dict()
+        self.record: QuantizationRecord = layout.record
+        self.parameters: dict[str, ParameterInfo] = dict(self._source.parameters)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. Raises ModelError."""
+        return self._source.tokenizer()
+
+    @cached_property
+    def folder(self) -> Path:
+        """The packed model's folder in the cache; it need not exist."""
+        location = self._source.location
+        pattern = "*.safetensors" if location.gguf is None else location.gguf
+        stats = {file.name: file.stat() for file in sorted(location.folder.glob(pattern))}
+        described = {
+            "folder": str(location.folder.resolve()),
+            "files": {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
+            "plugin": registry.find(self._choice.quantizer).version,
+            "record": self.record.to_json(),
+        }
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+        name = location.name.replace("/", "--").replace(":", "-")
+        return cache_folder() / f"{name}-{self._choice.quantizer}-{digest}"
+
+    def packed(self, progress: Progress | None = None) -> PackedCheckpoint:
+        """Open the packed model; quantize it first if it is not in the cache.
+
+        A killed quantization is continued.
+
+        Raises:
+            OutputError, DiskSpaceError: the cache cannot be written, or another process writes it.
+            WeightError, WorkError: the model or the quantizer failed.
+        """
+        if not is_packed(self.folder):
+            logger.info(
+                "%s: quantizing %s into the cache", self.folder, self._source.location.model
+            )
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            quantize(
+                self._source.location.model, self.folder, self._choice.quantizer,
+                self._choice.options, resume=True, progress=progress or False,
+            )  # fmt: skip
+        return open_checkpoint(self.folder)

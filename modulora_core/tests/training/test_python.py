@@ -1,0 +1,138 @@
+"""Finetuning from a Python program: records, dtypes, progress bars, and types."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import modulora_core
+from modulora_core import FinetuneConfig, evaluate, finetune, load_model, open_to_run
+from modulora_core.errors import OptionError
+
+Configure = Callable[..., FinetuneConfig]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS = [{"prompt": f"{word}?", "completion": f" {word}"} for word in ("yes", "no", "so", "now")]
+
+
+def test_records_train_as_a_file_of_them_does(configure: Configure, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    file = tmp_path / "rows.jsonl"
+    datasets.Dataset.from_list(ROWS).to_json(file)
+    expected = finetune(configure(data=str(file), steps=2, dropout=0)).losses
+    for number, rows in enumerate((ROWS, datasets.Dataset.from_list(ROWS))):
+        out = tmp_path / str(number)
+        config = configure(data=None, out=str(out), steps=2, dropout=0, eval_every=1)
+        result = finetune(config, data=rows, eval_data=rows)
+        assert result.losses == expected
+        assert result.eval_loss is not None
+        assert "Data: 4 records." in (out / "README.md").read_text()
+    with pytest.raises(OptionError, match="data: expected it in the config or beside it, got both"):
+        finetune(configure(), data=ROWS)
+    with pytest.raises(OptionError, match="data: expected training data, got none"):
+        finetune(configure(data=None))
+
+
+def test_records_are_evaluated(tunable: Path, tmp_path: Path) -> None:
+    text = "The with statement wraps a block. " * 9
+    (tmp_path / "text.txt").write_text(f"{text}\n\n{text}")
+    expected = evaluate(str(tunable), tmp_path / "text.txt", seq_len=32)
+    assert evaluate(str(tunable), [{"text": text}, {"text": text}], seq_len=32) == expected
+
+
+def test_torch_dtypes_are_taken_for_their_names(tunable: Path, configure: Configure) -> None:
+    assert load_model(tunable, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert open_to_run(str(tunable), dtype=torch.float16).load().dtype == torch.float16
+    assert configure(dtype=torch.bfloat16) == configure(dtype="bfloat16")
+    with pytest.raises(OptionError, match=r"dtype: expected one of .*, got 'int8'"):
+        load_model(tunable, dtype=torch.int8)
+
+
+# bars
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """Put a terminal in the place of stderr. Not a fixture: pytest's capture comes after those."""
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    return screen
+
+
+def test_functions_draw_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, tunable: Path, configure: Configure
+) -> None:
+    screen = terminal(monkeypatch)
+    finetune(configure(steps=2))
+    assert re.search(r"loss [\d.]+, lr .* tokens/s", screen.getvalue())
+    assert "2/2" in screen.getvalue()
+    screen.truncate(0)
+    evaluate(str(tunable), [{"text": "The with statement. " * 9}], seq_len=16)
+    assert "evaluating" in screen.getvalue()
+
+
+def test_they_draw_none_on_request_or_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, tunable: Path, configure: Configure
+) -> None:
+    screen, calls = terminal(monkeypatch), list[Any]()
+    text = [{"text": "The with statement. " * 9}]
+    finetune(configure(steps=1), progress=False)
+    evaluate(str(tunable), text, seq_len=16, progress=False)
+    evaluate(str(tunable), text, seq_len=16, progress=lambda *call: calls.append(call))
+    assert calls[-1][0] == "evaluating"
+    assert screen.getvalue() == ""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    evaluate(str(tunable), text, seq_len=16)
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_a_program_may_open_its_own_bars(configure: Configure) -> None:
+    calls: list[Any] = []
+
+    def bars(what: str, unit: str) -> Any:
+        calls.append((what, unit))
+        return nullcontext(lambda *call: calls.append(call[1:]))
+
+    finetune(configure(steps=2), progress=bars)
+    assert calls == [("training", "steps"), (1, 2), (2, 2)]
+
+
+# types
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_every_public_name(tmp_path: Path) -> None:
+    pytest.importorskip("mypy", reason="pip install mypy")
+    names = modulora_core.__all__
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import modulora_core\n"
+        + "".join(f"reveal_type(modulora_core.{name})\n" for name in names)
+        + "config = modulora_core.FinetuneConfig(model='m', out='o', data=['a.txt'])\n"
+        + "reveal_type(modulora_core.finetune(config).losses)\n"
+    )
+    words = [sys.executable, "-m", "mypy", "--strict", str(program)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    shown = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    assert len(shown) == len(names) + 1, done.stdout
+    assert not {name for name, kind in zip(names, shown, strict=False) if kind == "Any"}
+    assert "list[float]" in shown[-1].replace("builtins.", "")
+    assert done.returncode == 0, done.stdout
