@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from modulora_core.devices import processes
 from modulora_core.devices.dense_products import add_product
 from modulora_core.errors import WorkError
 from modulora_core.spec import Calibration
@@ -32,6 +33,13 @@ class SecondMoment:
             columns = rows[:, start:stop].contiguous()
             add_product(self._sum[start:, start:stop], rows[:, start:].t(), columns)
         self.samples += rows.shape[0]
+
+    def add_up(self) -> None:
+        """Add the sums of all processes of a distributed run."""
+        samples = torch.tensor(self.samples, device=self._sum.device)
+        processes.add_up(self._sum)
+        processes.add_up(samples)
+        self.samples = int(samples)
 
     def mean(self, layer: str) -> Calibration:
         """H, fp32 ``[in, in]``, symmetric. Without any input H is the identity.

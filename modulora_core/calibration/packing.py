@@ -76,6 +76,10 @@ class Packing:
         """Pack a parameter's matrices, ``[out, in]`` each; None leaves them dense."""
         return None
 
+    def received(self, name: str, matrices: Sequence[PackedWeight]) -> PackedMatrices | None:
+        """A parameter that another process of a distributed run packed."""
+        return None
+
     def write(self, packed: PackedMatrices) -> None:
         """Write a packed parameter, unless it is written."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -14,8 +14,9 @@ from torch import Tensor
 from modulora_core.calibration.blocks import Block
 from modulora_core.calibration.calls import Call
 from modulora_core.calibration.moments import SecondMoment
-from modulora_core.calibration.observe import Key, ignore
+from modulora_core.calibration.observe import Key, ObservedWeight, ignore
 from modulora_core.calibration.packing import HeldOutCalibration
+from modulora_core.devices import processes
 from modulora_core.spec import Calibration
 
 TokenWeights = Mapping[str, Sequence[Sequence[Tensor]]]
@@ -118,7 +119,7 @@ class Passes:
         self._block.listen(lambda key, x: uses.append((key, x)))
         self._run(0, self._states)
         self._block.listen(ignore)
-        return Order.of(uses, self._block.sites, sequential=sequential)
+        return processes.from_first(Order.of(uses, self._block.sites, sequential=sequential))
 
     def collect(self, order: Order, stage: Collection[str]) -> None:
         """Run each batch until all inputs of ``stage`` arrived, and sum their H."""
@@ -132,6 +133,24 @@ class Passes:
             self._rows = Counter[Key]()  # of a held-out sample, so far
             self._continue(i)
         self._block.listen(ignore)
+        if processes.world_size() > 1:
+            for key, observed in self._observed(stage):
+                if order.leader(key) == key:
+                    self._moment(self._moments, key, observed.weight.shape[1]).add_up()
+
+    def unreached(self, name: str) -> list[str]:
+        """The matrices of a parameter of the last stage that no token reached."""
+        unreached = []
+        for key, _ in self._observed([name]):
+            moment = self._moments.get(self._order.leader(key))
+            if moment is None or moment.samples == 0:
+                unreached.append(f"{name}[{key.index}]")
+        return unreached
+
+    def _observed(self, names: Collection[str]) -> Iterator[tuple[Key, ObservedWeight]]:
+        for name in names:
+            for observed in self._block.weights[name]:
+                yield observed.key, observed
 
     def _see(self, key: Key, x: Tensor) -> None:
         """Add the input of a product to H, and stop the batch after the stage's last input."""
@@ -150,9 +169,12 @@ class Passes:
             getcurrent().parent.switch()
 
     def _add(self, moments: dict[Key, SecondMoment], key: Key, rows: Tensor) -> None:
+        self._moment(moments, key, rows.shape[1]).add(rows)
+
+    def _moment(self, moments: dict[Key, SecondMoment], key: Key, in_features: int) -> SecondMoment:
         if key not in moments:
-            moments[key] = SecondMoment(rows.shape[1], self._block.device)
-        moments[key].add(rows)
+            moments[key] = SecondMoment(in_features, self._block.device)
+        return moments[key]
 
     def _next_weights(self, key: Key, count: int) -> Tensor:
         """The weights of the next ``count`` inputs in this held-out sample."""

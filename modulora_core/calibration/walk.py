@@ -34,6 +34,7 @@ from modulora_core.calibration.passes import Order, Passes, TokenWeights
 from modulora_core.calibration.states import empty_states
 from modulora_core.calibration.text import CalibrationText
 from modulora_core.calibration.tuning import Tuner
+from modulora_core.devices import processes
 from modulora_core.models import ModelSource
 from modulora_core.models.sites import LinearSite
 from modulora_core.spec import Calibration
@@ -45,6 +46,8 @@ PAUSED_BYTES = 2**30
 @dataclass
 class BlockWalk:
     """Takes the samples through a model, block by block.
+
+    The processes of a distributed run divide the samples, sum their H, and divide the packing.
 
     Attributes:
         source: the model; text: the samples.
@@ -69,7 +72,8 @@ class BlockWalk:
     unreached: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        size, count = self.text.batch_size, len(self.text.ids)
+        self._ids = self.text.ids[processes.rank() :: processes.world_size()]
+        size, count = self.text.batch_size, len(self._ids)
         matrices = next(iter(self.token_weights.values()), [()])
         self._held_out = first = count - len(matrices[0])
         self._batches = [slice(i, min(i + size, first)) for i in range(0, first, size)]
@@ -97,7 +101,7 @@ class BlockWalk:
         """The hidden states before the first block, and for each batch a call of each block."""
         model = outer_model(self.source, paths, self.device, head=False)
         modules = [model.get_submodule(path) for path in paths]
-        ids, calls = self.text.ids, list[list[Call]]()
+        ids, calls = self._ids, list[list[Call]]()
         batches = record_calls(model, modules, ids, self._batches, self.device)
         for batch, hidden, found in batches:
             if not calls:
@@ -111,7 +115,7 @@ class BlockWalk:
         return states, calls
 
     def _empty_states(self, hidden: Tensor) -> Tensor:
-        shape = (len(self.text.ids), *hidden.shape[1:])
+        shape = (len(self._ids), *hidden.shape[1:])
         return empty_states(hidden, shape, self.folder, self.text.config.spill)
 
     def _do_block(
@@ -186,18 +190,39 @@ class BlockWalk:
         for stage in order.stages:
             if wanting.intersection(stage).difference(written):
                 passes.collect(order, stage)
+            missing = [name for name in stage if name not in written]
+            for name in missing:
+                self.unreached += passes.unreached(name) if name in wanting else []
+            packed = {}
+            for name in processes.shared_out(missing):
+                matrices = [observed.weight for observed in block.weights[name]]
+                found = self._calibrations(block, name, passes)
+                if name not in wanting:
+                    found = iter([None] * len(matrices))
+                packed[name] = self.packing.pack(name, matrices, found)
+            packed = self._exchanged(packed)
             for name in stage:
-                if name in written:
-                    packed = self.packing.read(name)
-                else:
-                    matrices = [observed.weight for observed in block.weights[name]]
-                    found = self._calibrations(block, name, passes)
-                    if name not in wanting:
-                        found = iter([None] * len(matrices))
-                    packed = self.packing.pack(name, matrices, found)
-                if packed is not None:
-                    write(packed)
-                    block.replace(name, packed.values())
+                values = self.packing.read(name) if name in written else packed[name]
+                if values is not None:
+                    write(values)
+                    block.replace(name, values.values())
+
+    def _exchanged(
+        self, mine: dict[str, PackedMatrices | None]
+    ) -> dict[str, PackedMatrices | None]:
+        """The packed parameters of all processes."""
+        if processes.world_size() == 1:
+            return mine
+        sent = {
+            name: None if packed is None else [matrix.to("cpu") for matrix in packed.matrices]
+            for name, packed in mine.items()
+        }
+        others = {
+            name: None if matrices is None else self.packing.received(name, matrices)
+            for name, matrices in processes.merged(sent).items()
+            if name not in mine
+        }
+        return {**mine, **others}
 
     def _calibrations(
         self, block: Block, name: str, passes: Passes
@@ -206,7 +231,4 @@ class BlockWalk:
         for i, observed in enumerate(block.weights[name]):
             expert = f" of expert {i}" if block.sites[name].experts is not None else ""
             in_features = observed.weight.shape[1]
-            found = passes.calibration(observed.key, in_features, f"{name}{expert}")
-            if found.samples == 0:
-                self.unreached.append(f"{name}[{i}]")
-            yield found
+            yield passes.calibration(observed.key, in_features, f"{name}{expert}")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modulora_core.devices.processes import from_first, is_first
 from modulora_core.errors import CheckpointError, WorkError
 from modulora_core.models.safetensors_store import DTYPE_CODES, INDEX
 from modulora_core.spec import TensorLayout
@@ -84,7 +85,8 @@ def shard_names(count: int) -> list[str]:
 class ShardWriter:
     """Write planned shards into ``folder``, tensor by tensor, in any order.
 
-    ``resume`` continues with the files and the journal there; ``done`` lists written parameters.
+    ``resume`` continues with the files and the journal there; ``done`` lists written parameters. In
+    a distributed run only the first process writes; the others note what it writes.
 
     Raises:
         CheckpointError: on resume, a file's header isn't the planned one.
@@ -96,14 +98,18 @@ class ShardWriter:
         self._nbytes = sum(shard.nbytes for shard in shards)
         self._is_sharded = len(shards) > 1
         self._journal = folder / JOURNAL
-        self.done: set[str] = self._read_journal() if resume else set()
+        self._writes = is_first()
+        self.done: set[str] = self._read_journal() if resume and self._writes else set()
         for name, shard in zip(shard_names(len(shards)), shards, strict=True):
             self._open(folder / name, shard)
+        self.done = set(from_first(self.done))
 
     def _open(self, path: Path, shard: Shard) -> None:
         header = shard.header()
         for name, start, layout in shard.places():
             self._places[name] = (path, len(header) + start, layout)
+        if not self._writes:
+            return
         if not self.done:
             with path.open("wb") as file:
                 file.write(header)
@@ -131,6 +137,9 @@ class ShardWriter:
         Raises:
             WorkError: a tensor has another dtype or shape than planned.
         """
+        self.done.add(parameter)
+        if not self._writes:
+            return
         for name, tensor in tensors.items():
             path, offset, layout = self._places[name]
             if TensorLayout.of(tensor) != layout:
@@ -140,7 +149,6 @@ class ShardWriter:
                 file.write(_bytes_of(tensor))
         with self._journal.open("a") as journal:
             journal.write(json.dumps(parameter) + "\n")
-        self.done.add(parameter)
 
     def read(self, name: str) -> Tensor:
         """Read a tensor that was written, perhaps by the run that is resumed."""

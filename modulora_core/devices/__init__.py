@@ -23,8 +23,9 @@ def pick_device(name: str | None = None) -> torch.device:
     from modulora_core.devices.processes import local_rank, world_size
 
     if name is None:
-        gpu = f"cuda:{local_rank()}" if world_size() > 1 else "cuda"
-        return torch.device(gpu if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{local_rank()}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ValueError) as error:  # torch builds without CUDA assert

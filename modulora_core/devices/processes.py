@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modulora_core.errors import ModuLoRAError, RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Item = TypeVar("Item")
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others: one of them may download the model."""
@@ -107,6 +109,37 @@ def agree(error: ModuLoRAError | None) -> None:
             error.agreed = True
     if error is not None:
         raise error
+
+
+def shared_out(items: Sequence[Item]) -> Sequence[Item]:
+    """This process's share of the items."""
+    return items[rank() :: world_size()]
+
+
+def merged(mine: dict[str, Item]) -> dict[str, Item]:
+    """The entries of all processes; their values must pickle, as tensors on the CPU do."""
+    if world_size() == 1:
+        return mine
+    from torch import distributed
+
+    join()
+    parts: list[Any] = [None] * world_size()
+    distributed.all_gather_object(parts, mine)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def from_first(value: Item) -> Item:
+    """The value that the first process has."""
+    return merged({str(rank()): value})["0"]
+
+
+def add_up(tensor: Tensor) -> None:
+    """Replace the values of a tensor by their sums over all processes."""
+    if world_size() > 1:
+        from torch import distributed
+
+        join()
+        distributed.all_reduce(tensor)
 
 
 def whole(tensor: Tensor) -> Tensor:

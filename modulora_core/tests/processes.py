@@ -108,3 +108,13 @@ def packed_bytes(model: nn.Module) -> int:
     tensors = [tensor for module in modules for tensor in module.parameters()]
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum(part.untyped_storage().nbytes() for part in parts)
+
+
+def quantized(model: Path, out: Path, quantizer: str, text: Path) -> list[str]:
+    """Quantize with calibration; the experts that no token reached."""
+    from modulora_core.calibration import CalibrationConfig
+    from modulora_core.quantization.quantize import quantize
+
+    calibration = CalibrationConfig(str(text), samples=5, seq_len=16)
+    result = quantize(str(model), out, quantizer, calibration=calibration, progress=False)
+    return list(result.unreached)
