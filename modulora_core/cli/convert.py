@@ -7,15 +7,24 @@ from typing import Annotated
 from modulora_core.cli.arguments import MaxShardSize, Out, Revision, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts
+from modulora_core.errors import OptionError
 
-Source = Annotated[str, argument("SOURCE", "A packed checkpoint: a folder or a Hub id.")]
-To = Annotated[str, option("--to FORMAT", "modulora, or a format of an installed quantizer.")]
+VLLM = "vllm"
+
+Source = Annotated[
+    str, argument("SOURCE", "A packed checkpoint, or with --to vllm an adapter: folder or Hub id.")
+]
+To = Annotated[str, option("--to FORMAT", "modulora, a format of an installed quantizer, or vllm.")]
+Base = Annotated[
+    str | None, option("--model MODEL", "With --to vllm: the packed model of the adapter.")
+]
 
 
 def command(
     source: Source,
     out: Out,
     to: To,
+    model: Base = None,
     max_shard_size: MaxShardSize = 5 * 10**9,
     revision: Revision = None,
 ) -> Report:
@@ -26,10 +35,22 @@ def command(
     command names it and writes nothing. Finetuning doesn't need this command: `modulora finetune`
     takes every format that can be read.
 
+    With --to vllm it writes an adapter as vLLM's LoRA loader takes it. All modules get one scale,
+    and experts that the model stores one by one get one adapter each.
+
     Examples:
         modulora convert org/quantized-model ours --to modulora
         modulora convert ours theirs --to FORMAT
+        modulora convert my-adapter for-vllm --to vllm --model smollm2-packed
     """
+    if (to == VLLM) != (model is not None):
+        expected = f"--model MODEL beside --to {VLLM}" if to == VLLM else f"--to {VLLM} beside it"
+        raise OptionError(f"--{'to' if to == VLLM else 'model'}: expected {expected}")
+    if model is not None:
+        from modulora_core.adapters.vllm import export_for_vllm
+
+        exported = export_for_vllm(source, out, model=model).to_json()
+        return Report(exported, facts(exported))
     from modulora_core.checkpoints.convert import convert
 
     with terminal().progress("converting", "parameters") as show:

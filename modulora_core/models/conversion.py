@@ -119,6 +119,17 @@ def converted_shapes(
     return {name: tuple(tensor.shape) for name, tensor in converted.items()}
 
 
+def stored_parts(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Take a parameter apart into the tensors of the model's own checkpoint, by their names.
+
+    Operations along the first two dimensions only take ``tensor`` of any other last dimension.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parts: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+    return parts
+
+
 def load_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype of every parameter and buffer if transformers loads the model in ``dtype``.
 

@@ -258,6 +258,9 @@ WRONG = {
     "merge {source} {new}": "modulora quantize",
     "finetune {source} {new} --data {text} --steps 1": "modulora quantize",
     "convert {packed} {new} --to tyo": "tyo",
+    "convert {packed} {new} --to vllm": "--to: expected --model MODEL beside --to vllm",
+    "convert {packed} {new} --to toy --model {packed}": "--model: expected --to vllm beside it",
+    "convert {packed} {new} --to vllm --model {packed}": "expected adapter_config.json in it",
 }
 
 
