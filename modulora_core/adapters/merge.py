@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from modulora_core.checkpoints.shards import ShardWriter, plan_shards
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import OptionError
 from modulora_core.models.conversion import build_skeleton
-from modulora_core.models.progress import Progress
+from modulora_core.models.progress import Progress, shows_progress
 from modulora_core.models.quiet import quiet
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
@@ -61,13 +61,14 @@ class MergeResult:
         return asdict(self)
 
 
+@shows_progress("merging", "parameters")
 def merge(
     model: str,
     out: str | Path,
     *,
     adapter: str | None = None,
-    dtype: str = "bfloat16",
-    progress: Progress | None = None,
+    dtype: str | torch.dtype = "bfloat16",
+    progress: Progress | Literal[False] | None = None,
 ) -> MergeResult:
     """Write the weights of ``model``, with ``adapter`` merged in, as a dense folder.
 
@@ -77,7 +78,8 @@ def merge(
         out: the folder to write; new or empty.
         adapter: a LoRA adapter in PEFT's format, a folder or Hub id.
         dtype: dtype of the written weights: float16, bfloat16 or float32.
-        progress: called as ``progress("merging", done, total)`` after each parameter.
+        progress: called as ``progress("merging", done, total)`` after each parameter; by default a
+            bar on a terminal, and False shows none.
 
     Raises:
         OptionError: an unknown dtype.
@@ -85,7 +87,8 @@ def merge(
         PluginError: the quantizer of the model is missing or cannot be used.
         RequestError: the model is not packed or cannot be read, or ``out`` holds something else.
     """
-    started = time.perf_counter()
+    started, progress = time.perf_counter(), progress or None
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     with PeakMemory("cpu") as peak:
