@@ -17,7 +17,6 @@ from torch import Tensor
 import modulora_core
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe, distinct_sites
 from modulora_core.errors import CheckpointError, ModelError
-from modulora_core.models import formats
 from modulora_core.models.config import read_config
 from modulora_core.models.conversion import build_skeleton, plan_conversions, tied_names, untied
 from modulora_core.models.formats import ForeignWeight, Recognised
@@ -70,7 +69,7 @@ def open_foreign(location: Location, recognised: Recognised) -> ForeignModel:
         raw = SafetensorsStore(location.folder)
         packable = [(n, t) for n, t in raw.tensors.items() if _dtype_name(t) in BITS_OF_DTYPE]
         layouts = {name: layout_of(tensor) for name, tensor in packable}
-        weights = formats.create(recognised.spec.name).weights(recognised.config, layouts, raw.read)
+        weights = recognised.reader().weights(recognised.config, layouts, raw.read)
         if not weights:
             raise CheckpointError(
                 f"{location.folder}: {recognised.file} says that it is quantized in the format "

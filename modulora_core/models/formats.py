@@ -71,6 +71,13 @@ class FormatReader(ABC):
     def __init__(self, spec: FormatSpec) -> None:
         self.spec = spec
 
+    def check(self, config: Mapping[str, Any]) -> None:  # noqa: B027 - by default, any will do
+        """Refuse a folder by its quantization config, before its weights are downloaded.
+
+        Raises:
+            ModelError: the config asks for something that isn't implemented; the message names it.
+        """
+
     @abstractmethod
     def weights(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorLayout], read: Read
@@ -117,6 +124,10 @@ class Recognised:
     spec: FormatSpec
     config: Mapping[str, Any]
     file: str
+
+    def reader(self) -> FormatReader:
+        """The reader of the format. Raises PluginError if the plugin can't be used."""
+        return create(self.spec.name)
 
 
 def specs() -> dict[str, FormatSpec]:

@@ -94,7 +94,14 @@ def test_it_trains_as_its_copy_in_our_format(tmp_path: Path) -> None:
 
 def test_fp4_is_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path, bnb_4bit_quant_type="fp4")
-    with pytest.raises(ModelError, match=r'as fp4; only nf4 .*bnb_4bit_quant_type="nf4"'):
+    told = r'quantized as fp4; only nf4 .*bnb_4bit_quant_type="nf4"'
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"fp4"', '"nf4"'))
+    with pytest.raises(ModelError, match=rf"proj\.weight: {told}"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "model.safetensors").unlink()  # known before the weights are there
+    with pytest.raises(ModelError, match=f"config: {told}"):
         open_checkpoint(tmp_path)
 
 

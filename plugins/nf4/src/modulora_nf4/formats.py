@@ -66,6 +66,11 @@ class State(BaseModel):
 class BitsAndBytes(FormatReader):
     """bitsandbytes' 4-bit weights of the type nf4."""
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        kind = config.get("bnb_4bit_quant_type", "nf4")
+        if kind != "nf4":
+            raise _other_type("bitsandbytes config", kind)
+
     def weights(
         self,
         config: Mapping[str, Any],  # noqa: ARG002 - each weight has its own facts
@@ -78,11 +83,7 @@ class BitsAndBytes(FormatReader):
             if not mark:
                 continue
             if kind != "nf4" or not weight.endswith(".weight"):
-                raise ModelError(
-                    f"{weight}: quantized by bitsandbytes as {kind}; only nf4 weights of linear "
-                    'layers are read. Quantize again with bnb_4bit_quant_type="nf4", or give the '
-                    "original model"
-                )
+                raise _other_type(weight, kind)
             state = State.of(name, bytes(read(name).tolist()))
             nested = state.nested_offset is not None
             options = Options(block_size=state.blocksize, double_quant=nested)
@@ -93,6 +94,13 @@ class BitsAndBytes(FormatReader):
             module = weight.removesuffix(".weight")
             found[module] = ForeignWeight((weight, *parts, name), quantizer, layout, unpack)
         return found
+
+
+def _other_type(subject: str, kind: object) -> ModelError:
+    return ModelError(
+        f"{subject}: quantized as {kind}; only nf4 weights of linear layers are read. Quantize "
+        'again with bnb_4bit_quant_type="nf4", or give the original model'
+    )
 
 
 def _check(weight: str, layout: PackedLayout, tensors: Mapping[str, TensorLayout]) -> list[str]:

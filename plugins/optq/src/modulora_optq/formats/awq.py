@@ -80,6 +80,9 @@ class Config(BaseModel):
 class AWQ(FormatReader):
     """AWQ's 4-bit weights with a zero point for each group."""
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        Config.of(config)
+
     def weights(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorLayout], read: Read
     ) -> dict[str, ForeignWeight]:

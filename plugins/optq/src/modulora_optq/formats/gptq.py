@@ -48,6 +48,9 @@ READABLE_ZEROS = "gptqmodel:0.9.0:compatible"
 class GPTQ(CheckpointFormat):
     """GPTQ v1 and v2. It reads both, and writes the version that its spec names."""
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        Config.of(config)
+
     def weights(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorLayout], read: Read
     ) -> dict[str, ForeignWeight]:
