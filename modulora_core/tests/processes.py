@@ -71,6 +71,8 @@ def trained_by_hand(folder: Path, ids: Tensor, *, split: bool) -> tuple[list[flo
     from modulora_core.adapters.lora import LoRASettings, add_lora
     from modulora_core.checkpoints.checkpoint import load_model
     from modulora_core.devices import processes
+    from modulora_core.training.chunked_loss import chunked_loss
+    from modulora_core.training.deferred_logits import DeferredLogits
     from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
     model = load_model(folder, device="cpu")
@@ -79,14 +81,17 @@ def trained_by_hand(folder: Path, ids: Tensor, *, split: bool) -> tuple[list[flo
     if split:
         processes.join()
         mesh = init_device_mesh("cpu", (processes.world_size(),))
-        for block in model.model.layers:
-            fully_shard(block, mesh=mesh)
+        for part in (*model.model.layers, model.lm_head):
+            fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
         ids = ids.chunk(processes.world_size())[processes.rank()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
     for _ in range(3):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        with chunked_loss(model):
+            output = model(input_ids=ids, labels=ids, use_cache=False)
+        assert isinstance(output.logits, DeferredLogits)
+        loss = output.loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from modulora_core.layers import QuantLinear
 
@@ -144,17 +145,17 @@ def _whole(value: Any) -> Any:
 def deferred_head(head: nn.Module | None) -> Iterator[None]:
     """Let ``head`` return :class:`DeferredLogits` in this block, by forward hooks.
 
-    A head that is no linear layer works as usual. So does one with hooks, which want its output:
-    FSDP2, for example, gathers a layer's shards in them.
+    A head that is no linear layer works as usual. So does one with hooks, which want its output.
+    FSDP2's hooks do not: they gather the head's shards, which then stay whole until the backward.
     """
-    if (
-        not isinstance(head, nn.Linear | QuantLinear)
-        or head._forward_hooks
-        or head._forward_pre_hooks
-    ):
+    if not isinstance(head, nn.Linear | QuantLinear):
         yield
         return
-    rows = Head(head.forward, tuple(p for p in head.parameters() if p.requires_grad))
+    if isinstance(head, FSDPModule):
+        head.set_reshard_after_forward(False, recurse=False)
+    elif head._forward_hooks or head._forward_pre_hooks:
+        yield
+        return
     hidden: list[Tensor] = []
 
     def set_aside(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -164,7 +165,10 @@ def deferred_head(head: nn.Module | None) -> Iterator[None]:
         return (inputs[0].detach()[..., :0, :],)
 
     def defer(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return DeferredLogits(hidden.pop(), rows, output.detach()) if hidden else output
+        if not hidden:
+            return output
+        trained = tuple(p for p in head.parameters() if p.requires_grad)
+        return DeferredLogits(hidden.pop(), Head(head.forward, trained), output.detach())
 
     hooks = head.register_forward_pre_hook(set_aside), head.register_forward_hook(defer)
     try:
