@@ -28,6 +28,7 @@ from modulora_core.models.formats import method_of, recognise, unread_method
 from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import SafetensorsStore
+from modulora_core.models.store import check_finite
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 
 if TYPE_CHECKING:
@@ -102,12 +103,16 @@ class PackedCheckpoint:
         return self._quantizers[site.recipe]
 
     def tensor(self, name: str) -> Tensor:
-        """Read a stored tensor: a dense parameter, or one tensor of a packed one."""
-        return self._store.read(name)
+        """Read a stored tensor: a dense parameter, or one tensor of a packed one.
+
+        Raises:
+            CheckpointError: it has NaN or Inf.
+        """
+        return check_finite(self._store.read(name), name, self.folder)
 
     def tensors(self) -> dict[str, Tensor]:
         """Read all stored tensors into memory."""
-        return {name: self._store.read(name) for name in self._store.tensors}
+        return {name: self.tensor(name) for name in self._store.tensors}
 
     def mapped(self) -> MappedFiles:
         """Map all stored tensors from their files.
@@ -128,7 +133,7 @@ class PackedCheckpoint:
         site = self.record.sites[self.record.weights[parameter]]
         for prefix in site.prefixes(parameter):
             yield site.layout.fill(
-                {name: self._store.read(f"{prefix}.{name}") for name in site.layout.tensors}
+                {name: self.tensor(f"{prefix}.{name}") for name in site.layout.tensors}
             )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -25,6 +25,7 @@ from modulora_core.checkpoints.packed_modules import install, unpack
 from modulora_core.checkpoints.packing_on_load import PackOnLoad, data_free
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.errors import ModelError
+from modulora_core.models.store import check_finite
 from modulora_core.registry import Choice
 
 
@@ -119,6 +120,8 @@ class ModuLoRAHfQuantizer(HfQuantizer):
         if self.packer is not None:
             self.packer.check_complete(model)
         _refuse_offload(getattr(model, "hf_device_map", {}))
+        for name, values in model.named_parameters():
+            check_finite(values.detach(), name, model.config.name_or_path)
         from transformers import PreTrainedModel  # its import registers us
 
         for part in (model.base_model, model.get_output_embeddings()):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from modulora_core.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +48,20 @@ class TensorStore(Protocol):
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor Inf. Integers are finite."""
-    if not values.is_floating_point() or values.numel() == 0:
+    """Whether a tensor has neither NaN nor Inf. Integers are finite, and so is the meta device."""
+    if not values.is_floating_point() or values.numel() == 0 or values.is_meta:
         return True
     if values.dtype.itemsize == 1:  # 8-bit floats have no arithmetic of their own
         values = values.to(torch.float32)
     low, high = torch.aminmax(values)  # of NaN it is NaN
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_finite(values: Tensor, name: str, folder: Path | str) -> Tensor:
+    """Return the same tensor. Raises CheckpointError for NaN or Inf in it."""
+    if is_finite(values):
+        return values
+    raise CheckpointError(
+        f"{folder}: {name}: expected finite values, got NaN or Inf; download or quantize the model "
+        "again"
+    )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.errors import CheckpointError, ModelError, OptionError, PluginError
@@ -92,6 +97,26 @@ def test_files_of_another_model_are_refused(folder: Path) -> None:
     path.write_text(json.dumps({**config, "attention_bias": True}))
     with pytest.raises(CheckpointError, match=r"8 missing keys \(.*don't belong together"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight.scale"])
+def test_values_that_are_not_finite_are_refused_by_name(folder: Path, name: str) -> None:
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    expected = f"{re.escape(name)}: expected finite values, got NaN or Inf"
+    for reads in (
+        load_model,
+        AutoModelForCausalLM.from_pretrained,
+        merge_to(folder.parent / "out"),
+    ):
+        with pytest.raises(CheckpointError, match=expected):
+            reads(str(folder))
+
+
+def merge_to(out: Path) -> Callable[[str], object]:
+    return lambda model: merge(model, out)
 
 
 def test_a_wrong_request_is_refused(folder: Path, tmp_path: Path) -> None:
