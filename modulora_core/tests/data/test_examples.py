@@ -16,6 +16,7 @@ from modulora_core.data import (
     load_text,
     token_segments,
 )
+from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import DataError, OptionError
 from modulora_core.tests.markdown_blocks import blocks
@@ -223,6 +224,9 @@ DOCUMENTED = {
 def test_the_records_of_the_docs_have_the_formats_that_they_show(smol, tmp_path):
     page = Path(__file__).parents[3] / "docs" / "how-to" / "training-data.md"
     shown = {block.title: block.text for block in blocks(page, "json")}
+    (tmp_path / "preferences.jsonl").write_text(shown.pop("preferences.jsonl"), "utf-8")
+    (row,) = load_preferences(tmp_path / "preferences.jsonl", smol, seq_len=99)
+    assert row["chosen"] == [{"role": "assistant", "content": "Pliers."}]
     assert shown.keys() == DOCUMENTED.keys()
     for name, text in shown.items():
         (tmp_path / name).write_text(text, "utf-8")
