@@ -15,27 +15,23 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
 from modulora_core.adapters.save_load import check_fit
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
-from modulora_core.checkpoints.hf_quantizer import ModuLoRAConfig
 from modulora_core.checkpoints.outputs import (
     SMALL_FILES,
     check_disk_space,
     check_output,
     whole_or_nothing,
 )
-from modulora_core.checkpoints.packed_modules import install
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.shards import ShardWriter, plan_shards
+from modulora_core.checkpoints.whole import check_whole, packed_skeleton
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import OptionError
-from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.progress import Progress, shows_progress
-from modulora_core.models.quiet import quiet
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 
@@ -95,8 +91,7 @@ def merge(
         out = Path(out)
         check_output(out)
         checkpoint = open_checkpoint(model)
-        for site in checkpoint.record.sites:
-            checkpoint.quantizer(site)  # a missing plugin is refused before work starts
+        check_whole(checkpoint)
         deltas: Mapping[str, AdapterDelta] = {} if adapter is None else _deltas(checkpoint, adapter)
         shards = plan_shards(dict(_dense_layouts(checkpoint, dtype)))
         nbytes = sum(shard.nbytes for shard in shards)
@@ -121,19 +116,6 @@ def _deltas(checkpoint: PackedCheckpoint, path: str) -> Mapping[str, AdapterDelt
     adapter = read_adapter(path, stacks_of(model))
     check_fit(adapter, model, here, checkpoint.tensor)
     return adapter.deltas
-
-
-def packed_skeleton(checkpoint: PackedCheckpoint) -> Any:
-    """The packed model on the meta device."""
-    with quiet():
-        if checkpoint.foreign is None:
-            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        else:
-            config = checkpoint.foreign.source.config
-        model: Any = build_skeleton(config, torch.float32)
-    model.config.quantization_config = ModuLoRAConfig(record=checkpoint.record)
-    install(model, checkpoint.record)
-    return model
 
 
 def _dense_layouts(checkpoint: PackedCheckpoint, dtype: str) -> Iterator[tuple[str, TensorLayout]]:

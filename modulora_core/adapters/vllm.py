@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from modulora_core.adapters.expert_format import Stack, stacks_of
-from modulora_core.adapters.merge import packed_skeleton
+from modulora_core.checkpoints.whole import packed_skeleton
 from modulora_core.adapters.peft_format import (
     AdapterDelta,
     SavedAdapter,

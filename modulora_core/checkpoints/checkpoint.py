@@ -250,12 +250,11 @@ def load_model(
         ModelError: nothing is there, or it isn't quantized.
         CheckpointError: a file is missing or damaged, or files and config.json don't fit together.
     """
-    from modulora_core.checkpoints import hf_quantizer
+    from modulora_core.checkpoints import hf_quantizer, whole
 
     device = str(pick_device(device))
     checkpoint = model if isinstance(model, PackedCheckpoint) else open_checkpoint(model)
-    for site in checkpoint.record.sites:
-        checkpoint.quantizer(site)  # a missing plugin is refused before any work
+    whole.check_whole(checkpoint)
     if mapped:
         check_mapped(checkpoint, device)
     files = None if checkpoint.foreign is not None else checkpoint.mapped()
@@ -283,11 +282,10 @@ def _from_pretrained(
         assert checkpoint.foreign is not None
         config, tensors = copy.deepcopy(checkpoint.foreign.source.config), checkpoint.tensors()
     config.quantization_config = checkpoint.record.to_json()
-    model, info = type(build_skeleton(config, dtype)).from_pretrained(
+    model: PreTrainedModel = type(build_skeleton(config, dtype)).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, device_map={"": device},
-        output_loading_info=True, trust_remote_code=False,
+        trust_remote_code=False,
     )  # fmt: skip
-    _check_loaded(checkpoint, info)
     model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
@@ -304,15 +302,3 @@ def _drop_cast(checkpoint: PackedCheckpoint, files: MappedFiles, dtype: torch.dt
     ]
     for pages in files.ranges(cast):
         pages.drop()
-
-
-def _check_loaded(checkpoint: PackedCheckpoint, info: Mapping[str, Any]) -> None:
-    """Refuse a model with missing keys, which transformers fills with noise, or with other ones."""
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        names = sorted(str(name) for name in info[kind])
-        if names:
-            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise CheckpointError(
-                f"{checkpoint.folder}: {len(names)} {kind.replace('_', ' ')} ({some}); the files "
-                "and config.json don't belong together: download or quantize the model again"
-            )

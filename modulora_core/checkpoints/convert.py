@@ -24,6 +24,7 @@ from modulora_core.checkpoints.outputs import (
 )
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite
 from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
+from modulora_core.checkpoints.whole import check_whole
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import ModelError, OptionError, ShapeError
 from modulora_core.models import formats
@@ -92,6 +93,7 @@ def convert(
                 f"--to {to}: {source} is in this format already; expected another, one of "
                 f"{', '.join(formats.specs()) or '(none is installed)'}"
             )
+        check_whole(checkpoint)
         parts = {name: _part(checkpoint, name, writer) for name in checkpoint.parameters}
         layouts = {name: t for part in parts.values() for name, t in part.layouts.items()}
         if writer is None:

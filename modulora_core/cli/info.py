@@ -30,8 +30,11 @@ def command(path: Checked) -> Report:
     if (Path(path) / "adapter_config.json").is_file():
         return _adapter(path)
     from modulora_core.checkpoints.checkpoint import open_checkpoint
+    from modulora_core.checkpoints.whole import check_whole
 
-    return _checkpoint(open_checkpoint(path))
+    checkpoint = open_checkpoint(path)
+    check_whole(checkpoint)
+    return _checkpoint(checkpoint)
 
 
 def _checkpoint(checkpoint: PackedCheckpoint) -> Report:

@@ -145,7 +145,7 @@ class Weights:
         digest = hashlib.sha256()
         for name, tensor in stored.items():
             values = self._store.read(name)
-            digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
             if not is_finite(values):
                 raise WeightError(
                     f"{name} in {tensor.file}: expected finite values, got NaN or Inf; the file is "

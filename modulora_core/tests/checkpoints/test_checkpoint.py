@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.record import QuantizationRecord
+from modulora_core.cli.info import command as info
 from modulora_core.errors import CheckpointError, ModelError, OptionError, PluginError
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -85,20 +88,6 @@ def test_a_missing_plugin_is_named_with_the_package_to_install(folder: Path) -> 
         load_model(folder)
 
 
-def test_files_of_another_model_are_refused(folder: Path) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    with pytest.raises(CheckpointError, match=r"layers\.1\..*: expected a parameter of the model"):
-        load_model(folder)
-    path.write_text(json.dumps({**config, "intermediate_size": 40}))
-    with pytest.raises(CheckpointError, match=r"expected shape \[32, 40\] by config\.json, got a"):
-        load_model(folder)
-    path.write_text(json.dumps({**config, "attention_bias": True}))
-    with pytest.raises(CheckpointError, match=r"8 missing keys \(.*don't belong together"):
-        load_model(folder)
-
-
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight.scale"])
 def test_values_that_are_not_finite_are_refused_by_name(folder: Path, name: str) -> None:
     (path,) = folder.glob("*.safetensors")
@@ -106,17 +95,10 @@ def test_values_that_are_not_finite_are_refused_by_name(folder: Path, name: str)
     tensors[name].view(-1)[-1] = torch.nan
     save_file(tensors, path, metadata={"format": "pt"})
     expected = f"{re.escape(name)}: expected finite values, got NaN or Inf"
-    for reads in (
-        load_model,
-        AutoModelForCausalLM.from_pretrained,
-        merge_to(folder.parent / "out"),
-    ):
+    merging = partial(merge, out=folder.parent / "out")
+    for reads in (load_model, AutoModelForCausalLM.from_pretrained, merging):
         with pytest.raises(CheckpointError, match=expected):
             reads(str(folder))
-
-
-def merge_to(out: Path) -> Callable[[str], object]:
-    return lambda model: merge(model, out)
 
 
 def test_a_wrong_request_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -127,3 +109,48 @@ def test_a_wrong_request_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json; expected a folder"):
         open_checkpoint(tmp_path / "empty")
+
+
+def without(name: str) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        (path,) = folder.glob("*.safetensors")
+        tensors = load_file(path)
+        del tensors[name]
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return damage
+
+
+def configured(**values: object) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("model.norm.weight"), r"model\.norm\.weight"),
+        (lambda folder: edit_record(folder, lambda record: record.update(weights={})), "weight: "),
+        (configured(num_hidden_layers=1), r"layers\.1\."),
+        (configured(intermediate_size=40), r"expected shape \[32, 40\]"),
+        (
+            configured(attention_bias=True),
+            r"k_proj\.bias: expected \[16\] by config\.json, got none",
+        ),
+        (configured(hidden_act="gone"), "transformers can't build"),
+    ],
+    ids=["norm", "weights", "layers", "size", "bias", "activation"],
+)
+def test_every_command_refuses_a_folder_that_is_not_a_whole_model(
+    folder: Path, damage: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
+    damage(folder)
+    out = tmp_path / "out"
+    commands = (load_model, info, partial(merge, out=out), partial(convert, out=out, to="gptq"))
+    for run in commands:
+        with pytest.raises((CheckpointError, ModelError), match=message):
+            run(str(folder))
+    assert not out.exists()
