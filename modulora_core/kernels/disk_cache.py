@@ -36,7 +36,7 @@ class DiskCache(FunctionCache):
 def cached(dispatcher: Any, function: Callable[..., Any]) -> Any:
     """Give numba's function for ``function`` a :class:`DiskCache`, if there is a folder for it."""
     with contextlib.suppress(RuntimeError):  # there is none
-        dispatcher._cache = DiskCache(function)  # where numba's enable_caching() puts its own
+        dispatcher._cache = DiskCache(function)  # numba's enable_caching() puts its own there
     return dispatcher
 
 

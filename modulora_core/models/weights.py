@@ -142,10 +142,10 @@ class Weights:
         )
         stored = {name: self._store.tensors[name] for step in used for name in step.names}
         done, total = 0, sum(tensor.nbytes for tensor in stored.values())
-        digest = hashlib.sha256()
+        digest: Any = hashlib.sha256()  # for mypy, no array is a buffer
         for name, tensor in stored.items():
             values = self._store.read(name)
-            digest.update(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy())
             if not is_finite(values):
                 raise WeightError(
                     f"{name} in {tensor.file}: expected finite values, got NaN or Inf; the file is "
