@@ -142,10 +142,11 @@ class Weights:
         )
         stored = {name: self._store.tensors[name] for step in used for name in step.names}
         done, total = 0, sum(tensor.nbytes for tensor in stored.values())
-        digest: Any = hashlib.sha256()  # for mypy, no array is a buffer
+        digest = hashlib.sha256()
         for name, tensor in stored.items():
             values = self._store.read(name)
-            digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+            content: Any = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(content)
             if not is_finite(values):
                 raise WeightError(
                     f"{name} in {tensor.file}: expected finite values, got NaN or Inf; the file is "
