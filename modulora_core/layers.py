@@ -51,6 +51,7 @@ class PackedParameter(nn.Module):
         self.quantizer = quantizer
         self.layout: PackedLayout = packed.layout
         self.transposed = transposed
+        self._current: PackedWeight | None = None
         self._dtypes = {name: tensor.dtype for name, tensor in packed.tensors.items()}
         for name, tensor in packed.tensors.items():
             if tensor.dim():
@@ -63,15 +64,21 @@ class PackedParameter(nn.Module):
         super().__setstate__(state)  # of a deep copy
         self._renew()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_dtypes", ()):  # FSDP2 puts a part in the place of a tensor,
+            self._current = None  # and the whole one is freed once nothing refers to it
+
     @property
     def packed(self) -> PackedWeight:
         """The packed weight, made of the tensors as they are now."""
         # decoding reads it once a layer and token: renewed only after a tensor was replaced or cast
+        if self._current is None:
+            return self._renew()
         for name, tensor in self._current.tensors.items():
             held = self._tensor(name)
             if held is not tensor or held.dtype is not self._dtypes[name]:
-                self._renew()
-                break
+                return self._renew()
         return self._current
 
     def _tensor(self, name: str) -> Tensor:
@@ -79,14 +86,15 @@ class PackedParameter(nn.Module):
         assert tensor is not None
         return tensor
 
-    def _renew(self) -> None:
+    def _renew(self) -> PackedWeight:
         tensors = {name: self._tensor(name) for name in self._dtypes}
         for name, tensor in tensors.items():
             # PEFT's prepare_model_for_kbit_training widens 16-bit parameters; narrowing is exact
             if tensor.dtype is torch.float32 and self._dtypes[name] in _HALVES:
                 tensor.data = tensor.data.to(self._dtypes[name])
-        self._current = self.layout.fill(tensors)
-        number_of(self.quantizer, self._current)  # a compiler can look it up, and not make one
+        self._current = packed = self.layout.fill(tensors)
+        number_of(self.quantizer, packed)  # a compiler can look it up, and not make one
+        return packed
 
     @property
     def shape(self) -> torch.Size:
@@ -95,7 +103,7 @@ class PackedParameter(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.packed.device
+        return self._tensor(next(iter(self._dtypes))).device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole Ŵ, in the orientation that the model's code sees."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -81,9 +82,11 @@ def trained_by_hand(folder: Path, ids: Tensor, *, split: bool) -> tuple[list[flo
     if split:
         processes.join()
         mesh = init_device_mesh("cpu", (processes.world_size(),))
+        whole = [weakref.ref(tensor) for tensor in packed_tensors(model)]
         for part in (*model.model.layers, model.lm_head):
             fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        assert not any(reference() for reference in whole), "the whole tensors are freed"
         ids = ids.chunk(processes.world_size())[processes.rank()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
@@ -107,12 +110,16 @@ def packed_bytes(model: nn.Module) -> int:
     """Bytes of this process's part of the packed tensors."""
     from torch.distributed.tensor import DTensor
 
+    tensors = packed_tensors(model)
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(part.untyped_storage().nbytes() for part in parts)
+
+
+def packed_tensors(model: nn.Module) -> list[nn.Parameter]:
     from modulora_core.layers import PackedParameter
 
     modules = [module for module in model.modules() if isinstance(module, PackedParameter)]
-    tensors = [tensor for module in modules for tensor in module.parameters()]
-    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    return sum(part.untyped_storage().nbytes() for part in parts)
+    return [tensor for module in modules for tensor in module.parameters()]
 
 
 def quantized(model: Path, out: Path, quantizer: str, text: Path) -> list[str]:
