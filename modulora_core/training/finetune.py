@@ -215,14 +215,11 @@ def _sources(
 
 
 def _packed(base: PackedCheckpoint | Unpacked, open_bar: Bars) -> PackedCheckpoint:
-    """The packed model; the first process quantizes a dense one."""
+    """The packed model; a dense one is quantized now."""
     if isinstance(base, PackedCheckpoint):
         return base
-    with together():
-        if is_first():
-            with open_bar("reading", "bytes") as show:
-                base.packed(show)
-    return base.packed()
+    with open_bar("reading", "bytes") as show:
+        return base.packed(show)
 
 
 def _loaded(

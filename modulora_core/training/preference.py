@@ -18,6 +18,7 @@ import datasets
 import torch
 from trl import DPOConfig, DPOTrainer
 
+from modulora_core.devices.processes import barrier, is_first, world_size
 from modulora_core.errors import OptionError
 from modulora_core.training.arguments import argument_values
 from modulora_core.training.config import FinetuneConfig
@@ -81,16 +82,27 @@ def preference_trainer(
     train = list(rows["train"])
     if seen < len(train):  # a log-probability of a row that no step sees would be wasted
         train = random.Random(config.seed).sample(train, seen)
-    evaluated = rows.get("eval")
+    folder = Path(arguments.output_dir) / "preferences"
     with _quiet():
         return PreferenceTrainer(
             model=model,
             args=arguments,
-            train_dataset=datasets.Dataset.from_list(train),
-            eval_dataset=None if evaluated is None else datasets.Dataset.from_list([*evaluated]),
+            train_dataset=_dataset(train, folder / "train"),
+            eval_dataset=_dataset(rows["eval"], folder / "eval") if "eval" in rows else None,
             processing_class=tokenizer,
             **common,
         )
+
+
+def _dataset(rows: Sequence[dict[str, Any]], folder: Path) -> datasets.Dataset:
+    """The rows as a dataset; of several processes in a folder, where TRL shares its results."""
+    dataset = datasets.Dataset.from_list([*rows])
+    if world_size() == 1:
+        return dataset
+    if is_first():
+        dataset.save_to_disk(folder)
+    barrier()
+    return datasets.load_from_disk(folder)
 
 
 @contextmanager

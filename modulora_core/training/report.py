@@ -45,7 +45,7 @@ def report(
     }
     return _template().render(
         title=f"Finetuning of {checkpoint.record.source.get('name') or checkpoint.name}",
-        subtitle=f"A LoRA adapter on weights quantized with "
+        subtitle=f"A LoRA adapter, trained with {config.method.upper()} on weights quantized with "
         f"{quantizers} ({checkpoint.record.bits_per_weight:.2f} bits per weight).",
         tiles=_tiles(history, seconds, peak_memory_bytes),
         curves=curves(history),

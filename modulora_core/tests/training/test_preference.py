@@ -17,6 +17,7 @@ from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.tests.processes import finetuned, run_in_processes
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
@@ -115,6 +116,24 @@ def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(
     finetune(FinetuneConfig.build({}, file=tmp_path / "out" / "finetune.yaml"), resume=True)
     one, other = (read_adapter(tmp_path / name).deltas for name in ("whole", "out"))
     assert all(torch.equal(one[path].B, delta.B) for path, delta in other.items())
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(
+    dpo: Configure, preferences: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("trl", reason="pip install trl")
+    config = dpo(steps=2, batch_size=2, eval_data=preferences, report=False)
+    expected = finetuned(**config.model_dump(exclude_none=True))
+    shared = config.model_dump(exclude_none=True) | {
+        "batch_size": 1, "out": str(tmp_path / "shared"),
+    }  # fmt: skip
+    for found in run_in_processes(2, _finetuned, shared):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def _finetuned(options: dict[str, Any]) -> list[float]:
+    return finetuned(**options)
 
 
 def test_dpo_has_defaults_of_its_own(dpo: Configure) -> None:
