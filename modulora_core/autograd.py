@@ -94,7 +94,7 @@ def _lora(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tens
 def _multiply(x: Tensor, quantizer: Quantizer, packed: PackedWeight, transpose: bool) -> Tensor:
     try:
         return quantizer.matmul(x, packed, transpose)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         product = "transposed product" if transpose else "product"
         note_plugin(error, quantizer.spec.name, f"{product} of a layer of {list(packed.shape)}")
         raise

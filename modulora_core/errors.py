@@ -98,7 +98,7 @@ class MissingExtraError(RequestError): ...
 class WorkError(ModuLoRAError): ...
 
 
-def note_plugin(error: Exception, quantizer: str, work: str) -> None:
+def note_plugin(error: BaseException, quantizer: str, work: str) -> None:
     """Add a note to a plugin's exception, which a traceback and the command line show.
 
     Args:

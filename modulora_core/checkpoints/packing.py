@@ -84,7 +84,7 @@ def pack_matrices(
         for matrix, calibration in zip(matrices, calibrations, strict=True):
             try:
                 packed.append(quantizer.pack(matrix, calibration))
-            except Exception as error:  # a plugin may raise anything
+            except (Exception, SystemExit) as error:  # a plugin may raise anything
                 note_plugin(error, quantizer.spec.name, f"packing {name}, {list(matrix.shape)}")
                 raise
             if packed[-1].layout != site.layout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -14,8 +15,8 @@ from modulora_core.cli.terminal import Terminal
 from modulora_core.devices import processes
 from modulora_core.errors import ModuLoRAError, RequestError
 
-INTERRUPTED = 130
-"""128 + SIGINT, as shells count."""
+SIGNALLED = 128
+"""Shells add a signal's number to it: 130 after Ctrl-C, 143 after SIGTERM."""
 
 
 def report_failure(error: BaseException, terminal: Terminal) -> int:
@@ -29,11 +30,11 @@ def report_failure(error: BaseException, terminal: Terminal) -> int:
         return 1
     if isinstance(error, typer.Exit):
         return error.exit_code
-    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-        return error.code or 0
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 0:
+        return error.code
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         terminal.note("; ".join(["interrupted", *_notes(error)]))
-        return INTERRUPTED
+        return SIGNALLED + getattr(error, "signal", signal.SIGINT)
     if terminal.debug:
         terminal.note("".join(traceback.format_exception(error)).rstrip())
     kind, message, code = _described(error)
@@ -66,11 +67,12 @@ def _notes(error: BaseException) -> list[str]:
 def _described(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, ModuLoRAError):
         return error.kind, str(error), error.exit_code
+    about = "".join(f" ({note})" for note in _notes(error))
     if hasattr(error, "format_message"):  # click's, which typer carries under changing names
         return "UsageError", _usage(error), RequestError.exit_code
-    if isinstance(error, SystemExit):  # a library's sys.exit("message")
-        return "SystemExit", _one_line(str(error.code)), 1
-    about = "".join(f" ({note})" for note in _notes(error))
+    if isinstance(error, SystemExit):  # a library's, which has not done the work
+        text = error.code if isinstance(error.code, str) else f"unexpected exit({error.code})"
+        return "SystemExit", _one_line(f"{text}{about}"), 1
     text = _one_line(f"{type(error).__name__}: {error}".rstrip(": ") + about)
     return type(error).__name__, f"unexpected {text}; run again with --debug for the traceback", 1
 

@@ -42,6 +42,7 @@ from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
 from modulora_core.devices import pick_device
 from modulora_core.devices.dense_products import matmul_precision
+from modulora_core.devices.interruption import Interruption
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.devices.processes import barrier, is_first, together, world_size
 from modulora_core.errors import OptionError
@@ -108,7 +109,8 @@ def finetune(
 ) -> FinetuneResult:
     """Train an adapter and write it to ``config.out``, in PEFT's format.
 
-    In a distributed run all processes call it, and the first one writes.
+    In a distributed run all processes call it, and the first one writes. Ctrl-C and SIGTERM end the
+    run after the step, with a checkpoint to resume from; a second one ends it at once.
 
     Args:
         config: the run. :meth:`FinetuneConfig.build` makes it from options and a file.
@@ -127,6 +129,7 @@ def finetune(
         ModelError: the model is not packed.
         RequestError: the data, the adapter to continue, or the model cannot be used.
         WorkError: the loss became NaN or infinite. Every other error comes before work starts.
+        Interrupted: a KeyboardInterrupt, after a signal.
     """
     out, open_bar = Path(config.out), bars(progress)
     with together():
@@ -138,7 +141,7 @@ def finetune(
         examples = {name: _examples(source, config, tokenizer) for name, source in sources.items()}
         steps = total_steps(config, len(examples["train"]), world_size())
         warn_of_warmup(config, steps)
-    checkpoint = _packed(base, open_bar)
+    checkpoint, interruption = _packed(base, open_bar), Interruption()
     with (
         PeakMemory(device) as peak,
         quiet(),
@@ -158,9 +161,12 @@ def finetune(
         started = time.perf_counter()
         trainer = _trainer(
             model, config, arguments, examples, tokenizer,
-            settings=settings, memory=peak, callbacks=[Watcher(show, on_step, on_eval), *callbacks],
+            settings=settings, memory=peak,
+            callbacks=[Watcher(show, on_step, on_eval, interruption), *callbacks],
         )  # fmt: skip
-        tokens = trainer.run(resume_from)
+        with interruption.watched():
+            tokens = trainer.run(resume_from)
+        interruption.check()
         seconds = time.perf_counter() - started
         eval_loss = trainer.final_eval_loss() if "eval" in examples else None
     history = trainer.state.log_history

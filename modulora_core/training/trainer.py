@@ -33,6 +33,7 @@ from typing_extensions import override
 from modulora_core.adapters.lora import LoRASettings
 from modulora_core.adapters.save_load import restore_adapter, save_adapter
 from modulora_core.data.rendering import IGNORED
+from modulora_core.devices.interruption import Interruption
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.devices.processes import barrier, world_size
 from modulora_core.errors import WorkError
@@ -212,10 +213,24 @@ class AdapterTrainer(AdapterRun):
 
 
 class Watcher(TrainerCallback):
-    """Reports each step and evaluation, stops at NaN, and seals checkpoints."""
+    """Reports each step and evaluation, stops at NaN or a signal, and seals checkpoints."""
 
-    def __init__(self, show: Progress, on_step: OnStep | None, on_eval: OnEval | None) -> None:
+    def __init__(
+        self,
+        show: Progress,
+        on_step: OnStep | None,
+        on_eval: OnEval | None,
+        interruption: Interruption,
+    ) -> None:
         self._show, self._on_step, self._on_eval = show, on_step, on_eval
+        self._interruption = interruption
+
+    @override
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._interruption.asked():
+            control.should_save = control.should_training_stop = True
 
     @override
     def on_log(

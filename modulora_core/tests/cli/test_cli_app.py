@@ -55,6 +55,10 @@ def command(
         error = RuntimeError("boom")
         error.add_note("packing x, by alpha")
         raise error
+    if how == "exit":
+        error = SystemExit(0)
+        error.add_note("packing y, by beta")
+        raise error
     if how == "wait":
         print("waiting", file=sys.stderr, flush=True)
         time.sleep(60)
@@ -156,6 +160,7 @@ FAILURES = {
               "with --debug for the traceback"),
     "doomed": (1, "RuntimeError", "unexpected RuntimeError: boom (packing x, by alpha); run again "
                "with --debug for the traceback"),
+    "exit": (1, "SystemExit", "unexpected exit(0) (packing y, by beta)"),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from transformers.trainer import safe_globals
 from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.data.sources import pydoc_text
+from modulora_core.devices.interruption import Interrupted
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.training.checkpoints import latest_checkpoint, remove_half_written, seal
 from modulora_core.training.config import FinetuneConfig
@@ -112,6 +113,39 @@ def test_a_killed_run_continues_with_the_losses_of_an_uninterrupted_one(
     checkpoints = Path(config.out) / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-6"]
     assert outcome(finetune(config, resume=True)) == outcome(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
+    config: FinetuneConfig, whole: FinetuneResult, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+
+    def send(step: TrainingStep) -> None:
+        if step.step == 4:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted) as caught:
+        finetune(config, on_step=send)
+    assert caught.value.signal == number
+    assert signal.getsignal(number) is before
+    folder = latest_checkpoint(Path(config.out) / "checkpoints")
+    assert folder is not None
+    assert folder.name == "checkpoint-5"  # save_every is 2
+    assert outcome(finetune(config, resume=True)) == outcome(whole)
+
+
+def test_a_second_signal_ends_a_run_at_once(config: FinetuneConfig) -> None:
+    def send(step: TrainingStep) -> None:
+        if step.step == 4:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        finetune(config, on_step=send)
+    folder = latest_checkpoint(Path(config.out) / "checkpoints")
+    assert folder is not None
+    assert folder.name in ("checkpoint-2", "checkpoint-4")
 
 
 def test_a_half_written_checkpoint_is_ignored(
