@@ -22,6 +22,7 @@ from modulora_core.adapters.experts import LoRAExperts
 from modulora_core.adapters.targets import ALL_LINEAR, select_layers
 from modulora_core.checkpoints.packed_model import with_methods
 from modulora_core.checkpoints.packed_table import TiedHead
+from modulora_core.checkpoints.publishing import upload
 from modulora_core.errors import AdapterError, ModelError, OptionError
 from modulora_core.layers import LoRALayer, LoRALinear, PackedStack, QuantLinear
 
@@ -107,26 +108,24 @@ class AdaptedModel:
     """The methods of a transformers model with adapters of ours that differ from its own."""
 
     def save_pretrained(
-        self, save_directory: str | Path, *_: Any, push_to_hub: bool = False, **__: Any
+        self, save_directory: str | Path, *_: Any, push_to_hub: bool = False, **options: Any
     ) -> None:
         """Write the adapters and no base, as PEFT does: others than the first in subfolders.
 
-        Raises:
-            AdapterError: ``push_to_hub``, which is not done here.
+        Args:
+            push_to_hub: upload the folder too (:func:`modulora_core.checkpoints.publishing.upload`,
+                which takes the options).
         """
         from modulora_core.adapters.save_load import save_adapter
 
-        if push_to_hub:
-            raise AdapterError(
-                "save_pretrained of a model with an adapter: expected push_to_hub=False, got True; "
-                "save it, and upload the folder with `hf upload`"
-            )
         assert isinstance(self, nn.Module)
         layers = (module for module in self.modules() if isinstance(module, LoRALayer))
         names = list(dict.fromkeys(name for layer in layers for name in layer.lora_A))
         for name in names:
             folder = Path(save_directory)
             save_adapter(self, folder if name == names[0] else folder / name, name=name)
+        if push_to_hub:
+            upload(save_directory, **options)
 
 
 def adapter_layers(model: nn.Module, name: str = "default") -> Iterator[tuple[str, LoRALayer]]:

@@ -79,8 +79,13 @@ def test_save_pretrained_pushes_too(pack: Pack, hub: Path, tmp_path: Path) -> No
     assert {file.name: file.read_bytes() for file in (hub / "me/other").iterdir()} == files
 
 
-def test_an_adapter_is_pushed_without_its_base(pack: Pack, hub: Path) -> None:
-    model = trained(load_model(pack("llama", "toy")[1], device="cpu"))
-    model.push_to_hub("me/adapter")  # type: ignore[operator]
-    names = {file.name for file in (hub / "me/adapter").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "modulora.json"}
+def test_an_adapter_is_pushed_without_its_base(
+    pack: Pack, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model: Any = trained(load_model(pack("llama", "toy")[1], device="cpu"))
+    model.push_to_hub("me/adapter")
+    model.save_pretrained("mine", push_to_hub=True)
+    for repository in ("me/adapter", "mine"):
+        names = {file.name for file in (hub / repository).iterdir()}
+        assert names == {"adapter_config.json", "adapter_model.safetensors", "modulora.json"}
