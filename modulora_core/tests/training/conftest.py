@@ -21,11 +21,12 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def configure(tunable: Path, text: Path, tmp_path: Path) -> Callable[..., FinetuneConfig]:
-    """Makes the config of a run of 4 steps; options change it."""
+    """Makes the config of a run of 4 steps without report; options change it."""
 
     def made(**options: Any) -> FinetuneConfig:
         defaults = {"model": str(tunable), "out": str(tmp_path / "out"), "data": str(text),
-                    "batch_size": 2, "grad_accum": 2, "seq_len": 32, "lr": 1e-2}  # fmt: skip
+                    "batch_size": 2, "grad_accum": 2, "seq_len": 32, "lr": 1e-2,
+                    "report": False}  # fmt: skip
         length = {} if "epochs" in options else {"steps": 4}
         return FinetuneConfig.build({**defaults, **length, **options})
 

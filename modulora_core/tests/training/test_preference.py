@@ -80,7 +80,7 @@ def test_the_loss_begins_at_log_2_and_ends_at_its_definition(
 ) -> None:
     pytest.importorskip("trl", reason="pip install trl")
     steps: list[TrainingStep] = []
-    config = dpo(steps=4, batch_size=2, eval_data=preferences, trainer={"beta": "0.5"})
+    config = dpo(steps=4, batch_size=2, eval_data=preferences, trainer={"beta": "0.5"}, report=True)
     result = finetune(config, on_step=steps.append)
     assert result.losses[0] == pytest.approx(math.log(2), rel=1e-5)
     assert result.eval_loss_before == pytest.approx(math.log(2), rel=1e-5)
@@ -110,9 +110,9 @@ def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(
         if step.step == 3:
             raise KeyboardInterrupt
 
-    finetune(dpo(steps=4, save_every=2, out=str(tmp_path / "whole"), report=False))
+    finetune(dpo(steps=4, save_every=2, out=str(tmp_path / "whole")))
     with pytest.raises(KeyboardInterrupt):
-        finetune(dpo(steps=4, save_every=2, report=False), on_step=stop)
+        finetune(dpo(steps=4, save_every=2), on_step=stop)
     finetune(FinetuneConfig.build({}, file=tmp_path / "out" / "finetune.yaml"), resume=True)
     one, other = (read_adapter(tmp_path / name).deltas for name in ("whole", "out"))
     assert all(torch.equal(one[path].B, delta.B) for path, delta in other.items())
@@ -123,7 +123,7 @@ def test_two_processes_give_the_losses_of_one(
     dpo: Configure, preferences: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("trl", reason="pip install trl")
-    config = dpo(steps=2, batch_size=2, eval_data=preferences, report=False)
+    config = dpo(steps=2, batch_size=2, eval_data=preferences)
     expected = finetuned(**config.model_dump(exclude_none=True))
     shared = config.model_dump(exclude_none=True) | {
         "batch_size": 1, "out": str(tmp_path / "shared"),

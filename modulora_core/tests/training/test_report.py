@@ -37,7 +37,7 @@ def data(tmp_path: Path) -> Path:
 def test_a_run_leaves_a_page_that_needs_nothing_else(
     configure: Configure, data: Path, tmp_path: Path
 ) -> None:
-    result = finetune(configure(data=str(data), eval_data=str(data), seq_len=96))
+    result = finetune(configure(data=str(data), eval_data=str(data), seq_len=96, report=True))
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert OUTSIDE.search(page) is None
     assert "default-src 'none'" in page
@@ -59,7 +59,7 @@ def test_it_can_be_left_out(configure: Configure, text: Path, tmp_path: Path) ->
 def test_a_resumed_run_has_all_curves_and_one_first_evaluation(
     configure: Configure, text: Path, tmp_path: Path
 ) -> None:
-    config = configure(steps=4, save_every=2, eval_data=str(text))
+    config = configure(steps=4, save_every=2, eval_data=str(text), report=True)
 
     def stop(step: object) -> None:
         if step.step == 3:  # type: ignore[attr-defined]
