@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoftQConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoftQConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 
@@ -130,6 +139,25 @@ def test_a_step_holds_few_tiles(pack: Pack) -> None:
     # y, dy and the gradients of A and B take 2 KiB
     assert allocations.peak < weight * 0.9, f"{allocations.peak} bytes"
     assert allocations.alive < weight / 2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(target_modules=["q_proj"]),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        VeraConfig(target_modules=["q_proj"]),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_other_methods_train_as_on_the_dense_model(packed: Callable[[], Any], config: Any) -> None:
+    found = []
+    for model in (packed(), packed().dequantize()):
+        torch.manual_seed(1)
+        found.append(losses(get_peft_model(model, config), steps=3))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0][-1] < found[0][0]
 
 
 def test_loftq_is_refused(packed: Callable[[], Any]) -> None:

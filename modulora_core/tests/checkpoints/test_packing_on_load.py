@@ -118,6 +118,18 @@ def test_one_dense_weight_is_alive_at_a_time(pack: Pack, monkeypatch: pytest.Mon
     assert len(alive) == 14
 
 
+def test_a_calibrated_quantizer_is_refused(
+    pack: Pack, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pack("llama", "toy")[0]
+    calibrated = toy.TOY.model_copy(update={"calibration": "required"})
+    monkeypatch.setattr(toy.Toy, "spec", calibrated)
+    with pytest.raises(
+        OptionError, match=r"toy: expected .* no calibration.* -q toy --calibration"
+    ):
+        loaded(source)
+
+
 def test_wrong_requests_are_refused(pack: Pack) -> None:
     source = pack("llama", "toy")[0]
     with pytest.raises(UnknownQuantizerError, match="toyy"):
