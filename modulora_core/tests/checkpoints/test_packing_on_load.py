@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from modulora_core.errors import (
     WeightError,
 )
 from modulora_core.layers import PackedParameter
+from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import logits, trained
 
 Pack = Callable[..., tuple[Path, Path]]
@@ -123,7 +125,7 @@ def test_a_calibrated_quantizer_is_refused(
 ) -> None:
     source = pack("llama", "toy")[0]
     calibrated = toy.TOY.model_copy(update={"calibration": "required"})
-    monkeypatch.setattr(toy.Toy, "spec", calibrated)
+    monkeypatch.setattr(Choice, "create", lambda choice: SimpleNamespace(spec=calibrated))
     with pytest.raises(
         OptionError, match=r"toy: expected .* no calibration.* -q toy --calibration"
     ):
