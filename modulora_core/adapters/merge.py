@@ -25,6 +25,7 @@ from modulora_core.checkpoints.outputs import (
     check_disk_space,
     check_output,
     whole_or_nothing,
+    write_digests,
 )
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.shards import ShardWriter, plan_shards
@@ -106,6 +107,7 @@ def merge(
             writer.finish()
             checkpoint.write_dense_config(folder, dtype)
             checkpoint.copy_tokenizer(folder)
+            write_digests(folder)
     seconds = time.perf_counter() - started
     return MergeResult(str(out), dtype, nbytes, len(deltas), seconds, peak.nbytes)
 

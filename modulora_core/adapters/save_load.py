@@ -135,10 +135,18 @@ def load_adapter(
 
 
 def restore_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Copy the values of a saved adapter into the same adapter on ``model``."""
-    deltas = read_adapter(path, stacks_of(model)).deltas
+    """Copy the values of a saved adapter into the same adapter on ``model``, to resume a run.
+
+    Raises:
+        AdapterError: it was trained on another base.
+    """
+    saved = read_adapter(path, stacks_of(model))
+    here = describe_base(model, model_name(model))
+    difference = "" if saved.record is None else saved.record.base.difference(here)
+    if difference:
+        raise AdapterError(f"resume of {path}: expected the base that it began with; {difference}")
     for module, layer in adapter_layers(model, name):
-        _copy(deltas[module], layer, name)
+        _copy(saved.deltas[module], layer, name)
 
 
 def check_fit(

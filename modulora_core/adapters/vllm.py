@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from modulora_core.adapters.expert_format import Stack, stacks_of
-from modulora_core.checkpoints.whole import packed_skeleton
 from modulora_core.adapters.peft_format import (
     AdapterDelta,
     SavedAdapter,
@@ -27,6 +26,7 @@ from modulora_core.adapters.peft_format import (
 from modulora_core.adapters.save_load import check_fit
 from modulora_core.checkpoints.checkpoint import open_checkpoint
 from modulora_core.checkpoints.outputs import check_output, whole_or_nothing
+from modulora_core.checkpoints.whole import packed_skeleton
 from modulora_core.errors import AdapterError
 from modulora_core.models.conversion import stored_parts
 

@@ -21,6 +21,7 @@ from modulora_core.checkpoints.outputs import (
     check_disk_space,
     check_output,
     whole_or_nothing,
+    write_digests,
 )
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite
 from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
@@ -110,6 +111,7 @@ def convert(
             shard_writer.finish()
             _write_config(checkpoint, writer, folder)
             checkpoint.copy_tokenizer(folder)
+            write_digests(folder)
     weights = sum(site.weights for _, site in checkpoint.record.items())
     seconds = time.perf_counter() - started
     return ConvertResult(str(out), to, checkpoint.format, weights, nbytes, seconds, peak.nbytes)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from modulora_core.errors import DiskSpaceError, OutputError
+from modulora_core.errors import CheckpointError, DiskSpaceError, OutputError
 from modulora_core.models.folders import MARKER, REQUEST
+
+DIGESTS = "SHA256SUMS"
+"""The file of digests: ``sha256sum --check SHA256SUMS`` verifies a folder too."""
 
 SMALL_FILES = 64 * 2**20
 """The bytes to reserve for config, tokenizer and other small files."""
@@ -184,3 +188,38 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_digests(folder: Path) -> None:
+    """Write the SHA-256 of each file of a folder, as ``sha256sum`` does."""
+    files = sorted(path for path in folder.iterdir() if path.name not in (MARKER, DIGESTS))
+    write_file(folder / DIGESTS, "".join(f"{digest(path)}  {path.name}\n" for path in files))
+
+
+def check_digests(folder: Path) -> int:
+    """Compare each file of a folder with its recorded SHA-256, and return the number of files.
+
+    Raises:
+        CheckpointError: there are no digests, or a file is missing or has other bytes.
+    """
+    listed = folder / DIGESTS
+    if not listed.is_file():
+        raise CheckpointError(
+            f"{listed}: expected the digests of the folder's files, found none; quantize, convert "
+            "and merge write them"
+        )
+    lines = [line.partition("  ") for line in listed.read_text("utf-8").splitlines()]
+    for expected, _, name in lines:
+        path = folder / Path(name).name
+        got = digest(path) if path.is_file() else "no file"
+        if got != expected:
+            raise CheckpointError(
+                f"{path}: expected the SHA-256 {expected[:12]}…, got {got[:12]}; download it again"
+            )
+    return len(lines)
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

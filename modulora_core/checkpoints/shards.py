@@ -3,15 +3,18 @@
 The safetensors library wants all tensors of a file in memory. Here layouts are known before the
 first byte, so headers are written first, and each tensor goes to its place when it comes. The
 widest dtypes come first, so that every tensor is aligned. A journal beside the files lists the
-parameters that are whole, so that a killed run can be resumed.
+parameters that are whole, with a SHA-256 of each tensor, so that a killed run can be resumed. Bytes
+are on the disk before the line that says so.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +88,9 @@ def shard_names(count: int) -> list[str]:
 class ShardWriter:
     """Write planned shards into ``folder``, tensor by tensor, in any order.
 
-    ``resume`` continues with the files and the journal there; ``done`` lists written parameters. In
-    a distributed run only the first process writes; the others note what it writes.
+    ``resume`` continues with the files and the journal there; ``done`` has the written parameters,
+    without those whose bytes have changed since. In a distributed run only the first process
+    writes; the others note what it writes.
 
     Raises:
         CheckpointError: on resume, a file's header isn't the planned one.
@@ -99,18 +103,18 @@ class ShardWriter:
         self._is_sharded = len(shards) > 1
         self._journal = folder / JOURNAL
         self._writes = is_first()
-        self.done: set[str] = self._read_journal() if resume and self._writes else set()
+        journal = self._read_journal() if resume and self._writes else {}
         for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-            self._open(folder / name, shard)
-        self.done = set(from_first(self.done))
+            self._open(folder / name, shard, resume=bool(journal))
+        self.done = from_first({name for name, sums in journal.items() if self._are_there(sums)})
 
-    def _open(self, path: Path, shard: Shard) -> None:
+    def _open(self, path: Path, shard: Shard, *, resume: bool) -> None:
         header = shard.header()
         for name, start, layout in shard.places():
             self._places[name] = (path, len(header) + start, layout)
         if not self._writes:
             return
-        if not self.done:
+        if not resume:
             with path.open("wb") as file:
                 file.write(header)
                 file.truncate(len(header) + shard.nbytes)
@@ -122,14 +126,19 @@ class ShardWriter:
                     "start again without --resume"
                 )
 
-    def _read_journal(self) -> set[str]:
+    def _read_journal(self) -> dict[str, dict[str, str]]:
+        """The digests of the tensors of each parameter."""
         if not self._journal.is_file():
-            return set()
+            return {}
         # a kill may cut the last line off; its parameter is written again
         lines = self._journal.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
         self._journal.write_text("".join(whole))
-        return {json.loads(line) for line in whole}
+        return dict(json.loads(line) for line in whole)
+
+    def _are_there(self, digests: Mapping[str, str]) -> bool:
+        """Whether the bytes of these tensors are the written ones. A hole in a file has others."""
+        return all(sha256(_bytes_of(self.read(n))).hexdigest() == d for n, d in digests.items())
 
     def write(self, parameter: str, tensors: Mapping[str, Tensor]) -> None:
         """Write all tensors of one parameter, then note it in the journal.
@@ -147,8 +156,11 @@ class ShardWriter:
             with path.open("r+b") as file:
                 file.seek(offset)
                 file.write(_bytes_of(tensor))
+                file.flush()
+                os.fsync(file.fileno())
+        digests = {name: sha256(_bytes_of(tensor)).hexdigest() for name, tensor in tensors.items()}
         with self._journal.open("a") as journal:
-            journal.write(json.dumps(parameter) + "\n")
+            journal.write(json.dumps([parameter, digests]) + "\n")
 
     def read(self, name: str) -> Tensor:
         """Read a tensor that was written, perhaps by the run that is resumed."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli.allocation import allocation_tables
-from modulora_core.cli.arguments import argument
+from modulora_core.cli.arguments import argument, option
 from modulora_core.cli.terminal import Report
 from modulora_core.cli.text import facts, format_size, table
 
@@ -16,17 +16,25 @@ if TYPE_CHECKING:
     from modulora_core.checkpoints.record import QuantizationRecord
 
 Checked = Annotated[str, argument("PATH", "A checkpoint or an adapter: a folder or a Hub id.")]
+Verify = Annotated[
+    bool, option("--verify", "Read all files, and compare them with their recorded SHA-256.")
+]
 
 
-def command(path: Checked) -> Report:
+def command(path: Checked, verify: Verify = False) -> Report:
     """Show what a packed checkpoint or an adapter contains.
 
     It prints sizes, bits per weight, quantizers with their options, and the original model.
 
     Examples:
         modulora info smollm2-packed
+        modulora info smollm2-packed --verify
         modulora info my-adapter --json
     """
+    if verify:
+        from modulora_core.checkpoints.outputs import check_digests
+
+        check_digests(Path(path))
     if (Path(path) / "adapter_config.json").is_file():
         return _adapter(path)
     from modulora_core.checkpoints.checkpoint import open_checkpoint

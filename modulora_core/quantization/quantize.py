@@ -28,6 +28,7 @@ from modulora_core.checkpoints.outputs import (
     check_output,
     partial_name,
     whole_or_nothing,
+    write_digests,
     write_file,
 )
 from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter
@@ -300,6 +301,7 @@ def write_packed(
     write_file(folder / CARD, model_card(layout.record))
     for name in (REQUEST, JOURNAL):
         (folder / name).unlink(missing_ok=True)
+    write_digests(folder)
     return packed
 
 

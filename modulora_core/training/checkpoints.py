@@ -13,16 +13,16 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from modulora_core.checkpoints.outputs import sync_folder, write_file
+from modulora_core.checkpoints.outputs import digest, sync_folder, write_file
 
 _SEAL = "complete.json"
 
 
 def seal(checkpoint: Path, processes: int = 1) -> None:
-    """Mark a checkpoint as whole: sync its files to the disk, then record their sizes."""
+    """Mark a checkpoint as whole: sync its files to the disk, then record their SHA-256."""
     sync_folder(checkpoint)
-    sizes = {file.name: file.stat().st_size for file in sorted(checkpoint.iterdir())}
-    text = json.dumps({"files": sizes, "processes": processes}, indent=2)
+    digests = {file.name: digest(file) for file in sorted(checkpoint.iterdir())}
+    text = json.dumps({"files": digests, "processes": processes}, indent=2)
     write_file(checkpoint / _SEAL, text)
 
 
@@ -32,10 +32,10 @@ def processes_of(checkpoint: Path) -> int:
 
 
 def is_sealed(checkpoint: Path) -> bool:
-    """Whether a checkpoint is whole: it has a seal, and its files have the recorded sizes."""
+    """Whether a checkpoint is whole: it has a seal, and its files have the recorded bytes."""
     try:
-        sizes = json.loads((checkpoint / _SEAL).read_text("utf-8"))["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+        digests = json.loads((checkpoint / _SEAL).read_text("utf-8"))["files"]
+        return all(digest(checkpoint / name) == found for name, found in digests.items())
     except (OSError, ValueError, KeyError):
         return False
 

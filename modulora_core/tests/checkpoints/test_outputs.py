@@ -9,14 +9,16 @@ import pytest
 from modulora_core.checkpoints.outputs import (
     MARKER,
     REQUEST,
+    check_digests,
     check_disk_space,
     check_output,
     only_writer,
     partial_name,
     whole_or_nothing,
+    write_digests,
     write_file,
 )
-from modulora_core.errors import DiskSpaceError, OutputError
+from modulora_core.errors import CheckpointError, DiskSpaceError, OutputError
 
 
 @pytest.fixture
@@ -132,3 +134,21 @@ def test_too_little_disk_space_is_refused_with_both_sizes(out: Path) -> None:
     check_disk_space(out, 1)
     with pytest.raises(DiskSpaceError, match=r"MiB would be written, [\d,]+ MiB are free"):
         check_disk_space(out, 2**62)
+
+
+def test_digests_find_a_changed_and_a_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").write_bytes(b"two")
+    with pytest.raises(CheckpointError, match="SHA256SUMS: expected the digests"):
+        check_digests(tmp_path)
+    write_digests(tmp_path)
+    assert check_digests(tmp_path) == 2
+    # of b"one", by sha256sum
+    known = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed  a"
+    assert (tmp_path / "SHA256SUMS").read_text().splitlines()[0] == known
+    (tmp_path / "b").write_bytes(b"twp")
+    with pytest.raises(CheckpointError, match="b: expected the SHA-256 3fc4ccfe7458…, got"):
+        check_digests(tmp_path)
+    (tmp_path / "a").unlink()
+    with pytest.raises(CheckpointError, match="a: expected the SHA-256 7692c3ad3540…, got no file"):
+        check_digests(tmp_path)

@@ -92,6 +92,19 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert_written(tmp_path)
 
 
+@pytest.mark.parametrize("bad", [b"\x01", b"\x00" * 15])
+def test_a_parameter_whose_bytes_changed_is_written_again(tmp_path: Path, bad: bytes) -> None:
+    shards = plan_shards(layouts(TENSORS))
+    first = ShardWriter(tmp_path, shards)
+    for name in ("a.weight", "b.weight"):
+        first.write(name, {name: TENSORS[name]})
+    path, offset, _ = first._places["b.weight"]
+    with path.open("r+b") as file:
+        file.seek(offset + 3)
+        file.write(bad)
+    assert ShardWriter(tmp_path, shards, resume=True).done == {"a.weight"}
+
+
 def test_resuming_over_other_files_is_refused(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, plan_shards(layouts(TENSORS)))
     writer.write("flags", {"flags": TENSORS["flags"]})

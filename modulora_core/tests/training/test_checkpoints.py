@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.trainer import safe_globals
 
 from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.data.sources import pydoc_text
 from modulora_core.devices.interruption import Interrupted
-from modulora_core.errors import OptionError, OutputError
+from modulora_core.errors import AdapterError, OptionError, OutputError
 from modulora_core.training.checkpoints import latest_checkpoint, remove_half_written, seal
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import FinetuneResult, finetune
@@ -148,15 +149,30 @@ def test_a_second_signal_ends_a_run_at_once(config: FinetuneConfig) -> None:
     assert folder.name in ("checkpoint-2", "checkpoint-4")
 
 
-def test_a_half_written_checkpoint_is_ignored(
-    config: FinetuneConfig, whole: FinetuneResult
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:-1] + b"\1"])
+def test_a_damaged_checkpoint_is_ignored(
+    config: FinetuneConfig, whole: FinetuneResult, damage: Callable[[bytes], bytes]
 ) -> None:
     file = interrupt(config, 7) / "checkpoint-6" / "optimizer.pt"
-    file.write_bytes(file.read_bytes()[:-100])
+    file.write_bytes(damage(file.read_bytes()))
     steps: list[int] = []
     resumed = finetune(config, resume=True, on_step=lambda step: steps.append(step.step))
     assert steps == [5, 6, 7, 8, 9]
     assert outcome(resumed) == outcome(whole)
+
+
+def test_a_run_is_not_resumed_on_another_base(
+    run: Callable[..., FinetuneConfig], tunable: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tunable, tmp_path / "base"))
+    config = run("of-another", model=str(base))
+    interrupt(config, 3)
+    (path,) = base.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="expected the base that it began with"):
+        finetune(config, resume=True)
 
 
 def test_a_run_without_a_checkpoint_starts_again(
