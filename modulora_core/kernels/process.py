@@ -12,15 +12,36 @@ from types import ModuleType
 
 import torch
 
+from modulora_core.errors import WorkError
+
 KEPT_BYTES = 2**27
 """Free bytes that stay on the C library's heap: a tile, oneDNN's copy of it, and activations."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-@cache
 def prepared_numba() -> ModuleType:
-    """Import numba and prepare the process, once, before the first kernel."""
+    """Import numba and prepare the process, once, before the first kernel.
+
+    Raises:
+        WorkError: the process was forked from one that has run kernels; OpenMP would end it.
+    """
+    if _owner() != os.getpid():
+        raise WorkError(
+            "CPU kernels: expected a process of its own, got a fork of one that has run kernels, "
+            "whose threads are not in the fork; start it with multiprocessing's method spawn, as "
+            "DataLoader(multiprocessing_context='spawn')"
+        )
+    return _numba()
+
+
+@cache
+def _owner() -> int:
+    return os.getpid()
+
+
+@cache
+def _numba() -> ModuleType:
     numba = importlib.import_module("numba")
     _start_threads(numba)
     _keep_heap()

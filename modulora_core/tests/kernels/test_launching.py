@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import subprocess
 import sys
@@ -255,3 +256,27 @@ def test_an_array_lets_its_tensor_free_the_memory() -> None:
     assert turned.strides == (4, 12)
     assert array_of(torch.empty(0, 3)).shape == (0, 3)
     tensor.untyped_storage().resize_(0)
+
+
+FORKED = """
+import os, torch
+from modulora_core import kernels
+from modulora_core.errors import WorkError
+
+kernels.launch(lambda out: None, torch.empty(1))
+child = os.fork()
+if child == 0:
+    try:
+        kernels.launch(lambda out: None, torch.empty(1))
+    except WorkError as error:
+        os._exit(7 if "multiprocessing_context='spawn'" in str(error) else 8)
+    os._exit(9)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_of_a_process_that_has_run_kernels_is_refused() -> None:
+    """If this fails: OpenMP ends or hangs the workers of a DataLoader that use the model."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True)
+    assert done.returncode == 7, done.stderr
