@@ -29,6 +29,8 @@ class Publishing:
         its_own: Any = super()
         its_own.save_pretrained(save_directory, **options | {"save_original_format": False})
         folder = Path(save_directory)
+        if not options.get("is_main_process", True):
+            return
         if (folder / "config.json").is_file():  # else an adapter
             (folder / FILE).write_text(model_card(model.config.quantization_config.record))
         if push_to_hub:
