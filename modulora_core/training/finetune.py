@@ -46,6 +46,7 @@ from modulora_core.devices.interruption import Interruption
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.devices.processes import barrier, is_first, together, world_size
 from modulora_core.errors import OptionError
+from modulora_core.layers import QuantLinear
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.models.progress import Bars, bars
 from modulora_core.models.quiet import quiet
@@ -234,7 +235,14 @@ def _loaded(
     """The model, on the CPU if FSDP2 will split it: as a whole it may not fit on a GPU."""
     dtype = str(load_dtype(config.dtype, device.type)).removeprefix("torch.")
     place = "cpu" if is_sharded(config) else str(device)
-    return load_model(checkpoint, dtype=dtype, device=place, mapped=config.mapped)
+    model = load_model(checkpoint, dtype=dtype, device=place, mapped=config.mapped)
+    if config.method == "dpo" and isinstance(model.get_output_embeddings(), QuantLinear):
+        raise OptionError(
+            f"method dpo: expected a dense output head, by which TRL multiplies itself, and the "
+            f"head of {checkpoint.name} is packed; quantize without --quantize-head and "
+            "--quantize-embeddings"
+        )
+    return model
 
 
 def _examples(source: Source, config: FinetuneConfig, tokenizer: Any) -> Any:

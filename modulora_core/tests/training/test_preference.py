@@ -17,6 +17,8 @@ from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.quantization.quantize import quantize
+from modulora_core.registry import Choice
 from modulora_core.tests.processes import finetuned, run_in_processes
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.config import FinetuneConfig
@@ -134,6 +136,15 @@ def test_two_processes_give_the_losses_of_one(
 
 def _finetuned(options: dict[str, Any]) -> list[float]:
     return finetuned(**options)
+
+
+@pytest.mark.slow
+def test_a_packed_head_is_refused(dpo: Configure, tunable: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="pip install trl")
+    quantize(str(tunable.parent / "dense"), tmp_path / "packed", "toy", head=Choice("toy"))
+    with pytest.raises(OptionError, match="expected a dense output head"):
+        finetune(dpo(model=str(tmp_path / "packed")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_dpo_has_defaults_of_its_own(dpo: Configure) -> None:
