@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rich import progress
 from rich.console import Console
+from rich.table import Column
 from rich.text import Text
 
 Show = Callable[[str, int, int | None], None]
@@ -17,12 +18,15 @@ Show = Callable[[str, int, int | None], None]
 def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
     """Draw a bar. The unit ``"bytes"`` is shown as sizes."""
     sizes = unit == "bytes"
+    whole = Column(no_wrap=True)  # on a narrow terminal the title wraps, and these do not
     drawn = progress.Progress(
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.DownloadColumn() if sizes else progress.MofNCompleteColumn(),
-        progress.TransferSpeedColumn() if sizes else _Rate(unit),
-        progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn("{task.description}", markup=False, table_column=Column()),
+        progress.BarColumn(bar_width=12),
+        progress.DownloadColumn(table_column=whole)
+        if sizes
+        else progress.MofNCompleteColumn(table_column=whole),
+        progress.TransferSpeedColumn(table_column=whole) if sizes else _Rate(unit, whole),
+        progress.TimeRemainingColumn(compact=True, table_column=whole),
         console=console,
     )
     task = drawn.add_task(what, total=None)
@@ -39,8 +43,8 @@ def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
 class _Rate(progress.ProgressColumn):
     """Show ``12.3 layers/s``."""
 
-    def __init__(self, unit: str) -> None:
-        super().__init__()
+    def __init__(self, unit: str, column: Column) -> None:
+        super().__init__(column)
         self._unit = unit
 
     def render(self, task: progress.Task) -> Text:
