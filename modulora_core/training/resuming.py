@@ -38,7 +38,9 @@ def check_out(out: Path, config: FinetuneConfig, resume: bool) -> Path | None:
         )
         raise OutputError(f"output folder {out}: it holds a finished adapter; {advice}")
     if not (out / RUN_FILE).is_file():
-        check_output(out)
+        begun = partial_name(out / RUN_FILE)  # of a run that was killed while it wrote the file
+        if not begun.is_file() or len(list(out.iterdir())) > 1:
+            check_output(out)
         return None
     checkpoint = latest_checkpoint(out / CHECKPOINTS)
     if checkpoint is None:  # nothing would be lost, so the run may start again

@@ -24,6 +24,7 @@ from modulora_core.errors import AdapterError, OptionError, OutputError
 from modulora_core.training.checkpoints import latest_checkpoint, remove_half_written, seal
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import FinetuneResult, finetune
+from modulora_core.training.resuming import check_out
 from modulora_core.training.trainer import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,6 +174,17 @@ def test_a_run_is_not_resumed_on_another_base(
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(AdapterError, match="expected the base that it began with"):
         finetune(config, resume=True)
+
+
+def test_a_run_killed_before_its_first_file_may_begin_again(config: FinetuneConfig) -> None:
+    out = Path(config.out)
+    out.mkdir()
+    partial = out / "finetune.yaml.partial"
+    partial.write_text("model: pac")
+    assert check_out(out, config, resume=False) is None
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="expected it new or empty"):
+        check_out(out, config, resume=False)
 
 
 def test_a_run_without_a_checkpoint_starts_again(
