@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others: one of them may download the model."""
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others: the first one may pack a model meanwhile."""
 
 
 def world_size() -> int:

@@ -20,7 +20,7 @@ DIVIDED = (
 """Items that FSDP2 divides."""
 
 GATHERED_BLOCKS = 2
-"""Blocks in memory at once: one that runs, and its copy as it arrived, or the next one."""
+"""Blocks in memory at once: the running block, and its copy as it arrived, or the next block."""
 
 
 def divided(
