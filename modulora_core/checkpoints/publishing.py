@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from modulora_core.checkpoints.model_card import FILE, model_card
+from modulora_core.checkpoints.outputs import DIGESTS
 
 
 class Publishing:
@@ -32,6 +33,7 @@ class Publishing:
         if not options.get("is_main_process", True):
             return
         if (folder / "config.json").is_file():  # else an adapter
+            (folder / DIGESTS).unlink(missing_ok=True)  # of the files that were replaced
             (folder / FILE).write_text(model_card(model.config.quantization_config.record))
         if push_to_hub:
             upload(folder, **options)

@@ -298,10 +298,10 @@ def write_packed(
     config.save_pretrained(folder)
     source.copy_tokenizer(folder)
     writer.finish()
-    write_file(folder / CARD, model_card(layout.record))
     for name in (REQUEST, JOURNAL):
         (folder / name).unlink(missing_ok=True)
     write_digests(folder)
+    write_file(folder / CARD, model_card(layout.record))  # without a digest: people edit it
     return packed
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from modulora_core import load_model
 from modulora_core.checkpoints import publishing
+from modulora_core.checkpoints.outputs import DIGESTS
 from modulora_core.tests.adapted_models import logits, trained
 
 Pack = Callable[..., tuple[Path, Path]]
@@ -49,7 +50,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_quantize_and_save_pretrained_write_a_card(pack: Pack, tmp_path: Path) -> None:
     folder = pack("llama", "toy")[1]
+    (tmp_path / DIGESTS).write_text("of another model\n")
     load_model(folder, device="cpu").save_pretrained(tmp_path)
+    assert not (tmp_path / DIGESTS).exists()
+    assert "README.md" not in (folder / DIGESTS).read_text(), "people edit a card"
     card = (tmp_path / "README.md").read_text()
     assert card == (folder / "README.md").read_text()
     assert "# dense, quantized" in card
