@@ -42,6 +42,8 @@ _OWNED: Mapping[str, str] = {
     "save_strategy": "--save-every",
     "save_steps": "--save-every",
     "report_to": "--report-to",
+    "fsdp": "--shard",
+    "fsdp_config": "--shard",
     "resume_from_checkpoint": "--resume",
 }
 """Fields that an option of ours sets."""
