@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modulora_conformance.cases import generator, other_options
+from modulora_conformance.cases import accepts, generator, other_options
 from modulora_conformance.elsewhere import Request, elsewhere, request, results
 from modulora_core.spec import PackedWeight, Quantizer
 
@@ -86,5 +86,7 @@ def _names_elsewhere(quantizer: Quantizer, weight: PackedWeight) -> set[str]:
     """Names of tensors that only other options give, and a name that no options give."""
     cls, names = type(quantizer), {"surplus"}
     for options in other_options(quantizer):
-        names |= set(cls(cls.Options.model_validate(options)).layout(weight.shape).tensors)
+        other = cls(cls.Options.model_validate(options))
+        if accepts(other, weight.shape):
+            names |= set(other.layout(weight.shape).tensors)
     return names - set(weight.tensors)

@@ -1,0 +1,123 @@
+"""GGUF's types behind the contract: one packed tensor, its bytes. The types are in reference.py.
+
+Packed tensors::
+
+    blocks    uint8 [out, row bytes]    the rows of a GGUF tensor, as they are in a file
+
+Metadata: ``type``, a name such as ``"Q4_K"``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from modulora_core.errors import ShapeError, WeightError
+from modulora_core.kernels import KernelQuantizer
+from modulora_core.spec import Calibration, PackedWeight, TensorLayout, check_hessian
+from modulora_core.tiles import tile_ranges
+from modulora_gguf import SPEC, packing, reference
+
+REFERENCE_BYTES = 4 * 2**20
+"""Bytes of fp32 weights that are packed at once: Q4_K needs about eight copies of them."""
+
+Type = Literal[
+    "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
+    "TQ1_0", "TQ2_0", "MXFP4", "NVFP4",
+]  # fmt: skip
+
+
+class Options(BaseModel):
+    """The type of the blocks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Type = Field(
+        "Q4_0",
+        description=f"llama.cpp's name of the type; weights are packed to "
+        f"{', '.join(packing.QUANTIZE)}, and other types are only read. Types in _K need "
+        "in_features that 256 divides",
+    )
+
+
+class GGUF(KernelQuantizer):
+    """Blocks of 32 or 256 weights with scales of their own, as llama.cpp stores them."""
+
+    spec = SPEC
+    format = 1
+    Options: ClassVar[type[BaseModel]] = Options
+    kernels = "modulora_gguf.kernels"
+    row_tensors = ("blocks",)
+
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        """Raises ShapeError: the type's blocks do not divide the rows, or it is only read."""
+        super().check_shape(shape)
+        kind = self.options.type
+        weights, _ = reference.block_of(kind)
+        if shape[1] % weights:
+            raise ShapeError(
+                f"{SPEC.name}: type {kind}: in_features {shape[1]} is not a multiple of {weights}"
+            )
+        if kind not in packing.QUANTIZE:
+            raise ShapeError(
+                f"{SPEC.name}: expected a type that weights are packed to "
+                f"({', '.join(packing.QUANTIZE)}), got {kind}, which is only read"
+            )
+
+    def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:
+        """Quantize ``weight``, ``[out, in]``.
+
+        Raises:
+            ShapeError: as :meth:`check_shape`, or a second moment that doesn't fit.
+            WeightError: NaN or Inf in it, or values whose scales fp16 can't hold.
+        """
+        out_features, in_features = weight.shape
+        self.check_shape((out_features, in_features))
+        _check_range(weight, self.options.type)
+        importance = torch.ones(in_features, device=weight.device)
+        if calibration is not None:
+            check_hessian(SPEC.name, weight, calibration.hessian)
+            importance = _importance(calibration.hessian.diagonal().to(importance))
+        packed = self.layout((out_features, in_features)).empty(weight.device)
+        blocks, size = packed.tensors["blocks"], reference.block_of(self.options.type)[0]
+        for start, stop in tile_ranges(out_features, 4 * in_features, REFERENCE_BYTES):
+            W = weight.detach()[start:stop].to(torch.float32).contiguous()
+            weights = importance.expand_as(W).reshape(-1, size)
+            made = packing.QUANTIZE[self.options.type](W.view(-1, size), weights)
+            blocks[start:stop] = made.view(stop - start, -1)
+        return packed
+
+    @staticmethod
+    @lru_cache(maxsize=256)  # a model has few shapes, lookups as many as batches have lengths
+    def tensors(shape: tuple[int, int], type: Type) -> dict[str, TensorLayout]:
+        Options(type=type)
+        weights, nbytes = reference.block_of(type)
+        if shape[1] % weights:
+            raise ValueError(f"in_features {shape[1]} is not a multiple of {weights}")
+        return {"blocks": TensorLayout("uint8", (shape[0], shape[1] // weights * nbytes))}
+
+    def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+        return reference.dequantize(packed.tensors["blocks"][slice(*rows)], packed.metadata["type"])
+
+
+def _importance(diagonal: Tensor) -> Tensor:
+    """H's diagonal with a mean of 1; channels without inputs keep a small weight."""
+    mean = float(diagonal.mean())
+    return diagonal / mean + 1e-4 if mean > 0 else torch.ones_like(diagonal)
+
+
+def _check_range(weight: Tensor, kind: Type) -> None:
+    """Refuse values whose scales fp16 can't hold, or holds with less than five bits."""
+    low, high = packing.STEPS[kind] * 2.0**-20, 65504.0
+    largest = max(map(abs, map(float, weight.detach().aminmax()))) if weight.numel() else 0.0
+    if largest != 0 and not low <= largest < high:
+        raise WeightError(
+            f"{SPEC.name}: type {kind}: expected finite weights with a largest magnitude from "
+            f"{low:.1g} to {high:g}, which fp16 scales can hold, got {largest:g} in a weight of "
+            f"shape {list(weight.shape)}"
+        )
