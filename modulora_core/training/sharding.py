@@ -39,8 +39,8 @@ def check_sharding(config: FinetuneConfig) -> None:
 
 def distributed_arguments(config: FinetuneConfig) -> dict[str, Any]:
     """The fields of TrainingArguments that concern several processes."""
-    # every process maps the model's files, so that none waits for another's weights; accelerate's
-    # wrappers for checkpointing would change the names of layers, and transformers' are there
+    # Each process maps the model's files, and waits for no weights of another. transformers
+    # checkpoints activations; accelerate's wrappers would also change the names of layers.
     split = {"version": 2, "cpu_ram_efficient_loading": False, "activation_checkpointing": False}
     return {
         "ddp_find_unused_parameters": False,  # every layer's adapter is used in each forward
