@@ -24,7 +24,7 @@ def prepared_numba() -> ModuleType:
     """Import numba and prepare the process, once, before the first kernel.
 
     Raises:
-        WorkError: the process was forked from one that has run kernels; OpenMP would end it.
+        WorkError: the process is a fork of a process that has run kernels; OpenMP would end it.
     """
     if _owner() != os.getpid():
         raise WorkError(
