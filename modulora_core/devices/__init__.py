@@ -1,4 +1,4 @@
-"""The machine: its devices, their memory, and the faster of torch's libraries."""
+"""The machine: its devices and processes, their memory, and the faster of torch's libraries."""
 
 from __future__ import annotations
 

@@ -39,14 +39,12 @@ def check_sharding(config: FinetuneConfig) -> None:
 
 def distributed_arguments(config: FinetuneConfig) -> dict[str, Any]:
     """The fields of TrainingArguments that concern several processes."""
+    if not is_sharded(config):
+        return {"ddp_find_unused_parameters": False}  # a forward uses every layer's adapter
     # Each process maps the model's files, and waits for no weights of another. transformers
     # checkpoints activations; accelerate's wrappers would also change the names of layers.
     split = {"version": 2, "cpu_ram_efficient_loading": False, "activation_checkpointing": False}
-    return {
-        "ddp_find_unused_parameters": False,  # every layer's adapter is used in each forward
-        "fsdp": is_sharded(config),
-        "fsdp_config": split if is_sharded(config) else None,
-    }
+    return {"fsdp": True, "fsdp_config": split}
 
 
 def split_without_gpus(accelerator: Any, plugin_arguments: dict[str, Any]) -> None:
