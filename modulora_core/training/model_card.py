@@ -50,6 +50,7 @@ def model_card(
         f"| {name} | {', '.join(value) if isinstance(value, list) else value} |"
         for name, value in settings.items()
     )
+    method = " with TRL's DPOTrainer" if config.method == "dpo" else ""
     held_out = ""
     if eval_loss is not None:
         held_out = (
@@ -61,7 +62,7 @@ def model_card(
 
 # A LoRA adapter for {base}
 
-Trained by modulora-core {modulora_core.__version__} on {base}, quantized with {quantizers}
+Trained by modulora-core {modulora_core.__version__}{method} on {base}, quantized with {quantizers}
 ({record.bits_per_weight:.2f} bits per weight).
 
 Data: {data}. {loss_in_words(losses).capitalize()}.{held_out}

@@ -95,7 +95,7 @@ def test_the_loss_begins_at_log_2_and_ends_at_its_definition(
     assert all(step.grad_norm and step.tokens_per_second > 0 for step in steps)
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "Reward margin" in page
-    assert "| method | dpo |" in (tmp_path / "out" / "README.md").read_text()
+    assert "with TRL's DPOTrainer on dense" in (tmp_path / "out" / "README.md").read_text()
     # continued: its reference is the adapter at the start
     again = finetune(dpo(steps=1, batch_size=2, adapter=str(tmp_path / "out"),
                          out=str(tmp_path / "further")))  # fmt: skip
