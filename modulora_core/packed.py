@@ -91,7 +91,7 @@ class PackedLayout:
             }
             quantizer, number = str(data["quantizer"]), int(data["format"])
             return cls(quantizer, number, shape, tensors, dict(data["metadata"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 "layout of a packed weight: expected quantizer, format, shape, tensors, metadata; "
                 f"{error!r} in {data!r}"

@@ -6,13 +6,13 @@ s is α / r, or α / √r for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from modulora_core.adapters.targets import shortest_names
 from modulora_core.errors import AdapterError
+from modulora_core.files.patterns import matches
 
 _UNSUPPORTED_FIELDS = (
     "use_dora", "modules_to_save", "lora_bias", "layer_replication", "use_qalora",
@@ -58,7 +58,7 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int, where: str) -> f
     try:
         key = next((k for k in pattern if _selects(k, module)), None)
         alpha = float(config["lora_alpha"] if key is None else pattern[key])
-    except (re.error, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise AdapterError(f"{where}: malformed alpha_pattern: {error}") from None
     if not math.isfinite(alpha):
         raise AdapterError(f"{where}: expected a finite alpha, got {alpha}; save the adapter again")
@@ -68,12 +68,9 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int, where: str) -> f
 def _selects(pattern: str, module: str) -> bool:
     """PEFT's rule: a regular expression that matches the end of the path.
 
-    The file is a stranger's, and some expressions take years. Raises ValueError for a repeated
-    group, and for more than three repetitions.
+    Raises ValueError, as :func:`modulora_core.files.patterns.matches`.
     """
-    if re.search(r"\)[*+{]", pattern) or sum(map(pattern.count, "*+{")) > 3:
-        raise ValueError(f"expected at most three repetitions, of no group, got {pattern!r:.80}")
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return matches(rf"(.*\.)?({pattern})$", module)
 
 
 def lora_config(

@@ -35,7 +35,8 @@ from modulora_core.adapters.peft_config import check_config, scale_of
 from modulora_core.adapters.record import RECORD_FILE, AdapterRecord
 from modulora_core.checkpoints.outputs import write_file
 from modulora_core.errors import AdapterError
-from modulora_core.models.json_files import read_json
+from modulora_core.files.json_files import read_json
+from modulora_core.files.paths import usable_path
 from modulora_core.models.quiet import first_line
 from modulora_core.models.store import is_finite
 from modulora_core.packed import ChannelScales
@@ -203,7 +204,7 @@ def _with_scales(deltas: Mapping[str, AdapterDelta], path: Path) -> dict[str, Ad
 
 
 def _find(path: str | Path) -> Path:
-    folder = Path(path).expanduser()
+    folder = usable_path(path, "adapter", AdapterError)
     if not folder.is_dir():
         if not _HUB_ID.fullmatch(str(path)):
             raise AdapterError(f"adapter {path}: expected a folder or a Hub id (org/name)")

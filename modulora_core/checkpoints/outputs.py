@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modulora_core.errors import CheckpointError, DiskSpaceError, OutputError
+from modulora_core.files.paths import as_output_error, usable_path
 from modulora_core.models.folders import MARKER, REQUEST
 
 DIGESTS = "SHA256SUMS"
@@ -31,6 +32,8 @@ def check_output(out: Path, *, resume: bool = False) -> None:
         OutputError: ``out`` exists and isn't an empty folder, or its parent can't be written. Or
             ``out.partial`` isn't ours, another process writes it, or it holds a run to ``resume``.
     """
+    usable_path(partial_name(out), "output folder", OutputError)
+    _check_outside_models(out)
     if out.is_dir():
         entries = sorted(path.name for path in out.iterdir())
         if entries:
@@ -47,6 +50,16 @@ def check_output(out: Path, *, resume: bool = False) -> None:
     if not os.access(parent, os.W_OK):
         raise OutputError(f"output folder {out}: {parent} is not writable; choose another place")
     _check_partial(partial_name(out), resume=resume)
+
+
+def _check_outside_models(out: Path) -> None:
+    """Refuse a place in a model's folder, whose files would then be two models'."""
+    for folder in out.absolute().parents:
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            raise OutputError(
+                f"output folder {out}: expected a place outside of models, and {folder} is one; "
+                "choose another place"
+            )
 
 
 def _check_partial(partial: Path, *, resume: bool) -> None:
@@ -98,8 +111,9 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
     with _lock(partial / MARKER, f"temporary folder {partial}: expected it free"):
         if not resume:
             _empty(partial)
-        yield partial
-        sync_folder(partial)
+        with _full_disk_named():
+            yield partial
+            sync_folder(partial)
         if out.exists():
             out.rmdir()  # empty, as checked; some systems don't replace a folder
         partial.replace(out)
@@ -115,13 +129,27 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another process has the lock.
     """
+    usable_path(folder, "output folder", OutputError)
+    _check_outside_models(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, f"output folder {folder}: expected it free"):
+    with _lock(folder, f"output folder {folder}: expected it free"), _full_disk_named():
         try:
             yield
         finally:
             with suppress(OSError):  # it has files
                 folder.rmdir()
+
+
+@contextmanager
+def _full_disk_named() -> Iterator[None]:
+    """Say what to do where the system has no room for a file. Raises OutputError."""
+    try:
+        yield
+    except OSError as error:
+        named = as_output_error(error)
+        if named is None:
+            raise
+        raise named from error
 
 
 @contextmanager

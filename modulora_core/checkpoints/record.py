@@ -24,7 +24,7 @@ from pydantic import (
 
 from modulora_core import registry
 from modulora_core.errors import CheckpointError
-from modulora_core.models.json_files import check_json
+from modulora_core.files.json_files import check_json
 from modulora_core.models.sites import Kind, LinearSite
 from modulora_core.spec import PackedLayout, Quantizer, TensorLayout
 
@@ -84,6 +84,12 @@ class PackedSite(_Frozen):
     layout: _Layout
     """The layout of the matrix, or of each matrix of a stack."""
 
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        if (self.kind == "experts") != (self.experts is not None):
+            raise ValueError(f"expected experts for the kind experts, got kind {self.kind}")
+        return self
+
     @classmethod
     def of(cls, linear: LinearSite, recipe: int, layout: PackedLayout) -> PackedSite:
         return cls(recipe=recipe, kind=linear.kind, experts=linear.experts,
@@ -104,11 +110,15 @@ class PackedSite(_Frozen):
         """The number of logical weights."""
         return math.prod(self.layout.shape) * (self.experts or 1)
 
-    def prefixes(self, parameter: str) -> list[str]:
-        """The prefix of each matrix's tensor names: one matrix, or one for each expert."""
+    def prefixes(self, parameter: str) -> Iterator[str]:
+        """The prefix of each matrix's tensor names: one matrix, or one for each expert.
+
+        A damaged record may claim any number of experts, so no list of them is made.
+        """
         if self.experts is None:
-            return [parameter]
-        return [f"{parameter}.{i}" for i in range(self.experts)]
+            yield parameter
+        else:
+            yield from (f"{parameter}.{i}" for i in range(self.experts))
 
     def matrices(self, parameter: Tensor) -> list[Tensor]:
         """The matrices of a dense parameter, each ``[out, in]``."""

@@ -14,6 +14,7 @@ import typer
 from modulora_core.cli.terminal import Terminal
 from modulora_core.devices import processes
 from modulora_core.errors import ModuLoRAError, RequestError
+from modulora_core.files.paths import said_by_system
 
 SIGNALLED = 128
 """Shells add a signal's number to it: 130 after Ctrl-C, 143 after SIGTERM."""
@@ -66,8 +67,10 @@ def _notes(error: BaseException) -> list[str]:
 
 def _described(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, ModuLoRAError):
-        return error.kind, str(error), error.exit_code
+        return error.kind, _one_line(str(error)), error.exit_code
     about = "".join(f" ({note})" for note in _notes(error))
+    if isinstance(error, OSError) and (said := said_by_system(error)) is not None:
+        return type(error).__name__, _one_line(said + about), 1
     if hasattr(error, "format_message"):  # click's, which typer carries under changing names
         return "UsageError", _usage(error), RequestError.exit_code
     if isinstance(error, SystemExit):  # a library's, which has not done the work

@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from modulora_core.cli.text import visible
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -73,12 +75,12 @@ class Terminal:
     def note(self, text: str) -> None:
         """Print a line on stderr."""
         if not self.silent:
-            self._errors.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._errors.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def write(self, text: str) -> None:
         """Stream a piece of the result to stdout at once. With ``--json`` nothing is printed."""
         if not self.json:
-            self._write(text)
+            self._write(visible(text))
 
     def progress(self, what: str, unit: str) -> AbstractContextManager[Show]:
         """Show progress on stderr: ``with terminal().progress("packing", "layers") as show:``.
@@ -99,7 +101,7 @@ class Terminal:
         if self.json:
             self.write_object(report.json)
         elif isinstance(report.text, str):
-            self._write(report.text + "\n")
+            self._write(visible(report.text) + "\n")
         elif report.text is not None:
             self.render(report.text, None if self.stdout.isatty() else PIPED_WIDTH)
 

@@ -16,6 +16,14 @@ _UNITS = {
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
+_CONTROL = re.compile(r"[^\n\t -~\u00a0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]")
+"""Characters that move the cursor, set colors, turn the order of writing, or can't be written."""
+
+
+def visible(text: str) -> str:
+    """Escape control characters as Python does, so that no file commands a terminal."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
 
 def parse_size(text: str) -> int:
     """Read a size in bytes: ``"24GiB"``, ``"1.5 GB"``, ``"4096"``. GB is 1000³ and GiB is 1024³.
@@ -27,6 +35,8 @@ def parse_size(text: str) -> int:
     unit = _UNITS.get(match[2].lower() or "b") if match else None
     if match is None or unit is None:
         raise ValueError(f"expected a size such as 24GiB, 800MB or 4096 (bytes), got {text!r}")
+    if len(match[1]) > 30:
+        raise ValueError(f"expected a size of at most 30 digits, got {len(match[1])}")
     return int(float(match[1]) * unit)
 
 
@@ -80,5 +90,5 @@ def table(
     for index, heading in enumerate(headings):
         made.add_column(heading, justify="right" if numbers and index else "left", overflow="fold")
     for row in rows:
-        made.add_row(*map(Text, row))
+        made.add_row(*(Text(visible(cell)) for cell in row))
     return made

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from modulora_core.errors import DataError, MissingExtraError
+from modulora_core.files.json_files import parse_json
 
 TEXT_SUFFIXES = (".txt", ".md")
 """Files that are one text, not records."""
@@ -72,23 +73,27 @@ def _jsonl(path: Path) -> Iterator[tuple[Any, str]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                yield json.loads(line), f"line {number}"
+                yield parse_json(line), f"line {number}"
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}, line {number}: expected a JSON object, got {error.msg} "
                     f"(column {error.colno})"
                 ) from None
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: {error}") from None
 
 
 def _json(path: Path) -> Iterator[tuple[Any, str]]:
     try:
-        values = json.loads(read_text(path))
+        values = parse_json(read_text(path))
     except json.JSONDecodeError as error:
         hint = "; one object a line is a .jsonl file" if error.msg == "Extra data" else ""
         raise DataError(
             f"{path}, line {error.lineno}: expected JSON, got {error.msg} "
             f"(column {error.colno}){hint}"
         ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
     if not isinstance(values, list):
         raise DataError(f"{path}, line 1: expected a list of objects, got {values!r:.60}")
     yield from ((value, f"record {number}") for number, value in enumerate(values, start=1))

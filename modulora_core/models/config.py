@@ -2,24 +2,64 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from modulora_core.errors import ModelError
+from modulora_core.files.json_files import read_json
 from modulora_core.hookspecs import PROJECT
 from modulora_core.models.folders import no_config
 from modulora_core.models.formats import FormatSpec, method_of, recognise, unread_method
-from modulora_core.models.json_files import read_json
 from modulora_core.models.quiet import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+_MOST = {"layer": 512, "block": 512, "expert": 4096}
+"""The largest counts in config.json: transformers makes a module or a list of so many."""
+
+_COUNT = re.compile(r"(layer|block|expert)s?(_per_\w+)?")
+
+_Id = Annotated[int, Field(strict=True)]
+
+
+class _GenerationConfig(BaseModel):
+    """The fields of generation_config.json that we use."""
+
+    eos_token_id: _Id | list[_Id] | None = None
+    pad_token_id: _Id | None = None
+    bos_token_id: _Id | None = None
+
+
 def config_values(folder: Path) -> dict[str, Any]:
-    """The contents of config.json; empty if there is none. Raises ModelError if it is broken."""
-    path = folder / "config.json"
-    return read_json(path, dict[str, Any], error=ModelError) if path.is_file() else {}
+    """The contents of config.json; empty if there is none. generation_config.json is checked too.
+
+    Raises:
+        ModelError: a file is broken, or counts more layers or experts than a model has.
+    """
+    generation, path = folder / "generation_config.json", folder / "config.json"
+    if generation.exists():
+        read_json(generation, _GenerationConfig, error=ModelError)
+    if not path.exists():
+        return {}
+    values = read_json(path, dict[str, Any], error=ModelError)
+    _check_counts(values, str(path))
+    return values
+
+
+def _check_counts(values: Any, subject: str) -> None:
+    """Refuse a count that would take hours and all memory to build."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, (dict, list)):
+            _check_counts(value, f"{subject}: {key}" if isinstance(values, dict) else subject)
+        elif isinstance(value, int) and (found := _COUNT.search(str(key))):
+            most = _MOST[found[1]]
+            if found.end() == len(str(key)) and not 0 <= value <= most:
+                raise ModelError(f"{subject}: {key}: expected 0 to {most}, got {value}")
 
 
 def read_config(

@@ -179,13 +179,19 @@ def build_skeleton(
         with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             model.tie_weights()  # transformers 5.0 doesn't on the meta device
-            return model
     except Exception as error:
         # a config may hold any nonsense, and the classes raise what they like
         raise ModelError(
             f"model_type {config.model_type!r}: transformers can't build a causal language model "
             f"of this config: {first_line(error)}"
         ) from error
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            raise ModelError(
+                f"model_type {config.model_type!r}: expected positive sizes in its config, got the "
+                f"shape {list(parameter.shape)} of {name}"
+            )
+    return model
 
 
 def untied(config: PretrainedConfig) -> PretrainedConfig:

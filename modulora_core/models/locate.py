@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from modulora_core.errors import ModelError
+from modulora_core.files.paths import usable_path
 from modulora_core.models import formats
 from modulora_core.models.quiet import first_line
 from modulora_core.models.safetensors_store import INDEX, shards_of
@@ -61,13 +62,13 @@ def locate(model: str, revision: str | None = None) -> Location:
     Raises:
         ModelError: nothing is there; the message says where we looked.
     """
-    if revision is not None and (model.startswith(_PACKAGE) or Path(model).exists()):
+    path = usable_path(model, "model", ModelError)
+    if revision is not None and (model.startswith(_PACKAGE) or path.exists()):
         raise ModelError(
             f"revision {revision!r} of {model}: only a Hub repository has revisions; leave it out"
         )
     if model.startswith(_PACKAGE):
         return _in_package(model)
-    path = Path(model).expanduser()
     if model and path.is_dir():
         return Location("folder", model, path)
     is_gguf = path.suffix.lower() == ".gguf"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modulora_core.errors import ModelError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import read_config
 from modulora_core.models.conversion import build_skeleton, untied
@@ -162,7 +163,11 @@ def _open_gguf(location: Location, path: Path) -> ModelSource:
 def _dtype_of(config: PretrainedConfig, store: TensorStore | None) -> torch.dtype:
     """The dtype of loading: the config's, else of the first float tensor, else fp32."""
     if config.dtype is not None:
-        named = config.dtype
-        return named if isinstance(named, torch.dtype) else getattr(torch, named)
+        named = getattr(torch, str(config.dtype).removeprefix("torch."), None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise ModelError(
+                f"config.json: dtype: expected a floating-point dtype, got {config.dtype!r}"
+            )
+        return named
     stored = () if store is None else (tensor.dtype for tensor in store.tensors.values())
     return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +15,8 @@ from modulora_core.checkpoints.checkpoint import check_mapped, open_checkpoint
 from modulora_core.checkpoints.packed_modules import install
 from modulora_core.checkpoints.packing import packed_sites
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord, Recipe
-from modulora_core.errors import ModelError, OptionError
+from modulora_core.errors import OptionError
+from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.ends import find_ends
 from modulora_core.models.formats import recognise
@@ -151,7 +151,7 @@ def open_planned(request: PlanRequest) -> Dense | Packed:
 def _open(request: PlanRequest) -> Dense | Packed:
     name, revision = request.model, request.revision
     location = locate(name, revision)
-    values = {} if location.gguf is not None else _config_values(location.folder)
+    values = {} if location.gguf is not None else config_values(location.folder)
     if dict(values.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
         record = QuantizationRecord.from_json(values["quantization_config"])
         return _packed(Dense(name, _config(location.folder)), record)
@@ -173,20 +173,6 @@ def _packed(dense: Dense, record: QuantizationRecord, *, foreign: bool = False) 
 
 
 def _config(folder: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        config = deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except Exception as error:  # each config class checks its fields in its own way
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: transformers can't use its config.json: {reason}") from error
+    config = deepcopy(transformers_config(folder))
     del config.quantization_config
     return config
-
-
-def _config_values(folder: Path) -> dict[str, Any]:
-    try:
-        values = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):  # open_model describes the fault
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -66,7 +66,7 @@ def test_a_folder_without_safetensors_is_refused(
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
 def test_a_broken_config_is_refused(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
-    refused(folder, ModelError, r"config\.json: (Invalid JSON: .*|expected an object), got")
+    refused(folder, ModelError, r"config\.json: (Invalid JSON: |expected a valid dictionary, got)")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "Invalid JSON: .*, got"),
+        ("{", "Invalid JSON: "),
         ("{}", "weight_map: Field required, got {}"),
         ('{"weight_map": [1]}', "weight_map: expected"),
         ('{"weight_map": {}}', "weight_map: .*at least 1 item"),

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from modulora_core.errors import ModelError, OptionError
+from modulora_core.files.patterns import matches
 from modulora_core.options import validate_model
 from modulora_optq.options import SMALLEST_GROUP, WHOLE_ROW
 
@@ -89,14 +90,12 @@ class Config(Layer):
         for pattern, options in self.dynamic.items():
             subject = f": dynamic {pattern!r}"
             try:
-                matches = re.match(pattern.removeprefix("+:").removeprefix("-:"), module)
-            except re.error as error:
-                raise ModelError(
-                    f"GPTQ config{subject}: expected a regular expression: {error}"
-                ) from None
-            if matches and pattern.startswith("-:"):
+                selected = matches(pattern.removeprefix("+:").removeprefix("-:"), module)
+            except ValueError as error:
+                raise ModelError(f"GPTQ config: dynamic: {error}") from None
+            if selected and pattern.startswith("-:"):
                 return None
-            if matches:
+            if selected:
                 return _checked(Layer, self.model_dump() | options, subject)
         return self
 

@@ -1,0 +1,1 @@
+"""Read files that strangers wrote: bounded in time and memory, and refused in one sentence."""

@@ -1,0 +1,45 @@
+"""Refuse paths that the system can't take, and say in one line what it refused."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from modulora_core.errors import OutputError, RequestError
+
+_FULL = {
+    errno.ENOSPC: "free some room, or choose another place",
+    errno.EDQUOT: "free some room, or choose another place",
+    errno.EFBIG: "raise the limit of the size of a file (ulimit -f), or write smaller files",
+    errno.EROFS: "choose another place",
+}
+
+
+def usable_path(path: str | Path, subject: str, error: type[RequestError]) -> Path:
+    """Turn a user's words into a path, with ``~`` for the home folder.
+
+    Raises:
+        error: the system can't take it: too long, a null byte, no such user.
+    """
+    try:
+        found = Path(path).expanduser()
+        found.exists()
+    except (OSError, ValueError, RuntimeError) as refused:
+        reason = getattr(refused, "strerror", None) or refused
+        raise error(f"{subject} {str(path)!r:.80}: expected a usable path: {reason}") from None
+    return found
+
+
+def said_by_system(error: OSError) -> str | None:
+    """What the system refused, in one line with the file; None if it wasn't the system."""
+    if error.errno is None or error.strerror is None:
+        return None
+    place = "" if error.filename is None else f"{error.filename!s:.200}: "
+    advice = _FULL.get(error.errno)
+    return f"{place}{error.strerror}" + (f"; {advice}" if advice else "")
+
+
+def as_output_error(error: OSError) -> OutputError | None:
+    """The error of a full disk, a limit or a place that can't be written; None for others."""
+    said = said_by_system(error)
+    return OutputError(said) if said is not None and error.errno in _FULL else None
