@@ -32,6 +32,7 @@ _SETTINGS = {"help_option_names": ["--help", "-h"]}
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. See :func:`modulora_core.cli.main`."""
     _let_threads_sleep()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports to the Hub otherwise
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     flags = set(words[: words.index("--")] if "--" in words else words)
     wants_help = not flags.isdisjoint(_SETTINGS["help_option_names"])
