@@ -127,6 +127,8 @@ class FormatSpec(_Fact):
     write no ``quantization_config``. The model's config does not keep them."""
     config_files: tuple[_JsonFile, ...] = ()
     """Files with the quantization config of folders whose config.json has none; written too."""
+    file_suffix: str = ""
+    """The suffix of files that hold a whole model of this format, such as ``".bin"``."""
 
 
 class QuantizerSpec(_Fact):

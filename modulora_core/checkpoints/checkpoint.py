@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modulora_core.checkpoints.foreign import ForeignModel, ForeignStore, layout_of, open_foreign
 from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
+from modulora_core.checkpoints.packed_file import open_file
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.devices import pick_device
 from modulora_core.errors import CheckpointError, ModelError, OptionError
@@ -138,10 +139,14 @@ class PackedCheckpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load its tokenizer. Raises ModelError if there is none that transformers can read."""
+        if self.foreign is not None:
+            return self.foreign.source.tokenizer()
         return tokenizer.load_tokenizer(str(self.folder), self.folder)
 
     def copy_tokenizer(self, out: Path) -> list[str]:
         """Copy tokenizer, chat template and generation config."""
+        if self.foreign is not None:
+            return self.foreign.source.copy_tokenizer(out)
         return tokenizer.copy_tokenizer(self.folder, out)
 
     def write_dense_config(self, out: Path, dtype: str) -> None:
@@ -163,7 +168,7 @@ def _is_ours(config: Mapping[str, Any]) -> bool:
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None) -> PackedCheckpoint:
-    """Open a folder or Hub repository of packed weights: ours, or of a format that a plugin reads.
+    """Open a folder, file or Hub repository of packed weights: ours, or of a plugin's format.
 
     Only headers are read.
 
@@ -175,6 +180,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Packed
     config = {} if location.gguf is not None else config_values(location.folder)
     if _is_ours(config):
         return PackedCheckpoint(fetch_weights(location).folder, config, location.name)
+    if (file := _packed_file(location)) is not None:
+        return file
     known = None if location.gguf is not None else recognise(location.folder, config)
     if known is None:
         raise ModelError(_not_packed(location, config))
@@ -182,6 +189,22 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Packed
     location = fetch_weights(location)
     foreign = open_foreign(location, known)
     return PackedCheckpoint(location.folder, foreign.config(), location.name, foreign)
+
+
+def open_if_packed(model: str, *, revision: str | None = None) -> PackedCheckpoint | None:
+    """As :func:`open_checkpoint`; None for a model whose weights are floats."""
+    location = locate(model, revision)
+    if location.gguf is not None:
+        return _packed_file(location)
+    return open_checkpoint(model, revision=revision) if is_packed(location.folder) else None
+
+
+def _packed_file(location: Location) -> PackedCheckpoint | None:
+    file = open_file(location)
+    if file is None:
+        return None
+    path = location.folder / str(location.gguf)
+    return PackedCheckpoint(path, file.config(), location.name, file)
 
 
 def _not_packed(location: Location, config: Mapping[str, Any]) -> str:

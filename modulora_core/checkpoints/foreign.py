@@ -7,7 +7,7 @@ tensors are converted a layer at a time, on request, so that nothing here is as 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import DTYPE_CODES, SafetensorsStore
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.models.source import ModelSource, fit
-from modulora_core.models.store import StoredTensor
+from modulora_core.models.store import StoredTensor, TensorStore
 from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.spec import PackedWeight, TensorLayout
 
@@ -79,7 +79,7 @@ def open_foreign(location: Location, recognised: Recognised) -> ForeignModel:
         placed = _place(location.model, config, headers)
         source = fit(location, config, values, headers)
         source.validate()
-        record = _record(source, placed, recognised.spec.name)
+        record = record_of(source, placed, recognised.spec.name)
     return ForeignModel(source, record, ForeignStore(source, raw, record, placed))
 
 
@@ -108,11 +108,11 @@ class _Headers:
         self.tensors[name] = StoredTensor(shape, torch.float16, "packed", nbytes, file)
 
 
-_Placed = dict[str, tuple[LinearSite, ForeignWeight]]
+Placed = dict[str, tuple[LinearSite, ForeignWeight]]
 """Each packed weight by its name in memory, in the model's order."""
 
 
-def _place(model: str, config: PretrainedConfig, headers: _Headers) -> _Placed:
+def _place(model: str, config: PretrainedConfig, headers: _Headers) -> Placed:
     """Find the layer of each packed weight. If the head is packed, ``config`` becomes untied."""
     skeleton = build_skeleton(config, torch.float32)
     kind = type(skeleton).__name__
@@ -126,7 +126,7 @@ def _place(model: str, config: PretrainedConfig, headers: _Headers) -> _Placed:
     if not found.keys().isdisjoint(tied_names(skeleton)):
         skeleton = build_skeleton(untied(config), torch.float32)
     sites = {site.name: site for site in find_sites(skeleton, include=["*"]).linears}
-    placed: _Placed = {}
+    placed: Placed = {}
     for target, step in found.items():
         (name, *_), site = step.names, sites.get(target)
         if step.rule is not None or site is None or site.experts is not None:
@@ -157,7 +157,8 @@ def _check_unexpected(model: str, kind: str, headers: _Headers, unexpected: list
             )
 
 
-def _record(source: ModelSource, placed: _Placed, format_name: str) -> QuantizationRecord:
+def record_of(source: ModelSource, placed: Placed, format_name: str) -> QuantizationRecord:
+    """The record of a checkpoint of ours with the weights of ``placed``."""
     # a format makes few quantizers, and Recipe.of looks plugins up
     quantizers = {id(weight.quantizer): weight.quantizer for _, weight in placed.values()}
     recipe_of = {key: Recipe.of(quantizer) for key, quantizer in quantizers.items()}
@@ -190,12 +191,12 @@ class ForeignStore:
     def __init__(
         self,
         source: ModelSource,
-        raw: SafetensorsStore,
+        raw: TensorStore,
         record: QuantizationRecord,
-        placed: _Placed,
+        placed: Placed,
     ) -> None:
         self._source, self._raw, self._placed = source, raw, placed
-        self._owners: dict[str, tuple[str, str]] = {}
+        self._owners: dict[str, tuple[str, str, str]] = {}
         self._last: tuple[str, PackedWeight] | None = None
         self.tensors: dict[str, StoredTensor] = {}
         for name, info in source.parameters.items():
@@ -203,25 +204,35 @@ class ForeignStore:
                 layout = TensorLayout(str(info.dtype).removeprefix("torch."), info.shape)
                 self.tensors[name] = _stored(layout, source.location.folder.name)
         for parameter, site in record.items():
-            file = raw.tensors[placed[parameter][1].tensors[0]].file
+            file = self.file_of(parameter)
             for name, layout in site.tensors(parameter):
                 self.tensors[name] = _stored(layout, file)
-                self._owners[name] = parameter, name.removeprefix(f"{parameter}.")
+                matrix, _, part = name.rpartition(".")
+                self._owners[name] = parameter, matrix, part
 
     def read(self, name: str) -> Tensor:
         """Raises CheckpointError if a file was changed meanwhile, or is damaged."""
         if name not in self._owners:
             ((_, tensor),) = self._source.tensors(names=[name])
             return tensor
-        parameter, part = self._owners[name]
-        if self._last is None or self._last[0] != parameter:
+        parameter, matrix, part = self._owners[name]
+        if self._last is None or self._last[0] != matrix:
             self._last = None  # two layers never exist together
-            self._last = parameter, self._unpack(parameter)
+            self._last = matrix, self._unpack(parameter, matrix)
         return self._last[1].tensors[part]
 
-    def _unpack(self, parameter: str) -> PackedWeight:
+    def file_of(self, parameter: str) -> str:
+        """The file of a packed parameter."""
+        return self._raw.tensors[self._placed[parameter][1].tensors[0]].file
+
+    def reader(self, parameter: str, matrix: str) -> Callable[[str], Tensor]:
+        """Read the files' tensors of a matrix: a parameter, or one of a stack."""
+        del parameter, matrix
+        return self._raw.read
+
+    def _unpack(self, parameter: str, matrix: str) -> PackedWeight:
         _, weight = self._placed[parameter]
-        packed = weight.unpack(self._raw.read)
+        packed = weight.unpack(self.reader(parameter, matrix))
         if packed.layout != weight.layout:
             raise CheckpointError(
                 f"{parameter}: expected {weight.layout} by its headers, got {packed.layout}; "

@@ -17,15 +17,13 @@ from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import (
     PackedCheckpoint,
     check_mapped,
-    is_packed,
     load_dtype,
     load_model,
-    open_checkpoint,
+    open_if_packed,
 )
 from modulora_core.devices import pick_device
 from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
 from modulora_core.models import ModelSource, open_model
-from modulora_core.models.locate import locate
 from modulora_core.models.quiet import first_line, quiet
 
 
@@ -97,9 +95,8 @@ def open_to_run(
     """
     device = str(pick_device(device))
     load_dtype(dtype, device)  # refuses an unknown name
-    location = locate(model, revision)
-    if location.gguf is None and is_packed(location.folder):
-        checkpoint = open_checkpoint(model, revision=revision)
+    checkpoint = open_if_packed(model, revision=revision)
+    if checkpoint is not None:
         for site in checkpoint.record.sites:
             checkpoint.quantizer(site)
         if mapped:

@@ -6,6 +6,7 @@ A head that the config ties to the embedding is the same table. It is packed onc
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,13 @@ def find_ends(
     if embeddings is not None and not (tied and ends):
         ends.append(End(_table(model, EMBEDDINGS, stored), embeddings, EMBEDDINGS))
     return ends
+
+
+def find_table(model: PreTrainedModel, stored: Iterable[str]) -> LinearSite | None:
+    """The input embedding if it can be packed, else None; arguments as of :func:`find_ends`."""
+    with suppress(OptionError):
+        return _table(model, EMBEDDINGS, stored)
+    return None
 
 
 def _head(model: PreTrainedModel, path: str | None) -> LinearSite:

@@ -221,6 +221,13 @@ def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
     return None
 
 
+def recognise_file(file: str | None) -> Recognised | None:
+    """The installed format of a file that holds a whole model, by the suffix of its name."""
+    found = (spec for spec in specs().values() if file and spec.file_suffix)
+    spec = next((spec for spec in found if str(file).lower().endswith(spec.file_suffix)), None)
+    return None if spec is None else Recognised(spec, {}, str(file))
+
+
 def _flagged(spec: FormatSpec, quantization: Mapping[str, Any]) -> bool:
     return not spec.quant_flags or any(quantization.get(key) is True for key in spec.quant_flags)
 

