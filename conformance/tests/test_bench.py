@@ -203,8 +203,8 @@ def test_a_shape_that_does_not_fit_is_refused_before_any_work():
         ({"shape": "4096"}, "--shape: expected OUTxIN, such as 4096x11008, got '4096'"),
         ({"shape": "0x8"}, "shape: expected positive sizes OUTxIN, got 0x8"),
         ({"rows": (1, 0)}, "rows: expected positive"),
-        ({"seconds": 0.0}, "seconds: expected more than 0, got 0"),
-        ({"seconds": float("nan")}, "seconds: expected more than 0, got nan"),
+        ({"seconds": 0.0}, "seconds: expected more than 0 and at most 3600, got 0"),
+        ({"seconds": float("nan")}, "seconds: expected more than 0 and at most 3600, got nan"),
         ({"dtypes": ("int4",)}, "dtype: expected some of float32, bfloat16, float16, got int4"),
     ],
 )

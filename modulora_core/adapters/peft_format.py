@@ -34,10 +34,11 @@ from modulora_core.adapters.expert_format import Factors, Stack, from_file, to_f
 from modulora_core.adapters.peft_config import check_config, scale_of
 from modulora_core.adapters.record import RECORD_FILE, AdapterRecord
 from modulora_core.checkpoints.outputs import write_file
-from modulora_core.errors import AdapterError
+from modulora_core.errors import AdapterError, CheckpointError
 from modulora_core.files.json_files import read_json
 from modulora_core.files.paths import usable_path
 from modulora_core.models.quiet import first_line
+from modulora_core.models.safetensors_store import read_header
 from modulora_core.models.store import is_finite
 from modulora_core.packed import ChannelScales
 
@@ -236,8 +237,9 @@ def _download(hub_id: str) -> Path:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
+        read_header(path)  # refuses a huge one
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (CheckpointError, SafetensorError, OSError) as error:
         raise AdapterError(
             f"{path}: expected a readable safetensors file: {error}; fetch the whole adapter again"
         ) from None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from modulora_core.devices.processes import from_first, is_first
 from modulora_core.errors import CheckpointError, WorkError
-from modulora_core.models.safetensors_store import DTYPE_CODES, INDEX
+from modulora_core.models.safetensors_store import DTYPE_CODES, INDEX, MOST_TENSORS
 from modulora_core.spec import TensorLayout
 
 JOURNAL = "written.jsonl"
@@ -61,11 +61,15 @@ class Shard:
 def plan_shards(
     tensors: Mapping[str, TensorLayout], max_bytes: int = MAX_SHARD_BYTES
 ) -> list[Shard]:
-    """Cut ``tensors``, in order, into files of at most ``max_bytes``; one tensor may be larger."""
+    """Cut ``tensors``, in order, into files of at most ``max_bytes`` and :data:`MOST_TENSORS`.
+
+    One tensor may be larger.
+    """
     groups: list[dict[str, TensorLayout]] = [{}]
     size = 0
     for name, layout in tensors.items():
-        if groups[-1] and size + layout.nbytes > max_bytes:
+        full = len(groups[-1]) == MOST_TENSORS
+        if full or (groups[-1] and size + layout.nbytes > max_bytes):
             groups.append({})
             size = 0
         groups[-1][name] = layout

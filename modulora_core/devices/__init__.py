@@ -27,9 +27,11 @@ def pick_device(name: str | None = None) -> torch.device:
     if name == "cuda" and world_size() > 1:
         name = f"cuda:{local_rank()}"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch builds without CUDA assert
-        reason = str(error).strip().splitlines()[0]
+        made = torch.empty(1, device=name)
+        made.cpu()  # tensors on meta have no values
+    except Exception as error:  # torch builds without a backend assert, import, ...
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OptionError(
             f"device {name!r}: expected one that torch can use here, such as cpu; {reason}"
         ) from None
+    return made.device

@@ -1,7 +1,7 @@
 """Read JSON that others wrote, checked by pydantic. A broken file is one line of message.
 
-A file may be anything. So it is read up to a limit, and refused if it is nested deeply, repeats a
-key, or holds numbers and characters that other libraries fail on.
+A file may be anything. So it is read up to a limit. Deep nesting, repeated keys, long integers and
+lone surrogates are refused: other libraries fail on them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 MOST_BYTES = 32 * 2**20
 """The largest file: the index of a model with 140,000 tensors has 14 MB."""
 
-MOST_VALUES = 1_000_000
+MOST_VALUES = 2_000_000
 DEEPEST = 64
 """Levels of objects and lists. Recursive code of other libraries takes hundreds."""
 

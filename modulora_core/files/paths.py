@@ -31,7 +31,7 @@ def usable_path(path: str | Path, subject: str, error: type[RequestError]) -> Pa
 
 
 def said_by_system(error: OSError) -> str | None:
-    """What the system refused, in one line with the file; None if it wasn't the system."""
+    """The system's reason with the file, in one line; None if another library raised it."""
     if error.errno is None or error.strerror is None:
         return None
     place = "" if error.filename is None else f"{error.filename!s:.200}: "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -49,13 +51,15 @@ class Sampling:
     beams: int = 1
 
     def __post_init__(self) -> None:
+        is_usable = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
         for name, is_valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", is_usable, "0 (greedy), or 0.0001 to 10000"),
             ("top_p", 0 < self.top_p <= 1, "a probability in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("beams", self.beams >= 1, "at least 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < inf, "more than 0"),
+            ("seed", 0 <= self.seed < 2**32, "0 to 2³² − 1"),
         ):
             if not is_valid:
                 raise OptionError(f"{name}: expected {expected}, got {getattr(self, name)}")
@@ -111,6 +115,7 @@ def generate(
         prompt = [{"role": "user", "content": prompt}]
     ids = _prompt_ids(tokenizer, prompt)
     language_model = source.load()
+    check_ids(language_model, ids, "prompt")
     window = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)
     if window is not None and len(ids) + sampling.max_new_tokens > window:
         raise DataError(
@@ -137,8 +142,9 @@ def continuations(
     A continuation ends at an EOS of the model or the tokenizer, or at ``max_new_tokens``. In a
     batch, padding follows the EOS. Only the settings in ``sampling`` apply.
     """
-    own = model.generation_config.eos_token_id
+    own, size = model.generation_config.eos_token_id, model.config.get_text_config().vocab_size
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    ends = {end for end in ends if 0 <= end < size}  # the model makes no others
     greedy = sampling.temperature == 0
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -157,7 +163,7 @@ def continuations(
     # padded on the left, since generation continues at the right end
     ids = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _without_own_settings(model):
         torch.manual_seed(sampling.seed)
         out = model.generate(
             input_ids=ids.to(model.device),
@@ -166,6 +172,26 @@ def continuations(
             streamer=streamer,
         )
     return [row.tolist() for row in out[:, longest:]]
+
+
+@contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the model's generation_config.json, with which transformers fills absent settings."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def check_ids(model: PreTrainedModel, ids: Sequence[int], subject: str) -> None:
+    """Refuse tokens that the model has no row for. Raises DataError."""
+    size = model.get_input_embeddings().num_embeddings
+    if ids and max(ids) >= size:
+        raise DataError(
+            f"{subject}: the tokenizer gives token {max(ids)}, and the model has {size}; copy the "
+            "tokenizer files of the model that it was made from into the folder"
+        )
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:

@@ -92,9 +92,21 @@ def read_config(
 
 
 def transformers_config(folder: Path) -> PretrainedConfig:
-    """The config that transformers makes of a folder. Raises ModelError if it can't."""
-    from transformers import AutoConfig
+    """The config that transformers makes of a folder.
 
+    Raises:
+        ModelError: it can't, or it can't use generation_config.json.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    if (folder / "generation_config.json").exists():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # it checks its fields in many ways
+            raise ModelError(
+                f"{folder / 'generation_config.json'}: transformers can't use it: "
+                f"{first_line(error)}; remove it, or correct the field"
+            ) from error
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each config class checks its fields in its own way

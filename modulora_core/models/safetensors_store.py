@@ -10,12 +10,10 @@ until the file is closed. Streaming a shard would peak at its size, so we use pl
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, BaseModel, Field
@@ -23,12 +21,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
-from modulora_core.files.json_files import read_json
+from modulora_core.files.json_files import MOST_BYTES, check_json, read_json
 from modulora_core.models.folders import HOLDS_AN_ADAPTER
 from modulora_core.models.store import StoredTensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_TENSORS = 100_000
+"""The most tensors of one file; each costs time and memory before any is read."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPE_CODES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16",
@@ -144,6 +145,7 @@ def read_header(path: Path) -> dict[str, tuple[StoredTensor, int]]:
     Raises:
         CheckpointError: the header is broken, or doesn't fit the file's length.
     """
+    text = _header_text(path)
     try:
         with safe_open(path, "pt"):  # it checks names, dtypes, shapes, places and the file's length
             pass
@@ -152,9 +154,7 @@ def read_header(path: Path) -> dict[str, tuple[StoredTensor, int]]:
             f"{path}: truncated or damaged: expected a whole safetensors file, got "
             f"{path.stat().st_size} bytes ({error}); download it again"
         ) from None
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+    header, length = check_json(text, dict[str, Any], f"header of {path}"), len(text)
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
@@ -166,3 +166,26 @@ def read_header(path: Path) -> dict[str, tuple[StoredTensor, int]]:
         stored = StoredTensor(tuple(entry["shape"]), dtype, entry["dtype"], end - begin, path.name)
         found[name] = stored, 8 + length + begin
     return found
+
+
+def _header_text(path: Path) -> bytes:
+    """The header of a file, before anything parses it. Raises CheckpointError: it is huge."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MOST_BYTES < path.stat().st_size:
+                raise CheckpointError(
+                    f"header of {path}: expected at most {MOST_BYTES:,} bytes, got {length:,}"
+                )
+            text = file.read(min(length, MOST_BYTES))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: expected a readable file, got: {error.strerror or error}"
+        ) from None
+    tensors = text.count(b'"data_offsets"')
+    if tensors > MOST_TENSORS:
+        raise CheckpointError(
+            f"header of {path}: expected at most {MOST_TENSORS:,} tensors, got {tensors:,}; split "
+            "the file"
+        )
+    return text

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modulora_core.errors import ModelError
+from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import read_config
 from modulora_core.models.conversion import build_skeleton, untied
@@ -17,7 +18,7 @@ from modulora_core.models.gguf_store import GGUFStore, gguf_config, read_gguf
 from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import SafetensorsStore
-from modulora_core.models.store import TensorStore
+from modulora_core.models.store import StoredTensor, TensorStore
 from modulora_core.models.weights import Weights
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class ModelSource(Weights):
         location: the place of its files.
         config: transformers' config of the model that :meth:`skeleton` builds. ``config.dtype`` is
             the dtype that transformers loads it in, ``config.name_or_path`` is MODEL.
+        stored: the tensors of the files.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class ModelSource(Weights):
     ) -> None:
         super().__init__(store, model, dtype, transforms)
         self.location, self.config, self._described = location, model.config, described
+        self.stored: Mapping[str, StoredTensor] = store.tensors
         self.config.name_or_path, self.config.dtype = location.model, dtype
 
     def skeleton(self, *, buffers: bool = False) -> PreTrainedModel:
@@ -113,7 +116,20 @@ def open_model(model: str, *, revision: str | None = None) -> ModelSource:
             return _open_gguf(location, location.folder / location.gguf)
         config, values = read_config(location.folder)
         location = fetch_weights(location)
-        return fit(location, config, values, SafetensorsStore(location.folder))
+        source = fit(location, config, values, SafetensorsStore(location.folder))
+    _refuse_integers(source)
+    return source
+
+
+def _refuse_integers(source: ModelSource) -> None:
+    """Refuse integers in the place of weights, which transformers casts without a word."""
+    floats = {name for name, info in source.parameters.items() if info.dtype.is_floating_point}
+    for name in sorted(floats & source.stored.keys()):
+        tensor = source.stored[name]
+        if not tensor.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{tensor.file}: {name}: expected floating-point values, got {tensor.stored_as}"
+            )
 
 
 def open_config(model: str, *, revision: str | None = None) -> PretrainedConfig:

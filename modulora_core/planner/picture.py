@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def check_picture(path: Path) -> None:
         raise OutputError(f"plot {path}: expected a name that ends in {', '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"plot {path}: expected an existing folder, and {path.parent} is none")
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise OutputError(f"plot {path}: expected a file that can be written; choose another name")
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError(
             f"plot {path}: drawing needs matplotlib; install it: pip install 'modulora-core[plots]'"

@@ -78,6 +78,9 @@ class PlanRequest:
                 "offload_activations: expected the device cuda, got cpu; leave it out"
             )
 
+        for name in ("calibration_samples", "calibration_seq_len", "processes"):
+            if getattr(self, name) >= 2**32:
+                raise OptionError(f"{name}: expected less than 2**32, got {getattr(self, name)}")
         if self.processes < 1:
             raise OptionError(f"processes: expected at least 1, got {self.processes}")
         if self.config.shard and self.processes == 1:

@@ -131,7 +131,7 @@ class FinetuneConfig(BaseModel):
 
     steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
     epochs: float | None = Field(
-        default=None, gt=0, description="passes over the data; 1 without steps"
+        default=None, gt=0, le=1e6, description="passes over the data; 1 without steps"
     )
     batch_size: int = Field(default=4, ge=1, description="examples per forward pass and process")
     grad_accum: int = Field(default=4, ge=1, description="forward passes per optimizer step")
@@ -212,6 +212,9 @@ class FinetuneConfig(BaseModel):
             raise ValueError(
                 f"expected steps or epochs, got both: {self.steps} steps and {self.epochs:g} epochs"
             )
+        for name, value in self:
+            if isinstance(value, int) and value >= 2**32:
+                raise ValueError(f"{name}: expected less than 2**32, got {value!s:.20}")
         for name in ("lr", "alpha"):
             if getattr(self, name) > _LARGEST:
                 raise ValueError(

@@ -46,6 +46,9 @@ ROWS = (1, 16, 512)
 
 SCALE = 2.0
 
+MOST = 2**30
+"""Values of a weight or of an input: 4 GiB in float32."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
@@ -77,7 +80,14 @@ class BenchConfig:
                 f"shape: expected positive sizes OUTxIN, got {out_features}x{in_features}",
             ),
             (min(self.rows) > 0, f"rows: expected positive numbers, got {list(self.rows)}"),
-            (self.seconds > 0, f"seconds: expected more than 0, got {self.seconds:g}"),
+            (
+                max(out_features * in_features, max(self.rows) * max(self.shape)) <= MOST,
+                f"shape, rows: expected at most {MOST:,} values of a weight or of an input",
+            ),
+            (
+                0 < self.seconds <= 3600,
+                f"seconds: expected more than 0 and at most 3600, got {self.seconds:g}",
+            ),
             (not unknown, f"dtype: expected some of {known}, got {unknown}"),
         ):
             if not good:
@@ -104,9 +114,9 @@ def config_for(
     """
     size = quantizer.spec.next_shape(SHAPE)
     if shape is not None:
-        match = re.fullmatch(r"(\d+)[x×](\d+)", shape.strip())
+        match = re.fullmatch(r"(\d{1,9})[x×](\d{1,9})", shape.strip())
         if match is None:
-            raise OptionError(f"--shape: expected OUTxIN, such as 4096x11008, got {shape!r}")
+            raise OptionError(f"--shape: expected OUTxIN, such as 4096x11008, got {shape!r:.60}")
         size = (int(match[1]), int(match[2]))
     given = {"shape": size, "rows": tuple(rows), "dtypes": tuple(dtypes)}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
