@@ -247,8 +247,7 @@ class Quantizer(ABC):
 
         Returns:
             ``[stop - start, in]`` on the device of ``packed``, owned by the caller. Its bits do not
-            depend on the
-            range: they equal the same rows of the whole.
+            depend on the range: they equal the same rows of the whole.
         """
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
@@ -323,8 +322,7 @@ class Quantizer(ABC):
                 raise ShapeError(f"{self.spec.name}: {name} {size} is not a multiple of {multiple}")
 
     def check_format(self, packed: PackedWeight | PackedLayout) -> None:
-        """Refuse a packed weight of a format that this version does not read, before a checkpoint
-        is loaded.
+        """Refuse a packed format that this version doesn't read, before a checkpoint is loaded.
 
         Override it if the other methods read older formats too, by ``packed.format``.
 

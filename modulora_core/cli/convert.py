@@ -9,14 +9,15 @@ from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts
 from modulora_core.errors import OptionError
 
-VLLM = "vllm"
+VLLM, LLAMA_CPP = "vllm", "gguf"
 
 Source = Annotated[
-    str, argument("SOURCE", "A packed checkpoint, or with --to vllm an adapter: folder or Hub id.")
+    str, argument("SOURCE", "A packed checkpoint; with --to vllm or gguf an adapter.")
 ]
-To = Annotated[str, option("--to FORMAT", "modulora, a format of an installed quantizer, or vllm.")]
+To = Annotated[str, option("--to FORMAT", "modulora, an installed quantizer's, vllm, or gguf.")]
 Base = Annotated[
-    str | None, option("--model MODEL", "With --to vllm: the packed model of the adapter.")
+    str | None,
+    option("--model MODEL", "The adapter's packed model (vllm), or its GGUF file (gguf)."),
 ]
 
 
@@ -38,11 +39,20 @@ def command(
     With --to vllm it writes an adapter as vLLM's LoRA loader takes it. All modules get one scale,
     and experts that the model stores one by one get one adapter each.
 
+    With --to gguf it writes an adapter as a LoRA file of llama.cpp. Its base is the GGUF file that
+    llama.cpp loads: --model, or the base that the adapter names.
+
     Examples:
         modulora convert org/quantized-model ours --to modulora
         modulora convert ours theirs --to FORMAT
         modulora convert my-adapter for-vllm --to vllm --model smollm2-packed
+        modulora convert my-adapter adapter.gguf --to gguf --model model.gguf
     """
+    if to == LLAMA_CPP:
+        from modulora_core.adapters.llama_cpp import export_for_llama_cpp
+
+        written = export_for_llama_cpp(source, out, model=model).to_json()
+        return Report(written, facts(written))
     if (to == VLLM) != (model is not None):
         expected = f"--model MODEL beside --to {VLLM}" if to == VLLM else f"--to {VLLM} beside it"
         raise OptionError(f"--{'to' if to == VLLM else 'model'}: expected {expected}")

@@ -101,7 +101,7 @@ def _run_demo(out: Path, quantizer: str, steps: int, segments: int) -> Object:
 
     quantized = _step("quantize", MODEL, packed, "-q", quantizer)
     size, bits = quantized["bytes"], quantized["bits_per_weight"]
-    before = stage("original, loaded in fp32", quantized["source_bytes"], 32.0, MODEL)
+    before = stage(*_original(quantized["source_bytes"]), MODEL)
     middle = stage(quantizer, size, bits, packed)
     batches = ("--batch-size", 2, "--grad-accum", 1, "--seq-len", 256)
     trained = _step(
@@ -110,6 +110,17 @@ def _run_demo(out: Path, quantizer: str, steps: int, segments: int) -> Object:
     size += sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
     after = stage(f"{quantizer} + finetuned", size, bits, packed, "--adapter", adapter)
     return {"stages": [before, middle, after], "quantize": quantized, "finetune": trained}
+
+
+def _original(dense_bytes: int) -> tuple[str, int, float]:
+    """The original's title, bytes and bits per weight: packed if a plugin reads its file."""
+    from modulora_core.models.formats import recognise_file
+    from modulora_core.models.locate import locate
+
+    if recognise_file(locate(MODEL).gguf) is None:
+        return "original, loaded in fp32", dense_bytes, 32.0
+    found = _step("info", MODEL)
+    return "original, as its file packs it", found["bytes"], found["bits_per_weight"]
 
 
 def _step(*words: object) -> Object:

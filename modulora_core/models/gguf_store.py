@@ -58,6 +58,11 @@ class GGUFTensor:
         """The shape of :meth:`blocks` with rows of one byte; no value is read."""
         return torch.zeros(*self._raw_shape[:-1], 1, dtype=torch.uint8)
 
+    def row_numbers(self) -> Tensor:
+        """The number of each row, fp32: as a tensor of the file whose rows have one value."""
+        rows = torch.arange(self.shape[-2], dtype=torch.float32)[:, None]
+        return rows.expand(*self.shape[:-1], 1).clone()
+
     def _raw(self) -> Any:
         count = math.prod(self._raw_shape)
         raw = np.fromfile(self._path, dtype=self._raw_dtype, count=count, offset=self.offset)
@@ -167,6 +172,22 @@ class GGUFStore:
     def outline(self, name: str) -> Tensor:
         """The shape of :meth:`blocks` with rows of one byte; no value is read."""
         return self._processed(name, GGUFTensor.outline)
+
+    def row_numbers(self, name: str) -> Tensor:
+        """The number in the file of each row in memory."""
+        return self._processed(name, GGUFTensor.row_numbers)
+
+    def names_in_file(self, name: str) -> list[str]:
+        """The names in the file of the parts of a tensor."""
+        return [part.name for part in self._parts[name]]
+
+    def shape_in_file(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor of the file, by its name there."""
+        return self._file.tensors[name].shape
+
+    @property
+    def architecture(self) -> str:
+        return self._file.architecture
 
     def _processed(self, name: str, contents: Callable[[GGUFTensor], Tensor]) -> Tensor:
         if self._processor is None:

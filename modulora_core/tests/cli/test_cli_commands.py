@@ -209,6 +209,7 @@ def test_the_demo_reports_three_stages(
 
     monkeypatch.setattr("modulora_core.models.locate.locate", lambda model: None)
     monkeypatch.setattr(demo, "_step", step)
+    monkeypatch.setattr(demo, "_original", lambda size: ("original", size, 32.0))
     words = ("demo", "--steps", "3", "--out", str(tmp_path / "out"), "-q", "toy")
     code, found, _ = run(*words)
     assert code == 0

@@ -1,0 +1,78 @@
+"""An adapter becomes a LoRA file of llama.cpp: names and rows of the base, and the same product."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+
+from modulora_core.adapters.llama_cpp import export_for_llama_cpp
+from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
+from modulora_core.adapters.save_load import save_adapter
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.errors import AdapterError, OutputError
+from modulora_core.tests.tiny_gguf import write_tiny_gguf
+
+
+def adapted(path: Path, out: Path, **settings: object) -> torch.nn.Module:
+    model = load_model(path)
+    add_lora(model, LoRASettings(rank=3, alpha=12.0, **settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, layer in adapter_layers(model):
+            B = layer.parameters_of("default")["lora_B"]
+            B.copy_(torch.randn(B.shape, generator=generator))
+    save_adapter(model, out)
+    return model
+
+
+def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """``permute`` of llama.cpp's converter of Llama models (conversion of q and k)."""
+    rows, columns = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "lfm2"])
+def test_the_file_has_the_changes_of_the_adapter(architecture: str, tmp_path: Path) -> None:
+    path = write_tiny_gguf(architecture, tmp_path / "base.gguf", "Q8_0")
+    model = adapted(path, tmp_path / "adapter")
+    out = tmp_path / "lora.gguf"
+    found = export_for_llama_cpp(str(tmp_path / "adapter"), out, model=str(path))
+    reader, base = gguf.GGUFReader(out), gguf.GGUFReader(path)
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["general.type"] == "adapter"
+    assert fields["adapter.type"] == "lora"
+    assert fields["adapter.lora.alpha"] == 12.0
+    assert fields["general.architecture"] == architecture
+    shapes = {tensor.name: list(reversed(tensor.shape)) for tensor in base.tensors}
+    factors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    assert len(factors) == 2 * found.modules == 2 * len(list(adapter_layers(model)))
+    for name in {name.rpartition(".")[0] for name in factors}:
+        A, B = factors[f"{name}.lora_a"], factors[f"{name}.lora_b"]
+        assert [len(B), A.shape[1]] == shapes[name]
+    if architecture != "llama":
+        return
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for module, layer in adapter_layers(model):
+        values = layer.parameters_of("default")
+        name = names.get_name(module)
+        heads = {"q": 4, "k": 2}.get(name[-1]) if "attn" in name else None
+        B = values["lora_B"] if heads is None else permuted(values["lora_B"], heads)
+        assert torch.equal(factors[f"{name}.weight.lora_a"], values["lora_A"])
+        assert torch.equal(factors[f"{name}.weight.lora_b"], B), name
+
+
+def test_requests_are_refused(tmp_path: Path) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
+    other = write_tiny_gguf("gpt2", tmp_path / "other.gguf", "Q8_0")
+    adapted(path, tmp_path / "adapter")
+    adapter, out = str(tmp_path / "adapter"), tmp_path / "lora.gguf"
+    with pytest.raises(AdapterError, match=r"expected one tensor of its own in other\.gguf"):
+        export_for_llama_cpp(adapter, out, model=str(other))
+    with pytest.raises(AdapterError, match=r"expected a GGUF file as the base"):
+        export_for_llama_cpp(adapter, out, model=str(tmp_path))
+    with pytest.raises(OutputError, match="expected a new file"):
+        export_for_llama_cpp(adapter, path, model=str(path))
+    assert not out.exists()
