@@ -50,11 +50,11 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
 
     record = checkpoint.record
     groups = _groups(record)
-    architectures = checkpoint.config.get("architectures")
+    named = checkpoint.config.get("architectures")
     found: dict[str, Any] = {
         "kind": "checkpoint",
         "format": checkpoint.format,
-        "architecture": architectures[0] if architectures else None,
+        "architecture": named[0] if isinstance(named, list) and named else None,
         "bits_per_weight": record.bits_per_weight,
         "packed_bytes": record.nbytes,
         "bytes": checkpoint.nbytes,

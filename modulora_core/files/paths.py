@@ -23,7 +23,9 @@ def usable_path(path: str | Path, subject: str, error: type[RequestError]) -> Pa
     """
     try:
         found = Path(path).expanduser()
-        found.exists()
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
     except (OSError, ValueError, RuntimeError) as refused:
         reason = getattr(refused, "strerror", None) or refused
         raise error(f"{subject} {str(path)!r:.80}: expected a usable path: {reason}") from None

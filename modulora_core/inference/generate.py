@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from modulora_core.errors import DataError, OptionError
 from modulora_core.inference.loading import Runnable, opened
+from modulora_core.models.quiet import first_line
 
 Message = Mapping[str, str]
 """``{"role": "user", "content": "..."}``"""
@@ -205,9 +206,14 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messa
             "(generate --raw)"
         )
     else:
-        ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(
+                list(prompt), add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        except Exception as error:  # a template computes anything
+            raise DataError(
+                f"the tokenizer's chat template refuses the prompt: {first_line(error)}"
+            ) from error
     if not ids:
         raise DataError("prompt: expected some text, got none")
     return list(ids)

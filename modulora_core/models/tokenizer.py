@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modulora_core.errors import ModelError
+from modulora_core.files.chat_templates import SECONDS, ends_soon
 from modulora_core.models.quiet import first_line, quiet
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def load_tokenizer(model: str, folder: Path, gguf: str | None = None) -> PreTrai
     """Load the tokenizer of ``folder``, or of its file ``gguf``; messages name ``model``.
 
     Raises:
-        ModelError: there is none that transformers can read.
+        ModelError: there is none that transformers can read, or its chat template loops.
     """
     from transformers import AutoTokenizer
 
@@ -65,7 +66,19 @@ def load_tokenizer(model: str, folder: Path, gguf: str | None = None) -> PreTrai
         raise ModelError(
             f"model {model}: no tokenizer that transformers can read ({reason}); {advice}"
         ) from error
+    _check_templates(model, tokenizer)
     return tokenizer
+
+
+def _check_templates(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that loops, or is no text."""
+    found = tokenizer.chat_template
+    for template in found.values() if isinstance(found, dict) else [found]:
+        if template is not None and not (isinstance(template, str) and ends_soon(template)):
+            raise ModelError(
+                f"model {model}: chat template: expected jinja that renders a short conversation "
+                f"within {SECONDS} second, got {str(template)!r:.60}; take another template"
+            )
 
 
 def copy_tokenizer(folder: Path, out: Path) -> list[str]:

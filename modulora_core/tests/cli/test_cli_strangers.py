@@ -1,0 +1,163 @@
+"""Folders of strangers: each command names the file and the field, in one line, exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modulora_core.cli import main
+from modulora_core.tests.cli.conftest import Run
+
+Edit = Callable[[Any], object]
+
+
+def in_json(folder: Path, name: str, **values: object) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def in_site(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["sites"][0] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def in_header(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def many_tensors(header: dict[str, Any]) -> None:
+    end = max(entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_")
+    entry = {"dtype": "U8", "shape": [0], "data_offsets": [end, end]}
+    header.update({f"w{number}": entry for number in range(400_000)})
+
+
+def integers(header: dict[str, Any]) -> None:
+    header["model.norm.weight"]["dtype"] = "I32"
+
+
+PACKED: dict[str, tuple[Edit, str]] = {
+    "layers": (
+        lambda f: in_json(f, "config.json", num_hidden_layers=10**12),
+        "config.json: num_hidden_layers: expected 0 to 512",
+    ),
+    "experts": (
+        lambda f: in_site(f, kind="experts", experts=10**9),
+        "config.json: quantization_config: sites: experts: expected 0 to 4096",
+    ),
+    "kind": (lambda f: in_site(f, kind="experts"), "expected experts for the kind experts"),
+    "size": (
+        lambda f: in_json(f, "config.json", intermediate_size=0),
+        "model_type 'llama'",
+    ),
+    "header": (lambda f: in_header(f, many_tensors), "expected at most 100,000 tensors"),
+    "eos": (
+        lambda f: in_json(f, "generation_config.json", eos_token_id=[[1]]),
+        "generation_config.json: eos_token_id",
+    ),
+    "watermark": (
+        lambda f: in_json(f, "generation_config.json", watermarking_config=5),
+        "generation_config.json: transformers can't use it",
+    ),
+    "architectures": (lambda f: in_json(f, "config.json", architectures=7), ""),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_a_packed_folder_of_a_stranger(case: str, packed: Path, tmp_path: Path, run: Run) -> None:
+    edit, message = PACKED[case]
+    folder = tmp_path / "folder"
+    shutil.copytree(packed, folder)
+    edit(folder)
+    started = time.perf_counter()
+    for words in (["info", folder], ["generate", folder, "a", "--max-new-tokens", 1]):
+        code, found, err = run(*words)
+        if code != 0:
+            assert (code, message in found["error"]["message"]) == (2, True), err
+            assert len(err.strip().splitlines()) == 1
+        assert "unexpected" not in err
+    assert code == 2 or not message
+    assert time.perf_counter() - started < 20
+
+
+def test_integers_are_no_weights(source: Path, tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(source, folder)
+    in_header(folder, integers)
+    code, found, _ = run("quantize", folder, tmp_path / "out", "-q", "toy")
+    assert code == 2
+    assert "model.norm.weight: expected floating-point values, got I32" in found["error"]["message"]
+
+
+def test_settings_of_the_folder_do_not_change_an_answer(
+    packed: Path, tmp_path: Path, run: Run
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(packed, folder)
+    in_json(folder, "generation_config.json", stop_strings=["a"], eos_token_id=10**9)
+    words = ["a", "--max-new-tokens", 2]
+    code, answer, _ = run("generate", folder, *words)
+    assert code == 0
+    assert answer["text"] == run("generate", packed, *words)[1]["text"]
+
+
+def test_control_characters_are_not_printed(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(packed, folder)
+    in_json(folder, "config.json", architectures=["\x1b[31mred\x07"])
+    assert main(["info", str(folder)]) == 0
+    assert r"\x1b[31mred\x07" in capsys.readouterr().out
+    in_json(folder, "config.json", model_type="\x1b[31m\r\nred")
+    assert main(["plan", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert "\x1b" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "MODEL", "a", "--seed", 2**32],
+        ["generate", "MODEL", "a", "--temperature", "nan"],
+        ["generate", "MODEL", "a", "--temperature", "1e-300"],
+        ["generate", "MODEL", "a", "--device", "meta"],
+        ["generate", "x" * 5000, "a"],
+        ["plan", "MODEL", "--seq-len", 16, "--batch-size", 10**12],
+        ["plan", "MODEL", "--seq-len", 16, "--processes", 10**12],
+        ["plan", "MODEL", "--seq-len", 16, "--plot", "FOLDER.svg"],
+        ["finetune", "MODEL", "OUT", "--data", "pydoc", "--seed", 2**32],
+        ["finetune", "MODEL", "OUT", "--data", "pydoc", "--epochs", 1e300],
+        ["merge", "MODEL", "MODEL/out"],
+        ["merge", "MODEL", "x" * 5000],
+        ["finetune", "MODEL", "MODEL/out", "--data", "pydoc", "--steps", 1, "--seq-len", 16],
+    ],
+    ids=str,
+)
+def test_requests_that_cannot_be(
+    words: list[object], packed: Path, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "folder.svg").mkdir()
+    places = {"MODEL": packed, "OUT": tmp_path / "out", "FOLDER": tmp_path / "folder"}
+    filled = [str(word) for word in words]
+    for name, place in places.items():
+        filled = [word.replace(name, str(place)) for word in filled]
+    code, _, err = run(*filled)
+    assert code == 2, err
+    assert "unexpected" not in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (packed / "out").exists()

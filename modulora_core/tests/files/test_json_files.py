@@ -1,0 +1,100 @@
+"""Files of strangers: one line of message, in time, for whatever they hold."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modulora_core.errors import AdapterError, ModelError
+from modulora_core.files.chat_templates import ends_soon
+from modulora_core.files.json_files import parse_json, read_json
+from modulora_core.files.paths import as_output_error, said_by_system, usable_path
+from modulora_core.files.patterns import matches
+
+DEEP = 10_000
+BROKEN = {
+    "[" * DEEP + "]" * DEEP: "at most 64 levels",
+    '{"a":' * DEEP + "1" + "}" * DEEP: "at most 64 levels",
+    '{"a": %s}' % ("9" * 5000): "at most 400 digits, got 5000",
+    '{"a": 1, "b": {"c": 1, "c": 2}}': "expected distinct keys, got 'c' twice",
+    r'{"a": "\ud800"}': "a lone surrogate",
+    '{"a": ': "Expecting value",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_broken_json_is_a_value_error_of_one_line(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=BROKEN[text]) as found:
+        parse_json(text)
+    assert "\n" not in str(found.value)
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(AdapterError, match=rf"x\.json: .*{BROKEN[text]}"):
+        read_json(tmp_path / "x.json", dict[str, Any], error=AdapterError)
+
+
+def test_ordinary_json_is_read() -> None:
+    text = r'{"a": [1, -2.5, "\ud83d\ude00", null, true], "b": {"a": Infinity}}'
+    assert parse_json(text) == {"a": [1, -2.5, "😀", None, True], "b": {"a": float("inf")}}
+
+
+def test_a_large_or_unreadable_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "long").write_bytes(b'"' + b"x" * 2**25 + b'"')
+    (tmp_path / "many").write_bytes(b"[" + b"[]," * 1_500_000 + b"1]")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait
+    for name, message in {
+        "long": "at most 32 MiB",
+        "many": "at most 2,000,000 values",
+        "folder": "expected a file",
+        "pipe": "expected a file",
+        "absent": "No such file",
+        "x" * 300: "too long",
+        "a\0b": "null",
+    }.items():
+        with pytest.raises(ModelError, match=message):
+            read_json(tmp_path / name, dict[str, Any], error=ModelError)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a\0b", "~nobody-of-this-name/x"])
+def test_a_path_that_the_system_cannot_take_is_refused(path: str) -> None:
+    with pytest.raises(ModelError, match=r"model .*: expected a usable path"):
+        usable_path(path, "model", ModelError)
+
+
+def test_a_full_disk_says_what_to_do() -> None:
+    with pytest.raises(OSError, match="No space") as found, Path("/dev/full").open("w") as full:
+        full.write("x" * 10**6)
+    error = as_output_error(found.value)
+    assert error is not None
+    assert "free some room" in str(error)
+    assert as_output_error(FileNotFoundError(2, "No such file", "x")) is None
+    assert said_by_system(FileNotFoundError(2, "No such file", "x")) == "x: No such file"
+    assert said_by_system(OSError("a library's own words")) is None
+
+
+def test_patterns_match_as_re_does_and_end() -> None:
+    assert matches(r"model\.layers\.(0|1)\..*_proj", "model.layers.1.q_proj")
+    assert not matches("layers", "model.layers")
+    for pattern, message in {
+        "(": "expected a regular expression",
+        "a" * 3000: "at most 2000 characters",
+        "(?:(?:.|m){1,99}){1,99}[xyz]": "ends within",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            matches(pattern, "model.layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        ("{% generation %}{{ messages[1].content }}{% endgeneration %}", True),
+        ("{{ raise_exception('no system') }}", True),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", False),
+        ("{{ 'a' * 10 ** 10 }}", False),
+    ],
+)
+def test_a_chat_template_that_loops_or_grows_is_found(template: str, ends: bool) -> None:
+    assert ends_soon(template) is ends
