@@ -56,7 +56,7 @@ def _packed_sites(source: ModelSource) -> Iterator[tuple[LinearSite, str]]:
     skeleton = source.skeleton()
     table = find_table(skeleton, source.parameters)
     linears = find_sites(skeleton, include=["*"]).linears
-    for site in linears if table is None else (table, *linears):
+    for site in linears if table is None else (*linears, table):
         names = source.stored_names(site.name) if site.name in source.parameters else []
         kinds = {_store(source).kind(name) for name in names}
         kind = kinds.pop() if len(kinds) == 1 else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from modulora_core.calibration import find_blocks
-from modulora_core.checkpoints.checkpoint import check_mapped, open_checkpoint
+from modulora_core.checkpoints.checkpoint import check_mapped, open_checkpoint, open_if_packed
 from modulora_core.checkpoints.packed_modules import install
 from modulora_core.checkpoints.packing import packed_sites
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord, Recipe
@@ -155,8 +155,12 @@ def _open(request: PlanRequest) -> Dense | Packed:
     if dict(values.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
         record = QuantizationRecord.from_json(values["quantization_config"])
         return _packed(Dense(name, _config(location.folder)), record)
+    checkpoint = None
     if location.gguf is None and recognise(location.folder, values) is not None:
         checkpoint = open_checkpoint(name, revision=revision)
+    elif location.gguf is not None and request.quantizer is None:
+        checkpoint = open_if_packed(name)
+    if checkpoint is not None:
         if request.config.mapped:
             check_mapped(checkpoint, "cpu")
         assert checkpoint.foreign is not None

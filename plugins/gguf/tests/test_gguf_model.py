@@ -18,6 +18,8 @@ from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
 from modulora_core.models.gguf_store import read_gguf
 from modulora_core.models.quiet import quiet
+from modulora_core.planner.fitting import plan
+from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import load_with_transformers, logits
 from modulora_core.tests.tiny_gguf import write_tiny_gguf
 from modulora_core.training.config import FinetuneConfig
@@ -78,6 +80,15 @@ def test_an_adapter_is_trained_and_loaded_again(tmp_path: Path) -> None:
     load_adapter(again, str(tmp_path / "adapter"))
     assert torch.equal(logits(again), logits(model))
     assert not torch.equal(logits(again), logits(load_model(path)))
+
+
+def test_it_is_planned_as_it_is_and_quantized_on_request(tmp_path: Path) -> None:
+    path = str(write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q4_1"))
+    found = plan(path, seq_len=16, device="cpu")
+    assert (found.quantizer, found.options) == ("gguf", {"type": "Q4_1"})
+    assert plan(path, "gguf", seq_len=16, device="cpu").options == {"type": "Q4_0"}
+    quantize(path, tmp_path / "packed", "gguf", {"type": "Q8_0"})
+    assert open_checkpoint(tmp_path / "packed").record.recipes[0].options == {"type": "Q8_0"}
 
 
 def test_it_is_converted_and_merged(tmp_path: Path) -> None:

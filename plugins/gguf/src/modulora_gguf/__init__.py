@@ -13,7 +13,7 @@ SPEC = QuantizerSpec(
     bits=(4, 5, 6, 8),
     calibration="optional",
     in_multiple=32,
-    url="https://github.com/ggml-org/ggml/blob/master/docs/gguf.md",
+    url="https://github.com/ggml-org/llama.cpp",
     formats=(
         FormatSpec(
             name="gguf",
