@@ -97,6 +97,7 @@ def read_gguf(path: Path) -> GGUFFile:
     Raises:
         MissingExtraError: the ``gguf`` package isn't installed.
         CheckpointError: it isn't a GGUF file, or it is truncated.
+        ModelError: it holds an adapter or a vocabulary.
     """
     try:
         from gguf import GGUFReader
@@ -109,11 +110,16 @@ def read_gguf(path: Path) -> GGUFFile:
         reader = GGUFReader(path)
         architecture = str(reader.fields["general.architecture"].contents())
         tensors = {tensor.name: GGUFTensor(path, tensor) for tensor in reader.tensors}
+        kind = reader.fields.get("general.type")
+        content = "model" if kind is None else str(kind.contents())
     except Exception as error:
         # the reader indexes into the bytes, so a broken file raises anything
         raise CheckpointError(
             f"{path}: not a GGUF file, or truncated ({error}); download it again"
         ) from error
+    if content != "model" or not tensors:
+        got = f"type {content}" if tensors else "no tensors"
+        raise ModelError(f"{path}: expected a model in this GGUF file, got {got}; give the model's")
     return GGUFFile(path, architecture, tensors)
 
 

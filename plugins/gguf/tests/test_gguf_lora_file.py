@@ -12,7 +12,7 @@ from modulora_core.adapters.llama_cpp import export_for_llama_cpp
 from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
 from modulora_core.adapters.save_load import save_adapter
 from modulora_core.checkpoints.checkpoint import load_model
-from modulora_core.errors import AdapterError, OutputError
+from modulora_core.errors import AdapterError, ModelError, OutputError
 from modulora_core.tests.tiny_gguf import write_tiny_gguf
 
 
@@ -76,3 +76,6 @@ def test_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="expected a new file"):
         export_for_llama_cpp(adapter, path, model=str(path))
     assert not out.exists()
+    export_for_llama_cpp(adapter, out, model=str(path))
+    with pytest.raises(ModelError, match="expected a model in this GGUF file, got type adapter"):
+        load_model(out)
