@@ -51,8 +51,14 @@ class GGUFTensor:
         return torch.from_numpy(dequantize(raw, self._type))
 
     def blocks(self) -> Tensor:
-        """The bytes of the rows of a quantized tensor: uint8 ``[..., rows, row bytes]``."""
-        return torch.from_numpy(self._raw())
+        """The bytes of the rows of a quantized tensor: uint8 ``[..., rows, row bytes]``.
+
+        They are mapped from the file, which must not change while they live; writes stay private.
+        """
+        if self.offset + self.nbytes > self._path.stat().st_size:
+            raise CheckpointError(f"{self._path}: {self.name} is truncated; download it again")
+        mapped = np.memmap(self._path, self._raw_dtype, "c", self.offset, self._raw_shape)
+        return torch.from_numpy(mapped)
 
     def outline(self) -> Tensor:
         """The shape of :meth:`blocks` with rows of one byte; no value is read."""
