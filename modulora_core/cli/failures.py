@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -70,7 +71,9 @@ def _described(error: BaseException) -> tuple[str, str, int]:
         return error.kind, _one_line(str(error)), error.exit_code
     about = "".join(f" ({note})" for note in _notes(error))
     if isinstance(error, OSError) and (said := said_by_system(error)) is not None:
-        return type(error).__name__, _one_line(said + about), 1
+        is_request = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # of a path that was given
+        code = RequestError.exit_code if is_request else 1
+        return type(error).__name__, _one_line(said + about), code
     if hasattr(error, "format_message"):  # click's, which typer carries under changing names
         return "UsageError", _usage(error), RequestError.exit_code
     if isinstance(error, SystemExit):  # a library's, which has not done the work

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError
 from modulora_core.files.chat_templates import SECONDS, ends_soon
+from modulora_core.files.json_files import read_json
 from modulora_core.models.quiet import first_line, quiet
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 """The names that transformers gives the files of a tokenizer."""
+
+_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 COPIED_FILES = (
     *TOKENIZER_FILES,
@@ -56,6 +59,9 @@ def load_tokenizer(model: str, folder: Path, gguf: str | None = None) -> PreTrai
         raise ModelError(
             f"model {model}: no tokenizer files, such as {TOKENIZER_FILES[0]}; {advice}"
         )
+    for name in _SMALL_FILES:
+        if gguf is None and (folder / name).exists():
+            read_json(folder / name, dict[str, Any], error=ModelError)
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -82,10 +88,19 @@ def _check_templates(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def copy_tokenizer(folder: Path, out: Path) -> list[str]:
-    """Copy the :data:`COPIED_FILES` of ``folder``. Returns their names, relative to ``out``."""
+    """Copy the :data:`COPIED_FILES` of ``folder``.
+
+    Returns:
+        their names, relative to ``out``.
+
+    Raises:
+        ModelError: one of them is no file.
+    """
     copied = []
     for pattern in COPIED_FILES:
         for file in sorted(folder.glob(pattern)):
+            if not file.is_file():
+                raise ModelError(f"{file}: expected a file, got a folder, a pipe or a broken link")
             name = file.relative_to(folder)
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, out / name)  # follows the symbolic links of the Hub's cache
