@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,9 +140,21 @@ def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
     except Exception as error:
         # KeyError of a missing field, ValueError of an unknown architecture, ...
         raise ModelError(
-            f"{path}: transformers can't read this GGUF file ({error}); give the safetensors of "
-            "this model"
+            f"{path}: transformers can't read this GGUF file ({error}); it reads "
+            f"{', '.join(_architectures())}; give the safetensors of this model"
         ) from error
+
+
+def _architectures() -> list[str]:
+    """The architectures that transformers reads from a GGUF file, in either way."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    found = set(GGUF_SUPPORTED_ARCHITECTURES)
+    with suppress(ImportError):  # older versions have one way
+        from transformers.integrations.gguf import GGUF_ARCHS
+
+        found |= set(GGUF_ARCHS)
+    return sorted(found)
 
 
 class GGUFStore:
