@@ -27,6 +27,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from huggingface_hub import snapshot_download
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from modulora_core.adapters.peft_config import check_config, scale_of
 from modulora_core.adapters.record import RECORD_FILE, AdapterRecord
 from modulora_core.checkpoints.outputs import write_file
 from modulora_core.errors import AdapterError, CheckpointError
-from modulora_core.files.json_files import read_json
+from modulora_core.files.json_files import check_json, read_json
 from modulora_core.files.paths import usable_path
 from modulora_core.models.quiet import first_line
 from modulora_core.models.safetensors_store import read_header
@@ -51,6 +52,13 @@ SCALES_KEY = "modulora_channel_scales"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class _Fields(BaseModel):
+    """Fields of adapter_config.json that are shown, and not checked elsewhere."""
+
+    rank_pattern: dict[str, int] | None = None
+    lora_dropout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +117,9 @@ class SavedAdapter:
     @property
     def dropout(self) -> float:
         """The dropout of training (:func:`modulora_core.adapters.peft_config.lora_config`)."""
-        recorded = {} if self.record is None else self.record.settings
-        return float(recorded.get("dropout") or self.config.get("lora_dropout") or 0.0)
+        recorded = None if self.record is None else self.record.settings.get("dropout")
+        known = recorded if isinstance(recorded, int | float) else None
+        return float(known or self.config.get("lora_dropout") or 0.0)
 
     @property
     def ranks(self) -> list[int]:
@@ -144,6 +153,7 @@ def read_adapter(path: str | Path, stacks: Mapping[str, Stack] | None = None) ->
     """
     folder = _find(path)
     config = read_json(folder / CONFIG_FILE, dict[str, Any], error=AdapterError)
+    check_json(config, _Fields, str(folder / CONFIG_FILE), error=AdapterError)
     check_config(config, f"adapter {folder}")
     record = None
     if (folder / RECORD_FILE).is_file():

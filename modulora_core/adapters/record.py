@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import TypedDict
 
 import modulora_core
 from modulora_core.checkpoints.record import QuantizationRecord
@@ -23,6 +24,11 @@ from modulora_core.devices.processes import whole
 from modulora_core.layers import LoRALinear, PackedParameter, PackedStack, QuantLinear
 
 RECORD_FILE = "modulora.json"
+
+
+class _Quantizer(TypedDict):
+    quantizer: str
+    options: dict[str, Any]
 
 
 class BaseRecord(BaseModel):
@@ -39,7 +45,7 @@ class BaseRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    quantizers: tuple[dict[str, Any], ...]
+    quantizers: tuple[_Quantizer, ...]
     architecture: str
     dense_weights: str
     tuned: bool = False

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
 
 from modulora_core.errors import ModelError
 from modulora_core.files.chat_templates import SECONDS, ends_soon
@@ -30,6 +32,11 @@ TOKENIZER_FILES = (
 """The names that transformers gives the files of a tokenizer."""
 
 _SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+class _SmallFile(BaseModel):
+    model_max_length: float | None = None
+
 
 COPIED_FILES = (
     *TOKENIZER_FILES,
@@ -61,7 +68,7 @@ def load_tokenizer(model: str, folder: Path, gguf: str | None = None) -> PreTrai
         )
     for name in _SMALL_FILES:
         if gguf is None and (folder / name).exists():
-            read_json(folder / name, dict[str, Any], error=ModelError)
+            read_json(folder / name, _SmallFile, error=ModelError)
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

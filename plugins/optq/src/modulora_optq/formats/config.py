@@ -78,7 +78,7 @@ class Config(Layer):
     def borrows(self) -> bool:
         """Whether zeros of 0 borrowed from their neighbours, so that they can be read."""
         writers = self.meta.get("quantizer") or ()
-        names = [writers] if isinstance(writers, str) else writers
+        names = writers if isinstance(writers, list) else [writers]
         return any(str(name).startswith(BORROWING_WRITER) for name in names)
 
     def layer(self, module: str) -> Layer | None:
