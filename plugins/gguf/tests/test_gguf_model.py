@@ -129,5 +129,5 @@ def test_the_package_is_finetuned_as_it_is(tmp_path: Path) -> None:
 def test_an_architecture_that_transformers_cannot_read_is_refused(tmp_path: Path) -> None:
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
     path.write_bytes(path.read_bytes().replace(b"llama", b"xlama"))
-    with pytest.raises(ModelError, match="architecture xlama is not supported.* it reads .*llama"):
+    with pytest.raises(ModelError, match=r"architecture xlama is not supported.* it reads .*llama"):
         open_checkpoint(path)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modulora_core.kernels.cpu import CPUKernels, from_half, jit, on_stack
+from modulora_core.kernels.cpu import CPUKernels, from_half, jit, load, on_stack, store, to_floats
 from modulora_core.packed import PackedWeight
 from modulora_gguf import codebooks, reference
 
@@ -46,19 +46,17 @@ def _half(b: Any, at: int) -> Any:
 @jit(borrows=True)
 def _offset_nibbles(b: Any, out: Any) -> None:
     """Q4_0."""
-    d = _half(b, 0)
-    for k in range(16):
-        out[k] = d * np.float32(np.int32(b[2 + k] & 15) - 8)
-        out[k + 16] = d * np.float32(np.int32(b[2 + k] >> 4) - 8)
+    d, qs = _half(b, 0), load(b, 2)
+    store(out, 0, to_floats((qs & 15) - 8) * d)
+    store(out, 16, to_floats((qs >> 4) - 8) * d)
 
 
 @jit(borrows=True)
 def _affine_nibbles(b: Any, out: Any) -> None:
     """Q4_1."""
-    d, m = _half(b, 0), _half(b, 2)
-    for k in range(16):
-        out[k] = d * np.float32(b[4 + k] & 15) + m
-        out[k + 16] = d * np.float32(b[4 + k] >> 4) + m
+    d, m, qs = _half(b, 0), _half(b, 2), load(b, 4)
+    store(out, 0, to_floats(qs & 15) * d + m)
+    store(out, 16, to_floats(qs >> 4) * d + m)
 
 
 @jit(borrows=True)
@@ -74,8 +72,9 @@ def _q5_0(b: Any, out: Any) -> None:
 def _bytes(b: Any, out: Any) -> None:
     """Q8_0."""
     d = _half(b, 0)
-    for k in range(32):
-        out[k] = np.float32(np.int8(b[2 + k])) * d
+    for k in (0, 16):
+        codes = load(b, 2 + k)
+        store(out, k, to_floats((codes & 127) - (codes & 128)) * d)  # the sign bit counts -128
 
 
 @jit(borrows=True)
@@ -94,8 +93,9 @@ def _q4_k(b: Any, out: Any) -> None:
     for part in range(8):
         scale, minimum = _affine_k(b, part)
         at, shift = 16 + 32 * (part >> 1), 4 * (part & 1)
-        for k in range(32):
-            out[32 * part + k] = scale * np.float32(b[at + k] >> shift & 15) - minimum
+        for k in (0, 16):
+            codes = load(b, at + k) >> shift & 15
+            store(out, 32 * part + k, to_floats(codes) * scale - minimum)
 
 
 @jit(borrows=True)
@@ -103,9 +103,9 @@ def _q5_k(b: Any, out: Any) -> None:
     for part in range(8):
         scale, minimum = _affine_k(b, part)
         at, shift = 48 + 32 * (part >> 1), 4 * (part & 1)
-        for k in range(32):
-            q = (b[at + k] >> shift & 15) | (b[16 + k] >> part & 1) << 4
-            out[32 * part + k] = scale * np.float32(q) - minimum
+        for k in (0, 16):
+            codes = (load(b, at + k) >> shift & 15) | (load(b, 16 + k) >> part & 1) << 4
+            store(out, 32 * part + k, to_floats(codes) * scale - minimum)
 
 
 @jit(borrows=True)
@@ -117,9 +117,8 @@ def _q6_k(b: Any, out: Any) -> None:
         low = 64 * (run >> 2) + 32 * (run & 1) + 16 * (part & 1)
         high = 128 + 32 * (run >> 2) + 16 * (part & 1)
         shift, top = 4 * (run >> 1 & 1), 2 * (run & 3)
-        for k in range(16):
-            q = np.int32(b[low + k] >> shift & 15) | np.int32(b[high + k] >> top & 3) << 4
-            out[16 * part + k] = scale * np.float32(q - 32)
+        codes = (load(b, low) >> shift & 15) | (load(b, high) >> top & 3) << 4
+        store(out, 16 * part, to_floats(codes - 32) * scale)
 
 
 @jit(borrows=True)
