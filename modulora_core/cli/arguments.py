@@ -28,7 +28,8 @@ def option(words: str, help: str, *, default: str | None = None, **more: Any) ->
     """
     flags = [word for word in words.split() if word.startswith("-")]
     metavar = " ".join(words.split()[len(flags) :]) or None
-    more |= {"max": 2**32 - 1} if "min" in more else {}  # torch and NumPy fail on more
+    if "min" in more:
+        more.setdefault("max", 2**32 - 1)  # torch and NumPy fail on more
     return typer.Option(*flags, metavar=metavar, help=help, show_default=default or True, **more)
 
 
