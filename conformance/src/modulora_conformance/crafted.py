@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -22,11 +21,9 @@ OTHER_BYTES, TOO_FEW, TOO_MANY = "other bytes", "too few tensors", "too many ten
 
 def crafted(quantizer: Quantizer, weight: PackedWeight) -> Iterator[tuple[str, str, PackedWeight]]:
     """Kind, title and weight. Floats of the kind ``OTHER_BYTES`` keep their values."""
-    yield OTHER_BYTES, "all bits set", _filled(weight, lambda n: torch.full((n,), 255))
+    yield OTHER_BYTES, "all bits set", _filled(weight, lowest=255)
     for seed in range(3):
-        draw = generator(seed)
-        fill = _filled(weight, lambda n, draw=draw: torch.randint(256, (n,), generator=draw))
-        yield OTHER_BYTES, f"random bytes of seed {seed}", fill
+        yield OTHER_BYTES, f"random bytes of seed {seed}", _filled(weight, seed=seed)
     for name, tensor in weight.tensors.items():
         short = tensor.flatten()[:1].view([1] * tensor.dim())
         yield TOO_FEW, f"{name} of one element", _with(weight, {name: short})
@@ -65,13 +62,13 @@ def _outcomes(requests: Sequence[Request]) -> list[Outcome]:
     return found
 
 
-def _filled(weight: PackedWeight, bytes_of: Callable[[int], Tensor]) -> PackedWeight:
-    """The same weight with other integers."""
-    others: dict[str, Any] = {
-        name: bytes_of(tensor.nbytes).to(torch.uint8).view(tensor.dtype).view(tensor.shape)
-        for name, tensor in weight.tensors.items()
-        if not tensor.is_floating_point() and tensor.dtype != torch.bool and tensor.numel()
-    }
+def _filled(weight: PackedWeight, *, lowest: int = 0, seed: int = 0) -> PackedWeight:
+    """The same weight with integers of random bytes, from ``lowest`` on."""
+    draw, others = generator(seed), dict[str, Tensor | None]()
+    for name, tensor in weight.tensors.items():
+        if not tensor.is_floating_point() and tensor.dtype != torch.bool and tensor.numel():
+            drawn = torch.randint(lowest, 256, (tensor.nbytes,), generator=draw, dtype=torch.uint8)
+            others[name] = drawn.view(tensor.dtype).view(tensor.shape)
     return _with(weight, others)
 
 
