@@ -17,12 +17,11 @@ from torch import Tensor, nn
 PATIENCE = 120
 """Seconds until processes that wait for each other in vain are ended."""
 
-multiprocessing.set_forkserver_preload(["modulora_core.training.finetune", __name__])
-
 
 def run_in_processes(number: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
     """``job(*arguments)`` in each of ``number`` processes; their results by rank."""
-    context = multiprocessing.get_context("forkserver")
+    # not forkserver: the kit has it, and its children must not know transformers or Triton
+    context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -113,16 +113,17 @@ def installed():
 
 @pytest.mark.usefixtures("installed")
 def test_a_folder_is_a_model(tmp_path):
-    dense = save_hqq(tmp_path)
-    model = load_model(tmp_path, dtype="float32", device="cpu")
-    assert len(open_checkpoint(tmp_path).record.weights) == 14
+    folder, converted_to = tmp_path / "theirs", tmp_path / "ours"
+    dense = save_hqq(folder)
+    model = load_model(folder, dtype="float32", device="cpu")
+    assert len(open_checkpoint(folder).record.weights) == 14
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         expected = dense(ids).logits
         error = model(ids).logits - expected
     assert error.norm() < 0.01 * expected.norm()
-    convert(str(tmp_path), tmp_path / "converted", "modulora")
-    converted = load_model(tmp_path / "converted", dtype="float32", device="cpu")
+    convert(str(folder), converted_to, "modulora")
+    converted = load_model(converted_to, dtype="float32", device="cpu")
     with torch.no_grad():
         assert torch.equal(converted(ids).logits, model(ids).logits)
 

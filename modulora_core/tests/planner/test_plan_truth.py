@@ -66,10 +66,11 @@ Quantized = Callable[[int], tuple[Path, Path, dict[str, Any], Taken]]
 
 @cache
 def usable() -> list[str]:
-    """The installed quantizers but for the tests' own, those without calibration first."""
+    """The installed quantizers but for the tests' own: without calibration, with it, optional."""
     found = [entry for entry in entries() if entry.status == "ok" and entry.spec is not None]
     specs = [entry.spec for entry in found if "toy" not in entry.distribution]
-    return [s.name for s in sorted(specs, key=lambda spec: (spec.calibration != "none", spec.name))]
+    order = ("none", "required", "optional")
+    return [s.name for s in sorted(specs, key=lambda s: (order.index(s.calibration), s.name))]
 
 
 def run(job: str, options: Mapping[str, Any]) -> Taken:

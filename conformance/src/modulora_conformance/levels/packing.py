@@ -279,7 +279,7 @@ class Packing(Level):
         expected = f"weights of about {SPREAD * magnitude:g}: expected WeightError or an error near"
         assert error <= 1.5 * usual + MARGIN, f"{expected} the usual {usual:.3g}, got {error:.3g}"
 
-    @needs(DETERMINISTIC)
+    @needs(DETERMINISTIC, "test_the_error_keeps_the_promise")
     def test_zeros_stay_zeros(self, quantizer: Quantizer) -> None:
         """If this fails: a weight of zeros gets other values, or a row of zeros spoils others.
 
