@@ -40,7 +40,7 @@ class LoRAExpert:
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         """``x (Ŵₑ + s B A)ᵀ``, ``[n, out]``."""
-        assert not transpose, "in and out are those of the model's product"
+        assert not transpose, "a model multiplies by an expert in one direction"
         return lora_linear(
             x, self.weight.quantizer, self.weight.packed, None, self.A, self.B,
             scale=self.scale, dropout=self.dropout,
