@@ -10,12 +10,14 @@ tables are semi-private, so every use is in this file.
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -24,23 +26,35 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, MissingExtraError, ModelError
+from modulora_core.models.gguf_header import (
+    Header,
+    TensorInfo,
+    read_header,
+    without_vocabulary,
+)
 from modulora_core.models.store import StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
 
 
 class GGUFTensor:
     """One tensor of the file: its kind (``"Q4_1"``) and its shape in torch's order."""
 
-    def __init__(self, path: Path, stored: Any) -> None:
-        self.name, self.kind = str(stored.name), str(stored.tensor_type.name)
-        self.shape = tuple(int(n) for n in reversed(stored.shape))
-        self.numel, self.nbytes = math.prod(self.shape), int(stored.n_bytes)
-        self.offset, self._type, self._path = int(stored.data_offset), stored.tensor_type, path
-        self._raw_shape, self._raw_dtype = stored.data.shape, stored.data.dtype
+    def __init__(self, path: Path, info: TensorInfo) -> None:
+        from gguf import quant_shape_to_byte_shape
+        from gguf.constants import GGMLQuantizationType
+
+        self.name, self.kind, self.shape = info.name, info.kind, info.shape
+        self.offset, self.nbytes, self._path = info.offset, info.nbytes, path
+        self.numel, self._type = math.prod(info.shape), GGMLQuantizationType[info.kind]
+        self._raw_dtype = _NUMPY.get(info.kind, np.uint8)
+        self._raw_shape = info.shape
+        if info.kind not in _NUMPY:
+            self._raw_shape = quant_shape_to_byte_shape(info.shape, self._type)
 
     def read(self, *, as_stored: bool) -> Tensor:
         """The tensor, dequantized to fp32; with ``as_stored`` floats keep their dtype."""
@@ -106,36 +120,67 @@ def read_gguf(path: Path) -> GGUFFile:
         CheckpointError: it isn't a GGUF file, or it is truncated.
         ModelError: it holds an adapter or a vocabulary.
     """
+    _require_gguf(path)
+    header = read_header(path)
     try:
-        from gguf import GGUFReader
-    except ImportError as error:
+        architecture = header.text("general.architecture")
+        content = header.text("general.type", "model")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; download it again") from None
+    if content != "model" or not header.tensors:
+        got = f"type {content}" if header.tensors else "no tensors"
+        raise ModelError(f"{path}: expected a model in this GGUF file, got {got}; give the model's")
+    parts = header.fields.get("split.count")
+    if parts is not None and parts.value != 1:
+        raise ModelError(
+            f"{path}: expected a whole model, got one of {parts.value} files; join them: "
+            f"llama-gguf-split --merge {path.name} whole.gguf"
+        )
+    _refuse_unreadable(path, header)
+    tensors = {info.name: GGUFTensor(path, info) for info in header.tensors}
+    return GGUFFile(path, architecture, tensors)
+
+
+def _require_gguf(path: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(
             f"{path}: reading GGUF needs the package 'gguf'; install it: "
             "pip install 'modulora-core[gguf]'"
-        ) from error
-    try:
-        reader = GGUFReader(path)
-        architecture = str(reader.fields["general.architecture"].contents())
-        tensors = {tensor.name: GGUFTensor(path, tensor) for tensor in reader.tensors}
-        kind = reader.fields.get("general.type")
-        content = "model" if kind is None else str(kind.contents())
-    except Exception as error:
-        # the reader indexes into the bytes, so a broken file raises anything
-        raise CheckpointError(
-            f"{path}: not a GGUF file, or truncated ({error}); download it again"
-        ) from error
-    if content != "model" or not tensors:
-        got = f"type {content}" if tensors else "no tensors"
-        raise ModelError(f"{path}: expected a model in this GGUF file, got {got}; give the model's")
-    return GGUFFile(path, architecture, tensors)
+        )
+
+
+def _refuse_unreadable(path: Path, header: Header) -> None:
+    """Refuse tensors of a type that the gguf package can't dequantize, such as whole numbers."""
+    from gguf import dequantize
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    names = {tensor.kind: tensor.name for tensor in header.tensors}
+    for kind in names.keys() - _FLOATS.keys():
+        number = GGMLQuantizationType[kind]
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[number][1]), np.uint8), number)
+        except NotImplementedError:
+            raise ModelError(
+                f"{path}: {names[kind]}: expected floats or blocks of weights, got type {kind}, "
+                "which the gguf package can't dequantize"
+            ) from None
 
 
 def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The config that transformers makes of the header, and its fields. Raises ModelError."""
     from transformers import AutoConfig, PretrainedConfig
 
+    _require_gguf(path)
+    header = read_header(path)
     try:
-        values, _ = PretrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
+        with TemporaryDirectory() as folder:
+            light = path
+            if header.text("general.architecture") not in _read_quickly():
+                light = Path(folder) / path.name
+                without_vocabulary(path, header, light)
+            values, _ = PretrainedConfig.get_config_dict(light.parent, gguf_file=light.name)
+        if "vocab_size" not in values and (tokens := header.fields.get("tokenizer.ggml.tokens")):
+            values["vocab_size"] = tokens.value
         return AutoConfig.for_model(**values), values
     except Exception as error:
         # KeyError of a missing field, ValueError of an unknown architecture, ...
@@ -143,6 +188,15 @@ def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
             f"{path}: transformers can't read this GGUF file ({error}); it reads "
             f"{', '.join(_architectures())}; give the safetensors of this model"
         ) from error
+
+
+def _read_quickly() -> Collection[str]:
+    """The architectures whose config transformers reads without the gguf package."""
+    try:
+        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    except ImportError:  # older versions
+        return ()
+    return tuple(GGUF_CONFIG_ARCHS)
 
 
 def _architectures() -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from modulora_core.errors import ModelError
 from modulora_core.files.chat_templates import SECONDS, ends_soon
 from modulora_core.files.json_files import read_json
+from modulora_core.models.gguf_store import gguf_config
 from modulora_core.models.quiet import first_line, quiet
 
 if TYPE_CHECKING:
@@ -58,8 +59,6 @@ def load_tokenizer(model: str, folder: Path, gguf: str | None = None) -> PreTrai
     Raises:
         ModelError: there is none that transformers can read, or its chat template loops.
     """
-    from transformers import AutoTokenizer
-
     advice = "copy the tokenizer files of the model that it was made from into the folder"
     if gguf is None and not has_tokenizer(folder):
         # some versions of transformers make an empty tokenizer of such a folder
@@ -71,15 +70,37 @@ def load_tokenizer(model: str, folder: Path, gguf: str | None = None) -> PreTrai
             read_json(folder / name, _SmallFile, error=ModelError)
     try:
         with quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, **({} if gguf is None else {"gguf_file": gguf})
-            )
+            tokenizer = _from_folder(folder) if gguf is None else _from_gguf(folder, gguf)
     except Exception as error:  # each tokenizer class fails in its own way on broken files
         reason = first_line(error)
         raise ModelError(
             f"model {model}: no tokenizer that transformers can read ({reason}); {advice}"
         ) from error
     _check_templates(model, tokenizer)
+    return tokenizer
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False
+    )
+    return tokenizer
+
+
+def _from_gguf(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    """As AutoTokenizer does; it would read the whole vocabulary once more, for the config."""
+    from transformers import TOKENIZER_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
+
+    config, _ = gguf_config(folder / name)
+    kind: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    ordinary = isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerFast)
+    if not ordinary or (folder / "tokenizer_config.json").exists():
+        kind = AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
+        folder, gguf_file=name, trust_remote_code=False
+    )
     return tokenizer
 
 

@@ -1,0 +1,165 @@
+"""The header of a GGUF file: as the gguf package reads it, and damage is refused in one line."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+
+from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.models.gguf_header import read_header, without_vocabulary
+from modulora_core.models.gguf_store import gguf_config, read_gguf
+from modulora_core.models.tokenizer import load_tokenizer
+from modulora_core.tests.tiny_gguf import write_tiny_gguf
+
+
+def test_fields_and_places_are_those_of_the_gguf_package(tmp_path: Path) -> None:
+    path = write_tiny_gguf("lfm2", tmp_path / "tiny.gguf", "Q8_0")
+    header, reader = read_header(path), gguf.GGUFReader(path)
+    ours = {name: field.value for name, field in header.fields.items()}
+    for name in ("tokens", "merges"):  # known by their length
+        assert ours.pop(f"tokenizer.ggml.{name}") == len(
+            reader.fields[f"tokenizer.ggml.{name}"].contents()
+        )
+    fields = {name: reader.fields[name].contents() for name in ours}
+    assert ours == fields
+    found = [(t.name, t.kind, list(t.shape), t.offset, t.nbytes) for t in header.tensors]
+    assert found == [
+        (t.name, t.tensor_type.name, list(reversed(t.shape)), t.data_offset, t.n_bytes)
+        for t in reader.tensors
+    ]
+    without_vocabulary(path, header, tmp_path / "light.gguf")
+    light = gguf.GGUFReader(tmp_path / "light.gguf")
+    assert [tensor.name for tensor in light.tensors] == [tensor.name for tensor in header.tensors]
+    assert set(header.fields) - set(light.fields) == {
+        "tokenizer.ggml.tokens",
+        "tokenizer.ggml.merges",
+    }
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "qwen3moe", "lfm2"])
+def test_config_and_tokenizer_are_those_of_transformers(architecture: str, tmp_path: Path) -> None:
+    """We read the vocabulary once, where transformers reads it three times."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = write_tiny_gguf(architecture, tmp_path / "tiny.gguf", "Q8_0")
+    config = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name).to_dict()
+    ours = gguf_config(path)[0].to_dict()
+    assert {**ours, "_name_or_path": ""} == {**config, "_name_or_path": ""}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    found = load_tokenizer("tiny", tmp_path, path.name)
+    assert type(found) is type(tokenizer)
+    assert found.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert found.init_kwargs == tokenizer.init_kwargs
+
+
+def string(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def file_of(
+    *,
+    fields: bytes = string("general.architecture") + struct.pack("<I", 8) + string("llama"),
+    count: int = 1,
+    tensors: tuple[tuple[str, tuple[int, ...], int, int], ...] = (("a", (32, 2), 8, 0),),
+    values: int = 68,
+) -> bytes:
+    """A GGUF file; each tensor is its name, its dims as in the file, its type and its offset."""
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), count) + fields
+    for name, dims, kind, offset in tensors:
+        header += string(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+        header += struct.pack("<IQ", kind, offset)
+    return header + bytes(-len(header) % 32 + values)
+
+
+def changed(start: int, new: bytes) -> Callable[[bytes], bytes]:
+    return lambda data: data[:start] + new + data[start + len(new) :]
+
+
+BYTE = string("x") + struct.pack("<IB", 0, 1)
+ARRAY = string("x") + struct.pack("<I", 9)
+DAMAGED = {
+    "empty": (b"", "empty"),
+    "another file": (b"PK\3\4" + bytes(100), "doesn't begin with GGUF"),
+    "version": (changed(4, b"\7")(file_of()), "expected version 2 or 3, little-endian, got 7"),
+    "big-endian": (changed(4, b"\0\0\0\3")(file_of()), "little-endian, got"),
+    "truncated": (file_of(values=67), "a: expected 68 bytes from"),
+    "cut off in the header": (file_of()[:80], "bytes at"),
+    "many tensors": (changed(8, b"\xff" * 7)(file_of()), "tensors: .* more than the file holds"),
+    "many fields": (changed(16, b"\xff" * 7)(file_of()), "fields: .* more than the file holds"),
+    "long name": (changed(24, b"\xff" * 7)(file_of()), "bytes at"),
+    "not UTF-8": (changed(32, b"\xff")(file_of()), "expected UTF-8"),
+    "unknown kind": (file_of(fields=string("x") + struct.pack("<I", 99)), "type of GGUF, got 99"),
+    "a field twice": (file_of(fields=2 * BYTE, count=2), "twice"),
+    "nested": (file_of(fields=ARRAY + struct.pack("<IQ", 9, 1)), "array of numbers or strings"),
+    "long array": (file_of(fields=ARRAY + struct.pack("<IQ", 4, 2**60)), "x: .* more than"),
+    "long strings": (file_of(fields=ARRAY + struct.pack("<IQ", 8, 2**60)), "x: .* more than"),
+    "alignment": (
+        file_of(fields=string("general.alignment") + struct.pack("<II", 4, 24)),
+        "general.alignment: expected a power of two, got 24",
+    ),
+    "alignment is text": (
+        file_of(fields=string("general.alignment") + struct.pack("<I", 8) + string("32")),
+        "general.alignment: expected a power of two, got '32'",
+    ),
+    "no architecture": (
+        file_of(fields=BYTE),
+        "general.architecture: expected a string in the metadata, got none",
+    ),
+    "architecture is a number": (
+        file_of(fields=string("general.architecture") + struct.pack("<II", 4, 1)),
+        "general.architecture: expected a string in the metadata, got a value of type 4",
+    ),
+    "unknown type": (file_of(tensors=(("a", (32, 2), 77, 0),)), "expected a known type, got 77"),
+    "no dims": (file_of(tensors=(("a", (), 8, 0),)), "expected 1 to 4 dims, got 0"),
+    "many dims": (file_of(tensors=(("a", (32,) * 5, 8, 0),)), "expected 1 to 4 dims, got 5"),
+    "no rows": (file_of(tensors=(("a", (32, 0), 8, 0),)), r"the shape \[0, 32\]"),
+    "half a block": (file_of(tensors=(("a", (48, 2), 8, 0),)), "rows of blocks of 32 weights"),
+    "dims overflow": (
+        file_of(tensors=(("a", (2**33, 2**33, 2**33), 8, 0),)),
+        r"a: expected 6734\d{26} bytes",
+    ),
+    "misaligned": (file_of(tensors=(("a", (32, 1), 8, 8),)), "expected a multiple of 32, got 8"),
+    "far away": (file_of(tensors=(("a", (32, 2), 8, 2**63),)), "in a file of"),
+    "overlap": (
+        file_of(tensors=(("a", (32, 2), 8, 0), ("b", (32, 1), 8, 64)), values=98),
+        "a and b: their data overlap",
+    ),
+    "one name": (
+        file_of(tensors=(("a", (32, 1), 8, 0), ("a", (32, 1), 8, 64)), values=128),
+        "two tensors have one name",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damage_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
+    data, message = DAMAGED[case]
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_gguf(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_hold_no_model_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.gguf"
+    architecture = string("general.architecture") + struct.pack("<I", 8) + string("llama")
+    adapter = architecture + string("general.type") + struct.pack("<I", 8) + string("adapter")
+    path.write_bytes(file_of(fields=adapter, count=2))
+    with pytest.raises(ModelError, match="expected a model in this GGUF file, got type adapter"):
+        read_gguf(path)
+    path.write_bytes(file_of(tensors=()))
+    with pytest.raises(ModelError, match="expected a model in this GGUF file, got no tensors"):
+        read_gguf(path)
+    split = architecture + string("split.count") + struct.pack("<IH", 2, 3)
+    path.write_bytes(file_of(fields=split, count=2))
+    with pytest.raises(ModelError, match="got one of 3 files; join them: llama-gguf-split"):
+        read_gguf(path)
+    path.write_bytes(file_of(tensors=(("a", (16,), 26, 0),)))
+    with pytest.raises(ModelError, match="a: expected floats or blocks of weights, got type I32"):
+        read_gguf(path)
