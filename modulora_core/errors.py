@@ -56,7 +56,12 @@ class PluginError(RequestError): ...
 class UnknownQuantizerError(PluginError): ...
 
 
-class BrokenPluginError(PluginError): ...
+class BrokenPluginError(PluginError):
+    """The message has the fault, and advice for a user. An author needs the fault alone."""
+
+    def __init__(self, fault: str, advice: str = "") -> None:
+        super().__init__("; ".join(filter(None, (fault, advice))))
+        self.fault = fault
 
 
 class IncompatiblePluginError(PluginError): ...

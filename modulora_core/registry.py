@@ -305,8 +305,8 @@ def _unusable(entry: Entry, status: Status, reason: str) -> PluginError:
     if status == "duplicate":
         return DuplicatePluginError(f"{subject}: {reason}")
     if status == "broken":
-        reason = f"{reason}; reinstall or update {entry.distribution}, or report it to its authors"
-        return BrokenPluginError(f"{subject} of {entry.origin} is broken: {reason}")
+        advice = f"reinstall or update {entry.distribution}, or report it to its authors"
+        return BrokenPluginError(f"{subject} of {entry.origin} is broken: {reason}", advice)
     return _ERRORS[status](f"{subject} of {entry.origin}: {reason}")
 
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from modulora_conformance.report import write_report
 from modulora_conformance.report.support import HEADINGS, main
-from modulora_conformance.report.terminal import table_text
+from modulora_conformance.report.terminal import summary_text
 from modulora_conformance.report.verdict import against, levels_passed, rows, verdict
 from modulora_conformance.results import HARDWARE, Measurement, Outcome, Run, read_file
 
@@ -141,7 +141,7 @@ def test_a_page_names_every_check_its_meaning_and_its_measurements(broken, tmp_p
     assert "If this fails: look at test_adjoint" in re.sub(" +", " ", text)
     assert "difference of the directions: 0.03, at most 2e-06 – over the limit" in text
     assert "other: not finite, at most 1" in text
-    assert "Checks held back after these failures: 1." in text
+    assert "Checks blocked by these failures: 1." in text
     assert "20 µs 60 µs 3" in text
     assert text.count(" ".join(HOSTILE.split())) >= 6  # shown, and never markup
 
@@ -219,9 +219,9 @@ def test_a_badge_says_no_more_than_the_run_found(tmp_path, checks, complete, sta
 def test_one_sentence_has_all_reasons_against_a_certificate(broken):
     sentence = against(broken.model_copy(update={"complete": False}))
     for part in (
-        "Not certified: the run omitted levels",
+        "the run left out checks",
         "2 checks failed",
-        "1 check held back",
+        "1 check blocked",
         "1 check failed as expected",
         "I didn't feel like it",
     ):
@@ -233,22 +233,25 @@ def test_one_sentence_has_all_reasons_against_a_certificate(broken):
 
 
 def test_the_terminal_has_a_row_for_each_level_every_failure_and_every_skip(broken):
-    text = table_text(broken, 120)
+    text = summary_text(broken, 120)
     found = {line.split()[0]: line for line in text.splitlines() if line.startswith("L")}
     assert found.keys() == broken.levels.keys()
     for level, counts in broken.levels.items():
         cells = found[level].partition(f"title of {level}")[2].split()
         assert cells[:5] == [str(n) if n else "-" for n in counts.values()]
+    first, *others = text.splitlines()
+    assert first == against(broken)
     for check in broken.failures:
-        assert f"FAILED {check.level} {check.check}" in text
-        assert " ".join(check.reason.split()) in text
+        assert sum(f"FAILED {check.level} {check.check}" in line for line in others) == 1
+        assert sum(" ".join(check.reason.split()) in line for line in others) == 1
+    assert "FAILED" not in summary_text(broken, failures=False)
     assert "SKIPPED 2: missing hardware: no CUDA device" in text
     assert "modulora conformance mine --seed 1234" in text
-    assert "No golden vectors were held" in text
+    assert "No golden vectors" in text
     assert "\x1b" not in text
-    assert "\x1b[" in table_text(broken, color=True)
+    assert "\x1b[" in summary_text(broken, color=True)
     golden = outcome("L1", "tiles_give_the_golden_vectors")
-    assert "No golden vectors" not in table_text(make([golden]))
+    assert "No golden vectors" not in summary_text(make([golden]))
 
 
 def cells_of(text):

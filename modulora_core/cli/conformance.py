@@ -1,17 +1,18 @@
-"""``modulora conformance``. The kit runs in its own process, since the core doesn't need it."""
+"""``modulora conformance``. The kit is a package of its own, since the core doesn't need it."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-import json
-import subprocess
 import sys
-import tempfile
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from types import ModuleType
+from typing import Annotated, Literal
 
-from modulora_core.cli.arguments import Quantizer, QuantizerOptions, option
-from modulora_core.cli.terminal import Report, terminal
+from modulora_core.cli.arguments import QuantizerOptions, argument, option
+from modulora_core.cli.terminal import Report
 
 KIT = "modulora_conformance"
 LAST_LEVEL = 7
@@ -19,10 +20,14 @@ LAST_LEVEL = 7
 PASSED, FAILED = 0, 1
 """pytest's exit codes of a run that took place. Others mean that it didn't."""
 
-_STDERR = 2
-"""The file descriptor."""
-
+Name = Annotated[str | None, argument("NAME", "A quantizer of `modulora list-quantizers`.")]
 Level = Annotated[int, option("--level N", "Run the levels 0 to N.", min=0, max=LAST_LEVEL)]
+Select = Annotated[str | None, option("-k EXPRESSION", "Run the checks whose names match.")]
+StopFirst = Annotated[bool, option("--exitfirst -x", "Stop at the first failure.")]
+Traceback = Annotated[
+    Literal["no", "short", "long", "line", "native", "auto"],
+    option("--tb STYLE", "Show tracebacks: no, short, long, line, native or auto."),
+]
 ReportFolder = Annotated[
     Path | None,
     option(
@@ -43,16 +48,25 @@ Golden = Annotated[
     Path | None,
     option("--golden DIR", "Compare with the golden vectors in DIR.", exists=True, file_okay=False),
 ]
+Measure = Annotated[bool, option("--measure", "Run no check: print the promises to paste.")]
+ListChecks = Annotated[bool, option("--list", "Run no check: list them, and how to mend each.")]
+
+PANELS = {"Run no check": ["measure", "list_checks"]}
 
 
 def command(
-    name: Quantizer,
+    name: Name = None,
     option: QuantizerOptions = [],
     level: Level = LAST_LEVEL,
+    select: Select = None,
+    exitfirst: StopFirst = False,
+    tb: Traceback = "no",
     report: ReportFolder = None,
     certified: Certified = False,
     seed: DrawSeed = None,
     golden: Golden = None,
+    measure: Measure = False,
+    list_checks: ListChecks = False,
 ) -> Report:
     """Check that a quantizer keeps its promises, with the conformance kit.
 
@@ -62,18 +76,37 @@ def command(
 
     Examples:
         modulora conformance NAME
+        modulora conformance NAME --level 1 -x
+        modulora conformance NAME -k magnitude --tb short
+        modulora conformance NAME -o bits=3 --measure
         modulora conformance NAME --report conformance --certified
-        modulora conformance NAME -o bits=2 --level 3 --seed 7
+        modulora conformance --list
     """
-    _check_request(name, option, level, certified)
-    words = [*(f"--option={text}" for text in option), f"--level={level}"]
+    check_kit("conformance")
+    if list_checks:
+        return _list()
+    left_out = {f"--level {level}": level < LAST_LEVEL, "-k": select, "-x": exitfirst}
+    name = _check_request(name, option, certified, left_out)
+    if measure:
+        promises = _kit("measure").measured(name, option)
+        found = {"quantizer": name, "promises": [each.model_dump() for each in promises]}
+        return Report(found, _kit("measure").as_code(promises))
+    words = [name, *(f"--option={text}" for text in option), f"--level={level}", f"--tb={tb}"]
+    words += [f"-k={select}"] if select is not None else []
+    words += ["-x"] if exitfirst else []
     words += ["--certified"] if certified else []
+    words += [f"--report={report}"] if report is not None else []
     words += [f"--seed={seed}"] if seed is not None else []
     words += [f"--golden={golden}"] if golden is not None else []
-    with tempfile.TemporaryDirectory() as temporary:
-        code, found = _run(name, words, report or Path(temporary))
+    code, result = _kit("__main__").run(words)
+    if code not in (PASSED, FAILED) or result is None:
+        _refuse(name, code, select)
     text = None if report is None else f"report: {report / name}.html"
-    return Report(found, text, exit_code=code)
+    return Report(result, text, exit_code=code)
+
+
+def _kit(module: str) -> ModuleType:
+    return importlib.import_module(f"{KIT}.{module}")
 
 
 def check_kit(command: str) -> None:
@@ -87,32 +120,81 @@ def check_kit(command: str) -> None:
         )
 
 
-def _check_request(name: str, option: list[str], level: int, certified: bool) -> None:
-    """Refuse a wrong request before the kit's process starts."""
-    from modulora_core.errors import OptionError
+def _list() -> Report:
+    from modulora_core.cli.text import table
+
+    found = _kit("checks").explained(_kit("suite").QuantizerConformance)
+    headings = ("level", "check", "a failure says", "mend it")
+    return Report({"checks": [check._asdict() for check in found]}, table(headings, found))
+
+
+def _check_request(
+    name: str | None, option: list[str], certified: bool, left_out: Mapping[str, object]
+) -> str:
+    """Refuse a wrong request before the first check, and return the quantizer's name."""
+    from modulora_core.errors import BrokenPluginError, OptionError, UnknownQuantizerError
     from modulora_core.options import parse_options
     from modulora_core.registry import create
 
-    check_kit("conformance")
-    create(name, parse_options(option))
-    if certified and level < LAST_LEVEL:
+    if name is None:
+        raise OptionError("NAME: expected a quantizer of `modulora list-quantizers`, got none")
+    try:
+        create(name, parse_options(option))
+    except BrokenPluginError as error:
+        where = _where(error.__cause__ or _import_error(name))
+        advice = "mend it, and run again; --debug shows the traceback"
+        raise BrokenPluginError(f"{error.fault}{where}", advice) from error
+    except UnknownQuantizerError as error:
+        hint = "if it is yours, run pip install -e . in its folder"
+        raise UnknownQuantizerError(f"{error}; {hint}") from None
+    given = [flag for flag, value in left_out.items() if value]
+    if certified and given:
         raise OptionError(
-            f"--certified: expected all levels, got --level {level}; leave out one of the two"
+            f"--certified: expected every check, got {' and '.join(given)} too; leave out one"
         )
+    return name
 
 
-def _run(name: str, words: list[str], folder: Path) -> tuple[int, dict[str, Any]]:
-    """Give the exit code and the result of the kit's process, which prints for itself."""
-    from modulora_core.errors import WorkError
+def _import_error(name: str) -> BaseException | None:
+    """Give the error of an entry point's module, which the registry reports in one line."""
+    from importlib.metadata import entry_points
 
-    file = folder / f"{name}.json"
-    file.unlink(missing_ok=True)  # an earlier run's result must not pass for this run's
-    arguments = [sys.executable, "-m", KIT, name, *words, f"--report={folder}"]
-    code = subprocess.run(arguments, stdout=_STDERR if terminal().json else None).returncode
-    if code not in (PASSED, FAILED) or not file.exists():
-        raise WorkError(
-            f"conformance of {name}: expected the checks to run, got exit code {code} of pytest "
-            f"and {'a' if file.exists() else 'no'} result; its output above says why"
+    from modulora_core.hookspecs import PROJECT
+
+    for point in entry_points(group=PROJECT, name=name):
+        try:
+            point.load()
+        except (Exception, SystemExit) as error:
+            return error
+    return None
+
+
+def _where(error: BaseException | None) -> str:
+    """Name the line at which an import failed; a syntax error names its own."""
+    if error is None or isinstance(error, SyntaxError):
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(("<", sys.base_prefix))] or frames
+    return f" ({own[-1].filename}, line {own[-1].lineno})"
+
+
+def _refuse(name: str, code: int, select: str | None) -> None:
+    """Raise an error for a run of pytest that ran no check."""
+    import pytest
+
+    from modulora_core.errors import OptionError, WorkError
+
+    if code == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    if select is not None and code in (
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+        pytest.ExitCode.USAGE_ERROR,
+    ):
+        raise OptionError(
+            f"-k {select!r}: expected a part of a check's name, got an expression that selects "
+            "none; `modulora conformance --list` has the names"
         )
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return code, found
+    raise WorkError(
+        f"conformance of {name}: expected the checks to run, got exit code {code} of pytest; "
+        "its output above says why"
+    )

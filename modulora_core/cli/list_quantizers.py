@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
+from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report
 from modulora_core.cli.text import table
 
@@ -13,23 +15,43 @@ if TYPE_CHECKING:
     from modulora_core.registry import Entry
 
 
-def command() -> Report:
+Check = Annotated[bool, option("--check", "Import each quantizer's class too, and so torch.")]
+
+
+def command(check: Check = False) -> Report:
     """List the installed quantizers, and say why one can't be used.
 
     Each quantizer is a package: install one with pip, and this list has it. The status is ok,
     broken (it can't be imported), incompatible (it needs another version of modulora-core) or
-    blocked. MODULORA_BLOCK=NAME,... blocks quantizers.
+    blocked. MODULORA_BLOCK=NAME,... blocks quantizers. A class is imported on first use, so only
+    --check finds a broken one; the exit code is 1 then.
 
     Examples:
         modulora list-quantizers
-        modulora list-quantizers --json
+        modulora list-quantizers --check --json
         MODULORA_BLOCK=some-quantizer modulora list-quantizers
     """
     from modulora_core.registry import entries
 
-    rows = [_to_json(entry) for entry in entries()]
+    found = [_checked(entry) for entry in entries()] if check else entries()
+    rows = [_to_json(entry) for entry in found]
     nothing = "No quantizer is installed. Each is a package: install one with pip."
-    return Report({"quantizers": rows}, _table(rows) if rows else nothing)
+    code = int(check and any(entry.status == "broken" for entry in found))
+    return Report({"quantizers": rows}, _table(rows) if rows else nothing, exit_code=code)
+
+
+def _checked(entry: Entry) -> Entry:
+    """Import the class of a usable entry, and mark the entry broken if that fails."""
+    from modulora_core.errors import BrokenPluginError
+    from modulora_core.registry import load
+
+    if entry.status != "ok":
+        return entry
+    try:
+        load(entry.name)
+    except BrokenPluginError as error:
+        return replace(entry, status="broken", reason=error.fault.partition(" is broken: ")[2])
+    return entry
 
 
 def _to_json(entry: Entry) -> dict[str, Any]:

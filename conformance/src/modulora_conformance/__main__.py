@@ -9,30 +9,58 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 SETTINGS = Path(__file__).parent / "pytest.ini"
 
+TRACEBACKS = ("no", "short", "long", "line", "native", "auto")
 
-def main(arguments: list[str] | None = None) -> int:
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checks. Returns pytest's exit code: 0 all passed, 1 some failed, 4 wrong request."""
+    return run(arguments)[0]
+
+
+def run(arguments: Sequence[str] | None = None) -> tuple[int, dict[str, Any] | None]:
+    """Give pytest's exit code, and the result as JSON has it; None if no check ran."""
     import pytest
 
-    asked = _parser().parse_args(arguments)
+    asked, found = _parser().parse_args(arguments), _Results()
+    with tempfile.TemporaryDirectory() as scratch:
+        # Hypothesis would create a folder in the current one
+        os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", scratch)
+        code = int(pytest.main(_words(asked), plugins=[found]))
+    return code, found.result
+
+
+def _words(asked: argparse.Namespace) -> list[str]:
+    """The command line of pytest. The kit prints each failure itself, so pytest prints none."""
     words = ["--pyargs", "modulora_conformance", "-q", "--no-header", "-p", "no:cacheprovider"]
-    words += ["-c", str(SETTINGS), "--quantizer", asked.name]
+    words += ["-c", str(SETTINGS), "-rN", f"--tb={asked.tb}", "--quantizer", asked.name]
     words += [f"--conformance-level={asked.level}"]
     words += [f"--quantizer-option={option}" for option in asked.option]
+    words += ["-k", asked.select] if asked.select else []
+    words += ["--exitfirst"] if asked.exitfirst else []
     words += [f"--golden={asked.golden}"] if asked.golden else []
     words += [f"--hypothesis-seed={asked.seed}"] if asked.seed is not None else []
     words += ["--certified"] if asked.certified else []
     if asked.report:
         junit = asked.report / f"{asked.name}.xml"
         words += [f"--conformance-report={asked.report}", f"--junit-xml={junit}"]
-    with tempfile.TemporaryDirectory() as scratch:
-        # Hypothesis would create a folder in the current one
-        os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", scratch)
-        return int(pytest.main(words))
+    return words
+
+
+class _Results:
+    """A plugin of pytest that takes the result from the recorder."""
+
+    result: dict[str, Any] | None = None
+
+    def pytest_unconfigure(self, config: Any) -> None:
+        recorder = config.pluginmanager.get_plugin("modulora_conformance_recorder")
+        for run in recorder.runs() if recorder is not None else ():
+            self.result = run.model_dump(mode="json")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     add("name", metavar="NAME", help="the quantizer")
     add("-o", "--option", metavar="KEY=VALUE", action="append", default=[], help="an option of it")
     add("--level", metavar="N", type=int, choices=range(8), default=7, help="run levels 0 to N")
+    add("-k", dest="select", metavar="EXPRESSION", help="run the checks whose names match, as -k")
+    add("-x", "--exitfirst", action="store_true", help="stop at the first failure")
+    add("--tb", choices=TRACEBACKS, default="no", help="show tracebacks in this style")
     add("--report", metavar="DIR", type=Path, help="write the reports to DIR")
     add("--golden", metavar="DIR", type=Path, help="compare with the golden vectors in DIR")
     add("--seed", metavar="N", type=int, help="Hypothesis's seed, to repeat a run")

@@ -6,8 +6,9 @@ names checks that must pass first, so that one cause gives one failure."""
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pytest
 
@@ -75,6 +76,40 @@ def meanings(cls: type) -> dict[str, str]:
     """The docstring of each check in ``cls``, by name, for reports."""
     checks = {name: check for name, check, _ in checks_of(cls)} | {GUARD: guard}
     return {name: " ".join((inspect.getdoc(check) or "").split()) for name, check in checks.items()}
+
+
+class Explained(NamedTuple):
+    """One check as ``modulora conformance --list`` shows it."""
+
+    level: str
+    check: str
+    """Its name says what the check holds true. ``-k`` takes it."""
+    fault: str
+    """The usual cause of a failure: the first sentence of its docstring."""
+    advice: str
+    """How to mend it: the other sentences; perhaps none."""
+
+
+def explained(cls: type) -> list[Explained]:
+    """Every check in ``cls`` in one line, by level."""
+    return [
+        Explained(
+            level.level, name.removeprefix("test_"), *explanation(inspect.getdoc(check) or "")
+        )
+        for name, check, level in checks_of(cls)
+    ]
+
+
+def in_words(name: str) -> str:
+    """The name of a check with spaces."""
+    return name.removeprefix("test_").replace("_", " ")
+
+
+def explanation(docstring: str) -> tuple[str, str]:
+    """The fault and the advice in a check's docstring, without "If this fails"."""
+    text = re.sub("^If this fails[:,] ", "", " ".join(docstring.split()))
+    fault, *advice = re.split(r"(?<=\.) (?=[^a-z])", text, maxsplit=1)
+    return fault, "".join(advice)
 
 
 def violations(cls: type) -> list[str]:

@@ -186,13 +186,21 @@ class Recorder:
         found = {name: measured for name, measured in speed.items() if measured}
         write_report(run.model_copy(update={"speed": found}), folder)
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        from modulora_conformance.report.terminal import table_text
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> Generator[None]:
+        """Print the summary above the tracebacks, if these are asked for."""
+        from modulora_conformance.report.terminal import summary_text
 
         for run in self.runs():
             terminalreporter.section(f"conformance of {run.quantizer}")
-            width = shutil.get_terminal_size().columns
-            terminalreporter.write(table_text(run, width, color=terminalreporter.hasmarkup))
+            text = summary_text(
+                run,
+                shutil.get_terminal_size().columns,
+                color=terminalreporter.hasmarkup,
+                failures=not terminalreporter.hasopt("f"),  # else pytest lists them
+            )
+            terminalreporter.write(text)
+        return (yield)
 
 
 @cache

@@ -21,6 +21,7 @@ from pydantic import (
     computed_field,
 )
 
+from modulora_conformance.checks import in_words
 from modulora_core.errors import DataError
 
 Kind = Literal["passed", "failed", "skipped", "blocked", "xfailed"]
@@ -109,7 +110,7 @@ class Outcome(_Value):
     @property
     def sentence(self) -> str:
         """The check's name with spaces."""
-        return self.check.removeprefix("test_").replace("_", " ")
+        return in_words(self.check)
 
     @property
     def uncertified(self) -> bool:

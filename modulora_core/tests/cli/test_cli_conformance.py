@@ -1,4 +1,4 @@
-"""``modulora conformance``: the kit in its own process, and refusals before it starts."""
+"""``modulora conformance``: its report, and refusals before the first check."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from modulora_core.cli import main
+from modulora_core.spec import Promise
 from modulora_core.tests.conftest import TOY_FORMAT, TOY_INIT, TOY_QUANTIZER, install_package
 
 KIT = "modulora_conformance"
@@ -43,7 +44,10 @@ def test_a_run_prints_the_result_alone_and_leaves_the_reports(tmp_path: Path) ->
     assert found["levels"]["L0"]["passed"] > 5
     assert "torch" in str(found["failures"])
     assert ran.returncode == 1
-    assert "FAILED L0 " in ran.stderr
+    first, *_ = ran.stderr.partition("= conformance of toy =")[2].splitlines()[1:]
+    assert first.startswith("Not certified: ")
+    assert ran.stderr.count("FAILED L0 test_metadata_is_known_without_torch") == 1
+    assert "Traceback" not in ran.stderr
     names = {path.name for path in reports.iterdir()}
     assert names == {f"toy.{suffix}" for suffix in ("json", "html", "svg", "md", "xml")}
 
@@ -53,7 +57,10 @@ WRONG = {
     "toy -o level=3": "levels",
     "toy -o levels=1000": "levels",
     "toy --level 8": "--level",
-    "toy --level 3 --certified": "--certified: expected all levels",
+    "toy --level 3 --certified": "--certified: expected every check, got --level 3 too",
+    "toy -x -k pack --certified": "--certified: expected every check, got -k and -x too",
+    "toy --tb all": "--tb",
+    "": "NAME: expected a quantizer of `modulora list-quantizers`",
     "toy --golden missing": "--golden",
     "toy --report {file}": "--report",
 }
@@ -70,6 +77,48 @@ def test_a_wrong_request_is_refused_before_any_check(
     assert code == 2
     assert WRONG[words] in json.loads(printed.out)["error"]["message"]
     assert "passed" not in printed.err
+
+
+BROKEN = {
+    "__init__.py": ("raise KeyError('mine')", "__init__.py, line 2"),
+    "quantizer.py": ("from torch import nothing", "quantizer.py, line 2"),
+}
+
+
+@needs_kit
+@pytest.mark.parametrize("file", BROKEN)
+def test_the_author_reads_which_line_is_broken(tmp_path: Path, file: str) -> None:
+    files = {"__init__.py": TOY_INIT, "quantizer.py": TOY_QUANTIZER, "crude.py": TOY_FORMAT}
+    line, where = BROKEN[file]
+    files[file] = f"\n{line}\n"
+    install_package(tmp_path, "modulora-toy", "toy", "modulora_toy", files)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ran = subprocess.run(
+        [sys.executable, "-m", "modulora_core.cli", "conformance", "toy"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert f"{where}); mend it, and run again" in ran.stderr
+    assert "report it to its authors" not in ran.stderr
+
+
+@needs_kit
+def test_checks_and_promises_are_printed_without_a_run(
+    toy: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["conformance", "--list", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert len(checks) > 80
+    assert [
+        c["check"] for c in checks if not c["fault"].endswith(".") or "If this" in c["fault"]
+    ] == []
+    assert main(["conformance", "toy", "-o", "levels=7", "--measure"]) == 0
+    code = capsys.readouterr().out.strip().removesuffix(",").removeprefix("promises=")
+    (promise,) = eval(code, {"Promise": Promise})
+    assert promise.options == {"levels": 7}
+    assert main(["conformance", "toy", "-o", "levels=7", "--measure", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["promises"]
+    assert [Promise(**each) for each in found] == [promise]
 
 
 @pytest.mark.parametrize("command", ["conformance", "bench"])

@@ -35,3 +35,20 @@ def test_list_quantizers_prints_an_object_or_a_table(tmp_path: Path) -> None:
     assert rows[0] == "name bits version distribution devices status summary or reason"
     assert "alpha 5 2.3 fake-alpha cpu ok alpha for tests" in rows
     assert "broken 1.0 fake-broken broken RuntimeError: [no] such GPU" in rows
+
+
+def test_check_imports_each_class_and_marks_a_broken_one(tmp_path: Path) -> None:
+    site = FakeSite(tmp_path)
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    (tmp_path / "fake_alpha_quantizer.py").write_text("import no_such_module\n")
+    code = "from modulora_core.cli import main; print(main(['list-quantizers', {}'--json']))"
+    results = [site.run(code.format(flag)).stdout.splitlines() for flag in ("", "'--check', ")]
+    (unchecked, zero), (checked, one) = results
+    assert (zero, one) == ("0", "1")
+    before, after = (
+        {row["name"]: row for row in json.loads(text)["quantizers"]}
+        for text in (unchecked, checked)
+    )
+    assert before["alpha"]["status"] == "ok"
+    assert after["alpha"]["status"] == "broken"
+    assert after["alpha"]["reason"].endswith("No module named 'no_such_module'")

@@ -1,16 +1,19 @@
-"""Prints the table of a run to a terminal."""
+"""Prints the summary of a run to a terminal."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Iterator
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from modulora_conformance.checks import explanation
 from modulora_conformance.report.verdict import against, repeat, share_text, worst
-from modulora_conformance.results import GOLDEN, KINDS, Kind, Run
+from modulora_conformance.results import GOLDEN, KINDS, Kind, Outcome, Run
 
 STYLES: dict[Kind, str] = {
     "passed": "green",
@@ -20,15 +23,19 @@ STYLES: dict[Kind, str] = {
     "skipped": "dim",
 }
 
-NO_GOLDEN = (
-    "No golden vectors were held: --golden DIR, or `golden` of a subclass, names the vectors that "
-    "hold a format still."
-)
+SHOWN = 3
+"""The most cases of a check that are listed; the others are counted."""
+
+NO_GOLDEN = "No golden vectors: --golden DIR compares stored bytes with those of earlier versions."
 
 
-def table_text(run: Run, width: int = 100, *, color: bool = False) -> str:
-    """A row for each level, then failures, skips, the verdict, and the command that repeats the
-    run."""
+def summary_text(run: Run, width: int = 100, *, color: bool = False, failures: bool = True) -> str:
+    """The verdict, each failed check once with its cases and meaning, a row for each level, and
+    the command that repeats the run.
+
+    Args:
+        failures: False if something else lists the failures.
+    """
     file = io.StringIO()
     console = Console(
         file=file,
@@ -37,25 +44,45 @@ def table_text(run: Run, width: int = 100, *, color: bool = False) -> str:
         color_system="standard" if color else None,
         highlight=False,
     )
-    console.print(_levels(run))
+    style = "bold green" if run.sound else "bold red" if run.failures else "bold"
+    console.print(Text(against(run), style), soft_wrap=True)
     for kind in ("failed", "xfailed"):
-        for check in run.checks:
-            if check.outcome == kind:
-                case = f" ({check.case})" if check.case else ""
-                where = f" {check.level} {check.check}{case} [{check.configuration}]: "
-                reason = " ".join(check.reason.split())
-                line = Text.assemble((kind.upper(), STYLES[check.outcome]), where, reason)
-                console.print(line, soft_wrap=True)
+        found = [check for check in run.checks if check.outcome == kind]
+        for name in dict.fromkeys(check.check for check in found) if failures else ():
+            console.print()
+            _print_check(console, run, [check for check in found if check.check == name])
+    console.print()
+    console.print(_levels(run))
+    for line in _notes(run):
+        console.print(Text(line, "dim"), soft_wrap=True)
+    return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
+
+
+def _print_check(console: Console, run: Run, cases: list[Outcome]) -> None:
+    """One check: its name, the messages of its cases, and the docstring."""
+    first = cases[0]
+    head = Text.assemble((first.outcome.upper(), STYLES[first.outcome]), f" {first.level} ")
+    console.print(head + Text(first.check, "bold"), soft_wrap=True)
+    for check in cases[:SHOWN]:
+        case = f" ({check.case})" if check.case else ""
+        line = f"  [{check.configuration}]{case}: {' '.join(check.reason.split())}"
+        console.print(Text(line), soft_wrap=True)
+    if len(cases) > SHOWN:
+        console.print(Text(f"  and {len(cases) - SHOWN} more cases"))
+    meaning = " ".join(explanation(run.meanings.get(first.check, "")))
+    console.print(Padding(Text(meaning, "dim"), (0, 0, 0, 2)))
+
+
+def _notes(run: Run) -> Iterator[str]:
     skips = Counter(check.reason for check in run.checks if check.outcome == "skipped")
     for reason, number in skips.items():
-        line = Text.assemble(("SKIPPED", "dim"), f" {number}: {' '.join(reason.split())}")
-        console.print(line, soft_wrap=True)
-    console.print(Text(against(run), style="bold green" if run.certified else "bold"))
+        yield f"SKIPPED {number}: {' '.join(reason.split())}"
     if "L1" in run.levels and not any(check.check.endswith(GOLDEN) for check in run.checks):
-        console.print(Text(NO_GOLDEN, style="dim"), soft_wrap=True)
-    seed = f"; in pytest: --hypothesis-seed={run.seed}" if run.seed else ""
-    console.print(Text(f"To repeat: {repeat(run)}{seed}", style="dim"))
-    return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
+        yield NO_GOLDEN
+    if run.failures:
+        yield "-k CHECK runs one check, and --tb short shows its traceback."
+    seed = f" (pytest: --hypothesis-seed={run.seed})" if run.seed else ""
+    yield f"To repeat: {repeat(run)}{seed}"
 
 
 def _levels(run: Run) -> Table:

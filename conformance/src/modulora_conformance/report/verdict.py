@@ -63,21 +63,21 @@ def against(run: Run) -> str:
         if run.certified:
             return f"Certified: {passed}"
         return f"Passed: {passed} A certificate needs a run with --certified."
-    reasons = []
-    if not run.complete:
-        reasons.append("the run omitted levels, or configurations that the spec makes promises for")
     words: dict[Kind, str] = {
         "failed": "failed",
-        "blocked": "held back after that",
+        "blocked": "blocked",
         "xfailed": "failed as expected",
     }
-    reasons += [f"{_checks(run.count(k))} {word}" for k, word in words.items() if run.count(k)]
+    reasons = [f"{_checks(run.count(k))} {word}" for k, word in words.items() if run.count(k)]
     skips = [c.reason for c in run.checks if c.outcome == "skipped" and c.uncertified]
     if skips:
         reasons.append(
             f"{_checks(len(skips))} skipped for another reason than missing hardware ({skips[0]})"
         )
-    return f"Not certified: {'; '.join(reasons) or 'nothing was checked'}."
+    passed = "Passed, not certified" if run.checks and not reasons else "Not certified"
+    if not run.complete:
+        reasons.append("the run left out checks, or options that the spec makes promises for")
+    return f"{passed}: {'; '.join(reasons) or 'nothing was checked'}."
 
 
 def _checks(number: int) -> str:
