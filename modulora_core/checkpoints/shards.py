@@ -23,6 +23,7 @@ from torch import Tensor
 
 from modulora_core.devices.processes import from_first, is_first
 from modulora_core.errors import CheckpointError, WorkError
+from modulora_core.files.json_files import read_journal
 from modulora_core.models.safetensors_store import DTYPE_CODES, INDEX, MOST_TENSORS
 from modulora_core.spec import TensorLayout
 
@@ -107,7 +108,8 @@ class ShardWriter:
         self._is_sharded = len(shards) > 1
         self._journal = folder / JOURNAL
         self._writes = is_first()
-        journal = self._read_journal() if resume and self._writes else {}
+        # the digests of the tensors of each parameter
+        journal = read_journal(self._journal, dict[str, str]) if resume and self._writes else {}
         for name, shard in zip(shard_names(len(shards)), shards, strict=True):
             self._open(folder / name, shard, resume=bool(journal))
         self.done = from_first({name for name, sums in journal.items() if self._are_there(sums)})
@@ -129,16 +131,6 @@ class ShardWriter:
                     f"{path}: expected the header of this request, got another one; "
                     "start again without --resume"
                 )
-
-    def _read_journal(self) -> dict[str, dict[str, str]]:
-        """The digests of the tensors of each parameter."""
-        if not self._journal.is_file():
-            return {}
-        # a kill may cut the last line off; its parameter is written again
-        lines = self._journal.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        self._journal.write_text("".join(whole))
-        return dict(json.loads(line) for line in whole)
 
     def _are_there(self, digests: Mapping[str, str]) -> bool:
         """Whether the bytes of these tensors are the written ones. A hole in a file has others."""

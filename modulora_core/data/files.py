@@ -13,10 +13,16 @@ from types import MappingProxyType
 from typing import Any
 
 from modulora_core.errors import DataError, MissingExtraError
-from modulora_core.files.json_files import parse_json
+from modulora_core.files.json_files import open_file, parse_json, read_bytes
 
 TEXT_SUFFIXES = (".txt", ".md")
 """Files that are one text, not records."""
+
+MOST_BYTES = 2**30
+"""The largest file, except for ``.jsonl``, which is read line by line."""
+
+MOST_LINE = 32 * 2**20
+_MOST_COLUMNS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +34,27 @@ class Record:
 
 
 def read_text(path: Path) -> str:
-    """Read a text with Unix line ends. Raises DataError: unreadable, empty, or not UTF-8."""
-    try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise DataError(f"{path}: expected a readable file, got {error.strerror}") from error
+    """Read a text of at most 1 GiB with Unix line ends.
+
+    Raises:
+        DataError: unreadable, larger, empty, or not UTF-8.
+    """
+    data = read_bytes(path, DataError, MOST_BYTES, "cut it into several files")
+    data = data.removeprefix(codecs.BOM_UTF8)
     if not data.strip():
         raise DataError(f"{path}, line 1: expected text, got an empty file")
+    return _decode(data, path, 1).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decode(data: bytes, path: Path, line: int) -> str:
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line += data.count(b"\n", 0, error.start)
         raise DataError(
             f"{path}, line {line}: expected UTF-8, got byte 0x{data[error.start]:02x} "
             f"({error.reason}); save the file as UTF-8"
         ) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_records(path: Path) -> list[Record]:
@@ -69,9 +80,10 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[Any, str]]:
-    # not splitlines(): that also splits at U+2028 and others, which JSON strings may hold
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
+    # not str.splitlines(): it also splits at U+2028 and others, which JSON strings may hold
+    for number, data in enumerate(_lines(path), start=1):
+        line = _decode(data, path, number).strip()
+        if line:
             try:
                 yield parse_json(line), f"line {number}"
             except json.JSONDecodeError as error:
@@ -81,6 +93,17 @@ def _jsonl(path: Path) -> Iterator[tuple[Any, str]]:
                 ) from None
             except ValueError as error:
                 raise DataError(f"{path}, line {number}: {error}") from None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file of any size. Raises DataError: a line has more than 32 MiB."""
+    with open_file(path, DataError) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), start=1):
+            if len(line) > MOST_LINE:
+                raise DataError(
+                    f"{path}, line {number}: expected at most {MOST_LINE // 2**20} MiB, got more"
+                )
+            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def _json(path: Path) -> Iterator[tuple[Any, str]]:
@@ -104,13 +127,16 @@ def _csv(path: Path) -> Iterator[tuple[Any, str]]:
     limit = csv.field_size_limit(2**31 - 1)  # a cell may be longer than the default of 128 KiB
     try:
         header = [name.strip() for name in next(rows)]
-        if len(set(header)) < len(header):
-            raise DataError(f"{path}, line 1: expected distinct column names, got {header}")
-        line = rows.line_num + 1
+        if not len(set(header)) == len(header) <= _MOST_COLUMNS:
+            raise DataError(
+                f"{path}, line 1: expected distinct column names, at most {_MOST_COLUMNS}, got "
+                f"{len(header)}: {header!r:.200}"
+            )
+        names, line = ", ".join(header), rows.line_num + 1
         for row in rows:
             if row and len(row) != len(header):
                 raise DataError(
-                    f"{path}, line {line}: expected {len(header)} columns ({', '.join(header)}), "
+                    f"{path}, line {line}: expected {len(header)} columns ({names:.200}), "
                     f"got {len(row)}"
                 )
             if row:
@@ -126,7 +152,6 @@ def _csv(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise MissingExtraError(
@@ -134,9 +159,18 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
             "pip install 'modulora-core[data]'"
         ) from None
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: expected a parquet file, got {error}") from error
+        file = parquet.ParquetFile(path)
+        groups = range(file.metadata.num_row_groups)
+        nbytes = sum(file.metadata.row_group(n).total_byte_size for n in groups)
+        rows = file.read().to_pylist() if nbytes <= MOST_BYTES else None
+    except Exception as error:  # pyarrow's own classes, UnicodeDecodeError, ArithmeticError, ...
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: expected a parquet file, got {reason:.200}") from error
+    if rows is None:
+        raise DataError(
+            f"{path}: expected at most {MOST_BYTES:,} bytes of values, got {nbytes:,}; cut it into "
+            "several files"
+        )
     yield from ((row, f"row {number}") for number, row in enumerate(rows, start=1))
 
 

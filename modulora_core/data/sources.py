@@ -179,11 +179,11 @@ def _load(text: str) -> list[Record]:
 
 
 def _path(name: str) -> Path | None:
-    """``name`` as a path; None if no file can have it: empty, too long, of an unknown user."""
+    """``name`` as a path; None if no file can have it: empty, too long, of no user."""
     try:
         path = Path(name).expanduser()
         path.exists()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):
         return None
     return path if name.strip() else None
 

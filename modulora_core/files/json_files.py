@@ -1,4 +1,4 @@
-"""Read JSON that others wrote, checked by pydantic. A broken file is one line of message.
+"""Read JSON and YAML that others wrote, checked by pydantic. A broken file is one line of message.
 
 A file may be anything. So it is read up to a limit. Deep nesting, repeated keys, long integers and
 lone surrogates are refused: other libraries fail on them.
@@ -6,11 +6,15 @@ lone surrogates are refused: other libraries fail on them.
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,44 +32,122 @@ DEEPEST = 64
 _MOST_DIGITS = 400
 """Digits of an integer. The largest float64 has 309."""
 
+DOWNLOAD = "download it again"
 
-def read_json(path: Path, kind: type[T], *, error: type[RequestError] = CheckpointError) -> T:
+_MOST_YAML = 64 * 2**10
+"""Bytes. The parser reads some 100 kB in a second."""
+
+
+def read_json(
+    path: Path,
+    kind: type[T],
+    *,
+    error: type[RequestError] = CheckpointError,
+    advice: str = DOWNLOAD,
+) -> T:
     """Read the file ``path`` as ``kind``, a pydantic model or ``dict[str, Any]``.
+
+    Args:
+        path, kind, error: see above and below.
+        advice: ends the message.
 
     Raises:
         error: the file can't be read or is no JSON; or names the field, what pydantic expected, and
             the value.
     """
-    return check_json(read_bytes(path, error), kind, str(path), error=error)
+    return check_json(read_bytes(path, error), kind, str(path), error=error, advice=advice)
 
 
-def read_bytes(path: Path, error: type[RequestError], most: int = MOST_BYTES) -> bytes:
+def read_yaml(path: Path, error: type[RequestError]) -> Any:
+    """Read a YAML file of at most 64 KiB; an alias counts as often as it is used.
+
+    Raises:
+        error: the file can't be read, is no YAML, or holds too many levels or values.
+    """
+    import yaml
+
+    data = read_bytes(path, error, _MOST_YAML)
+    try:
+        values = yaml.safe_load(data.decode("utf-8"))
+        _check_size(values)
+    except RecursionError:
+        reason = f"at most {DEEPEST} levels, got more"
+    except (yaml.YAMLError, ValueError) as found:
+        reason = "YAML: " * isinstance(found, yaml.YAMLError) + " ".join(str(found).split())
+    else:
+        return values
+    raise error(f"{path}: expected {reason.removeprefix('expected ')}")
+
+
+def read_journal(path: Path, kind: type[T]) -> dict[str, T]:
+    """Read a file of lines ``[key, value]``, up to a line that a kill has broken.
+
+    That line and all after it are removed from the file: their work is done again.
+
+    Args:
+        path: the file; it may be missing.
+        kind: the type of a value.
+    """
+    entries, whole = [], []
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            key, value = check_json(line, tuple, "line")
+            entry = str(key), check_json(value, kind, "value")
+        except (CheckpointError, ValueError):
+            break
+        if not line.endswith(b"\n"):
+            break
+        entries.append(entry)
+        whole.append(line)
+    path.write_bytes(b"".join(whole))
+    return dict(entries)
+
+
+def read_bytes(
+    path: Path, error: type[RequestError], most: int = MOST_BYTES, advice: str = DOWNLOAD
+) -> bytes:
     """Read a file of at most ``most`` bytes. Raises ``error``: unreadable, or larger."""
     try:
-        if path.exists() and not path.is_file():  # opening a pipe waits for its writer
-            raise error(f"{path}: expected a file, got a folder or a device")
-        with path.open("rb") as file:
-            data = file.read(most + 1)
-    except (OSError, ValueError) as found:  # ValueError: a name with a null byte
-        reason = getattr(found, "strerror", None) or found
-        raise error(f"{path}: expected a readable file, got: {reason}") from None
+        with open_file(path, error) as file:
+            data = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
+    except OSError as found:
+        raise _unreadable(path, found, error) from None
     if len(data) > most:
-        raise error(f"{path}: expected at most {most // 2**20} MiB, got more; download it again")
+        limit = f"{most // 2**20} MiB" if most >= 2**20 else f"{most // 2**10} KiB"
+        raise error(f"{path}: expected at most {limit}, got more; {advice}")
     return data
 
 
+def open_file(path: Path, error: type[RequestError]) -> BinaryIO:
+    """Open a file that exists. Raises ``error``: it can't be read, or is a folder or a pipe."""
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe waits for its writer
+            raise error(f"{path}: expected a file, got a folder or a device")
+        return path.open("rb")
+    except (OSError, ValueError) as found:  # ValueError: a name with a null byte
+        raise _unreadable(path, found, error) from None
+
+
+def _unreadable(path: Path, found: Exception, error: type[RequestError]) -> RequestError:
+    reason = getattr(found, "strerror", None) or found
+    return error(f"{path}: expected a readable file, got: {reason}")
+
+
 def check_json(
-    data: Any, kind: type[T], subject: str, *, error: type[RequestError] = CheckpointError
+    data: Any,
+    kind: type[T],
+    subject: str,
+    *,
+    error: type[RequestError] = CheckpointError,
+    advice: str = DOWNLOAD,
 ) -> T:
     """As :func:`read_json`, for ``bytes`` of JSON or parsed JSON; messages name ``subject``."""
     if isinstance(data, bytes):
-        if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
-            raise error(f"{subject}: expected at most {MOST_VALUES:,} values, got more")
         try:
             data = parse_json(data.decode("utf-8"))
         except ValueError as found:
             reason = "Invalid JSON: " * isinstance(found, json.JSONDecodeError) + str(found)
-            raise error(f"{subject}: {reason}; download it again") from None
+            raise error(f"{subject}: {reason}; {advice}") from None
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as found:
@@ -74,19 +156,23 @@ def check_json(
     field = "".join(f"{part}: " for part in first["loc"])
     ours = first["type"] == "value_error" and not field  # a check of the whole, with its own words
     got = "" if ours else f", got {first['input']!r:.60}"
-    raise error(f"{subject}: {field}{expected}{got}; download it again")
+    raise error(f"{subject}: {field}{expected}{got}; {advice}")
 
 
 def parse_json(text: str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: no JSON, nested too deeply, a key that comes twice, an integer of many digits,
-            or a lone surrogate; one line.
+        ValueError: no JSON, nested too deeply, too many values, a key that comes twice, an integer
+            of many digits, or a lone surrogate; one line.
     """
+    most = max(MOST_VALUES, len(text) // 16)  # a large file may have more, if it is mostly text
+    if sum(map(text.count, ",[{")) > most:
+        raise ValueError(f"expected at most {most:,} values, got more")
     try:
-        value = json.loads(text, object_pairs_hook=_distinct, parse_int=_integer)
-        _check_depth(value)
+        with without_collections():
+            value = json.loads(text, object_pairs_hook=_distinct, parse_int=_integer)
+            _check_size(value, most)
     except RecursionError:
         raise ValueError(f"expected at most {DEEPEST} levels, got more") from None
     if "\\u" in text:
@@ -97,14 +183,33 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def _check_depth(value: Any) -> None:
-    """Raises RecursionError: it has more than :data:`DEEPEST` levels."""
-    level = [value]
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Pause Python's search for cycles: values of a file have none, and it takes most of the time.
+
+    Reading a header of 99,000 tensors takes a third of the time.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _check_size(value: Any, most: int = MOST_VALUES) -> None:
+    """Raises ValueError: more than 64 levels, or ``most`` values."""
+    level, count = [value], 0
     for _ in range(DEEPEST):
-        level = [child for parent in level for child in _children(parent)]
+        children = (child for parent in level for child in _children(parent))
+        level = list(islice(children, most + 1))
+        count += len(level)
+        if count > most:
+            raise ValueError(f"expected at most {most:,} values, got more")
         if not level:
             return
-    raise RecursionError
+    raise ValueError(f"expected at most {DEEPEST} levels, got more")
 
 
 def _children(value: Any) -> Iterable[Any]:

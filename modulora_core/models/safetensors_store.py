@@ -21,14 +21,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
-from modulora_core.files.json_files import MOST_BYTES, check_json, read_json
+from modulora_core.files.json_files import MOST_BYTES, check_json, read_json, without_collections
 from modulora_core.models.folders import HOLDS_AN_ADAPTER
 from modulora_core.models.store import StoredTensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MOST_TENSORS = 100_000
-"""The most tensors of one file; each costs time and memory before any is read."""
+"""The most tensors of one file. A published file has at most 30,000, a model 210,000."""
+
+MOST_IN_ALL = 400_000
+"""The most tensors of a model; each takes some microseconds before one is read."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPE_CODES = {
@@ -76,8 +79,15 @@ class SafetensorsStore:
                 f"{folder}: expected the {len(files)} shards of {INDEX}, got none named "
                 f"{', '.join(missing)}; download the model again"
             ))  # fmt: skip
+        seen = 0
         for file in files:
-            for name, (tensor, offset) in read_header(folder / file).items():
+            header = read_header(folder / file)
+            seen += len(header)
+            if seen > MOST_IN_ALL:
+                raise CheckpointError(
+                    f"{folder}: expected at most {MOST_IN_ALL:,} tensors, got more"
+                )
+            for name, (tensor, offset) in header.items():
                 if index.get(name, file) == file:
                     tensors[name], self._offsets[name] = tensor, offset
         absent = sorted(set(index) - set(tensors))
@@ -139,6 +149,7 @@ def _no_weights(folder: Path) -> str:
     return f"{expected}, got {', '.join(others) or 'no weight files'}"
 
 
+@without_collections()
 def read_header(path: Path) -> dict[str, tuple[StoredTensor, int]]:
     """The tensors of one file and the bytes at which they begin, in the header's order.
 

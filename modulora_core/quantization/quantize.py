@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel
 
 from modulora_core.calibration import CalibrationConfig, calibration_text
 from modulora_core.calibration.states import spilled_bytes
@@ -36,6 +37,7 @@ from modulora_core.devices import pick_device
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.devices.processes import barrier, from_first, is_first, together
 from modulora_core.errors import CheckpointError, OptionError
+from modulora_core.files.json_files import read_json
 from modulora_core.models import ModelSource, open_model
 from modulora_core.models.folders import REQUEST
 from modulora_core.models.progress import Progress, shows_progress
@@ -53,6 +55,13 @@ MIXED = "mixed"
 """The name that a result gives to the quantizer of a budget."""
 
 logger = logging.getLogger(__name__)
+
+
+class _Begun(BaseModel):
+    """``request.json`` of an unfinished run; ``contents`` is the digest of the model's values."""
+
+    record: dict[str, Any]
+    contents: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,20 +264,20 @@ def _begun(
     progress: Progress | None,
 ) -> Iterator[bool]:
     folder = partial_name(out)
-    before: dict[str, Any] = {}
+    before = None
     if resume and (folder / REQUEST).is_file():
-        before = json.loads((folder / REQUEST).read_text())
-        changed = [key for key in request if request[key] != before["record"].get(key)]
+        before = read_json(folder / REQUEST, _Begun, advice="remove the folder, and start again")
+        changed = [key for key in request if request[key] != before.record.get(key)]
         if changed:
             raise _another(folder, ", ".join(changed))
     check_disk_space(out, nbytes + SMALL_FILES)
     source.validate()
     contents = source.check_finite(progress)
-    if before.get("contents", contents) != contents:
+    if before is not None and before.contents not in (None, contents):
         raise _another(folder, "the values of the model's weights")
-    with whole_or_nothing(out, resume=bool(before)) as folder:
+    with whole_or_nothing(out, resume=before is not None) as folder:
         write_file(folder / REQUEST, json.dumps({"record": request, "contents": contents}))
-        yield bool(before)
+        yield before is not None
 
 
 def _another(folder: Path, difference: str) -> CheckpointError:

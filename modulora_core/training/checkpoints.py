@@ -11,11 +11,21 @@ import json
 import shutil
 from pathlib import Path
 
+from pydantic import BaseModel, Field
 from transformers import TrainerState
 
 from modulora_core.checkpoints.outputs import digest, sync_folder, write_file
+from modulora_core.errors import CheckpointError
+from modulora_core.files.json_files import read_json
 
 _SEAL = "complete.json"
+
+
+class _Seal(BaseModel):
+    """The digests of a checkpoint's files, and the number of processes that trained it."""
+
+    files: dict[str, str]
+    processes: int = Field(1, ge=1)
 
 
 def seal(checkpoint: Path, processes: int = 1) -> None:
@@ -28,15 +38,15 @@ def seal(checkpoint: Path, processes: int = 1) -> None:
 
 def processes_of(checkpoint: Path) -> int:
     """The number of processes that trained up to a whole checkpoint."""
-    return int(json.loads((checkpoint / _SEAL).read_text("utf-8")).get("processes", 1))
+    return read_json(checkpoint / _SEAL, _Seal).processes
 
 
 def is_sealed(checkpoint: Path) -> bool:
     """Whether a checkpoint is whole: it has a seal, and its files have the recorded bytes."""
     try:
-        digests = json.loads((checkpoint / _SEAL).read_text("utf-8"))["files"]
-        return all(digest(checkpoint / name) == found for name, found in digests.items())
-    except (OSError, ValueError, KeyError):
+        files = read_json(checkpoint / _SEAL, _Seal).files
+        return all(digest(checkpoint / name) == found for name, found in files.items())
+    except (OSError, ValueError, CheckpointError):  # ValueError: a name with a null byte
         return False
 
 

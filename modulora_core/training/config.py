@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from modulora_core.errors import OptionError
+from modulora_core.files.json_files import read_yaml
 from modulora_core.options import validate_model
 
 _EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
@@ -282,13 +283,7 @@ class FinetuneConfig(BaseModel):
 
 
 def _read(path: Path) -> dict[str, object]:
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise OptionError(f"config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise OptionError(f"config {path}: expected YAML: {reason}") from None
+    values = read_yaml(path, OptionError)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise OptionError(
             f"config {path}: expected lines of `option: value`, got {type(values).__name__}"

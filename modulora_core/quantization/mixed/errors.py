@@ -29,6 +29,7 @@ from modulora_core.calibration import BlockWalk, CalibrationText, HeldOutCalibra
 from modulora_core.calibration.sensitivity import Sensitivity, loss_sensitivities
 from modulora_core.checkpoints.packing import random_stream
 from modulora_core.errors import WorkError
+from modulora_core.files.json_files import read_journal
 from modulora_core.models import ModelSource
 from modulora_core.models.progress import Progress
 from modulora_core.models.sites import LinearSite
@@ -74,7 +75,7 @@ def measure_errors(
     journal = folder / JOURNAL
     if not resume:
         journal.unlink(missing_ok=True)
-    measured = _read(journal)
+    measured = read_journal(journal, list[float])
     if all(linear.name in measured for linear in linears):
         return measured
     sensitivities = loss_sensitivities(
@@ -86,15 +87,6 @@ def measure_errors(
     weights = {name: [each.tokens for each in found] for name, found in sensitivities.items()}
     BlockWalk(source, calibration, linears, measuring, device, folder, token_weights=weights).run()
     return measured
-
-
-def _read(journal: Path) -> dict[str, list[float]]:
-    """The errors in the journal. A line that a kill cut off is removed."""
-    if not journal.is_file():
-        return {}
-    whole = [line for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    journal.write_text("".join(whole))
-    return dict(map(json.loads, whole))
 
 
 @dataclass

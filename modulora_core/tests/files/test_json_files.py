@@ -10,7 +10,7 @@ import pytest
 
 from modulora_core.errors import AdapterError, ModelError
 from modulora_core.files.chat_templates import ends_soon
-from modulora_core.files.json_files import parse_json, read_json
+from modulora_core.files.json_files import parse_json, read_journal, read_json, read_yaml
 from modulora_core.files.paths import as_output_error, said_by_system, usable_path
 from modulora_core.files.patterns import matches
 
@@ -56,6 +56,50 @@ def test_a_large_or_unreadable_file_is_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ModelError, match=message):
             read_json(tmp_path / name, dict[str, Any], error=ModelError)
+
+
+def test_a_large_text_may_have_more_values_than_a_small_one() -> None:
+    values = "[" + "1," * 2_100_000 + "1]"
+    with pytest.raises(ValueError, match="at most 2,000,000 values"):
+        parse_json(values)
+    assert len(parse_json(f'["{"x" * 35_000_000}",{values}]')[1]) == 2_100_001
+
+
+BOMB = "a0: &a0 [x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "at most 2,000,000 values"),
+        ("a: &a [*a]", "at most 64 levels"),
+        ("[" * 5000, "at most 64 levels"),
+        ("a: " + "9" * 5000, "limit"),
+        ("a: 2020-13-45", "month"),
+        ("a: !!python/object:os.system x", "YAML: could not determine a constructor"),
+        ("a: [", "YAML: while parsing"),
+        ("a: \xff", "utf-8"),
+        ("# " + "x" * 70_000, "at most 64 KiB"),
+    ],
+    ids=["bomb", "loop", "deep", "digits", "date", "object", "cut", "bytes", "long"],
+)
+def test_broken_yaml_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text, "latin-1")
+    with pytest.raises(ModelError, match=rf"x\.yaml: .*{message}") as found:
+        read_yaml(tmp_path / "x.yaml", ModelError)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "broken", [b'["c", {"x": "1"}]', b'["c", {"x": 1}]\n', b"\0\0\n", b'["c"]\n', b"5\n"], ids=str
+)
+def test_a_journal_ends_at_its_first_broken_line(broken: bytes, tmp_path: Path) -> None:
+    whole = b'["a", {"x": "1"}]\n["b", {}]\n'
+    (tmp_path / "x").write_bytes(whole + broken + (whole if broken.endswith(b"\n") else b""))
+    assert read_journal(tmp_path / "x", dict[str, str]) == {"a": {"x": "1"}, "b": {}}
+    assert (tmp_path / "x").read_bytes() == whole
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "a\0b", "~nobody-of-this-name/x"])

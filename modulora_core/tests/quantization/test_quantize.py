@@ -28,7 +28,7 @@ from modulora_core.errors import (
     WeightError,
     WorkError,
 )
-from modulora_core.models.folders import MARKER
+from modulora_core.models.folders import MARKER, REQUEST
 from modulora_core.quantization.quantize import Override, quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.stopped_runs import stop, stored
@@ -189,6 +189,12 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     with pytest.raises(OutputError, match="--resume"):
         quantize(source, out, "toy", seed=1)
     assert stored(partial_name(out)) == before
+    request = partial_name(out) / REQUEST
+    text = request.read_text()
+    request.write_text('{"record": 5}')
+    with pytest.raises(CheckpointError, match=r"request\.json: record: .* remove the folder"):
+        quantize(source, out, "toy", seed=1, resume=True)
+    request.write_text(text)
     quantize(source, out, "toy", seed=1, resume=True)
     assert stored(out) == stored(tmp_path / "whole")
     assert not partial_name(out).exists()

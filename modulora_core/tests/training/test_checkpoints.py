@@ -261,13 +261,14 @@ def test_a_checkpoint_is_an_adapter_and_has_no_pickle_that_runs_code(
 
 
 def test_only_whole_checkpoints_are_used_and_kept(tmp_path: Path) -> None:
-    for step in (2, 10, 11, 12):
+    for step in (2, 10, 11, 12, 13):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "optimizer.pt").write_bytes(b"...")
         if step != 12:
             seal(folder)
     (tmp_path / "checkpoint-11" / "optimizer.pt").unlink()
+    (tmp_path / "checkpoint-13" / "complete.json").write_text('{"files": 5}')
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     remove_half_written(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}

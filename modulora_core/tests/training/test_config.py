@@ -87,8 +87,8 @@ def test_a_bad_option_is_refused_in_one_sentence(options: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "config {}: No such file"),
-        ("a: [", "config {}: expected YAML"),
+        (None, "{}: expected a readable file, got: No such file"),
+        ("a: [", "{}: expected YAML"),
         ("- a\n- b\n", "config {}: expected lines of `option: value`, got list"),
         ("1: 2\n", "config {}: expected lines of `option: value`"),
         ("learning-rate: 1\n", "finetune with {}: unknown option 'learning-rate'"),
