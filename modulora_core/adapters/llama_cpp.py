@@ -6,12 +6,14 @@
     adapter.type = "lora"             <tensor of the base>.lora_b    [out, r]   F32
     adapter.lora.alpha                llama.cpp scales B A by alpha / r
 
-llama.cpp orders the rows of some weights in its own way, such as Llama's q and k. The base says
-where each row is: transformers' conversion of the file is run on row numbers.
+Experts have [experts, r, in] and [experts, out, r]. llama.cpp orders the rows of some weights in
+its own way: :mod:`modulora_core.models.gguf_places`. Gates and ups that are fused in memory are two
+tensors of the base. Both get the same A, and each its rows of B.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
-from modulora_core.errors import AdapterError, OutputError
-from modulora_core.models.gguf_store import GGUFStore
+from modulora_core.checkpoints.checkpoint import open_if_packed
+from modulora_core.checkpoints.whole import packed_skeleton
+from modulora_core.errors import AdapterError, ModelError, OutputError
+from modulora_core.models.gguf_places import Place, places, store_of
 from modulora_core.models.source import ModelSource, open_model
 
 
@@ -51,7 +56,7 @@ def export_for_llama_cpp(
 
     Raises:
         OutputError: ``out`` exists, or isn't called ``*.gguf``.
-        AdapterError: it does not fit the model, or has channel scales or experts.
+        AdapterError: it does not fit the model, or has channel scales.
         RequestError: the model isn't a GGUF file, or can't be read.
     """
     from gguf import GGUFWriter
@@ -71,17 +76,20 @@ def export_for_llama_cpp(
             f"adapter {adapter}: expected a GGUF file as the base that llama.cpp loads it on, got "
             f"{base}; name one with --model FILE.gguf"
         )
-    source = open_model(base)
-    assert isinstance(source.store, GGUFStore)
+    checkpoint = open_if_packed(base)
+    packed = None if checkpoint is None else checkpoint.foreign
+    source = open_model(base) if packed is None else packed.source
+    stacks = {} if checkpoint is None else stacks_of(packed_skeleton(checkpoint))
+    saved = read_adapter(adapter, stacks)
     first = next(iter(saved.deltas.values()))
     alpha = first.scale * first.rank
     tensors = {
         f"{name}.{factor}": tensor
         for module, delta in saved.deltas.items()
-        for name, A, B in [_in_file(source, module, delta, alpha)]
+        for name, A, B in _in_file(source, module, delta, alpha)
         for factor, tensor in (("lora_a", A), ("lora_b", B))
     }
-    architecture, partial = source.store.architecture, out.with_name(f"{out.name}.partial")
+    architecture, partial = store_of(source).architecture, out.with_name(f"{out.name}.partial")
     writer = GGUFWriter(partial, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -98,25 +106,29 @@ def export_for_llama_cpp(
 
 def _in_file(
     source: ModelSource, module: str, delta: AdapterDelta, alpha: float
-) -> tuple[str, Tensor, Tensor]:
-    """The name of the base's tensor, A, and B in the file's order of rows."""
-    assert isinstance(source.store, GGUFStore)
-    parameter = f"{module}.weight"
-    stored = source.stored_names(parameter) if parameter in source.parameters else []
-    names = [name for one in stored for name in source.store.names_in_file(one)]
-    if len(names) != 1:
-        found = ", ".join(names) or "none"
-        raise AdapterError(
-            f"{module}: expected one tensor of its own in {source.location.name}, got {found}; "
-            "llama.cpp can't load this adapter there"
-        )
-    rows = source.converted(parameter, source.store.row_numbers).flatten().to(torch.int64)
-    shape = source.store.shape_in_file(names[0])
-    if delta.shape != shape or not torch.equal(rows.sort().values, torch.arange(shape[0])):
-        raise AdapterError(
-            f"{module}: expected an adapter of {list(shape)} for {names[0]} of "
-            f"{source.location.name}, got {list(delta.shape)}"
-        )
-    B = torch.empty(delta.B.shape, dtype=torch.float32)
-    B[rows] = delta.B.float() * (delta.scale * delta.rank / alpha)
-    return names[0], delta.A.float().contiguous(), B
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The name of each of the base's tensors, A, and its rows of B in the file's order."""
+    parameter = module if delta.A.dim() == 3 else f"{module}.weight"
+    try:
+        found = places(source, parameter)
+    except ModelError as error:
+        raise AdapterError(f"{error}; llama.cpp can't load this adapter there") from None
+    rows = sum(len(place.rows) for place in found)
+    B = delta.B.float().flatten(0, -2) * (delta.scale * delta.rank / alpha)  # [experts · out, r]
+    for place in found:
+        if rows != len(B) or not _fits(place, delta):
+            raise AdapterError(
+                f"{module}: expected an adapter of {list(place.shape)} for {place.name} of "
+                f"{source.location.name}, got {list(delta.shape)}"
+            )
+        B_rows = B[place.rows].view(*place.shape[:-1], delta.rank)
+        yield place.name, delta.A.float().contiguous(), B_rows.contiguous()
+
+
+def _fits(place: Place, delta: AdapterDelta) -> bool:
+    """Whether a tensor has rows of the adapter's length, and all experts in their order."""
+    *experts, out_features, in_features = delta.shape
+    if place.shape[-1] != in_features or place.shape[:-2] != tuple(experts):
+        return False
+    expert = place.rows.view(*place.shape[:-1]) // out_features
+    return not experts or torch.equal(expert, torch.arange(len(expert))[:, None].expand_as(expert))

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +24,11 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, MissingExtraError, ModelError
-from modulora_core.models.gguf_header import (
-    Header,
-    TensorInfo,
-    read_header,
-    without_vocabulary,
-)
+from modulora_core.models.gguf_header import Header, TensorInfo, read_header
 from modulora_core.models.store import StoredTensor
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
@@ -79,10 +72,14 @@ class GGUFTensor:
         """The shape of :meth:`blocks` with rows of one byte; no value is read."""
         return torch.zeros(*self._raw_shape[:-1], 1, dtype=torch.uint8)
 
-    def row_numbers(self) -> Tensor:
-        """The number of each row, fp32: as a tensor of the file whose rows have one value."""
-        rows = torch.arange(self.shape[-2], dtype=torch.float32)[:, None]
-        return rows.expand(*self.shape[:-1], 1).clone()
+    def row_numbers(self, first: int) -> Tensor:
+        """The number of each row, from ``first`` on, fp32: as a tensor whose rows have one value.
+
+        The values of a vector are its rows.
+        """
+        rows = math.prod(self.shape[:-1] or self.shape)
+        numbers = torch.arange(first, first + rows, dtype=torch.float32)
+        return numbers.view(*self.shape[:-1], 1) if len(self.shape) > 1 else numbers
 
     def _raw(self) -> Any:
         count = math.prod(self._raw_shape)
@@ -120,7 +117,7 @@ def read_gguf(path: Path) -> GGUFFile:
         CheckpointError: it isn't a GGUF file, or it is truncated.
         ModelError: it holds an adapter or a vocabulary.
     """
-    _require_gguf(path)
+    require_gguf(path)
     header = read_header(path)
     try:
         architecture = header.text("general.architecture")
@@ -141,7 +138,8 @@ def read_gguf(path: Path) -> GGUFFile:
     return GGUFFile(path, architecture, tensors)
 
 
-def _require_gguf(path: Path) -> None:
+def require_gguf(path: Path) -> None:
+    """Raises MissingExtraError: the ``gguf`` package isn't installed."""
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(
             f"{path}: reading GGUF needs the package 'gguf'; install it: "
@@ -164,51 +162,6 @@ def _refuse_unreadable(path: Path, header: Header) -> None:
                 f"{path}: {names[kind]}: expected floats or blocks of weights, got type {kind}, "
                 "which the gguf package can't dequantize"
             ) from None
-
-
-def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The config that transformers makes of the header, and its fields. Raises ModelError."""
-    from transformers import AutoConfig, PretrainedConfig
-
-    _require_gguf(path)
-    header = read_header(path)
-    try:
-        with TemporaryDirectory() as folder:
-            light = path
-            if header.text("general.architecture") not in _read_quickly():
-                light = Path(folder) / path.name
-                without_vocabulary(path, header, light)
-            values, _ = PretrainedConfig.get_config_dict(light.parent, gguf_file=light.name)
-        if "vocab_size" not in values and (tokens := header.fields.get("tokenizer.ggml.tokens")):
-            values["vocab_size"] = tokens.value
-        return AutoConfig.for_model(**values), values
-    except Exception as error:
-        # KeyError of a missing field, ValueError of an unknown architecture, ...
-        raise ModelError(
-            f"{path}: transformers can't read this GGUF file ({error}); it reads "
-            f"{', '.join(_architectures())}; give the safetensors of this model"
-        ) from error
-
-
-def _read_quickly() -> Collection[str]:
-    """The architectures whose config transformers reads without the gguf package."""
-    try:
-        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
-    except ImportError:  # older versions
-        return ()
-    return tuple(GGUF_CONFIG_ARCHS)
-
-
-def _architectures() -> list[str]:
-    """The architectures that transformers reads from a GGUF file, in either way."""
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    found = set(GGUF_SUPPORTED_ARCHITECTURES)
-    with suppress(ImportError):  # older versions have one way
-        from transformers.integrations.gguf import GGUF_ARCHS
-
-        found |= set(GGUF_ARCHS)
-    return sorted(found)
 
 
 class GGUFStore:
@@ -252,9 +205,9 @@ class GGUFStore:
         """The shape of :meth:`blocks` with rows of one byte; no value is read."""
         return self._processed(name, GGUFTensor.outline)
 
-    def row_numbers(self, name: str) -> Tensor:
-        """The number in the file of each row in memory."""
-        return self._processed(name, GGUFTensor.row_numbers)
+    def row_numbers(self, name: str, firsts: Mapping[str, int]) -> Tensor:
+        """The number of each row in memory; ``firsts`` has the first of each tensor of the file."""
+        return self._processed(name, lambda part: part.row_numbers(firsts[part.name]))
 
     def names_in_file(self, name: str) -> list[str]:
         """The names in the file of the parts of a tensor."""

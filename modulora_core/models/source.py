@@ -14,7 +14,8 @@ from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import read_config
 from modulora_core.models.conversion import build_skeleton, untied
-from modulora_core.models.gguf_store import GGUFStore, gguf_config, read_gguf
+from modulora_core.models.gguf_config import gguf_config
+from modulora_core.models.gguf_store import GGUFStore, read_gguf
 from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import SafetensorsStore

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from modulora_core.errors import ModelError
 from modulora_core.files.chat_templates import SECONDS, ends_soon
 from modulora_core.files.json_files import read_json
-from modulora_core.models.gguf_store import gguf_config
+from modulora_core.models.gguf_config import gguf_config
 from modulora_core.models.quiet import first_line, quiet
 
 if TYPE_CHECKING:

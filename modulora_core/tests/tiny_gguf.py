@@ -85,7 +85,13 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
         _GPT2_LAYER,
     ),
     "qwen3moe": (
-        {**_GROUPED, "attention.key_length": 8, "expert_count": 2, "expert_used_count": 1},
+        {
+            **_GROUPED,
+            "attention.key_length": 8,
+            "expert_count": 2,
+            "expert_used_count": 1,
+            "expert_feed_forward_length": _EXPERT_ROWS,
+        },
         {**_TOP, **_HEAD},
         {**_attention(), **_HEAD_NORMS, **_EXPERTS},
     ),

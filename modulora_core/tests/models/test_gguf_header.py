@@ -10,10 +10,12 @@ import gguf
 import pytest
 
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.models import open_model
+from modulora_core.models.gguf_config import gguf_config
 from modulora_core.models.gguf_header import read_header, without_vocabulary
-from modulora_core.models.gguf_store import gguf_config, read_gguf
+from modulora_core.models.gguf_store import read_gguf
 from modulora_core.models.tokenizer import load_tokenizer
-from modulora_core.tests.tiny_gguf import write_tiny_gguf
+from modulora_core.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
 
 def test_fields_and_places_are_those_of_the_gguf_package(tmp_path: Path) -> None:
@@ -163,3 +165,14 @@ def test_files_that_hold_no_model_are_refused(tmp_path: Path) -> None:
     path.write_bytes(file_of(tensors=(("a", (16,), 26, 0),)))
     with pytest.raises(ModelError, match="a: expected floats or blocks of weights, got type I32"):
         read_gguf(path)
+
+
+def test_the_width_of_experts_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers takes its class's default, so that it can't load such a file."""
+    fields, top, layer = ARCHITECTURES["qwen3moe"]
+    shapes = {name: tuple(48 if n == 768 else n for n in shape) for name, shape in layer.items()}
+    fields = {**fields, "expert_feed_forward_length": 48}
+    monkeypatch.setitem(ARCHITECTURES, "qwen3moe", (fields, top, shapes))
+    source = open_model(str(write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", "F16")))
+    assert source.validate() == []
+    assert source.config.moe_intermediate_size == 48

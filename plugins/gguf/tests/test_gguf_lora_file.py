@@ -65,12 +65,30 @@ def test_the_file_has_the_changes_of_the_adapter(architecture: str, tmp_path: Pa
         assert torch.equal(factors[f"{name}.weight.lora_b"], B), name
 
 
+def test_experts_have_stacks_of_factors(tmp_path: Path) -> None:
+    """Gates and ups are fused in memory: both have the same A, and each its rows of B."""
+    path = write_tiny_gguf("qwen3moe", tmp_path / "base.gguf", "Q8_0")
+    layers = dict(adapter_layers(adapted(path, tmp_path / "adapter")))
+    export_for_llama_cpp(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(path))
+    reader = gguf.GGUFReader(tmp_path / "lora.gguf")
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    fused = layers["model.layers.1.mlp.experts.gate_up_proj"].parameters_of("default")
+    for name, rows in (("gate", slice(0, 768)), ("up", slice(768, None))):
+        prefix = f"blk.1.ffn_{name}_exps.weight"
+        assert torch.equal(found[f"{prefix}.lora_a"], fused["lora_A"])  # [experts, r, in]
+        assert torch.equal(found[f"{prefix}.lora_b"], fused["lora_B"][:, rows])
+    down = layers["model.layers.1.mlp.experts.down_proj"].parameters_of("default")
+    assert torch.equal(found["blk.1.ffn_down_exps.weight.lora_b"], down["lora_B"])
+
+
 def test_requests_are_refused(tmp_path: Path) -> None:
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     other = write_tiny_gguf("gpt2", tmp_path / "other.gguf", "Q8_0")
     adapted(path, tmp_path / "adapter")
     adapter, out = str(tmp_path / "adapter"), tmp_path / "lora.gguf"
-    with pytest.raises(AdapterError, match=r"expected one tensor of its own in other\.gguf"):
+    with pytest.raises(
+        AdapterError, match=r"other\.gguf has no tensor of it; llama\.cpp can't load"
+    ):
         export_for_llama_cpp(adapter, out, model=str(other))
     with pytest.raises(AdapterError, match=r"expected a GGUF file as the base"):
         export_for_llama_cpp(adapter, out, model=str(tmp_path))

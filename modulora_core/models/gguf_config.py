@@ -1,0 +1,81 @@
+"""The config that transformers makes of a GGUF file's metadata.
+
+Its tables are semi-private, so every use is in this file and in ``gguf_store.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from modulora_core.errors import ModelError
+from modulora_core.models.gguf_header import Header, read_header, without_vocabulary
+from modulora_core.models.gguf_store import require_gguf
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_LEFT_OUT = {
+    "attention.key_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+
+
+def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The config that transformers makes of the header, and its fields. Raises ModelError."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    require_gguf(path)
+    header = read_header(path)
+    try:
+        with TemporaryDirectory() as folder:
+            light = path
+            if header.text("general.architecture") not in _read_quickly():
+                light = Path(folder) / path.name
+                without_vocabulary(path, header, light)
+            values, _ = PretrainedConfig.get_config_dict(light.parent, gguf_file=light.name)
+        if "vocab_size" not in values and (tokens := header.fields.get("tokenizer.ggml.tokens")):
+            values["vocab_size"] = tokens.value
+        config = AutoConfig.for_model(**values)
+        _set_left_out(config, values, header)
+        return config, values
+    except Exception as error:
+        # KeyError of a missing field, ValueError of an unknown architecture, ...
+        raise ModelError(
+            f"{path}: transformers can't read this GGUF file ({error}); it reads "
+            f"{', '.join(_architectures())}; give the safetensors of this model"
+        ) from error
+
+
+def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Header) -> None:
+    """Set the sizes that transformers leaves at the default of the config's class."""
+    architecture = header.text("general.architecture")
+    for key, name in _LEFT_OUT.items():
+        field = header.fields.get(f"{architecture}.{key}")
+        if field is not None and name not in values and hasattr(config, name):
+            setattr(config, name, field.value)
+
+
+def _read_quickly() -> Collection[str]:
+    """The architectures whose config transformers reads without the gguf package."""
+    try:
+        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    except ImportError:  # older versions
+        return ()
+    return tuple(GGUF_CONFIG_ARCHS)
+
+
+def _architectures() -> list[str]:
+    """The architectures that transformers reads from a GGUF file, in either way."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    found = set(GGUF_SUPPORTED_ARCHITECTURES)
+    with suppress(ImportError):  # older versions have one way
+        from transformers.integrations.gguf import GGUF_ARCHS
+
+        found |= set(GGUF_ARCHS)
+    return sorted(found)

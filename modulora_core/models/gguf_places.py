@@ -1,0 +1,74 @@
+"""Say where a GGUF file has the rows of a parameter.
+
+The files have another order of some rows, such as Llama's q and k, and keep gates and ups of
+experts apart. Row numbers, converted as transformers converts the file, tell the order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modulora_core.errors import ModelError
+from modulora_core.models.gguf_store import GGUFStore
+from modulora_core.models.source import ModelSource
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor of the file that has rows of a parameter; the values of a vector are rows too.
+
+    Attributes:
+        name, shape: of the tensor in the file.
+        rows: for each row of the tensor its row in the parameter, int64 ``[rows]``. The rows of a
+            stack of experts are counted through all its matrices.
+        shift: the number that the conversion adds to each value, such as -1 for Gemma's norms.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Tensor
+    shift: float = 0.0
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The tensor's rows, of a parameter's ``[rows, columns]``."""
+        return rows[self.rows] - self.shift
+
+
+def store_of(source: ModelSource) -> GGUFStore:
+    """The store of a source that is a GGUF file."""
+    assert isinstance(source.store, GGUFStore)
+    return source.store
+
+
+def places(source: ModelSource, parameter: str) -> list[Place]:
+    """The tensors of a GGUF file that become ``parameter``.
+
+    Raises:
+        ModelError: the file has no such parameter, or its conversion does more than move rows.
+    """
+    store = store_of(source)
+    stored = source.stored_names(parameter) if parameter in source.parameters else []
+    shapes = {n: store.shape_in_file(n) for one in stored for n in store.names_in_file(one)}
+    counts = {name: math.prod(shape[:-1] or shape) for name, shape in shapes.items()}
+    firsts, total = dict[str, int](), 0
+    for name, count in counts.items():
+        firsts[name], total = total, total + count
+    if not shapes:
+        raise ModelError(f"{parameter}: {source.location.name} has no tensor of it")
+    found = source.converted(parameter, lambda name: store.row_numbers(name, firsts)).flatten()
+    shift = float(found.min()) if len(found) else 0.0
+    numbers = (found - shift).to(torch.int64)
+    in_memory = torch.argsort(numbers)  # for each row of the file its row in memory
+    if not torch.equal(numbers[in_memory], torch.arange(total)):
+        raise ModelError(
+            f"{parameter}: expected whole rows of {', '.join(shapes)} in "
+            f"{source.location.name}, got values that transformers computes of them"
+        )
+    return [
+        Place(name, shape, in_memory[firsts[name] : firsts[name] + counts[name]], shift)
+        for name, shape in shapes.items()
+    ]
