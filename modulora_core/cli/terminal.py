@@ -24,13 +24,14 @@ from contextlib import (
     AbstractContextManager,
     contextmanager,
     nullcontext,
+    redirect_stderr,
     redirect_stdout,
     suppress,
 )
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from modulora_core.cli.text import visible
 
@@ -143,10 +144,12 @@ class Terminal:
     def active(self) -> Iterator[None]:
         """Make this the terminal of :func:`terminal`, and of libraries' warnings.
 
-        With ``--json`` nothing else reaches stdout meanwhile.
+        Libraries' text on stderr has no control characters, which may come from a file. With
+        ``--json`` nothing else reaches stdout meanwhile.
         """
         token = _current.set(self)
-        show_warning = warnings.showwarning
+        show_warning, logged = warnings.showwarning, _Logged(self)
+        logging.getLogger().addHandler(logged)
         if self.silent:
             logging.disable(logging.WARNING)
         if not self.debug:
@@ -154,15 +157,43 @@ class Terminal:
             # the Trainer imports it, and it logs a missing optional package each time
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
-            with _stdout_to_stderr(self.stdout) if self.json else nullcontext():
+            out = _stdout_to_stderr(self.stdout) if self.json else nullcontext()
+            with redirect_stderr(cast("TextIO", _Escaped(self.stderr))), out:
                 yield
         finally:
             warnings.showwarning = show_warning
+            logging.getLogger().removeHandler(logged)
             logging.disable(logging.NOTSET)
             _current.reset(token)
 
     def _show_warning(self, message: Warning | str, *_where: Any, **_more: Any) -> None:
         self.note(f"warning: {' '.join(str(message).split())}")
+
+
+class _Logged(logging.Handler):
+    """Notes the warnings of loggers that have no handler of their own."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(logging.WARNING)
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        self._terminal.note(f"{record.levelname.lower()}: {text}")
+
+
+class _Escaped:
+    """A stderr for libraries: their handlers and bars print without control characters but CR."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write("\r".join(map(visible, text.split("\r"))))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 _current: ContextVar[Terminal] = ContextVar("modulora_terminal")

@@ -22,7 +22,7 @@ from modulora_core import cli
 from modulora_core.cli import app, main
 
 PROBE = '''
-import os, sys, time, warnings
+import logging, os, sys, time, warnings
 from typing import Annotated
 from modulora_core.cli.arguments import ByteSize, QuantizerOptions, Resume, option as declared
 from modulora_core.cli.terminal import Report, terminal
@@ -66,6 +66,8 @@ def command(
         print("from print")
         os.system("echo from a child process")
         warnings.warn("from warnings")
+        logging.getLogger("a").warning("from\\n%s", "logging \\x1b[31m")
+        print("from a bar \\x1b[1A\\r", file=sys.stderr)
         terminal().note("from note")
         terminal().write("from write\\n")
     with terminal().progress("working", "layers") as show:
@@ -128,10 +130,11 @@ def test_a_report_is_text_without_json_and_one_object_with_it(
 def test_stdout_has_the_result_alone(tmp_path: Path) -> None:
     out, err = probe_process(tmp_path, "noise").communicate(timeout=60)
     assert "from write" in out.splitlines()
-    assert err.splitlines() == ["warning: from warnings", "from note"]
+    noted = ["warning: from warnings", r"warning: from logging \x1b[31m", r"from a bar \x1b[1A"]
+    assert [line for line in err.splitlines() if line] == [*noted, "from note"]
     out, err = probe_process(tmp_path, "noise", "--json").communicate(timeout=60)
     assert json.loads(out)["how"] == "noise"
-    for line in ("from print", "from a child process", "warning: from warnings", "from note"):
+    for line in ("from print", "from a child process", *noted, "from note"):
         assert line in err.splitlines()
     assert "from write" not in out + err
 

@@ -100,7 +100,7 @@ WRONG = {
     "m o --data pydoc --steps 0": "greater than or equal to 1, got '0'",
     "m o --data pydoc --steps many": "option 'steps': expected a valid integer",
     "m o --data pydoc --steps 1 --dtype int": "option 'dtype': expected 'auto', 'float32'",
-    "m o --config no-such.yaml": "config no-such.yaml: No such file",
+    "m o --config no-such.yaml": "no-such.yaml: expected a readable file, got: No such file",
     "m o --data pydoc --learning-rate 1": "no such option: --learning-rate",
     "m o --data pydoc --trainer 5": "option 'trainer': expected KEY=VALUE, got ['5']",
 }
