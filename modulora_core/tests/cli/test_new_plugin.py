@@ -72,7 +72,7 @@ def test_the_report_lists_files_and_quotes_the_next_commands(
 
 def test_the_files_fit_together(package: Path) -> None:
     for path in package.rglob("*"):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".sh":
             text = path.read_text("utf-8").replace("${{", "")
             assert re.findall(r"\$\{|\$\$|\$[a-z]", text) == [], path.name
     project = tomllib.loads((package / "pyproject.toml").read_text("utf-8"))["project"]
@@ -80,8 +80,62 @@ def test_the_files_fit_together(package: Path) -> None:
     assert project["entry-points"]["modulora"] == {NAME: MODULE}
     workflow = yaml.safe_load((package / ".github/workflows/ci.yml").read_text("utf-8"))
     commands = str(workflow["jobs"]["test"]["steps"])
-    assert f"modulora conformance {NAME} --certified --report report" in commands
+    assert "sh ci.sh" in commands
     assert "${{ matrix.python }}" in commands
+
+
+PYTHON = """#!/bin/sh
+echo "$@" >> "{log}"
+case "$*" in *--dry-run*) exit {code};; esac
+"""
+"""Stands in for Python: it logs its arguments. ``code`` 1: the package index lacks the core."""
+
+INSTALLS = {
+    "from the index": (0, "", []),
+    "from a folder": (1, ".", ["-m pip install . ./conformance"]),
+    "from a repository": (
+        1,
+        "https://a.example/b.git",
+        [
+            "-m pip install modulora-core @ git+https://a.example/b.git "
+            "modulora-conformance @ git+https://a.example/b.git#subdirectory=conformance"
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "repository", "installs"), INSTALLS.values(), ids=INSTALLS)
+def test_its_ci_installs_from_an_index_or_a_repository_and_runs_the_kit_once(
+    package: Path, tmp_path: Path, code: int, repository: str, installs: list[str]
+) -> None:
+    done, calls = ci(package, tmp_path, code, repository)
+    assert done.returncode == 0, done.stderr
+    assert calls[1:-1] == [*installs, "-m pip install -e .[test]"]
+    report = f"--conformance-report=conformance --junit-xml=conformance/{NAME}.xml"
+    assert calls[-1] == f"-m pytest --certified {report} -q"
+
+
+def test_its_ci_says_what_to_set_where_neither_has_the_core(package: Path, tmp_path: Path) -> None:
+    done, calls = ci(package, tmp_path, 1, "")
+    assert (done.returncode, len(calls)) == (0, 1)
+    assert "set MODULORA_REPOSITORY to its Git URL" in done.stdout
+
+
+def ci(
+    package: Path, tmp_path: Path, code: int, repository: str
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run ci.sh with a stand-in for Python; give its result and Python's arguments."""
+    log, stand_in = tmp_path / "log", tmp_path / "bin" / "python"
+    stand_in.parent.mkdir()
+    stand_in.write_text(PYTHON.format(log=log, code=code))
+    stand_in.chmod(0o755)
+    environment = {
+        "PATH": f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}",
+        "MODULORA_REPOSITORY": repository,
+    }
+    words = ["sh", str(package / "ci.sh"), "-q"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    return done, log.read_text().splitlines()
 
 
 @pytest.mark.skipif(find_spec("ruff") is None, reason="ruff isn't installed")
@@ -120,22 +174,21 @@ def test_a_folder_with_files_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 @needs_kit
 @pytest.mark.slow
-def test_it_is_certified_as_it_stands(package: Path, site: Path, tmp_path: Path) -> None:
+def test_its_tests_certify_it_and_a_second_run_changes_no_committed_file(
+    package: Path, site: Path, tmp_path: Path
+) -> None:
     """If this fails: the output names the promise of the template that is broken."""
-    words = ("-m", "modulora_conformance", NAME, "--certified", "--report", str(tmp_path))
-    done = python(*words, folder=tmp_path, site=site)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert json.loads((tmp_path / f"{NAME}.json").read_text("utf-8"))["certified"] is True
-
-
-@needs_kit
-@pytest.mark.slow
-def test_its_tests_pass_with_every_promise(package: Path, site: Path) -> None:
-    words = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--conformance-level", "0", "tests")
-    done = python(*words, folder=package, site=site)
+    words = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--certified", "--conformance-report")
+    done = python(*words, str(tmp_path), folder=package, site=site)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "test_tiles_are_the_reference PASSED" in done.stdout
     assert set(re.findall(r"\[(bits=\d)\] PASSED", done.stdout)) == {"bits=2", "bits=4", "bits=8"}
+    report = json.loads((tmp_path / f"{NAME}.json").read_text("utf-8"))
+    assert report["certified"] is True
+    ignored = (package / ".gitignore").read_text("utf-8").split()
+    committed = {".svg", ".md"}
+    for path in tmp_path.iterdir():
+        assert (f"conformance/*{path.suffix}" in ignored) == (path.suffix not in committed)
 
 
 def pip(command: str) -> tuple[str, ...]:
