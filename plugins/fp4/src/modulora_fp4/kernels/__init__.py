@@ -1,0 +1,1 @@
+"""Compiled code: nobody needs it to understand the method."""

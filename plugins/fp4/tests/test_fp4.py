@@ -1,0 +1,198 @@
+"""Tiles have the bits of other tools, packing follows the rule, and bad weights are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from modulora_fp4 import packing, reference
+from modulora_fp4.quantizer import FP4, Options
+
+from modulora_core import kernels
+from modulora_core.errors import CheckpointError, ShapeError, WeightError
+from modulora_core.spec import Calibration, PackedWeight
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+kinds = pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def any_bytes(kind: str, rows: int, columns: int, generator: torch.Generator) -> PackedWeight:
+    """Codes and scales of all values; scales that aren't numbers are left out."""
+    packed = FP4(Options(type=kind)).layout((rows, columns)).empty("cpu")
+    for name in ("codes", "scales"):
+        tensor = packed.tensors[name]
+        tensor.copy_(torch.randint(0, 256, tensor.shape, generator=generator))
+    scales = packed.tensors["scales"]
+    scales[(scales == 127) | (scales == 255) if kind == "nvfp4" else scales > 227] = 3
+    if kind == "nvfp4":
+        packed.tensors["global_scale"].fill_(37.7)
+    return packed
+
+
+def tile(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return FP4().dequantize_tile(packed, (0, packed.shape[0]), dtype)
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(1, 32), (3, 96), (9, 576), (5, 2112), (0, 32)], ids=str)
+def test_tiles_have_the_bits_of_the_reference(shape, kind, generator, monkeypatch):
+    packed = any_bytes(kind, *shape, generator)
+    W, rows = reference.dequantize(kind, *packed.tensors.values()), (shape[0] // 4, shape[0])
+    for dtype in DTYPES:
+        found = FP4().dequantize_tile(packed, rows, dtype)
+        assert torch.equal(found, W[slice(*rows)].to(dtype))
+    monkeypatch.setattr(kernels, "load", lambda module, device: None)
+    assert torch.equal(FP4().dequantize_tile(packed, rows, torch.float32), W[slice(*rows)])
+
+
+@kinds
+def test_scales_are_torchs_floats(kind, generator):
+    """torch has both dtypes of scales; elements are spelled out by the fields of their codes."""
+    packed = any_bytes(kind, 16, 512, generator)
+    codes = reference.unpack(packed.tensors["codes"]).int()
+    exponent, fraction = (codes >> 1) & 3, codes & 1
+    subnormal = exponent == 0
+    value = torch.where(subnormal, fraction / 2, (1 + fraction / 2) * 2.0 ** (exponent - 1))
+    value = torch.where(codes >= 8, -value, value).float()
+    dtype = torch.float8_e8m0fnu if kind == "mxfp4" else torch.float8_e4m3fn
+    X = packed.tensors["scales"].view(dtype).float() / packed.tensors.get("global_scale", 1)
+    expected = value * X.repeat_interleave(reference.BLOCK[kind], dim=1)
+    assert torch.equal(tile(packed), expected)
+
+
+def test_mxfp4_has_the_bits_of_transformers(generator):
+    """Their decoder multiplies by powers of two in bf16, which is exact."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    packed = any_bytes("mxfp4", 24, 96, generator)
+    blocks, scales = (
+        packed.tensors["codes"].view(1, 24, 3, 16),
+        packed.tensors["scales"].view(1, 24, 3),
+    )
+    theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)  # [1, in, out]
+    assert torch.equal(tile(packed), theirs[0].t())
+
+
+@kinds
+def test_tiles_have_the_bits_of_gguf(kind, generator):
+    """Its blocks have other orders: 16 low halves first, or 8; and NVFP4 has no global scale."""
+    quants = pytest.importorskip("gguf.quants")
+    from gguf.constants import GGMLQuantizationType
+
+    packed = any_bytes(kind, 7, 192, generator)
+    size, run = reference.BLOCK[kind], 16 if kind == "mxfp4" else 8
+    codes = reference.unpack(packed.tensors["codes"]).view(-1, 2, run)
+    stored = (codes[:, 0] | codes[:, 1] << 4).view(7, -1, size // 2)
+    scales = packed.tensors["scales"]
+    if kind == "nvfp4":
+        scales &= 127  # it takes scales without a sign, four blocks together
+        packed.tensors["global_scale"].fill_(1)
+        parts = scales.view(7, -1, 4), stored.reshape(7, -1, 32)
+    else:
+        parts = scales[..., None], stored
+    blocks = torch.cat(parts, dim=-1).flatten(1)
+    with np.errstate(all="ignore"):
+        theirs = quants.dequantize(blocks.numpy(), GGMLQuantizationType[kind.upper()])
+    usable = torch.from_numpy(theirs).abs() < 2.0**100
+    assert torch.equal(tile(packed)[usable], torch.from_numpy(theirs)[usable])
+    assert usable.float().mean() > 0.8
+
+
+def test_nvfp4_has_the_bits_of_compressed_tensors(generator):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    packed = any_bytes("nvfp4", 8, 64, generator)
+    codes, scales, g = packed.tensors.values()
+    args = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16)
+    theirs = dequantize(
+        unpack_fp4_from_uint8(codes, 8, 64),
+        scales.view(torch.float8_e4m3fn).to(torch.bfloat16),
+        args=args,
+        global_scale=g,
+        dtype=torch.bfloat16,
+    )
+    assert torch.equal(tile(packed, torch.bfloat16), theirs)
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(33, 160), (5, 2080), (4, 32)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_products_are_close_to_the_reference(rows, shape, kind, generator):
+    quantizer = FP4(Options(type=kind))
+    packed = quantizer.pack(torch.randn(shape, generator=generator))
+    W = reference.dequantize(kind, *packed.tensors.values()).double()
+    for transpose, given in ((False, shape[1]), (True, shape[0])):
+        x = torch.randn(rows, given, generator=generator)
+        of_x = W if transpose else W.T
+        y = quantizer.matmul(x, packed, transpose)
+        # a weight is rounded once more, and each addition rounds
+        bound = (given + 2) * 2.0**-23 * (x.double().abs() @ of_x.abs())
+        assert bool(((y - x.double() @ of_x).abs() <= bound + 1e-30).all())
+
+
+def test_elements_are_rounded_to_nearest_and_halves_to_even_fractions():
+    levels = torch.tensor(reference.LEVELS[:8])
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    assert packing.rounded(midpoints).tolist() == [0, 1, 1, 2, 2, 4, 4]
+    y = torch.linspace(-7, 7, 10_001).double()
+    nearest = (y[:, None].abs() - levels.double()).abs().amin(1)
+    found = packing.rounded(y.float())
+    assert torch.equal((found.double() - y.clamp(-6, 6)).abs() <= nearest + 1e-6, y == y)
+    codes = packing.codes_of(found)
+    assert torch.equal(torch.tensor(reference.LEVELS)[codes.int()], found)
+
+
+@kinds
+def test_no_block_is_worse_than_by_the_rule(kind, generator):
+    size = reference.BLOCK[kind]
+    W = torch.randn(64, 512, generator=generator) * torch.logspace(-6, 3, 64)[:, None]
+    W[3], W[5, :64], W[7, 100:200] = 0, 1e-38, W[7, 0]
+    packed = FP4(Options(type=kind)).pack(W)
+    g = packed.tensors.get("global_scale")
+    blocks = W.view(64, -1, size)
+    X = reference.block_scales(kind, packing.rule(blocks.abs().amax(2), g), g)[..., None]
+    plain = packing.rounded(blocks / X.clamp(min=2.0**-127)) * X
+    errors = [(values - blocks).square().sum(2) for values in (tile(packed).view_as(blocks), plain)]
+    assert bool((errors[0] <= errors[1]).all())
+    assert float(errors[0].sum()) < 0.99 * float(errors[1].sum())
+    assert not tile(packed)[3].any()
+
+
+@kinds
+def test_calibration_lowers_the_error_of_the_output(kind, generator):
+    W, x = torch.randn(32, 512, generator=generator), torch.randn(4096, 512, generator=generator)
+    x *= torch.logspace(-1, 1, 512)[torch.randperm(512, generator=generator)]
+    quantizer, calibration = FP4(Options(type=kind)), Calibration(x.T @ x / len(x), len(x))
+    errors = [(x @ (tile(quantizer.pack(W, c)) - W).T).norm() for c in (calibration, None)]
+    assert errors[0] < {"mxfp4": 0.99, "nvfp4": 0.95}[kind] * errors[1]
+
+
+@kinds
+def test_damaged_scales_are_read_as_zero(kind, generator):
+    packed = any_bytes(kind, 2, 64, generator)
+    packed.tensors["scales"].fill_(255)
+    assert not tile(packed).any()
+    if kind == "nvfp4":
+        packed.tensors["scales"].fill_(60)
+        packed.tensors["global_scale"].zero_()
+        assert not tile(packed).any()
+
+
+def test_requests_are_refused():
+    with pytest.raises(ShapeError, match="type mxfp4: in_features 48 is not a multiple of 32"):
+        FP4().check_shape((8, 48))
+    for value in (torch.nan, torch.inf, 1e31):
+        with pytest.raises(WeightError, match="expected finite weights below"):
+            FP4().pack(torch.full((2, 32), value))
+    packed = FP4().pack(torch.ones(4, 64))
+    edited = PackedWeight("fp4", 1, packed.shape, packed.tensors, {"type": "nvfp4"})
+    with pytest.raises(CheckpointError, match=r"expected scales as uint8 \[4, 4\]"):
+        FP4().dequantize_tile(edited, (0, 4), torch.float32)

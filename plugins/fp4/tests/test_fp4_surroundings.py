@@ -1,0 +1,16 @@
+"""FP4's compiled kernels outside of the ordinary: mapped files, threads, processors, no numba."""
+
+from __future__ import annotations
+
+import pytest
+from modulora_conformance.compiled_kernels import CompiledKernels
+from modulora_fp4.quantizer import FP4, Options
+
+
+class TestKernels(CompiledKernels):
+    packing_share = 1.5
+    instruction_sets = True
+
+    @pytest.fixture
+    def quantizers(self) -> list[FP4]:
+        return [FP4(Options(type=kind)) for kind in ("mxfp4", "nvfp4")]
