@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modulora_core.calibration.tuning import TuningConfig
 from modulora_core.data import Source, token_segments
+from modulora_core.data.rendering import check_ids
 from modulora_core.data.sources import source_name
 from modulora_core.errors import DataError, OptionError
 
@@ -104,7 +105,10 @@ def calibration_text(source: ModelSource, config: CalibrationConfig, seed: int) 
             f"calibration seq_len: expected at most {longest}, the context of this model, "
             f"got {config.seq_len}"
         )
-    return load_calibration(config, source.tokenizer(), seed=seed)
+    text = load_calibration(config, source.tokenizer(), seed=seed)
+    rows = getattr(source.config.get_text_config(), "vocab_size", None)
+    check_ids([int(text.ids.max())], rows, f"calibration {source_name(config.source)}")
+    return text
 
 
 def load_calibration(config: CalibrationConfig, tokenizer: Any, *, seed: int) -> CalibrationText:

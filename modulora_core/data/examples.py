@@ -14,7 +14,14 @@ from torch.utils.data import Dataset
 
 from modulora_core.data.files import Record
 from modulora_core.data.formats import Format, conversations, detect, texts
-from modulora_core.data.rendering import IGNORED, Encoded, Renderer, Rendering, token_ids
+from modulora_core.data.rendering import (
+    IGNORED,
+    Encoded,
+    Renderer,
+    Rendering,
+    check_ids,
+    token_ids,
+)
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError
@@ -53,6 +60,11 @@ class Examples(Dataset[dict[str, list[int]]]):
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    def check_ids(self, rows: int | None, subject: str) -> None:
+        """Refuse tokens that a model of ``rows`` embeddings lacks. Raises DataError."""
+        for ids, _ in self._pairs:
+            check_ids(ids, rows, subject)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         ids, labels = self._pairs[index]

@@ -20,7 +20,7 @@ from pydantic import BaseModel, StrictStr
 
 from modulora_core.data.files import Record
 from modulora_core.data.formats import Conversation, Message, Turn, checked
-from modulora_core.data.rendering import Renderer
+from modulora_core.data.rendering import Renderer, check_ids
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.errors import DataError
 
@@ -33,7 +33,9 @@ class _Preference(BaseModel):
     rejected: StrictStr | list[Turn]
 
 
-def load_preferences(source: Source, tokenizer: Any, *, seq_len: int) -> list[dict[str, Any]]:
+def load_preferences(
+    source: Source, tokenizer: Any, *, seq_len: int, rows: int | None = None
+) -> list[dict[str, Any]]:
     """Read ``source`` as rows for TRL: ``{"prompt", "chosen", "rejected"}``.
 
     With a chat template all three are lists of messages, without one strings. Rows whose prompt has
@@ -43,39 +45,42 @@ def load_preferences(source: Source, tokenizer: Any, *, seq_len: int) -> list[di
         source: see :mod:`modulora_core.data.sources`.
         tokenizer: a transformers tokenizer.
         seq_len: limit of a prompt with an answer, in tokens.
+        rows: the number of tokens that the model knows; None checks no token.
 
     Raises:
-        DataError: the source is missing or malformed, or no prompt is short enough.
+        DataError: the source is missing or malformed, no prompt is short enough, or one has a token
+            that the model lacks.
         MissingExtraError: the source needs an optional library that isn't installed.
     """
     renderer = Renderer(tokenizer)
-    read = [_row(record, renderer) for record in load_records(source)]
-    rows = [row for row, length in read if length < seq_len]
+    read = [_row(record, renderer, rows) for record in load_records(source)]
+    kept = [row for row, length in read if length < seq_len]
     name = source_name(source)
-    if not rows:
+    if not kept:
         raise DataError(
             f"{name}: expected prompts of fewer than seq_len {seq_len} tokens, got none in "
             f"{len(read)} records; raise seq_len"
         )
-    if len(rows) < len(read):
+    if len(kept) < len(read):
         logger.warning(
             "%s: %d of %d records are left out because their prompt alone has seq_len %d tokens "
-            "or more", name, len(read) - len(rows), len(read), seq_len,
+            "or more", name, len(read) - len(kept), len(read), seq_len,
         )  # fmt: skip
-    return rows
+    return kept
 
 
-def _row(record: Record, renderer: Renderer) -> tuple[dict[str, Any], int]:
+def _row(record: Record, renderer: Renderer, known: int | None) -> tuple[dict[str, Any], int]:
     """The row of a record, and the number of tokens in its prompt."""
     read = checked(record, _Preference)
     prompt, chosen, rejected = _turns(read, record.place)
     strings = (read.prompt, read.chosen, read.rejected)
     plain = (read.prompt, read.chosen) if all(isinstance(s, str) for s in strings) else None
     asked = Conversation((*prompt, *chosen), plain, record.place)  # type: ignore[arg-type]
-    length = len(renderer.encode_prompt(renderer.render(asked)[-1]))
+    ids = renderer.encode_prompt(renderer.render(asked)[-1])
+    check_ids(ids, known, record.place)
     if not renderer.has_template:
-        return dict(zip(("prompt", "chosen", "rejected"), strings, strict=True)), length
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, length
+        return dict(zip(("prompt", "chosen", "rejected"), strings, strict=True)), len(ids)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, len(ids)
 
 
 def _turns(read: _Preference, place: str) -> tuple[list[Message], list[Message], list[Message]]:

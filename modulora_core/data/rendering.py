@@ -13,6 +13,7 @@ The second must start with the first, and the next turn's prompt with the second
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,15 @@ def token_ids(
         verbose=False,
     )["input_ids"]
     return ids
+
+
+def check_ids(ids: Sequence[int] | array[int], rows: int | None, subject: str) -> None:
+    """Refuse tokens for which a model of ``rows`` embeddings has none. Raises DataError."""
+    if rows is not None and ids and (largest := max(ids)) >= rows:
+        raise DataError(
+            f"{subject}: the tokenizer gives token {largest}, and the model has {rows}; copy the "
+            "tokenizer files of the model that it was made from into the folder"
+        )
 
 
 class Renderer:

@@ -11,7 +11,7 @@ from modulora_core.data.sources import Source
 from modulora_core.data.templates import Template
 from modulora_core.errors import MissingExtraError
 from modulora_core.inference.generate import Sampling, continuations
-from modulora_core.inference.passes import asked_in, batches, check_window, evaluating
+from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
 from modulora_core.models.progress import Progress
 
 
@@ -115,7 +115,7 @@ def _texts(
     """The model's answer to each prompt."""
     renderer = Renderer(tokenizer)
     prompts = [renderer.encode_prompt(renderer.render(each)[-1]) for each in asked]
-    check_window(model, [len(ids) + sampling.max_new_tokens for ids in prompts], asked)
+    check_examples(model, prompts, asked, new=sampling.max_new_tokens)
     texts: list[str] = []
     with evaluating(model):
         for _, batch in batches(prompts, batch_size, progress):

@@ -18,13 +18,13 @@ from torch import Tensor
 from modulora_core.data import token_segments
 from modulora_core.data.examples import Collator
 from modulora_core.data.formats import Conversation
-from modulora_core.data.rendering import Encoded, Renderer
+from modulora_core.data.rendering import Encoded, Renderer, check_ids
 from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
 from modulora_core.inference.loading import Runnable, opened
-from modulora_core.inference.passes import asked_in, batches, check_window, evaluating, window_of
+from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating, window_of
 from modulora_core.models.progress import Progress, shows_progress
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
 
@@ -141,6 +141,8 @@ def perplexity(
         raise OptionError(
             f"seq_len {segments.shape[1]}: expected at most the model's window of {window} tokens"
         )
+    rows = model.get_input_embeddings().num_embeddings
+    check_ids([int(segments.max())], rows, "segments")
     total = 0.0
     with evaluating(model):
         for start, batch in batches(segments, batch_size, progress):
@@ -202,7 +204,7 @@ def accuracy(
         return renderer.encode([renderer.render(_answered(*pair))[-1] for pair in batch])
 
     for _, batch in batches(pairs, 256, None):
-        check_window(model, [len(ids) for ids, _ in encoded(batch)], [each for each, _ in batch])
+        check_examples(model, [ids for ids, _ in encoded(batch)], [each for each, _ in batch])
     collate, scores = Collator(0), list[float]()
     with evaluating(model):
         for _, batch in batches(pairs, batch_size, progress):

@@ -18,6 +18,7 @@ from transformers import (
 )
 from typing_extensions import override
 
+from modulora_core.data.rendering import check_ids
 from modulora_core.errors import DataError, OptionError
 from modulora_core.inference.loading import Runnable, opened
 from modulora_core.models.quiet import first_line
@@ -116,7 +117,7 @@ def generate(
         prompt = [{"role": "user", "content": prompt}]
     ids = _prompt_ids(tokenizer, prompt)
     language_model = source.load()
-    check_ids(language_model, ids, "prompt")
+    check_ids(ids, language_model.get_input_embeddings().num_embeddings, "prompt")
     window = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)
     if window is not None and len(ids) + sampling.max_new_tokens > window:
         raise DataError(
@@ -183,16 +184,6 @@ def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def check_ids(model: PreTrainedModel, ids: Sequence[int], subject: str) -> None:
-    """Refuse tokens that the model has no row for. Raises DataError."""
-    size = model.get_input_embeddings().num_embeddings
-    if ids and max(ids) >= size:
-        raise DataError(
-            f"{subject}: the tokenizer gives token {max(ids)}, and the model has {size}; copy the "
-            "tokenizer files of the model that it was made from into the folder"
-        )
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:

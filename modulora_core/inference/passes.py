@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from modulora_core.data.formats import Conversation, conversations, detect
+from modulora_core.data.rendering import check_ids
 from modulora_core.data.sources import Source, load_records
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError
@@ -39,14 +40,24 @@ def window_of(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_window(model: Any, lengths: Sequence[int], asked: Sequence[Conversation]) -> None:
-    """Refuse examples of so many tokens that exceed the model's window, with their place."""
-    window = window_of(model)
-    for length, each in zip(lengths, asked, strict=True):
-        if window is not None and length > window:
+def check_examples(
+    model: Any, examples: Sequence[Sequence[int]], asked: Sequence[Conversation], *, new: int = 0
+) -> None:
+    """Refuse token ids that exceed the model's window or vocabulary, with their place.
+
+    Args:
+        model: a transformers causal language model.
+        examples: the token ids of each example.
+        asked: the examples' conversations.
+        new: the most tokens that will follow.
+    """
+    window, rows = window_of(model), model.get_input_embeddings().num_embeddings
+    for ids, each in zip(examples, asked, strict=True):
+        check_ids(ids, rows, each.place)
+        if window is not None and len(ids) + new > window:
             raise DataError(
                 f"{each.place}: expected at most the model's window of {window} tokens, got "
-                f"{length} with the answer"
+                f"{len(ids) + new} with the answer"
             )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -59,6 +61,13 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
     modules = [name.removesuffix(".weight") for name in checkpoint.parameters]
     select_layers(shapes, config.targets, config.rank, modules)
     return checkpoint
+
+
+def vocabulary(config: Mapping[str, Any]) -> int | None:
+    """The number of tokens that a model knows, by its config.json."""
+    text = config.get("text_config")
+    size = (text if isinstance(text, dict) else config).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _check_method(config: FinetuneConfig) -> None:

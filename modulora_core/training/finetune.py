@@ -53,7 +53,7 @@ from modulora_core.models.quiet import quiet
 from modulora_core.quantization.cache import Unpacked
 from modulora_core.training.arguments import total_steps, training_arguments, warn_of_warmup
 from modulora_core.training.checkpoints import remove_half_written
-from modulora_core.training.checks import checked_model
+from modulora_core.training.checks import checked_model, vocabulary
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.losses import divergence
@@ -139,7 +139,10 @@ def finetune(
         device = pick_device()
         base = checked_model(config, device)
         tokenizer = base.tokenizer()
-        examples = {name: _examples(source, config, tokenizer) for name, source in sources.items()}
+        rows = vocabulary(base.config)
+        examples = {
+            name: _examples(source, config, tokenizer, rows) for name, source in sources.items()
+        }
         steps = total_steps(config, len(examples["train"]), world_size())
         warn_of_warmup(config, steps)
     checkpoint, interruption = _packed(base, open_bar), Interruption()
@@ -245,14 +248,16 @@ def _loaded(
     return model
 
 
-def _examples(source: Source, config: FinetuneConfig, tokenizer: Any) -> Any:
-    """The examples of a source, for the trainer of the config's method."""
+def _examples(source: Source, config: FinetuneConfig, tokenizer: Any, rows: int | None) -> Any:
+    """The examples of a source, for the trainer of the method; the model has ``rows`` tokens."""
     if config.method == "dpo":
-        return load_preferences(source, tokenizer, seq_len=config.seq_len)
+        return load_preferences(source, tokenizer, seq_len=config.seq_len, rows=rows)
     template = Template.of(config.prompt, config.completion)
-    return load_examples(
+    examples = load_examples(
         source, tokenizer, format=config.format, seq_len=config.seq_len, template=template
     )
+    examples.check_ids(rows, source_name(source))
+    return examples
 
 
 def _arguments(

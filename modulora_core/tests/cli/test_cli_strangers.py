@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from modulora_core.cli import main
 from modulora_core.tests.cli.conftest import Run
+from modulora_core.tests.tiny_tokenizer import write_jsonl
 
 Edit = Callable[[Any], object]
 
@@ -127,6 +129,37 @@ def test_control_characters_are_not_printed(
     err = capsys.readouterr().err
     assert "\x1b" not in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate MODEL fox",
+        "finetune MODEL OUT --data DATA --seq-len 24 --steps 1",
+        "finetune MODEL OUT --data DATA --seq-len 24 --steps 1 --method dpo",
+        "evaluate MODEL --data DATA --seq-len 8",
+        "evaluate MODEL --data DATA --metric accuracy",
+        "evaluate MODEL --data DATA --metric exact-match --max-new-tokens 1",
+        "quantize SOURCE OUT -q toy --calibration DATA --seq-len 8",
+    ],
+)
+def test_tokens_beyond_the_vocabulary_are_refused(
+    words: str, source: Path, packed: Path, tmp_path: Path, run: Run
+) -> None:
+    rows = [{"prompt": "a fox", "completion": "a", "chosen": "a", "rejected": "b"}] * 9
+    rows += [{**rows[0], "completion": "b"}]
+    keys = ("prompt", "chosen", "rejected") if "dpo" in words else ("prompt", "completion")
+    data = write_jsonl(tmp_path / "data.jsonl", *({key: row[key] for key in keys} for row in rows))
+    places = {"OUT": tmp_path / "out", "DATA": data}
+    for name, model in (("SOURCE", source), ("MODEL", packed)):
+        places[name] = tmp_path / name
+        shutil.copytree(model, places[name])
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.add_tokens(["fox"])
+        tokenizer.save_pretrained(places[name])
+    code, found, err = run(*(places.get(word, word) for word in words.split()))
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert "the tokenizer gives token" in found["error"]["message"]
 
 
 @pytest.mark.parametrize(
