@@ -1,4 +1,7 @@
-"""Quantizes a tiny random Llama once for all checks, and trains it beside its dense twin."""
+"""Quantizes a tiny random Llama once for all checks, and trains it beside its dense twin.
+
+transformers is imported on first use: it takes two seconds, and levels 0 to 5 do without.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,9 @@ from torch import Tensor, nn
 from modulora_conformance.cases import accepts, generator, tile
 from modulora_conformance.oracle import relative_error
 from modulora_conformance.results import Measurements
-from modulora_core import (
-    LoRASettings,
-    Quantizer,
-    QuantLinear,
-    add_lora,
-    load_adapter,
-    load_model,
-    quantize,
-    save_adapter,
-)
-from modulora_core.adapters.lora import adapter_layers
-from modulora_core.calibration import CalibrationConfig
+from modulora_core.layers import QuantLinear
 from modulora_core.models.quiet import quiet
+from modulora_core.spec import Quantizer
 
 HEADS = 4
 SMALLEST = 64
@@ -38,15 +31,12 @@ VOCABULARY = 130
 IDS = torch.arange(3, 43).view(2, 20)
 """Token ids, ``[2, 20]``."""
 
-CALIBRATION = CalibrationConfig("pydoc[:2%]", samples=8, seq_len=32)
-
 PACKED_LAYERS = 14
 """Seven linear layers in each of two blocks."""
 
 TOLERANCE = 1e-5
 """The relative error of logits: fp32 sums in another order through two blocks, some 100 ulps."""
 
-ADAPTER = LoRASettings(rank=2, alpha=4.0, dropout=0.0)
 LEARNING_RATE = 0.1
 
 
@@ -78,7 +68,11 @@ def quantized_again(quantizer: Quantizer, out: Path) -> Path:
 
 
 def _quantize(dense: Path, out: Path, cls: type[Quantizer], options: str) -> Path:
-    calibration = None if cls.spec.calibration == "none" else CALIBRATION
+    from modulora_core import quantize
+    from modulora_core.calibration import CalibrationConfig
+
+    text = CalibrationConfig("pydoc[:2%]", samples=8, seq_len=32)
+    calibration = None if cls.spec.calibration == "none" else text
     quantize(str(dense), out, cls.spec.name, json.loads(options), calibration=calibration)
     return out
 
@@ -115,6 +109,14 @@ def _save_dense(folder: Path, hidden_size: int) -> None:
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The packed model of a folder, on the CPU."""
+    from modulora_core.checkpoints.checkpoint import load_model
+
+    model: nn.Module = load_model(folder, device="cpu")
+    return model
 
 
 def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -161,16 +163,20 @@ def check_training_step(saved: TinyModel, folder: Path, measurements: Measuremen
 
     Gradients go through the model twice, so they have ten times the tolerance of logits.
     """
-    model = load_model(saved.packed, device="cpu")
+    from modulora_core import LoRASettings, add_lora, load_adapter, save_adapter
+    from modulora_core.adapters.lora import adapter_layers
+
+    settings = LoRASettings(rank=2, alpha=4.0, dropout=0.0)
+    model = load_model(saved.packed)
     dense = dense_twin(model, saved.dense)
-    add_lora(model, ADAPTER)
+    add_lora(model, settings)
     own = {path: _randomised(layer, i) for i, (path, layer) in enumerate(adapter_layers(model))}
     twins = {
         path: (A.detach().clone().requires_grad_(), B.detach().clone().requires_grad_())
         for path, (A, B) in own.items()
     }
     parameters, leaves = ([p for pair in d.values() for p in pair] for d in (own, twins))
-    scale = ADAPTER.alpha / ADAPTER.rank
+    scale = settings.alpha / settings.rank
 
     expected = torch.autograd.grad(adapted_loss(dense, twins, scale)[0], leaves)
     model.train()(IDS, labels=IDS).loss.backward()
@@ -188,8 +194,8 @@ def check_training_step(saved: TinyModel, folder: Path, measurements: Measuremen
     error = relative_error(logits, exact)
     measurements.at_most("logits after a step", error, 10 * TOLERANCE)
 
-    save_adapter(model, folder, settings=ADAPTER)
-    again = load_model(saved.packed, device="cpu")
+    save_adapter(model, folder, settings=settings)
+    again = load_model(saved.packed)
     load_adapter(again, folder)
     assert torch.equal(logits_of(again), logits), (
         "expected the same logits bit for bit from the reloaded model and adapter, got others"

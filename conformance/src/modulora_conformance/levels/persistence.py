@@ -38,11 +38,11 @@ from modulora_conformance.tiny_model import (
     TOLERANCE,
     check_training_step,
     dense_twin,
+    load_model,
     logits_of,
     packed_layers,
     tiny_model,
 )
-from modulora_core import load_model
 from modulora_core.errors import CheckpointError, ModuLoRAError
 from modulora_core.layers import PackedParameter, QuantLinear
 from modulora_core.packed import PackedLayout
@@ -228,13 +228,13 @@ class Persistence(Level):
         from a memory-mapped file.
         """
         saved = tiny_model(quantizer)
-        model = load_model(saved.packed, device="cpu")
+        model = load_model(saved.packed)
         found = len(packed_layers(model))
         assert found == PACKED_LAYERS, f"expected {PACKED_LAYERS} packed layers, got {found}"
         logits = logits_of(model)
         error = relative_error(logits, logits_of(dense_twin(model, saved.dense)))
         measurements.at_most("logits against the dense model with Ŵ", error, TOLERANCE)
-        again = logits_of(load_model(saved.packed, device="cpu"))
+        again = logits_of(load_model(saved.packed))
         assert torch.equal(logits, again), (
             "expected the same logits bit for bit when loaded again, got others"
         )
@@ -261,10 +261,10 @@ class Persistence(Level):
         _raise_formats(config["quantization_config"])
         (folder / "config.json").write_text(json.dumps(config))
         try:
-            model = load_model(folder, device="cpu")
+            model = load_model(folder)
         except ModuLoRAError:
             return
-        same = torch.equal(logits_of(model), logits_of(load_model(saved.packed, device="cpu")))
+        same = torch.equal(logits_of(model), logits_of(load_model(saved.packed)))
         assert same, "format + 1000: expected an error, or the same logits, got others"
 
     @needs(MODEL)
@@ -284,7 +284,7 @@ class Persistence(Level):
         monkeypatch.setattr(torch, "load", refuse)
         for name in ("load", "loads", "Unpickler"):
             monkeypatch.setattr(pickle, name, refuse)
-        logits_of(load_model(saved.packed, device="cpu"))
+        logits_of(load_model(saved.packed))
 
 
 def _elsewhere(quantizer: Quantizer, expected: Callable[[Answer], bool]) -> Answer:
