@@ -33,7 +33,7 @@ from torch import Tensor
 
 from modulora_core.adapters.expert_format import Factors, Stack, from_file, to_file
 from modulora_core.adapters.peft_config import check_config, scale_of
-from modulora_core.adapters.record import RECORD_FILE, AdapterRecord
+from modulora_core.adapters.record import RECORD_FILE, AdapterRecord, Dropout
 from modulora_core.checkpoints.outputs import write_file
 from modulora_core.errors import AdapterError, CheckpointError
 from modulora_core.files.json_files import check_json, read_json
@@ -58,7 +58,7 @@ class _Fields(BaseModel):
     """Fields of adapter_config.json that are shown, and not checked elsewhere."""
 
     rank_pattern: dict[str, int] | None = None
-    lora_dropout: float | None = None
+    lora_dropout: Dropout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,8 @@ class SavedAdapter:
     @property
     def dropout(self) -> float:
         """The dropout of training (:func:`modulora_core.adapters.peft_config.lora_config`)."""
-        recorded = None if self.record is None else self.record.settings.get("dropout")
-        known = recorded if isinstance(recorded, int | float) else None
-        return float(known or self.config.get("lora_dropout") or 0.0)
+        recorded = None if self.record is None else self.record.settings.dropout
+        return float(recorded or self.config.get("lora_dropout") or 0.0)
 
     @property
     def ranks(self) -> list[int]:

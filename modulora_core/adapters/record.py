@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,6 +29,17 @@ RECORD_FILE = "modulora.json"
 class _Quantizer(TypedDict):
     quantizer: str
     options: dict[str, Any]
+
+
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RecordedSettings(BaseModel):
+    """The settings that made an adapter; only the dropout is used."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    dropout: Dropout | None = None
 
 
 class BaseRecord(BaseModel):
@@ -87,7 +98,7 @@ class AdapterRecord(BaseModel):
     kind: Literal["lora"] = "lora"
     core_version: str = Field(default_factory=lambda: modulora_core.__version__)
     base: BaseRecord
-    settings: dict[str, Any] = {}
+    settings: RecordedSettings = RecordedSettings()
     channel_scales: bool = False
 
 

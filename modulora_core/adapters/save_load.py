@@ -27,7 +27,7 @@ from modulora_core.adapters.peft_format import (
     read_adapter,
     write_adapter,
 )
-from modulora_core.adapters.record import AdapterRecord, describe_base, record_of
+from modulora_core.adapters.record import AdapterRecord, RecordedSettings, describe_base, record_of
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.devices.processes import is_first, split_like, whole
 from modulora_core.errors import AdapterError
@@ -85,7 +85,7 @@ def save_adapter(
     record = AdapterRecord(
         format=2 if scaled else 1,
         base=describe_base(model, base),
-        settings={**(asdict(settings) if settings else {}), "dropout": dropout},
+        settings=RecordedSettings(**{**(asdict(settings) if settings else {}), "dropout": dropout}),
         channel_scales=scaled,
     )
     if is_first():
