@@ -145,6 +145,23 @@ def test_the_reference_has_every_public_name_command_option_and_error() -> None:
     assert [name for name in classes if name not in (errors.__doc__ or "")] == []
 
 
+def test_the_reference_reads_well_in_a_clone_and_becomes_directives_on_the_site() -> None:
+    sys.path.insert(0, str(DOCS))
+    try:
+        api = importlib.import_module("api")
+    finally:
+        sys.path.remove(str(DOCS))
+    for page in (DOCS / "reference").glob("*.md"):
+        text = page.read_text("utf-8")
+        assert ":::" not in text, page.name
+        assert "modulora_core/" not in re.sub(
+            r"```.*?```", "", api.on_page_markdown(text), flags=re.S
+        )
+    made = api.on_page_markdown((DOCS / "reference" / "quantizer.md").read_text("utf-8"))
+    assert "\n::: modulora_core.spec\n    options:\n      show_root_full_path: true\n" in made
+    assert "'QuantizerSpec', 'Promise', 'FormatSpec'" in made
+
+
 def test_quick_commands_of_the_readme_run(tmp_path: Path) -> None:
     listed, _ = run_commands(README, tmp_path, "list-quantizers", "new-plugin")
     assert "name" in listed
