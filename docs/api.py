@@ -22,7 +22,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def directive(item: re.Match[str]) -> str:
     """The item's directive, with the members that the item names after a colon."""
-    name, file, text = item[1], PurePosixPath(item[2]), item[3]
+    name, file, text = f"modulora_core.{item[1]}", PurePosixPath(item[2]), item[3]
     module, package = (".".join(path.parts) for path in (file.with_suffix(""), file.parent))
     members = re.findall(r"`(\w+)`", text) if text.startswith(":") else []
     options = []

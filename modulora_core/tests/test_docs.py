@@ -154,6 +154,8 @@ def test_the_reference_reads_well_in_a_clone_and_becomes_directives_on_the_site(
     for page in (DOCS / "reference").glob("*.md"):
         text = page.read_text("utf-8")
         assert ":::" not in text, page.name
+        for name in re.findall(r"^::: (\S+)$", api.on_page_markdown(text), re.M):
+            assert resolve(name) is not None, name
         assert "modulora_core/" not in re.sub(
             r"```.*?```", "", api.on_page_markdown(text), flags=re.S
         )
