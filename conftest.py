@@ -7,6 +7,7 @@ import pytest
 
 # a busy machine makes any example slow, and CI should fail for the same examples every time
 hypothesis.settings.register_profile("modulora", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("modulora")
 
 

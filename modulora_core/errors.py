@@ -22,20 +22,22 @@
     │   └── MissingExtraError      an optional dependency that this request needs
     └── WorkError                  the request was fine and the work failed        exit code 1
 
-A message says the subject, the expected value, the value, and what to do.
+A message says the subject, the expected value, the value, and what to do, in one line.
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 
 class ModuLoRAError(Exception):
     """The root of the tree. ``exit_code`` is what the command line ends with."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code = 1
     agreed = False
     """Whether all processes of a distributed run know this error."""
+
+    def __init__(self, message: str = "") -> None:
+        # a library's text in it may have several lines
+        super().__init__(" ".join(map(str.strip, message.splitlines())))
 
     @property
     def kind(self) -> str:

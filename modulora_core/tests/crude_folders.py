@@ -38,7 +38,8 @@ def save_crude(
     model.save_pretrained(folder)
     tensors: dict[str, Tensor] = {}
     rounded: dict[str, Tensor] = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, mapped in load_file(folder / "model.safetensors").items():
+        tensor = mapped.clone()  # older releases map the file, which is written again
         module = name.removesuffix(".weight")
         if module == name or tensor.dim() != 2 or not chosen(module):
             tensors[name] = rounded[name] = tensor

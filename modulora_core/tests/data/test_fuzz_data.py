@@ -1,0 +1,111 @@
+"""Any data file is read, or refused in one line; records that were written come back."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modulora_core.data.examples import load_examples
+from modulora_core.data.files import read_records
+from modulora_core.data.preferences import load_preferences
+from modulora_core.data.text import load_text
+from modulora_core.errors import RequestError
+from modulora_core.tests.fuzzing import VALUES, cases, changed_bytes, read_or_refused
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+CORPUS = Path(__file__).parent / "corpus"
+TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=30)
+ROWS = st.lists(st.fixed_dictionaries({"instruction": TEXT, "output": TEXT}), min_size=1)
+SUFFIXES = st.sampled_from([".jsonl", ".json", ".csv", ".parquet"])
+
+FIELDS = st.sampled_from([
+    "text", "label", "instruction", "input", "output", "prompt", "completion", "messages", "value",
+    "conversations", "chosen", "rejected", "role", "content", "from",
+])  # fmt: skip
+ANYTHING = st.recursive(
+    TEXT | VALUES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=4),
+    max_leaves=12,
+)
+RECORDS = st.lists(st.dictionaries(FIELDS, ANYTHING, max_size=5), min_size=1, max_size=4)
+
+
+def written(rows: list[dict[str, Any]], suffix: str) -> bytes:
+    """A data file of the records."""
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if suffix == ".json":
+        return json.dumps(rows).encode()
+    if suffix == ".csv":
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+        return text.getvalue().encode()
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module", params=[None, TEMPLATE], ids=["plain", "templated"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return make_tokenizer(template=request.param)
+
+
+def read_as_all(path: Path, tokenizer: Any) -> None:
+    """Read a file in each of the ways in which commands read it."""
+    read_or_refused(lambda: load_examples(str(path), tokenizer, seq_len=16))
+    read_or_refused(lambda: load_preferences(str(path), tokenizer, seq_len=16))
+    read_or_refused(lambda: load_text(str(path), tokenizer))
+
+
+@pytest.mark.slow
+@cases(200)
+@given(rows=ROWS, suffix=SUFFIXES)
+def test_records_come_back(rows: list[dict[str, str]], suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"data{suffix}"
+    file.write_bytes(written(rows, suffix))
+    assert [record.fields for record in read_records(file)] == rows
+
+
+@pytest.mark.slow
+@cases(200)
+@given(data=st.data())
+def test_a_changed_file_is_read_or_refused(
+    data: st.DataObject, tmp_path: Path, tokenizer: Any
+) -> None:
+    rows = [{"instruction": f"say {n}", "output": str(n)} for n in range(9)]
+    suffix = data.draw(SUFFIXES | st.just(".txt"))
+    content = b"To be.\n\nOr not.\n" if suffix == ".txt" else written(rows, suffix)
+    file = tmp_path / f"data{suffix}"
+    file.write_bytes(changed_bytes(data, content))
+    read_as_all(file, tokenizer)
+
+
+@pytest.mark.slow
+@cases(200)
+@given(records=RECORDS)
+def test_records_of_any_kind_are_read_or_refused(
+    records: list[dict[str, Any]], tmp_path: Path, tokenizer: Any
+) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(written(records, ".jsonl"))
+    read_as_all(file, tokenizer)
+
+
+@pytest.mark.parametrize("file", sorted(CORPUS.iterdir()), ids=lambda file: file.name)
+def test_files_of_the_corpus_are_refused_in_one_line(file: Path, tokenizer: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        load_examples(str(file), tokenizer, seq_len=16)
+    assert "\n" not in str(caught.value)

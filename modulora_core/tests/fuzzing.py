@@ -1,0 +1,132 @@
+"""Strategies that change files, and the rule of all readers: read it, or refuse it in one line.
+
+CI draws the same cases in each run. Other ones: ``pytest --hypothesis-profile search``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from hypothesis import HealthCheck, event, settings
+from hypothesis import strategies as st
+
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.whole import check_whole
+from modulora_core.errors import RequestError
+
+T = TypeVar("T")
+
+LONGEST = 60
+"""Seconds of a case on a busy machine. A longer one is a hang."""
+
+_HEADER = 3000
+"""Bytes at a file's beginning that readers parse, about."""
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=20),
+    st.lists(st.integers(-3, 3), max_size=3), st.dictionaries(st.text(max_size=3), st.none()),
+    st.sampled_from([0, -1, 10**9, 10**12, 1e308, "../x", "\ud800", "a" * 5000, "nf4", "float8"]),
+)  # fmt: skip
+"""JSON of other types and sizes than a file of ours has."""
+
+
+def cases(count: int) -> Callable[[T], T]:
+    """Settings of a fuzz test with so many cases, which may use fixtures."""
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=count, suppress_health_check=checks)  # type: ignore[return-value]
+
+
+def read_or_refused(read: Callable[[], T]) -> T | None:
+    """Call a reader. Its value, or None if it refuses the file as a wrong request, in one line."""
+    with _within(LONGEST):
+        try:
+            value = read()
+            event("read")
+            return value
+        except RequestError as error:
+            message = str(error)
+    event("refused")
+    assert message
+    assert "\n" not in message
+    return None
+
+
+def run_once(model: Path) -> None:
+    """Check a packed model as every command does; load it and run it once."""
+    checkpoint = open_checkpoint(model)
+    check_whole(checkpoint)
+    with torch.no_grad():
+        load_model(checkpoint)(torch.arange(3, 11)[None])
+
+
+def read_changed(
+    folder: Path, patterns: Sequence[str], data: st.DataObject, read: Callable[[], object]
+) -> None:
+    """Change a file of one of the patterns, and read the folder; then put the file back."""
+    file = data.draw(st.sampled_from(sorted(folder.glob(data.draw(st.sampled_from(patterns))))))
+    content = file.read_bytes()
+    change = changed_json if file.suffix == ".json" else changed_bytes
+    try:
+        file.write_bytes(change(data, content))
+        read_or_refused(read)
+    finally:
+        file.write_bytes(content)
+
+
+@contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"no answer within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def changed_json(data: st.DataObject, content: bytes) -> bytes:
+    """JSON with another value at one place, or without it."""
+    parsed = json.loads(content)
+    place = data.draw(st.sampled_from(places(parsed)))
+    return json.dumps(edited(parsed, place, data.draw(st.just(...) | VALUES))).encode()
+
+
+def changed_bytes(data: st.DataObject, content: bytes) -> bytes:
+    """A file cut short, or with up to three other bytes: anywhere, or near its beginning."""
+    length = data.draw(st.just(len(content)) | st.integers(0, len(content)))
+    changed = bytearray(content[:length])
+    last = min(data.draw(st.sampled_from([_HEADER, length])), length) - 1
+    for _ in range(data.draw(st.integers(0, 3)) if changed else 0):
+        changed[data.draw(st.integers(0, last))] = data.draw(st.integers(0, 255))
+    return bytes(changed)
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value in parsed JSON."""
+    items: Any = node.items() if isinstance(node, dict) else ()
+    items = enumerate(node) if isinstance(node, list) else items
+    return [path] * bool(path) + [p for key, value in items for p in places(value, (*path, key))]
+
+
+def edited(node: Any, place: tuple[Any, ...], value: Any) -> Any:
+    """A copy of parsed JSON with another value at a place; ``...`` removes it."""
+    whole = copy.deepcopy(node)
+    parent = whole
+    for key in place[:-1]:
+        parent = parent[key]
+    if value is ...:
+        del parent[place[-1]]
+    else:
+        parent[place[-1]] = value
+    return whole

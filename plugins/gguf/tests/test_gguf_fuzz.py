@@ -1,0 +1,41 @@
+"""Changed GGUF files are refused in one line, or the model loads and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modulora_core.models.source import open_model
+from modulora_core.tests.fuzzing import cases, changed_bytes, read_or_refused, run_once
+from modulora_core.tests.tiny_gguf import write_tiny_gguf
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = write_tiny_gguf("llama", tmp_path_factory.mktemp("gguf") / "m.gguf", "Q4_0")
+    run_once(path)
+    return path.read_bytes()
+
+
+def open_whole(path: Path) -> None:
+    """As quantize reads a GGUF file."""
+    source = open_model(str(path))
+    for _ in source.tensors():
+        pass
+    source.tokenizer()
+
+
+@pytest.mark.parametrize("read", [run_once, open_whole])
+@cases(120)
+@given(data=st.data())
+def test_a_changed_file_is_refused_or_read(
+    read, whole: bytes, tmp_path: Path, data: st.DataObject
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(changed_bytes(data, whole))
+    read_or_refused(lambda: read(path))

@@ -1,0 +1,31 @@
+"""Changed files of a folder as relaxml published them.
+
+Each is refused in one line, or the model loads and runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modulora_core.tests.fuzzing import cases, read_changed, run_once
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(relaxml: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("E8P-2Bit") / "m"
+    relaxml.save_relaxml(path, 2)
+    run_once(path)
+    return path
+
+
+@cases(60)
+@given(data=st.data())
+def test_a_changed_folder_is_refused_or_runs(folder: Path, data: st.DataObject) -> None:
+    read_changed(folder, ["config.json", "*.safetensors"], data, lambda: run_once(folder))
