@@ -72,8 +72,8 @@ def test_before_step_4_both_numbers_are_equal(tmp_path: Path) -> None:
 
 
 def test_the_tests_of_the_package_pass(package: Path, site: Path) -> None:
-    files = ("tests/test_feedback.py", "tests/test_feedback_rounding.py")
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, folder=package, site=site)
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_feedback_rounding.py")
+    done = python(*words, folder=package, site=site)
     assert done.returncode == 0, done.stdout
 
 
@@ -89,8 +89,8 @@ def test_the_kit_names_the_check_that_a_missing_refusal_fails(
     words = ("-m", "modulora_conformance", NAME, "--level", "1", "-o", "bits=2")
     done = python(*words, folder=tmp_path, site=changed)
     (shown,) = [block.text for block in blocks(TUTORIAL, "text") if "FAILED" in block.text]
-    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED L")]
-    assert [line.partition(": ")[0] for line in failed] == [shown.partition(": ")[0]], done.stdout
+    assert shown.partition(" ...")[0] in done.stdout, done.stdout
+    assert done.stdout.count("FAILED L") == 1, done.stdout
 
 
 @pytest.mark.slow
