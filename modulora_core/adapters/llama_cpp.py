@@ -24,8 +24,9 @@ from torch import Tensor
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
 from modulora_core.checkpoints.checkpoint import open_if_packed
+from modulora_core.checkpoints.outputs import new_file
 from modulora_core.checkpoints.whole import packed_skeleton
-from modulora_core.errors import AdapterError, ModelError, OutputError
+from modulora_core.errors import AdapterError, ModelError
 from modulora_core.models.gguf_places import Place, places, store_of
 from modulora_core.models.source import ModelSource, open_model
 
@@ -59,11 +60,14 @@ def export_for_llama_cpp(
         AdapterError: it does not fit the model, or has channel scales.
         RequestError: the model isn't a GGUF file, or can't be read.
     """
+    out = Path(out)
+    with new_file(out, ".gguf") as path:
+        return _export(adapter, out, path, model)
+
+
+def _export(adapter: str, out: Path, path: Path, model: str | None) -> LoRAFileResult:
     from gguf import GGUFWriter
 
-    out = Path(out)
-    if out.suffix.lower() != ".gguf" or out.exists() or not out.parent.is_dir():
-        raise OutputError(f"{out}: expected a new file called *.gguf in a folder that exists")
     saved = read_adapter(adapter)
     if saved.has_channel_scales:
         raise AdapterError(
@@ -89,8 +93,8 @@ def export_for_llama_cpp(
         for name, A, B in _in_file(source, module, delta, alpha)
         for factor, tensor in (("lora_a", A), ("lora_b", B))
     }
-    architecture, partial = store_of(source).architecture, out.with_name(f"{out.name}.partial")
-    writer = GGUFWriter(partial, architecture)
+    architecture = store_of(source).architecture
+    writer = GGUFWriter(path, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
@@ -100,7 +104,6 @@ def export_for_llama_cpp(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    partial.replace(out)
     return LoRAFileResult(str(out), base, architecture, len(saved.deltas))
 
 

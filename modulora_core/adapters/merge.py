@@ -93,15 +93,19 @@ def merge(
         check_output(out)
         checkpoint = open_checkpoint(model)
         check_whole(checkpoint)
-        deltas: Mapping[str, AdapterDelta] = {} if adapter is None else _deltas(checkpoint, adapter)
+        deltas: Mapping[str, AdapterDelta] = (
+            {} if adapter is None else adapter_deltas(checkpoint, adapter)
+        )
         shards = plan_shards(dict(_dense_layouts(checkpoint, dtype)))
         nbytes = sum(shard.nbytes for shard in shards)
         check_disk_space(out, nbytes + SMALL_FILES)
         with whole_or_nothing(out) as folder:
             writer = ShardWriter(folder, shards)
-            merged = _merged(checkpoint, deltas, getattr(torch, dtype))
-            for done, (name, tensor) in enumerate(merged, 1):
-                writer.write(name, {name: tensor})
+            for done, name in enumerate(checkpoint.parameters, 1):
+                delta = delta_of(checkpoint, name, deltas)
+                W = merged_parameter(checkpoint, name, delta, getattr(torch, dtype))
+                writer.write(name, {name: W})
+                del W
                 if progress is not None:
                     progress("merging", done, len(checkpoint.parameters))
             writer.finish()
@@ -112,7 +116,7 @@ def merge(
     return MergeResult(str(out), dtype, nbytes, len(deltas), seconds, peak.nbytes)
 
 
-def _deltas(checkpoint: PackedCheckpoint, path: str) -> Mapping[str, AdapterDelta]:
+def adapter_deltas(checkpoint: PackedCheckpoint, path: str) -> Mapping[str, AdapterDelta]:
     """Read the adapter. Raises AdapterError if it does not fit the checkpoint."""
     model, here = packed_skeleton(checkpoint), str(checkpoint.folder)
     adapter = read_adapter(path, stacks_of(model))
@@ -129,22 +133,30 @@ def _dense_layouts(checkpoint: PackedCheckpoint, dtype: str) -> Iterator[tuple[s
             yield name, TensorLayout(dtype, stored.shape) if is_float else stored
 
 
-def _merged(
-    checkpoint: PackedCheckpoint, deltas: Mapping[str, AdapterDelta], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    for name, stored in checkpoint.parameters.items():
-        if not isinstance(stored, PackedSite):
-            tensor = checkpoint.tensor(name)
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-            continue
-        delta = deltas.get(name if stored.experts else name.removesuffix(".weight"))
-        quantizer = checkpoint.quantizer(stored)
-        W = torch.empty(stored.parameter_shape, dtype=dtype)
-        matrices = [W] if stored.experts is None else W
-        changes = [None] * len(matrices) if delta is None else delta.matrices()
-        for packed, matrix, change in zip(checkpoint.packed(name), matrices, changes, strict=True):
-            _unpack(quantizer, packed, change, matrix.t() if stored.transposed else matrix)
-        yield name, W
+def delta_of(
+    checkpoint: PackedCheckpoint, name: str, deltas: Mapping[str, AdapterDelta]
+) -> AdapterDelta | None:
+    """The adapter's change of a parameter; a stack of experts has the parameter's own name."""
+    stored = checkpoint.parameters[name]
+    is_stack = isinstance(stored, PackedSite) and stored.experts is not None
+    return deltas.get(name if is_stack else name.removesuffix(".weight"))
+
+
+def merged_parameter(
+    checkpoint: PackedCheckpoint, name: str, delta: AdapterDelta | None, dtype: torch.dtype
+) -> Tensor:
+    """A parameter as the dense model has it, with the adapter's change."""
+    stored = checkpoint.parameters[name]
+    if not isinstance(stored, PackedSite):
+        tensor = checkpoint.tensor(name)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    quantizer = checkpoint.quantizer(stored)
+    W = torch.empty(stored.parameter_shape, dtype=dtype)
+    matrices = [W] if stored.experts is None else W
+    changes = [None] * len(matrices) if delta is None else delta.matrices()
+    for packed, matrix, change in zip(checkpoint.packed(name), matrices, changes, strict=True):
+        _unpack(quantizer, packed, change, matrix.t() if stored.transposed else matrix)
+    return W
 
 
 def _unpack(

@@ -123,6 +123,27 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def new_file(out: Path, suffix: str) -> Iterator[Path]:
+    """Give a path to write; it becomes the file ``out`` when the block ends well.
+
+    Raises:
+        OutputError: ``out`` exists, has another suffix, or is in no folder.
+    """
+    usable_path(partial_name(out), "output file", OutputError)
+    if out.suffix.lower() != suffix or out.exists() or not out.parent.is_dir():
+        raise OutputError(f"{out}: expected a new file called *{suffix} in a folder that exists")
+    partial = partial_name(out)
+    try:
+        with _full_disk_named():
+            yield partial
+            _sync(partial)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync(out.absolute().parent)
+
+
+@contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Make a folder, and hold the lock on it; remove it at the end if it is still empty.
 

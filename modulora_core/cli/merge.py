@@ -2,27 +2,130 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import logging
+from pathlib import Path
+from typing import Annotated, Any
 
-from modulora_core.cli.arguments import Adapter, Model, Out, option
+from modulora_core.cli.arguments import Adapter, Model, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts
+from modulora_core.errors import OptionError
 
-Dtype = Annotated[str, option("--dtype DTYPE", "Dtype of weights: float16, bfloat16, float32.")]
+SUFFIX = ".gguf"
+PANEL = "OUT.gguf"
+
+Out = Annotated[Path, argument("OUT", "The folder to write, new or empty, or a new file *.gguf.")]
+Dtype = Annotated[
+    str | None,
+    option("--dtype DTYPE", "Dtype of weights: float16, bfloat16, float32.", default="bfloat16"),
+]
+Type = Annotated[
+    str | None,
+    option(
+        "--type TYPE",
+        "llama.cpp's type of changed weights: Q8_0, Q4_K, F16, ...",
+        default="Q8_0",
+        rich_help_panel=PANEL,
+    ),
+]
+Base = Annotated[
+    str | None,
+    option(
+        "--base FILE",
+        "A GGUF file of the same model, for metadata and tokenizer.",
+        default="MODEL's",
+        rich_help_panel=PANEL,
+    ),
+]
+Data = Annotated[
+    str | None,
+    option("--data SOURCE", "Text for the comparison.", default="pydoc", rich_help_panel=PANEL),
+]
+Segments = Annotated[
+    int | None,
+    option(
+        "--segments N",
+        "Segments of 256 tokens to compare; 0 compares nothing.",
+        min=0,
+        default="8",
+        rich_help_panel=PANEL,
+    ),
+]
 
 
-def command(model: Model, out: Out, adapter: Adapter = None, dtype: Dtype = "bfloat16") -> Report:
+def command(
+    model: Model,
+    out: Out,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    type: Type = None,
+    base: Base = None,
+    data: Data = None,
+    segments: Segments = None,
+) -> Report:
     """Dequantize a packed model and add an adapter to its weights.
 
     It writes W = Ŵ + s·B·A, one parameter at a time, to a folder that transformers loads without
     modulora. Without an adapter it only dequantizes.
 
+    OUT.gguf becomes one file for llama.cpp, quantized again. Weights that the adapter doesn't
+    change keep their blocks if MODEL is a GGUF file. The command then compares the file with the
+    model and its adapter, by KL divergence and perplexity on a text.
+
     Examples:
         modulora merge smollm2-packed merged --adapter my-adapter
         modulora merge smollm2-packed unpacked --dtype float32
+        modulora merge model.gguf merged.gguf --adapter my-adapter --type Q4_K
     """
+    if out.suffix.lower() == SUFFIX:
+        if dtype is not None:
+            raise OptionError(f"--dtype: expected --type beside {out}, whose weights are packed")
+        found = _to_file(model, out, adapter, type or "Q8_0", base, data or "pydoc", segments)
+        return Report(found, facts({key: found[key] for key in found if key != "kept"}))
+    for flag, value in {"type": type, "base": base, "data": data, "segments": segments}.items():
+        if value is not None:
+            raise OptionError(f"--{flag}: expected OUT to be a file *{SUFFIX} beside it, got {out}")
     from modulora_core.adapters.merge import merge
 
     with terminal().progress("merging", "parameters") as show:
-        result = merge(model, out, adapter=adapter, dtype=dtype, progress=show)
+        result = merge(model, out, adapter=adapter, dtype=dtype or "bfloat16", progress=show)
     return Report(result.to_json(), facts(result.to_json()))
+
+
+def _to_file(
+    model: str,
+    out: Path,
+    adapter: str | None,
+    type: str,
+    base: str | None,
+    data: str,
+    segments: int | None,
+) -> dict[str, Any]:
+    from modulora_core.adapters.merge_gguf import merge_to_gguf
+    from modulora_core.data.sources import load_records
+    from modulora_core.inference.divergence import divergence
+    from modulora_core.inference.loading import open_to_run
+
+    segments = 8 if segments is None else segments
+    if segments:
+        load_records(data)  # bad data is refused before the work
+    with terminal().progress("merging", "tensors") as show:
+        merged = merge_to_gguf(model, out, adapter=adapter, type=type, base=base, progress=show)
+    found = merged.to_json()
+    if segments:
+        with terminal().progress("comparing", "segments") as show:
+            compared = divergence(
+                open_to_run(model, adapter=adapter),
+                open_to_run(str(out)),
+                data,
+                segments=segments,
+                progress=show,
+            )
+        if compared.is_lost:
+            logging.getLogger(__name__).warning(
+                "%s: its KL divergence to the adapter's predictions, %.3g, is more than half of "
+                "the adapter's own effect, %.3g; choose a type of more bits than %s",
+                out, compared.kl_divergence, compared.kl_of_adapter, type,
+            )  # fmt: skip
+        found |= compared.to_json()
+    return found

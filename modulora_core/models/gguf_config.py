@@ -42,13 +42,13 @@ def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
             values["vocab_size"] = tokens.value
         config = AutoConfig.for_model(**values)
         _set_left_out(config, values, header)
-        return config, values
     except Exception as error:
         # KeyError of a missing field, ValueError of an unknown architecture, ...
         raise ModelError(
             f"{path}: transformers can't read this GGUF file ({error}); it reads "
             f"{', '.join(_architectures())}; give the safetensors of this model"
         ) from error
+    return config, values
 
 
 def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Header) -> None:

@@ -25,12 +25,14 @@ class Place:
         name, shape: of the tensor in the file.
         rows: for each row of the tensor its row in the parameter, int64 ``[rows]``. The rows of a
             stack of experts are counted through all its matrices.
+        transposed: the parameter has the rows as columns.
         shift: the number that the conversion adds to each value, such as -1 for Gemma's norms.
     """
 
     name: str
     shape: tuple[int, ...]
     rows: Tensor
+    transposed: bool = False
     shift: float = 0.0
 
     def take(self, rows: Tensor) -> Tensor:
@@ -59,7 +61,9 @@ def places(source: ModelSource, parameter: str) -> list[Place]:
         firsts[name], total = total, total + count
     if not shapes:
         raise ModelError(f"{parameter}: {source.location.name} has no tensor of it")
-    found = source.converted(parameter, lambda name: store.row_numbers(name, firsts)).flatten()
+    found = source.converted(parameter, lambda name: store.row_numbers(name, firsts))
+    transposed = found.dim() > 1 and found.shape[-1] > 1
+    found = found.flatten()
     shift = float(found.min()) if len(found) else 0.0
     numbers = (found - shift).to(torch.int64)
     in_memory = torch.argsort(numbers)  # for each row of the file its row in memory
@@ -69,6 +73,6 @@ def places(source: ModelSource, parameter: str) -> list[Place]:
             f"{source.location.name}, got values that transformers computes of them"
         )
     return [
-        Place(name, shape, in_memory[firsts[name] : firsts[name] + counts[name]], shift)
-        for name, shape in shapes.items()
+        Place(name, shapes[name], in_memory[first : first + counts[name]], transposed, shift)
+        for name, first in firsts.items()
     ]

@@ -68,6 +68,10 @@ class GGUFTensor:
         mapped = np.memmap(self._path, self._raw_dtype, "c", self.offset, self._raw_shape)
         return torch.from_numpy(mapped)
 
+    def raw_bytes(self) -> Tensor:
+        """All bytes of the tensor, mapped from the file: uint8."""
+        return torch.from_numpy(np.memmap(self._path, np.uint8, "c", self.offset, (self.nbytes,)))
+
     def outline(self) -> Tensor:
         """The shape of :meth:`blocks` with rows of one byte; no value is read."""
         return torch.zeros(*self._raw_shape[:-1], 1, dtype=torch.uint8)
@@ -216,6 +220,10 @@ class GGUFStore:
     def shape_in_file(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the file, by its name there."""
         return self._file.tensors[name].shape
+
+    def bytes_of(self, name: str) -> Tensor:
+        """The bytes of a tensor of the file, by its name there: uint8."""
+        return self._file.tensors[name].raw_bytes()
 
     @property
     def architecture(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,8 @@ def write_tiny_gguf(
         ]
         add(f"{architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*(f"t{i}" for i in range(VOCABULARY - 1)), "t0t1"])
-    writer.add_token_merges(["t0 t1"])
+    writer.add_token_list([*string.ascii_letters, *string.digits, "Ġ", "th"])  # Ġ is a space
+    writer.add_token_merges(["t h"])
     shapes = dict(top)
     for number in range(2):
         shapes |= {f"blk.{number}.{name}": shape for name, shape in layer.items()}

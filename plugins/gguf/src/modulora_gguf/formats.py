@@ -1,21 +1,29 @@
-"""GGUF files as models: the core finds the tensors, and this module says how blocks are read."""
+"""GGUF files as models: the core finds the tensors, and this module reads and writes their rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from modulora_core.models.formats import ForeignWeight, FormatReader
+from modulora_core.errors import OptionError
+from modulora_core.models.file_formats import FileFormat
+from modulora_core.models.formats import ForeignWeight
 from modulora_core.spec import PackedWeight, TensorLayout
-from modulora_gguf import SPEC, reference
+from modulora_gguf import SPEC, packing, reference
 from modulora_gguf.quantizer import GGUF, Options
 
 Read = Callable[[str], Tensor]
 
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-class File(FormatReader):
+_OF_SHORT_ROWS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
+"""The types that llama.cpp takes for rows that 256 doesn't divide; others become F16."""
+
+
+class File(FileFormat):
     """A whole model in a GGUF file."""
 
     def weights(
@@ -33,6 +41,24 @@ class File(FormatReader):
             for name, kind in config["types"].items()
             if kind in quantizers
         }
+
+    def type_of(self, kind: str, in_features: int) -> str:
+        known = (*packing.QUANTIZE, *FLOATS)
+        if kind not in known:
+            raise OptionError(f"type: expected one of {', '.join(known)}, got {kind!r}")
+        while in_features % reference.block_of(kind)[0]:
+            kind = _OF_SHORT_ROWS.get(kind, "F16")
+        return kind
+
+    def pack(self, weight: Tensor, kind: str) -> Tensor:
+        if kind in FLOATS:
+            return weight.to(FLOATS[kind]).view(torch.uint8)
+        return GGUF(Options.model_validate({"type": kind})).pack(weight).tensors["blocks"]
+
+    def unpack(self, rows: Tensor, kind: str) -> Tensor:
+        if kind in FLOATS:
+            return rows.view(FLOATS[kind]).to(torch.float32)
+        return reference.dequantize(rows, kind)
 
 
 def _weight(name: str, quantizer: GGUF, stored: TensorLayout) -> ForeignWeight:

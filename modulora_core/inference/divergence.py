@@ -1,0 +1,112 @@
+"""Compare the predictions of two models on text, such as a merged file's with its adapter's.
+
+    KL(P ‖ Q) = 1/N Σ_t Σ_v P(v | x<t) log (P(v | x<t) / Q(v | x<t))      N tokens, in nats
+
+P is the model with the adapter. Q is the other model, or the model without its adapter: that
+divergence is the whole effect of the adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modulora_core.adapters.switching import without_adapter
+from modulora_core.data import token_segments
+from modulora_core.data.sources import Source
+from modulora_core.errors import WorkError
+from modulora_core.inference.loading import Opened
+from modulora_core.inference.passes import batches, evaluating, window_of
+from modulora_core.models.progress import Progress
+
+_ROWS = 64
+"""Positions whose log-probabilities exist at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The two models on the same text.
+
+    Attributes:
+        kl_divergence: KL(P ‖ Q) to the other model; kl_of_adapter: to P without its adapter, None
+            without one; both in nats a token.
+        perplexity: the other model's; perplexity_before: P's.
+    """
+
+    kl_divergence: float
+    kl_of_adapter: float | None
+    perplexity: float
+    perplexity_before: float
+    tokens: int
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the other model is further from P than half of the adapter's effect."""
+        return self.kl_of_adapter is not None and self.kl_divergence > self.kl_of_adapter / 2
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def divergence(
+    before: Opened,
+    other: Opened,
+    data: Source = "pydoc",
+    *,
+    segments: int = 8,
+    seq_len: int = 256,
+    progress: Progress | None = None,
+) -> Divergence:
+    """Measure how far ``other`` is from ``before``, which may have an adapter.
+
+    Args:
+        before, other: results of :func:`modulora_core.open_to_run`; both are loaded at once.
+        data: text; ``segments`` of it with ``seq_len`` tokens, or the model's window, are taken.
+        progress: called after each segment.
+
+    Raises:
+        DataError: the data is missing, or too short.
+        WorkError: logits are NaN or infinite.
+    """
+    P, Q = before.load(), other.load()
+    seq_len = min(seq_len, *(window_of(model) or seq_len for model in (P, Q)))
+    ids = token_segments(data, before.tokenizer, seq_len, segments)
+    sums = torch.zeros(4, dtype=torch.float64)  # KL to Q, KL to the base, -log Q, -log P
+    with evaluating(P), evaluating(Q):
+        for _, batch in batches(ids, 1, progress):
+            p, q = _logits(P, batch), _logits(Q, batch)
+            base = p
+            if before.adapter is not None:
+                with without_adapter(P):
+                    base = _logits(P, batch)
+            sums += _sums(p, q, base, batch[0, 1:])
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    kl, effect, nll, nll_before = (sums / tokens).tolist()
+    if not math.isfinite(kl + effect + nll):
+        raise WorkError("divergence: expected finite logits, got NaN or Inf")
+    return Divergence(
+        kl, None if before.adapter is None else effect, math.exp(nll), math.exp(nll_before), tokens
+    )
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """Of every token but the last: ``[tokens, vocabulary]``."""
+    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits[0, :-1]
+    return logits.cpu()
+
+
+def _sums(p: Tensor, q: Tensor, base: Tensor, goals: Tensor) -> Tensor:
+    total = torch.zeros(4, dtype=torch.float64)
+    for rows in range(0, len(goals), _ROWS):
+        part = slice(rows, rows + _ROWS)
+        log_p, log_q, log_base = (one[part].float().log_softmax(1) for one in (p, q, base))
+        probability, goal = log_p.exp(), goals[part, None]
+        total[0] += (probability * (log_p - log_q)).sum()
+        total[1] += (probability * (log_p - log_base)).sum()
+        total[2] -= log_q.gather(1, goal).sum()
+        total[3] -= log_p.gather(1, goal).sum()
+    return total

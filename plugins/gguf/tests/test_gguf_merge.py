@@ -1,0 +1,135 @@
+"""A model is merged with its adapter into one GGUF file: values, order of rows, and metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from modulora_core.adapters.merge_gguf import merge_to_gguf
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.cli import main as run
+from modulora_core.errors import ModelError, OptionError, OutputError
+from modulora_core.inference.divergence import divergence
+from modulora_core.inference.loading import open_to_run
+from modulora_core.models.gguf_header import read_header
+from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.other_tools import logits
+from modulora_core.tests.tiny_gguf import write_tiny_gguf
+
+Adapted = Callable[..., torch.nn.Module]
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, part: float = 1e-4) -> None:
+    bound = part * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=part, atol=bound)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "qwen3moe", "lfm2"])
+def test_the_file_has_the_logits_of_the_adapter(
+    architecture: str, tmp_path: Path, adapted: Adapted
+) -> None:
+    """In F32 nothing is lost; rows of q and k, and gates and ups of experts, are put back."""
+    path = write_tiny_gguf(architecture, tmp_path / "base.gguf", "Q8_0")
+    model = adapted(path, tmp_path / "adapter", std=0.1)
+    adapter, out = str(tmp_path / "adapter"), tmp_path / "merged.gguf"
+    merged = merge_to_gguf(str(path), out, adapter=adapter, type="F32")
+    assert_close(logits(open_to_run(str(out)).load()), logits(model))
+    assert min(merged.kept.values()) == pytest.approx(1, abs=1e-5)
+    base, header = read_header(path), read_header(out)
+    assert {n: f.value for n, f in header.fields.items()} == {
+        n: f.value for n, f in base.fields.items()
+    }
+    before, after = path.read_bytes(), out.read_bytes()
+    for one, other in zip(base.tensors, header.tensors, strict=True):
+        assert (one.name, one.shape) == (other.name, other.shape)
+        if one.name not in merged.kept:
+            stored = before[one.offset :][: one.nbytes]
+            assert after[other.offset :][: other.nbytes] == stored, one.name
+
+
+def test_a_folder_takes_metadata_from_a_file_of_the_same_model(
+    tmp_path: Path, adapted: Adapted
+) -> None:
+    """Everything is written: norms of Gemma's kind aside, vectors keep their bits."""
+    path = write_tiny_gguf("qwen3moe", tmp_path / "base.gguf", "Q8_0")
+    packed, out = tmp_path / "packed", tmp_path / "merged.gguf"
+    quantize(str(path), packed, "gguf", {"type": "Q4_0"})
+    model = adapted(packed, tmp_path / "adapter", std=0.1)
+    with pytest.raises(ModelError, match=r"packed: expected a GGUF file.*name one with --base"):
+        merge_to_gguf(str(packed), out)
+    other = write_tiny_gguf("llama", tmp_path / "other.gguf", "Q8_0")
+    with pytest.raises(ModelError, match=r"other\.gguf has no tensor of it|of the same model"):
+        merge_to_gguf(str(packed), out, base=str(other))
+    assert not list(tmp_path.glob("*.partial"))
+    adapter = str(tmp_path / "adapter")
+    merged = merge_to_gguf(str(packed), out, adapter=adapter, base=str(path), type="F32")
+    assert_close(logits(open_to_run(str(out)).load()), logits(model))
+    assert merged.types == {"F32": len(read_header(path).tensors)}
+
+
+def test_requantizing_to_the_grid_of_the_base_erases_a_small_update(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, adapted: Adapted
+) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q4_0")
+    adapted(path, tmp_path / "adapter", std=2e-3)
+    adapter = str(tmp_path / "adapter")
+    lost = merge_to_gguf(str(path), tmp_path / "lost.gguf", adapter=adapter, type="Q4_0")
+    assert lost.erased
+    assert "erases more than half of the update" in caplog.text
+    caplog.clear()
+    kept = merge_to_gguf(str(path), tmp_path / "kept.gguf", adapter=adapter, type="F16")
+    assert not kept.erased
+    assert not caplog.text
+
+
+def test_rows_that_a_type_cannot_hold_get_another_type(tmp_path: Path, adapted: Adapted) -> None:
+    """As llama.cpp does: 256 divides no row here."""
+    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
+    adapted(path, tmp_path / "adapter")
+    merged = merge_to_gguf(
+        str(path), tmp_path / "merged.gguf", adapter=str(tmp_path / "adapter"), type="Q4_K"
+    )
+    assert merged.types == {"Q5_0": 14, "F32": 5, "Q8_0": 2}
+    load_model(tmp_path / "merged.gguf")
+
+
+def test_requests_are_refused_before_work(tmp_path: Path) -> None:
+    path = str(write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0"))
+    with pytest.raises(OptionError, match=r"type: expected one of Q4_0, .* got 'IQ2_S'"):
+        merge_to_gguf(path, tmp_path / "out.gguf", type="IQ2_S")
+    with pytest.raises(OutputError, match="expected a new file called"):
+        merge_to_gguf(path, path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base.gguf"]
+
+
+def test_the_command_compares_the_file_with_the_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], adapted: Adapted
+) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
+    adapted(path, tmp_path / "adapter", std=0.2)
+    data = tmp_path / "notes.txt"
+    data.write_text("the ship sailed north and the crew sang " * 40)
+    words = ["merge", str(path), "", "--adapter", str(tmp_path / "adapter"), "--json"]
+    assert run([*words[:2], str(tmp_path / "folder"), *words[3:], "--type", "Q8_0"]) == 2
+    assert "--type: expected OUT to be a file *.gguf" in capsys.readouterr().out
+    words[2] = str(tmp_path / "merged.gguf")
+    assert run([*words, "--data", str(data), "--segments", "1", "--dtype", "float32"]) == 2
+    capsys.readouterr()
+    assert run([*words, "--data", str(data), "--segments", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 <= found["kl_divergence"] < 0.05 * found["kl_of_adapter"]
+    assert 0.7 < found["perplexity"] / found["perplexity_before"] < 1.4
+
+
+def test_divergence_of_a_model_and_itself_is_zero(tmp_path: Path) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
+    data = tmp_path / "notes.txt"
+    data.write_text("the ship sailed north and the crew sang " * 40)
+    one = open_to_run(str(path))
+    found = divergence(one, one, str(data), segments=1, seq_len=32)
+    assert (found.kl_divergence, found.kl_of_adapter) == (0, None)
+    assert found.perplexity == found.perplexity_before
