@@ -122,6 +122,8 @@ class FormatSpec(_Fact):
     this format. A format without these and without ``config_keys`` is only written."""
     quant_flags: tuple[_Key, ...] = ()
     """Keys of that config of which one must be true, for a method that several formats share."""
+    quant_formats: tuple[str, ...] = ()
+    """Values of its key ``format`` of which it must have one, for such a method too."""
     config_keys: tuple[_Key, ...] = ()
     """Keys of config.json that mark a folder of this format if one is not empty, for tools that
     write no ``quantization_config``. The model's config does not keep them."""
@@ -162,6 +164,8 @@ class QuantizerSpec(_Fact):
     """The paper, or the project's page."""
     formats: tuple[FormatSpec, ...] = ()
     """Checkpoint formats of other tools that hold its weights."""
+    packing_memory: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    """The peak of ``pack`` above its arguments, in units of the weight (and H, if any) in fp32."""
     rescales: bool = False
     """Whether it implements :meth:`Quantizer.rescaled`, which tuning needs."""
     promises: tuple[Promise, ...] = ()
@@ -217,6 +221,11 @@ class Quantizer(ABC):
             raise OptionError(
                 f"{self.spec.name}: expected options of {self.Options.__name__}, got {options!r}"
             )
+
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether these options use a calibration: override it if some do not."""
+        return self.spec.calibration != "none"
 
     @abstractmethod
     def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from modulora_core.devices.dense_products import add_product, compute_dtype, product, put_product
+from modulora_core.devices import dense_products
 from modulora_core.errors import OptionError, ShapeError
 
 TileFunction = Callable[[int, int, torch.dtype], Tensor]
@@ -103,7 +103,7 @@ def tiled_matmul(
     rows = math.prod(x.shape[:-1])
     if rows == 0:  # the chunked loss asks a head for no rows, to learn its dtype
         return x.new_empty(*x.shape[:-1], wanted)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), dense_products.without_autocast(x.device):
         multiply = _transposed if transpose else _forward
         return multiply(x.reshape(rows, given), tile, shape).reshape(*x.shape[:-1], wanted)
 
@@ -115,27 +115,27 @@ def _forward(x: Tensor, tile: TileFunction, shape: tuple[int, int]) -> Tensor:
     dtype, ranges = _tiles(x, shape)
     operand = x.to(dtype)
     if len(ranges) == 1:
-        return product(operand, tile(*ranges[0], dtype).t()).to(x.dtype)
+        return dense_products.product(operand, tile(*ranges[0], dtype).t()).to(x.dtype)
     y = x.new_empty(len(x), shape[0])
     for start, stop in ranges:
-        put_product(y[:, start:stop], operand, tile(start, stop, dtype).t())
+        dense_products.put_product(y[:, start:stop], operand, tile(start, stop, dtype).t())
     return y
 
 
 def _transposed(y: Tensor, tile: TileFunction, shape: tuple[int, int]) -> Tensor:
     dtype, ranges = _tiles(y, shape)
     if len(ranges) == 1:
-        return product(y.to(dtype), tile(*ranges[0], dtype)).to(y.dtype)
+        return dense_products.product(y.to(dtype), tile(*ranges[0], dtype)).to(y.dtype)
     # summed in fp32 or wider, and rounded once
     x = y.new_zeros(len(y), shape[1], dtype=torch.promote_types(dtype, torch.float32))
     for start, stop in ranges:
-        add_product(x, y[:, start:stop].to(dtype), tile(start, stop, dtype))
+        dense_products.add_product(x, y[:, start:stop].to(dtype), tile(start, stop, dtype))
     return x.to(y.dtype)
 
 
 def _tiles(x: Tensor, shape: tuple[int, int]) -> tuple[torch.dtype, list[tuple[int, int]]]:
     """The dtype in which ``x`` is multiplied, and the ranges of rows of the tiles."""
-    dtype = compute_dtype(x.dtype, x.device)
+    dtype = dense_products.compute_dtype(x.dtype, x.device)
     return dtype, list(tile_ranges(shape[0], shape[1] * dtype.itemsize, tile_bytes(x.device)))
 
 

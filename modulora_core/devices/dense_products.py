@@ -70,6 +70,12 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and has_bfloat16_units() else torch.float32
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A block in which autocast is off. The meta device has no autocast."""
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    return torch.autocast(kind, enabled=False)
+
+
 def product(x: Tensor, w: Tensor) -> Tensor:
     """X W, of two matrices of one dtype, in that dtype, without a gradient."""
     return _by_onednn(x, w) if _is_onednns(x, w) else torch.mm(x, w)

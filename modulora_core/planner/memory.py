@@ -62,8 +62,6 @@ STATES = {"adafactor": 0, "sgd": 0, "lomo": 0, "lion": 4, "rmsprop": 4, "adagrad
 MOMENTS = 4
 """H, its mean, and two triangles that make it (:mod:`modulora_core.calibration.moments`)."""
 
-SOLVER_WEIGHTS, SOLVER_MOMENTS = 2, 5
-"""Weights and H's, in fp32, that a calibrated solver holds. Measured: 1 and 6, and 2 and 4."""
 
 ITEMS: Mapping[str, str] = {
     "packed_codes": "packed weights: codes",
@@ -235,26 +233,30 @@ def _by_parameter(packed: Packed) -> dict[str, float]:
     pair = max(map(sum, pairwise(sizes)), default=sum(sizes))
     found: list[dict[str, float]] = [{"dense_weights": pair}]
     for site in packed.record.sites:
-        # quantizers compute in fp32, one expert at a time
-        copy = 0 if width == FP32 else FP32 * math.prod(site.layout.shape)
-        found.append({"dense_weights": site.weights * width, "workspace": site.nbytes + copy})
+        # one expert at a time; a weight in fp32 needs no copy
+        units = packed.quantizers[site.recipe].spec.packing_memory - (width == FP32)
+        peak = max(site.layout.nbytes, units * FP32 * math.prod(site.layout.shape))
+        workspace = site.nbytes - site.layout.nbytes + peak
+        found.append({"dense_weights": site.weights * width, "workspace": workspace})
     return max(found, key=lambda items: sum(items.values())) | _process("quantizing", "cpu")
 
 
 def _by_block(packed: Packed, request: PlanRequest) -> dict[str, float]:
     """A block in fp32, second moments and hidden states."""
-    weights, shapes = Bytes(), set()
+    weights, shapes, solver = Bytes(), set(), 0.0
     for name, site in packed.record.items():
         if block := packed.block_of(name):
             weights[block] += site.weights
             shapes.add(site.layout.shape)
+            out, width = site.layout.shape
+            units = packed.quantizers[site.recipe].spec.packing_memory
+            solver = max(solver, units * (out * width + width**2))
     samples = math.ceil(request.calibration_samples / request.processes)
     tokens = samples * request.calibration_seq_len
     hidden, widest = packed.dense.config.get_text_config().hidden_size, max(w for _, w in shapes)
     states = FP32 * tokens * hidden
     kept = 0 if states > SPILL_BYTES else states
     dense, moment = FP32 * max(weights.values()), FP32 * widest**2
-    solver = max(SOLVER_WEIGHTS * out * width + SOLVER_MOMENTS * width**2 for out, width in shapes)
     packing: dict[str, float] = {
         "dense_weights": dense,
         "workspace": FP32 * solver,

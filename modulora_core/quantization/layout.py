@@ -212,20 +212,20 @@ def layout_with(
 
 
 def _check_calibration(choices: Sequence[Quantizer], calibration: CalibrationText | None) -> None:
-    wanted = {choice.spec.name: choice.spec.calibration for choice in choices}
     if calibration is None:
-        for name, wish in wanted.items():
-            if wish == "required":
+        for choice in choices:
+            if choice.spec.calibration == "required":
                 raise OptionError(
-                    f"{name}: expected a calibration text, got none; give one: "
+                    f"{choice.spec.name}: expected a calibration text, got none; give one: "
                     "--calibration SOURCE, such as a .txt file, or pydoc"
                 )
         return
     check_rescales(choices, calibration)
-    if calibration.config.tuning is None and set(wanted.values()) == {"none"}:
+    if calibration.config.tuning is None and not any(c.wants_calibration for c in choices):
+        names = ", ".join(dict.fromkeys(choice.spec.name for choice in choices))
         raise OptionError(
-            f"calibration {calibration.config.source}: {', '.join(wanted)} uses none; leave "
-            "--calibration out"
+            f"calibration {calibration.config.source}: {names} uses none with these options; "
+            "leave --calibration out"
         )
 
 

@@ -97,7 +97,7 @@ class _Packer(Packing):
         self._count(name)
 
     def wants_calibration(self, name: str) -> bool:
-        return self.layout.quantizer(self._site(name)).spec.calibration != "none"
+        return self.layout.quantizer(self._site(name)).wants_calibration
 
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]

@@ -72,7 +72,8 @@ def _quantize(dense: Path, out: Path, cls: type[Quantizer], options: str) -> Pat
     from modulora_core.calibration import CalibrationConfig
 
     text = CalibrationConfig("pydoc[:2%]", samples=8, seq_len=32)
-    calibration = None if cls.spec.calibration == "none" else text
+    quantizer = cls(cls.Options.model_validate_json(options))
+    calibration = text if quantizer.wants_calibration else None
     quantize(str(dense), out, cls.spec.name, json.loads(options), calibration=calibration)
     return out
 

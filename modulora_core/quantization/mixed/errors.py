@@ -114,7 +114,7 @@ class _Measuring(Packing):
             H, s = seen.held_out.hessian, sensitivity.outputs
             for i, quantizer in enumerate(self.quantizers):
                 with random_stream(self.seed, name):
-                    given = None if quantizer.spec.calibration == "none" else seen
+                    given = seen if quantizer.wants_calibration else None
                     packed = quantizer.pack(weight, given)
                 totals[i] += weighted_error(weight, quantizer, packed, H, s)
         for quantizer, total in zip(self.quantizers, totals, strict=True):

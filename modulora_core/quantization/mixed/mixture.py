@@ -126,7 +126,7 @@ class Mixture:
         self._allocation = allocate(offers, self.budget.nbytes - self.fixed_bytes)
         used = sorted(set(self._allocation.taken))  # no other quantizer is recorded
         quantizers = [self.quantizers[choice] for choice in used]
-        uses_text = any(quantizer.spec.calibration != "none" for quantizer in quantizers)
+        uses_text = any(quantizer.wants_calibration for quantizer in quantizers)
         uses_text |= self.calibration.config.tuning is not None
         chosen = dict(zip(self.sizes, map(used.index, self._allocation.taken), strict=True))
         chosen |= {end.site.name: choice_of_end(end, quantizers) for end in self.ends}

@@ -13,6 +13,7 @@ SPEC = QuantizerSpec(
     bits=(4, 5, 6, 8),
     calibration="optional",
     in_multiple=32,
+    packing_memory=0.5,
     url="https://github.com/ggml-org/llama.cpp",
     formats=(
         FormatSpec(

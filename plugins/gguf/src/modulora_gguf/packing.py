@@ -99,8 +99,8 @@ def _affine(x: Tensor, w: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """S and m ≥ 0, ``[n, parts, 1]``, that make Σ w (x - (s code - m))² small in each part."""
     low, high = x.amin(2, keepdim=True).clamp(max=0), x.amax(2, keepdim=True)
     sum_w, sum_x = w.sum(2, keepdim=True), (w * x).sum(2, keepdim=True)
-    zero = torch.zeros_like(low)
-    best = [torch.full_like(low, torch.inf), zero, zero]
+    # equal weights below zero have no step: their code is 0
+    best = [(w * (x - low).square()).sum(2, keepdim=True), torch.zeros_like(low), -low]
     for trial in range(K_TRIALS + 1):
         inverse = (levels - 2 + 2 * trial / K_TRIALS) * _reciprocal(high - low)
         q = ((x - low) * inverse).round_().clamp_(0, levels - 1)
@@ -169,3 +169,6 @@ QUANTIZE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 """Functions of the types that are packed: of blocks of weights, fp32 ``[n, weights]``, and of the
 weights of their errors, likewise; they return uint8 ``[n, bytes]``."""
+
+WEIGHTED = ("Q4_K", "Q6_K")
+"""Types whose codes depend on the weights of the errors."""

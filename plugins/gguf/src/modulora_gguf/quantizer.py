@@ -22,7 +22,7 @@ from modulora_core.spec import Calibration, PackedWeight, TensorLayout, check_he
 from modulora_core.tiles import tile_ranges
 from modulora_gguf import SPEC, packing, reference
 
-REFERENCE_BYTES = 4 * 2**20
+REFERENCE_BYTES = 2**20
 """Bytes of fp32 weights that are packed at once: Q4_K needs about eight copies of them."""
 
 Type = Literal[
@@ -53,6 +53,10 @@ class GGUF(KernelQuantizer):
     Options: ClassVar[type[BaseModel]] = Options
     kernels = "modulora_gguf.kernels"
     row_tensors = ("blocks",)
+
+    @property
+    def wants_calibration(self) -> bool:
+        return self.options.type in packing.WEIGHTED
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Raises ShapeError: the type's blocks do not divide the rows, or it is only read."""

@@ -13,6 +13,7 @@ SPEC = QuantizerSpec(
     bits=(2, 3, 4, 8),
     calibration="required",
     devices=("cpu", "cuda"),
+    packing_memory=4.5,
     url="https://arxiv.org/abs/2210.17323",
     # errors: the largest of three seeds of the kit's weights, and 5 %; measure them again by
     # `python -m modulora_conformance optq`

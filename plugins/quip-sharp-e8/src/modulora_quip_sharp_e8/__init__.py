@@ -13,6 +13,7 @@ SPEC = QuantizerSpec(
     bits=(2, 3, 4),
     calibration="required",
     devices=("cpu", "cuda"),
+    packing_memory=3.5,
     url="https://arxiv.org/abs/2402.04396",
     # the largest of three seeds of the kit's weights, and 5 %:
     # python -m modulora_conformance quip-sharp-e8

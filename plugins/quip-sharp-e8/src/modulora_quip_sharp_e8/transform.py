@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
+from modulora_core.devices.dense_products import without_autocast
 from modulora_core.errors import ShapeError
 from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER, decompose, hadamard
 
@@ -127,7 +128,7 @@ def _placed(K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _across(M: Tensor, x: Tensor) -> Tensor:
     """``M x[r]`` for all r, ``[rows, K, m]``."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if x.device.type != "cpu":
             return torch.matmul(M, x)
         y = torch.empty_like(x)
