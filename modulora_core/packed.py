@@ -22,7 +22,8 @@ _TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 BITS_OF_DTYPE: Mapping[str, int] = MappingProxyType(
     {"bool": 8, "uint8": 8, "int8": 8, "int16": 16, "uint16": 16, "float16": 16, "bfloat16": 16,
-     "int32": 32, "uint32": 32, "float32": 32, "int64": 64, "uint64": 64, "float64": 64}
+     "int32": 32, "uint32": 32, "float32": 32, "int64": 64, "uint64": 64, "float64": 64,
+     "float8_e4m3fn": 8, "float8_e8m0fnu": 8}
 )  # fmt: skip
 """The dtypes that a packed tensor may have, by torch's names, and their widths."""
 
@@ -38,11 +39,11 @@ class TensorLayout:
         if self.dtype not in BITS_OF_DTYPE:
             known = ", ".join(BITS_OF_DTYPE)
             raise CheckpointError(
-                f"dtype of a packed tensor: expected one of {known}, got {self.dtype!r}"
+                f"dtype of a packed tensor: expected one of {known}, got {self.dtype!r:.80}"
             )
         if not all(isinstance(n, int) and n >= 0 for n in self.shape):
             raise CheckpointError(
-                f"shape of a packed tensor: expected whole numbers, got {self.shape!r}"
+                f"shape of a packed tensor: expected whole numbers, got {self.shape!r:.80}"
             )
 
     @property

@@ -135,16 +135,17 @@ def _part(checkpoint: PackedCheckpoint, name: str, writer: CheckpointFormat | No
         layouts = writer.plan(weight)
     except (ModelError, ShapeError) as error:
         raise type(error)(f"{weight.module}: {error}") from None
+    prefix = f"{weight.module}{'_' if weight.experts else '.'}"
     return _Part(
-        {f"{weight.module}.{part}": layout for part, layout in layouts.items()},
-        lambda: {f"{weight.module}.{part}": t for part, t in writer.tensors(weight).items()},
+        {prefix + part: layout for part, layout in layouts.items()},
+        lambda: {prefix + part: tensor for part, tensor in writer.tensors(weight).items()},
     )
 
 
 def _stored_weight(
     checkpoint: PackedCheckpoint, name: str, site: PackedSite, writer: CheckpointFormat
 ) -> StoredWeight:
-    if site.kind in ("embedding", "experts"):
+    if site.kind == "embedding" or (site.kind == "experts" and not writer.stacks):
         stack = f"a stack of {site.experts} experts in one parameter"
         got = stack if site.kind == "experts" else "a packed input embedding"
         raise ModelError(
@@ -156,6 +157,8 @@ def _stored_weight(
         quantizer=checkpoint.quantizer(site),
         layout=site.layout,
         read=lambda part: checkpoint.tensor(f"{name}.{part}"),
+        experts=site.experts,
+        transposed=site.transposed,
     )
 
 

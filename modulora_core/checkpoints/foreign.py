@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,7 +93,10 @@ class _Headers:
 
     def __init__(self, raw: SafetensorsStore, weights: Mapping[str, ForeignWeight]) -> None:
         self.read, self._raw = raw.read, raw
-        self.packed = {f"{module}.weight": weight for module, weight in weights.items()}
+        self.packed = {
+            module if weight.experts else f"{module}.weight": weight
+            for module, weight in weights.items()
+        }
         parts = {part for weight in weights.values() for part in weight.tensors}
         self.tensors = {name: t for name, t in raw.tensors.items() if name not in parts}
         for name, weight in self.packed.items():
@@ -102,10 +106,12 @@ class _Headers:
             self.set_shape(name, weight.layout.shape)
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Say which shape a packed weight has in the model's code."""
-        parts = [self._raw.tensors[part] for part in self.packed[name].tensors]
+        """Say which shape a packed weight, or each of a stack, has in the model's code."""
+        weight = self.packed[name]
+        parts = [self._raw.tensors[part] for part in weight.tensors]
         nbytes, file = sum(tensor.nbytes for tensor in parts), parts[0].file
-        self.tensors[name] = StoredTensor(shape, torch.float16, "packed", nbytes, file)
+        whole = shape if weight.experts is None else (weight.experts, *shape)
+        self.tensors[name] = StoredTensor(whole, torch.float16, "packed", nbytes, file)
 
 
 Placed = dict[str, tuple[LinearSite, ForeignWeight]]
@@ -129,12 +135,17 @@ def _place(model: str, config: PretrainedConfig, headers: _Headers) -> Placed:
     placed: Placed = {}
     for target, step in found.items():
         (name, *_), site = step.names, sites.get(target)
-        if step.rule is not None or site is None or site.experts is not None:
+        weight = headers.packed.get(name)
+        if (
+            step.rule is not None
+            or site is None
+            or weight is None
+            or bool(site.experts) != bool(weight.experts)
+        ):
             raise ModelError(
                 f"{model}: {name.removesuffix('.weight')} is quantized as a layer of its own; in "
                 f"transformers' {kind} it is a part of {target}. Such a folder can't be read"
             )
-        weight = headers.packed[name]
         if site.transposed:
             headers.set_shape(name, weight.layout.shape[::-1])
         placed[target] = site, weight
@@ -227,8 +238,10 @@ class ForeignStore:
 
     def reader(self, parameter: str, matrix: str) -> Callable[[str], Tensor]:
         """Read the files' tensors of a matrix: a parameter, or one of a stack."""
-        del parameter, matrix
-        return self._raw.read
+        if self._placed[parameter][1].experts is None:
+            return self._raw.read
+        assert isinstance(self._raw, SafetensorsStore)
+        return partial(self._raw.read_part, index=int(matrix.rpartition(".")[2]))
 
     def _unpack(self, parameter: str, matrix: str) -> PackedWeight:
         _, weight = self._placed[parameter]

@@ -29,8 +29,11 @@ Fixed, so that the result does not depend on the number of threads.
 """
 
 _HALVES = (torch.float16, torch.bfloat16)
+_UNKNOWN = dict.fromkeys(_HALVES, "<i2") | {torch.float8_e4m3fn: "|u1", torch.float8_e8m0fnu: "|u1"}
+"""The dtypes that numpy lacks, by whole numbers of the same bits."""
+
 _TYPES = {
-    dtype: "<i2" if dtype in _HALVES else torch.empty(0, dtype=dtype).numpy().dtype.str
+    dtype: _UNKNOWN.get(dtype) or torch.empty(0, dtype=dtype).numpy().dtype.str
     for dtype in (getattr(torch, name) for name in BITS_OF_DTYPE)
 }
 """numpy's names of the dtypes."""

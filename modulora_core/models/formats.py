@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,16 +33,20 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ForeignWeight:
-    """One weight of a foreign folder, whose large tensors have not been read."""
+    """One weight of a foreign folder, or a stack of them, whose large tensors aren't read yet."""
 
     tensors: tuple[str, ...]
-    """The names of its tensors in the files."""
+    """The names of its tensors in the files. The first dimension of a stack's tensors counts its
+    matrices."""
     quantizer: Quantizer
     """The quantizer that reads it, with the options that the folder implies."""
     layout: PackedLayout
     """The layout of the packed weight that :attr:`unpack` returns."""
     unpack: Callable[[Read], PackedWeight] = field(repr=False)
-    """Makes the packed weight. It raises CheckpointError for damaged tensors."""
+    """Makes the packed weight. It raises CheckpointError for damaged tensors. Of a stack it makes
+    one matrix, whose part of each tensor it reads."""
+    experts: int | None = None
+    """The number of matrices in a stack of experts, else None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +54,21 @@ class StoredWeight:
     """One weight of a checkpoint of ours that is to be written in a foreign format."""
 
     module: str
-    """The dotted path of its layer: ``"model.layers.0.mlp.up_proj"``."""
+    """The dotted path of its layer: ``"model.layers.0.mlp.up_proj"``. Of a stack of experts, the
+    name of the parameter."""
     quantizer: Quantizer
     layout: PackedLayout
     read: Read = field(repr=False)
-    """Reads one of its packed tensors."""
+    """Reads one of its packed tensors. Of a stack, ``"0.NAME"`` is of its first matrix."""
+    experts: int | None = None
+    """The number of matrices in a stack of experts, each with this layout, else None."""
+    transposed: bool = False
+    """Whether the model's code sees each matrix as ``[in, out]``."""
 
-    def packed(self) -> PackedWeight:
-        """Read the whole packed weight."""
-        return self.layout.fill({name: self.read(name) for name in self.layout.tensors})
+    def packed(self, matrix: int | None = None) -> PackedWeight:
+        """Read the whole packed weight, or one matrix of a stack."""
+        prefix = "" if matrix is None else f"{matrix}."
+        return self.layout.fill({name: self.read(prefix + name) for name in self.layout.tensors})
 
 
 class FormatReader(ABC):
@@ -84,6 +94,8 @@ class FormatReader(ABC):
     ) -> Mapping[str, ForeignWeight]:
         """The quantized layers of a folder, by the dotted paths that its files use.
 
+        A stack of experts has the name of its parameter.
+
         Args:
             config: the folder's quantization config. A folder that is known by one of the spec's
                 ``config_keys`` gives all of config.json.
@@ -98,11 +110,18 @@ class FormatReader(ABC):
 
 
 class CheckpointFormat(FormatReader):
-    """A foreign format that is read and written. Subclass it in a plugin."""
+    """A foreign format that is read and written. Subclass it in a plugin.
+
+    Attributes:
+        stacks: whether it holds stacks of experts.
+    """
+
+    stacks: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, weight: StoredWeight) -> dict[str, TensorLayout]:
-        """The tensors that ``weight`` becomes, by their names in the files.
+        """The tensors that ``weight`` becomes, by the last part of their names in the files:
+        ``MODULE.part``, or ``PARAMETER_part`` for a stack of experts.
 
         Raises:
             ModelError, ShapeError: this format can't hold it; the message says why, and what to do.
@@ -229,6 +248,8 @@ def recognise_file(file: str | None) -> Recognised | None:
 
 
 def _flagged(spec: FormatSpec, quantization: Mapping[str, Any]) -> bool:
+    if spec.quant_formats and quantization.get("format") not in spec.quant_formats:
+        return False
     return not spec.quant_flags or any(quantization.get(key) is True for key in spec.quant_flags)
 
 

@@ -10,6 +10,7 @@ until the file is closed. Streaming a shard would peak at its size, so we use pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -37,13 +38,12 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPE_CODES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16",
     "bfloat16": "BF16", "int32": "I32", "uint32": "U32", "float32": "F32", "int64": "I64",
-    "uint64": "U64", "float64": "F64",
+    "uint64": "U64", "float64": "F64", "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
 """torch's dtype names and the codes of safetensors, for the dtypes that we write."""
 
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()} | {
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "C64": "complex64",
+    "F8_E5M2": "float8_e5m2", "C64": "complex64",
 }  # fmt: skip
 
 
@@ -99,17 +99,26 @@ class SafetensorsStore:
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
 
     def read(self, name: str) -> Tensor:
+        return self._read(name, self.tensors[name].shape, 0)
+
+    def read_part(self, name: str, index: int) -> Tensor:
+        """Read ``tensor[index]``."""
+        return self._read(name, self.tensors[name].shape[1:], index)
+
+    def _read(self, name: str, shape: tuple[int, ...], index: int) -> Tensor:
+        """Read the part of a tensor that so many parts of this shape precede."""
         tensor = self.tensors[name]
         path = self._folder / tensor.file
-        buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        nbytes = math.prod(shape) * tensor.dtype.itemsize
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
         with path.open("rb") as file:
-            file.seek(self._offsets[name])
+            file.seek(self._offsets[name] + index * nbytes)
             got = file.readinto(buffer.numpy().data)
-        if got != tensor.nbytes:
+        if got != nbytes:
             raise CheckpointError(
-                f"{path}: expected {tensor.nbytes} bytes of {name}, got {got}; the file was changed"
+                f"{path}: expected {nbytes} bytes of {name}, got {got}; the file was changed"
             )
-        return buffer.view(tensor.dtype).view(tensor.shape)
+        return buffer.view(tensor.dtype).view(shape)
 
     def offset(self, name: str) -> int:
         """The byte at which a tensor begins in its file."""

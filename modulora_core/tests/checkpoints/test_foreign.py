@@ -124,8 +124,8 @@ EXTRA = {
             r"quantized with exotic, which no .* \(formats: .*crude.* give the original model",
         ),
         (
-            {}, {"quantization_config": {"quant_method": "mxfp4"}}, ModelError,
-            r"with mxfp4, which no .* or dequantize it with .*=Mxfp4Config\(dequantize=True\)",
+            {}, {"quantization_config": {"quant_method": "mxfp8"}}, ModelError,
+            r"with mxfp8, which no .* or dequantize it with .*=FineGrainedFP8Config\(dequantize=True\)",
         ),
         (
             {}, {"quantization_config": {"quant_method": "auto-round"}}, ModelError,

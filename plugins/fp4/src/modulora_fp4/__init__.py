@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import Promise, QuantizerSpec
+from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="fp4",
@@ -14,6 +14,7 @@ SPEC = QuantizerSpec(
     calibration="optional",
     devices=("cpu", "cuda"),
     in_multiple=16,
+    packing_memory=0.5,
     url="https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf",
     # the largest error of three seeds of the kit's weights, and 5 %
     promises=(
@@ -32,6 +33,28 @@ SPEC = QuantizerSpec(
             heavy_tailed=0.0888,
             outlier_columns=0.0929,
             constant=1e-06,
+        ),
+    ),
+    formats=(
+        FormatSpec(
+            name="mxfp4",
+            summary="gpt-oss's layout: stacks of experts in MXFP4, other layers dense",
+            location="modulora_fp4.formats.gpt_oss:GptOss",
+            quant_methods=("mxfp4",),
+        ),
+        FormatSpec(
+            name="nvfp4-pack-quantized",
+            summary="compressed-tensors' NVFP4, which llm-compressor and vLLM use",
+            location="modulora_fp4.formats.compressed:CompressedTensors",
+            quant_methods=("compressed-tensors",),
+            quant_formats=("nvfp4-pack-quantized",),
+        ),
+        FormatSpec(
+            name="mxfp4-pack-quantized",
+            summary="compressed-tensors' MXFP4 of linear layers",
+            location="modulora_fp4.formats.compressed:CompressedTensors",
+            quant_methods=("compressed-tensors",),
+            quant_formats=("mxfp4-pack-quantized",),
         ),
     ),
 )

@@ -72,6 +72,13 @@ SPEC = QuantizerSpec(
             quant_methods=("awq",),
             config_files=("quant_config.json",),
         ),
+        FormatSpec(
+            name="pack-quantized",
+            summary="compressed-tensors' integers in words, which llm-compressor and vLLM use",
+            location="modulora_optq.formats.compressed:PackQuantized",
+            quant_methods=("compressed-tensors",),
+            quant_formats=("pack-quantized",),
+        ),
     ),
 )
 

@@ -65,7 +65,8 @@ class GPTQ(CheckpointFormat):
                     "config does not belong to these files"
                 )
             shape = _check_shapes(module, layer, tensors)
-            permutation = _permutation(module, layer, shape[1], tensors, read)
+            size = layer.group(shape[1])
+            permutation = permutation_of(f"{module}.g_idx", size, shape[1], tensors, read)
             zeros = partial(_zeros, module, layer.bits, whole)
             options = _options(layer, zeros(read), permutation, shape[1])
             quantizer = quantizers.setdefault(options, OPTQ(options))
@@ -151,19 +152,27 @@ def _is_absent(g_idx: TensorLayout | None) -> bool:
     return g_idx is None or g_idx.shape == (0,)
 
 
-def _permutation(
-    module: str, layer: Layer, columns: int, tensors: Mapping[str, TensorLayout], read: Read
+def permutation_of(
+    name: str, size: int, columns: int, tensors: Mapping[str, TensorLayout], read: Read
 ) -> Tensor | None:
-    """The columns sorted by group, int32 ``[in]``; None if they are sorted already."""
-    if _is_absent(tensors.get(f"{module}.g_idx")):
+    """The columns sorted by group, int32 ``[in]``; None if they are sorted already.
+
+    Args:
+        name: of the tensor with the group of each column, which may be absent.
+        size: columns of a group.
+
+    Raises:
+        CheckpointError: groups of other sizes.
+    """
+    if _is_absent(tensors.get(name)):
         return None
-    g_idx, size = read(f"{module}.g_idx"), layer.group(columns)
+    g_idx = read(name)
     order = torch.argsort(g_idx, stable=True)
     if not torch.equal(g_idx[order], torch.arange(columns, dtype=torch.int32) // size):
         groups, counts = g_idx.unique(return_counts=True)
         pairs = zip(counts.tolist()[:4], groups.tolist(), strict=False)
         raise CheckpointError(
-            f"{module}.g_idx: expected {size} columns in each group (fewer in the last), got "
+            f"{name}: expected {size} columns in each group (fewer in the last), got "
             f"{', '.join(f'{n} (group {g})' for n, g in pairs)}, ...; such groups can't be read"
         )
     return None if bool((order.diff() == 1).all()) else order.to(torch.int32)

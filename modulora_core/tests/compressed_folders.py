@@ -1,0 +1,72 @@
+"""Folders that the package compressed-tensors packs, and transformers reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from modulora_core.tests.other_tools import _SIZES
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
+
+
+def save_compressed(
+    folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, **weights: Any
+) -> None:
+    """Save a tiny Llama in the format ``name``, whose layers but the head have these arguments."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**_SIZES["llama"]))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.to(dtype).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    args = QuantizationArgs(**weights)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry(name)
+    stored: dict[str, Tensor] = {}
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        module = key.removesuffix(".weight")
+        if not key.endswith("_proj.weight"):
+            stored[key] = tensor
+            continue
+        compressed = compressor.compress({"weight": tensor, **_parameters(tensor, args)}, scheme)
+        stored |= {f"{module}.{part}": t.contiguous() for part, t in compressed.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": name, "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _parameters(weight: Tensor, args: Any) -> dict[str, Tensor]:
+    """Scales and zero points by compressed-tensors' rules."""
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    groups = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
+    low, high = groups.amin(2), groups.amax(2)
+    more = {}
+    if args.strategy == "tensor_group":
+        more["global_scale"] = generate_gparam(low.min(), high.max())
+    scale, zero = calculate_qparams(low, high, args, **more)
+    made = {"weight_scale": scale, "weight_zero_point": zero}
+    return made | {f"weight_{name}": value for name, value in more.items()}
+
+
+def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The folder as transformers makes it of floats."""
+    from transformers import CompressedTensorsConfig
+
+    config = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)

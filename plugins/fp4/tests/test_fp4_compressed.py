@@ -1,0 +1,115 @@
+"""NVFP4 and MXFP4 folders of compressed-tensors are read to the last bit, and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.convert import convert
+from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.compressed_folders import load_dequantized, save_compressed
+from modulora_core.tests.other_tools import assert_trains_as_converted, logits
+
+pytest.importorskip("compressed_tensors")
+# transformers says which of two configs it takes
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32,
+         "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}  # fmt: skip
+DOWN = "model.layers.0.mlp.down_proj"
+
+formats = pytest.mark.parametrize(
+    ("name", "weights"), [("nvfp4-pack-quantized", NVFP4), ("mxfp4-pack-quantized", MXFP4)]
+)
+
+
+@formats
+def test_weights_and_logits_are_those_of_transformers(name, weights, tmp_path: Path) -> None:
+    save_compressed(tmp_path, name, torch.bfloat16, **weights)
+    checkpoint, theirs = open_checkpoint(tmp_path), load_dequantized(tmp_path)
+    for parameter in checkpoint.record.weights:
+        (packed,) = checkpoint.packed(parameter)
+        quantizer = checkpoint.quantizer(checkpoint.parameters[parameter])
+        ours = quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.bfloat16)
+        assert torch.equal(ours, theirs.get_parameter(parameter).to(torch.bfloat16)), parameter
+    assert len(checkpoint.record.weights) == 14
+    if name.startswith("mx"):  # NVFP4 is rounded to bf16 there
+        expected = logits(theirs)
+        limit = 1e-5 * float(expected.abs().max())
+        found = logits(load_model(checkpoint, dtype="float32"))
+        torch.testing.assert_close(found, expected, rtol=0, atol=limit)
+
+
+@formats
+def test_it_comes_back_with_the_same_bytes(name, weights, tmp_path: Path) -> None:
+    save_compressed(tmp_path / "theirs", name, torch.bfloat16, **weights)
+    convert(str(tmp_path / "theirs"), tmp_path / "ours", "modulora")
+    convert(str(tmp_path / "ours"), tmp_path / "back", name)
+    before, after = (
+        load_file(tmp_path / which / "model.safetensors") for which in ("theirs", "back")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n].float(), after[n].float()) for n in before)
+
+
+def test_a_model_of_ours_is_read_by_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from modulora_core.tests.tiny_models import save_tiny_model
+
+    save_tiny_model("llama-tied", tmp_path / "dense")
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "fp4", {"type": "nvfp4"})
+    convert(str(tmp_path / "packed"), tmp_path / "theirs", "nvfp4-pack-quantized")
+    expected = logits(load_model(tmp_path / "packed", dtype="float32"))
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert "lm_head" in config["quantization_config"]["ignore"]
+    for model in (  # weights are rounded to bf16 in both
+        load_dequantized(tmp_path / "theirs"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.bfloat16),
+    ):
+        limit = 0.03 * float(expected.abs().max())
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=limit)
+
+
+@pytest.mark.slow
+def test_it_trains_as_its_copy_in_our_format(tmp_path: Path) -> None:
+    save_compressed(tmp_path / "theirs", "nvfp4-pack-quantized", torch.bfloat16, **NVFP4)
+    assert_trains_as_converted(tmp_path / "theirs", tmp_path)
+
+
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    save_compressed(tmp_path, "nvfp4-pack-quantized", torch.bfloat16, **NVFP4)
+    whole = {n: t.clone() for n, t in load_file(tmp_path / "model.safetensors").items()}
+    packed, scale, g = (f"{DOWN}.weight_{part}" for part in ("packed", "scale", "global_scale"))
+    nan = torch.full(whole[scale].shape, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    cases = {
+        rf"{packed}: expected uint8 \[out, in / 2\], got uint8": {packed: whole[packed].flatten()},
+        rf"{scale}: expected float8_e4m3fn \[64, 8\] by": {scale: whole[scale][:, 1:]},
+        rf"{g}: expected float32 \[1\] by": {g: whole[g].double()},
+        f"{scale}: expected nvfp4 scales, got the byte 127": {scale: nan},
+        f"{g}: expected a positive number, got 0": {g: 0 * whole[g]},
+        f"{g}: expected finite values": {g: whole[g] * torch.nan},
+    }
+    for told, changed in cases.items():
+        stored = {n: t.contiguous() for n, t in (whole | changed).items()}
+        save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=told):
+            load_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for told, changed in {
+        "expected dense weights, got sparse-24": {"sparsity_config": {"format": "sparse-24"}},
+        "quantized with compressed-tensors, which no installed": {"format": "float-quantized"},
+    }.items():
+        quantization = {**config["quantization_config"], **changed}
+        (tmp_path / "config.json").write_text(
+            json.dumps(config | {"quantization_config": quantization})
+        )
+        with pytest.raises(ModelError, match=told):
+            open_checkpoint(tmp_path)

@@ -1,0 +1,153 @@
+"""A gpt-oss folder in MXFP4 is a MODEL as it is: trained, read and written without other bytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.convert import convert
+from modulora_core.cli import main
+from modulora_core.errors import ModelError
+from modulora_core.layers import PackedParameter, PackedStack
+from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.other_tools import logits
+
+UP = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def _tiny() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "tiny_gpt_oss", Path(__file__).with_name("tiny_gpt_oss.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny = _tiny()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpt-oss") / "packed"
+    tiny.save_packed(path)
+    return path
+
+
+def test_logits_are_those_of_transformers(folder: Path) -> None:
+    ours, theirs = load_model(folder, dtype="float32"), tiny.load_dequantized(folder)
+    stacks = [module for module in ours.modules() if isinstance(module, PackedStack)]
+    assert [tuple(stack.shape) for stack in stacks] == 2 * [(4, 64, 192), (4, 96, 64)]
+    expected = logits(theirs)
+    limit = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(logits(ours), expected, rtol=0, atol=limit)
+
+
+def test_experts_have_the_bytes_of_the_files(folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    for i, packed in enumerate(open_checkpoint(folder).packed(UP)):
+        assert torch.equal(packed.tensors["codes"], stored[f"{UP}_blocks"][i].flatten(1))
+        assert torch.equal(packed.tensors["scales"], stored[f"{UP}_scales"][i])
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_and_runs_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, adapter = tmp_path / "notes.txt", tmp_path / "adapter"
+    data.write_text("The ship sailed north, and the crew sang.\n" * 40)
+    short = "--data", str(data), "--seq-len", "32"
+    once = "--steps", "8", "--batch-size", "1", "--grad-accum", "1", "--lr", "0.02"
+    for words in (
+        ("info", folder), ("plan", folder, "--seq-len", "32", "--device", "cpu"),
+        ("finetune", folder, adapter, *short, *once),
+        ("evaluate", folder, "--adapter", adapter, *short),
+        ("generate", folder, "The ship", "--adapter", adapter, "--max-new-tokens", "4", "--raw"),
+        ("merge", folder, tmp_path / "merged", "--adapter", adapter),
+    ):  # fmt: skip
+        code = main([*map(str, words), "--json"])
+        out = capsys.readouterr()
+        assert code == 0, out.err
+        answer = json.loads(out.out)
+        if words[0] == "finetune":
+            assert answer["losses"][-1] < answer["losses"][0]
+    # an adapter on all experts, and no dense weight of theirs
+    model = load_model(folder)
+    assert sum(isinstance(module, PackedParameter) for module in model.modules()) == 16
+
+
+def test_it_comes_back_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    convert(str(folder), tmp_path / "ours", "modulora")
+    convert(str(tmp_path / "ours"), tmp_path / "theirs", "mxfp4")
+    before, after = (
+        load_file(path / "model.safetensors") for path in (folder, tmp_path / "theirs")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_dense_model_is_quantized_into_this_layout(tmp_path: Path) -> None:
+    tiny.save_dense(tmp_path / "dense", torch.bfloat16)
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "fp4", include=["*experts*"])
+    convert(str(tmp_path / "packed"), tmp_path / "theirs", "mxfp4")
+    expected = logits(load_model(tmp_path / "packed", dtype="float32"))
+    found = logits(tiny.load_dequantized(tmp_path / "theirs"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    quantize(str(tmp_path / "dense"), tmp_path / "all", "fp4")
+    with pytest.raises(ModelError, match=r"holds gpt-oss's experts only.*--include '\*experts\*'"):
+        convert(str(tmp_path / "all"), tmp_path / "no", "mxfp4")
+    quantize(str(tmp_path / "dense"), tmp_path / "nvfp4", "fp4", {"type": "nvfp4"},
+             include=["*experts*"])  # fmt: skip
+    with pytest.raises(ModelError, match=r"packed by fp4 nvfp4; mxfp4 holds .* type=mxfp4 only"):
+        convert(str(tmp_path / "nvfp4"), tmp_path / "no", "mxfp4")
+
+
+def test_damaged_folders_are_refused_in_one_sentence(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = load_file(folder / "model.safetensors")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    blocks, scales = f"{UP}_blocks", f"{UP}_scales"
+    cases = {
+        f"{blocks}: expected uint8 [experts, out, in / 32, 16], got": {
+            blocks: whole[blocks].flatten(2)
+        },
+        f"{scales}: expected uint8 [4, 192, 2]": {scales: whole[scales][:3]},
+        f"{scales}: expected mxfp4 scales, got the byte 255": {
+            scales: torch.full_like(whole[scales], 255)
+        },
+        # of another size of the model, and of no place in it
+        f"{UP}: expected [4, 64, 192] by the config": {
+            blocks: whole[blocks][:3], scales: whole[scales][:3]
+        },
+        "model.layers.7.mlp.experts.gate_up_proj is quantized there": {
+            f"model.layers.7.mlp.experts.gate_up_proj_{part}": whole[f"{UP}_{part}"].clone()
+            for part in ("blocks", "scales")
+        },
+    }  # fmt: skip
+    data = tmp_path / "notes.txt"
+    data.write_text("a line\n" * 40)
+    for told, changed in cases.items():
+        save_file(whole | changed, tmp_path / "model.safetensors", {"format": "pt"})
+        _refused(tmp_path, data, told, capsys)
+    content = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    _refused(tmp_path, data, "truncated or damaged", capsys)
+
+
+def _refused(folder: Path, data: Path, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "evaluate", str(folder), "--data", str(data), "--seq-len", "32"
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert told in " ".join(error.split()), error
+    assert error.count("error:") == 1
