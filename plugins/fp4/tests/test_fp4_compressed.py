@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +84,39 @@ def test_a_model_of_ours_is_read_by_transformers(tmp_path: Path) -> None:
 def test_it_trains_as_its_copy_in_our_format(tmp_path: Path) -> None:
     save_compressed(tmp_path / "theirs", "nvfp4-pack-quantized", torch.bfloat16, **NVFP4)
     assert_trains_as_converted(tmp_path / "theirs", tmp_path)
+
+
+@pytest.mark.parametrize("own_file", [False, True], ids=["config.json", "hf_quant_config.json"])
+def test_a_folder_of_modelopt_holds_the_same_model(own_file: bool, tmp_path: Path) -> None:
+    """ModelOpt names the tensors otherwise, and stores the reciprocal of the global scale."""
+    save_compressed(tmp_path / "theirs", "nvfp4-pack-quantized", torch.bfloat16, **NVFP4)
+    expected = logits(load_model(tmp_path / "theirs", dtype="float32"))
+    folder, stored = tmp_path / "modelopt", {}
+    shutil.copytree(tmp_path / "theirs", folder)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        module, _, part = name.rpartition(".")
+        if part == "weight_packed":
+            stored |= {f"{module}.weight": tensor, f"{module}.input_scale": torch.tensor(0.5)}
+        elif part == "weight_global_scale":
+            stored[f"{module}.weight_scale_2"] = 1 / tensor[0]
+        else:
+            stored[name] = tensor
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    facts: dict[str, Any] = {"quant_algo": "NVFP4", "group_size": 16}
+    config["quantization_config"] = {"quant_method": "modelopt", **facts}
+    if own_file:
+        del config["quantization_config"]
+        described = {"producer": {"name": "modelopt"}, "quantization": facts}
+        (folder / "hf_quant_config.json").write_text(json.dumps(described))
+    (folder / "config.json").write_text(json.dumps(config))
+    found = logits(load_model(folder, dtype="float32"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    facts["quant_algo"] = "FP8"
+    config["quantization_config"] = {"quant_method": "modelopt", **facts}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="expected quant_algo NVFP4, got 'FP8'"):
+        open_checkpoint(folder)
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:

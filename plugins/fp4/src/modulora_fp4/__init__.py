@@ -50,6 +50,13 @@ SPEC = QuantizerSpec(
             quant_formats=("nvfp4-pack-quantized",),
         ),
         FormatSpec(
+            name="modelopt",
+            summary="NVFP4 of NVIDIA's ModelOpt; only read",
+            location="modulora_fp4.formats.modelopt:ModelOpt",
+            quant_methods=("modelopt",),
+            config_files=("hf_quant_config.json",),
+        ),
+        FormatSpec(
             name="mxfp4-pack-quantized",
             summary="compressed-tensors' MXFP4 of linear layers",
             location="modulora_fp4.formats.compressed:CompressedTensors",

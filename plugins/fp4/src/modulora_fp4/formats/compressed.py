@@ -26,10 +26,9 @@ from modulora_core.models.formats import (
     Read,
     StoredWeight,
     check_tensors,
-    read_finite,
 )
 from modulora_core.spec import FormatSpec, PackedLayout, PackedWeight, TensorLayout
-from modulora_fp4.formats.scales import check_scales, check_type
+from modulora_fp4.formats.scales import check_scales, check_type, read_positive
 from modulora_fp4.quantizer import FP4, Options
 from modulora_fp4.reference import BLOCK
 
@@ -68,7 +67,7 @@ class CompressedTensors(CheckpointFormat):
             module, _, part = name.rpartition(".")
             if part != "weight_packed":
                 continue
-            shape = _shape(name, stored)
+            shape = shape_of(name, stored)
             self.quantizer.check_shape(shape)
             layout = self.quantizer.layout(shape)
             parts = {f"{module}.{part}": t for part, t in self._parts(layout).items()}
@@ -114,7 +113,7 @@ class CompressedTensors(CheckpointFormat):
         }  # fmt: skip
 
 
-def _shape(name: str, codes: TensorLayout) -> tuple[int, int]:
+def shape_of(name: str, codes: TensorLayout) -> tuple[int, int]:
     if codes.dtype != "uint8" or len(codes.shape) != 2:
         raise CheckpointError(
             f"{name}: expected uint8 [out, in / 2], got {codes.dtype} {list(codes.shape)}"
@@ -127,11 +126,5 @@ def _unpack(module: str, layout: PackedLayout, read: Read) -> PackedWeight:
     scales = check_scales(name, layout.metadata["type"], read(name).view(torch.uint8))
     tensors = {"codes": read(f"{module}.weight_packed"), "scales": scales}
     if "global_scale" in layout.tensors:
-        g = read_finite(read, f"{module}.weight_global_scale")
-        if not bool(g > 0):
-            raise CheckpointError(
-                f"{module}.weight_global_scale: expected a positive number, got {float(g):g}; the "
-                "file is damaged"
-            )
-        tensors["global_scale"] = g
+        tensors["global_scale"] = read_positive(read, f"{module}.weight_global_scale")
     return layout.fill(tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, ModelError
-from modulora_core.models.formats import StoredWeight
+from modulora_core.models.formats import Read, StoredWeight, read_finite
 from modulora_fp4 import SPEC
 from modulora_fp4.reference import scale_values
 
@@ -22,6 +22,16 @@ def check_scales(name: str, kind: str, scales: Tensor) -> Tensor:
             "number or a huge one; the file is damaged"
         )
     return scales
+
+
+def read_positive(read: Read, name: str) -> Tensor:
+    """Read one number of a weight, fp32 ``[1]``. Raises CheckpointError: it isn't positive."""
+    number = read_finite(read, name).reshape(1)
+    if not bool(number > 0):
+        raise CheckpointError(
+            f"{name}: expected a positive number, got {float(number):g}; the file is damaged"
+        )
+    return number
 
 
 def check_type(weight: StoredWeight, kind: str, format_name: str) -> None:

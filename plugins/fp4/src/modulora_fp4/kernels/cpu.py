@@ -47,12 +47,16 @@ def operands(packed: PackedWeight) -> tuple[Any, ...]:
 
 
 @jit(borrows=True)
+def _divided(number: Any, g: Any) -> Any:
+    if g is not None:
+        number = number / g[0] if g[0] != 0 else np.float32(0)
+    return number
+
+
+@jit(borrows=True)
 def _scale(scales: Any, values: Any, g: Any, block: int) -> Any:
     """X, or X / g, of a block of one row."""
-    X = values[scales[block]]
-    if g is not None:
-        X = X / g[0] if g[0] != 0 else np.float32(0)
-    return X
+    return _divided(values[scales[block]], g)
 
 
 @jit(borrows=True)
@@ -106,20 +110,19 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _product(codes: Any, scales: Any, values: Any, g: Any, shift: int, x: Any) -> Any:
+def _product(codes: Any, scales: Any, values: Any, shift: int, x: Any) -> Any:
     """Σ X P x over one row; ``x`` is in the order of lookups."""
     levels = load(_LEVELS, 0)
     a = b = splat(np.float32(0))  # an addition waits for the one before
     for k in range(0, x.size, _STEP):
         prefetch(codes, (k >> 1) + AHEAD)
         p, q = lookup_pairs(levels, load(codes, k >> 1))
-        # the pair's first half is the high half of a byte, as in the order of x
-        X = _scale(scales, values, g, k >> shift)
+        X = values[scales[k >> shift]]
         p, q = p * load(x, k), q * load(x, k + 16)
         if shift == 5:
             a, b = multiply_add(p, splat(X), a), multiply_add(q, splat(X), b)
         else:
-            other = _scale(scales, values, g, (k >> shift) + 1)
+            other = values[scales[(k >> shift) + 1]]
             of_p = load(_FIRST, 0) * X + load(_SECOND, 0) * other
             of_q = load(_FIRST, 16) * X + load(_SECOND, 16) * other
             a, b = multiply_add(p, of_p, a), multiply_add(q, of_q, b)
@@ -143,7 +146,8 @@ def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     for index in prange(threads):
         begin, stop = share(index, threads, y.shape[1])
         for row in range(begin, stop):
-            y[0, row] = _product(codes[row], scales[row], values, g, shift, ordered)
+            total = _product(codes[row], scales[row], values, shift, ordered)
+            y[0, row] = _divided(total, g)
 
 
 def one_row(weight: tuple[Any, ...]) -> Any:
