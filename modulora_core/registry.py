@@ -312,11 +312,11 @@ def _unusable(entry: Entry, status: Status, reason: str) -> PluginError:
 
 def _unknown(name: str, found: tuple[Entry, ...], distribution: str | None) -> str:
     usable = sorted({entry.name for entry in found if entry.status == "ok"})
-    base, _, options = name.partition(":")
+    base, _, options = str(name).partition(":")
     if options and base in usable:
         flags = " ".join(f"-o {option}" for option in options.split(","))
         return f"quantizer {name!r}: expected a name alone, got options too; give -q {base} {flags}"
-    near = difflib.get_close_matches(name, [entry.name for entry in found], n=2)
+    near = difflib.get_close_matches(str(name), [entry.name for entry in found], n=2)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     sentence = f"quantizer {name!r} isn't installed{hint} Installed: {', '.join(usable) or 'none'}"
     unusable = [f"{entry.name} ({entry.status})" for entry in found if entry.status != "ok"]

@@ -9,6 +9,7 @@ LoRAExperts, and freezes everything else. An adapter may also train channel scal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from modulora_core.checkpoints.packed_model import with_methods
 from modulora_core.checkpoints.packed_table import TiedHead
 from modulora_core.checkpoints.publishing import upload
 from modulora_core.errors import AdapterError, ModelError, OptionError
+from modulora_core.files.arguments import check_fields
 from modulora_core.layers import LoRALayer, LoRALinear, PackedStack, QuantLinear
 
 
@@ -52,10 +54,12 @@ class LoRASettings:
     train_scales: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, is_valid, expected in (
             ("rank", self.rank >= 1, "at least 1"),
-            ("alpha", self.alpha > 0, "more than 0"),
+            ("alpha", 0 < self.alpha < math.inf, "more than 0"),
             ("dropout", 0 <= self.dropout < 1, "a probability in [0, 1)"),
+            ("seed", 0 <= self.seed < 2**32, "0 to 2³² − 1"),
             ("targets", bool(self.targets), f"{ALL_LINEAR!r} or names of layers"),
         ):
             if not is_valid:

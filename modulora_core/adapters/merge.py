@@ -31,7 +31,8 @@ from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.shards import ShardWriter, plan_shards
 from modulora_core.checkpoints.whole import check_whole, packed_skeleton
 from modulora_core.devices.memory import PeakMemory
-from modulora_core.errors import OptionError
+from modulora_core.errors import OptionError, OutputError
+from modulora_core.files.paths import usable_path
 from modulora_core.models.progress import Progress, shows_progress
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
@@ -89,7 +90,7 @@ def merge(
     if dtype not in DTYPES:
         raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     with PeakMemory("cpu") as peak:
-        out = Path(out)
+        out = usable_path(out, "output folder", OutputError)
         check_output(out)
         checkpoint = open_checkpoint(model)
         check_whole(checkpoint)

@@ -30,7 +30,8 @@ from modulora_core.adapters.peft_format import (
 from modulora_core.adapters.record import AdapterRecord, RecordedSettings, describe_base, record_of
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.devices.processes import is_first, split_like, whole
-from modulora_core.errors import AdapterError
+from modulora_core.errors import AdapterError, OutputError
+from modulora_core.files.paths import usable_path
 from modulora_core.layers import LoRALayer
 from modulora_core.packed import ChannelScales
 
@@ -89,7 +90,8 @@ def save_adapter(
         channel_scales=scaled,
     )
     if is_first():
-        write_adapter(SavedAdapter(Path(out), config, record, deltas), stacks)
+        folder = usable_path(out, "output folder", OutputError)
+        write_adapter(SavedAdapter(folder, config, record, deltas), stacks)
 
 
 def load_adapter(

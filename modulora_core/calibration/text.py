@@ -13,6 +13,7 @@ from modulora_core.data import Source, token_segments
 from modulora_core.data.rendering import check_ids
 from modulora_core.data.sources import source_name
 from modulora_core.errors import DataError, OptionError
+from modulora_core.files.arguments import check_fields
 
 if TYPE_CHECKING:
     from modulora_core.models import ModelSource
@@ -57,6 +58,7 @@ class CalibrationConfig:
     tuning: TuningConfig | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.tuning is not None and self.tuning.epochs == 0:
             object.__setattr__(self, "tuning", None)
         for name in ("samples", "seq_len", "batch_size"):

@@ -27,7 +27,8 @@ from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite
 from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
 from modulora_core.checkpoints.whole import check_whole
 from modulora_core.devices.memory import PeakMemory
-from modulora_core.errors import ModelError, OptionError, ShapeError
+from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError
+from modulora_core.files.paths import usable_path
 from modulora_core.models import formats
 from modulora_core.models.formats import CheckpointFormat, StoredWeight
 from modulora_core.models.progress import Progress, shows_progress
@@ -85,7 +86,7 @@ def convert(
     """
     started, progress = time.perf_counter(), progress or None
     with PeakMemory("cpu") as peak:
-        out = Path(out)
+        out = usable_path(out, "output folder", OutputError)
         check_output(out)
         writer = None if to == QUANT_METHOD else formats.create_writer(to)
         checkpoint = open_checkpoint(source, revision=revision)

@@ -19,14 +19,14 @@ def usable_path(path: str | Path, subject: str, error: type[RequestError]) -> Pa
     """Turn a user's words into a path, with ``~`` for the home folder.
 
     Raises:
-        error: the system can't take it: too long, a null byte, no such user.
+        error: the system can't take it: too long, a null byte, no such user, or no path.
     """
     try:
         found = Path(path).expanduser()
         found.stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
-    except (OSError, ValueError, RuntimeError) as refused:
+    except (OSError, ValueError, RuntimeError, TypeError) as refused:
         reason = getattr(refused, "strerror", None) or refused
         raise error(f"{subject} {str(path)!r:.80}: expected a usable path: {reason}") from None
     return found

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from modulora_core.data.rendering import check_ids
 from modulora_core.errors import DataError, OptionError
+from modulora_core.files.arguments import check_fields
 from modulora_core.inference.loading import Runnable, opened
 from modulora_core.models.quiet import first_line
 
@@ -53,6 +54,7 @@ class Sampling:
     beams: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         is_usable = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
         for name, is_valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),

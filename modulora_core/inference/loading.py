@@ -126,7 +126,14 @@ def opened(model: Runnable, adapter: str | None = None) -> Opened | _Loaded:
             f"adapter {adapter}: expected a model's name with it, got an open model; open it with "
             "the adapter, or put the adapter on with load_adapter"
         )
-    return _Loaded(*model) if isinstance(model, tuple) else model
+    if isinstance(model, tuple) and len(model) == 2:
+        return _Loaded(*model)
+    if not isinstance(model, Opened | _Loaded):
+        raise ModelError(
+            "model: expected a name, the result of open_to_run, or (model, tokenizer), got "
+            f"{model!r:.80}"
+        )
+    return model
 
 
 def _load_dense(
