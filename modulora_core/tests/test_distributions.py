@@ -1,0 +1,76 @@
+"""The distributions of this repository: their metadata agree, and importing one opens no socket."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PROJECTS = [
+    ROOT,
+    ROOT / "conformance",
+    *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml")),
+    ROOT / "examples" / "third_party_plugin",
+]
+
+IMPORT_ALL = """
+import importlib, pkgutil, socket, sys
+
+def refuse(*arguments, **options):
+    raise AssertionError(f"a connection at import: {arguments}")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+for name in sys.argv[1:]:
+    package = importlib.import_module(name)
+    for module in pkgutil.walk_packages(package.__path__, f"{name}."):
+        words = module.name.split(".")
+        if not {"tests", "gpu", "__main__"} & set(words) and not words[-1].startswith("test_"):
+            importlib.import_module(module.name)
+"""
+
+
+def project(path: Path) -> dict[str, Any]:
+    return tomllib.loads((path / "pyproject.toml").read_text())
+
+
+@pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.name)
+def test_metadata_agree(path: Path) -> None:
+    ours, root = project(path), project(ROOT)["project"]
+    for field in ("version", "license", "license-files", "requires-python"):
+        assert ours["project"][field] == root[field], field
+    assert set(root["classifiers"]) <= set(ours["project"]["classifiers"])
+    assert (path / "README.md").is_file()
+    assert (path / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    (package,) = ours["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert (path / package / "__init__.py").is_file()
+
+
+def test_each_library_has_one_lower_bound_and_no_upper_one() -> None:
+    """``.ci/lowest`` tests the lowest bound of all; a higher one elsewhere would hide it."""
+    bounds: dict[str, set[str]] = {}
+    for path in PROJECTS:
+        described = project(path)["project"]
+        extras = described.get("optional-dependencies", {})
+        for text in [*described["dependencies"], *extras.get("data", []), *extras.get("gguf", [])]:
+            wanted = Requirement(text)
+            assert {part.operator for part in wanted.specifier} <= {">=", "!="}, text
+            bounds.setdefault(wanted.name, set()).add(str(wanted.specifier))
+    assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
+
+
+@pytest.mark.slow
+def test_importing_opens_no_connection() -> None:
+    names = [
+        Path(*project(path)["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]).name
+        for path in PROJECTS[:-1]
+    ]
+    process = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, *names], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
