@@ -109,10 +109,11 @@ def read_bytes(
     """Read a file of at most ``most`` bytes. Raises ``error``: unreadable, or larger."""
     try:
         with open_file(path, error) as file:
-            data = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = b"" if size > most else file.read(size)
     except OSError as found:
         raise _unreadable(path, found, error) from None
-    if len(data) > most:
+    if size > most:
         limit = f"{most // 2**20} MiB" if most >= 2**20 else f"{most // 2**10} KiB"
         raise error(f"{path}: expected at most {limit}, got more; {advice}")
     return data
