@@ -97,8 +97,8 @@ INSTALLS = {
         1,
         "https://a.example/b.git",
         [
-            "-m pip install modulora-core @ git+https://a.example/b.git "
-            "modulora-conformance @ git+https://a.example/b.git#subdirectory=conformance"
+            "-m pip install git+https://a.example/b.git "
+            "git+https://a.example/b.git#subdirectory=conformance"
         ],
     ),
 }
