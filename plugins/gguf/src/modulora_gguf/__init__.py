@@ -11,6 +11,7 @@ SPEC = QuantizerSpec(
     location="modulora_gguf.quantizer:GGUF",
     protocol=1,
     bits=(4, 5, 6, 8),
+    devices=("cpu", "cuda"),
     calibration="optional",
     in_multiple=32,
     packing_memory=0.5,
@@ -18,7 +19,7 @@ SPEC = QuantizerSpec(
     formats=(
         FormatSpec(
             name="gguf",
-            summary="a model in a GGUF file, as llama.cpp writes it; only read",
+            summary="a model in a GGUF file, as llama.cpp has it; `merge` writes one",
             location="modulora_gguf.formats:File",
             file_suffix=".gguf",
         ),

@@ -1,0 +1,45 @@
+"""The Triton kernels without a GPU: interpreted, and compiled for absent GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from modulora_conformance.interpreted_kernels import run_interpreted
+from modulora_gguf.quantizer import GGUF, Options
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
+gpu = pytest.importorskip("modulora_gguf.kernels.gpu")
+
+SHAPE = (4096, 4096)
+
+
+def test_interpreted_kernels_give_the_values_of_the_reference():
+    run_interpreted(Path(__file__).with_name("check_gguf_interpreted.py"))
+
+
+def compiled(kind, target, launch):
+    packed = GGUF(Options(type=kind)).layout(SHAPE).empty("cpu")
+    (code,) = ahead_of_time.compile_launches(lambda: launch(packed), target)
+    assert code.spills == 0
+    return code
+
+
+@pytest.mark.parametrize("kind", gpu.KINDS)
+def test_tiles_and_products_of_one_row_are_compiled(kind):
+    """The interpreter accepts more of Python than the compiler. Blocks are 16 bytes of output."""
+    code = compiled(kind, "sm_90", lambda p: gpu.tile(p, (0, SHAPE[0]), torch.bfloat16))
+    assert set(code.stores) == {128}
+    x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
+    compiled(kind, "sm_90", lambda p: gpu.product(x, p, False))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_products_of_several_rows_are_on_tensor_cores(kind, target):
+    x = torch.empty(16, SHAPE[1], dtype=torch.bfloat16)
+    code = compiled(kind, target, lambda p: gpu.product(x, p, False))
+    assert any(unit in code.text for unit in ("mma.sync", "wgmma", "v_mfma"))
