@@ -107,6 +107,15 @@ def resolve(dotted: str) -> Any:
     return found
 
 
+def hook(name: str) -> Any:
+    """A module of docs/, which mkdocs runs."""
+    sys.path.insert(0, str(DOCS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(DOCS))
+
+
 def test_pages_are_short_and_tables_narrow() -> None:
     lines = {page: page.read_text("utf-8").splitlines() for page in PAGES}
     too_long = {
@@ -128,11 +137,7 @@ def test_the_reference_has_every_public_name_command_option_and_error() -> None:
     public = set(modulora_core.__all__) - {"__version__"}
     assert {name for name in public if not re.search(rf"\b{name}\b", reference)} == set()
 
-    sys.path.insert(0, str(DOCS))
-    try:
-        section = importlib.import_module("command_line").section
-    finally:
-        sys.path.remove(str(DOCS))
+    section = hook("command_line").section
     for command in COMMANDS:
         text = section(command)
         for each in load_command(command).params:
@@ -146,11 +151,7 @@ def test_the_reference_has_every_public_name_command_option_and_error() -> None:
 
 
 def test_the_reference_reads_well_in_a_clone_and_becomes_directives_on_the_site() -> None:
-    sys.path.insert(0, str(DOCS))
-    try:
-        api = importlib.import_module("api")
-    finally:
-        sys.path.remove(str(DOCS))
+    api = hook("api")
     for page in (DOCS / "reference").glob("*.md"):
         text = page.read_text("utf-8")
         assert ":::" not in text, page.name
@@ -162,6 +163,21 @@ def test_the_reference_reads_well_in_a_clone_and_becomes_directives_on_the_site(
     made = api.on_page_markdown((DOCS / "reference" / "quantizer.md").read_text("utf-8"))
     assert "\n::: modulora_core.spec\n    options:\n      show_root_full_path: true\n" in made
     assert "'QuantizerSpec', 'Promise', 'FormatSpec'" in made
+
+
+@pytest.mark.skipif(find_spec("modulora_conformance") is None, reason="the kit is missing")
+def test_the_site_lists_every_check_of_the_kit_with_its_usual_fault() -> None:
+    from modulora_conformance.checks import checks_of
+    from modulora_conformance.suite import QuantizerConformance
+
+    checks = hook("checks")
+    assert checks.PLACE in (DOCS / checks.PAGE).read_text("utf-8")
+    _, _, *rows = checks.table().splitlines()
+    assert len(rows) == len(list(checks_of(QuantizerConformance))) > 80
+    for row in rows:
+        _, level, _, fault, _, _ = row.split("|")
+        assert re.fullmatch(r" L\d ", level), row
+        assert fault.strip().endswith("."), row
 
 
 def test_quick_commands_of_the_readme_run(tmp_path: Path) -> None:

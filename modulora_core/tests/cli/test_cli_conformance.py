@@ -60,6 +60,7 @@ WRONG = {
     "toy --level 3 --certified": "--certified: expected every check, got --level 3 too",
     "toy -x -k pack --certified": "--certified: expected every check, got -k and -x too",
     "toy --tb all": "--tb",
+    "toy -k nothere": "-k 'nothere': expected a part of a check's name",
     "": "NAME: expected a quantizer of `modulora list-quantizers`",
     "toy --golden missing": "--golden",
     "toy --report {file}": "--report",
