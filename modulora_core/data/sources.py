@@ -136,7 +136,12 @@ def _parts(source: Source) -> list[str | dict[str, Any]]:
             f"of records, got a mapping with {', '.join(map(repr, source)) or 'nothing'}"
         )
     parts = [source] if isinstance(source, str | os.PathLike) else source
-    return [dict(part) if isinstance(part, Mapping) else os.fspath(part) for part in parts]
+    try:
+        return [dict(part) if isinstance(part, Mapping) else os.fsdecode(part) for part in parts]
+    except TypeError:
+        raise DataError(
+            f"data: expected a file, a Hub dataset id, pydoc, or records, got {source!r:.80}"
+        ) from None
 
 
 def _class_names(rows: Any) -> list[str] | None:

@@ -189,8 +189,7 @@ def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
-    for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
-        _check_text(text)
+    _check_prompt(prompt)
     if isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
     elif tokenizer.chat_template is None:
@@ -212,14 +211,22 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messa
     return list(ids)
 
 
-def _check_text(text: str) -> None:
-    """Refuse surrogates, which Python makes of bytes that are not UTF-8: tokenizers fail."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"prompt: expected text in UTF-8, got other bytes after {text[: error.start][-20:]!r}"
-        ) from None
+def _check_prompt(prompt: str | Sequence[Message]) -> None:
+    """Refuse what is no text, and surrogates, which Python makes of bytes that are not UTF-8."""
+    messages = prompt if isinstance(prompt, list | tuple) else [{"content": prompt}]
+    for message in messages:
+        text = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(text, str):
+            raise DataError(
+                f"prompt: expected a text, or messages with role and content, got {prompt!r:.80}"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                "prompt: expected text in UTF-8, got other bytes after "
+                f"{text[: error.start][-20:]!r}"
+            ) from None
 
 
 class _Streamer(TextStreamer):
