@@ -18,7 +18,7 @@ packed tensors, loads them, finetunes on top of them, and derives command-line o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -141,8 +141,7 @@ class QuantizerSpec(_Fact):
     """
 
     name: _Name
-    """The name that users give: lower case letters, digits and single hyphens, such as
-    ``"my-rounding"``."""
+    """The name that users give: lower case letters, digits, single hyphens: ``"my-rounding"``."""
     summary: str
     """One line."""
     location: _Location
@@ -200,8 +199,7 @@ class Quantizer(ABC):
     """A black box that packs a weight, gives tiles of it back, and multiplies by it. Subclass it.
 
     An instance is cheap and shared by all layers: it holds its options and no other state. A
-    checkpoint constructs it with the options that it records, also when the checkpoint is only
-    read.
+    checkpoint that is only read constructs it too, with the recorded options.
 
     Attributes:
         spec: the plugin's :class:`QuantizerSpec`.
@@ -248,8 +246,7 @@ class Quantizer(ABC):
 
         Args:
             packed: a result of :meth:`pack`, perhaps on another device.
-            rows: ``(start, stop)`` with ``0 <= start <= stop <= out``; :func:`check_rows` refuses
-                others.
+            rows: ``(start, stop)``; :func:`check_rows` refuses a range outside of the weight.
             dtype: float32, float16, bfloat16 or float64. Compute in fp32 and round once; a float64
                 tile then holds the values of the float32 tile. A tile that is a sum, as in a
                 rotated basis, is summed in fp64 for float64: gradients are proven against it.
@@ -268,10 +265,7 @@ class Quantizer(ABC):
         :meth:`dequantize_tile`. The core differentiates it, so it needs no gradient."""
         from modulora_core.tiles import tiled_matmul
 
-        def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
-            return self.dequantize_tile(packed, (start, stop), dtype)
-
-        return tiled_matmul(x, tile, packed.shape, transpose)
+        return tiled_matmul(x, self._tile_of(packed), packed.shape, transpose)
 
     def lookup(self, ids: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
         """Rows ``ids`` of Ŵ, the table of an embedding: ``[*ids.shape, in]`` in ``dtype``, without
@@ -288,10 +282,10 @@ class Quantizer(ABC):
         """
         from modulora_core.tiles import looked_up
 
-        def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
-            return self.dequantize_tile(packed, (start, stop), dtype)
+        return looked_up(ids, self._tile_of(packed), packed.shape, dtype)
 
-        return looked_up(ids, tile, packed.shape, dtype)
+    def _tile_of(self, packed: PackedWeight) -> Callable[[int, int, torch.dtype], Tensor]:
+        return lambda start, stop, dtype: self.dequantize_tile(packed, (start, stop), dtype)
 
     def rescaled(
         self, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor
@@ -299,14 +293,12 @@ class Quantizer(ABC):
         """The packed weight of diag(output_scale) Ŵ diag(input_scale); implement it if
         ``spec.rescales``.
 
-        It is for formats that keep a vector for each side of Ŵ: multiply the scales into these and
-        keep the codes. Rounding to the vectors' dtype is fine. Tuning trains the scales while a
-        model is quantized.
+        It is for formats that keep a vector for each side of Ŵ. Multiply the scales into these,
+        rounded to their dtype, and keep the codes. Tuning trains the scales.
 
         Args:
             packed: a result of :meth:`pack`.
-            input_scale: ``[in]``, fp32, near 1, on the device of ``packed``; output_scale:
-                ``[out]``, likewise.
+            input_scale, output_scale: ``[in]`` and ``[out]``, fp32, near 1, on its device.
 
         Returns:
             a packed weight of the same layout.
@@ -322,8 +314,7 @@ class Quantizer(ABC):
         """Refuse a shape that cannot be packed, before any work.
 
         Raises:
-            ShapeError: the default: ``spec.out_multiple`` or ``spec.in_multiple`` does not divide
-                it.
+            ShapeError: the default: a multiple of the spec does not divide it.
         """
         multiples = {"out_features": self.spec.out_multiple, "in_features": self.spec.in_multiple}
         for size, (name, multiple) in zip(shape, multiples.items(), strict=True):
