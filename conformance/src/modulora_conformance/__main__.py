@@ -6,6 +6,7 @@ It uses the kit's own pytest settings, and ignores the settings of the current f
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -32,7 +33,10 @@ def run(arguments: Sequence[str] | None = None) -> tuple[int, dict[str, Any] | N
         # Hypothesis would create a folder in the current one
         os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", scratch)
         code = int(pytest.main(_words(asked), plugins=[found]))
-    return code, found.result
+    if found.result is None or asked.report is None:
+        return code, found.result
+    report = asked.report / f"{asked.name}.json"  # it has the measured speed too
+    return code, json.loads(report.read_text(encoding="utf-8"))
 
 
 def _words(asked: argparse.Namespace) -> list[str]:

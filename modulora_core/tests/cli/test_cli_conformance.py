@@ -40,6 +40,7 @@ def test_a_run_prints_the_result_alone_and_leaves_the_reports(tmp_path: Path) ->
     assert found.keys() >= {"suite", "protocol", "certified"}
     assert (found["quantizer"], found["seed"]) == ("toy", "5")
     assert found["configurations"] == ["levels=7"]
+    assert found["speed"]["levels=7"]["timings"]
     assert found["levels"].keys() == {"L0"}
     assert found["levels"]["L0"]["passed"] > 5
     assert "torch" in str(found["failures"])
