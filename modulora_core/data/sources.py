@@ -37,6 +37,9 @@ _LIKE_A_FILE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
+_MOST_FILES = 10_000
+"""In a folder of a dataset: the library datasets would look at all files of a disk."""
+
 # places to cut a text, from the best to the worst: after a blank line, a line, a word, anywhere
 _CUTS = (
     re.compile(r"\n(?:[ \t]*\n)+"),
@@ -171,6 +174,9 @@ def _load(text: str) -> list[Record]:
     folder = _path(name.partition(":")[0])
     if folder is not None and folder.is_dir():
         expected = "a file in this folder, or a folder laid out as a dataset"
+        files = itertools.chain.from_iterable(names for _, _, names in os.walk(folder))
+        if len(list(itertools.islice(files, _MOST_FILES + 1))) > _MOST_FILES:
+            raise DataError(f"{name}: expected {expected}, got more than {_MOST_FILES:,} files")
         return _dataset(name, part, expected, "FOLDER:split")
     if _LIKE_A_FILE.fullmatch(name):
         where = path.absolute().parent
@@ -226,10 +232,10 @@ def _dataset(name: str, part: Slice, expected: str, form: str) -> list[Record]:
     config, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
     try:
         rows = datasets.load_dataset(dataset_id, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # readers of many formats raise what they like
         raise DataError(
             f"{name}: expected {expected} with the split {split!r} (say {form}), got "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     chosen = part.of_records(len(rows), name)
     class_names = _class_names(rows)

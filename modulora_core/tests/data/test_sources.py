@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modulora_core.data import sources
 from modulora_core.data.sources import Slice, load_records, pydoc_text, source_name
 from modulora_core.data.text import load_text
 from modulora_core.errors import DataError, MissingExtraError
@@ -123,7 +124,7 @@ def test_a_malformed_file_is_refused_with_its_line(tmp_path, name):
         ([], "got nothing"),
         (5, "expected a file, a Hub dataset id, pydoc, or records, got 5"),
         ([None], r"or records, got \[None\]"),
-        ("a\0b", "got no possible name"),
+        ("a\0b", r"'a\\x00b': expected a file that exists"),
         ("", "'': expected a file, .* got no possible name"),
         ("x" * 5000, "'x+': expected a file, .* got no possible name"),
         ("~nobody-of-this-name/d.txt", "got no possible name"),
@@ -208,6 +209,17 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
     monkeypatch.setitem(sys.modules, module, None)  # import raises ImportError
     with pytest.raises(MissingExtraError, match=rf"{module}.*pip install 'modulora-core\[data\]'"):
         load_records(name)
+
+
+def test_a_folder_of_other_files_is_refused_soon(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    for name in ("a.bin", "b/c.bin", "b/d.bin"):
+        write(tmp_path / name, "x")
+    with pytest.raises(DataError, match="expected a file in this folder, or a folder laid out"):
+        load_records(str(tmp_path))
+    monkeypatch.setattr(sources, "_MOST_FILES", 2)
+    with pytest.raises(DataError, match="got more than 2 files"):
+        load_records(str(tmp_path))
 
 
 # records of a Python program
