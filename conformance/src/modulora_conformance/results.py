@@ -82,6 +82,7 @@ class Measurements:
         Raises:
             AssertionError: the value is above the limit, or NaN; the message names the case.
         """
+        __tracebackhide__ = True  # pytest shows the check that called
         found = Measurement(name=name, value=value, limit=limit, unit=unit)
         if name not in self.worst or found.share > self.worst[name].share:
             self.worst[name] = found

@@ -26,6 +26,8 @@ STYLES: dict[Kind, str] = {
 SHOWN = 3
 """The most cases of a check that are listed; the others are counted."""
 
+HOW_TO_SEE_MORE = "-k CHECK runs one check, and --tb short shows its traceback."
+
 NO_GOLDEN = "No golden vectors: --golden DIR compares stored bytes with those of earlier versions."
 
 
@@ -53,6 +55,8 @@ def summary_text(run: Run, width: int = 100, *, color: bool = False, failures: b
             _print_check(console, run, [check for check in found if check.check == name])
     console.print()
     console.print(_levels(run))
+    if run.failures and failures:
+        console.print(Text(HOW_TO_SEE_MORE, "dim"), soft_wrap=True)
     for line in _notes(run):
         console.print(Text(line, "dim"), soft_wrap=True)
     return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
@@ -79,8 +83,6 @@ def _notes(run: Run) -> Iterator[str]:
         yield f"SKIPPED {number}: {' '.join(reason.split())}"
     if "L1" in run.levels and not any(check.check.endswith(GOLDEN) for check in run.checks):
         yield NO_GOLDEN
-    if run.failures:
-        yield "-k CHECK runs one check, and --tb short shows its traceback."
     seed = f" (pytest: --hypothesis-seed={run.seed})" if run.seed else ""
     yield f"To repeat: {repeat(run)}{seed}"
 
