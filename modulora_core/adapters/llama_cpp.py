@@ -23,7 +23,7 @@ from torch import Tensor
 
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
-from modulora_core.checkpoints.checkpoint import open_if_packed
+from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_if_packed
 from modulora_core.checkpoints.outputs import new_file
 from modulora_core.checkpoints.whole import packed_skeleton
 from modulora_core.errors import AdapterError, ModelError
@@ -65,6 +65,19 @@ def export_for_llama_cpp(
         return _export(adapter, out, path, model)
 
 
+def base_file(checkpoint: PackedCheckpoint, model: str) -> str | None:
+    """The GGUF file of a packed model: ``model`` itself, or the packaged file it was made from."""
+    if is_file(model):
+        return model
+    source = checkpoint.record.source
+    return str(source["name"]) if source.get("kind") == "package" else None
+
+
+def is_file(model: str) -> bool:
+    """Whether MODEL is a GGUF file, by its name."""
+    return model.startswith("package:") or model.lower().endswith(".gguf")
+
+
 def _export(adapter: str, out: Path, path: Path, model: str | None) -> LoRAFileResult:
     from gguf import GGUFWriter
 
@@ -75,7 +88,7 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> LoRAFileR
             "doesn't know; write the dense model with both by `modulora merge`"
         )
     base = model or saved.base_name
-    if not base.startswith("package:") and not base.lower().endswith(".gguf"):
+    if not is_file(base):
         raise AdapterError(
             f"adapter {adapter}: expected a GGUF file as the base that llama.cpp loads it on, got "
             f"{base}; name one with --model FILE.gguf"

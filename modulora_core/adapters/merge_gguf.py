@@ -2,9 +2,9 @@
 
     W = diag(v) Ŵ diag(u) + s · B A      in fp32, rows ordered as in the file, quantized again
 
-Metadata and tokenizer are copied from a GGUF file of the model: MODEL itself, the file that a
-packed folder was made from, or another file. If it is MODEL, tensors that the adapter doesn't
-change keep their bytes. One parameter is dense at a time, with and without the adapter.
+Metadata and tokenizer are copied from a GGUF file of the model: MODEL itself, the packaged file
+that a folder was made from, or ``base``. If it is MODEL, tensors that the adapter doesn't change
+keep their bytes. One parameter is dense at a time, with and without the adapter.
 """
 
 from __future__ import annotations

@@ -122,16 +122,21 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
     _sync(out.absolute().parent)
 
 
+def check_new_file(out: Path, suffix: str) -> None:
+    """Raises OutputError: ``out`` exists, has another suffix, or is in no folder."""
+    usable_path(partial_name(out), "output file", OutputError)
+    if out.suffix.lower() != suffix or out.exists() or not out.parent.is_dir():
+        raise OutputError(f"{out}: expected a new file called *{suffix} in a folder that exists")
+
+
 @contextmanager
 def new_file(out: Path, suffix: str) -> Iterator[Path]:
     """Give a path to write; it becomes the file ``out`` when the block ends well.
 
     Raises:
-        OutputError: ``out`` exists, has another suffix, or is in no folder.
+        OutputError: as :func:`check_new_file`.
     """
-    usable_path(partial_name(out), "output file", OutputError)
-    if out.suffix.lower() != suffix or out.exists() or not out.parent.is_dir():
-        raise OutputError(f"{out}: expected a new file called *{suffix} in a folder that exists")
+    check_new_file(out, suffix)
     partial = partial_name(out)
     try:
         with _full_disk_named():

@@ -30,7 +30,7 @@ PANELS = {
         "gradient_checkpointing", "keep_products", "offload_activations", "mapped", "shard",
         "dtype", "matmul_precision",
     ),
-    "Output": ("save_every", "report_to", "report"),
+    "Output": ("save_every", "report_to", "report", "lora_gguf"),
     "Trainer": ("trainer",),
 }  # fmt: skip
 

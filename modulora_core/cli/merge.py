@@ -12,7 +12,7 @@ from modulora_core.cli.text import facts
 from modulora_core.errors import OptionError
 
 SUFFIX = ".gguf"
-PANEL = "OUT.gguf"
+PANEL = "File"
 
 Out = Annotated[Path, argument("OUT", "The folder to write, new or empty, or a new file *.gguf.")]
 Dtype = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,55 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
 }
 
 
+_WIDER = ("embedding_length", "feed_forward_length", "rope.dimension_count", "attention.key_length")
+
+
+def _wide(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Every size eight times, but the vocabulary, the experts and their rows."""
+    kept = {0} if name in (*_EMBEDDING, *_HEAD) or "exps" in name or "inp" in name else set()
+    return tuple(n if i in kept or n == _EXPERT_ROWS else 8 * n for i, n in enumerate(shape))
+
+
+def _kind_of(name: str, kind: str | dict[str, str]) -> str:
+    if isinstance(kind, str):
+        return kind
+    return next(kind[part] for part in sorted(kind, key=len, reverse=True) if part in name)
+
+
+@cache
+def _pool(kind: Kind) -> np.ndarray:
+    """Blocks of random bytes whose weights are of an ordinary size."""
+    nbytes = gguf.GGML_QUANT_SIZES[kind][1]
+    blocks = np.random.default_rng(0).integers(0, 256, (4096, nbytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        largest = np.abs(gguf.quants.dequantize(blocks, kind)).max(axis=1)
+    return blocks[(largest > 0.1) & (largest < 5)]
+
+
+def random_blocks(kind: Kind, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    """The bytes of a tensor of ``shape`` in a type that the gguf package doesn't pack."""
+    pool, weights = _pool(kind), gguf.GGML_QUANT_SIZES[kind][0]
+    chosen = pool[random.integers(0, len(pool), (*shape[:-1], shape[-1] // weights))]
+    return chosen.reshape(*shape[:-1], -1)
+
+
 def write_tiny_gguf(
-    architecture: str, path: Path, kind: str = "F32", extra: tuple[str, ...] = ()
+    architecture: str,
+    path: Path,
+    kind: str | dict[str, str] = "F32",
+    extra: tuple[str, ...] = (),
+    wide: bool = False,
 ) -> Path:
-    """Write a file with matrices of ``kind`` and F32 vectors. Returns ``path``."""
+    """Write a file with matrices of a type and F32 vectors. Returns ``path``.
+
+    Args:
+        kind: the type of all matrices, or of each by a part of its name, with ``""`` for others.
+        wide: rows have 256 weights or a multiple, as most types need; not for GPT-2 and LFM2.
+    """
     fields, top, layer = ARCHITECTURES[architecture]
+    if wide:
+        fields = {n: 8 * v if n in _WIDER else v for n, v in fields.items()}
+        top, layer = ({n: _wide(n, s) for n, s in shapes.items()} for shapes in (top, layer))
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in fields.items():
@@ -124,9 +169,12 @@ def write_tiny_gguf(
         shapes |= {f"blk.{number}.{name}": shape for name, shape in layer.items()}
     shapes |= dict.fromkeys(extra, (HIDDEN,))
     for name, shape in shapes.items():
-        values = random.standard_normal(shape, dtype=np.float32)
-        stored = Kind.F32 if len(shape) == 1 else Kind[kind]
-        data = gguf.quants.quantize(values, stored)
+        stored = Kind.F32 if len(shape) == 1 else Kind[_kind_of(name, kind)]
+        try:
+            values = random.standard_normal(shape, dtype=np.float32)
+            data = gguf.quants.quantize(values, stored)
+        except NotImplementedError:  # the gguf package only reads this type
+            data = random_blocks(stored, shape, random)
         writer.add_tensor(name, data, raw_shape=data.shape, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from modulora_core.adapters.llama_cpp import base_file
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.targets import select_layers
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, check_mapped, open_checkpoint
+from modulora_core.checkpoints.outputs import check_new_file
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.quantization.cache import Unpacked
 from modulora_core.registry import Choice
@@ -41,6 +44,7 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
         checkpoint = open_checkpoint(config.model)
         if config.mapped:
             check_mapped(checkpoint, str(device))
+    _check_lora_file(config, checkpoint)
     for name in ("max_position_embeddings", "n_positions"):
         longest = checkpoint.config.get(name)
         if isinstance(longest, int) and config.seq_len > longest:
@@ -61,6 +65,21 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
     modules = [name.removesuffix(".weight") for name in checkpoint.parameters]
     select_layers(shapes, config.targets, config.rank, modules)
     return checkpoint
+
+
+def _check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | Unpacked) -> None:
+    """Refuse ``lora_gguf`` where llama.cpp couldn't load the file."""
+    if config.lora_gguf is None:
+        return
+    check_new_file(Path(config.lora_gguf), ".gguf")
+    continued = None if config.adapter is None else read_adapter(config.adapter)
+    if config.train_scales or (continued is not None and continued.has_channel_scales):
+        raise OptionError("lora_gguf: llama.cpp knows no channel scales; train without them")
+    if not isinstance(checkpoint, PackedCheckpoint) or not base_file(checkpoint, config.model):
+        raise OptionError(
+            f"lora_gguf: expected a GGUF file as MODEL, got {config.model}; write the file later: "
+            f"modulora convert {config.out} {config.lora_gguf} --to gguf --model FILE.gguf"
+        )
 
 
 def vocabulary(config: Mapping[str, Any]) -> int | None:

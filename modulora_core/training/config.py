@@ -197,6 +197,11 @@ class FinetuneConfig(BaseModel):
         default=True,
         description="write report.html: curves, settings, and answers before and after",
     )
+    lora_gguf: str | None = Field(
+        default=None,
+        description="also write the adapter to this file, *.gguf, for llama.cpp; it needs a GGUF "
+        "file as MODEL",
+    )
     trainer: Pairs = Field(
         default={}, description="any other field of transformers' TrainingArguments, as KEY=VALUE"
     )
@@ -275,7 +280,7 @@ class FinetuneConfig(BaseModel):
 
         Not of outputs, nor of how a batch is divided over processes and forward passes.
         """
-        left_out = {"out", "report", "report_to", "batch_size", "grad_accum", "shard"}
+        left_out = {"out", "report", "report_to", "lora_gguf", "batch_size", "grad_accum", "shard"}
         mine = self.model_dump(mode="json", exclude=left_out)
         others = other.model_dump(mode="json", exclude=left_out)
         names = [name for name in mine if mine[name] != others[name]]

@@ -13,6 +13,7 @@ from modulora_core.adapters.llama_cpp import export_for_llama_cpp
 from modulora_core.adapters.lora import adapter_layers
 from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.cli import main
 from modulora_core.errors import AdapterError, ModelError, OutputError
 from modulora_core.models.locate import locate
 from modulora_core.tests.tiny_gguf import write_tiny_gguf
@@ -112,3 +113,20 @@ def test_llama_cpp_applies_it_as_we_do(tmp_path: Path, adapted: Adapted) -> None
     theirs.eval(ids)
     found = torch.tensor(theirs.scores[: len(ids)])
     assert (found - ours).norm() < 0.25 * (before - ours).norm()
+
+
+def test_finetune_writes_the_file_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0"))
+    data, out = tmp_path / "notes.txt", tmp_path / "lora.gguf"
+    data.write_text("the ship sailed north and the crew sang " * 20)
+    words = ["finetune", path, str(tmp_path / "adapter"), "--data", str(data), "--steps", "2"]
+    words += ["--batch-size", "1", "--grad-accum", "1", "--seq-len", "16", "--no-report"]
+    assert main([*words, "--lora-gguf", str(tmp_path / "lora.bin")]) == 2
+    assert main([*words, "--lora-gguf", str(out), "--train-scales"]) == 2
+    assert "llama.cpp knows no channel scales" in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
+    assert main([*words, "--lora-gguf", str(out)]) == 0
+    export_for_llama_cpp(str(tmp_path / "adapter"), tmp_path / "again.gguf", model=path)
+    assert out.read_bytes() == (tmp_path / "again.gguf").read_bytes()

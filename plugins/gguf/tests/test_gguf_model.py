@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from modulora_gguf import reference
 from transformers import AutoModelForCausalLM
 
 from modulora_core.adapters.lora import LoRASettings, add_lora
 from modulora_core.adapters.merge import merge
+from modulora_core.adapters.merge_gguf import merge_to_gguf
 from modulora_core.adapters.save_load import load_adapter, save_adapter
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint, open_if_packed
 from modulora_core.checkpoints.convert import convert
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.inference.evaluate import evaluate
 from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
 from modulora_core.models.gguf_store import read_gguf
@@ -53,6 +56,54 @@ def test_logits_are_those_of_transformers(
     assert {recipe.options["type"] for recipe in checkpoint.record.recipes} == {kind}
     ours, theirs = logits(load_model(checkpoint)), by_transformers(path)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", reference.DEQUANTIZE)
+def test_a_file_of_any_type_has_the_logits_of_transformers(kind: str, tmp_path: Path) -> None:
+    """Rows of 256 weights; types that nothing here packs have random blocks."""
+    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", kind, wide=True)
+    if kind == "BF16":
+        model = open_to_run(str(path)).load()  # floats: a dense model
+    else:
+        checkpoint = open_checkpoint(path)
+        assert len(checkpoint.record.weights) == 16
+        assert {recipe.options["type"] for recipe in checkpoint.record.recipes} == {kind}
+        model = load_model(checkpoint)
+    theirs = by_transformers(path)
+    bound = 1e-3 * float(theirs.abs().max())
+    torch.testing.assert_close(logits(model), theirs, rtol=1e-3, atol=bound)
+
+
+@pytest.mark.slow
+def test_a_mixed_file_of_experts_is_used_end_to_end(tmp_path: Path) -> None:
+    """As Q4_K_M mixes types: finetuned, measured, asked, planned, and written for llama.cpp."""
+    kinds = {"": "Q4_K", "ffn_down": "Q6_K", "attn_v": "Q5_K", "token_embd": "IQ4_XS",
+             "output.weight": "Q6_K", "ffn_gate_inp": "F32"}  # fmt: skip
+    path = str(write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", kinds, wide=True))
+    checkpoint = open_checkpoint(path)
+    stacks = {n for n, site in checkpoint.record.items() if site.experts}
+    assert len(stacks) == 4
+    types = {recipe.options["type"] for recipe in checkpoint.record.recipes}
+    assert types == {"Q4_K", "Q5_K", "Q6_K", "IQ4_XS"}
+    data, adapter = tmp_path / "notes.txt", str(tmp_path / "adapter")
+    data.write_text("the ship sailed north and the crew sang " * 30)
+    options = {
+        "model": path, "out": adapter, "data": str(data), "steps": 4, "batch_size": 1,
+        "grad_accum": 1, "seq_len": 32, "lora_gguf": str(tmp_path / "lora.gguf"),
+    }  # fmt: skip
+    losses = finetune(FinetuneConfig.build(options)).losses
+    assert losses[-1] < losses[0]
+    opened = open_to_run(path, adapter=adapter)
+    measured = [
+        evaluate(model, str(data), seq_len=32, segments=4).perplexity
+        for model in (open_to_run(path), opened)
+    ]
+    assert measured[1] < measured[0]
+    assert generate(opened, "the ship", Sampling(4), raw=True).tokens == 4
+    assert plan(path, seq_len=16, device="cpu").fits is not False
+    merged = merge_to_gguf(path, tmp_path / "m.gguf", adapter=adapter, type="Q8_0", progress=False)
+    assert not merged.erased
 
 
 def test_packed_rows_are_the_bytes_of_the_file(tmp_path: Path) -> None:

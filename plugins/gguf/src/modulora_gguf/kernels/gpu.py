@@ -47,7 +47,9 @@ def spread(values, RUN: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def scales(data, words, start, part, inside, KIND: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
+def scales(  # type: ignore[no-untyped-def]
+    data, words, start, part, inside, KIND: tl.constexpr
+) -> Any:  # fmt: skip
     """The step and the minimum of each part of 16 or 32 weights, fp32; ``start`` is its block."""
     if KIND == "Q4_K" or KIND == "Q5_K":
         a = byte(data, start + 4 + part % 4, inside)
