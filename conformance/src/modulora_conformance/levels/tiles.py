@@ -78,7 +78,8 @@ class Tiles(Level):
     ) -> None:
         """If this fails: rows depend on the range, as at an odd start or in a short last block.
 
-        Forward and backward may then use different weights. The bits must be the same.
+        Forward and backward may then use different weights. The bits must be the same. A matrix
+        product rounds by its number of rows: rotate by additions instead.
         """
         found = pack(quantizer, data.draw(weights(quantizer)))
         dtype, rows = data.draw(st.sampled_from(DTYPES)), found.shape[0]
