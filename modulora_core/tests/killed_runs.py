@@ -1,6 +1,6 @@
 """Kill commands at random moments, run them again, and compare the bytes of OUT.
 
-Kills of each command and signal by hand, from the root of the repository::
+Twenty kills of each command by hand, from the root of the repository::
 
     python -m modulora_core.tests.killed_runs 20 SEED
 """
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,17 +63,32 @@ class Commands:
         self._server.communicate("")
 
     def run(self, words: list[str], number: int = 0, after: float = 0) -> int:
-        """Run a command, send it a signal after some seconds, and return its exit code."""
+        """Run a command and return its exit code.
+
+        Args:
+            words: of the command; the third is OUT.
+            number: a signal to send ``after`` seconds since the command has made OUT or
+                OUT.partial. ``self.seconds`` is the time from there to the end.
+        """
         assert self._server.stdin
         assert self._server.stdout
         self._server.stdin.write(json.dumps(words) + "\n")
         self._server.stdin.flush()
         child = int(self._server.stdout.readline())
+        out = self.folder / words[2]
+        while not (out.exists() or partial_name(out).exists() or self._ended(child)):
+            time.sleep(0.001)
+        begin = time.monotonic()
         if number:
             time.sleep(after)
             with suppress(ProcessLookupError):  # it has ended
                 os.kill(child, number)
-        return int(self._server.stdout.readline())
+        code = int(self._server.stdout.readline())
+        self.seconds = time.monotonic() - begin
+        return code
+
+    def _ended(self, child: int) -> bool:
+        return not Path(f"/proc/{child}/fd").exists()
 
     @property
     def said(self) -> str:
@@ -81,7 +97,7 @@ class Commands:
 
 
 class Works:
-    """The four commands on a tiny model, with the bytes and the seconds of uninterrupted runs."""
+    """The four commands on a tiny model, with bytes and seconds of uninterrupted runs."""
 
     def __init__(self, folder: Path) -> None:
         sizes = {"intermediate_size": 256, "num_hidden_layers": 6}
@@ -97,9 +113,8 @@ class Works:
         self.whole: dict[str, dict[str, bytes]] = {}
         self.seconds: dict[str, float] = {}
         for name, words in self.words.items():
-            begin = time.monotonic()
             assert self.commands.run(words) == 0, self.commands.said
-            self.seconds[name] = time.monotonic() - begin
+            self.seconds[name] = self.commands.seconds
             self.whole[name] = self.content(name)
         for words in self.words.values():
             words[2] = f"{words[2]}-again"
@@ -121,7 +136,7 @@ class Works:
         """Run a command, send it a signal, and run it again until it is done.
 
         Args:
-            after: a fraction of the time of an uninterrupted run.
+            after: a fraction of the time in which an uninterrupted run writes OUT.
 
         Returns:
             how it went on: ``complete``, ``again``, or ``resumed``.
@@ -148,15 +163,17 @@ _TRAINING = ["--data", "text.txt", "--steps", "6", "--save-every", "2", "--batch
 
 
 def main(kills: int, seed: int) -> None:
-    """Print how often each command went on in which way."""
+    """Kill each command so many times, and print how it went on."""
     moments = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         works = Works(Path(folder))
         for name in COMMANDS:
-            for number in SIGNALS:
-                found = [works.kill(name, number, moments.uniform(0, 1.1)) for _ in range(kills)]
-                counts = ", ".join(f"{found.count(how)} {how}" for how in sorted(set(found)))
-                print(f"{name} {works.seconds[name]:.2f} s, {number.name}: {counts}", flush=True)
+            found: Counter[str] = Counter()
+            for _ in range(kills):
+                number, after = moments.choice(SIGNALS), moments.uniform(0, 1)
+                found[f"{number.name} {works.kill(name, number, after)}"] += 1
+            print(name, f"{works.seconds[name]:.1f} s", dict(sorted(found.items())), flush=True)
+        works.commands.close()
 
 
 if __name__ == "__main__":
