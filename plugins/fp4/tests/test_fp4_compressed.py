@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
@@ -16,6 +18,7 @@ from modulora_core.checkpoints.convert import convert
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.compressed_folders import load_dequantized, save_compressed
+from modulora_core.tests.fuzzing import cases, read_changed, run_once
 from modulora_core.tests.other_tools import assert_trains_as_converted, logits
 
 pytest.importorskip("compressed_tensors")
@@ -135,7 +138,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
             load_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for told, changed in {
-        "expected dense weights, got sparse-24": {"sparsity_config": {"format": "sparse-24"}},
+        "expected dense weights, got 'sparse-24'": {"sparsity_config": {"format": "sparse-24"}},
         "quantized with compressed-tensors, which no installed": {"format": "float-quantized"},
     }.items():
         quantization = {**config["quantization_config"], **changed}
@@ -144,3 +147,18 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         )
         with pytest.raises(ModelError, match=told):
             open_checkpoint(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nvfp4")
+    save_compressed(folder, "nvfp4-pack-quantized", torch.bfloat16, **NVFP4)
+    run_once(folder)
+    return folder
+
+
+@pytest.mark.slow
+@cases(40)
+@given(data=st.data())
+def test_a_changed_folder_is_refused_or_runs(fuzzed: Path, data: st.DataObject) -> None:
+    read_changed(fuzzed, ["config.json", "*.safetensors"], data, lambda: run_once(fuzzed))

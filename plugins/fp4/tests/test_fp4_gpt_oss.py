@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
@@ -18,6 +20,7 @@ from modulora_core.cli import main
 from modulora_core.errors import ModelError
 from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.fuzzing import cases, read_changed, run_once
 from modulora_core.tests.other_tools import logits
 
 UP = "model.layers.0.mlp.experts.gate_up_proj"
@@ -151,3 +154,10 @@ def _refused(folder: Path, data: Path, told: str, capsys: pytest.CaptureFixture[
     error = capsys.readouterr().err
     assert told in " ".join(error.split()), error
     assert error.count("error:") == 1
+
+
+@pytest.mark.slow
+@cases(40)
+@given(data=st.data())
+def test_a_changed_folder_is_refused_or_runs(folder: Path, data: st.DataObject) -> None:
+    read_changed(folder, ["config.json", "*.safetensors"], data, lambda: run_once(folder))

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from modulora_conformance.tiny_model import tiny_model
 from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ
@@ -17,6 +19,7 @@ from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
 from modulora_core.errors import CheckpointError, ModelError, ShapeError
 from modulora_core.tests.compressed_folders import load_dequantized, save_compressed
+from modulora_core.tests.fuzzing import cases, read_changed, run_once
 from modulora_core.tests.other_tools import assert_trains_as_converted, logits
 
 pytest.importorskip("compressed_tensors")
@@ -122,7 +125,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["sparsity_config"] = {"format": "sparse-24-bitmask"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="expected dense weights, got sparse-24-bitmask"):
+    with pytest.raises(ModelError, match="expected dense weights, got 'sparse-24-bitmask'"):
         open_checkpoint(tmp_path)
 
 
@@ -130,3 +133,18 @@ def test_groups_that_do_not_divide_rows_are_not_written(tmp_path: Path) -> None:
     packed = tiny_model(OPTQ(Options(group_size=24))).packed
     with pytest.raises(ShapeError, match="pack-quantized has whole groups of 24 columns"):
         convert(str(packed), tmp_path / "theirs", FORMAT)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pack-quantized")
+    save_compressed(folder, FORMAT, torch.float16, **KINDS[1])
+    run_once(folder)
+    return folder
+
+
+@pytest.mark.slow
+@cases(40)
+@given(data=st.data())
+def test_a_changed_folder_is_refused_or_runs(fuzzed: Path, data: st.DataObject) -> None:
+    read_changed(fuzzed, ["config.json", "*.safetensors"], data, lambda: run_once(fuzzed))

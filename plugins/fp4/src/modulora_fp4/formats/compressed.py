@@ -48,11 +48,12 @@ class CompressedTensors(CheckpointFormat):
         self.quantizer = FP4(Options.model_validate({"type": self.kind}))
 
     def check(self, config: Mapping[str, Any]) -> None:
-        sparse = config.get("sparsity_config") or {}
-        if sparse.get("format", "dense") != "dense":
+        sparse = config.get("sparsity_config") or {"format": "dense"}
+        form = sparse.get("format") if isinstance(sparse, Mapping) else sparse
+        if form != "dense":
             raise ModelError(
-                f"compressed-tensors config: expected dense weights, got {sparse['format']}, "
-                "which is not implemented; quantize the original model"
+                f"compressed-tensors config: expected dense weights, got {form!r:.60}, which is "
+                "not implemented; quantize the original model"
             )
 
     def weights(
