@@ -3,8 +3,9 @@
     W = diag(v) Ŵ diag(u) + s · B A      in fp32, rows ordered as in the file, quantized again
 
 Metadata and tokenizer are copied from a GGUF file of the model: MODEL itself, the packaged file
-that a folder was made from, or ``base``. If it is MODEL, tensors that the adapter doesn't change
-keep their bytes. One parameter is dense at a time, with and without the adapter.
+that a folder was made from, or ``base``. Without one they are made from a folder, for some
+architectures. If the file is MODEL, tensors that the adapter doesn't change keep their bytes. One
+parameter is dense at a time, with and without the adapter.
 """
 
 from __future__ import annotations
@@ -16,26 +17,30 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from modulora_core.adapters.llama_cpp import base_file
 from modulora_core.adapters.merge import adapter_deltas, delta_of, merged_parameter
 from modulora_core.adapters.peft_format import AdapterDelta
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
 from modulora_core.checkpoints.outputs import SMALL_FILES, check_disk_space, new_file
 from modulora_core.checkpoints.record import PackedSite
-from modulora_core.checkpoints.whole import check_whole
+from modulora_core.checkpoints.whole import check_whole, packed_skeleton
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import ModelError, WeightError
 from modulora_core.models.file_formats import FileFormat, create_file_format
 from modulora_core.models.gguf_header import TensorInfo, read_header
 from modulora_core.models.gguf_places import Place, places, store_of
+from modulora_core.models.gguf_template import write_template
 from modulora_core.models.gguf_writer import GGUFFileWriter, NewTensor
 from modulora_core.models.locate import locate
 from modulora_core.models.progress import Progress, shows_progress
 from modulora_core.models.source import ModelSource, open_model
+from modulora_core.spec import TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 
 logger = logging.getLogger(__name__)
@@ -94,25 +99,26 @@ def merge_to_gguf(
         type: llama.cpp's name of the type that changed matrices get, such as ``"Q8_0"``. Rows
             that the type can't hold get a near type.
         base: a GGUF file of the same model, for metadata, tokenizer and names. By default ``model``
-            itself, or the file that the packed folder was made from.
+            itself, the packaged file that the folder was made from, or else the folder's config
+            and tokenizer.
         progress: called as ``progress("merging", done, total)`` after each tensor; by default a bar
             on a terminal, and False shows none.
 
     Raises:
         OptionError: no such type, or no installed plugin writes the file.
         OutputError: ``out`` exists, or isn't called ``*.gguf``.
-        ModelError: no GGUF file to take metadata from, or a parameter can't be written back.
+        ModelError: the architecture or the tokenizer can't be written, or a parameter has no place.
         AdapterError: the adapter does not fit the model.
         RequestError: the model is not packed or cannot be read.
     """
     started, progress, out = time.perf_counter(), progress or None, Path(out)
-    with PeakMemory("cpu") as peak, new_file(out, ".gguf") as path:
+    with PeakMemory("cpu") as peak, new_file(out, ".gguf") as path, TemporaryDirectory() as scratch:
         format_ = create_file_format(out.name)
         format_.type_of(type, 256)  # refuses an unknown type first
         checkpoint = open_checkpoint(model)
         check_whole(checkpoint)
         deltas = {} if adapter is None else adapter_deltas(checkpoint, adapter)
-        like = _base_of(checkpoint, base)
+        like = _base_of(checkpoint, base, Path(scratch))
         source, header = open_model(str(like)), read_header(like)
         changes = _changes(checkpoint, source, deltas, like)
         tensors = [_planned(info, changes, format_, type) for info in header.tensors]
@@ -152,21 +158,29 @@ class _Change:
     is_matrix: bool
 
 
-def _base_of(checkpoint: PackedCheckpoint, base: str | None) -> Path:
-    """The GGUF file to take metadata from. Raises ModelError."""
-    own = checkpoint.folder if checkpoint.folder.suffix.lower() == ".gguf" else None
-    recorded = checkpoint.record.source
-    if base is None and own is None and recorded.get("kind") == "package":
-        base = str(recorded["name"])
-    if base is None and own is not None:
-        return own
-    location = None if base is None else locate(base)
-    if location is None or location.gguf is None:
-        raise ModelError(
-            f"{checkpoint.name}: expected a GGUF file of the same model for metadata, tokenizer "
-            f"and names of tensors, got {base or 'none'}; name one with --base FILE.gguf"
-        )
+def _base_of(checkpoint: PackedCheckpoint, base: str | None, scratch: Path) -> Path:
+    """The GGUF file to take metadata from; from a config it is made in ``scratch``.
+
+    Raises:
+        ModelError: ``base`` is no GGUF file, or none can be made.
+    """
+    if base is None and checkpoint.folder.suffix.lower() == ".gguf":
+        return checkpoint.folder
+    base = base or base_file(checkpoint, checkpoint.name)
+    if base is None:
+        made = scratch / f"{checkpoint.name}.gguf"
+        config = packed_skeleton(checkpoint).config
+        shapes = {name: _shape(stored) for name, stored in checkpoint.parameters.items()}
+        write_template(made, config, checkpoint.tokenizer(), shapes)
+        return made
+    location = locate(base)
+    if location.gguf is None:
+        raise ModelError(f"base {base}: expected a GGUF file of the same model, got a folder")
     return location.folder / location.gguf
+
+
+def _shape(stored: PackedSite | TensorLayout) -> tuple[int, ...]:
+    return stored.parameter_shape if isinstance(stored, PackedSite) else stored.shape
 
 
 def _changes(
@@ -186,7 +200,7 @@ def _changes(
         if is_own and not deltas.keys() & {name, name.removesuffix(".weight")}:
             continue
         packed = isinstance(stored, PackedSite)
-        shape = stored.parameter_shape if isinstance(stored, PackedSite) else stored.shape
+        shape = _shape(stored)
         in_file = places(source, name)
         if math.prod(shape) != sum(math.prod(place.shape) for place in in_file):
             raise ModelError(

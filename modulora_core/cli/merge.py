@@ -12,7 +12,6 @@ from modulora_core.cli.text import facts
 from modulora_core.errors import OptionError
 
 SUFFIX = ".gguf"
-PANEL = "File"
 
 Out = Annotated[Path, argument("OUT", "The folder to write, new or empty, or a new file *.gguf.")]
 Dtype = Annotated[
@@ -25,7 +24,6 @@ Type = Annotated[
         "--type TYPE",
         "llama.cpp's type of changed weights: Q8_0, Q4_K, F16, ...",
         default="Q8_0",
-        rich_help_panel=PANEL,
     ),
 ]
 Base = Annotated[
@@ -34,12 +32,11 @@ Base = Annotated[
         "--base FILE",
         "A GGUF file of the same model, for metadata and tokenizer.",
         default="MODEL's",
-        rich_help_panel=PANEL,
     ),
 ]
 Data = Annotated[
     str | None,
-    option("--data SOURCE", "Text for the comparison.", default="pydoc", rich_help_panel=PANEL),
+    option("--data SOURCE", "Text for the comparison.", default="pydoc"),
 ]
 Segments = Annotated[
     int | None,
@@ -48,7 +45,6 @@ Segments = Annotated[
         "Segments of 256 tokens to compare; 0 compares nothing.",
         min=0,
         default="8",
-        rich_help_panel=PANEL,
     ),
 ]
 

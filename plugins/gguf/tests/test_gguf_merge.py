@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modulora_core.adapters.merge_gguf import merge_to_gguf
 from modulora_core.checkpoints.checkpoint import load_model
@@ -19,6 +20,8 @@ from modulora_core.models.gguf_header import read_header
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import logits
 from modulora_core.tests.tiny_gguf import write_tiny_gguf
+from modulora_core.tests.tiny_models import tiny_config
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 Adapted = Callable[..., torch.nn.Module]
 
@@ -54,21 +57,59 @@ def test_the_file_has_the_logits_of_the_adapter(
 def test_a_folder_takes_metadata_from_a_file_of_the_same_model(
     tmp_path: Path, adapted: Adapted
 ) -> None:
-    """Everything is written: norms of Gemma's kind aside, vectors keep their bits."""
+    """Everything is written anew, vectors too."""
     path = write_tiny_gguf("qwen3moe", tmp_path / "base.gguf", "Q8_0")
     packed, out = tmp_path / "packed", tmp_path / "merged.gguf"
     quantize(str(path), packed, "gguf", {"type": "Q4_0"})
     model = adapted(packed, tmp_path / "adapter", std=0.1)
-    with pytest.raises(ModelError, match=r"packed: expected a GGUF file.*name one with --base"):
-        merge_to_gguf(str(packed), out)
     other = write_tiny_gguf("llama", tmp_path / "other.gguf", "Q8_0")
-    with pytest.raises(ModelError, match=r"other\.gguf has no tensor of it|of the same model"):
+    with pytest.raises(ModelError, match=r"other\.gguf has no tensor of it"):
         merge_to_gguf(str(packed), out, base=str(other))
     assert not list(tmp_path.glob("*.partial"))
     adapter = str(tmp_path / "adapter")
     merged = merge_to_gguf(str(packed), out, adapter=adapter, base=str(path), type="F32")
     assert_close(logits(open_to_run(str(out)).load()), logits(model))
     assert merged.types == {"F32": len(read_header(path).tensors)}
+
+
+def save_folder(architecture: str, folder: Path, window: int | None = None) -> None:
+    """A tiny model with rows of 64 weights, and a byte-level tokenizer."""
+    config, tokenizer = tiny_config(architecture), make_tokenizer()
+    config.intermediate_size = config.moe_intermediate_size = 64
+    config.vocab_size = len(tokenizer) + 8  # padded
+    config.norm_topk_prob, config.sliding_window = True, window
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral", "qwen3", "qwen3_moe"])
+def test_a_folder_needs_no_file_for_some_architectures(
+    architecture: str, tmp_path: Path, adapted: Adapted
+) -> None:
+    """Its metadata comes from config and tokenizer; transformers reads the file as the folder."""
+    save_folder(architecture, tmp_path / "source")
+    packed, out = tmp_path / "packed", tmp_path / "merged.gguf"
+    quantize(str(tmp_path / "source"), packed, "gguf", {"type": "Q8_0"})
+    model = adapted(packed, tmp_path / "adapter", std=0.1)
+    merge_to_gguf(str(packed), out, adapter=str(tmp_path / "adapter"), type="F32")
+    opened = open_to_run(str(out))
+    assert_close(logits(opened.load()), logits(model))
+    text = "def f(x):\n    return  x + 12</s>"
+    ours, theirs = opened.tokenizer, AutoTokenizer.from_pretrained(packed)
+    assert ours(text).input_ids == theirs(text).input_ids
+    assert (ours.eos_token_id, ours.bos_token_id) == (theirs.eos_token_id, theirs.bos_token_id)
+
+
+def test_a_folder_that_cannot_be_written_back_is_refused_by_name(tmp_path: Path) -> None:
+    save_folder("gemma", tmp_path / "source")
+    quantize(str(tmp_path / "source"), tmp_path / "packed", "gguf")
+    with pytest.raises(ModelError, match=r"model_type gemma: expected one of llama, .*--base FILE"):
+        merge_to_gguf(str(tmp_path / "packed"), tmp_path / "merged.gguf")
+    save_folder("mistral", tmp_path / "windows", window=8)
+    quantize(str(tmp_path / "windows"), tmp_path / "short", "gguf")
+    with pytest.raises(ModelError, match="mistral: it has a sliding window of 8, which can't be"):
+        merge_to_gguf(str(tmp_path / "short"), tmp_path / "merged.gguf")
 
 
 def test_requantizing_to_the_grid_of_the_base_erases_a_small_update(
