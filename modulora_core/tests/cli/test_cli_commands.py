@@ -194,8 +194,9 @@ def test_every_command_takes_a_model_with_packed_ends(
     assert perplexity["base"] == pytest.approx(dense, rel=0.01)
 
 
-def test_the_demo_reports_three_stages(
-    run: Run, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("packed_file", [False, True])
+def test_the_demo_finetunes_the_packed_model_and_the_file(
+    run: Run, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed_file: bool
 ) -> None:
     steps = []
 
@@ -209,17 +210,21 @@ def test_the_demo_reports_three_stages(
 
     monkeypatch.setattr("modulora_core.models.locate.locate", lambda model: None)
     monkeypatch.setattr(demo, "_step", step)
-    monkeypatch.setattr(demo, "_original", lambda size: ("original", size, 32.0))
+    monkeypatch.setattr(demo, "_is_packed", lambda: packed_file)
     words = ("demo", "--steps", "3", "--out", str(tmp_path / "out"), "-q", "toy")
     code, found, _ = run(*words)
     assert code == 0
-    assert [stage["name"] for stage in found["stages"]][1:] == ["toy", "toy + finetuned"]
+    names = [stage["name"] for stage in found["stages"]]
+    assert names[-2:] == ["toy", "toy + finetuned"]
+    file = ["original file", "original file + finetuned"]
+    assert names[:-2] == (file if packed_file else ["original, loaded in fp32"])
     assert {"quantize", "finetune"} <= found.keys()
-    assert [words[0] for words in steps] == [
-        "quantize", "evaluate", "generate", "evaluate", "generate", "finetune", "evaluate",
-        "generate",
-    ]  # fmt: skip
-    assert steps[5][steps[5].index("--steps") + 1] == "3"
+    measured, tuned = ["evaluate", "generate"], ["finetune", "evaluate", "generate"]
+    first = ["quantize", "info", *measured, *tuned] if packed_file else ["quantize", *measured]
+    assert [words[0] for words in steps] == [*first, *measured, *tuned]
+    trained = [words for words in steps if words[0] == "finetune"]
+    assert [words[1] == demo.MODEL for words in trained] == [True, False][1 - packed_file :]
+    assert all(words[words.index("--steps") + 1] == "3" for words in trained)
     (tmp_path / "out" / "mine").touch()
     code, found, _ = run(*words)
     assert (code, found["error"]["kind"]) == (2, "OutputError")
