@@ -51,7 +51,7 @@ Golden = Annotated[
 Measure = Annotated[bool, option("--measure", "Run no check: print the promises to paste.")]
 ListChecks = Annotated[bool, option("--list", "Run no check: list them, and how to mend each.")]
 
-PANELS = {"Run no check": ["measure", "list_checks"]}
+PANELS = {"Information": ["measure", "list_checks"]}
 
 
 def command(
