@@ -37,12 +37,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     flags = set(words[: words.index("--")] if "--" in words else words)
     wants_help = not flags.isdisjoint(_SETTINGS["help_option_names"])
     # read before parsing, since a parsing error is printed as JSON too
-    terminal = Terminal(
-        json="--json" in flags and not wants_help,
-        debug="--debug" in flags,
-        silent=not processes.is_first(),
-    )
+    terminal = Terminal("--json" in flags and not wants_help, "--debug" in flags)
     try:
+        terminal.silent = not processes.is_first()
         with terminal.active():
             report = _dispatch(words)
         if report is None:

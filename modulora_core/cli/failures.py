@@ -41,9 +41,11 @@ def report_failure(error: BaseException, terminal: Terminal) -> int:
         terminal.note("".join(traceback.format_exception(error)).rstrip())
     kind, message, code = _described(error)
     is_request = code == RequestError.exit_code
-    if is_request:  # the first process prints it for all
+    if is_request:  # the first process prints it for all, if it can be reached
+        shared = error if isinstance(error, ModuLoRAError) else RequestError(message)
         with suppress(ModuLoRAError):
-            processes.agree(error if isinstance(error, ModuLoRAError) else RequestError(message))
+            processes.agree(shared)
+        terminal.silent &= shared.agreed
     elif terminal.silent:
         terminal.silent, terminal.json = False, False
         message = f"process {processes.rank()} of {processes.world_size()}: {message}"
@@ -51,7 +53,8 @@ def report_failure(error: BaseException, terminal: Terminal) -> int:
         terminal.write_object({"error": {"kind": kind, "message": message}})
     terminal.note(f"error: {message}")
     if is_request:
-        processes.barrier()  # a launcher ends the others as soon as one process has ended
+        with suppress(ModuLoRAError):
+            processes.barrier()  # a launcher ends the others as soon as one process has ended
     return code
 
 

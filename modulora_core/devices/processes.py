@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from modulora_core.errors import ModuLoRAError, RequestError
+from modulora_core.errors import ModuLoRAError, OptionError, RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,19 +28,29 @@ def world_size() -> int:
     """The number of processes of this run."""
     if _are_connected():
         return sys.modules["torch.distributed"].get_world_size()  # type: ignore[no-any-return]
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    return _number("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else 1
 
 
 def rank() -> int:
     """The number of this process, from 0."""
     if _are_connected():
         return sys.modules["torch.distributed"].get_rank()  # type: ignore[no-any-return]
-    return int(os.environ["RANK"]) if world_size() > 1 else 0
+    return _number("RANK") if world_size() > 1 else 0
 
 
 def local_rank() -> int:
     """The number of this process on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", "0")
+
+
+def _number(variable: str, default: str = "none") -> int:
+    text = os.environ.get(variable, default)
+    if not (text.isascii() and text.isdigit() and len(text) < 7):
+        raise OptionError(
+            f"environment variable {variable}: expected a number as torchrun sets it, got "
+            f"{text!r:.40}"
+        )
+    return int(text)
 
 
 def _are_connected() -> bool:
@@ -54,7 +64,11 @@ def is_first() -> bool:
 
 
 def join() -> None:
-    """Connect to the other processes; this process takes the GPU of its local rank."""
+    """Connect to the other processes; this process takes the GPU of its local rank.
+
+    Raises:
+        OptionError: torch can't connect them.
+    """
     import torch
     from torch import distributed
 
@@ -62,7 +76,14 @@ def join() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    distributed.init_process_group(timeout=PATIENCE)  # gloo, and NCCL for GPUs
+    try:
+        distributed.init_process_group(timeout=PATIENCE)  # gloo, and NCCL for GPUs
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise OptionError(
+            f"process {rank()} of {world_size()}: can't connect to the others: {reason}; start all "
+            "with torchrun or accelerate launch"
+        ) from error
 
 
 def barrier() -> None:

@@ -313,3 +313,22 @@ def test_nothing_is_said_when_nobody_reads(word: str) -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "many", "LOCAL_RANK": "0"}, "WORLD_SIZE: expected a number .* got 'many'"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "RANK: expected a number .* got 'none'"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}, "model /no: no such"),  # all alone
+    ],
+)
+def test_wrong_variables_of_a_launcher_are_one_sentence(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["info", "/no"]) == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
