@@ -74,6 +74,12 @@ class Selection:
     head: Choice | None = None
     embeddings: Choice | None = None
 
+    def __post_init__(self) -> None:
+        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
+            is_list = isinstance(patterns, list | tuple)
+            if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
+                raise OptionError(f"{name}: expected a list of patterns, got {patterns!r:.80}")
+
     def sort(self, source: ModelSource) -> tuple[list[LinearSite], list[End], dict[str, str]]:
         """The linear layers to pack, the packed ends, and name → reason of all other parameters."""
         model = source.skeleton()

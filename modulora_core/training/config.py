@@ -35,7 +35,9 @@ _LARGEST = 1e30
 def _one_or_more(value: Any) -> Any:
     if isinstance(value, str | os.PathLike):
         return (os.fspath(value),)
-    return tuple(map(os.fspath, value)) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple) and all(isinstance(v, str | os.PathLike) for v in value):
+        return tuple(map(os.fspath, value))
+    return value  # pydantic names what it is
 
 
 def _comma_separated(value: Any) -> Any:

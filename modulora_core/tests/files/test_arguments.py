@@ -12,6 +12,7 @@ import pytest
 import modulora_core
 from modulora_core.errors import RequestError
 from modulora_core.files.arguments import check_type
+from modulora_core.quantization.layout import Selection
 
 api: Any = modulora_core
 
@@ -21,6 +22,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "out": (lambda _: api.quantize("m", None, "toy"), "output folder 'None'"),
     "model": (lambda _: api.evaluate(5), "model: expected a name"),
     "seed": (lambda out: api.quantize("m", out, "toy", seed="x"), "seed: expected int"),
+    "include": (
+        lambda _: Selection("q_proj"),
+        "include: expected a list of patterns, got 'q_proj'",
+    ),
     "nan": (lambda _: api.Sampling(temperature=float("nan")), "temperature: expected 0"),
     "bool": (lambda _: api.Sampling(top_k=True), "top_k: expected int, got True"),
     "rank": (lambda _: api.LoRASettings(rank=None), "rank: expected int, got None"),

@@ -76,6 +76,7 @@ def test_options_override_the_file_and_the_fields_that_they_exclude(tmp_path: Pa
         ({"adapter": "a", "train_scales": True}, "train_scales: the adapter a has its own"),
         ({"keep_products": True, "gradient_checkpointing": False}, "keep_products: expected grad"),
         ({"data": []}, "option 'data': .* at least 1 item"),
+        ({"data": [1]}, r"option 'data\.0': expected a valid string, got 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
