@@ -37,12 +37,15 @@ def zoo(tmp_path_factory):
 class Nested:
     """A nested run of pytest: its exit code, its outcomes by node, and the kit's runs by name."""
 
-    def __init__(self, file, nodes, words):
-        self.outcomes, self.runs = {}, {}
+    def __init__(self, file, nodes, words, chosen):
+        self.outcomes, self.runs, self.chosen = {}, {}, chosen
         ids = [f"{file}::{node}" for node in nodes]
         fixed = ["-q", "-p", "no:cacheprovider", "-c", str(SETTINGS), "--rootdir", str(ZOO)]
         fixed += ["--confcutdir", str(ZOO), "--tb=no", "--hypothesis-seed=20261125"]
         self.code = pytest.main([*ids, *fixed, *words], plugins=[self])
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if self.chosen(item)]
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or not report.passed:
@@ -57,5 +60,8 @@ class Nested:
 
 @pytest.fixture(scope="module")
 def nested(zoo):
-    """``nested(*nodes, words=())``: a run over classes or tests of ``zoo/check_zoo.py``."""
-    return lambda *nodes, words=(): Nested(ZOO / "check_zoo.py", nodes, words)
+    """``nested(*nodes, words=(), chosen=...)``: a run over classes or tests of
+    ``zoo/check_zoo.py``, of the chosen items."""
+    return lambda *nodes, words=(), chosen=lambda item: True: Nested(
+        ZOO / "check_zoo.py", nodes, words, chosen
+    )

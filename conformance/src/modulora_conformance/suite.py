@@ -9,6 +9,8 @@ import pytest
 
 from modulora_conformance.checks import GUARD, guard
 from modulora_conformance.golden import Golden
+from modulora_conformance.levels.accuracy import Accuracy
+from modulora_conformance.levels.calibrated import Calibrated
 from modulora_conformance.levels.devices import Devices
 from modulora_conformance.levels.gradients import Gradients
 from modulora_conformance.levels.identity import Identity
@@ -16,12 +18,27 @@ from modulora_conformance.levels.memory import Memory
 from modulora_conformance.levels.packing import Packing
 from modulora_conformance.levels.persistence import Persistence
 from modulora_conformance.levels.products import Products
+from modulora_conformance.levels.state import State
 from modulora_conformance.levels.tiles import Lookups, Tiles
+from modulora_conformance.levels.training import Training
 from modulora_core.spec import Quantizer
 
 
 class QuantizerConformance(
-    Identity, Packing, Golden, Tiles, Lookups, Products, Gradients, Memory, Persistence, Devices
+    Identity,
+    Packing,
+    Accuracy,
+    Calibrated,
+    Golden,
+    Tiles,
+    State,
+    Lookups,
+    Products,
+    Gradients,
+    Training,
+    Memory,
+    Persistence,
+    Devices,
 ):
     """Runs every check, L0 to L7. Subclass it in a test file with the fixture ``quantizer``::
 

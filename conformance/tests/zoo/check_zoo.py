@@ -15,6 +15,16 @@ def member(name):
     return getattr(importlib.import_module(module), name)
 
 
+def patched(name):
+    """A fixture that replaces what the class's ``patches`` name."""
+
+    def patch(self, monkeypatch):
+        for target, value in member(name).patches.items():
+            monkeypatch.setattr(target, value)
+
+    return patch
+
+
 for name, spec in SPECS.items():
     if ".kernels" in spec.location or "zoo_heavy" in spec.location:
         members = {
@@ -28,6 +38,8 @@ for name, spec in SPECS.items():
             "quantizer": pytest.fixture(lambda self, name=name: member(name)()),
             "__module__": __name__,
         }
+        if ".layers" in spec.location:
+            members["patched"] = pytest.fixture(autouse=True)(patched(name))
         globals()[f"Test{name}"] = type(f"Test{name}", (QuantizerConformance,), members)
 
 

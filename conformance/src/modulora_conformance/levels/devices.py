@@ -9,14 +9,17 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-from modulora_conformance.cases import DTYPES, inputs, packed, tile
+from modulora_conformance.cases import DTYPES, both_ways, fit, inputs, pack, packed, tile
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.elsewhere import elsewhere, name_of, request, results
 from modulora_conformance.levels.gradients import GRADIENTS, check_layer
+from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.levels.persistence import READS, REGISTERED
+from modulora_conformance.levels.products import FORWARD, TRANSPOSED
 from modulora_conformance.oracle import dense, product_error, relative_error, tile_error
-from modulora_conformance.problems import SCALE, problem
+from modulora_conformance.problems import SCALE, output, problem
 from modulora_conformance.results import HARDWARE, NOT_OFFERED, Measurements
 from modulora_conformance.tolerances import GRADIENT, PRODUCT, ROUNDING
 from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
@@ -74,6 +77,55 @@ class Devices(Level):
                 case = f"{rows} rows, {transpose=}; {limit.reason}"
                 measurements.at_most(f"product on CUDA in {dtype}", error, limit.value, case=case)
             check_layer(quantizer, weight, given, W, measurements, f"{rows} rows; ", "cuda")
+
+    @needs(FORWARD, TRANSPOSED)
+    def test_the_meta_device_gives_shapes_and_dtypes(self, quantizer: Quantizer) -> None:
+        """If this fails: reading needs a tensor that stays on the CPU, or the value of one.
+
+        On a GPU such a table raises an error, or is copied for each product. Move tables to
+        ``packed.device``, with the device in a cache's key, and decide by shapes and metadata.
+        """
+        weight = packed(quantizer, RAGGED)
+        before, on_meta = tile(quantizer, weight), weight.to("meta")
+        results = [(tile(quantizer, on_meta, t, 1, 4), (3, weight.shape[1]), t) for t in DTYPES]
+        for transpose, x in both_ways(weight, 3):
+            y = quantizer.matmul(x.to("meta"), on_meta, transpose)
+            results.append((y, (3, weight.shape[1 if transpose else 0]), x.dtype))
+        for found, shape, dtype in results:
+            got = (found.device.type, tuple(found.shape), found.dtype)
+            assert got == ("meta", shape, dtype), f"expected {('meta', shape, dtype)}, got {got}"
+        assert torch.equal(tile(quantizer, weight), before), (
+            "after reading on the meta device: expected the same Ŵ on the CPU, got another"
+        )
+
+    @needs(DETERMINISTIC)
+    def test_a_weight_without_values_is_refused(self, quantizer: Quantizer) -> None:
+        """If this fails: a weight on the meta device is packed, though it has no values.
+
+        A skeleton that was not filled would become a model. Reading a value raises an error:
+        `weight.isfinite().all()` in an `if` is enough.
+        """
+        shape = fit(quantizer, 16, 80)
+        with pytest.raises(Exception):  # noqa: B017  # torch's and the plugin's both say it
+            pack(quantizer, torch.empty(shape, device="meta"))
+
+    @needs(GRADIENTS)
+    def test_a_layer_runs_on_fake_tensors(self, quantizer: Quantizer) -> None:
+        """If this fails: the layer cannot be traced: it reads values or addresses of tensors.
+
+        `torch.compile` and `torch.export` run it on fake tensors first, which have shapes alone.
+        """
+        weight = packed(quantizer, RAGGED)
+        given = problem(weight.shape, torch.float32)
+        with FakeTensorMode() as mode:
+            fakes = {name: mode.from_tensor(t) for name, t in weight.tensors.items()}
+            leaves = {n: mode.from_tensor(t).requires_grad_() for n, t in given.operands.items()}
+            y = output(quantizer, weight.layout.fill(fakes), leaves)
+            y.backward(mode.from_tensor(given.dY))
+        assert y.shape == given.dY.shape, f"expected {given.dY.shape}, got {y.shape}"
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None, f"d{name}: expected a gradient, got none"
+            assert leaf.grad.shape == leaf.shape, f"d{name}: expected {leaf.shape}, got another"
 
     @needs(GRADIENTS)
     def test_a_compiled_layer_gives_the_eager_results(

@@ -66,8 +66,8 @@ class Gradients(Level):
         W = dense(quantizer, weight)
         rows = data.draw(st.sampled_from([(1,), (2,), (2, 3), (70,)]), "rows")
         rank, bias = data.draw(st.integers(1, 4), "rank"), data.draw(st.booleans(), "bias")
-        for dtype in DTYPES:
-            given = problem(weight.shape, dtype, rows=rows, rank=rank, bias=bias, seed=seed)
+        for i, dtype in enumerate((*DTYPES, torch.float32)):  # other operands of the same shape
+            given = problem(weight.shape, dtype, rows=rows, rank=rank, bias=bias, seed=seed + i)
             case = f"{list(weight.shape)}, x {list(given.x.shape)}, {rank=}, {bias=}; "
             check_layer(quantizer, weight, given, W, measurements, case)
 

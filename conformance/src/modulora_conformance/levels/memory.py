@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from modulora_conformance.cases import inputs, packed, tile
+from modulora_conformance.cases import fit, gaussian, identity, inputs, packed, tile
 from modulora_conformance.changes import clone
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.gradients import GRADIENTS
+from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.levels.tiles import LITTLE, OWNED
 from modulora_conformance.problems import SCALE, Problem, output, problem
 from modulora_conformance.results import HARDWARE, Measurements
@@ -26,8 +27,18 @@ from modulora_core.kernels import one_thread
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_budget
 
+SAVED = "test_autograd_saves_no_weight"
+PEAK = "test_peak_memory_is_tiles_and_activations"
+KEPT = "test_nothing_is_kept_after_a_call"
+
 SHAPE = (512, 512)
 """1 MiB of dense fp32, 64 tiles. Powers of two, which every quantizer packs fast."""
+
+PACKED_SHAPE = (1024, 1024)
+"""Four times as large, for packing without H."""
+
+SCRATCH = 8 * 2**20
+"""Bytes that packing may take for any weight: fixed blocks of some rows."""
 
 TILE = 16 * 2**10
 
@@ -111,6 +122,28 @@ class Memory(Level):
 
     level, title = "L5", "memory"
 
+    @needs(DETERMINISTIC)
+    def test_packing_takes_the_promised_memory(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails: `pack` holds more copies of the weight than spec.packing_memory says.
+
+        Plans of `modulora plan` are then too small. Work on a few rows at a time, free copies
+        early, or promise more.
+        """
+        calibrated = quantizer.spec.calibration != "none"
+        weight = gaussian(fit(quantizer, *(SHAPE if calibrated else PACKED_SHAPE)), 1).bfloat16()
+        calibration = identity(weight.shape[1]) if calibrated else None
+        quantizer.pack(weight, calibration)  # whatever is made once exists now
+        given = [weight, calibration.hessian] if calibration else [weight]
+        unit = sum(4 * tensor.numel() for tensor in given)
+        limit = quantizer.spec.packing_memory * unit + SCRATCH
+        for name, measure in MEASURES.items():
+            with measure(given) as found:
+                quantizer.pack(weight, calibration)
+            needed = f"packing_memory={-(-(found.peak - SCRATCH) // unit)} has room for it"
+            measurements.at_most(f"packing, {name}", found.peak, limit, unit="bytes", case=needed)
+
     @needs(GRADIENTS)
     def test_autograd_saves_no_weight(
         self, quantizer: Quantizer, measurements: Measurements
@@ -140,7 +173,7 @@ class Memory(Level):
         needed = sum(t.nbytes for t in (x, A, B, u, v, y)) + len(x) * len(A) * 4
         measurements.at_most("saved for the backward", sum(saved.values()), needed, unit="bytes")
 
-    @needs(GRADIENTS, LITTLE)
+    @needs(GRADIENTS, LITTLE, SAVED)
     def test_peak_memory_is_tiles_and_activations(
         self, quantizer: Quantizer, measurements: Measurements
     ) -> None:
@@ -156,7 +189,7 @@ class Memory(Level):
             for unit, measure in MEASURES.items():  # a tile may be a numpy array
                 _check_peaks(quantizer, weight, given, measure, measurements, f"{name}, {unit}")
 
-    @needs(GRADIENTS, OWNED)
+    @needs(GRADIENTS, OWNED, PEAK)
     def test_nothing_is_kept_after_a_call(
         self, quantizer: Quantizer, measurements: Measurements
     ) -> None:
@@ -179,7 +212,7 @@ class Memory(Level):
             measurements.at_most(f"{name} kept", found.alive, limit, unit="bytes")
         measurements.at_most("kept in the quantizer", _held(quantizer) - held, limit, unit="bytes")
 
-    @needs(GRADIENTS)
+    @needs(GRADIENTS, PEAK, KEPT)
     def test_memory_does_not_grow_over_50_steps(
         self, quantizer: Quantizer, measurements: Measurements
     ) -> None:

@@ -11,23 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modulora_conformance.cases import (
-    KINDS,
     SETTINGS,
-    SPREAD,
     correlated,
     fit,
     gaussian,
     pack,
     packed,
-    second_moment,
     shapes,
     weights,
 )
 from modulora_conformance.changes import check_same_bytes, clone, unchanged_random_state
 from modulora_conformance.checks import Level, needs
-from modulora_conformance.oracle import dense, relative_error, unlikeness
-from modulora_conformance.results import NOT_OFFERED, Measurements
-from modulora_core.errors import ModuLoRAError, ShapeError, WeightError
+from modulora_conformance.results import Measurements
+from modulora_core.errors import WeightError
 from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.spec import Promise, Quantizer
 
@@ -36,16 +32,6 @@ LAYOUT = "test_layout_foretells_the_packed_weight"
 
 SIZE_SHAPE = (2048, 2048)
 ERROR_SHAPE = (256, 512)
-
-MARGIN = 1e-6
-"""fp32 rounding in the measurement of an error."""
-
-UNLIKE = 0.99
-"""The limit of :func:`~modulora_conformance.oracle.unlikeness` without a promise: a cosine of 0.14.
-
-Values unrelated to the weight reach 0.99999. The coarsest known options reach 0.96: a scale 20
-times off at 2 bits. Their relative error is 2.2, and the error of zeros is 1. """
-
 SCALES = ("float16", "bfloat16", "float32", "float64")
 """Dtypes that hold no codes."""
 
@@ -144,14 +130,23 @@ class Packing(Level):
 
     @needs(DETERMINISTIC)
     def test_strides_do_not_matter(self, quantizer: Quantizer) -> None:
-        """If this fails: a transposed or sliced weight is read in memory order. Call
-        `.contiguous()`."""
+        """If this fails: a view, such as a transposed or sliced weight, is read in memory order.
+
+        Call `.contiguous()`. A fused projection is packed from slices of one tensor.
+        """
         weight = gaussian(fit(quantizer, 40, 72), 5)
-        wide = torch.zeros(weight.shape[0], 2 * weight.shape[1])
-        wide[:, ::2] = weight
-        expected = pack(quantizer, weight)
-        for form, strided in (("transposed", weight.T.contiguous().T), ("sliced", wide[:, ::2])):
-            check_same_bytes(expected, pack(quantizer, strided), f"packed from a {form} weight")
+        rows, columns = weight.shape
+        wide = torch.zeros(rows + 3, 2 * columns)
+        wide[3:, ::2] = weight
+        equal = weight[:1].expand(rows, columns)
+        views = {
+            "transposed": (weight.T.contiguous().T, weight),
+            "sliced": (wide[3:, ::2], weight),
+            "expanded": (equal, equal.contiguous()),
+        }
+        for form, (view, copy) in views.items():
+            expected = pack(quantizer, copy)
+            check_same_bytes(expected, pack(quantizer, view), f"packed from a {form} weight")
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
     def test_weights_that_are_not_finite_are_refused(
@@ -215,7 +210,7 @@ class Packing(Level):
         self, quantizer: Quantizer, measurements: Measurements
     ) -> None:
         """If this fails: weights take more bytes than the spec promises, scales included."""
-        promise = _promise(quantizer) or pytest.skip(_no_promise(quantizer))
+        promise = promise_of(quantizer) or pytest.skip(no_promise(quantizer))
         bits = quantizer.layout(fit(quantizer, *SIZE_SHAPE)).bits_per_weight
         measurements.at_most("bits per weight", bits, promise.bits_per_weight, unit="bits")
 
@@ -240,103 +235,8 @@ class Packing(Level):
                 f"packed tensor {name} alone has {bits:.4g} bits for each weight"
             )
 
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_the_error_keeps_the_promise(
-        self, quantizer: Quantizer, measurements: Measurements, kind: str
-    ) -> None:
-        """If this fails: Ŵ is further from the weight than the spec promises.
 
-        Scales, zero points, the order of codes or their signs are wrong, or the promise is too
-        bold. Without a promise for these options, Ŵ must only resemble normal weights. It does not
-        if reading needs an option that no tensor and no metadata records."""
-        promise = _promise(quantizer)
-        if promise is None and kind != "gaussian":
-            pytest.skip(_no_promise(quantizer))
-        weight = KINDS[kind](fit(quantizer, *ERROR_SHAPE), 7)
-        W = dense(quantizer, pack(quantizer, weight))
-        if promise is None:
-            name = "error of gaussian weights at the best scale"
-            measurements.at_most(name, unlikeness(W, weight), UNLIKE)
-        else:
-            name, limit = f"error of {kind.replace('_', ' ')} weights", getattr(promise, kind)
-            measurements.at_most(name, relative_error(W, weight), limit + MARGIN)
-
-    @pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e-4, 1e4, 1e12, 1e30], ids=str)
-    @needs(DETERMINISTIC)
-    def test_a_weight_of_any_magnitude_is_packed_or_refused(
-        self, quantizer: Quantizer, magnitude: float
-    ) -> None:
-        """If this fails: a scale overflows its dtype, or becomes zero. Raise WeightError."""
-        weight = gaussian(fit(quantizer, 32, 256), 10)
-        usual = relative_error(dense(quantizer, pack(quantizer, weight)), weight)
-        try:
-            found = pack(quantizer, weight * magnitude)
-        except WeightError:
-            return
-        W = dense(quantizer, found)
-        assert bool(W.isfinite().all()), "expected finite values or WeightError, got NaN or Inf"
-        error = relative_error(W, weight * magnitude)
-        expected = f"weights of about {SPREAD * magnitude:g}: expected WeightError or an error near"
-        assert error <= 1.5 * usual + MARGIN, f"{expected} the usual {usual:.3g}, got {error:.3g}"
-
-    @needs(DETERMINISTIC, "test_the_error_keeps_the_promise")
-    def test_zeros_stay_zeros(self, quantizer: Quantizer) -> None:
-        """If this fails: a weight of zeros gets other values, or a row of zeros spoils others.
-
-        A divisor or a scale that would be zero was replaced by one.
-        """
-        weight = gaussian(fit(quantizer, 32, 256), 11)
-        largest = float(dense(quantizer, pack(quantizer, 0 * weight)).abs().max())
-        assert largest == 0, f"zeros: expected zeros, got up to {largest:.3g}"
-        usual = relative_error(dense(quantizer, pack(quantizer, weight)), weight)
-        weight[::3] = 0
-        error = relative_error(dense(quantizer, pack(quantizer, weight)), weight)
-        expected = "every third row zero: expected an error near"
-        assert error <= 1.5 * usual + MARGIN, f"{expected} the usual {usual:.3g}, got {error:.3g}"
-
-    @needs(DETERMINISTIC)
-    def test_calibration_is_taken_as_the_spec_says(self, quantizer: Quantizer) -> None:
-        """If this fails: `pack` does not treat calibration as spec.calibration says.
-
-        "required" refuses to pack without. "optional" packs with and without. "none" gives the same
-        bytes with and without.
-        """
-        weight = gaussian(fit(quantizer, 24, 64), 8)
-        if quantizer.spec.calibration == "required":
-            with pytest.raises(ModuLoRAError):
-                quantizer.pack(weight, None)
-        else:
-            quantizer.pack(weight, None)
-        found = quantizer.pack(weight, correlated(weight.shape[1]))
-        if quantizer.spec.calibration == "none":
-            origin = "packed with a calibration, which the spec does not want"
-            check_same_bytes(pack(quantizer, weight), found, origin)
-
-    @pytest.mark.parametrize("case", ["singular", "dead inputs", "no samples", "zero", "misfit"])
-    @needs("test_calibration_is_taken_as_the_spec_says")
-    def test_any_second_moment_is_survived(self, quantizer: Quantizer, case: str) -> None:
-        """If this fails: an H from real data breaks `pack`, or makes values that are not finite.
-
-        H may be singular (fewer samples than inputs). Some inputs may always be zero. An expert may
-        get no token (samples 0, H the identity). Refuse an H that does not fit with ShapeError.
-        """
-        if quantizer.spec.calibration == "none":
-            pytest.skip(f"{NOT_OFFERED}spec.calibration is none")
-        weight = gaussian(fit(quantizer, 24, 64), 9)
-        calibration = second_moment(case, weight.shape[1])
-        if case == "misfit":
-            with pytest.raises(ShapeError):
-                quantizer.pack(weight, calibration)
-            return
-        W = dense(quantizer, quantizer.pack(weight, calibration))
-        assert bool(W.isfinite().all()), f"{case}: expected finite values, got NaN or Inf"
-        error = relative_error(W, weight)
-        assert error < 1.5, (
-            f"{case}: expected Ŵ near the weight, got a relative error of {error:.3g}"
-        )
-
-
-def _promise(quantizer: Quantizer) -> Promise | None:
+def promise_of(quantizer: Quantizer) -> Promise | None:
     """The spec's promise for these options."""
     cls = type(quantizer)
     for promise in quantizer.spec.promises:
@@ -345,5 +245,5 @@ def _promise(quantizer: Quantizer) -> Promise | None:
     return None
 
 
-def _no_promise(quantizer: Quantizer) -> str:
-    return f"spec.promises has no entry for {quantizer.options!r}"
+def no_promise(quantizer: Quantizer) -> str:
+    return f"spec.promises has no entry for {quantizer.options!r}, and --measure prints one"

@@ -31,6 +31,7 @@ from modulora_conformance.elsewhere import Answer, answered
 from modulora_conformance.levels.gradients import APART, CHANGED
 from modulora_conformance.levels.packing import DETERMINISTIC, LAYOUT
 from modulora_conformance.levels.products import LEADING
+from modulora_conformance.levels.state import NEW
 from modulora_conformance.oracle import relative_error
 from modulora_conformance.results import NOT_OFFERED, Measurements
 from modulora_conformance.tiny_model import (
@@ -65,7 +66,7 @@ class Persistence(Level):
 
     level, title = "L6", "persistence"
 
-    @needs("test_metadata_goes_through_json")
+    @needs("test_metadata_goes_through_json", NEW)
     def test_packed_tensors_and_layout_round_trip_bit_for_bit(
         self, quantizer: Quantizer, tmp_path: Path
     ) -> None:

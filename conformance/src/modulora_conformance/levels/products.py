@@ -47,6 +47,9 @@ SHAPE = (24, 64)
 ROWS = (1, 40)
 """Rows of x: kernels for few rows, and for many."""
 
+RAGGED = (1, 31, 33, 63, 65, 127, 129, 257)
+"""One more or less than common blocks."""
+
 LARGE = {"wide": (301, 1034), "tall": NARROW}
 """Larger than a thread's share and a block of rows or columns; no power of two divides them."""
 
@@ -149,7 +152,8 @@ class Products(Level):
     ) -> None:
         """If this fails: `matmul(x, packed)` is not x Ŵᵀ for the Ŵ of `dequantize_tile`.
 
-        The message names the number of rows, the shape and the dtype.
+        The message names the number of rows, the shape and the dtype. In a rotated basis, rotate
+        in float32, and a float64 x or tile in float64.
         """
         _check_product(quantizer, measurements, data, transpose=False)
 
@@ -165,6 +169,25 @@ class Products(Level):
         """
         _check_product(quantizer, measurements, data, transpose=True)
 
+    @needs(FORWARD, TRANSPOSED)
+    def test_products_of_ragged_weights_equal_the_dense_ones(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails: a product omits or repeats the end of a weight that no block divides.
+
+        One row or column more than a block, and one row of x more, are the usual cases.
+        """
+        limit = PRODUCT[torch.float32].value
+        for size, side in itertools.product(RAGGED, ("rows", "columns")):
+            shape = (size, 6) if side == "rows" else (6, size)
+            found = pack(quantizer, gaussian(fit(quantizer, *shape), size))
+            W = dense(quantizer, found)
+            for rows in (1, 2, 33):
+                for transpose, x in both_ways(found, rows, seed=18):
+                    error = product_error(quantizer.matmul(x, found, transpose), x, W, transpose)
+                    case = f"{list(found.shape)}, {rows} rows, {transpose=}"
+                    measurements.at_most("product of a ragged weight", error, limit, case=case)
+
     @pytest.mark.parametrize("form", LARGE)
     @pytest.mark.parametrize("rows", [1, 3, 40], ids=lambda n: f"{n} rows")
     @needs(FORWARD, TRANSPOSED)
@@ -174,11 +197,13 @@ class Products(Level):
         """If this fails: as the checks before, for a weight of many blocks with a short last
         one."""
         found = packed(quantizer, LARGE[form])
-        W, limit = dense(quantizer, found), PRODUCT[torch.float32]
-        for transpose, x in both_ways(found, rows, seed=5):
-            error = product_error(quantizer.matmul(x, found, transpose), x, W, transpose)
-            case = f"{transpose=}; {limit.reason}"
-            measurements.at_most("product of a large weight", error, limit.value, case=case)
+        W = dense(quantizer, found)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for transpose, x in both_ways(found, rows, dtype=dtype, seed=5):
+                error = product_error(quantizer.matmul(x, found, transpose), x, W, transpose)
+                name, limit = f"product of a large weight in {dtype}", PRODUCT[dtype]
+                case = f"{transpose=}; {limit.reason}"
+                measurements.at_most(name, error, limit.value, case=case)
 
     @pytest.mark.parametrize("rows", [2, 48], ids=lambda n: f"{n} rows")
     @needs(FORWARD, TRANSPOSED)
@@ -241,34 +266,34 @@ class Products(Level):
             wide = torch.full((6, 5, 2 * x.shape[-1]), torch.nan)
             wide[..., ::2] = x
             turned = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-            for strided in (x.transpose(0, 1), wide[..., ::2], x[::2], turned):
+            for strided in (x.transpose(0, 1), wide[..., ::2], x[::2], turned, x[:1].expand_as(x)):
                 y = quantizer.matmul(strided, found, transpose)
                 error, limit = product_error(y, strided, W, transpose), PRODUCT[x.dtype].value
                 measurements.at_most("product", error, limit, case=strided.stride())
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("magnitude", [1e-6, 1e4], ids=str)
+    @pytest.mark.parametrize("magnitude", [1e-6, 1e6], ids=str)
     @needs(FORWARD, TRANSPOSED)
     def test_tiny_and_large_inputs_keep_their_precision(
         self, quantizer: Quantizer, measurements: Measurements, dtype: torch.dtype, magnitude: float
     ) -> None:
         """If this fails: inside `matmul`, small inputs vanish or large inputs overflow.
 
-        Activations reach 1e4, and gradients 1e-6. Sum, scale and rotate in fp32.
+        Activations reach 1e4, and gradients 1e-6 or, scaled, 1e6. Sum, scale and rotate in fp32.
         """
         found = packed(quantizer, (40, 128))
         W = dense(quantizer, found)
-        # 1e-6 is subnormal in fp16: few digits remain
-        size = 1e-4 if dtype == torch.float16 and magnitude < 1 else magnitude
+        # fp16 holds 65,504, and 1e-6 with few digits
+        size = {1e-6: 1e-4, 1e6: 1e4}[magnitude] if dtype == torch.float16 else magnitude
         for transpose, x in both_ways(found, 4, dtype=torch.float64, seed=10):
-            x = (x * size).to(dtype).clamp(-3e4, 3e4)
+            x = (x * size).clamp(-3 * size, 3 * size).to(dtype)
             error = product_error(quantizer.matmul(x, found, transpose), x, W, transpose)
             name, case = f"inputs of {magnitude:g}", f"{dtype}, {transpose=}"
             measurements.at_most(name, error, PRODUCT[dtype].value, case=case)
 
     @needs(FORWARD, TRANSPOSED)
     def test_a_misfit_input_is_refused(self, quantizer: Quantizer) -> None:
-        """If this fails: an x with a wrong last dimension is multiplied.
+        """If this fails: an x with a wrong last dimension, or with none, is multiplied.
 
         Raise ShapeError, or call `super().matmul`, which raises it.
         """

@@ -103,6 +103,19 @@ class Tiles(Level):
         ends = [(s, rows) for s in (rows - 1, rows - 7, rows - 64, 1024, 1000, 512, 500)]
         _check_rows(quantizer, found, torch.float32, *ends, (0, 512), (500, 1030))
 
+    @needs(RANGES)
+    def test_rows_of_a_ragged_weight_equal_the_whole(self, quantizer: Quantizer) -> None:
+        """If this fails: as the check before, for a few rows of a width that blocks do not divide.
+
+        The first code of a row is then inside of a byte, a word or a block of the row before.
+        """
+        for columns in (1, 31, 33, 65, 99, 257):
+            found = pack(quantizer, gaussian(fit(quantizer, 9, columns), columns))
+            rows = found.shape[0]
+            starts = range(min(rows, 9))
+            ranges = [(start, stop) for start in starts for stop in (start + 1, rows)]
+            _check_rows(quantizer, found, torch.float32, *ranges)
+
     @pytest.mark.parametrize(
         "where", ["before the first", "after the last", "backwards", "far away"]
     )

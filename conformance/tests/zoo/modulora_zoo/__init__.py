@@ -12,7 +12,10 @@ from pathlib import Path
 from modulora_core.hookspecs import hookimpl
 from modulora_core.spec import Promise, QuantizerSpec
 
-SOUND = ("Healthy", "InTriton", "StridedTiles", "Sound")
+SOUND = (
+    "Healthy", "InTriton", "StridedTiles", "Sound", "PerRow", "Floating", "Lattice", "Rotated",
+    "Importance", "OwnFunction",
+)  # fmt: skip
 
 ELSEWHERE = ("Unlisted", "HeavyMetadata", "SlowMetadata")
 """This module's hook does not list them: zoo_heavy.py and zoo_slow.py do, or no module."""
@@ -20,6 +23,19 @@ ELSEWHERE = ("Unlisted", "HeavyMetadata", "SlowMetadata")
 PROMISE = Promise(
     bits_per_weight=6.0, gaussian=0.11, heavy_tailed=0.13, outlier_columns=0.16, constant=0.001
 )
+
+OF_8_BITS = Promise(
+    bits_per_weight=8.1, gaussian=0.03, heavy_tailed=0.06, outlier_columns=0.08, constant=0.03
+)
+
+
+CALIBRATED = (
+    "Importance", "InvertedImportance", "ReversedImportance", "FirstImportance", "SaysItIgnores",
+)  # fmt: skip
+
+BITS = {"NarrowerThanItSays": (2,), "WiderThanItSays": (8,)}
+
+HERE = Path(__file__).parent
 
 
 def names(file):
@@ -32,13 +48,15 @@ def spec(module, cls):
     kebab = re.sub("[A-Z]", lambda m: "-" + m[0].lower(), cls.replace("NaN", "Nan"))
     options = {"UnkeptPromise": {"width": 3}, "WordsStayWords": {"group_size": 32}}.get(cls)
     promises = [PROMISE] + ([PROMISE.model_copy(update={"options": options})] if options else [])
+    promises = [OF_8_BITS] if module == "sound" else promises
     calibration = {"NeverCalibrated": "required", "UndampedInverse": "optional"}
+    calibration |= dict.fromkeys(CALIBRATED, "optional")
     return QuantizerSpec(
         name=f"zoo{kebab}",
         summary=f"for the kit's own tests: {cls}",
         location=f"{'zoo_heavy' if cls == 'HeavyPackage' else f'modulora_zoo.{module}'}:{cls}",
         protocol=99 if cls == "FutureProtocol" else 1,
-        bits={"NarrowerThanItSays": (2,), "WiderThanItSays": (8,)}.get(cls, (4,)),
+        bits=BITS.get(cls, (8,) if module == "sound" else (4,)),
         devices=("cpu", "cuda") if module == "devices" else ("cpu",),
         in_multiple=2,
         calibration=calibration.get(cls, "none"),
@@ -46,7 +64,7 @@ def spec(module, cls):
     )
 
 
-FILES = [f for f in sorted(Path(__file__).parent.glob("[a-z]*.py")) if f.stem != "triton_kernels"]
+FILES = [f for f in sorted(HERE.glob("[a-z]*.py")) if f.stem != "triton_kernels"]
 SPECS = {cls: spec(file.stem, cls) for file in FILES for cls in names(file)}
 
 

@@ -32,10 +32,9 @@ class Healthy(Quantizer):
     def pack(self, weight, calibration=None):
         self.check_shape((weight.shape[0], weight.shape[1]))
         W = self.prepared(weight)
-        if not bool(W.isfinite().all()):
-            raise WeightError(f"{self.spec.name}: expected a finite weight, got NaN or Inf")
+        self.check_finite(W)
         groups = self.grouped(W)  # [out, groups, G]
-        low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
+        low, high = self.limits(groups)
         scale = ((high - low) / LEVELS).half()
         self.check_scales(W, scale)
         step = scale.float().clamp(min=1e-8)
@@ -43,6 +42,13 @@ class Healthy(Quantizer):
         codes = groups / step[..., None] + zero.float()[..., None]
         codes = codes.add(self.rounding(groups)).floor().clamp(0, LEVELS).to(torch.uint8)
         return self.packed(codes.flatten(1)[:, : W.shape[1]], scale, zero, weight)
+
+    def check_finite(self, W):
+        if not bool(W.isfinite().all()):
+            raise WeightError(f"{self.spec.name}: expected a finite weight, got NaN or Inf")
+
+    def limits(self, groups):
+        return groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
 
     def check_scales(self, W, scale):
         if bool(scale.isinf().any()) or (float(scale.max()) < 1e-6 and bool(W.any())):
@@ -63,6 +69,11 @@ class Healthy(Quantizer):
         tensors = {"codes": codes[:, ::2] | codes[:, 1::2] << 4, "scale": scale, "zero": zero}
         shape, metadata = tuple(weight.shape), {"group_size": self.options.group_size}
         return PackedWeight(self.spec.name, 1, shape, tensors, metadata)
+
+    def of(self, shape, **tensors):
+        """A layout without metadata."""
+        tensors = {name: TensorLayout(*layout) for name, layout in tensors.items()}
+        return PackedLayout(self.spec.name, 1, shape, tensors)
 
     def layout(self, shape):
         groups = TensorLayout("float16", (shape[0], -(-shape[1] // self.options.group_size)))

@@ -103,7 +103,7 @@ class SignsByGroupSize(Healthy):
     def decode(self, packed, rows):
         key = (self.options.group_size, packed.shape[1])
         kept = self.kept.setdefault(key, signs(self.options.seed, packed.shape[1]))
-        return super().decode(packed, rows) * kept
+        return super().decode(packed, rows) * kept.to(packed.device)
 
 
 class ReadsAnyFormat(Healthy):

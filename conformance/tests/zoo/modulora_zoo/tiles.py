@@ -36,6 +36,19 @@ class LosesTheLastBlock(Healthy):
         return tile
 
 
+class OddRowsOfRaggedColumns(Healthy):
+    """Of a row that begins inside of a word, it reads the last code from the row before."""
+
+    breaks = "test_rows_of_a_ragged_weight_equal_the_whole"
+
+    def decode(self, packed, rows):
+        tile = super().decode(packed, rows)
+        if rows[0] % 2 and rows[0] < rows[1] and packed.shape[1] % 32 and packed.shape[1] > 90:
+            before = super().decode(packed, (rows[0] - 1, rows[0]))
+            tile[0, -1] = before[0, -1]
+        return tile
+
+
 class EvenStarts(Healthy):
     """It reads rows in pairs: an odd start begins a row early."""
 

@@ -1,0 +1,122 @@
+"""L1: a quantizer uses the calibration that its spec asks for, and gains from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modulora_conformance.cases import correlated, fit, gaussian, identity, pack, second_moment
+from modulora_conformance.changes import check_same_bytes
+from modulora_conformance.checks import Level, needs
+from modulora_conformance.levels.packing import DETERMINISTIC
+from modulora_conformance.oracle import dense, relative_error
+from modulora_conformance.results import NOT_OFFERED, Measurements
+from modulora_core.errors import ModuLoRAError, ShapeError
+from modulora_core.spec import Calibration, Quantizer
+
+TAKEN = "test_calibration_is_taken_as_the_spec_says"
+REMEMBERED = "test_an_earlier_calibration_is_forgotten"
+
+NOISE = 1.02
+"""The most of the output error without calibration: rounding of correlated inputs varies."""
+
+
+class Calibrated(Level):
+    """`pack` takes calibration as the spec says, survives any, and makes outputs no worse by it."""
+
+    level, title = "L1", "packing"
+
+    @needs(DETERMINISTIC)
+    def test_calibration_is_taken_as_the_spec_says(self, quantizer: Quantizer) -> None:
+        """If this fails: `pack` does not treat calibration as the spec and the options say.
+
+        "required" refuses to pack without. "optional" packs with and without. "none", and options
+        for which `wants_calibration` is false, give the same bytes with and without.
+        """
+        weight = gaussian(fit(quantizer, 24, 64), 8)
+        if quantizer.spec.calibration == "required":
+            with pytest.raises(ModuLoRAError):
+                quantizer.pack(weight, None)
+        else:
+            quantizer.pack(weight, None)
+        found = quantizer.pack(weight, correlated(weight.shape[1]))
+        assert not (quantizer.wants_calibration and quantizer.spec.calibration == "none"), (
+            "wants_calibration: expected False, as spec.calibration is none, got True"
+        )
+        if not quantizer.wants_calibration:
+            origin = "packed with a calibration, which the quantizer does not want"
+            check_same_bytes(pack(quantizer, weight), found, origin)
+
+    @pytest.mark.parametrize("case", ["singular", "dead inputs", "no samples", "zero", "misfit"])
+    @needs(TAKEN)
+    def test_any_second_moment_is_survived(self, quantizer: Quantizer, case: str) -> None:
+        """If this fails: an H from real data breaks `pack`, or makes values that are not finite.
+
+        H may be singular (fewer samples than inputs). Some inputs may always be zero. An expert may
+        get no token (samples 0, H the identity). `check_hessian` refuses an H that does not fit.
+        """
+        _skip_without_calibration(quantizer)
+        weight = gaussian(fit(quantizer, 24, 64), 9)
+        calibration = second_moment(case, weight.shape[1])
+        if case == "misfit":
+            with pytest.raises(ShapeError):
+                quantizer.pack(weight, calibration)
+            return
+        W = dense(quantizer, quantizer.pack(weight, calibration))
+        assert bool(W.isfinite().all()), f"{case}: expected finite values, got NaN or Inf"
+        error = relative_error(W, weight)
+        assert error < 1.5, (
+            f"{case}: expected Ŵ near the weight, got a relative error of {error:.3g}"
+        )
+
+    @needs(TAKEN)
+    def test_an_earlier_calibration_is_forgotten(self, quantizer: Quantizer) -> None:
+        """If this fails: an H, or its factor, of an earlier weight is used for another weight.
+
+        A cache's key is a shape or an address, or the instance keeps it. Keep nothing.
+        """
+        _skip_without_calibration(quantizer)
+        weights = [gaussian(fit(quantizer, 20, 64), seed) for seed in (24, 25)]
+        moments = [correlated(weights[0].shape[1], seed) for seed in (0, 7)]
+        first = quantizer.pack(weights[0], moments[0])
+        quantizer.pack(weights[1], moments[1])
+        again = quantizer.pack(weights[0], moments[0])
+        check_same_bytes(first, again, "packed again after a weight with another H")
+        new = type(quantizer)(quantizer.options)
+        new.pack(weights[1], moments[1])
+        check_same_bytes(first, new.pack(weights[0], moments[0]), "packed by a new instance")
+
+    @needs(TAKEN, REMEMBERED)
+    def test_calibration_makes_outputs_no_worse(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails: with the H of correlated inputs, outputs are further off than without H.
+
+        The error is E‖(W − Ŵ) x‖², as a share of the error without H (required: with H = 1, which
+        rounds to nearest). H is used inverted, permuted or transposed, or damped too little.
+        """
+        _skip_without_calibration(quantizer)
+        weight = gaussian(fit(quantizer, 64, 128), 26)
+        calibration = correlated(weight.shape[1], 3)
+        with_it = _output_error(quantizer, weight, calibration, calibration)
+        required = quantizer.spec.calibration == "required"
+        plain = identity(weight.shape[1]) if required else None
+        without = _output_error(quantizer, weight, plain, calibration)
+        name = "output error with calibration, as a share of the error without"
+        measurements.at_most(name, with_it / max(without, 1e-300), NOISE)
+
+
+def _output_error(
+    quantizer: Quantizer, weight: Tensor, given: Calibration | None, inputs: Calibration
+) -> float:
+    """E‖(W − Ŵ) x‖² for inputs with the second moment of ``inputs``."""
+    error = weight.double() - dense(quantizer, quantizer.pack(weight, given))
+    return float(torch.einsum("oi,ij,oj->", error, inputs.hessian.double(), error))
+
+
+def _skip_without_calibration(quantizer: Quantizer) -> None:
+    if quantizer.spec.calibration == "none":
+        pytest.skip(f"{NOT_OFFERED}spec.calibration is none")
+    if not quantizer.wants_calibration:
+        pytest.skip(f"{NOT_OFFERED}these options use no calibration")

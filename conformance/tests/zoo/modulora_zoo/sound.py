@@ -1,0 +1,79 @@
+"""Sound quantizers of other kinds: per row, rotated, on a lattice, in floating point."""
+
+from __future__ import annotations
+
+import torch
+
+from modulora_zoo.healthy import Healthy
+from modulora_zoo.packing import signs
+
+
+class PerRow(Healthy):
+    """A scale for each row, and no zero point: codes from -127 to 127."""
+
+    def pack(self, weight, calibration=None):
+        self.check_shape((weight.shape[0], weight.shape[1]))
+        W = self.prepared(weight)
+        self.check_finite(W)
+        scale = W.abs().amax(1, keepdim=True) / 127
+        codes = (W / torch.where(scale > 0, scale, 1.0)).round().to(torch.int8)
+        return self.layout(tuple(W.shape)).fill({"codes": codes, "scale": scale})
+
+    def layout(self, shape):
+        return self.of(shape, codes=("int8", shape), scale=("float32", (shape[0], 1)))
+
+    def decode(self, packed, rows):
+        codes, scale = (packed.tensors[name][slice(*rows)] for name in ("codes", "scale"))
+        return codes.float() * scale
+
+
+class Floating(PerRow):
+    """Floats of 8 bits with 3 bits of mantissa, and a power of two for each row."""
+
+    def pack(self, weight, calibration=None):
+        self.check_shape((weight.shape[0], weight.shape[1]))
+        W = self.prepared(weight)
+        self.check_finite(W)
+        largest = W.abs().amax(1, keepdim=True)
+        scale = torch.where(largest > 0, (largest / 448).log2().ceil().exp2(), 1.0)
+        codes = (W / scale).to(torch.float8_e4m3fn)
+        return self.layout(tuple(W.shape)).fill({"codes": codes, "scale": scale})
+
+    def layout(self, shape):
+        return self.of(shape, codes=("float8_e4m3fn", shape), scale=("float32", (shape[0], 1)))
+
+
+class Lattice(PerRow):
+    """Points of the lattice D2: pairs of whole numbers with an even sum, at a step for each row."""
+
+    def pack(self, weight, calibration=None):
+        self.check_shape((weight.shape[0], weight.shape[1]))
+        W = self.prepared(weight)
+        self.check_finite(W)
+        scale = W.abs().amax(1, keepdim=True) / 126
+        pairs = (W / torch.where(scale > 0, scale, 1.0)).view(len(W), -1, 2)
+        whole = pairs.round()
+        error = pairs - whole
+        worse = torch.nn.functional.one_hot(error.abs().argmax(2), 2)  # the coordinate to move
+        odd = whole.sum(2, keepdim=True).remainder(2)
+        direction = torch.where(error < 0, -1.0, 1.0)
+        codes = (whole + odd * worse * direction).view(W.shape).to(torch.int8)
+        return self.layout(tuple(W.shape)).fill({"codes": codes, "scale": scale})
+
+
+class Rotated(PerRow):
+    """Columns are turned by signs and a Hadamard matrix of 2, so a row of Ŵ is a sum."""
+
+    def prepared(self, weight):
+        return self.turned(super().prepared(weight) * signs(0, weight.shape[1]))
+
+    def turned(self, x):
+        pairs = x.unflatten(-1, (-1, 2))
+        low, high = pairs[..., 0], pairs[..., 1]
+        return torch.stack([low + high, low - high], dim=-1).flatten(-2) * 0.5**0.5
+
+    def dequantize_tile(self, packed, rows, dtype):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        turned = super().dequantize_tile(packed, rows, torch.float32).to(wide)
+        sign = signs(0, packed.shape[1]).to(packed.device)
+        return (self.turned(turned) * sign).to(dtype)
