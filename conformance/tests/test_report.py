@@ -272,6 +272,20 @@ def test_a_support_table_has_a_row_for_each_configuration_and_no_markup(broken, 
     assert not re.search(r"(?<!\\)<", text)
 
 
+def test_badge_and_table_are_the_same_whenever_the_same_checks_pass(tmp_path):
+    """They are committed: neither seconds, seeds, machines nor rounding change them."""
+    slower = [slower_and_rounded(check) for check in make().checks]
+    write_report(make(), tmp_path / "a")
+    write_report(make(slower, seed="2", speed={}, environment={"system": "other"}), tmp_path / "b")
+    for name in ("mine.svg", "mine.md"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def slower_and_rounded(check):
+    measured = [m.model_copy(update={"value": m.value * (1 + 1e-6)}) for m in check.measurements]
+    return check.model_copy(update={"seconds": 9.9, "measurements": tuple(measured)})
+
+
 def test_a_written_page_passes_its_check_until_it_differs(tmp_path, capsys):
     results, page = tmp_path / "results", tmp_path / "docs" / "support.md"
     for name in ("mine", "another"):
