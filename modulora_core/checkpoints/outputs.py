@@ -111,7 +111,7 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
     with _lock(partial / MARKER, f"temporary folder {partial}: expected it free"):
         if not resume:
             _empty(partial)
-        with _full_disk_named():
+        with _full_disk_named(out):
             yield partial
             sync_folder(partial)
         if out.exists():
@@ -139,7 +139,7 @@ def new_file(out: Path, suffix: str) -> Iterator[Path]:
     check_new_file(out, suffix)
     partial = partial_name(out)
     try:
-        with _full_disk_named():
+        with _full_disk_named(out):
             yield partial
             _sync(partial)
         partial.replace(out)
@@ -158,7 +158,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     usable_path(folder, "output folder", OutputError)
     _check_outside_models(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, f"output folder {folder}: expected it free"), _full_disk_named():
+    with _lock(folder, f"output folder {folder}: expected it free"), _full_disk_named(folder):
         try:
             yield
         finally:
@@ -167,12 +167,12 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _full_disk_named() -> Iterator[None]:
-    """Say what to do where the system has no room for a file. Raises OutputError."""
+def _full_disk_named(out: Path) -> Iterator[None]:
+    """Say what to do where the system has no room for a file of ``out``. Raises OutputError."""
     try:
         yield
-    except OSError as error:
-        named = as_output_error(error)
+    except Exception as error:
+        named = as_output_error(error, out)
         if named is None:
             raise
         raise named from error

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from pathlib import Path
 
 from modulora_core.errors import OutputError, RequestError
+
+_RUST = re.compile(r"\(os error (\d{1,5})\)")
 
 _FULL = {
     errno.ENOSPC: "free some room, or choose another place",
@@ -37,11 +41,20 @@ def said_by_system(error: OSError) -> str | None:
     if error.errno is None or error.strerror is None:
         return None
     place = "" if error.filename is None else f"{error.filename!s:.200}: "
-    advice = _FULL.get(error.errno)
-    return f"{place}{error.strerror}" + (f"; {advice}" if advice else "")
+    return f"{place}{error.strerror}"
 
 
-def as_output_error(error: OSError) -> OutputError | None:
-    """The error of a full disk, a limit or a place that can't be written; None for others."""
-    said = said_by_system(error)
-    return OutputError(said) if said is not None and error.errno in _FULL else None
+def as_output_error(error: Exception, place: Path) -> OutputError | None:
+    """The error of a full disk, a limit or a place that can't be written; None for others.
+
+    Args:
+        error: of Python, or of a library in Rust, whose message has the system's number.
+        place: for the message, if the error names no file.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if found := _RUST.search(str(error)):
+        number = int(found[1])
+    if number not in _FULL:
+        return None
+    place = getattr(error, "filename", None) or place
+    return OutputError(f"{place!s:.200}: {os.strerror(number)}; {_FULL[number]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import struct
 import time
@@ -194,3 +195,29 @@ def test_requests_that_cannot_be(
     assert "unexpected" not in err
     assert len(err.strip().splitlines()) == 1
     assert not (packed / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "quantize SOURCE OUT -q toy",
+        "merge MODEL OUT",
+        "finetune MODEL OUT --data pydoc[:1%] --seq-len 16 --steps 1 --no-report",
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_loses_nothing(
+    words: str, source: Path, packed: Path, tmp_path: Path, run: Run
+) -> None:
+    places = {"SOURCE": source, "MODEL": packed, "OUT": tmp_path / "out"}
+    filled = [places.get(word, word) for word in words.split()]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        code, found, err = run(*filled)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert "out: File too large; raise the limit" in found["error"]["message"]
+    assert not (tmp_path / "out" / "config.json").exists()
+    again = ["--resume"] if words.startswith("quantize") else []
+    assert run(*filled, *again)[0] == 0
