@@ -174,7 +174,7 @@ def test_a_folder_with_files_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 @needs_kit
 @pytest.mark.slow
-def test_its_tests_certify_it_and_a_second_run_changes_no_committed_file(
+def test_its_tests_certify_it_and_git_ignores_the_large_reports(
     package: Path, site: Path, tmp_path: Path
 ) -> None:
     """If this fails: the output names the promise of the template that is broken."""
