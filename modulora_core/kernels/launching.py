@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,8 +80,10 @@ def check_layout(
         wanted = expected(layout.shape, **layout.metadata)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())  # pydantic's has several lines
+        if isinstance(error, TypeError):  # other names, or other types
+            reason = f"expected values of {', '.join([*signature(expected).parameters][1:])}"
         raise CheckpointError(
-            f"metadata of a {layout.quantizer} weight: got {dict(layout.metadata)}: {reason}"
+            f"metadata of a {layout.quantizer} weight: got {dict(layout.metadata)!s:.200}: {reason}"
         ) from None
     for name in {**wanted, **layout.tensors}:
         described = [
