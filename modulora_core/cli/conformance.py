@@ -95,7 +95,9 @@ def command(
     words += [f"-k={select}"] if select is not None else []
     words += ["-x"] if exitfirst else []
     words += ["--certified"] if certified else []
-    words += [f"--report={report}"] if report is not None else []
+    if report is not None:
+        _make(report)
+        words.append(f"--report={report}")
     words += [f"--seed={seed}"] if seed is not None else []
     words += [f"--golden={golden}"] if golden is not None else []
     code, result = _kit("__main__").run(words)
@@ -153,6 +155,18 @@ def _check_request(
             f"--certified: expected every check, got {' and '.join(given)} too; leave out one"
         )
     return name
+
+
+def _make(report: Path) -> None:
+    """Make the folder before the run, which takes a minute."""
+    from modulora_core.errors import OutputError
+
+    try:
+        report.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"--report {report}: expected a folder to write to, got: {error.strerror}"
+        ) from None
 
 
 def _import_error(name: str) -> BaseException | None:

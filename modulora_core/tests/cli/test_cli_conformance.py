@@ -65,6 +65,7 @@ WRONG = {
     "": "NAME: expected a quantizer of `modulora list-quantizers`",
     "toy --golden missing": "--golden",
     "toy --report {file}": "--report",
+    "toy --report {file}/new": "--report",
 }
 
 
