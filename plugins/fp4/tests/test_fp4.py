@@ -196,3 +196,19 @@ def test_requests_are_refused():
     edited = PackedWeight("fp4", 1, packed.shape, packed.tensors, {"type": "nvfp4"})
     with pytest.raises(CheckpointError, match=r"expected scales as uint8 \[4, 4\]"):
         FP4().dequantize_tile(edited, (0, 4), torch.float32)
+
+
+@kinds
+def test_packing_gives_the_bytes_of_the_reference(kind, generator, monkeypatch):
+    W = torch.randn(48, 512, generator=generator) * torch.logspace(-38, 28, 48)[:, None]
+    W[3], W[5, :64], W[7] = 0, 1e-38, torch.tensor(reference.LEVELS).repeat(32)
+    W[40:] = torch.randn(8, 512, generator=generator)
+    scale = torch.logspace(-1, 1, 512)
+    for calibration in (None, Calibration(torch.diag(scale), 8)):
+        for weight in (W, W[40:]):
+            ours = FP4(Options(type=kind)).pack(weight, calibration)
+            with monkeypatch.context() as patched:
+                patched.setattr(kernels, "load", lambda module, device: None)
+                plain = FP4(Options(type=kind)).pack(weight, calibration)
+            for name, tensor in plain.tensors.items():
+                assert torch.equal(tensor, ours.tensors[name]), name

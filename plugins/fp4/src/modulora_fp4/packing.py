@@ -20,10 +20,13 @@ LARGEST_SCALE = 448.0
 _SMALLEST_EXPONENT, _BIAS, _EMAX = -127, 127, 2
 _LARGEST_G = 2.0**127
 
+SMALLEST_SCALE = 2.0**-127
+"""Smaller scales, whose reciprocals are infinite, count as 0."""
+
 STEPS = {"mxfp4": (0, 1, -1), "nvfp4": (0, 1, -1, 2, -2, 3, 4, 5)}
 """Distances from the rule's code that are tried. Codes of both types grow with the scale."""
 
-_MOST = {"mxfp4": 227, "nvfp4": 126}
+MOST = {"mxfp4": 227, "nvfp4": 126}
 """The largest code of a scale: 2¹⁰⁰, and 448."""
 
 
@@ -77,15 +80,28 @@ def quantize(type: str, W: Tensor, w: Tensor, g: Tensor | None) -> tuple[Tensor,
     best = first
     least = torch.full(best.shape, torch.inf, device=W.device)
     for step in STEPS[type]:
-        tried = (first + step).clamp(0, _MOST[type])
+        tried = (first + step).clamp(0, MOST[type])
         X = block_scales(type, tried, g)[..., None]
-        error = (_elements(blocks, X) * X - blocks).square_().mul_(weights).sum(-1)
+        error = _sum((_elements(blocks, X) * X - blocks).square_().mul_(weights))
         best = torch.where(error < least, tried, best)
         least = torch.minimum(error, least)
     X = block_scales(type, best, g)[..., None]
     return codes_of(_elements(blocks, X)).flatten(-2), best.to(torch.uint8)
 
 
+def _sum(values: Tensor) -> Tensor:
+    """The sum over the last dimension, by halves: in the kernels' order."""
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]
+
+
 def _elements(blocks: Tensor, X: Tensor) -> Tensor:
     """P of blocks with scales ``X``; any will do where the scale is 0."""
-    return rounded(blocks / torch.where(X > 0, X, 1.0))
+    return rounded(blocks * reciprocals(X))
+
+
+def reciprocals(X: Tensor) -> Tensor:
+    """1 / X, and 1 for scales that count as 0."""
+    return 1 / torch.where(X >= SMALLEST_SCALE, X, 1.0)

@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from modulora_core import kernels
 from modulora_core.errors import ShapeError, WeightError
 from modulora_core.kernels import KernelQuantizer
 from modulora_core.spec import Calibration, PackedWeight, TensorLayout, check_hessian
@@ -81,9 +82,26 @@ class FP4(KernelQuantizer):
         codes, scales = packed.tensors["codes"], packed.tensors["scales"]
         for start, stop in tile_ranges(out_features, 4 * in_features, REFERENCE_BYTES):
             W = weight.detach()[start:stop].to(torch.float32).contiguous()
-            P, X = packing.quantize(self.options.type, W, importance, g)
-            codes[start:stop], scales[start:stop] = reference.pack(P), X
+            self._quantize(W, importance, g, codes[start:stop], scales[start:stop])
         return packed
+
+    def _quantize(
+        self, W: Tensor, w: Tensor, g: Tensor | None, codes: Tensor, scales: Tensor
+    ) -> None:
+        """Fill codes and scales of whole rows; ``w`` weights the errors of columns."""
+        kind = self.options.type
+        largest = W.unflatten(1, (-1, reference.BLOCK[kind])).abs().amax(-1)
+        scales.copy_(packing.rule(largest, g))
+        steps = torch.tensor(packing.STEPS[kind], dtype=torch.int32)
+        table = reference.block_scales(kind, torch.arange(256, device=W.device), g)
+        module = kernels.load(f"{self.kernels}.cpu_packing", W.device)
+        if module is not None:
+            inverses = packing.reciprocals(table)
+            most = packing.MOST[kind]
+            kernels.launch(module.quantize, W, w, table, inverses, steps, most, codes, scales)
+        else:
+            P, X = packing.quantize(kind, W, w, g)
+            codes[:], scales[:] = reference.pack(P), X
 
     @staticmethod
     @lru_cache(maxsize=256)  # a model has few shapes, lookups as many as batches have lengths
