@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The values of E2M1 (section 5.3.3) by their codes."""
+"""The values of E2M1 by their codes."""
 
 BLOCK = {"mxfp4": 32, "nvfp4": 16}
 """The elements of a block, k, of each type."""
