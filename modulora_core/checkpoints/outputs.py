@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modulora_core.errors import CheckpointError, DiskSpaceError, OutputError
+from modulora_core.files.json_files import read_bytes
 from modulora_core.files.paths import as_output_error, usable_path
 from modulora_core.models.folders import MARKER, REQUEST
 
@@ -254,7 +255,8 @@ def check_digests(folder: Path) -> int:
     """Compare each file of a folder with its recorded SHA-256, and return the number of files.
 
     Raises:
-        CheckpointError: there are no digests, or a file is missing or has other bytes.
+        CheckpointError: there are no digests, or none of a weight file; or a file is missing or has
+            other bytes.
     """
     listed = folder / DIGESTS
     if not listed.is_file():
@@ -262,7 +264,12 @@ def check_digests(folder: Path) -> int:
             f"{listed}: expected the digests of the folder's files, found none; quantize, convert "
             "and merge write them"
         )
-    lines = [line.partition("  ") for line in listed.read_text("utf-8").splitlines()]
+    text = read_bytes(listed, CheckpointError).decode("utf-8", "replace")
+    lines = [line.partition("  ") for line in text.splitlines()]
+    names = {name for _, _, name in lines}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in names:
+            raise CheckpointError(f"{listed}: expected a digest of {path.name}, found none")
     for expected, _, name in lines:
         path = folder / Path(name).name
         got = digest(path) if path.is_file() else "no file"
