@@ -125,7 +125,7 @@ EXTRA = {
         ),
         (
             {}, {"quantization_config": {"quant_method": "mxfp8"}}, ModelError,
-            r"with mxfp8, which no .* or dequantize it with .*=FineGrainedFP8Config\(dequantize=True\)",
+            r"with mxfp8, which no .* or dequantize it with .*=FineGrainedFP8Config\(dequantize",
         ),
         (
             {}, {"quantization_config": {"quant_method": "auto-round"}}, ModelError,
