@@ -166,14 +166,14 @@ class EqualWeightsBelowZero(Healthy):
 
 
 class ClipsOutliers(Healthy):
-    """It clips at 50 standard deviations."""
+    """It clips at 35 standard deviations."""
 
     breaks = OUTLIER
     says = "error of the outlier"
 
     def prepared(self, weight):
         W = super().prepared(weight)
-        most = 50 * float(W.double().square().mean().sqrt())
+        most = 35 * float(W.double().square().mean().sqrt())
         return W.clamp(-most, most)
 
 

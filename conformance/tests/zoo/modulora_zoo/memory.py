@@ -30,7 +30,8 @@ class DenseProduct(Healthy):
             return super().matmul(x, packed, transpose)
         dtype = torch.promote_types(x.dtype, torch.float32)
         W = self.decode(packed, (0, packed.shape[0])).to(dtype)
-        return (x.to(dtype) @ (W if transpose else W.T)).to(x.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return (x.to(dtype) @ (W if transpose else W.T)).to(x.dtype)
 
 
 class KeepsTheLastWhole(Healthy):
