@@ -17,7 +17,7 @@ import typer.main
 from modulora_core.cli.arguments import option
 from modulora_core.cli.failures import report_failure
 from modulora_core.cli.help import show_help
-from modulora_core.cli.terminal import Report, Terminal
+from modulora_core.cli.terminal import Report, Terminal, open_streams
 from modulora_core.devices import processes
 
 COMMANDS = (
@@ -31,6 +31,7 @@ _SETTINGS = {"help_option_names": ["--help", "-h"]}
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. See :func:`modulora_core.cli.main`."""
+    open_streams()
     _let_threads_sleep()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports to the Hub otherwise
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]

@@ -14,7 +14,7 @@ import typer
 
 from modulora_core.cli.terminal import Terminal
 from modulora_core.devices import processes
-from modulora_core.errors import ModuLoRAError, RequestError
+from modulora_core.errors import ModuLoRAError, RequestError, WorkError
 from modulora_core.files.paths import said_by_system
 
 SIGNALLED = 128
@@ -50,7 +50,8 @@ def report_failure(error: BaseException, terminal: Terminal) -> int:
         terminal.silent, terminal.json = False, False
         message = f"process {processes.rank()} of {processes.world_size()}: {message}"
     if terminal.json:
-        terminal.write_object({"error": {"kind": kind, "message": message}})
+        with suppress(WorkError):  # stdout can't be written, which the note says
+            terminal.write_object({"error": {"kind": kind, "message": message}})
     terminal.note(f"error: {message}")
     if is_request:
         with suppress(ModuLoRAError):

@@ -13,6 +13,7 @@ or a line a minute  stderr, if no tty   stderr
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -31,9 +32,11 @@ from contextlib import (
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from modulora_core.cli.text import visible
+from modulora_core.errors import WorkError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -42,6 +45,16 @@ if TYPE_CHECKING:
 
 PIPED_WIDTH = 160
 """Columns of a table in a file or a pipe, so that nothing is cut off."""
+
+
+def open_streams() -> None:
+    """Make stdout and stderr take any text, in any encoding; a closed one drops it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  open to the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +87,10 @@ class Terminal:
     stderr: TextIO = field(default_factory=lambda: sys.stderr)
 
     def note(self, text: str) -> None:
-        """Print a line on stderr."""
+        """Print a line on stderr, if it can be written."""
         if not self.silent:
-            self._errors.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+            with suppress(OSError):
+                self._errors.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def write(self, text: str) -> None:
         """Stream a piece of the result to stdout at once. With ``--json`` nothing is printed."""
@@ -127,6 +141,8 @@ class Terminal:
             self.stdout.flush()
         except BrokenPipeError:
             self._close_quietly()
+        except OSError as error:
+            raise WorkError(f"standard output: {error.strerror or error}") from error
 
     def _close_quietly(self) -> NoReturn:
         """End without a message, because nobody reads any more: ``modulora ... | head -1``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import struct
@@ -221,3 +222,25 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     assert not (tmp_path / "out" / "config.json").exists()
     again = ["--resume"] if words.startswith("quantize") else []
     assert run(*filled, *again)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "many", "LOCAL_RANK": "0"}, "WORLD_SIZE: expected a number .* got 'many'"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "RANK: expected a number .* got 'none'"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}, "model /no: no such"),  # all alone
+    ],
+)
+def test_wrong_variables_of_a_launcher_are_one_sentence(
+    variables: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["info", "/no"]) == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
