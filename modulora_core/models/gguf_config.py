@@ -31,6 +31,7 @@ def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
 
     require_gguf(path)
     header = read_header(path)
+    _check_layers(path, header)
     try:
         with TemporaryDirectory() as folder:
             light = path
@@ -49,6 +50,17 @@ def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
             f"{', '.join(_architectures())}; give the safetensors of this model"
         ) from error
     return config, values
+
+
+def _check_layers(path: Path, header: Header) -> None:
+    """Refuse more layers than tensors: building so many modules would not end."""
+    field = header.fields.get(f"{header.text('general.architecture')}.block_count")
+    if field is None or (type(field.value) is int and 0 < field.value <= len(header.tensors)):
+        return
+    raise ModelError(
+        f"{path}: block_count: expected a number of layers from 1 to the number of tensors, "
+        f"{len(header.tensors)}, got {field.value!r:.80}"
+    )
 
 
 def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Header) -> None:
@@ -78,4 +90,4 @@ def _architectures() -> list[str]:
         from transformers.integrations.gguf import GGUF_ARCHS
 
         found |= set(GGUF_ARCHS)
-    return sorted(found)
+    return sorted(found - {"general"})  # a section that all architectures have

@@ -125,7 +125,10 @@ class _Parser:
 
     def _value(self, name: str, kind: int) -> Any:
         if kind in _SCALARS:
-            return self._number(_SCALARS[kind])
+            number = self._number(_SCALARS[kind])
+            if not math.isfinite(number):
+                raise CheckpointError(f"{name}: expected a finite number, got {number}")
+            return number
         if kind == STRING:
             return self._string()
         if kind != ARRAY:

@@ -176,3 +176,24 @@ def test_the_width_of_experts_is_the_files(tmp_path: Path, monkeypatch: pytest.M
     source = open_model(str(write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", "F16")))
     assert source.validate() == []
     assert source.config.moe_intermediate_size == 48
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("block_count", 2.5, "block_count: expected a number of layers from 1 to .*, got 2.5"),
+        ("block_count", 2**31 - 1, "block_count: expected a number of layers from 1 to .* 21, got"),
+        ("attention.head_count", [4, 4], "transformers can't read this GGUF file"),
+        ("embedding_length", 0, "expected positive sizes in its config"),
+        ("vocab_size", 2**31 - 1, r"expected 68719476704 values for shape .*, got 2048"),
+        ("rope.freq_base", float("nan"), "rope.freq_base: expected a finite number, got nan"),
+    ],
+)
+def test_metadata_that_makes_no_model_is_refused(
+    name: str, value: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields, top, layer = ARCHITECTURES["llama"]
+    monkeypatch.setitem(ARCHITECTURES, "llama", ({**fields, name: value}, top, layer))
+    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
+    with pytest.raises((CheckpointError, ModelError), match=message):
+        open_model(str(path))
