@@ -184,7 +184,7 @@ def test_the_width_of_experts_is_the_files(tmp_path: Path, monkeypatch: pytest.M
         ("block_count", 2.5, "block_count: expected a number of layers from 1 to .*, got 2.5"),
         ("block_count", 2**31 - 1, "block_count: expected a number of layers from 1 to .* 21, got"),
         ("attention.head_count", [4, 4], "transformers can't read this GGUF file"),
-        ("embedding_length", 0, "expected positive sizes in its config"),
+        ("embedding_length", 0, "expected positive sizes in its config|zero-element tensors"),
         ("vocab_size", 2**31 - 1, r"expected 68719476704 values for shape .*, got 2048"),
         ("rope.freq_base", float("nan"), "rope.freq_base: expected a finite number, got nan"),
     ],
