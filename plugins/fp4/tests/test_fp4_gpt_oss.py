@@ -20,6 +20,7 @@ from modulora_core.cli import main
 from modulora_core.errors import ModelError
 from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.expert_gradients import worst_gradient
 from modulora_core.tests.fuzzing import cases, read_changed, run_once
 from modulora_core.tests.other_tools import logits
 
@@ -87,6 +88,11 @@ def test_the_command_line_trains_and_runs_it(
     # an adapter on all experts, and no dense weight of theirs
     model = load_model(folder)
     assert sum(isinstance(module, PackedParameter) for module in model.modules()) == 16
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_peft_on_the_decoded_experts(folder: Path, tmp_path: Path) -> None:
+    assert worst_gradient(folder, tmp_path) < 1e-12
 
 
 def test_it_comes_back_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:
