@@ -22,12 +22,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
 from huggingface_hub import snapshot_download
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -55,9 +55,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class _Fields(BaseModel):
-    """Fields of adapter_config.json that are shown, and not checked elsewhere."""
+    """Fields of adapter_config.json that are used, and not checked elsewhere."""
 
+    r: Annotated[int, Field(ge=1)] | None = None
     rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    target_parameters: list[str] | None = None
     lora_dropout: Dropout | None = None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
@@ -88,13 +89,22 @@ def _parsed(key: str, value: Any, names: Sequence[str], types: Mapping[str, Any]
         )
     adapter = TypeAdapter(types[key])
     try:
-        return adapter.validate_python(value)
+        return _in_range(key, adapter.validate_python(value))
     except ValidationError as error:
         expected = error.errors(include_url=False)[0]["msg"].replace("Input should be", "expected")
     try:
         return adapter.validate_python(str(value).split(","))
     except ValidationError:
         raise OptionError(f"trainer {key}: {expected}, got {value!r}") from None
+
+
+def _in_range(key: str, value: Any) -> Any:
+    """Return the value. Raises OptionError: the Trainer would fail on it after it has begun."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OptionError(f"trainer {key}: expected a finite number, got {value}")
+    if key.startswith("dataloader_") and isinstance(value, int) and value < 0:
+        raise OptionError(f"trainer {key}: expected 0 or more, got {value}")
+    return value
 
 
 def check_reporters(names: Sequence[str]) -> None:

@@ -268,6 +268,7 @@ A, B = "base_model__model__x__lora_A__weight", "base_model__model__x__lora_B__we
         (edited(RECORD, base=None), r"modulora\.json: base: Field required"),
         (edited(RECORD, settings={"dropout": "x"}), "dropout: expected a valid number"),
         (edited(CONFIG, lora_dropout=1), "lora_dropout: expected less than 1, got 1"),
+        (edited(CONFIG, target_parameters=True), "target_parameters: expected a valid list"),
         (lambda f: (f / WEIGHTS).write_bytes(b"short"), "expected a readable safetensors file"),
         (lambda f: (f / WEIGHTS).unlink(), "expected adapter_model.safetensors in it"),
         (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "is a pickle: load it with peft"),

@@ -66,6 +66,8 @@ WRONG = {
     "adam_beta3=1": "did you mean adam_beta2 or adam_beta1?",
     "learning_rate=1": "expected --lr instead",
     "logging_steps=2": "the run depends on its own value; leave it out",
+    "neftune_noise_alpha=nan": "trainer neftune_noise_alpha: expected a finite number, got nan",
+    "dataloader_num_workers=-1": "trainer dataloader_num_workers: expected 0 or more, got -1",
     "adam_beta1=high": "trainer adam_beta1: expected a valid number.*, got 'high'",
     "lr_scheduler_type=poly": "poly is not a valid SchedulerType",
 }
