@@ -28,7 +28,11 @@ KINDS = {
 _Q4_0, _Q4_1, _Q5_0, _Q8_0, _Q4_K, _Q5_K, _Q6_K, _ = KINDS.values()
 _IQ4 = codebooks.lookup("IQ4_NL", torch.arange(16)).numpy()
 
+_FIFTH_BITS = np.arange(256, dtype=np.uint8)[:, None] >> np.arange(8, dtype=np.uint8) << 4 & 16
+"""The bits of each byte, as bits of 16."""
+
 _block = on_stack(256, np.float32)
+_bits = on_stack(32, np.uint8)
 
 
 def operands(packed: PackedWeight) -> tuple[Any, ...]:
@@ -61,11 +65,12 @@ def _affine_nibbles(b: Any, out: Any) -> None:
 
 @jit(borrows=True)
 def _q5_0(b: Any, out: Any) -> None:
-    d = _half(b, 0)
-    for k in range(16):
-        low, high = b[2 + (k >> 3)] >> (k & 7) & 1, b[4 + (k >> 3)] >> (k & 7) & 1
-        out[k] = d * np.float32(np.int32((b[6 + k] & 15) | low << 4) - 16)
-        out[k + 16] = d * np.float32(np.int32((b[6 + k] >> 4) | high << 4) - 16)
+    d, qs, high = _half(b, 0), load(b, 6), _bits()
+    for byte in range(4):
+        for k in range(8):
+            high[8 * byte + k] = _FIFTH_BITS[b[2 + byte], k]
+    store(out, 0, to_floats(((qs & 15) | load(high, 0)) - 16) * d)
+    store(out, 16, to_floats(((qs >> 4) | load(high, 16)) - 16) * d)
 
 
 @jit(borrows=True)
