@@ -48,7 +48,7 @@ def test_metadata_agree(path: Path) -> None:
     assert (path / "README.md").is_file()
     assert (path / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     (package,) = ours["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-    assert (path / package / "__init__.py").is_file()
+    assert (path / package / "py.typed").is_file()
 
 
 def test_each_library_has_one_lower_bound_and_no_upper_one() -> None:
