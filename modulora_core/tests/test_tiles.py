@@ -149,6 +149,17 @@ def test_autocast_does_not_change_the_dtype_of_a_product(units: bool) -> None:
     torch.testing.assert_close(y, torch.full((2, 4), 8.008))
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_product_on_the_meta_device_has_its_shape_and_dtype(transpose: bool) -> None:
+    def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(stop - start, 5, dtype=dtype, device="meta")
+
+    x = torch.empty(2, 3, 4 if transpose else 5, dtype=torch.bfloat16, device="meta")
+    y = tiled_matmul(x, tile, (4, 5), transpose)
+    assert (y.device.type, y.dtype) == ("meta", torch.bfloat16)
+    assert y.shape == (2, 3, 5 if transpose else 4)
+
+
 def test_x_of_the_wrong_width_is_refused_with_both_shapes() -> None:
     with pytest.raises(ShapeError, match=r"expected x of shape \[\.\.\., 23\], got \[2, 37\]"):
         tiled_matmul(torch.ones(2, 37), partial(rows_of, torch.ones(37, 23)), (37, 23))

@@ -63,6 +63,13 @@ def test_items_add_up_and_dense_weights_are_the_models(llama: str) -> None:
         assert set(job.items) <= set(ITEMS)
 
 
+def test_packing_is_planned_with_the_memory_that_the_spec_promises(llama: str) -> None:
+    job = planned(llama).quantizing
+    assert job is not None
+    units = 8.0 - 1  # the default, without the copy of a weight that is fp32 already
+    assert job.items["workspace"] == units * 4 * HIDDEN * INTERMEDIATE
+
+
 def test_a_checkpoint_has_the_plan_of_its_model(pack: Pack, tmp_path: Path) -> None:
     dense, packed = pack("llama-tied", "toy")
     shutil.copy(packed / "config.json", tmp_path)  # without its weights

@@ -132,6 +132,18 @@ def test_calibration_lowers_the_error_of_the_output(kind):
     assert errors[0] < 0.97 * errors[1]
 
 
+def test_types_without_weighted_errors_want_no_calibration():
+    wanting = [k for k in packing.QUANTIZE if GGUF(Options(type=k)).wants_calibration]
+    assert wanting == ["Q4_K", "Q6_K"]
+
+
+def test_equal_weights_below_zero_are_kept():
+    W = torch.full((2, 256), -0.3)
+    quantizer = GGUF(Options(type="Q4_K"))
+    found = quantizer.dequantize_tile(quantizer.pack(W), (0, 2), torch.float32)
+    assert torch.allclose(found, W, rtol=2e-3)
+
+
 def test_requests_are_refused():
     with pytest.raises(ShapeError, match="type Q4_K: in_features 576 is not a multiple of 256"):
         GGUF(Options(type="Q4_K")).check_shape((8, 576))
