@@ -24,21 +24,20 @@ def blocks_of(kind, shape):
 
 
 class TestInterpreted(InterpretedKernels):
-    """Rows of one block of the K types; and of several, in blocks of an odd number of rows."""
+    """Rows of two blocks of 256 weights, or of three of 32; and one row of one block."""
 
-    @pytest.fixture(params=[*((kind, (9, 512)) for kind in gpu.KINDS), ("Q6_K", (1, 256))], ids=str)
+    @pytest.fixture(
+        params=[
+            *((k, (9, 2 * max(48, reference.block_of(k)[0]))) for k in gpu.KINDS),
+            ("Q6_K", (1, 256)),
+        ],
+        ids=str,
+    )
     def weight(self, request):
         kind, shape = request.param
         quantizer = GGUF(Options(type=kind))
         packed = quantizer.layout(shape).fill({"blocks": blocks_of(kind, shape)})
         return quantizer, packed, reference.dequantize(packed.tensors["blocks"], kind)
-
-
-@pytest.mark.parametrize("kind", gpu.KINDS[:4])
-def test_rows_of_few_blocks(kind):
-    packed = GGUF(Options(type=kind)).layout((5, 96)).fill({"blocks": blocks_of(kind, (5, 96))})
-    tile = GGUF().dequantize_tile(packed, (1, 5), torch.float32)
-    assert torch.equal(tile, reference.dequantize(packed.tensors["blocks"], kind)[1:])
 
 
 def test_a_scale_that_is_not_finite_is_zero():

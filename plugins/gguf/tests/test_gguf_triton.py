@@ -29,16 +29,19 @@ def compiled(kind, target, launch):
 
 
 @pytest.mark.parametrize("kind", gpu.KINDS)
-def test_tiles_and_products_of_one_row_are_compiled(kind):
-    """The interpreter accepts more of Python than the compiler. Blocks are 16 bytes of output."""
+def test_tiles_are_written_16_bytes_at_a_time(kind):
+    """The interpreter accepts more of Python than the compiler."""
     code = compiled(kind, "sm_90", lambda p: gpu.tile(p, (0, SHAPE[0]), torch.bfloat16))
     assert set(code.stores) == {128}
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "IQ4_XS"])
+def test_products_of_one_row_keep_everything_in_registers(kind):
     x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
     compiled(kind, "sm_90", lambda p: gpu.product(x, p, False))
 
 
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+@pytest.mark.parametrize(("kind", "target"), [("Q4_K", "sm_80"), ("Q6_K", "gfx942")])
 def test_products_of_several_rows_are_on_tensor_cores(kind, target):
     x = torch.empty(16, SHAPE[1], dtype=torch.bfloat16)
     code = compiled(kind, target, lambda p: gpu.product(x, p, False))
