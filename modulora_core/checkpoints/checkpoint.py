@@ -159,10 +159,11 @@ class PackedCheckpoint:
 def is_packed(folder: Path) -> bool:
     """Whether a folder is a packed checkpoint: ours, or of a format that a plugin reads."""
     config = config_values(folder)
-    return _is_ours(config) or recognise(folder, config) is not None
+    return is_ours(config) or recognise(folder, config) is not None
 
 
-def _is_ours(config: Mapping[str, Any]) -> bool:
+def is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that this package wrote the weights."""
     quantization = config.get("quantization_config")
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == QUANT_METHOD
 
@@ -178,7 +179,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Packed
     """
     location = locate(str(model), revision)
     config = {} if location.gguf is not None else config_values(location.folder)
-    if _is_ours(config):
+    if is_ours(config):
         return PackedCheckpoint(fetch_weights(location).folder, config, location.name)
     if (file := _packed_file(location)) is not None:
         return file

@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from modulora_core.calibration import find_blocks
-from modulora_core.checkpoints.checkpoint import check_mapped, open_checkpoint, open_if_packed
+from modulora_core.checkpoints.checkpoint import (
+    check_mapped,
+    is_ours,
+    open_checkpoint,
+    open_if_packed,
+)
 from modulora_core.checkpoints.packed_modules import install
 from modulora_core.checkpoints.packing import packed_sites
-from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord, Recipe
+from modulora_core.checkpoints.record import QuantizationRecord, Recipe
 from modulora_core.errors import OptionError
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton
@@ -152,7 +157,7 @@ def _open(request: PlanRequest) -> Dense | Packed:
     name, revision = request.model, request.revision
     location = locate(name, revision)
     values = {} if location.gguf is not None else config_values(location.folder)
-    if dict(values.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
+    if is_ours(values):
         record = QuantizationRecord.from_json(values["quantization_config"])
         return _packed(Dense(name, _config(location.folder)), record)
     checkpoint = None

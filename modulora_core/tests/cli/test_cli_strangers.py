@@ -76,6 +76,7 @@ PACKED: dict[str, tuple[Edit, str]] = {
         lambda f: in_json(f, "generation_config.json", watermarking_config=5),
         "generation_config.json: transformers can't use it",
     ),
+    "method": (lambda f: in_json(f, "config.json", quantization_config=1.5), "quantized with 1.5"),
     "architectures": (lambda f: in_json(f, "config.json", architectures=7), ""),
 }
 
@@ -93,6 +94,7 @@ def test_a_packed_folder_of_a_stranger(case: str, packed: Path, tmp_path: Path, 
             assert (code, message in found["error"]["message"]) == (2, True), err
             assert len(err.strip().splitlines()) == 1
         assert "unexpected" not in err
+    assert "unexpected" not in run("plan", folder, "--seq-len", 16)[2]
     assert code == 2 or not message
     assert time.perf_counter() - started < 20
 
