@@ -45,13 +45,6 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
         if config.mapped:
             check_mapped(checkpoint, str(device))
     _check_lora_file(config, checkpoint)
-    for name in ("max_position_embeddings", "n_positions"):
-        longest = checkpoint.config.get(name)
-        if isinstance(longest, int) and config.seq_len > longest:
-            raise OptionError(
-                f"seq_len {config.seq_len}: expected at most {longest}, the {name} of "
-                f"{config.model}"
-            )
     if config.adapter is not None:
         read_adapter(config.adapter)
         return checkpoint
@@ -65,6 +58,24 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
     modules = [name.removesuffix(".weight") for name in checkpoint.parameters]
     select_layers(shapes, config.targets, config.rank, modules)
     return checkpoint
+
+
+def in_window(config: FinetuneConfig, checkpoint: PackedCheckpoint | Unpacked) -> FinetuneConfig:
+    """The config with a ``seq_len`` that the model can take: its window, if none was given.
+
+    Raises:
+        OptionError: the given ``seq_len`` is above the model's window.
+    """
+    for name in ("max_position_embeddings", "n_positions"):
+        longest = checkpoint.config.get(name)
+        if isinstance(longest, int) and config.seq_len > longest:
+            if "seq_len" in config.model_fields_set or longest < 2:
+                raise OptionError(
+                    f"seq_len {config.seq_len}: expected at most {longest}, the {name} of "
+                    f"{config.model}"
+                )
+            return config.model_copy(update={"seq_len": longest})
+    return config
 
 
 def _check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | Unpacked) -> None:

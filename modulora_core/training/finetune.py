@@ -54,7 +54,7 @@ from modulora_core.models.quiet import quiet
 from modulora_core.quantization.cache import Unpacked
 from modulora_core.training.arguments import total_steps, training_arguments, warn_of_warmup
 from modulora_core.training.checkpoints import remove_half_written
-from modulora_core.training.checks import checked_model, vocabulary
+from modulora_core.training.checks import checked_model, in_window, vocabulary
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.losses import divergence
@@ -136,9 +136,12 @@ def finetune(
     out, open_bar = Path(config.out), bars(progress)
     with together():
         sources = _sources(config, data, eval_data)
-        resume_from = check_out(out, config, resume)
         device = pick_device()
+        if not resume:
+            check_out(out, config, resume)  # a bad one is refused before a model is downloaded
         base = checked_model(config, device)
+        config = in_window(config, base)
+        resume_from = check_out(out, config, resume)
         tokenizer = base.tokenizer()
         rows = vocabulary(base.config)
         examples = {

@@ -107,3 +107,14 @@ def test_finetune_writes_the_file_at_the_end(
     assert main([*words, "--lora-gguf", str(out)]) == 0
     export_for_llama_cpp(str(tmp_path / "adapter"), tmp_path / "again.gguf", model=path)
     assert out.read_bytes() == (tmp_path / "again.gguf").read_bytes()
+
+
+def test_a_newcomer_needs_no_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Windows are as long as the model's, which is shorter than the default."""
+    path, data = write_tiny_gguf("llama", tmp_path / "some.gguf", "Q4_0"), tmp_path / "notes.txt"
+    data.write_text("the ship sailed north and the crew sang " * 20)
+    words = ["finetune", str(path), str(tmp_path / "out"), "--data", str(data), "--steps", "2"]
+    assert main([*words, "--seq-len", "512"]) == 2
+    assert "seq_len 512: expected at most 64" in capsys.readouterr().err
+    assert main(words) == 0
+    assert "seq_len: 64\n" in (tmp_path / "out" / "finetune.yaml").read_text()
