@@ -155,10 +155,10 @@ def continuations(
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
         do_sample=not greedy,
-        repetition_penalty=sampling.repetition_penalty,
+        repetition_penalty=float(sampling.repetition_penalty),  # transformers refuses an int
         # transformers fills absent fields from the model's own config
-        temperature=1.0 if greedy else sampling.temperature,
-        top_p=1.0 if greedy else sampling.top_p,
+        temperature=1.0 if greedy else float(sampling.temperature),
+        top_p=1.0 if greedy else float(sampling.top_p),
         top_k=50 if greedy else sampling.top_k,
         num_beams=sampling.beams,
         no_repeat_ngram_size=0,
@@ -212,7 +212,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messa
 
 
 def _check_prompt(prompt: str | Sequence[Message]) -> None:
-    """Refuse what is no text, and surrogates, which Python makes of bytes that are not UTF-8."""
+    """Refuse other types than text, and surrogates, which Python makes of bytes without UTF-8."""
     messages = prompt if isinstance(prompt, list | tuple) else [{"content": prompt}]
     for message in messages:
         text = message.get("content") if isinstance(message, Mapping) else None
