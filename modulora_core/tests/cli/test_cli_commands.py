@@ -253,7 +253,7 @@ WRONG = {
     "evaluate {packed} --limit 3": "--limit: expected --tasks NAME beside it",
     "evaluate {packed} --tasks x --data {text}": "--tasks: expected no --data beside it",
     "evaluate {packed} --tasks x --config {text}": "--tasks: expected no --config beside it",
-    "evaluate {packed} --config missing.yaml": "missing.yaml: No such file",
+    "evaluate {packed} --config missing.yaml": "missing.yaml: expected a readable file",
     "evaluate {packed} --metric rouge --prompt x": "expected prompt and completion together",
     "generate {source} x --adapter {new}": "is dense",
     "generate {packed} x --adapter {new}": "adapter",
