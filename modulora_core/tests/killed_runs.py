@@ -31,11 +31,12 @@ ENDS = {0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.S
 """Exit codes of a run that got a signal, perhaps after its work."""
 
 SERVER = """
-import json, os, sys
+import json, os, signal, sys
 import torch, transformers, modulora_core.cli.app as app
 from modulora_core import quantize, finetune, merge, convert
 from modulora_core.training.trainer import AdapterTrainer
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
