@@ -89,10 +89,10 @@ def codes(data, start, k, inside, KIND: tl.constexpr) -> Any:  # type: ignore[no
         if KIND == "Q5_K":
             q = q | (byte(data, start + 16 + k % 32, inside) >> k // 32 & 1) << 4
     else:
-        AT: tl.constexpr = (
+        FIRST: tl.constexpr = (
             2 if KIND == "Q4_0" else 4 if KIND == "Q4_1" else 6 if KIND == "Q5_0" else 8
         )
-        q = byte(data, start + AT + 16 * (k // 32) + k % 16, inside) >> 4 * (k // 16 % 2) & 15
+        q = byte(data, start + FIRST + 16 * (k // 32) + k % 16, inside) >> 4 * (k // 16 % 2) & 15
         if KIND == "Q5_0":
             q = (q | (byte(data, start + 2 + k // 8, inside) >> k % 8 & 1) << 4) - 16
         elif KIND == "Q4_0":
