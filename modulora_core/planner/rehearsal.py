@@ -250,18 +250,18 @@ def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
             hidden.register_hook(reached)
 
     def entered(position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not in_blocks:
-            return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if position == 0:
-            # as other blocks' inputs, a tensor that only the block holds, and with a gradient
+            # as other blocks' inputs, a tensor that only the block holds, and with a gradient; again
+            # when it is recomputed, which calls hooks in transformers before 5.24
             hidden = hidden + hidden.new_zeros((), requires_grad=stage.reached[0])
             args, kwargs = (
                 ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
             )
-        ledger.begin(f"forward {stage.left[position]}")
-        before = f"backward {stage.left[position - 1]}" if position else "end"
-        backward_follows(hidden, before)
+        if in_blocks:
+            ledger.begin(f"forward {stage.left[position]}")
+            before = f"backward {stage.left[position - 1]}" if position else "end"
+            backward_follows(hidden, before)
         return args, kwargs
 
     def left(_block: nn.Module, _args: Any, output: Any) -> None:

@@ -111,10 +111,11 @@ def test_a_path_that_the_system_cannot_take_is_refused(path: str) -> None:
 def test_a_full_disk_says_what_to_do() -> None:
     with pytest.raises(OSError, match="No space") as found, Path("/dev/full").open("w") as full:
         full.write("x" * 10**6)
-    error = as_output_error(found.value)
+    error = as_output_error(found.value, Path("OUT"))
     assert error is not None
+    assert str(error).startswith("OUT: ")
     assert "free some room" in str(error)
-    assert as_output_error(FileNotFoundError(2, "No such file", "x")) is None
+    assert as_output_error(FileNotFoundError(2, "No such file", "x"), Path("OUT")) is None
     assert said_by_system(FileNotFoundError(2, "No such file", "x")) == "x: No such file"
     assert said_by_system(OSError("a library's own words")) is None
 
