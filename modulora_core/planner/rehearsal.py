@@ -252,8 +252,8 @@ def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
     def entered(position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         if position == 0:
-            # as other blocks' inputs, a tensor that only the block holds, and with a gradient; again
-            # when it is recomputed, which calls hooks in transformers before 5.24
+            # as other blocks' inputs, a tensor that only the block holds, and with a gradient;
+            # again when it is recomputed, which calls hooks in transformers before 5.24
             hidden = hidden + hidden.new_zeros((), requires_grad=stage.reached[0])
             args, kwargs = (
                 ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
