@@ -249,20 +249,12 @@ def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
         if hidden.requires_grad:
             hidden.register_hook(reached)
 
-    def entered(position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if position == 0:
-            # as other blocks' inputs, a tensor that only the block holds, and with a gradient;
-            # again when it is recomputed, which calls hooks in transformers before 5.24
-            hidden = hidden + hidden.new_zeros((), requires_grad=stage.reached[0])
-            args, kwargs = (
-                ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
-            )
+    def entered(position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_blocks:
+            hidden = args[0] if args else kwargs["hidden_states"]
             ledger.begin(f"forward {stage.left[position]}")
             before = f"backward {stage.left[position - 1]}" if position else "end"
             backward_follows(hidden, before)
-        return args, kwargs
 
     def left(_block: nn.Module, _args: Any, output: Any) -> None:
         nonlocal in_blocks
@@ -272,12 +264,30 @@ def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
             hidden = output if isinstance(output, Tensor) else output[0]
             backward_follows(hidden, f"backward {stage.left[-1]}")
 
+    _begin_with_own(blocks[0], requires_grad=stage.reached[0])
     for position, block in enumerate(blocks):
         block.register_forward_pre_hook(
             lambda _, args, kwargs, position=position: entered(position, args, kwargs),
             with_kwargs=True,
         )
     blocks[-1].register_forward_hook(left)
+
+
+def _begin_with_own(block: nn.Module, *, requires_grad: bool) -> None:
+    """Call the first block as the others: with a tensor that only it holds, and with a gradient.
+
+    A subclass does it, since transformers before 5.24 runs a block's hooks within its checkpoint.
+    """
+    kind: Any = type(block)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        own = hidden + hidden.new_zeros((), requires_grad=requires_grad)
+        if args:
+            return kind.__call__(self, own, *args[1:], **kwargs)
+        return kind.__call__(self, hidden_states=own, **kwargs)
+
+    block.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
 
 def _share_tokens(ledger: Ledger, model: nn.Module) -> None:
