@@ -203,6 +203,8 @@ def _running(
             ledger = Ledger(before, torch.device(request.device))
             _mark(ledger, list(model.get_submodule(packed.blocks).children()), stage)
             _share_tokens(ledger, model)
+            if stage.reached[0]:
+                _begin_with_gradient(model)
             ledger.begin("start")
             with ledger:
                 yield ledger, batch
@@ -249,12 +251,19 @@ def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
         if hidden.requires_grad:
             hidden.register_hook(reached)
 
-    def entered(position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if in_blocks:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            ledger.begin(f"forward {stage.left[position]}")
-            before = f"backward {stage.left[position - 1]}" if position else "end"
-            backward_follows(hidden, before)
+    def entered(position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not in_blocks:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if position == 0 and not hidden.requires_grad:
+            hidden = hidden.clone()  # as other blocks' inputs, a tensor that only the block holds
+            args, kwargs = (
+                ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
+            )
+        ledger.begin(f"forward {stage.left[position]}")
+        before = f"backward {stage.left[position - 1]}" if position else "end"
+        backward_follows(hidden, before)
+        return args, kwargs
 
     def left(_block: nn.Module, _args: Any, output: Any) -> None:
         nonlocal in_blocks
@@ -264,7 +273,6 @@ def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
             hidden = output if isinstance(output, Tensor) else output[0]
             backward_follows(hidden, f"backward {stage.left[-1]}")
 
-    _begin_with_own(blocks[0], requires_grad=stage.reached[0])
     for position, block in enumerate(blocks):
         block.register_forward_pre_hook(
             lambda _, args, kwargs, position=position: entered(position, args, kwargs),
@@ -273,21 +281,14 @@ def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
     blocks[-1].register_forward_hook(left)
 
 
-def _begin_with_own(block: nn.Module, *, requires_grad: bool) -> None:
-    """Call the first block as the others: with a tensor that only it holds, and with a gradient.
+def _begin_with_gradient(model: Any) -> None:
+    """Give the first block an input with a gradient, as the others have.
 
-    A subclass does it, since transformers before 5.24 runs a block's hooks within its checkpoint.
+    A hook of the block comes too late: transformers before 5.24 has it within the checkpoint.
     """
-    kind: Any = type(block)
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        own = hidden + hidden.new_zeros((), requires_grad=requires_grad)
-        if args:
-            return kind.__call__(self, own, *args[1:], **kwargs)
-        return kind.__call__(self, hidden_states=own, **kwargs)
-
-    block.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, __, embedded: embedded + embedded.new_zeros((), requires_grad=True)
+    )
 
 
 def _share_tokens(ledger: Ledger, model: nn.Module) -> None:
