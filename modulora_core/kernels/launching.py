@@ -161,6 +161,8 @@ def one_thread() -> Iterator[None]:
 def array_of(argument: Any) -> Any:
     """A numpy array on a tensor's memory; a copy of an unaligned tensor."""
     if isinstance(argument, Tensor):
+        if not argument.numel():  # it has no address, which numpy 1 doesn't take
+            return np.empty(argument.shape, _TYPES[argument.dtype])
         array: NDArray[Any] = np.asarray(_Memory(argument))
         return array if array.flags.aligned else array.copy()
     return tuple([array_of(a) for a in argument]) if isinstance(argument, tuple) else argument
