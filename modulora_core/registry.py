@@ -40,6 +40,7 @@ from modulora_core.errors import (
     PluginError,
     UnknownQuantizerError,
 )
+from modulora_core.files.arguments import checked
 from modulora_core.options import parse_options, validate_options
 from modulora_core.spec import SUPPORTED_PROTOCOLS, Quantizer, QuantizerSpec
 
@@ -161,6 +162,7 @@ def import_class(entry: Entry, location: str, base: type[Class]) -> type[Class]:
     return cls
 
 
+@checked
 def create(
     name: str, options: Mapping[str, object] | None = None, *, distribution: str | None = None
 ) -> Quantizer:

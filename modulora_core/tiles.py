@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modulora_core.devices import dense_products
 from modulora_core.errors import OptionError, ShapeError
+from modulora_core.files.arguments import checked
 
 TileFunction = Callable[[int, int, torch.dtype], Tensor]
 """``tile(start, stop, dtype)`` gives rows ``[start, stop)``, a ``[stop - start, in]`` tensor."""
@@ -51,6 +52,7 @@ def tile_bytes(device: torch.device) -> int:
     return int(text)
 
 
+@checked
 @contextmanager
 def tile_budget(nbytes: int) -> Iterator[None]:
     """Within this block a tile takes at most ``nbytes`` bytes, and never less than one row.

@@ -177,7 +177,7 @@ def test_saved_json_is_read_as_the_same_run(broken, tmp_path):
         ('"quantizer":"mine"', '"quantizer":"../elsewhere"', "quantizer"),
         ('"level":"L0"', '"level":"L0 onload=x"', "checks"),
         ('"certified":true', '"certified":null', "certified"),
-        ("{", "[", "expected the JSON of a run"),
+        ("{", "[", "Invalid JSON"),
     ],
 )
 def test_other_json_is_refused_by_its_field(tmp_path, old, new, message):

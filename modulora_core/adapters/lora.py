@@ -25,7 +25,7 @@ from modulora_core.checkpoints.packed_model import with_methods
 from modulora_core.checkpoints.packed_table import TiedHead
 from modulora_core.checkpoints.publishing import upload
 from modulora_core.errors import AdapterError, ModelError, OptionError
-from modulora_core.files.arguments import check_fields
+from modulora_core.files.arguments import check_fields, checked
 from modulora_core.layers import LoRALayer, LoRALinear, PackedStack, QuantLinear
 
 
@@ -66,6 +66,7 @@ class LoRASettings:
                 raise OptionError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
 
+@checked
 def add_lora(
     model: nn.Module, settings: LoRASettings | None = None, name: str = "default"
 ) -> list[str]:

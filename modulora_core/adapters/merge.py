@@ -32,6 +32,7 @@ from modulora_core.checkpoints.shards import ShardWriter, plan_shards
 from modulora_core.checkpoints.whole import check_whole, packed_skeleton
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import OptionError, OutputError
+from modulora_core.files.arguments import checked
 from modulora_core.files.paths import usable_path
 from modulora_core.models.progress import Progress, shows_progress
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
@@ -59,6 +60,7 @@ class MergeResult:
         return asdict(self)
 
 
+@checked
 @shows_progress("merging", "parameters")
 def merge(
     model: str,

@@ -31,6 +31,7 @@ from modulora_core.adapters.record import AdapterRecord, RecordedSettings, descr
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.devices.processes import is_first, split_like, whole
 from modulora_core.errors import AdapterError, OutputError
+from modulora_core.files.arguments import checked
 from modulora_core.files.paths import usable_path
 from modulora_core.layers import LoRALayer
 from modulora_core.packed import ChannelScales
@@ -38,6 +39,7 @@ from modulora_core.packed import ChannelScales
 logger = logging.getLogger(__name__)
 
 
+@checked
 def save_adapter(
     model: nn.Module,
     out: str | Path,
@@ -94,6 +96,7 @@ def save_adapter(
         write_adapter(SavedAdapter(folder, config, record, deltas), stacks)
 
 
+@checked
 def load_adapter(
     model: nn.Module, path: str | Path, name: str = "default", *, trainable: bool = False
 ) -> list[str]:

@@ -21,6 +21,7 @@ from modulora_core.checkpoints.packed_file import open_file
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.devices import pick_device
 from modulora_core.errors import CheckpointError, ModelError, OptionError
+from modulora_core.files.arguments import checked
 from modulora_core.models import tokenizer
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton
@@ -244,6 +245,7 @@ def load_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
     return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
+@checked
 def load_model(
     model: str | Path | PackedCheckpoint,
     *,

@@ -28,6 +28,7 @@ from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter, plan_
 from modulora_core.checkpoints.whole import check_whole
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError
+from modulora_core.files.arguments import checked
 from modulora_core.files.paths import usable_path
 from modulora_core.models import formats
 from modulora_core.models.formats import CheckpointFormat, StoredWeight
@@ -51,6 +52,7 @@ class ConvertResult:
         return asdict(self)
 
 
+@checked
 @shows_progress("converting", "parameters")
 def convert(
     source: str,

@@ -25,6 +25,7 @@ from modulora_core.checkpoints.packed_modules import install, unpack
 from modulora_core.checkpoints.packing_on_load import PackOnLoad, data_free
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.errors import ModelError
+from modulora_core.files.arguments import checked
 from modulora_core.models.store import check_finite
 from modulora_core.registry import Choice
 
@@ -47,6 +48,7 @@ class ModuLoRAConfig(QuantizationConfigMixin):
         record: of a packed folder, instead of all others.
     """
 
+    @checked
     def __init__(
         self,
         quantizer: str = "",

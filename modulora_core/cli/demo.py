@@ -103,7 +103,7 @@ def _run_demo(out: Path, quantizer: str, steps: int, segments: int) -> Object:
     def finetuned(
         name: str, size: int, bits: float, model: object, adapter: Path
     ) -> tuple[Object, Object]:
-        batches = ("--batch-size", 2, "--grad-accum", 1, "--seq-len", 256)
+        batches = ("--batch-size", 2, "--seq-len", 256)
         trained = _step(
             "finetune", model, adapter, "--data", TRAINING_TEXT, "--steps", steps, *batches
         )

@@ -32,6 +32,7 @@ from pydantic import (
 
 from modulora_core.data.files import Record
 from modulora_core.errors import DataError, OptionError
+from modulora_core.files.json_files import reason
 
 Format = Literal["text", "instruct", "chat", "completion"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -202,11 +203,7 @@ def checked(record: Record, kind: type[Fields]) -> Fields:
     try:
         return kind.model_validate(record.fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    expected = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    expected = expected.partition(" or instance")[0]  # of a class of ours
-    field = "".join(f"{part}: " for part in first["loc"])
-    raise DataError(f"{record.place}: {field}{expected}, got {first['input']!r:.60}")
+        raise DataError(f"{record.place}: {reason(error)}") from None
 
 
 def _instruct(record: Record) -> Conversation:

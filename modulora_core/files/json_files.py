@@ -152,12 +152,19 @@ def check_json(
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as found:
-        first = found.errors(include_url=False)[0]
+        raise error(f"{subject}: {reason(found)}; {advice}") from None
+
+
+def reason(error: Exception) -> str:
+    """An error in one line; of pydantic's the first field that it refused."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    first = error.errors(include_url=False)[0]
     expected = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    expected = expected.partition(" or instance")[0]  # of a class of ours
     field = "".join(f"{part}: " for part in first["loc"])
     ours = first["type"] == "value_error" and not field  # a check of the whole, with its own words
-    got = "" if ours else f", got {first['input']!r:.60}"
-    raise error(f"{subject}: {field}{expected}{got}; {advice}")
+    return f"{field}{expected}" + ("" if ours else f", got {first['input']!r:.60}")
 
 
 def parse_json(text: str) -> Any:

@@ -22,7 +22,7 @@ from modulora_core.data.rendering import Encoded, Renderer, check_ids
 from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError, WorkError
-from modulora_core.files.arguments import check_type
+from modulora_core.files.arguments import checked
 from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
 from modulora_core.inference.loading import Runnable, opened
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating, window_of
@@ -60,6 +60,7 @@ class Accuracy:
     labels: tuple[str, ...]
 
 
+@checked
 @shows_progress("evaluating", "passes")
 def evaluate(
     model: Runnable,
@@ -99,9 +100,6 @@ def evaluate(
         WorkError: the model's logits are NaN or infinite.
     """
     progress = progress or None
-    check_type("seq_len", seq_len, "int")
-    check_type("segments", segments, "int | None")
-    check_type("batch_size", batch_size, "int")
     if metric not in METRICS:
         raise OptionError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     template = Template.of(prompt, completion)

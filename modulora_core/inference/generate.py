@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from modulora_core.data.rendering import check_ids
 from modulora_core.errors import DataError, OptionError
-from modulora_core.files.arguments import check_fields
+from modulora_core.files.arguments import check_fields, checked
 from modulora_core.inference.loading import Runnable, opened
 from modulora_core.models.quiet import first_line
 
@@ -86,6 +86,7 @@ class Generation:
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
+@checked
 def generate(
     model: Runnable,
     prompt: str | Sequence[Message],

@@ -23,6 +23,7 @@ from modulora_core.checkpoints.checkpoint import (
 )
 from modulora_core.devices import pick_device
 from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
+from modulora_core.files.arguments import checked
 from modulora_core.models import ModelSource, open_model
 from modulora_core.models.quiet import first_line, quiet
 
@@ -71,6 +72,7 @@ Runnable = str | Opened | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 """MODEL as on the command line, the result of :func:`open_to_run`, or (model, tokenizer)."""
 
 
+@checked
 def open_to_run(
     model: str,
     *,

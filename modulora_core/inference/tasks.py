@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modulora_core.errors import DataError, MissingExtraError, OptionError
+from modulora_core.files.arguments import checked
 from modulora_core.inference.loading import Runnable, opened
 from modulora_core.models.quiet import first_line, quiet
 
@@ -32,6 +33,7 @@ class TaskResult:
     num_fewshot: int | None
 
 
+@checked
 def evaluate_tasks(
     model: Runnable,
     tasks: Sequence[str],

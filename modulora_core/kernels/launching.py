@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
+from modulora_core.files.json_files import reason
 from modulora_core.kernels.process import prepared_numba
 from modulora_core.packed import BITS_OF_DTYPE, PackedLayout, PackedWeight, TensorLayout
 from modulora_core.tiles import tile_ranges
@@ -79,11 +80,11 @@ def check_layout(
     try:
         wanted = expected(layout.shape, **layout.metadata)
     except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())  # pydantic's has several lines
+        found = reason(error)
         if isinstance(error, TypeError):  # other names, or other types
-            reason = f"expected values of {', '.join([*signature(expected).parameters][1:])}"
+            found = f"expected values of {', '.join([*signature(expected).parameters][1:])}"
         raise CheckpointError(
-            f"metadata of a {layout.quantizer} weight: got {dict(layout.metadata)!s:.200}: {reason}"
+            f"metadata of a {layout.quantizer} weight: {found}, got {dict(layout.metadata)!s:.200}"
         ) from None
     for name in {**wanted, **layout.tensors}:
         described = [

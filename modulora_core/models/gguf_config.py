@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError
 from modulora_core.models.gguf_header import Header, read_header, without_vocabulary
+from modulora_core.models.gguf_rope import set_rope
 from modulora_core.models.gguf_store import require_gguf
 
 if TYPE_CHECKING:
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
 
 _LEFT_OUT = {
     "attention.key_length": "head_dim",
+    "context_length": "n_positions",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
+
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+"""Gemmas of 27B, whose scores llama.cpp scales by another number than 1 / √head_dim."""
 
 
 def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
@@ -43,6 +48,8 @@ def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
             values["vocab_size"] = tokens.value
         config = AutoConfig.for_model(**values)
         _set_left_out(config, values, header)
+        if header.text("general.architecture") not in _read_quickly():
+            set_rope(config, path, header)
     except Exception as error:
         # KeyError of a missing field, ValueError of an unknown architecture, ...
         raise ModelError(
@@ -70,6 +77,12 @@ def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Head
         field = header.fields.get(f"{architecture}.{key}")
         if field is not None and name not in values and hasattr(config, name):
             setattr(config, name, field.value)
+    if (config.pad_token_id or 0) >= config.get_text_config().vocab_size:
+        config.pad_token_id = None  # the class's, which a file without one has no row of
+    if architecture in _LAYERS_OF_27B:
+        is_27b = config.num_hidden_layers == _LAYERS_OF_27B[architecture]
+        of_all_heads = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = of_all_heads if is_27b else config.head_dim
 
 
 def _read_quickly() -> Collection[str]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from modulora_core import registry
 from modulora_core.errors import OptionError, RequestError
+from modulora_core.files.arguments import checked
 from modulora_core.models.ends import EMBEDDINGS, HEAD
 from modulora_core.planner import memory
 from modulora_core.planner.memory import Job
@@ -105,6 +106,7 @@ class MemoryPlan:
         }  # fmt: skip
 
 
+@checked
 def plan(
     model: str,
     quantizer: str | None = None,

@@ -18,6 +18,7 @@ from modulora_core.checkpoints.packing import by_reason, packed_sites
 from modulora_core.checkpoints.record import PackedSite, QuantizationRecord, Recipe
 from modulora_core.checkpoints.shards import Shard, plan_shards
 from modulora_core.errors import OptionError
+from modulora_core.files.arguments import check_fields
 from modulora_core.models import ModelSource
 from modulora_core.models.ends import End, find_ends
 from modulora_core.models.sites import LinearSite, find_sites, tied_to
@@ -75,10 +76,7 @@ class Selection:
     embeddings: Choice | None = None
 
     def __post_init__(self) -> None:
-        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
-            is_list = isinstance(patterns, list | tuple)
-            if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
-                raise OptionError(f"{name}: expected a list of patterns, got {patterns!r:.80}")
+        check_fields(self)
 
     def sort(self, source: ModelSource) -> tuple[list[LinearSite], list[End], dict[str, str]]:
         """The linear layers to pack, the packed ends, and name → reason of all other parameters."""

@@ -37,7 +37,7 @@ from modulora_core.devices import pick_device
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.devices.processes import barrier, from_first, is_first, together
 from modulora_core.errors import CheckpointError, OptionError, OutputError
-from modulora_core.files.arguments import check_type
+from modulora_core.files.arguments import checked
 from modulora_core.files.json_files import read_json
 from modulora_core.files.paths import usable_path
 from modulora_core.models import ModelSource, open_model
@@ -105,6 +105,7 @@ class QuantizeResult:
         return asdict(self)
 
 
+@checked
 @shows_progress("reading", "bytes")
 def quantize(
     model: str,
@@ -165,8 +166,6 @@ def quantize(
         WorkError: a layer's inputs are NaN or Inf, or a quantizer failed.
     """
     started, progress = time.perf_counter(), progress or None
-    check_type("seed", seed, "int")
-    check_type("max_shard_bytes", max_shard_bytes, "int")
     where, out = pick_device(device), usable_path(out, "output folder", OutputError)
     with PeakMemory(where) as peak:
         with together():

@@ -137,7 +137,7 @@ class FinetuneConfig(BaseModel):
         default=None, gt=0, le=1e6, description="passes over the data; 1 without steps"
     )
     batch_size: int = Field(default=4, ge=1, description="examples per forward pass and process")
-    grad_accum: int = Field(default=4, ge=1, description="forward passes per optimizer step")
+    grad_accum: int = Field(default=1, ge=1, description="forward passes per optimizer step")
     seq_len: int = Field(default=512, ge=2, description="maximum length of an example, in tokens")
 
     lr: float = Field(default=1e-3, gt=0, description="peak learning rate")

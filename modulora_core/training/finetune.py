@@ -47,6 +47,7 @@ from modulora_core.devices.interruption import Interruption
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.devices.processes import barrier, is_first, together, world_size
 from modulora_core.errors import OptionError
+from modulora_core.files.arguments import checked
 from modulora_core.layers import QuantLinear
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.models.progress import Bars, bars
@@ -98,6 +99,7 @@ class FinetuneResult:
         return asdict(self)
 
 
+@checked
 def finetune(
     config: FinetuneConfig,
     *,

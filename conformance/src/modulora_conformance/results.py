@@ -5,7 +5,6 @@ A saved file may come from anybody, so it is validated.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,12 +16,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     computed_field,
 )
 
 from modulora_conformance.checks import in_words
 from modulora_core.errors import DataError
+from modulora_core.files.json_files import read_json
 
 Kind = Literal["passed", "failed", "skipped", "blocked", "xfailed"]
 """``blocked``: a check that this one needs failed. ``xfailed``: it failed, as a subclass
@@ -191,14 +190,5 @@ def read_file(path: Path) -> Run:
     Raises:
         DataError: the file cannot be read, or holds something else; the message names the field.
     """
-    try:
-        return Run.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise DataError(
-            f"{path}: expected the JSON that `modulora conformance NAME --report DIR` writes, got "
-            f"{where}: {first['msg']}; run the kit again"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected the JSON of a run, got {error}") from None
+    advice = "write it again with `modulora conformance NAME --report DIR`"
+    return read_json(path, Run, error=DataError, advice=advice)

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import modulora_core
-from modulora_core.errors import RequestError
-from modulora_core.files.arguments import check_type
+from modulora_core.errors import OptionError, RequestError
+from modulora_core.files.arguments import checked
 from modulora_core.quantization.layout import Selection
+
+if TYPE_CHECKING:
+    from transformers import Unknown
 
 api: Any = modulora_core
 
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "path": (lambda _: api.load_model(5), "model 5"),
     "null byte": (lambda _: api.load_model("a\0b"), "null"),
-    "out": (lambda _: api.quantize("m", None, "toy"), "output folder 'None'"),
-    "model": (lambda _: api.evaluate(5), "model: expected a name"),
-    "seed": (lambda out: api.quantize("m", out, "toy", seed="x"), "seed: expected int"),
-    "include": (
-        lambda _: Selection("q_proj"),
-        "include: expected a list of patterns, got 'q_proj'",
-    ),
+    "out": (lambda _: api.quantize("m", None, "toy"), "out: expected str or Path, got None"),
+    "include": (lambda _: Selection("q_proj"), "include: expected a list of str, got 'q_proj'"),
     "nan": (lambda _: api.Sampling(temperature=float("nan")), "temperature: expected 0"),
     "bool": (lambda _: api.Sampling(top_k=True), "top_k: expected int, got True"),
     "rank": (lambda _: api.LoRASettings(rank=None), "rank: expected int, got None"),
     "samples": (lambda _: api.CalibrationConfig("x", 1.5), "samples: expected int or"),
-    "quantizer": (lambda _: api.Choice(5).create(), "quantizer 5 isn't installed"),
+    "targets": (lambda _: api.LoRASettings(targets=[5]), "str or a list of str, got [5]"),
+    "quantizer": (lambda _: api.Choice(5).create(), "name: expected str, got 5"),
+    "weight": (lambda _: api.QuantLinear(nn.Linear(2, 2)), "weight: expected PackedParameter"),
+    "base": (lambda _: api.LoRALinear(nn.Linear(2, 2)), "base: expected QuantLinear"),
+    "options": (lambda _: api.ModuLoRAConfig("toy", 5), "options: expected Mapping or None"),
 }
+
+FUNCTIONS = [
+    name for name in modulora_core.__all__ if hasattr(getattr(api, name, None), "__wrapped__")
+]
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -43,8 +51,39 @@ def test_an_argument_of_another_type_is_refused(case: str, tmp_path: Path) -> No
     assert "\n" not in str(found.value)
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
-    check_type("seed", np.int64(3), "int")
-    check_type("lr", np.float32(3), "float | None")
-    check_type("lr", 3, "float")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_refuse_other_types_in_every_argument(name: str) -> None:
+    function = getattr(api, name)
+    config = api.FinetuneConfig(model="m", out="o", data="d")
+    sound: dict[str, Any] = {"tasks": ["x"], "config": config, "nbytes": 1}
+    sound["model"] = nn.Module() if "lora" in name or "adapter" in name else "m"
+    parameters = inspect.signature(function).parameters
+    needed = [each for each in parameters.values() if each.default is each.empty]
+    arguments = {each.name: sound.get(each.name, "x") for each in needed if each.kind < 4}
+    for parameter in parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            with pytest.raises(OptionError, match=f"^{parameter.name}: expected .*, got <object"):
+                function(**{**arguments, parameter.name: object()})
+
+
+def test_functions_are_all_checked() -> None:
+    names = {name for name in modulora_core.__all__ if inspect.isfunction(getattr(api, name))}
+    assert names - set(FUNCTIONS) == {"register"}  # takes nothing
+
+
+@checked
+def _function(
+    a: int, b: float | None = None, *, c: Sequence[str] = (), d: Mapping[str, Any] | None = None,
+    e: Literal["x", False] = "x", f: Unknown | None = None, **more: Any,
+) -> int:  # fmt: skip
+    return a
+
+
+def test_other_values_pass() -> None:
+    assert _function(np.int64(3), np.float32(3), c=["a"], d={}, e=False, f=5, g=5) == 3
     assert api.Sampling(temperature=np.float64(0.5)).temperature == 0.5
+    for wrong in ({"a": 1.0}, {"a": True}, {"b": "1"}, {"c": "a"}, {"c": [1]}, {"e": "y"}):
+        with pytest.raises(OptionError, match=f"^{next(iter(wrong))}: expected "):
+            _function(**{"a": 1, **wrong})
+    with pytest.raises(OptionError, match=r"e: expected one of x, False, got tensor"):
+        _function(1, e=torch.zeros(1))

@@ -19,10 +19,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.files.json_files import check_json
 from modulora_core.models.formats import (
     ForeignWeight,
     FormatReader,
@@ -52,15 +53,7 @@ class State(BaseModel):
 
     @classmethod
     def of(cls, name: str, data: bytes) -> State:
-        try:
-            return cls.model_validate_json(data)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"])) or "JSON"
-            raise CheckpointError(
-                f"{name}: {key}: {first['msg']}, got {first['input']!r:.60}; this state isn't "
-                "implemented, or the file is damaged"
-            ) from None
+        return check_json(data, cls, name, advice="it isn't implemented, or the file is damaged")
 
 
 class BitsAndBytes(FormatReader):

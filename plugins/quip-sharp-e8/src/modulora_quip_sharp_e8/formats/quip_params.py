@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from modulora_core.errors import ModelError
+from modulora_core.files.json_files import check_json
 from modulora_quip_sharp_e8.codebooks import BLOCK, RESIDUAL_SCALE
 
 FUSED: Mapping[str, tuple[str, ...]] = {
@@ -88,14 +89,13 @@ class QuipParams(BaseModel):
         Raises:
             ModelError: a value that is malformed or not implemented, by name.
         """
-        try:
-            return cls.model_validate(config["quip_params"])
-        except ValidationError as error:
-            problems = [
-                ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")])
-                for e in error.errors()
-            ]
-            raise ModelError(f"quip_params of config.json: {'; '.join(problems)}") from None
+        return check_json(
+            config["quip_params"],
+            cls,
+            "quip_params of config.json",
+            error=ModelError,
+            advice="this model isn't implemented",
+        )
 
 
 def part_sizes(config: Mapping[str, Any], layer: str) -> tuple[int, ...]:
