@@ -82,7 +82,12 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
     "llama": (_GROUPED, {**_TOP, **_HEAD}, {**_attention(), **_MLP}),
     "qwen2": (_GROUPED, _TOP, {**_attention(bias=True), **_MLP}),
     "gpt2": (
-        {**_SIZES, "attention.head_count": 4, "attention.layer_norm_epsilon": 1e-5},
+        {
+            **_SIZES,
+            "context_length": 1024,
+            "attention.head_count": 4,
+            "attention.layer_norm_epsilon": 1e-5,
+        },
         {**_TOP, "output_norm.bias": (HIDDEN,), "position_embd.weight": (1024, HIDDEN), **_HEAD},
         _GPT2_LAYER,
     ),

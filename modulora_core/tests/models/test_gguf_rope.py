@@ -1,0 +1,66 @@
+"""Rotary embeddings of GGUF files: llama.cpp's metadata, most of which transformers leaves out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from modulora_core.errors import ModelError
+from modulora_core.models.gguf_config import gguf_config
+from modulora_core.models.gguf_header import read_header
+from modulora_core.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
+
+
+@pytest.fixture
+def config_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``config_of(fields, factors)`` is of a tiny Llama with more metadata and tensors."""
+
+    def make(fields: dict[str, Any], factors: dict[str, list[float]]) -> Any:
+        old, top, layer = ARCHITECTURES["llama"]
+        shapes = {name: (len(values),) for name, values in factors.items()}
+        monkeypatch.setitem(ARCHITECTURES, "llama", ({**old, **fields}, {**top, **shapes}, layer))
+        path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
+        data = bytearray(path.read_bytes())
+        for info in read_header(path).tensors:
+            if info.name in factors:
+                values = torch.tensor(factors[info.name]).numpy().tobytes()
+                data[info.offset : info.offset + len(values)] = values
+        path.write_bytes(bytes(data))
+        return gguf_config(path)[0]
+
+    return make
+
+
+def frequencies(config: Any) -> torch.Tensor:
+    found, attention_factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)
+    assert attention_factor == 1
+    return found
+
+
+def test_factors_of_llama_3_are_its_rotary_embedding(config_of: Any) -> None:
+    llama3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 512}  # fmt: skip
+    expected = frequencies(LlamaConfig(head_dim=8, rope_parameters=llama3))
+    plain = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    factors = (plain / expected).tolist()  # as llama.cpp's converter writes them
+    assert max(factors) == 8
+    found = frequencies(config_of({}, {"rope_freqs.weight": factors}))
+    torch.testing.assert_close(found, expected)
+
+
+def test_scaling_and_base_are_the_files(config_of: Any) -> None:
+    fields = {"rope.freq_base": 5e5, "rope.scaling.factor": 4.0}
+    rope = config_of(fields, {}).rope_parameters
+    assert rope == {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
+
+
+def test_factors_that_do_not_fit_are_refused(config_of: Any) -> None:
+    with pytest.raises(ModelError, match=r"rope_freqs.weight: expected 4 factors, got .* \[3\]"):
+        config_of({}, {"rope_freqs.weight": [1.0, 2.0, 3.0]})
+    with pytest.raises(ModelError, match=r"expected both of rope_factors_short.*, got rope_factor"):
+        config_of({}, {"rope_factors_long.weight": [1.0, 2.0, 3.0, 4.0]})
