@@ -19,9 +19,9 @@ from modulora_core.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 @pytest.fixture
 def config_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``config_of(fields, factors)`` is of a tiny Llama with more metadata and tensors."""
+    old, top, layer = ARCHITECTURES["llama"]
 
     def make(fields: dict[str, Any], factors: dict[str, list[float]]) -> Any:
-        old, top, layer = ARCHITECTURES["llama"]
         shapes = {name: (len(values),) for name, values in factors.items()}
         monkeypatch.setitem(ARCHITECTURES, "llama", ({**old, **fields}, {**top, **shapes}, layer))
         path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
