@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import modulora_core
+from modulora_core.checkpoints.foreign_experts import joined_experts
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe, distinct_sites
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.config import read_config
@@ -114,8 +115,9 @@ class _Headers:
         self.tensors[name] = StoredTensor(whole, torch.float16, "packed", nbytes, file)
 
 
-Placed = dict[str, tuple[LinearSite, ForeignWeight]]
-"""Each packed weight by its name in memory, in the model's order."""
+Placed = dict[str, tuple[LinearSite, tuple[ForeignWeight, ...]]]
+"""Each packed parameter by its name in memory, in the model's order. The files have it as one
+weight, which may be a stack of experts, or as a weight for each expert."""
 
 
 def _place(model: str, config: PretrainedConfig, headers: _Headers) -> Placed:
@@ -134,21 +136,21 @@ def _place(model: str, config: PretrainedConfig, headers: _Headers) -> Placed:
     sites = {site.name: site for site in find_sites(skeleton, include=["*"]).linears}
     placed: Placed = {}
     for target, step in found.items():
-        (name, *_), site = step.names, sites.get(target)
-        weight = headers.packed.get(name)
-        if (
-            step.rule is not None
-            or site is None
-            or weight is None
-            or bool(site.experts) != bool(weight.experts)
-        ):
-            raise ModelError(
-                f"{model}: {name.removesuffix('.weight')} is quantized as a layer of its own; in "
-                f"transformers' {kind} it is a part of {target}. Such a folder can't be read"
-            )
-        if site.transposed:
-            headers.set_shape(name, weight.layout.shape[::-1])
-        placed[target] = site, weight
+        site, name = sites.get(target), step.names[0]
+        weights = {name: headers.packed[name] for name in step.names if name in headers.packed}
+        if site is not None and len(weights) == len(step.names):
+            if step.rule is not None and site.experts:
+                placed[target] = site, joined_experts(site, step, weights, skeleton)
+                continue
+            if step.rule is None and bool(site.experts) == bool(weights[name].experts):
+                if site.transposed:
+                    headers.set_shape(name, weights[name].layout.shape[::-1])
+                placed[target] = site, (weights[name],)
+                continue
+        raise ModelError(
+            f"{model}: {name.removesuffix('.weight')} is quantized as a layer of its own; in "
+            f"transformers' {kind} it is a part of {target}. Such a folder can't be read"
+        )
     return placed
 
 
@@ -171,15 +173,15 @@ def _check_unexpected(model: str, kind: str, headers: _Headers, unexpected: list
 def record_of(source: ModelSource, placed: Placed, format_name: str) -> QuantizationRecord:
     """The record of a checkpoint of ours with the weights of ``placed``."""
     # a format makes few quantizers, and Recipe.of looks plugins up
-    quantizers = {id(weight.quantizer): weight.quantizer for _, weight in placed.values()}
+    quantizers = {id(first.quantizer): first.quantizer for _, (first, *_) in placed.values()}
     recipe_of = {key: Recipe.of(quantizer) for key, quantizer in quantizers.items()}
     recipes: list[Recipe] = []
     for recipe in recipe_of.values():
         if recipe not in recipes:
             recipes.append(recipe)
     sites, weights = distinct_sites(
-        (site, recipes.index(recipe_of[id(weight.quantizer)]), weight.layout)
-        for site, weight in placed.values()
+        (site, recipes.index(recipe_of[id(first.quantizer)]), first.layout)
+        for site, (first, *_) in placed.values()
     )
     found = find_sites(source.skeleton())
     dense = {site.name: f"not quantized in {source.location.name}" for site in found.linears}
@@ -234,18 +236,20 @@ class ForeignStore:
 
     def file_of(self, parameter: str) -> str:
         """The file of a packed parameter."""
-        return self._raw.tensors[self._placed[parameter][1].tensors[0]].file
+        return self._raw.tensors[self._placed[parameter][1][0].tensors[0]].file
 
-    def reader(self, parameter: str, matrix: str) -> Callable[[str], Tensor]:
+    def reader(self, parameter: str, index: int) -> Callable[[str], Tensor]:
         """Read the files' tensors of a matrix: a parameter, or one of a stack."""
-        if self._placed[parameter][1].experts is None:
+        if self._placed[parameter][1][0].experts is None:
             return self._raw.read
         assert isinstance(self._raw, SafetensorsStore)
-        return partial(self._raw.read_part, index=int(matrix.rpartition(".")[2]))
+        return partial(self._raw.read_part, index=index)
 
     def _unpack(self, parameter: str, matrix: str) -> PackedWeight:
-        _, weight = self._placed[parameter]
-        packed = weight.unpack(self.reader(parameter, matrix))
+        site, weights = self._placed[parameter]
+        index = int(matrix.rpartition(".")[2]) if site.experts else 0
+        weight = weights[index] if len(weights) > 1 else weights[0]
+        packed = weight.unpack(self.reader(parameter, index))
         if packed.layout != weight.layout:
             raise CheckpointError(
                 f"{parameter}: expected {weight.layout} by its headers, got {packed.layout}; "

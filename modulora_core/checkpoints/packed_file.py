@@ -44,7 +44,7 @@ def open_file(location: Location) -> ForeignModel | None:
         kinds = {name: kind for name, (_, kind) in found.items()}
         layouts = {name: _layout(source, site) for name, (site, _) in found.items()}
         weights = known.reader().weights({"types": kinds}, layouts, _unread)
-        placed = {name: (found[name][0], weight) for name, weight in weights.items()}
+        placed = {name: (found[name][0], (weight,)) for name, weight in weights.items()}
         record = record_of(source, placed, known.spec.name) if placed else None
     if record is None:
         return None
@@ -108,12 +108,11 @@ class _BlockStore(ForeignStore):
         del parameter
         return str(self._source.location.gguf)
 
-    def reader(self, parameter: str, matrix: str) -> Callable[[str], Tensor]:
+    def reader(self, parameter: str, index: int) -> Callable[[str], Tensor]:
         site, _ = self._placed[parameter]
         if self._read is None or self._read[0] != parameter:
             self._read = None  # two layers never exist together
             blocks = self._source.converted(parameter, _store(self._source).blocks)
             self._read = parameter, _matrices(blocks, site)
-        index = 0 if site.experts is None else int(matrix.rpartition(".")[2])
         blocks = self._read[1][index]
         return lambda _: blocks

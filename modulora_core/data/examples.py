@@ -100,10 +100,13 @@ def load_examples(
     """
     if seq_len < 2:
         raise OptionError(f"seq_len: expected at least 2 tokens, got {seq_len}")
-    records = load_records(source)
-    if template is not None:
-        records = template.fill(records)
-    chosen, name = detect(records, format), source_name(source)
+
+    def read(records: Sequence[Record]) -> tuple[Sequence[Record], Format]:
+        filled = records if template is None else template.fill(records)
+        return filled, detect(filled, format)
+
+    records, chosen = read(load_records(source, read))
+    name = source_name(source)
     if chosen == "text":
         return _packed(records, tokenizer, seq_len, name)
     return _answers(records, chosen, tokenizer, seq_len, name)

@@ -6,7 +6,7 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +33,10 @@ class Record:
     place: str
 
 
+Check = Callable[[Sequence[Record]], object]
+"""``check(records)`` raises DataError for records of other fields."""
+
+
 def read_text(path: Path) -> str:
     """Read a text of at most 1 GiB with Unix line ends.
 
@@ -57,8 +61,12 @@ def _decode(data: bytes, path: Path, line: int) -> str:
         ) from None
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, check: Check | None = None) -> list[Record]:
     """Read the records of a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, at least one.
+
+    Args:
+        path: the file.
+        check: called with the first record, so that a large file of others is refused at once.
 
     Raises:
         DataError: the suffix is another one, or the file is malformed; the message names the line.
@@ -71,9 +79,11 @@ def read_records(path: Path) -> list[Record]:
         raise DataError(f"{path}: expected a file that ends in one of {known}, got {got!r}")
     records = []
     for fields, place in reader(path):
-        if not isinstance(fields, dict):
-            raise DataError(f"{path}, {place}: expected a JSON object, got {fields!r:.60}")
+        if not isinstance(fields, dict) or not fields:
+            raise DataError(f"{path}, {place}: expected an object with fields, got {fields!r:.60}")
         records.append(Record(fields, f"{path}, {place}"))
+        if check is not None and len(records) == 1:
+            check(records)
     if not records:
         raise DataError(f"{path}, line 1: expected one or more records, got none")
     return records

@@ -32,7 +32,7 @@ from pydantic import (
 
 from modulora_core.data.files import Record
 from modulora_core.errors import DataError, OptionError
-from modulora_core.files.json_files import reason
+from modulora_core.files.json_files import in_one_line
 
 Format = Literal["text", "instruct", "chat", "completion"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -203,7 +203,7 @@ def checked(record: Record, kind: type[Fields]) -> Fields:
     try:
         return kind.model_validate(record.fields)
     except ValidationError as error:
-        raise DataError(f"{record.place}: {reason(error)}") from None
+        raise DataError(f"{record.place}: {in_one_line(error)}") from None
 
 
 def _instruct(record: Record) -> Conversation:

@@ -53,7 +53,11 @@ def load_preferences(
         MissingExtraError: the source needs an optional library that isn't installed.
     """
     renderer = Renderer(tokenizer)
-    read = [_row(record, renderer, rows) for record in load_records(source)]
+
+    def converted(records: Sequence[Record]) -> list[tuple[dict[str, Any], int]]:
+        return [_row(record, renderer, rows) for record in records]
+
+    read = converted(load_records(source, converted))
     kept = [row for row, length in read if length < seq_len]
     name = source_name(source)
     if not kept:
@@ -74,10 +78,12 @@ def _row(record: Record, renderer: Renderer, known: int | None) -> tuple[dict[st
     read = checked(record, _Preference)
     prompt, chosen, rejected = _turns(read, record.place)
     strings = (read.prompt, read.chosen, read.rejected)
-    plain = (read.prompt, read.chosen) if all(isinstance(s, str) for s in strings) else None
-    asked = Conversation((*prompt, *chosen), plain, record.place)  # type: ignore[arg-type]
-    ids = renderer.encode_prompt(renderer.render(asked)[-1])
-    check_ids(ids, known, record.place)
+    for turns, answer in ((chosen, read.chosen), (rejected, read.rejected)):
+        plain = (read.prompt, answer) if all(isinstance(s, str) for s in strings) else None
+        asked = Conversation((*prompt, *turns), plain, record.place)  # type: ignore[arg-type]
+        rendering = renderer.render(asked)[-1]
+        check_ids(renderer.encode([rendering])[0][0], known, record.place)
+    ids = renderer.encode_prompt(rendering)
     if not renderer.has_template:
         return dict(zip(("prompt", "chosen", "rejected"), strings, strict=True)), len(ids)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, len(ids)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modulora_core.data.files import TEXT_SUFFIXES, Record, read_records, read_text
+from modulora_core.data.files import TEXT_SUFFIXES, Check, Record, read_records, read_text
 from modulora_core.errors import DataError, MissingExtraError
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Mapping[str, Any]]
@@ -110,10 +110,14 @@ def source_name(source: Source) -> str:
     return ", ".join([*names, f"{records} records"] if records else names)
 
 
-def load_records(source: Source) -> list[Record]:
+def load_records(source: Source, check: Check | None = None) -> list[Record]:
     """Read ``source``. A text file, and ``pydoc``, is one record with the field ``text``.
 
     In a ``datasets.Dataset`` a class label becomes the name of its class.
+
+    Args:
+        source: see above.
+        check: called with the first record of a file before the others are read.
 
     Raises:
         DataError: nothing is there, or it is empty or malformed; the message names file and line.
@@ -126,7 +130,7 @@ def load_records(source: Source) -> list[Record]:
     records: list[Record] = []
     for number, part in enumerate(parts, 1):
         if isinstance(part, str):
-            records += _load(part)
+            records += _load(part, check)
         else:
             records.append(Record(_with_class_name(part, class_names), f"record {number}"))
     return records
@@ -152,7 +156,7 @@ def _class_names(rows: Any) -> list[str] | None:
     return getattr(features.get("label"), "names", None)
 
 
-def _load(text: str) -> list[Record]:
+def _load(text: str, check: Check | None) -> list[Record]:
     name, part = _split_slice(text)
     path = _path(name)
     if path is None:
@@ -160,7 +164,7 @@ def _load(text: str) -> list[Record]:
             f"{name[:60]!r}: expected a file, a Hub dataset id or pydoc, got no possible name"
         )
     if path.is_file() and path.suffix.lower() not in TEXT_SUFFIXES:
-        records = read_records(path)
+        records = read_records(path, check)
         rows = part.of_records(len(records), str(path))
         return records[rows.start : rows.stop]
     if path.is_file() or name == "pydoc":

@@ -26,7 +26,7 @@ def load_text(source: Source, tokenizer: Any = None) -> str:
         DataError: the source is missing, empty or malformed; the message names file and line.
         MissingExtraError: the source needs an optional library that isn't installed.
     """
-    records = load_records(source)
+    records = load_records(source, detect)
     if all(isinstance(record.fields.get("text"), str) for record in records):
         read = [record.fields["text"] for record in records]
     elif (format_ := detect(records)) == "text":

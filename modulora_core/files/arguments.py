@@ -44,14 +44,14 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
 
 def check_fields(settings: Any) -> None:
     """Check the fields of a dataclass. Raises OptionError: a field has another type."""
-    kinds = _annotations(type(settings))
+    kinds = _annotations(settings.__class__)
     for each in fields(settings):
         if each.init:
             _check(each.name, getattr(settings, each.name), kinds[each.name])
 
 
 @functools.lru_cache(maxsize=256)
-def _annotations(annotated: Callable[..., Any]) -> dict[str, Any]:
+def _annotations(annotated: Any) -> dict[str, Any]:
     module = inspect.getmodule(annotated)
     return get_type_hints(annotated, localns=_Names(vars(builtins) | vars(module)))
 

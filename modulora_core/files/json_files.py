@@ -152,10 +152,10 @@ def check_json(
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as found:
-        raise error(f"{subject}: {reason(found)}; {advice}") from None
+        raise error(f"{subject}: {in_one_line(found)}; {advice}") from None
 
 
-def reason(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """An error in one line; of pydantic's the first field that it refused."""
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())

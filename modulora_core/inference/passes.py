@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from modulora_core.data.files import Record
 from modulora_core.data.formats import Conversation, conversations, detect
 from modulora_core.data.rendering import check_ids
 from modulora_core.data.sources import Source, load_records
@@ -22,13 +23,16 @@ def asked_in(source: Source, template: Template | None = None) -> list[Conversat
     Raises:
         DataError: the source is malformed or is text, or no record has an answer.
     """
-    records = load_records(source)
-    if template is not None:
-        records = template.fill(records)
-    format_ = detect(records, answers=True)
-    if format_ == "text":
-        raise DataError(f"{records[0].place}: expected prompts and answers, got text")
-    read = conversations(records, format_)
+
+    def converted(records: Sequence[Record]) -> list[Conversation]:
+        filled = records if template is None else template.fill(records)
+        format_ = detect(filled, answers=True)
+        if format_ == "text":
+            raise DataError(f"{records[0].place}: expected prompts and answers, got text")
+        return conversations(filled, format_)
+
+    records = load_records(source, converted)
+    read = converted(records)
     asked = [each for each in read if not each.is_blank]
     if not asked:
         raise DataError(f"{records[0].place}: expected answers, got an empty one in every record")

@@ -11,6 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from modulora_core.data.rendering import check_ids
 from modulora_core.errors import DataError, MissingExtraError, OptionError
 from modulora_core.files.arguments import checked
 from modulora_core.inference.loading import Runnable, opened
@@ -93,14 +96,15 @@ def evaluate_tasks(
         manager = _manager(include_path and str(include_path))
         loaded = [part for task in tasks for part in _load(manager, task)]
         lm = HFLM(pretrained=source.load(), tokenizer=tokenizer, batch_size=batch_size)
-        found = simple_evaluate(
-            lm,
-            tasks=loaded,
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            log_samples=False,
-        )
+        with lm.model.get_input_embeddings().register_forward_pre_hook(_check_ids):
+            found = simple_evaluate(
+                lm,
+                tasks=loaded,
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                log_samples=False,
+            )
     counts, shots = found["n-samples"], found["n-shot"]
     return {
         name: TaskResult(_numbers(values), counts.get(name, {}).get("effective"), shots.get(name))
@@ -139,6 +143,11 @@ def _load(manager: Any, task: str) -> list[Any]:
     if found["groups"]:
         return [next(iter(found["groups"].values()))]  # a group comes before its parts
     return list(found["tasks"].values())
+
+
+def _check_ids(embeddings: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse tokens that the model lacks: an embedding fails on them, or reads other memory."""
+    check_ids([int(inputs[0].max())], embeddings.num_embeddings, "tasks")
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

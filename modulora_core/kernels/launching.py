@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
-from modulora_core.files.json_files import reason
+from modulora_core.files.json_files import in_one_line
 from modulora_core.kernels.process import prepared_numba
 from modulora_core.packed import BITS_OF_DTYPE, PackedLayout, PackedWeight, TensorLayout
 from modulora_core.tiles import tile_ranges
@@ -80,7 +80,7 @@ def check_layout(
     try:
         wanted = expected(layout.shape, **layout.metadata)
     except (TypeError, ValueError) as error:
-        found = reason(error)
+        found = in_one_line(error)
         if isinstance(error, TypeError):  # other names, or other types
             found = f"expected values of {', '.join([*signature(expected).parameters][1:])}"
         raise CheckpointError(

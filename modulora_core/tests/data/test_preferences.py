@@ -93,3 +93,13 @@ def test_other_training_names_the_method(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "data.jsonl", PLAIN)
     with pytest.raises(DataError, match="preferences: train on them with method dpo"):
         load_examples(file, make_tokenizer(), seq_len=16)
+
+
+def test_a_token_of_an_answer_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template=TEMPLATE)
+    known = len(tokenizer)
+    tokenizer.add_tokens(["nobody"])
+    for name in ("prompt", "chosen", "rejected"):
+        file = write_jsonl(tmp_path / "data.jsonl", {**PLAIN, name: "nobody"})
+        with pytest.raises(DataError, match=rf"line 1: the tokenizer gives token {known}, and"):
+            load_preferences(file, tokenizer, seq_len=16, rows=known)

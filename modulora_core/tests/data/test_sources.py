@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modulora_core.data import sources
+from modulora_core.data import load_examples, sources
+from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import Slice, load_records, pydoc_text, source_name
 from modulora_core.data.text import load_text
 from modulora_core.errors import DataError, MissingExtraError
+from modulora_core.inference.passes import asked_in
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 ROWS = [
     {"prompt": f"question {i}", "completion": f'a "quoted", comma\'d\nanswer {i}'} for i in range(7)
@@ -84,11 +87,14 @@ MALFORMED = {
     "empty.txt": (b"", "line 1: expected text, got an empty file"),
     "latin.txt": (b"ok\ncaf\xe9\n", "line 2: expected UTF-8, got byte 0xe9"),
     "cut.jsonl": (b'{"text": "a"}\n\n{"text": "b\n', "line 3: expected a JSON object, got Unterm"),
-    "list.jsonl": (b'{"text": "a"}\n["text"]\n', r"line 2: expected a JSON object, got \['text'\]"),
+    "list.jsonl": (
+        b'{"text": "a"}\n["text"]\n',
+        r"line 2: expected an object with fields, got \['text'\]",
+    ),
     "cut.json": (b'[{"text": "a"},\n{"text": }]', "line 2: expected JSON, got Expecting value"),
     "lines.json": (b'{"text": "a"}\n{"text": "b"}\n', "line 2: .*got Extra data .* a .jsonl file"),
     "object.json": (b'{"text": "a"}', "line 1: expected a list of objects, got {"),
-    "number.json": (b'[{"text": "a"},\n\n3]', "record 2: expected a JSON object, got 3"),
+    "number.json": (b'[{"text": "a"},\n\n3]', "record 2: expected an object with fields, got 3"),
     "none.json": (b"[]", "line 1: expected one or more records, got none"),
     "header.csv": (b"prompt,completion\n", "line 1: expected one or more records, got none"),
     "twice.csv": (b"text,text\na,b\n", "line 1: expected distinct column names"),
@@ -247,3 +253,19 @@ def test_dicts_and_names_may_be_mixed(tmp_path):
     assert source_name([ROWS[0], str(file), ROWS[1]]) == f"{file}, 2 records"
     with pytest.raises(DataError, match=r'in Python, a text itself is \{"text": ...\}'):
         load_records(["The with statement wraps a block."])
+
+
+READERS = {
+    "examples": lambda file: load_examples(file, make_tokenizer(), seq_len=16),
+    "text": load_text,
+    "preferences": lambda file: load_preferences(file, make_tokenizer(), seq_len=16),
+    "answers": asked_in,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_of_other_fields_is_refused_after_its_first_record(tmp_path, reader):
+    for first in ('{"a": 1}', "{}"):
+        file = write(tmp_path / "data.jsonl", f"{first}\n{{\n")  # line 2 is no JSON
+        with pytest.raises(DataError, match=r"data\.jsonl, line 1: "):
+            READERS[reader](str(file))

@@ -60,6 +60,9 @@ def test_the_accuracy_of_a_local_task(tunable: Path, folder: Path) -> None:
     assert (found.examples, found.num_fewshot) == (6, 0)
     opened = evaluate_tasks((model, tokenizer), [file], batch_size=4, limit=3, num_fewshot=1)
     assert (opened["parity"].examples, opened["parity"].num_fewshot) == (3, 1)
+    tokenizer.add_tokens(["even?"])
+    with pytest.raises(DataError, match=r"tasks: the tokenizer gives token \d+, and the model has"):
+        evaluate_tasks((model, tokenizer), [file], limit=1)
 
 
 def test_the_command(tunable: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
