@@ -17,14 +17,18 @@ from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 
 def save_compressed(
-    folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, **weights: Any
+    folder: Path,
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    architecture: str = "llama",
+    **weights: Any,
 ) -> None:
-    """Save a tiny Llama in the format ``name``, whose layers but the head have these arguments."""
+    """Save a tiny model in the format ``name``, whose layers but the head have these arguments."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**_SIZES["llama"]))
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**_SIZES[architecture]))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     model.to(dtype).save_pretrained(folder)
@@ -33,12 +37,15 @@ def save_compressed(
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     compressor = BaseCompressor.get_value_from_registry(name)
     stored: dict[str, Tensor] = {}
-    for key, tensor in load_file(folder / "model.safetensors").items():
+    dense = load_file(folder / "model.safetensors")
+    for key, tensor in dense.items():
         module = key.removesuffix(".weight")
         if not key.endswith("_proj.weight"):
             stored[key] = tensor
             continue
-        compressed = compressor.compress({"weight": tensor, **_parameters(tensor, args)}, scheme)
+        pair = {key.replace("gate_proj", "up_proj"), key.replace("up_proj", "gate_proj")}
+        parameters = _parameters(tensor, args, torch.cat([dense[name] for name in pair]))
+        compressed = compressor.compress({"weight": tensor, **parameters}, scheme)
         stored |= {f"{module}.{part}": t.contiguous() for part, t in compressed.items()}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
@@ -50,15 +57,15 @@ def save_compressed(
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def _parameters(weight: Tensor, args: Any) -> dict[str, Tensor]:
-    """Scales and zero points by compressed-tensors' rules."""
+def _parameters(weight: Tensor, args: Any, fused: Tensor) -> dict[str, Tensor]:
+    """Scales and zero points by compressed-tensors' rules; the global scale is of ``fused``."""
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     groups = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
     low, high = groups.amin(2), groups.amax(2)
     more = {}
     if args.strategy == "tensor_group":
-        more["global_scale"] = generate_gparam(low.min(), high.max())
+        more["global_scale"] = generate_gparam(fused.min(), fused.max())
     scale, zero = calculate_qparams(low, high, args, **more)
     made = {"weight_scale": scale, "weight_zero_point": zero}
     return made | {f"weight_{name}": value for name, value in more.items()}

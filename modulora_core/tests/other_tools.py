@@ -24,6 +24,11 @@ _SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
         "tie_word_embeddings": False, "attention_bias": True,
     },
+    "qwen3_moe": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 640,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "head_dim": 16, "moe_intermediate_size": 64, "num_experts": 3, "num_experts_per_tok": 2,
+    },
     "gpt2": {"vocab_size": 640, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 128,
              "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
 }  # fmt: skip

@@ -60,6 +60,23 @@ def test_weights_are_those_of_transformers_and_come_back(name, weights, tmp_path
     assert all(torch.equal(before[n].float(), after[n].float()) for n in before)
 
 
+def test_experts_that_are_layers_in_the_files_become_stacks(tmp_path: Path) -> None:
+    folder, experts = tmp_path / "moe", "model.layers.0.mlp.experts"
+    save_compressed(folder, "nvfp4-pack-quantized", architecture="qwen3_moe", **NVFP4)
+    checkpoint = open_checkpoint(folder)
+    stored = load_file(folder / "model.safetensors")
+    for index, packed in enumerate(checkpoint.packed(f"{experts}.gate_up_proj")):
+        for name, part in {"codes": "weight_packed", "scales": "weight_scale"}.items():
+            parts = [stored[f"{experts}.{index}.{which}_proj.{part}"] for which in ("gate", "up")]
+            expected = torch.cat([tensor.view(torch.uint8) for tensor in parts])
+            assert torch.equal(packed.tensors[name], expected)
+    assert_trains_as_converted(folder, tmp_path)
+    stored[f"{experts}.1.up_proj.weight_global_scale"] *= 2
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"gate_proj.* and .*up_proj.*one global_scale"):
+        load_model(folder)
+
+
 def test_a_model_of_ours_is_read_by_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
