@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from modulora_core.checkpoints.foreign import ForeignModel, ForeignStore, record_of
+from modulora_core.checkpoints.foreign import ForeignModel, ForeignStore, Placed, record_of
 from modulora_core.errors import CheckpointError
 from modulora_core.models.ends import find_table
 from modulora_core.models.formats import recognise_file
@@ -44,7 +44,7 @@ def open_file(location: Location) -> ForeignModel | None:
         kinds = {name: kind for name, (_, kind) in found.items()}
         layouts = {name: _layout(source, site) for name, (site, _) in found.items()}
         weights = known.reader().weights({"types": kinds}, layouts, _unread)
-        placed = {name: (found[name][0], (weight,)) for name, weight in weights.items()}
+        placed: Placed = {name: (found[name][0], (weight,)) for name, weight in weights.items()}
         record = record_of(source, placed, known.spec.name) if placed else None
     if record is None:
         return None
