@@ -112,6 +112,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         rf"{zeros}: expected int32 \[8, 4\]": {zeros: whole[zeros][:3]},
         rf"{scale}: expected finite values": {scale: whole[scale] * torch.nan},
         rf"{scale}: expected scales that fp16 can hold": {scale: whole[scale].float() + 1e6},
+        rf"{scale}: expected scales .*, got 1e-06": {scale: 0 * whole[scale].float() + 1e-6},
         rf"{DOWN}.weight_g_idx: expected 32 columns in each group": {
             f"{DOWN}.weight_g_idx": torch.zeros(128, dtype=torch.int32)
         },
