@@ -10,8 +10,8 @@ Tensors of a linear layer ``M``, whose weight is ``[out, in]`` with G groups of 
     M.weight_g_idx         int32 [in]                     the group of each column, with act-order
 
 All integers are stored with half of their range added. Scales become fp16: the same numbers if they
-are fp16, or bf16 from 2⁻¹⁷ on. Scales in fp32 are rounded, by 0.05 % at most. Scales that fp16 would
-round by more are refused.
+are fp16, or bf16 from 2⁻¹⁷ on. Scales in fp32 are rounded, by 0.05 % at most. Scales that fp16
+would round by more are refused.
 """
 
 from __future__ import annotations
