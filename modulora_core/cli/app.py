@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ from modulora_core.cli.failures import report_failure
 from modulora_core.cli.help import show_help
 from modulora_core.cli.terminal import Report, Terminal, open_streams
 from modulora_core.devices import processes
+from modulora_core.errors import RequestError
 
 COMMANDS = (
     "demo", "list-quantizers", "quantize", "info", "finetune", "generate", "chat", "evaluate",
@@ -122,6 +124,10 @@ class _Command(typer.core.TyperCommand):
         return result
 
     def invoke(self, ctx: Any) -> Any:
+        try:
+            Path.cwd()
+        except FileNotFoundError:  # torch aborts at its import
+            raise RequestError("current folder: expected a folder, got a deleted one") from None
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:

@@ -335,3 +335,13 @@ def test_nothing_is_said_when_nobody_reads(word: str) -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == ("", 1)
+
+
+def test_a_deleted_current_folder_is_refused(
+    probe: None, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["probe", "well"]) == 2
+    assert "current folder: expected a folder, got a deleted one" in capsys.readouterr().err
