@@ -13,9 +13,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import literal_unroll, prange
 from torch import Tensor
 
-from modulora_core.kernels.cpu import CPUKernels, from_half, jit, load, on_stack, store, to_floats
+from modulora_core.kernels.cpu import (
+    AHEAD,
+    CPUKernels,
+    from_half,
+    jit,
+    load,
+    lookup,
+    multiply_add,
+    on_stack,
+    prefetch,
+    share,
+    splat,
+    store,
+    sum_of_lanes,
+    to_floats,
+)
 from modulora_core.packed import PackedWeight
 from modulora_gguf import codebooks, reference
 
@@ -28,11 +44,11 @@ KINDS = {
 _Q4_0, _Q4_1, _Q5_0, _Q8_0, _Q4_K, _Q5_K, _Q6_K, _ = KINDS.values()
 _IQ4 = codebooks.lookup("IQ4_NL", torch.arange(16)).numpy()
 
-_FIFTH_BITS = np.arange(256, dtype=np.uint8)[:, None] >> np.arange(8, dtype=np.uint8) << 4 & 16
-"""The bits of each byte, as bits of 16."""
+_NUMBERS = tuple(KINDS.values())
+_0 = np.float32(0)
+_LANES = np.arange(16, dtype=np.int32)
 
-_block = on_stack(256, np.float32)
-_bits = on_stack(32, np.uint8)
+_whole = on_stack(256, np.float32)
 
 
 def operands(packed: PackedWeight) -> tuple[Any, ...]:
@@ -42,140 +58,196 @@ def operands(packed: PackedWeight) -> tuple[Any, ...]:
 
 
 @jit(borrows=True)
+def _byte(b: Any, at: int) -> Any:
+    return b[np.uint64(at)]  # a signed index might be negative, which costs time
+
+
+@jit(borrows=True)
 def _half(b: Any, at: int) -> Any:
-    number = from_half(np.int16(np.uint16(b[at]) | np.uint16(b[at + 1]) << 8))
-    return number if abs(number) < np.float32(65536) else np.float32(0)  # as reference.half
+    number = from_half(np.int16(np.uint16(_byte(b, at)) | np.uint16(_byte(b, at + 1)) << 8))
+    return number if abs(number) < np.float32(65536) else _0  # as reference.half
 
 
 @jit(borrows=True)
-def _offset_nibbles(b: Any, out: Any) -> None:
-    """Q4_0."""
-    d, qs = _half(b, 0), load(b, 2)
-    store(out, 0, to_floats((qs & 15) - 8) * d)
-    store(out, 16, to_floats((qs >> 4) - 8) * d)
+def _take(codes: Any, scale: Any, minimum: Any, out: Any, x: Any, k: int, sums: Any) -> Any:
+    """Store sixteen weights in ``out[k ...]``; without it, add their products with ``x[k ...]``."""
+    if out is None:
+        a, b, c, d = sums  # in turn: an addition waits for the one before
+        values = multiply_add(codes, splat(scale), splat(-minimum))
+        return b, c, d, multiply_add(values, load(x, k), a)
+    store(out, k, codes * scale - minimum)
+    return sums
 
 
 @jit(borrows=True)
-def _affine_nibbles(b: Any, out: Any) -> None:
-    """Q4_1."""
-    d, m, qs = _half(b, 0), _half(b, 2), load(b, 4)
-    store(out, 0, to_floats(qs & 15) * d + m)
-    store(out, 16, to_floats(qs >> 4) * d + m)
+def _zeros() -> Any:
+    zero = splat(_0)
+    return zero, zero, zero, zero
 
 
 @jit(borrows=True)
-def _q5_0(b: Any, out: Any) -> None:
-    d, qs, high = _half(b, 0), load(b, 6), _bits()
-    for byte in range(4):
-        for k in range(8):
-            high[8 * byte + k] = _FIFTH_BITS[b[2 + byte], k]
-    store(out, 0, to_floats(((qs & 15) | load(high, 0)) - 16) * d)
-    store(out, 16, to_floats(((qs >> 4) | load(high, 16)) - 16) * d)
+def _q4_0(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+    d, qs = _half(b, at), load(b, at + 2)
+    sums = _take(to_floats((qs & 15) - 8), d, _0, out, x, k, sums)
+    return _take(to_floats((qs >> 4) - 8), d, _0, out, x, k + 16, sums)
 
 
 @jit(borrows=True)
-def _bytes(b: Any, out: Any) -> None:
-    """Q8_0."""
-    d = _half(b, 0)
-    for k in (0, 16):
-        codes = load(b, 2 + k)
-        store(out, k, to_floats((codes & 127) - (codes & 128)) * d)  # the sign bit counts -128
+def _q4_1(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+    d, m, qs = _half(b, at), _half(b, at + 2), load(b, at + 4)
+    sums = _take(to_floats(qs & 15), d, -m, out, x, k, sums)
+    return _take(to_floats(qs >> 4), d, -m, out, x, k + 16, sums)
 
 
 @jit(borrows=True)
-def _affine_k(b: Any, part: int) -> Any:
-    """The scale and the minimum of one of the eight parts of Q4_K and Q5_K."""
+def _fifth_bits(b: Any, at: int) -> Any:
+    """Sixteen bits of two bytes, as bits of 16."""
+    bits = np.int32(_byte(b, at)) | np.int32(_byte(b, at + 1)) << 8
+    return (splat(bits) >> load(_LANES, 0) & 1) << 4
+
+
+@jit(borrows=True)
+def _q5_0(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+    d, qs = _half(b, at), load(b, at + 6)
+    sums = _take(to_floats(((qs & 15) | _fifth_bits(b, at + 2)) - 16), d, _0, out, x, k, sums)
+    return _take(to_floats(((qs >> 4) | _fifth_bits(b, at + 4)) - 16), d, _0, out, x, k + 16, sums)
+
+
+@jit(borrows=True)
+def _q8_0(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+    d = _half(b, at)
+    for part in (0, 16):
+        codes = load(b, at + 2 + part)
+        signed = (codes & 127) - (codes & 128)  # the sign bit counts -128
+        sums = _take(to_floats(signed), d, _0, out, x, k + part, sums)
+    return sums
+
+
+@jit(borrows=True)
+def _affine_k(b: Any, at: int, part: int) -> Any:
+    """The scale and the minimum of one of the eight parts of Q4_K and Q5_K, without d and dmin."""
     if part < 4:
-        sc, m = b[4 + part] & 63, b[8 + part] & 63
+        sc, m = _byte(b, at + 4 + part) & 63, _byte(b, at + 8 + part) & 63
     else:
-        high = b[8 + part]
-        sc, m = (high & 15) | (b[part] >> 2 & 48), (high >> 4) | (b[4 + part] >> 2 & 48)
-    return _half(b, 0) * np.float32(sc), _half(b, 2) * np.float32(m)
+        high = _byte(b, at + 8 + part)
+        sc = (high & 15) | (_byte(b, at + part) >> 2 & 48)
+        m = (high >> 4) | (_byte(b, at + 4 + part) >> 2 & 48)
+    return np.float32(sc), np.float32(m)
 
 
 @jit(borrows=True)
-def _q4_k(b: Any, out: Any) -> None:
+def _q4_or_q5_k(fifth: bool, b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+    """Q4_K; with ``fifth`` bits Q5_K. A byte has codes of two parts."""
+    d, dmin, qs = _half(b, at), _half(b, at + 2), at + (48 if fifth else 16)
+    for pair in range(4):
+        sc, m = _affine_k(b, at, 2 * pair)
+        other_sc, other_m = _affine_k(b, at, 2 * pair + 1)
+        for j in (0, 16):
+            codes, to = load(b, qs + 32 * pair + j), k + 64 * pair + j
+            low, high = codes & 15, codes >> 4
+            if fifth:
+                bits = load(b, at + 16 + j) >> 2 * pair
+                low, high = low | (bits & 1) << 4, high | (bits & 2) << 3
+            sums = _take(to_floats(low), d * sc, dmin * m, out, x, to, sums)
+            sums = _take(to_floats(high), d * other_sc, dmin * other_m, out, x, to + 32, sums)
+    return sums
+
+
+@jit(borrows=True)
+def _q6_k(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+    """Sixteen bytes of high bits go with 64 weights, in four parts."""
+    d = _half(b, at + 208)
+    for j in (0, 16, 128, 144):  # the weight that comes first
+        ql, scales = at + (j & 16) + (j & 128) // 2, at + 192 + j // 16
+        a, c, qh = load(b, ql), load(b, ql + 32), load(b, at + 128 + (j & 16) + (j & 128) // 4)
+        for run in range(4):
+            low = (c if run & 1 else a) >> 4 * (run >> 1) & 15
+            codes = low | (qh >> 2 * run & 3) << 4
+            scale = d * np.float32(np.int8(_byte(b, scales + 2 * run)))
+            sums = _take(to_floats(codes - 32), scale, _0, out, x, k + j + 32 * run, sums)
+    return sums
+
+
+@jit(borrows=True)
+def _iq4_xs(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+    d, table = _half(b, at), load(_IQ4, 0)
     for part in range(8):
-        scale, minimum = _affine_k(b, part)
-        at, shift = 16 + 32 * (part >> 1), 4 * (part & 1)
-        for k in (0, 16):
-            codes = load(b, at + k) >> shift & 15
-            store(out, 32 * part + k, to_floats(codes) * scale - minimum)
+        low = np.int32(_byte(b, at + 4 + (part >> 1)) >> 4 * (part & 1) & 15)
+        high = np.int32(_byte(b, at + 2 + (part >> 2)) >> 2 * (part & 3) & 3)
+        scale, qs = d * np.float32((low | high << 4) - 32), load(b, at + 8 + 16 * part)
+        sums = _take(lookup(table, qs), scale, _0, out, x, k + 32 * part, sums)
+        sums = _take(lookup(table, qs >> 4), scale, _0, out, x, k + 32 * part + 16, sums)
+    return sums
 
 
 @jit(borrows=True)
-def _q5_k(b: Any, out: Any) -> None:
-    for part in range(8):
-        scale, minimum = _affine_k(b, part)
-        at, shift = 48 + 32 * (part >> 1), 4 * (part & 1)
-        for k in (0, 16):
-            codes = (load(b, at + k) >> shift & 15) | (load(b, 16 + k) >> part & 1) << 4
-            store(out, 32 * part + k, to_floats(codes) * scale - minimum)
-
-
-@jit(borrows=True)
-def _q6_k(b: Any, out: Any) -> None:
-    d = _half(b, 208)
-    for part in range(16):
-        scale = d * np.float32(np.int8(b[192 + part]))
-        run = part >> 1  # runs of 32 weights: four share their low bytes, and four their high ones
-        low = 64 * (run >> 2) + 32 * (run & 1) + 16 * (part & 1)
-        high = 128 + 32 * (run >> 2) + 16 * (part & 1)
-        shift, top = 4 * (run >> 1 & 1), 2 * (run & 3)
-        codes = (load(b, low) >> shift & 15) | (load(b, high) >> top & 3) << 4
-        store(out, 16 * part, to_floats(codes - 32) * scale)
-
-
-@jit(borrows=True)
-def _iq4_xs(b: Any, out: Any) -> None:
-    d = _half(b, 0)
-    for part in range(8):
-        low = np.int32(b[4 + (part >> 1)] >> 4 * (part & 1) & 15)
-        high = np.int32(b[2 + (part >> 2)] >> 2 * (part & 3) & 3)
-        scale, at = d * np.float32((low | high << 4) - 32), 8 + 16 * part
-        for k in range(16):
-            out[32 * part + k] = scale * _IQ4[b[at + k] & 15]
-            out[32 * part + k + 16] = scale * _IQ4[b[at + k] >> 4]
-
-
-@jit(borrows=True)
-def _decode_block(kind: int, b: Any, out: Any) -> None:
+def _block(kind: int, b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+    """:func:`_take` all weights of the block at ``b[at]``."""
     if kind == _Q4_0:
-        _offset_nibbles(b, out)
-    elif kind == _Q4_1:
-        _affine_nibbles(b, out)
-    elif kind == _Q5_0:
-        _q5_0(b, out)
-    elif kind == _Q8_0:
-        _bytes(b, out)
-    elif kind == _Q4_K:
-        _q4_k(b, out)
-    elif kind == _Q5_K:
-        _q5_k(b, out)
-    elif kind == _Q6_K:
-        _q6_k(b, out)
-    else:
-        _iq4_xs(b, out)
+        return _q4_0(b, at, out, x, k, sums)
+    if kind == _Q4_1:
+        return _q4_1(b, at, out, x, k, sums)
+    if kind == _Q5_0:
+        return _q5_0(b, at, out, x, k, sums)
+    if kind == _Q8_0:
+        return _q8_0(b, at, out, x, k, sums)
+    if kind == _Q4_K:
+        return _q4_or_q5_k(False, b, at, out, x, k, sums)
+    if kind == _Q5_K:
+        return _q4_or_q5_k(True, b, at, out, x, k, sums)
+    if kind == _Q6_K:
+        return _q6_k(b, at, out, x, k, sums)
+    return _iq4_xs(b, at, out, x, k, sums)
 
 
 @jit(borrows=True)
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
     """Columns ``start ...`` of the rows from ``row`` on, for :class:`CPUKernels`."""
     blocks, kind, size, nbytes = weight
-    whole, stop = _block(), start + columns
+    b, whole, stop = blocks.reshape(blocks.size), _whole(), start + columns
     for r in range(len(out)):
         for block in range(start // size, (stop + size - 1) // size):
-            b = blocks[row + r, block * nbytes : (block + 1) * nbytes]
-            first = block * size
+            at, first = (row + r) * blocks.shape[1] + block * nbytes, block * size
             if first >= start and first + size <= stop:
-                _decode_block(kind, b, out[r, first - start : first - start + size])
+                _block(kind, b, at, out, out, r * out.shape[1] + first - start, _zeros())
             else:
-                _decode_block(kind, b, whole)
+                _block(kind, b, at, whole, whole, 0, _zeros())
                 for k in range(max(first, start), min(first + size, stop)):
                     out[r, k - start] = whole[k - first]
 
 
-kernels = CPUKernels(decode, operands)
+@jit(borrows=True)
+def _product_of(kind: int, b: Any, at: int, size: int, nbytes: int, x: Any) -> Any:
+    sums = _zeros()
+    for k in range(0, x.size, size):
+        prefetch(b, at + AHEAD)
+        sums = _block(kind, b, at, None, x, k, sums)
+        at += nbytes
+    return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]))
+
+
+@jit(borrows=True)
+def _product(kind: int, b: Any, at: int, size: int, nbytes: int, x: Any) -> Any:
+    """Σ Ŵ x over the row that begins at ``b[at]``. A loop for each kind has no branches in it."""
+    total = _0
+    for number in literal_unroll(_NUMBERS):
+        if kind == number:
+            total = _product_of(number, b, at, size, nbytes, x)
+    return total
+
+
+@jit(parallel=True)
+def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
+    """``y = x Ŵᵀ`` for one row: weights are decoded and multiplied in registers."""
+    blocks, kind, size, nbytes = weight
+    b = blocks.reshape(blocks.size)
+    for index in prange(threads):
+        begin, stop = share(index, threads, y.shape[1])
+        for row in range(begin, stop):
+            y[0, row] = _product(kind, b, row * blocks.shape[1], size, nbytes, x[0])
+
+
+kernels = CPUKernels(decode, operands, lambda _: matmul_one)
 
 
 @cache  # once for each type
