@@ -57,6 +57,6 @@ def load_dequantized(folder: Path) -> nn.Module:
     """The folder as transformers makes it of floats."""
     from transformers import Mxfp4Config
 
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
-    )
+    config = Mxfp4Config(dequantize=True)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    return model.float()  # transformers before 5.24 makes the experts bf16, which is exact here

@@ -1,6 +1,6 @@
 """Quantize blocks: elements are rounded to nearest, and the scale is searched for.
 
-By the specification's rule (section 6.3), X is the power of two that brings the largest magnitude
+By the specification's rule, X is the power of two that brings the largest magnitude
 of a block into [4, 8). Values above 6 are cut off. NVFP4's usual rule makes X the largest magnitude
 divided by 6. We also try the scales around, and keep the one with the smallest error, weighted by
 H's diagonal where there is calibration data. The rule's own scale wins a tie, so that no block is

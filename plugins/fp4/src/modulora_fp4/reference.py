@@ -1,6 +1,6 @@
 """MXFP4 and NVFP4 in plain torch: the truth for the kernels.
 
-Symbols of the OCP Microscaling specification 1.0, section 5. A row of a weight falls into blocks
+Symbols of the OCP Microscaling specification 1.0. A row of a weight falls into blocks
 of k elements::
 
     P    an element in E2M1: a sign, two bits of exponent, one of fraction

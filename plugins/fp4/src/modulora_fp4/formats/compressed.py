@@ -12,8 +12,7 @@ The bytes are ours. Activations stay as they are: their scales are not read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ HEAD = "lm_head"
 """transformers' name of a language model's head."""
 
 _STRATEGY = {"mxfp4": "group", "nvfp4": "tensor_group"}
+_OF_ACTIVATIONS = ("input_global_scale", "input_scale")
 _SCALES = {"mxfp4": "uint8", "nvfp4": "float8_e4m3fn"}
 
 
@@ -63,20 +63,14 @@ class CompressedTensors(CheckpointFormat):
         read: Read,  # noqa: ARG002 - headers say all
     ) -> dict[str, ForeignWeight]:
         self.check(config)
-        found = dict[str, ForeignWeight]()
-        for name, stored in tensors.items():
-            module, _, part = name.rpartition(".")
-            if part != "weight_packed":
-                continue
-            shape = shape_of(name, stored)
-            self.quantizer.check_shape(shape)
-            layout = self.quantizer.layout(shape)
-            parts = {f"{module}.{part}": t for part, t in self._parts(layout).items()}
-            check_tensors(parts, tensors, f"{name} and the format {self.spec.name}")
-            more = [f"{module}.input_global_scale"] * (f"{module}.input_global_scale" in tensors)
-            unpack = partial(_unpack, module, layout)
-            found[module] = ForeignWeight((*parts, *more), self.quantizer, layout, unpack)
-        return found
+        return {
+            module: read_layer(self.quantizer, module, part, self._parts, tensors, self._global)
+            for module, _, part in (name.rpartition(".") for name in tensors)
+            if part == "weight_packed"
+        }
+
+    def _global(self, module: str, read: Read) -> Tensor:
+        return read_positive(read, f"{module}.weight_global_scale")
 
     def _parts(self, layout: PackedLayout) -> dict[str, TensorLayout]:
         ours = layout.tensors
@@ -114,18 +108,48 @@ class CompressedTensors(CheckpointFormat):
         }  # fmt: skip
 
 
-def shape_of(name: str, codes: TensorLayout) -> tuple[int, int]:
-    if codes.dtype != "uint8" or len(codes.shape) != 2:
-        raise CheckpointError(
-            f"{name}: expected uint8 [out, in / 2], got {codes.dtype} {list(codes.shape)}"
-        )
+def read_layer(
+    quantizer: FP4,
+    module: str,
+    codes: str,
+    parts: Callable[[PackedLayout], Mapping[str, TensorLayout]],
+    tensors: Mapping[str, TensorLayout],
+    global_scale: Callable[[str, Read], Tensor],
+) -> ForeignWeight:
+    """A linear layer with scales in ``weight_scale``.
+
+    Args:
+        codes: the name of its codes; ``parts`` gives all its tensors' layouts by name.
+        tensors: of all files; scales of activations are taken and not read.
+        global_scale: reads the number that NVFP4's scales are divided by.
+
+    Raises:
+        CheckpointError: tensors that are missing, or of other dtypes or shapes.
+        ShapeError: blocks don't divide the rows.
+    """
+    shape = _shape_of(f"{module}.{codes}", tensors.get(f"{module}.{codes}"))
+    quantizer.check_shape(shape)
+    layout = quantizer.layout(shape)
+    stored = {f"{module}.{part}": tensor for part, tensor in parts(layout).items()}
+    check_tensors(stored, tensors, f"{module}.{codes} and {layout.metadata['type']}")
+    scale = f"{module}.weight_scale"
+
+    def unpack(read: Read) -> PackedWeight:
+        bits = read(scale).view(torch.uint8)
+        made = {
+            "codes": read(f"{module}.{codes}"),
+            "scales": check_scales(scale, layout.metadata["type"], bits),
+        }
+        if "global_scale" in layout.tensors:
+            made["global_scale"] = global_scale(module, read)
+        return layout.fill(made)
+
+    more = [f"{module}.{name}" for name in _OF_ACTIVATIONS if f"{module}.{name}" in tensors]
+    return ForeignWeight((*stored, *more), quantizer, layout, unpack)
+
+
+def _shape_of(name: str, codes: TensorLayout | None) -> tuple[int, int]:
+    if codes is None or codes.dtype != "uint8" or len(codes.shape) != 2:
+        got = "nothing" if codes is None else f"{codes.dtype} {list(codes.shape)}"
+        raise CheckpointError(f"{name}: expected uint8 [out, in / 2], got {got}")
     return codes.shape[0], 2 * codes.shape[1]
-
-
-def _unpack(module: str, layout: PackedLayout, read: Read) -> PackedWeight:
-    name = f"{module}.weight_scale"
-    scales = check_scales(name, layout.metadata["type"], read(name).view(torch.uint8))
-    tensors = {"codes": read(f"{module}.weight_packed"), "scales": scales}
-    if "global_scale" in layout.tensors:
-        tensors["global_scale"] = read_positive(read, f"{module}.weight_global_scale")
-    return layout.fill(tensors)

@@ -14,16 +14,15 @@ differ from ModelOpt's in the last bit of fp32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from modulora_core.errors import ModelError
-from modulora_core.models.formats import ForeignWeight, FormatReader, Read, check_tensors
-from modulora_core.spec import PackedLayout, PackedWeight, TensorLayout
-from modulora_fp4.formats.compressed import shape_of
-from modulora_fp4.formats.scales import check_scales, read_positive
+from modulora_core.models.formats import ForeignWeight, FormatReader, Read
+from modulora_core.spec import PackedLayout, TensorLayout
+from modulora_fp4.formats.compressed import read_layer
+from modulora_fp4.formats.scales import read_positive
 from modulora_fp4.quantizer import FP4, Options
 
 
@@ -46,34 +45,21 @@ class ModelOpt(FormatReader):
         read: Read,  # noqa: ARG002 - headers say all
     ) -> dict[str, ForeignWeight]:
         self.check(config)
-        quantizer, found = FP4(Options(type="nvfp4")), dict[str, ForeignWeight]()
-        for name in tensors:
-            module, _, part = name.rpartition(".")
-            if part != "weight_scale_2":
-                continue
-            weight = f"{module}.weight"
-            shape = shape_of(weight, tensors.get(weight, TensorLayout("uint8", ())))
-            quantizer.check_shape(shape)
-            layout = quantizer.layout(shape)
-            scales = TensorLayout("float8_e4m3fn", layout.tensors["scales"].shape)
-            parts = {
-                weight: layout.tensors["codes"],
-                f"{module}.weight_scale": scales,
-                name: TensorLayout("float32", ()),
-            }
-            check_tensors(parts, tensors, f"{weight} and NVFP4")
-            more = [f"{module}.input_scale"] * (f"{module}.input_scale" in tensors)
-            unpack = partial(_unpack, module, layout)
-            found[module] = ForeignWeight((*parts, *more), quantizer, layout, unpack)
-        return found
+        quantizer = FP4(Options(type="nvfp4"))
+        return {
+            module: read_layer(quantizer, module, "weight", _parts, tensors, _global_scale)
+            for module, _, part in (name.rpartition(".") for name in tensors)
+            if part == "weight_scale_2"
+        }
 
 
-def _unpack(module: str, layout: PackedLayout, read: Read) -> PackedWeight:
-    name = f"{module}.weight_scale"
-    scales = check_scales(name, "nvfp4", read(name).view(torch.uint8))
-    tensors = {
-        "codes": read(f"{module}.weight"),
-        "scales": scales,
-        "global_scale": 1 / read_positive(read, f"{module}.weight_scale_2"),
+def _parts(layout: PackedLayout) -> dict[str, TensorLayout]:
+    return {
+        "weight": layout.tensors["codes"],
+        "weight_scale": TensorLayout("float8_e4m3fn", layout.tensors["scales"].shape),
+        "weight_scale_2": TensorLayout("float32", ()),
     }
-    return layout.fill(tensors)
+
+
+def _global_scale(module: str, read: Read) -> Tensor:
+    return 1 / read_positive(read, f"{module}.weight_scale_2")
