@@ -22,7 +22,13 @@ SMALL_FILES = 64 * 2**20
 
 
 def partial_name(out: Path) -> Path:
-    """The sibling ``out.partial``, in which ``out`` is written until it is whole."""
+    """The sibling ``out.partial``, in which ``out`` is written until it is whole.
+
+    Raises:
+        OutputError: ``out`` has no name, such as the current folder, so that it can't be replaced.
+    """
+    if not out.name:
+        raise OutputError(f"output {out}: expected the name of a new place, got none; add a name")
     return out.with_name(out.name + ".partial")
 
 

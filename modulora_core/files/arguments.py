@@ -6,6 +6,7 @@ import builtins
 import functools
 import inspect
 import numbers
+import reprlib
 from collections import abc
 from collections.abc import Callable
 from dataclasses import fields
@@ -65,7 +66,7 @@ class _Names(dict[str, Any]):
 
 def _check(name: str, value: object, kind: Any) -> None:
     if not _has_type(value, kind):
-        raise OptionError(f"{name}: expected {_words(kind)}, got {value!r:.80}")
+        raise OptionError(f"{name}: expected {_words(kind)}, got {reprlib.repr(value)}")
 
 
 def _has_type(value: Any, kind: Any) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -61,6 +62,10 @@ class _Index(BaseModel):
     ]
 
 
+_SHOWN = 20
+"""The most missing files in a message."""
+
+
 class SafetensorsStore:
     """The tensors of ``model.safetensors``, or of the shards in ``model.safetensors.index.json``.
 
@@ -73,7 +78,7 @@ class SafetensorsStore:
         tensors: dict[str, StoredTensor] = {}
         self._offsets: dict[str, int] = {}
         index, files = _index(folder), shards_of(folder)
-        missing = [file for file in files if not (folder / file).is_file()]
+        missing = [*islice((file for file in files if not (folder / file).is_file()), _SHOWN)]
         if missing:
             raise CheckpointError(_no_weights(folder) if not index else (
                 f"{folder}: expected the {len(files)} shards of {INDEX}, got none named "

@@ -152,3 +152,9 @@ def test_digests_find_a_changed_and_a_missing_file(tmp_path: Path) -> None:
     (tmp_path / "a").unlink()
     with pytest.raises(CheckpointError, match="a: expected the SHA-256 7692c3ad3540…, got no file"):
         check_digests(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["", ".", "/"])
+def test_a_place_without_a_name_is_refused(place: str) -> None:
+    with pytest.raises(OutputError, match="expected the name of a new place, got none"):
+        check_output(Path(place))

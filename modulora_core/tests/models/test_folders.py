@@ -107,6 +107,9 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
     shard.unlink()
     refused(sharded, CheckpointError, f"got none named {shard.name}")
+    many = {f"w{n}": f"{n}.safetensors" for n in range(99)}
+    (sharded / INDEX).write_text(json.dumps({"weight_map": many}))
+    refused(sharded, CheckpointError, r"the 99 shards of .*, got none named [^;]{200,400};")
 
 
 @pytest.mark.parametrize(
