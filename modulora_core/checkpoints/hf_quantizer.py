@@ -112,9 +112,7 @@ class ModuLoRAHfQuantizer(HfQuantizer):
         install(model, self.record)
         base = f"{model.base_model_prefix}."
         guards = {f"{re.escape(name.removeprefix(base))}$" for name in self.record.guard}
-        known = model._keys_to_ignore_on_load_unexpected
-        known = [] if known is None else known  # in transformers 5.0 a list, later a set
-        model._keys_to_ignore_on_load_unexpected = type(known)([*known, *guards])
+        model._keys_to_ignore_on_load_unexpected |= guards
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

@@ -49,8 +49,6 @@ class Conversion:
         for name, pattern in zip(self.names, self.patterns, strict=True):
             rule.add_tensor(self.target, name, pattern, partial(read, name))
         converted = rule.convert(self.target, model=model, config=model.config)
-        if isinstance(converted, tuple):  # transformers 5.0 returns its errors too
-            converted = converted[0]
         return {n: value[0] if isinstance(value, list) else value for n, value in converted.items()}
 
 
@@ -178,7 +176,6 @@ def build_skeleton(
     try:
         with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-            model.tie_weights()  # transformers 5.0 doesn't on the meta device
     except Exception as error:
         # a config may hold any nonsense, and the classes raise what they like
         raise ModelError(

@@ -130,7 +130,7 @@ def read_gguf(path: Path) -> GGUFFile:
         raise CheckpointError(f"{path}: {error}; download it again") from None
     if content != "model" or not header.tensors:
         got = f"type {content}" if header.tensors else "no tensors"
-        raise ModelError(f"{path}: expected a model in this GGUF file, got {got}; give the model's")
+        raise ModelError(f"{path}: expected a model in this GGUF file, got {got}; give its model's")
     parts = header.fields.get("split.count")
     if parts is not None and parts.value != 1:
         raise ModelError(
@@ -300,11 +300,6 @@ class _Outline:
 
 def _transforms_of(architecture: str) -> Any:
     """Transformers' function that builds weight transforms; None if it reads in the other way."""
-    try:
-        from transformers.integrations.gguf import (
-            get_gguf_conversion_mapping,
-            is_gguf_arch_supported,
-        )
-    except ImportError:  # older versions, such as 5.0, read every architecture in the other way
-        return None
+    from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
+
     return get_gguf_conversion_mapping if is_gguf_arch_supported(architecture) else None
