@@ -26,7 +26,12 @@ from modulora_core.models import tokenizer
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.folders import no_config
-from modulora_core.models.formats import method_of, recognise, unread_method
+from modulora_core.models.formats import (
+    method_of,
+    recognise,
+    recognise_file,
+    unread_method,
+)
 from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import SafetensorsStore
@@ -61,7 +66,9 @@ class PackedCheckpoint:
     ) -> None:
         self.folder, self.name, self.foreign = folder, name, foreign
         self.config = dict(config)
-        self.record = QuantizationRecord.from_json(config["quantization_config"])
+        self.record = QuantizationRecord.from_json(
+            config["quantization_config"], folder / "config.json"
+        )
         self.format = QUANT_METHOD if foreign is None else str(self.record.source["format"])
         self._store: SafetensorsStore | ForeignStore = (
             SafetensorsStore(folder) if foreign is None else foreign.store
@@ -215,9 +222,15 @@ def _not_packed(location: Location, config: Mapping[str, Any]) -> str:
         return unread_method(location.model, method)
     if location.gguf is None and not config:
         return no_config(location.folder)
+    reason = "it isn't quantized; quantize it first"
+    if location.gguf is not None and recognise_file(location.gguf) is None:
+        reason = (
+            "no installed plugin reads GGUF files as they are; install one "
+            "(docs/how-to/finetune-a-file.md lists them), or quantize the model again"
+        )
     return (
-        f"model {location.model}: it isn't quantized by modulora; quantize it first: "
-        f"modulora quantize {location.model} OUT -q NAME (finetune -q NAME does both)"
+        f"model {location.model}: {reason}: modulora quantize {location.model} OUT -q NAME "
+        "(finetune -q NAME does both)"
     )
 
 
@@ -263,7 +276,7 @@ def load_model(
     they need no cast. The files must not change while the model lives.
 
     Args:
-        model: a folder, a Hub id, or an opened checkpoint.
+        model: a folder, a Hub id, a ``.gguf`` file, or an opened checkpoint.
         dtype: the dtype of the activations and of all dense parameters, such as torch.bfloat16 or
             ``"bfloat16"``. ``"auto"`` is float32 on a CPU and bfloat16 elsewhere. Packed tensors
             keep their own.

@@ -133,7 +133,12 @@ def check_new_file(out: Path, suffix: str) -> None:
     """Raises OutputError: ``out`` exists, has another suffix, or is in no folder."""
     usable_path(partial_name(out), "output file", OutputError)
     if out.suffix.lower() != suffix or out.exists() or not out.parent.is_dir():
-        raise OutputError(f"{out}: expected a new file called *{suffix} in a folder that exists")
+        got = "a file that exists" if out.exists() else "no such folder"
+        if out.suffix.lower() != suffix:
+            got = f"the suffix {out.suffix!r}"
+        raise OutputError(
+            f"{out}: expected a new file called *{suffix} in a folder that exists, got {got}"
+        )
 
 
 @contextmanager

@@ -103,4 +103,4 @@ def _architectures() -> list[str]:
         from transformers.integrations.gguf import GGUF_ARCHS
 
         found |= set(GGUF_ARCHS)
-    return sorted(found - {"general"})  # a section that all architectures have
+    return sorted(found - {"general", "tokenizer"})  # sections that all architectures have

@@ -154,11 +154,17 @@ def test_it_is_converted_and_merged(tmp_path: Path) -> None:
     torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-4 * float(dense.abs().max()))
 
 
-def test_files_without_packed_weights_are_dense_and_damage_is_refused(tmp_path: Path) -> None:
+def test_files_without_packed_weights_are_dense_and_damage_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_tiny_gguf("llama", tmp_path / "dense.gguf", "F16")
     assert open_if_packed(str(path)) is None
-    with pytest.raises(ModelError, match="it isn't quantized by modulora"):
+    with pytest.raises(ModelError, match="it isn't quantized"):
         open_checkpoint(path)
+    with monkeypatch.context() as without_plugin:
+        without_plugin.setenv("MODULORA_BLOCK", "gguf")
+        with pytest.raises(ModelError, match="no installed plugin reads GGUF files as they are"):
+            open_checkpoint(path)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="not a GGUF file, or truncated"):
