@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -184,19 +185,24 @@ class QuantizationRecord(_Frozen):
         return self.model_dump(exclude=left_out, mode="json")
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> QuantizationRecord:
-        """Read a ``quantization_config``.
+    def from_json(
+        cls, data: Mapping[str, Any], place: str | Path = "config.json"
+    ) -> QuantizationRecord:
+        """Read a ``quantization_config``; messages begin with its place.
 
         Raises:
             CheckpointError: it is another method's, another format's, or malformed.
         """
         if data.get("format") != FORMAT:
             raise CheckpointError(
-                f"checkpoint format: this version of modulora-core reads {FORMAT}, got "
+                f"{place}: checkpoint format: this version of modulora-core reads {FORMAT}, got "
                 f"{data.get('format')!r}, written by modulora-core "
                 f"{data.get('core_version', '?')}; install another version"
             )
-        return check_json(data, cls, "malformed quantization_config")
+        try:
+            return check_json(data, cls, "malformed quantization_config")
+        except CheckpointError as error:  # of a layout, which doesn't know the place
+            raise CheckpointError(f"{place}: {error}") from None
 
     @model_validator(mode="after")
     def _check_indices(self) -> Self:

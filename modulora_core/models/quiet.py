@@ -23,5 +23,8 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, else its type."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    """The first line of an exception's message, with the next one after a colon; else its type."""
+    first, *others = str(error).strip().split("\n", 2)
+    if first.endswith(":") and others:
+        first = f"{first} {others[0].strip()}"
+    return first or type(error).__name__

@@ -158,7 +158,9 @@ def _open(request: PlanRequest) -> Dense | Packed:
     location = locate(name, revision)
     values = {} if location.gguf is not None else config_values(location.folder)
     if is_ours(values):
-        record = QuantizationRecord.from_json(values["quantization_config"])
+        record = QuantizationRecord.from_json(
+            values["quantization_config"], location.folder / "config.json"
+        )
         return _packed(Dense(name, _config(location.folder)), record)
     checkpoint = None
     if location.gguf is None and recognise(location.folder, values) is not None:

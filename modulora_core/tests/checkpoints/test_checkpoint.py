@@ -56,11 +56,11 @@ def site(**changes: Any) -> Callable[[dict[str, Any]], object]:
         (lambda record: record.update(format=2), "reads 1, got 2, .*install another version"),
         (
             lambda record: record.pop("sites"),
-            "malformed quantization_config: sites: Field required",
+            r"config\.json: malformed quantization_config: sites: Field required",
         ),
         (site(kind="cube"), "sites: 0: kind: expected .*'cube'"),
         (site(recipe=1), "expected a recipe 0 to 0, got recipe 1"),
-        (site(layout={}), "layout of a packed weight: expected"),
+        (site(layout={}), r"config\.json: layout of a packed weight: expected"),
         (lambda record: record["weights"].update({UP: 99}), "expected a site 0 to .*, got site 99"),
         (
             lambda record: record["weights"].update({"w": 0}),

@@ -76,6 +76,7 @@ def test_a_broken_config_is_refused(text: str, folder: Path) -> None:
             {"model_type": "nonesuch"},
             r"config\.json: transformers can't use this config: .*nonesuch",
         ),
+        ({"num_hidden_layers": "x"}, "can't use this config: .*expected int, got str"),
         ({"model_type": "vit"}, "'vit': transformers can't build a causal language model"),
         (
             {"model_type": "nonesuch", "auto_map": {"AutoConfig": "evil.Config"}},
