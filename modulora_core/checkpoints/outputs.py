@@ -139,6 +139,8 @@ def check_new_file(out: Path, suffix: str) -> None:
         raise OutputError(
             f"{out}: expected a new file called *{suffix} in a folder that exists, got {got}"
         )
+    if partial_name(out).is_dir():
+        raise OutputError(f"temporary file {partial_name(out)}: expected it free, found a folder")
 
 
 @contextmanager
@@ -146,17 +148,19 @@ def new_file(out: Path, suffix: str) -> Iterator[Path]:
     """Give a path to write; it becomes the file ``out`` when the block ends well.
 
     Raises:
-        OutputError: as :func:`check_new_file`.
+        OutputError: as :func:`check_new_file`, or another process writes it.
     """
     check_new_file(out, suffix)
     partial = partial_name(out)
-    try:
-        with _full_disk_named(out):
-            yield partial
-            _sync(partial)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with _lock(partial, f"temporary file {partial}: expected it free"):
+        try:
+            check_new_file(out, suffix)  # another run may have written it before we had the lock
+            with _full_disk_named(out):
+                yield partial
+                _sync(partial)
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
     _sync(out.absolute().parent)
 
 

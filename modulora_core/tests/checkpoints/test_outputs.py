@@ -12,6 +12,7 @@ from modulora_core.checkpoints.outputs import (
     check_digests,
     check_disk_space,
     check_output,
+    new_file,
     only_writer,
     partial_name,
     whole_or_nothing,
@@ -158,3 +159,19 @@ def test_digests_find_a_changed_and_a_missing_file(tmp_path: Path) -> None:
 def test_a_place_without_a_name_is_refused(place: str) -> None:
     with pytest.raises(OutputError, match="expected the name of a new place, got none"):
         check_output(Path(place))
+
+
+def test_a_new_file_has_one_writer(tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    with new_file(out, ".gguf") as partial:
+        partial.write_text("first")
+        with pytest.raises(OutputError, match="another run is writing it"), new_file(out, ".gguf"):
+            pass
+        assert partial.read_text() == "first"
+    assert out.read_text() == "first"
+    with pytest.raises(OutputError, match="expected a new file"), new_file(out, ".gguf"):
+        pass
+    partial.mkdir()
+    out.unlink()
+    with pytest.raises(OutputError, match="found a folder"), new_file(out, ".gguf"):
+        pass
