@@ -23,6 +23,8 @@ MOST_BYTES = 2**30
 
 MOST_LINE = 32 * 2**20
 _MOST_COLUMNS = 1000
+_ROWS = 64
+"""Rows of a parquet file that are read at once: its encodings can repeat a value for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,20 +170,26 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
             f"{path}: reading parquet needs pyarrow, which is missing; "
             "pip install 'modulora-core[data]'"
         ) from None
+    read, number = 0, 0
     try:
-        file = parquet.ParquetFile(path)
-        groups = range(file.metadata.num_row_groups)
-        nbytes = sum(file.metadata.row_group(n).total_byte_size for n in groups)
-        rows = file.read().to_pylist() if nbytes <= MOST_BYTES else None
+        file, most = parquet.ParquetFile(path), path.stat().st_size
+        if file.metadata.num_rows > most:  # each becomes an object here
+            raise DataError(f"{path}: expected at most {most:,} rows, as many as bytes, got more")
+        for batch in file.iter_batches(_ROWS):
+            read += batch.nbytes
+            if batch.nbytes > MOST_LINE or read > MOST_BYTES:
+                raise DataError(
+                    f"{path}: expected at most {MOST_LINE // 2**20} MiB in {_ROWS} rows and "
+                    f"{MOST_BYTES // 2**20} MiB in all, got more; cut it into several files"
+                )
+            for row in batch.to_pylist():
+                number += 1
+                yield row, f"row {number}"
+    except DataError:
+        raise
     except Exception as error:  # pyarrow's own classes, UnicodeDecodeError, ArithmeticError, ...
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: expected a parquet file, got {reason:.200}") from error
-    if rows is None:
-        raise DataError(
-            f"{path}: expected at most {MOST_BYTES:,} bytes of values, got {nbytes:,}; cut it into "
-            "several files"
-        )
-    yield from ((row, f"row {number}") for number, row in enumerate(rows, start=1))
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[tuple[Any, str]]]] = MappingProxyType(

@@ -269,3 +269,16 @@ def test_a_file_of_other_fields_is_refused_after_its_first_record(tmp_path, read
         file = write(tmp_path / "data.jsonl", f"{first}\n{{\n")  # line 2 is no JSON
         with pytest.raises(DataError, match=r"data\.jsonl, line 1: "):
             READERS[reader](str(file))
+
+
+def test_a_small_parquet_file_of_very_much_is_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for text, rows, message in (
+        ("a", 10**6, r"expected at most [\d,]+ rows, as many as bytes"),
+        ("a" * 10**6, 100, "expected at most 32 MiB in 64 rows"),
+    ):
+        column = pyarrow.array([text]).take(pyarrow.array([0] * rows))
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / "d.parquet")
+        with pytest.raises(DataError, match=rf"d\.parquet: {message}"):
+            load_records(tmp_path / "d.parquet")
