@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from modulora_core.registry import Choice
 
 
+LARGEST = 2**32 - 1
+"""The largest count: torch and NumPy fail on more."""
+
+
 def argument(metavar: str, help: str) -> Any:
     """Declare a positional argument."""
     return typer.Argument(metavar=metavar, help=help)
@@ -29,7 +33,7 @@ def option(words: str, help: str, *, default: str | None = None, **more: Any) ->
     flags = [word for word in words.split() if word.startswith("-")]
     metavar = " ".join(words.split()[len(flags) :]) or None
     if "min" in more:
-        more.setdefault("max", 2**32 - 1)  # torch and NumPy fail on more
+        more.setdefault("max", LARGEST)
     return typer.Option(*flags, metavar=metavar, help=help, show_default=default or True, **more)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from modulora_core.cli.arguments import MaxShardSize, Out, Revision, argument, option
+from modulora_core.cli.arguments import MaxShardSize, Revision, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts
 from modulora_core.errors import OptionError
@@ -14,7 +15,13 @@ VLLM, LLAMA_CPP = "vllm", "gguf"
 Source = Annotated[
     str, argument("SOURCE", "A packed checkpoint; with --to vllm or gguf an adapter.")
 ]
-To = Annotated[str, option("--to FORMAT", "modulora, an installed quantizer's, vllm, or gguf.")]
+Out = Annotated[
+    Path, argument("OUT", "The folder to write, new or empty; with --to gguf a new file *.gguf.")
+]
+To = Annotated[
+    str,
+    option("--to FORMAT", "modulora, vllm, gguf, or a format of an installed quantizer."),
+]
 Base = Annotated[
     str | None,
     option("--model MODEL", "The adapter's packed model (vllm), or its GGUF file (gguf)."),
@@ -36,11 +43,11 @@ def command(
     command names it and writes nothing. Finetuning doesn't need this command: `modulora finetune`
     takes every format that can be read.
 
-    With --to vllm it writes an adapter as vLLM's LoRA loader takes it. All modules get one scale,
-    and experts that the model stores one by one get one adapter each.
+    --to vllm writes an adapter for vLLM. All modules get one scale, and experts that the model
+    stores one by one get one adapter each.
 
-    With --to gguf it writes an adapter as a LoRA file of llama.cpp. Its base is the GGUF file that
-    llama.cpp loads: --model, or the base that the adapter names.
+    --to gguf writes an adapter as a LoRA file for llama.cpp and Ollama. --model is the GGUF file
+    that they load; an adapter that was trained on that file needs none.
 
     Examples:
         modulora convert org/quantized-model ours --to modulora
@@ -54,8 +61,9 @@ def command(
         written = export_for_llama_cpp(source, out, model=model).to_json()
         return Report(written, facts(written))
     if (to == VLLM) != (model is not None):
-        expected = f"--model MODEL beside --to {VLLM}" if to == VLLM else f"--to {VLLM} beside it"
-        raise OptionError(f"--{'to' if to == VLLM else 'model'}: expected {expected}")
+        if to == VLLM:
+            raise OptionError(f"--to {VLLM}: expected --model MODEL beside it, got none")
+        raise OptionError(f"--model: expected --to {VLLM} or --to {LLAMA_CPP} beside it, got {to}")
     if model is not None:
         from modulora_core.adapters.vllm import export_for_vllm
 

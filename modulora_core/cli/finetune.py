@@ -51,17 +51,18 @@ ConfigFile = Annotated[
 
 
 def command(config: str | None = None, resume: bool = False, **options: Any) -> Report:
-    """Train a LoRA adapter on a packed model, or on a dense one with -q NAME.
+    """Train a LoRA adapter on a quantized model, or on a dense one with -q NAME.
 
-    The packed weights stay unchanged: only the adapter is trained, and OUT gets it in PEFT's
-    format. The data is text, instructions, chats, or prompts with completions. Text is packed
-    into windows; of the others only the answers count for the loss. Without --steps and --epochs
-    the run is one pass over the data.
+    The quantized weights stay unchanged: only the adapter is trained, and OUT gets it in PEFT's
+    format. The data is text, instructions, chats, or prompts with completions. Text is cut into
+    windows and trained whole; in the other formats only the answers count for the loss. The run
+    uses a GPU if torch finds one.
 
-    The run writes its options to OUT/finetune.yaml. Repeat the run with --config.
+    OUT/finetune.yaml has all options; --config repeats the run with them.
 
     Examples:
         modulora finetune packed adapter --data notes.txt --steps 100
+        modulora finetune model.gguf adapter --data notes.txt --lora-gguf lora.gguf
         modulora finetune packed adapter --data chats.jsonl --epochs 3 --rank 16
         modulora finetune packed adapter --data a.txt --eval-data b.txt --steps 50
         modulora finetune packed adapter --data notes.txt --steps 100 --train-scales
@@ -77,9 +78,12 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         terminal().note(f"step {step}: loss {loss:.4f} on the evaluation data")
 
     result = finetune(request, resume=resume, on_eval=on_eval, progress=terminal().progress)
-    found = result.to_json()
-    losses = loss_in_words(result.losses).removeprefix("loss ")
-    return Report(found, facts({**found, "losses": losses}))
+    shown = result.to_json()
+    shown["losses"] = loss_in_words(result.losses).removeprefix("loss ")
+    before = shown.pop("eval_loss_before")
+    if before is not None:
+        shown["eval_loss"] = f"{before:.4f} → {result.eval_loss:.4f} (before and after)"
+    return Report(result.to_json(), facts(shown))
 
 
 def field_parameter(name: str, field: FieldInfo) -> Any:

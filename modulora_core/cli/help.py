@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from modulora_core.cli.arguments import LARGEST
 from modulora_core.cli.terminal import terminal
 
 if TYPE_CHECKING:
@@ -59,7 +61,8 @@ def _row(parameter: Any, context: Any) -> tuple[str, str]:
     if parameter.param_type_name == "argument":
         names = parameter.metavar or names
     default = parameter.show_default
-    return names, (help or "").replace(f"[default: ({default})", f"[default: {default}")
+    help = re.sub(rf"; \d+<=x<={LARGEST}(?=\])", "", help or "")  # it says nothing to a reader
+    return names, help.replace(f"[default: ({default})", f"[default: {default}")
 
 
 def _panel(title: str, lines: list[tuple[str, str]]) -> RenderableType:

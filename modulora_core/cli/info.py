@@ -10,24 +10,29 @@ from modulora_core.cli.allocation import allocation_tables
 from modulora_core.cli.arguments import argument, option
 from modulora_core.cli.terminal import Report
 from modulora_core.cli.text import facts, format_size, table
+from modulora_core.spec import titled
 
 if TYPE_CHECKING:
     from modulora_core.checkpoints.checkpoint import PackedCheckpoint
     from modulora_core.checkpoints.record import QuantizationRecord
 
-Checked = Annotated[str, argument("PATH", "A checkpoint or an adapter: a folder or a Hub id.")]
+Checked = Annotated[
+    str, argument("PATH", "A model or an adapter: a folder, a .gguf file or a Hub id.")
+]
 Verify = Annotated[
     bool, option("--verify", "Read all files, and compare them with their recorded SHA-256.")
 ]
 
 
 def command(path: Checked, verify: Verify = False) -> Report:
-    """Show what a packed checkpoint or an adapter contains.
+    """Show what a quantized model or an adapter contains.
 
-    It prints sizes, bits per weight, quantizers with their options, and the original model.
+    It prints sizes, bits per weight, quantizers with their options, and the original model. A
+    model that `modulora finetune` can't use is refused with the reason.
 
     Examples:
         modulora info smollm2-packed
+        modulora info model.gguf
         modulora info smollm2-packed --verify
         modulora info my-adapter --json
     """
@@ -66,7 +71,8 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
         "allocation": _allocation(checkpoint),
     }
     headings = ("quantizer", "options", "package", "parameters", "weights", "size", "bits")
-    shown = facts({**found, "quantizers": None, "allocation": None})
+    source = record.source.get("name") or None
+    shown = facts({**found, "source": source, "quantizers": None, "allocation": None})
     rows = table(headings, map(_cells, groups))
     return Report(found, Group(shown, "", rows, *allocation_tables(found["allocation"])))
 
@@ -86,7 +92,7 @@ def _groups(record: QuantizationRecord) -> list[dict[str, Any]]:
 def _cells(group: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         group["quantizer"],
-        ", ".join(f"{key}={value}" for key, value in group["options"].items()),
+        titled(group["options"]),
         f"{group['distribution']} {group['version']}",
         f"{group['parameters']:,}",
         f"{group['weights']:,}",
@@ -120,4 +126,5 @@ def _adapter(path: str) -> Report:
         "base_quantizers": [] if base is None else [dict(q) for q in base.quantizers],
         "config": dict(adapter.config),
     }
-    return Report(found, facts({**found, "config": None}))
+    quantizers = [f"{q['quantizer']} {titled(q['options'])}" for q in found["base_quantizers"]]
+    return Report(found, facts({**found, "base_quantizers": quantizers, "config": None}))

@@ -238,5 +238,7 @@ def _text(found: dict[str, Any]) -> RenderableType:
     if errors:
         before, after = map(fmean, zip(*errors.values(), strict=True))
         errors = f"{before:.3g} before, {after:.3g} after (mean of {len(errors)} blocks)"
-    shown = facts({**found, "allocation": None, "tuning_errors": errors})
+    packed_by = [f"{name} {weights:,} weights" for name, weights in found["packed_by"].items()]
+    changed = {"packed_by": packed_by, "allocation": None, "tuning_errors": errors}
+    shown = facts({**found, **changed})
     return Group(shown, *allocation_tables(allocation))

@@ -61,14 +61,15 @@ def facts(found: Mapping[str, Any]) -> Table:
 
 
 def _title(key: str) -> str:
-    return "size" if key == "bytes" else key.removesuffix("_bytes").replace("_", " ")
+    title = {"bytes": "size", "kept": "kept dense"}.get(key, key)
+    return title.removesuffix("_bytes").replace("_", " ")
 
 
 def _value(key: str, value: Any) -> str:
     if isinstance(value, Mapping):
         if any(isinstance(part, list) for part in value.values()):
             return "; ".join(f"{name}: {_value(name, part)}" for name, part in value.items())
-        return ", ".join(f"{name} {_value(name, part)}" for name, part in value.items())
+        return ", ".join(f"{name}={_value(name, part)}" for name, part in value.items())
     if isinstance(value, (list, tuple)):
         shown = [_value(key, part) for part in value]
         return ", ".join(shown[:3]) + (f", ... ({len(shown):,} in all)" if shown[3:] else "")

@@ -80,8 +80,8 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(
-        description="packed model: a folder or Hub id that `modulora quantize` wrote; with "
-        "quantizer, a dense model"
+        description="quantized model: a folder of `modulora quantize` or of another tool, a .gguf "
+        "file, or a Hub id; with quantizer, a dense model"
     )
     out: str = Field(description="folder to write the adapter to")
     data: Sources | None = Field(
@@ -99,12 +99,12 @@ class FinetuneConfig(BaseModel):
         default=None, description="template of a prompt from columns, such as 'Sum up: {dialogue}'"
     )
     completion: str | None = Field(
-        default=None, description="template of its completion, such as '{summary}'; with prompt"
+        default=None, description="template of its completion, such as '{summary}'; needs prompt"
     )
     method: Literal["sft", "dpo"] = Field(
         default="sft",
-        description="sft trains next tokens; dpo trains preferences (prompt, chosen, rejected) "
-        "with TRL, by default with lr 5e-05 and dropout 0",
+        description="training method: sft for next tokens; dpo for preferences (prompt, chosen, "
+        "rejected), with TRL, by default with lr 5e-05 and dropout 0",
     )
     eval_data: Sources | None = Field(
         default=None, description="data to measure the loss on; not trained"
@@ -115,7 +115,7 @@ class FinetuneConfig(BaseModel):
 
     rank: int = Field(default=8, ge=1, description="rank r of the adapter")
     alpha: float = Field(
-        default=32.0, gt=0, description="scale of the adapter, which is alpha / rank"
+        default=32.0, gt=0, description="the adapter is multiplied by alpha / rank"
     )
     dropout: float = Field(default=0.1, ge=0, lt=1, description="dropout of the adapter's input")
     targets: Names = Field(
@@ -129,12 +129,12 @@ class FinetuneConfig(BaseModel):
         description="also train two vectors per layer, which scale its input and its output",
     )
     adapter: str | None = Field(
-        default=None, description="continue this adapter instead of a new one"
+        default=None, description="train this adapter further, instead of a new one"
     )
 
     steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
     epochs: float | None = Field(
-        default=None, gt=0, le=1e6, description="passes over the data; 1 without steps"
+        default=None, gt=0, le=1e6, description="passes over the data; 1 if steps is absent too"
     )
     batch_size: int = Field(default=4, ge=1, description="examples per forward pass and process")
     grad_accum: int = Field(default=1, ge=1, description="forward passes per optimizer step")

@@ -37,11 +37,11 @@ def test_quantize_prints_the_promised_keys(run: Run, source: Path, tmp_path: Pat
 def test_quantize_names_what_each_quantizer_packed(text_of: TextOf, tmp_path: Path) -> None:
     source = save_tiny_model("llama-tied", tmp_path / "source")
     text = text_of("quantize", source, tmp_path / "one", "-q", "toy")
-    assert re.search(r"quantizer toy options levels 127 bits per weight \d+\.\d+ size ", text)
+    assert re.search(r"quantizer toy options levels=127 bits per weight \d+\.\d+ size ", text)
     assert "tied to model.embed_tokens.weight: lm_head.weight" in text
     words = ("-q", "toy", "--quantize-embeddings", "verbatim")
     text = text_of("quantize", source, tmp_path / "two", *words)
-    assert re.search(r"packed by toy [\d,]+, verbatim 3,072", text)  # 96 x 32
+    assert re.search(r"packed by toy [\d,]+ weights, verbatim 3,072 weights", text)  # 96 x 32
     assert "tied to" not in text
 
 
@@ -264,8 +264,8 @@ WRONG = {
     "merge {source} {new}": "modulora quantize",
     "finetune {source} {new} --data {text} --steps 1": "modulora quantize",
     "convert {packed} {new} --to tyo": "tyo",
-    "convert {packed} {new} --to vllm": "--to: expected --model MODEL beside --to vllm",
-    "convert {packed} {new} --to toy --model {packed}": "--model: expected --to vllm beside it",
+    "convert {packed} {new} --to vllm": "--to vllm: expected --model MODEL beside it",
+    "convert {packed} {new} --to toy --model {packed}": "--to gguf beside it, got toy",
     "convert {packed} {new} --to vllm --model {packed}": "expected adapter_config.json in it",
 }
 
