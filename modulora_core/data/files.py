@@ -174,14 +174,13 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     try:
         file, most = parquet.ParquetFile(path), path.stat().st_size
         if file.metadata.num_rows > most:  # each becomes an object here
-            raise DataError(f"{path}: expected at most {most:,} rows, as many as bytes, got more")
+            _refuse(path, f"{most:,} rows, as many as bytes")
         for batch in file.iter_batches(_ROWS):
             read += batch.nbytes
-            if batch.nbytes > MOST_LINE or read > MOST_BYTES:
-                raise DataError(
-                    f"{path}: expected at most {MOST_LINE // 2**20} MiB in {_ROWS} rows and "
-                    f"{MOST_BYTES // 2**20} MiB in all, got more; cut it into several files"
-                )
+            if batch.nbytes > MOST_LINE:
+                _refuse(path, f"{MOST_LINE // 2**20} MiB in {_ROWS} rows")
+            if read > MOST_BYTES:
+                _refuse(path, f"{MOST_BYTES // 2**20} MiB of values")
             for row in batch.to_pylist():
                 number += 1
                 yield row, f"row {number}"
@@ -190,6 +189,10 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     except Exception as error:  # pyarrow's own classes, UnicodeDecodeError, ArithmeticError, ...
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: expected a parquet file, got {reason:.200}") from error
+
+
+def _refuse(path: Path, most: str) -> None:
+    raise DataError(f"{path}: expected at most {most}, got more; cut it into several files")
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[tuple[Any, str]]]] = MappingProxyType(

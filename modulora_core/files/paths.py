@@ -10,6 +10,8 @@ from pathlib import Path
 from modulora_core.errors import OutputError, RequestError
 
 _RUST = re.compile(r"\(os error (\d{1,5})\)")
+_TORCH = re.compile(r"inline_container|iostream error")
+"""Words of torch.save, whose errors have no number."""
 
 _FULL = {
     errno.ENOSPC: "free some room, or choose another place",
@@ -51,6 +53,8 @@ def as_output_error(error: Exception, place: Path) -> OutputError | None:
         error: of Python, or of a library in Rust, whose message has the system's number.
         place: for the message, if the error names no file.
     """
+    if _TORCH.search(str(error)):
+        return OutputError(f"{place!s:.200}: can't be written whole; {_FULL[errno.ENOSPC]}")
     number = error.errno if isinstance(error, OSError) else None
     if found := _RUST.search(str(error)):
         number = int(found[1])

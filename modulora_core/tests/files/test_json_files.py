@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from modulora_core.errors import AdapterError, ModelError
 from modulora_core.files.chat_templates import ends_soon
@@ -115,6 +116,12 @@ def test_a_full_disk_says_what_to_do() -> None:
     assert error is not None
     assert str(error).startswith("OUT: ")
     assert "free some room" in str(error)
+    for size in (10, 10**6):  # the system fails at the end, or before
+        with pytest.raises(RuntimeError) as torchs:
+            torch.save(torch.zeros(size), "/dev/full")
+        error = as_output_error(torchs.value, Path("OUT"))
+        assert error is not None
+        assert str(error).startswith("OUT: can't be written whole; free some room")
     assert as_output_error(FileNotFoundError(2, "No such file", "x"), Path("OUT")) is None
     assert said_by_system(FileNotFoundError(2, "No such file", "x")) == "x: No such file"
     assert said_by_system(OSError("a library's own words")) is None
