@@ -194,7 +194,8 @@ def finetune(
     if config.lora_gguf is not None and is_first():
         export_for_llama_cpp(str(out), config.lora_gguf, model=base_file(checkpoint, config.model))
     if config.report:
-        samples = answers(model, tokenizer, trainer.eval_dataset or trainer.train_dataset)
+        with open_bar(f"answering prompts for {REPORT_FILE}", "prompts"):
+            samples = answers(model, tokenizer, trainer.eval_dataset or trainer.train_dataset)
         page = report(
             config, checkpoint, history, samples, seconds=seconds, peak_memory_bytes=peak.nbytes,
             sampled="evaluation" if "eval" in sources else "training",

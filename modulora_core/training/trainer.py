@@ -270,6 +270,13 @@ class Watcher(TrainerCallback):
             self._on_step(step)
 
     @override
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._show("evaluating", state.global_step, state.max_steps)
+
+    @override
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:

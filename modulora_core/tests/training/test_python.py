@@ -109,10 +109,14 @@ def test_a_program_may_open_its_own_bars(configure: Configure) -> None:
 
     def bars(what: str, unit: str) -> Any:
         calls.append((what, unit))
-        return nullcontext(lambda *call: calls.append(call[1:]))
+        return nullcontext(lambda what, *counts: calls.append((what.split()[0], *counts)))
 
-    finetune(configure(steps=2), progress=bars)
-    assert calls == [("training", "steps"), (1, 2), (2, 2)]
+    rows = [{"text": "The with statement."}]
+    finetune(configure(steps=2, report=True), eval_data=rows, progress=bars)
+    assert calls == [
+        ("training", "steps"), ("evaluating", 0, 2), ("loss", 1, 2), ("loss", 2, 2),
+        ("evaluating", 2, 2), ("answering prompts for report.html", "prompts"),
+    ]  # fmt: skip
 
 
 # types
