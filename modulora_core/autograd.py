@@ -108,7 +108,7 @@ _NUMBERS = count()
 
 
 def number_of(quantizer: Quantizer, packed: PackedWeight) -> int:
-    """The number of a weight in :data:`WEIGHTS`, and of its quantizer in :data:`QUANTIZERS`."""
+    """The key of a weight in :data:`WEIGHTS` and of its quantizer in :data:`QUANTIZERS`."""
     if quantizer not in packed.kept:
         number = packed.kept[quantizer] = next(_NUMBERS)
         WEIGHTS[number], QUANTIZERS[number] = packed, quantizer
@@ -117,7 +117,8 @@ def number_of(quantizer: Quantizer, packed: PackedWeight) -> int:
 
 def _product(x: Tensor, number: int, transpose: bool) -> Any:
     y: Any = _multiply(x, QUANTIZERS[number], WEIGHTS[number], transpose)
-    return y.new_empty(0).set_(y)  # no view: autograd forbids changing an operation's view in place
+    # matmul may return a view, and autograd forbids `y += ...` on a view that an operation returned
+    return y.new_empty(0).set_(y)
 
 
 def _measured(mode: Allocations, _func: Any, _types: Any, args: Any, _kwargs: Any) -> Any:

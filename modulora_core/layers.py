@@ -43,7 +43,7 @@ class PackedParameter(nn.Module):
         transposed: the model's code sees the weight as ``[in, out]`` and computes ``x @ W``.
     """
 
-    dtype = torch.uint8  # as other libraries ask: no dtype that adapters should be cast to
+    dtype = torch.uint8  # PEFT reads it, and casts no adapter to a dtype of integers
 
     def __init__(
         self, quantizer: Quantizer, packed: PackedWeight, *, transposed: bool = False
@@ -114,14 +114,14 @@ class PackedParameter(nn.Module):
 
     @property
     def data(self) -> Tensor:
-        """Refuse what PEFT does to merge an adapter, or to make one of W. Raises ModelError."""
+        """PEFT reads it to merge an adapter, or to make one from W. Always raises ModelError."""
         raise ModelError(
             f"packed weight of {self.layout.quantizer}: expected a dense weight to merge into or "
             "to initialize from; call model.dequantize() first, or run `modulora merge`"
         )
 
     def to(self, *where: Any, **more: Any) -> Any:
-        """Move the tensors. Raises ModelError for a dtype, in which PEFT's LoftQ asks for W."""
+        """Move the tensors. A dtype, with which PEFT's LoftQ asks for W, raises ModelError."""
         cast = any(isinstance(each, torch.dtype) for each in (*where, *more.values()))
         return self.data if cast else super().to(*where, **more)
 

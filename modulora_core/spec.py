@@ -121,9 +121,9 @@ class FormatSpec(_Fact):
     """Values of ``quant_method`` in config.json's ``quantization_config`` that mark a folder of
     this format. A format without these and without ``config_keys`` is only written."""
     quant_flags: tuple[_Key, ...] = ()
-    """Keys of that config of which one must be true, for a method that several formats share."""
+    """Keys of that config; one of them must be true. For a method that several formats share."""
     quant_formats: tuple[str, ...] = ()
-    """Values of its key ``format`` of which it must have one, for such a method too."""
+    """Values of that config's ``format``; it must have one of them. For such a method too."""
     config_keys: tuple[_Key, ...] = ()
     """Keys of config.json that mark a folder of this format if one is not empty, for tools that
     write no ``quantization_config``. The model's config does not keep them."""
@@ -156,9 +156,9 @@ class QuantizerSpec(_Fact):
     devices: Annotated[tuple[str, ...], Field(min_length=1)] = ("cpu",)
     """The torch device types that it has kernels for. On others plain torch must work."""
     out_multiple: PositiveInt = 1
-    """A divisor of ``out_features``."""
+    """``out_features`` must be a multiple of this number."""
     in_multiple: PositiveInt = 1
-    """A divisor of ``in_features``."""
+    """``in_features`` must be a multiple of this number."""
     url: str = ""
     """The paper, or the project's page."""
     formats: tuple[FormatSpec, ...] = ()
@@ -222,7 +222,7 @@ class Quantizer(ABC):
 
     @property
     def wants_calibration(self) -> bool:
-        """Whether these options use a calibration: override it if some do not."""
+        """Whether ``pack`` uses a calibration with these options. Override it if some use none."""
         return self.spec.calibration != "none"
 
     @abstractmethod
@@ -247,13 +247,13 @@ class Quantizer(ABC):
         Args:
             packed: a result of :meth:`pack`, perhaps on another device.
             rows: ``(start, stop)``; :func:`check_rows` refuses a range outside of the weight.
-            dtype: float32, float16, bfloat16 or float64. Compute in fp32 and round once; a float64
-                tile then holds the values of the float32 tile. A tile that is a sum, as in a
-                rotated basis, is summed in fp64 for float64: gradients are proven against it.
+            dtype: float32, float16, bfloat16 or float64. Compute in fp32 and round once: a float64
+                tile has the values of the float32 tile. But if values are sums, as in a rotated
+                basis, add them up in fp64 for a float64 tile: tests check gradients with it.
 
         Returns:
-            ``[stop - start, in]`` on the device of ``packed``, owned by the caller. Its bits do not
-            depend on the range: they equal the same rows of the whole.
+            ``[stop - start, in]`` on the device of ``packed``, owned by the caller. A row has the
+            same bits in every range.
         """
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
@@ -339,9 +339,8 @@ class Quantizer(ABC):
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         """The layout of :meth:`pack`'s result for this shape, for plans and disk-space checks.
 
-        The default packs a random weight (with H the identity where calibration is required). That
-        is slow, and exact if the size does not depend on the values. Override it where arithmetic
-        will do."""
+        The default packs a random weight, with the identity as H if calibration is required. That
+        is slow, and exact if the size depends on the shape alone. Override it with arithmetic."""
         import torch
 
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -40,7 +40,7 @@ a thread, because autograd runs the backward of a GPU in threads of its own."""
 def tile_bytes(device: torch.device) -> int:
     """The budget in bytes for one dense tile.
 
-    In order: :func:`tile_budget`, the environment's ``MODULORA_TILE_BYTES``, the device's default.
+    The first of: an open :func:`tile_budget`, ``MODULORA_TILE_BYTES``, the device's default.
     """
     if _budgets:
         return _budgets[-1]
@@ -57,7 +57,7 @@ def tile_bytes(device: torch.device) -> int:
 def tile_budget(nbytes: int) -> Iterator[None]:
     """Within this block a tile takes at most ``nbytes`` bytes, and never less than one row.
 
-    One thread at a time opens such a block. A backward runs in the budget of its own time.
+    One thread at a time opens such a block. A backward uses the budget that is open when it runs.
 
     Raises:
         OptionError: ``nbytes`` is not positive.

@@ -73,8 +73,8 @@ def merge(
     """Write the weights of ``model``, with ``adapter`` merged in, as a dense folder.
 
     Args:
-        model: a packed folder or Hub id. Another quantization of the adapter's base is allowed, and
-            logs a warning.
+        model: a quantized MODEL: a folder, a ``.gguf`` file, or a Hub id. Another quantization of
+            the adapter's base is allowed, and logs a warning.
         out: the folder to write; new or empty.
         adapter: a LoRA adapter in PEFT's format, a folder or Hub id.
         dtype: dtype of the written weights: float16, bfloat16 or float32.

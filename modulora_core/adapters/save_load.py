@@ -105,8 +105,8 @@ def load_adapter(
     A and B become float32. An adapter with channel scales brings them along.
 
     Args:
-        model: its linear layers are QuantLinear. Another quantization of the adapter's base is
-            allowed, and logs a warning.
+        model: a packed model. Another quantization of the adapter's base is allowed, and logs a
+            warning.
         path: a folder that :func:`save_adapter` or `peft` wrote, or a Hub id.
         name: one model may carry several adapters.
         trainable: A, B and channel scales train.

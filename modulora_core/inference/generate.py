@@ -108,6 +108,9 @@ def generate(
         on_text: called with each piece of text as it is generated.
         adapter: a LoRA adapter in PEFT's format, if ``model`` is a name.
 
+    Returns:
+        the text, with counts of tokens and the time.
+
     Raises:
         DataError: the prompt is empty, no valid text, or too long for the model's window; or it
             needs a chat template and the tokenizer has none.

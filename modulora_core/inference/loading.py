@@ -82,7 +82,7 @@ def open_to_run(
     revision: str | None = None,
     mapped: bool = False,
 ) -> Opened:
-    """Find a model.
+    """Find a model and check the request. The result's ``load()`` loads the weights.
 
     Args:
         model: a packed checkpoint, or any model that :func:`modulora_core.models.open_model` opens,

@@ -130,7 +130,8 @@ def plan(
         print(plan("org/model", "NAME", {"bits": 3}, seq_len=1024).training.nbytes)
 
     Args:
-        quantizer: its name, and its ``options``; None for a packed checkpoint.
+        model: MODEL as on the command line.
+        quantizer: its name, and its ``options``; None for a quantized model.
         budget: bytes; with a budget the plan says what fits, and which settings save memory.
         fields: fields of :class:`~modulora_core.training.config.FinetuneConfig`.
 

@@ -65,9 +65,7 @@ def quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
         c2[-1] = divisor[-1]
     level = torch.tensor(LEVELS, device=W.device)
     midpoints = (level[:-1] + level[1:]) / 2
-    q = torch.bucketize(
-        scaled, midpoints, out_int32=True
-    )  # midpoint[q - 1] < scaled <= midpoint[q]
+    q = torch.bucketize(scaled, midpoints, out_int32=True)  # midpoint[q-1] < scaled <= midpoint[q]
     return q.to(torch.uint8), c2
 
 
