@@ -162,10 +162,9 @@ def write_tiny_gguf(
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in fields.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[
-            type(value)
-        ]
-        add(f"{architecture}.{key}", value)
+        adders = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array,
+                  str: writer.add_string}  # fmt: skip
+        adders[type(value)](f"{architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*string.ascii_letters, *string.digits, "Ġ", "th"])  # Ġ is a space
     writer.add_token_merges(["t h"])

@@ -18,9 +18,11 @@ from modulora_core.adapters.llama_cpp import export_for_llama_cpp
 from modulora_core.adapters.merge_gguf import merge_to_gguf
 from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.inference.loading import open_to_run
 from modulora_core.models.locate import locate
 from modulora_core.quantization.quantize import quantize
 from modulora_core.spec import Calibration
+from modulora_core.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -65,6 +67,27 @@ def test_merged_files_and_lora_files_have_our_logits(
         (by_llama_cpp(base, ids, tmp_path / "lora.gguf"), after),
     ):
         assert (found - expected).norm() < 0.005 * (after - before).norm()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope.scaling.factor": 4.0},
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "context_length": 256,
+         "rope.scaling.original_context_length": 64},
+    ],
+    ids=["linear", "yarn"],
+)  # fmt: skip
+def test_rotary_scaling_is_llama_cpps(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers leaves it out."""
+    ids, sizes = list(range(5, 45)), ARCHITECTURES["llama"][0]
+    plain = open_to_run(str(write_tiny_gguf("llama", tmp_path / "plain.gguf"))).load()
+    monkeypatch.setitem(ARCHITECTURES, "llama", ({**sizes, **fields}, *ARCHITECTURES["llama"][1:]))
+    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf")
+    ours, theirs = by_ours(open_to_run(str(path)).load(), ids), by_llama_cpp(path, ids)
+    assert (theirs - ours).norm() < 0.03 * (by_ours(plain, ids) - ours).norm()
 
 
 @pytest.mark.slow
