@@ -38,7 +38,7 @@ def model_card(
     """
     record = checkpoint.record
     base = str(record.source.get("name") or checkpoint.name)
-    quantizers = ", ".join(recipe.quantizer for recipe in record.recipes)
+    quantizers = ", ".join(dict.fromkeys(recipe.quantizer for recipe in record.recipes))
     metadata = "pipeline_tag: text-generation\ntags: [lora, modulora]"
     if record.source.get("kind") == "hub":  # the Hub links it: not the name of a local folder
         metadata = f"base_model: {json.dumps(base)}\n{metadata}"
@@ -74,4 +74,5 @@ Data: {data}. {loss_in_words(losses).capitalize()}.{held_out}
 {_WITH_SCALES if channel_scales else _PLAIN}
 
     modulora chat MODEL --adapter FOLDER
+    modulora merge MODEL OUT --adapter FOLDER
 """
