@@ -176,7 +176,7 @@ def command(
     seconds = time.perf_counter() - started
     cost = {"seconds": seconds, "peak_memory_bytes": peak.nbytes}
     found = {"metric": metric or "perplexity", **asdict(measured), **cost}
-    return Report(found, facts(found))
+    return Report(found, facts({"data": source, **found}))
 
 
 def _report_of_tasks(results: Mapping[str, TaskResult], seconds: float, peak: int) -> Report:

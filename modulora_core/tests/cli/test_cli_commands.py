@@ -74,7 +74,7 @@ def test_a_measurement_in_words(text_of: TextOf, source: Path, tmp_path: Path) -
     text = text_of("evaluate", source, "--data", rows, "--metric", "accuracy")
     number = r"\d+(\.\d+)?"
     assert re.fullmatch(
-        rf"metric accuracy accuracy {number} correct [012] examples 2 labels no, yes "
+        rf"data \S+rows.jsonl metric accuracy accuracy {number} correct [012] examples 2 labels no, yes "
         rf"seconds {number} peak memory {number} [MG]iB",
         text,
     )
