@@ -74,8 +74,8 @@ def test_a_measurement_in_words(text_of: TextOf, source: Path, tmp_path: Path) -
     text = text_of("evaluate", source, "--data", rows, "--metric", "accuracy")
     number = r"\d+(\.\d+)?"
     assert re.fullmatch(
-        rf"data \S+rows.jsonl metric accuracy accuracy {number} correct [012] examples 2 labels no, yes "
-        rf"seconds {number} peak memory {number} [MG]iB",
+        rf"data \S+rows.jsonl metric accuracy accuracy {number} correct [012] examples 2 "
+        rf"labels no, yes seconds {number} peak memory {number} [MG]iB",
         text,
     )
 
