@@ -66,7 +66,7 @@ def merge(
     model: str,
     out: str | Path,
     *,
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
     dtype: str | torch.dtype = "bfloat16",
     progress: Progress | Literal[False] | None = None,
 ) -> MergeResult:
@@ -119,7 +119,7 @@ def merge(
     return MergeResult(str(out), dtype, nbytes, len(deltas), seconds, peak.nbytes)
 
 
-def adapter_deltas(checkpoint: PackedCheckpoint, path: str) -> Mapping[str, AdapterDelta]:
+def adapter_deltas(checkpoint: PackedCheckpoint, path: str | Path) -> Mapping[str, AdapterDelta]:
     """Read the adapter. Raises AdapterError if it does not fit the checkpoint."""
     model, here = packed_skeleton(checkpoint), str(checkpoint.folder)
     adapter = read_adapter(path, stacks_of(model))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -74,7 +75,7 @@ def evaluate(
     beams: int = 1,
     prompt: str | None = None,
     completion: str | None = None,
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
     progress: Progress | Literal[False] | None = None,
 ) -> Perplexity | Accuracy | Rouge | ExactMatch:
     """Measure a model on data, as ``modulora evaluate`` does.

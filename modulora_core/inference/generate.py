@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def generate(
     *,
     raw: bool = False,
     on_text: Callable[[str], None] | None = None,
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Generation:
     """Answer or continue ``prompt``.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +35,7 @@ class Opened:
 
     name: str
     origin: PackedCheckpoint | ModelSource
-    adapter: str | None
+    adapter: str | Path | None
     dtype: str | torch.dtype
     device: str
     mapped: bool = False
@@ -76,7 +77,7 @@ Runnable = str | Opened | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 def open_to_run(
     model: str,
     *,
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
     revision: str | None = None,
@@ -119,7 +120,7 @@ def open_to_run(
     return Opened(model, source, None, dtype, device)
 
 
-def opened(model: Runnable, adapter: str | None = None) -> Opened | _Loaded:
+def opened(model: Runnable, adapter: str | Path | None = None) -> Opened | _Loaded:
     """Open ``model`` if it is a name. Raises RequestError, as :func:`open_to_run`."""
     if isinstance(model, str):
         return open_to_run(model, adapter=adapter)

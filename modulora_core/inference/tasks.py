@@ -45,7 +45,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 1,
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
 ) -> dict[str, TaskResult]:
     """Measure a model on tasks of lm-evaluation-harness, as ``modulora evaluate --tasks`` does.
 

@@ -41,7 +41,7 @@ def test_the_merged_model_gives_the_same_logits(
         result = merge(
             str(packed),
             tmp_path / "merged",
-            adapter=str(tmp_path / "adapter"),
+            adapter=tmp_path / "adapter",
             dtype="float32",
             progress=lambda *call: calls.append(call),
         )

@@ -44,7 +44,7 @@ def test_a_text_is_continued_greedily_and_streamed(tunable: Path, loaded: tuple[
 def test_an_adapter_changes_the_text(tunable: Path, tmp_path: Path) -> None:
     save_adapter(trained(load_model(tunable)), tmp_path)
     five = Sampling(max_new_tokens=5)
-    with_adapter = generate(str(tunable), "The", five, adapter=str(tmp_path))
+    with_adapter = generate(str(tunable), "The", five, adapter=tmp_path)
     assert with_adapter.text != generate(str(tunable), "The", five).text
 
 
