@@ -37,4 +37,7 @@ def no_config(folder: Path) -> str:
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:
         return f"{folder}: no config.json; for a GGUF model give the file: {ggufs[0]}"
-    return f"{folder}: no config.json; expected a folder as transformers' save_pretrained writes it"
+    return (
+        f"{folder}: no config.json; expected a folder as transformers' save_pretrained writes it; "
+        "of a repository of GGUF files, download one: hf download REPOSITORY FILE.gguf"
+    )
