@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,10 +68,17 @@ def write_template(
         size = 4 * math.prod(shape)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size)
         nbytes += size + writer.data_alignment
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    except struct.error as error:
+        raise ModelError(
+            f"config.json: expected values that GGUF can hold, got one that it can't: {error}; "
+            f"{_INSTEAD}"
+        ) from None
+    finally:
+        writer.close()
     os.truncate(path, path.stat().st_size + nbytes + writer.data_alignment)
 
 

@@ -18,6 +18,7 @@ from modulora_core.inference.divergence import divergence
 from modulora_core.inference.loading import open_to_run
 from modulora_core.models.gguf_header import read_header
 from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.crude_folders import edit_config
 from modulora_core.tests.other_tools import logits
 from modulora_core.tests.tiny_gguf import write_tiny_gguf
 
@@ -99,6 +100,9 @@ def test_a_folder_that_cannot_be_written_back_is_refused_by_name(
     save_folder("mistral", tmp_path / "windows", window=8)
     quantize(str(tmp_path / "windows"), tmp_path / "short", "gguf")
     with pytest.raises(ModelError, match="mistral: it has a sliding window of 8, which can't be"):
+        merge_to_gguf(str(tmp_path / "short"), tmp_path / "merged.gguf")
+    edit_config(tmp_path / "short", sliding_window=None, max_position_embeddings=2**40)
+    with pytest.raises(ModelError, match=r"config\.json: expected values that GGUF can hold"):
         merge_to_gguf(str(tmp_path / "short"), tmp_path / "merged.gguf")
 
 
