@@ -26,6 +26,11 @@ _LEFT_OUT = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 
+_BIASES = {"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_up.bias": "mlp_bias"}
+"""Tensors that mean a flag of a Llama-like config."""
+
+_EXPERTS = ("num_experts", "num_local_experts")
+
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 """Gemmas of 27B, whose scores llama.cpp scales by another number than 1 / √head_dim."""
 
@@ -77,6 +82,12 @@ def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Head
         field = header.fields.get(f"{architecture}.{key}")
         if field is not None and name not in values and hasattr(config, name):
             setattr(config, name, field.value)
+    for tensor in header.tensors:
+        if getattr(config, _BIASES.get(tensor.name, ""), None) is False:
+            setattr(config, _BIASES[tensor.name], True)
+    experts = header.fields.get(f"{architecture}.expert_count")
+    if experts and experts.value and not any(hasattr(config, name) for name in _EXPERTS):
+        raise ModelError(f"it has no {architecture} with {experts.value} experts")
     if (config.pad_token_id or 0) >= config.get_text_config().vocab_size:
         config.pad_token_id = None  # the class's, which a file without one has no row of
     if architecture in _LAYERS_OF_27B:

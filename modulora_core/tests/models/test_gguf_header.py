@@ -178,12 +178,24 @@ def test_the_width_of_experts_is_the_files(tmp_path: Path, monkeypatch: pytest.M
     assert source.config.moe_intermediate_size == 48
 
 
+def test_biases_of_a_llama_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers leaves them out without a word."""
+    fields, top, layer = ARCHITECTURES["llama"]
+    rows = {name: layer[f"attn_{name}.weight"][0] for name in ("q", "k", "v", "output")}
+    biases = {f"attn_{name}.bias": (count,) for name, count in rows.items()}
+    monkeypatch.setitem(ARCHITECTURES, "llama", (fields, top, {**layer, **biases}))
+    source = open_model(str(write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")))
+    assert source.validate() == []
+    assert "model.layers.1.self_attn.o_proj.bias" in source.parameters
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("block_count", 2.5, "block_count: expected a number of layers from 1 to .*, got 2.5"),
         ("block_count", 2**31 - 1, "block_count: expected a number of layers from 1 to .* 21, got"),
         ("attention.head_count", [4, 4], "transformers can't read this GGUF file"),
+        ("expert_count", 8, r"this GGUF file \(it has no llama with 8 experts\); it reads"),
         ("embedding_length", 0, "expected positive sizes in its config|zero-element tensors"),
         ("vocab_size", 2**31 - 1, r"expected 68719476704 values for shape .*, got 2048"),
         ("rope.freq_base", float("nan"), "rope.freq_base: expected a finite number, got nan"),
