@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pytest
@@ -50,6 +51,16 @@ class Level:
 
     level: ClassVar[str]
     title: ClassVar[str]
+
+    @pytest.fixture(autouse=True)
+    def _threads(self, request: pytest.FixtureRequest) -> Iterator[None]:
+        """Run a check on one thread, unless its weight is large and it is marked ``threads``.
+
+        In small products on a busy machine, threads wait for each other a hundred times as long."""
+        from modulora_core.kernels import one_thread  # it imports torch
+
+        with nullcontext() if request.node.get_closest_marker("threads") else one_thread():
+            yield
 
 
 def checks_of(cls: type) -> Iterator[tuple[str, Any, type[Level]]]:

@@ -82,6 +82,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
     config.addinivalue_line("markers", "slow: compiles for many seconds")
+    config.addinivalue_line("markers", "threads: runs a check of the kit on all threads")
     config.pluginmanager.register(Recorder(config), "modulora_conformance_recorder")
     name = config.getoption("--quantizer")
     if name is not None:

@@ -114,6 +114,13 @@ class Recorder:
             return True
         return _name(item).endswith(GOLDEN) and golden_of(item) is None
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Start what checks of other processes need, beside the checks before them."""
+        if any(_is_check(item) and _level(item) >= "L6" for item in session.items):
+            from modulora_conformance.elsewhere import start_server
+
+            start_server()
+
     # -- running
 
     @pytest.hookimpl(tryfirst=True)

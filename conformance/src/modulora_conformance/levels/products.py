@@ -188,6 +188,7 @@ class Products(Level):
                     case = f"{list(found.shape)}, {rows} rows, {transpose=}"
                     measurements.at_most("product of a ragged weight", error, limit, case=case)
 
+    @pytest.mark.threads
     @pytest.mark.parametrize("form", LARGE)
     @pytest.mark.parametrize("rows", [1, 3, 40], ids=lambda n: f"{n} rows")
     @needs(FORWARD, TRANSPOSED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -76,6 +77,7 @@ class State(Level):
                     f"{name} by another instance: expected the same bits, got others"
                 )
 
+    @pytest.mark.threads
     @needs(APART)
     def test_two_threads_get_what_one_gets(self, quantizer: Quantizer) -> None:
         """If this fails: two threads that use an instance at once disturb each other.

@@ -87,6 +87,7 @@ class Tiles(Level):
         stop = data.draw(st.integers(start + 1, rows))  # another check has empty ranges
         _check_rows(quantizer, found, dtype, (start, stop))
 
+    @pytest.mark.threads
     @needs(RANGES)
     def test_every_block_of_rows_of_a_large_weight_equals_the_whole(
         self, quantizer: Quantizer
