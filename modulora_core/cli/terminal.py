@@ -124,7 +124,7 @@ class Terminal:
         """Print on stdout something that rich renders, without spaces at the ends of lines."""
         from rich.console import Console
 
-        console = Console(file=self.stdout, width=width, highlight=False)
+        console = Console(file=self.stdout, width=width, highlight=False, emoji=False)
         with console.capture() as captured:
             console.print(renderable)
         self._write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
@@ -154,7 +154,7 @@ class Terminal:
     def _errors(self) -> Console:
         from rich.console import Console
 
-        return Console(file=self.stderr, highlight=False)
+        return Console(file=self.stderr, highlight=False, emoji=False)
 
     @contextmanager
     def active(self) -> Iterator[None]:

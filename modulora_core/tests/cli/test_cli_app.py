@@ -209,6 +209,7 @@ def test_a_failure_is_one_sentence_and_an_exit_code(
 USAGE = {
     "prob": "no such command: 'prob'; did you mean probe?",
     "xyz": "no such command: 'xyz'; expected one of ",
+    "a:b:c[red]": "no such command: 'a:b:c[red]'",
     "probe well --rnak 1": "no such option: --rnak; did you mean --rank",
     "probe": "missing argument",
     "probe well again": "again",
