@@ -174,7 +174,6 @@ UNBROKEN = {
     "test_a_transformer_is_quantized_saved_and_loaded": CORE,
     "test_a_transformer_trains_as_the_dense_one": CORE,
     "test_a_checkpoint_of_another_format_is_refused": CORE,
-    "test_a_compiled_layer_gives_the_eager_results": CORE,
     "test_peak_memory_on_cuda_is_tiles_and_activations": NO_DEVICE,
     "test_cuda_gives_the_tiles_of_the_cpu": NO_DEVICE,
     "test_cuda_gives_the_products_and_gradients_of_the_dense_layer": NO_DEVICE,

@@ -88,9 +88,10 @@ def command(
     left_out = {f"--level {level}": level < LAST_LEVEL, "-k": select, "-x": exitfirst}
     name = _check_request(name, option, certified, left_out)
     if measure:
-        promises = _kit("measure").measured(name, option)
+        kit = _kit("measure")
+        promises, memory = kit.measured(name, option), kit.packing_memory(name, option)
         found = {"quantizer": name, "promises": [each.model_dump() for each in promises]}
-        return Report(found, _kit("measure").as_code(promises))
+        return Report(found | {"packing_memory": memory}, kit.as_code(promises, memory))
     words = [name, *(f"--option={text}" for text in option), f"--level={level}", f"--tb={tb}"]
     words += [f"-k={select}"] if select is not None else []
     words += ["-x"] if exitfirst else []

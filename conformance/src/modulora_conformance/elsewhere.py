@@ -138,8 +138,8 @@ def results(requests: Sequence[Request], guard: bool = False) -> list[dict[str, 
 
     Returns:
         for each request, ``tile.DTYPE`` with all rows of Ŵ, and ``product.NAME`` and
-        ``transposed.NAME`` for the inputs; with ``guard`` also ``part.DTYPE``, without the first
-        third of the rows.
+        ``transposed.NAME`` for the inputs. ``guard`` adds ``part.DTYPE``, without the first third
+        of the rows.
     """
     with one_thread():
         return [_results(request, guard) for request in requests]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 from modulora_conformance.cases import KINDS, fit, pack
+from modulora_conformance.levels.memory import packing_peaks
 from modulora_conformance.levels.packing import ERROR_SHAPE, SIZE_SHAPE
 from modulora_conformance.oracle import dense, relative_error
 from modulora_conformance.plugin import configurations
@@ -46,6 +47,15 @@ def promise(quantizer: Quantizer, given: Sequence[str]) -> Promise:
     return Promise(options=options, bits_per_weight=size, **errors)
 
 
+def packing_memory(name: str, options: Sequence[str] = ()) -> float:
+    """The number for ``spec.packing_memory``: the largest of all these configurations."""
+    shares = []
+    for each in configurations(name, list(options)):
+        peaks, unit = packing_peaks(create(name, each.options))
+        shares.append(max(peaks.values()) / unit)
+    return max(0.1, rounded_up(ROOM * max(shares), digits=2))
+
+
 def rounded_up(value: float, digits: int) -> float:
     """The next number from ``value`` on with so many significant digits."""
     if value == 0:
@@ -56,9 +66,9 @@ def rounded_up(value: float, digits: int) -> float:
     return round(math.ceil(round(value * unit, 6)) / unit, places)
 
 
-def as_code(promises: Sequence[Promise]) -> str:
-    """The argument ``promises`` of a QuantizerSpec, to paste."""
-    lines = ["    promises=("]
+def as_code(promises: Sequence[Promise], memory: float) -> str:
+    """The arguments ``packing_memory`` and ``promises`` of a QuantizerSpec, to paste."""
+    lines = [f"    packing_memory={memory},", "    promises=("]
     for each in promises:
         lines.append("        Promise(")
         pairs = (f"{json.dumps(key)}: {_literal(value)}" for key, value in each.options.items())

@@ -18,6 +18,7 @@ from modulora_conformance.levels.memory import Memory
 from modulora_conformance.levels.packing import Packing
 from modulora_conformance.levels.persistence import Persistence
 from modulora_conformance.levels.products import Products
+from modulora_conformance.levels.rescaled import Rescaled
 from modulora_conformance.levels.state import State
 from modulora_conformance.levels.tiles import Lookups, Tiles
 from modulora_conformance.levels.training import Training
@@ -33,6 +34,7 @@ class QuantizerConformance(
     Tiles,
     State,
     Lookups,
+    Rescaled,
     Products,
     Gradients,
     Training,

@@ -116,9 +116,10 @@ def test_checks_and_promises_are_printed_without_a_run(
         c["check"] for c in checks if not c["fault"].endswith(".") or "If this" in c["fault"]
     ] == []
     assert main(["conformance", "toy", "-o", "levels=7", "--measure"]) == 0
-    code = capsys.readouterr().out.strip().removesuffix(",").removeprefix("promises=")
-    (promise,) = eval(code, {"Promise": Promise})
+    pasted = eval(f"dict({capsys.readouterr().out})", {"Promise": Promise})
+    (promise,) = pasted["promises"]
     assert promise.options == {"levels": 7}
+    assert pasted["packing_memory"] > 0
     assert main(["conformance", "toy", "-o", "levels=7", "--measure", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["promises"]
     assert [Promise(**each) for each in found] == [promise]

@@ -14,7 +14,7 @@ from modulora_core.spec import Promise, QuantizerSpec
 
 SOUND = (
     "Healthy", "InTriton", "StridedTiles", "Sound", "PerRow", "Floating", "Lattice", "Rotated",
-    "Importance", "OwnFunction",
+    "Importance", "OwnFunction", "Scaled",
 )  # fmt: skip
 
 ELSEWHERE = ("Unlisted", "HeavyMetadata", "SlowMetadata")
@@ -34,6 +34,8 @@ CALIBRATED = (
 )  # fmt: skip
 
 BITS = {"NarrowerThanItSays": (2,), "WiderThanItSays": (8,)}
+
+RESCALING = ("Scaled", "ScalesInPlace", "ReplacesItsScales", "DividesByScales")
 
 HERE = Path(__file__).parent
 
@@ -60,6 +62,7 @@ def spec(module, cls):
         devices=("cpu", "cuda") if module == "devices" else ("cpu",),
         in_multiple=2,
         calibration=calibration.get(cls, "none"),
+        rescales=cls in RESCALING,
         promises=() if cls == "ForgetsItsSeed" else tuple(promises),
     )
 

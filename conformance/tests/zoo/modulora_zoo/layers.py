@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
+from modulora_core.layers import LoRALinear
 from modulora_zoo.healthy import Healthy
 
 GRADIENTS = "test_output_and_gradients_equal_those_of_the_dense_layer"
@@ -316,3 +317,13 @@ class HeadWithoutGradient(Healthy):
         return LINEAR(x.detach() if len(x) == 4 else x, weight) + 0 * x.sum()
 
     patches: ClassVar = {f"{KIT}.levels.training.F.linear": linear}
+
+
+class _Compiled(LoRALinear):
+    def forward(self, x):
+        return super().forward(x) * (1.01 if torch.compiler.is_compiling() else 1)
+
+
+class OtherWhenCompiled(Healthy):
+    breaks = "test_a_compiled_layer_gives_the_eager_results"
+    patches: ClassVar = {f"{KIT}.levels.devices.LoRALinear": _Compiled}

@@ -223,3 +223,47 @@ class DecodesTheTable(Healthy):
         if not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < rows:
             return super().lookup(ids, packed, dtype)
         return self.dequantize_tile(packed, (0, rows), dtype)[ids.long()]
+
+
+class Scaled(Healthy):
+    """Sound: a vector of fp16 for each side of the codes."""
+
+    layout = Quantizer.layout
+
+    def packed(self, codes, scale, zero, weight):
+        found = super().packed(codes, scale, zero, weight)
+        rows, columns = (torch.ones(n, dtype=torch.float16) for n in weight.shape)
+        return changed(found, rows=rows, columns=columns)
+
+    def decode(self, packed, rows):
+        v, u = packed.tensors["rows"][slice(*rows)].float(), packed.tensors["columns"].float()
+        return super().decode(packed, rows) * v[:, None] * u
+
+    def rescaled(self, packed, input_scale, output_scale):
+        v, u = packed.tensors["rows"].float(), packed.tensors["columns"].float()
+        return changed(packed, rows=(v * output_scale).half(), columns=(u * input_scale).half())
+
+
+class ScalesInPlace(Scaled):
+    breaks = "test_a_rescaled_weight_is_scaled_on_both_sides"
+
+    def rescaled(self, packed, input_scale, output_scale):
+        packed.tensors["columns"].mul_(input_scale)
+        packed.tensors["rows"].mul_(output_scale)
+        return packed
+
+
+class ReplacesItsScales(Scaled):
+    """The second call forgets the scales of the first."""
+
+    breaks = "test_a_rescaled_weight_is_scaled_on_both_sides"
+
+    def rescaled(self, packed, input_scale, output_scale):
+        return changed(packed, rows=output_scale.half(), columns=input_scale.half())
+
+
+class DividesByScales(Scaled):
+    breaks = "test_a_rescaled_weight_is_scaled_on_both_sides"
+
+    def rescaled(self, packed, input_scale, output_scale):
+        return super().rescaled(packed, 1 / input_scale, output_scale)
