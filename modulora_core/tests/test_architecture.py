@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import grimp
 import pytest
 
 import modulora_core
 from modulora_core.packed import BITS_OF_DTYPE
 
+grimp = pytest.importorskip("grimp", reason="it comes with the extra `check`")
 CORE = Path(modulora_core.__file__).parent
 ROOT = CORE.parent
 LONGEST = 350
