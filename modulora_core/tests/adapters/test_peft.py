@@ -162,6 +162,7 @@ def test_other_methods_train_as_on_the_dense_model(packed: Callable[[], Any], co
 
 def test_loftq_is_refused(packed: Callable[[], Any]) -> None:
     pytest.importorskip("bitsandbytes")
+    pytest.importorskip("scipy", reason="PEFT takes NF4's values from it")
     config = LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))
     with pytest.raises(ModelError, match="expected a dense weight to merge into or to initialize"):
         get_peft_model(packed(), config)
