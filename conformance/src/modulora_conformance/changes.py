@@ -98,18 +98,37 @@ def change_in_place(packed: PackedWeight, changed: PackedWeight) -> None:
 
 @contextmanager
 def unchanged_random_state(action: str) -> Iterator[None]:
-    """Fail if the block seeds a global random generator or draws from it: torch, numpy, Python."""
-    # draw once: setting a seed that an earlier call has set would show no change
+    """Fail if the block changes a global random generator (torch, numpy, Python) or a setting of
+    torch."""
+    # draw and set once: what an earlier call has set would show no change
     torch.rand(1)
     random.random()
     np.random.random()
-    before = _states()
-    yield
-    changed = [name for name, state in _states().items() if state != before[name]]
-    assert not changed, (
-        f"{action}: expected the global random state of {' and '.join(changed)} unchanged, got "
-        "another one; draw from a torch.Generator of your own"
-    )
+    torch.set_grad_enabled(True)
+    before, settings = _states(), _settings()
+    try:
+        yield
+        changed = [name for name, state in _states().items() if state != before[name]]
+        assert not changed, (
+            f"{action}: expected the global random state of {' and '.join(changed)} unchanged, got "
+            "another one; draw from a torch.Generator of your own"
+        )
+        changed = [name for name, value in _settings().items() if value != settings[name]]
+        assert not changed, (
+            f"{action}: expected torch's {' and '.join(changed)} unchanged, got another; it is the "
+            "user's: set it in a with block, which sets it back"
+        )
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(settings["default dtype"])  # type: ignore[arg-type]
+
+
+def _settings() -> dict[str, object]:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "gradient mode": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def _states() -> dict[str, object]:

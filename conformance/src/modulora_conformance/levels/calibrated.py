@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modulora_conformance.cases import correlated, fit, gaussian, identity, pack, second_moment
-from modulora_conformance.changes import check_same_bytes
+from modulora_conformance.changes import check_same_bytes, same_packed
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.oracle import dense, relative_error
@@ -43,6 +43,11 @@ class Calibrated(Level):
         found = quantizer.pack(weight, correlated(weight.shape[1]))
         assert not (quantizer.wants_calibration and quantizer.spec.calibration == "none"), (
             "wants_calibration: expected False, as spec.calibration is none, got True"
+        )
+        ignored = quantizer.wants_calibration and quantizer.spec.calibration == "optional"
+        assert not (ignored and same_packed(found, quantizer.pack(weight))), (
+            "a calibration of correlated inputs: expected other bytes than without, got the same; "
+            "use it, or override wants_calibration"
         )
         if not quantizer.wants_calibration:
             origin = "packed with a calibration, which the quantizer does not want"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -204,6 +205,14 @@ class Memory(Level):
                 tile(quantizer, another)
             measurements.at_most(f"{name} kept", found.alive, limit, unit="bytes")
         measurements.at_most("kept in the quantizer", _held(quantizer) - held, limit, unit="bytes")
+        another = clone(weight)
+        alive = [weakref.ref(tensor) for tensor in another.tensors.values()]
+        _step(quantizer, another, few)
+        del another, given
+        gc.collect()
+        assert not any(tensor() is not None for tensor in alive), (
+            "a packed weight that nobody uses: expected its memory freed, got a reference to it"
+        )
 
     @needs(GRADIENTS, PEAK, KEPT)
     def test_memory_does_not_grow_over_50_steps(

@@ -88,7 +88,8 @@ class Packing(Level):
         """If this fails: `pack` seeds the global random state, or draws from it.
 
         A seed gives every layer the same dropout, and overrides the user's seed. Draw from a
-        torch.Generator of your own.
+        torch.Generator of your own. Settings of torch, such as the gradient mode, are the user's
+        too.
         """
         for shape in ((21, 64), (40, 96)):
             weight = gaussian(fit(quantizer, *shape), 16)

@@ -233,7 +233,7 @@ class Products(Level):
         """
         found = packed(quantizer, SHAPE)
         W = dense(quantizer, found)
-        for leading in ((), (1,), (2, 3), (2, 1, 2, 2)):
+        for leading in ((), (1,), (1, 1), (2, 3), (2, 1, 2, 2)):
             for transpose, x in both_ways(found, *leading, seed=8):
                 y = quantizer.matmul(x, found, transpose)
                 expected = (*leading, found.shape[1 if transpose else 0])

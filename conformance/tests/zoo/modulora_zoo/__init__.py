@@ -31,6 +31,7 @@ OF_8_BITS = Promise(
 
 CALIBRATED = (
     "Importance", "InvertedImportance", "ReversedImportance", "FirstImportance", "SaysItIgnores",
+    "IgnoresItsCalibration",
 )  # fmt: skip
 
 BITS = {"NarrowerThanItSays": (2,), "WiderThanItSays": (8,)}

@@ -54,3 +54,16 @@ class LeaksALittle(Healthy):
     def matmul(self, x, packed, transpose=False):
         self.log.append(np.zeros(1024, np.uint8))
         return super().matmul(x, packed, transpose)
+
+
+class ListsItsWeights(Healthy):
+    """A list holds every packed weight of a forward."""
+
+    breaks = "test_nothing_is_kept_after_a_call"
+    says = "its memory freed"
+    used: ClassVar = []
+
+    def matmul(self, x, packed, transpose=False):
+        if packed.shape == (512, 512):
+            self.used.append(packed)
+        return super().matmul(x, packed, transpose)

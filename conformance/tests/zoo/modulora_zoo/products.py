@@ -241,3 +241,12 @@ class BFloat16InHalf(Healthy):
         if x.dtype == torch.bfloat16 and float(x.abs().max() if x.numel() else 0) > 1e5:
             x = x.half().bfloat16()
         return super().matmul(x, packed, transpose)
+
+
+class OtherForOneToken(Healthy):
+    """Its path for decoding one token of one sequence has another scale."""
+
+    breaks = "test_leading_dimensions_are_kept"
+
+    def matmul(self, x, packed, transpose=False):
+        return super().matmul(x, packed, transpose) * (1.001 if x.shape[:-1] == (1, 1) else 1)

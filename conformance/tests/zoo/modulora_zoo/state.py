@@ -178,3 +178,10 @@ class WantsWithoutSpec(Healthy):
     breaks = "test_calibration_is_taken_as_the_spec_says"
     says = "wants_calibration"
     wants_calibration = True
+
+
+class IgnoresItsCalibration(Healthy):
+    """Its spec offers calibration, and it uses none."""
+
+    breaks = "test_calibration_is_taken_as_the_spec_says"
+    says = "expected other bytes"
