@@ -151,7 +151,7 @@ def plan(
 
 def plan_request(request: PlanRequest) -> MemoryPlan:
     """Plan for one quantizer, or for a packed checkpoint. See :func:`plan`."""
-    found = open_planned(request)
+    request, found = open_planned(request)
     if isinstance(found, Packed):
         choices = {"quantizer": request.quantizer, f"--{HEAD}": request.head,
                    f"--{EMBEDDINGS}": request.embeddings}  # fmt: skip
@@ -173,7 +173,7 @@ def plan_all(request: PlanRequest) -> list[MemoryPlan]:
 
     It leaves out quantizers that cannot pack the model. A packed checkpoint gets one plan.
     """
-    found = open_planned(request)
+    request, found = open_planned(request)
     if isinstance(found, Packed):
         return [plan_request(request)]
     plans: list[MemoryPlan] = []

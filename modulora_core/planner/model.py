@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,6 @@ from modulora_core.checkpoints.checkpoint import (
 from modulora_core.checkpoints.packed_modules import install
 from modulora_core.checkpoints.packing import packed_sites
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe
-from modulora_core.errors import OptionError
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.ends import find_ends
@@ -134,8 +133,8 @@ class Packed:
         return f"{self.blocks}.{number}"
 
 
-def open_planned(request: PlanRequest) -> Dense | Packed:
-    """Find MODEL and read its config.
+def open_planned(request: PlanRequest) -> tuple[PlanRequest, Dense | Packed]:
+    """Find MODEL and read its config. By default sequences are no longer than its context.
 
     Raises:
         OptionError: a foreign format to be mapped, or sequences longer than the model's context.
@@ -144,13 +143,9 @@ def open_planned(request: PlanRequest) -> Dense | Packed:
         CheckpointError: its record is malformed.
     """
     found = _open(request)
-    window = (found.dense if isinstance(found, Packed) else found).window
-    if window is not None and request.config.seq_len > window:
-        raise OptionError(
-            f"seq_len {request.config.seq_len}: expected at most {window}, the context of "
-            f"{request.model}"
-        )
-    return found
+    dense = found.dense if isinstance(found, Packed) else found
+    config = request.config.in_window(dense.window, request.model)
+    return replace(request, config=config), found
 
 
 def _open(request: PlanRequest) -> Dense | Packed:

@@ -60,22 +60,10 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
     return checkpoint
 
 
-def in_window(config: FinetuneConfig, checkpoint: PackedCheckpoint | Unpacked) -> FinetuneConfig:
-    """The config with a ``seq_len`` that the model can take: its window, if none was given.
-
-    Raises:
-        OptionError: the given ``seq_len`` is above the model's window.
-    """
-    for name in ("max_position_embeddings", "n_positions"):
-        longest = checkpoint.config.get(name)
-        if isinstance(longest, int) and config.seq_len > longest:
-            if "seq_len" in config.model_fields_set or longest < 2:
-                raise OptionError(
-                    f"seq_len {config.seq_len}: expected at most {longest}, the {name} of "
-                    f"{config.model}"
-                )
-            return config.model_copy(update={"seq_len": longest})
-    return config
+def window(config: dict[str, Any]) -> int | None:
+    """The context of the model of this config.json, in tokens; None if it names none."""
+    names = ("max_position_embeddings", "n_positions")
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
 def _check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | Unpacked) -> None:

@@ -270,6 +270,20 @@ class FinetuneConfig(BaseModel):
         subject = "finetune" if file is None else f"finetune with {file}"
         return validate_model(subject, cls, {**values, **given})
 
+    def in_window(self, longest: int | None, model: str) -> FinetuneConfig:
+        """The config with a ``seq_len`` that ``model`` can take: its context, if none was given.
+
+        Raises:
+            OptionError: the given ``seq_len`` is above ``longest``, the model's context.
+        """
+        if longest is None or self.seq_len <= longest:
+            return self
+        if "seq_len" in self.model_fields_set or longest < 2:
+            raise OptionError(
+                f"seq_len {self.seq_len}: expected at most {longest}, the context of {model}"
+            )
+        return self.model_copy(update={"seq_len": longest})
+
     def to_yaml(self) -> str:
         """The file that repeats the run: ``modulora finetune --config FILE``."""
         adapter = set() if self.adapter is None else set(_EXCLUSIVE["adapter"])

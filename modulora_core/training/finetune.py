@@ -55,7 +55,7 @@ from modulora_core.models.quiet import quiet
 from modulora_core.quantization.cache import Unpacked
 from modulora_core.training.arguments import total_steps, training_arguments, warn_of_warmup
 from modulora_core.training.checkpoints import remove_half_written
-from modulora_core.training.checks import checked_model, in_window, vocabulary
+from modulora_core.training.checks import checked_model, vocabulary, window
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.losses import divergence
@@ -142,7 +142,7 @@ def finetune(
         if not resume:
             check_out(out, config, resume)  # a bad one is refused before a model is downloaded
         base = checked_model(config, device)
-        config = in_window(config, base)
+        config = config.in_window(window(base.config), config.model)
         resume_from = check_out(out, config, resume)
         tokenizer = base.tokenizer()
         rows = vocabulary(base.config)

@@ -97,7 +97,7 @@ def test_loaded_weights_are_the_planned_ones(pack: Pack) -> None:
     stored = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
     run = {"dtype": "bfloat16", "seq_len": 64}
     request = PlanRequest(str(folder), config=finetuning(run))
-    found = open_planned(request)
+    _, found = open_planned(request)
     assert isinstance(found, Packed)
     assert sum(memory.loaded(found, request).values()) == sum(stored.values())
 
@@ -231,6 +231,17 @@ def test_a_wrong_setting_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         planned(llama, **options)
+
+
+def test_sequences_fit_the_context(tmp_path: Path) -> None:
+    LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=64, max_position_embeddings=128,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    found, expected = (plan(str(tmp_path), "toy", **each) for each in ({}, {"seq_len": 128}))
+    assert found.training.items == expected.training.items
+    with pytest.raises(OptionError, match="seq_len 129: expected at most 128, the context of /"):
+        plan(str(tmp_path), "toy", seq_len=129)
 
 
 def test_a_picture_has_a_bar_for_each_plan(llama: str, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ FAMILIES = [name for name in FAMILIES if name in ARCHITECTURES]
 def opened(folder: Path, **options: Any) -> tuple[Packed, PlanRequest]:
     run = {"batch_size": BATCH, "seq_len": LENGTH, **NO_DROPOUT, **options}
     request = PlanRequest(str(folder), config=finetuning(run))
-    packed = open_planned(request)
+    _, packed = open_planned(request)
     assert isinstance(packed, Packed)
     return packed, request
 
@@ -86,7 +86,7 @@ def test_one_block_counts_for_all_of_its_kind(
     LlamaConfig(**sizes, vocab_size=96, num_hidden_layers=6).save_pretrained(tmp_path)
     run = {"batch_size": BATCH, "seq_len": LENGTH, "gradient_checkpointing": checkpointing}
     request = PlanRequest(str(tmp_path), config=finetuning(run))
-    dense = open_planned(request)
+    _, dense = open_planned(request)
 
     def peaks() -> list[int]:
         packed = dense.packed_by(Choice("toy"))  # type: ignore[union-attr]

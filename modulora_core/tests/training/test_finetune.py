@@ -289,7 +289,7 @@ def test_a_run_that_diverged_warns_and_still_finishes(
         ({"model": "{dense}"}, ModelError, "quantize it first: modulora quantize"),
         ({"model": "./nothing"}, ModelError, "no such file or folder"),
         ({"out": "{packed}"}, OutputError, "expected it new or empty, found"),
-        ({"seq_len": 129}, OptionError, "seq_len 129: expected at most 128, the max_position"),
+        ({"seq_len": 129}, OptionError, "seq_len 129: expected at most 128, the context of"),
         ({"rank": 100_000}, OptionError, "rank 100000: expected at most 32"),
         ({"targets": "q_porj"}, AdapterError, "did you mean 'q_proj'"),
         ({"targets": "lm_head"}, AdapterError, "and lm_head is none"),
