@@ -110,7 +110,6 @@ class Accuracy(Level):
                 case = f"{name} of a {list(weight.shape)} weight"
                 measurements.at_most("error at an end", error, limit, case=case)
 
-    @pytest.mark.threads
     @pytest.mark.parametrize("form", ["few rows", "few columns"])
     @needs(DETERMINISTIC, PROMISED, WIDTHS)
     def test_long_weights_keep_the_error(
