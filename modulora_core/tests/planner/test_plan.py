@@ -105,7 +105,7 @@ def test_loaded_weights_are_the_planned_ones(pack: Pack) -> None:
 @pytest.mark.slow
 def test_each_setting_changes_its_item(llama: str) -> None:
     def items(**options: Any) -> dict[str, int]:
-        return dict(planned(llama, **options).training.items)
+        return dict(planned(llama, **{"grad_accum": 4, **options}).training.items)
 
     before = items()
     assert before["gradients"] == before["adapter"] == before["optimizer"] / 2
