@@ -78,8 +78,9 @@ class FinetuneResult:
         losses: the loss of each optimizer step, over the trained tokens of its batch.
         eval_loss: after the last step; None without evaluation data.
         eval_loss_before: before the first step; None without evaluation data or report.
-        seconds: duration of training in this call, without the steps before a resume.
-        tokens_per_second: without padding.
+        seconds: duration of training in this call and of the evaluations in it, without the steps
+            before a resume.
+        tokens_per_second: trained tokens, without padding, divided by ``seconds``.
         peak_memory_bytes: of loading and training
             (:class:`modulora_core.devices.memory.PeakMemory`).
         model: the packed model: the config's, or its folder in the cache.
