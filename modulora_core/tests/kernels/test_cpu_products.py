@@ -72,13 +72,13 @@ def allowed(way: Way, terms: int) -> float:
     """The error of a sum of so many products, as a part of the sum of their magnitudes.
 
     Each addition rounds by 2⁻²⁴. A slice is at most 2⁻⁸ of the slice before. Products of slices
-    whose numbers add up to the number of slices are left out. Here bf16 rounds weights, inputs and
-    results by 2⁻⁹.
+    whose numbers add up to the number of slices are left out. bf16 has eight significant bits: it
+    rounds weights, inputs and results by 2⁻⁸.
     """
     left_out = {1: 2 * 2.0**-8 + 2.0**-16, 2: 3 * 2.0**-16, 3: 2 * 2.0**-24 + 2.0**-32}
     additions = way.slices * (way.slices + 1) // 2 + 1
     rounding = terms * additions * 2.0**-24 + (left_out[way.slices] if way.loops == "amx" else 0)
-    return rounding + (3 * 2.0**-9 if way.dtype is torch.bfloat16 else 0)
+    return rounding + ((1 + 2.0**-8) ** 3 - 1 if way.dtype is torch.bfloat16 else 0)
 
 
 def check(module: ModuleType, way: Way, shape: tuple[int, int], n: int) -> None:
