@@ -72,8 +72,8 @@ def allowed(way: Way, terms: int) -> float:
     """The error of a sum of so many products, as a part of the sum of their magnitudes.
 
     Each addition rounds by 2⁻²⁴. A slice is at most 2⁻⁸ of the slice before. Products of slices
-    whose numbers add up to the number of slices are left out. bf16 has eight significant bits: it
-    rounds weights, inputs and results by 2⁻⁸.
+    whose numbers add up to the number of slices are left out. Weights, inputs and results in bf16,
+    which has eight significant bits, are rounded by 2⁻⁸.
     """
     left_out = {1: 2 * 2.0**-8 + 2.0**-16, 2: 3 * 2.0**-16, 3: 2 * 2.0**-24 + 2.0**-32}
     additions = way.slices * (way.slices + 1) // 2 + 1
