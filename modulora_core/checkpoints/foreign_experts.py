@@ -36,7 +36,7 @@ def joined_experts(
         ModelError: the layers aren't packed alike, or the conversion does more than move rows.
     """
     first = next(iter(weights.values()))
-    rows = getattr(first.quantizer, "row_tensors", ())
+    rows = getattr(first.quantizer, "row_tensors", ())  # a KernelQuantizer may name them
     alike = all(
         (weight.quantizer.options, weight.layout.metadata, weight.layout.shape[1])
         == (first.quantizer.options, first.layout.metadata, site.in_features)

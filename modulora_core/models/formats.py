@@ -8,6 +8,7 @@ finetuned, evaluated and merged as it is, and ``modulora convert`` rewrites it.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -269,21 +270,14 @@ def _quantization(config: Mapping[str, Any]) -> tuple[str | None, Mapping[str, A
     return None, {}
 
 
-_DEQUANTIZED = {
-    "compressed-tensors": "CompressedTensorsConfig",
-    "fp8": "FineGrainedFP8Config",
-    "metal": "MetalConfig",
-    "mxfp4": "Mxfp4Config",
-    "mxfp8": "FineGrainedFP8Config",
-}
-"""The methods that transformers turns back into floats, and their configs with ``dequantize``."""
-
-
 def unread_method(model: str, method: str) -> str:
     """Say that no plugin reads the quantization of ``model``, and what to do, for a message."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING  # a slow import
+
     instead = "give the original model"
-    if method in _DEQUANTIZED:
-        config = f"quantization_config={_DEQUANTIZED[method]}(dequantize=True)"
+    theirs = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if theirs is not None and "dequantize" in inspect.signature(theirs).parameters:
+        config = f"quantization_config={theirs.__name__}(dequantize=True)"
         instead = (
             f"dequantize it with transformers: from_pretrained(..., {config}), save_pretrained"
         )
