@@ -131,7 +131,7 @@ def merge_to_gguf(
                 if tensor.name in changes:
                     writer.write(values.of(changes[tensor.name], tensor.kind))
                 else:
-                    writer.write(store_of(source).bytes_of(tensor.name))
+                    writer.write(store_of(source).in_file(tensor.name).blocks())
                 if progress is not None:
                     progress("merging", done, len(tensors))
     types = Counter(tensor.kind for tensor in tensors)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import TypedDict
 
 import modulora_core
+from modulora_core.checkpoints.joined_rows import JoinedRows
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.devices.processes import whole
 from modulora_core.layers import LoRALinear, PackedParameter, PackedStack, QuantLinear
@@ -117,7 +118,8 @@ def describe_base(
     recipes = {
         json.dumps({"quantizer": q.spec.name, "options": q.options.model_dump(mode="json")},
                    sort_keys=True)
-        for q in {id(weight.quantizer): weight.quantizer for weight in packed}.values()
+        for quantizer in {id(weight.quantizer): weight.quantizer for weight in packed}.values()
+        for q in (quantizer.parts if isinstance(quantizer, JoinedRows) else (quantizer,))
     }  # fmt: skip
     record = record_of(model)
     return BaseRecord(

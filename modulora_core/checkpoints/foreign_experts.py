@@ -1,21 +1,21 @@
 """Join experts that a foreign folder has as layers of their own into a stack.
 
 transformers fuses the experts' layers: gates and ups of all experts become one parameter. Its
-conversion of row numbers tells the rows of each expert, and packed rows are joined in that order.
+conversion of row numbers tells the rows of each expert. If only rows differ, packed rows become one
+weight in that order, else parts of one (:mod:`modulora_core.checkpoints.joined_rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.checkpoints.joined_rows import join
+from modulora_core.errors import ModelError
 from modulora_core.models.conversion import Conversion
-from modulora_core.models.formats import ForeignWeight
+from modulora_core.models.formats import ForeignWeight, Read
 from modulora_core.models.sites import LinearSite
 from modulora_core.spec import PackedWeight
 
@@ -33,28 +33,40 @@ def joined_experts(
         model: on the meta device.
 
     Raises:
-        ModelError: the layers aren't packed alike, or the conversion does more than move rows.
+        ModelError: the experts aren't packed alike, or the conversion does more than move rows.
     """
-    first = next(iter(weights.values()))
-    rows = getattr(first.quantizer, "row_tensors", ())  # a KernelQuantizer may name them
-    alike = all(
-        (weight.quantizer.options, weight.layout.metadata, weight.layout.shape[1])
-        == (first.quantizer.options, first.layout.metadata, site.in_features)
-        for weight in weights.values()
-    )
-    if not rows or not alike:
-        raise ModelError(
-            f"{site.name}: expected experts that are packed alike, in rows that can be joined, got "
-            f"{len(weights)} layers of {first.quantizer.spec.name} in the files"
-        )
-    joined = []
-    for names in _rows_of_experts(site, step, weights, model):
-        parts = [weights[name] for name in names]
-        layout = first.quantizer.layout((site.out_features, site.in_features))
-        tensors = tuple(tensor for part in parts for tensor in part.tensors)
-        unpack = partial(_join, parts, layout.fill, rows)
-        joined.append(ForeignWeight(tensors, first.quantizer, layout, unpack))
+    joined = [
+        _joined([weights[name] for name in names])
+        for names in _rows_of_experts(site, step, weights, model)
+    ]
+    first, shape = joined[0], (site.out_features, site.in_features)
+    for other in joined:
+        alike = (other.quantizer, other.layout) == (first.quantizer, first.layout)
+        if not alike or other.layout.shape != shape:
+            raise ModelError(
+                f"{site.name}: expected experts of {list(shape)} that are packed alike, got "
+                f"{other.layout.quantizer} {list(other.layout.shape)} in the files"
+            )
     return tuple(joined)
+
+
+def _joined(parts: list[ForeignWeight]) -> ForeignWeight:
+    """The rows of all parts as one weight."""
+    first = parts[0]
+    rows = getattr(first.quantizer, "row_tensors", ())  # a KernelQuantizer may name them
+    kinds = {(part.quantizer, part.layout.shape[1]) for part in parts}
+    if len(parts) == 1:
+        return first
+    if len(kinds) > 1 or not first.layout.tensors.keys() <= set(rows):
+        return join(parts)
+    layout = first.quantizer.layout((sum(p.layout.shape[0] for p in parts), first.layout.shape[1]))
+
+    def unpack(read: Read) -> PackedWeight:
+        packed = [part.unpack(read).tensors for part in parts]
+        return layout.fill({name: torch.cat([one[name] for one in packed]) for name in packed[0]})
+
+    tensors = tuple(tensor for part in parts for tensor in part.tensors)
+    return ForeignWeight(tensors, first.quantizer, layout, unpack)
 
 
 def _rows_of_experts(
@@ -77,24 +89,3 @@ def _rows_of_experts(
         if not torch.equal(rows, torch.cat([numbers[i] for i in owners])):
             raise ModelError(f"{site.name}: its experts in the files have another order of rows")
     return [[names[i] for i in owners] for owners in found]
-
-
-def _join(
-    parts: list[ForeignWeight],
-    fill: Callable[[Mapping[str, Tensor]], PackedWeight],
-    rows: tuple[str, ...],
-    read: Callable[[str], Tensor],
-) -> PackedWeight:
-    """The rows of all parts as one weight. Raises CheckpointError: their other tensors differ."""
-    packed = [part.unpack(read) for part in parts]
-    tensors = dict(packed[0].tensors)
-    for name in tensors:
-        each = [one.tensors[name] for one in packed]
-        if name in rows:
-            tensors[name] = torch.cat(each)
-        elif not all(torch.equal(each[0], other) for other in each[1:]):
-            raise CheckpointError(
-                f"{parts[0].tensors[0]} and {parts[-1].tensors[0]}: expected one {name} of both, "
-                "which are fused in memory, got two; quantize with a shared one"
-            )
-    return fill(tensors)

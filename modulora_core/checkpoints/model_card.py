@@ -17,15 +17,13 @@ def model_card(record: QuantizationRecord) -> str:
     if record.source.get("kind") == "hub":  # the Hub links it: not the name of a local folder
         base = f"base_model: {json.dumps(name)}\nbase_model_relation: quantized"
         metadata = f"{base}\n{metadata}"
-    packed = dict.fromkeys(range(len(record.recipes)), 0)
-    for _, site in record.items():
-        packed[site.recipe] += site.weights
+    packed = record.quantizers()
     rows = "\n".join(
-        f"| {recipe.quantizer} | {packed[index]:,} | {json.dumps(dict(recipe.options))} |"
-        for index, recipe in enumerate(record.recipes)
+        f"| {group['quantizer']} | {group['weights']:,} | {json.dumps(dict(group['options']))} |"
+        for group in packed
     )
     dense = "; ".join(f"{reason}: {len(names)}" for reason, names in record.kept.items())
-    plugins = " ".join(dict.fromkeys(recipe.distribution for recipe in record.recipes))
+    plugins = " ".join(dict.fromkeys(group["distribution"] for group in packed))
     return f"""---
 {metadata}
 ---

@@ -1,22 +1,26 @@
 """Read a quantized model in one file, a GGUF file, under the names of a checkpoint of ours.
 
-The core finds the tensors and their places in the model; a plugin's
+The core finds the rows of each parameter; a plugin's
 :class:`~modulora_core.models.formats.FormatReader` says which types it reads. Blocks stay packed.
-transformers' own conversion orders their rows, since it moves rows of bytes as rows of weights.
+Rows of several types, such as gates and ups of experts, are joined
+(:mod:`modulora_core.checkpoints.joined_rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from modulora_core.checkpoints.foreign import ForeignModel, ForeignStore, Placed, record_of
-from modulora_core.errors import CheckpointError
+from modulora_core.checkpoints.joined_rows import join
+from modulora_core.checkpoints.record import QuantizationRecord
+from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.ends import find_table
 from modulora_core.models.formats import recognise_file
-from modulora_core.models.gguf_store import GGUFStore
+from modulora_core.models.gguf_places import places, store_of
 from modulora_core.models.locate import Location
 from modulora_core.models.quiet import quiet
 from modulora_core.models.sites import LinearSite, find_sites
@@ -40,59 +44,100 @@ def open_file(location: Location) -> ForeignModel | None:
     source = open_model(location.model)
     with quiet():
         source.validate()
-        found = {site.name: (site, kind) for site, kind in _packed_sites(source)}
-        kinds = {name: kind for name, (_, kind) in found.items()}
-        layouts = {name: _layout(source, site) for name, (site, _) in found.items()}
+        found = _packed_sites(source)
+        rows = {one.name: one for _, groups in found.values() for one in groups}
+        kinds = {name: one.kind for name, one in rows.items()}
+        layouts = {name: one.layout for name, one in rows.items()}
         weights = known.reader().weights({"types": kinds}, layouts, _unread)
-        placed: Placed = {name: (found[name][0], (weight,)) for name, weight in weights.items()}
+        placed: Placed = {}
+        for name, (site, groups) in found.items():
+            parts = [weights[one.name] for one in groups if one.name in weights]
+            if len(parts) == len(groups):
+                placed[name] = site, (join(parts) if len(parts) > 1 else parts[0],)
         record = record_of(source, placed, known.spec.name) if placed else None
     if record is None:
         return None
-    return ForeignModel(source, record, _BlockStore(source, source.store, record, placed))
+    return ForeignModel(source, record, _BlockStore(source, record, placed, rows))
 
 
-def _packed_sites(source: ModelSource) -> Iterator[tuple[LinearSite, str]]:
-    """The weights that blocks can hold as they are, each with the type of its blocks."""
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of each matrix of a parameter that tensors of one type have.
+
+    Attributes:
+        tensors: their names in the file; kind: their type; row_bytes: the size of each row.
+        order: for each matrix its rows, counted through all the tensors: ``[matrices, rows]``.
+    """
+
+    tensors: tuple[str, ...]
+    kind: str
+    row_bytes: int
+    order: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.tensors[0]
+
+    @property
+    def layout(self) -> TensorLayout:
+        """The layout of the blocks of one matrix."""
+        return TensorLayout("uint8", (self.order.shape[1], self.row_bytes))
+
+    def of(self, matrix: int, blocks: list[Tensor]) -> Tensor:
+        """The blocks of a matrix, out of all the tensors' ``[rows, row bytes]``.
+
+        Neighbours stay a view of one tensor, which is mapped from the file.
+        """
+        rows = self.order[matrix]
+        first = int(rows[0])
+        if len(blocks) == 1 and torch.equal(rows, torch.arange(first, first + len(rows))):
+            return blocks[0][first : first + len(rows)]
+        made, start = torch.empty(self.layout.shape, dtype=torch.uint8), 0
+        for tensor in blocks:
+            mine = (rows >= start) & (rows < start + len(tensor))
+            made[mine] = tensor[rows[mine] - start]
+            start += len(tensor)
+        return made
+
+
+def _packed_sites(source: ModelSource) -> dict[str, tuple[LinearSite, list[_Rows]]]:
+    """The weights whose blocks can be used as they are, each with its rows from first to last."""
     skeleton = source.skeleton()
     table = find_table(skeleton, source.parameters)
     linears = find_sites(skeleton, include=["*"]).linears
-    for site in linears if table is None else (*linears, table):
-        names = source.stored_names(site.name) if site.name in source.parameters else []
-        kinds = {_store(source).kind(name) for name in names}
-        kind = kinds.pop() if len(kinds) == 1 else None
-        if kind is not None and _keeps_rows(source, site):
-            yield site, kind
+    sites = linears if table is None else (*linears, table)
+    found = {site.name: (site, _rows_of(source, site)) for site in sites}
+    return {name: (site, rows) for name, (site, rows) in found.items() if rows}
 
 
-def _keeps_rows(source: ModelSource, site: LinearSite) -> bool:
-    """Whether the conversion only moves whole rows, so that it can move rows of bytes."""
+def _rows_of(source: ModelSource, site: LinearSite) -> list[_Rows]:
+    """The rows of a parameter by their types; none if it is floats, or not made of whole rows."""
     try:
-        outline = _matrices(source.converted(site.name, _store(source).outline), site)
-    except (ValueError, RuntimeError, IndexError):  # of numpy or torch: it isn't rows that it moves
-        return False
-    return outline.dtype == torch.uint8 and list(outline.shape) == [
-        site.experts or 1,
-        site.out_features,
-        1,
-    ]
-
-
-def _store(source: ModelSource) -> GGUFStore:
-    assert isinstance(source.store, GGUFStore)
-    return source.store
-
-
-def _matrices(blocks: Tensor, site: LinearSite) -> Tensor:
-    """Blocks as ``[experts or 1, out, row bytes]``."""
-    stack = blocks[None] if site.experts is None else blocks
-    return stack.transpose(1, 2) if site.transposed else stack
-
-
-def _layout(source: ModelSource, site: LinearSite) -> TensorLayout:
-    """The layout of the blocks of one matrix."""
-    stored = [source.store.tensors[name] for name in source.stored_names(site.name)]
-    nbytes, rows = sum(tensor.nbytes for tensor in stored), site.out_features * (site.experts or 1)
-    return TensorLayout("uint8", (site.out_features, nbytes // max(1, rows)))
+        found = places(source, site.name)
+    except (ModelError, ValueError, RuntimeError, IndexError):  # of numpy or torch: no rows move
+        return []
+    tensors = {place.name: store_of(source).in_file(place.name) for place in found}
+    kinds = {tensor.kind for tensor in tensors.values() if not tensor.is_float}
+    fits = all(
+        (place.shape[-1], place.transposed, place.shift) == (site.in_features, site.transposed, 0)
+        for place in found
+    )
+    if not kinds or not fits:
+        return []
+    is_one = len({tensor.kind for tensor in tensors.values()}) == 1
+    made: dict[int, _Rows] = {}
+    for group in [found] if is_one else [[place] for place in found]:
+        rows, order = torch.cat([place.rows for place in group]).sort()
+        matrices = site.experts or 1
+        first, count = int(rows[0]), len(rows) // matrices
+        starts = torch.arange(matrices)[:, None] * site.out_features
+        if not torch.equal(rows, (first + starts + torch.arange(count)).flatten()):
+            return []  # other rows lie between them
+        one = tensors[group[0].name]
+        row_bytes = one.nbytes * one.shape[-1] // one.numel
+        names = tuple(place.name for place in group)
+        made[first] = _Rows(names, one.kind, row_bytes, order.view(-1, count))
+    return [made[first] for first in sorted(made)]
 
 
 def _unread(name: str) -> Tensor:
@@ -102,17 +147,28 @@ def _unread(name: str) -> Tensor:
 class _BlockStore(ForeignStore):
     """The tensors of the file: packed weights as blocks, and dense tensors converted."""
 
-    _read: tuple[str, Tensor] | None = None
+    def __init__(
+        self,
+        source: ModelSource,
+        record: QuantizationRecord,
+        placed: Placed,
+        rows: Mapping[str, _Rows],
+    ) -> None:
+        super().__init__(source, source.store, record, placed)
+        self._rows = rows
+        self._mapped: dict[str, Tensor] = {}
 
     def file_of(self, parameter: str) -> str:
         del parameter
         return str(self._source.location.gguf)
 
     def reader(self, parameter: str, index: int) -> Callable[[str], Tensor]:
-        site, _ = self._placed[parameter]
-        if self._read is None or self._read[0] != parameter:
-            self._read = None  # two layers never exist together
-            blocks = self._source.converted(parameter, _store(self._source).blocks)
-            self._read = parameter, _matrices(blocks, site)
-        blocks = self._read[1][index]
-        return lambda _: blocks
+        del parameter
+        return lambda name: self._rows[name].of(
+            index, [*map(self._blocks, self._rows[name].tensors)]
+        )
+
+    def _blocks(self, name: str) -> Tensor:
+        if name not in self._mapped:
+            self._mapped[name] = store_of(self._source).in_file(name).blocks()
+        return self._mapped[name]

@@ -23,7 +23,9 @@ from pydantic import (
     model_validator,
 )
 
+import modulora_core
 from modulora_core import registry
+from modulora_core.checkpoints.joined_rows import JoinedRows, layouts_of_parts
 from modulora_core.errors import CheckpointError
 from modulora_core.files.json_files import check_json
 from modulora_core.models.sites import Kind, LinearSite
@@ -59,13 +61,35 @@ class Recipe(_Frozen):
 
     @classmethod
     def of(cls, quantizer: Quantizer) -> Recipe:
-        entry = registry.find(quantizer.spec.name)
-        options = quantizer.options.model_dump(mode="json")
-        return cls(quantizer=entry.name, options=options, distribution=entry.distribution,
-                   version=entry.version, protocol=quantizer.spec.protocol)  # fmt: skip
+        name, protocol = quantizer.spec.name, quantizer.spec.protocol
+        if isinstance(quantizer, JoinedRows):
+            parts = [cls.of(part).model_dump(mode="json") for part in quantizer.parts]
+            return cls(quantizer=name, options={"parts": parts}, distribution="modulora-core",
+                       version=modulora_core.__version__, protocol=protocol)  # fmt: skip
+        entry, options = registry.find(name), quantizer.options.model_dump(mode="json")
+        return cls(quantizer=name, options=options, distribution=entry.distribution,
+                   version=entry.version, protocol=protocol)  # fmt: skip
+
+    @property
+    def parts(self) -> list[Recipe]:
+        """The recipes of plugins: of each part of joined rows, else this one."""
+        if self.quantizer != JoinedRows.spec.name:
+            return [self]
+        return [Recipe.model_validate(part) for part in self.options["parts"]]
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.quantizer == JoinedRows.spec.name and not (
+            isinstance(parts := self.options.get("parts"), list)
+            and all(part.quantizer != self.quantizer for part in map(Recipe.model_validate, parts))
+        ):
+            raise ValueError(f"expected recipes of plugins as parts, got {parts!r:.80}")
+        return self
 
     def create(self) -> Quantizer:
         """The quantizer of the installed plugin. Raises PluginError, with what to install."""
+        if self.quantizer == JoinedRows.spec.name:
+            return JoinedRows([part.create() for part in self.parts])
         return registry.create(self.quantizer, self.options, distribution=self.distribution)
 
 
@@ -160,6 +184,21 @@ class QuantizationRecord(_Frozen):
         """Each packed parameter with its site."""
         for name, index in self.weights.items():
             yield name, self.sites[index]
+
+    def quantizers(self) -> list[dict[str, Any]]:
+        """The fields of each plugin's recipe, and the ``parameters``, ``weights`` and ``bytes``
+        that it packed; a parameter of joined rows counts for each part."""
+        nothing = {"parameters": 0, "weights": 0, "bytes": 0}
+        plain = [part for recipe in self.recipes for part in recipe.parts]
+        found = {part.model_dump_json(): {**part.model_dump(), **nothing} for part in plain}
+        for _, site in self.items():
+            layouts = layouts_of_parts(site.layout)
+            for recipe, part in zip(self.recipes[site.recipe].parts, layouts, strict=True):
+                group = found[recipe.model_dump_json()]
+                group["parameters"] += 1
+                group["weights"] += math.prod(part.shape) * (site.experts or 1)
+                group["bytes"] += part.nbytes * (site.experts or 1)
+        return list(found.values())
 
     @property
     def guard(self) -> dict[str, TensorLayout]:

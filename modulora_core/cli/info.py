@@ -14,7 +14,6 @@ from modulora_core.spec import titled
 
 if TYPE_CHECKING:
     from modulora_core.checkpoints.checkpoint import PackedCheckpoint
-    from modulora_core.checkpoints.record import QuantizationRecord
 
 Checked = Annotated[
     str, argument("PATH", "A model or an adapter: a folder, a .gguf file or a Hub id.")
@@ -54,7 +53,7 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
     from rich.console import Group
 
     record = checkpoint.record
-    groups = _groups(record)
+    groups = record.quantizers()
     named = checkpoint.config.get("architectures")
     found: dict[str, Any] = {
         "kind": "checkpoint",
@@ -75,18 +74,6 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
     shown = facts({**found, "source": source, "quantizers": None, "allocation": None})
     rows = table(headings, map(_cells, groups))
     return Report(found, Group(shown, "", rows, *allocation_tables(found["allocation"])))
-
-
-def _groups(record: QuantizationRecord) -> list[dict[str, Any]]:
-    """Count what each quantizer packed."""
-    nothing = {"parameters": 0, "weights": 0, "bytes": 0}
-    groups = [{**recipe.model_dump(), **nothing} for recipe in record.recipes]
-    for _, site in record.items():
-        group = groups[site.recipe]
-        group["parameters"] += 1
-        group["weights"] += site.weights
-        group["bytes"] += site.nbytes
-    return groups
 
 
 def _cells(group: Mapping[str, Any]) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ def places(source: ModelSource, parameter: str) -> list[Place]:
     """
     store = store_of(source)
     stored = source.stored_names(parameter) if parameter in source.parameters else []
-    shapes = {n: store.shape_in_file(n) for one in stored for n in store.names_in_file(one)}
+    shapes = {n: store.in_file(n).shape for one in stored for n in store.names_in_file(one)}
     counts = {name: math.prod(shape[:-1] or shape) for name, shape in shapes.items()}
     firsts, total = dict[str, int](), 0
     for name, count in counts.items():

@@ -58,23 +58,19 @@ class GGUFTensor:
 
         return torch.from_numpy(dequantize(raw, self._type))
 
+    @property
+    def is_float(self) -> bool:
+        return self.kind in _FLOATS
+
     def blocks(self) -> Tensor:
-        """The bytes of the rows of a quantized tensor: uint8 ``[..., rows, row bytes]``.
+        """The bytes of all rows: uint8 ``[rows, row bytes]``.
 
         They are mapped from the file, which must not change while they live; writes stay private.
         """
         if self.offset + self.nbytes > self._path.stat().st_size:
             raise CheckpointError(f"{self._path}: {self.name} is truncated; download it again")
-        mapped = np.memmap(self._path, self._raw_dtype, "c", self.offset, self._raw_shape)
-        return torch.from_numpy(mapped)
-
-    def raw_bytes(self) -> Tensor:
-        """All bytes of the tensor, mapped from the file: uint8."""
-        return torch.from_numpy(np.memmap(self._path, np.uint8, "c", self.offset, (self.nbytes,)))
-
-    def outline(self) -> Tensor:
-        """The shape of :meth:`blocks` with rows of one byte; no value is read."""
-        return torch.zeros(*self._raw_shape[:-1], 1, dtype=torch.uint8)
+        mapped = np.memmap(self._path, np.uint8, "c", self.offset, (self.nbytes,))
+        return torch.from_numpy(mapped).view(self.numel // self.shape[-1], -1)
 
     def row_numbers(self, first: int) -> Tensor:
         """The number of each row, from ``first`` on, fp32: as a tensor whose rows have one value.
@@ -193,21 +189,8 @@ class GGUFStore:
             {name: self._stored(name, parts, shapes) for name, parts in self._parts.items()}
         )
 
-    def kind(self, name: str) -> str | None:
-        """The quantized type of a tensor; None for floats, and for parts of several types."""
-        kinds = {part.kind for part in self._parts[name]}
-        return kinds.pop() if len(kinds) == 1 and not kinds <= set(_FLOATS) else None
-
     def read(self, name: str) -> Tensor:
         return self._processed(name, partial(GGUFTensor.read, as_stored=self._processor is None))
-
-    def blocks(self, name: str) -> Tensor:
-        """The bytes of a quantized tensor, whose rows are ordered as in memory."""
-        return self._processed(name, GGUFTensor.blocks)
-
-    def outline(self, name: str) -> Tensor:
-        """The shape of :meth:`blocks` with rows of one byte; no value is read."""
-        return self._processed(name, GGUFTensor.outline)
 
     def row_numbers(self, name: str, firsts: Mapping[str, int]) -> Tensor:
         """The number of each row in memory; ``firsts`` has the first of each tensor of the file."""
@@ -217,13 +200,9 @@ class GGUFStore:
         """The names in the file of the parts of a tensor."""
         return [part.name for part in self._parts[name]]
 
-    def shape_in_file(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor of the file, by its name there."""
-        return self._file.tensors[name].shape
-
-    def bytes_of(self, name: str) -> Tensor:
-        """The bytes of a tensor of the file, by its name there: uint8."""
-        return self._file.tensors[name].raw_bytes()
+    def in_file(self, name: str) -> GGUFTensor:
+        """A tensor of the file, by its name there."""
+        return self._file.tensors[name]
 
     @property
     def architecture(self) -> str:

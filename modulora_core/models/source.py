@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,12 @@ from modulora_core.models.weights import Weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+_READ_ELSEWHERE = re.compile(r"(.*\.)?(rope_(freqs|factors_long|factors_short)|attn_rot_embd)\..*")
+"""A GGUF file's tensors that become numbers of the config."""
 
 
 class ModelSource(Weights):
@@ -174,7 +183,19 @@ def _open_gguf(location: Location, path: Path) -> ModelSource:
     store = GGUFStore(file, model, values)
     stored = {name: [tensor.kind, tensor.shape] for name, tensor in file.tensors.items()}
     described = {"architecture": file.architecture, "tensors": stored}
-    return ModelSource(location, store, model, file.dtype, described, store.transforms)
+    source = ModelSource(location, store, model, file.dtype, described, store.transforms)
+    left_out = (name for name in source.unplaced if not _READ_ELSEWHERE.fullmatch(name))
+    _warn_left_out(str(path), type(model).__name__, tuple(left_out))
+    return source
+
+
+@cache  # a command opens a file several times
+def _warn_left_out(path: str, model: str, names: tuple[str, ...]) -> None:
+    if names:
+        logger.warning(
+            "%s: tensors that transformers' %s has no place for are left out (%d): %s%s",
+            path, model, len(names), ", ".join(names[:3]), ", ..." if names[3:] else "",
+        )  # fmt: skip
 
 
 def _dtype_of(config: PretrainedConfig, store: TensorStore | None) -> torch.dtype:

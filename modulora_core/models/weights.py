@@ -54,6 +54,7 @@ class Weights:
 
     Attributes:
         store: as given.
+        unplaced: the tensors in the files that the model has no place for.
         parameters: every parameter and persistent buffer in the files, by its name in memory, in
             the model's order, known from headers alone. Of tied names only the first is listed.
     """
@@ -69,7 +70,7 @@ class Weights:
         self._cast_first = transforms is None
         self._dtypes = conversion.load_dtypes(model, dtype)
         self._ties = conversion.tied_names(model)
-        steps, self._unexpected = conversion.plan_conversions(model, store.tensors, transforms)
+        steps, self.unplaced = conversion.plan_conversions(model, store.tensors, transforms)
         self._steps: list[tuple[Conversion, dict[str, Shape]]] = []
         for step in steps:
             shapes = conversion.converted_shapes(model, step, store.tensors)
@@ -85,10 +86,7 @@ class Weights:
         )
 
     def validate(self) -> list[str]:
-        """Compare the files' headers with the config.
-
-        Returns:
-            the tensors in the files that the model has no place for.
+        """Compare the files' headers with the config. Returns :attr:`unplaced`.
 
         Raises:
             CheckpointError: a parameter has no tensor in the files, or one of another shape.
@@ -98,11 +96,11 @@ class Weights:
         missing = [n for n in shapes if n not in present and self._ties.get(n) not in present]
         missing = conversion.without_optional(self._model, missing)
         if missing:
-            unplaced = f"; {len(self._unexpected)} tensors have no place in it, such as "
+            unplaced = f"; {len(self.unplaced)} tensors have no place in it, such as "
             raise CheckpointError(
-                f"{len(missing)} of {len(shapes)} parameters of {type(self._model).__name__} by "
-                f"config.json aren't in the files, such as {', '.join(missing[:3])}"
-                f"{unplaced + self._unexpected[0] if self._unexpected else ''}"
+                f"{len(missing)} of {len(shapes)} parameters of {type(self._model).__name__} "
+                f"aren't in the files, such as {', '.join(missing[:3])}"
+                f"{unplaced + self.unplaced[0] if self.unplaced else ''}"
             )
         for name, found in self._shapes.items():
             if found != shapes[name]:
@@ -110,7 +108,7 @@ class Weights:
                     f"{name}: expected {list(shapes[name])} by the config, got {list(found)}; "
                     "the weights don't belong to this config"
                 )
-        return list(self._unexpected)
+        return list(self.unplaced)
 
     def ties_hold(self) -> bool:
         """Whether tied names have equal values; transformers unties them otherwise."""

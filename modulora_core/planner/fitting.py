@@ -215,12 +215,12 @@ def _plan(
     rehearsals: tuple[Rehearsal, Rehearsal],
 ) -> MemoryPlan:
     """The three jobs; ``dense`` is the model before it is packed."""
-    recipes = packed.record.recipes
+    quantizers = packed.record.quantizers()
     training = memory.training(packed, request, rehearsals[0])
     return MemoryPlan(
         request,
-        "+".join(dict.fromkeys(recipe.quantizer for recipe in recipes)),
-        recipes[0].options,
+        "+".join(dict.fromkeys(group["quantizer"] for group in quantizers)),
+        quantizers[0]["options"],
         packed.record.bits_per_weight,
         packed.record.nbytes,
         training,

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from modulora_core.adapters.merge import merge
+from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.checkpoints.convert import convert
+from modulora_core.inference.generate import Sampling, generate
+from modulora_core.inference.loading import open_to_run
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
@@ -83,3 +87,31 @@ def assert_trains_as_converted(folder: Path, out: Path) -> None:
         losses.append(finetune(FinetuneConfig.build(options)).losses)
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
+
+
+def assert_used(folder: Path, out: Path) -> nn.Module:
+    """The folder is merged, converted, finetuned and asked. Returns its dense model."""
+    merge(str(folder), out / "dense", dtype="float32")
+    convert(str(folder), out / "ours", "modulora")
+    dense, expected = load_with_transformers(out / "dense"), logits(load_model(folder))
+    assert torch.equal(logits(load_model(out / "ours")), expected)
+    assert_close(logits(dense), expected)
+    (out / "text.txt").write_text("a line to learn by heart, again and again\n" * 20)
+    options = {
+        "model": str(folder), "out": str(out / "adapter"), "data": str(out / "text.txt"),
+        "steps": 2, "batch_size": 1, "grad_accum": 1, "seq_len": 32, "lr": 1e-2,
+    }  # fmt: skip
+    finetune(FinetuneConfig.build(options))
+    adapted = open_to_run(str(folder), adapter=str(out / "adapter"))
+    assert generate(adapted, "a line", Sampling(2), raw=True).tokens
+    merge(str(folder), out / "merged", adapter=out / "adapter", dtype="float32")
+    found = logits(adapted.load())
+    assert not torch.allclose(found, expected, atol=1e-3)
+    assert_close(logits(load_with_transformers(out / "merged")), found)
+    return dense
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """Equal to rounding in fp32, in relation to the largest value."""
+    limit = 1e-4 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=limit)

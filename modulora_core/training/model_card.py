@@ -38,7 +38,7 @@ def model_card(
     """
     record = checkpoint.record
     base = str(record.source.get("name") or checkpoint.name)
-    quantizers = ", ".join(dict.fromkeys(recipe.quantizer for recipe in record.recipes))
+    quantizers = ", ".join(dict.fromkeys(group["quantizer"] for group in record.quantizers()))
     metadata = "pipeline_tag: text-generation\ntags: [lora, modulora]"
     if record.source.get("kind") == "hub":  # the Hub links it: not the name of a local folder
         metadata = f"base_model: {json.dumps(base)}\n{metadata}"

@@ -15,7 +15,12 @@ from modulora_core.adapters.lora import LoRASettings, add_lora
 from modulora_core.adapters.merge import merge
 from modulora_core.adapters.merge_gguf import merge_to_gguf
 from modulora_core.adapters.save_load import load_adapter, save_adapter
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint, open_if_packed
+from modulora_core.checkpoints.checkpoint import (
+    PackedCheckpoint,
+    load_model,
+    open_checkpoint,
+    open_if_packed,
+)
 from modulora_core.checkpoints.convert import convert
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.inference.evaluate import evaluate
@@ -39,6 +44,10 @@ def by_transformers(path: Path) -> torch.Tensor:
     return logits(model.eval())
 
 
+def types_of(checkpoint: PackedCheckpoint) -> set[str]:
+    return {group["options"]["type"] for group in checkpoint.record.quantizers()}
+
+
 @pytest.mark.parametrize(
     ("architecture", "kind", "packed"),
     [
@@ -46,16 +55,17 @@ def by_transformers(path: Path) -> torch.Tensor:
         ("qwen2", "Q5_1", 15),
         ("gpt2", "Q8_0", 10),  # Conv1D
         ("qwen3moe", "Q4_1", 14),  # experts in stacks, gate and up fused
+        ("qwen3moe", {"": "Q8_0", "gate_exps": "Q4_0", "up_exps": "Q5_1"}, 14),
         ("lfm2", "Q8_0", 15),  # transformers reads it in its newer way
     ],
 )
 def test_logits_are_those_of_transformers(
-    architecture: str, kind: str, packed: int, tmp_path: Path
+    architecture: str, kind: str | dict[str, str], packed: int, tmp_path: Path
 ) -> None:
     path = write_tiny_gguf(architecture, tmp_path / "tiny.gguf", kind)
     checkpoint = open_checkpoint(path)
     assert len(checkpoint.record.weights) == packed, sorted(checkpoint.record.weights)
-    assert {recipe.options["type"] for recipe in checkpoint.record.recipes} == {kind}
+    assert types_of(checkpoint) == ({kind} if isinstance(kind, str) else set(kind.values()))
     ours, theirs = logits(load_model(checkpoint)), by_transformers(path)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
@@ -70,7 +80,7 @@ def test_a_file_of_any_type_has_the_logits_of_transformers(kind: str, tmp_path: 
     else:
         checkpoint = open_checkpoint(path)
         assert len(checkpoint.record.weights) == 16
-        assert {recipe.options["type"] for recipe in checkpoint.record.recipes} == {kind}
+        assert types_of(checkpoint) == {kind}
         model = load_model(checkpoint)
     theirs = by_transformers(path)
     bound = 1e-3 * float(theirs.abs().max())
@@ -81,13 +91,12 @@ def test_a_file_of_any_type_has_the_logits_of_transformers(kind: str, tmp_path: 
 def test_a_mixed_file_of_experts_is_used_end_to_end(tmp_path: Path) -> None:
     """As Q4_K_M mixes types: finetuned, measured, asked, planned, and written for llama.cpp."""
     kinds = {"": "Q4_K", "ffn_down": "Q6_K", "attn_v": "Q5_K", "token_embd": "IQ4_XS",
-             "output.weight": "Q6_K", "ffn_gate_inp": "F32"}  # fmt: skip
+             "output.weight": "Q6_K", "ffn_gate_inp": "F32", "up_exps": "Q3_K"}  # fmt: skip
     path = str(write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", kinds, wide=True))
     checkpoint = open_checkpoint(path)
     stacks = {n for n, site in checkpoint.record.items() if site.experts}
     assert len(stacks) == 4
-    types = {recipe.options["type"] for recipe in checkpoint.record.recipes}
-    assert types == {"Q4_K", "Q5_K", "Q6_K", "IQ4_XS"}
+    assert types_of(checkpoint) == {"Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q3_K"}
     data, adapter = tmp_path / "notes.txt", str(tmp_path / "adapter")
     data.write_text("the ship sailed north and the crew sang " * 30)
     options = {

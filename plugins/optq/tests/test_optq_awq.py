@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.tests.fuzzing import cases, read_changed, run_once
-from modulora_core.tests.other_tools import assert_trains_as_converted, logits
+from modulora_core.tests.other_tools import logits
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 UP = "model.layers.0.mlp.up_proj"
@@ -91,11 +91,6 @@ def test_every_weight_is_read_to_the_last_bit(
         assert torch.equal(W, dense.get_parameter(name)), name
     model = load_model(tmp_path, dtype="float32", device="cpu")
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
-
-
-def test_it_trains_as_its_copy_in_our_format(tmp_path: Path) -> None:
-    save_awq(tmp_path / "awq")
-    assert_trains_as_converted(tmp_path / "awq", tmp_path)
 
 
 def test_the_config_of_older_folders_is_read(tmp_path: Path) -> None:
