@@ -194,7 +194,14 @@ class GGUFStore:
 
     def row_numbers(self, name: str, firsts: Mapping[str, int]) -> Tensor:
         """The number of each row in memory; ``firsts`` has the first of each tensor of the file."""
-        return self._processed(name, lambda part: part.row_numbers(firsts[part.name]))
+
+        def numbers(part: GGUFTensor) -> Tensor:
+            return part.row_numbers(firsts[part.name])
+
+        try:
+            return self._processed(name, numbers)
+        except ValueError:  # Bloom's processor reshapes rows by their length
+            return self._processed(name, lambda part: numbers(part).expand(part.shape))[..., :1]
 
     def names_in_file(self, name: str) -> list[str]:
         """The names in the file of the parts of a tensor."""
@@ -252,7 +259,10 @@ def _names_in_memory(
         get_gguf_hf_weights_map,
     )
 
-    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=values)
+    from modulora_core.models.gguf_processors import GptOss
+
+    ours = {"gpt-oss": GptOss}.get(file.architecture)
+    processor = (ours or TENSOR_PROCESSORS.get(file.architecture, TensorProcessor))(config=values)
     try:
         return processor, get_gguf_hf_weights_map(_Outline(model), processor)
     except NotImplementedError as error:

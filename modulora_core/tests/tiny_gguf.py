@@ -70,6 +70,7 @@ _GPT2_LAYER: Shapes = {
     "ffn_down.weight": (HIDDEN, 128),
     "ffn_down.bias": (HIDDEN,),
 }
+_EMBEDDING_NORM: Shapes = {"token_embd_norm.weight": (HIDDEN,), "token_embd_norm.bias": (HIDDEN,)}
 _EXPERTS: Shapes = {
     "ffn_gate_inp.weight": (2, HIDDEN),
     "ffn_gate_exps.weight": (2, _EXPERT_ROWS, HIDDEN),
@@ -89,6 +90,15 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
             "attention.layer_norm_epsilon": 1e-5,
         },
         {**_TOP, "output_norm.bias": (HIDDEN,), "position_embd.weight": (1024, HIDDEN), **_HEAD},
+        _GPT2_LAYER,
+    ),
+    "bloom": (
+        {
+            **_SIZES,
+            "attention.head_count": 4,
+            "attention.layer_norm_epsilon": 1e-5,
+        },
+        {**_TOP, "output_norm.bias": (HIDDEN,), **_EMBEDDING_NORM},
         _GPT2_LAYER,
     ),
     "qwen3moe": (

@@ -54,6 +54,7 @@ def types_of(checkpoint: PackedCheckpoint) -> set[str]:
         ("llama", "Q4_0", 16),  # the rows of q and k are permuted; embedding and head are two
         ("qwen2", "Q5_1", 15),
         ("gpt2", "Q8_0", 10),  # Conv1D
+        ("bloom", "Q4_0", 9),  # q, k and v of each head are one after another in memory
         ("qwen3moe", "Q4_1", 14),  # experts in stacks, gate and up fused
         ("qwen3moe", {"": "Q8_0", "gate_exps": "Q4_0", "up_exps": "Q5_1"}, 14),
         ("lfm2", "Q8_0", 15),  # transformers reads it in its newer way
