@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from modulora_core.errors import CheckpointError, ShapeError, WeightError
+from modulora_core.errors import CheckpointError, OptionError, ShapeError, WeightError
+from modulora_core.files.arguments import checked_dataclass
 
 if TYPE_CHECKING:
     import torch
@@ -36,12 +37,13 @@ class TensorLayout:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.dtype not in BITS_OF_DTYPE:
+        if str(self.dtype) not in BITS_OF_DTYPE:
             known = ", ".join(BITS_OF_DTYPE)
             raise CheckpointError(
                 f"dtype of a packed tensor: expected one of {known}, got {self.dtype!r:.80}"
             )
-        if not all(isinstance(n, int) and n >= 0 for n in self.shape):
+        whole = isinstance(self.shape, tuple) and all(isinstance(n, int) for n in self.shape)
+        if not whole or min(self.shape, default=0) < 0:
             raise CheckpointError(
                 f"shape of a packed tensor: expected whole numbers, got {self.shape!r:.80}"
             )
@@ -55,7 +57,7 @@ class TensorLayout:
         return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
-@dataclass(frozen=True, slots=True)
+@checked_dataclass
 class PackedLayout:
     """A packed weight without its bytes, as config.json records it; fields as in PackedWeight."""
 
@@ -88,11 +90,11 @@ class PackedLayout:
             shape = (int(out_features), int(in_features))
             tensors = {
                 str(name): TensorLayout(dtype, tuple(sizes))
-                for name, (dtype, sizes) in data["tensors"].items()
+                for name, (dtype, sizes) in dict(data["tensors"]).items()
             }
             quantizer, number = str(data["quantizer"]), int(data["format"])
             return cls(quantizer, number, shape, tensors, dict(data["metadata"]))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, OptionError) as error:
             raise CheckpointError(
                 "layout of a packed weight: expected quantizer, format, shape, tensors, metadata; "
                 f"{error!r} in {data!r}"
@@ -119,7 +121,7 @@ class PackedLayout:
         return packed
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@checked_dataclass
 class PackedWeight:
     """A quantized weight, a frozen value.
 
@@ -258,7 +260,7 @@ def check_hessian(quantizer: str, weight: Tensor, hessian: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@checked_dataclass
 class ChannelScales:
     """Two vectors u and v that replace Ŵ by diag(v) Ŵ diag(u).
 

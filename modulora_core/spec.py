@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
 from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
+from modulora_core.files.arguments import checked_dataclass
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_hessian, check_rows
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class QuantizerSpec(_Fact):
         return -(-out_features // a) * a, -(-in_features // b) * b
 
 
-@dataclass(frozen=True, slots=True)
+@checked_dataclass
 class Calibration:
     """The statistics of one layer's inputs.
 

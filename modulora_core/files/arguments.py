@@ -7,16 +7,29 @@ import functools
 import inspect
 import numbers
 import reprlib
+import sys
 from collections import abc
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
+from itertools import repeat
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from modulora_core.errors import OptionError
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+Class = TypeVar("Class")
 
 _KINDS: MappingProxyType[Any, type] = MappingProxyType(
     {int: numbers.Integral, float: numbers.Real, None: NoneType}
@@ -43,6 +56,17 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
     return call
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def checked_dataclass(cls: type[Class]) -> type[Class]:
+    """Decorate a class: a frozen dataclass whose fields must have the types of its annotations.
+
+    A field of another type raises OptionError.
+    """
+    made = dataclass(frozen=True, slots=True, weakref_slot=True)(cls)
+    made.__init__ = checked(made.__init__)  # type: ignore[method-assign]
+    return made
+
+
 def check_fields(settings: Any) -> None:
     """Check the fields of a dataclass. Raises OptionError: a field has another type."""
     kinds = _annotations(settings.__class__)
@@ -58,10 +82,11 @@ def _annotations(annotated: Any) -> dict[str, Any]:
 
 
 class _Names(dict[str, Any]):
-    """Names of a module; a name that it imports for type checkers alone is Any."""
+    """Names of a module. A name that it imports for type checkers alone is torch's, or Any."""
 
     def __missing__(self, name: str) -> Any:
-        return Any
+        torch = sys.modules.get("torch")
+        return {"torch": torch, "Tensor": getattr(torch, "Tensor", None)}.get(name) or Any
 
 
 def _check(name: str, value: object, kind: Any) -> None:
@@ -70,9 +95,9 @@ def _check(name: str, value: object, kind: Any) -> None:
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    origin, parts = get_origin(kind), get_args(kind)
-    if kind is Any or isinstance(kind, TypeVar):
+    if kind in (Any, object, type(value)) or isinstance(kind, TypeVar):
         return True
+    origin, parts = _parts(kind)
     if origin in (Union, UnionType):
         return any(_has_type(value, part) for part in parts)
     if origin is Literal:
@@ -82,16 +107,32 @@ def _has_type(value: Any, kind: Any) -> bool:
         return isinstance(value, bool) and plain is bool  # a bool is no number
     if plain is abc.Sequence:
         return not isinstance(value, str) and all(_has_type(each, parts[0]) for each in value)
+    if plain is abc.Mapping and parts:
+        return all(map(_has_type, value, repeat(parts[0]))) and all(
+            map(_has_type, value.values(), repeat(parts[1]))
+        )
+    if plain is tuple and parts:
+        kinds = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        return len(value) == len(kinds) and all(map(_has_type, value, kinds))
     return True
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(kind), get_args(kind)
 
 
 def _words(kind: Any) -> str:
     """A type in a message: ``int or None``, ``a list of str``."""
-    origin, parts = get_origin(kind), get_args(kind)
+    origin, parts = _parts(kind)
     if origin in (Union, UnionType):
         return " or ".join(map(_words, parts))
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if origin is abc.Sequence:
         return f"a list of {_words(parts[0])}"
+    if origin is abc.Mapping:
+        return f"a mapping of {' to '.join(map(_words, parts))}"
+    if origin is tuple:
+        return f"a tuple of {' and '.join(_words(part) for part in parts if part is not ...)}"
     return "None" if kind is NoneType else str(getattr(origin or kind, "__name__", kind))

@@ -34,7 +34,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quantizer": (lambda _: api.Choice(5).create(), "name: expected str, got 5"),
     "weight": (lambda _: api.QuantLinear(nn.Linear(2, 2)), "weight: expected PackedParameter"),
     "base": (lambda _: api.LoRALinear(nn.Linear(2, 2)), "base: expected QuantLinear"),
-    "options": (lambda _: api.ModuLoRAConfig("toy", 5), "options: expected Mapping or None"),
+    "options": (
+        lambda _: api.ModuLoRAConfig("toy", 5),
+        "options: expected a mapping of str to Any or",
+    ),
 }
 
 FUNCTIONS = [
