@@ -51,10 +51,13 @@ def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
             values, _ = PretrainedConfig.get_config_dict(light.parent, gguf_file=light.name)
         if "vocab_size" not in values and (tokens := header.fields.get("tokenizer.ggml.tokens")):
             values["vocab_size"] = tokens.value
+        if header.text("general.architecture") in _read_quickly():  # it saw the first part only
+            names = {tensor.name for tensor in header.tensors}
+            values["tie_word_embeddings"] = "output.weight" not in names
         config = AutoConfig.for_model(**values)
         _set_left_out(config, values, header)
         if header.text("general.architecture") not in _read_quickly():
-            set_rope(config, path, header)
+            set_rope(config, header)
     except Exception as error:
         # KeyError of a missing field, ValueError of an unknown architecture, ...
         raise ModelError(

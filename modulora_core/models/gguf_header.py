@@ -7,6 +7,9 @@
     each tensor    name, dims, type, offset      dims from the last to the first
     data           begins at the next multiple of general.alignment
 
+llama.cpp splits a large model into files ``NAME-00001-of-00003.gguf``, ... Each has a header of its
+own tensors, and the first one has the metadata.
+
 The ``gguf`` package makes two arrays of every token of a vocabulary, which takes seconds. This
 parser walks over them, and checks every count and place against the size of the file.
 """
@@ -15,9 +18,10 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,8 @@ STRING, ARRAY = 8, 9
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
-_MAX_DIMS = 4
+_MAX_DIMS, _MAX_PARTS = 4, 99_999
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 _MAX_NUMBERS = 65536
 """Longer arrays of numbers, such as scores of tokens, are known by their length only."""
 
@@ -52,8 +57,9 @@ class Field:
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor: ``kind`` is its type's name, ``shape`` is in torch's order, ``offset`` is of its
-    first byte in the file."""
+    first byte in the file ``path``."""
 
+    path: Path
     name: str
     kind: str
     shape: tuple[int, ...]
@@ -63,7 +69,8 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of a file; ``data`` is the offset of the first tensor's data."""
+    """The header of a file; ``data`` is the offset of the first tensor's data. A split model
+    has the tensors of all its files."""
 
     version: int
     fields: Mapping[str, Field]
@@ -83,14 +90,51 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Parse the header of ``path``.
+    """Parse the header of ``path``, and of the other parts of a split model, which lie beside it.
 
     Raises:
-        CheckpointError: it isn't a GGUF file, or it is truncated or damaged.
+        CheckpointError: it isn't a GGUF file, or it is truncated or damaged, or a part is missing.
     """
+    first = _read_part(path)
+    number, count = _number_and_count(path, first)
+    if count in (0, 1):
+        return first
+    name = _PART.fullmatch(path.name)
+    if name is None or number != 0 or (int(name[2]), int(name[3])) != (1, count):
+        raise CheckpointError(
+            f"{path}: expected the first of {count} parts, NAME-00001-of-{count:05d}.gguf, got "
+            f"part {number + 1} in a file of this name"
+        )
+    tensors = list(first.tensors)
+    for i in range(1, count):
+        other = path.with_name(f"{name[1]}-{i + 1:05d}-of-{count:05d}.gguf")
+        if not other.is_file():
+            raise CheckpointError(
+                f"{path}: expected all its {count} parts in this folder, got no {other.name}; "
+                "download it too"
+            )
+        part = _read_part(other)
+        if _number_and_count(other, part) != (i, count):
+            raise CheckpointError(f"{other}: expected part {i + 1} of {count}, got another one")
+        tensors += part.tensors
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise CheckpointError(f"{path}: two of its parts have a tensor of one name")
+    return replace(first, tensors=tuple(tensors))
+
+
+def _number_and_count(path: Path, header: Header) -> tuple[int, int]:
+    """The number of this part, from 0, and of all; ``(0, 0)`` for a model in one file."""
+    fields = (header.fields.get(name) for name in ("split.no", "split.count"))
+    number, count = (0 if field is None else field.value for field in fields)
+    if type(number) is not int or type(count) is not int or not 0 <= count <= _MAX_PARTS:
+        raise CheckpointError(f"{path}: split.count: expected a number of files, got {count!r:.40}")
+    return number, count
+
+
+def _read_part(path: Path) -> Header:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Parser(data).header()
+            return _Parser(path, data).header()
     except (ValueError, OSError, CheckpointError) as error:  # mmap refuses an empty file
         raise CheckpointError(
             f"{path}: not a GGUF file, or truncated ({error}); download it again"
@@ -98,8 +142,8 @@ def read_header(path: Path) -> Header:
 
 
 class _Parser:
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._size, self._at = data, len(data), 0
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self._path, self._data, self._size, self._at = path, data, len(data), 0
 
     def header(self) -> Header:
         if self._bytes(4) != b"GGUF":
@@ -178,7 +222,7 @@ class _Parser:
             raise CheckpointError(
                 f"{name}: expected {total} bytes from {start} on, in a file of {self._size}"
             )
-        return TensorInfo(name, kind.name, shape, start, total)
+        return TensorInfo(self._path, name, kind.name, shape, start, total)
 
     def _check_count(self, name: str, count: int, least: int) -> None:
         """Refuse a count that the rest of the file can't hold, before it is iterated."""

@@ -7,7 +7,6 @@ short and for long texts. transformers' LongRoPE takes any of them.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from modulora_core.errors import ModelError
@@ -21,7 +20,7 @@ _FOR_ALL, _SHORT, _LONG = (
 )
 
 
-def set_rope(config: Any, path: Path, header: Header) -> None:
+def set_rope(config: Any, header: Header) -> None:
     """Complete ``config.rope_parameters`` by the header, and by the file's tensors of factors.
 
     Raises:
@@ -44,7 +43,7 @@ def set_rope(config: Any, path: Path, header: Header) -> None:
         rope["partial_rotary_factor"] = size / head_dim
     original = field("scaling.original_context_length", config.max_position_embeddings)
     kind, factor = field("scaling.type", "linear"), field("scaling.factor", 1.0)
-    if factors := _factors(path, header, size // 2):
+    if factors := _factors(header, size // 2):
         rope |= {
             "rope_type": "longrope", "short_factor": factors[_SHORT], "long_factor": factors[_LONG],
             "attention_factor": field("scaling.attn_factor", 1.0),
@@ -58,7 +57,7 @@ def set_rope(config: Any, path: Path, header: Header) -> None:
         raise ModelError(f"rope.scaling.type: expected none, linear or yarn, got {kind!r:.40}")
 
 
-def _factors(path: Path, header: Header, count: int) -> dict[str, list[float]]:
+def _factors(header: Header, count: int) -> dict[str, list[float]]:
     """The factors of short and of long texts; empty if the file has none."""
     names = (_FOR_ALL, _SHORT, _LONG)
     found = {info.name: info for info in header.tensors if info.name in names}
@@ -66,7 +65,7 @@ def _factors(path: Path, header: Header, count: int) -> dict[str, list[float]]:
     for name, info in found.items():
         if info.shape != (count,):
             raise ModelError(f"{name}: expected {count} factors, got the shape {list(info.shape)}")
-        factors[name] = GGUFTensor(path, info).read(as_stored=False).tolist()
+        factors[name] = GGUFTensor(info).read(as_stored=False).tolist()
     if _FOR_ALL in factors:
         return dict.fromkeys((_SHORT, _LONG), factors[_FOR_ALL])
     if len(factors) == 1:

@@ -37,12 +37,12 @@ _NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
 class GGUFTensor:
     """One tensor of the file: its kind (``"Q4_1"``) and its shape in torch's order."""
 
-    def __init__(self, path: Path, info: TensorInfo) -> None:
+    def __init__(self, info: TensorInfo) -> None:
         from gguf import quant_shape_to_byte_shape
         from gguf.constants import GGMLQuantizationType
 
         self.name, self.kind, self.shape = info.name, info.kind, info.shape
-        self.offset, self.nbytes, self._path = info.offset, info.nbytes, path
+        self.offset, self.nbytes, self.path = info.offset, info.nbytes, info.path
         self.numel, self._type = math.prod(info.shape), GGMLQuantizationType[info.kind]
         self._raw_dtype = _NUMPY.get(info.kind, np.uint8)
         self._raw_shape = info.shape
@@ -67,9 +67,9 @@ class GGUFTensor:
 
         They are mapped from the file, which must not change while they live; writes stay private.
         """
-        if self.offset + self.nbytes > self._path.stat().st_size:
-            raise CheckpointError(f"{self._path}: {self.name} is truncated; download it again")
-        mapped = np.memmap(self._path, np.uint8, "c", self.offset, (self.nbytes,))
+        if self.offset + self.nbytes > self.path.stat().st_size:
+            raise CheckpointError(f"{self.path}: {self.name} is truncated; download it again")
+        mapped = np.memmap(self.path, np.uint8, "c", self.offset, (self.nbytes,))
         return torch.from_numpy(mapped).view(self.numel // self.shape[-1], -1)
 
     def row_numbers(self, first: int) -> Tensor:
@@ -83,10 +83,10 @@ class GGUFTensor:
 
     def _raw(self) -> Any:
         count = math.prod(self._raw_shape)
-        raw = np.fromfile(self._path, dtype=self._raw_dtype, count=count, offset=self.offset)
+        raw = np.fromfile(self.path, dtype=self._raw_dtype, count=count, offset=self.offset)
         if raw.size != count:
             raise CheckpointError(
-                f"{self._path}: expected {count} values of {self.name}, got {raw.size}; "
+                f"{self.path}: expected {count} values of {self.name}, got {raw.size}; "
                 "the file was changed"
             )
         return raw.reshape(self._raw_shape)
@@ -127,14 +127,8 @@ def read_gguf(path: Path) -> GGUFFile:
     if content != "model" or not header.tensors:
         got = f"type {content}" if header.tensors else "no tensors"
         raise ModelError(f"{path}: expected a model in this GGUF file, got {got}; give its model's")
-    parts = header.fields.get("split.count")
-    if parts is not None and parts.value != 1:
-        raise ModelError(
-            f"{path}: expected a whole model, got one of {parts.value} files; join them: "
-            f"llama-gguf-split --merge {path.name} whole.gguf"
-        )
     _refuse_unreadable(path, header)
-    tensors = {info.name: GGUFTensor(path, info) for info in header.tensors}
+    tensors = {info.name: GGUFTensor(info) for info in header.tensors}
     return GGUFFile(path, architecture, tensors)
 
 
@@ -244,7 +238,7 @@ class GGUFStore:
                 f"{self._file.path}: {name}: expected {math.prod(shape)} values for shape "
                 f"{list(shape)}, got {found} in {', '.join(part.name for part in parts)}"
             )
-        kind, file = parts[0].kind, self._file.path.name
+        kind, file = parts[0].kind, parts[0].path.name
         dtype = torch.float32 if self._processor is not None else _FLOATS.get(kind, torch.float32)
         return StoredTensor(shape, dtype, kind, sum(part.nbytes for part in parts), file)
 

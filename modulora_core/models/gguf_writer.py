@@ -14,8 +14,8 @@ from torch import Tensor
 
 from modulora_core.models.gguf_header import Header
 
-_DROPPED = ("general.file_type",)
-"""The type that most tensors have; without it llama.cpp looks."""
+_DROPPED = ("general.file_type", "split.no", "split.count", "split.tensors.count")
+"""The type that most tensors have, for which llama.cpp looks itself, and the parts of a model."""
 
 
 @dataclass(frozen=True, slots=True)

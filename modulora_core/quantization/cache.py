@@ -77,8 +77,8 @@ class Unpacked:
     def folder(self) -> Path:
         """The packed model's folder in the cache; it need not exist."""
         location = self._source.location
-        pattern = "*.safetensors" if location.gguf is None else location.gguf
-        stats = {file.name: file.stat() for file in sorted(location.folder.glob(pattern))}
+        names = sorted({tensor.file for tensor in self._source.stored.values()})
+        stats = {name: (location.folder / name).stat() for name in names}
         described = {
             "folder": str(location.folder.resolve()),
             "files": {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},

@@ -158,19 +158,22 @@ def write_tiny_gguf(
     kind: str | dict[str, str] = "F32",
     extra: tuple[str, ...] = (),
     wide: bool = False,
+    split: int = 0,
 ) -> Path:
-    """Write a file with matrices of a type and F32 vectors. Returns ``path``.
+    """Write a file with matrices of a type and F32 vectors. Returns ``path``, or the first part.
 
     Args:
         kind: the type of all matrices, or of each by a part of its name, with ``""`` for others.
         wide: rows have 256 weights or a multiple, as most types need; not for GPT-2 and LFM2.
+        split: the most tensors of a part, after a first part without any.
     """
     fields, top, layer = ARCHITECTURES[architecture]
     if wide:
         fields = {n: 8 * v if n in _WIDER else v for n, v in fields.items()}
         top, layer = ({n: _wide(n, s) for n, s in shapes.items()} for shapes in (top, layer))
     random = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, architecture)
+    more = {"split_max_tensors": split, "small_first_shard": True} if split else {}
+    writer = gguf.GGUFWriter(path, architecture, **more)
     for key, value in fields.items():
         adders = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array,
                   str: writer.add_string}  # fmt: skip
@@ -194,4 +197,4 @@ def write_tiny_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if split else path

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import pytest
 
-from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.errors import CheckpointError, ModelError, OutputError
 from modulora_core.models import open_model
 from modulora_core.models.gguf_config import gguf_config
 from modulora_core.models.gguf_header import read_header, without_vocabulary
@@ -158,13 +161,34 @@ def test_files_that_hold_no_model_are_refused(tmp_path: Path) -> None:
     path.write_bytes(file_of(tensors=()))
     with pytest.raises(ModelError, match="expected a model in this GGUF file, got no tensors"):
         read_gguf(path)
-    split = architecture + string("split.count") + struct.pack("<IH", 2, 3)
-    path.write_bytes(file_of(fields=split, count=2))
-    with pytest.raises(ModelError, match="got one of 3 files; join them: llama-gguf-split"):
-        read_gguf(path)
     path.write_bytes(file_of(tensors=(("a", (16,), 26, 0),)))
     with pytest.raises(ModelError, match="a: expected floats or blocks of weights, got type I32"):
         read_gguf(path)
+
+
+def test_a_split_model_is_read_from_its_first_part(tmp_path: Path) -> None:
+    whole = read_header(write_tiny_gguf("llama", tmp_path / "whole.gguf"))
+    first = write_tiny_gguf("llama", tmp_path / "tiny.gguf", split=9)
+    found, second = read_header(first), tmp_path / "tiny-00002-of-00004.gguf"
+    assert [one.name for one in found.tensors] == [one.name for one in whole.tensors]
+    assert len({one.path for one in found.tensors}) == 3
+    with pytest.raises(
+        CheckpointError, match=r"00002-of-00004.gguf: expected the first of 4 parts"
+    ):
+        read_header(second)
+    shutil.copy(first, tmp_path / "renamed.gguf")
+    with pytest.raises(
+        CheckpointError, match=r"first of 4 parts, NAME-00001-of-00004.gguf, got part 1"
+    ):
+        read_header(tmp_path / "renamed.gguf")
+    shutil.copy(tmp_path / "tiny-00003-of-00004.gguf", second)
+    with pytest.raises(
+        CheckpointError, match=r"00002-of-00004.gguf: expected part 2 of 4, got another"
+    ):
+        read_header(first)
+    second.unlink()
+    with pytest.raises(CheckpointError, match=r"got no tiny-00002-of-00004.gguf; download it too"):
+        read_header(first)
 
 
 def test_the_width_of_experts_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,3 +233,16 @@ def test_metadata_that_makes_no_model_is_refused(
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
     with pytest.raises((CheckpointError, ModelError), match=message):
         open_model(str(path))
+
+
+def test_a_full_temporary_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, scratch = write_tiny_gguf("llama", tmp_path / "tiny.gguf"), tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=rf"^{scratch}/\w+: File too large; raise the limit"):
+            gguf_config(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

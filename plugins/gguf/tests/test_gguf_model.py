@@ -118,6 +118,16 @@ def test_a_mixed_file_of_experts_is_used_end_to_end(tmp_path: Path) -> None:
     assert not merged.erased
 
 
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_a_split_model_is_the_whole_one(architecture: str, tmp_path: Path) -> None:
+    """Transformers can't read the parts of a model."""
+    whole = write_tiny_gguf(architecture, tmp_path / "whole.gguf", "Q8_0")
+    first = str(write_tiny_gguf(architecture, tmp_path / "tiny.gguf", "Q8_0", split=9))
+    assert torch.equal(logits(load_model(first)), logits(load_model(whole)))
+    merge_to_gguf(first, tmp_path / "joined.gguf", progress=False)
+    assert torch.equal(logits(load_model(tmp_path / "joined.gguf")), logits(load_model(whole)))
+
+
 def test_packed_rows_are_the_bytes_of_the_file(tmp_path: Path) -> None:
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q4_1")
     (packed,) = open_checkpoint(path).packed("model.layers.1.mlp.down_proj.weight")
