@@ -32,6 +32,7 @@ from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.whole import check_whole, packed_skeleton
 from modulora_core.devices.memory import PeakMemory
 from modulora_core.errors import ModelError, WeightError
+from modulora_core.files.paths import full_disk_named
 from modulora_core.models.file_formats import FileFormat, create_file_format
 from modulora_core.models.gguf_header import TensorInfo, read_header
 from modulora_core.models.gguf_places import Place, places, store_of
@@ -171,7 +172,8 @@ def _base_of(checkpoint: PackedCheckpoint, base: str | None, scratch: Path) -> P
         made = scratch / f"{checkpoint.name}.gguf"
         config = packed_skeleton(checkpoint).config
         shapes = {name: _shape(stored) for name, stored in checkpoint.parameters.items()}
-        write_template(made, config, checkpoint.tokenizer(), shapes)
+        with full_disk_named(scratch):
+            write_template(made, config, checkpoint.tokenizer(), shapes)
         return made
     location = locate(base)
     if location.gguf is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from modulora_core.errors import CheckpointError, DiskSpaceError, OutputError
 from modulora_core.files.json_files import read_bytes
-from modulora_core.files.paths import as_output_error, usable_path
+from modulora_core.files.paths import full_disk_named, usable_path
 from modulora_core.models.folders import MARKER, REQUEST
 
 DIGESTS = "SHA256SUMS"
@@ -118,7 +118,7 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
     with _lock(partial / MARKER, f"temporary folder {partial}: expected it free"):
         if not resume:
             _empty(partial)
-        with _full_disk_named(out):
+        with full_disk_named(out):
             yield partial
             sync_folder(partial)
         if out.exists():
@@ -155,7 +155,7 @@ def new_file(out: Path, suffix: str) -> Iterator[Path]:
     with _lock(partial, f"temporary file {partial}: expected it free"):
         try:
             check_new_file(out, suffix)  # another run may have written it before we had the lock
-            with _full_disk_named(out):
+            with full_disk_named(out):
                 yield partial
                 _sync(partial)
             partial.replace(out)
@@ -174,24 +174,12 @@ def only_writer(folder: Path) -> Iterator[None]:
     usable_path(folder, "output folder", OutputError)
     _check_outside_models(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, f"output folder {folder}: expected it free"), _full_disk_named(folder):
+    with _lock(folder, f"output folder {folder}: expected it free"), full_disk_named(folder):
         try:
             yield
         finally:
             with suppress(OSError):  # it has files
                 folder.rmdir()
-
-
-@contextmanager
-def _full_disk_named(out: Path) -> Iterator[None]:
-    """Say what to do where the system has no room for a file of ``out``. Raises OutputError."""
-    try:
-        yield
-    except Exception as error:
-        named = as_output_error(error, out)
-        if named is None:
-            raise
-        raise named from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from modulora_core.errors import DataError, MissingExtraError
-from modulora_core.files.json_files import open_file, parse_json, read_bytes
+from modulora_core.files.json_files import open_file, parse_json, read_bytes, without_collections
 
 TEXT_SUFFIXES = (".txt", ".md")
 """Files that are one text, not records."""
@@ -63,6 +63,7 @@ def _decode(data: bytes, path: Path, line: int) -> str:
         ) from None
 
 
+@without_collections()
 def read_records(path: Path, check: Check | None = None) -> list[Record]:
     """Read the records of a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, at least one.
 

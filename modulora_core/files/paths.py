@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from modulora_core.errors import OutputError, RequestError
@@ -62,3 +64,15 @@ def as_output_error(error: Exception, place: Path) -> OutputError | None:
         return None
     place = getattr(error, "filename", None) or place
     return OutputError(f"{place!s:.200}: {os.strerror(number)}; {_FULL[number]}")
+
+
+@contextmanager
+def full_disk_named(place: Path) -> Iterator[None]:
+    """Say what to do if the system has no room for a file in ``place``. Raises OutputError."""
+    try:
+        yield
+    except Exception as error:
+        named = as_output_error(error, place)
+        if named is None:
+            raise
+        raise named from error
