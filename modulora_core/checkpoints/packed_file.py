@@ -156,17 +156,16 @@ class _BlockStore(ForeignStore):
     ) -> None:
         super().__init__(source, source.store, record, placed)
         self._rows = rows
-        self._mapped: dict[str, Tensor] = {}
+        self._parameter, self._mapped = "", dict[str, Tensor]()
 
     def file_of(self, parameter: str) -> str:
         del parameter
         return str(self._source.location.gguf)
 
     def reader(self, parameter: str, index: int) -> Callable[[str], Tensor]:
-        del parameter
-        return lambda name: self._rows[name].of(
-            index, [*map(self._blocks, self._rows[name].tensors)]
-        )
+        if self._parameter != parameter:  # pages of rows that were copied are given back
+            self._parameter, self._mapped = parameter, {}
+        return lambda name: self._rows[name].of(index, [*map(self._blocks, self._rows[name].tensors)])
 
     def _blocks(self, name: str) -> Tensor:
         if name not in self._mapped:
