@@ -165,7 +165,9 @@ class _BlockStore(ForeignStore):
     def reader(self, parameter: str, index: int) -> Callable[[str], Tensor]:
         if self._parameter != parameter:  # pages of rows that were copied are given back
             self._parameter, self._mapped = parameter, {}
-        return lambda name: self._rows[name].of(index, [*map(self._blocks, self._rows[name].tensors)])
+        return lambda name: self._rows[name].of(
+            index, [*map(self._blocks, self._rows[name].tensors)]
+        )
 
     def _blocks(self, name: str) -> Tensor:
         if name not in self._mapped:
