@@ -74,8 +74,13 @@ Embeddings = Annotated[
         "Pack the input embedding too. In a tied model it is also the output head.",
     ),
 ]
-ByteSize = Annotated[
-    int | None, option("--budget SIZE", "Limit in bytes, such as 24GiB or 800MB.", parser=_size)
+StoredBudget = Annotated[
+    int | None,
+    option("--budget SIZE", "Most bytes of all stored tensors, such as 3GB.", parser=_size),
+]
+MemoryBudget = Annotated[
+    int | None,
+    option("--budget SIZE", "Memory that training may take, such as 24GiB.", parser=_size),
 ]
 MaxShardSize = Annotated[
     int, option("--max-shard-size SIZE", "Largest weight file.", parser=_size, default="5GB")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from modulora_core.cli.arguments import Resume, argument, option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import facts
+from modulora_core.cli.text import facts, visible
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.losses import loss_in_words
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+    from rich.text import Text
 
 PANELS = {
     "Options": (
@@ -72,6 +74,8 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         modulora finetune packed adapter --data notes.txt --steps 100 --resume
     """
     request = FinetuneConfig.build(options, file=config)
+    from rich.console import Group
+
     from modulora_core.training.finetune import finetune
 
     def on_eval(step: int, loss: float) -> None:
@@ -83,7 +87,21 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
     before = shown.pop("eval_loss_before")
     if before is not None:
         shown["eval_loss"] = f"{before:.4f} → {result.eval_loss:.4f} (before and after)"
-    return Report(result.to_json(), facts(shown))
+    return Report(result.to_json(), Group(facts(shown), _next_commands(result.model, request)))
+
+
+def _next_commands(model: str, request: FinetuneConfig) -> Text:
+    """The commands that use the adapter. llama.cpp takes A and B, on the same GGUF file."""
+    from rich.text import Text
+
+    from modulora_core.adapters.llama_cpp import is_file
+
+    base, adapter = shlex.quote(model), shlex.quote(request.out)
+    commands = [f"modulora chat {base} --adapter {adapter}"]
+    commands.append(f"modulora merge {base} MERGED --adapter {adapter}")
+    if is_file(model) and not request.train_scales and not request.lora_gguf:
+        commands.append(f"modulora convert {adapter} ADAPTER.gguf --to gguf")
+    return Text(visible("Continue with: " + "\n            or: ".join(commands)))
 
 
 def field_parameter(name: str, field: FieldInfo) -> Any:

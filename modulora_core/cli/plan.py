@@ -73,7 +73,7 @@ def command(
     option: shared.QuantizerOptions = [],
     quantize_head: shared.Head = None,
     quantize_embeddings: shared.Embeddings = None,
-    budget: shared.ByteSize = None,
+    budget: shared.MemoryBudget = None,
     device: Device = "cpu",
     processes: Processes = 1,
     padded: Padded = False,

@@ -88,7 +88,7 @@ def command(
     quantizer: Name = None,
     option: shared.QuantizerOptions = [],
     calibration: Calibration = None,
-    budget: shared.ByteSize = None,
+    budget: shared.StoredBudget = None,
     choices: Choices = [],
     include: Include = [],
     exclude: Exclude = [],

@@ -24,7 +24,7 @@ from modulora_core.cli import app, main
 PROBE = '''
 import logging, os, sys, time, warnings
 from typing import Annotated
-from modulora_core.cli.arguments import ByteSize, QuantizerOptions, Resume, option as declared
+from modulora_core.cli.arguments import MemoryBudget, QuantizerOptions, Resume, option as declared
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.errors import OptionError, WorkError
 
@@ -32,7 +32,7 @@ PANELS = {"Rare": ("rank",)}
 WORD_LISTS = ("--names",)
 
 def command(
-    how: str, option: QuantizerOptions = [], budget: ByteSize = None,
+    how: str, option: QuantizerOptions = [], budget: MemoryBudget = None,
     rank: Annotated[int, declared("--rank N", "Rank.", min=1)] = 8,
     names: Annotated[list[str], declared("--names A B", "Names.")] = [],
     resume: Resume = False,
