@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError
+from modulora_core.files.paths import full_disk_named
 from modulora_core.models.gguf_header import Header, read_header, without_vocabulary
 from modulora_core.models.gguf_rope import set_rope
 from modulora_core.models.gguf_store import require_gguf
@@ -29,6 +30,7 @@ _LEFT_OUT = {
 _BIASES = {"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_up.bias": "mlp_bias"}
 """Tensors that mean a flag of a Llama-like config."""
 
+_TOKENS = "tokenizer.ggml.tokens"
 _EXPERTS = ("num_experts", "num_local_experts")
 
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
@@ -42,28 +44,30 @@ def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
     require_gguf(path)
     header = read_header(path)
     _check_layers(path, header)
-    try:
-        with TemporaryDirectory() as folder:
-            light = path
-            if header.text("general.architecture") not in _read_quickly():
-                light = Path(folder) / path.name
+    quick = header.text("general.architecture") in _read_quickly()
+    with TemporaryDirectory() as folder:
+        light = path
+        if not quick:
+            light = Path(folder) / path.name
+            with full_disk_named(light.parent):
                 without_vocabulary(path, header, light)
+        try:
             values, _ = PretrainedConfig.get_config_dict(light.parent, gguf_file=light.name)
-        if "vocab_size" not in values and (tokens := header.fields.get("tokenizer.ggml.tokens")):
-            values["vocab_size"] = tokens.value
-        if header.text("general.architecture") in _read_quickly():  # it saw the first part only
-            names = {tensor.name for tensor in header.tensors}
-            values["tie_word_embeddings"] = "output.weight" not in names
-        config = AutoConfig.for_model(**values)
-        _set_left_out(config, values, header)
-        if header.text("general.architecture") not in _read_quickly():
-            set_rope(config, header)
-    except Exception as error:
-        # KeyError of a missing field, ValueError of an unknown architecture, ...
-        raise ModelError(
-            f"{path}: transformers can't read this GGUF file ({error}); it reads "
-            f"{', '.join(_architectures())}; give the safetensors of this model"
-        ) from error
+            if "vocab_size" not in values and (tokens := header.fields.get(_TOKENS)):
+                values["vocab_size"] = tokens.value
+            if quick:  # it saw the first part only
+                names = {tensor.name for tensor in header.tensors}
+                values["tie_word_embeddings"] = "output.weight" not in names
+            config = AutoConfig.for_model(**values)
+            _set_left_out(config, values, header)
+            if not quick:
+                set_rope(config, header)
+        except Exception as error:
+            # KeyError of a missing field, ValueError of an unknown architecture, ...
+            raise ModelError(
+                f"{path}: transformers can't read this GGUF file ({error}); it reads "
+                f"{', '.join(_architectures())}; give the safetensors of this model"
+            ) from error
     return config, values
 
 
