@@ -23,7 +23,7 @@ class SecondMoment:
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self._sum = torch.zeros(in_features, in_features, device=device)
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.samples = 0
 
     def add(self, x: Tensor) -> None:
@@ -48,7 +48,7 @@ class SecondMoment:
             WorkError: an input of ``layer`` is NaN or Inf, or its square exceeds fp32.
         """
         if self.samples == 0:
-            return Calibration(torch.eye(len(self._sum), device=self._sum.device), 0)
+            return Calibration(torch.eye(len(self._sum)).to(self._sum), 0)
         H = (self._sum / self.samples).tril_()
         if not math.isfinite(float(H.sum(dtype=torch.float64))):  # one bad value makes the sum bad
             raise WorkError(

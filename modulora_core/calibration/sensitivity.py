@@ -189,7 +189,7 @@ class _Watch:
 
     def __init__(self, observed: ObservedWeight) -> None:
         weight = observed.weight
-        self._outputs = torch.zeros(weight.shape[0], device=weight.device)
+        self._outputs = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
         self._pieces: list[Tensor] = []  # ‖gₜ‖² of this sample's products, the last product first
         self._tokens: list[Tensor] = []
         observed.watch = self._add

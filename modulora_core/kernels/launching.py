@@ -213,9 +213,9 @@ def filled_tile(
     if dtype in written:
         fill(start, stop, tile)
         return tile
-    scratch = torch.empty(0)
+    scratch = torch.empty(0, dtype=torch.float32)
     for a, b in tile_ranges(stop - start, 4 * in_features, ROUNDING_BYTES):
-        scratch = torch.empty(b - a, in_features) if scratch.numel() == 0 else scratch[: b - a]
+        scratch = scratch[: b - a] if scratch.numel() else scratch.new_empty(b - a, in_features)
         fill(start + a, start + b, scratch)
         tile[a:b].copy_(scratch)
     return tile

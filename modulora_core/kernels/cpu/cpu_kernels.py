@@ -143,10 +143,10 @@ class CPUKernels:
         if way.loops == "products":
             kernel = self._products[way.dtype][transpose]
             padded = F.pad(x, (0, -x.shape[1] % products.COLUMNS))
-            y = torch.empty(n, shape[1 if transpose else 0])
+            y = torch.empty(n, shape[1 if transpose else 0], dtype=torch.float32)
             launch(kernel, weight, threads, shape[0 if transpose else 1], padded, y)
             return y
-        y = torch.zeros(n, shape[1 if transpose else 0])
+        y = torch.zeros(n, shape[1 if transpose else 0], dtype=torch.float32)
         kernel, slices = (self._blocks, ()) if way.loops == "blocks" else (self._amx, (way.slices,))
         for rows, sums in zip(x.split(choices.MOST_ROWS), y.split(choices.MOST_ROWS), strict=True):
             budget = tile_bytes(x.device) // threads

@@ -78,7 +78,7 @@ def quantize(type: str, W: Tensor, w: Tensor, g: Tensor | None) -> tuple[Tensor,
     weights = w.view(-1, BLOCK[type])  # [blocks, k]
     first = rule(blocks.abs().amax(-1), g)
     best = first
-    least = torch.full(best.shape, torch.inf, device=W.device)
+    least = torch.full(best.shape, torch.inf, dtype=torch.float32, device=W.device)
     for step in STEPS[type]:
         tried = (first + step).clamp(0, MOST[type])
         X = block_scales(type, tried, g)[..., None]

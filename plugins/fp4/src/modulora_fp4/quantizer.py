@@ -71,7 +71,7 @@ class FP4(KernelQuantizer):
         out_features, in_features = weight.shape
         self.check_shape((out_features, in_features))
         largest = _largest(weight)
-        importance = torch.ones(in_features, device=weight.device)
+        importance = torch.ones(in_features, dtype=torch.float32, device=weight.device)
         if calibration is not None:
             check_hessian(SPEC.name, weight, calibration.hessian)
             importance = _importance(calibration.hessian.diagonal().to(importance))
@@ -133,7 +133,7 @@ def _importance(diagonal: Tensor) -> Tensor:
 def _largest(weight: Tensor) -> Tensor:
     """The largest magnitude, fp32 ``[1]``. Raises WeightError: it isn't finite, or too large."""
     if not weight.numel():
-        return torch.zeros(1, device=weight.device)
+        return torch.zeros(1, dtype=torch.float32, device=weight.device)
     low, high = weight.detach().aminmax()
     largest = torch.maximum(-low, high).to(torch.float32).reshape(1)
     most = 2.0 ** (reference.LARGEST_EXPONENT + 2)

@@ -71,7 +71,8 @@ def dequantize(type: str, codes: Tensor, scales: Tensor, g: Tensor | None = None
         scales: uint8 ``[rows, in / k]``.
         g: fp32 ``[1]``, or None for MXFP4.
     """
-    P = torch.tensor(LEVELS, device=codes.device)[unpack(codes).to(torch.int32)]
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=codes.device)
+    P = levels[unpack(codes).to(torch.int32)]
     X = block_scales(type, scales, g)
     values: Tensor = P.unflatten(-1, (-1, BLOCK[type])) * X[..., None]
     return values.flatten(-2)

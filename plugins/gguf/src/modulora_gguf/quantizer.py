@@ -83,7 +83,7 @@ class GGUF(KernelQuantizer):
         out_features, in_features = weight.shape
         self.check_shape((out_features, in_features))
         _check_range(weight, self.options.type)
-        importance = torch.ones(in_features, device=weight.device)
+        importance = torch.ones(in_features, dtype=torch.float32, device=weight.device)
         if calibration is not None:
             check_hessian(SPEC.name, weight, calibration.hessian)
             importance = _importance(calibration.hessian.diagonal().to(importance))

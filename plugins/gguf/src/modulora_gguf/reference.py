@@ -34,7 +34,7 @@ def dequantize(blocks: Tensor, type: str) -> Tensor:
     rows, row_bytes = blocks.shape
     columns = row_bytes // nbytes * weights
     if rows * columns == 0:
-        return torch.zeros(rows, columns, device=blocks.device)
+        return torch.zeros(rows, columns, dtype=torch.float32, device=blocks.device)
     return DEQUANTIZE[type](blocks.reshape(-1, nbytes)).reshape(rows, columns)
 
 

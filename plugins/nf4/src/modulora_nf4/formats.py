@@ -120,7 +120,7 @@ def _check(weight: str, layout: PackedLayout, tensors: Mapping[str, TensorLayout
 def _unpack(weight: str, layout: PackedLayout, state: State, read: Read) -> PackedWeight:
     """The packed weight. Raises CheckpointError: other levels than ours, or NaN or Inf."""
     tensors = {"codes": read(weight).contiguous().view(torch.uint8).view(-1)}
-    _check_map(read, f"{weight}.quant_map", torch.tensor(reference.LEVELS))
+    _check_map(read, f"{weight}.quant_map", torch.tensor(reference.LEVELS, dtype=torch.float32))
     if not layout.metadata["double_quant"]:
         return layout.fill(tensors | {"absmax": read_finite(read, f"{weight}.absmax")})
     _check_map(read, f"{weight}.nested_quant_map", reference.dynamic_map())

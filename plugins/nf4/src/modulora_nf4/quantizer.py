@@ -86,7 +86,7 @@ class NF4(KernelQuantizer):
         """Bytes and block constants c₂ of the flat fp32 weight."""
         numel, blocks = W.numel(), reference.blocks(W.numel(), B)
         codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=W.device)
-        c2 = torch.empty(blocks, device=W.device)
+        c2 = torch.empty(blocks, dtype=torch.float32, device=W.device)
         if not self.run_on_cpu("quantize", W, B.bit_length() - 1, codes, c2):
             step = max(1, REFERENCE_BYTES // (4 * B)) * B  # an even number of elements
             for start in range(0, numel, step):
@@ -99,7 +99,7 @@ class NF4(KernelQuantizer):
     def _double_quantize(self, c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q₂, c₁ and the mean of the block constants."""
         q2 = torch.empty(c2.numel(), dtype=torch.uint8, device=c2.device)
-        c1 = torch.empty(reference.blocks(c2.numel(), NESTED_BLOCK_SIZE), device=c2.device)
+        c1 = c2.new_empty(reference.blocks(c2.numel(), NESTED_BLOCK_SIZE))
         mean = reference.mean_of(c2).reshape(1)
         done = self.run_on_cpu("double_quantize", c2, mean, q2, c1)
         return (q2, c1, mean) if done else reference.double_quantize(c2)

@@ -63,7 +63,7 @@ def quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
         tail = W.numel() // B * B
         scaled[tail:] = W[tail:] / divisor[-1]
         c2[-1] = divisor[-1]
-    level = torch.tensor(LEVELS, device=W.device)
+    level = torch.tensor(LEVELS, dtype=torch.float32, device=W.device)
     midpoints = (level[:-1] + level[1:]) / 2
     q = torch.bucketize(scaled, midpoints, out_int32=True)  # midpoint[q-1] < scaled <= midpoint[q]
     return q.to(torch.uint8), c2
@@ -71,7 +71,7 @@ def quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
 
 def dequantize(q: Tensor, c2: Tensor, B: int, start: int = 0) -> Tensor:
     """Ŵ of the elements ``start ...`` (equation 2); ``c2`` begins with block ``start // B``."""
-    level = torch.tensor(LEVELS, device=q.device)
+    level = torch.tensor(LEVELS, dtype=torch.float32, device=q.device)
     return level[q.to(torch.int32)] * spread(c2, B, start, start + q.numel())
 
 
@@ -83,10 +83,10 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         decade = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += decade.tolist() + (-decade).tolist()
-    return torch.tensor(sorted(values), device=device)
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def mean_of(c2: Tensor) -> Tensor:

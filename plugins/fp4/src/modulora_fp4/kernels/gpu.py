@@ -66,7 +66,7 @@ def operands(packed: PackedWeight) -> tuple[Tensor | int, ...]:
 @cache
 def _levels(device: torch.device) -> Tensor:
     """The 16 levels, fp32, on ``device``."""
-    return torch.tensor(reference.LEVELS, device=device)
+    return torch.tensor(reference.LEVELS, dtype=torch.float32, device=device)
 
 
 def options(packed: PackedWeight) -> tuple[int, bool]:

@@ -98,7 +98,8 @@ def _operands(packed: PackedWeight, row: int) -> tuple[Tensor | int, ...]:
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """The 16 levels and the dynamic map, fp32, on ``device``."""
-    return torch.tensor(reference.LEVELS, device=device), reference.dynamic_map().to(device)
+    levels = torch.tensor(reference.LEVELS, dtype=torch.float32, device=device)
+    return levels, reference.dynamic_map().to(device)
 
 
 def options(packed: PackedWeight) -> tuple[int, bool, bool]:
