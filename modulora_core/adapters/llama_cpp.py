@@ -93,6 +93,11 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> LoRAFileR
             f"adapter {adapter}: expected a GGUF file as the base that llama.cpp loads it on, got "
             f"{base}; name one with --model FILE.gguf"
         )
+    if model is None and not (base.startswith("package:") or Path(base).is_file()):
+        raise AdapterError(
+            f"adapter {adapter}: expected its base {base} in this folder, got no such file; say "
+            f"where it is: --model FOLDER/{base}"
+        )
     checkpoint = open_if_packed(base)
     packed = None if checkpoint is None else checkpoint.foreign
     source = open_model(base) if packed is None else packed.source

@@ -100,7 +100,7 @@ def _next_commands(model: str, request: FinetuneConfig) -> Text:
     commands = [f"modulora chat {base} --adapter {adapter}"]
     commands.append(f"modulora merge {base} MERGED --adapter {adapter}")
     if is_file(model) and not request.train_scales and not request.lora_gguf:
-        commands.append(f"modulora convert {adapter} ADAPTER.gguf --to gguf")
+        commands.append(f"modulora convert {adapter} ADAPTER.gguf --to gguf --model {base}")
     return Text(visible("Continue with: " + "\n            or: ".join(commands)))
 
 

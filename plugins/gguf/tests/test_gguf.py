@@ -50,6 +50,10 @@ def test_tiles_of_any_bytes_have_the_bits_of_gguf(kind, monkeypatch):
             of_rows = slice(*rows)
             expected = W[of_rows]
             assert torch.equal(tile[usable[of_rows]], expected[usable[of_rows]]), rows
+        one = packed_of(blocks.reshape(37 * 5, -1), kind)  # one block a row
+        tile = GGUF().dequantize_tile(one, (7, 8), torch.float32)[0]
+        expected, is_usable = (each.reshape(37 * 5, -1)[7] for each in (W, usable))
+        assert torch.equal(tile[is_usable], expected[is_usable])
     assert usable.float().mean() > 0.8
 
 

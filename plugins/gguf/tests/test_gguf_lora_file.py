@@ -82,6 +82,8 @@ def test_requests_are_refused(tmp_path: Path, adapted: Adapted) -> None:
         AdapterError, match=r"other\.gguf has no tensor of it; llama\.cpp can't load"
     ):
         export_for_llama_cpp(adapter, out, model=str(other))
+    with pytest.raises(AdapterError, match=r"base base\.gguf in this folder.*--model FOLDER/base"):
+        export_for_llama_cpp(adapter, out)
     with pytest.raises(AdapterError, match=r"expected a GGUF file as the base"):
         export_for_llama_cpp(adapter, out, model=str(tmp_path))
     with pytest.raises(OutputError, match="expected a new file"):

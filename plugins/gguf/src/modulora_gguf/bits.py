@@ -7,8 +7,12 @@ from torch import Tensor
 
 
 def split(b: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-    """Blocks, uint8 ``[n, bytes]``, as fields of so many bytes."""
-    return tuple(field.contiguous() for field in b.split(list(sizes), dim=1))
+    """Blocks, uint8 ``[n, bytes]``, as fields of so many bytes.
+
+    Fields are copies: torch takes no part of one block as wider numbers, where it isn't aligned.
+    """
+    rows = torch.contiguous_format
+    return tuple(field.clone(memory_format=rows) for field in b.split(list(sizes), dim=1))
 
 
 def floats(codes: Tensor) -> Tensor:
