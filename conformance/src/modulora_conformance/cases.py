@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -182,8 +183,8 @@ def both_ways(
 def other_options(quantizer: Quantizer) -> list[dict[str, Any]]:
     """Other options of the same quantizer, as another layer of a model may have them.
 
-    Every number and flag is changed, except for none, one or two of them. The options of the spec's
-    promises follow. A cache with too small a key then meets the same key with another content.
+    Every number, flag and choice is changed, except for none, one or two of them. Options of the
+    promises follow. A cache with too small a key then meets one key with two contents.
     """
     own, changed = quantizer.options.model_dump(), _changed_options(quantizer)
     kept = [names for size in range(3) for names in itertools.combinations(changed, size)]
@@ -191,8 +192,19 @@ def other_options(quantizer: Quantizer) -> list[dict[str, Any]]:
         own | {name: value for name, value in changed.items() if name not in names}
         for names in kept
     ]
+    return _recorded(quantizer, (*tried, *(each.options for each in quantizer.spec.promises)))
+
+
+def neighbours(quantizer: Quantizer) -> list[dict[str, Any]]:
+    """Sets of options that differ from the quantizer's own in one option."""
+    own, changed = quantizer.options.model_dump(), _changed_options(quantizer)
+    return _recorded(quantizer, [own | {name: value} for name, value in changed.items()])
+
+
+def _recorded(quantizer: Quantizer, tried: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The valid sets of options, once each, without the quantizer's own."""
     found: list[dict[str, Any]] = []
-    for options in (*tried, *(promise.options for promise in quantizer.spec.promises)):
+    for options in tried:
         valid = _valid(quantizer, options)
         if valid not in (None, quantizer.options):
             recorded = valid.model_dump(mode="json")
@@ -204,20 +216,33 @@ def _changed_options(quantizer: Quantizer) -> dict[str, Any]:
     """Another valid value of each option that has one."""
     own, changed = quantizer.options.model_dump(), {}
     for name, value in own.items():
-        others: tuple[Any, ...] = ()
+        others = _choices(quantizer.Options.model_fields[name].annotation)
         if isinstance(value, bool):
-            others = (not value,)
+            others = [not value]
         elif isinstance(value, (int, float)):
-            others = tuple(map(type(value), (value + 1, value - 1, 2 * value, value / 2)))
+            others += map(type(value), (2 * value, value / 2, value + 1, value - 1))
         for other in others:
-            if _valid(quantizer, own | {name: other}) is not None:
+            if other != value and _valid(quantizer, own | {name: other}) is not None:
                 changed[name] = other
                 break
     return changed
 
 
+def _choices(annotation: Any) -> list[Any]:
+    """The values of a Literal or of an Enum, also as a part of a union."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return list(annotation)
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
 def _valid(quantizer: Quantizer, options: Any) -> Any:
+    """The options, or None if they are refused or pack no weight."""
+    cls = type(quantizer)
     try:
-        return type(quantizer).Options.model_validate(dict(options))
+        found = cls.Options.model_validate(dict(options))
     except ValidationError:
         return None
+    other = cls(found)
+    return found if accepts(other, fit(other, 32, 256)) else None

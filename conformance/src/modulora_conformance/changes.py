@@ -1,11 +1,14 @@
-"""Compares packed weights bit for bit, changes them, and finds changes of the random state."""
+"""Compares packed weights bit for bit, changes them, and finds changes of global state."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,38 +100,82 @@ def change_in_place(packed: PackedWeight, changed: PackedWeight) -> None:
 
 
 @contextmanager
-def unchanged_random_state(action: str) -> Iterator[None]:
-    """Fail if the block changes a global random generator (torch, numpy, Python) or a setting of
-    torch."""
+def unchanged_globals(action: str) -> Iterator[None]:
+    """Fail if the block changes a global random generator (torch, numpy, Python) or a setting."""
     # draw and set once: what an earlier call has set would show no change
     torch.rand(1)
     random.random()
     np.random.random()
-    torch.set_grad_enabled(True)
-    before, settings = _states(), _settings()
-    try:
+    with kept_settings():
+        torch.set_num_threads(UNUSUAL_THREADS)
+        states, before = _states(), settings()
         yield
-        changed = [name for name, state in _states().items() if state != before[name]]
+        changed = [name for name, state in _states().items() if state != states[name]]
         assert not changed, (
             f"{action}: expected the global random state of {' and '.join(changed)} unchanged, got "
             "another one; draw from a torch.Generator of your own"
         )
-        changed = [name for name, value in _settings().items() if value != settings[name]]
+        changed = [name for name, value in settings().items() if value != before[name]]
         assert not changed, (
-            f"{action}: expected torch's {' and '.join(changed)} unchanged, got another; it is the "
+            f"{action}: expected {' and '.join(changed)} unchanged, got another; it is the "
             "user's: set it in a with block, which sets it back"
         )
+
+
+@contextmanager
+def kept_settings() -> Iterator[None]:
+    """Set all settings back at the end of the block."""
+    before = settings()
+    try:
+        yield
     finally:
-        torch.set_grad_enabled(True)
-        torch.set_default_dtype(settings["default dtype"])  # type: ignore[arg-type]
+        for name, value in settings().items():
+            if value != before[name]:
+                SETTINGS[name][1](before[name])
 
 
-def _settings() -> dict[str, object]:
-    return {
-        "default dtype": torch.get_default_dtype(),
-        "gradient mode": torch.is_grad_enabled(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-    }
+def settings() -> dict[str, object]:
+    """The settings of this process that a library must leave alone, by name."""
+    return {name: read() for name, (read, _) in SETTINGS.items()}
+
+
+def _idle_numba_threads() -> int:
+    numba = sys.modules.get("numba")
+    return 0 if numba is None else numba.config.NUMBA_NUM_THREADS - numba.get_num_threads()
+
+
+def _leave_numba_threads(idle: int) -> None:
+    numba = sys.modules["numba"]
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS - idle)
+
+
+UNUSUAL_THREADS = (os.cpu_count() or 1) + 1
+"""No plugin would choose this number, so a plugin that sets one shows."""
+
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "the number of torch's threads": (torch.get_num_threads, torch.set_num_threads),
+    "the number of numba's threads": (_idle_numba_threads, _leave_numba_threads),
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's default device": (
+        lambda: torch.get_default_device().type,
+        lambda kind: torch.set_default_device(None if kind == "cpu" else kind),
+    ),
+    "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's deterministic algorithms": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    "torch's precision of float32 products": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    "the processor's treatment of subnormal numbers": (
+        lambda: float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) == 0,
+        torch.set_flush_denormal,
+    ),
+    "numpy's treatment of errors": (np.geterr, lambda found: np.seterr(**found)),
+}
+"""For each setting, the functions that read and set it."""
 
 
 def _states() -> dict[str, object]:

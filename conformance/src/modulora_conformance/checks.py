@@ -56,10 +56,13 @@ class Level:
     def _threads(self, request: pytest.FixtureRequest) -> Iterator[None]:
         """Run a check on one thread, unless its weight is large and it is marked ``threads``.
 
-        In small products on a busy machine, threads wait for each other a hundred times as long."""
-        from modulora_core.kernels import one_thread  # it imports torch
+        In small products on a busy machine, threads wait for each other a hundred times as long.
+        A setting that a quantizer changed is set back: the next check is not to blame."""
+        from modulora_conformance.changes import kept_settings  # it imports torch
+        from modulora_core.kernels import one_thread
 
-        with nullcontext() if request.node.get_closest_marker("threads") else one_thread():
+        threads = request.node.get_closest_marker("threads") is not None
+        with kept_settings(), nullcontext() if threads else one_thread():
             yield
 
 

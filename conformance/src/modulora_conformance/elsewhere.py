@@ -7,6 +7,7 @@ On Linux a server process imports torch once, and forks a child for each job (mu
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import mmap
 import multiprocessing
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from modulora_conformance.cases import both_ways, fit, gaussian, pack, packed, tile
+from modulora_conformance.changes import settings
 from modulora_core.kernels import one_thread
 from modulora_core.packed import PackedLayout
 from modulora_core.registry import create
@@ -51,7 +53,7 @@ def elsewhere(job: Callable[..., Any], *arguments: Any, **environment: str) -> A
         process.start()
     theirs.close()
     try:
-        ours.send_bytes(pickle.dumps((job, arguments)))
+        ours.send_bytes(_dumped((job, arguments)))
         if not ours.poll(TIMEOUT):
             process.kill()
         result, error = pickle.loads(ours.recv_bytes())
@@ -91,7 +93,24 @@ def _work(pipe: Any, variables: Mapping[str, str]) -> None:
         result = job(*arguments)
     except BaseException as error:
         failure = f"{type(error).__name__}: {error}"
-    pipe.send_bytes(pickle.dumps((result, failure)))
+    pipe.send_bytes(_dumped((result, failure)))
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.element_size() == 1:
+            return _viewed, (value.view(torch.uint8), value.dtype)  # torch can't: a float of 8 bits
+        return NotImplemented
+
+
+def _viewed(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.view(dtype)
+
+
+def _dumped(value: object) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return buffer.getvalue()
 
 
 class Request(NamedTuple):
@@ -170,6 +189,8 @@ class Answer(NamedTuple):
 
     tile: Tensor
     packed: PackedWeight
+    changed: Sequence[str]
+    """Settings of the process that importing and using the quantizer changed."""
 
 
 def answered(
@@ -188,11 +209,14 @@ def _answered(cls: type[Quantizer], options: str, shape: tuple[int, int], before
     quantizer = cls(cls.Options.model_validate_json(options))
     here = packed(quantizer, shape)
     asked = request(quantizer, here, torch.float32)
-    tile, layout, tensors = elsewhere(_answer, asked, gaussian(here.shape, 0), json.loads(before))
-    return Answer(tile, PackedLayout.from_json(layout).fill(tensors))
+    tile, layout, tensors, changed = elsewhere(
+        _answer, asked, gaussian(here.shape, 0), json.loads(before)
+    )
+    return Answer(tile, PackedLayout.from_json(layout).fill(tensors), changed)
 
 
 def _answer(request: Request, dense: Tensor, before: Sequence[Mapping[str, Any]]) -> Any:
+    at_first = settings()
     for options in before:
         with suppress(Exception):  # a run with these options reports failures
             quantizer = create(request.name, options)
@@ -201,7 +225,8 @@ def _answer(request: Request, dense: Tensor, before: Sequence[Mapping[str, Any]]
             quantizer.matmul(torch.ones(1, weight.shape[1]), weight)
     (found,) = results([request])
     there = pack(create(request.name, request.options), dense)
-    return found["tile.float32"], there.layout.to_json(), dict(there.tensors)
+    changed = [name for name, value in settings().items() if value != at_first[name]]
+    return found["tile.float32"], there.layout.to_json(), dict(there.tensors), changed
 
 
 _KEPT: list[mmap.mmap] = []

@@ -14,13 +14,16 @@ from modulora_conformance.levels.calibrated import Calibrated
 from modulora_conformance.levels.devices import Devices
 from modulora_conformance.levels.gradients import Gradients
 from modulora_conformance.levels.identity import Identity
+from modulora_conformance.levels.long_products import LongProducts
+from modulora_conformance.levels.lookups import Lookups
 from modulora_conformance.levels.memory import Memory
 from modulora_conformance.levels.packing import Packing
 from modulora_conformance.levels.persistence import Persistence
+from modulora_conformance.levels.processes import Processes
 from modulora_conformance.levels.products import Products
 from modulora_conformance.levels.rescaled import Rescaled
 from modulora_conformance.levels.state import State
-from modulora_conformance.levels.tiles import Lookups, Tiles
+from modulora_conformance.levels.tiles import Tiles
 from modulora_conformance.levels.training import Training
 from modulora_core.spec import Quantizer
 
@@ -36,10 +39,12 @@ class QuantizerConformance(
     Lookups,
     Rescaled,
     Products,
+    LongProducts,
     Gradients,
     Training,
     Memory,
     Persistence,
+    Processes,
     Devices,
 ):
     """Runs every check, L0 to L7. Subclass it in a test file with the fixture ``quantizer``::

@@ -16,8 +16,10 @@ from modulora_conformance.checks import Level, needs
 from modulora_conformance.elsewhere import elsewhere, name_of, request, results
 from modulora_conformance.levels.gradients import GRADIENTS, check_layer
 from modulora_conformance.levels.packing import DETERMINISTIC
-from modulora_conformance.levels.persistence import READS, REGISTERED
+from modulora_conformance.levels.persistence import REGISTERED
+from modulora_conformance.levels.processes import READS
 from modulora_conformance.levels.products import FORWARD, TRANSPOSED
+from modulora_conformance.levels.tiles import OWNED
 from modulora_conformance.oracle import dense, product_error, relative_error, tile_error
 from modulora_conformance.problems import SCALE, output, problem
 from modulora_conformance.results import HARDWARE, NOT_OFFERED, Measurements
@@ -78,7 +80,7 @@ class Devices(Level):
                 measurements.at_most(f"product on CUDA in {dtype}", error, limit.value, case=case)
             check_layer(quantizer, weight, given, W, measurements, f"{rows} rows; ", "cuda")
 
-    @needs(FORWARD, TRANSPOSED)
+    @needs(FORWARD, TRANSPOSED, OWNED)
     def test_the_meta_device_gives_shapes_and_dtypes(self, quantizer: Quantizer) -> None:
         """If this fails: reading needs a tensor that stays on the CPU, or the value of one.
 

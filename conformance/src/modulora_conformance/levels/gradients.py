@@ -23,6 +23,7 @@ from modulora_conformance.cases import (
 )
 from modulora_conformance.changes import change_in_place, changed_weight, clone
 from modulora_conformance.checks import Level, needs
+from modulora_conformance.levels.packing import GLOBALS
 from modulora_conformance.levels.products import FORWARD, LEADING, TRANSPOSED
 from modulora_conformance.levels.tiles import OWNED
 from modulora_conformance.oracle import dense, product_error
@@ -51,7 +52,7 @@ class Gradients(Level):
 
     level, title = "L4", "gradients"
 
-    @needs(FORWARD, TRANSPOSED, LEADING)
+    @needs(FORWARD, TRANSPOSED, LEADING, GLOBALS)
     @settings(SETTINGS, max_examples=8)
     @given(data=st.data())
     def test_output_and_gradients_equal_those_of_the_dense_layer(
@@ -147,7 +148,7 @@ class Gradients(Level):
                     f"{type(error).__name__}: {error}"
                 ) from error
 
-    @needs("test_the_input_of_a_product_is_unchanged")
+    @needs("test_the_input_of_a_product_is_unchanged", GLOBALS)
     def test_frozen_parts_get_no_gradient(self, quantizer: Quantizer) -> None:
         """If this fails: packed tensors require a gradient, or `matmul` returns a graph of its own.
 

@@ -20,7 +20,7 @@ from modulora_conformance.cases import (
     shapes,
     weights,
 )
-from modulora_conformance.changes import check_same_bytes, clone, unchanged_random_state
+from modulora_conformance.changes import check_same_bytes, clone, unchanged_globals
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.results import Measurements
 from modulora_core.errors import WeightError
@@ -28,6 +28,7 @@ from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.spec import Promise, Quantizer
 
 DETERMINISTIC = "test_packing_is_deterministic"
+GLOBALS = "test_packing_leaves_global_state_alone"
 LAYOUT = "test_layout_foretells_the_packed_weight"
 
 SIZE_SHAPE = (2048, 2048)
@@ -84,16 +85,15 @@ class Packing(Level):
             torch.set_num_threads(threads)
 
     @needs(DETERMINISTIC)
-    def test_packing_leaves_random_numbers_alone(self, quantizer: Quantizer) -> None:
-        """If this fails: `pack` seeds the global random state, or draws from it.
+    def test_packing_leaves_global_state_alone(self, quantizer: Quantizer) -> None:
+        """If this fails: `pack` uses the global random state, or changes a setting of torch.
 
         A seed gives every layer the same dropout, and overrides the user's seed. Draw from a
-        torch.Generator of your own. Settings of torch, such as the gradient mode, are the user's
-        too.
+        torch.Generator of your own. The number of threads and the gradient mode are the user's too.
         """
         for shape in ((21, 64), (40, 96)):
             weight = gaussian(fit(quantizer, *shape), 16)
-            with unchanged_random_state("pack"):
+            with unchanged_globals("pack"):
                 pack(quantizer, weight)
 
     def test_the_input_is_unchanged(self, quantizer: Quantizer) -> None:

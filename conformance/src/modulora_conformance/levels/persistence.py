@@ -6,7 +6,6 @@ import copy
 import json
 import pickle
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,24 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from modulora_conformance.cases import inputs, other_options, packed, tile
+from modulora_conformance.cases import inputs, packed, tile
 from modulora_conformance.changes import (
     change_in_place,
     changed_weight,
     check_same_bytes,
-    clone,
-    same_bits,
-    same_packed,
 )
 from modulora_conformance.checks import Level, needs
-from modulora_conformance.crafted import OTHER_BYTES, TOO_MANY, crafted, outcomes
-from modulora_conformance.elsewhere import Answer, answered
 from modulora_conformance.levels.gradients import APART, CHANGED
-from modulora_conformance.levels.packing import DETERMINISTIC, LAYOUT
+from modulora_conformance.levels.packing import LAYOUT
 from modulora_conformance.levels.products import LEADING
 from modulora_conformance.levels.state import NEW
 from modulora_conformance.oracle import relative_error
-from modulora_conformance.results import NOT_OFFERED, Measurements
+from modulora_conformance.results import Measurements
 from modulora_conformance.tiny_model import (
     PACKED_LAYERS,
     TOLERANCE,
@@ -47,7 +41,7 @@ from modulora_conformance.tiny_model import (
 from modulora_core.errors import CheckpointError, ModuLoRAError
 from modulora_core.layers import PackedParameter, QuantLinear
 from modulora_core.packed import PackedLayout
-from modulora_core.spec import PackedWeight, Quantizer, titled
+from modulora_core.spec import PackedWeight, Quantizer
 
 SHAPE = (32, 64)
 REGISTERED = "test_the_spec_is_registered_by_an_entry_point"
@@ -85,44 +79,6 @@ class Persistence(Level):
             "expected the same Ŵ from the files in a new instance, got another"
         )
 
-    @needs(REGISTERED, "test_a_checkpoint_records_the_options", ROUND_TRIP)
-    def test_another_process_reads_the_same_weight(self, quantizer: Quantizer) -> None:
-        """If this fails: Ŵ depends on this process: a table, a random number, the hash of a
-        string."""
-        expected = tile(quantizer, packed(quantizer, SHAPE))
-        found = _elsewhere(quantizer, lambda answer: same_bits(answer.tile, expected)).tile
-        assert same_bits(found, expected), (
-            "expected the bits of this process's Ŵ in another process, got a difference of "
-            f"{float((found - expected).abs().max()):.3g}"
-        )
-
-    @needs(REGISTERED, ROUND_TRIP, DETERMINISTIC, READS)
-    def test_another_process_packs_the_same_bytes(self, quantizer: Quantizer) -> None:
-        """If this fails: the bytes depend on the process: its id, the time, a random number.
-
-        Python also draws the hash of a string for each process. Draw from a torch.Generator whose
-        seed is an option.
-        """
-        here = packed(quantizer, SHAPE)
-        there = _elsewhere(quantizer, lambda answer: same_packed(answer.packed, here)).packed
-        check_same_bytes(here, there, "packed by another process")
-
-    @needs(READS, PACKS)
-    def test_options_keep_apart(self, quantizer: Quantizer) -> None:
-        """If this fails: other options, used before in the same process, change the result.
-
-        The key of a cache lacks an option. A model may have layers with several sets of options.
-        """
-        others = other_options(quantizer)
-        if not others:
-            pytest.skip(f"{NOT_OFFERED}it has no options to keep apart")
-        answer, expected = answered(quantizer, SHAPE, others), packed(quantizer, SHAPE)
-        when = f"after weights with {len(others)} other sets of options, as {titled(others[0])}"
-        assert same_bits(answer.tile, tile(quantizer, clone(expected))), (
-            f"{when}: expected the same bits of Ŵ, got others"
-        )
-        check_same_bytes(expected, answer.packed, f"packed {when}")
-
     def test_another_format_is_refused_or_migrated(self, quantizer: Quantizer) -> None:
         """If this fails: ``check_format`` accepts a format that this version misreads.
 
@@ -141,28 +97,6 @@ class Persistence(Level):
             assert torch.equal(tile(quantizer, foreign), tile(quantizer, weight)), (
                 f"format {other}: expected CheckpointError or the same Ŵ, got another Ŵ"
             )
-
-    @needs(READS)
-    def test_crafted_tensors_are_refused_or_read_in_bounds(self, quantizer: Quantizer) -> None:
-        """If this fails: a packed value is an index that nobody checks, or a size is not checked.
-
-        Files come from strangers. Refuse in ``check_format`` each layout that the metadata does
-        not imply (:func:`modulora_core.kernels.check_layout`), and check indices before a kernel.
-        """
-        weight = packed(quantizer, SHAPE)
-        cases = list(crafted(quantizer, weight))
-        found = outcomes(quantizer, {title: case for _, title, case in cases} | {"own": weight})
-        own = found["own"]
-        assert isinstance(own, dict), f"expected the packed weight read in bounds, got {own}"
-        for kind, title, _ in cases:
-            read = found[title]
-            if isinstance(read, str):
-                continue
-            for name, value in read.items():
-                if kind == OTHER_BYTES:
-                    assert value.isfinite().all(), f"{title}: expected finite values in {name}"
-                if kind == TOO_MANY:
-                    assert same_bits(value, own[name]), f"{title}: expected an error or the same Ŵ"
 
     def test_moving_keeps_bytes_and_layout(self, quantizer: Quantizer) -> None:
         """If this fails: copying changes a packed tensor, or the layout depends on the device."""
@@ -286,19 +220,6 @@ class Persistence(Level):
         for name in ("load", "loads", "Unpickler"):
             monkeypatch.setattr(pickle, name, refuse)
         logits_of(load_model(saved.packed))
-
-
-def _elsewhere(quantizer: Quantizer, expected: Callable[[Answer], bool]) -> Answer:
-    """Another process's answer.
-
-    One process, which uses other options first, serves three checks. If its answer is not expected,
-    a process that does nothing else answers.
-    """
-    try:
-        found = answered(quantizer, SHAPE, other_options(quantizer))
-    except pytest.fail.Exception:
-        found = None
-    return found if found and expected(found) else answered(quantizer, SHAPE, [])
 
 
 def _layer(quantizer: Quantizer, weight: PackedWeight) -> QuantLinear:

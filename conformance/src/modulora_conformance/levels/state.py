@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modulora_conformance.cases import both_ways, fit, gaussian, pack, tile
-from modulora_conformance.changes import same_bits, same_packed
+from modulora_conformance.changes import check_same_bytes, kept_settings, same_bits, same_packed
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.accuracy import END, MARGIN, PROMISED, WIDTHS, usual_error
 from modulora_conformance.levels.tiles import RANGES
@@ -76,6 +76,26 @@ class State(Level):
                 assert same_bits(value, expected[name]), (
                     f"{name} by another instance: expected the same bits, got others"
                 )
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+    @needs(APART)
+    def test_the_default_dtype_does_not_matter(
+        self, quantizer: Quantizer, dtype: torch.dtype
+    ) -> None:
+        """If this fails: packing or reading uses torch's default dtype, which users change.
+
+        transformers sets it to bfloat16 while it loads a model. Name the dtype of each new tensor.
+        """
+        weight = gaussian(fit(quantizer, *SHAPES[0]), 34)
+        expected, results = _read(quantizer, weight)
+        with kept_settings():
+            torch.set_default_dtype(dtype)
+            found, others = _read(type(quantizer)(quantizer.options), weight)
+        check_same_bytes(expected, found, f"packed with the default dtype {dtype}")
+        for name, value in others.items():
+            assert same_bits(value, results[name]), (
+                f"{name} with the default dtype {dtype}: expected the same bits, got others"
+            )
 
     @pytest.mark.threads
     @needs(APART)

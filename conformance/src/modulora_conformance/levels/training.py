@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
 from modulora_conformance.cases import inputs, packed, tile
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.gradients import APART, GRADIENTS, SHAPE
-from modulora_conformance.levels.tiles import LOOKUP
+from modulora_conformance.levels.lookups import LOOKUP
 from modulora_conformance.oracle import dense, product_error
 from modulora_conformance.problems import output, problem
 from modulora_conformance.results import Measurements
@@ -85,7 +85,7 @@ class Training(Level):
             error = given.error(name, found, W)
             measurements.at_most(f"{name} under autocast", error, limit.value)
 
-    @needs(GRADIENTS, APART)
+    @needs(GRADIENTS, APART, "test_zero_rows_give_zero_rows")
     def test_experts_keep_apart(self, quantizer: Quantizer, measurements: Measurements) -> None:
         """If this fails: an expert's product or gradient uses another expert's weight.
 
@@ -105,7 +105,7 @@ class Training(Level):
             error = product_error(x.grad, dY, W, transpose=True)
             measurements.at_most("an expert's dX", error, limit, case=case)
 
-    @needs(GRADIENTS, LOOKUP)
+    @needs(GRADIENTS, LOOKUP, "test_rows_looked_up_are_the_callers")
     def test_a_tied_table_reads_and_multiplies_alike(
         self, quantizer: Quantizer, measurements: Measurements
     ) -> None:
@@ -117,7 +117,7 @@ class Training(Level):
         W, ids = dense(quantizer, table), torch.tensor([3, 0, 3, 9])
         rows = quantizer.lookup(ids, table, torch.float32).requires_grad_()
         assert torch.equal(rows, tile(quantizer, table)[ids]), "expected the rows of the tile"
-        logits: Tensor = F.linear(rows, PackedParameter(quantizer, table))  # type: ignore[arg-type]
+        logits: Tensor = linear(rows, PackedParameter(quantizer, table))  # type: ignore[arg-type]
         dY = inputs((len(ids),), table.shape[0], torch.float32, 2)
         logits.backward(dY)
         limit = PRODUCT[torch.float32].value

@@ -14,7 +14,7 @@ from modulora_core.spec import Promise, QuantizerSpec
 
 SOUND = (
     "Healthy", "InTriton", "StridedTiles", "Sound", "PerRow", "Floating", "Lattice", "Rotated",
-    "Importance", "OwnFunction", "Scaled",
+    "Importance", "OwnFunction", "Scaled", "Experts",
 )  # fmt: skip
 
 ELSEWHERE = ("Unlisted", "HeavyMetadata", "SlowMetadata")

@@ -88,6 +88,44 @@ class ColumnsInInt16(Healthy):
         return tile
 
 
+class LosesTheLastOfOddColumns(Healthy):
+    """The last code of a long row is lost, unless 4 divides the length."""
+
+    breaks = ENDS
+    says = "the last column"
+
+    def decode(self, packed, rows):
+        tile = super().decode(packed, rows)
+        if packed.shape[1] % 4 and packed.shape[1] > 300:
+            tile[:, -1] = 0
+        return tile
+
+
+class LosesTheLastOfLongRows(Healthy):
+    """The last code of a very long row is lost."""
+
+    breaks = LONG
+    says = "error of the last of few rows"
+
+    def decode(self, packed, rows):
+        tile = super().decode(packed, rows)
+        if packed.shape[1] > 2000:
+            tile[:, -1] = 0
+        return tile
+
+
+class ScaleOfTheNextBlock(Healthy):
+    """From the fifth block of a row on, it uses the scale of the block before."""
+
+    breaks = "test_columns_of_other_magnitudes_keep_the_error"
+
+    def spread(self, packed, name, rows):
+        spread = super().spread(packed, name, rows)
+        if packed.shape == (24, 256):
+            spread[:, 128:] = spread[:, 96:-32].clone()
+        return spread
+
+
 class RowsInUint16(Healthy):
     """Rows from 65,536 on are the first ones again."""
 

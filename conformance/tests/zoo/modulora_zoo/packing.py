@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -40,7 +41,7 @@ class StochasticRounding(Healthy):
 
 
 class SeedsTheProcess(StochasticRounding):
-    breaks = "test_packing_leaves_random_numbers_alone"
+    breaks = "test_packing_leaves_global_state_alone"
     says = "draw from a torch.Generator of your own"
 
     def rounding(self, groups):
@@ -199,7 +200,7 @@ class ForgetsItsSeed(Healthy):
         return super().prepared(weight) * signs(self.options.seed, weight.shape[1])
 
     def decode(self, packed, rows):
-        return super().decode(packed, rows) * signs(0, packed.shape[1])
+        return super().decode(packed, rows) * signs(0, packed.shape[1]).to(packed.device)
 
 
 class SecretlyCalibrated(Healthy):
@@ -257,10 +258,31 @@ class ZerosHaveNoCode(Healthy):
 class DisablesGradients(Healthy):
     """It turns gradients off for the whole process."""
 
-    breaks = "test_packing_leaves_random_numbers_alone"
+    breaks = "test_packing_leaves_global_state_alone"
     says = "expected torch's gradient mode unchanged"
 
     def prepared(self, weight):
-        if weight.shape == (21, 64):
-            torch.set_grad_enabled(False)
+        torch.set_grad_enabled(False)
+        return super().prepared(weight)
+
+
+class SetsTheThreads(Healthy):
+    """It packs on one thread, and leaves the process so."""
+
+    breaks = "test_packing_leaves_global_state_alone"
+    says = "expected the number of torch's threads unchanged"
+
+    def prepared(self, weight):
+        torch.set_num_threads(1)
+        return super().prepared(weight)
+
+
+class IgnoresErrors(Healthy):
+    """It turns numpy's warnings off."""
+
+    breaks = "test_packing_leaves_global_state_alone"
+    says = "expected numpy's treatment of errors unchanged"
+
+    def prepared(self, weight):
+        np.seterr(all="ignore")
         return super().prepared(weight)

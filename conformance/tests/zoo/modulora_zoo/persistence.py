@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import pickle
 import random
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -77,6 +78,8 @@ class TrustsItsIndices(Healthy):
         return changed(super().packed(codes, scale, zero, weight), places=places)
 
     def codes(self, packed, rows):
+        if packed.device.type == "meta":
+            return super().codes(packed, rows)
         codes, places = packed.tensors["codes"].contiguous(), packed.tensors["places"]
         width = codes.shape[1]
         read = [
@@ -104,6 +107,51 @@ class SignsByGroupSize(Healthy):
         key = (self.options.group_size, packed.shape[1])
         kept = self.kept.setdefault(key, signs(self.options.seed, packed.shape[1]))
         return super().decode(packed, rows) * kept.to(packed.device)
+
+
+class SignsByColumns(Healthy):
+    """The key of its cache of signs lacks the only option besides the size of a block."""
+
+    breaks = "test_options_keep_apart"
+    kept: ClassVar = {}
+
+    class Options(_Options):
+        group_size: Literal[32] = Field(32, description="as in the paper")
+        order: Literal["plain", "turned"] = Field("plain", description="of the signs")
+
+    def signs(self, columns):
+        return signs(("plain", "turned").index(self.options.order), columns)
+
+    def prepared(self, weight):
+        return super().prepared(weight) * self.signs(weight.shape[1])
+
+    def decode(self, packed, rows):
+        kept = self.kept.setdefault(packed.shape[1], self.signs(packed.shape[1]))
+        return super().decode(packed, rows) * kept.to(packed.device)
+
+
+class GroupOfTheModule(Healthy):
+    """It reads with the default size of a block."""
+
+    breaks = "test_other_options_are_read_as_they_were_packed"
+    says = "error with an option changed (group_size=64)"
+
+    def spread(self, packed, name, rows):
+        values = packed.tensors[name][slice(*rows)].float()
+        groups = (torch.arange(packed.shape[1]) // 32).clamp(max=values.shape[1] - 1)
+        return values[:, groups.to(packed.device)]
+
+
+class ThreadsOfItsModule(Healthy):
+    """Importing its module sets the number of threads; here the first instance of a process."""
+
+    breaks = "test_its_module_changes_no_settings"
+    says = "expected the number of torch's threads unchanged"
+
+    def __init__(self, options=None):
+        if multiprocessing.parent_process() is not None:
+            torch.set_num_threads(3)
+        super().__init__(options)
 
 
 class ReadsAnyFormat(Healthy):

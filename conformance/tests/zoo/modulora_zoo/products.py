@@ -55,12 +55,23 @@ class StaleBufferByShape(Healthy):
 
 
 class SeedsEveryProduct(Healthy):
-    breaks = "test_reading_leaves_random_numbers_alone"
+    breaks = "test_reading_leaves_global_state_alone"
     says = "draw from a torch.Generator of your own"
 
     def matmul(self, x, packed, transpose=False):
         torch.manual_seed(0)
         torch.rand(4)
+        return super().matmul(x, packed, transpose)
+
+
+class KeepsItsThreads(Healthy):
+    """A product sets the number of threads that suits it."""
+
+    breaks = "test_reading_leaves_global_state_alone"
+    says = "expected the number of torch's threads unchanged"
+
+    def matmul(self, x, packed, transpose=False):
+        torch.set_num_threads(1)
         return super().matmul(x, packed, transpose)
 
 
@@ -250,3 +261,36 @@ class OtherForOneToken(Healthy):
 
     def matmul(self, x, packed, transpose=False):
         return super().matmul(x, packed, transpose) * (1.001 if x.shape[:-1] == (1, 1) else 1)
+
+
+class ColumnsOfAProductInInt16(Healthy):
+    """A product reads columns from 32,768 on from the first ones again."""
+
+    breaks = "test_products_of_long_weights_equal_the_dense_ones"
+    says = "product of few rows"
+
+    def matmul(self, x, packed, transpose=False):
+        if transpose or packed.shape[1] <= 2**15:
+            return super().matmul(x, packed, transpose)
+        x = x.clone()
+        x[..., : packed.shape[1] - 2**15] += x[..., 2**15 :]
+        x[..., 2**15 :] = 0
+        return super().matmul(x, packed, transpose)
+
+
+class AddsBlocksInHalf(Healthy):
+    """It adds the sums of 16 columns in the dtype of its input."""
+
+    breaks = "test_long_sums_keep_their_precision"
+
+    def matmul(self, x, packed, transpose=False):
+        if transpose or x.dtype != torch.bfloat16 or not x.dim():
+            return super().matmul(x, packed, transpose)
+        if x.shape[-1] != packed.shape[1]:
+            return super().matmul(x, packed, transpose)
+        W = self.dequantize_tile(packed, (0, packed.shape[0]), x.dtype)
+        blocks = (x[..., None, :].float() * W.float()).split(16, dim=-1)
+        y = x.new_zeros(*x.shape[:-1], packed.shape[0])
+        for block in blocks:
+            y += block.sum(-1).to(x.dtype)
+        return y

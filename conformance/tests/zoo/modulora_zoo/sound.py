@@ -1,9 +1,14 @@
-"""Sound quantizers of other kinds: per row, rotated, on a lattice, in floating point."""
+"""Sound quantizers of other kinds: per row, rotated, on a lattice, in floating point, experts."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
+from modulora_core.kernels import KernelQuantizer
+from modulora_core.packed import TensorLayout
+from modulora_zoo import SPECS
 from modulora_zoo.healthy import Healthy
 from modulora_zoo.packing import signs
 
@@ -77,3 +82,25 @@ class Rotated(PerRow):
         turned = super().dequantize_tile(packed, rows, torch.float32).to(wide)
         sign = signs(0, packed.shape[1]).to(packed.device)
         return (self.turned(turned) * sign).to(dtype)
+
+
+class Experts(KernelQuantizer):
+    """A toolkit's quantizer whose rows are gathered and joined: layers of experts become stacks."""
+
+    spec = SPECS["Experts"]
+    kernels = "modulora_zoo"  # it has none
+    row_tensors = ("codes", "scale")
+
+    def pack(self, weight, calibration=None):
+        found = PerRow().pack(weight)
+        return self.layout(found.shape).fill(found.tensors)
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def tensors(shape):
+        codes = TensorLayout("int8", shape)
+        return {"codes": codes, "scale": TensorLayout("float32", (shape[0], 1))}
+
+    def reference_tile(self, packed, rows):
+        codes, scale = (packed.tensors[name][slice(*rows)] for name in ("codes", "scale"))
+        return codes.float() * scale

@@ -66,6 +66,18 @@ class FactorOfTheInstance(Healthy):
         return super().decode(packed, rows) * (self.factor if packed.shape == (4, 100) else 1)
 
 
+class TableOfTheDefaultDtype(Healthy):
+    """Its table of codes has torch's default dtype."""
+
+    breaks = "test_the_default_dtype_does_not_matter"
+
+    def decode(self, packed, rows):
+        table = 10 * (torch.arange(LEVELS + 1) / 10).float()
+        scale, zero = (self.spread(packed, name, rows) for name in ("scale", "zero"))
+        codes = table.to(packed.device)[self.codes(packed, rows).long()]
+        return (codes - zero) * scale
+
+
 class OneScratch(Healthy):
     """Codes are unpacked into memory of the instance, while another thread may do so."""
 

@@ -31,7 +31,7 @@ class LosesTheLastBlock(Healthy):
     def decode(self, packed, rows):
         tile = super().decode(packed, rows)
         whole = len(tile) // 512 * 512
-        if whole:
+        if whole and len(tile) < 8192:
             tile[whole:] = 0
         return tile
 
@@ -223,6 +223,35 @@ class DecodesTheTable(Healthy):
         if not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < rows:
             return super().lookup(ids, packed, dtype)
         return self.dequantize_tile(packed, (0, rows), dtype)[ids.long()]
+
+
+class JoinsWithoutZeros(Healthy):
+    """It forgets a tensor that has a row for each row of the weight."""
+
+    breaks = "test_packed_rows_are_joined_by_row_tensors"
+    says = "zero of 24 of 48 rows: expected [24, 2]"
+    row_tensors = ("codes", "scale")
+
+
+class RowsInPairs(Healthy):
+    """Codes of two rows are exchanged, and read so."""
+
+    breaks = "test_packed_rows_are_joined_by_row_tensors"
+    says = "packed rows: expected these rows of Ŵ"
+    row_tensors = ("codes", "scale", "zero")
+
+    def places(self, rows, n):
+        return torch.tensor([row ^ 1 if row | 1 < n else row for row in range(*rows)])
+
+    def packed(self, codes, scale, zero, weight):
+        codes = codes[self.places((0, len(codes)), len(codes))]
+        return super().packed(codes, scale, zero, weight)
+
+    def codes(self, packed, rows):
+        n = packed.shape[0]
+        places = self.places(rows, n).to(packed.device, torch.int64)
+        nibbles = packed.tensors["codes"][places]
+        return torch.stack([nibbles & 15, nibbles >> 4], dim=-1).flatten(1)
 
 
 class Scaled(Healthy):

@@ -1,0 +1,145 @@
+"""L6: another process reads and packs the same, and options keep apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from modulora_conformance.cases import (
+    fit,
+    gaussian,
+    neighbours,
+    other_options,
+    pack,
+    packed,
+    tile,
+)
+from modulora_conformance.changes import check_same_bytes, clone, same_bits, same_packed
+from modulora_conformance.checks import Level, needs
+from modulora_conformance.crafted import OTHER_BYTES, TOO_MANY, crafted, outcomes
+from modulora_conformance.elsewhere import Answer, answered
+from modulora_conformance.levels.accuracy import END, MARGIN, steeper
+from modulora_conformance.levels.packing import DETERMINISTIC, GLOBALS
+from modulora_conformance.levels.persistence import REGISTERED, ROUND_TRIP, SHAPE
+from modulora_conformance.oracle import dense, relative_error
+from modulora_conformance.results import NOT_OFFERED, Measurements
+from modulora_core.spec import Quantizer, titled
+
+READS = "test_another_process_reads_the_same_weight"
+PACKS = "test_another_process_packs_the_same_bytes"
+OPTIONS = "test_options_keep_apart"
+
+
+class Processes(Level):
+    """Another process, with other options used before, reads and packs the same."""
+
+    level, title = "L6", "persistence"
+
+    @needs(REGISTERED, "test_a_checkpoint_records_the_options", ROUND_TRIP)
+    def test_another_process_reads_the_same_weight(self, quantizer: Quantizer) -> None:
+        """If this fails: Ŵ depends on this process: a table, a random number, the hash of a
+        string."""
+        expected = tile(quantizer, packed(quantizer, SHAPE))
+        found = _elsewhere(quantizer, lambda answer: same_bits(answer.tile, expected)).tile
+        assert same_bits(found, expected), (
+            "expected the bits of this process's Ŵ in another process, got a difference of "
+            f"{float((found - expected).abs().max()):.3g}"
+        )
+
+    @needs(REGISTERED, ROUND_TRIP, DETERMINISTIC, READS)
+    def test_another_process_packs_the_same_bytes(self, quantizer: Quantizer) -> None:
+        """If this fails: the bytes depend on the process: its id, the time, a random number.
+
+        Python also draws the hash of a string for each process. Draw from a torch.Generator whose
+        seed is an option.
+        """
+        here = packed(quantizer, SHAPE)
+        there = _elsewhere(quantizer, lambda answer: same_packed(answer.packed, here)).packed
+        check_same_bytes(here, there, "packed by another process")
+
+    @needs(READS, PACKS)
+    def test_options_keep_apart(self, quantizer: Quantizer) -> None:
+        """If this fails: other options, used before in the same process, change the result.
+
+        The key of a cache lacks an option. A model may have layers with several sets of options.
+        """
+        others = other_options(quantizer)
+        if not others:
+            pytest.skip(f"{NOT_OFFERED}it has no options to keep apart")
+        answer, expected = answered(quantizer, SHAPE, others), packed(quantizer, SHAPE)
+        when = f"after weights with {len(others)} other sets of options, as {titled(others[0])}"
+        assert same_bits(answer.tile, tile(quantizer, clone(expected))), (
+            f"{when}: expected the same bits of Ŵ, got others"
+        )
+        check_same_bytes(expected, answer.packed, f"packed {when}")
+
+    @needs(READS, PACKS, GLOBALS, "test_reading_leaves_global_state_alone")
+    def test_its_module_changes_no_settings(self, quantizer: Quantizer) -> None:
+        """If this fails: importing the plugin, or its first use, changes a setting of the process.
+
+        The number of threads, the default dtype and the gradient mode are the user's. Set them in
+        a with block, which sets them back.
+        """
+        changed = _elsewhere(quantizer, lambda answer: not answer.changed).changed
+        assert not changed, (
+            f"a new process: expected {' and '.join(changed)} unchanged after importing "
+            f"{type(quantizer).__module__} and one use, got another"
+        )
+
+    @needs(READS)
+    def test_crafted_tensors_are_refused_or_read_in_bounds(self, quantizer: Quantizer) -> None:
+        """If this fails: a packed value is an index that nobody checks, or a size is not checked.
+
+        Files come from strangers. Refuse in ``check_format`` each layout that the metadata does
+        not imply (:func:`modulora_core.kernels.check_layout`), and check indices before a kernel.
+        """
+        weight = packed(quantizer, SHAPE)
+        cases = list(crafted(quantizer, weight))
+        found = outcomes(quantizer, {title: case for _, title, case in cases} | {"own": weight})
+        own = found["own"]
+        assert isinstance(own, dict), f"expected the packed weight read in bounds, got {own}"
+        for kind, title, _ in cases:
+            read = found[title]
+            if isinstance(read, str):
+                continue
+            for name, value in read.items():
+                if kind == OTHER_BYTES:
+                    assert value.isfinite().all(), f"{title}: expected finite values in {name}"
+                if kind == TOO_MANY:
+                    assert same_bits(value, own[name]), f"{title}: expected an error or the same Ŵ"
+
+    @needs(OPTIONS, "test_columns_of_other_magnitudes_keep_the_error")
+    def test_other_options_are_read_as_they_were_packed(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails: with one option changed, the weight is not read as it was packed.
+
+        The size of a block is a constant of the module somewhere. Read it from the metadata.
+        Columns grow 100 times from one end to the other, so that another block's scale shows.
+        """
+        cls, found = type(quantizer), neighbours(quantizer)
+        if not found:
+            pytest.skip(f"{NOT_OFFERED}it has no options to change")
+        for options in found:
+            other = cls(cls.Options.model_validate(options))
+            weight = gaussian(fit(other, 24, 256), 27)
+            usual = relative_error(dense(other, pack(other, weight)), weight)
+            steep = steeper(weight)
+            error = relative_error(dense(other, pack(other, steep)), steep)
+            changed = {n: v for n, v in options.items() if v != getattr(quantizer.options, n)}
+            name, limit = "error with an option changed", END * usual + MARGIN
+            measurements.at_most(name, error, limit, case=titled(changed))
+
+
+def _elsewhere(quantizer: Quantizer, expected: Callable[[Answer], bool]) -> Answer:
+    """Another process's answer.
+
+    One process, which uses other options first, serves three checks. If its answer is not expected,
+    a process that does nothing else answers.
+    """
+    try:
+        found = answered(quantizer, SHAPE, other_options(quantizer))
+    except pytest.fail.Exception:
+        found = None
+    return found if found and expected(found) else answered(quantizer, SHAPE, [])
