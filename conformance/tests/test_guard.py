@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from modulora_conformance.__main__ import main
@@ -71,3 +72,12 @@ def test_a_wrong_request_is_refused_before_any_check(zoo, capsys, words, message
     printed = capsys.readouterr()
     assert message in printed.out + printed.err
     assert "passed" not in printed.out
+
+
+def test_an_error_before_the_first_check_is_one_line(zoo, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "modulora_conformance.suite", None)  # its import fails
+    monkeypatch.delitem(sys.modules, "modulora_conformance.test_conformance", raising=False)
+    assert main(["zoo-healthy", "--level", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "modulora_conformance.suite" in error
+    assert len(error.splitlines()) == 1

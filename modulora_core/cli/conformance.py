@@ -101,9 +101,9 @@ def command(
         words.append(f"--report={report}")
     words += [f"--seed={seed}"] if seed is not None else []
     words += [f"--golden={golden}"] if golden is not None else []
-    code, result = _kit("__main__").run(words)
+    code, result, fault = _kit("__main__").run(words)
     if code not in (PASSED, FAILED) or result is None:
-        _refuse(name, code, select)
+        _refuse(name, code, select, fault)
     text = None if report is None else f"report: {report / name}.html"
     return Report(result, text, exit_code=code)
 
@@ -193,12 +193,17 @@ def _where(error: BaseException | None) -> str:
     return f" ({own[-1].filename}, line {own[-1].lineno})"
 
 
-def _refuse(name: str, code: int, select: str | None) -> None:
+def _refuse(name: str, code: int, select: str | None, fault: str) -> None:
     """Raise an error for a run of pytest that ran no check."""
     import pytest
 
     from modulora_core.errors import OptionError, WorkError
 
+    if fault:
+        raise WorkError(
+            f"conformance of {name}: expected the checks to run, got an error before the first: "
+            f"{fault}; --tb short shows where"
+        )
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if select is not None and code in (

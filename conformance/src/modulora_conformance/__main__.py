@@ -21,11 +21,19 @@ TRACEBACKS = ("no", "short", "long", "line", "native", "auto")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checks. Returns pytest's exit code: 0 all passed, 1 some failed, 4 wrong request."""
-    return run(arguments)[0]
+    code, _, fault = run(arguments)
+    if fault:
+        print(fault, file=sys.stderr)
+    return code
 
 
-def run(arguments: Sequence[str] | None = None) -> tuple[int, dict[str, Any] | None]:
-    """Give pytest's exit code, and the result as JSON has it; None if no check ran."""
+def run(arguments: Sequence[str] | None = None) -> tuple[int, dict[str, Any] | None, str]:
+    """Run the checks.
+
+    Returns:
+        pytest's exit code, the result as JSON has it, and a line about an error before the first
+        check. The result is None if no check ran.
+    """
     import pytest
 
     asked, found = _parser().parse_args(arguments), _Results()
@@ -36,7 +44,7 @@ def run(arguments: Sequence[str] | None = None) -> tuple[int, dict[str, Any] | N
     if code in (0, 1) and found.result is not None and asked.report is not None:
         report = asked.report / f"{asked.name}.json"  # it has the measured speed too
         found.result = json.loads(report.read_text(encoding="utf-8"))
-    return code, found.result
+    return code, found.result, found.fault if found.result is None else ""
 
 
 def _words(asked: argparse.Namespace) -> list[str]:
@@ -57,9 +65,23 @@ def _words(asked: argparse.Namespace) -> list[str]:
 
 
 class _Results:
-    """A plugin of pytest that takes the result from the recorder."""
+    """A plugin of pytest that takes the result from the recorder, and the first early error."""
 
     result: dict[str, Any] | None = None
+    fault = ""
+
+    def pytest_collectreport(self, report: Any) -> None:
+        self._note(report)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "setup":
+            self._note(report)
+
+    def _note(self, report: Any) -> None:
+        if report.failed and not self.fault:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = crash.message if crash is not None else report.longreprtext
+            self.fault = text.strip().splitlines()[-1].removeprefix("E ").strip()
 
     def pytest_unconfigure(self, config: Any) -> None:
         recorder = config.pluginmanager.get_plugin("modulora_conformance_recorder")
