@@ -31,6 +31,14 @@ _BIASES = {"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_up.bias": "mlp_bias
 """Tensors that mean a flag of a Llama-like config."""
 
 _TOKENS = "tokenizer.ggml.tokens"
+
+_REFUSED = {
+    "deci": "it has no such model",
+    "gemma4": "it leaves out sizes of the layers",
+    **dict.fromkeys(("t5", "t5encoder", "umt5"), "it is no causal language model"),
+}
+"""Architectures of transformers' list that aren't read, and the reasons."""
+
 _EXPERTS = ("num_experts", "num_local_experts")
 
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
@@ -52,6 +60,7 @@ def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
             with full_disk_named(light.parent):
                 without_vocabulary(path, header, light)
         try:
+            _check_architecture(header)
             values, _ = PretrainedConfig.get_config_dict(light.parent, gguf_file=light.name)
             if "vocab_size" not in values and (tokens := header.fields.get(_TOKENS)):
                 values["vocab_size"] = tokens.value
@@ -82,6 +91,11 @@ def _check_layers(path: Path, header: Header) -> None:
     )
 
 
+def _check_architecture(header: Header) -> None:
+    if reason := _REFUSED.get(header.text("general.architecture")):
+        raise ModelError(reason)
+
+
 def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Header) -> None:
     """Set the sizes that transformers leaves at the default of the config's class."""
     architecture = header.text("general.architecture")
@@ -97,10 +111,28 @@ def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Head
         raise ModelError(f"it has no {architecture} with {experts.value} experts")
     if (config.pad_token_id or 0) >= config.get_text_config().vocab_size:
         config.pad_token_id = None  # the class's, which a file without one has no row of
+    if architecture == "falcon":
+        _set_falcon(config, values["num_key_value_heads"], header)
+    if architecture == "gpt-oss":
+        config.sliding_window = header.fields["gpt-oss.attention.sliding_window"].value
+        config.rope_parameters["truncate"] = False  # as in its config.json; no file says it
     if architecture in _LAYERS_OF_27B:
         is_27b = config.num_hidden_layers == _LAYERS_OF_27B[architecture]
         of_all_heads = config.hidden_size // config.num_attention_heads
         config.query_pre_attn_scalar = of_all_heads if is_27b else config.head_dim
+
+
+def _set_falcon(config: Any, groups: int, header: Header) -> None:
+    """Set the layout of larger Falcons, in which several groups of queries have keys and values."""
+    if groups < 1 or config.num_attention_heads % groups:
+        raise ModelError(
+            f"falcon.attention.head_count_kv: expected a divisor of {config.num_attention_heads} "
+            f"heads, got {groups}"
+        )
+    if groups > 1:
+        names = {tensor.name for tensor in header.tensors}
+        config.new_decoder_architecture, config.num_kv_heads = True, groups
+        config.num_ln_in_parallel_attn = 2 if "blk.0.attn_norm_2.weight" in names else 1
 
 
 def _read_quickly() -> Collection[str]:
@@ -121,4 +153,5 @@ def _architectures() -> list[str]:
         from transformers.integrations.gguf import GGUF_ARCHS
 
         found |= set(GGUF_ARCHS)
-    return sorted(found - {"general", "tokenizer"})  # sections that all architectures have
+    sections = {"general", "tokenizer"}  # of all architectures
+    return sorted(found - sections - _REFUSED.keys())

@@ -150,7 +150,8 @@ class _Parser:
             raise CheckpointError("it doesn't begin with GGUF")
         version, tensors, fields = self._numbers("IQQ")
         if version not in (2, 3):
-            raise CheckpointError(f"expected version 2 or 3, little-endian, got {version}")
+            got = "a big-endian file" if version % 2**16 == 0 else version
+            raise CheckpointError(f"expected version 2 or 3, little-endian, got {got}")
         self._check_count("fields", fields, 13)
         self._check_count("tensors", tensors, 24)
         found: dict[str, Field] = {}
@@ -276,7 +277,11 @@ def without_vocabulary(path: Path, header: Header, out: Path) -> None:
     tensor is there by name, in F32 and with no elements.
     """
     lists = {f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")}
-    kept = [field for name, field in header.fields.items() if name not in lists]
+    kept = [
+        field
+        for name, field in header.fields.items()
+        if name not in lists and ".rope.scaling." not in name  # transformers fails on some of them
+    ]
     with path.open("rb") as file, out.open("wb") as light:
         counts = len(header.tensors), len(kept)
         light.write(b"GGUF" + struct.pack("<IQQ", header.version, *counts))

@@ -184,7 +184,8 @@ class GGUFStore:
         )
 
     def read(self, name: str) -> Tensor:
-        return self._processed(name, partial(GGUFTensor.read, as_stored=self._processor is None))
+        read = self._processed(name, partial(GGUFTensor.read, as_stored=self._processor is None))
+        return read.reshape(self.tensors[name].shape)  # files have or lack dimensions of size 1
 
     def row_numbers(self, name: str, firsts: Mapping[str, int]) -> Tensor:
         """The number of each row in memory; ``firsts`` has the first of each tensor of the file."""
@@ -253,10 +254,10 @@ def _names_in_memory(
         get_gguf_hf_weights_map,
     )
 
-    from modulora_core.models.gguf_processors import GptOss
+    from modulora_core.models.gguf_processors import PROCESSORS
 
-    ours = {"gpt-oss": GptOss}.get(file.architecture)
-    processor = (ours or TENSOR_PROCESSORS.get(file.architecture, TensorProcessor))(config=values)
+    kinds = TENSOR_PROCESSORS | PROCESSORS
+    processor = kinds.get(file.architecture, TensorProcessor)(config=values)
     try:
         return processor, get_gguf_hf_weights_map(_Outline(model), processor)
     except NotImplementedError as error:

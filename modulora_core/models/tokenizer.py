@@ -12,6 +12,8 @@ from modulora_core.errors import ModelError
 from modulora_core.files.chat_templates import SECONDS, ends_soon
 from modulora_core.files.json_files import read_json
 from modulora_core.models.gguf_config import gguf_config
+from modulora_core.models.gguf_header import read_header
+from modulora_core.models.gguf_tokenizer import set_splits, tokenizer_options
 from modulora_core.models.quiet import first_line, quiet
 
 if TYPE_CHECKING:
@@ -94,13 +96,15 @@ def _from_gguf(folder: Path, name: str) -> PreTrainedTokenizerBase:
     from transformers import TOKENIZER_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
     config, _ = gguf_config(folder / name)
+    header = read_header(folder / name)
     kind: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     ordinary = isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerFast)
     if not ordinary or (folder / "tokenizer_config.json").exists():
         kind = AutoTokenizer
     tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
-        folder, gguf_file=name, trust_remote_code=False
+        folder, gguf_file=name, trust_remote_code=False, **tokenizer_options(header)
     )
+    set_splits(tokenizer, folder / name, header)
     return tokenizer
 
 

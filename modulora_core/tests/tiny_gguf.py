@@ -179,6 +179,7 @@ def write_tiny_gguf(
                   str: writer.add_string}  # fmt: skip
         adders[type(value)](f"{architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*string.ascii_letters, *string.digits, "Ġ", "th"])  # Ġ is a space
     writer.add_token_merges(["t h"])
     shapes = dict(top)
