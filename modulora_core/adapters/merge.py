@@ -31,10 +31,11 @@ from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.shards import ShardWriter, plan_shards
 from modulora_core.checkpoints.whole import check_whole, packed_skeleton
 from modulora_core.devices.memory import PeakMemory
-from modulora_core.errors import OptionError, OutputError
+from modulora_core.errors import OptionError, OutputError, WeightError
 from modulora_core.files.arguments import checked
 from modulora_core.files.paths import usable_path
 from modulora_core.models.progress import Progress, shows_progress
+from modulora_core.models.store import is_finite
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 
@@ -86,6 +87,7 @@ def merge(
         AdapterError: the adapter does not fit the model.
         PluginError: the quantizer of the model is missing or cannot be used.
         RequestError: the model is not packed or cannot be read, or ``out`` holds something else.
+        WeightError: a merged value is NaN or infinite in ``dtype``.
     """
     started, progress = time.perf_counter(), progress or None
     dtype = str(dtype).removeprefix("torch.")
@@ -148,7 +150,23 @@ def delta_of(
 def merged_parameter(
     checkpoint: PackedCheckpoint, name: str, delta: AdapterDelta | None, dtype: torch.dtype
 ) -> Tensor:
-    """A parameter as the dense model has it, with the adapter's change."""
+    """A parameter as the dense model has it, with the adapter's change.
+
+    Raises:
+        WeightError: a value is beyond ``dtype``, or scales multiply to NaN or Inf.
+    """
+    W = _merged(checkpoint, name, delta, dtype)
+    if is_finite(W):
+        return W
+    raise WeightError(
+        f"{name}: expected finite values in {str(dtype).removeprefix('torch.')}, got NaN or Inf; "
+        "choose a dtype of a wider range, or download or quantize the model again"
+    )
+
+
+def _merged(
+    checkpoint: PackedCheckpoint, name: str, delta: AdapterDelta | None, dtype: torch.dtype
+) -> Tensor:
     stored = checkpoint.parameters[name]
     if not isinstance(stored, PackedSite):
         tensor = checkpoint.tensor(name)

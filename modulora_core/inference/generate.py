@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
@@ -20,7 +21,7 @@ from transformers import (
 from typing_extensions import override
 
 from modulora_core.data.rendering import check_ids
-from modulora_core.errors import DataError, OptionError
+from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.files.arguments import check_fields, checked
 from modulora_core.inference.loading import Runnable, opened
 from modulora_core.models.quiet import first_line
@@ -63,7 +64,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "a probability in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("beams", self.beams >= 1, "at least 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < inf, "more than 0"),
+            ("repetition_penalty", 1e-4 <= self.repetition_penalty <= 1e4, "0.0001 to 10000"),
             ("seed", 0 <= self.seed < 2**32, "0 to 2³² − 1"),
         ):
             if not is_valid:
@@ -116,6 +117,7 @@ def generate(
         DataError: the prompt is empty, no valid text, or too long for the model's window; or it
             needs a chat template and the tokenizer has none.
         RequestError: the model cannot be opened.
+        WorkError: logits are NaN or infinite.
     """
     sampling = sampling or Sampling()
     source = opened(model, adapter)
@@ -178,9 +180,23 @@ def continuations(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=settings,
+            logits_processor=LogitsProcessorList([_Finite()]),
             streamer=streamer,
         )
     return [row.tolist() for row in out[:, longest:]]
+
+
+class _Finite(LogitsProcessor):
+    """Raises WorkError for logits that are NaN or infinite."""
+
+    @override
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
+        if not bool((scores < torch.inf).all()):  # -Inf rules a token out
+            raise WorkError(
+                "expected finite logits, got NaN or Inf; choose a dtype of a wider range, or "
+                "download or quantize the model again"
+            )
+        return scores
 
 
 @contextmanager

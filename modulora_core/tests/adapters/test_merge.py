@@ -15,7 +15,7 @@ from modulora_core.adapters.lora import LoRASettings
 from modulora_core.adapters.merge import merge
 from modulora_core.adapters.save_load import load_adapter, save_adapter
 from modulora_core.checkpoints.checkpoint import load_model
-from modulora_core.errors import AdapterError, OptionError, PluginError
+from modulora_core.errors import AdapterError, OptionError, PluginError, WeightError
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import logits, trained
@@ -93,3 +93,15 @@ def test_a_missing_plugin_is_refused_before_anything_is_written(pack: Pack, tmp_
     with pytest.raises(PluginError, match=r"^quantizer 'gone' "):
         merge(str(tmp_path / "packed"), tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_values_beyond_the_dtype_are_refused(pack: Pack, tmp_path: Path) -> None:
+    dense = pack("llama", "toy")[0]
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = 1e5
+    model.save_pretrained(tmp_path / "dense")
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "toy")
+    merge(str(tmp_path / "packed"), tmp_path / "merged", dtype="bfloat16")
+    with pytest.raises(WeightError, match=r"layers.1.mlp.up_proj.*: expected finite .* float16"):
+        merge(str(tmp_path / "packed"), tmp_path / "half", dtype="float16")
+    assert not (tmp_path / "half").exists()

@@ -10,7 +10,7 @@ import torch
 
 from modulora_core.adapters.save_load import save_adapter
 from modulora_core.checkpoints.checkpoint import load_model
-from modulora_core.errors import DataError, OptionError
+from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
 from modulora_core.tests.adapted_models import trained
@@ -94,3 +94,11 @@ def test_a_wrong_prompt_is_refused(tunable: Path, prompt: Any, tokens: int, mess
 def test_sampling_out_of_range_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"{next(iter(option))}: expected"):
         Sampling(**option)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_logits_that_are_not_finite_end_the_work(loaded: tuple[Any, Any], value: float) -> None:
+    model, _ = loaded
+    model.model.norm.weight.data.fill_(value)
+    with pytest.raises(WorkError, match="expected finite logits, got NaN or Inf"):
+        generate(loaded, "The", Sampling(max_new_tokens=2))
