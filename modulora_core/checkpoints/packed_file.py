@@ -16,7 +16,6 @@ from torch import Tensor
 
 from modulora_core.checkpoints.foreign import ForeignModel, ForeignStore, Placed, record_of
 from modulora_core.checkpoints.joined_rows import join
-from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.ends import find_table
 from modulora_core.models.formats import recognise_file
@@ -44,20 +43,24 @@ def open_file(location: Location) -> ForeignModel | None:
     source = open_model(location.model)
     with quiet():
         source.validate()
-        found = _packed_sites(source)
-        rows = {one.name: one for _, groups in found.values() for one in groups}
-        kinds = {name: one.kind for name, one in rows.items()}
-        layouts = {name: one.layout for name, one in rows.items()}
+        found: dict[str, tuple[LinearSite, list[str]]] = {}
+        kinds, layouts = dict[str, str](), dict[str, TensorLayout]()
+        for site in _sites(source):
+            rows = _rows_of(source, site)
+            kinds |= {one.name: one.kind for one in rows}
+            layouts |= {one.name: one.layout for one in rows}
+            if rows:
+                found[site.name] = site, [one.name for one in rows]
         weights = known.reader().weights({"types": kinds}, layouts, _unread)
         placed: Placed = {}
-        for name, (site, groups) in found.items():
-            parts = [weights[one.name] for one in groups if one.name in weights]
-            if len(parts) == len(groups):
-                placed[name] = site, (join(parts) if len(parts) > 1 else parts[0],)
+        for parameter, (site, names) in found.items():
+            parts = [weights[name] for name in names if name in weights]
+            if len(parts) == len(names):
+                placed[parameter] = site, (join(parts) if len(parts) > 1 else parts[0],)
         record = record_of(source, placed, known.spec.name) if placed else None
     if record is None:
         return None
-    return ForeignModel(source, record, _BlockStore(source, record, placed, rows))
+    return ForeignModel(source, record, _BlockStore(source, source.store, record, placed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +103,12 @@ class _Rows:
         return made
 
 
-def _packed_sites(source: ModelSource) -> dict[str, tuple[LinearSite, list[_Rows]]]:
-    """The weights whose blocks can be used as they are, each with its rows from first to last."""
+def _sites(source: ModelSource) -> list[LinearSite]:
+    """The weights that blocks might hold: linear layers, the head, and the input embedding."""
     skeleton = source.skeleton()
     table = find_table(skeleton, source.parameters)
     linears = find_sites(skeleton, include=["*"]).linears
-    sites = linears if table is None else (*linears, table)
-    found = {site.name: (site, _rows_of(source, site)) for site in sites}
-    return {name: (site, rows) for name, (site, rows) in found.items() if rows}
+    return [*linears, *([] if table is None else [table])]
 
 
 def _rows_of(source: ModelSource, site: LinearSite) -> list[_Rows]:
@@ -127,11 +128,13 @@ def _rows_of(source: ModelSource, site: LinearSite) -> list[_Rows]:
     is_one = len({tensor.kind for tensor in tensors.values()}) == 1
     made: dict[int, _Rows] = {}
     for group in [found] if is_one else [[place] for place in found]:
-        rows, order = torch.cat([place.rows for place in group]).sort()
+        rows = torch.cat([place.rows for place in group])
         matrices = site.experts or 1
-        first, count = int(rows[0]), len(rows) // matrices
+        first, count = int(rows.min()), len(rows) // matrices
         starts = torch.arange(matrices)[:, None] * site.out_features
-        if not torch.equal(rows, (first + starts + torch.arange(count)).flatten()):
+        in_order = (first + starts + torch.arange(count)).flatten()
+        order = torch.arange(len(rows)) if torch.equal(rows, in_order) else rows.argsort()
+        if not torch.equal(rows[order], in_order):
             return []  # other rows lie between them
         one = tensors[group[0].name]
         row_bytes = one.nbytes * one.shape[-1] // one.numel
@@ -147,16 +150,8 @@ def _unread(name: str) -> Tensor:
 class _BlockStore(ForeignStore):
     """The tensors of the file: packed weights as blocks, and dense tensors converted."""
 
-    def __init__(
-        self,
-        source: ModelSource,
-        record: QuantizationRecord,
-        placed: Placed,
-        rows: Mapping[str, _Rows],
-    ) -> None:
-        super().__init__(source, source.store, record, placed)
-        self._rows = rows
-        self._parameter, self._mapped = "", dict[str, Tensor]()
+    _parameter = ""
+    _rows: Mapping[str, tuple[_Rows, list[Tensor]]] = {}
 
     def file_of(self, parameter: str) -> str:
         del parameter
@@ -164,12 +159,15 @@ class _BlockStore(ForeignStore):
 
     def reader(self, parameter: str, index: int) -> Callable[[str], Tensor]:
         if self._parameter != parameter:  # pages of rows that were copied are given back
-            self._parameter, self._mapped = parameter, {}
-        return lambda name: self._rows[name].of(
-            index, [*map(self._blocks, self._rows[name].tensors)]
-        )
+            store, site = store_of(self._source), self._placed[parameter][0]
+            self._parameter = parameter
+            self._rows = {
+                rows.name: (rows, [store.in_file(name).blocks() for name in rows.tensors])
+                for rows in _rows_of(self._source, site)
+            }
 
-    def _blocks(self, name: str) -> Tensor:
-        if name not in self._mapped:
-            self._mapped[name] = store_of(self._source).in_file(name).blocks()
-        return self._mapped[name]
+        def read(name: str) -> Tensor:
+            rows, blocks = self._rows[name]
+            return rows.of(index, blocks)
+
+        return read

@@ -66,8 +66,10 @@ def places(source: ModelSource, parameter: str) -> list[Place]:
     found = found.flatten()
     shift = float(found.min()) if len(found) else 0.0
     numbers = (found - shift).to(torch.int64)
-    in_memory = torch.argsort(numbers)  # for each row of the file its row in memory
-    if not torch.equal(numbers[in_memory], torch.arange(total)):
+    in_memory = torch.full((total,), -1)  # for each row of the file its row in memory
+    if len(numbers) == total and int(numbers.max()) < total:
+        in_memory[numbers] = torch.arange(total)
+    if bool((in_memory < 0).any()):
         raise ModelError(
             f"{parameter}: expected whole rows of {', '.join(shapes)} in "
             f"{source.location.name}, got values that transformers computes of them"
