@@ -165,7 +165,8 @@ def test_it_is_planned_as_it_is_and_quantized_on_request(tmp_path: Path) -> None
 
 
 def test_it_is_converted_and_merged(tmp_path: Path) -> None:
-    path = write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", "Q8_0")
+    kinds = {"": "Q8_0", "up_exps": "Q5_1"}
+    path = write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", kinds)
     convert(str(path), tmp_path / "ours", "modulora")
     merge(str(path), tmp_path / "merged", dtype="float32")
     expected = logits(load_model(path))
