@@ -13,6 +13,7 @@ from modulora_conformance.cases import both_ways, fit, gaussian, pack, tile
 from modulora_conformance.changes import check_same_bytes, kept_settings, same_bits, same_packed
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.accuracy import END, MARGIN, PROMISED, WIDTHS, usual_error
+from modulora_conformance.levels.packing import GLOBALS
 from modulora_conformance.levels.tiles import RANGES
 from modulora_conformance.oracle import relative_error
 from modulora_core.spec import PackedWeight, Quantizer
@@ -98,7 +99,7 @@ class State(Level):
             )
 
     @pytest.mark.threads
-    @needs(APART)
+    @needs(APART, GLOBALS)
     def test_two_threads_get_what_one_gets(self, quantizer: Quantizer) -> None:
         """If this fails: two threads that use an instance at once disturb each other.
 
