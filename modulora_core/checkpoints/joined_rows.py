@@ -9,7 +9,7 @@ quantizer and tensors of its own. Its tensors ``NAME`` become ``part0_NAME``, ``
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import ClassVar
 
 import torch
@@ -41,7 +41,7 @@ class JoinedRows(Quantizer):
         summary="rows of several packed weights",
         location="modulora_core.checkpoints.joined_rows:JoinedRows",
         protocol=1,
-        bits=(32,),
+        bits=(32,),  # nothing is packed by it
     )
 
     def __init__(self, parts: Sequence[Quantizer]) -> None:
@@ -80,10 +80,11 @@ class JoinedRows(Quantizer):
         if not transpose:
             products = [q.matmul(x, part) for q, part, _ in self._parts_of(packed)]
             return torch.cat(products, dim=-1)
-        return torch.stack([
+        products = [
             q.matmul(x[..., first : first + part.shape[0]].contiguous(), part, transpose=True)
             for q, part, first in self._parts_of(packed)
-        ]).sum(0)  # fmt: skip
+        ]
+        return reduce(torch.add, products)
 
     def _parts_of(self, packed: PackedWeight) -> Iterator[tuple[Quantizer, PackedWeight, int]]:
         """The quantizer, the packed weight and the first row of each part."""
