@@ -94,6 +94,9 @@ def _check_layers(path: Path, header: Header) -> None:
 def _check_architecture(header: Header) -> None:
     if reason := _REFUSED.get(header.text("general.architecture")):
         raise ModelError(reason)
+    norms = header.fields.get("mamba.ssm.dt_b_c_rms")
+    if norms is not None and norms.value:
+        raise ModelError("it takes Falcon Mamba for Mamba, which has fewer norms")
 
 
 def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Header) -> None:

@@ -274,13 +274,15 @@ def without_vocabulary(path: Path, header: Header, out: Path) -> None:
     """Write the header of ``path`` to ``out``, with neither the vocabulary nor any values.
 
     The ``gguf`` package, and transformers' config with it, then takes no seconds to read it. Every
-    tensor is there by name, in F32 and with no elements.
+    tensor is there by name, in F32 and with no elements. Rotary scaling, on which transformers
+    fails for gpt-oss, and the model's name, which it takes for an architecture, are left out too.
     """
-    lists = {f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")}
+    left_out = {f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")}
+    left_out.add("general.name")
     kept = [
         field
         for name, field in header.fields.items()
-        if name not in lists and ".rope.scaling." not in name  # transformers fails on some of them
+        if name not in left_out and ".rope.scaling." not in name
     ]
     with path.open("rb") as file, out.open("wb") as light:
         counts = len(header.tensors), len(kept)

@@ -53,6 +53,8 @@ def set_rope(config: Any, header: Header) -> None:
         rope |= {"rope_type": kind, "factor": factor}
         if kind == "yarn":
             rope["original_max_position_embeddings"] = original
+            rope["beta_fast"] = field("scaling.yarn_beta_fast", 32.0)
+            rope["beta_slow"] = field("scaling.yarn_beta_slow", 1.0)
     elif kind not in ("linear", "yarn", "none"):
         raise ModelError(f"rope.scaling.type: expected none, linear or yarn, got {kind!r:.40}")
 

@@ -20,7 +20,7 @@ GPT_OSS = GptOssConfig(
     **SIZES, head_dim=8, num_key_value_heads=2, num_local_experts=2, intermediate_size=48,
     num_experts_per_tok=1, sliding_window=16, max_position_embeddings=256,
     rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
-                     "truncate": False, "rope_theta": 15000.0},
+                     "truncate": False, "rope_theta": 15000.0, "beta_fast": 16.0},
 )  # fmt: skip
 
 
@@ -65,6 +65,7 @@ def write(path: Path, model: torch.nn.Module, config: PreTrainedConfig, groups: 
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(4.0)
         writer.add_rope_scaling_orig_ctx_len(64)
+        writer.add_rope_scaling_yarn_beta_fast(16.0)
     for name, value in model.state_dict().items():
         for stored, part in converted(name, value):
             writer.add_tensor(stored, part.contiguous().numpy())
@@ -100,10 +101,20 @@ def test_groups_of_falcon_must_divide_the_heads(tmp_path: Path) -> None:
         gguf_config(tmp_path / "tiny.gguf")
 
 
-def test_an_architecture_without_its_sizes_is_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "gemma4")
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("gemma4", r"it leaves out sizes of the layers\); it reads bloom"),
+        ("mamba", "it takes Falcon Mamba for Mamba"),
+    ],
+)
+def test_what_transformers_would_load_wrongly_is_refused(
+    architecture: str, message: str, tmp_path: Path
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", architecture)
+    writer.add_ssm_dt_b_c_rms(True)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ModelError, match=r"it leaves out sizes of the layers\); it reads bloom"):
+    with pytest.raises(ModelError, match=message):
         gguf_config(tmp_path / "tiny.gguf")

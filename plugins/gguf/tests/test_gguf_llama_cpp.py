@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 from modulora_gguf import reference
 from modulora_gguf.quantizer import GGUF, Options
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 
 from modulora_core.adapters.llama_cpp import export_for_llama_cpp
 from modulora_core.adapters.merge_gguf import merge_to_gguf
 from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.inference.loading import open_to_run
+from modulora_core.models.gguf_tokenizer import _LIKE_GPT2, _LIKE_LLAMA_3, _SPLITS
 from modulora_core.models.locate import locate
+from modulora_core.models.tokenizer import load_tokenizer
 from modulora_core.quantization.quantize import quantize
 from modulora_core.spec import Calibration
 from modulora_core.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
@@ -88,6 +96,53 @@ def test_rotary_scaling_is_llama_cpps(
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf")
     ours, theirs = by_ours(open_to_run(str(path)).load(), ids), by_llama_cpp(path, ids)
     assert (theirs - ours).norm() < 0.03 * (by_ours(plain, ids) - ours).norm()
+
+
+TEXTS = [
+    "Hello world, it's 12345 cats!", "def f(x):\n\treturn x  + 1\n\n\n    y = [1,2,3]",
+    "I'VE don't we'll THEY'RE 3.14159 'Sun", "1234567 12 1 2024-11-30 1,234,567.89",
+    "日本語のテキスト、中文文本。한국어 文章 123", "naïve café Ünïcödé",
+    "Привет мир Ελληνικά Հայերեն ქართული",
+    "🙂🙂 👨‍👩‍👧 🚀go", "  leading and trailing  ", "\n\n\nnew\n\nlines\r\nwin\r\n",
+    "a\t\tb \t c   d    e",
+    "x=1;y==2&&z||!w $5+3^2 `code` ~a <b>", "مرحبا بالعالم ۱۲۳", "snake_case camelCase HTTPServer",
+    "</s> special <s> inside <unk>", "… “quotes” ‘single’ — dash", "   ", "\n",
+    "a", "a/b?c=d&e=%20#f",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def crossing() -> Any:
+    """A byte-level BPE whose merges cross all borders of words, so that each split shows."""
+    core = Tokenizer(BPE())
+    core.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = BpeTrainer(
+        vocab_size=1500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=sorted(ByteLevel.alphabet()), max_token_length=6,
+    )  # fmt: skip
+    core.train_from_iterator(TEXTS * 20, trainer)
+    return json.loads(core.to_str())["model"]
+
+
+def test_text_is_split_as_llama_cpp_splits_it(crossing: Any, tmp_path: Path) -> None:
+    names = [*_SPLITS, *_LIKE_GPT2, *_LIKE_LLAMA_3, "qwen2", "gpt-4o", "smaug-bpe", "qwen35"]
+    for name in names:
+        path = tmp_path / f"{name}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(name)
+        writer.add_token_list(sorted(crossing["vocab"], key=crossing["vocab"].get))
+        writer.add_token_types([3] * 3 + [1] * (len(crossing["vocab"]) - 3))
+        writer.add_token_merges([" ".join(pair) for pair in crossing["merges"]])
+        writer.add_bos_token_id(1)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        ours = load_tokenizer(name, tmp_path, path.name)
+        theirs: Any = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+        for text in TEXTS:
+            expected = theirs.tokenize(text.encode(), special=True)
+            assert ours(text).input_ids == expected, (name, text)
 
 
 @pytest.mark.slow
