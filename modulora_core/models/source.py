@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_READ_ELSEWHERE = re.compile(r"(.*\.)?(rope_(freqs|factors_long|factors_short)|attn_rot_embd)\..*")
-"""A GGUF file's tensors that become numbers of the config."""
+_HARMLESS = re.compile(
+    r".*\.input_scale|(.*\.)?(rope_(freqs|factors_long|factors_short)|attn_rot_embd)\..*"
+)
+"""A GGUF file's tensors that become numbers of the config, and the scales of 4-bit activations."""
 
 
 class ModelSource(Weights):
@@ -184,8 +186,14 @@ def _open_gguf(location: Location, path: Path) -> ModelSource:
     stored = {name: [tensor.kind, tensor.shape] for name, tensor in file.tensors.items()}
     described = {"architecture": file.architecture, "tensors": stored}
     source = ModelSource(location, store, model, file.dtype, described, store.transforms)
-    left_out = (name for name in source.unplaced if not _READ_ELSEWHERE.fullmatch(name))
-    _warn_left_out(str(path), type(model).__name__, tuple(left_out))
+    left_out = tuple(name for name in source.unplaced if not _HARMLESS.fullmatch(name))
+    for name in left_out:
+        if name.endswith(".scale"):  # llama.cpp writes one for a weight in NVFP4
+            raise ModelError(
+                f"{path}: {name}: expected weights whose scales are in their blocks, got another "
+                "scale, which isn't implemented; give the folder that the file was made from"
+            )
+    _warn_left_out(str(path), type(model).__name__, left_out)
     return source
 
 

@@ -87,13 +87,17 @@ def test_the_package_is_the_origin_and_its_tokenizer_becomes_files(
 def test_tensors_without_a_place_are_named_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    extra = ("v.blk.0.attn_q.weight", "blk.1.nextn.eh_proj.weight", "blk.0.attn_rot_embd.weight")
+    extra = ("v.blk.0.attn_q.weight", "blk.1.nextn.eh_proj.weight", "blk.0.attn_rot_embd.weight",
+             "blk.0.attn_q.input_scale")  # fmt: skip
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", extra=extra)
     for _ in range(2):
         assert set(open_model(str(path)).validate()) == set(extra)
     (record,) = caplog.records
     named = "blk.1.nextn.eh_proj.weight, v.blk.0.attn_q.weight"
     assert record.message.endswith(f"LlamaForCausalLM has no place for are left out (2): {named}")
+    path = write_tiny_gguf("llama", tmp_path / "scaled.gguf", extra=("blk.0.attn_q.scale",))
+    with pytest.raises(ModelError, match=r"blk\.0\.attn_q\.scale: expected weights whose scales"):
+        open_model(str(path))
 
 
 def test_nan_in_a_block_scale_is_found(tmp_path: Path) -> None:
