@@ -11,9 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from modulora_conformance.cases import DTYPES, both_ways, fit, inputs, pack, packed, tile
+from modulora_conformance.cases import (
+    DTYPES,
+    both_ways,
+    fit,
+    gaussian,
+    inputs,
+    pack,
+    packed,
+    tile,
+)
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.elsewhere import elsewhere, name_of, request, results
+from modulora_conformance.levels.accuracy import END, MARGIN, WIDTHS, usual_error
 from modulora_conformance.levels.gradients import GRADIENTS, check_layer
 from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.levels.persistence import REGISTERED
@@ -80,7 +90,7 @@ class Devices(Level):
                 measurements.at_most(f"product on CUDA in {dtype}", error, limit.value, case=case)
             check_layer(quantizer, weight, given, W, measurements, f"{rows} rows; ", "cuda")
 
-    @needs(FORWARD, TRANSPOSED, OWNED)
+    @needs(FORWARD, TRANSPOSED, OWNED, WIDTHS)
     def test_the_meta_device_gives_shapes_and_dtypes(self, quantizer: Quantizer) -> None:
         """If this fails: reading needs a tensor that stays on the CPU, or the value of one.
 
@@ -98,6 +108,13 @@ class Devices(Level):
             assert got == ("meta", shape, dtype), f"expected {('meta', shape, dtype)}, got {got}"
         assert torch.equal(tile(quantizer, weight), before), (
             "after reading on the meta device: expected the same Ŵ on the CPU, got another"
+        )
+        dense_weight = gaussian(fit(quantizer, 39, 54), 35)  # of no other check: nothing is cached
+        weight = pack(quantizer, dense_weight)
+        tile(quantizer, weight.to("meta"))
+        error = relative_error(tile(quantizer, weight), dense_weight)
+        assert error <= END * usual_error(quantizer) + MARGIN, (
+            f"read on the meta device first: expected a usual error on the CPU, got {error:.3g}"
         )
 
     @needs(DETERMINISTIC)

@@ -15,6 +15,7 @@ from modulora_conformance.results import Measurements
 from modulora_conformance.tolerances import PRODUCT
 from modulora_core.spec import Quantizer
 
+BLOCKS = "test_products_of_a_large_weight_equal_the_dense_ones"
 INDICES = "test_products_of_long_weights_equal_the_dense_ones"
 
 
@@ -24,7 +25,7 @@ class LongProducts(Level):
     level, title = "L3", "products"
 
     @pytest.mark.parametrize("form", ["few rows", "few columns"])
-    @needs(FORWARD, TRANSPOSED, OWNED, "test_long_weights_keep_the_error")
+    @needs(FORWARD, TRANSPOSED, OWNED, BLOCKS, "test_long_weights_keep_the_error")
     def test_products_of_long_weights_equal_the_dense_ones(
         self, quantizer: Quantizer, measurements: Measurements, form: str
     ) -> None:

@@ -297,6 +297,19 @@ class TableOfTheFirstDevice(Healthy):
         return ((table[self.codes(packed, rows).long()] - zero) * scale).to(dtype)
 
 
+class IndexOfTheFirstDevice(Healthy):
+    """A cache of group numbers has the columns in its key, and lacks the device."""
+
+    breaks = "test_the_meta_device_gives_shapes_and_dtypes"
+    kept: ClassVar = {}
+
+    def spread(self, packed, name, rows):
+        G, columns = packed.metadata["group_size"], packed.shape[1]
+        own = torch.arange(columns, device=packed.device) // G
+        groups = self.kept.setdefault((columns, G), own)
+        return packed.tensors[name][slice(*rows)].float()[:, groups]
+
+
 class PacksInManyCopies(Healthy):
     """It holds sixteen copies of a weight."""
 

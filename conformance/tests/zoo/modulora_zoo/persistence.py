@@ -48,7 +48,8 @@ class SeedOfThisProcess(Healthy):
 
     def rounding(self, groups):
         generator = torch.Generator().manual_seed(self.seed())
-        return 0.5 + 0.02 * (torch.rand(groups.shape, generator=generator, dtype=torch.float32) - 0.5)
+        noise = torch.rand(groups.shape, generator=generator, dtype=torch.float32)
+        return 0.5 + 0.02 * (noise - 0.5)
 
 
 class HashOfItsName(SeedOfThisProcess):
