@@ -54,15 +54,30 @@ def check_config(config: Mapping[str, Any], subject: str) -> None:
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int, where: str) -> float:
     """Compute s of a module. Raises AdapterError for a malformed pattern, or a bad alpha."""
-    pattern = config.get("alpha_pattern") or {}
-    try:
-        key = next((k for k in pattern if _selects(k, module)), None)
-        alpha = float(config["lora_alpha"] if key is None else pattern[key])
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"{where}: malformed alpha_pattern: {error}") from None
+    alpha = float(_field_of(config, "lora_alpha", "alpha_pattern", module, where))
     if not math.isfinite(alpha):
         raise AdapterError(f"{where}: expected a finite alpha, got {alpha}; save the adapter again")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def check_rank(config: Mapping[str, Any], module: str, rank: int, where: str) -> None:
+    """Refuse factors of another rank than the config's, as PEFT does. Raises AdapterError."""
+    expected = _field_of(config, "r", "rank_pattern", module, where)
+    if expected not in (None, rank):
+        raise AdapterError(
+            f"{where}: {module}: expected rank {expected} by r and rank_pattern, got {rank} in the "
+            "file of weights; save the adapter again"
+        )
+
+
+def _field_of(config: Mapping[str, Any], name: str, patterns: str, module: str, where: str) -> Any:
+    """A field of the config, or the value of the first pattern that selects the module."""
+    pattern = config.get(patterns) or {}
+    try:
+        key = next((k for k in pattern if _selects(k, module)), None)
+    except ValueError as error:
+        raise AdapterError(f"{where}: malformed {patterns}: {error}") from None
+    return config.get(name) if key is None else pattern[key]
 
 
 def _selects(pattern: str, module: str) -> bool:

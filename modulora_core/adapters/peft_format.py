@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from modulora_core.adapters.expert_format import Factors, Stack, from_file, to_file
-from modulora_core.adapters.peft_config import check_config, scale_of
+from modulora_core.adapters.peft_config import check_config, check_rank, scale_of
 from modulora_core.adapters.record import RECORD_FILE, AdapterRecord, Dropout
 from modulora_core.checkpoints.outputs import write_file
 from modulora_core.errors import AdapterError, CheckpointError
@@ -164,6 +164,8 @@ def read_adapter(path: str | Path, stacks: Mapping[str, Stack] | None = None) ->
     if stacks is not None:
         targets = config.get("target_parameters") or ()
         factors = from_file(factors, stacks, targets, str(folder / WEIGHTS_FILE))
+        for module, (A, _) in factors.items():
+            check_rank(config, module, A.shape[-2], str(folder / CONFIG_FILE))
     deltas = {
         module: AdapterDelta(A, B, scale_of(config, module, A.shape[-2], str(folder / CONFIG_FILE)))
         for module, (A, B) in factors.items()

@@ -138,6 +138,8 @@ def test_an_adapter_from_peft_gives_the_same_logits_here(
         ({"init_lora_weights": "pissa_niter_4"}, "= 'pissa_niter_4'; convert it with peft's"),
         ({"lora_alpha": None}, "got lora_alpha = None"),
         ({"alpha_pattern": {"(": 3}}, "malformed alpha_pattern"),
+        ({"r": 3}, "_proj: expected rank 3 by r and rank_pattern, got 4"),
+        ({"rank_pattern": {"up_proj": 3}}, "up_proj: expected rank 3 by r"),
     ],
 )
 def test_more_than_lora_is_refused_by_its_name(
@@ -147,4 +149,4 @@ def test_more_than_lora_is_refused_by_its_name(
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(AdapterError, match=message):
-        read_adapter(tmp_path)
+        read_adapter(tmp_path, stacks={})
