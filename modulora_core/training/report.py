@@ -37,7 +37,7 @@ def report(
         seconds: the duration of training; peak_memory_bytes: of loading and training.
         sampled: ``"evaluation"`` or ``"training"``, the data of the samples' prompts.
     """
-    quantizers = ", ".join(group["quantizer"] for group in checkpoint.record.quantizers())
+    quantizers = ", ".join(dict.fromkeys(g["quantizer"] for g in checkpoint.record.quantizers()))
     settings = {
         name: ", ".join(value) if isinstance(value, list) else value
         for name, value in config.model_dump(mode="json", exclude_none=True).items()
