@@ -24,7 +24,8 @@ def set_rope(config: Any, header: Header) -> None:
     """Complete ``config.rope_parameters`` by the header, and by the file's tensors of factors.
 
     Raises:
-        ModelError: a scaling that transformers lacks, or factors of another number.
+        ModelError: a scaling that transformers lacks, a field that isn't positive, or factors of
+            another number.
     """
     rope = getattr(config, "rope_parameters", None)
     if not rope:
@@ -34,13 +35,19 @@ def set_rope(config: Any, header: Header) -> None:
 
     def field(name: str, default: Any = None) -> Any:
         found = header.fields.get(f"{architecture}.rope.{name}")
-        return default if found is None else found.value
+        value = default if found is None else found.value
+        is_number = type(value) in (int, float) and (value > 0 or name == "scaling.factor")
+        if name != "scaling.type" and not is_number:
+            raise ModelError(f"rope.{name}: expected a positive number, got {value!r:.40}")
+        return value
 
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = field("dimension_count", head_dim)
     rope["rope_theta"] = field("freq_base", rope["rope_theta"])
     if "partial_rotary_factor" in rope:
         rope["partial_rotary_factor"] = size / head_dim
+    elif size != head_dim:
+        raise ModelError(f"rope.dimension_count: expected a head's {head_dim}, got {size}")
     original = field("scaling.original_context_length", config.max_position_embeddings)
     kind, factor = field("scaling.type", "linear"), field("scaling.factor", 1.0)
     if factors := _factors(header, size // 2):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modulora_core.errors import ModelError
 from modulora_core.models.gguf_config import gguf_config
 from modulora_core.models.gguf_header import read_header
+from modulora_core.models.gguf_rope import set_rope
 from modulora_core.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
 
@@ -64,3 +66,26 @@ def test_factors_that_do_not_fit_are_refused(config_of: Any) -> None:
         config_of({}, {"rope_freqs.weight": [1.0, 2.0, 3.0]})
     with pytest.raises(ModelError, match=r"expected both of rope_factors_short.*, got rope_factor"):
         config_of({}, {"rope_factors_long.weight": [1.0, 2.0, 3.0, 4.0]})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("freq_base", 0.0, "rope.freq_base: expected a positive number, got 0.0"),
+        ("freq_base", "x", "rope.freq_base: expected a positive number, got 'x'"),
+        ("scaling.factor", [2], r"rope.scaling.factor: expected a positive number, got \[2\]"),
+    ],
+)
+def test_a_wrong_field_is_refused(config_of: Any, field: str, value: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        config_of({f"rope.{field}": value}, {})
+
+
+def test_a_part_of_a_head_is_rotated_if_the_architecture_can() -> None:
+    field = {"x.rope.dimension_count": SimpleNamespace(value=4)}
+    header: Any = SimpleNamespace(text=lambda _: "x", fields=field, tensors=())
+    config = Phi3Config(hidden_size=32, num_attention_heads=4)
+    set_rope(config, header)
+    assert config.rope_parameters["partial_rotary_factor"] == 0.5
+    with pytest.raises(ModelError, match=r"rope.dimension_count: expected a head's 8, got 4"):
+        set_rope(Qwen3Config(head_dim=8), header)
