@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from modulora_core.errors import ModelError
 from modulora_core.models.gguf_header import Header
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,13 @@ token, whatever the merges say."""
 
 
 def tokenizer_options(header: Header) -> dict[str, Any]:
-    """Options for transformers that llama.cpp derives from the name, where the file lacks them."""
+    """Options for transformers that llama.cpp derives from the name, where the file lacks them.
+
+    Raises:
+        ModelError: a Unigram vocabulary, to which transformers adds T5's tokens.
+    """
+    if header.text("tokenizer.ggml.model", "") == "t5":
+        raise ModelError("tokenizer.ggml.model: expected another than t5, which only T5 has")
     if "tokenizer.ggml.add_bos_token" in header.fields:
         return {}
     return {"add_bos_token": True} if _pre(header) in _LIKE_LLAMA_3 else {}

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
+from modulora_core.errors import ModelError
 from modulora_core.models.gguf_header import STRING, Field, Header
 from modulora_core.models.gguf_tokenizer import set_splits, tokenizer_options
 
@@ -66,6 +67,11 @@ def test_llama_3_has_whole_words_and_a_first_token() -> None:
     assert tokenizer_options(described) == {"add_bos_token": True}
     assert tokenizer_options(header("gpt2", pre="llama-bpe", add_bos_token=False)) == {}
     assert tokenizer_options(header("gpt2", pre="qwen2")) == {}
+
+
+def test_a_vocabulary_of_t5_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"tokenizer.ggml.model: expected another than t5"):
+        tokenizer_options(header("t5"))
 
 
 @pytest.mark.parametrize("prefix", [True, False])
