@@ -61,6 +61,7 @@ def types_of(checkpoint: PackedCheckpoint) -> set[str]:
         ("qwen3moe", "Q4_1", 14),  # experts in stacks, gate and up fused
         ("qwen3moe", {"": "Q8_0", "gate_exps": "Q4_0", "up_exps": "Q5_1"}, 14),
         ("lfm2", "Q8_0", 15),  # transformers reads it in its newer way
+        ("qwen35moe", "Q8_0", 20),  # so too, with experts
     ],
 )
 def test_logits_are_those_of_transformers(
