@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _HARMLESS = re.compile(
     r".*\.input_scale|(.*\.)?(rope_(freqs|factors_long|factors_short)|attn_rot_embd)\..*"
 )
-"""A GGUF file's tensors that become numbers of the config, and the scales of 4-bit activations."""
+"""A GGUF file's tensors that become numbers of the config, and scales of quantized activations."""
 
 
 class ModelSource(Weights):
