@@ -188,7 +188,7 @@ def _open_gguf(location: Location, path: Path) -> ModelSource:
     source = ModelSource(location, store, model, file.dtype, described, store.transforms)
     left_out = tuple(name for name in source.unplaced if not _HARMLESS.fullmatch(name))
     for name in left_out:
-        if name.endswith(".scale"):  # llama.cpp writes one for a weight in NVFP4
+        if name.endswith(".scale"):  # llama.cpp has one for weights of some types
             raise ModelError(
                 f"{path}: {name}: expected weights whose scales are in their blocks, got another "
                 "scale, which isn't implemented; give the folder that the file was made from"
