@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modulora_core.errors import OptionError
 from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.optimizers import check_optimizer_name
 
 if TYPE_CHECKING:
     from modulora_core.registry import Choice
@@ -22,6 +23,13 @@ UNPLANNED = frozenset({
 
 def finetuning(options: Mapping[str, object]) -> FinetuneConfig:
     """Build the run to plan from fields of FinetuneConfig. Raises OptionError."""
+    config = _built(options)
+    if "optim" in config.model_fields_set:
+        check_optimizer_name(config.optim)
+    return config
+
+
+def _built(options: Mapping[str, object]) -> FinetuneConfig:
     unimportant: dict[str, object] = {"model": "-", "out": "-", "data": ["-"]}
     return FinetuneConfig.build(unimportant | dict(options))
 
@@ -97,4 +105,4 @@ class PlanRequest:
     def changed(self, **fields: Any) -> PlanRequest:
         """Change fields of the finetuning run. Raises OptionError if they exclude each other."""
         given = self.config.model_dump(exclude_unset=True)
-        return replace(self, config=finetuning(given | fields))
+        return replace(self, config=_built(given | fields))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import math
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.optimizers import check_optimizer_name
 from modulora_core.training.sharding import distributed_arguments
 from modulora_core.training.trainer_options import trainer_options
 
@@ -121,12 +120,7 @@ def check_optimizer(name: str) -> None:
         OptionError: transformers has no optimizer of that name; the message has near misses.
         MissingExtraError: the optimizer's library is not installed.
     """
-    names = [known.value for known in OptimizerNames]
-    if name not in names:
-        near = difflib.get_close_matches(name, names) or names
-        raise OptionError(
-            f"optim {name!r}: transformers has no such optimizer; expected {' or '.join(near)}"
-        )
+    check_optimizer_name(name)
     # not TrainingArguments(): it resets accelerate, which another run of this process may use
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     arguments: Any = SimpleNamespace(**{**defaults, "optim": name})

@@ -224,6 +224,7 @@ def test_a_search_comes_within_2_percent(
         ({"targets": "nothing"}, AdapterError, "target 'nothing'"),
         ({"offload_activations": True}, OptionError, "expected the device cuda, got cpu"),
         ({"optimizer": "adamw"}, OptionError, "optim"),
+        ({"optim": "adamw_torhc"}, OptionError, "no such optimizer; expected adamw_torch"),
     ],
 )
 def test_a_wrong_setting_is_refused(
