@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modulora_conformance.cases import KINDS, SPREAD, fit, gaussian, pack, tile
+from modulora_conformance.cases import KINDS, SPREAD, fit, gaussian, pack, packed, tile
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.packing import (
     DETERMINISTIC,
@@ -16,6 +16,7 @@ from modulora_conformance.levels.packing import (
     no_promise,
     promise_of,
 )
+from modulora_conformance.levels.tiles import NARROW
 from modulora_conformance.oracle import dense, relative_error, unlikeness
 from modulora_conformance.results import Measurements
 from modulora_core.errors import WeightError
@@ -112,6 +113,11 @@ class Accuracy(Level):
                 error = relative_error(W[part], weight[part])
                 case = f"{name} of a {list(weight.shape)} weight"
                 measurements.at_most("error at an end", error, limit, case=case)
+        tall = packed(quantizer, NARROW)
+        weight, W = gaussian(tall.shape, 0), dense(quantizer, tall)
+        error, limit = relative_error(W[-64:], weight[-64:]), END * relative_error(W, weight)
+        case = f"the last 64 rows of a {list(tall.shape)} weight"
+        measurements.at_most("error at an end", error, limit + MARGIN, case=case)
 
     @pytest.mark.parametrize("form", ["few rows", "few columns"])
     @needs(DETERMINISTIC, PROMISED, WIDTHS, ENDS)

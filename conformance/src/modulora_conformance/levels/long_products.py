@@ -15,7 +15,14 @@ from modulora_conformance.results import Measurements
 from modulora_conformance.tolerances import PRODUCT
 from modulora_core.spec import Quantizer
 
-BLOCKS = "test_products_of_a_large_weight_equal_the_dense_ones"
+BEFORE = (
+    FORWARD,
+    TRANSPOSED,
+    OWNED,
+    "test_long_weights_keep_the_error",
+    "test_rows_of_a_ragged_weight_equal_the_whole",
+    "test_products_of_a_large_weight_equal_the_dense_ones",
+)
 INDICES = "test_products_of_long_weights_equal_the_dense_ones"
 
 
@@ -25,7 +32,7 @@ class LongProducts(Level):
     level, title = "L3", "products"
 
     @pytest.mark.parametrize("form", ["few rows", "few columns"])
-    @needs(FORWARD, TRANSPOSED, OWNED, BLOCKS, "test_long_weights_keep_the_error")
+    @needs(*BEFORE)
     def test_products_of_long_weights_equal_the_dense_ones(
         self, quantizer: Quantizer, measurements: Measurements, form: str
     ) -> None:

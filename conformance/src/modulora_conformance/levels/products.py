@@ -191,7 +191,7 @@ class Products(Level):
 
     @pytest.mark.threads
     @pytest.mark.parametrize("form", LARGE)
-    @pytest.mark.parametrize("rows", [1, 3, 40], ids=lambda n: f"{n} rows")
+    @pytest.mark.parametrize("rows", [1, 3, 130], ids=lambda n: f"{n} rows")
     @needs(FORWARD, TRANSPOSED)
     def test_products_of_a_large_weight_equal_the_dense_ones(
         self, quantizer: Quantizer, measurements: Measurements, rows: int, form: str
@@ -202,7 +202,9 @@ class Products(Level):
         W = dense(quantizer, found)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for transpose, x in both_ways(found, rows, dtype=dtype, seed=5):
-                error = product_error(quantizer.matmul(x, found, transpose), x, W, transpose)
+                y = quantizer.matmul(x, found, transpose)
+                assert y.dtype == dtype, f"expected a product in {dtype}, got {y.dtype}"
+                error = product_error(y, x, W, transpose)
                 name, limit = f"product of a large weight in {dtype}", PRODUCT[dtype]
                 case = f"{transpose=}; {limit.reason}"
                 measurements.at_most(name, error, limit.value, case=case)

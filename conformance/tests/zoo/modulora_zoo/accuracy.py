@@ -88,6 +88,18 @@ class ColumnsInInt16(Healthy):
         return tile
 
 
+class ForgetsTheRestOfTheRows(Healthy):
+    """It packs blocks of 1,024 rows, and gives the rest of a taller weight no scale."""
+
+    breaks = ENDS
+    says = "the last 64 rows of a [1101, 64] weight"
+
+    def packed(self, codes, scale, zero, weight):
+        if len(weight) > 1024:
+            scale[len(weight) // 1024 * 1024 :] = 0
+        return super().packed(codes, scale, zero, weight)
+
+
 class LosesTheLastOfOddColumns(Healthy):
     """The last code of a long row is lost, unless 4 divides the length."""
 
