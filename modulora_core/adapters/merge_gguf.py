@@ -36,6 +36,7 @@ from modulora_core.files.paths import full_disk_named
 from modulora_core.models.file_formats import FileFormat, create_file_format
 from modulora_core.models.gguf_header import TensorInfo, read_header
 from modulora_core.models.gguf_places import Place, places, store_of
+from modulora_core.models.gguf_store import scale_of
 from modulora_core.models.gguf_template import write_template
 from modulora_core.models.gguf_writer import GGUFFileWriter, NewTensor
 from modulora_core.models.locate import locate
@@ -123,6 +124,7 @@ def merge_to_gguf(
         source, header = open_model(str(like)), read_header(like)
         changes = _changes(checkpoint, source, deltas, like)
         tensors = [_planned(info, changes, format_, type) for info in header.tensors]
+        factors = {scale_of(name) for name in changes}  # new values have none
         nbytes = sum(tensor.nbytes for tensor in tensors)
         check_disk_space(out, nbytes + SMALL_FILES)
         values = _Values(checkpoint, deltas, format_)
@@ -131,6 +133,8 @@ def merge_to_gguf(
             for done, tensor in enumerate(tensors, 1):
                 if tensor.name in changes:
                     writer.write(values.of(changes[tensor.name], tensor.kind))
+                elif tensor.name in factors:
+                    writer.write(torch.ones(tensor.shape, dtype=torch.float32).view(torch.uint8))
                 else:
                     writer.write(store_of(source).in_file(tensor.name).blocks())
                 if progress is not None:

@@ -49,6 +49,7 @@ def open_file(location: Location) -> ForeignModel | None:
             rows = _rows_of(source, site)
             kinds |= {one.name: one.kind for one in rows}
             layouts |= {one.name: one.layout for one in rows}
+            layouts |= {one.scale: _SCALE for one in rows if one.is_scaled}
             if rows:
                 found[site.name] = site, [one.name for one in rows]
         weights = known.reader().weights({"types": kinds}, layouts, _unread)
@@ -70,16 +71,22 @@ class _Rows:
     Attributes:
         tensors: their names in the file; kind: their type; row_bytes: the size of each row.
         order: for each matrix its rows, counted through all the tensors: ``[matrices, rows]``.
+        is_scaled: each matrix has a factor, which a plugin reads as ``NAME.scale``.
     """
 
     tensors: tuple[str, ...]
     kind: str
     row_bytes: int
     order: Tensor
+    is_scaled: bool = False
 
     @property
     def name(self) -> str:
         return self.tensors[0]
+
+    @property
+    def scale(self) -> str:
+        return f"{self.name}.scale"
 
     @property
     def layout(self) -> TensorLayout:
@@ -125,7 +132,7 @@ def _rows_of(source: ModelSource, site: LinearSite) -> list[_Rows]:
     )
     if not kinds or not fits:
         return []
-    is_one = len({tensor.kind for tensor in tensors.values()}) == 1
+    is_one = len({(tensor.kind, tensor.scale) for tensor in tensors.values()}) == 1
     made: dict[int, _Rows] = {}
     for group in [found] if is_one else [[place] for place in found]:
         rows = torch.cat([place.rows for place in group])
@@ -139,8 +146,12 @@ def _rows_of(source: ModelSource, site: LinearSite) -> list[_Rows]:
         one = tensors[group[0].name]
         row_bytes = one.nbytes * one.shape[-1] // one.numel
         names = tuple(place.name for place in group)
-        made[first] = _Rows(names, one.kind, row_bytes, order.view(-1, count))
+        scaled = one.scale is not None
+        made[first] = _Rows(names, one.kind, row_bytes, order.view(-1, count), scaled)
     return [made[first] for first in sorted(made)]
+
+
+_SCALE = TensorLayout("float32", (1,))
 
 
 def _unread(name: str) -> Tensor:
@@ -167,7 +178,11 @@ class _BlockStore(ForeignStore):
             }
 
         def read(name: str) -> Tensor:
-            rows, blocks = self._rows[name]
-            return rows.of(index, blocks)
+            if name in self._rows:
+                rows, blocks = self._rows[name]
+                return rows.of(index, blocks)
+            scale = store_of(self._source).in_file(name.removesuffix(".scale")).scale
+            assert scale is not None
+            return scale.read(as_stored=False).flatten()[index : index + 1]
 
         return read

@@ -35,9 +35,14 @@ _NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
 
 
 class GGUFTensor:
-    """One tensor of the file: its kind (``"Q4_1"``) and its shape in torch's order."""
+    """One tensor of the file: its kind (``"Q4_1"``) and its shape in torch's order.
 
-    def __init__(self, info: TensorInfo) -> None:
+    Args:
+        scale: the factor of the weight, which files have beside NVFP4; of a stack one for each
+            matrix.
+    """
+
+    def __init__(self, info: TensorInfo, scale: GGUFTensor | None = None) -> None:
         from gguf import quant_shape_to_byte_shape
         from gguf.constants import GGMLQuantizationType
 
@@ -48,6 +53,12 @@ class GGUFTensor:
         self._raw_shape = info.shape
         if info.kind not in _NUMPY:
             self._raw_shape = quant_shape_to_byte_shape(info.shape, self._type)
+        self.scale, matrices = scale, math.prod(info.shape[:-2])
+        if scale is not None and (scale.numel, scale.kind) != (matrices, "F32"):
+            raise CheckpointError(
+                f"{scale.name}: expected {matrices} factors of {self.name} in F32, got "
+                f"{scale.numel} in {scale.kind}"
+            )
 
     def read(self, *, as_stored: bool) -> Tensor:
         """The tensor, dequantized to fp32; with ``as_stored`` floats keep their dtype."""
@@ -56,7 +67,11 @@ class GGUFTensor:
             return torch.from_numpy(raw).view(_FLOATS[self.kind]).reshape(self.shape)
         from gguf import dequantize
 
-        return torch.from_numpy(dequantize(raw, self._type))
+        values = torch.from_numpy(dequantize(raw, self._type))
+        if self.scale is None:
+            return values
+        factors = self.scale.read(as_stored=False)
+        return values * (factors.view(-1, 1, 1) if values.dim() > 2 else factors)
 
     @property
     def is_float(self) -> bool:
@@ -128,8 +143,23 @@ def read_gguf(path: Path) -> GGUFFile:
         got = f"type {content}" if header.tensors else "no tensors"
         raise ModelError(f"{path}: expected a model in this GGUF file, got {got}; give its model's")
     _refuse_unreadable(path, header)
-    tensors = {info.name: GGUFTensor(info) for info in header.tensors}
-    return GGUFFile(path, architecture, tensors)
+    return GGUFFile(path, architecture, _tensors(header))
+
+
+def _tensors(header: Header) -> dict[str, GGUFTensor]:
+    """The tensors by name; a weight knows its factor."""
+    infos = {info.name: info for info in header.tensors}
+    found: dict[str, GGUFTensor] = {}
+    for name, info in infos.items():
+        scale = infos.get(scale_of(name))
+        found[name] = GGUFTensor(info, None if scale is None else GGUFTensor(scale))
+    return found
+
+
+def scale_of(name: str) -> str:
+    """The name of the factor of a weight in a file: ``blk.0.attn_q.scale``; "" for other names."""
+    stem = name.removesuffix(".weight")
+    return "" if stem == name else f"{stem}.scale"
 
 
 def require_gguf(path: Path) -> None:
@@ -177,7 +207,10 @@ class GGUFStore:
             self._processor, self._map = _names_in_memory(file, model, values)
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._parts: dict[str, list[GGUFTensor]] = {}
+        factors = {tensor.scale.name for tensor in file.tensors.values() if tensor.scale}
         for tensor in file.tensors.values():
+            if tensor.name in factors:
+                continue
             self._parts.setdefault(self._name_of(tensor.name), []).append(tensor)
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(
             {name: self._stored(name, parts, shapes) for name, parts in self._parts.items()}

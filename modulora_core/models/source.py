@@ -188,11 +188,8 @@ def _open_gguf(location: Location, path: Path) -> ModelSource:
     source = ModelSource(location, store, model, file.dtype, described, store.transforms)
     left_out = tuple(name for name in source.unplaced if not _HARMLESS.fullmatch(name))
     for name in left_out:
-        if name.endswith(".scale"):  # llama.cpp has one for weights of some types
-            raise ModelError(
-                f"{path}: {name}: expected weights whose scales are in their blocks, got another "
-                "scale, which isn't implemented; give the folder that the file was made from"
-            )
+        if name.endswith(".scale"):  # without it some weight would be another one
+            raise ModelError(f"{path}: {name}: expected the factor of a weight, found no weight")
     _warn_left_out(str(path), type(model).__name__, left_out)
     return source
 

@@ -95,8 +95,11 @@ def test_tensors_without_a_place_are_named_once(
     (record,) = caplog.records
     named = "blk.1.nextn.eh_proj.weight, v.blk.0.attn_q.weight"
     assert record.message.endswith(f"LlamaForCausalLM has no place for are left out (2): {named}")
-    path = write_tiny_gguf("llama", tmp_path / "scaled.gguf", extra=("blk.0.attn_q.scale",))
-    with pytest.raises(ModelError, match=r"blk\.0\.attn_q\.scale: expected weights whose scales"):
+    path = write_tiny_gguf("llama", tmp_path / "scaled.gguf", extra=("blk.9.attn_q.scale",))
+    with pytest.raises(ModelError, match=r"blk\.9\.attn_q\.scale: expected the factor of a weight"):
+        open_model(str(path))
+    path = write_tiny_gguf("llama", tmp_path / "many.gguf", extra=("blk.0.attn_q.scale",))
+    with pytest.raises(CheckpointError, match=r"expected 1 factors of blk\.0\.attn_q\.weight"):
         open_model(str(path))
 
 

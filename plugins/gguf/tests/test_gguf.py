@@ -27,7 +27,9 @@ types = pytest.mark.parametrize("kind", reference.DEQUANTIZE)
 def packed_of(blocks: np.ndarray, kind: str) -> PackedWeight:
     weights, nbytes = reference.block_of(kind)
     shape = (len(blocks), blocks.shape[1] // nbytes * weights)
-    return GGUF(Options(type=kind)).layout(shape).fill({"blocks": torch.from_numpy(blocks)})
+    layout, tensors = GGUF(Options(type=kind)).layout(shape), {"blocks": torch.from_numpy(blocks)}
+    scale = {"scale": torch.ones(1)} if kind == reference.SCALED else {}
+    return layout.fill(tensors | scale)
 
 
 def by_gguf(blocks: np.ndarray, kind: str) -> torch.Tensor:

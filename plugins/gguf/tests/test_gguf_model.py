@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from modulora_gguf import reference
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,7 @@ from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
 from modulora_core.models.gguf_store import read_gguf
 from modulora_core.models.quiet import quiet
+from modulora_core.models.source import open_model
 from modulora_core.planner.fitting import plan
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import load_with_transformers, logits
@@ -86,6 +88,46 @@ def test_files_of_all_types_have_the_logits_of_transformers(first: int, tmp_path
     theirs = by_transformers(path)
     bound = 1e-3 * float(theirs.abs().max())
     torch.testing.assert_close(logits(load_model(checkpoint)), theirs, rtol=1e-3, atol=bound)
+
+
+@pytest.mark.slow
+def test_the_scales_of_nvfp4_weights_are_applied(tmp_path: Path) -> None:
+    """Transformers leaves them out. Gates and ups of each expert have one each."""
+    kinds = {"": "Q8_0", "attn_q": "NVFP4", "attn_v": "NVFP4", "exps": "NVFP4"}
+    path = write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", kinds, wide=True, scaled=True)
+    scales = {t.name: torch.from_numpy(t.data.copy()) for t in GGUFReader(path).tensors
+              if t.name.endswith(".scale")}  # fmt: skip
+    assert len(scales) == 10
+    with quiet():
+        dense = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    for number, layer in enumerate(dense.model.layers):
+        own = {name: scales[f"blk.{number}.{name}.scale"][:, None, None]
+               for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")}  # fmt: skip
+        layer.self_attn.q_proj.weight.data *= scales[f"blk.{number}.attn_q.scale"]
+        layer.self_attn.v_proj.weight.data *= scales[f"blk.{number}.attn_v.scale"]
+        gates, ups = layer.mlp.experts.gate_up_proj.data.chunk(2, dim=1)
+        gates *= own["ffn_gate_exps"]
+        ups *= own["ffn_up_exps"]
+        layer.mlp.experts.down_proj.data *= own["ffn_down_exps"]
+    wanted = logits(dense.eval())
+    for name in ("self_attn.q_proj.weight", "mlp.experts.gate_up_proj"):  # to quantize it again
+        name = f"model.layers.1.{name}"
+        read = dict(open_model(str(path)).tensors(names=[name]))[name]
+        torch.testing.assert_close(read, dense.get_parameter(name).data)
+    checkpoint = open_checkpoint(path)
+    assert types_of(checkpoint) == {"Q8_0", "NVFP4"}
+    model = load_model(checkpoint)
+    bound = 1e-4 * float(wanted.abs().max())
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=bound)
+    add_lora(model, LoRASettings(rank=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, tmp_path / "adapter")
+    merged = tmp_path / "merged.gguf"
+    merge_to_gguf(str(path), merged, adapter=str(tmp_path / "adapter"), type="Q8_0", progress=False)
+    ours, theirs = logits(load_model(merged)), logits(model)
+    assert float((ours - theirs).norm() / (theirs - wanted).norm()) < 0.1
 
 
 @pytest.mark.slow

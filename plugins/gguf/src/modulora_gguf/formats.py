@@ -10,9 +10,9 @@ from torch import Tensor
 
 from modulora_core.errors import OptionError
 from modulora_core.models.file_formats import FileFormat
-from modulora_core.models.formats import ForeignWeight
+from modulora_core.models.formats import ForeignWeight, read_finite
 from modulora_core.spec import PackedWeight, TensorLayout
-from modulora_gguf import SPEC, packing, reference
+from modulora_gguf import packing, reference
 from modulora_gguf.quantizer import GGUF, Options
 
 Read = Callable[[str], Tensor]
@@ -32,14 +32,17 @@ class File(FileFormat):
         tensors: Mapping[str, TensorLayout],
         read: Read,  # noqa: ARG002 - headers say all
     ) -> Mapping[str, ForeignWeight]:
-        """The weights of known types; ``config["types"]`` has the type of each."""
+        """The weights of known types; ``config["types"]`` has the type of each.
+
+        The factor of a weight ``NAME`` is a tensor ``NAME.scale``, fp32 ``[1]``.
+        """
         quantizers = {
             kind: GGUF(Options.model_validate({"type": kind})) for kind in reference.DEQUANTIZE
         }
         return {
-            name: _weight(name, quantizers[kind], tensors[name])
+            name: _weight(name, quantizers[kind], tensors)
             for name, kind in config["types"].items()
-            if kind in quantizers
+            if kind in quantizers and (kind == reference.SCALED or f"{name}.scale" not in tensors)
         }
 
     def type_of(self, kind: str, in_features: int) -> str:
@@ -61,15 +64,18 @@ class File(FileFormat):
         return reference.dequantize(rows, kind)
 
 
-def _weight(name: str, quantizer: GGUF, stored: TensorLayout) -> ForeignWeight:
+def _weight(name: str, quantizer: GGUF, tensors: Mapping[str, TensorLayout]) -> ForeignWeight:
     weights, nbytes = reference.block_of(quantizer.options.type)
-    rows, row_bytes = stored.shape
+    rows, row_bytes = tensors[name].shape
+    scale = f"{name}.scale" if f"{name}.scale" in tensors else None
     layout = quantizer.layout((rows, row_bytes // nbytes * weights))
 
     def unpack(read: Read) -> PackedWeight:
-        blocks = read(name).contiguous()
-        return PackedWeight(
-            SPEC.name, quantizer.format, layout.shape, {"blocks": blocks}, layout.metadata
-        )
+        found = {"blocks": read(name).contiguous()}
+        if "scale" in layout.tensors:
+            found["scale"] = (
+                torch.ones(1, dtype=torch.float32) if scale is None else read_finite(read, scale)
+            )
+        return layout.fill(found)
 
-    return ForeignWeight((name,), quantizer, layout, unpack)
+    return ForeignWeight((name,) if scale is None else (name, scale), quantizer, layout, unpack)

@@ -1,8 +1,10 @@
-"""GGUF's types behind the contract: one packed tensor, its bytes. The types are in reference.py.
+"""GGUF's types behind the contract: a packed tensor of bytes. The types are in reference.py.
 
 Packed tensors::
 
     blocks    uint8 [out, row bytes]    the rows of a GGUF tensor, as they are in a file
+    scale     fp32 [1]                  of NVFP4 only: a factor of the whole weight, which files
+                                        have in a tensor of its own
 
 Metadata: ``type``, a name such as ``"Q4_K"``.
 """
@@ -103,10 +105,12 @@ class GGUF(KernelQuantizer):
         weights, nbytes = reference.block_of(type)
         if shape[1] % weights:
             raise ValueError(f"in_features {shape[1]} is not a multiple of {weights}")
-        return {"blocks": TensorLayout("uint8", (shape[0], shape[1] // weights * nbytes))}
+        blocks = TensorLayout("uint8", (shape[0], shape[1] // weights * nbytes))
+        scale = {"scale": TensorLayout("float32", (1,))} if type == reference.SCALED else {}
+        return {"blocks": blocks, **scale}
 
     def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
-        return reference.dequantize(packed.tensors["blocks"][slice(*rows)], packed.metadata["type"])
+        return reference.tile(packed, rows)
 
 
 def _importance(diagonal: Tensor) -> Tensor:

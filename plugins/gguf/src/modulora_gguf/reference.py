@@ -18,8 +18,12 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from modulora_core.packed import PackedWeight
 from modulora_gguf import codebooks
 from modulora_gguf.bits import bits, floats, half, nibbles, split, words
+
+SCALED = "NVFP4"
+"""The type whose packed weights have one more factor."""
 
 
 def block_of(type: str) -> tuple[int, int]:
@@ -36,6 +40,12 @@ def dequantize(blocks: Tensor, type: str) -> Tensor:
     if rows * columns == 0:
         return torch.zeros(rows, columns, dtype=torch.float32, device=blocks.device)
     return DEQUANTIZE[type](blocks.reshape(-1, nbytes)).reshape(rows, columns)
+
+
+def tile(packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+    """Rows ``[start, stop)`` of a packed weight, fp32 ``[stop - start, in]``."""
+    values = dequantize(packed.tensors["blocks"][slice(*rows)], packed.metadata["type"])
+    return values * packed.tensors["scale"] if "scale" in packed.tensors else values
 
 
 def bf16(b: Tensor) -> Tensor:

@@ -263,7 +263,7 @@ def tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Ten
         return kernels.tile(packed, rows, dtype)
     if kind != "BF16":  # torch converts it as fast
         _say(kind)
-    return reference.dequantize(packed.tensors["blocks"][slice(*rows)], kind).to(dtype)
+    return reference.tile(packed, rows).to(dtype)
 
 
 def product(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor | None:

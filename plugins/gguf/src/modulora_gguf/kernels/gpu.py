@@ -156,7 +156,7 @@ def tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Ten
     kind = packed.metadata["type"]
     if kind in KINDS:
         return kernels.tile(packed, rows, dtype)
-    return reference.dequantize(packed.tensors["blocks"][slice(*rows)], kind).to(dtype)
+    return reference.tile(packed, rows).to(dtype)
 
 
 def product(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor | None:
