@@ -45,7 +45,7 @@ OUTLIER = 3.0
 """The most of the usual error for one outlier. A float with 3 bits or a clipped one loses a
 quarter."""
 
-CLIPPED = 0.8
+CLIPPED = 0.9
 """The most of an outlier that a format with few levels clips. A lost one has an error of 1."""
 
 UNLIKE = 0.99
@@ -137,8 +137,7 @@ class Accuracy(Level):
         measurements.at_most(f"error at the end of {form}", error, limit)
         last = (..., slice(-1, None)) if form == "few rows" else (slice(-1, None),)
         error = relative_error(W[last], weight[last])
-        limit = max(OUTLIER * usual_error(quantizer), CLIPPED)
-        measurements.at_most(f"error of the last of {form}", error, limit)
+        measurements.at_most(f"error of the last of {form}", error, CLIPPED)
 
     @needs(DETERMINISTIC, PROMISED, WIDTHS)
     def test_columns_of_other_magnitudes_keep_the_error(

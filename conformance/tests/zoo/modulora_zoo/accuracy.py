@@ -117,7 +117,7 @@ class LosesTheLastOfLongRows(Healthy):
     """The last code of a very long row is lost."""
 
     breaks = LONG
-    says = "error of the last of few rows"
+    says = "error at the end of few rows"
 
     def decode(self, packed, rows):
         tile = super().decode(packed, rows)

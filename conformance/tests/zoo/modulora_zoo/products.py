@@ -283,9 +283,9 @@ class ColumnsOfAProductInInt16(Healthy):
     def matmul(self, x, packed, transpose=False):
         if transpose or packed.shape[1] <= 2**15:
             return super().matmul(x, packed, transpose)
-        x = x.clone()
-        x[..., : packed.shape[1] - 2**15] += x[..., 2**15 :]
+        x, rest = x.clone(), x[..., 2**15 :]
         x[..., 2**15 :] = 0
+        x[..., : rest.shape[-1]] += rest
         return super().matmul(x, packed, transpose)
 
 
