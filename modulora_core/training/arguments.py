@@ -41,6 +41,9 @@ def training_arguments(
     values = {**argument_values(config, folder, steps, device), **trainer_options(config.trainer)}
     try:
         arguments = _Arguments(**values)
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        if optimizer.__module__.startswith("torch."):  # it checks them without a model
+            optimizer([torch.zeros(1)], **options)
     except (ValueError, ImportError) as error:
         raise OptionError(f"trainer: {' '.join(str(error).split())}") from None
     # not accelerate's own setting: FSDP2 would cast packed scales, and dtype sets the precision
