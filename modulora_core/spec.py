@@ -343,7 +343,7 @@ class Quantizer(ABC):
         is slow, and exact if the size depends on the shape alone. Override it with arithmetic."""
         import torch
 
-        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        identity = Calibration(torch.eye(shape[1]), samples=1)
+        weight = torch.randn(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+        identity = Calibration(torch.eye(shape[1], dtype=torch.float32), samples=1)
         calibration = identity if self.spec.calibration == "required" else None
         return self.pack(weight, calibration).layout
