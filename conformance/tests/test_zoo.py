@@ -49,7 +49,7 @@ SLOW = {
 }
 """Checks of other processes, of the compiler, and of a whole model."""
 
-OWN, OTHERS = 3, 12
+OWN, OTHERS = 4, 24
 """A broken quantizer meets one in so many checks of its own level, and of other levels."""
 
 

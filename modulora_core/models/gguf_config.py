@@ -6,7 +6,6 @@ Its tables are semi-private, so every use is in this file and in ``gguf_store.py
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -140,21 +139,15 @@ def _set_falcon(config: Any, groups: int, header: Header) -> None:
 
 def _read_quickly() -> Collection[str]:
     """The architectures whose config transformers reads without the gguf package."""
-    try:
-        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
-    except ImportError:  # older versions
-        return ()
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+
     return tuple(GGUF_CONFIG_ARCHS)
 
 
 def _architectures() -> list[str]:
     """The architectures that transformers reads from a GGUF file, in either way."""
+    from transformers.integrations.gguf import GGUF_ARCHS
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    found = set(GGUF_SUPPORTED_ARCHITECTURES)
-    with suppress(ImportError):  # older versions have one way
-        from transformers.integrations.gguf import GGUF_ARCHS
-
-        found |= set(GGUF_ARCHS)
     sections = {"general", "tokenizer"}  # of all architectures
-    return sorted(found - sections - _REFUSED.keys())
+    return sorted({*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_ARCHS} - sections - _REFUSED.keys())
