@@ -173,14 +173,14 @@ def _check_unexpected(model: str, kind: str, headers: _Headers, unexpected: list
 def record_of(source: ModelSource, placed: Placed, format_name: str) -> QuantizationRecord:
     """The record of a checkpoint of ours with the weights of ``placed``."""
     # a format makes few quantizers, and Recipe.of looks plugins up
-    quantizers = {id(first.quantizer): first.quantizer for _, (first, *_) in placed.values()}
-    recipe_of = {key: Recipe.of(quantizer) for key, quantizer in quantizers.items()}
+    quantizers = dict.fromkeys(first.quantizer for _, (first, *_) in placed.values())
+    recipe_of = {quantizer: Recipe.of(quantizer) for quantizer in quantizers}
     recipes: list[Recipe] = []
     for recipe in recipe_of.values():
         if recipe not in recipes:
             recipes.append(recipe)
     sites, weights = distinct_sites(
-        (site, recipes.index(recipe_of[id(first.quantizer)]), first.layout)
+        (site, recipes.index(recipe_of[first.quantizer]), first.layout)
         for site, (first, *_) in placed.values()
     )
     found = find_sites(source.skeleton())

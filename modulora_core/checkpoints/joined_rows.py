@@ -9,7 +9,7 @@ quantizer and tensors of its own. Its tensors ``NAME`` become ``part0_NAME``, ``
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache, reduce
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -47,6 +47,12 @@ class JoinedRows(Quantizer):
     def __init__(self, parts: Sequence[Quantizer]) -> None:
         super().__init__()
         self.parts = tuple(parts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, JoinedRows) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
 
     def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:
         """Always raises PluginError."""
@@ -123,10 +129,6 @@ def layouts_of_parts(layout: PackedLayout) -> list[PackedLayout]:
     return [PackedLayout.from_json(part) for part in parts]
 
 
-_joined = cache(JoinedRows)
-"""Equal parts share a quantizer: a record describes each one once."""
-
-
 def join(parts: Sequence[ForeignWeight]) -> ForeignWeight:
     """Weights of a foreign model as one, by their rows.
 
@@ -140,4 +142,4 @@ def join(parts: Sequence[ForeignWeight]) -> ForeignWeight:
         return layout.fill({f"part{i}_{n}": t for i, p in enumerate(tensors) for n, t in p.items()})
 
     names = tuple(name for part in parts for name in part.tensors)
-    return ForeignWeight(names, _joined(tuple(part.quantizer for part in parts)), layout, unpack)
+    return ForeignWeight(names, JoinedRows([part.quantizer for part in parts]), layout, unpack)

@@ -38,8 +38,7 @@ class GGUFTensor:
     """One tensor of the file: its kind (``"Q4_1"``) and its shape in torch's order.
 
     Args:
-        scale: the factor of the weight, which files have beside NVFP4; of a stack one for each
-            matrix.
+        scale: the factor of the weight, if the file has one; of a stack one for each matrix.
     """
 
     def __init__(self, info: TensorInfo, scale: GGUFTensor | None = None) -> None:
@@ -63,7 +62,7 @@ class GGUFTensor:
     def read(self, *, as_stored: bool) -> Tensor:
         """The tensor, dequantized to fp32; with ``as_stored`` floats keep their dtype."""
         raw = self._raw()
-        if as_stored and self.kind in _FLOATS:
+        if as_stored and self.kind in _FLOATS and self.scale is None:
             return torch.from_numpy(raw).view(_FLOATS[self.kind]).reshape(self.shape)
         from gguf import dequantize
 

@@ -185,7 +185,7 @@ def write_tiny_gguf(
     extra: tuple[str, ...] = (),
     wide: bool = False,
     split: int = 0,
-    scaled: bool = False,
+    scaled: str = "",
 ) -> Path:
     """Write a file with matrices of a type and F32 vectors. Returns ``path``, or the first part.
 
@@ -193,7 +193,7 @@ def write_tiny_gguf(
         kind: the type of all matrices, or of each by a part of its name, with ``""`` for others.
         wide: rows have 256 weights or a multiple, as most types need; not for GPT-2 and LFM2.
         split: the most tensors of a part, after a first part without any.
-        scaled: each matrix in NVFP4 has another scale, as llama.cpp writes it.
+        scaled: the type whose matrices have another scale, as llama.cpp writes it for NVFP4.
     """
     fields, top, layer = ARCHITECTURES[architecture]
     if wide:
@@ -215,7 +215,7 @@ def write_tiny_gguf(
         shapes |= {f"blk.{number}.{name}": shape for name, shape in layer.items()}
     shapes |= dict.fromkeys(extra, (HIDDEN,))
     for name, shape in list(shapes.items()):
-        if scaled and len(shape) > 1 and _kind_of(name, kind) == "NVFP4":
+        if scaled and len(shape) > 1 and _kind_of(name, kind) == scaled:
             shapes[name.replace(".weight", ".scale")] = shape[:-2] or (1,)
     for name, shape in shapes.items():
         stored = Kind.F32 if len(shape) == 1 or "scale" in name else Kind[_kind_of(name, kind)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modulora_core.errors import CheckpointError, ModelError, WeightError
@@ -101,6 +102,18 @@ def test_tensors_without_a_place_are_named_once(
     path = write_tiny_gguf("llama", tmp_path / "many.gguf", extra=("blk.0.attn_q.scale",))
     with pytest.raises(CheckpointError, match=r"expected 1 factors of blk\.0\.attn_q\.weight"):
         open_model(str(path))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])  # transformers' two ways
+def test_a_scaled_float_tensor_is_read_with_its_scale(architecture: str, tmp_path: Path) -> None:
+    plain, scaled = (
+        write_tiny_gguf(architecture, tmp_path / f"{scaled}.gguf", scaled=scaled)
+        for scaled in ("", "F32")
+    )
+    (factor,) = (t.data for t in GGUFReader(scaled).tensors if t.name == "blk.1.attn_v.scale")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    read = [dict(open_model(str(path)).tensors(names=[name]))[name] for path in (plain, scaled)]
+    torch.testing.assert_close(read[1], read[0] * float(factor[0]))
 
 
 def test_nan_in_a_block_scale_is_found(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_files_of_all_types_have_the_logits_of_transformers(first: int, tmp_path
 def test_the_scales_of_nvfp4_weights_are_applied(tmp_path: Path) -> None:
     """Transformers leaves them out. Gates and ups of each expert have one each."""
     kinds = {"": "Q8_0", "attn_q": "NVFP4", "attn_v": "NVFP4", "exps": "NVFP4"}
-    path = write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", kinds, wide=True, scaled=True)
+    path = write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", kinds, wide=True, scaled="NVFP4")
     scales = {t.name: torch.from_numpy(t.data.copy()) for t in GGUFReader(path).tensors
               if t.name.endswith(".scale")}  # fmt: skip
     assert len(scales) == 10

@@ -38,7 +38,7 @@ class LongProducts(Level):
     ) -> None:
         """If this fails: a kernel's index of rows or columns does not fit its dtype.
 
-        Use int64 for offsets: 32,767 columns are a common size of experts and of vocabularies.
+        Use int64 for offsets: many vocabularies have more rows than 16 bits count.
         """
         weight = long_packed(quantizer, form)
         W = dense(quantizer, weight)
