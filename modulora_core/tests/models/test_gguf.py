@@ -107,7 +107,7 @@ def test_tensors_without_a_place_are_named_once(
 @pytest.mark.parametrize("architecture", ["llama", "lfm2"])  # transformers' two ways
 def test_a_scaled_float_tensor_is_read_with_its_scale(architecture: str, tmp_path: Path) -> None:
     plain, scaled = (
-        write_tiny_gguf(architecture, tmp_path / f"{scaled}.gguf", scaled=scaled)
+        write_tiny_gguf(architecture, tmp_path / f"of{scaled}.gguf", scaled=scaled)
         for scaled in ("", "F32")
     )
     (factor,) = (t.data for t in GGUFReader(scaled).tensors if t.name == "blk.1.attn_v.scale")
