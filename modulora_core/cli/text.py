@@ -68,7 +68,7 @@ def _title(key: str) -> str:
 def _value(key: str, value: Any) -> str:
     if isinstance(value, Mapping):
         if any(isinstance(part, list) for part in value.values()):
-            return "; ".join(f"{name}: {_value(name, part)}" for name, part in value.items())
+            return "; ".join(f"{_value(name, part)} ({name})" for name, part in value.items())
         return ", ".join(f"{name}={_value(name, part)}" for name, part in value.items())
     if isinstance(value, (list, tuple)):
         shown = [_value(key, part) for part in value]

@@ -38,7 +38,7 @@ def test_quantize_names_what_each_quantizer_packed(text_of: TextOf, tmp_path: Pa
     source = save_tiny_model("llama-tied", tmp_path / "source")
     text = text_of("quantize", source, tmp_path / "one", "-q", "toy")
     assert re.search(r"quantizer toy options levels=127 bits per weight \d+\.\d+ size ", text)
-    assert "tied to model.embed_tokens.weight: lm_head.weight" in text
+    assert "lm_head.weight (tied to model.embed_tokens.weight)" in text
     words = ("-q", "toy", "--quantize-embeddings", "verbatim")
     text = text_of("quantize", source, tmp_path / "two", *words)
     assert re.search(r"packed by toy [\d,]+ weights, verbatim 3,072 weights", text)  # 96 x 32

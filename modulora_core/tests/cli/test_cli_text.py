@@ -48,7 +48,7 @@ def test_facts_have_a_line_for_each_entry(capsys: pytest.CaptureFixture[str]) ->
         "peak memory 1.50 KiB",
         "seconds 1.2346",
         "weights 2,048",
-        "kept dense norm: a, b; head: c",
+        "kept dense a, b (norm); c (head)",
         "options bits=3, sym=True",
         "losses 2, 1.5, 1.25, ... (4 in all)",
     ]

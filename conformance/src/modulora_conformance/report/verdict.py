@@ -76,7 +76,7 @@ def against(run: Run) -> str:
         )
     passed = "Passed, not certified" if run.checks and not reasons else "Not certified"
     if not run.complete:
-        reasons.append("the run left out checks, or options that the spec makes promises for")
+        reasons.append("this run left out some checks, or configurations that the spec promises")
     return f"{passed}: {'; '.join(reasons) or 'nothing was checked'}."
 
 
