@@ -105,6 +105,7 @@ def merge(
         nbytes = sum(shard.nbytes for shard in shards)
         check_disk_space(out, nbytes + SMALL_FILES)
         with whole_or_nothing(out) as folder:
+            checkpoint.copy_tokenizer(folder)
             writer = ShardWriter(folder, shards)
             for done, name in enumerate(checkpoint.parameters, 1):
                 delta = delta_of(checkpoint, name, deltas)
@@ -115,7 +116,6 @@ def merge(
                     progress("merging", done, len(checkpoint.parameters))
             writer.finish()
             checkpoint.write_dense_config(folder, dtype)
-            checkpoint.copy_tokenizer(folder)
             write_digests(folder)
     seconds = time.perf_counter() - started
     return MergeResult(str(out), dtype, nbytes, len(deltas), seconds, peak.nbytes)

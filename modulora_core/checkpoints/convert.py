@@ -106,6 +106,7 @@ def convert(
         nbytes = sum(shard.nbytes for shard in shards)
         check_disk_space(out, nbytes + SMALL_FILES)
         with whole_or_nothing(out) as folder, torch.no_grad():
+            checkpoint.copy_tokenizer(folder)
             shard_writer = ShardWriter(folder, shards)
             for done, (name, part) in enumerate(parts.items(), 1):
                 shard_writer.write(name, part.read())
@@ -113,7 +114,6 @@ def convert(
                     progress("converting", done, len(parts))
             shard_writer.finish()
             _write_config(checkpoint, writer, folder)
-            checkpoint.copy_tokenizer(folder)
             write_digests(folder)
     weights = sum(site.weights for _, site in checkpoint.record.items())
     seconds = time.perf_counter() - started

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from modulora_core.errors import CheckpointError, DiskSpaceError, OutputError
 from modulora_core.files.json_files import read_bytes
@@ -249,9 +249,16 @@ def _sync(path: Path) -> None:
 
 
 def write_digests(folder: Path) -> None:
-    """Write the SHA-256 of each file of a folder, as ``sha256sum`` does."""
-    files = sorted(path for path in folder.iterdir() if path.name not in (MARKER, DIGESTS))
-    write_file(folder / DIGESTS, "".join(f"{digest(path)}  {path.name}\n" for path in files))
+    """Write the SHA-256 of each file below a folder, as ``sha256sum`` does."""
+    digests = digests_of(folder, without=(MARKER, DIGESTS))
+    write_file(folder / DIGESTS, "".join(f"{found}  {name}\n" for name, found in digests.items()))
+
+
+def digests_of(folder: Path, without: Collection[str] = ()) -> dict[str, str]:
+    """The SHA-256 of each file below ``folder`` by its relative name, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = ((path.relative_to(folder).as_posix(), path) for path in files)
+    return {name: digest(path) for name, path in names if name not in without}
 
 
 def check_digests(folder: Path) -> int:
@@ -259,7 +266,7 @@ def check_digests(folder: Path) -> int:
 
     Raises:
         CheckpointError: there are no digests, or none of a weight file; or a file is missing or has
-            other bytes.
+            other bytes, or a name leaves the folder.
     """
     listed = folder / DIGESTS
     if not listed.is_file():
@@ -274,13 +281,20 @@ def check_digests(folder: Path) -> int:
         if path.name not in names:
             raise CheckpointError(f"{listed}: expected a digest of {path.name}, found none")
     for expected, _, name in lines:
-        path = folder / Path(name).name
+        if not _is_inside(name):
+            raise CheckpointError(f"{listed}: expected names in the folder, got {name!r:.60}")
+        path = folder / name
         got = digest(path) if path.is_file() else "no file"
         if got != expected:
             raise CheckpointError(
                 f"{path}: expected the SHA-256 {expected[:12]}…, got {got[:12]}; download it again"
             )
     return len(lines)
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePath(name)
+    return not path.anchor and ".." not in path.parts and "\0" not in name
 
 
 def digest(path: Path) -> str:

@@ -279,6 +279,7 @@ def _begun(
     if before is not None and before.contents not in (None, contents):
         raise _another(folder, "the values of the model's weights")
     with whole_or_nothing(out, resume=before is not None) as folder:
+        source.copy_tokenizer(folder)  # a file that can't be copied is refused before the work
         write_file(folder / REQUEST, json.dumps({"record": request, "contents": contents}))
         yield before is not None
 
@@ -308,7 +309,6 @@ def write_packed(
     config.architectures = [type(source.skeleton()).__name__]
     config.quantization_config = layout.record.to_json()
     config.save_pretrained(folder)
-    source.copy_tokenizer(folder)
     writer.finish()
     for name in (REQUEST, JOURNAL):
         (folder / name).unlink(missing_ok=True)

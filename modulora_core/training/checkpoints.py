@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 from transformers import TrainerState
 
-from modulora_core.checkpoints.outputs import digest, sync_folder, write_file
+from modulora_core.checkpoints.outputs import digest, digests_of, sync_folder, write_file
 from modulora_core.errors import CheckpointError
 from modulora_core.files.json_files import read_json
 
@@ -31,8 +31,8 @@ class _Seal(BaseModel):
 def seal(checkpoint: Path, processes: int = 1) -> None:
     """Mark a checkpoint as whole: sync its files to the disk, then record their SHA-256."""
     sync_folder(checkpoint)
-    digests = {file.name: digest(file) for file in sorted(checkpoint.iterdir())}
-    text = json.dumps({"files": digests, "processes": processes}, indent=2)
+    files = digests_of(checkpoint, without=(_SEAL,))
+    text = json.dumps({"files": files, "processes": processes}, indent=2)
     write_file(checkpoint / _SEAL, text)
 
 

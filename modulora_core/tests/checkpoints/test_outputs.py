@@ -155,6 +155,27 @@ def test_digests_find_a_changed_and_a_missing_file(tmp_path: Path) -> None:
         check_digests(tmp_path)
 
 
+def test_digests_are_of_files_below_the_folder_too(tmp_path: Path) -> None:
+    (tmp_path / "templates" / "deep").mkdir(parents=True)
+    for name in ("a", "templates/b", "templates/deep/c"):
+        (tmp_path / name).write_text(name)
+    write_digests(tmp_path)
+    assert check_digests(tmp_path) == 3
+    (tmp_path / "templates" / "deep" / "c").write_text("other")
+    with pytest.raises(CheckpointError, match=r"deep/c: expected the SHA-256"):
+        check_digests(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "a\0"])
+def test_a_digest_of_a_file_outside_is_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "a").mkdir(parents=True)
+    (tmp_path / "outside").write_text("text")
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
+    with pytest.raises(CheckpointError, match="expected names in the folder, got"):
+        check_digests(folder)
+
+
 @pytest.mark.parametrize("place", ["", ".", "/"])
 def test_a_place_without_a_name_is_refused(place: str) -> None:
     with pytest.raises(OutputError, match="expected the name of a new place, got none"):

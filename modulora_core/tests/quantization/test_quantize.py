@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
-from modulora_core.checkpoints.outputs import partial_name
+from modulora_core.checkpoints.outputs import DIGESTS, check_digests, partial_name
 from modulora_core.errors import (
     CheckpointError,
     ModelError,
@@ -29,8 +30,10 @@ from modulora_core.errors import (
     WorkError,
 )
 from modulora_core.models.folders import MARKER, REQUEST
+from modulora_core.models.tokenizer import COPIED_FILES
 from modulora_core.quantization.quantize import Override, quantize
 from modulora_core.registry import Choice
+from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.tests.stopped_runs import stop, stored
 from modulora_core.tests.tiny_models import save_tiny_model
 
@@ -66,6 +69,33 @@ def test_dense_parameters_are_kept_bit_for_bit_and_listed(source: str, tmp_path:
     assert "model.layers.0.mlp.down_proj.weight" in result.kept["excluded by --exclude *.down_proj"]
     assert set(kept) | set(open_checkpoint(tmp_path / "out").record.weights) == set(before)
     assert all(torch.equal(after[name], before[name]) for name in kept)
+
+
+def test_folders_of_a_tokenizer_get_through_quantize_and_merge(tmp_path: Path, toy: object) -> None:
+    save_llama_with_tokenizer(tmp_path / "dense")
+    templates = tmp_path / "dense" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("{{ tools }}")
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "toy")
+    merge(str(tmp_path / "packed"), tmp_path / "merged")
+    for out in (tmp_path / "packed", tmp_path / "merged"):
+        assert (out / templates.name / "tools.jinja").read_text() == "{{ tools }}"
+        assert "additional_chat_templates/tools.jinja" in (out / DIGESTS).read_text()
+        check_digests(out)
+        assert open_checkpoint(tmp_path / "packed").tokenizer().chat_template["tools"]
+
+
+@pytest.mark.parametrize("name", COPIED_FILES)
+def test_a_file_that_cannot_be_copied_is_refused_before_packing(
+    name: str, tmp_path: Path, toy: object
+) -> None:
+    save_llama_with_tokenizer(tmp_path / "dense")
+    file = tmp_path / "dense" / name.replace("*", "tools")
+    file.unlink(missing_ok=True)
+    file.mkdir(parents=True)
+    with pytest.raises(RequestError):
+        quantize(str(tmp_path / "dense"), tmp_path / "out", "toy")
+    assert not list(tmp_path.glob("out*/*.safetensors"))
 
 
 def test_the_last_override_that_matches_counts(source: str, tmp_path: Path) -> None:
