@@ -11,8 +11,9 @@
 
     kernels.cpu         for modules of numba kernels: CPUKernels and its tools
     kernels.triton      for modules of Triton kernels: GPUKernels and its tools
+    kernels.rotation    random Hadamard transforms, for quantizers in a rotated basis
 
-A plugin may import the names in ``__all__`` of these three packages, and nothing deeper.
+A plugin may import the names in ``__all__`` of these packages, and nothing deeper.
 """
 
 from __future__ import annotations

@@ -10,11 +10,13 @@ import torch
 import triton
 import triton.language as tl
 from modulora_conformance.interpreted_kernels import poison_new_memory
-from modulora_quip_sharp_e8 import codebooks, transform
-from modulora_quip_sharp_e8.kernels import gpu, gpu_rotation
+from modulora_quip_sharp_e8 import codebooks
+from modulora_quip_sharp_e8.kernels import gpu
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, packed_of, window
 from modulora_quip_sharp_e8.reference import Options
 
+from modulora_core.kernels import rotation
+from modulora_core.kernels.rotation import gpu as gpu_rotation
 from modulora_core.packed import PackedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
@@ -104,7 +106,7 @@ def test_infinite_inputs_stay_in_their_row(generator):
         assert y[1:].isfinite().all()
     x = torch.randn(3, 688, generator=generator)
     x[1, 5] = torch.inf
-    finite = transform.rotate(x).isfinite()
+    finite = rotation.rotate(x).isfinite()
     assert finite[[0, 2]].all()
     assert not finite[1].any()
 
@@ -112,29 +114,37 @@ def test_infinite_inputs_stay_in_their_row(generator):
 # by plan: one kernel, one with Hartley's matrix, segments that go together or apart
 @pytest.mark.parametrize("n", [1, 12, 96, 107, 256, 576, 1712, 172 * 16])
 def test_rotation_is_the_product_with_the_dense_matrix(n, generator):
-    H, x = transform.matrix(n), torch.randn(2, n, generator=generator)
+    H, x = rotation.matrix(n), torch.randn(2, n, generator=generator)
     scale, unit = torch.randn(n, generator=generator).half(), torch.tensor([1.5])
     s = 1.5 * scale.double()
     for transpose, M in ((False, H), (True, H.T)):
         for after, expected in ((False, (x * s) @ M), (True, (x.double() @ M) * s)):
-            got = transform.rotate(x, scale, unit, after=after, transpose=transpose)
+            got = rotation.rotate(x, scale, unit, after=after, transpose=transpose)
             size = (x.double().norm(dim=1, keepdim=True) / n**0.5) * s.abs().max()
             assert ((got - expected).abs() <= 1e-5 * size).all()
+
+
+def test_blocks_are_rotated_apart(generator):
+    x, scale = torch.randn(2, 256, generator=generator), torch.randn(256, generator=generator)
+    s, M = scale.half().double(), rotation.matrix(256, 128)
+    for after, expected in ((False, (x * s) @ M), (True, (x.double() @ M) * s)):
+        got = rotation.rotate(x, scale.half(), after=after, block=128)
+        assert torch.allclose(got.double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [20, 576, 172 * 4])
 def test_a_row_has_the_same_bits_alone_and_in_16_bits(n, generator):
     x = torch.randn(2, n, generator=generator).bfloat16()
-    together = transform.rotate(x)
-    assert torch.equal(transform.rotate(x[1:]), together[1:])
-    assert torch.equal(transform.rotate(x.float()), together)
+    together = rotation.rotate(x)
+    assert torch.equal(rotation.rotate(x[1:]), together[1:])
+    assert torch.equal(rotation.rotate(x.float()), together)
 
 
 def test_dimensions_without_a_kernel_are_left_to_torch(generator):
     assert gpu_rotation.plan(8191, 1) is None
     assert gpu_rotation.plan(172, 128).far == 172
     x = torch.randn(1, 8191, generator=generator)
-    assert torch.allclose(transform.rotate(transform.rotate(x), transpose=True), x, atol=1e-5)
+    assert torch.allclose(rotation.rotate(rotation.rotate(x), transpose=True), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -58,10 +58,10 @@ def product(bits, rows, dtype, transpose, target):
 
 
 def rotation(n, target):
-    from modulora_quip_sharp_e8.kernels import gpu_rotation
+    from modulora_core.kernels.rotation import gpu
 
     x, vector = torch.empty(8, n), torch.empty(n, dtype=torch.float16)
-    return compiled(target, lambda: gpu_rotation.rotate(x, False, vector, vector))
+    return compiled(target, lambda: gpu.turned(x, False, vector, vector))
 
 
 @TARGETS

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from modulora_core import kernels
 from modulora_core.devices.dense_products import compute_dtype
 from modulora_core.errors import OptionError, ShapeError
+from modulora_core.kernels.rotation import rotate
 from modulora_core.spec import (
     Calibration,
     PackedLayout,
@@ -41,7 +42,8 @@ from modulora_core.tiles import tile_bytes, tile_ranges, tiled_matmul
 from modulora_quip_sharp_e8 import SPEC, codebooks, packing
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.reference import Options, Solution
-from modulora_quip_sharp_e8.transform import KERNELS, rotate
+
+KERNELS = "modulora_quip_sharp_e8.kernels"
 
 ROUNDED_ROWS = 256
 """Rows of bf16 from which rotated inputs are rounded to bf16: fewer may be multiplied in fp32."""

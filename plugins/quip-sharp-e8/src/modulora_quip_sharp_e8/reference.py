@@ -4,7 +4,7 @@ Symbols of QuIP# (Tseng, Chee, Sun, Kuleshov, De Sa 2024, arXiv 2402.04396):
 
     W         the weight, [M, N]; rows are quantized apart, and all share H
     H         E[x xᵀ], [N, N]; the proxy error is tr((Ŵ − W) H (Ŵ − W)ᵀ)              equation 1
-    H_n       the orthogonal matrix of :mod:`modulora_quip_sharp_e8.transform`           section 3
+    H_n       the orthogonal matrix of :mod:`modulora_core.kernels.rotation`               section 3
     S_U, S_V  random signs, [N] and [M]                                                algorithm 3
     W̃, H̃      W and H in the rotated basis: H_Mᵀ S_V W S_U H_N, H_Nᵀ S_U H S_U H_N     algorithm 3
     L         unit block lower triangular, 8 × 8 blocks, H̃ = L D Lᵀ                   section 4.1
@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -27,8 +26,9 @@ from torch.nn import functional as F
 
 from modulora_core import kernels
 from modulora_core.errors import WeightError
+from modulora_core.kernels import rotation
 from modulora_core.spec import check_hessian
-from modulora_quip_sharp_e8 import SPEC, codebooks, transform
+from modulora_quip_sharp_e8 import SPEC, codebooks
 from modulora_quip_sharp_e8.codebooks import BLOCK
 
 SCRATCH_BYTES = 256 * 2**20
@@ -96,7 +96,7 @@ class Solution:
     def dequantize(self, bits: int) -> Tensor:
         """Ŵ, fp64 ``[M, N]``, by dense matrices."""
         M, N = len(self.output_scale), len(self.input_scale)
-        H_M, H_N = (transform.matrix(n) for n in (M, N))
+        H_M, H_N = (rotation.matrix(n) for n in (M, N))
         C = codebooks.decode(self.codes, self.residual, bits)[:, :N].double()
         S_V, S_U = self.output_scale.double()[:, None], self.input_scale.double()
         return self.scale.double() * S_V * (H_M @ C @ H_N.T) * S_U
@@ -147,24 +147,16 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
     W = W / _positive(rms)
     s = _rescaling(W, H) if options.rescale else W.new_ones(N)
     # both are rounded to the stored dtype before they are used
-    S_U = (signs(options.seed, N, "input").to(s) / s).to(torch.float16)
-    S_V = signs(options.seed, M, "output").to(W.device, torch.float16)
-    W = transform.rotate(W / S_U.to(dtype), in_place=True)
-    W = transform.rotate(W.T.contiguous(), S_V, in_place=True).T
-    H = transform.rotate(H, S_U, in_place=True)
-    H = transform.rotate(H.T.contiguous(), S_U, in_place=True)
+    S_U = (rotation.signs(options.seed, N, "input").to(s) / s).to(torch.float16)
+    S_V = rotation.signs(options.seed, M, "output").to(W.device, torch.float16)
+    W = rotation.rotate(W / S_U.to(dtype), in_place=True)
+    W = rotation.rotate(W.T.contiguous(), S_V, in_place=True).T
+    H = rotation.rotate(H, S_U, in_place=True)
+    H = rotation.rotate(H.T.contiguous(), S_U, in_place=True)
     unit = _positive(_rms(W)) / (options.codebook_scale or codebooks.OPT_SCALE[options.bits])
     scale = (rms * unit * power).to(torch.float32).reshape(1)  # 0 for a weight of zeros
     W, H = _whole_blocks(W / unit, (H + H.T) / 2)
     return Problem(W, H, S_U, S_V, scale)
-
-
-def signs(seed: int, n: int, side: Literal["input", "output"]) -> Tensor:
-    """S_U or S_V: fp32 ``[n]`` of ±1, the same on every device, forever."""
-    # no release of numpy may change the raw numbers
-    stream = np.random.PCG64([seed, n, {"input": 0, "output": 1}[side]])
-    bits = np.unpackbits(stream.random_raw(-(-n // 64)).view(np.uint8))[:n]
-    return torch.from_numpy(1 - 2 * bits.astype(np.float32))
 
 
 def _rms(W: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""QuIP#'s kernels on a CPU, by numba: tiles of C, products with C, rotations, one row's product.
+"""QuIP#'s kernels on a CPU, by numba: tiles of C, products with C, one row's whole product.
 
 ``codes`` are int16 ``[whole, blocks]``, a code for eight columns. ``residual`` is uint8 or int16
 ``[whole, blocks]``, or None at 2 bits. Arrays are C-contiguous.
@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numba import prange
 from torch import Tensor
 
@@ -25,9 +23,9 @@ from modulora_core.kernels.cpu import (
     scratch,
     share,
 )
+from modulora_core.kernels.rotation import LARGEST_ORDER, order
+from modulora_core.kernels.rotation.cpu import UNIT, factors, rotate_rows
 from modulora_core.packed import PackedWeight
-from modulora_quip_sharp_e8 import transform
-from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER
 from modulora_quip_sharp_e8.kernels.decoding import (
     AT_ONCE,
     NIBBLES,
@@ -36,8 +34,6 @@ from modulora_quip_sharp_e8.kernels.decoding import (
     find_nibbles,
     room_for,
 )
-from modulora_quip_sharp_e8.kernels.rotation import rotate as rotate_in_parallel
-from modulora_quip_sharp_e8.kernels.rotation import rotate_rows
 
 _MOST_CODES = 1024  # whose nibbles are found before they are used: 4 KiB of words
 
@@ -113,45 +109,6 @@ _kernels = CPUKernels(decode, _codes, rounds=True)
 tile, multiply = _kernels.tile, _kernels.product
 
 
-# --- rotations -------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=16)
-def _matrix(n: int, transpose: bool) -> Any:
-    """M_K of a dimension n, or its transpose: fp32 ``[K, K]``."""
-    M = transform.factor(transform.order(n)).to(torch.float32)
-    return (M.T if transpose else M).contiguous().numpy()
-
-
-_NO_SCALE, _ONE = np.empty(0, np.int16), np.ones(1, np.float32)
-
-
-def rotate(
-    x: Tensor,
-    scale: Tensor | None,
-    unit: Tensor | None,
-    *,
-    after: bool,
-    transpose: bool,
-    in_place: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """:func:`modulora_quip_sharp_e8.transform.rotate` for ``x`` ``[rows, n]``, not of fp64."""
-    n = x.shape[1]
-    given = x if x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.float32)
-    given = given.contiguous()
-    reuses = dtype is given.dtype and (in_place or given is not x)
-    out = given if reuses else torch.empty(x.shape, dtype=dtype)
-    vectors = _NO_SCALE if scale is None else scale, _ONE if unit is None else unit
-    factors = *vectors, _matrix(n, transpose), transform.order(n), after
-    threads = min(len(x), torch.get_num_threads())
-    if threads == 1:  # waking others costs as much as a row
-        kernels.launch(rotate_rows, given, *factors, 0, len(x), out)
-    else:
-        kernels.launch(rotate_in_parallel, given, *factors, threads, out)
-    return out
-
-
 # --- one row, in one call --------------------------------------------------------------------
 
 
@@ -187,7 +144,7 @@ def _one_row(weight: Any, threads: int, x: Any, y: Any) -> None:
     turned, z = scratch(1, 16 * ((blocks + 1) // 2), np.float32), scratch(1, rows, np.float32)
     turned[:] = 0  # whole pairs
     there = turned.reshape(turned.size)[: x.shape[1]].reshape(1, x.shape[1])
-    rotate_rows(x, input_scale, _ONE, M_in, K_in, False, 0, 1, there)
+    rotate_rows(x, input_scale, UNIT, M_in, K_in, False, 0, 1, there)
     for index in prange(threads):
         begin, stop = share(index, threads, rows)
         if NIBBLES:
@@ -202,8 +159,7 @@ def _one_rows_weight(packed: PackedWeight) -> tuple[Any, ...]:
     tensors = packed.tensors
     whole, columns = len(tensors["output_scale"]), len(tensors["input_scale"])
     return (*_codes(packed), tensors["input_scale"], tensors["output_scale"], tensors["scale"],
-            _matrix(columns, False), transform.order(columns),
-            _matrix(whole, True), transform.order(whole))  # fmt: skip
+            *factors(columns), *factors(whole, transpose=True))  # fmt: skip
 
 
 def product_of_one(x: Tensor, packed: PackedWeight) -> Tensor | None:
@@ -213,7 +169,7 @@ def product_of_one(x: Tensor, packed: PackedWeight) -> Tensor | None:
     """
     given, wanted = (len(packed.tensors[side]) for side in ("input_scale", "output_scale"))
     row = kernels.fp32_input(x, given) if x.numel() == given else None
-    if row is None or max(map(transform.order, (given, wanted))) > LARGEST_ORDER:
+    if row is None or max(map(order, (given, wanted))) > LARGEST_ORDER:
         return None
     weight = kernels.operands(packed, _one_rows_weight)
     y = kernels.product_of_one(_one_row, weight, row, wanted)

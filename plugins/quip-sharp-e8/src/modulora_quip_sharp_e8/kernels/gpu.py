@@ -1,4 +1,4 @@
-"""QuIP#'s kernels on a GPU, in Triton: tiles of C, products with C, and rotations.
+"""QuIP#'s kernels on a GPU, in Triton: tiles of C and products with C.
 
     moves      2, 3 or 4 bits a weight, and once a program a table of 1 KiB (2 KiB at 3 bits)
     computes   13 integer operations and one lookup for eight weights, then three operations a
@@ -33,7 +33,6 @@ from modulora_core.packed import PackedWeight
 from modulora_core.tiles import tiled_matmul
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.codebooks import BLOCK
-from modulora_quip_sharp_e8.kernels import gpu_rotation
 
 FP16_ROOM = 8
 """In fp16 rows are divided by so many times their largest number.
@@ -181,24 +180,3 @@ def _narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def product_of_one(_x: Tensor, _packed: PackedWeight) -> None:
     """None: a GPU rotates by kernels of their own."""
-
-
-def rotate(
-    x: Tensor,
-    scale: Tensor | None,
-    unit: Tensor | None,
-    *,
-    after: bool,
-    transpose: bool,
-    in_place: bool,  # noqa: ARG001
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """:func:`modulora_quip_sharp_e8.transform.rotate` for ``x`` ``[rows, n]``, not of fp64.
-
-    None for a dimension without a plan.
-    """
-    if scale is not None:
-        scale = scale.detach() if unit is None else scale.detach() * unit
-    vectors = (None, scale) if after else (scale, None)
-    turned = gpu_rotation.rotate(x.contiguous(), transpose, *vectors)
-    return None if turned is None else turned.to(dtype)

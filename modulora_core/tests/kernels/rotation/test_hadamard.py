@@ -7,7 +7,9 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from modulora_quip_sharp_e8.hadamard import (
+
+from modulora_core.errors import ShapeError
+from modulora_core.kernels.rotation.hadamard import (
     LARGEST_ORDER,
     SEQUENCES,
     construction,
@@ -16,8 +18,6 @@ from modulora_quip_sharp_e8.hadamard import (
     jacobsthal,
     prime_power,
 )
-
-from modulora_core.errors import ShapeError
 
 DIGESTS = {
     8: "7c99a8eda1a433af", 12: "db7478025ce74776", 28: "3ec6c53133760a03", 36: "1a7aed2f42a8c71d",

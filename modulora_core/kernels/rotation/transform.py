@@ -2,7 +2,7 @@
 
     H_n = (1/√n) (M_K ⊗ Sylvester_m)        n = K · m,  m a power of two
 
-M_K is a Hadamard matrix where :func:`modulora_quip_sharp_e8.hadamard.decompose` has one. With
+M_K is a Hadamard matrix where :func:`modulora_core.kernels.rotation.decompose` has one. With
 random signs before it, H_n is QuIP#'s randomized Hadamard transform (arXiv 2402.04396, section 3).
 Otherwise K is the odd part of n, and M_K Hartley's matrix, cas(2πab/K) = cos(2πab/K) + sin(2πab/K).
 It is the real form of the paper's fallback, the randomized Fourier transform (appendix A).
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import cache, lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ from torch import Tensor
 from modulora_core import kernels
 from modulora_core.devices.dense_products import without_autocast
 from modulora_core.errors import ShapeError
-from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER, decompose, hadamard
+from modulora_core.kernels.rotation.hadamard import LARGEST_ORDER, decompose, hadamard
 
-KERNELS = "modulora_quip_sharp_e8.kernels"
+_KERNELS = "modulora_core.kernels.rotation"
 
 
 def rotate(
@@ -36,6 +37,7 @@ def rotate(
     transpose: bool = False,
     in_place: bool = False,
     dtype: torch.dtype | None = None,
+    block: int | None = None,
 ) -> Tensor:
     """``(x ⊙ s) H_n`` with s = unit · scale, or ``(x H_n) ⊙ s`` if ``after``.
 
@@ -50,9 +52,11 @@ def rotate(
         transpose: multiply by H_nᵀ, the inverse.
         in_place: the result may take the memory of ``x``.
         dtype: of the result: fp32, bf16, or fp64 for fp64; by default the dtype of the sums.
+        block: None, or a power of two: H_n is then I ⊗ H_block, n / block rotations side by side.
 
     Raises:
-        ShapeError: ``x`` is no float tensor of n ≥ 1 columns, or ``scale`` does not fit it.
+        ShapeError: ``x`` is no float tensor of n ≥ 1 columns, ``scale`` does not fit it, or
+            ``block`` is no power of two that divides n.
     """
     if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ShapeError(
@@ -61,19 +65,31 @@ def rotate(
     n = x.shape[-1]
     if scale is not None and scale.shape != (n,):
         raise ShapeError(f"scale of a rotation: expected the shape [{n}], got {list(scale.shape)}")
+    if block is not None and (block < 1 or block & (block - 1) or n % block):
+        raise ShapeError(
+            f"block of a rotation: expected a power of two that divides {n}, got {block}"
+        )
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
     dtype = dtype or computed
     rows = x.detach().reshape(-1, n)
-    module = kernels.for_device(KERNELS, x.device)
+    module = kernels.for_device(_KERNELS, x.device)
     turned: Tensor | None = None
-    if module is not None and computed == torch.float32 and len(rows) and order(n) <= LARGEST_ORDER:
+    small = order(block or n) <= LARGEST_ORDER
+    if module is not None and computed == torch.float32 and len(rows) and small:
         turned = module.rotate(
-            rows, scale, unit, after=after, transpose=transpose, in_place=in_place, dtype=dtype
+            rows,
+            scale,
+            unit,
+            after=after,
+            transpose=transpose,
+            in_place=in_place,
+            dtype=dtype,
+            block=block,
         )
     if turned is None:
         s = None if scale is None else scale.to(computed)
         s = s if s is None or unit is None else s * unit.to(computed)
-        turned = _in_torch(rows.to(computed), s, after, transpose).to(dtype)
+        turned = _in_torch(rows.to(computed), s, after, transpose, block).to(dtype)
     return turned if x.dim() == 2 else turned.view(x.shape)
 
 
@@ -94,25 +110,31 @@ def factor(K: int) -> Tensor:
     return cas
 
 
-def matrix(n: int) -> Tensor:
+def matrix(n: int, block: int | None = None) -> Tensor:
     """H_n by its definition, dense fp64 ``[n, n]``: the truth for :func:`rotate`."""
+    if block is not None:
+        return torch.kron(torch.eye(n // block, dtype=torch.float64), matrix(block))
     sylvester = hadamard(n // order(n)).double()
     return torch.kron(factor(order(n)), sylvester) / math.sqrt(n)
 
 
 @torch.no_grad()
-def _in_torch(x: Tensor, s: Tensor | None, after: bool, transpose: bool) -> Tensor:
+def _in_torch(
+    x: Tensor, s: Tensor | None, after: bool, transpose: bool, block: int | None
+) -> Tensor:
     """The rotation of ``x``, ``[rows, n]``, in its dtype, by torch's operations."""
     rows, n = x.shape
-    K = order(n)
-    before = x.new_full((n,), 1 / math.sqrt(n))
+    K = order(n) if block is None else n // block
+    before = x.new_full((n,), 1 / math.sqrt(block or n))
     x = (x * (before if s is None or after else before * s)).view(rows, K, n // K)
     h = 1
     while h < n // K:
         a, b = x.view(rows, n // (2 * h), 2, h).unbind(2)
         x = torch.stack((a + b, a - b), dim=2).view(rows, K, n // K)
         h *= 2
-    if K > LARGEST_ORDER:
+    if block is not None:
+        pass  # the identity's blocks stay apart
+    elif K > LARGEST_ORDER:
         x = _hartley(x)
     elif K > 1:
         M = _placed(K, x.dtype, x.device)
@@ -147,3 +169,13 @@ def _hartley(x: Tensor) -> Tensor:
     real, imaginary = spectrum.real.to(x.dtype), spectrum.imag.to(x.dtype)
     # frequencies beyond K/2 are the conjugates of the others, in reverse
     return torch.cat((real - imaginary, (real + imaginary)[:, 1:].flip(1)), dim=1)
+
+
+def signs(seed: int, n: int, side: Literal["input", "output"]) -> Tensor:
+    """Random signs of a rotation's input or output: fp32 ``[n]`` of ±1, the same on every device.
+
+    They are the same forever: no release of numpy may change PCG64's raw numbers.
+    """
+    stream = np.random.PCG64([seed, n, {"input": 0, "output": 1}[side]])
+    bits = np.unpackbits(stream.random_raw(-(-n // 64)).view(np.uint8))[:n]
+    return torch.from_numpy(1 - 2 * bits.astype(np.float32))

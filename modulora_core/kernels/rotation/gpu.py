@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from modulora_core.kernels.rotation.hadamard import LARGEST_ORDER, hadamard
+from modulora_core.kernels.rotation.transform import factor, order
 from modulora_core.kernels.triton import Config, dot, launch
-from modulora_quip_sharp_e8 import transform
-from modulora_quip_sharp_e8.hadamard import LARGEST_ORDER, hadamard
 
 LARGEST = 128
 """Rows and columns of a factor that a program holds whole."""
@@ -214,7 +214,7 @@ def matrices(K: int, sylvester: int, transpose: bool, size: int, device: torch.d
     Columns are multiplied by it from the left. The sum is the matrix in fp32: one part if all
     entries are ±1, else three. ``[parts, size, size]``, zero beyond the order.
     """
-    rest = torch.kron(transform.factor(K), hadamard(sylvester).double()).to(torch.float32)
+    rest = torch.kron(factor(K), hadamard(sylvester).double()).to(torch.float32)
     rest = F.pad(rest if transpose else rest.T, (0, size - len(rest), 0, size - len(rest)))
     parts: list[Tensor] = []
     while not parts or bool(rest.any()):
@@ -223,7 +223,7 @@ def matrices(K: int, sylvester: int, transpose: bool, size: int, device: torch.d
     return torch.stack(parts).to(device)
 
 
-def rotate(
+def turned(
     x: Tensor, transpose: bool, before: Tensor | None, after: Tensor | None
 ) -> Tensor | None:
     """``((x ⊙ before) H_n) ⊙ after``, or by H_nᵀ: fp32 ``[rows, n]``, or None without a plan.
@@ -234,7 +234,7 @@ def rotate(
         before, after: ``[n]``, any float dtype, or None.
     """
     rows, n = x.shape
-    K = transform.order(n)
+    K = order(n)
     axes = plan(K, n // K)
     if axes is None:
         return None
@@ -242,9 +242,38 @@ def rotate(
     last = after if axes.far == 1 else None
     _turn(x, axes, transpose, before, last, out)
     if axes.far > 1:
-        turned, out = out, torch.empty_like(out)
-        _across(turned, axes, transpose, after, out)
+        near, out = out, torch.empty_like(out)
+        _across(near, axes, transpose, after, out)
     return out
+
+
+def rotate(
+    x: Tensor,
+    scale: Tensor | None,
+    unit: Tensor | None,
+    *,
+    after: bool,
+    transpose: bool,
+    in_place: bool,  # noqa: ARG001
+    dtype: torch.dtype,
+    block: int | None,
+) -> Tensor | None:
+    """:func:`modulora_core.kernels.rotation.rotate` for ``x`` ``[rows, n]``, not of fp64.
+
+    None for a dimension without a plan.
+    """
+    if scale is not None:
+        scale = scale.detach() if unit is None else scale.detach() * unit
+    if block is not None:  # its rows are shorter than the scale
+        rows = x if scale is None or after else x.to(torch.float32) * scale
+        apart = turned(rows.reshape(-1, block).contiguous(), transpose, None, None)
+        if apart is None:
+            return None
+        y = apart.view(x.shape)
+        return (y if scale is None or not after else y * scale).to(dtype)
+    vectors = (None, scale) if after else (scale, None)
+    y = turned(x.contiguous(), transpose, *vectors)
+    return None if y is None else y.to(dtype)
 
 
 def _turn(
@@ -257,7 +286,7 @@ def _turn(
 ) -> None:
     """Both near axes."""
     n = x.shape[1]
-    left, right, shared, configs = _near(axes, transform.order(n), transpose, x.device)
+    left, right, shared, configs = _near(axes, order(n), transpose, x.device)
     rows = x.numel() // axes.right
     constants = shared | {"BEFORE": before is not None, "AFTER": after is not None}
     vectors = out if before is None else before, out if after is None else after
@@ -292,7 +321,7 @@ def _near(
 def _across(x: Tensor, axes: Plan, transpose: bool, after: Tensor | None, out: Tensor) -> None:
     """The far axis."""
     rows, n = x.shape
-    K, m = transform.order(n), n // axes.far
+    K, m = order(n), n // axes.far
     size = padded(axes.far, COLUMNS)
     outputs = min(size, COLUMNS)
     factors = matrices(K, axes.far // K, transpose, size, x.device)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modulora_quip_sharp_e8.transform import matrix, order, rotate
 from torch import Tensor
 
 from modulora_core.errors import ShapeError
+from modulora_core.kernels.rotation import matrix, order, rotate, signs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,3 +149,34 @@ def test_an_input_of_a_wrong_shape_or_dtype_is_refused(x):
 def test_a_scale_that_does_not_fit_is_refused():
     with pytest.raises(ShapeError, match=r"scale of a rotation: expected the shape \[4\]"):
         rotate(torch.ones(2, 4), torch.ones(1).half())
+
+
+@pytest.mark.parametrize(("n", "block"), [(128, 128), (384, 128), (96, 8), (24, 1)])
+def test_blocks_are_rotated_apart(n, block, path):
+    H, scale = matrix(n, block), random(n, dtype=torch.float16)
+    eye = torch.eye(n // block, dtype=torch.float64)
+    assert torch.equal(H, torch.kron(eye, matrix(block)))
+    x, s = random(3, n, dtype=torch.float64), 1.5 * scale.double()
+    for transpose, M in ((False, H), (True, H.T)):
+        for after, expected in ((False, (x * s) @ M), (True, (x @ M) * s)):
+            for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+                got = rotate(
+                    x.to(dtype), scale, UNIT, after=after, transpose=transpose, block=block
+                )
+                assert error(got, expected) < limit
+
+
+@pytest.mark.parametrize("block", [0, 3, 12, 16])
+def test_a_block_that_is_no_power_of_two_or_does_not_divide_is_refused(block):
+    with pytest.raises(ShapeError, match="expected a power of two that divides 24"):
+        rotate(torch.ones(2, 24), block=block)
+
+
+def test_signs_are_half_of_each_and_depend_on_seed_and_side():
+    drawn = [signs(seed, 4096, side) for seed in (0, 1) for side in ("input", "output")]
+    for one in drawn:
+        assert set(one.tolist()) == {1.0, -1.0}
+        assert abs(float(one.sum())) < 5 * 4096**0.5
+    for i, j in ((0, 1), (0, 2), (1, 3), (2, 3)):
+        assert abs(float(drawn[i] @ drawn[j])) < 5 * 4096**0.5
+    assert torch.equal(drawn[0], signs(0, 4096, "input"))

@@ -125,7 +125,7 @@ def hadamard(order: int) -> Tensor:
     else:
         raise ShapeError(
             f"Hadamard matrix of order {order}: expected 1, 2, or a multiple of 4 that a "
-            "construction reaches; modulora_quip_sharp_e8.transform rotates any dimension"
+            "construction reaches; modulora_core.kernels.rotation rotates any dimension"
         )
     return torch.from_numpy(np.ascontiguousarray(H))
 

@@ -1,4 +1,4 @@
-"""Rotates rows by H_n on a CPU, a row at a time in a core's cache, for numba's kernels.
+"""Rotate rows by H_n on a CPU, a row at a time in a core's cache.
 
 A row of n = K · m numbers is K segments of m. Sylvester's matrix of order m is applied to each
 segment by log₂ m stages of butterflies, h = 1, 2, 4, … m / 2::
@@ -6,18 +6,23 @@ segment by log₂ m stages of butterflies, h = 1, 2, 4, … m / 2::
     y[i], y[i + h] = y[i] + y[i + h], y[i] − y[i + h]
 
 The first four stages stay inside of a vector of sixteen; later ones are done in pairs. The matrix
-of order K follows as a product of matrices. All bits of a row are the same for any other rows and
-any number of threads. The order of sums is part of the packed bytes.
+of order K follows as a product of matrices, or none if segments are rotated apart. All bits of a
+row are the same for any other rows and any number of threads. The order of sums is part of the
+packed bytes.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from numba import prange
+from torch import Tensor
 
+from modulora_core import kernels
 from modulora_core.kernels.cpu import (
     LANES,
     from_half,
@@ -32,6 +37,7 @@ from modulora_core.kernels.cpu import (
     store,
     widen,
 )
+from modulora_core.kernels.rotation.transform import factor, order
 
 _TERMS = 128  # of Hartley's sums, added one after another: longer sums are less exact
 
@@ -197,14 +203,14 @@ def rotate_rows(
         x, out: ``[rows, n]``, fp32 or the bits of bf16; they may be the same.
         scale: s in units of ``unit``, the bits of fp16 ``[n]``; of length 0 for none.
         unit: fp32 ``[1]``.
-        M: M_K, or its transpose for H_nᵀ, fp32 ``[K, K]``.
+        M: M_K, or its transpose for H_nᵀ, fp32 ``[K, K]``; empty to rotate K segments apart.
         K: the order of M_K; n = K · m.
     """
     n = x.shape[1]
     m = n // K
     room = scratch(6, n, np.float32)
     before, behind, line, part = room[2], room[3], room[4][:K], room[5][:K]
-    norm = np.float32(1 / math.sqrt(n))
+    norm = np.float32(1 / math.sqrt(n if M.size else m))
     before[:] = norm
     if scale.size:
         for i in range(n):
@@ -215,7 +221,7 @@ def rotate_rows(
         for i in range(n):
             y[i] = widen(row[i]) * before[i]
         _sylvester(y, m)
-        if K > 1:
+        if K > 1 and M.size:
             _multiply(y, m, M, K, room[1], line, part)
             y = room[1]
         if after:
@@ -225,10 +231,53 @@ def rotate_rows(
 
 
 @jit(parallel=True)
-def rotate(
+def _rotate_in_parallel(
     x: Any, scale: Any, unit: Any, M: Any, K: int, after: bool, threads: int, out: Any
 ) -> None:
     """:func:`rotate_rows` for all rows, on ``threads`` threads."""
     for index in prange(threads):
         start, stop = share(index, threads, len(x))
         rotate_rows(x, scale, unit, M, K, after, start, stop, out)
+
+
+# --- from torch ------------------------------------------------------------------------------
+
+UNIT = np.ones(1, np.float32)
+"""The unit of a scale that has none."""
+
+_NO_SCALE = np.empty(0, np.int16)
+
+
+@lru_cache(maxsize=16)
+def factors(n: int, block: int | None = None, transpose: bool = False) -> tuple[Any, int]:
+    """``M`` and ``K`` of :func:`rotate_rows` for H_n, or for I ⊗ H_block, or for the transpose."""
+    if block is not None:
+        return np.empty((0, 0), np.float32), n // block
+    M = factor(order(n)).to(torch.float32)
+    return (M.T if transpose else M).contiguous().numpy(), order(n)
+
+
+def rotate(
+    x: Tensor,
+    scale: Tensor | None,
+    unit: Tensor | None,
+    *,
+    after: bool,
+    transpose: bool,
+    in_place: bool,
+    dtype: torch.dtype,
+    block: int | None,
+) -> Tensor:
+    """:func:`modulora_core.kernels.rotation.rotate` for ``x`` ``[rows, n]``, not of fp64."""
+    given = x if x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.float32)
+    given = given.contiguous()
+    reuses = dtype is given.dtype and (in_place or given is not x)
+    out = given if reuses else torch.empty(x.shape, dtype=dtype)
+    vectors = _NO_SCALE if scale is None else scale, UNIT if unit is None else unit
+    arguments = *vectors, *factors(x.shape[1], block, transpose), after
+    threads = min(len(x), torch.get_num_threads())
+    if threads == 1:  # waking others costs as much as a row
+        kernels.launch(rotate_rows, given, *arguments, 0, len(x), out)
+    else:
+        kernels.launch(_rotate_in_parallel, given, *arguments, threads, out)
+    return out

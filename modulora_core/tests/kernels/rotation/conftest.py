@@ -1,0 +1,20 @@
+"""Where the tests of rotations run: in plain torch, and on one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from modulora_core import kernels
+
+
+@pytest.fixture
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "load", lambda module, device: None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    with kernels.one_thread():
+        yield
