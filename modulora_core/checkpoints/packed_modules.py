@@ -42,6 +42,11 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
         if name is not None:
             quantizers[site.recipe].check_format(site.layout)
             install_parameter(model, name, site, quantizers[site.recipe])
+        elif site.kind == "embedding" or (record.base and parameter.startswith(record.base)):
+            raise CheckpointError(
+                f"{parameter}: expected a parameter of the model, and {type(model).__name__} has "
+                "none of that name; load another class, such as AutoModelForCausalLM"
+            )
     use_dense_products(model)
 
 
@@ -77,24 +82,16 @@ def use_dense_products(model: nn.Module, skip: Collection[str] = ()) -> None:
 
 
 def _name_in(model: nn.Module, parameter: str) -> str | None:
-    """The name of a recorded parameter in ``model``; None for a head that the model lacks.
+    """The name of a recorded parameter in ``model``, or None.
 
     The recorded names begin with the name of the base model, which the base model alone lacks.
-
-    Raises:
-        CheckpointError: the model has no such parameter.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name in (parameter, parameter.removeprefix(prefix), prefix + parameter):
         with contextlib.suppress(AttributeError):
             model.get_parameter(name)
             return name
-    if not parameter.startswith(prefix):
-        return None
-    raise CheckpointError(
-        f"{parameter}: expected a parameter of the model, and {type(model).__name__} has none of "
-        "that name"
-    )
+    return None
 
 
 def unpack(model: Any, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ its tensors look. A reader thus knows dtypes, shapes and bytes from config.json 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -201,13 +202,24 @@ class QuantizationRecord(_Frozen):
         return list(found.values())
 
     @property
-    def guard(self) -> dict[str, TensorLayout]:
-        """A tensor without values in the place of a packed parameter.
+    def base(self) -> str:
+        """The base model's name in the class that was packed, such as ``"model."``; or ``""``.
 
-        A program that does not know this format would skip it and fill every packed parameter with
-        random numbers. The guard's shape makes transformers stop with an error.
+        The names of all parameters of decoder blocks begin with it.
         """
-        return dict.fromkeys(sorted(self.weights)[:1], GUARD)
+        blocks = (re.match(r"([^.]+\.)(.+\.)?\d+\.", name) for name in self.weights)
+        return next((block[1] for block in blocks if block), "")
+
+    @property
+    def guard(self) -> dict[str, TensorLayout]:
+        """Tensors without values in the places of all packed parameters.
+
+        A program that does not know this format would skip it and fill packed parameters with
+        random numbers. The guard's shape makes transformers stop with an error. Classes call the
+        base model by different names, so each parameter is also guarded without that name.
+        """
+        names = dict.fromkeys((*self.weights, *(n.removeprefix(self.base) for n in self.weights)))
+        return dict.fromkeys(names, GUARD)
 
     @property
     def nbytes(self) -> int:
