@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modulora_core.devices.dense_products import compute_dtype
-from modulora_core.devices.memory import Allocations
+from modulora_core.dense_products import compute_dtype
 from modulora_core.errors import note_plugin
 from modulora_core.packed import PackedWeight, check_operands
 from modulora_core.spec import Quantizer
@@ -115,15 +114,11 @@ def number_of(quantizer: Quantizer, packed: PackedWeight) -> int:
     return packed.kept[quantizer]  # type: ignore[no-any-return]  # it holds anything
 
 
-def _product(x: Tensor, number: int, transpose: bool) -> Any:
+def compute_product(x: Tensor, number: int, transpose: bool) -> Any:
+    """The product with the weight of this number, as torch's operation computes it."""
     y: Any = _multiply(x, QUANTIZERS[number], WEIGHTS[number], transpose)
     # matmul may return a view, and autograd forbids `y += ...` on a view that an operation returned
     return y.new_empty(0).set_(y)
-
-
-def _measured(mode: Allocations, _func: Any, _types: Any, args: Any, _kwargs: Any) -> Any:
-    with mode:  # torch would hide what the operation itself allocates
-        return _product(*args)
 
 
 def _empty_product(x: Tensor, number: int, transpose: bool) -> Tensor:
@@ -141,9 +136,8 @@ def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor, None, None]:
 
 _OPS = torch.library.Library("modulora", "DEF")
 _OPS.define("product(Tensor x, int weight, bool transpose) -> Tensor")
-_OPS.impl("product", _product, "CompositeExplicitAutograd")
+_OPS.impl("product", compute_product, "CompositeExplicitAutograd")
 torch.library.register_fake("modulora::product", _empty_product, lib=_OPS)
 torch.library.register_autograd(
     "modulora::product", _backward, setup_context=_setup_context, lib=_OPS
 )
-torch.library.register_torch_dispatch("modulora::product", Allocations, _measured, lib=_OPS)

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modulora_core.arguments import checked
 from modulora_core.autograd import lora_linear, number_of, packed_product
 from modulora_core.errors import AdapterError, ModelError, ShapeError
-from modulora_core.files.arguments import checked
 from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
 
 _HALVES = (torch.float16, torch.bfloat16)

@@ -110,3 +110,15 @@ def _invalid(details: ErrorDetails, model: type[BaseModel]) -> str:
     got = repr(details["input"])
     got = got if len(got) <= 60 else got[:57] + "..."
     return f"option {name!r}: {message}, got {got}{about}"
+
+
+def in_one_line(error: Exception) -> str:
+    """An error in one line; of pydantic's the first field that it refused."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    first = error.errors(include_url=False)[0]
+    expected = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    expected = expected.partition(" or instance")[0]  # of a class of ours
+    field = "".join(f"{part}: " for part in first["loc"])
+    ours = first["type"] == "value_error" and not field  # a check of the whole, with its own words
+    return f"{field}{expected}" + ("" if ours else f", got {first['input']!r:.60}")

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from modulora_core.arguments import checked_dataclass
 from modulora_core.errors import CheckpointError, OptionError, ShapeError, WeightError
-from modulora_core.files.arguments import checked_dataclass
 
 if TYPE_CHECKING:
     import torch

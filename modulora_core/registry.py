@@ -31,6 +31,7 @@ import pluggy
 from pydantic import BaseModel, ValidationError
 
 from modulora_core import hookspecs
+from modulora_core.arguments import checked
 from modulora_core.errors import (
     BlockedPluginError,
     BrokenPluginError,
@@ -40,7 +41,6 @@ from modulora_core.errors import (
     PluginError,
     UnknownQuantizerError,
 )
-from modulora_core.files.arguments import checked
 from modulora_core.options import parse_options, validate_options
 from modulora_core.spec import SUPPORTED_PROTOCOLS, Quantizer, QuantizerSpec
 

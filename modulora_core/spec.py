@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
+from modulora_core.arguments import checked_dataclass
 from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
-from modulora_core.files.arguments import checked_dataclass
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_hessian, check_rows
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from modulora_core.devices import dense_products
+from modulora_core import dense_products
+from modulora_core.arguments import checked
 from modulora_core.errors import OptionError, ShapeError
-from modulora_core.files.arguments import checked
 
 TileFunction = Callable[[int, int, torch.dtype], Tensor]
 """``tile(start, stop, dtype)`` gives rows ``[start, stop)``, a ``[stop - start, in]`` tensor."""

@@ -22,8 +22,8 @@ from modulora_zoo.healthy import Healthy
 from rich.console import Console
 
 from modulora_core.autograd import lora_linear
-from modulora_core.devices import clock
 from modulora_core.errors import OptionError, ShapeError, WorkError
+from modulora_core.kernels.triton import clock
 
 SMALL = BenchConfig(shape=(24, 40), rows=(1, 5), seconds=1e-6)
 

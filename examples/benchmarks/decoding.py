@@ -19,7 +19,7 @@ from methods import BASE, BASE_DTYPE, Method, ModelFiles
 from models import DTYPES, ModelJob, model_files, model_flags, prepare_methods
 from report import Result, Run, arguments, pivot
 
-from modulora_core.devices.memory import PeakMemory
+from modulora_core.checkpoints.peak_memory import PeakMemory
 
 
 class DecodingJob(ModelJob):

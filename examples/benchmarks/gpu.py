@@ -42,7 +42,7 @@ from turns import Build, Here, Job, NotMeasuredError, Process
 from typing_extensions import override
 
 from modulora_core import QuantLinear
-from modulora_core.devices.memory import PeakMemory
+from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.layers import PackedParameter
 from modulora_core.models.sites import find_sites
 

@@ -34,7 +34,7 @@ from turns import Here, Job, Process
 from modulora_core import LoRASettings, add_lora, load_model, plan
 from modulora_core.adapters.lora import adapter_layers
 from modulora_core.checkpoints.checkpoint import open_checkpoint
-from modulora_core.devices.memory import PeakMemory
+from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.registry import Choice
 from modulora_core.training.chunked_loss import chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations

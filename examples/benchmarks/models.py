@@ -21,8 +21,8 @@ from torch import Tensor
 from turns import NotMeasuredError
 
 from modulora_core.calibration import CalibrationConfig, TuningConfig
+from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data import token_segments
-from modulora_core.devices.memory import PeakMemory
 from modulora_core.inference.loading import open_to_run
 from modulora_core.models.sites import find_sites
 

@@ -23,7 +23,7 @@ from methods import BASE, BASE_DTYPE, Method, ModelFiles
 from models import ModelJob, model_files, model_flags, prepare_methods
 from report import Result, Run, arguments, markdown, ratio_cell
 
-from modulora_core.devices.memory import PeakMemory
+from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
 

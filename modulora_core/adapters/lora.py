@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from modulora_core.adapters.experts import LoRAExperts
 from modulora_core.adapters.targets import ALL_LINEAR, select_layers
+from modulora_core.arguments import check_fields, checked
 from modulora_core.checkpoints.packed_model import with_methods
 from modulora_core.checkpoints.packed_table import TiedHead
 from modulora_core.checkpoints.publishing import upload
 from modulora_core.errors import AdapterError, ModelError, OptionError
-from modulora_core.files.arguments import check_fields, checked
 from modulora_core.layers import LoRALayer, LoRALinear, PackedStack, QuantLinear
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
 from modulora_core.adapters.save_load import check_fit
+from modulora_core.arguments import checked
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
 from modulora_core.checkpoints.outputs import (
     SMALL_FILES,
@@ -27,15 +28,13 @@ from modulora_core.checkpoints.outputs import (
     whole_or_nothing,
     write_digests,
 )
+from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.shards import ShardWriter, plan_shards
 from modulora_core.checkpoints.whole import check_whole, packed_skeleton
-from modulora_core.devices.memory import PeakMemory
-from modulora_core.errors import OptionError, OutputError, WeightError
-from modulora_core.files.arguments import checked
-from modulora_core.files.paths import usable_path
-from modulora_core.models.progress import Progress, shows_progress
+from modulora_core.errors import OptionError, OutputError, WeightError, usable_path
 from modulora_core.models.store import is_finite
+from modulora_core.progress import Progress, shows_progress
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 

@@ -28,11 +28,10 @@ from modulora_core.adapters.merge import adapter_deltas, delta_of, merged_parame
 from modulora_core.adapters.peft_format import AdapterDelta
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
 from modulora_core.checkpoints.outputs import SMALL_FILES, check_disk_space, new_file
+from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.whole import check_whole, packed_skeleton
-from modulora_core.devices.memory import PeakMemory
-from modulora_core.errors import ModelError, WeightError
-from modulora_core.files.paths import full_disk_named
+from modulora_core.errors import ModelError, WeightError, full_disk_named
 from modulora_core.models.file_formats import FileFormat, create_file_format
 from modulora_core.models.gguf_header import TensorInfo, read_header
 from modulora_core.models.gguf_places import Place, places, store_of
@@ -40,8 +39,8 @@ from modulora_core.models.gguf_store import scale_of
 from modulora_core.models.gguf_template import write_template
 from modulora_core.models.gguf_writer import GGUFFileWriter, NewTensor
 from modulora_core.models.locate import locate
-from modulora_core.models.progress import Progress, shows_progress
 from modulora_core.models.source import ModelSource, open_model
+from modulora_core.progress import Progress, shows_progress
 from modulora_core.spec import TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 

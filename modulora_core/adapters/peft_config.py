@@ -12,7 +12,7 @@ from typing import Any
 
 from modulora_core.adapters.targets import shortest_names
 from modulora_core.errors import AdapterError
-from modulora_core.files.patterns import matches
+from modulora_core.models.patterns import matches
 
 _UNSUPPORTED_FIELDS = (
     "use_dora", "modules_to_save", "lora_bias", "layer_replication", "use_qalora",
@@ -83,7 +83,7 @@ def _field_of(config: Mapping[str, Any], name: str, patterns: str, module: str, 
 def _selects(pattern: str, module: str) -> bool:
     """PEFT's rule: a regular expression that matches the end of the path.
 
-    Raises ValueError, as :func:`modulora_core.files.patterns.matches`.
+    Raises ValueError, as :func:`modulora_core.models.patterns.matches`.
     """
     return matches(rf"(.*\.)?({pattern})$", module)
 

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 import modulora_core
 from modulora_core.checkpoints.joined_rows import JoinedRows
 from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.devices.processes import whole
+from modulora_core.distributed import whole
 from modulora_core.layers import LoRALinear, PackedParameter, PackedStack, QuantLinear
 
 RECORD_FILE = "modulora.json"

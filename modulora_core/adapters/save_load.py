@@ -28,11 +28,10 @@ from modulora_core.adapters.peft_format import (
     write_adapter,
 )
 from modulora_core.adapters.record import AdapterRecord, RecordedSettings, describe_base, record_of
+from modulora_core.arguments import checked
 from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.devices.processes import is_first, split_like, whole
-from modulora_core.errors import AdapterError, OutputError
-from modulora_core.files.arguments import checked
-from modulora_core.files.paths import usable_path
+from modulora_core.distributed import is_first, split_like, whole
+from modulora_core.errors import AdapterError, OutputError, usable_path
 from modulora_core.layers import LoRALayer
 from modulora_core.packed import ChannelScales
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from modulora_core.devices import processes
-from modulora_core.devices.dense_products import add_product
+from modulora_core import distributed
+from modulora_core.dense_products import add_product
 from modulora_core.errors import WorkError
 from modulora_core.spec import Calibration
 
@@ -37,8 +37,8 @@ class SecondMoment:
     def add_up(self) -> None:
         """Add the sums of all processes of a distributed run."""
         samples = torch.tensor(self.samples, device=self._sum.device)
-        processes.add_up(self._sum)
-        processes.add_up(samples)
+        distributed.add_up(self._sum)
+        distributed.add_up(samples)
         self.samples = int(samples)
 
     def mean(self, layer: str) -> Calibration:

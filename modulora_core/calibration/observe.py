@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from modulora_core.devices.dense_products import linear
+from modulora_core.dense_products import linear
 from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.models.sites import LinearSite
 from modulora_core.packed import ChannelScales

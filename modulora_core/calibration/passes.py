@@ -11,12 +11,12 @@ from itertools import accumulate
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
+from modulora_core import distributed
 from modulora_core.calibration.blocks import Block
 from modulora_core.calibration.calls import Call
 from modulora_core.calibration.moments import SecondMoment
 from modulora_core.calibration.observe import Key, ObservedWeight, ignore
 from modulora_core.calibration.packing import HeldOutCalibration
-from modulora_core.devices import processes
 from modulora_core.spec import Calibration
 
 TokenWeights = Mapping[str, Sequence[Sequence[Tensor]]]
@@ -119,7 +119,7 @@ class Passes:
         self._block.listen(lambda key, x: uses.append((key, x)))
         self._run(0, self._states)
         self._block.listen(ignore)
-        return processes.from_first(Order.of(uses, self._block.sites, sequential=sequential))
+        return distributed.from_first(Order.of(uses, self._block.sites, sequential=sequential))
 
     def collect(self, order: Order, stage: Collection[str]) -> None:
         """Run each batch until all inputs of ``stage`` arrived, and sum their H."""
@@ -133,7 +133,7 @@ class Passes:
             self._rows = Counter[Key]()  # of a held-out sample, so far
             self._continue(i)
         self._block.listen(ignore)
-        if processes.world_size() > 1:
+        if distributed.world_size() > 1:
             for key, observed in self._observed(stage):
                 if order.leader(key) == key:
                     self._moment(self._moments, key, observed.weight.shape[1]).add_up()

@@ -37,8 +37,8 @@ from modulora_core.calibration.observe import ObservedWeight
 from modulora_core.calibration.states import empty_states
 from modulora_core.errors import ModelError, WorkError
 from modulora_core.models import ModelSource
-from modulora_core.models.progress import Progress
 from modulora_core.models.sites import LinearSite
+from modulora_core.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

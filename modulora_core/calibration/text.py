@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from modulora_core.arguments import check_fields
 from modulora_core.calibration.tuning import TuningConfig
 from modulora_core.data import Source, token_segments
 from modulora_core.data.rendering import check_ids
 from modulora_core.data.sources import source_name
 from modulora_core.errors import DataError, OptionError
-from modulora_core.files.arguments import check_fields
 
 if TYPE_CHECKING:
     from modulora_core.models import ModelSource

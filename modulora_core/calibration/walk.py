@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from modulora_core import distributed
 from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
 from modulora_core.calibration.calls import Call, record_calls
 from modulora_core.calibration.packing import PackedMatrices, Packing
@@ -34,7 +35,6 @@ from modulora_core.calibration.passes import Order, Passes, TokenWeights
 from modulora_core.calibration.states import empty_states
 from modulora_core.calibration.text import CalibrationText
 from modulora_core.calibration.tuning import Tuner
-from modulora_core.devices import processes
 from modulora_core.models import ModelSource
 from modulora_core.models.sites import LinearSite
 from modulora_core.spec import Calibration
@@ -72,7 +72,7 @@ class BlockWalk:
     unreached: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._ids = self.text.ids[processes.rank() :: processes.world_size()]
+        self._ids = self.text.ids[distributed.rank() :: distributed.world_size()]
         size, count = self.text.batch_size, len(self._ids)
         matrices = next(iter(self.token_weights.values()), [()])
         self._held_out = first = count - len(matrices[0])
@@ -194,7 +194,7 @@ class BlockWalk:
             for name in missing:
                 self.unreached += passes.unreached(name) if name in wanting else []
             packed = {}
-            for name in processes.shared_out(missing):
+            for name in distributed.shared_out(missing):
                 matrices = [observed.weight for observed in block.weights[name]]
                 found = self._calibrations(block, name, passes)
                 if name not in wanting:
@@ -211,7 +211,7 @@ class BlockWalk:
         self, mine: dict[str, PackedMatrices | None]
     ) -> dict[str, PackedMatrices | None]:
         """The packed parameters of all processes."""
-        if processes.world_size() == 1:
+        if distributed.world_size() == 1:
             return mine
         sent = {
             name: None if packed is None else [matrix.to("cpu") for matrix in packed.matrices]
@@ -219,7 +219,7 @@ class BlockWalk:
         }
         others = {
             name: None if matrices is None else self.packing.received(name, matrices)
-            for name, matrices in processes.merged(sent).items()
+            for name, matrices in distributed.merged(sent).items()
             if name not in mine
         }
         return {**mine, **others}

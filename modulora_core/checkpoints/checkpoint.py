@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from modulora_core.arguments import checked
 from modulora_core.checkpoints.foreign import ForeignModel, ForeignStore, layout_of, open_foreign
 from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
 from modulora_core.checkpoints.packed_file import open_file
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
-from modulora_core.devices import pick_device
+from modulora_core.distributed import pick_device
 from modulora_core.errors import CheckpointError, ModelError, OptionError
-from modulora_core.files.arguments import checked
 from modulora_core.models import tokenizer
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton

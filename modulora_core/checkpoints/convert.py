@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from modulora_core.arguments import checked
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
 from modulora_core.checkpoints.outputs import (
     SMALL_FILES,
@@ -23,16 +24,14 @@ from modulora_core.checkpoints.outputs import (
     whole_or_nothing,
     write_digests,
 )
+from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite
 from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
 from modulora_core.checkpoints.whole import check_whole
-from modulora_core.devices.memory import PeakMemory
-from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError
-from modulora_core.files.arguments import checked
-from modulora_core.files.paths import usable_path
+from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError, usable_path
 from modulora_core.models import formats
 from modulora_core.models.formats import CheckpointFormat, StoredWeight
-from modulora_core.models.progress import Progress, shows_progress
+from modulora_core.progress import Progress, shows_progress
 from modulora_core.spec import TensorLayout
 
 

@@ -20,12 +20,12 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from modulora_core.arguments import checked
 from modulora_core.checkpoints.packed_model import PackedModel, with_methods
 from modulora_core.checkpoints.packed_modules import install, unpack
 from modulora_core.checkpoints.packing_on_load import PackOnLoad, data_free
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.errors import ModelError
-from modulora_core.files.arguments import checked
 from modulora_core.models.store import check_finite
 from modulora_core.registry import Choice
 

@@ -9,10 +9,15 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 
-from modulora_core.errors import CheckpointError, DiskSpaceError, OutputError
-from modulora_core.files.json_files import read_bytes
-from modulora_core.files.paths import full_disk_named, usable_path
+from modulora_core.errors import (
+    CheckpointError,
+    DiskSpaceError,
+    OutputError,
+    full_disk_named,
+    usable_path,
+)
 from modulora_core.models.folders import MARKER, REQUEST
+from modulora_core.models.json_files import read_bytes
 
 DIGESTS = "SHA256SUMS"
 """The file of digests: ``sha256sum --check SHA256SUMS`` verifies a folder too."""

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modulora_core.checkpoints.packed_table import PackedTable, TiedHead
 from modulora_core.checkpoints.record import PackedSite, QuantizationRecord
-from modulora_core.devices.dense_products import DenseLinear
+from modulora_core.dense_products import DenseLinear
 from modulora_core.errors import AdapterError, CheckpointError
 from modulora_core.layers import (
     LoRALayer,
@@ -28,7 +28,7 @@ def install(model: nn.Module, record: QuantizationRecord) -> None:
 
     A model with another head, such as a classifier, has no place for the packed output head, which
     is left out. Linear layers that stay dense become
-    :class:`modulora_core.devices.dense_products.DenseLinear`.
+    :class:`modulora_core.dense_products.DenseLinear`.
 
     Raises:
         CheckpointError: the model has no such parameter, or one of another shape, or a quantizer

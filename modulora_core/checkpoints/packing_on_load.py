@@ -41,7 +41,7 @@ class PackOnLoad(ConversionOps):
 
     Args:
         model: the skeleton that transformers is about to fill; its dense linear layers are replaced
-            by :class:`~modulora_core.devices.dense_products.DenseLinear`.
+            by :class:`~modulora_core.dense_products.DenseLinear`.
         quantizer: packs all linear weights of the base model.
         include, exclude: patterns, as of :func:`modulora_core.quantize`.
         seed: for random numbers of the quantizer.

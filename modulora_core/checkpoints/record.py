@@ -28,7 +28,7 @@ import modulora_core
 from modulora_core import registry
 from modulora_core.checkpoints.joined_rows import JoinedRows, layouts_of_parts
 from modulora_core.errors import CheckpointError
-from modulora_core.files.json_files import check_json
+from modulora_core.models.json_files import check_json
 from modulora_core.models.sites import Kind, LinearSite
 from modulora_core.spec import PackedLayout, Quantizer, TensorLayout
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modulora_core.devices.processes import from_first, is_first
+from modulora_core.distributed import from_first, is_first
 from modulora_core.errors import CheckpointError, WorkError
-from modulora_core.files.json_files import read_journal
+from modulora_core.models.json_files import read_journal
 from modulora_core.models.safetensors_store import DTYPE_CODES, INDEX, MOST_TENSORS
 from modulora_core.spec import TensorLayout
 

@@ -15,11 +15,11 @@ import typer
 import typer.core
 import typer.main
 
+from modulora_core import distributed
 from modulora_core.cli.arguments import option
 from modulora_core.cli.failures import report_failure
 from modulora_core.cli.help import show_help
 from modulora_core.cli.terminal import Report, Terminal, open_streams
-from modulora_core.devices import processes
 from modulora_core.errors import RequestError
 
 COMMANDS = (
@@ -42,7 +42,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     # read before parsing, since a parsing error is printed as JSON too
     terminal = Terminal("--json" in flags and not wants_help, "--debug" in flags)
     try:
-        terminal.silent = not processes.is_first()
+        terminal.silent = not distributed.is_first()
         with terminal.active():
             report = _dispatch(words)
         if report is None:

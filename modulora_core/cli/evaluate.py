@@ -122,7 +122,7 @@ def command(
         modulora evaluate smollm2-packed --adapter out --config out/finetune.yaml --metric rouge
         modulora evaluate smollm2-packed --tasks hellaswag,arc_easy --limit 100
     """
-    from modulora_core.devices.memory import PeakMemory
+    from modulora_core.checkpoints.peak_memory import PeakMemory
     from modulora_core.inference.evaluate import evaluate
     from modulora_core.inference.loading import open_to_run
     from modulora_core.inference.tasks import evaluate_tasks

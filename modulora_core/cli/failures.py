@@ -12,10 +12,9 @@ from contextlib import suppress
 
 import typer
 
+from modulora_core import distributed
 from modulora_core.cli.terminal import Terminal
-from modulora_core.devices import processes
-from modulora_core.errors import ModuLoRAError, RequestError, WorkError
-from modulora_core.files.paths import said_by_system
+from modulora_core.errors import ModuLoRAError, RequestError, WorkError, said_by_system
 
 SIGNALLED = 128
 """Shells add a signal's number to it: 130 after Ctrl-C, 143 after SIGTERM."""
@@ -44,18 +43,18 @@ def report_failure(error: BaseException, terminal: Terminal) -> int:
     if is_request:  # the first process prints it for all, if it can be reached
         shared = error if isinstance(error, ModuLoRAError) else RequestError(message)
         with suppress(ModuLoRAError):
-            processes.agree(shared)
+            distributed.agree(shared)
         terminal.silent &= shared.agreed
     elif terminal.silent:
         terminal.silent, terminal.json = False, False
-        message = f"process {processes.rank()} of {processes.world_size()}: {message}"
+        message = f"process {distributed.rank()} of {distributed.world_size()}: {message}"
     if terminal.json:
         with suppress(WorkError):  # stdout can't be written, which the note says
             terminal.write_object({"error": {"kind": kind, "message": message}})
     terminal.note(f"error: {message}")
     if is_request:
         with suppress(ModuLoRAError):
-            processes.barrier()  # a launcher ends the others as soon as one process has ended
+            distributed.barrier()  # a launcher ends the others as soon as one process has ended
     return code
 
 

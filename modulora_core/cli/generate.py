@@ -37,7 +37,7 @@ def command(
         modulora generate smollm2-packed "Once upon a time" --raw --temperature 0.8
         modulora generate smollm2-packed "Name a module." --adapter adapter --json
     """
-    from modulora_core.devices.memory import PeakMemory
+    from modulora_core.checkpoints.peak_memory import PeakMemory
     from modulora_core.inference.generate import Sampling, generate
     from modulora_core.inference.loading import open_to_run
 

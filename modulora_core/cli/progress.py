@@ -9,7 +9,7 @@ from time import monotonic
 from rich.console import Console
 
 from modulora_core.cli.text import format_size
-from modulora_core.devices.bar import Show
+from modulora_core.progress import Show
 
 SECONDS_BETWEEN_LINES = 60
 

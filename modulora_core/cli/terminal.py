@@ -41,7 +41,7 @@ from modulora_core.errors import WorkError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from modulora_core.devices.bar import Show
+    from modulora_core.progress import Show
 
 PIPED_WIDTH = 160
 """Columns of a table in a file or a pipe, so that nothing is cut off."""
@@ -103,7 +103,7 @@ class Terminal:
         ``show(what, done, total)`` is a progress callback as the work takes it.
         """
         from modulora_core.cli.progress import lines
-        from modulora_core.devices.bar import bar
+        from modulora_core.progress import bar
 
         if self.silent:
             return nullcontext(lambda *_: None)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from modulora_core.errors import DataError, MissingExtraError
-from modulora_core.files.json_files import open_file, parse_json, read_bytes, without_collections
+from modulora_core.models.json_files import open_file, parse_json, read_bytes, without_collections
 
 TEXT_SUFFIXES = (".txt", ".md")
 """Files that are one text, not records."""

@@ -32,7 +32,7 @@ from pydantic import (
 
 from modulora_core.data.files import Record
 from modulora_core.errors import DataError, OptionError
-from modulora_core.files.json_files import in_one_line
+from modulora_core.options import in_one_line
 
 Format = Literal["text", "instruct", "chat", "completion"]
 FORMATS: tuple[Format, ...] = get_args(Format)

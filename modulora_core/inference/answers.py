@@ -12,7 +12,7 @@ from modulora_core.data.templates import Template
 from modulora_core.errors import MissingExtraError
 from modulora_core.inference.generate import Sampling, continuations
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
-from modulora_core.models.progress import Progress
+from modulora_core.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

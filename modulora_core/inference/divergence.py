@@ -21,7 +21,7 @@ from modulora_core.data.sources import Source
 from modulora_core.errors import WorkError
 from modulora_core.inference.loading import Opened
 from modulora_core.inference.passes import batches, evaluating, window_of
-from modulora_core.models.progress import Progress
+from modulora_core.progress import Progress
 
 _ROWS = 64
 """Positions whose log-probabilities exist at once."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from modulora_core.arguments import checked
 from modulora_core.data import token_segments
 from modulora_core.data.examples import Collator
 from modulora_core.data.formats import Conversation
@@ -23,11 +24,10 @@ from modulora_core.data.rendering import Encoded, Renderer, check_ids
 from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError, WorkError
-from modulora_core.files.arguments import checked
 from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
 from modulora_core.inference.loading import Runnable, opened
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating, window_of
-from modulora_core.models.progress import Progress, shows_progress
+from modulora_core.progress import Progress, shows_progress
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
 
 Metric = Literal["perplexity", "accuracy", "rouge", "exact-match"]

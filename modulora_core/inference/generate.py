@@ -20,9 +20,9 @@ from transformers import (
 )
 from typing_extensions import override
 
+from modulora_core.arguments import check_fields, checked
 from modulora_core.data.rendering import check_ids
 from modulora_core.errors import DataError, OptionError, WorkError
-from modulora_core.files.arguments import check_fields, checked
 from modulora_core.inference.loading import Runnable, opened
 from modulora_core.models.quiet import first_line
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modulora_core.adapters.save_load import load_adapter
+from modulora_core.arguments import checked
 from modulora_core.checkpoints.checkpoint import (
     PackedCheckpoint,
     check_mapped,
@@ -22,9 +23,8 @@ from modulora_core.checkpoints.checkpoint import (
     load_model,
     open_if_packed,
 )
-from modulora_core.devices import pick_device
+from modulora_core.distributed import pick_device
 from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
-from modulora_core.files.arguments import checked
 from modulora_core.models import ModelSource, open_model
 from modulora_core.models.quiet import first_line, quiet
 

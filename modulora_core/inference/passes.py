@@ -14,7 +14,7 @@ from modulora_core.data.rendering import check_ids
 from modulora_core.data.sources import Source, load_records
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError
-from modulora_core.models.progress import Progress
+from modulora_core.progress import Progress
 
 
 def asked_in(source: Source, template: Template | None = None) -> list[Conversation]:

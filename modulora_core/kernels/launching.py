@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
-from modulora_core.files.json_files import in_one_line
 from modulora_core.kernels.process import prepared_numba
+from modulora_core.options import in_one_line
 from modulora_core.packed import BITS_OF_DTYPE, PackedLayout, PackedWeight, TensorLayout
 from modulora_core.tiles import tile_ranges
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field
 
 from modulora_core.errors import ModelError
-from modulora_core.files.json_files import read_json
 from modulora_core.hookspecs import PROJECT
 from modulora_core.models.folders import no_config
 from modulora_core.models.formats import FormatSpec, method_of, recognise, unread_method
+from modulora_core.models.json_files import read_json
 from modulora_core.models.quiet import first_line
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modulora_core import registry
 from modulora_core.errors import CheckpointError, DuplicatePluginError, ModelError, OptionError
-from modulora_core.files.json_files import read_json
+from modulora_core.models.json_files import read_json
 from modulora_core.models.store import is_finite
 from modulora_core.spec import FormatSpec, PackedLayout, PackedWeight, Quantizer, TensorLayout
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from modulora_core.errors import ModelError
-from modulora_core.files.paths import full_disk_named
+from modulora_core.errors import ModelError, full_disk_named
 from modulora_core.models.gguf_header import Header, read_header, without_vocabulary
 from modulora_core.models.gguf_rope import set_rope
 from modulora_core.models.gguf_store import require_gguf

@@ -19,8 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from modulora_core.errors import ModelError
-from modulora_core.files.paths import usable_path
+from modulora_core.errors import ModelError, usable_path
 from modulora_core.models import formats
 from modulora_core.models.quiet import first_line
 from modulora_core.models.safetensors_store import INDEX, shards_of

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
-from modulora_core.files.json_files import MOST_BYTES, check_json, read_json, without_collections
 from modulora_core.models.folders import HOLDS_AN_ADAPTER
+from modulora_core.models.json_files import MOST_BYTES, check_json, read_json, without_collections
 from modulora_core.models.store import StoredTensor
 
 SINGLE = "model.safetensors"

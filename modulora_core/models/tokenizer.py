@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from modulora_core.errors import ModelError
-from modulora_core.files.chat_templates import SECONDS, ends_soon
-from modulora_core.files.json_files import read_json
+from modulora_core.models.chat_templates import SECONDS, ends_soon
 from modulora_core.models.gguf_config import gguf_config
 from modulora_core.models.gguf_header import read_header
 from modulora_core.models.gguf_tokenizer import set_splits, tokenizer_options
+from modulora_core.models.json_files import read_json
 from modulora_core.models.quiet import first_line, quiet
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from modulora_core.errors import CheckpointError, WeightError
 from modulora_core.models import conversion
-from modulora_core.models.progress import Progress
 from modulora_core.models.store import is_finite
+from modulora_core.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from modulora_core import registry
+from modulora_core.arguments import checked
 from modulora_core.errors import OptionError, RequestError
-from modulora_core.files.arguments import checked
 from modulora_core.models.ends import EMBEDDINGS, HEAD
 from modulora_core.planner import memory
 from modulora_core.planner.memory import Job

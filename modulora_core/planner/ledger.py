@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modulora_core.autograd import WEIGHTS
-from modulora_core.devices.dense_products import compute_dtype
+from modulora_core.dense_products import compute_dtype
 from modulora_core.tiles import tile_bytes, tile_ranges
 
 Bytes = Counter[str]

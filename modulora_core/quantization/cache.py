@@ -22,7 +22,7 @@ from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.checkpoints.shards import MAX_SHARD_BYTES
 from modulora_core.errors import OptionError
 from modulora_core.models import ParameterInfo, open_model
-from modulora_core.models.progress import Progress
+from modulora_core.progress import Progress
 from modulora_core.quantization.layout import Selection, choose_layout
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from modulora_core import distributed
 from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner, find_blocks
 from modulora_core.checkpoints.packing import pack_matrices
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.shards import ShardWriter
-from modulora_core.devices import processes
 from modulora_core.models import ModelSource
-from modulora_core.models.progress import Progress
+from modulora_core.progress import Progress
 from modulora_core.quantization.layout import Layout
 from modulora_core.spec import Calibration, PackedWeight
 
@@ -55,7 +55,7 @@ def pack_all(
     if text is not None:
         blocks = tuple(f"{path}." for path in find_blocks(source.skeleton()))
     outside = {name for name in source.parameters if not name.startswith(blocks)}
-    if processes.is_first():  # reading takes most of the time
+    if distributed.is_first():  # reading takes most of the time
         for name, tensor in source.tensors(names=outside):
             packer.take(name, tensor)
     if text is None:

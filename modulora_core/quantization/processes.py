@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modulora_core.calibration import CalibrationText
-from modulora_core.devices.processes import world_size
+from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel
 
+from modulora_core.arguments import checked
 from modulora_core.calibration import CalibrationConfig, calibration_text
 from modulora_core.calibration.states import spilled_bytes
 from modulora_core.checkpoints.model_card import FILE as CARD
@@ -32,18 +33,15 @@ from modulora_core.checkpoints.outputs import (
     write_digests,
     write_file,
 )
+from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter
-from modulora_core.devices import pick_device
-from modulora_core.devices.memory import PeakMemory
-from modulora_core.devices.processes import barrier, from_first, is_first, together
-from modulora_core.errors import CheckpointError, OptionError, OutputError
-from modulora_core.files.arguments import checked
-from modulora_core.files.json_files import read_json
-from modulora_core.files.paths import usable_path
+from modulora_core.distributed import barrier, from_first, is_first, pick_device, together
+from modulora_core.errors import CheckpointError, OptionError, OutputError, usable_path
 from modulora_core.models import ModelSource, open_model
 from modulora_core.models.folders import REQUEST
-from modulora_core.models.progress import Progress, shows_progress
+from modulora_core.models.json_files import read_json
 from modulora_core.models.tokenizer import TOKENIZER_FILES
+from modulora_core.progress import Progress, shows_progress
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
 from modulora_core.quantization.mixed.errors import JOURNAL
 from modulora_core.quantization.mixed.mixture import Budget, find_mixture

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from modulora_conformance.allocations import Allocations
 
-from modulora_core.devices.memory import Allocations, PeakMemory
+from modulora_core.checkpoints.peak_memory import PeakMemory
 
 Taken = Mapping[str, int]
 

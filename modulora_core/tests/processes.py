@@ -68,9 +68,9 @@ def trained_by_hand(folder: Path, ids: Tensor, *, split: bool) -> tuple[list[flo
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    from modulora_core import distributed
     from modulora_core.adapters.lora import LoRASettings, add_lora
     from modulora_core.checkpoints.checkpoint import load_model
-    from modulora_core.devices import processes
     from modulora_core.training.chunked_loss import chunked_loss
     from modulora_core.training.deferred_logits import DeferredLogits
     from modulora_core.training.gradient_checkpointing import checkpoint_activations
@@ -79,14 +79,14 @@ def trained_by_hand(folder: Path, ids: Tensor, *, split: bool) -> tuple[list[flo
     add_lora(model, LoRASettings(rank=2, dropout=0.0))
     checkpoint_activations(model.train())
     if split:
-        processes.join()
-        mesh = init_device_mesh("cpu", (processes.world_size(),))
+        distributed.join()
+        mesh = init_device_mesh("cpu", (distributed.world_size(),))
         whole = [weakref.ref(tensor) for tensor in packed_tensors(model)]
         for part in (*model.model.layers, model.lm_head):
             fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
         assert not any(reference() for reference in whole), "the whole tensors are freed"
-        ids = ids.chunk(processes.world_size())[processes.rank()]
+        ids = ids.chunk(distributed.world_size())[distributed.rank()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
     for _ in range(3):
@@ -101,7 +101,7 @@ def trained_by_hand(folder: Path, ids: Tensor, *, split: bool) -> tuple[list[flo
     found = torch.stack(losses)
     if split:
         torch.distributed.all_reduce(found)
-        found /= processes.world_size()
+        found /= distributed.world_size()
     return found.tolist(), packed_bytes(model)
 
 

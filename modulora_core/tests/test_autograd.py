@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from modulora_core.autograd import lora_linear, packed_product
-from modulora_core.devices.dense_products import compute_dtype
+from modulora_core.dense_products import compute_dtype
 from modulora_core.errors import ShapeError
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_budget

@@ -7,10 +7,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from modulora_conformance.allocations import Allocations
 
 from modulora_core.autograd import lora_linear
-from modulora_core.devices.dense_products import compute_dtype
-from modulora_core.devices.memory import Allocations
+from modulora_core.dense_products import compute_dtype
 from modulora_core.tiles import tile_budget
 
 OUT, IN, RANK = 11, 7, 3

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modulora_core.devices import dense_products
+from modulora_core import dense_products
 from modulora_core.errors import OptionError, ShapeError
 from modulora_core.tiles import (
     CPU_TILE_BYTES,
@@ -133,7 +133,7 @@ def test_tiles_have_the_dtype_that_the_cpu_multiplies_fast(units: bool) -> None:
 
 def test_bf16_units_that_torch_may_not_use_do_not_count() -> None:
     code = (
-        "import torch; from modulora_core.devices.dense_products import compute_dtype; "
+        "import torch; from modulora_core.dense_products import compute_dtype; "
         "print(compute_dtype(torch.bfloat16, torch.device('cpu')))"
     )
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}

@@ -16,7 +16,7 @@ from transformers import TrainerState
 
 from modulora_core.checkpoints.outputs import digest, digests_of, sync_folder, write_file
 from modulora_core.errors import CheckpointError
-from modulora_core.files.json_files import read_json
+from modulora_core.models.json_files import read_json
 
 _SEAL = "complete.json"
 

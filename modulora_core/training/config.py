@@ -15,7 +15,6 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from modulora_core.errors import OptionError
-from modulora_core.files.json_files import read_yaml
 from modulora_core.options import validate_model
 
 _EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
@@ -304,6 +303,8 @@ class FinetuneConfig(BaseModel):
 
 
 def _read(path: Path) -> dict[str, object]:
+    from modulora_core.models.json_files import read_yaml  # imports torch
+
     values = read_yaml(path, OptionError)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise OptionError(

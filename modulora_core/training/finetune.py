@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from modulora_core.adapters.llama_cpp import base_file, export_for_llama_cpp
 from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
 from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.arguments import checked
 from modulora_core.checkpoints.checkpoint import (
     PackedCheckpoint,
     load_dtype,
@@ -37,27 +38,25 @@ from modulora_core.checkpoints.outputs import (
     only_writer,
     write_file,
 )
+from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data import Collator, load_examples
 from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
-from modulora_core.devices import pick_device
-from modulora_core.devices.dense_products import matmul_precision
-from modulora_core.devices.interruption import Interruption
-from modulora_core.devices.memory import PeakMemory
-from modulora_core.devices.processes import barrier, is_first, together, world_size
+from modulora_core.dense_products import matmul_precision
+from modulora_core.distributed import barrier, is_first, pick_device, together, world_size
 from modulora_core.errors import OptionError
-from modulora_core.files.arguments import checked
 from modulora_core.layers import QuantLinear
 from modulora_core.models.folders import RUN_FILE
-from modulora_core.models.progress import Bars, bars
 from modulora_core.models.quiet import quiet
+from modulora_core.progress import Bars, bars
 from modulora_core.quantization.cache import Unpacked
 from modulora_core.training.arguments import total_steps, training_arguments, warn_of_warmup
 from modulora_core.training.checkpoints import remove_half_written
 from modulora_core.training.checks import checked_model, vocabulary, window
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
+from modulora_core.training.interruption import Interruption
 from modulora_core.training.losses import divergence
 from modulora_core.training.model_card import model_card
 from modulora_core.training.report import REPORT_FILE, report
@@ -82,7 +81,7 @@ class FinetuneResult:
             before a resume.
         tokens_per_second: trained tokens, without padding, divided by ``seconds``.
         peak_memory_bytes: of loading and training
-            (:class:`modulora_core.devices.memory.PeakMemory`).
+            (:class:`modulora_core.checkpoints.peak_memory.PeakMemory`).
         model: the packed model: the config's, or its folder in the cache.
     """
 

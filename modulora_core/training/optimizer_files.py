@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modulora_core.devices.processes import is_first, split_like, whole
+from modulora_core.distributed import is_first, split_like, whole
 
 OPTIMIZER_FILE, SCHEDULE_FILE = "optimizer.pt", "scheduler.pt"
 

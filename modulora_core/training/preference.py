@@ -18,7 +18,7 @@ import datasets
 import torch
 from trl import DPOConfig, DPOTrainer
 
-from modulora_core.devices.processes import barrier, is_first, world_size
+from modulora_core.distributed import barrier, is_first, world_size
 from modulora_core.errors import OptionError
 from modulora_core.training.arguments import argument_values
 from modulora_core.training.config import FinetuneConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modulora_core.adapters.peft_format import CONFIG_FILE
 from modulora_core.checkpoints.outputs import check_output, partial_name
-from modulora_core.devices.processes import world_size
+from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.training.checkpoints import latest_checkpoint, processes_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from modulora_core.devices.processes import world_size
+from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError
 from modulora_core.training.config import FinetuneConfig
 

@@ -32,14 +32,14 @@ from typing_extensions import override
 
 from modulora_core.adapters.lora import LoRASettings
 from modulora_core.adapters.save_load import restore_adapter, save_adapter
+from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data.rendering import IGNORED
-from modulora_core.devices.interruption import Interruption
-from modulora_core.devices.memory import PeakMemory
-from modulora_core.devices.processes import barrier, world_size
+from modulora_core.distributed import barrier, world_size
 from modulora_core.errors import WorkError
-from modulora_core.models.progress import Progress
+from modulora_core.progress import Progress
 from modulora_core.training.checkpoints import seal, trainer_state
 from modulora_core.training.chunked_loss import chunked_loss, deferred_logits, token_losses
+from modulora_core.training.interruption import Interruption
 from modulora_core.training.optimizer_files import load_optimizer, save_optimizer
 from modulora_core.training.sharding import split_without_gpus
 
@@ -56,7 +56,7 @@ class TrainingStep:
         grad_norm: norm of the gradient before clipping; None if it is not measured.
         tokens_per_second: throughput of this step.
         memory_bytes: peak memory of the run so far
-            (:class:`modulora_core.devices.memory.PeakMemory`).
+            (:class:`modulora_core.checkpoints.peak_memory.PeakMemory`).
     """
 
     step: int

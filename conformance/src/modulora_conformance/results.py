@@ -21,7 +21,7 @@ from pydantic import (
 
 from modulora_conformance.checks import in_words
 from modulora_core.errors import DataError
-from modulora_core.files.json_files import read_json
+from modulora_core.models.json_files import read_json
 
 Kind = Literal["passed", "failed", "skipped", "blocked", "xfailed"]
 """``blocked``: a check that this one needs failed. ``xfailed``: it failed, as a subclass

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from modulora_core.devices import dense_products
+from modulora_core import dense_products
 from modulora_core.kernels.cpu import amx
 from modulora_core.kernels.cpu.vectors import has
 

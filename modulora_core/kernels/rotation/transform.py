@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
-from modulora_core.devices.dense_products import without_autocast
+from modulora_core.dense_products import without_autocast
 from modulora_core.errors import ShapeError
 from modulora_core.kernels.rotation.hadamard import LARGEST_ORDER, decompose, hadamard
 

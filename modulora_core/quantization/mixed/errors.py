@@ -29,10 +29,10 @@ from modulora_core.calibration import BlockWalk, CalibrationText, HeldOutCalibra
 from modulora_core.calibration.sensitivity import Sensitivity, loss_sensitivities
 from modulora_core.checkpoints.packing import random_stream
 from modulora_core.errors import WorkError
-from modulora_core.files.json_files import read_journal
 from modulora_core.models import ModelSource
-from modulora_core.models.progress import Progress
+from modulora_core.models.json_files import read_journal
 from modulora_core.models.sites import LinearSite
+from modulora_core.progress import Progress
 from modulora_core.spec import Calibration, PackedWeight, Quantizer, titled
 from modulora_core.tiles import tile_bytes, tile_ranges
 

@@ -17,8 +17,8 @@ from modulora_core.checkpoints.record import QuantizationRecord, Recipe
 from modulora_core.errors import DataError, OptionError
 from modulora_core.models import ModelSource
 from modulora_core.models.ends import End
-from modulora_core.models.progress import Progress
 from modulora_core.models.sites import LinearSite
+from modulora_core.progress import Progress
 from modulora_core.quantization.layout import (
     Layout,
     Selection,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_conformance.allocations import Allocations
 from peft import (
     IA3Config,
     LoftQConfig,
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
-from modulora_core.devices.memory import Allocations
 from modulora_core.errors import ModelError
 from modulora_core.tests.adapted_models import IDS, logits
 from modulora_core.tiles import tile_budget

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modulora_core.devices import dense_products
-from modulora_core.devices.dense_products import matmul_precision
+from modulora_core import dense_products
+from modulora_core.dense_products import matmul_precision
 from modulora_core.packed import PackedWeight
 from modulora_core.tests.scaled_rows import DECODER, packed, poisoned
 from modulora_core.tiles import tile_budget

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_conformance.allocations import Allocations
 from transformers import LlamaConfig
 
 from modulora_core.adapters.lora import LoRASettings, add_lora
 from modulora_core.checkpoints.checkpoint import load_model
-from modulora_core.devices.memory import Allocations
 from modulora_core.errors import ModelError
 from modulora_core.planner import rehearsal
 from modulora_core.planner.model import Packed, open_planned

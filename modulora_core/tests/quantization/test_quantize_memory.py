@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from modulora_conformance.allocations import Allocations
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.devices.memory import Allocations
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 from modulora_core.tests.width_quantizer import installed

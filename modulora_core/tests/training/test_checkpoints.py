@@ -19,11 +19,11 @@ from transformers.trainer import safe_globals
 from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.data.sources import pydoc_text
-from modulora_core.devices.interruption import Interrupted
 from modulora_core.errors import AdapterError, OptionError, OutputError
 from modulora_core.training.checkpoints import latest_checkpoint, remove_half_written, seal
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import FinetuneResult, finetune
+from modulora_core.training.interruption import Interrupted
 from modulora_core.training.resuming import check_out
 from modulora_core.training.trainer import TrainingStep
 

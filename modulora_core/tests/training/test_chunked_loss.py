@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_conformance.allocations import Allocations
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,7 +16,6 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from modulora_core.devices.memory import Allocations
 from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
 from modulora_core.training.chunked_loss import chunked_loss, deferred_logits, token_losses
 from modulora_core.training.deferred_logits import DeferredLogits, deferred_head

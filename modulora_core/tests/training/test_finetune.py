@@ -19,7 +19,7 @@ from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.save_load import load_adapter, save_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.data import load_examples
-from modulora_core.devices.dense_products import matmul_precision
+from modulora_core.dense_products import matmul_precision
 from modulora_core.errors import (
     AdapterError,
     DataError,

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modulora_core import distributed
 from modulora_core.data.sources import pydoc_text
-from modulora_core.devices import processes
 from modulora_core.errors import OptionError, RequestError
 from modulora_core.tests.processes import finetuned, run_in_processes, trained_by_hand
 from modulora_core.training.arguments import total_steps
@@ -118,14 +118,14 @@ def test_an_error_of_one_process_ends_all() -> None:
 
 
 def _one_fails() -> None:
-    with processes.together():
-        if processes.rank() == 1:
+    with distributed.together():
+        if distributed.rank() == 1:
             raise OptionError("expected another disk, got a full one")
 
 
 def test_one_process_is_no_distributed_run() -> None:
-    assert (processes.world_size(), processes.rank(), processes.is_first()) == (1, 0, True)
-    with pytest.raises(RequestError, match="mine"), processes.together():
+    assert (distributed.world_size(), distributed.rank(), distributed.is_first()) == (1, 0, True)
+    with pytest.raises(RequestError, match="mine"), distributed.together():
         raise RequestError("mine")
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, packed_of, window
 from modulora_quip_sharp_e8.reference import Options
 
-from modulora_core.devices import dense_products
+from modulora_core import dense_products
 from modulora_core.errors import CheckpointError, OptionError, ShapeError
 from modulora_core.kernels import rotation
 from modulora_core.spec import Calibration

@@ -12,7 +12,7 @@ kind           the quantizer                    beside it
 
 Both sides take turns (:mod:`modulora_conformance.bench.timing`), and operands rotate, so that they
 come from memory. The dense side of products has the dtype in which tiles are multiplied
-(:func:`modulora_core.devices.dense_products.compute_dtype`): the input's, or float32."""
+(:func:`modulora_core.dense_products.compute_dtype`): the input's, or float32."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from modulora_conformance.bench.timing import Call, cold_copies, in_turns, rotat
 from modulora_conformance.cases import SPREAD, accepts
 from modulora_conformance.changes import clone
 from modulora_core.autograd import lora_linear
-from modulora_core.devices.dense_products import compute_dtype
+from modulora_core.dense_products import compute_dtype
 from modulora_core.errors import ModuLoRAError, OptionError, ShapeError, WorkError
-from modulora_core.models.progress import Progress
+from modulora_core.progress import Progress
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 from modulora_core.tiles import tile_bytes, tile_ranges
 

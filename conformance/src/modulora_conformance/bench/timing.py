@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from modulora_core.devices.clock import seconds_of
 from modulora_core.errors import OptionError
+from modulora_core.kernels.triton.clock import seconds_of
 
 Item = TypeVar("Item")
 Call = Callable[[], object]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modulora_conformance.allocations import Allocations
 from modulora_conformance.cases import DTYPES, packed, tile
 from modulora_conformance.changes import same_bits
 from modulora_conformance.checks import Level, needs
@@ -22,7 +23,6 @@ from modulora_conformance.levels.tiles import (
     check_form,
 )
 from modulora_conformance.results import NOT_OFFERED, Measurements
-from modulora_core.devices.memory import Allocations
 from modulora_core.spec import Quantizer
 from modulora_core.tiles import tile_budget
 

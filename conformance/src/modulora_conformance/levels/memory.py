@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modulora_conformance.allocations import Allocations
 from modulora_conformance.cases import fit, gaussian, identity, inputs, packed, tile
 from modulora_conformance.changes import clone
 from modulora_conformance.checks import Level, needs
@@ -23,7 +24,6 @@ from modulora_conformance.levels.tiles import LITTLE, OWNED
 from modulora_conformance.problems import SCALE, Problem, output, problem
 from modulora_conformance.results import HARDWARE, Measurements
 from modulora_core.autograd import lora_linear
-from modulora_core.devices.memory import Allocations
 from modulora_core.kernels import one_thread
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_budget

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from modulora_conformance.allocations import Allocations
 from modulora_conformance.cases import (
     DTYPES,
     KINDS,
@@ -24,7 +25,6 @@ from modulora_conformance.checks import Level, needs
 from modulora_conformance.oracle import tile_error
 from modulora_conformance.results import Measurements
 from modulora_conformance.tolerances import ROUNDING
-from modulora_core.devices.memory import Allocations
 from modulora_core.errors import ShapeError
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_budget

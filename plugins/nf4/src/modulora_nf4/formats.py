@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, ModelError
-from modulora_core.files.json_files import check_json
 from modulora_core.models.formats import (
     ForeignWeight,
     FormatReader,
@@ -31,6 +30,7 @@ from modulora_core.models.formats import (
     check_tensors,
     read_finite,
 )
+from modulora_core.models.json_files import check_json
 from modulora_core.spec import PackedLayout, PackedWeight, TensorLayout
 from modulora_nf4 import reference
 from modulora_nf4.quantizer import NF4, Options

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
-from modulora_core.devices.dense_products import add_product
+from modulora_core.dense_products import add_product
 from modulora_optq import reference
 from modulora_optq.options import Options
 from modulora_optq.reference import Problem, Solution

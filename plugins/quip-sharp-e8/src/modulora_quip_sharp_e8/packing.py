@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
-from modulora_core.devices.dense_products import add_product, product
+from modulora_core.dense_products import add_product, product
 from modulora_quip_sharp_e8 import codebooks, reference
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.reference import Options, Solution

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core import kernels
-from modulora_core.devices.dense_products import compute_dtype
+from modulora_core.dense_products import compute_dtype
 from modulora_core.errors import OptionError, ShapeError
 from modulora_core.kernels.rotation import rotate
 from modulora_core.spec import (

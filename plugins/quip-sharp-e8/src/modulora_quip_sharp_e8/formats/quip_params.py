@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from modulora_core.errors import ModelError
-from modulora_core.files.json_files import check_json
+from modulora_core.models.json_files import check_json
 from modulora_quip_sharp_e8.codebooks import BLOCK, RESIDUAL_SCALE
 
 FUSED: Mapping[str, tuple[str, ...]] = {

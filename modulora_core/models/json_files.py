@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from modulora_core.errors import CheckpointError, RequestError
+from modulora_core.options import in_one_line
 
 T = TypeVar("T")
 
@@ -153,18 +154,6 @@ def check_json(
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as found:
         raise error(f"{subject}: {in_one_line(found)}; {advice}") from None
-
-
-def in_one_line(error: Exception) -> str:
-    """An error in one line; of pydantic's the first field that it refused."""
-    if not isinstance(error, ValidationError):
-        return " ".join(str(error).split())
-    first = error.errors(include_url=False)[0]
-    expected = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    expected = expected.partition(" or instance")[0]  # of a class of ours
-    field = "".join(f"{part}: " for part in first["loc"])
-    ours = first["type"] == "value_error" and not field  # a check of the whole, with its own words
-    return f"{field}{expected}" + ("" if ours else f", got {first['input']!r:.60}")
 
 
 def parse_json(text: str) -> Any:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modulora_core.devices import dense_products
-from modulora_core.devices.dense_products import (
+from modulora_core import dense_products
+from modulora_core.dense_products import (
     DenseLinear,
     add_product,
     linear,
@@ -220,7 +220,7 @@ def test_onednn_is_faster_on_amd_processors_with_avx512(
 
 GROWTH = """
 import re, torch
-from modulora_core.devices import dense_products
+from modulora_core import dense_products
 
 dense_products.onednn_is_faster = lambda: True
 dense_products.has_bfloat16_units()

@@ -8,10 +8,18 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar
 
-from modulora_core.devices.processes import is_first
+import rich.progress
+from rich.console import Console
+from rich.table import Column
+from rich.text import Text
+
+from modulora_core.distributed import is_first
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)`` is called as the work goes on."""
+
+Show = Callable[[str, int, int | None], None]
+"""A ``Progress`` whose total may be None, for unknown."""
 
 Bars = Callable[[str, str], AbstractContextManager[Progress]]
 """``with bars(what, unit) as progress:`` opens a bar. The unit ``"bytes"`` is shown as sizes."""
@@ -46,10 +54,6 @@ def shows_progress(
 @contextmanager
 def terminal_bar(what: str, unit: str) -> Iterator[Progress]:
     """A bar on stderr in the first process, if stderr is a terminal or a notebook, else nothing."""
-    from rich.console import Console
-
-    from modulora_core.devices.bar import bar
-
     console = Console(stderr=True)
     widgets = console.is_jupyter and find_spec("ipywidgets") is not None
     if is_first() and (console.is_terminal or widgets):
@@ -72,3 +76,43 @@ def no_bar(what: str, unit: str) -> Iterator[Progress]:  # noqa: ARG001  # the s
 
 def _nothing(*_: Any) -> None:
     pass
+
+
+@contextmanager
+def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
+    """Draw a bar. The unit ``"bytes"`` is shown as sizes."""
+    sizes = unit == "bytes"
+    whole = Column(no_wrap=True)  # on a narrow terminal the title wraps, and these do not
+    drawn = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False, table_column=Column()),
+        rich.progress.BarColumn(bar_width=12),
+        rich.progress.DownloadColumn(table_column=whole)
+        if sizes
+        else rich.progress.MofNCompleteColumn(table_column=whole),
+        rich.progress.TransferSpeedColumn(table_column=whole) if sizes else _Rate(unit, whole),
+        rich.progress.TimeRemainingColumn(compact=True, table_column=whole),
+        console=console,
+    )
+    task = drawn.add_task(what, total=None)
+
+    def show(what: str, done: int, total: int | None) -> None:
+        if done < drawn.tasks[0].completed:  # other work begins, with its own rate
+            drawn.reset(task)
+        drawn.update(task, description=what, completed=done, total=total)
+
+    with drawn:
+        yield show
+
+
+class _Rate(rich.progress.ProgressColumn):
+    """Show ``12.3 layers/s``."""
+
+    def __init__(self, unit: str, column: Column) -> None:
+        super().__init__(column)
+        self._unit = unit
+
+    def render(self, task: rich.progress.Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(
+            "" if speed is None else f"{speed:,.{0 if speed >= 100 else 2}f} {self._unit}/s"
+        )

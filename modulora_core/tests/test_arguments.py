@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import modulora_core
+from modulora_core.arguments import checked
 from modulora_core.errors import OptionError, RequestError
-from modulora_core.files.arguments import checked
 from modulora_core.quantization.layout import Selection
 
 if TYPE_CHECKING:

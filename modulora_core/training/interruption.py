@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from modulora_core.devices.processes import add_up, world_size
+from modulora_core.distributed import add_up, world_size
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -1,19 +1,13 @@
-"""Measured memory: the peak of a process or a GPU, and the bytes that torch's operations
-allocate."""
+"""Measure the peak memory of a process or a GPU."""
 
 from __future__ import annotations
 
 import sys
-import weakref
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -95,43 +89,3 @@ def _peak_resident_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
-
-
-class Allocations(TorchDispatchMode):
-    """Count the bytes of the storages that torch's operations allocate within this mode.
-
-    A storage counts whole as long as a view of it is alive. Memory that compiled kernels allocate
-    for themselves is not counted.
-
-    Args:
-        before: tensors whose storages exist already and do not count.
-
-    Attributes:
-        alive: bytes of the new storages that are alive.
-        peak: the most so far.
-    """
-
-    def __init__(self, before: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in before}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf.untyped_storage())
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        address, nbytes = storage.data_ptr(), storage.nbytes()
-        if address in self._known:
-            return
-        self._known.add(address)
-        self.alive += nbytes
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._release, address, nbytes)
-
-    def _release(self, address: int, nbytes: int) -> None:
-        self._known.discard(address)
-        self.alive -= nbytes

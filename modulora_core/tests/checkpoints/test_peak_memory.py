@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from modulora_core.devices.memory import PeakMemory
+from modulora_core.checkpoints.peak_memory import PeakMemory
 
 MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets a process's peak")

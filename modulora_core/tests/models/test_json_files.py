@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.errors import AdapterError, ModelError
-from modulora_core.files.chat_templates import ends_soon
-from modulora_core.files.json_files import parse_json, read_journal, read_json, read_yaml
-from modulora_core.files.paths import as_output_error, said_by_system, usable_path
-from modulora_core.files.patterns import matches
+from modulora_core.errors import (
+    AdapterError,
+    ModelError,
+    as_output_error,
+    said_by_system,
+    usable_path,
+)
+from modulora_core.models.chat_templates import ends_soon
+from modulora_core.models.json_files import parse_json, read_journal, read_json, read_yaml
+from modulora_core.models.patterns import matches
 
 DEEP = 10_000
 BROKEN = {

@@ -1,1 +1,0 @@
-"""Read files that strangers wrote: bounded in time and memory, and refused in one sentence."""
