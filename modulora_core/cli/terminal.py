@@ -6,8 +6,8 @@
 the report          text on stdout      one object on stdout
 streamed text       stdout              nowhere: the report has it
 notes, warnings     stderr              stderr
-progress, a bar     stderr, if a tty    nowhere
-or a line a minute  stderr, if no tty   stderr
+progress, a bar     stderr, if a tty    stderr, if a tty
+or a line a minute  stderr, if no tty   stderr, if no tty
 ==================  ==================  =========================
 """
 
@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from modulora_core.progress import Show
+
+_STYLES = re.compile("\x1b\\[[0-9;]*m")
+"""The escape codes of colors and styles."""
 
 PIPED_WIDTH = 160
 """Columns of a table in a file or a pipe, so that nothing is cut off."""
@@ -107,7 +111,7 @@ class Terminal:
 
         if self.silent:
             return nullcontext(lambda *_: None)
-        if self.json or not self._errors.is_terminal:
+        if not self._errors.is_terminal:
             return lines(self._errors, unit)
         return bar(self._errors, what, unit)
 
@@ -166,6 +170,9 @@ class Terminal:
         token = _current.set(self)
         show_warning, logged = warnings.showwarning, _Logged(self)
         logging.getLogger().addHandler(logged)
+        ours = logging.getLogger("modulora_core")
+        level = ours.level
+        ours.setLevel(logging.INFO)
         if self.silent:
             logging.disable(logging.WARNING)
         if not self.debug:
@@ -179,6 +186,7 @@ class Terminal:
         finally:
             warnings.showwarning = show_warning
             logging.getLogger().removeHandler(logged)
+            ours.setLevel(level)
             logging.disable(logging.NOTSET)
             _current.reset(token)
 
@@ -187,25 +195,30 @@ class Terminal:
 
 
 class _Logged(logging.Handler):
-    """Notes the warnings of loggers that have no handler of their own."""
+    """Notes our log records, and the warnings of loggers that have no handler of their own."""
 
     def __init__(self, terminal: Terminal) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self._terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(record.getMessage().split())
-        self._terminal.note(f"{record.levelname.lower()}: {text}")
+        text = " ".join(_STYLES.sub("", record.getMessage()).split())
+        if record.levelno >= logging.WARNING:
+            self._terminal.note(f"{record.levelname.lower()}: {text}")
+        elif record.name.startswith("modulora"):
+            self._terminal.note(text)
 
 
 class _Escaped:
-    """A stderr for libraries: their handlers and bars print without control characters but CR."""
+    """A stderr for libraries: their handlers and bars print without styles, and without control
+    characters but CR."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write("\r".join(map(visible, text.split("\r"))))
+        plain = _STYLES.sub("", text)
+        self._stream.write("\r".join(map(visible, plain.split("\r"))))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

@@ -6,6 +6,7 @@ Importing this module imports numba.
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -13,18 +14,23 @@ from typing import Any
 
 from numba.core.caching import FunctionCache
 
+logger = logging.getLogger(__name__)
+
 
 class DiskCache(FunctionCache):
     """numba's cache on disk. A damaged or unwritable file costs a warning and a compilation."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception:  # pickle raises anything for damaged bytes
             _warn("has a damaged file")
             with contextlib.suppress(OSError):
                 self.flush()  # an index without entries
             return None
+        if found is None:
+            _tell()
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
@@ -38,6 +44,11 @@ def cached(dispatcher: Any, function: Callable[..., Any]) -> Any:
     with contextlib.suppress(RuntimeError):  # there is none
         dispatcher._cache = DiskCache(function)  # numba's enable_caching() puts its own there
     return dispatcher
+
+
+@cache
+def _tell() -> None:
+    logger.info("compiling CPU kernels; this happens once, and later runs load them from disk")
 
 
 @cache  # a damaged disk is no reason to warn for each kernel

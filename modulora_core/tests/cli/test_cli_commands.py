@@ -198,6 +198,8 @@ def test_every_command_takes_a_model_with_packed_ends(
 def test_the_demo_finetunes_the_packed_model_and_the_file(
     run: Run, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed_file: bool
 ) -> None:
+    opened = object() if packed_file else None
+    monkeypatch.setattr("modulora_core.checkpoints.checkpoint.open_if_packed", lambda model: opened)
     steps = []
 
     def step(*words: object) -> dict[str, Any]:
@@ -208,20 +210,18 @@ def test_the_demo_finetunes_the_packed_model_and_the_file(
             "peak_memory_bytes": 100,
         }  # fmt: skip
 
-    monkeypatch.setattr("modulora_core.models.locate.locate", lambda model: None)
     monkeypatch.setattr(demo, "_step", step)
-    monkeypatch.setattr(demo, "_is_packed", lambda: packed_file)
     words = ("demo", "--steps", "3", "--out", str(tmp_path / "out"), "-q", "toy")
     code, found, _ = run(*words)
     assert code == 0
     names = [stage["name"] for stage in found["stages"]]
     assert names[-2:] == ["toy", "toy + finetuned"]
     file = ["original file", "original file + finetuned"]
-    assert names[:-2] == (file if packed_file else ["original, loaded in fp32"])
+    assert names[:-2] == (file if packed_file else ["original, dense"])
     assert {"quantize", "finetune"} <= found.keys()
     measured, tuned = ["evaluate", "generate"], ["finetune", "evaluate", "generate"]
-    first = ["quantize", "info", *measured, *tuned] if packed_file else ["quantize", *measured]
-    assert [words[0] for words in steps] == [*first, *measured, *tuned]
+    first = ["info", *measured, *tuned] if packed_file else measured
+    assert [words[0] for words in steps] == [*first, "quantize", *measured, *tuned]
     trained = [words for words in steps if words[0] == "finetune"]
     assert [words[1] == demo.MODEL for words in trained] == [True, False][1 - packed_file :]
     assert all(words[words.index("--steps") + 1] == "3" for words in trained)
