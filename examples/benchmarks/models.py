@@ -54,9 +54,8 @@ class PrepareJob:
         """Write the model in float32, its tokenizer, and ids of English text, ``[n, LENGTH]``."""
         opened = open_to_run(model, dtype="float32", device="cpu")
         tokenizer, loaded = opened.tokenizer, opened.load()
-        for owner in (loaded, loaded.config):  # a GGUF file's quantization, which no longer holds
-            if hasattr(owner, "quantization_config"):
-                del owner.quantization_config
+        if getattr(loaded, "hf_quantizer", None) is not None:  # a GGUF file stays packed
+            loaded = loaded.dequantize()
         loaded.save_pretrained(self._files.dense)
         tokenizer.save_pretrained(self._files.dense)
         window = getattr(loaded.config, "max_position_embeddings", LENGTH)
