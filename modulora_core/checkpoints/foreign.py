@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import modulora_core
 from modulora_core.checkpoints.foreign_experts import joined_experts
+from modulora_core.checkpoints.foreign_parts import whole_layers
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe, distinct_sites
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.config import read_config
@@ -32,7 +33,7 @@ from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.spec import PackedWeight, TensorLayout
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,16 @@ def open_foreign(location: Location, recognised: Recognised) -> ForeignModel:
         raw = SafetensorsStore(location.folder)
         packable = [(n, t) for n, t in raw.tensors.items() if _dtype_name(t) in BITS_OF_DTYPE]
         layouts = {name: layout_of(tensor) for name, tensor in packable}
-        weights = recognised.reader().weights(recognised.config, layouts, raw.read)
+        reader = recognised.reader()
+        weights = dict(reader.weights(recognised.config, layouts, raw.read))
         if not weights:
             raise CheckpointError(
                 f"{location.folder}: {recognised.file} says that it is quantized in the format "
                 f"{recognised.spec.name}, and no tensor of its files is"
             )
-        headers = _Headers(raw, weights)
-        placed = _place(location.model, config, headers)
+        skeleton = build_skeleton(config, torch.float32)
+        headers = _Headers(raw, whole_layers(weights, reader.parts, skeleton, raw.tensors))
+        placed = _place(location.model, config, skeleton, headers)
         source = fit(location, config, values, headers)
         source.validate()
         record = record_of(source, placed, recognised.spec.name)
@@ -93,7 +96,7 @@ class _Headers:
     """
 
     def __init__(self, raw: SafetensorsStore, weights: Mapping[str, ForeignWeight]) -> None:
-        self.read, self._raw = raw.read, raw
+        self._raw = raw
         self.packed = {
             module if weight.experts else f"{module}.weight": weight
             for module, weight in weights.items()
@@ -114,15 +117,34 @@ class _Headers:
         whole = shape if weight.experts is None else (weight.experts, *shape)
         self.tensors[name] = StoredTensor(whole, torch.float16, "packed", nbytes, file)
 
+    def cut(self, name: str, shape: tuple[int, int]) -> ForeignWeight:
+        """A packed weight, and its bias, without the rows and columns that pad it in the files."""
+        weight = self.packed[name]
+        if weight.cut is None or weight.layout.shape == shape:
+            return weight
+        padded, weight = weight.layout.shape[0], weight.cut(shape)
+        self.packed[name] = weight
+        self.set_shape(name, shape)
+        bias = self.tensors.get(of_bias := f"{name.removesuffix('.weight')}.bias")
+        if bias is not None and bias.shape == (padded,):
+            self.tensors[of_bias] = replace(bias, shape=shape[:1])
+        return weight
+
+    def read(self, name: str) -> Tensor:
+        """Read a dense tensor."""
+        tensor, shape = self._raw.read(name), self.tensors[name].shape
+        return tensor if tensor.shape == shape else tensor[: shape[0]]
+
 
 Placed = dict[str, tuple[LinearSite, tuple[ForeignWeight, ...]]]
 """Each packed parameter by its name in memory, in the model's order. The files have it as one
 weight, which may be a stack of experts, or as a weight for each expert."""
 
 
-def _place(model: str, config: PretrainedConfig, headers: _Headers) -> Placed:
+def _place(
+    model: str, config: PretrainedConfig, skeleton: PreTrainedModel, headers: _Headers
+) -> Placed:
     """Find the layer of each packed weight. If the head is packed, ``config`` becomes untied."""
-    skeleton = build_skeleton(config, torch.float32)
     kind = type(skeleton).__name__
     conversions, unexpected = plan_conversions(skeleton, headers.tensors)
     _check_unexpected(model, kind, headers, unexpected)
@@ -143,9 +165,10 @@ def _place(model: str, config: PretrainedConfig, headers: _Headers) -> Placed:
                 placed[target] = site, joined_experts(site, step, weights, skeleton)
                 continue
             if step.rule is None and bool(site.experts) == bool(weights[name].experts):
+                weight = headers.cut(name, (site.out_features, site.in_features))
                 if site.transposed:
-                    headers.set_shape(name, weights[name].layout.shape[::-1])
-                placed[target] = site, (weights[name],)
+                    headers.set_shape(name, weight.layout.shape[::-1])
+                placed[target] = site, (weight,)
                 continue
         raise ModelError(
             f"{model}: {name.removesuffix('.weight')} is quantized as a layer of its own; in "

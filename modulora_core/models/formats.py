@@ -48,6 +48,9 @@ class ForeignWeight:
     one matrix, whose part of each tensor it reads."""
     experts: int | None = None
     """The number of matrices in a stack of experts, else None."""
+    cut: Callable[[tuple[int, int]], ForeignWeight] | None = field(default=None, repr=False)
+    """Makes the first rows and columns of it, ``(out, in)`` as the model has them, for a format
+    that pads weights. It raises CheckpointError if padding doesn't explain the sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,13 @@ class FormatReader(ABC):
     :class:`FormatSpec`.
 
     A class may implement several formats: ``spec`` is the format to read.
+
+    Attributes:
+        parts: layers that such files may store in parts, by the last word of their names, and the
+            words of the parts in the order of rows: ``{"qkv": ("q", "k", "v")}``.
     """
+
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(self, spec: FormatSpec) -> None:
         self.spec = spec

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.checkpoint import is_packed, load_model, open_checkpoint
@@ -100,6 +102,62 @@ def test_a_bias_without_a_place_must_be_zero(tmp_path: Path) -> None:
     save_crude(tmp_path / "ones", **{f"{UP}.bias": torch.ones(48)})
     with pytest.raises(ModelError, match=f"{UP}.bias: the files have a bias that isn't zero"):
         open_checkpoint(tmp_path / "ones")
+
+
+def change_tensors(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> None:
+    stored = load_file(folder / "model.safetensors")
+    changed = [change(name, tensor) for name, tensor in stored.items()]
+    tensors = {name: t.clone() for one in changed for name, t in one.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+PARTS = {
+    "qkv_proj": {"q_proj": 32, "k_proj": 16, "v_proj": 16},
+    "gate_up_proj": {"gate_proj": 48, "up_proj": 48},
+}
+
+
+def in_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor of a layer as its parts have it: their rows are its last dimension."""
+    module, _, word = name.rpartition(".")
+    parent, _, layer = module.rpartition(".")
+    rows = PARTS.get(layer)
+    if rows is None:
+        return {name: tensor}
+    pieces = tensor.split(list(rows.values()), dim=-1)
+    return {f"{parent}.{part}.{word}": t for part, t in zip(rows, pieces, strict=True)}
+
+
+def test_a_layer_may_be_stored_in_parts(tmp_path: Path) -> None:
+    dense = save_crude(tmp_path, "phi3")
+    change_tensors(tmp_path, in_parts)
+    assert_loads_as(tmp_path, dense)
+    assert any("qkv_proj" in name for name in open_checkpoint(tmp_path).record.weights)
+    bias = {"model.layers.1.self_attn.k_proj.bias": torch.ones(16)}
+    change_tensors(tmp_path, lambda name, tensor: {name: tensor, **bias})
+    with pytest.raises(ModelError, match=r"k_proj\.bias: the model has one bias for .*qkv_proj"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_padding_of_a_layer_is_cut_off(tmp_path: Path) -> None:
+    dense = save_crude(
+        tmp_path, "llama-biased", chosen=lambda name: name.endswith(("proj", "lm_head"))
+    )
+
+    def pad(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        more = [5 * (size % 32 != 0 or size > 90) for size in tensor.shape]
+        if not name.endswith(("turned", "factor", "proj.bias")):
+            return {name: tensor}
+        sizes = [size + extra for size, extra in zip(tensor.shape, more, strict=True)]
+        padded = torch.ones(sizes, dtype=tensor.dtype)
+        padded[tuple(slice(size) for size in tensor.shape)] = tensor
+        return {name: padded}
+
+    change_tensors(tmp_path, pad)
+    with pytest.raises(CheckpointError, match=r"expected .* by the config, got"):
+        open_checkpoint(tmp_path)
+    edit_config(tmp_path, quantization_config={"quant_method": "crude", "levels": 127, "padded": 1})
+    assert_loads_as(tmp_path, dense)
 
 
 EXTRA = {

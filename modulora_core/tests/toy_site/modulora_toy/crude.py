@@ -1,5 +1,8 @@
 """An invented tool's format: per layer ``turned``, int8 [in, out], and ``factor``, fp32 [out]."""
 
+from functools import partial
+from typing import ClassVar
+
 from modulora_core.errors import ModelError, ShapeError
 from modulora_core.models.formats import CheckpointFormat, ForeignWeight, FormatReader
 from modulora_core.spec import TensorLayout
@@ -8,6 +11,11 @@ from modulora_toy.quantizer import Toy, ToyOptions
 
 class Crude(CheckpointFormat):
     # for each layer: turned, int8 [in, out], and factor, fp32 [out]
+
+    parts: ClassVar = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
 
     def weights(self, config, tensors, read):
         levels = config["levels"]
@@ -18,23 +26,21 @@ class Crude(CheckpointFormat):
         for name in tensors:
             if name.endswith(".turned"):
                 module = name.removesuffix(".turned")
-                shape = tensors[name].shape[::-1]
-                found[module] = ForeignWeight(
-                    (name, f"{module}.factor"),
-                    toy,
-                    toy.layout(shape),
-                    self.unpacker(module, toy, shape),
-                )
+                cut = partial(self.weight, module, toy) if config.get("padded") else None
+                found[module] = self.weight(module, toy, tensors[name].shape[::-1], cut)
         return found
 
-    def unpacker(self, module, toy, shape):
+    def weight(self, module, toy, shape, cut=None):
+        out, columns = shape
+
         def unpack(read):
-            codes = read(f"{module}.turned").t().contiguous()
+            codes = read(f"{module}.turned").t()[:out, :columns].contiguous()
             return toy.layout(shape).fill(
-                {"codes": codes, "scale": read(f"{module}.factor")[:, None]}
+                {"codes": codes, "scale": read(f"{module}.factor")[:out, None]}
             )
 
-        return unpack
+        names = f"{module}.turned", f"{module}.factor"
+        return ForeignWeight(names, toy, toy.layout(shape), unpack, cut=cut)
 
     def plan(self, weight):
         packed_by = weight.quantizer.spec.name
