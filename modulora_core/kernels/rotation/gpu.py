@@ -269,8 +269,8 @@ def rotate(
         apart = turned(rows.reshape(-1, block).contiguous(), transpose, None, None)
         if apart is None:
             return None
-        y = apart.view(x.shape)
-        return (y if scale is None or not after else y * scale).to(dtype)
+        apart = apart.view(x.shape)
+        return (apart if scale is None or not after else apart * scale).to(dtype)
     vectors = (None, scale) if after else (scale, None)
     y = turned(x.contiguous(), transpose, *vectors)
     return None if y is None else y.to(dtype)

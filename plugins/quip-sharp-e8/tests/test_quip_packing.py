@@ -7,6 +7,8 @@ import torch
 from modulora_quip_sharp_e8 import codebooks, packing, reference
 from modulora_quip_sharp_e8.reference import Options
 
+from modulora_core.kernels import incoherence
+
 BITS = (2, 3, 4)
 
 
@@ -16,7 +18,7 @@ def same(one, other):
 
 
 def error(solution, W, H, bits):
-    return reference.proxy_error(W, solution.dequantize(bits), H)
+    return incoherence.proxy_error(W, solution.dequantize(bits), H)
 
 
 @pytest.mark.parametrize("sweeps", [0, 2])

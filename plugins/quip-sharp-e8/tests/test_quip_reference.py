@@ -8,7 +8,7 @@ from modulora_quip_sharp_e8 import codebooks, reference
 from modulora_quip_sharp_e8.reference import Options
 
 from modulora_core.errors import ShapeError, WeightError
-from modulora_core.kernels import rotation
+from modulora_core.kernels import incoherence, rotation
 
 
 def in_its_basis(problem):
@@ -118,7 +118,7 @@ def test_feedback_sweeps_and_bits_each_lower_the_proxy_error(layer):
 
     def error(bits, hessian, sweeps):
         options = Options(bits=bits, sweeps=sweeps)
-        return reference.proxy_error(W, reference.solve(W, hessian, options).dequantize(bits), H)
+        return incoherence.proxy_error(W, reference.solve(W, hessian, options).dequantize(bits), H)
 
     before = None
     for bits in (2, 3, 4):

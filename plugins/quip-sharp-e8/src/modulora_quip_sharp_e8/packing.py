@@ -21,6 +21,7 @@ from torch import Tensor
 
 from modulora_core import kernels
 from modulora_core.dense_products import add_product, product
+from modulora_core.kernels import incoherence
 from modulora_quip_sharp_e8 import codebooks, reference
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.reference import Options, Solution
@@ -48,10 +49,10 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
     rounding = _Rounding(problem.W, options.bits)
     rounding.run(reference.feedback(problem.H, options.damping), lower=True)
     if options.rounds:
-        P = reference.descent(problem.H)
+        P = incoherence.descent(problem.H, BLOCK)
         for _ in range(options.rounds):
             rounding.run(P, lower=False)
-    return problem.solution(rounding.codes, rounding.residual)
+    return reference.solution(problem, rounding.codes, rounding.residual)
 
 
 class _Rounding:

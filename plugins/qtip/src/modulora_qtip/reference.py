@@ -1,0 +1,204 @@
+"""QTIP in plain torch, as in the paper: the truth for packing.py and the kernels.
+
+Symbols of QTIP (Tseng, Sun, Hou, De Sa 2024, arXiv 2406.11235):
+
+    W, H      the weight, [M, N], and E[x xᵀ]; W̃ and H̃ in the rotated basis            section 2
+    k, L      bits of a weight, and of a state                                       section 2.3
+    T         weights of a sequence, 256: a tile of T_x × T_y = 16 × 16                section 4
+    s_t       the state of weight t, 0 ≤ s_t < 2^L; its value is C[s_t]             section 2.3
+    C         the code: a function that computes values, no table                    section 3.1
+    O         the overlap: L − k bits that the end of a walk shares with its start   section 3.3
+
+A walk on the bitshift trellis goes from s to (s 2^k mod 2^L) + r, for any r < 2^k. So the first
+L − k bits of s_t are the last L − k bits of s_{t−1}.
+
+All is computed in fp64 if W is fp64, else in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from modulora_core.kernels import incoherence, rotation
+from modulora_core.kernels.incoherence import Problem
+from modulora_qtip import SPEC, codes, trellis
+from modulora_qtip.trellis import TILE
+
+SCRATCH_BYTES = 256 * 2**20
+"""For the errors of all walks of some sequences."""
+
+LANES_LOG2 = 4
+"""A state has at least so many bits more than a weight: kernels compare 16 walks at a time."""
+
+
+class Options(BaseModel):
+    """How a weight is quantized. The defaults measured best (README, Quality)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    bits: int = Field(2, ge=1, le=8, description="bits of a weight, from 1 to 8")
+    states: int = Field(
+        12, ge=10, le=16, description="bits of a state: more are better, and slower to quantize"
+    )
+    code: Literal["1mad", "3inst", "mcg", "mul1"] = Field(
+        "1mad", description="the function that computes a state's value"
+    )
+    rescale: bool = Field(
+        True, description="before rotating, even out the sizes of columns and of their inputs"
+    )
+    sweeps: int = Field(1, ge=0, le=100, description="rounds of coordinate descent after BlockLDLQ")
+    damping: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="share of the mean of H's diagonal that is added to it; "
+        "it grows if H can't be factorized",
+    )
+    codebook_scale: float = Field(
+        0.95,
+        gt=0.1,
+        lt=10,
+        description="root mean square of the rotated weights, in units of the code's deviation",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of the random signs")
+
+    @model_validator(mode="after")
+    def _checked(self) -> Options:
+        if self.states < self.bits + LANES_LOG2:
+            raise ValueError(
+                f"states: expected at least bits + {LANES_LOG2} = {self.bits + LANES_LOG2}, "
+                f"got {self.states}"
+            )
+        return self
+
+    @property
+    def block(self) -> int | None:
+        """The order of the Hadamard matrices, or None for the dimension's."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A quantized weight: Ŵ = scale · diag(svh) H_M C H_Nᵀ diag(suh), its first M rows and N
+    columns.
+
+    Attributes:
+        trellis: int16 ``[⌈N/16⌉, ⌈M/16⌉, 16 bits]``; decoded it is C.
+        suh: fp16 ``[N]``: S_U, divided by the rescaling s.
+        svh: fp16 ``[M]``: S_V.
+        scale: fp32 ``[1]``: one unit of the code.
+    """
+
+    trellis: Tensor
+    suh: Tensor
+    svh: Tensor
+    scale: Tensor
+
+    def dequantize(self, options: Options) -> Tensor:
+        """Ŵ, fp64 ``[M, N]``, by dense matrices."""
+        M, N = len(self.svh), len(self.suh)
+        H_M, H_N = (rotation.matrix(n, options.block) for n in (M, N))
+        C = trellis.decode(self.trellis, options.bits, options.states, options.code)
+        S_V, S_U = self.svh.double()[:, None], self.suh.double()
+        return self.scale.double() * S_V * (H_M @ C[:M, :N].double() @ H_N.T) * S_U
+
+
+def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
+    """Incoherence processing (section 2.1): W̃ in units of the code, and H̃.
+
+    Args and Raises: as :func:`modulora_core.kernels.incoherence.prepare`.
+    """
+    return incoherence.prepare(
+        SPEC.name,
+        weight,
+        hessian,
+        rms=options.codebook_scale * codes.CODES[options.code].deviation,
+        multiples=(TILE, TILE),
+        damping=options.damping,
+        rescale=options.rescale,
+        seed=options.seed,
+        block=options.block,
+    )
+
+
+def viterbi(w: Tensor, C: Tensor, k: int, overlap: Tensor | None = None) -> Tensor:
+    """The walks with the least squared error (section 2.3): states, int64 ``[n, T]``.
+
+    Args:
+        w: sequences, ``[n, T]``.
+        C: the values of all states, ``[2^L]``.
+        k: bits of a weight.
+        overlap: int64 ``[n]``, L − k bits with which each walk begins and ends; None for any.
+    """
+    n, length = w.shape
+    s = torch.arange(len(C), device=w.device)
+    ends = len(C) >> k
+    # E[u], the least error of a walk so far whose last state ends in the L − k bits of u
+    E = w.new_zeros(n, ends)
+    if overlap is not None:
+        E.fill_(torch.inf).scatter_(1, overlap[:, None], 0)
+    choices = []
+    for t in range(length):
+        errors = E[:, s >> k] + (w[:, t, None] - C).square()  # of walks that end in s, [n, 2^L]
+        # states that end in u differ in their first k bits
+        E, choice = errors.unflatten(1, (-1, ends)).min(dim=1)
+        choices.append(choice.to(torch.uint8))
+    u = E.argmin(dim=1) if overlap is None else overlap
+    walk = []
+    for choice in reversed(choices):
+        state = choice.gather(1, u[:, None])[:, 0].long() * ends + u
+        walk.append(state)
+        u = state >> k
+    return torch.stack(walk[::-1], dim=1)
+
+
+def tail_biting(w: Tensor, C: Tensor, k: int) -> Tensor:
+    """Circular walks (algorithm 4): states ``[n, T]`` whose end overlaps their start.
+
+    The walk of the sequence rotated by T/2 passes the seam in its middle. Its overlap there is
+    then required of the start and the end.
+    """
+    half = w.shape[1] // 2
+    rotated = viterbi(w.roll(half, dims=1), C, k)
+    overlap = rotated[:, half - 1] & ((len(C) >> k) - 1)
+    return viterbi(w, C, k, overlap)
+
+
+def quantize(x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Q of ``x``, ``[M, 16 n]``: its bit strings, ``[n, M / 16, 16 bits]``, and its values."""
+    C = codes.table(options.code, options.states, x.device)
+    sequences = trellis.to_sequences(x)
+    rows = max(1, SCRATCH_BYTES // (4 * x.element_size() * len(C)))
+    flat = sequences.flatten(0, 1).split(rows)
+    walks = torch.cat([tail_biting(w, C.to(x), options.bits) for w in flat])
+    walks = walks.view(sequences.shape)
+    return trellis.pack(walks, options.bits), trellis.from_sequences(C.to(x)[walks])
+
+
+def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
+    """Quantize ``weight`` by BlockLDLQ (algorithm 5), then by rounds of coordinate descent.
+
+    Args and Raises: as :func:`prepare`.
+    """
+    problem = prepare(weight, hessian, options)
+    W, H = problem.W, problem.H
+    blocks = range(W.shape[1] - TILE, -1, -TILE)  # the last first
+    L, W_hat = incoherence.feedback(SPEC.name, H, TILE, options.damping), W.clone()
+    strings = {}
+    for k in blocks:
+        here, after = slice(k, k + TILE), slice(k + TILE, None)
+        target = W[:, here] + (W - W_hat)[:, after] @ L[after, here]
+        strings[k], W_hat[:, here] = quantize(target, options)
+    for _ in range(options.sweeps):
+        for k in blocks:
+            here = slice(k, k + TILE)
+            E = (W - W_hat) @ H[:, here]
+            target = W_hat[:, here] + torch.linalg.solve(H[here, here], E, left=False)
+            strings[k], W_hat[:, here] = quantize(target, options)
+    packed = torch.cat([strings[k] for k in reversed(blocks)])
+    return Solution(packed, problem.input_scale, problem.output_scale, problem.scale)

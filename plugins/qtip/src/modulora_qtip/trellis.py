@@ -1,0 +1,89 @@
+"""Walks on the trellis as bits, and 16 × 16 tiles as sequences of 256 weights.
+
+A tile of K bits a weight is a circular string of 256 K bits. Weight t ends at bit (t + 1) K, and
+its state is the L bits that end there: a step shifts K new bits in (section 3, bitshift trellis).
+So any weight is decoded alone.
+
+The string and the order of weights are EXL3's. Two int16 are a word of 32 bits, the low half
+first, and a word's bits count from its most significant one. Weight t = 8 l + i of a tile, whose
+rows are inputs and whose columns are outputs, has::
+
+    row     2 (l mod 4) + (0, 1, 8, 9)[i mod 4]
+    column  l div 4 + 8 (i div 4)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modulora_qtip.codes import values
+
+TILE = 16
+"""Rows and columns of a tile."""
+
+T = TILE * TILE
+"""Weights of a sequence."""
+
+LARGEST_STATE = 16
+"""Bits of a state, at most."""
+
+
+def _position() -> Tensor:
+    t = torch.arange(T)
+    lane, i = t // 8, t % 8
+    row = 2 * (lane % 4) + torch.tensor([0, 1, 8, 9])[i % 4]
+    return row * TILE + lane // 4 + 8 * (i // 4)
+
+
+POSITION = _position()
+"""Weight t is at row ``POSITION[t] // 16`` of a tile, and at column ``POSITION[t] % 16``."""
+
+_TIME = torch.argsort(POSITION)  # t of each place in a tile
+
+
+def states(trellis: Tensor, bits: int, L: int) -> Tensor:
+    """The states of all weights: int64 ``[..., 256]`` for ``trellis``, int16 ``[..., 16 bits]``."""
+    units = trellis.to(torch.int64).unflatten(-1, (-1, 2)).flip(-1).flatten(-2) & 0xFFFF
+    first = ((torch.arange(T, device=trellis.device) + 1) * bits - L) % (T * bits)
+    unit = first // 16
+    two = units[..., unit] << 16 | units[..., (unit + 1) % units.shape[-1]]
+    found: Tensor = two >> (32 - first % 16 - L) & ((1 << L) - 1)
+    return found
+
+
+def pack(states: Tensor, bits: int) -> Tensor:
+    """The bit string of a circular walk: int16 ``[..., 16 bits]`` of states ``[..., 256]``."""
+    places = torch.arange(bits - 1, -1, -1, device=states.device)
+    string = (states[..., None] >> places & 1).flatten(-2).unflatten(-1, (-1, 16))
+    powers = 1 << torch.arange(15, -1, -1, device=states.device)
+    units = (string * powers).sum(-1)
+    units = units - (units >> 15 << 16)
+    packed: Tensor = units.to(torch.int16).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return packed
+
+
+def decode(trellis: Tensor, bits: int, L: int, code: str) -> Tensor:
+    """C, the values that a packed weight means, ``[outputs, inputs]``, fp32.
+
+    Args:
+        trellis: int16 ``[inputs / 16, outputs / 16, 16 bits]``.
+        bits: K, from 1 to 8.
+        L: bits of a state, from ``bits`` to 16.
+        code: a name in :data:`modulora_qtip.codes.CODES`.
+    """
+    return from_sequences(values(states(trellis, bits, L), code))
+
+
+def from_sequences(sequences: Tensor) -> Tensor:
+    """``[outputs, inputs]`` of sequences ``[inputs / 16, outputs / 16, 256]``."""
+    tiles = sequences[..., _TIME.to(sequences.device)].unflatten(-1, (TILE, TILE))
+    C: Tensor = tiles.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
+    return C
+
+
+def to_sequences(C: Tensor) -> Tensor:
+    """Sequences ``[inputs / 16, outputs / 16, 256]`` of ``[outputs, inputs]``."""
+    tiles = C.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).permute(2, 0, 3, 1)
+    sequences: Tensor = tiles.flatten(-2)[..., POSITION.to(C.device)]
+    return sequences
