@@ -236,7 +236,7 @@ class LoRALayer(nn.Module):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.input_scale, self.output_scale = nn.ParameterDict(), nn.ParameterDict()
         self.scale: dict[str, float] = {}
-        self.dropout = 0.0
+        self.dropout = nn.Dropout(0.0)  # a module, so that libraries can turn it off
         self.active: list[str] = []
 
     def add_adapter(
@@ -266,7 +266,7 @@ class LoRALayer(nn.Module):
             self.input_scale[name] = nn.Parameter(A.new_ones(self.in_features))
             self.output_scale[name] = nn.Parameter(A.new_ones(self.out_features))
         self.scale[name] = alpha / rank
-        self.dropout = dropout
+        self.dropout.p = dropout
         self.active.append(name)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
@@ -307,7 +307,7 @@ class LoRALinear(QuantLinear, LoRALayer):
         A, B, scale = self._adapter()
         return lora_linear(
             x, self.weight.quantizer, self.weight.packed, self.bias, A, B, scale=scale,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=self.dropout.p if self.training else 0.0,
             input_scale=self._channel_scale(self.input_scale),
             output_scale=self._channel_scale(self.output_scale),
         )  # fmt: skip

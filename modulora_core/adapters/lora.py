@@ -112,6 +112,9 @@ def add_lora(
 class AdaptedModel:
     """The methods of a transformers model with adapters of ours that differ from its own."""
 
+    loaded_adapter = ""
+    """The folder of the adapter that was loaded last, if one was."""
+
     def save_pretrained(
         self, save_directory: str | Path, *_: Any, push_to_hub: bool = False, **options: Any
     ) -> None:
@@ -193,7 +196,15 @@ def lora_layer(model: nn.Module, path: str) -> LoRALayer:
 
 
 def train_only(model: nn.Module, name: str) -> None:
-    """Freeze the model except one adapter."""
+    """Freeze the model except one adapter.
+
+    TRL's trainers load the reference of a model by its config's name. With an adapter that was
+    trained before, that would be another model, so the name becomes the adapter's folder, which
+    transformers refuses to load as a model.
+    """
+    if isinstance(model, AdaptedModel) and model.loaded_adapter:
+        assert isinstance(model, PreTrainedModel)
+        model.config.name_or_path = model.loaded_adapter
     model.requires_grad_(False)
     for _, layer in adapter_layers(model, name):
         for parameter in layer.parameters_of(name).values():
@@ -202,7 +213,7 @@ def train_only(model: nn.Module, name: str) -> None:
 
 def model_name(model: nn.Module) -> str:
     """The model's name for messages."""
-    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 
 def _head(model: nn.Module, packed: Mapping[str, nn.Module]) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.lora import (
+    AdaptedModel,
     LoRASettings,
     adapter_layers,
     check_name_is_free,
@@ -70,7 +71,7 @@ def save_adapter(
     deltas = {path: _delta(layer, name, scaled) for path, layer in layers.items()}
     source = record_of(model)
     base = base or str((source and source.source.get("name")) or model_name(model))
-    stacks, dropout = stacks_of(model), next(iter(layers.values())).dropout
+    stacks, dropout = stacks_of(model), next(iter(layers.values())).dropout.p
     modules = [path for path, _ in model.named_modules()]
     parameters = [path for path, _ in model.named_parameters()]
     config = {
@@ -108,7 +109,9 @@ def load_adapter(
             warning.
         path: a folder that :func:`save_adapter` or `peft` wrote, or a Hub id.
         name: one model may carry several adapters.
-        trainable: A, B and channel scales train.
+        trainable: A, B and channel scales train. ``model.config.name_or_path`` becomes the adapter's
+            folder then: a trainer of TRL that would load its reference by that name stops with an
+            error, unless it gets ``ref_model`` or ``precompute_ref_log_probs``.
 
     Returns:
         the paths of the adapted layers.
@@ -131,6 +134,8 @@ def load_adapter(
             channel_scales=delta.channel_scales is not None,
         )
         _copy(delta, layer, name)
+    if isinstance(model, AdaptedModel):
+        model.loaded_adapter = str(adapter.folder)
     if trainable:
         train_only(model, name)
     else:

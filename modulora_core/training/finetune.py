@@ -313,7 +313,7 @@ def _put_adapter(model: nn.Module, config: FinetuneConfig) -> LoRASettings | Non
     if config.adapter is not None:
         load_adapter(model, config.adapter, trainable=True)
         for _, layer in adapter_layers(model):
-            layer.dropout = config.dropout
+            layer.dropout.p = config.dropout
         return None
     settings = LoRASettings(
         config.rank, config.alpha, config.dropout, config.targets, config.seed, config.train_scales

@@ -82,7 +82,7 @@ def test_a_saved_adapter_comes_back_bit_for_bit(
     assert torch.equal(logits(again), expected)
     assert trains(again) == set()
     layer = next(layer for _, layer in adapter_layers(again))
-    assert (layer.dropout, layer.scale) == (0.2, {"default": 7 / 3})
+    assert (layer.dropout.p, layer.scale) == (0.2, {"default": 7 / 3})
     other = load_model(pack("llama", "toy")[1])
     load_adapter(other, tmp_path, trainable=True)
     assert trains(other) == trainable

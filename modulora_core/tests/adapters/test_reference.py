@@ -1,0 +1,95 @@
+"""TRL's trainers compare a model with a reference, which must have the same adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
+from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.tests.adapted_models import trained
+
+trl = pytest.importorskip("trl", reason="pip install trl")
+
+pytestmark = pytest.mark.filterwarnings("default")  # TRL warns, such as of renamed arguments
+
+ROWS = [{"prompt": "Who?", "chosen": " me", "rejected": " nobody else"},
+        {"prompt": "What?", "chosen": " it", "rejected": " something"}]  # fmt: skip
+LABELS = [{"prompt": "Who?", "completion": " me", "label": True},
+          {"prompt": "What?", "completion": " it", "label": False}]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapter(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(trained(load_model(tunable, device="cpu")), folder)
+    return folder
+
+
+def continued(tunable: Path, adapter: Path) -> Any:
+    model = load_model(tunable, device="cpu")
+    load_adapter(model, adapter, trainable=True)
+    return model
+
+
+def with_a_second_one(tunable: Path, adapter: Path) -> Any:
+    model = load_model(tunable, device="cpu")
+    load_adapter(model, adapter, "first")
+    add_lora(model, name="second")
+    return model
+
+
+def trainer(method: str, model: Any, folder: Path, **options: Any) -> Any:
+    rows, more = (LABELS if method == "KTO" else ROWS), {}
+    if method in {"GRPO", "RLOO"}:
+        more["reward_funcs"] = [lambda completions, **_: [0.0] * len(completions)]
+    arguments = getattr(trl, f"{method}Config")(
+        str(folder), max_steps=1, per_device_train_batch_size=2, bf16=False, use_cpu=True,
+        report_to="none", logging_steps=1, **options,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    return getattr(trl, f"{method}Trainer")(
+        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [continued, with_a_second_one])
+@pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_no_reference_without_the_adapter(
+    tunable: Path, adapter: Path, tmp_path: Path, method: str, model: Callable[..., Any]
+) -> None:
+    options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
+    with pytest.raises(ValueError, match=f"Unrecognized model in {adapter}"):
+        trainer(method, model(tunable, adapter), tmp_path, **options)
+
+
+@pytest.mark.parametrize("model", [continued, with_a_second_one])
+def test_the_precomputed_reference_has_the_adapter(
+    tunable: Path, adapter: Path, tmp_path: Path, model: Callable[..., Any]
+) -> None:
+    made = trainer("DPO", model(tunable, adapter), tmp_path, precompute_ref_log_probs=True)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_a_new_adapter_has_the_packed_model_as_its_reference(tunable: Path, tmp_path: Path) -> None:
+    model = load_model(tunable, device="cpu")
+    add_lora(model)
+    made = trainer("DPO", model, tmp_path)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_trl_turns_the_adapter_s_dropout_off(tunable: Path, tmp_path: Path) -> None:
+    model = load_model(tunable, device="cpu")
+    add_lora(model, LoRASettings(dropout=0.5))
+    trainer("DPO", model, tmp_path)
+    assert {layer.dropout.p for _, layer in adapter_layers(model)} == {0}
