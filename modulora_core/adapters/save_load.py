@@ -109,9 +109,9 @@ def load_adapter(
             warning.
         path: a folder that :func:`save_adapter` or `peft` wrote, or a Hub id.
         name: one model may carry several adapters.
-        trainable: A, B and channel scales train. ``model.config.name_or_path`` becomes the adapter's
-            folder then: a trainer of TRL that would load its reference by that name stops with an
-            error, unless it gets ``ref_model`` or ``precompute_ref_log_probs``.
+        trainable: A, B and channel scales train. ``model.config.name_or_path`` becomes the folder
+            of the adapter then: a trainer of TRL that would load its reference by that name stops
+            with an error, unless it gets ``ref_model`` or ``precompute_ref_log_probs``.
 
     Returns:
         the paths of the adapted layers.
