@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,20 +23,26 @@ from modulora_core.layers import (
 from modulora_core.spec import Quantizer
 
 
-def install(model: nn.Module, record: QuantizationRecord) -> None:
+def install(
+    model: nn.Module, record: QuantizationRecord, quantizers: Sequence[Quantizer] | None = None
+) -> None:
     """Replace the parameters that ``record`` names by packed ones on the meta device.
 
     A model with another head, such as a classifier, has no place for the packed output head, which
     is left out. Linear layers that stay dense become
     :class:`modulora_core.dense_products.DenseLinear`.
 
+    Args:
+        quantizers: one for each recipe of the record; by default the recipes'.
+
     Raises:
         CheckpointError: the model has no such parameter, or one of another shape, or a quantizer
             doesn't read its packed format.
         PluginError: a quantizer isn't installed or can't be used.
     """
-    with torch.device("cpu"):  # the tables of a plugin hold values, in a skeleton too
-        quantizers = [recipe.create() for recipe in record.recipes]
+    if quantizers is None:
+        with torch.device("cpu"):  # the tables of a plugin hold values, in a skeleton too
+            quantizers = [recipe.create() for recipe in record.recipes]
     for parameter, site in record.items():
         name = _name_in(model, parameter)
         if name is not None:

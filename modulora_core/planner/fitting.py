@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from modulora_core import registry
 from modulora_core.arguments import checked
 from modulora_core.errors import OptionError, RequestError
@@ -15,6 +17,7 @@ from modulora_core.planner.memory import Job
 from modulora_core.planner.model import Dense, Packed, open_planned
 from modulora_core.planner.rehearsal import Rehearsal, rehearse_decoding, rehearse_training
 from modulora_core.planner.request import PlanRequest, finetuning
+from modulora_core.planner.unpacked import NONE
 from modulora_core.registry import Choice
 
 MOST_BATCH, MOST_SEQ_LEN = 1024, 2**17
@@ -164,7 +167,7 @@ def plan_request(request: PlanRequest) -> MemoryPlan:
         return _fitted(request, found, None)
     if request.quantizer is None:
         raise OptionError(f"model {request.model}: it isn't packed: expected a quantizer, got none")
-    packed = found.packed_by(request.quantizer, request.head, request.embeddings)
+    packed = _as_asked(found, request)
     return _fitted(request, packed, found)
 
 
@@ -197,11 +200,16 @@ def _choices() -> Iterator[Choice]:
 
 def _packed_by(dense: Dense, request: PlanRequest) -> Packed | None:
     """The model as the request packs it; None where that is impossible."""
-    assert request.quantizer is not None
     try:
-        return dense.packed_by(request.quantizer, request.head, request.embeddings)
+        return _as_asked(dense, request)
     except RequestError:
         return None
+
+
+def _as_asked(dense: Dense, request: PlanRequest) -> Packed:
+    assert request.quantizer is not None
+    dtype = getattr(torch, request.dtype)
+    return dense.packed_by(request.quantizer, request.head, request.embeddings, dtype=dtype)
 
 
 def _rehearse(request: PlanRequest, packed: Packed) -> tuple[Rehearsal, Rehearsal]:
@@ -225,7 +233,7 @@ def _plan(
         packed.record.nbytes,
         training,
         memory.decoding(packed, request, rehearsals[1]),
-        None if dense is None else memory.quantizing(packed, request),
+        None if dense is None or request.quantizer == NONE else memory.quantizing(packed, request),
         None if request.budget is None else training.nbytes <= request.budget,
     )
 

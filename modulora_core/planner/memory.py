@@ -23,6 +23,7 @@ from modulora_core.planner.model import Packed
 from modulora_core.planner.processes import divided
 from modulora_core.planner.rehearsal import Rehearsal
 from modulora_core.planner.request import PlanRequest
+from modulora_core.planner.unpacked import Unpacked
 
 FP32 = 4
 MIB = 2**20
@@ -76,7 +77,7 @@ ITEMS: Mapping[str, str] = {
     "workspace": "workspace of products and packing",
     "loss": "logits and loss",
     "kv_cache": "KV cache",
-    "dense_weights": "dense weights during packing",
+    "dense_weights": "dense weights of linear layers",
     "calibration": "hidden states and second moments",
     "allocator": "reserved by the allocator, unused",
     "runtime": "interpreter, libraries, runtime",
@@ -170,6 +171,8 @@ def loaded(packed: Packed, request: PlanRequest) -> Mapping[str, int]:
         items = blocks.setdefault(block, Bytes())
         for tensor in site.layout.tensors.values():
             item = "packed_scales" if "float" in tensor.dtype else "packed_codes"
+            if isinstance(packed.quantizers[site.recipe], Unpacked):
+                item = "dense_weights"
             items[item] += tensor.nbytes * (site.experts or 1)
     outside = blocks.pop("")
     largest = max(blocks.values(), key=Bytes.total, default=Bytes())

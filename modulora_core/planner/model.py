@@ -19,7 +19,7 @@ from modulora_core.checkpoints.checkpoint import (
 )
 from modulora_core.checkpoints.packed_modules import install
 from modulora_core.checkpoints.packing import packed_sites
-from modulora_core.checkpoints.record import QuantizationRecord, Recipe
+from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.ends import find_ends
@@ -29,6 +29,7 @@ from modulora_core.models.quiet import quiet
 from modulora_core.models.sites import find_sites
 from modulora_core.models.source import open_config
 from modulora_core.planner.request import PlanRequest
+from modulora_core.planner.unpacked import NONE, Unpacked, recipe_of
 from modulora_core.quantization.layout import choice_of_end
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer
@@ -72,19 +73,25 @@ class Dense:
             return build_skeleton(self.config, dtype)
 
     def packed_by(
-        self, quantizer: Choice, head: Choice | None = None, embeddings: Choice | None = None
+        self,
+        quantizer: Choice,
+        head: Choice | None = None,
+        embeddings: Choice | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> Packed:
         """Lay the packed model out, as ``modulora quantize`` would write it.
 
         Args:
-            quantizer: packs the decoder's linear weights.
+            quantizer: packs the decoder's linear weights; ``NONE`` leaves them in ``dtype``.
             head, embeddings: pack the output head, the input embedding; None keeps it dense.
 
         Raises:
             ShapeError: a quantizer cannot pack a layer; the message names the layer.
             PluginError, OptionError: a choice is impossible.
         """
-        outline, quantizers = self.outline(), [quantizer.create()]
+        outline = self.outline()
+        quantizers = [Unpacked(dtype) if quantizer == NONE else quantizer.create()]
         ends = find_ends(
             outline, head, embeddings, [name for name, _ in outline.named_parameters()]
         )
@@ -93,7 +100,7 @@ class Dense:
         linears += [end.site for end in ends]
         chosen = {site.name: of_ends.get(site.name, 0) for site in linears}
         sites, weights = packed_sites(linears, quantizers, chosen)
-        recipes = tuple(map(Recipe.of, quantizers))
+        recipes = tuple(map(recipe_of, quantizers))
         record = QuantizationRecord(recipes=recipes, sites=sites, weights=weights)
         return Packed(self, record, tuple(quantizers))
 
@@ -122,7 +129,7 @@ class Packed:
     def skeleton(self, dtype: torch.dtype) -> PreTrainedModel:
         """Build the model on the meta device, with packed weights and the rest in ``dtype``."""
         model = self.dense.skeleton(dtype)
-        install(model, self.record)
+        install(model, self.record, self.quantizers)
         return model
 
     def block_of(self, parameter: str) -> str:

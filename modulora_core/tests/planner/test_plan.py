@@ -257,3 +257,19 @@ def test_a_picture_has_a_bar_for_each_plan(llama: str, tmp_path: Path) -> None:
         assert path.read_bytes().startswith(start)
     with pytest.raises(OutputError, match="expected an existing folder"):
         check_picture(tmp_path / "nowhere" / "plan.svg")
+
+
+@pytest.mark.parametrize(("device", "width"), [("cpu", 4), ("cuda", 2)])
+def test_without_a_quantizer_the_weights_are_dense_and_nothing_is_packed(
+    llama: str, device: str, width: int
+) -> None:
+    found = planned(llama, "none", device=device)
+    per_block = 2 * HIDDEN * (HIDDEN + KEYS) + 3 * HIDDEN * INTERMEDIATE
+    assert found.training.items["dense_weights"] == width * BLOCKS * per_block
+    assert not {"packed_codes", "packed_scales"} & found.training.items.keys()
+    assert set(found.jobs) == {"training", "decoding"}
+    assert found.bits_per_weight == 8 * width
+    packed = planned(llama, device=device)
+    assert found.training.nbytes - packed.training.nbytes == pytest.approx(
+        found.packed_bytes - packed.packed_bytes, rel=0.01
+    )

@@ -1,0 +1,86 @@
+"""Draws the memory to finetune an 8 B and a 70 B model, as README shows it.
+
+    python examples/benchmarks/memory_chart.py --folder docs     # memory-light.svg, memory-dark.svg
+
+`modulora plan` computes every bar but QLoRA's. QLoRA's are measurements of arXiv 2309.16119: LLaMA
+7B and 65B, 128 tokens, adapters on two of seven layers. Our models have the shapes of Llama 3, with
+LoRA of rank 8 on all linear layers, a sequence of 512 tokens, bfloat16, gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from transformers import LlamaConfig
+
+from modulora_core import plan
+
+SHAPES: dict[str, dict[str, int]] = {
+    "8 B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32},
+    "70 B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+             "num_attention_heads": 64},
+}  # fmt: skip
+QLORA = {
+    "8 B": ("QLoRA of 7 B (the paper)", 5.2e9 / 2**30),
+    "70 B": ("QLoRA of 65 B (the paper)", 36.7e9 / 2**30),
+}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA, 16 bits": ("none", {}),
+    "4 bits (nf4)": ("nf4", {}),
+    "3 bits (optq)": ("optq", {"bits": 3}),
+    "2 bits (quip-sharp-e8)": ("quip-sharp-e8", {}),
+}
+COLORS = {"light": ("#24292f", "#8c959f", "#0969da"), "dark": ("#e6edf3", "#6e7681", "#58a6ff")}
+
+
+def planned(model: str) -> dict[str, float]:
+    """GiB of training by row."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = LlamaConfig(
+            **SHAPES[model], num_key_value_heads=8, vocab_size=128256, dtype="bfloat16",
+            max_position_embeddings=8192, architectures=["LlamaForCausalLM"],
+        )  # fmt: skip
+        config.save_pretrained(folder)
+        run = {"device": "cuda", "batch_size": 1, "seq_len": 512}
+        found = {
+            row: plan(folder, name, options, **run).training.nbytes / 2**30
+            for row, (name, options) in ROWS.items()
+        }
+    first, *others = found.items()
+    return dict([first, QLORA[model], *others])
+
+
+def draw(figures: dict[str, dict[str, float]], path: Path, mode: str) -> None:
+    ink, grey, blue = COLORS[mode]
+    figure = Figure(figsize=(8, 4), layout="constrained", facecolor="none")
+    for axes, (model, found) in zip(figure.subplots(2, 1), figures.items(), strict=True):
+        own = [blue if "bits (" in row else grey for row in found]
+        bars = axes.barh(list(found), list(found.values()), color=own)
+        axes.bar_label(bars, [f"{gib:.1f}" for gib in found.values()], padding=5, color=ink)
+        axes.axvline(24, color=ink, linestyle=":", linewidth=1)
+        axes.set_title(f"{model} model: GiB to finetune", loc="left", color=ink, fontsize=11)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_facecolor("none")
+        axes.tick_params(colors=ink, length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks([24], ["24 GiB card"])
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": mode}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("docs"))
+    folder = parser.parse_args().folder
+    figures = {model: planned(model) for model in SHAPES}
+    for mode in COLORS:
+        draw(figures, folder / f"memory-{mode}.svg", mode)
+    for model, found in figures.items():
+        print(model, *(f"{row}: {gib:.1f} GiB" for row, gib in found.items()), sep="\n  ")

@@ -1,0 +1,65 @@
+"""Plan LoRA on dense weights, to compare a quantizer with: ``modulora plan MODEL -q none``."""
+
+# ruff: noqa: ARG002  # the contract's arguments
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import modulora_core
+from modulora_core.checkpoints.record import Recipe
+from modulora_core.errors import PluginError
+from modulora_core.registry import Choice
+from modulora_core.spec import (
+    PROTOCOL,
+    Calibration,
+    PackedLayout,
+    PackedWeight,
+    Quantizer,
+    QuantizerSpec,
+    TensorLayout,
+)
+
+NONE = Choice("none")
+"""The choice that leaves every weight dense."""
+
+
+class Unpacked(Quantizer):
+    """Has the layout of a dense weight of ``dtype``. It is only planned with."""
+
+    spec: ClassVar[QuantizerSpec] = QuantizerSpec(
+        name=NONE.quantizer,
+        summary="dense weights",
+        location="modulora_core.planner.unpacked:Unpacked",
+        protocol=PROTOCOL,
+        bits=(32,),
+    )
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self._dtype = str(dtype).removeprefix("torch.")
+
+    def layout(self, shape: tuple[int, int]) -> PackedLayout:
+        tensors = {"weight": TensorLayout(self._dtype, shape)}
+        return PackedLayout(self.spec.name, self.format, shape, tensors)
+
+    def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:
+        raise PluginError(f"{self.spec.name}: it packs nothing; name a quantizer")
+
+    def dequantize_tile(
+        self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        raise PluginError(f"{self.spec.name}: it packs nothing; name a quantizer")
+
+
+def recipe_of(quantizer: Quantizer) -> Recipe:
+    """The recipe of a plugin's quantizer, or of :class:`Unpacked`."""
+    if not isinstance(quantizer, Unpacked):
+        return Recipe.of(quantizer)
+    return Recipe(
+        quantizer=quantizer.spec.name, options={}, distribution="modulora-core",
+        version=modulora_core.__version__, protocol=PROTOCOL,
+    )  # fmt: skip
