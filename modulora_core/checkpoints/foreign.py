@@ -1,4 +1,4 @@
-"""Read a folder that another tool quantized, under the names of a checkpoint of ours.
+"""Read a folder or a file that another tool quantized, under the names of a checkpoint of ours.
 
 :func:`open_foreign` reads config, headers, and the few small tensors that layouts need. Large
 tensors are converted a layer at a time, on request, so that nothing here is as large as the model.
@@ -7,7 +7,7 @@ tensors are converted a layer at a time, on request, so that nothing here is as 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,15 @@ from modulora_core.checkpoints.record import QuantizationRecord, Recipe, distinc
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.config import read_config
 from modulora_core.models.conversion import build_skeleton, plan_conversions, tied_names, untied
-from modulora_core.models.formats import ForeignWeight, Recognised
+from modulora_core.models.ends import find_table
+from modulora_core.models.file_formats import PartStore
+from modulora_core.models.formats import ForeignWeight, Recognised, file_format
 from modulora_core.models.locate import Location
 from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import DTYPE_CODES, SafetensorsStore
 from modulora_core.models.sites import LinearSite, find_sites
-from modulora_core.models.source import ModelSource, fit
-from modulora_core.models.store import StoredTensor, TensorStore
+from modulora_core.models.source import ModelSource, fit, open_model
+from modulora_core.models.store import StoredTensor
 from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.spec import PackedWeight, TensorLayout
 
@@ -86,6 +88,35 @@ def open_foreign(location: Location, recognised: Recognised) -> ForeignModel:
         source.validate()
         record = record_of(source, placed, recognised.spec.name)
     return ForeignModel(source, record, ForeignStore(source, raw, record, placed))
+
+
+def open_packed_file(location: Location) -> ForeignModel | None:
+    """Open a file of packed weights; None if it has none. Only the header is read.
+
+    Raises:
+        ModelError: transformers can't use the model.
+        CheckpointError: the file is truncated or damaged, or its tensors don't fit its config.
+        PluginError: the plugin can't be used.
+    """
+    source, spec = open_model(location.model), file_format(str(location.file))
+    assert source.file is not None
+    assert spec is not None
+    with quiet():
+        source.validate()
+        skeleton = source.skeleton()
+        table = find_table(skeleton, source.parameters)
+        linears = find_sites(skeleton, include=["*"]).linears
+        sites = [*linears, *([] if table is None else [table])]
+        packed = source.file.packed(source, sites)
+        placed: Placed = {
+            site.name: (site, (packed.weights[site.name],))
+            for site in sites
+            if site.name in packed.weights
+        }
+        if not placed:
+            return None
+        record = record_of(source, placed, spec.name)
+    return ForeignModel(source, record, ForeignStore(source, packed.store, record, placed))
 
 
 class _Headers:
@@ -227,7 +258,7 @@ class ForeignStore:
     def __init__(
         self,
         source: ModelSource,
-        raw: TensorStore,
+        raw: PartStore,
         record: QuantizationRecord,
         placed: Placed,
     ) -> None:
@@ -240,7 +271,7 @@ class ForeignStore:
                 layout = TensorLayout(str(info.dtype).removeprefix("torch."), info.shape)
                 self.tensors[name] = _stored(layout, source.location.folder.name)
         for parameter, site in record.items():
-            file = self.file_of(parameter)
+            file = raw.tensors[placed[parameter][1][0].tensors[0]].file
             for name, layout in site.tensors(parameter):
                 self.tensors[name] = _stored(layout, file)
                 matrix, _, part = name.rpartition(".")
@@ -257,22 +288,12 @@ class ForeignStore:
             self._last = matrix, self._unpack(parameter, matrix)
         return self._last[1].tensors[part]
 
-    def file_of(self, parameter: str) -> str:
-        """The file of a packed parameter."""
-        return self._raw.tensors[self._placed[parameter][1][0].tensors[0]].file
-
-    def reader(self, parameter: str, index: int) -> Callable[[str], Tensor]:
-        """Read the files' tensors of a matrix: a parameter, or one of a stack."""
-        if self._placed[parameter][1][0].experts is None:
-            return self._raw.read
-        assert isinstance(self._raw, SafetensorsStore)
-        return partial(self._raw.read_part, index=index)
-
     def _unpack(self, parameter: str, matrix: str) -> PackedWeight:
         site, weights = self._placed[parameter]
         index = int(matrix.rpartition(".")[2]) if site.experts else 0
         weight = weights[index] if len(weights) > 1 else weights[0]
-        packed = weight.unpack(self.reader(parameter, index))
+        part = partial(self._raw.read_part, index=index)
+        packed = weight.unpack(self._raw.read if weight.experts is None else part)
         if packed.layout != weight.layout:
             raise CheckpointError(
                 f"{parameter}: expected {weight.layout} by its headers, got {packed.layout}; "

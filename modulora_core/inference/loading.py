@@ -142,8 +142,8 @@ def opened(model: Runnable, adapter: str | Path | None = None) -> Opened | _Load
 def _load_dense(
     source: ModelSource, name: str, dtype: str | torch.dtype, device: str
 ) -> PreTrainedModel:
-    # transformers reads a GGUF file into memory twice, and always draws progress bars
-    weights = None if source.location.gguf is None else dict(source.tensors())
+    # of a model in one file, whose format transformers may not know
+    weights = None if source.location.file is None else dict(source.tensors())
     try:
         with quiet():
             loaded = type(source.skeleton()).from_pretrained(

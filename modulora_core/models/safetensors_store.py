@@ -24,6 +24,7 @@ from torch import Tensor
 
 from modulora_core.errors import CheckpointError
 from modulora_core.models.folders import HOLDS_AN_ADAPTER
+from modulora_core.models.formats import file_suffixes
 from modulora_core.models.json_files import MOST_BYTES, check_json, read_json, without_collections
 from modulora_core.models.store import StoredTensor
 
@@ -159,7 +160,7 @@ def _no_weights(folder: Path) -> str:
         )
     if "adapter_config.json" in names:
         return f"{expected}; {HOLDS_AN_ADAPTER}"
-    others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    others = [name for name in names if name.endswith((".safetensors", *file_suffixes()))]
     return f"{expected}, got {', '.join(others) or 'no weight files'}"
 
 

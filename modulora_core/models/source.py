@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +14,7 @@ from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import read_config
 from modulora_core.models.conversion import build_skeleton, untied
-from modulora_core.models.gguf_config import gguf_config
-from modulora_core.models.gguf_store import GGUFStore, read_gguf
+from modulora_core.models.file_formats import ModelFile, open_file
 from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import SafetensorsStore
@@ -29,14 +25,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-logger = logging.getLogger(__name__)
-
-_HARMLESS = re.compile(
-    r".*\.input_scale|(.*\.)?(rope_(freqs|factors_long|factors_short)|attn_rot_embd)\..*"
-)
-"""A GGUF file's tensors that become numbers of the config, and scales of quantized activations."""
-
-
 class ModelSource(Weights):
     """A model that :func:`open_model` opened: its weights with config, tokenizer and origin.
 
@@ -45,6 +33,7 @@ class ModelSource(Weights):
         config: transformers' config of the model that :meth:`skeleton` builds. ``config.dtype`` is
             the dtype that transformers loads it in, ``config.name_or_path`` is MODEL.
         stored: the tensors of the files.
+        file: the opened file, of a model in one file.
     """
 
     def __init__(
@@ -53,11 +42,13 @@ class ModelSource(Weights):
         store: TensorStore,
         model: PreTrainedModel,
         dtype: torch.dtype,
-        described: dict[str, Any],
+        described: Mapping[str, Any],
         transforms: list[Any] | None = None,
+        file: ModelFile | None = None,
     ) -> None:
         super().__init__(store, model, dtype, transforms)
         self.location, self.config, self._described = location, model.config, described
+        self.file = file
         self.stored: Mapping[str, StoredTensor] = store.tensors
         self.config.name_or_path, self.config.dtype = location.model, dtype
 
@@ -72,23 +63,24 @@ class ModelSource(Weights):
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether there are files of a tokenizer; a GGUF file has its own."""
-        return self.location.gguf is not None or tokenizer.has_tokenizer(self.location.folder)
+        """Whether there are files of a tokenizer; a model in one file has its own."""
+        return self.file is not None or tokenizer.has_tokenizer(self.location.folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises ModelError if there is none that transformers can read."""
-        location = self.location
-        return tokenizer.load_tokenizer(location.model, location.folder, location.gguf)
+        if self.file is not None:
+            return tokenizer.checked_tokenizer(self.location.model, self.file.tokenizer)
+        return tokenizer.load_tokenizer(self.location.model, self.location.folder)
 
     def copy_tokenizer(self, out: Path) -> list[str]:
         """Put the tokenizer, the chat template and the generation config into ``out``.
 
-        A folder's files are copied as they are; for a GGUF file transformers writes them.
+        A folder's files are copied as they are; transformers writes them for a model in one file.
 
         Returns:
             the names of the files; empty when the model has none of them.
         """
-        if self.location.gguf is None:
+        if self.file is None:
             return tokenizer.copy_tokenizer(self.location.folder, out)
         return tokenizer.write_tokenizer(self.tokenizer(), self.config, out)
 
@@ -108,7 +100,7 @@ class ModelSource(Weights):
 
 
 def open_model(model: str, *, revision: str | None = None) -> ModelSource:
-    """Open MODEL: a folder of safetensors, a ``.gguf`` file, ``package:NAME`` or a Hub id.
+    """Open MODEL: a folder of safetensors, a file, ``package:NAME`` or a Hub id.
 
     Only headers are read.
 
@@ -120,12 +112,11 @@ def open_model(model: str, *, revision: str | None = None) -> ModelSource:
         ModelError: nothing is there, transformers can't use it, it isn't a causal language model,
             or it is quantized already.
         CheckpointError: the weights are missing, truncated or broken.
-        MissingExtraError: a package that this kind of model needs isn't installed.
     """
     location = locate(model, revision)
     with quiet():
-        if location.gguf is not None:
-            return _open_gguf(location, location.folder / location.gguf)
+        if location.file is not None:
+            return _open_file(location, location.folder / location.file)
         config, values = read_config(location.folder)
         location = fetch_weights(location)
         source = fit(location, config, values, SafetensorsStore(location.folder))
@@ -150,15 +141,16 @@ def open_config(model: str, *, revision: str | None = None) -> PretrainedConfig:
     The weights of a folder are not needed, and the weights of a Hub model are not downloaded.
 
     Raises:
-        ModelError, CheckpointError, MissingExtraError: as :func:`open_model`.
+        ModelError, CheckpointError: as :func:`open_model`.
     """
     location = locate(model, revision)
     with quiet():
-        if location.gguf is None:
+        if location.file is None:
             config, _ = read_config(location.folder)
-        else:  # reading the header for its dtype, which is mostly fp32, would take seconds
-            config, _ = gguf_config(location.folder / location.gguf)
-        dtype = _dtype_of(config, None)
+            dtype = _dtype_of(config, None)
+        else:
+            file = open_file(location.folder / location.file)
+            config, dtype = file.config, file.dtype
         config = build_skeleton(config, dtype).config  # refuses other models than language models
     config.name_or_path, config.dtype = model, dtype
     return config
@@ -178,29 +170,15 @@ def fit(
     return ModelSource(location, store, skeleton, dtype, described)
 
 
-def _open_gguf(location: Location, path: Path) -> ModelSource:
-    file = read_gguf(path)
-    config, values = gguf_config(path)
-    model = build_skeleton(config, file.dtype)
-    store = GGUFStore(file, model, values)
-    stored = {name: [tensor.kind, tensor.shape] for name, tensor in file.tensors.items()}
-    described = {"architecture": file.architecture, "tensors": stored}
-    source = ModelSource(location, store, model, file.dtype, described, store.transforms)
-    left_out = tuple(name for name in source.unplaced if not _HARMLESS.fullmatch(name))
-    for name in left_out:
-        if name.endswith(".scale"):  # without it some weight would be another one
-            raise ModelError(f"{path}: {name}: expected the factor of a weight, found no weight")
-    _warn_left_out(str(path), type(model).__name__, left_out)
+def _open_file(location: Location, path: Path) -> ModelSource:
+    file = open_file(path)
+    model = build_skeleton(file.config, file.dtype)
+    store = file.tensors(model)
+    source = ModelSource(
+        location, store, model, file.dtype, file.description, store.transforms, file
+    )
+    file.check_unplaced(model, source.unplaced)
     return source
-
-
-@cache  # a command opens a file several times
-def _warn_left_out(path: str, model: str, names: tuple[str, ...]) -> None:
-    if names:
-        logger.warning(
-            "%s: tensors that transformers' %s has no place for are left out (%d): %s%s",
-            path, model, len(names), ", ".join(names[:3]), ", ..." if names[3:] else "",
-        )  # fmt: skip
 
 
 def _dtype_of(config: PretrainedConfig, store: TensorStore | None) -> torch.dtype:

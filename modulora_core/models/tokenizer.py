@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
 from modulora_core.errors import ModelError
 from modulora_core.models.chat_templates import SECONDS, ends_soon
-from modulora_core.models.gguf_config import gguf_config
-from modulora_core.models.gguf_header import read_header
-from modulora_core.models.gguf_tokenizer import set_splits, tokenizer_options
 from modulora_core.models.json_files import read_json
 from modulora_core.models.quiet import first_line, quiet
 
@@ -33,6 +31,8 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 """The names that transformers gives the files of a tokenizer."""
+
+_ADVICE = "copy the tokenizer files of the model that it was made from into the folder"
 
 _SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -55,28 +55,33 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def load_tokenizer(model: str, folder: Path, gguf: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of ``folder``, or of its file ``gguf``; messages name ``model``.
+def load_tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of ``folder``; messages name ``model``.
 
     Raises:
         ModelError: there is none that transformers can read, or its chat template loops.
     """
-    advice = "copy the tokenizer files of the model that it was made from into the folder"
-    if gguf is None and not has_tokenizer(folder):
-        # some versions of transformers make an empty tokenizer of such a folder
+    if not has_tokenizer(folder):  # some versions of transformers make an empty tokenizer of it
         raise ModelError(
-            f"model {model}: no tokenizer files, such as {TOKENIZER_FILES[0]}; {advice}"
+            f"model {model}: no tokenizer files, such as {TOKENIZER_FILES[0]}; {_ADVICE}"
         )
     for name in _SMALL_FILES:
-        if gguf is None and (folder / name).exists():
+        if (folder / name).exists():
             read_json(folder / name, _SmallFile, error=ModelError)
+    return checked_tokenizer(model, lambda: _from_folder(folder))
+
+
+def checked_tokenizer(
+    model: str, load: Callable[[], PreTrainedTokenizerBase]
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that ``load`` gives. Raises ModelError, as :func:`load_tokenizer`."""
     try:
         with quiet():
-            tokenizer = _from_folder(folder) if gguf is None else _from_gguf(folder, gguf)
+            tokenizer = load()
     except Exception as error:  # each tokenizer class fails in its own way on broken files
-        reason = first_line(error)
         raise ModelError(
-            f"model {model}: no tokenizer that transformers can read ({reason}); {advice}"
+            f"model {model}: no tokenizer that transformers can read ({first_line(error)}); "
+            f"{_ADVICE}"
         ) from error
     _check_templates(model, tokenizer)
     return tokenizer
@@ -88,23 +93,6 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=False
     )
-    return tokenizer
-
-
-def _from_gguf(folder: Path, name: str) -> PreTrainedTokenizerBase:
-    """As AutoTokenizer does; it would read the whole vocabulary once more, for the config."""
-    from transformers import TOKENIZER_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
-
-    config, _ = gguf_config(folder / name)
-    header = read_header(folder / name)
-    kind: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
-    ordinary = isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerFast)
-    if not ordinary or (folder / "tokenizer_config.json").exists():
-        kind = AutoTokenizer
-    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
-        folder, gguf_file=name, trust_remote_code=False, **tokenizer_options(header)
-    )
-    set_splits(tokenizer, folder / name, header)
     return tokenizer
 
 

@@ -158,16 +158,16 @@ def open_planned(request: PlanRequest) -> tuple[PlanRequest, Dense | Packed]:
 def _open(request: PlanRequest) -> Dense | Packed:
     name, revision = request.model, request.revision
     location = locate(name, revision)
-    values = {} if location.gguf is not None else config_values(location.folder)
+    values = {} if location.file is not None else config_values(location.folder)
     if is_ours(values):
         record = QuantizationRecord.from_json(
             values["quantization_config"], location.folder / "config.json"
         )
         return _packed(Dense(name, _config(location.folder)), record)
     checkpoint = None
-    if location.gguf is None and recognise(location.folder, values) is not None:
+    if location.file is None and recognise(location.folder, values) is not None:
         checkpoint = open_checkpoint(name, revision=revision)
-    elif location.gguf is not None and request.quantizer is None:
+    elif location.file is not None and request.quantizer is None:
         checkpoint = open_if_packed(name)
     if checkpoint is not None:
         if request.config.mapped:

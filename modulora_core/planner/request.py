@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 UNPLANNED = frozenset({
     "model", "out", "data", "format", "eval_data", "eval_every", "adapter", "epochs", "lr",
     "scheduler", "warmup", "weight_decay", "max_grad_norm", "seed", "save_every",
-    "matmul_precision", "quantizer", "report_to", "report", "lora_gguf",
+    "matmul_precision", "quantizer", "report_to", "report", "lora_file",
 })  # fmt: skip
 """Fields of a finetuning run that a plan does not use."""
 
@@ -39,7 +39,7 @@ class PlanRequest:
     """A model, a quantizer, a finetuning run, a device and a budget.
 
     Attributes:
-        model: MODEL: a Hub id, a folder, a ``.gguf`` file, ``package:NAME``. config.json is enough.
+        model: MODEL: a Hub id, a folder, a file, ``package:NAME``. config.json is enough.
         quantizer: None for a packed checkpoint, or for all installed quantizers.
         head, embeddings: quantizers of the output head and the input embedding; None keeps it
             dense.

@@ -138,7 +138,7 @@ def quantize(
         quantize("org/model", "mixed", Budget(3 * 2**30, choices), calibration=text)
 
     Args:
-        model: a Hub id, a folder of safetensors, a ``.gguf`` file, or ``package:NAME``.
+        model: a Hub id, a folder of safetensors, a file, or ``package:NAME``.
         out: a new or empty folder. It appears when it is whole.
         quantizer: a name of ``modulora list-quantizers``; options: of its ``Options``. A
             :class:`Budget` chooses a quantizer for each layer.

@@ -19,8 +19,6 @@ ROOT = CORE.parent
 LONGEST = 350
 
 KNOWN_PLUGINS = {"nf4", "int8", "optq", "quip"}
-CONTAINERS = {"gguf"}
-"""Files that the core opens, and a plugin has the name of: the core finds tensors in them."""
 
 
 def sources(folder: Path) -> list[Path]:
@@ -38,8 +36,6 @@ def plugin_names() -> set[str]:
 
 def naming(name: str) -> str:
     """A pattern for a plugin's name. If other things have the name, it finds the plugin only."""
-    if name in CONTAINERS:
-        return rf"modulora[-_]{name}|-q {name}\b"
     if name in BITS_OF_DTYPE:
         return rf"modulora[-_]{name}|-q {name}\b|={name}\b"
     return rf"(?<![A-Za-z]){name}(?![a-z])"
@@ -80,7 +76,7 @@ def test_the_core_names_no_other_package_of_the_project() -> None:
         ("quip_sharp", "quip", True),
         ('"int8": 8', "int8", False),
         ("modulora-int8", "int8", True),
-        ("reads a .gguf file", "gguf", False),
+        ("reads a .gguf file", "gguf", True),
         ("modulora-gguf", "gguf", True),
         ("modulora quantize MODEL OUT -q int8", "int8", True),
     ],

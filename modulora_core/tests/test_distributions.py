@@ -61,7 +61,7 @@ def test_each_library_has_one_lower_bound_and_no_upper_one() -> None:
     for path in PROJECTS:
         described = project(path)["project"]
         extras = described.get("optional-dependencies", {})
-        for text in [*described["dependencies"], *extras.get("data", []), *extras.get("gguf", [])]:
+        for text in [*described["dependencies"], *extras.get("data", [])]:
             wanted = Requirement(text)
             assert {part.operator for part in wanted.specifier} <= {">=", "!="}, text
             bounds.setdefault(wanted.name, set()).add(str(wanted.specifier))

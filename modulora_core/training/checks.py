@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from modulora_core.adapters.llama_cpp import base_file
+from modulora_core.adapters.files import base_file, file_writer
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.targets import select_layers
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, check_mapped, open_checkpoint
@@ -67,17 +67,19 @@ def window(config: dict[str, Any]) -> int | None:
 
 
 def _check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | Unpacked) -> None:
-    """Refuse ``lora_gguf`` where llama.cpp couldn't load the file."""
-    if config.lora_gguf is None:
+    """Refuse ``lora_file`` where the file couldn't be used."""
+    if config.lora_file is None:
         return
-    check_new_file(Path(config.lora_gguf), ".gguf")
+    spec = file_writer(config.lora_file).spec
+    check_new_file(Path(config.lora_file), spec.file_suffix)
     continued = None if config.adapter is None else read_adapter(config.adapter)
     if config.train_scales or (continued is not None and continued.has_channel_scales):
-        raise OptionError("lora_gguf: llama.cpp knows no channel scales; train without them")
+        raise OptionError("lora_file: it holds no channel scales; train without them")
     if not isinstance(checkpoint, PackedCheckpoint) or not base_file(checkpoint, config.model):
         raise OptionError(
-            f"lora_gguf: expected a GGUF file as MODEL, got {config.model}; write the file later: "
-            f"modulora convert {config.out} {config.lora_gguf} --to gguf --model FILE.gguf"
+            f"lora_file: expected a file *{spec.file_suffix} as MODEL, got {config.model}; write "
+            f"the file later: modulora convert {config.out} {config.lora_file} --to {spec.name} "
+            f"--model FILE{spec.file_suffix}"
         )
 
 

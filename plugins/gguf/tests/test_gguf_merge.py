@@ -8,22 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from modulora_gguf.file.header import read_header
+from modulora_gguf.file.merging import merge_to_gguf
+from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
+from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.merge_gguf import merge_to_gguf
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.cli import main as run
 from modulora_core.errors import ModelError, OptionError, OutputError
 from modulora_core.inference.divergence import divergence
 from modulora_core.inference.loading import open_to_run
-from modulora_core.models.gguf_header import read_header
 from modulora_core.quantization.quantize import quantize
-from modulora_core.tests.crude_folders import edit_config
 from modulora_core.tests.other_tools import logits
-from modulora_core.tests.tiny_gguf import write_tiny_gguf
+from modulora_core.tests.tiny_models import tiny_config
 
 Adapted = Callable[..., torch.nn.Module]
-SaveFolder = Callable[..., None]
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, part: float = 1e-4) -> None:
@@ -72,38 +71,19 @@ def test_a_folder_takes_metadata_from_a_file_of_the_same_model(
     assert merged.types == {"F32": len(read_header(path).tensors)}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral", "qwen3", "qwen3_moe"])
-def test_a_folder_needs_no_file_for_some_architectures(
-    architecture: str, tmp_path: Path, adapted: Adapted, save_folder: SaveFolder
-) -> None:
-    """Its metadata comes from config and tokenizer; transformers reads the file as the folder."""
-    save_folder(architecture, tmp_path / "source")
-    packed, out = tmp_path / "packed", tmp_path / "merged.gguf"
-    quantize(str(tmp_path / "source"), packed, "gguf", {"type": "Q8_0"})
-    model = adapted(packed, tmp_path / "adapter", std=0.1)
-    merge_to_gguf(str(packed), out, adapter=str(tmp_path / "adapter"), type="F32")
-    opened = open_to_run(str(out))
-    assert_close(logits(opened.load()), logits(model))
-    text = "def f(x):\n    return  x + 12</s>"
-    ours, theirs = opened.tokenizer, AutoTokenizer.from_pretrained(packed)
-    assert ours(text).input_ids == theirs(text).input_ids
-    assert (ours.eos_token_id, ours.bos_token_id) == (theirs.eos_token_id, theirs.bos_token_id)
-
-
-def test_a_folder_that_cannot_be_written_back_is_refused_by_name(
-    tmp_path: Path, save_folder: SaveFolder
-) -> None:
-    save_folder("gemma", tmp_path / "source")
+def test_a_folder_without_a_file_of_its_model_asks_for_one(tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    config.intermediate_size = 64
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
     quantize(str(tmp_path / "source"), tmp_path / "packed", "gguf")
-    with pytest.raises(ModelError, match=r"model_type gemma: expected one of llama, .*--base FILE"):
+    with pytest.raises(
+        OptionError, match=r"packed: expected a GGUF file .*, got none; .*--base FI"
+    ):
         merge_to_gguf(str(tmp_path / "packed"), tmp_path / "merged.gguf")
-    save_folder("mistral", tmp_path / "windows", window=8)
-    quantize(str(tmp_path / "windows"), tmp_path / "short", "gguf")
-    with pytest.raises(ModelError, match="mistral: it has a sliding window of 8, which can't be"):
-        merge_to_gguf(str(tmp_path / "short"), tmp_path / "merged.gguf")
-    edit_config(tmp_path / "short", sliding_window=None, max_position_embeddings=2**40)
-    with pytest.raises(ModelError, match=r"config\.json: expected values that GGUF can hold"):
-        merge_to_gguf(str(tmp_path / "short"), tmp_path / "merged.gguf")
+    with pytest.raises(ModelError, match=r"expected a GGUF file of the same model, got a folder"):
+        merge_to_gguf(
+            str(tmp_path / "packed"), tmp_path / "merged.gguf", base=str(tmp_path / "source")
+        )
 
 
 def test_requantizing_to_the_grid_of_the_base_erases_a_small_update(

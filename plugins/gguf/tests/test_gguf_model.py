@@ -10,11 +10,13 @@ import pytest
 import torch
 from gguf import GGUFReader
 from modulora_gguf import reference
+from modulora_gguf.file.merging import merge_to_gguf
+from modulora_gguf.file.store import read_gguf
+from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 
 from modulora_core.adapters.lora import LoRASettings, add_lora
 from modulora_core.adapters.merge import merge
-from modulora_core.adapters.merge_gguf import merge_to_gguf
 from modulora_core.adapters.save_load import load_adapter, save_adapter
 from modulora_core.checkpoints.checkpoint import (
     PackedCheckpoint,
@@ -27,13 +29,11 @@ from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.inference.evaluate import evaluate
 from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
-from modulora_core.models.gguf_store import read_gguf
 from modulora_core.models.quiet import quiet
 from modulora_core.models.source import open_model
 from modulora_core.planner.fitting import plan
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import load_with_transformers, logits
-from modulora_core.tests.tiny_gguf import write_tiny_gguf
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 
@@ -226,7 +226,7 @@ def test_files_without_packed_weights_are_dense_and_damage_is_refused(
         open_checkpoint(path)
     with monkeypatch.context() as without_plugin:
         without_plugin.setenv("MODULORA_BLOCK", "gguf")
-        with pytest.raises(ModelError, match="no installed plugin reads GGUF files as they are"):
+        with pytest.raises(ModelError, match="got none; install it: pip install modulora-gguf"):
             open_checkpoint(path)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(path.read_bytes()[:5000])

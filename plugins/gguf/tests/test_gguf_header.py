@@ -11,14 +11,13 @@ from pathlib import Path
 
 import gguf
 import pytest
+from modulora_gguf.file.header import read_header, without_vocabulary
+from modulora_gguf.file.opened import OpenedGGUF
+from modulora_gguf.file.store import read_gguf
+from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
 from modulora_core.errors import CheckpointError, ModelError, OutputError
 from modulora_core.models import open_model
-from modulora_core.models.gguf_config import gguf_config
-from modulora_core.models.gguf_header import read_header, without_vocabulary
-from modulora_core.models.gguf_store import read_gguf
-from modulora_core.models.tokenizer import load_tokenizer
-from modulora_core.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
 
 def test_fields_and_places_are_those_of_the_gguf_package(tmp_path: Path) -> None:
@@ -52,10 +51,10 @@ def test_config_and_tokenizer_are_those_of_transformers(architecture: str, tmp_p
 
     path = write_tiny_gguf(architecture, tmp_path / "tiny.gguf", "Q8_0")
     config = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name).to_dict()
-    ours = gguf_config(path)[0].to_dict()
+    ours = OpenedGGUF(path).config.to_dict()
     assert {**ours, "_name_or_path": ""} == {**config, "_name_or_path": ""}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
-    found = load_tokenizer("tiny", tmp_path, path.name)
+    found = OpenedGGUF(path).tokenizer()
     assert type(found) is type(tokenizer)
     assert found.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     assert found.init_kwargs == tokenizer.init_kwargs
@@ -243,6 +242,6 @@ def test_a_full_temporary_disk_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(OutputError, match=rf"^{scratch}/\w+: File too large; raise the limit"):
-            gguf_config(path)
+            OpenedGGUF(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from modulora_gguf.file.header import STRING, Field, Header
+from modulora_gguf.file.tokenizer import set_splits, tokenizer_options
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from modulora_core.errors import ModelError
-from modulora_core.models.gguf_header import STRING, Field, Header
-from modulora_core.models.gguf_tokenizer import set_splits, tokenizer_options
 
 
 class Fast:

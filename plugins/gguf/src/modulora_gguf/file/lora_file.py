@@ -7,46 +7,31 @@
     adapter.lora.alpha                llama.cpp scales B A by alpha / r
 
 Experts have [experts, r, in] and [experts, out, r]. llama.cpp orders the rows of some weights in
-its own way: :mod:`modulora_core.models.gguf_places`. Gates and ups that are fused in memory are two
+its own way: :mod:`modulora_gguf.file.places`. Gates and ups that are fused in memory are two
 tensors of the base. Both get the same A, and each its rows of B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from modulora_core.adapters.expert_format import stacks_of
+from modulora_core.adapters.files import AdapterFile
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
-from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_if_packed
+from modulora_core.checkpoints.checkpoint import open_if_packed
 from modulora_core.checkpoints.outputs import new_file
 from modulora_core.checkpoints.whole import packed_skeleton
 from modulora_core.errors import AdapterError, ModelError
-from modulora_core.models.gguf_places import Place, places, store_of
+from modulora_core.models.locate import names_file
 from modulora_core.models.source import ModelSource, open_model
+from modulora_gguf.file.places import Place, places, store_of
 
 
-@dataclass(frozen=True, slots=True)
-class LoRAFileResult:
-    """The file that was written; ``modules`` is the number of adapted weights."""
-
-    out: str
-    base: str
-    architecture: str
-    modules: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def export_for_llama_cpp(
-    adapter: str, out: str | Path, *, model: str | None = None
-) -> LoRAFileResult:
+def export_for_llama_cpp(adapter: str, out: str | Path, *, model: str | None = None) -> AdapterFile:
     """Write ``adapter`` to the file ``out``, which llama.cpp loads with ``--lora``.
 
     Args:
@@ -65,20 +50,7 @@ def export_for_llama_cpp(
         return _export(adapter, out, path, model)
 
 
-def base_file(checkpoint: PackedCheckpoint, model: str) -> str | None:
-    """The GGUF file of a packed model: ``model`` itself, or the packaged file it was made from."""
-    if is_file(model):
-        return model
-    source = checkpoint.record.source
-    return str(source["name"]) if source.get("kind") == "package" else None
-
-
-def is_file(model: str) -> bool:
-    """Whether MODEL is a GGUF file, by its name."""
-    return model.startswith("package:") or model.lower().endswith(".gguf")
-
-
-def _export(adapter: str, out: Path, path: Path, model: str | None) -> LoRAFileResult:
+def _export(adapter: str, out: Path, path: Path, model: str | None) -> AdapterFile:
     from gguf import GGUFWriter
 
     saved = read_adapter(adapter)
@@ -88,7 +60,7 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> LoRAFileR
             "doesn't know; write the dense model with both by `modulora merge`"
         )
     base = model or saved.base_name
-    if not is_file(base):
+    if not names_file(base):
         raise AdapterError(
             f"adapter {adapter}: expected a GGUF file as the base that llama.cpp loads it on, got "
             f"{base}; name one with --model FILE.gguf"
@@ -111,7 +83,7 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> LoRAFileR
         for name, A, B in _in_file(source, module, delta, alpha)
         for factor, tensor in (("lora_a", A), ("lora_b", B))
     }
-    architecture = store_of(source).architecture
+    architecture = store_of(source).file.architecture
     writer = GGUFWriter(path, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -122,7 +94,7 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> LoRAFileR
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return LoRAFileResult(str(out), base, architecture, len(saved.deltas))
+    return AdapterFile(str(out), base, architecture, len(saved.deltas))
 
 
 def _in_file(

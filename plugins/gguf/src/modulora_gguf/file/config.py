@@ -1,6 +1,6 @@
 """The config that transformers makes of a GGUF file's metadata.
 
-Its tables are semi-private, so every use is in this file and in ``gguf_store.py``.
+Its tables are semi-private, so every use is in this file and in ``store.py``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError, full_disk_named
-from modulora_core.models.gguf_header import Header, read_header, without_vocabulary
-from modulora_core.models.gguf_rope import set_rope
-from modulora_core.models.gguf_store import require_gguf
+from modulora_gguf.file.header import Header, without_vocabulary
+from modulora_gguf.file.rope import set_rope
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,12 +42,10 @@ _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 """Gemmas of 27B, whose scores llama.cpp scales by another number than 1 / √head_dim."""
 
 
-def gguf_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
+def gguf_config(path: Path, header: Header) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The config that transformers makes of the header, and its fields. Raises ModelError."""
     from transformers import AutoConfig, PretrainedConfig
 
-    require_gguf(path)
-    header = read_header(path)
     _check_layers(path, header)
     quick = header.text("general.architecture") in _read_quickly()
     with TemporaryDirectory() as folder:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_gguf.file.config import gguf_config
+from modulora_gguf.file.header import read_header
+from modulora_gguf.file.rope import set_rope
+from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 from transformers import LlamaConfig, Phi3Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modulora_core.errors import ModelError
-from modulora_core.models.gguf_config import gguf_config
-from modulora_core.models.gguf_header import read_header
-from modulora_core.models.gguf_rope import set_rope
-from modulora_core.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def config_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 values = torch.tensor(factors[info.name]).numpy().tobytes()
                 data[info.offset : info.offset + len(values)] = values
         path.write_bytes(bytes(data))
-        return gguf_config(path)[0]
+        return gguf_config(path, read_header(path))[0]
 
     return make
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import ModelError
-from modulora_core.models.gguf_store import GGUFStore
-from modulora_core.models.source import ModelSource
+from modulora_core.models.weights import Weights
+from modulora_gguf.file.store import GGUFStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class Place:
         return rows[self.rows] - self.shift
 
 
-def store_of(source: ModelSource) -> GGUFStore:
-    """The store of a source that is a GGUF file."""
+def store_of(source: Weights) -> GGUFStore:
+    """The store of a model that is a GGUF file."""
     assert isinstance(source.store, GGUFStore)
     return source.store
 
 
-def places(source: ModelSource, parameter: str) -> list[Place]:
+def places(source: Weights, parameter: str) -> list[Place]:
     """The tensors of a GGUF file that become ``parameter``.
 
     Raises:
@@ -60,7 +60,7 @@ def places(source: ModelSource, parameter: str) -> list[Place]:
     for name, count in counts.items():
         firsts[name], total = total, total + count
     if not shapes:
-        raise ModelError(f"{parameter}: {source.location.name} has no tensor of it")
+        raise ModelError(f"{parameter}: {store.file.path.name} has no tensor of it")
     found = source.converted(parameter, lambda name: store.row_numbers(name, firsts))
     transposed = found.dim() > 1 and found.shape[-1] > 1
     found = found.flatten()
@@ -72,7 +72,7 @@ def places(source: ModelSource, parameter: str) -> list[Place]:
     if bool((in_memory < 0).any()):
         raise ModelError(
             f"{parameter}: expected whole rows of {', '.join(shapes)} in "
-            f"{source.location.name}, got values that transformers computes of them"
+            f"{store.file.path.name}, got values that transformers computes of them"
         )
     return [
         Place(name, shapes[name], in_memory[first : first + counts[name]], transposed, shift)

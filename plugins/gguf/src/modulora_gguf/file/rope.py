@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from modulora_core.errors import ModelError
-from modulora_core.models.gguf_header import Header
-from modulora_core.models.gguf_store import GGUFTensor
+from modulora_gguf.file.header import Header
+from modulora_gguf.file.store import GGUFTensor
 
 _FOR_ALL, _SHORT, _LONG = (
     "rope_freqs.weight",

@@ -12,7 +12,7 @@ from typing import IO
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from modulora_core.models.gguf_header import Header
+from modulora_gguf.file.header import Header
 
 _DROPPED = ("general.file_type", "split.no", "split.count", "split.tensors.count")
 """The type that most tensors have, for which llama.cpp looks itself, and the parts of a model."""

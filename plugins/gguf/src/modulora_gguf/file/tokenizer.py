@@ -10,10 +10,13 @@ from __future__ import annotations
 import logging
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError
-from modulora_core.models.gguf_header import Header
+from modulora_gguf.file.header import Header
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,25 @@ _LIKE_LLAMA_3 = {"falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "l
                  "midm-2.0", "pixtral", "tekken"}  # fmt: skip
 """Names with BOS before a text, unless the file says otherwise. A word of the vocabulary is one
 token, whatever the merges say."""
+
+
+def load_tokenizer(path: Path, header: Header, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """As AutoTokenizer does; it would read the whole vocabulary once more, for the config.
+
+    Raises:
+        ModelError: a Unigram vocabulary; transformers raises other errors.
+    """
+    from transformers import TOKENIZER_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
+
+    kind: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    ordinary = isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerFast)
+    if not ordinary or (path.parent / "tokenizer_config.json").exists():
+        kind = AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False, **tokenizer_options(header)
+    )
+    set_splits(tokenizer, path, header)
+    return tokenizer
 
 
 def tokenizer_options(header: Header) -> dict[str, Any]:

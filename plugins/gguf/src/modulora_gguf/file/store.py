@@ -10,7 +10,6 @@ tables are semi-private, so every use is in this file.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modulora_core.errors import CheckpointError, MissingExtraError, ModelError
-from modulora_core.models.gguf_header import Header, TensorInfo, read_header
+from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.store import StoredTensor
+from modulora_gguf.file.header import Header, TensorInfo, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,11 +107,12 @@ class GGUFTensor:
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """The header of a GGUF file."""
+    """The header of a GGUF file, and its tensors by name."""
 
     path: Path
     architecture: str
     tensors: Mapping[str, GGUFTensor]
+    header: Header
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,11 +127,9 @@ def read_gguf(path: Path) -> GGUFFile:
     """Read the header of a GGUF file.
 
     Raises:
-        MissingExtraError: the ``gguf`` package isn't installed.
         CheckpointError: it isn't a GGUF file, or it is truncated.
         ModelError: it holds an adapter or a vocabulary.
     """
-    require_gguf(path)
     header = read_header(path)
     try:
         architecture = header.text("general.architecture")
@@ -142,7 +140,7 @@ def read_gguf(path: Path) -> GGUFFile:
         got = f"type {content}" if header.tensors else "no tensors"
         raise ModelError(f"{path}: expected a model in this GGUF file, got {got}; give its model's")
     _refuse_unreadable(path, header)
-    return GGUFFile(path, architecture, _tensors(header))
+    return GGUFFile(path, architecture, _tensors(header), header)
 
 
 def _tensors(header: Header) -> dict[str, GGUFTensor]:
@@ -159,15 +157,6 @@ def scale_of(name: str) -> str:
     """The name of the factor of a weight in a file: ``blk.0.attn_q.scale``; "" for other names."""
     stem = name.removesuffix(".weight")
     return "" if stem == name else f"{stem}.scale"
-
-
-def require_gguf(path: Path) -> None:
-    """Raises MissingExtraError: the ``gguf`` package isn't installed."""
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(
-            f"{path}: reading GGUF needs the package 'gguf'; install it: "
-            "pip install 'modulora-core[gguf]'"
-        )
 
 
 def _refuse_unreadable(path: Path, header: Header) -> None:
@@ -191,12 +180,13 @@ class GGUFStore:
     """The tensors of a GGUF file, dequantized, under the names in memory of ``model``.
 
     Attributes:
+        file: as given.
         transforms: transformers' weight transforms, if it reads the architecture through them. The
             names are then the file's own. None: the names are those in memory.
     """
 
     def __init__(self, file: GGUFFile, model: PreTrainedModel, values: dict[str, Any]) -> None:
-        self._file = file
+        self.file = file
         self._map: dict[str, str] = {}
         self._processor: Any = None
         shapes: dict[str, tuple[int, ...]] = {}
@@ -236,11 +226,7 @@ class GGUFStore:
 
     def in_file(self, name: str) -> GGUFTensor:
         """A tensor of the file, by its name there."""
-        return self._file.tensors[name]
-
-    @property
-    def architecture(self) -> str:
-        return self._file.architecture
+        return self.file.tensors[name]
 
     def _processed(self, name: str, contents: Callable[[GGUFTensor], Tensor]) -> Tensor:
         if self._processor is None:
@@ -268,7 +254,7 @@ class GGUFStore:
         shape, found = shapes.get(name, parts[0].shape), sum(part.numel for part in parts)
         if found != math.prod(shape):
             raise CheckpointError(
-                f"{self._file.path}: {name}: expected {math.prod(shape)} values for shape "
+                f"{self.file.path}: {name}: expected {math.prod(shape)} values for shape "
                 f"{list(shape)}, got {found} in {', '.join(part.name for part in parts)}"
             )
         kind, file = parts[0].kind, parts[0].path.name
@@ -286,7 +272,7 @@ def _names_in_memory(
         get_gguf_hf_weights_map,
     )
 
-    from modulora_core.models.gguf_processors import PROCESSORS
+    from modulora_gguf.file.processors import PROCESSORS
 
     kinds = TENSOR_PROCESSORS | PROCESSORS
     processor = kinds.get(file.architecture, TensorProcessor)(config=values)

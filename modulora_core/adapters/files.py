@@ -1,0 +1,162 @@
+"""Write adapters and merged models as files of a plugin's format: what it implements, its place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from modulora_core import registry
+from modulora_core.checkpoints.checkpoint import PackedCheckpoint
+from modulora_core.errors import OptionError
+from modulora_core.models.formats import file_format, installed, unread_file
+from modulora_core.models.locate import names_file
+from modulora_core.progress import Progress
+from modulora_core.spec import FormatSpec
+
+__all__ = ["AdapterFile", "FileWriter", "MergedFile"]
+
+KEPT = 0.5
+"""An update of which less is left in the quantized weight counts as erased."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """The file of an adapter that was written; ``modules`` is the number of adapted weights."""
+
+    out: str
+    base: str
+    architecture: str
+    modules: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class MergedFile:
+    """The file of a model that was written.
+
+    Attributes:
+        types: the number of tensors of each type; adapted: of parameters that the adapter changed.
+        kept: the part of the update that quantizing leaves in each changed tensor, the projection
+            ⟨Q(W + ΔW) - W, ΔW⟩ / ‖ΔW‖². 1 is all, 0 is nothing.
+    """
+
+    out: str
+    base: str
+    types: dict[str, int]
+    bytes: int
+    adapted: int
+    seconds: float
+    peak_memory_bytes: int
+    kept: dict[str, float] = field(repr=False)
+
+    @property
+    def erased(self) -> list[str]:
+        """The tensors that lost more than half of their update."""
+        return [name for name, part in self.kept.items() if part < KEPT]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "erased": self.erased}
+
+
+class FileWriter(ABC):
+    """The way back to files of a format. Subclass it, and name it as the ``writer`` of the plugin's
+    :class:`~modulora_core.spec.FormatSpec`.
+
+    Attributes:
+        default_type: the type of changed weights in a merged file, by its name in the format.
+    """
+
+    default_type: ClassVar[str]
+
+    def __init__(self, spec: FormatSpec) -> None:
+        self.spec = spec
+
+    @abstractmethod
+    def write_adapter(
+        self, adapter: str, out: str | Path, *, model: str | None = None
+    ) -> AdapterFile:
+        """Write A and B of an adapter to the file ``out``.
+
+        Args:
+            adapter: a LoRA adapter in PEFT's format, a folder or Hub id.
+            out: a new file with the format's suffix.
+            model: the file of the model that the adapter will be used with, or ``package:NAME``; by
+                default the base that the adapter names.
+
+        Raises:
+            OutputError: ``out`` exists, or has another suffix.
+            AdapterError: it does not fit the model, or has channel scales.
+            RequestError: the model isn't a file of this format, or can't be read.
+        """
+
+    @abstractmethod
+    def merge(
+        self,
+        model: str,
+        out: str | Path,
+        *,
+        adapter: str | None = None,
+        type: str | None = None,
+        base: str | None = None,
+        progress: Progress | Literal[False] | None = None,
+    ) -> MergedFile:
+        """Write ``model``, with ``adapter`` merged in, as the file ``out``.
+
+        Args:
+            model: a packed model: a file of this format, a folder, or a Hub id.
+            out: a new file with the format's suffix.
+            adapter: a LoRA adapter in PEFT's format, a folder or Hub id.
+            type: the type of changed weights; by default :attr:`default_type`.
+            base: a file of the same model, for metadata and tokenizer; by default ``model``.
+            progress: called as ``progress("merging", done, total)`` after each tensor.
+
+        Raises:
+            OptionError: no such type, or no base.
+            OutputError: ``out`` exists, or has another suffix.
+            ModelError: a parameter has no place in the file.
+            AdapterError: the adapter does not fit the model.
+            RequestError: the model is not packed or cannot be read.
+        """
+
+
+def writer_of(out: str | Path) -> FileWriter | None:
+    """The writer of files with the suffix of ``out``; None for a suffix that no plugin writes.
+
+    Raises:
+        PluginError: the plugin can't be used.
+    """
+    known = file_format(out)
+    return None if known is None or known.writer is None else writer_called(known.name)
+
+
+def writer_called(name: str) -> FileWriter | None:
+    """The writer of the file format called ``name``; None if no plugin has such a format.
+
+    Raises:
+        PluginError: the plugin can't be used.
+    """
+    for entry, spec in installed():
+        if spec.name == name and spec.writer is not None:
+            kind = registry.import_class(entry, spec.writer, FileWriter)  # type: ignore[type-abstract]
+            return kind(spec)
+    return None
+
+
+def file_writer(out: str | Path) -> FileWriter:
+    """As :func:`writer_of`. Raises OptionError: no installed plugin writes such a file."""
+    found = writer_of(out)
+    if found is None:
+        raise OptionError(unread_file(out))
+    return found
+
+
+def base_file(checkpoint: PackedCheckpoint, model: str) -> str | None:
+    """The file of a packed model: ``model`` itself, or the packaged file it was made from."""
+    if names_file(model):
+        return model
+    source = checkpoint.record.source
+    return str(source["name"]) if source.get("kind") == "package" else None

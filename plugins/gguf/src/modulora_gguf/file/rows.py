@@ -1,0 +1,176 @@
+"""The packed weights of a GGUF file: blocks in the order of the rows in memory.
+
+Blocks stay packed. Rows of several types, such as gates and ups of experts, are joined
+(:mod:`modulora_core.checkpoints.joined_rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modulora_core.checkpoints.joined_rows import join
+from modulora_core.errors import ModelError
+from modulora_core.models.file_formats import PackedTensors
+from modulora_core.models.formats import ForeignWeight, Read, read_finite
+from modulora_core.models.sites import LinearSite
+from modulora_core.models.store import StoredTensor
+from modulora_core.models.weights import Weights
+from modulora_core.spec import PackedWeight
+from modulora_gguf import reference
+from modulora_gguf.file.places import places, store_of
+from modulora_gguf.file.store import GGUFStore
+from modulora_gguf.quantizer import GGUF, Options
+
+
+def packed_rows(source: Weights, sites: Iterable[LinearSite]) -> PackedTensors:
+    """The weights whose rows are blocks of types that this package decodes."""
+    quantizers = {
+        kind: GGUF(Options.model_validate({"type": kind})) for kind in reference.DEQUANTIZE
+    }
+    weights: dict[str, ForeignWeight] = {}
+    found: list[_Rows] = []
+    for site in sites:
+        parts = _rows_of(source, site)
+        if parts and all(
+            part.kind in quantizers and (part.kind == reference.SCALED or not part.is_scaled)
+            for part in parts
+        ):
+            made = [_weight(part, quantizers[part.kind], site.experts) for part in parts]
+            weights[site.name] = join(made) if len(made) > 1 else made[0]
+            found += parts
+    return PackedTensors(weights, _RowStore(store_of(source), found))
+
+
+def _weight(rows: _Rows, quantizer: GGUF, experts: int | None) -> ForeignWeight:
+    size, nbytes = reference.block_of(quantizer.options.type)
+    _, count, row_bytes = rows.shape
+    layout = quantizer.layout((count, row_bytes // nbytes * size))
+
+    def unpack(read: Read) -> PackedWeight:
+        tensors = {"blocks": read(rows.name).contiguous()}
+        if rows.is_scaled:
+            tensors["scale"] = read_finite(read, rows.scale)
+        elif "scale" in layout.tensors:
+            tensors["scale"] = torch.ones(1, dtype=torch.float32)
+        return layout.fill(tensors)
+
+    names = (rows.name, rows.scale) if rows.is_scaled else (rows.name,)
+    return ForeignWeight(names, quantizer, layout, unpack, experts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of each matrix of a parameter that tensors of one type have.
+
+    Attributes:
+        tensors: their names in the file; kind: their type; row_bytes: the size of each row.
+        order: for each matrix its rows, counted through all the tensors: ``[matrices, rows]``.
+        is_scaled: each matrix has a factor, ``NAME.scale``.
+    """
+
+    tensors: tuple[str, ...]
+    kind: str
+    row_bytes: int
+    order: Tensor
+    is_scaled: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.tensors[0]
+
+    @property
+    def scale(self) -> str:
+        return f"{self.name}.scale"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of all blocks: ``[matrices, rows, row bytes]``."""
+        return (*self.order.shape, self.row_bytes)  # type: ignore[return-value]
+
+    def of(self, matrix: int, blocks: list[Tensor]) -> Tensor:
+        """The blocks of a matrix, out of all the tensors' ``[rows, row bytes]``.
+
+        Neighbours stay a view of one tensor, which is mapped from the file.
+        """
+        rows = self.order[matrix]
+        first = int(rows[0])
+        if len(blocks) == 1 and torch.equal(rows, torch.arange(first, first + len(rows))):
+            return blocks[0][first : first + len(rows)]
+        made, start = torch.empty(self.shape[1:], dtype=torch.uint8), 0
+        for tensor in blocks:
+            mine = (rows >= start) & (rows < start + len(tensor))
+            made[mine] = tensor[rows[mine] - start]
+            start += len(tensor)
+        return made
+
+
+def _rows_of(source: Weights, site: LinearSite) -> list[_Rows]:
+    """The rows of a parameter by their types; none if it is floats, or not made of whole rows."""
+    try:
+        found = places(source, site.name)
+    except (ModelError, ValueError, RuntimeError, IndexError):  # of numpy or torch: no rows move
+        return []
+    tensors = {place.name: store_of(source).in_file(place.name) for place in found}
+    kinds = {tensor.kind for tensor in tensors.values() if not tensor.is_float}
+    fits = all(
+        (place.shape[-1], place.transposed, place.shift) == (site.in_features, site.transposed, 0)
+        for place in found
+    )
+    if not kinds or not fits:
+        return []
+    is_one = len({(tensor.kind, tensor.scale) for tensor in tensors.values()}) == 1
+    made: dict[int, _Rows] = {}
+    for group in [found] if is_one else [[place] for place in found]:
+        rows = torch.cat([place.rows for place in group])
+        matrices = site.experts or 1
+        first, count = int(rows.min()), len(rows) // matrices
+        starts = torch.arange(matrices)[:, None] * site.out_features
+        in_order = (first + starts + torch.arange(count)).flatten()
+        order = torch.arange(len(rows)) if torch.equal(rows, in_order) else rows.argsort()
+        if not torch.equal(rows[order], in_order):
+            return []  # other rows lie between them
+        one = tensors[group[0].name]
+        row_bytes = one.nbytes * one.shape[-1] // one.numel
+        names = tuple(place.name for place in group)
+        scaled = one.scale is not None
+        made[first] = _Rows(names, one.kind, row_bytes, order.view(-1, count), scaled)
+    return [made[first] for first in sorted(made)]
+
+
+class _RowStore:
+    """The blocks and the factors of packed weights, as tensors of a store.
+
+    The blocks of one parameter are mapped at a time; pages of rows that were copied are given back.
+    """
+
+    def __init__(self, store: GGUFStore, found: Iterable[_Rows]) -> None:
+        self._store, self._rows = store, {rows.name: rows for rows in found}
+        self._mapped: tuple[str, list[Tensor]] = ("", [])
+        self.tensors: dict[str, StoredTensor] = {}
+        for name, rows in self._rows.items():
+            info = store.in_file(name)
+            file = store.file.path.name
+            shape, nbytes = rows.shape, rows.order.numel() * rows.row_bytes
+            self.tensors[name] = StoredTensor(shape, torch.uint8, info.kind, nbytes, file)
+            if rows.is_scaled:
+                count = len(rows.order)
+                self.tensors[rows.scale] = StoredTensor(
+                    (count, 1), torch.float32, "F32", 4 * count, file
+                )
+
+    def read(self, name: str) -> Tensor:
+        return self.read_part(name, 0)
+
+    def read_part(self, name: str, index: int) -> Tensor:
+        rows = self._rows.get(name)
+        if rows is None:
+            scale = self._store.in_file(name.removesuffix(".scale")).scale
+            assert scale is not None
+            return scale.read(as_stored=False).flatten()[index : index + 1]
+        if self._mapped[0] != name:
+            self._mapped = name, [self._store.in_file(one).blocks() for one in rows.tensors]
+        return rows.of(index, self._mapped[1])
