@@ -1,0 +1,83 @@
+"""`modulora doctor` names everything that is wrong, and what mends it."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from modulora_core.cli import doctor
+from modulora_core.tests.cli.conftest import Run
+from modulora_core.tests.fake_site import FakeSite, failing
+
+
+@pytest.fixture(autouse=True)
+def only_toys(monkeypatch: pytest.MonkeyPatch, toy: ModuleType) -> None:
+    """Other installed plugins would compile kernels for minutes."""
+    from modulora_core import registry
+
+    known = registry.entries
+    monkeypatch.setattr(
+        registry, "entries",
+        lambda: [e for e in known() if e.name in ("toy", "verbatim", "alpha", "broken")],
+    )  # fmt: skip
+
+
+def findings(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {finding["subject"].partition(" (")[0]: finding for finding in found["findings"]}
+
+
+def test_a_sound_machine_has_versions_sizes_and_tested_quantizers(run: Run) -> None:
+    code, found, _ = run("doctor", "--device", "cpu")
+    named = findings(found)
+    assert (code, found["faults"]) == (0, 0)
+    assert {"Python", "processor", "torch", "memory", "disk", "Hub cache", "toy"} <= named.keys()
+    assert named["toy"]["found"].startswith("works, error of a product ")
+
+
+def test_a_plugin_that_cannot_be_read_is_a_fault_with_advice(run: Run, site: FakeSite) -> None:
+    site.install("fake-broken", {"broken": "fake_broken"}, {"fake_broken": failing("no such GPU")})
+    code, found, _ = run("doctor", "--device", "cpu")
+    broken = findings(found)["broken"]
+    assert (code, broken["verdict"]) == (1, "fault")
+    assert "no such GPU" in broken["advice"]
+    assert "fake-broken" in broken["advice"]
+
+
+@pytest.mark.parametrize(
+    ("product", "expected"),
+    [
+        (lambda y: y * 1.001, "wrong, error of a product"),
+        (lambda y: y * math.nan, "wrong, error of a product"),
+        (lambda y: y[:, :-1], "fails"),
+    ],
+)
+def test_a_quantizer_with_a_wrong_product_is_a_fault(
+    run: Run, toy: ModuleType, monkeypatch: pytest.MonkeyPatch, product: Any, expected: str
+) -> None:
+    matmul = toy.Toy.matmul
+    monkeypatch.setattr(toy.Toy, "matmul", lambda *words: product(matmul(*words)))
+    code, found, _ = run("doctor", "--device", "cpu")
+    assert code == 1
+    assert findings(found)["toy"]["found"].startswith(expected)
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = doctor.version
+
+    def version(name: str) -> str:
+        if name in ("transformers", "trl"):
+            raise doctor.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor, "_memory", lambda: None)
+    code, found, _ = run("doctor", "--device", "cpu")
+    named = findings(found)
+    assert (code, named["transformers"]["advice"]) == (1, "pip install transformers")
+    assert "trl" not in named  # nobody needs it
+    assert "memory" not in named
