@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report
-from modulora_core.cli.text import table
+from modulora_core.cli.text import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,11 +70,22 @@ def _to_json(entry: Entry) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> RenderableType:
-    headings = ("name", "bits", "version", "distribution", "devices", "status", "summary or reason")
-    return table(headings, map(_cells, rows))
+    """A line of facts for each quantizer, and its summary, or why it can't be used, below it."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    lines = [("name", "bits", "kernels", "package", "status"), *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    heading, *facts = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in lines]
+    parts: list[RenderableType] = [Text(heading, style="bold", no_wrap=True)]
+    for fact, row in zip(facts, rows, strict=True):
+        parts.append(Text(visible(fact)))
+        parts.append(Padding(Text(visible(row["reason"] or row["summary"])), (0, 0, 0, 2)))
+    return Group(*parts)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     bits, devices = ", ".join(f"{b:g}" for b in row["bits"]), ", ".join(row["devices"])
-    package = (row["version"], row["distribution"])
-    return row["name"], bits, *package, devices, row["status"], row["reason"] or row["summary"]
+    package = f"{row['distribution']} {row['version']}"
+    return row["name"], bits, devices, package, row["status"]
