@@ -11,11 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; a test compares these imports with _PUBLIC
-    from modulora_core.adapters.lora import LoRASettings as LoRASettings
+    from modulora_core.adapters.load import load_adapter as load_adapter
     from modulora_core.adapters.lora import add_lora as add_lora
     from modulora_core.adapters.merge import merge as merge
-    from modulora_core.adapters.save_load import load_adapter as load_adapter
-    from modulora_core.adapters.save_load import save_adapter as save_adapter
+    from modulora_core.adapters.save import save_adapter as save_adapter
+    from modulora_core.adapters.settings import LoRASettings as LoRASettings
     from modulora_core.calibration import CalibrationConfig as CalibrationConfig
     from modulora_core.checkpoints.checkpoint import load_model as load_model
     from modulora_core.checkpoints.convert import convert as convert
@@ -50,7 +50,7 @@ _PUBLIC = {
     "Choice": "registry",
     "FinetuneConfig": "training.config",
     "LoRALinear": "layers",
-    "LoRASettings": "adapters.lora",
+    "LoRASettings": "adapters.settings",
     "ModuLoRAConfig": "checkpoints.hf_quantizer",
     "PackedLayout": "packed",
     "PackedWeight": "packed",
@@ -66,14 +66,14 @@ _PUBLIC = {
     "finetune": "training.finetune",
     "generate": "inference.generate",
     "hookimpl": "hookspecs",
-    "load_adapter": "adapters.save_load",
+    "load_adapter": "adapters.load",
     "load_model": "checkpoints.checkpoint",
     "merge": "adapters.merge",
     "open_to_run": "inference.loading",
     "plan": "planner.fitting",
     "quantize": "quantization.quantize",
     "register": "checkpoints.hf_quantizer",
-    "save_adapter": "adapters.save_load",
+    "save_adapter": "adapters.save",
     "tile_budget": "tiles",
 }
 """Each public name, and its module within this package."""
@@ -83,7 +83,9 @@ __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604  # all of them are strings
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version()
+        from modulora_core.version import VERSION
+
+        return VERSION
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
@@ -93,15 +95,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("modulora-core")
-    except PackageNotFoundError:
-        return "0+unknown"  # a source tree on the path, not installed
 
 
 importlib.import_module(f"{__name__}.checkpoints.registration").register_with_transformers()

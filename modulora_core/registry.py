@@ -43,6 +43,7 @@ from modulora_core.errors import (
 )
 from modulora_core.options import parse_options, validate_options
 from modulora_core.spec import SUPPORTED_PROTOCOLS, Quantizer, QuantizerSpec
+from modulora_core.version import VERSION
 
 BLOCK_VARIABLE = "MODULORA_BLOCK"
 
@@ -278,12 +279,10 @@ def _ask(point: EntryPoint) -> list[QuantizerSpec]:
 
 
 def _other_protocol(entry: Entry, protocol: int) -> str:
-    from modulora_core import __version__
-
     first, last = SUPPORTED_PROTOCOLS[0], SUPPORTED_PROTOCOLS[-1]
     supported = str(first) if first == last else f"{first} to {last}"
     return (
-        f"written for protocol {protocol}, and modulora-core {__version__} supports {supported}; "
+        f"written for protocol {protocol}, and modulora-core {VERSION} supports {supported}; "
         f"install a version of {entry.distribution} or of modulora-core that fits"
     )
 

@@ -32,7 +32,7 @@ from torch import nn
 from turns import Here, Job, Process
 
 from modulora_core import LoRASettings, add_lora, load_model, plan
-from modulora_core.adapters.lora import adapter_layers
+from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.checkpoints.checkpoint import open_checkpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.registry import Choice

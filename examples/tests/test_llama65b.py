@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
+from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.registry import Choice
 

@@ -9,9 +9,7 @@ LoRAExperts, and freezes everything else. An adapter may also train channel scal
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +17,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from modulora_core.adapters.adapted import (
+    adapter_layers,
+    check_name_is_free,
+    packed_layers,
+    packed_shape,
+)
 from modulora_core.adapters.experts import LoRAExperts
-from modulora_core.adapters.targets import ALL_LINEAR, select_layers
-from modulora_core.arguments import check_fields, checked
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
+from modulora_core.adapters.targets import select_layers
+from modulora_core.arguments import checked
 from modulora_core.checkpoints.packed_model import with_methods
-from modulora_core.checkpoints.packed_table import TiedHead
 from modulora_core.checkpoints.publishing import upload
-from modulora_core.errors import AdapterError, ModelError, OptionError
 from modulora_core.layers import LoRALayer, LoRALinear, PackedStack, QuantLinear
-
-
-@dataclass(frozen=True, slots=True)
-class LoRASettings:
-    """Settings of a new adapter. The defaults are the paper's (arXiv 2309.16119), except targets.
-
-    Attributes:
-        rank: r.
-        alpha: α; the adapter is scaled by α / r.
-        dropout: probability that training leaves out an entry of the adapter's input.
-        targets: ``"all-linear"``, ``"attention"``, ``"experts"`` or names of layers, one or several
-            (:mod:`modulora_core.adapters.targets`).
-        seed: seed of A's random values.
-        train_scales: also train channel scales of linear layers.
-
-    Raises:
-        OptionError: a value is out of range.
-    """
-
-    rank: int = 8
-    alpha: float = 32.0
-    dropout: float = 0.1
-    targets: str | Sequence[str] = ALL_LINEAR
-    seed: int = 0
-    train_scales: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name, is_valid, expected in (
-            ("rank", self.rank >= 1, "at least 1"),
-            ("alpha", 0 < self.alpha < math.inf, "more than 0"),
-            ("dropout", 0 <= self.dropout < 1, "a probability in [0, 1)"),
-            ("seed", 0 <= self.seed < 2**32, "0 to 2³² − 1"),
-            ("targets", bool(self.targets), f"{ALL_LINEAR!r} or names of layers"),
-        ):
-            if not is_valid:
-                raise OptionError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
 
 @checked
@@ -124,8 +91,6 @@ class AdaptedModel:
             push_to_hub: upload the folder too (:func:`modulora_core.checkpoints.publishing.upload`,
                 which takes the options).
         """
-        from modulora_core.adapters.save_load import save_adapter
-
         assert isinstance(self, nn.Module)
         layers = (module for module in self.modules() if isinstance(module, LoRALayer))
         names = list(dict.fromkeys(name for layer in layers for name in layer.lora_A))
@@ -134,47 +99,6 @@ class AdaptedModel:
             save_adapter(self, folder if name == names[0] else folder / name, name=name)
         if push_to_hub:
             upload(save_directory, **options)
-
-
-def adapter_layers(model: nn.Module, name: str = "default") -> Iterator[tuple[str, LoRALayer]]:
-    """The layers and stacks that carry the adapter ``name``, with their paths."""
-    for path, module in model.named_modules():
-        if isinstance(module, LoRALayer) and name in module.lora_A:
-            yield path, module
-
-
-def packed_layers(model: nn.Module) -> dict[str, QuantLinear | PackedStack]:
-    """The layers and stacks that can carry an adapter, by path. Raises ModelError if there is none.
-
-    A tied head cannot: merging its adapter would change the embedding.
-    """
-    layers = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, QuantLinear | PackedStack) and not isinstance(module, TiedHead)
-    }
-    if not layers:
-        raise ModelError(
-            f"{model_name(model)}: expected a model with packed linear layers, found none; "
-            "run `modulora quantize` on it first"
-        )
-    return layers
-
-
-def packed_shape(layer: QuantLinear | PackedStack) -> tuple[int, ...]:
-    """``(out, in)`` of a layer, ``(experts, out, in)`` of a stack."""
-    if isinstance(layer, QuantLinear):
-        return layer.weight.layout.shape
-    return len(layer), *layer.first.layout.shape
-
-
-def check_name_is_free(model: nn.Module, name: str) -> None:
-    """Raise AdapterError if the model has an adapter ``name``."""
-    taken = next((path for path, _ in adapter_layers(model, name)), None)
-    if taken is not None:
-        raise AdapterError(
-            f"adapter {name!r}: {model_name(model)} already has an adapter of that name, on {taken}"
-        )
 
 
 def lora_layer(model: nn.Module, path: str) -> LoRALayer:
@@ -209,11 +133,6 @@ def train_only(model: nn.Module, name: str) -> None:
     for _, layer in adapter_layers(model, name):
         for parameter in layer.parameters_of(name).values():
             parameter.requires_grad_(True)
-
-
-def model_name(model: nn.Module) -> str:
-    """The model's name for messages."""
-    return str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 
 def _head(model: nn.Module, packed: Mapping[str, nn.Module]) -> str | None:

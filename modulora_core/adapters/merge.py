@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from modulora_core.adapters.expert_format import stacks_of
+from modulora_core.adapters.load import check_fit
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
-from modulora_core.adapters.save_load import check_fit
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
 from modulora_core.checkpoints.outputs import (

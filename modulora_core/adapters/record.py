@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import TypedDict
 
-import modulora_core
 from modulora_core.checkpoints.joined_rows import JoinedRows
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.distributed import whole
 from modulora_core.layers import LoRALinear, PackedParameter, PackedStack, QuantLinear
+from modulora_core.version import VERSION
 
 RECORD_FILE = "modulora.json"
 
@@ -97,7 +97,7 @@ class AdapterRecord(BaseModel):
 
     format: Literal[1, 2]
     kind: Literal["lora"] = "lora"
-    core_version: str = Field(default_factory=lambda: modulora_core.__version__)
+    core_version: str = VERSION
     base: BaseRecord
     settings: RecordedSettings = RecordedSettings()
     channel_scales: bool = False

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from modulora_core.adapters.lora import adapter_layers
+from modulora_core.adapters.adapted import adapter_layers
 
 
 @contextmanager

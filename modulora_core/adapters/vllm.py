@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from modulora_core.adapters.expert_format import Stack, stacks_of
+from modulora_core.adapters.load import check_fit
 from modulora_core.adapters.peft_format import (
     AdapterDelta,
     SavedAdapter,
     read_adapter,
     write_adapter,
 )
-from modulora_core.adapters.save_load import check_fit
 from modulora_core.checkpoints.checkpoint import open_checkpoint
 from modulora_core.checkpoints.outputs import check_output, whole_or_nothing
 from modulora_core.checkpoints.whole import packed_skeleton

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +32,6 @@ from modulora_core.calibration.calls import Call
 from modulora_core.calibration.packing import PackedMatrices
 from modulora_core.errors import DataError, OptionError
 from modulora_core.packed import ChannelScales
-
-if TYPE_CHECKING:
-    from modulora_core.calibration.text import CalibrationText
 
 EPOCHS = 5
 LEARNING_RATE = 5e-3
@@ -125,7 +122,8 @@ class Tuner:
     """Tunes blocks, one after the other.
 
     Args:
-        text: the samples; its config says how to tune.
+        config: how to tune.
+        ids: the calibration samples, ``[samples, seq_len]``.
         seed: for the order of the samples.
         progress: called after each step.
 
@@ -136,10 +134,11 @@ class Tuner:
             and after.
     """
 
-    def __init__(self, text: CalibrationText, *, seed: int, progress: Callable[[], None]) -> None:
-        assert text.config.tuning is not None
-        self._config, self._seed, self._progress = text.config.tuning, seed, progress
-        self._trained, self._held_out = self._config.batches(*text.ids.shape)
+    def __init__(
+        self, config: TuningConfig, ids: Tensor, *, seed: int, progress: Callable[[], None]
+    ) -> None:
+        self._config, self._seed, self._progress = config, seed, progress
+        self._trained, self._held_out = config.batches(*ids.shape)
         self.batches = [*self._trained, *self._held_out]
         self.errors: dict[str, tuple[float, float]] = {}
 

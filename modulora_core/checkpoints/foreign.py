@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import modulora_core
 from modulora_core.checkpoints.foreign_experts import joined_experts
 from modulora_core.checkpoints.foreign_parts import whole_layers
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe, distinct_sites
@@ -33,6 +32,7 @@ from modulora_core.models.source import ModelSource, fit, open_model
 from modulora_core.models.store import StoredTensor
 from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.spec import PackedWeight, TensorLayout
+from modulora_core.version import VERSION
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -244,7 +244,7 @@ def record_of(source: ModelSource, placed: Placed, format_name: str) -> Quantiza
         if name not in weights:
             kept.setdefault(reason, []).append(name)
     return QuantizationRecord(
-        core_version=modulora_core.__version__, source={**source.identity(), "format": format_name},
+        core_version=VERSION, source={**source.identity(), "format": format_name},
         recipes=tuple(recipes), sites=sites, weights=weights, kept=kept,
     )  # fmt: skip
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-import modulora_core
 from modulora_core.checkpoints.record import QuantizationRecord
+from modulora_core.version import VERSION
 
 FILE = "README.md"
 
@@ -30,7 +30,7 @@ def model_card(record: QuantizationRecord) -> str:
 
 # {name}, quantized
 
-Quantized by modulora-core {modulora_core.__version__} to {record.bits_per_weight:.2f} bits per
+Quantized by modulora-core {VERSION} to {record.bits_per_weight:.2f} bits per
 weight, scales included.
 
 | quantizer | weights | options |

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-import modulora_core
 from modulora_core.checkpoints.packed_modules import install_parameter, use_dense_products
 from modulora_core.checkpoints.packing import by_reason, pack_matrices, packed_sites
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe
@@ -22,6 +21,7 @@ from modulora_core.models.conversion import tied_names
 from modulora_core.models.sites import find_sites, tied_to
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer
+from modulora_core.version import VERSION
 
 
 def data_free(choice: Choice) -> Quantizer:
@@ -68,7 +68,7 @@ class PackOnLoad(ConversionOps):
             )
         sites, weights = packed_sites(linears, [quantizer], {site.name: 0 for site in linears})
         self.record = QuantizationRecord(
-            core_version=modulora_core.__version__,
+            core_version=VERSION,
             seed=seed,
             source=_source(model),
             recipes=(Recipe.of(quantizer),),

@@ -24,13 +24,13 @@ from pydantic import (
     model_validator,
 )
 
-import modulora_core
 from modulora_core import registry
 from modulora_core.checkpoints.joined_rows import JoinedRows, layouts_of_parts
 from modulora_core.errors import CheckpointError
 from modulora_core.models.json_files import check_json
 from modulora_core.models.sites import Kind, LinearSite
 from modulora_core.spec import PackedLayout, Quantizer, TensorLayout
+from modulora_core.version import VERSION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ class Recipe(_Frozen):
         if isinstance(quantizer, JoinedRows):
             parts = [cls.of(part).model_dump(mode="json") for part in quantizer.parts]
             return cls(quantizer=name, options={"parts": parts}, distribution="modulora-core",
-                       version=modulora_core.__version__, protocol=protocol)  # fmt: skip
+                       version=VERSION, protocol=protocol)  # fmt: skip
         entry, options = registry.find(name), quantizer.options.model_dump(mode="json")
         return cls(quantizer=name, options=options, distribution=entry.distribution,
                    version=entry.version, protocol=protocol)  # fmt: skip

@@ -162,9 +162,9 @@ def _group() -> Any:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from modulora_core import __version__
+        from modulora_core.version import VERSION
 
-        typer.echo(f"modulora {__version__}")
+        typer.echo(f"modulora {VERSION}")
         raise typer.Exit
 
 

@@ -117,7 +117,7 @@ def _check_free(name: str) -> None:
 
 def _core() -> str:
     """Give this core's major and minor version, the least that the new package asks for."""
-    from modulora_core import __version__
+    from modulora_core.version import VERSION
 
-    found = re.match(r"\d+\.\d+", __version__)
+    found = re.match(r"\d+\.\d+", VERSION)
     return found[0] if found else "0.1"

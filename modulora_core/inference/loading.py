@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modulora_core.adapters.save_load import load_adapter
+from modulora_core.adapters.load import load_adapter
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.checkpoint import (
     PackedCheckpoint,

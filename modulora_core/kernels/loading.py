@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from modulora_core import kernels
-
 _HERE = Path(__file__).parent
 
 _MISSING = {
@@ -58,9 +56,9 @@ def for_device(package: str, device: torch.device) -> ModuleType | None:
     """
     module: ModuleType | None = None
     if _exists(f"{package}.gpu"):
-        module = kernels.load_triton(f"{package}.gpu", device)
+        module = load_triton(f"{package}.gpu", device)
     if module is None and _exists(f"{package}.cpu"):
-        module = kernels.load(f"{package}.cpu", device)
+        module = load(f"{package}.cpu", device)
     return module
 
 

@@ -26,7 +26,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from modulora_core import kernels
+from modulora_core.kernels import loading
+from modulora_core.kernels.launching import check_layout, check_tensors, launch
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
 from modulora_core.spec import Quantizer
 from modulora_core.tiles import tiled_matmul
@@ -67,22 +68,22 @@ class KernelQuantizer(Quantizer):
 
     def check_format(self, packed: PackedWeight | PackedLayout) -> None:
         super().check_format(packed)
-        kernels.check_layout(packed, self.tensors)
+        check_layout(packed, self.tensors)
 
     def dequantize_tile(
         self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
         check_rows(packed, rows)
-        kernels.check_tensors(packed, self.tensors)
-        module = kernels.for_device(self.kernels, packed.device)
+        check_tensors(packed, self.tensors)
+        module = loading.for_device(self.kernels, packed.device)
         if module is None:
             return self.reference_tile(packed, rows).to(dtype)
         tile: Tensor = module.tile(packed, rows, dtype)
         return tile
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
-        kernels.check_tensors(packed, self.tensors)
-        module = kernels.for_device(self.kernels, packed.device)
+        check_tensors(packed, self.tensors)
+        module = loading.for_device(self.kernels, packed.device)
         y: Tensor | None = None if module is None else module.product(x, packed, transpose)
         if y is not None:
             return y
@@ -96,7 +97,7 @@ class KernelQuantizer(Quantizer):
     def lookup(self, ids: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
         if not self.row_tensors:
             return super().lookup(ids, packed, dtype)
-        kernels.check_tensors(packed, self.tensors)
+        check_tensors(packed, self.tensors)
         rows, in_features = packed.shape
         flat = ids.detach().reshape(-1).to(torch.int64)  # [n]
         low, high = (int(end) for end in flat.aminmax()) if len(flat) else (0, 0)
@@ -122,8 +123,8 @@ class KernelQuantizer(Quantizer):
         Returns:
             False where numba can't run: plain torch must do the work.
         """
-        module: ModuleType | None = kernels.load(f"{self.kernels}.cpu", arguments[0].device)
+        module: ModuleType | None = loading.load(f"{self.kernels}.cpu", arguments[0].device)
         if module is None:
             return False
-        kernels.launch(getattr(module, kernel), *arguments)
+        launch(getattr(module, kernel), *arguments)
         return True

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modulora_core.adapters.lora import LoRASettings, add_lora
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.errors import ModelError
 from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.models.quiet import quiet

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-import modulora_core
 from modulora_core.checkpoints.record import Recipe
 from modulora_core.errors import PluginError
 from modulora_core.registry import Choice
@@ -22,6 +21,7 @@ from modulora_core.spec import (
     QuantizerSpec,
     TensorLayout,
 )
+from modulora_core.version import VERSION
 
 NONE = Choice("none")
 """The choice that leaves every weight dense."""
@@ -61,5 +61,5 @@ def recipe_of(quantizer: Quantizer) -> Recipe:
         return Recipe.of(quantizer)
     return Recipe(
         quantizer=quantizer.spec.name, options={}, distribution="modulora-core",
-        version=modulora_core.__version__, protocol=PROTOCOL,
+        version=VERSION, protocol=PROTOCOL,
     )  # fmt: skip

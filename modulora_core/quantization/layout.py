@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-import modulora_core
 from modulora_core import registry
 from modulora_core.arguments import check_fields
 from modulora_core.calibration import CalibrationText, find_blocks
@@ -24,6 +23,7 @@ from modulora_core.models.ends import End, find_ends
 from modulora_core.models.sites import LinearSite, find_sites, tied_to
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer, TensorLayout
+from modulora_core.version import VERSION
 
 OUTSIDE = "outside of the decoder blocks, where nothing is calibrated"
 
@@ -201,7 +201,7 @@ def layout_with(
     sites, weights = packed_sites(linears, quantizers, chosen)
     packed_too = {tied_to(name) for name in weights}
     record = QuantizationRecord(
-        core_version=modulora_core.__version__,
+        core_version=VERSION,
         seed=seed,
         source=source.identity(),
         calibration=None if calibration is None else calibration.to_json(),

@@ -61,7 +61,8 @@ def pack_all(
     if text is None:
         return Packed()
     if text.config.tuning is not None:
-        tuner = Tuner(text, seed=layout.record.seed, progress=partial(packer.tell, "tuning"))
+        progress = partial(packer.tell, "tuning")
+        tuner = Tuner(text.config.tuning, text.ids, seed=layout.record.seed, progress=progress)
     walk = BlockWalk(source, text, layout.linears, packer, device, writer.folder, tuner)
     walk.run()
     return Packed(walk.unreached, {} if tuner is None else tuner.errors)

@@ -24,9 +24,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.adapters.files import base_file, file_writer
-from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
-from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.adapters.load import load_adapter
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.checkpoint import (
     PackedCheckpoint,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-import modulora_core
 from modulora_core.adapters.peft_format import SCALES_FILE
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.losses import loss_in_words
+from modulora_core.version import VERSION
 
 _PLAIN = "The files are in PEFT's format. With the quantized model:"
 _WITH_SCALES = (
@@ -62,7 +62,7 @@ def model_card(
 
 # A LoRA adapter for {base}
 
-Trained by modulora-core {modulora_core.__version__}{method} on {base}, quantized with {quantizers}
+Trained by modulora-core {VERSION}{method} on {base}, quantized with {quantizers}
 ({record.bits_per_weight:.2f} bits per weight).
 
 Data: {data}. {loss_in_words(losses).capitalize()}.{held_out}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-import modulora_core
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.curves import curves
 from modulora_core.training.losses import loss_in_words
 from modulora_core.training.samples import LONGEST, Sample
+from modulora_core.version import VERSION
 
 REPORT_FILE = "report.html"
 
@@ -53,7 +53,7 @@ def report(
         sampled=sampled,
         longest=LONGEST,
         settings=settings,
-        version=modulora_core.__version__,
+        version=VERSION,
     )
 
 

@@ -30,8 +30,9 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from typing_extensions import override
 
-from modulora_core.adapters.lora import LoRASettings
-from modulora_core.adapters.save_load import restore_adapter, save_adapter
+from modulora_core.adapters.load import restore_adapter
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data.rendering import IGNORED
 from modulora_core.distributed import barrier, world_size

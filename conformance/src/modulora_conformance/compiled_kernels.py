@@ -34,9 +34,9 @@ from modulora_conformance.elsewhere import (
     results,
     without_numba,
 )
+from modulora_conformance.fixtures import without_kernels
 from modulora_conformance.oracle import product_error, tile_error
 from modulora_conformance.tolerances import PRODUCT
-from modulora_core import kernels
 from modulora_core.spec import PackedWeight, Quantizer
 
 SHAPES = ((1, 1), (1, 16), (3, 129), (5, 2100), (9, 576))
@@ -221,7 +221,7 @@ class CompiledKernels:
                 {f"{name}.one row": x[:1].clone() for name, x in asked.inputs.items()}
             )
         found = elsewhere(results, requests, True, **environment)
-        monkeypatch.setattr(kernels, "load", lambda module, device: None)  # noqa: ARG005
+        without_kernels(monkeypatch)
         for (quantizer, packed), asked, tensors in zip(weights, requests, found, strict=True):
             self._check(quantizer, packed, asked.inputs, tensors)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modulora_core import kernels
+from modulora_core.kernels import loading
 
 
 @pytest.fixture
@@ -16,10 +17,16 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turn CPU kernels off until the test ends, so that plain torch runs."""
+    for module in (kernels, loading):  # a plugin calls the first, KernelQuantizer the second
+        monkeypatch.setattr(module, "load", lambda module, device: None)  # noqa: ARG005
+
+
 @pytest.fixture
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns CPU kernels off, so that plain torch runs."""
-    monkeypatch.setattr(kernels, "load", lambda module, device: None)  # noqa: ARG005 - load's names
+    without_kernels(monkeypatch)
 
 
 @pytest.fixture

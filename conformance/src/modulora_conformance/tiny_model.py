@@ -165,7 +165,7 @@ def check_training_step(saved: TinyModel, folder: Path, measurements: Measuremen
     Gradients go through the model twice, so they have ten times the tolerance of logits.
     """
     from modulora_core import LoRASettings, add_lora, load_adapter, save_adapter
-    from modulora_core.adapters.lora import adapter_layers
+    from modulora_core.adapters.adapted import adapter_layers
 
     settings = LoRASettings(rank=2, alpha=4.0, dropout=0.0)
     model = load_model(saved.packed)

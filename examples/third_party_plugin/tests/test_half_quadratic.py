@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modulora_conformance.fixtures import without_kernels
 from modulora_half_quadratic import SPEC
 from modulora_half_quadratic import quantizer as module
 from modulora_half_quadratic.quantizer import HalfQuadratic, Options
 from pydantic import ValidationError
 
-from modulora_core import kernels
 from modulora_core.errors import CheckpointError, WeightError
 
 OPTIONS = [Options(bits=bits, group_size=64 if bits % 2 else 24) for bits in range(1, 9)]
@@ -106,7 +106,7 @@ def test_options_out_of_range_are_refused(options):
 def test_tensors_that_do_not_match_their_metadata_are_refused(metadata, compiled, monkeypatch):
     """If this fails: an edited checkpoint causes an out-of-bounds read in a kernel."""
     if not compiled:
-        monkeypatch.setattr(kernels, "load", lambda module, device: None)
+        without_kernels(monkeypatch)
     quantizer, packed = packed_of(Options(), (8, 63))
     edited = replace(packed.layout, metadata=metadata).fill(packed.tensors)
     with pytest.raises(CheckpointError, match="half-quadratic weight"):

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
+from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import AdapterError, ModelError, ModuLoRAError, OptionError
 from modulora_core.layers import QuantLinear

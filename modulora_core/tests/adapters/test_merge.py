@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.lora import LoRASettings
+from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.merge import merge
-from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import AdapterError, OptionError, PluginError, WeightError
 from modulora_core.quantization.quantize import quantize

@@ -22,7 +22,7 @@ from peft import (
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 
-from modulora_core.adapters.save_load import load_adapter
+from modulora_core.adapters.load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import ModelError
 from modulora_core.tests.adapted_models import IDS, logits

@@ -17,9 +17,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
+from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.adapters.load import load_adapter
+from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import AdapterError
 from modulora_core.layers import QuantLinear

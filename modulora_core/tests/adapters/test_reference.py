@@ -11,8 +11,11 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
-from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.adapters.load import load_adapter
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.tests.adapted_models import trained
 

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
+from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.adapters.load import load_adapter
+from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.record import BaseRecord, describe_base
-from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import AdapterError
 from modulora_core.quantization.quantize import quantize

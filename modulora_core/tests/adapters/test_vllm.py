@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.lora import LoRASettings, add_lora
+from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.merge import merge
-from modulora_core.adapters.save_load import save_adapter
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.adapters.vllm import export_for_vllm
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import AdapterError

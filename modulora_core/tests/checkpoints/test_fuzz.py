@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.adapters.save import save_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.models.tokenizer import load_tokenizer
 from modulora_core.tests.adapted_models import trained

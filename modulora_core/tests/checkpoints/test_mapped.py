@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modulora_core.adapters.lora import LoRASettings, add_lora
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import check_mapped, load_model, open_checkpoint
 from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
 from modulora_core.cli import main

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from modulora_core import ModuLoRAConfig, load_model
-from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.adapters.load import load_adapter
+from modulora_core.adapters.save import save_adapter
 from modulora_core.checkpoints.checkpoint import open_checkpoint
 from modulora_core.errors import (
     CheckpointError,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.adapters.save_load import save_adapter
+from modulora_core.adapters.save import save_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.generate import Sampling, generate

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modulora_core.adapters.lora import LoRASettings, add_lora
+from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.merge import merge
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.packed_table import PackedTable, TiedHead

@@ -11,7 +11,8 @@ import torch
 from modulora_conformance.allocations import Allocations
 from transformers import LlamaConfig
 
-from modulora_core.adapters.lora import LoRASettings, add_lora
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import ModelError
 from modulora_core.planner import rehearsal

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer import safe_globals
 
-from modulora_core.adapters.save_load import load_adapter
+from modulora_core.adapters.load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import AdapterError, OptionError, OutputError

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.lora import adapter_layers
-from modulora_core.adapters.save_load import load_adapter
+from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.adapters.load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.inference.evaluate import evaluate
 from modulora_core.planner.model import Packed, open_planned

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
+from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 

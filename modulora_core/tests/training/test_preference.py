@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.adapters.save_load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.quantization.quantize import quantize

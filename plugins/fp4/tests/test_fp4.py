@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from modulora_conformance.fixtures import without_kernels
 from modulora_fp4 import packing, reference
 from modulora_fp4.quantizer import FP4, Options
 
-from modulora_core import kernels
 from modulora_core.errors import CheckpointError, ShapeError, WeightError
 from modulora_core.spec import Calibration, PackedWeight
 
@@ -46,7 +46,7 @@ def test_tiles_have_the_bits_of_the_reference(shape, kind, generator, monkeypatc
     for dtype in DTYPES:
         found = FP4().dequantize_tile(packed, rows, dtype)
         assert torch.equal(found, W[slice(*rows)].to(dtype))
-    monkeypatch.setattr(kernels, "load", lambda module, device: None)
+    without_kernels(monkeypatch)
     assert torch.equal(FP4().dequantize_tile(packed, rows, torch.float32), W[slice(*rows)])
 
 
@@ -208,7 +208,7 @@ def test_packing_gives_the_bytes_of_the_reference(kind, generator, monkeypatch):
         for weight in (W, W[40:]):
             ours = FP4(Options(type=kind)).pack(weight, calibration)
             with monkeypatch.context() as patched:
-                patched.setattr(kernels, "load", lambda module, device: None)
+                without_kernels(patched)
                 plain = FP4(Options(type=kind)).pack(weight, calibration)
             for name, tensor in plain.tensors.items():
                 assert torch.equal(tensor, ours.tensors[name]), name

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from modulora_core.adapters.lora import LoRASettings, adapter_layers, add_lora
-from modulora_core.adapters.save_load import save_adapter
+from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import load_model
 
 Adapted = Callable[..., torch.nn.Module]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
+from modulora_conformance.fixtures import without_kernels
 from modulora_gguf import packing, reference
 from modulora_gguf.kernels import cpu
 from modulora_gguf.quantizer import GGUF, Options
 
-from modulora_core import kernels
 from modulora_core.errors import ShapeError, WeightError
 from modulora_core.spec import Calibration, PackedWeight
 
@@ -46,7 +46,7 @@ def test_tiles_of_any_bytes_have_the_bits_of_gguf(kind, monkeypatch):
     usable = W.isfinite() & (W.abs() < 2.0**100) if kind != "BF16" else ~W.isnan()
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(kernels, "load", lambda module, device: None)
+            without_kernels(monkeypatch)
         for rows in ((0, 37), (3, 20), (36, 37), (9, 9)):
             tile = GGUF().dequantize_tile(packed, rows, torch.float32)
             of_rows = slice(*rows)

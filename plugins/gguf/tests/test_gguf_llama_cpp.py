@@ -25,7 +25,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from modulora_core.adapters.save_load import load_adapter
+from modulora_core.adapters.load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.inference.loading import open_to_run
 from modulora_core.models.locate import locate

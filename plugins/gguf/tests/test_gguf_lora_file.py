@@ -11,7 +11,7 @@ import torch
 from modulora_gguf.file.lora_file import export_for_llama_cpp
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 
-from modulora_core.adapters.lora import adapter_layers
+from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.cli import main
 from modulora_core.errors import AdapterError, ModelError, OutputError

@@ -15,9 +15,11 @@ from modulora_gguf.file.store import read_gguf
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.lora import LoRASettings, add_lora
+from modulora_core.adapters.load import load_adapter
+from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.merge import merge
-from modulora_core.adapters.save_load import load_adapter, save_adapter
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import (
     PackedCheckpoint,
     load_model,

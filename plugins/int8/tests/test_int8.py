@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from modulora_conformance.fixtures import without_kernels
 from modulora_int8 import reference
 from modulora_int8.quantizer import INT8, Options
 from pydantic import ValidationError
 
-from modulora_core import kernels
 from modulora_core.errors import CheckpointError, WeightError
 from modulora_core.spec import PackedWeight, Quantizer
 
@@ -29,10 +29,6 @@ compiled = pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "r
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def without_kernels(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "load", lambda module, device: None)
 
 
 def by_the_reference(packed: PackedWeight) -> torch.Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from modulora_conformance.fixtures import without_kernels
 from modulora_nf4 import packing, reference
 from modulora_nf4.quantizer import NF4, Options
 from pydantic import ValidationError
 
-from modulora_core import kernels
 from modulora_core.errors import CheckpointError, WeightError
 from modulora_core.spec import PackedWeight
 
@@ -26,10 +26,6 @@ compiled = pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "r
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def without_kernels(monkeypatch):
-    monkeypatch.setattr(kernels, "load", lambda module, device: None)
 
 
 def by_the_reference(packed: PackedWeight) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modulora_conformance.fixtures import without_kernels
 from modulora_conformance.oracle import product_error
 from modulora_conformance.tolerances import PRODUCT
 from modulora_optq import packing
@@ -84,7 +85,7 @@ def odd(request, random_solution):
 @pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "plain torch"])
 def test_tiles_have_the_bits_of_the_definition(odd, compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(kernels, "load", lambda module, device: None)
+        without_kernels(monkeypatch)
     quantizer, packed, W = odd
     out_features = len(W)
     for start, stop in ((0, out_features), (out_features // 3, out_features - out_features // 4)):
@@ -135,7 +136,7 @@ def test_products_equal_the_product_with_the_definition(
     odd, transpose, compiled, generator, monkeypatch
 ):
     if not compiled:
-        monkeypatch.setattr(kernels, "load", lambda module, device: None)
+        without_kernels(monkeypatch)
     quantizer, packed, W = odd
     for rows in (0, 1, 2, 5, 40):
         for dtype in DTYPES:

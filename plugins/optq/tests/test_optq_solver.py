@@ -6,12 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modulora_conformance.fixtures import without_kernels
 from modulora_optq import reference, solver
 from modulora_optq.options import Options
 from modulora_optq.reference import Problem, Solution
 from torch import Tensor
-
-from modulora_core import kernels
 
 DYNAMIC = {"static_groups": False}
 CHOICES = [
@@ -38,7 +37,7 @@ def path(request, monkeypatch) -> str:
     if request.param == "compiled":
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(kernels, "load", lambda module, device: None)
+        without_kernels(monkeypatch)
     return request.param
 
 

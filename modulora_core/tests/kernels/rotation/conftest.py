@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from modulora_conformance.fixtures import without_kernels
 
 from modulora_core import kernels
 
 
 @pytest.fixture
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "load", lambda module, device: None)
+    without_kernels(monkeypatch)
 
 
 @pytest.fixture

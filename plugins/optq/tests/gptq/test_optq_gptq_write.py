@@ -154,7 +154,7 @@ def test_finetuning_works_straight_on_a_folder(gptq: ModuleType, tmp_path: Path)
     record = json.loads((tmp_path / "adapter" / "modulora.json").read_text())
     assert record["base"]["quantizers"][0]["quantizer"] == "optq"
     convert(model, tmp_path / "ours", "modulora")
-    from modulora_core.adapters.save_load import load_adapter
+    from modulora_core.adapters.load import load_adapter
 
     logits = []
     for folder in ("m", "ours"):

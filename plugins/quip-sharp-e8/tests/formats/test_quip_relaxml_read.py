@@ -190,7 +190,7 @@ def test_merge_unpacks_a_folder_to_a_model_of_plain_transformers(
 def test_finetuning_works_straight_on_a_folder(
     relaxml: ModuleType, copied: Copied, tmp_path: Path
 ) -> None:
-    from modulora_core.adapters.save_load import load_adapter
+    from modulora_core.adapters.load import load_adapter
     from modulora_core.cli import main
     from modulora_core.tests.tiny_tokenizer import make_tokenizer
 

@@ -1,99 +1,34 @@
-"""Save the adapter of a model, load a saved one, and check that it fits the model."""
+"""Load a saved adapter, and check that it fits the model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from modulora_core.adapters.expert_format import stacks_of
-from modulora_core.adapters.lora import (
-    AdaptedModel,
-    LoRASettings,
+from modulora_core.adapters.adapted import (
     adapter_layers,
     check_name_is_free,
-    lora_layer,
     model_name,
     packed_layers,
     packed_shape,
-    train_only,
 )
-from modulora_core.adapters.peft_config import lora_config, peft_targets
+from modulora_core.adapters.expert_format import stacks_of
+from modulora_core.adapters.lora import AdaptedModel, lora_layer, train_only
 from modulora_core.adapters.peft_format import (
     AdapterDelta,
     SavedAdapter,
     read_adapter,
-    write_adapter,
 )
-from modulora_core.adapters.record import AdapterRecord, RecordedSettings, describe_base, record_of
+from modulora_core.adapters.record import describe_base
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.distributed import is_first, split_like, whole
-from modulora_core.errors import AdapterError, OutputError, usable_path
+from modulora_core.distributed import split_like
+from modulora_core.errors import AdapterError
 from modulora_core.layers import LoRALayer
-from modulora_core.packed import ChannelScales
 
 logger = logging.getLogger(__name__)
-
-
-@checked
-def save_adapter(
-    model: nn.Module,
-    out: str | Path,
-    *,
-    name: str = "default",
-    base: str | None = None,
-    settings: LoRASettings | None = None,
-) -> None:
-    """Write an adapter in PEFT's format, with ``modulora.json`` beside it.
-
-    In a distributed run all processes call it, and the first one writes.
-
-    Args:
-        model: the model with the adapter; FSDP2 may have split it.
-        out: a folder; an adapter in it is replaced. ``adapter_config.json`` is written last: an
-            unfinished folder is no adapter.
-        name: one of the model's adapters.
-        base: the model before quantization, for PEFT's ``base_model_name_or_path``. The default is
-            the source that the checkpoint records.
-        settings: the settings that made the adapter, to be recorded.
-
-    Raises:
-        AdapterError: the model has no adapter of that name.
-    """
-    layers = dict(adapter_layers(model, name))
-    if not layers:
-        raise AdapterError(f"adapter {name!r}: {model_name(model)} has no adapter of that name")
-    scaled = any(name in layer.input_scale for layer in layers.values())
-    deltas = {path: _delta(layer, name, scaled) for path, layer in layers.items()}
-    source = record_of(model)
-    base = base or str((source and source.source.get("name")) or model_name(model))
-    stacks, dropout = stacks_of(model), next(iter(layers.values())).dropout.p
-    modules = [path for path, _ in model.named_modules()]
-    parameters = [path for path, _ in model.named_parameters()]
-    config = {
-        **lora_config(
-            {path: delta.rank for path, delta in deltas.items()},
-            {path: delta.scale for path, delta in deltas.items()},
-            dropout,
-            peft_targets(layers, stacks, modules, parameters),
-        ),
-        "base_model_name_or_path": base,
-        # GPT-2's Conv1D has its weight transposed
-        "fan_in_fan_out": source is not None and any(_is_conv1d(source, path) for path in layers),
-    }
-    record = AdapterRecord(
-        format=2 if scaled else 1,
-        base=describe_base(model, base),
-        settings=RecordedSettings(**{**(asdict(settings) if settings else {}), "dropout": dropout}),
-        channel_scales=scaled,
-    )
-    if is_first():
-        folder = usable_path(out, "output folder", OutputError)
-        write_adapter(SavedAdapter(folder, config, record, deltas), stacks)
 
 
 @checked
@@ -203,16 +138,6 @@ def check_fit(
         logger.warning("adapter %s: %s", adapter.folder, difference)
 
 
-def _delta(layer: LoRALayer, name: str, scaled: bool) -> AdapterDelta:
-    """The adapter of one layer; ``scaled``: with channel scales, which default to ones."""
-    scaled = scaled and not layer.stacked
-    values = {kind: whole(parameter) for kind, parameter in layer.parameters_of(name).items()}
-    A, B = values["lora_A"], values["lora_B"]
-    u = values.get("input_scale", A.new_ones(layer.in_features))
-    v = values.get("output_scale", A.new_ones(layer.out_features))
-    return AdapterDelta(A, B, layer.scale[name], ChannelScales(u, v) if scaled else None)
-
-
 def _copy(delta: AdapterDelta, layer: LoRALayer, name: str) -> None:
     values = {"lora_A": delta.A, "lora_B": delta.B}
     if delta.channel_scales is not None:
@@ -220,8 +145,3 @@ def _copy(delta: AdapterDelta, layer: LoRALayer, name: str) -> None:
         values["output_scale"] = delta.channel_scales.output
     for kind, parameter in layer.parameters_of(name).items():
         parameter.data.copy_(split_like(values[kind], parameter.data))
-
-
-def _is_conv1d(record: QuantizationRecord, path: str) -> bool:
-    index = record.weights.get(f"{path}.weight")
-    return index is not None and record.sites[index].kind == "conv1d"

@@ -1,0 +1,57 @@
+"""Find the layers of a model that carry an adapter, or can carry one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from modulora_core.checkpoints.packed_table import TiedHead
+from modulora_core.errors import AdapterError, ModelError
+from modulora_core.layers import LoRALayer, PackedStack, QuantLinear
+
+
+def adapter_layers(model: nn.Module, name: str = "default") -> Iterator[tuple[str, LoRALayer]]:
+    """The layers and stacks that carry the adapter ``name``, with their paths."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALayer) and name in module.lora_A:
+            yield path, module
+
+
+def packed_layers(model: nn.Module) -> dict[str, QuantLinear | PackedStack]:
+    """The layers and stacks that can carry an adapter, by path. Raises ModelError if there is none.
+
+    A tied head cannot: merging its adapter would change the embedding.
+    """
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, QuantLinear | PackedStack) and not isinstance(module, TiedHead)
+    }
+    if not layers:
+        raise ModelError(
+            f"{model_name(model)}: expected a model with packed linear layers, found none; "
+            "run `modulora quantize` on it first"
+        )
+    return layers
+
+
+def packed_shape(layer: QuantLinear | PackedStack) -> tuple[int, ...]:
+    """``(out, in)`` of a layer, ``(experts, out, in)`` of a stack."""
+    if isinstance(layer, QuantLinear):
+        return layer.weight.layout.shape
+    return len(layer), *layer.first.layout.shape
+
+
+def check_name_is_free(model: nn.Module, name: str) -> None:
+    """Raise AdapterError if the model has an adapter ``name``."""
+    taken = next((path for path, _ in adapter_layers(model, name)), None)
+    if taken is not None:
+        raise AdapterError(
+            f"adapter {name!r}: {model_name(model)} already has an adapter of that name, on {taken}"
+        )
+
+
+def model_name(model: nn.Module) -> str:
+    """The model's name for messages."""
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
