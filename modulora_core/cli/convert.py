@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 from modulora_core.cli.arguments import MaxShardSize, Revision, argument, option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import facts
+from modulora_core.cli.text import facts, next_commands
 from modulora_core.errors import OptionError
 
 VLLM = "vllm"
@@ -65,10 +66,13 @@ def command(
 
         exported = export_for_vllm(source, out, model=model).to_json()
         return Report(exported, facts(exported))
+    from rich.console import Group
+
     from modulora_core.checkpoints.convert import convert
 
     with terminal().progress("converting", "parameters") as show:
         result = convert(
             source, out, to, max_shard_bytes=max_shard_size, revision=revision, progress=show
         )
-    return Report(result.to_json(), facts(result.to_json()))
+    following = next_commands(f"modulora info {shlex.quote(str(out))}")
+    return Report(result.to_json(), Group(facts(result.to_json()), following))

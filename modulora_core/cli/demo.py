@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import facts, format_size, table
+from modulora_core.cli.text import facts, format_size, next_commands, table
 from modulora_core.errors import OptionError, UnknownQuantizerError
 
 if TYPE_CHECKING:
@@ -223,12 +223,12 @@ def _text(found: Object, out: Path) -> RenderableType:
         "of the file": _cost(found["finetune_file"]) if "finetune_file" in found else None,
         "losses": loss_in_words(found["finetune"]["losses"], digits=3).removeprefix("loss "),
     }
-    closing = (
-        f"\nKept in {out}. {out / 'adapter' / 'report.html'} has the curves of the run.\n"
-        f"Next: modulora chat {out / 'model'} --adapter {out / 'adapter'}"
-    )
+    closing = f"\nKept in {out}. {out / 'adapter' / 'report.html'} has the curves of the run."
+    following = next_commands(f"modulora chat {out / 'model'} --adapter {out / 'adapter'}")
     title = Text("\nPerplexity on text that no run was trained on; lower is better:\n")
-    return Group("", stages, title, _plot(found["stages"]), "", facts(work), Text(closing))
+    return Group(
+        "", stages, title, _plot(found["stages"]), "", facts(work), Text(closing), following
+    )
 
 
 def _plot(stages: Sequence[Object]) -> RenderableType:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import shlex
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from modulora_core import registry
 from modulora_core.cli.arguments import Resume, argument, option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import facts, visible
+from modulora_core.cli.text import facts, next_commands
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.losses import loss_in_words
 
@@ -93,19 +94,19 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
 
 def _next_commands(model: str, request: FinetuneConfig) -> Text:
     """The commands that use the adapter. A file's own programs take A and B."""
-    from rich.text import Text
-
     from modulora_core.models.formats import file_format
     from modulora_core.models.locate import locate, names_file
 
     base, adapter = shlex.quote(model), shlex.quote(request.out)
-    commands = [f"modulora chat {base} --adapter {adapter}"]
+    commands = [f"modulora {name} {base} --adapter {adapter}" for name in ("chat", "evaluate")]
     commands.append(f"modulora merge {base} MERGED --adapter {adapter}")
     known = file_format(str(locate(model).file)) if names_file(model) else None
     if known and known.writer and not request.train_scales and not request.lora_file:
         out = f"ADAPTER{known.file_suffix} --to {known.name}"
         commands.append(f"modulora convert {adapter} {out} --model {base}")
-    return Text(visible("Continue with: " + "\n            or: ".join(commands)))
+    if (report := Path(request.out) / "report.html").is_file():
+        commands.append(f"open {shlex.quote(str(report))} in a browser")
+    return next_commands(*commands)
 
 
 def field_parameter(name: str, field: FieldInfo) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli.allocation import allocation_tables
 from modulora_core.cli.arguments import argument, option
-from modulora_core.cli.terminal import Report
+from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, format_size, table
 from modulora_core.spec import titled
 
@@ -36,7 +36,8 @@ def command(path: Checked, verify: Verify = False) -> Report:
     if verify:
         from modulora_core.checkpoints.outputs import check_digests
 
-        check_digests(Path(path))
+        files = check_digests(Path(path))
+        terminal().note(f"{path}: {files} files have their recorded SHA-256")
     if (Path(path) / "adapter_config.json").is_file():
         return _adapter(path)
     from modulora_core.checkpoints.checkpoint import open_checkpoint

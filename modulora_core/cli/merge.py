@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 from modulora_core.cli.arguments import Adapter, Model, argument, option
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import facts
+from modulora_core.cli.text import facts, next_commands
 from modulora_core.errors import OptionError
 
 Out = Annotated[Path, argument("OUT", "The folder to write, new or empty, or a new file.")]
@@ -84,11 +85,14 @@ def command(
             raise OptionError(
                 f"--{flag}: expected OUT to be a file *{suffixes} beside it, got {out}"
             )
+    from rich.console import Group
+
     from modulora_core.adapters.merge import merge
 
     with terminal().progress("merging", "parameters") as show:
         result = merge(model, out, adapter=adapter, dtype=dtype or "bfloat16", progress=show)
-    return Report(result.to_json(), facts(result.to_json()))
+    following = next_commands(f"modulora evaluate {shlex.quote(str(out))}")
+    return Report(result.to_json(), Group(facts(result.to_json()), following))
 
 
 def _to_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ from modulora_core.cli import arguments as shared
 from modulora_core.cli.allocation import allocation_tables
 from modulora_core.cli.arguments import option, parse_choice
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import facts
+from modulora_core.cli.text import facts, next_commands
 from modulora_core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -241,4 +242,8 @@ def _text(found: dict[str, Any]) -> RenderableType:
     packed_by = [f"{name} {weights:,} weights" for name, weights in found["packed_by"].items()]
     changed = {"packed_by": packed_by, "allocation": None, "tuning_errors": errors}
     shown = facts({**found, **changed})
-    return Group(shown, *allocation_tables(allocation))
+    out = shlex.quote(found["out"])
+    following = next_commands(
+        f"modulora finetune {out} ADAPTER --data SOURCE", f"modulora evaluate {out}"
+    )
+    return Group(shown, *allocation_tables(allocation), following)

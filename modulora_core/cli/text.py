@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 _UNITS = {
     "b": 1,
@@ -78,6 +79,13 @@ def _value(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.5g}"
     return f"{value:,}" if type(value) is int else "" if value is None else str(value)
+
+
+def next_commands(*commands: str) -> Text:
+    """The lines that end a report: the commands that a user may type now, each on a line."""
+    from rich.text import Text
+
+    return Text(visible("\nNext: " + "\n  or: ".join(commands)))
 
 
 def table(

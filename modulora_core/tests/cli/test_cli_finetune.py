@@ -57,10 +57,11 @@ def test_it_trains_and_reports(tunable: Path, text: str, tmp_path: Path, capsys:
     assert "steps 2" in lines
     assert any(line.startswith("eval loss ") for line in lines)
     assert any(re.fullmatch(r"losses [\d.]+ \(mean of 2 steps\)", line) for line in lines)
-    assert "".join(printed.out.split()).endswith(
-        f"Continuewith:modulorachat{tunable}--adapter{out}"
-        f"or:moduloramerge{tunable}MERGED--adapter{out}"
-    )
+    following = "".join("".join(lines).partition("Next:")[2].split())
+    for name in ("chat", "evaluate"):
+        assert f"modulora{name}{tunable}--adapter{out}or:" in following
+    assert f"moduloramerge{tunable}MERGED--adapter{out}" in following
+    assert following.endswith(f"open{out}/report.htmlinabrowser")
     assert "step 1: loss " in printed.err
     assert (out / "adapter_config.json").is_file()
 
