@@ -37,7 +37,7 @@ from modulora_core.spec import (
     check_rows,
 )
 from modulora_core.tiles import tile_bytes, tile_ranges, tiled_matmul
-from modulora_qtip import SPEC, codes, reference, trellis
+from modulora_qtip import SPEC, codes, packing, trellis
 from modulora_qtip.reference import Options, Solution
 from modulora_qtip.trellis import TILE
 
@@ -72,7 +72,7 @@ class QTIP(Quantizer):
             )
         # an fp64 weight would pack to other bytes than the same values in fp32
         weight = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
-        solution = reference.solve(weight, calibration.hessian, self.options)
+        solution = packing.solve(weight, calibration.hessian, self.options)
         return packed_of(solution, (weight.shape[0], weight.shape[1]), self.options)
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:

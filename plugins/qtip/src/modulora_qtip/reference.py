@@ -32,8 +32,8 @@ from modulora_qtip.trellis import TILE
 SCRATCH_BYTES = 256 * 2**20
 """For the errors of all walks of some sequences."""
 
-LANES_LOG2 = 4
-"""A state has at least so many bits more than a weight: kernels compare 16 walks at a time."""
+SPARE_BITS = 6
+"""Bits that a state has more than a weight, at least: kernels compare 64 walks at a time."""
 
 
 class Options(BaseModel):
@@ -45,8 +45,8 @@ class Options(BaseModel):
     states: int = Field(
         12, ge=10, le=16, description="bits of a state: more are better, and slower to quantize"
     )
-    code: Literal["1mad", "3inst", "mcg", "mul1"] = Field(
-        "1mad", description="the function that computes a state's value"
+    code: Literal["bytes", "1mad", "3inst", "mcg", "mul1"] = Field(
+        "bytes", description="the function that computes a state's value"
     )
     rescale: bool = Field(
         True, description="before rotating, even out the sizes of columns and of their inputs"
@@ -69,9 +69,9 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _checked(self) -> Options:
-        if self.states < self.bits + LANES_LOG2:
+        if self.states < self.bits + SPARE_BITS:
             raise ValueError(
-                f"states: expected at least bits + {LANES_LOG2} = {self.bits + LANES_LOG2}, "
+                f"states: expected at least bits + {SPARE_BITS} = {self.bits + SPARE_BITS}, "
                 f"got {self.states}"
             )
         return self
