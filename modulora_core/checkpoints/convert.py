@@ -154,13 +154,16 @@ def _stored_weight(
             f"{name}: {got}; the format {writer.spec.name} holds linear layers only, so this model "
             "can't be written in it"
         )
+    module = name.removesuffix(".weight")
+    bias = checkpoint.parameters.get(f"{module}.bias")
     return StoredWeight(
-        module=name.removesuffix(".weight"),
+        module=module,
         quantizer=checkpoint.quantizer(site),
         layout=site.layout,
         read=lambda part: checkpoint.tensor(f"{name}.{part}"),
         experts=site.experts,
         transposed=site.transposed,
+        bias=bias if isinstance(bias, TensorLayout) else None,
     )
 
 

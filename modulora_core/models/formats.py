@@ -73,6 +73,8 @@ class StoredWeight:
     """The number of matrices in a stack of experts, each with this layout, else None."""
     transposed: bool = False
     """Whether the model's code sees each matrix as ``[in, out]``."""
+    bias: TensorLayout | None = None
+    """The bias of the layer, which the core writes as it is."""
 
     def packed(self, matrix: int | None = None) -> PackedWeight:
         """Read the whole packed weight, or one matrix of a stack."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import QuantizerSpec
+from modulora_core.spec import FormatSpec, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="qtip",
@@ -16,6 +16,15 @@ SPEC = QuantizerSpec(
     packing_memory=3.5,
     url="https://arxiv.org/abs/2406.11235",
     rescales=True,
+    formats=(
+        FormatSpec(
+            name="exl3",
+            summary="EXL3, which ExLlamaV3 and TabbyAPI run; written from the layout exl3",
+            location="modulora_qtip.formats.exl3:EXL3",
+            quant_methods=("exl3",),
+            config_files=("quantization_config.json",),
+        ),
+    ),
 )
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from modulora_core import kernels
 from modulora_core.dense_products import compute_dtype
-from modulora_core.errors import OptionError
+from modulora_core.errors import OptionError, ShapeError
 from modulora_core.kernels.rotation import rotate
 from modulora_core.spec import (
     Calibration,
@@ -74,6 +74,16 @@ class QTIP(Quantizer):
         weight = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
         solution = packing.solve(weight, calibration.hessian, self.options)
         return packed_of(solution, (weight.shape[0], weight.shape[1]), self.options)
+
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        """Refuse sides that the layout ``exl3`` can't hold. Raises ShapeError."""
+        block = self.options.block or 1
+        for size, side in zip(shape, ("out_features", "in_features"), strict=True):
+            if size % block:
+                raise ShapeError(
+                    f"qtip: layout exl3: expected a multiple of {block} as {side}, got {size}; "
+                    "leave the layer out with --exclude, or quantize without layout=exl3"
+                )
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         metadata = metadata_of(self.options)

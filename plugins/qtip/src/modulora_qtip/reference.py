@@ -17,8 +17,9 @@ All is computed in fp64 if W is fp64, else in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -34,6 +35,9 @@ SCRATCH_BYTES = 256 * 2**20
 
 SPARE_BITS = 6
 """Bits that a state has more than a weight, at least: kernels compare 64 walks at a time."""
+
+EXL3_STATES, EXL3_BLOCK, EXL3_CODES = 16, 128, ("3inst", "mcg", "mul1")
+"""Of the layout ``exl3``: bits of a state, order of Hadamard matrices, code functions."""
 
 
 class Options(BaseModel):
@@ -66,9 +70,26 @@ class Options(BaseModel):
         description="root mean square of the rotated weights, in units of the code's deviation",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of the random signs")
+    layout: Literal["full", "exl3"] = Field(
+        "full",
+        description="exl3: one that ExLlamaV3 reads, with 16 states, the code mcg by default, and "
+        "Hadamard matrices 128 wide",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_layout(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("layout") == "exl3":
+            return {"states": EXL3_STATES, "code": "mcg", **data}
+        return data
 
     @model_validator(mode="after")
     def _checked(self) -> Options:
+        if self.layout == "exl3" and (self.states != EXL3_STATES or self.code not in EXL3_CODES):
+            raise ValueError(
+                f"layout exl3: expected states={EXL3_STATES} and a code, one of "
+                f"{', '.join(EXL3_CODES)}, got states={self.states} and code={self.code}"
+            )
         if self.states < self.bits + SPARE_BITS:
             raise ValueError(
                 f"states: expected at least bits + {SPARE_BITS} = {self.bits + SPARE_BITS}, "
@@ -79,7 +100,7 @@ class Options(BaseModel):
     @property
     def block(self) -> int | None:
         """The order of the Hadamard matrices, or None for the dimension's."""
-        return None
+        return EXL3_BLOCK if self.layout == "exl3" else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Checkpoint formats of other tools whose weights are the weights of qtip."""

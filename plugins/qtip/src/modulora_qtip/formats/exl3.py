@@ -1,0 +1,239 @@
+"""Read and write EXL3 folders, as ExLlamaV3 and GPTQModel do (ExLlamaV3's sources, MIT).
+
+Tensors of a linear layer ``M``, whose weight is ``[out, in]``, both multiples of 128::
+
+    M.trellis         int16 [in / 16, out / 16, 16 K]    walks of K bits a weight, 1 to 8
+    M.suh, M.svh      fp16  [in], [out]                  scales of inputs and outputs, with signs
+    M.su, M.sv        int16 [in / 16], [out / 16]        older files: signs alone, 1 for −1
+    M.mcg or M.mul1   int32                              chooses the code function; else 3inst
+    M.bias            fp16  [out]                        an ordinary bias, if any
+
+A state has 16 bits, and Hadamard matrices are 128 wide: our layout ``exl3``, tensor by tensor
+(:mod:`modulora_qtip.quantizer`). Layers have widths of their own, the head mostly 6 bits.
+
+ExLlamaV3 pads weights with zeros to multiples of 128. It stores q, k and v of a layer
+``qkv_proj``, and gate and up of ``gate_up_proj``, as layers of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.models.formats import (
+    CheckpointFormat,
+    ForeignWeight,
+    Read,
+    StoredWeight,
+    check_tensors,
+    read_finite,
+)
+from modulora_core.spec import PackedWeight, TensorLayout
+from modulora_qtip import SPEC
+from modulora_qtip.codes import CODES
+from modulora_qtip.quantizer import QTIP
+from modulora_qtip.reference import EXL3_BLOCK as BLOCK
+from modulora_qtip.reference import EXL3_CODES, EXL3_STATES, Options
+from modulora_qtip.trellis import TILE
+
+BITS = range(1, 9)
+
+MARKS = tuple(code for code in EXL3_CODES if code != "3inst")
+"""The names of tensors whose presence chooses a code function."""
+
+HEAD = "lm_head"
+"""transformers' name of a language model's head."""
+
+
+class EXL3(CheckpointFormat):
+    """Trellis-coded weights of 1 to 8 bits, which may differ between layers."""
+
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+
+    def weights(
+        self, config: Mapping[str, Any], tensors: Mapping[str, TensorLayout], read: Read
+    ) -> dict[str, ForeignWeight]:
+        del config, read  # the tensors say all, and scales are checked when they are read
+        quantizers: dict[Options, QTIP] = {}
+        found: dict[str, ForeignWeight] = {}
+        for module, names in _layers(tensors):
+            shape, bits = _check_trellis(module, tensors)
+            options = _options(bits, _code(module, names))
+            quantizer = quantizers.setdefault(options, QTIP(options))
+            scales = {
+                side: _scales(module, side, n, tensors) for side, n in zip("vu", shape, strict=True)
+            }
+            found[module] = _weight(module, quantizer, scales, shape, shape)
+        return found
+
+    def plan(self, weight: StoredWeight) -> dict[str, TensorLayout]:
+        if weight.quantizer.spec.name != SPEC.name:
+            raise ModelError(
+                f"packed by {weight.quantizer.spec.name}; {self.spec.name} holds weights of "
+                f"{SPEC.name} only. Unpack the model with `modulora merge`, and quantize it again"
+            )
+        states, code, order = (weight.layout.metadata[n] for n in ("states", "code", "hadamard"))
+        if (states, order) != (EXL3_STATES, str(BLOCK)) or code not in EXL3_CODES:
+            raise ModelError(
+                f"packed with states={states}, code={code} and Hadamard matrices of order {order}; "
+                f"{self.spec.name} has {EXL3_STATES}, one of {', '.join(EXL3_CODES)}, and {BLOCK}. "
+                "Quantize the model again with -o layout=exl3"
+            )
+        mark = {code: TensorLayout("int32", ())} if code in MARKS else {}
+        return {**weight.layout.tensors, **mark}
+
+    def tensors(self, weight: StoredWeight) -> dict[str, Tensor]:
+        made = dict(weight.packed().tensors)
+        code = weight.layout.metadata["code"]
+        if code in MARKS:
+            made[code] = torch.tensor(_signed(CODES[code].multiplier), dtype=torch.int32)
+        return made
+
+    def config(self, weights: list[StoredWeight], kept: list[str]) -> dict[str, Any]:
+        del kept  # a layer without a trellis is dense
+        storage = {weight.module: self._storage(weight) for weight in weights}
+        bits = {weight.module: weight.layout.metadata["bits"] for weight in weights}
+        codes = {weight.layout.metadata["code"] for weight in weights}
+        return {
+            "quant_method": "exl3", "format": "exl3", "version": f"modulora-qtip {_version()}",
+            "bits": _mean(weight for weight in weights if weight.module != HEAD),
+            **({"head_bits": bits[HEAD]} if HEAD in bits else {}),
+            **({"codebook": codes.pop()} if len(codes) == 1 else {}),
+            "tensor_storage": storage,
+        }  # fmt: skip
+
+    def _storage(self, weight: StoredWeight) -> dict[str, Any]:
+        stored = {
+            f"{weight.module}.{name}": {"shape": list(t.shape), "torch_dtype": t.dtype}
+            for name, t in (self.plan(weight) | _bias(weight)).items()
+        }
+        bits, code = (weight.layout.metadata[name] for name in ("bits", "code"))
+        facts = {"stored_tensors": stored, "quant_format": "exl3", "bits_per_weight": bits}
+        return facts | ({f"{code}_multiplier": CODES[code].multiplier} if code in MARKS else {})
+
+
+def _bias(weight: StoredWeight) -> dict[str, TensorLayout]:
+    return {} if weight.bias is None else {"bias": weight.bias}
+
+
+def _layers(tensors: Mapping[str, TensorLayout]) -> Iterable[tuple[str, set[str]]]:
+    """Each quantized layer, with the last parts of its tensors' names."""
+    modules: dict[str, set[str]] = {}
+    for name in tensors:
+        module, _, part = name.rpartition(".")
+        modules.setdefault(module, set()).add(part)
+    for module, names in modules.items():
+        if "trellis" in names:
+            yield module, names
+        elif names & {"suh", "svh", "su", "sv"}:
+            raise CheckpointError(
+                f"{module}.trellis: expected it beside {', '.join(sorted(names))}, got nothing; "
+                "download the model again"
+            )
+
+
+def _check_trellis(module: str, tensors: Mapping[str, TensorLayout]) -> tuple[tuple[int, int], int]:
+    """``(out, in)`` and the bits of a layer. Raises CheckpointError if its trellis is malformed."""
+    name = f"{module}.trellis"
+    trellis = tensors[name]
+    got = f"{trellis.dtype} {list(trellis.shape)}"
+    if trellis.dtype != "int16" or len(trellis.shape) != 3:
+        raise CheckpointError(f"{name}: expected int16 [in / 16, out / 16, 16 K], got {got}")
+    rows, columns, words = trellis.shape
+    bits, rest = divmod(words, TILE)
+    if rest or bits not in BITS:
+        raise CheckpointError(
+            f"{name}: expected 16 K numbers for each tile, K from {BITS[0]} to {BITS[-1]} bits, "
+            f"got {got}"
+        )
+    shape = columns * TILE, rows * TILE
+    for side, size in zip(("out_features", "in_features"), shape, strict=True):
+        if size == 0 or size % BLOCK:
+            raise CheckpointError(
+                f"{name}: expected a multiple of {BLOCK} as {side}, got {size} by its shape {got}"
+            )
+    return shape, bits
+
+
+def _code(module: str, names: set[str]) -> str:
+    marks = [mark for mark in MARKS if mark in names]
+    if len(marks) > 1:
+        raise CheckpointError(
+            f"{module}: expected {' or '.join(MARKS)}, which choose the code function, got both"
+        )
+    return marks[0] if marks else "3inst"
+
+
+def _scales(module: str, side: str, n: int, tensors: Mapping[str, TensorLayout]) -> str:
+    """The name of the scales of a side, ``"u"`` or ``"v"``. Raises CheckpointError: other sizes."""
+    scales, signs = f"{module}.s{side}h", f"{module}.s{side}"
+    if scales in tensors or signs not in tensors:
+        check_tensors({scales: TensorLayout("float16", (n,))}, tensors, "trellis")
+        return scales
+    check_tensors({signs: TensorLayout("int16", (n // 16,))}, tensors, "trellis")
+    return signs
+
+
+def _options(bits: int, code: str) -> Options:
+    return Options.model_validate({"bits": bits, "code": code, "layout": "exl3"})
+
+
+def _weight(
+    module: str,
+    quantizer: QTIP,
+    scales: Mapping[str, str],
+    padded: tuple[int, int],
+    shape: tuple[int, int],
+) -> ForeignWeight:
+    """A layer ``[out, in]`` whose tensors in the files are of the size ``padded``."""
+    if tuple(-(-n // BLOCK) * BLOCK for n in shape) != padded:
+        raise CheckpointError(
+            f"{module}.trellis: expected {list(shape)} by the config, each rounded up to a "
+            f"multiple of {BLOCK}, got {list(padded)}; the weights don't belong to this config"
+        )
+    names = (f"{module}.trellis", scales["u"], scales["v"])
+    layout = quantizer.layout(shape)
+
+    def unpack(read: Read) -> PackedWeight:
+        stored = {f"s{side}h": _read_scales(read, name) for side, name in scales.items()}
+        return layout.fill({"trellis": read(names[0]), **stored})
+
+    cut = partial(_weight, module, quantizer, scales, padded)
+    return ForeignWeight(names, quantizer, layout, unpack, cut=cut)
+
+
+def _read_scales(read: Read, name: str) -> Tensor:
+    if name.endswith("h"):
+        return read_finite(read, name)
+    places = torch.arange(16)
+    negative = read(name).to(torch.int32)[:, None] >> places & 1
+    return (1 - 2 * negative).flatten().to(torch.float16)
+
+
+def _signed(number: int) -> int:
+    """The int32 with the bits of an unsigned number."""
+    return number - (number >> 31 << 32)
+
+
+def _mean(weights: Iterable[StoredWeight]) -> float:
+    """The mean bits of a weight, without scales."""
+    counted = [(weight.layout.shape[0] * weight.layout.shape[1], weight.layout.metadata["bits"])
+               for weight in weights]  # fmt: skip
+    total = sum(count for count, _ in counted)
+    return round(sum(count * bits for count, bits in counted) / max(1, total), 2)
+
+
+def _version() -> str:
+    try:
+        return version("modulora-qtip")
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return "0"

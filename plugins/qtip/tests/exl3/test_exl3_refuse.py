@@ -1,0 +1,138 @@
+"""Damaged EXL3 folders are refused in one sentence, with exit code 2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exl3_folders import UP, alike, save_exl3
+from exl3_tensors import random_layer
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.cli import main
+from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.tests.fuzzing import cases, read_changed, run_once
+
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exl3")
+    save_exl3(folder, choice=alike(2, "mcg"), num_hidden_layers=1)
+    return folder
+
+
+def changed(saved: Path, folder: Path, change: Callable[[Tensors], object]) -> Path:
+    """A copy of the folder with changed tensors."""
+    folder.mkdir()
+    for file in saved.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = {name: t.clone() for name, t in load_file(saved / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def put(name: str, tensor: Tensor | None) -> Callable[[Tensors], object]:
+    """Put a tensor into the layer; None drops it."""
+    key = f"{UP}.{name}"
+    return lambda tensors: tensors.pop(key) if tensor is None else tensors.update({key: tensor})
+
+
+def walks(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int16)
+
+
+BAD = {
+    "9 bits": (put("trellis", walks(8, 16, 144)), r"trellis: expected 16 K numbers .* from 1 to 8"),
+    "0 bits": (put("trellis", walks(8, 16, 0)), r"trellis: expected 16 K numbers .* from 1 to 8"),
+    "parts of a bit": (put("trellis", walks(8, 16, 40)), r"trellis: expected 16 K numbers"),
+    "out": (put("trellis", walks(8, 17, 32)), "multiple of 128 as out_features, got 272"),
+    "in": (put("trellis", walks(7, 16, 32)), "multiple of 128 as in_features, got 112"),
+    "empty": (put("trellis", walks(0, 16, 32)), "multiple of 128 as in_features, got 0"),
+    "another size": (put("trellis", walks(8, 24, 32)), r"svh: expected float16 \[384\] by trellis"),
+    "another dtype": (put("trellis", walks(8, 16, 32).float()), r"expected int16 \[in / 16"),
+    "another rank": (put("trellis", walks(8, 512)), r"trellis: expected int16 \[in / 16"),
+    "no trellis": (put("trellis", None), r"trellis: expected it beside mcg, suh, svh, got nothing"),
+    "both codes": (put("mul1", torch.tensor(1).int()), r"expected mcg or mul1, .* got both"),
+    "no scales": (put("suh", None), r"suh: expected float16 \[128\] by trellis, got nothing"),
+    "short scales": (put("svh", torch.ones(255).half()), r"svh: expected float16 \[256\] by"),
+    "wide scales": (put("suh", torch.ones(128)), r"suh: expected float16 \[128\] by"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_damaged_tensors_are_refused(
+    name: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, message = BAD[name]
+    folder = changed(saved, tmp_path / "m", change)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+    assert_refused(["info", str(folder)], capsys)
+
+
+def assert_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.count("error:") == 1
+    assert "Traceback" not in told
+
+
+def test_signs_of_another_size_are_refused(saved: Path, tmp_path: Path) -> None:
+    older = random_layer((256, 128), 2, "mcg", signs=True)
+
+    def change(tensors: Tensors) -> None:
+        put("suh", None)(tensors)
+        put("su", older["su"][1:].clone())(tensors)
+
+    with pytest.raises(CheckpointError, match=rf"{UP}\.su: expected int16 \[8\] by trellis"):
+        open_checkpoint(changed(saved, tmp_path / "m", change))
+
+
+@pytest.mark.parametrize("part", ["suh", "svh"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_scales_must_be_finite(
+    part: str, value: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{UP}.{part}"][3] = float(value)
+
+    folder = changed(saved, tmp_path / "m", change)
+    with pytest.raises(CheckpointError, match=rf"{UP}\.{part}: expected finite values, got NaN"):
+        load_model(folder)
+    assert_refused(["generate", str(folder), "hello"], capsys)
+
+
+def test_sizes_that_padding_does_not_explain_are_refused(saved: Path, tmp_path: Path) -> None:
+    folder = changed(saved, tmp_path / "m", lambda _: None)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "intermediate_size": 128}))
+    with pytest.raises(CheckpointError, match=r"expected \[128, 128\] by the config.*got \[256"):
+        open_checkpoint(folder)
+
+
+def test_experts_of_different_widths_are_refused(tmp_path: Path) -> None:
+    def choice(_name: str, number: int) -> dict[str, Any]:
+        return {"bits": 1 + number % 4, "code": "mcg"}
+
+    save_exl3(tmp_path, "qwen3_moe", choice)
+    with pytest.raises(ModelError, match=r"expected experts of .* packed alike"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.slow
+@cases(60)
+@given(data=st.data())
+def test_a_changed_folder_is_refused_or_runs(saved: Path, data: st.DataObject) -> None:
+    read_changed(saved, ["config.json", "*.safetensors"], data, lambda: run_once(saved))
