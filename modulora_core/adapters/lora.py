@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modulora_core.adapters.adapted import (
     adapter_layers,
@@ -30,6 +32,7 @@ from modulora_core.adapters.targets import select_layers
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.packed_model import with_methods
 from modulora_core.checkpoints.publishing import upload
+from modulora_core.distributed import is_first, whole
 from modulora_core.layers import LoRALayer, LoRALinear, PackedStack, QuantLinear
 
 
@@ -87,6 +90,9 @@ class AdaptedModel:
     ) -> None:
         """Write the adapters and no base, as PEFT does: others than the first in subfolders.
 
+        transformers' Trainer passes a ``state_dict``, and continues a checkpoint with the file that
+        has its name. So the parameters that train are also written to it, by their names here.
+
         Args:
             push_to_hub: upload the folder too (:func:`modulora_core.checkpoints.publishing.upload`,
                 which takes the options).
@@ -97,8 +103,22 @@ class AdaptedModel:
         for name in names:
             folder = Path(save_directory)
             save_adapter(self, folder if name == names[0] else folder / name, name=name)
+        if "state_dict" in options:
+            trained = {n: whole(p) for n, p in self.named_parameters() if p.requires_grad}
+            if is_first():
+                save_file(trained, Path(save_directory) / SAFE_WEIGHTS_NAME, {"format": "pt"})
         if push_to_hub:
             upload(save_directory, **options)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load parameters as torch does; unless ``strict``, frozen ones may be missing."""
+        assert isinstance(self, nn.Module)
+        result = nn.Module.load_state_dict(self, state_dict, strict, assign)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        missing = [name for name in result.missing_keys if name in trained]
+        return type(result)(missing, result.unexpected_keys)
 
 
 def lora_layer(model: nn.Module, path: str) -> LoRALayer:

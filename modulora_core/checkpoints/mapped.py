@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modulora_core.errors import ModelError
 from modulora_core.layers import PackedParameter
 from modulora_core.models.safetensors_store import SafetensorsStore
 
@@ -95,7 +96,16 @@ class BlockWindow:
         self._blocks = blocks
         self.inside: int | None = None
 
-    def enter(self, block: int) -> None:
+    def __deepcopy__(self, _: object) -> BlockWindow:
+        return self  # the pages are the same files'
+
+    def __reduce__(self) -> Any:
+        raise ModelError(
+            "pickle: expected a model in memory, got a mapped one, whose packed weights are in "
+            "their files; write it with save_pretrained, or load it without mapped=True"
+        )
+
+    def enter(self, block: int, *_: Any) -> None:
         """Drop the block that was entered before, and prefetch the next."""
         before, self.inside = self.inside, block
         if before is None or before == block:
@@ -106,6 +116,12 @@ class BlockWindow:
         if 0 <= following < len(self._blocks):
             for pages in self._blocks[following]:
                 pages.prefetch()
+
+    def enter_backward(self, block: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        """Enter a block, of which this is a forward hook, when a gradient reaches its output."""
+        for value in output if isinstance(output, (tuple, list)) else (output,):
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(partial(self.enter, block))
 
 
 def keep_one_block(model: nn.Module, files: MappedFiles) -> BlockWindow:
@@ -118,19 +134,10 @@ def keep_one_block(model: nn.Module, files: MappedFiles) -> BlockWindow:
     """
     tensors = _tensors_of_blocks(model)
     window = BlockWindow([files.ranges(names) for names in tensors.values()])
-
-    def on_entry(number: int, *_: Any) -> None:
-        window.enter(number)
-
-    def on_output(number: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        for value in output if isinstance(output, (tuple, list)) else (output,):
-            if isinstance(value, Tensor) and value.requires_grad:
-                value.register_hook(partial(on_entry, number))  # the block's backward begins
-
     for number, path in enumerate(tensors):
         block = model.get_submodule(path)
-        block.register_forward_pre_hook(partial(on_entry, number))
-        block.register_forward_hook(partial(on_output, number))
+        block.register_forward_pre_hook(partial(window.enter, number))
+        block.register_forward_hook(partial(window.enter_backward, number))
     return window
 
 

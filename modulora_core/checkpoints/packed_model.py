@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import math
 from typing import Any
 
@@ -58,11 +59,22 @@ class PackedModel(Publishing):
 _CLASSES: dict[tuple[type, type], type] = {}
 
 
+class _WithMethods(type):
+    """The type of the classes that :func:`with_methods` makes, which pickle makes again."""
+
+
 def with_methods(methods: type, model_class: type) -> type:
     """A subclass of a model's class, of the same name, with the methods of another class.
 
     An object may change to such a class, as torch's ``fully_shard`` does. Nothing else changes.
     """
     namespace = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
-    made = type(model_class.__name__, (methods, model_class), namespace)
+    made = _WithMethods(model_class.__name__, (methods, model_class), namespace)
     return _CLASSES.setdefault((methods, model_class), made)
+
+
+def _reduce(made: type) -> Any:
+    return with_methods, made.__bases__
+
+
+copyreg.pickle(_WithMethods, _reduce)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from modulora_core.checkpoints.joined_rows import JoinedRows
 from modulora_core.checkpoints.packed_table import PackedTable, TiedHead
 from modulora_core.checkpoints.record import PackedSite, QuantizationRecord
 from modulora_core.dense_products import DenseLinear
-from modulora_core.errors import AdapterError, CheckpointError
+from modulora_core.errors import AdapterError, CheckpointError, ModelError
 from modulora_core.layers import (
     LoRALayer,
     PackedParameter,
@@ -108,6 +109,7 @@ def unpack(model: Any, dtype: torch.dtype) -> None:
     """
     tables: dict[PackedParameter, nn.Parameter] = {}
     heads: list[tuple[nn.Module, str, TiedHead]] = []
+    stacks: list[tuple[nn.Module, str, PackedStack]] = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALayer):
@@ -119,19 +121,28 @@ def unpack(model: Any, dtype: torch.dtype) -> None:
                 heads.append((parent, name, child))
             elif isinstance(child, QuantLinear):
                 setattr(parent, name, _dense_linear(child, child.weight.dense(dtype)))
-            elif isinstance(child, PackedTable | PackedStack):
+            elif isinstance(child, PackedStack):
+                stacks.append((parent, name, child))
+            elif isinstance(child, PackedTable):
                 delattr(parent, name)
-                parts = [child] if isinstance(child, PackedTable) else list(child)
-                dense = [part.dense(dtype) for part in parts if isinstance(part, PackedParameter)]
-                weight = dense[0] if isinstance(child, PackedTable) else torch.stack(dense)
-                parent.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-                if isinstance(child, PackedTable):
-                    tables[child] = parent.get_parameter(name)
+                tables[child] = nn.Parameter(child.dense(dtype), requires_grad=False)
+                parent.register_parameter(name, tables[child])
+    for parent, name, stack in sorted(stacks, key=lambda found: found[2].place):
+        _unpack_stack(parent, name, stack, dtype)
     for parent, name, head in heads:
         setattr(parent, name, _dense_linear(head, tables[head.weight]))
     if heads:
         del model._tied_weights_keys  # the class's own: see _untie
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _unpack_stack(parent: nn.Module, name: str, stack: PackedStack, dtype: torch.dtype) -> None:
+    """Put the dense stack at its position among the parameters: PEFT nests them in that order."""
+    delattr(parent, name)
+    dense = [part.dense(dtype) for part in stack if isinstance(part, PackedParameter)]
+    parent.register_parameter(name, nn.Parameter(torch.stack(dense), requires_grad=False))
+    for other in list(parent._parameters)[stack.place : -1]:
+        parent._parameters[other] = parent._parameters.pop(other)
 
 
 def _dense_linear(layer: QuantLinear, weight: Tensor) -> nn.Module:
@@ -146,6 +157,58 @@ def _dense_linear(layer: QuantLinear, weight: Tensor) -> nn.Module:
     linear.weight = weight if tied else nn.Parameter(weight, requires_grad=False)
     linear.bias = layer.bias
     return linear
+
+
+def current_record(model: nn.Module, record: QuantizationRecord) -> QuantizationRecord:
+    """The record of the packed modules that ``model`` has now, by their names in it.
+
+    Layers may have been removed, moved or replaced by dense ones since it was loaded.
+
+    Raises:
+        ModelError: the model has a packed module that no site of ``record`` describes.
+    """
+    quantizers = [recipe.create() for recipe in record.recipes]
+    weights: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedStack):
+            matrix, experts, kinds = module.first, len(module), ["experts"]
+        elif isinstance(module, PackedParameter) and name.rpartition(".")[0] not in weights:
+            matrix, experts = module, None
+            kinds = ["embedding"] if isinstance(module, PackedTable) else ["linear", "conv1d"]
+        else:
+            continue
+        weights[name] = next(
+            (
+                number
+                for number, site in enumerate(record.sites)
+                if site.kind in kinds
+                and (site.experts, site.transposed) == (experts, matrix.transposed)
+                and site.layout == matrix.layout
+                and _is_same(quantizers[site.recipe], matrix.quantizer)
+            ),
+            -1,
+        )
+        if weights[name] < 0:
+            raise ModelError(
+                f"{name}: expected a packed weight of this checkpoint, got one of "
+                f"{matrix.layout.quantizer} that its config.json does not describe; save the "
+                "model that it comes from"
+            )
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    dense = {
+        name.removeprefix(prefix) for name, _ in model.named_parameters(remove_duplicate=False)
+    }
+    kept = {
+        reason: [name for name in names if name.removeprefix(prefix) in dense]
+        for reason, names in record.kept.items()
+    }
+    return record.model_copy(update={"weights": weights, "kept": kept})
+
+
+def _is_same(one: Quantizer, other: Quantizer) -> bool:
+    if isinstance(one, JoinedRows) and isinstance(other, JoinedRows):
+        return len(one.parts) == len(other.parts) and all(map(_is_same, one.parts, other.parts))
+    return type(one) is type(other) and one.options == other.options
 
 
 def use_eager_experts(module: nn.Module) -> None:

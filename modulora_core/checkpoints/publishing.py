@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 
 from modulora_core.checkpoints.model_card import FILE, model_card
 from modulora_core.checkpoints.outputs import DIGESTS
+from modulora_core.checkpoints.packed_modules import current_record
 
 
 class Publishing:
@@ -28,13 +29,17 @@ class Publishing:
         """
         model: Any = self
         its_own: Any = super()
+        described = model.config.quantization_config
+        described.record = model.hf_quantizer.quantization_config.record = current_record(
+            model, described.record
+        )
         its_own.save_pretrained(save_directory, **options | {"save_original_format": False})
         folder = Path(save_directory)
         if not options.get("is_main_process", True):
             return
         if (folder / "config.json").is_file():  # else an adapter
             (folder / DIGESTS).unlink(missing_ok=True)  # of the files that were replaced
-            (folder / FILE).write_text(model_card(model.config.quantization_config.record))
+            (folder / FILE).write_text(model_card(described.record))
         if push_to_hub:
             upload(folder, **options)
 

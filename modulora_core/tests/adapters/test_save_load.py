@@ -346,7 +346,10 @@ def test_save_pretrained_writes_the_adapters(llama: nn.Module, pack: Pack, tmp_p
     add_lora(llama, SCALED, name="second")
     expected = logits(llama)
     llama.save_pretrained(tmp_path, state_dict=llama.state_dict())  # type: ignore[operator]
-    assert not (tmp_path / "model.safetensors").exists()
+    written = load_file(tmp_path / "model.safetensors")  # for Trainer's resume, without the base
+    assert {*written} == {n for n, p in llama.named_parameters() if p.requires_grad}
+    llama.save_pretrained(tmp_path / "plain")  # type: ignore[operator]
+    assert not (tmp_path / "plain" / "model.safetensors").exists()
     again = load_model(pack("llama", "toy")[1])
     load_adapter(again, tmp_path)
     load_adapter(again, tmp_path / "second", name="second")
