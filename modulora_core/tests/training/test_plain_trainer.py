@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from modulora_core.adapters.lora import LoRASettings, add_lora
-from modulora_core.adapters.save_load import load_adapter
+from modulora_core.adapters.load import load_adapter
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.tests.adapted_models import logits
 
