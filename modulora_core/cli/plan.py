@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,7 +180,26 @@ def _verdict(plan: MemoryPlan) -> list[str]:
         fits = "which fits" if change.fits else "still too much"
         saved, total = format_size(change.saves), format_size(change.nbytes)
         lines.append(f"  {change.change}: saves {saved}, {total} in all, {fits}")
+    if plan.together is not None:
+        total = format_size(plan.together.nbytes)
+        lines += ["", f"Fits, with {total} in all:", f"  {_again(plan, plan.together.change)}"]
+    elif plan.fits is False:
+        lines += ["", "No few of these settings fit together; choose a smaller model."]
     return lines
+
+
+def _again(plan: MemoryPlan, settings: str) -> str:
+    """The command that plans the run with other ``settings``."""
+    request, given = plan.request, plan.request.config.model_fields_set
+    words = ["modulora plan", shlex.quote(request.model), f"--device {request.device}"]
+    if request.quantizer is not None and "-q " not in settings:
+        options = request.quantizer.options.items()
+        words += [f"-q {request.quantizer.quantizer}", *(f"-o {k}={v}" for k, v in options)]
+    for name in _FIRST:
+        flag = f"--{name.replace('_', '-')} "
+        if name in given and flag not in settings:
+            words.append(f"{flag}{getattr(request.config, name)}")
+    return " ".join([*words, settings])
 
 
 def _all(plans: Sequence[MemoryPlan]) -> Table | str:

@@ -8,6 +8,7 @@
     rehearsal.py    a training step and a prompt on fake tensors
     memory.py       the items of training, decoding and quantizing
     fitting.py      plans, and what a budget allows
+    remedies.py     settings that save memory, alone and together
     picture.py      the bars
 
 :func:`modulora_core.planner.fitting.plan` is the entry point.

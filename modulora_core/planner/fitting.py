@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
-from modulora_core import registry
 from modulora_core.arguments import checked
 from modulora_core.errors import OptionError, RequestError
 from modulora_core.models.ends import EMBEDDINGS, HEAD
@@ -16,6 +13,7 @@ from modulora_core.planner import memory
 from modulora_core.planner.memory import Job
 from modulora_core.planner.model import Dense, Packed, open_planned
 from modulora_core.planner.rehearsal import Rehearsal, rehearse_decoding, rehearse_training
+from modulora_core.planner.remedies import Change, Remedies, installed_choices
 from modulora_core.planner.request import PlanRequest, finetuning
 from modulora_core.planner.unpacked import NONE
 from modulora_core.registry import Choice
@@ -25,29 +23,6 @@ MOST_BATCH, MOST_SEQ_LEN = 1024, 2**17
 
 CLOSE = 0.02
 """A search ends when what fits and what does not differ by this share."""
-
-WORTH = 2**20
-"""Bytes that a change must save to be listed."""
-
-SAME_STEP = frozenset({"optim", "mapped", "shard"})
-"""Settings that change nothing in a forward and a backward."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A setting that saves memory.
-
-    Attributes:
-        change: the setting as options of the command line.
-        nbytes: bytes of training with it.
-        saves: bytes less than without it.
-        fits: training fits the budget with it.
-    """
-
-    change: str
-    nbytes: int
-    saves: int
-    fits: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +39,7 @@ class MemoryPlan:
         longest_seq_len: that fits, with the same batch size; 0 if none does.
         largest_batch_size: that fits, with the same sequence length.
         changes: settings that save memory, the largest saving first; empty if training fits.
+        together: the fewest of them that fit together; None if training fits or no few of them do.
     """
 
     request: PlanRequest
@@ -78,6 +54,7 @@ class MemoryPlan:
     longest_seq_len: int | None = None
     largest_batch_size: int | None = None
     changes: tuple[Change, ...] = ()
+    together: Change | None = None
 
     @property
     def jobs(self) -> dict[str, Job]:
@@ -102,10 +79,8 @@ class MemoryPlan:
             "jobs": {name: job.to_json() for name, job in self.jobs.items()},
             "longest_seq_len": self.longest_seq_len,
             "largest_batch_size": self.largest_batch_size,
-            "changes": [
-                {"change": c.change, "training_bytes": c.nbytes, "saves": c.saves, "fits": c.fits}
-                for c in self.changes
-            ],
+            "changes": [change.to_json() for change in self.changes],
+            "together": None if self.together is None else self.together.to_json(),
         }  # fmt: skip
 
 
@@ -167,8 +142,7 @@ def plan_request(request: PlanRequest) -> MemoryPlan:
         return _fitted(request, found, None)
     if request.quantizer is None:
         raise OptionError(f"model {request.model}: it isn't packed: expected a quantizer, got none")
-    packed = _as_asked(found, request)
-    return _fitted(request, packed, found)
+    return _fitted(request, found.as_asked(request), found)
 
 
 def plan_all(request: PlanRequest) -> list[MemoryPlan]:
@@ -181,35 +155,16 @@ def plan_all(request: PlanRequest) -> list[MemoryPlan]:
         return [plan_request(request)]
     plans: list[MemoryPlan] = []
     rehearsals = None
-    for choice in _choices():
+    for choice in installed_choices():
         asked = replace(request, quantizer=choice)
-        if (packed := _packed_by(found, asked)) is not None:
-            # every quantizer's operations are the same
-            rehearsals = rehearsals or _rehearse(asked, packed)
-            plans.append(_plan(asked, packed, found, rehearsals))
+        try:
+            packed = found.as_asked(asked)
+        except RequestError:
+            continue
+        # every quantizer's operations are the same
+        rehearsals = rehearsals or _rehearse(asked, packed)
+        plans.append(_plan(asked, packed, found, rehearsals))
     return plans
-
-
-def _choices() -> Iterator[Choice]:
-    """Each usable quantizer with each configuration of its promises."""
-    for entry in registry.entries():
-        if entry.status == "ok" and entry.spec is not None:
-            for options in [promise.options for promise in entry.spec.promises] or [{}]:
-                yield Choice(entry.name, options)
-
-
-def _packed_by(dense: Dense, request: PlanRequest) -> Packed | None:
-    """The model as the request packs it; None where that is impossible."""
-    try:
-        return _as_asked(dense, request)
-    except RequestError:
-        return None
-
-
-def _as_asked(dense: Dense, request: PlanRequest) -> Packed:
-    assert request.quantizer is not None
-    dtype = getattr(torch, request.dtype)
-    return dense.packed_by(request.quantizer, request.head, request.embeddings, dtype=dtype)
 
 
 def _rehearse(request: PlanRequest, packed: Packed) -> tuple[Rehearsal, Rehearsal]:
@@ -259,9 +214,10 @@ def _fitted(request: PlanRequest, packed: Packed, dense: Dense | None) -> Memory
     sizes = range(1, MOST_BATCH + 1)
     batch = largest(lambda n: nbytes(config.seq_len, n), budget, config.batch_size, sizes)
     plan = replace(plan, longest_seq_len=longest, largest_batch_size=batch)
-    return (
-        plan if plan.fits else replace(plan, changes=_changes(plan, packed, dense, rehearsals[0]))
-    )
+    if plan.fits:
+        return plan
+    found = Remedies(request, packed, dense, rehearsals[0])
+    return replace(plan, changes=found.changes, together=found.together())
 
 
 def largest(nbytes: Callable[[int], int], budget: int, start: int, allowed: range) -> int:
@@ -285,72 +241,3 @@ def largest(nbytes: Callable[[int], int], budget: int, start: int, allowed: rang
         n = half if at_a == at_b else a + int((budget - at_a) * (b - a) / (at_b - at_a))
         n = min(max(n, low + max(1, int(CLOSE * low))), high - 1)
         n = half if n in known else n
-
-
-def _changes(
-    plan: MemoryPlan, packed: Packed, dense: Dense | None, rehearsal: Rehearsal
-) -> tuple[Change, ...]:
-    """Settings that save memory, each alone, the largest saving first."""
-    request, before, budget = plan.request, plan.training.nbytes, plan.request.budget or 0
-    found: dict[str, int] = {}
-    for words, fields in _other_settings(request, packed).items():
-        try:
-            changed = request.changed(**fields)
-        except OptionError:  # it excludes another setting
-            continue
-        same = SAME_STEP.issuperset(fields)
-        other_rehearsal = rehearsal if same else rehearse_training(packed, changed)
-        found[words] = memory.training(packed, changed, other_rehearsal).nbytes
-    # beside weights, steps with other quantizers take about the same memory
-    rest = before - sum(memory.loaded(packed, request).values())
-    for words, changed in {} if dense is None else _other_quantizers(request).items():
-        if dense is not None and (other := _packed_by(dense, changed)) is not None:
-            found[words] = rest + sum(memory.loaded(other, changed).values())
-    changes = [Change(words, n, before - n, n <= budget) for words, n in found.items()]
-    worth = [change for change in changes if change.saves > WORTH]
-    return tuple(sorted(worth, key=lambda change: -change.saves))
-
-
-def _other_settings(request: PlanRequest, packed: Packed) -> dict[str, dict[str, Any]]:
-    """Settings of the run that may save memory: options, and fields of FinetuneConfig."""
-    config, on_gpu = request.config, request.device == "cuda"
-    passes, half = config.grad_accum * config.batch_size, config.seq_len // 2
-    optim = "adamw_bnb_8bit" if on_gpu else "adafactor"
-    settings: list[tuple[bool, str, dict[str, Any]]] = [
-        (not (on_gpu or config.mapped or packed.foreign), "--mapped", {"mapped": True}),
-        (request.processes > 1 and not config.shard, "--shard", {"shard": True}),
-        (not config.gradient_checkpointing, "--gradient-checkpointing",
-         {"gradient_checkpointing": True}),
-        (config.keep_products, "--no-keep-products", {"keep_products": False}),
-        (on_gpu and not config.offload_activations, "--offload-activations",
-         {"offload_activations": True}),
-        (config.batch_size > 1, f"--batch-size 1 --grad-accum {passes}",
-         {"batch_size": 1, "grad_accum": passes}),
-        (half > 128, f"--seq-len {half}", {"seq_len": half}),
-        (request.dtype == "float32", "--dtype bfloat16", {"dtype": "bfloat16"}),
-        (config.optim != optim, f"--optim {optim}", {"optim": optim}),
-        (config.rank > 8, "--rank 8", {"rank": 8}),
-    ]  # fmt: skip
-    return {words: fields for helps, words, fields in settings if helps}
-
-
-def _other_quantizers(request: PlanRequest) -> dict[str, PlanRequest]:
-    """Other quantizers, and dense ends packed with the most precise one without calibration."""
-    requests = {}
-    for choice in _choices():
-        options = [f"-o {name}={value}" for name, value in choice.options.items()]
-        words = " ".join([f"-q {choice.quantizer}", *options])
-        requests[words] = replace(request, quantizer=choice)
-    specs = [e.spec for e in registry.entries() if e.status == "ok" and e.spec is not None]
-    offered = [(max(s.bits), s.name) for s in specs if s.calibration == "none" and max(s.bits) < 16]
-    if offered:
-        choice = Choice(max(offered)[1])
-        head, embeddings = f"--{HEAD} {choice.label}", f"--{EMBEDDINGS} {choice.label}"
-        if request.head is None:
-            requests[head] = replace(request, head=choice)
-        if request.embeddings is None:
-            requests[embeddings] = replace(request, embeddings=choice)
-        if request.head is request.embeddings is None:
-            both = replace(request, head=choice, embeddings=choice)
-            requests[f"{head} {embeddings}"] = both
-    return requests

@@ -104,6 +104,12 @@ class Dense:
         record = QuantizationRecord(recipes=recipes, sites=sites, weights=weights)
         return Packed(self, record, tuple(quantizers))
 
+    def as_asked(self, request: PlanRequest) -> Packed:
+        """The packed model of a request with a quantizer. Raises as :meth:`packed_by`."""
+        assert request.quantizer is not None
+        dtype = getattr(torch, request.dtype)
+        return self.packed_by(request.quantizer, request.head, request.embeddings, dtype=dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:

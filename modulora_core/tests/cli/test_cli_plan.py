@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from modulora_core import registry
 from modulora_core.cli import main
-from modulora_core.planner import fitting
+from modulora_core.planner import remedies
 from modulora_core.tests.cli.conftest import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
@@ -17,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 KEYS = {
     "model", "quantizer", "options", "device", "processes", "bits_per_weight", "packed_bytes",
     "training_bytes", "items", "budget_bytes", "fits", "jobs", "longest_seq_len",
-    "largest_batch_size", "changes",
+    "largest_batch_size", "changes", "together",
 }  # fmt: skip
 
 
 def test_plan_prints_an_object(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "WORTH", 0)  # of so small a model
+    monkeypatch.setattr(remedies, "WORTH", 0)  # of so small a model
     code, plan, _ = run("plan", source, "-q", "toy", "--seq-len", 32, "--budget", "1KiB")
     assert code == 0
     assert set(plan) == KEYS
@@ -33,10 +35,36 @@ def test_plan_prints_an_object(run: Run, source: Path, monkeypatch: pytest.Monke
     assert {"change", "training_bytes", "saves", "fits"} == set(plan["changes"][0])
 
 
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_settings_that_fit_together_fit_when_they_are_planned(
+    run: Run, tmp_path: Path, share: float
+) -> None:
+    """If this fails: the command that plan ends with does not do what it says."""
+    LlamaConfig(
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
+        vocab_size=32000,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    words = ["plan", tmp_path, "-q", "toy", "--device", "cuda", "--seq-len", 1024, "--rank", 64]
+    alone = run(*words)[1]
+    least = min(alone["items"]["runtime"], alone["training_bytes"])  # no setting changes it
+    budget = least + round(share * (alone["training_bytes"] - least))
+    _, found, _ = run(*words, "--budget", budget)
+    together = found["together"]
+    assert together["fits"], found
+    assert (together["training_bytes"] > budget) is False
+    flags = shlex.split(together["change"])
+    for flag in ("--seq-len", "--rank", "-q"):  # the later one counts
+        if flag in flags:
+            del words[words.index(flag) : words.index(flag) + 2]
+    _, again, _ = run(*words, *flags, "--budget", budget)
+    assert again["fits"]
+    assert again["training_bytes"] == pytest.approx(together["training_bytes"], rel=0.02)
+
+
 def test_plan_prints_a_table(
     text_of: Callable[..., str], packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "WORTH", 0)
+    monkeypatch.setattr(remedies, "WORTH", 0)
     text = text_of("plan", packed, "--seq-len", 32, "--budget", "1KiB", "--optim", "adafactor")
     assert text.startswith(f"{packed}, toy levels=127:")
     assert "training on 4 × 32 tokens, rank 8, float32, on cpu training decoding packed" in text
