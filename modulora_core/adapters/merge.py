@@ -31,7 +31,6 @@ from modulora_core.checkpoints.outputs import (
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.shards import ShardWriter, plan_shards
-from modulora_core.checkpoints.whole import check_whole, packed_skeleton
 from modulora_core.errors import OptionError, OutputError, WeightError, usable_path
 from modulora_core.models.store import is_finite
 from modulora_core.progress import Progress, shows_progress
@@ -96,7 +95,7 @@ def merge(
         out = usable_path(out, "output folder", OutputError)
         check_output(out)
         checkpoint = open_checkpoint(model)
-        check_whole(checkpoint)
+        checkpoint.check_whole()
         deltas: Mapping[str, AdapterDelta] = (
             {} if adapter is None else adapter_deltas(checkpoint, adapter)
         )
@@ -122,7 +121,7 @@ def merge(
 
 def adapter_deltas(checkpoint: PackedCheckpoint, path: str | Path) -> Mapping[str, AdapterDelta]:
     """Read the adapter. Raises AdapterError if it does not fit the checkpoint."""
-    model, here = packed_skeleton(checkpoint), str(checkpoint.folder)
+    model, here = checkpoint.skeleton, str(checkpoint.folder)
     adapter = read_adapter(path, stacks_of(model))
     check_fit(adapter, model, here, checkpoint.tensor)
     return adapter.deltas

@@ -26,7 +26,6 @@ from modulora_core.adapters.peft_format import (
 )
 from modulora_core.checkpoints.checkpoint import open_checkpoint
 from modulora_core.checkpoints.outputs import check_output, whole_or_nothing
-from modulora_core.checkpoints.whole import packed_skeleton
 from modulora_core.errors import AdapterError
 from modulora_core.models.conversion import stored_parts
 
@@ -62,7 +61,7 @@ def export_for_vllm(adapter: str, out: str | Path, *, model: str) -> ExportResul
     """
     check_output(Path(out))
     checkpoint = open_checkpoint(model)
-    skeleton = packed_skeleton(checkpoint)
+    skeleton = checkpoint.skeleton
     stacks = stacks_of(skeleton)
     saved = read_adapter(adapter, stacks)
     check_fit(saved, skeleton, str(checkpoint.folder), checkpoint.tensor)

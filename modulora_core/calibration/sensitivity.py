@@ -82,7 +82,7 @@ def loss_sensitivities(
         ModelError: the model can't run block by block.
         WorkError: a gradient or a logit is NaN or Inf.
     """
-    paths = find_blocks(source.skeleton())
+    paths = find_blocks(source.outline)
     passes = _Passes(source, ids, linears, device, progress, paths)
     with torch.no_grad():
         passes.forward(folder, spill, seed)

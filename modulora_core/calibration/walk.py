@@ -89,7 +89,7 @@ class BlockWalk:
             ModelError: the model has no decoder blocks, or can't run block by block.
             WorkError: an input of a layer is NaN or Inf; the message names the layer.
         """
-        paths = find_blocks(self.source.skeleton())
+        paths = find_blocks(self.source.outline)
         states, calls = self._enter(paths)
         modules = block_modules(self.source, paths)
         for number, path in enumerate(paths):

@@ -1,171 +1,41 @@
-"""Open, check and load packed checkpoints, written by ``modulora quantize`` or by other tools.
+"""Open MODEL, packed or dense, and load packed models.
 
-:func:`open_checkpoint` reads config.json and the files' headers; a checkpoint then gives tensors
-one at a time. :func:`load_model` makes the transformers model; its weights stay packed.
+The ways in are :func:`open_any`, :func:`open_checkpoint` for packed models only, and
+:func:`load_model`, which makes the transformers model; its weights stay packed.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.foreign import (
-    ForeignModel,
-    ForeignStore,
-    layout_of,
-    open_foreign,
-    open_packed_file,
-)
+from modulora_core.checkpoints.foreign import open_folder, packed_in_file
 from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
-from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.distributed import pick_device
-from modulora_core.errors import CheckpointError, ModelError, OptionError
-from modulora_core.models import tokenizer
+from modulora_core.errors import ModelError, OptionError
 from modulora_core.models.config import config_values, transformers_config
-from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.folders import no_config
-from modulora_core.models.formats import (
-    method_of,
-    recognise,
-    unread_method,
-)
+from modulora_core.models.formats import method_of, recognise, unread_method
 from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import SafetensorsStore
-from modulora_core.models.store import check_finite
-from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
+from modulora_core.models.source import ModelSource, open_source
+from modulora_core.spec import TensorLayout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+__all__ = ["LOAD_DTYPES", "PackedCheckpoint", "check_mapped", "is_ours", "is_packed", "load_dtype",
+           "load_model", "open_any", "open_checkpoint", "open_if_packed"]  # fmt: skip
 
 LOAD_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class PackedCheckpoint:
-    """A folder of packed weights, known from headers; :func:`open_checkpoint` makes one.
-
-    Attributes:
-        folder: its path on this machine.
-        name: its name without this machine's folders.
-        foreign: the opened folder of another tool, else None.
-        format: ``"modulora"``, or the name of the foreign format.
-        config: its config.json; of a foreign folder, config.json as ours would be.
-        record: its ``quantization_config``.
-        parameters: every stored parameter → its :class:`PackedSite`, or its layout if it is dense.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        name: str,
-        foreign: ForeignModel | None = None,
-    ) -> None:
-        self.folder, self.name, self.foreign = folder, name, foreign
-        self.config = dict(config)
-        self.record = QuantizationRecord.from_json(
-            config["quantization_config"], folder / "config.json"
-        )
-        self.format = QUANT_METHOD if foreign is None else str(self.record.source["format"])
-        self._store: SafetensorsStore | ForeignStore = (
-            SafetensorsStore(folder) if foreign is None else foreign.store
-        )
-        self._quantizers: dict[int, Quantizer] = {}
-        self.parameters: dict[str, PackedSite | TensorLayout] = {
-            name: layout_of(tensor) for name, tensor in self._store.tensors.items()
-        }
-        for parameter, site in self.record.items():
-            for name, expected in site.tensors(parameter):
-                found = self.parameters.pop(name, None)
-                if found != expected:
-                    raise CheckpointError(
-                        f"{folder}: {name}: expected {expected} by config.json, got "
-                        f"{found or 'none'} in the files; download or quantize the model again"
-                    )
-        for name, expected in self.record.guard.items():
-            found = self.parameters.pop(name, expected)
-            if found != expected:
-                raise CheckpointError(
-                    f"{folder}: {name}: expected it packed by config.json, got {found} in the "
-                    "files; download or quantize the model again"
-                )
-        self.parameters |= dict(self.record.items())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all stored tensors, packed or not."""
-        return sum(tensor.nbytes for tensor in self._store.tensors.values())
-
-    def quantizer(self, site: PackedSite) -> Quantizer:
-        """The quantizer that reads ``site``.
-
-        Raises:
-            PluginError: it isn't installed; says what to install.
-            CheckpointError: it doesn't read this packed format.
-        """
-        if site.recipe not in self._quantizers:
-            self._quantizers[site.recipe] = self.record.recipes[site.recipe].create()
-        self._quantizers[site.recipe].check_format(site.layout)
-        return self._quantizers[site.recipe]
-
-    def tensor(self, name: str) -> Tensor:
-        """Read a stored tensor: a dense parameter, or one tensor of a packed one.
-
-        Raises:
-            CheckpointError: it has NaN or Inf.
-        """
-        return check_finite(self._store.read(name), name, self.folder)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Read all stored tensors into memory."""
-        return {name: self.tensor(name) for name in self._store.tensors}
-
-    def mapped(self) -> MappedFiles:
-        """Map all stored tensors from their files.
-
-        Raises:
-            OptionError: it is another tool's, whose tensors must be converted.
-        """
-        if isinstance(self._store, ForeignStore):
-            raise OptionError(
-                f"mapped: expected a checkpoint of modulora's own format, got {self.format} in "
-                f"{self.folder}; write it as one with `modulora convert {self.name} OUT --to "
-                f"{QUANT_METHOD}`, or leave mapped out"
-            )
-        return MappedFiles(self._store, self.folder)
-
-    def packed(self, parameter: str) -> Iterator[PackedWeight]:
-        """Read the packed matrices of a parameter: one, or one for each expert."""
-        site = self.record.sites[self.record.weights[parameter]]
-        for prefix in site.prefixes(parameter):
-            yield site.layout.fill(
-                {name: self.tensor(f"{prefix}.{name}") for name in site.layout.tensors}
-            )
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load its tokenizer. Raises ModelError if there is none that transformers can read."""
-        if self.foreign is not None:
-            return self.foreign.source.tokenizer()
-        return tokenizer.load_tokenizer(str(self.folder), self.folder)
-
-    def copy_tokenizer(self, out: Path) -> list[str]:
-        """Copy tokenizer, chat template and generation config."""
-        if self.foreign is not None:
-            return self.foreign.source.copy_tokenizer(out)
-        return tokenizer.copy_tokenizer(self.folder, out)
-
-    def write_dense_config(self, out: Path, dtype: str) -> None:
-        """Write config.json of the dense model."""
-        dropped = ("quantization_config", "torch_dtype")
-        config = {key: value for key, value in self.config.items() if key not in dropped}
-        (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
 
 
 def is_packed(folder: Path) -> bool:
@@ -180,47 +50,58 @@ def is_ours(config: Mapping[str, Any]) -> bool:
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> PackedCheckpoint:
-    """Open a folder, file or Hub repository of packed weights: ours, or of a plugin's format.
-
-    Only headers are read.
+def open_any(model: str, *, revision: str | None = None) -> PackedCheckpoint | ModelSource:
+    """Open MODEL, whatever it is: packed weights stay packed. Only headers are read, once.
 
     Raises:
-        ModelError: nothing is there, or it isn't a packed checkpoint; says what to do.
+        ModelError: nothing is there, or transformers can't use it.
         CheckpointError: a file is missing, truncated, or differs from config.json.
+        PluginError: the plugin that reads it can't be used.
+    """
+    location = locate(model, revision)
+    found = _open_packed(location)
+    return open_source(location) if found is None else found
+
+
+def open_checkpoint(model: str | Path, *, revision: str | None = None) -> PackedCheckpoint:
+    """As :func:`open_any`, for a packed model. Weights of another Hub model aren't downloaded.
+
+    Raises:
+        ModelError: it isn't packed; says what to do. Or as :func:`open_any`.
+        CheckpointError, PluginError: as :func:`open_any`.
     """
     location = locate(str(model), revision)
-    config = {} if location.file is not None else config_values(location.folder)
-    if is_ours(config):
-        return PackedCheckpoint(fetch_weights(location).folder, config, location.name)
-    if (file := _packed_file(location)) is not None:
-        return file
-    known = None if location.file is not None else recognise(location.folder, config)
-    if known is None:
-        raise ModelError(_not_packed(location, config))
-    known.reader().check(known.config)
-    location = fetch_weights(location)
-    foreign = open_foreign(location, known)
-    return PackedCheckpoint(location.folder, foreign.config(), location.name, foreign)
+    found = _open_packed(location)
+    if not isinstance(found, PackedCheckpoint):
+        raise ModelError(_not_packed(location))
+    return found
 
 
 def open_if_packed(model: str, *, revision: str | None = None) -> PackedCheckpoint | None:
     """As :func:`open_checkpoint`; None for a model whose weights are floats."""
-    location = locate(model, revision)
+    found = _open_packed(locate(model, revision))
+    return found if isinstance(found, PackedCheckpoint) else None
+
+
+def _open_packed(location: Location) -> PackedCheckpoint | ModelSource | None:
+    """The packed model at ``location``, or the dense one in a file; None for a dense folder."""
     if location.file is not None:
-        return _packed_file(location)
-    return open_checkpoint(model, revision=revision) if is_packed(location.folder) else None
-
-
-def _packed_file(location: Location) -> PackedCheckpoint | None:
-    file = None if location.file is None else open_packed_file(location)
-    if file is None:
+        source = open_source(location)
+        return packed_in_file(source) or source
+    config = config_values(location.folder)
+    if is_ours(config):
+        folder = fetch_weights(location).folder
+        record = QuantizationRecord.from_json(config["quantization_config"], folder / "config.json")
+        return PackedCheckpoint(folder, location.name, config, record, SafetensorsStore(folder))
+    known = recognise(location.folder, config)
+    if known is None:
         return None
-    path = location.folder / str(location.file)
-    return PackedCheckpoint(path, file.config(), location.name, file)
+    known.reader().check(known.config)
+    return open_folder(fetch_weights(location), known)
 
 
-def _not_packed(location: Location, config: Mapping[str, Any]) -> str:
+def _not_packed(location: Location) -> str:
+    config = {} if location.file is not None else config_values(location.folder)
     method = method_of(config)
     if method is not None:
         return unread_method(location.model, method)
@@ -287,16 +168,16 @@ def load_model(
         ModelError: nothing is there, or it isn't quantized.
         CheckpointError: a file is missing or damaged, or files and config.json don't fit together.
     """
-    from modulora_core.checkpoints import hf_quantizer, whole
+    from modulora_core.checkpoints.hf_quantizer import register  # slow to import
 
     device = str(pick_device(device))
     checkpoint = model if isinstance(model, PackedCheckpoint) else open_checkpoint(model)
-    whole.check_whole(checkpoint)
+    checkpoint.check_whole()
     if mapped:
         check_mapped(checkpoint, device)
-    files = None if checkpoint.foreign is not None else checkpoint.mapped()
+    files = None if checkpoint.source is not None else checkpoint.mapped()
     loaded_as = load_dtype(dtype, device)
-    hf_quantizer.register()
+    register()
     with quiet():
         loaded = _from_pretrained(checkpoint, files, device, loaded_as)
     if files is not None:
@@ -316,10 +197,10 @@ def _from_pretrained(
     if files is not None:
         config, tensors = transformers_config(checkpoint.folder), files.views()
     else:
-        assert checkpoint.foreign is not None
-        config, tensors = copy.deepcopy(checkpoint.foreign.source.config), checkpoint.tensors()
+        assert checkpoint.source is not None
+        config, tensors = copy.deepcopy(checkpoint.source.config), checkpoint.tensors()
     config.quantization_config = checkpoint.record.to_json()
-    model: PreTrainedModel = type(build_skeleton(config, dtype)).from_pretrained(
+    model: PreTrainedModel = type(checkpoint.skeleton).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, device_map={"": device},
         trust_remote_code=False,
     )  # fmt: skip

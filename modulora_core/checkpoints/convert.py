@@ -27,7 +27,6 @@ from modulora_core.checkpoints.outputs import (
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite
 from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
-from modulora_core.checkpoints.whole import check_whole
 from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError, usable_path
 from modulora_core.models import formats
 from modulora_core.models.formats import CheckpointFormat, StoredWeight
@@ -91,12 +90,12 @@ def convert(
         check_output(out)
         writer = None if to == QUANT_METHOD else formats.create_writer(to)
         checkpoint = open_checkpoint(source, revision=revision)
-        if writer is None and checkpoint.foreign is None:
+        if writer is None and checkpoint.source is None:
             raise OptionError(
                 f"--to {to}: {source} is in this format already; expected another, one of "
                 f"{', '.join(formats.specs()) or '(none is installed)'}"
             )
-        check_whole(checkpoint)
+        checkpoint.check_whole()
         parts = {name: _part(checkpoint, name, writer) for name in checkpoint.parameters}
         layouts = {name: t for part in parts.values() for name, t in part.layouts.items()}
         if writer is None:

@@ -1,6 +1,6 @@
 """Read a folder or a file that another tool quantized, under the names of a checkpoint of ours.
 
-:func:`open_foreign` reads config, headers, and the few small tensors that layouts need. Large
+:func:`open_folder` reads config, headers, and the few small tensors that layouts need. Large
 tensors are converted a layer at a time, on request, so that nothing here is as large as the model.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from modulora_core.checkpoints.foreign_experts import joined_experts
 from modulora_core.checkpoints.foreign_parts import whole_layers
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint, layout_of
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe, distinct_sites
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.config import read_config
@@ -28,7 +30,7 @@ from modulora_core.models.locate import Location
 from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import DTYPE_CODES, SafetensorsStore
 from modulora_core.models.sites import LinearSite, find_sites
-from modulora_core.models.source import ModelSource, fit, open_model
+from modulora_core.models.source import ModelSource, fit
 from modulora_core.models.store import StoredTensor
 from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.spec import PackedWeight, TensorLayout
@@ -38,29 +40,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-@dataclass(frozen=True)
-class ForeignModel:
-    """A foreign folder.
-
-    Attributes:
-        source: its config, tokenizer and dense parameters.
-        record: the record of a checkpoint of ours with these weights.
-        store: all its tensors, named as in such a checkpoint.
-    """
-
-    source: ModelSource
-    record: QuantizationRecord
-    store: ForeignStore
-
-    def config(self) -> dict[str, Any]:
-        """config.json of a checkpoint of ours with these weights."""
-        config: dict[str, Any] = json.loads(self.source.config.to_json_string(use_diff=False))
-        architectures = [type(self.source.skeleton()).__name__]
-        quantization = self.record.to_json()
-        return {**config, "architectures": architectures, "quantization_config": quantization}
-
-
-def open_foreign(location: Location, recognised: Recognised) -> ForeignModel:
+def open_folder(location: Location, recognised: Recognised) -> PackedCheckpoint:
     """Open a folder of weights that :func:`modulora_core.models.formats.recognise` knows.
 
     Raises:
@@ -86,26 +66,23 @@ def open_foreign(location: Location, recognised: Recognised) -> ForeignModel:
         placed = _place(location.model, config, skeleton, headers)
         source = fit(location, config, values, headers)
         source.validate()
-        record = record_of(source, placed, recognised.spec.name)
-    return ForeignModel(source, record, ForeignStore(source, raw, record, placed))
+        return _checkpoint(location.folder, source, raw, placed, recognised.spec.name)
 
 
-def open_packed_file(location: Location) -> ForeignModel | None:
-    """Open a file of packed weights; None if it has none. Only the header is read.
+def packed_in_file(source: ModelSource) -> PackedCheckpoint | None:
+    """The packed weights of a model in one file, with its dense ones; None if it has none.
 
     Raises:
-        ModelError: transformers can't use the model.
-        CheckpointError: the file is truncated or damaged, or its tensors don't fit its config.
-        PluginError: the plugin can't be used.
+        CheckpointError: tensors that don't fit the model.
     """
-    source, spec = open_model(location.model), file_format(str(location.file))
     assert source.file is not None
+    path = source.location.folder / str(source.location.file)
+    spec = file_format(path)
     assert spec is not None
     with quiet():
         source.validate()
-        skeleton = source.skeleton()
-        table = find_table(skeleton, source.parameters)
-        linears = find_sites(skeleton, include=["*"]).linears
+        table = find_table(source.outline, source.parameters)
+        linears = find_sites(source.outline, include=["*"]).linears
         sites = [*linears, *([] if table is None else [table])]
         packed = source.file.packed(source, sites)
         placed: Placed = {
@@ -113,10 +90,19 @@ def open_packed_file(location: Location) -> ForeignModel | None:
             for site in sites
             if site.name in packed.weights
         }
-        if not placed:
-            return None
-        record = record_of(source, placed, spec.name)
-    return ForeignModel(source, record, ForeignStore(source, packed.store, record, placed))
+        return _checkpoint(path, source, packed.store, placed, spec.name) if placed else None
+
+
+def _checkpoint(
+    path: Path, source: ModelSource, raw: PartStore, placed: Placed, format_name: str
+) -> PackedCheckpoint:
+    """The checkpoint of ``placed``, with config.json as ours would be."""
+    record = record_of(source, placed, format_name)
+    config: dict[str, Any] = json.loads(source.config.to_json_string(use_diff=False))
+    config["architectures"] = [type(source.outline).__name__]
+    config["quantization_config"] = record.to_json()
+    store = ForeignStore(source, raw, record, placed)
+    return PackedCheckpoint(path, source.location.name, config, record, store, source)
 
 
 class _Headers:
@@ -237,7 +223,7 @@ def record_of(source: ModelSource, placed: Placed, format_name: str) -> Quantiza
         (site, recipes.index(recipe_of[first.quantizer]), first.layout)
         for site, (first, *_) in placed.values()
     )
-    found = find_sites(source.skeleton())
+    found = find_sites(source.outline)
     dense = {site.name: f"not quantized in {source.location.name}" for site in found.linears}
     kept: dict[str, list[str]] = {}
     for name, reason in {**found.kept, **dense}.items():
@@ -300,10 +286,6 @@ class ForeignStore:
                 f"report it to the authors of the plugin of {packed.quantizer}"
             )
         return packed
-
-
-def layout_of(tensor: StoredTensor) -> TensorLayout:
-    return TensorLayout(_dtype_name(tensor), tensor.shape)
 
 
 def _dtype_name(tensor: StoredTensor) -> str:

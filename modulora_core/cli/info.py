@@ -41,10 +41,9 @@ def command(path: Checked, verify: Verify = False) -> Report:
     if (Path(path) / "adapter_config.json").is_file():
         return _adapter(path)
     from modulora_core.checkpoints.checkpoint import open_checkpoint
-    from modulora_core.checkpoints.whole import check_whole
 
     checkpoint = open_checkpoint(path)
-    check_whole(checkpoint)
+    checkpoint.check_whole()
     return _checkpoint(checkpoint)
 
 

@@ -21,11 +21,11 @@ from modulora_core.checkpoints.checkpoint import (
     check_mapped,
     load_dtype,
     load_model,
-    open_if_packed,
+    open_any,
 )
 from modulora_core.distributed import pick_device
 from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
-from modulora_core.models import ModelSource, open_model
+from modulora_core.models import ModelSource
 from modulora_core.models.quiet import first_line, quiet
 
 
@@ -98,13 +98,13 @@ def open_to_run(
     """
     device = str(pick_device(device))
     load_dtype(dtype, device)  # refuses an unknown name
-    checkpoint = open_if_packed(model, revision=revision)
-    if checkpoint is not None:
-        for site in checkpoint.record.sites:
-            checkpoint.quantizer(site)
+    found = open_any(model, revision=revision)
+    if isinstance(found, PackedCheckpoint):
+        for site in found.record.sites:
+            found.quantizer(site)
         if mapped:
-            check_mapped(checkpoint, device)
-        return Opened(model, checkpoint, adapter, dtype, device, mapped)
+            check_mapped(found, device)
+        return Opened(model, found, adapter, dtype, device, mapped)
     if adapter is not None:
         raise AdapterError(
             f"adapter {adapter}: expected a packed model for it, and {model} is dense; give the "
@@ -115,9 +115,8 @@ def open_to_run(
             f"mapped: expected a packed model, and {model} is dense; quantize it first, or leave "
             "mapped out"
         )
-    source = open_model(model, revision=revision)
-    source.validate()
-    return Opened(model, source, None, dtype, device)
+    found.validate()
+    return Opened(model, found, None, dtype, device)
 
 
 def opened(model: Runnable, adapter: str | Path | None = None) -> Opened | _Loaded:
@@ -146,7 +145,7 @@ def _load_dense(
     weights = None if source.location.file is None else dict(source.tensors())
     try:
         with quiet():
-            loaded = type(source.skeleton()).from_pretrained(
+            loaded = type(source.outline).from_pretrained(
                 source.location.folder if weights is None else None,
                 config=source.config,
                 state_dict=weights,

@@ -52,8 +52,13 @@ class ModelSource(Weights):
         self.stored: Mapping[str, StoredTensor] = store.tensors
         self.config.name_or_path, self.config.dtype = location.model, dtype
 
+    @property
+    def outline(self) -> PreTrainedModel:
+        """The model on the meta device: names, shapes and dtypes. Do not change it."""
+        return self._model
+
     def skeleton(self, *, buffers: bool = False) -> PreTrainedModel:
-        """A new model on the meta device: names, shapes and dtypes, no memory.
+        """A new model on the meta device, to be changed: :attr:`outline` is for looking.
 
         With ``buffers``, computed buffers such as rotary frequencies have their values on the CPU.
         A part of the model then runs as soon as its parameters are filled in.
@@ -113,7 +118,11 @@ def open_model(model: str, *, revision: str | None = None) -> ModelSource:
             or it is quantized already.
         CheckpointError: the weights are missing, truncated or broken.
     """
-    location = locate(model, revision)
+    return open_source(locate(model, revision))
+
+
+def open_source(location: Location) -> ModelSource:
+    """As :func:`open_model`, of a place that was found. Raises as it does."""
     with quiet():
         if location.file is not None:
             return _open_file(location, location.folder / location.file)

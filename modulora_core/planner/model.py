@@ -178,8 +178,8 @@ def _open(request: PlanRequest) -> Dense | Packed:
     if checkpoint is not None:
         if request.config.mapped:
             check_mapped(checkpoint, "cpu")
-        assert checkpoint.foreign is not None
-        dense = Dense(name, checkpoint.foreign.source.config)
+        assert checkpoint.source is not None
+        dense = Dense(name, checkpoint.source.config)
         return _packed(dense, checkpoint.record, foreign=True)
     return Dense(name, open_config(name, revision=revision))
 

@@ -80,7 +80,7 @@ class Selection:
 
     def sort(self, source: ModelSource) -> tuple[list[LinearSite], list[End], dict[str, str]]:
         """The linear layers to pack, the packed ends, and name → reason of all other parameters."""
-        model = source.skeleton()
+        model = source.outline
         found = find_sites(model, include=self.include, exclude=self.exclude)
         ends = find_ends(model, self.head, self.embeddings, source.parameters)
         packed = {end.site.name for end in ends}
@@ -97,7 +97,7 @@ class Selection:
 
 def linears_outside_blocks(source: ModelSource, linears: Sequence[LinearSite]) -> list[LinearSite]:
     """The layers outside of the decoder blocks, such as an output head."""
-    blocks = tuple(f"{path}." for path in find_blocks(source.skeleton()))
+    blocks = tuple(f"{path}." for path in find_blocks(source.outline))
     return [linear for linear in linears if not linear.name.startswith(blocks)]
 
 

@@ -53,7 +53,7 @@ def pack_all(
     packer = _Packer(source, layout, writer, device, progress)
     blocks: tuple[str, ...] = ()
     if text is not None:
-        blocks = tuple(f"{path}." for path in find_blocks(source.skeleton()))
+        blocks = tuple(f"{path}." for path in find_blocks(source.outline))
     outside = {name for name in source.parameters if not name.startswith(blocks)}
     if distributed.is_first():  # reading takes most of the time
         for name, tensor in source.tensors(names=outside):

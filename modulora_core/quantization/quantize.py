@@ -304,7 +304,7 @@ def write_packed(
     if not is_first():
         return packed
     config = source.config
-    config.architectures = [type(source.skeleton()).__name__]
+    config.architectures = [type(source.outline).__name__]
     config.quantization_config = layout.record.to_json()
     config.save_pretrained(folder)
     writer.finish()

@@ -195,8 +195,8 @@ def finetune(
         write_file(out / "README.md", card)
     save_adapter(model, out, settings=settings)
     if config.lora_file is not None and is_first():
-        base = base_file(checkpoint, config.model)
-        file_writer(config.lora_file).write_adapter(str(out), config.lora_file, model=base)
+        file = base_file(checkpoint, config.model)
+        file_writer(config.lora_file).write_adapter(str(out), config.lora_file, model=file)
     if config.report:
         with open_bar(f"answering prompts for {REPORT_FILE}", "prompts"):
             samples = answers(model, tokenizer, trainer.eval_dataset or trainer.train_dataset)

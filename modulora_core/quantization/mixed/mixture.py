@@ -85,7 +85,7 @@ class Mixture:
 
     def nbytes(self, device: torch.device) -> int:
         """The largest size of the files to write: of the checkpoint, and of hidden states."""
-        text, blocks = self.calibration, find_blocks(self.source.skeleton())
+        text, blocks = self.calibration, find_blocks(self.source.outline)
         tokens = (len(blocks) + 1) * held_out_ids(text).numel()
         spilled = spilled_bytes(tokens, self.source.config, device, text.config.spill)
         largest = self.fixed_bytes + sum(map(max, self.sizes.values()))

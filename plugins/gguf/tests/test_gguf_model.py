@@ -10,10 +10,11 @@ import pytest
 import torch
 from gguf import GGUFReader
 from modulora_gguf import reference
+from modulora_gguf.file import header
 from modulora_gguf.file.merging import merge_to_gguf
 from modulora_gguf.file.store import read_gguf
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.lora import add_lora
@@ -27,6 +28,7 @@ from modulora_core.checkpoints.checkpoint import (
     open_if_packed,
 )
 from modulora_core.checkpoints.convert import convert
+from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.inference.evaluate import evaluate
 from modulora_core.inference.generate import Sampling, generate
@@ -274,3 +276,26 @@ def test_loading_takes_less_memory_than_the_file() -> None:
     command = [sys.executable, "-c", LOADING, PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) * 1024 < 80 * 2**20
+
+
+def test_generate_parses_the_header_once_and_builds_two_skeletons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One is ours, to compare the header with; transformers fills the other."""
+    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q4_0")
+    calls: list[str] = []
+
+    def counted(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(self: object, *args: object, **more: object) -> object:
+            calls.append(owner.__name__)
+            return original(self, *args, **more)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(LlamaForCausalLM, "__init__")
+    counted(header._Parser, "header")
+    assert main(["generate", str(path), "the", "--raw", "--max-new-tokens", "1", "--json"]) == 0
+    assert '"tokens": 1' in capsys.readouterr().out
+    assert sorted(calls) == ["LlamaForCausalLM", "LlamaForCausalLM", "_Parser"]

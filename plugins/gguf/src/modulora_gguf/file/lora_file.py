@@ -22,12 +22,11 @@ from torch import Tensor
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.files import AdapterFile
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
-from modulora_core.checkpoints.checkpoint import open_if_packed
+from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_any
 from modulora_core.checkpoints.outputs import new_file
-from modulora_core.checkpoints.whole import packed_skeleton
 from modulora_core.errors import AdapterError, ModelError
 from modulora_core.models.locate import names_file
-from modulora_core.models.source import ModelSource, open_model
+from modulora_core.models.source import ModelSource
 from modulora_gguf.file.places import Place, places, store_of
 
 
@@ -70,10 +69,10 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> AdapterFi
             f"adapter {adapter}: expected its base {base} in this folder, got no such file; say "
             f"where it is: --model FOLDER/{base}"
         )
-    checkpoint = open_if_packed(base)
-    packed = None if checkpoint is None else checkpoint.foreign
-    source = open_model(base) if packed is None else packed.source
-    stacks = {} if checkpoint is None else stacks_of(packed_skeleton(checkpoint))
+    found = open_any(base)
+    source = found.source if isinstance(found, PackedCheckpoint) else found
+    assert source is not None
+    stacks = stacks_of(found.skeleton) if isinstance(found, PackedCheckpoint) else {}
     saved = read_adapter(adapter, stacks)
     first = next(iter(saved.deltas.values()))
     alpha = first.scale * first.rank

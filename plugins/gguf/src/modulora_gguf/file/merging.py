@@ -28,7 +28,6 @@ from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoi
 from modulora_core.checkpoints.outputs import SMALL_FILES, check_disk_space, new_file
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
-from modulora_core.checkpoints.whole import check_whole
 from modulora_core.errors import ModelError, OptionError, WeightError
 from modulora_core.models.locate import locate
 from modulora_core.models.source import ModelSource, open_model
@@ -81,7 +80,7 @@ def merge_to_gguf(
     with PeakMemory("cpu") as peak, new_file(out, ".gguf") as path:
         type_of(type, 256)  # refuses an unknown type first
         checkpoint = open_checkpoint(model)
-        check_whole(checkpoint)
+        checkpoint.check_whole()
         deltas = {} if adapter is None else adapter_deltas(checkpoint, adapter)
         like = _base_of(checkpoint, base)
         source = open_model(str(like))

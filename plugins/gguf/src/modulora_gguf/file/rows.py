@@ -89,7 +89,8 @@ class _Rows:
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of all blocks: ``[matrices, rows, row bytes]``."""
-        return (*self.order.shape, self.row_bytes)  # type: ignore[return-value]
+        matrices, rows = self.order.shape
+        return matrices, rows, self.row_bytes
 
     def of(self, matrix: int, blocks: list[Tensor]) -> Tensor:
         """The blocks of a matrix, out of all the tensors' ``[rows, row bytes]``.

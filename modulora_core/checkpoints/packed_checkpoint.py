@@ -1,0 +1,199 @@
+"""A packed checkpoint, opened: config, record and headers are read, tensors on request."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from modulora_core.checkpoints.mapped import MappedFiles
+from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
+from modulora_core.errors import CheckpointError, OptionError
+from modulora_core.models import tokenizer
+from modulora_core.models.config import transformers_config
+from modulora_core.models.conversion import build_skeleton
+from modulora_core.models.quiet import quiet
+from modulora_core.models.safetensors_store import SafetensorsStore
+from modulora_core.models.source import ModelSource
+from modulora_core.models.store import StoredTensor, TensorStore, check_finite
+from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class PackedCheckpoint:
+    """A model of packed weights, known from headers.
+
+    Attributes:
+        folder: its path on this machine; of a model in one file, the file's.
+        name: its name without this machine's folders.
+        config: its config.json; of another tool's model, config.json as ours would be.
+        record: its ``quantization_config``.
+        source: config, tokenizer and dense parameters of another tool's model; None for ours.
+        format: ``"modulora"``, or the name of the other tool's format.
+        parameters: every stored parameter → its :class:`PackedSite`, or its layout if it is dense.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        config: Mapping[str, Any],
+        record: QuantizationRecord,
+        store: TensorStore,
+        source: ModelSource | None = None,
+    ) -> None:
+        self.folder, self.name, self.config = folder, name, dict(config)
+        self.record, self.source, self._store = record, source, store
+        self.format = QUANT_METHOD if source is None else str(record.source["format"])
+        self._quantizers: dict[int, Quantizer] = {}
+        self.parameters: dict[str, PackedSite | TensorLayout] = {
+            name: layout_of(tensor) for name, tensor in store.tensors.items()
+        }
+        for parameter, site in self.record.items():
+            for name, expected in site.tensors(parameter):
+                found = self.parameters.pop(name, None)
+                if found != expected:
+                    raise CheckpointError(
+                        f"{folder}: {name}: expected {expected} by config.json, got "
+                        f"{found or 'none'} in the files; download or quantize the model again"
+                    )
+        for name, expected in self.record.guard.items():
+            found = self.parameters.pop(name, expected)
+            if found != expected:
+                raise CheckpointError(
+                    f"{folder}: {name}: expected it packed by config.json, got {found} in the "
+                    "files; download or quantize the model again"
+                )
+        self.parameters |= dict(self.record.items())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors, packed or not."""
+        return sum(tensor.nbytes for tensor in self._store.tensors.values())
+
+    def quantizer(self, site: PackedSite) -> Quantizer:
+        """The quantizer that reads ``site``.
+
+        Raises:
+            PluginError: it isn't installed; says what to install.
+            CheckpointError: it doesn't read this packed format.
+        """
+        if site.recipe not in self._quantizers:
+            self._quantizers[site.recipe] = self.record.recipes[site.recipe].create()
+        self._quantizers[site.recipe].check_format(site.layout)
+        return self._quantizers[site.recipe]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a stored tensor: a dense parameter, or one tensor of a packed one.
+
+        Raises:
+            CheckpointError: it has NaN or Inf.
+        """
+        return check_finite(self._store.read(name), name, self.folder)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read all stored tensors into memory."""
+        return {name: self.tensor(name) for name in self._store.tensors}
+
+    def mapped(self) -> MappedFiles:
+        """Map all stored tensors from their files.
+
+        Raises:
+            OptionError: it is another tool's, whose tensors must be converted.
+        """
+        if not isinstance(self._store, SafetensorsStore):
+            raise OptionError(
+                f"mapped: expected a checkpoint of modulora's own format, got {self.format} in "
+                f"{self.folder}; write it as one with `modulora convert {self.name} OUT --to "
+                f"{QUANT_METHOD}`, or leave mapped out"
+            )
+        return MappedFiles(self._store, self.folder)
+
+    def packed(self, parameter: str) -> Iterator[PackedWeight]:
+        """Read the packed matrices of a parameter: one, or one for each expert."""
+        site = self.record.sites[self.record.weights[parameter]]
+        for prefix in site.prefixes(parameter):
+            yield site.layout.fill(
+                {name: self.tensor(f"{prefix}.{name}") for name in site.layout.tensors}
+            )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load its tokenizer. Raises ModelError if there is none that transformers can read."""
+        if self.source is not None:
+            return self.source.tokenizer()
+        return tokenizer.load_tokenizer(str(self.folder), self.folder)
+
+    def copy_tokenizer(self, out: Path) -> list[str]:
+        """Copy tokenizer, chat template and generation config."""
+        if self.source is not None:
+            return self.source.copy_tokenizer(out)
+        return tokenizer.copy_tokenizer(self.folder, out)
+
+    def write_dense_config(self, out: Path, dtype: str) -> None:
+        """Write config.json of the dense model."""
+        dropped = ("quantization_config", "torch_dtype")
+        config = {key: value for key, value in self.config.items() if key not in dropped}
+        (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model with packed weights on the meta device, built once. Do not change it.
+
+        Raises:
+            ModelError: transformers can't build the model of the config.
+            CheckpointError: the record names a parameter that the model hasn't got.
+            PluginError: a quantizer isn't installed or can't be used.
+        """
+        from modulora_core.checkpoints.hf_quantizer import ModuLoRAConfig  # slow to import
+        from modulora_core.checkpoints.packed_modules import install
+
+        with quiet():
+            if self.source is None:
+                model = build_skeleton(transformers_config(self.folder), torch.float32)
+            else:
+                model = copy.deepcopy(self.source.outline)
+        model.config.quantization_config = ModuLoRAConfig(record=self.record)
+        install(model, self.record)
+        return model
+
+    def check_whole(self) -> None:
+        """Refuse what :func:`modulora_core.load_model` would refuse. Reads headers only.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown to the model, or of another shape.
+            ModelError, PluginError: as :attr:`skeleton`.
+        """
+        model = self.skeleton
+        wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        stored = {name: list(layout.shape) for name, layout in self._layouts()}
+        tied = set(model.all_tied_weights_keys) - stored.keys()
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        for name in sorted(wanted.keys() | stored.keys()):
+            unused = name not in wanted and any(re.search(pattern, name) for pattern in ignored)
+            if name not in tied and not unused and wanted.get(name) != stored.get(name):
+                raise CheckpointError(
+                    f"{self.folder}: {name}: expected {wanted.get(name, 'none')} by config.json, "
+                    f"got {stored.get(name, 'none')} in the files, which don't belong together; "
+                    "download or quantize the model again"
+                )
+
+    def _layouts(self) -> Iterator[tuple[str, TensorLayout]]:
+        """The name and layout of each stored tensor."""
+        for name, kept in self.parameters.items():
+            if isinstance(kept, TensorLayout):
+                yield name, kept
+            else:
+                yield from kept.tensors(name)
+
+
+def layout_of(tensor: StoredTensor) -> TensorLayout:
+    return TensorLayout(str(tensor.dtype).removeprefix("torch."), tensor.shape)
