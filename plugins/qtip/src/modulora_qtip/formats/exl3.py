@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
 import torch
@@ -104,7 +103,7 @@ class EXL3(CheckpointFormat):
         bits = {weight.module: weight.layout.metadata["bits"] for weight in weights}
         codes = {weight.layout.metadata["code"] for weight in weights}
         return {
-            "quant_method": "exl3", "format": "exl3", "version": f"modulora-qtip {_version()}",
+            "quant_method": "exl3", "format": "exl3",
             "bits": _mean(weight for weight in weights if weight.module != HEAD),
             **({"head_bits": bits[HEAD]} if HEAD in bits else {}),
             **({"codebook": codes.pop()} if len(codes) == 1 else {}),
@@ -230,10 +229,3 @@ def _mean(weights: Iterable[StoredWeight]) -> float:
                for weight in weights]  # fmt: skip
     total = sum(count for count, _ in counted)
     return round(sum(count * bits for count, bits in counted) / max(1, total), 2)
-
-
-def _version() -> str:
-    try:
-        return version("modulora-qtip")
-    except PackageNotFoundError:  # a source tree on the path, not installed
-        return "0"

@@ -1,0 +1,150 @@
+"""Folders of the layout ``exl3`` are written tensor by tensor; others are refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exl3_folders import alike, mixed, save_exl3
+from exl3_tensors import MULTIPLIERS, weight
+from modulora_qtip.formats.exl3 import EXL3
+from modulora_qtip.quantizer import QTIP
+from modulora_qtip.reference import Options
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.convert import convert
+from modulora_core.cli import main
+from modulora_core.errors import ModelError, ShapeError
+from modulora_core.models import formats
+from modulora_core.models.formats import StoredWeight
+from modulora_core.spec import Calibration, PackedWeight, TensorLayout
+from modulora_core.tests.other_tools import logits
+from modulora_core.tests.tiny_models import save_tiny_model
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
+
+
+def written(packed: PackedWeight) -> dict[str, Tensor]:
+    """The tensors of a layer as the format writes them, which are as it planned them."""
+    writer = formats.create_writer("exl3")
+    assert isinstance(writer, EXL3)
+    stored = StoredWeight("m", QTIP(), packed.layout, packed.tensors.__getitem__)
+    made = writer.tensors(stored)
+    assert {name: TensorLayout.of(tensor) for name, tensor in made.items()} == writer.plan(stored)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("bits", "code", "limit"), [(2, "mcg", 0.29), (1, "3inst", 0.55), (3, "mul1", 0.15)]
+)
+def test_a_packed_weight_is_what_the_description_reads(bits: int, code: str, limit: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(128, 256, generator=generator) * 0.02
+    W[:, 5] *= 10  # an outlier, which the rotation spreads
+    options = Options.model_validate(
+        {"layout": "exl3", "bits": bits, "code": code, "sweeps": 0, "states": 16}
+    )
+    packed = QTIP(options).pack(W, Calibration(torch.eye(256), 1))
+    tensors = written(packed)
+    assert set(tensors) == {"trellis", "suh", "svh"} | ({code} & MULTIPLIERS.keys())
+    Ŵ = weight(tensors)
+    found = QTIP().dequantize_tile(packed, (0, 128), torch.float64)
+    torch.testing.assert_close(found, Ŵ, rtol=0, atol=1e-13 * float(Ŵ.abs().max()))
+    assert float((W - Ŵ).norm() / W.norm()) < limit
+
+
+@pytest.mark.parametrize(
+    ("choice", "sizes"),
+    [(mixed, {}), (alike(2, "3inst"), {"vocab_size": 603, "intermediate_size": 200})],
+    ids=["mixed", "padded"],
+)
+def test_a_folder_is_written_as_it_was_read(
+    choice: Any, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    save_exl3(tmp_path / "m", choice=choice, **sizes)
+    convert(str(tmp_path / "m"), tmp_path / "ours", "modulora")
+    convert(str(tmp_path / "ours"), tmp_path / "theirs", "exl3")
+    before = load_file(tmp_path / "m" / "model.safetensors")
+    after = load_file(tmp_path / "theirs" / "model.safetensors")
+    for name in before.keys() & after.keys():
+        if not name.endswith(".bias"):  # which loses its padding
+            assert torch.equal(after[name], before[name]), name
+    missing = {name.rpartition(".")[2] for name in before.keys() - after.keys()}
+    assert missing <= {"su", "sv"}  # signs become scales
+    expected = logits(load_model(tmp_path / "m", dtype="float32"))
+    assert torch.equal(logits(load_model(tmp_path / "theirs", dtype="float32")), expected)
+    in_config = json.loads((tmp_path / "theirs" / "config.json").read_text())["quantization_config"]
+    beside = json.loads((tmp_path / "theirs" / "quantization_config.json").read_text())
+    assert in_config == beside
+    assert in_config["quant_method"] == "exl3"
+    assert in_config["head_bits"] == 6
+    stored = {
+        name: about
+        for layer in in_config["tensor_storage"].values()
+        for name, about in layer["stored_tensors"].items()
+    }
+    for name, about in stored.items():
+        assert about == {
+            "shape": list(after[name].shape), "torch_dtype": str(after[name].dtype)[6:]
+        }  # fmt: skip
+    assert {name for name in after if name.endswith(("trellis", "bias"))} <= stored.keys()
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    save_exl3(tmp_path / "m", "qwen3_moe", alike(2, "mcg"))
+    convert(str(tmp_path / "m"), tmp_path / "ours", "modulora")
+    with pytest.raises(ModelError, match=r"a stack of 3 experts .* exl3 holds linear layers only"):
+        convert(str(tmp_path / "ours"), tmp_path / "theirs", "exl3")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    save_tiny_model("llama", folder)
+    make_tokenizer().save_pretrained(folder)
+    (folder / "text.txt").write_text("a line to learn by heart, again and again\n" * 50)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["qtip", "-o", "states=10", "-o", "sweeps=0"], "Hadamard matrices of order full"),
+        (["nf4"], "packed by nf4; exl3 holds weights of qtip only"),
+    ],
+)
+def test_weights_of_another_layout_are_refused(
+    words: list[str], message: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ["--calibration", str(dense / "text.txt"), "--samples", "2", "--seq-len", "32"]
+    packed, out = str(tmp_path / "packed"), tmp_path / "theirs"
+    calibrated = text if words[0] == "qtip" else []
+    assert main(["quantize", str(dense), packed, "-q", *words, *calibrated]) == 0
+    capsys.readouterr()
+    assert main(["convert", packed, str(out), "--to", "exl3"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "layout exl3: expected a multiple of 128 as out_features, got 32"),
+        (["-o", "states=12"], "layout exl3: expected states=16 and a code"),
+        (["-o", "code=1mad"], "got states=16 and code=1mad"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(
+    options: list[str], message: str, dense: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = ["quantize", str(dense), str(tmp_path / "out"), "-q", "qtip", "-o", "layout=exl3"]
+    text = ["--calibration", str(dense / "text.txt"), "--samples", "2", "--seq-len", "32"]
+    assert main([*words, *options, *text]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ShapeError, match="as in_features, got 200"):
+        QTIP(Options.model_validate({"layout": "exl3"})).check_shape((128, 200))
