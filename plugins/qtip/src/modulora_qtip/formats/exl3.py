@@ -66,12 +66,14 @@ class EXL3(CheckpointFormat):
         found: dict[str, ForeignWeight] = {}
         for module, names in _layers(tensors):
             shape, bits = _check_trellis(module, tensors)
-            options = _options(bits, _code(module, names))
+            mark = _mark(module, names)
+            options = _options(bits, mark or "3inst")
             quantizer = quantizers.setdefault(options, QTIP(options))
             scales = {
                 side: _scales(module, side, n, tensors) for side, n in zip("vu", shape, strict=True)
             }
-            found[module] = _weight(module, quantizer, scales, shape, shape)
+            marks = [f"{module}.{mark}"] if mark else []
+            found[module] = _weight(module, quantizer, scales, marks, shape, shape)
         return found
 
     def plan(self, weight: StoredWeight) -> dict[str, TensorLayout]:
@@ -163,13 +165,13 @@ def _check_trellis(module: str, tensors: Mapping[str, TensorLayout]) -> tuple[tu
     return shape, bits
 
 
-def _code(module: str, names: set[str]) -> str:
+def _mark(module: str, names: set[str]) -> str | None:
     marks = [mark for mark in MARKS if mark in names]
     if len(marks) > 1:
         raise CheckpointError(
             f"{module}: expected {' or '.join(MARKS)}, which choose the code function, got both"
         )
-    return marks[0] if marks else "3inst"
+    return marks[0] if marks else None
 
 
 def _scales(module: str, side: str, n: int, tensors: Mapping[str, TensorLayout]) -> str:
@@ -190,6 +192,7 @@ def _weight(
     module: str,
     quantizer: QTIP,
     scales: Mapping[str, str],
+    marks: list[str],
     padded: tuple[int, int],
     shape: tuple[int, int],
 ) -> ForeignWeight:
@@ -199,14 +202,14 @@ def _weight(
             f"{module}.trellis: expected {list(shape)} by the config, each rounded up to a "
             f"multiple of {BLOCK}, got {list(padded)}; the weights don't belong to this config"
         )
-    names = (f"{module}.trellis", scales["u"], scales["v"])
+    names = (f"{module}.trellis", scales["u"], scales["v"], *marks)
     layout = quantizer.layout(shape)
 
     def unpack(read: Read) -> PackedWeight:
         stored = {f"s{side}h": _read_scales(read, name) for side, name in scales.items()}
         return layout.fill({"trellis": read(names[0]), **stored})
 
-    cut = partial(_weight, module, quantizer, scales, padded)
+    cut = partial(_weight, module, quantizer, scales, marks, padded)
     return ForeignWeight(names, quantizer, layout, unpack, cut=cut)
 
 
