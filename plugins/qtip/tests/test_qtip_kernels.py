@@ -1,0 +1,107 @@
+"""CPU kernels and plain torch against the definition: tiles and products of random walks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from modulora_conformance.compiled_kernels import SHAPES, CompiledKernels
+from modulora_qtip import codes, trellis
+from modulora_qtip.quantizer import KERNELS, QTIP, packed_of
+from modulora_qtip.reference import Options
+
+from modulora_core import kernels
+from modulora_core.packed import PackedWeight
+
+CODES_BY_KIND = ("bytes", "mcg", "mul1")
+
+
+def random_C(bits, states, code, generator):
+    strings = torch.randint(
+        -(2**15), 2**15, (5, 3, 16 * bits), generator=generator, dtype=torch.int16
+    )
+    facts = {"bits": bits, "states": states, "code": code, "hadamard": "full"}
+    C = PackedWeight("qtip", 1, (48, 80), {"trellis": strings}, facts)
+    return C, trellis.decode(strings, bits, states, code)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("code", codes.CODES)
+def test_tiles_of_every_width_and_code_are_the_definitions(bits, code, generator):
+    pytest.importorskip("numba")
+    module = kernels.for_device(KERNELS, torch.device("cpu"))
+    for states in (bits + 6, 16):
+        C, dense = random_C(bits, states, code, generator)
+        assert torch.equal(module.tile(C, (0, 48), torch.float32), dense)
+        assert torch.equal(module.tile(C, (5, 37), torch.float32), dense[5:37])
+        assert torch.equal(module.tile(C, (5, 37), torch.bfloat16), dense[5:37].bfloat16())
+
+
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+@pytest.mark.parametrize("code", CODES_BY_KIND)
+@pytest.mark.parametrize("rows", [1, 3, 40, 100])
+def test_products_are_products_with_the_definition(
+    path, code, rows, request, random_solution, generator
+):
+    if path == "torch":
+        request.getfixturevalue("plain_torch")
+    else:
+        pytest.importorskip("numba")
+    options = Options(bits=3, code=code)
+    solution = random_solution((37, 70), options)
+    packed, dense = packed_of(solution, (37, 70), options), solution.dequantize(options)
+    for transpose, M in ((False, dense.T), (True, dense)):
+        x = torch.randn(rows, len(M), generator=generator)
+        y = QTIP(options).matmul(x, packed, transpose)
+        expected = x.double() @ M
+        assert (y - expected).norm() <= 1e-5 * expected.norm()
+        low = QTIP(options).matmul(x.bfloat16(), packed, transpose)
+        expected = x.bfloat16().double() @ M
+        assert (low - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+@pytest.mark.parametrize("shape", [(128, 256), (100, 130)])
+def test_blocks_of_128_are_rotated_apart_and_padding_is_cut(
+    path, shape, request, random_solution, generator
+):
+    if path == "torch":
+        request.getfixturevalue("plain_torch")
+
+    class Blocks(Options):
+        block = 128
+
+    options = Blocks(bits=4, states=16, code="mul1")
+    solution = random_solution(shape, options)
+    packed = packed_of(solution, shape, options)
+    ones = torch.ones_like(solution.scale)
+    dense = type(solution)(solution.trellis, solution.suh, solution.svh, ones).dequantize(options)
+    dense = dense[: shape[0], : shape[1]]
+    tile = QTIP().dequantize_tile(packed, (3, shape[0]), torch.float64)
+    assert torch.allclose(tile, dense[3:], rtol=0, atol=1e-9)
+    for rows in (1, 5):
+        for transpose, M in ((False, dense.T), (True, dense)):
+            x = torch.randn(rows, len(M), generator=generator)
+            expected = x.double() @ M
+            y = QTIP().matmul(x, packed, transpose)
+            assert (y - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.slow
+class TestKernels(CompiledKernels):
+    instruction_sets = True
+    rounding = 1e-5
+    """A tile is a rotation, whose sums are made in another order. A wrong code moves it by 1e-3."""
+
+    OPTIONS = (Options(), Options(bits=3, code="mul1"), Options(bits=4, states=16, code="mcg"))
+
+    @pytest.fixture
+    def quantizers(self):
+        return [QTIP(options) for options in self.OPTIONS]
+
+    @pytest.fixture
+    def weights(self, random_solution):
+        return [
+            (QTIP(options), packed_of(random_solution(shape, options), shape, options))
+            for options in self.OPTIONS
+            for shape in SHAPES
+        ]

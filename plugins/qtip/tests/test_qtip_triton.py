@@ -1,0 +1,47 @@
+"""The Triton kernels without a GPU: interpreted, and compiled ahead of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from modulora_conformance.interpreted_kernels import run_interpreted
+
+from modulora_core.packed import PackedWeight
+
+pytest.importorskip("triton")
+ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
+
+pytestmark = pytest.mark.slow
+
+N = 4096
+
+
+def test_interpreted_kernels_give_the_values_of_the_definition():
+    run_interpreted(Path(__file__).with_name("check_qtip_interpreted.py"))
+
+
+def weight(bits, states, code):
+    """Walks of an ordinary size, whose values nothing reads."""
+    walks = torch.empty(N // 16, N // 16, 16 * bits, dtype=torch.int16)
+    facts = {"bits": bits, "states": states, "code": code, "hadamard": "full"}
+    return PackedWeight("qtip", 1, (N, N), {"trellis": walks}, facts)
+
+
+@pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
+@pytest.mark.parametrize("facts", [(2, 12, "bytes"), (3, 16, "mcg"), (4, 16, "mul1")])
+def test_kernels_compile_without_spills(target, facts):
+    from modulora_qtip.kernels import gpu
+
+    C = weight(*facts)
+
+    def launches():
+        gpu.tile(C, (0, N), torch.bfloat16)
+        for rows in (1, 16):
+            for transpose in (False, True):
+                gpu.multiply(torch.empty(rows, N), C, transpose, torch.bfloat16)
+
+    found = ahead_of_time.compile_launches(launches, target)
+    assert len(found) == 5
+    assert all(code.spills == 0 for code in found)

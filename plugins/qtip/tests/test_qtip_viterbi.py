@@ -1,0 +1,93 @@
+"""The compiled encoder against the reference, and its distortion of a Gaussian against theory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from modulora_qtip import codes, packing, reference, trellis
+from modulora_qtip.reference import Options
+
+pytest.importorskip("numba")
+CPU = torch.device("cpu")
+
+
+def encoded(w, options, scale):
+    """Ŵ of a unit Gaussian ``w`` ``[M, 16]``, at ``scale`` of the code's deviation."""
+    unit = scale * codes.CODES[options.code].deviation
+    strings, values = packing.quantize(w * unit, options)
+    read = trellis.decode(strings[None], options.bits, options.states, options.code)
+    assert torch.equal(read, values), "the bit strings are circular walks with these values"
+    return values / unit
+
+
+def distortion(options, rows, scale, generator):
+    w = torch.randn(rows, 16, generator=generator)
+    return float((encoded(w, options, scale) - w).square().mean())
+
+
+# Distortions have a relative standard error of about 1 / sqrt(10 rows).
+@pytest.mark.parametrize(
+    ("bits", "states", "code", "scale", "limit"),
+    [
+        (2, 12, "bytes", 0.97, 0.0735),
+        (1, 10, "bytes", 0.9, 1.25 * 4**-1),
+        (3, 12, "bytes", 0.97, 1.25 * 4**-3),
+        (4, 12, "bytes", 1.0, 1.3 * 4**-4),
+    ],
+)
+def test_distortion_of_a_gaussian_is_near_the_bound(bits, states, code, scale, limit, generator):
+    found = distortion(Options(bits=bits, states=states, code=code), 1024, scale, generator)
+    assert 4.0**-bits < found <= limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bits", "scale", "limit"),
+    [(2, 0.97, 0.071), (3, 0.97, 1.14 * 4**-3), (4, 0.97, 1.14 * 4**-4)],
+)
+def test_16_bit_states_come_within_14_percent_of_the_bound(bits, scale, limit, generator):
+    found = distortion(Options(bits=bits, states=16), 1024, scale, generator)
+    assert 4.0**-bits < found <= limit
+
+
+@pytest.mark.parametrize(("bits", "states"), [(1, 10), (2, 10), (3, 10), (4, 10), (6, 12)])
+def test_walks_are_as_good_as_the_references(bits, states, generator):
+    options = Options(bits=bits, states=states)
+    w = torch.randn(64, 16, generator=generator) * codes.CODES[options.code].deviation
+    _, fast = packing.quantize(w, options)
+    _, exact = reference.quantize(w, options)
+    ratio = (fast - w).square().mean() / (exact - w).square().mean()
+    assert ratio < 1.03, "the overlap is decided near the seam"
+
+
+def test_the_number_of_threads_changes_no_bit(generator):
+    w = torch.randn(80, 16, generator=generator) * 148
+    options, before = Options(), torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(packing.quantize(w, options)[0])
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_viterbi_finds_the_best_of_all_walks(generator):
+    """Brute force over all walks of three weights with six bits of state."""
+    L, k, n = 6, 2, 3
+    C = torch.randn(1 << L, generator=generator)
+    w = torch.randn(1, n, generator=generator)
+    found = reference.viterbi(w, C, k)
+    errors = {}
+    for string in range(1 << (L + k * (n - 1))):
+        states = [string >> (k * (n - 1 - t)) & ((1 << L) - 1) for t in range(n)]
+        errors[tuple(states)] = float((C[states] - w[0]).square().sum())
+    assert tuple(found[0].tolist()) == min(errors, key=errors.__getitem__)
+
+
+def test_a_walk_with_an_overlap_begins_and_ends_in_it(generator):
+    C = torch.randn(1 << 8, generator=generator)
+    overlap = torch.tensor([5, 40])
+    walk = reference.viterbi(torch.randn(2, 20, generator=generator), C, 2, overlap)
+    assert torch.equal(walk[:, 0] >> 2, overlap)
+    assert torch.equal(walk[:, -1] & 63, overlap)
+    assert torch.equal(walk[:, 1:] >> 2, walk[:, :-1] & 63)
