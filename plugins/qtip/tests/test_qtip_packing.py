@@ -109,6 +109,13 @@ def test_bad_options_are_refused(options):
         Options(**options)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_has_a_default_for_states(bits):
+    options = Options(bits=bits)
+    assert options.states == max(12, bits + 6)
+    assert Options(**options.model_dump()) == options
+
+
 def packed_with(**changes):
     metadata = {"bits": 2, "states": 12, "code": "bytes", "hadamard": "full"} | changes
     layouts = tensors((20, 36), 2, 12, "bytes", "full")

@@ -39,15 +39,12 @@ from modulora_core.spec import (
 from modulora_core.tiles import tile_bytes, tile_ranges, tiled_matmul
 from modulora_qtip import SPEC, codes, packing, trellis
 from modulora_qtip.reference import Options, Solution
-from modulora_qtip.trellis import TILE
+from modulora_qtip.trellis import BLOCKS, TILE
 
 KERNELS = "modulora_qtip.kernels"
 
 ROUNDED_ROWS = 256
 """Rows of bf16 from which rotated inputs are rounded to bf16: fewer may be multiplied in fp32."""
-
-BLOCKS = {"full": None, "128": 128}
-"""The order of the Hadamard matrices by the metadata's name; None for the dimension's."""
 
 
 class QTIP(Quantizer):

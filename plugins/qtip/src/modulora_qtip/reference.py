@@ -78,9 +78,11 @@ class Options(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_layout(cls, data: Any) -> Any:
+    def _defaults(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and data.get("layout") == "exl3":
             return {"states": EXL3_STATES, "code": "mcg", **data}
+        if isinstance(data, Mapping) and data.get("bits") in (7, 8):
+            return {"states": data["bits"] + SPARE_BITS, **data}
         return data
 
     @model_validator(mode="after")

@@ -25,6 +25,9 @@ TILE = 16
 T = TILE * TILE
 """Weights of a sequence."""
 
+BLOCKS = {"full": None, "128": 128}
+"""The order of the Hadamard matrices by the metadata's name; None for the dimension's."""
+
 LARGEST_STATE = 16
 """Bits of a state, at most."""
 

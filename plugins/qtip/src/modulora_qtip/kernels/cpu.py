@@ -36,10 +36,7 @@ from modulora_qtip.kernels.decoding import (
     low_column,
     pair,
 )
-from modulora_qtip.trellis import TILE
-
-BLOCKS = {"full": None, "128": 128}
-"""The order of the Hadamard matrices by the metadata's name; None for the dimension's."""
+from modulora_qtip.trellis import BLOCKS, TILE
 
 _TOGETHER = 64  # tiles whose words are copied at once: at most 20 KiB
 

@@ -72,7 +72,7 @@ def _store_marks(
 
 
 @jit(borrows=True)
-def _forward(w: Any, first: int, count: int, C: Any, k: int, E: Any, choices: Any) -> int:
+def _forward(w: Any, first: int, count: int, C: Any, k: int, E: Any, choices: Any) -> Any:
     """Walk ``count`` weights of the circle ``w`` from ``first`` on; ``E[0]`` has the beginning.
 
     Args:
