@@ -223,21 +223,23 @@ def _fitted(request: PlanRequest, packed: Packed, dense: Dense | None) -> Memory
 def largest(nbytes: Callable[[int], int], budget: int, start: int, allowed: range) -> int:
     """Find the largest number whose bytes are within ``budget``, to within 2 %; 0 if none is.
 
-    Bytes grow nearly in a line. So the next trial is where the line through the two nearest known
-    numbers meets the budget.
+    Bytes grow nearly in a line. So the next trial is where the line through the interval's ends
+    meets the budget. It is the middle if the last trial did not halve the interval.
     """
     known = {start: nbytes(start)}
-    n = min(2 * start, allowed[-1]) if known[start] <= budget else allowed[0]
+    n, width = min(2 * start, allowed[-1]) if known[start] <= budget else allowed[0], 0
     while True:
         known[n] = nbytes(n)
         low = max((m for m, found in known.items() if found <= budget), default=0)
         high = min((m for m, found in known.items() if found > budget), default=allowed[-1] + 1)
         if high == allowed[0]:
             return 0
-        if low and high - low <= max(1, int(CLOSE * low)):
+        close = max(1, int(CLOSE * low))
+        if low and high - low <= close:
             return low
-        (a, at_a), (b, at_b) = sorted(known.items(), key=lambda point: abs(point[1] - budget))[:2]
-        half = (low + high) // 2
-        n = half if at_a == at_b else a + int((budget - at_a) * (b - a) / (at_b - at_a))
-        n = min(max(n, low + max(1, int(CLOSE * low))), high - 1)
-        n = half if n in known else n
+        half, halved = (low + high) // 2, 2 * (high - low) <= width
+        width = high - low
+        n = half
+        if halved and low in known and high in known:
+            share = (budget - known[low]) / (known[high] - known[low])
+            n = min(max(low + int(share * width), low + close), high - 1)
