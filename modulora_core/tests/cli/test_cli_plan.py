@@ -35,6 +35,7 @@ def test_plan_prints_an_object(run: Run, source: Path, monkeypatch: pytest.Monke
     assert {"change", "training_bytes", "saves", "fits"} == set(plan["changes"][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.75])
 def test_settings_that_fit_together_fit_when_they_are_planned(
     run: Run, tmp_path: Path, share: float
