@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from modulora_core.checkpoints.packed_table import TiedHead
 from modulora_core.errors import AdapterError, ModelError
@@ -50,6 +51,27 @@ def check_name_is_free(model: nn.Module, name: str) -> None:
         raise AdapterError(
             f"adapter {name!r}: {model_name(model)} already has an adapter of that name, on {taken}"
         )
+
+
+def task_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules beside the base model and the output head, such as a classifier, by name."""
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return {}
+    others = (model.base_model, model.get_output_embeddings())
+    return {
+        name: child
+        for name, child in model.named_children()
+        if not any(child is other for other in others) and [*child.parameters()]
+    }
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of :func:`task_heads`, by their names in the model."""
+    return {
+        f"{path}.{name}": parameter
+        for path, head in task_heads(model).items()
+        for name, parameter in head.named_parameters()
+    }
 
 
 def model_name(model: nn.Module) -> str:

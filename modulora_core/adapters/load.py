@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from modulora_core.adapters.adapted import (
     adapter_layers,
     check_name_is_free,
+    head_parameters,
     model_name,
     packed_layers,
     packed_shape,
@@ -24,7 +25,7 @@ from modulora_core.adapters.peft_format import (
 )
 from modulora_core.adapters.record import describe_base
 from modulora_core.arguments import checked
-from modulora_core.distributed import split_like
+from modulora_core.distributed import split_like, whole
 from modulora_core.errors import AdapterError
 from modulora_core.layers import LoRALayer
 
@@ -37,7 +38,8 @@ def load_adapter(
 ) -> list[str]:
     """Put a saved adapter on ``model``'s packed layers, in place, and freeze everything else.
 
-    A and B become float32. An adapter with channel scales brings them along.
+    A and B become float32. An adapter with channel scales or with the head of a task brings them
+    along. A model has one head, which adapters share.
 
     Args:
         model: a packed model. Another quantization of the adapter's base is allowed, and logs a
@@ -56,7 +58,8 @@ def load_adapter(
         AdapterError: it is no LoRA adapter, it does not fit the model, or the model has an adapter
             of that name.
     """
-    adapter = read_adapter(path, stacks_of(model))
+    adapter = read_adapter(path, stacks_of(model), heads=True)
+    _check_heads(adapter, model)
     check_fit(adapter, model, model_name(model))
     check_name_is_free(model, name)
     for module, delta in adapter.deltas.items():
@@ -69,6 +72,7 @@ def load_adapter(
             channel_scales=delta.channel_scales is not None,
         )
         _copy(delta, layer, name)
+    _copy_heads(adapter, model)
     if isinstance(model, AdaptedModel):
         model.loaded_adapter = str(adapter.folder)
     if trainable:
@@ -84,13 +88,14 @@ def restore_adapter(model: nn.Module, path: str | Path, name: str = "default") -
     Raises:
         AdapterError: it was trained on another base.
     """
-    saved = read_adapter(path, stacks_of(model))
+    saved = read_adapter(path, stacks_of(model), heads=True)
     here = describe_base(model, model_name(model))
     difference = "" if saved.record is None else saved.record.base.difference(here)
     if difference:
         raise AdapterError(f"resume of {path}: expected the base that it began with; {difference}")
     for module, layer in adapter_layers(model, name):
         _copy(saved.deltas[module], layer, name)
+    _copy_heads(saved, model)
 
 
 def check_fit(
@@ -136,6 +141,35 @@ def check_fit(
     difference = adapter.record.base.difference(base)
     if difference:
         logger.warning("adapter %s: %s", adapter.folder, difference)
+
+
+def _check_heads(adapter: SavedAdapter, model: nn.Module) -> None:
+    """Refuse heads that the model lacks, or that differ from the head of another adapter."""
+    here = head_parameters(model)
+    others = any(isinstance(module, LoRALayer) for module in model.modules())
+    for name, values in adapter.heads.items():
+        if name not in here:
+            raise AdapterError(
+                f"adapter {adapter.folder}: expected a model with its module {name}, which it "
+                f"trained beside LoRA, and in {model_name(model)} that is no head of a task; load "
+                "the class that it was trained on, such as AutoModelForSequenceClassification"
+            )
+        if values.shape != here[name].shape:
+            raise AdapterError(
+                f"adapter {adapter.folder}: {name}: expected {list(here[name].shape)} as in "
+                f"{model_name(model)}, got {list(values.shape)}; load the model with its num_labels"
+            )
+        if others and not values.to(here[name].dtype).equal(whole(here[name].data).cpu()):
+            raise AdapterError(
+                f"adapter {adapter.folder}: {name}: expected the values of the model's head, which "
+                "its other adapter uses, got others; load it on a model of its own"
+            )
+
+
+def _copy_heads(adapter: SavedAdapter, model: nn.Module) -> None:
+    here = head_parameters(model)
+    for name, values in adapter.heads.items():
+        here[name].data.copy_(split_like(values, here[name].data))
 
 
 def _copy(delta: AdapterDelta, layer: LoRALayer, name: str) -> None:

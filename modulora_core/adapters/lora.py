@@ -3,8 +3,9 @@
     y = x Ŵᵀ + s (x Aᵀ) Bᵀ      s = α / r      A : [r, in], random      B : [out, r], zero at first
 
 :func:`add_lora` replaces each selected layer by a LoRALinear, each stack of fused experts by
-LoRAExperts, and freezes everything else. An adapter may also train channel scales u [in] and v
-[out] of linear layers, which start at one. They replace Ŵ by diag(v) Ŵ diag(u).
+LoRAExperts, and freezes everything else but the head of a task, such as a classifier's. An adapter
+may also train channel scales u [in] and v [out] of linear layers, which start at one. They replace
+Ŵ by diag(v) Ŵ diag(u).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from modulora_core.adapters.adapted import (
     check_name_is_free,
     packed_layers,
     packed_shape,
+    task_heads,
 )
 from modulora_core.adapters.experts import LoRAExperts
 from modulora_core.adapters.save import save_adapter
@@ -42,7 +44,9 @@ def add_lora(
 ) -> list[str]:
     """Put a new adapter on ``model``'s packed layers, in place, and freeze everything else.
 
-    A, B and channel scales are float32, for activations of any dtype.
+    A, B and channel scales are float32, for activations of any dtype. A head outside of the base
+    model, such as the classifier of AutoModelForSequenceClassification, trains in its own dtype,
+    and is saved with the adapter.
 
     Args:
         model: its linear layers are QuantLinear, and its fused experts are packed stacks.
@@ -140,7 +144,7 @@ def lora_layer(model: nn.Module, path: str) -> LoRALayer:
 
 
 def train_only(model: nn.Module, name: str) -> None:
-    """Freeze the model except one adapter.
+    """Freeze the model except one adapter and the heads of tasks.
 
     TRL's trainers load the reference of a model by its config's name. With an adapter that was
     trained before, that would be another model, so the name becomes the adapter's folder, which
@@ -153,6 +157,8 @@ def train_only(model: nn.Module, name: str) -> None:
     for _, layer in adapter_layers(model, name):
         for parameter in layer.parameters_of(name).values():
             parameter.requires_grad_(True)
+    for head in task_heads(model).values():
+        head.requires_grad_(True)
 
 
 def _head(model: nn.Module, packed: Mapping[str, nn.Module]) -> str | None:

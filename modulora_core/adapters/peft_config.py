@@ -15,7 +15,7 @@ from modulora_core.errors import AdapterError
 from modulora_core.models.patterns import matches
 
 _UNSUPPORTED_FIELDS = (
-    "use_dora", "modules_to_save", "lora_bias", "layer_replication", "use_qalora",
+    "use_dora", "lora_bias", "layer_replication", "use_qalora",
     "trainable_token_indices", "alora_invocation_tokens", "use_bdlora", "arrow_config",
     "kasa_config", "monteclora_config",
 )  # fmt: skip
@@ -34,14 +34,20 @@ PEFT finds it as a target parameter, ``NAME.weight``.
 """
 
 
-def check_config(config: Mapping[str, Any], subject: str) -> None:
-    """Refuse an adapter that is more than LoRA. Raises AdapterError."""
+TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
+         "ForQuestionAnswering": "QUESTION_ANS"}  # fmt: skip
+"""PEFT's name of the task of a class with a head, by the end of the class's name."""
+
+
+def check_config(config: Mapping[str, Any], subject: str, *, heads: bool = False) -> None:
+    """Refuse an adapter that is more than LoRA, or than LoRA and ``heads``. Raises AdapterError."""
     init = str(config.get("init_lora_weights", True)).lower()
     refused = {
         "peft_type": config.get("peft_type") != "LORA",
         "bias": config.get("bias", "none") != "none",
         "lora_alpha": not isinstance(config.get("lora_alpha"), int | float),
         "init_lora_weights": init.startswith(_CHANGED_BASE),
+        "modules_to_save": bool(config.get("modules_to_save")) and not heads,
         **{name: bool(config.get(name)) for name in _UNSUPPORTED_FIELDS},
     }
     for name in filter(refused.get, refused):

@@ -3,6 +3,7 @@
     adapter_config.json           PEFT's LoraConfig
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight  [r, in]
                                   base_model.model.<module>.lora_B.weight  [out, r]
+                                  base_model.model.<name>  a parameter of a task's head
     modulora.json                 ours, optional: the base (modulora_core.adapters.record)
     modulora_scales.safetensors   ours, optional: channel scales
                                   <module>.input_scale   u, [in]   float32
@@ -19,8 +20,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +58,7 @@ class _Fields(BaseModel):
     """Fields of adapter_config.json that are used, and not checked elsewhere."""
 
     r: Annotated[int, Field(ge=1)] | None = None
+    modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     target_parameters: list[str] | None = None
@@ -104,12 +106,15 @@ class SavedAdapter:
         config: PEFT's LoraConfig.
         record: the contents of ``modulora.json``, or None.
         deltas: the change of each weight, by the path of its module, or of the stack of experts.
+        heads: the parameters of a task's head, such as a classifier's, by name: PEFT's
+            ``modules_to_save``.
     """
 
     folder: Path
     config: Mapping[str, Any]
     record: AdapterRecord | None
     deltas: Mapping[str, AdapterDelta]
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def base_name(self) -> str:
@@ -134,20 +139,23 @@ class SavedAdapter:
         return sum(
             delta.A.numel() + delta.B.numel() + (sum(delta.shape) if delta.channel_scales else 0)
             for delta in self.deltas.values()
-        )
+        ) + sum(head.numel() for head in self.heads.values())
 
     @property
     def has_channel_scales(self) -> bool:
         return any(delta.channel_scales is not None for delta in self.deltas.values())
 
 
-def read_adapter(path: str | Path, stacks: Mapping[str, Stack] | None = None) -> SavedAdapter:
+def read_adapter(
+    path: str | Path, stacks: Mapping[str, Stack] | None = None, *, heads: bool = False
+) -> SavedAdapter:
     """Read an adapter. Only JSON and safetensors are read.
 
     Args:
         path: a folder, or a repository on the Hub (``org/name``).
         stacks: the packed experts of the model, by path. Without them, an adapter on experts stays
             as in the file: one pair of matrices for all experts.
+        heads: whether the caller can use the head of a task; else an adapter with one is refused.
 
     Raises:
         AdapterError: the folder is missing or malformed, or has more than A, B and channel scales.
@@ -155,11 +163,11 @@ def read_adapter(path: str | Path, stacks: Mapping[str, Stack] | None = None) ->
     folder = _find(path)
     config = read_json(folder / CONFIG_FILE, dict[str, Any], error=AdapterError)
     check_json(config, _Fields, str(folder / CONFIG_FILE), error=AdapterError)
-    check_config(config, f"adapter {folder}")
+    check_config(config, f"adapter {folder}", heads=heads)
     record = None
     if (folder / RECORD_FILE).is_file():
         record = read_json(folder / RECORD_FILE, AdapterRecord, error=AdapterError)
-    factors = _read_factors(folder / WEIGHTS_FILE)
+    factors, saved_heads = _read_weights(folder / WEIGHTS_FILE, config.get("modules_to_save") or ())
     if stacks is not None:
         targets = config.get("target_parameters") or ()
         factors = from_file(factors, stacks, targets, str(folder / WEIGHTS_FILE))
@@ -171,15 +179,22 @@ def read_adapter(path: str | Path, stacks: Mapping[str, Stack] | None = None) ->
     }
     if SCALES_KEY in config or (record is not None and record.channel_scales):
         deltas = _with_scales(deltas, folder / SCALES_FILE)
-    return SavedAdapter(folder, config, record, deltas)
+    return SavedAdapter(folder, config, record, deltas, saved_heads)
 
 
-def _read_factors(path: Path) -> dict[str, Factors]:
-    """A and B of each module."""
+def _read_weights(
+    path: Path, modules_to_save: Sequence[str]
+) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """A and B of each module, and the parameters of heads by name."""
     found: dict[str, dict[str, Tensor]] = {}
+    heads: dict[str, Tensor] = {}
     for key, tensor in _read_tensors(path).items():
         match = _KEY.fullmatch(key)
         if match is None:
+            name = key.removeprefix(_PREFIX)
+            if name != key and any(f".{module}." in f".{name}" for module in modules_to_save):
+                heads[name] = tensor
+                continue
             raise AdapterError(
                 f"{path}: expected names {_PREFIX}<module>.lora_[AB].weight, got {key}"
             )
@@ -192,7 +207,7 @@ def _read_factors(path: Path) -> dict[str, Factors]:
             raise AdapterError(
                 f"{path}: {module}: expected lora_A [r, in] and lora_B [out, r], got {A} and {B}"
             )
-    return {module: (factors["A"], factors["B"]) for module, factors in found.items()}
+    return {module: (factors["A"], factors["B"]) for module, factors in found.items()}, heads
 
 
 def _with_scales(deltas: Mapping[str, AdapterDelta], path: Path) -> dict[str, AdapterDelta]:
@@ -280,6 +295,7 @@ def write_adapter(adapter: SavedAdapter, stacks: Mapping[str, Stack]) -> None:
     for module, (A, B) in laid.items():
         factors[f"{_PREFIX}{module}.lora_A.weight"] = A
         factors[f"{_PREFIX}{module}.lora_B.weight"] = B
+    factors |= {f"{_PREFIX}{name}": values for name, values in adapter.heads.items()}
     for module, delta in adapter.deltas.items():
         if delta.channel_scales is not None:
             scales[f"{module}.input_scale"] = delta.channel_scales.input.to(torch.float32)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from modulora_core.adapters.adapted import adapter_layers, model_name
+from modulora_core.adapters.adapted import adapter_layers, head_parameters, model_name, task_heads
 from modulora_core.adapters.expert_format import stacks_of
-from modulora_core.adapters.peft_config import lora_config, peft_targets
+from modulora_core.adapters.peft_config import TASKS, lora_config, peft_targets
 from modulora_core.adapters.peft_format import (
     AdapterDelta,
     SavedAdapter,
@@ -35,6 +35,8 @@ def save_adapter(
     settings: LoRASettings | None = None,
 ) -> None:
     """Write an adapter in PEFT's format, with ``modulora.json`` beside it.
+
+    The head of a task is saved too, as PEFT's ``modules_to_save``.
 
     In a distributed run all processes call it, and the first one writes.
 
@@ -71,6 +73,10 @@ def save_adapter(
         # GPT-2's Conv1D has its weight transposed
         "fan_in_fan_out": source is not None and any(_is_conv1d(source, path) for path in layers),
     }
+    heads = {path: whole(parameter) for path, parameter in head_parameters(model).items()}
+    if heads:
+        task = next((t for end, t in TASKS.items() if type(model).__name__.endswith(end)), None)
+        config |= {"modules_to_save": [*task_heads(model)], "task_type": task}
     record = AdapterRecord(
         format=2 if scaled else 1,
         base=describe_base(model, base),
@@ -79,7 +85,7 @@ def save_adapter(
     )
     if is_first():
         folder = usable_path(out, "output folder", OutputError)
-        write_adapter(SavedAdapter(folder, config, record, deltas), stacks)
+        write_adapter(SavedAdapter(folder, config, record, deltas, heads), stacks)
 
 
 def _delta(layer: LoRALayer, name: str, scaled: bool) -> AdapterDelta:

@@ -98,7 +98,7 @@ def _allocation(checkpoint: PackedCheckpoint) -> dict[str, Any] | None:
 def _adapter(path: str) -> Report:
     from modulora_core.adapters.peft_format import read_adapter
 
-    adapter = read_adapter(path)
+    adapter = read_adapter(path, heads=True)
     scaled = adapter.has_channel_scales
     base = None if adapter.record is None else adapter.record.base
     found: dict[str, Any] = {
