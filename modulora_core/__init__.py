@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.calibration import CalibrationConfig as CalibrationConfig
     from modulora_core.checkpoints.checkpoint import load_model as load_model
     from modulora_core.checkpoints.convert import convert as convert
-    from modulora_core.checkpoints.hf_quantizer import ModuLoRAConfig as ModuLoRAConfig
-    from modulora_core.checkpoints.hf_quantizer import register as register
+    from modulora_core.checkpoints.hf.quantizer import ModuLoRAConfig as ModuLoRAConfig
+    from modulora_core.checkpoints.hf.quantizer import register as register
     from modulora_core.hookspecs import hookimpl as hookimpl
     from modulora_core.inference.evaluate import evaluate as evaluate
     from modulora_core.inference.generate import Sampling as Sampling
@@ -51,7 +51,7 @@ _PUBLIC = {
     "FinetuneConfig": "training.config",
     "LoRALinear": "layers",
     "LoRASettings": "adapters.settings",
-    "ModuLoRAConfig": "checkpoints.hf_quantizer",
+    "ModuLoRAConfig": "checkpoints.hf.quantizer",
     "PackedLayout": "packed",
     "PackedWeight": "packed",
     "Promise": "spec",
@@ -72,7 +72,7 @@ _PUBLIC = {
     "open_to_run": "inference.loading",
     "plan": "planner.fitting",
     "quantize": "quantization.quantize",
-    "register": "checkpoints.hf_quantizer",
+    "register": "checkpoints.hf.quantizer",
     "save_adapter": "adapters.save",
     "tile_budget": "tiles",
 }
@@ -97,4 +97,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-importlib.import_module(f"{__name__}.checkpoints.registration").register_with_transformers()
+importlib.import_module(f"{__name__}.checkpoints.hf.registration").register_with_transformers()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from modulora_core.checkpoints.packed_table import TiedHead
+from modulora_core.checkpoints.hf.packed_table import TiedHead
 from modulora_core.errors import AdapterError, ModelError
 from modulora_core.layers import LoRALayer, PackedStack, QuantLinear
 

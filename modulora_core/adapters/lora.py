@@ -32,8 +32,8 @@ from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.adapters.targets import select_layers
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.packed_model import with_methods
-from modulora_core.checkpoints.publishing import upload
+from modulora_core.checkpoints.hf.packed_model import with_methods
+from modulora_core.checkpoints.hf.publishing import upload
 from modulora_core.distributed import is_first, whole
 from modulora_core.layers import LoRALayer, LoRALinear, PackedStack, QuantLinear
 
@@ -98,8 +98,8 @@ class AdaptedModel:
         has its name. So the parameters that train are also written to it, by their names here.
 
         Args:
-            push_to_hub: upload the folder too (:func:`modulora_core.checkpoints.publishing.upload`,
-                which takes the options).
+            push_to_hub: upload the folder too. The options go to
+                :func:`modulora_core.checkpoints.hf.publishing.upload`.
         """
         assert isinstance(self, nn.Module)
         layers = (module for module in self.modules() if isinstance(module, LoRALayer))

@@ -21,16 +21,16 @@ from modulora_core.adapters.load import check_fit
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
-from modulora_core.checkpoints.outputs import (
+from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.checkpoints.record import PackedSite
+from modulora_core.checkpoints.written.outputs import (
     SMALL_FILES,
     check_disk_space,
     check_output,
     whole_or_nothing,
     write_digests,
 )
-from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.checkpoints.record import PackedSite
-from modulora_core.checkpoints.shards import ShardWriter, plan_shards
+from modulora_core.checkpoints.written.shards import ShardWriter, plan_shards
 from modulora_core.errors import OptionError, OutputError, WeightError, usable_path
 from modulora_core.models.store import is_finite
 from modulora_core.progress import Progress, shows_progress

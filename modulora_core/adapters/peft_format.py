@@ -35,7 +35,7 @@ from torch import Tensor
 from modulora_core.adapters.expert_format import Factors, Stack, from_file, to_file
 from modulora_core.adapters.peft_config import check_config, check_rank, scale_of
 from modulora_core.adapters.record import RECORD_FILE, AdapterRecord, Dropout
-from modulora_core.checkpoints.outputs import write_file
+from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.errors import AdapterError, CheckpointError, usable_path
 from modulora_core.models.json_files import check_json, read_json
 from modulora_core.models.quiet import first_line

@@ -25,7 +25,7 @@ from modulora_core.adapters.peft_format import (
     write_adapter,
 )
 from modulora_core.checkpoints.checkpoint import open_checkpoint
-from modulora_core.checkpoints.outputs import check_output, whole_or_nothing
+from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
 from modulora_core.errors import AdapterError
 from modulora_core.models.conversion import stored_parts
 

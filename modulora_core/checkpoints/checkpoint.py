@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.foreign import open_folder, packed_in_file
-from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
+from modulora_core.checkpoints.foreign.opening import open_folder, packed_in_file
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
+from modulora_core.checkpoints.written.mapped import MappedFiles, keep_one_block
 from modulora_core.distributed import pick_device
 from modulora_core.errors import ModelError, OptionError
 from modulora_core.models.config import config_values, transformers_config
@@ -168,7 +168,7 @@ def load_model(
         ModelError: nothing is there, or it isn't quantized.
         CheckpointError: a file is missing or damaged, or files and config.json don't fit together.
     """
-    from modulora_core.checkpoints.hf_quantizer import register  # slow to import
+    from modulora_core.checkpoints.hf.quantizer import register  # slow to import
 
     device = str(pick_device(device))
     checkpoint = model if isinstance(model, PackedCheckpoint) else open_checkpoint(model)

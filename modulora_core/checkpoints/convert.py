@@ -17,16 +17,16 @@ from torch import Tensor
 
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
-from modulora_core.checkpoints.outputs import (
+from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite
+from modulora_core.checkpoints.written.outputs import (
     SMALL_FILES,
     check_disk_space,
     check_output,
     whole_or_nothing,
     write_digests,
 )
-from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite
-from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
+from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
 from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError, usable_path
 from modulora_core.models import formats
 from modulora_core.models.formats import CheckpointFormat, StoredWeight

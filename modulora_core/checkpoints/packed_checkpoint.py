@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modulora_core.checkpoints.mapped import MappedFiles
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
+from modulora_core.checkpoints.written.mapped import MappedFiles
 from modulora_core.errors import CheckpointError, OptionError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import transformers_config
@@ -153,8 +153,8 @@ class PackedCheckpoint:
             CheckpointError: the record names a parameter that the model hasn't got.
             PluginError: a quantizer isn't installed or can't be used.
         """
-        from modulora_core.checkpoints.hf_quantizer import ModuLoRAConfig  # slow to import
-        from modulora_core.checkpoints.packed_modules import install
+        from modulora_core.checkpoints.hf.packed_modules import install
+        from modulora_core.checkpoints.hf.quantizer import ModuLoRAConfig  # slow to import
 
         with quiet():
             if self.source is None:

@@ -64,7 +64,7 @@ def command(
         modulora demo --model ./model -q NAME
     """
     from modulora_core.checkpoints.checkpoint import open_if_packed
-    from modulora_core.checkpoints.outputs import check_output
+    from modulora_core.checkpoints.written.outputs import check_output
 
     packed = open_if_packed(model) is not None  # a missing model is refused before any work
     if packed and Path(model).is_dir():

@@ -34,7 +34,7 @@ def command(path: Checked, verify: Verify = False) -> Report:
         modulora info my-adapter --json
     """
     if verify:
-        from modulora_core.checkpoints.outputs import check_digests
+        from modulora_core.checkpoints.written.outputs import check_digests
 
         files = check_digests(Path(path))
         terminal().note(f"{path}: {files} files have their recorded SHA-256")

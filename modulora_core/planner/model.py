@@ -17,9 +17,9 @@ from modulora_core.checkpoints.checkpoint import (
     open_checkpoint,
     open_if_packed,
 )
-from modulora_core.checkpoints.packed_modules import install
-from modulora_core.checkpoints.packing import packed_sites
+from modulora_core.checkpoints.hf.packed_modules import install
 from modulora_core.checkpoints.record import QuantizationRecord
+from modulora_core.checkpoints.written.packing import packed_sites
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.ends import find_ends

@@ -19,7 +19,7 @@ from huggingface_hub.constants import HF_HOME
 from modulora_core import registry
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, is_packed, open_checkpoint
 from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.checkpoints.shards import MAX_SHARD_BYTES
+from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES
 from modulora_core.errors import OptionError
 from modulora_core.models import ParameterInfo, open_model
 from modulora_core.progress import Progress

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from modulora_core import distributed
 from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner, find_blocks
-from modulora_core.checkpoints.packing import pack_matrices
 from modulora_core.checkpoints.record import PackedSite
-from modulora_core.checkpoints.shards import ShardWriter
+from modulora_core.checkpoints.written.packing import pack_matrices
+from modulora_core.checkpoints.written.shards import ShardWriter
 from modulora_core.models import ModelSource
 from modulora_core.progress import Progress
 from modulora_core.quantization.layout import Layout

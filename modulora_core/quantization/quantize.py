@@ -22,9 +22,10 @@ from pydantic import BaseModel
 from modulora_core.arguments import checked
 from modulora_core.calibration import CalibrationConfig, calibration_text
 from modulora_core.calibration.states import spilled_bytes
-from modulora_core.checkpoints.model_card import FILE as CARD
-from modulora_core.checkpoints.model_card import model_card
-from modulora_core.checkpoints.outputs import (
+from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.checkpoints.written.model_card import FILE as CARD
+from modulora_core.checkpoints.written.model_card import model_card
+from modulora_core.checkpoints.written.outputs import (
     SMALL_FILES,
     check_disk_space,
     check_output,
@@ -33,8 +34,7 @@ from modulora_core.checkpoints.outputs import (
     write_digests,
     write_file,
 )
-from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter
+from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter
 from modulora_core.distributed import barrier, from_first, is_first, pick_device, together
 from modulora_core.errors import CheckpointError, OptionError, OutputError, usable_path
 from modulora_core.models import ModelSource, open_model

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modulora_core.checkpoints.shards import ShardWriter
+from modulora_core.checkpoints.written.shards import ShardWriter
 from modulora_core.quantization.mixed.errors import _Measuring
 
 

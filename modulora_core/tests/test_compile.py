@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modulora_core.autograd import number_of
-from modulora_core.checkpoints.packed_table import PackedTable
+from modulora_core.checkpoints.hf.packed_table import PackedTable
 from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
 
 

@@ -36,12 +36,12 @@ from modulora_core.checkpoints.checkpoint import (
     load_dtype,
     load_model,
 )
-from modulora_core.checkpoints.outputs import (
+from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.checkpoints.written.outputs import (
     check_disk_space,
     only_writer,
     write_file,
 )
-from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data import Collator, load_examples
 from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import Source, source_name

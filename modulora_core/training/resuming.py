@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from modulora_core.adapters.peft_format import CONFIG_FILE
-from modulora_core.checkpoints.outputs import check_output, partial_name
+from modulora_core.checkpoints.written.outputs import check_output, partial_name
 from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.models.folders import RUN_FILE

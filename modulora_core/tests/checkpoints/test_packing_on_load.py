@@ -104,7 +104,7 @@ def test_weights_are_cast_before_they_are_packed(pack: Pack) -> None:
 def test_one_dense_weight_is_alive_at_a_time(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     import weakref
 
-    from modulora_core.checkpoints import packing_on_load
+    from modulora_core.checkpoints.hf import packing_on_load
 
     alive: list[weakref.ref[torch.Tensor]] = []
     pack_matrices = packing_on_load.pack_matrices

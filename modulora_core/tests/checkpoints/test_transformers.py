@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
-from modulora_core.checkpoints.hf_quantizer import register
+from modulora_core.checkpoints.hf.quantizer import register
 from modulora_core.checkpoints.record import QUANT_METHOD
 from modulora_core.errors import AdapterError, CheckpointError
 from modulora_core.layers import PackedParameter

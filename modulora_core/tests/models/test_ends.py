@@ -17,7 +17,7 @@ from modulora_core.adapters.merge import merge
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
-from modulora_core.checkpoints.packed_table import PackedTable, TiedHead
+from modulora_core.checkpoints.hf.packed_table import PackedTable, TiedHead
 from modulora_core.errors import AdapterError, CheckpointError, OptionError, RequestError
 from modulora_core.layers import LoRALinear, QuantLinear
 from modulora_core.models.ends import find_ends

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, TuningConfig
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
-from modulora_core.checkpoints.outputs import partial_name
+from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, DataError, ModuLoRAError, OptionError
 from modulora_core.models.folders import MARKER

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, HeldOutCalibration
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
-from modulora_core.checkpoints.outputs import partial_name
-from modulora_core.checkpoints.packed_table import TiedHead
+from modulora_core.checkpoints.hf.packed_table import TiedHead
+from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.data import token_segments
 from modulora_core.errors import (
     CheckpointError,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
-from modulora_core.checkpoints.outputs import DIGESTS, check_digests, partial_name
+from modulora_core.checkpoints.written.outputs import DIGESTS, check_digests, partial_name
 from modulora_core.errors import (
     CheckpointError,
     ModelError,

@@ -23,7 +23,7 @@ from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.files import AdapterFile
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_any
-from modulora_core.checkpoints.outputs import new_file
+from modulora_core.checkpoints.written.outputs import new_file
 from modulora_core.errors import AdapterError, ModelError
 from modulora_core.models.locate import names_file
 from modulora_core.models.source import ModelSource

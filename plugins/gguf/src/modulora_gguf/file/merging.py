@@ -25,9 +25,9 @@ from modulora_core.adapters.files import MergedFile, base_file
 from modulora_core.adapters.merge import adapter_deltas, delta_of, merged_parameter
 from modulora_core.adapters.peft_format import AdapterDelta
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
-from modulora_core.checkpoints.outputs import SMALL_FILES, check_disk_space, new_file
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
+from modulora_core.checkpoints.written.outputs import SMALL_FILES, check_disk_space, new_file
 from modulora_core.errors import ModelError, OptionError, WeightError
 from modulora_core.models.locate import locate
 from modulora_core.models.source import ModelSource, open_model

@@ -1,7 +1,7 @@
 """Let transformers' ``from_pretrained`` load our checkpoints, or quantize a dense model.
 
 transformers builds the skeleton on the meta device,
-:func:`~modulora_core.checkpoints.packed_modules.install` puts packed modules into it, and
+:func:`~modulora_core.checkpoints.hf.packed_modules.install` puts packed modules into it, and
 transformers' loader fills their tensors from the files. No dense weight exists at any moment.
 
 The interface of HfQuantizer changed twice between transformers 4.57 and 5.24. We use only the
@@ -21,9 +21,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.packed_model import PackedModel, with_methods
-from modulora_core.checkpoints.packed_modules import install, unpack
-from modulora_core.checkpoints.packing_on_load import PackOnLoad, data_free
+from modulora_core.checkpoints.hf.packed_model import PackedModel, with_methods
+from modulora_core.checkpoints.hf.packed_modules import install, unpack
+from modulora_core.checkpoints.hf.packing_on_load import PackOnLoad, data_free
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.errors import ModelError
 from modulora_core.models.store import check_finite

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from modulora_core.checkpoints.packed_table import PackedTable
-from modulora_core.checkpoints.publishing import Publishing
+from modulora_core.checkpoints.hf.packed_table import PackedTable
+from modulora_core.checkpoints.hf.publishing import Publishing
 from modulora_core.layers import PackedParameter
 
 

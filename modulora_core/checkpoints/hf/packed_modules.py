@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from modulora_core.checkpoints.hf.packed_table import PackedTable, TiedHead
 from modulora_core.checkpoints.joined_rows import JoinedRows
-from modulora_core.checkpoints.packed_table import PackedTable, TiedHead
 from modulora_core.checkpoints.record import PackedSite, QuantizationRecord
 from modulora_core.dense_products import DenseLinear
 from modulora_core.errors import AdapterError, CheckpointError, ModelError

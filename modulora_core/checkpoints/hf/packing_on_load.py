@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-from modulora_core.checkpoints.packed_modules import install_parameter, use_dense_products
-from modulora_core.checkpoints.packing import by_reason, pack_matrices, packed_sites
+from modulora_core.checkpoints.hf.packed_modules import install_parameter, use_dense_products
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe
+from modulora_core.checkpoints.written.packing import by_reason, pack_matrices, packed_sites
 from modulora_core.errors import CheckpointError, OptionError, WeightError
 from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.models.conversion import tied_names

@@ -1,0 +1,1 @@
+"""What transformers calls: its quantizer for our folders, packed modules, and saving a model."""
