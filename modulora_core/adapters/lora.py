@@ -65,7 +65,9 @@ def add_lora(
     packed = packed_layers(model)
     shapes = {path: packed_shape(layer) for path, layer in packed.items()}
     modules = [path for path, _ in model.named_modules()]
-    paths = select_layers(shapes, settings.targets, settings.rank, modules, _head(model, packed))
+    paths = select_layers(
+        shapes, settings.targets, settings.rank, modules, _head(model, packed), _decoder(model)
+    )
     check_name_is_free(model, name)
     devices = {parameter.device for path in paths for parameter in packed[path].parameters()}
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
@@ -166,3 +168,11 @@ def _head(model: nn.Module, packed: Mapping[str, nn.Module]) -> str | None:
         return None
     head = model.get_output_embeddings()
     return next((path for path, layer in packed.items() if layer is head), None)
+
+
+def _decoder(model: nn.Module) -> str:
+    """The beginning of the paths of a multimodal model's text decoder; "" of a text model."""
+    if not isinstance(model, PreTrainedModel) or model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((f"{p}." for p, module in model.named_modules() if p and module is decoder), "")

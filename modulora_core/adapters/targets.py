@@ -5,6 +5,7 @@
     experts      the fused experts of a mixture, but no shared expert
     name         each layer or stack whose dotted path is the name or ends with ``.name``
 
+Of a multimodal model a group has layers of the text decoder alone; a name selects any layer.
 A group never has a router or another gate of a mixture: that would move tokens to other experts.
 """
 
@@ -24,6 +25,7 @@ def select_layers(
     rank: int,
     modules: Iterable[str],
     head: str | None = None,
+    decoder: str = "",
 ) -> list[str]:
     """Select layers by name, in the order of ``shapes``.
 
@@ -34,6 +36,7 @@ def select_layers(
         rank: r of the adapter.
         modules: paths of all modules of the model, for a better message.
         head: path of the output head, which only its own name selects.
+        decoder: beginning of the paths of a multimodal model's text decoder.
 
     Raises:
         AdapterError: a target selects no packed layer; the message has near misses.
@@ -41,8 +44,9 @@ def select_layers(
     """
     names = [targets] if isinstance(targets, str) else targets
     chosen: set[str] = set()
+    text = {path: shape for path, shape in shapes.items() if path.startswith(decoder)}
     for name in names:
-        group = _group(name, shapes, head)
+        group = _group(name, text, head)
         found = [path for path in shapes if _selects(name, path)] if group is None else group
         if not found and name != ALL_LINEAR:
             raise AdapterError(_unknown(name, shapes, modules))
