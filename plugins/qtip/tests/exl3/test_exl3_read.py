@@ -108,7 +108,7 @@ def test_a_folder_is_the_model_that_it_holds(
     record = open_checkpoint(tmp_path).record
     assert record.source["format"] == "exl3"
     assert "lm_head.weight" in record.weights
-    assert not any("proj" in name for names in record.kept.values() for name in names)
+    assert record.kept.keys() <= {"embedding", "bias", "norm", "router"}
 
 
 def test_a_folder_is_finetuned_converted_merged_and_asked(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.tests.fuzzing import cases, read_changed, run_once
+from modulora_core.tests.other_tools import logits
 
 Tensors = dict[str, Tensor]
 
@@ -66,7 +67,7 @@ BAD = {
     "both codes": (put("mul1", torch.tensor(1).int()), r"expected mcg or mul1, .* got both"),
     "no scales": (put("suh", None), r"suh: expected float16 \[128\] by trellis, got nothing"),
     "short scales": (put("svh", torch.ones(255).half()), r"svh: expected float16 \[256\] by"),
-    "wide scales": (put("suh", torch.ones(128)), r"suh: expected float16 \[128\] by"),
+    "whole scales": (put("suh", torch.ones(128).int()), r"suh: expected float16 \[128\] by"),
 }  # fmt: skip
 
 
@@ -112,6 +113,19 @@ def test_scales_must_be_finite(
     with pytest.raises(CheckpointError, match=rf"{UP}\.{part}: expected finite values, got NaN"):
         load_model(folder)
     assert_refused(["generate", str(folder), "hello"], capsys)
+
+
+def test_scales_of_another_dtype_are_read_if_fp16_holds_them(saved: Path, tmp_path: Path) -> None:
+    def widen(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(("suh", "svh"))]:
+            tensors[name] = tensors[name].float()
+
+    expected = logits(load_model(saved, dtype="float32"))
+    found = logits(load_model(changed(saved, tmp_path / "wide", widen), dtype="float32"))
+    assert torch.equal(found, expected)
+    folder = changed(saved, tmp_path / "finer", put("suh", torch.full((128,), 1 / 3)))
+    with pytest.raises(CheckpointError, match=r"suh: expected numbers of fp16, got torch\.float32"):
+        load_model(folder)
 
 
 def test_sizes_that_padding_does_not_explain_are_refused(saved: Path, tmp_path: Path) -> None:

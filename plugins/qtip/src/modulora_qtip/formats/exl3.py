@@ -46,6 +46,9 @@ BITS = range(1, 9)
 MARKS = tuple(code for code in EXL3_CODES if code != "3inst")
 """The names of tensors whose presence chooses a code function."""
 
+WIDER = ("bfloat16", "float32")
+"""Dtypes in which tools save fp16 scales again, with the model's other tensors."""
+
 HEAD = "lm_head"
 """transformers' name of a language model's head."""
 
@@ -178,7 +181,9 @@ def _scales(module: str, side: str, n: int, tensors: Mapping[str, TensorLayout])
     """The name of the scales of a side, ``"u"`` or ``"v"``. Raises CheckpointError: other sizes."""
     scales, signs = f"{module}.s{side}h", f"{module}.s{side}"
     if scales in tensors or signs not in tensors:
-        check_tensors({scales: TensorLayout("float16", (n,))}, tensors, "trellis")
+        found = tensors.get(scales)
+        other = found is not None and found.dtype in WIDER and found.dtype
+        check_tensors({scales: TensorLayout(other or "float16", (n,))}, tensors, "trellis")
         return scales
     check_tensors({signs: TensorLayout("int16", (n // 16,))}, tensors, "trellis")
     return signs
@@ -215,7 +220,13 @@ def _weight(
 
 def _read_scales(read: Read, name: str) -> Tensor:
     if name.endswith("h"):
-        return read_finite(read, name)
+        stored = read_finite(read, name)
+        scales = stored.to(torch.float16)
+        if not torch.equal(scales.to(stored.dtype), stored):  # a tool saved them in another dtype
+            raise CheckpointError(
+                f"{name}: expected numbers of fp16, got {stored.dtype} that fp16 can't hold"
+            )
+        return scales
     places = torch.arange(16)
     negative = read(name).to(torch.int32)[:, None] >> places & 1
     return (1 - 2 * negative).flatten().to(torch.float16)
