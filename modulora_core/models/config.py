@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _MOST = {"layer": 512, "block": 512, "expert": 4096}
 """The largest counts in config.json: transformers makes a module or a list of so many."""
 
-_COUNT = re.compile(r"(layer|block|expert)s?(_per_\w+)?")
+_COUNT = re.compile(r"(?<!feature_)(layer|block|expert)s?(_per_\w+)?")
+"""The end of a count's name. LLaVA's ``vision_feature_layer: -2`` is an index from the end."""
 
 _Id = Annotated[int, Field(strict=True)]
 

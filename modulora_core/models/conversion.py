@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
     from modulora_core.models.store import StoredTensor
 
+PACK_IN_PYTHON = (
+    "a model of another kind is packed in Python, with its own class: "
+    "CLASS.from_pretrained(MODEL, quantization_config=ModuLoRAConfig(NAME))"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
@@ -180,7 +185,7 @@ def build_skeleton(
         # a config may hold any nonsense, and the classes raise what they like
         raise ModelError(
             f"model_type {config.model_type!r}: transformers can't build a causal language model "
-            f"of this config: {first_line(error)}"
+            f"of this config: {first_line(error).rstrip('.:')}; {PACK_IN_PYTHON}"
         ) from error
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0:

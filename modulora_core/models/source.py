@@ -13,7 +13,7 @@ import torch
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import read_config
-from modulora_core.models.conversion import build_skeleton, untied
+from modulora_core.models.conversion import PACK_IN_PYTHON, build_skeleton, untied
 from modulora_core.models.file_formats import ModelFile, open_file
 from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.quiet import quiet
@@ -116,7 +116,8 @@ def open_model(model: str, *, revision: str | None = None) -> ModelSource:
     Raises:
         ModelError: nothing is there, transformers can't use it, it isn't a causal language model,
             or it is quantized already.
-        CheckpointError: the weights are missing, truncated or broken.
+        CheckpointError: the weights are missing, truncated or broken, or the causal language model
+            has no place for some of them.
     """
     return open_source(locate(model, revision))
 
@@ -130,6 +131,7 @@ def open_source(location: Location) -> ModelSource:
         location = fetch_weights(location)
         source = fit(location, config, values, SafetensorsStore(location.folder))
     _refuse_integers(source)
+    _refuse_unplaced(source)
     return source
 
 
@@ -142,6 +144,19 @@ def _refuse_integers(source: ModelSource) -> None:
             raise CheckpointError(
                 f"{tensor.file}: {name}: expected floating-point values, got {tensor.stored_as}"
             )
+
+
+def _refuse_unplaced(source: ModelSource) -> None:
+    """Refuse a folder of a larger model, such as an encoder's, which would be left out."""
+    if source.unplaced:
+        source.validate()  # another architecture lacks parameters too
+        parts = dict.fromkeys(name.split(".layers.")[0] for name in source.unplaced)
+        kind = type(source.skeleton()).__name__
+        named = ", ".join([source.unplaced[0], *[*parts][1:3]])
+        raise CheckpointError(
+            f"model {source.location.model}: expected the tensors of {kind}, got "
+            f"{len(source.unplaced)} that it has no place for, such as {named}; {PACK_IN_PYTHON}"
+        )
 
 
 def open_config(model: str, *, revision: str | None = None) -> PretrainedConfig:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from modulora_core.errors import CheckpointError
 from modulora_core.models import ModelSource, open_model
 from modulora_core.models.source import open_config
 from modulora_core.tests.crude_folders import edit_config
@@ -123,15 +124,20 @@ def test_progress_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
     assert seen[-1][1] == stored
 
 
-def test_tensors_without_a_place_are_listed_and_not_read(tmp_path: Path) -> None:
+def test_tensors_that_transformers_ignores_are_not_read(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path)
-    ignored = "model.layers.0.self_attn.rotary_emb.inv_freq"  # by transformers too
-    extra = {"model.layers.7.up_proj.weight": torch.full((2, 2), torch.nan), ignored: torch.ones(4)}
-    change(tmp_path, lambda tensors: tensors.update(extra))
+    ignored = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change(tmp_path, lambda tensors: tensors.update({ignored: torch.full((4,), torch.nan)}))
     source = open_model(str(tmp_path))
-    assert source.validate() == ["model.layers.7.up_proj.weight"]
     source.check_finite()
     assert_same(source, loaded(tmp_path))
+
+
+def test_tensors_without_a_place_are_refused_by_name(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    change(tmp_path, lambda tensors: tensors.update({"model.encoder.w": torch.ones(2, 2)}))
+    with pytest.raises(CheckpointError, match=r"LlamaForCausalLM, got 1 .* model\.encoder\.w;"):
+        open_model(str(tmp_path))
 
 
 def test_named_parameters_are_streamed_alone(tmp_path: Path) -> None:
