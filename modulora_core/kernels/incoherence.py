@@ -1,6 +1,6 @@
 """Incoherence processing and the factors of BlockLDLQ, for quantizers in a rotated basis.
 
-Symbols of QuIP# (Tseng, Chee, Sun, Kuleshov, De Sa 2024, arXiv 2402.04396):
+Symbols of Tseng, Chee, Sun, Kuleshov, De Sa 2024 (arXiv 2402.04396):
 
     W         the weight, [M, N]; rows are quantized apart, and all share H
     H         E[x xᵀ], [N, N]; the proxy error is tr((Ŵ − W) H (Ŵ − W)ᵀ)              equation 1
@@ -8,7 +8,7 @@ Symbols of QuIP# (Tseng, Chee, Sun, Kuleshov, De Sa 2024, arXiv 2402.04396):
     S_U, S_V  random signs, [N] and [M]                                                algorithm 3
     W̃, H̃      W and H in the rotated basis: H_Mᵀ S_V W S_U H_N, H_Nᵀ S_U H S_U H_N     algorithm 3
     L         unit block lower triangular, H̃ = L D Lᵀ                                 section 4.1
-    s         rescaling of the columns, W s and x / s          QuIP (arXiv 2307.13304), section 4.2
+    s         rescaling of the columns, W s and x / s          arXiv 2307.13304, section 4.2
 
 All is computed in fp64 if W is fp64, else in fp32.
 """

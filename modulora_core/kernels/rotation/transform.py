@@ -3,7 +3,7 @@
     H_n = (1/√n) (M_K ⊗ Sylvester_m)        n = K · m,  m a power of two
 
 M_K is a Hadamard matrix where :func:`modulora_core.kernels.rotation.decompose` has one. With
-random signs before it, H_n is QuIP#'s randomized Hadamard transform (arXiv 2402.04396, section 3).
+random signs before it, H_n is a randomized Hadamard transform (arXiv 2402.04396, section 3).
 Otherwise K is the odd part of n, and M_K Hartley's matrix, cas(2πab/K) = cos(2πab/K) + sin(2πab/K).
 It is the real form of the paper's fallback, the randomized Fourier transform (appendix A).
 
