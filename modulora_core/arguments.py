@@ -57,12 +57,18 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
-def checked_dataclass(cls: type[Class]) -> type[Class]:
+def checked_dataclass(cls: type[Class] | None = None, *, eq: bool = True) -> Any:
     """Decorate a class: a frozen dataclass whose fields must have the types of its annotations.
 
     A field of another type raises OptionError.
+
+    Args:
+        cls: the class.
+        eq: equal fields make equal values; else a value equals itself alone, and is hashable.
     """
-    made = dataclass(frozen=True, slots=True, weakref_slot=True)(cls)
+    if cls is None:
+        return functools.partial(checked_dataclass, eq=eq)
+    made = dataclass(frozen=True, slots=True, weakref_slot=True, eq=eq)(cls)
     made.__init__ = checked(made.__init__)  # type: ignore[method-assign]
     return made
 

@@ -17,23 +17,57 @@ block until it has every saved tensor. A block's last product saves none, so tor
 from __future__ import annotations
 
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modulora_core.arguments import checked_dataclass
 from modulora_core.dense_products import compute_dtype
-from modulora_core.errors import note_plugin
-from modulora_core.packed import PackedWeight, check_operands
-from modulora_core.spec import Quantizer
+from modulora_core.errors import ShapeError, note_plugin
+from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
+
+
+class Weight(Protocol):
+    """Ŵ: a packed weight with its quantizer. A layer's parameter is one, and FrozenWeight."""
+
+    quantizer: Quantizer
+    number: int
+    """Its key in :data:`WEIGHTS`, from :func:`new_number`."""
+
+    @property
+    def packed(self) -> PackedWeight: ...
+
+    @property
+    def layout(self) -> PackedLayout: ...
+
+
+WEIGHTS: WeakValueDictionary[int, Weight] = WeakValueDictionary()
+"""Each Ŵ that is alive. A torch operation takes tensors and numbers, so it gets Ŵ's number."""
+
+_NUMBERS = count()
+
+
+def new_number(weight: Weight) -> int:
+    """Give Ŵ a number of its own."""
+    number = next(_NUMBERS)
+    WEIGHTS[number] = weight
+    return number
+
+
+class FrozenWeight:
+    """Ŵ outside of a layer."""
+
+    def __init__(self, quantizer: Quantizer, packed: PackedWeight) -> None:
+        self.quantizer, self.packed, self.layout = quantizer, packed, packed.layout
+        self.number = new_number(self)
 
 
 def lora_linear(
     x: Tensor,
-    quantizer: Quantizer,
-    packed: PackedWeight,
+    weight: Weight,
     bias: Tensor | None = None,
     A: Tensor | None = None,
     B: Tensor | None = None,
@@ -47,8 +81,7 @@ def lora_linear(
 
     Args:
         x: ``[..., in]``, any float dtype, any number of leading dimensions.
-        quantizer: the quantizer that packed ``packed``.
-        packed: Ŵ, ``[out, in]``. It gets no gradient.
+        weight: Ŵ, ``[out, in]``. It gets no gradient.
         bias: ``[out]``.
         A: ``[r, in]``; B: ``[out, r]``. They are cast to the dtype in which ``x`` is multiplied.
         scale: s, often α / r.
@@ -61,10 +94,10 @@ def lora_linear(
     Raises:
         ShapeError: ``x``, A, B, the scales and Ŵ do not fit together.
     """
-    check_operands(packed, x, A, B, input_scale, output_scale)
+    _check_operands(weight.layout.shape, x, A, B, input_scale, output_scale)
     delta = None if A is None or B is None else _lora(x, A, B, scale, dropout)
     scaled = x if input_scale is None else (x * input_scale).to(x.dtype)
-    y = packed_product(scaled, quantizer, packed)
+    y = packed_product(scaled, weight)
     if output_scale is not None:
         y = y * output_scale
     for term in (bias, delta):
@@ -72,14 +105,11 @@ def lora_linear(
     return y.to(x.dtype)
 
 
-def packed_product(
-    x: Tensor, quantizer: Quantizer, packed: PackedWeight, transpose: bool = False
-) -> Tensor:
+def packed_product(x: Tensor, weight: Weight, transpose: bool = False) -> Tensor:
     """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``; differentiable in ``x``, in its dtype."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        number = number_of(quantizer, packed)
-        return torch.ops.modulora.product(x, number, transpose)  # type: ignore[no-any-return]
-    return _multiply(x, quantizer, packed, transpose)  # decoding: torch's dispatcher takes 15 µs
+        return torch.ops.modulora.product(x, weight.number, transpose)  # type: ignore[no-any-return]
+    return _multiply(x, weight, transpose)  # decoding: torch's dispatcher takes 15 µs
 
 
 def _lora(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
@@ -90,44 +120,85 @@ def _lora(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tens
     return F.linear(scale * F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
-def _multiply(x: Tensor, quantizer: Quantizer, packed: PackedWeight, transpose: bool) -> Tensor:
+def _multiply(x: Tensor, weight: Weight, transpose: bool) -> Tensor:
     try:
-        return quantizer.matmul(x, packed, transpose)
+        return weight.quantizer.matmul(x, weight.packed, transpose)
     except (Exception, SystemExit) as error:
-        product = "transposed product" if transpose else "product"
-        note_plugin(error, quantizer.spec.name, f"{product} of a layer of {list(packed.shape)}")
+        product, shape = "transposed product" if transpose else "product", weight.layout.shape
+        note_plugin(error, weight.quantizer.spec.name, f"{product} of a layer of {list(shape)}")
         raise
 
 
-WEIGHTS: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
-QUANTIZERS: WeakValueDictionary[int, Quantizer] = WeakValueDictionary()
-"""Packed weights and their quantizers by number: torch's operations take tensors and numbers."""
+def _check_operands(
+    shape: tuple[int, int],
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+) -> None:
+    """Refuse an input, an adapter or channel scales whose shapes do not fit Ŵ's.
 
-_NUMBERS = count()
+    Raises:
+        ShapeError: names the operand, its expected shape and its shape.
+    """
+    if (A is None) != (B is None):
+        raise ShapeError("LoRA adapter: expected both A and B, got one of them")
+    (out_features, in_features), rank = shape, () if A is None else A.shape[:1]
+    for name, tensor, *expected in (
+        ("input", x, *x.shape[:-1], in_features),
+        ("A", A, *rank, in_features),
+        ("B", B, out_features, *rank),
+        ("input_scale", u, in_features),
+        ("output_scale", v, out_features),
+    ):
+        if tensor is not None and list(tensor.shape) != expected:
+            weight = f"a {list(shape)} weight"
+            raise ShapeError(f"{name} of {weight}: expected {expected}, got {list(tensor.shape)}")
 
 
-def number_of(quantizer: Quantizer, packed: PackedWeight) -> int:
-    """The key of a weight in :data:`WEIGHTS` and of its quantizer in :data:`QUANTIZERS`."""
-    if quantizer not in packed.kept:
-        number = packed.kept[quantizer] = next(_NUMBERS)
-        WEIGHTS[number], QUANTIZERS[number] = packed, quantizer
-    return packed.kept[quantizer]  # type: ignore[no-any-return]  # it holds anything
+@checked_dataclass
+class ChannelScales:
+    """Two vectors u and v that replace Ŵ by diag(v) Ŵ diag(u).
+
+    Attributes:
+        input: u, ``[in]``.
+        output: v, ``[out]``.
+
+    Raises:
+        ShapeError: one of them is not a vector.
+    """
+
+    input: Tensor
+    output: Tensor
+
+    def __post_init__(self) -> None:
+        if self.input.dim() != 1 or self.output.dim() != 1:
+            shapes = f"{list(self.input.shape)} and {list(self.output.shape)}"
+            raise ShapeError(f"channel scales: expected two vectors, got {shapes}")
+
+    def of_rows(self, start: int, stop: int, W: Tensor) -> Tensor:
+        """Scale ``W``, rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``; in its dtype."""
+        return W * self.output[start:stop, None].to(W.dtype) * self.input.to(W.dtype)
+
+
+# --- torch's operation -----------------------------------------------------------------------
 
 
 def compute_product(x: Tensor, number: int, transpose: bool) -> Any:
     """The product with the weight of this number, as torch's operation computes it."""
-    y: Any = _multiply(x, QUANTIZERS[number], WEIGHTS[number], transpose)
+    y: Any = _multiply(x, WEIGHTS[number], transpose)
     # matmul may return a view, and autograd forbids `y += ...` on a view that an operation returned
     return y.new_empty(0).set_(y)
 
 
 def _empty_product(x: Tensor, number: int, transpose: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], WEIGHTS[number].shape[1 if transpose else 0])
+    return x.new_empty(*x.shape[:-1], WEIGHTS[number].layout.shape[1 if transpose else 0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, int, bool], **_: Tensor) -> None:
     ctx.number, ctx.transpose = inputs[1:]
-    ctx.packed = WEIGHTS[ctx.number]  # the graph holds it until the backward
+    ctx.weight = WEIGHTS[ctx.number]  # the graph holds it until the backward
 
 
 def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor, None, None]:

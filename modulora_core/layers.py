@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modulora_core.arguments import checked
-from modulora_core.autograd import lora_linear, number_of, packed_product
+from modulora_core.autograd import lora_linear, new_number, packed_product
 from modulora_core.errors import AdapterError, ModelError, ShapeError
 from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
 
@@ -31,7 +31,33 @@ _HALVES = (torch.float16, torch.bfloat16)
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
-class PackedParameter(nn.Module):
+class PEFTParameter(nn.Module):
+    """Answers PEFT, which takes a layer's weight for a tensor.
+
+    PEFT reads ``dtype`` to cast a new adapter to it, ``data`` to merge an adapter or to make one
+    from W, and calls ``to`` with a dtype to compute with W, as LoftQ does. A packed weight is moved
+    and never cast.
+    """
+
+    dtype = torch.uint8
+    """PEFT casts no adapter to a dtype of integers."""
+    layout: PackedLayout
+
+    @property
+    def data(self) -> Tensor:
+        """Always raises ModelError: there is no dense weight."""
+        raise ModelError(
+            f"packed weight of {self.layout.quantizer}: expected a dense weight to merge into or "
+            "to initialize from; call model.dequantize() first, or run `modulora merge`"
+        )
+
+    def to(self, *where: Any, **more: Any) -> Any:
+        """Move the tensors. A dtype raises ModelError."""
+        cast = any(isinstance(each, torch.dtype) for each in (*where, *more.values()))
+        return self.data if cast else super().to(*where, **more)
+
+
+class PackedParameter(PEFTParameter):
     """A packed weight in the place of a parameter.
 
     Its tensors are parameters without a gradient, since DDP broadcasts buffers at each forward and
@@ -43,59 +69,45 @@ class PackedParameter(nn.Module):
         transposed: the model's code sees the weight as ``[in, out]`` and computes ``x @ W``.
     """
 
-    dtype = torch.uint8  # PEFT reads it, and casts no adapter to a dtype of integers
-
     def __init__(
         self, quantizer: Quantizer, packed: PackedWeight, *, transposed: bool = False
     ) -> None:
         super().__init__()
         self.quantizer = quantizer
-        self.layout: PackedLayout = packed.layout
+        self.layout = packed.layout
         self.transposed = transposed
-        self._current: PackedWeight | None = None
+        self.number = new_number(self)
         self._dtypes = {name: tensor.dtype for name, tensor in packed.tensors.items()}
+        self._packed: PackedWeight | None = None
         for name, tensor in packed.tensors.items():
             if tensor.dim():
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(name, tensor)
-        self._renew()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a deep copy
-        self._renew()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in self.__dict__.get("_dtypes", ()):  # FSDP2 puts a part in the place of a tensor,
-            self._current = None  # and the whole one is freed once nothing refers to it
+        super().__setstate__(state)
+        self.number, self._packed = new_number(self), None  # it is a deep copy
 
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight, made of the tensors as they are now."""
-        # decoding reads it once a layer and token: renewed only after a tensor was replaced or cast
-        if self._current is None:
-            return self._renew()
-        for name, tensor in self._current.tensors.items():
-            held = self._tensor(name)
-            if held is not tensor or held.dtype is not self._dtypes[name]:
-                return self._renew()
-        return self._current
+        """The packed weight, made of the tensors as they are now.
+
+        Cached as long as the tensors are the same, for decoding reads it once a layer and token.
+        """
+        tensors = {name: self._tensor(name) for name in self._dtypes}
+        known = self._packed
+        if known is None or any(known.tensors[n] is not t for n, t in tensors.items()):
+            known = self._packed = self.layout.fill(tensors)
+        return known
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self._parameters[name] if name in self._parameters else self._buffers[name]
         assert tensor is not None
-        return tensor
-
-    def _renew(self) -> PackedWeight:
-        tensors = {name: self._tensor(name) for name in self._dtypes}
-        for name, tensor in tensors.items():
+        if tensor.dtype is torch.float32 and self._dtypes[name] in _HALVES:
             # PEFT's prepare_model_for_kbit_training widens 16-bit parameters; narrowing is exact
-            if tensor.dtype is torch.float32 and self._dtypes[name] in _HALVES:
-                tensor.data = tensor.data.to(self._dtypes[name])
-        self._current = packed = self.layout.fill(tensors)
-        number_of(self.quantizer, packed)  # a compiler can look it up, and not make one
-        return packed
+            tensor.data = tensor.data.to(self._dtypes[name])
+        return tensor
 
     @property
     def shape(self) -> torch.Size:
@@ -112,22 +124,9 @@ class PackedParameter(nn.Module):
         tile = self.quantizer.dequantize_tile(self.packed, (0, out), dtype)
         return tile.t().contiguous() if self.transposed else tile
 
-    @property
-    def data(self) -> Tensor:
-        """PEFT reads it to merge an adapter, or to make one from W. Always raises ModelError."""
-        raise ModelError(
-            f"packed weight of {self.layout.quantizer}: expected a dense weight to merge into or "
-            "to initialize from; call model.dequantize() first, or run `modulora merge`"
-        )
-
-    def to(self, *where: Any, **more: Any) -> Any:
-        """Move the tensors. A dtype, with which PEFT's LoftQ asks for W, raises ModelError."""
-        cast = any(isinstance(each, torch.dtype) for each in (*where, *more.values()))
-        return self.data if cast else super().to(*where, **more)
-
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``; differentiable in ``x``."""
-        return packed_product(x, self.quantizer, self.packed, transpose)
+        return packed_product(x, self, transpose)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.half() casts every float buffer; scales keep the dtype that they were packed with
@@ -136,7 +135,6 @@ class PackedParameter(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(move, recurse)
-        self._renew()  # the parameters may be the same objects, with other memory
         return self
 
     @classmethod
@@ -306,7 +304,7 @@ class LoRALinear(QuantLinear, LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         A, B, scale = self._adapter()
         return lora_linear(
-            x, self.weight.quantizer, self.weight.packed, self.bias, A, B, scale=scale,
+            x, self.weight, self.bias, A, B, scale=scale,
             dropout=self.dropout.p if self.training else 0.0,
             input_scale=self._channel_scale(self.input_scale),
             output_scale=self._channel_scale(self.output_scale),

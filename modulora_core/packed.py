@@ -121,9 +121,9 @@ class PackedLayout:
         return packed
 
 
-@checked_dataclass
+@checked_dataclass(eq=False)
 class PackedWeight:
-    """A quantized weight, a frozen value.
+    """A quantized weight, a frozen value. Caches may have it as a key: two are never equal.
 
     Attributes:
         quantizer: the name in the plugin's spec.
@@ -132,8 +132,6 @@ class PackedWeight:
         tensors: named packed tensors on one device, contiguous, with dtypes of
             :data:`BITS_OF_DTYPE`. Each value that differs between layers belongs here, scalars too.
         metadata: JSON-able facts that layers of one shape and one set of options share.
-        device: the device of the tensors.
-        kept: a cache of the toolkit and of the backward, derived from the rest and never stored.
 
     Raises:
         CheckpointError: there is no tensor, or a name does not match ``[a-z][a-z0-9_]*``.
@@ -144,8 +142,6 @@ class PackedWeight:
     shape: tuple[int, int]
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    device: torch.device = field(init=False, repr=False, compare=False)
-    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         subject = f"packed tensors of a {self.quantizer} weight"
@@ -159,10 +155,14 @@ class PackedWeight:
             "shape": (int(self.shape[0]), int(self.shape[1])),
             "tensors": MappingProxyType(tensors),
             "metadata": MappingProxyType(dict(self.metadata)),
-            "device": next(iter(tensors.values())).device,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors."""
+        return next(iter(self.tensors.values())).device
 
     @property
     def layout(self) -> PackedLayout:
@@ -199,34 +199,6 @@ def check_rows(packed: PackedWeight, rows: tuple[int, int]) -> None:
         )
 
 
-def check_operands(
-    packed: PackedWeight,
-    x: Tensor,
-    A: Tensor | None,
-    B: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
-) -> None:
-    """Refuse an input, an adapter or channel scales whose shapes do not fit ``packed``.
-
-    Raises:
-        ShapeError: names the operand, its expected shape and its shape.
-    """
-    if (A is None) != (B is None):
-        raise ShapeError("LoRA adapter: expected both A and B, got one of them")
-    (out_features, in_features), rank = packed.shape, () if A is None else A.shape[:1]
-    for name, tensor, *shape in (
-        ("input", x, *x.shape[:-1], in_features),
-        ("A", A, *rank, in_features),
-        ("B", B, out_features, *rank),
-        ("input_scale", u, in_features),
-        ("output_scale", v, out_features),
-    ):
-        if tensor is not None and list(tensor.shape) != shape:
-            weight = f"a {list(packed.shape)} weight"
-            raise ShapeError(f"{name} of {weight}: expected {shape}, got {list(tensor.shape)}")
-
-
 def check_hessian(quantizer: str, weight: Tensor, hessian: Tensor) -> None:
     """Refuse a weight and an H that cannot be quantized together.
 
@@ -258,28 +230,3 @@ def check_hessian(quantizer: str, weight: Tensor, hessian: Tensor) -> None:
             f"{quantizer}: expected a second moment without negative numbers on its diagonal, got "
             f"{least:g}; calibrate again"
         )
-
-
-@checked_dataclass
-class ChannelScales:
-    """Two vectors u and v that replace Ŵ by diag(v) Ŵ diag(u).
-
-    Attributes:
-        input: u, ``[in]``.
-        output: v, ``[out]``.
-
-    Raises:
-        ShapeError: one of them is not a vector.
-    """
-
-    input: Tensor
-    output: Tensor
-
-    def __post_init__(self) -> None:
-        if self.input.dim() != 1 or self.output.dim() != 1:
-            shapes = f"{list(self.input.shape)} and {list(self.output.shape)}"
-            raise ShapeError(f"channel scales: expected two vectors, got {shapes}")
-
-    def of_rows(self, start: int, stop: int, W: Tensor) -> Tensor:
-        """Scale ``W``, rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``; in its dtype."""
-        return W * self.output[start:stop, None].to(W.dtype) * self.input.to(W.dtype)

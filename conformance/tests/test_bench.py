@@ -21,7 +21,7 @@ from modulora_conformance.bench.timing import Timing, cold_copies, in_turns, rot
 from modulora_zoo.healthy import Healthy
 from rich.console import Console
 
-from modulora_core.autograd import lora_linear
+from modulora_core.autograd import FrozenWeight, lora_linear
 from modulora_core.errors import OptionError, ShapeError, WorkError
 from modulora_core.kernels.triton import clock
 
@@ -147,7 +147,7 @@ def test_the_dense_step_computes_the_same_as_the_quantizers():
     )
     packed = Healthy().pack(torch.randn(24, 40, generator=draw))
     W = Healthy().dequantize_tile(packed, (0, 24), torch.float64)
-    ours = lora_linear(x, Healthy(), packed, A=A, B=B, scale=quantizer_bench.SCALE)
+    ours = lora_linear(x, FrozenWeight(Healthy(), packed), A=A, B=B, scale=quantizer_bench.SCALE)
     dense = quantizer_bench.dense_lora(x, W, A, B)
     torch.testing.assert_close(ours, dense)
     gradients = [torch.autograd.grad(y, (x, A, B), dY) for y in (ours, dense)]

@@ -42,9 +42,8 @@ class LoRAExpert:
         """``x (Ŵₑ + s B A)ᵀ``, ``[n, out]``."""
         assert not transpose, "a model multiplies by an expert in one direction"
         return lora_linear(
-            x, self.weight.quantizer, self.weight.packed, None, self.A, self.B,
-            scale=self.scale, dropout=self.dropout,
-        )  # fmt: skip
+            x, self.weight, None, self.A, self.B, scale=self.scale, dropout=self.dropout
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

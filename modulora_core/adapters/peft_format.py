@@ -35,13 +35,13 @@ from torch import Tensor
 from modulora_core.adapters.expert_format import Factors, Stack, from_file, to_file
 from modulora_core.adapters.peft_config import check_config, check_rank, scale_of
 from modulora_core.adapters.record import RECORD_FILE, AdapterRecord, Dropout
+from modulora_core.autograd import ChannelScales
 from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.errors import AdapterError, CheckpointError, usable_path
 from modulora_core.models.json_files import check_json, read_json
 from modulora_core.models.quiet import first_line
 from modulora_core.models.safetensors_store import read_header
 from modulora_core.models.store import is_finite
-from modulora_core.packed import ChannelScales
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

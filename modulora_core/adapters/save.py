@@ -18,11 +18,11 @@ from modulora_core.adapters.peft_format import (
 from modulora_core.adapters.record import AdapterRecord, RecordedSettings, describe_base, record_of
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
+from modulora_core.autograd import ChannelScales
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.distributed import is_first, whole
 from modulora_core.errors import AdapterError, OutputError, usable_path
 from modulora_core.layers import LoRALayer
-from modulora_core.packed import ChannelScales
 
 
 @checked

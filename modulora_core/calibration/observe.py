@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from modulora_core.autograd import ChannelScales
 from modulora_core.dense_products import linear
 from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.models.sites import LinearSite
-from modulora_core.packed import ChannelScales
 from modulora_core.spec import PROTOCOL, Calibration, PackedWeight, Quantizer, QuantizerSpec
 
 

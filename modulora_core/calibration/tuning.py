@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from modulora_core.autograd import ChannelScales
 from modulora_core.calibration.blocks import Block
 from modulora_core.calibration.calls import Call
 from modulora_core.calibration.packing import PackedMatrices
 from modulora_core.errors import DataError, OptionError
-from modulora_core.packed import ChannelScales
 
 EPOCHS = 5
 LEARNING_RATE = 5e-3

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from modulora_core.spec import (
 )
 
 _PARTS = "parts"
+
+_CACHE: WeakKeyDictionary[PackedWeight, list[PackedWeight]] = WeakKeyDictionary()
+"""The parts of each joined weight."""
 
 
 class JoinedRows(Quantizer):
@@ -94,9 +98,9 @@ class JoinedRows(Quantizer):
 
     def _parts_of(self, packed: PackedWeight) -> Iterator[tuple[Quantizer, PackedWeight, int]]:
         """The quantizer, the packed weight and the first row of each part."""
-        parts = packed.kept.get(_PARTS)
+        parts = _CACHE.get(packed)
         if parts is None:
-            parts = packed.kept[_PARTS] = [
+            parts = _CACHE[packed] = [
                 layout.fill({n: packed.tensors[f"part{i}_{n}"] for n in layout.tensors})
                 for i, layout in enumerate(layouts_of_parts(packed.layout))
             ]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -42,6 +43,14 @@ _TYPES = {
 
 _ONE_LAUNCH = threading.Lock()
 
+_CHECKED: WeakKeyDictionary[PackedWeight, tuple[Any, ...]] = WeakKeyDictionary()
+"""The check that each weight has passed, and the memory of its tensors then."""
+
+_OPERANDS: WeakKeyDictionary[PackedWeight, dict[Any, tuple[list[int], tuple[Any, ...]]]] = (
+    WeakKeyDictionary()
+)
+"""The operands of each weight by the function that made them, with the memory of its tensors."""
+
 
 def check_tensors(
     packed: PackedWeight, expected: Callable[..., Mapping[str, TensorLayout]]
@@ -59,11 +68,10 @@ def check_tensors(
     Raises:
         CheckpointError: as :func:`check_layout` does.
     """
-    memory = [*map(Tensor.data_ptr, packed.tensors.values())]
-    if packed.kept.get(expected) == memory:  # decoding asks for each layer and token
-        return
-    check_layout(packed, expected)
-    packed.kept[expected] = memory
+    found = (expected, *map(Tensor.data_ptr, packed.tensors.values()))
+    if _CHECKED.get(packed) != found:  # decoding asks for each layer and token
+        check_layout(packed, expected)
+        _CHECKED[packed] = found
 
 
 def check_layout(
@@ -111,12 +119,13 @@ def operands(
             tensor that is changed in place.
     """
     memory = [*map(Tensor.data_ptr, packed.tensors.values())]
-    known, arrays = packed.kept.get(make, (None, ()))
+    made = _OPERANDS.setdefault(packed, {})
+    known, arrays = made.get(make, (None, ()))
     if known != memory:
         arrays = array_of(make(packed))
         if all(t.data_ptr() % t.element_size() == 0 for t in packed.tensors.values()):
-            packed.kept[make] = memory, arrays
-    return arrays  # type: ignore[no-any-return]  # it holds anything
+            made[make] = memory, arrays
+    return arrays
 
 
 def launch(kernel: Callable[..., None], *arguments: Any) -> None:

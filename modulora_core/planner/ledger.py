@@ -103,7 +103,7 @@ class Ledger(TorchDispatchMode):
                 self._follow(leaf.untyped_storage())
         if func is torch.ops.modulora.product.default:
             x, number, transpose = args
-            shape = WEIGHTS[number].shape
+            shape = WEIGHTS[number].layout.shape
             self._note(product_workspace(shape, x, transpose, self._device))
         return result
 

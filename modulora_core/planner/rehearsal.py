@@ -30,7 +30,7 @@ from modulora_core.planner.request import PlanRequest
 from modulora_core.training.chunked_loss import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
-_OWN = frozenset({"layer_idx", "layer_id", "layer_number", "training"})
+_OWN = frozenset({"layer_idx", "layer_id", "layer_number", "number", "training"})
 """Attributes in which blocks of one kind differ."""
 
 _ATTENTION = "modulora_rehearsal"

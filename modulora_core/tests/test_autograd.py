@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from modulora_core.autograd import lora_linear, packed_product
+from modulora_core.autograd import FrozenWeight, lora_linear, packed_product
 from modulora_core.dense_products import compute_dtype
 from modulora_core.errors import ShapeError
 from modulora_core.spec import PackedWeight, Quantizer
@@ -66,8 +66,7 @@ def layer(
 ) -> Tensor:
     return lora_linear(
         t["x"],
-        quantizer,
-        packed,
+        FrozenWeight(quantizer, packed),
         t.get("bias"),
         t.get("A"),
         t.get("B"),
@@ -167,7 +166,7 @@ def test_forward_and_backward_use_the_same_weight(
         packed.tensors["codes"][4, 2] += change
         W = whole(quantizer, packed)
         x = torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
-        y = lora_linear(x, quantizer, packed)
+        y = lora_linear(x, FrozenWeight(quantizer, packed))
         y.backward(torch.ones_like(y))
         torch.testing.assert_close(y, x @ W.t())
         torch.testing.assert_close(x.grad, W.sum(0).expand(3, IN))
@@ -176,10 +175,11 @@ def test_forward_and_backward_use_the_same_weight(
 def test_the_transposed_product_is_the_adjoint(quantizer: Quantizer, packed: PackedWeight) -> None:
     x = torch.randn(4, IN, dtype=torch.float64)
     y = torch.randn(4, OUT, dtype=torch.float64, requires_grad=True)
-    there = (packed_product(x, quantizer, packed) * y).sum()
-    back = (x * packed_product(y, quantizer, packed, transpose=True)).sum()
+    weight = FrozenWeight(quantizer, packed)
+    there = (packed_product(x, weight) * y).sum()
+    back = (x * packed_product(y, weight, transpose=True)).sum()
     torch.testing.assert_close(there, back)
-    assert torch.autograd.gradcheck(lambda y: packed_product(y, quantizer, packed, True), (y,))
+    assert torch.autograd.gradcheck(lambda y: packed_product(y, weight, True), (y,))
 
 
 def test_dropout_applies_to_the_adapters_input_alone_in_both_directions(
@@ -207,7 +207,7 @@ def test_gradients_of_16_bit_rows_are_summed_in_float32(
     """A bfloat16 sum of ones stops at 256."""
     x = torch.ones(3001, IN, dtype=torch.bfloat16)
     u, v = torch.ones(IN, requires_grad=True), torch.ones(OUT, requires_grad=True)
-    y = lora_linear(x, quantizer, packed, input_scale=u, output_scale=v)
+    y = lora_linear(x, FrozenWeight(quantizer, packed), input_scale=u, output_scale=v)
     y.backward(torch.ones_like(y))
     W = quantizer.dequantize_tile(packed, (0, OUT), compute_dtype(x.dtype, x.device)).float()
     for gradient, summed in ((u.grad, W.sum(0)), (v.grad, W.sum(1))):
@@ -267,7 +267,7 @@ def test_an_exception_of_a_plugin_names_the_plugin(
     monkeypatch.setattr(quantizer, "matmul", fails)
     x = torch.randn(2, IN, requires_grad=True)
     with pytest.raises(RuntimeError, match="boom") as raised:
-        lora_linear(x, quantizer, packed).sum().backward()
+        lora_linear(x, FrozenWeight(quantizer, packed)).sum().backward()
     (note,) = raised.value.__notes__
     kind = "transposed product" if direction else "product"
     assert note.startswith(f"{kind} of a layer of [11, 7], by toy;"), note

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modulora_core.autograd import number_of
 from modulora_core.checkpoints.hf.packed_table import PackedTable
 from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
 
@@ -58,7 +57,7 @@ def test_a_compiled_layer_gives_the_eager_results_without_a_warning(layer: LoRAL
 EAGER = """
 import sys
 import torch
-from modulora_core.autograd import lora_linear
+from modulora_core.autograd import FrozenWeight, lora_linear
 from modulora_core.spec import PackedWeight, Quantizer
 
 class Ones(Quantizer):
@@ -69,7 +68,7 @@ class Ones(Quantizer):
         return torch.ones(rows[1] - rows[0], packed.shape[1], dtype=dtype)
 
 x = torch.ones(2, 3, requires_grad=True)
-y = lora_linear(x, Ones(), Ones().pack(torch.ones(4, 3)))
+y = lora_linear(x, FrozenWeight(Ones(), Ones().pack(torch.ones(4, 3))))
 y.sum().backward()
 print(y[0, 0].item(), x.grad[0, 0].item(), "torch._dynamo" in sys.modules)
 """
@@ -86,8 +85,7 @@ def test_a_product_that_is_not_compiled_imports_no_compiler() -> None:
 def test_the_products_operation_keeps_torchs_rules(layer: LoRALinear) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch, as torch checks them."""
     x = torch.randn(3, 7, requires_grad=True)
-    number = number_of(layer.weight.quantizer, layer.weight.packed)
-    torch.library.opcheck(torch.ops.modulora.product.default, (x, number, False))
+    torch.library.opcheck(torch.ops.modulora.product.default, (x, layer.weight.number, False))
 
 
 def test_a_compiled_lookup_gives_the_eager_rows(toy: ModuleType) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from modulora_core.autograd import ChannelScales
 from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
-from modulora_core.packed import ChannelScales
 from modulora_core.spec import (
     Calibration,
     NoOptions,

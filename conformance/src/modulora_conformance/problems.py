@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modulora_conformance.cases import inputs
-from modulora_core.autograd import lora_linear
+from modulora_core.autograd import FrozenWeight, lora_linear
 from modulora_core.spec import PackedWeight, Quantizer
 
 SCALE = 0.5
@@ -95,4 +95,4 @@ def output(
     """The layer's output, by the core."""
     x, A, B, bias = (leaves.get(name) for name in ("x", "A", "B", "bias"))
     assert x is not None
-    return lora_linear(x, quantizer, packed, bias, A, B, scale=SCALE, dropout=dropout)
+    return lora_linear(x, FrozenWeight(quantizer, packed), bias, A, B, scale=SCALE, dropout=dropout)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modulora_core.autograd import QUANTIZERS, WEIGHTS, number_of
+from modulora_core.autograd import WEIGHTS
 from modulora_core.errors import ModelError
 from modulora_core.layers import PackedParameter, QuantLinear
 from modulora_core.spec import PackedWeight, Quantizer
@@ -42,9 +42,7 @@ class PackedTable(PackedParameter):
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows ``ids``, ``[*ids.shape, hidden]``. Raises IndexError for an id outside the table."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            rows: Tensor = torch.ops.modulora.lookup(
-                ids, number_of(self.quantizer, self.packed), self.dtype
-            )
+            rows: Tensor = torch.ops.modulora.lookup(ids, self.number, self.dtype)
             return rows
         return self.quantizer.lookup(ids, self.packed, self.dtype)
 
@@ -74,11 +72,12 @@ def _embedding_arguments(
 
 
 def _lookup(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
-    return QUANTIZERS[number].lookup(ids, WEIGHTS[number], dtype)
+    table = WEIGHTS[number]
+    return table.quantizer.lookup(ids, table.packed, dtype)
 
 
 def _empty_rows(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
-    return ids.new_empty(*ids.shape, WEIGHTS[number].shape[1], dtype=dtype)
+    return ids.new_empty(*ids.shape, WEIGHTS[number].layout.shape[1], dtype=dtype)
 
 
 _LIBRARY = torch.library.Library("modulora", "FRAGMENT")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from modulora_core.autograd import ChannelScales
 from modulora_core.calibration import (
     CalibrationConfig,
     Tuner,
@@ -27,7 +28,7 @@ from modulora_core.calibration.tuning import learning_rate_factor, relative_erro
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.models import open_model
-from modulora_core.packed import ChannelScales, PackedWeight
+from modulora_core.packed import PackedWeight
 from modulora_core.quantization.quantize import QuantizeResult, quantize
 from modulora_core.tests.scaled_quantizer import installed, save_model_with_tokenizer
 

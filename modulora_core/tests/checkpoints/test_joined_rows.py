@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.autograd import packed_product
+from modulora_core.autograd import FrozenWeight, packed_product
 from modulora_core.checkpoints.joined_rows import join
 from modulora_core.checkpoints.record import Recipe
 from modulora_core.errors import CheckpointError
@@ -39,7 +39,10 @@ def test_tiles_and_products_are_those_of_all_rows(joined: Any) -> None:
         tile = quantizer.dequantize_tile(packed, rows, torch.float64)
         assert torch.equal(tile, W[slice(*rows)])
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    y, dY = packed_product(x, quantizer, packed), torch.randn(2, 3, 10, dtype=torch.float64)
+    y, dY = (
+        packed_product(x, FrozenWeight(quantizer, packed)),
+        torch.randn(2, 3, 10, dtype=torch.float64),
+    )
     y.backward(dY)
     torch.testing.assert_close(y, x @ W.T)
     torch.testing.assert_close(x.grad, dY @ W)

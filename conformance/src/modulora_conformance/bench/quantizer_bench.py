@@ -30,7 +30,7 @@ from modulora_conformance.bench.comparisons import LABELS, RANK, Bench, Comparis
 from modulora_conformance.bench.timing import Call, cold_copies, in_turns, rotating
 from modulora_conformance.cases import SPREAD, accepts
 from modulora_conformance.changes import clone
-from modulora_core.autograd import lora_linear
+from modulora_core.autograd import FrozenWeight, lora_linear
 from modulora_core.dense_products import compute_dtype
 from modulora_core.errors import ModuLoRAError, OptionError, ShapeError, WorkError
 from modulora_core.progress import Progress
@@ -267,9 +267,10 @@ class _Measurement:
             return run
 
         adapter: dict[str, Any] = {"A": A, "B": B, "scale": SCALE}
-        ours = step(DTYPES[dtype], lambda x, p: lora_linear(x, self.quantizer, p, **adapter))
+        ours = step(DTYPES[dtype], lambda x, p: lora_linear(x, p, **adapter))
         plain = step(dense[0].dtype, lambda x, W: dense_lora(x, W, A, B))
-        calls = rotating(ours, weights), rotating(plain, dense)
+        frozen = [FrozenWeight(self.quantizer, packed) for packed in weights]
+        calls = rotating(ours, frozen), rotating(plain, dense)
         return self._compare("lora_step", dtype, rows, *calls)
 
     def _compare(

@@ -30,7 +30,7 @@ from modulora_conformance.oracle import dense, product_error
 from modulora_conformance.problems import Problem, output, problem
 from modulora_conformance.results import Measurements
 from modulora_conformance.tolerances import GRADIENT, PRODUCT
-from modulora_core.autograd import packed_product
+from modulora_core.autograd import FrozenWeight, packed_product
 from modulora_core.spec import PackedWeight, Quantizer
 
 GRADIENTS = "test_output_and_gradients_equal_those_of_the_dense_layer"
@@ -211,7 +211,7 @@ class Gradients(Level):
         given = problem(weights[0].shape, torch.float64)
         x = given.leaves("x")["x"]
         # both are multiplied before either is differentiated, as in a model
-        outputs = [packed_product(x, quantizer, weight) for weight in weights]
+        outputs = [packed_product(x, FrozenWeight(quantizer, weight)) for weight in weights]
         for i, (y, weight) in enumerate(zip(outputs, weights, strict=True), 1):
             (dX,) = torch.autograd.grad(y, x, given.dY)
             error = product_error(dX, given.dY, dense(quantizer, weight), transpose=True)
@@ -253,7 +253,7 @@ def _check_frozen(packed: PackedWeight, when: str) -> None:
 def _plain(quantizer: Quantizer, weight: PackedWeight, given: Problem) -> tuple[Tensor, Tensor]:
     """Y and dX without an adapter, beside which a small change would not show."""
     x = given.leaves("x")["x"]
-    y = packed_product(x, quantizer, weight)
+    y = packed_product(x, FrozenWeight(quantizer, weight))
     y.backward(given.dY)
     assert x.grad is not None
     return y.detach(), x.grad

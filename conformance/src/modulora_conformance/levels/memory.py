@@ -23,7 +23,7 @@ from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.levels.tiles import LITTLE, OWNED
 from modulora_conformance.problems import SCALE, Problem, output, problem
 from modulora_conformance.results import HARDWARE, Measurements
-from modulora_core.autograd import lora_linear
+from modulora_core.autograd import FrozenWeight, lora_linear
 from modulora_core.kernels import one_thread
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_budget
@@ -157,10 +157,9 @@ class Memory(Level):
             saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
+        frozen = FrozenWeight(quantizer, weight)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            y = lora_linear(
-                x, quantizer, weight, bias, A, B, scale=SCALE, input_scale=u, output_scale=v
-            )
+            y = lora_linear(x, frozen, bias, A, B, scale=SCALE, input_scale=u, output_scale=v)
         for tensor in weight.tensors.values():
             saved.pop(tensor.untyped_storage().data_ptr(), None)
         # the adapter saves x, x Aᵀ [n, r], A and B; the scales save x, u, Z [n, out] and v

@@ -19,10 +19,9 @@ KIT = "modulora_conformance"
 LINEAR = F.linear  # its class replaces it
 
 
-def lora_linear(
-    x, quantizer, packed, bias=None, A=None, B=None, *, scale=1.0, dropout=0.0, **scales
-):
-    """The layer of ``quantizer``'s class, with the arguments of the core's."""
+def lora_linear(x, weight, bias=None, A=None, B=None, *, scale=1.0, dropout=0.0, **scales):
+    """The layer of the quantizer's class, with the arguments of the core's."""
+    quantizer, packed = weight.quantizer, weight.packed
     u, v = scales.get("input_scale"), scales.get("output_scale")
     given = x if u is None else x * u
     y = _Product.apply(given, quantizer, packed)

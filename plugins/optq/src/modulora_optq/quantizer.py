@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import BaseModel
@@ -142,6 +143,10 @@ def to_solution(packed: PackedWeight, rows: tuple[int, int] | None = None) -> So
     return Solution(codes, scales, zeros, permutation)
 
 
+_PLACES: WeakKeyDictionary[PackedWeight, tuple[object, Tensor]] = WeakKeyDictionary()
+"""The inverse of each weight's permutation, and the memory and version of the permutation."""
+
+
 def _places(packed: PackedWeight) -> Tensor | None:
     """The stored column of each column, int64 ``[in]``; None if they are stored in their own order.
 
@@ -156,9 +161,9 @@ def _places(packed: PackedWeight) -> Tensor | None:
     permutation = packed.tensors["permutation"]
     # tensors made in inference mode don't count their changes
     memory = None if permutation.is_inference() else (permutation.data_ptr(), permutation._version)
-    known: tuple[object, Tensor] | None = packed.kept.get(_places)
+    known = _PLACES.get(packed)
     if known is None or known[0] != memory or memory is None:
-        known = packed.kept[_places] = memory, _inverse(packed, permutation)
+        known = _PLACES[packed] = memory, _inverse(packed, permutation)
     return known[1]
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import BaseModel
@@ -227,13 +228,17 @@ def packed_of(solution: Solution, shape: tuple[int, int], options: Options) -> P
 # --- C, the walks alone ----------------------------------------------------------------------
 
 
+_CODES: WeakKeyDictionary[PackedWeight, PackedWeight] = WeakKeyDictionary()
+"""C of each weight."""
+
+
 def _codes(packed: PackedWeight) -> PackedWeight:
     """C as a weight of its own, of whole tiles, cached beside ``packed``."""
     walks = packed.tensors["trellis"]
-    C: PackedWeight | None = packed.kept.get(_codes)
+    C = _CODES.get(packed)
     if C is None or C.tensors["trellis"] is not walks:
         C = _of_walks(walks, packed)
-        packed.kept[_codes] = C
+        _CODES[packed] = C
     return C
 
 

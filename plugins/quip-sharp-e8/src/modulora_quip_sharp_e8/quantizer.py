@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import BaseModel
@@ -211,14 +212,18 @@ def window(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
 # --- C, the codes alone ----------------------------------------------------------------------
 
 
+_CODES: WeakKeyDictionary[PackedWeight, PackedWeight] = WeakKeyDictionary()
+"""C of each weight."""
+
+
 def _codes(packed: PackedWeight) -> PackedWeight:
     """C as a weight of its own, ``[whole, in]``, cached beside ``packed``."""
     held = {name: t for name, t in packed.tensors.items() if name in ("codes", "residual")}
-    C: PackedWeight | None = packed.kept.get(_codes)
+    C = _CODES.get(packed)
     if C is None or any(C.tensors[name] is not tensor for name, tensor in held.items()):
         shape = (packed.metadata["rows"][1], packed.shape[1])
         C = PackedWeight(SPEC.name, packed.format, shape, held, {"bits": packed.metadata["bits"]})
-        packed.kept[_codes] = C
+        _CODES[packed] = C
     return C
 
 
