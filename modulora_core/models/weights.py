@@ -96,11 +96,13 @@ class Weights:
         missing = [n for n in shapes if n not in present and self._ties.get(n) not in present]
         missing = conversion.without_optional(self._model, missing)
         if missing:
-            unplaced = f"; {len(self.unplaced)} tensors have no place in it, such as "
+            others = f"; {len(self.unplaced)} tensors have no place in it, such as "
+            first = next(iter(self.unplaced), "")
+            unplaced = f"{others}{first}; {conversion.PACK_IN_PYTHON}" if first else ""
             raise CheckpointError(
                 f"{len(missing)} of {len(shapes)} parameters of {type(self._model).__name__} "
                 f"aren't in the files, such as {', '.join(missing[:3])}"
-                f"{unplaced + self.unplaced[0] if self.unplaced else ''}"
+                f"{unplaced}"
             )
         for name, found in self._shapes.items():
             if found != shapes[name]:
