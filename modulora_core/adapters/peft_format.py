@@ -38,6 +38,7 @@ from modulora_core.adapters.record import RECORD_FILE, AdapterRecord, Dropout
 from modulora_core.autograd import ChannelScales
 from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.errors import AdapterError, CheckpointError, usable_path
+from modulora_core.models.folders import check_links
 from modulora_core.models.json_files import check_json, read_json
 from modulora_core.models.quiet import first_line
 from modulora_core.models.safetensors_store import read_header
@@ -238,6 +239,7 @@ def _find(path: str | Path) -> Path:
         if not _HUB_ID.fullmatch(str(path)):
             raise AdapterError(f"adapter {path}: expected a folder or a Hub id (org/name)")
         folder = _download(str(path))
+    check_links(folder, AdapterError)
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(
             f"adapter {path}: expected {CONFIG_FILE} in it, found none; an unfinished run has its "

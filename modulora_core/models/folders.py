@@ -1,9 +1,10 @@
-"""Say what a folder without config.json is: an adapter, an unfinished run, or unknown."""
+"""Refuse a folder whose links leave it, and say what a folder without config.json is."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from modulora_core.errors import ModelError, RequestError
 from modulora_core.models.formats import file_suffixes
 
 MARKER = ".modulora-partial"
@@ -15,10 +16,46 @@ REQUEST = "request.json"
 RUN_FILE = "finetune.yaml"
 """The first file that a finetuning run writes into its output folder."""
 
+TEMPLATES = "additional_chat_templates"
+"""The subfolder whose files are read too."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+"""Suffixes of weights, which are no text that an output would hold."""
+
 HOLDS_AN_ADAPTER = (
     "the folder holds an adapter: give its base model, and the adapter with --adapter "
     "where the command has it"
 )
+
+
+def check_links(folder: Path, error: type[RequestError] = ModelError) -> None:
+    """Refuse links to files elsewhere, which an output would hold, and people publish outputs.
+
+    Links may lead to files of the folder, or to the blobs of its entry in the Hub's cache. Links to
+    weights may lead anywhere.
+
+    Raises:
+        error: another link leads elsewhere.
+    """
+    inside = folder.resolve()
+    roots = [inside]
+    if inside.parent.name == "snapshots":
+        roots.append(inside.parent.parent / "blobs")
+    weights = (*_WEIGHTS, *file_suffixes())
+    for path in (*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*")):
+        data = path.suffix.lower() not in weights and not path.is_dir()
+        if not path.is_symlink() or not (data or path.name == TEMPLATES):
+            continue
+        target = path.readlink()
+        try:
+            is_inside = any(path.resolve().is_relative_to(root) for root in roots)
+        except (OSError, RuntimeError):  # a circle
+            is_inside = False
+        if not is_inside:
+            raise error(
+                f"{path}: expected a file of this folder, got a link to {target}; copy the file "
+                "here if you trust it"
+            )
 
 
 def no_config(folder: Path) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from modulora_core.errors import ModelError, usable_path
 from modulora_core.models import formats
+from modulora_core.models.folders import check_links
 from modulora_core.models.quiet import first_line
 from modulora_core.models.safetensors_store import INDEX, shards_of
 from modulora_core.models.tokenizer import COPIED_FILES
@@ -64,7 +65,8 @@ def locate(model: str, revision: str | None = None) -> Location:
     """Find MODEL. Only small files of a Hub repository are fetched; see :func:`fetch_weights`.
 
     Raises:
-        ModelError: nothing is there; the message says where we looked.
+        ModelError: nothing is there, and the message says where we looked; or a link of the folder
+            leads out of it.
     """
     path = usable_path(model, "model", ModelError)
     if revision is not None and (model.startswith(_PACKAGE) or path.exists()):
@@ -74,6 +76,7 @@ def locate(model: str, revision: str | None = None) -> Location:
     if model.startswith(_PACKAGE):
         return _in_package(model)
     if model and path.is_dir():
+        check_links(path)
         return Location("folder", model, path)
     suffixes = formats.file_suffixes()
     is_known = path.suffix.lower() in suffixes
@@ -90,6 +93,7 @@ def locate(model: str, revision: str | None = None) -> Location:
         )
     small_files = ["config.json", INDEX, *formats.config_files(), *COPIED_FILES]
     folder = _download(model, revision, small_files)
+    check_links(folder)
     return Location("hub", model, folder, revision=folder.name)
 
 
