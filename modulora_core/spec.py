@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PROTOCOL", "QUANTIZER_NAME", "SUPPORTED_PROTOCOLS", "Calibration", "FormatSpec", "NoOptions",
     "PackedLayout", "PackedWeight", "Promise", "Quantizer", "QuantizerSpec", "TensorLayout",
-    "check_hessian", "check_rows", "titled",
+    "check_hessian", "check_rows", "column_importance", "titled",
 ]  # fmt: skip
 
 PROTOCOL = 1
@@ -189,6 +189,34 @@ class Calibration:
 
     hessian: Tensor
     samples: int
+
+
+def column_importance(quantizer: str, weight: Tensor, calibration: Calibration | None) -> Tensor:
+    """How much the squared error of each column counts: H's diagonal, scaled to a mean of 1.
+
+    All columns count 1 without a calibration, or if all inputs are zero. 1e-4 is added, so that
+    columns without inputs keep a small weight.
+
+    Args:
+        quantizer: its name, for messages.
+        weight: ``[out, in]``, any float dtype.
+        calibration: of the inputs of ``weight``.
+
+    Returns:
+        fp32 ``[in]``, on the device of ``weight``.
+
+    Raises:
+        ShapeError, WeightError: as :func:`check_hessian` does.
+    """
+    import torch
+
+    importance = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
+    if calibration is not None:
+        check_hessian(quantizer, weight, calibration.hessian)
+        diagonal = calibration.hessian.diagonal().to(importance)
+        mean = float(diagonal.mean())
+        importance = diagonal / mean + 1e-4 if mean > 0 else importance
+    return importance
 
 
 class NoOptions(BaseModel):

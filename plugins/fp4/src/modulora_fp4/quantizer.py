@@ -21,7 +21,7 @@ from torch import Tensor
 from modulora_core import kernels
 from modulora_core.errors import ShapeError, WeightError
 from modulora_core.kernels import KernelQuantizer
-from modulora_core.spec import Calibration, PackedWeight, TensorLayout, check_hessian
+from modulora_core.spec import Calibration, PackedWeight, TensorLayout, column_importance
 from modulora_core.tiles import tile_ranges
 from modulora_fp4 import SPEC, packing, reference
 
@@ -71,10 +71,7 @@ class FP4(KernelQuantizer):
         out_features, in_features = weight.shape
         self.check_shape((out_features, in_features))
         largest = _largest(weight)
-        importance = torch.ones(in_features, dtype=torch.float32, device=weight.device)
-        if calibration is not None:
-            check_hessian(SPEC.name, weight, calibration.hessian)
-            importance = _importance(calibration.hessian.diagonal().to(importance))
+        importance = column_importance(SPEC.name, weight, calibration)
         packed = self.layout((out_features, in_features)).empty(weight.device)
         g = packed.tensors.get("global_scale")
         if g is not None:
@@ -122,12 +119,6 @@ class FP4(KernelQuantizer):
         codes, scales = (packed.tensors[name][slice(*rows)] for name in self.row_tensors)
         g = packed.tensors.get("global_scale")
         return reference.dequantize(packed.metadata["type"], codes, scales, g)
-
-
-def _importance(diagonal: Tensor) -> Tensor:
-    """H's diagonal with a mean of 1; channels without inputs keep a small weight."""
-    mean = float(diagonal.mean())
-    return diagonal / mean + 1e-4 if mean > 0 else torch.ones_like(diagonal)
 
 
 def _largest(weight: Tensor) -> Tensor:

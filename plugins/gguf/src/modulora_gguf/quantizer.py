@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modulora_core.errors import ShapeError, WeightError
 from modulora_core.kernels import KernelQuantizer
-from modulora_core.spec import Calibration, PackedWeight, TensorLayout, check_hessian
+from modulora_core.spec import Calibration, PackedWeight, TensorLayout, column_importance
 from modulora_core.tiles import tile_ranges
 from modulora_gguf import SPEC, packing, reference
 
@@ -85,10 +85,7 @@ class GGUF(KernelQuantizer):
         out_features, in_features = weight.shape
         self.check_shape((out_features, in_features))
         _check_range(weight, self.options.type)
-        importance = torch.ones(in_features, dtype=torch.float32, device=weight.device)
-        if calibration is not None:
-            check_hessian(SPEC.name, weight, calibration.hessian)
-            importance = _importance(calibration.hessian.diagonal().to(importance))
+        importance = column_importance(SPEC.name, weight, calibration)
         packed = self.layout((out_features, in_features)).empty(weight.device)
         blocks, size = packed.tensors["blocks"], reference.block_of(self.options.type)[0]
         for start, stop in tile_ranges(out_features, 4 * in_features, REFERENCE_BYTES):
@@ -111,12 +108,6 @@ class GGUF(KernelQuantizer):
 
     def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
         return reference.tile(packed, rows)
-
-
-def _importance(diagonal: Tensor) -> Tensor:
-    """H's diagonal with a mean of 1; channels without inputs keep a small weight."""
-    mean = float(diagonal.mean())
-    return diagonal / mean + 1e-4 if mean > 0 else torch.ones_like(diagonal)
 
 
 def _check_range(weight: Tensor, kind: Type) -> None:

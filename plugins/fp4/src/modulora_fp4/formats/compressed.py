@@ -12,49 +12,37 @@ The bytes are ours. Activations stay as they are: their scales are not read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.errors import CheckpointError
 from modulora_core.models.formats import (
-    CheckpointFormat,
     ForeignWeight,
     Read,
     StoredWeight,
     check_tensors,
 )
+from modulora_core.models.grouped_format import ALL_LINEAR, GroupedFormat
 from modulora_core.spec import FormatSpec, PackedLayout, PackedWeight, TensorLayout
 from modulora_fp4.formats.scales import check_scales, check_type, read_positive
 from modulora_fp4.quantizer import FP4, Options
 from modulora_fp4.reference import BLOCK
-
-HEAD = "lm_head"
-"""transformers' name of a language model's head."""
 
 _STRATEGY = {"mxfp4": "group", "nvfp4": "tensor_group"}
 _OF_ACTIVATIONS = ("input_global_scale", "input_scale")
 _SCALES = {"mxfp4": "uint8", "nvfp4": "float8_e4m3fn"}
 
 
-class CompressedTensors(CheckpointFormat):
+class CompressedTensors(GroupedFormat):
     """``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized``."""
 
     def __init__(self, spec: FormatSpec) -> None:
         super().__init__(spec)
         self.kind = spec.name.partition("-")[0]
         self.quantizer = FP4(Options.model_validate({"type": self.kind}))
-
-    def check(self, config: Mapping[str, Any]) -> None:
-        sparse = config.get("sparsity_config") or {"format": "dense"}
-        form = sparse.get("format") if isinstance(sparse, Mapping) else sparse
-        if form != "dense":
-            raise ModelError(
-                f"compressed-tensors config: expected dense weights, got {form!r:.60}, which is "
-                "not implemented; quantize the original model"
-            )
 
     def weights(
         self,
@@ -92,20 +80,15 @@ class CompressedTensors(CheckpointFormat):
             made["weight_global_scale"] = packed["global_scale"]
         return made
 
-    def config(self, weights: list[StoredWeight], kept: list[str]) -> dict[str, Any]:
-        # a tied head is not stored, and so not kept
-        ignored = sorted({*kept, HEAD} - {weight.module for weight in weights})
+    def groups(
+        self,
+        weights: list[StoredWeight],  # noqa: ARG002 - all weights have one type
+    ) -> list[tuple[Sequence[str], dict[str, Any]]]:
         facts = {
             "num_bits": 4, "type": "float", "strategy": _STRATEGY[self.kind],
             "group_size": BLOCK[self.kind], "symmetric": True, "dynamic": False,
         }  # fmt: skip
-        group = {"targets": ["Linear"], "weights": facts, "input_activations": None,
-                 "output_activations": None, "format": self.spec.name}  # fmt: skip
-        return {
-            "quant_method": "compressed-tensors", "format": self.spec.name,
-            "quantization_status": "compressed", "config_groups": {"group_0": group},
-            "ignore": ignored,
-        }  # fmt: skip
+        return [(ALL_LINEAR, facts)]
 
 
 def read_layer(

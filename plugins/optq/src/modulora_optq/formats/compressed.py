@@ -16,7 +16,7 @@ would round by more are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,13 +25,13 @@ from torch import Tensor
 
 from modulora_core.errors import CheckpointError, ModelError, ShapeError
 from modulora_core.models.formats import (
-    CheckpointFormat,
     ForeignWeight,
     Read,
     StoredWeight,
     check_tensors,
     read_finite,
 )
+from modulora_core.models.grouped_format import ALL_LINEAR, GroupedFormat
 from modulora_core.spec import PackedWeight, TensorLayout
 from modulora_optq import SPEC
 from modulora_optq.formats import words
@@ -40,23 +40,11 @@ from modulora_optq.options import SMALLEST_GROUP, WHOLE_ROW, Options
 from modulora_optq.quantizer import OPTQ, from_solution, to_solution
 from modulora_optq.reference import Solution
 
-HEAD = "lm_head"
-"""transformers' name of a language model's head."""
-
 _FLOATS = ("float16", "bfloat16", "float32")
 
 
-class PackQuantized(CheckpointFormat):
+class PackQuantized(GroupedFormat):
     """Integers of 2, 3, 4 or 8 bits with a scale for each group, or for each row."""
-
-    def check(self, config: Mapping[str, Any]) -> None:
-        sparse = config.get("sparsity_config") or {"format": "dense"}
-        form = sparse.get("format") if isinstance(sparse, Mapping) else sparse
-        if form != "dense":
-            raise ModelError(
-                f"compressed-tensors config: expected dense weights, got {form!r:.60}, which is "
-                "not implemented; quantize the original model"
-            )
 
     def weights(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorLayout], read: Read
@@ -130,24 +118,14 @@ class PackQuantized(CheckpointFormat):
             made["weight_zero_point"] = words.pack(solution.zeros, options.bits)
         return made
 
-    def config(self, weights: list[StoredWeight], kept: list[str]) -> dict[str, Any]:
+    def groups(self, weights: list[StoredWeight]) -> list[tuple[Sequence[str], dict[str, Any]]]:
         modules: dict[Options, list[str]] = {}
         for weight in weights:
             modules.setdefault(Options.of(**weight.layout.metadata), []).append(weight.module)
-        groups = {
-            f"group_{i}": {
-                "targets": ["Linear"] if len(modules) == 1 else names,
-                "weights": _facts(options), "input_activations": None, "output_activations": None,
-                "format": self.spec.name,
-            }
-            for i, (options, names) in enumerate(modules.items())
-        }  # fmt: skip
-        # a tied head is not stored, and so not kept
-        ignored = sorted({*kept, HEAD} - {weight.module for weight in weights})
-        return {
-            "quant_method": "compressed-tensors", "format": self.spec.name,
-            "quantization_status": "compressed", "config_groups": groups, "ignore": ignored,
-        }  # fmt: skip
+        return [
+            (ALL_LINEAR if len(modules) == 1 else names, _facts(options))
+            for options, names in modules.items()
+        ]
 
 
 def _facts(options: Options) -> dict[str, Any]:
