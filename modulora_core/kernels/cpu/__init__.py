@@ -14,8 +14,9 @@ Operations on vectors of sixteen (:mod:`modulora_core.kernels.cpu.vectors`):
     store_rounded
     splat, to_floats, as_shorts,        arithmetic, beside + - * & | << >>
     multiply_add, sum_of_lanes
+    four_sums, add_in_turn, sum_of_four the product of one row, in four sums
     lookup, lookup_pairs, table_for,    lookup in sixteen
-    store_lookup
+    store_lookup, reorder
     operation                           an operation of your own, in LLVM IR
 """
 
@@ -26,6 +27,7 @@ from modulora_core.kernels.cpu.lookups import (
     PAIR_ORDER,
     lookup,
     lookup_pairs,
+    reorder,
     store_lookup,
     table_for,
 )
@@ -37,6 +39,7 @@ from modulora_core.kernels.cpu.numbers import (
     narrow_row,
     widen,
 )
+from modulora_core.kernels.cpu.row_sums import add_in_turn, four_sums, sum_of_four
 from modulora_core.kernels.cpu.vectors import (
     LANES,
     as_shorts,
@@ -54,9 +57,9 @@ from modulora_core.kernels.cpu.vectors import (
 from modulora_core.kernels.loading import jit
 
 __all__ = [
-    "AHEAD", "LANES", "PAIR_ORDER", "CPUKernels", "as_shorts", "from_half", "jit",
-    "largest_bits", "load", "load_shorts", "lookup", "lookup_pairs", "multiply_add", "narrow",
-    "narrow_row", "on_stack", "operation", "prefetch", "read_ahead", "scratch", "share",
-    "signed", "splat", "store", "store_lookup", "store_rounded", "sum_of_lanes", "table_for",
-    "to_floats", "widen",
+    "AHEAD", "LANES", "PAIR_ORDER", "CPUKernels", "add_in_turn", "as_shorts", "four_sums",
+    "from_half", "jit", "largest_bits", "load", "load_shorts", "lookup", "lookup_pairs",
+    "multiply_add", "narrow", "narrow_row", "on_stack", "operation", "prefetch", "read_ahead",
+    "reorder", "scratch", "share", "signed", "splat", "store", "store_lookup", "store_rounded",
+    "sum_of_four", "sum_of_lanes", "table_for", "to_floats", "widen",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from modulora_core.kernels.cpu.vectors import (
     put,
     put_rounded,
 )
+from modulora_core.kernels.loading import jit
 
 _FLOATS, _WHOLES, _SHORTS = (llvm(kind) for kind in (Floats, Wholes, Shorts))
 
@@ -81,6 +82,14 @@ def lookup_pairs(context: Any, builder: Any, _kinds: Any, table: Any, pairs: Any
         high = builder.lshr(pairs, constant(_WHOLES, 4))
         found = [_looked_up(builder, table, index) for index in (high, pairs)]
     return context.make_tuple(builder, types.UniTuple(Floats, 2), found)
+
+
+@jit(borrows=True)
+def reorder(x: Any, order: Any, out: Any) -> None:
+    """``out[i + k] = x[i + order[k]]`` for each run of ``order.size`` numbers from i on."""
+    for start in range(0, out.size, order.size):
+        for k in range(order.size):
+            out[start + k] = x[start + order[k]]
 
 
 def _looked_up_by_bytes(builder: Any, table: Any, pairs: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from modulora_core.kernels.cpu import (
     multiply_add,
     prefetch,
     read_ahead,
+    reorder,
     share,
     splat,
     store,
@@ -129,20 +130,12 @@ def _product(codes: Any, scales: Any, values: Any, shift: int, x: Any) -> Any:
     return sum_of_lanes(a + b)
 
 
-@jit(borrows=True)
-def _reorder(x: Any, out: Any) -> None:
-    """Each 32 columns in the order in which levels are looked up."""
-    for start in range(0, out.size, _STEP):
-        for k in range(_STEP):
-            out[start + k] = x[start + _ORDER[k]]
-
-
 @jit(parallel=True)
 def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row: levels are looked up and multiplied in registers."""
     codes, scales, values, g, shift = weight
     ordered = np.empty(x.shape[1], np.float32)
-    _reorder(x[0], ordered)
+    reorder(x[0], _ORDER, ordered)
     for index in prange(threads):
         begin, stop = share(index, threads, y.shape[1])
         for row in range(begin, stop):

@@ -19,6 +19,8 @@ from torch import Tensor
 from modulora_core.kernels.cpu import (
     AHEAD,
     CPUKernels,
+    add_in_turn,
+    four_sums,
     from_half,
     jit,
     load,
@@ -29,7 +31,7 @@ from modulora_core.kernels.cpu import (
     share,
     splat,
     store,
-    sum_of_lanes,
+    sum_of_four,
     to_floats,
 )
 from modulora_core.packed import PackedWeight
@@ -72,17 +74,10 @@ def _half(b: Any, at: int) -> Any:
 def _take(codes: Any, scale: Any, minimum: Any, out: Any, x: Any, k: int, sums: Any) -> Any:
     """Store sixteen weights in ``out[k ...]``; without it, add their products with ``x[k ...]``."""
     if out is None:
-        a, b, c, d = sums  # in turn: an addition waits for the one before
         values = multiply_add(codes, splat(scale), splat(-minimum))
-        return b, c, d, multiply_add(values, load(x, k), a)
+        return add_in_turn(values, load(x, k), sums)
     store(out, k, codes * scale - minimum)
     return sums
-
-
-@jit(borrows=True)
-def _zeros() -> Any:
-    zero = splat(_0)
-    return zero, zero, zero, zero
 
 
 @jit(borrows=True)
@@ -209,21 +204,21 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
         for block in range(start // size, (stop + size - 1) // size):
             at, first = (row + r) * blocks.shape[1] + block * nbytes, block * size
             if first >= start and first + size <= stop:
-                _block(kind, b, at, out, out, r * out.shape[1] + first - start, _zeros())
+                _block(kind, b, at, out, out, r * out.shape[1] + first - start, four_sums())
             else:
-                _block(kind, b, at, whole, whole, 0, _zeros())
+                _block(kind, b, at, whole, whole, 0, four_sums())
                 for k in range(max(first, start), min(first + size, stop)):
                     out[r, k - start] = whole[k - first]
 
 
 @jit(borrows=True)
 def _product_of(kind: int, b: Any, at: int, size: int, nbytes: int, x: Any) -> Any:
-    sums = _zeros()
+    sums = four_sums()
     for k in range(0, x.size, size):
         prefetch(b, at + AHEAD)
         sums = _block(kind, b, at, None, x, k, sums)
         at += nbytes
-    return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]))
+    return sum_of_four(sums)
 
 
 @jit(borrows=True)

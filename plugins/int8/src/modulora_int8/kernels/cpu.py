@@ -2,6 +2,14 @@
 
 ``codes`` are int8 ``[out, in]``, ``scales`` fp32 ``[out, groups]``; ``group`` columns share a
 scale.
+
+Imitate this module if your codes are whole bytes: it is the shortest with all that a plugin can
+have. A quantizer needs ``operands``, ``decode`` and the last two lines of the first half alone.
+Add ``matmul_one`` if decoding a token must be fast, and ``quantize`` if plain torch packs slowly.
+
+Do not imitate it if several codes share a byte: loads of single codes would take most of the time.
+See plugins/nf4 for 16 levels, plugins/optq for bit planes, and plugins/gguf for structs of bytes.
+Nor if Ŵ is a rotation of what is stored: plugins/quip-sharp-e8 rotates the inputs instead.
 """
 
 from __future__ import annotations
@@ -14,18 +22,18 @@ from numba import prange
 from modulora_core.kernels.cpu import (
     AHEAD,
     CPUKernels,
+    add_in_turn,
+    four_sums,
     jit,
     largest_bits,
     load,
-    multiply_add,
     narrow,
     prefetch,
     read_ahead,
     share,
     signed,
-    splat,
     store_rounded,
-    sum_of_lanes,
+    sum_of_four,
     to_floats,
 )
 from modulora_core.packed import PackedWeight
@@ -75,18 +83,17 @@ def _product(codes: Any, row: int, scales: Any, group: int, x: Any) -> Any:
     begin = row * columns
     for g in range(scales.shape[1]):
         start, stop = g * group, min((g + 1) * group, columns)
-        a = b = c = d = splat(np.float32(0))  # an addition waits for the one before
-        turns = (stop - start) >> 6
+        sums, turns = four_sums(), (stop - start) >> 6
         whole = start + 64 * turns
         for turn in range(turns):
             k = start + 64 * turn
             at = begin + k
             prefetch(codes, at + AHEAD)
-            a = multiply_add(to_floats(load(codes, at)), load(x, k), a)
-            b = multiply_add(to_floats(load(codes, at + 16)), load(x, k + 16), b)
-            c = multiply_add(to_floats(load(codes, at + 32)), load(x, k + 32), c)
-            d = multiply_add(to_floats(load(codes, at + 48)), load(x, k + 48), d)
-        of_group = sum_of_lanes((a + b) + (c + d))
+            sums = add_in_turn(to_floats(load(codes, at)), load(x, k), sums)
+            sums = add_in_turn(to_floats(load(codes, at + 16)), load(x, k + 16), sums)
+            sums = add_in_turn(to_floats(load(codes, at + 32)), load(x, k + 32), sums)
+            sums = add_in_turn(to_floats(load(codes, at + 48)), load(x, k + 48), sums)
+        of_group = sum_of_four(sums)
         for k in range(whole, stop):
             of_group += np.float32(codes[row, k]) * x[0, k]
         total += of_group * scales[row, g]

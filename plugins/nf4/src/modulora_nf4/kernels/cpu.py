@@ -16,7 +16,9 @@ from modulora_core.kernels.cpu import (
     AHEAD,
     PAIR_ORDER,
     CPUKernels,
+    add_in_turn,
     as_shorts,
+    four_sums,
     jit,
     largest_bits,
     load,
@@ -26,10 +28,11 @@ from modulora_core.kernels.cpu import (
     on_stack,
     prefetch,
     read_ahead,
+    reorder,
     share,
     splat,
     store_lookup,
-    sum_of_lanes,
+    sum_of_four,
     table_for,
 )
 from modulora_core.packed import PackedWeight
@@ -165,39 +168,30 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _add_run(levels: Any, codes: Any, at: int, x: Any, k: int, scale: Any, total: Any) -> Any:
+def _add_run(levels: Any, codes: Any, at: int, x: Any, k: int, scale: Any, sums: Any) -> Any:
     """Add the products of 32 elements from ``at`` on; ``x`` is in the order of lookups."""
     a, b = lookup_pairs(levels, load(codes, at >> 1))
     products = multiply_add(b, load(x, k + 16), a * load(x, k))
-    return multiply_add(products, splat(scale), total)
+    return add_in_turn(products, splat(scale), sums)
 
 
 @jit(borrows=True)
 def _product(codes: Any, absmax: Any, first: int, shift: int, x: Any, start: int) -> Any:
     """Σ level[code] absmax x over a row; ``absmax`` begins with block ``first``."""
     levels, scales, columns = load(_LEVELS, 0), absmax, x.size
-    a = b = c = d = splat(np.float32(0))  # an addition waits for the one before
-    turns = columns >> 7
+    sums, turns = four_sums(), columns >> 7
     for turn in range(turns):
         k = 128 * turn
         i = start + k
         prefetch(codes, (i >> 1) + AHEAD)
-        a = _add_run(levels, codes, i, x, k, scales[(i >> shift) - first], a)
-        b = _add_run(levels, codes, i + 32, x, k + 32, scales[(i + 32 >> shift) - first], b)
-        c = _add_run(levels, codes, i + 64, x, k + 64, scales[(i + 64 >> shift) - first], c)
-        d = _add_run(levels, codes, i + 96, x, k + 96, scales[(i + 96 >> shift) - first], d)
+        sums = _add_run(levels, codes, i, x, k, scales[(i >> shift) - first], sums)
+        sums = _add_run(levels, codes, i + 32, x, k + 32, scales[(i + 32 >> shift) - first], sums)
+        sums = _add_run(levels, codes, i + 64, x, k + 64, scales[(i + 64 >> shift) - first], sums)
+        sums = _add_run(levels, codes, i + 96, x, k + 96, scales[(i + 96 >> shift) - first], sums)
     for k in range(128 * turns, columns, _STEP):
         i = start + k
-        a = _add_run(levels, codes, i, x, k, scales[(i >> shift) - first], a)
-    return sum_of_lanes((a + b) + (c + d))
-
-
-@jit(borrows=True)
-def _reorder(x: Any, out: Any) -> None:
-    """Each 32 columns in the order in which levels are looked up."""
-    for start in range(0, out.size, _STEP):
-        for k in range(_STEP):
-            out[start + k] = x[start + _ORDER[k]]
+        sums = _add_run(levels, codes, i, x, k, scales[(i >> shift) - first], sums)
+    return sum_of_four(sums)
 
 
 @jit(borrows=True)
@@ -232,7 +226,7 @@ def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
     """``y = x Ŵᵀ`` for one row: levels are looked up and multiplied in registers."""
     codes, c2, q2, c1, mean, shift, columns = weight
     ordered = np.empty(columns, np.float32)
-    _reorder(x[0], ordered)
+    reorder(x[0], _ORDER, ordered)
     for index in prange(threads):
         begin, stop = share(index, threads, y.shape[1])
         room = np.empty((_ROWS * columns >> shift) + 2, np.float32)
