@@ -1,9 +1,16 @@
-"""Products of many rows by AMX, which multiplies bf16 matrices; compiled once for each decoder.
+"""Products of many fp32 rows by AMX, which multiplies bf16 matrices; compiled for each decoder.
 
     x = x₀ + x₁ + x₂     xᵢ : the rest of x so far, rounded to bf16: a slice of x
-    a b ≈ Σ aᵢ bⱼ        over i + j < slices: 6 products for three slices, 3 for two, 1 for one
+    a b ≈ Σ aᵢ bⱼ        over i + j < slices: 6 products for three slices, 3 for two
 
-The loops are those in blocks.py, with sliced factors. Three slices hold all of an fp32 number. Six
+    forward      Y = X Ŵᵀ    X is cut into panels of rows, and sliced; for each piece of the rows
+                             of Ŵ, for each run of its columns: decode and slice;
+                             sums += Ŵ[piece, run] · X[panel, run]ᵀ;  at last  Y[:, piece] = sumsᵀ
+    transposed   X = Y Ŵ     Y is cut likewise; for each piece of the columns of Ŵ, for each part of
+                             its rows: decode and slice;  sums += Y[panel, part] · Ŵ[part, piece];
+                             at last  X[:, piece] = sums
+
+Decoded values and their sums stay in the L2 cache. Three slices hold all of an fp32 number. Six
 products take 0.4 times as long as one in fp32, and leave out 2⁻²⁷ of a b on average; fp32 rounds by
 2⁻²⁵. Two slices and three products leave out 2⁻¹⁸: torch's precision "high" (Henry, Tang and
 Heinecke 2019, arXiv 1904.06376). A magnitude from 3.39e38 on is infinite in bf16 and makes NaN.
@@ -29,16 +36,8 @@ from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, wit
 from numba import prange, types
 from numba.core import cgutils
 
-from modulora_core.kernels.cpu.blocks import (
-    BETWEEN,
-    CHUNK,
-    add_columns,
-    add_to_columns,
-    pieces_of,
-    units,
-)
 from modulora_core.kernels.cpu.memory import scratch, share, signed
-from modulora_core.kernels.cpu.products import decode
+from modulora_core.kernels.cpu.products import GAP, decode
 from modulora_core.kernels.cpu.slices import (
     HALF,
     LINES,
@@ -48,8 +47,12 @@ from modulora_core.kernels.cpu.slices import (
     put_row,
     put_slices,
     put_steps,
+    transpose,
+    units,
 )
+from modulora_core.kernels.cpu.sums import WIDTH
 from modulora_core.kernels.cpu.vectors import INDEX, LANES, call, has, load, operation, place
+from modulora_core.kernels.loading import jit
 
 SIDE = 32
 """Rows and columns of a block of sums."""
@@ -63,9 +66,12 @@ RUN = 256
 FEW_PANELS = 4
 """Blocks of rows of X whose sums leave room in the cache for pieces of twice the length."""
 
+CHUNK = 2048
+"""Terms whose factors of X are sliced at once."""
+
+BETWEEN = GAP // 4  # numbers between two rows of sums
 _SUMS, _A, _B = ((0, 1), (2, 3)), (4, 5), (6, 7)  # the eight registers
 _ORDERS = {
-    1: [(0, 0)],
     2: [(1, 0), (0, 0), (0, 1)],
     3: [(2, 0), (1, 0), (1, 1), (0, 1), (0, 0), (0, 2)],
 }
@@ -155,10 +161,39 @@ def _add_step(builder: Any, a: Any, b: Any, order: list[tuple[int, int]]) -> Non
                 _amx(builder, "tdpbf16ps", _BYTE(total), _BYTE(_A[i]), _BYTE(_B[j]))
 
 
-def forward(weight: Any, threads: int, budget: int, slices: int, x: Any, y: Any) -> None:
-    """Add ``x Ŵᵀ`` to ``y``, for ``x`` fp32 or bf16 ``[n, in]`` and ``y`` fp32 ``[n, out]``.
+@jit()
+def pieces_of(count: int, unit: int, most: int, unit_bytes: int, budget: int, threads: int) -> Any:
+    """Into how many pieces of whole units to cut a side of Ŵ, as many for each thread.
 
-    ``budget``: bytes of Ŵ that a thread may have decoded; ``slices``: 1, 2 or 3, of bf16 1.
+    A piece has ``most`` rows or columns at most, and is decoded within the budget, or has one unit.
+    """
+    together = max(1, min(most // unit, budget // unit_bytes))
+    return min(units(count, unit), units(units(units(count, unit), together), threads) * threads)
+
+
+@jit(borrows=True)
+def add_columns(sums: Any, y: Any, start: int, count: int, room: Any) -> None:
+    """``y[:, start + o] += sums[o]``, for ``count`` rows; ``room`` is scratch, ``[n, WIDTH]``."""
+    for o in range(0, count, WIDTH):
+        wide = min(WIDTH, count - o)
+        transpose(sums, o, 0, wide, len(y), room, 0, 0)
+        for r in range(len(y)):
+            for k in range(wide):
+                y[r, start + o + k] += room[r, k]
+
+
+@jit(borrows=True)
+def add_to_columns(sums: Any, x: Any, start: int, count: int) -> None:
+    """``x[:, start + k] += sums[:, k]`` for ``count`` columns of sums."""
+    for r in range(len(x)):
+        for k in range(count):
+            x[r, start + k] += sums[r, k]
+
+
+def forward(weight: Any, threads: int, budget: int, slices: int, x: Any, y: Any) -> None:
+    """Add ``x Ŵᵀ`` to ``y``, for fp32 ``[n, in]`` and ``[n, out]``.
+
+    ``budget``: bytes of Ŵ that a thread may have decoded; ``slices``: 2 or 3.
     """
     (n, columns), out_features = x.shape, y.shape[1]
     panels = units(n, SIDE)
@@ -206,7 +241,7 @@ def forward(weight: Any, threads: int, budget: int, slices: int, x: Any, y: Any)
 
 
 def transposed(weight: Any, threads: int, budget: int, slices: int, y: Any, x: Any) -> None:
-    """Add ``y Ŵ`` to ``x``, for ``y`` fp32 or bf16 ``[n, out]`` and ``x`` fp32 ``[n, in]``."""
+    """Add ``y Ŵ`` to ``x``, for fp32 ``[n, out]`` and ``[n, in]``; ``budget`` as above."""
     (n, rows), in_features = y.shape, x.shape[1]
     panels, lines = units(n, SIDE), slices * LINES
     most = MOST if panels > FEW_PANELS else 2 * MOST
@@ -217,7 +252,7 @@ def transposed(weight: Any, threads: int, budget: int, slices: int, y: Any, x: A
         sliced = scratch(panels * along, STEP, np.int16)
         for index in prange(panels):
             line = signed(index) * along
-            room = scratch(1, STEP, y.dtype)
+            room = scratch(1, STEP, np.float32)
             for r in range(SIDE):
                 row = signed(index) * SIDE + r
                 put_steps(slices, y, row, start, size, sliced, line + r, lines, LINES, room)

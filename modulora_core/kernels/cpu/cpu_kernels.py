@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modulora_core.kernels.cpu import amx, blocks, choices, products
-from modulora_core.kernels.cpu.choices import Way
+from modulora_core.kernels.cpu import amx, choices, products
 from modulora_core.kernels.launching import (
     filled_tile,
     launch,
@@ -24,6 +23,9 @@ from modulora_core.tiles import tile_bytes
 
 Weight = tuple[Any, ...]
 """Arrays and numbers that a decoder reads."""
+
+AMX_ROWS = 512
+"""Rows of inputs that AMX multiplies at once: their sums stay in the L2 cache."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,22 +74,16 @@ class CPUKernels:
             dtype: [_compiled(loop, made) for loop in (products.forward, products.transposed)]
             for dtype, made in decoders.items()
         }
-        self._blocks, self._amx = (
-            [_compiled(loop, decode) for loop in (loops.forward, loops.transposed)]
-            for loops in (blocks, amx)
-        )
+        self._amx = [_compiled(loop, decode) for loop in (amx.forward, amx.transposed)]
 
     def tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``, rounded once to ``dtype``."""
-        return self._tile(operands(packed, self._operands), rows, packed.shape[1], dtype)
+        weight = operands(packed, self._operands)
 
-    def _tile(
-        self, weight: Weight, rows: tuple[int, int], features: int, dtype: torch.dtype
-    ) -> Tensor:
         def fill(start: int, _stop: int, out: Tensor) -> None:
             launch(self._fill[out.dtype], weight, start, out)
 
-        return filled_tile(fill, rows, features, dtype, tuple(self._fill))
+        return filled_tile(fill, rows, packed.shape[1], dtype, tuple(self._fill))
 
     def product(
         self,
@@ -104,54 +100,33 @@ class CPUKernels:
             transpose: the direction.
             dtype: the dtype of the layer's inputs, where ``x`` was made from them in another one.
         """
-        return self._product(
-            x, packed.shape, lambda: operands(packed, self._operands), transpose, dtype
-        )
-
-    def _product(
-        self,
-        x: Tensor,
-        shape: tuple[int, int],
-        weight: Callable[[], Weight],
-        transpose: bool,
-        dtype: torch.dtype | None,
-    ) -> Tensor | None:
-        given, wanted = shape if transpose else (shape[1], shape[0])
+        given, wanted = packed.shape if transpose else reversed(packed.shape)
         n = x.numel() // given if given and wanted else 0
         # tiles are for fp64, which needs fp64 sums, and say how a shape is wrong
         if n == 0 or not x.is_cpu or x.dtype not in _DTYPES or x.shape[-1:] != (given,):
             return None
-        arrays = weight()
+        arrays = operands(packed, self._operands)
         one_row = None if transpose or n > 1 else self._one_row(arrays)
         if one_row is not None:
             is_plain = x.dtype is torch.float32 and x.is_contiguous() and not x.requires_grad
             row = x if is_plain else x.detach().to(torch.float32).contiguous()
             y = product_of_one(one_row, arrays, row, wanted)
             return y if x.dtype is torch.float32 else y.to(x.dtype)
-        way = choices.way_for(n, dtype or x.dtype, shape)
-        if way is None:
-            return None
-        rows = x.detach().reshape(n, given).to(way.dtype).contiguous()
-        y = self._multiplied(way, arrays, rows, shape, transpose)
-        return y.to(x.dtype).view(*x.shape[:-1], wanted)
-
-    def _multiplied(
-        self, way: Way, weight: Weight, x: Tensor, shape: tuple[int, int], transpose: bool
-    ) -> Tensor:
-        """fp32 ``[n, wanted]`` of ``x``, ``[n, given]`` in the way's dtype."""
-        n, threads = len(x), torch.get_num_threads()
-        if way.loops == "products":
-            kernel = self._products[way.dtype][transpose]
-            padded = F.pad(x, (0, -x.shape[1] % products.COLUMNS))
-            y = torch.empty(n, shape[1 if transpose else 0], dtype=torch.float32)
-            launch(kernel, weight, threads, shape[0 if transpose else 1], padded, y)
-            return y
-        y = torch.zeros(n, shape[1 if transpose else 0], dtype=torch.float32)
-        kernel, slices = (self._blocks, ()) if way.loops == "blocks" else (self._amx, (way.slices,))
-        for rows, sums in zip(x.split(choices.MOST_ROWS), y.split(choices.MOST_ROWS), strict=True):
+        dtype, threads = dtype or x.dtype, torch.get_num_threads()
+        rows = x.detach().reshape(n, given)
+        if slices := choices.slices_for_amx(n, dtype, packed.shape):
+            rows = rows.to(torch.float32).contiguous()
+            sums = torch.zeros(n, wanted, dtype=torch.float32)
             budget = tile_bytes(x.device) // threads
-            launch(kernel[transpose], weight, threads, budget, *slices, rows, sums)
-        return y
+            for part, y in zip(rows.split(AMX_ROWS), sums.split(AMX_ROWS), strict=True):
+                launch(self._amx[transpose], arrays, threads, budget, slices, part, y)
+        elif inner := choices.dtype_of_few(n, dtype):
+            padded = F.pad(rows.to(inner), (0, -given % products.COLUMNS)).contiguous()
+            sums = torch.empty(n, wanted, dtype=torch.float32)
+            launch(self._products[inner][transpose], arrays, threads, given, padded, sums)
+        else:
+            return None
+        return sums.to(x.dtype).view(*x.shape[:-1], wanted)
 
 
 def _compiled(template: Callable[..., None], decode: Any, parallel: bool = True) -> Any:

@@ -1,6 +1,6 @@
 """Slices of numbers in bf16, in the lines that AMX loads (:mod:`modulora_core.kernels.cpu.amx`)."""
 
-# ruff: noqa: ARG001, PLW0108 - numba matches the arguments of functions
+# ruff: noqa: PLW0108 - numba counts the arguments of a lambda
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
-from numba import types
-from numba.extending import overload
 
-from modulora_core.kernels.cpu.blocks import transpose, units
 from modulora_core.kernels.cpu.memory import scratch
+from modulora_core.kernels.cpu.sums import WIDTH, store_transposed
 from modulora_core.kernels.cpu.vectors import (
     LANES,
     Floats,
@@ -20,7 +18,6 @@ from modulora_core.kernels.cpu.vectors import (
     chosen,
     instruction,
     load,
-    load_shorts,
     operation,
     store,
 )
@@ -67,6 +64,28 @@ def _in_turn(_context: Any, builder: Any, _kinds: Any, shorts: Any) -> Any:
 
 
 @jit()
+def units(count: int, unit: int) -> int:
+    """How many units hold so many."""
+    return (count + unit - 1) // unit
+
+
+@jit(borrows=True)
+def transpose(
+    a: Any, row: int, column: int, rows: int, columns: int, b: Any, to_row: int, to_column: int
+) -> None:
+    """``b[to_row + k, to_column + r] = a[row + r, column + k]``, for fp32."""
+    long, step = a.shape[1], b.shape[1]
+    high, wide = rows // WIDTH * WIDTH, columns // WIDTH * WIDTH
+    for k in range(0, wide, WIDTH):
+        for r in range(0, high, WIDTH):
+            at, to = (row + r) * long + column + k, (to_row + k) * step + to_column + r
+            store_transposed(a, at, long, b, to, step)
+    for k in range(columns):
+        for r in range(high if k < wide else 0, rows):
+            b[to_row + k, to_column + r] = a[row + r, column + k]
+
+
+@jit()
 def put_slices(slices: int, a: Any, b: Any, paired: bool, out: Any, line: int, apart: int) -> None:
     """Slice k of 32 numbers to line ``line + k * apart``; ``paired``: of a and b in turn."""
     for k in range(slices):
@@ -75,20 +94,10 @@ def put_slices(slices: int, a: Any, b: Any, paired: bool, out: Any, line: int, a
         a, b = a - _first(both), b - _second(both)  # exact: the rest has fewer digits
 
 
+@jit()
 def put_row(slices: int, x: Any, at: int, out: Any, line: int, apart: int) -> None:
-    """A line of A, of 32 numbers from ``x[at]`` on, for each slice; of bf16 there is one."""
-    raise NotImplementedError
-
-
-@overload(put_row, strict=False)
-def _of_dtype(slices: Any, x: Any, at: Any, out: Any, line: Any, apart: Any) -> Any:
-    def of_bf16(slices: int, x: Any, at: int, out: Any, line: int, apart: int) -> None:
-        store(out, line * STEP, load_shorts(x, at))
-
-    def of_fp32(slices: int, x: Any, at: int, out: Any, line: int, apart: int) -> None:
-        put_slices(slices, load(x, at), load(x, at + LANES), False, out, line, apart)
-
-    return of_fp32 if x.dtype is types.float32 else of_bf16
+    """A line of A, of 32 numbers from ``x[at]`` on, for each slice."""
+    put_slices(slices, load(x, at), load(x, at + LANES), False, out, line, apart)
 
 
 @jit()
@@ -98,7 +107,7 @@ def put_steps(
 ) -> None:  # fmt: skip
     """Lines of A of ``x[row, start : start + size]``, ``leap`` apart, padded with zeros.
 
-    ``room`` is scratch, ``[1, STEP]`` of x's dtype.
+    ``room`` is scratch, fp32 ``[1, STEP]``.
     """
     whole = size // STEP if row < len(x) else 0
     for step in range(whole):
@@ -114,7 +123,7 @@ def put_steps(
 @jit()
 def put_panel(slices: int, x: Any, first: int, start: int, size: int, out: Any, line: int) -> None:
     """Lines of B: its columns are 32 rows of X, its terms are columns of X."""
-    room = scratch(1, STEP, x.dtype)
+    room = scratch(1, STEP, np.float32)
     pairs = scratch(PART // STEP * slices * HALF, STEP // 2, np.float32)  # two bf16 numbers each
     of_rows, of_columns = pairs.view(np.int16), out.view(np.float32)
     for part in range(0, size, PART):

@@ -1,4 +1,4 @@
-"""Tiles and products of an outsider's decoder against float64, by every kind of loop."""
+"""Tiles and products of an outsider's decoder against float64."""
 
 from __future__ import annotations
 
@@ -23,18 +23,15 @@ from modulora_core.tiles import tile_budget
 pytest.importorskip("numba")
 
 from modulora_core.kernels.cpu import CPUKernels, amx, choices
-from modulora_core.kernels.cpu.choices import Way, way_for
+from modulora_core.kernels.cpu.choices import dtype_of_few, slices_for_amx
 
 SHAPES = [(1, 1), (5, 3), (17, 130), (300, 513), (33, 2100), (2100, 40)]
 """(out, in): no multiple of a block, and more of both than is decoded at once."""
 
-WAYS = [
-    Way("products", torch.float32),
-    Way("products", torch.bfloat16),
-    Way("blocks", torch.float32),
-    *(Way("amx", torch.float32, slices) for slices in (1, 2, 3)),
-    Way("amx", torch.bfloat16),
-]
+FP32, BF16 = torch.float32, torch.bfloat16
+
+Way = tuple[torch.dtype, int]
+"""The dtype of factors, and slices for AMX; 0 for products of few rows."""
 
 
 def imported(folder: Path, source: str, name: str) -> ModuleType:
@@ -49,16 +46,19 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return imported(tmp_path_factory.mktemp("rows"), DECODER, "outsiders_rows")
 
 
-@pytest.fixture(
-    params=[pytest.param(w, marks=pytest.mark.slow if w.loops == "blocks" else ()) for w in WAYS],
-    ids=lambda way: f"{way.loops} {way.dtype} {way.slices}",
-)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
+def take(patch: pytest.MonkeyPatch, way: Way) -> Way:
     """All products go this way."""
-    if request.param.loops == "amx" and not amx.available():
+    patch.setattr(choices, "slices_for_amx", lambda *_: way[1])
+    patch.setattr(choices, "dtype_of_few", lambda *_: way[0])
+    return way
+
+
+@pytest.fixture(params=[(FP32, 0), (BF16, 0), (FP32, 2), (FP32, 3)], ids=str)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
+    """Every way but tiles in turn."""
+    if request.param[1] and not amx.available():
         pytest.skip("this machine has no AMX")
-    monkeypatch.setattr(choices, "way_for", lambda *_: request.param)
-    return request.param
+    return take(monkeypatch, request.param)
 
 
 def product(module: ModuleType, weight: PackedWeight, x: Tensor, transpose: bool) -> Tensor:
@@ -71,14 +71,16 @@ def product(module: ModuleType, weight: PackedWeight, x: Tensor, transpose: bool
 def allowed(way: Way, terms: int) -> float:
     """The error of a sum of so many products, as a part of the sum of their magnitudes.
 
-    Each addition rounds by 2⁻²⁴. A slice is at most 2⁻⁸ of the slice before. Products of slices
-    whose numbers add up to the number of slices are left out. Weights, inputs and results in bf16,
-    which has eight significant bits, are rounded by 2⁻⁸.
+    Each product and each addition rounds by 2⁻²⁴. Weights and inputs in bf16, which has eight
+    significant bits, are rounded by 2⁻⁸. A slice is at most 2⁻⁸ of the slice before. Products of
+    slices whose numbers add up to the number of slices are left out.
     """
-    left_out = {1: 2 * 2.0**-8 + 2.0**-16, 2: 3 * 2.0**-16, 3: 2 * 2.0**-24 + 2.0**-32}
-    additions = way.slices * (way.slices + 1) // 2 + 1
-    rounding = terms * additions * 2.0**-24 + (left_out[way.slices] if way.loops == "amx" else 0)
-    return rounding + ((1 + 2.0**-8) ** 3 - 1 if way.dtype is torch.bfloat16 else 0)
+    dtype, slices = way
+    left_out = {0: 0.0, 2: 3 * 2.0**-16, 3: 2 * 2.0**-24 + 2.0**-32}[slices]
+    additions = slices * (slices + 1) // 2 + 2
+    return (
+        terms * additions * 2.0**-24 + left_out + ((1 + 2.0**-8) ** 2 - 1 if dtype is BF16 else 0)
+    )
 
 
 def check(module: ModuleType, way: Way, shape: tuple[int, int], n: int) -> None:
@@ -137,8 +139,8 @@ def test_without_amx_its_loops_multiply_by_an_emulated_unit(
     for name in ("add_square", "use_registers", "leave_registers"):
         monkeypatch.setattr(amx, name, getattr(amx, name))
     module = imported(tmp_path, EMULATED + DECODER, "outsiders_emulated")
-    for way in WAYS[3:]:
-        monkeypatch.setattr(choices, "way_for", lambda *_, way=way: way)
+    for slices in (2, 3):
+        way = take(monkeypatch, (FP32, slices))
         for shape in SHAPES:
             check(module, way, shape, 70)
 
@@ -230,58 +232,55 @@ def test_a_kernel_for_one_row_multiplies_one_row_of_a_weight_that_it_takes(
 
 @pytest.mark.parametrize(
     "x",
-    [torch.ones(65, 6), torch.ones(2, 6).double(), torch.ones(2, 5), torch.ones(0, 6),
+    [torch.ones(129, 6), torch.ones(2, 6).double(), torch.ones(2, 5), torch.ones(0, 6),
      torch.ones(()), torch.ones(2, 6, device="meta")],
     ids=["many rows", "fp64", "another last dimension", "no rows", "a scalar", "another device"],
 )  # fmt: skip
-def test_other_inputs_are_left_to_tiles(
-    module: ModuleType, monkeypatch: pytest.MonkeyPatch, x: Tensor
-) -> None:
-    monkeypatch.setattr(choices, "blocks_are_faster", lambda: False)
-    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: False)
+def test_other_inputs_are_left_to_tiles(module: ModuleType, x: Tensor) -> None:
     assert module.product(x, packed(4, 6)[0], False) is None
-
-
-FP32, BF16, LARGE = torch.float32, torch.bfloat16, (1024, 1024)
 
 
 @pytest.mark.parametrize(
     ("processor", "rows", "dtype", "expected"),
-    [("plain", 64, FP32, Way("products", FP32)), ("plain", 65, FP32, None),
-     ("plain", 64, BF16, Way("products", FP32)),
-     ("bf16", 7, BF16, Way("products", FP32)), ("bf16", 8, BF16, Way("products", BF16)),
-     ("bf16", 8, torch.float16, Way("products", FP32)), ("bf16", 65, BF16, None),
-     ("mkl", 31, FP32, Way("products", FP32)), ("mkl", 512, FP32, Way("blocks", FP32)),
-     ("mkl", 513, FP32, None),
-     ("amx", 63, FP32, Way("products", FP32)), ("amx", 64, FP32, Way("amx", FP32, 3)),
-     ("amx", 10**6, FP32, Way("amx", FP32, 3)),
-     ("amx", 24, BF16, Way("products", FP32)), ("amx", 25, BF16, Way("amx", BF16)),
-     ("amx", 257, BF16, None)],
+    [("plain", 128, FP32, FP32), ("plain", 129, FP32, None), ("plain", 128, BF16, FP32),
+     ("bf16", 7, BF16, FP32), ("bf16", 8, BF16, BF16), ("bf16", 64, BF16, BF16),
+     ("bf16", 8, torch.float16, FP32), ("bf16", 128, FP32, FP32), ("bf16", 65, BF16, None),
+     ("amx", 128, FP32, FP32), ("amx", 129, FP32, None),
+     ("amx", 24, BF16, FP32), ("amx", 25, BF16, None), ("amx", 64, torch.float16, FP32)],
 )  # fmt: skip
-def test_the_way_follows_the_processor_the_rows_and_the_dtype(
+def test_few_rows_are_products_in_a_dtype_of_the_processor(
     monkeypatch: pytest.MonkeyPatch,
     processor: str,
     rows: int,
     dtype: torch.dtype,
-    expected: Way | None,
+    expected: torch.dtype | None,
 ) -> None:
     has_units = processor in ("bf16", "amx")
     monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: has_units)
     monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: processor == "amx")
-    monkeypatch.setattr(amx, "available", lambda: processor == "amx")
-    monkeypatch.setattr(choices, "blocks_are_faster", lambda: processor == "mkl")
-    assert way_for(rows, dtype, LARGE) == expected
+    assert dtype_of_few(rows, dtype) is expected
 
 
-def test_amx_has_two_slices_below_the_highest_precision_and_no_small_weight(
+@pytest.mark.parametrize(
+    ("has_amx", "rows", "dtype", "shape", "precision", "expected"),
+    [(True, 65, FP32, (2048, 2048), "highest", 3), (True, 65, FP32, (2048, 2048), "high", 2),
+     (True, 10**6, torch.float16, (2048, 2048), "highest", 3),
+     (True, 64, FP32, (2048, 2048), "highest", 0), (True, 65, FP32, (2047, 2048), "highest", 0),
+     (True, 65, BF16, (2048, 2048), "highest", 0), (False, 65, FP32, (2048, 2048), "highest", 0)],
+)  # fmt: skip
+def test_amx_multiplies_many_fp32_rows_by_a_large_weight(
     monkeypatch: pytest.MonkeyPatch,
+    has_amx: bool,
+    rows: int,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    precision: str,
+    expected: int,
 ) -> None:
-    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: True)
-    monkeypatch.setattr(amx, "available", lambda: True)
-    monkeypatch.setattr(choices, "blocks_are_faster", lambda: False)
-    with matmul_precision("high"):
-        assert way_for(32, FP32, LARGE) == Way("amx", FP32, 2)
-    assert way_for(64, FP32, (64, 64)) == Way("products", FP32)
+    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: has_amx)
+    monkeypatch.setattr(amx, "available", lambda: has_amx)
+    with matmul_precision(precision):
+        assert slices_for_amx(rows, dtype, shape) == expected
 
 
 def in_another_process(folder: Path) -> str:
