@@ -2,7 +2,7 @@
 
 Few rows are multiplied by :mod:`modulora_core.kernels.cpu.products`, many by decoded tiles and
 torch. A processor with AMX multiplies many fp32 rows by a large weight in loops of its own.
-docs/explanation/performance.md has the figures behind each choice by processor.
+The figures are in docs/explanation/performance.md.
 """
 
 from __future__ import annotations

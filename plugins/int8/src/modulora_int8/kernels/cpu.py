@@ -3,13 +3,13 @@
 ``codes`` are int8 ``[out, in]``, ``scales`` fp32 ``[out, groups]``; ``group`` columns share a
 scale.
 
-Imitate this module if your codes are whole bytes: it is the shortest with all that a plugin can
-have. A quantizer needs ``operands``, ``decode`` and the last two lines of the first half alone.
-Add ``matmul_one`` if decoding a token must be fast, and ``quantize`` if plain torch packs slowly.
+Imitate this module if your codes are whole bytes. A quantizer needs `operands`, `decode` and the
+lines that make `tile` and `product`, nothing more. Add `matmul_one` if decoding a token must be
+fast, and `quantize` if plain torch packs slowly.
 
 Do not imitate it if several codes share a byte: loads of single codes would take most of the time.
 See plugins/nf4 for 16 levels, plugins/optq for bit planes, and plugins/gguf for structs of bytes.
-Nor if Ŵ is a rotation of what is stored: plugins/quip-sharp-e8 rotates the inputs instead.
+Do not imitate it for a rotated weight either: plugins/quip-sharp-e8 rotates the inputs.
 """
 
 from __future__ import annotations
