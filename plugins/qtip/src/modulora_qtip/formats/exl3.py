@@ -17,6 +17,7 @@ ExLlamaV3 pads weights with zeros to multiples of 128. It stores q, k and v of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -239,7 +240,6 @@ def _signed(number: int) -> int:
 
 def _mean(weights: Iterable[StoredWeight]) -> float:
     """The mean bits of a weight, without scales."""
-    counted = [(weight.layout.shape[0] * weight.layout.shape[1], weight.layout.metadata["bits"])
-               for weight in weights]  # fmt: skip
-    total = sum(count for count, _ in counted)
-    return round(sum(count * bits for count, bits in counted) / max(1, total), 2)
+    counts = [(math.prod(w.layout.shape), w.layout.metadata["bits"]) for w in weights]
+    bits: float = sum(count * bits for count, bits in counts)
+    return round(bits / max(1, sum(count for count, _ in counts)), 2)
