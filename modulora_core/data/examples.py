@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from array import array
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,14 @@ class Examples(Dataset[dict[str, list[int]]]):
         """Refuse tokens that a model of ``rows`` embeddings lacks. Raises DataError."""
         for ids, _ in self._pairs:
             check_ids(ids, rows, subject)
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of all tokens and labels, in their order."""
+        found = hashlib.sha256()
+        for ids, labels in self._pairs:
+            found.update(len(ids).to_bytes(8, "little") + ids.tobytes() + labels.tobytes())
+        return found.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         ids, labels = self._pairs[index]

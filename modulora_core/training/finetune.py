@@ -63,7 +63,7 @@ from modulora_core.training.interruption import Interruption
 from modulora_core.training.losses import divergence
 from modulora_core.training.model_card import model_card
 from modulora_core.training.report import REPORT_FILE, report
-from modulora_core.training.resuming import CHECKPOINTS, check_out
+from modulora_core.training.resuming import CHECKPOINTS, check_examples, check_out, record_examples
 from modulora_core.training.samples import answers
 from modulora_core.training.sharding import is_sharded
 from modulora_core.training.trainer import AdapterRun, AdapterTrainer, OnEval, OnStep, Watcher
@@ -152,6 +152,7 @@ def finetune(
         examples = {
             name: _examples(source, config, tokenizer, rows) for name, source in sources.items()
         }
+        check_examples(out, examples, resume_from)
         steps = total_steps(config, len(examples["train"]), world_size())
         warn_of_warmup(config, steps)
     checkpoint, interruption = _packed(base, open_bar), Interruption()
@@ -170,6 +171,7 @@ def finetune(
             check_disk_space(out, _nbytes(model))
         if is_first():
             write_file(out / RUN_FILE, config.to_yaml())
+            record_examples(out, examples)
             remove_half_written(out / CHECKPOINTS)
         started = time.perf_counter()
         trainer = _trainer(

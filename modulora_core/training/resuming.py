@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from modulora_core.adapters.peft_format import CONFIG_FILE
-from modulora_core.checkpoints.written.outputs import check_output, partial_name
+from modulora_core.checkpoints.written.outputs import check_output, partial_name, write_file
+from modulora_core.data.examples import Examples
 from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.models.folders import RUN_FILE
+from modulora_core.models.json_files import read_json
 from modulora_core.training.checkpoints import latest_checkpoint, processes_of
 from modulora_core.training.config import FinetuneConfig
 
 CHECKPOINTS = "checkpoints"
+
+_DIGESTS = "examples.json"
+"""The file beside the checkpoints with the digests of the examples that they have seen."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +80,41 @@ def check_out(out: Path, config: FinetuneConfig, resume: bool) -> Path | None:
         )
     logger.info("%s: resuming from %s", out, checkpoint)
     return checkpoint
+
+
+def check_examples(out: Path, examples: Mapping[str, Any], resume_from: Path | None) -> None:
+    """Compare the examples of a run to resume with the ones that it began with.
+
+    Raises:
+        OptionError: they differ, so that the run would mix two sets of data.
+    """
+    path = out / CHECKPOINTS / _DIGESTS
+    if resume_from is None or not path.is_file():
+        return
+    before = read_json(path, dict[str, str])
+    for name, digest in _digests(examples).items():
+        if before.get(name) != digest:
+            raise OptionError(
+                f"resume of {out}: expected the {name} examples that the run began with, got "
+                f"{len(examples[name])} others: the data or the tokenizer changed; restore them, "
+                f"or choose another OUT; to go on with other data, give it --adapter {resume_from}"
+            )
+
+
+def record_examples(out: Path, examples: Mapping[str, Any]) -> None:
+    """Write the digests that :func:`check_examples` reads."""
+    (out / CHECKPOINTS).mkdir(exist_ok=True)
+    write_file(out / CHECKPOINTS / _DIGESTS, json.dumps(_digests(examples)))
+
+
+def _digests(examples: Mapping[str, Any]) -> dict[str, str]:
+    """The SHA-256 of the examples of each source: tokens, or a preference's text."""
+    return {
+        name: found.digest
+        if isinstance(found, Examples)
+        else hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        for name, found in examples.items()
+    }
 
 
 def _check_only_begun(out: Path) -> None:

@@ -113,7 +113,10 @@ def test_a_killed_run_continues_with_the_losses_of_an_uninterrupted_one(
     )  # fmt: skip
     assert process.returncode == -signal.SIGKILL, process.stderr
     checkpoints = Path(config.out) / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
     assert outcome(finetune(config, resume=True)) == outcome(whole)
 
 
@@ -234,7 +237,8 @@ def test_a_run_without_a_whole_checkpoint_starts_again_with_other_options(
     lower = changed(config, lr=1e-3, steps=1, eval_every=None)
     assert finetune(lower, resume=resume).steps == 1
     assert FinetuneConfig.build({}, file=Path(lower.out) / "finetune.yaml") == lower
-    assert [path.name for path in (Path(lower.out) / "checkpoints").iterdir()] == ["checkpoint-1"]
+    checkpoints = (Path(lower.out) / "checkpoints").glob("checkpoint-*")
+    assert [path.name for path in checkpoints] == ["checkpoint-1"]
 
 
 def test_a_run_does_not_start_again_among_other_files(config: FinetuneConfig) -> None:
@@ -286,3 +290,29 @@ def test_a_second_run_does_not_write_the_folder_of_the_first(config: FinetuneCon
 
     assert len(finetune(config, on_step=start_another).losses) == config.steps
     assert "another run is writing it" in refused[0]
+
+
+@pytest.mark.parametrize("changed", ["data", "eval_data", "shorter", "order"])
+def test_a_run_is_not_resumed_on_other_examples(
+    changed: str, config: FinetuneConfig, tmp_path: Path
+) -> None:
+    text = "".join(f"A line of text with the number {n}.\n" for n in range(60))
+    files = {name: tmp_path / f"{name}.txt" for name in ("data", "eval_data")}
+    for file in files.values():
+        file.write_text(text)
+    config = config.model_copy(update={name: str(file) for name, file in files.items()})
+
+    def stop(step: TrainingStep) -> None:
+        if step.step == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        finetune(config, on_step=stop)
+    file = files["eval_data" if changed == "eval_data" else "data"]
+    new = {"shorter": text[:-40], "order": "".join(sorted(text.splitlines(True))[::-1])}
+    file.write_text(new.get(changed, text.replace("7", "8")))
+    name = "eval" if changed == "eval_data" else "train"
+    with pytest.raises(OptionError, match=f"expected the {name} examples that the run began with"):
+        finetune(config, resume=True)
+    file.write_text(text)
+    assert finetune(config, resume=True).steps == config.steps
