@@ -1,4 +1,4 @@
-"""A plugin for tests: the quantizers ``toy`` and ``verbatim``, and the format ``crude``."""
+"""A plugin for tests: quantizers ``toy`` and ``verbatim``, formats ``crude`` and ``single``."""
 
 from modulora_core.hookspecs import hookimpl
 from modulora_core.spec import FormatSpec, QuantizerSpec
@@ -19,13 +19,20 @@ CRUDE_3 = FormatSpec(
     location="modulora_toy.crude:CrudeReader",
     config_keys=("crude_levels",),
 )
+SINGLE = FormatSpec(
+    name="single",
+    summary="a whole model in one file",
+    location="modulora_toy.single:Single",
+    file_suffix=".single",
+    writer="modulora_toy.single:SingleWriter",
+)
 TOY = QuantizerSpec(
     name="toy",
     summary="Rounds each row to 8 bits",
     location="modulora_toy.quantizer:Toy",
     protocol=1,
     bits=(8,),
-    formats=(CRUDE, CRUDE_2, CRUDE_3),
+    formats=(CRUDE, CRUDE_2, CRUDE_3, SINGLE),
 )
 VERBATIM = QuantizerSpec(
     name="verbatim",

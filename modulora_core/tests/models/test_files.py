@@ -1,0 +1,86 @@
+"""A plugin's format of whole models in one file: every command takes such a file, and writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
+from modulora_core.checkpoints.checkpoint import load_model, open_any, open_checkpoint
+from modulora_core.cli import main
+from modulora_core.errors import ModelError, OptionError
+from modulora_core.models import open_model
+from modulora_core.models.formats import create_writer, unread_file
+from modulora_core.planner.fitting import plan
+from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.other_tools import logits
+
+Pack = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture
+def single(pack: Pack, tmp_path: Path) -> Path:
+    """A tiny packed Llama in one file, as the command writes it."""
+    path = tmp_path / "model.single"
+    _, packed = pack("llama", "toy")
+    assert main(["merge", str(packed), str(path), "--segments", "0", "--json"]) == 0
+    return path
+
+
+def test_a_file_is_a_packed_model(single: Path, pack: Pack, tmp_path: Path) -> None:
+    _, packed = pack("llama", "toy")
+    checkpoint = open_checkpoint(single)
+    assert checkpoint.format == "single"
+    assert len(checkpoint.record.weights) == 14
+    assert torch.equal(logits(load_model(checkpoint)), logits(load_model(packed)))
+    assert plan(str(single), seq_len=16, device="cpu").quantizer == "toy"
+
+
+def test_a_file_is_quantized_again_from_its_dense_values(single: Path, tmp_path: Path) -> None:
+    source = open_model(str(single))
+    assert source.validate() == []
+    (name, values), *_ = source.tensors(names=["model.layers.0.mlp.up_proj.weight"])
+    (packed,) = open_checkpoint(single).packed(name)
+    assert torch.equal(values, packed.tensors["codes"].float() * packed.tensors["scale"])
+    quantize(str(single), tmp_path / "again", "verbatim")
+    again, before = logits(load_model(tmp_path / "again")), logits(load_model(single))
+    torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_is_written_as_a_file_and_merged_into_one(
+    single: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(single)
+    add_lora(model, LoRASettings(rank=2))
+    with torch.no_grad():
+        for _, layer in adapter_layers(model):
+            layer.parameters_of("default")["lora_B"].fill_(0.05)
+    save_adapter(model, tmp_path / "adapter")
+    words = [str(tmp_path / "adapter"), str(tmp_path / "lora.single"), "--to", "single", "--json"]
+    capsys.readouterr()
+    assert main(["convert", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["modules"] == 14
+    out = tmp_path / "merged.single"
+    words = ["--adapter", str(tmp_path / "adapter"), "--type", "float32", "--segments", "0"]
+    assert main(["merge", str(single), str(out), *words]) == 0
+    merged = open_any(str(out))
+    assert not hasattr(merged, "record"), "it is dense"
+    assert merged.validate() == []
+
+
+def test_a_file_that_no_plugin_reads_is_refused_in_one_sentence(
+    single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OptionError, match=r"single': expected a format of folders, got one of fi"):
+        create_writer("single")
+    monkeypatch.setenv("MODULORA_BLOCK", "toy")
+    with pytest.raises(ModelError, match=r"expected a folder or a file \*\..*, got the file model"):
+        open_model(str(single))
+    assert unread_file("a.single").endswith("files *.single, got none; install one")
