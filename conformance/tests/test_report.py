@@ -216,10 +216,39 @@ def test_a_badge_says_no_more_than_the_run_found(tmp_path, checks, complete, sta
     assert texts == ["modulora conformance", words]
 
 
+def test_a_device_that_no_check_ran_on_is_named_everywhere(tmp_path):
+    checks = [outcome("L0"), outcome("L7"), *passing()]
+    ran = outcome("L7", "cuda_gives_the_tiles_of_the_cpu")
+    assert make(checks, devices=("cpu",)).untested == ()
+    assert make([*checks, ran], devices=("cpu", "cuda")).untested == ()
+    run = make(checks, devices=("cpu", "cuda"))
+    assert run.untested == ("cuda",)
+    assert verdict(run).words == "certified without hardware 2026.11"
+    assert against(run).startswith("Certified without hardware: ")
+    assert against(run).endswith("Nothing ran on cuda, which the spec names.")
+    write_report(run, tmp_path)
+    for suffix in ("svg", "html", "md"):
+        assert "certified without hardware" in (tmp_path / f"mine.{suffix}").read_text().lower()
+    row = cells_of((tmp_path / "mine.md").read_text())[-1]
+    assert row[4:6] == ["L0–L7 without cuda", "without hardware"]
+    uncertified = run.model_copy(update={"certified": False})
+    assert verdict(uncertified).words == "L0-L7 passed without hardware"
+
+
+def test_packing_a_large_weight_is_timed_apart(tmp_path):
+    name = "packing one large weight, [513, 33024]"
+    check = outcome("L2", "big", measured=[(name, 2.5, float("inf"), "seconds")])
+    run = make([*passing(), check])
+    assert run.packing == {f"defaults: {name}": 2.5}
+    assert f"defaults: {name}: 2.5 s, once for all checks" in summary_text(run)
+    write_report(run, tmp_path)
+    assert f"{name}: 2.5 s, once for all checks" in (tmp_path / "mine.html").read_text()
+
+
 def test_one_sentence_has_all_reasons_against_a_certificate(broken):
     sentence = against(broken.model_copy(update={"complete": False}))
     for part in (
-        "the run left out checks",
+        "this run left out some checks",
         "2 checks failed",
         "1 check blocked",
         "1 check failed as expected",

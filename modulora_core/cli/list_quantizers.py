@@ -22,9 +22,11 @@ def command(check: Check = False) -> Report:
     """List the installed quantizers, and say why one can't be used.
 
     Each quantizer is a package: install one with pip, and this list has it. The status is ok,
-    broken (it can't be imported), incompatible (it needs another version of modulora-core) or
-    blocked. MODULORA_BLOCK=NAME,... blocks quantizers. A class is imported on first use, so only
-    --check finds a broken one; the exit code is 1 then.
+    broken (it can't be imported), incompatible (it needs another version of modulora-core),
+    duplicate (two packages bring it) or blocked. MODULORA_BLOCK=NAME,... blocks quantizers.
+    A missing package and a wrong location are found by reading code. Other faults show when the
+    class is imported: --check does so. Its exit code is 1 for a broken, incompatible or duplicate
+    quantizer.
 
     Examples:
         modulora list-quantizers
@@ -33,11 +35,20 @@ def command(check: Check = False) -> Report:
     """
     from modulora_core.registry import entries
 
-    found = [_checked(entry) for entry in entries()] if check else entries()
+    found = [_read(entry) for entry in entries()]
+    found = [_checked(entry) for entry in found] if check else found
     rows = [_to_json(entry) for entry in found]
     nothing = "No quantizer is installed. Each is a package: install one with pip."
-    code = int(check and any(entry.status == "broken" for entry in found))
+    code = int(check and any(entry.status not in ("ok", "blocked") for entry in found))
     return Report({"quantizers": rows}, _table(rows) if rows else nothing, exit_code=code)
+
+
+def _read(entry: Entry) -> Entry:
+    """Mark a usable entry broken if its code shows that its class can't be imported."""
+    from modulora_core.cli.plugin_faults import fault
+
+    reason = fault(entry) if entry.status == "ok" else None
+    return entry if reason is None else replace(entry, status="broken", reason=reason)
 
 
 def _checked(entry: Entry) -> Entry:

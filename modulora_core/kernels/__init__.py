@@ -8,6 +8,7 @@
     operands, launch    tensors as arrays, and kernels on torch's threads
     filled_tile         a tile in any dtype, from a kernel that writes fp32
     one_thread          torch on one thread, for the same last bits everywhere
+    without_autocast    torch without autocast, for a device of any type
 
     kernels.cpu         for modules of numba kernels: CPUKernels and its tools
     kernels.triton      for modules of Triton kernels: GPUKernels and its tools
@@ -19,6 +20,7 @@ A plugin may import the names in ``__all__`` of these packages, and nothing deep
 
 from __future__ import annotations
 
+from modulora_core.dense_products import without_autocast
 from modulora_core.kernels.launching import (
     PARTIAL_SUMS,
     check_layout,
@@ -59,4 +61,5 @@ __all__ = [
     "product_of_one",
     "run",
     "triton_is_interpreted",
+    "without_autocast",
 ]

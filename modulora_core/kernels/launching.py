@@ -36,7 +36,7 @@ _UNKNOWN = dict.fromkeys(_HALVES, "<i2") | {torch.float8_e4m3fn: "|u1", torch.fl
 """The dtypes that numpy lacks, by whole numbers of the same bits."""
 
 _TYPES = {
-    dtype: _UNKNOWN.get(dtype) or torch.empty(0, dtype=dtype).numpy().dtype.str
+    dtype: _UNKNOWN.get(dtype) or torch.empty(0, dtype=dtype, device="cpu").numpy().dtype.str
     for dtype in (getattr(torch, name) for name in BITS_OF_DTYPE)
 }
 """numpy's names of the dtypes."""
@@ -216,13 +216,13 @@ def filled_tile(
         written: the dtypes that ``fill`` writes, fp32 among them.
     """
     start, stop = rows
-    tile = torch.empty(stop - start, in_features, dtype=dtype)
+    tile = torch.empty(stop - start, in_features, dtype=dtype, device="cpu")
     if tile.numel() == 0:
         return tile
     if dtype in written:
         fill(start, stop, tile)
         return tile
-    scratch = torch.empty(0, dtype=torch.float32)
+    scratch = torch.empty(0, dtype=torch.float32, device="cpu")
     for a, b in tile_ranges(stop - start, 4 * in_features, ROUNDING_BYTES):
         scratch = scratch[: b - a] if scratch.numel() else scratch.new_empty(b - a, in_features)
         fill(start + a, start + b, scratch)

@@ -19,9 +19,12 @@ Outcome = dict[str, Tensor] | str
 OTHER_BYTES, TOO_FEW, TOO_MANY = "other bytes", "too few tensors", "too many tensors"
 
 
+ALL_BITS = "all bits set"
+
+
 def crafted(quantizer: Quantizer, weight: PackedWeight) -> Iterator[tuple[str, str, PackedWeight]]:
     """Kind, title and weight. Floats of the kind ``OTHER_BYTES`` keep their values."""
-    yield OTHER_BYTES, "all bits set", _filled(weight, lowest=255)
+    yield OTHER_BYTES, ALL_BITS, _filled(weight, lowest=255)
     for seed in range(3):
         yield OTHER_BYTES, f"random bytes of seed {seed}", _filled(weight, seed=seed)
     for name, tensor in weight.tensors.items():

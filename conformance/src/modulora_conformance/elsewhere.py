@@ -6,10 +6,8 @@ On Linux a server process imports torch once, and forks a child for each job (mu
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
-import mmap
 import multiprocessing
 import os
 import pickle
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from modulora_conformance.cases import both_ways, fit, gaussian, pack, packed, tile
 from modulora_conformance.changes import settings
+from modulora_conformance.pages import Place, guarded
 from modulora_core.kernels import one_thread
 from modulora_core.packed import PackedLayout
 from modulora_core.registry import create
@@ -131,12 +130,14 @@ class Request(NamedTuple):
     inputs: dict[str, Tensor]
 
 
-def request(quantizer: Quantizer, weight: PackedWeight, *dtypes: torch.dtype) -> Request:
-    """A request with three rows of inputs for both products in each dtype."""
+def request(
+    quantizer: Quantizer, weight: PackedWeight, *dtypes: torch.dtype, rows: int = 3
+) -> Request:
+    """A request with ``rows`` rows of inputs for both products in each dtype."""
     inputs = {
         f"{'dY' if transpose else 'x'}.{name_of(dtype)}": x
         for dtype in dtypes
-        for transpose, x in both_ways(weight, 3, dtype=dtype, seed=1)
+        for transpose, x in both_ways(weight, rows, dtype=dtype, seed=1)
     }
     options = quantizer.options.model_dump(mode="json")
     layout = json.loads(json.dumps(weight.layout.to_json()))
@@ -229,27 +230,48 @@ def _answer(request: Request, dense: Tensor, before: Sequence[Mapping[str, Any]]
     return found["tile.float32"], there.layout.to_json(), dict(there.tensors), changed
 
 
-_KEPT: list[mmap.mmap] = []
-"""Until the process ends: a mapping with a protected page cannot be freed in parts."""
+def read_protected(requests: Sequence[Request], place: Place | None) -> None:
+    """Read and multiply tensors in protected memory: an end of this process is the finding.
 
-
-def guarded(tensor: Tensor) -> Tensor:
-    """A copy of a CPU tensor before a protected page: an out-of-bounds read ends the process.
-
-    In ordinary memory, a kernel that reads a vector beyond its codes works by chance. Linux only.
+    Args:
+        requests: packed weights and their inputs.
+        place: the end of each tensor that touches a protected page; None lets packed tensors be
+            read and not written, and x be written.
     """
-    if tensor.nbytes == 0:
-        return tensor.clone()
-    pages = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
-    _KEPT.append(memory)
-    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(begin + pages), mmap.PAGESIZE, 0) != 0:
-        raise OSError(ctypes.get_errno(), "mprotect of the page after a tensor")
-    count, offset = tensor.numel(), pages - tensor.nbytes
-    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
-    return flat.view(tensor.shape).copy_(tensor)
+    for asked in requests:
+        _read_protected(asked, place)
+
+
+def _read_protected(asked: Request, place: Place | None) -> None:
+    quantizer, layout = create(asked.name, asked.options), PackedLayout.from_json(asked.layout)
+    only_read = place is None
+    tensors = {
+        name: guarded(tensor, place or Place.END, read_only=only_read)
+        for name, tensor in asked.tensors.items()
+    }
+    weight, n = layout.fill(tensors), layout.shape[0]
+    with one_thread():
+        for name, x in asked.inputs.items():
+            for rows in {1, 2, len(x)}:
+                operand = guarded(x[:rows], place or Place.END, read_only=only_read)
+                quantizer.matmul(operand, weight, name.startswith("dY"))
+        for dtype in {x.dtype for x in asked.inputs.values()}:
+            for start, stop in ((0, n), (n // 3, n), (0, 1), (n - 1, n)):
+                tile(quantizer, weight, dtype, start, stop)
+            quantizer.lookup(torch.tensor([n - 1, 0, n // 2]), weight, dtype)
+
+
+def without_numba_results(requests: Sequence[Request]) -> list[dict[str, Tensor]]:
+    """:func:`results`, and the packed tensors of the same weight, where numba is absent."""
+    sys.modules["numba"] = None  # type: ignore[assignment]  # importing it raises ImportError
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = results(requests)
+        for asked, result in zip(requests, found, strict=True):
+            quantizer = create(asked.name, asked.options)
+            shape = PackedLayout.from_json(asked.layout).shape
+            result["own"] = tile(quantizer, pack(quantizer, gaussian(shape, 0)))
+    return found
 
 
 def without_numba(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

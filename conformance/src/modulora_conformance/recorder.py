@@ -78,6 +78,7 @@ class Recorder:
             protocol=spec.protocol,
             distribution=distribution,
             version=of_version,
+            devices=spec.devices,
             certified=False,
             complete=self._all_levels and _is_complete(subjects),
             checks=tuple(outcome for subject in subjects for outcome in subject.outcomes),

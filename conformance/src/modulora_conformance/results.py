@@ -33,6 +33,9 @@ HARDWARE, NOT_OFFERED = "missing hardware: ", "not offered: "
 """A certified run allows skips whose reasons begin so: hardware is missing, or the spec offers
 none."""
 
+PACKING = "packing one large weight, "
+"""The measurement of so many seconds, which reports count apart from the checks' own."""
+
 GOLDEN = "_golden_vectors"
 """The end of the names of checks that run only with golden vectors."""
 
@@ -129,6 +132,8 @@ class Run(_Value):
     protocol: int
     distribution: str
     version: str
+    devices: tuple[str, ...] = ("cpu",)
+    """The types of devices that the spec names."""
     certified: bool
     """Whether ``--certified`` was given, and the run is sound."""
     complete: bool
@@ -165,6 +170,22 @@ class Run(_Value):
     @property
     def seconds(self) -> float:
         return round(sum(check.seconds for check in self.checks), 2)
+
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """The devices that the spec names, and that no check of level 7 ran on."""
+        ran = {c.check.split("_")[1] for c in self.of("L7") if c.outcome == "passed"} | {"cpu"}
+        return tuple(device for device in self.devices if device not in ran)
+
+    @property
+    def packing(self) -> dict[str, float]:
+        """The seconds that packing one large weight took, by the configuration and the weight."""
+        return {
+            f"{check.configuration}: {found.name}": found.value
+            for check in self.checks
+            for found in check.measurements
+            if found.name.startswith(PACKING)
+        }
 
     @property
     def sound(self) -> bool:

@@ -116,13 +116,13 @@ class CPUKernels:
         rows = x.detach().reshape(n, given)
         if slices := choices.slices_for_amx(n, dtype, packed.shape):
             rows = rows.to(torch.float32).contiguous()
-            sums = torch.zeros(n, wanted, dtype=torch.float32)
+            sums = torch.zeros(n, wanted, dtype=torch.float32, device="cpu")
             budget = tile_bytes(x.device) // threads
             for part, y in zip(rows.split(AMX_ROWS), sums.split(AMX_ROWS), strict=True):
                 launch(self._amx[transpose], arrays, threads, budget, slices, part, y)
         elif inner := choices.dtype_of_few(n, dtype):
             padded = F.pad(rows.to(inner), (0, -given % products.COLUMNS)).contiguous()
-            sums = torch.empty(n, wanted, dtype=torch.float32)
+            sums = torch.empty(n, wanted, dtype=torch.float32, device="cpu")
             launch(self._products[inner][transpose], arrays, threads, given, padded, sums)
         else:
             return None

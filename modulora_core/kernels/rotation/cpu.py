@@ -272,7 +272,7 @@ def rotate(
     given = x if x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.float32)
     given = given.contiguous()
     reuses = dtype is given.dtype and (in_place or given is not x)
-    out = given if reuses else torch.empty(x.shape, dtype=dtype)
+    out = given if reuses else torch.empty(x.shape, dtype=dtype, device="cpu")
     vectors = _NO_SCALE if scale is None else scale, UNIT if unit is None else unit
     arguments = *vectors, *factors(x.shape[1], block, transpose), after
     threads = min(len(x), torch.get_num_threads())

@@ -104,7 +104,7 @@ def factor(K: int) -> Tensor:
     """M_K, fp64 ``[K, K]``: √K times an orthogonal matrix."""
     if decompose(K) == K:
         return hadamard(K).double()
-    a = torch.arange(K)
+    a = torch.arange(K, device="cpu")
     angle = (a[:, None] * a % K).double() * (2 * math.pi / K)
     cas: Tensor = angle.cos() + angle.sin()
     return cas
@@ -113,7 +113,7 @@ def factor(K: int) -> Tensor:
 def matrix(n: int, block: int | None = None) -> Tensor:
     """H_n by its definition, dense fp64 ``[n, n]``: the truth for :func:`rotate`."""
     if block is not None:
-        return torch.kron(torch.eye(n // block, dtype=torch.float64), matrix(block))
+        return torch.kron(torch.eye(n // block, dtype=torch.float64, device="cpu"), matrix(block))
     sylvester = hadamard(n // order(n)).double()
     return torch.kron(factor(order(n)), sylvester) / math.sqrt(n)
 

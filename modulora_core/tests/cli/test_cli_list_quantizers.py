@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+
+import pytest
 
 from modulora_core.tests.fake_site import FakeSite, failing
 
@@ -37,18 +40,74 @@ def test_list_quantizers_prints_an_object_or_a_table(tmp_path: Path) -> None:
     assert rows[rows.index("broken fake-broken 1.0 broken") + 1] == "RuntimeError: [no] such GPU"
 
 
+LIST = "from modulora_core.cli import main; print(main(['list-quantizers', {}'--json']))"
+
+
+def listed(site: FakeSite, *flags: str) -> tuple[dict[str, dict[str, object]], int]:
+    """The rows by name, and the exit code."""
+    text, code = site.run(LIST.format("".join(f"{flag!r}, " for flag in flags))).stdout.splitlines()
+    return {row["name"]: row for row in json.loads(text)["quantizers"]}, int(code)
+
+
 def test_check_imports_each_class_and_marks_a_broken_one(tmp_path: Path) -> None:
     site = FakeSite(tmp_path)
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
-    (tmp_path / "fake_alpha_quantizer.py").write_text("import no_such_module\n")
-    code = "from modulora_core.cli import main; print(main(['list-quantizers', {}'--json']))"
-    results = [site.run(code.format(flag)).stdout.splitlines() for flag in ("", "'--check', ")]
-    (unchecked, zero), (checked, one) = results
-    assert (zero, one) == ("0", "1")
-    before, after = (
-        {row["name"]: row for row in json.loads(text)["quantizers"]}
-        for text in (unchecked, checked)
-    )
+    file = tmp_path / "fake_alpha_quantizer.py"
+    file.write_text(file.read_text() + "\nimport json.no_such_part\n")
+    before, zero = listed(site)
+    after, one = listed(site, "--check")
+    assert (zero, one) == (0, 1)
     assert before["alpha"]["status"] == "ok"
     assert after["alpha"]["status"] == "broken"
-    assert after["alpha"]["reason"].endswith("No module named 'no_such_module'")
+    assert "no_such_part" in str(after["alpha"]["reason"])
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import no_such_module\nclass AlphaQuantizer: ...", "imports no_such_module, which isn't"),
+        ("class Other: ...", "got a module without "),
+        (None, "got no module fake_alpha_quantizer"),
+    ],
+)
+def test_a_fault_that_reading_shows_is_found_without_check(
+    code: str | None, reason: str, tmp_path: Path
+) -> None:
+    site = FakeSite(tmp_path)
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    file = tmp_path / "fake_alpha_quantizer.py"
+    name = re.search(r"class (\w+)\(Quantizer\)", file.read_text())
+    assert name is not None
+    if code is None:
+        file.unlink()
+    else:
+        file.write_text(code.replace("AlphaQuantizer", name[1]))
+    rows, zero = listed(site)
+    assert (rows["alpha"]["status"], zero) == ("broken", 0)
+    assert reason in str(rows["alpha"]["reason"])
+
+
+def test_a_missing_requirement_is_named_with_the_package_to_install(tmp_path: Path) -> None:
+    site = FakeSite(tmp_path)
+    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+    (metadata,) = tmp_path.glob("fake_alpha-*.dist-info/METADATA")
+    more = 'Requires-Dist: no-such-package>=2\nRequires-Dist: nor-this; extra == "test"\n'
+    metadata.write_text(metadata.read_text().rstrip() + "\n" + more)
+    rows, _ = listed(site)
+    reason = "needs no-such-package, which isn't installed: pip install no-such-package"
+    assert rows["alpha"]["reason"] == reason
+
+
+def test_check_fails_for_incompatible_and_duplicate_quantizers(tmp_path: Path) -> None:
+    for kind, second in (("incompatible", "beta"), ("duplicate", "alpha")):
+        folder = tmp_path / kind
+        folder.mkdir()
+        site = FakeSite(folder)
+        site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
+        protocol = 99 if kind == "incompatible" else 1
+        site.install_quantizer(
+            second, distribution="fake-two", module="fake_two", protocol=protocol
+        )
+        rows, code = listed(site, "--check")
+        assert kind in {row["status"] for row in rows.values()}
+        assert code == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -108,7 +109,7 @@ INSTALLS = {
 def test_its_ci_installs_from_an_index_or_a_repository_and_runs_the_kit_once(
     package: Path, tmp_path: Path, code: int, repository: str, installs: list[str]
 ) -> None:
-    done, calls = ci(package, tmp_path, code, repository)
+    done, calls = ci(finished(package, tmp_path / "own"), tmp_path, code, repository)
     assert done.returncode == 0, done.stderr
     assert calls[1:-1] == [*installs, "-m pip install -e .[test]"]
     report = f"--conformance-report=conformance --junit-xml=conformance/{NAME}.xml"
@@ -117,8 +118,24 @@ def test_its_ci_installs_from_an_index_or_a_repository_and_runs_the_kit_once(
 
 def test_its_ci_says_what_to_set_where_neither_has_the_core(package: Path, tmp_path: Path) -> None:
     done, calls = ci(package, tmp_path, 1, "")
-    assert (done.returncode, len(calls)) == (0, 1)
+    assert (done.returncode, len(calls)) == (1, 1)
     assert "set MODULORA_REPOSITORY to its Git URL" in done.stdout
+
+
+def test_its_ci_fails_while_a_text_is_left_to_write(package: Path, tmp_path: Path) -> None:
+    done, calls = ci(package, tmp_path, 0, "")
+    assert calls[-1].startswith("-m pytest")
+    assert done.returncode == 1
+    assert "README.md" in done.stdout
+    assert "replace each TODO above" in done.stdout
+
+
+def finished(package: Path, folder: Path) -> Path:
+    """A copy of the package whose texts are written."""
+    shutil.copytree(package, folder)
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text("utf-8").replace("TODO", "written"), "utf-8")
+    return folder
 
 
 def ci(

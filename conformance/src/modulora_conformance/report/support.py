@@ -39,6 +39,7 @@ The table has a row for each configuration that a quantizer promises, as the con
 measured it. Bits per weight include scales, for a layer of 2048 × 2048.
 The error is ‖W − Ŵ‖ / ‖W‖ for normal weights, packed without calibration. A certified run passes
 all levels. It skips only missing hardware, and features that the quantizer does not offer.
+"Without hardware" says that no check ran on a device that the quantizer's spec names.
 
 """
 
@@ -52,7 +53,7 @@ def table(runs: Iterable[Run]) -> str:
     """A table with a row for each configuration."""
     lines = [HEADINGS, ("---",) * len(HEADINGS)]
     for run in runs:
-        name, certified = f"{run.quantizer} {run.version}".strip(), "yes" if run.certified else "no"
+        name, certified = f"{run.quantizer} {run.version}".strip(), _certified(run)
         lines += [
             (
                 name,
@@ -67,6 +68,12 @@ def table(runs: Iterable[Run]) -> str:
             for row in rows(run)
         ]
     return "".join(f"| {' | '.join(map(escape, cells))} |\n" for cells in lines)
+
+
+def _certified(run: Run) -> str:
+    if not run.certified:
+        return "no"
+    return "without hardware" if run.untested else "yes"
 
 
 def escape(text: str) -> str:

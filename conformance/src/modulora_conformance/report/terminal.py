@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from modulora_conformance.checks import explanation
-from modulora_conformance.report.verdict import against, repeat, share_text, worst
+from modulora_conformance.report.verdict import against, duration, repeat, share_text, worst
 from modulora_conformance.results import GOLDEN, KINDS, Kind, Outcome, Run
 
 STYLES: dict[Kind, str] = {
@@ -81,6 +81,8 @@ def _notes(run: Run) -> Iterator[str]:
     skips = Counter(check.reason for check in run.checks if check.outcome == "skipped")
     for reason, number in skips.items():
         yield f"SKIPPED {number}: {' '.join(reason.split())}"
+    for name, seconds in run.packing.items():
+        yield f"{name}: {duration(seconds)}, once for all checks"
     if "L1" in run.levels and not any(check.check.endswith(GOLDEN) for check in run.checks):
         yield NO_GOLDEN
     seed = f" (pytest: --hypothesis-seed={run.seed})" if run.seed else ""

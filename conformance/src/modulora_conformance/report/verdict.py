@@ -28,12 +28,13 @@ class Verdict(NamedTuple):
 
 def verdict(run: Run) -> Verdict:
     """Certified, failing, or the levels that passed without a gap from L0 on."""
+    without = " without hardware" if run.untested else ""
     if run.certified:
-        return Verdict("certified", f"certified {run.suite}")
+        return Verdict("certified", f"certified{without} {run.suite}")
     if run.count("failed") or run.count("blocked"):
         return Verdict("failing", "failing")
     if passed := levels_passed(run.checks):
-        return Verdict("passed", f"{passed} passed")
+        return Verdict("passed", f"{passed} passed{without if passed.endswith('L7') else ''}")
     return Verdict("incomplete", "not certified")
 
 
@@ -60,9 +61,11 @@ def against(run: Run) -> str:
             f"every check of suite {run.suite} passed, except for missing hardware and what the "
             "quantizer does not offer."
         )
+        named = f" Nothing ran on {' or '.join(run.untested)}, which the spec names."
+        without, passed = (" without hardware", passed + named) if run.untested else ("", passed)
         if run.certified:
-            return f"Certified: {passed}"
-        return f"Passed: {passed} A certificate needs a run with --certified."
+            return f"Certified{without}: {passed}"
+        return f"Passed{without}: {passed} A certificate needs a run with --certified."
     words: dict[Kind, str] = {
         "failed": "failed",
         "blocked": "blocked",
@@ -113,11 +116,16 @@ def rows(run: Run) -> list[Row]:
                 f"{size.value:.4g}" if size else "",
                 f"{size.limit:.4g}" if size else "",
                 f"{error.value:.2g}" if error else "",
-                levels_passed(checks).replace("-", "–") or "none",
+                _levels_text(checks, run.untested),
                 Counter(check.outcome for check in checks),
             )
         )
     return found
+
+
+def _levels_text(checks: list[Outcome], untested: tuple[str, ...]) -> str:
+    found = levels_passed(checks).replace("-", "–") or "none"
+    return f"{found} without {', '.join(untested)}" if untested and "L7" in found else found
 
 
 def share_text(share: float) -> str:
@@ -132,6 +140,8 @@ def share_text(share: float) -> str:
 def measured_text(found: Measurement) -> str:
     """A measurement beside its limit: ``"product: 1.2e-07, at most 2e-06"``."""
     value, limit = (_quantity(number, found.unit) for number in (found.value, found.limit))
+    if found.limit == math.inf:
+        return f"{found.name}: {value}"
     return f"{found.name}: {value}, at most {limit}"
 
 

@@ -14,7 +14,7 @@ from modulora_core.spec import Promise, QuantizerSpec
 
 SOUND = (
     "Healthy", "InTriton", "StridedTiles", "Sound", "PerRow", "Floating", "Lattice", "Rotated",
-    "Importance", "OwnFunction", "Scaled", "Experts",
+    "Importance", "OwnFunction", "Scaled", "Experts", "RotatedKernels", "Microscaled",
 )  # fmt: skip
 
 ELSEWHERE = ("Unlisted", "HeavyMetadata", "SlowMetadata")
@@ -28,13 +28,17 @@ OF_8_BITS = Promise(
     bits_per_weight=8.1, gaussian=0.03, heavy_tailed=0.06, outlier_columns=0.08, constant=0.03
 )
 
+OF_4_BIT_FLOATS = Promise(
+    bits_per_weight=4.25, gaussian=0.14, heavy_tailed=0.14, outlier_columns=0.14, constant=0.26
+)
+
 
 CALIBRATED = (
     "Importance", "InvertedImportance", "ReversedImportance", "FirstImportance", "SaysItIgnores",
-    "IgnoresItsCalibration",
+    "IgnoresItsCalibration", "KeepsItsCalibration", "SecondMomentByAddress",
 )  # fmt: skip
 
-BITS = {"NarrowerThanItSays": (2,), "WiderThanItSays": (8,)}
+BITS = {"NarrowerThanItSays": (2,), "WiderThanItSays": (8,), "Microscaled": (4,)}
 
 RESCALING = ("Scaled", "ScalesInPlace", "ReplacesItsScales", "DividesByScales")
 
@@ -52,6 +56,7 @@ def spec(module, cls):
     options = {"UnkeptPromise": {"width": 3}, "WordsStayWords": {"group_size": 32}}.get(cls)
     promises = [PROMISE] + ([PROMISE.model_copy(update={"options": options})] if options else [])
     promises = [OF_8_BITS] if module == "sound" else promises
+    promises = [OF_4_BIT_FLOATS] if cls == "Microscaled" else promises
     calibration = {"NeverCalibrated": "required", "UndampedInverse": "optional"}
     calibration |= dict.fromkeys(CALIBRATED, "optional")
     return QuantizerSpec(

@@ -6,7 +6,10 @@ from functools import lru_cache
 
 import torch
 
+from modulora_core.errors import ShapeError
 from modulora_core.kernels import KernelQuantizer
+from modulora_core.kernels.rotation import rotate
+from modulora_core.kernels.rotation import signs as random_signs
 from modulora_core.packed import TensorLayout
 from modulora_zoo import SPECS
 from modulora_zoo.healthy import Healthy
@@ -82,6 +85,87 @@ class Rotated(PerRow):
         turned = super().dequantize_tile(packed, rows, torch.float32).to(wide)
         sign = signs(0, packed.shape[1]).to(packed.device)
         return (self.turned(turned) * sign).to(dtype)
+
+
+class RotatedKernels(KernelQuantizer):
+    """A toolkit's quantizer whose rows are turned by a Hadamard matrix, as the docs show it."""
+
+    spec = SPECS["RotatedKernels"]
+    kernels = "modulora_zoo"  # it has none
+
+    def pack(self, weight, calibration=None):
+        found = PerRow().pack(rotate(weight.detach().float(), self.signs(weight)))
+        return self.layout(tuple(weight.shape)).fill(found.tensors)
+
+    def signs(self, weight):
+        return random_signs(0, weight.shape[1], "input").to(weight.device, torch.float16)
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def tensors(shape):
+        codes = TensorLayout("int8", shape)
+        return {"codes": codes, "scale": TensorLayout("float32", (shape[0], 1))}
+
+    def reference_tile(self, packed, rows):
+        codes, scale = (packed.tensors[name][slice(*rows)] for name in ("codes", "scale"))
+        return codes.float() * scale
+
+    def matmul(self, x, packed, transpose=False):
+        if x.shape[-1:] != (packed.shape[0 if transpose else 1],):
+            return super().matmul(x, packed, transpose)
+        wide, s = torch.promote_types(x.dtype, torch.float32), self.signs(packed)
+        if transpose:
+            y = super().matmul(x.to(wide), packed, True)
+            return rotate(y, s, after=True, transpose=True, dtype=wide).to(x.dtype)
+        return super().matmul(rotate(x.to(wide), s, dtype=wide), packed).to(x.dtype)
+
+    def dequantize_tile(self, packed, rows, dtype):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        C = super().dequantize_tile(packed, rows, wide)
+        if C.numel() == 0:
+            return C.to(dtype)
+        return rotate(C, self.signs(packed), after=True, transpose=True, dtype=wide).to(dtype)
+
+
+class Microscaled(Healthy):
+    """MXFP4 as its specification has it: blocks of 32, E8M0 scales of which 255 is NaN, E2M1."""
+
+    LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+    def check_shape(self, shape):
+        super().check_shape(shape)
+        if shape[1] % 32:
+            raise ShapeError(f"{self.spec.name}: in_features {shape[1]} is not a multiple of 32")
+
+    def pack(self, weight, calibration=None):
+        self.check_shape(tuple(weight.shape))
+        W = self.prepared(weight)
+        self.check_finite(W)
+        blocks = W.unflatten(1, (-1, 32))
+        largest = blocks.abs().amax(2).clamp(min=2.0**-120)
+        exponent = (largest.log2().floor() - 2).clamp(-127, 124)
+        P = blocks / exponent.exp2()[..., None]
+        levels = torch.tensor(self.LEVELS, dtype=torch.float32, device=W.device)
+        code = torch.bucketize(P.abs(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        code |= (P < 0).to(torch.uint8) << 3
+        code = code.flatten(1)
+        tensors = {
+            "codes": code[:, ::2] | code[:, 1::2] << 4,
+            "scale": (exponent + 127).to(torch.uint8),
+        }
+        return self.layout(tuple(W.shape)).fill(tensors)
+
+    def layout(self, shape):
+        codes, scale = ((shape[0], shape[1] // n) for n in (2, 32))
+        return self.of(shape, codes=("uint8", codes), scale=("uint8", scale))
+
+    def decode(self, packed, rows):
+        levels = torch.tensor(self.LEVELS, dtype=torch.float32, device=packed.device)
+        code = self.codes(packed, rows)
+        P = levels[(code & 7).long()] * (1 - 2 * (code >> 3).float())
+        X = packed.tensors["scale"][slice(*rows)].float()
+        X = torch.where(X == 255, torch.nan, (X - 127).exp2())
+        return (P.unflatten(1, (-1, 32)) * X[..., None]).flatten(1)
 
 
 class Experts(KernelQuantizer):

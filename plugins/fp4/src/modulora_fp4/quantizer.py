@@ -89,7 +89,7 @@ class FP4(KernelQuantizer):
         kind = self.options.type
         largest = W.unflatten(1, (-1, reference.BLOCK[kind])).abs().amax(-1)
         scales.copy_(packing.rule(largest, g))
-        steps = torch.tensor(packing.STEPS[kind], dtype=torch.int32)
+        steps = torch.tensor(packing.STEPS[kind], dtype=torch.int32, device=W.device)
         table = reference.block_scales(kind, torch.arange(256, device=W.device), g)
         module = kernels.load(f"{self.kernels}.cpu_packing", W.device)
         if module is not None:

@@ -38,7 +38,7 @@ LARGEST_EXPONENT = 100
 @cache
 def scale_values(type: str, device: torch.device) -> Tensor:
     """X of each code of a byte, fp32 ``[256]``. NaN, a sign of damage, counts as 0."""
-    codes = torch.arange(256, dtype=torch.uint8)
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
     kind = torch.float8_e8m0fnu if type == "mxfp4" else torch.float8_e4m3fn
     X = codes.view(kind).to(torch.float32).nan_to_num(nan=0.0)
     return torch.where(X > 2.0**LARGEST_EXPONENT, 0.0, X).to(device)

@@ -83,7 +83,7 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         decade = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += decade.tolist() + (-decade).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)

@@ -54,7 +54,8 @@ class OPTQ(KernelQuantizer):
                 f"{list(weight.shape)}; it needs the second moment of the layer's inputs: give "
                 "text to calibrate with"
             )
-        solution = solver.solve(weight, calibration.hessian, self.options)
+        with kernels.without_autocast(weight.device):
+            solution = solver.solve(weight, calibration.hessian, self.options)
         largest = float(weight.detach().abs().amax()) if weight.numel() else 0.0
         if largest and not reference.SMALLEST_WEIGHT <= largest <= reference.LARGEST_WEIGHT:
             raise WeightError(

@@ -51,13 +51,13 @@ def absolute_vectors() -> Tensor:
         if sum(v * v for v in vector) <= 10
     ]
     long = [[0.5 if i in triple else 1.5 for i in range(BLOCK)] for triple in norm_twelve()]
-    return torch.tensor([*short, *long])
+    return torch.tensor([*short, *long], device="cpu")
 
 
 @cache
 def e8p() -> Tensor:
     """The point of each code of E8P12: fp32 ``[65536, 8]``, shared: do not write to it."""
-    codes = torch.arange(1 << 16)
+    codes = torch.arange(1 << 16, device="cpu")
     vectors = absolute_vectors()[codes >> 8]
     odd = vectors.sum(-1).long() % 2  # one more sign makes the vector's sum even
     parity = torch.stack([codes >> bit & 1 for bit in range(8)]).sum(0) % 2
@@ -78,8 +78,10 @@ def e81() -> Tensor:
         v for v in itertools.product((-1.0, 0.0, 1.0), repeat=BLOCK) if sum(map(abs, v)) in (0, 2)
     ]
     half = [v for v in itertools.product((-0.5, 0.5), repeat=BLOCK) if sum(v) % 2 == 0]
-    axes = 2 * torch.eye(BLOCK)
-    return torch.cat([torch.tensor(whole), torch.tensor(half), axes, -axes[:7]])
+    axes = 2 * torch.eye(BLOCK, device="cpu")
+    return torch.cat(
+        [torch.tensor(whole, device="cpu"), torch.tensor(half, device="cpu"), axes, -axes[:7]]
+    )
 
 
 @cache
@@ -126,7 +128,7 @@ def decode(codes: Tensor, residual: Tensor | None, bits: int) -> Tensor:
 
 def residual_step(bits: int) -> Tensor:
     """The factor of a residual's point: 1 / ``RESIDUAL_SCALE[bits]``, a fp32 scalar tensor."""
-    return torch.tensor(1 / RESIDUAL_SCALE[bits], dtype=torch.float32)
+    return torch.tensor(1 / RESIDUAL_SCALE[bits], dtype=torch.float32, device="cpu")
 
 
 def nearest_brute(x: Tensor, points: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ class QuIPSharpE8(Quantizer):
             )
         # an fp64 weight would pack to other bytes than the same values in fp32
         weight = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
-        return packed_of(packing.solve(weight, calibration.hessian, self.options), self.options)
+        with kernels.without_autocast(weight.device):
+            solution = packing.solve(weight, calibration.hessian, self.options)
+        return packed_of(solution, self.options)
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         metadata = {"bits": self.options.bits, "rows": [0, shape[0]]}

@@ -26,7 +26,7 @@ from modulora_fp4.packing import codes_of
 from modulora_fp4.reference import LARGEST
 
 _MOST = int(2 * LARGEST)
-_CODES = codes_of(torch.arange(-_MOST, _MOST + 1, dtype=torch.float32) / 2).numpy()
+_CODES = codes_of(torch.arange(-_MOST, _MOST + 1, dtype=torch.float32, device="cpu") / 2).numpy()
 """The codes of the values -6, -5.5, ..., 6, of which some are none of E2M1."""
 
 _room = on_stack(2 * LANES, np.float32)

@@ -44,7 +44,7 @@ KINDS = {
 """The types with kernels, and their numbers."""
 
 _Q4_0, _Q4_1, _Q5_0, _Q8_0, _Q4_K, _Q5_K, _Q6_K, _ = KINDS.values()
-_IQ4 = codebooks.lookup("IQ4_NL", torch.arange(16)).numpy()
+_IQ4 = codebooks.lookup("IQ4_NL", torch.arange(16, device="cpu")).numpy()
 
 _NUMBERS = tuple(KINDS.values())
 _0 = np.float32(0)

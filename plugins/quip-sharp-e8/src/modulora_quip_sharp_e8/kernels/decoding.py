@@ -58,7 +58,7 @@ _STEP_3, _STEP_4 = (codebooks.residual_step(bits).numpy()[()] for bits in (3, 4)
 def _tables() -> tuple[Tensor, Tensor, Tensor]:
     """``vectors[code >> 8] * signs[code & 255] + shifts[code & 255]`` is the point."""
     points = codebooks.e8p()
-    odd = torch.tensor([code.bit_count() & 1 for code in range(256)])
+    odd = torch.tensor([code.bit_count() & 1 for code in range(256)], device="cpu")
     shifts = 0.25 - 0.5 * odd
     # code 0 has no signs, and vector 0 is (1/2)⁸
     return points[::256] - 0.25, (points[:256] - shifts[:, None]).sign(), shifts
@@ -119,13 +119,13 @@ def _levels(bits: int) -> Any:
     if bits == 3:
         numbers = codebooks.e81().unique()
     else:
-        nibble, magnitudes = torch.arange(LANES), _magnitudes()
+        nibble, magnitudes = torch.arange(LANES, device="cpu"), _magnitudes()
         sizes = magnitudes[(nibble & 3).clamp(max=len(magnitudes) - 1)]
         numbers = torch.where(nibble & _NEGATIVE > 0, -sizes, sizes)
         numbers = numbers + torch.where(nibble & _BELOW > 0, -0.25, 0.25)
     if bits > 2:
         numbers = numbers * codebooks.residual_step(bits)
-    return torch.cat([numbers, torch.zeros(LANES - len(numbers))]).numpy()
+    return torch.cat([numbers, torch.zeros(LANES - len(numbers), device="cpu")]).numpy()
 
 
 _LEVELS, _LEVELS_3, _LEVELS_4 = map(_levels, (2, 3, 4))

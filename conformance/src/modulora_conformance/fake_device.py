@@ -1,0 +1,134 @@
+"""A device "cuda" that needs no GPU: its tensors hold values in the CPU's memory.
+
+As on a GPU, an operation on tensors of two devices is an error (except for numbers), and memory
+has no address to give to compiled code. Plain torch gives the CPU's values on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
+
+CUDA = torch.device("cuda", 0)
+
+UNDERNEATH = "meta"
+"""The device that torch's C++ sees: without a GPU it refuses even to index a CUDA tensor."""
+
+
+NO_ADDRESS = "data_ptr: expected no compiled code on a fake CUDA device, which has no addresses"
+
+
+class OnCuda(Tensor):
+    """A tensor that says it is on CUDA, and holds its values in ``values`` on the CPU."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> OnCuda:
+        made: OnCuda = torch.Tensor._make_wrapper_subclass(
+            cls,
+            values.size(),
+            strides=values.stride(),
+            storage_offset=values.storage_offset(),
+            dtype=values.dtype,
+            device=UNDERNEATH,
+        )
+        made.values = values
+        return made
+
+    device = property(lambda _: CUDA)  # type: ignore[assignment]
+    is_cuda = property(lambda _: True)  # type: ignore[assignment]
+    is_meta = property(lambda _: False)  # type: ignore[assignment]
+
+    def get_device(self) -> int:
+        return 0
+
+    def tolist(self) -> Any:
+        return self.values.tolist()
+
+    def data_ptr(self) -> int:
+        raise RuntimeError(NO_ADDRESS)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray)
+"""Functions that copy no values to the device underneath."""
+
+
+class _Names(TorchFunctionMode):
+    """Replaces the device in the arguments of each function."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_underneath, (args, kwargs or {}))
+        if func in FROM_VALUES and _is_underneath(kwargs.get("device")):
+            return OnCuda(func(*args, **kwargs | {"device": "cpu"}))
+        return func(*args, **kwargs)
+
+
+def _underneath(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device(UNDERNEATH) if value.type == "cuda" else value
+    return UNDERNEATH if isinstance(value, str) and value in ("cuda", "cuda:0") else value
+
+
+def _is_underneath(device: Any) -> bool:
+    return device is not None and torch.device(device).type == UNDERNEATH
+
+
+class _Device(TorchDispatchMode):
+    """Runs each operation on the values, and checks that its tensors are on one device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+COPIES = ("aten::_to_copy", "aten::copy_", "aten::index.", "aten::index_put")
+"""Operations that take tensors of two devices: torch copies indices that are on the CPU."""
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name, tensors = func.name(), [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+    asked = kwargs.get("device")
+    here = [t for t in tensors if not isinstance(t, OnCuda)]
+    on_cuda = len(here) < len(tensors)
+    if on_cuda and not name.startswith(COPIES):
+        mixed = [t for t in here if t.dim() > 0]  # torch takes CPU numbers
+        if mixed:
+            raise RuntimeError(
+                f"{name}: expected all tensors on one device, got cuda and cpu "
+                f"({list(mixed[0].shape)}); move tables to packed.device"
+            )
+    if asked is not None:
+        on_cuda = _is_underneath(asked)
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    if name.startswith("aten::copy_"):
+        on_cuda = isinstance(args[0], OnCuda)
+    args, kwargs = tree_map_only(OnCuda, lambda t: t.values, (args, kwargs))
+    with _disable_current_modes():
+        result = func(*args, **kwargs)
+    if not on_cuda:
+        return result
+    kept = {id(t.values): t for t in tensors if isinstance(t, OnCuda)}  # of an in-place operation
+    return tree_map_only(Tensor, lambda t: kept[id(t)] if id(t) in kept else OnCuda(t), result)
+
+
+@contextmanager
+def fake_cuda() -> Iterator[None]:
+    """Within this block ``"cuda"`` is the fake device."""
+    with _Names(), _Device():
+        yield
+
+
+def moved(tensor: Tensor) -> Tensor:
+    """A copy on the fake device."""
+    return OnCuda(tensor.detach().clone())

@@ -1,0 +1,96 @@
+"""Broken in a mode of torch or on some threads: level 3 finds them."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from modulora_zoo.healthy import LEVELS, Healthy, rows_of
+
+MODE = "test_a_mode_of_torch_changes_nothing"
+THREADS = "test_any_number_of_threads_gives_the_same"
+TOGETHER = "test_two_threads_multiply_many_rows"
+
+
+class CoarseInInferenceMode(Healthy):
+    breaks = MODE
+
+    def matmul(self, x, packed, transpose=False):
+        y = super().matmul(x, packed, transpose)
+        coarse = torch.is_inference_mode_enabled() and rows_of(x) > 100
+        return y.bfloat16().to(y.dtype) if coarse else y
+
+
+class OtherIfDeterministic(Healthy):
+    breaks = MODE
+
+    def matmul(self, x, packed, transpose=False):
+        y = super().matmul(x, packed, transpose)
+        if torch.are_deterministic_algorithms_enabled() and transpose:
+            y = y * 1.02
+        return y
+
+
+class BackwardUnderAutocast(Healthy):
+    """Under autocast the transposed product is in autocast's dtype."""
+
+    breaks = MODE
+
+    def matmul(self, x, packed, transpose=False):
+        y = super().matmul(x, packed, transpose)
+        autocast = torch.is_autocast_enabled("cpu") and transpose
+        return y.to(torch.get_autocast_dtype("cpu")) if autocast else y
+
+
+class TableOnTheDefaultDevice(Healthy):
+    breaks = MODE
+
+    def decode(self, packed, rows):
+        table = torch.arange(LEVELS + 1, dtype=torch.float32).to(packed.device)
+        scale, zero = (self.spread(packed, name, rows) for name in ("scale", "zero"))
+        return (table[self.codes(packed, rows).long()] - zero) * scale
+
+
+class RoundsLookupsWithoutGrad(Healthy):
+    breaks = MODE
+
+    def lookup(self, ids, packed, dtype):
+        rows = super().lookup(ids, packed, dtype)
+        return rows if torch.is_grad_enabled() else rows.bfloat16().to(dtype)
+
+
+class RestOf8Threads(Healthy):
+    """Eight threads leave the outputs that they do not divide."""
+
+    breaks = THREADS
+
+    def matmul(self, x, packed, transpose=False):
+        y = super().matmul(x, packed, transpose)
+        rest = y.shape[-1] % 8 if y.dim() else 0
+        if torch.get_num_threads() == 8 and rest:
+            y[..., -rest:] = 0
+        return y
+
+
+class TileOf16Threads(Healthy):
+    breaks = THREADS
+
+    def decode(self, packed, rows):
+        tile = super().decode(packed, rows)
+        if torch.get_num_threads() == 16 and len(tile) > 16:
+            tile[-1] = tile[0]
+        return tile
+
+
+class OneScratchForManyRows(Healthy):
+    """More than 512 rows of x are held in the instance meanwhile."""
+
+    breaks = TOGETHER
+
+    def matmul(self, x, packed, transpose=False):
+        if rows_of(x) != 640:
+            return super().matmul(x, packed, transpose)
+        self.held = packed
+        time.sleep(1e-3)  # without the GIL, as a kernel
+        return super().matmul(x, self.held, transpose)
