@@ -14,17 +14,17 @@ import torch
 from modulora_core import dense_products
 from modulora_core.kernels.cpu import amx
 
-FEW_ROWS = 128
-"""Rows up to which products of few rows, in fp32, are faster than tiles."""
+FEW_ROWS = 64
+"""Rows up to which products of few rows are faster than tiles."""
 
-FEW_BF16_ROWS = range(8, 65)
-"""Rows of bf16 inputs that are multiplied in bf16; fewer are as fast in fp32."""
+BF16_ROWS = 8
+"""Rows from which bf16 inputs are multiplied in bf16; fewer are as fast in fp32."""
 
 FEW_ROWS_BESIDE_AMX = 24
 """The same as :data:`FEW_ROWS` for bf16 inputs if torch multiplies tiles of bf16 by AMX."""
 
-AMX_ROWS, AMX_WEIGHTS = 65, 2**22
-"""Rows, and values of a weight, 2048 × 2048, from which the loops for AMX are the fastest way."""
+AMX_WEIGHTS = 2**22
+"""Values of a weight, 2048 × 2048, from which the loops for AMX are faster than tiles."""
 
 
 def dtype_of_few(rows: int, dtype: torch.dtype) -> torch.dtype | None:
@@ -34,18 +34,20 @@ def dtype_of_few(rows: int, dtype: torch.dtype) -> torch.dtype | None:
         rows: of the inputs, at least 1.
         dtype: of the layer's inputs, of at most 32 bits.
     """
+    if rows > FEW_ROWS:
+        return None
     if dtype is torch.bfloat16:
         if dense_products.has_bfloat16_tile_units():
             return torch.float32 if rows <= FEW_ROWS_BESIDE_AMX else None
-        if dense_products.has_bfloat16_units() and rows >= FEW_BF16_ROWS.start:
-            return torch.bfloat16 if rows in FEW_BF16_ROWS else None
-    return torch.float32 if rows <= FEW_ROWS else None
+        if rows >= BF16_ROWS and dense_products.has_bfloat16_units():
+            return torch.bfloat16
+    return torch.float32
 
 
 def slices_for_amx(rows: int, dtype: torch.dtype, shape: tuple[int, int]) -> int:
     """Into how many bf16 slices AMX cuts each fp32 number; 0 to leave the product to others."""
-    is_small = rows < AMX_ROWS or math.prod(shape) < AMX_WEIGHTS
-    if is_small or dtype is torch.bfloat16 or not dense_products.has_bfloat16_tile_units():
+    is_few = rows <= FEW_ROWS or math.prod(shape) < AMX_WEIGHTS
+    if is_few or dtype is torch.bfloat16 or not dense_products.has_bfloat16_tile_units():
         return 0
     if not amx.available():
         return 0
