@@ -82,7 +82,7 @@ def command(device: Devices = []) -> Report:
             show(f"testing {entry.name}", done, len(plugins))
             found += _plugin(entry, devices)
     if not plugins:
-        found.append(Finding("quantizers", "none", "fault", "pip install a plugin, such as nf4's"))
+        found.append(Finding("quantizers", "none", "fault", "install a plugin; README lists them"))
     faults = sum(each.verdict == "fault" for each in found)
     notes = sum(each.verdict == "note" for each in found)
     verdict = f"{faults} faults, {notes} notes" if faults or notes else "Everything works."
