@@ -26,9 +26,9 @@ NO_ADDRESS = "data_ptr: expected no compiled code on a fake CUDA device, which h
 
 
 class OnCuda(Tensor):
-    """A tensor that says it is on CUDA, and holds its values in ``values`` on the CPU."""
+    """A tensor that says it is on CUDA, and holds its values in ``on_cpu``, on the CPU."""
 
-    values: Tensor
+    on_cpu: Tensor
 
     @staticmethod
     def __new__(cls, values: Tensor) -> OnCuda:
@@ -38,26 +38,28 @@ class OnCuda(Tensor):
             strides=values.stride(),
             storage_offset=values.storage_offset(),
             dtype=values.dtype,
-            device=UNDERNEATH,
+            device=torch.device(UNDERNEATH),
         )
-        made.values = values
+        made.on_cpu = values
         return made
 
-    device = property(lambda _: CUDA)  # type: ignore[assignment]
-    is_cuda = property(lambda _: True)  # type: ignore[assignment]
-    is_meta = property(lambda _: False)  # type: ignore[assignment]
+    device = property(lambda _: CUDA)
+    is_cuda = property(lambda _: True)
+    is_meta = property(lambda _: False)
 
     def get_device(self) -> int:
         return 0
 
     def tolist(self) -> Any:
-        return self.values.tolist()
+        return self.on_cpu.tolist()
 
     def data_ptr(self) -> int:
         raise RuntimeError(NO_ADDRESS)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
 
@@ -113,12 +115,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = kwargs | {"device": torch.device("cpu")}
     if name.startswith("aten::copy_"):
         on_cuda = isinstance(args[0], OnCuda)
-    args, kwargs = tree_map_only(OnCuda, lambda t: t.values, (args, kwargs))
+    args, kwargs = tree_map_only(OnCuda, lambda t: t.on_cpu, (args, kwargs))
     with _disable_current_modes():
         result = func(*args, **kwargs)
     if not on_cuda:
         return result
-    kept = {id(t.values): t for t in tensors if isinstance(t, OnCuda)}  # of an in-place operation
+    kept = {id(t.on_cpu): t for t in tensors if isinstance(t, OnCuda)}  # of an in-place operation
     return tree_map_only(Tensor, lambda t: kept[id(t)] if id(t) in kept else OnCuda(t), result)
 
 

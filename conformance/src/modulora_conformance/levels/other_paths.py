@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,7 @@ from modulora_conformance.oracle import dense, product_error, relative_error, ti
 from modulora_conformance.results import HARDWARE, Measurements
 from modulora_conformance.tolerances import PRODUCT, ROUNDING
 from modulora_core import kernels
+from modulora_core.kernels import loading
 from modulora_core.spec import Calibration, Quantizer
 
 META = "test_the_meta_device_gives_shapes_and_dtypes"
@@ -123,8 +125,8 @@ class OtherPaths(Level):
 
 def _without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the toolkit find no kernels: none runs on the fake device."""
-    for name in ("load", "load_triton"):
-        monkeypatch.setattr(kernels, name, lambda module, device: None)  # noqa: ARG005
+    for module, name in itertools.product((kernels, loading), ("load", "load_triton")):
+        monkeypatch.setattr(module, name, lambda module, device: None)  # noqa: ARG005
 
 
 @contextmanager
@@ -141,4 +143,4 @@ def _refusing_addresses(quantizer: Quantizer) -> Iterator[None]:
 def _values(found: Tensor, case: str) -> Tensor:
     """The values of a tensor that must be on the fake device."""
     assert isinstance(found, OnCuda), f"{case}: expected it on cuda, got it on {found.device}"
-    return found.values
+    return found.on_cpu
