@@ -1,4 +1,4 @@
-"""Where the tests of rotations run: in plain torch, and on one thread."""
+"""Fixtures of the rotations' tests: plain torch, and one thread."""
 
 from __future__ import annotations
 
