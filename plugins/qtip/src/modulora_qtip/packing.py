@@ -7,9 +7,9 @@ Both round a block of 16 columns given the errors E = W − Ŵ of other blocks::
     BlockLDLQ             P = L, and E is still zero for blocks before k        algorithm 5
     coordinate descent    P_jk = H_jk H_kk⁻¹
 
-So one loop serves both. It computes as :mod:`modulora_qtip.reference` does, except for the order
-of sums, for the overlap of a walk, which weights near the seam decide alone, and for the last k
-bits of an error (:mod:`modulora_qtip.kernels.viterbi`). Symbols are the reference's.
+So one loop serves both. It computes as :mod:`modulora_qtip.reference` does, with three exceptions:
+the order of sums, the last k bits of an error (:mod:`modulora_qtip.kernels.viterbi`), and the
+overlap of a walk, which weights near the seam decide alone. Symbols are the reference's.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ wide::
 
     Ŵ = scale · diag(svh) H_out C H_inᵀ diag(suh), its first rows and columns    C: decoded walks
 
-Metadata: ``bits``; ``states``, the bits of a state; ``code``, a name in :mod:`modulora_qtip.codes`;
-``hadamard``, ``"full"`` for matrices as wide as the dimension, ``"128"`` for blocks of 128.
+Metadata: ``bits``; ``states``, the bits of a state; ``code``, a name in :mod:`modulora_qtip.codes`.
+``hadamard`` is ``"full"`` for matrices as wide as the dimension, or ``"128"`` for blocks of 128.
 """
 
 from __future__ import annotations

@@ -63,11 +63,12 @@ class Options(BaseModel):
         description="share of the mean of H's diagonal that is added to it; "
         "it grows if H can't be factorized",
     )
-    codebook_scale: float = Field(
-        0.95,
+    codebook_scale: float | None = Field(
+        None,
         gt=0.1,
         lt=10,
-        description="root mean square of the rotated weights, in units of the code's deviation",
+        description="root mean square of the rotated weights, in units of the code's deviation; "
+        "by default 0.95, 0.92 at 3 bits, and 0.88 with more",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of the random signs")
     layout: Literal["full", "exl3"] = Field(
@@ -98,6 +99,11 @@ class Options(BaseModel):
                 f"got {self.states}"
             )
         return self
+
+    @property
+    def scale(self) -> float:
+        """:attr:`codebook_scale`, or its default: with more bits the code's ends limit errors."""
+        return self.codebook_scale or {1: 0.95, 2: 0.95, 3: 0.92}.get(self.bits, 0.88)
 
     @property
     def block(self) -> int | None:
@@ -140,7 +146,7 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
         SPEC.name,
         weight,
         hessian,
-        rms=options.codebook_scale * codes.CODES[options.code].deviation,
+        rms=options.scale * codes.CODES[options.code].deviation,
         multiples=(TILE, TILE),
         damping=options.damping,
         rescale=options.rescale,

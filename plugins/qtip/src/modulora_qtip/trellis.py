@@ -1,8 +1,8 @@
 """Walks on the trellis as bits, and 16 × 16 tiles as sequences of 256 weights.
 
 A tile of K bits a weight is a circular string of 256 K bits. Weight t ends at bit (t + 1) K, and
-its state is the L bits that end there: a step shifts K new bits in (section 3, bitshift trellis).
-So any weight is decoded alone.
+its state is the L bits that end there. A step shifts K new bits in (section 2.3, bitshift trellis),
+so any weight is decoded alone.
 
 The string and the order of weights are EXL3's. Two int16 are a word of 32 bits, the low half
 first, and a word's bits count from its most significant one. Weight t = 8 l + i of a tile, whose

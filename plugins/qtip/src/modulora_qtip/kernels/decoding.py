@@ -1,10 +1,9 @@
 """Decodes walks to C on a CPU, sixteen weights at a time, for numba's kernels.
 
-A pair of vectors has the 32 weights of a quarter of the lanes: all inputs of the columns p and
-p + 8 of a tile. K words of 32 bits hold their new bits, and the word before has the rest of the
-first states. A state is 16 bits or less of two neighbouring words, shifted together. Where it lies
-depends on K and on the lane alone, so a vector is two permutations of words, a shift and the code
-function.
+A pair of vectors has 32 weights: all inputs of the columns p and p + 8 of a tile. K words of 32
+bits hold their new bits, and the word before has the rest of the first states. A state is 16 bits
+or less of two neighbouring words, shifted together. Its place depends on K and on the lane alone.
+So a vector is two permutations of words, a shift and the code function.
 
 The words of a tile are copied beside the last one, which is also before the first.
 """
