@@ -150,7 +150,7 @@ def file_writer(out: str | Path) -> FileWriter:
     """As :func:`writer_of`. Raises OptionError: no installed plugin writes such a file."""
     found = writer_of(out)
     if found is None:
-        raise OptionError(unread_file(out))
+        raise OptionError(f"{out}: {unread_file(out)}")
     return found
 
 

@@ -126,4 +126,4 @@ def open_file(path: Path) -> ModelFile:
         if spec.file_suffix and path.name.lower().endswith(spec.file_suffix):
             kind = registry.import_class(entry, spec.location, FileFormat)  # type: ignore[type-abstract]
             return kind(spec).open(path)
-    raise ModelError(unread_file(path))
+    raise ModelError(f"{path}: {unread_file(path)}")

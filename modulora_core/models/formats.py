@@ -280,7 +280,7 @@ def unread_file(path: str | Path) -> str:
     suffix = Path(path).suffix.lower()
     plugin = _extras().get(suffix)
     advice = "one" if plugin is None else f"it: pip install {plugin}"
-    return f"{path}: expected a plugin that reads files *{suffix}, got none; install {advice}"
+    return f"expected a plugin that reads files *{suffix}, got none; install {advice}"
 
 
 def _extras() -> dict[str, str]:

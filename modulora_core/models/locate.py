@@ -128,7 +128,7 @@ def _in_package(model: str) -> Location:
 def _in_file(kind: str, model: str, path: Path, revision: str | None = None) -> Location:
     """The location of a file. Raises ModelError: no installed plugin reads it."""
     if formats.file_format(path) is None:
-        raise ModelError(f"model {formats.unread_file(path)}")
+        raise ModelError(f"model {model}: {formats.unread_file(path)}")
     return Location(kind, model, path.parent, path.name, revision)
 
 
