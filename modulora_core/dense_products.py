@@ -36,7 +36,7 @@ SCRATCH_BYTES = 4 * 2**20
 LEAST_ROWS = 128
 """Rows of such a part at least: fewer would read W too often."""
 
-KEPT_SIZES = 64
+CACHED_SIZES = 64
 """Product sizes whose compiled code oneDNN caches: the packed layers of SmolLM2 have 8 in a
 step."""
 
@@ -222,7 +222,7 @@ def bound_caches() -> None:
     more than the model. Each reads its environment variable once; a variable that is set stays.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(KEPT_SIZES))
+        os.environ.setdefault(name, str(CACHED_SIZES))
 
 
 @cache

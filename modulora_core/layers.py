@@ -165,12 +165,12 @@ class PackedStack(nn.ModuleList):
 
     Args:
         matrices: a PackedParameter for each expert, of one shape.
-        place: the position of the dense parameter among the parameters of its module.
+        position: the position of the dense parameter among the parameters of its module.
     """
 
-    def __init__(self, matrices: Iterable[nn.Module], place: int = 0) -> None:
+    def __init__(self, matrices: Iterable[nn.Module], position: int = 0) -> None:
         super().__init__(matrices)
-        self.place = place
+        self.position = position
 
     @property
     def first(self) -> PackedParameter:

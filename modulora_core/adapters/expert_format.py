@@ -46,7 +46,7 @@ def stacks_of(model: nn.Module) -> dict[str, Stack]:
         stacks = [
             (n, child) for n, child in owner.named_children() if isinstance(child, PackedStack)
         ]
-        for name, stack in sorted(stacks, key=lambda named: named[1].place):
+        for name, stack in sorted(stacks, key=lambda named: named[1].position):
             swapped = stack.first.transposed and not getattr(owner, "is_transposed", False)
             found[f"{path}.{name}"] = Stack((len(stack), *stack.first.layout.shape), swapped)
     return found

@@ -62,7 +62,7 @@ class LoRAExperts(PackedStack, LoRALayer):
     """
 
     def __init__(self, stack: PackedStack, owner: nn.Module) -> None:
-        super().__init__(stack, stack.place)
+        super().__init__(stack, stack.position)
         self.out_features, self.in_features = self.first.layout.shape
         self.stacked = (len(self),)
         self._rows: tuple[tuple[Tensor, ...], tuple[Tensor, ...], float] | None = None

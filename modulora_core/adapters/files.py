@@ -17,7 +17,7 @@ from modulora_core.spec import FormatSpec
 
 __all__ = ["AdapterFile", "FileWriter", "MergedFile"]
 
-KEPT = 0.5
+RETAINED = 0.5
 """An update of which less is left in the quantized weight counts as erased."""
 
 
@@ -40,8 +40,8 @@ class MergedFile:
 
     Attributes:
         types: the number of tensors of each type; adapted: of parameters that the adapter changed.
-        kept: the part of the update that quantizing leaves in each changed tensor, the projection
-            ⟨Q(W + ΔW) - W, ΔW⟩ / ‖ΔW‖². 1 is all, 0 is nothing.
+        retained: the part of the update that quantizing leaves in each changed tensor, the
+            projection ⟨Q(W + ΔW) - W, ΔW⟩ / ‖ΔW‖². 1 is all, 0 is nothing.
     """
 
     out: str
@@ -51,12 +51,12 @@ class MergedFile:
     adapted: int
     seconds: float
     peak_memory_bytes: int
-    kept: dict[str, float] = field(repr=False)
+    retained: dict[str, float] = field(repr=False)
 
     @property
     def erased(self) -> list[str]:
         """The tensors that lost more than half of their update."""
-        return [name for name, part in self.kept.items() if part < KEPT]
+        return [name for name, part in self.retained.items() if part < RETAINED]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "erased": self.erased}

@@ -24,7 +24,7 @@ _HIDDEN = "hidden_states"
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class BlockCall:
     """The arguments of one block for one batch, without the hidden state.
 
     Attributes:
@@ -46,9 +46,9 @@ class Call:
         """The value that a block with this result returns."""
         return hidden if self.beside is None else (hidden, *self.beside)
 
-    def sharing(self, other: Call) -> Call:
+    def sharing(self, other: BlockCall) -> BlockCall:
         """The same call with ``other``'s tensors where they are equal, such as masks."""
-        return Call(
+        return BlockCall(
             _share(self.args, other.args),
             _share(self.kwargs, other.kwargs),
             _share(self.beside, other.beside),
@@ -65,7 +65,7 @@ def record_calls(
     ids: Tensor,
     batches: Iterable[slice],
     device: torch.device,
-) -> Iterator[tuple[slice, Tensor, list[Call]]]:
+) -> Iterator[tuple[slice, Tensor, list[BlockCall]]]:
     """Run the forward of an ``outer_model`` up to its last block, for each batch of ``ids``.
 
     Yields:
@@ -75,7 +75,7 @@ def record_calls(
     Raises:
         ModelError: the model does not pass the hidden state through its blocks in order.
     """
-    first: list[Call] = []
+    first: list[BlockCall] = []
     for batch in batches:
         hidden, calls = _record(model, blocks, ids[batch].to(device))
         first = first or calls
@@ -84,9 +84,9 @@ def record_calls(
 
 def _record(
     model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor
-) -> tuple[Tensor, list[Call]]:
+) -> tuple[Tensor, list[BlockCall]]:
     before_first: list[Tensor] = []
-    calls: list[Call] = []
+    calls: list[BlockCall] = []
     real_first = blocks[0].forward
 
     def forward(number: int, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ def _record(
             output = real_first(*args, **kwargs)
             beside = None if isinstance(output, Tensor) else tuple(output[1:])
         by_name = {_HIDDEN: None} if _HIDDEN in kwargs else {}
-        calls.append(Call(args if by_name else args[1:], {**kwargs, **by_name}, beside))
+        calls.append(BlockCall(args if by_name else args[1:], {**kwargs, **by_name}, beside))
         if len(calls) == len(blocks):
             raise _Enough
         return calls[-1].answer(hidden)
@@ -124,7 +124,7 @@ def _record(
 def logits_after(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
-    calls: Sequence[Call],
+    calls: Sequence[BlockCall],
     ids: Tensor,
     hidden: Tensor,
 ) -> Tensor:

@@ -63,7 +63,7 @@ class Packing:
         """Whether an earlier run wrote the parameter."""
         return False
 
-    def keep(self, name: str, tensor: Tensor) -> None:
+    def write_dense(self, name: str, tensor: Tensor) -> None:
         """Write a parameter that is not packed, unless it is written."""
 
     def wants_calibration(self, name: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modulora_core import distributed
 from modulora_core.calibration.blocks import Block
-from modulora_core.calibration.calls import Call
+from modulora_core.calibration.calls import BlockCall
 from modulora_core.calibration.moments import SecondMoment
 from modulora_core.calibration.observe import Key, ObservedWeight, ignore
 from modulora_core.calibration.packing import HeldOutCalibration
@@ -94,7 +94,7 @@ class Passes:
         self,
         block: Block,
         states: Tensor,
-        calls: Sequence[Call],
+        calls: Sequence[BlockCall],
         batches: Sequence[slice],
         *,
         paused_bytes: int,

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
-from modulora_core.calibration.calls import Call, logits_after, record_calls
+from modulora_core.calibration.calls import BlockCall, logits_after, record_calls
 from modulora_core.calibration.observe import ObservedWeight
 from modulora_core.calibration.states import empty_states
 from modulora_core.errors import ModelError, WorkError
@@ -107,7 +107,7 @@ class _Passes:
         _check_filled(model, self.paths)
         blocks = [model.get_submodule(path) for path in self.paths]
         singles = [slice(i, i + 1) for i in range(len(self.ids))]
-        self._calls: list[list[Call]] = []  # of each sample, of each block
+        self._calls: list[list[BlockCall]] = []  # of each sample, of each block
         for batch, hidden, calls in record_calls(model, blocks, self.ids, singles, self.device):
             if not self._calls:
                 shape = (len(blocks) + 1, len(self.ids), *hidden.shape[1:])

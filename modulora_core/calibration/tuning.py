@@ -29,7 +29,7 @@ from torch.func import functional_call
 
 from modulora_core.autograd import ChannelScales
 from modulora_core.calibration.blocks import Block
-from modulora_core.calibration.calls import Call
+from modulora_core.calibration.calls import BlockCall
 from modulora_core.calibration.packing import PackedMatrices
 from modulora_core.errors import DataError, OptionError
 
@@ -142,7 +142,7 @@ class Tuner:
         self.batches = [*self._trained, *self._held_out]
         self.errors: dict[str, tuple[float, float]] = {}
 
-    def begin(self, inputs: Tensor, targets: Tensor, calls: Sequence[Sequence[Call]]) -> None:
+    def begin(self, inputs: Tensor, targets: Tensor, calls: Sequence[Sequence[BlockCall]]) -> None:
         """Take the hidden states of the quantized and of the dense model, and the blocks' calls.
 
         The caller advances both from block to block. ``calls`` has each of :attr:`batches`.

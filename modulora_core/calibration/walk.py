@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from modulora_core import distributed
 from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
-from modulora_core.calibration.calls import Call, record_calls
+from modulora_core.calibration.calls import BlockCall, record_calls
 from modulora_core.calibration.packing import PackedMatrices, Packing
 from modulora_core.calibration.passes import Order, Passes, TokenWeights
 from modulora_core.calibration.states import empty_states
@@ -97,11 +97,11 @@ class BlockWalk:
             last = number == len(paths) - 1
             self._do_block(number, path, modules.pop(0), states, of_block, last=last)
 
-    def _enter(self, paths: Sequence[str]) -> tuple[Tensor, list[list[Call]]]:
+    def _enter(self, paths: Sequence[str]) -> tuple[Tensor, list[list[BlockCall]]]:
         """The hidden states before the first block, and for each batch a call of each block."""
         model = outer_model(self.source, paths, self.device, head=False)
         modules = [model.get_submodule(path) for path in paths]
-        ids, calls = self._ids, list[list[Call]]()
+        ids, calls = self._ids, list[list[BlockCall]]()
         batches = record_calls(model, modules, ids, self._batches, self.device)
         for batch, hidden, found in batches:
             if not calls:
@@ -124,13 +124,15 @@ class BlockWalk:
         path: str,
         module: nn.Module,
         states: Tensor,
-        calls: Sequence[Call],
+        calls: Sequence[BlockCall],
         *,
         last: bool,
     ) -> None:
         """Fill a block, pack it, tune it, and replace the hidden states by those after it."""
         dense: dict[str, Tensor] = {}  # a tuner changes vectors before they are written
-        keep: Callable[[str, Tensor], None] = dense.__setitem__ if self.tuner else self.packing.keep
+        keep: Callable[[str, Tensor], None] = (
+            dense.__setitem__ if self.tuner else self.packing.write_dense
+        )
         block = Block(path, module, self.linears, self.source, self.device, keep)
         passes = Passes(
             block, states, calls, self._batches, held_out=self._held_out,
@@ -173,7 +175,7 @@ class BlockWalk:
             tuned, vectors = tuner.tune(number, block, by_name)
             by_name |= tuned
         for name, tensor in {**dense, **vectors}.items():
-            self.packing.keep(name, tensor)
+            self.packing.write_dense(name, tensor)
         for matrices in by_name.values():
             self.packing.write(matrices)
 

@@ -40,7 +40,7 @@ FORMAT: Literal[1] = 1
 GUARD = TensorLayout("uint8", (0,))
 """The layout of a checkpoint's guard, :attr:`QuantizationRecord.guard`."""
 
-_Layout = Annotated[
+_StoredLayout = Annotated[
     PackedLayout,
     BeforeValidator(lambda data: PackedLayout.from_json(data) if isinstance(data, dict) else data),
     PlainSerializer(PackedLayout.to_json),
@@ -107,7 +107,7 @@ class PackedSite(_Frozen):
     """The number of matrices in a stack of experts, else None."""
     transposed: bool = False
     """Whether the model's code sees each matrix as ``[in, out]``."""
-    layout: _Layout
+    layout: _StoredLayout
     """The layout of the matrix, or of each matrix of a stack."""
 
     @model_validator(mode="after")

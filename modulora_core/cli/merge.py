@@ -78,7 +78,7 @@ def command(
         if dtype is not None:
             raise OptionError(f"--dtype: expected --type beside {out}, whose weights are packed")
         found = _to_file(model, out, adapter, type, base, data or "pydoc", segments)
-        return Report(found, facts({key: found[key] for key in found if key != "kept"}))
+        return Report(found, facts({key: found[key] for key in found if key != "retained"}))
     suffixes = ", *".join(file_suffixes())
     for flag, value in {"type": type, "base": base, "data": data, "segments": segments}.items():
         if value is not None:

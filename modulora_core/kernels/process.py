@@ -14,7 +14,7 @@ import torch
 
 from modulora_core.errors import WorkError
 
-KEPT_BYTES = 2**27
+HEAP_BYTES = 2**27
 """Free bytes that stay on the C library's heap: a tile, oneDNN's copy of it, and activations."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -87,4 +87,4 @@ def _keep_heap() -> None:
     if not hasattr(libc, "gnu_get_libc_version"):
         return
     libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest that it takes
-    libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, HEAP_BYTES)

@@ -75,7 +75,7 @@ def _head(model: PreTrainedModel, path: str | None) -> LinearSite:
     if path is None:
         raise OptionError(f"{expected} none")
     kind = type(model.get_submodule(path)).__name__
-    reason = find_sites(model).kept.get(f"{path}.weight", kind)
+    reason = find_sites(model).dense.get(f"{path}.weight", kind)
     if reason != "output head":
         raise OptionError(f"{expected} {path} ({reason})")
     (site,) = find_sites(model, include=[path]).linears  # a head is linear only if it is named

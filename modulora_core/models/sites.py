@@ -58,10 +58,10 @@ class LinearSite:
 
 @dataclass(frozen=True, slots=True)
 class Sites:
-    """Every parameter of a model: in ``linears``, or in ``kept`` with the reason."""
+    """Every parameter of a model: in ``linears``, or in ``dense`` with the reason."""
 
     linears: tuple[LinearSite, ...]
-    kept: Mapping[str, str]
+    dense: Mapping[str, str]
 
 
 def find_sites(
@@ -79,7 +79,7 @@ def find_sites(
         OptionError: a pattern that matches nothing, or only weights that can't be taken.
     """
     linears: list[LinearSite] = []
-    kept: dict[str, str] = {}
+    dense: dict[str, str] = {}
     tied = _tied(model)
     for path, module in model.named_modules(remove_duplicate=False):
         for parameter, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -88,20 +88,20 @@ def find_sites(
             if site is not None:
                 linears.append(site)
             else:
-                kept[name] = tied.get(name) or _reason(path, module, parameter, tensor)
-    _check_patterns(include, exclude, [site.name for site in linears], kept)
+                dense[name] = tied.get(name) or _reason(path, module, parameter, tensor)
+    _check_patterns(include, exclude, [site.name for site in linears], dense)
     head, chosen = model.get_output_embeddings(), []
     for site in linears:
         excluded = [pattern for pattern in exclude if _matching(pattern, [site.name])]
         if include and not any(_matching(pattern, [site.name]) for pattern in include):
-            kept[site.name] = "not in --include"
+            dense[site.name] = "not in --include"
         elif not include and model.get_submodule(site.module) is head:
-            kept[site.name] = "output head"
+            dense[site.name] = "output head"
         elif excluded:
-            kept[site.name] = f"excluded by --exclude {excluded[0]}"
+            dense[site.name] = f"excluded by --exclude {excluded[0]}"
         else:
             chosen.append(site)
-    return Sites(tuple(chosen), MappingProxyType(kept))
+    return Sites(tuple(chosen), MappingProxyType(dense))
 
 
 def tied_to(name: str) -> str:
@@ -124,20 +124,21 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 def _check_patterns(
-    include: Sequence[str], exclude: Sequence[str], linears: list[str], kept: Mapping[str, str]
+    include: Sequence[str], exclude: Sequence[str], linears: list[str], dense: Mapping[str, str]
 ) -> None:
     for pattern in include:
         if not _matching(pattern, linears):
-            found = _matching(pattern, kept)
+            found = _matching(pattern, dense)
             if not found:
                 raise OptionError(_no_match("--include", pattern, linears))
             raise OptionError(
                 f"--include {pattern}: expected linear weights that can be quantized, got "
-                f"{found[0]} ({kept[found[0]]}){f' and {len(found) - 1} more' if found[1:] else ''}"
+                f"{found[0]} ({dense[found[0]]})"
+                f"{f' and {len(found) - 1} more' if found[1:] else ''}"
             )
     for pattern in exclude:
-        if not _matching(pattern, [*linears, *kept]):
-            raise OptionError(_no_match("--exclude", pattern, [*linears, *kept]))
+        if not _matching(pattern, [*linears, *dense]):
+            raise OptionError(_no_match("--exclude", pattern, [*linears, *dense]))
 
 
 def _matching(pattern: str, names: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ from modulora_core.errors import OptionError, RequestError
 from modulora_core.models.ends import EMBEDDINGS, HEAD
 from modulora_core.planner import memory
 from modulora_core.planner.memory import Job
-from modulora_core.planner.model import Dense, Packed, open_planned
+from modulora_core.planner.model import Dense, PlannedModel, open_planned
 from modulora_core.planner.rehearsal import Rehearsal, rehearse_decoding, rehearse_training
 from modulora_core.planner.remedies import Change, Remedies, installed_choices
 from modulora_core.planner.request import PlanRequest, finetuning
@@ -130,7 +130,7 @@ def plan(
 def plan_request(request: PlanRequest) -> MemoryPlan:
     """Plan for one quantizer, or for a packed checkpoint. See :func:`plan`."""
     request, found = open_planned(request)
-    if isinstance(found, Packed):
+    if isinstance(found, PlannedModel):
         choices = {"quantizer": request.quantizer, f"--{HEAD}": request.head,
                    f"--{EMBEDDINGS}": request.embeddings}  # fmt: skip
         for subject, choice in choices.items():
@@ -151,7 +151,7 @@ def plan_all(request: PlanRequest) -> list[MemoryPlan]:
     It leaves out quantizers that cannot pack the model. A packed checkpoint gets one plan.
     """
     request, found = open_planned(request)
-    if isinstance(found, Packed):
+    if isinstance(found, PlannedModel):
         return [plan_request(request)]
     plans: list[MemoryPlan] = []
     rehearsals = None
@@ -167,13 +167,13 @@ def plan_all(request: PlanRequest) -> list[MemoryPlan]:
     return plans
 
 
-def _rehearse(request: PlanRequest, packed: Packed) -> tuple[Rehearsal, Rehearsal]:
+def _rehearse(request: PlanRequest, packed: PlannedModel) -> tuple[Rehearsal, Rehearsal]:
     return rehearse_training(packed, request), rehearse_decoding(packed, request)
 
 
 def _plan(
     request: PlanRequest,
-    packed: Packed,
+    packed: PlannedModel,
     dense: Dense | None,
     rehearsals: tuple[Rehearsal, Rehearsal],
 ) -> MemoryPlan:
@@ -193,7 +193,7 @@ def _plan(
     )
 
 
-def _fitted(request: PlanRequest, packed: Packed, dense: Dense | None) -> MemoryPlan:
+def _fitted(request: PlanRequest, packed: PlannedModel, dense: Dense | None) -> MemoryPlan:
     """The plan, and what its budget allows."""
     rehearsals = _rehearse(request, packed)
     plan = _plan(request, packed, dense, rehearsals)

@@ -19,7 +19,7 @@ from torch import nn
 from modulora_core.calibration.states import SPILL_BYTES
 from modulora_core.calibration.walk import PAUSED_BYTES
 from modulora_core.planner.ledger import Bytes
-from modulora_core.planner.model import Packed
+from modulora_core.planner.model import PlannedModel
 from modulora_core.planner.processes import divided
 from modulora_core.planner.rehearsal import Rehearsal
 from modulora_core.planner.request import PlanRequest
@@ -117,7 +117,7 @@ class Job:
         return {"bytes": self.nbytes, "when": self.when, "items": dict(self.items)}
 
 
-def training(packed: Packed, request: PlanRequest, rehearsal: Rehearsal) -> Job:
+def training(packed: PlannedModel, request: PlanRequest, rehearsal: Rehearsal) -> Job:
     """Plan the training step with the highest peak; ``rehearsal`` is of its forward and backward.
 
     After the first step the optimizer has its states.
@@ -141,7 +141,7 @@ def training(packed: Packed, request: PlanRequest, rehearsal: Rehearsal) -> Job:
     return Job.of(when, divided(items, packed, request))
 
 
-def decoding(packed: Packed, request: PlanRequest, rehearsal: Rehearsal) -> Job:
+def decoding(packed: PlannedModel, request: PlanRequest, rehearsal: Rehearsal) -> Job:
     """Plan one answer in a context of ``seq_len`` tokens; ``rehearsal`` is of its prompt."""
     _, moving = rehearsal.peak()
     holes = HOLES_OF_A_PROMPT * _on_heap(packed, request, 1)
@@ -151,7 +151,7 @@ def decoding(packed: Packed, request: PlanRequest, rehearsal: Rehearsal) -> Job:
     return Job.of("the prompt is read", {**loaded(packed, request), **moving, **process})
 
 
-def quantizing(packed: Packed, request: PlanRequest) -> Job:
+def quantizing(packed: PlannedModel, request: PlanRequest) -> Job:
     """Plan ``modulora quantize`` on a CPU.
 
     It holds one parameter at a time, or with calibration one decoder block. With calibration this
@@ -162,7 +162,7 @@ def quantizing(packed: Packed, request: PlanRequest) -> Job:
     return Job.of("a layer is packed", items)
 
 
-def loaded(packed: Packed, request: PlanRequest) -> Mapping[str, int]:
+def loaded(packed: PlannedModel, request: PlanRequest) -> Mapping[str, int]:
     """Bytes of all weights in memory, by item. A mapped model holds one block of packed weights."""
     ends, others = _dense(packed, getattr(torch, request.dtype))
     blocks: dict[str, Bytes] = {"": Bytes()}
@@ -180,7 +180,7 @@ def loaded(packed: Packed, request: PlanRequest) -> Mapping[str, int]:
 
 
 @lru_cache(maxsize=8)
-def _dense(packed: Packed, dtype: torch.dtype) -> tuple[int, int]:
+def _dense(packed: PlannedModel, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of the dense embeddings and head, and of other dense parameters, in ``dtype``."""
     model = packed.dense.outline(dtype)
     ends = {model.get_input_embeddings(), model.get_output_embeddings()}
@@ -205,7 +205,7 @@ def _states(values: int, request: PlanRequest) -> int:
     return round(values * nbytes / FP32 * (1 + FP32 / 256))
 
 
-def _on_heap(packed: Packed, request: PlanRequest, batch_size: int) -> int:
+def _on_heap(packed: PlannedModel, request: PlanRequest, batch_size: int) -> int:
     """Bytes of a hidden state if it is on a CPU's heap, else 0."""
     width = getattr(torch, request.dtype).itemsize
     hidden = packed.dense.config.get_text_config().hidden_size
@@ -229,7 +229,7 @@ def _process(job: str, device: str, moving: int = 0, holes: int = 0) -> dict[str
     return {"allocator": holes, "runtime": runtime}
 
 
-def _by_parameter(packed: Packed) -> dict[str, float]:
+def _by_parameter(packed: PlannedModel) -> dict[str, float]:
     """The largest parameter and its packed weight, or two parameters while one is read."""
     outline, width = packed.dense.outline(), packed.dense.stored_dtype.itemsize
     sizes = [p.numel() * p.element_size() for p in outline.parameters()]
@@ -244,7 +244,7 @@ def _by_parameter(packed: Packed) -> dict[str, float]:
     return max(found, key=lambda items: sum(items.values())) | _process("quantizing", "cpu")
 
 
-def _by_block(packed: Packed, request: PlanRequest) -> dict[str, float]:
+def _by_block(packed: PlannedModel, request: PlanRequest) -> dict[str, float]:
     """A block in fp32, second moments and hidden states."""
     weights, shapes, solver = Bytes(), set(), 0.0
     for name, site in packed.record.items():

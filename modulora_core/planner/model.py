@@ -19,7 +19,7 @@ from modulora_core.checkpoints.checkpoint import (
 )
 from modulora_core.checkpoints.hf.packed_modules import install
 from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.checkpoints.written.packing import packed_sites
+from modulora_core.checkpoints.written.parameters import packed_sites
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.ends import find_ends
@@ -79,7 +79,7 @@ class Dense:
         embeddings: Choice | None = None,
         *,
         dtype: torch.dtype = torch.float32,
-    ) -> Packed:
+    ) -> PlannedModel:
         """Lay the packed model out, as ``modulora quantize`` would write it.
 
         Args:
@@ -102,9 +102,9 @@ class Dense:
         sites, weights = packed_sites(linears, quantizers, chosen)
         recipes = tuple(map(recipe_of, quantizers))
         record = QuantizationRecord(recipes=recipes, sites=sites, weights=weights)
-        return Packed(self, record, tuple(quantizers))
+        return PlannedModel(self, record, tuple(quantizers))
 
-    def as_asked(self, request: PlanRequest) -> Packed:
+    def as_asked(self, request: PlanRequest) -> PlannedModel:
         """The packed model of a request with a quantizer. Raises as :meth:`packed_by`."""
         assert request.quantizer is not None
         dtype = getattr(torch, request.dtype)
@@ -112,7 +112,7 @@ class Dense:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class PlannedModel:
     """A packed model.
 
     Attributes:
@@ -146,7 +146,7 @@ class Packed:
         return f"{self.blocks}.{number}"
 
 
-def open_planned(request: PlanRequest) -> tuple[PlanRequest, Dense | Packed]:
+def open_planned(request: PlanRequest) -> tuple[PlanRequest, Dense | PlannedModel]:
     """Find MODEL and read its config. By default sequences are no longer than its context.
 
     Raises:
@@ -156,12 +156,12 @@ def open_planned(request: PlanRequest) -> tuple[PlanRequest, Dense | Packed]:
         CheckpointError: its record is malformed.
     """
     found = _open(request)
-    dense = found.dense if isinstance(found, Packed) else found
+    dense = found.dense if isinstance(found, PlannedModel) else found
     config = request.config.in_window(dense.window, request.model)
     return replace(request, config=config), found
 
 
-def _open(request: PlanRequest) -> Dense | Packed:
+def _open(request: PlanRequest) -> Dense | PlannedModel:
     name, revision = request.model, request.revision
     location = locate(name, revision)
     values = {} if location.file is not None else config_values(location.folder)
@@ -184,11 +184,11 @@ def _open(request: PlanRequest) -> Dense | Packed:
     return Dense(name, open_config(name, revision=revision))
 
 
-def _packed(dense: Dense, record: QuantizationRecord, *, foreign: bool = False) -> Packed:
+def _packed(dense: Dense, record: QuantizationRecord, *, foreign: bool = False) -> PlannedModel:
     quantizers = tuple(recipe.create() for recipe in record.recipes)
     for site in record.sites:
         quantizers[site.recipe].check_format(site.layout)
-    return Packed(dense, record, quantizers, foreign)
+    return PlannedModel(dense, record, quantizers, foreign)
 
 
 def _config(folder: Path) -> PretrainedConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from modulora_core.planner.model import Packed
+from modulora_core.planner.model import PlannedModel
 from modulora_core.planner.request import PlanRequest
 
 DIVIDED = (
@@ -24,7 +24,7 @@ GATHERED_BLOCKS = 2
 
 
 def divided(
-    items: Mapping[str, float], packed: Packed, request: PlanRequest
+    items: Mapping[str, float], packed: PlannedModel, request: PlanRequest
 ) -> Mapping[str, float]:
     """The items of one process; ``items`` are of a run in one process."""
     if request.processes == 1:
@@ -35,7 +35,7 @@ def divided(
     return {**items, **parts, "gathered": _gathered(items, packed)}
 
 
-def _gathered(items: Mapping[str, float], packed: Packed) -> float:
+def _gathered(items: Mapping[str, float], packed: PlannedModel) -> float:
     """Bytes of the largest blocks, and of the head, which stays from the loss to its backward."""
     blocks: Counter[str] = Counter()
     for name, site in packed.record.items():

@@ -25,7 +25,7 @@ from modulora_core.errors import ModelError
 from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.models.quiet import quiet
 from modulora_core.planner.ledger import Bytes, Ledger, Segment, plus
-from modulora_core.planner.model import Packed
+from modulora_core.planner.model import PlannedModel
 from modulora_core.planner.request import PlanRequest
 from modulora_core.training.chunked_loss import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
@@ -67,7 +67,7 @@ class Rehearsal:
         return best
 
 
-def rehearse_training(packed: Packed, request: PlanRequest) -> Rehearsal:
+def rehearse_training(packed: PlannedModel, request: PlanRequest) -> Rehearsal:
     """Rehearse the forward and the backward of one batch.
 
     Raises:
@@ -108,7 +108,7 @@ def rehearse_training(packed: Packed, request: PlanRequest) -> Rehearsal:
     return Rehearsal(ledger.segments, stage.kinds, stage.trained)
 
 
-def rehearse_decoding(packed: Packed, request: PlanRequest) -> Rehearsal:
+def rehearse_decoding(packed: PlannedModel, request: PlanRequest) -> Rehearsal:
     """Rehearse a prompt of ``seq_len`` tokens up to its first new token.
 
     Raises:
@@ -152,7 +152,7 @@ class _Stage:
 
 
 @lru_cache(maxsize=8)
-def _stage(packed: Packed, dtype: torch.dtype, settings: LoRASettings | None) -> _Stage:
+def _stage(packed: PlannedModel, dtype: torch.dtype, settings: LoRASettings | None) -> _Stage:
     model: Any = packed.skeleton(dtype).requires_grad_(False)
     if settings is not None:
         with quiet():
@@ -190,7 +190,7 @@ def _kind(block: nn.Module) -> tuple[object, ...]:
 
 @contextmanager
 def _running(
-    packed: Packed, model: Any, stage: _Stage, request: PlanRequest, batch_size: int
+    packed: PlannedModel, model: Any, stage: _Stage, request: PlanRequest, batch_size: int
 ) -> Iterator[tuple[Ledger, dict[str, Tensor]]]:
     """In this block ``model`` is on fake tensors and the ledger counts. Gives a batch too."""
     _attend(model, padded=request.padded)

@@ -12,7 +12,7 @@ from modulora_core import registry
 from modulora_core.errors import RequestError
 from modulora_core.models.ends import EMBEDDINGS, HEAD
 from modulora_core.planner import memory
-from modulora_core.planner.model import Dense, Packed
+from modulora_core.planner.model import Dense, PlannedModel
 from modulora_core.planner.rehearsal import Rehearsal, rehearse_training
 from modulora_core.planner.request import PlanRequest
 from modulora_core.registry import Choice
@@ -82,7 +82,7 @@ class Remedies:
     """
 
     def __init__(
-        self, request: PlanRequest, packed: Packed, dense: Dense | None, rehearsal: Rehearsal
+        self, request: PlanRequest, packed: PlannedModel, dense: Dense | None, rehearsal: Rehearsal
     ) -> None:
         self._request, self._packed, self._dense = request, packed, dense
         self._rehearsal, self._budget = rehearsal, request.budget or 0
@@ -145,7 +145,7 @@ def installed_choices() -> Iterator[Choice]:
                 yield Choice(entry.name, options)
 
 
-def _settings(request: PlanRequest, packed: Packed) -> Iterator[_Setting]:
+def _settings(request: PlanRequest, packed: PlannedModel) -> Iterator[_Setting]:
     """Settings of the run that may save memory."""
     config, on_gpu = request.config, request.device == "cuda"
     passes, half = config.grad_accum * config.batch_size, config.seq_len // 2

@@ -15,7 +15,7 @@ from modulora_core import registry
 from modulora_core.arguments import check_fields
 from modulora_core.calibration import CalibrationText, find_blocks
 from modulora_core.checkpoints.record import PackedSite, QuantizationRecord, Recipe
-from modulora_core.checkpoints.written.packing import by_reason, packed_sites
+from modulora_core.checkpoints.written.parameters import by_reason, packed_sites
 from modulora_core.checkpoints.written.shards import Shard, plan_shards
 from modulora_core.errors import OptionError
 from modulora_core.models import ModelSource
@@ -85,7 +85,7 @@ class Selection:
         ends = find_ends(model, self.head, self.embeddings, source.parameters)
         packed = {end.site.name for end in ends}
         linears = [linear for linear in found.linears if linear.name not in packed]
-        return linears, ends, {name: why for name, why in found.kept.items() if name not in packed}
+        return linears, ends, {name: why for name, why in found.dense.items() if name not in packed}
 
     def refuse(self, linears: Sequence[LinearSite], reason: str, advice: str) -> None:
         """Raise OptionError if ``include`` names one of ``linears``, which stay dense."""
@@ -121,7 +121,7 @@ def choose_layout(
     quantizers = [choice.create()]
     quantizers += [registry.create(o.quantizer, o.options) for o in overrides]
     _check_calibration(quantizers, calibration)
-    linears, ends, kept = selection.sort(source)
+    linears, ends, dense = selection.sort(source)
     chosen = _chosen(linears, overrides)
     if calibration is not None:
         required = [
@@ -131,10 +131,10 @@ def choose_layout(
         ]
         advice = "give it a quantizer that needs no calibration: --override 'GLOB=NAME'"
         selection.refuse(required, OUTSIDE, advice)
-        kept |= {linear.name: OUTSIDE for linear in required}
+        dense |= {linear.name: OUTSIDE for linear in required}
         linears = [linear for linear in linears if linear not in required]
     if not (linears or ends):
-        stays = "; ".join(f"{reason}: {len(names)}" for reason, names in by_reason(kept).items())
+        stays = "; ".join(f"{reason}: {len(names)}" for reason, names in by_reason(dense).items())
         raise OptionError(
             f"quantize {source.location.model}: expected one weight or more to pack, all stay as "
             f"they are ({stays}); leave out fewer with --include and --exclude, or name a "
@@ -142,7 +142,7 @@ def choose_layout(
         )
     chosen |= {end.site.name: choice_of_end(end, quantizers) for end in ends}
     linears += [end.site for end in ends]
-    return layout_with(source, quantizers, linears, chosen, kept, calibration=calibration,
+    return layout_with(source, quantizers, linears, chosen, dense, calibration=calibration,
                        seed=seed, max_shard_bytes=max_shard_bytes)  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def layout_with(
     quantizers: Sequence[Quantizer],
     linears: Sequence[LinearSite],
     chosen: Mapping[str, int],
-    kept: Mapping[str, str],
+    dense: Mapping[str, str],
     *,
     calibration: CalibrationText | None,
     seed: int,
@@ -194,7 +194,7 @@ def layout_with(
     """The layout with each of ``linears`` packed by ``quantizers[chosen[name]]``.
 
     Args:
-        kept: name → reason of every other parameter. A parameter that is tied to a packed one is
+        dense: name → reason of every other parameter. A parameter that is tied to a packed one is
             packed with it, and not recorded.
         allocation: the record's entry about a budget.
     """
@@ -208,7 +208,7 @@ def layout_with(
         recipes=tuple(Recipe.of(quantizer) for quantizer in quantizers),
         sites=sites,
         weights=weights,
-        kept=by_reason({n: reason for n, reason in kept.items() if reason not in packed_too}),
+        kept=by_reason({n: reason for n, reason in dense.items() if reason not in packed_too}),
         allocation=allocation,
     )
     shards = tuple(plan_shards(dict(_stored_tensors(source, record)), max_shard_bytes))

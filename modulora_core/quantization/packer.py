@@ -12,7 +12,7 @@ from torch import Tensor
 from modulora_core import distributed
 from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner, find_blocks
 from modulora_core.checkpoints.record import PackedSite
-from modulora_core.checkpoints.written.packing import pack_matrices
+from modulora_core.checkpoints.written.parameters import pack_matrices
 from modulora_core.checkpoints.written.shards import ShardWriter
 from modulora_core.models import ModelSource
 from modulora_core.progress import Progress
@@ -21,7 +21,7 @@ from modulora_core.spec import Calibration, PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackingOutcome:
     """The outcome of packing a model.
 
     Attributes:
@@ -40,7 +40,7 @@ def pack_all(
     writer: ShardWriter,
     device: torch.device,
     progress: Progress | None,
-) -> Packed:
+) -> PackingOutcome:
     """Write every parameter of ``source``, a parameter or, with calibration, a block at a time.
 
     Parameters that ``writer`` has already are not packed again; with tuning, whole blocks.
@@ -59,13 +59,13 @@ def pack_all(
         for name, tensor in source.tensors(names=outside):
             packer.take(name, tensor)
     if text is None:
-        return Packed()
+        return PackingOutcome()
     if text.config.tuning is not None:
         progress = partial(packer.tell, "tuning")
         tuner = Tuner(text.config.tuning, text.ids, seed=layout.record.seed, progress=progress)
     walk = BlockWalk(source, text, layout.linears, packer, device, writer.folder, tuner)
     walk.run()
-    return Packed(walk.unreached, {} if tuner is None else tuner.errors)
+    return PackingOutcome(walk.unreached, {} if tuner is None else tuner.errors)
 
 
 @dataclass
@@ -82,7 +82,7 @@ class _Packer(Packing):
     def take(self, name: str, tensor: Tensor) -> None:
         """Pack or keep a parameter that needs no calibration, as the model stores it."""
         if name not in self.layout.record.weights:
-            self.keep(name, tensor)
+            self.write_dense(name, tensor)
         elif self.is_written(name):
             self._count(name)
         else:
@@ -92,7 +92,7 @@ class _Packer(Packing):
     def is_written(self, name: str) -> bool:
         return name in self.writer.done
 
-    def keep(self, name: str, tensor: Tensor) -> None:
+    def write_dense(self, name: str, tensor: Tensor) -> None:
         if not self.is_written(name):
             self.writer.write(name, {name: tensor})
         self._count(name)

@@ -45,7 +45,7 @@ from modulora_core.progress import Progress, shows_progress
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
 from modulora_core.quantization.mixed.errors import JOURNAL
 from modulora_core.quantization.mixed.mixture import Budget, find_mixture
-from modulora_core.quantization.packer import Packed, pack_all
+from modulora_core.quantization.packer import PackingOutcome, pack_all
 from modulora_core.quantization.processes import check_processes
 from modulora_core.registry import Choice
 
@@ -297,7 +297,7 @@ def write_packed(
     *,
     resume: bool,
     progress: Progress | None,
-) -> Packed:
+) -> PackingOutcome:
     """Write all files of ``layout`` into an unfinished folder."""
     writer = ShardWriter(folder, layout.shards, resume=resume)
     packed = pack_all(source, layout, writer, device, progress)
@@ -316,7 +316,12 @@ def write_packed(
 
 
 def _result(
-    source: ModelSource, layout: Layout, packed: Packed, out: Path, seconds: float, peak: int
+    source: ModelSource,
+    layout: Layout,
+    packed: PackingOutcome,
+    out: Path,
+    seconds: float,
+    peak: int,
 ) -> QuantizeResult:
     record, text = layout.record, layout.calibration
     packed_by: dict[str, int] = {}

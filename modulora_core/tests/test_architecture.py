@@ -18,7 +18,6 @@ from modulora_core.packed import BITS_OF_DTYPE
 grimp = pytest.importorskip("grimp", reason="it comes with the extra `check`")
 CORE = Path(modulora_core.__file__).parent
 ROOT = CORE.parent
-LONGEST = 350
 
 KNOWN_PLUGINS = {"nf4", "int8", "optq", "quip"}
 
@@ -87,18 +86,6 @@ def test_the_search_for_plugin_names_finds_what_it_should(
     text: str, name: str, names_it: bool
 ) -> None:
     assert bool(re.search(naming(name), text, flags=re.IGNORECASE)) == names_it
-
-
-def test_files_are_short() -> None:
-    """If this fails: a file has two ideas in it; give the second a file of its own."""
-    folders = [CORE, *(ROOT / name for name in ("plugins", "conformance", "examples"))]
-    lengths = {
-        path: len(path.read_text(encoding="utf-8").splitlines())
-        for f in folders
-        for path in sources(f)
-    }
-    assert CORE / "registry.py" in lengths
-    assert {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > LONGEST} == {}
 
 
 def test_there_is_no_utils_module() -> None:
@@ -189,8 +176,7 @@ def test_no_two_files_import_each_other() -> None:
     """If this fails: move what both need into a third file. A lazy import only hides a circle."""
     graph = imports()
     assert "modulora_core.spec" in graph["modulora_core.registry"]
-    known = {f"modulora_core.checkpoints.{name}" for name in ("checkpoint", "whole")}
-    assert [circle for circle in circles(graph) if circle != known] == []
+    assert circles(graph) == []
 
 
 def test_the_search_for_circles_sees_imports_in_functions_and_for_type_checkers() -> None:

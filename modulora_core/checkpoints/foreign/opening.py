@@ -226,7 +226,7 @@ def record_of(source: ModelSource, placed: Placed, format_name: str) -> Quantiza
     found = find_sites(source.outline)
     dense = {site.name: f"not quantized in {source.location.name}" for site in found.linears}
     kept: dict[str, list[str]] = {}
-    for name, reason in {**found.kept, **dense}.items():
+    for name, reason in {**found.dense, **dense}.items():
         if name not in weights:
             kept.setdefault(reason, []).append(name)
     return QuantizationRecord(

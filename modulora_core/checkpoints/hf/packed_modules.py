@@ -127,7 +127,7 @@ def unpack(model: Any, dtype: torch.dtype) -> None:
                 delattr(parent, name)
                 tables[child] = nn.Parameter(child.dense(dtype), requires_grad=False)
                 parent.register_parameter(name, tables[child])
-    for parent, name, stack in sorted(stacks, key=lambda found: found[2].place):
+    for parent, name, stack in sorted(stacks, key=lambda found: found[2].position):
         _unpack_stack(parent, name, stack, dtype)
     for parent, name, head in heads:
         setattr(parent, name, _dense_linear(head, tables[head.weight]))
@@ -141,7 +141,7 @@ def _unpack_stack(parent: nn.Module, name: str, stack: PackedStack, dtype: torch
     delattr(parent, name)
     dense = [part.dense(dtype) for part in stack if isinstance(part, PackedParameter)]
     parent.register_parameter(name, nn.Parameter(torch.stack(dense), requires_grad=False))
-    for other in list(parent._parameters)[stack.place : -1]:
+    for other in list(parent._parameters)[stack.position : -1]:
         parent._parameters[other] = parent._parameters.pop(other)
 
 
@@ -233,7 +233,7 @@ def _install_experts(
 ) -> None:
     place = list(parent._parameters).index(leaf)
     for other in sorted(
-        child.place for child in parent.children() if isinstance(child, PackedStack)
+        child.position for child in parent.children() if isinstance(child, PackedStack)
     ):
         place += other <= place  # it was installed before, and is no parameter any more
     del parent._parameters[leaf]

@@ -14,7 +14,7 @@ from transformers.core_model_loading import ConversionOps
 
 from modulora_core.checkpoints.hf.packed_modules import install_parameter, use_dense_products
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe
-from modulora_core.checkpoints.written.packing import by_reason, pack_matrices, packed_sites
+from modulora_core.checkpoints.written.parameters import by_reason, pack_matrices, packed_sites
 from modulora_core.errors import CheckpointError, OptionError, WeightError
 from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.models.conversion import tied_names
@@ -60,7 +60,7 @@ class PackOnLoad(ConversionOps):
         ties = {name: tied_to(other) for name, other in tied_names(model).items()}  # made later
         base = "" if include or model.base_model is model else f"{model.base_model_prefix}."
         new = {site.name: "a head" for site in found.linears if not site.name.startswith(base)}
-        kept = {**found.kept, **new, **ties}
+        kept = {**found.dense, **new, **ties}
         linears = [site for site in found.linears if site.name not in kept]
         if not linears:
             raise OptionError(

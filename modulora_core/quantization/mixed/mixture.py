@@ -13,7 +13,7 @@ import torch
 from modulora_core.calibration import CalibrationText, find_blocks
 from modulora_core.calibration.states import spilled_bytes
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe
-from modulora_core.checkpoints.written.packing import packed_sites
+from modulora_core.checkpoints.written.parameters import packed_sites
 from modulora_core.errors import DataError, OptionError
 from modulora_core.models import ModelSource
 from modulora_core.models.ends import End

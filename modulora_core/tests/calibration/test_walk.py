@@ -51,7 +51,7 @@ class Seen(Packing):
     def is_written(self, name: str) -> bool:
         return name in self.written
 
-    def keep(self, name: str, tensor: Tensor) -> None:
+    def write_dense(self, name: str, tensor: Tensor) -> None:
         self.kept[name] = tensor
 
     def wants_calibration(self, name: str) -> bool:

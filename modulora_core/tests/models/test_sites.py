@@ -28,12 +28,12 @@ def test_every_parameter_is_in_one_list_and_few_weights_stay_dense(architecture:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     linears = {site.name: site for site in sites.linears}
     assert len(linears) == len(sites.linears)
-    assert not linears.keys() & sites.kept.keys()
-    assert linears.keys() | sites.kept.keys() == parameters.keys()
+    assert not linears.keys() & sites.dense.keys()
+    assert linears.keys() | sites.dense.keys() == parameters.keys()
     ends = {
-        n for n, why in sites.kept.items() if why in ("embedding", "output head") or "tied" in why
+        n for n, why in sites.dense.items() if why in ("embedding", "output head") or "tied" in why
     }
-    kept = sum(parameters[name].numel() for name in sites.kept.keys() - ends)
+    kept = sum(parameters[name].numel() for name in sites.dense.keys() - ends)
     assert kept < sum(site.numel for site in sites.linears) / 10, "a kind of weight is missed"
     for name, site in linears.items():
         matrix = (site.out_features, site.in_features)
@@ -50,16 +50,16 @@ def test_the_linears_of_a_llama(llama: nn.Module) -> None:
     expected = LinearSite(f"{up}.weight", up, "linear", 48, 32, None, transposed=False, bias=False)
     assert expected in sites.linears
     assert len(sites.linears) == 14
-    assert sites.kept["lm_head.weight"] == "output head"
-    assert sites.kept["model.embed_tokens.weight"] == "embedding"
-    assert sites.kept["model.norm.weight"] == "norm"
+    assert sites.dense["lm_head.weight"] == "output head"
+    assert sites.dense["model.embed_tokens.weight"] == "embedding"
+    assert sites.dense["model.norm.weight"] == "norm"
 
 
 def test_biases_are_kept() -> None:
     sites = find_sites(tiny_model("llama-biased"))
     assert all(site.bias for site in sites.linears)
-    assert sites.kept["model.layers.0.mlp.up_proj.bias"] == "bias"
-    kept = find_sites(tiny_model("gpt_oss")).kept
+    assert sites.dense["model.layers.0.mlp.up_proj.bias"] == "bias"
+    kept = find_sites(tiny_model("gpt_oss")).dense
     assert kept["model.layers.0.mlp.experts.down_proj_bias"] == "bias"
 
 
@@ -89,7 +89,7 @@ def test_fused_experts_are_stacks(architecture: str, transposed: bool, inner: in
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "llama4_text", "deepseek_v3"])
 def test_routers_are_kept(architecture: str) -> None:
-    kept = find_sites(tiny_model(architecture)).kept
+    kept = find_sites(tiny_model(architecture)).dense
     routers = [name for name in kept if name.endswith(("mlp.gate.weight", "router.weight"))]
     assert {kept[name] for name in routers} == {"router"}
 
@@ -104,7 +104,7 @@ def test_a_subclass_of_linear_is_judged_by_its_product() -> None:
     model = tiny_model("llama")
     model.model.layers[0].mlp.up_proj = _Doubled(32, 48, bias=False)
     model.model.conv = nn.Conv1d(32, 32, 4, groups=32)
-    kept = find_sites(model).kept
+    kept = find_sites(model).dense
     assert kept["model.layers.0.mlp.up_proj.weight"] == "_Doubled isn't called as a linear layer"
     assert kept["model.conv.weight"] == "convolution kernel"
 
@@ -113,7 +113,7 @@ def test_a_weight_that_two_layers_share_is_kept_under_both_names() -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     first, second = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
-    kept = find_sites(model).kept
+    kept = find_sites(model).dense
     assert (kept[first], kept[second]) == (f"shared with {second}", f"tied to {first}")
 
 
@@ -127,9 +127,9 @@ def test_include_and_exclude_choose_modules_or_parameters(llama: nn.Module) -> N
     assert {site.module for site in sites.linears} == {
         "lm_head", *(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))
     }  # fmt: skip
-    assert sites.kept["model.layers.0.self_attn.q_proj.weight"] == "not in --include"
+    assert sites.dense["model.layers.0.self_attn.q_proj.weight"] == "not in --include"
     assert (
-        sites.kept["model.layers.0.mlp.up_proj.weight"] == "excluded by --exclude model.layers.0.*"
+        sites.dense["model.layers.0.mlp.up_proj.weight"] == "excluded by --exclude model.layers.0.*"
     )
     moe = find_sites(tiny_model("mixtral"), exclude=["*.experts.gate_up_proj"]).linears
     assert {s.name.rpartition(".")[2] for s in moe if s.kind == "experts"} == {"down_proj"}

@@ -19,7 +19,7 @@ from modulora_core.layers import PackedParameter
 from modulora_core.planner import fitting, memory
 from modulora_core.planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all
 from modulora_core.planner.memory import ITEMS
-from modulora_core.planner.model import Packed, open_planned
+from modulora_core.planner.model import PlannedModel, open_planned
 from modulora_core.planner.request import PlanRequest, finetuning
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
@@ -98,7 +98,7 @@ def test_loaded_weights_are_the_planned_ones(pack: Pack) -> None:
     run = {"dtype": "bfloat16", "seq_len": 64}
     request = PlanRequest(str(folder), config=finetuning(run))
     _, found = open_planned(request)
-    assert isinstance(found, Packed)
+    assert isinstance(found, PlannedModel)
     assert sum(memory.loaded(found, request).values()) == sum(stored.values())
 
 

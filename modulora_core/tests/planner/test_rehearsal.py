@@ -16,7 +16,7 @@ from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import ModelError
 from modulora_core.planner import rehearsal
-from modulora_core.planner.model import Packed, open_planned
+from modulora_core.planner.model import PlannedModel, open_planned
 from modulora_core.planner.rehearsal import rehearse_decoding, rehearse_training
 from modulora_core.planner.request import PlanRequest, finetuning
 from modulora_core.registry import Choice
@@ -36,11 +36,11 @@ FAMILIES = ["llama", "gpt2", "gemma3_text", "falcon", "qwen3_moe", "deepseek_v3"
 FAMILIES = [name for name in FAMILIES if name in ARCHITECTURES]
 
 
-def opened(folder: Path, **options: Any) -> tuple[Packed, PlanRequest]:
+def opened(folder: Path, **options: Any) -> tuple[PlannedModel, PlanRequest]:
     run = {"batch_size": BATCH, "seq_len": LENGTH, **NO_DROPOUT, **options}
     request = PlanRequest(str(folder), config=finetuning(run))
     _, packed = open_planned(request)
-    assert isinstance(packed, Packed)
+    assert isinstance(packed, PlannedModel)
     return packed, request
 
 

@@ -16,7 +16,7 @@ from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.adapters.load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.inference.evaluate import evaluate
-from modulora_core.planner.model import Packed, open_planned
+from modulora_core.planner.model import PlannedModel, open_planned
 from modulora_core.planner.rehearsal import rehearse_training
 from modulora_core.planner.request import PlanRequest, finetuning
 from modulora_core.quantization.quantize import quantize
@@ -91,7 +91,7 @@ def test_the_planner_counts_experts(configure: Callable[..., FinetuneConfig], mi
         options = {"seq_len": 32, "batch_size": 2, "targets": targets}
         request = PlanRequest(mixture, config=finetuning(options))
         _, packed = open_planned(request)
-        assert isinstance(packed, Packed)
+        assert isinstance(packed, PlannedModel)
         counts[targets] = sum(rehearse_training(packed, request).trained)
     assert counts["attention"] + counts["experts"] == counts["all-linear"]
     out = finetune(configure("planned", targets="experts", steps=1)).out

@@ -40,7 +40,7 @@ def test_the_file_has_the_logits_of_the_adapter(
     adapter, out = str(tmp_path / "adapter"), tmp_path / "merged.gguf"
     merged = merge_to_gguf(str(path), out, adapter=adapter, type="F32")
     assert_close(logits(open_to_run(str(out)).load()), logits(model))
-    assert min(merged.kept.values()) == pytest.approx(1, abs=1e-5)
+    assert min(merged.retained.values()) == pytest.approx(1, abs=1e-5)
     base, header = read_header(path), read_header(out)
     assert {n: f.value for n, f in header.fields.items()} == {
         n: f.value for n, f in base.fields.items()
@@ -48,7 +48,7 @@ def test_the_file_has_the_logits_of_the_adapter(
     before, after = path.read_bytes(), out.read_bytes()
     for one, other in zip(base.tensors, header.tensors, strict=True):
         assert (one.name, one.shape) == (other.name, other.shape)
-        if one.name not in merged.kept:
+        if one.name not in merged.retained:
             stored = before[one.offset :][: one.nbytes]
             assert after[other.offset :][: other.nbytes] == stored, one.name
 

@@ -105,14 +105,15 @@ def merge_to_gguf(
     types = Counter(tensor.kind for tensor in tensors)
     result = MergedFile(
         str(out), like.name, dict(types.most_common()), nbytes, len(deltas),
-        time.perf_counter() - started, peak.nbytes, values.kept,
+        time.perf_counter() - started, peak.nbytes, values.retained,
     )  # fmt: skip
     if result.erased:
-        worst = min(values.kept, key=values.kept.__getitem__)
+        retained = values.retained
+        worst = min(retained, key=retained.__getitem__)
         logger.warning(
             "%s: type %s erases more than half of the update in %d of %d tensors, such as %s, "
             "where %.0f%% is left; choose a type of more bits",
-            out, type, len(result.erased), len(values.kept), worst, 100 * values.kept[worst],
+            out, type, len(result.erased), len(retained), worst, 100 * retained[worst],
         )  # fmt: skip
     return result
 
@@ -196,7 +197,7 @@ class _Values:
     def __init__(self, checkpoint: PackedCheckpoint, deltas: Mapping[str, AdapterDelta]) -> None:
         self._checkpoint, self._deltas = checkpoint, deltas
         self._last: tuple[str, bool, Tensor, Tensor | None] | None = None
-        self.kept: dict[str, float] = {}
+        self.retained: dict[str, float] = {}
 
     def of(self, change: _Change, kind: str) -> Tensor:
         """The bytes of a tensor, in type ``kind``."""
@@ -208,7 +209,7 @@ class _Values:
         except WeightError as error:
             raise WeightError(f"{place.name}: {error}") from None
         if before is not None:
-            self.kept[place.name] = self._part_kept(wanted, before[place.rows], packed, kind)
+            self.retained[place.name] = self._part_kept(wanted, before[place.rows], packed, kind)
         return packed
 
     def _rows(self, change: _Change) -> tuple[Tensor, Tensor | None]:
