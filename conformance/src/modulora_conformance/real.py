@@ -54,7 +54,7 @@ MANY = (385, 640)
 ROWS = (1, 2, 15, 16, 17, 31, 32, 64, 65, 128, 512, 2048, 4097)
 """Rows of x: one token, blocks of kernels and one beside them, long texts."""
 
-FAST, SLOW_FROM = 3.0, 20.0
+FAST, SLOW_FROM = 0.5, 20.0
 """Processor seconds for packing :data:`BIG`. From the first on, only the spec's first promise has
 it; from the second on, none has: :data:`SLOW` is the one large weight."""
 
