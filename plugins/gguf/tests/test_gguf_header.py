@@ -6,6 +6,7 @@ import resource
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -245,3 +246,41 @@ def test_a_full_temporary_disk_is_named(tmp_path: Path, monkeypatch: pytest.Monk
             OpenedGGUF(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def with_fields(path: Path, count: int, fields: bytes) -> Path:
+    """A tiny file with more metadata in front of its own."""
+    data = write_tiny_gguf("llama", path).read_bytes()
+    version, tensors, own = struct.unpack_from("<IQQ", data, 4)
+    path.write_bytes(
+        data[:4] + struct.pack("<IQQ", version, tensors, own + count) + fields + data[24:]
+    )
+    return path
+
+
+def field(name: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+def array(of: int, count: int, nbytes: int) -> bytes:
+    return struct.pack("<IQ", of, count) + bytes(count * nbytes)
+
+
+MANY = {
+    "bools": (1, field("x.bools", 9, array(7, 2**20, 1))),
+    "strings": (1, field("x.strings", 9, array(8, 2**17, 8))),
+    "several arrays": (3, b"".join(field(f"x.{i}", 9, array(0, 40_000, 1)) for i in range(3))),
+    "tokens": (1, field("tokenizer.ggml.scores", 9, array(6, 2**19 + 1, 4))),
+    "fields": (5000, b"".join(field(f"x.{i}", 0, b"\1") for i in range(5000))),
+}
+
+
+@pytest.mark.parametrize(("count", "fields"), MANY.values(), ids=MANY)
+def test_more_metadata_than_models_have_is_refused_at_once(
+    count: int, fields: bytes, tmp_path: Path
+) -> None:
+    path = with_fields(tmp_path / "tiny.gguf", count, fields)
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match=r"expected at most [\d,]+, got [\d,]+"):
+        read_header(path)
+    assert time.process_time() - started < 1

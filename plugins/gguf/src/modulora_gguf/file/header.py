@@ -34,6 +34,17 @@ _SCALARS = {
 }  # fmt: skip
 _MAX_DIMS, _MAX_PARTS = 4, 99_999
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+_MOST_FIELDS, _MOST_TENSORS = 4096, 100_000
+_MOST_TOKENS = 2**19
+"""The longest array of a vocabulary; Gemma 3 has 262,144 tokens, and 514,906 merges."""
+
+_MOST_ELEMENTS = 65536
+"""Of all other arrays together: libraries take some 50 µs for each."""
+
+_VOCABULARY = frozenset(
+    f"tokenizer.ggml.{name}"
+    for name in ("tokens", "scores", "token_type", "merges", "precompiled_charsmap")
+)
 _MAX_NUMBERS = 65536
 """Longer arrays of numbers, such as scores of tokens, are known by their length only."""
 
@@ -144,6 +155,7 @@ def _read_part(path: Path) -> Header:
 class _Parser:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data, self._size, self._at = path, data, len(data), 0
+        self._elements = 0  # of all arrays but the vocabulary's
 
     def header(self) -> Header:
         if self._bytes(4) != b"GGUF":
@@ -152,8 +164,8 @@ class _Parser:
         if version not in (2, 3):
             got = "a big-endian file" if version % 2**16 == 0 else version
             raise CheckpointError(f"expected version 2 or 3, little-endian, got {got}")
-        self._check_count("fields", fields, 13)
-        self._check_count("tensors", tensors, 24)
+        self._check_count("fields", fields, 13, _MOST_FIELDS)
+        self._check_count("tensors", tensors, 24, _MOST_TENSORS)
         found: dict[str, Field] = {}
         for _ in range(fields):
             start, name = self._at, self._string()
@@ -180,13 +192,13 @@ class _Parser:
             raise CheckpointError(f"{name}: expected a type of GGUF, got {kind}")
         of, count = self._numbers("IQ")
         if of == STRING:
-            self._check_count(name, count, 8)
+            self._check_array(name, count, 8)
             for _ in range(count):
                 self._skip(self._number("Q"))
             return count
         if of not in _SCALARS:
             raise CheckpointError(f"{name}: expected an array of numbers or strings, got {of}")
-        self._check_count(name, count, struct.calcsize(_SCALARS[of]))
+        self._check_array(name, count, struct.calcsize(_SCALARS[of]))
         if count <= _MAX_NUMBERS:
             return list(self._numbers(f"{count}{_SCALARS[of]}"))
         self._skip(count * struct.calcsize(_SCALARS[of]))
@@ -225,10 +237,19 @@ class _Parser:
             )
         return TensorInfo(self._path, name, kind.name, shape, start, total)
 
-    def _check_count(self, name: str, count: int, least: int) -> None:
-        """Refuse a count that the rest of the file can't hold, before it is iterated."""
+    def _check_count(self, name: str, count: int, least: int, most: int) -> None:
+        """Refuse a count that the rest of the file can't hold, or too many to iterate."""
         if count * least > self._size - self._at:
             raise CheckpointError(f"{name}: {count} of them, more than the file holds")
+        if count > most:
+            raise CheckpointError(f"{name}: expected at most {most:,}, got {count:,}")
+
+    def _check_array(self, name: str, count: int, least: int) -> None:
+        if name in _VOCABULARY:
+            self._check_count(name, count, least, _MOST_TOKENS)
+            return
+        self._elements += count
+        self._check_count(name, count, least, _MOST_ELEMENTS - self._elements + count)
 
     def _string(self) -> str:
         try:
