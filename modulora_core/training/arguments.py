@@ -10,7 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import trainer_log_levels
+from transformers.utils import is_liger_kernel_available
 
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.training.config import FinetuneConfig
@@ -44,11 +46,43 @@ def training_arguments(
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         if optimizer.__module__.startswith("torch."):  # it checks them without a model
             optimizer([torch.zeros(1)], **options)
+        check_values(arguments, steps)
     except (ValueError, ImportError) as error:
         raise OptionError(f"trainer: {' '.join(str(error).split())}") from None
     # not accelerate's own setting: FSDP2 would cast packed scales, and dtype sets the precision
     arguments.mixed_precision = "fp16" if arguments.fp16 else "no"
     return arguments
+
+
+def check_values(arguments: TrainingArguments, steps: int) -> None:
+    """Refuse values that transformers reads only after the work has begun.
+
+    Raises:
+        OptionError: the schedule, its options or the level of logs.
+        MissingExtraError: a library is not installed.
+    """
+    if arguments.log_level not in trainer_log_levels:
+        raise OptionError(
+            f"trainer log_level: expected one of {', '.join(trainer_log_levels)}, got "
+            f"{arguments.log_level!r}"
+        )
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise MissingExtraError(
+            "trainer use_liger_kernel: its library is not installed; pip install liger-kernel"
+        )
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate),
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise OptionError(
+            f"trainer lr_scheduler_type {arguments.lr_scheduler_type}, lr_scheduler_kwargs: "
+            f"expected values that it takes, got {' '.join(str(error).split()):.200}"
+        ) from None
 
 
 def argument_values(

@@ -196,7 +196,8 @@ class FinetuneConfig(BaseModel):
     )
     report: bool = Field(
         default=True,
-        description="write report.html: curves, settings, and answers before and after",
+        description="write report.html: curves, settings, and answers before and after, which take "
+        "at most a tenth of the run's time, or 5 seconds",
     )
     lora_file: str | None = Field(
         default=None,

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
 from modulora_core.dense_products import matmul_precision
 from modulora_core.distributed import barrier, is_first, pick_device, together, world_size
-from modulora_core.errors import OptionError
+from modulora_core.errors import ModuLoRAError, OptionError
 from modulora_core.layers import QuantLinear
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.models.quiet import quiet
@@ -64,7 +64,7 @@ from modulora_core.training.losses import divergence
 from modulora_core.training.model_card import model_card
 from modulora_core.training.report import REPORT_FILE, report
 from modulora_core.training.resuming import CHECKPOINTS, check_examples, check_out, record_examples
-from modulora_core.training.samples import answers
+from modulora_core.training.samples import LEAST, answers
 from modulora_core.training.sharding import is_sharded
 from modulora_core.training.trainer import AdapterRun, AdapterTrainer, OnEval, OnStep, Watcher
 
@@ -164,21 +164,24 @@ def finetune(
         open_bar("training", "steps") as show,
     ):
         with together():
-            arguments = _arguments(config, out / CHECKPOINTS, steps, device)
+            with _refused(config.trainer):
+                arguments = _arguments(config, out / CHECKPOINTS, steps, device)
             arguments.eval_on_start = config.report and "eval" in sources and resume_from is None
             model = _loaded(checkpoint, config, device)
             settings = _put_adapter(model, config)
             check_disk_space(out, _nbytes(model))
+            started = time.perf_counter()
+            with _refused(config.trainer):
+                trainer = _trainer(
+                    model, config, arguments, examples, tokenizer,
+                    settings=settings, memory=peak,
+                    callbacks=[Watcher(show, on_step, on_eval, interruption), *callbacks],
+                )  # fmt: skip
+                trainer.get_train_dataloader()
         if is_first():
             write_file(out / RUN_FILE, config.to_yaml())
             record_examples(out, examples)
             remove_half_written(out / CHECKPOINTS)
-        started = time.perf_counter()
-        trainer = _trainer(
-            model, config, arguments, examples, tokenizer,
-            settings=settings, memory=peak,
-            callbacks=[Watcher(show, on_step, on_eval, interruption), *callbacks],
-        )  # fmt: skip
         with interruption.watched():
             tokens = trainer.run(resume_from)
         interruption.check()
@@ -200,8 +203,11 @@ def finetune(
         file = base_file(checkpoint, config.model)
         file_writer(config.lora_file).write_adapter(str(out), config.lora_file, model=file)
     if config.report:
-        with open_bar(f"answering prompts for {REPORT_FILE}", "prompts"):
-            samples = answers(model, tokenizer, trainer.eval_dataset or trainer.train_dataset)
+        with open_bar(f"answering prompts for {REPORT_FILE}", "tokens") as show:
+            samples = answers(
+                model, tokenizer, trainer.eval_dataset or trainer.train_dataset,
+                seconds=max(LEAST, seconds / 10), tokens_per_second=tokens / seconds, show=show,
+            )  # fmt: skip
         page = report(
             config, checkpoint, history, samples, seconds=seconds, peak_memory_bytes=peak.nbytes,
             sampled="evaluation" if "eval" in sources else "training",
@@ -217,6 +223,23 @@ def finetune(
         config.out, len(losses), losses, eval_loss, seconds, tokens / seconds, peak.nbytes,
         eval_loss_before, config.model if checkpoint is base else str(checkpoint.folder),
     )  # fmt: skip
+
+
+@contextmanager
+def _refused(given: Mapping[str, Any]) -> Iterator[None]:
+    """Refuse values of ``--trainer`` with which the Trainer can't be made. Raises OptionError."""
+    try:
+        yield
+    except ModuLoRAError:
+        raise
+    except Exception as error:  # each field is read in its own way
+        if not given:
+            raise
+        reason = " ".join(str(error).split()) or "none"
+        raise OptionError(
+            f"trainer {', '.join(given)}: expected values that transformers' Trainer takes, got "
+            f"{type(error).__name__}: {reason:.300}"
+        ) from error
 
 
 def _sources(

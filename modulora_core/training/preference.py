@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from modulora_core.distributed import barrier, is_first, world_size
 from modulora_core.errors import OptionError
-from modulora_core.training.arguments import argument_values
+from modulora_core.training.arguments import argument_values, check_values
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.trainer import AdapterRun
 from modulora_core.training.trainer_options import trainer_options
@@ -54,9 +54,11 @@ def preference_arguments(
     }
     try:
         with _quiet():
-            return _Arguments(**values)
+            arguments = _Arguments(**values)
+        check_values(arguments, steps)
     except (ValueError, ImportError) as error:
         raise OptionError(f"trainer: {' '.join(str(error).split())}") from None
+    return arguments
 
 
 def preference_trainer(

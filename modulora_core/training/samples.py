@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from modulora_core.adapters.switching import without_adapter
 from modulora_core.data.rendering import IGNORED
+from modulora_core.progress import Progress
 
 COUNT, LONGEST, PROMPT = 5, 48, 32
 """Number of prompts, tokens of an answer, and tokens of a prompt that is cut from a text."""
+
+LEAST = 5.0
+"""The seconds that all answers may take, if a tenth of the run is less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +41,37 @@ class Sample:
 
 
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Any,
+    *,
+    seconds: float,
+    tokens_per_second: float,
+    show: Progress,
 ) -> list[Sample]:
     """Answer the prompts of some examples greedily, in one batch without and one with the adapter.
+
+    Fewer and shorter prompts are asked, and answers end early, if more would take too long.
 
     Args:
         model: with an active adapter; it is in evaluation mode afterwards.
         tokenizer: its tokenizer.
         examples: a dataset of ``input_ids`` and ``labels``, or of TRL's ``prompt_ids`` and
             ``chosen_ids``.
+        seconds: the time for all.
+        tokens_per_second: of training, of which a forward pass is a third.
+        show: the bar.
     """
-    count = min(COUNT, len(examples))
+    affordable = max(PROMPT, int(seconds / 4 * 3 * tokens_per_second))  # half the time: two passes
+    count = min(COUNT, len(examples), affordable // PROMPT)
     pairs = [_split(examples[i * len(examples) // count]) for i in range(count)]
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    prompts = [prompt[-(window - LONGEST) :] for prompt, _ in pairs]
+    longest = min(window - LONGEST, affordable // count)
+    prompts = [prompt[-longest:] for prompt, _ in pairs]
     model.eval()
     with without_adapter(model):
-        before = _greedy(model, tokenizer, prompts)
-    after = _greedy(model, tokenizer, prompts)
+        before = _greedy(model, tokenizer, prompts, seconds / 2, _Bar(show, 0))
+    after = _greedy(model, tokenizer, prompts, seconds / 2, _Bar(show, LONGEST))
 
     expected = [answer[:LONGEST] for _, answer in pairs]
     texts = (
@@ -58,8 +81,24 @@ def answers(
     return [Sample(*words) for words in zip(*texts, strict=True)]
 
 
+class _Bar(StoppingCriteria):
+    """Moves the bar with each token, and stops nothing. ``first`` tokens came before."""
+
+    def __init__(self, show: Progress, first: int) -> None:
+        self._show, self._done = show, first
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> Any:
+        self._done += 1
+        self._show("answering", self._done, 2 * LONGEST)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def _greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    seconds: float,
+    bar: _Bar,
 ) -> list[list[int]]:
     """The new tokens of each prompt, from one batch that is padded on the left."""
     longest = max(map(len, prompts))
@@ -68,13 +107,15 @@ def _greedy(
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     settings = GenerationConfig(
-        max_new_tokens=LONGEST, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=0
-    )
+        max_new_tokens=LONGEST, max_time=seconds, do_sample=False,
+        eos_token_id=sorted(ends) or None, pad_token_id=0,
+    )  # fmt: skip
     with torch.no_grad():
         out = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([bar]),
         )
     return [row.tolist() for row in out[:, longest:]]
 

@@ -54,7 +54,7 @@ _FIXED = (
     "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "prediction_loss_only",
     "disable_tqdm", "load_best_model_at_end", "save_total_limit", "save_only_model", "use_cpu",
     "gradient_checkpointing_kwargs", "push_to_hub", "eval_on_start", "precompute_ref_log_probs",
-    "model_init_kwargs", "sync_ref_model",
+    "model_init_kwargs", "sync_ref_model", "deepspeed",
 )  # fmt: skip
 """Fields that the run depends on."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,15 @@ def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, 
     adapted: Any = trained(load_model(tunable))
     tokenizer = open_checkpoint(tunable).tokenizer()
     examples = load_examples(text, tokenizer, seq_len=64)
-    samples = answers(adapted, tokenizer, examples)
+    calls: list[Any] = []
+    samples = answers(
+        adapted, tokenizer, examples, seconds=100, tokens_per_second=1e4,
+        show=lambda *call: calls.append(call),
+    )  # fmt: skip
     assert len(samples) == 5
+    assert calls
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
+    assert calls[-1][1] <= calls[-1][2] == 2 * LONGEST
     greedy = Sampling(LONGEST)
 
     def words(ids: list[int]) -> str:
@@ -95,6 +103,23 @@ def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, 
             (alone,) = continuations(model, tokenizer, [ids[:32]], greedy)
             assert answer == words(alone)
     assert any(sample.before != sample.after for sample in samples)
+
+
+def test_answers_of_a_slow_model_take_the_time_that_they_are_given(
+    tunable: Path, text: Path
+) -> None:
+    """A token of this one takes 50 ms, so that 5 answers of 48 tokens would take 5 seconds."""
+    adapted: Any = trained(load_model(tunable))
+    adapted.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    tokenizer = open_checkpoint(tunable).tokenizer()
+    examples = load_examples(text, tokenizer, seq_len=64)
+    started = time.perf_counter()
+    samples = answers(
+        adapted, tokenizer, examples, seconds=1, tokens_per_second=100, show=lambda *_: None
+    )
+    assert time.perf_counter() - started < 2.5
+    assert 1 <= len(samples) < 5, "at 100 tokens a second, 5 prompts would take too long"
+    assert all(sample.before and sample.after for sample in samples)
 
 
 def test_an_answer_follows_the_prompt_of_the_first_turn() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ WRONG = {
     "dataloader_num_workers=-1": "trainer dataloader_num_workers: expected 0 or more, got -1",
     "adam_beta1=high": "trainer adam_beta1: expected a valid number.*, got 'high'",
     "lr_scheduler_type=poly": "poly is not a valid SchedulerType",
+    "lr_scheduler_kwargs=[": "trainer",
+    'lr_scheduler_kwargs={"unknown": 1}': "trainer lr_scheduler_type .*: expected values that it",
+    "lr_scheduler_type=cosine_with_min_lr": "trainer lr_scheduler_type .*: expected values that it",
+    "log_level=foo": "trainer log_level: expected one of .*debug.*, got 'foo'",
+    "optim_args=foo": "trainer",
+    "accelerator_config=[": "trainer",
+    "deepspeed=nowhere.json": "the run depends on its own value; leave it out",
+    "debug=foo": "trainer",
+    "hub_strategy=foo": "trainer",
+    "dataloader_prefetch_factor=2": "trainer.*prefetch_factor",
+    "dataloader_persistent_workers=true": "trainer dataloader_persistent_workers: expected values",
 }
 
 
@@ -78,9 +90,20 @@ def test_a_wrong_field_is_refused_and_nothing_is_written(
     configure: Configure, tmp_path: Path, word: str
 ) -> None:
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(OptionError, match=WRONG[word]):
+    with pytest.raises(OptionError, match=WRONG[word]) as found:
         finetune(configure(trainer=[word]))
+    assert "\n" not in str(found.value)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_library_that_is_not_installed_is_refused_and_nothing_is_written(
+    configure: Configure, tmp_path: Path
+) -> None:
+    if find_spec("liger_kernel"):
+        pytest.skip("it is installed")
+    with pytest.raises(MissingExtraError, match="pip install liger-kernel"):
+        finetune(configure(trainer=["use_liger_kernel=true"]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_field_that_we_own_exists() -> None:
