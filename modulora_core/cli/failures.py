@@ -77,6 +77,9 @@ def _described(error: BaseException) -> tuple[str, str, int]:
         is_request = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # of a path that was given
         code = RequestError.exit_code if is_request else 1
         return type(error).__name__, _one_line(said + about), code
+    if type(error).__name__ == "PanicException":  # of a library in Rust, on a file that it read
+        text = f"a library fails on the model's tokenizer: {error}{about}; take another tokenizer"
+        return "ModelError", _one_line(text), RequestError.exit_code
     if hasattr(error, "format_message"):  # click's, which typer carries under changing names
         return "UsageError", _usage(error), RequestError.exit_code
     if isinstance(error, SystemExit):  # a library's, which has not done the work

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modulora_core.data.files import Record
-from modulora_core.data.formats import Format, conversations, detect, texts
+from modulora_core.data.formats import FIELDS, Format, conversations, detect, texts
 from modulora_core.data.rendering import (
     IGNORED,
     Encoded,
@@ -114,7 +114,8 @@ def load_examples(
         filled = records if template is None else template.fill(records)
         return filled, detect(filled, format)
 
-    records, chosen = read(load_records(source, read))
+    read_columns = FIELDS if template is None else template.columns
+    records, chosen = read(load_records(source, read, read_columns))
     name = source_name(source)
     if chosen == "text":
         return _packed(records, tokenizer, seq_len, name)

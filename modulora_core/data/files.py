@@ -6,13 +6,14 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from modulora_core.errors import DataError, MissingExtraError
+from modulora_core.data.parquet import parquet_rows
+from modulora_core.errors import DataError
 from modulora_core.models.json_files import open_file, parse_json, read_bytes, without_collections
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -23,8 +24,7 @@ MOST_BYTES = 2**30
 
 MOST_LINE = 32 * 2**20
 _MOST_COLUMNS = 1000
-_ROWS = 64
-"""Rows of a parquet file that are read at once: its encodings can repeat a value for nothing."""
+_PARQUET = ".parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +64,32 @@ def _decode(data: bytes, path: Path, line: int) -> str:
 
 
 @without_collections()
-def read_records(path: Path, check: Check | None = None) -> list[Record]:
+def read_records(
+    path: Path, check: Check | None = None, columns: Collection[str] = ()
+) -> list[Record]:
     """Read the records of a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, at least one.
 
     Args:
         path: the file.
         check: called with the first record, so that a large file of others is refused at once.
+        columns: of a parquet file, which has them apart; the others are skipped. Without any of
+            them, or if none is named, all are read.
 
     Raises:
         DataError: the suffix is another one, or the file is malformed; the message names the line.
         MissingExtraError: a parquet file, and pyarrow isn't installed.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        known = ", ".join([*TEXT_SUFFIXES, *_READERS])
+    suffix = path.suffix.lower()
+    if suffix == _PARQUET:
+        rows = parquet_rows(path, columns, MOST_LINE, MOST_BYTES)
+    elif suffix in _READERS:
+        rows = _READERS[suffix](path)
+    else:
+        known = ", ".join([*TEXT_SUFFIXES, *_READERS, _PARQUET])
         got = path.suffix or "no suffix"
         raise DataError(f"{path}: expected a file that ends in one of {known}, got {got!r}")
     records = []
-    for fields, place in reader(path):
+    for fields, place in rows:
         if not isinstance(fields, dict) or not fields:
             raise DataError(f"{path}, {place}: expected an object with fields, got {fields!r:.60}")
         records.append(Record(fields, f"{path}, {place}"))
@@ -163,39 +171,6 @@ def _csv(path: Path) -> Iterator[tuple[Any, str]]:
         csv.field_size_limit(limit)
 
 
-def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise MissingExtraError(
-            f"{path}: reading parquet needs pyarrow, which is missing; "
-            "pip install 'modulora-core[data]'"
-        ) from None
-    read, number = 0, 0
-    try:
-        file, most = parquet.ParquetFile(path), path.stat().st_size
-        if file.metadata.num_rows > most:  # each becomes an object here
-            _refuse(path, f"{most:,} rows, as many as bytes")
-        for batch in file.iter_batches(_ROWS):
-            read += batch.nbytes
-            if batch.nbytes > MOST_LINE:
-                _refuse(path, f"{MOST_LINE // 2**20} MiB in {_ROWS} rows")
-            if read > MOST_BYTES:
-                _refuse(path, f"{MOST_BYTES // 2**20} MiB of values")
-            for row in batch.to_pylist():
-                number += 1
-                yield row, f"row {number}"
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow's own classes, UnicodeDecodeError, ArithmeticError, ...
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: expected a parquet file, got {reason:.200}") from error
-
-
-def _refuse(path: Path, most: str) -> None:
-    raise DataError(f"{path}: expected at most {most}, got more; cut it into several files")
-
-
 _READERS: Mapping[str, Callable[[Path], Iterator[tuple[Any, str]]]] = MappingProxyType(
-    {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    {".jsonl": _jsonl, ".json": _json, ".csv": _csv}
 )

@@ -47,6 +47,11 @@ _SHAPES: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("completion", ("text", "label")),
     ("chat", ("conversations",)),
 )
+FIELDS = frozenset(
+    ("input", "chosen", "rejected", *(name for _, fields in _SHAPES for name in fields))
+)
+"""All fields of records that are read."""
+
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 _ALPACA = (

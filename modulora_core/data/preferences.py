@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, StrictStr
 
 from modulora_core.data.files import Record
-from modulora_core.data.formats import Conversation, Message, Turn, checked
+from modulora_core.data.formats import FIELDS, Conversation, Message, Turn, checked
 from modulora_core.data.rendering import Renderer, check_ids
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.errors import DataError
@@ -57,7 +57,7 @@ def load_preferences(
     def converted(records: Sequence[Record]) -> list[tuple[dict[str, Any], int]]:
         return [_row(record, renderer, rows) for record in records]
 
-    read = converted(load_records(source, converted))
+    read = converted(load_records(source, converted, FIELDS))
     kept = [row for row, length in read if length < seq_len]
     name = source_name(source)
     if not kept:

@@ -20,6 +20,8 @@ from typing import Any
 
 from modulora_core.data.formats import Conversation, Message
 from modulora_core.errors import DataError
+from modulora_core.models.chat_templates import render
+from modulora_core.models.tokenizer_checks import panics_refused
 
 IGNORED = -100
 """The label of a token that isn't trained, as in torch's cross-entropy."""
@@ -49,15 +51,20 @@ class Rendering:
 def token_ids(
     tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = False
 ) -> list[list[int]]:
-    """The token ids of each text, without the tokenizer's warning about long texts."""
+    """The token ids of each text, without the tokenizer's warning about long texts.
+
+    Raises:
+        ModelError: the library tokenizers fails on the tokenizer.
+    """
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(
-        list(texts),
-        add_special_tokens=add_special_tokens,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
+    with panics_refused(f"tokenizer of {tokenizer.name_or_path}"):
+        ids: list[list[int]] = tokenizer(
+            list(texts),
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
     return ids
 
 
@@ -112,11 +119,10 @@ class Renderer:
         pieces: list[tuple[str, bool]] = []
         messages, place = conversation.messages, conversation.place
         done = ""  # the text of `pieces`
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._apply(messages[:i], place, add_generation_prompt=True)
-            answered = self._apply(messages[: i + 1], place)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        texts = iter(self._apply(messages, answers, place))
+        for i in answers:
+            prompt, answered = next(texts), next(texts)
             if not answered.startswith(prompt):
                 raise DataError(
                     f"{place}: message {i + 1}: the tokenizer's chat template doesn't continue its "
@@ -131,19 +137,16 @@ class Renderer:
             done = prompt + answer
         return [*renderings, Rendering(tuple(pieces), templated=True)]
 
-    def _apply(
-        self, messages: Sequence[Message], place: str, *, add_generation_prompt: bool = False
-    ) -> str:
+    def _apply(self, messages: Sequence[Message], answers: Sequence[int], place: str) -> list[str]:
+        """The prompt of each answer, and the text up to its end."""
+        turns = [(messages[: i + done], not done) for i in answers for done in (False, True)]
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template computes anything
-            roles = ", ".join(message["role"] for message in messages) or "no messages"
+            return render(self.tokenizer, turns)
+        except ValueError as error:
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
             raise DataError(
                 f"{place}: the tokenizer's chat template refuses turns of {roles}: {error}"
             ) from error
-        return text
 
     def _without_tail(self, turn: str) -> str:
         """The turn up to the special token that ends it: generation stops there."""

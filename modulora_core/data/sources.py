@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,9 @@ def source_name(source: Source) -> str:
     return ", ".join([*names, f"{records} records"] if records else names)
 
 
-def load_records(source: Source, check: Check | None = None) -> list[Record]:
+def load_records(
+    source: Source, check: Check | None = None, columns: Collection[str] = ()
+) -> list[Record]:
     """Read ``source``. A text file, and ``pydoc``, is one record with the field ``text``.
 
     In a ``datasets.Dataset`` a class label becomes the name of its class.
@@ -118,6 +120,8 @@ def load_records(source: Source, check: Check | None = None) -> list[Record]:
     Args:
         source: see above.
         check: called with the first record of a file before the others are read.
+        columns: those that the caller reads, if the file has them; of a parquet file others are
+            skipped. By default all are read.
 
     Raises:
         DataError: nothing is there, or it is empty or malformed; the message names file and line.
@@ -130,7 +134,7 @@ def load_records(source: Source, check: Check | None = None) -> list[Record]:
     records: list[Record] = []
     for number, part in enumerate(parts, 1):
         if isinstance(part, str):
-            records += _load(part, check)
+            records += _load(part, check, columns)
         else:
             records.append(Record(_with_class_name(part, class_names), f"record {number}"))
     return records
@@ -156,7 +160,7 @@ def _class_names(rows: Any) -> list[str] | None:
     return getattr(features.get("label"), "names", None)
 
 
-def _load(text: str, check: Check | None) -> list[Record]:
+def _load(text: str, check: Check | None, columns: Collection[str]) -> list[Record]:
     name, part = _split_slice(text)
     path = _path(name)
     if path is None:
@@ -164,7 +168,7 @@ def _load(text: str, check: Check | None) -> list[Record]:
             f"{name[:60]!r}: expected a file, a Hub dataset id or pydoc, got no possible name"
         )
     if path.is_file() and path.suffix.lower() not in TEXT_SUFFIXES:
-        records = read_records(path, check)
+        records = read_records(path, check, columns)
         rows = part.of_records(len(records), str(path))
         return records[rows.start : rows.stop]
     if path.is_file() or name == "pydoc":

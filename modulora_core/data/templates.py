@@ -46,6 +46,11 @@ class Template:
             raise OptionError(f"{missing}: expected prompt and completion together, got one")
         return cls(prompt, completion)
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it reads."""
+        return _columns("prompt", self.prompt) + _columns("completion", self.completion)
+
     def fill(self, records: Sequence[Record]) -> list[Record]:
         """The records with the fields ``prompt`` and ``completion`` alone. Null becomes empty.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modulora_core.data.formats import Conversation, conversations, detect, texts
+from modulora_core.data.formats import FIELDS, Conversation, conversations, detect, texts
 from modulora_core.data.rendering import Renderer, token_ids
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.errors import DataError, OptionError
@@ -26,7 +26,7 @@ def load_text(source: Source, tokenizer: Any = None) -> str:
         DataError: the source is missing, empty or malformed; the message names file and line.
         MissingExtraError: the source needs an optional library that isn't installed.
     """
-    records = load_records(source, detect)
+    records = load_records(source, detect, FIELDS)
     if all(isinstance(record.fields.get("text"), str) for record in records):
         read = [record.fields["text"] for record in records]
     elif (format_ := detect(records)) == "text":

@@ -12,6 +12,7 @@ from modulora_core.data.templates import Template
 from modulora_core.errors import MissingExtraError
 from modulora_core.inference.generate import Sampling, continuations
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
+from modulora_core.models.tokenizer_checks import panics_refused
 from modulora_core.progress import Progress
 
 
@@ -120,5 +121,6 @@ def _texts(
     with evaluating(model):
         for _, batch in batches(prompts, batch_size, progress):
             ids = continuations(model, tokenizer, batch, sampling)
-            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+            with panics_refused(f"tokenizer of {tokenizer.name_or_path}"):
+                texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts

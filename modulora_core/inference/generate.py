@@ -21,10 +21,12 @@ from transformers import (
 from typing_extensions import override
 
 from modulora_core.arguments import check_fields, checked
-from modulora_core.data.rendering import check_ids
+from modulora_core.data.rendering import check_ids, token_ids
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.loading import Runnable, opened
+from modulora_core.models.chat_templates import render
 from modulora_core.models.quiet import first_line
+from modulora_core.models.tokenizer_checks import panics_refused
 
 Message = Mapping[str, str]
 """``{"role": "user", "content": "..."}``"""
@@ -137,7 +139,8 @@ def generate(
     started = time.perf_counter()
     with torch.inference_mode():
         (new,) = continuations(language_model, tokenizer, [ids], sampling, streamer)
-    text = tokenizer.decode(new, skip_special_tokens=True)
+    with panics_refused(f"tokenizer of {tokenizer.name_or_path}"):
+        text = tokenizer.decode(new, skip_special_tokens=True)
     return Generation(text, len(ids), len(new), time.perf_counter() - started)
 
 
@@ -212,7 +215,7 @@ def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
     _check_prompt(prompt)
     if isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
+        (ids,) = token_ids(tokenizer, [prompt], add_special_tokens=True)
     elif tokenizer.chat_template is None:
         raise DataError(
             "conversation: the model's tokenizer has no chat template; give a plain text "
@@ -220,13 +223,12 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messa
         )
     else:
         try:
-            ids = tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        except Exception as error:  # a template computes anything
+            (text,) = render(tokenizer, [(prompt, True)])
+        except ValueError as error:
             raise DataError(
                 f"the tokenizer's chat template refuses the prompt: {first_line(error)}"
             ) from error
+        (ids,) = token_ids(tokenizer, [text])
     if not ids:
         raise DataError("prompt: expected some text, got none")
     return list(ids)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from modulora_core.data.files import Record
-from modulora_core.data.formats import Conversation, conversations, detect
+from modulora_core.data.formats import FIELDS, Conversation, conversations, detect
 from modulora_core.data.rendering import check_ids
 from modulora_core.data.sources import Source, load_records
 from modulora_core.data.templates import Template
@@ -31,7 +31,8 @@ def asked_in(source: Source, template: Template | None = None) -> list[Conversat
             raise DataError(f"{records[0].place}: expected prompts and answers, got text")
         return conversations(filled, format_)
 
-    records = load_records(source, converted)
+    columns = FIELDS if template is None else template.columns
+    records = load_records(source, converted, columns)
     read = converted(records)
     asked = [each for each in read if not each.is_blank]
     if not asked:

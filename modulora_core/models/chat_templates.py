@@ -1,50 +1,60 @@
-"""Try a chat template of a stranger: jinja's sandbox lets it loop and grow without end.
+"""Render conversations by a chat template, which is a program of a stranger.
 
-A template is tried once, on a short conversation, in a process with limits of time and memory.
+jinja's sandbox keeps it from files and attributes, and lets it loop and grow without end. So every
+rendering happens in a process with limits (:mod:`modulora_core.models.template_worker`).
 """
 
 from __future__ import annotations
 
-import functools
-import subprocess
-import sys
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-SECONDS = 1
-_BYTES = 512 * 2**20
+from modulora_core.models.workers import ask, worker
 
-_TRIAL = f"""
-import sys
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, ({_BYTES}, {_BYTES}))
-    resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
-except ImportError:  # Windows
-    pass
-import re
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-try:
-    jinja = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-    text = re.sub(r"{{%-?\\s*(end)?generation\\s*-?%}}", "", sys.stdin.buffer.read().decode())
-    roles = ["system", "user", "assistant", "user"]
-    jinja.from_string(text).render(
-        messages=[{{"role": role, "content": "text"}} for role in roles],
-        add_generation_prompt=True, bos_token="<s>", eos_token="</s>",
-        strftime_now=lambda form: form, tools=None,
-    )
-except MemoryError:
-    sys.exit(3)
-except Exception:  # real conversations show it, with a message
-    pass
-"""
+SECONDS = 5
+"""The computing time of a conversation's renderings."""
+
+MEMORY = 256 * 2**20
+"""The bytes that they may take."""
+
+LONGEST = 2**18
+"""The most characters of a template: jinja compiles some 500,000 in a second."""
+
+_LARGEST_ANSWER = 64 * 2**20
+_SCRIPT = Path(__file__).with_name("template_worker.py")
+
+Turns = tuple[Sequence[Mapping[str, Any]], bool]
+"""Messages, and whether the prompt of an answer follows them."""
 
 
-@functools.lru_cache(maxsize=64)
-def ends_soon(template: str) -> bool:
-    """Whether the template renders a short conversation in a second and 512 MiB."""
-    command = [sys.executable, "-c", _TRIAL]
-    try:
-        data = template.encode("utf-8", "replace")
-        tried = subprocess.run(command, input=data, capture_output=True, timeout=4 * SECONDS)
-    except subprocess.TimeoutExpired:
-        return False
-    return tried.returncode in (0, 1)  # 1: jinja is missing there
+def render(tokenizer: Any, turns: Sequence[Turns]) -> list[str]:
+    """Render conversations as the tokenizer's ``apply_chat_template`` does.
+
+    Args:
+        tokenizer: has a chat template.
+        turns: several conversations, such as the beginnings of one.
+
+    Raises:
+        ValueError: the template refuses them, or takes too much time or memory.
+    """
+    request = {
+        "template": tokenizer.get_chat_template(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "turns": [(list(messages), with_prompt) for messages, with_prompt in turns],
+    }
+    with worker(_SCRIPT, str(SECONDS), str(MEMORY)) as process:
+        ask(process, json.dumps(request).encode("ascii"))
+        assert process.stdout is not None
+        line = process.stdout.readline(_LARGEST_ANSWER)
+        if not line.endswith(b"\n"):  # the kernel ended it, or the answer is too long
+            raise ValueError(
+                f"expected a rendering within {SECONDS} seconds and {MEMORY // 2**20} MiB of "
+                "memory; take another template"
+            )
+    answer: dict[str, Any] = json.loads(line)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    texts: list[str] = answer["texts"]
+    return texts

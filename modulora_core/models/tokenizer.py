@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from modulora_core.errors import ModelError
-from modulora_core.models.chat_templates import SECONDS, ends_soon
+from modulora_core.models.chat_templates import LONGEST
 from modulora_core.models.json_files import read_json
 from modulora_core.models.quiet import first_line, quiet
+from modulora_core.models.tokenizer_checks import check_tokenizer_file, panics_refused
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -59,7 +60,7 @@ def load_tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of ``folder``; messages name ``model``.
 
     Raises:
-        ModelError: there is none that transformers can read, or its chat template loops.
+        ModelError: there is none that transformers can read, or its chat template is too long.
     """
     if not has_tokenizer(folder):  # some versions of transformers make an empty tokenizer of it
         raise ModelError(
@@ -68,6 +69,8 @@ def load_tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
     for name in _SMALL_FILES:
         if (folder / name).exists():
             read_json(folder / name, _SmallFile, error=ModelError)
+    if (folder / TOKENIZER_FILES[0]).is_file():
+        check_tokenizer_file(folder / TOKENIZER_FILES[0])
     return checked_tokenizer(model, lambda: _from_folder(folder))
 
 
@@ -76,7 +79,7 @@ def checked_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that ``load`` gives. Raises ModelError, as :func:`load_tokenizer`."""
     try:
-        with quiet():
+        with quiet(), panics_refused("tokenizer"):
             tokenizer = load()
     except Exception as error:  # each tokenizer class fails in its own way on broken files
         raise ModelError(
@@ -97,13 +100,13 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_templates(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that loops, or is no text."""
+    """Refuse a chat template that is no text, or a very long one. Each rendering has limits too."""
     found = tokenizer.chat_template
     for template in found.values() if isinstance(found, dict) else [found]:
-        if template is not None and not (isinstance(template, str) and ends_soon(template)):
+        if template is not None and not (isinstance(template, str) and len(template) <= LONGEST):
             raise ModelError(
-                f"model {model}: chat template: expected jinja that renders a short conversation "
-                f"within {SECONDS} second, got {str(template)!r:.60}; take another template"
+                f"model {model}: chat template: expected text of at most {LONGEST:,} characters, "
+                f"got {str(template)!r:.60}; take another template"
             )
 
 

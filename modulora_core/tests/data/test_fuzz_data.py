@@ -95,6 +95,26 @@ def test_a_changed_file_is_read_or_refused(
 
 @pytest.mark.slow
 @cases(200)
+@given(data=st.data())
+def test_a_changed_parquet_file_of_any_encoding_is_read_or_refused(
+    data: st.DataObject, tmp_path: Path, tokenizer: Any
+) -> None:
+    texts = pyarrow.array(["a" * n for n in data.draw(st.lists(st.integers(0, 9999), min_size=1))])
+    turns = pyarrow.StructArray.from_arrays([texts, texts.dictionary_encode()], ["role", "content"])
+    encoding = data.draw(st.sampled_from(["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"]))
+    buffer = io.BytesIO()
+    parquet.write_table(
+        pyarrow.table({"text": texts, "messages": turns}), buffer,
+        compression=data.draw(st.sampled_from(["none", "zstd", "gzip"])),
+        use_dictionary=["messages.content"], column_encoding={"text": encoding},
+    )  # fmt: skip
+    file = tmp_path / "data.parquet"
+    file.write_bytes(changed_bytes(data, buffer.getvalue()))
+    read_as_all(file, tokenizer)
+
+
+@pytest.mark.slow
+@cases(200)
 @given(records=RECORDS)
 def test_records_of_any_kind_are_read_or_refused(
     records: list[dict[str, Any]], tmp_path: Path, tokenizer: Any

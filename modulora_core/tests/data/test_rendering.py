@@ -84,7 +84,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer
         (
             "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x",
             {"messages": [{"role": "system", "content": "s"}, *CHAT]},
-            r"line 1: .*template refuses turns of system, user: no system",
+            r"line 1: .*template refuses turns of system, user, assistant: no",
         ),
         (
             None,

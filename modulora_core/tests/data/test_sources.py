@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import resource
 import sys
 
 import pytest
@@ -282,3 +283,42 @@ def test_a_small_parquet_file_of_very_much_is_refused(tmp_path):
         parquet.write_table(pyarrow.table({"text": column}), tmp_path / "d.parquet")
         with pytest.raises(DataError, match=rf"d\.parquet: {message}"):
             load_records(tmp_path / "d.parquet")
+
+
+def bombs():
+    """Parquet files of some kilobytes that stand for gigabytes, or for many rows."""
+    pyarrow = pytest.importorskip("pyarrow")
+    long = "a" * (30 * 2**20)
+    indices = pyarrow.array([0] * 640, pyarrow.int32())
+    repeated = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array([long]))
+    turns = pyarrow.StructArray.from_arrays([repeated], ["content"])
+    near = pyarrow.array([long[: 5 * 2**20] + str(i) for i in range(64)])
+    prefixes = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    return {
+        "a value, repeated": ({"text": repeated.dictionary_decode().slice(0, 20)}, {}),
+        "a dictionary": ({"text": repeated}, {}),
+        "in a struct": ({"text": turns}, {}),
+        "prefixes": ({"text": near}, prefixes),
+        "a list of nulls": ({"text": pyarrow.array([[None] * 10**7])}, {}),
+    }
+
+
+@pytest.mark.parametrize("name", ["a value, repeated", "a dictionary", "in a struct", "prefixes",
+                                  "a list of nulls"])  # fmt: skip
+def test_a_parquet_file_that_decodes_to_very_much_is_refused(tmp_path, name):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns, options = bombs()[name]
+    table = pytest.importorskip("pyarrow").table(columns)
+    parquet.write_table(table, tmp_path / "d.parquet", compression="zstd", **options)
+    assert (tmp_path / "d.parquet").stat().st_size < 10_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"at most (1024 MiB of memory|32 MiB in 64 rows)"):
+        load_records(tmp_path / "d.parquet")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB
+    # the next file is read, and columns that nobody reads are not
+    parquet.write_table(
+        table.add_column(0, "label", [["x"] * len(table)]), tmp_path / "e.parquet",
+        compression="zstd", **options,
+    )  # fmt: skip
+    records = load_records(tmp_path / "e.parquet", None, {"label", "absent"})
+    assert {tuple(record.fields.items()) for record in records} == {(("label", "x"),)}

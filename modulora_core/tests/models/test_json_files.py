@@ -16,7 +16,6 @@ from modulora_core.errors import (
     said_by_system,
     usable_path,
 )
-from modulora_core.models.chat_templates import ends_soon
 from modulora_core.models.json_files import parse_json, read_journal, read_json, read_yaml
 from modulora_core.models.patterns import matches
 
@@ -142,16 +141,3 @@ def test_patterns_match_as_re_does_and_end() -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             matches(pattern, "model.layers.0.self_attn.q_proj")
-
-
-@pytest.mark.parametrize(
-    ("template", "ends"),
-    [
-        ("{% generation %}{{ messages[1].content }}{% endgeneration %}", True),
-        ("{{ raise_exception('no system') }}", True),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", False),
-        ("{{ 'a' * 10 ** 10 }}", False),
-    ],
-)
-def test_a_chat_template_that_loops_or_grows_is_found(template: str, ends: bool) -> None:
-    assert ends_soon(template) is ends

@@ -1,0 +1,120 @@
+"""A tokenizer.json that would end the process, or panic in Rust, is refused in one sentence."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modulora_core.data.rendering import token_ids
+from modulora_core.errors import ModelError
+from modulora_core.models.tokenizer import load_tokenizer
+from modulora_core.tests.fuzzing import cases
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
+
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+TEMPLATE = [{"SpecialToken": {"id": "<x>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+
+
+def replace(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def charsmap(data: bytes) -> dict[str, Any]:
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+
+
+def saved(folder: Path, **parts: Any) -> Path:
+    """A folder with a small tokenizer of which some parts are others."""
+    make_tokenizer().save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **parts}))
+    return folder
+
+
+DOUBLING = [replace("a", "aa")] * 40
+REFUSED_AT_LOAD = {
+    "a normalizer that grows": {"normalizer": {"type": "Sequence", "normalizers": DOUBLING}},
+    "nested": {"normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Sequence", "normalizers": DOUBLING}]}},
+    "an empty pattern": {"normalizer": replace("", "a" * 100)},
+    "a regular expression": {"normalizer": replace("", "a" * 100, "Regex")},
+    "a decoder that grows": {"decoder": {"type": "Sequence", "decoders": DOUBLING}},
+    "a charsmap of 4 GiB": {"normalizer": charsmap(b"\xfc\xff\xff\xff" + b"abcd")},
+    "a charsmap of no size": {"normalizer": charsmap(b"ab")},
+    "no charsmap": {"normalizer": charsmap(b"")},
+}  # fmt: skip
+REFUSED_AT_ENCODING = {
+    "a charsmap without its trie": {"normalizer": charsmap(b"\4\0\0\0abcdxx")},
+    "backtracking": {"pre_tokenizer": {**SPLIT, "pattern": {"Regex": "(a+)+$"}}},
+    "an unknown token": {"post_processor": {
+        "type": "TemplateProcessing", "single": TEMPLATE, "pair": TEMPLATE, "special_tokens": {}}},
+    "pieces of length 0": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", REFUSED_AT_LOAD.values(), ids=REFUSED_AT_LOAD)
+def test_it_is_refused_when_it_is_loaded(parts: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"expected|fails") as found:
+        load_tokenizer("it", saved(tmp_path, **parts))
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("parts", REFUSED_AT_ENCODING.values(), ids=REFUSED_AT_ENCODING)
+def test_it_is_refused_when_it_encodes(parts: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"tokeniz\w+.*take another tokenizer|no tokenizer that"):
+        token_ids(
+            load_tokenizer("it", saved(tmp_path, **parts)), ["a" * 40 + "b"],
+            add_special_tokens=True,
+        )  # fmt: skip
+
+
+def test_ordinary_normalizers_are_read(tmp_path: Path) -> None:
+    steps = [replace(" ", "▁"), replace(" {2,}", "▁", "Regex"), {"type": "Prepend", "prepend": "▁"},
+             {"type": "NFKC"}]  # fmt: skip
+    folder = saved(tmp_path, normalizer={"type": "Sequence", "normalizers": steps})
+    assert token_ids(load_tokenizer("it", folder), ["a b"])
+
+
+STEPS = st.recursive(
+    st.builds(
+        replace, st.text(max_size=2), st.text(max_size=40), st.sampled_from(["String", "Regex"])
+    )
+    | st.builds(charsmap, st.binary(max_size=60)),
+    lambda inner: st.builds(
+        lambda steps: {"type": "Sequence", "normalizers": steps}, st.lists(inner, max_size=12)
+    ),
+    max_leaves=30,
+)
+CHILD = """
+import resource, sys, pathlib
+resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
+from modulora_core.data.rendering import token_ids
+from modulora_core.errors import ModuLoRAError
+from modulora_core.models.tokenizer import load_tokenizer
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    try:
+        token_ids(load_tokenizer("it", folder), ["a" * 40 + "b c", "Zürich"])
+    except ModuLoRAError:
+        pass
+print("whole")
+"""
+
+
+@pytest.mark.slow
+@cases(5)
+@given(steps=st.lists(STEPS, min_size=40, max_size=40))
+def test_no_normalizer_ends_the_process(steps: list[Any], tmp_path: Path) -> None:
+    """A process with a limit of memory reads 40 of them, 5 times."""
+    for number, step in enumerate(steps):
+        saved(tmp_path / str(number), normalizer=step)
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "whole", done.stderr[-2000:]
