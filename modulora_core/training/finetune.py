@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,14 +164,14 @@ def finetune(
         open_bar("training", "steps") as show,
     ):
         with together():
-            with _refused(config.trainer):
+            with _refused(config.trainer, out / CHECKPOINTS):
                 arguments = _arguments(config, out / CHECKPOINTS, steps, device)
             arguments.eval_on_start = config.report and "eval" in sources and resume_from is None
             model = _loaded(checkpoint, config, device)
             settings = _put_adapter(model, config)
             check_disk_space(out, _nbytes(model))
             started = time.perf_counter()
-            with _refused(config.trainer):
+            with _refused(config.trainer, out / CHECKPOINTS):
                 trainer = _trainer(
                     model, config, arguments, examples, tokenizer,
                     settings=settings, memory=peak,
@@ -226,13 +226,19 @@ def finetune(
 
 
 @contextmanager
-def _refused(given: Mapping[str, Any]) -> Iterator[None]:
-    """Refuse values of ``--trainer`` with which the Trainer can't be made. Raises OptionError."""
+def _refused(given: Mapping[str, Any], folder: Path) -> Iterator[None]:
+    """Refuse values of ``--trainer`` with which the Trainer, which makes ``folder``, can't be made.
+
+    Raises:
+        OptionError: the Trainer raised an error.
+    """
     try:
         yield
     except ModuLoRAError:
         raise
     except Exception as error:  # each field is read in its own way
+        with suppress(OSError):  # it has the checkpoints of a run that is resumed
+            folder.rmdir()
         if not given:
             raise
         reason = " ".join(str(error).split()) or "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,12 @@ def answers(
         show: the bar.
     """
     affordable = max(PROMPT, int(seconds / 4 * 3 * tokens_per_second))  # half the time: two passes
-    count = min(COUNT, len(examples), affordable // PROMPT)
-    pairs = [_split(examples[i * len(examples) // count]) for i in range(count)]
+    most = min(COUNT, len(examples))
+    chosen = [_split(examples[i * len(examples) // most]) for i in range(most)]
+    totals = itertools.accumulate(min(PROMPT, len(prompt)) for prompt, _ in chosen)
+    pairs = chosen[: max(1, sum(total <= affordable for total in totals))]
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    longest = min(window - LONGEST, affordable // count)
+    longest = min(window - LONGEST, affordable // len(pairs))
     prompts = [prompt[-longest:] for prompt, _ in pairs]
     model.eval()
     with without_adapter(model):
