@@ -295,7 +295,7 @@ def bombs():
     near = pyarrow.array([long[: 5 * 2**20] + str(i) for i in range(64)])
     prefixes = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
     return {
-        "a value, repeated": ({"text": repeated.dictionary_decode().slice(0, 20)}, {}),
+        "a value, repeated": ({"text": repeated.slice(0, 20).dictionary_decode()}, {}),
         "a dictionary": ({"text": repeated}, {}),
         "in a struct": ({"text": turns}, {}),
         "prefixes": ({"text": near}, prefixes),
