@@ -299,7 +299,10 @@ def bombs():
         "a dictionary": ({"text": repeated}, {}),
         "in a struct": ({"text": turns}, {}),
         "prefixes": ({"text": near}, prefixes),
-        "a list of nulls": ({"text": pyarrow.array([[None] * 10**7])}, {}),
+        "a list of nulls": (
+            {"text": pyarrow.array([[None] * 10**7], pyarrow.list_(pyarrow.int64()))},
+            {},
+        ),
     }
 
 
