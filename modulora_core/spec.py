@@ -366,6 +366,16 @@ class Quantizer(ABC):
                 "plugin that wrote it, or quantize again"
             )
 
+    def check_values(self, packed: PackedWeight, subject: str) -> None:  # noqa: B027
+        """Refuse scales that are NaN or infinite. The default checks nothing.
+
+        The core checks float tensors itself, and calls this when a weight is loaded, merged or
+        converted. Override it if integers hold scales. Tiles of such a weight stay finite.
+
+        Raises:
+            CheckpointError: a scale is NaN or infinite; the message begins with ``subject``.
+        """
+
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         """The layout of :meth:`pack`'s result for this shape, for plans and disk-space checks.
 

@@ -32,6 +32,7 @@ from modulora_core.spec import TensorLayout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 __all__ = ["LOAD_DTYPES", "PackedCheckpoint", "check_mapped", "is_ours", "is_packed", "load_dtype",
            "load_model", "open_any", "open_checkpoint", "open_if_packed"]  # fmt: skip
 
@@ -179,7 +180,7 @@ def load_model(
     loaded_as = load_dtype(dtype, device)
     register()
     with quiet():
-        loaded = _from_pretrained(checkpoint, files, device, loaded_as)
+        loaded = _from_pretrained(checkpoint, files, device, loaded_as, mapped)
     if files is not None:
         if mapped:
             keep_one_block(loaded, files)
@@ -189,7 +190,11 @@ def load_model(
 
 
 def _from_pretrained(
-    checkpoint: PackedCheckpoint, files: MappedFiles | None, device: str, dtype: torch.dtype
+    checkpoint: PackedCheckpoint,
+    files: MappedFiles | None,
+    device: str,
+    dtype: torch.dtype,
+    mapped: bool,
 ) -> PreTrainedModel:
     """Let transformers load our tensors, which are views of ``files`` or converted."""
     from transformers import GenerationConfig
@@ -199,7 +204,8 @@ def _from_pretrained(
     else:
         assert checkpoint.source is not None
         config, tensors = copy.deepcopy(checkpoint.source.config), checkpoint.tensors()
-    config.quantization_config = checkpoint.record.to_json()
+    quantization = checkpoint.record.to_json()
+    config.quantization_config = quantization | ({"mapped": MappedFiles} if mapped else {})
     model: PreTrainedModel = type(checkpoint.skeleton).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, device_map={"": device},
         trust_remote_code=False,

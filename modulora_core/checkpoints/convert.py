@@ -128,9 +128,10 @@ class _Part:
 
 def _part(checkpoint: PackedCheckpoint, name: str, writer: CheckpointFormat | None) -> _Part:
     stored = checkpoint.parameters[name]
-    if writer is None or not isinstance(stored, PackedSite):
-        as_it_is = dict(stored.tensors(name)) if isinstance(stored, PackedSite) else {name: stored}
-        return _Part(as_it_is, lambda: {part: checkpoint.tensor(part) for part in as_it_is})
+    if not isinstance(stored, PackedSite):
+        return _Part({name: stored}, lambda: {name: checkpoint.tensor(name)})
+    if writer is None:
+        return _Part(dict(stored.tensors(name)), lambda: _as_it_is(checkpoint, name, stored))
     weight = _stored_weight(checkpoint, name, stored, writer)
     try:
         layouts = writer.plan(weight)
@@ -139,8 +140,26 @@ def _part(checkpoint: PackedCheckpoint, name: str, writer: CheckpointFormat | No
     prefix = f"{weight.module}{'_' if weight.experts else '.'}"
     return _Part(
         {prefix + part: layout for part, layout in layouts.items()},
-        lambda: {prefix + part: tensor for part, tensor in writer.tensors(weight).items()},
+        lambda: {
+            prefix + part: tensor
+            for _ in (_check_values(checkpoint, name),)
+            for part, tensor in writer.tensors(weight).items()
+        },
     )
+
+
+def _as_it_is(checkpoint: PackedCheckpoint, name: str, site: PackedSite) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{part}": tensor
+        for prefix, weight in zip(site.prefixes(name), checkpoint.packed(name), strict=True)
+        for part, tensor in weight.tensors.items()
+    }
+
+
+def _check_values(checkpoint: PackedCheckpoint, name: str) -> None:
+    """Raise CheckpointError if a scale is NaN or infinite."""
+    for _ in checkpoint.packed(name):
+        pass
 
 
 def _stored_weight(

@@ -75,6 +75,10 @@ class JoinedRows(Quantizer):
         for quantizer, part in zip(self.parts, layouts, strict=True):
             quantizer.check_format(part)
 
+    def check_values(self, packed: PackedWeight, subject: str) -> None:
+        for quantizer, part, _ in self._parts_of(packed):
+            quantizer.check_values(part, subject)
+
     def dequantize_tile(
         self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:

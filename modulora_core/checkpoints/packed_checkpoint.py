@@ -119,12 +119,18 @@ class PackedCheckpoint:
         return MappedFiles(self._store, self.folder)
 
     def packed(self, parameter: str) -> Iterator[PackedWeight]:
-        """Read the packed matrices of a parameter: one, or one for each expert."""
+        """Read the packed matrices of a parameter: one, or one for each expert.
+
+        Raises:
+            CheckpointError: a scale is NaN or infinite.
+        """
         site = self.record.sites[self.record.weights[parameter]]
         for prefix in site.prefixes(parameter):
-            yield site.layout.fill(
+            weight = site.layout.fill(
                 {name: self.tensor(f"{prefix}.{name}") for name in site.layout.tensors}
             )
+            self.quantizer(site).check_values(weight, f"{self.folder}: {prefix}")
+            yield weight
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load its tokenizer. Raises ModelError if there is none that transformers can read."""

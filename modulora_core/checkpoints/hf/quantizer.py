@@ -25,6 +25,8 @@ from modulora_core.checkpoints.hf.packed_model import PackedModel, with_methods
 from modulora_core.checkpoints.hf.packed_modules import install, unpack
 from modulora_core.checkpoints.hf.packing_on_load import PackOnLoad, data_free
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
+from modulora_core.checkpoints.scales import check_scales
+from modulora_core.checkpoints.written.mapped import MappedFiles
 from modulora_core.errors import ModelError
 from modulora_core.models.store import check_finite
 from modulora_core.registry import Choice
@@ -46,6 +48,7 @@ class ModuLoRAConfig(QuantizationConfigMixin):
         exclude: leave modules dense that match one of these patterns.
         seed: for random numbers of the quantizer.
         record: of a packed folder, instead of all others.
+        mapped: of a packed folder: whoever maps the files checks scales at the first touch.
     """
 
     @checked
@@ -58,8 +61,9 @@ class ModuLoRAConfig(QuantizationConfigMixin):
         exclude: Sequence[str] = (),
         seed: int = 0,
         record: QuantizationRecord | None = None,
+        mapped: bool = False,
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method, self.mapped = QUANT_METHOD, mapped
         self.choice = Choice(quantizer, options or {})
         self.include, self.exclude, self.seed = list(include), list(exclude), seed
         self.record = record
@@ -71,7 +75,9 @@ class ModuLoRAConfig(QuantizationConfigMixin):
         if "quantizer" in config_dict:
             config = cls(**{k: v for k, v in config_dict.items() if k != "quant_method"})
         else:
-            config = cls(record=QuantizationRecord.from_json(config_dict))
+            record = QuantizationRecord.from_json(config_dict)
+            # a class, which no config.json can hold: a stranger's file does not skip the check
+            config = cls(record=record, mapped=config_dict.get("mapped") is MappedFiles)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,6 +128,8 @@ class ModuLoRAHfQuantizer(HfQuantizer):
         _refuse_offload(getattr(model, "hf_device_map", {}))
         for name, values in model.named_parameters():
             check_finite(values.detach(), name, model.config.name_or_path)
+        if not self.quantization_config.mapped:
+            check_scales(model)
         from transformers import PreTrainedModel  # its import registers us
 
         for part in (model.base_model, model.get_output_embeddings()):

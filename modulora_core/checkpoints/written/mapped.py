@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modulora_core.checkpoints.scales import check_at_first_touch, check_scales
 from modulora_core.errors import ModelError
 from modulora_core.layers import PackedParameter
 from modulora_core.models.safetensors_store import SafetensorsStore
@@ -130,12 +131,17 @@ def keep_one_block(model: nn.Module, files: MappedFiles) -> BlockWindow:
     A block is entered when its forward begins, when gradient checkpointing recomputes it, and when
     a gradient reaches its output. Parameters outside of the blocks and dense ones stay: they may be
     trained, and dropping their pages would lose that. The model's packed tensors are views of
-    ``files``, under the model's own names.
+    ``files``, under the model's own names. The scales of a block are checked when it first runs.
+
+    Raises:
+        CheckpointError: a scale outside of the blocks is NaN or infinite.
     """
     tensors = _tensors_of_blocks(model)
+    check_scales(model, skip=tuple(f"{path}." for path in tensors))
     window = BlockWindow([files.ranges(names) for names in tensors.values()])
     for number, path in enumerate(tensors):
         block = model.get_submodule(path)
+        check_at_first_touch(block, path)
         block.register_forward_pre_hook(partial(window.enter, number))
         block.register_forward_hook(partial(window.enter_backward, number))
     return window

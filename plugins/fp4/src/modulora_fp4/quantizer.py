@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from modulora_core import kernels
-from modulora_core.errors import ShapeError, WeightError
+from modulora_core.errors import CheckpointError, ShapeError, WeightError
 from modulora_core.kernels import KernelQuantizer
 from modulora_core.spec import Calibration, PackedWeight, TensorLayout, column_importance
 from modulora_core.tiles import tile_ranges
@@ -99,6 +99,18 @@ class FP4(KernelQuantizer):
         else:
             P, X = packing.quantize(kind, W, w, g)
             codes[:], scales[:] = reference.pack(P), X
+
+    def check_values(self, packed: PackedWeight, subject: str) -> None:
+        scales = packed.tensors["scales"]
+        if self.options.type == "mxfp4":  # E8M0: 255 is NaN, and products with more overflow
+            bad = bool((scales > reference.LARGEST_EXPONENT + 127).any())
+        else:
+            bad = bool((scales & 127 == 127).any())
+        if bad:
+            raise CheckpointError(
+                f"{subject}: expected finite scales of blocks, got NaN or Inf; download or "
+                "quantize the model again"
+            )
 
     @staticmethod
     @lru_cache(maxsize=256)  # a model has few shapes, lookups as many as batches have lengths

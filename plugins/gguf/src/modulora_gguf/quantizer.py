@@ -23,6 +23,7 @@ from modulora_core.kernels import KernelQuantizer
 from modulora_core.spec import Calibration, PackedWeight, TensorLayout, column_importance
 from modulora_core.tiles import tile_ranges
 from modulora_gguf import SPEC, packing, reference
+from modulora_gguf.damage import check_scales
 
 REFERENCE_BYTES = 2**20
 """Bytes of fp32 weights that are packed at once: Q4_K needs about eight copies of them."""
@@ -94,6 +95,9 @@ class GGUF(KernelQuantizer):
             made = packing.QUANTIZE[self.options.type](W.view(-1, size), weights)
             blocks[start:stop] = made.view(stop - start, -1)
         return packed
+
+    def check_values(self, packed: PackedWeight, subject: str) -> None:
+        check_scales(packed.tensors["blocks"], self.options.type, subject)
 
     @staticmethod
     @lru_cache(maxsize=256)  # a model has few shapes, lookups as many as batches have lengths
