@@ -138,14 +138,12 @@ def _part(checkpoint: PackedCheckpoint, name: str, writer: CheckpointFormat | No
     except (ModelError, ShapeError) as error:
         raise type(error)(f"{weight.module}: {error}") from None
     prefix = f"{weight.module}{'_' if weight.experts else '.'}"
-    return _Part(
-        {prefix + part: layout for part, layout in layouts.items()},
-        lambda: {
-            prefix + part: tensor
-            for _ in (_check_values(checkpoint, name),)
-            for part, tensor in writer.tensors(weight).items()
-        },
-    )
+
+    def read() -> dict[str, Tensor]:
+        _check_values(checkpoint, name)
+        return {prefix + part: tensor for part, tensor in writer.tensors(weight).items()}
+
+    return _Part({prefix + part: layout for part, layout in layouts.items()}, read)
 
 
 def _as_it_is(checkpoint: PackedCheckpoint, name: str, site: PackedSite) -> dict[str, Tensor]:
