@@ -29,7 +29,7 @@ OF_8_BITS = Promise(
 )
 
 OF_4_BIT_FLOATS = Promise(
-    bits_per_weight=4.25, gaussian=0.14, heavy_tailed=0.15, outlier_columns=0.15, constant=0.26
+    bits_per_weight=4.25, gaussian=0.12, heavy_tailed=0.15, outlier_columns=0.18, constant=0.18
 )
 
 
