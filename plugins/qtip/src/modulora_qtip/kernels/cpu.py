@@ -73,7 +73,7 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
             for i in range(count):
                 at = (first + i) * TILE
                 for p in range(8):
-                    one, two = pair(words, i * line_of(K) + p * K, places, function)
+                    one, two = pair(words, i * line_of(K) + p * K, K, places, function)
                     o = b * TILE + p - row
                     _put(low_column(one, two), o, at, out)
                     _put(high_column(one, two), o + 8, at, out)
@@ -108,8 +108,10 @@ def _spread(x: Any, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _add_pair(words: Any, at: int, places: Any, function: Any, x: Any, x_2: Any, total: Any) -> Any:
-    one, two = pair(words, at, places, function)
+def _add_pair(
+    words: Any, at: int, K: int, places: Any, function: Any, x: Any, x_2: Any, total: Any
+) -> Any:
+    one, two = pair(words, at, K, places, function)
     return multiply_add(two, x_2, multiply_add(one, x, total))
 
 
@@ -140,14 +142,14 @@ def _multiply(weight: Any, begin: int, stop: int, x: Any, z: Any) -> None:
             for i in range(count):
                 at, of = i * line, 2 * TILE * (first + i)
                 y, y_2 = load(x, of), load(x, of + LANES)
-                a = _add_pair(words, at, places, function, y, y_2, a)
-                b = _add_pair(words, at + K, places, function, y, y_2, b)
-                c = _add_pair(words, at + 2 * K, places, function, y, y_2, c)
-                d = _add_pair(words, at + 3 * K, places, function, y, y_2, d)
-                e = _add_pair(words, at + 4 * K, places, function, y, y_2, e)
-                f = _add_pair(words, at + 5 * K, places, function, y, y_2, f)
-                g = _add_pair(words, at + 6 * K, places, function, y, y_2, g)
-                h = _add_pair(words, at + 7 * K, places, function, y, y_2, h)
+                a = _add_pair(words, at, K, places, function, y, y_2, a)
+                b = _add_pair(words, at + K, K, places, function, y, y_2, b)
+                c = _add_pair(words, at + 2 * K, K, places, function, y, y_2, c)
+                d = _add_pair(words, at + 3 * K, K, places, function, y, y_2, d)
+                e = _add_pair(words, at + 4 * K, K, places, function, y, y_2, e)
+                f = _add_pair(words, at + 5 * K, K, places, function, y, y_2, f)
+                g = _add_pair(words, at + 6 * K, K, places, function, y, y_2, g)
+                h = _add_pair(words, at + 7 * K, K, places, function, y, y_2, h)
         _finish(a, z, TILE * o)
         _finish(b, z, TILE * o + 1)
         _finish(c, z, TILE * o + 2)

@@ -24,6 +24,7 @@ from modulora_core.kernels.cpu import (
     lookup,
     operation,
     prefetch,
+    splat,
 )
 from modulora_qtip import codes
 from modulora_qtip.trellis import TILE
@@ -183,16 +184,23 @@ def geometry(K: int) -> Any:
 
 
 @jit(borrows=True)
-def pair(words: Any, at: int, places: Any, function: Any) -> Any:
+def pair(words: Any, at: int, K: int, places: Any, function: Any) -> Any:
     """The values of the 32 weights whose word before them is ``words[at]``, as two vectors.
 
     ``function`` is the mask of a state, the multiplier and the addend, as vectors, and the kind.
     """
     before, last, shift, before_2, last_2, shift_2 = places
     mask, multiplier, addend, kind = function
+    if K == 2:  # a vector's new bits are one word: memory repeats it, and no lane is moved
+        one, two, three = splat(words[at]), splat(words[at + 1]), splat(words[at + 2])
+        return (
+            _values(one, two, shift, mask, multiplier, addend, kind),
+            _values(two, three, shift_2, mask, multiplier, addend, kind),
+        )
     line = load(words, at)
-    first = _values(lookup(line, before), lookup(line, last), shift, mask, multiplier, addend, kind)
-    second = _values(
-        lookup(line, before_2), lookup(line, last_2), shift_2, mask, multiplier, addend, kind
+    return (
+        _values(lookup(line, before), lookup(line, last), shift, mask, multiplier, addend, kind),
+        _values(
+            lookup(line, before_2), lookup(line, last_2), shift_2, mask, multiplier, addend, kind
+        ),
     )
-    return first, second
