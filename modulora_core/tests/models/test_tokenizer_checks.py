@@ -89,9 +89,9 @@ STEPS = st.recursive(
     )
     | st.builds(charsmap, st.binary(max_size=60)),
     lambda inner: st.builds(
-        lambda steps: {"type": "Sequence", "normalizers": steps}, st.lists(inner, max_size=12)
+        lambda steps: {"type": "Sequence", "normalizers": steps}, st.lists(inner, max_size=4)
     ),
-    max_leaves=30,
+    max_leaves=6,
 )
 CHILD = """
 import resource, sys, pathlib
@@ -110,9 +110,9 @@ print("whole")
 
 @pytest.mark.slow
 @cases(5)
-@given(steps=st.lists(STEPS, min_size=40, max_size=40))
+@given(steps=st.lists(STEPS, min_size=8, max_size=8))
 def test_no_normalizer_ends_the_process(steps: list[Any], tmp_path: Path) -> None:
-    """A process with a limit of memory reads 40 of them, 5 times."""
+    """A process with a limit of memory reads 8 of them, 5 times."""
     for number, step in enumerate(steps):
         saved(tmp_path / str(number), normalizer=step)
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
