@@ -67,10 +67,7 @@ def test_blocks_of_128_are_rotated_apart_and_padding_is_cut(
     if path == "torch":
         request.getfixturevalue("plain_torch")
 
-    class Blocks(Options):
-        block = 128
-
-    options = Blocks(bits=4, states=16, code="mul1")
+    options = Options(bits=4, layout="exl3", code="mul1")
     solution = random_solution(shape, options)
     packed = packed_of(solution, shape, options)
     ones = torch.ones_like(solution.scale)
