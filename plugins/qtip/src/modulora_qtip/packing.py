@@ -101,7 +101,7 @@ def quantize(x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     k, L = options.bits, options.states
     C = codes.table(options.code, L, x.device)
     (w,) = trellis.to_sequences(x)
-    walks = torch.empty(w.shape, dtype=torch.int32)
+    walks = torch.empty(w.shape, dtype=torch.int32, device=x.device)
     kernels.launch(
         module.walks, min(len(w), torch.get_num_threads()), w.contiguous(), MARGIN, C, k, walks
     )
