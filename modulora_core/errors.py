@@ -177,7 +177,8 @@ def as_output_error(error: Exception, place: Path) -> OutputError | None:
         number = int(found[1])
     if number not in _FULL:
         return None
-    place = getattr(error, "filename", None) or place
+    # a copy has two names: of the file that was read, and of the one that could not be written
+    place = getattr(error, "filename2", None) or getattr(error, "filename", None) or place
     return OutputError(f"{place!s:.200}: {os.strerror(number)}; {_FULL[number]}")
 
 

@@ -50,7 +50,11 @@ def parquet_rows(
         while size := int.from_bytes(process.stdout.read(8), "little"):
             if len(message := process.stdout.read(size)) < size:
                 break
-            for row in ipc.open_stream(message).read_all().to_pylist():
+            try:
+                rows = ipc.open_stream(message).read_all().to_pylist()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: expected text in UTF-8, got {error}") from None
+            for row in rows:
                 number += 1
                 yield row, f"row {number}"
         end = process.stdout.readline()
