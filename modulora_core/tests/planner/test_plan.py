@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.errors import AdapterError, OptionError, OutputError
 from modulora_core.layers import PackedParameter
-from modulora_core.planner import fitting, memory
+from modulora_core.planner import fitting, memory, remedies
 from modulora_core.planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all
 from modulora_core.planner.memory import ITEMS
 from modulora_core.planner.model import PlannedModel, open_planned
@@ -163,7 +163,7 @@ def test_a_foreign_checkpoint_is_not_mapped(tmp_path: Path) -> None:
 def test_mapping_a_foreign_checkpoint_is_no_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "WORTH", -(2**40))  # so small a model saves nothing
+    monkeypatch.setattr(remedies, "WORTH", -(2**40))  # so small a model saves nothing
     save_crude(tmp_path / "foreign")
     quantize(str(save_tiny_model("llama", tmp_path / "dense")), tmp_path / "ours", "toy")
     foreign, ours = (
