@@ -93,8 +93,8 @@ class _Compiled(_Torch):
     def __init__(self, problem: Problem, options: Options, compiled: Any) -> None:
         super().__init__(problem, options)
         self.compiled, dtype = compiled, problem.W.dtype
-        shares = torch.tensor(reference.shares(options), dtype=dtype)
-        maxq = torch.tensor([float(options.maxq)], dtype=dtype)
+        shares = torch.tensor(reference.shares(options), dtype=dtype, device="cpu")
+        maxq = torch.tensor([float(options.maxq)], dtype=dtype, device="cpu")
         self.search = int(options.symmetric), shares, maxq
 
     def grid(self, g: int) -> None:
