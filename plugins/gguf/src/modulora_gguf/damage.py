@@ -37,18 +37,24 @@ def check_scales(blocks: Tensor, kind: str, subject: str) -> None:
     """
     if blocks.is_meta or not blocks.numel():
         return
-    b: Any = blocks.reshape(-1, reference.block_of(kind)[1])
-    if b.device.type == "cpu":
-        b = b.numpy()  # takes bytes out of blocks in half of torch's time
-    bad: Any
-    if kind == "BF16":
-        bad = (blocks.contiguous().view(torch.int16) & 0x7F80) == 0x7F80
-    elif kind == "IQ1_M":  # four words hold four bits of d each
-        bad = ((b[:, 55] & 0x70) == 0x70) & ((b[:, 53] & 0xC0) == 0xC0)
-    else:
-        found = [(b[:, at] & mask) == mask for at, mask in _SCALES.get(kind, _FIRST).items()]
-        bad = reduce(or_, found)
-    if bool(bad.any()):
+    if bool(damaged(blocks, kind).any()):
         raise CheckpointError(
             f"{subject}: expected finite scales of blocks, got NaN or Inf; download the file again"
         )
+
+
+def damaged(blocks: Tensor, kind: str) -> Any:
+    """Whether a scale is NaN or infinite, for each block of uint8 ``[rows, row bytes]``; on a CPU
+    an array of NumPy, else a tensor.
+
+    A number of BF16 is a scale of its own.
+    """
+    if kind == "BF16":
+        return (blocks.contiguous().view(torch.int16) & 0x7F80) == 0x7F80
+    b: Any = blocks.reshape(-1, reference.block_of(kind)[1])
+    if b.device.type == "cpu":
+        b = b.numpy()  # takes bytes out of blocks in half of torch's time
+    if kind == "IQ1_M":  # four words hold four bits of d each
+        return ((b[:, 55] & 0x70) == 0x70) & ((b[:, 53] & 0xC0) == 0xC0)
+    found = [(b[:, at] & mask) == mask for at, mask in _SCALES.get(kind, _FIRST).items()]
+    return reduce(or_, found)

@@ -9,7 +9,9 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType as Kind
+from modulora_gguf.damage import damaged
 
 VOCABULARY = 64
 HIDDEN = 32
@@ -163,12 +165,13 @@ def _kind_of(name: str, kind: str | dict[str, str]) -> str:
 
 @cache
 def _pool(kind: Kind) -> np.ndarray:
-    """Blocks of random bytes whose weights are of an ordinary size."""
+    """Blocks of random bytes whose scales are numbers, and whose weights of an ordinary size."""
     nbytes = gguf.GGML_QUANT_SIZES[kind][1]
     blocks = np.random.default_rng(0).integers(0, 256, (4096, nbytes), dtype=np.uint8)
     with np.errstate(all="ignore"):
         largest = np.abs(gguf.quants.dequantize(blocks, kind)).max(axis=1)
-    return blocks[(largest > 0.1) & (largest < 5)]
+    sound = ~damaged(torch.from_numpy(blocks), kind.name)
+    return blocks[sound & (largest > 0.1) & (largest < 5)]
 
 
 def random_blocks(kind: Kind, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
