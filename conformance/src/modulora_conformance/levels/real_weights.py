@@ -28,7 +28,7 @@ COLUMNS = (576, 1536, 4096, 11_008)
 
 PROMISED_COLUMNS = 2048
 
-SHORT = 64
+SHORT = 128
 """Rows of fewer columns get more room."""
 
 ROUNDED = 1.01
