@@ -66,7 +66,7 @@ BLOCK = 64
 STEEP_BLOCK = 128
 """The columns with one size and mean."""
 
-AS_USUAL = 2.0
+AS_USUAL = 3.0
 """The most of the largest error in a small weight. A real layer has a hundred times the pieces."""
 
 
