@@ -126,14 +126,14 @@ class FirstScaleOf4096(Healthy):
 
 
 class OneBesideAThousand(Healthy):
-    """Of 1,025 rows, it reads the last one from the row before."""
+    """Of 1,025 rows, it reads the last one from the first row of the tile."""
 
     breaks = COMMON
 
     def decode(self, packed, rows):
         tile = super().decode(packed, rows)
         if packed.shape[0] == 1025 == rows[1] and len(tile) > 1:
-            tile[-1] = tile[-2]
+            tile[-1] = tile[0]
         return tile
 
 
