@@ -94,7 +94,7 @@ def test_a_changed_file_is_read_or_refused(
 
 
 @pytest.mark.slow
-@cases(200)
+@cases(30)  # each refused file costs a new process
 @given(data=st.data())
 def test_a_changed_parquet_file_of_any_encoding_is_read_or_refused(
     data: st.DataObject, tmp_path: Path, tokenizer: Any
