@@ -185,7 +185,8 @@ class TruncatedScale(Healthy):
 def signs(seed, columns):
     """-1 or 1 for each column."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, (columns,), generator=generator).float() * 2 - 1
+    drawn = torch.randint(2, (columns,), generator=generator, device="cpu")
+    return drawn.float() * 2 - 1
 
 
 class ForgetsItsSeed(Healthy):
