@@ -89,6 +89,11 @@ class PackedParameter(PEFTParameter):
         super().__setstate__(state)
         self.number, self._packed = new_number(self), None  # it is a deep copy
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter):  # FSDP2 puts a shard in: nothing holds the whole tensor
+            self._packed = None
+
     @property
     def packed(self) -> PackedWeight:
         """The packed weight, made of the tensors as they are now.
