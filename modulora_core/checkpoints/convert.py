@@ -120,7 +120,7 @@ def convert(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The tensors that one parameter is written as: known from headers, and read on request."""
+    """The tensors that store one parameter: known from headers, and read on request."""
 
     layouts: Mapping[str, TensorLayout]
     read: Callable[[], Mapping[str, Tensor]]

@@ -126,7 +126,7 @@ def joined_layout(parts: Sequence[PackedLayout]) -> PackedLayout:
 
 
 def layouts_of_parts(layout: PackedLayout) -> list[PackedLayout]:
-    """The layouts of the parts; of a weight that isn't joined its own. Raises CheckpointError."""
+    """The layouts of the parts, or the weight's own if it isn't joined. Raises CheckpointError."""
     if layout.quantizer != JoinedRows.spec.name:
         return [layout]
     parts = layout.metadata.get(_PARTS)

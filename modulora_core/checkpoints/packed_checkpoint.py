@@ -172,7 +172,7 @@ class PackedCheckpoint:
         return model
 
     def check_whole(self) -> None:
-        """Refuse what :func:`modulora_core.load_model` would refuse. Reads headers only.
+        """Refuse what :func:`modulora_core.load_model` would refuse. Only headers are read.
 
         Raises:
             CheckpointError: a tensor is missing, unknown to the model, or of another shape.

@@ -3,7 +3,7 @@
 
 A :class:`QuantizationRecord` is the ``quantization_config`` of an ordinary Hugging Face folder. It
 names every packed parameter, and says once for each kind of layer which quantizer packed it and how
-its tensors look. A reader thus knows dtypes, shapes and bytes from config.json alone.
+its tensors look. A reader knows dtypes, shapes and bytes from config.json alone.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def check_tensors(
         CheckpointError: as :func:`check_layout` does.
     """
     found = (expected, *map(Tensor.data_ptr, packed.tensors.values()))
-    if _CHECKED.get(packed) != found:  # decoding asks for each layer and token
+    if _CHECKED.get(packed) != found:  # decoding calls this for each layer and token
         check_layout(packed, expected)
         _CHECKED[packed] = found
 
@@ -110,7 +110,7 @@ def operands(
 ) -> tuple[Any, ...]:
     """The arrays and numbers that a CPU kernel reads of a packed weight, cached beside it.
 
-    They are made again when a tensor was given other memory. A tensor that is not aligned to its
+    A tensor with other memory makes them again. A tensor that is not aligned to its
     dtype, as in a mapped file, is copied each time: a cached copy would take memory.
 
     Args:
@@ -147,7 +147,7 @@ def run(kernel: Callable[..., None], *arrays: Any) -> None:
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _ONE_LAUNCH:
         before = numba.get_num_threads()
-        if before == threads:  # asking is cheaper than setting
+        if before == threads:  # reading the number is cheaper than setting it
             kernel(*arrays)
             return
         numba.set_num_threads(threads)
@@ -159,7 +159,7 @@ def run(kernel: Callable[..., None], *arrays: Any) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread in this block: LAPACK's last bits depend on the number of threads."""
+    """Run torch on one thread in this block, since LAPACK's last bits depend on the threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -21,7 +21,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def prepared_numba() -> ModuleType:
-    """Import numba and prepare the process, once, before the first kernel.
+    """Import numba and prepare the process, once, before the first kernel runs.
 
     Raises:
         WorkError: the process is a fork of a process that has run kernels; OpenMP would end it.
@@ -86,5 +86,5 @@ def _keep_heap() -> None:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return
-    libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest that it takes
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest value that mallopt takes
     libc.mallopt(_M_TRIM_THRESHOLD, HEAP_BYTES)

@@ -1,7 +1,7 @@
-"""Render conversations by a chat template, which is a program of a stranger.
+"""Render conversations by a chat template, a program that a stranger wrote.
 
-jinja's sandbox keeps it from files and attributes, and lets it loop and grow without end. So every
-rendering happens in a process with limits (:mod:`modulora_core.models.template_worker`).
+jinja's sandbox keeps it from files and attributes, but lets it loop and grow without end. So each
+rendering runs in a process with limits (:mod:`modulora_core.models.template_worker`).
 """
 
 from __future__ import annotations

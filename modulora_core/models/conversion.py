@@ -1,4 +1,4 @@
-"""Turn the tensors of a file into the parameters of a model in memory, as transformers does.
+"""Turn the tensors of a file into a model's parameters in memory, as transformers does.
 
 transformers ≥ 5 renames and fuses tensors while it loads. A Mixtral folder holds ``w1``, ``w2`` and
 ``w3`` of every expert; the model holds ``gate_up_proj`` and ``down_proj`` of all experts. We use
@@ -94,7 +94,7 @@ def plan_conversions(
         else:
             unexpected.append(name)
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}  # old buffers
+    patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}  # old files' buffers
     unexpected = [name for name in unexpected if not _matches(name, patterns)]
     return [found[target] for target in state if target in found], unexpected
 

@@ -1,4 +1,4 @@
-"""Open a whole model in one file: what a plugin implements, and how its format is found.
+"""Open a whole model in one file: the classes that a plugin implements, and the search for them.
 
 A plugin gives a ``file_suffix`` in its :class:`~modulora_core.spec.FormatSpec`, and implements a
 :class:`FileFormat` whose :class:`ModelFile` has config, tokenizer and tensors. Such a file can then
@@ -81,7 +81,7 @@ class ModelFile(ABC):
         """
 
     def check_unplaced(self, model: PreTrainedModel, names: Sequence[str]) -> None:  # noqa: B027
-        """Refuse tensors that ``model`` has no place for, or warn; by default any may be left out.
+        """Refuse tensors that ``model`` has no place for, or warn; the default allows any.
 
         Raises:
             ModelError: the model would be another one without a tensor.

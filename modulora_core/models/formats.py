@@ -1,4 +1,4 @@
-"""Read and write checkpoint formats of other tools: what a plugin implements, how it is found.
+"""Read and write other tools' checkpoint formats: the classes that a plugin implements.
 
 A plugin names a format in ``QuantizerSpec.formats`` and implements a :class:`CheckpointFormat`, or
 a :class:`FormatReader` if it doesn't write the format. The core finds the linear layers, streams a
@@ -276,7 +276,7 @@ def file_suffixes() -> list[str]:
 
 
 def unread_file(path: str | Path) -> str:
-    """Say that no installed plugin reads ``path``, and which one would, for a message."""
+    """The message's words that no installed plugin reads ``path``, and which one would."""
     suffix = Path(path).suffix.lower()
     plugin = _extras().get(suffix)
     advice = "one" if plugin is None else f"it: pip install {plugin}"

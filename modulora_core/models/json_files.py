@@ -196,7 +196,7 @@ def without_collections() -> Iterator[None]:
 
 
 def _check_size(value: Any, most: int = MOST_VALUES) -> None:
-    """Raises ValueError: more than 64 levels, or ``most`` values."""
+    """Check the size of parsed JSON. Raises ValueError: more than 64 levels, or ``most`` values."""
     level, count = [value], 0
     for _ in range(DEEPEST):
         children = (child for parent in level for child in _children(parent))

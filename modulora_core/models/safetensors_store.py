@@ -112,7 +112,7 @@ class SafetensorsStore:
         return self._read(name, self.tensors[name].shape[1:], index)
 
     def _read(self, name: str, shape: tuple[int, ...], index: int) -> Tensor:
-        """Read the part of a tensor that so many parts of this shape precede."""
+        """Read part ``index`` of a tensor that is cut into parts of this shape."""
         tensor = self.tensors[name]
         path = self._folder / tensor.file
         nbytes = math.prod(shape) * tensor.dtype.itemsize
@@ -127,7 +127,7 @@ class SafetensorsStore:
         return buffer.view(tensor.dtype).view(shape)
 
     def offset(self, name: str) -> int:
-        """The byte at which a tensor begins in its file."""
+        """The offset of a tensor's first byte in its file."""
         return self._offsets[name]
 
 

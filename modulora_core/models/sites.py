@@ -105,12 +105,12 @@ def find_sites(
 
 
 def tied_to(name: str) -> str:
-    """The reason to keep a parameter that is the one called ``name``."""
+    """The reason why a parameter stays dense that is tied to the parameter ``name``."""
     return f"tied to {name}"
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """The reason to keep each parameter that has several names, but for an embedding."""
+    """The reason why each parameter with several names, but the embedding, stays dense."""
     names: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)

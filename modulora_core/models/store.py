@@ -53,12 +53,12 @@ def is_finite(values: Tensor) -> bool:
         return True
     if values.dtype.itemsize == 1:  # 8-bit floats have no arithmetic of their own
         values = values.to(torch.float32)
-    low, high = torch.aminmax(values)  # of NaN it is NaN
+    low, high = torch.aminmax(values)  # max is NaN if any number is
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def check_finite(values: Tensor, name: str, folder: Path | str) -> Tensor:
-    """Return the same tensor. Raises CheckpointError for NaN or Inf in it."""
+    """Return ``tensor``. Raises CheckpointError if it has NaN or Inf."""
     if is_finite(values):
         return values
     raise CheckpointError(

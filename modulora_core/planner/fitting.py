@@ -221,10 +221,10 @@ def _fitted(request: PlanRequest, packed: PlannedModel, dense: Dense | None) -> 
 
 
 def largest(nbytes: Callable[[int], int], budget: int, start: int, allowed: range) -> int:
-    """Find the largest number whose bytes are within ``budget``, to within 2 %; 0 if none is.
+    """Find, to within 2 %, the largest number whose bytes fit ``budget``; 0 if none does.
 
-    Bytes grow nearly in a line. So the next trial is where the line through the interval's ends
-    meets the budget. It is the middle if the last trial did not halve the interval.
+    Bytes grow almost linearly, so the next trial interpolates between the interval's ends. It
+    bisects if the last trial did not halve the interval.
     """
     known = {start: nbytes(start)}
     n, width = min(2 * start, allowed[-1]) if known[start] <= budget else allowed[0], 0

@@ -25,7 +25,7 @@ Bytes = Counter[str]
 
 
 def plus(a: Bytes, b: Bytes, sign: int = 1) -> Bytes:
-    """Give a + b, with negative counts too, which a Counter's own addition drops."""
+    """Add two Counters, and keep negative counts, which their own ``+`` drops."""
     total = Bytes(a)
     total.update({item: sign * nbytes for item, nbytes in b.items()})
     return total
@@ -33,7 +33,7 @@ def plus(a: Bytes, b: Bytes, sign: int = 1) -> Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The bytes between two marks, beside the bytes alive at its begin.
+    """The bytes allocated between two marks, beside the bytes that were alive before.
 
     Attributes:
         peak: at the moment when most were alive.
@@ -47,7 +47,8 @@ class Segment:
 class Ledger(TorchDispatchMode):
     """Follow storages inside of this mode, and cut the time into segments.
 
-    It answers operations that need numbers: every entry is found, and no special case holds.
+    It answers operations that need numbers: every search finds its entry, and no special case
+    applies.
 
     Args:
         before: tensors whose storages do not count.
@@ -108,7 +109,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _all_found(self, mask: Tensor) -> Tensor:
-        # among experts a vector says which are hit, a matrix which tokens come to one
+        # with experts, a vector marks the experts that are hit, a matrix the tokens of one
         entries, dims = mask.numel(), mask.dim()
         shared = dims > 1 and entries != self.experts
         found = -(-entries // self.experts) if shared else entries

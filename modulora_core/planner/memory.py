@@ -1,4 +1,4 @@
-"""The items of the three jobs, training, decoding and quantizing, at the moment of their peak.
+"""The memory items of training, decoding and quantizing, at the peak of each.
 
 Constants were measured on Linux x86-64 with Python 3.11, torch 2.13 for CPUs, transformers 5.24.
 """
@@ -106,7 +106,7 @@ class Job:
 
     @classmethod
     def of(cls, when: str, items: Mapping[str, float]) -> Job:
-        """Sort and round the items."""
+        """Make a job of its items, sorted and rounded."""
         return cls(when, {n: round(items[n]) for n in ITEMS if items.get(n, 0) >= 2**10})
 
     @property

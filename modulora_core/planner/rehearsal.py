@@ -92,7 +92,7 @@ def rehearse_training(packed: PlannedModel, request: PlanRequest) -> Rehearsal:
                 parameter.register_post_accumulate_grad_hook(
                     lambda trained: ledger.call_it(trained.grad, "gradients")
                 )
-        # as save_on_cpu does, saved tensors take no memory until the backward wants them
+        # as with save_on_cpu, saved tensors take no memory until the backward reads them
         offloading = torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: (tensor.shape, tensor.dtype),
             lambda saved: torch.empty(saved[0], dtype=saved[1]),
@@ -135,7 +135,7 @@ def _nbytes(layer: object) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """A model on the meta device, cut behind the first block of the last new kind.
+    """A model on the meta device, cut after the first block of the last new kind.
 
     Attributes:
         kinds: the kind of each block of the whole model.
@@ -192,7 +192,7 @@ def _kind(block: nn.Module) -> tuple[object, ...]:
 def _running(
     packed: PlannedModel, model: Any, stage: _Stage, request: PlanRequest, batch_size: int
 ) -> Iterator[tuple[Ledger, dict[str, Tensor]]]:
-    """In this block ``model`` is on fake tensors and the ledger counts. Gives a batch too."""
+    """Run ``model`` on fake tensors in this block while the ledger counts. Yields a batch too."""
     _attend(model, padded=request.padded)
     names, shape = ("input_ids", "attention_mask"), (batch_size, request.config.seq_len)
     try:
@@ -218,10 +218,10 @@ def _running(
 
 
 def _attend(model: Any, *, padded: bool) -> None:
-    """Let ``model`` make the mask that it makes of numbers.
+    """Let ``model`` make the attention mask that it would make for real tokens.
 
-    A batch without padding needs none. transformers reads a mask to know, and always makes one of
-    fake tensors.
+    A batch without padding needs none. transformers finds that in a mask's values, which fake
+    tensors lack.
     """
     if model.config._attn_implementation != "sdpa":  # eager attention always has a mask
         return
@@ -257,7 +257,7 @@ def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if position == 0 and not hidden.requires_grad:
-            hidden = hidden.clone()  # as other blocks' inputs, a tensor that only the block holds
+            hidden = hidden.clone()  # like other blocks' inputs, a tensor that only the block holds
             args, kwargs = (
                 ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
             )

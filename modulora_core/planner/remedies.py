@@ -1,4 +1,4 @@
-"""Settings that save memory where a run does not fit, alone and together."""
+"""Find settings that save memory where a run does not fit, alone and together."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Remedies:
         self.changes = tuple(change for _, change in self._found)
 
     def together(self) -> Change | None:
-        """The fewest settings that fit together: of these the ones that change results least."""
+        """The fewest settings that fit together; among equals, those that change results least."""
         saves = {setting.words: change.saves for setting, change in self._found}
 
         def cost(group: tuple[_Setting, ...]) -> tuple[int, int]:
@@ -109,7 +109,7 @@ class Remedies:
                 group
                 for group in combinations(settings, size)
                 if len({setting.kind for setting in group}) == size
-                # savings overlap, so a sum that is too small can only be smaller
+                # savings overlap, so together they save at most their sum
                 and self._before - sum(saves[s.words] for s in group) <= self._budget
             ]
             for group in sorted(groups, key=cost)[:MOST_TRIALS]:

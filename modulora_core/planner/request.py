@@ -1,4 +1,4 @@
-"""The question that a plan answers. Importing this module does not import torch."""
+"""The request that a plan answers. Importing this module does not import torch."""
 
 from __future__ import annotations
 

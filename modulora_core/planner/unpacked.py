@@ -28,7 +28,7 @@ NONE = Choice("none")
 
 
 class Unpacked(Quantizer):
-    """Has the layout of a dense weight of ``dtype``. It is only planned with."""
+    """A quantizer in plans only: its layout is a dense weight of ``dtype``."""
 
     spec: ClassVar[QuantizerSpec] = QuantizerSpec(
         name=NONE.quantizer,

@@ -1,1 +1,1 @@
-"""What other tools wrote: folders and files of packed weights, under the names of ours."""
+"""Folders and files that other tools packed, read under our names."""

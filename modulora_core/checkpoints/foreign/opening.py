@@ -127,7 +127,7 @@ class _Headers:
             self.set_shape(name, weight.layout.shape)
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Say which shape a packed weight, or each of a stack, has in the model's code."""
+        """Set the shape that a packed weight, or each of a stack, has in the model's code."""
         weight = self.packed[name]
         parts = [self._raw.tensors[part] for part in weight.tensors]
         nbytes, file = sum(tensor.nbytes for tensor in parts), parts[0].file

@@ -1,1 +1,1 @@
-"""What transformers calls: its quantizer for our folders, packed modules, and saving a model."""
+"""The code that transformers calls: our quantizer, packed modules, and saving a model."""

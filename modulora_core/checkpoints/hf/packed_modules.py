@@ -235,7 +235,7 @@ def _install_experts(
     for other in sorted(
         child.position for child in parent.children() if isinstance(child, PackedStack)
     ):
-        place += other <= place  # it was installed before, and is no parameter any more
+        place += other <= place  # it is already packed, and no parameter any more
     del parent._parameters[leaf]
     matrices = (_packed(site, quantizer) for _ in range(site.experts or 0))
     parent.add_module(leaf, PackedStack(matrices, place))
@@ -271,6 +271,6 @@ def _untie(model: Any, parameter: str) -> list[str]:
     ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
     tied = [name for name, other in ties.items() if other == parameter]
     left = {name: other for name, other in ties.items() if name not in tied}
-    # of this object: the class keeps its own
+    # set on this object, as the class keeps its own
     model.all_tied_weights_keys = model._tied_weights_keys = left
     return [name.rpartition(".")[0] for name in tied]

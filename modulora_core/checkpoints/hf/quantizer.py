@@ -76,7 +76,7 @@ class ModuLoRAConfig(QuantizationConfigMixin):
             config = cls(**{k: v for k, v in config_dict.items() if k != "quant_method"})
         else:
             record = QuantizationRecord.from_json(config_dict)
-            # a class, which no config.json can hold: a stranger's file does not skip the check
+            # a class can't stand in config.json, so a stranger's file can't skip the check
             config = cls(record=record, mapped=config_dict.get("mapped") is MappedFiles)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -94,7 +94,7 @@ class ModuLoRAConfig(QuantizationConfigMixin):
 class ModuLoRAHfQuantizer(HfQuantizer):
     """Put packed modules into the skeleton that transformers is about to fill.
 
-    For a dense model they come one by one, each when its dense weight has been read.
+    A dense model gets each packed module when its dense weight has been read.
     """
 
     is_trainable = True
@@ -142,7 +142,7 @@ class ModuLoRAHfQuantizer(HfQuantizer):
 
     @property
     def record(self) -> QuantizationRecord:
-        """The record of the model, as soon as it has packed modules or is about to get them."""
+        """The model's record; None before it has, or is about to get, packed modules."""
         record = self.quantization_config.record
         assert record is not None
         return record

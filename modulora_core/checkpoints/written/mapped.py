@@ -88,8 +88,8 @@ class PageRange:
 class BlockWindow:
     """Keep the pages of the packed weights of one block at a time in memory.
 
-    A training step goes through the blocks in order, and back. So one rule is enough: entering a
-    block drops the pages of the block before, and prefetches the next in the same direction.
+    A training step goes through the blocks in order, and back. Entering a block drops the pages of
+    the block before, and prefetches the next in the same direction.
     ``blocks`` are the pages of each block's packed weights; ``inside`` is the block entered last.
     """
 

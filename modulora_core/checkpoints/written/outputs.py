@@ -129,13 +129,13 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
         if out.exists():
             out.rmdir()  # empty, as checked; some systems don't replace a folder
         partial.replace(out)
-        # last: without the marker, a run killed before its renaming would look like a stranger's
+        # last, since a run killed before its renaming is known by the marker
         (out / MARKER).unlink()
     _sync(out.absolute().parent)
 
 
 def check_new_file(out: Path, suffix: str) -> None:
-    """Raises OutputError: ``out`` exists, has another suffix, or is in no folder."""
+    """Raise OutputError if a new file's path exists, has another suffix, or lacks its folder."""
     usable_path(partial_name(out), "output file", OutputError)
     if out.suffix.lower() != suffix or out.exists() or not out.parent.is_dir():
         got = "a file that exists" if out.exists() else "no such folder"

@@ -116,9 +116,10 @@ def add_square(
     context: Any, builder: Any, kinds: Any,
     slices: Any, a: Any, of_a: Any, b: Any, of_b: Any, steps: Any, c: Any, to: Any,
 ) -> None:  # fmt: skip
-    """``(slices, a, of_a, b, of_b, steps, c, to)``: add one block of A B to ``c[to]`` on.
+    """``(slices, a, of_a, b, of_b, steps, c, to)``: add one block of A B to ``c`` from ``to`` on.
 
-    A and B are so many steps of ``a`` and ``b`` from lines ``of_a`` and ``of_b`` on; ``c`` is fp32.
+    A is ``steps`` steps of ``a`` from line ``of_a``, B as many of ``b`` from ``of_b``; ``c`` is
+    fp32.
     """
     a_data, b_data = (
         place(context, builder, kind, array, builder.mul(line, INDEX(STEP)), _BYTE)
@@ -163,9 +164,9 @@ def _add_step(builder: Any, a: Any, b: Any, order: list[tuple[int, int]]) -> Non
 
 @jit()
 def pieces_of(count: int, unit: int, most: int, unit_bytes: int, budget: int, threads: int) -> Any:
-    """Into how many pieces of whole units to cut a side of Ŵ, as many for each thread.
+    """The number of pieces into which a side of Ŵ is cut: each thread gets the same number.
 
-    A piece has ``most`` rows or columns at most, and is decoded within the budget, or has one unit.
+    A piece is one unit, or as many as fit into ``most`` rows or columns and ``budget`` bytes.
     """
     together = max(1, min(most // unit, budget // unit_bytes))
     return min(units(count, unit), units(units(units(count, unit), together), threads) * threads)

@@ -1,4 +1,4 @@
-"""Choose products of few rows or tiles, by the rows and the dtype of the inputs.
+"""Choose between products of few rows and tiles, by the rows and the dtype of the inputs.
 
 Few rows are multiplied by :mod:`modulora_core.kernels.cpu.products`, many by decoded tiles and
 torch. A processor with AMX multiplies many fp32 rows by a large weight in loops of its own.
@@ -28,7 +28,7 @@ AMX_WEIGHTS = 2**22
 
 
 def dtype_of_few(rows: int, dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype, fp32 or bf16, in which a product of few rows runs; None for tiles.
+    """The dtype of a product of few rows, fp32 or bf16; None to multiply by tiles.
 
     Args:
         rows: of the inputs, at least 1.
@@ -45,7 +45,7 @@ def dtype_of_few(rows: int, dtype: torch.dtype) -> torch.dtype | None:
 
 
 def slices_for_amx(rows: int, dtype: torch.dtype, shape: tuple[int, int]) -> int:
-    """Into how many bf16 slices AMX cuts each fp32 number; 0 to leave the product to others."""
+    """The number of bf16 slices of an fp32 number in AMX's product; 0 where AMX would be slower."""
     is_few = rows <= FEW_ROWS or math.prod(shape) < AMX_WEIGHTS
     if is_few or dtype is torch.bfloat16 or not dense_products.has_bfloat16_tile_units():
         return 0

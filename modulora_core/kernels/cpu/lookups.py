@@ -55,7 +55,7 @@ def _looked_up(builder: Any, table: Any, index: Any) -> Any:
 
 
 def _looked_up_eight(builder: Any, table: Any, index: Any, first: int) -> Any:
-    """By AVX2, which looks at three bits of an index: in both halves; the fourth bit chooses."""
+    """AVX2 looks up three bits: do so in both halves of the table, and choose by the fourth bit."""
     eight = chosen(builder, index, range(first, first + 8))
     of = ir.VectorType(FLOAT, 8)
     halves = (chosen(builder, table, range(at, at + 8)) for at in (0, 8))
@@ -93,7 +93,7 @@ def reorder(x: Any, order: Any, out: Any) -> None:
 
 
 def _looked_up_by_bytes(builder: Any, table: Any, pairs: Any) -> list[Any]:
-    """By AVX2, which looks up bytes: each of a number's four bytes, then put together."""
+    """AVX2 looks up bytes: look up each of a number's four bytes, and join them."""
     of_bytes, of_words = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(64), 4)
     codes = builder.trunc(pairs, ir.VectorType(ir.IntType(8), LANES))
     twice = builder.bitcast(chosen(builder, codes, 2 * list(range(LANES))), of_words)
@@ -110,7 +110,7 @@ def _looked_up_by_bytes(builder: Any, table: Any, pairs: Any) -> list[Any]:
 
 
 def _in_turn(builder: Any, a: Any, b: Any, number: ir.Type) -> list[Any]:
-    """The numbers of a and b by turns, within 128 bits, as numbers twice as wide: two registers."""
+    """Interleave a and b within 128 bits: two registers of numbers that are twice as wide."""
     count = a.type.count
     of, quarter, found = ir.VectorType(number, count // 2), count // 4, []
     for start in (0, quarter):

@@ -25,7 +25,7 @@ def signed(index: Any) -> Any:
 
 @jit()
 def share(index: Any, shares: int, count: int, unit: int = 1) -> Any:
-    """The rows ``[begin, stop)`` of a share of ``count`` rows; all but the last are whole units."""
+    """The rows ``[begin, stop)`` of share ``index``: whole units, except in the last share."""
     number = signed(index)
     units = (count + unit - 1) // unit
     return number * units // shares * unit, min(count, (number + 1) * units // shares * unit)

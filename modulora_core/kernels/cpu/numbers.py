@@ -19,7 +19,7 @@ def from_half(bits: Any) -> Any:
     wide = np.uint32(np.uint16(bits))
     magnitude = np.uint32((wide & 0x7FFF) << 13)
     sign = np.uint32((wide & 0x8000) << 16)
-    # exponents count from 15 and from 127; the product brings subnormal numbers in order too
+    # the exponents have biases 15 and 127; the product normalizes subnormal numbers too
     scaled = np.float32(magnitude.view(np.float32) * np.float32(2.0**112)).view(np.uint32)
     special = np.uint32(magnitude | np.uint32(0x7F800000))
     number = special if magnitude >= np.uint32(0x7C00 << 13) else scaled
@@ -67,7 +67,7 @@ def _narrow(number: Any, like: Any) -> Any:  # noqa: ARG001 - numba matches name
 
 @jit(borrows=True)
 def narrow_row(x: Any, out: Any) -> None:
-    """fp32 numbers to as many of ``out``, which is fp32 or holds bf16's bits."""
+    """Write fp32 numbers to ``out``, which is fp32 or holds the bits of bf16."""
     for k in range(out.size):
         out[k] = narrow(x[k], out[k])
 

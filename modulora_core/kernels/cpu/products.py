@@ -80,14 +80,14 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 
 
 def fill(weight: Any, first: int, out: Any) -> None:
-    """Rows ``first ...`` of Ŵ to all of ``out``."""
+    """Decode rows of Ŵ, from ``first`` on, into all rows of ``out``."""
     for piece in prange((len(out) + _PIECE - 1) // _PIECE):
         start = signed(piece) * _PIECE
         decode(weight, first + start, 0, out.shape[1], out[start : min(start + _PIECE, len(out))])
 
 
 def rounded(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """:func:`decode` to bf16, by way of fp32 scratch."""
+    """Decode into fp32 scratch, and round to bf16."""
     width = max(1, min(CHUNK, columns))
     together = min(len(out), SCRATCH // width)
     w = np.empty((together, width), np.float32)
@@ -120,7 +120,7 @@ def _add_four(
 def _add_one(
     x: Any, at_x: int, w: Any, start: int, count: int, columns: int, sums: Any, at: int
 ) -> None:
-    """The same of one row of x."""
+    """Add products of one row of x, as :func:`_add_four` does of four."""
     for o in range(0, count, WIDTH):
         block, at_w = _sums_of_one(), o * w.shape[1] + start
         for k in range(0, columns, WIDTH * pair(x)):
@@ -131,7 +131,7 @@ def _add_one(
 
 @jit(borrows=True)
 def _put_sums(sums: Any, rows: int, count: int, y: Any, first: int) -> None:
-    """Sums of :func:`_add_four` of so many rows of x to ``count`` columns of ``y``."""
+    """Write the sums of :func:`_add_four` to ``count`` columns of ``y``."""
     flat = sums.reshape(sums.size)
     for r in range(0, rows, ROWS):
         for o in range(0, count, _BESIDE):
@@ -171,7 +171,7 @@ def forward(weight: Any, threads: int, columns: int, x: Any, y: Any) -> None:
 def _add_rows_of_four(
     y: Any, at_y: int, w: Any, at_w: int, terms: int, width: int, sums: Any, at: int
 ) -> None:
-    """Rows of w, times numbers of four rows of y, to ``width`` columns of four rows of ``sums``."""
+    """Add rows of w, times numbers of four rows of y, to ``width`` columns of ``sums``."""
     length, turns = w.shape[1], terms >> 2
     for column in range(0, width, _ACROSS * WIDTH):
         block, here = _rows_of_four(), at_w + column
@@ -190,7 +190,7 @@ def _add_rows_of_four(
 def _add_rows_of_one(
     y: Any, at_y: int, w: Any, at_w: int, terms: int, width: int, sums: Any, at: int
 ) -> None:
-    """The same of one row."""
+    """Add as :func:`_add_rows_of_four` does, for one row of y."""
     length = w.shape[1]
     for column in range(0, width, _ACROSS * WIDTH):
         block = _row_of_one()
@@ -202,7 +202,7 @@ def _add_rows_of_one(
 
 @jit(borrows=True)
 def _add_parts(sums: Any, n: int, row: int, out: Any) -> None:
-    """A row of the result: the sums of all parts, in order."""
+    """Add the sums of all parts, in order, to give one row of the result."""
     out[:] = 0
     for part in range(PARTIAL_SUMS):
         for k in range(out.size):

@@ -59,13 +59,13 @@ _first, _second = _part_of(0), _part_of(LANES)
 
 @operation(lambda shorts: Shorts(shorts))
 def _in_turn(_context: Any, builder: Any, _kinds: Any, shorts: Any) -> Any:
-    """``(shorts)``: the numbers of the first half and of the second, in turn."""
+    """``(shorts)``: interleave the numbers of the first half and of the second."""
     return chosen(builder, shorts, [k // 2 + k % 2 * LANES for k in range(STEP)])
 
 
 @jit()
 def units(count: int, unit: int) -> int:
-    """How many units hold so many."""
+    """The number of units that hold ``count`` numbers: the quotient, rounded up."""
     return (count + unit - 1) // unit
 
 
@@ -87,7 +87,7 @@ def transpose(
 
 @jit()
 def put_slices(slices: int, a: Any, b: Any, paired: bool, out: Any, line: int, apart: int) -> None:
-    """Slice k of 32 numbers to line ``line + k * apart``; ``paired``: of a and b in turn."""
+    """Write slice k of 32 numbers to line ``line + k * apart``; ``paired`` interleaves a and b."""
     for k in range(slices):
         both = _to_bf16(a, b)
         store(out, (line + k * apart) * STEP, _in_turn(both) if paired else both)
@@ -96,7 +96,7 @@ def put_slices(slices: int, a: Any, b: Any, paired: bool, out: Any, line: int, a
 
 @jit()
 def put_row(slices: int, x: Any, at: int, out: Any, line: int, apart: int) -> None:
-    """A line of A, of 32 numbers from ``x[at]`` on, for each slice."""
+    """Write one line of A for each slice: 32 numbers from ``x[at]`` on."""
     put_slices(slices, load(x, at), load(x, at + LANES), False, out, line, apart)
 
 
@@ -105,7 +105,7 @@ def put_steps(
     slices: int, x: Any, row: int, start: int, size: int,
     out: Any, line: int, leap: int, apart: int, room: Any,
 ) -> None:  # fmt: skip
-    """Lines of A of ``x[row, start : start + size]``, ``leap`` apart, padded with zeros.
+    """Write lines of A, ``leap`` apart: ``x[row, start : start + size]``, padded with zeros.
 
     ``room`` is scratch, fp32 ``[1, STEP]``.
     """
@@ -122,7 +122,7 @@ def put_steps(
 
 @jit()
 def put_panel(slices: int, x: Any, first: int, start: int, size: int, out: Any, line: int) -> None:
-    """Lines of B: its columns are 32 rows of X, its terms are columns of X."""
+    """Write lines of B, whose columns are 32 rows of X."""
     room = scratch(1, STEP, np.float32)
     pairs = scratch(PART // STEP * slices * HALF, STEP // 2, np.float32)  # two bf16 numbers each
     of_rows, of_columns = pairs.view(np.int16), out.view(np.float32)

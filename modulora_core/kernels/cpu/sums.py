@@ -186,7 +186,7 @@ def _add(context: Any, builder: Any, kind: Any, sums: Any, at: Any, more: Any) -
 
 
 def _halves(half: int) -> tuple[list[int], list[int]]:
-    """The lanes of two registers, so that blocks of ``half`` lanes change places between them."""
+    """Swap every second block of ``half`` lanes between two registers."""
     low = [WIDTH + lane - half if lane & half else lane for lane in range(WIDTH)]
     return low, [WIDTH + lane if lane & half else lane + half for lane in range(WIDTH)]
 
@@ -205,7 +205,7 @@ def _sums_of(builder: Any, values: list[Any]) -> Any:
 
 
 def _transposed(builder: Any, values: list[Any]) -> list[Any]:
-    """A square of registers, by halves, quarters and so on."""
+    """Transpose a square of registers: swap halves, then quarters, and so on."""
     half = WIDTH // 2
     while half:
         swapped = list(values)
@@ -220,7 +220,7 @@ def _transposed(builder: Any, values: list[Any]) -> list[Any]:
 
 @operation(lambda array: _I64(array))
 def pair(_context: Any, _builder: Any, kinds: Any, _array: Any) -> Any:
-    """``(array)``: how many numbers are multiplied as one: 2 of bf16, else 1. A constant."""
+    """``(array)``: the constant number of values that one lane multiplies: 2 for bf16, else 1."""
     return INDEX(1 if kinds[0].dtype is types.float32 else 2)
 
 

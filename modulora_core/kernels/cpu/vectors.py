@@ -26,7 +26,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
-binding.initialize_native_asmparser()  # without it LLVM ends the process at an instruction's name
+binding.initialize_native_asmparser()  # LLVM ends the process at an unknown instruction's name
 
 
 def has(feature: str) -> bool:
@@ -108,7 +108,7 @@ def put(context: Any, builder: Any, kind: Any, array: Any, at: Any, values: list
 
 
 def chosen(builder: Any, vector: Any, lanes: Iterable[int], other: Any = None) -> Any:
-    """A vector of these lanes of ``vector``; numbers after its last lane are lanes of ``other``."""
+    """A vector of lanes of ``vector``; an index beyond its last lane is a lane of ``other``."""
     numbers = list(lanes)
     mask = ir.Constant(ir.VectorType(INT, len(numbers)), numbers)
     return builder.shuffle_vector(vector, vector if other is None else other, mask)
@@ -187,7 +187,7 @@ def to_floats(_context: Any, builder: Any, _kinds: Any, wholes: Any) -> Any:
 
 @operation(lambda wholes: Shorts(wholes))
 def as_shorts(_context: Any, builder: Any, _kinds: Any, wholes: Any) -> Any:
-    """``(wholes)``: the low and the high 16 bits of each whole number, in turn."""
+    """``(wholes)``: the low 16 bits, then the high 16 bits, of each whole number."""
     return builder.bitcast(wholes, _SHORTS)
 
 
@@ -268,7 +268,7 @@ def put_rounded(context: Any, builder: Any, kind: Any, out: Any, at: Any, two: l
     elif not (has("avx512bf16") and has("avx512dq")):
         put(context, builder, kind, out, at, [bf16_bits(builder, values) for values in two])
     else:
-        # takes a subnormal number for 0 and keeps bits of a NaN: rare, and then rounded again
+        # the instruction flushes subnormal numbers and keeps a NaN's bits; rare
         code = "vcvtne2ps2bf16 $2, $1, $0"
         both = instruction(builder, code, _SHORTS, two[::-1], "=v,v,v")
         put(context, builder, kind, out, at, [both])
@@ -307,5 +307,5 @@ def prefetch(context: Any, builder: Any, kinds: Any, array: Any, at: Any) -> Non
 
 @operation(lambda array: types.int64(array))
 def size_of(context: Any, _builder: Any, kinds: Any, _array: Any) -> Any:
-    """``(array)``: bytes of an element, a constant, which ``array.itemsize`` is not."""
+    """``(array)``: bytes of an element, as a constant; ``array.itemsize`` is none for numba."""
     return INDEX(context.get_abi_sizeof(context.get_data_type(kinds[0].dtype)))

@@ -51,7 +51,7 @@ _SIGNS = np.concatenate([1.0 - 2.0 * (_LANE & h > 0) for h in (1, 2, 4, 8)]).ast
 
 @jit(borrows=True)
 def _first_stages(y: Any) -> None:
-    """H = 1, 2, 4, 8, in registers."""
+    """Stages h = 1, 2, 4 and 8, in registers."""
     one, two = load(_PARTNERS, 0), load(_PARTNERS, LANES)
     four, eight = load(_PARTNERS, 2 * LANES), load(_PARTNERS, 3 * LANES)
     s, t = load(_SIGNS, 0), load(_SIGNS, LANES)
@@ -75,7 +75,7 @@ def _stage(y: Any, h: int) -> None:
 
 @jit(borrows=True)
 def _two_stages(y: Any, h: int) -> None:
-    """H and 2 h."""
+    """Stages h and 2 h, in one pass over the row."""
     for begin in range(0, y.size, 4 * h):
         for i in range(begin, begin + h, LANES):
             a, b, c, d = load(y, i), load(y, i + h), load(y, i + 2 * h), load(y, i + 3 * h)
@@ -146,7 +146,7 @@ def _multiply_signs(y: Any, t: int, m: int, M: Any, K: int, b: int, z: Any) -> N
 
 @jit(borrows=True)
 def _multiply_numbers(y: Any, t: int, m: int, M: Any, K: int, b: int, z: Any) -> None:
-    """The same for one row of z, and any M."""
+    """Multiply as :func:`_multiply_signs` does, for one row of z and any M."""
     total = splat(np.float32(0))
     for a in range(K):
         total = multiply_add(load(y, a * m + t), splat(M[a * K + b]), total)

@@ -6,7 +6,7 @@
     computes   6 (K + a + b) operations a coordinate, in bf16: 768 at n = 4096 = 64 · 64
     floor      8 bytes a coordinate for fp32 at the rate of memory
 
-A row is a matrix [a, b], or K of them, and Sylvester_a X Sylvester_b is two products. Butterflies
+A row is K matrices X, [a, b], and Sylvester_a X Sylvester_b is two products. Butterflies
 would be 2 log₂ n operations, but most of them exchange numbers between threads. A product is one
 exchange. bf16 loses nothing: ±1 is exact in it, and an fp32 number is the sum of three
 (:func:`exact_dot`). Sums are in fp32. Hartley's matrices are split in three as well.
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     """H_n as products along axes: a row is ``[far, left, right]``, and each axis has a factor.
 
     Attributes:
-        far: order of M_K ⊗ Sylvester if it takes a kernel of its own, else 1.
+        far: order of M_K ⊗ Sylvester if that has a kernel of its own, else 1.
         left: order of the factor from the left, M_K ⊗ Sylvester, or Sylvester's if ``far`` has M_K.
         right: order of the factor from the right, Sylvester's.
     """
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether a program can hold its numbers, and has enough of them to be worth starting."""
+        """Whether the registers of a program hold its numbers, and it has enough work to start."""
         held = (TOGETHER if self.left == 1 else padded(self.left)) * padded(self.right)
         enough = self.far == 1 or held >= FEWEST
         small = max(self.left, self.right) <= LARGEST and self.far <= LARGEST_ORDER
@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=256)
 def plan(K: int, m: int) -> Plan | None:
-    """The cheapest products for H_n, n = K · m; None if no kernel can.
+    """The cheapest products for H_n, n = K · m; None if no kernel can compute it.
 
     One kernel is better than two, and long rows are better than short ones.
     """
@@ -101,7 +101,7 @@ def plan(K: int, m: int) -> Plan | None:
 
 
 def padded(order: int, largest: int = LARGEST) -> int:
-    """A power of two that tensor cores take, or a multiple of ``largest``."""
+    """The size to pad to: a power of two that tensor cores take, or a multiple of ``largest``."""
     if order > largest:
         return -(-order // largest) * largest
     return max(SMALLEST, 1 << (order - 1).bit_length())
@@ -211,7 +211,7 @@ def across_kernel(  # type: ignore[no-untyped-def]
 def matrices(K: int, sylvester: int, transpose: bool, size: int, device: torch.device) -> Tensor:
     """(M_K ⊗ Sylvester)ᵀ, untransposed if ``transpose``, as a sum of bf16 matrices.
 
-    Columns are multiplied by it from the left. The sum is the matrix in fp32: one part if all
+    It multiplies columns from the left. The parts add up to the matrix in fp32: one part if all
     entries are ±1, else three. ``[parts, size, size]``, zero beyond the order.
     """
     rest = torch.kron(factor(K), hadamard(sylvester).double()).to(torch.float32)
@@ -294,12 +294,12 @@ def _turn(
     launch(turn_kernel, lambda _: (-(-rows // shared["A"]),), arguments, constants, configs)
 
 
-@lru_cache(maxsize=64)  # decoding asks for each layer and token
+@lru_cache(maxsize=64)  # decoding calls this for each layer and token
 def _near(
     axes: Plan, K: int, transpose: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, dict[str, int], tuple[Config]]:
     """The factors from the left and the right, the kernel's constants, and its configuration."""
-    alone = axes.left == 1  # then rows of different matrices go together
+    alone = axes.left == 1  # rows of different matrices may then share a program
     A, B = TOGETHER if alone else axes.left, axes.right
     right = matrices(1, B, False, padded(B), device)
     left = right

@@ -37,7 +37,7 @@ _TRIALS = 9
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """One way to run a kernel.
+    """A way to run a kernel: warps, stages and constants.
 
     Attributes:
         warps: of 32 threads (64 on AMD's) in a program.
@@ -133,7 +133,7 @@ def _tuned(
 
 
 def forget_choices() -> None:
-    """Time configurations again, without compiling them again."""
+    """Forget measured times, so that configurations are timed again without compiling."""
     _tuned.cache_clear()
 
 

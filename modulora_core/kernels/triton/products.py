@@ -86,7 +86,7 @@ def padded(n: int, dtype: torch.dtype) -> int:
 
 @triton.jit(
     do_not_specialize=["n", "steps"]
-)  # or it would be compiled again for 1, and for multiples of 16
+)  # else Triton compiles again for 1, and for multiples of 16
 def few_rows_kernel(  # type: ignore[no-untyped-def]
     x, weight, y, n, out_features, in_features, part_columns, steps,
     DECODE: tl.constexpr, OPTIONS: tl.constexpr, PARTS: tl.constexpr, TRANSPOSE: tl.constexpr,
@@ -116,7 +116,7 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
         total = tl.zeros((KEPT, ROWS), tl.float32)
     # one loop over blocks and parts: the next loads are under way; unrolled, parts would spill
     for step in range(begin * SUMMED, end * SUMMED):
-        at = step // SUMMED * STEP  # so that the compiler sees what it is a multiple of
+        at = step // SUMMED * STEP  # the compiler then knows its divisors
         row, col = (at, kept) if TRANSPOSE else (kept, at)
         part = own if TRANSPOSE else step % SUMMED
         source = weight + (part,) if PARTS > 1 else weight  # noqa: RUF005 - Triton knows no * there
@@ -208,7 +208,7 @@ def multiply(
     return y[0] if shares == 1 else y.sum(dim=0).to(x.dtype)
 
 
-@lru_cache(maxsize=1024)  # decoding asks for each layer and token
+@lru_cache(maxsize=1024)  # decoding calls this for each layer and token
 def _programs(
     shape: tuple[int, int], parts: int, cut: Cut, transpose: bool, one_row: bool
 ) -> tuple[int, int, int]:
