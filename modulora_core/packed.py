@@ -48,6 +48,10 @@ class TensorLayout:
                 f"shape of a packed tensor: expected whole numbers, got {self.shape!r:.80}"
             )
 
+    def __str__(self) -> str:
+        """As messages show it: ``int16 [2, 32]``."""
+        return f"{self.dtype} {list(self.shape)}"
+
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * BITS_OF_DTYPE[self.dtype] // 8

@@ -218,11 +218,7 @@ def check_tensors(
     for name, layout in expected.items():
         got = found.get(name)
         if got != layout:
-            raise CheckpointError(f"{name}: expected {_text(layout)} by {by}, got {_text(got)}")
-
-
-def _text(layout: TensorLayout | None) -> str:
-    return "nothing" if layout is None else f"{layout.dtype} {list(layout.shape)}"
+            raise CheckpointError(f"{name}: expected {layout} by {by}, got {got or 'nothing'}")
 
 
 def read_finite(read: Read, name: str) -> Tensor:

@@ -68,7 +68,7 @@ def site(**changes: Any) -> Callable[[dict[str, Any]], object]:
         ),
         (
             lambda record: record["sites"][0]["layout"]["tensors"].update(scale=["float32", [7]]),
-            r"expected .*\(7,\).* by config\.json, got",
+            r"expected float32 \[7\] by config\.json, got",
         ),
     ],
 )
