@@ -78,5 +78,5 @@ $(STAMP): Makefile pyproject.toml $(addsuffix /pyproject.toml,$(PROJECTS)) | $(B
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install 'mkdocs-material>=9.5' 'mkdocstrings[python]>=1'
+	$(BIN)/python -m pip install 'mkdocs-material>=9.5' 'mkdocstrings[python]>=1' griffe-pydantic
 	@touch $@

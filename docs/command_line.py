@@ -35,12 +35,14 @@ def section(name: str) -> str:
 
 def row(parameter: Any) -> str:
     """One argument or option."""
-    names = [*parameter.opts, *parameter.secondary_opts]
-    words = names if parameter.param_type_name == "option" else [parameter.metavar]
+    names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    words = f"{names} {parameter.metavar or ''}".rstrip()
+    if parameter.param_type_name == "argument":
+        words = parameter.metavar
     shown = parameter.show_default  # a text, or whether to show the default
     default = shown if isinstance(shown, str) else parameter.default if shown else ""
     cells = [
-        ", ".join(f"`{word}`" for word in words),
+        f"`{words}`",
         (parameter.help or "").replace("|", "&#124;"),
         "" if default is None or default is False or default == [] else str(default),
     ]

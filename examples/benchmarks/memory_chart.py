@@ -1,6 +1,7 @@
 """Draws the memory to finetune an 8 B and a 70 B model, as README shows it.
 
     python examples/benchmarks/memory_chart.py --folder docs     # memory-light.svg, memory-dark.svg
+    python examples/benchmarks/memory_chart.py --table           # 1 B to 70 B, in Markdown
 
 `modulora plan` computes every bar but QLoRA's. QLoRA's are measurements of arXiv 2309.16119: LLaMA
 7B and 65B, 128 tokens, adapters on two of seven layers. Our models have the shapes of Llama 3, with
@@ -20,12 +21,16 @@ from transformers import LlamaConfig
 
 from modulora_core import plan
 
-SHAPES: dict[str, dict[str, int]] = {
-    "8 B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32},
-    "70 B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-             "num_attention_heads": 64},
-}  # fmt: skip
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+SHAPES = {  # Llama 3's; 14 B and 32 B are Qwen 3's, with the vocabulary of Llama 3
+    "1 B": (2048, 8192, 16, 32, 64),
+    "3 B": (3072, 8192, 28, 24, 128),
+    "8 B": (4096, 14336, 32, 32, 128),
+    "14 B": (5120, 17408, 40, 40, 128),
+    "32 B": (5120, 25600, 64, 64, 128),
+    "70 B": (8192, 28672, 80, 64, 128),
+}
+DRAWN = ("8 B", "70 B")
 QLORA = {
     "8 B": ("QLoRA of 7 B (the paper)", 5.2e9 / 2**30),
     "70 B": ("QLoRA of 65 B (the paper)", 36.7e9 / 2**30),
@@ -43,16 +48,21 @@ def planned(model: str) -> dict[str, float]:
     """GiB of training by row."""
     with tempfile.TemporaryDirectory() as folder:
         config = LlamaConfig(
-            **SHAPES[model], num_key_value_heads=8, vocab_size=128256, dtype="bfloat16",
+            **dict(zip(NAMES, SHAPES[model], strict=True)), num_key_value_heads=8,
+            vocab_size=128256, tie_word_embeddings=model in ("1 B", "3 B"), dtype="bfloat16",
             max_position_embeddings=8192, architectures=["LlamaForCausalLM"],
         )  # fmt: skip
         config.save_pretrained(folder)
         run = {"device": "cuda", "batch_size": 1, "seq_len": 512}
-        found = {
+        return {
             row: plan(folder, name, options, **run).training.nbytes / 2**30
             for row, (name, options) in ROWS.items()
         }
-    first, *others = found.items()
+
+
+def with_qlora(model: str) -> dict[str, float]:
+    """The bars of one model: the second is QLoRA's."""
+    first, *others = planned(model).items()
     return dict([first, QLORA[model], *others])
 
 
@@ -78,9 +88,15 @@ def draw(figures: dict[str, dict[str, float]], path: Path, mode: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("docs"))
-    folder = parser.parse_args().folder
-    figures = {model: planned(model) for model in SHAPES}
+    parser.add_argument("--table", action="store_true", help="print a table; draw nothing")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(f"| model | {' | '.join(ROWS)} |\n{'|-' * (len(ROWS) + 1)}|")
+        for model in SHAPES:
+            print(f"| {model} | {' | '.join(f'{gib:.1f}' for gib in planned(model).values())} |")
+        raise SystemExit
+    figures = {model: with_qlora(model) for model in DRAWN}
     for mode in COLORS:
-        draw(figures, folder / f"memory-{mode}.svg", mode)
+        draw(figures, arguments.folder / f"memory-{mode}.svg", mode)
     for model, found in figures.items():
         print(model, *(f"{row}: {gib:.1f} GiB" for row, gib in found.items()), sep="\n  ")

@@ -28,6 +28,11 @@ COMMANDS = (
 )  # fmt: skip
 """Every command, in the order of ``modulora --help``. ``list_quantizers.py`` has the second."""
 
+_COMPLETE = "_MODULORA_COMPLETE"
+"""The variable by which the shell asks for the words that may follow."""
+
+_COMPLETION = ("--install-completion", "--show-completion")
+
 _SETTINGS = {"help_option_names": ["--help", "-h"]}
 
 
@@ -37,6 +42,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     _let_threads_sleep()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports to the Hub otherwise
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if _COMPLETE in os.environ or words[0] in _COMPLETION:
+        _group().main(words, prog_name="modulora", complete_var=_COMPLETE)  # exits
     flags = set(words[: words.index("--")] if "--" in words else words)
     wants_help = not flags.isdisjoint(_SETTINGS["help_option_names"])
     # read before parsing, since a parsing error is printed as JSON too
@@ -155,7 +162,7 @@ def load_command(name: str) -> Any:
 
 @functools.cache
 def _group() -> Any:
-    app = typer.Typer(cls=_Group, add_completion=False, context_settings=_SETTINGS)
+    app = typer.Typer(cls=_Group, context_settings=_SETTINGS)
     app.callback(help=_modulora.__doc__)(_modulora)
     return typer.main.get_command(app)
 
