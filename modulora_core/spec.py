@@ -131,6 +131,8 @@ class FormatSpec(_Fact):
     """Files with the quantization config of folders whose config.json has none; written too."""
     file_suffix: str = ""
     """The suffix of files that hold a whole model. ``location`` names a ``FileFormat`` then."""
+    file_magic: str = ""
+    """The first bytes of such files, in ASCII, which tell the format of a file without suffix."""
     writer: _Location | None = None
     """The :class:`~modulora_core.adapters.files.FileWriter` of such files, if they are written."""
 

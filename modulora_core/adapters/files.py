@@ -23,12 +23,18 @@ RETAINED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """The file of an adapter that was written; ``modules`` is the number of adapted weights."""
+    """The file of an adapter that was written.
+
+    Attributes:
+        modules: the number of adapted weights.
+        beside: further files that other programs need.
+    """
 
     out: str
     base: str
     architecture: str
     modules: int
+    beside: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -26,6 +26,7 @@ from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.loading import Runnable, opened
 from modulora_core.models.chat_templates import render
 from modulora_core.models.quiet import first_line
+from modulora_core.models.stops import model_ends
 from modulora_core.models.tokenizer_checks import panics_refused
 
 Message = Mapping[str, str]
@@ -135,12 +136,14 @@ def generate(
             f"prompt of {len(ids)} tokens and {sampling.max_new_tokens} new tokens: expected at "
             f"most the model's window of {window}; shorten one of them"
         )
-    streamer = None if on_text is None else _Streamer(tokenizer, on_text)
+    ends = model_ends(language_model, tokenizer)
+    streamer = None if on_text is None else _Streamer(tokenizer, on_text, ends)
     started = time.perf_counter()
     with torch.inference_mode():
         (new,) = continuations(language_model, tokenizer, [ids], sampling, streamer)
     with panics_refused(f"tokenizer of {tokenizer.name_or_path}"):
-        text = tokenizer.decode(new, skip_special_tokens=True)
+        shown = new[:-1] if new[-1] in ends else new  # an end may be no special token
+        text = tokenizer.decode(shown, skip_special_tokens=True)
     return Generation(text, len(ids), len(new), time.perf_counter() - started)
 
 
@@ -153,16 +156,14 @@ def continuations(
 ) -> list[list[int]]:
     """The new tokens of each prompt, generated as one batch.
 
-    A continuation ends at an EOS of the model or the tokenizer, or at ``max_new_tokens``. In a
-    batch, padding follows the EOS. Only the settings in ``sampling`` apply.
+    A continuation ends at a token of :func:`model_ends`, or at ``max_new_tokens``. In a batch,
+    padding follows the end. Only the settings in ``sampling`` apply.
     """
-    own, size = model.generation_config.eos_token_id, model.config.get_text_config().vocab_size
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-    ends = {end for end in ends if 0 <= end < size}  # the model makes no others
+    ends = model_ends(model, tokenizer)
     greedy = sampling.temperature == 0
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=sorted(ends) or None,
+        eos_token_id=ends or None,
         pad_token_id=min(ends, default=0),
         do_sample=not greedy,
         repetition_penalty=float(sampling.repetition_penalty),  # transformers refuses an int
@@ -253,11 +254,21 @@ def _check_prompt(prompt: str | Sequence[Message]) -> None:
 
 
 class _Streamer(TextStreamer):
-    """Passes text to a function instead of printing it."""
+    """Passes text to a function instead of printing it, without the token that ends it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        on_text: Callable[[str], None],
+        ends: Sequence[int],
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
+        self._on_text, self._ends = on_text, ends
+
+    @override
+    def put(self, value: torch.Tensor) -> None:
+        if self.next_tokens_are_prompt or int(value.flatten()[-1]) not in self._ends:
+            super().put(value)
 
     @override
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

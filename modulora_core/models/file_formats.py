@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modulora_core import registry
 from modulora_core.errors import ModelError
-from modulora_core.models.formats import ForeignWeight, installed, unread_file
+from modulora_core.models.formats import ForeignWeight, file_plugin, unread_file
 from modulora_core.models.sites import LinearSite
 from modulora_core.models.store import TensorStore
 from modulora_core.models.weights import Weights
@@ -122,8 +122,9 @@ def open_file(path: Path) -> ModelFile:
         CheckpointError: the file is truncated or damaged.
         PluginError: the plugin can't be used.
     """
-    for entry, spec in installed():
-        if spec.file_suffix and path.name.lower().endswith(spec.file_suffix):
-            kind = registry.import_class(entry, spec.location, FileFormat)  # type: ignore[type-abstract]
-            return kind(spec).open(path)
-    raise ModelError(f"{path}: {unread_file(path)}")
+    found = file_plugin(path)
+    if found is None:
+        raise ModelError(f"{path}: {unread_file(path)}")
+    entry, spec = found
+    kind = registry.import_class(entry, spec.location, FileFormat)  # type: ignore[type-abstract]
+    return kind(spec).open(path)

@@ -259,10 +259,36 @@ def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
 
 
 def file_format(file: str | Path) -> FormatSpec | None:
-    """The installed format of a file that holds a whole model, by the suffix of its name."""
+    """The installed format of a file that holds a whole model; as :func:`file_plugin`."""
+    found = file_plugin(file)
+    return None if found is None else found[1]
+
+
+def file_plugin(file: str | Path) -> tuple[registry.Entry, FormatSpec] | None:
+    """The plugin of a file that holds a whole model, and its format.
+
+    The suffix of the name tells the format; of a file without a known one, its first bytes do.
+    """
+    found = [(entry, spec) for entry, spec in installed() if spec.file_suffix]
     name = str(file).lower()
-    found = (spec for _, spec in installed() if spec.file_suffix)
-    return next((spec for spec in found if name.endswith(spec.file_suffix)), None)
+    by_name = [one for one in found if name.endswith(one[1].file_suffix)]
+    if by_name:
+        return by_name[0]
+    longest = max((len(spec.file_magic) for _, spec in found), default=0)
+    start = _first_bytes(Path(file), longest)
+    by_start = (one for one in found if (m := one[1].file_magic) and start.startswith(m.encode()))
+    return next(by_start, None)
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    """The first bytes of a file; none if there is no such file."""
+    try:
+        if not path.is_file():
+            return b""
+        with path.open("rb") as file:
+            return file.read(count)
+    except (OSError, ValueError):  # a name that no file can have; a file that may not be read
+        return b""
 
 
 def file_suffixes() -> list[str]:

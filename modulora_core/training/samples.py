@@ -18,6 +18,7 @@ from transformers import (
 
 from modulora_core.adapters.switching import without_adapter
 from modulora_core.data.rendering import IGNORED
+from modulora_core.models.stops import model_ends
 from modulora_core.progress import Progress
 
 COUNT, LONGEST, PROMPT = 5, 48, 32
@@ -107,11 +108,9 @@ def _greedy(
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     settings = GenerationConfig(
         max_new_tokens=LONGEST, max_time=seconds, do_sample=False,
-        eos_token_id=sorted(ends) or None, pad_token_id=0,
+        eos_token_id=model_ends(model, tokenizer) or None, pad_token_id=0,
     )  # fmt: skip
     with torch.no_grad():
         out = model.generate(

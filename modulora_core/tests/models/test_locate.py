@@ -10,8 +10,9 @@ import huggingface_hub.constants
 import pytest
 from transformers import AutoTokenizer
 
+from modulora_core import registry
 from modulora_core.errors import ModelError
-from modulora_core.models import open_model
+from modulora_core.models import formats, open_model
 from modulora_core.models.locate import locate
 from modulora_core.tests.fake_hub import COMMIT
 from modulora_core.tests.tiny_models import save_tiny_model
@@ -57,6 +58,28 @@ def test_a_folder_or_a_file_is_found(tmp_path: Path) -> None:
         "a.single",
         "a.single",
     )
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_file_without_suffix_is_known_by_its_first_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "sha256-12ab"
+    path.write_bytes(b"TOY1 and more")
+    with pytest.raises(ModelError, match="got the file sha256-12ab"):
+        locate(str(path))
+    spec = next(one for _, one in formats.installed() if one.file_suffix == ".single")
+    known = spec.model_copy(update={"file_magic": "TOY1"})
+    entry = registry.entries()[0]
+    monkeypatch.setattr(formats, "installed", lambda: iter([(entry, known)]))
+    found = locate(str(path))
+    assert (found.kind, found.file) == ("single", "sha256-12ab")
+    path.write_bytes(b"TOY")
+    with pytest.raises(ModelError, match="got the file sha256-12ab"):
+        locate(str(path))
+    assert formats.file_format(tmp_path) is None
+    assert formats.file_format("\0") is None
+    assert formats.file_format("a" * 5000) is None
 
 
 @pytest.mark.parametrize(

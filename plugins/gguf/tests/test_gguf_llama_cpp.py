@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import ctypes
-import json
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 from modulora_gguf import reference
+from modulora_gguf.file.header import read_header
 from modulora_gguf.file.lora_file import export_for_llama_cpp
 from modulora_gguf.file.merging import merge_to_gguf
-from modulora_gguf.file.opened import OpenedGGUF
-from modulora_gguf.file.tokenizer import _LIKE_GPT2, _LIKE_LLAMA_3, _SPLITS
+from modulora_gguf.file.splits import _LIKE_GPT2, _SPLITS, LIKE_LLAMA_3
+from modulora_gguf.file.tokenizer import load_tokenizer
 from modulora_gguf.quantizer import GGUF, Options
 from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
+from modulora_gguf.tests.vocabularies import (
+    IMITATIONS,
+    TEXTS,
+    chat,
+    odd_texts,
+    write_vocabulary,
+)
 
 from modulora_core.adapters.load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.inference.loading import open_to_run
 from modulora_core.models.locate import locate
+from modulora_core.models.stops import end_ids
 from modulora_core.quantization.quantize import quantize
 from modulora_core.spec import Calibration
 
@@ -38,10 +42,10 @@ Adapted = Callable[..., torch.nn.Module]
 
 
 def by_llama_cpp(path: Path, ids: list[int], lora: Path | None = None) -> torch.Tensor:
-    """Logits of every token: ``[tokens, vocabulary]``."""
+    """Logits of every token: ``[tokens, vocabulary]``. Keys and values are F32, not F16."""
     found: Any = llama_cpp.Llama(
         str(path), lora_path=None if lora is None else str(lora), n_ctx=64, logits_all=True,
-        verbose=False,
+        verbose=False, type_k=GGMLQuantizationType.F32, type_v=GGMLQuantizationType.F32,
     )  # fmt: skip
     found.eval(ids)
     return torch.from_numpy(np.array(found.scores[: len(ids)]))
@@ -52,7 +56,7 @@ def by_ours(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids])).logits[0]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3moe", "mixtral"])
 def test_merged_files_and_lora_files_have_our_logits(
     architecture: str, tmp_path: Path, adapted: Adapted
 ) -> None:
@@ -97,51 +101,36 @@ def test_rotary_scaling_is_llama_cpps(
     assert (theirs - ours).norm() < 0.03 * (by_ours(plain, ids) - ours).norm()
 
 
-TEXTS = [
-    "Hello world, it's 12345 cats!", "def f(x):\n\treturn x  + 1\n\n\n    y = [1,2,3]",
-    "I'VE don't we'll THEY'RE 3.14159 'Sun", "1234567 12 1 2024-11-30 1,234,567.89",
-    "日本語のテキスト、中文文本。한국어 文章 123", "naïve café Ünïcödé",
-    "Привет мир Ελληνικά Հայերեն ქართული",
-    "🙂🙂 👨‍👩‍👧 🚀go", "  leading and trailing  ", "\n\n\nnew\n\nlines\r\nwin\r\n",
-    "a\t\tb \t c   d    e",
-    "x=1;y==2&&z||!w $5+3^2 `code` ~a <b>", "مرحبا بالعالم ۱۲۳", "snake_case camelCase HTTPServer",
-    "</s> special <s> inside <unk>", "… “quotes” ‘single’ — dash", "   ", "\n",
-    "a", "a/b?c=d&e=%20#f",
-]  # fmt: skip
+NAMES = (*_SPLITS, *_LIKE_GPT2, *LIKE_LLAMA_3, "qwen2", "gpt-4o", "smaug-bpe", "qwen35")
 
 
-@pytest.fixture(scope="module")
-def crossing() -> Any:
-    """A byte-level BPE whose merges cross all borders of words, so that each split shows."""
-    core = Tokenizer(BPE())
-    core.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
-    trainer = BpeTrainer(
-        vocab_size=1500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
-        initial_alphabet=sorted(ByteLevel.alphabet()), max_token_length=6,
-    )  # fmt: skip
-    core.train_from_iterator(TEXTS * 20, trainer)
-    return json.loads(core.to_str())["model"]
+@pytest.mark.parametrize("name", NAMES)
+def test_text_is_split_as_llama_cpp_splits_it(name: str, tmp_path: Path) -> None:
+    like = dataclasses.replace(IMITATIONS["llama-3"], pre=name)
+    assert_ids_are_llama_cpps(write_vocabulary(tmp_path / "v.gguf", like), TEXTS)
 
 
-def test_text_is_split_as_llama_cpp_splits_it(crossing: Any, tmp_path: Path) -> None:
-    names = [*_SPLITS, *_LIKE_GPT2, *_LIKE_LLAMA_3, "qwen2", "gpt-4o", "smaug-bpe", "qwen35"]
-    for name in names:
-        path = tmp_path / f"{name}.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(name)
-        writer.add_token_list(sorted(crossing["vocab"], key=crossing["vocab"].get))
-        writer.add_token_types([3] * 3 + [1] * (len(crossing["vocab"]) - 3))
-        writer.add_token_merges([" ".join(pair) for pair in crossing["merges"]])
-        writer.add_bos_token_id(1)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
-        ours = OpenedGGUF(path).tokenizer()
-        theirs: Any = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-        for text in TEXTS:
-            expected = theirs.tokenize(text.encode(), special=True)
-            assert ours(text).input_ids == expected, (name, text)
+@pytest.mark.parametrize("name", IMITATIONS)
+def test_ids_and_ends_are_llama_cpps(name: str, tmp_path: Path) -> None:
+    like = IMITATIONS[name]
+    path = write_vocabulary(tmp_path / "v.gguf", like)
+    texts = [*(chat(like, turns) for turns in range(1, 6)), *odd_texts(like, 200)]
+    # llama.cpp takes the ideographic space for a letter in some places; the models' authors don't
+    ours, theirs = assert_ids_are_llama_cpps(path, [t for t in texts if "\u3000" not in t])
+    vocabulary = theirs._model.vocab
+    ends = [i for i in range(len(ours)) if llama_cpp.llama_vocab_is_eog(vocabulary, i)]
+    assert end_ids(ours) == ends
+
+
+def assert_ids_are_llama_cpps(path: Path, texts: list[str]) -> tuple[Any, Any]:
+    """Compare ids with BOS and without. Returns both tokenizers."""
+    ours = load_tokenizer(path, read_header(path))
+    theirs: Any = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    for text in texts:
+        for special in (False, True):
+            expected = theirs.tokenize(text.encode(), add_bos=special, special=True)
+            assert ours(text, add_special_tokens=special).input_ids == expected, text
+    return ours, theirs
 
 
 @pytest.mark.slow

@@ -1,34 +1,142 @@
-"""Tokenizers of GGUF files: llama.cpp's metadata, of which transformers leaves out a part."""
+"""Tokenizers of GGUF files: the file's tokens and no others, split and joined as llama.cpp does."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
-from modulora_gguf.file.header import STRING, Field, Header
-from modulora_gguf.file.tokenizer import set_splits, tokenizer_options
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
+from modulora_gguf.file.header import read_header
+from modulora_gguf.file.splits import pre_tokenizer
+from modulora_gguf.file.tokenizer import load_tokenizer
+from modulora_gguf.tests.vocabularies import (
+    CONTROL,
+    IMITATIONS,
+    USER_DEFINED,
+    Imitation,
+    chat,
+    odd_texts,
+    vocabulary_of,
+    write_vocabulary,
+)
+from transformers import AutoTokenizer, PretrainedConfig
 
 from modulora_core.errors import ModelError
+from modulora_core.models.stops import end_ids
+from modulora_core.models.tokenizer import load_tokenizer as load_from_folder
+from modulora_core.models.tokenizer import write_tokenizer
 
 
-class Fast:
-    """A fast tokenizer whose tokens are bytes, but for one whole word that no merge makes."""
+@pytest.fixture(scope="module", params=IMITATIONS)
+def imitated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Imitation, Any]:
+    """A vocabulary like a model's, and our tokenizer of it."""
+    like = IMITATIONS[request.param]
+    path = write_vocabulary(tmp_path_factory.mktemp("vocabulary") / "v.gguf", like)
+    return like, load_tokenizer(path, read_header(path))
 
-    def __init__(self, letters: str = "Ġ▁ĊHIVE12abc!,本'") -> None:
-        vocabulary = {letter: i for i, letter in enumerate([*letters, "abc"])}
-        self.backend_tokenizer = Tokenizer(BPE(vocabulary, []))
-        self.backend_tokenizer.decoder = decoders.ByteLevel()
+
+def test_each_token_has_its_id_and_none_is_added(imitated: tuple[Imitation, Any]) -> None:
+    like, tokenizer = imitated
+    tokens, types, _ = vocabulary_of(like)
+    assert tokenizer.convert_ids_to_tokens(range(len(tokens))) == tokens
+    assert len(tokenizer) == len(tokenizer.get_vocab()) == len(tokens)
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind in (CONTROL, USER_DEFINED):
+            text = f"x{token}x"
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert ids.count(i) == 1
+            assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
+            shown = tokenizer.decode(ids, skip_special_tokens=True)
+            assert (token in shown) == (kind == USER_DEFINED)
 
 
-def header(model: str, **fields: Any) -> Header:
-    texts = {"general.architecture": "llama", "tokenizer.ggml.model": model}
-    values = texts | {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
-    found = {name: Field(STRING, value, 0, 0) for name, value in values.items()}
-    return Header(3, found, (), 32, 0)
+def test_odd_texts_come_back(imitated: tuple[Imitation, Any]) -> None:
+    like, tokenizer = imitated
+    for text in odd_texts(like, 200):
+        ids = tokenizer(text).input_ids
+        assert max(ids, default=0) < len(tokenizer)
+        back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
+        if like.model == "gpt2":
+            assert back == text
+        else:  # a space before each piece, and ▁ for a space
+            assert "".join(back.split()) == "".join(text.replace("▁", " ").split())
+
+
+def test_a_written_tokenizer_has_the_same_ids(
+    imitated: tuple[Imitation, Any], tmp_path: Path
+) -> None:
+    """AutoTokenizer has a class for Qwen2's models, which normalizes text and adds tokens."""
+    like, tokenizer = imitated
+    config = PretrainedConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    write_tokenizer(tokenizer, config, tmp_path)
+    kind = like.architecture.replace("-", "_")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    again = load_from_folder("folder", tmp_path)
+    texts = [chat(like, 3), *odd_texts(like, 30)]
+    assert again(texts).input_ids == tokenizer(texts).input_ids
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+    if kind != "qwen2":
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        assert theirs(texts).input_ids == tokenizer(texts).input_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("llama-3", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]),
+        ("qwen2", ["<|endoftext|>", "<|im_end|>", "<|file_sep|>"]),
+        ("r1-distill-qwen", ["<｜end▁of▁sentence｜>"]),
+        ("gpt-oss", ["<|endoftext|>", "<|return|>", "<|call|>"]),
+        ("phi-3", ["</s>", "<|endoftext|>", "<|end|>"]),
+        ("gemma", ["</s>", "<end_of_turn>"]),
+    ],
+)
+def test_answers_end_at_every_end_token(name: str, ends: list[str], tmp_path: Path) -> None:
+    path = write_vocabulary(tmp_path / "v.gguf", IMITATIONS[name])
+    tokenizer = load_tokenizer(path, read_header(path))
+    assert tokenizer.convert_ids_to_tokens(end_ids(tokenizer)) == ends
+
+
+def test_phi_3_strips_the_space_behind_special_tokens(tmp_path: Path) -> None:
+    like = IMITATIONS["phi-3-by-its-name"]
+    path = write_vocabulary(tmp_path / "v.gguf", like)
+    tokenizer = load_tokenizer(path, read_header(path))
+    ids = tokenizer("<|user|>\nHi<|end|>\n<|assistant|>\n").input_ids
+    assert ids == tokenizer("<|user|>Hi<|end|><|assistant|>").input_ids
+    kept = tokenizer("<|endoftext|> x").input_ids
+    assert kept != tokenizer("<|endoftext|>x").input_ids
+
+
+def test_absent_fields_have_the_values_of_llama_cpp(tmp_path: Path) -> None:
+    """SentencePiece has a BOS, an EOS and a token of unknown letters; a byte-level BPE has none."""
+    for name, named in (("llama-2", ["<s>", "</s>", "<unk>"]), ("qwen2", [None, None, None])):
+        like = IMITATIONS[name]
+        bare = Imitation(like.model, like.pre, (), (), None, None, "", "")
+        path = write_vocabulary(tmp_path / f"{name}.gguf", bare)
+        tokenizer = load_tokenizer(path, read_header(path))
+        assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token] == named
+        assert tokenizer.add_bos_token == (named[0] is not None)
+
+
+def test_an_id_beyond_the_vocabulary_counts_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "v.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(["a", "", "b"])
+    writer.add_token_merges([])
+    writer.add_pad_token_id(3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = load_tokenizer(path, read_header(path))
+    assert tokenizer.pad_token is None
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["a", "[EMPTY_1]", "b"]
 
 
 @pytest.mark.parametrize(
@@ -44,39 +152,64 @@ def header(model: str, **fields: Any) -> Header:
     ],
 )
 def test_text_is_split_as_the_name_says(name: str, text: str, pieces: list[str]) -> None:
-    fast = Fast()
-    set_splits(fast, Path("a.gguf"), header("gpt2", pre=name))
-    found = fast.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    found = pre_tokenizer(Path("a.gguf"), name).pre_tokenize_str(text)
     assert [piece for piece, _ in found] == pieces
 
 
 def test_an_unknown_name_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        set_splits(Fast(), Path("unknown.gguf"), header("gpt2", pre="new-2027"))
-        set_splits(Fast(), Path("old.gguf"), header("gpt2"))
+        pre_tokenizer(Path("unknown.gguf"), "new-2027")
+        pre_tokenizer(Path("old.gguf"), "")
     assert (
         "unknown.gguf: expected a known name in tokenizer.ggml.pre, got 'new-2027'" in caplog.text
     )
     assert "old.gguf: expected a known name in tokenizer.ggml.pre, got none" in caplog.text
 
 
-def test_llama_3_has_whole_words_and_a_first_token() -> None:
-    fast, described = Fast(), header("gpt2", pre="llama-bpe")
-    set_splits(fast, Path("a.gguf"), described)
-    assert fast.backend_tokenizer.encode("abc").tokens == ["abc"]
-    assert tokenizer_options(described) == {"add_bos_token": True}
-    assert tokenizer_options(header("gpt2", pre="llama-bpe", add_bos_token=False)) == {}
-    assert tokenizer_options(header("gpt2", pre="qwen2")) == {}
+def test_llama_3_has_whole_words_and_a_first_token(tmp_path: Path) -> None:
+    path = tmp_path / "v.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(["a", "b", "c", "abc", "<s>"])  # no merge makes abc
+    writer.add_token_merges([])
+    writer.add_bos_token_id(4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert load_tokenizer(path, read_header(path))("abc").input_ids == [4, 3]
 
 
-def test_a_vocabulary_of_t5_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"tokenizer.ggml.model: expected another than t5"):
-        tokenizer_options(header("t5"))
+@pytest.mark.parametrize("model", ["t5", "bert", "rwkv"])
+def test_another_kind_of_vocabulary_is_refused(model: str, tmp_path: Path) -> None:
+    path = write_vocabulary(tmp_path / "v.gguf", Imitation(model, "", (), (), None, None, "", ""))
+    with pytest.raises(ModelError, match=f"tokenizer.ggml.model: expected gpt2 .*, got '{model}'"):
+        load_tokenizer(path, read_header(path))
 
 
-@pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_keeps_all_spaces(prefix: bool) -> None:
-    fast = Fast()
-    set_splits(fast, Path("a.gguf"), header("llama", add_space_prefix=prefix))
-    tokens = fast.backend_tokenizer.encode("  a b").tokens
-    assert "".join(tokens) == ("▁" if prefix else "") + "▁▁a▁b"
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": ["a", "a"]}, "expected each token once, got 'a' twice"),
+        ({"tokens": []}, "expected a vocabulary, got none"),
+        ({"tokens": "a"}, "expected an array"),
+        ({"tokens": ["a", "b"], "types": [1]}, "token_type: expected one for each of 2 tokens"),
+    ],
+)
+def test_a_damaged_vocabulary_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "v.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    if isinstance(change["tokens"], str):
+        writer.add_string("tokenizer.ggml.tokens", change["tokens"])
+    elif change["tokens"]:
+        writer.add_token_list(change["tokens"])
+    if "types" in change:
+        writer.add_token_types(change["types"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(path, read_header(path))

@@ -22,6 +22,7 @@ SPEC = QuantizerSpec(
             summary="a model in a GGUF file, as llama.cpp has it; `merge` writes one",
             location="modulora_gguf.formats:File",
             file_suffix=".gguf",
+            file_magic="GGUF",
             writer="modulora_gguf.formats:Writer",
         ),
     ),

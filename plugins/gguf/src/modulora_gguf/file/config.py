@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from modulora_core.errors import ModelError, full_disk_named
 from modulora_gguf.file.header import Header, without_vocabulary
 from modulora_gguf.file.rope import set_rope
+from modulora_gguf.file.store import MIXTRAL
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,6 +29,9 @@ _BIASES = {"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_up.bias": "mlp_bias
 """Tensors that mean a flag of a Llama-like config."""
 
 _TOKENS = "tokenizer.ggml.tokens"
+
+_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+"""The tokens that end an answer, by the fields ``tokenizer.ggml.<name>_token_id``."""
 
 _REFUSED = {
     "deci": "it has no such model",
@@ -62,15 +66,17 @@ def gguf_config(path: Path, header: Header) -> tuple[PretrainedConfig, dict[str,
             if quick:  # it saw the first part only
                 names = {tensor.name for tensor in header.tensors}
                 values["tie_word_embeddings"] = "output.weight" not in names
+            _set_mixtral(values, header)
             config = AutoConfig.for_model(**values)
             _set_left_out(config, values, header)
             if not quick:
                 set_rope(config, header)
         except Exception as error:
             # KeyError of a missing field, ValueError of an unknown architecture, ...
+            known = ", ".join(sorted(_architectures() - {header.text("general.architecture", "")}))
             raise ModelError(
-                f"{path}: transformers can't read this GGUF file ({error}); it reads "
-                f"{', '.join(_architectures())}; give the safetensors of this model"
+                f"{path}: transformers can't read this GGUF file ({error}); it reads {known}; give "
+                "the safetensors of this model"
             ) from error
     return config, values
 
@@ -94,6 +100,14 @@ def _check_architecture(header: Header) -> None:
         raise ModelError("it takes Falcon Mamba for Mamba, which has fewer norms")
 
 
+def _set_mixtral(values: dict[str, Any], header: Header) -> None:
+    """Make a Mixtral of a llama with experts, as llama.cpp's converter calls it."""
+    experts = header.fields.get("llama.expert_count")
+    if experts is not None and experts.value:
+        values["model_type"], values["num_local_experts"] = MIXTRAL, experts.value
+        values["num_experts_per_tok"] = header.fields["llama.expert_used_count"].value
+
+
 def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Header) -> None:
     """Set the sizes that transformers leaves at the default of the config's class."""
     architecture = header.text("general.architecture")
@@ -109,6 +123,7 @@ def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Head
         raise ModelError(f"it has no {architecture} with {experts.value} experts")
     if (config.pad_token_id or 0) >= config.get_text_config().vocab_size:
         config.pad_token_id = None  # the class's, which a file without one has no row of
+    _set_ends(config, header)
     if architecture == "falcon":
         _set_falcon(config, values["num_key_value_heads"], header)
     if architecture == "gpt-oss":
@@ -118,6 +133,15 @@ def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Head
         is_27b = config.num_hidden_layers == _LAYERS_OF_27B[architecture]
         of_all_heads = config.hidden_size // config.num_attention_heads
         config.query_pre_attn_scalar = of_all_heads if is_27b else config.head_dim
+
+
+def _set_ends(config: PretrainedConfig, header: Header) -> None:
+    """Name all end tokens of the file, of which transformers reads the first."""
+    named = (header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS)
+    size = config.get_text_config().vocab_size
+    ids = [field.value for field in named if field is not None and field.value in range(size)]
+    if len(set(ids)) > 1:
+        config.eos_token_id = [*dict.fromkeys(ids)]
 
 
 def _set_falcon(config: Any, groups: int, header: Header) -> None:
@@ -140,10 +164,10 @@ def _read_quickly() -> Collection[str]:
     return tuple(GGUF_CONFIG_ARCHS)
 
 
-def _architectures() -> list[str]:
+def _architectures() -> set[str]:
     """The architectures that transformers reads from a GGUF file, in either way."""
     from transformers.integrations.gguf import GGUF_ARCHS
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     sections = {"general", "tokenizer"}  # of all architectures
-    return sorted({*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_ARCHS} - sections - _REFUSED.keys())
+    return {*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_ARCHS} - sections - _REFUSED.keys()

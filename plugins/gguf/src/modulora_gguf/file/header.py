@@ -16,6 +16,7 @@ parser walks over them, and checks every count and place against the size of the
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import mmap
 import re
@@ -26,13 +27,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from modulora_core.errors import CheckpointError
+from modulora_core.errors import CheckpointError, ModelError
 
 STRING, ARRAY = 8, 9
-_SCALARS = {
+SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 _MAX_DIMS, _MAX_PARTS = 4, 99_999
+_REMOVED = frozenset((4, 5, 31, 32, 33, 36, 37, 38))
+"""Numbers of types that llama.cpp had, such as Q4_2 and Q4_0_4_4."""
+
+_MOST_TYPES = 256
+"""A larger number isn't a newer type: the file is damaged."""
+
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 _MOST_FIELDS, _MOST_TENSORS = 4096, 100_000
 _MOST_TOKENS = 2**19
@@ -105,6 +112,7 @@ def read_header(path: Path) -> Header:
 
     Raises:
         CheckpointError: it isn't a GGUF file, or it is truncated or damaged, or a part is missing.
+        ModelError: a tensor has a type that the installed gguf package doesn't know.
     """
     first = _read_part(path)
     number, count = _number_and_count(path, first)
@@ -181,8 +189,8 @@ class _Parser:
         return Header(version, found, placed, alignment, data)
 
     def _value(self, name: str, kind: int) -> Any:
-        if kind in _SCALARS:
-            number = self._number(_SCALARS[kind])
+        if kind in SCALARS:
+            number = self._number(SCALARS[kind])
             if not math.isfinite(number):
                 raise CheckpointError(f"{name}: expected a finite number, got {number}")
             return number
@@ -196,12 +204,12 @@ class _Parser:
             for _ in range(count):
                 self._skip(self._number("Q"))
             return count
-        if of not in _SCALARS:
+        if of not in SCALARS:
             raise CheckpointError(f"{name}: expected an array of numbers or strings, got {of}")
-        self._check_array(name, count, struct.calcsize(_SCALARS[of]))
+        self._check_array(name, count, struct.calcsize(SCALARS[of]))
         if count <= _MAX_NUMBERS:
-            return list(self._numbers(f"{count}{_SCALARS[of]}"))
-        self._skip(count * struct.calcsize(_SCALARS[of]))
+            return list(self._numbers(f"{count}{SCALARS[of]}"))
+        self._skip(count * struct.calcsize(SCALARS[of]))
         return count
 
     def _info(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -221,7 +229,7 @@ class _Parser:
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
-            raise CheckpointError(f"{name}: expected a known type, got {number}") from None
+            raise _unknown_type(self._path, name, number) from None
         weights, nbytes = GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % weights:
             raise CheckpointError(
@@ -273,6 +281,21 @@ class _Parser:
         if count > self._size - self._at:
             raise CheckpointError(f"{count} bytes at {self._at}, in a file of {self._size}")
         self._at += count
+
+
+def _unknown_type(path: Path, name: str, number: int) -> CheckpointError | ModelError:
+    """The error of a type that the gguf package doesn't know: a removed or newer one, or none."""
+    if number >= _MOST_TYPES:
+        return CheckpointError(f"{name}: expected a known type, got {number}")
+    if number in _REMOVED:
+        reason = "which llama.cpp has removed; take the file in another type, such as Q4_0"
+    else:
+        installed = importlib.metadata.version("gguf")
+        reason = (
+            f"which the installed gguf package {installed} doesn't know; update the gguf package: "
+            "pip install -U gguf"
+        )
+    return ModelError(f"{path}: {name}: tensor type {number}, {reason}")
 
 
 def _alignment(fields: Mapping[str, Field]) -> int:

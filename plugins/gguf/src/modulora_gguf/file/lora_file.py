@@ -6,6 +6,8 @@
     adapter.type = "lora"             <tensor of the base>.lora_b    [out, r]   F32
     adapter.lora.alpha                llama.cpp scales B A by alpha / r
 
+Beside ``lora.gguf`` it writes ``lora.Modelfile``, with which Ollama makes a model of both files.
+
 Experts have [experts, r, in] and [experts, out, r]. llama.cpp orders the rows of some weights in
 its own way: :mod:`modulora_gguf.file.places`. Gates and ups that are fused in memory are two
 tensors of the base. Both get the same A, and each its rows of B.
@@ -23,7 +25,7 @@ from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.files import AdapterFile
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_any
-from modulora_core.checkpoints.written.outputs import new_file
+from modulora_core.checkpoints.written.outputs import new_file, write_file
 from modulora_core.errors import AdapterError, ModelError
 from modulora_core.models.locate import names_file
 from modulora_core.models.source import ModelSource
@@ -32,6 +34,8 @@ from modulora_gguf.file.places import Place, places, store_of
 
 def export_for_llama_cpp(adapter: str, out: str | Path, *, model: str | None = None) -> AdapterFile:
     """Write ``adapter`` to the file ``out``, which llama.cpp loads with ``--lora``.
+
+    The file for Ollama beside it has the name of ``out`` with the suffix ``.Modelfile``.
 
     Args:
         adapter: a LoRA adapter in PEFT's format, a folder or Hub id.
@@ -46,10 +50,23 @@ def export_for_llama_cpp(adapter: str, out: str | Path, *, model: str | None = N
     """
     out = Path(out)
     with new_file(out, ".gguf") as path:
-        return _export(adapter, out, path, model)
+        written, base = _export(adapter, out, path, model)
+    write_file(out.with_suffix(".Modelfile"), _modelfile(out, base))
+    return written
 
 
-def _export(adapter: str, out: Path, path: Path, model: str | None) -> AdapterFile:
+def _modelfile(out: Path, base: Path) -> str:
+    """The lines that Ollama needs; a path without a folder is beside the Modelfile."""
+    beside = base.resolve().parent == out.resolve().parent
+    return (
+        f"# ollama create NAME -f {out.with_suffix('.Modelfile').name}\n"
+        f"FROM {f'./{base.name}' if beside else base.resolve()}\n"
+        f"ADAPTER ./{out.name}\n"
+    )
+
+
+def _export(adapter: str, out: Path, path: Path, model: str | None) -> tuple[AdapterFile, Path]:
+    """Write the LoRA file to ``path``; give the result, and the base's file."""
     from gguf import GGUFWriter
 
     saved = read_adapter(adapter)
@@ -93,7 +110,9 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> AdapterFi
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return AdapterFile(str(out), base, architecture, len(saved.deltas))
+    modelfile = str(out.with_suffix(".Modelfile"))
+    result = AdapterFile(str(out), base, architecture, len(saved.deltas), (modelfile,))
+    return result, store_of(source).file.path
 
 
 def _in_file(

@@ -134,7 +134,7 @@ def _base_of(checkpoint: PackedCheckpoint, base: str | None) -> Path:
         OptionError: there is none.
         ModelError: ``base`` is no GGUF file.
     """
-    if base is None and checkpoint.folder.suffix.lower() == ".gguf":
+    if base is None and checkpoint.folder.is_file():
         return checkpoint.folder
     base = base or base_file(checkpoint, checkpoint.name)
     if base is None:

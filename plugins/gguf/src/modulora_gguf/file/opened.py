@@ -40,7 +40,7 @@ class OpenedGGUF(ModelFile):
         self.description = {"architecture": self._file.architecture, "tensors": stored}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self._file.path, self._file.header, self.config)
+        return load_tokenizer(self._file.path, self._file.header)
 
     def tensors(self, model: PreTrainedModel) -> GGUFStore:
         return GGUFStore(self._file, model, self._values)

@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers.modeling_gguf_pytorch_utils import GGUFTensor, TensorProcessor
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUFTensor,
+    LlamaTensorProcessor,
+    Qwen2MoeTensorProcessor,
+    TensorProcessor,
+)
 
 _EXPERTS = re.compile(r"(?:model\.)?layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
 _PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
@@ -62,5 +67,17 @@ class Falcon(TensorProcessor):
         return GGUFTensor(weights, name, {})
 
 
-PROCESSORS: dict[str, type[TensorProcessor]] = {"falcon": Falcon, "gpt-oss": GptOss}
-"""By the architecture in the file."""
+class Mixtral(Qwen2MoeTensorProcessor):
+    """Mixtral: experts as Qwen's, and rows of q and k as Llama's."""
+
+    def process(self, weights: NDArray[Any], name: str, **kwargs: Any) -> GGUFTensor:
+        """``weights`` as in memory; gates and ups go into ``parsed_parameters`` together."""
+        if ".attn_" in name:
+            return LlamaTensorProcessor(self.config).process(weights, name, **kwargs)
+        return super().process(weights, name, **kwargs)
+
+
+PROCESSORS: dict[str, type[TensorProcessor]] = {
+    "falcon": Falcon, "gpt-oss": GptOss, "mixtral": Mixtral,
+}  # fmt: skip
+"""By the architecture in the file; a llama with experts is ``"mixtral"``."""

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MIXTRAL = "mixtral"
+"""The type of models of llama files with experts."""
+
 _NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
 
 
@@ -274,10 +277,12 @@ def _names_in_memory(
 
     from modulora_gguf.file.processors import PROCESSORS
 
-    kinds = TENSOR_PROCESSORS | PROCESSORS
-    processor = kinds.get(file.architecture, TensorProcessor)(config=values)
+    kinds, kind = TENSOR_PROCESSORS | PROCESSORS, file.architecture
+    is_mixtral = model.config.model_type == MIXTRAL  # the gguf package has its names in llama's
+    processor = kinds.get(MIXTRAL if is_mixtral else kind, TensorProcessor)(config=values)
     try:
-        return processor, get_gguf_hf_weights_map(_Outline(model), processor)
+        model_type = kind if is_mixtral else None
+        return processor, get_gguf_hf_weights_map(_Outline(model), processor, model_type)
     except NotImplementedError as error:
         raise ModelError(f"{file.path}: {error}; give the safetensors of this model") from error
 

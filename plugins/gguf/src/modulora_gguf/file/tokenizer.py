@@ -1,148 +1,154 @@
-"""Split text as the metadata of a GGUF file says, where transformers does it in another way.
+"""Build the tokenizer that a GGUF file describes; its token ids are llama.cpp's.
 
-The field ``tokenizer.ggml.pre`` names how a byte-level BPE splits text into words. GPT-2's splits
-are what transformers takes for a name that it doesn't know. The patterns here are published in
-models' tokenizer.json files and in llama.cpp. Each splits the pieces that the one before it left.
+transformers has classes for the same vocabularies. They respell tokens beyond ASCII, add tokens
+that a file lacks, and split text in other ways, so that we build the backend from the file.
 """
 
 from __future__ import annotations
 
-import logging
-from functools import cache
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError
+from modulora_core.models.stops import END_TOKENS
 from modulora_gguf.file.header import Header
+from modulora_gguf.file.splits import LIKE_LLAMA_3, pre_tokenizer
+from modulora_gguf.file.vocabulary import (
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+    read_vocabulary,
+)
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+_NAMED = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+"""Tokens with a role in transformers, and the fields that name them."""
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
-_CJK = r"[一-龥\u0800-一가-\ud7ff]+"
+_OF_SENTENCEPIECE = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
+"""The ids in files that name none."""
 
-_SPLITS: dict[str, tuple[str, ...]] = {
-    "default": (_PUNCTUATION, _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
-    "deepseek-llm": (
-        r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}&&[^ա-ևა-ჿ]]+",
-        r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", _CJK, r"\p{N}+",
-    ),
-    "deepseek-v3": (
-        r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
-        r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    "falcon": (_PUNCTUATION.replace("|]", "|`]"), _GPT2, "[0-9][0-9][0-9]"),
-    "seed-coder": (_QWEN2.replace(r"\p{N}]+[\r\n]*", r"\p{N}\r\n]+"),),
-    "viking": (_BLOOM, r"\p{N}"),
-    **dict.fromkeys(("bloom", "gpt3-finnish", "poro-chat"), (_BLOOM,)),
-    **dict.fromkeys(("grok-2", "hunyuan", "solar-open", "stablelm2"), (_QWEN2,)),
-    **dict.fromkeys(
-        ("codeshell", "command-r", "exaone", "mellum2", "minerva-7b", "refact", "smollm",
-         "starcoder"),
-        (r"\p{N}", _GPT2),
-    ),
-}  # fmt: skip
-
-_LIKE_GPT2 = {"a.x-4.0", "exaone4", "gigachat", "gpt-2", "granite-docling", "jais", "mellum",
-              "modern-bert", "mpt", "olmo", "phi-2", "trillion"}  # fmt: skip
-
-_LIKE_LLAMA_3 = {"falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3",
-                 "midm-2.0", "pixtral", "tekken"}  # fmt: skip
-"""Names with BOS before a text, unless the file says otherwise. A word of the vocabulary is one
-token, whatever the merges say."""
+_KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
+"""Phi-3's special tokens that don't take the white space behind them."""
 
 
-def load_tokenizer(path: Path, header: Header, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """As AutoTokenizer does; it would read the whole vocabulary once more, for the config.
+def load_tokenizer(path: Path, header: Header) -> PreTrainedTokenizerBase:
+    """The tokenizer of the file ``path``, whose vocabulary has the file's tokens and no others.
 
     Raises:
-        ModelError: a Unigram vocabulary; transformers raises other errors.
+        ModelError: the file has no vocabulary, or a kind of vocabulary that isn't read.
     """
-    from transformers import TOKENIZER_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    kind: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
-    ordinary = isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerFast)
-    if not ordinary or (path.parent / "tokenizer_config.json").exists():
-        kind = AutoTokenizer
-    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
-        path.parent, gguf_file=path.name, trust_remote_code=False, **tokenizer_options(header)
-    )
-    set_splits(tokenizer, path, header)
-    return tokenizer
-
-
-def tokenizer_options(header: Header) -> dict[str, Any]:
-    """Options for transformers that llama.cpp derives from the name, where the file lacks them.
-
-    Raises:
-        ModelError: a Unigram vocabulary, to which transformers adds T5's tokens.
-    """
-    if header.text("tokenizer.ggml.model", "") == "t5":
-        raise ModelError("tokenizer.ggml.model: expected another than t5, which only T5 has")
-    if "tokenizer.ggml.add_bos_token" in header.fields:
-        return {}
-    return {"add_bos_token": True} if _pre(header) in _LIKE_LLAMA_3 else {}
-
-
-def set_splits(tokenizer: Any, path: Path, header: Header) -> None:
-    """Set how ``tokenizer`` splits text; one line warns of a name that is not known here."""
     kind = header.text("tokenizer.ggml.model", "")
+    if kind not in ("gpt2", "llama"):
+        raise ModelError(
+            f"tokenizer.ggml.model: expected gpt2 (byte-level BPE) or llama (SentencePiece), got "
+            f"{kind!r:.40}"
+        )
+    vocabulary = read_vocabulary(path, header)
+    named = named_tokens(header, vocabulary.tokens)
     if kind == "gpt2":
-        _set_byte_level(tokenizer.backend_tokenizer, path, _pre(header))
-    elif kind == "llama" and not header.text("general.architecture").startswith("gemma"):
-        prefix = header.fields.get("tokenizer.ggml.add_space_prefix")
-        _set_sentencepiece(tokenizer.backend_tokenizer, prefix is None or bool(prefix.value))
+        backend = _byte_level(path, header, vocabulary)
+    else:
+        backend = _sentencepiece(header, vocabulary, named.get("unk_token"))
+    backend.add_tokens(_added_tokens(header, vocabulary, set(named.values())))
+    begins = kind == "llama" or _split_name(header) in LIKE_LLAMA_3
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        add_bos_token=_flag(header, "add_bos_token", begins),
+        add_eos_token=_flag(header, "add_eos_token", False),
+        chat_template=header.text("tokenizer.chat_template", "") or None,
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
 
 
-def _pre(header: Header) -> str:
+def named_tokens(header: Header, tokens: list[str]) -> dict[str, str]:
+    """Tokens by their roles. As in llama.cpp, an id beyond the vocabulary counts as none."""
+    is_llama = header.text("tokenizer.ggml.model", "") == "llama"
+    ids: dict[str, Any] = dict(_OF_SENTENCEPIECE) if is_llama else {}
+    for role, name in _NAMED.items():
+        field = header.fields.get(f"tokenizer.ggml.{name}")
+        if field is not None and type(field.value) is int and 0 <= field.value < len(tokens):
+            ids[role] = field.value
+    return {role: tokens[i] for role, i in ids.items() if i < len(tokens)}
+
+
+def _split_name(header: Header) -> str:
     return header.text("tokenizer.ggml.pre", "")
 
 
-def _set_byte_level(backend: Any, path: Path, name: str) -> None:
-    from tokenizers import Regex, pre_tokenizers
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    if name in _LIKE_LLAMA_3:
-        backend.model.ignore_merges = True
-    if name in GGUF_PRE_TOKENIZER_SPLITS or name in _LIKE_GPT2:
-        return
-    if name not in _SPLITS:
-        _warn_unknown(path, name)
-    patterns = _SPLITS.get(name, _SPLITS["default"])
-    steps = [pre_tokenizers.Split(Regex(one), "isolated") for one in patterns]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
+def _flag(header: Header, name: str, default: bool) -> bool:
+    field = header.fields.get(f"tokenizer.ggml.{name}")
+    return default if field is None else bool(field.value)
 
 
-def _set_sentencepiece(backend: Any, prefix: bool) -> None:
-    """Put a space before every text with ``prefix``; keep all of the text's own spaces."""
-    from tokenizers import decoders, normalizers
-
-    space = normalizers.Replace(" ", "▁")
-    before = [normalizers.Prepend("▁")] if prefix else []
-    backend.normalizer = normalizers.Sequence([*before, space])
-    backend.pre_tokenizer = None
-    if not prefix:
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
+def _ids(vocabulary: Vocabulary) -> dict[str, int]:
+    return {token: i for i, token in enumerate(vocabulary.tokens)}
 
 
-@cache  # a command opens a file several times
-def _warn_unknown(path: Path, name: str) -> None:
-    logger.warning(
-        "%s: expected a known name in tokenizer.ggml.pre, got %s; text is split into words as "
-        "llama.cpp does by default, which may not be how the model was trained",
-        path, repr(name) if name else "none",
-    )  # fmt: skip
+def _byte_level(path: Path, header: Header, vocabulary: Vocabulary) -> Any:
+    """A BPE over bytes, which its tokens spell as letters."""
+    from tokenizers import Tokenizer, decoders, models
+
+    name = _split_name(header)
+    whole_words = name in LIKE_LLAMA_3
+    model = models.BPE(_ids(vocabulary), vocabulary.merges, ignore_merges=whole_words)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer(path, name)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(header: Header, vocabulary: Vocabulary, unknown: str | None) -> Any:
+    """A BPE over letters that has ``▁`` for a space; other letters are bytes such as ``<0x0A>``.
+
+    The better of two merges makes the token of the higher score; Gemma's scores don't tell, but the
+    order of its tokens does.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers.tokenization_utils_base import generate_merges
+
+    ids, merges = _ids(vocabulary), vocabulary.merges
+    if not merges:
+        by_place = header.text("general.architecture").startswith("gemma")
+        scores = [-float(i) for i in ids.values()] if by_place else vocabulary.scores
+        merges = generate_merges(ids, dict(zip(ids, scores, strict=False)))
+    model = models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(model)
+    prefix = _flag(header, "add_space_prefix", True)
+    first: list[Any] = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    last: list[Any] = [decoders.Strip(" ", left=1)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+    )
+    return backend
+
+
+def _added_tokens(header: Header, vocabulary: Vocabulary, named: Collection[str]) -> list[Any]:
+    """The tokens that are found in a text before it is split, with the marks that llama.cpp has.
+
+    Control tokens are special: decoding may skip them. So are tokens that end an answer, whatever
+    their types in the file.
+    """
+    from tokenizers import AddedToken
+
+    name = header.text("general.name", "").lower()
+    strips = "phi-3" in name or "phi3" in name
+    found = []
+    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=False):
+        special = kind in (CONTROL, UNKNOWN) or token in END_TOKENS or token in named
+        if special or kind == USER_DEFINED:
+            rstrip = strips and token not in _KEEP_SPACES
+            found.append(AddedToken(token, normalized=False, special=special, rstrip=rstrip))
+    return found

@@ -83,6 +83,15 @@ _EXPERTS: Shapes = {
 # the header's fields, the tensors outside of layers, the tensors of each layer
 ARCHITECTURES: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
     "llama": (_GROUPED, {**_TOP, **_HEAD}, {**_attention(), **_MLP}),
+    "mixtral": (
+        {**_GROUPED, "expert_count": 2, "expert_used_count": 1},
+        {**_TOP, **_HEAD},
+        {
+            **_attention(),
+            "ffn_gate_inp.weight": (2, HIDDEN),
+            **{name.replace(".", "_exps."): (2, *shape) for name, shape in _MLP.items()},
+        },
+    ),
     "qwen2": (_GROUPED, _TOP, {**_attention(bias=True), **_MLP}),
     "gpt2": (
         {
@@ -204,6 +213,7 @@ def write_tiny_gguf(
         top, layer = ({n: _wide(n, s) for n, s in shapes.items()} for shapes in (top, layer))
     random = np.random.default_rng(0)
     more = {"split_max_tensors": split, "small_first_shard": True} if split else {}
+    architecture = "llama" if architecture == "mixtral" else architecture
     writer = gguf.GGUFWriter(path, architecture, **more)
     for key, value in fields.items():
         adders = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array,
