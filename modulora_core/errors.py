@@ -13,6 +13,7 @@
     │   │   └── BlockedPluginError
     │   ├── ShapeError             a shape that does not fit
     │   ├── ModelError             a model that cannot be found or read
+    │   │   └── DenseWeightError   a packed weight used as a tensor
     │   ├── CheckpointError        a shard that is missing, truncated or of other shapes
     │   ├── WeightError            NaN or Inf in a weight
     │   ├── DataError              an empty or malformed data file
@@ -86,6 +87,10 @@ class ShapeError(RequestError): ...
 
 
 class ModelError(RequestError): ...
+
+
+class DenseWeightError(ModelError, AttributeError):
+    """``hasattr(weight, "data")`` is False then, and ``weight.data`` says what to do."""
 
 
 class CheckpointError(RequestError): ...

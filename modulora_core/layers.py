@@ -24,37 +24,12 @@ from torch.nn import functional as F
 
 from modulora_core.arguments import checked
 from modulora_core.autograd import lora_linear, new_number, packed_product
-from modulora_core.errors import AdapterError, ModelError, ShapeError
-from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
+from modulora_core.errors import AdapterError, ShapeError
+from modulora_core.frozen import FrozenParameter, PEFTParameter
+from modulora_core.spec import PackedWeight, Quantizer
 
 _HALVES = (torch.float16, torch.bfloat16)
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-
-
-class PEFTParameter(nn.Module):
-    """Answers PEFT, which takes a layer's weight for a tensor.
-
-    PEFT reads ``dtype`` to cast a new adapter to it, ``data`` to merge an adapter or to make one
-    from W, and calls ``to`` with a dtype to compute with W, as LoftQ does. A packed weight is moved
-    and never cast.
-    """
-
-    dtype = torch.uint8
-    """PEFT casts no adapter to a dtype of integers."""
-    layout: PackedLayout
-
-    @property
-    def data(self) -> Tensor:
-        """Always raises ModelError: there is no dense weight."""
-        raise ModelError(
-            f"packed weight of {self.layout.quantizer}: expected a dense weight to merge into or "
-            "to initialize from; call model.dequantize() first, or run `modulora merge`"
-        )
-
-    def to(self, *where: Any, **more: Any) -> Any:
-        """Move the tensors. A dtype raises ModelError."""
-        cast = any(isinstance(each, torch.dtype) for each in (*where, *more.values()))
-        return self.data if cast else super().to(*where, **more)
 
 
 class PackedParameter(PEFTParameter):
@@ -67,12 +42,16 @@ class PackedParameter(PEFTParameter):
         quantizer: the quantizer that packed it.
         packed: Ŵ, ``[out, in]``; on the meta device for a skeleton that a loader fills.
         transposed: the model's code sees the weight as ``[in, out]`` and computes ``x @ W``.
+        dtype: the dtype of the dense weight in its place, to which some models cast activations.
+            ``model.to(dtype)`` changes it as it would change a dense weight.
     """
 
     def __init__(
-        self, quantizer: Quantizer, packed: PackedWeight, *, transposed: bool = False
-    ) -> None:
+        self, quantizer: Quantizer, packed: PackedWeight, *, transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.dtype = dtype
         self.quantizer = quantizer
         self.layout = packed.layout
         self.transposed = transposed
@@ -81,18 +60,26 @@ class PackedParameter(PEFTParameter):
         self._packed: PackedWeight | None = None
         for name, tensor in packed.tensors.items():
             if tensor.dim():
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+                self.register_parameter(name, FrozenParameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(name, tensor)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.number, self._packed = new_number(self), None  # it is a deep copy
+        self._freeze()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, nn.Parameter):  # FSDP2 puts a shard in: nothing holds the whole tensor
             self._packed = None
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """Make frozen parameters of those that a loader, torch or pickle made."""
+        for parameter in self._parameters.values():
+            if type(parameter) is nn.Parameter:
+                parameter.__class__ = FrozenParameter
 
     @property
     def packed(self) -> PackedWeight:
@@ -134,12 +121,15 @@ class PackedParameter(PEFTParameter):
         return packed_product(x, self, transpose)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+
         # model.half() casts every float buffer; scales keep the dtype that they were packed with
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(move, recurse)
+        self._freeze()
         return self
 
     @classmethod

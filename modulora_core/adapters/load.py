@@ -17,7 +17,7 @@ from modulora_core.adapters.adapted import (
     packed_shape,
 )
 from modulora_core.adapters.expert_format import stacks_of
-from modulora_core.adapters.lora import AdaptedModel, lora_layer, train_only
+from modulora_core.adapters.lora import lora_layer, train_only
 from modulora_core.adapters.peft_format import (
     AdapterDelta,
     SavedAdapter,
@@ -46,9 +46,9 @@ def load_adapter(
             warning.
         path: a folder that :func:`save_adapter` or `peft` wrote, or a Hub id.
         name: one model may carry several adapters.
-        trainable: A, B and channel scales train. ``model.config.name_or_path`` becomes the folder
-            of the adapter then: a trainer of TRL that would load its reference by that name stops
-            with an error, unless it gets ``ref_model`` or ``precompute_ref_log_probs``.
+        trainable: A, B and channel scales train. A trainer of TRL that would load its reference,
+            which lacks the adapter, by the model's name stops with an error, unless it gets
+            ``ref_model`` or ``precompute_ref_log_probs``.
 
     Returns:
         the paths of the adapted layers.
@@ -73,8 +73,6 @@ def load_adapter(
         )
         _copy(delta, layer, name)
     _copy_heads(adapter, model)
-    if isinstance(model, AdaptedModel):
-        model.loaded_adapter = str(adapter.folder)
     if trainable:
         train_only(model, name)
     else:

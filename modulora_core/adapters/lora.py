@@ -85,11 +85,37 @@ def add_lora(
     return paths
 
 
+_NO_REFERENCE = (
+    "the base model of an adapter that was trained before; the reference of this training has the "
+    "adapter too: give ref_model, or precompute_ref_log_probs=True"
+)
+
+
 class AdaptedModel:
     """The methods of a transformers model with adapters of ours that differ from its own."""
 
-    loaded_adapter = ""
-    """The folder of the adapter that was loaded last, if one was."""
+    _name = ""
+
+    @property
+    def can_train(self) -> bool:
+        """Whether a parameter trains. transformers' Trainer asks when it is made.
+
+        A trainer of TRL then loads the reference of this model by its config's name, which has no
+        adapter. After a training the reference would be another model, so the name is replaced
+        until this trainer trains by one that transformers refuses to load.
+        """
+        assert isinstance(self, PreTrainedModel)
+        if not self._name and any(_has_changed(module) for module in self.modules()):
+            self._name, self.config.name_or_path = self.config.name_or_path, _NO_REFERENCE
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def train(self, mode: bool = True) -> Any:
+        """Turn dropout on or off, as torch does."""
+        model: Any = super()
+        if self._name:
+            assert isinstance(self, PreTrainedModel)
+            self.config.name_or_path, self._name = self._name, ""
+        return model.train(mode)
 
     def save_pretrained(
         self, save_directory: str | Path, *_: Any, push_to_hub: bool = False, **options: Any
@@ -146,21 +172,24 @@ def lora_layer(model: nn.Module, path: str) -> LoRALayer:
 
 
 def train_only(model: nn.Module, name: str) -> None:
-    """Freeze the model except one adapter and the heads of tasks.
-
-    TRL's trainers load the reference of a model by its config's name. With an adapter that was
-    trained before, that would be another model, so the name becomes the adapter's folder, which
-    transformers refuses to load as a model.
-    """
-    if isinstance(model, AdaptedModel) and model.loaded_adapter:
-        assert isinstance(model, PreTrainedModel)
-        model.config.name_or_path = model.loaded_adapter
+    """Freeze the model except one adapter and the heads of tasks."""
     model.requires_grad_(False)
     for _, layer in adapter_layers(model, name):
         for parameter in layer.parameters_of(name).values():
             parameter.requires_grad_(True)
     for head in task_heads(model).values():
         head.requires_grad_(True)
+
+
+def _has_changed(module: nn.Module) -> bool:
+    """Whether a layer has an adapter that changes its product."""
+    return isinstance(module, LoRALayer) and any(
+        bool((values.detach() != start).any())
+        for start, parameters in (
+            (0, module.lora_B), (1, module.input_scale), (1, module.output_scale)
+        )
+        for values in parameters.values()
+    )  # fmt: skip
 
 
 def _head(model: nn.Module, packed: Mapping[str, nn.Module]) -> str | None:

@@ -90,7 +90,7 @@ def test_the_products_operation_keeps_torchs_rules(layer: LoRALinear) -> None:
 
 def test_a_compiled_lookup_gives_the_eager_rows(toy: ModuleType) -> None:
     quantizer = toy.Toy()
-    table = PackedTable(quantizer, quantizer.pack(torch.randn(11, 7)), torch.float32)
+    table = PackedTable(quantizer, quantizer.pack(torch.randn(11, 7)))
     ids = torch.tensor([[0, 10], [3, 3]])
     compiled = torch.compile(lambda ids: table.lookup(ids) + 1, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(ids), table.lookup(ids) + 1)

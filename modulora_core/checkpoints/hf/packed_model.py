@@ -1,4 +1,4 @@
-"""Correct the methods of a transformers model that would count packed weights wrongly."""
+"""Correct the methods of a transformers model that count packed weights, or can't take them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,48 @@ from torch import nn
 
 from modulora_core.checkpoints.hf.packed_table import PackedTable
 from modulora_core.checkpoints.hf.publishing import Publishing
+from modulora_core.errors import ModelError
 from modulora_core.layers import PackedParameter
 
 
-class PackedModel(Publishing):
+class PackedModel(Publishing, nn.Module):
     """The methods of a transformers model with packed weights that differ from its own."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "hf_quantizer" in state:  # the models inside of it have none
+            state["hf_quantizer"].follow(self)
+
+    @property
+    def can_train(self) -> bool:
+        """Whether a parameter trains. transformers' Trainer asks when it is made."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *more: Any, **options: Any
+    ) -> nn.Module:
+        """Resize the embedding and the output head.
+
+        Raises:
+            ModelError: one of them is packed, and its size would change.
+        """
+        model: Any = super()
+        embedding: nn.Module = model.get_input_embeddings()
+        multiple = next(iter(more), options.get("pad_to_multiple_of"))
+        for part in (embedding, model.get_output_embeddings()):
+            weight = getattr(part, "weight", None)
+            if not isinstance(weight, PackedParameter):
+                continue
+            if new_num_tokens not in (None, weight.layout.shape[0]) or multiple is not None:
+                raise ModelError(
+                    f"resize_token_embeddings({new_num_tokens}): expected a dense embedding and "
+                    f"output head, got a packed one of {weight.layout.quantizer} with "
+                    f"{weight.layout.shape[0]} rows; resize the dense model, then quantize it, or "
+                    "leave both dense while quantizing"
+                )
+            return embedding
+        resized: nn.Module = model.resize_token_embeddings(new_num_tokens, *more, **options)
+        return resized
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of logical weights: a packed matrix has out × in, whatever its bits."""
@@ -23,7 +60,6 @@ class PackedModel(Publishing):
         count: int = model.num_parameters(only_trainable, exclude_embeddings)
         if only_trainable:
             return count
-        assert isinstance(self, nn.Module)
         for module in self.modules():
             if isinstance(module, PackedParameter):
                 count -= sum(parameter.numel() for parameter in module.parameters())
@@ -38,7 +74,6 @@ class PackedModel(Publishing):
         DDP would broadcast them once, and no backend can broadcast all of their dtypes. Each
         process has read them from the same files.
         """
-        assert isinstance(self, nn.Module)
         names = [
             f"{path}.{name}"
             for path, module in self.named_modules()
@@ -50,7 +85,6 @@ class PackedModel(Publishing):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the dense parameters; a packed weight's scales keep their own."""
-        assert isinstance(self, nn.Module)
         dense = (m for m in self.modules() if not isinstance(m, PackedParameter))
         parameters = (p for module in dense for p in module.parameters(recurse=False))
         return next(p.dtype for p in parameters if p.is_floating_point())
@@ -67,6 +101,7 @@ def with_methods(methods: type, model_class: type) -> type:
     """A subclass of a model's class, of the same name, with the methods of another class.
 
     An object may change to such a class, as torch's ``fully_shard`` does. Nothing else changes.
+    The second of the class's bases is the model's class.
     """
     namespace = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
     made = _WithMethods(model_class.__name__, (methods, model_class), namespace)

@@ -76,7 +76,8 @@ def install_parameter(model: nn.Module, name: str, site: PackedSite, quantizer: 
     elif site.kind == "embedding":
         _install_table(model, path, site, quantizer, dense.dtype)
     else:
-        linear = QuantLinear(_packed(site, quantizer), parent._parameters["bias"])
+        weight = _packed(site, quantizer, dense.dtype)
+        linear = QuantLinear(weight, parent._parameters["bias"])
         model.set_submodule(path, _initialized(linear))
 
 
@@ -218,8 +219,9 @@ def use_eager_experts(module: nn.Module) -> None:
         config._experts_implementation = "eager"
 
 
-def _packed(site: PackedSite, quantizer: Quantizer) -> PackedParameter:
-    return PackedParameter(quantizer, site.layout.empty("meta"), transposed=site.transposed)
+def _packed(site: PackedSite, quantizer: Quantizer, dtype: torch.dtype) -> PackedParameter:
+    empty = site.layout.empty("meta")
+    return PackedParameter(quantizer, empty, transposed=site.transposed, dtype=dtype)
 
 
 def _initialized(module: nn.Module) -> nn.Module:
@@ -236,8 +238,8 @@ def _install_experts(
         child.position for child in parent.children() if isinstance(child, PackedStack)
     ):
         place += other <= place  # it is already packed, and no parameter any more
-    del parent._parameters[leaf]
-    matrices = (_packed(site, quantizer) for _ in range(site.experts or 0))
+    dtype = parent._parameters.pop(leaf).dtype  # type: ignore[union-attr]
+    matrices = (_packed(site, quantizer, dtype) for _ in range(site.experts or 0))
     parent.add_module(leaf, PackedStack(matrices, place))
     _initialized(parent)
     use_eager_experts(model)
@@ -247,7 +249,7 @@ def _install_table(
     model: nn.Module, path: str, site: PackedSite, quantizer: Quantizer, dtype: torch.dtype
 ) -> None:
     """Put a packed table into the embedding at ``path``, and into the heads tied to it."""
-    table = PackedTable(quantizer, site.layout.empty("meta"), dtype)
+    table = PackedTable(quantizer, site.layout.empty("meta"), dtype=dtype)
     embedding = model.get_submodule(path)
     if not isinstance(embedding, nn.Embedding):
         raise CheckpointError(

@@ -9,8 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +18,14 @@ from torch.nn import functional as F
 from modulora_core.autograd import WEIGHTS
 from modulora_core.errors import ModelError
 from modulora_core.layers import PackedParameter, QuantLinear
-from modulora_core.spec import PackedWeight, Quantizer
 
 
 class PackedTable(PackedParameter):
     """The packed weight of an embedding: ``X = Ŵ[ids]``, without a gradient.
 
     The model's own ``nn.Embedding`` stays, since some models scale the rows. This module replaces
-    its ``weight``.
-
-    Args:
-        quantizer: the quantizer that packed it.
-        packed: Ŵ, ``[vocabulary, hidden]``.
-        dtype: the dtype of the rows; ``model.to(dtype)`` changes it as it would change a dense
-            weight.
+    its ``weight``, Ŵ ``[vocabulary, hidden]``. The rows have its ``dtype``.
     """
-
-    def __init__(self, quantizer: Quantizer, packed: PackedWeight, dtype: torch.dtype) -> None:
-        super().__init__(quantizer, packed)
-        self.dtype = dtype
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows ``ids``, ``[*ids.shape, hidden]``. Raises IndexError for an id outside the table."""
@@ -45,11 +33,6 @@ class PackedTable(PackedParameter):
             rows: Tensor = torch.ops.modulora.lookup(ids, self.number, self.dtype)
             return rows
         return self.quantizer.lookup(ids, self.packed, self.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        super()._apply(fn, recurse)
-        return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,6 +11,7 @@ methods that have been stable since 5.0.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,13 +99,13 @@ class ModuLoRAHfQuantizer(HfQuantizer):
     """
 
     is_trainable = True
-    is_qat_trainable = True  # the Trainer then accepts a quantized model without PEFT's adapters
     is_compileable = False
     quantization_config: ModuLoRAConfig
 
     def __init__(self, quantization_config: ModuLoRAConfig, **more: Any) -> None:
         super().__init__(quantization_config, **more)
         self.packer: PackOnLoad | None = None
+        self._model: weakref.ref[PackedModel] | None = None
         self.quantizer = None if self.pre_quantized else data_free(quantization_config.choice)
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -138,7 +139,24 @@ class ModuLoRAHfQuantizer(HfQuantizer):
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
                 part.__class__ = with_methods(PackedModel, type(part))
+        self.follow(model)
         return model
+
+    def follow(self, model: PackedModel) -> None:
+        """Answer for this model. It owns the quantizer, so that a weak reference will do."""
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}  # the copy of the model calls `follow`
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the Trainer accepts the model without an adapter of PEFT.
+
+        It refuses a model in which nothing trains, and says to attach an adapter.
+        """
+        model = None if self._model is None else self._model()
+        return model is None or model.can_train
 
     @property
     def record(self) -> QuantizationRecord:

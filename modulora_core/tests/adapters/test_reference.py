@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -50,9 +51,12 @@ def with_a_second_one(tunable: Path, adapter: Path) -> Any:
 
 
 def trainer(method: str, model: Any, folder: Path, **options: Any) -> Any:
-    rows, more = (LABELS if method == "KTO" else ROWS), {}
+    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+    rows, more = {"KTO": LABELS, "SFT": texts}.get(method, ROWS), {}
     if method in {"GRPO", "RLOO"}:
         more["reward_funcs"] = [lambda completions, **_: [0.0] * len(completions)]
+    if reference := options.pop("ref_model", None):
+        more["ref_model"] = reference
     arguments = getattr(trl, f"{method}Config")(
         str(folder), max_steps=1, per_device_train_batch_size=2, bf16=False, use_cpu=True,
         report_to="none", logging_steps=1, **options,
@@ -70,7 +74,7 @@ def test_no_reference_without_the_adapter(
     tunable: Path, adapter: Path, tmp_path: Path, method: str, model: Callable[..., Any]
 ) -> None:
     options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
-    with pytest.raises(ValueError, match=f"Unrecognized model in {adapter}"):
+    with pytest.raises(OSError, match=r"trained before.* give ref_model, or precompute_ref_log_p"):
         trainer(method, model(tunable, adapter), tmp_path, **options)
 
 
@@ -89,6 +93,39 @@ def test_a_new_adapter_has_the_packed_model_as_its_reference(tunable: Path, tmp_
     made = trainer("DPO", model, tmp_path)
     made.train()
     assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tuned(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model after SFT in this process."""
+    model = load_model(tunable, device="cpu")
+    add_lora(model)
+    trainer("SFT", model, tmp_path_factory.mktemp("sft"), learning_rate=1e-2).train()
+    assert model.config.name_or_path == str(tunable)
+    return model
+
+
+@pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_no_reference_without_the_adapter_of_this_process(
+    tuned: Any, tmp_path: Path, method: str
+) -> None:
+    options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
+    with pytest.raises(OSError, match=r"trained before.* give ref_model, or precompute_ref_log_p"):
+        trainer(method, copy.deepcopy(tuned), tmp_path, **options)
+
+
+def test_further_trainings_of_the_adapter_of_this_process(
+    tunable: Path, tuned: Any, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(tuned)
+    made = trainer("DPO", model, tmp_path, precompute_ref_log_probs=True)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    reference = trainer("DPO", model, tmp_path, ref_model=copy.deepcopy(model))
+    reference.train()
+    assert reference.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    trainer("SFT", model, tmp_path).train()
+    assert model.config.name_or_path == str(tunable)
 
 
 def test_trl_turns_the_adapter_s_dropout_off(tunable: Path, tmp_path: Path) -> None:
