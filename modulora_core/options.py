@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -43,7 +43,12 @@ def validate_options(
     return validate_model(f"quantizer {subject!r}", model, options)
 
 
-def validate_model(subject: str, model: type[Model], values: Mapping[str, object]) -> Model:
+def validate_model(
+    subject: str,
+    model: type[Model],
+    values: Mapping[str, object],
+    validate: Callable[[Any], Model] | None = None,
+) -> Model:
     """Build a pydantic model from values by field name; strings are parsed to the fields' types.
 
     A field that is a ``Literal`` of numbers takes the string of such a number.
@@ -52,6 +57,7 @@ def validate_model(subject: str, model: type[Model], values: Mapping[str, object
         subject: the beginning of messages.
         model: the class to build.
         values: the fields that differ from their defaults.
+        validate: makes the object; by default ``model.model_validate``.
 
     Raises:
         OptionError: unknown fields (with near misses), or values that the model refuses: one
@@ -64,7 +70,7 @@ def validate_model(subject: str, model: type[Model], values: Mapping[str, object
         key: _literal(value, model.model_fields[key].annotation) for key, value in values.items()
     }
     try:
-        return model.model_validate(parsed)
+        return (validate or model.model_validate)(parsed)
     except ValidationError as error:
         problems = [_invalid(details, model) for details in error.errors(include_url=False)]
         raise OptionError(f"{subject}: {'; '.join(problems)}") from None

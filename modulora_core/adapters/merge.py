@@ -7,6 +7,7 @@ u and v are one for an adapter without channel scales. One parameter is dense at
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -62,7 +63,7 @@ class MergeResult:
 @checked
 @shows_progress("merging", "parameters")
 def merge(
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
     adapter: str | Path | None = None,
@@ -87,7 +88,7 @@ def merge(
         RequestError: the model is not packed or cannot be read, or ``out`` holds something else.
         WeightError: a merged value is NaN or infinite in ``dtype``.
     """
-    started, progress = time.perf_counter(), progress or None
+    started, progress, model = time.perf_counter(), progress or None, os.fspath(model)
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")

@@ -31,7 +31,7 @@ def save_adapter(
     out: str | Path,
     *,
     name: str = "default",
-    base: str | None = None,
+    base: str | Path | None = None,
     settings: LoRASettings | None = None,
 ) -> None:
     """Write an adapter in PEFT's format, with ``modulora.json`` beside it.
@@ -58,7 +58,7 @@ def save_adapter(
     scaled = any(name in layer.input_scale for layer in layers.values())
     deltas = {path: _delta(layer, name, scaled) for path, layer in layers.items()}
     source = record_of(model)
-    base = base or str((source and source.source.get("name")) or model_name(model))
+    base = str(base or (source and source.source.get("name")) or model_name(model))
     stacks, dropout = stacks_of(model), next(iter(layers.values())).dropout.p
     modules = [path for path, _ in model.named_modules()]
     parameters = [path for path, _ in model.named_parameters()]

@@ -6,6 +6,7 @@ Packed weights keep their values: nothing is quantized again. One layer is in me
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -53,7 +54,7 @@ class ConvertResult:
 @checked
 @shows_progress("converting", "parameters")
 def convert(
-    source: str,
+    source: str | Path,
     out: str | Path,
     to: str,
     *,
@@ -84,7 +85,7 @@ def convert(
         RequestError: ``source`` can't be read, or ``out`` holds something else or is too small.
             Every error is raised before any work.
     """
-    started, progress = time.perf_counter(), progress or None
+    started, progress, source = time.perf_counter(), progress or None, os.fspath(source)
     with PeakMemory("cpu") as peak:
         out = usable_path(out, "output folder", OutputError)
         check_output(out)

@@ -6,6 +6,7 @@ loaded later, after every other check.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,13 +70,13 @@ class _Loaded:
         return self.model
 
 
-Runnable = str | Opened | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Runnable = str | Path | Opened | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 """MODEL as on the command line, the result of :func:`open_to_run`, or (model, tokenizer)."""
 
 
 @checked
 def open_to_run(
-    model: str,
+    model: str | Path,
     *,
     adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
@@ -96,7 +97,7 @@ def open_to_run(
     Raises:
         RequestError: the model, the device or a plugin is missing, or the model cannot be read.
     """
-    device = str(pick_device(device))
+    model, device = os.fspath(model), str(pick_device(device))
     load_dtype(dtype, device)  # refuses an unknown name
     found = open_any(model, revision=revision)
     if isinstance(found, PackedCheckpoint):
@@ -121,7 +122,7 @@ def open_to_run(
 
 def opened(model: Runnable, adapter: str | Path | None = None) -> Opened | _Loaded:
     """Open ``model`` if it is a name. Raises RequestError, as :func:`open_to_run`."""
-    if isinstance(model, str):
+    if isinstance(model, str | Path):
         return open_to_run(model, adapter=adapter)
     if adapter is not None:
         raise AdapterError(

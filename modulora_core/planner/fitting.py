@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from modulora_core.arguments import checked
@@ -86,7 +88,7 @@ class MemoryPlan:
 
 @checked
 def plan(
-    model: str,
+    model: str | Path,
     quantizer: str | None = None,
     options: Mapping[str, Any] | None = None,
     *,
@@ -121,7 +123,7 @@ def plan(
     """
     choice = None if quantizer is None else Choice(quantizer, options or {})
     request = PlanRequest(
-        model, choice, head, embeddings, finetuning(fields), device, budget, padded,
+        os.fspath(model), choice, head, embeddings, finetuning(fields), device, budget, padded,
         calibration_samples, calibration_seq_len, revision, processes,
     )  # fmt: skip
     return plan_request(request)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -106,7 +107,7 @@ class QuantizeResult:
 @checked
 @shows_progress("reading", "bytes")
 def quantize(
-    model: str,
+    model: str | Path,
     out: str | Path,
     quantizer: str | Budget,
     options: Mapping[str, Any] | None = None,
@@ -163,7 +164,7 @@ def quantize(
         RequestError: the request can't be fulfilled; nothing was written.
         WorkError: a layer's inputs are NaN or Inf, or a quantizer failed.
     """
-    started, progress = time.perf_counter(), progress or None
+    started, progress, model = time.perf_counter(), progress or None, os.fspath(model)
     where, out = pick_device(device), usable_path(out, "output folder", OutputError)
     with PeakMemory(where) as peak:
         with together():

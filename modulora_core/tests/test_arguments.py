@@ -69,6 +69,49 @@ def test_public_functions_refuse_other_types_in_every_argument(name: str) -> Non
                 function(**{**arguments, parameter.name: object()})
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_path_is_taken_where_a_string_is(name: str, tmp_path: Path) -> None:
+    """A missing file or folder gives one error, as a string and as a Path."""
+    function, missing = getattr(api, name), tmp_path / "missing"
+    module = "lora" in name or "adapter" in name
+    sound: dict[str, Any] = {"tasks": ["x"], "nbytes": 1, "out": tmp_path / "out"}
+    places = {"model", "source", "out", "adapter", "path", "base", "include_path", "data"}
+    parameters = inspect.signature(function).parameters
+    arguments = {
+        each.name: nn.Module() if each.name == "model" and module else sound.get(each.name, "x")
+        for each in parameters.values()
+        if each.default is each.empty and each.kind < 4
+    }
+    for place in places & set(parameters) - ({"model"} if module else set()):
+        found = []
+        for value in (str(missing), missing):
+            config = {"config": api.FinetuneConfig(model=value, out=value)}
+            with pytest.raises(RequestError) as error:
+                function(**{**arguments, **(config if name == "finetune" else {}), place: value})
+            assert not str(error.value).startswith(f"{place}: expected str")
+            found.append(str(error.value))
+        assert found[0] == found[1]
+
+
+def test_a_config_takes_paths_and_says_what_it_refuses() -> None:
+    one, other = (
+        api.FinetuneConfig(model=of("m"), out=of("o"), data=[of("a"), of("b")], adapter=of("c"),
+                           lora_file=of("f"))
+        for of in (str, Path)
+    )  # fmt: skip
+    assert one == other
+    assert one.to_yaml() == other.to_yaml()
+    for wrong, message in (
+        ({"rank": 0}, r"FinetuneConfig: option 'rank': expected greater than .* 1, got 0"),
+        ({"lr": float("nan")}, "FinetuneConfig: option 'lr': expected .* finite"),
+        ({"ranks": 4}, "FinetuneConfig: unknown option 'ranks'; did you mean 'rank'"),
+        ({"steps": 1, "epochs": 1}, "FinetuneConfig: .*epochs"),
+        ({"out": 5}, "FinetuneConfig: option 'out': expected a valid string, got 5"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            api.FinetuneConfig(**{"model": "m", "out": "o", **wrong})
+
+
 def test_functions_are_all_checked() -> None:
     names = {name for name in modulora_core.__all__ if inspect.isfunction(getattr(api, name))}
     assert names - set(FUNCTIONS) == {"register"}  # takes nothing

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    model_validator,
+)
 
 from modulora_core.errors import OptionError
 from modulora_core.options import validate_model
@@ -37,6 +45,10 @@ def _one_or_more(value: Any) -> Any:
     if isinstance(value, list | tuple) and all(isinstance(v, str | os.PathLike) for v in value):
         return tuple(map(os.fspath, value))
     return value  # pydantic names what it is
+
+
+def _text_of_path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _comma_separated(value: Any) -> Any:
@@ -65,6 +77,7 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     BeforeValidator(lambda dtype: str(dtype).removeprefix("torch.")),  # torch.float32 too
 ]
+PathName = Annotated[str, BeforeValidator(_text_of_path)]
 Pairs = Annotated[dict[str, Any], BeforeValidator(_pairs)]
 
 
@@ -72,17 +85,19 @@ class FinetuneConfig(BaseModel):
     """A finetuning run.
 
     The defaults of optimizer and adapter are the paper's (arXiv 2309.16119), except targets and
-    batches, which depend on the task there. :meth:`build` raises OptionError for a bad value;
-    the constructor raises pydantic's ValidationError.
+    batches, which depend on the task there.
+
+    Raises:
+        OptionError: an unknown field (with near misses), or a bad value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: str = Field(
+    model: PathName = Field(
         description="quantized model: a folder of `modulora quantize` or of another tool, a "
         "plugin's file, or a Hub id; with quantizer, a dense model"
     )
-    out: str = Field(description="folder to write the adapter to")
+    out: PathName = Field(description="folder to write the adapter to")
     data: Sources | None = Field(
         default=None, min_length=1, description="training data: files, a Hub dataset, or pydoc"
     )
@@ -127,7 +142,7 @@ class FinetuneConfig(BaseModel):
         default=False,
         description="also train two vectors per layer, which scale its input and its output",
     )
-    adapter: str | None = Field(
+    adapter: PathName | None = Field(
         default=None, description="train this adapter further, instead of a new one"
     )
 
@@ -199,7 +214,7 @@ class FinetuneConfig(BaseModel):
         description="write report.html: curves, settings, and answers before and after, which take "
         "at most a tenth of the run's time, or 5 seconds",
     )
-    lora_file: str | None = Field(
+    lora_file: PathName | None = Field(
         default=None,
         description="also write the adapter to this file, in the format of its suffix; it needs a "
         "file of that format as MODEL",
@@ -250,6 +265,14 @@ class FinetuneConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refused(cls, values: Any, validate: Any, info: ValidationInfo) -> Any:
+        # defined last, it is around the others
+        if not isinstance(values, Mapping):
+            return validate(values)
+        return validate_model(info.context or cls.__name__, cls, values, validate)
+
     @classmethod
     def build(cls, options: Mapping[str, object], *, file: str | Path | None = None) -> Self:
         """Build a config from options and a YAML file.
@@ -268,7 +291,8 @@ class FinetuneConfig(BaseModel):
             for other in _EXCLUSIVE.get(name, ()):
                 values.pop(other, None)
         subject = "finetune" if file is None else f"finetune with {file}"
-        return validate_model(subject, cls, dict(map(_renamed, {**values, **given}.items())))
+        named = dict(map(_renamed, {**values, **given}.items()))
+        return cls.model_validate(named, context=subject)
 
     def in_window(self, longest: int | None, model: str) -> FinetuneConfig:
         """The config with a ``seq_len`` that ``model`` can take: its context, if none was given.
