@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -63,6 +64,21 @@ class OnCuda(Tensor):
         return _run(func, args, kwargs or {})
 
 
+PLAIN = torch.Generator
+
+
+class Generator(PLAIN):
+    """A generator of random numbers that may say it is on CUDA."""
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        made = super().__new__(cls)
+        made.named = torch.device(device)
+        return made
+
+    named: torch.device
+    device = property(lambda self: self.named)
+
+
 FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray)
 """Functions that copy no values to the device underneath."""
 
@@ -71,9 +87,16 @@ class _Names(TorchFunctionMode):
     """Replaces the device in the arguments of each function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:  # a name
+            return func(*args, **kwargs or {})
         args, kwargs = tree_map(_underneath, (args, kwargs or {}))
+        _check_generators(func.__name__, args, kwargs)
         if func in FROM_VALUES and _is_underneath(kwargs.get("device")):
             return OnCuda(func(*args, **kwargs | {"device": "cpu"}))
+        if func is Tensor.new_tensor and isinstance(args[0], OnCuda):
+            return OnCuda(args[0].on_cpu.new_tensor(*args[1:], **kwargs))
+        if func is Tensor.cuda:  # torch's own looks for a GPU
+            return args[0].to(UNDERNEATH)
         return func(*args, **kwargs)
 
 
@@ -81,6 +104,15 @@ def _underneath(value: Any) -> Any:
     if isinstance(value, torch.device):
         return torch.device(UNDERNEATH) if value.type == "cuda" else value
     return UNDERNEATH if isinstance(value, str) and value in ("cuda", "cuda:0") else value
+
+
+def _check_generators(name: str, args: Any, kwargs: dict[str, Any]) -> None:
+    given = list(tree_iter((args, kwargs)))
+    on_cuda = _is_underneath(kwargs.get("device")) or any(isinstance(t, OnCuda) for t in given)
+    of = "cuda" if on_cuda else "cpu"
+    others = [g for g in given if isinstance(g, PLAIN) and g.device.type != of]
+    if others:
+        raise RuntimeError(f"{name}: expected a generator on {of}, got it on {others[0].device}")
 
 
 def _is_underneath(device: Any) -> bool:
@@ -94,17 +126,20 @@ class _Device(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-COPIES = ("aten::_to_copy", "aten::copy_", "aten::index.", "aten::index_put")
-"""Operations that take tensors of two devices: torch copies indices that are on the CPU."""
+COPIES = ("aten::_to_copy", "aten::copy_")
+"""Operations that take tensors of two devices."""
+
+INDEXED = ("aten::index.", "aten::index_put")
+"""Operations on a tensor whose indices may be on the CPU: torch copies them."""
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name, tensors = func.name(), [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
     asked = kwargs.get("device")
-    here = [t for t in tensors if not isinstance(t, OnCuda)]
-    on_cuda = len(here) < len(tensors)
+    on_cuda = any(isinstance(t, OnCuda) for t in tensors)
     if on_cuda and not name.startswith(COPIES):
-        mixed = [t for t in here if t.dim() > 0]  # torch takes CPU numbers
+        checked = [args[0], *args[2:]] if name.startswith(INDEXED) else tensors
+        mixed = [t for t in checked if _is_on_cpu(t)]
         if mixed:
             raise RuntimeError(
                 f"{name}: expected all tensors on one device, got cuda and cpu "
@@ -124,10 +159,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map_only(Tensor, lambda t: kept[id(t)] if id(t) in kept else OnCuda(t), result)
 
 
+def _is_on_cpu(value: Any) -> bool:
+    """Whether it is a tensor on the CPU, and no number: torch takes numbers of the CPU."""
+    return isinstance(value, Tensor) and not isinstance(value, OnCuda) and value.dim() > 0
+
+
 @contextmanager
 def fake_cuda() -> Iterator[None]:
     """Within this block ``"cuda"`` is the fake device."""
-    with _Names(), _Device():
+    with mock.patch.object(torch, "Generator", Generator), _Names(), _Device():
         yield
 
 

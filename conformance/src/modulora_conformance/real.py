@@ -70,6 +70,10 @@ AS_USUAL = 3.0
 """The most of the largest error in a small weight. A real layer has a hundred times the pieces."""
 
 
+NEARLY_LOST = 0.95
+"""The most error of a coarse quantizer's piece. A lost piece has 1, a swapped one more."""
+
+
 @dataclass
 class Outcome:
     """What the checks of one weight compare.
@@ -106,38 +110,56 @@ def steep(shape: tuple[int, int], seed: int) -> Tensor:
     return (W.add_(mean[..., None]).mul_(SPREAD * size[..., None])).flatten(1)[:, :columns]
 
 
-def piece_errors(found: Tensor, exact: Tensor) -> dict[str, float]:
+def piece_errors(
+    found: Tensor, exact: Tensor, shape: tuple[int, int] | None = None
+) -> dict[str, float]:
     """The largest error of a row, a column and a piece of a row, relative to its norm.
 
     A norm counts as the root mean square of all norms at least: rotations spread errors. NaN is
     infinite.
+
+    Args:
+        shape: cuts rows and columns to those of a weight of this shape, if they are longer.
     """
     difference, whole = (found - exact).square_(), exact.square()
+    height, width = (min(n, m) for n, m in zip(shape or whole.shape, whole.shape, strict=True))
 
-    def largest(sums: Tensor, norms: Tensor) -> float:
+    def largest(dim: int, size: int) -> float:
+        sums, norms = (
+            t.narrow(dim, 0, t.shape[dim] // size * size).unflatten(dim, (-1, size)).sum(dim + 1)
+            for t in (difference, whole)
+        )
         share = sums / torch.maximum(norms, norms.mean()).clamp(min=1e-30)
         return float(share.nan_to_num(nan=torch.inf).max().sqrt())
 
-    columns = found.shape[1] // BLOCK * BLOCK
-    parts = (t[:, :columns].unflatten(1, (-1, BLOCK)).sum(2) for t in (difference, whole))
+    pieces = {"a piece of a row": largest(1, BLOCK)} if width >= BLOCK else {}
+    return {"a row": largest(1, width), "a column": largest(0, height), **pieces}
+
+
+def limit_of_pieces(quantizer: Quantizer, shape: tuple[int, int]) -> dict[str, float]:
+    """The most error of each kind of piece of a weight: :data:`AS_USUAL` times a small weight's.
+
+    Pieces of the small weight are as short: the errors of few weights vary. The limit is below 1,
+    the error of a lost piece, for all but the coarsest quantizers.
+    """
+    usual = _usual_pieces(type(quantizer), quantizer.options.model_dump_json(), shape)
     return {
-        "a row": largest(difference.sum(1), whole.sum(1)),
-        "a column": largest(difference.sum(0), whole.sum(0)),
-        **({"a piece of a row": largest(*parts)} if columns else {}),
+        name: min(AS_USUAL * e, max((1 + e) / 2, min(1.3 * e, NEARLY_LOST), 1.1 * e)) + 1e-6
+        for name, e in usual.items()
     }
 
 
-def limit_of_pieces(quantizer: Quantizer) -> dict[str, float]:
-    """The most error of each kind of piece: :data:`AS_USUAL` times that of a small weight."""
-    usual = _usual_pieces(type(quantizer), quantizer.options.model_dump_json())
-    return {name: min(AS_USUAL * e, max((1 + e) / 2, 1.3 * e)) + 1e-6 for name, e in usual.items()}
-
-
 @lru_cache(maxsize=64)
-def _usual_pieces(cls: type[Quantizer], options: str) -> dict[str, float]:
+def _usual_pieces(cls: type[Quantizer], options: str, shape: tuple[int, int]) -> dict[str, float]:
+    return piece_errors(*_small(cls, options), shape)
+
+
+@lru_cache(maxsize=4)
+def _small(cls: type[Quantizer], options: str) -> tuple[Tensor, Tensor]:
+    """A small steep weight after packing, and before."""
     quantizer = cls(cls.Options.model_validate_json(options))
     W = steep(fit(quantizer, 256, 512), 3)
-    return piece_errors(tile(quantizer, pack(quantizer, W)), W)
+    return tile(quantizer, pack(quantizer, W)), W
 
 
 def multiplies_itself(quantizer: Quantizer) -> bool:

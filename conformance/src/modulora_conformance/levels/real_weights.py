@@ -28,9 +28,6 @@ COLUMNS = (576, 1536, 4096, 11_008)
 
 PROMISED_COLUMNS = 2048
 
-SHORT = 128
-"""Rows of fewer columns get more room."""
-
 ROUNDED = 1.01
 """Room for a promise of two digits."""
 
@@ -64,7 +61,7 @@ class RealWeights(Level):
         """If this fails: in a weight of 17 million elements, a row, column or piece is wrong.
 
         An index is a float or a byte, or blocks of megabytes are swapped or left out. Each row has
-        another size and mean in every 128 columns. The limit is twice the error of a small weight.
+        another size and mean in every 128 columns. The limit is three times a small weight's error.
         """
         found = real.big(quantizer)
         name = f"{PACKING}{list(found.shape)}"
@@ -124,10 +121,7 @@ def _promised_bits(quantizer: Quantizer, promise: Promise, columns: int) -> floa
 
 def _check_pieces(quantizer: Quantizer, found: Outcome, measurements: Measurements) -> None:
     assert real.LAYOUT not in found.faults, found.faults[real.LAYOUT][0]
-    limits = real.limit_of_pieces(quantizer)
-    columns = found.shape[1]
-    # the errors of short rows vary: the worst of 4,097 has 3.5 standard deviations more
-    room = 1 + 3.5 / (2 * columns) ** 0.5 if columns < SHORT else 1.0
+    limits = real.limit_of_pieces(quantizer, found.shape)
     for name, error in found.pieces.items():
         case = f"the worst of a {list(found.shape)} weight"
-        measurements.at_most(f"error of {name}", error, room * limits[name], case=case)
+        measurements.at_most(f"error of {name}", error, limits[name], case=case)

@@ -73,7 +73,8 @@ class Rotated(PerRow):
     """Columns are turned by signs and a Hadamard matrix of 2, so a row of Ŵ is a sum."""
 
     def prepared(self, weight):
-        return self.turned(super().prepared(weight) * signs(0, weight.shape[1]))
+        sign = signs(0, weight.shape[1]).to(weight.device)
+        return self.turned(super().prepared(weight) * sign)
 
     def turned(self, x):
         pairs = x.unflatten(-1, (-1, 2))

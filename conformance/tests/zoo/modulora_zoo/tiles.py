@@ -261,7 +261,7 @@ class Scaled(Healthy):
 
     def packed(self, codes, scale, zero, weight):
         found = super().packed(codes, scale, zero, weight)
-        rows, columns = (torch.ones(n, dtype=torch.float16, device="cpu") for n in weight.shape)
+        rows, columns = (scale.new_ones(n) for n in weight.shape)
         return changed(found, rows=rows, columns=columns)
 
     def decode(self, packed, rows):

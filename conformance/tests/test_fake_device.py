@@ -1,0 +1,101 @@
+"""The fake device of the kit: it gives the CPU's values, and refuses what a GPU refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from modulora_conformance.fake_device import CUDA, OnCuda, fake_cuda, moved
+
+TABLE = torch.arange(8.0)
+
+MOVES = {
+    "to(device)": lambda t, x: t.to(x.device),
+    "to(device, dtype)": lambda t, x: t.to(x.device, torch.float32),
+    "to(device=)": lambda t, x: t.to(device=x.device),
+    "to('cuda')": lambda t, x: t.to("cuda"),
+    "to('cuda:0')": lambda t, x: t.to("cuda:0"),
+    "to(tensor)": lambda t, x: t.to(x),
+    "cuda()": lambda t, x: t.cuda(),
+    "non_blocking": lambda t, x: t.to(x.device, non_blocking=True),
+    "type_as": lambda t, x: t.type_as(x),
+    "new_tensor": lambda t, x: x.new_tensor(t.tolist()),
+    "copy_": lambda t, x: torch.empty(8, device=x.device).copy_(t),
+    "tensor(device=)": lambda t, x: torch.tensor(t.tolist(), device=x.device),
+    "as_tensor(device=)": lambda t, x: torch.as_tensor(t.tolist(), device=x.device),
+    "from numpy": lambda t, x: torch.from_numpy(np.arange(8, dtype=np.float32)).to(x.device),
+    "arange(device=)": lambda t, x: torch.arange(8, device=x.device).float(),
+    "to(torch.device)": lambda t, x: t.to(torch.device("cuda", 0)),
+    "a device context": lambda t, x: made_in(x.device),
+    "zeros_like": lambda t, x: torch.zeros_like(x) + t.to(x.device),
+    "a buffer of a module": lambda t, x: module_with(t).to(x.device).table,
+}
+
+
+def made_in(device):
+    with torch.device(device):
+        return torch.arange(8.0)
+
+
+def module_with(table):
+    module = torch.nn.Module()
+    module.register_buffer("table", table)
+    return module
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_table_of_the_cpu_that_is_moved_is_used(move):
+    """If this fails: a sound quantizer with such a line fails the checks of another device."""
+    with fake_cuda():
+        x = moved(torch.full((8,), 3.0))
+        table = MOVES[move](TABLE, x)
+        assert table.device == CUDA == x.device == torch.device("cuda:0")
+        found = x * table
+        picked = table[moved(torch.tensor([7, 0]))]
+    assert isinstance(found, OnCuda)
+    assert torch.equal(found.on_cpu, 3 * TABLE)
+    assert torch.equal(picked.on_cpu, torch.tensor([7.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x * TABLE,
+        lambda x: torch.where(x > 0, x, TABLE),
+        lambda x: torch.cat([x, TABLE]),
+        lambda x: TABLE[x.long()],
+        lambda x: TABLE @ x,
+        lambda x: torch.bucketize(x, TABLE),
+    ],
+)
+def test_a_table_that_stays_on_the_cpu_is_an_error(mix):
+    """If this fails: a quantizer is certified that stops at the first product on a GPU."""
+    with fake_cuda(), pytest.raises(RuntimeError, match="expected all tensors on one device"):
+        mix(moved(TABLE))
+
+
+def test_random_numbers_need_a_generator_of_their_device():
+    with fake_cuda():
+        x = moved(TABLE)
+        draw = torch.Generator(device=x.device).manual_seed(3)
+        assert isinstance(draw, torch.Generator)
+        assert draw.device == CUDA
+        drawn = torch.randn(4, generator=draw, device=draw.device)
+        moved_later = torch.randn(4, generator=torch.Generator().manual_seed(3)).to(x.device)
+        with pytest.raises(RuntimeError, match="generator on cuda"):
+            torch.randn(4, generator=torch.Generator(), device=x.device)
+        with pytest.raises(RuntimeError, match="generator on cuda"):
+            x.normal_(generator=torch.Generator())
+        with pytest.raises(RuntimeError, match="generator on cpu"):
+            torch.randn(4, generator=draw)
+    assert torch.equal(drawn.on_cpu, moved_later.on_cpu)
+
+
+def test_indices_of_the_cpu_are_copied():
+    with fake_cuda():
+        x, ids = moved(TABLE), torch.tensor([7, 0])
+        assert x[ids].on_cpu.tolist() == [7, 0]
+        x[ids] = 1.0
+        assert x.on_cpu.tolist() == [1, 1, 2, 3, 4, 5, 6, 1]
+        with pytest.raises(RuntimeError, match="one device"):
+            x[ids] = torch.ones(2)
