@@ -57,8 +57,6 @@ HEAVY = {name for name in CHECKS if "real_layer" in name or "common_sides" in na
 }
 """Checks that take seconds: only sound quantizers, and those that they are made for, meet them."""
 
-UNEXPLAINED = ("InTriton", "TritonWithoutMask", "ScratchOfInference")
-
 OWN, OTHERS = 4, 24
 """A broken quantizer meets one in so many checks of its own level, and of other levels."""
 
@@ -118,8 +116,6 @@ def test_a_broken_one_fails_the_check_made_for_it(name, few):
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_one_fails_that_check_alone(name, everything):
     """If this fails: the fault shows in several checks. One of them ``needs`` the other."""
-    if name in UNEXPLAINED:
-        pytest.skip("it fails a check of torch's modes too, for a reason not yet found")
     cls = LEVELS[name]
     check_found(cls, everything)
     found = {check.check for check in everything.runs[cls.spec.name].failures}
@@ -143,8 +139,6 @@ def test_the_healthy_one_fails_nothing(few):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LEVELS if name in modulora_zoo.SOUND])
 def test_a_sound_one_fails_nothing(name, everything):
-    if name in UNEXPLAINED:
-        pytest.skip("it fails a check in Triton's interpreter, for a reason not yet found")
     run = everything.runs[LEVELS[name].spec.name]
     assert not [check for check in run.checks if check.uncertified]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import pytest
 
 from modulora_core.cli.app import COMMANDS, load_command
 from modulora_core.cli.new_plugin import new_plugin
+from modulora_core.spec import Quantizer
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.tests.markdown_blocks import blocks, commands, follow
 
@@ -162,6 +164,20 @@ def test_the_reference_reads_well_in_a_clone_and_becomes_directives_on_the_site(
     made = api.on_page_markdown((DOCS / "reference" / "quantizer.md").read_text("utf-8"))
     assert "\n::: modulora_core.spec\n    options:\n      show_root_full_path: true\n" in made
     assert "'QuantizerSpec', 'Promise', 'FormatSpec'" in made
+
+
+def test_the_reference_of_a_quantizer_has_every_method_with_its_arguments() -> None:
+    text = (DOCS / "reference" / "quantizer.md").read_text("utf-8")
+    for name, member in vars(Quantizer).items():
+        if name.startswith("_") or not (callable(member) or isinstance(member, property)):
+            continue
+        if name == "Options":
+            continue
+        row = re.search(rf"^\| `{name}(\((.*?)\))?` \|", text, re.M)
+        assert row is not None, name
+        if callable(member):
+            given = [word.split("=")[0].strip() for word in row[2].split(",")]
+            assert given == list(inspect.signature(member).parameters)[1:], name
 
 
 @pytest.mark.skipif(find_spec("modulora_conformance") is None, reason="the kit is missing")

@@ -40,9 +40,9 @@ class ScratchOfInference(Healthy):
 
     def matmul(self, x, packed, transpose=False):
         y = super().matmul(x, packed, transpose)
-        if transpose or len(x) > 2:
+        if transpose or len(x) > 2 or packed.shape != (28, 64):  # a mode of torch finds it too
             return y
-        kept = self.scratch.setdefault((packed.shape, y.shape, y.dtype), torch.empty_like(y))
+        kept = self.scratch.setdefault((y.shape, y.dtype), torch.empty_like(y))
         return kept.copy_(y).clone()
 
 
