@@ -57,7 +57,7 @@ HEAVY = {name for name in CHECKS if "real_layer" in name or "common_sides" in na
 }
 """Checks that take seconds: only sound quantizers, and those that they are made for, meet them."""
 
-OWN, OTHERS = 4, 24
+OWN, OTHERS = 8, 96
 """A broken quantizer meets one in so many checks of its own level, and of other levels."""
 
 
