@@ -201,6 +201,9 @@ def _write_config(
             and len(stored.shape) == 2
         ]
         config["quantization_config"] = writer.config(weights, kept)
+        if writer.dtype is not None:
+            config.pop("torch_dtype", None)  # the older name
+            config["dtype"] = writer.dtype
         for file in writer.spec.config_files:
             (folder / file).write_text(json.dumps(config["quantization_config"], indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -131,9 +131,12 @@ class CheckpointFormat(FormatReader):
 
     Attributes:
         stacks: whether it holds stacks of experts.
+        dtype: the dtype in which other tools dequantize its weights, for config.json. None: the
+            model's own.
     """
 
     stacks: ClassVar[bool] = False
+    dtype: ClassVar[str | None] = None
 
     @abstractmethod
     def plan(self, weight: StoredWeight) -> dict[str, TensorLayout]:

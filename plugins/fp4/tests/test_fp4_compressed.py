@@ -20,10 +20,7 @@ from modulora_core.registry import create
 from modulora_core.spec import PackedWeight
 from modulora_core.tests.compressed_folders import load_dequantized, save_compressed
 from modulora_core.tests.fuzzing import cases, read_changed, run_once
-from modulora_core.tests.other_tools import (
-    assert_used,
-    logits,
-)
+from modulora_core.tests.other_tools import _SIZES, assert_used, logits
 
 pytest.importorskip("compressed_tensors")
 # transformers says which of two configs it takes
@@ -103,23 +100,29 @@ def test_experts_that_are_layers_in_the_files_become_stacks(tmp_path: Path) -> N
             torch.testing.assert_close(rows, W, rtol=1e-6, atol=0)
 
 
-def test_a_model_of_ours_is_read_by_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@formats
+def test_a_model_of_ours_is_read_by_transformers(name, weights, dtype, tmp_path: Path) -> None:
+    """Whatever the dtype of the model was, such as float32 of a GGUF file."""
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from modulora_core.tests.tiny_models import save_tiny_model
-
-    save_tiny_model("llama-tied", tmp_path / "dense")
-    quantize(str(tmp_path / "dense"), tmp_path / "packed", "fp4", {"type": "nvfp4"})
-    convert(str(tmp_path / "packed"), tmp_path / "theirs", "nvfp4-pack-quantized")
+    del weights
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**_SIZES["llama"]))
+    dense.to(dtype).save_pretrained(tmp_path / "dense")
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "fp4", {"type": name.partition("-")[0]})
+    convert(str(tmp_path / "packed"), tmp_path / "theirs", name)
     expected = logits(load_model(tmp_path / "packed", dtype="float32"))
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert "lm_head" in config["quantization_config"]["ignore"]
+    assert config["dtype"] == "bfloat16"
     for model in (  # weights are rounded to bf16 in both
         load_dequantized(tmp_path / "theirs"),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.bfloat16),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"),
     ):
         limit = 0.03 * float(expected.abs().max())
-        torch.testing.assert_close(logits(model), expected, rtol=0, atol=limit)
+        torch.testing.assert_close(logits(model).float(), expected, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("own_file", [False, True], ids=["config.json", "hf_quant_config.json"])

@@ -37,7 +37,12 @@ _SCALES = {"mxfp4": "uint8", "nvfp4": "float8_e4m3fn"}
 
 
 class CompressedTensors(GroupedFormat):
-    """``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized``."""
+    """``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized``.
+
+    compressed-tensors dequantizes both to bfloat16.
+    """
+
+    dtype = "bfloat16"
 
     def __init__(self, spec: FormatSpec) -> None:
         super().__init__(spec)
