@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 Checked = Annotated[str, argument("PATH", "A model or an adapter: a folder, a file or a Hub id.")]
 Verify = Annotated[
-    bool, option("--verify", "Read all files, and compare them with their recorded SHA-256.")
+    bool,
+    option(
+        "--verify",
+        "Read all files, and compare them with their recorded SHA-256. A model in one file has "
+        "none: its packed weights are read and checked.",
+    ),
 ]
 
 
@@ -33,7 +38,10 @@ def command(path: Checked, verify: Verify = False) -> Report:
         modulora info smollm2-packed --verify
         modulora info my-adapter --json
     """
-    if verify:
+    from modulora_core.models.locate import names_file
+
+    in_file = verify and names_file(path)
+    if verify and not in_file:
         from modulora_core.checkpoints.written.outputs import check_digests
 
         files = check_digests(Path(path))
@@ -44,7 +52,20 @@ def command(path: Checked, verify: Verify = False) -> Report:
 
     checkpoint = open_checkpoint(path)
     checkpoint.check_whole()
+    if in_file:
+        _check_values(path, checkpoint)
     return _checkpoint(checkpoint)
+
+
+def _check_values(path: str, checkpoint: PackedCheckpoint) -> None:
+    """Read all packed weights; a damaged one raises CheckpointError."""
+    names = list(checkpoint.record.weights)
+    with terminal().progress("verifying", "parameters") as show:
+        for done, name in enumerate(names, 1):
+            for _ in checkpoint.packed(name):
+                pass
+            show("verifying", done, len(names))
+    terminal().note(f"{path}: {len(names)} packed parameters are whole, and their scales finite")
 
 
 def _checkpoint(checkpoint: PackedCheckpoint) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from modulora_core import load_model, merge, quantize
 from modulora_core.checkpoints.convert import convert
+from modulora_core.cli import main
 from modulora_core.errors import CheckpointError
 from modulora_core.tests.tiny_models import save_tiny_model
 
@@ -96,3 +98,14 @@ def test_mapped_checks_at_the_first_touch(damaged: Path) -> None:
     model = load_model(damaged, device="cpu", mapped=True)
     with pytest.raises(CheckpointError, match=NAMED):
         model(torch.tensor([[1, 2, 3]]))
+
+
+def test_info_verifies_a_file(
+    damaged_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", str(damaged_file)]) == 0
+    assert main(["info", str(damaged_file), "--verify"]) == 2
+    assert re.search(NAMED, capsys.readouterr().err)
+    path = write_tiny_gguf("llama", tmp_path / "sound.gguf", kind="Q8_0")
+    assert main(["info", str(path), "--verify"]) == 0
+    assert "16 packed parameters are whole, and their scales finite" in capsys.readouterr().err
