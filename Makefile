@@ -54,7 +54,7 @@ check: $(STAMP)
 	$(BIN)/python .ci/prose.py
 
 docs: $(DOCS_STAMP)
-	$(BIN)/mkdocs build --strict --site-dir $(CURDIR)/site
+	. .ci/urls && $(BIN)/mkdocs build --strict --site-dir $(CURDIR)/site
 
 clean:
 	rm -rf $(VENV) site dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -18,6 +18,7 @@ PROJECTS = [
     *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml")),
     ROOT / "examples" / "third_party_plugin",
 ]
+ALL = ROOT / "distribution"
 
 IMPORT_ALL = """
 import importlib, pkgutil, socket, sys
@@ -43,7 +44,7 @@ def project(path: Path) -> dict[str, Any]:
     return tomllib.loads((path / "pyproject.toml").read_text())
 
 
-@pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*PROJECTS, ALL], ids=lambda path: path.name)
 def test_metadata_agree(path: Path) -> None:
     ours, root = project(path), project(ROOT)["project"]
     for field in ("version", "license", "license-files", "requires-python"):
@@ -51,8 +52,13 @@ def test_metadata_agree(path: Path) -> None:
     assert set(root["classifiers"]) <= set(ours["project"]["classifiers"])
     assert (path / "README.md").is_file()
     assert (path / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    (package,) = ours["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-    assert (path / package / "py.typed").is_file()
+    for package in ours["tool"]["hatch"]["build"]["targets"]["wheel"].get("packages", []):
+        assert (path / package / "py.typed").is_file()
+
+
+def test_the_whole_distribution_has_every_other_one() -> None:
+    ours = {project(path)["project"]["name"] for path in PROJECTS[:-1]}
+    assert {Requirement(text).name for text in project(ALL)["project"]["dependencies"]} == ours
 
 
 def test_each_library_has_one_lower_bound_and_no_upper_one() -> None:
