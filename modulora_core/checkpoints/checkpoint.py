@@ -20,6 +20,8 @@ from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.checkpoints.written.mapped import MappedFiles, keep_one_block
 from modulora_core.distributed import pick_device
 from modulora_core.errors import ModelError, OptionError
+from modulora_core.kernels.parity import check_kernels
+from modulora_core.layers import PackedParameter
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.folders import no_config
 from modulora_core.models.formats import method_of, recognise, unread_method
@@ -27,6 +29,7 @@ from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.models.source import ModelSource, open_source
+from modulora_core.progress import terminal_bar
 from modulora_core.spec import TensorLayout
 
 if TYPE_CHECKING:
@@ -145,6 +148,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
     mapped: bool = False,
+    parity_check: bool = True,
 ) -> PreTrainedModel:
     """Load a quantized model, with its weights packed, as a transformers model in evaluation mode.
 
@@ -162,6 +166,9 @@ def load_model(
             keep their own.
         device: ``"cpu"``, ``"cuda"``, ...; None takes a GPU if there is one.
         mapped: hold the packed weights of one decoder block in memory at a time, on a CPU only.
+        parity_check: on a GPU, compare a tile and products of each kind of layer with plain torch,
+            which takes the place of kernels that differ
+            (:func:`modulora_core.kernels.parity.check_kernels`).
 
     Raises:
         OptionError: no such dtype or device, or ``mapped`` on a GPU or for another tool's format.
@@ -186,6 +193,10 @@ def load_model(
             keep_one_block(loaded, files)
         _drop_cast(checkpoint, files, loaded_as)
     loaded.eval()
+    if parity_check and torch.device(device).type == "cuda":
+        packed = [each for each in loaded.modules() if isinstance(each, PackedParameter)]
+        with terminal_bar("comparing kernels with plain torch", "kinds of layers") as progress:
+            check_kernels(((each.quantizer, each.packed) for each in packed), loaded_as, progress)
     return loaded
 
 

@@ -102,6 +102,13 @@ Dtype = Annotated[
 Mapped = Annotated[
     bool, option("--mapped", "Map packed weights from disk, one decoder block at a time. CPU only.")
 ]
+ParityCheck = Annotated[
+    bool,
+    option(
+        "--parity-check/--no-parity-check",
+        "On a GPU, compare the kernels of each kind of layer with plain torch.",
+    ),
+]
 MaxNewTokens = Annotated[int, option("--max-new-tokens N", "Stop an answer after N tokens.")]
 Temperature = Annotated[
     float, option("--temperature T", "0 takes the likeliest token; higher varies more.")

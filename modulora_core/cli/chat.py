@@ -36,6 +36,7 @@ def command(
     dtype: shared.Dtype = "auto",
     device: shared.Device = None,
     mapped: shared.Mapped = False,
+    parity_check: shared.ParityCheck = True,
     seed: shared.Seed = 0,
 ) -> Report:
     """Chat with a model.
@@ -51,7 +52,9 @@ def command(
     from modulora_core.inference.loading import open_to_run
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
+    opened = open_to_run(
+        model, adapter=adapter, dtype=dtype, device=device, mapped=mapped, parity_check=parity_check
+    )
     if opened.tokenizer.chat_template is None:
         raise DataError(
             f"model {model}: expected a tokenizer with a chat template, got one without; "

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import format_size
+from modulora_core.errors import RequestError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,6 +33,9 @@ SHAPE = (192, 512)
 
 LARGEST_ERROR = 1e-4
 """Of a product in fp32 beside the product with Ŵ in fp64, relative to its norm."""
+
+MOST_FAULTS = 5
+"""Wrong results of one plugin that are listed: one fault of a kernel causes many."""
 
 Verdict = Literal["ok", "note", "fault"]
 
@@ -57,7 +61,17 @@ class Finding:
     advice: str = ""
 
 
-def command(device: Devices = []) -> Report:
+GPU = Annotated[
+    bool,
+    option(
+        "--gpu",
+        "Compare all kernels with plain torch, and measure bandwidth, a step and decoding. Takes "
+        "minutes. --device cpu tries the CPU's kernels.",
+    ),
+]
+
+
+def command(device: Devices = [], gpu: GPU = False) -> Report:
     """Check this machine and each installed quantizer, and say how to mend what is wrong.
 
     It prints versions, devices, memory, disk and caches. Each quantizer packs a small weight, and
@@ -67,12 +81,23 @@ def command(device: Devices = []) -> Report:
     Examples:
         modulora doctor
         modulora doctor --device cuda --json
+        modulora doctor --gpu
     """
     found = list(_machine())
     import torch  # after the checks that name it if it is missing
 
-    devices = device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    cards = ["cuda"] if torch.cuda.is_available() else []
+    if gpu and not (device or cards):
+        raise RequestError(
+            f"--gpu: expected a GPU that torch sees, got none (torch {torch.__version__}); install "
+            "torch for your card, or give --device cpu to try the CPU's kernels"
+        )
+    devices = device or (cards if gpu else ["cpu", *cards])
     found += _compilers(torch)
+    if gpu:
+        from modulora_core.cli.gpu_report import bandwidth
+
+        found += [Finding(name, bandwidth(torch.device(name))) for name in devices]
     found += _caches()
     from modulora_core.registry import entries
 
@@ -81,6 +106,8 @@ def command(device: Devices = []) -> Report:
         for done, entry in enumerate(plugins):
             show(f"testing {entry.name}", done, len(plugins))
             found += _plugin(entry, devices)
+            if gpu and entry.status == "ok":
+                found += _gpu(entry, devices)
     if not plugins:
         found.append(Finding("quantizers", "none", "fault", "install a plugin; README lists them"))
     faults = sum(each.verdict == "fault" for each in found)
@@ -182,6 +209,33 @@ def _plugin(entry: Entry, devices: list[str]) -> Iterator[Finding]:
                 where, f"wrong, error of a product {error:.0e}", "fault",
                 f"expected at most {LARGEST_ERROR:.0e}; run: modulora conformance {entry.name}",
             )  # fmt: skip
+
+
+def _gpu(entry: Entry, devices: list[str]) -> Iterator[Finding]:
+    """The kernels beside plain torch; then figures, which mean little if a kernel is wrong."""
+    import torch
+
+    from modulora_core.cli import gpu_report
+
+    assert entry.spec is not None
+    for name in devices:
+        place = torch.device(name)
+        subject = f"{entry.name} on {name}"
+        results = list(gpu_report.comparisons(entry, place))
+        wrong = [each for each in results if not each.passed]
+        passed = f"{len(results) - len(wrong)} of {len(results)} results of kernels are right"
+        yield Finding(subject, passed if results else "no kernels, plain torch")
+        for each in wrong[:MOST_FAULTS]:
+            yield Finding(subject, "wrong", "fault", str(each))
+        measured = [gpu_report.one_row]
+        if entry.spec.calibration != "required":
+            measured.append(gpu_report.training_and_decoding)
+        for measure in measured:
+            try:
+                yield Finding(subject, measure(entry.name, place))
+            except Exception as failure:  # of a kernel or its compiler, which may raise anything
+                reason = " ".join(f"{type(failure).__name__}: {failure}".split())
+                yield Finding(subject, "fails", "fault", reason[:300])
 
 
 def _self_test(name: str, device: str) -> float:

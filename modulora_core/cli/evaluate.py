@@ -107,6 +107,7 @@ def command(
     dtype: shared.Dtype = "auto",
     device: shared.Device = None,
     mapped: shared.Mapped = False,
+    parity_check: shared.ParityCheck = True,
 ) -> Report:
     """Measure perplexity, accuracy, ROUGE or benchmark tasks of a packed or dense model.
 
@@ -146,7 +147,9 @@ def command(
         read = FinetuneConfig.build(given, file=config)
         prompt, completion = read.prompt, read.completion
         source = data or read.eval_data or "pydoc"
-    opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
+    opened = open_to_run(
+        model, adapter=adapter, dtype=dtype, device=device, mapped=mapped, parity_check=parity_check
+    )
     started = time.perf_counter()
     if tasks is not None:
         with PeakMemory(opened.device) as peak:

@@ -32,7 +32,7 @@ PANELS = {
     ),
     "Memory": (
         "gradient_checkpointing", "keep_products", "offload_activations", "mapped", "shard",
-        "dtype", "matmul_precision",
+        "dtype", "matmul_precision", "parity_check",
     ),
     "Output": ("save_every", "report_to", "report", "lora_file"),
     "Trainer": ("trainer",),

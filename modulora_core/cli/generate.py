@@ -25,6 +25,7 @@ def command(
     dtype: shared.Dtype = "auto",
     device: shared.Device = None,
     mapped: shared.Mapped = False,
+    parity_check: shared.ParityCheck = True,
     seed: shared.Seed = 0,
 ) -> Report:
     """Answer a prompt, and print tokens as they come.
@@ -42,7 +43,9 @@ def command(
     from modulora_core.inference.loading import open_to_run
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    opened = open_to_run(model, adapter=adapter, dtype=dtype, device=device, mapped=mapped)
+    opened = open_to_run(
+        model, adapter=adapter, dtype=dtype, device=device, mapped=mapped, parity_check=parity_check
+    )
     loaded = opened.load(), opened.tokenizer
     with PeakMemory(opened.device) as peak:
         result = generate(loaded, prompt, sampling, raw=raw, on_text=terminal().write)

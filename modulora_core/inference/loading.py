@@ -40,6 +40,7 @@ class Opened:
     dtype: str | torch.dtype
     device: str
     mapped: bool = False
+    parity_check: bool = True
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -55,7 +56,10 @@ class Opened:
         """Load the model in evaluation mode, with its adapter. Raises CheckpointError."""
         if isinstance(self.origin, ModelSource):
             return _load_dense(self.origin, self.name, self.dtype, self.device)
-        model = load_model(self.origin, dtype=self.dtype, device=self.device, mapped=self.mapped)
+        model = load_model(
+            self.origin, dtype=self.dtype, device=self.device, mapped=self.mapped,
+            parity_check=self.parity_check,
+        )  # fmt: skip
         if self.adapter is not None:
             load_adapter(model, self.adapter)
         return model
@@ -83,6 +87,7 @@ def open_to_run(
     device: str | None = None,
     revision: str | None = None,
     mapped: bool = False,
+    parity_check: bool = True,
 ) -> Opened:
     """Find a model and check the request. The result's ``load()`` loads the weights.
 
@@ -90,8 +95,8 @@ def open_to_run(
         model: a packed checkpoint, or any model that :func:`modulora_core.models.open_model` opens,
             which is then loaded dense.
         adapter: a LoRA adapter in PEFT's format, a folder or Hub id, for a packed model.
-        dtype, device, mapped: as for :func:`modulora_core.checkpoints.checkpoint.load_model`;
-            ``mapped`` needs a packed model.
+        dtype, device, mapped, parity_check: as for
+            :func:`modulora_core.checkpoints.checkpoint.load_model`; ``mapped`` is for a packed one.
         revision: a revision of a Hub model.
 
     Raises:
@@ -105,7 +110,7 @@ def open_to_run(
             found.quantizer(site)
         if mapped:
             check_mapped(found, device)
-        return Opened(model, found, adapter, dtype, device, mapped)
+        return Opened(model, found, adapter, dtype, device, mapped, parity_check)
     if adapter is not None:
         raise AdapterError(
             f"adapter {adapter}: expected a packed model for it, and {model} is dense; give the "

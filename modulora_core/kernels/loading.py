@@ -7,7 +7,9 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,13 @@ _MISSING = {
     "triton": "the GPU kernels of quantizers: plain torch runs instead, slower and with more "
     "memory. To get them: reinstall torch for your GPU, or pip install triton",
 }
+
+
+_WRONG: set[tuple[str, str]] = set()
+"""Packages and types of devices whose kernels gave wrong values in this process."""
+
+_PLAIN: ContextVar[bool] = ContextVar("plain torch", default=False)
+_USED: ContextVar[set[str] | None] = ContextVar("packages of kernels", default=None)
 
 
 @cache  # a layer asks for each token
@@ -52,14 +61,45 @@ def load_triton(module: str, device: torch.device) -> ModuleType | None:
 def for_device(package: str, device: torch.device) -> ModuleType | None:
     """A package's module for a device: ``gpu``, ``cpu``, or None to run plain torch.
 
-    The package may lack either module.
+    The package may lack either module. Kernels that gave wrong values there (:func:`stop_using`)
+    are not used.
     """
+    if _PLAIN.get() or (package, device.type) in _WRONG:
+        return None
     module: ModuleType | None = None
     if _exists(f"{package}.gpu"):
         module = load_triton(f"{package}.gpu", device)
     if module is None and _exists(f"{package}.cpu"):
         module = load(f"{package}.cpu", device)
+    if module is not None and (used := _USED.get()) is not None:
+        used.add(package)
     return module
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Let :func:`for_device` return no kernels, to compute what they are compared with."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+@contextmanager
+def recorded() -> Iterator[set[str]]:
+    """Give the set of packages whose kernels :func:`for_device` returned meanwhile."""
+    used: set[str] = set()
+    token = _USED.set(used)
+    try:
+        yield used
+    finally:
+        _USED.reset(token)
+
+
+def stop_using(packages: Iterable[str], device: torch.device) -> None:
+    """Use plain torch instead of these packages' kernels on this type of device, until the end."""
+    _WRONG.update((package, device.type) for package in packages)
 
 
 @cache

@@ -201,6 +201,11 @@ class FinetuneConfig(BaseModel):
         default=False,
         description="split the weights over the processes (FSDP2), instead of a copy for each",
     )
+    parity_check: bool = Field(
+        default=True,
+        description="on a GPU, compare the kernels of each kind of layer with plain torch, which "
+        "takes the place of kernels that differ",
+    )
     seed: int = Field(
         default=0, ge=0, description="seed of the adapter, the data order and the dropout"
     )
@@ -320,7 +325,8 @@ class FinetuneConfig(BaseModel):
 
         Not of outputs, nor of how a batch is divided over processes and forward passes.
         """
-        left_out = {"out", "report", "report_to", "lora_file", "batch_size", "grad_accum", "shard"}
+        left_out = {"out", "report", "report_to", "lora_file", "batch_size", "grad_accum", "shard",
+                    "parity_check"}  # fmt: skip
         mine = self.model_dump(mode="json", exclude=left_out)
         others = other.model_dump(mode="json", exclude=left_out)
         names = [name for name in mine if mine[name] != others[name]]

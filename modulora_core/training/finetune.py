@@ -282,7 +282,10 @@ def _loaded(
     """The model, on the CPU if FSDP2 will split it: as a whole it may not fit on a GPU."""
     dtype = str(load_dtype(config.dtype, device.type)).removeprefix("torch.")
     place = "cpu" if is_sharded(config) else str(device)
-    model = load_model(checkpoint, dtype=dtype, device=place, mapped=config.mapped)
+    model = load_model(
+        checkpoint, dtype=dtype, device=place, mapped=config.mapped,
+        parity_check=config.parity_check,
+    )  # fmt: skip
     if config.method == "dpo" and isinstance(model.get_output_embeddings(), QuantLinear):
         raise OptionError(
             f"method dpo: expected a dense output head, by which TRL multiplies itself, and the "

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from modulora_core.cli import doctor
 from modulora_core.tests.cli.conftest import Run
@@ -81,3 +82,20 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
     assert (code, named["transformers"]["advice"]) == (1, "pip install transformers")
     assert "trl" not in named  # nobody needs it
     assert "memory" not in named
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_gpu_without_a_card_is_refused(run: Run) -> None:
+    code, refused, _ = run("doctor", "--gpu")
+    assert code == 2
+    assert "expected a GPU" in refused["error"]["message"]
+
+
+@pytest.mark.slow
+def test_a_device_may_be_named_instead_of_a_gpu(run: Run) -> None:
+    code, found, _ = run("doctor", "--gpu", "--device", "cpu")
+    texts = [each["found"] for each in found["findings"] if each["subject"] == "toy on cpu"]
+    assert code == 0
+    assert texts[0] == "no kernels, plain torch"
+    assert "× dense" in texts[1]
+    assert "tokens/s" in texts[2]

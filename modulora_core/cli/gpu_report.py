@@ -1,0 +1,140 @@
+"""Measurements of ``modulora doctor --gpu``: kernels, bandwidth, a training step, decoding."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from modulora_core.adapters.lora import add_lora
+from modulora_core.checkpoints.hf.quantizer import ModuLoRAConfig
+from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.cli.text import format_size
+from modulora_core.kernels.parity import Comparison, compare
+from modulora_core.models.quiet import quiet
+from modulora_core.registry import Entry, create
+from modulora_core.spec import Calibration, PackedWeight, Quantizer
+from modulora_core.training.chunked_loss import chunked_loss
+
+SHAPES = ((3, 5), (37, 52), (130, 300))
+"""Out and in features, before they are made to fit the quantizer: no multiples of a block."""
+
+ROWS = (1, 3, 17, 70)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGE = {"cuda": (4096, 4096), "cpu": (512, 512)}
+TOKENS, NEW_TOKENS = {"cuda": (2, 512), "cpu": (2, 16)}, 16
+
+
+def comparisons(entry: Entry, device: torch.device) -> Iterator[Comparison]:
+    """Every result of a plugin's kernels beside plain torch's: its promised options, each shape,
+    each dtype."""
+    assert entry.spec is not None
+    for options in {str(p.options): p.options for p in entry.spec.promises}.values() or [{}]:
+        quantizer = create(entry.name, dict(options))
+        for shape in dict.fromkeys(quantizer.spec.next_shape(shape) for shape in SHAPES):
+            packed = packed_noise(quantizer, shape).to(device)
+            for dtype in DTYPES:
+                yield from compare(quantizer, packed, dtype, ROWS)
+
+
+def packed_noise(quantizer: Quantizer, shape: tuple[int, int]) -> PackedWeight:
+    """A Gaussian weight, packed on the CPU."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 32
+    calibration = Calibration(torch.eye(shape[1]), shape[1])
+    return quantizer.pack(weight, calibration if quantizer.wants_calibration else None)
+
+
+def seconds(work: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
+    """The time of one call, of ``repeats`` in a row after one that is not counted."""
+    work()
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    synchronize(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bandwidth(device: torch.device) -> str:
+    """How fast the device copies."""
+    source = torch.empty(2**28 if device.type == "cuda" else 2**22, dtype=torch.uint8).to(device)
+    target = torch.empty_like(source)
+    taken = seconds(lambda: target.copy_(source), device)
+    return f"copies {2 * source.nbytes / taken / 1e9:.1f} GB/s"
+
+
+def one_row(name: str, device: torch.device) -> str:
+    """How fast one row is multiplied, as decoding does, beside the dense weight."""
+    quantizer = create(name)
+    shape = quantizer.spec.next_shape(LARGE[device.type])
+    packed = packed_noise(quantizer, shape).to(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x = torch.randn(1, shape[1]).to(device, dtype)
+    dense = torch.randn(shape).to(device, dtype)
+    taken = seconds(lambda: quantizer.matmul(x, packed), device)
+    ratio = taken / seconds(lambda: x @ dense.t(), device)
+    rate = packed.nbytes / taken / 1e9
+    return f"a row in {1e6 * taken:.0f} µs, {rate:.1f} GB/s, {ratio:.2f} × dense"
+
+
+def training_and_decoding(name: str, device: torch.device) -> str:
+    """A LoRA step and greedy decoding of a small Llama with random weights.
+
+    Raises:
+        RuntimeError: the loss is not finite, or an adapter got no gradient.
+    """
+    large = device.type == "cuda"
+    config = LlamaConfig(
+        hidden_size=2048 if large else 128, intermediate_size=5632 if large else 256,
+        num_hidden_layers=8 if large else 2, num_attention_heads=16, num_key_value_heads=4,
+        vocab_size=32000 if large else 1024,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if large else torch.float32
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=ModuLoRAConfig(quantizer=name), dtype=dtype,
+            device_map={"": str(device)},
+        )  # fmt: skip
+    add_lora(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids = torch.randint(config.vocab_size, TOKENS[device.type]).to(device)
+    losses = []
+
+    def step() -> None:
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        with chunked_loss(model):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+
+    step()
+    with PeakMemory(device) as peak:
+        taken = seconds(step, device, repeats=2)
+    without = sum(each.grad is None for each in trained)
+    if without or not torch.tensor(losses).isfinite().all():
+        raise RuntimeError(f"losses {losses}, {without} parameters without a gradient")
+    model.eval()
+    model.gradient_checkpointing_disable()
+    decoding = seconds(
+        lambda: model.generate(ids[:1, :16], max_new_tokens=NEW_TOKENS, do_sample=False),
+        device, repeats=1,
+    )  # fmt: skip
+    return (
+        f"step of {ids.numel()} tokens {1e3 * taken:.0f} ms, peak {format_size(peak.nbytes)}, "
+        f"{NEW_TOKENS / decoding:.0f} tokens/s"
+    )
