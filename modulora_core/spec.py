@@ -173,6 +173,9 @@ class QuantizerSpec(_Fact):
     """Whether it implements :meth:`Quantizer.rescaled`, which tuning needs."""
     promises: tuple[Promise, ...] = ()
     """Its promises, one for each configuration that the conformance kit runs."""
+    qualities: Mapping[Literal["fast", "best"], Mapping[str, Any]] = {}
+    """Its options for ``--quality fast`` and ``--quality best``, for packed weights of the same
+    size. ``balanced``, the default, has the defaults."""
 
     def next_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The smallest ``(out, in)`` from ``shape`` on that its multiples divide."""
@@ -185,7 +188,8 @@ class Calibration:
     """The statistics of one layer's inputs.
 
     Attributes:
-        hessian: H = E[xxᵀ], ``[in, in]``, fp32, symmetric: the second moment.
+        hessian: H = E[xxᵀ], ``[in, in]``, fp32, symmetric: the second moment. The user may weight
+            tokens by the loss: H = E[w xxᵀ], and E[w] = 1.
         samples: the number of input vectors.
     """
 

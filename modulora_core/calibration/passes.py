@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from modulora_core.calibration.packing import HeldOutCalibration
 from modulora_core.spec import Calibration
 
 TokenWeights = Mapping[str, Sequence[Sequence[Tensor]]]
-"""By parameter, matrix and held-out sample: a weight for each input, fp32 ``[rows]``."""
+"""By parameter, matrix and sample: a weight for each input, fp32 ``[rows]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,8 @@ class Passes:
         paused_bytes: the memory for activations of paused batches; 0 lets no batch pause.
         held_out: samples from this number on are held out, each in a batch of its own.
         weights: the token weights of held-out samples.
+        weighting: the token weights of the other samples, for parameters with H = E[w xxᵀ]. Each
+            has one matrix, which multiplies all tokens in order.
     """
 
     def __init__(
@@ -100,9 +103,11 @@ class Passes:
         paused_bytes: int,
         held_out: int,
         weights: TokenWeights,
+        weighting: TokenWeights,
     ) -> None:
         self._block, self._states, self._calls = block, states, calls
-        self._batches, self._held_out, self._weights = batches, held_out, weights
+        self._batches, self._held_out = batches, held_out
+        self._weights, self._weighting = weights, weighting
         # only the end of a batch shows which experts it used
         self._stops = not block.has_experts
         widest = max((max(s.in_features, s.out_features) for s in block.sites.values()), default=0)
@@ -130,7 +135,7 @@ class Passes:
         self._block.listen(self._see)
         for i, batch in enumerate(self._batches):
             self._waiting, self._sample = set(self._leaders), batch.start - self._held_out
-            self._rows = Counter[Key]()  # of a held-out sample, so far
+            self._batch, self._rows = batch, Counter[Key]()  # rows of a held-out sample, so far
             self._continue(i)
         self._block.listen(ignore)
         if distributed.world_size() > 1:
@@ -159,7 +164,7 @@ class Passes:
         rows = x.reshape(-1, x.shape[-1])
         if self._order.leader(key) == key:
             if self._sample < 0:
-                self._add(self._moments, key, rows)
+                self._add(self._moments, key, self._weighted(key, rows))
             else:  # for all matrices with this input: the batch may stop before they multiply
                 for each in self._order.followers(key):
                     weights = self._next_weights(each, len(rows)).to(rows)
@@ -167,6 +172,15 @@ class Passes:
         self._waiting.discard(key)
         if self._stops and not self._waiting:
             getcurrent().parent.switch()
+
+    def _weighted(self, leader: Key, rows: Tensor) -> Tensor:
+        """The rows times √w, with the mean w of all matrices with this input: they share H."""
+        found = [
+            torch.cat([*self._weighting[key.name][0][self._batch]])
+            for key in self._order.followers(leader)
+            if key.name in self._weighting
+        ]
+        return rows * torch.stack(found).mean(0).sqrt()[:, None].to(rows) if found else rows
 
     def _add(self, moments: dict[Key, SecondMoment], key: Key, rows: Tensor) -> None:
         self._moment(moments, key, rows.shape[1]).add(rows)

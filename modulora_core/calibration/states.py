@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -34,6 +34,35 @@ def empty_states(like: Tensor, shape: tuple[int, ...], folder: Path, spill: bool
     with tempfile.NamedTemporaryFile(dir=folder) as file:  # deleted here; the mapping stays valid
         size = math.prod(shape)
         return torch.from_file(file.name, shared=True, size=size, dtype=like.dtype).view(shape)
+
+
+class SampleStates:
+    """The hidden states of each sample before each block, in an open file.
+
+    ``states[block, sample]`` reads one, ``[seq_len, hidden]``, on the CPU. A mapping of the file
+    would count in the process's memory.
+
+    Args:
+        like: a hidden state of the dtype to store.
+        shape: ``(blocks, samples, seq_len, hidden)``.
+    """
+
+    def __init__(self, file: BinaryIO, like: Tensor, shape: tuple[int, ...]) -> None:
+        self._file, self._dtype, self._shape = file, like.dtype, shape
+        self._nbytes = math.prod(shape[2:]) * like.element_size()
+
+    def __getitem__(self, place: tuple[int, int]) -> Tensor:
+        self._seek(place)
+        data = bytearray(self._file.read(self._nbytes))
+        return torch.frombuffer(data, dtype=self._dtype).view(self._shape[2:])
+
+    def __setitem__(self, place: tuple[int, int], state: Tensor) -> None:
+        self._seek(place)
+        self._file.write(state.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+    def _seek(self, place: tuple[int, int]) -> None:
+        block, sample = place
+        self._file.seek((block * self._shape[1] + sample) * self._nbytes)
 
 
 def spilled_bytes(

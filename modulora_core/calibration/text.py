@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -24,6 +24,8 @@ SAMPLES = 128
 SEQ_LEN = 512
 """The paper uses 2048. Small texts are too short for that, and 512 takes a quarter of the time."""
 
+Weighting = Literal["none", "loss"]
+
 BATCH_TOKENS = 4096
 """Tokens in a batch: enough for efficient products, few enough for small activations."""
 
@@ -36,17 +38,21 @@ class CalibrationConfig:
         source: files, a Hub dataset, ``pydoc``, or records as dicts
             (:mod:`modulora_core.data.sources`).
         samples: the number of segments, drawn at random from the text; None takes
-            :data:`SAMPLES`, or all segments of a shorter text.
+            ``max_samples``, or all segments of a shorter text.
         seq_len: tokens in a segment.
         sequential: calibrate each layer on the outputs of the quantized layers before it
             ("true-sequential"); False uses the dense layers of the same block.
         batch_size: segments in a batch; None takes about :data:`BATCH_TOKENS` tokens. It changes
             rounding only.
         spill: keep hidden states in a file beside the output; None decides by their size.
+        weighting: ``"loss"`` weights each token in H by the gradient of the loss in the layer's
+            output (:mod:`modulora_core.calibration.sensitivity`); experts stay unweighted.
+            ``"none"`` does not; None leaves it to the quality of :func:`modulora_core.quantize`.
+        max_samples: see ``samples``.
         tuning: how to tune each block after it was quantized; None does not tune.
 
     Raises:
-        OptionError: a number is less than 1.
+        OptionError: a number is less than 1, or an unknown weighting.
     """
 
     source: Source
@@ -55,13 +61,13 @@ class CalibrationConfig:
     sequential: bool = True
     batch_size: int | None = None
     spill: bool | None = None
+    weighting: Weighting | None = None
+    max_samples: int = SAMPLES
     tuning: TuningConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.tuning is not None and self.tuning.epochs == 0:
-            object.__setattr__(self, "tuning", None)
-        for name in ("samples", "seq_len", "batch_size"):
+        for name in ("samples", "max_samples", "seq_len", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"calibration {name}: expected at least 1, got {value}")
@@ -89,6 +95,7 @@ class CalibrationText:
             "sequential": self.config.sequential,
             "batch_size": self.batch_size,
             "tokens_sha256": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest(),
+            **({"weighting": "loss"} if self.config.weighting == "loss" else {}),
             **({} if tuning is None else {"tuning": tuning.to_json(self.ids.shape[1])}),
         }
 
@@ -120,7 +127,7 @@ def load_calibration(config: CalibrationConfig, tokenizer: Any, *, seed: int) ->
         DataError: the text is missing or malformed, or has too few segments.
         MissingExtraError: a library that reads this kind of text is not installed.
     """
-    samples = config.samples or SAMPLES
+    samples = config.samples or config.max_samples
     ids = token_segments(config.source, tokenizer, config.seq_len, samples, seed=seed)
     if config.samples is not None and len(ids) < config.samples:
         raise DataError(

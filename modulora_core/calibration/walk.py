@@ -56,6 +56,8 @@ class BlockWalk:
         device: the device of the blocks; folder: for hidden states in a file.
         token_weights: holds the last samples out, as many as it has weights for. Then each
             calibration is a :class:`~modulora_core.calibration.packing.HeldOutCalibration`.
+        weighting: the token weights in H of this process's other samples
+            (:func:`modulora_core.calibration.sensitivity.token_weights`).
         paused_bytes: see :data:`PAUSED_BYTES`.
         unreached: after the walk, the experts that no token was routed to.
     """
@@ -68,6 +70,7 @@ class BlockWalk:
     folder: Path
     tuner: Tuner | None = None
     token_weights: TokenWeights = field(default_factory=dict)
+    weighting: TokenWeights = field(default_factory=dict)
     paused_bytes: int = PAUSED_BYTES
     unreached: list[str] = field(default_factory=list)
 
@@ -137,7 +140,7 @@ class BlockWalk:
         passes = Passes(
             block, states, calls, self._batches, held_out=self._held_out,
             paused_bytes=self.paused_bytes if self.text.config.sequential else 0,
-            weights=self.token_weights,
+            weights=self.token_weights, weighting=self.weighting,
         )  # fmt: skip
         if self.tuner is None:
             written = set(filter(self.packing.is_written, block.sites))

@@ -24,7 +24,7 @@ PANELS = {
         "data", "steps", "epochs", "lr", "rank", "batch_size", "seq_len", "eval_data", "config",
         "resume",
     ),
-    "Model": ("quantizer",),
+    "Model": ("quantizer", "calibration", "quality"),
     "Data": ("format", "method", "prompt", "completion", "eval_every"),
     "Adapter": ("alpha", "dropout", "targets", "train_scales", "adapter"),
     "Optimizer": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,8 @@ WORD_LISTS = ("--choices",)
 PANELS = {
     "Layers": ("include", "exclude", "override", "quantize_head", "quantize_embeddings"),
     "Calibration": (
-        "samples", "seq_len", "true_sequential", "batch_size", "spill", "tune_epochs", "tune_lr",
+        "samples", "seq_len", "calibration_weighting", "true_sequential", "batch_size", "spill",
+        "tune_epochs", "tune_lr",
     ),
     "Output": ("max_shard_size", "revision"),
 }  # fmt: skip
@@ -34,6 +36,9 @@ Name = Annotated[
 ]
 Calibration = Annotated[
     str | None, option("--calibration SOURCE", "Calibration text: a file, a Hub dataset, or pydoc.")
+]
+Words = Annotated[
+    str, option("--quality fast|balanced|best", "Less time, or less loss, at the same size.")
 ]
 Device = Annotated[str | None, option("--device DEVICE", "cpu, cuda, cuda:1, mps.")]
 Choices = Annotated[
@@ -60,6 +65,14 @@ Samples = Annotated[
     int | None,
     option("--samples N", "Calibration samples.", min=1, default="128, or all of a shorter text"),
 ]
+Weighting = Annotated[
+    str | None,
+    option(
+        "--calibration-weighting none|loss",
+        "Weight each token by the gradient of the loss in the layer's output.",
+        default="none, or loss with --quality best",
+    ),
+]
 SeqLen = Annotated[int | None, option("--seq-len N", "Tokens in a sample.", min=1, default="512")]
 Sequential = Annotated[
     bool,
@@ -77,8 +90,13 @@ Spill = Annotated[
     option("--spill/--no-spill", "Keep hidden states on disk, or in memory.", default="by size"),
 ]
 TuneEpochs = Annotated[
-    int,
-    option("--tune-epochs N", "Train packed blocks' scales, norms and biases N epochs.", min=0),
+    int | None,
+    option(
+        "--tune-epochs N",
+        "Train packed blocks' scales, norms and biases N epochs.",
+        min=0,
+        default="0, or 1 with --quality best",
+    ),
 ]
 TuneLR = Annotated[float | None, option("--tune-lr X", "Peak learning rate.", default="0.005")]
 
@@ -89,6 +107,7 @@ def command(
     quantizer: Name = None,
     option: shared.QuantizerOptions = [],
     calibration: Calibration = None,
+    quality: Words = "balanced",
     budget: shared.StoredBudget = None,
     choices: Choices = [],
     include: Include = [],
@@ -98,10 +117,11 @@ def command(
     quantize_embeddings: shared.Embeddings = None,
     samples: Samples = None,
     seq_len: SeqLen = None,
+    calibration_weighting: Weighting = None,
     true_sequential: Sequential = True,
     batch_size: BatchSize = None,
     spill: Spill = None,
-    tune_epochs: TuneEpochs = 0,
+    tune_epochs: TuneEpochs = None,
     tune_lr: TuneLR = None,
     device: Device = "cpu",
     seed: shared.Seed = 0,
@@ -126,7 +146,7 @@ def command(
         modulora quantize org/model out -q NAME -o block_size=32
         modulora quantize ./model out -q NAME --exclude '*.down_proj'
         modulora quantize ./model out -q NAME --calibration my.txt --seq-len 2048
-        modulora quantize ./model out -q NAME --calibration pydoc --tune-epochs 5
+        modulora quantize ./model out -q NAME --calibration pydoc --quality best
         modulora quantize ./model out -q NAME --override 'model.layers.0.*=OTHER'
         modulora quantize ./model out -q NAME --quantize-embeddings OTHER:bits=8
         modulora quantize model out --budget 3GB --choices A B --calibration pydoc
@@ -146,7 +166,9 @@ def command(
         "calibration": _calibration(
             calibration, tune_epochs, tune_lr, samples=samples, seq_len=seq_len,
             batch_size=batch_size, spill=spill, sequential=true_sequential,
+            weighting=calibration_weighting,
         ),
+        "quality": quality,
         "device": device or "cpu",
         "seed": seed,
         "max_shard_bytes": max_shard_size,
@@ -196,7 +218,7 @@ def _check_together(
 
 
 def _calibration(
-    source: str | None, epochs: int, learning_rate: float | None, **settings: Any
+    source: str | None, epochs: int | None, learning_rate: float | None, **settings: Any
 ) -> CalibrationConfig | None:
     """Raises OptionError: a setting of calibration or tuning without its main option."""
     from modulora_core.calibration import CalibrationConfig, TuningConfig
@@ -205,14 +227,15 @@ def _calibration(
         raise OptionError("--tune-lr: expected --tune-epochs N beside it, got none")
     given = {name: value for name, value in settings.items() if value is not None}
     if source is None:
-        needless = [name for name in given if name != "sequential"] + ["tune_epochs"] * bool(epochs)
+        needless = [name for name in given if name != "sequential"]
+        needless += ["tune_epochs"] * bool(epochs)
         for name in needless:
-            flag = name.replace("_", "-")
+            flag = "calibration-weighting" if name == "weighting" else name.replace("_", "-")
             raise OptionError(f"--{flag}: expected --calibration SOURCE beside it, got none")
         return None
-    tuning = TuningConfig(epochs) if epochs else None
+    tuning = None if epochs is None else TuningConfig(epochs)
     if tuning is not None and learning_rate is not None:
-        tuning = TuningConfig(epochs, learning_rate)
+        tuning = replace(tuning, learning_rate=learning_rate)
     return CalibrationConfig(source, tuning=tuning, **given)
 
 

@@ -17,13 +17,14 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 
 from modulora_core import registry
+from modulora_core.calibration import CalibrationConfig, calibration_text
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, is_packed, open_checkpoint
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES
-from modulora_core.errors import OptionError
 from modulora_core.models import ParameterInfo, open_model
 from modulora_core.progress import Progress
 from modulora_core.quantization.layout import Selection, choose_layout
+from modulora_core.quantization.quality import Quality, calibration_of, choice_of
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 
@@ -42,7 +43,8 @@ class Unpacked:
 
     Args:
         model: MODEL as on the command line.
-        choice: the quantizer; the other settings of :func:`quantize` have their defaults.
+        choice, calibration, quality: as for :func:`quantize`, whose other settings have their
+            defaults.
 
     Attributes:
         config: its config, as config.json.
@@ -54,15 +56,22 @@ class Unpacked:
         PluginError, OptionError: the quantizer or an option is refused, or it needs calibration.
     """
 
-    def __init__(self, model: str, choice: Choice) -> None:
-        if choice.create().spec.calibration == "required":
-            raise OptionError(
-                f"quantizer {choice.quantizer}: it needs calibration; quantize first: modulora "
-                f"quantize {model} PACKED -q {choice.quantizer} --calibration SOURCE"
-            )
+    def __init__(
+        self,
+        model: str,
+        choice: Choice,
+        *,
+        calibration: CalibrationConfig | None = None,
+        quality: Quality = "balanced",
+    ) -> None:
+        choice = choice_of(choice, quality)
+        self._calibration = calibration_of(calibration, quality, [choice])
         self._choice, self._source = choice, open_model(model)
+        text = None
+        if self._calibration is not None:
+            text = calibration_text(self._source, self._calibration, seed=0)
         layout = choose_layout(
-            self._source, choice, (), Selection(), calibration=None, seed=0,
+            self._source, choice, (), Selection(), calibration=text, seed=0,
             max_shard_bytes=MAX_SHARD_BYTES,
         )  # fmt: skip
         self.config: dict[str, Any] = self._source.config.to_dict()
@@ -105,6 +114,7 @@ class Unpacked:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             quantize(
                 self._source.location.model, self.folder, self._choice.quantizer,
-                self._choice.options, resume=True, progress=progress or False,
+                self._choice.options, calibration=self._calibration, resume=True,
+                progress=progress or False,
             )  # fmt: skip
         return open_checkpoint(self.folder)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from modulora_core import distributed
 from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner, find_blocks
+from modulora_core.calibration.passes import TokenWeights
+from modulora_core.calibration.sensitivity import token_weights
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.parameters import pack_matrices
 from modulora_core.checkpoints.written.shards import ShardWriter
@@ -63,7 +65,19 @@ def pack_all(
     if text.config.tuning is not None:
         progress = partial(packer.tell, "tuning")
         tuner = Tuner(text.config.tuning, text.ids, seed=layout.record.seed, progress=progress)
-    walk = BlockWalk(source, text, layout.linears, packer, device, writer.folder, tuner)
+    weighting: TokenWeights = {}
+    if text.config.weighting == "loss":
+        linears = [
+            linear for linear in layout.linears
+            if linear.name.startswith(blocks) and packer.wants_calibration(linear.name)
+        ]  # fmt: skip
+        weighting = token_weights(
+            source, text.ids, linears, device=device, folder=writer.folder,
+            seed=layout.record.seed, spill=text.config.spill, progress=packer.progress,
+        )  # fmt: skip
+    walk = BlockWalk(
+        source, text, layout.linears, packer, device, writer.folder, tuner, weighting=weighting
+    )
     walk.run()
     return PackingOutcome(walk.unreached, {} if tuner is None else tuner.errors)
 

@@ -21,7 +21,8 @@ import torch
 from pydantic import BaseModel
 
 from modulora_core.arguments import checked
-from modulora_core.calibration import CalibrationConfig, calibration_text
+from modulora_core.calibration import CalibrationConfig, calibration_text, find_blocks
+from modulora_core.calibration.sensitivity import WEIGHTS
 from modulora_core.calibration.states import spilled_bytes
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.model_card import FILE as CARD
@@ -48,6 +49,7 @@ from modulora_core.quantization.mixed.errors import JOURNAL
 from modulora_core.quantization.mixed.mixture import Budget, find_mixture
 from modulora_core.quantization.packer import PackingOutcome, pack_all
 from modulora_core.quantization.processes import check_processes
+from modulora_core.quantization.quality import Quality, calibration_of, choice_of
 from modulora_core.registry import Choice
 
 __all__ = ["Budget", "Choice", "Override", "QuantizeResult", "quantize"]
@@ -112,6 +114,7 @@ def quantize(
     quantizer: str | Budget,
     options: Mapping[str, Any] | None = None,
     *,
+    quality: Quality = "balanced",
     overrides: Sequence[Override] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -143,6 +146,8 @@ def quantize(
         out: a new or empty folder. It appears when it is whole.
         quantizer: a name of ``modulora list-quantizers``; options: of its ``Options``. A
             :class:`Budget` chooses a quantizer for each layer.
+        quality: ``"fast"`` and ``"best"`` change defaults of calibration and quantizers
+            (:mod:`modulora_core.quantization.quality`).
         overrides: other quantizers for some modules; the last match counts.
         include: quantize only modules whose dotted path matches one of these patterns (fnmatch).
         exclude: leave modules dense that match one of these patterns.
@@ -170,6 +175,13 @@ def quantize(
         with together():
             check_output(out, resume=resume)
             source = open_model(model, revision=revision)
+            if isinstance(quantizer, Budget):
+                choices = [choice_of(choice, quality) for choice in quantizer.choices]
+            else:
+                others = [Choice(each.quantizer, each.options) for each in overrides]
+                first = Choice(quantizer, options or {})
+                choices = [choice_of(choice, quality) for choice in (first, *others)]
+            calibration = calibration_of(calibration, quality, choices)
             text = None if calibration is None else calibration_text(source, calibration, seed)
             check_processes(text, budget=isinstance(quantizer, Budget))
             selection = Selection(include, exclude, head, embeddings)
@@ -181,12 +193,21 @@ def quantize(
                         "with their options in its choices"
                     )
                 mixture = find_mixture(
-                    source, quantizer, text, selection, seed=seed, max_shard_bytes=max_shard_bytes
+                    source,
+                    replace(quantizer, choices=choices),
+                    text,
+                    selection,
+                    seed=seed,
+                    max_shard_bytes=max_shard_bytes,
                 )
                 request, nbytes = mixture.request, mixture.nbytes(where)
             else:
+                chosen = [
+                    replace(override, options=choice.options)
+                    for override, choice in zip(overrides, choices[1:], strict=True)
+                ]
                 layout = choose_layout(
-                    source, Choice(quantizer, options or {}), overrides, selection,
+                    source, choices[0], chosen, selection,
                     calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
                 )  # fmt: skip
                 request, nbytes = layout.record.to_json(), layout.nbytes
@@ -196,6 +217,9 @@ def quantize(
             files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
             tokens, spill = text.ids.numel(), text.config.spill
             nbytes += files * spilled_bytes(tokens, source.config, where, spill)
+            if text.config.weighting == "loss":
+                states = tokens * (len(find_blocks(source.outline)) + 1)
+                nbytes += spilled_bytes(states, source.config, where, spill is not False)
         with unfinished(source, out, request, nbytes, resume, progress) as (folder, resumes):
             if mixture is not None:
                 layout = mixture.choose(where, folder, resume=resumes, progress=progress)
@@ -309,7 +333,8 @@ def write_packed(
     config.quantization_config = layout.record.to_json()
     config.save_pretrained(folder)
     writer.finish()
-    for name in (REQUEST, JOURNAL):
+    weights = [file.name for file in folder.glob(WEIGHTS.format("*", "*"))]
+    for name in (REQUEST, JOURNAL, *weights):
         (folder / name).unlink(missing_ok=True)
     write_digests(folder)
     write_file(folder / CARD, model_card(layout.record))  # without a digest: people edit it

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from modulora_core import registry
 from modulora_core.cli.app import COMMANDS, load_command
 from modulora_core.cli.new_plugin import new_plugin
+from modulora_core.quantization.quality import FAST_SAMPLES, TUNING
 from modulora_core.spec import Quantizer
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.tests.markdown_blocks import blocks, commands, follow
@@ -269,3 +271,23 @@ def test_the_kernels_of_the_docs_give_the_bits_of_the_reference(
     interpret = "1" if device == "gpu" else "0"
     run("-c", KERNELS_CHECK.format(device=device), folder=tmp_path,
         PYTHONPATH=str(tmp_path / "rounding" / "src"), TRITON_INTERPRET=interpret)  # fmt: skip
+
+
+def test_the_table_of_qualities_is_that_of_the_plugins() -> None:
+    page = (DOCS / "how-to" / "quantize.md").read_text("utf-8")
+    rows = [re.split(r" ?\| ?", line)[1:-1] for line in page.splitlines() if line.startswith("|")]
+    found = {row[0]: row for row in rows if len(row) == 4 and row[0] != "-"}
+    shown = {"": ["", "fast", "balanced", "best"]}
+    offered = {
+        "any quantizer with `--calibration`": {
+            "fast": {"max_samples": FAST_SAMPLES},
+            "best": {"weighting": "loss"},
+        },
+        "with channel scales": {"best": {"tune_epochs": TUNING.epochs}},
+        **{entry.name: entry.spec.qualities for entry in registry.entries() if entry.spec},
+    }
+    for name, qualities in offered.items():
+        if qualities:
+            texts = [qualities.get(quality, {}) for quality in ("fast", "balanced", "best")]
+            shown[name] = [name, *(", ".join(f"`{k}={v}`" for k, v in t.items()) for t in texts)]
+    assert found == shown

@@ -19,7 +19,7 @@ def spec(name, calibration):
     return QuantizerSpec(
         name=name, summary="Rounds to a grid for each row", protocol=1, bits=(1, 2, 4, 8),
         location="modulora_widths.quantizer:" + name.title(), calibration=calibration,
-        in_multiple=8,
+        in_multiple=8, qualities={"best": {"bits": 4}},
     )
 
 PLAIN, HEEDING = spec("plain", "none"), spec("heeding", "required")

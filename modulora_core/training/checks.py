@@ -12,6 +12,7 @@ import torch
 from modulora_core.adapters.files import base_file, file_writer
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.targets import select_layers
+from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, check_mapped, open_checkpoint
 from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.errors import MissingExtraError, OptionError
@@ -39,7 +40,9 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
     _check_method(config)
     checkpoint: PackedCheckpoint | Unpacked
     if config.quantizer is not None:
-        checkpoint = Unpacked(config.model, Choice.parse(config.quantizer, "quantizer"))
+        choice = Choice.parse(config.quantizer, "quantizer")
+        text = None if config.calibration is None else CalibrationConfig(config.calibration)
+        checkpoint = Unpacked(config.model, choice, calibration=text, quality=config.quality)
     else:
         checkpoint = open_checkpoint(config.model)
         if config.mapped:

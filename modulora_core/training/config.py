@@ -106,6 +106,12 @@ class FinetuneConfig(BaseModel):
         description="quantize a dense model first, with NAME or NAME:KEY=VALUE,...; the packed "
         "model stays in a cache, $MODULORA_CACHE or modulora in the Hub's",
     )
+    calibration: str | None = Field(
+        default=None, description="calibration text of a quantizer that needs one"
+    )
+    quality: Literal["fast", "balanced", "best"] = Field(
+        default="balanced", description="of quantizing: less time, or less loss, at the same size"
+    )
     format: Literal["auto", "text", "instruct", "chat", "completion"] = Field(
         default="auto", description="format of the records"
     )
@@ -256,6 +262,8 @@ class FinetuneConfig(BaseModel):
             raise ValueError("expected prompt and completion together, got one of them")
         if self.prompt is not None and self.format not in ("auto", "completion"):
             raise ValueError(f"format {self.format}: expected no other format beside prompt")
+        if self.quantizer is None and (self.calibration or self.quality != "balanced"):
+            raise ValueError("calibration, quality: expected quantizer beside them, got none")
         if self.keep_products and not self.gradient_checkpointing:
             raise ValueError(
                 "keep_products: expected gradient_checkpointing, got none; without it, the "

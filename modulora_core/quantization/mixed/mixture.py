@@ -87,7 +87,8 @@ class Mixture:
         """The largest size of the files to write: of the checkpoint, and of hidden states."""
         text, blocks = self.calibration, find_blocks(self.source.outline)
         tokens = (len(blocks) + 1) * held_out_ids(text).numel()
-        spilled = spilled_bytes(tokens, self.source.config, device, text.config.spill)
+        spill = text.config.spill is not False
+        spilled = spilled_bytes(tokens, self.source.config, device, spill)
         largest = self.fixed_bytes + sum(map(max, self.sizes.values()))
         return min(self.budget.nbytes, largest) + spilled
 

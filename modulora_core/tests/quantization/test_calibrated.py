@@ -214,6 +214,11 @@ def test_a_wrong_request_is_refused_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_unknown_weighting_is_refused() -> None:
+    with pytest.raises(OptionError, match="weighting: expected one of none, loss or None, got 'l'"):
+        text(weighting="l")
+
+
 @pytest.mark.parametrize("option", ["samples", "seq_len", "batch_size"])
 def test_a_number_below_one_is_refused(option: str) -> None:
     with pytest.raises(OptionError, match=f"calibration {option}"):
@@ -257,6 +262,54 @@ def test_a_resumed_run_packs_missing_parameters_or_tunes_missing_blocks(
         assert errors == {path: expected[path] for path in list(expected)[-len(errors) :]}
 
 
+@pytest.mark.parametrize("after", [0, OUTSIDE + 9 + 4])
+def test_a_resumed_run_has_the_token_weights_of_the_stopped_run(
+    after: int, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weighted = text(weighting="loss")
+    result = run(source, tmp_path / "whole", calibration=weighted)
+    assert result.calibration is not None
+    assert result.calibration["weighting"] == "loss"
+    run(source, tmp_path / "plain")
+    assert stored(tmp_path / "whole") != stored(tmp_path / "plain")
+    out = tmp_path / "out"
+    stop(lambda: run(source, out, calibration=weighted), after)
+    if after:  # the gradients are not computed again
+        monkeypatch.delattr("modulora_core.calibration.sensitivity._Passes.backward")
+    run(source, out, calibration=weighted, resume=True)
+    assert stored(out) == stored(tmp_path / "whole")
+
+
+def test_the_command_line_weights_tokens(source: str, tmp_path: Path) -> None:
+    run(source, tmp_path / "expected", calibration=text(weighting="loss"))
+    samples = "--calibration pydoc[:10%] --samples 6 --seq-len 32 --batch-size 2"
+    words = f"-q heeding {samples} --calibration-weighting loss --no-spill --seed 1".split()
+    assert main(["quantize", source, str(tmp_path / "out"), *words]) == 0
+    assert stored(tmp_path / "out") == stored(tmp_path / "expected")
+
+
+@pytest.mark.parametrize(("calibrated", "offered"), [("heeding", {"bits": 4}), ("scaled", {})])
+def test_a_quality_stands_for_its_settings(
+    calibrated: str, offered: dict[str, Any], source: str, tmp_path: Path
+) -> None:
+    tuning = TuningConfig(epochs=1) if calibrated == "scaled" else None
+    plain, best = text(samples=None), text(weighting="loss", tuning=tuning)
+    for name, found, expected, options in (
+        ("fast", text(samples=None), text(samples=32), {}),
+        ("best", text(), best, offered),
+        ("balanced", plain, text(samples=128), {}),
+    ):
+        run(source, tmp_path / name, calibrated, calibration=found, quality=name)
+        run(source, tmp_path / "same" / name, calibrated, options=options, calibration=expected)
+        assert stored(tmp_path / name) == stored(tmp_path / "same" / name)
+    own = text(weighting="none", tuning=TuningConfig(epochs=0))
+    arguments: dict[str, Any] = {"options": dict.fromkeys(offered, 8)}
+    arguments["calibration"] = own
+    run(source, tmp_path / "own", calibrated, quality="best", **arguments)
+    run(source, tmp_path / "plain", calibrated, **arguments)
+    assert stored(tmp_path / "own") == stored(tmp_path / "plain")
+
+
 @pytest.fixture(scope="module")
 def stopped(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The place of a killed run; other requests leave it as it is."""
@@ -272,6 +325,7 @@ def stopped(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"calibration": text(tuning=TUNING, source="pydoc[:20%]")}, "calibration"),
         ({"calibration": text(tuning=TUNING, samples=5)}, "calibration"),
         ({"calibration": text()}, "calibration"),
+        ({"calibration": text(tuning=TUNING, weighting="loss")}, "calibration"),
         ({"calibration": text(tuning=TuningConfig(3, 2e-2))}, "calibration"),
         ({"exclude": ["*.down_proj"]}, "weights"),
         ({"quantizer": "heeding", "calibration": text()}, "recipes"),

@@ -44,6 +44,7 @@ SPEC = QuantizerSpec(
         ),
     ),
     rescales=True,
+    qualities={"fast": {"sweeps": 0}, "best": {"sweeps": 2}},
     formats=(
         FormatSpec(
             name="exl3",

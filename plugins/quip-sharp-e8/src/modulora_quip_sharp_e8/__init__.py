@@ -44,6 +44,7 @@ SPEC = QuantizerSpec(
         ),
     ),
     rescales=True,
+    qualities={"fast": {"sweeps": 0}},
     formats=(
         FormatSpec(
             name="quip-sharp",

@@ -1,0 +1,59 @@
+"""Settings of ``--quality``: fewer or more seconds of quantizing, for the same size.
+
+A plugin offers options in :attr:`modulora_core.spec.QuantizerSpec.qualities`. The settings of the
+calibration are here, the same for every plugin. Explicit settings win over both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from modulora_core.calibration import CalibrationConfig, TuningConfig
+from modulora_core.registry import Choice
+
+Quality = Literal["fast", "balanced", "best"]
+
+FAST_SAMPLES = 32
+"""Samples of ``fast``."""
+
+TUNING = TuningConfig(epochs=1)
+"""The tuning of ``best``, where packed weights can be rescaled."""
+
+
+def choice_of(choice: Choice, quality: Quality) -> Choice:
+    """The choice with the options that its plugin offers for ``quality``, unless it has its own.
+
+    Raises:
+        PluginError: the quantizer is unknown, or broken.
+    """
+    if quality == "balanced":
+        return choice
+    offered = choice.create().spec.qualities.get(quality, {})
+    return Choice(choice.quantizer, {**offered, **choice.options})
+
+
+def calibration_of(
+    config: CalibrationConfig | None, quality: Quality, choices: Sequence[Choice]
+) -> CalibrationConfig | None:
+    """The calibration with the settings of ``quality`` in the place of None.
+
+    No epochs of tuning are no tuning.
+
+    Args:
+        choices: the quantizers; ``best`` tunes if one of them can rescale packed weights.
+    """
+    if config is None:
+        return None
+    if quality == "fast":
+        config = replace(config, max_samples=FAST_SAMPLES)
+    if quality == "best":
+        quantizers = [choice.create() for choice in choices]
+        if config.weighting is None and any(each.wants_calibration for each in quantizers):
+            config = replace(config, weighting="loss")
+        if config.tuning is None and any(each.spec.rescales for each in quantizers):
+            config = replace(config, tuning=TUNING)
+    if config.tuning is not None and config.tuning.epochs == 0:
+        config = replace(config, tuning=None)
+    return config
