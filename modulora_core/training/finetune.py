@@ -86,6 +86,7 @@ class FinetuneResult:
         peak_memory_bytes: of loading and training
             (:class:`modulora_core.checkpoints.peak_memory.PeakMemory`).
         model: the packed model: the config's, or its folder in the cache.
+        files: the ``lora_file`` and the files beside it that the first process wrote.
     """
 
     out: str
@@ -97,6 +98,7 @@ class FinetuneResult:
     peak_memory_bytes: int
     eval_loss_before: float | None = None
     model: str = ""
+    files: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -199,9 +201,11 @@ def finetune(
     if is_first():
         write_file(out / "README.md", card)
     save_adapter(model, out, settings=settings)
+    files: tuple[str, ...] = ()
     if config.lora_file is not None and is_first():
-        file = base_file(checkpoint, config.model)
-        file_writer(config.lora_file).write_adapter(str(out), config.lora_file, model=file)
+        file, writer = base_file(checkpoint, config.model), file_writer(config.lora_file)
+        written = writer.write_adapter(str(out), config.lora_file, model=file)
+        files = (written.out, *written.beside)
     if config.report:
         with open_bar(f"answering prompts for {REPORT_FILE}", "tokens") as show:
             samples = answers(
@@ -221,7 +225,7 @@ def finetune(
         logger.warning("%s: %s: %s", out, worse, advice)
     return FinetuneResult(
         config.out, len(losses), losses, eval_loss, seconds, tokens / seconds, peak.nbytes,
-        eval_loss_before, config.model if checkpoint is base else str(checkpoint.folder),
+        eval_loss_before, config.model if checkpoint is base else str(checkpoint.folder), files,
     )  # fmt: skip
 
 

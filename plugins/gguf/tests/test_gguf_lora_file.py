@@ -107,6 +107,8 @@ def test_finetune_writes_the_file_at_the_end(
     assert "it holds no channel scales" in capsys.readouterr().err
     assert not (tmp_path / "adapter").exists()
     assert main([*words, "--lora-gguf", str(out)]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert f"files{out},{out.with_suffix('.Modelfile')}" in shown
     export_for_llama_cpp(str(tmp_path / "adapter"), tmp_path / "again.gguf", model=path)
     assert out.read_bytes() == (tmp_path / "again.gguf").read_bytes()
     assert (tmp_path / "lora.Modelfile").read_text() == (
