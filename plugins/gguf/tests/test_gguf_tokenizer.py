@@ -19,11 +19,14 @@ from modulora_gguf.tests.vocabularies import (
     Imitation,
     chat,
     odd_texts,
+    template_of,
     vocabulary_of,
     write_vocabulary,
 )
 from transformers import AutoTokenizer, PretrainedConfig
 
+from modulora_core.data.formats import Conversation
+from modulora_core.data.rendering import IGNORED, Renderer
 from modulora_core.errors import ModelError
 from modulora_core.models.stops import end_ids
 from modulora_core.models.tokenizer import load_tokenizer as load_from_folder
@@ -100,6 +103,24 @@ def test_answers_end_at_every_end_token(name: str, ends: list[str], tmp_path: Pa
     path = write_vocabulary(tmp_path / "v.gguf", IMITATIONS[name])
     tokenizer = load_tokenizer(path, read_header(path))
     assert tokenizer.convert_ids_to_tokens(end_ids(tokenizer)) == ends
+
+
+def test_chats_are_trained_with_the_ids_of_their_text(imitated: tuple[Imitation, Any]) -> None:
+    """Generation reads the same prompt, and the answer's tokens follow it."""
+    like, tokenizer = imitated
+    tokenizer.chat_template = template_of(like)
+    asked = ({"role": "user", "content": "Hello  you"},)
+    said = (*asked, {"role": "assistant", "content": "Good day\nto you"})
+    renderer = Renderer(tokenizer)
+    (rendering,) = renderer.render(Conversation(said, None, "1"))
+    ((ids, labels),) = renderer.encode([rendering])
+    text = (like.user + like.answer).format("Hello  you", "Good day\nto you")
+    special = (*like.control, *like.plain)
+    end = text.rstrip() if text.rstrip().endswith(special) else text
+    assert ids == tokenizer(end, add_special_tokens=False).input_ids
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids
+    trained = [one for one in labels if one != IGNORED]
+    assert ids == [*prompt, *trained]
 
 
 def test_phi_3_strips_the_space_behind_special_tokens(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def load_tokenizer(path: Path, header: Header) -> PreTrainedTokenizerBase:
         backend = _sentencepiece(header, vocabulary, named.get("unk_token"))
     backend.add_tokens(_added_tokens(header, vocabulary, set(named.values())))
     begins = kind == "llama" or _split_name(header) in LIKE_LLAMA_3
-    return PreTrainedTokenizerFast(
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         add_bos_token=_flag(header, "add_bos_token", begins),
         add_eos_token=_flag(header, "add_eos_token", False),
@@ -70,6 +70,8 @@ def load_tokenizer(path: Path, header: Header) -> PreTrainedTokenizerBase:
         clean_up_tokenization_spaces=False,
         **named,
     )
+    tokenizer.name_or_path = str(path)  # for messages
+    return tokenizer
 
 
 def named_tokens(header: Header, tokens: list[str]) -> dict[str, str]:

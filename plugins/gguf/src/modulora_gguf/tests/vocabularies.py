@@ -233,3 +233,16 @@ def chat(like: Imitation, turns: int) -> str:
         like.user.format(generator.choice(TEXTS)) + like.answer.format(generator.choice(TEXTS))
         for _ in range(turns)
     )
+
+
+def template_of(like: Imitation) -> str:
+    """The chat template that makes such conversations."""
+    user, answer = (repr(turn.replace("{}", "\0")) for turn in (like.user, like.answer))
+    start = repr(like.answer.partition("{}")[0])
+    return (
+        "{% for m in messages %}{{ ("
+        + f"{user} if m['role'] == 'user' else {answer}).replace('\\0', m['content'])"
+        + " }}{% endfor %}{% if add_generation_prompt %}{{ "
+        + start
+        + " }}{% endif %}"
+    )
