@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,9 @@ TOKENIZER_FILES = (
 _ADVICE = "copy the tokenizer files of the model that it was made from into the folder"
 
 _SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class _SmallFile(BaseModel):
@@ -154,9 +158,17 @@ def write_tokenizer(
     out.mkdir(parents=True, exist_ok=True)
     with quiet():
         saved = [Path(file) for file in tokenizer.save_pretrained(out)]
+        _name_absent_tokens(tokenizer, out / _SMALL_FILES[0])
         generation = GenerationConfig.from_model_config(config)
         ends = end_ids(tokenizer, generation.eos_token_id, size=config.get_text_config().vocab_size)
         generation.eos_token_id = ends or None
         generation.save_pretrained(out)
     names = [file.relative_to(out).as_posix() for file in saved if file.is_file()]
     return [*names, "generation_config.json"]
+
+
+def _name_absent_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Say which tokens there aren't: AutoTokenizer's class for a model adds its defaults."""
+    written = json.loads(path.read_text())
+    absent = [name for name in _ROLES if getattr(tokenizer, name) is None]
+    path.write_text(json.dumps(written | dict.fromkeys(absent), indent=2) + "\n")

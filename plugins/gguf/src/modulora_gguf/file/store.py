@@ -175,7 +175,7 @@ def _refuse_unreadable(path: Path, header: Header) -> None:
         except NotImplementedError:
             raise ModelError(
                 f"{path}: {names[kind]}: expected floats or blocks of weights, got type {kind}, "
-                "which the gguf package can't dequantize"
+                "which the installed gguf package can't dequantize; take the file in another type"
             ) from None
 
 
