@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 from modulora_core.cli import arguments as shared
 from modulora_core.cli.arguments import option
@@ -16,6 +16,7 @@ from modulora_core.errors import OptionError
 from modulora_core.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
+    from modulora_core.inference.evaluate import Metric as KnownMetric
     from modulora_core.inference.tasks import TaskResult
 
 METRICS = ("perplexity", "accuracy", "rouge", "exact-match")
@@ -166,7 +167,7 @@ def command(
         measured = evaluate(
             opened,
             source,
-            metric=metric or "perplexity",  # type: ignore[arg-type]  # typer gives a str
+            metric=cast("KnownMetric", metric or "perplexity"),  # typer gives a str
             seq_len=seq_len,
             segments=segments,
             batch_size=batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modulora_core.data.files import Record
-from modulora_core.data.formats import FIELDS, Format, conversations, detect, texts
+from modulora_core.data.formats import FIELDS, Format, conversations, detect, texts, tokens
 from modulora_core.data.rendering import (
     IGNORED,
     Encoded,
@@ -119,6 +119,8 @@ def load_examples(
     name = source_name(source)
     if chosen == "text":
         return _packed(records, tokenizer, seq_len, name)
+    if chosen == "tokens":
+        return _tokenized(records, seq_len, name)
     return _answers(records, chosen, tokenizer, seq_len, name)
 
 
@@ -153,9 +155,24 @@ def _answers(
         )
     renderer = Renderer(tokenizer)
     renderings = [rendering for conversation in kept for rendering in renderer.render(conversation)]
+    counts = {"format": format, "templated": renderer.has_template, "records": len(records),
+              "blank": len(read) - len(kept)}  # fmt: skip
+    return _cut(_batched(renderer, renderings), seq_len, name, counts)
+
+
+def _tokenized(records: Sequence[Record], seq_len: int, name: str) -> Examples:
+    counts = {"format": "tokens", "records": len(records), "blank": 0}
+    return _cut(map(tokens, records), seq_len, name, counts)
+
+
+def _cut(
+    encoded: Iterable[Encoded], seq_len: int, name: str, counts: Mapping[str, Any]
+) -> Examples:
+    """Cut examples to the window, and leave out those without an answer in it."""
     pairs: list[tuple[array[int], array[int]]] = []
-    truncated = trained = 0
-    for ids, labels in _batched(renderer, renderings):
+    truncated = trained = all_of_them = 0
+    for ids, labels in encoded:
+        all_of_them += 1
         # the first token is never predicted
         answer = sum(label != IGNORED for label in labels[1:seq_len])
         if answer:
@@ -163,14 +180,13 @@ def _answers(
             trained += answer
             pairs.append((array("i", ids[:seq_len]), array("i", labels[:seq_len])))
     report = DataReport(
-        format=format, templated=renderer.has_template, records=len(records), examples=len(pairs),
-        tokens=sum(len(ids) for ids, _ in pairs), trained_tokens=trained, truncated=truncated,
-        dropped=len(renderings) - len(pairs), blank=len(read) - len(kept),
+        **counts, examples=len(pairs), tokens=sum(len(ids) for ids, _ in pairs),
+        trained_tokens=trained, truncated=truncated, dropped=all_of_them - len(pairs),
     )  # fmt: skip
     if not pairs:
         raise DataError(
             f"{name}: expected examples whose answer starts within seq_len {seq_len}, got none of "
-            f"{len(renderings)}; raise seq_len"
+            f"{all_of_them}; raise seq_len"
         )
     _warn(report, seq_len, name)
     return Examples(pairs, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import io
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -67,7 +68,7 @@ def _decode(data: bytes, path: Path, line: int) -> str:
 def read_records(
     path: Path, check: Check | None = None, columns: Collection[str] = ()
 ) -> list[Record]:
-    """Read the records of a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, at least one.
+    """Read the records of a file, at least one: jsonl, json, csv, tsv or parquet.
 
     Args:
         path: the file.
@@ -143,8 +144,9 @@ def _json(path: Path) -> Iterator[tuple[Any, str]]:
     yield from ((value, f"record {number}") for number, value in enumerate(values, start=1))
 
 
-def _csv(path: Path) -> Iterator[tuple[Any, str]]:
-    rows, line = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), 1
+def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[Any, str]]:
+    text = io.StringIO(read_text(path), newline="")
+    rows, line = csv.reader(text, delimiter=delimiter, strict=True), 1
     limit = csv.field_size_limit(2**31 - 1)  # a cell may be longer than the default of 128 KiB
     try:
         header = [name.strip() for name in next(rows)]
@@ -165,12 +167,18 @@ def _csv(path: Path) -> Iterator[tuple[Any, str]]:
             line = rows.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path}, line {line}: expected comma-separated values, got {error}"
+            f"{path}, line {line}: expected values separated by {delimiter!r}, with quotes doubled "
+            f"inside of quotes, got {error}"
         ) from None
     finally:
         csv.field_size_limit(limit)
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[tuple[Any, str]]]] = MappingProxyType(
-    {".jsonl": _jsonl, ".json": _json, ".csv": _csv}
+    {
+        ".jsonl": _jsonl,
+        ".json": _json,
+        ".csv": _csv,
+        ".tsv": functools.partial(_csv, delimiter="\t"),
+    }
 )

@@ -8,8 +8,11 @@ instruct   instruction, output [, input]           the output
 chat       messages: a list of role, content; or   all turns of the assistant
            conversations: a list of from, value
 completion prompt, completion; or text, label      the completion; the label
+tokens     input_ids [, labels, or a mask]         labels that aren't -100; masked tokens; or all
 ========== ======================================= ==========================================
 
+Prompts and completions are strings or lists of messages. A content may be a list of parts of type
+text. ``tool_calls`` of a message and ``tools`` of a record reach the chat template.
 Other fields are ignored. ``conversations`` is the form of ShareGPT, which calls the user human and
 the assistant gpt. If a record has ``messages`` too, those are used.
 """
@@ -23,21 +26,18 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StrictStr,
     ValidationError,
-    model_validator,
 )
 
 from modulora_core.data.files import Record
+from modulora_core.data.messages import Message, Said, Tools, Turn, messages
 from modulora_core.errors import DataError, OptionError
 from modulora_core.options import in_one_line
 
-Format = Literal["text", "instruct", "chat", "completion"]
+Format = Literal["text", "instruct", "chat", "completion", "tokens"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-Message = Mapping[str, Any]
-"""One turn: ``role``, ``content``, and other fields that a chat template may read."""
 
 _SHAPES: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("text", ("text",)),
@@ -46,13 +46,21 @@ _SHAPES: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("completion", ("prompt", "completion")),
     ("completion", ("text", "label")),
     ("chat", ("conversations",)),
+    ("tokens", ("input_ids",)),
 )
+MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 FIELDS = frozenset(
-    ("input", "chosen", "rejected", *(name for _, fields in _SHAPES for name in fields))
+    (
+        "input",
+        "chosen",
+        "rejected",
+        "tools",
+        "labels",
+        *MASKS,
+        *(name for _, fields in _SHAPES for name in fields),
+    )
 )
 """All fields of records that are read."""
-
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 _ALPACA = (
     "Below is an instruction that describes a task{paired}. "
@@ -75,11 +83,6 @@ class _Instruct(BaseModel):
     input: StrictStr | None = None
 
 
-class _Completion(BaseModel):
-    prompt: StrictStr
-    completion: StrictStr
-
-
 def _label(value: object) -> str:
     if not isinstance(value, str | int):
         raise ValueError("expected a string or a whole number")  # noqa: TRY004  pydantic wants it
@@ -91,26 +94,25 @@ class _Labelled(BaseModel):
     label: Annotated[str, BeforeValidator(_label)]
 
 
-class Turn(BaseModel):
-    """One turn of a chat, of either spelling of the fields."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: StrictStr
-    content: StrictStr
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_sharegpt(cls, turn: Any) -> Any:
-        if not isinstance(turn, dict) or "role" in turn or "from" not in turn:
-            return turn
-        renamed = {"from": "role", "value": "content"}
-        turn = {renamed.get(name, name): value for name, value in turn.items()}
-        return {**turn, "role": _SHAREGPT_ROLES.get(str(turn["role"]), turn["role"])}
+class _Completion(Tools):
+    prompt: Said
+    completion: Said
 
 
-class _Chat(BaseModel):
+class _Chat(Tools):
     messages: Annotated[list[Turn], Field(min_length=1)]
+
+
+Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
+Mask = list[Literal[0, 1]]
+
+
+class _Tokens(BaseModel):
+    input_ids: Ids
+    labels: list[int] | None = None
+    attention_mask: Mask | None = None
+    completion_mask: Mask | None = None
+    assistant_masks: Mask | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +123,21 @@ class Conversation:
         messages: for a tokenizer with a chat template.
         plain: ``(prompt, answer)`` for a tokenizer without one; None for a chat.
         place: the place of the record, for messages.
+        asked: the number of turns of the prompt, of which none is trained.
+        tools: for the chat template.
     """
 
     messages: tuple[Message, ...]
     plain: tuple[str, str] | None
     place: str
+    asked: int = 0
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def answers(self) -> list[int]:
+        """The numbers of the turns that are trained."""
+        turns = enumerate(self.messages)
+        return [i for i, turn in turns if i >= self.asked and turn["role"] == "assistant"]
 
     @property
     def answer(self) -> str:
@@ -135,7 +147,8 @@ class Conversation:
     @property
     def is_blank(self) -> bool:
         """Whether the assistant says nothing at all."""
-        return not any(m["content"].strip() for m in self.messages if m["role"] == "assistant")
+        answers = (self.messages[i] for i in self.answers)
+        return not any(turn["content"].strip() or turn.get("tool_calls") for turn in answers)
 
 
 def detect(records: Sequence[Record], requested: str = "auto", *, answers: bool = False) -> Format:
@@ -153,6 +166,8 @@ def detect(records: Sequence[Record], requested: str = "auto", *, answers: bool 
         return requested
     place, present = records[0].place, _present(records[0])
     found = {format_: None for format_, fields in _SHAPES if present.issuperset(fields)}
+    if "tokens" in found:  # other columns are the ones that they were made from
+        found = {"tokens": None}
     if "label" in present or (answers and len(found) > 1):
         found.pop("text", None)  # a text with a label is a completion
     if present.issuperset(("chosen", "rejected")):
@@ -192,6 +207,10 @@ def conversations(records: Sequence[Record], format_: Format) -> list[Conversati
     Raises:
         DataError: a missing field, a wrong type, or no turn of the assistant, with the place.
     """
+    if format_ == "tokens":
+        raise DataError(
+            f"{records[0].place}: expected text, got tokens (input_ids), which finetune alone reads"
+        )
     convert = {"instruct": _instruct, "chat": _chat, "completion": _completion}[format_]
     return [convert(record) for record in records]
 
@@ -225,8 +244,11 @@ def _completion(record: Record) -> Conversation:
         plain = (f"{read.text}\nLabel:", f" {read.label}")
         return _exchange(read.text, read.label, plain, record.place)
     pair = checked(record, _Completion)
-    plain = (pair.prompt, pair.completion)
-    return _exchange(pair.prompt, pair.completion, plain, record.place)
+    if isinstance(pair.prompt, str) and isinstance(pair.completion, str) and not pair.tools:
+        plain = (pair.prompt, pair.completion)
+        return _exchange(pair.prompt, pair.completion, plain, record.place)
+    prompt, completion = messages(pair.prompt, "user"), messages(pair.completion, "assistant")
+    return _conversation([*prompt, *completion], record.place, pair.tools, asked=len(prompt))
 
 
 def _exchange(user: str, assistant: str, plain: tuple[str, str], place: str) -> Conversation:
@@ -238,13 +260,46 @@ def _chat(record: Record) -> Conversation:
     present = _present(record)
     if "messages" not in present and "conversations" in present:
         record = Record({"messages": record.fields["conversations"]}, record.place)
-    turns = tuple(
-        {name: value for name, value in turn if value is not None}
-        for turn in checked(record, _Chat).messages
-    )
-    if not any(turn["role"] == "assistant" for turn in turns):
-        roles = ", ".join(turn["role"] for turn in turns)
+    read = checked(record, _Chat)
+    return _conversation(messages(read.messages, ""), record.place, read.tools)
+
+
+def _conversation(
+    turns: Sequence[Message], place: str, tools: list[dict[str, Any]] | None, asked: int = 0
+) -> Conversation:
+    found = Conversation(tuple(turns), None, place, asked, tuple(tools or ()))
+    if not found.answers:
+        roles = ", ".join(turn["role"] for turn in turns[asked:])
         raise DataError(
-            f"{record.place}: messages: expected a turn of the assistant to train, got only {roles}"
+            f"{place}: messages: expected a turn of the assistant to train, got only {roles}"
         )
-    return Conversation(turns, None, record.place)
+    return found
+
+
+def tokens(record: Record) -> tuple[list[int], list[int]]:
+    """The ids and labels of a record in format tokens. A label is -100, or the token at its place.
+
+    Raises:
+        DataError: lists of other lengths, or labels of other tokens.
+    """
+    read = checked(record, _Tokens)
+    ids, columns = read.input_ids, read.model_dump(exclude_none=True)
+    for name, column in columns.items():
+        if len(column) != len(ids):
+            raise DataError(
+                f"{record.place}: {name}: expected as many as input_ids, {len(ids)}, got "
+                f"{len(column)}"
+            )
+    masks = [columns[name] for name in ("completion_mask", "assistant_masks") if name in columns]
+    labels = read.labels or [i if all(on) else -100 for i, *on in zip(ids, *masks, strict=True)]
+    wrong = next((n for n, (i, label) in enumerate(zip(ids, labels, strict=True))
+                  if label not in (i, -100)), None)  # fmt: skip
+    if wrong is not None:
+        raise DataError(
+            f"{record.place}: labels: expected -100 or the token at the same place, since the "
+            f"model shifts them itself, got {labels[wrong]} at {wrong}, where the token is "
+            f"{ids[wrong]}"
+        )
+    kept = columns.get("attention_mask", [1] * len(ids))  # the rest is padding
+    pairs = [(i, label) for i, label, on in zip(ids, labels, kept, strict=True) if on]
+    return [i for i, _ in pairs], [label for _, label in pairs]

@@ -16,10 +16,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, StrictStr
+from pydantic import BaseModel
 
 from modulora_core.data.files import Record
-from modulora_core.data.formats import FIELDS, Conversation, Message, Turn, checked
+from modulora_core.data.formats import FIELDS, Conversation, checked
+from modulora_core.data.messages import Message, Said, messages
 from modulora_core.data.rendering import Renderer, check_ids
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.errors import DataError
@@ -28,9 +29,15 @@ logger = logging.getLogger(__name__)
 
 
 class _Preference(BaseModel):
-    prompt: StrictStr | list[Turn] | None = None
-    chosen: StrictStr | list[Turn]
-    rejected: StrictStr | list[Turn]
+    prompt: Said | None = None
+    chosen: Said
+    rejected: Said
+
+
+_RULE = (
+    "preferences: expected prompt, chosen and rejected, as strings or lists of messages; or chosen "
+    "and rejected as lists of messages that begin with the same turns, the prompt"
+)
 
 
 def load_preferences(
@@ -75,7 +82,18 @@ def load_preferences(
 
 def _row(record: Record, renderer: Renderer, known: int | None) -> tuple[dict[str, Any], int]:
     """The row of a record, and the number of tokens in its prompt."""
-    read = checked(record, _Preference)
+    if missing := {"chosen", "rejected"}.difference(record.fields):
+        names = ", ".join(sorted(map(str, record.fields)))[:200]
+        raise DataError(
+            f"{record.place}: {_RULE}; got no {' and no '.join(sorted(missing))}, and the fields "
+            f"{names}"
+        )
+    if record.fields.get("tools"):
+        raise DataError(f"{record.place}: tools: method dpo reads none; leave the field out")
+    try:
+        read = checked(record, _Preference)
+    except DataError as error:
+        raise DataError(f"{error}; {_RULE}") from None
     prompt, chosen, rejected = _turns(read, record.place)
     strings = (read.prompt, read.chosen, read.rejected)
     for turns, answer in ((chosen, read.chosen), (rejected, read.rejected)):
@@ -91,8 +109,8 @@ def _row(record: Record, renderer: Renderer, known: int | None) -> tuple[dict[st
 
 def _turns(read: _Preference, place: str) -> tuple[list[Message], list[Message], list[Message]]:
     """The messages of the prompt and of both answers."""
-    chosen, rejected = (_messages(answer, "assistant") for answer in (read.chosen, read.rejected))
-    prompt = [] if read.prompt is None else _messages(read.prompt, "user")
+    chosen, rejected = (messages(answer, "assistant") for answer in (read.chosen, read.rejected))
+    prompt = [] if read.prompt is None else messages(read.prompt, "user")
     if not isinstance(read.prompt, list) and (shared := _shared(chosen, rejected)):
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
@@ -107,12 +125,6 @@ def _turns(read: _Preference, place: str) -> tuple[list[Message], list[Message],
                 f"{place}: {name}: expected one turn of the assistant after the prompt, got {roles}"
             )
     return prompt, chosen, rejected
-
-
-def _messages(value: str | Sequence[Turn], role: str) -> list[Message]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [turn.model_dump(exclude_none=True) for turn in value]
 
 
 def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:

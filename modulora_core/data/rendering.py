@@ -13,12 +13,14 @@ The second must start with the first, and the next turn's prompt with the second
 from __future__ import annotations
 
 import itertools
+import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modulora_core.data.formats import Conversation, Message
+from modulora_core.data.formats import Conversation
+from modulora_core.data.messages import Message
 from modulora_core.errors import DataError
 from modulora_core.models.chat_templates import render
 from modulora_core.models.tokenizer_checks import panics_refused
@@ -77,6 +79,20 @@ def check_ids(ids: Sequence[int] | array[int], rows: int | None, subject: str) -
         )
 
 
+def _check_role(message: Message, template: str, text: str, place: str) -> None:
+    """Refuse a turn of a role that the template prints unread, or leaves out. Raises DataError."""
+    role, content = message["role"], message["content"].strip()
+    if role in ("system", "user", "assistant"):
+        return
+    if role != "tool" and f"'{role}'" not in template and f'"{role}"' not in template:
+        raise DataError(
+            f"{place}: role: expected system, user, assistant, tool, or another role that the "
+            f"tokenizer's chat template names, got {role!r:.40}"
+        )
+    if content not in text and json.dumps(content, ensure_ascii=False)[1:-1] not in text:
+        raise DataError(f"{place}: the tokenizer's chat template leaves out turns of {role}")
+
+
 class Renderer:
     """Renders conversations for one tokenizer."""
 
@@ -117,10 +133,10 @@ class Renderer:
     def _templated(self, conversation: Conversation) -> list[Rendering]:
         renderings: list[Rendering] = []
         pieces: list[tuple[str, bool]] = []
-        messages, place = conversation.messages, conversation.place
+        place = conversation.place
         done = ""  # the text of `pieces`
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        texts = iter(self._apply(messages, answers, place))
+        answers = conversation.answers
+        texts = iter(self._apply(conversation))
         for i in answers:
             prompt, answered = next(texts), next(texts)
             if not answered.startswith(prompt):
@@ -137,16 +153,32 @@ class Renderer:
             done = prompt + answer
         return [*renderings, Rendering(tuple(pieces), templated=True)]
 
-    def _apply(self, messages: Sequence[Message], answers: Sequence[int], place: str) -> list[str]:
+    def _apply(self, conversation: Conversation) -> list[str]:
         """The prompt of each answer, and the text up to its end."""
-        turns = [(messages[: i + done], not done) for i in answers for done in (False, True)]
+        messages, place = conversation.messages, conversation.place
+        turns = [
+            (messages[: i + done], not done) for i in conversation.answers for done in (False, True)
+        ]
+        template = self.tokenizer.get_chat_template(tools=conversation.tools or None)
+        for name, used in (
+            ("tools", conversation.tools),
+            ("tool_calls", any(message.get("tool_calls") for message in messages)),
+        ):
+            if used and name not in template:
+                raise DataError(
+                    f"{place}: the tokenizer's chat template knows no {name}; take a model that "
+                    f"was trained to call tools, or leave them out"
+                )
         try:
-            return render(self.tokenizer, turns)
+            texts = render(self.tokenizer, turns, conversation.tools)
         except ValueError as error:
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
             raise DataError(
                 f"{place}: the tokenizer's chat template refuses turns of {roles}: {error}"
             ) from error
+        for i, message in enumerate(messages[: conversation.answers[-1]]):
+            _check_role(message, template, texts[-1], f"{place}: message {i + 1}")
+        return texts
 
     def _without_tail(self, turn: str) -> str:
         """The turn up to the special token that ends it: generation stops there."""

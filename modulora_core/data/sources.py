@@ -2,12 +2,14 @@
 
 ::
 
-    notes.txt  data.jsonl  data.json  data.csv  data.parquet      a file
+    notes.txt  data.jsonl  data.json  data.csv  data.tsv  data.parquet    a file
     org/name   org/name:split   org/name:config:split             a Hub dataset, or such a folder
+    folder     folder:split                                       of Dataset.save_to_disk
     pydoc                                                         English text of CPython
     anything[:90%]   anything[10%:20%]                            a part of it
 
-In Python a source may also be records: a ``datasets.Dataset``, or any sequence of dicts.
+In Python a source may also be records: a ``datasets.Dataset``, a table of pandas, polars or
+pyarrow, or any sequence of dicts.
 
 A slice counts in whole percent, rounded to the nearest record as in Hugging Face datasets. A text
 is cut between paragraphs. Slices that meet at a percentage share no record and leave none out.
@@ -36,6 +38,9 @@ _LIKE_A_FILE = re.compile(
     r"[./~].*|.*/.*/.*|.*\\.*|.*\.(txt|md|jsonl|json|csv|tsv|parquet|gz|zip|xz|arrow)",
     re.IGNORECASE | re.DOTALL,
 )
+
+_SAVED = ("state.json", "dataset_dict.json")
+"""Files of a folder that the library datasets saved: a split, or several."""
 
 _MOST_FILES = 10_000
 """In a folder of a dataset: the library datasets would look at all files of a disk."""
@@ -146,6 +151,7 @@ def _parts(source: Source) -> list[str | dict[str, Any]]:
             f"data: expected one split, such as data[{next(iter(source), 'train')!r}], or a list "
             f"of records, got a mapping with {', '.join(map(repr, source)) or 'nothing'}"
         )
+    source = _rows_of_table(source)
     parts = [source] if isinstance(source, str | os.PathLike) else source
     try:
         return [dict(part) if isinstance(part, Mapping) else os.fsdecode(part) for part in parts]
@@ -153,6 +159,25 @@ def _parts(source: Source) -> list[str | dict[str, Any]]:
         raise DataError(
             f"data: expected a file, a Hub dataset id, pydoc, or records, got {source!r:.80}"
         ) from None
+
+
+def _rows_of_table(source: Any) -> Any:
+    """The rows of a table of pandas, polars or pyarrow as dicts; other sources as they are."""
+    if hasattr(source, "iterrows"):  # pandas, where a missing value is NaN
+        filled = source.astype(object).where(source.notna(), None)
+        return [_without_arrays(row) for row in filled.to_dict("records")]
+    for method in ("to_dicts", "to_pylist"):  # polars; pyarrow
+        if hasattr(source, method):
+            return getattr(source, method)()
+    return source
+
+
+def _without_arrays(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _without_arrays(each) for name, each in value.items()}
+    return list(map(_without_arrays, value)) if isinstance(value, list) else value
 
 
 def _class_names(rows: Any) -> list[str] | None:
@@ -239,7 +264,11 @@ def _dataset(name: str, part: Slice, expected: str, form: str) -> list[Record]:
     dataset_id, *rest = os.path.expanduser(name).split(":")  # noqa: PTH111  a Hub id isn't a path
     config, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
     try:
-        rows = datasets.load_dataset(dataset_id, config, split=split)
+        if any((Path(dataset_id) / file).is_file() for file in _SAVED):
+            saved = datasets.load_from_disk(dataset_id)
+            rows = saved[split] if isinstance(saved, dict) else saved
+        else:
+            rows = datasets.load_dataset(dataset_id, config, split=split)
     except Exception as error:  # readers of many formats raise what they like
         raise DataError(
             f"{name}: expected {expected} with the split {split!r} (say {form}), got "

@@ -12,9 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from modulora_core.arguments import checked
 from modulora_core.data import token_segments
@@ -61,6 +62,42 @@ class Accuracy:
     labels: tuple[str, ...]
 
 
+class _Settings(TypedDict, total=False):
+    seq_len: int
+    segments: int | None
+    batch_size: int
+    max_new_tokens: int
+    beams: int
+    prompt: str | None
+    completion: str | None
+    adapter: str | Path | None
+    progress: Progress | Literal[False] | None
+
+
+@overload
+def evaluate(
+    model: Runnable, data: Source = "pydoc", *, metric: Literal["perplexity"] = "perplexity",
+    **settings: Unpack[_Settings],
+) -> Perplexity: ...  # fmt: skip
+@overload
+def evaluate(
+    model: Runnable, data: Source = "pydoc", *, metric: Literal["accuracy"],
+    **settings: Unpack[_Settings],
+) -> Accuracy: ...  # fmt: skip
+@overload
+def evaluate(
+    model: Runnable, data: Source = "pydoc", *, metric: Literal["rouge"],
+    **settings: Unpack[_Settings],
+) -> Rouge: ...  # fmt: skip
+@overload
+def evaluate(
+    model: Runnable, data: Source = "pydoc", *, metric: Literal["exact-match"],
+    **settings: Unpack[_Settings],
+) -> ExactMatch: ...  # fmt: skip
+@overload
+def evaluate(
+    model: Runnable, data: Source = "pydoc", *, metric: Metric, **settings: Unpack[_Settings]
+) -> Perplexity | Accuracy | Rouge | ExactMatch: ...
 @checked
 @shows_progress("evaluating", "passes")
 def evaluate(

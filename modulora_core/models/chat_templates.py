@@ -29,20 +29,24 @@ Turns = tuple[Sequence[Mapping[str, Any]], bool]
 """Messages, and whether the prompt of an answer follows them."""
 
 
-def render(tokenizer: Any, turns: Sequence[Turns]) -> list[str]:
+def render(
+    tokenizer: Any, turns: Sequence[Turns], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
     """Render conversations as the tokenizer's ``apply_chat_template`` does.
 
     Args:
         tokenizer: has a chat template.
         turns: several conversations, such as the beginnings of one.
+        tools: JSON schemas of functions that the model may call.
 
     Raises:
         ValueError: the template refuses them, or takes too much time or memory.
     """
     request = {
-        "template": tokenizer.get_chat_template(),
+        "template": tokenizer.get_chat_template(tools=list(tools) or None),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "turns": [(list(messages), with_prompt) for messages, with_prompt in turns],
+        "tools": list(tools) or None,
     }
     with worker(_SCRIPT, str(SECONDS), str(MEMORY)) as process:
         ask(process, json.dumps(request).encode("ascii"))

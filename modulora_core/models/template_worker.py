@@ -3,7 +3,8 @@
 :mod:`modulora_core.models.chat_templates` runs this file as a script. Each line of its standard
 input is a request, each line of its output the answer::
 
-    {"template": jinja, "special": {"bos_token": ...}, "turns": [[messages, with_prompt], ...]}
+    {"template": jinja, "special": {"bos_token": ...}, "turns": [[messages, with_prompt], ...],
+     "tools": [...] or null}
     {"texts": [...]}   or   {"error": "the template's or jinja's message"}
 
 A template may loop or grow without end, inside one operation of C code too. So the kernel holds the
@@ -42,7 +43,10 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {
             "texts": [
                 tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=with_prompt
+                    messages,
+                    tools=request["tools"],
+                    tokenize=False,
+                    add_generation_prompt=with_prompt,
                 )
                 for messages, with_prompt in request["turns"]
             ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+
+from modulora_core.tests.conftest import TOY_SITE
 
 ROOT = Path(__file__).parents[2]
 PROJECTS = [
@@ -20,19 +23,55 @@ PROJECTS = [
 ]
 ALL = ROOT / "distribution"
 
-IMPORT_ALL = """
+REFUSE = """
 import importlib, pkgutil, socket, sys
 
 def refuse(*arguments, **options):
-    raise AssertionError(f"a connection at import: {arguments}")
+    raise AssertionError(f"a connection: {arguments}")
 
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+"""
+
+IMPORT_ALL = (
+    REFUSE
+    + """
 for name in sys.argv[1:]:
     package = importlib.import_module(name)
     for module in pkgutil.walk_packages(package.__path__, f"{name}."):
         words = module.name.split(".")
         if not {"tests", "gpu", "__main__"} & set(words) and not words[-1].startswith("test_"):
             importlib.import_module(module.name)
+"""
+)
+
+USE = f"""{REFUSE}
+import modulora_core as api
+
+for name in api.__all__:
+    if name != "finetune":  # it imports transformers' Trainer, and so bitsandbytes
+        getattr(api, name)
+import torch
+ids = torch.arange(3, 27).view(2, 12)
+model = api.load_model(sys.argv[1], device="cpu")
+model.generate(ids[:1], max_new_tokens=2)
+api.add_lora(model)
+model(input_ids=ids, labels=ids).loss.backward()
+assert "bitsandbytes" not in sys.modules, "it asks the Hub for a kernel if `kernels` is there"
+"""
+
+PACK = f"""{REFUSE}
+import torch
+from modulora_core import Calibration, QuantLinear, registry
+from modulora_core.layers import PackedParameter
+
+for entry in registry.entries():
+    quantizer = registry.create(entry.name)
+    weight, x = torch.randn(256, 256), torch.randn(3, 256, requires_grad=True)
+    packed = quantizer.pack(weight, Calibration(torch.eye(256), 9))
+    layer = QuantLinear(PackedParameter(quantizer, packed))
+    layer(x).sum().backward()
+    print(entry.name)
+assert "bitsandbytes" not in sys.modules
 """
 
 pytestmark = pytest.mark.skipif(
@@ -72,6 +111,21 @@ def test_each_library_has_one_lower_bound_and_no_upper_one() -> None:
             assert {part.operator for part in wanted.specifier} <= {">=", "!="}, text
             bounds.setdefault(wanted.name, set()).add(str(wanted.specifier))
     assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
+
+
+def test_loading_and_training_open_no_connection(tunable: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", USE, str(tunable)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(TOY_SITE)},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.slow
+def test_quantizers_open_no_connection() -> None:
+    process = subprocess.run([sys.executable, "-c", PACK], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert len(process.stdout.split()) >= len(PROJECTS) - 3
 
 
 @pytest.mark.slow

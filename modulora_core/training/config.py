@@ -106,13 +106,13 @@ class FinetuneConfig(BaseModel):
         description="quantize a dense model first, with NAME or NAME:KEY=VALUE,...; the packed "
         "model stays in a cache, $MODULORA_CACHE or modulora in the Hub's",
     )
-    calibration: str | None = Field(
+    calibration: PathName | None = Field(
         default=None, description="calibration text of a quantizer that needs one"
     )
     quality: Literal["fast", "balanced", "best"] = Field(
         default="balanced", description="of quantizing: less time, or less loss, at the same size"
     )
-    format: Literal["auto", "text", "instruct", "chat", "completion"] = Field(
+    format: Literal["auto", "text", "instruct", "chat", "completion", "tokens"] = Field(
         default="auto", description="format of the records"
     )
     prompt: str | None = Field(

@@ -70,7 +70,7 @@ def test_a_prompt_that_fills_the_window_is_left_out(
 
 
 WRONG = {
-    "line 1: rejected: Field required": {"prompt": "a", "chosen": "b"},
+    "line 1: got no rejected": {"prompt": "a", "chosen": "b"},
     "line 1: expected a prompt": {"chosen": "a", "rejected": "b"},
     "line 1: chosen: expected one turn of the assistant after the prompt, got user": {
         **CHAT, "chosen": turns("no"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_overloads, get_type_hints
 
 import pytest
 import torch
@@ -21,7 +22,15 @@ from modulora_core.errors import (
     OptionError,
     WorkError,
 )
-from modulora_core.inference.evaluate import accuracy, evaluate, perplexity, rouge
+from modulora_core.inference.answers import ExactMatch, Rouge
+from modulora_core.inference.evaluate import (
+    Accuracy,
+    Perplexity,
+    accuracy,
+    evaluate,
+    perplexity,
+    rouge,
+)
 from modulora_core.inference.loading import open_to_run
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 from modulora_core.training import chunked_loss
@@ -277,3 +286,20 @@ def test_evaluate_refuses_a_wrong_request(
 ) -> None:
     with pytest.raises(error, match=message):
         evaluate(open_to_run(str(tunable)), **options)
+
+
+def test_the_metric_types_the_result() -> None:
+    """mypy reads ``evaluate(...).perplexity`` without a cast: each metric has its own overload."""
+    module = sys.modules[evaluate.__module__]
+    found = {}
+    for each in get_overloads(evaluate):
+        hints = get_type_hints(each, vars(module))
+        (settings,) = get_args(hints["settings"])
+        assert set(settings.__annotations__) | {"model", "data", "metric"} == set(
+            inspect.signature(evaluate).parameters
+        )
+        for metric in get_args(hints["metric"]):
+            found.setdefault(metric, hints["return"])
+    assert found == {
+        "perplexity": Perplexity, "accuracy": Accuracy, "rouge": Rouge, "exact-match": ExactMatch
+    }  # fmt: skip

@@ -1,0 +1,113 @@
+"""Read the messages of chats: of either spelling, with parts of text, and with calls of tools."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainValidator,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
+
+from modulora_core.models.json_files import parse_json
+from modulora_core.options import in_one_line
+
+Message = Mapping[str, Any]
+"""One turn: ``role``, ``content``, and other fields that a chat template may read."""
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class Turn(BaseModel):
+    """One turn of a chat, of either spelling of the fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: StrictStr
+    content: StrictStr
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled(cls, turn: Any) -> Any:
+        if not isinstance(turn, dict):
+            return turn
+        if "role" not in turn and "from" in turn:
+            renamed = {"from": "role", "value": "content"}
+            turn = {renamed.get(name, name): value for name, value in turn.items()}
+            turn["role"] = _SHAREGPT_ROLES.get(str(turn["role"]), turn["role"])
+        if turn.get("tool_calls"):
+            # templates print the text None; the arguments are an object to them, a string to APIs
+            calls = [_call(call) for call in turn["tool_calls"]]
+            turn = {**turn, "tool_calls": calls, "content": turn.get("content") or ""}
+        if isinstance(turn.get("content"), list):
+            turn = {**turn, "content": "".join(map(_text_of_part, turn["content"]))}
+        return turn
+
+
+def _text_of_part(part: Any) -> str:
+    if isinstance(part, dict) and part.get("type", "text") == "text":
+        text = part.get("text")
+        if isinstance(text, str):
+            return text
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise ValueError(f"expected parts of type text, which alone is trained, got {kind!r:.40}")
+
+
+def _call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(  # noqa: TRY004  pydantic wants it
+            f"tool_calls: expected a function with name and arguments, got {call!r:.50}"
+        )
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):
+            arguments = parse_json(arguments)
+    return _without_nulls({**call, "function": {**function, "arguments": arguments}})
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out keys that a table added, since each of its rows has all keys of all."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _said(value: Any) -> str | list[Turn]:
+    """A string, or a list of messages."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a string, or a list of messages with role and content")
+    try:
+        return [Turn.model_validate(turn) for turn in value]
+    except ValidationError as error:
+        raise ValueError(f"expected messages with role and content: {in_one_line(error)}") from None
+
+
+Said = Annotated[str | list[Turn], PlainValidator(_said)]
+"""A field that is a string or a list of messages."""
+
+
+def _listed(tools: Any) -> Any:
+    return _without_nulls(parse_json(tools) if isinstance(tools, str) else tools)
+
+
+class Tools(BaseModel):
+    """The functions that a record's model may call: JSON schemas, or the JSON text of them."""
+
+    tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_listed)] = None
+
+
+def messages(said: str | Sequence[Turn], role: str) -> list[Message]:
+    """The messages of a field; a string is one of ``role``."""
+    if isinstance(said, str):
+        return [{"role": role, "content": said}]
+    return [turn.model_dump(exclude_none=True) for turn in said]

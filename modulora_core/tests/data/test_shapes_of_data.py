@@ -1,0 +1,293 @@
+"""Data as people have it: tool calls, parts, lists of messages, tables, saved datasets, tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+
+from modulora_core.data import load_examples, load_text
+from modulora_core.data.preferences import load_preferences
+from modulora_core.data.sources import load_records
+from modulora_core.errors import DataError
+from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
+
+TEMPLATE = (
+    "{%- if tools %}<tools>{{ tools | tojson }}\n{% endif %}"
+    "{%- for m in messages %}"
+    "{%- if m.role == 'tool' %}<tool>{{ m.content }}\n"
+    "{%- else %}<{{ m.role }}>{{ m.content }}"
+    "{%- for call in m.tool_calls or [] %}<call>{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}{% endfor %}</s>\n{% endif %}"
+    "{%- endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ASKED = {"role": "user", "content": "Rain in Oslo?"}
+TOOLS = [{"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}]
+
+
+def calling(arguments: Any) -> dict[str, Any]:
+    function = {"name": "rain", "arguments": arguments}
+    return {"role": "assistant", "content": None,
+            "tool_calls": [{"type": "function", "function": function}]}  # fmt: skip
+
+
+TOOL_CHAT = [
+    ASKED,
+    calling({"city": "Oslo"}),
+    {"role": "tool", "content": "9 mm"},
+    {"role": "assistant", "content": "Yes."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer(template=TEMPLATE)
+
+
+def trained(tokenizer: Any, record: dict[str, Any] | Any) -> tuple[str, list[str]]:
+    """The text of a record's only example, and the parts of it that are trained."""
+    source = [record] if isinstance(record, dict) else record
+    (example,) = load_examples(source, tokenizer, seq_len=512)
+    parts: list[list[int]] = [[]]
+    for label in example["labels"]:
+        if label != -100:
+            parts[-1].append(label)
+        elif parts[-1]:
+            parts.append([])
+    return tokenizer.decode(example["input_ids"]), [tokenizer.decode(p) for p in parts if p]
+
+
+def test_tool_calls_are_trained_as_the_template_writes_them(tokenizer: Any) -> None:
+    text, answers = trained(tokenizer, {"messages": TOOL_CHAT, "tools": TOOLS})
+    expected = tokenizer.apply_chat_template(
+        [turn | {"content": turn["content"] or ""} for turn in TOOL_CHAT], tools=TOOLS,
+        tokenize=False,
+    )  # fmt: skip
+    assert text == expected.rstrip()
+    assert answers == ['<call>rain{"city": "Oslo"}</s>', "Yes.</s>"]
+    for same in (
+        {"messages": [ASKED, calling('{"city": "Oslo"}'), *TOOL_CHAT[2:]], "tools": TOOLS},
+        {"messages": TOOL_CHAT, "tools": json.dumps(TOOLS)},
+        {"prompt": [ASKED], "completion": TOOL_CHAT[1:], "tools": TOOLS},
+    ):
+        assert trained(tokenizer, same) == (text, answers)
+
+
+def test_nulls_that_a_table_adds_are_left_out(tokenizer: Any, tmp_path: Path) -> None:
+    two = [{**call, "function": {"name": "snow", "arguments": {"month": 1}}}
+           for call in calling(0)["tool_calls"]]  # fmt: skip
+    rows = [{"messages": TOOL_CHAT}, {"messages": [ASKED, {**calling(0), "tool_calls": two}]}]
+    table = pyarrow.Table.from_pylist(rows)
+    added = table["messages"][0][1]["tool_calls"][0]["function"]["arguments"]["month"]
+    assert added.as_py() is None
+    found = load_examples(table, tokenizer, seq_len=512)
+    assert [x["input_ids"] for x in found] == [
+        x["input_ids"] for x in load_examples(rows, tokenizer, seq_len=512)
+    ]
+
+
+def test_parts_of_text_are_the_text(tokenizer: Any) -> None:
+    parts = [{"type": "text", "text": "Rain in "}, {"type": "text", "text": "Oslo?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
+    found = trained(tokenizer, {"messages": [{"role": "user", "content": parts}, answer]})
+    assert found == ("<user>Rain in Oslo?</s>\n<assistant>Yes.</s>", ["Yes.</s>"])
+
+
+def test_of_lists_of_messages_the_completion_alone_is_trained(tokenizer: Any) -> None:
+    earlier = [ASKED, {"role": "assistant", "content": "No."}, ASKED]
+    text, answers = trained(
+        tokenizer, {"prompt": earlier, "completion": [{"role": "assistant", "content": "Yes."}]}
+    )
+    assert text.count("Rain in Oslo?") == 2
+    assert answers == ["Yes.</s>"]
+    assert trained(tokenizer, {"prompt": earlier, "completion": "Yes."}) == (text, answers)
+    assert trained(tokenizer, {"prompt": [ASKED], "completion": "Yes."}) == trained(
+        tokenizer, {"prompt": ASKED["content"], "completion": "Yes."}
+    )
+
+
+def test_trls_trainer_makes_the_same_tokens(tunable: Path, tokenizer: Any, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="pip install trl")
+    from modulora_core import add_lora, load_model
+
+    model = load_model(tunable, device="cpu")
+    add_lora(model)
+    answer = [{"role": "assistant", "content": "Yes."}]
+    for record in (
+        {"prompt": [ASKED], "completion": answer},
+        {"prompt": [ASKED], "completion": TOOL_CHAT[1:], "tools": json.dumps(TOOLS)},
+    ):
+        arguments = trl.SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+        rows = datasets.Dataset.from_list([record])
+        (made,) = trl.SFTTrainer(
+            model, args=arguments, train_dataset=rows, processing_class=tokenizer
+        ).train_dataset
+        (ours,) = load_examples(rows, tokenizer, seq_len=512)
+        length = len(ours["input_ids"])  # the template's line end after an answer isn't trained
+        assert made["input_ids"][:length] == ours["input_ids"]
+        prompt = next(i for i, label in enumerate(made["labels"]) if label != -100)
+        assert all(label == -100 for label in ours["labels"][:prompt])
+        assert ours["labels"][prompt] == made["labels"][prompt]
+
+
+TOKENS = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        TOKENS,
+        TOKENS | {"text": "its source", "attention_mask": [1] * 5},
+        {"input_ids": [5, 6, 7, 8, 9], "completion_mask": [0, 0, 1, 1, 1]},
+        {"input_ids": [5, 6, 7, 8, 9], "assistant_masks": [0, 0, 1, 1, 1]},
+        {"input_ids": [5, 6, 7, 8, 9, 0, 0], "labels": [-100, -100, 7, 8, 9, -100, -100],
+         "attention_mask": [1, 1, 1, 1, 1, 0, 0]},
+        {"input_ids": [0, 5, 6, 7, 8, 9], "completion_mask": [0, 0, 0, 1, 1, 1],
+         "attention_mask": [0, 1, 1, 1, 1, 1]},
+    ],
+)  # fmt: skip
+def test_tokens_are_trained_as_they_are(tokenizer: Any, record: dict[str, Any]) -> None:
+    (found,) = load_examples([record], tokenizer, seq_len=16)
+    assert found == TOKENS
+    (cut,) = load_examples([record], tokenizer, seq_len=4)
+    assert cut == {name: column[:4] for name, column in TOKENS.items()}
+
+
+def test_tokens_without_labels_are_all_trained(tokenizer: Any) -> None:
+    (found,) = load_examples([{"input_ids": [5, 6]}], tokenizer, seq_len=16)
+    assert found["labels"] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"input_ids": [5, 6], "labels": [6, 7]}, r"labels: expected -100 or the token .* got 6"),
+        ({"input_ids": [5, 6], "labels": [5]}, "labels: expected as many as input_ids, 2, got 1"),
+        ({"input_ids": [5, -6]}, "input_ids: 1: expected greater than or equal to 0, got -6"),
+        ({"input_ids": "5 6"}, "input_ids: expected a valid list, got '5 6'"),
+        ({"input_ids": [5, 6], "labels": [-100, -100]}, "expected examples whose answer starts"),
+        ({"messages": [ASKED, {"role": "assistant", "content": None}]},
+         "messages: 1: content: expected a valid string, got None"),
+        ({"messages": [ASKED, {**calling({}), "tool_calls": [{"name": "rain"}]}]},
+         "tool_calls: expected a function with name and arguments"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]},
+         "expected parts of type text, which alone is trained, got 'image'"),
+        ({"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]},
+         "message 1: role: expected system, user, assistant, tool, .* got 'usr'"),
+        ({"conversations": [{"from": "observation", "value": "a"}, {"from": "gpt", "value": "b"}]},
+         "message 1: role: expected system, .* got 'observation'"),
+        ({"prompt": [], "completion": "a"}, "prompt: expected a string, or a list of messages"),
+        ({"prompt": 5, "completion": "a"}, "prompt: expected a string, or a list of messages"),
+        ({"prompt": "a", "completion": [{"role": "assistant"}]},
+         "completion: expected messages with role and content: content: Field required"),
+        ({"prompt": [ASKED], "completion": [ASKED]}, "turn of the assistant to train, got only us"),
+    ],
+)  # fmt: skip
+def test_unusable_shapes_are_refused(
+    tokenizer: Any, tmp_path: Path, record: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load_examples(write_jsonl(tmp_path / "data.jsonl", record), tokenizer, seq_len=512)
+
+
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+DROPS = (
+    "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}<{{ m.role }}>{{ m.content }}"
+    "</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+NAMES = CHATML.replace("{% for m", "{# 'critic' #}{% for m")
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "message"),
+    [
+        (CHATML, {"messages": TOOL_CHAT}, "chat template knows no tool_calls; take a model"),
+        (CHATML, {"messages": [ASKED, TOOL_CHAT[-1]], "tools": TOOLS}, "knows no tools"),
+        (DROPS, {"messages": [ASKED, TOOL_CHAT[2], TOOL_CHAT[3]]}, "leaves out turns of tool"),
+        (CHATML, {"messages": [{"role": "critic", "content": "x"}, TOOL_CHAT[3]]}, "got 'critic'"),
+        (NAMES, {"messages": [{"role": "critic", "content": "x"}, TOOL_CHAT[3]]}, None),
+        (CHATML, {"messages": [ASKED, TOOL_CHAT[2], TOOL_CHAT[3]]}, None),
+    ],
+)
+def test_a_turn_that_the_template_does_not_know_is_refused(
+    template: str, record: dict[str, Any], message: str | None
+) -> None:
+    tokenizer = make_tokenizer(template=template)
+    if message is None:
+        assert trained(tokenizer, record)[1] == ["Yes.</s>"]
+        return
+    with pytest.raises(DataError, match=f"record 1: .*{message}"):
+        load_examples([record], tokenizer, seq_len=512)
+
+
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c\td", "completion": 'e "f"'}]
+
+
+def test_a_file_of_tabs_is_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "data.tsv"
+    file.write_text('prompt\tcompletion\na\tb\n"c\td"\t"e ""f"""\n')
+    assert [record.fields for record in load_records(file)] == ROWS
+    file.write_text('prompt\tcompletion\n"a\tb\nc\td\n')
+    with pytest.raises(DataError, match="quotes doubled"):
+        load_records(file)
+
+
+def test_tables_in_memory_are_records(tokenizer: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+    frames = [pandas.DataFrame(ROWS), pyarrow.Table.from_pylist(ROWS), pandas.DataFrame(ROWS)[::-1]]
+    for frame in frames[:2]:
+        assert [record.fields for record in load_records(frame)] == ROWS
+    assert [record.fields for record in load_records(frames[2])] == ROWS[::-1]
+    gaps = pandas.DataFrame({"text": ["a", None, "c"], "n": [1.0, None, 3.0]})
+    assert [r.fields["n"] for r in load_records(gaps)] == [1.0, None, 3.0]
+    assert load_records(gaps)[1].fields == {"text": None, "n": None}
+    twice = {**calling({}), "tool_calls": calling({})["tool_calls"] * 2}
+    chats = [{"messages": TOOL_CHAT, "tools": TOOLS}, {"messages": [ASKED, twice]}]
+    expected = [dict(x) for x in load_examples(chats, tokenizer, seq_len=512)]
+    stored = pyarrow.Table.from_pylist(chats).to_pandas()  # lists are arrays of NumPy there
+    for frame in (pandas.DataFrame(chats), stored):
+        assert [dict(x) for x in load_examples(frame, tokenizer, seq_len=512)] == expected
+
+
+def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
+    one = datasets.Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "several")
+    for name, expected in (
+        ("one", ROWS), ("several", ROWS), ("several:train", ROWS), ("several:test", ROWS[1:]),
+        ("one[:50%]", ROWS[:1]),
+    ):  # fmt: skip
+        assert [r.fields for r in load_records(f"{tmp_path}/{name}")] == expected, name
+    with pytest.raises(DataError, match="with the split 'dev'"):
+        load_records(f"{tmp_path}/several:dev")
+
+
+def test_tokens_are_no_text(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"expected text, got tokens \(input_ids\)"):
+        load_text([TOKENS], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a", "completion": "b", "label": True}, "got no chosen and no reject.*label"),
+        ({"prompt": "a", "chosen": "b"}, "got no rejected"),
+        ({"prompt": "a", "chosen": 1, "rejected": "b"}, "chosen: expected a string, or a list"),
+        ({"prompt": "a", "chosen": ["b"], "rejected": "b"}, "chosen: expected messages with role"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": TOOLS}, "dpo reads none"),
+    ],
+)  # fmt: skip
+def test_a_preference_of_the_wrong_shape_names_the_rule(
+    tokenizer: Any, record: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=f"record 1: .*{message}") as found:
+        load_preferences([record], tokenizer, seq_len=64)
+    if "tools" not in record:
+        assert "preferences: expected prompt, chosen and rejected, as str" in str(found.value)
