@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,14 +15,19 @@ from modulora_core.adapters.lora import add_lora
 from modulora_core.checkpoints.hf.quantizer import ModuLoRAConfig
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.cli.text import format_size
+from modulora_core.errors import ShapeError
 from modulora_core.kernels.parity import Comparison, compare
 from modulora_core.models.quiet import quiet
 from modulora_core.registry import Entry, create
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 from modulora_core.training.chunked_loss import chunked_loss
+from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
 SHAPES = ((3, 5), (37, 52), (130, 300))
 """Out and in features, before they are made to fit the quantizer: no multiples of a block."""
+
+MOST_WIDER = 256
+"""Steps by which columns grow until a quantizer's options accept them."""
 
 ROWS = (1, 3, 17, 70)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,10 +41,21 @@ def comparisons(entry: Entry, device: torch.device) -> Iterator[Comparison]:
     assert entry.spec is not None
     for options in {str(p.options): p.options for p in entry.spec.promises}.values() or [{}]:
         quantizer = create(entry.name, dict(options))
-        for shape in dict.fromkeys(quantizer.spec.next_shape(shape) for shape in SHAPES):
+        for shape in dict.fromkeys(accepted(quantizer, shape) for shape in SHAPES):
             packed = packed_noise(quantizer, shape).to(device)
             for dtype in DTYPES:
                 yield from compare(quantizer, packed, dtype, ROWS)
+
+
+def accepted(quantizer: Quantizer, shape: tuple[int, int]) -> tuple[int, int]:
+    """The first shape from ``shape`` on that the quantizer packs with its options."""
+    rows, columns = quantizer.spec.next_shape(shape)
+    for _ in range(MOST_WIDER):
+        with suppress(ShapeError):
+            quantizer.check_shape((rows, columns))
+            break
+        columns += quantizer.spec.in_multiple
+    return rows, columns
 
 
 def packed_noise(quantizer: Quantizer, shape: tuple[int, int]) -> PackedWeight:
@@ -75,7 +92,7 @@ def bandwidth(device: torch.device) -> str:
 def one_row(name: str, device: torch.device) -> str:
     """How fast one row is multiplied, as decoding does, beside the dense weight."""
     quantizer = create(name)
-    shape = quantizer.spec.next_shape(LARGE[device.type])
+    shape = accepted(quantizer, LARGE[device.type])
     packed = packed_noise(quantizer, shape).to(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randn(1, shape[1]).to(device, dtype)
@@ -107,7 +124,7 @@ def training_and_decoding(name: str, device: torch.device) -> str:
             device_map={"": str(device)},
         )  # fmt: skip
     add_lora(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ids = torch.randint(config.vocab_size, TOKENS[device.type]).to(device)

@@ -161,6 +161,19 @@ def perplexity(
 ) -> Perplexity:
     """The perplexity of ``segments``, each by itself: all tokens but the first are predicted.
 
+    Arguments and errors are those of :func:`segment_losses`.
+    """
+    losses = segment_losses(model, segments, batch_size=batch_size, progress=progress)
+    nll = math.fsum(losses) / len(losses)
+    tokens = segments.shape[0] * (segments.shape[1] - 1)
+    return Perplexity(math.exp(nll) if nll < 700 else math.inf, nll, tokens, segments.shape[0])
+
+
+def segment_losses(
+    model: Any, segments: Tensor, *, batch_size: int = 1, progress: Progress | None = None
+) -> list[float]:
+    """The mean -log p of a predicted token in each segment, in nats.
+
     Args:
         model: a transformers causal language model. It keeps its mode, training or evaluation.
         segments: token ids, int64 ``[n, seq_len]`` (:func:`modulora_core.data.token_segments`).
@@ -183,7 +196,7 @@ def perplexity(
         )
     rows = model.get_input_embeddings().num_embeddings
     check_ids([int(segments.max())], rows, "segments")
-    total = 0.0
+    losses: list[float] = []
     with evaluating(model):
         for start, batch in batches(segments, batch_size, progress):
             sums = _nll(model, {"input_ids": batch, "labels": batch})
@@ -192,10 +205,8 @@ def perplexity(
                     "perplexity: expected finite logits, got NaN or Inf in segments from "
                     f"{start} on"
                 )
-            total += sum(sums)
-    tokens = segments.shape[0] * (segments.shape[1] - 1)
-    nll = total / tokens
-    return Perplexity(math.exp(nll) if nll < 700 else math.inf, nll, tokens, segments.shape[0])
+            losses += [total / (segments.shape[1] - 1) for total in sums]
+    return losses
 
 
 def accuracy(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from statistics import fmean
 
 Points = Sequence[tuple[float, float]]
@@ -26,11 +27,14 @@ class Curve:
         title: the title, with the unit of the values.
         series: the points by name.
         from_zero: the vertical axis begins at zero.
+        labels: of the first series' points; axis: the name of the horizontal axis in tooltips.
     """
 
     title: str
     series: Mapping[str, Points]
     from_zero: bool = False
+    labels: Sequence[str] = ()
+    axis: str = "step"
 
     @property
     def svg(self) -> str:
@@ -66,9 +70,14 @@ class Curve:
             if len(points) <= 40:
                 parts += [
                     f'<circle class="{kind}" cx="{x}" cy="{y}" r="2.5">'
-                    f"<title>step {step:g}: {value:.4g}</title></circle>"
+                    f"<title>{self.axis} {step:g}: {value:.4g}</title></circle>"
                     for (x, y), (step, value) in zip(places, points, strict=True)
                 ]
+        for label, point in zip(self.labels, next(iter(shown.values())), strict=False):
+            x, y = place(*point)
+            side, shift = ("end", -6) if x > _WIDTH / 2 else ("start", 6)
+            text = escape(label)
+            parts.append(f'<text x="{x + shift}" y="{y - 6}" text-anchor="{side}">{text}</text>')
         return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 

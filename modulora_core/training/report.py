@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -43,7 +44,7 @@ def report(
         for name, value in config.model_dump(mode="json", exclude_none=True).items()
         if value not in ([], {})
     }
-    return _template().render(
+    return template(REPORT_FILE).render(
         title=f"Finetuning of {checkpoint.record.source.get('name') or checkpoint.name}",
         subtitle=f"A LoRA adapter, trained with {config.method.upper()} on weights quantized with "
         f"{quantizers} ({checkpoint.record.bits_per_weight:.2f} bits per weight).",
@@ -52,6 +53,14 @@ def report(
         samples=samples,
         sampled=sampled,
         longest=LONGEST,
+        commands=[
+            f"modulora {name} {shlex.quote(config.model)} {words}{shlex.quote(config.out)}"
+            for name, words in (
+                ("chat", "--adapter "),
+                ("evaluate", "--adapter "),
+                ("merge", "MERGED --adapter "),
+            )
+        ],
         settings=settings,
         version=VERSION,
     )
@@ -75,11 +84,12 @@ def _tiles(
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """The page of this name. Its style sheet is page.css."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    return environment.get_template(f"{REPORT_FILE}.jinja")
+    return environment.get_template(f"{name}.jinja")

@@ -53,7 +53,7 @@ def answers(
 ) -> list[Sample]:
     """Answer the prompts of some examples greedily, in one batch without and one with the adapter.
 
-    Fewer and shorter prompts are asked, and answers end early, if more would take too long.
+    Fewer prompts are asked, the shortest, and answers end early, if more would take too long.
 
     Args:
         model: with an active adapter; it is in evaluation mode afterwards.
@@ -67,10 +67,11 @@ def answers(
     affordable = max(PROMPT, int(seconds / 4 * 3 * tokens_per_second))  # half the time: two passes
     most = min(COUNT, len(examples))
     chosen = [_split(examples[i * len(examples) // most]) for i in range(most)]
-    totals = itertools.accumulate(min(PROMPT, len(prompt)) for prompt, _ in chosen)
+    chosen.sort(key=lambda pair: len(pair[0]))  # so that as many as can be are asked whole
+    totals = itertools.accumulate(len(prompt) for prompt, _ in chosen)
     pairs = chosen[: max(1, sum(total <= affordable for total in totals))]
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    longest = min(window - LONGEST, affordable // len(pairs))
+    longest = min(window - LONGEST, affordable)
     prompts = [prompt[-longest:] for prompt, _ in pairs]
     model.eval()
     with without_adapter(model):

@@ -1,0 +1,60 @@
+"""A comparison measures each quantizer before and after, continues, and is one page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from modulora_core.progress import no_bar
+from modulora_core.tests.adapted_models import save_llama_with_tokenizer
+from modulora_core.training import comparison
+from modulora_core.training.comparison import Request, compare, difference
+from modulora_core.training.comparison_page import page
+
+
+def test_the_interval_is_around_the_mean_of_paired_differences() -> None:
+    base = [3.0 + 0.1 * (i % 7) for i in range(64)]
+    mean, low, high = difference([each + 0.05 for each in base], base)
+    assert (mean, low, high) == pytest.approx((0.05, 0.05, 0.05))
+    noise = [each + (0.2 if i % 2 else -0.2) for i, each in enumerate(base)]
+    mean, low, high = difference(noise, base)
+    assert low < mean < high
+    assert low < 0 < high
+    assert high - low == pytest.approx(2 * 1.96 * 0.2 / 64**0.5, rel=0.1)  # the normal interval
+
+
+@pytest.fixture
+def request_(tmp_path: Path, toy: object) -> Request:
+    save_llama_with_tokenizer(tmp_path / "dense")
+    text = " ".join(f"The number {i} follows {i - 1}." for i in range(400))
+    (tmp_path / "notes.txt").write_text(text, "utf-8")
+    notes = str(tmp_path / "notes.txt")
+    return Request(
+        str(tmp_path / "dense"), f"{notes}[:90%]", f"{notes}[90%:]", ("toy",), steps=1,
+        batch_size=1, seq_len=16, segments=3, device="cpu",
+    )  # fmt: skip
+
+
+def test_each_quantizer_is_measured_once_and_the_page_has_all(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    original, toy = compare(request_, out, no_bar)
+    assert original.name == "original"
+    assert original.after is None  # a dense model takes no adapter here
+    assert toy.after is not None
+    assert toy.nbytes < original.nbytes
+    assert len(toy.before.losses) == len(original.before.losses) == 3
+    assert toy.after.losses != toy.before.losses
+
+    monkeypatch.setattr(comparison, "_measured", None)  # nothing is measured again
+    assert compare(request_, out, no_bar) == [original, toy]
+
+    text = page(request_, [original, toy], "modulora compare MODEL")
+    for part in ("toy, finetuned", "modulora compare MODEL", "<svg", f"{toy.after.perplexity:.2f}"):
+        assert part in text
+    assert "<script" not in text
+    assert json.loads((out / "toy.json").read_text("utf-8"))["method"]["name"] == "toy"
