@@ -102,8 +102,8 @@ class QTIP(Quantizer):
         if x.dim() == 0 or x.shape[-1] != given:
             return super().matmul(x, packed, transpose)  # refuses it
         module = kernels.for_device(KERNELS, packed.device)
-        if module is not None and not transpose:
-            y: Tensor | None = module.product_of_one(x, packed)
+        if module is not None:
+            y: Tensor | None = module.product_of_one(x, packed, transpose)
             if y is not None:
                 return y
         block = BLOCKS[packed.metadata["hadamard"]]

@@ -3,7 +3,8 @@
 A pair of vectors has 32 weights: all inputs of the columns p and p + 8 of a tile. K words of 32
 bits hold their new bits, and the word before has the rest of the first states. A state is 16 bits
 or less of two neighbouring words, shifted together. Its place depends on K and on the lane alone.
-So a vector is two permutations of words, a shift and the code function.
+So a vector is two permutations of words, a shift and the code function. At 2 bits a vector's new
+bits are one word: memory repeats it, and no lane is moved.
 
 The words of a tile are copied beside the last one, which is also before the first.
 """
@@ -17,17 +18,13 @@ from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, wit
 from numba import types
 from numba.core.registry import cpu_target
 
-from modulora_core.kernels.cpu import (
-    LANES,
-    jit,
-    load,
-    lookup,
-    operation,
-    prefetch,
-    splat,
-)
+from modulora_core.kernels.cpu import LANES, jit, load, lookup, on_stack, operation, prefetch, splat
+from modulora_core.packed import PackedWeight
 from modulora_qtip import codes
 from modulora_qtip.trellis import TILE
+
+TOGETHER = 64
+"""Tiles whose words are copied at once: at most 20 KiB."""
 
 _AHEAD = 8  # tiles that are loaded into the cache before they are read
 
@@ -91,12 +88,15 @@ def _values(
 ) -> Any:  # fmt: skip
     """``(before, at, shift, mask, multiplier, addend, kind)``: the values of sixteen states.
 
-    A state is the bits ``mask`` of two words, shifted right. ``kind``'s type chooses the code
-    function: None for bytes, a whole number for halves, a float for fused.
+    A state is the bits ``mask`` of two words, shifted right. ``addend`` is None for 0. ``kind``'s
+    type chooses the code function: None for bytes, a whole number for halves, a float for fused.
     """
     words = [builder.bitcast(word, _WHOLES) for word in (before, at)]
     states = builder.and_(_call(builder, "llvm.fshr.v16i32", _WHOLES, [*words, shift]), mask)
-    x = builder.add(builder.mul(states, multiplier), addend)
+    x = builder.mul(states, multiplier)
+    if kinds[5] is not types.none:
+        one = builder.insert_element(ir.Constant(_WHOLES, ir.Undefined), addend, _INT(0))
+        x = builder.add(x, builder.shuffle_vector(one, one, _all(_WHOLES, 0)))
     if kinds[-1] is types.none:
         return builder.sitofp(_sum_of_bytes(builder, x, -510), _FLOATS)
     if isinstance(kinds[-1], types.Float):
@@ -153,6 +153,40 @@ low_column, high_column = _column(0), _column(4)
 """Column p of a tile, and column p + 8."""
 
 
+def _repeated(count: int) -> Any:
+    """The operation ``(array, at, like)``: repeat ``count`` words of 32 bits in a vector.
+
+    ``at`` counts words, in an array of any numbers.
+    """
+    of = ir.VectorType(_FLOAT, count)
+    lanes = ir.Constant(_WHOLES, [lane % count for lane in range(LANES)])
+
+    @operation(lambda array, _at, like: like(array, _I64, like))
+    def repeated(context: Any, builder: Any, kinds: Any, array: Any, at: Any, _like: Any) -> Any:
+        data = context.make_array(kinds[0])(context, builder, array).data
+        place = builder.gep(builder.bitcast(data, _FLOAT.as_pointer()), [at])
+        numbers = builder.load(builder.bitcast(place, of.as_pointer()), align=2)
+        return builder.shuffle_vector(numbers, numbers, lanes)
+
+    return repeated
+
+
+repeat_one, repeat_eight = _repeated(1), _repeated(8)
+
+
+_KINDS = {"bytes": None, "halves": np.int32(0), "fused": np.float32(0)}
+
+
+def walks_of(C: PackedWeight) -> tuple[Any, ...]:
+    """The ``weight`` of kernels: strings, K, a state's mask, and the code function."""
+    facts = C.metadata
+    function = codes.CODES[facts["code"]]
+    multiplier = np.uint32(function.multiplier).view(np.int32)
+    mask = np.int32((1 << facts["states"]) - 1)
+    addend = np.int32(function.addend) if function.addend else None
+    return (C.tensors["trellis"], facts["bits"], mask, multiplier, addend, _KINDS[function.kind])
+
+
 @jit()
 def line_of(K: int) -> int:
     """Words of a copied tile, with room for a vector after the last pair."""
@@ -160,13 +194,15 @@ def line_of(K: int) -> int:
 
 
 @jit(borrows=True)
-def copy_tiles(strings: Any, first: int, count: int, apart: int, K: int, words: Any) -> None:
+def copy_tiles(
+    strings: Any, first: int, count: int, apart: int, K: int, words: Any, line: int
+) -> None:
     """Copy the words of tiles ``first``, ``first + apart``, … to lines of ``words``, fp32.
 
-    A line begins with the tile's last word.
+    ``line`` is the first of them. A line begins with the tile's last word.
     """
     for i in range(count):
-        at, to = (first + i * apart) * TILE * K, i * line_of(K)
+        at, to = (first + i * apart) * TILE * K, (line + i) * line_of(K)
         for k in range(K):
             prefetch(strings, at + _AHEAD * apart * TILE * K + 16 * k)
             _move(strings, at + 16 * k, words, to + 1 + 8 * k)
@@ -174,33 +210,50 @@ def copy_tiles(strings: Any, first: int, count: int, apart: int, K: int, words: 
 
 
 @jit(borrows=True)
-def geometry(K: int) -> Any:
-    """For :func:`pair`: the words and shifts of both vectors."""
-    at, to = 4 * LANES * K, 2 * LANES * K
+def code_of(weight: Any) -> Any:
+    """For :func:`pair`: a state's mask and the multiplier as vectors, the addend, and the kind."""
+    _, _, mask, multiplier, addend, kind = weight
+    return splat(mask), splat(multiplier), addend, kind
+
+
+@jit(borrows=True)
+def shifts_of(K: int) -> Any:
+    """For :func:`pair`: how far both vectors' states are shifted."""
+    to = 2 * LANES * K
+    return load(_SHIFTS, to), load(_SHIFTS, to + LANES)
+
+
+@jit(borrows=True)
+def lanes_of(K: int) -> Any:
+    """For :func:`pair`, except at 2 bits: the words of both vectors."""
+    at = 4 * LANES * K
     return (
-        load(_WORDS, at), load(_WORDS, at + LANES), load(_SHIFTS, to),
-        load(_WORDS, at + 2 * LANES), load(_WORDS, at + 3 * LANES), load(_SHIFTS, to + LANES),
+        load(_WORDS, at), load(_WORDS, at + LANES),
+        load(_WORDS, at + 2 * LANES), load(_WORDS, at + 3 * LANES),
     )  # fmt: skip
 
 
 @jit(borrows=True)
-def pair(words: Any, at: int, K: int, places: Any, function: Any) -> Any:
-    """The values of the 32 weights whose word before them is ``words[at]``, as two vectors.
+def pair(words: Any, before: int, at: int, shifts: Any, lanes: Any, code: Any) -> Any:
+    """The values of 32 weights, as two vectors. Their words begin at ``words[at]``.
 
-    ``function`` is the mask of a state, the multiplier and the addend, as vectors, and the kind.
+    ``before`` is the place of the word before them. At 2 bits ``lanes`` is None, and ``words`` may
+    be bit strings; else a line, so that ``before`` is ``at - 1``.
     """
-    before, last, shift, before_2, last_2, shift_2 = places
-    mask, multiplier, addend, kind = function
-    if K == 2:  # a vector's new bits are one word: memory repeats it, and no lane is moved
-        one, two, three = splat(words[at]), splat(words[at + 1]), splat(words[at + 2])
-        return (
-            _values(one, two, shift, mask, multiplier, addend, kind),
-            _values(two, three, shift_2, mask, multiplier, addend, kind),
-        )
-    line = load(words, at)
+    mask, multiplier, addend, kind = code
+    if lanes is None:
+        like = splat(np.float32(0))
+        a, b = repeat_one(words, before, like), repeat_one(words, at, like)
+        c, d = b, repeat_one(words, at + 1, like)
+    else:
+        line = load(words, before)
+        a, b = lookup(line, lanes[0]), lookup(line, lanes[1])
+        c, d = lookup(line, lanes[2]), lookup(line, lanes[3])
     return (
-        _values(lookup(line, before), lookup(line, last), shift, mask, multiplier, addend, kind),
-        _values(
-            lookup(line, before_2), lookup(line, last_2), shift_2, mask, multiplier, addend, kind
-        ),
+        _values(a, b, shifts[0], mask, multiplier, addend, kind),
+        _values(c, d, shifts[1], mask, multiplier, addend, kind),
     )
+
+
+words_of_tiles = on_stack(TOGETHER * line_of.py_func(8), np.float32)
+"""Room for the words of :data:`TOGETHER` tiles."""

@@ -136,5 +136,5 @@ def _narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return (x / unit).to(dtype), unit
 
 
-def product_of_one(_x: Tensor, _packed: PackedWeight) -> None:
+def product_of_one(_x: Tensor, _packed: PackedWeight, _transpose: bool) -> None:
     """None: a GPU rotates by kernels of their own."""
