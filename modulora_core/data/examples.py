@@ -62,6 +62,11 @@ class Examples(Dataset[dict[str, list[int]]]):
     def __len__(self) -> int:
         return len(self._pairs)
 
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each example."""
+        return [len(ids) for ids, _ in self._pairs]
+
     def check_ids(self, rows: int | None, subject: str) -> None:
         """Refuse tokens that a model of ``rows`` embeddings lacks. Raises DataError."""
         for ids, _ in self._pairs:

@@ -87,6 +87,7 @@ class FinetuneResult:
             (:class:`modulora_core.checkpoints.peak_memory.PeakMemory`).
         model: the packed model: the config's, or its folder in the cache.
         files: the ``lora_file`` and the files beside it that the first process wrote.
+        padding: share of padding in the training batches of this call; None for DPO.
     """
 
     out: str
@@ -99,6 +100,7 @@ class FinetuneResult:
     eval_loss_before: float | None = None
     model: str = ""
     files: tuple[str, ...] = ()
+    padding: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -226,6 +228,7 @@ def finetune(
     return FinetuneResult(
         config.out, len(losses), losses, eval_loss, seconds, tokens / seconds, peak.nbytes,
         eval_loss_before, config.model if checkpoint is base else str(checkpoint.folder), files,
+        trainer.padding(),
     )  # fmt: skip
 
 
@@ -343,6 +346,7 @@ def _trainer(
             train_dataset=data["train"],
             eval_dataset=data.get("eval"),
             offload_activations=config.offload_activations,
+            group_by_length=data["train"].report.format != "text",
             **common,
         )
     if config.gradient_checkpointing:

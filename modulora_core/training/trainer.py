@@ -38,6 +38,7 @@ from modulora_core.data.rendering import IGNORED
 from modulora_core.distributed import barrier, world_size
 from modulora_core.errors import WorkError
 from modulora_core.progress import Progress
+from modulora_core.training.batches import SimilarLengths
 from modulora_core.training.checkpoints import seal, trainer_state
 from modulora_core.training.chunked_loss import chunked_loss, deferred_logits, token_losses
 from modulora_core.training.interruption import Interruption
@@ -125,6 +126,10 @@ class AdapterRun(Trainer):
                 return float(entry["eval_loss"])
         return float(self.evaluate()["eval_loss"])
 
+    def padding(self) -> float | None:
+        """The share of padding in this process's training batches of this call, if counted."""
+        return None
+
     @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         save_adapter(self.model, output_dir or self.args.output_dir, settings=self._settings)
@@ -176,18 +181,40 @@ class AdapterTrainer(AdapterRun):
 
     Args:
         offload_activations: keep the activations of training in CPU memory.
+        group_by_length: batch examples of similar length.
         arguments: the arguments of AdapterRun.
     """
 
-    def __init__(self, *, offload_activations: bool, **arguments: Any) -> None:
+    def __init__(
+        self, *, offload_activations: bool, group_by_length: bool, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
-        self._offload = offload_activations
+        self._offload, self._group = offload_activations, group_by_length
+        self._positions = self._padding = 0
 
     @override
-    def compute_loss(self, model: nn.Module, *arguments: Any, **options: Any) -> Any:
+    def padding(self) -> float:
+        return self._padding / max(1, self._positions)
+
+    @override
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self._group:
+            return super()._get_train_sampler(train_dataset)
+        lengths = (train_dataset or self.train_dataset).lengths
+        batches = self.args.gradient_accumulation_steps * self.args.world_size
+        return SimilarLengths(lengths, self.args.train_batch_size * batches, self.args.seed)
+
+    @override
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> Any:
+        if model.training:
+            mask = inputs["attention_mask"]
+            self._positions += mask.numel()
+            self._padding += int((mask == 0).sum())
         offload = self._offload and model.training
         with chunked_loss(self.model), save_on_cpu(pin_memory=True) if offload else nullcontext():
-            return super().compute_loss(model, *arguments, **options)
+            return super().compute_loss(model, inputs, *arguments, **options)
 
     @override
     def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
