@@ -175,17 +175,19 @@ def _cut(
 ) -> Examples:
     """Cut examples to the window, and leave out those without an answer in it."""
     pairs: list[tuple[array[int], array[int]]] = []
-    truncated = trained = all_of_them = 0
+    truncated = trained = all_of_them = given = kept = 0
     for ids, labels in encoded:
         all_of_them += 1
+        given += len(ids)
         # the first token is never predicted
         answer = sum(label != IGNORED for label in labels[1:seq_len])
         if answer:
             truncated += len(ids) > seq_len
             trained += answer
+            kept += min(len(ids), seq_len)
             pairs.append((array("i", ids[:seq_len]), array("i", labels[:seq_len])))
     report = DataReport(
-        **counts, examples=len(pairs), tokens=sum(len(ids) for ids, _ in pairs),
+        **counts, examples=len(pairs), tokens=kept,
         trained_tokens=trained, truncated=truncated, dropped=all_of_them - len(pairs),
     )  # fmt: skip
     if not pairs:
@@ -193,7 +195,7 @@ def _cut(
             f"{name}: expected examples whose answer starts within seq_len {seq_len}, got none of "
             f"{all_of_them}; raise seq_len"
         )
-    _warn(report, seq_len, name)
+    _warn(report, seq_len, name, 1 - kept / given)
     return Examples(pairs, report)
 
 
@@ -202,14 +204,14 @@ def _batched(renderer: Renderer, renderings: Sequence[Rendering]) -> Iterator[En
         yield from renderer.encode(renderings[start : start + _BATCH])
 
 
-def _warn(report: DataReport, seq_len: int, name: str) -> None:
+def _warn(report: DataReport, seq_len: int, name: str, lost_share: float) -> None:
     lost = []
     longer = report.truncated + report.dropped
     if longer:
         lost.append(
             f"{longer} of {report.examples + report.dropped} examples are longer than seq_len "
             f"{seq_len}: {report.truncated} truncated, {report.dropped} dropped because no token "
-            "of their answer fits"
+            f"of their answer fits; {lost_share:.1%} of all tokens are lost"
         )
     if report.blank:
         lost.append(

@@ -139,6 +139,13 @@ def _warmup_steps(config: FinetuneConfig, steps: int) -> int:
     return int(config.warmup) if config.warmup >= 1 else round(config.warmup * steps)
 
 
+LEAST_TOKENS = 1000
+"""Trained tokens below which an adapter learns little but those tokens by heart."""
+
+MOST_TIMES = 50.0
+"""A learning rate this many times above or below the default is likely a slip of the exponent."""
+
+
 def warn_of_warmup(config: FinetuneConfig, steps: int) -> None:
     """Log a warning if the learning rate never reaches its peak."""
     warmup = _warmup_steps(config, steps)
@@ -147,6 +154,26 @@ def warn_of_warmup(config: FinetuneConfig, steps: int) -> None:
             "warmup %g: it takes %d of the run's %d steps, so the learning rate never reaches its "
             "peak (lr %g); lower it or train longer",
             config.warmup, warmup, steps, config.lr,
+        )  # fmt: skip
+
+
+def warn_of_settings(config: FinetuneConfig, examples: Any, steps: int) -> None:
+    """Log a warning if a run is too short to learn, or its learning rate looks wrong by tens."""
+    warn_of_warmup(config, steps)
+    tokens = getattr(getattr(examples, "report", None), "trained_tokens", LEAST_TOKENS)
+    batch = config.batch_size * config.grad_accum
+    if tokens < LEAST_TOKENS or len(examples) < batch:
+        logger.warning(
+            "data: %d examples with %d trained tokens, less than a batch of %d or than %d tokens; "
+            "a run learns little from that",
+            len(examples), tokens, batch, LEAST_TOKENS,
+        )  # fmt: skip
+    usual = type(config)(model="", out="", method=config.method).lr
+    times = config.lr / usual
+    if "adam" in config.optim and not 1 / MOST_TIMES < times < MOST_TIMES:
+        logger.warning(
+            "lr %g: it is %.3g times the default, %g; most runs with LoRA and AdamW take 1e-4 to "
+            "1e-3", config.lr, times, usual,
         )  # fmt: skip
 
 

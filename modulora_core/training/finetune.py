@@ -54,7 +54,7 @@ from modulora_core.models.folders import RUN_FILE
 from modulora_core.models.quiet import quiet
 from modulora_core.progress import Bars, bars
 from modulora_core.quantization.cache import Unpacked
-from modulora_core.training.arguments import total_steps, training_arguments, warn_of_warmup
+from modulora_core.training.arguments import total_steps, training_arguments, warn_of_settings
 from modulora_core.training.checkpoints import remove_half_written
 from modulora_core.training.checks import checked_model, vocabulary, window
 from modulora_core.training.config import FinetuneConfig
@@ -158,7 +158,7 @@ def finetune(
         }
         check_examples(out, examples, resume_from)
         steps = total_steps(config, len(examples["train"]), world_size())
-        warn_of_warmup(config, steps)
+        warn_of_settings(config, examples["train"], steps)
     checkpoint, interruption = _packed(base, open_bar), Interruption()
     with (
         PeakMemory(device) as peak,

@@ -67,6 +67,8 @@ def test_examples_longer_than_the_window_are_cut_counted_and_logged_once(plain, 
     (record,) = caplog.records
     told = "2 of 3 examples are longer than seq_len 10: 1 truncated, 1 dropped"
     assert told in record.getMessage()
+    whole = load_examples(path, plain, seq_len=200).report.tokens
+    assert f"{1 - report.tokens / whole:.1%} of all tokens are lost" in record.getMessage()
     assert "1 of 4 records have an empty answer" in record.getMessage()
 
 

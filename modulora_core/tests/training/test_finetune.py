@@ -265,17 +265,28 @@ def test_a_warmup_as_long_as_the_run_is_one_warning(
     assert [message[: len(expected)] for message in caplog.messages] == [expected] * bool(takes)
 
 
+def test_few_tokens_are_a_warning(
+    configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "few.txt").write_text("the cat and " * 20)
+    finetune(configure(data=str(tmp_path / "few.txt"), steps=1))
+    (warning,) = caplog.messages
+    assert "a run learns little from that" in warning
+    assert "than 1000 tokens" in warning
+
+
 def test_a_run_that_diverged_warns_and_still_finishes(
     configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "easy.txt").write_text("the cat and " * 100)
+    (tmp_path / "easy.txt").write_text("the cat and " * 400)
     easy: dict[str, Any] = {"data": str(tmp_path / "easy.txt"), "grad_accum": 1}
     # random weights are worse than a uniform guess
     finetune(configure(**easy, out=str(tmp_path / "good"), steps=20, lr=3e-2))
     assert caplog.messages == []
     good = str(tmp_path / "good")
     finetune(configure(**easy, adapter=good, lr=1.0, steps=2, max_grad_norm=0))
-    (warning,) = caplog.messages
+    rate, warning = caplog.messages
+    assert rate.startswith("lr 1: it is 1e+03 times the default, 0.001; ")
     assert warning.startswith(f"{tmp_path / 'out'}: the loss was ")
     assert warning.endswith(": the adapter makes the model worse; lower the learning rate (lr 1)")
     assert (tmp_path / "out" / "adapter_config.json").is_file()
