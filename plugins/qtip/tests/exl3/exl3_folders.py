@@ -33,6 +33,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128, "moe_intermediate_size": 128, "num_experts": 3,
         "num_experts_per_tok": 2,
     },
+    "gpt_oss": {
+        "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 640,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+        "max_position_embeddings": 128, "num_local_experts": 2, "num_experts_per_tok": 1,
+        "layer_types": ["full_attention"],
+    },
 }  # fmt: skip
 
 UP = "model.layers.0.mlp.up_proj"

@@ -150,6 +150,20 @@ def test_experts_of_different_widths_are_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_experts_with_biases_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_exl3(tmp_path, "gpt_oss", alike(2, "mcg"))
+    file = tmp_path / "model.safetensors"
+    held = {name: t for name, t in load_file(file).items() if ".experts." not in name}
+    for part, tensor in random_layer((128, 128), 2, "mcg").items():
+        held[f"model.layers.0.mlp.experts.0.down_proj.{part}"] = tensor
+    save_file(held, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"experts\.0\.down_proj is quantized there, and trans"):
+        open_checkpoint(tmp_path)
+    assert_refused(["generate", str(tmp_path), "hello"], capsys)
+
+
 @pytest.mark.slow
 @cases(60)
 @given(data=st.data())
