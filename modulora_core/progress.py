@@ -85,7 +85,7 @@ def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
     whole = Column(no_wrap=True)  # on a narrow terminal the title wraps, and these do not
     drawn = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}", markup=False, table_column=Column()),
-        rich.progress.BarColumn(bar_width=12),
+        rich.progress.BarColumn(bar_width=8),
         rich.progress.DownloadColumn(table_column=whole)
         if sizes
         else rich.progress.MofNCompleteColumn(table_column=whole),
@@ -101,7 +101,11 @@ def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
         drawn.update(task, description=what, completed=done, total=total)
 
     with drawn:
-        yield show
+        try:
+            yield show
+        except BaseException:
+            drawn.update(task, visible=False)  # an error's message stands alone
+            raise
 
 
 class _Rate(rich.progress.ProgressColumn):

@@ -124,11 +124,16 @@ def check_kit(command: str) -> None:
 
 
 def _list() -> Report:
-    from modulora_core.cli.text import table
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
 
     found = _kit("checks").explained(_kit("suite").QuantizerConformance)
-    headings = ("level", "check", "a failure says", "mend it")
-    return Report({"checks": [check._asdict() for check in found]}, table(headings, found))
+    lines = []
+    for each in found:
+        lines.append(Text(f"{each.level}  {each.check}", style="bold"))  # whole: -k takes the name
+        lines.append(Padding(Text(f"{each.fault} {each.advice}".rstrip()), (0, 0, 0, 4)))
+    return Report({"checks": [check._asdict() for check in found]}, Group(*lines))
 
 
 def _check_request(

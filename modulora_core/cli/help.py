@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 NAMES_WIDTH = 30
 """Columns of a panel for an option's names; longer ones take several lines."""
+
+EXAMPLE_WIDTH = 78
+"""Columns of an example; a longer one continues on the next line."""
 
 FIRST_PANEL = "Options"
 """The panel of every option that has no other."""
@@ -84,10 +88,22 @@ def _description(text: str) -> Iterator[Text]:
 
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         verbatim = "\n " in paragraph
-        shown = Text(paragraph if verbatim else paragraph.replace("\n", " "))
-        shown.highlight_regex(r"(?m)^ +modulora .*$", "cyan")
+        lines = "\n".join(map(_continued, paragraph.splitlines()))
+        shown = Text(lines if verbatim else paragraph.replace("\n", " "))
+        shown.highlight_regex(r"(?m)^ +modulora (.*\\\n)*.*$", "cyan")
         yield shown
         yield Text("")
+
+
+def _continued(line: str) -> str:
+    """A long command on several lines, as a shell takes it."""
+    if not line.lstrip().startswith("modulora "):
+        return line
+    parts = textwrap.wrap(
+        line, EXAMPLE_WIDTH, subsequent_indent=" " * 8, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    return " \\\n".join(parts)
 
 
 def _summary(text: str) -> str:

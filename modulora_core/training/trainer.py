@@ -72,12 +72,9 @@ class TrainingStep:
 
     @property
     def line(self) -> str:
-        """``loss 2.3120, lr 9.5e-04, gradient 0.51, 1,234 tokens/s, 2.1 GiB``."""
-        norm = "" if self.grad_norm is None else f", gradient {self.grad_norm:.2g}"
-        return (
-            f"loss {self.loss:.4f}, lr {self.learning_rate:.1e}{norm}, "
-            f"{self.tokens_per_second:,.0f} tokens/s, {self.memory_bytes / 2**30:.1f} GiB"
-        )
+        """``loss 2.31, 1,234 tok/s, peak 2.1 GiB``: beside its bar it fits into 80 columns."""
+        peak = self.memory_bytes / 2**30
+        return f"loss {self.loss:.2f}, {self.tokens_per_second:,.0f} tok/s, peak {peak:.1f} GiB"
 
 
 OnStep = Callable[[TrainingStep], None]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 
 import pytest
+from rich.console import Console
 
 from modulora_core.cli.terminal import Terminal
+from modulora_core.progress import bar
 
 
 class Screen(io.StringIO):
@@ -74,3 +77,18 @@ def test_lines_show_sizes_and_unknown_totals(clock: list[float]) -> None:
         "reading: 2048 layers",
         "reading: 4096/8192 layers",
     ]
+
+
+def test_work_that_fails_leaves_no_bar() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80)
+
+    def fail() -> None:
+        with bar(console, "packing", "layers") as show:
+            show("packing", 3, 8)
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        fail()
+    last = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue().rpartition("\r")[2])
+    assert "packing" not in last

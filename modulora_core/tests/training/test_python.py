@@ -82,7 +82,7 @@ def test_functions_draw_a_bar_on_a_terminal(
 ) -> None:
     screen = terminal(monkeypatch)
     finetune(configure(steps=2))
-    assert re.search(r"loss [\d.]+, lr .* tokens/s", screen.getvalue())
+    assert re.search(r"loss [\d.]+, [\d,]+ tok/s, peak", screen.getvalue())
     assert "2/2" in screen.getvalue()
     screen.truncate(0)
     evaluate(str(tunable), [{"text": "The with statement. " * 9}], seq_len=16)
