@@ -23,6 +23,7 @@ from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.distributed import is_first, whole
 from modulora_core.errors import AdapterError, OutputError, usable_path
 from modulora_core.layers import LoRALayer
+from modulora_core.models.locate import names_file
 
 
 @checked
@@ -46,7 +47,7 @@ def save_adapter(
             unfinished folder is no adapter.
         name: one of the model's adapters.
         base: the model before quantization, for PEFT's ``base_model_name_or_path``. The default is
-            the source that the checkpoint records.
+            the file that the model was loaded from, or the source that the checkpoint records.
         settings: the settings that made the adapter, to be recorded.
 
     Raises:
@@ -58,7 +59,10 @@ def save_adapter(
     scaled = any(name in layer.input_scale for layer in layers.values())
     deltas = {path: _delta(layer, name, scaled) for path, layer in layers.items()}
     source = record_of(model)
-    base = str(base or (source and source.source.get("name")) or model_name(model))
+    here = model_name(model)  # a file stays where it was, as PEFT remembers it
+    base = str(
+        base or (names_file(here) and here) or (source and source.source.get("name")) or here
+    )
     stacks, dropout = stacks_of(model), next(iter(layers.values())).dropout.p
     modules = [path for path, _ in model.named_modules()]
     parameters = [path for path, _ in model.named_parameters()]

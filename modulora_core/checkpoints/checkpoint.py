@@ -221,7 +221,9 @@ def _from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, device_map={"": device},
         trust_remote_code=False,
     )  # fmt: skip
-    model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
+    source = checkpoint.source
+    name = str(checkpoint.folder) if source is None else source.location.path
+    model.name_or_path = model.config.name_or_path = name
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model

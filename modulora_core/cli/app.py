@@ -110,7 +110,14 @@ class _Command(typer.core.TyperCommand):
     word_lists: Sequence[str]
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        return super().parse_args(ctx, self._repeated(ctx, args))
+        words = self._repeated(ctx, args)
+        _, _, given = self.make_parser(ctx).parse_args([*words])
+        for parameter in dict.fromkeys(given):
+            is_value = not getattr(parameter, "is_flag", True)  # nor an argument
+            times = given.count(parameter)
+            if is_value and not getattr(parameter, "multiple", False) and times > 1:
+                ctx.fail(f"{max(parameter.opts, key=len)}: expected once, got {times} times")
+        return super().parse_args(ctx, words)
 
     def _repeated(self, ctx: Any, words: list[str]) -> list[str]:
         """Write ``--o a b`` as click parses it, ``--o a --o b``, up to a ``--``."""

@@ -84,6 +84,9 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         terminal().note(f"step {step}: loss {loss:.4f} on the evaluation data")
 
     result = finetune(request, resume=resume, on_eval=on_eval, progress=terminal().progress)
+    if not result.steps:
+        said = f"{result.out}: it is finished; nothing is left to resume"
+        return Report(result.to_json(), Group(said, _next_commands(result.model, request)))
     shown = result.to_json()
     shown["losses"] = loss_in_words(result.losses).removeprefix("loss ")
     before = shown.pop("eval_loss_before")

@@ -253,6 +253,10 @@ def _override(text: str) -> Override:
 def _text(found: dict[str, Any]) -> RenderableType:
     from rich.console import Group
 
+    if not found["seconds"]:
+        said = f"{found['out']}: it is finished; nothing is left to resume"
+        out = shlex.quote(found["out"])
+        return Group(said, next_commands(f"modulora finetune {out} ADAPTER --data SOURCE"))
     if found["unreached"]:
         terminal().note(
             f"no calibration token reached {len(found['unreached'])} expert weights, which are "

@@ -56,6 +56,13 @@ class Location:
             return self.model
         return self.file or self.folder.resolve().name
 
+    @property
+    def path(self) -> str:
+        """The folder or the file, or ``package:NAME``; an adapter remembers its base by it."""
+        if self.file is None or self.kind == "package":
+            return str(self.folder) if self.file is None else self.model
+        return str((self.folder / self.file).absolute())
+
 
 def names_file(model: str) -> bool:
     """Whether MODEL is a model in one file."""

@@ -21,10 +21,16 @@ import torch
 from pydantic import BaseModel
 
 from modulora_core.arguments import checked
-from modulora_core.calibration import CalibrationConfig, calibration_text, find_blocks
+from modulora_core.calibration import (
+    CalibrationConfig,
+    CalibrationText,
+    calibration_text,
+    find_blocks,
+)
 from modulora_core.calibration.sensitivity import WEIGHTS
 from modulora_core.calibration.states import spilled_bytes
 from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.checkpoints.written.model_card import FILE as CARD
 from modulora_core.checkpoints.written.model_card import model_card
 from modulora_core.checkpoints.written.outputs import (
@@ -44,6 +50,7 @@ from modulora_core.models.folders import REQUEST
 from modulora_core.models.json_files import read_json
 from modulora_core.models.tokenizer import TOKENIZER_FILES
 from modulora_core.progress import Progress, shows_progress
+from modulora_core.quantization.finished import finished, is_of
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
 from modulora_core.quantization.mixed.errors import JOURNAL
 from modulora_core.quantization.mixed.mixture import Budget, find_mixture
@@ -160,7 +167,7 @@ def quantize(
         max_shard_bytes: the size of a file of the checkpoint.
         resume: continue the same request in ``out.partial`` after a killed run. Parameters that
             were written (with tuning: whole blocks) are kept. Without ``resume`` such a folder is
-            refused.
+            refused. An ``out`` that the same request finished is left as it is, in 0 seconds.
         revision: a branch, tag or commit of a Hub repository.
         progress: called with a phase, bytes done and all bytes of the phase; by default a bar on a
             terminal, and False shows none.
@@ -173,7 +180,9 @@ def quantize(
     where, out = pick_device(device), usable_path(out, "output folder", OutputError)
     with PeakMemory(where) as peak:
         with together():
-            check_output(out, resume=resume)
+            done = finished(out) if resume else None
+            if done is None:
+                check_output(out, resume=resume)
             source = open_model(model, revision=revision)
             if isinstance(quantizer, Budget):
                 choices = [choice_of(choice, quality) for choice in quantizer.choices]
@@ -211,6 +220,12 @@ def quantize(
                     calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
                 )  # fmt: skip
                 request, nbytes = layout.record.to_json(), layout.nbytes
+            if done is not None:
+                if not is_of(done, request):
+                    check_output(out, resume=resume)  # it is of another request
+                logger.info("%s: it is finished; nothing is left to resume", out)
+                result = _result(source, done.record, done.nbytes, text, PackingOutcome(), out)
+                return result if mixture is None else replace(result, quantizer=MIXED, options={})
             _warn_without_tokenizer(source)
         request |= {"max_shard_bytes": max_shard_bytes}
         if text is not None:
@@ -225,7 +240,10 @@ def quantize(
                 layout = mixture.choose(where, folder, resume=resumes, progress=progress)
             assert layout is not None
             packed = write_packed(source, layout, folder, where, resume=resumes, progress=progress)
-    result = _result(source, layout, packed, out, time.perf_counter() - started, peak.nbytes)
+    result = _result(
+        source, layout.record, layout.nbytes, layout.calibration, packed, out,
+        time.perf_counter() - started, peak.nbytes,
+    )  # fmt: skip
     if mixture is None:
         return result
     table = mixture.table(layout.record)
@@ -343,13 +361,14 @@ def write_packed(
 
 def _result(
     source: ModelSource,
-    layout: Layout,
+    record: QuantizationRecord,
+    nbytes: int,
+    text: CalibrationText | None,
     packed: PackingOutcome,
     out: Path,
-    seconds: float,
-    peak: int,
+    seconds: float = 0.0,
+    peak: int = 0,
 ) -> QuantizeResult:
-    record, text = layout.record, layout.calibration
     packed_by: dict[str, int] = {}
     for _, site in record.items():
         name = record.recipes[site.recipe].quantizer
@@ -363,7 +382,7 @@ def _result(
         quantizer=record.recipes[0].quantizer,
         options=dict(record.recipes[0].options),
         bits_per_weight=record.bits_per_weight,
-        bytes=layout.nbytes,
+        bytes=nbytes,
         seconds=seconds,
         peak_memory_bytes=peak,
         weights=sum(packed_by.values()),

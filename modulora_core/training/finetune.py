@@ -28,6 +28,7 @@ from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.adapters.files import base_file, file_writer
 from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.peft_format import CONFIG_FILE
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
@@ -48,7 +49,7 @@ from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
 from modulora_core.dense_products import matmul_precision
 from modulora_core.distributed import barrier, is_first, pick_device, together, world_size
-from modulora_core.errors import ModuLoRAError, OptionError
+from modulora_core.errors import ModuLoRAError, OptionError, OutputError
 from modulora_core.layers import QuantLinear
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.models.quiet import quiet
@@ -127,7 +128,8 @@ def finetune(
         config: the run. :meth:`FinetuneConfig.build` makes it from options and a file.
         data, eval_data: records as dicts or a ``datasets.Dataset``, instead of the config's.
         resume: continue an interrupted run of the same config from its last whole checkpoint, with
-            the losses of an uninterrupted run. Without a whole checkpoint, start again.
+            the losses of an uninterrupted run. Without a whole checkpoint, start again. A finished
+            run is left as it is: the result has no steps.
         on_step: called after each optimizer step.
         on_eval: called after each evaluation.
         callbacks: callbacks of transformers' Trainer.
@@ -156,7 +158,11 @@ def finetune(
         examples = {
             name: _examples(source, config, tokenizer, rows) for name, source in sources.items()
         }
-        check_examples(out, examples, resume_from)
+        finished = resume and (out / CONFIG_FILE).is_file()
+        check_examples(out, examples, out if finished else resume_from)
+        if finished:
+            logger.info("%s: it is finished; nothing is left to resume", out)
+            return FinetuneResult(config.out, 0, [], None, 0.0, 0.0, 0, model=config.model)
         steps = total_steps(config, len(examples["train"]), world_size())
         warn_of_settings(config, examples["train"], steps)
     checkpoint, interruption = _packed(base, open_bar), Interruption()
@@ -221,6 +227,11 @@ def finetune(
         if is_first():
             write_file(out / REPORT_FILE, page)
     barrier()  # OUT is whole
+    if not (out / RUN_FILE).is_file():
+        raise OutputError(
+            f"output folder {out}: somebody removed it, or its {RUN_FILE}, while the run worked; "
+            "it has the adapter again, and neither options nor earlier checkpoints"
+        )
     worse = divergence(losses, eval_loss, model.config.get_text_config().vocab_size)
     if worse:
         advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"

@@ -31,21 +31,26 @@ def check_out(out: Path, config: FinetuneConfig, resume: bool) -> Path | None:
     """Check the output folder.
 
     Returns:
-        the checkpoint to resume from, or None to start.
+        the checkpoint to resume from, or None to start, or if the run is finished.
 
     Raises:
-        OutputError: the folder holds a finished adapter, other files, or, without ``resume``, an
-            unfinished run with a whole checkpoint.
+        OutputError: the folder holds a finished adapter, with ``resume`` of another run; other
+            files; or, without ``resume``, an unfinished run with a whole checkpoint.
         OptionError: the run to resume has another config.
     """
     if (out / CONFIG_FILE).is_file():
-        advice = (
-            f"nothing is left to resume; to continue training, choose another OUT and give "
-            f"--adapter {out}"
-            if resume
-            else "choose another name or remove it"
-        )
-        raise OutputError(f"output folder {out}: it holds a finished adapter; {advice}")
+        finished = f"output folder {out}: it holds a finished adapter"
+        if not resume:
+            raise OutputError(f"{finished}; choose another name or remove it")
+        changed = ["another tool wrote it"]
+        if (out / RUN_FILE).is_file():
+            changed = config.differences(FinetuneConfig.build({}, file=out / RUN_FILE))
+        if changed:
+            raise OutputError(
+                f"{finished} of another run ({'; '.join(changed)}); to continue training, choose "
+                f"another OUT and give --adapter {out}"
+            )
+        return None
     if not (out / RUN_FILE).is_file():
         begun = partial_name(out / RUN_FILE)  # of a run that was killed while it wrote the file
         if not begun.is_file() or len(list(out.iterdir())) > 1:

@@ -123,12 +123,20 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
     with _lock(partial / MARKER, f"temporary folder {partial}: expected it free"):
         if not resume:
             _empty(partial)
-        with full_disk_named(out):
-            yield partial
-            sync_folder(partial)
-        if out.exists():
-            out.rmdir()  # empty, as checked; some systems don't replace a folder
-        partial.replace(out)
+        try:
+            with full_disk_named(out):
+                yield partial
+                sync_folder(partial)
+            if out.exists():
+                out.rmdir()  # empty, as checked; some systems don't replace a folder
+            partial.replace(out)
+        except FileNotFoundError as error:
+            if partial.is_dir():
+                raise
+            raise OutputError(
+                f"temporary folder {partial}: somebody removed it while it was written; run the "
+                "command again"
+            ) from error
         # last, since a run killed before its renaming is known by the marker
         (out / MARKER).unlink()
     _sync(out.absolute().parent)

@@ -218,6 +218,7 @@ USAGE = {
     "probe well --budget 24gigs": "expected a size such as 24GiB",
     "probe well --budget 0GB": "expected more than 0 bytes, got 0GB",
     "probe well --rank": "'--rank' requires",
+    "probe well --rank 1 --rank 2": "--rank: expected once, got 2 times",
     "probe well --names": "--names: expected one or more words after it, got none",
     "--debug": "missing command",
 }

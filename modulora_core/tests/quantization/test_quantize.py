@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -228,6 +230,37 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     quantize(source, out, "toy", seed=1, resume=True)
     assert stored(out) == stored(tmp_path / "whole")
     assert not partial_name(out).exists()
+
+
+def test_a_finished_run_says_so_when_it_is_resumed(
+    source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    first = quantize(source, out, "toy")
+    before = stored(out)
+    with caplog.at_level("INFO", logger="modulora_core"):
+        again = quantize(source, out, "toy", resume=True)
+    assert "it is finished; nothing is left to resume" in caplog.text
+    assert replace(again, seconds=first.seconds, peak_memory_bytes=first.peak_memory_bytes) == first
+    assert stored(out) == before
+    for other in ({"seed": 1}, {"options": {"levels": 3}}, {"exclude": ["*.q_proj"]}):
+        with pytest.raises(OutputError, match="expected it new or empty"):
+            quantize(source, out, "toy", resume=True, **other)
+    (out / "model.safetensors").unlink(missing_ok=True)  # it isn't whole any more
+    for shard in out.glob("*.safetensors"):
+        shard.unlink()
+    with pytest.raises(OutputError, match="expected it new or empty"):
+        quantize(source, out, "toy", resume=True)
+
+
+def test_a_folder_that_is_removed_during_the_run_is_an_error(source: str, tmp_path: Path) -> None:
+    partial = partial_name(tmp_path / "out")
+    with pytest.raises(
+        OutputError, match=r"out\.partial: somebody removed it while it was written"
+    ):
+        quantize(source, tmp_path / "out", "toy",
+                 progress=lambda *_: shutil.rmtree(partial, ignore_errors=True))  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_resume_begins_anew_after_another_command(source: str, tmp_path: Path) -> None:

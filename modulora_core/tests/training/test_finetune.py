@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -339,8 +340,29 @@ def test_a_finished_adapter_is_never_overwritten(configure: Configure) -> None:
     finetune(configure(steps=1))
     with pytest.raises(OutputError, match="it holds a finished adapter; choose another name or"):
         finetune(configure(steps=1))
-    with pytest.raises(OutputError, match=r"nothing is left to resume; .* --adapter .*out$"):
-        finetune(configure(steps=1), resume=True)
+    with pytest.raises(OutputError, match=r"another run \(lr .*; to continue .* --adapter .*out$"):
+        finetune(configure(steps=1, lr=0.5), resume=True)
+
+
+def test_a_finished_run_says_so_when_it_is_resumed(
+    configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = finetune(configure(steps=1))
+    before = {path: path.read_bytes() for path in Path(first.out).rglob("*") if path.is_file()}
+    with caplog.at_level("INFO", logger="modulora_core"):
+        again = finetune(configure(steps=1), resume=True)
+    assert (again.steps, again.losses) == (0, [])
+    assert "it is finished; nothing is left to resume" in caplog.text
+    assert before == {p: p.read_bytes() for p in Path(first.out).rglob("*") if p.is_file()}
+
+
+def test_a_folder_that_is_removed_during_the_run_is_an_error_at_its_end(
+    configure: Configure,
+) -> None:
+    config = configure(steps=2)
+    with pytest.raises(OutputError, match=r"somebody removed it, .* it has the adapter again"):
+        finetune(config, on_step=lambda _: shutil.rmtree(config.out, ignore_errors=True))
+    assert (Path(config.out) / "adapter_config.json").is_file()
 
 
 def test_a_loss_that_is_no_number_ends_the_run_without_an_adapter(

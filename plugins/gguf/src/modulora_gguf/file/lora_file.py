@@ -83,8 +83,8 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> tuple[Ada
         )
     if model is None and not (base.startswith("package:") or Path(base).is_file()):
         raise AdapterError(
-            f"adapter {adapter}: expected its base {base} in this folder, got no such file; say "
-            f"where it is: --model FOLDER/{base}"
+            f"adapter {adapter}: expected its base {base}, got no such file; say where it is: "
+            f"--model FOLDER/{Path(base).name}"
         )
     found = open_any(base)
     source = found.source if isinstance(found, PackedCheckpoint) else found
