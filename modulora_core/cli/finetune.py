@@ -103,7 +103,8 @@ def _next_commands(model: str, request: FinetuneConfig) -> Text:
     base, adapter = shlex.quote(model), shlex.quote(request.out)
     commands = [f"modulora {name} {base} --adapter {adapter}" for name in ("chat", "evaluate")]
     commands.append(f"modulora merge {base} MERGED --adapter {adapter}")
-    known = file_format(str(locate(model).file)) if names_file(model) else None
+    place = locate(model) if names_file(model) else None
+    known = None if place is None else file_format(place.folder / str(place.file))
     if known and known.writer and not request.train_scales and not request.lora_file:
         out = f"ADAPTER{known.file_suffix} --to {known.name}"
         commands.append(f"modulora convert {adapter} {out} --model {base}")

@@ -133,11 +133,15 @@ def test_a_modelfile_names_a_base_elsewhere_by_its_whole_path(
 
 
 def test_a_newcomer_needs_no_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Windows are as long as the model's, which is shorter than the default."""
-    path, data = write_tiny_gguf("llama", tmp_path / "some.gguf", "Q4_0"), tmp_path / "notes.txt"
+    """Windows are as long as the model's, which is shorter than the default. The file has no
+    suffix."""
+    data = tmp_path / "notes.txt"
+    path = write_tiny_gguf("llama", tmp_path / "some.gguf", "Q4_0").rename(tmp_path / "sha256-1a")
     data.write_text("the ship sailed north and the crew sang " * 20)
     words = ["finetune", str(path), str(tmp_path / "out"), "--data", str(data), "--steps", "2"]
     assert main([*words, "--seq-len", "512"]) == 2
     assert "seq_len 512: expected at most 64" in capsys.readouterr().err
     assert main(words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"modulora convert {tmp_path / 'out'} ADAPTER.gguf --to gguf --model {path}" in shown
     assert "seq_len: 64\n" in (tmp_path / "out" / "finetune.yaml").read_text()
