@@ -7,6 +7,7 @@ continues where it stopped.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modulora_core.adapters.peft_format import CONFIG_FILE
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint, is_packed, open_any
 from modulora_core.checkpoints.peak_memory import PeakMemory
@@ -122,14 +124,18 @@ def _method(request: Request, folder: Path, name: str, choice: Choice | None, ba
     found = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
     if found.get("request") == json.loads(json.dumps(asked)):
         return _read(found["method"])
-    model = request.model if choice is None else _packed(request, folder / stem, choice, bars)
+    settings = request.model, request.train, request.samples, request.seq_len
+    packed = folder / f"{stem}-{_digest(*settings)}"
+    model = request.model if choice is None else _packed(request, packed, choice, bars)
     opened = open_any(model)
     nbytes = opened.nbytes if isinstance(opened, PackedCheckpoint) else _dense_bytes(opened)
     before, prompts = _measured(request, model, None, name, bars)
     after, peak = None, None
     if request.steps and isinstance(opened, PackedCheckpoint):
-        peak = _trained(request, model, folder / f"{stem}-adapter", bars)
-        after, _ = _measured(request, model, folder / f"{stem}-adapter", f"{name}, finetuned", bars)
+        digest = _digest(*settings, request.steps, request.batch_size)
+        adapter = folder / f"{stem}-adapter-{digest}"
+        peak = _trained(request, model, adapter, bars)
+        after, _ = _measured(request, model, adapter, f"{name}, finetuned", bars)
     method = Method(name, nbytes, before, after, peak, prompts)
     kept.write_text(json.dumps({"request": asked, "method": asdict(method)}, indent=1), "utf-8")
     return method
@@ -150,8 +156,15 @@ def _packed(request: Request, out: Path, choice: Choice, bars: Bars) -> str:
     return str(out)
 
 
-def _trained(request: Request, model: str, out: Path, bars: Bars) -> int:
-    """The peak memory of finetuning."""
+def _digest(*settings: Any) -> str:
+    """A short name of settings: another request gets other folders."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+
+
+def _trained(request: Request, model: str, out: Path, bars: Bars) -> int | None:
+    """The peak memory of finetuning; None if an interrupted comparison finished it before."""
+    if (out / CONFIG_FILE).is_file():
+        return None
     config = FinetuneConfig(
         model=model, out=str(out), data=request.train, steps=request.steps,
         batch_size=request.batch_size, seq_len=request.seq_len, report=False,

@@ -53,6 +53,13 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
     monkeypatch.setattr(comparison, "_measured", None)  # nothing is measured again
     assert compare(request_, out, no_bar) == [original, toy]
 
+    monkeypatch.undo()
+    monkeypatch.setattr(comparison, "finetune", None)  # a finished adapter is not trained again
+    (out / "toy.json").unlink()
+    again = compare(request_, out, no_bar)[1]
+    assert again.after is not None
+    assert again.after.losses == toy.after.losses
+
     text = page(request_, [original, toy], "modulora compare MODEL")
     for part in ("toy, finetuned", "modulora compare MODEL", "<svg", f"{toy.after.perplexity:.2f}"):
         assert part in text

@@ -1,0 +1,76 @@
+"""The whole job works where Linux's own parts are missing, as on macOS and Windows."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from modulora_core import FinetuneConfig, evaluate, finetune, quantize
+from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.tests.adapted_models import save_llama_with_tokenizer
+
+TEXT = "The with statement wraps a block. " * 60
+
+
+@pytest.fixture(params=["macOS", "Windows"])
+def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Hide /proc, and what the standard library lacks on that system."""
+    for name in ("exists", "is_file", "read_text", "write_text", "open"):
+        real = getattr(Path, name)
+
+        def without_proc(self: Path, *words: Any, _real: Any = real, **more: Any) -> Any:
+            if self.parts[:2] == ("/", "proc"):
+                if _real.__name__ in ("exists", "is_file"):
+                    return False
+                raise FileNotFoundError(self)
+            return _real(self, *words, **more)
+
+        monkeypatch.setattr(Path, name, without_proc)
+    if request.param == "Windows":
+        for module in ("fcntl", "resource"):
+            monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+        monkeypatch.delattr(os, "sysconf")
+        monkeypatch.delattr(signal, "setitimer")
+        for name in ("MADV_DONTNEED", "MADV_WILLNEED"):
+            monkeypatch.delattr(mmap, name)
+    return str(request.param)
+
+
+def test_quantizing_finetuning_and_measuring_work(
+    elsewhere: str, tmp_path: Path, toy: ModuleType
+) -> None:
+    save_llama_with_tokenizer(tmp_path / "dense")
+    (tmp_path / "notes.txt").write_text(TEXT, "utf-8")
+    packed, adapter, notes = (str(tmp_path / name) for name in ("packed", "adapter", "notes.txt"))
+    quantize(tmp_path / "dense", packed, "toy")
+    config = FinetuneConfig(
+        model=packed, out=adapter, data=notes, steps=2, batch_size=1, seq_len=16, report=False
+    )
+    result = finetune(config, progress=False)
+    assert len(result.losses) == 2
+    measured: Any = evaluate(packed, notes, adapter=adapter, seq_len=16, segments=2)
+    assert measured.perplexity > 1
+    with PeakMemory() as peak:
+        pass
+    assert (peak.nbytes == 0) == (elsewhere == "Windows")
+
+
+@pytest.mark.slow
+def test_mapped_weights_need_no_advice_to_the_kernel(
+    elsewhere: str, tmp_path: Path, toy: ModuleType
+) -> None:
+    save_llama_with_tokenizer(tmp_path / "dense")
+    (tmp_path / "notes.txt").write_text(TEXT, "utf-8")
+    quantize(tmp_path / "dense", tmp_path / "packed", "toy")
+    config = FinetuneConfig(
+        model=str(tmp_path / "packed"), out=str(tmp_path / "adapter"), steps=1, batch_size=1,
+        data=str(tmp_path / "notes.txt"), seq_len=16, mapped=True, report=False,
+    )  # fmt: skip
+    assert len(finetune(config, progress=False).losses) == 1
