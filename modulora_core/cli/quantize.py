@@ -40,7 +40,6 @@ Calibration = Annotated[
 Words = Annotated[
     str, option("--quality fast|balanced|best", "Less time, or less loss, at the same size.")
 ]
-Device = Annotated[str | None, option("--device DEVICE", "cpu, cuda, cuda:1, mps.")]
 Choices = Annotated[
     list[str],
     option(
@@ -123,7 +122,7 @@ def command(
     spill: Spill = None,
     tune_epochs: TuneEpochs = None,
     tune_lr: TuneLR = None,
-    device: Device = "cpu",
+    device: shared.Device = None,
     seed: shared.Seed = 0,
     max_shard_size: shared.MaxShardSize = 5 * 10**9,
     resume: shared.Resume = False,
@@ -169,7 +168,7 @@ def command(
             weighting=calibration_weighting,
         ),
         "quality": quality,
-        "device": device or "cpu",
+        "device": device,
         "seed": seed,
         "max_shard_bytes": max_shard_size,
         "resume": resume,

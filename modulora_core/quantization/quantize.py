@@ -128,7 +128,7 @@ def quantize(
     head: Choice | None = None,
     embeddings: Choice | None = None,
     calibration: CalibrationConfig | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     resume: bool = False,
@@ -162,7 +162,7 @@ def quantize(
             they are one table, and either packs both.
         calibration: the text for quantizers that need the second moment of each layer's inputs.
             Its ``tuning`` also trains each block after it was quantized.
-        device: the torch device that packs, such as ``"cuda"``.
+        device: the torch device that packs, such as ``"cuda"``; None takes a GPU if there is one.
         seed: for random numbers of quantizers and the choice of samples.
         max_shard_bytes: the size of a file of the checkpoint.
         resume: continue the same request in ``out.partial`` after a killed run. Parameters that
