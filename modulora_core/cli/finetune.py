@@ -25,7 +25,7 @@ PANELS = {
         "resume",
     ),
     "Model": ("quantizer", "calibration", "quality"),
-    "Data": ("format", "method", "prompt", "completion", "eval_every"),
+    "Data": ("format", "method", "prompt", "completion", "eval_every", "packing"),
     "Adapter": ("alpha", "dropout", "targets", "train_scales", "adapter"),
     "Optimizer": (
         "optim", "scheduler", "warmup", "weight_decay", "max_grad_norm", "grad_accum", "seed",

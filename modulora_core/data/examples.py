@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from array import array
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,11 +54,17 @@ class DataReport:
 class Examples(Dataset[dict[str, list[int]]]):
     """A map-style dataset of ``{"input_ids": list[int], "labels": list[int]}``.
 
-    Labels are -100 for tokens that aren't trained. A token takes four bytes in each array.
+    Labels are -100 for tokens that aren't trained. A token takes four bytes in each array. Joined
+    examples (:meth:`joined`) have ``position_ids`` too, which begin at 0 in each part.
     """
 
-    def __init__(self, pairs: list[tuple[array[int], array[int]]], report: DataReport) -> None:
-        self._pairs, self.report = pairs, report
+    def __init__(
+        self,
+        pairs: list[tuple[array[int], array[int]]],
+        report: DataReport,
+        parts: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self._pairs, self.report, self._parts = pairs, report, parts
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -66,6 +73,30 @@ class Examples(Dataset[dict[str, list[int]]]):
     def lengths(self) -> list[int]:
         """The number of tokens of each example."""
         return [len(ids) for ids, _ in self._pairs]
+
+    def joined(self, seq_len: int) -> Examples:
+        """Rows of one or more examples, at most ``seq_len`` tokens each: best fit, longest first.
+
+        A part does not predict the next part's first token.
+        """
+        rows: list[list[int]] = []
+        rooms: list[tuple[int, int]] = []  # room and number of each row, sorted
+        lengths = self.lengths
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            at = bisect_left(rooms, (lengths[i], 0))
+            room, row = rooms.pop(at) if at < len(rooms) else (seq_len, len(rows))
+            if row == len(rows):
+                rows.append([])
+            rows[row].append(i)
+            insort(rooms, (room - lengths[i], row))
+        pairs = []
+        for row_of in rows:
+            ids, labels = array("i"), array("i")
+            for i in row_of:
+                ids += self._pairs[i][0]
+                labels += array("i", [IGNORED]) + self._pairs[i][1][1:]
+            pairs.append((ids, labels))
+        return Examples(pairs, self.report, [[lengths[i] for i in row_of] for row_of in rows])
 
     def check_ids(self, rows: int | None, subject: str) -> None:
         """Refuse tokens that a model of ``rows`` embeddings lacks. Raises DataError."""
@@ -82,7 +113,10 @@ class Examples(Dataset[dict[str, list[int]]]):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         ids, labels = self._pairs[index]
-        return {"input_ids": ids.tolist(), "labels": labels.tolist()}
+        found = {"input_ids": ids.tolist(), "labels": labels.tolist()}
+        if self._parts:
+            found["position_ids"] = [i for length in self._parts[index] for i in range(length)]
+        return found
 
 
 def load_examples(
@@ -232,14 +266,20 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """``{"input_ids", "attention_mask", "labels"}``, each int64 ``[batch, longest]``."""
+        """``{"input_ids", "attention_mask", "labels"}``, each int64 ``[batch, longest]``.
+
+        Joined examples have ``position_ids`` too; padding is a part of its own.
+        """
         longest = max(len(example["input_ids"]) for example in examples)
 
         def padded(rows: Sequence[list[int]], value: int) -> Tensor:
             return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
         ids = [example["input_ids"] for example in examples]
+        positions = [example["position_ids"] for example in examples if "position_ids" in example]
+        more = [[*row, *range(longest - len(row))] for row in positions]
         return {
+            **({"position_ids": torch.tensor(more)} if more else {}),
             "input_ids": padded(ids, self.pad_token_id),
             "attention_mask": padded([[1] * len(row) for row in ids], 0),
             "labels": padded([example["labels"] for example in examples], IGNORED),

@@ -1,11 +1,15 @@
-"""Put examples of similar length into a batch, so that little of it is padding."""
+"""Batches with little padding: examples of similar length, or joined examples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import PreTrainedModel
+
+from modulora_core.errors import OptionError
 
 WINDOW = 256
 """Examples that are sorted together. More need less padding, and mix lengths less."""
@@ -45,3 +49,35 @@ class SimilarLengths(Sampler[int]):
         for number in torch.randperm(len(steps), generator=generator).tolist():
             yield from steps[number]
         yield from sorted(drawn[whole:], key=self._lengths.__getitem__)
+
+
+def check_joined(model: PreTrainedModel, batch_size: int) -> None:
+    """Refuse a model that mixes the parts of joined examples, as recurrent layers do.
+
+    transformers restricts attention to a part by ``position_ids``, if there is no attention mask;
+    flash attention does so for one row alone. A part's logits must be nearer to its logits alone
+    than to a continued text's.
+
+    Raises:
+        OptionError: they are not.
+    """
+    training, first, second = model.training, torch.arange(3, 8), torch.arange(9, 2, -1)
+    both, apart = torch.cat([first, second]), [torch.arange(5), torch.arange(7)]
+
+    def logits(ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        rows = (min(batch_size, 2), len(ids))
+        given = {"input_ids": ids, **({} if positions is None else {"position_ids": positions})}
+        expanded = {name: value.expand(rows).to(model.device) for name, value in given.items()}
+        output = model(**expanded, use_cache=False)
+        return output.logits[0, -len(second) :].float()  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        model.eval()
+        alone, continued = logits(second), logits(both)
+        joined = logits(both, torch.cat(apart))
+        model.train(training)
+    if not float((joined - alone).norm()) < 0.2 * float((continued - alone).norm()):
+        raise OptionError(
+            f"packing: expected a model whose attention keeps joined examples apart, and "
+            f"{type(model).__name__} mixes them with batch_size {batch_size}; leave --packing out"
+        )

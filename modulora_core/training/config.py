@@ -158,6 +158,10 @@ class FinetuneConfig(BaseModel):
     )
     batch_size: int = Field(default=4, ge=1, description="examples per forward pass and process")
     grad_accum: int = Field(default=1, ge=1, description="forward passes per optimizer step")
+    packing: bool = Field(
+        default=False,
+        description="join short examples to rows of seq_len; attention stays within an example",
+    )
     seq_len: int = Field(default=512, ge=2, description="maximum length of an example, in tokens")
 
     lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
@@ -269,6 +273,8 @@ class FinetuneConfig(BaseModel):
                 "keep_products: expected gradient_checkpointing, got none; without it, the "
                 "backward saves all products anyway"
             )
+        if self.method == "dpo" and self.packing:
+            raise ValueError("packing: expected method sft beside it, got dpo")
         if self.method == "dpo" and (self.format != "auto" or self.prompt is not None):
             raise ValueError("format, prompt: expected method sft beside them, got dpo")
         given = [name for name in _EXCLUSIVE["adapter"] if name in self.model_fields_set]

@@ -56,6 +56,7 @@ from modulora_core.models.quiet import quiet
 from modulora_core.progress import Bars, bars
 from modulora_core.quantization.cache import Unpacked
 from modulora_core.training.arguments import total_steps, training_arguments, warn_of_settings
+from modulora_core.training.batches import check_joined
 from modulora_core.training.checkpoints import remove_half_written
 from modulora_core.training.checks import checked_model, vocabulary, window
 from modulora_core.training.config import FinetuneConfig
@@ -158,6 +159,8 @@ def finetune(
         examples = {
             name: _examples(source, config, tokenizer, rows) for name, source in sources.items()
         }
+        if config.packing and examples["train"].report.format != "text":  # its windows are full
+            examples["train"] = examples["train"].joined(config.seq_len)
         finished = resume and (out / CONFIG_FILE).is_file()
         check_examples(out, examples, out if finished else resume_from)
         if finished:
@@ -179,6 +182,8 @@ def finetune(
             arguments.eval_on_start = config.report and "eval" in sources and resume_from is None
             model = _loaded(checkpoint, config, device)
             settings = _put_adapter(model, config)
+            if config.packing:
+                check_joined(model, config.batch_size)
             check_disk_space(out, _nbytes(model))
             started = time.perf_counter()
             with _refused(config.trainer, out / CHECKPOINTS):

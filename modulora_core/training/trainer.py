@@ -209,6 +209,8 @@ class AdapterTrainer(AdapterRun):
             mask = inputs["attention_mask"]
             self._positions += mask.numel()
             self._padding += int((mask == 0).sum())
+        if "position_ids" in inputs:  # a mask would hide them from transformers' attention
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         offload = self._offload and model.training
         with chunked_loss(self.model), save_on_cpu(pin_memory=True) if offload else nullcontext():
             return super().compute_loss(model, inputs, *arguments, **options)

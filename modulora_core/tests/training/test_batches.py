@@ -5,15 +5,22 @@ from __future__ import annotations
 import os
 import random
 import signal
+from array import array
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from modulora_core.data import Collator, load_examples
+from modulora_core.data.examples import DataReport, Examples
+from modulora_core.errors import OptionError
+from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
-from modulora_core.training.batches import SimilarLengths
+from modulora_core.training.batches import SimilarLengths, check_joined
+from modulora_core.training.chunked_loss import token_losses
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 from modulora_core.training.interruption import Interrupted
@@ -95,3 +102,60 @@ def test_a_resumed_run_goes_on_with_the_same_batches(
     with pytest.raises(Interrupted):
         finetune(config, on_step=interrupt)
     assert finetune(config, resume=True).losses == whole.losses
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "gemma3_text", "falcon", "mixtral"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_joined_examples_have_the_losses_of_each_example_alone(
+    architecture: str, attention: str, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(architecture, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
+    check_joined(model, 2)
+    draw = random.Random(2)
+    lengths = [draw.randint(2, 20) for _ in range(9)]
+    parts = [array("i", (draw.randrange(3, 96) for _ in range(length))) for length in lengths]
+    report = DataReport(
+        format="chat", records=9, examples=9, tokens=sum(lengths), trained_tokens=0, blank=0
+    )
+    examples = Examples([(ids, ids) for ids in parts], report)
+    joined = examples.joined(24)
+    assert sum(joined.lengths) == sum(lengths)
+    assert max(joined.lengths) <= 24
+    assert len(joined) <= -(-sum(lengths) // 24) + 1
+
+    def losses(batch: dict[str, torch.Tensor]) -> list[float]:
+        batch.pop("attention_mask")
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            found = token_losses(model(**batch, use_cache=False).logits, labels)
+        return sorted(found[labels[:, 1:] != -100].tolist())
+
+    alone = [loss for i in range(9) for loss in losses(Collator(0)([examples[i]]))]
+    rows = Collator(0)([joined[i] for i in range(len(joined))])
+    assert losses(rows) == pytest.approx(sorted(alone), rel=1e-5)
+
+
+def test_a_model_that_mixes_joined_examples_is_refused(tmp_path: Path) -> None:
+    class Mixing(LlamaForCausalLM):
+        def forward(self, *arguments: Any, **given: Any) -> Any:
+            given.pop("position_ids", None)
+            return super().forward(*arguments, **given)
+
+    model = Mixing.from_pretrained(save_tiny_model("llama", tmp_path))
+    with pytest.raises(OptionError, match="packing: expected a model"):
+        check_joined(model, 2)
+
+
+def test_packing_trains_all_tokens_in_fewer_rows(
+    configure: Callable[..., FinetuneConfig], tmp_path: Path
+) -> None:
+    rows = ({"prompt": "Is it?", "completion": " no" * count} for count in (1, 2, 9, 3, 7, 4, 5))
+    answers = write_jsonl(tmp_path / "answers.jsonl", *rows)
+    common = {"data": str(answers), "seq_len": 32, "grad_accum": 1, "dropout": 0, "steps": 1}
+    apart = finetune(configure(**common, batch_size=7))
+    joined = load_examples(answers, make_tokenizer(), seq_len=32).joined(32)
+    assert len(joined) < 7
+    out = str(tmp_path / "joined")
+    packed = finetune(configure(**common, batch_size=len(joined), packing=True, out=out))
+    assert packed.losses == pytest.approx(apart.losses, rel=1e-5)
