@@ -57,7 +57,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": (str(error) or type(error).__name__)[:_LONGEST_ERROR]}
 
 
-def _limit_memory(nbytes: int) -> None:
+def limit_memory(nbytes: int) -> None:
     """Let this process take so many more bytes of memory. Only Linux tells and limits it."""
     with suppress(ImportError, OSError, ValueError):
         import resource
@@ -67,7 +67,7 @@ def _limit_memory(nbytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def _limit_time(seconds: float) -> None:
+def limit_time(seconds: float) -> None:
     """End this process after so many seconds of computing; 0 turns the limit off."""
     if hasattr(signal, "setitimer"):  # not on Windows
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -78,11 +78,11 @@ def serve(seconds: float, nbytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # nothing else prints among the answers
-    _limit_memory(nbytes)
+    limit_memory(nbytes)
     for line in sys.stdin.buffer:
-        _limit_time(seconds)
+        limit_time(seconds)
         answer = json.dumps(_answer(json.loads(line)))
-        _limit_time(0)
+        limit_time(0)
         answers.write(f"{answer}\n")
         answers.flush()
 

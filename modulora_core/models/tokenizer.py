@@ -15,7 +15,12 @@ from modulora_core.models.chat_templates import LONGEST
 from modulora_core.models.json_files import read_json
 from modulora_core.models.quiet import first_line, quiet
 from modulora_core.models.stops import end_ids
-from modulora_core.models.tokenizer_checks import check_tokenizer_file, panics_refused
+from modulora_core.models.tokenizer_checks import (
+    check_sentencepiece,
+    check_steps,
+    check_tokenizer_file,
+    panics_refused,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -80,7 +85,19 @@ def load_tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
     exact = any(file.tokenizer_class == "TokenizersBackend" for file in small)
     if (folder / TOKENIZER_FILES[0]).is_file():
         check_tokenizer_file(folder / TOKENIZER_FILES[0])
-    return checked_tokenizer(model, lambda: _from_folder(folder, exact))
+        return checked_tokenizer(model, lambda: _from_folder(folder, exact))
+    pieces = [name for name in TOKENIZER_FILES if (folder / name).is_file() and _is_model(name)]
+    for name in pieces[:1]:
+        check_sentencepiece(folder, name)
+    tokenizer = checked_tokenizer(model, lambda: _from_folder(folder, exact))
+    if pieces and hasattr(tokenizer, "backend_tokenizer"):
+        check_steps(folder / pieces[0], tokenizer.backend_tokenizer.to_str())
+    return tokenizer
+
+
+def _is_model(name: str) -> bool:
+    """Whether a file is a SentencePiece model, or one of tiktoken, by its name."""
+    return name.endswith(".model")
 
 
 def checked_tokenizer(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +21,25 @@ from modulora_core.models.json_files import read_bytes
 
 _MOST_BYTES = 256 * 2**20
 _MOST_GROWTH = 64
+_SCRIPT = str(Path(__file__).with_name("tokenizer_worker.py"))
+
+SECONDS = 60
+"""The computing time of converting a SentencePiece model; one of 256,000 pieces takes some 10."""
+
+MEMORY = 2 * 2**30
+"""The bytes that it may take."""
 _LISTS = ("normalizers", "decoders")
 
 
 def check_tokenizer_file(path: Path) -> None:
     """Check the normalizers and decoders of a tokenizer.json. Raises ModelError."""
+    check_steps(path, read_bytes(path, ModelError, _MOST_BYTES))
+
+
+def check_steps(path: Path, text: str | bytes) -> None:
+    """As :func:`check_tokenizer_file`, for the text of such a file."""
     try:
-        described = json.loads(read_bytes(path, ModelError, _MOST_BYTES))
+        described = json.loads(text)
         steps = [*_steps(described.get("normalizer")), *_steps(described.get("decoder"))]
         growth = math.prod(_growth(step) for step in steps)
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
@@ -65,6 +79,21 @@ def _check_charsmap(path: Path, charsmap: bytes) -> None:
         raise ModelError(
             f"{path}: precompiled_charsmap: expected a trie of at most {max(rest, 0)} bytes, got "
             f"{size}; download it again"
+        )
+
+
+def check_sentencepiece(folder: Path, file: str) -> None:
+    """Load a SentencePiece model in a process with limits. Raises ModelError: it fails there."""
+    command = [sys.executable, "-P", _SCRIPT, str(folder), str(SECONDS), str(MEMORY)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        said = done.stdout.decode("ascii", "replace").strip()
+        reason = said or (
+            f"it takes more than {SECONDS} seconds or {MEMORY // 2**20} MiB, or ends the process"
+        )
+        raise ModelError(
+            f"{folder / file}: expected a tokenizer that transformers can read, got: {reason}; "
+            "download it again, or take another tokenizer"
         )
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modulora_core.data.rendering import token_ids
+from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import ModelError
+from modulora_core.models import tokenizer_checks
 from modulora_core.models.tokenizer import load_tokenizer
 from modulora_core.tests.fuzzing import cases
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
@@ -118,3 +121,60 @@ def test_no_normalizer_ends_the_process(steps: list[Any], tmp_path: Path) -> Non
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "whole", done.stderr[-2000:]
+
+
+def sentencepiece_folder(folder: Path, change: Callable[[Any], None] | None = None) -> Path:
+    """A folder with the SentencePiece model of T5's tokenizer, and no tokenizer.json."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    pytest.importorskip("google.protobuf")
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    (folder / "text.txt").write_text(pydoc_text()[:40_000])
+    trainer.train(input=str(folder / "text.txt"), model_prefix=str(folder / "spiece"),
+                  vocab_size=300, minloglevel=2)  # fmt: skip
+    file = folder / "spiece.model"
+    proto = import_protobuf().ModelProto()
+    proto.ParseFromString(file.read_bytes())
+    if change is not None:
+        change(proto)
+    file.write_bytes(proto.SerializeToString())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    return folder
+
+
+def long_piece(proto: Any) -> None:
+    proto.pieces[200].piece = "a" * 3_000_000
+
+
+def wrong_charsmap(proto: Any) -> None:
+    proto.normalizer_spec.precompiled_charsmap = b"\4\0\0\0\xff\xff\xff\xff"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(long_piece, "ends the process"), (wrong_charsmap, "out of bounds|charsmap")],
+)
+def test_a_crafted_sentencepiece_model_is_refused(
+    tmp_path: Path, change: Callable[[Any], None], reason: str
+) -> None:
+    folder = sentencepiece_folder(tmp_path, change)
+    with pytest.raises(ModelError, match=f"spiece.model: expected a tokenizer .*({reason})"):
+        load_tokenizer("it", folder)
+
+
+@pytest.mark.slow
+def test_a_sound_sentencepiece_model_is_read(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("it", sentencepiece_folder(tmp_path))
+    assert tokenizer.decode(token_ids(tokenizer, ["the name"])[0]) == "the name"
+
+
+def test_a_sentencepiece_model_is_loaded_within_limits_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x05\n\x03<s>")
+    monkeypatch.setattr(tokenizer_checks, "_SCRIPT", str(tmp_path / "worker.py"))
+    (tmp_path / "worker.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(ModelError, match=r"tokenizer\.model: expected a tokenizer .* ends the"):
+        load_tokenizer("it", tmp_path)
