@@ -277,7 +277,7 @@ def test_every_command_has_a_module_and_every_module_with_a_command_is_listed() 
 @pytest.mark.parametrize("name", app.COMMANDS)
 def test_the_help_of_a_command_has_examples_that_parse(name: str, capsys: Captured) -> None:
     assert main([name, "--help"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.replace("\\\n", " ").split())
     command = app.load_command(name)
     examples = re.findall(rf"^\s+(?:\S.* )?modulora {name}\b.*", command.help, flags=re.MULTILINE)
     assert examples, f"the docstring of {name} has no examples"
