@@ -13,6 +13,7 @@
     kernels.cpu         for modules of numba kernels: CPUKernels and its tools
     kernels.triton      for modules of Triton kernels: GPUKernels and its tools
     kernels.rotation    random Hadamard transforms, for quantizers in a rotated basis
+    kernels.rotated     RotatedQuantizer: products and tiles in a rotated basis
     kernels.incoherence the weight and H in that basis, and the factors of BlockLDLQ
 
 A plugin may import the names in ``__all__`` of these packages, and nothing deeper.

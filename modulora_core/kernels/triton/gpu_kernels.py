@@ -11,6 +11,12 @@ from torch import Tensor
 from modulora_core.kernels.triton.products import few_rows, multiply
 from modulora_core.kernels.triton.tiles import write_tile
 from modulora_core.packed import PackedWeight
+from modulora_core.tiles import tiled_matmul
+
+FP16_ROOM = 8
+"""In fp16 rotated rows are divided by so many times their largest number.
+
+Where no number of C is above 4, sums over 131,000 columns then stay below 65,504."""
 
 
 class GPUKernels:
@@ -70,3 +76,31 @@ class GPUKernels:
             parts=self._parts(packed),
         )
         return y.view(*x.shape[:-1], y.shape[1])
+
+    def product_of_rotated(
+        self, x: Tensor, C: PackedWeight, transpose: bool, dtype: torch.dtype
+    ) -> Tensor | None:
+        """``x Cᵀ``, or ``x C`` if ``transpose``, in fp32; None for fp64.
+
+        Args:
+            x: fp32 ``[..., columns]``, or ``[..., rows]`` if ``transpose``: rotated inputs.
+            C: of codes alone, whose numbers are at most 4.
+            transpose: the direction.
+            dtype: of the layer's inputs. Several rows and C are rounded to it for the tensor cores.
+        """
+        if dtype == torch.float64:
+            return None
+        narrow, unit = (x, None) if x.numel() == x.shape[-1] else _narrowed(x, dtype)
+        y = self.product(narrow, C, transpose)
+        if y is None:
+            y = tiled_matmul(narrow, lambda a, b, of: self.tile(C, (a, b), of), C.shape, transpose)
+        y = y.to(torch.float32)
+        return y if unit is None else y * unit
+
+
+def _narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """``x`` in ``dtype``, and the divisor of its rows: fp16 ends at 65,504."""
+    if dtype != torch.float16:
+        return x.to(dtype), None
+    unit = FP16_ROOM * x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (x / unit).to(dtype), unit

@@ -16,17 +16,10 @@ from torch import Tensor
 
 from modulora_core.kernels.triton import GPUKernels
 from modulora_core.packed import PackedWeight
-from modulora_core.tiles import tiled_matmul
 from modulora_qtip import codes
 
-FP16_ROOM = 8
-"""In fp16 rows are divided by so many times their largest number.
-
-No number of C, divided by :data:`UNIT`, is above 4, so sums over 131,000 columns stay below
-65,504."""
-
 UNIT = {"bytes": 128, "halves": 1, "fused": 1}
-"""By kind of a code: products are with C divided by it, a power of two."""
+"""By kind of a code: products are with C divided by it, a power of two, and below 4 then."""
 
 KINDS = {"bytes": 0, "halves": 1, "fused": 2}
 
@@ -108,32 +101,9 @@ _divided = GPUKernels(decode, operands, lambda C: _options(C, unit_of(C)))
 
 
 def multiply(x: Tensor, C: PackedWeight, transpose: bool, dtype: torch.dtype) -> Tensor | None:
-    """``x Cᵀ``, or ``x C`` if ``transpose``, in fp32; None for fp64.
-
-    Args:
-        x: fp32 ``[..., columns]``, or ``[..., rows]`` if ``transpose``: rotated inputs.
-        C: walks alone.
-        transpose: the direction.
-        dtype: of the layer's inputs. Several rows and C are rounded to it for the tensor cores.
-    """
-    if dtype == torch.float64:
-        return None
-    narrow, scale = x, None
-    if x.numel() != x.shape[-1]:
-        narrow, scale = _narrowed(x, dtype)
-    y = _divided.product(narrow, C, transpose)
-    if y is None:
-        y = tiled_matmul(narrow, lambda a, b, of: _divided.tile(C, (a, b), of), C.shape, transpose)
-    y = y.to(torch.float32) * unit_of(C)
-    return y if scale is None else y * scale
-
-
-def _narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """``x`` in ``dtype``, and the divisor of its rows: fp16 ends at 65,504."""
-    if dtype != torch.float16:
-        return x.to(dtype), None
-    unit = FP16_ROOM * x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x / unit).to(dtype), unit
+    """As :meth:`modulora_core.kernels.triton.GPUKernels.product_of_rotated`."""
+    y = _divided.product_of_rotated(x, C, transpose, dtype)
+    return None if y is None else y * unit_of(C)
 
 
 def product_of_one(_x: Tensor, _packed: PackedWeight, _transpose: bool) -> None:

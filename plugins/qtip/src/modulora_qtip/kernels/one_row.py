@@ -249,18 +249,15 @@ def _transposed(weight: Any, begin: int, stop: int, x: Any, z: Any) -> None:
 
 @jit(parallel=True)
 def _one_row(weight: Any, threads: int, x: Any, y: Any) -> None:
-    """``y = x Ŵᵀ``, or ``x Ŵ``, for one row: fp32 ``[1, in]`` and ``[1, out]``, or turned."""
+    """``y = x Ŵᵀ``, or ``x Ŵ``, for one row: fp32 ``[1, P(in)]`` and ``[1, P(out)]``, or turned."""
     s, unit, M, K, s_2, unit_2, M_2, K_2, walks, transpose = weight
     inputs, outputs = TILE * walks[0].shape[0], TILE * walks[0].shape[1]
     given, wanted = (outputs, inputs) if transpose else (inputs, outputs)
-    padded, turned = scratch(1, s.size, np.float32), scratch(1, given, np.float32)
+    turned = scratch(1, given, np.float32)
     spread, z = scratch(1, 4 * given, np.float32), scratch(1, wanted, np.float32)
-    result = scratch(1, s_2.size, np.float32)
-    padded[:] = 0
-    padded[0, : x.shape[1]] = x[0]
     turned[:] = 0
     there = turned.reshape(turned.size)[: s.size].reshape(1, s.size)
-    rotate_rows(padded, s, unit, M, K, False, 0, 1, there)
+    rotate_rows(x, s, unit, M, K, False, 0, 1, there)
     if transpose:
         _spread_outputs(turned[0], spread[0])
     else:
@@ -272,8 +269,7 @@ def _one_row(weight: Any, threads: int, x: Any, y: Any) -> None:
         else:
             _forward(walks, begin, stop, spread[0], z[0])
     back = z.reshape(z.size)[: s_2.size].reshape(1, s_2.size)
-    rotate_rows(back, s_2, unit_2, M_2, K_2, True, 0, 1, result)
-    y[0] = result[0, : y.shape[1]]
+    rotate_rows(back, s_2, unit_2, M_2, K_2, True, 0, 1, y)
 
 
 def _weight(packed: PackedWeight, transpose: bool) -> tuple[Any, ...]:
@@ -298,11 +294,11 @@ def product(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor | None:
 
     Decoding a model asks for nothing else, so all of it is one call.
     """
-    given, wanted = packed.shape if transpose else packed.shape[::-1]
+    inputs, outputs = len(packed.tensors["suh"]), len(packed.tensors["svh"])
+    given, wanted = (outputs, inputs) if transpose else (inputs, outputs)
     row = kernels.fp32_input(x, given) if x.numel() == given else None
-    sides = packed.tensors["suh"], packed.tensors["svh"]
     full = BLOCKS[packed.metadata["hadamard"]] is None
-    if row is None or (full and max(order(len(side)) for side in sides) > LARGEST_ORDER):
+    if row is None or (full and max(order(inputs), order(outputs)) > LARGEST_ORDER):
         return None
     make = _transposed_weight if transpose else _forward_weight
     y = kernels.product_of_one(_one_row, kernels.operands(packed, make), row, wanted)

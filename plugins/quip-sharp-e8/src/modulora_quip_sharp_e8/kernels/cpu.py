@@ -162,13 +162,13 @@ def _one_rows_weight(packed: PackedWeight) -> tuple[Any, ...]:
             *factors(columns), *factors(whole, transpose=True))  # fmt: skip
 
 
-def product_of_one(x: Tensor, packed: PackedWeight) -> Tensor | None:
+def product_of_one(x: Tensor, packed: PackedWeight, transpose: bool) -> Tensor | None:
     """``x Ŵᵀ`` for one row and the whole of a weight, in ``x``'s dtype; None for other inputs.
 
     Decoding a model asks for nothing else, so all of it is one call.
     """
     given, wanted = (len(packed.tensors[side]) for side in ("input_scale", "output_scale"))
-    row = kernels.fp32_input(x, given) if x.numel() == given else None
+    row = None if transpose or x.numel() != given else kernels.fp32_input(x, given)
     if row is None or max(map(order, (given, wanted))) > LARGEST_ORDER:
         return None
     weight = kernels.operands(packed, _one_rows_weight)

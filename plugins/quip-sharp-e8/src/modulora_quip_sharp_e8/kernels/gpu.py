@@ -30,14 +30,8 @@ from torch import Tensor
 
 from modulora_core.kernels.triton import GPUKernels, interleaved
 from modulora_core.packed import PackedWeight
-from modulora_core.tiles import tiled_matmul
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.codebooks import BLOCK
-
-FP16_ROOM = 8
-"""In fp16 rows are divided by so many times their largest number.
-
-No number of C is above 3.8, so sums over 137,000 columns stay below 65,504."""
 
 E8P_OFFSET = tl.constexpr(3.75)
 E81_OFFSET = tl.constexpr(2.0)
@@ -146,37 +140,8 @@ def _align(C: PackedWeight) -> int:
 
 
 _kernels = GPUKernels(decode, operands, options)
-tile = _kernels.tile
+tile, multiply = _kernels.tile, _kernels.product_of_rotated
 
 
-def multiply(x: Tensor, C: PackedWeight, transpose: bool, dtype: torch.dtype) -> Tensor | None:
-    """``x Cᵀ``, or ``x C`` if ``transpose``, in fp32; None for fp64.
-
-    Args:
-        x: fp32 ``[..., columns]``, or ``[..., whole]`` if ``transpose``: rotated inputs.
-        C: codes alone.
-        transpose: the direction.
-        dtype: of the layer's inputs. Several rows and C are rounded to it for the tensor cores.
-    """
-    if dtype == torch.float64:
-        return None
-    narrow, unit = x, None
-    if x.numel() != x.shape[-1]:
-        narrow, unit = _narrowed(x, dtype)
-    y = _kernels.product(narrow, C, transpose)
-    if y is None:
-        y = tiled_matmul(narrow, lambda a, b, of: tile(C, (a, b), of), C.shape, transpose)
-    y = y.to(torch.float32)
-    return y if unit is None else y * unit
-
-
-def _narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """``x`` in ``dtype``, and the divisor of its rows: fp16 ends at 65,504."""
-    if dtype != torch.float16:
-        return x.to(dtype), None
-    unit = FP16_ROOM * x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x / unit).to(dtype), unit
-
-
-def product_of_one(_x: Tensor, _packed: PackedWeight) -> None:
+def product_of_one(_x: Tensor, _packed: PackedWeight, _transpose: bool) -> None:
     """None: a GPU rotates by kernels of their own."""
