@@ -60,7 +60,6 @@ def command(
     if eval_data is None and data.endswith("]"):
         raise OptionError(f"--eval-data: expected a source beside the part {data}, got none")
     from rich.console import Group
-    from rich.text import Text
 
     from modulora_core.training.comparison import Request, compare
     from modulora_core.training.comparison_page import HEADS, page
@@ -74,7 +73,10 @@ def command(
     written = out / PAGE
     words = ["modulora", "compare", model, "--data", data]
     words += [word for name in quantizers for word in ("-q", name)]
-    words += ["--finetune-steps", str(finetune_steps), "--out", str(out)]
+    words += [] if eval_data is None else ["--eval-data", eval_data]
+    numbers = {"finetune-steps": finetune_steps, "batch-size": batch_size, "seq-len": seq_len,
+               "segments": segments, "samples": samples, "out": out}  # fmt: skip
+    words += [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
     written.write_text(page(request, methods, shlex.join(words)), "utf-8")
     rows = [
         (
@@ -87,4 +89,4 @@ def command(
     shown = table((HEADS[0], HEADS[1], HEADS[2], HEADS[4], HEADS[6]), rows)
     json = {"page": str(written), "methods": [asdict(each) for each in methods]}
     follow = next_commands(f"open {shlex.quote(str(written))} in a browser")
-    return Report(json, Group(shown, Text(""), follow))
+    return Report(json, Group(shown, follow))
