@@ -26,11 +26,12 @@ class Allocations(TorchDispatchMode):
     Attributes:
         alive: bytes of the new storages that are alive.
         peak: the most so far.
+        largest: the bytes of the largest new storage.
     """
 
     def __init__(self, before: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.alive = self.peak = 0
+        self.alive = self.peak = self.largest = 0
         self._known = {tensor.untyped_storage().data_ptr() for tensor in before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,7 +51,7 @@ class Allocations(TorchDispatchMode):
             return
         self._known.add(address)
         self.alive += nbytes
-        self.peak = max(self.peak, self.alive)
+        self.peak, self.largest = max(self.peak, self.alive), max(self.largest, nbytes)
         weakref.finalize(storage, self._release, address, nbytes)
 
     def _release(self, address: int, nbytes: int) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import io
 import os
 import pickle
 import random
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,15 +107,27 @@ def change_in_place(packed: PackedWeight, changed: PackedWeight) -> None:
 
 @contextmanager
 def unchanged_globals(action: str) -> Iterator[None]:
-    """Fail if the block changes a global random generator (torch, numpy, Python) or a setting."""
+    """Fail if the block changes a global random generator (torch, numpy, Python) or a setting.
+
+    It must print nothing either, and make no file in the current folder.
+    """
     # draw and set once: what an earlier call has set would show no change
     torch.rand(1)
     random.random()
     np.random.random()
     with kept_settings():
         torch.set_num_threads(UNUSUAL_THREADS)
-        states, before = _states(), settings()
-        yield
+        gc.enable()
+        states, before, printed = _states(), settings(), io.StringIO()
+        with tempfile.TemporaryDirectory() as folder:
+            with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+                yield
+            files = [path.name for path in Path(folder).iterdir()]
+        assert not files, f"{action}: expected no file in the current folder, got {files[0]}"
+        assert not printed.getvalue(), (
+            f"{action}: expected nothing on stdout, where commands print JSON, got "
+            f"{printed.getvalue()[:40]!r}; use warnings or logging"
+        )
         changed = [name for name, state in _states().items() if state != states[name]]
         assert not changed, (
             f"{action}: expected the global random state of {' and '.join(changed)} unchanged, got "
@@ -149,6 +167,29 @@ def _leave_numba_threads(idle: int) -> None:
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS - idle)
 
 
+def _shows_warnings() -> bool:
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            warnings.warn("the kit asks whether a warning is shown", stacklevel=1)
+        except UserWarning:  # the user wants an error
+            return True
+    return bool(caught)
+
+
+LIBRARIES = ("KMP_", "NUMBA_", "PYTEST_", "TORCH", "TRITON_")
+"""Variables that libraries set for themselves when they are imported."""
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(LIBRARIES)}
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    for name in _environment().keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 UNUSUAL_THREADS = (os.cpu_count() or 1) + 1
 """No plugin would choose this number, so a plugin that sets one shows."""
 
@@ -173,6 +214,15 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda: float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) == 0,
         torch.set_flush_denormal,
     ),
+    "Python's garbage collection": (
+        gc.isenabled,
+        lambda on: gc.enable() if on else gc.disable(),
+    ),
+    "the display of warnings": (
+        _shows_warnings,
+        lambda shown: warnings.simplefilter("default" if shown else "ignore"),
+    ),
+    "the environment": (_environment, _restore_environment),
     "numpy's treatment of errors": (np.geterr, lambda found: np.seterr(**found)),
 }
 """For each setting, the functions that read and set it."""

@@ -1,7 +1,7 @@
 """A device "cuda" that needs no GPU: its tensors hold values in the CPU's memory.
 
-As on a GPU, an operation on tensors of two devices is an error (except for numbers), and memory
-has no address to give to compiled code. Plain torch gives the CPU's values on it.
+As on a GPU, an operation on tensors of two devices is an error, except for numbers. Memory has no
+address to give to compiled code. Plain torch gives the CPU's values on it.
 """
 
 from __future__ import annotations

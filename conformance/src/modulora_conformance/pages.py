@@ -16,7 +16,7 @@ _NOTHING, _READ = 0, 1  # PROT_NONE, PROT_READ
 
 
 class Place(Enum):
-    """Where a tensor stands between two protected pages."""
+    """The end of a tensor that a protected page follows or precedes."""
 
     END = "before a protected page"
     START = "after a protected page"

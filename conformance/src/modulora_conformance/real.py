@@ -51,7 +51,7 @@ SIDES = (
 MANY = (385, 640)
 """A weight that is multiplied by each number of :data:`ROWS`."""
 
-ROWS = (1, 2, 15, 16, 17, 31, 32, 64, 65, 128, 512, 2048, 4097)
+ROWS = (1, 2, 15, 16, 17, 31, 32, 63, 64, 65, 127, 128, 512, 2048, 4097)
 """Rows of x: one token, blocks of kernels and one beside them, long texts."""
 
 FAST, SLOW_FROM = 0.5, 20.0
@@ -76,7 +76,7 @@ NEARLY_LOST = 0.95
 
 @dataclass
 class Outcome:
-    """What the checks of one weight compare.
+    """The results that the checks of one weight compare.
 
     Attributes:
         shape: of the weight.
@@ -119,7 +119,7 @@ def piece_errors(
     infinite.
 
     Args:
-        shape: cuts rows and columns to those of a weight of this shape, if they are longer.
+        shape: cuts longer rows and columns to the length that a weight of this shape has.
     """
     difference, whole = (found - exact).square_(), exact.square()
     height, width = (min(n, m) for n, m in zip(shape or whole.shape, whole.shape, strict=True))
@@ -194,7 +194,7 @@ def big(quantizer: Quantizer) -> Outcome:
     shape = BIG_WITH_H if required else BIG
     if seconds_for_big(quantizer) > (SLOW_FROM if first else FAST):
         shape = SLOW
-    rows = (1, 17, 65) if multiplies_itself(quantizer) else (1, 33)
+    rows = (1, 17, 65) if multiplies_itself(quantizer) else (33,)
     return _outcome(type(quantizer), quantizer.options.model_dump_json(), shape, rows)
 
 

@@ -24,7 +24,7 @@ STRIDES = "test_strides_of_the_input_do_not_matter"
 SHAPE = (41, 136)
 
 EVEN = (64, 192)
-"""With AMX oneDNN pads bf16 features to a multiple of 32 by those of the next row, times 0: a NaN
+"""A multiple of 32. With AMX, oneDNN pads bf16 features with the next row's, times 0: a NaN
 spreads."""
 
 LEADINGS = ((2, 3), (3, 1, 5), (2, 3, 4), (2, 2, 3, 2), (5, 1, 2, 1, 2), (1, 40), (40, 1))

@@ -15,7 +15,7 @@ from modulora_conformance.changes import check_same_bytes, clone
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.calibrated import REMEMBERED
 from modulora_conformance.levels.gradients import GRADIENTS
-from modulora_conformance.levels.memory import GROWTH, KEPT, PEAK, new_objects
+from modulora_conformance.levels.memory import GROWTH, KEPT, PEAK, new_objects, tensor_footprint
 from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.levels.state import APART, NEW
 from modulora_conformance.problems import output, problem
@@ -28,6 +28,8 @@ GROWN = 24 * CALLS
 """Bytes: less than one number and its place in a list for each call."""
 
 OBJECTS = CALLS // 4
+
+OFTEN, USES = (48, 96), 250
 
 
 class Lifetimes(Level):
@@ -77,7 +79,7 @@ class Lifetimes(Level):
         with new_objects():
             tracemalloc.start()
             try:
-                calls(50)  # what tracing itself sees for the first time
+                calls(50)  # tracing itself makes objects first
                 gc.collect()
                 objects, before = len(gc.get_objects()), tracemalloc.get_traced_memory()[0]
                 calls(CALLS)
@@ -88,6 +90,33 @@ class Lifetimes(Level):
                 tracemalloc.stop()
         measurements.at_most("growth over 1,000 calls", max(0, grown), GROWN, unit="bytes")
         assert more <= OBJECTS, f"1,000 calls: expected no new objects, got {more}"
+
+    @needs(GRADIENTS, KEPT)
+    def test_many_uses_of_one_weight_keep_nothing(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails: a weight that is used often is kept decoded.
+
+        A cache of the layers in use holds a whole model, dense. Decode again each time.
+        """
+        weight = pack(quantizer, gaussian(fit(quantizer, *OFTEN), 85))
+        ids = torch.tensor([3, 0, 3])
+        operands = [*both_ways(weight, 1, seed=86), *both_ways(weight, 40, seed=87)]
+
+        def use(times: int) -> None:
+            for i in range(times):
+                for transpose, x in operands[:2] if i % 10 else operands:
+                    quantizer.matmul(x, weight, transpose)
+                quantizer.lookup(ids, weight, torch.float32)
+                if i % 10 == 0:
+                    tile(quantizer, weight)
+
+        use(10)  # whatever is made once exists now
+        before = [*weight.tensors.values(), *(x for _, x in operands)]
+        with tensor_footprint(before) as found:
+            use(USES)
+        limit = weight.shape[0] * weight.shape[1]  # a byte for each weight
+        measurements.at_most("kept after 250 uses", found.alive, limit, unit="bytes")
 
     @needs(DETERMINISTIC, APART, NEW)
     def test_layers_packed_before_change_no_byte(self, quantizer: Quantizer) -> None:

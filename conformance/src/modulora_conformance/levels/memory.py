@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modulora_conformance.allocations import Allocations
-from modulora_conformance.cases import fit, gaussian, identity, inputs, packed, tile
+from modulora_conformance.cases import both_ways, fit, gaussian, identity, inputs, packed, tile
 from modulora_conformance.changes import clone
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.gradients import GRADIENTS
@@ -46,6 +46,9 @@ TILE = 16 * 2**10
 
 ROWS = {"few rows": 2, "many rows": 34}
 """Kernels for few rows commonly end at 32."""
+
+TEXT = 257
+"""Rows of a longer text. x and y are smaller than three quarters of a dense weight."""
 
 STEPS = 50
 
@@ -183,6 +186,12 @@ class Memory(Level):
                 _step(quantizer, weight, given)
             for unit, measure in MEASURES.items():  # a tile may be a numpy array
                 _check_peaks(quantizer, weight, given, measure, measurements, f"{name}, {unit}")
+        for transpose, x in both_ways(weight, TEXT, seed=88):
+            operands = [*weight.tensors.values(), x]
+            with tile_budget(TILE), one_thread(), Allocations(operands) as allocations:
+                quantizer.matmul(x, weight, transpose)
+            name, limit = f"largest tensor, {TEXT} rows", 3 * weight.shape[0] * weight.shape[1]
+            measurements.at_most(name, allocations.largest, limit, unit="bytes")
 
     @needs(GRADIENTS, OWNED, PEAK)
     def test_nothing_is_kept_after_a_call(

@@ -86,7 +86,8 @@ class Packing(Level):
 
     @needs(DETERMINISTIC)
     def test_packing_leaves_global_state_alone(self, quantizer: Quantizer) -> None:
-        """If this fails: `pack` uses the global random state, or changes a setting of torch.
+        """If this fails: `pack` uses the global random state, changes a setting of torch or
+        Python, prints, or leaves a file.
 
         A seed gives every layer the same dropout, and overrides the user's seed. Draw from a
         torch.Generator of your own. The number of threads and the gradient mode are the user's too.
@@ -101,9 +102,13 @@ class Packing(Level):
         weight = gaussian(fit(quantizer, 33, 64), 2)
         calibration = correlated(weight.shape[1])
         before, hessian = weight.clone(), calibration.hessian.clone()
+        versions = weight._version, calibration.hessian._version
         quantizer.pack(weight, None if quantizer.spec.calibration == "none" else calibration)
         assert torch.equal(weight, before), "the weight was changed"
         assert torch.equal(calibration.hessian, hessian), "the calibration's H was changed"
+        assert versions == (weight._version, calibration.hessian._version), (
+            "expected no write to the weight or to H, got one that was taken back"
+        )
 
     @needs(DETERMINISTIC)
     def test_the_input_is_not_kept(self, quantizer: Quantizer) -> None:

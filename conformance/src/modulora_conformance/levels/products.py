@@ -130,7 +130,8 @@ class Products(Level):
 
     @needs(RANGES, *ALONE, LOOKUP)
     def test_reading_leaves_global_state_alone(self, quantizer: Quantizer) -> None:
-        """If this fails: reading uses the global random state, or changes a setting of torch.
+        """If this fails: reading uses the global random state, changes a setting of torch or
+        Python, prints, or leaves a file.
 
         A seed gives every layer the same dropout, and overrides the user's seed. Draw from a
         torch.Generator of your own. The number of threads and the gradient mode are the user's too.

@@ -1,4 +1,4 @@
-"""Broken by what they keep alive, and by what is left of earlier layers: levels 1 and 5."""
+"""Broken by memory that they keep, and by remains of earlier layers: levels 1 and 5."""
 
 from __future__ import annotations
 
@@ -80,6 +80,20 @@ class NumbersItsTiles(Healthy):
     def decode(self, packed, rows):
         self.numbers[len(self.numbers)] = [rows]
         return super().decode(packed, rows)
+
+
+class KeepsWhatIsUsedOften(Healthy):
+    """A weight is decoded once and for all after a hundred products."""
+
+    breaks = "test_many_uses_of_one_weight_keep_nothing"
+    uses: ClassVar = {}
+
+    def decode(self, packed, rows):
+        tile = super().decode(packed, rows)
+        if packed.shape == (48, 96) and rows == (0, 48):
+            n, _ = self.uses.get(rows, (0, None))
+            self.uses[rows] = (n + 1, tile if n > 100 else None)
+        return tile
 
 
 class BufferOfTheWidest(Healthy):

@@ -34,6 +34,16 @@ class DenseProduct(Healthy):
             return (x.to(dtype) @ (W if transpose else W.T)).to(x.dtype)
 
 
+class DenseForLongTexts(DenseProduct):
+    """More than 256 rows are multiplied by a dense weight."""
+
+    says = "largest tensor"
+
+    def matmul(self, x, packed, transpose=False):
+        cls = DenseProduct if rows_of(x) > 256 else Healthy
+        return cls.matmul(self, x, packed, transpose)
+
+
 class KeepsTheLastWhole(Healthy):
     breaks = "test_nothing_is_kept_after_a_call"
     last = None
