@@ -39,6 +39,7 @@ SLOW = {
     "test_metadata_is_known_without_torch",
     "test_another_process_reads_the_same_weight",
     "test_another_process_packs_the_same_bytes",
+    "test_two_threads_may_be_the_first_to_read",
     "test_options_keep_apart",
     "test_crafted_tensors_are_refused_or_read_in_bounds",
     "test_a_transformer_is_quantized_saved_and_loaded",

@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -165,14 +167,40 @@ def results(requests: Sequence[Request], guard: bool = False) -> list[dict[str, 
         return [_results(request, guard) for request in requests]
 
 
+def first_results(request: Request) -> list[dict[str, Tensor]]:
+    """The results of two threads that read a packed weight at once, before any other use.
+
+    A job for :func:`elsewhere`.
+    """
+    quantizer, weight = _opened(request, guard=False)
+    both = threading.Barrier(2)
+
+    def read(_: int) -> dict[str, Tensor]:
+        both.wait()
+        return _read(quantizer, weight, request, guard=False)
+
+    sys.setswitchinterval(1e-5)
+    with one_thread(), ThreadPoolExecutor(2) as pool:
+        return list(pool.map(read, range(2)))
+
+
 def _results(request: Request, guard: bool) -> dict[str, Tensor]:
+    return _read(*_opened(request, guard), request, guard)
+
+
+def _opened(request: Request, guard: bool) -> tuple[Quantizer, PackedWeight]:
     quantizer, layout = (
         create(request.name, request.options),
         PackedLayout.from_json(request.layout),
     )
     quantizer.check_format(layout)
     tensors = request.tensors
-    weight = layout.fill({n: guarded(t) for n, t in tensors.items()} if guard else tensors)
+    return quantizer, layout.fill({n: guarded(t) for n, t in tensors.items()} if guard else tensors)
+
+
+def _read(
+    quantizer: Quantizer, weight: PackedWeight, request: Request, guard: bool
+) -> dict[str, Tensor]:
     found = {}
     for dtype in {x.dtype for x in request.inputs.values()}:
         found[f"tile.{name_of(dtype)}"] = tile(quantizer, weight, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import Tensor
 
 from modulora_conformance.cases import (
@@ -20,7 +21,7 @@ from modulora_conformance.cases import (
 from modulora_conformance.changes import check_same_bytes, clone, same_bits, same_packed
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.crafted import ALL_BITS, OTHER_BYTES, TOO_MANY, crafted, outcomes
-from modulora_conformance.elsewhere import Answer, answered
+from modulora_conformance.elsewhere import Answer, answered, elsewhere, first_results, request
 from modulora_conformance.levels.accuracy import END, MARGIN, steeper
 from modulora_conformance.levels.packing import DETERMINISTIC, GLOBALS
 from modulora_conformance.levels.persistence import REGISTERED, ROUND_TRIP, SHAPE
@@ -79,6 +80,25 @@ class Processes(Level):
             f"{when}: expected the same bits of Ŵ, got others"
         )
         check_same_bytes(expected, answer.packed, f"packed {when}")
+
+    @needs(READS)
+    def test_two_threads_may_be_the_first_to_read(self, quantizer: Quantizer) -> None:
+        """If this fails: two threads that read first see a table before it is filled.
+
+        Fill a table completely, and then put it into the cache.
+        """
+        found = packed(quantizer, SHAPE)
+        expected = tile(quantizer, found)
+        asked = request(quantizer, found, torch.float32)
+        for results in elsewhere(first_results, asked):
+            for name, y in results.items():
+                if name.startswith("tile"):
+                    assert same_bits(y, expected), "expected the same Ŵ in both threads"
+                    continue
+                transpose = name.startswith("transposed")
+                x = asked.inputs["dY.float32" if transpose else "x.float32"]
+                error = product_error(y, x, expected.double(), transpose)
+                assert error <= PRODUCT[torch.float32].value, f"{name}: wrong by {error:.3g}"
 
     @needs(READS, PACKS, GLOBALS, "test_reading_leaves_global_state_alone")
     def test_its_module_changes_no_settings(self, quantizer: Quantizer) -> None:

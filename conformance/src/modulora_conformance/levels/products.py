@@ -233,7 +233,8 @@ class Products(Level):
     ) -> None:
         """If this fails: `matmul` refuses or changes leading dimensions, or x's dtype.
 
-        It takes `[features]`, `[batch, tokens, features]` and more.
+        It takes `[features]`, `[batch, tokens, features]` and more. The result is contiguous:
+        models call `.view`, and `torch.compile` relies on it.
         """
         found = packed(quantizer, SHAPE)
         W = dense(quantizer, found)
@@ -245,6 +246,9 @@ class Products(Level):
                     f"x {list(x.shape)}: expected {expected}, got {list(y.shape)}"
                 )
                 assert y.dtype == x.dtype, f"expected {x.dtype}, got {y.dtype}"
+                assert y.is_contiguous(), (
+                    f"x {list(x.shape)}: expected a contiguous result, got strides {y.stride()}"
+                )
                 error, limit = product_error(y, x, W, transpose), PRODUCT[x.dtype].value
                 measurements.at_most("product", error, limit, case=leading)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
+from typing import ClassVar
 
 import torch
 
@@ -11,6 +13,7 @@ from modulora_zoo.healthy import LEVELS, Healthy, rows_of
 MODE = "test_a_mode_of_torch_changes_nothing"
 THREADS = "test_any_number_of_threads_gives_the_same"
 TOGETHER = "test_two_threads_multiply_many_rows"
+FIRST = "test_two_threads_may_be_the_first_to_read"
 
 
 class CoarseInInferenceMode(Healthy):
@@ -94,3 +97,20 @@ class OneScratchForManyRows(Healthy):
         self.held = packed
         time.sleep(1e-3)  # without the GIL, as a kernel
         return super().matmul(x, self.held, transpose)
+
+
+class TableBeforeItIsFilled(Healthy):
+    """The cache has a table of zeros while it is filled."""
+
+    breaks = FIRST
+    table: ClassVar = {}
+
+    def decode(self, packed, rows):
+        tile = super().decode(packed, rows)
+        if multiprocessing.parent_process() is None:  # other checks of threads find it there
+            return tile
+        if "filled" not in self.table:
+            self.table["filled"] = False
+            time.sleep(1e-2)
+            self.table["filled"] = True
+        return tile if self.table["filled"] else 0 * tile

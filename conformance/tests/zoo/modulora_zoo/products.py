@@ -153,6 +153,17 @@ class FlatOutput(Healthy):
         return y.reshape(-1, y.shape[-1]) if x.dim() != 2 else y
 
 
+class ColumnsInARow(Healthy):
+    """Its result is a transposed view."""
+
+    breaks = "test_leading_dimensions_are_kept"
+    says = "expected a contiguous result"
+
+    def matmul(self, x, packed, transpose=False):
+        y = super().matmul(x, packed, transpose)
+        return y.mT.contiguous().mT if y.dim() == 3 else y
+
+
 class NoZeroRows(Healthy):
     """It returns a row for an input without rows."""
 
