@@ -36,8 +36,10 @@ def page(request: Request, methods: Sequence[Method], command: str) -> str:
 
 def _curve(methods: Sequence[Method]) -> Curve:
     ordered = sorted(methods, key=lambda each: each.nbytes)
-    series = {"quantized": [(each.nbytes / 2**20, each.before.perplexity) for each in ordered]}
-    after = [(each.nbytes / 2**20, each.after.perplexity) for each in ordered if each.after]
+    series = {
+        "quantized": [(round(each.nbytes / 2**20), each.before.perplexity) for each in ordered]
+    }
+    after = [(round(each.nbytes / 2**20), each.after.perplexity) for each in ordered if each.after]
     if after:
         series["finetuned"] = after
     names = [each.name for each in ordered]
