@@ -46,8 +46,8 @@ def load_adapter(
             warning.
         path: a folder that :func:`save_adapter` or `peft` wrote, or a Hub id.
         name: one model may carry several adapters.
-        trainable: A, B and channel scales train. A trainer of TRL that would load its reference,
-            which lacks the adapter, by the model's name stops with an error, unless it gets
+        trainable: A, B and channel scales train. TRL's trainers load a reference, which lacks the
+            adapter, by the model's name. They stop with an error then, unless they get
             ``ref_model`` or ``precompute_ref_log_probs``.
 
     Returns:

@@ -101,8 +101,8 @@ class AdaptedModel:
         """Whether a parameter trains. transformers' Trainer asks when it is made.
 
         A trainer of TRL then loads the reference of this model by its config's name, which has no
-        adapter. After a training the reference would be another model, so the name is replaced
-        until this trainer trains by one that transformers refuses to load.
+        adapter. After a training the reference would be another model. So until the trainer trains,
+        the name is replaced by a sentence, which transformers refuses to load.
         """
         assert isinstance(self, PreTrainedModel)
         if not self._name and any(_has_changed(module) for module in self.modules()):

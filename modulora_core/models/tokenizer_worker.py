@@ -1,7 +1,7 @@
 """Load a folder's tokenizer in a process of its own, within limits of time and memory.
 
-Libraries in C++ and loops in Python convert a SentencePiece model, and a crafted one makes them run
-for hours, take gigabytes, or end the process. :mod:`modulora_core.models.tokenizer` runs this file
+Libraries in C++ and loops in Python convert a SentencePiece model. A crafted one makes them run for
+hours, take gigabytes, or end the process. :mod:`modulora_core.models.tokenizer` runs this file
 as a script, and loads the tokenizer itself only after this process has ended well::
 
     tokenizer_worker.py FOLDER SECONDS BYTES          exit code 0, or a line about the failure
