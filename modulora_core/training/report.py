@@ -44,7 +44,7 @@ def report(
         for name, value in config.model_dump(mode="json", exclude_none=True).items()
         if value not in ([], {})
     }
-    return template(REPORT_FILE).render(
+    return template(Path(__file__).with_name(f"{REPORT_FILE}.jinja")).render(
         title=f"Finetuning of {checkpoint.record.source.get('name') or checkpoint.name}",
         subtitle=f"A LoRA adapter, trained with {config.method.upper()} on weights quantized with "
         f"{quantizers} ({checkpoint.record.bits_per_weight:.2f} bits per weight).",
@@ -84,12 +84,12 @@ def _tiles(
 
 
 @cache
-def template(name: str) -> Template:
-    """The page of this name. Its style sheet is page.css."""
+def template(path: Path) -> Template:
+    """The page whose template is this file. Its style sheet is page.css."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([path.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    return environment.get_template(f"{name}.jinja")
+    return environment.get_template(path.name)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from modulora_core.comparison import measure as comparison
+from modulora_core.comparison.measure import Request, compare, difference
+from modulora_core.comparison.page import page
 from modulora_core.progress import no_bar
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
-from modulora_core.training import comparison
-from modulora_core.training.comparison import Request, compare, difference
-from modulora_core.training.comparison_page import page
 
 
 def test_the_interval_is_around_the_mean_of_paired_differences() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from modulora_core.training.comparison import ANSWER_TOKENS, Measured, Method, Request, difference
+from modulora_core.comparison.measure import ANSWER_TOKENS, Measured, Method, Request, difference
 from modulora_core.training.curves import Curve
 from modulora_core.training.report import template
 from modulora_core.version import VERSION
@@ -17,7 +18,7 @@ def page(request: Request, methods: Sequence[Method], command: str) -> str:
     """The text of the page. ``command`` repeats the comparison."""
     heads = HEADS if request.steps else (*HEADS[:4], *HEADS[6:])
     finetuned = f", then finetuned for {request.steps} steps of {request.batch_size}"
-    return template("comparison.html").render(
+    return template(Path(__file__).with_name("comparison.html.jinja")).render(
         title=f"Quantizers of {request.model}",
         subtitle=f"Perplexity of {len(methods[0].before.losses)} segments of {request.seq_len} "
         f"tokens of {request.held_out}{finetuned if request.steps else ''}.",

@@ -1,0 +1,1 @@
+"""Compare quantizers on one model: measure each, and write one page."""
