@@ -129,7 +129,7 @@ def _list() -> Report:
     from rich.text import Text
 
     found = _kit("checks").explained(_kit("suite").QuantizerConformance)
-    lines = []
+    lines: list[Text | Padding] = []
     for each in found:
         lines.append(Text(f"{each.level}  {each.check}", style="bold"))  # whole: -k takes the name
         lines.append(Padding(Text(f"{each.fault} {each.advice}".rstrip()), (0, 0, 0, 4)))

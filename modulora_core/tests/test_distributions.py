@@ -21,7 +21,7 @@ PROJECTS = [
     *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml")),
     ROOT / "examples" / "third_party_plugin",
 ]
-ALL = ROOT / "distribution"
+ALL = ROOT / ".ci" / "distribution"
 
 REFUSE = """
 import importlib, pkgutil, socket, sys
