@@ -12,7 +12,12 @@ from modulora_qtip.reference import Options
 from modulora_core import kernels
 from modulora_core.packed import PackedWeight
 
-CODES_BY_KIND = ("bytes", "mcg", "mul1")
+
+def in_turn(names):
+    """Each code function compiles kernels of its own for 10 to 30 seconds: one runs always."""
+    return [
+        name if name == "bytes" else pytest.param(name, marks=pytest.mark.slow) for name in names
+    ]
 
 
 def random_C(bits, states, code, generator):
@@ -25,7 +30,7 @@ def random_C(bits, states, code, generator):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("code", codes.CODES)
+@pytest.mark.parametrize("code", in_turn(codes.CODES))
 def test_tiles_of_every_width_and_code_are_the_definitions(bits, code, generator):
     pytest.importorskip("numba")
     module = kernels.for_device(KERNELS, torch.device("cpu"))
@@ -37,7 +42,7 @@ def test_tiles_of_every_width_and_code_are_the_definitions(bits, code, generator
 
 
 @pytest.mark.parametrize("path", ["kernels", "torch"])
-@pytest.mark.parametrize("code", CODES_BY_KIND)
+@pytest.mark.parametrize("code", in_turn(["bytes", "mcg", "mul1"]))
 @pytest.mark.parametrize("rows", [1, 3, 40, 100])
 def test_products_are_products_with_the_definition(
     path, code, rows, request, random_solution, generator
