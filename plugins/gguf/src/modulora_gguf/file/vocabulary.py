@@ -15,7 +15,7 @@ from modulora_core.errors import ModelError
 from modulora_gguf.file.header import ARRAY, SCALARS, STRING, Header
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-"""llama.cpp's types of tokens that are told apart here."""
+"""The types of tokens in llama.cpp that the tokenizer distinguishes."""
 
 
 @dataclass(frozen=True, slots=True)
