@@ -20,10 +20,10 @@ The forward pass stores the hidden states between blocks. The head gives the gra
 ones, and the backward pass recomputes each block, last block first. Each block is read twice, and
 one is in memory at a time.
 
-:func:`token_weights` weights the tokens of a calibration by the loss, so that a quantizer spends its
-bits on errors that the loss notices. Kim et al. 2025 (GuidedQuant, arXiv 2505.07004, section 3) have w in H. Here
-it is √w: in value projections the first token of each sample has by far the largest w, so that w
-leaves few tokens, and a noisy H.
+:func:`token_weights` weights the tokens of a calibration by the loss, so that a quantizer spends
+its bits on errors that the loss notices. Kim et al. 2025 (GuidedQuant, arXiv 2505.07004, section 3)
+have w in H. Here it is √w: in value projections the first token of each sample has by far the
+largest w, so that w leaves few tokens, and a noisy H.
 """
 
 from __future__ import annotations
