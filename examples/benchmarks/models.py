@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from turns import NotMeasuredError
 
-from modulora_core.calibration import CalibrationConfig, TuningConfig
+from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data import token_segments
 from modulora_core.inference.loading import open_to_run
@@ -74,17 +74,16 @@ class PrepareJob:
 
 
 @contextlib.contextmanager
-def model_files(run: Run, text: str = TEXT, tune_epochs: int = 0) -> Iterator[ModelFiles]:
-    """The folder of a run, with the dense model in it. Quantizers calibrate on ``text``."""
+def model_files(run: Run, text: str = TEXT, folder: Path | None = None) -> Iterator[ModelFiles]:
+    """A folder with the dense model, by default the run's. Quantizers calibrate on ``text``."""
     flags = run.flags
     calibration = CalibrationConfig(
         text,
         samples=flags.samples or (2 if flags.quick else 8),
         seq_len=flags.sample_len or (64 if flags.quick else 128),
-        tuning=TuningConfig(tune_epochs),
     )
     with contextlib.ExitStack() as stack:
-        folder = flags.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = folder or flags.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         files = ModelFiles(folder.resolve(), calibration)
         if not (files.folder / TOKENS).is_file():

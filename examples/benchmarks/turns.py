@@ -77,7 +77,7 @@ class Process:
     """
 
     def __init__(
-        self, build: Build, *arguments: Any, verbose: bool = False, timeout: float = 1800.0
+        self, build: Build, *arguments: Any, verbose: bool = False, timeout: float = 7200.0
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()

@@ -133,13 +133,33 @@ def test_quality_measures_perplexity_and_size(run: Main, models: list[str]) -> N
     pytest.importorskip("modulora_optq", reason="pip install ./plugins/optq")
     flags = ["-q", "nf4:block_size=32", "optq:bits=3", "--uncalibrated", "optq:bits=3"]
     found = run("quality", *models, *flags)
-    assert of(found, "dense")["bits_per_weight"] == 32
+    assert of(found, "original")["bits_per_weight"] is None
+    assert of(found, "optq:bits=3, H = I")["bits_per_weight"] < 4
     assert of(found, "nf4:block_size=32")["bits_per_weight"] == 5, "4 bits, and a scale for 32"
     assert of(found, "optq:bits=3")["quantizing_seconds"] > 0
     (values,) = {tuple(r["perplexity"]) for r in found["results"]}
     assert values == ("pydoc[80%:]",)
     perplexity = {r["method"]: r["perplexity"]["pydoc[80%:]"] for r in found["results"]}
     assert len(set(perplexity.values())) == 4, "H = I gives other values too"
+
+
+def test_quality_finetunes_each_seed_alike_and_draws(
+    run: Main, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, plot = tmp_path / "news.txt", tmp_path / "curve.svg"
+    text.write_text(" ".join(f"The number {i} follows {i - 1}." for i in range(900)), "utf-8")
+    flags = ["-q", "nf4", "-p", "bitsandbytes-nf4", "--finetune-steps", "1", "--seeds", "0", "1"]
+    flags += ["--batch-size", "1", "--seq-len", "16", "--plot", str(plot)]
+    flags += ["--data", "pydoc[80%:]", str(text)]
+    found = run("quality", *models, *flags)
+    before, after = (of(found, "nf4")[key] for key in ("perplexity", "finetuned"))
+    assert list(before) == list(after) == ["pydoc[80%:]", str(text)]
+    for source, seeds in after.items():
+        assert len({before[source], *seeds}) == 3, "each adapter changes the model"
+    assert "→" in found["printed"]
+    assert "<svg" in plot.read_text()
+    monkeypatch.setattr("modulora_core.comparison.measure._measured", None)
+    assert run("quality", *models, *flags)["results"] == found["results"], "nothing is done again"
 
 
 def test_summary_joins_the_files_and_takes_packed_heads(

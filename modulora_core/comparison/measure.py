@@ -1,7 +1,7 @@
 """Compare quantizers on one model: size, perplexity before and after finetuning, speed, answers.
 
-Each method's results are a JSON file in the folder of the comparison, so that the same request
-continues where it stopped.
+Each packed model, adapter and measurement has a JSON file in the folder of the comparison, so that
+the same request continues where it stopped, and another one uses what they have in common.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -19,22 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modulora_core.adapters.peft_format import CONFIG_FILE
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.checkpoint import PackedCheckpoint, is_packed, open_any
+from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_any
 from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.data import token_segments
 from modulora_core.inference.evaluate import segment_losses
 from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
 from modulora_core.progress import Bars
+from modulora_core.quantization.quality import Quality
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 
 ORIGINAL = "original"
-PROMPT_TOKENS, ANSWER_TOKENS, PROMPTS = 24, 32, 3
+PROMPT_TOKENS, ANSWER_TOKENS = 24, 32
 RESAMPLES = 4000
 
 
@@ -47,8 +48,11 @@ class Request:
         train, held_out: the data to calibrate and train on, and to measure on.
         quantizers: as ``NAME:KEY=VALUE,...``.
         steps: optimizer steps of finetuning; 0 for none.
-        segments, seq_len: held-out segments, and tokens in one.
-        samples: segments of calibration.
+        segments, seq_len: held-out segments, and tokens in one; training examples have as many.
+        samples, sample_len: segments of calibration, and tokens in one, by default ``seq_len``.
+        quality: of quantizing (:mod:`modulora_core.quantization.quality`).
+        seed: of the adapter, the data order and the dropout.
+        prompts: the number of held-out segments whose beginning the model continues.
     """
 
     model: str
@@ -60,6 +64,10 @@ class Request:
     seq_len: int = 512
     segments: int = 32
     samples: int = 32
+    sample_len: int | None = None
+    quality: Quality = "balanced"
+    seed: int = 0
+    prompts: int = 3
     device: str | None = None
 
 
@@ -69,6 +77,7 @@ class Measured:
 
     Attributes:
         losses: mean nats of a token, by held-out segment.
+        tokens_per_second: while answering; 0 without prompts.
         answers: to the prompts, which are beginnings of held-out segments.
     """
 
@@ -84,7 +93,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row: ``before`` finetuning and, if it was asked for and is possible, ``after``."""
+    """One row: ``before`` finetuning and, if it was asked for and is possible, ``after``.
+
+    Attributes:
+        nbytes: of all tensors.
+        bits_per_weight: of packed weights, with scales.
+        quantizing_seconds, quantizing_peak_bytes, training_peak_bytes: None for work that an
+            interrupted comparison finished before.
+    """
 
     name: str
     nbytes: int
@@ -92,6 +108,9 @@ class Method:
     after: Measured | None = None
     training_peak_bytes: int | None = None
     prompts: list[str] = field(default_factory=list)
+    bits_per_weight: float | None = None
+    quantizing_seconds: float | None = None
+    quantizing_peak_bytes: int | None = None
 
 
 def compare(request: Request, folder: Path, bars: Bars) -> list[Method]:
@@ -101,11 +120,47 @@ def compare(request: Request, folder: Path, bars: Bars) -> list[Method]:
         RequestError: the model, a quantizer or the data is refused.
         WorkError: quantizing, training or measuring failed.
     """
-    choices = [Choice.parse(words, "-q") for words in request.quantizers]
-    for choice in choices:
-        choice.create()
-    named = zip((ORIGINAL, *request.quantizers), (None, *choices), strict=True)
-    return [_method(request, folder, name, choice, bars) for name, choice in named]
+    for words in request.quantizers:
+        Choice.parse(words, "-q").create()
+    return [measure(request, folder, words, bars) for words in (None, *request.quantizers)]
+
+
+def measure(request: Request, folder: Path, words: str | None, bars: Bars) -> Method:
+    """Measure one quantizer, ``NAME:KEY=VALUE,...``, or the original for None.
+
+    Raises: as :func:`compare`.
+    """
+    name = words or ORIGINAL
+    calibration = CalibrationConfig(
+        request.train, samples=request.samples, seq_len=request.sample_len or request.seq_len
+    )
+    settings = request.model, request.train, calibration.samples, calibration.seq_len
+    stem = name.translate(str.maketrans(":,/", "---", "= "))
+    packed = folder / f"{stem}-{_digest(*settings, request.quality)}"
+    model, facts = request.model, {}
+    if words is not None:
+        choice, model = Choice.parse(words, "-q"), str(packed)
+        facts = _kept(packed, lambda: _quantized(request, packed, choice, calibration, bars))
+    opened = open_any(model)
+    nbytes = opened.nbytes if isinstance(opened, PackedCheckpoint) else _dense_bytes(opened)
+    tested = _digest(request.held_out, request.seq_len, request.segments, request.prompts)
+    before = _kept(
+        packed.with_name(f"{packed.name}-{tested}"),
+        lambda: _measured(request, model, None, name, bars),
+    )
+    after: Measured | None = None
+    if request.steps and isinstance(opened, PackedCheckpoint):
+        trained = _digest(request.steps, request.batch_size, request.seq_len, request.seed)
+        adapter = packed.with_name(f"{packed.name}-adapter-{trained}")
+        facts |= _kept(adapter, lambda: _trained(request, model, adapter, bars))
+        found = _kept(
+            adapter.with_name(f"{adapter.name}-{tested}"),
+            lambda: _measured(request, model, adapter, f"{name}, finetuned", bars),
+        )
+        after = Measured(**found["measured"])
+    return Method(
+        name, nbytes, Measured(**before["measured"]), after, prompts=before["prompts"], **facts
+    )
 
 
 def difference(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
@@ -117,69 +172,53 @@ def difference(losses: Sequence[float], base: Sequence[float]) -> tuple[float, f
     return float(pairs.mean()), float(ends[0]), float(ends[1])
 
 
-def _method(request: Request, folder: Path, name: str, choice: Choice | None, bars: Bars) -> Method:
-    stem = name.translate(str.maketrans(":,/", "---", "= "))
-    kept = folder / f"{stem}.json"
-    asked = {**asdict(request), "quantizers": name}
-    found = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
-    if found.get("request") == json.loads(json.dumps(asked)):
-        return _read(found["method"])
-    settings = request.model, request.train, request.samples, request.seq_len
-    packed = folder / f"{stem}-{_digest(*settings)}"
-    model = request.model if choice is None else _packed(request, packed, choice, bars)
-    opened = open_any(model)
-    nbytes = opened.nbytes if isinstance(opened, PackedCheckpoint) else _dense_bytes(opened)
-    before, prompts = _measured(request, model, None, name, bars)
-    after, peak = None, None
-    if request.steps and isinstance(opened, PackedCheckpoint):
-        digest = _digest(*settings, request.steps, request.batch_size)
-        adapter = folder / f"{stem}-adapter-{digest}"
-        peak = _trained(request, model, adapter, bars)
-        after, _ = _measured(request, model, adapter, f"{name}, finetuned", bars)
-    method = Method(name, nbytes, before, after, peak, prompts)
-    kept.write_text(json.dumps({"request": asked, "method": asdict(method)}, indent=1), "utf-8")
-    return method
-
-
-def _packed(request: Request, out: Path, choice: Choice, bars: Bars) -> str:
-    if not is_packed(out):
-        calibration = None
-        if choice.create().spec.calibration != "none":
-            calibration = CalibrationConfig(
-                request.train, samples=request.samples, seq_len=request.seq_len
-            )
-        with bars(f"quantizing with {choice.quantizer}", "bytes") as show:
-            quantize(
-                request.model, out, choice.quantizer, choice.options, calibration=calibration,
-                resume=True, progress=show,
-            )  # fmt: skip
-    return str(out)
+def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The content of ``path``.json, made and written if it is missing."""
+    file = path.with_name(f"{path.name}.json")
+    if not file.is_file():
+        write_file(file, json.dumps(make(), indent=1))
+    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return found
 
 
 def _digest(*settings: Any) -> str:
-    """A short name of settings: another request gets other folders."""
+    """A short name of settings: another request gets other files."""
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
 
 
-def _trained(request: Request, model: str, out: Path, bars: Bars) -> int | None:
-    """The peak memory of finetuning; None if an interrupted comparison finished it before."""
-    if (out / CONFIG_FILE).is_file():
-        return None
+def _quantized(
+    request: Request, out: Path, choice: Choice, calibration: CalibrationConfig, bars: Bars
+) -> dict[str, Any]:
+    wanted = choice.create().wants_calibration
+    with bars(f"quantizing with {choice.quantizer}", "bytes") as show:
+        found = quantize(
+            request.model, out, choice.quantizer, choice.options, quality=request.quality,
+            calibration=calibration if wanted else None, resume=True, progress=show,
+        )  # fmt: skip
+    return {
+        "bits_per_weight": found.bits_per_weight,
+        "quantizing_seconds": found.seconds or None,
+        "quantizing_peak_bytes": found.peak_memory_bytes or None,
+    }
+
+
+def _trained(request: Request, model: str, out: Path, bars: Bars) -> dict[str, Any]:
     config = FinetuneConfig(
         model=model, out=str(out), data=request.train, steps=request.steps,
-        batch_size=request.batch_size, seq_len=request.seq_len, report=False,
+        batch_size=request.batch_size, seq_len=request.seq_len, seed=request.seed, report=False,
     )  # fmt: skip
-    return finetune(config, resume=out.exists(), progress=bars).peak_memory_bytes
+    found = finetune(config, resume=out.exists(), progress=bars)
+    return {"training_peak_bytes": found.peak_memory_bytes or None}
 
 
 def _measured(
     request: Request, name: str, adapter: Path | None, title: str, bars: Bars
-) -> tuple[Measured, list[str]]:
-    """A model's figures, and the prompts."""
+) -> dict[str, Any]:
+    """The fields of :class:`Measured`, and the prompts."""
     opened = open_to_run(name, adapter=adapter, device=request.device)
     tokenizer = opened.tokenizer
     ids: Tensor = token_segments(request.held_out, tokenizer, request.seq_len, request.segments)
-    prompts = [tokenizer.decode(row[:PROMPT_TOKENS]) for row in ids[:PROMPTS]]
+    prompts = [tokenizer.decode(row[:PROMPT_TOKENS]) for row in ids[: request.prompts]]
     with PeakMemory(opened.device) as peak:
         model = opened.load()
         with bars(f"measuring {title}", "passes") as show:
@@ -189,17 +228,13 @@ def _measured(
             )  # fmt: skip
             sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
             given = [generate((model, tokenizer), p, sampling, raw=True) for p in prompts]
-    rate = sum(each.tokens for each in given) / sum(each.seconds for each in given)
+    seconds = sum(each.seconds for each in given)
+    rate = sum(each.tokens for each in given) / seconds if given else 0.0
     del model
     gc.collect()
-    return Measured(losses, rate, peak.nbytes, [each.text for each in given]), prompts
+    measured = Measured(losses, rate, peak.nbytes, [each.text for each in given])
+    return {"measured": asdict(measured), "prompts": prompts}
 
 
 def _dense_bytes(source: Any) -> int:
     return sum(math.prod(each.shape) * each.dtype.itemsize for each in source.stored.values())
-
-
-def _read(found: dict[str, Any]) -> Method:
-    after = found["after"]
-    measured = {"before": Measured(**found["before"]), "after": after and Measured(**after)}
-    return Method(**{**found, **measured})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,18 +50,26 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
     assert len(toy.before.losses) == len(original.before.losses) == 3
     assert toy.after.losses != toy.before.losses
 
-    monkeypatch.setattr(comparison, "_measured", None)  # nothing is measured again
+    for done in ("_quantized", "_trained", "_measured"):
+        monkeypatch.setattr(comparison, done, None)  # nothing is done again
     assert compare(request_, out, no_bar) == [original, toy]
 
     monkeypatch.undo()
-    monkeypatch.setattr(comparison, "finetune", None)  # a finished adapter is not trained again
-    (out / "toy.json").unlink()
+    for file in out.glob("toy-*.json"):  # an interrupted comparison lost these, and no folders
+        file.unlink()
     again = compare(request_, out, no_bar)[1]
     assert again.after is not None
     assert again.after.losses == toy.after.losses
+    assert toy.quantizing_seconds is not None
+    assert again.quantizing_seconds is again.training_peak_bytes is None  # none was needed
+
+    monkeypatch.setattr(comparison, "_quantized", None)  # another seed has the packed model
+    other = compare(replace(request_, seed=1), out, no_bar)[1]
+    assert other.before == again.before
+    assert other.after is not None
+    assert other.after.losses != toy.after.losses
 
     text = page(request_, [original, toy], "modulora compare MODEL")
     for part in ("toy, finetuned", "modulora compare MODEL", "<svg", f"{toy.after.perplexity:.2f}"):
         assert part in text
     assert "<script" not in text
-    assert json.loads((out / "toy.json").read_text("utf-8"))["method"]["name"] == "toy"
