@@ -20,30 +20,25 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def section(name: str) -> str:
-    """The help of one command: its docstring, and a table of its arguments and options."""
+    """The help of one command: its docstring, and a block to unfold with its options."""
     from modulora_core.cli.app import load_command
 
     command = load_command(name)
     text = inspect.getdoc(command.callback) or ""
     text = re.sub(r"Examples:\n((?:  .*\n?)+)", r"```text\n\1\n```", text)
-    text = re.sub(r"^ +modulora", "modulora", text, flags=re.MULTILINE)
-    rows = [row(each) for each in command.params if each.name not in ("json", "debug")]
-    return "\n".join(
-        [f"### {name}", "", text, "", "| option | meaning | default |", "|-|-|-|", *rows]
-    )
+    text = re.sub(r"^ +(?=MODULORA_|modulora)", "", text, flags=re.MULTILINE)
+    items = [item(each) for each in command.params if each.name not in ("json", "debug")]
+    title = f'??? note "Options of {name}"'
+    return "\n".join([f"### {name}", "", text, "", title, "", *items])
 
 
-def row(parameter: Any) -> str:
-    """One argument or option."""
+def item(parameter: Any) -> str:
+    """One argument or option, as an item of Markdown's list."""
     names = ", ".join([*parameter.opts, *parameter.secondary_opts])
     words = f"{names} {parameter.metavar or ''}".rstrip()
     if parameter.param_type_name == "argument":
         words = parameter.metavar
     shown = parameter.show_default  # a text, or whether to show the default
     default = shown if isinstance(shown, str) else parameter.default if shown else ""
-    cells = [
-        f"`{words}`",
-        (parameter.help or "").replace("|", "&#124;"),
-        "" if default is None or default is False or default == [] else str(default),
-    ]
-    return f"| {' | '.join(cells)} |"
+    said = "" if default in (None, "", False, []) else f" Default: {default}."
+    return f"    * `{words}`: {parameter.help or ''}{said}"

@@ -2,8 +2,8 @@
 
     python examples/benchmarks/summary.py layer.json training.json decoding.json --plot machine.svg
 
-A row is a method. A model with a packed head replaces the one with a dense head. Numbers without a
-unit are multiples of dense fp32 in the same turns.
+A column is a method. A model with a packed head replaces the one with a dense head. Numbers without
+a unit are multiples of dense fp32 in the same turns.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 shown.setdefault(method, {})[column] = text
                 bars[column][method] = value
     print(describe(runs[0]["environment"]) + "\n")
-    table = [[method, *(row.get(c, "–") for c in COLUMNS)] for method, row in shown.items()]
-    print(markdown(["", *COLUMNS], table))
+    table = [[name, *(column.get(name, "–") for column in shown.values())] for name in COLUMNS]
+    print(markdown(["", *shown], table))
     if flags.plot is not None:
         panels = {column: list(values.items()) for column, values in bars.items() if values}
         plot(flags.plot, f"{runs[0]['environment']['cpu']}, {flags.dtype}", panels)
