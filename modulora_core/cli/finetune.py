@@ -92,6 +92,11 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
     before = shown.pop("eval_loss_before")
     if before is not None:
         shown["eval_loss"] = f"{before:.4f} → {result.eval_loss:.4f} (before and after)"
+    if (held_out := shown.pop("held_out")) is not None:
+        shown["held_out_loss"] = (
+            f"{held_out['before']:.4f} → {held_out['after']:.4f} (without and with the adapter, on "
+            f"{held_out['examples']} examples that the run did not reach)"
+        )
     return Report(result.to_json(), Group(facts(shown), _next_commands(result.model, request)))
 
 

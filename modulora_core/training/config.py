@@ -226,8 +226,9 @@ class FinetuneConfig(BaseModel):
     )
     report: bool = Field(
         default=True,
-        description="write report.html: curves, settings, and answers before and after, which take "
-        "at most a tenth of the run's time, or 5 seconds",
+        description="write report.html: curves, settings, a loss on examples that the run did not "
+        "reach, and answers before and after; the last two take a tenth of the run's time each, or "
+        "5 seconds",
     )
     lora_file: PathName | None = Field(
         default=None,

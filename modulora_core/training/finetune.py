@@ -61,6 +61,7 @@ from modulora_core.training.checkpoints import remove_half_written
 from modulora_core.training.checks import checked_model, vocabulary, window
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
+from modulora_core.training.held_out import HeldOut, held_out
 from modulora_core.training.interruption import Interruption
 from modulora_core.training.losses import divergence
 from modulora_core.training.model_card import model_card
@@ -90,6 +91,8 @@ class FinetuneResult:
         model: the packed model: the config's, or its folder in the cache.
         files: the ``lora_file`` and the files beside it that the first process wrote.
         padding: share of padding in the training batches of this call; None for DPO.
+        held_out: the loss on examples that the run did not reach, if there is a report and no
+            evaluation data; None after a whole epoch.
     """
 
     out: str
@@ -103,6 +106,7 @@ class FinetuneResult:
     model: str = ""
     files: tuple[str, ...] = ()
     padding: float | None = None
+    held_out: HeldOut | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -202,6 +206,8 @@ def finetune(
         interruption.check()
         seconds = time.perf_counter() - started
         eval_loss = trainer.final_eval_loss() if "eval" in examples else None
+        asked = config.report and "eval" not in examples and isinstance(trainer, AdapterTrainer)
+        unread = held_out(trainer) if asked else None
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -227,7 +233,7 @@ def finetune(
             )  # fmt: skip
         page = report(
             config, checkpoint, history, samples, seconds=seconds, peak_memory_bytes=peak.nbytes,
-            sampled="evaluation" if "eval" in sources else "training",
+            sampled="evaluation" if "eval" in sources else "training", held_out=unread,
         )  # fmt: skip
         if is_first():
             write_file(out / REPORT_FILE, page)
@@ -244,7 +250,7 @@ def finetune(
     return FinetuneResult(
         config.out, len(losses), losses, eval_loss, seconds, tokens / seconds, peak.nbytes,
         eval_loss_before, config.model if checkpoint is base else str(checkpoint.folder), files,
-        trainer.padding(),
+        trainer.padding(), unread,
     )  # fmt: skip
 
 

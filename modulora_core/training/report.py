@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from modulora_core.checkpoints.checkpoint import PackedCheckpoint
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.curves import curves
+from modulora_core.training.held_out import HeldOut
 from modulora_core.training.losses import loss_in_words
 from modulora_core.training.samples import LONGEST, Sample
 from modulora_core.version import VERSION
@@ -28,6 +29,7 @@ def report(
     seconds: float,
     peak_memory_bytes: int,
     sampled: str,
+    held_out: HeldOut | None = None,
 ) -> str:
     """The text of the page.
 
@@ -37,6 +39,7 @@ def report(
         samples: answers without and with the adapter.
         seconds: the duration of training; peak_memory_bytes: of loading and training.
         sampled: ``"evaluation"`` or ``"training"``, the data of the samples' prompts.
+        held_out: the loss on examples that the run did not reach.
     """
     quantizers = ", ".join(dict.fromkeys(g["quantizer"] for g in checkpoint.record.quantizers()))
     settings = {
@@ -48,7 +51,8 @@ def report(
         title=f"Finetuning of {checkpoint.record.source.get('name') or checkpoint.name}",
         subtitle=f"A LoRA adapter, trained with {config.method.upper()} on weights quantized with "
         f"{quantizers} ({checkpoint.record.bits_per_weight:.2f} bits per weight).",
-        tiles=_tiles(history, seconds, peak_memory_bytes),
+        tiles=_tiles(history, seconds, peak_memory_bytes, held_out),
+        losses=_losses(sampled, held_out),
         curves=curves(history),
         samples=samples,
         sampled=sampled,
@@ -66,8 +70,26 @@ def report(
     )
 
 
+def _losses(sampled: str, held_out: HeldOut | None) -> str:
+    """Say on which data the losses are."""
+    if sampled == "evaluation":
+        return "The evaluation loss is on data that the run did not train on."
+    if held_out is not None:
+        return (
+            f"The held-out loss is on {held_out.examples} examples of the training data that the "
+            "run did not reach, without and with the adapter."
+        )
+    return (
+        "No loss is on held-out data. For one, leave a part out: --data 'SOURCE[:95%]' "
+        "--eval-data 'SOURCE[95%:]'."
+    )
+
+
 def _tiles(
-    history: Sequence[Mapping[str, float]], seconds: float, peak_memory_bytes: int
+    history: Sequence[Mapping[str, float]],
+    seconds: float,
+    peak_memory_bytes: int,
+    held_out: HeldOut | None,
 ) -> dict[str, str]:
     steps = [entry for entry in history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -76,6 +98,8 @@ def _tiles(
     if evaluations:
         before = f"{evaluations[0]:.3f} → " if len(evaluations) > 1 else ""
         tiles["Evaluation loss"] = f"{before}{evaluations[-1]:.3f}"
+    if held_out is not None:
+        tiles["Held-out loss"] = f"{held_out.before:.3f} → {held_out.after:.3f}"
     tiles["Tokens"] = f"{steps[-1]['num_input_tokens_seen']:,.0f}"
     minutes, rest = divmod(round(seconds), 60)
     tiles["Duration"] = f"{minutes} min {rest} s"

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,6 +27,7 @@ from torch import Tensor
 from modulora_conformance.cases import both_ways, fit, gaussian, pack, packed, tile
 from modulora_conformance.changes import settings
 from modulora_conformance.pages import Place, guarded
+from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.kernels import one_thread
 from modulora_core.packed import PackedLayout
 from modulora_core.registry import create
@@ -326,11 +326,8 @@ def packing_share(name: str, options: Mapping[str, Any], compiled: bool) -> floa
     quantizer = create(name, options)
     pack(quantizer, gaussian((512, 512), 0))  # whatever is loaded once is not the weight's
     weight = torch.empty(SIDE, SIDE, dtype=torch.bfloat16).normal_().t()
-    before = _peak_bytes()
-    pack(quantizer, weight)
-    return (_peak_bytes() - before + weight.nbytes) / (4 * weight.numel())
-
-
-def _peak_bytes() -> int:
-    """The peak of the resident memory so far."""
-    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    with PeakMemory() as peak:
+        before = peak.nbytes
+        pack(quantizer, weight)
+        taken = peak.nbytes - before
+    return (taken + weight.nbytes) / (4 * weight.numel())

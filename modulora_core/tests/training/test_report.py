@@ -21,6 +21,7 @@ from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.curves import Curve, curves
 from modulora_core.training.finetune import finetune
 from modulora_core.training.samples import LONGEST, _split, answers
+from modulora_core.training.trainer import AdapterTrainer
 
 Configure = Callable[..., FinetuneConfig]
 
@@ -55,6 +56,58 @@ def test_it_can_be_left_out(configure: Configure, text: Path, tmp_path: Path) ->
     result = finetune(configure(steps=1, report=False, eval_data=str(text)))
     assert result.eval_loss_before is None
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_held_out_loss_is_on_examples_that_no_step_read(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    rows = [{"prompt": f"say {i}", "completion": f" {i * i}"} for i in range(400)]
+    data = str(write_jsonl(tmp_path / "rows.jsonl", *rows))
+    config = configure(data=data, steps=10, report=True, packing=packing, save_every=5)
+    read: list[tuple[bool, str]] = []
+    forward = AdapterTrainer.compute_loss, AdapterTrainer.prediction_step
+
+    def noted(number: int) -> Any:
+        def step(self: Any, model: Any, inputs: Any, *more: Any, **options: Any) -> Any:
+            read.extend((number == 0, str(row.tolist())) for row in inputs["input_ids"])
+            return forward[number](self, model, inputs, *more, **options)
+
+        return step
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", noted(0))
+    monkeypatch.setattr(AdapterTrainer, "prediction_step", noted(1))
+    result = finetune(config)
+    trained = {row.replace(", 0", "") for training, row in read if training}
+    held_out = {row.replace(", 0", "") for training, row in read if not training}
+    assert result.held_out is not None
+    assert (result.held_out.examples, len(held_out)) == (8, 8)
+    assert not trained & held_out
+    assert result.held_out.after < result.held_out.before
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert f"{result.held_out.before:.3f} → {result.held_out.after:.3f}" in page
+    assert "on 8 examples of the training data that the run did not reach" in page
+
+    def stop(step: object) -> None:
+        if step.step == 7:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    again = config.model_copy(update={"out": str(tmp_path / "again")})
+    with pytest.raises(KeyboardInterrupt):
+        finetune(again, on_step=stop)
+    resumed = finetune(again, resume=True)
+    assert (resumed.losses, resumed.held_out) == (result.losses, result.held_out)
+    silent = config.model_copy(update={"out": str(tmp_path / "silent"), "report": False})
+    without = finetune(silent)
+    assert (without.losses, without.held_out) == (result.losses, None)
+
+
+def test_after_an_epoch_the_page_says_how_to_hold_data_out(
+    configure: Configure, data: Path, tmp_path: Path
+) -> None:
+    assert finetune(configure(data=str(data), epochs=1, report=True)).held_out is None
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "No loss is on held-out data." in page
 
 
 def test_a_resumed_run_has_all_curves_and_one_first_evaluation(

@@ -1,0 +1,64 @@
+"""The loss on examples that a run did not reach, measured without being asked.
+
+Nothing of the training changes: a run of few steps leaves most of its data unread anyway.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Subset
+
+from modulora_core.adapters.switching import without_adapter
+from modulora_core.distributed import world_size
+from modulora_core.training.trainer import AdapterTrainer
+
+MOST, LEAST = 32, 8
+"""Number of examples; fewer than the least say little."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The loss on ``examples`` of the training data that the run did not reach.
+
+    Attributes:
+        before: without the adapter; after: with it.
+    """
+
+    before: float
+    after: float
+    examples: int
+
+
+def held_out(trainer: AdapterTrainer) -> HeldOut | None:
+    """Measure the loss without and with the adapter, after training.
+
+    The result is None after a whole epoch, in several processes, or if measuring would take more
+    than about a tenth of the run: a forward pass has a quarter of a training step's products.
+    """
+    if world_size() > 1:
+        return None
+    batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+    left = unreached(trainer, batches)
+    count = min(MOST, len(left), batches * trainer.args.train_batch_size // 5)
+    if count < LEAST:
+        return None
+    chosen = Subset(trainer.train_dataset, [left[i * len(left) // count] for i in range(count)])
+
+    def loss() -> float:
+        loader = trainer.get_eval_dataloader(chosen)
+        found = trainer.evaluation_loop(loader, "held-out examples", prediction_loss_only=True)
+        return float(found.metrics["eval_loss"])
+
+    with without_adapter(trainer.model):
+        before = loss()
+    return HeldOut(before, loss(), count)
+
+
+def unreached(trainer: AdapterTrainer, batches: int) -> list[int]:
+    """The numbers of the examples after the first ``batches`` of the first epoch, in its order."""
+    loader: Any = trainer.get_train_dataloader()
+    loader.set_epoch(0)
+    return list(itertools.chain(*itertools.islice(loader.batch_sampler, batches, None)))
