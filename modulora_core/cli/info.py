@@ -88,18 +88,18 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
         "kept": {reason: list(names) for reason, names in record.kept.items()},
         "allocation": _allocation(checkpoint),
     }
-    headings = ("quantizer", "options", "package", "parameters", "weights", "size", "bits")
+    headings = ("quantizer", "layers", "weights", "size", "bits")
     source = record.source.get("name") or None
     shown = facts({**found, "source": source, "quantizers": None, "allocation": None})
-    rows = table(headings, map(_cells, groups))
+    rows = table(headings, map(_cells, groups), numbers=True)
     return Report(found, Group(shown, "", rows, *allocation_tables(found["allocation"])))
 
 
 def _cells(group: Mapping[str, Any]) -> tuple[str, ...]:
+    options = [f"  {name}={value}" for name, value in group["options"].items()]
+    package = f"{group['distribution']} {group['version']}"
     return (
-        group["quantizer"],
-        titled(group["options"]),
-        f"{group['distribution']} {group['version']}",
+        "\n".join([f"{group['quantizer']} ({package})", *options]),
         f"{group['parameters']:,}",
         f"{group['weights']:,}",
         format_size(group["bytes"]),

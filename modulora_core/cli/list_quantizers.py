@@ -97,6 +97,13 @@ def _table(rows: list[dict[str, Any]]) -> RenderableType:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    bits, devices = ", ".join(f"{b:g}" for b in row["bits"]), ", ".join(row["devices"])
+    bits, devices = _bits(row["bits"]), ", ".join(row["devices"])
     package = f"{row['distribution']} {row['version']}"
     return row["name"], bits, devices, package, row["status"]
+
+
+def _bits(found: list[float]) -> str:
+    """``2, 3, 4``, or ``1 to 8`` if there are many without a gap."""
+    if len(found) > 4 and found == list(range(int(found[0]), int(found[-1]) + 1)):
+        return f"{found[0]:g} to {found[-1]:g}"
+    return ", ".join(f"{bits:g}" for bits in found)

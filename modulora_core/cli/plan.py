@@ -12,7 +12,7 @@ from modulora_core.cli.arguments import option, parse_choice
 from modulora_core.cli.finetune import PANELS as FINETUNE_PANELS
 from modulora_core.cli.finetune import field_parameter
 from modulora_core.cli.terminal import Report
-from modulora_core.cli.text import format_size, table
+from modulora_core.cli.text import format_size, next_commands, table
 from modulora_core.planner.request import UNPLANNED, PlanRequest, finetuning
 from modulora_core.training.config import FinetuneConfig
 
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import RenderableType
-    from rich.table import Table
+    from rich.text import Text
 
     from modulora_core.planner.fitting import MemoryPlan
+
+MOST_CHANGES = 5
+"""Settings that are printed; --json has all."""
 
 _FIRST = ("batch_size", "seq_len", "rank")
 
@@ -157,7 +160,23 @@ def _one(plan: MemoryPlan) -> RenderableType:
         f"{config.seq_len} tokens, rank {config.rank}, {plan.request.dtype}, on "
         f"{plan.request.device}{mapped}"
     )
-    return Group(head, "", table(["", *plan.jobs], rows, numbers=True), *_verdict(plan))
+    shown = table(["", *plan.jobs], rows, numbers=True)
+    return Group(head, "", shown, *_verdict(plan), *_following(plan))
+
+
+def _following(plan: MemoryPlan) -> list[Text]:
+    """The command that does what was planned, unless it does not fit."""
+    from modulora_core.planner.unpacked import NONE
+
+    model, asked = shlex.quote(plan.request.model), plan.request.quantizer
+    if plan.fits is False or asked == NONE:
+        return []
+    if asked is None:
+        return [next_commands(f"modulora finetune {model} ADAPTER --data SOURCE")]
+    options = "".join(f" -o {name}={value}" for name, value in asked.options.items())
+    if asked.create().spec.calibration != "none":
+        options += " --calibration SOURCE"
+    return [next_commands(f"modulora quantize {model} PACKED -q {asked.quantizer}{options}")]
 
 
 def _verdict(plan: MemoryPlan) -> list[str]:
@@ -174,17 +193,18 @@ def _verdict(plan: MemoryPlan) -> list[str]:
         lines.append(
             f"Largest batch that fits, of {config.seq_len} tokens each: {plan.largest_batch_size}."
         )
-    if plan.changes:
-        lines.append("Settings that save memory, each alone:")
-    for change in plan.changes:
-        fits = "which fits" if change.fits else "still too much"
+    alone = [change for change in plan.changes if change.fits] or plan.changes
+    if alone:
+        none = "" if alone[0].fits else "; none is enough"
+        lines.append(f"Settings that save most memory, each alone{none}:")
+    for change in alone[:MOST_CHANGES]:
         saved, total = format_size(change.saves), format_size(change.nbytes)
-        lines.append(f"  {change.change}: saves {saved}, {total} in all, {fits}")
+        lines.append(f"  {change.change}: saves {saved}, {total} in all")
     if plan.together is not None:
         total = format_size(plan.together.nbytes)
         lines += ["", f"Fits, with {total} in all:", f"  {_again(plan, plan.together.change)}"]
     elif plan.fits is False:
-        lines += ["", "No few of these settings fit together; choose a smaller model."]
+        lines += ["", "No few settings together fit. Choose a smaller model or a larger budget."]
     return lines
 
 
@@ -202,7 +222,9 @@ def _again(plan: MemoryPlan, settings: str) -> str:
     return " ".join([*words, settings])
 
 
-def _all(plans: Sequence[MemoryPlan]) -> Table | str:
+def _all(plans: Sequence[MemoryPlan]) -> RenderableType:
+    from rich.console import Group
+
     if not plans:
         return "No installed quantizer can pack this model."
     has_budget = plans[0].fits is not None
@@ -214,7 +236,9 @@ def _all(plans: Sequence[MemoryPlan]) -> Table | str:
         row = [plan.title, f"{plan.bits_per_weight:.2f}", *map(format_size, sizes), packing]
         rows.append([*row, *fits])
     headings = ["quantizer", "bits", "packed", "training", "decoding", "quantizing"]
-    return table([*headings, *(["fits"] if has_budget else [])], rows, numbers=True)
+    shown = table([*headings, *(["fits"] if has_budget else [])], rows, numbers=True)
+    model = shlex.quote(plans[0].request.model)
+    return Group(shown, next_commands(f"modulora plan {model} -q NAME"))
 
 
 def _signature() -> inspect.Signature:

@@ -69,7 +69,7 @@ def _title(key: str) -> str:
 def _value(key: str, value: Any) -> str:
     if isinstance(value, Mapping):
         if any(isinstance(part, list) for part in value.values()):
-            return "; ".join(f"{_value(name, part)} ({name})" for name, part in value.items())
+            return "; ".join(f"{_names(part)} ({name})" for name, part in value.items())
         return ", ".join(f"{name}={_value(name, part)}" for name, part in value.items())
     if isinstance(value, (list, tuple)):
         shown = [_value(key, part) for part in value]
@@ -79,6 +79,10 @@ def _value(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.5g}"
     return f"{value:,}" if type(value) is int else "" if value is None else str(value)
+
+
+def _names(found: Sequence[str]) -> str:
+    return ", ".join(found) if len(found) < 3 else f"{len(found):,} tensors"
 
 
 def next_commands(*commands: str) -> Text:

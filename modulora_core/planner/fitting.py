@@ -66,7 +66,10 @@ class MemoryPlan:
 
     @property
     def title(self) -> str:
-        """The quantizer and its options, in one line."""
+        """The quantizer, and the options that were asked for or that a packed model has."""
+        asked = self.request.quantizer
+        if asked is not None and asked.quantizer == self.quantizer:
+            return asked.label
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.quantizer} {options}".rstrip()
 
