@@ -84,6 +84,7 @@ def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
     sizes = unit == "bytes"
     whole = Column(no_wrap=True)  # on a narrow terminal the title wraps, and these do not
     drawn = rich.progress.Progress(
+        rich.progress.SpinnerColumn(),  # it moves while a count doesn't
         rich.progress.TextColumn("{task.description}", markup=False, table_column=Column()),
         rich.progress.BarColumn(bar_width=8),
         rich.progress.DownloadColumn(table_column=whole)

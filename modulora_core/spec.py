@@ -191,10 +191,13 @@ class Calibration:
         hessian: H = E[xxᵀ], ``[in, in]``, fp32, symmetric: the second moment. The user may weight
             tokens by the loss: H = E[w xxᵀ], and E[w] = 1.
         samples: the number of input vectors.
+        progress: a ``pack`` of many seconds calls it with the finished share of its work, 0 to 1,
+            so that a bar moves. Others need not.
     """
 
     hessian: Tensor
     samples: int
+    progress: Callable[[float], None] | None = None
 
 
 def column_importance(quantizer: str, weight: Tensor, calibration: Calibration | None) -> Tensor:

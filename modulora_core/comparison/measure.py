@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class Request:
         samples, sample_len: segments of calibration, and tokens in one, by default ``seq_len``.
         quality: of quantizing (:mod:`modulora_core.quantization.quality`).
         seed: of the adapter, the data order and the dropout.
+        matmul_precision: of finetuning (:class:`modulora_core.training.config.FinetuneConfig`).
         prompts: the number of held-out segments whose beginning the model continues.
     """
 
@@ -67,6 +68,7 @@ class Request:
     sample_len: int | None = None
     quality: Quality = "balanced"
     seed: int = 0
+    matmul_precision: Literal["highest", "high"] | None = None
     prompts: int = 3
     device: str | None = None
 
@@ -150,8 +152,9 @@ def measure(request: Request, folder: Path, words: str | None, bars: Bars) -> Me
     )
     after: Measured | None = None
     if request.steps and isinstance(opened, PackedCheckpoint):
-        trained = _digest(request.steps, request.batch_size, request.seq_len, request.seed)
-        adapter = packed.with_name(f"{packed.name}-adapter-{trained}")
+        trained = request.steps, request.batch_size, request.seq_len, request.seed
+        digest = _digest(*trained, request.matmul_precision)
+        adapter = packed.with_name(f"{packed.name}-adapter-{digest}")
         facts |= _kept(adapter, lambda: _trained(request, model, adapter, bars))
         found = _kept(
             adapter.with_name(f"{adapter.name}-{tested}"),
@@ -205,7 +208,8 @@ def _quantized(
 def _trained(request: Request, model: str, out: Path, bars: Bars) -> dict[str, Any]:
     config = FinetuneConfig(
         model=model, out=str(out), data=request.train, steps=request.steps,
-        batch_size=request.batch_size, seq_len=request.seq_len, seed=request.seed, report=False,
+        batch_size=request.batch_size, seq_len=request.seq_len, seed=request.seed,
+        matmul_precision=request.matmul_precision, report=False,
     )  # fmt: skip
     found = finetune(config, resume=out.exists(), progress=bars)
     return {"training_peak_bytes": found.peak_memory_bytes or None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -120,7 +120,12 @@ class _Packer(Packing):
         site, seed = self._site(name), self.layout.record.seed
         quantizer = self.layout.quantizer(site)
         on_device = (matrix.to(self.device) for matrix in matrices)
-        packed = pack_matrices(name, site, quantizer, on_device, calibrations, seed=seed)
+        nbytes = self.source.parameters[name].nbytes // len(matrices)
+        shown = (
+            each and replace(each, progress=partial(self._tell_within, i, nbytes))
+            for i, each in enumerate(calibrations)
+        )
+        packed = pack_matrices(name, site, quantizer, on_device, shown, seed=seed)
         self._count(name)
         return PackedMatrices(name, quantizer, packed)
 
@@ -158,7 +163,11 @@ class _Packer(Packing):
         self.done_bytes += self.source.parameters[name].nbytes
         self.tell("packing")
 
-    def tell(self, phase: str) -> None:
+    def _tell_within(self, number: int, nbytes: int, share: float) -> None:
+        """Show the finished share of a parameter's matrix ``number``; each has ``nbytes``."""
+        self.tell("packing", int((number + share) * nbytes))
+
+    def tell(self, phase: str, more_bytes: int = 0) -> None:
         if self.progress is not None:
             total = sum(info.nbytes for info in self.source.parameters.values())
-            self.progress(phase, self.done_bytes, total)
+            self.progress(phase, self.done_bytes + more_bytes, total)

@@ -74,6 +74,8 @@ class Heeding(Plain):
         # of a few ranges the one with the least error under H
         best, least = None, None
         for share in (0.5, 0.7, 0.85, 1.0):
+            if calibration.progress is not None:
+                calibration.progress(share)
             scale = share * super().scale(w, None)
             most = 2**self.options.bits - 1
             d = (self.codes(w, scale) - most / 2) * scale - w

@@ -103,6 +103,16 @@ def test_the_samples_are_recorded_and_the_model_loads(
     assert json.loads(capsys.readouterr().out)["calibration"] == record
 
 
+def test_a_plugin_moves_the_bar_within_a_weight(source: str, tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    run(source, tmp_path / "out", progress=lambda *call: calls.append(call))
+    done = [done for phase, done, _ in calls if phase == "packing"]
+    assert done == sorted(done)
+    assert done[-1] == calls[-1][2]
+    weights, shares = 14, 4  # the plugin reports four shares, and the last is the weight's end
+    assert len(set(done)) == OUTSIDE + 2 * IN_BLOCK + weights * (shares - 1)
+
+
 def test_the_command_line_gives_the_same_bytes(
     whole: tuple[str, Path, QuantizeResult], source: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -31,6 +31,13 @@ def test_the_fast_solver_is_as_good_as_the_reference(layer):
         assert fast < 1.1 * exact
 
 
+def test_progress_rises_to_the_end_with_each_block(layer):
+    W, H = layer(32, 40)
+    shares = []
+    QTIP(Options(sweeps=1, **SMALL)).pack(W, Calibration(H, 10, shares.append))
+    assert shares == [block / 6 for block in range(1, 7)]  # three blocks of 16 columns, twice
+
+
 def test_feedback_sweeps_states_and_bits_each_lower_the_proxy_error(layer):
     W, H = layer(128, 192)
     no_feedback = torch.eye(192)

@@ -60,7 +60,9 @@ class QTIP(RotatedQuantizer):
         # an fp64 weight would pack to other bytes than the same values in fp32
         weight = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
         with kernels.without_autocast(weight.device):
-            solution = packing.solve(weight, calibration.hessian, self.options)
+            solution = packing.solve(
+                weight, calibration.hessian, self.options, calibration.progress
+            )
         return packed_of(solution, (weight.shape[0], weight.shape[1]), self.options)
 
     def check_shape(self, shape: tuple[int, int]) -> None:
