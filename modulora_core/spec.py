@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
@@ -197,7 +198,7 @@ class Calibration:
 
     hessian: Tensor
     samples: int
-    progress: Callable[[float], None] | None = None
+    progress: Callable[[float], None] | None = field(default=None, kw_only=True)
 
 
 def column_importance(quantizer: str, weight: Tensor, calibration: Calibration | None) -> Tensor:

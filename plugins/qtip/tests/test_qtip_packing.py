@@ -34,7 +34,7 @@ def test_the_fast_solver_is_as_good_as_the_reference(layer):
 def test_progress_rises_to_the_end_with_each_block(layer):
     W, H = layer(32, 40)
     shares = []
-    QTIP(Options(sweeps=1, **SMALL)).pack(W, Calibration(H, 10, shares.append))
+    QTIP(Options(sweeps=1, **SMALL)).pack(W, Calibration(H, 10, progress=shares.append))
     assert shares == [block / 6 for block in range(1, 7)]  # three blocks of 16 columns, twice
 
 
