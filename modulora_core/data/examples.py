@@ -8,6 +8,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -73,6 +74,16 @@ class Examples(Dataset[dict[str, list[int]]]):
     def lengths(self) -> list[int]:
         """The number of tokens of each example."""
         return [len(ids) for ids, _ in self._pairs]
+
+    def parts(self, index: int) -> list[tuple[array[int], array[int]]]:
+        """Tokens and labels of each part of a joined example, or of the whole of another one."""
+        ids, labels = self._pairs[index]
+        lengths = self._parts[index] if self._parts else [len(ids)]
+        ends = [*accumulate(lengths)]
+        return [
+            (ids[end - length : end], labels[end - length : end])
+            for length, end in zip(lengths, ends, strict=True)
+        ]
 
     def joined(self, seq_len: int) -> Examples:
         """Rows of one or more examples, at most ``seq_len`` tokens each: best fit, longest first.
@@ -253,6 +264,11 @@ def _warn(report: DataReport, seq_len: int, name: str, lost_share: float) -> Non
         )
     if lost:
         _LOG.warning("%s: %s", name, "; ".join(lost))
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """The numbers of examples by length. Batches of similar lengths have little padding."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from modulora_core.data.examples import longest_first
 from modulora_core.data.formats import Conversation
 from modulora_core.data.rendering import Renderer
 from modulora_core.data.sources import Source
@@ -117,10 +118,11 @@ def _texts(
     renderer = Renderer(tokenizer)
     prompts = [renderer.encode_prompt(renderer.render(each)[-1]) for each in asked]
     check_examples(model, prompts, asked, new=sampling.max_new_tokens)
-    texts: list[str] = []
+    texts: dict[int, str] = {}
     with evaluating(model):
-        for _, batch in batches(prompts, batch_size, progress):
-            ids = continuations(model, tokenizer, batch, sampling)
+        for _, batch in batches(longest_first([*map(len, prompts)]), batch_size, progress):
+            ids = continuations(model, tokenizer, [prompts[i] for i in batch], sampling)
             with panics_refused(f"tokenizer of {tokenizer.name_or_path}"):
-                texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return texts
+                decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts.update(zip(batch, decoded, strict=True))
+    return [texts[i] for i in range(len(asked))]

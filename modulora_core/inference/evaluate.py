@@ -19,7 +19,7 @@ from typing_extensions import TypedDict, Unpack
 
 from modulora_core.arguments import checked
 from modulora_core.data import token_segments
-from modulora_core.data.examples import Collator
+from modulora_core.data.examples import Collator, longest_first
 from modulora_core.data.formats import Conversation
 from modulora_core.data.rendering import Encoded, Renderer, check_ids
 from modulora_core.data.sources import Source, source_name
@@ -254,13 +254,20 @@ def accuracy(
     def encoded(batch: Sequence[tuple[Conversation, Conversation]]) -> list[Encoded]:
         return renderer.encode([renderer.render(_answered(*pair))[-1] for pair in batch])
 
+    lengths: list[int] = []
     for _, batch in batches(pairs, 256, None):
-        check_examples(model, [ids for ids, _ in encoded(batch)], [each for each, _ in batch])
-    collate, scores = Collator(0), list[float]()
+        tokens = [ids for ids, _ in encoded(batch)]
+        check_examples(model, tokens, [each for each, _ in batch])
+        lengths += map(len, tokens)
+    collate, scores = Collator(0), [math.nan] * len(pairs)
     with evaluating(model):
-        for _, batch in batches(pairs, batch_size, progress):
-            rows = [{"input_ids": ids, "labels": goals} for ids, goals in encoded(batch)]
-            scores += _nll(model, collate(rows))
+        for _, batch in batches(longest_first(lengths), batch_size, progress):
+            rows = [
+                {"input_ids": ids, "labels": goals}
+                for ids, goals in encoded([pairs[i] for i in batch])
+            ]
+            for i, score in zip(batch, _nll(model, collate(rows)), strict=True):
+                scores[i] = score
     if not all(map(math.isfinite, scores)):
         raise WorkError("accuracy: expected finite logits, got NaN or Inf")
     correct = 0

@@ -3,6 +3,14 @@
     loss = 1/N Σ -log p(y)          p = softmax(z)    z : logits of a row, [vocabulary]
     ∂(-log p(y)) / ∂z = p - e_y     y : its label     e_y : one at y, zero elsewhere
 
+With a teacher (Hinton et al. 2015, arXiv 1503.02531) that names the k most likely tokens of a row,
+
+    loss = 1/N Σ (1 - x) (-log p(y)) + x KL(t ‖ p)       x : the weight of the teacher
+    KL(t ‖ p) = Σ_v t_v log (t_v / p_v) + T log (T / P)  t : its probabilities, [k]
+    ∂ KL / ∂z = p - t̃                                    T, P : of all other tokens, by t and by p
+
+The other tokens are one class in KL. So t̃ is t at the k tokens, and T p / P elsewhere.
+
 512 tokens × 49,152 entries of a vocabulary take 96 MiB in fp32, and the usual loss has three or
 four such tensors. Here the logits of one chunk exist at a time, and p - e_y overwrites them. The
 forward also computes the gradients of hidden states and head, since p - e_y needs nothing else. So
@@ -15,7 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any, TypeGuard
 
 import torch
@@ -42,8 +52,33 @@ _FACTOR = 2.0**10
 (6e-5). A power of two changes no bit in the other dtypes."""
 
 
+_SMALLEST = 1e-20
+"""The least P: in fp32, all tokens outside of the teacher's can have probability 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A teacher's predictions of the labels that are not ignored, row by row.
+
+    Attributes:
+        tokens: its most likely tokens, int64 ``[rows, k]``; probabilities: of them, ``[rows, k]``.
+        weight: x, from 0 to 1.
+    """
+
+    tokens: Tensor
+    probabilities: Tensor
+    weight: float
+
+    def split(self, size: int) -> Iterator[Teacher]:
+        """The predictions of ``size`` rows at a time."""
+        parts = zip(self.tokens.split(size), self.probabilities.split(size), strict=True)
+        return (Teacher(tokens, probabilities, self.weight) for tokens, probabilities in parts)
+
+
 @contextmanager
-def chunked_loss(model: Any, chunk_bytes: int | None = None) -> Iterator[None]:
+def chunked_loss(
+    model: Any, chunk_bytes: int | None = None, teacher: Teacher | None = None
+) -> Iterator[None]:
     """Let ``model`` compute its loss from ``labels`` without whole logits, in this block.
 
     It sets ``model.loss_function``, which transformers provides for this, and hooks on the head.
@@ -54,13 +89,15 @@ def chunked_loss(model: Any, chunk_bytes: int | None = None) -> Iterator[None]:
         model: a transformers model, not wrapped.
         chunk_bytes: limit of a chunk's logits in fp32, at least one row. None: the default for the
             device, :data:`CHUNK_BYTES_CPU` or :data:`CHUNK_BYTES_GPU`.
+        teacher: its predictions, for a model with transformers' causal loss.
     """
     before = model.loss_function
     if before is not ForCausalLMLoss:
+        assert teacher is None, "another loss knows no teacher"
         yield
         return
     with deferred_logits(model):
-        model.loss_function = partial(_causal_lm_loss, chunk_bytes=chunk_bytes)
+        model.loss_function = partial(_causal_lm_loss, chunk_bytes=chunk_bytes, teacher=teacher)
         try:
             yield
         finally:
@@ -86,12 +123,28 @@ def token_losses(logits: Tensor, labels: Tensor, chunk_bytes: int | None = None)
     goals = labels[:, 1:].to(logits.device)
     losses = torch.zeros(goals.shape, dtype=_wide(logits.dtype), device=logits.device)
     with torch.no_grad():
-        for rows in (goals != IGNORED).nonzero().split(_chunk_rows(logits, chunk_bytes)):
-            at = rows.unbind(1)
-            z = logits.head(logits.hidden[at]) if _is_deferred(logits) else logits[at]
+        for at, z in _chunks(logits, goals, chunk_bytes):
             losses[at] = _softmax_loss(z, goals[at], gradient=False)
             del z  # before the next chunk is computed
     return losses
+
+
+def label_logits(logits: Tensor, labels: Tensor) -> Iterator[Tensor]:
+    """The logits of each label that is not ignored, ``[n, vocabulary]`` of some rows at a time.
+
+    The arguments are those of :func:`token_losses`.
+    """
+    for _, z in _chunks(logits, labels[:, 1:].to(logits.device), None):
+        yield z
+
+
+def _chunks(
+    logits: Tensor, goals: Tensor, chunk_bytes: int | None
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """The places of goals that are not ignored, and their logits, of some rows at a time."""
+    for rows in (goals != IGNORED).nonzero().split(_chunk_rows(logits, chunk_bytes)):
+        at = rows.unbind(1)
+        yield at, logits.head(logits.hidden[at]) if _is_deferred(logits) else logits[at]
 
 
 def _causal_lm_loss(
@@ -103,28 +156,31 @@ def _causal_lm_loss(
     shift_labels: Tensor | None = None,
     *,
     chunk_bytes: int | None = None,
+    teacher: Teacher | None = None,
     **options: Any,
 ) -> Tensor:
-    """The loss, with the arguments of transformers' ``ForCausalLMLoss``."""
+    """The loss, with the arguments of transformers' ``ForCausalLMLoss``, and a teacher."""
     goals = shift_labels
     if goals is None:  # tokens < t predict t
         goals = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    if not _is_deferred(logits) or logits.shape != (*goals.shape, vocab_size):
+    hidden, head = logits, Head(lambda z: z, ())  # whole logits
+    if _is_deferred(logits) and logits.shape == (*goals.shape, vocab_size):
+        hidden, head = logits.hidden, logits.head
+    elif teacher is None:
         return ForCausalLMLoss(  # type: ignore[no-any-return]
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options
         )
     goals = goals.reshape(-1).to(logits.device)
     rows = (goals != ignore_index).nonzero().squeeze(1)
-    hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
+    hidden = hidden.reshape(-1, hidden.shape[-1])
     size = _chunk_rows(logits, chunk_bytes)
-    parameters = logits.head.parameters
-    loss: Tensor = _SummedLoss.apply(hidden, goals, rows, size, logits.head, *parameters)
+    loss: Tensor = _SummedLoss.apply(hidden, goals, rows, size, head, teacher, *head.parameters)
     count = len(rows) if num_items_in_batch is None else num_items_in_batch
     return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Σ -log p(y) over ``rows``, in chunks of ``size``. The forward computes the gradients too."""
+    """The sum over ``rows``, in chunks of ``size``. The forward computes the gradients too."""
 
     @staticmethod
     def forward(
@@ -134,17 +190,20 @@ class _SummedLoss(torch.autograd.Function):
         rows: Tensor,
         size: int,
         head: Head,
+        teacher: Teacher | None,
         *parameters: Tensor,
     ) -> Tensor:
         sources = [hidden, *parameters]
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
         gradients = [
             torch.zeros_like(source, dtype=_wide(source.dtype)) if is_needed else None
             for source, is_needed in zip(sources, needed, strict=True)
         ]
         total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
-        for chunk in rows.split(size):
-            total += _chunk_loss(hidden, goals, chunk, head, gradients)
+        chunks = rows.split(size)
+        teachers = repeat(None, len(chunks)) if teacher is None else teacher.split(size)
+        for chunk, of_chunk in zip(chunks, teachers, strict=True):
+            total += _chunk_loss(hidden, goals, chunk, head, of_chunk, gradients)
         ctx.dtypes = [source.dtype for source in sources]
         ctx.save_for_backward(*gradients)
         return total
@@ -157,13 +216,18 @@ class _SummedLoss(torch.autograd.Function):
             None if gradient is None else (gradient * factor).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return made[0], None, None, None, None, *made[1:]
+        return made[0], None, None, None, None, None, *made[1:]
 
 
 def _chunk_loss(
-    hidden: Tensor, goals: Tensor, rows: Tensor, head: Head, gradients: list[Tensor | None]
+    hidden: Tensor,
+    goals: Tensor,
+    rows: Tensor,
+    head: Head,
+    teacher: Teacher | None,
+    gradients: list[Tensor | None],
 ) -> Tensor:
-    """Σ -log p(y) over one chunk. Adds its gradients, times :data:`_FACTOR`, to ``gradients``.
+    """The sum over one chunk. Adds its gradients, times :data:`_FACTOR`, to ``gradients``.
 
     It is a function so that the logits of one chunk are freed before the next.
     """
@@ -174,7 +238,7 @@ def _chunk_loss(
     dz = z.detach()
     if needed and head.steps:  # the backward of a step may need z
         dz = dz.clone()
-    loss = _softmax_loss(dz, goals[rows], gradient=bool(needed)).sum()
+    loss = _softmax_loss(dz, goals[rows], gradient=bool(needed), teacher=teacher).sum()
     if needed:
         sources = [x, *head.parameters]
         made = torch.autograd.grad(z, [sources[i] for i in needed], dz, materialize_grads=True)
@@ -188,27 +252,50 @@ def _chunk_loss(
     return loss
 
 
-def _softmax_loss(z: Tensor, goals: Tensor, *, gradient: bool) -> Tensor:
-    """-log p(y) of each row, ``[n]``, in fp32 or wider. It overwrites z.
+def _softmax_loss(
+    z: Tensor, goals: Tensor, *, gradient: bool, teacher: Teacher | None = None
+) -> Tensor:
+    """The loss of each row, ``[n]``, in fp32 or wider. It overwrites z.
 
     Args:
         z: ``[n, vocabulary]``.
         goals: y, ``[n]``.
-        gradient: leave p - e_y, times :data:`_FACTOR`, in z.
+        gradient: leave the gradient, times :data:`_FACTOR`, in z.
+        teacher: of these rows.
     """
     losses = []
     size = max(1, -(-len(z) // _PIECES))
-    for piece, y in zip(z.split(size), goals[:, None].split(size), strict=True):
+    pieces = z.split(size)
+    teachers = repeat(None, len(pieces)) if teacher is None else teacher.split(size)
+    for piece, y, of_piece in zip(pieces, goals[:, None].split(size), teachers, strict=True):
         p = piece.to(_wide(z.dtype))  # the piece itself if it is wide
         at_goal = p.gather(1, y)
         largest = p.amax(1, keepdim=True)
         total = p.sub_(largest).exp_().sum(1, keepdim=True)
-        losses.append((total.log() + largest - at_goal).squeeze(1))
+        loss = total.log() + largest - at_goal
+        if gradient or of_piece is not None:
+            p.div_(total)
+        weight = 0.0
+        if of_piece is not None:
+            weight = of_piece.weight
+            loss = (1 - weight) * loss + weight * _divergence(p, of_piece)
+        losses.append(loss.squeeze(1))
         if gradient:
-            p.div_(total).scatter_add_(1, y, -torch.ones_like(total))
+            p.scatter_add_(1, y, torch.full_like(total, weight - 1))
             piece.copy_(p.mul_(_FACTOR))
         del p  # before the next piece is widened
     return torch.cat(losses)
+
+
+def _divergence(p: Tensor, teacher: Teacher) -> Tensor:
+    """KL(t ‖ p) of each row, ``[n, 1]``. It replaces p by ``p - weight * t̃``."""
+    tokens, t = teacher.tokens.to(p.device), teacher.probabilities.to(p.device, p.dtype)
+    T = (1 - t.sum(1, keepdim=True)).clamp_min(0)
+    chosen = p.gather(1, tokens)
+    P = p.scatter_(1, tokens, 0.0).sum(1, keepdim=True).clamp_min(_SMALLEST)
+    p.mul_(1 - teacher.weight * T / P).scatter_(1, tokens, chosen - teacher.weight * t)
+    known = torch.xlogy(t, t) - torch.xlogy(t, chosen.clamp_min(_SMALLEST))
+    return known.sum(1, keepdim=True) + torch.xlogy(T, T) - torch.xlogy(T, P)
 
 
 def _is_deferred(logits: Tensor) -> TypeGuard[DeferredLogits]:

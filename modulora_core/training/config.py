@@ -35,6 +35,8 @@ _EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
 _DPO: Mapping[str, float] = {"lr": 5e-5, "dropout": 0.0}
 """Defaults of DPO: small steps; noise in the adapter would blur its difference from the base."""
 
+_DISTILL_WEIGHT = 0.5
+
 _LARGEST = 1e30
 """Limit of a factor: float32 ends at 3.4e38, and a run multiplies factors."""
 
@@ -125,6 +127,18 @@ class FinetuneConfig(BaseModel):
         default="sft",
         description="training method: sft for next tokens; dpo for preferences (prompt, chosen, "
         "rejected), with TRL, by default with lr 5e-05 and dropout 0",
+    )
+    distill: PathName | None = Field(
+        default=None,
+        description="dense model whose predictions of the training data the adapter also learns, "
+        "usually the one that was quantized; they are computed once, block by block, and take 384 "
+        "bytes a trained token in OUT until the end",
+    )
+    distill_weight: float = Field(
+        default=_DISTILL_WEIGHT,
+        gt=0,
+        le=1,
+        description="weight of distill in the loss, beside the data's",
     )
     eval_data: Sources | None = Field(
         default=None, description="data to measure the loss on; not trained"
@@ -274,6 +288,10 @@ class FinetuneConfig(BaseModel):
                 "keep_products: expected gradient_checkpointing, got none; without it, the "
                 "backward saves all products anyway"
             )
+        if self.distill is None and self.distill_weight != _DISTILL_WEIGHT:
+            raise ValueError("distill_weight: expected distill beside it, got none")
+        if self.method == "dpo" and self.distill is not None:
+            raise ValueError("distill: expected method sft beside it, got dpo")
         if self.method == "dpo" and self.packing:
             raise ValueError("packing: expected method sft beside it, got dpo")
         if self.method == "dpo" and (self.format != "auto" or self.prompt is not None):

@@ -2,6 +2,7 @@
 
 OUT/finetune.yaml                 the config, written before training; resume compares with it
 OUT/checkpoints/checkpoint-N/     during training; each is an adapter folder too
+OUT/checkpoints/predictions-*     during training; of the dense model, with distill
 OUT/README.md                     a model card
 OUT/modulora.json                 the base of the adapter
 OUT/adapter_model.safetensors
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.adapters.files import base_file, file_writer
@@ -60,6 +62,12 @@ from modulora_core.training.batches import check_joined
 from modulora_core.training.checkpoints import remove_half_written
 from modulora_core.training.checks import checked_model, vocabulary, window
 from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.distillation import (
+    Distilled,
+    DistilledCollator,
+    Predictions,
+    predictions_of,
+)
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.held_out import HeldOut, held_out
 from modulora_core.training.interruption import Interruption
@@ -171,6 +179,9 @@ def finetune(
             logger.info("%s: it is finished; nothing is left to resume", out)
             return FinetuneResult(config.out, 0, [], None, 0.0, 0.0, 0, model=config.model)
         steps = total_steps(config, len(examples["train"]), world_size())
+        predictions = predictions_of(
+            config, examples["train"], steps, tokenizer, rows, out / CHECKPOINTS
+        )
         warn_of_settings(config, examples["train"], steps)
     checkpoint, interruption = _packed(base, open_bar), Interruption()
     with (
@@ -188,11 +199,10 @@ def finetune(
             settings = _put_adapter(model, config)
             if config.packing:
                 check_joined(model, config.batch_size)
-            check_disk_space(out, _nbytes(model))
-            started = time.perf_counter()
+            check_disk_space(out, _nbytes(model) + (predictions.nbytes if predictions else 0))
             with _refused(config.trainer, out / CHECKPOINTS):
                 trainer = _trainer(
-                    model, config, arguments, examples, tokenizer,
+                    model, config, arguments, examples, tokenizer, predictions,
                     settings=settings, memory=peak,
                     callbacks=[Watcher(show, on_step, on_eval, interruption), *callbacks],
                 )  # fmt: skip
@@ -201,6 +211,11 @@ def finetune(
             write_file(out / RUN_FILE, config.to_yaml())
             record_examples(out, examples)
             remove_half_written(out / CHECKPOINTS)
+        if predictions is not None:
+            with together():
+                if is_first():
+                    predictions.compute(device, show)
+        started = time.perf_counter()
         with interruption.watched():
             tokens = trainer.run(resume_from)
         interruption.check()
@@ -237,6 +252,8 @@ def finetune(
         )  # fmt: skip
         if is_first():
             write_file(out / REPORT_FILE, page)
+    if predictions is not None and is_first():
+        predictions.file.unlink()
     barrier()  # OUT is whole
     if not (out / RUN_FILE).is_file():
         raise OutputError(
@@ -315,6 +332,11 @@ def _loaded(
         checkpoint, dtype=dtype, device=place, mapped=config.mapped,
         parity_check=config.parity_check,
     )  # fmt: skip
+    if config.distill is not None and model.loss_function is not ForCausalLMLoss:
+        raise OptionError(
+            f"distill: expected a model with transformers' causal loss, and {type(model).__name__} "
+            "has its own; leave distill out"
+        )
     if config.method == "dpo" and isinstance(model.get_output_embeddings(), QuantLinear):
         raise OptionError(
             f"method dpo: expected a dense output head, by which TRL multiplies itself, and the "
@@ -352,6 +374,7 @@ def _trainer(
     arguments: TrainingArguments,
     data: Mapping[str, Any],
     tokenizer: Any,
+    predictions: Predictions | None,
     **common: Any,
 ) -> AdapterRun:
     if config.method == "dpo":
@@ -361,14 +384,16 @@ def _trainer(
     else:
         # any id will do to pad: attention and labels mask it
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        collator = Collator(next(int(pad) for pad in pads if pad is not None))
         trainer = AdapterTrainer(
             model=model,
             args=arguments,
-            data_collator=Collator(next(int(pad) for pad in pads if pad is not None)),
-            train_dataset=data["train"],
+            data_collator=DistilledCollator(collator) if predictions else collator,
+            train_dataset=Distilled(predictions) if predictions else data["train"],
             eval_dataset=data.get("eval"),
             offload_activations=config.offload_activations,
             group_by_length=data["train"].report.format != "text",
+            distill_weight=config.distill_weight,
             **common,
         )
     if config.gradient_checkpointing:

@@ -34,13 +34,20 @@ from modulora_core.adapters.load import restore_adapter
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.data.examples import longest_first
 from modulora_core.data.rendering import IGNORED
 from modulora_core.distributed import barrier, world_size
 from modulora_core.errors import WorkError
 from modulora_core.progress import Progress
 from modulora_core.training.batches import SimilarLengths
 from modulora_core.training.checkpoints import seal, trainer_state
-from modulora_core.training.chunked_loss import chunked_loss, deferred_logits, token_losses
+from modulora_core.training.chunked_loss import (
+    Teacher,
+    chunked_loss,
+    deferred_logits,
+    token_losses,
+)
+from modulora_core.training.distillation import TEACHER
 from modulora_core.training.interruption import Interruption
 from modulora_core.training.optimizer_files import load_optimizer, save_optimizer
 from modulora_core.training.sharding import split_without_gpus
@@ -179,14 +186,21 @@ class AdapterTrainer(AdapterRun):
     Args:
         offload_activations: keep the activations of training in CPU memory.
         group_by_length: batch examples of similar length.
+        distill_weight: weight of the teacher's predictions that batches bring along.
         arguments: the arguments of AdapterRun.
     """
 
     def __init__(
-        self, *, offload_activations: bool, group_by_length: bool, **arguments: Any
+        self,
+        *,
+        offload_activations: bool,
+        group_by_length: bool,
+        distill_weight: float,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self._offload, self._group = offload_activations, group_by_length
+        self._weight = distill_weight
         self._positions = self._padding = 0
 
     @override
@@ -202,6 +216,10 @@ class AdapterTrainer(AdapterRun):
         return SimilarLengths(lengths, self.args.train_batch_size * batches, self.args.seed)
 
     @override
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return longest_first(eval_dataset.lengths)
+
+    @override
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
     ) -> Any:
@@ -211,8 +229,15 @@ class AdapterTrainer(AdapterRun):
             self._padding += int((mask == 0).sum())
         if "position_ids" in inputs:  # a mask would hide them from transformers' attention
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-        offload = self._offload and model.training
-        with chunked_loss(self.model), save_on_cpu(pin_memory=True) if offload else nullcontext():
+        offload, teacher = self._offload and model.training, None
+        if "teacher_tokens" in inputs:
+            rows = [inputs[name] for name in TEACHER]
+            inputs = {name: value for name, value in inputs.items() if name not in TEACHER}
+            teacher = Teacher(rows[0], rows[1].exp(), self._weight)
+        with (
+            chunked_loss(self.model, teacher=teacher),
+            save_on_cpu(pin_memory=True) if offload else nullcontext(),
+        ):
             return super().compute_loss(model, inputs, *arguments, **options)
 
     @override

@@ -70,6 +70,31 @@ def test_a_run_of_few_steps_sees_short_and_long_examples() -> None:
     assert sum(seen) / len(seen) == pytest.approx(sum(lengths) / len(lengths), rel=0.35)
 
 
+def test_evaluation_batches_have_similar_lengths_and_the_same_loss(
+    configure: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ({"prompt": "Is it?", "completion": " no" * count} for count in (1, 12, 2, 11, 3, 10))
+    answers = write_jsonl(tmp_path / "answers.jsonl", *rows)
+    collate, batches = Collator.__call__, list[list[int]]()
+
+    def seen(collator: Collator, examples: Any) -> Any:
+        batches.append([len(example["input_ids"]) for example in examples])
+        return collate(collator, examples)
+
+    monkeypatch.setattr(Collator, "__call__", seen)
+    common = {"data": str(answers), "eval_data": str(answers), "seq_len": 64, "steps": 1}
+    losses = []
+    for batch_size in (2, 1):
+        config = configure(**common, batch_size=batch_size, grad_accum=2 // batch_size, dropout=0,
+                           out=str(tmp_path / f"{batch_size}"))  # fmt: skip
+        losses.append(finetune(config).eval_loss)
+        if batch_size == 2:
+            evaluated = batches[-3:]
+    lengths = sorted((length for batch in evaluated for length in batch), reverse=True)
+    assert evaluated == [lengths[:2], lengths[2:4], lengths[4:]]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_the_share_of_padding_is_that_of_the_batches(
     configure: Callable[..., FinetuneConfig], tmp_path: Path
 ) -> None:

@@ -1,0 +1,273 @@
+"""Distillation learns the dense model's predictions, computed once, whatever the batches are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.data import load_examples
+from modulora_core.data.examples import Examples
+from modulora_core.errors import OptionError
+from modulora_core.models import open_model
+from modulora_core.tests.tiny_tokenizer import write_jsonl
+from modulora_core.training import distillation
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.distillation import Distilled, DistilledCollator, Predictions
+from modulora_core.training.finetune import finetune
+
+Configure = Callable[..., FinetuneConfig]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def dense(tunable: Path) -> Path:
+    """The dense model that ``tunable`` was quantized from."""
+    return tunable.parent / "dense"
+
+
+@pytest.fixture
+def teacher(dense: Path, tmp_path: Path) -> Path:
+    """A dense model whose predictions differ from the quantized model's by far."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(dense, folder)
+    generator = torch.Generator().manual_seed(0)
+    [file] = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        tensor += 0.5 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """Conversations of different lengths, of which only the answers are trained."""
+    rows = (
+        {"prompt": "Why? " * (i + 1), "completion": " because it is so" * (7 - i)} for i in range(7)
+    )
+    return write_jsonl(tmp_path / "chats.jsonl", *rows)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def examples(chats: Path, tunable: Path) -> Examples:
+    return load_examples(chats, AutoTokenizer.from_pretrained(tunable), seq_len=96)
+
+
+def trained_log_p(model: PreTrainedModel, examples: Examples, number: int) -> Tensor:
+    """log p of all tokens where a label is trained, fp32 ``[n, vocabulary]``, part by part."""
+    found = []
+    for ids, labels in examples.parts(number):
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([[*ids]])).logits[0, :-1].float()
+        found.append(logits.log_softmax(1)[torch.tensor([*labels])[1:] != -100])
+    return torch.cat(found)
+
+
+def divergence_of_classes(t: Tensor, p: Tensor) -> float:
+    """Σ KL(t ‖ p) of rows, where all tokens but t's 64 most likely ones are one class."""
+    order = t.argsort(1, descending=True)
+    classes = [
+        torch.cat([sorted_[:, :64], sorted_[:, 64:].sum(1, keepdim=True)], 1)
+        for sorted_ in (t.gather(1, order), p.gather(1, order))
+    ]
+    return float((classes[0] * (classes[0] / classes[1]).log()).sum())
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_rows_are_the_dense_models_own_predictions(
+    dense: Path, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined: bool
+) -> None:
+    """Padding, batches, chunks and other parts of a row change nothing."""
+    monkeypatch.setattr(distillation, "TOP", 5)
+    monkeypatch.setattr(distillation, "CHUNK_TOKENS", 150)
+    monkeypatch.setattr(distillation, "BATCH_TOKENS", 130)
+    examples = examples.joined(96) if joined else examples
+    predictions = Predictions(open_model(str(dense)), examples, 100, 0, tmp_path)
+    predictions.compute(torch.device("cpu"), lambda *_: None)
+    assert (
+        predictions.file.stat().st_size == predictions.nbytes == examples.report.trained_tokens * 30
+    )
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    dataset = Distilled(predictions)
+    assert len(dataset) == len(examples)
+    for number in range(len(examples)):
+        log_p, tokens = trained_log_p(model, examples, number).topk(5)
+        rows = dataset[number]["rows"]
+        np.testing.assert_array_equal(rows["token"], tokens)
+        np.testing.assert_allclose(rows["log_p"], log_p, rtol=1e-3)  # they are 16-bit floats
+
+
+def test_examples_that_no_step_trains_are_not_predicted(
+    dense: Path, examples: Examples, tmp_path: Path
+) -> None:
+    predictions = Predictions(open_model(str(dense)), examples, 3, 0, tmp_path)
+    predictions.compute(torch.device("cpu"), lambda *_: None)
+    dataset = Distilled(predictions)
+    assert len(dataset) == len(dataset.lengths) == 3
+    for i, number in enumerate(predictions.numbers):
+        assert dataset[i]["input_ids"] == examples[number]["input_ids"]
+        assert len(dataset[i]["rows"]) == sum(label != -100 for label in dataset[i]["labels"][1:])
+    assert sum(len(dataset[i]["rows"]) for i in range(3)) == predictions.ends[-1]
+
+
+def test_a_killed_run_goes_on_from_its_whole_rows(
+    dense: Path, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "CHUNK_TOKENS", 1)
+    predictions = Predictions(open_model(str(dense)), examples, 100, 0, tmp_path)
+    calls: list[tuple[str, int, int]] = []
+    predictions.compute(torch.device("cpu"), lambda *call: calls.append(call))
+    whole, blocks = predictions.file.read_bytes(), calls[-1][2] // len(examples)
+    assert [(done, total) for _, done, total in calls] == [
+        (i + 1, len(examples) * blocks) for i in range(len(examples) * blocks)
+    ]
+    kept = predictions.ends[2] * predictions.row.itemsize
+    predictions.file.write_bytes(whole[: kept + 100])  # killed in the fourth example
+    calls.clear()
+    predictions.compute(torch.device("cpu"), lambda *call: calls.append(call))
+    assert predictions.file.read_bytes() == whole
+    assert calls[-1][2] == (len(examples) - 3) * blocks, "the first three were kept"
+    calls.clear()
+    predictions.compute(torch.device("cpu"), lambda *call: calls.append(call))
+    assert not calls
+
+
+def test_predictions_of_other_data_are_replaced(
+    dense: Path, examples: Examples, tmp_path: Path
+) -> None:
+    source = open_model(str(dense))
+    before = Predictions(source, examples, 3, 0, tmp_path)
+    before.compute(torch.device("cpu"), lambda *_: None)
+    after = Predictions(source, examples, 4, 0, tmp_path)
+    after.compute(torch.device("cpu"), lambda *_: None)
+    assert [*tmp_path.glob("predictions-*")] == [after.file]
+
+
+@pytest.mark.parametrize("options", [
+    {"batch_size": 7}, {"batch_size": 2, "grad_accum": 4}, {"batch_size": 7, "packing": True},
+    {"batch_size": 7, "distill_weight": 0.25},
+], ids=["a batch", "accumulated", "packing", "weighted"])  # fmt: skip
+def test_the_first_loss_is_the_divergence_of_the_two_models(
+    configure: Configure, teacher: Path, tunable: Path, chats: Path, examples: Examples,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    """A step takes all data, and a new adapter changes nothing."""
+    config = configure(data=str(chats), epochs=1, seq_len=96, dropout=0, distill=str(teacher),
+                       **{"distill_weight": 1.0, "grad_accum": 1, **options})  # fmt: skip
+    first = finetune(config).losses[0]
+    models = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), load_model(tunable)
+    divergence, entropy, count = 0.0, 0.0, 0
+    for number in range(len(examples)):
+        log_t, log_p = (trained_log_p(model, examples, number) for model in models)
+        divergence += divergence_of_classes(log_t.exp(), log_p.exp())
+        goals = [label for label in examples[number]["labels"][1:] if label != -100]
+        entropy -= float(log_p.gather(1, torch.tensor(goals)[:, None]).sum())
+        count += len(goals)
+    x = config.distill_weight
+    assert first == pytest.approx(((1 - x) * entropy + x * divergence) / count, rel=2e-3)
+
+
+def test_it_brings_the_model_nearer_to_the_dense_one_and_leaves_no_file(
+    configure: Configure, teacher: Path, tmp_path: Path
+) -> None:
+    result = finetune(configure(steps=20, distill=str(teacher), distill_weight=1))
+    assert result.losses[-1] < 0.7 * result.losses[0]
+    assert not [*(tmp_path / "out" / "checkpoints").glob("predictions-*")]
+
+
+@pytest.mark.parametrize("stopped_at", [0, 3])
+def test_a_resumed_run_has_the_same_losses(
+    configure: Configure, dense: Path, tmp_path: Path, stopped_at: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    options = {"distill": str(dense), "steps": 6, "save_every": 2}
+    whole = finetune(configure(out=str(tmp_path / "whole"), **options))
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def at_step(step: Any) -> None:
+        if step.step == stopped_at:
+            stop()
+
+    if stopped_at == 0:
+        monkeypatch.setattr(Predictions, "_rows", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(configure(**options), on_step=at_step)
+    monkeypatch.undo()
+    resumed = finetune(configure(**options), resume=True)
+    assert resumed.losses == whole.losses
+
+
+def test_a_resumed_run_refuses_another_weight(
+    configure: Configure, dense: Path, tmp_path: Path
+) -> None:
+    def stop(step: Any) -> None:
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(configure(distill=str(dense), save_every=2), on_step=stop)
+    changed = configure(distill=str(dense), save_every=2, distill_weight=0.9)
+    with pytest.raises(OptionError, match=r"distill_weight 0\.5 → 0\.9"):
+        finetune(changed, resume=True)
+
+
+def test_another_tokenizer_or_context_is_refused_before_work_starts(
+    configure: Configure, dense: Path, tmp_path: Path
+) -> None:
+    for name, change in (("vocab_size", 2), ("max_position_embeddings", -100)):
+        other = tmp_path / name
+        shutil.copytree(dense, other)
+        config = json.loads((other / "config.json").read_text())
+        if name == "vocab_size":
+            tokens = json.loads((other / "tokenizer.json").read_text())
+            vocabulary = tokens["model"]["vocab"]
+            first, second = [*vocabulary][-2:]
+            vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+            (other / "tokenizer.json").write_text(json.dumps(tokens))
+        else:
+            config[name] += change
+        (other / "config.json").write_text(json.dumps(config))
+        expected = "tokenizer of the quantized" if name == "vocab_size" else "context of seq_len"
+        with pytest.raises(OptionError, match=f"^distill .*{expected}"):
+            finetune(configure(distill=str(other)))
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [
+    {"distill_weight": 0.7}, {"distill": "x", "distill_weight": 0},
+    {"distill": "x", "distill_weight": 1.5}, {"distill": "x", "method": "dpo"},
+])  # fmt: skip
+def test_options_without_sense_are_refused(configure: Configure, options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="distill"):
+        configure(**options)
+
+
+def test_a_batch_has_the_rows_of_its_examples_behind_each_other(
+    dense: Path, examples: Examples, tmp_path: Path
+) -> None:
+    from modulora_core.data import Collator
+
+    predictions = Predictions(open_model(str(dense)), examples, 100, 0, tmp_path)
+    predictions.compute(torch.device("cpu"), lambda *_: None)
+    dataset = Distilled(predictions)
+    batch = DistilledCollator(Collator(0))([dataset[i] for i in (4, 1)])
+    trained = (batch["labels"][:, 1:] != -100).sum()
+    assert batch["teacher_tokens"].shape == batch["teacher_log_p"].shape
+    assert len(batch["teacher_tokens"]) == trained
+    np.testing.assert_array_equal(
+        batch["teacher_tokens"], np.concatenate([dataset[i]["rows"]["token"] for i in (4, 1)])
+    )
