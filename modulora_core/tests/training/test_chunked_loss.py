@@ -296,8 +296,8 @@ def test_16_bit_models_lose_no_more_than_their_own_rounding(dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("trains", [True, False], ids=["training", "evaluation"])
-def test_no_more_logits_than_a_chunk_are_alive(trains: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", ["training", "distilling", "evaluation"])
+def test_no_more_logits_than_a_chunk_are_alive(case: str, dtype: torch.dtype) -> None:
     """256 rows × 32,768 take 32 MiB in fp32, a chunk a quarter. The plain loss is the control."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 32768, "num_hidden_layers": 1, "max_position_embeddings": 128}
@@ -319,9 +319,11 @@ def test_no_more_logits_than_a_chunk_are_alive(trains: bool, dtype: torch.dtype)
             step()
         return followed.peak
 
-    step = training if trains else evaluation
+    step = evaluation if case == "evaluation" else training
+    tokens = torch.arange(4).expand(254, 4).contiguous()
+    teacher = Teacher(tokens, torch.full((254, 4), 0.2), 0.5) if case == "distilling" else None
     assert peak(step) > whole * dtype.itemsize // 4
-    with chunked_loss(model, whole // 4):
+    with chunked_loss(model, whole // 4, teacher):
         # z, overwritten by p; in 16 bits also a quarter of it in fp32; and the model's own states
         chunk = 1 if dtype == torch.float32 else 0.5 + 0.25
         assert peak(step) < chunk * whole / 4 + 40 * 256 * 32 * 4
