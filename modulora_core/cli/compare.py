@@ -66,7 +66,8 @@ def command(
 
     request = Request(
         model, data if eval_data else f"{data}[:90%]", eval_data or f"{data}[90%:]",
-        tuple(quantizers), finetune_steps, batch_size, seq_len, segments, samples, device,
+        tuple(quantizers), finetune_steps, batch_size, seq_len, segments, samples,
+        device=device,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     methods = compare(request, out, terminal().progress)

@@ -11,7 +11,7 @@ from modulora_core.cli import arguments as shared
 from modulora_core.cli.arguments import option, parse_choice
 from modulora_core.cli.finetune import PANELS as FINETUNE_PANELS
 from modulora_core.cli.finetune import field_parameter
-from modulora_core.cli.terminal import Report
+from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import format_size, next_commands, table
 from modulora_core.planner.request import UNPLANNED, PlanRequest, finetuning
 from modulora_core.training.config import FinetuneConfig
@@ -124,12 +124,13 @@ def command(
         revision,
         processes,
     )
-    from modulora_core.planner.fitting import plan_all, plan_request
-    from modulora_core.planner.picture import check_picture, draw
+    with terminal().progress("planning", "plans"):  # the imports take seconds too
+        from modulora_core.planner.fitting import plan_all, plan_request
+        from modulora_core.planner.picture import check_picture, draw
 
-    if plot is not None:
-        check_picture(plot)
-    plans = plan_all(request) if quantizer is None else [plan_request(request)]
+        if plot is not None:
+            check_picture(plot)
+        plans = plan_all(request) if quantizer is None else [plan_request(request)]
     if plot is not None:
         draw(plans, plot)
     if len(plans) == 1 and (quantizer is not None or plans[0].quantizing is None):

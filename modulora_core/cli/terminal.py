@@ -91,10 +91,13 @@ class Terminal:
     stderr: TextIO = field(default_factory=lambda: sys.stderr)
 
     def note(self, text: str) -> None:
-        """Print a line on stderr, if it can be written."""
+        """Print a line on stderr, if it can be written. On a terminal words wrap, commands don't."""
         if not self.silent:
+            wraps = self._errors.is_terminal and not text.lstrip().startswith("$")
             with suppress(OSError):
-                self._errors.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+                self._errors.print(
+                    visible(text), markup=False, highlight=False, soft_wrap=not wraps
+                )
 
     def write(self, text: str) -> None:
         """Stream a piece of the result to stdout at once. With ``--json`` nothing is printed."""
