@@ -91,6 +91,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         return Report(result.to_json(), Group(said, _next_commands(result.model, request)))
     shown = result.to_json()
     shown["losses"] = loss_in_words(result.losses).removeprefix("loss ")
+    shown["padding"] = f"{result.padding:.0%} of the batches" if result.padding else None
     before = shown.pop("eval_loss_before")
     if before is not None:
         shown["eval_loss"] = f"{before:.4f} → {result.eval_loss:.4f} (before and after)"

@@ -91,7 +91,7 @@ class Terminal:
     stderr: TextIO = field(default_factory=lambda: sys.stderr)
 
     def note(self, text: str) -> None:
-        """Print a line on stderr, if it can be written. On a terminal words wrap, commands don't."""
+        """Print a line on stderr, if it can be written. A terminal wraps words, not commands."""
         if not self.silent:
             wraps = self._errors.is_terminal and not text.lstrip().startswith("$")
             with suppress(OSError):

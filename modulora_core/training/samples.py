@@ -77,6 +77,7 @@ def answers(
     with without_adapter(model):
         before = _greedy(model, tokenizer, prompts, seconds / 2, _Bar(show, 0))
     after = _greedy(model, tokenizer, prompts, seconds / 2, _Bar(show, LONGEST))
+    show("answering", 2 * LONGEST, 2 * LONGEST)  # answers may end early
 
     expected = [answer[:LONGEST] for _, answer in pairs]
     texts = (
