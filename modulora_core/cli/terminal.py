@@ -205,11 +205,23 @@ class _Logged(logging.Handler):
         self._terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:
+        if _has_handler(record.name):
+            return
         text = " ".join(_STYLES.sub("", record.getMessage()).split())
         if record.levelno >= logging.WARNING:
             self._terminal.note(f"{record.levelname.lower()}: {text}")
         elif record.name.startswith("modulora"):
             self._terminal.note(text)
+
+
+def _has_handler(name: str) -> bool:
+    """Whether a logger below the root prints the records of the logger ``name`` itself."""
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None and logger is not logging.getLogger():
+        if any(not isinstance(each, logging.NullHandler) for each in logger.handlers):
+            return True
+        logger = logger.parent
+    return False
 
 
 class _Escaped:

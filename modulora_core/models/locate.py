@@ -92,7 +92,7 @@ def locate(model: str, revision: str | None = None) -> Location:
         if not is_known and formats.file_format(path) is None:
             raise ModelError(
                 f"model {model}: expected a folder or a file *{', *'.join(suffixes)}, got the file "
-                f"{path.name}"
+                f"{path.name}; training data goes to --data"
             )
         return _in_file(None, model, path)
     if is_known or not _HUB_ID.fullmatch(model):

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import trainer_log_levels
 from transformers.utils import is_liger_kernel_available
 
+from modulora_core.distributed import world_size
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.optimizers import check_optimizer_name
@@ -162,11 +163,17 @@ def warn_of_settings(config: FinetuneConfig, examples: Any, steps: int) -> None:
     warn_of_warmup(config, steps)
     tokens = getattr(getattr(examples, "report", None), "trained_tokens", LEAST_TOKENS)
     batch = config.batch_size * config.grad_accum
+    reached = steps * batch * config.seq_len * world_size()
     if tokens < LEAST_TOKENS or len(examples) < batch:
         logger.warning(
             "data: %d examples with %d trained tokens, less than a batch of %d or than %d tokens; "
             "a run learns little from that",
             len(examples), tokens, batch, LEAST_TOKENS,
+        )  # fmt: skip
+    elif reached < LEAST_TOKENS:
+        logger.warning(
+            "steps %d: the run reads at most %d tokens, and learns little from less than %d",
+            steps, reached, LEAST_TOKENS,
         )  # fmt: skip
     usual = type(config)(model="", out="", method=config.method).lr
     times = config.lr / usual

@@ -261,7 +261,7 @@ def test_scales_train_without_weight_decay_and_can_be_continued(
 def test_a_warmup_as_long_as_the_run_is_one_warning(
     configure: Configure, caplog: pytest.LogCaptureFixture, warmup: float, takes: int | None
 ) -> None:
-    finetune(configure(steps=3, warmup=warmup))
+    finetune(configure(steps=3, warmup=warmup, seq_len=96))  # 1,152 tokens, which are enough
     expected = f"warmup {warmup:g}: it takes {takes} of the run's 3 steps, so the learning rate"
     assert [message[: len(expected)] for message in caplog.messages] == [expected] * bool(takes)
 
@@ -276,6 +276,11 @@ def test_few_tokens_are_a_warning(
     assert "than 1000 tokens" in warning
 
 
+def test_few_steps_are_a_warning(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
+    finetune(configure(steps=2))
+    assert [message[:36] for message in caplog.messages] == ["steps 2: the run reads at most 256 t"]
+
+
 def test_a_run_that_diverged_warns_and_still_finishes(
     configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -286,7 +291,7 @@ def test_a_run_that_diverged_warns_and_still_finishes(
     assert caplog.messages == []
     good = str(tmp_path / "good")
     finetune(configure(**easy, adapter=good, lr=1.0, steps=2, max_grad_norm=0))
-    rate, warning = caplog.messages
+    _, rate, warning = caplog.messages
     assert rate.startswith("lr 1: it is 1e+03 times the default, 0.001; ")
     assert warning.startswith(f"{tmp_path / 'out'}: the loss was ")
     assert warning.endswith(": the adapter makes the model worse; lower the learning rate (lr 1)")
