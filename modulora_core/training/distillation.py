@@ -275,11 +275,14 @@ class DistilledCollator:
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of ``collator`` with ``teacher_tokens``, int64, and ``teacher_log_p``, fp32.
 
-        Both are ``[trained tokens, k]``.
+        Both are ``[trained tokens, k]``. Examples to evaluate have none.
         """
+        batch = self.collator(examples)
+        if "rows" not in examples[0]:
+            return batch
         rows = np.concatenate([example["rows"] for example in examples])
         return {
-            **self.collator(examples),
+            **batch,
             TEACHER[0]: torch.from_numpy(rows["token"].astype(np.int64)),
             TEACHER[1]: torch.from_numpy(rows["log_p"].astype(np.float32)),
         }

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from modulora_core.adapters.load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.data import load_examples
 from modulora_core.data.examples import Examples
@@ -73,6 +74,15 @@ def trained_log_p(model: PreTrainedModel, examples: Examples, number: int) -> Te
             logits = model.eval()(torch.tensor([[*ids]])).logits[0, :-1].float()
         found.append(logits.log_softmax(1)[torch.tensor([*labels])[1:] != -100])
     return torch.cat(found)
+
+
+def cross_entropy_of(model: PreTrainedModel, text: Path, tunable: Path) -> float:
+    examples = load_examples(text, AutoTokenizer.from_pretrained(tunable), seq_len=32)
+    losses = []
+    for number in range(len(examples)):
+        log_p = trained_log_p(model, examples, number)
+        losses.append(-log_p.gather(1, torch.tensor(examples[number]["labels"][1:])[:, None]))
+    return float(torch.cat(losses).mean())
 
 
 def divergence_of_classes(t: Tensor, p: Tensor) -> float:
@@ -156,7 +166,8 @@ def test_predictions_of_other_data_are_replaced(
 
 
 @pytest.mark.parametrize("options", [
-    {"batch_size": 7}, {"batch_size": 2, "grad_accum": 4}, {"batch_size": 7, "packing": True},
+    {"batch_size": 7, "report": True}, {"batch_size": 2, "grad_accum": 4},
+    {"batch_size": 7, "packing": True},
     {"batch_size": 7, "distill_weight": 0.25},
 ], ids=["a batch", "accumulated", "packing", "weighted"])  # fmt: skip
 def test_the_first_loss_is_the_divergence_of_the_two_models(
@@ -180,10 +191,17 @@ def test_the_first_loss_is_the_divergence_of_the_two_models(
 
 
 def test_it_brings_the_model_nearer_to_the_dense_one_and_leaves_no_file(
-    configure: Configure, teacher: Path, tmp_path: Path
+    configure: Configure, teacher: Path, tunable: Path, text: Path, tmp_path: Path
 ) -> None:
-    result = finetune(configure(steps=20, distill=str(teacher), distill_weight=1))
+    """The loss on evaluation data is the cross-entropy alone."""
+    result = finetune(
+        configure(steps=20, distill=str(teacher), distill_weight=1, eval_data=str(text),
+                  report=True)
+    )  # fmt: skip
     assert result.losses[-1] < 0.7 * result.losses[0]
+    model = load_model(tunable)
+    load_adapter(model, tmp_path / "out")
+    assert result.eval_loss == pytest.approx(cross_entropy_of(model, text, tunable), rel=1e-5)
     assert not [*(tmp_path / "out" / "checkpoints").glob("predictions-*")]
 
 
