@@ -9,6 +9,7 @@ from typing import Annotated
 
 from modulora_core.cli import arguments as shared
 from modulora_core.cli.arguments import option
+from modulora_core.cli.demo import EMBEDDING_BITS, without_calibration
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import next_commands, table
 from modulora_core.errors import OptionError
@@ -30,6 +31,14 @@ BatchSize = Annotated[int, option("--batch-size N", "Examples of a training step
 SeqLen = Annotated[int, option("--seq-len N", "Tokens of a segment and of an example.", min=2)]
 Segments = Annotated[int, option("--segments N", "Held-out segments at most.", min=2)]
 Samples = Annotated[int, option("--samples N", "Segments of calibration.", min=1)]
+Embeddings = Annotated[
+    str | None,
+    option(
+        "--quantize-embeddings NAME[:KEY=VALUE,...]",
+        "Pack the input embedding too; none: leave it dense.",
+        default="8 bits in a small model",
+    ),
+]
 
 
 def command(
@@ -43,6 +52,7 @@ def command(
     seq_len: SeqLen = 512,
     segments: Segments = 32,
     samples: Samples = 32,
+    quantize_embeddings: Embeddings = None,
     device: shared.Device = None,
 ) -> Report:
     """Compare quantizers on a model, and write one HTML page.
@@ -61,13 +71,17 @@ def command(
         raise OptionError(f"--eval-data: expected a source beside the part {data}, got none")
     from rich.console import Group
 
-    from modulora_core.comparison.measure import Request, compare
+    from modulora_core.comparison.measure import Request, compare, has_large_embedding
     from modulora_core.comparison.page import HEADS, page
 
+    if quantize_embeddings is None and has_large_embedding(model):
+        tables = [name for name, bits in without_calibration().items() if EMBEDDING_BITS in bits]
+        quantize_embeddings = tables[0] if tables else None
+    packs = None if quantize_embeddings == "none" else quantize_embeddings
     request = Request(
         model, data if eval_data else f"{data}[:90%]", eval_data or f"{data}[90%:]",
         tuple(quantizers), finetune_steps, batch_size, seq_len, segments, samples,
-        device=device,
+        device=device, embeddings=packs,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     methods = compare(request, out, terminal().progress)
@@ -75,6 +89,7 @@ def command(
     words = ["modulora", "compare", model, "--data", data]
     words += [word for name in quantizers for word in ("-q", name)]
     words += [] if eval_data is None else ["--eval-data", eval_data]
+    words += ["--quantize-embeddings", packs or "none"]
     numbers = {"finetune-steps": finetune_steps, "batch-size": batch_size, "seq-len": seq_len,
                "segments": segments, "samples": samples, "out": out}  # fmt: skip
     words += [word for name, value in numbers.items() for word in (f"--{name}", str(value))]

@@ -94,7 +94,7 @@ def _free_folder(name: str) -> Path:
 
 def _smallest_quantizer() -> str:
     """Choose the installed quantizer with the fewest bits that needs no calibration."""
-    bits = _without_calibration()
+    bits = without_calibration()
     if not bits:
         raise UnknownQuantizerError(
             "demo: expected an installed quantizer that needs no calibration, found none; "
@@ -103,7 +103,8 @@ def _smallest_quantizer() -> str:
     return min(bits, key=lambda name: (min(bits[name]), name))
 
 
-def _without_calibration() -> dict[str, tuple[float, ...]]:
+def without_calibration() -> dict[str, tuple[float, ...]]:
+    """The bits of each installed quantizer that needs no calibration, by name."""
     from modulora_core.registry import entries
 
     specs = [entry.spec for entry in entries() if entry.status == "ok" and entry.spec is not None]
@@ -133,7 +134,7 @@ def _commands(
             **stage(f"tuned {name}", base, "--adapter", adapter),
         }
 
-    tables = [name for name, bits in _without_calibration().items() if EMBEDDING_BITS in bits]
+    tables = [name for name, bits in without_calibration().items() if EMBEDDING_BITS in bits]
     embeddings = ("--quantize-embeddings", tables[0]) if tables else ()
     first = {"info": ("info", model), **both("file", model, out / "file-adapter")}
     return {

@@ -50,6 +50,7 @@ class Request:
         steps: optimizer steps of finetuning; 0 for none.
         segments, seq_len: held-out segments, and tokens in one; training examples have as many.
         samples, sample_len: segments of calibration, and tokens in one, by default ``seq_len``.
+        embeddings: the quantizer that packs the input embedding too; None leaves it dense.
         quality: of quantizing (:mod:`modulora_core.quantization.quality`).
         seed: of the adapter, the data order and the dropout.
         matmul_precision: of finetuning (:class:`modulora_core.training.config.FinetuneConfig`).
@@ -71,6 +72,7 @@ class Request:
     matmul_precision: Literal["highest", "high"] | None = None
     prompts: int = 3
     device: str | None = None
+    embeddings: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,8 @@ def measure(request: Request, folder: Path, words: str | None, bars: Bars) -> Me
     calibration = CalibrationConfig(
         request.train, samples=request.samples, seq_len=request.sample_len or request.seq_len
     )
-    settings = request.model, request.train, calibration.samples, calibration.seq_len
+    settings = [request.model, request.train, calibration.samples, calibration.seq_len]
+    settings += [request.embeddings] if request.embeddings else []
     stem = name.translate(str.maketrans(":,/", "---", "= "))
     packed = folder / f"{stem}-{_digest(*settings, request.quality)}"
     model, facts = request.model, {}
@@ -175,6 +178,18 @@ def difference(losses: Sequence[float], base: Sequence[float]) -> tuple[float, f
     return float(pairs.mean()), float(ends[0]), float(ends[1])
 
 
+def has_large_embedding(model: str) -> bool:
+    """Whether the input embedding has more than an eighth of the weights, as in small models."""
+    opened = open_any(model)
+    if isinstance(opened, PackedCheckpoint):
+        config = opened.config.get("text_config") or opened.config
+        weights = sum(group["weights"] for group in opened.record.quantizers())
+    else:
+        config = opened.config.get_text_config().to_dict()
+        weights = sum(math.prod(each.shape) for each in opened.stored.values())
+    return bool(8 * config.get("vocab_size", 0) * config.get("hidden_size", 0) > weights)
+
+
 def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The content of ``path``.json, made and written if it is missing."""
     file = path.with_name(f"{path.name}.json")
@@ -193,10 +208,12 @@ def _quantized(
     request: Request, out: Path, choice: Choice, calibration: CalibrationConfig, bars: Bars
 ) -> dict[str, Any]:
     wanted = choice.create().wants_calibration
+    table = request.embeddings and Choice.parse(request.embeddings, "embeddings")
     with bars(f"quantizing with {choice.quantizer}", "bytes") as show:
         found = quantize(
             request.model, out, choice.quantizer, choice.options, quality=request.quality,
-            calibration=calibration if wanted else None, resume=True, progress=show,
+            embeddings=table or None, calibration=calibration if wanted else None, resume=True,
+            progress=show,
         )  # fmt: skip
     return {
         "bits_per_weight": found.bits_per_weight,

@@ -18,10 +18,11 @@ def page(request: Request, methods: Sequence[Method], command: str) -> str:
     """The text of the page. ``command`` repeats the comparison."""
     heads = HEADS if request.steps else (*HEADS[:4], *HEADS[6:])
     finetuned = f", then finetuned for {request.steps} steps of {request.batch_size}"
+    table = f" The embedding is packed with {request.embeddings}." if request.embeddings else ""
     return template(Path(__file__).with_name("comparison.html.jinja")).render(
         title=f"Quantizers of {request.model}",
         subtitle=f"Perplexity of {len(methods[0].before.losses)} segments of {request.seq_len} "
-        f"tokens of {request.held_out}{finetuned if request.steps else ''}.",
+        f"tokens of {request.held_out}{finetuned if request.steps else ''}.{table}",
         curve=_curve(methods),
         heads=heads,
         rows=[list(_row(each, methods[0], request.steps)) for each in methods],

@@ -69,6 +69,11 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
     assert other.after is not None
     assert other.after.losses != toy.after.losses
 
+    monkeypatch.undo()
+    assert comparison.has_large_embedding(request_.model)
+    small = compare(replace(request_, embeddings="toy", steps=0), out, no_bar)[1]
+    assert small.nbytes < toy.nbytes
+
     text = page(request_, [original, toy], "modulora compare MODEL")
     for part in ("toy, finetuned", "modulora compare MODEL", "<svg", f"{toy.after.perplexity:.2f}"):
         assert part in text
