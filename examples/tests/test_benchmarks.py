@@ -244,3 +244,17 @@ def test_a_wrong_result_is_not_measured(module: Module) -> None:
     job = module("turns").Here(module("layer").LayerJob, Wrong(), "float32", (16, 16), 0.001)
     with pytest.raises(module("turns").NotMeasuredError, match=r"off by 2\.00"):
         job.ask("prepare", "forward", 1)
+
+
+def test_proxy_errors_are_near_theory_and_above_the_bound(
+    module: Module, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("modulora_qtip", reason="pip install ./plugins/qtip")
+    words = ["--model", tiny_model, "--block", "1", "--samples", "8", "--seq-len", "64"]
+    assert module("proxy_error").main([*words, "-o", "states=10", "-o", "sweeps=0"]) == 0
+    lines = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[4:]]
+    rows = [[float(cell) for cell in line] for line in lines]
+    assert len(rows) == 7, "the layers of a block of a Llama"
+    for proxy, theory, bound in rows:
+        assert bound < theory
+        assert 0.8 < proxy / theory < 1.5, "weights of so small layers are no Gaussian"

@@ -7,10 +7,12 @@ calibration are here, the same for every plugin. Explicit settings win over both
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
 from modulora_core.calibration import CalibrationConfig, TuningConfig
+from modulora_core.errors import OptionError
 from modulora_core.registry import Choice
 
 Quality = Literal["fast", "balanced", "best"]
@@ -25,13 +27,21 @@ TUNING = TuningConfig(epochs=1)
 def choice_of(choice: Choice, quality: Quality) -> Choice:
     """The choice with the options that its plugin offers for ``quality``, unless it has its own.
 
+    An offer that the choice's own options exclude is left out.
+
     Raises:
+        OptionError: the choice's own options are refused.
         PluginError: the quantizer is unknown, or broken.
     """
     if quality == "balanced":
         return choice
     offered = choice.create().spec.qualities.get(quality, {})
-    return Choice(choice.quantizer, {**offered, **choice.options})
+    for name, value in offered.items():
+        more = Choice(choice.quantizer, {name: value, **choice.options})
+        with suppress(OptionError):
+            more.create()
+            choice = more
+    return choice
 
 
 def calibration_of(
