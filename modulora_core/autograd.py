@@ -112,6 +112,15 @@ def packed_product(x: Tensor, weight: Weight, transpose: bool = False) -> Tensor
     return _multiply(x, weight, transpose)  # decoding: torch's dispatcher takes 15 µs
 
 
+def packed_lookup(ids: Tensor, table: Weight, dtype: torch.dtype) -> Tensor:
+    """``Ŵ[ids]``, ``[*ids.shape, in]`` in ``dtype``, without a gradient, as an embedding needs it.
+
+    Raises IndexError for an id outside of the table."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.ops.modulora.lookup(ids, table.number, dtype)  # type: ignore[no-any-return]
+    return table.quantizer.lookup(ids, table.packed, dtype)
+
+
 def _lora(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
     """``s · (x Aᵀ) Bᵀ``, ``[..., out]``."""
     x = x.to(compute_dtype(x.dtype, x.device))
@@ -182,7 +191,7 @@ class ChannelScales:
         return W * self.output[start:stop, None].to(W.dtype) * self.input.to(W.dtype)
 
 
-# --- torch's operation -----------------------------------------------------------------------
+# --- torch's operations ----------------------------------------------------------------------
 
 
 def compute_product(x: Tensor, number: int, transpose: bool) -> Any:
@@ -205,6 +214,15 @@ def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.modulora.product(dY, ctx.number, not ctx.transpose), None, None
 
 
+def _compute_lookup(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
+    table = WEIGHTS[number]
+    return table.quantizer.lookup(ids, table.packed, dtype)
+
+
+def _empty_rows(ids: Tensor, number: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(*ids.shape, WEIGHTS[number].layout.shape[1], dtype=dtype)
+
+
 _OPS = torch.library.Library("modulora", "DEF")
 _OPS.define("product(Tensor x, int weight, bool transpose) -> Tensor")
 _OPS.impl("product", compute_product, "CompositeExplicitAutograd")
@@ -212,3 +230,6 @@ torch.library.register_fake("modulora::product", _empty_product, lib=_OPS)
 torch.library.register_autograd(
     "modulora::product", _backward, setup_context=_setup_context, lib=_OPS
 )
+_OPS.define("lookup(Tensor ids, int weight, ScalarType dtype) -> Tensor")
+_OPS.impl("lookup", _compute_lookup, "CompositeExplicitAutograd")
+torch.library.register_fake("modulora::lookup", _empty_rows, lib=_OPS)

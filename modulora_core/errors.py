@@ -197,3 +197,11 @@ def full_disk_named(place: Path) -> Iterator[None]:
         if named is None:
             raise
         raise named from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, with the next one after a colon; else its type."""
+    first, *others = str(error).strip().split("\n", 2)
+    if first.endswith(":") and others:
+        first = f"{first} {others[0].strip()}"
+    return first or type(error).__name__

@@ -1,188 +1,25 @@
-"""Modules that hold packed weights.
+"""Linear layers of packed weights, with and without LoRA adapters.
 
-    PackedParameter   a packed weight as a module: its tensors are frozen, moved but never cast
-    QuantLinear       y = x Ŵᵀ + b
-    LoRALayer         named LoRA adapters of a layer
-    LoRALinear        a QuantLinear with them
-    PackedStack       fused experts, [experts, out, in]: a list of PackedParameters
+    QuantLinear   y = x Ŵᵀ + b
+    TiedHead      an output head that shares the packed table of the embedding
+    LoRALayer     named LoRA adapters of a layer
+    LoRALinear    a QuantLinear with them
 
-The model's own code uses a packed weight like the tensor that it replaces. ``F.linear(x, W)``,
-``x @ W`` and ``torch.bmm(x, experts)`` reach the quantizer through torch's ``__torch_function__``
-protocol. For PEFT a QuantLinear is an ``nn.Linear``.
+For PEFT a QuantLinear is an ``nn.Linear``.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modulora_core.arguments import checked
-from modulora_core.autograd import lora_linear, new_number, packed_product
+from modulora_core.autograd import lora_linear
 from modulora_core.errors import AdapterError, ShapeError
-from modulora_core.frozen import FrozenParameter, PEFTParameter
-from modulora_core.spec import PackedWeight, Quantizer
-
-_HALVES = (torch.float16, torch.bfloat16)
-_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-
-
-class PackedParameter(PEFTParameter):
-    """A packed weight in the place of a parameter.
-
-    Its tensors are parameters without a gradient, since DDP broadcasts buffers at each forward and
-    FSDP2 shards parameters alone. A 0-d tensor, which FSDP2 cannot shard, is a buffer.
-
-    Args:
-        quantizer: the quantizer that packed it.
-        packed: Ŵ, ``[out, in]``; on the meta device for a skeleton that a loader fills.
-        transposed: the model's code sees the weight as ``[in, out]`` and computes ``x @ W``.
-        dtype: the dtype of the dense weight in its place, to which some models cast activations.
-            ``model.to(dtype)`` changes it as it would change a dense weight.
-    """
-
-    def __init__(
-        self, quantizer: Quantizer, packed: PackedWeight, *, transposed: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.dtype = dtype
-        self.quantizer = quantizer
-        self.layout = packed.layout
-        self.transposed = transposed
-        self.number = new_number(self)
-        self._dtypes = {name: tensor.dtype for name, tensor in packed.tensors.items()}
-        self._packed: PackedWeight | None = None
-        for name, tensor in packed.tensors.items():
-            if tensor.dim():
-                self.register_parameter(name, FrozenParameter(tensor, requires_grad=False))
-            else:
-                self.register_buffer(name, tensor)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.number, self._packed = new_number(self), None  # it is a deep copy
-        self._freeze()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Parameter):  # FSDP2 puts a shard in: nothing holds the whole tensor
-            self._packed = None
-            self._freeze()
-
-    def _freeze(self) -> None:
-        """Make frozen parameters of those that a loader, torch or pickle made."""
-        for parameter in self._parameters.values():
-            if type(parameter) is nn.Parameter:
-                parameter.__class__ = FrozenParameter
-
-    @property
-    def packed(self) -> PackedWeight:
-        """The packed weight, made of the tensors as they are now.
-
-        Cached as long as the tensors are the same, for decoding reads it once a layer and token.
-        """
-        tensors = {name: self._tensor(name) for name in self._dtypes}
-        known = self._packed
-        if known is None or any(known.tensors[n] is not t for n, t in tensors.items()):
-            known = self._packed = self.layout.fill(tensors)
-        return known
-
-    def _tensor(self, name: str) -> Tensor:
-        tensor = self._parameters[name] if name in self._parameters else self._buffers[name]
-        assert tensor is not None
-        if tensor.dtype is torch.float32 and self._dtypes[name] in _HALVES:
-            # PEFT's prepare_model_for_kbit_training widens 16-bit parameters; narrowing is exact
-            tensor.data = tensor.data.to(self._dtypes[name])
-        return tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape that the model's code sees."""
-        return torch.Size(reversed(self.layout.shape) if self.transposed else self.layout.shape)
-
-    @property
-    def device(self) -> torch.device:
-        return self._tensor(next(iter(self._dtypes))).device
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The whole Ŵ, in the orientation that the model's code sees."""
-        out = self.layout.shape[0]
-        tile = self.quantizer.dequantize_tile(self.packed, (0, out), dtype)
-        return tile.t().contiguous() if self.transposed else tile
-
-    def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
-        """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``; differentiable in ``x``."""
-        return packed_product(x, self, transpose)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-
-        # model.half() casts every float buffer; scales keep the dtype that they were packed with
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(move, recurse)
-        self._freeze()
-        return self
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
-            x, weight, bias = _linear_arguments(*args, **(kwargs or {}))
-            if hasattr(weight, "multiply"):  # a PackedParameter, or one with an adapter
-                y = weight.multiply(x, transpose=weight.transposed)
-                return y if bias is None else y + bias
-        if func in _PRODUCTS and not kwargs:
-            x, weight = args
-            if hasattr(weight, "multiply"):
-                return weight.multiply(x, transpose=not weight.transposed)
-        return NotImplemented
-
-    def extra_repr(self) -> str:
-        out_features, in_features = self.layout.shape
-        bits = f"{self.layout.bits_per_weight:.2f} bits per weight"
-        return f"{self.layout.quantizer}, {out_features}x{in_features}, {bits}"
-
-
-def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
-    return input, weight, bias
-
-
-class PackedStack(nn.ModuleList):
-    """The packed matrices of a 3-D parameter, indexed by an int or a 0-d tensor.
-
-    Args:
-        matrices: a PackedParameter for each expert, of one shape.
-        position: the position of the dense parameter among the parameters of its module.
-    """
-
-    def __init__(self, matrices: Iterable[nn.Module], position: int = 0) -> None:
-        super().__init__(matrices)
-        self.position = position
-
-    @property
-    def first(self) -> PackedParameter:
-        """The matrix of expert 0, without an adapter. All have its shape."""
-        return self.get_submodule("0")  # type: ignore[return-value]
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape that the model's code sees."""
-        return torch.Size((len(self), *self.first.shape))
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.bmm and not kwargs and isinstance(args[1], PackedStack):
-            x, stack = args  # x: [experts, n, rows of each matrix as the model sees it]
-            return torch.stack([part @ stack[i] for i, part in enumerate(x)])
-        return NotImplemented
+from modulora_core.packed_parameters import PackedParameter, PackedTable
 
 
 class QuantLinear(nn.Linear):
@@ -212,6 +49,18 @@ class QuantLinear(nn.Linear):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bias={self.bias is not None}"
+
+
+class TiedHead(QuantLinear):
+    """The output head of a model whose input embedding is the same packed table.
+
+    It refers to the table and does not own it, so the table is stored, moved and counted once.
+    """
+
+    def __init__(self, table: PackedTable, bias: nn.Parameter | None = None) -> None:
+        super().__init__(table, bias)
+        del self._modules["weight"]
+        self.__dict__["weight"] = table  # an assignment would register it as a submodule
 
 
 class LoRALayer(nn.Module):

@@ -1,4 +1,7 @@
-"""Report the progress of long work to a callback, or on a bar if a Python program gives none."""
+"""Report the progress of long work to a callback, or on a bar if a Python program gives none.
+
+:func:`quiet` keeps transformers' own bars and advice out of our output.
+"""
 
 from __future__ import annotations
 
@@ -124,3 +127,19 @@ class _Rate(rich.progress.ProgressColumn):
         return Text(
             "" if speed is None else f"{speed:,.{0 if speed >= 100 else 2}f} {self._unit}/s"
         )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let transformers log errors only and draw no progress bars within this block."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

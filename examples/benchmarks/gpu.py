@@ -43,8 +43,8 @@ from typing_extensions import override
 
 from modulora_core import QuantLinear
 from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.layers import PackedParameter
 from modulora_core.models.sites import find_sites
+from modulora_core.packed_parameters import PackedParameter
 
 DTYPES = ("bfloat16", "float16", "float32")
 FORWARD, BOTH = "forward", "with backward"

@@ -19,8 +19,8 @@ from modulora_core import LoRASettings, QuantLinear, add_lora, quantize, registr
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.errors import ModuLoRAError
 from modulora_core.inference.loading import open_to_run
-from modulora_core.layers import PackedParameter
 from modulora_core.models.sites import find_sites
+from modulora_core.packed_parameters import PackedParameter
 from modulora_core.registry import Choice
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 from modulora_core.training.chunked_loss import chunked_loss

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from modulora_core.checkpoints.hf.packed_table import TiedHead
 from modulora_core.errors import AdapterError, ModelError
-from modulora_core.layers import LoRALayer, PackedStack, QuantLinear
+from modulora_core.layers import LoRALayer, QuantLinear, TiedHead
+from modulora_core.packed_parameters import PackedStack
 
 
 def adapter_layers(model: nn.Module, name: str = "default") -> Iterator[tuple[str, LoRALayer]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from modulora_core.errors import AdapterError
-from modulora_core.layers import PackedStack
+from modulora_core.packed_parameters import PackedStack
 
 Factors = tuple[Tensor, Tensor]
 """A and B."""

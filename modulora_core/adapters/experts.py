@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from modulora_core.autograd import lora_linear
-from modulora_core.layers import LoRALayer, PackedParameter, PackedStack
+from modulora_core.layers import LoRALayer
+from modulora_core.packed_parameters import PackedParameter, PackedStack
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ from modulora_core.arguments import checked
 from modulora_core.checkpoints.hf.packed_model import with_methods
 from modulora_core.checkpoints.hf.publishing import upload
 from modulora_core.distributed import is_first, whole
-from modulora_core.layers import LoRALayer, LoRALinear, PackedStack, QuantLinear
+from modulora_core.layers import LoRALayer, LoRALinear, QuantLinear
+from modulora_core.packed_parameters import PackedStack
 
 
 @checked

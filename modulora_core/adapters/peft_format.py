@@ -37,10 +37,9 @@ from modulora_core.adapters.peft_config import check_config, check_rank, scale_o
 from modulora_core.adapters.record import RECORD_FILE, AdapterRecord, Dropout
 from modulora_core.autograd import ChannelScales
 from modulora_core.checkpoints.written.outputs import write_file
-from modulora_core.errors import AdapterError, CheckpointError, usable_path
+from modulora_core.errors import AdapterError, CheckpointError, first_line, usable_path
 from modulora_core.models.folders import check_links
 from modulora_core.models.json_files import check_json, read_json
-from modulora_core.models.quiet import first_line
 from modulora_core.models.safetensors_store import read_header
 from modulora_core.models.store import is_finite
 

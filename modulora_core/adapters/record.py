@@ -21,7 +21,8 @@ from typing_extensions import TypedDict
 from modulora_core.checkpoints.joined_rows import JoinedRows
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.distributed import whole
-from modulora_core.layers import LoRALinear, PackedParameter, PackedStack, QuantLinear
+from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.version import VERSION
 
 RECORD_FILE = "modulora.json"

@@ -1,7 +1,7 @@
 """Puts dense weights that report their inputs in the place of a block's linear weights.
 
-Experts get the same modules as packed ones (:mod:`modulora_core.layers`). So ``nn.Linear``,
-``Conv1D`` and experts that index a stack are observed alike.
+Experts get the same modules as packed ones (:mod:`modulora_core.packed_parameters`). So
+``nn.Linear``, ``Conv1D`` and experts that index a stack are observed alike.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from modulora_core.autograd import ChannelScales
 from modulora_core.dense_products import linear
-from modulora_core.layers import PackedParameter, PackedStack
 from modulora_core.models.sites import LinearSite
+from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.spec import PROTOCOL, Calibration, PackedWeight, Quantizer, QuantizerSpec
 
 

@@ -21,15 +21,14 @@ from modulora_core.checkpoints.written.mapped import MappedFiles, keep_one_block
 from modulora_core.distributed import pick_device
 from modulora_core.errors import ModelError, OptionError
 from modulora_core.kernels.parity import check_kernels
-from modulora_core.layers import PackedParameter
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.folders import no_config
-from modulora_core.models.formats import method_of, recognise, unread_method
+from modulora_core.models.installed_formats import method_of, recognise, unread_method
 from modulora_core.models.locate import Location, fetch_weights, locate
-from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.models.source import ModelSource, open_source
-from modulora_core.progress import terminal_bar
+from modulora_core.packed_parameters import PackedParameter
+from modulora_core.progress import quiet, terminal_bar
 from modulora_core.spec import TensorLayout
 
 if TYPE_CHECKING:

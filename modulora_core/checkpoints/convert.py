@@ -29,7 +29,7 @@ from modulora_core.checkpoints.written.outputs import (
 )
 from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
 from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError, usable_path
-from modulora_core.models import formats
+from modulora_core.models import installed_formats
 from modulora_core.models.formats import CheckpointFormat, StoredWeight
 from modulora_core.progress import Progress, shows_progress
 from modulora_core.spec import TensorLayout
@@ -89,12 +89,12 @@ def convert(
     with PeakMemory("cpu") as peak:
         out = usable_path(out, "output folder", OutputError)
         check_output(out)
-        writer = None if to == QUANT_METHOD else formats.create_writer(to)
+        writer = None if to == QUANT_METHOD else installed_formats.create_writer(to)
         checkpoint = open_checkpoint(source, revision=revision)
         if writer is None and checkpoint.source is None:
             raise OptionError(
                 f"--to {to}: {source} is in this format already; expected another, one of "
-                f"{', '.join(formats.specs()) or '(none is installed)'}"
+                f"{', '.join(installed_formats.specs()) or '(none is installed)'}"
             )
         checkpoint.check_whole()
         parts = {name: _part(checkpoint, name, writer) for name in checkpoint.parameters}

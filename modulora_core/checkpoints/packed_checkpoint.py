@@ -19,10 +19,10 @@ from modulora_core.errors import CheckpointError, OptionError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import transformers_config
 from modulora_core.models.conversion import build_skeleton
-from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.models.source import ModelSource
 from modulora_core.models.store import StoredTensor, TensorStore, check_finite
+from modulora_core.progress import quiet
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 
 if TYPE_CHECKING:

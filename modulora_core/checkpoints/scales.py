@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from modulora_core.layers import PackedParameter
+from modulora_core.packed_parameters import PackedParameter
 
 
 def check_scales(model: nn.Module, path: str = "", skip: tuple[str, ...] = ()) -> None:

@@ -105,7 +105,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
 
 def _next_commands(model: str, request: FinetuneConfig) -> Text:
     """The commands that use the adapter. A file's own programs take A and B."""
-    from modulora_core.models.formats import file_format
+    from modulora_core.models.installed_formats import file_format
     from modulora_core.models.locate import locate, names_file
 
     base, adapter = shlex.quote(model), shlex.quote(request.out)

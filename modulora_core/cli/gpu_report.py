@@ -17,7 +17,7 @@ from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.cli.text import format_size
 from modulora_core.errors import ShapeError
 from modulora_core.kernels.parity import Comparison, compare
-from modulora_core.models.quiet import quiet
+from modulora_core.progress import quiet
 from modulora_core.registry import Entry, create
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 from modulora_core.training.chunked_loss import chunked_loss

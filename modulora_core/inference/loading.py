@@ -25,9 +25,9 @@ from modulora_core.checkpoints.checkpoint import (
     open_any,
 )
 from modulora_core.distributed import pick_device
-from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
+from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError, first_line
 from modulora_core.models import ModelSource
-from modulora_core.models.quiet import first_line, quiet
+from modulora_core.progress import quiet
 
 
 @dataclass(frozen=True)

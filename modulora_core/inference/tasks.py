@@ -15,9 +15,9 @@ from torch import Tensor
 
 from modulora_core.arguments import checked
 from modulora_core.data.rendering import check_ids
-from modulora_core.errors import DataError, MissingExtraError, OptionError
+from modulora_core.errors import DataError, MissingExtraError, OptionError, first_line
 from modulora_core.inference.loading import Runnable, opened
-from modulora_core.models.quiet import first_line, quiet
+from modulora_core.progress import quiet
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from modulora_core.errors import ModelError
+from modulora_core.errors import ModelError, first_line
 from modulora_core.hookspecs import PROJECT
 from modulora_core.models.folders import no_config
-from modulora_core.models.formats import FormatSpec, method_of, recognise, unread_method
+from modulora_core.models.formats import FormatSpec
+from modulora_core.models.installed_formats import method_of, recognise, unread_method
 from modulora_core.models.json_files import read_json
-from modulora_core.models.quiet import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,7 +72,8 @@ def read_config(
 
     Args:
         folder: of floating-point weights, unless ``foreign`` is given.
-        foreign: the format of a quantized folder (:func:`modulora_core.models.formats.recognise`).
+        foreign: the format of a quantized folder
+            (:func:`modulora_core.models.installed_formats.recognise`).
             The config is then that of its model without quantization.
 
     Raises:

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modulora_core.errors import CheckpointError, ModelError
-from modulora_core.models.quiet import first_line
+from modulora_core.errors import CheckpointError, ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from modulora_core.errors import ModelError, RequestError
-from modulora_core.models.formats import file_suffixes
+from modulora_core.models.installed_formats import file_suffixes
 
 MARKER = ".modulora-partial"
 """Marks our own unfinished work, which may be removed. Its writer holds a lock on it."""

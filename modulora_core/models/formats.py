@@ -1,40 +1,42 @@
-"""Read and write other tools' checkpoint formats: the classes that a plugin implements.
+"""The classes that a plugin implements to read and write other tools' checkpoint formats.
 
 A plugin names a format in ``QuantizerSpec.formats`` and implements a :class:`CheckpointFormat`, or
 a :class:`FormatReader` if it doesn't write the format. The core finds the linear layers, streams a
 layer at a time, and keeps config, tokenizer and dense tensors. A foreign folder can then be
 finetuned, evaluated and merged as it is, and ``modulora convert`` rewrites it.
+
+A format of files that hold a whole model has a ``file_suffix`` in its
+:class:`~modulora_core.spec.FormatSpec`, and is a :class:`FileFormat` whose :class:`ModelFile` has
+config, tokenizer and tensors. Such a file can be used as a folder can.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
-from modulora_core import registry
-from modulora_core.errors import CheckpointError, DuplicatePluginError, ModelError, OptionError
-from modulora_core.hookspecs import PROJECT
-from modulora_core.models.json_files import read_json
-from modulora_core.models.store import is_finite
+from modulora_core.errors import CheckpointError
+from modulora_core.models.sites import LinearSite
+from modulora_core.models.store import TensorStore, is_finite
+from modulora_core.models.weights import Weights
 from modulora_core.spec import FormatSpec, PackedLayout, PackedWeight, Quantizer, TensorLayout
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 __all__ = [
-    "CheckpointFormat", "ForeignWeight", "FormatReader", "FormatSpec", "StoredWeight",
-    "check_tensors", "read_finite",
+    "CheckpointFormat", "FileFormat", "FileTensors", "ForeignWeight", "FormatReader", "FormatSpec",
+    "ModelFile", "PackedTensors", "PartStore", "StoredWeight", "check_tensors", "read_finite",
 ]  # fmt: skip
 
 Read = Callable[[str], Tensor]
 """Reads a tensor by its name."""
-
-_EXTRA = re.compile(rf"({PROJECT}-[\w.-]+?)[^\w.-].*;\s*extra\s*==\s*['\"]([\w-]+)['\"]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,56 +158,6 @@ class CheckpointFormat(FormatReader):
         """The quantization config of a folder with ``weights``; layers ``kept`` are dense."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recognised:
-    """A foreign format, and the config in ``file`` by which a folder is known to be of it."""
-
-    spec: FormatSpec
-    config: Mapping[str, Any]
-    file: str
-
-    def reader(self) -> FormatReader:
-        """The reader of the format. Raises PluginError if the plugin can't be used."""
-        return create(self.spec.name)
-
-
-def specs() -> dict[str, FormatSpec]:
-    """Every installed format by its name, sorted by name."""
-    return {spec.name: spec for _, spec in sorted(installed(), key=lambda found: found[1].name)}
-
-
-def create(name: str) -> FormatReader:
-    """The installed format called ``name``.
-
-    Raises:
-        OptionError: no installed plugin has it, or it is a format of files.
-        PluginError: several plugins have it, or its class can't be used.
-    """
-    found = [(entry, spec) for entry, spec in installed() if spec.name == name]
-    if not found:
-        raise OptionError(f"format {name!r}: expected one of {', '.join(['modulora', *specs()])}")
-    if len(found) > 1:
-        origins = " and ".join(entry.origin for entry, _ in found)
-        raise DuplicatePluginError(f"format {name!r}: brought by {origins}; uninstall one")
-    ((entry, spec),) = found
-    if spec.file_suffix:
-        raise OptionError(
-            f"format {name!r}: expected a format of folders, got one of files *{spec.file_suffix}, "
-            "which merge writes"
-        )
-    # mypy's type[T] takes no abstract class; import_class refuses one
-    kind = registry.import_class(entry, spec.location, FormatReader)  # type: ignore[type-abstract]
-    return kind(spec)
-
-
-def create_writer(name: str) -> CheckpointFormat:
-    """As :func:`create`, for writing. Raises OptionError also for a format that is only read."""
-    found = create(name)
-    if not isinstance(found, CheckpointFormat):
-        raise OptionError(f"format {name!r}: it is only read, not written; expected another one")
-    return found
-
-
 def check_tensors(
     expected: Mapping[str, TensorLayout], found: Mapping[str, TensorLayout], by: str
 ) -> None:
@@ -234,132 +186,85 @@ def read_finite(read: Read, name: str) -> Tensor:
     return tensor
 
 
-def config_files() -> list[str]:
-    """The files beside config.json that mark a folder of an installed format."""
-    return sorted({file for _, spec in installed() for file in spec.config_files})
+class FileTensors(TensorStore, Protocol):
+    """The tensors of a file, dequantized."""
+
+    @property
+    def transforms(self) -> list[Any] | None:
+        """Transformers' weight transforms for them; None if their names are those in memory."""
 
 
-def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
-    """The installed format of a folder, by its config.json or a format's own config file.
+class PartStore(TensorStore, Protocol):
+    """The tensors of packed weights. The first dimension of a stack's tensors counts matrices."""
 
-    Raises:
-        ModelError: that file isn't a JSON object.
+    def read_part(self, name: str, index: int) -> Tensor:
+        """Read one matrix's part of a stack's tensor. Raises CheckpointError, as :meth:`read`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensors:
+    """The packed weights of a file, by the names of their parameters in memory, and a store of
+    their tensors."""
+
+    weights: Mapping[str, ForeignWeight]
+    store: PartStore
+
+
+class ModelFile(ABC):
+    """An opened file. Its header is parsed once, when it is opened; values are read on request.
+
+    Attributes:
+        config: transformers' config of the model.
+        dtype: the dtype that transformers loads the model in.
+        description: the facts that identify the model, as JSON: its fingerprint is made of them.
     """
-    method, quantization = _quantization(config)
-    if method is not None:
-        shared = (spec for spec in specs().values() if method in spec.quant_methods)
-        found = next((spec for spec in shared if _flagged(spec, quantization)), None)
-        return None if found is None else Recognised(found, quantization, "config.json")
-    for spec in specs().values():
-        if any(config.get(key) for key in spec.config_keys):
-            return Recognised(spec, config, "config.json")
-        for path in (folder / file for file in spec.config_files if spec.quant_methods):
-            if path.is_file():
-                values = read_json(path, dict[str, Any], error=ModelError)
-                if values.get("quant_method", spec.quant_methods[0]) in spec.quant_methods:
-                    return Recognised(spec, values, path.name)
-    return None
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    description: Mapping[str, Any]
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. May raise any error for a file that has none."""
+
+    @abstractmethod
+    def tensors(self, model: PreTrainedModel) -> FileTensors:
+        """All tensors for ``model``, the model of :attr:`config` on the meta device.
+
+        Raises:
+            ModelError: transformers can't use these tensors.
+            CheckpointError: they don't fit the config.
+        """
+
+    def check_unplaced(self, model: PreTrainedModel, names: Sequence[str]) -> None:  # noqa: B027
+        """Refuse tensors that ``model`` has no place for, or warn; the default allows any.
+
+        Raises:
+            ModelError: the model would be another one without a tensor.
+        """
+
+    @abstractmethod
+    def packed(self, source: Weights, sites: Iterable[LinearSite]) -> PackedTensors:
+        """The weights that the file holds packed.
+
+        Args:
+            source: the parameters of the model, whose store is the result of :meth:`tensors`.
+            sites: the parameters that may be packed.
+        """
 
 
-def file_format(file: str | Path) -> FormatSpec | None:
-    """The installed format of a file that holds a whole model; as :func:`file_plugin`."""
-    found = file_plugin(file)
-    return None if found is None else found[1]
+class FileFormat(ABC):
+    """A format of files that hold a whole model. Subclass it, and name it in the plugin's
+    :class:`~modulora_core.spec.FormatSpec`. The spec's ``writer`` names the way back."""
 
+    def __init__(self, spec: FormatSpec) -> None:
+        self.spec = spec
 
-def file_plugin(file: str | Path) -> tuple[registry.Entry, FormatSpec] | None:
-    """The plugin of a file that holds a whole model, and its format.
+    @abstractmethod
+    def open(self, path: Path) -> ModelFile:
+        """Open a file: read and check its header.
 
-    The suffix of the name tells the format; of a file without a known one, its first bytes do.
-    """
-    found = [(entry, spec) for entry, spec in installed() if spec.file_suffix]
-    name = str(file).lower()
-    by_name = [one for one in found if name.endswith(one[1].file_suffix)]
-    if by_name:
-        return by_name[0]
-    longest = max((len(spec.file_magic) for _, spec in found), default=0)
-    start = _first_bytes(Path(file), longest)
-    by_start = (one for one in found if (m := one[1].file_magic) and start.startswith(m.encode()))
-    return next(by_start, None)
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    """The first bytes of a file; none if there is no such file."""
-    try:
-        if not path.is_file():
-            return b""
-        with path.open("rb") as file:
-            return file.read(count)
-    except (OSError, ValueError):  # a name that no file can have; a file that may not be read
-        return b""
-
-
-def file_suffixes() -> list[str]:
-    """The suffixes of files that a plugin reads; it needn't be installed if the core names it."""
-    found = {spec.file_suffix for _, spec in installed() if spec.file_suffix}
-    return sorted(found | _extras().keys())
-
-
-def unread_file(path: str | Path) -> str:
-    """The message's words that no installed plugin reads ``path``, and which one would."""
-    suffix = Path(path).suffix.lower()
-    plugin = _extras().get(suffix)
-    advice = "one" if plugin is None else f"it: pip install {plugin}"
-    return f"expected a plugin that reads files *{suffix}, got none; install {advice}"
-
-
-def _extras() -> dict[str, str]:
-    """The plugin for each suffix: an extra of the core is called after it, and requires it."""
-    try:
-        found = map(_EXTRA.fullmatch, requires(f"{PROJECT}-core") or ())
-    except PackageNotFoundError:  # a source tree on the path, not installed
-        return {}
-    return {f".{one[2]}": one[1] for one in found if one is not None}
-
-
-def _flagged(spec: FormatSpec, quantization: Mapping[str, Any]) -> bool:
-    if spec.quant_formats and quantization.get("format") not in spec.quant_formats:
-        return False
-    return not spec.quant_flags or any(quantization.get(key) is True for key in spec.quant_flags)
-
-
-def method_of(config: Mapping[str, Any]) -> str | None:
-    """The quantization method that a config.json names; None if the model isn't quantized."""
-    return _quantization(config)[0]
-
-
-def _quantization(config: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
-    """Method and quantization config of a model, or of the language part of a larger one."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
-        found = part.get("quantization_config") or part.get("compression_config")
-        if found:
-            known = found if isinstance(found, Mapping) else {"quant_method": found}
-            return str(known.get("quant_method", "an unnamed method")), known
-    return None, {}
-
-
-def unread_method(model: str, method: str) -> str:
-    """Say that no plugin reads the quantization of ``model``, and what to do, for a message."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING  # a slow import
-
-    instead = "give the original model"
-    theirs = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
-    if theirs is not None and "dequantize" in inspect.signature(theirs).parameters:
-        config = f"quantization_config={theirs.__name__}(dequantize=True)"
-        instead = (
-            f"dequantize it with transformers: from_pretrained(..., {config}), save_pretrained"
-        )
-    if method == "auto-round":
-        instead = 'save it with auto-round\'s format="auto_gptq" or "auto_awq"'
-    return (
-        f"model {model}: quantized with {method}, which no installed plugin reads (formats: "
-        f"{', '.join(specs()) or 'none'}); install one that does, or {instead}"
-    )
-
-
-def installed() -> Iterator[tuple[registry.Entry, FormatSpec]]:
-    """Every format of a usable plugin, with the plugin."""
-    for entry in registry.entries():
-        if entry.status == "ok" and entry.spec is not None:
-            yield from ((entry, spec) for spec in entry.spec.formats)
+        Raises:
+            ModelError: the file holds no model, or transformers can't use it.
+            CheckpointError: the file is truncated or damaged.
+        """

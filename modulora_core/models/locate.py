@@ -19,10 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modulora_core.errors import ModelError, usable_path
-from modulora_core.models import formats
+from modulora_core.errors import ModelError, first_line, usable_path
+from modulora_core.models import installed_formats
 from modulora_core.models.folders import check_links
-from modulora_core.models.quiet import first_line
 from modulora_core.models.safetensors_store import INDEX, shards_of
 from modulora_core.models.tokenizer import COPIED_FILES
 
@@ -66,7 +65,7 @@ class Location:
 
 def names_file(model: str) -> bool:
     """Whether MODEL is a model in one file."""
-    return model.startswith(_PACKAGE) or formats.file_format(model) is not None
+    return model.startswith(_PACKAGE) or installed_formats.file_format(model) is not None
 
 
 def locate(model: str, revision: str | None = None) -> Location:
@@ -86,10 +85,10 @@ def locate(model: str, revision: str | None = None) -> Location:
     if model and path.is_dir():
         check_links(path)
         return Location("folder", model, path)
-    suffixes = formats.file_suffixes()
+    suffixes = installed_formats.file_suffixes()
     is_known = path.suffix.lower() in suffixes
     if path.is_file():
-        if not is_known and formats.file_format(path) is None:
+        if not is_known and installed_formats.file_format(path) is None:
             raise ModelError(
                 f"model {model}: expected a folder or a file *{', *'.join(suffixes)}, got the file "
                 f"{path.name}; training data goes to --data"
@@ -99,7 +98,7 @@ def locate(model: str, revision: str | None = None) -> Location:
         raise ModelError(
             f"model {model}: no such file or folder, and it doesn't look like a Hub id (org/name)"
         )
-    small_files = ["config.json", INDEX, *formats.config_files(), *COPIED_FILES]
+    small_files = ["config.json", INDEX, *installed_formats.config_files(), *COPIED_FILES]
     folder = _download(model, revision, small_files)
     check_links(folder)
     return Location("hub", model, folder, revision=folder.name)
@@ -118,7 +117,7 @@ def _in_package(model: str) -> Location:
             "check the name, or install the distribution that has it"
         )
     folders = map(Path, spec.submodule_search_locations)
-    suffixes = formats.file_suffixes()
+    suffixes = installed_formats.file_suffixes()
     files = sorted(
         file for folder in folders for suffix in suffixes for file in folder.rglob(f"*{suffix}")
     )
@@ -139,9 +138,9 @@ def _in_file(kind: str | None, model: str, path: Path, revision: str | None = No
     Raises:
         ModelError: no installed plugin reads it.
     """
-    spec = formats.file_format(path)
+    spec = installed_formats.file_format(path)
     if spec is None:
-        raise ModelError(f"model {model}: {formats.unread_file(path)}")
+        raise ModelError(f"model {model}: {installed_formats.unread_file(path)}")
     return Location(kind or spec.file_suffix[1:], model, path.parent, path.name, revision)
 
 

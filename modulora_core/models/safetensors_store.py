@@ -24,7 +24,7 @@ from torch import Tensor
 
 from modulora_core.errors import CheckpointError
 from modulora_core.models.folders import HOLDS_AN_ADAPTER
-from modulora_core.models.formats import file_suffixes
+from modulora_core.models.installed_formats import file_suffixes
 from modulora_core.models.json_files import MOST_BYTES, check_json, read_json, without_collections
 from modulora_core.models.store import StoredTensor
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from modulora_core.errors import ModelError
+from modulora_core.errors import ModelError, first_line
 from modulora_core.models.chat_templates import LONGEST
 from modulora_core.models.json_files import read_json
-from modulora_core.models.quiet import first_line, quiet
 from modulora_core.models.stops import end_ids
 from modulora_core.models.tokenizer_checks import (
     check_sentencepiece,
@@ -21,6 +20,7 @@ from modulora_core.models.tokenizer_checks import (
     check_tokenizer_file,
     panics_refused,
 )
+from modulora_core.progress import quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

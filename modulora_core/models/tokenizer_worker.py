@@ -14,7 +14,7 @@ import sys
 
 from transformers import AutoTokenizer
 
-from modulora_core.models.quiet import first_line
+from modulora_core.errors import first_line
 from modulora_core.models.template_worker import limit_memory, limit_time
 
 

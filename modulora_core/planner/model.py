@@ -23,13 +23,13 @@ from modulora_core.checkpoints.written.parameters import packed_sites
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.ends import find_ends
-from modulora_core.models.formats import recognise
+from modulora_core.models.installed_formats import recognise
 from modulora_core.models.locate import locate
-from modulora_core.models.quiet import quiet
 from modulora_core.models.sites import find_sites
 from modulora_core.models.source import open_config
 from modulora_core.planner.request import PlanRequest
 from modulora_core.planner.unpacked import NONE, Unpacked, recipe_of
+from modulora_core.progress import quiet
 from modulora_core.quantization.layout import choice_of_end
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer

@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.errors import ModelError
-from modulora_core.layers import PackedParameter, PackedStack
-from modulora_core.models.quiet import quiet
+from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.planner.ledger import Bytes, Ledger, Segment, plus
 from modulora_core.planner.model import PlannedModel
 from modulora_core.planner.request import PlanRequest
+from modulora_core.progress import quiet
 from modulora_core.training.chunked_loss import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 

@@ -116,7 +116,7 @@ def packed_bytes(model: nn.Module) -> int:
 
 
 def packed_tensors(model: nn.Module) -> list[nn.Parameter]:
-    from modulora_core.layers import PackedParameter
+    from modulora_core.packed_parameters import PackedParameter
 
     modules = [module for module in model.modules() if isinstance(module, PackedParameter)]
     return [tensor for module in modules for tensor in module.parameters()]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modulora_core.checkpoints.hf.packed_table import PackedTable
-from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
+from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.packed_parameters import PackedParameter, PackedTable
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modulora_core.errors import AdapterError, CheckpointError, ShapeError
-from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
+from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.packed_parameters import PackedParameter
 from modulora_core.spec import PackedWeight
 
 

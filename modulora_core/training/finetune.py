@@ -54,8 +54,7 @@ from modulora_core.distributed import barrier, is_first, pick_device, together, 
 from modulora_core.errors import ModuLoRAError, OptionError, OutputError
 from modulora_core.layers import QuantLinear
 from modulora_core.models.folders import RUN_FILE
-from modulora_core.models.quiet import quiet
-from modulora_core.progress import Bars, bars
+from modulora_core.progress import Bars, bars, quiet
 from modulora_core.quantization.cache import Unpacked
 from modulora_core.training.arguments import total_steps, training_arguments, warn_of_settings
 from modulora_core.training.batches import check_joined

@@ -22,7 +22,7 @@ from modulora_conformance.cases import accepts, generator, tile
 from modulora_conformance.oracle import relative_error
 from modulora_conformance.results import Measurements
 from modulora_core.layers import QuantLinear
-from modulora_core.models.quiet import quiet
+from modulora_core.progress import quiet
 from modulora_core.spec import Quantizer
 
 HEADS = 4

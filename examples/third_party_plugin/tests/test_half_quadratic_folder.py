@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
 from modulora_core.errors import CheckpointError, ModelError
-from modulora_core.models import formats
+from modulora_core.models import installed_formats
 from modulora_core.models.formats import FormatSpec
 from modulora_core.spec import TensorLayout
 
@@ -107,7 +107,7 @@ def save_hqq(folder, **changed):
 
 @pytest.fixture
 def installed():
-    if "hqq" not in formats.specs():
+    if "hqq" not in installed_formats.specs():
         pytest.skip("pip install ./examples/third_party_plugin")
 
 

@@ -24,15 +24,15 @@ from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.config import read_config
 from modulora_core.models.conversion import build_skeleton, plan_conversions, tied_names, untied
 from modulora_core.models.ends import find_table
-from modulora_core.models.file_formats import PartStore
-from modulora_core.models.formats import ForeignWeight, Recognised, file_format
+from modulora_core.models.formats import ForeignWeight, PartStore
+from modulora_core.models.installed_formats import Recognised, file_format
 from modulora_core.models.locate import Location
-from modulora_core.models.quiet import quiet
 from modulora_core.models.safetensors_store import DTYPE_CODES, SafetensorsStore
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.models.source import ModelSource, fit
 from modulora_core.models.store import StoredTensor
 from modulora_core.packed import BITS_OF_DTYPE
+from modulora_core.progress import quiet
 from modulora_core.spec import PackedWeight, TensorLayout
 from modulora_core.version import VERSION
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def open_folder(location: Location, recognised: Recognised) -> PackedCheckpoint:
-    """Open a folder of weights that :func:`modulora_core.models.formats.recognise` knows.
+    """Open a folder of weights that :func:`modulora_core.models.installed_formats.recognise` knows.
 
     Raises:
         ModelError: the format can't read it, or a quantized layer isn't a linear layer of its own

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from modulora_core.checkpoints.hf.packed_table import PackedTable
 from modulora_core.checkpoints.hf.publishing import Publishing
 from modulora_core.errors import ModelError
-from modulora_core.layers import PackedParameter
+from modulora_core.packed_parameters import PackedParameter, PackedTable
 
 
 class PackedModel(Publishing, nn.Module):

@@ -10,17 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from modulora_core.checkpoints.hf.packed_table import PackedTable, TiedHead
 from modulora_core.checkpoints.joined_rows import JoinedRows
 from modulora_core.checkpoints.record import PackedSite, QuantizationRecord
 from modulora_core.dense_products import DenseLinear
 from modulora_core.errors import AdapterError, CheckpointError, ModelError
-from modulora_core.layers import (
-    LoRALayer,
-    PackedParameter,
-    PackedStack,
-    QuantLinear,
-)
+from modulora_core.layers import LoRALayer, QuantLinear, TiedHead
+from modulora_core.packed_parameters import PackedParameter, PackedStack, PackedTable
 from modulora_core.spec import Quantizer
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from modulora_core.checkpoints.scales import check_at_first_touch, check_scales
 from modulora_core.errors import ModelError
-from modulora_core.layers import PackedParameter
 from modulora_core.models.safetensors_store import SafetensorsStore
+from modulora_core.packed_parameters import PackedParameter
 
 
 class MappedFiles:

@@ -24,7 +24,7 @@ from modulora_core.adapters.settings import LoRASettings
 from modulora_core.adapters.targets import select_layers
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.errors import AdapterError
-from modulora_core.layers import PackedStack
+from modulora_core.packed_parameters import PackedStack
 from modulora_core.tests.adapted_models import IDS, logits, trained
 from modulora_core.tests.expert_gradients import worst_gradient
 from modulora_core.tests.tiny_models import ARCHITECTURES

@@ -16,7 +16,8 @@ from modulora_core.checkpoints.checkpoint import is_packed, load_model, open_che
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.inference.loading import open_to_run
 from modulora_core.layers import QuantLinear
-from modulora_core.models import formats, open_model
+from modulora_core.models import installed_formats, open_model
+from modulora_core.models.formats import FormatSpec
 from modulora_core.tests.crude_folders import edit_config, save_crude
 
 pytestmark = pytest.mark.usefixtures("toy")
@@ -206,9 +207,9 @@ def test_a_folder_that_cannot_be_read_is_refused(
 
 
 def test_an_installed_format_is_found_by_its_name() -> None:
-    assert {"crude", "crude_2"} <= set(formats.specs())
-    assert formats.create("crude_2").spec.name == "crude_2"
-    assert "crude.json" in formats.config_files()
+    assert {"crude", "crude_2"} <= set(installed_formats.specs())
+    assert installed_formats.create("crude_2").spec.name == "crude_2"
+    assert "crude.json" in installed_formats.config_files()
 
 
 def test_a_config_file_must_be_json_of_the_formats_method(tmp_path: Path) -> None:
@@ -239,6 +240,6 @@ def test_a_key_of_config_json_without_a_value_says_nothing(tmp_path: Path) -> No
 )
 def test_a_malformed_field_of_a_format_is_refused_by_name(field: str, value: object) -> None:
     good: dict[str, Any] = {"name": "theirs", "summary": "s", "location": "mine.theirs:Theirs"}
-    assert formats.FormatSpec(**good).quant_methods == ()
+    assert FormatSpec(**good).quant_methods == ()
     with pytest.raises(ValueError, match=rf"FormatSpec\n{field}"):
-        formats.FormatSpec(**{**good, field: value})
+        FormatSpec(**{**good, field: value})

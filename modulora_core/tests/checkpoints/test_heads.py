@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from modulora_core import load_model, quantize, register
 from modulora_core.checkpoints.record import QUANT_METHOD
 from modulora_core.errors import CheckpointError
-from modulora_core.layers import PackedParameter
+from modulora_core.packed_parameters import PackedParameter
 from modulora_core.registry import Choice
 from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model
 

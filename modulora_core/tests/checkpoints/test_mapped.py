@@ -24,8 +24,8 @@ from modulora_core.cli import main
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import OptionError
 from modulora_core.inference.loading import open_to_run
-from modulora_core.layers import PackedParameter
 from modulora_core.models.safetensors_store import SafetensorsStore
+from modulora_core.packed_parameters import PackedParameter
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.adapted_models import logits, randomize
 from modulora_core.tests.crude_folders import save_crude

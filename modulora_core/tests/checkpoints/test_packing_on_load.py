@@ -22,7 +22,7 @@ from modulora_core.errors import (
     UnknownQuantizerError,
     WeightError,
 )
-from modulora_core.layers import PackedParameter
+from modulora_core.packed_parameters import PackedParameter
 from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import logits, trained
 

@@ -16,7 +16,7 @@ from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.hf.quantizer import register
 from modulora_core.checkpoints.record import QUANT_METHOD
 from modulora_core.errors import AdapterError, CheckpointError
-from modulora_core.layers import PackedParameter
+from modulora_core.packed_parameters import PackedParameter
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import IDS, logits, trained

@@ -17,11 +17,11 @@ from modulora_core.adapters.merge import merge
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
-from modulora_core.checkpoints.hf.packed_table import PackedTable, TiedHead
 from modulora_core.errors import AdapterError, CheckpointError, OptionError, RequestError
-from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.layers import LoRALinear, QuantLinear, TiedHead
 from modulora_core.models.ends import find_ends
 from modulora_core.models.sites import find_sites
+from modulora_core.packed_parameters import PackedTable
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer

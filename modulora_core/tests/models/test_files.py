@@ -17,7 +17,7 @@ from modulora_core.checkpoints.checkpoint import load_model, open_any, open_chec
 from modulora_core.cli import main
 from modulora_core.errors import ModelError, OptionError
 from modulora_core.models import open_model
-from modulora_core.models.formats import create_writer, unread_file
+from modulora_core.models.installed_formats import create_writer, unread_file
 from modulora_core.planner.fitting import plan
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import logits

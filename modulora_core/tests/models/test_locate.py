@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from modulora_core import registry
 from modulora_core.errors import ModelError
-from modulora_core.models import formats, open_model
+from modulora_core.models import installed_formats, open_model
 from modulora_core.models.locate import locate
 from modulora_core.tests.fake_hub import COMMIT
 from modulora_core.tests.tiny_models import save_tiny_model
@@ -68,18 +68,18 @@ def test_a_file_without_suffix_is_known_by_its_first_bytes(
     path.write_bytes(b"TOY1 and more")
     with pytest.raises(ModelError, match="got the file sha256-12ab"):
         locate(str(path))
-    spec = next(one for _, one in formats.installed() if one.file_suffix == ".single")
+    spec = next(one for _, one in installed_formats.installed() if one.file_suffix == ".single")
     known = spec.model_copy(update={"file_magic": "TOY1"})
     entry = registry.entries()[0]
-    monkeypatch.setattr(formats, "installed", lambda: iter([(entry, known)]))
+    monkeypatch.setattr(installed_formats, "installed", lambda: iter([(entry, known)]))
     found = locate(str(path))
     assert (found.kind, found.file) == ("single", "sha256-12ab")
     path.write_bytes(b"TOY")
     with pytest.raises(ModelError, match="got the file sha256-12ab"):
         locate(str(path))
-    assert formats.file_format(tmp_path) is None
-    assert formats.file_format("\0") is None
-    assert formats.file_format("a" * 5000) is None
+    assert installed_formats.file_format(tmp_path) is None
+    assert installed_formats.file_format("\0") is None
+    assert installed_formats.file_format("a" * 5000) is None
 
 
 @pytest.mark.parametrize(

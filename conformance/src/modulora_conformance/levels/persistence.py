@@ -39,8 +39,9 @@ from modulora_conformance.tiny_model import (
     tiny_model,
 )
 from modulora_core.errors import CheckpointError, ModuLoRAError
-from modulora_core.layers import PackedParameter, QuantLinear
+from modulora_core.layers import QuantLinear
 from modulora_core.packed import PackedLayout
+from modulora_core.packed_parameters import PackedParameter
 from modulora_core.spec import PackedWeight, Quantizer
 
 SHAPE = (32, 64)

@@ -15,7 +15,7 @@ from modulora_conformance.oracle import dense, product_error
 from modulora_conformance.problems import output, problem
 from modulora_conformance.results import Measurements
 from modulora_conformance.tolerances import GRADIENT, PRODUCT
-from modulora_core.layers import PackedParameter, PackedStack
+from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.spec import Quantizer
 
 TOKENS = (3, 0, 40)

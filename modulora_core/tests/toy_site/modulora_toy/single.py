@@ -17,8 +17,7 @@ from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.checkpoints.checkpoint import open_checkpoint
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import new_file
-from modulora_core.models.file_formats import FileFormat, ModelFile, PackedTensors
-from modulora_core.models.formats import ForeignWeight
+from modulora_core.models.formats import FileFormat, ForeignWeight, ModelFile, PackedTensors
 from modulora_core.models.store import StoredTensor
 from modulora_toy.quantizer import Toy
 

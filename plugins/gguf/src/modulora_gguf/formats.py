@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from modulora_core.adapters.files import AdapterFile, FileWriter, MergedFile
-from modulora_core.models.file_formats import FileFormat, ModelFile
+from modulora_core.models.formats import FileFormat, ModelFile
 from modulora_core.progress import Progress
 
 

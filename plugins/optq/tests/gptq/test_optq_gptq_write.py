@@ -18,7 +18,7 @@ from modulora_optq.reference import Solution
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
 from modulora_core.errors import ModelError, ShapeError
-from modulora_core.models import formats
+from modulora_core.models import installed_formats
 from modulora_core.models.formats import StoredWeight
 from modulora_core.quantization.quantize import quantize
 from modulora_core.spec import PackedWeight
@@ -80,7 +80,7 @@ def stored_weight(
 
 
 def writer(name: str) -> GPTQ:
-    return GPTQ(formats.specs()[name])
+    return GPTQ(installed_formats.specs()[name])
 
 
 def test_a_zero_of_0_is_refused_by_v1_and_kept_by_v2(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.inference.loading import open_to_run
-from modulora_core.models import formats
+from modulora_core.models import installed_formats
 from modulora_core.spec import PackedWeight, TensorLayout
 from modulora_core.tests.fake_hub import serve_repository
 from modulora_core.tests.other_tools import assert_close, assert_used, logits
@@ -38,7 +38,7 @@ def read(tensors: dict[str, Tensor]) -> PackedWeight:
     """A layer ``m`` with these tensors, as a folder's reader gives it."""
     stored = {f"m.{name}": tensor for name, tensor in tensors.items()}
     layouts = {name: TensorLayout.of(tensor) for name, tensor in stored.items()}
-    reader = formats.create("exl3")
+    reader = installed_formats.create("exl3")
     assert isinstance(reader, EXL3)
     return reader.weights({}, layouts, stored.__getitem__)["m"].unpack(stored.__getitem__)
 

@@ -21,7 +21,7 @@ from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.checkpoints.convert import convert
 from modulora_core.cli import main
 from modulora_core.errors import ModelError, ShapeError
-from modulora_core.models import formats
+from modulora_core.models import installed_formats
 from modulora_core.models.formats import StoredWeight
 from modulora_core.spec import Calibration, PackedWeight, TensorLayout
 from modulora_core.tests.other_tools import logits
@@ -30,7 +30,7 @@ from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 def written(packed: PackedWeight) -> dict[str, Tensor]:
     """The tensors of a layer as the format writes them, which are as it planned them."""
-    writer = formats.create_writer("exl3")
+    writer = installed_formats.create_writer("exl3")
     assert isinstance(writer, EXL3)
     stored = StoredWeight("m", QTIP(), packed.layout, packed.tensors.__getitem__)
     made = writer.tensors(stored)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modulora_core.errors import ModelError
-from modulora_core.models.file_formats import ModelFile, PackedTensors
+from modulora_core.models.formats import ModelFile, PackedTensors
 from modulora_core.models.sites import LinearSite
 from modulora_core.models.weights import Weights
 from modulora_gguf.file.config import gguf_config

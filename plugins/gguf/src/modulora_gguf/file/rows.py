@@ -14,8 +14,7 @@ from torch import Tensor
 
 from modulora_core.checkpoints.joined_rows import join
 from modulora_core.errors import ModelError
-from modulora_core.models.file_formats import PackedTensors
-from modulora_core.models.formats import ForeignWeight, Read, read_finite
+from modulora_core.models.formats import ForeignWeight, PackedTensors, Read, read_finite
 from modulora_core.models.sites import LinearSite
 from modulora_core.models.store import StoredTensor
 from modulora_core.models.weights import Weights

@@ -1,0 +1,260 @@
+"""Packed weights in the places of a model's parameters. Here PyTorch meets a quantizer.
+
+    PackedParameter   a packed matrix: its tensors are frozen, moved but never cast
+    PackedTable       the packed weight of an embedding, whose rows are decoded on request
+    PackedStack       fused experts, [experts, out, in]: a list of PackedParameters
+
+The model's own code uses a packed weight like the tensor that it replaces. ``F.linear(x, W)``,
+``x @ W``, ``torch.bmm(x, experts)`` and ``F.embedding(ids, W)`` reach the quantizer through torch's
+``__torch_function__`` protocol. Any other use of it as a tensor is refused, with advice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modulora_core.autograd import new_number, packed_lookup, packed_product
+from modulora_core.errors import DenseWeightError, ModelError
+from modulora_core.spec import PackedWeight, Quantizer
+
+_HALVES = (torch.float16, torch.bfloat16)
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+_NEED_DENSE = (
+    "DoRA, PiSSA, OLoRA, CorDA, MiCA, LoftQ, HRA, SHiRA, DeLoRA, OSF, new tokens and merging in "
+    'place need dense weights: train LoRA with init_lora_weights=True, "gaussian", "orthogonal" or '
+    '"eva", or call model.dequantize() first; `modulora merge` writes a merged model'
+)
+
+
+class FrozenParameter(nn.Parameter):
+    """A tensor of a packed weight, which can't train."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """Freeze it. True raises ModelError."""
+        if requires_grad:
+            raise ModelError(
+                "requires_grad_(True), or PEFT's modules_to_save: expected dense weights, got a "
+                "packed one, which can't train; train an adapter with add_lora or PEFT, leave the "
+                "layer dense while quantizing, or call model.dequantize() first"
+            )
+        return super().requires_grad_(False)
+
+
+class _NamedByPEFT(type):
+    """The type of a packed weight, which PEFT prints if DoRA can't read the weight."""
+
+    def __repr__(cls) -> str:
+        return f"<class '{cls.__module__}.{cls.__qualname__}'> ({_NEED_DENSE})"
+
+
+class PackedParameter(nn.Module, metaclass=_NamedByPEFT):
+    """A packed weight in the place of a parameter.
+
+    Its tensors are parameters without a gradient, since DDP broadcasts buffers at each forward and
+    FSDP2 shards parameters alone. A 0-d tensor, which FSDP2 cannot shard, is a buffer.
+
+    Args:
+        quantizer: the quantizer that packed it.
+        packed: Ŵ, ``[out, in]``; on the meta device for a skeleton that a loader fills.
+        transposed: the model's code sees the weight as ``[in, out]`` and computes ``x @ W``.
+        dtype: the dtype of the dense weight in its place, to which some models cast activations.
+            ``model.to(dtype)`` changes it as it would change a dense weight.
+    """
+
+    def __init__(
+        self, quantizer: Quantizer, packed: PackedWeight, *, transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.dtype = dtype
+        self.quantizer = quantizer
+        self.layout = packed.layout
+        self.transposed = transposed
+        self.number = new_number(self)
+        self._dtypes = {name: tensor.dtype for name, tensor in packed.tensors.items()}
+        self._packed: PackedWeight | None = None
+        for name, tensor in packed.tensors.items():
+            if tensor.dim():
+                self.register_parameter(name, FrozenParameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number, self._packed = new_number(self), None  # it is a deep copy
+        self._freeze()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter):  # FSDP2 puts a shard in: nothing holds the whole tensor
+            self._packed = None
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """Make frozen parameters of those that a loader, torch or pickle made."""
+        for parameter in self._parameters.values():
+            if type(parameter) is nn.Parameter:
+                parameter.__class__ = FrozenParameter
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight, made of the tensors as they are now.
+
+        Cached as long as the tensors are the same, for decoding reads it once a layer and token.
+        """
+        tensors = {name: self._tensor(name) for name in self._dtypes}
+        known = self._packed
+        if known is None or any(known.tensors[n] is not t for n, t in tensors.items()):
+            known = self._packed = self.layout.fill(tensors)
+        return known
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self._parameters[name] if name in self._parameters else self._buffers[name]
+        assert tensor is not None
+        if tensor.dtype is torch.float32 and self._dtypes[name] in _HALVES:
+            # PEFT's prepare_model_for_kbit_training widens 16-bit parameters; narrowing is exact
+            tensor.data = tensor.data.to(self._dtypes[name])
+        return tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that the model's code sees."""
+        return torch.Size(reversed(self.layout.shape) if self.transposed else self.layout.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self._tensor(next(iter(self._dtypes))).device
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole Ŵ, in the orientation that the model's code sees."""
+        out = self.layout.shape[0]
+        tile = self.quantizer.dequantize_tile(self.packed, (0, out), dtype)
+        return tile.t().contiguous() if self.transposed else tile
+
+    def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
+        """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``; differentiable in ``x``."""
+        return packed_product(x, self, transpose)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+
+        # model.half() casts every float buffer; scales keep the dtype that they were packed with
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        self._freeze()
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, bias = _linear_arguments(*args, **(kwargs or {}))
+            if hasattr(weight, "multiply"):  # a PackedParameter, or one with an adapter
+                y = weight.multiply(x, transpose=weight.transposed)
+                return y if bias is None else y + bias
+        if func in _PRODUCTS and not kwargs:
+            x, weight = args
+            if hasattr(weight, "multiply"):
+                return weight.multiply(x, transpose=not weight.transposed)
+        return NotImplemented
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.layout.shape
+        bits = f"{self.layout.bits_per_weight:.2f} bits per weight"
+        return f"{self.layout.quantizer}, {out_features}x{in_features}, {bits}"
+
+    # --- PEFT and a model's code take it for a tensor ---
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if hasattr(Tensor, name):
+                raise self._without(name) from None
+            raise
+
+    def __getitem__(self, rows: Any) -> Any:
+        raise self._without("rows to read")
+
+    def to(self, *where: Any, **more: Any) -> Any:
+        """Move the tensors. A dtype, as PEFT's methods give to read W, raises ModelError."""
+        if any(isinstance(each, torch.dtype) for each in (*where, *more.values())):
+            raise self._without("other dtype")
+        return super().to(*where, **more)
+
+    def _without(self, name: str) -> DenseWeightError:
+        return DenseWeightError(
+            f"packed weight of {self.layout.quantizer}: it has no {name}; {_NEED_DENSE}"
+        )
+
+
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    return input, weight, bias
+
+
+class PackedTable(PackedParameter):
+    """The packed weight of an embedding: ``X = Ŵ[ids]``, without a gradient.
+
+    The model's own ``nn.Embedding`` stays, since some models scale the rows. This module replaces
+    its ``weight``, Ŵ ``[vocabulary, hidden]``. The rows have its ``dtype``.
+    """
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows ``ids``, ``[*ids.shape, hidden]``. Raises IndexError for an id outside the table."""
+        return packed_lookup(ids, self, self.dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.embedding:
+            ids, table, max_norm = _embedding_arguments(*args, **(kwargs or {}))
+            if max_norm is not None:
+                raise ModelError(
+                    f"embedding: expected max_norm=None for a packed table, got {max_norm}"
+                )
+            if isinstance(table, PackedTable):
+                return table.lookup(ids)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _embedding_arguments(
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+) -> tuple[Any, Any, Any]:
+    del padding_idx  # it and the others concern gradients
+    return input, weight, max_norm
+
+
+class PackedStack(nn.ModuleList):
+    """The packed matrices of a 3-D parameter, indexed by an int or a 0-d tensor.
+
+    Args:
+        matrices: a PackedParameter for each expert, of one shape.
+        position: the position of the dense parameter among the parameters of its module.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Module], position: int = 0) -> None:
+        super().__init__(matrices)
+        self.position = position
+
+    @property
+    def first(self) -> PackedParameter:
+        """The matrix of expert 0, without an adapter. All have its shape."""
+        return self.get_submodule("0")  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that the model's code sees."""
+        return torch.Size((len(self), *self.first.shape))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.bmm and not kwargs and isinstance(args[1], PackedStack):
+            x, stack = args  # x: [experts, n, rows of each matrix as the model sees it]
+            return torch.stack([part @ stack[i] for i, part in enumerate(x)])
+        return NotImplemented
