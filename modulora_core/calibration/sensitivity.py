@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -114,34 +114,25 @@ def loss_sensitivities(
 
 
 def token_weights(
-    source: ModelSource,
-    ids: Tensor,
-    linears: Sequence[LinearSite],
-    *,
-    device: torch.device,
-    folder: Path,
-    seed: int,
-    spill: bool | None = None,
-    progress: Progress | None = None,
+    ids: Tensor, folder: Path, measure: Callable[[], Mapping[str, Sequence[Sensitivity]]]
 ) -> dict[str, list[tuple[Tensor, ...]]]:
     """‖gₜ‖ / E‖g‖ of each parameter that multiplies every token once, for this process's samples.
 
-    :func:`loss_sensitivities` explains the arguments. A file in ``folder`` keeps the weights for a
-    resumed run of the same arguments. Experts have none: quantized layers before them route tokens
-    to other experts than dense layers do.
+    A file in ``folder`` keeps the weights for a resumed run of the same arguments.
+
+    Args:
+        ids: all samples, int64 ``[samples, seq_len]``.
+        measure: gives :func:`loss_sensitivities` of these samples, for parameters of one matrix.
 
     Returns:
         by parameter name, in a list for its only matrix: the weights of each sample,
         fp32 ``[seq_len]``, with a mean of 1 over all samples.
     """
-    single = [linear for linear in linears if linear.experts is None]
     file = folder / WEIGHTS.format(distributed.rank(), distributed.world_size())
     if not all(distributed.merged({str(distributed.rank()): file.is_file()}).values()):
-        found = loss_sensitivities(source, ids, single, device=device, folder=folder, seed=seed,
-                                   spill=spill, progress=progress)  # fmt: skip
         numbers = distributed.shared_out(range(len(ids)))
         roots = {}
-        for name, (each,) in found.items():
+        for name, (each,) in measure().items():
             if all(len(weights) == ids.shape[1] for weights in each.tokens):
                 root = torch.stack(each.tokens).double().sqrt()
                 roots[name] = (root * _scale(root.unbind(), numbers)).float()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from modulora_core.errors import CheckpointError
+from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.sites import LinearSite
 from modulora_core.models.store import TensorStore, is_finite
 from modulora_core.models.weights import Weights
@@ -139,6 +139,14 @@ class CheckpointFormat(FormatReader):
 
     stacks: ClassVar[bool] = False
     dtype: ClassVar[str | None] = None
+
+    def check_packed_by(self, quantizer: str, weight: StoredWeight) -> None:
+        """Refuse a weight of any other quantizer. Raises ModelError."""
+        if weight.quantizer.spec.name != quantizer:
+            raise ModelError(
+                f"packed by {weight.quantizer.spec.name}; {self.spec.name} holds weights of "
+                f"{quantizer} only. Unpack the model with `modulora merge`, and quantize it again"
+            )
 
     @abstractmethod
     def plan(self, weight: StoredWeight) -> dict[str, TensorLayout]:

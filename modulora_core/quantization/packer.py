@@ -12,7 +12,7 @@ from torch import Tensor
 from modulora_core import distributed
 from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner, find_blocks
 from modulora_core.calibration.passes import TokenWeights
-from modulora_core.calibration.sensitivity import token_weights
+from modulora_core.calibration.sensitivity import loss_sensitivities, token_weights
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.parameters import pack_matrices
 from modulora_core.checkpoints.written.shards import ShardWriter
@@ -67,14 +67,17 @@ def pack_all(
         tuner = Tuner(text.config.tuning, text.ids, seed=layout.record.seed, progress=progress)
     weighting: TokenWeights = {}
     if text.config.weighting == "loss":
+        # quantized layers before them route tokens to other experts than dense layers do
         linears = [
             linear for linear in layout.linears
-            if linear.name.startswith(blocks) and packer.wants_calibration(linear.name)
+            if linear.experts is None and linear.name.startswith(blocks)
+            and packer.wants_calibration(linear.name)
         ]  # fmt: skip
-        weighting = token_weights(
-            source, text.ids, linears, device=device, folder=writer.folder,
+        measure = partial(
+            loss_sensitivities, source, text.ids, linears, device=device, folder=writer.folder,
             seed=layout.record.seed, spill=text.config.spill, progress=packer.progress,
         )  # fmt: skip
+        weighting = token_weights(text.ids, writer.folder, measure)
     walk = BlockWalk(
         source, text, layout.linears, packer, device, writer.folder, tuner, weighting=weighting
     )

@@ -7,18 +7,15 @@ it.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel
 
 from modulora_core.arguments import checked
 from modulora_core.calibration import (
@@ -34,29 +31,24 @@ from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.checkpoints.written.model_card import FILE as CARD
 from modulora_core.checkpoints.written.model_card import model_card
 from modulora_core.checkpoints.written.outputs import (
-    SMALL_FILES,
-    check_disk_space,
     check_output,
-    partial_name,
-    whole_or_nothing,
     write_digests,
     write_file,
 )
 from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter
-from modulora_core.distributed import barrier, from_first, is_first, pick_device, together
-from modulora_core.errors import CheckpointError, OptionError, OutputError, usable_path
+from modulora_core.distributed import is_first, pick_device, together
+from modulora_core.errors import OptionError, OutputError, usable_path
 from modulora_core.models import ModelSource, open_model
 from modulora_core.models.folders import REQUEST
-from modulora_core.models.json_files import read_json
 from modulora_core.models.tokenizer import TOKENIZER_FILES
 from modulora_core.progress import Progress, shows_progress
-from modulora_core.quantization.finished import finished, is_of
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
 from modulora_core.quantization.mixed.errors import JOURNAL
 from modulora_core.quantization.mixed.mixture import Budget, find_mixture
 from modulora_core.quantization.packer import PackingOutcome, pack_all
 from modulora_core.quantization.processes import check_processes
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
+from modulora_core.quantization.resuming import finished, is_of, unfinished
 from modulora_core.registry import Choice
 
 __all__ = ["Budget", "Choice", "Override", "QuantizeResult", "quantize"]
@@ -65,13 +57,6 @@ MIXED = "mixed"
 """The name that a result gives to the quantizer of a budget."""
 
 logger = logging.getLogger(__name__)
-
-
-class _Begun(BaseModel):
-    """``request.json`` of an unfinished run; ``contents`` is the digest of the model's values."""
-
-    record: dict[str, Any]
-    contents: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,77 +244,6 @@ def _warn_without_tokenizer(source: ModelSource) -> None:
             source.location.model,
             TOKENIZER_FILES[0],
         )
-
-
-@contextmanager
-def unfinished(
-    source: ModelSource,
-    out: Path,
-    request: Mapping[str, Any],
-    nbytes: int,
-    resume: bool,
-    progress: Progress | None,
-) -> Iterator[tuple[Path, bool]]:
-    """Open the folder of an unfinished run, which becomes ``out`` at the end.
-
-    In a distributed run the first process makes it, and the others wait.
-
-    Args:
-        request: identifies the run; a resumed run must have the same.
-        nbytes: the size of the files to write, without small ones.
-        resume: whether to continue a run that is there.
-
-    Yields:
-        the folder, and whether a run is continued.
-
-    Raises:
-        CheckpointError: the unfinished run has another request or other weights; a weight is
-            missing or has another shape.
-        DiskSpaceError: the disk has too little space.
-        WeightError: a weight is NaN or Inf.
-    """
-    with ExitStack() as stack:
-        resumes = False
-        with together():
-            if is_first():
-                begun = _begun(source, out, request, nbytes, resume, progress)
-                resumes = stack.enter_context(begun)
-        yield partial_name(out), from_first(resumes)
-    barrier()  # out is whole
-
-
-@contextmanager
-def _begun(
-    source: ModelSource,
-    out: Path,
-    request: Mapping[str, Any],
-    nbytes: int,
-    resume: bool,
-    progress: Progress | None,
-) -> Iterator[bool]:
-    folder = partial_name(out)
-    before = None
-    if resume and (folder / REQUEST).is_file():
-        before = read_json(folder / REQUEST, _Begun, advice="remove the folder, and start again")
-        changed = [key for key in request if request[key] != before.record.get(key)]
-        if changed:
-            raise _another(folder, ", ".join(changed))
-    check_disk_space(out, nbytes + SMALL_FILES)
-    source.validate()
-    contents = source.check_finite(progress)
-    if before is not None and before.contents not in (None, contents):
-        raise _another(folder, "the values of the model's weights")
-    with whole_or_nothing(out, resume=before is not None) as folder:
-        source.copy_tokenizer(folder)  # a file that can't be copied is refused before the work
-        write_file(folder / REQUEST, json.dumps({"record": request, "contents": contents}))
-        yield before is not None
-
-
-def _another(folder: Path, difference: str) -> CheckpointError:
-    return CheckpointError(
-        f"{folder}: an unfinished run of another request (differs in {difference}); ask for the "
-        "same, or remove the folder to start again without --resume"
-    )
 
 
 def write_packed(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
+import importlib
 import multiprocessing
 import os
 import socket
+import sys
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,8 +25,36 @@ PATIENCE = 120
 
 def run_in_processes(number: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
     """``job(*arguments)`` in each of ``number`` processes; their results by rank."""
+    launcher = _launcher()
+    launcher.send((number, job, arguments, sys.path, dict(os.environ)))
+    found: list[Any] = launcher.recv()
+    return found
+
+
+@functools.cache
+def _launcher() -> Connection:
+    """A connection to a clean process, which imports transformers once and forks for each rank."""
     # not forkserver: the kit has it, and its children must not know transformers or Triton
     context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=_launch, args=(there,)).start()
+    there.close()
+    atexit.register(here.close)  # ends it
+    return here
+
+
+def _launch(requests: Connection) -> None:
+    for module in ("quantization.quantize", "training.finetune"):
+        importlib.import_module(f"modulora_core.{module}")
+    with contextlib.suppress(EOFError):
+        while True:
+            requests.send(_forked(*requests.recv()))
+
+
+def _forked(
+    number: int, job: Callable[..., Any], arguments: Any, path: list[str], given: dict[str, str]
+) -> list[Any]:
+    context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -29,8 +62,9 @@ def run_in_processes(number: int, job: Callable[..., Any], *arguments: Any) -> l
     for rank in range(number):
         reader, writer = context.Pipe(duplex=False)
         values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_PORT": port}
-        environment = {name: str(value) for name, value in values.items()}
-        process = context.Process(target=_run, args=(environment, writer, job, *arguments))
+        environment = given | {name: str(value) for name, value in values.items()}
+        words = (path, environment, writer, job, *arguments)
+        process = context.Process(target=_run, args=words)
         process.start()
         writer.close()
         readers.append(reader)
@@ -43,7 +77,14 @@ def run_in_processes(number: int, job: Callable[..., Any], *arguments: Any) -> l
             process.kill()
 
 
-def _run(environment: dict[str, str], out: Connection, job: Callable[..., Any], *args: Any) -> None:
+def _run(
+    path: list[str],
+    environment: dict[str, str],
+    out: Connection,
+    job: Callable[..., Any],
+    *args: Any,
+) -> None:
+    sys.path[:] = path
     os.environ |= {**environment, "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     try:

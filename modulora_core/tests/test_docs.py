@@ -205,8 +205,10 @@ def with_first_blocks(package: str, folder: Path, count: int) -> None:
     """Write a package of the same name, whose GGUF file has the first decoder blocks only."""
     import gguf
 
-    (place,) = importlib.import_module(package).__path__
-    (file,) = Path(place).rglob("*.gguf")
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    (file,) = Path(spec.origin).parent.rglob("*.gguf")
     (folder / package).mkdir(parents=True)
     (folder / package / "__init__.py").touch()
     read = gguf.GGUFReader(file)

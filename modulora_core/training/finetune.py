@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modulora_core.adapters.adapted import adapter_layers
@@ -45,38 +45,37 @@ from modulora_core.checkpoints.written.outputs import (
     only_writer,
     write_file,
 )
-from modulora_core.data import Collator, load_examples
-from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import Source, source_name
-from modulora_core.data.templates import Template
 from modulora_core.dense_products import matmul_precision
 from modulora_core.distributed import barrier, is_first, pick_device, together, world_size
-from modulora_core.errors import ModuLoRAError, OptionError, OutputError
+from modulora_core.errors import OptionError, OutputError
 from modulora_core.layers import QuantLinear
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.progress import Bars, bars, quiet
 from modulora_core.quantization.cache import Unpacked
-from modulora_core.training.arguments import total_steps, training_arguments, warn_of_settings
+from modulora_core.training.arguments import total_steps, warn_of_settings
 from modulora_core.training.batches import check_joined
 from modulora_core.training.checkpoints import remove_half_written
 from modulora_core.training.checks import checked_model, vocabulary, window
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.distillation import (
-    Distilled,
-    DistilledCollator,
-    Predictions,
     predictions_of,
 )
-from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.held_out import HeldOut, held_out
 from modulora_core.training.interruption import Interruption
 from modulora_core.training.losses import divergence
+from modulora_core.training.methods import (
+    method_arguments,
+    method_examples,
+    method_trainer,
+    trainer_refused,
+)
 from modulora_core.training.model_card import model_card
 from modulora_core.training.report import REPORT_FILE, report
 from modulora_core.training.resuming import CHECKPOINTS, check_examples, check_out, record_examples
 from modulora_core.training.samples import LEAST, answers
 from modulora_core.training.sharding import is_sharded
-from modulora_core.training.trainer import AdapterRun, AdapterTrainer, OnEval, OnStep, Watcher
+from modulora_core.training.trainer import AdapterTrainer, OnEval, OnStep, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +167,8 @@ def finetune(
         tokenizer = base.tokenizer()
         rows = vocabulary(base.config)
         examples = {
-            name: _examples(source, config, tokenizer, rows) for name, source in sources.items()
+            name: method_examples(source, config, tokenizer, rows)
+            for name, source in sources.items()
         }
         if config.packing and examples["train"].report.format != "text":  # its windows are full
             examples["train"] = examples["train"].joined(config.seq_len)
@@ -191,16 +191,16 @@ def finetune(
         open_bar("training", "steps") as show,
     ):
         with together():
-            with _refused(config.trainer, out / CHECKPOINTS):
-                arguments = _arguments(config, out / CHECKPOINTS, steps, device)
+            with trainer_refused(config.trainer, out / CHECKPOINTS):
+                arguments = method_arguments(config, out / CHECKPOINTS, steps, device)
             arguments.eval_on_start = config.report and "eval" in sources and resume_from is None
             model = _loaded(checkpoint, config, device)
             settings = _put_adapter(model, config)
             if config.packing:
                 check_joined(model, config.batch_size)
             check_disk_space(out, _nbytes(model) + (predictions.nbytes if predictions else 0))
-            with _refused(config.trainer, out / CHECKPOINTS):
-                trainer = _trainer(
+            with trainer_refused(config.trainer, out / CHECKPOINTS):
+                trainer = method_trainer(
                     model, config, arguments, examples, tokenizer, predictions,
                     settings=settings, memory=peak,
                     callbacks=[Watcher(show, on_step, on_eval, interruption), *callbacks],
@@ -270,29 +270,6 @@ def finetune(
     )  # fmt: skip
 
 
-@contextmanager
-def _refused(given: Mapping[str, Any], folder: Path) -> Iterator[None]:
-    """Refuse values of ``--trainer`` with which the Trainer, which makes ``folder``, can't be made.
-
-    Raises:
-        OptionError: the Trainer raised an error.
-    """
-    try:
-        yield
-    except ModuLoRAError:
-        raise
-    except Exception as error:  # each field is read in its own way
-        with suppress(OSError):  # it has the checkpoints of a run that is resumed
-            folder.rmdir()
-        if not given:
-            raise
-        reason = " ".join(str(error).split()) or "none"
-        raise OptionError(
-            f"trainer {', '.join(given)}: expected values that transformers' Trainer takes, got "
-            f"{type(error).__name__}: {reason:.300}"
-        ) from error
-
-
 def _sources(
     config: FinetuneConfig, data: Source | None, eval_data: Source | None
 ) -> dict[str, Source]:
@@ -343,61 +320,6 @@ def _loaded(
             "--quantize-embeddings"
         )
     return model
-
-
-def _examples(source: Source, config: FinetuneConfig, tokenizer: Any, rows: int | None) -> Any:
-    """The examples of a source, for the trainer of the method; the model has ``rows`` tokens."""
-    if config.method == "dpo":
-        return load_preferences(source, tokenizer, seq_len=config.seq_len, rows=rows)
-    template = Template.of(config.prompt, config.completion)
-    examples = load_examples(
-        source, tokenizer, format=config.format, seq_len=config.seq_len, template=template
-    )
-    examples.check_ids(rows, source_name(source))
-    return examples
-
-
-def _arguments(
-    config: FinetuneConfig, folder: Path, steps: int, device: torch.device
-) -> TrainingArguments:
-    if config.method == "dpo":
-        from modulora_core.training.preference import preference_arguments
-
-        return preference_arguments(config, folder, steps, device)
-    return training_arguments(config, folder, steps, device)
-
-
-def _trainer(
-    model: PreTrainedModel,
-    config: FinetuneConfig,
-    arguments: TrainingArguments,
-    data: Mapping[str, Any],
-    tokenizer: Any,
-    predictions: Predictions | None,
-    **common: Any,
-) -> AdapterRun:
-    if config.method == "dpo":
-        from modulora_core.training.preference import preference_trainer
-
-        trainer = preference_trainer(model, config, arguments, data, tokenizer, **common)
-    else:
-        # any id will do to pad: attention and labels mask it
-        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        collator = Collator(next(int(pad) for pad in pads if pad is not None))
-        trainer = AdapterTrainer(
-            model=model,
-            args=arguments,
-            data_collator=DistilledCollator(collator) if predictions else collator,
-            train_dataset=Distilled(predictions) if predictions else data["train"],
-            eval_dataset=data.get("eval"),
-            offload_activations=config.offload_activations,
-            group_by_length=data["train"].report.format != "text",
-            distill_weight=config.distill_weight,
-            **common,
-        )
-    if config.gradient_checkpointing:
-        checkpoint_activations(model, keep_products=config.keep_products)
-    return trainer
 
 
 def _put_adapter(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:

@@ -107,7 +107,11 @@ def test_weighted_second_moments_are_those_of_autograd_in_float64(
     folder, seen = save_tiny_model(architecture, tmp_path), Seen()
     source = open_model(str(folder))
     linears, cpu = find_sites(source.skeleton()).linears, torch.device("cpu")
-    weights = token_weights(source, IDS, linears, device=cpu, folder=tmp_path, seed=5)
+    single = [linear for linear in linears if linear.experts is None]
+    weights = token_weights(
+        IDS, tmp_path,
+        lambda: loss_sensitivities(source, IDS, single, device=cpu, folder=tmp_path, seed=5),
+    )  # fmt: skip
     config = CalibrationConfig("ids", sequential=sequential, batch_size=2)
     text = CalibrationText(config, IDS)
     BlockWalk(source, text, linears, seen, cpu, folder, weighting=weights).run()

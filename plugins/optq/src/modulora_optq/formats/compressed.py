@@ -79,11 +79,7 @@ class PackQuantized(GroupedFormat):
         return found
 
     def plan(self, weight: StoredWeight) -> dict[str, TensorLayout]:
-        if weight.quantizer.spec.name != SPEC.name:
-            raise ModelError(
-                f"packed by {weight.quantizer.spec.name}; {self.spec.name} holds weights of "
-                f"{SPEC.name} only. Unpack the model with `modulora merge`, and quantize it again"
-            )
+        self.check_packed_by(SPEC.name, weight)
         (rows, columns), options = weight.layout.shape, Options.of(**weight.layout.metadata)
         if weight.layout.metadata["permuted"]:
             raise ModelError(

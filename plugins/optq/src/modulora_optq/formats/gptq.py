@@ -77,11 +77,7 @@ class GPTQ(CheckpointFormat):
         return found
 
     def plan(self, weight: StoredWeight) -> dict[str, TensorLayout]:
-        if weight.quantizer.spec.name != SPEC.name:
-            raise ModelError(
-                f"packed by {weight.quantizer.spec.name}; {self.spec.name} holds weights of "
-                f"{SPEC.name} only. Unpack the model with `modulora merge`, and quantize it again"
-            )
+        self.check_packed_by(SPEC.name, weight)
         (out_features, in_features), metadata = weight.layout.shape, weight.layout.metadata
         bits, groups = metadata["bits"], weight.layout.tensors["scales"].shape[1]
         rows, columns = (words.words_for(n, bits) for n in (in_features, out_features))

@@ -81,11 +81,7 @@ class EXL3(CheckpointFormat):
         return found
 
     def plan(self, weight: StoredWeight) -> dict[str, TensorLayout]:
-        if weight.quantizer.spec.name != SPEC.name:
-            raise ModelError(
-                f"packed by {weight.quantizer.spec.name}; {self.spec.name} holds weights of "
-                f"{SPEC.name} only. Unpack the model with `modulora merge`, and quantize it again"
-            )
+        self.check_packed_by(SPEC.name, weight)
         states, code, order = (weight.layout.metadata[n] for n in ("states", "code", "hadamard"))
         if (states, order) != (EXL3_STATES, str(BLOCK)) or code not in EXL3_CODES:
             raise ModelError(

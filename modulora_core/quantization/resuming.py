@@ -1,0 +1,131 @@
+"""Recognize an output folder that the same request has finished, or continue an unfinished one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.written.outputs import (
+    SMALL_FILES,
+    check_disk_space,
+    partial_name,
+    whole_or_nothing,
+    write_file,
+)
+from modulora_core.distributed import barrier, from_first, is_first, together
+from modulora_core.errors import CheckpointError, RequestError
+from modulora_core.models import ModelSource
+from modulora_core.models.folders import REQUEST
+from modulora_core.models.json_files import read_json
+from modulora_core.progress import Progress
+
+
+class _Begun(BaseModel):
+    """``request.json`` of an unfinished run; ``contents`` is the digest of the model's values."""
+
+    record: dict[str, Any]
+    contents: str | None = None
+
+
+def finished(out: Path) -> PackedCheckpoint | None:
+    """The whole packed checkpoint in ``out``; None if there is something else."""
+    if not (out / "config.json").is_file():
+        return None
+    try:
+        found = open_checkpoint(out)
+        found.check_whole()
+    except RequestError:
+        return None
+    return found
+
+
+def is_of(done: PackedCheckpoint, request: Mapping[str, Any]) -> bool:
+    """Whether a request for a quantizer or for a budget made a checkpoint.
+
+    Another version of this package may have made it.
+    """
+    record = done.record.to_json()
+    recorded = {**record, **(record.get("allocation") or {})}
+    chosen = {"weights", "kept"} if "budget" in request else set()  # a budget chooses them
+    compared = {*request, *(record if "budget" not in request else ())}
+    compared -= {*chosen, "core_version", "max_shard_bytes"}
+    before, now = ({key: each.get(key) for key in compared} for each in (recorded, request))
+    return json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)
+
+
+@contextmanager
+def unfinished(
+    source: ModelSource,
+    out: Path,
+    request: Mapping[str, Any],
+    nbytes: int,
+    resume: bool,
+    progress: Progress | None,
+) -> Iterator[tuple[Path, bool]]:
+    """Open the folder of an unfinished run, which becomes ``out`` at the end.
+
+    In a distributed run the first process makes it, and the others wait.
+
+    Args:
+        request: identifies the run; a resumed run must have the same.
+        nbytes: the size of the files to write, without small ones.
+        resume: whether to continue a run that is there.
+
+    Yields:
+        the folder, and whether a run is continued.
+
+    Raises:
+        CheckpointError: the unfinished run has another request or other weights; a weight is
+            missing or has another shape.
+        DiskSpaceError: the disk has too little space.
+        WeightError: a weight is NaN or Inf.
+    """
+    with ExitStack() as stack:
+        resumes = False
+        with together():
+            if is_first():
+                begun = _begun(source, out, request, nbytes, resume, progress)
+                resumes = stack.enter_context(begun)
+        yield partial_name(out), from_first(resumes)
+    barrier()  # out is whole
+
+
+@contextmanager
+def _begun(
+    source: ModelSource,
+    out: Path,
+    request: Mapping[str, Any],
+    nbytes: int,
+    resume: bool,
+    progress: Progress | None,
+) -> Iterator[bool]:
+    folder = partial_name(out)
+    before = None
+    if resume and (folder / REQUEST).is_file():
+        before = read_json(folder / REQUEST, _Begun, advice="remove the folder, and start again")
+        changed = [key for key in request if request[key] != before.record.get(key)]
+        if changed:
+            raise _another(folder, ", ".join(changed))
+    check_disk_space(out, nbytes + SMALL_FILES)
+    source.validate()
+    contents = source.check_finite(progress)
+    if before is not None and before.contents not in (None, contents):
+        raise _another(folder, "the values of the model's weights")
+    with whole_or_nothing(out, resume=before is not None) as folder:
+        source.copy_tokenizer(folder)  # a file that can't be copied is refused before the work
+        write_file(folder / REQUEST, json.dumps({"record": request, "contents": contents}))
+        yield before is not None
+
+
+def _another(folder: Path, difference: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: an unfinished run of another request (differs in {difference}); ask for the "
+        "same, or remove the folder to start again without --resume"
+    )
