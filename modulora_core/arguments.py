@@ -1,4 +1,8 @@
-"""Check the types of arguments in Python, where no command line has parsed them."""
+"""Check the types of arguments in Python, where no command line has parsed them.
+
+pydantic's ``validate_call`` is not used: in strict mode it refuses NumPy's integers, and without it
+takes ``"3"`` for 3.
+"""
 
 from __future__ import annotations
 

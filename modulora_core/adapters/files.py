@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from modulora_core import registry
-from modulora_core.checkpoints.checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.errors import OptionError
 from modulora_core.models.installed_formats import file_format, installed, unread_file
 from modulora_core.models.locate import names_file

@@ -21,7 +21,8 @@ from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.load import check_fit
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
+from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import (

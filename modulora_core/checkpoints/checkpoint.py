@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-__all__ = ["LOAD_DTYPES", "PackedCheckpoint", "check_mapped", "is_ours", "is_packed", "load_dtype",
-           "load_model", "open_any", "open_checkpoint", "open_if_packed"]  # fmt: skip
-
 LOAD_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
+from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite
 from modulora_core.checkpoints.written.outputs import (

@@ -13,7 +13,7 @@ from modulora_core.cli.text import facts, format_size, table
 from modulora_core.spec import titled
 
 if TYPE_CHECKING:
-    from modulora_core.checkpoints.checkpoint import PackedCheckpoint
+    from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 
 Checked = Annotated[str, argument("PATH", "A model or an adapter: a folder, a file or a Hub id.")]
 Verify = Annotated[

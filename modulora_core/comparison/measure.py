@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_any
+from modulora_core.checkpoints.checkpoint import open_any
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.data import token_segments

@@ -17,13 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modulora_core.adapters.load import load_adapter
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.checkpoint import (
-    PackedCheckpoint,
-    check_mapped,
-    load_dtype,
-    load_model,
-    open_any,
-)
+from modulora_core.checkpoints.checkpoint import check_mapped, load_dtype, load_model, open_any
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import pick_device
 from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError, first_line
 from modulora_core.models import ModelSource

@@ -18,7 +18,8 @@ from huggingface_hub.constants import HF_HOME
 
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, calibration_text
-from modulora_core.checkpoints.checkpoint import PackedCheckpoint, is_packed, open_checkpoint
+from modulora_core.checkpoints.checkpoint import is_packed, open_checkpoint
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES
 from modulora_core.models import ParameterInfo, open_model

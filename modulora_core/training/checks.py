@@ -13,7 +13,8 @@ from modulora_core.adapters.files import base_file, file_writer
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.targets import select_layers
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.checkpoint import PackedCheckpoint, check_mapped, open_checkpoint
+from modulora_core.checkpoints.checkpoint import check_mapped, open_checkpoint
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.quantization.cache import Unpacked

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from modulora_core.checkpoints.checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.curves import curves
 from modulora_core.training.held_out import HeldOut

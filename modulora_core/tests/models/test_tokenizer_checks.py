@@ -112,10 +112,10 @@ print("whole")
 
 
 @pytest.mark.slow
-@cases(5)
-@given(steps=st.lists(STEPS, min_size=8, max_size=8))
+@cases(2)
+@given(steps=st.lists(STEPS, min_size=20, max_size=20))
 def test_no_normalizer_ends_the_process(steps: list[Any], tmp_path: Path) -> None:
-    """A process with a limit of memory reads 8 of them, 5 times."""
+    """A process with a limit of memory reads 20 of them, twice."""
     for number, step in enumerate(steps):
         saved(tmp_path / str(number), normalizer=step)
     command = [sys.executable, "-c", CHILD, str(tmp_path)]

@@ -21,13 +21,9 @@ from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.merge import merge
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import (
-    PackedCheckpoint,
-    load_model,
-    open_checkpoint,
-    open_if_packed,
-)
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint, open_if_packed
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.inference.evaluate import evaluate

@@ -24,7 +24,8 @@ from torch import Tensor
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.files import AdapterFile
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
-from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_any
+from modulora_core.checkpoints.checkpoint import open_any
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import new_file, write_file
 from modulora_core.errors import AdapterError, ModelError
 from modulora_core.models.locate import names_file

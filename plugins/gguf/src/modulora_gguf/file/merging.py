@@ -24,7 +24,8 @@ from torch import Tensor
 from modulora_core.adapters.files import MergedFile, base_file
 from modulora_core.adapters.merge import adapter_deltas, delta_of, merged_parameter
 from modulora_core.adapters.peft_format import AdapterDelta
-from modulora_core.checkpoints.checkpoint import PackedCheckpoint, open_checkpoint
+from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import SMALL_FILES, check_disk_space, new_file
