@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from modulora_core.adapters.load import load_adapter
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.data import load_examples
-from modulora_core.data.examples import Examples
+from modulora_core.data.examples import DataReport, Examples
 from modulora_core.errors import OptionError
 from modulora_core.models import open_model
+from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training import distillation
 from modulora_core.training.config import FinetuneConfig
@@ -117,6 +119,34 @@ def test_rows_are_the_dense_models_own_predictions(
         rows = dataset[number]["rows"]
         np.testing.assert_array_equal(rows["token"], tokens)
         np.testing.assert_allclose(rows["log_p"], log_p, rtol=1e-3)  # they are 16-bit floats
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama-tied", "mistral", "gpt2", "opt", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3"],
+)
+def test_padding_changes_no_prediction_of_any_architecture(
+    architecture: str, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(architecture, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    drawn = torch.randint(3, 96, (3, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [
+        (array("i", ids[:n]), array("i", ids[:n]))
+        for ids, n in zip(drawn, (5, 30, 17), strict=True)
+    ]
+    report = DataReport(
+        format="tokens", records=3, examples=3, tokens=52, trained_tokens=49, blank=0
+    )
+    examples = Examples(pairs, report)
+    predictions = Predictions(open_model(str(folder)), examples, 3, 0, tmp_path)
+    predictions.compute(torch.device("cpu"), lambda *_: None)
+    dataset = Distilled(predictions)
+    for number in range(3):
+        expected = trained_log_p(model, examples, number)
+        rows = dataset[number]["rows"]
+        tokens = torch.from_numpy(rows["token"].astype(np.int64))
+        np.testing.assert_allclose(rows["log_p"], expected.gather(1, tokens), rtol=1e-3, atol=1e-3)
 
 
 def test_examples_that_no_step_trains_are_not_predicted(
