@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from modulora_core.errors import CheckpointError, OptionError, ShapeError, WeightError
 from modulora_core.kernels.incoherence import proxy_error
 from modulora_core.packed import PackedWeight
+from modulora_core.quantization.quality import choice_of
+from modulora_core.registry import Choice
 from modulora_core.spec import Calibration
 
 SMALL = {"states": 10}
@@ -29,6 +31,20 @@ def test_the_fast_solver_is_as_good_as_the_reference(layer):
         options = Options(sweeps=sweeps, **SMALL)
         exact, fast = (error(m.solve(W, H, options), W, H, options) for m in (reference, packing))
         assert fast < 1.1 * exact
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (14, 2)),
+        ({"states": 10, "sweeps": 0}, (10, 0)),
+        ({"bits": 8}, (14, 2)),
+        ({"layout": "exl3"}, (16, 2)),  # 14 states don't fit it
+    ],
+)
+def test_the_best_quality_takes_what_the_own_options_allow(given, expected):
+    options = choice_of(Choice("qtip", given), "best").create().options
+    assert (options.states, options.sweeps) == expected
 
 
 def test_progress_rises_to_the_end_with_each_block(layer):

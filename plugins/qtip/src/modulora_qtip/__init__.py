@@ -44,7 +44,7 @@ SPEC = QuantizerSpec(
         ),
     ),
     rescales=True,
-    qualities={"fast": {"sweeps": 0}, "best": {"sweeps": 2}},
+    qualities={"fast": {"sweeps": 0}, "best": {"states": 14, "sweeps": 2}},
     formats=(
         FormatSpec(
             name="exl3",

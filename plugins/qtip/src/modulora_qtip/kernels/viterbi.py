@@ -9,8 +9,8 @@ state s follows the end s div 2^k, so one fused loop goes from E_t to E_{t+1}::
                minimum
     moves      C and two E through a cache; a byte for each u and t, the choice of j
 
-All walks are compared. A beam would skip sixteen ends if none is near the best, but the tests cost
-more than they save before the distortion rises by 2 %.
+All walks are compared. A beam would skip ends that are far from the best. Its tests cost more than
+they save, until the distortion rises by more than 2 %.
 
 The mark is j, in the last k bits of an error: so the minimum brings its j along. It changes an
 error by less than 2^(k − 23) of itself.
