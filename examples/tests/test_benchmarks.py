@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from modulora_core import quantize
+from modulora_core.tests.adapted_models import save_llama_with_tokenizer
+
 pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -258,3 +261,39 @@ def test_proxy_errors_are_near_theory_and_above_the_bound(
     for proxy, theory, bound in rows:
         assert bound < theory
         assert 0.8 < proxy / theory < 1.5, "weights of so small layers are no Gaussian"
+
+
+@pytest.mark.slow
+def test_paper_scores_both_tasks_and_keeps_finished_parts(
+    module: Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_llama_with_tokenizer(tmp_path / "model", max_position_embeddings=512)
+    words = ["--model", str(tmp_path / "model"), "--folder", str(tmp_path)]
+    words += ["--methods", "4 bits, nf4"]
+    words += ["--steps", "1", "--batch-size", "1", "--examples", "4"]
+    assert module("paper").main(words) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert "89.28" in row, "the paper's accuracy of 4 bits"
+    scores = json.loads((tmp_path / "nf4-classification.json").read_text())
+    assert {key: len(value) for key, value in scores.items()} == {"before": 1, "after": 1}
+    (tmp_path / "nf4-classification.json").write_text(json.dumps(scores | {"after": [12.3]}))
+    assert module("paper").main(words) == 0
+    assert "12.3" in capsys.readouterr().out, "a finished part is not measured again"
+
+
+def test_the_papers_tasks_hold_no_text_twice(module: Module) -> None:
+    paper = module("paper")
+    for task in paper.TASKS:
+        texts = [each["text"] for each in paper.examples(task)]
+        assert len(texts) == len(set(texts)) > 500
+    assert {each["answer"] for each in paper.examples("classification")} == set(paper.PACKAGES)
+
+
+def test_by_layer_has_a_row_for_each_kind_and_third(
+    module: Module, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize(tiny_model, tmp_path / "packed", "nf4")
+    words = [tiny_model, str(tmp_path / "packed"), "--segments", "2", "--seq-len", "16"]
+    assert module("by_layer").main(words) == 0
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"none", "q_proj", "down_proj", "blocks of third 1", "all"} < set(rows)
