@@ -166,7 +166,7 @@ def _one(plan: MemoryPlan) -> RenderableType:
 
 
 def _following(plan: MemoryPlan) -> list[Text]:
-    """The command that does what was planned, unless it does not fit."""
+    """The command for the planned job, unless it does not fit."""
     from modulora_core.planner.unpacked import NONE
 
     model, asked = shlex.quote(plan.request.model), plan.request.quantizer

@@ -35,8 +35,8 @@ class HeldOut:
 def held_out(trainer: AdapterTrainer) -> HeldOut | None:
     """Measure the loss without and with the adapter, after training.
 
-    The result is None after a whole epoch, in several processes, or if measuring would take more
-    than about a tenth of the run: a forward pass has a quarter of a training step's products.
+    The result is None after a whole epoch, in several processes, and for short runs. It takes at
+    most a tenth of the run, since a forward pass has a quarter of a training step's products.
     """
     if world_size() > 1:
         return None
