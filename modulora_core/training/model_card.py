@@ -44,13 +44,17 @@ def model_card(
         metadata = f"base_model: {json.dumps(base)}\n{metadata}"
     if not channel_scales:  # the Hub shows how to load it with this library
         metadata = f"library_name: peft\n{metadata}"
-    excluded = {"model", "out", "data", "eval_data"}
+    excluded = {"model", "out", "data", "eval_data", "distill"}
+    if config.distill is None:
+        excluded.add("distill_weight")
     settings = config.model_dump(mode="json", exclude_none=True, exclude=excluded)
     rows = "\n".join(
         f"| {name} | {', '.join(value) if isinstance(value, list) else value} |"
         for name, value in settings.items()
     )
     method = " with TRL's DPOTrainer" if config.method == "dpo" else ""
+    if config.distill is not None:
+        method = " with the predictions of the dense model"
     held_out = ""
     if eval_loss is not None:
         held_out = (

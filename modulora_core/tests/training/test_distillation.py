@@ -233,6 +233,10 @@ def test_it_brings_the_model_nearer_to_the_dense_one_and_leaves_no_file(
     load_adapter(model, tmp_path / "out")
     assert result.eval_loss == pytest.approx(cross_entropy_of(model, text, tunable), rel=1e-5)
     assert not [*(tmp_path / "out" / "checkpoints").glob("predictions-*")]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "with the predictions of the dense model" in card
+    assert "| distill_weight | 1.0 |" in card
+    assert str(teacher) not in card
 
 
 @pytest.mark.parametrize("stopped_at", [0, 3])
