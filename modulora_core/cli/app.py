@@ -24,7 +24,8 @@ from modulora_core.errors import RequestError
 
 COMMANDS = (
     "demo", "list-quantizers", "quantize", "info", "finetune", "generate", "chat", "evaluate",
-    "compare", "merge", "convert", "plan", "doctor", "conformance", "bench", "new-plugin",
+    "compare", "merge", "convert", "init-adapter", "plan", "doctor", "conformance", "bench",
+    "new-plugin",
 )  # fmt: skip
 """Every command, in the order of ``modulora --help``. ``list_quantizers.py`` has the second."""
 

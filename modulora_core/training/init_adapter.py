@@ -1,0 +1,252 @@
+"""Makes an adapter that begins where the quantizer erred, by a closed form.
+
+    (W - Ŵ) L = U Σ Vᵀ, cut to rank r      s B A = U Σ Vᵀ L⁻¹      H = E[xxᵀ] = L Lᵀ
+
+No other matrix of rank r makes E ‖(W - Ŵ - s B A) x‖² smaller (Zhang et al. 2024, QERA, arXiv
+2410.06040, theorem 1; any L with H = L Lᵀ gives the same product). B and A each get Σ^½.
+
+The walk of a calibration gives W and H of each layer, a decoder block of the dense model at a time.
+The residual W - Ŵ never exists: a randomized SVD (Halko et al. 2011, arXiv 0909.4061, algorithms
+4.4 and 5.1) only multiplies by it, with the quantizer's ``matmul``. So it works for any quantizer.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modulora_core.adapters.adapted import packed_layers
+from modulora_core.adapters.lora import add_lora, lora_layer
+from modulora_core.adapters.save import save_adapter
+from modulora_core.adapters.settings import LoRASettings
+from modulora_core.arguments import checked
+from modulora_core.calibration import (
+    BlockWalk,
+    CalibrationConfig,
+    PackedMatrices,
+    Packing,
+    calibration_text,
+    find_blocks,
+)
+from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
+from modulora_core.checkpoints.written.parameters import random_stream
+from modulora_core.distributed import pick_device, world_size
+from modulora_core.errors import OptionError
+from modulora_core.layers import LoRALayer, QuantLinear
+from modulora_core.models import ModelSource, open_model
+from modulora_core.models.sites import LinearSite, find_sites
+from modulora_core.packed import PackedWeight
+from modulora_core.progress import Progress, shows_progress
+from modulora_core.spec import Calibration, Quantizer
+
+OVERSAMPLING = 8
+"""Columns beyond r in the randomized SVD."""
+
+POWER_ITERATIONS = 2
+"""Products by (W - Ŵ) L and its transpose that sharpen the randomized SVD."""
+
+DAMPING = 0.01
+"""Added to the diagonal of H, as a share of its mean: few samples leave H singular."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class InitialAdapter:
+    """An adapter that was made.
+
+    Attributes:
+        out: its folder.
+        layers: number of its layers; corrected: number of layers that don't begin at zero.
+    """
+
+    out: str
+    layers: int
+    corrected: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@checked
+@shows_progress("correcting", "layers")
+def init_adapter(
+    model: str | Path,
+    out: str | Path,
+    *,
+    dense: str | Path,
+    calibration: CalibrationConfig,
+    settings: LoRASettings | None = None,
+    progress: Progress | None = None,
+) -> InitialAdapter:
+    """Write an adapter that corrects the layers of a quantized model, as a start of training.
+
+    ``finetune`` trains it further as its ``adapter``. Experts, an output head and layers without
+    targets are not corrected: their B is zero.
+
+    Args:
+        model: a quantized model.
+        out: the folder to write, new or empty.
+        dense: the model before quantization. A decoder block of it is in memory at a time.
+        calibration: the text of H.
+        settings: of the adapter.
+        progress: called with ``"correcting"``, the layers done, and their number.
+
+    Raises:
+        OutputError: ``out`` holds files.
+        OptionError: ``dense`` has other layers, or a run of several processes.
+        RequestError: a model, the text or the settings cannot be used.
+        WorkError: an input of a layer is NaN or Inf.
+    """
+    started, settings = time.perf_counter(), settings or LoRASettings()
+    if world_size() > 1:
+        raise OptionError(f"init-adapter: expected one process, got {world_size()}")
+    check_output(Path(out))
+    checkpoint, source, device = open_checkpoint(model), open_model(str(dense)), pick_device()
+    text = calibration_text(source, calibration, settings.seed)
+    adapted = load_model(checkpoint, device=str(device))
+    blocks = tuple(f"{path}." for path in find_blocks(source.outline))
+    packed = {
+        f"{path}.weight" if isinstance(layer, QuantLinear) else path: layer
+        for path, layer in packed_layers(adapted).items()
+        if path.startswith(blocks)
+    }
+    linears = _linears(source, checkpoint.name, {
+        name: (layer.weight if isinstance(layer, QuantLinear) else layer.first).layout.shape
+        for name, layer in packed.items()
+    })  # fmt: skip
+    weights: dict[str, tuple[Quantizer, list[PackedWeight]]] = {}
+    for name, layer in packed.items():
+        matrices = [layer.weight] if isinstance(layer, QuantLinear) else [*layer]
+        weights[name] = matrices[0].quantizer, [matrix.packed for matrix in matrices]
+    paths = add_lora(adapted, settings)
+    layers = {f"{path}.weight": lora_layer(adapted, path) for path in paths}
+    linear = {name: layer for name, layer in layers.items() if name in weights}
+    correcting = _Correcting(weights, linear, settings.seed, progress)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        BlockWalk(source, text, linears, correcting, device, Path(folder)).run()
+    if len(correcting.done) < len(paths):
+        logger.info(
+            "%s: %d of %d layers begin at zero: experts, or layers outside of decoder blocks",
+            out, len(paths) - len(correcting.done), len(paths),
+        )  # fmt: skip
+    with whole_or_nothing(Path(out)) as whole:
+        save_adapter(adapted, whole, settings=settings)
+    seconds = time.perf_counter() - started
+    return InitialAdapter(str(out), len(paths), len(correcting.done), seconds)
+
+
+def _linears(
+    source: ModelSource, name: str, packed: Mapping[str, tuple[int, ...]]
+) -> list[LinearSite]:
+    """The dense model's weights that are packed, with the shapes ``[out, in]`` of a matrix."""
+    found = {site.name: site for site in find_sites(source.outline).linears}
+    for parameter, shape in packed.items():
+        site = found.get(parameter)
+        here = None if site is None else (site.out_features, site.in_features)
+        if here != shape:
+            raise OptionError(
+                f"dense {source.location.model}: expected the model that {name} was quantized "
+                f"from, with {parameter} of {list(shape)}, got {list(here) if here else 'none'}"
+            )
+    return [found[parameter] for parameter in packed]
+
+
+@dataclass(frozen=True, slots=True)
+class _Corrected(PackedMatrices):
+    """A packed parameter with its correction, ``[out, in]``, so that later layers see both."""
+
+    correction: Tensor
+
+    def values(self) -> Iterator[Tensor]:
+        for value in PackedMatrices.values(self):
+            yield value + self.correction
+
+
+@dataclass
+class _Correcting(Packing):
+    """Sets A and B of each layer that the walk reaches.
+
+    Attributes:
+        weights: the quantizer and the packed matrices of every parameter.
+        layers: the layers to correct, by parameter.
+    """
+
+    weights: Mapping[str, tuple[Quantizer, list[PackedWeight]]]
+    layers: Mapping[str, LoRALayer]
+    seed: int
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        self.done: list[str] = []
+
+    def wants_calibration(self, name: str) -> bool:
+        return name in self.layers
+
+    def pack(
+        self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
+    ) -> PackedMatrices:
+        quantizer, packed = self.weights[name]
+        if name not in self.layers:
+            return PackedMatrices(name, quantizer, packed)
+        [weight], [calibration] = matrices, [*calibrations]
+        assert calibration is not None
+        layer = self.layers[name]
+        values, scale = layer.parameters_of("default"), layer.scale["default"] ** 0.5
+        with random_stream(self.seed, name):
+            B, A = best_correction(
+                weight, quantizer, packed[0], calibration.hessian, rank=len(values["lora_A"])
+            )
+        values["lora_B"].data.copy_(B / scale)
+        values["lora_A"].data.copy_(A / scale)
+        self.done.append(name)
+        if self.progress is not None:
+            self.progress("correcting", len(self.done), len(self.layers))
+        return _Corrected(name, quantizer, packed, B @ A)
+
+
+def best_correction(
+    weight: Tensor, quantizer: Quantizer, packed: PackedWeight, hessian: Tensor, *, rank: int
+) -> tuple[Tensor, Tensor]:
+    """B ``[out, r]`` and A ``[r, in]`` with the smallest E ‖(W - Ŵ - B A) x‖², nearly.
+
+    Args:
+        weight: W, ``[out, in]``; packed: Ŵ; hessian: H, ``[in, in]``, fp32 or wider.
+    """
+    H = hessian.clone()
+    H.diagonal().add_(DAMPING * H.diagonal().mean() + torch.finfo(H.dtype).tiny)
+    L, W = torch.linalg.cholesky(H), weight.to(H.dtype)
+
+    def times(x: Tensor) -> Tensor:
+        """(W - Ŵ) L x, ``[in, n]`` to ``[out, n]``."""
+        y = L @ x
+        return W @ y - quantizer.matmul(y.t().contiguous(), packed).t()
+
+    def transposed(x: Tensor) -> Tensor:
+        """Lᵀ (W - Ŵ)ᵀ x, ``[out, n]`` to ``[in, n]``."""
+        y = quantizer.matmul(x.t().contiguous(), packed, transpose=True).t()
+        return L.t() @ (W.t() @ x - y)
+
+    size = min(rank + OVERSAMPLING, *weight.shape)
+    Q = _basis(times(torch.randn(weight.shape[1], size, dtype=H.dtype).to(H.device)))
+    for _ in range(POWER_ITERATIONS):
+        Q = _basis(times(_basis(transposed(Q))))
+    U, S, Vt = torch.linalg.svd(transposed(Q).t(), full_matrices=False)
+    root = S[:rank].sqrt()
+    A = torch.linalg.solve_triangular(L, root[:, None] * Vt[:rank], upper=False, left=False)
+    return Q @ U[:, :rank] * root, A
+
+
+def _basis(matrix: Tensor) -> Tensor:
+    """An orthonormal basis of the columns."""
+    return torch.linalg.qr(matrix).Q
