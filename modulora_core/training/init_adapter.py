@@ -230,12 +230,14 @@ def best_correction(
     def times(x: Tensor) -> Tensor:
         """(W - Ŵ) L x, ``[in, n]`` to ``[out, n]``."""
         y = L @ x
-        return W @ y - quantizer.matmul(y.t().contiguous(), packed).t()
+        products: Tensor = W @ y - quantizer.matmul(y.t().contiguous(), packed).t()
+        return products
 
     def transposed(x: Tensor) -> Tensor:
         """Lᵀ (W - Ŵ)ᵀ x, ``[out, n]`` to ``[in, n]``."""
         y = quantizer.matmul(x.t().contiguous(), packed, transpose=True).t()
-        return L.t() @ (W.t() @ x - y)
+        products: Tensor = L.t() @ (W.t() @ x - y)
+        return products
 
     size = min(rank + OVERSAMPLING, *weight.shape)
     Q = _basis(times(torch.randn(weight.shape[1], size, dtype=H.dtype).to(H.device)))
@@ -249,4 +251,5 @@ def best_correction(
 
 def _basis(matrix: Tensor) -> Tensor:
     """An orthonormal basis of the columns."""
-    return torch.linalg.qr(matrix).Q
+    basis: Tensor = torch.linalg.qr(matrix).Q
+    return basis
