@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.cli import main
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
@@ -104,9 +106,15 @@ def test_it_brings_the_model_nearer_and_finetune_continues_it(
     finetune(config)
 
 
-def test_equal_seeds_give_equal_bytes(dense: Path, tunable: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        init_adapter(tunable, tmp_path / name, dense=dense, calibration=TEXT)
+def test_the_command_gives_the_same_bytes(
+    dense: Path, tunable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init_adapter(tunable, tmp_path / "a", dense=dense, calibration=TEXT)
+    words = ["init-adapter", str(tunable), str(tmp_path / "b"), "--dense", str(dense)]
+    words += ["--calibration", "pydoc[:2%]", "--samples", "8", "--seq-len", "32", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layers"] == found["corrected"] > 0
     a, b = (tmp_path / name / "adapter_model.safetensors" for name in ("a", "b"))
     assert a.read_bytes() == b.read_bytes()
 
