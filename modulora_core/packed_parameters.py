@@ -258,3 +258,18 @@ class PackedStack(nn.ModuleList):
             x, stack = args  # x: [experts, n, rows of each matrix as the model sees it]
             return torch.stack([part @ stack[i] for i, part in enumerate(x)])
         return NotImplemented
+
+
+def check_scales(model: nn.Module, path: str = "", skip: tuple[str, ...] = ()) -> None:
+    """Refuse packed weights whose scales are NaN or infinite: they would decode to zeros.
+
+    Weights whose path begins with one of ``skip`` are left out.
+
+    Raises:
+        CheckpointError: a scale is NaN or infinite; the message begins with ``path`` and the name.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, PackedParameter) or name.startswith(skip):
+            continue
+        if module.device.type != "meta":
+            module.quantizer.check_values(module.packed, f"{path}{name}")

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modulora_core.checkpoints.scales import check_at_first_touch, check_scales
 from modulora_core.errors import ModelError
 from modulora_core.models.safetensors_store import SafetensorsStore
-from modulora_core.packed_parameters import PackedParameter
+from modulora_core.packed_parameters import PackedParameter, check_scales
 
 
 class MappedFiles:
@@ -141,7 +140,7 @@ def keep_one_block(model: nn.Module, files: MappedFiles) -> BlockWindow:
     window = BlockWindow([files.ranges(names) for names in tensors.values()])
     for number, path in enumerate(tensors):
         block = model.get_submodule(path)
-        check_at_first_touch(block, path)
+        _check_at_first_touch(block, path)
         block.register_forward_pre_hook(partial(window.enter, number))
         block.register_forward_hook(partial(window.enter_backward, number))
     return window
@@ -159,3 +158,14 @@ def _tensors_of_blocks(model: nn.Module) -> Mapping[str, list[str]]:
             names = [f"{path}.{name}" for name in module.layout.tensors]
             blocks.setdefault(f"{outer}.{number}", []).extend(names)
     return blocks
+
+
+def _check_at_first_touch(block: nn.Module, path: str) -> None:
+    """Check the packed weights of ``block`` when it first runs, and reads their pages anyway."""
+    hooks: list[Any] = []
+    hooks.append(block.register_forward_pre_hook(partial(_check_once, f"{path}.", hooks)))
+
+
+def _check_once(path: str, hooks: list[Any], block: nn.Module, _: Any) -> None:
+    check_scales(block, path)
+    hooks.pop().remove()
