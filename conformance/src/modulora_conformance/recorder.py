@@ -190,7 +190,14 @@ class Recorder:
             for s in self._subjects.values()
             if s.quantizer.spec.name == run.quantizer
         }
-        speed = {name: measure_speed(quantizer) for name, quantizer in subjects.items()}
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        speed = {}
+        if reporter is not None:
+            reporter.line("")  # ends the line of dots
+        for number, (name, quantizer) in enumerate(subjects.items(), 1):
+            if reporter is not None:
+                reporter.write_line(f"measuring speed, {number} of {len(subjects)}: {name}")
+            speed[name] = measure_speed(quantizer)
         found = {name: measured for name, measured in speed.items() if measured}
         write_report(run.model_copy(update={"speed": found}), folder)
 
