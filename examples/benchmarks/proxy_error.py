@@ -95,7 +95,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--seq-len", type=int, default=256)
     add("-o", "--option", action="append", default=[], metavar="KEY=VALUE", help="of qtip")
     flags = parser.parse_args(words)
-    options = Options(**parse_options(flags.option))
+    options = Options.model_validate(parse_options(flags.option))
     opened = open_to_run(flags.model, dtype="float32", device="cpu")
     model = opened.load()
     if getattr(model, "hf_quantizer", None) is not None:  # a GGUF file stays packed
