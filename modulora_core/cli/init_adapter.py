@@ -53,13 +53,15 @@ def command(
 
     from modulora_core.adapters.settings import LoRASettings
     from modulora_core.calibration import CalibrationConfig
-    from modulora_core.training.init_adapter import init_adapter
+    from modulora_core.training.init_adapter import CORRECTION_SAMPLES, init_adapter
 
     settings = LoRASettings(
         rank or 8, 32.0 if alpha is None else alpha,
         targets=tuple(part.strip() for part in (targets or "all-linear").split(",")), seed=seed,
     )  # fmt: skip
-    text = CalibrationConfig(calibration, max_samples=samples or 32, seq_len=seq_len or 512)
+    text = CalibrationConfig(
+        calibration, max_samples=samples or CORRECTION_SAMPLES, seq_len=seq_len or 512
+    )
     with terminal().progress("correcting", "layers") as show:
         made = init_adapter(
             model, out, dense=dense, calibration=text, settings=settings, progress=show

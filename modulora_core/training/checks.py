@@ -42,7 +42,9 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
     checkpoint: PackedCheckpoint | Unpacked
     if config.quantizer is not None:
         choice = Choice.parse(config.quantizer, "quantizer")
-        text = None if config.calibration is None else CalibrationConfig(config.calibration)
+        corrects = config.init == "qera" and not choice.create().wants_calibration
+        text = CalibrationConfig(config.calibration) if config.calibration else None
+        text = None if corrects else text
         checkpoint = Unpacked(config.model, choice, calibration=text, quality=config.quality)
     else:
         checkpoint = open_checkpoint(config.model)

@@ -28,7 +28,7 @@ from modulora_core.options import validate_model
 _EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
     "steps": ("epochs",),
     "epochs": ("steps",),
-    "adapter": ("rank", "alpha", "targets", "train_scales"),
+    "adapter": ("rank", "alpha", "targets", "train_scales", "init"),
 }
 """Fields of a file that give way to a flag."""
 
@@ -109,7 +109,8 @@ class FinetuneConfig(BaseModel):
         "model stays in a cache, $MODULORA_CACHE or modulora in the Hub's",
     )
     calibration: PathName | None = Field(
-        default=None, description="calibration text of a quantizer that needs one"
+        default=None,
+        description="calibration text, of a quantizer that needs one, and of init qera",
     )
     quality: Literal["fast", "balanced", "best"] = Field(
         default="balanced", description="of quantizing: less time, or less loss, at the same size"
@@ -164,6 +165,14 @@ class FinetuneConfig(BaseModel):
     )
     adapter: PathName | None = Field(
         default=None, description="train this adapter further, instead of a new one"
+    )
+    init: Literal["zero", "qera"] = Field(
+        default="zero",
+        description="start of the adapter: zero; or qera, the best correction of the quantizer's "
+        "errors on the calibration text, which needs the dense model",
+    )
+    dense: PathName | None = Field(
+        default=None, description="model before quantization, for init qera; not with quantizer"
     )
 
     steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
@@ -281,8 +290,21 @@ class FinetuneConfig(BaseModel):
             raise ValueError("expected prompt and completion together, got one of them")
         if self.prompt is not None and self.format not in ("auto", "completion"):
             raise ValueError(f"format {self.format}: expected no other format beside prompt")
-        if self.quantizer is None and (self.calibration or self.quality != "balanced"):
-            raise ValueError("calibration, quality: expected quantizer beside them, got none")
+        if self.quantizer is None and self.quality != "balanced":
+            raise ValueError("quality: expected quantizer beside it, got none")
+        if self.quantizer is None and self.calibration and self.init == "zero":
+            raise ValueError("calibration: expected quantizer or init qera beside it, got none")
+        if self.init == "qera" and (self.dense is None) == (self.quantizer is None):
+            got = "both" if self.dense else "none"
+            raise ValueError(
+                f"init qera: expected dense, or a dense model and quantizer, got {got}"
+            )
+        if self.init == "qera" and self.calibration is None:
+            raise ValueError("init qera: expected calibration, the text to correct on, got none")
+        if self.init == "qera" and self.method == "dpo":
+            raise ValueError("init qera: expected method sft beside it, got dpo")
+        if self.init == "zero" and self.dense is not None:
+            raise ValueError("dense: expected init qera beside it, got none")
         if self.keep_products and not self.gradient_checkpointing:
             raise ValueError(
                 "keep_products: expected gradient_checkpointing, got none; without it, the "

@@ -34,6 +34,7 @@ from modulora_core.adapters.peft_format import CONFIG_FILE
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
+from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.checkpoint import load_dtype, load_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
@@ -48,7 +49,7 @@ from modulora_core.distributed import barrier, is_first, pick_device, together, 
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.layers import QuantLinear
 from modulora_core.models.folders import RUN_FILE
-from modulora_core.progress import Bars, bars, quiet
+from modulora_core.progress import Bars, Progress, bars, quiet
 from modulora_core.quantization.cache import Unpacked
 from modulora_core.training.arguments import total_steps, warn_of_settings
 from modulora_core.training.batches import check_joined
@@ -59,6 +60,7 @@ from modulora_core.training.distillation import (
     predictions_of,
 )
 from modulora_core.training.held_out import HeldOut, held_out
+from modulora_core.training.init_adapter import CORRECTION_SAMPLES, Start
 from modulora_core.training.interruption import Interruption
 from modulora_core.training.losses import divergence
 from modulora_core.training.methods import (
@@ -178,6 +180,7 @@ def finetune(
         predictions = predictions_of(
             config, examples["train"], steps, tokenizer, rows, out / CHECKPOINTS
         )
+        start = None if resume_from is not None else _start(config)
         warn_of_settings(config, examples["train"], steps)
     checkpoint, interruption = _packed(base, open_bar), Interruption()
     with (
@@ -192,7 +195,7 @@ def finetune(
                 arguments = method_arguments(config, out / CHECKPOINTS, steps, device)
             arguments.eval_on_start = config.report and "eval" in sources and resume_from is None
             model = _loaded(checkpoint, config, device)
-            settings = _put_adapter(model, config)
+            settings = _put_adapter(model, config, start, show)
             if config.packing:
                 check_joined(model, config.batch_size)
             check_disk_space(out, _nbytes(model) + (predictions.nbytes if predictions else 0))
@@ -319,7 +322,19 @@ def _loaded(
     return model
 
 
-def _put_adapter(model: nn.Module, config: FinetuneConfig) -> LoRASettings | None:
+def _start(config: FinetuneConfig) -> Start | None:
+    """The dense model and the text of a corrected adapter, for ``init="qera"``."""
+    if config.init == "zero" or config.calibration is None:
+        return None
+    text = CalibrationConfig(
+        config.calibration, max_samples=CORRECTION_SAMPLES, seq_len=config.seq_len
+    )
+    return Start.open(config.dense or config.model, text, config.seed)
+
+
+def _put_adapter(
+    model: PreTrainedModel, config: FinetuneConfig, start: Start | None, progress: Progress
+) -> LoRASettings | None:
     """Put on a new adapter, and return its settings; or load the adapter to continue."""
     if config.adapter is not None:
         load_adapter(model, config.adapter, trainable=True)
@@ -329,7 +344,10 @@ def _put_adapter(model: nn.Module, config: FinetuneConfig) -> LoRASettings | Non
     settings = LoRASettings(
         config.rank, config.alpha, config.dropout, config.targets, config.seed, config.train_scales
     )
-    add_lora(model, settings)
+    if start is None:
+        add_lora(model, settings)
+    else:
+        start.put_on(model, config.model, settings, progress)
     return settings
 
 

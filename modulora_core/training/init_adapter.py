@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from modulora_core.arguments import checked
 from modulora_core.calibration import (
     BlockWalk,
     CalibrationConfig,
+    CalibrationText,
     PackedMatrices,
     Packing,
     calibration_text,
@@ -47,6 +48,12 @@ from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.packed import PackedWeight
 from modulora_core.progress import Progress, shows_progress
 from modulora_core.spec import Calibration, Quantizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CORRECTION_SAMPLES = 32
+"""The most samples of text, if nothing else is asked for."""
 
 OVERSAMPLING = 8
 """Columns beyond r in the randomized SVD."""
@@ -91,8 +98,8 @@ def init_adapter(
 ) -> InitialAdapter:
     """Write an adapter that corrects the layers of a quantized model, as a start of training.
 
-    ``finetune`` trains it further as its ``adapter``. Experts, an output head and layers without
-    targets are not corrected: their B is zero.
+    ``finetune`` trains it further as its ``adapter``; with ``init="qera"`` it makes one itself.
+    Experts, an output head and layers without targets are not corrected: their B is zero.
 
     Args:
         model: a quantized model.
@@ -109,41 +116,67 @@ def init_adapter(
         WorkError: an input of a layer is NaN or Inf.
     """
     started, settings = time.perf_counter(), settings or LoRASettings()
-    if world_size() > 1:
-        raise OptionError(f"init-adapter: expected one process, got {world_size()}")
     check_output(Path(out))
-    checkpoint, source, device = open_checkpoint(model), open_model(str(dense)), pick_device()
-    text = calibration_text(source, calibration, settings.seed)
-    adapted = load_model(checkpoint, device=str(device))
-    blocks = tuple(f"{path}." for path in find_blocks(source.outline))
-    packed = {
-        f"{path}.weight" if isinstance(layer, QuantLinear) else path: layer
-        for path, layer in packed_layers(adapted).items()
-        if path.startswith(blocks)
-    }
-    linears = _linears(source, checkpoint.name, {
-        name: (layer.weight if isinstance(layer, QuantLinear) else layer.first).layout.shape
-        for name, layer in packed.items()
-    })  # fmt: skip
-    weights: dict[str, tuple[Quantizer, list[PackedWeight]]] = {}
-    for name, layer in packed.items():
-        matrices = [layer.weight] if isinstance(layer, QuantLinear) else [*layer]
-        weights[name] = matrices[0].quantizer, [matrix.packed for matrix in matrices]
-    paths = add_lora(adapted, settings)
-    layers = {f"{path}.weight": lora_layer(adapted, path) for path in paths}
-    linear = {name: layer for name, layer in layers.items() if name in weights}
-    correcting = _Correcting(weights, linear, settings.seed, progress)
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        BlockWalk(source, text, linears, correcting, device, Path(folder)).run()
-    if len(correcting.done) < len(paths):
-        logger.info(
-            "%s: %d of %d layers begin at zero: experts, or layers outside of decoder blocks",
-            out, len(paths) - len(correcting.done), len(paths),
-        )  # fmt: skip
+    checkpoint, start = open_checkpoint(model), Start.open(dense, calibration, settings.seed)
+    adapted = load_model(checkpoint, device=str(pick_device()))
+    layers, corrected = start.put_on(adapted, checkpoint.name, settings, progress)
     with whole_or_nothing(Path(out)) as whole:
         save_adapter(adapted, whole, settings=settings)
-    seconds = time.perf_counter() - started
-    return InitialAdapter(str(out), len(paths), len(correcting.done), seconds)
+    return InitialAdapter(str(out), layers, corrected, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The dense model and the text that a corrected adapter comes from."""
+
+    source: ModelSource
+    text: CalibrationText
+
+    @classmethod
+    def open(cls, dense: str | Path, calibration: CalibrationConfig, seed: int) -> Start:
+        """Find the dense model and draw the text. Raises as :func:`init_adapter`."""
+        if world_size() > 1:
+            raise OptionError(f"a corrected adapter: expected one process, got {world_size()}")
+        source = open_model(str(dense))
+        return cls(source, calibration_text(source, calibration, seed))
+
+    def put_on(
+        self, model: PreTrainedModel, name: str, settings: LoRASettings, progress: Progress | None
+    ) -> tuple[int, int]:
+        """Put a new adapter on a quantized model. Returns its layers, and the corrected ones.
+
+        Args:
+            model: loaded on the device of the run; name: for messages.
+            progress: called with ``"correcting"``, the layers done, and their number.
+        """
+        blocks = tuple(f"{path}." for path in find_blocks(self.source.outline))
+        packed = {
+            f"{path}.weight" if isinstance(layer, QuantLinear) else path: layer
+            for path, layer in packed_layers(model).items()
+            if path.startswith(blocks)
+        }
+        linears = _linears(self.source, name, {
+            name: (layer.weight if isinstance(layer, QuantLinear) else layer.first).layout.shape
+            for name, layer in packed.items()
+        })  # fmt: skip
+        weights: dict[str, tuple[Quantizer, list[PackedWeight]]] = {}
+        for parameter, layer in packed.items():
+            matrices = [layer.weight] if isinstance(layer, QuantLinear) else [*layer]
+            weights[parameter] = matrices[0].quantizer, [matrix.packed for matrix in matrices]
+        layers = {f"{path}.weight": lora_layer(model, path) for path in add_lora(model, settings)}
+        linear = {parameter: layer for parameter, layer in layers.items() if parameter in weights}
+        correcting = _Correcting(weights, linear, settings.seed, progress)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            walk = BlockWalk(
+                self.source, self.text, linears, correcting, pick_device(), Path(folder)
+            )
+            walk.run()
+        if len(correcting.done) < len(layers):
+            logger.info(
+                "%s: %d of %d layers begin at zero: experts, or layers outside of decoder blocks",
+                name, len(layers) - len(correcting.done), len(layers),
+            )  # fmt: skip
+        return len(layers), len(correcting.done)
 
 
 def _linears(

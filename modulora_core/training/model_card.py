@@ -44,7 +44,7 @@ def model_card(
         metadata = f"base_model: {json.dumps(base)}\n{metadata}"
     if not channel_scales:  # the Hub shows how to load it with this library
         metadata = f"library_name: peft\n{metadata}"
-    excluded = {"model", "out", "data", "eval_data", "distill"}
+    excluded = {"model", "out", "data", "eval_data", "distill", "dense"}
     if config.distill is None:
         excluded.add("distill_weight")
     settings = config.model_dump(mode="json", exclude_none=True, exclude=excluded)

@@ -26,6 +26,7 @@ from modulora_core.training import init_adapter as module
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 from modulora_core.training.init_adapter import best_correction, init_adapter
+from modulora_core.training.trainer import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,6 +105,68 @@ def test_it_brings_the_model_nearer_and_finetune_continues_it(
          "adapter": str(tmp_path / "start"), "seq_len": 32, "report": False, "dropout": 0}
     )  # fmt: skip
     finetune(config)
+
+
+def test_finetune_makes_the_same_start_itself(
+    dense: Path, tunable: Path, text: Path, tmp_path: Path
+) -> None:
+    calibration = CalibrationConfig(str(text), max_samples=32, seq_len=32)
+    init_adapter(tunable, tmp_path / "start", dense=dense, calibration=calibration)
+    common = {"model": str(tunable), "data": str(text), "steps": 3, "save_every": 1,
+              "seq_len": 32, "report": False, "dropout": 0}  # fmt: skip
+    one = {"out": str(tmp_path / "one"), "init": "qera", "dense": str(dense),
+           "calibration": str(text)}  # fmt: skip
+    two = {"out": str(tmp_path / "two"), "adapter": str(tmp_path / "start")}
+    losses = [finetune(FinetuneConfig.build({**common, **each})).losses for each in (one, two)]
+    assert losses[0] == losses[1]
+    zero = finetune(FinetuneConfig.build({**common, "out": str(tmp_path / "zero")})).losses
+    assert losses[0][0] != zero[0]
+
+
+def test_a_resumed_run_does_not_correct_again(
+    dense: Path, tunable: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FinetuneConfig.build(
+        {"model": str(tunable), "out": str(tmp_path / "out"), "data": str(text), "steps": 4,
+         "save_every": 2, "seq_len": 32, "report": False, "init": "qera", "dense": str(dense),
+         "calibration": str(text)}
+    )  # fmt: skip
+    whole = finetune(config.model_copy(update={"out": str(tmp_path / "whole")})).losses
+
+    def stop(step: TrainingStep) -> None:
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, on_step=stop)
+    monkeypatch.setattr(module.Start, "open", None)
+    assert finetune(config, resume=True).losses == whole
+
+
+def test_finetune_quantizes_and_corrects_in_one_command(
+    dense: Path, toy: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
+    config = FinetuneConfig.build(
+        {"model": str(dense), "quantizer": "toy", "out": str(tmp_path / "out"),
+         "data": str(text), "calibration": str(text), "steps": 1, "seq_len": 32,
+         "report": False, "init": "qera"}
+    )  # fmt: skip
+    assert not Choice("toy").create().wants_calibration
+    finetune(config)
+    assert "| init | qera |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("options", [
+    {"init": "qera"}, {"init": "qera", "dense": "d"}, {"init": "qera", "calibration": "t"},
+    {"init": "qera", "dense": "d", "calibration": "t", "quantizer": "toy"},
+    {"init": "qera", "dense": "d", "calibration": "t", "method": "dpo"},
+    {"init": "qera", "dense": "d", "calibration": "t", "adapter": "a"},
+    {"dense": "d"}, {"calibration": "t"}, {"init": "distill"},
+])  # fmt: skip
+def test_a_wrong_start_is_refused(options: dict[str, str]) -> None:
+    with pytest.raises(OptionError, match=r"init|dense|calibration"):
+        FinetuneConfig.build({"model": "m", "out": "o", "data": "d", **options})
 
 
 def test_the_command_gives_the_same_bytes(
