@@ -65,7 +65,7 @@ def test_info_shows_what_a_checkpoint_holds(run: Run, packed: Path, text_of: Tex
     stored = sum(path.stat().st_size for path in packed.glob("*.safetensors"))
     assert 0 < stored - found["bytes"] < 20_000  # the header
     text = text_of("info", packed)
-    assert re.search(r"toy levels=127 modulora-toy \S+ 14 [\d,]+ [\d.]+ KiB 8\.\d+", text)
+    assert re.search(r"toy \(modulora-toy \S+\) 14 [\d,]+ [\d.]+ KiB 8\.\d+ levels=127", text)
 
 
 def test_a_measurement_in_words(text_of: TextOf, source: Path, tmp_path: Path) -> None:
