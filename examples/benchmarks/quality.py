@@ -134,17 +134,25 @@ def peers(run: Run, folder: Path, request: Request) -> Iterator[Result]:
 
 
 def table(results: Sequence[Result], data: Sequence[str]) -> str:
-    """Perplexities before → after for each seed; in brackets as multiples of the original's."""
-    base = next((r["perplexity"] for r in results if r["method"] == ORIGINAL), None)
+    """Perplexities before → after for each seed; in brackets as multiples of the original's.
+
+    After finetuning that is the finetuned original's, which only a packed file has.
+    """
+    base = next((r for r in results if r["method"] == ORIGINAL), {})
 
     def text(value: float | None, digits: int) -> str:
         return "–" if value is None else f"{value:.{digits}f}"
 
+    def multiple(value: float, original: float | None) -> str:
+        return f"{value:.2f}" if original is None else f"{value:.2f} ({value / original:.2f})"
+
     def cell(result: Result, source: str) -> str:
-        values = [result["perplexity"][source], *result.get("finetuned", {}).get(source, [])]
-        ratios = ["" if base is None else f" ({value / base[source]:.2f})" for value in values]
-        before, *after = (f"{v:.2f}{r}" for v, r in zip(values, ratios, strict=True))
-        return " → ".join([before, "; ".join(after)]) if after else before
+        before = base.get("perplexity", {}).get(source)
+        after = base.get("finetuned", {}).get(source)
+        seeds = result.get("finetuned", {}).get(source, [])
+        finetuned = "; ".join(multiple(value, after and fmean(after)) for value in seeds)
+        cell = multiple(result["perplexity"][source], before)
+        return f"{cell} → {finetuned}" if finetuned else cell
 
     heads = ["", "bits per weight", "MiB", "seconds", "peak MiB"]
     rows = []
