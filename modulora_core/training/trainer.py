@@ -217,7 +217,7 @@ class AdapterTrainer(AdapterRun):
 
     @override
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return longest_first(eval_dataset.lengths)
+        return longest_first([len(eval_dataset[i]["input_ids"]) for i in range(len(eval_dataset))])
 
     @override
     def compute_loss(
