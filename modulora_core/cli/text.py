@@ -70,7 +70,8 @@ def _value(key: str, value: Any) -> str:
     if isinstance(value, Mapping):
         if any(isinstance(part, list) for part in value.values()):
             return "; ".join(f"{_names(part)} ({name})" for name, part in value.items())
-        return ", ".join(f"{name}={_value(name, part)}" for name, part in value.items())
+        given = {name: part for name, part in value.items() if part is not None}
+        return ", ".join(f"{name}={_value(name, part)}" for name, part in given.items())
     if isinstance(value, (list, tuple)):
         shown = [_value(key, part) for part in value]
         return ", ".join(shown[:3]) + (f", ... ({len(shown):,} in all)" if shown[3:] else "")

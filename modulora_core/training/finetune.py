@@ -56,9 +56,7 @@ from modulora_core.training.batches import check_joined
 from modulora_core.training.checkpoints import remove_half_written
 from modulora_core.training.checks import checked_model, vocabulary, window
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.distillation import (
-    predictions_of,
-)
+from modulora_core.training.distillation import predictions_of
 from modulora_core.training.held_out import HeldOut, held_out
 from modulora_core.training.init_adapter import CORRECTION_SAMPLES, Start
 from modulora_core.training.interruption import Interruption

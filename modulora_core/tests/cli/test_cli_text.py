@@ -36,7 +36,7 @@ def test_facts_have_a_line_for_each_entry(capsys: pytest.CaptureFixture[str]) ->
         "seconds": 1.234567,
         "weights": 2048,
         "kept": {"norm": ["a", "b"], "head": ["c"]},
-        "options": {"bits": 3, "sym": True},
+        "options": {"bits": 3, "scale": None, "sym": True},
         "losses": [2.0, 1.5, 1.25, 1.0],
         "eval_loss": None,
         "unreached": [],
