@@ -2,8 +2,8 @@
 
     python examples/benchmarks/by_layer.py DENSE PACKED --data 'pydoc[80%:]'
 
-The share of a group of layers is the part of the packed model's additional log-perplexity that
-goes away with dense weights in this group alone. Shares need not add up to 1.
+The share of a group is the part of the added log-perplexity that goes away with dense weights
+there alone. Shares need not add up to 1.
 """
 
 from __future__ import annotations

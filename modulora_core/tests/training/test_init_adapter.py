@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from modulora_core.adapters.adapted import packed_layers
 from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.settings import LoRASettings
@@ -19,7 +20,7 @@ from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.cli import main
 from modulora_core.errors import OptionError, OutputError
-from modulora_core.quantization.quantize import quantize
+from modulora_core.quantization.quantize import Override, quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.tiny_models import tiny_config
 from modulora_core.training import init_adapter as module
@@ -121,6 +122,15 @@ def test_finetune_makes_the_same_start_itself(
     assert losses[0] == losses[1]
     zero = finetune(FinetuneConfig.build({**common, "out": str(tmp_path / "zero")})).losses
     assert losses[0][0] != zero[0]
+
+
+def test_a_mix_of_quantizers_is_corrected(dense: Path, toy: ModuleType, tmp_path: Path) -> None:
+    mixed, mlp = tmp_path / "mixed", Override("*.mlp.*", "verbatim")
+    quantize(str(dense), mixed, "toy", {"levels": 7}, overrides=[mlp])
+    layers = packed_layers(load_model(mixed)).values()
+    assert len({layer.weight.quantizer.spec.name for layer in layers}) == 2
+    result = init_adapter(mixed, tmp_path / "start", dense=dense, calibration=TEXT)
+    assert result.corrected == result.layers == len(layers)
 
 
 def test_a_resumed_run_does_not_correct_again(
