@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -163,11 +163,13 @@ def packed_tensors(model: nn.Module) -> list[nn.Parameter]:
     return [tensor for module in modules for tensor in module.parameters()]
 
 
-def quantized(model: Path, out: Path, quantizer: str, text: Path) -> list[str]:
+def quantized(
+    model: Path, out: Path, quantizer: str, text: Path, weighting: Literal["loss"] | None = None
+) -> list[str]:
     """Quantize with calibration; the experts that no token reached."""
     from modulora_core.calibration import CalibrationConfig
     from modulora_core.quantization.quantize import quantize
 
-    calibration = CalibrationConfig(str(text), samples=5, seq_len=16)
+    calibration = CalibrationConfig(str(text), samples=5, seq_len=16, weighting=weighting)
     result = quantize(str(model), out, quantizer, calibration=calibration, progress=False)
     return list(result.unreached)

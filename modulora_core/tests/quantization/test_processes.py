@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -28,15 +29,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weighting", [None, "loss"])
 @pytest.mark.parametrize("architecture", ["llama-biased", "mixtral"])
-def test_the_checkpoint_is_that_of_one_process(architecture: str, tmp_path: Path) -> None:
+def test_the_checkpoint_is_that_of_one_process(
+    architecture: str, weighting: Literal["loss"] | None, tmp_path: Path
+) -> None:
     model = Path(save_model_with_tokenizer(architecture, tmp_path / "dense", "float32"))
     text = tmp_path / "text.txt"
     text.write_text(pydoc_text()[:3000])
-    unreached = quantized(model, tmp_path / "one", "heeding", text)
+    unreached = quantized(model, tmp_path / "one", "heeding", text, weighting)
     for number in (2, 4):  # of 5 samples, so that shares differ
         out = tmp_path / str(number)
-        found = run_in_processes(number, quantized, model, out, "heeding", text)
+        found = run_in_processes(number, quantized, model, out, "heeding", text, weighting)
         assert found == [unreached] * number
         assert {file.name for file in out.iterdir()} == {
             file.name for file in (tmp_path / "one").iterdir()
