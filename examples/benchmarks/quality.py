@@ -228,7 +228,7 @@ def main(words: Sequence[str] | None = None) -> int:
                     batch_size=flags.batch_size, seq_len=flags.seq_len or flags.sample_len,
                     segments=flags.segments or (4 if flags.quick else 32), samples=flags.samples,
                     sample_len=flags.sample_len, quality=flags.quality, seed=seed, prompts=0,
-                    matmul_precision=flags.matmul_precision, device="cpu",
+                    matmul_precision=flags.matmul_precision, device="cpu", cache=folder,
                 )
                 for seed, held_out in product(flags.seeds, flags.data)
             ]  # fmt: skip

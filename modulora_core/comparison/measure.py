@@ -1,7 +1,8 @@
 """Compare quantizers on one model: size, perplexity before and after finetuning, speed, answers.
 
-Each packed model, adapter and measurement has a JSON file in the folder of the comparison, so that
-the same request continues where it stopped, and another one uses what they have in common.
+Packed models are in the cache of ``finetune -q``. Each model, adapter and measurement has a JSON
+file in the folder of the comparison, so that the same request continues where it stopped, and
+another one uses what they have in common.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.checkpoint import open_any
+from modulora_core.checkpoints.checkpoint import is_packed, open_any
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.outputs import write_file
@@ -29,8 +30,8 @@ from modulora_core.inference.evaluate import segment_losses
 from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
 from modulora_core.progress import Bars
+from modulora_core.quantization.cache import Unpacked
 from modulora_core.quantization.quality import Quality
-from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
@@ -56,6 +57,7 @@ class Request:
         seed: of the adapter, the data order and the dropout.
         matmul_precision: of finetuning (:class:`modulora_core.training.config.FinetuneConfig`).
         prompts: the number of held-out segments whose beginning the model continues.
+        cache: the folder of packed models; by default that of ``finetune -q``.
     """
 
     model: str
@@ -74,6 +76,7 @@ class Request:
     prompts: int = 3
     device: str | None = None
     embeddings: str | None = None
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +104,15 @@ class Method:
     """One row: ``before`` finetuning and, if it was asked for and is possible, ``after``.
 
     Attributes:
+        model: MODEL of commands: the packed folder, or the original.
         nbytes: of all tensors.
         bits_per_weight: of packed weights, with scales.
-        quantizing_seconds, quantizing_peak_bytes, training_peak_bytes: None for work that an
-            interrupted comparison finished before.
+        quantizing_seconds, quantizing_peak_bytes, training_peak_bytes: None for work that was done
+            before: by an interrupted comparison, or by ``finetune -q``.
     """
 
     name: str
+    model: str
     nbytes: int
     before: Measured
     after: Measured | None = None
@@ -119,7 +124,7 @@ class Method:
 
 
 def compare(request: Request, folder: Path, bars: Bars) -> list[Method]:
-    """Measure the original and each quantizer, which get folders in ``folder``.
+    """Measure the original and each quantizer, whose adapters and results ``folder`` gets.
 
     Raises:
         RequestError: the model, a quantizer or the data is refused.
@@ -145,8 +150,11 @@ def measure(request: Request, folder: Path, words: str | None, bars: Bars) -> Me
     packed = folder / f"{stem}-{_digest(*settings, request.quality)}"
     model, facts = request.model, {}
     if words is not None:
-        choice, model = Choice.parse(words, "-q"), str(packed)
-        facts = _kept(packed, lambda: _quantized(request, packed, choice, calibration, bars))
+        source = _source(request, words, calibration)
+        model = str(source.folder)
+        facts = _kept(packed, lambda: _quantized(source, name, bars))
+        if not is_packed(source.folder):  # somebody emptied the cache
+            _quantized(source, name, bars)
     opened = open_any(model)
     nbytes = opened.nbytes if isinstance(opened, PackedCheckpoint) else _dense_bytes(opened)
     tested = _digest(request.held_out, request.seq_len, request.segments, request.prompts)
@@ -166,8 +174,9 @@ def measure(request: Request, folder: Path, words: str | None, bars: Bars) -> Me
         )
         after = Measured(**found["measured"])
     return Method(
-        name, nbytes, Measured(**before["measured"]), after, prompts=before["prompts"], **facts
-    )
+        name, model, nbytes, Measured(**before["measured"]), after, prompts=before["prompts"],
+        **facts,
+    )  # fmt: skip
 
 
 def difference(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
@@ -205,17 +214,19 @@ def _digest(*settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
 
 
-def _quantized(
-    request: Request, out: Path, choice: Choice, calibration: CalibrationConfig, bars: Bars
-) -> dict[str, Any]:
-    wanted = choice.create().wants_calibration
-    table = request.embeddings and Choice.parse(request.embeddings, "embeddings")
-    with bars(f"quantizing with {choice.quantizer}", "bytes") as show:
-        found = quantize(
-            request.model, out, choice.quantizer, choice.options, quality=request.quality,
-            embeddings=table or None, calibration=calibration if wanted else None, resume=True,
-            progress=show,
-        )  # fmt: skip
+def _source(request: Request, words: str, calibration: CalibrationConfig) -> Unpacked:
+    """The model that a quantizer packs into the cache."""
+    choice = Choice.parse(words, "-q")
+    return Unpacked(
+        request.model, choice, quality=request.quality, cache=request.cache,
+        embeddings=Choice.parse(request.embeddings, "embeddings") if request.embeddings else None,
+        calibration=calibration if choice.create().wants_calibration else None,
+    )  # fmt: skip
+
+
+def _quantized(source: Unpacked, name: str, bars: Bars) -> dict[str, Any]:
+    with bars(f"quantizing with {name}", "bytes") as show:
+        found = source.quantize(show)
     return {
         "bits_per_weight": found.bits_per_weight,
         "quantizing_seconds": found.seconds or None,

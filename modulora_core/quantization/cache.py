@@ -26,7 +26,7 @@ from modulora_core.models import ParameterInfo, open_model
 from modulora_core.progress import Progress
 from modulora_core.quantization.layout import Selection, choose_layout
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
-from modulora_core.quantization.quantize import quantize
+from modulora_core.quantization.quantize import QuantizeResult, quantize
 from modulora_core.registry import Choice
 
 CACHE_VARIABLE = "MODULORA_CACHE"
@@ -44,8 +44,9 @@ class Unpacked:
 
     Args:
         model: MODEL as on the command line.
-        choice, calibration, quality: as for :func:`quantize`, whose other settings have their
-            defaults.
+        choice, embeddings, calibration, quality: as for :func:`quantize`, whose other settings
+            have their defaults.
+        cache: the folder of cached models; by default :func:`cache_folder`.
 
     Attributes:
         config: its config, as config.json.
@@ -62,17 +63,20 @@ class Unpacked:
         model: str,
         choice: Choice,
         *,
+        embeddings: Choice | None = None,
         calibration: CalibrationConfig | None = None,
         quality: Quality = "balanced",
+        cache: Path | None = None,
     ) -> None:
         choice = choice_of(choice, quality)
         self._calibration = calibration_of(calibration, quality, [choice])
         self._choice, self._source = choice, open_model(model)
+        self._embeddings, self._cache = embeddings, cache
         text = None
         if self._calibration is not None:
             text = calibration_text(self._source, self._calibration, seed=0)
         layout = choose_layout(
-            self._source, choice, (), Selection(), calibration=text, seed=0,
+            self._source, choice, (), Selection(embeddings=embeddings), calibration=text, seed=0,
             max_shard_bytes=MAX_SHARD_BYTES,
         )  # fmt: skip
         self.config: dict[str, Any] = self._source.config.to_dict()
@@ -97,25 +101,30 @@ class Unpacked:
         }
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
         name = location.name.replace("/", "--").replace(":", "-")
-        return cache_folder() / f"{name}-{self._choice.quantizer}-{digest}"
+        return (self._cache or cache_folder()) / f"{name}-{self._choice.quantizer}-{digest}"
 
     def packed(self, progress: Progress | None = None) -> PackedCheckpoint:
         """Open the packed model; quantize it first if it is not in the cache.
 
-        A killed quantization is continued.
+        Raises: as :meth:`quantize`.
+        """
+        if not is_packed(self.folder):
+            self.quantize(progress)
+        return open_checkpoint(self.folder)
+
+    def quantize(self, progress: Progress | None = None) -> QuantizeResult:
+        """Quantize the model into the cache. A killed quantization is continued.
+
+        If the model is there already, the result has 0 seconds.
 
         Raises:
             OutputError, DiskSpaceError: the cache cannot be written, or another process writes it.
             WeightError, WorkError: the model or the quantizer failed.
         """
-        if not is_packed(self.folder):
-            logger.info(
-                "%s: quantizing %s into the cache", self.folder, self._source.location.model
-            )
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            quantize(
-                self._source.location.model, self.folder, self._choice.quantizer,
-                self._choice.options, calibration=self._calibration, resume=True,
-                progress=progress or False,
-            )  # fmt: skip
-        return open_checkpoint(self.folder)
+        logger.info("%s: quantizing %s into the cache", self.folder, self._source.location.model)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        return quantize(
+            self._source.location.model, self.folder, self._choice.quantizer,
+            self._choice.options, embeddings=self._embeddings, calibration=self._calibration,
+            resume=True, progress=progress or False,
+        )  # fmt: skip

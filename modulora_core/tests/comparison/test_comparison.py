@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from modulora_core.comparison.measure import Request, compare, difference
 from modulora_core.comparison.page import page
 from modulora_core.progress import no_bar
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.finetune import finetune
 
 
 def test_the_interval_is_around_the_mean_of_paired_differences() -> None:
@@ -26,7 +29,8 @@ def test_the_interval_is_around_the_mean_of_paired_differences() -> None:
 
 
 @pytest.fixture
-def request_(tmp_path: Path, toy: object) -> Request:
+def request_(tmp_path: Path, toy: object, monkeypatch: pytest.MonkeyPatch) -> Request:
+    monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
     save_llama_with_tokenizer(tmp_path / "dense")
     text = " ".join(f"The number {i} follows {i - 1}." for i in range(400))
     (tmp_path / "notes.txt").write_text(text, "utf-8")
@@ -50,11 +54,11 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
     assert len(toy.before.losses) == len(original.before.losses) == 3
     assert toy.after.losses != toy.before.losses
 
-    for done in ("_quantized", "_trained", "_measured"):
-        monkeypatch.setattr(comparison, done, None)  # nothing is done again
-    assert compare(request_, out, no_bar) == [original, toy]
+    with monkeypatch.context() as patched:  # nothing is done again
+        for done in ("_quantized", "_trained", "_measured"):
+            patched.setattr(comparison, done, None)
+        assert compare(request_, out, no_bar) == [original, toy]
 
-    monkeypatch.undo()
     for file in out.glob("toy-*.json"):  # an interrupted comparison lost these, and no folders
         file.unlink()
     again = compare(request_, out, no_bar)[1]
@@ -63,13 +67,13 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
     assert toy.quantizing_seconds is not None
     assert again.quantizing_seconds is again.training_peak_bytes is None  # none was needed
 
-    monkeypatch.setattr(comparison, "_quantized", None)  # another seed has the packed model
-    other = compare(replace(request_, seed=1), out, no_bar)[1]
+    with monkeypatch.context() as patched:  # another seed has the packed model
+        patched.setattr(comparison, "_quantized", None)
+        other = compare(replace(request_, seed=1), out, no_bar)[1]
     assert other.before == again.before
     assert other.after is not None
     assert other.after.losses != toy.after.losses
 
-    monkeypatch.undo()
     assert comparison.has_large_embedding(request_.model)
     small = compare(replace(request_, embeddings="toy", steps=0), out, no_bar)[1]
     assert small.nbytes < toy.nbytes
@@ -78,3 +82,21 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
     for part in ("toy, finetuned", "modulora compare MODEL", "<svg", f"{toy.after.perplexity:.2f}"):
         assert part in text
     assert "<script" not in text
+
+
+def test_it_takes_the_packed_model_of_finetune_and_packs_again_what_is_gone(
+    request_: Request, tmp_path: Path
+) -> None:
+    config = FinetuneConfig(
+        model=request_.model, out=str(tmp_path / "adapter"), data=request_.train, quantizer="toy",
+        steps=1, batch_size=1, seq_len=16, report=False,
+    )  # fmt: skip
+    packed = finetune(config).model
+    out = tmp_path / "out"
+    out.mkdir()
+    request = replace(request_, steps=0, prompts=0)
+    found = compare(request, out, no_bar)[1]
+    assert (found.model, found.quantizing_seconds) == (packed, None)
+    shutil.rmtree(packed)
+    assert compare(request, out, no_bar)[1] == found
+    assert (Path(packed) / "config.json").is_file()
