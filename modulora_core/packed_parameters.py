@@ -46,7 +46,7 @@ class FrozenParameter(nn.Parameter):
 
 
 class _NamedByPEFT(type):
-    """The type of a packed weight, which PEFT prints if DoRA can't read the weight."""
+    """PEFT's error about DoRA prints the weight's type, so our advice stands in its name."""
 
     def __repr__(cls) -> str:
         return f"<class '{cls.__module__}.{cls.__qualname__}'> ({_NEED_DENSE})"
@@ -96,7 +96,10 @@ class PackedParameter(nn.Module, metaclass=_NamedByPEFT):
             self._freeze()
 
     def _freeze(self) -> None:
-        """Make frozen parameters of those that a loader, torch or pickle made."""
+        """Make frozen parameters of those that a loader, torch or pickle made.
+
+        FSDP2 and loaders keep the object that they put in, so its class changes, not the object.
+        """
         for parameter in self._parameters.values():
             if type(parameter) is nn.Parameter:
                 parameter.__class__ = FrozenParameter

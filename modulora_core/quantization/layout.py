@@ -61,6 +61,11 @@ class Layout:
     def nbytes(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """Identifies a run: equal requests give equal checkpoints."""
+        return self.record.to_json()
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,11 +29,11 @@ class PackingOutcome:
     Attributes:
         unreached: the experts that no calibration token was routed to.
         tuning_errors: by block tuned in this run, the error on held-out samples before and after
-            (:func:`modulora_core.calibration.tuning.relative_error`).
+            (:func:`modulora_core.calibration.tuning.relative_error`); None without tuning.
     """
 
     unreached: Sequence[str] = ()
-    tuning_errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    tuning_errors: dict[str, tuple[float, float]] | None = None
 
 
 def pack_all(
@@ -82,7 +82,7 @@ def pack_all(
         source, text, layout.linears, packer, device, writer.folder, tuner, weighting=weighting
     )
     walk.run()
-    return PackingOutcome(walk.unreached, {} if tuner is None else tuner.errors)
+    return PackingOutcome(walk.unreached, None if tuner is None else tuner.errors)
 
 
 @dataclass

@@ -20,7 +20,6 @@ import torch
 from modulora_core.arguments import checked
 from modulora_core.calibration import (
     CalibrationConfig,
-    CalibrationText,
     calibration_text,
     find_blocks,
 )
@@ -43,8 +42,8 @@ from modulora_core.models.folders import REQUEST
 from modulora_core.models.tokenizer import TOKENIZER_FILES
 from modulora_core.progress import Progress, shows_progress
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
-from modulora_core.quantization.mixed.errors import JOURNAL
-from modulora_core.quantization.mixed.mixture import Budget, find_mixture
+from modulora_core.quantization.mixed.errors import JOURNAL, held_out_ids
+from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
 from modulora_core.quantization.packer import PackingOutcome, pack_all
 from modulora_core.quantization.processes import check_processes
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
@@ -169,70 +168,90 @@ def quantize(
             if done is None:
                 check_output(out, resume=resume)
             source = open_model(model, revision=revision)
-            if isinstance(quantizer, Budget):
-                choices = [choice_of(choice, quality) for choice in quantizer.choices]
-            else:
-                others = [Choice(each.quantizer, each.options) for each in overrides]
-                first = Choice(quantizer, options or {})
-                choices = [choice_of(choice, quality) for choice in (first, *others)]
-            calibration = calibration_of(calibration, quality, choices)
-            text = None if calibration is None else calibration_text(source, calibration, seed)
-            check_processes(text, budget=isinstance(quantizer, Budget))
-            selection = Selection(include, exclude, head, embeddings)
-            mixture, layout = None, None
-            if isinstance(quantizer, Budget):
-                if options or overrides:
-                    raise OptionError(
-                        "budget: expected no options and no overrides beside it; name quantizers "
-                        "with their options in its choices"
-                    )
-                mixture = find_mixture(
-                    source,
-                    replace(quantizer, choices=choices),
-                    text,
-                    selection,
-                    seed=seed,
-                    max_shard_bytes=max_shard_bytes,
-                )
-                request, nbytes = mixture.request, mixture.nbytes(where)
-            else:
-                chosen = [
-                    replace(override, options=choice.options)
-                    for override, choice in zip(overrides, choices[1:], strict=True)
-                ]
-                layout = choose_layout(
-                    source, choices[0], chosen, selection,
-                    calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
-                )  # fmt: skip
-                request, nbytes = layout.record.to_json(), layout.nbytes
+            chosen = _choose(
+                source, quantizer, options or {}, overrides, quality, calibration,
+                Selection(include, exclude, head, embeddings), seed, max_shard_bytes,
+            )  # fmt: skip
+            request = chosen.request
             if done is not None:
                 if not is_of(done, request):
                     check_output(out, resume=resume)  # it is of another request
                 logger.info("%s: it is finished; nothing is left to resume", out)
-                result = _result(source, done.record, done.nbytes, text, PackingOutcome(), out)
-                return result if mixture is None else replace(result, quantizer=MIXED, options={})
+                return _result(source, done.record, done.nbytes, PackingOutcome(), out)
             _warn_without_tokenizer(source)
         request |= {"max_shard_bytes": max_shard_bytes}
-        if text is not None:
-            files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
-            tokens, spill = text.ids.numel(), text.config.spill
-            nbytes += files * spilled_bytes(tokens, source.config, where, spill)
-            if text.config.weighting == "loss":
-                states = tokens * (len(find_blocks(source.outline)) + 1)
-                nbytes += spilled_bytes(states, source.config, where, spill is not False)
+        nbytes = _disk_bytes(source, chosen, where)
         with unfinished(source, out, request, nbytes, resume, progress) as (folder, resumes):
-            if mixture is not None:
-                layout = mixture.choose(where, folder, resume=resumes, progress=progress)
-            assert layout is not None
+            layout = (
+                chosen.choose(where, folder, resume=resumes, progress=progress)
+                if isinstance(chosen, Mixture)
+                else chosen
+            )
             packed = write_packed(source, layout, folder, where, resume=resumes, progress=progress)
-    result = _result(
-        source, layout.record, layout.nbytes, layout.calibration, packed, out,
-        time.perf_counter() - started, peak.nbytes,
+    seconds = time.perf_counter() - started
+    result = _result(source, layout.record, layout.nbytes, packed, out, seconds, peak.nbytes)
+    if isinstance(chosen, Mixture):
+        result = replace(result, allocation=chosen.table(layout.record))
+    return result
+
+
+def _choose(
+    source: ModelSource,
+    quantizer: str | Budget,
+    options: Mapping[str, Any],
+    overrides: Sequence[Override],
+    quality: Quality,
+    calibration: CalibrationConfig | None,
+    selection: Selection,
+    seed: int,
+    max_shard_bytes: int,
+) -> Layout | Mixture:
+    """The layout, or the mixture that becomes one when errors are measured. Reads no weight."""
+    by_budget = isinstance(quantizer, Budget)
+    if by_budget and (options or overrides):
+        raise OptionError(
+            "budget: expected no options and no overrides beside it; name quantizers with their "
+            "options in its choices"
+        )
+    if isinstance(quantizer, Budget):
+        choices = list(quantizer.choices)
+    else:
+        others = [Choice(each.quantizer, each.options) for each in overrides]
+        choices = [Choice(quantizer, options), *others]
+    choices = [choice_of(choice, quality) for choice in choices]
+    calibration = calibration_of(calibration, quality, choices)
+    text = None if calibration is None else calibration_text(source, calibration, seed)
+    check_processes(text, budget=by_budget)
+    if isinstance(quantizer, Budget):
+        budget = replace(quantizer, choices=choices)
+        return find_mixture(
+            source, budget, text, selection, seed=seed, max_shard_bytes=max_shard_bytes
+        )
+    overrides = [
+        replace(override, options=choice.options)
+        for override, choice in zip(overrides, choices[1:], strict=True)
+    ]
+    return choose_layout(
+        source, choices[0], overrides, selection,
+        calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
     )  # fmt: skip
-    if mixture is None:
-        return result
-    table = mixture.table(layout.record)
-    return replace(result, quantizer=MIXED, options={}, allocation=table)
+
+
+def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.device) -> int:
+    """The largest size of the files to write: of the checkpoint, and of hidden states."""
+    nbytes, text = chosen.nbytes, chosen.calibration
+    if text is None:
+        return nbytes
+    spill, states = text.config.spill, len(find_blocks(source.outline)) + 1
+    files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
+    nbytes += files * spilled_bytes(text.ids.numel(), source.config, device, spill)
+    for tokens, are_kept in (
+        (text.ids.numel(), text.config.weighting == "loss"),
+        (held_out_ids(text).numel(), isinstance(chosen, Mixture)),
+    ):
+        if are_kept:  # of every block
+            nbytes += spilled_bytes(states * tokens, source.config, device, spill is not False)
+    return nbytes
 
 
 def _warn_without_tokenizer(source: ModelSource) -> None:
@@ -277,24 +296,20 @@ def _result(
     source: ModelSource,
     record: QuantizationRecord,
     nbytes: int,
-    text: CalibrationText | None,
     packed: PackingOutcome,
     out: Path,
     seconds: float = 0.0,
     peak: int = 0,
 ) -> QuantizeResult:
+    is_mixed = record.allocation is not None
     packed_by: dict[str, int] = {}
     for _, site in record.items():
         name = record.recipes[site.recipe].quantizer
         packed_by[name] = packed_by.get(name, 0) + site.weights
-    errors = {
-        path: (float(f"{before:.4g}"), float(f"{after:.4g}"))
-        for path, (before, after) in packed.tuning_errors.items()
-    }
     return QuantizeResult(
         out=str(out),
-        quantizer=record.recipes[0].quantizer,
-        options=dict(record.recipes[0].options),
+        quantizer=MIXED if is_mixed else record.recipes[0].quantizer,
+        options={} if is_mixed else dict(record.recipes[0].options),
         bits_per_weight=record.bits_per_weight,
         bytes=nbytes,
         seconds=seconds,
@@ -303,7 +318,7 @@ def _result(
         source_bytes=sum(info.nbytes for info in source.parameters.values()),
         kept=dict(record.kept),
         packed_by=packed_by,
-        calibration=None if text is None else text.to_json(),
+        calibration=None if record.calibration is None else dict(record.calibration),
         unreached=list(packed.unreached),
-        tuning_errors=errors if text is not None and text.config.tuning is not None else None,
+        tuning_errors=packed.tuning_errors,
     )

@@ -91,37 +91,30 @@ def unfinished(
         resumes = False
         with together():
             if is_first():
-                begun = _begun(source, out, request, nbytes, resume, progress)
-                resumes = stack.enter_context(begun)
+                before = _begun(partial_name(out), request) if resume else None
+                check_disk_space(out, nbytes + SMALL_FILES)
+                source.validate()
+                contents = source.check_finite(progress)
+                if before is not None and before.contents not in (None, contents):
+                    raise _another(partial_name(out), "the values of the model's weights")
+                resumes = before is not None
+                folder = stack.enter_context(whole_or_nothing(out, resume=resumes))
+                source.copy_tokenizer(folder)  # one that can't be copied is refused before the work
+                begun = json.dumps({"record": request, "contents": contents})
+                write_file(folder / REQUEST, begun)
         yield partial_name(out), from_first(resumes)
     barrier()  # out is whole
 
 
-@contextmanager
-def _begun(
-    source: ModelSource,
-    out: Path,
-    request: Mapping[str, Any],
-    nbytes: int,
-    resume: bool,
-    progress: Progress | None,
-) -> Iterator[bool]:
-    folder = partial_name(out)
-    before = None
-    if resume and (folder / REQUEST).is_file():
-        before = read_json(folder / REQUEST, _Begun, advice="remove the folder, and start again")
-        changed = [key for key in request if request[key] != before.record.get(key)]
-        if changed:
-            raise _another(folder, ", ".join(changed))
-    check_disk_space(out, nbytes + SMALL_FILES)
-    source.validate()
-    contents = source.check_finite(progress)
-    if before is not None and before.contents not in (None, contents):
-        raise _another(folder, "the values of the model's weights")
-    with whole_or_nothing(out, resume=before is not None) as folder:
-        source.copy_tokenizer(folder)  # a file that can't be copied is refused before the work
-        write_file(folder / REQUEST, json.dumps({"record": request, "contents": contents}))
-        yield before is not None
+def _begun(folder: Path, request: Mapping[str, Any]) -> _Begun | None:
+    """The unfinished run of the same request in ``folder``, if there is one."""
+    if not (folder / REQUEST).is_file():
+        return None
+    before = read_json(folder / REQUEST, _Begun, advice="remove the folder, and start again")
+    changed = [key for key in request if request[key] != before.record.get(key)]
+    if changed:
+        raise _another(folder, ", ".join(changed))
+    return before
 
 
 def _another(folder: Path, difference: str) -> CheckpointError:

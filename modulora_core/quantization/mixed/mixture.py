@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from modulora_core.calibration import CalibrationText, find_blocks
-from modulora_core.calibration.states import spilled_bytes
+from modulora_core.calibration import CalibrationText
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe
 from modulora_core.checkpoints.written.parameters import packed_sites
 from modulora_core.errors import DataError, OptionError
@@ -28,7 +27,7 @@ from modulora_core.quantization.layout import (
     linears_outside_blocks,
 )
 from modulora_core.quantization.mixed.allocation import Allocation, Offer, allocate
-from modulora_core.quantization.mixed.errors import held_out_ids, measure_errors
+from modulora_core.quantization.mixed.errors import measure_errors
 from modulora_core.quantization.mixed.recorded import recorded_allocation
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer
@@ -83,14 +82,11 @@ class Mixture:
         """The size of everything that is not chosen for."""
         return self.kept_bytes + self.ends_bytes
 
-    def nbytes(self, device: torch.device) -> int:
-        """The largest size of the files to write: of the checkpoint, and of hidden states."""
-        text, blocks = self.calibration, find_blocks(self.source.outline)
-        tokens = (len(blocks) + 1) * held_out_ids(text).numel()
-        spill = text.config.spill is not False
-        spilled = spilled_bytes(tokens, self.source.config, device, spill)
+    @property
+    def nbytes(self) -> int:
+        """The largest size that the checkpoint may get."""
         largest = self.fixed_bytes + sum(map(max, self.sizes.values()))
-        return min(self.budget.nbytes, largest) + spilled
+        return min(self.budget.nbytes, largest)
 
     @property
     def request(self) -> dict[str, Any]:
