@@ -20,10 +20,10 @@ SPEC = QuantizerSpec(
         FormatSpec(
             name="gguf",
             summary="a model in a GGUF file, as llama.cpp has it; `merge` writes one",
-            location="modulora_gguf.formats:File",
+            location="modulora_gguf.file.opened:File",
             file_suffix=".gguf",
             file_magic="GGUF",
-            writer="modulora_gguf.formats:Writer",
+            writer="modulora_gguf.file.merging:Writer",
         ),
     ),
     # by `modulora conformance gguf --measure`

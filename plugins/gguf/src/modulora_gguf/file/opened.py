@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modulora_core.errors import ModelError
-from modulora_core.models.formats import ModelFile, PackedTensors
+from modulora_core.models.formats import FileFormat, ModelFile, PackedTensors
 from modulora_core.models.sites import LinearSite
 from modulora_core.models.weights import Weights
 from modulora_gguf.file.config import gguf_config
@@ -27,6 +27,13 @@ _HARMLESS = re.compile(
     r".*\.input_scale|(.*\.)?(rope_(freqs|factors_long|factors_short)|attn_rot_embd)\..*"
 )
 """Tensors that become numbers of the config, and scales of quantized activations."""
+
+
+class File(FileFormat):
+    """A whole model in a GGUF file."""
+
+    def open(self, path: Path) -> OpenedGGUF:
+        return OpenedGGUF(path)
 
 
 class OpenedGGUF(ModelFile):
