@@ -6,8 +6,7 @@ code would launch::
     packed = quantizer.layout((4096, 4096)).empty("cpu")
     for target in TARGETS:
         # kernels that modulora_core.kernels.triton launches, on CPU tensors; nothing runs
-        (compiled,) = compile_launches(lambda: gpu.matmul(x, packed, transpose=False), target)
-        assert compiled.spills == 0
+        compiled = compile_launch(lambda: gpu.matmul(x, packed, transpose=False), target)
         assert compiled.loads[128] > 0                # some load of 16 bytes a thread
 
 A test needs triton, and neither a GPU nor a driver. It cannot run in a process with
@@ -33,7 +32,10 @@ from triton.compiler import ASTSource
 
 from modulora_core.kernels.triton.launching import Call, Config, recorded
 
-__all__ = ["TARGETS", "Call", "Compiled", "Config", "compile_call", "compile_launches", "recorded"]
+__all__ = [
+    "TARGETS", "Call", "Compiled", "Config", "compile_call", "compile_launch", "compile_launches",
+    "recorded",
+]  # fmt: skip
 
 TARGETS: Mapping[str, GPUTarget] = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90)},
@@ -126,6 +128,13 @@ def compile_launches(launch: Callable[[], object], target: str) -> list[Compiled
     with recorded() as calls:
         launch()
     return [compile_call(call, target) for call in calls]
+
+
+def compile_launch(launch: Callable[[], object], target: str) -> Compiled:
+    """Compile the one kernel that ``launch`` would start, which must spill no register."""
+    (compiled,) = compile_launches(launch, target)
+    assert compiled.spills == 0, f"expected no spilled registers, got {compiled.spills} bytes"
+    return compiled
 
 
 def _type(argument: Any) -> Types:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from modulora_core import kernels
 from modulora_core.kernels import loading
@@ -34,3 +35,26 @@ def one_thread() -> Iterator[None]:
     """Uses one thread: in small products, torch's threads and numba's wait for each other."""
     with kernels.one_thread():
         yield
+
+
+@pytest.fixture(scope="session")
+def layer() -> Callable[..., tuple[Tensor, Tensor]]:
+    """``layer(M, N, dtype)``: a weight ``[M, N]`` and H of correlated inputs of uneven size.
+
+    The weight has a large column and a large row.
+    """
+
+    def make(M: int, N: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        numbers = torch.Generator().manual_seed(N)
+
+        def draw(rows: int) -> Tensor:
+            return torch.randn(rows, N, generator=numbers, dtype=dtype)
+
+        W = 0.02 * draw(M)
+        W[:, N // 2] *= 20
+        W[M // 3] *= 5
+        mixing = draw(N) / N**0.5 + torch.eye(N, dtype=dtype)
+        x = draw(4 * N) @ mixing * torch.linspace(0.1, 3, N, dtype=dtype)
+        return W, x.T @ x / len(x)
+
+    return make

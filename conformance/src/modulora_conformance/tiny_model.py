@@ -61,12 +61,6 @@ def _tiny_model(cls: type[Quantizer], options: str, hidden_size: int) -> TinyMod
     return TinyModel(root / "dense", _quantize(root / "dense", root / "packed", cls, options))
 
 
-def quantized_again(quantizer: Quantizer, out: Path) -> Path:
-    """Quantize the same model in the same way to ``out``. Returns ``out``."""
-    options = quantizer.options.model_dump_json()
-    return _quantize(tiny_model(quantizer).dense, out, type(quantizer), options)
-
-
 def _quantize(dense: Path, out: Path, cls: type[Quantizer], options: str) -> Path:
     from modulora_core import quantize
     from modulora_core.calibration import CalibrationConfig

