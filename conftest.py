@@ -11,7 +11,14 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("modulora")
 
 
+LONGEST = ("test_docs.py", "test_zoo.py", "test_qtip_conformance.py", "test_plan_truth.py")
+"""The files of tests that take minutes."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first, so that no process is left alone with one at the end."""
+    """Put the longest files first, so that no process is left alone with one at the end.
+
+    After them come other files with slow tests.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
 import os
 import re
 import shlex
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 
 from modulora_core import registry
+from modulora_core.cli import main
 from modulora_core.cli.app import COMMANDS, load_command
 from modulora_core.cli.new_plugin import new_plugin
 from modulora_core.quantization.quality import FAST_SAMPLES, TUNING
@@ -56,10 +59,19 @@ def run(*words: str, folder: Path, **environment: str) -> str:
 
 
 def run_commands(page: Path, folder: Path, *only: str) -> list[str]:
-    """Run the page's ``modulora`` commands, or ``only`` some, and give their output."""
+    """Run the page's ``modulora`` commands, or ``only`` some, and give their output.
+
+    They run in this process: a process for each would import torch and transformers again.
+    """
     words = [shlex.split(command)[1:] for command in commands(page, "modulora")]
-    asked = [each for each in words if not only or each[0] in only]
-    return [run("-m", "modulora_core.cli", *each, folder=folder) for each in asked]
+    printed = []
+    for each in words:
+        if only and each[0] not in only:
+            continue
+        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main(each) == 0, shlex.join(each)
+        printed.append(out.getvalue())
+    return printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
