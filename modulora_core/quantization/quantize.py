@@ -20,6 +20,7 @@ import torch
 from modulora_core.arguments import checked
 from modulora_core.calibration import (
     CalibrationConfig,
+    CalibrationText,
     calibration_text,
     find_blocks,
 )
@@ -35,7 +36,7 @@ from modulora_core.checkpoints.written.outputs import (
     write_file,
 )
 from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter
-from modulora_core.distributed import is_first, pick_device, together
+from modulora_core.distributed import is_first, pick_device, together, world_size
 from modulora_core.errors import OptionError, OutputError, usable_path
 from modulora_core.models import ModelSource, open_model
 from modulora_core.models.folders import REQUEST
@@ -45,7 +46,6 @@ from modulora_core.quantization.layout import Layout, Override, Selection, choos
 from modulora_core.quantization.mixed.errors import JOURNAL, held_out_ids
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
 from modulora_core.quantization.packer import PackingOutcome, pack_all
-from modulora_core.quantization.processes import check_processes
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
 from modulora_core.quantization.resuming import finished, is_of, unfinished
 from modulora_core.registry import Choice
@@ -235,6 +235,24 @@ def _choose(
         source, choices[0], overrides, selection,
         calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
     )  # fmt: skip
+
+
+def check_processes(text: CalibrationText | None, *, budget: bool) -> None:
+    """Refuse a budget, tuning, and fewer samples than processes. Raises OptionError."""
+    processes = world_size()
+    if processes == 1:
+        return
+    tuning = text is not None and text.config.tuning is not None
+    for name, asked in (("budget", budget), ("tuning", tuning)):
+        if asked:
+            raise OptionError(
+                f"{name}: expected one process, got {processes}; start it without torchrun"
+            )
+    if text is not None and len(text.ids) < processes:
+        raise OptionError(
+            f"calibration: expected a sample for each of {processes} processes, got "
+            f"{len(text.ids)}; give more text or fewer processes"
+        )
 
 
 def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.device) -> int:

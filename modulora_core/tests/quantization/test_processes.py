@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from modulora_core.calibration import CalibrationConfig, TuningConfig, load_calibration
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import OptionError
-from modulora_core.quantization import processes
+from modulora_core.quantization import quantize as module
 from modulora_core.tests import width_quantizer
 from modulora_core.tests.processes import quantized, run_in_processes
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
@@ -56,11 +56,11 @@ def test_work_that_processes_cannot_divide_is_refused(monkeypatch: pytest.Monkey
     config = CalibrationConfig("pydoc[:10%]", samples=3, seq_len=16, tuning=TuningConfig())
     tuned = load_calibration(config, tokenizer, seed=0)
     plain = load_calibration(CalibrationConfig("pydoc[:10%]", 3, 16), tokenizer, seed=0)
-    processes.check_processes(tuned, budget=True)
-    monkeypatch.setattr(processes, "world_size", lambda: 4)
+    module.check_processes(tuned, budget=True)
+    monkeypatch.setattr(module, "world_size", lambda: 4)
     with pytest.raises(OptionError, match="budget: expected one process, got 4"):
-        processes.check_processes(plain, budget=True)
+        module.check_processes(plain, budget=True)
     with pytest.raises(OptionError, match="tuning: expected one process, got 4"):
-        processes.check_processes(tuned, budget=False)
+        module.check_processes(tuned, budget=False)
     with pytest.raises(OptionError, match="a sample for each of 4 processes, got 3"):
-        processes.check_processes(plain, budget=False)
+        module.check_processes(plain, budget=False)
