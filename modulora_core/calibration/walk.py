@@ -54,9 +54,9 @@ class BlockWalk:
         linears: the parameters to pack; the walk skips parameters outside of the blocks.
         packing: packs them; tuner: tunes each packed block.
         device: the device of the blocks; folder: for hidden states in a file.
-        token_weights: holds the last samples out, as many as it has weights for. Then each
+        held_out_weights: holds the last samples out, as many as it has weights for. Then each
             calibration is a :class:`~modulora_core.calibration.packing.HeldOutCalibration`.
-        weighting: the token weights in H of this process's other samples
+        token_weights: the weights in H of this process's other samples
             (:func:`modulora_core.calibration.sensitivity.token_weights`).
         paused_bytes: see :data:`PAUSED_BYTES`.
         unreached: after the walk, the experts that no token was routed to.
@@ -69,15 +69,15 @@ class BlockWalk:
     device: torch.device
     folder: Path
     tuner: Tuner | None = None
+    held_out_weights: TokenWeights = field(default_factory=dict)
     token_weights: TokenWeights = field(default_factory=dict)
-    weighting: TokenWeights = field(default_factory=dict)
     paused_bytes: int = PAUSED_BYTES
     unreached: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._ids = self.text.ids[distributed.rank() :: distributed.world_size()]
         size, count = self.text.batch_size, len(self._ids)
-        matrices = next(iter(self.token_weights.values()), [()])
+        matrices = next(iter(self.held_out_weights.values()), [()])
         self._held_out = first = count - len(matrices[0])
         self._batches = [slice(i, min(i + size, first)) for i in range(0, first, size)]
         # held-out samples go alone, as they did when their weights were computed
@@ -140,7 +140,7 @@ class BlockWalk:
         passes = Passes(
             block, states, calls, self._batches, held_out=self._held_out,
             paused_bytes=self.paused_bytes if self.text.config.sequential else 0,
-            weights=self.token_weights, weighting=self.weighting,
+            held_out_weights=self.held_out_weights, token_weights=self.token_weights,
         )  # fmt: skip
         if self.tuner is None:
             written = set(filter(self.packing.is_written, block.sites))

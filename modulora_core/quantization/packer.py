@@ -65,7 +65,7 @@ def pack_all(
     if text.config.tuning is not None:
         progress = partial(packer.tell, "tuning")
         tuner = Tuner(text.config.tuning, text.ids, seed=layout.record.seed, progress=progress)
-    weighting: TokenWeights = {}
+    weights: TokenWeights = {}
     if text.config.weighting == "loss":
         # quantized layers before them route tokens to other experts than dense layers do
         linears = [
@@ -77,9 +77,9 @@ def pack_all(
             loss_sensitivities, source, text.ids, linears, device=device, folder=writer.folder,
             seed=layout.record.seed, spill=text.config.spill, progress=packer.progress,
         )  # fmt: skip
-        weighting = token_weights(text.ids, writer.folder, measure)
+        weights = token_weights(text.ids, writer.folder, measure)
     walk = BlockWalk(
-        source, text, layout.linears, packer, device, writer.folder, tuner, weighting=weighting
+        source, text, layout.linears, packer, device, writer.folder, tuner, token_weights=weights
     )
     walk.run()
     return PackingOutcome(walk.unreached, None if tuner is None else tuner.errors)

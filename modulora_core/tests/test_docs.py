@@ -24,6 +24,7 @@ from modulora_core.cli.new_plugin import new_plugin
 from modulora_core.quantization.quality import FAST_SAMPLES, TUNING
 from modulora_core.spec import Quantizer
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
+from modulora_core.tests.first_blocks import with_first_blocks
 from modulora_core.tests.markdown_blocks import blocks, commands, follow
 
 ROOT = Path(__file__).parents[2]
@@ -211,34 +212,6 @@ def test_quick_commands_of_the_readme_run(tmp_path: Path) -> None:
     listed, _ = run_commands(README, tmp_path, "list-quantizers", "new-plugin")
     assert "name" in listed
     assert (tmp_path / "my-rounding" / "pyproject.toml").exists()
-
-
-def with_first_blocks(package: str, folder: Path, count: int) -> None:
-    """Write a package of the same name, whose GGUF file has the first decoder blocks only."""
-    import gguf
-
-    spec = find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    (file,) = Path(spec.origin).parent.rglob("*.gguf")
-    (folder / package).mkdir(parents=True)
-    (folder / package / "__init__.py").touch()
-    read = gguf.GGUFReader(file)
-    architecture = read.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(folder / package / file.name, architecture)
-    for name, field in read.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
-            continue  # the writer's own
-        value = count if name.endswith(".block_count") else field.contents()
-        writer.add_key_value(name, value, field.types[0], field.types[-1])
-    for tensor in read.tensors:
-        block = re.match(r"blk\.(\d+)\.", tensor.name)
-        if block is None or int(block[1]) < count:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @needs_everything

@@ -85,7 +85,10 @@ def measure_errors(
     sizes = {linear.name: source.parameters[linear.name].nbytes for linear in linears}
     measuring = _Measuring(quantizers, seed, sensitivities, journal, measured, sizes, progress)
     weights = {name: [each.tokens for each in found] for name, found in sensitivities.items()}
-    BlockWalk(source, calibration, linears, measuring, device, folder, token_weights=weights).run()
+    walk = BlockWalk(
+        source, calibration, linears, measuring, device, folder, held_out_weights=weights
+    )
+    walk.run()
     return measured
 
 

@@ -114,7 +114,7 @@ def test_weighted_second_moments_are_those_of_autograd_in_float64(
     )  # fmt: skip
     config = CalibrationConfig("ids", sequential=sequential, batch_size=2)
     text = CalibrationText(config, IDS)
-    BlockWalk(source, text, linears, seen, cpu, folder, weighting=weights).run()
+    BlockWalk(source, text, linears, seen, cpu, folder, token_weights=weights).run()
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
     products = Gradients(model.double())
     for sample, ids in enumerate(IDS):

@@ -280,7 +280,7 @@ def test_held_out_samples_have_a_weighted_second_moment_of_their_own(
         for site in find_sites(model).linears
     }
     # batches don't end where the held-out samples begin
-    walk(folder, seen, batch_size=4, token_weights=weights, paused_bytes=paused_bytes)
+    walk(folder, seen, batch_size=4, held_out_weights=weights, paused_bytes=paused_bytes)
     for (name, i), found in seen.calibrations.items():
         assert isinstance(found, HeldOutCalibration)
         assert found.samples == sum(map(len, calibrating.inputs[name, i]))
