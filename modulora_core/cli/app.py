@@ -19,7 +19,7 @@ from modulora_core import distributed
 from modulora_core.cli.arguments import option
 from modulora_core.cli.failures import report_failure
 from modulora_core.cli.help import show_help
-from modulora_core.cli.terminal import Report, Terminal, open_streams
+from modulora_core.cli.terminal import Report, Terminal, open_streams, terminal
 from modulora_core.errors import RequestError
 
 COMMANDS = (
@@ -144,7 +144,8 @@ class _Command(typer.core.TyperCommand):
         except FileNotFoundError:  # torch aborts at its import
             raise RequestError("current folder: expected a folder, got a deleted one") from None
         try:
-            return super().invoke(ctx)
+            with terminal().working():
+                return super().invoke(ctx)
         except KeyboardInterrupt as error:
             if any("--resume" in parameter.opts for parameter in self.params):
                 error.add_note("the same command with --resume continues")

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Annotated, Literal
 
 from modulora_core.cli.arguments import QuantizerOptions, argument, option
-from modulora_core.cli.terminal import Report
+from modulora_core.cli.terminal import Report, terminal
 
 KIT = "modulora_conformance"
 LAST_LEVEL = 7
@@ -101,6 +101,7 @@ def command(
         words.append(f"--report={report}")
     words += [f"--seed={seed}"] if seed is not None else []
     words += [f"--golden={golden}"] if golden is not None else []
+    terminal().stop_working()  # pytest prints
     code, result, fault = _kit("__main__").run(words)
     if code not in (PASSED, FAILED) or result is None:
         _refuse(name, code, select, fault)

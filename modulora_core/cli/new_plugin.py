@@ -40,12 +40,11 @@ def command(name: PluginName, folder: Folder) -> Report:
     files = new_plugin(name, folder)
     here = folder if folder.is_absolute() else f"./{folder}"  # pip takes "x" for a package's name
     text = (
-        f"{folder}: the quantizer {name} in {len(files)} files; "
-        f"begin in src/{_module(name)}/quantizer.py\n"
-        "next:\n"
-        f"  pip install -e {shlex.quote(f'{here}[test]')}\n"
-        f"  pytest {shlex.quote(str(folder))}\n"
-        f"  modulora conformance {name} --certified"
+        f"{folder}: the quantizer {name} in {len(files)} files\n"
+        f"Begin in {folder / 'src' / _module(name) / 'quantizer.py'}\n\n"
+        f"Next: pip install -e {shlex.quote(f'{here}[test]')}\n"
+        f"then: pytest {shlex.quote(str(folder))}\n"
+        f"then: modulora conformance {name} --certified"
     )
     return Report({"out": str(folder), "quantizer": name, "files": files}, text)
 

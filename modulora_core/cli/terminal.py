@@ -36,11 +36,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
-from modulora_core.cli.text import visible
+from modulora_core.cli.text import WordWrap, visible
 from modulora_core.errors import WorkError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.live import Live
 
     from modulora_core.progress import Show
 
@@ -89,6 +90,41 @@ class Terminal:
     silent: bool = False
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     stderr: TextIO = field(default_factory=lambda: sys.stderr)
+    _spinner: Live | None = field(default=None, init=False)
+    _words: WordWrap = field(default_factory=WordWrap, init=False)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Turn a spinner on a terminal while there is neither a bar nor output.
+
+        Imports take seconds, and so does what comes between two bars.
+        """
+        if self.silent or self._spinner is not None or not self.stderr.isatty():
+            yield
+            return
+        self._spin()
+        try:
+            yield
+        finally:
+            self.stop_working()
+
+    def _spin(self) -> None:
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        # libraries keep the stderr that they find at their import, so it is not replaced
+        self._spinner = Live(
+            Spinner("dots", "working"), console=self._errors, transient=True,
+            redirect_stdout=False, redirect_stderr=False,
+        )  # fmt: skip
+        self._spinner.start(refresh=True)
+
+    def stop_working(self) -> bool:
+        """End the spinner, and return whether it turned: other text begins on its line."""
+        spinner, self._spinner = self._spinner, None
+        if spinner is not None:
+            spinner.stop()
+        return spinner is not None
 
     def note(self, text: str) -> None:
         """Print a line on stderr, if it can be written. A terminal wraps words, not commands."""
@@ -100,9 +136,13 @@ class Terminal:
                 )
 
     def write(self, text: str) -> None:
-        """Stream a piece of the result to stdout at once. With ``--json`` nothing is printed."""
+        """Stream a piece of the result to stdout. With ``--json`` nothing is printed.
+
+        On a terminal lines break between words, so a word is printed once whitespace follows it.
+        """
         if not self.json:
-            self._write(visible(text))
+            text = visible(text)
+            self._write(self._words.wrap(text) if self.stdout.isatty() else text)
 
     def progress(self, what: str, unit: str) -> AbstractContextManager[Show]:
         """Show progress on stderr: ``with terminal().progress("packing", "layers") as show:``.
@@ -116,7 +156,16 @@ class Terminal:
             return nullcontext(lambda *_: None)
         if not self._errors.is_terminal:
             return lines(self._errors, unit)
-        return bar(self._errors, what, unit)
+        return self._alone(bar(self._errors, what, unit))
+
+    @contextmanager
+    def _alone(self, shown: AbstractContextManager[Show]) -> Iterator[Show]:
+        """Put a bar into the place of the spinner, which turns again afterwards."""
+        turned = self.stop_working()
+        with shown as show:
+            yield show
+        if turned:
+            self._spin()
 
     def show(self, report: Report) -> None:
         """Print a command's report."""
@@ -143,6 +192,7 @@ class Terminal:
     def _write(self, text: str) -> None:
         if self.silent:
             return
+        self.stop_working()
         try:
             self.stdout.write(text)
             self.stdout.flush()
@@ -184,7 +234,7 @@ class Terminal:
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             out = _stdout_to_stderr(self.stdout) if self.json else nullcontext()
-            with redirect_stderr(cast("TextIO", _Escaped(self.stderr))), out:
+            with redirect_stderr(cast("TextIO", _Escaped(self))), out:
                 yield
         finally:
             warnings.showwarning = show_warning
@@ -228,10 +278,11 @@ class _Escaped:
     """A stderr for libraries: their handlers and bars print without styles, and without control
     characters but CR."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal, self._stream = terminal, terminal.stderr
 
     def write(self, text: str) -> int:
+        self._terminal.stop_working()
         plain = _STYLES.sub("", text)
         self._stream.write("\r".join(map(visible, plain.split("\r"))))
         return len(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,39 @@ _CONTROL = re.compile(r"[^\n\t -~\u00a0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\
 """Characters that move the cursor, set colors, turn the order of writing, or can't be written."""
 
 
+_BREAK = r"(\s|[\u0e00-\U0010ffff])"
+"""A line may break at whitespace, and at the characters of scripts without spaces."""
+
+
 def visible(text: str) -> str:
     """Escape control characters as Python does, so that no file commands a terminal."""
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+class WordWrap:
+    """Breaks streamed text between words, at the width of the terminal."""
+
+    def __init__(self) -> None:
+        self._word, self._column = "", 0  # a word that may go on, and the cells before it
+
+    def wrap(self, text: str) -> str:
+        """The text that is ready to print: all but its last word, if none of ``_BREAK`` follows."""
+        from rich.cells import cell_len
+
+        width, ready = shutil.get_terminal_size().columns, []
+        *parts, self._word = re.split(_BREAK, self._word + text)
+        for part in parts:  # words, which may be empty, and single characters by turns
+            length = cell_len(part)
+            if part == "\n":
+                self._column = -length
+            elif self._column + length > width:
+                if part.isspace():  # the next word begins a line
+                    continue
+                ready.append("\n" if self._column else "")
+                self._column = 0
+            ready.append(part)
+            self._column += length
+        return "".join(ready)
 
 
 def parse_size(text: str) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
 from modulora_core import registry
-from modulora_core.errors import DuplicatePluginError, ModelError, OptionError
+from modulora_core.errors import DuplicatePluginError, ModelError, OptionError, PluginError
 from modulora_core.hookspecs import PROJECT
 from modulora_core.models.formats import CheckpointFormat, FileFormat, FormatReader, ModelFile
 from modulora_core.models.json_files import read_json
@@ -66,8 +67,19 @@ def create_writer(name: str) -> CheckpointFormat:
     """As :func:`create`, for writing. Raises OptionError also for a format that is only read."""
     found = create(name)
     if not isinstance(found, CheckpointFormat):
-        raise OptionError(f"format {name!r}: it is only read, not written; expected another one")
+        raise OptionError(
+            f"format {name!r}: it is only read, not written; expected one of "
+            f"{', '.join(['modulora', *_written()])}"
+        )
     return found
+
+
+def _written() -> Iterator[str]:
+    """The formats of folders that plugins write too."""
+    for name in specs():
+        with suppress(OptionError, PluginError):  # of files, or broken
+            if isinstance(create(name), CheckpointFormat):
+                yield name
 
 
 def config_files() -> list[str]:

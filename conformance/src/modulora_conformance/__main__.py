@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SETTINGS = Path(__file__).parent / "pytest.ini"
 
@@ -34,13 +37,11 @@ def run(arguments: Sequence[str] | None = None) -> tuple[int, dict[str, Any] | N
         pytest's exit code, the result as JSON has it, and a line about an error before the first
         check. The result is None if no check ran.
     """
-    import pytest
-
     asked, found = _parser().parse_args(arguments), _Results()
     with tempfile.TemporaryDirectory() as scratch:
         # Hypothesis would create a folder in the current one
         os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", scratch)
-        code = int(pytest.main(_words(asked), plugins=[found]))
+        code = int(pytest.main(_words(asked), plugins=[found, _Line()]))
     if code in (0, 1) and found.result is not None and asked.report is not None:
         report = asked.report / f"{asked.name}.json"  # it has the measured speed too
         found.result = json.loads(report.read_text(encoding="utf-8"))
@@ -50,6 +51,7 @@ def run(arguments: Sequence[str] | None = None) -> tuple[int, dict[str, Any] | N
 def _words(asked: argparse.Namespace) -> list[str]:
     """The command line of pytest. The kit prints each failure itself, so pytest prints none."""
     words = ["--pyargs", "modulora_conformance", "-q", "--no-header", "-p", "no:cacheprovider"]
+    words += ["-o", "console_output_style=classic"]  # without percents between the dots
     words += ["-c", str(SETTINGS), "-rN", f"--tb={asked.tb}", "--quantizer", asked.name]
     words += [f"--conformance-level={asked.level}"]
     words += [f"--quantizer-option={option}" for option in asked.option]
@@ -87,6 +89,40 @@ class _Results:
         recorder = config.pluginmanager.get_plugin("modulora_conformance_recorder")
         for run in recorder.runs() if recorder is not None else ():
             self.result = run.model_dump(mode="json")
+
+
+class _Line:
+    """A plugin of pytest that shows the running check and the count on one line of a terminal.
+
+    It takes the place of dots. A thread that draws would disturb checks that count allocations.
+    """
+
+    _reporter: Any = None
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self._all, self._begun, self._failed = len(session.items), 0, 0
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None and reporter.isatty:
+            self._reporter = reporter
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._begun += 1
+        if self._reporter is not None:
+            check = nodeid.rpartition("::")[2].removeprefix("test_").replace("_", " ")
+            failed = f", {self._failed} failed" if self._failed else ""
+            line = f"check {self._begun} of {self._all}{failed}: {check}"
+            self._reporter.rewrite(line[: shutil.get_terminal_size().columns - 1], erase=True)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_report_teststatus(self) -> Generator[None, Any, Any]:
+        category, letter, word = yield
+        self._failed += category in ("failed", "error")
+        return (category, letter, word) if self._reporter is None else (category, "", "")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        if self._reporter is not None:
+            self._reporter.rewrite("", erase=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import time
 
 import pytest
@@ -92,3 +93,42 @@ def test_work_that_fails_leaves_no_bar() -> None:
         fail()
     last = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue().rpartition("\r")[2])
     assert "packing" not in last
+
+
+def test_a_spinner_turns_until_a_bar_or_output_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen, stdout = Screen(), io.StringIO()
+    terminal = Terminal(stdout=stdout, stderr=screen)
+
+    def added() -> str:
+        text = screen.getvalue()
+        screen.seek(0)
+        screen.truncate()
+        return text
+
+    with terminal.active(), terminal.working():
+        assert "working" in added()
+        terminal.note("a note stands above it")
+        assert re.search("a note stands above it.*working", added(), re.DOTALL)
+        with terminal.progress("packing", "layers") as show:
+            show("packing", 1, 2)
+            added()
+            time.sleep(0.2)  # longer than a refresh
+            assert "working" not in added()
+        time.sleep(0.2)
+        assert "working" in added(), "it turns again after the bar"
+        print("a library's line", file=sys.stderr)
+        assert "working" not in added().rpartition("\r")[2]
+        terminal.write("an answer")
+        time.sleep(0.2)
+        assert added() == ""
+    assert added() == ""
+    assert stdout.getvalue() == "an answer"
+
+
+def test_no_spinner_turns_in_a_file_or_a_silent_process() -> None:
+    for stderr, silent in ((io.StringIO(), False), (Screen(), True)):
+        terminal = Terminal(stdout=io.StringIO(), stderr=stderr, silent=silent)
+        with terminal.active(), terminal.working():
+            terminal.write("an answer")
+        assert stderr.getvalue() == ""

@@ -47,7 +47,8 @@ def summary_text(run: Run, width: int = 100, *, color: bool = False, failures: b
         highlight=False,
     )
     style = "bold green" if run.sound else "bold red" if run.failures else "bold"
-    console.print(Text(against(run), style), soft_wrap=True)
+    whole = not color  # in a file or a pipe: lines are searched
+    console.print(Text(against(run), style), soft_wrap=whole)
     for kind in ("failed", "xfailed"):
         found = [check for check in run.checks if check.outcome == kind]
         for name in dict.fromkeys(check.check for check in found) if failures else ():
@@ -56,9 +57,9 @@ def summary_text(run: Run, width: int = 100, *, color: bool = False, failures: b
     console.print()
     console.print(_levels(run))
     if run.failures and failures:
-        console.print(Text(HOW_TO_SEE_MORE, "dim"), soft_wrap=True)
+        console.print(Text(HOW_TO_SEE_MORE, "dim"), soft_wrap=whole)
     for line in _notes(run):
-        console.print(Text(line, "dim"), soft_wrap=True)
+        console.print(Text(line, "dim"), soft_wrap=whole)
     return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
 
 
