@@ -107,7 +107,7 @@ def measured(task: str, packed: Path, adapter: Path | None, test: Path) -> list[
     if task == "classification":
         found = evaluate(str(packed), test, metric="accuracy", batch_size=16, **asked)
         return [100 * found.accuracy]
-    found = evaluate(str(packed), test, metric="rouge", batch_size=8, max_new_tokens=32, **asked)
+    found = evaluate(str(packed), test, metric="rouge", batch_size=32, max_new_tokens=32, **asked)
     return [100 * each for each in (found.rouge1, found.rouge2, found.rougeL)]
 
 
@@ -122,7 +122,7 @@ def run(task: str, method: str, flags: argparse.Namespace) -> dict[str, list[flo
     train, test = write(task, flags.folder, flags.examples)
     if not packed.exists():
         wanted = Choice(name, options).create().wants_calibration
-        text = CalibrationConfig("pydoc", samples=flags.samples) if wanted else None
+        text = CalibrationConfig("pydoc[:80%]", samples=flags.samples) if wanted else None
         quantize(flags.model, packed, name, options, calibration=text)
     found = {"before": measured(task, packed, None, test)}
     if not adapter.exists():
@@ -148,7 +148,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--folder", type=Path, default=Path("paper"))
     add("--steps", type=int, default=100)
     add("--batch-size", type=int, default=8)
-    add("--examples", type=int, default=160, help="the most examples of a test")
+    add("--examples", type=int, default=120, help="the most examples of a test")
     add("--samples", type=int, default=32, help="of 512 tokens, to calibrate on")
     add("--plot", type=Path)
     flags = parser.parse_args(words)
