@@ -20,10 +20,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 # Two processes of one thread each. The tests of a file stay together, and so does a certificate.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all support check docs clean
+.PHONY: help demo install test test-all support check docs clean
 
 help:
 	@echo 'make demo      quantize, finetune, evaluate and question a small language model, offline'
+	@echo 'make install   install everything that tests and checks need into .venv'
 	@echo 'make test      run the tests (PYTEST_ARGS="-k name -x" narrows it)'
 	@echo 'make test-all  run the slow tests: every architecture, real plans, certificates, tutorials'
 	@echo 'make check     lint, formatting, types, import directions, language'
@@ -33,6 +34,8 @@ help:
 
 demo: $(DEMO_STAMP)
 	$(BIN)/modulora demo
+
+install: $(STAMP)
 
 test: $(STAMP)
 	$(if $(PYTEST_ARGS),$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS),$(PYTEST) -m 'not slow' $(TESTS))

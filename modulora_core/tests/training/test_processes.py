@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from modulora_core import distributed
+from modulora_core.cli import main
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import OptionError, RequestError
 from modulora_core.tests.processes import finetuned, run_in_processes, trained_by_hand
@@ -108,18 +109,19 @@ def _trained(folder: Path, ids: torch.Tensor) -> tuple[list[float], int]:
 
 @pytest.mark.slow
 def test_a_bad_request_is_one_sentence_once(tunable: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    command = ["modulora_core.cli", "finetune", str(tunable), str(tmp_path / "out")]
-    done = subprocess.run(
-        [*launcher, *command, "--data", "none.txt", "--seq-len", "32"],
-        capture_output=True,
-        text=True,
-    )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    assert "none.txt" in errors[0]
-    assert "exitcode  : 2" in done.stderr
+    words = ["finetune", str(tunable), str(tmp_path / "out"), "--data", "none.txt"]
+    first, second = run_in_processes(2, _command, words)
+    assert first[0] == second[0] == 2
+    assert first[1].startswith("error: ")
+    assert "none.txt" in first[1]
+    assert second[1] == ""
     assert not (tmp_path / "out").exists()
+
+
+def _command(words: list[str]) -> tuple[int, str]:
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        code = main(words)
+    return code, printed.getvalue()
 
 
 def test_an_error_of_one_process_ends_all() -> None:
