@@ -30,46 +30,33 @@ from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.adapters.files import base_file, file_writer
 from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.peft_format import CONFIG_FILE
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
-from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.checkpoint import load_dtype, load_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.checkpoints.written.outputs import (
-    check_disk_space,
-    only_writer,
-    write_file,
-)
-from modulora_core.data.sources import Source, source_name
+from modulora_core.checkpoints.written.outputs import check_disk_space, only_writer, write_file
+from modulora_core.data.sources import Source
 from modulora_core.dense_products import matmul_precision
-from modulora_core.distributed import barrier, is_first, pick_device, together, world_size
+from modulora_core.distributed import barrier, is_first, together
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.layers import QuantLinear
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.progress import Bars, Progress, bars, quiet
 from modulora_core.quantization.cache import Unpacked
-from modulora_core.training.arguments import total_steps, warn_of_settings
 from modulora_core.training.batches import check_joined
+from modulora_core.training.checked_run import CheckedRun, checked_run
 from modulora_core.training.checkpoints import remove_half_written
-from modulora_core.training.checks import checked_model, vocabulary, window
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.distillation import predictions_of
 from modulora_core.training.held_out import HeldOut, held_out
-from modulora_core.training.init_adapter import CORRECTION_SAMPLES, Start
+from modulora_core.training.init_adapter import Start
 from modulora_core.training.interruption import Interruption
 from modulora_core.training.losses import divergence
-from modulora_core.training.methods import (
-    method_arguments,
-    method_examples,
-    method_trainer,
-    trainer_refused,
-)
+from modulora_core.training.methods import method_arguments, method_trainer, trainer_refused
 from modulora_core.training.model_card import model_card
 from modulora_core.training.report import REPORT_FILE, report
-from modulora_core.training.resuming import CHECKPOINTS, check_examples, check_out, record_examples
+from modulora_core.training.resuming import CHECKPOINTS, record_examples
 from modulora_core.training.samples import LEAST, answers
 from modulora_core.training.sharding import is_sharded
 from modulora_core.training.trainer import AdapterTrainer, OnEval, OnStep, Watcher
@@ -154,33 +141,55 @@ def finetune(
     """
     out, open_bar = Path(config.out), bars(progress)
     with together():
-        sources = _sources(config, data, eval_data)
-        device = pick_device()
-        if not resume:
-            check_out(out, config, resume)  # a bad one is refused before a model is downloaded
-        base = checked_model(config, device)
-        config = config.in_window(window(base.config), config.model)
-        resume_from = check_out(out, config, resume)
-        tokenizer = base.tokenizer()
-        rows = vocabulary(base.config)
-        examples = {
-            name: method_examples(source, config, tokenizer, rows)
-            for name, source in sources.items()
-        }
-        if config.packing and examples["train"].report.format != "text":  # its windows are full
-            examples["train"] = examples["train"].joined(config.seq_len)
-        finished = resume and (out / CONFIG_FILE).is_file()
-        check_examples(out, examples, out if finished else resume_from)
-        if finished:
-            logger.info("%s: it is finished; nothing is left to resume", out)
-            return FinetuneResult(config.out, 0, [], None, 0.0, 0.0, 0, model=config.model)
-        steps = total_steps(config, len(examples["train"]), world_size())
-        predictions = predictions_of(
-            config, examples["train"], steps, tokenizer, rows, out / CHECKPOINTS
-        )
-        start = None if resume_from is not None else _start(config)
-        warn_of_settings(config, examples["train"], steps)
-    checkpoint, interruption = _packed(base, open_bar), Interruption()
+        run = checked_run(config, data, eval_data, out, resume)
+    if run is None:
+        return FinetuneResult(config.out, 0, [], None, 0.0, 0.0, 0, model=config.model)
+    config = run.config
+    checkpoint = _packed(run.base, open_bar)
+    trained = _train(run, checkpoint, open_bar, on_step, on_eval, callbacks)
+    losses, eval_loss = trained.logged("loss"), trained.eval_loss
+    files = _write(run, checkpoint, trained, open_bar)
+    worse = divergence(losses, eval_loss, trained.model.config.get_text_config().vocab_size)
+    if worse:
+        advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"
+        logger.warning("%s: %s: %s", out, worse, advice)
+    evaluations = trained.logged("eval_loss") if config.report else []
+    return FinetuneResult(
+        config.out, len(losses), losses, eval_loss, trained.seconds,
+        trained.tokens / trained.seconds, trained.peak_bytes, next(iter(evaluations), None),
+        config.model if checkpoint is run.base else str(checkpoint.folder), files,
+        trained.trainer.padding(), trained.held_out,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """A finished training. Attributes are as in :class:`FinetuneResult`."""
+
+    model: PreTrainedModel
+    trainer: Any
+    settings: LoRASettings | None
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    eval_loss: float | None
+    held_out: HeldOut | None
+
+    def logged(self, name: str) -> list[float]:
+        return [entry[name] for entry in self.trainer.state.log_history if name in entry]
+
+
+def _train(
+    run: CheckedRun,
+    checkpoint: PackedCheckpoint,
+    open_bar: Bars,
+    on_step: OnStep | None,
+    on_eval: OnEval | None,
+    callbacks: Sequence[TrainerCallback],
+) -> _Trained:
+    """Load the model, put the adapter on, and train it."""
+    config, out, device, examples = run.config, run.out, run.device, run.examples
+    predictions, interruption = run.predictions, Interruption()
     with (
         PeakMemory(device) as peak,
         quiet(),
@@ -190,16 +199,17 @@ def finetune(
     ):
         with together():
             with trainer_refused(config.trainer, out / CHECKPOINTS):
-                arguments = method_arguments(config, out / CHECKPOINTS, steps, device)
-            arguments.eval_on_start = config.report and "eval" in sources and resume_from is None
+                arguments = method_arguments(config, out / CHECKPOINTS, run.steps, device)
+            begins = run.resume_from is None
+            arguments.eval_on_start = config.report and "eval" in examples and begins
             model = _loaded(checkpoint, config, device)
-            settings = _put_adapter(model, config, start, show)
+            settings = _put_adapter(model, config, run.start, show)
             if config.packing:
                 check_joined(model, config.batch_size)
             check_disk_space(out, _nbytes(model) + (predictions.nbytes if predictions else 0))
             with trainer_refused(config.trainer, out / CHECKPOINTS):
                 trainer = method_trainer(
-                    model, config, arguments, examples, tokenizer, predictions,
+                    model, config, arguments, examples, run.tokenizer, predictions,
                     settings=settings, memory=peak,
                     callbacks=[Watcher(show, on_step, on_eval, interruption), *callbacks],
                 )  # fmt: skip
@@ -214,78 +224,58 @@ def finetune(
                     predictions.compute(device, show)
         started = time.perf_counter()
         with interruption.watched():
-            tokens = trainer.run(resume_from)
+            tokens = trainer.run(run.resume_from)
         interruption.check()
         seconds = time.perf_counter() - started
         eval_loss = trainer.final_eval_loss() if "eval" in examples else None
         asked = config.report and "eval" not in examples and isinstance(trainer, AdapterTrainer)
         unread = held_out(trainer) if asked else None
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    eval_loss_before = evaluations[0] if config.report and evaluations else None
+    return _Trained(model, trainer, settings, tokens, seconds, peak.nbytes, eval_loss, unread)
+
+
+def _write(
+    run: CheckedRun, checkpoint: PackedCheckpoint, trained: _Trained, open_bar: Bars
+) -> tuple[str, ...]:
+    """Write the adapter, its card and its report. Returns the ``lora_file`` and files beside it."""
+    config, out, model, trainer = run.config, run.out, trained.model, trained.trainer
     scaled = any(layer.input_scale for _, layer in adapter_layers(model))
     card = model_card(
-        config, checkpoint, losses, eval_loss, data=source_name(sources["train"]),
+        config, checkpoint, trained.logged("loss"), trained.eval_loss, data=run.data,
         channel_scales=scaled,
     )  # fmt: skip
     if is_first():
         write_file(out / "README.md", card)
-    save_adapter(model, out, settings=settings)
+    save_adapter(model, out, settings=trained.settings)
     files: tuple[str, ...] = ()
     if config.lora_file is not None and is_first():
         file, writer = base_file(checkpoint, config.model), file_writer(config.lora_file)
         written = writer.write_adapter(str(out), config.lora_file, model=file)
         files = (written.out, *written.beside)
     if config.report:
+        seconds = trained.seconds
         with open_bar(f"answering prompts for {REPORT_FILE}", "tokens") as show:
             samples = answers(
-                model, tokenizer, trainer.eval_dataset or trainer.train_dataset,
-                seconds=max(LEAST, seconds / 10), tokens_per_second=tokens / seconds, show=show,
+                model, run.tokenizer, trainer.eval_dataset or trainer.train_dataset,
+                seconds=max(LEAST, seconds / 10), tokens_per_second=trained.tokens / seconds,
+                show=show,
             )  # fmt: skip
         page = report(
-            config, checkpoint, history, samples, seconds=seconds, peak_memory_bytes=peak.nbytes,
-            sampled="evaluation" if "eval" in sources else "training", held_out=unread,
+            config, checkpoint, trainer.state.log_history, samples, seconds=seconds,
+            peak_memory_bytes=trained.peak_bytes,
+            sampled="evaluation" if "eval" in run.examples else "training",
+            held_out=trained.held_out,
         )  # fmt: skip
         if is_first():
             write_file(out / REPORT_FILE, page)
-    if predictions is not None and is_first():
-        predictions.file.unlink()
+    if run.predictions is not None and is_first():
+        run.predictions.file.unlink()
     barrier()  # OUT is whole
     if not (out / RUN_FILE).is_file():
         raise OutputError(
             f"output folder {out}: somebody removed it, or its {RUN_FILE}, while the run worked; "
             "it has the adapter again, and neither options nor earlier checkpoints"
         )
-    worse = divergence(losses, eval_loss, model.config.get_text_config().vocab_size)
-    if worse:
-        advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"
-        logger.warning("%s: %s: %s", out, worse, advice)
-    return FinetuneResult(
-        config.out, len(losses), losses, eval_loss, seconds, tokens / seconds, peak.nbytes,
-        eval_loss_before, config.model if checkpoint is base else str(checkpoint.folder), files,
-        trainer.padding(), unread,
-    )  # fmt: skip
-
-
-def _sources(
-    config: FinetuneConfig, data: Source | None, eval_data: Source | None
-) -> dict[str, Source]:
-    """The sources ``"train"`` and perhaps ``"eval"``. Raises OptionError."""
-    found: dict[str, Source] = {}
-    for key, name, own, given in (
-        ("train", "data", config.data, data),
-        ("eval", "eval_data", config.eval_data, eval_data),
-    ):
-        if own is not None and given is not None:
-            raise OptionError(f"{name}: expected it in the config or beside it, got both")
-        if (source := own if given is None else given) is not None:
-            found[key] = source
-    if config.eval_every is not None and "eval" not in found:
-        raise OptionError(f"eval_every is {config.eval_every}: expected eval_data, got none")
-    if "train" not in found:
-        raise OptionError("data: expected training data, got none; give --data SOURCE")
-    return found
+    return files
 
 
 def _packed(base: PackedCheckpoint | Unpacked, open_bar: Bars) -> PackedCheckpoint:
@@ -318,16 +308,6 @@ def _loaded(
             "--quantize-embeddings"
         )
     return model
-
-
-def _start(config: FinetuneConfig) -> Start | None:
-    """The dense model and the text of a corrected adapter, for ``init="qera"``."""
-    if config.init == "zero" or config.calibration is None:
-        return None
-    text = CalibrationConfig(
-        config.calibration, max_samples=CORRECTION_SAMPLES, seq_len=config.seq_len
-    )
-    return Start.open(config.dense or config.model, text, config.seed)
 
 
 def _put_adapter(

@@ -81,7 +81,7 @@ def coarse(weight: Tensor) -> Tensor:
 
 
 def walk(folder: Path, seen: Packing, ids: Tensor = IDS, **settings: Any) -> BlockWalk:
-    own = ("paused_bytes", "token_weights")
+    own = ("paused_bytes", "held_out_weights")
     of_walk = {name: settings.pop(name) for name in own if name in settings}
     source = open_model(str(folder))
     linears = find_sites(source.skeleton()).linears

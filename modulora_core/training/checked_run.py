@@ -1,0 +1,124 @@
+"""Check the request of a finetuning run, and read its data, before any weight is loaded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modulora_core.adapters.peft_format import CONFIG_FILE
+from modulora_core.calibration import CalibrationConfig
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.data.sources import Source, source_name
+from modulora_core.distributed import pick_device, world_size
+from modulora_core.errors import OptionError
+from modulora_core.quantization.cache import Unpacked
+from modulora_core.training.arguments import total_steps, warn_of_settings
+from modulora_core.training.checks import checked_model, vocabulary, window
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.distillation import Predictions, predictions_of
+from modulora_core.training.init_adapter import CORRECTION_SAMPLES, Start
+from modulora_core.training.methods import method_examples
+from modulora_core.training.resuming import CHECKPOINTS, check_examples, check_out
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRun:
+    """A run whose request was checked; no weight is loaded yet.
+
+    Attributes:
+        config: with ``seq_len`` in the model's window.
+        data: the name of the training data.
+        examples: of ``"train"``, and ``"eval"`` if it is evaluated.
+        predictions: of the dense model, with distill; start: of a corrected adapter.
+    """
+
+    config: FinetuneConfig
+    out: Path
+    device: torch.device
+    base: PackedCheckpoint | Unpacked
+    tokenizer: Any
+    data: str
+    examples: dict[str, Any]
+    steps: int
+    predictions: Predictions | None
+    start: Start | None
+    resume_from: Path | None
+
+
+def checked_run(
+    config: FinetuneConfig,
+    data: Source | None,
+    eval_data: Source | None,
+    out: Path,
+    resume: bool,
+) -> CheckedRun | None:
+    """Check the request, and read the data. The result is None if ``out`` is finished.
+
+    Raises:
+        RequestError: as :func:`modulora_core.finetune`.
+    """
+    sources = _sources(config, data, eval_data)
+    device = pick_device()
+    if not resume:
+        check_out(out, config, resume)  # a bad one is refused before a model is downloaded
+    base = checked_model(config, device)
+    config = config.in_window(window(base.config), config.model)
+    resume_from = check_out(out, config, resume)
+    tokenizer = base.tokenizer()
+    rows = vocabulary(base.config)
+    examples = {
+        name: method_examples(source, config, tokenizer, rows) for name, source in sources.items()
+    }
+    if config.packing and examples["train"].report.format != "text":  # its windows are full
+        examples["train"] = examples["train"].joined(config.seq_len)
+    finished = resume and (out / CONFIG_FILE).is_file()
+    check_examples(out, examples, out if finished else resume_from)
+    if finished:
+        logger.info("%s: it is finished; nothing is left to resume", out)
+        return None
+    steps = total_steps(config, len(examples["train"]), world_size())
+    predictions = predictions_of(
+        config, examples["train"], steps, tokenizer, rows, out / CHECKPOINTS
+    )
+    start = None if resume_from is not None else _start(config)
+    warn_of_settings(config, examples["train"], steps)
+    return CheckedRun(
+        config, out, device, base, tokenizer, source_name(sources["train"]), examples, steps,
+        predictions, start, resume_from,
+    )  # fmt: skip
+
+
+def _sources(
+    config: FinetuneConfig, data: Source | None, eval_data: Source | None
+) -> dict[str, Source]:
+    """The sources ``"train"`` and perhaps ``"eval"``. Raises OptionError."""
+    found: dict[str, Source] = {}
+    for key, name, own, given in (
+        ("train", "data", config.data, data),
+        ("eval", "eval_data", config.eval_data, eval_data),
+    ):
+        if own is not None and given is not None:
+            raise OptionError(f"{name}: expected it in the config or beside it, got both")
+        if (source := own if given is None else given) is not None:
+            found[key] = source
+    if config.eval_every is not None and "eval" not in found:
+        raise OptionError(f"eval_every is {config.eval_every}: expected eval_data, got none")
+    if "train" not in found:
+        raise OptionError("data: expected training data, got none; give --data SOURCE")
+    return found
+
+
+def _start(config: FinetuneConfig) -> Start | None:
+    """The dense model and the text of a corrected adapter, for ``init="qera"``."""
+    if config.init == "zero" or config.calibration is None:
+        return None
+    text = CalibrationConfig(
+        config.calibration, max_samples=CORRECTION_SAMPLES, seq_len=config.seq_len
+    )
+    return Start.open(config.dense or config.model, text, config.seed)
