@@ -11,7 +11,7 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("modulora")
 
 
-LONGEST = ("test_docs.py", "test_zoo.py", "test_qtip_conformance.py", "test_plan_truth.py")
+LONGEST = ("test_docs.py", "test_zoo.py", "test_qtip_conformance.py")
 """The files of tests that take minutes."""
 
 
