@@ -65,9 +65,9 @@ def test_the_report_lists_files_and_quotes_the_next_commands(
     assert printed == {"out": "mine", "quantizer": NAME, "files": there}
     assert main(["new-plugin", NAME, "my plugin"]) == 0
     assert capsys.readouterr().out.splitlines()[-3:] == [
-        "  pip install -e './my plugin[test]'",
-        "  pytest 'my plugin'",
-        f"  modulora conformance {NAME} --certified",
+        "Next: pip install -e './my plugin[test]'",
+        "then: pytest 'my plugin'",
+        f"then: modulora conformance {NAME} --certified",
     ]
 
 
