@@ -85,6 +85,14 @@ def test_any_shape_packs_and_multiplies(shape, layer, generator):
             assert (y - expected).norm() <= 1e-5 * x.double().norm() * dense.norm()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_layout_has_walks_and_vectors_alone(bits):
+    for out, columns in ((64, 128), (128, 64)):
+        tiles = out // 16 * columns // 16
+        layout = QTIP(Options(bits=bits, states=10)).layout((out, columns))
+        assert layout.nbytes == tiles * 32 * bits + 2 * (out + columns) + 4
+
+
 @pytest.mark.parametrize("weight", ["zeros", "huge", "tiny"])
 def test_weights_of_any_size_pack(weight, layer):
     W, H = layer(16, 32)
