@@ -12,7 +12,7 @@ from modulora_core.cli.arguments import option
 from modulora_core.cli.demo import EMBEDDING_BITS, without_calibration
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import next_commands, table
-from modulora_core.errors import OptionError
+from modulora_core.errors import OptionError, OutputError
 
 PAGE = "comparison.html"
 
@@ -67,6 +67,8 @@ def command(
     """
     if not quantizers:
         raise OptionError("-q: expected one quantizer or more, got none")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out}: expected a folder, got a file; choose another name")
     if eval_data is None and data.endswith("]"):
         raise OptionError(f"--eval-data: expected a source beside the part {data}, got none")
     from rich.console import Group

@@ -260,6 +260,8 @@ WRONG = {
     "generate {packed} x --temperature -1": "temperature",
     "generate {packed} x --dtype int4": "dtype",
     "generate {packed} x --max-new-tokens 1000": "window",
+    "compare {source} -q toy --out {text}": "expected a folder, got a file",
+    "compare {source} -q tyo": "did you mean 'toy'",
     "merge {packed} {new} --dtype int4": "dtype",
     "merge {source} {new}": "modulora quantize",
     "finetune {source} {new} --data {text} --steps 1": "modulora quantize",
