@@ -38,7 +38,7 @@ def command(check: Check = False) -> Report:
     found = [_read(entry) for entry in entries()]
     found = [_checked(entry) for entry in found] if check else found
     rows = [_to_json(entry) for entry in found]
-    nothing = "No quantizer is installed. Each is a package: install one with pip."
+    nothing = "No quantizer is installed. Each is a package, and README lists ours."
     code = int(check and any(entry.status not in ("ok", "blocked") for entry in found))
     return Report({"quantizers": rows}, _table(rows) if rows else nothing, exit_code=code)
 
