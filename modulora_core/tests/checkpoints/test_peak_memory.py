@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 import sys
 
 import pytest
@@ -12,8 +13,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets a 
 
 
 def touch(mib: int) -> None:
-    """Hold ``mib`` MiB of resident memory for a moment."""
-    torch.ones(mib * MIB // 4)
+    """Hold ``mib`` MiB of new resident memory for a moment."""
+    # the heap may have as much resident memory that is free, after other tests
+    torch.frombuffer(mmap.mmap(-1, mib * MIB), dtype=torch.uint8).fill_(1)
 
 
 @linux
