@@ -230,7 +230,7 @@ def _text(found: Object, out: Path) -> RenderableType:
 
     from modulora_core.training.losses import loss_in_words
 
-    headings = ("", "size", "bits/weight", "perplexity", "peak memory", "tokens/s")
+    headings = ("", "size", "bits/weight", "perplexity", "peak memory")
     stages = table(headings, map(_cells, found["stages"]), numbers=True)
     work = {
         "quantizing": _cost(found["quantize"]),
@@ -239,7 +239,10 @@ def _text(found: Object, out: Path) -> RenderableType:
         "losses": loss_in_words(found["finetune"]["losses"], digits=3).removeprefix("loss "),
     }
     closing = f"\nKept in {out}. {out / 'adapter' / 'report.html'} has the curves of the run."
-    following = next_commands(f"modulora chat {out / 'model'} --adapter {out / 'adapter'}")
+    # so small a model repeats itself if it takes the likeliest token
+    following = next_commands(
+        f"modulora chat {out / 'model'} --adapter {out / 'adapter'} --temperature 0.7"
+    )
     title = Text("\nPerplexity on text that no run was trained on; lower is better:\n")
     return Group(
         "", stages, title, _plot(found["stages"]), "", facts(work), Text(closing), following
@@ -266,5 +269,4 @@ def _cells(stage: Object) -> tuple[str, ...]:
     return (
         stage["name"], format_size(stage["size"]), f"{stage['bits_per_weight']:.2f}",
         f"{stage['perplexity']:.2f}", format_size(stage["eval_peak_memory"]),
-        f"{stage['tokens_per_second']:.1f}",
     )  # fmt: skip
