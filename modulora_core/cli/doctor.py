@@ -111,6 +111,7 @@ def command(device: Devices = [], gpu: GPU = False) -> Report:
             found += _plugin(entry, devices)
             if gpu and entry.status == "ok":
                 found += _gpu(entry, devices)
+            show(f"tested {entry.name}", done + 1, len(plugins))
     if not plugins:
         found.append(Finding("quantizers", "none", "fault", "install a plugin; README lists them"))
     faults = sum(each.verdict == "fault" for each in found)

@@ -134,7 +134,7 @@ def training_and_decoding(name: str, device: torch.device) -> str:
         model.train()
         optimizer.zero_grad(set_to_none=True)
         with chunked_loss(model):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -146,7 +146,6 @@ def training_and_decoding(name: str, device: torch.device) -> str:
     if without or not torch.tensor(losses).isfinite().all():
         raise RuntimeError(f"losses {losses}, {without} parameters without a gradient")
     model.eval()
-    model.gradient_checkpointing_disable()
     decoding = seconds(
         lambda: model.generate(ids[:1, :16], max_new_tokens=NEW_TOKENS, do_sample=False),
         device, repeats=1,
