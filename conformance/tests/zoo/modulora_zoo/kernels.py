@@ -58,7 +58,7 @@ class OneBuffer(Sound):
 
     def compiled(self, packed, tile):
         self.buffer["tile"] = tile
-        time.sleep(1e-3)  # without the GIL, as a kernel
+        time.sleep(1e-2)  # without the GIL, as a kernel
         return self.buffer["tile"]
 
 
