@@ -328,8 +328,8 @@ def _unknown(name: str, found: tuple[Entry, ...], distribution: str | None) -> s
     try:
         present = version(distribution)
     except PackageNotFoundError:
-        return f"{sentence}. It is in a package of its own: pip install {distribution}"
-    return f"{sentence}. {distribution} {present} lacks it: pip install -U {distribution}"
+        return f"{sentence}. Install its package, {distribution}, from a folder or a wheel"
+    return f"{sentence}. {distribution} {present} lacks it; install a newer version"
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:

@@ -71,8 +71,8 @@ def command(
     """Check that a quantizer keeps its promises, with the conformance kit.
 
     Without -o it checks every configuration for which the quantizer makes promises. The exit code
-    is 1 if a check failed, or if --certified isn't reached. The kit is a package:
-    pip install modulora-conformance.
+    is 1 if a check failed, or if --certified isn't reached. The kit is a package of its own,
+    modulora-conformance: in a clone, run `pip install ./conformance`.
 
     Examples:
         modulora conformance NAME
@@ -120,7 +120,7 @@ def check_kit(command: str) -> None:
     if importlib.util.find_spec(KIT) is None:
         raise MissingExtraError(
             f"modulora {command}: expected the conformance kit, which isn't installed; "
-            "pip install modulora-conformance"
+            "run `pip install ./conformance` in a clone of ModuLoRA, or install its wheel"
         )
 
 

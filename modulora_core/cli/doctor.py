@@ -206,7 +206,7 @@ def _plugin(entry: Entry, devices: list[str]) -> Iterator[Finding]:
                 _self_test(entry.name, device)
         except Exception as failure:  # of a plugin, which may raise anything
             reason = " ".join(f"{type(failure).__name__}: {failure}".split())
-            yield Finding(where, "fails", "fault", f"{reason}; pip install -U {entry.distribution}")
+            yield Finding(where, "fails", "fault", f"{reason}; reinstall {entry.distribution}")
             continue
         seconds = f"{first:.1f} s"
         if first > LONG:

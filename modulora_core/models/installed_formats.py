@@ -152,8 +152,11 @@ def unread_file(path: str | Path) -> str:
     """The message's words that no installed plugin reads ``path``, and which one would."""
     suffix = Path(path).suffix.lower()
     plugin = _extras().get(suffix)
-    advice = "one" if plugin is None else f"it: pip install {plugin}"
-    return f"expected a plugin that reads files *{suffix}, got none; install {advice}"
+    sentence = f"expected a plugin that reads files *{suffix}, got none"
+    if plugin is None:
+        return f"{sentence}; install one"
+    folder = f"./plugins/{plugin.removeprefix(f'{PROJECT}-')}"
+    return f"{sentence}; run `pip install {folder}` in a clone of ModuLoRA, or install its wheel"
 
 
 def _extras() -> dict[str, str]:

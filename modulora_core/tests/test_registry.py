@@ -223,16 +223,14 @@ def test_an_unknown_name_says_near_misses_and_what_is_installed(site: FakeSite) 
     assert "'alhpa' isn't installed; did you mean 'alpha'?" in message
     assert "alpha" in message.partition("Installed: ")[2].partition(";")[0].split(", ")
     assert "not usable: beta (broken)" in message
-    assert "pip install" not in message
+    assert "Install its package" not in message
 
 
 def test_an_unknown_name_from_a_checkpoint_says_what_to_install(site: FakeSite) -> None:
-    with pytest.raises(UnknownQuantizerError, match=r"pip install fake-gamma$"):
+    with pytest.raises(UnknownQuantizerError, match="Install its package, fake-gamma, from a fol"):
         registry.find("gamma", distribution="fake-gamma")
     site.install_quantizer("delta", distribution="fake-gamma", module="fake_gamma", version="0.9")
-    with pytest.raises(
-        UnknownQuantizerError, match=r"fake-gamma 0.9 lacks it: pip install -U fake-gamma"
-    ):
+    with pytest.raises(UnknownQuantizerError, match=r"fake-gamma 0.9 lacks it; install a newer"):
         registry.load("gamma", distribution="fake-gamma")
 
 
@@ -242,7 +240,7 @@ def test_an_unknown_name_from_a_checkpoint_says_what_to_install(site: FakeSite) 
 def test_a_checkpoint_can_not_put_a_command_into_the_message(site: FakeSite, hostile: str) -> None:
     with pytest.raises(UnknownQuantizerError) as raised:
         registry.find("gamma", distribution=hostile)
-    assert "pip" not in str(raised.value)
+    assert "Install its package" not in str(raised.value)
 
 
 def test_a_plugin_that_is_installed_later_is_found(site: FakeSite) -> None:

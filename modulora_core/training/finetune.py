@@ -190,14 +190,14 @@ def _train(
     """Load the model, put the adapter on, and train it."""
     config, out, device, examples = run.config, run.out, run.device, run.examples
     predictions, interruption = run.predictions, Interruption()
+    watcher = Watcher(on_step, on_eval, interruption)
     with (
         PeakMemory(device) as peak,
         quiet(),
         only_writer(out) if is_first() else nullcontext(),
         matmul_precision(config.matmul_precision),
-        open_bar("training", "steps") as show,
     ):
-        with together():
+        with together(), open_bar("loading the model", "layers") as show:
             with trainer_refused(config.trainer, out / CHECKPOINTS):
                 arguments = method_arguments(config, out / CHECKPOINTS, run.steps, device)
             begins = run.resume_from is None
@@ -211,7 +211,7 @@ def _train(
                 trainer = method_trainer(
                     model, config, arguments, examples, run.tokenizer, predictions,
                     settings=settings, memory=peak,
-                    callbacks=[Watcher(show, on_step, on_eval, interruption), *callbacks],
+                    callbacks=[watcher, *callbacks],
                 )  # fmt: skip
                 trainer.get_train_dataloader()
         if is_first():
@@ -219,17 +219,18 @@ def _train(
             record_examples(out, examples)
             remove_half_written(out / CHECKPOINTS)
         if predictions is not None:
-            with together():
+            with together(), open_bar("predicting", "blocks") as show:
                 if is_first():
                     predictions.compute(device, show)
-        started = time.perf_counter()
-        with interruption.watched():
-            tokens = trainer.run(run.resume_from)
-        interruption.check()
-        seconds = time.perf_counter() - started
-        eval_loss = trainer.final_eval_loss() if "eval" in examples else None
-        asked = config.report and "eval" not in examples and isinstance(trainer, AdapterTrainer)
-        unread = held_out(trainer) if asked else None
+        with open_bar("training", "steps") as watcher.show:
+            started = time.perf_counter()
+            with interruption.watched():
+                tokens = trainer.run(run.resume_from)
+            interruption.check()
+            seconds = time.perf_counter() - started
+            eval_loss = trainer.final_eval_loss() if "eval" in examples else None
+            asked = config.report and "eval" not in examples and isinstance(trainer, AdapterTrainer)
+            unread = held_out(trainer) if asked else None
     return _Trained(model, trainer, settings, tokens, seconds, peak.nbytes, eval_loss, unread)
 
 

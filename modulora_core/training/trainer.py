@@ -265,17 +265,18 @@ class AdapterTrainer(AdapterRun):
 
 
 class Watcher(TrainerCallback):
-    """Reports each step and evaluation, stops at NaN or a signal, and seals checkpoints."""
+    """Reports each step and evaluation, stops at NaN or a signal, and seals checkpoints.
+
+    Attributes:
+        show: shows the steps. It is set before training: a Trainer takes callbacks when it is made.
+    """
+
+    show: Progress
 
     def __init__(
-        self,
-        show: Progress,
-        on_step: OnStep | None,
-        on_eval: OnEval | None,
-        interruption: Interruption,
+        self, on_step: OnStep | None, on_eval: OnEval | None, interruption: Interruption
     ) -> None:
-        self._show, self._on_step, self._on_eval = show, on_step, on_eval
-        self._interruption = interruption
+        self._on_step, self._on_eval, self._interruption = on_step, on_eval, interruption
 
     @override
     def on_step_end(
@@ -317,7 +318,7 @@ class Watcher(TrainerCallback):
             tokens_per_second=logs["tokens_per_second"],
             memory_bytes=int(logs["memory_bytes"]),
         )
-        self._show(step.line, step.step, step.total)
+        self.show(step.line, step.step, step.total)
         if self._on_step is not None:
             self._on_step(step)
 
@@ -326,7 +327,7 @@ class Watcher(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._show("evaluating", state.global_step, state.max_steps)
+            self.show("evaluating", state.global_step, state.max_steps)
 
     @override
     def on_save(

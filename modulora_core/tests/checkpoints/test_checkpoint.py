@@ -84,7 +84,7 @@ def test_a_missing_plugin_is_named_with_the_package_to_install(folder: Path) -> 
     edit_record(folder, lambda record: record["recipes"][0].update(
         quantizer="absent", distribution="modulora-absent"
     ))  # fmt: skip
-    with pytest.raises(PluginError, match="pip install modulora-absent"):
+    with pytest.raises(PluginError, match="Install its package, modulora-absent"):
         load_model(folder)
 
 

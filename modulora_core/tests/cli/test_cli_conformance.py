@@ -136,4 +136,4 @@ def test_without_the_kit_it_says_what_to_install(
     assert main([command, "toy", "--json"]) == 2
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["kind"] == "MissingExtraError"
-    assert "pip install modulora-conformance" in error["message"]
+    assert "pip install ./conformance" in error["message"]

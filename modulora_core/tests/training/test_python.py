@@ -113,11 +113,12 @@ def test_a_program_may_open_its_own_bars(configure: Configure) -> None:
 
     rows = [{"text": "The with statement."}]
     finetune(configure(steps=2, report=True), eval_data=rows, progress=bars)
-    assert calls[:6] == [
-        ("training", "steps"), ("evaluating", 0, 2), ("loss", 1, 2), ("loss", 2, 2),
-        ("evaluating", 2, 2), ("answering prompts for report.html", "tokens"),
+    assert calls[:7] == [
+        ("loading the model", "layers"), ("training", "steps"), ("evaluating", 0, 2),
+        ("loss", 1, 2), ("loss", 2, 2), ("evaluating", 2, 2),
+        ("answering prompts for report.html", "tokens"),
     ]  # fmt: skip
-    assert {call[::2] for call in calls[6:]} == {("answering", 96)}
+    assert {call[::2] for call in calls[7:]} == {("answering", 96)}
 
 
 # types
