@@ -102,7 +102,7 @@ class FakeSite:
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": path, **environment},
-            timeout=120,
+            timeout=600,
         )
 
 

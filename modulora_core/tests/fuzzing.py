@@ -23,8 +23,8 @@ from modulora_core.errors import RequestError
 
 T = TypeVar("T")
 
-LONGEST = 60
-"""Seconds of a case on a busy machine. A longer one is a hang."""
+LONGEST = 300
+"""Seconds of a case on a busy machine, which may compile kernels. A longer one is a hang."""
 
 _HEADER = 3000
 """Bytes at a file's beginning that readers parse, about."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-PATIENCE = 120
+PATIENCE = 600
 """Seconds until processes that wait for each other in vain are ended."""
 
 

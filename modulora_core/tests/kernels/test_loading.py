@@ -77,7 +77,7 @@ def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedP
     """Run ``code`` in a process of its own that finds the module of kernels."""
     path = os.pathsep.join([str(folder), str(Path(kernels.__file__).parents[2])])
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=600,
         env={**os.environ, "PYTHONPATH": path, **environment},
     )  # fmt: skip
 

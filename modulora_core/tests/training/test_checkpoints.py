@@ -108,7 +108,7 @@ def test_a_killed_run_continues_with_the_losses_of_an_uninterrupted_one(
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "run.yaml"), "7"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
         env={**os.environ, "PYTHONPATH": str(toy_root)},
     )  # fmt: skip
     assert process.returncode == -signal.SIGKILL, process.stderr

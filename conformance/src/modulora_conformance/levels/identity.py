@@ -182,7 +182,7 @@ def _import(module: str, turn: int = 0) -> tuple[list[str], float]:  # noqa: ARG
         f"print(json.dumps([[m for m in {HEAVY!r} if m in sys.modules], seconds]))"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"{code}\n{done.stderr}"
     loaded, seconds = json.loads(done.stdout)
