@@ -158,6 +158,8 @@ class QuantizerSpec(_Fact):
     """The widths that it offers, in bits per weight without scales."""
     calibration: Literal["none", "optional", "required"] = "none"
     """Whether ``pack`` wants the second moment of the layer's inputs."""
+    output_hessian: bool = False
+    """Whether ``pack`` uses :attr:`Calibration.output_hessian` where it is given."""
     devices: Annotated[tuple[str, ...], Field(min_length=1)] = ("cpu",)
     """The torch device types that it has kernels for. On others plain torch must work."""
     out_multiple: PositiveInt = 1
@@ -186,18 +188,22 @@ class QuantizerSpec(_Fact):
 
 @checked_dataclass
 class Calibration:
-    """The statistics of one layer's inputs.
+    """The statistics of one layer's inputs, and of the gradients in its outputs.
 
     Attributes:
         hessian: H = E[xxᵀ], ``[in, in]``, fp32, symmetric: the second moment. The user may weight
             tokens by the loss: H = E[w xxᵀ], and E[w] = 1.
         samples: the number of input vectors.
+        output_hessian: H_O = E[ggᵀ / ‖g‖], ``[out, out]``, fp32, symmetric; only its ratios matter.
+            g is the gradient of the loss in the outputs, which grows by about tr(H_O E H Eᵀ) for
+            E = W − Ŵ. None unless the user weights by the loss, and for experts.
         progress: a ``pack`` of many seconds calls it with the finished share of its work, 0 to 1,
             so that a bar moves. Others need not.
     """
 
     hessian: Tensor
     samples: int
+    output_hessian: Tensor | None = field(default=None, kw_only=True)
     progress: Callable[[float], None] | None = field(default=None, kw_only=True)
 
 

@@ -24,6 +24,12 @@ one is in memory at a time.
 its bits on errors that the loss notices. Kim et al. 2025 (GuidedQuant, arXiv 2505.07004, section 3)
 have w in H. Here it is √w: in value projections the first token of each sample has by far the
 largest w, so that w leaves few tokens, and a noisy H.
+
+The second moment of the gradients keeps the correlations of a layer's outputs, with √w too:
+
+    KL ≈ ½ E[‖gₜ‖² (gₜᵀ ΔW xₜ / ‖gₜ‖)²] ≈ ½ tr(H_O ΔW H ΔWᵀ)      H_O = E[gₜgₜᵀ / ‖gₜ‖]
+
+Tseng, Sun, De Sa 2025 (arXiv 2505.22988) round with both factors of such a product.
 """
 
 from __future__ import annotations
@@ -44,7 +50,9 @@ from torch import Tensor, nn
 from modulora_core import distributed
 from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
 from modulora_core.calibration.calls import BlockCall, logits_after, record_calls
+from modulora_core.calibration.moments import SecondMoment
 from modulora_core.calibration.observe import ObservedWeight
+from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.calibration.states import SampleStates
 from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.errors import ModelError, WorkError
@@ -56,7 +64,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = "token-weights-{}-of-{}.safetensors"
-"""The file of an unfinished folder with the token weights of one process's samples."""
+"""The file with the token weights of one process's samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,7 @@ def loss_sensitivities(
     seed: int,
     spill: bool | None = None,
     progress: Progress | None = None,
+    moments: OutputMoments | None = None,
 ) -> dict[str, list[Sensitivity]]:
     """Compute s and w of each of ``linears`` in a decoder block.
 
@@ -95,6 +104,7 @@ def loss_sensitivities(
         folder: for hidden states in a file, unless ``spill`` is False.
         progress: called with ``"weighing"``, the bytes of ``linears`` done and all of them. Each
             pass counts half.
+        moments: keeps H_O of its parameters, which have one matrix each.
 
     Returns:
         by parameter name, on the CPU: one for the matrix, or one for each expert, with w of this
@@ -107,7 +117,7 @@ def loss_sensitivities(
     """
     paths = find_blocks(source.outline)
     numbers = distributed.shared_out(range(len(ids)))
-    passes = _Passes(source, ids[list(numbers)], numbers, linears, device, progress, paths)
+    passes = _Passes(source, ids[list(numbers)], numbers, linears, device, progress, paths, moments)
     with torch.no_grad(), tempfile.TemporaryFile(dir=folder) as file:  # it has no name
         passes.forward(None if spill is False else file, seed)
         return passes.backward(ids.numel())
@@ -128,6 +138,7 @@ def token_weights(
         by parameter name, in a list for its only matrix: the weights of each sample,
         fp32 ``[seq_len]``, with a mean of 1 over all samples.
     """
+    folder.mkdir(exist_ok=True)
     file = folder / WEIGHTS.format(distributed.rank(), distributed.world_size())
     if not all(distributed.merged({str(distributed.rank()): file.is_file()}).values()):
         numbers = distributed.shared_out(range(len(ids)))
@@ -151,6 +162,7 @@ class _Passes:
     device: torch.device
     progress: Progress | None
     paths: Sequence[str]
+    moments: OutputMoments | None
 
     def forward(self, file: BinaryIO | None, seed: int) -> None:
         """Store the hidden states before every block, and the gradient after the last block.
@@ -214,13 +226,18 @@ class _Passes:
         for number in reversed(range(len(self.paths))):
             found |= self._backward_through(number, modules.pop(), tokens)
             self._tell(2 * len(self.paths) - number)
+        distributed.barrier()  # the first process has written all moments
         return found
 
     def _backward_through(
         self, number: int, module: nn.Module, tokens: int
     ) -> dict[str, list[Sensitivity]]:
         block = self._block(number, module)
-        watches = {name: [_Watch(each) for each in seen] for name, seen in block.weights.items()}
+        kept = self.moments.names if self.moments is not None else frozenset()
+        watches = {
+            name: [_Watch(each, moment=name in kept) for each in seen]
+            for name, seen in block.weights.items()
+        }
         for sample, calls in enumerate(self._calls):
             before = self._state(number, sample).requires_grad_()
             with torch.enable_grad():
@@ -229,10 +246,14 @@ class _Passes:
             self._states[number, sample] = _gradient(before)
             for watch in chain.from_iterable(watches.values()):
                 watch.next_sample()
-        return {
+        found = {
             name: [watch.sensitivity(name, tokens, self.numbers) for watch in seen]
             for name, seen in watches.items()
         }
+        if self.moments is not None:
+            for name in kept.intersection(watches):
+                self.moments.write(name, watches[name][0].output_moment(name))
+        return found
 
     def _block(self, number: int, module: nn.Module) -> Block:
         path = self.paths[number]
@@ -255,10 +276,11 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 class _Watch:
-    """Sums the squared gradients in the outputs of one matrix."""
+    """Sums the squared gradients in the outputs of one matrix, and their products if asked."""
 
-    def __init__(self, observed: ObservedWeight) -> None:
+    def __init__(self, observed: ObservedWeight, *, moment: bool) -> None:
         weight = observed.weight
+        self._moment = SecondMoment(weight.shape[0], weight.device) if moment else None
         self._outputs = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
         self._pieces: list[Tensor] = []  # ‖gₜ‖² of this sample's products, the last product first
         self._tokens: list[Tensor] = []
@@ -266,9 +288,13 @@ class _Watch:
 
     def _add(self, gradient: Tensor) -> None:
         """``gradient``: ``[..., out]``."""
-        squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
+        g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+        squares = g.square()
+        norms = squares.sum(1)
         self._outputs += squares.sum(0)
-        self._pieces.append(squares.sum(1).cpu())
+        self._pieces.append(norms.cpu())
+        if self._moment is not None:  # ggᵀ / ‖g‖ = (g / √‖g‖) (g / √‖g‖)ᵀ
+            self._moment.add(torch.where(norms > 0, norms, 1)[:, None] ** -0.25 * g)
 
     def next_sample(self) -> None:
         self._tokens.append(torch.cat(self._pieces[::-1]) if self._pieces else torch.empty(0))
@@ -285,6 +311,13 @@ class _Watch:
         scale = _scale(self._tokens, numbers)
         weights = tuple((each.double() * scale).float() for each in self._tokens)
         return Sensitivity((self._outputs / tokens).cpu(), weights)
+
+    def output_moment(self, name: str) -> Tensor:
+        """H_O, fp32 ``[out, out]``, over the tokens of all processes."""
+        assert self._moment is not None
+        if distributed.world_size() > 1:
+            self._moment.add_up()
+        return self._moment.mean(name).hessian
 
 
 def _scale(samples: Sequence[Tensor], numbers: Sequence[int]) -> float:

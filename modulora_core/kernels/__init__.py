@@ -15,6 +15,7 @@
     kernels.rotation    random Hadamard transforms, for quantizers in a rotated basis
     kernels.rotated     RotatedQuantizer: products and tiles in a rotated basis
     kernels.incoherence the weight and H in that basis, and the factors of BlockLDLQ
+    kernels.both_sides  rounding of rows in turn, by the second moment of the gradients
 
 A plugin may import the names in ``__all__`` of these packages, and nothing deeper.
 """

@@ -7,6 +7,7 @@ Symbols of Tseng, Chee, Sun, Kuleshov, De Sa 2024 (arXiv 2402.04396):
     H_n       the orthogonal matrix of :mod:`modulora_core.kernels.rotation`               section 3
     S_U, S_V  random signs, [N] and [M]                                                algorithm 3
     W̃, H̃      W and H in the rotated basis: H_Mᵀ S_V W S_U H_N, H_Nᵀ S_U H S_U H_N     algorithm 3
+    H_O       second moment of the gradients in the outputs; H_Mᵀ S_V H_O S_V H_M in that basis
     L         unit block lower triangular, H̃ = L D Lᵀ                                 section 4.1
     s         rescaling of the columns, W s and x / s          arXiv 2307.13304, section 4.2
 
@@ -42,6 +43,7 @@ class Problem:
         input_scale: S_U, divided by the rescaling, fp16.
         output_scale: S_V, fp16.
         scale: one unit of the codebook, fp32 ``[1]``.
+        H_O: None, or the rotated H_O, ``[M', M']``, with zeros in added rows.
     """
 
     W: Tensor
@@ -49,12 +51,14 @@ class Problem:
     input_scale: Tensor
     output_scale: Tensor
     scale: Tensor
+    H_O: Tensor | None
 
 
 def prepare(
     quantizer: str,
     weight: Tensor,
     hessian: Tensor,
+    output_hessian: Tensor | None = None,
     *,
     rms: float,
     multiples: tuple[int, int],
@@ -69,6 +73,7 @@ def prepare(
         quantizer: its name, for messages.
         weight: ``[M, N]``, any float dtype; unchanged.
         hessian: ``[N, N]``, symmetric, positive semidefinite. Only its ratios matter.
+        output_hessian: None, or H_O, ``[M, M]``, of which this holds too.
         rms: root mean square of W̃ in units of the codebook.
         multiples: M' and N' are multiples of these.
         damping: share of the mean of H's diagonal that is added to it.
@@ -78,10 +83,10 @@ def prepare(
             I ⊗ H_block, and ``output_scale`` holds the unit of the codebook: ``scale`` is 1.
 
     Raises:
-        ShapeError: ``hessian`` does not fit ``weight``.
-        WeightError: NaN or Inf in either, or ``hessian`` is no second moment.
+        ShapeError: a second moment does not fit ``weight``.
+        WeightError: NaN or Inf in one of them, or one is no second moment.
     """
-    check_hessian(quantizer, weight, hessian)
+    check_hessian(quantizer, weight, hessian, output_hessian)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     W, H = weight.detach().to(dtype), hessian.detach().to(weight.device, dtype)
     H = H / _positive(H.diagonal().mean(dtype=torch.float64).to(dtype))
@@ -101,15 +106,25 @@ def prepare(
     S_V = rotation.signs(seed, M, "output").to(W.device, torch.float16)
     W = rotation.rotate(W / S_U.to(dtype), in_place=True, block=block)
     W = rotation.rotate(W.T.contiguous(), S_V, in_place=True, block=block).T
-    H = rotation.rotate(H, S_U, in_place=True, block=block)
-    H = rotation.rotate(H.T.contiguous(), S_U, in_place=True, block=block)
+    H = _rotated(H, S_U, block)
+    H_O = None
+    if output_hessian is not None:
+        H_O = F.pad(output_hessian.detach().to(W), (0, M - len(output_hessian)) * 2)
+        H_O = F.pad(_rotated(H_O, S_V, block), (0, -M % multiples[0]) * 2)
     unit = _positive(_rms(W)) / rms
     scale = (size * unit * power).to(torch.float32).reshape(1)  # 0 for a weight of zeros
     if block is not None:
         unit = unit * (scale.half().to(dtype) / _positive(scale))
         S_V, scale = S_V * scale.half(), torch.ones_like(scale)
-    W, H = _whole_blocks(W / _positive(unit), (H + H.T) / 2, multiples)
-    return Problem(W, H, S_U, S_V, scale)
+    W, H = _whole_blocks(W / _positive(unit), H, multiples)
+    return Problem(W, H, S_U, S_V, scale, H_O)
+
+
+def _rotated(H: Tensor, signs: Tensor, block: int | None) -> Tensor:
+    """A symmetric matrix, which is changed, in the basis of the side with these signs."""
+    H = rotation.rotate(H, signs, in_place=True, block=block)
+    H = rotation.rotate(H.T.contiguous(), signs, in_place=True, block=block)
+    return (H + H.T) / 2
 
 
 def _rms(W: Tensor) -> Tensor:

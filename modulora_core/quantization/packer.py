@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modulora_core import distributed
 from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner, find_blocks
+from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.calibration.passes import TokenWeights
 from modulora_core.calibration.sensitivity import loss_sensitivities, token_weights
 from modulora_core.checkpoints.record import PackedSite
@@ -20,6 +21,9 @@ from modulora_core.models import ModelSource
 from modulora_core.progress import Progress
 from modulora_core.quantization.layout import Layout
 from modulora_core.spec import Calibration, PackedWeight
+
+WEIGHTING = "weighting"
+"""The folder in an unfinished one with what weights the layers' errors by the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +71,21 @@ def pack_all(
         tuner = Tuner(text.config.tuning, text.ids, seed=layout.record.seed, progress=progress)
     weights: TokenWeights = {}
     if text.config.weighting == "loss":
+        folder = writer.folder / WEIGHTING
         # quantized layers before them route tokens to other experts than dense layers do
         linears = [
             linear for linear in layout.linears
             if linear.experts is None and linear.name.startswith(blocks)
             and packer.wants_calibration(linear.name)
         ]  # fmt: skip
+        names = frozenset(filter(packer.wants_moment, (linear.name for linear in linears)))
+        packer.moments = OutputMoments(folder, names)
         measure = partial(
-            loss_sensitivities, source, text.ids, linears, device=device, folder=writer.folder,
+            loss_sensitivities, source, text.ids, linears, device=device, folder=folder,
             seed=layout.record.seed, spill=text.config.spill, progress=packer.progress,
+            moments=packer.moments,
         )  # fmt: skip
-        weights = token_weights(text.ids, writer.folder, measure)
+        weights = token_weights(text.ids, folder, measure)
     walk = BlockWalk(
         source, text, layout.linears, packer, device, writer.folder, tuner, token_weights=weights
     )
@@ -94,6 +102,7 @@ class _Packer(Packing):
     writer: ShardWriter
     device: torch.device
     progress: Progress | None
+    moments: OutputMoments | None = None
     done_bytes: int = 0
 
     def take(self, name: str, tensor: Tensor) -> None:
@@ -117,6 +126,10 @@ class _Packer(Packing):
     def wants_calibration(self, name: str) -> bool:
         return self.layout.quantizer(self._site(name)).wants_calibration
 
+    def wants_moment(self, name: str) -> bool:
+        """Whether :meth:`pack` uses the second moment of the gradients in its outputs."""
+        return self.layout.quantizer(self._site(name)).spec.output_hessian
+
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> PackedMatrices:
@@ -124,11 +137,17 @@ class _Packer(Packing):
         quantizer = self.layout.quantizer(site)
         on_device = (matrix.to(self.device) for matrix in matrices)
         nbytes = self.source.parameters[name].nbytes // len(matrices)
-        shown = (
-            each and replace(each, progress=partial(self._tell_within, i, nbytes))
+        moment = None if self.moments is None else self.moments.read(name)
+        given = (
+            each
+            and replace(
+                each,
+                output_hessian=None if moment is None else moment.to(self.device),
+                progress=partial(self._tell_within, i, nbytes),
+            )
             for i, each in enumerate(calibrations)
         )
-        packed = pack_matrices(name, site, quantizer, on_device, shown, seed=seed)
+        packed = pack_matrices(name, site, quantizer, on_device, given, seed=seed)
         self._count(name)
         return PackedMatrices(name, quantizer, packed)
 

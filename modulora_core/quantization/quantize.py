@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +25,7 @@ from modulora_core.calibration import (
     calibration_text,
     find_blocks,
 )
-from modulora_core.calibration.sensitivity import WEIGHTS
+from modulora_core.calibration.output_moments import moment_bytes
 from modulora_core.calibration.states import spilled_bytes
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import QuantizationRecord
@@ -45,7 +46,7 @@ from modulora_core.progress import Progress, shows_progress
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
 from modulora_core.quantization.mixed.errors import JOURNAL, held_out_ids
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
-from modulora_core.quantization.packer import PackingOutcome, pack_all
+from modulora_core.quantization.packer import WEIGHTING, PackingOutcome, pack_all
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
 from modulora_core.quantization.resuming import finished, is_of, unfinished
 from modulora_core.registry import Choice
@@ -256,11 +257,12 @@ def check_processes(text: CalibrationText | None, *, budget: bool) -> None:
 
 
 def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.device) -> int:
-    """The largest size of the files to write: of the checkpoint, and of hidden states."""
+    """The largest size of the files to write: of the checkpoint, hidden states, and moments."""
     nbytes, text = chosen.nbytes, chosen.calibration
     if text is None:
         return nbytes
-    spill, states = text.config.spill, len(find_blocks(source.outline)) + 1
+    blocks = find_blocks(source.outline)
+    spill, states = text.config.spill, len(blocks) + 1
     files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
     nbytes += files * spilled_bytes(text.ids.numel(), source.config, device, spill)
     for tokens, are_kept in (
@@ -269,6 +271,10 @@ def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.dev
     ):
         if are_kept:  # of every block
             nbytes += spilled_bytes(states * tokens, source.config, device, spill is not False)
+    if text.config.weighting == "loss" and any(q.spec.output_hessian for q in chosen.quantizers):
+        inside = tuple(f"{path}." for path in blocks)
+        single = (site for site in chosen.linears if site.experts is None)
+        nbytes += sum(moment_bytes(site) for site in single if site.name.startswith(inside))
     return nbytes
 
 
@@ -302,9 +308,10 @@ def write_packed(
     config.quantization_config = layout.record.to_json()
     config.save_pretrained(folder)
     writer.finish()
-    weights = [file.name for file in folder.glob(WEIGHTS.format("*", "*"))]
-    for name in (REQUEST, JOURNAL, *weights):
+    for name in (REQUEST, JOURNAL):
         (folder / name).unlink(missing_ok=True)
+    if (folder / WEIGHTING).is_dir():
+        shutil.rmtree(folder / WEIGHTING)
     write_digests(folder)
     write_file(folder / CARD, model_card(layout.record))  # without a digest: people edit it
     return packed

@@ -1,4 +1,4 @@
-"""An outsider's quantizers of a chosen width, installed as a package: ``heeding`` heeds H."""
+"""An outsider's quantizers of a chosen width, as a package: ``heeding`` heeds H and H_O."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def spec(name, calibration):
     return QuantizerSpec(
         name=name, summary="Rounds to a grid for each row", protocol=1, bits=(1, 2, 4, 8),
         location="modulora_widths.quantizer:" + name.title(), calibration=calibration,
-        in_multiple=8, qualities={"best": {"bits": 4}},
+        output_hessian=calibration == "required", in_multiple=8, qualities={"best": {"bits": 4}},
     )
 
 PLAIN, HEEDING = spec("plain", "none"), spec("heeding", "required")
@@ -80,6 +80,9 @@ class Heeding(Plain):
             most = 2**self.options.bits - 1
             d = (self.codes(w, scale) - most / 2) * scale - w
             error = ((d @ calibration.hessian) * d).sum(1, keepdim=True)
+            if calibration.output_hessian is not None:  # one share for all rows, as they count
+                weights = calibration.output_hessian.diagonal()[:, None]
+                error = (weights * error).sum().expand_as(error)
             best = scale if best is None else torch.where(error < least, scale, best)
             least = error if least is None else torch.minimum(error, least)
         return best

@@ -19,6 +19,7 @@ from modulora_core.calibration import (
     find_blocks,
     states,
 )
+from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.calibration.sensitivity import (
     Sensitivity,
     loss_sensitivities,
@@ -103,14 +104,20 @@ def test_outputs_and_tokens_get_the_mean_squares_of_their_gradients(
 def test_weighted_second_moments_are_those_of_autograd_in_float64(
     architecture: str, sequential: bool, tmp_path: Path
 ) -> None:
-    """H = E[w xxᵀ] of a dense model, with w = ‖gₜ‖ / E‖g‖, and w = 1 for experts."""
+    """H = E[w xxᵀ] of a dense model, with w = ‖gₜ‖ / E‖g‖, and w = 1 for experts; H_O beside it."""
     folder, seen = save_tiny_model(architecture, tmp_path), Seen()
     source = open_model(str(folder))
     linears, cpu = find_sites(source.skeleton()).linears, torch.device("cpu")
     single = [linear for linear in linears if linear.experts is None]
+    inside = find_blocks(source.outline)
+    names = frozenset(linear.name for linear in single if linear.name.startswith(inside))
+    files = tmp_path / "weighting"
+    moments = OutputMoments(files, names)
     weights = token_weights(
-        IDS, tmp_path,
-        lambda: loss_sensitivities(source, IDS, single, device=cpu, folder=tmp_path, seed=5),
+        IDS, files,
+        lambda: loss_sensitivities(
+            source, IDS, single, device=cpu, folder=files, seed=5, moments=moments
+        ),
     )  # fmt: skip
     config = CalibrationConfig("ids", sequential=sequential, batch_size=2)
     text = CalibrationText(config, IDS)
@@ -124,6 +131,15 @@ def test_weighted_second_moments_are_those_of_autograd_in_float64(
     inputs = {name: torch.cat(products.inputs[name, 0]) for name in weights}
     norms = {name: torch.cat(products.found[name, 0]).norm(dim=1) for name in weights}
     norms = {name: norm / norm.mean() for name, norm in norms.items()}
+    for name in weights:
+        g = torch.cat(products.found[name, 0])
+        moment, root = moments.read(name), (g.norm(dim=1, keepdim=True) + 1e-300).sqrt()
+        expected = (g / root).t() @ (g / root)
+        assert moment is not None
+        # stored in fp16 in units of the largest value
+        torch.testing.assert_close(
+            moment.double(), expected / expected.abs().max(), rtol=0, atol=1e-3
+        )
     differing = 0
     for (name, expert), found in seen.calibrations.items():
         if (name, expert) not in products.inputs:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-import torch
 from torch import Tensor
 
 from modulora_conformance.cases import correlated, fit, gaussian, identity, pack, second_moment
@@ -111,13 +112,54 @@ class Calibrated(Level):
         name = "output error with calibration, as a share of the error without"
         measurements.at_most(name, with_it / max(without, 1e-300), NOISE)
 
+    @needs(TAKEN, "test_calibration_makes_outputs_no_worse")
+    def test_gradients_of_outputs_are_used_as_the_spec_says(
+        self, quantizer: Quantizer, measurements: Measurements
+    ) -> None:
+        """If this fails: `pack` does not treat the calibration's `output_hessian` as the spec says.
+
+        Without `spec.output_hessian` it changes no byte. With it, tr(H_O E H Eᵀ) is no larger than
+        without H_O; one of zeros, or of few tokens, is survived; one that does not fit is refused.
+        `round_in_turn` of the kernels toolkit does this for any quantizer that rounds rows apart.
+        """
+        _skip_without_calibration(quantizer)
+        weight = gaussian(fit(quantizer, 192, 64), 27)
+        rows = weight.shape[0]
+        plain, H_O = correlated(weight.shape[1], 3), correlated(rows, 4).hessian
+        both = replace(plain, output_hessian=H_O)
+        without, found = quantizer.pack(weight, plain), quantizer.pack(weight, both)
+        if not quantizer.spec.output_hessian:
+            check_same_bytes(without, found, "packed with an output_hessian, which is not declared")
+            return
+        assert not same_packed(without, found), (
+            "an output_hessian of correlated gradients: expected other bytes than without it, got "
+            "the same; use it, or leave spec.output_hessian False"
+        )
+        errors = [
+            _output_error(quantizer, weight, given, plain, H_O.double()) for given in (both, plain)
+        ]
+        name = "error with the gradients' second moment, as a share of the error without"
+        measurements.at_most(name, errors[0] / max(errors[1], 1e-300), NOISE)
+        for case in ("zero", "singular"):
+            few = replace(plain, output_hessian=second_moment(case, rows).hessian)
+            W = dense(quantizer, quantizer.pack(weight, few))
+            assert bool(W.isfinite().all()), f"{case}: expected finite values, got NaN or Inf"
+        misfit = second_moment("misfit", rows).hessian
+        with pytest.raises(ShapeError):
+            quantizer.pack(weight, replace(plain, output_hessian=misfit))
+
 
 def _output_error(
-    quantizer: Quantizer, weight: Tensor, given: Calibration | None, inputs: Calibration
+    quantizer: Quantizer,
+    weight: Tensor,
+    given: Calibration | None,
+    inputs: Calibration,
+    H_O: Tensor | None = None,
 ) -> float:
-    """E‖(W − Ŵ) x‖² for inputs with the second moment of ``inputs``."""
+    """E‖(W − Ŵ) x‖² for inputs with the second moment of ``inputs``, or tr(H_O E H Eᵀ)."""
     error = weight.double() - dense(quantizer, quantizer.pack(weight, given))
-    return float(torch.einsum("oi,ij,oj->", error, inputs.hessian.double(), error))
+    of_outputs = error @ inputs.hessian.double() @ error.T
+    return float(of_outputs.trace() if H_O is None else (H_O * of_outputs).sum())
 
 
 def _skip_without_calibration(quantizer: Quantizer) -> None:

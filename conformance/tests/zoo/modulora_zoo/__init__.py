@@ -36,6 +36,7 @@ OF_4_BIT_FLOATS = Promise(
 CALIBRATED = (
     "Importance", "InvertedImportance", "ReversedImportance", "FirstImportance", "SaysItIgnores",
     "IgnoresItsCalibration", "KeepsItsCalibration", "SecondMomentByAddress",
+    "UndeclaredGradients", "IgnoredGradients", "WorseByGradients",
 )  # fmt: skip
 
 BITS = {"NarrowerThanItSays": (2,), "WiderThanItSays": (8,), "Microscaled": (4,)}
@@ -68,6 +69,7 @@ def spec(module, cls):
         devices=("cpu", "cuda") if module == "devices" else ("cpu",),
         in_multiple=2,
         calibration=calibration.get(cls, "none"),
+        output_hessian=cls in ("IgnoredGradients", "WorseByGradients"),
         rescales=cls in RESCALING,
         promises=() if cls == "ForgetsItsSeed" else tuple(promises),
     )

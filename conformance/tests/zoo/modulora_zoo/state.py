@@ -16,6 +16,7 @@ THREADS = "test_two_threads_get_what_one_gets"
 WHILE = 5e-3
 """Seconds: on a busy machine too, the other thread comes to the same line meanwhile."""
 QUALITY = "test_calibration_makes_outputs_no_worse"
+GRADIENTS = "test_gradients_of_outputs_are_used_as_the_spec_says"
 
 
 class GroupsOfTheLastWeight(Healthy):
@@ -184,6 +185,47 @@ class SaysItIgnores(Importance):
 
     breaks = "test_calibration_is_taken_as_the_spec_says"
     wants_calibration = False
+
+
+class UndeclaredGradients(Importance):
+    """It heeds the gradients in the outputs, and does not say so."""
+
+    breaks = GRADIENTS
+    says = "which is not declared"
+
+    def pack(self, weight, calibration=None):
+        given = None if calibration is None else calibration.output_hessian
+        best = super().pack(weight, calibration)
+        if given is None:
+            return best
+        return changed(best, scale=best.tensors["scale"] * (given.diagonal()[:, None] > 1).half())
+
+
+class IgnoredGradients(Importance):
+    """It says that it heeds the gradients in the outputs, and does not."""
+
+    breaks = GRADIENTS
+    says = "expected other bytes than without it"
+
+
+class WorseByGradients(Importance):
+    """Rows with large gradients get the coarser scales."""
+
+    breaks = GRADIENTS
+    says = "as a share of the error without"
+
+    def pack(self, weight, calibration=None):
+        best = super().pack(weight, calibration)
+        if calibration is None or calibration.output_hessian is None:
+            return best
+        check_hessian(self.spec.name, weight, calibration.hessian, calibration.output_hessian)
+        large = calibration.output_hessian.diagonal() > 1
+        coarse = self.shrunk(weight, best, 1.5)
+        tensors = {
+            name: torch.where(large[:, None], coarse.tensors[name], tensor)
+            for name, tensor in best.tensors.items()
+        }
+        return changed(best, **tensors)
 
 
 class WantsWithoutSpec(Healthy):

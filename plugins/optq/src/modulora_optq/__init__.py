@@ -12,6 +12,7 @@ SPEC = QuantizerSpec(
     protocol=1,
     bits=(2, 3, 4, 8),
     calibration="required",
+    output_hessian=True,
     devices=("cpu", "cuda"),
     packing_memory=4.5,
     url="https://arxiv.org/abs/2210.17323",

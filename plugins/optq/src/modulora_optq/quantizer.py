@@ -44,7 +44,7 @@ class OPTQ(KernelQuantizer):
 
         Raises:
             OptionError: there is no calibration.
-            ShapeError: its H isn't ``[in, in]``.
+            ShapeError: its H isn't ``[in, in]``, or its H_O isn't ``[out, out]``.
             WeightError: NaN or Inf in the weight or in H, or H is no second moment. Or fp16 scales
                 can't represent the weight's magnitude.
         """
@@ -55,7 +55,9 @@ class OPTQ(KernelQuantizer):
                 "text to calibrate with"
             )
         with kernels.without_autocast(weight.device):
-            solution = solver.solve(weight, calibration.hessian, self.options)
+            solution = solver.solve(
+                weight, calibration.hessian, self.options, calibration.output_hessian
+            )
         largest = float(weight.detach().abs().amax()) if weight.numel() else 0.0
         if largest and not reference.SMALLEST_WEIGHT <= largest <= reference.LARGEST_WEIGHT:
             raise WeightError(

@@ -8,6 +8,7 @@ only. One matrix product a block then updates all later columns. The result is t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from modulora_core import kernels
 from modulora_core.dense_products import add_product
-from modulora_optq import reference
+from modulora_core.kernels.both_sides import round_in_turn
+from modulora_core.spec import check_hessian
+from modulora_optq import SPEC, reference
 from modulora_optq.options import Options
 from modulora_optq.reference import Problem, Solution
 
@@ -23,13 +26,40 @@ BLOCK = 128
 """The most columns of a block, as in the paper."""
 
 
-def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
+def solve(
+    weight: Tensor, hessian: Tensor, options: Options, output_hessian: Tensor | None = None
+) -> Solution:
     """Quantize ``weight``, ``[out, in]``.
 
     The result is on ``weight``'s device and does not depend on the number of threads. See
     :func:`modulora_optq.reference.prepare` for arguments and errors.
+
+    Args:
+        output_hessian: None, or H_O of the outputs, ``[out, out]``: then rows are quantized in
+            turn (:mod:`modulora_core.kernels.both_sides`).
     """
+    check_hessian(SPEC.name, weight, hessian, output_hessian)
     problem = reference.prepare(weight, hessian, options)
+    if output_hessian is None:
+        found = _quantize(problem, options)
+        return problem.solution(found.q, found.s, found.z, options)
+    H_O = output_hessian.to(problem.W)
+    order = torch.argsort(H_O.diagonal(), stable=True)  # the last block, which is first, has most
+    W, groups = problem.W, options.groups(problem.W.shape[1])
+    q, (s, z) = torch.empty_like(W, dtype=torch.uint8), W.new_empty(2, len(W), groups)
+
+    def round_rows(T: Tensor, rows: slice) -> Tensor:
+        found = _quantize(replace(problem, W=T.clone()), options)
+        here, group = order[rows], problem.group
+        q[here], s[here], z[here] = found.q, found.s, found.z
+        return T - found.s[:, group] * (found.q - found.z[:, group])
+
+    round_in_turn(SPEC.name, W[order], H_O[order[:, None], order], round_rows)
+    return problem.solution(q, s, z, options)
+
+
+def _quantize(problem: Problem, options: Options) -> _Torch:
+    """Codes, scales and zeros of all rows. Changes the problem's W."""
     W, U = problem.W, problem.U
     compiled = kernels.load("modulora_optq.kernels.solve", W.device)
     work = _Torch(problem, options) if compiled is None else _Compiled(problem, options, compiled)
@@ -39,7 +69,7 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
     for start, stop in blocks(W.shape[1], options):
         E = work.block(start, stop)
         add_product(W[:, stop:], E, -U[start:stop, stop:])
-    return problem.solution(work.q, work.s, work.z, options)
+    return work
 
 
 def blocks(columns: int, options: Options) -> Iterator[tuple[int, int]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from modulora_core import kernels
 from modulora_core.dense_products import add_product, product
 from modulora_core.kernels import incoherence
+from modulora_core.kernels.both_sides import round_in_turn
 from modulora_qtip import SPEC, codes, reference, trellis
 from modulora_qtip.reference import Options, Solution
 from modulora_qtip.trellis import TILE
@@ -40,6 +41,7 @@ def solve(
     hessian: Tensor,
     options: Options,
     progress: Callable[[float], None] | None = None,
+    output_hessian: Tensor | None = None,
 ) -> Solution:
     """Quantize ``weight``.
 
@@ -48,28 +50,36 @@ def solve(
         hessian: H = E[xxᵀ], ``[N, N]``, symmetric, positive semidefinite. Only its ratios matter.
         options: the user's choices.
         progress: called after each block with the finished share.
+        output_hessian: None, or H_O of the outputs, ``[M, M]``: then rows are rounded in turn
+            (:mod:`modulora_core.kernels.both_sides`).
 
     Returns:
         the quantized weight on ``weight``'s device, the same bytes for any number of threads.
 
     Raises:
-        ShapeError: ``hessian`` does not fit ``weight``.
-        WeightError: NaN or Inf in either, or ``hessian`` is no second moment.
+        ShapeError: a second moment does not fit ``weight``.
+        WeightError: NaN or Inf in one of them, or one is no second moment.
     """
-    problem = reference.prepare(weight, hessian, options)
-    W, E = problem.W, torch.zeros_like(problem.W)
+    problem = reference.prepare(weight, hessian, options, output_hessian)
+    W = problem.W
     strings = W.new_empty(
         (W.shape[1] // TILE, W.shape[0] // TILE, TILE * options.bits), dtype=torch.int16
     )
-    P = incoherence.feedback(SPEC.name, problem.H, TILE, options.damping)
-    done, blocks = 0, (1 + options.sweeps) * len(strings)
-    for sweep in range(1 + options.sweeps):
-        if sweep == 1:
-            P = incoherence.descent(problem.H, TILE)
-        for _ in _rounds(W, E, P, strings, options, lower=sweep == 0):
-            done += 1
-            if progress is not None:
-                progress(done / blocks)
+    L = incoherence.feedback(SPEC.name, problem.H, TILE, options.damping)
+    P = incoherence.descent(problem.H, TILE) if options.sweeps else L
+    done, all_tiles = 0, (1 + options.sweeps) * strings.shape[:2].numel()
+
+    def round_rows(T: Tensor, rows: slice) -> Tensor:
+        nonlocal done
+        E, own = torch.zeros_like(T), strings[:, rows.start // TILE : -(-rows.stop // TILE)]
+        for sweep in range(1 + options.sweeps):
+            for _ in _rounds(T, E, P if sweep else L, own, options, lower=sweep == 0):
+                done += len(T) // TILE
+                if progress is not None:
+                    progress(done / all_tiles)
+        return E
+
+    round_in_turn(SPEC.name, W, problem.H_O, round_rows)
     return Solution(strings, problem.input_scale, problem.output_scale, problem.scale)
 
 

@@ -49,7 +49,7 @@ class QTIP(RotatedQuantizer):
 
         Raises:
             OptionError: there is no calibration.
-            ShapeError: its H is not ``[in, in]``.
+            ShapeError: its H is not ``[in, in]``, or its H_O is not ``[out, out]``.
             WeightError: NaN or Inf in the weight or in H, or an H that is no second moment.
         """
         if calibration is None:
@@ -61,8 +61,9 @@ class QTIP(RotatedQuantizer):
         weight = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
         with kernels.without_autocast(weight.device):
             solution = packing.solve(
-                weight, calibration.hessian, self.options, calibration.progress
-            )
+                weight, calibration.hessian, self.options, calibration.progress,
+                calibration.output_hessian,
+            )  # fmt: skip
         return packed_of(solution, (weight.shape[0], weight.shape[1]), self.options)
 
     def check_shape(self, shape: tuple[int, int]) -> None:

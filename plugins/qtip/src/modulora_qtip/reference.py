@@ -137,7 +137,9 @@ class Solution:
         return self.scale.double() * S_V * (H_M @ C[:M, :N].double() @ H_N.T) * S_U
 
 
-def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
+def prepare(
+    weight: Tensor, hessian: Tensor, options: Options, output_hessian: Tensor | None = None
+) -> Problem:
     """Incoherence processing (section 2.1): W̃ in units of the code, and H̃.
 
     Args and Raises: as :func:`modulora_core.kernels.incoherence.prepare`.
@@ -146,6 +148,7 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
         SPEC.name,
         weight,
         hessian,
+        output_hessian,
         rms=options.scale * codes.CODES[options.code].deviation,
         multiples=(TILE, TILE),
         damping=options.damping,

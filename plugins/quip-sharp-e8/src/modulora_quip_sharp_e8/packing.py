@@ -22,7 +22,8 @@ from torch import Tensor
 from modulora_core import kernels
 from modulora_core.dense_products import add_product, product
 from modulora_core.kernels import incoherence
-from modulora_quip_sharp_e8 import codebooks, reference
+from modulora_core.kernels.both_sides import round_in_turn
+from modulora_quip_sharp_e8 import SPEC, codebooks, reference
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.reference import Options, Solution
 
@@ -30,29 +31,43 @@ GROUP = 128
 """Columns of a group: the feedback inside of it fits a core's L2 cache."""
 
 
-def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
+def solve(
+    weight: Tensor, hessian: Tensor, options: Options, output_hessian: Tensor | None = None
+) -> Solution:
     """Quantize ``weight``.
 
     Args:
         weight: ``[M, N]``, any float dtype, any strides, finite; unchanged.
         hessian: H = E[xxᵀ], ``[N, N]``, symmetric, positive semidefinite. Only its ratios matter.
         options: the user's choices.
+        output_hessian: None, or H_O of the outputs, ``[M, M]``: then rows are rounded in turn
+            (:mod:`modulora_core.kernels.both_sides`).
 
     Returns:
         the quantized weight on ``weight``'s device, the same bytes for any number of threads.
 
     Raises:
-        ShapeError: ``hessian`` does not fit ``weight``.
-        WeightError: NaN or Inf in either, or ``hessian`` is no second moment.
+        ShapeError: a second moment does not fit ``weight``.
+        WeightError: NaN or Inf in one of them, or one is no second moment.
     """
-    problem = reference.prepare(weight, hessian, options)
-    rounding = _Rounding(problem.W, options.bits)
-    rounding.run(reference.feedback(problem.H, options.damping), lower=True)
-    if options.rounds:
-        P = incoherence.descent(problem.H, BLOCK)
+    problem = reference.prepare(weight, hessian, options, output_hessian)
+    W, bits = problem.W, options.bits
+    blocks = (len(W), W.shape[1] // BLOCK)
+    codes = torch.empty(blocks, dtype=torch.int16, device=W.device)
+    dtype = {2: None, 3: torch.uint8, 4: torch.int16}[bits]
+    residual = None if dtype is None else torch.empty_like(codes, dtype=dtype)
+    L = reference.feedback(problem.H, options.damping)
+    P = incoherence.descent(problem.H, BLOCK) if options.rounds else L
+
+    def round_rows(T: Tensor, rows: slice) -> Tensor:
+        rounding = _Rounding(T, bits, codes[rows], None if residual is None else residual[rows])
+        rounding.run(L, lower=True)
         for _ in range(options.rounds):
             rounding.run(P, lower=False)
-    return reference.solution(problem, rounding.codes, rounding.residual)
+        return rounding.E
+
+    round_in_turn(SPEC.name, W, problem.H_O, round_rows)
+    return reference.solution(problem, codes, residual)
 
 
 class _Rounding:
@@ -60,16 +75,13 @@ class _Rounding:
 
     Attributes:
         E: W − Ŵ, ``[M, N8]``; zero where nothing is rounded yet.
-        codes, residual: as in :class:`~modulora_quip_sharp_e8.reference.Solution`.
+        codes, residual: as in :class:`~modulora_quip_sharp_e8.reference.Solution`; written.
     """
 
-    def __init__(self, W: Tensor, bits: int) -> None:
+    def __init__(self, W: Tensor, bits: int, codes: Tensor, residual: Tensor | None) -> None:
         self.W, self.bits = W, bits
         self.E = torch.zeros_like(W)
-        blocks = (len(W), W.shape[1] // BLOCK)
-        self.codes = torch.empty(blocks, dtype=torch.int16, device=W.device)
-        dtype = {2: None, 3: torch.uint8, 4: torch.int16}[bits]
-        self.residual = None if dtype is None else torch.empty_like(self.codes, dtype=dtype)
+        self.codes, self.residual = codes, residual
         self._cpu: ModuleType | None = None
         if W.dtype == torch.float32:
             self._cpu = kernels.load("modulora_quip_sharp_e8.kernels.rounding", W.device)

@@ -50,7 +50,7 @@ class QuIPSharpE8(RotatedQuantizer):
 
         Raises:
             OptionError: there is no calibration.
-            ShapeError: its H is not ``[in, in]``.
+            ShapeError: its H is not ``[in, in]``, or its H_O is not ``[out, out]``.
             WeightError: NaN or Inf in the weight or in H, or an H that is no second moment.
         """
         if calibration is None:
@@ -61,7 +61,9 @@ class QuIPSharpE8(RotatedQuantizer):
         # an fp64 weight would pack to other bytes than the same values in fp32
         weight = weight.to(torch.float32) if weight.dtype == torch.float64 else weight
         with kernels.without_autocast(weight.device):
-            solution = packing.solve(weight, calibration.hessian, self.options)
+            solution = packing.solve(
+                weight, calibration.hessian, self.options, calibration.output_hessian
+            )
         return packed_of(solution, self.options)
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:

@@ -96,7 +96,9 @@ class Solution:
         return self.scale.double() * S_V * (H_M @ C @ H_N.T) * S_U
 
 
-def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
+def prepare(
+    weight: Tensor, hessian: Tensor, options: Options, output_hessian: Tensor | None = None
+) -> Problem:
     """Incoherence processing (algorithm 3): damp H, rescale W and H, and rotate them.
 
     Args and Raises: as :func:`modulora_core.kernels.incoherence.prepare`.
@@ -105,6 +107,7 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
         SPEC.name,
         weight,
         hessian,
+        output_hessian,
         rms=options.codebook_scale or codebooks.OPT_SCALE[options.bits],
         multiples=(1, BLOCK),
         damping=options.damping,

@@ -1,0 +1,72 @@
+"""Rounds the rows of a weight in turn, so that each makes up for the errors of earlier ones.
+
+The loss of a model grows by about tr(H_O E H Eᵀ), with the errors E = W − Ŵ of a layer and the
+second moments of both of its sides. A quantizer that rounds the rows apart keeps E H Eᵀ small. It
+keeps the whole small if it rounds blocks of rows, the last one first, each with the errors of those
+before it (Tseng, Sun, De Sa 2025, arXiv 2505.22988, section 4.1):
+
+    Ŵ_k = Q(W_k + Σ_j L_jkᵀ E_j)      H_O + λI = L D Lᵀ, L unit block lower triangular
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from modulora_core.dense_products import product
+from modulora_core.kernels import incoherence
+
+MULTIPLE, LARGEST, TURNS = 16, 64, 16
+"""Blocks have a multiple of 16 rows, and at most 64. Fewer than 16 blocks gain less: the rows of a
+block know nothing of each other's errors. Smaller blocks leave less work for threads."""
+
+DAMPING = 4.0
+"""λ, in units of the mean of H_O's diagonal. H_O of some thousand tokens is noisy."""
+
+
+def round_in_turn(
+    quantizer: str,
+    W: Tensor,
+    output_hessian: Tensor | None,
+    round_rows: Callable[[Tensor, slice], Tensor],
+) -> None:
+    """Round all rows of ``W``, at once without an H_O.
+
+    Args:
+        quantizer: its name, for messages.
+        W: ``[M, N]``, fp32 or fp64.
+        output_hessian: H_O, ``[M, M]``, in W's basis and dtype; only its ratios matter.
+        round_rows: ``round_rows(T, rows)`` rounds ``T``, ``[m, N]``, stores the codes of these rows
+            of W, and returns T − Ŵ. ``rows`` begin with a multiple of 16, and so do others.
+
+    Raises:
+        WeightError: H_O is not positive semidefinite.
+    """
+    if output_hessian is None:
+        round_rows(W, slice(0, len(W)))
+        return
+    block = block_rows(len(W))
+    L = _feedback(quantizer, output_hessian, block)
+    E = torch.zeros_like(W)
+    for start in reversed(range(0, len(W), block)):
+        rows, later = slice(start, start + block), slice(start + block, None)
+        fed = product(L[later, rows].T.contiguous(), E[later])
+        E[rows] = round_rows(W[rows] + fed, rows) - fed
+
+
+def block_rows(rows: int) -> int:
+    """The number of rows that are rounded at once."""
+    return min(max(rows // TURNS // MULTIPLE * MULTIPLE, MULTIPLE), LARGEST)
+
+
+def _feedback(quantizer: str, output_hessian: Tensor, block: int) -> Tensor:
+    """L − I, ``[M, M]``, of blocks of so many rows."""
+    mean = output_hessian.diagonal().mean()
+    H = output_hessian / torch.where(mean > 0, mean, 1)
+    H.diagonal().add_(DAMPING)
+    rest = -len(H) % block
+    H = torch.block_diag(H, torch.eye(rest).to(H)) if rest else H
+    L = incoherence.feedback(quantizer, H, block, DAMPING)
+    return L[: len(output_hessian), : len(output_hessian)]
