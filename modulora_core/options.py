@@ -106,6 +106,7 @@ def _unknown(key: str, model: type[BaseModel]) -> str:
 def _invalid(details: ErrorDetails, model: type[BaseModel]) -> str:
     message = details["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message.replace("Input should be", "expected", 1)
+    message = message.partition(", unable to parse")[0]  # the value itself follows
     if not details["loc"]:  # a check of several fields
         return message
     name = ".".join(str(part) for part in details["loc"])

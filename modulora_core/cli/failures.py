@@ -94,8 +94,10 @@ def _usage(error: BaseException) -> str:
     message = _one_line(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
     message = message.replace("Input should be", "expected")
     if type(error).__name__ == "NoSuchOption":
-        near = " or ".join(getattr(error, "possibilities", None) or ())
-        message = f"no such option: {getattr(error, 'option_name', '')}"
+        wrong, similar = getattr(error, "option_name", ""), getattr(error, "possibilities", None)
+        longer = [name for name in similar or () if name.startswith(wrong)]
+        near = " or ".join(longer or similar or ())
+        message = f"no such option: {wrong}"
         message += f"; did you mean {near}?" if near else ""
     context = getattr(error, "ctx", None)
     where = f" (see {context.command_path} --help)" if context is not None else ""
