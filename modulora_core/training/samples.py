@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def answers(
         tokenizer: its tokenizer.
         examples: a dataset of ``input_ids`` and ``labels``, or of TRL's ``prompt_ids`` and
             ``chosen_ids``.
-        seconds: the time for all.
+        seconds: the time for all, without compiling kernels.
         tokens_per_second: of training, of which a forward pass is a third.
         show: the bar.
     """
@@ -75,8 +77,8 @@ def answers(
     prompts = [prompt[-longest:] for prompt, _ in pairs]
     model.eval()
     with without_adapter(model):
-        before = _greedy(model, tokenizer, prompts, seconds / 2, _Bar(show, 0))
-    after = _greedy(model, tokenizer, prompts, seconds / 2, _Bar(show, LONGEST))
+        before = _greedy(model, tokenizer, prompts, _Bar(show, 0, seconds / 2))
+    after = _greedy(model, tokenizer, prompts, _Bar(show, LONGEST, seconds / 2))
     show("answering", 2 * LONGEST, 2 * LONGEST)  # answers may end early
 
     expected = [answer[:LONGEST] for _, answer in pairs]
@@ -88,22 +90,30 @@ def answers(
 
 
 class _Bar(StoppingCriteria):
-    """Moves the bar with each token, and stops nothing. ``first`` tokens came before."""
+    """Moves the bar with each token, and ends answers ``seconds`` after their second token.
 
-    def __init__(self, show: Progress, first: int) -> None:
-        self._show, self._done = show, first
+    The first two tokens may compile kernels, once: one for the prompt, one for a step. ``before``
+    tokens came before these answers.
+    """
+
+    def __init__(self, show: Progress, before: int, seconds: float) -> None:
+        self._show, self._before, self._seconds = show, before, seconds
+        self._tokens, self._end = 0, math.inf
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> Any:
-        self._done += 1
-        self._show("answering", self._done, 2 * LONGEST)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self._tokens += 1
+        self._show("answering", self._before + self._tokens, 2 * LONGEST)
+        now = perf_counter()
+        if self._tokens == 2:
+            self._end = now + self._seconds
+        ended = now >= self._end
+        return torch.full((len(input_ids),), ended, dtype=torch.bool, device=input_ids.device)
 
 
 def _greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    seconds: float,
     bar: _Bar,
 ) -> list[list[int]]:
     """The new tokens of each prompt, from one batch that is padded on the left."""
@@ -111,7 +121,7 @@ def _greedy(
     ids = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     settings = GenerationConfig(
-        max_new_tokens=LONGEST, max_time=seconds, do_sample=False,
+        max_new_tokens=LONGEST, do_sample=False,
         eos_token_id=model_ends(model, tokenizer) or None, pad_token_id=0,
     )  # fmt: skip
     with torch.no_grad():

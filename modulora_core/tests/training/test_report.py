@@ -188,6 +188,19 @@ def test_answers_of_a_slow_model_take_the_time_that_they_are_given(
     assert all(sample.before and sample.after for sample in samples)
 
 
+def test_compiling_takes_no_time_of_the_answers(tunable: Path, text: Path) -> None:
+    adapted: Any = trained(load_model(tunable))
+    pauses, tokens = iter([0.6, 0.6]), list[int]()
+    adapted.register_forward_pre_hook(lambda *_: time.sleep(next(pauses, 0)))
+    tokenizer = open_checkpoint(tunable).tokenizer()
+    examples = load_examples(text, tokenizer, seq_len=64)
+    answers(
+        adapted, tokenizer, examples, seconds=1, tokens_per_second=1e4,
+        show=lambda _, done, __: tokens.append(done),
+    )  # fmt: skip
+    assert max(done for done in tokens if done <= LONGEST) > 2
+
+
 def test_an_answer_follows_the_prompt_of_the_first_turn() -> None:
     example = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, -100]}
     assert _split(example) == ([5, 6], [7, 8])
