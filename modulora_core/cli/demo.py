@@ -71,8 +71,9 @@ def command(
     """
     from modulora_core.checkpoints.checkpoint import open_if_packed
     from modulora_core.checkpoints.written.outputs import check_output
+    from modulora_core.models.locate import locate
 
-    packed = open_if_packed(model) is not None  # a missing model is refused before any work
+    packed = open_if_packed(locate(model)) is not None  # a missing model is refused before any work
     if packed and Path(model).is_dir():
         raise OptionError(
             f"demo --model {model}: expected a dense model or a file, which a quantizer packs, got "

@@ -196,7 +196,7 @@ def has_large_embedding(model: str) -> bool:
         weights = sum(group["weights"] for group in opened.record.quantizers())
     else:
         config = opened.config.get_text_config().to_dict()
-        weights = sum(math.prod(each.shape) for each in opened.stored.values())
+        weights = sum(math.prod(each.shape) for each in opened.store.tensors.values())
     return bool(8 * config.get("vocab_size", 0) * config.get("hidden_size", 0) > weights)
 
 
@@ -270,4 +270,5 @@ def _measured(
 
 
 def _dense_bytes(source: Any) -> int:
-    return sum(math.prod(each.shape) * each.dtype.itemsize for each in source.stored.values())
+    stored = source.store.tensors.values()
+    return sum(math.prod(each.shape) * each.dtype.itemsize for each in stored)

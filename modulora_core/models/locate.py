@@ -38,14 +38,14 @@ class Location:
             without the dot.
         model: MODEL as the user wrote it.
         folder: the folder of the files.
-        file: the name in ``folder`` of the file that holds the whole model; None for safetensors.
+        file: the file in ``folder`` that holds the whole model; None for safetensors.
         revision: the commit for ``"hub"``, the distribution's version for ``"package"``, else None.
     """
 
     kind: str
     model: str
     folder: Path
-    file: str | None = None
+    file: Path | None = None
     revision: str | None = None
 
     @property
@@ -53,14 +53,14 @@ class Location:
         """A name that tells nothing about this machine's folders."""
         if self.kind in ("hub", "package"):
             return self.model
-        return self.file or self.folder.resolve().name
+        return self.folder.resolve().name if self.file is None else self.file.name
 
     @property
     def path(self) -> str:
         """The folder or the file, or ``package:NAME``; an adapter remembers its base by it."""
-        if self.file is None or self.kind == "package":
-            return str(self.folder) if self.file is None else self.model
-        return str((self.folder / self.file).absolute())
+        if self.kind == "package":
+            return self.model
+        return str(self.folder if self.file is None else self.file.absolute())
 
 
 def names_file(model: str) -> bool:
@@ -141,7 +141,7 @@ def _in_file(kind: str | None, model: str, path: Path, revision: str | None = No
     spec = installed_formats.file_format(path)
     if spec is None:
         raise ModelError(f"model {model}: {installed_formats.unread_file(path)}")
-    return Location(kind or spec.file_suffix[1:], model, path.parent, path.name, revision)
+    return Location(kind or spec.file_suffix[1:], model, path.parent, path, revision)
 
 
 def fetch_weights(location: Location) -> Location:

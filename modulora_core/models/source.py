@@ -18,7 +18,7 @@ from modulora_core.models.formats import ModelFile
 from modulora_core.models.installed_formats import open_file
 from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.safetensors_store import SafetensorsStore
-from modulora_core.models.store import StoredTensor, TensorStore
+from modulora_core.models.store import TensorStore
 from modulora_core.models.weights import Weights
 from modulora_core.progress import quiet
 
@@ -33,7 +33,6 @@ class ModelSource(Weights):
         location: the place of its files.
         config: transformers' config of the model that :meth:`skeleton` builds. ``config.dtype`` is
             the dtype that transformers loads it in, ``config.name_or_path`` is MODEL.
-        stored: the tensors of the files.
         file: the opened file, of a model in one file.
     """
 
@@ -50,7 +49,6 @@ class ModelSource(Weights):
         super().__init__(store, model, dtype, transforms)
         self.location, self.config, self._described = location, model.config, described
         self.file = file
-        self.stored: Mapping[str, StoredTensor] = store.tensors
         self.config.name_or_path, self.config.dtype = location.model, dtype
 
     @property
@@ -127,7 +125,7 @@ def open_source(location: Location) -> ModelSource:
     """As :func:`open_model`, of a place that was found. Raises as it does."""
     with quiet():
         if location.file is not None:
-            return _open_file(location, location.folder / location.file)
+            return _open_file(location, location.file)
         config, values = read_config(location.folder)
         location = fetch_weights(location)
         source = fit(location, config, values, SafetensorsStore(location.folder))
@@ -139,8 +137,9 @@ def open_source(location: Location) -> ModelSource:
 def _refuse_integers(source: ModelSource) -> None:
     """Refuse integers in the place of weights, which transformers casts without a word."""
     floats = {name for name, info in source.parameters.items() if info.dtype.is_floating_point}
-    for name in sorted(floats & source.stored.keys()):
-        tensor = source.stored[name]
+    stored = source.store.tensors
+    for name in sorted(floats & stored.keys()):
+        tensor = stored[name]
         if not tensor.dtype.is_floating_point:
             raise CheckpointError(
                 f"{tensor.file}: {name}: expected floating-point values, got {tensor.stored_as}"
@@ -152,7 +151,7 @@ def _refuse_unplaced(source: ModelSource) -> None:
     if source.unplaced:
         source.validate()  # another architecture lacks parameters too
         parts = dict.fromkeys(name.split(".layers.")[0] for name in source.unplaced)
-        kind = type(source.skeleton()).__name__
+        kind = type(source.outline).__name__
         named = ", ".join([source.unplaced[0], *[*parts][1:3]])
         raise CheckpointError(
             f"model {source.location.model}: expected the tensors of {kind}, got "
@@ -160,24 +159,23 @@ def _refuse_unplaced(source: ModelSource) -> None:
         )
 
 
-def open_config(model: str, *, revision: str | None = None) -> PretrainedConfig:
-    """The config of MODEL, with the dtype that transformers loads it in.
+def open_config(location: Location) -> PretrainedConfig:
+    """The config of a model, with the dtype that transformers loads it in.
 
     The weights of a folder are not needed, and the weights of a Hub model are not downloaded.
 
     Raises:
         ModelError, CheckpointError: as :func:`open_model`.
     """
-    location = locate(model, revision)
     with quiet():
         if location.file is None:
             config, _ = read_config(location.folder)
             dtype = _dtype_of(config, None)
         else:
-            file = open_file(location.folder / location.file)
+            file = open_file(location.file)
             config, dtype = file.config, file.dtype
         config = build_skeleton(config, dtype).config  # refuses other models than language models
-    config.name_or_path, config.dtype = model, dtype
+    config.name_or_path, config.dtype = location.model, dtype
     return config
 
 

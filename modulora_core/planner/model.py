@@ -14,7 +14,6 @@ from modulora_core.calibration import find_blocks
 from modulora_core.checkpoints.checkpoint import (
     check_mapped,
     is_ours,
-    open_checkpoint,
     open_if_packed,
 )
 from modulora_core.checkpoints.hf.packed_modules import install
@@ -162,26 +161,25 @@ def open_planned(request: PlanRequest) -> tuple[PlanRequest, Dense | PlannedMode
 
 
 def _open(request: PlanRequest) -> Dense | PlannedModel:
-    name, revision = request.model, request.revision
-    location = locate(name, revision)
+    name, location = request.model, locate(request.model, request.revision)
     values = {} if location.file is not None else config_values(location.folder)
     if is_ours(values):
         record = QuantizationRecord.from_json(
             values["quantization_config"], location.folder / "config.json"
         )
         return _packed(Dense(name, _config(location.folder)), record)
-    checkpoint = None
-    if location.file is None and recognise(location.folder, values) is not None:
-        checkpoint = open_checkpoint(name, revision=revision)
-    elif location.file is not None and request.quantizer is None:
-        checkpoint = open_if_packed(name)
+    if location.file is None:
+        may_be_packed = recognise(location.folder, values) is not None
+    else:
+        may_be_packed = request.quantizer is None  # else its weights are packed again
+    checkpoint = open_if_packed(location) if may_be_packed else None
     if checkpoint is not None:
         if request.config.mapped:
             check_mapped(checkpoint, "cpu")
         assert checkpoint.source is not None
         dense = Dense(name, checkpoint.source.config)
         return _packed(dense, checkpoint.record, foreign=True)
-    return Dense(name, open_config(name, revision=revision))
+    return Dense(name, open_config(location))
 
 
 def _packed(dense: Dense, record: QuantizationRecord, *, foreign: bool = False) -> PlannedModel:

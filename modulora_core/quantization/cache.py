@@ -91,7 +91,7 @@ class Unpacked:
     def folder(self) -> Path:
         """The packed model's folder in the cache; it need not exist."""
         location = self._source.location
-        names = sorted({tensor.file for tensor in self._source.stored.values()})
+        names = sorted({tensor.file for tensor in self._source.store.tensors.values()})
         stats = {name: (location.folder / name).stat() for name in names}
         described = {
             "folder": str(location.folder.resolve()),

@@ -75,8 +75,9 @@ def packed_in_file(source: ModelSource) -> PackedCheckpoint | None:
     Raises:
         CheckpointError: tensors that don't fit the model.
     """
+    path = source.location.file
     assert source.file is not None
-    path = source.location.folder / str(source.location.file)
+    assert path is not None
     spec = file_format(path)
     assert spec is not None
     with quiet():

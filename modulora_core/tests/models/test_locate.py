@@ -55,7 +55,7 @@ def test_a_folder_or_a_file_is_found(tmp_path: Path) -> None:
     assert (found.kind, found.folder, found.file, found.name) == (
         "single",
         tmp_path,
-        "a.single",
+        tmp_path / "a.single",
         "a.single",
     )
 
@@ -73,7 +73,7 @@ def test_a_file_without_suffix_is_known_by_its_first_bytes(
     entry = registry.entries()[0]
     monkeypatch.setattr(installed_formats, "installed", lambda: iter([(entry, known)]))
     found = locate(str(path))
-    assert (found.kind, found.file) == ("single", "sha256-12ab")
+    assert (found.kind, found.file) == ("single", path)
     path.write_bytes(b"TOY")
     with pytest.raises(ModelError, match="got the file sha256-12ab"):
         locate(str(path))
@@ -108,7 +108,8 @@ def test_a_package_is_found_without_being_imported(package: Path) -> None:
     (package / "data").mkdir()
     (package / "data" / "tiny.single").touch()
     found = locate("package:tiny-language-model")
-    assert (found.kind, found.file, found.revision) == ("package", "tiny.single", None)
+    tiny = package / "data" / "tiny.single"
+    assert (found.kind, found.file, found.revision) == ("package", tiny, None)
     assert "tiny_language_model" not in sys.modules
 
 

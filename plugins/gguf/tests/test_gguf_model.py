@@ -29,6 +29,7 @@ from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.inference.evaluate import evaluate
 from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
+from modulora_core.models.locate import locate
 from modulora_core.models.source import open_model
 from modulora_core.planner.fitting import plan
 from modulora_core.progress import quiet
@@ -221,7 +222,7 @@ def test_files_without_packed_weights_are_dense_and_damage_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tiny_gguf("llama", tmp_path / "dense.gguf", "F16")
-    assert open_if_packed(str(path)) is None
+    assert open_if_packed(locate(str(path))) is None
     with pytest.raises(ModelError, match="it isn't quantized"):
         open_checkpoint(path)
     with monkeypatch.context() as without_plugin:

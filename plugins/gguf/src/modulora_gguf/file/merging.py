@@ -172,7 +172,7 @@ def _base_of(checkpoint: PackedCheckpoint, base: str | None) -> Path:
     location = locate(base)
     if location.file is None:
         raise ModelError(f"base {base}: expected a GGUF file of the same model, got a folder")
-    return location.folder / location.file
+    return location.file
 
 
 def _shape(stored: PackedSite | TensorLayout) -> tuple[int, ...]:
