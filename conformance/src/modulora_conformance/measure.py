@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from modulora_conformance.cases import KINDS, fit, pack
-from modulora_conformance.levels.memory import packing_peaks
+from modulora_conformance.footprints import packing_peaks
 from modulora_conformance.levels.packing import ERROR_SHAPE, SIZE_SHAPE
 from modulora_conformance.oracle import dense, relative_error
 from modulora_conformance.plugin import configurations

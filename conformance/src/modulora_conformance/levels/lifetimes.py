@@ -13,9 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from modulora_conformance.cases import both_ways, correlated, fit, gaussian, pack, tile
 from modulora_conformance.changes import check_same_bytes, clone
 from modulora_conformance.checks import Level, needs
+from modulora_conformance.footprints import new_objects, tensor_footprint
 from modulora_conformance.levels.calibrated import REMEMBERED
 from modulora_conformance.levels.gradients import GRADIENTS
-from modulora_conformance.levels.memory import GROWTH, KEPT, PEAK, new_objects, tensor_footprint
+from modulora_conformance.levels.memory import GROWTH, KEPT, PEAK
 from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.levels.state import APART, NEW
 from modulora_conformance.problems import output, problem

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 import gc
-import tracemalloc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 from modulora_conformance.allocations import Allocations
-from modulora_conformance.cases import both_ways, fit, gaussian, identity, inputs, packed, tile
+from modulora_conformance.cases import both_ways, inputs, packed, tile
 from modulora_conformance.changes import clone
 from modulora_conformance.checks import Level, needs
+from modulora_conformance.footprints import (
+    MEASURES,
+    Measure,
+    cuda_footprint,
+    packing_peaks,
+    tensor_footprint,
+)
 from modulora_conformance.levels.gradients import GRADIENTS
 from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.levels.tiles import LITTLE, OWNED
@@ -36,9 +39,6 @@ GROWTH = "test_memory_does_not_grow_over_50_steps"
 SHAPE = (512, 512)
 """1 MiB of dense fp32, 64 tiles. Powers of two, which every quantizer packs fast."""
 
-PACKED_SHAPE = (1024, 1024)
-"""Four times as large, for packing without H."""
-
 SCRATCH = 8 * 2**20
 """Bytes that packing may take for any weight: fixed blocks of some rows."""
 
@@ -51,72 +51,6 @@ TEXT = 257
 """Rows of a longer text. x and y are smaller than three quarters of a dense weight."""
 
 STEPS = 50
-
-
-@dataclass
-class Footprint:
-    """Bytes above the start: the peak, and the rest at the end. Filled when the block ends."""
-
-    peak: int = 0
-    alive: int = 0
-
-
-Measure = Callable[[list[Tensor]], AbstractContextManager[Footprint]]
-
-
-@contextmanager
-def tensor_footprint(before: list[Tensor]) -> Iterator[Footprint]:
-    """Measure the storages that torch allocates, without the tensors of ``before``."""
-    found = Footprint()
-    with new_objects(), Allocations(before) as allocations:
-        yield found
-        gc.collect()
-        found.peak, found.alive = allocations.peak, allocations.alive
-
-
-@contextmanager
-def python_footprint(_before: list[Tensor]) -> Iterator[Footprint]:
-    """Measure the memory of Python objects and numpy arrays."""
-    found = Footprint()
-    with new_objects():
-        tracemalloc.start()
-        try:
-            yield found
-            gc.collect()
-            found.alive, found.peak = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
-
-
-@contextmanager
-def cuda_footprint(_before: list[Tensor]) -> Iterator[Footprint]:
-    """Measure by the statistics of torch's allocator on the current CUDA device."""
-    found = Footprint()
-    gc.collect()
-    torch.cuda.synchronize()
-    start = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    yield found
-    gc.collect()
-    torch.cuda.synchronize()
-    found.peak = torch.cuda.max_memory_allocated() - start
-    found.alive = torch.cuda.memory_allocated() - start
-
-
-@contextmanager
-def new_objects() -> Iterator[None]:
-    """Limit garbage collection to new objects: the libraries have a million old ones."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-MEASURES: dict[str, Measure] = {
-    "tensors": tensor_footprint,
-    "objects and arrays": python_footprint,
-}
 
 
 class Memory(Level):
@@ -275,22 +209,6 @@ class Memory(Level):
                 _step(quantizer, weight, given)
             limit = _kept_limit(weight)
             measurements.at_most(f"kept, {name}, CUDA", kept.alive, limit, unit="bytes")
-
-
-def packing_peaks(quantizer: Quantizer) -> tuple[dict[str, int], int]:
-    """The peak of ``pack`` in bytes by each of :data:`MEASURES`, and the bytes of its arguments in
-    fp32."""
-    calibrated = quantizer.spec.calibration != "none"
-    weight = gaussian(fit(quantizer, *(SHAPE if calibrated else PACKED_SHAPE)), 1).bfloat16()
-    calibration = identity(weight.shape[1]) if calibrated else None
-    quantizer.pack(weight, calibration)  # whatever is made once exists now
-    given = [weight, calibration.hessian] if calibration else [weight]
-    peaks = {}
-    for name, measure in MEASURES.items():
-        with measure(given) as found:
-            quantizer.pack(weight, calibration)
-        peaks[name] = found.peak
-    return peaks, sum(4 * tensor.numel() for tensor in given)
 
 
 def _packed(quantizer: Quantizer) -> tuple[Quantizer, PackedWeight]:
