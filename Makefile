@@ -26,7 +26,7 @@ help:
 	@echo 'make demo      quantize, finetune, evaluate and question a small language model, offline'
 	@echo 'make install   install everything that tests and checks need into .venv'
 	@echo 'make test      run the tests (PYTEST_ARGS="-k name -x" narrows it)'
-	@echo 'make test-all  run the slow tests: every architecture, real plans, certificates, tutorials'
+	@echo 'make test-all  run the slow tests too: every architecture, real plans, certificates, tutorials'
 	@echo 'make check     lint, formatting, types, import directions, language'
 	@echo 'make support   run the conformance kit over the plugins and write the support table'
 	@echo 'make docs      build the documentation into site/'
@@ -42,7 +42,7 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	rm -rf $(CERTIFICATES)
-	$(PYTEST) -m slow $(TESTS) --certified --conformance-report $(CERTIFICATES)
+	$(PYTEST) $(TESTS) --certified --conformance-report $(CERTIFICATES)
 	$(BIN)/python -m modulora_conformance.report.support $(CERTIFICATES) --check docs/reference/support.md
 
 support: $(STAMP)

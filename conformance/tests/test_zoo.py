@@ -85,20 +85,21 @@ def is_sampled(cls, check):
     return zlib.crc32(f"{cls.__name__} {check}".encode()) % one_of == 0
 
 
-def sampled(item):
-    check = item.originalname or item.name
-    return check == GUARD or is_sampled(LEVELS[item.cls.__name__.removeprefix("Test")], check)
+def sampled(cls, check):
+    return check == GUARD or is_sampled(LEVELS[cls.removeprefix("Test")], check)
+
+
+def sampled_fast(cls, check):
+    return sampled(cls, check) and not (cls == "TestHealthy" and check in SLOW | HEAVY)
 
 
 @pytest.fixture(scope="module")
-def few(nested):
-    """A run of some broken ones' own checks, and of the healthy one's fast checks."""
+def few(request, nested):
+    """A run of some broken ones' own checks, and of the healthy one's fast checks, or of all."""
+    if any("everything" in item.fixturenames for item in request.session.items):
+        return request.getfixturevalue("everything")
     broken = (f"Test{name}::{LEVELS[name].breaks}" for name in FEW)
-    return nested("TestHealthy", *broken, chosen=lambda item: not is_healthys_slow_one(item))
-
-
-def is_healthys_slow_one(item):
-    return item.cls.__name__ == "TestHealthy" and (item.originalname or item.name) in SLOW | HEAVY
+    return nested("TestHealthy", *broken, chosen=sampled_fast)
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,12 @@ def settings() -> dict[str, object]:
 
 def _idle_numba_threads() -> int:
     numba = sys.modules.get("numba")
-    return 0 if numba is None else numba.config.NUMBA_NUM_THREADS - numba.get_num_threads()
+    with contextlib.suppress(
+        AttributeError, ValueError
+    ):  # without numba, or before it starts its threads
+        numba.threading_layer()  # type: ignore[union-attr]
+        return int(numba.config.NUMBA_NUM_THREADS - numba.get_num_threads())  # type: ignore[union-attr]
+    return 0
 
 
 def _leave_numba_threads(idle: int) -> None:

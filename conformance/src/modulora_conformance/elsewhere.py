@@ -1,7 +1,8 @@
 """Packs, reads and multiplies in another process.
 
-On Linux a server process imports torch once, and forks a child for each job (multiprocessing's
-``forkserver``). A child knows no plugin, no kernel, and nothing of the process that asks.
+On Linux a server process imports torch and numba once, and forks a child for each job
+(multiprocessing's ``forkserver``). A child knows no plugin, no kernel, and nothing of the process
+that asks.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ TIMEOUT = 600
 SIDE = 4096
 """A square weight of 64 MiB in fp32, much more than anything else that packing takes."""
 
-_CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+_NEW: Any = multiprocessing.get_context("spawn")
+_FORKED: Any = multiprocessing.get_context("forkserver") if sys.platform == "linux" else _NEW
 
 
 def elsewhere(job: Callable[..., Any], *arguments: Any, **environment: str) -> Any:
@@ -47,8 +49,10 @@ def elsewhere(job: Callable[..., Any], *arguments: Any, **environment: str) -> A
 
     ``job`` is a function of a module. Its arguments and its result are pickled.
     """
-    ours, theirs = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=_work, args=(theirs, {**os.environ, **environment}))
+    numbas = any(name.startswith("NUMBA_") for name in environment)  # it reads them once
+    context = _NEW if numbas else _FORKED
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, {**os.environ, **environment}))
     start_server()
     with _other_hashes():
         process.start()
@@ -68,11 +72,12 @@ def elsewhere(job: Callable[..., Any], *arguments: Any, **environment: str) -> A
 
 
 def start_server() -> None:
-    """Let the server import torch while this process works. The first job then waits less."""
+    """Let the server import all while this process works. The first job then waits less."""
     if sys.platform == "linux":
         from multiprocessing import forkserver
 
-        forkserver.set_forkserver_preload(["torch", "modulora_core.registry", __name__])
+        preloaded = ["torch", "modulora_core.registry", __name__, "modulora_conformance.preloaded"]
+        forkserver.set_forkserver_preload(preloaded)
         with _other_hashes():
             forkserver.ensure_running()
 

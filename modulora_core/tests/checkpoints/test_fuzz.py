@@ -47,25 +47,25 @@ def adapter(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@cases(300)
+@cases(150)
 @given(data=st.data())
 def test_a_changed_packed_folder_is_refused_or_runs(packed: Path, data: st.DataObject) -> None:
     read_changed(packed, ["*config.json", "*.safetensors"], data, lambda: run_once(packed))
 
 
-@cases(100)
+@cases(50)
 @given(data=st.data())
 def test_a_changed_tokenizer_is_refused_or_read(packed: Path, data: st.DataObject) -> None:
     read_changed(packed, ["tokenizer*.json"], data, lambda: load_tokenizer("a model", packed))
 
 
-@cases(150)
+@cases(75)
 @given(data=st.data())
 def test_a_changed_foreign_folder_is_refused_or_runs(crude: Path, data: st.DataObject) -> None:
     read_changed(crude, ["*.json", "*.safetensors"], data, lambda: run_once(crude))
 
 
-@cases(300)
+@cases(150)
 @given(data=st.data())
 def test_a_changed_adapter_is_refused_or_loaded(
     packed: Path, adapter: Path, data: st.DataObject

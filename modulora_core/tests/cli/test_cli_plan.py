@@ -36,10 +36,7 @@ def test_plan_prints_an_object(run: Run, source: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.5, 0.75])
-def test_settings_that_fit_together_fit_when_they_are_planned(
-    run: Run, tmp_path: Path, share: float
-) -> None:
+def test_settings_that_fit_together_fit_when_they_are_planned(run: Run, tmp_path: Path) -> None:
     """If this fails: the command that plan ends with does not do what it says."""
     LlamaConfig(
         hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
@@ -48,7 +45,7 @@ def test_settings_that_fit_together_fit_when_they_are_planned(
     words = ["plan", tmp_path, "-q", "toy", "--device", "cuda", "--seq-len", 1024, "--rank", 64]
     alone = run(*words)[1]
     least = min(alone["items"]["runtime"], alone["training_bytes"])  # no setting changes it
-    budget = least + round(share * (alone["training_bytes"] - least))
+    budget = (least + alone["training_bytes"]) // 2
     _, found, _ = run(*words, "--budget", budget)
     together = found["together"]
     assert together["fits"], found

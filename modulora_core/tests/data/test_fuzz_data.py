@@ -71,7 +71,7 @@ def read_as_all(path: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.slow
-@cases(200)
+@cases(100)
 @given(rows=ROWS, suffix=SUFFIXES)
 def test_records_come_back(rows: list[dict[str, str]], suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"data{suffix}"
@@ -80,7 +80,7 @@ def test_records_come_back(rows: list[dict[str, str]], suffix: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-@cases(200)
+@cases(100)
 @given(data=st.data())
 def test_a_changed_file_is_read_or_refused(
     data: st.DataObject, tmp_path: Path, tokenizer: Any
@@ -94,7 +94,7 @@ def test_a_changed_file_is_read_or_refused(
 
 
 @pytest.mark.slow
-@cases(30)  # each refused file costs a new process
+@cases(15)  # each refused file costs a new process
 @given(data=st.data())
 def test_a_changed_parquet_file_of_any_encoding_is_read_or_refused(
     data: st.DataObject, tmp_path: Path, tokenizer: Any
@@ -114,7 +114,7 @@ def test_a_changed_parquet_file_of_any_encoding_is_read_or_refused(
 
 
 @pytest.mark.slow
-@cases(200)
+@cases(100)
 @given(records=RECORDS)
 def test_records_of_any_kind_are_read_or_refused(
     records: list[dict[str, Any]], tmp_path: Path, tokenizer: Any

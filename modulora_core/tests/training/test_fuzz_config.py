@@ -23,7 +23,7 @@ def build(path: Path) -> FinetuneConfig:
 
 
 @pytest.mark.slow
-@cases(150)
+@cases(75)
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3))
 def test_fields_of_any_kind_are_read_or_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
@@ -35,7 +35,7 @@ def test_fields_of_any_kind_are_read_or_refused(fields: dict[str, Any], tmp_path
 
 
 @pytest.mark.slow
-@cases(150)
+@cases(75)
 @given(data=st.data())
 def test_changed_files_are_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"

@@ -31,7 +31,7 @@ def open_whole(path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [run_once, open_whole])
-@cases(120)
+@cases(60)
 @given(data=st.data())
 def test_a_changed_file_is_refused_or_read(
     read, whole: bytes, tmp_path: Path, data: st.DataObject

@@ -26,7 +26,7 @@ def folder(gptq: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@cases(120)
+@cases(60)
 @given(data=st.data())
 def test_a_changed_folder_is_refused_or_runs(folder: Path, data: st.DataObject) -> None:
     read_changed(folder, ["config.json", "*.safetensors"], data, lambda: run_once(folder))
