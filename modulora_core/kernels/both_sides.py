@@ -1,9 +1,9 @@
 """Rounds the rows of a weight in turn, so that each makes up for the errors of earlier ones.
 
-The loss of a model grows by about tr(H_O E H Eᵀ), with the errors E = W − Ŵ of a layer and the
-second moments of both of its sides. A quantizer that rounds the rows apart keeps E H Eᵀ small. It
-keeps the whole small if it rounds blocks of rows, the last one first, each with the errors of those
-before it (Tseng, Sun, De Sa 2025, arXiv 2505.22988, section 4.1):
+The loss of a model grows by about tr(H_O E H Eᵀ), with the errors E = W − Ŵ of a layer. H is the
+second moment of its inputs, and H_O that of the gradients in its outputs. A quantizer that rounds
+rows apart knows H only. Here it rounds blocks of rows in turn, the last one first. Each gets the
+errors of the blocks before it (Tseng, Sun, De Sa 2025, arXiv 2505.22988):
 
     Ŵ_k = Q(W_k + Σ_j L_jkᵀ E_j)      H_O + λI = L D Lᵀ, L unit block lower triangular
 """

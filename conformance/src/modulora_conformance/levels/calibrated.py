@@ -119,7 +119,7 @@ class Calibrated(Level):
         """If this fails: `pack` does not treat the calibration's `output_hessian` as the spec says.
 
         Without `spec.output_hessian` it changes no byte. With it, tr(H_O E H Eᵀ) is no larger than
-        without H_O; one of zeros, or of few tokens, is survived; one that does not fit is refused.
+        without H_O. An H_O of zeros or of few tokens is survived, and a wrong shape is refused.
         `round_in_turn` of the kernels toolkit does this for any quantizer that rounds rows apart.
         """
         _skip_without_calibration(quantizer)
