@@ -17,14 +17,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, TuningConfig
+from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, DataError, ModuLoRAError, OptionError
 from modulora_core.models.folders import MARKER
+from modulora_core.quantization.packer import WEIGHTING
 from modulora_core.quantization.quantize import Override, QuantizeResult, quantize
 from modulora_core.tests import scaled_quantizer, width_quantizer
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
@@ -288,6 +291,27 @@ def test_a_resumed_run_has_the_token_weights_of_the_stopped_run(
         monkeypatch.delattr("modulora_core.calibration.sensitivity._Passes.backward")
     run(source, out, calibration=weighted, resume=True)
     assert stored(out) == stored(tmp_path / "whole")
+
+
+def test_the_disk_needs_room_for_the_moments_of_gradients(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "modulora_core.quantization.resuming.check_disk_space", lambda _, n: asked.append(n)
+    )
+    written: list[int] = []
+    write = OutputMoments.write
+
+    def measured(self: OutputMoments, name: str, moment: Tensor) -> None:
+        write(self, name, moment)
+        written.append(2 * moment.numel())
+
+    monkeypatch.setattr(OutputMoments, "write", measured)
+    for weighting in ("none", "loss"):
+        run(source, tmp_path / weighting, calibration=text(weighting=weighting, spill=False))
+    assert asked[1] - asked[0] == sum(written) > 0
+    assert not (tmp_path / "loss" / WEIGHTING).exists()
 
 
 def test_the_command_line_weights_tokens(source: str, tmp_path: Path) -> None:
