@@ -24,10 +24,10 @@ QUESTION = "In Python, what does a try statement with a finally clause do?"
 EMBEDDING_BITS = 8.0
 """Half of the weights of a small model are its embedding, so the demo packs that too."""
 
-COSTS = {"info": 1, "quantize": 9, "evaluate": 6, "generate": 6, "finetune": 30}
+COSTS = {"info": 1, "quantize": 8, "evaluate": 4, "generate": 5, "finetune": 23}
 """Seconds of a command on two cores, for the estimate of the time left."""
 
-COMPILING = {"file evaluate": 22, "model evaluate": 6}
+COMPILING = {"file evaluate": 15, "model evaluate": 3}
 """Seconds in which the first run of all compiles the kernels of a format."""
 
 LEAST_DONE = 10
