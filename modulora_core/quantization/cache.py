@@ -121,10 +121,12 @@ class Unpacked:
             OutputError, DiskSpaceError: the cache cannot be written, or another process writes it.
             WeightError, WorkError: the model or the quantizer failed.
         """
-        logger.info("%s: quantizing %s into the cache", self.folder, self._source.location.model)
+        model = self._source.location.model
+        if not is_packed(self.folder):
+            logger.info("%s: quantizing %s into the cache", self.folder, model)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         return quantize(
-            self._source.location.model, self.folder, self._choice.quantizer,
+            model, self.folder, self._choice.quantizer,
             self._choice.options, embeddings=self._embeddings, calibration=self._calibration,
             resume=True, progress=progress or False,
         )  # fmt: skip
