@@ -180,7 +180,10 @@ def test_a_word_of_python_is_refused(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["torch", "safetensors", "huggingface-hub", "conformance"])
+@pytest.mark.parametrize(
+    "name",
+    ["torch", "safetensors", "huggingface-hub", pytest.param("conformance", marks=needs_kit)],
+)
 def test_the_name_of_an_installed_package_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(DuplicatePluginError, match="expected a free name, got the name of the ins"):
         new_plugin(name, tmp_path / "plugin")
