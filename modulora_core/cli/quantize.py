@@ -68,7 +68,7 @@ Weighting = Annotated[
     str | None,
     option(
         "--calibration-weighting none|loss",
-        "Weight each token by the gradient of the loss in the layer's output.",
+        "Weight tokens, and a layer's outputs, by gradients of the loss.",
         default="none, or loss with --quality best",
     ),
 ]
