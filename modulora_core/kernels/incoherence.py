@@ -51,7 +51,7 @@ class Problem:
     input_scale: Tensor
     output_scale: Tensor
     scale: Tensor
-    H_O: Tensor | None
+    H_O: Tensor | None = None
 
 
 def prepare(
