@@ -194,9 +194,9 @@ class Calibration:
         hessian: H = E[xxᵀ], ``[in, in]``, fp32, symmetric: the second moment. The user may weight
             tokens by the loss: H = E[w xxᵀ], and E[w] = 1.
         samples: the number of input vectors.
-        output_hessian: H_O = E[ggᵀ / ‖g‖], ``[out, out]``, fp32, symmetric; only its ratios matter.
-            g is the gradient of the loss in the outputs, which grows by about tr(H_O E H Eᵀ) for
-            E = W − Ŵ. None unless the user weights by the loss, and for experts.
+        output_hessian: H_O = E[ggᵀ / ‖g‖], ``[out, out]``, fp32, symmetric, for gradients g of the
+            loss in the outputs. Only its ratios matter: errors E = W − Ŵ increase the loss in
+            proportion to tr(H_O E H Eᵀ). None for experts, and unless the user weights by the loss.
         progress: a ``pack`` of many seconds calls it with the finished share of its work, 0 to 1,
             so that a bar moves. Others need not.
     """

@@ -1,9 +1,9 @@
 """Rounds the rows of a weight in turn, so that each makes up for the errors of earlier ones.
 
-The loss of a model grows by about tr(H_O E H Eᵀ), with the errors E = W − Ŵ of a layer. H is the
-second moment of its inputs, and H_O that of the gradients in its outputs. A quantizer that rounds
-rows apart knows H only. Here it rounds blocks of rows in turn, the last one first. Each gets the
-errors of the blocks before it (Tseng, Sun, De Sa 2025, arXiv 2505.22988):
+Errors E = W − Ŵ of a layer increase the loss in proportion to tr(H_O E H Eᵀ). H is the second
+moment of the layer's inputs, H_O is the second moment of the gradients in its outputs. A quantizer
+that rounds rows apart uses H alone. Here it rounds blocks of rows in turn, the last one first, and
+each gets the errors of the blocks before it (Tseng, Sun, De Sa 2025, arXiv 2505.22988):
 
     Ŵ_k = Q(W_k + Σ_j L_jkᵀ E_j)      H_O + λI = L D Lᵀ, L unit block lower triangular
 """
@@ -39,7 +39,7 @@ def round_in_turn(
         W: ``[M, N]``, fp32 or fp64.
         output_hessian: H_O, ``[M, M]``, in W's basis and dtype; only its ratios matter.
         round_rows: ``round_rows(T, rows)`` rounds ``T``, ``[m, N]``, stores the codes of these rows
-            of W, and returns T − Ŵ. ``rows`` begin with a multiple of 16, and so do others.
+            of W, and returns T − Ŵ. ``rows`` starts at a multiple of 16.
 
     Raises:
         WeightError: H_O is not positive semidefinite.

@@ -159,12 +159,13 @@ def settings() -> dict[str, object]:
 
 def _idle_numba_threads() -> int:
     numba = sys.modules.get("numba")
-    with contextlib.suppress(
-        AttributeError, ValueError
-    ):  # without numba, or before it starts its threads
-        numba.threading_layer()  # type: ignore[union-attr]
-        return int(numba.config.NUMBA_NUM_THREADS - numba.get_num_threads())  # type: ignore[union-attr]
-    return 0
+    if numba is None:
+        return 0
+    try:
+        numba.threading_layer()
+    except ValueError:  # it has not started its threads, and asking for their number would
+        return 0
+    return int(numba.config.NUMBA_NUM_THREADS - numba.get_num_threads())
 
 
 def _leave_numba_threads(idle: int) -> None:

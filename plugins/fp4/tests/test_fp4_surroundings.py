@@ -9,7 +9,7 @@ from modulora_fp4.quantizer import FP4, Options
 
 class TestKernels(CompiledKernels):
     packing_share = 1.5
-    instruction_sets = ("avx2",)  # without both, the core and nf4 show what is shared
+    instruction_sets = ("avx2",)  # the core and nf4 compare code without AVX2
 
     @pytest.fixture
     def quantizers(self) -> list[FP4]:

@@ -86,12 +86,15 @@ class Problem:
         U: ``[in, in]``, upper triangular, in W's dtype.
         order: int64 ``[in]``: column k here is column ``order[k]`` of the weight.
         group: int64 ``[in]``: the group of column k.
+        H_O: None, or the second moment of the gradients in the outputs, ``[out, out]``, in W's
+            dtype.
     """
 
     W: Tensor
     U: Tensor
     order: Tensor
     group: Tensor
+    H_O: Tensor | None = None
 
     @property
     def loss(self) -> Tensor:
@@ -108,19 +111,22 @@ class Problem:
         return Solution(q.to(torch.uint8), s.to(torch.float16), z.to(torch.uint8), permutation)
 
 
-def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
+def prepare(
+    weight: Tensor, hessian: Tensor, options: Options, output_hessian: Tensor | None = None
+) -> Problem:
     """Order the columns, zero the dead ones, and factorize H.
 
     Args:
         weight: ``[out, in]``, any float dtype and strides. It is not changed.
         hessian: ``[in, in]``, symmetric, positive semidefinite. Its magnitude has no effect.
         options: bits, groups, order, damping.
+        output_hessian: None, or H_O, ``[out, out]``, symmetric, positive semidefinite.
 
     Raises:
-        ShapeError: ``hessian`` does not fit ``weight``.
-        WeightError: NaN or Inf in either, or ``hessian`` is no second moment.
+        ShapeError: a second moment does not fit ``weight``.
+        WeightError: NaN or Inf in one of them, or one is no second moment.
     """
-    check_hessian(SPEC.name, weight, hessian)
+    check_hessian(SPEC.name, weight, hessian, output_hessian)
     columns = weight.shape[1]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     W = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -136,7 +142,8 @@ def prepare(weight: Tensor, hessian: Tensor, options: Options) -> Problem:
         order = torch.argsort(diagonal, descending=True, stable=True)
         W, H = W[:, order].contiguous(), H[order[:, None], order]
         group = group[order] if options.static_groups else group
-    return Problem(W, factor(H, options.damping), order, group)
+    H_O = None if output_hessian is None else output_hessian.detach().to(W)
+    return Problem(W, factor(H, options.damping), order, group, H_O)
 
 
 def factor(H: Tensor, damping: float) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 from modulora_core import kernels
 from modulora_core.dense_products import add_product
 from modulora_core.kernels.both_sides import round_in_turn
-from modulora_core.spec import check_hessian
 from modulora_optq import SPEC, reference
 from modulora_optq.options import Options
 from modulora_optq.reference import Problem, Solution
@@ -38,12 +37,11 @@ def solve(
         output_hessian: None, or H_O of the outputs, ``[out, out]``: then rows are quantized in
             turn (:mod:`modulora_core.kernels.both_sides`).
     """
-    check_hessian(SPEC.name, weight, hessian, output_hessian)
-    problem = reference.prepare(weight, hessian, options)
-    if output_hessian is None:
+    problem = reference.prepare(weight, hessian, options, output_hessian)
+    H_O = problem.H_O
+    if H_O is None:
         found = _quantize(problem, options)
         return problem.solution(found.q, found.s, found.z, options)
-    H_O = output_hessian.to(problem.W)
     order = torch.argsort(H_O.diagonal(), stable=True)  # the last block, which is first, has most
     W, groups = problem.W, options.groups(problem.W.shape[1])
     q, (s, z) = torch.empty_like(W, dtype=torch.uint8), W.new_empty(2, len(W), groups)
