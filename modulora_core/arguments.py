@@ -133,12 +133,15 @@ def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _words(kind: Any) -> str:
-    """A type in a message: ``int or None``, ``a list of str``."""
+    """A type in a message: ``int or None``, ``a list of str``, ``one of fast, best``."""
     origin, parts = _parts(kind)
     if origin in (Union, UnionType):
-        return " or ".join(map(_words, parts))
+        # words are offered without None: it is no word, and who wants it leaves the argument out
+        has_words = any(get_origin(part) is Literal for part in parts)
+        return " or ".join(_words(part) for part in parts if not (has_words and part is NoneType))
     if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}"
+        words = [str(part) for part in parts]
+        return " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
     if origin is abc.Sequence:
         return f"a list of {_words(parts[0])}"
     if origin is abc.Mapping:

@@ -319,12 +319,12 @@ def _unknown(name: str, found: tuple[Entry, ...], distribution: str | None) -> s
         return f"quantizer {name!r}: expected a name alone, got options too; give -q {base} {flags}"
     near = difflib.get_close_matches(str(name), [entry.name for entry in found], n=2)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    installed = ", ".join(usable) or "none; each is a package, and README lists ours"
-    sentence = f"quantizer {name!r} isn't installed{hint} Installed: {installed}"
+    sentence = f"quantizer {name!r} isn't installed{hint} Installed: {', '.join(usable) or 'none'}"
     unusable = [f"{entry.name} ({entry.status})" for entry in found if entry.status != "ok"]
     sentence += f"; not usable: {', '.join(unusable)}" if unusable else ""
     if distribution is None or not _DISTRIBUTION.fullmatch(distribution):
-        return sentence
+        install = "run `pip install ./plugins/NAME` in a clone of ModuLoRA, or install its wheel"
+        return sentence if near else f"{sentence}. Each quantizer comes in a package: {install}"
     try:
         present = version(distribution)
     except PackageNotFoundError:
