@@ -17,10 +17,10 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.adapters.save import save_adapter as save_adapter
     from modulora_core.adapters.settings import LoRASettings as LoRASettings
     from modulora_core.calibration import CalibrationConfig as CalibrationConfig
-    from modulora_core.checkpoints.checkpoint import load_model as load_model
     from modulora_core.checkpoints.convert import convert as convert
     from modulora_core.checkpoints.hf.quantizer import ModuLoRAConfig as ModuLoRAConfig
     from modulora_core.checkpoints.hf.quantizer import register as register
+    from modulora_core.checkpoints.loading import load_model as load_model
     from modulora_core.hookspecs import hookimpl as hookimpl
     from modulora_core.inference.evaluate import evaluate as evaluate
     from modulora_core.inference.generate import Sampling as Sampling
@@ -67,7 +67,7 @@ _PUBLIC = {
     "generate": "inference.generate",
     "hookimpl": "hookspecs",
     "load_adapter": "adapters.load",
-    "load_model": "checkpoints.checkpoint",
+    "load_model": "checkpoints.loading",
     "merge": "adapters.merge",
     "open_to_run": "inference.loading",
     "plan": "planner.fitting",

@@ -33,7 +33,7 @@ from turns import Here, Job, Process
 
 from modulora_core import LoRASettings, add_lora, load_model, plan
 from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.registry import Choice
 from modulora_core.training.chunked_loss import chunked_loss
@@ -138,7 +138,7 @@ def run(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     planned = plan(str(checkpoint), **{**request, **fixed, "device": device, "steps": 1})
     return {
         "request": {"model": flags.model, "quantizer": flags.quantizer, **request},
-        "checkpoint_bytes": open_checkpoint(checkpoint).nbytes,
+        "checkpoint_bytes": open_packed(checkpoint).nbytes,
         "phases": phases,
         "peak_memory_bytes": max(phase["peak_memory_bytes"] for phase in phases.values()),
         "plan": planned.to_json(),

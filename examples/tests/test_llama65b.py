@@ -14,7 +14,8 @@ import torch
 from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.registry import Choice
 
 pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
@@ -36,7 +37,7 @@ def test_the_script_measures_a_step_and_plans_it(
     # logits of variance 1 have a loss of log(512) + 0.5, within its spread over 15 tokens
     assert abs(found["phases"]["forward"]["loss"] - 6.74) < 4 * 15**-0.5
     assert backward["trained"] * 4 == items["adapter"]
-    checkpoint = open_checkpoint(tmp_path / "tiny-nf4")
+    checkpoint = open_packed(tmp_path / "tiny-nf4")
     assert found["checkpoint_bytes"] == checkpoint.nbytes
     assert found["plan"]["packed_bytes"] == checkpoint.record.nbytes
     assert "Wrong gradients: none" in capsys.readouterr().out

@@ -7,10 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from modulora_core import registry
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.errors import OptionError
-from modulora_core.models.installed_formats import file_format, installed, unread_file
+from modulora_core.models.installed_formats import (
+    InstalledFormat,
+    file_format,
+    installed,
+    unread_file,
+)
 from modulora_core.models.locate import names_file
 from modulora_core.progress import Progress
 from modulora_core.spec import FormatSpec
@@ -129,35 +133,32 @@ class FileWriter(ABC):
         """
 
 
-def writer_of(out: str | Path) -> FileWriter | None:
-    """The writer of files with the suffix of ``out``; None for a suffix that no plugin writes.
+def file_writer(out: str | Path) -> FileWriter:
+    """The writer of files with the suffix of ``out``.
 
     Raises:
+        OptionError: no installed plugin writes such a file.
         PluginError: the plugin can't be used.
     """
-    known = file_format(out)
-    return None if known is None or known.writer is None else writer_called(known.name)
+    writer = _writer(file_format(out))
+    if writer is None:
+        raise OptionError(f"{out}: {unread_file(out)}")
+    return writer
 
 
 def writer_called(name: str) -> FileWriter | None:
-    """The writer of the file format called ``name``; None if no plugin has such a format.
+    """The writer of the file format ``name``; None if no installed plugin writes such files.
 
     Raises:
         PluginError: the plugin can't be used.
     """
-    for entry, spec in installed():
-        if spec.name == name and spec.writer is not None:
-            kind = registry.import_class(entry, spec.writer, FileWriter)  # type: ignore[type-abstract]
-            return kind(spec)
-    return None
+    return _writer(next((each for each in installed() if each.spec.name == name), None))
 
 
-def file_writer(out: str | Path) -> FileWriter:
-    """As :func:`writer_of`. Raises OptionError: no installed plugin writes such a file."""
-    found = writer_of(out)
-    if found is None:
-        raise OptionError(f"{out}: {unread_file(out)}")
-    return found
+def _writer(found: InstalledFormat | None) -> FileWriter | None:
+    if found is None or found.spec.writer is None:
+        return None
+    return found.create(found.spec.writer, FileWriter)  # type: ignore[type-abstract]
 
 
 def base_file(checkpoint: PackedCheckpoint, model: str) -> str | None:

@@ -21,7 +21,7 @@ from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.load import check_fit
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
@@ -96,7 +96,7 @@ def merge(
     with PeakMemory("cpu") as peak:
         out = usable_path(out, "output folder", OutputError)
         check_output(out)
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_packed(model)
         checkpoint.check_whole()
         deltas: Mapping[str, AdapterDelta] = (
             {} if adapter is None else adapter_deltas(checkpoint, adapter)
@@ -123,7 +123,7 @@ def merge(
 
 def adapter_deltas(checkpoint: PackedCheckpoint, path: str | Path) -> Mapping[str, AdapterDelta]:
     """Read the adapter. Raises AdapterError if it does not fit the checkpoint."""
-    model, here = checkpoint.skeleton, str(checkpoint.folder)
+    model, here = checkpoint.outline, str(checkpoint.folder)
     adapter = read_adapter(path, stacks_of(model))
     check_fit(adapter, model, here, checkpoint.tensor)
     return adapter.deltas

@@ -24,7 +24,7 @@ from modulora_core.adapters.peft_format import (
     read_adapter,
     write_adapter,
 )
-from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
 from modulora_core.errors import AdapterError
 from modulora_core.models.conversion import stored_parts
@@ -60,11 +60,11 @@ def export_for_vllm(adapter: str, out: str | Path, *, model: str) -> ExportResul
         RequestError: the model can't be read, or ``out`` holds something else.
     """
     check_output(Path(out))
-    checkpoint = open_checkpoint(model)
-    skeleton = checkpoint.skeleton
-    stacks = stacks_of(skeleton)
+    checkpoint = open_packed(model)
+    outline = checkpoint.outline
+    stacks = stacks_of(outline)
     saved = read_adapter(adapter, stacks)
-    check_fit(saved, skeleton, str(checkpoint.folder), checkpoint.tensor)
+    check_fit(saved, outline, str(checkpoint.folder), checkpoint.tensor)
     if saved.has_channel_scales:
         raise AdapterError(
             f"adapter {adapter}: expected A and B only, got channel scales, which vLLM doesn't "
@@ -74,7 +74,7 @@ def export_for_vllm(adapter: str, out: str | Path, *, model: str) -> ExportResul
     fused: dict[str, Stack] = {}
     for path, delta in saved.deltas.items():
         scaled = AdapterDelta(delta.A, delta.B * delta.scale, 1.0)
-        experts = {} if path not in stacks else _experts(skeleton, path, scaled)
+        experts = {} if path not in stacks else _experts(outline, path, scaled)
         if path in stacks and not experts:
             fused[path] = stacks[path]
         deltas |= experts or {path: scaled}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite
@@ -91,8 +91,8 @@ def convert(
         out = usable_path(out, "output folder", OutputError)
         check_output(out)
         writer = None if to == QUANT_METHOD else installed_formats.create_writer(to)
-        checkpoint = open_checkpoint(source, revision=revision)
-        if writer is None and checkpoint.source is None:
+        checkpoint = open_packed(source, revision=revision)
+        if writer is None and checkpoint.foreign is None:
             raise OptionError(
                 f"--to {to}: {source} is in this format already; expected another, one of "
                 f"{', '.join(installed_formats.specs()) or '(none is installed)'}"

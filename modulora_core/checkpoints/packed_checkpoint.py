@@ -37,7 +37,7 @@ class PackedCheckpoint:
         name: its name without this machine's folders.
         config: its config.json; of another tool's model, config.json as ours would be.
         record: its ``quantization_config``.
-        source: config, tokenizer and dense parameters of another tool's model; None for ours.
+        foreign: config, tokenizer and dense parameters of another tool's model; None for ours.
         format: ``"modulora"``, or the name of the other tool's format.
         parameters: every stored parameter → its :class:`PackedSite`, or its layout if it is dense.
     """
@@ -49,11 +49,11 @@ class PackedCheckpoint:
         config: Mapping[str, Any],
         record: QuantizationRecord,
         store: TensorStore,
-        source: ModelSource | None = None,
+        foreign: ModelSource | None = None,
     ) -> None:
         self.folder, self.name, self.config = folder, name, dict(config)
-        self.record, self.source, self._store = record, source, store
-        self.format = QUANT_METHOD if source is None else str(record.source["format"])
+        self.record, self.foreign, self._store = record, foreign, store
+        self.format = QUANT_METHOD if foreign is None else str(record.source["format"])
         self._quantizers: dict[int, Quantizer] = {}
         self.parameters: dict[str, PackedSite | TensorLayout] = {
             name: layout_of(tensor) for name, tensor in store.tensors.items()
@@ -134,14 +134,14 @@ class PackedCheckpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load its tokenizer. Raises ModelError if there is none that transformers can read."""
-        if self.source is not None:
-            return self.source.tokenizer()
+        if self.foreign is not None:
+            return self.foreign.tokenizer()
         return tokenizer.load_tokenizer(str(self.folder), self.folder)
 
     def copy_tokenizer(self, out: Path) -> list[str]:
         """Copy tokenizer, chat template and generation config."""
-        if self.source is not None:
-            return self.source.copy_tokenizer(out)
+        if self.foreign is not None:
+            return self.foreign.copy_tokenizer(out)
         return tokenizer.copy_tokenizer(self.folder, out)
 
     def write_dense_config(self, out: Path, dtype: str) -> None:
@@ -151,7 +151,7 @@ class PackedCheckpoint:
         (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
 
     @cached_property
-    def skeleton(self) -> PreTrainedModel:
+    def outline(self) -> PreTrainedModel:
         """The model with packed weights on the meta device, built once. Do not change it.
 
         Raises:
@@ -163,10 +163,10 @@ class PackedCheckpoint:
         from modulora_core.checkpoints.hf.quantizer import ModuLoRAConfig  # slow to import
 
         with quiet():
-            if self.source is None:
+            if self.foreign is None:
                 model = build_skeleton(transformers_config(self.folder), torch.float32)
             else:
-                model = copy.deepcopy(self.source.outline)
+                model = copy.deepcopy(self.foreign.outline)
         model.config.quantization_config = ModuLoRAConfig(record=self.record)
         install(model, self.record)
         return model
@@ -176,9 +176,9 @@ class PackedCheckpoint:
 
         Raises:
             CheckpointError: a tensor is missing, unknown to the model, or of another shape.
-            ModelError, PluginError: as :attr:`skeleton`.
+            ModelError, PluginError: as :attr:`outline`.
         """
-        model = self.skeleton
+        model = self.outline
         wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
         stored = {name: list(layout.shape) for name, layout in self._layouts()}
         tied = set(model.all_tied_weights_keys) - stored.keys()

@@ -69,11 +69,12 @@ def command(
         modulora demo --out demo-output --steps 60
         modulora demo --model ./model -q NAME
     """
-    from modulora_core.checkpoints.checkpoint import open_if_packed
+    from modulora_core.checkpoints.opening import open_model
+    from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
     from modulora_core.checkpoints.written.outputs import check_output
-    from modulora_core.models.locate import locate
 
-    packed = open_if_packed(locate(model)) is not None  # a missing model is refused before any work
+    # a missing model is refused before any work
+    packed = isinstance(open_model(model), PackedCheckpoint)
     if packed and Path(model).is_dir():
         raise OptionError(
             f"demo --model {model}: expected a dense model or a file, which a quantizer packs, got "

@@ -107,16 +107,14 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
 
 def _next_commands(model: str, request: FinetuneConfig) -> Text:
     """The commands that use the adapter. A file's own programs take A and B."""
-    from modulora_core.models.installed_formats import file_format
     from modulora_core.models.locate import locate, names_file
 
     base, adapter = shlex.quote(model), shlex.quote(request.out)
     commands = [f"modulora {name} {base} --adapter {adapter}" for name in ("chat", "evaluate")]
     commands.append(f"modulora merge {base} MERGED --adapter {adapter}")
-    place = locate(model) if names_file(model) else None
-    known = None if place is None else file_format(place.folder / str(place.file))
-    if known and known.writer and not request.train_scales and not request.lora_file:
-        out = f"ADAPTER{known.file_suffix} --to {known.name}"
+    found = locate(model).format if names_file(model) else None
+    if found and found.spec.writer and not request.train_scales and not request.lora_file:
+        out = f"ADAPTER{found.spec.file_suffix} --to {found.spec.name}"
         commands.append(f"modulora convert {adapter} {out} --model {base}")
     if (report := Path(request.out) / "report.html").is_file():
         commands.append(f"open {shlex.quote(str(report))} in a browser")

@@ -46,7 +46,7 @@ def command(
     opened = open_to_run(
         model, adapter=adapter, dtype=dtype, device=device, mapped=mapped, parity_check=parity_check
     )
-    loaded = opened.load(), opened.tokenizer
+    loaded = opened.load(), opened.tokenizer  # outside of the measurement
     with PeakMemory(opened.device) as peak:
         result = generate(loaded, prompt, sampling, raw=raw, on_text=terminal().write)
     terminal().write("\n")

@@ -48,9 +48,9 @@ def command(path: Checked, verify: Verify = False) -> Report:
         terminal().note(f"{path}: {files} files have their recorded SHA-256")
     if (Path(path) / "adapter_config.json").is_file():
         return _adapter(path)
-    from modulora_core.checkpoints.checkpoint import open_checkpoint
+    from modulora_core.checkpoints.opening import open_packed
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_packed(path)
     checkpoint.check_whole()
     if in_file:
         _check_values(path, checkpoint)

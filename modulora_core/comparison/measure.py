@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.checkpoint import is_packed, open_any
+from modulora_core.checkpoints.opening import is_packed, open_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.outputs import write_file
@@ -155,7 +155,7 @@ def measure(request: Request, folder: Path, words: str | None, bars: Bars) -> Me
         facts = _kept(packed, lambda: _quantized(source, name, bars))
         if not is_packed(source.folder):  # somebody emptied the cache
             _quantized(source, name, bars)
-    opened = open_any(model)
+    opened = open_model(model)
     nbytes = opened.nbytes if isinstance(opened, PackedCheckpoint) else _dense_bytes(opened)
     tested = _digest(request.held_out, request.seq_len, request.segments, request.prompts)
     before = _kept(
@@ -190,7 +190,7 @@ def difference(losses: Sequence[float], base: Sequence[float]) -> tuple[float, f
 
 def has_large_embedding(model: str) -> bool:
     """Whether the input embedding has more than an eighth of the weights, as in small models."""
-    opened = open_any(model)
+    opened = open_model(model)
     if isinstance(opened, PackedCheckpoint):
         config = opened.config.get("text_config") or opened.config
         weights = sum(group["weights"] for group in opened.record.quantizers())

@@ -26,7 +26,7 @@ from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
-from modulora_core.inference.loading import Runnable, opened
+from modulora_core.inference.loading import Runnable, tokenizer_and_loader
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating, window_of
 from modulora_core.progress import Progress, shows_progress
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
@@ -143,17 +143,16 @@ def evaluate(
     template = Template.of(prompt, completion)
     if template is not None and metric == "perplexity":
         raise OptionError("prompt: expected another metric than perplexity, which measures text")
-    source = opened(model, adapter)
-    tokenizer = source.tokenizer
+    tokenizer, load = tokenizer_and_loader(model, adapter)
     if metric == "perplexity":
         ids = token_segments(data, tokenizer, seq_len, segments)
-        return perplexity(source.load(), ids, batch_size=batch_size, progress=progress)
+        return perplexity(load(), ids, batch_size=batch_size, progress=progress)
     asked_in(data, template)  # a bad source is refused before the model is loaded
     common: Any = {"batch_size": batch_size, "template": template, "progress": progress}
     if metric == "accuracy":
-        return accuracy(source.load(), tokenizer, data, **common)
+        return accuracy(load(), tokenizer, data, **common)
     measure = rouge if metric == "rouge" else exact_match
-    return measure(source.load(), tokenizer, data, max_new_tokens, beams=beams, **common)
+    return measure(load(), tokenizer, data, max_new_tokens, beams=beams, **common)
 
 
 def perplexity(

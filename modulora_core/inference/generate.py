@@ -23,9 +23,9 @@ from typing_extensions import override
 from modulora_core.arguments import check_fields, checked
 from modulora_core.data.rendering import check_ids, token_ids
 from modulora_core.errors import DataError, OptionError, WorkError, first_line
-from modulora_core.inference.loading import Runnable, opened
+from modulora_core.inference.loading import Runnable, tokenizer_and_loader
 from modulora_core.models.chat_templates import render
-from modulora_core.models.stops import model_ends
+from modulora_core.models.stops import model_stops
 from modulora_core.models.tokenizer_checks import panics_refused
 
 Message = Mapping[str, str]
@@ -122,12 +122,11 @@ def generate(
         WorkError: logits are NaN or infinite.
     """
     sampling = sampling or Sampling()
-    source = opened(model, adapter)
-    tokenizer = source.tokenizer
+    tokenizer, load = tokenizer_and_loader(model, adapter)
     if isinstance(prompt, str) and not raw and tokenizer.chat_template is not None:
         prompt = [{"role": "user", "content": prompt}]
     ids = _prompt_ids(tokenizer, prompt)
-    language_model = source.load()
+    language_model = load()
     check_ids(ids, language_model.get_input_embeddings().num_embeddings, "prompt")
     window = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)
     if window is not None and len(ids) + sampling.max_new_tokens > window:
@@ -135,13 +134,13 @@ def generate(
             f"prompt of {len(ids)} tokens and {sampling.max_new_tokens} new tokens: expected at "
             f"most the model's window of {window}; shorten one of them"
         )
-    ends = model_ends(language_model, tokenizer)
-    streamer = None if on_text is None else _Streamer(tokenizer, on_text, ends)
+    stops = model_stops(language_model, tokenizer)
+    streamer = None if on_text is None else _Streamer(tokenizer, on_text, stops)
     started = time.perf_counter()
     with torch.inference_mode():
         (new,) = continuations(language_model, tokenizer, [ids], sampling, streamer)
     with panics_refused(f"tokenizer of {tokenizer.name_or_path}"):
-        shown = new[:-1] if new[-1] in ends else new  # an end may be no special token
+        shown = new[:-1] if new[-1] in stops else new  # a stop may be no special token
         text = tokenizer.decode(shown, skip_special_tokens=True)
     return Generation(text, len(ids), len(new), time.perf_counter() - started)
 
@@ -155,15 +154,15 @@ def continuations(
 ) -> list[list[int]]:
     """The new tokens of each prompt, generated as one batch.
 
-    A continuation ends at a token of :func:`model_ends`, or at ``max_new_tokens``. In a batch,
+    A continuation ends at a token of :func:`model_stops`, or at ``max_new_tokens``. In a batch,
     padding follows the end. Only the settings in ``sampling`` apply.
     """
-    ends = model_ends(model, tokenizer)
+    stops = model_stops(model, tokenizer)
     greedy = sampling.temperature == 0
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=min(ends, default=0),
+        eos_token_id=stops or None,
+        pad_token_id=min(stops, default=0),
         do_sample=not greedy,
         repetition_penalty=float(sampling.repetition_penalty),  # transformers refuses an int
         # transformers fills absent fields from the model's own config
@@ -259,14 +258,14 @@ class _Streamer(TextStreamer):
         self,
         tokenizer: PreTrainedTokenizerBase,
         on_text: Callable[[str], None],
-        ends: Sequence[int],
+        stops: Sequence[int],
     ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text, self._ends = on_text, ends
+        self._on_text, self._stops = on_text, stops
 
     @override
     def put(self, value: torch.Tensor) -> None:
-        if self.next_tokens_are_prompt or int(value.flatten()[-1]) not in self._ends:
+        if self.next_tokens_are_prompt or int(value.flatten()[-1]) not in self._stops:
             super().put(value)
 
     @override

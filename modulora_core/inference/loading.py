@@ -7,6 +7,7 @@ loaded later, after every other check.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modulora_core.adapters.load import load_adapter
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.checkpoint import check_mapped, load_dtype, load_model, open_any
+from modulora_core.checkpoints.loading import check_mapped, load_dtype, load_model
+from modulora_core.checkpoints.opening import open_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import pick_device
 from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError, first_line
@@ -60,15 +62,6 @@ class Opened:
         return model
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-    def load(self) -> PreTrainedModel:
-        return self.model
-
-
 Runnable = str | Path | Opened | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 """MODEL as on the command line, the result of :func:`open_to_run`, or (model, tokenizer)."""
 
@@ -87,11 +80,11 @@ def open_to_run(
     """Find a model and check the request. The result's ``load()`` loads the weights.
 
     Args:
-        model: a packed checkpoint, or any model that :func:`modulora_core.models.open_model` opens,
+        model: a packed checkpoint, or any model that :func:`modulora_core.models.open_dense` opens,
             which is then loaded dense.
         adapter: a LoRA adapter in PEFT's format, a folder or Hub id, for a packed model.
         dtype, device, mapped, parity_check: as for
-            :func:`modulora_core.checkpoints.checkpoint.load_model`; ``mapped`` is for a packed one.
+            :func:`modulora_core.checkpoints.loading.load_model`; ``mapped`` is for a packed one.
         revision: a revision of a Hub model.
 
     Raises:
@@ -99,7 +92,7 @@ def open_to_run(
     """
     model, device = os.fspath(model), str(pick_device(device))
     load_dtype(dtype, device)  # refuses an unknown name
-    found = open_any(model, revision=revision)
+    found = open_model(model, revision=revision)
     if isinstance(found, PackedCheckpoint):
         for site in found.record.sites:
             found.quantizer(site)
@@ -116,27 +109,39 @@ def open_to_run(
             f"mapped: expected a packed model, and {model} is dense; quantize it first, or leave "
             "mapped out"
         )
-    found.validate()
+    found.check_whole()
     return Opened(model, found, None, dtype, device)
 
 
-def opened(model: Runnable, adapter: str | Path | None = None) -> Opened | _Loaded:
-    """Open ``model`` if it is a name. Raises RequestError, as :func:`open_to_run`."""
+def tokenizer_and_loader(
+    model: Runnable, adapter: str | Path | None = None
+) -> tuple[PreTrainedTokenizerBase, Callable[[], PreTrainedModel]]:
+    """The model's tokenizer, and a function that gives the model with its weights.
+
+    Between the two the caller checks its request, which needs the tokenizer alone.
+
+    Args:
+        adapter: a LoRA adapter in PEFT's format, if ``model`` is a name.
+
+    Raises:
+        RequestError: as :func:`open_to_run`; or ``model`` is none of its types.
+    """
     if isinstance(model, str | Path):
-        return open_to_run(model, adapter=adapter)
-    if adapter is not None:
+        model = open_to_run(model, adapter=adapter)
+    elif adapter is not None:
         raise AdapterError(
             f"adapter {adapter}: expected a model's name with it, got an open model; open it with "
             "the adapter, or put the adapter on with load_adapter"
         )
-    if isinstance(model, tuple) and len(model) == 2:
-        return _Loaded(*model)
-    if not isinstance(model, Opened | _Loaded):
+    if isinstance(model, Opened):
+        return model.tokenizer, model.load
+    if not (isinstance(model, tuple) and len(model) == 2):
         raise ModelError(
             "model: expected a name, the result of open_to_run, or (model, tokenizer), got "
             f"{model!r:.80}"
         )
-    return model
+    loaded, tokenizer = model
+    return tokenizer, lambda: loaded
 
 
 def _load_dense(

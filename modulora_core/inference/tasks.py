@@ -16,7 +16,7 @@ from torch import Tensor
 from modulora_core.arguments import checked
 from modulora_core.data.rendering import check_ids
 from modulora_core.errors import DataError, MissingExtraError, OptionError, first_line
-from modulora_core.inference.loading import Runnable, opened
+from modulora_core.inference.loading import Runnable, tokenizer_and_loader
 from modulora_core.progress import quiet
 
 
@@ -90,12 +90,11 @@ def evaluate_tasks(
             raise OptionError(f"task {task}: no such file")
     if include_path is not None and not Path(include_path).is_dir():
         raise OptionError(f"include_path: expected a folder of YAML files, got {include_path}")
-    source = opened(model, adapter)
-    tokenizer = source.tokenizer
+    tokenizer, load = tokenizer_and_loader(model, adapter)
     with _quiet():
         manager = _manager(include_path and str(include_path))
         loaded = [part for task in tasks for part in _load(manager, task)]
-        lm = HFLM(pretrained=source.load(), tokenizer=tokenizer, batch_size=batch_size)
+        lm = HFLM(pretrained=load(), tokenizer=tokenizer, batch_size=batch_size)
         with lm.model.get_input_embeddings().register_forward_pre_hook(_check_ids):
             found = simple_evaluate(
                 lm,

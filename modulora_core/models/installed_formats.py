@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from modulora_core import registry
 from modulora_core.errors import DuplicatePluginError, ModelError, OptionError, PluginError
@@ -18,7 +18,27 @@ from modulora_core.models.formats import CheckpointFormat, FileFormat, FormatRea
 from modulora_core.models.json_files import read_json
 from modulora_core.spec import FormatSpec
 
+Class = TypeVar("Class")
+
 _EXTRA = re.compile(rf"({PROJECT}-[\w.-]+?)[^\w.-].*;\s*extra\s*==\s*['\"]([\w-]+)['\"]")
+
+
+@dataclass(frozen=True, slots=True)
+class InstalledFormat:
+    """A format of a usable plugin, which has an ``entry`` in the registry."""
+
+    spec: FormatSpec
+    entry: registry.Entry
+
+    def create(self, location: str, base: type[Class]) -> Class:
+        """An object of the class at ``location``. Raises PluginError if the plugin is broken."""
+        made: Any = registry.import_class(self.entry, location, base)
+        return made(self.spec)  # type: ignore[no-any-return]
+
+    def open_file(self, path: Path) -> ModelFile:
+        """Open a file of this format. Raises PluginError, or as :meth:`FileFormat.open`."""
+        # mypy's type[T] takes no abstract class; import_class refuses one
+        return self.create(self.spec.location, FileFormat).open(path)  # type: ignore[type-abstract]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +56,8 @@ class Recognised:
 
 def specs() -> dict[str, FormatSpec]:
     """Every installed format by its name, sorted by name."""
-    return {spec.name: spec for _, spec in sorted(installed(), key=lambda found: found[1].name)}
+    found = {each.spec.name: each.spec for each in installed()}
+    return {name: found[name] for name in sorted(found)}
 
 
 def create(name: str) -> FormatReader:
@@ -46,21 +67,19 @@ def create(name: str) -> FormatReader:
         OptionError: no installed plugin has it, or it is a format of files.
         PluginError: several plugins have it, or its class can't be used.
     """
-    found = [(entry, spec) for entry, spec in installed() if spec.name == name]
+    found = [each for each in installed() if each.spec.name == name]
     if not found:
         raise OptionError(f"format {name!r}: expected one of {', '.join(['modulora', *specs()])}")
     if len(found) > 1:
-        origins = " and ".join(entry.origin for entry, _ in found)
+        origins = " and ".join(each.entry.origin for each in found)
         raise DuplicatePluginError(f"format {name!r}: brought by {origins}; uninstall one")
-    ((entry, spec),) = found
-    if spec.file_suffix:
+    (only,) = found
+    if suffix := only.spec.file_suffix:
         raise OptionError(
-            f"format {name!r}: expected a format of folders, got one of files *{spec.file_suffix}, "
+            f"format {name!r}: expected a format of folders, got one of files *{suffix}, "
             "which merge writes"
         )
-    # mypy's type[T] takes no abstract class; import_class refuses one
-    kind = registry.import_class(entry, spec.location, FormatReader)  # type: ignore[type-abstract]
-    return kind(spec)
+    return only.create(only.spec.location, FormatReader)  # type: ignore[type-abstract]
 
 
 def create_writer(name: str) -> CheckpointFormat:
@@ -84,7 +103,7 @@ def _written() -> Iterator[str]:
 
 def config_files() -> list[str]:
     """The files beside config.json that mark a folder of an installed format."""
-    return sorted({file for _, spec in installed() for file in spec.config_files})
+    return sorted({file for each in installed() for file in each.spec.config_files})
 
 
 def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
@@ -109,26 +128,19 @@ def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
     return None
 
 
-def file_format(file: str | Path) -> FormatSpec | None:
-    """The installed format of a file that holds a whole model; as :func:`file_plugin`."""
-    found = file_plugin(file)
-    return None if found is None else found[1]
-
-
-def file_plugin(file: str | Path) -> tuple[registry.Entry, FormatSpec] | None:
-    """The plugin of a file that holds a whole model, and its format.
+def file_format(file: str | Path) -> InstalledFormat | None:
+    """The installed format of a file that holds a whole model, or will hold one.
 
     The suffix of the name tells the format; of a file without a known one, its first bytes do.
     """
-    found = [(entry, spec) for entry, spec in installed() if spec.file_suffix]
+    of_files = [each for each in installed() if each.spec.file_suffix]
     name = str(file).lower()
-    by_name = [one for one in found if name.endswith(one[1].file_suffix)]
+    by_name = [each for each in of_files if name.endswith(each.spec.file_suffix)]
     if by_name:
         return by_name[0]
-    longest = max((len(spec.file_magic) for _, spec in found), default=0)
-    start = _first_bytes(Path(file), longest)
-    by_start = (one for one in found if (m := one[1].file_magic) and start.startswith(m.encode()))
-    return next(by_start, None)
+    magics = {each.spec.file_magic.encode(): each for each in of_files if each.spec.file_magic}
+    start = _first_bytes(Path(file), max(map(len, magics), default=0))
+    return next((each for magic, each in magics.items() if start.startswith(magic)), None)
 
 
 def _first_bytes(path: Path, count: int) -> bytes:
@@ -144,7 +156,7 @@ def _first_bytes(path: Path, count: int) -> bytes:
 
 def file_suffixes() -> list[str]:
     """The suffixes of files that a plugin reads; it needn't be installed if the core names it."""
-    found = {spec.file_suffix for _, spec in installed() if spec.file_suffix}
+    found = {each.spec.file_suffix for each in installed() if each.spec.file_suffix}
     return sorted(found | _extras().keys())
 
 
@@ -209,24 +221,8 @@ def unread_method(model: str, method: str) -> str:
     )
 
 
-def installed() -> Iterator[tuple[registry.Entry, FormatSpec]]:
-    """Every format of a usable plugin, with the plugin."""
+def installed() -> Iterator[InstalledFormat]:
+    """Every format of a usable plugin."""
     for entry in registry.entries():
         if entry.status == "ok" and entry.spec is not None:
-            yield from ((entry, spec) for spec in entry.spec.formats)
-
-
-def open_file(path: Path) -> ModelFile:
-    """Open a file that an installed plugin reads.
-
-    Raises:
-        ModelError: no installed plugin reads it, or as :meth:`FileFormat.open`.
-        CheckpointError: the file is truncated or damaged.
-        PluginError: the plugin can't be used.
-    """
-    found = file_plugin(path)
-    if found is None:
-        raise ModelError(f"{path}: {unread_file(path)}")
-    entry, spec = found
-    kind = registry.import_class(entry, spec.location, FileFormat)  # type: ignore[type-abstract]
-    return kind(spec).open(path)
+            yield from (InstalledFormat(spec, entry) for spec in entry.spec.formats)

@@ -22,6 +22,7 @@ from pathlib import Path
 from modulora_core.errors import ModelError, first_line, usable_path
 from modulora_core.models import installed_formats
 from modulora_core.models.folders import check_links
+from modulora_core.models.installed_formats import InstalledFormat
 from modulora_core.models.safetensors_store import INDEX, shards_of
 from modulora_core.models.tokenizer import COPIED_FILES
 
@@ -39,6 +40,7 @@ class Location:
         model: MODEL as the user wrote it.
         folder: the folder of the files.
         file: the file in ``folder`` that holds the whole model; None for safetensors.
+        format: the format of ``file``, and the plugin that reads it.
         revision: the commit for ``"hub"``, the distribution's version for ``"package"``, else None.
     """
 
@@ -46,6 +48,7 @@ class Location:
     model: str
     folder: Path
     file: Path | None = None
+    format: InstalledFormat | None = None
     revision: str | None = None
 
     @property
@@ -138,10 +141,12 @@ def _in_file(kind: str | None, model: str, path: Path, revision: str | None = No
     Raises:
         ModelError: no installed plugin reads it.
     """
-    spec = installed_formats.file_format(path)
-    if spec is None:
+    found = installed_formats.file_format(path)
+    if found is None:
         raise ModelError(f"model {model}: {installed_formats.unread_file(path)}")
-    return Location(kind or spec.file_suffix[1:], model, path.parent, path, revision)
+    return Location(
+        kind or found.spec.file_suffix[1:], model, path.parent, path, found, revision=revision
+    )
 
 
 def fetch_weights(location: Location) -> Location:

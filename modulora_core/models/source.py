@@ -15,7 +15,6 @@ from modulora_core.models import tokenizer
 from modulora_core.models.config import read_config
 from modulora_core.models.conversion import PACK_IN_PYTHON, build_skeleton, untied
 from modulora_core.models.formats import ModelFile
-from modulora_core.models.installed_formats import open_file
 from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.models.store import TensorStore
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ModelSource(Weights):
-    """A model that :func:`open_model` opened: its weights with config, tokenizer and origin.
+    """A model that :func:`open_dense` opened: its weights with config, tokenizer and origin.
 
     Attributes:
         location: the place of its files.
@@ -103,13 +102,13 @@ class ModelSource(Weights):
         }
 
 
-def open_model(model: str, *, revision: str | None = None) -> ModelSource:
-    """Open MODEL: a folder of safetensors, a file, ``package:NAME`` or a Hub id.
+def open_dense(model: str | Location, *, revision: str | None = None) -> ModelSource:
+    """Open MODEL as floats: a folder of safetensors, a file, ``package:NAME`` or a Hub id.
 
-    Only headers are read.
+    Only headers are read. The weights of a file are dequantized as they are read.
 
     Args:
-        model: MODEL as the user wrote it.
+        model: MODEL as the user wrote it, or its place.
         revision: a branch, tag or commit of a Hub repository.
 
     Raises:
@@ -118,14 +117,10 @@ def open_model(model: str, *, revision: str | None = None) -> ModelSource:
         CheckpointError: the weights are missing, truncated or broken, or the causal language model
             has no place for some of them.
     """
-    return open_source(locate(model, revision))
-
-
-def open_source(location: Location) -> ModelSource:
-    """As :func:`open_model`, of a place that was found. Raises as it does."""
+    location = model if isinstance(model, Location) else locate(model, revision)
     with quiet():
         if location.file is not None:
-            return _open_file(location, location.file)
+            return _open_file(location)
         config, values = read_config(location.folder)
         location = fetch_weights(location)
         source = fit(location, config, values, SafetensorsStore(location.folder))
@@ -149,7 +144,7 @@ def _refuse_integers(source: ModelSource) -> None:
 def _refuse_unplaced(source: ModelSource) -> None:
     """Refuse a folder of a larger model, such as an encoder's, which would be left out."""
     if source.unplaced:
-        source.validate()  # another architecture lacks parameters too
+        source.check_whole()  # another architecture lacks parameters too
         parts = dict.fromkeys(name.split(".layers.")[0] for name in source.unplaced)
         kind = type(source.outline).__name__
         named = ", ".join([source.unplaced[0], *[*parts][1:3]])
@@ -160,20 +155,16 @@ def _refuse_unplaced(source: ModelSource) -> None:
 
 
 def open_config(location: Location) -> PretrainedConfig:
-    """The config of a model, with the dtype that transformers loads it in.
+    """The config of a model of safetensors, with the dtype that transformers loads it in.
 
-    The weights of a folder are not needed, and the weights of a Hub model are not downloaded.
+    The weights need not be there: those of a Hub model are not downloaded.
 
     Raises:
-        ModelError, CheckpointError: as :func:`open_model`.
+        ModelError: as :func:`open_dense`.
     """
     with quiet():
-        if location.file is None:
-            config, _ = read_config(location.folder)
-            dtype = _dtype_of(config, None)
-        else:
-            file = open_file(location.file)
-            config, dtype = file.config, file.dtype
+        config, _ = read_config(location.folder)
+        dtype = _dtype_of(config, None)
         config = build_skeleton(config, dtype).config  # refuses other models than language models
     config.name_or_path, config.dtype = location.model, dtype
     return config
@@ -193,8 +184,10 @@ def fit(
     return ModelSource(location, store, skeleton, dtype, described)
 
 
-def _open_file(location: Location, path: Path) -> ModelSource:
-    file = open_file(path)
+def _open_file(location: Location) -> ModelSource:
+    assert location.file is not None
+    assert location.format is not None
+    file = location.format.open_file(location.file)
     model = build_skeleton(file.config, file.dtype)
     store = file.tensors(model)
     source = ModelSource(

@@ -20,20 +20,20 @@ _OF_FILES = (
     "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>",
     "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
 )  # fmt: skip
-END_TOKENS = frozenset((*_OF_TURNS, *_OF_TEXTS, *_OF_FILES))
+STOP_TOKENS = frozenset((*_OF_TURNS, *_OF_TEXTS, *_OF_FILES))
 """The names of control tokens at which llama.cpp ends an answer."""
 
 _CALLS, _RETURNS = {"<|call|>", "<|calls|>"}, {"<|return|>", "<|flush|>"}
 """In vocabularies with both, such as gpt-oss's, ``<|end|>`` ends a part of an answer only."""
 
 
-def end_ids(
+def stop_ids(
     tokenizer: PreTrainedTokenizerBase, *named: int | Iterable[int] | None, size: int | None = None
 ) -> list[int]:
     """The ids of all tokens that end an answer, sorted.
 
     They are the EOS tokens of the model and of the tokenizer, and the control tokens of the
-    vocabulary in :data:`END_TOKENS`, as in llama.cpp.
+    vocabulary in :data:`STOP_TOKENS`, as in llama.cpp.
 
     Args:
         named: EOS ids by configs: an id, several, or None.
@@ -46,11 +46,11 @@ def end_ids(
     controls = {str(token): i for i, token in added.items() if token.special}
     if _CALLS & controls.keys() and _RETURNS & controls.keys():
         controls.pop("<|end|>", None)
-    found |= {i for name, i in controls.items() if name in END_TOKENS}
+    found |= {i for name, i in controls.items() if name in STOP_TOKENS}
     return sorted(i for i in found if i >= 0 and (size is None or i < size))
 
 
-def model_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids at which an answer of ``model`` ends, as :func:`end_ids`."""
+def model_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids at which an answer of ``model`` ends, as :func:`stop_ids`."""
     size = model.config.get_text_config().vocab_size
-    return end_ids(tokenizer, model.generation_config.eos_token_id, size=size)
+    return stop_ids(tokenizer, model.generation_config.eos_token_id, size=size)

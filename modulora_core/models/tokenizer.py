@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from modulora_core.errors import ModelError, first_line
 from modulora_core.models.chat_templates import LONGEST
 from modulora_core.models.json_files import read_json
-from modulora_core.models.stops import end_ids
+from modulora_core.models.stops import stop_ids
 from modulora_core.models.tokenizer_checks import (
     check_sentencepiece,
     check_steps,
@@ -177,8 +177,9 @@ def write_tokenizer(
         saved = [Path(file) for file in tokenizer.save_pretrained(out)]
         _name_absent_tokens(tokenizer, out / _SMALL_FILES[0])
         generation = GenerationConfig.from_model_config(config)
-        ends = end_ids(tokenizer, generation.eos_token_id, size=config.get_text_config().vocab_size)
-        generation.eos_token_id = ends or None
+        size = config.get_text_config().vocab_size
+        stops = stop_ids(tokenizer, generation.eos_token_id, size=size)
+        generation.eos_token_id = stops or None
         generation.save_pretrained(out)
     names = [file.relative_to(out).as_posix() for file in saved if file.is_file()]
     return [*names, "generation_config.json"]

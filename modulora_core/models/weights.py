@@ -85,8 +85,8 @@ class Weights:
             }
         )
 
-    def validate(self) -> list[str]:
-        """Compare the files' headers with the config. Returns :attr:`unplaced`.
+    def check_whole(self) -> None:
+        """Compare the files' headers with the config. :attr:`unplaced` tensors are allowed.
 
         Raises:
             CheckpointError: a parameter has no tensor in the files, or one of another shape.
@@ -110,7 +110,6 @@ class Weights:
                     f"{name}: expected {list(shapes[name])} by the config, got {list(found)}; "
                     "the weights don't belong to this config"
                 )
-        return list(self.unplaced)
 
     def ties_hold(self) -> bool:
         """Whether tied names have equal values; transformers unties them otherwise."""
@@ -126,8 +125,8 @@ class Weights:
         alike = (first.shape, first.stored_as) == (second.shape, second.stored_as)
         return alike and torch.equal(self.store.read(one), self.store.read(other))
 
-    def check_finite(self, progress: Progress | None = None) -> str:
-        """Read every value once, a tensor at a time.
+    def checked_digest(self, progress: Progress | None = None) -> str:
+        """Read every value once, a tensor at a time: refuse NaN and Inf, and compute the digest.
 
         Args:
             progress: called as ``progress("checking", done, total)`` with bytes of the files.

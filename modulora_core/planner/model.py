@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from modulora_core.calibration import find_blocks
-from modulora_core.checkpoints.checkpoint import (
-    check_mapped,
-    is_ours,
-    open_if_packed,
-)
 from modulora_core.checkpoints.hf.packed_modules import install
+from modulora_core.checkpoints.loading import check_mapped
+from modulora_core.checkpoints.opening import is_ours, open_model
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.checkpoints.written.parameters import packed_sites
 from modulora_core.models.config import config_values, transformers_config
@@ -25,7 +23,7 @@ from modulora_core.models.ends import find_ends
 from modulora_core.models.installed_formats import recognise
 from modulora_core.models.locate import locate
 from modulora_core.models.sites import find_sites
-from modulora_core.models.source import open_config
+from modulora_core.models.source import ModelSource, open_config, open_dense
 from modulora_core.planner.request import PlanRequest
 from modulora_core.planner.unpacked import NONE, Unpacked, recipe_of
 from modulora_core.progress import quiet
@@ -161,25 +159,27 @@ def open_planned(request: PlanRequest) -> tuple[PlanRequest, Dense | PlannedMode
 
 
 def _open(request: PlanRequest) -> Dense | PlannedModel:
+    """Find MODEL. Neither a checkpoint of ours nor a dense folder needs its weights."""
     name, location = request.model, locate(request.model, request.revision)
-    values = {} if location.file is not None else config_values(location.folder)
-    if is_ours(values):
-        record = QuantizationRecord.from_json(
-            values["quantization_config"], location.folder / "config.json"
-        )
-        return _packed(Dense(name, _config(location.folder)), record)
-    if location.file is None:
-        may_be_packed = recognise(location.folder, values) is not None
+    found: PackedCheckpoint | ModelSource
+    if location.file is not None:  # a quantizer packs its weights again
+        found = open_model(location) if request.quantizer is None else open_dense(location)
     else:
-        may_be_packed = request.quantizer is None  # else its weights are packed again
-    checkpoint = open_if_packed(location) if may_be_packed else None
-    if checkpoint is not None:
-        if request.config.mapped:
-            check_mapped(checkpoint, "cpu")
-        assert checkpoint.source is not None
-        dense = Dense(name, checkpoint.source.config)
-        return _packed(dense, checkpoint.record, foreign=True)
-    return Dense(name, open_config(location))
+        values = config_values(location.folder)
+        if is_ours(values):
+            record = QuantizationRecord.from_json(
+                values["quantization_config"], location.folder / "config.json"
+            )
+            return _packed(Dense(name, _config(location.folder)), record)
+        if recognise(location.folder, values) is None:
+            return Dense(name, open_config(location))
+        found = open_model(location)
+    if not isinstance(found, PackedCheckpoint):
+        return Dense(name, found.config)
+    if request.config.mapped:
+        check_mapped(found, "cpu")
+    assert found.foreign is not None
+    return _packed(Dense(name, found.foreign.config), found.record, foreign=True)
 
 
 def _packed(dense: Dense, record: QuantizationRecord, *, foreign: bool = False) -> PlannedModel:

@@ -18,11 +18,11 @@ from huggingface_hub.constants import HF_HOME
 
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, calibration_text
-from modulora_core.checkpoints.checkpoint import is_packed, open_checkpoint
+from modulora_core.checkpoints.opening import is_packed, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES
-from modulora_core.models import ParameterInfo, open_model
+from modulora_core.models import ParameterInfo, open_dense
 from modulora_core.progress import Progress
 from modulora_core.quantization.layout import Selection, choose_layout
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
@@ -70,7 +70,7 @@ class Unpacked:
     ) -> None:
         choice = choice_of(choice, quality)
         self._calibration = calibration_of(calibration, quality, [choice])
-        self._choice, self._source = choice, open_model(model)
+        self._choice, self._source = choice, open_dense(model)
         self._embeddings, self._cache = embeddings, cache
         text = None
         if self._calibration is not None:
@@ -110,7 +110,7 @@ class Unpacked:
         """
         if not is_packed(self.folder):
             self.quantize(progress)
-        return open_checkpoint(self.folder)
+        return open_packed(self.folder)
 
     def quantize(self, progress: Progress | None = None) -> QuantizeResult:
         """Quantize the model into the cache. A killed quantization is continued.

@@ -39,7 +39,7 @@ from modulora_core.checkpoints.written.outputs import (
 from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter
 from modulora_core.distributed import is_first, pick_device, together, world_size
 from modulora_core.errors import OptionError, OutputError, usable_path
-from modulora_core.models import ModelSource, open_model
+from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.folders import REQUEST
 from modulora_core.models.tokenizer import TOKENIZER_FILES
 from modulora_core.progress import Progress, shows_progress
@@ -168,7 +168,7 @@ def quantize(
             done = finished(out) if resume else None
             if done is None:
                 check_output(out, resume=resume)
-            source = open_model(model, revision=revision)
+            source = open_dense(model, revision=revision)
             chosen = _choose(
                 source, quantizer, options or {}, overrides, quality, calibration,
                 Selection(include, exclude, head, embeddings), seed, max_shard_bytes,

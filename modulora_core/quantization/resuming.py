@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import (
     SMALL_FILES,
@@ -39,7 +39,7 @@ def finished(out: Path) -> PackedCheckpoint | None:
     if not (out / "config.json").is_file():
         return None
     try:
-        found = open_checkpoint(out)
+        found = open_packed(out)
         found.check_whole()
     except RequestError:
         return None
@@ -93,8 +93,8 @@ def unfinished(
             if is_first():
                 before = _begun(partial_name(out), request) if resume else None
                 check_disk_space(out, nbytes + SMALL_FILES)
-                source.validate()
-                contents = source.check_finite(progress)
+                source.check_whole()
+                contents = source.checked_digest(progress)
                 if before is not None and before.contents not in (None, contents):
                     raise _another(partial_name(out), "the values of the model's weights")
                 resumes = before is not None

@@ -18,7 +18,8 @@ import torch
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import RequestError
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ def read_or_refused(read: Callable[[], T]) -> T | None:
 
 def run_once(model: Path) -> None:
     """Check a packed model as every command does; load it and run it once."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_packed(model)
     checkpoint.check_whole()
     with torch.no_grad():
         load_model(checkpoint)(torch.arange(3, 11)[None])

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
 from modulora_core.tests.tiny_tokenizer import make_tokenizer

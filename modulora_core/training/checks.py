@@ -13,7 +13,8 @@ from modulora_core.adapters.files import base_file, file_writer
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.targets import select_layers
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.checkpoint import check_mapped, open_checkpoint
+from modulora_core.checkpoints.loading import check_mapped
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.errors import MissingExtraError, OptionError
@@ -47,7 +48,7 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
         text = None if corrects else text
         checkpoint = Unpacked(config.model, choice, calibration=text, quality=config.quality)
     else:
-        checkpoint = open_checkpoint(config.model)
+        checkpoint = open_packed(config.model)
         if config.mapped:
             check_mapped(checkpoint, str(device))
     _check_lora_file(config, checkpoint)

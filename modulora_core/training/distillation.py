@@ -38,7 +38,7 @@ from modulora_core.data.examples import Examples
 from modulora_core.data.rendering import IGNORED
 from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError, WorkError
-from modulora_core.models import ModelSource, open_model
+from modulora_core.models import ModelSource, open_dense
 from modulora_core.progress import Progress
 from modulora_core.training.chunked_loss import deferred_logits, label_logits
 from modulora_core.training.config import FinetuneConfig
@@ -81,7 +81,7 @@ def predictions_of(
     """
     if config.distill is None:
         return None
-    teacher = open_model(config.distill)
+    teacher = open_dense(config.distill)
     _check_teacher(teacher, tokenizer, tokens, config.seq_len)
     seen = steps * config.batch_size * config.grad_accum * world_size()
     predictions = Predictions(teacher, examples, seen, config.seed, folder)

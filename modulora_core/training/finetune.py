@@ -33,7 +33,7 @@ from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.checkpoint import load_dtype, load_model
+from modulora_core.checkpoints.loading import load_dtype, load_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.outputs import check_disk_space, only_writer, write_file

@@ -37,13 +37,14 @@ from modulora_core.calibration import (
     calibration_text,
     find_blocks,
 )
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
 from modulora_core.checkpoints.written.parameters import random_stream
 from modulora_core.distributed import pick_device, world_size
 from modulora_core.errors import OptionError
 from modulora_core.layers import LoRALayer, QuantLinear
-from modulora_core.models import ModelSource, open_model
+from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.packed import PackedWeight
 from modulora_core.progress import Progress, shows_progress
@@ -117,7 +118,7 @@ def init_adapter(
     """
     started, settings = time.perf_counter(), settings or LoRASettings()
     check_output(Path(out))
-    checkpoint, start = open_checkpoint(model), Start.open(dense, calibration, settings.seed)
+    checkpoint, start = open_packed(model), Start.open(dense, calibration, settings.seed)
     adapted = load_model(checkpoint, device=str(pick_device()))
     layers, corrected = start.put_on(adapted, checkpoint.name, settings, progress)
     with whole_or_nothing(Path(out)) as whole:
@@ -137,7 +138,7 @@ class Start:
         """Find the dense model and draw the text. Raises as :func:`init_adapter`."""
         if world_size() > 1:
             raise OptionError(f"a corrected adapter: expected one process, got {world_size()}")
-        source = open_model(str(dense))
+        source = open_dense(str(dense))
         return cls(source, calibration_text(source, calibration, seed))
 
     def put_on(

@@ -20,7 +20,7 @@ from transformers import (
 
 from modulora_core.adapters.switching import without_adapter
 from modulora_core.data.rendering import IGNORED
-from modulora_core.models.stops import model_ends
+from modulora_core.models.stops import model_stops
 from modulora_core.progress import Progress
 
 COUNT, LONGEST, PROMPT = 5, 48, 32
@@ -122,7 +122,7 @@ def _greedy(
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     settings = GenerationConfig(
         max_new_tokens=LONGEST, do_sample=False,
-        eos_token_id=model_ends(model, tokenizer) or None, pad_token_id=0,
+        eos_token_id=model_stops(model, tokenizer) or None, pad_token_id=0,
     )  # fmt: skip
     with torch.no_grad():
         out = model.generate(

@@ -108,7 +108,7 @@ def _save_dense(folder: Path, hidden_size: int) -> None:
 
 def load_model(folder: Path) -> nn.Module:
     """The packed model of a folder, on the CPU."""
-    from modulora_core.checkpoints.checkpoint import load_model
+    from modulora_core.checkpoints.loading import load_model
 
     model: nn.Module = load_model(folder, device="cpu")
     return model

@@ -12,8 +12,9 @@ from modulora_half_quadratic.quantizer import HalfQuadratic, Options
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import FormatSpec
@@ -116,7 +117,7 @@ def test_a_folder_is_a_model(tmp_path):
     folder, converted_to = tmp_path / "theirs", tmp_path / "ours"
     dense = save_hqq(folder)
     model = load_model(folder, dtype="float32", device="cpu")
-    assert len(open_checkpoint(folder).record.weights) == 14
+    assert len(open_packed(folder).record.weights) == 14
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         expected = dense(ids).logits
@@ -142,7 +143,7 @@ def test_a_folder_is_a_model(tmp_path):
 def test_other_layers_are_refused(part, value, error, message, tmp_path):
     save_hqq(tmp_path, **{f"{UP}.{part}": value})
     with pytest.raises(error, match=message):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
 
 
 def test_options_of_the_quantizer_are_those_of_the_layer():

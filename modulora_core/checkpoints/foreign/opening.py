@@ -1,6 +1,6 @@
 """Read a folder or a file that another tool quantized, under the names of a checkpoint of ours.
 
-:func:`open_folder` reads config, headers, and the few small tensors that layouts need. Large
+:func:`packed_in_folder` reads config, headers, and the few small tensors that layouts need. Large
 tensors are converted a layer at a time, on request, so that nothing here is as large as the model.
 """
 
@@ -25,7 +25,7 @@ from modulora_core.models.config import read_config
 from modulora_core.models.conversion import build_skeleton, plan_conversions, tied_names, untied
 from modulora_core.models.ends import find_table
 from modulora_core.models.formats import ForeignWeight, PartStore
-from modulora_core.models.installed_formats import Recognised, file_format
+from modulora_core.models.installed_formats import Recognised
 from modulora_core.models.locate import Location
 from modulora_core.models.safetensors_store import DTYPE_CODES, SafetensorsStore
 from modulora_core.models.sites import LinearSite, find_sites
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def open_folder(location: Location, recognised: Recognised) -> PackedCheckpoint:
-    """Open a folder of weights that :func:`modulora_core.models.installed_formats.recognise` knows.
+def packed_in_folder(location: Location, recognised: Recognised) -> PackedCheckpoint:
+    """The packed weights of a folder that another tool quantized, with its dense ones.
 
     Raises:
         ModelError: the format can't read it, or a quantized layer isn't a linear layer of its own
@@ -65,7 +65,7 @@ def open_folder(location: Location, recognised: Recognised) -> PackedCheckpoint:
         headers = _Headers(raw, whole_layers(weights, reader.parts, skeleton, raw.tensors))
         placed = _place(location.model, config, skeleton, headers)
         source = fit(location, config, values, headers)
-        source.validate()
+        source.check_whole()
         return _checkpoint(location.folder, source, raw, placed, recognised.spec.name)
 
 
@@ -75,13 +75,12 @@ def packed_in_file(source: ModelSource) -> PackedCheckpoint | None:
     Raises:
         CheckpointError: tensors that don't fit the model.
     """
-    path = source.location.file
+    location = source.location
+    assert location.file is not None
+    assert location.format is not None
     assert source.file is not None
-    assert path is not None
-    spec = file_format(path)
-    assert spec is not None
     with quiet():
-        source.validate()
+        source.check_whole()
         table = find_table(source.outline, source.parameters)
         linears = find_sites(source.outline, include=["*"]).linears
         sites = [*linears, *([] if table is None else [table])]
@@ -91,14 +90,16 @@ def packed_in_file(source: ModelSource) -> PackedCheckpoint | None:
             for site in sites
             if site.name in packed.weights
         }
-        return _checkpoint(path, source, packed.store, placed, spec.name) if placed else None
+        if not placed:
+            return None
+        return _checkpoint(location.file, source, packed.store, placed, location.format.spec.name)
 
 
 def _checkpoint(
     path: Path, source: ModelSource, raw: PartStore, placed: Placed, format_name: str
 ) -> PackedCheckpoint:
     """The checkpoint of ``placed``, with config.json as ours would be."""
-    record = record_of(source, placed, format_name)
+    record = _record(source, placed, format_name)
     config: dict[str, Any] = json.loads(source.config.to_json_string(use_diff=False))
     config["architectures"] = [type(source.outline).__name__]
     config["quantization_config"] = record.to_json()
@@ -211,7 +212,7 @@ def _check_unexpected(model: str, kind: str, headers: _Headers, unexpected: list
             )
 
 
-def record_of(source: ModelSource, placed: Placed, format_name: str) -> QuantizationRecord:
+def _record(source: ModelSource, placed: Placed, format_name: str) -> QuantizationRecord:
     """The record of a checkpoint of ours with the weights of ``placed``."""
     # a format makes few quantizers, and Recipe.of looks plugins up
     quantizers = dict.fromkeys(first.quantizer for _, (first, *_) in placed.values())

@@ -22,7 +22,7 @@ from modulora_core.adapters.merge import merge
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.adapters.targets import select_layers
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import AdapterError
 from modulora_core.packed_parameters import PackedStack
 from modulora_core.tests.adapted_models import IDS, logits, trained

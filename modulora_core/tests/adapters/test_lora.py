@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import AdapterError, ModelError, ModuLoRAError, OptionError
 from modulora_core.layers import QuantLinear
 from modulora_core.tests.adapted_models import IDS, logits, trained

@@ -15,7 +15,7 @@ from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.merge import merge
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import AdapterError, OptionError, PluginError, WeightError
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice

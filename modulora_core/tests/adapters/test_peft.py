@@ -23,7 +23,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 
 from modulora_core.adapters.load import load_adapter
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import ModelError
 from modulora_core.tests.adapted_models import IDS, logits
 from modulora_core.tiles import tile_budget

@@ -23,7 +23,7 @@ from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import AdapterError
 from modulora_core.layers import QuantLinear
 from modulora_core.tests.adapted_models import logits, randomize, trained

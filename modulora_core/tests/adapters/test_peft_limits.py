@@ -19,7 +19,7 @@ from peft.tuners.lora.config import CordaConfig
 from transformers import AutoModelForCausalLM, MambaConfig, Trainer, TrainingArguments
 
 from modulora_core import add_lora, quantize
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import DenseWeightError, ModelError
 from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import IDS, logits

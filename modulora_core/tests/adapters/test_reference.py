@@ -17,7 +17,7 @@ from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.tests.adapted_models import trained
 
 trl = pytest.importorskip("trl", reason="pip install trl")

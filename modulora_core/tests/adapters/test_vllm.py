@@ -18,7 +18,7 @@ from modulora_core.adapters.merge import merge
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.adapters.vllm import export_for_vllm
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import AdapterError
 from modulora_core.tests.adapted_models import logits, randomize, trained
 

@@ -26,7 +26,7 @@ from modulora_core.calibration.sensitivity import (
     token_weights,
 )
 from modulora_core.errors import WorkError
-from modulora_core.models import open_model
+from modulora_core.models import open_dense
 from modulora_core.models.sites import find_sites
 from modulora_core.tests.calibration.test_walk import Seen, error
 from modulora_core.tests.products import Products
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def sensitivities(
     folder: Path, ids: Tensor = IDS, *, spill: bool | None = None
 ) -> dict[str, list[Sensitivity]]:
-    source = open_model(str(folder))
+    source = open_dense(str(folder))
     linears = find_sites(source.skeleton()).linears
     cpu = torch.device("cpu")
     return loss_sensitivities(source, ids, linears, device=cpu, folder=folder, seed=5, spill=spill)
@@ -106,7 +106,7 @@ def test_weighted_second_moments_are_those_of_autograd_in_float64(
 ) -> None:
     """H = E[w xxᵀ] of a dense model, with w = ‖gₜ‖ / E‖g‖, and w = 1 for experts; H_O beside it."""
     folder, seen = save_tiny_model(architecture, tmp_path), Seen()
-    source = open_model(str(folder))
+    source = open_dense(str(folder))
     linears, cpu = find_sites(source.skeleton()).linears, torch.device("cpu")
     single = [linear for linear in linears if linear.experts is None]
     inside = find_blocks(source.outline)
@@ -209,7 +209,7 @@ def test_states_in_a_file_give_the_same_and_the_file_has_the_computed_size(
         assert torch.equal(one.outputs, other.outputs)
         assert all(map(torch.equal, one.tokens, other.tokens))
     assert sorted(folder.iterdir()) == files
-    config, cpu = open_model(str(folder)).config, torch.device("cpu")
+    config, cpu = open_dense(str(folder)).config, torch.device("cpu")
     tokens = (2 + 1) * IDS.numel()
     assert states.spilled_bytes(tokens, config, cpu, spill=True) == max(largest)
     assert states.spilled_bytes(tokens, config, cpu, spill=None) == 0

@@ -25,9 +25,9 @@ from modulora_core.calibration import (
 )
 from modulora_core.calibration.observe import Key, ObservedWeight
 from modulora_core.calibration.tuning import learning_rate_factor, relative_error
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import DataError, OptionError, WorkError
-from modulora_core.models import open_model
+from modulora_core.models import open_dense
 from modulora_core.packed import PackedWeight
 from modulora_core.quantization.quantize import QuantizeResult, quantize
 from modulora_core.tests.scaled_quantizer import installed, save_model_with_tokenizer
@@ -56,7 +56,7 @@ def run(source: Path, out: Path, tuning: TuningConfig | None = TUNING) -> Quanti
 
 def samples_of(source: Path, text: str = "pydoc[:10%]") -> Tensor:
     config = CalibrationConfig(text, **TEXT)  # type: ignore[arg-type]
-    return calibration_text(open_model(str(source)), config, seed=1).ids
+    return calibration_text(open_dense(str(source)), config, seed=1).ids
 
 
 def dense(source: Path) -> Any:

@@ -25,7 +25,7 @@ from modulora_core.calibration import (
 from modulora_core.calibration.moments import SecondMoment
 from modulora_core.calibration.observe import ObservedWeight
 from modulora_core.errors import ModelError, WorkError
-from modulora_core.models import open_model
+from modulora_core.models import open_dense
 from modulora_core.models.sites import find_sites
 from modulora_core.spec import Calibration
 from modulora_core.tests.products import second_moments
@@ -83,7 +83,7 @@ def coarse(weight: Tensor) -> Tensor:
 def walk(folder: Path, seen: Packing, ids: Tensor = IDS, **settings: Any) -> BlockWalk:
     own = ("paused_bytes", "held_out_weights")
     of_walk = {name: settings.pop(name) for name in own if name in settings}
-    source = open_model(str(folder))
+    source = open_dense(str(folder))
     linears = find_sites(source.skeleton()).linears
     text = CalibrationText(CalibrationConfig("ids", **settings), ids)
     walk = BlockWalk(source, text, linears, seen, torch.device("cpu"), folder, **of_walk)
@@ -126,7 +126,7 @@ def test_every_parameter_of_the_blocks_is_packed_or_kept_once(
 ) -> None:
     folder, seen = save_tiny_model(architecture, tmp_path, torch.bfloat16), Seen()
     walk(folder, seen)
-    source = open_model(str(folder))
+    source = open_dense(str(folder))
     blocks = find_blocks(source.skeleton())
     stored = {name: tensor for name, tensor in source.tensors() if name.startswith(blocks)}
     assert seen.kept.keys() | seen.weights.keys() == stored.keys()

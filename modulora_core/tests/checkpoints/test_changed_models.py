@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import ModelError
 from modulora_core.quantization.quantize import Override, quantize
 from modulora_core.registry import Choice
@@ -63,7 +64,7 @@ def test_a_pruned_model_is_saved_as_it_is(packed: Any, pruned: int, tmp_path: Pa
     packed.save_pretrained(tmp_path / "saved")
     again = load_model(tmp_path / "saved", device="cpu")
     assert torch.equal(logits(again), logits(packed))
-    record = open_checkpoint(tmp_path / "saved").record
+    record = open_packed(tmp_path / "saved").record
     used = {record.recipes[site.recipe].quantizer for name, site in record.items() if ".0." in name}
     assert used == {("toy", "verbatim")[1 - pruned]}
     named = [name for names in record.kept.values() for name in names]
@@ -80,10 +81,7 @@ def test_a_layer_that_became_dense_is_saved_dense(pack: Pack, tmp_path: Path) ->
     model.save_pretrained(tmp_path / "saved")
     again = load_model(tmp_path / "saved", device="cpu")
     assert torch.allclose(logits(again), before, atol=1e-5)  # other products
-    assert (
-        "model.layers.1.mlp.up_proj.weight"
-        not in open_checkpoint(tmp_path / "saved").record.weights
-    )
+    assert "model.layers.1.mlp.up_proj.weight" not in open_packed(tmp_path / "saved").record.weights
 
 
 @pytest.mark.parametrize("head", [AutoModel, AutoModelForSequenceClassification])

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.cli.info import command as info
 from modulora_core.errors import CheckpointError, ModelError, OptionError, PluginError
@@ -77,7 +78,7 @@ def test_a_record_that_does_not_fit_is_refused(
 ) -> None:
     edit_record(folder, edit)
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(folder)
+        open_packed(folder)
 
 
 def test_a_missing_plugin_is_named_with_the_package_to_install(folder: Path) -> None:
@@ -105,10 +106,10 @@ def test_a_wrong_request_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"dtype: expected one of auto, .*got 'float8'"):
         load_model(folder, dtype="float8")
     with pytest.raises(ModelError, match="no tokenizer files, such as tokenizer"):
-        open_checkpoint(folder).tokenizer()
+        open_packed(folder).tokenizer()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json; expected a folder"):
-        open_checkpoint(tmp_path / "empty")
+        open_packed(tmp_path / "empty")
 
 
 def without(name: str) -> Callable[[Path], object]:

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import DiskSpaceError, ModelError, OptionError, OutputError, ShapeError
 from modulora_core.quantization.quantize import quantize
@@ -62,9 +63,9 @@ def test_there_and_back_gives_the_same_model_and_the_same_tensors(
         str(theirs), tmp_path / "ours", "modulora", max_shard_bytes=10_000,
         progress=lambda *report: seen.append(report),
     )  # fmt: skip
-    checkpoint = open_checkpoint(tmp_path / "ours")
+    checkpoint = open_packed(tmp_path / "ours")
     assert seen[-1] == ("converting", len(seen), len(checkpoint.parameters))
-    assert (result.format, result.source_format, checkpoint.source) == ("modulora", "crude", None)
+    assert (result.format, result.source_format, checkpoint.foreign) == ("modulora", "crude", None)
     assert result.bytes == sum(t.nbytes for t in tensors(tmp_path / "ours").values())
     assert result.weights == sum(site.weights for _, site in checkpoint.record.items())
     assert torch.equal(logits(tmp_path / "ours"), logits(theirs))

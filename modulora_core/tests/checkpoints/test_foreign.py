@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.checkpoint import is_packed, load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import is_packed, open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.inference.loading import open_to_run
 from modulora_core.layers import QuantLinear
-from modulora_core.models import installed_formats, open_model
+from modulora_core.models import installed_formats, open_dense
 from modulora_core.models.formats import FormatSpec
 from modulora_core.tests.crude_folders import edit_config, save_crude
 
@@ -60,12 +61,12 @@ def test_a_foreign_folder_is_packed_wherever_its_config_is(
     assert all(torch.equal(merged[name], value) for name, value in dense.state_dict().items())
     rewrite = rf"already quantized with {told}\).*modulora convert .*/m OUT --to modulora"
     with pytest.raises(ModelError, match=rewrite):
-        open_model(str(tmp_path / "m"))
+        open_dense(str(tmp_path / "m"))
 
 
 def test_a_conv1d_is_read_as_out_by_in(tmp_path: Path) -> None:
     assert_loads_as(tmp_path, save_crude(tmp_path, "gpt2", chosen=lambda name: ".c_" in name))
-    assert {site.kind for _, site in open_checkpoint(tmp_path).record.items()} == {"conv1d"}
+    assert {site.kind for _, site in open_packed(tmp_path).record.items()} == {"conv1d"}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -73,12 +74,12 @@ def test_a_quantized_head_is_packed_and_untied(tied: bool, tmp_path: Path) -> No
     dense = save_crude(tmp_path, chosen=lambda name: name.endswith("proj") or name == "lm_head")
     edit_config(tmp_path, tie_word_embeddings=tied)
     assert isinstance(assert_loads_as(tmp_path, dense).lm_head, QuantLinear)
-    assert "output head" not in open_checkpoint(tmp_path).record.kept
+    assert "output head" not in open_packed(tmp_path).record.kept
 
 
 def test_dense_layers_are_kept_with_a_reason(tmp_path: Path) -> None:
     save_crude(tmp_path / "m", chosen=lambda name: name.endswith("q_proj"))
-    record = open_checkpoint(tmp_path / "m").record
+    record = open_packed(tmp_path / "m").record
     assert len(record.weights) == 2
     assert f"{UP}.weight" in record.kept["not quantized in m"]
     assert record.kept["output head"] == ["lm_head.weight"]
@@ -89,7 +90,7 @@ def test_a_layer_is_read_once_when_it_is_asked_for(tmp_path: Path) -> None:
     save_crude(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # not mapped
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_packed(tmp_path)
     assert torch.equal(checkpoint.tensor(f"{UP}.weight.codes"), tensors[f"{UP}.turned"].t())
     file.write_bytes(b"")
     assert torch.equal(checkpoint.tensor(f"{UP}.weight.scale")[:, 0], tensors[f"{UP}.factor"])
@@ -99,10 +100,10 @@ def test_a_layer_is_read_once_when_it_is_asked_for(tmp_path: Path) -> None:
 
 def test_a_bias_without_a_place_must_be_zero(tmp_path: Path) -> None:
     save_crude(tmp_path / "zero", **{f"{UP}.bias": torch.zeros(48)})
-    assert len(open_checkpoint(tmp_path / "zero").record.weights) == 14
+    assert len(open_packed(tmp_path / "zero").record.weights) == 14
     save_crude(tmp_path / "ones", **{f"{UP}.bias": torch.ones(48)})
     with pytest.raises(ModelError, match=f"{UP}.bias: the files have a bias that isn't zero"):
-        open_checkpoint(tmp_path / "ones")
+        open_packed(tmp_path / "ones")
 
 
 def change_tensors(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> None:
@@ -133,11 +134,11 @@ def test_a_layer_may_be_stored_in_parts(tmp_path: Path) -> None:
     dense = save_crude(tmp_path, "phi3")
     change_tensors(tmp_path, in_parts)
     assert_loads_as(tmp_path, dense)
-    assert any("qkv_proj" in name for name in open_checkpoint(tmp_path).record.weights)
+    assert any("qkv_proj" in name for name in open_packed(tmp_path).record.weights)
     bias = {"model.layers.1.self_attn.k_proj.bias": torch.ones(16)}
     change_tensors(tmp_path, lambda name, tensor: {name: tensor, **bias})
     with pytest.raises(ModelError, match=r"k_proj\.bias: the model has one bias for .*qkv_proj"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
 
 
 def test_the_padding_of_a_layer_is_cut_off(tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_the_padding_of_a_layer_is_cut_off(tmp_path: Path) -> None:
 
     change_tensors(tmp_path, pad)
     with pytest.raises(CheckpointError, match=r"expected .* by the config, got"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
     edit_config(tmp_path, quantization_config={"quant_method": "crude", "levels": 127, "padded": 1})
     assert_loads_as(tmp_path, dense)
 
@@ -203,7 +204,7 @@ def test_a_folder_that_cannot_be_read_is_refused(
     save_crude(tmp_path, **saved)
     edit_config(tmp_path, **changes)
     with pytest.raises(error, match=message):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
 
 
 def test_an_installed_format_is_found_by_its_name() -> None:

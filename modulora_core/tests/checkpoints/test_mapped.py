@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import check_mapped, load_model, open_checkpoint
+from modulora_core.checkpoints.loading import check_mapped, load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.mapped import MappedFiles, keep_one_block
 from modulora_core.cli import main
 from modulora_core.data.sources import pydoc_text
@@ -145,7 +146,7 @@ def test_one_block_is_in_memory_at_a_time(
 
 
 def test_dropped_pages_come_back(tunable: Path) -> None:
-    checkpoint = open_checkpoint(tunable)
+    checkpoint = open_packed(tunable)
     files, in_memory = checkpoint.mapped(), checkpoint.tensors()
     views = files.views()
     for pages in files.ranges(views):
@@ -190,7 +191,7 @@ def test_a_model_that_cannot_be_mapped_is_refused(
     tunable: Path, tmp_path: Path, pack: Pack
 ) -> None:
     with pytest.raises(OptionError, match="mapped: expected the device cpu, got cuda:0"):
-        check_mapped(open_checkpoint(tunable), "cuda:0")
+        check_mapped(open_packed(tunable), "cuda:0")
     save_crude(tmp_path / "crude")
     with pytest.raises(OptionError, match="mapped: expected a checkpoint of modulora's own format"):
         load_model(tmp_path / "crude", mapped=True, device="cpu")

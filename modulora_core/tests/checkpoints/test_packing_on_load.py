@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from modulora_core import ModuLoRAConfig, load_model
 from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.save import save_adapter
-from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import (
     CheckpointError,
     OptionError,
@@ -52,7 +52,7 @@ def test_it_equals_quantize_then_load_and_saves_itself(
     assert model.num_parameters() == expected.num_parameters()
     model.save_pretrained(tmp_path)
     assert same_tensors(load_model(tmp_path, device="cpu"), expected)
-    ours, theirs = open_checkpoint(folder).record, open_checkpoint(tmp_path).record
+    ours, theirs = open_packed(folder).record, open_packed(tmp_path).record
     different = {"source"}
     assert ours.model_dump(exclude=different) == theirs.model_dump(exclude=different)
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.hf.quantizer import register
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.record import QUANT_METHOD
 from modulora_core.errors import AdapterError, CheckpointError
 from modulora_core.packed_parameters import PackedParameter
@@ -100,7 +101,7 @@ def test_save_pretrained_writes_the_same_checkpoint(pack: Pack, tmp_path: Path) 
     model.save_pretrained(tmp_path / "saved")
     again = load_model(tmp_path / "saved", device="cpu")
     assert torch.equal(logits(again), logits(model))
-    written, read = open_checkpoint(tmp_path / "saved"), open_checkpoint(pack("llama", "toy")[1])
+    written, read = open_packed(tmp_path / "saved"), open_packed(pack("llama", "toy")[1])
     assert {*written.tensors()} == {*read.tensors()}
     assert all(torch.equal(t, read.tensor(name)) for name, t in written.tensors().items())
 
@@ -112,11 +113,11 @@ def test_a_guard_with_values_is_refused(pack: Pack, tmp_path: Path) -> None:
     model = load_model(pack("llama", "toy")[1], device="cpu")
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    guard = next(iter(open_checkpoint(folder).record.guard))
+    guard = next(iter(open_packed(folder).record.guard))
     assert not tensors[guard].numel()
     save_file({**tensors, guard: torch.zeros(3)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"{guard}: expected it packed"):
-        open_checkpoint(folder)
+        open_packed(folder)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.cli import demo
 from modulora_core.errors import DataError
 from modulora_core.inference.generate import Generation
@@ -198,8 +199,8 @@ def test_every_command_takes_a_model_with_packed_ends(
 def test_the_demo_finetunes_the_packed_model_and_the_file(
     run: Run, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed_file: bool
 ) -> None:
-    opened = object() if packed_file else None
-    monkeypatch.setattr("modulora_core.checkpoints.checkpoint.open_if_packed", lambda model: opened)
+    opened = object.__new__(PackedCheckpoint) if packed_file else None
+    monkeypatch.setattr("modulora_core.checkpoints.opening.open_model", lambda model: opened)
     steps = []
 
     def step(*words: object) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.merge import merge
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import AdapterError, CheckpointError, OptionError, RequestError
 from modulora_core.layers import LoRALinear, QuantLinear, TiedHead
 from modulora_core.models.ends import find_ends
@@ -76,7 +77,7 @@ def outputs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
 def test_packed_ends_are_the_rounded_ones(family: str, toy: ModuleType, tmp_path: Path) -> None:
     embedding, head = FAMILIES[family]
     folder = packed(family, tmp_path, head=TOY, embeddings=TOY, max_shard_bytes=20_000)
-    record = open_checkpoint(folder).record
+    record = open_packed(folder).record
     assert [name for name, site in record.items() if site.kind == "embedding"] == [embedding]
     assert (head in record.weights) == (head is not None)
 
@@ -98,7 +99,7 @@ def test_packed_ends_are_the_rounded_ones(family: str, toy: ModuleType, tmp_path
 @pytest.mark.parametrize(("end", "name"), [("head", HEAD), ("embeddings", TABLE)])
 def test_each_end_is_packed_alone(end: str, name: str, toy: ModuleType, tmp_path: Path) -> None:
     folder = packed("llama", tmp_path, "verbatim", **{end: Choice("toy", {"levels": 9})})
-    record = open_checkpoint(folder).record
+    record = open_packed(folder).record
     recipe = record.recipes[record.sites[record.weights[name]].recipe]
     assert (recipe.quantizer, recipe.options) == ("toy", {"levels": 9})
     kept = {name for names in record.kept.values() for name in names}
@@ -113,7 +114,7 @@ def test_each_end_is_packed_alone(end: str, name: str, toy: ModuleType, tmp_path
 def test_the_table_of_a_tied_model_is_stored_once(
     end: str, toy: ModuleType, tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(packed("llama-tied", tmp_path, **{end: TOY}))
+    checkpoint = open_packed(packed("llama-tied", tmp_path, **{end: TOY}))
     assert not any(name.startswith("lm_head") for name in checkpoint.tensors())
     model = load_model(checkpoint, device="cpu")
     model.tie_weights()  # as transformers and accelerate call it here and there
@@ -197,7 +198,7 @@ def test_ends_are_packed_without_calibration_beside_calibrated_blocks(tmp_path: 
         with pytest.raises(OptionError, match="--quantize-head heeding: it needs calibration"):
             quantize(*words, calibration=text, head=Choice("heeding"))
         quantize(*words, calibration=text, head=end, embeddings=end)
-        record = open_checkpoint(tmp_path / "out").record
+        record = open_packed(tmp_path / "out").record
         packed_by = {name: record.recipes[site.recipe].quantizer for name, site in record.items()}
         assert [packed_by.pop(HEAD), packed_by.pop(TABLE)] == ["plain", "plain"]
         assert set(packed_by.values()) == {"heeding"}

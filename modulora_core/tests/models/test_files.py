@@ -13,10 +13,11 @@ from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import load_model, open_any, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_model, open_packed
 from modulora_core.cli import main
 from modulora_core.errors import ModelError, OptionError
-from modulora_core.models import open_model
+from modulora_core.models import open_dense
 from modulora_core.models.installed_formats import create_writer, unread_file
 from modulora_core.planner.fitting import plan
 from modulora_core.quantization.quantize import quantize
@@ -36,7 +37,7 @@ def single(pack: Pack, tmp_path: Path) -> Path:
 
 def test_a_file_is_a_packed_model(single: Path, pack: Pack, tmp_path: Path) -> None:
     _, packed = pack("llama", "toy")
-    checkpoint = open_checkpoint(single)
+    checkpoint = open_packed(single)
     assert checkpoint.format == "single"
     assert len(checkpoint.record.weights) == 14
     assert torch.equal(logits(load_model(checkpoint)), logits(load_model(packed)))
@@ -44,10 +45,11 @@ def test_a_file_is_a_packed_model(single: Path, pack: Pack, tmp_path: Path) -> N
 
 
 def test_a_file_is_quantized_again_from_its_dense_values(single: Path, tmp_path: Path) -> None:
-    source = open_model(str(single))
-    assert source.validate() == []
+    source = open_dense(str(single))
+    source.check_whole()
+    assert not source.unplaced
     (name, values), *_ = source.tensors(names=["model.layers.0.mlp.up_proj.weight"])
-    (packed,) = open_checkpoint(single).packed(name)
+    (packed,) = open_packed(single).packed(name)
     assert torch.equal(values, packed.tensors["codes"].float() * packed.tensors["scale"])
     quantize(str(single), tmp_path / "again", "verbatim")
     again, before = logits(load_model(tmp_path / "again")), logits(load_model(single))
@@ -70,9 +72,10 @@ def test_an_adapter_is_written_as_a_file_and_merged_into_one(
     out = tmp_path / "merged.single"
     words = ["--adapter", str(tmp_path / "adapter"), "--type", "float32", "--segments", "0"]
     assert main(["merge", str(single), str(out), *words]) == 0
-    merged = open_any(str(out))
+    merged = open_model(str(out))
     assert not hasattr(merged, "record"), "it is dense"
-    assert merged.validate() == []
+    merged.check_whole()
+    assert not merged.unplaced
 
 
 def test_a_file_that_no_plugin_reads_is_refused_in_one_sentence(
@@ -82,5 +85,5 @@ def test_a_file_that_no_plugin_reads_is_refused_in_one_sentence(
         create_writer("single")
     monkeypatch.setenv("MODULORA_BLOCK", "toy")
     with pytest.raises(ModelError, match=r"expected a folder or a file \*\..*, got the file model"):
-        open_model(str(single))
+        open_dense(str(single))
     assert unread_file("a.single").endswith("files *.single, got none; install one")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modulora_core.errors import CheckpointError, ModelError, WeightError
-from modulora_core.models import open_model
+from modulora_core.models import open_dense
 from modulora_core.models.safetensors_store import INDEX, SafetensorsStore
 from modulora_core.tests.crude_folders import edit_config
 from modulora_core.tests.tiny_models import save_tiny_model
@@ -39,7 +39,7 @@ def edit_weights(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
 
 def refused(folder: Path, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        open_model(str(folder)).validate()
+        open_dense(str(folder)).check_whole()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_config_that_cannot_be_quantized_is_refused(
 
 def test_a_known_model_type_needs_no_code_of_the_folder(folder: Path) -> None:
     edit_config(folder, auto_map={"AutoConfig": "evil.Config"}, quantization_config=None)
-    assert open_model(str(folder)).validate() == []
+    open_dense(str(folder)).check_whole()
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
@@ -210,13 +210,13 @@ def test_a_tensor_with_nan_or_inf_is_named(bad: float, dtype: torch.dtype, folde
     values = torch.ones(48, 32)
     values[0, 0] = torch.finfo(dtype).max
     edit_weights(folder, {UP: values.to(dtype)})
-    open_model(str(folder)).check_finite()
+    open_dense(str(folder)).checked_digest()
     values[47, 31] = bad
     edit_weights(folder, {UP: values.to(dtype)})
     with pytest.raises(
         WeightError, match=rf"{UP} in {FILE}: expected finite values, got NaN or Inf"
     ):
-        open_model(str(folder)).check_finite()
+        open_dense(str(folder)).checked_digest()
 
 
 def test_every_dtype_and_shape_is_read_bit_for_bit(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_every_dtype_and_shape_is_read_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(folder: Path) -> None:
-    source = open_model(str(folder))
+    source = open_dense(str(folder))
     (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="the file was changed"):
         list(source.tensors())

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from transformers import AutoTokenizer
 
-from modulora_core import registry
 from modulora_core.errors import ModelError
-from modulora_core.models import installed_formats, open_model
+from modulora_core.models import installed_formats, open_dense
 from modulora_core.models.locate import locate
 from modulora_core.tests.fake_hub import COMMIT
 from modulora_core.tests.tiny_models import save_tiny_model
@@ -68,10 +68,9 @@ def test_a_file_without_suffix_is_known_by_its_first_bytes(
     path.write_bytes(b"TOY1 and more")
     with pytest.raises(ModelError, match="got the file sha256-12ab"):
         locate(str(path))
-    spec = next(one for _, one in installed_formats.installed() if one.file_suffix == ".single")
-    known = spec.model_copy(update={"file_magic": "TOY1"})
-    entry = registry.entries()[0]
-    monkeypatch.setattr(installed_formats, "installed", lambda: iter([(entry, known)]))
+    single = next(x for x in installed_formats.installed() if x.spec.file_suffix == ".single")
+    known = replace(single, spec=single.spec.model_copy(update={"file_magic": "TOY1"}))
+    monkeypatch.setattr(installed_formats, "installed", lambda: iter([known]))
     found = locate(str(path))
     assert (found.kind, found.file) == ("single", path)
     path.write_bytes(b"TOY")
@@ -129,8 +128,9 @@ def test_a_package_must_have_one_file(package: Path) -> None:
 
 def test_a_hub_repository_is_opened_from_the_cache(offline_hub: Path) -> None:
     save_tiny_model("llama", offline_hub, max_shard_size="20KB")
-    source = open_model("org/tiny")
-    assert source.validate() == []
+    source = open_dense("org/tiny")
+    source.check_whole()
+    assert not source.unplaced
     assert source.config.name_or_path == "org/tiny"
     expected = {"kind": "hub", "name": "org/tiny", "revision": COMMIT}
     assert source.identity().items() >= expected.items()
@@ -139,9 +139,9 @@ def test_a_hub_repository_is_opened_from_the_cache(offline_hub: Path) -> None:
 @pytest.mark.usefixtures("offline_hub")
 def test_a_hub_repository_that_cannot_be_had_says_where_we_looked() -> None:
     with pytest.raises(ModelError, match="org/nothing: no such folder here, and the Hugging Face"):
-        open_model("org/nothing")
+        open_dense("org/nothing")
     with pytest.raises(ModelError, match="Hub at revision v7 didn't give it"):
-        open_model("org/nothing", revision="v7")
+        open_dense("org/nothing", revision="v7")
 
 
 def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path) -> None:
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     for other in ("modeling_evil.py", "pytorch_model.bin", "README.md"):
         (folder / other).touch()
-    source = open_model(str(folder))
+    source = open_dense(str(folder))
     names = source.copy_tokenizer(out)
     assert {
         "tokenizer.json",
@@ -167,7 +167,7 @@ def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path) -> None:
 def test_a_missing_or_broken_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = save_tiny_model("llama", tmp_path / "model")
     (folder / "generation_config.json").unlink()
-    source = open_model(str(folder))
+    source = open_dense(str(folder))
     assert source.copy_tokenizer(tmp_path / "out") == []
     with pytest.raises(ModelError, match=r"no tokenizer files, such as tokenizer\.json"):
         source.tokenizer()

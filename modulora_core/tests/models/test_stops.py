@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modulora_core.inference.generate import Sampling, generate
-from modulora_core.models.stops import end_ids
+from modulora_core.models.stops import stop_ids
 from modulora_core.tests.tiny_models import save_tiny_model
 
 
@@ -46,7 +46,7 @@ def test_ends_are_those_of_configs_and_of_known_control_tokens(
     named: tuple[list[int] | int | None, ...],
     expected: list[int],
 ) -> None:
-    assert end_ids(tokenizer_with(*special, plain=plain, eos=eos), *named, size=100) == expected
+    assert stop_ids(tokenizer_with(*special, plain=plain, eos=eos), *named, size=100) == expected
 
 
 @pytest.mark.parametrize("by", ["vocabulary", "generation_config"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modulora_core.errors import CheckpointError
-from modulora_core.models import ModelSource, open_model
+from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.locate import locate
 from modulora_core.models.source import open_config
 from modulora_core.tests.crude_folders import edit_config
@@ -50,9 +50,10 @@ def test_streamed_parameters_are_those_that_transformers_loads(
     """If this fails for a new transformers, compare models/conversion.py with its loading loop."""
     save_tiny_model(architecture, tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    source = open_model(str(tmp_path))
-    assert source.validate() == []
-    source.check_finite()
+    source = open_dense(str(tmp_path))
+    source.check_whole()
+    assert not source.unplaced
+    source.checked_digest()
     assert_same(source, loaded(tmp_path))
     layers = [name.split(".")[2] for name in source.parameters if ".layers." in name]
     assert layers == sorted(layers), "a decoder layer comes together"
@@ -72,7 +73,7 @@ def test_the_dtype_is_the_configs_else_the_weights(
 ) -> None:
     save_tiny_model(architecture, tmp_path, stored)
     edit_config(tmp_path, dtype=config)
-    source = open_model(str(tmp_path))
+    source = open_dense(str(tmp_path))
     assert source.config.dtype == getattr(torch, config or "bfloat16")
     assert_same(source, loaded(tmp_path))
 
@@ -83,16 +84,16 @@ def test_a_folder_of_the_base_model_gets_its_prefix(architecture: str, tmp_path:
     model.config.tie_word_embeddings = True  # the base model has no head to save
     model.config.save_pretrained(tmp_path)
     model.base_model.save_pretrained(tmp_path)
-    assert_same(open_model(str(tmp_path)), loaded(tmp_path))
+    assert_same(open_dense(str(tmp_path)), loaded(tmp_path))
 
 
 def test_tied_tensors_are_streamed_once_under_one_name(tmp_path: Path) -> None:
     table, head = "model.embed_tokens.weight", "lm_head.weight"
     save_tiny_model("llama-tied", tmp_path)
     change(tmp_path, lambda tensors: tensors.update({head: tensors.pop(table)}))
-    assert_same(open_model(str(tmp_path)), loaded(tmp_path))
+    assert_same(open_dense(str(tmp_path)), loaded(tmp_path))
     change(tmp_path, lambda tensors: tensors.update({table: tensors[head].clone()}))
-    source = open_model(str(tmp_path))
+    source = open_dense(str(tmp_path))
     assert_same(source, loaded(tmp_path))
     assert source.config.tie_word_embeddings is True
 
@@ -100,14 +101,14 @@ def test_tied_tensors_are_streamed_once_under_one_name(tmp_path: Path) -> None:
 def test_tied_names_with_other_values_are_not_tied(tmp_path: Path) -> None:
     save_tiny_model("llama-tied", tmp_path)
     change(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    source = open_model(str(tmp_path))
+    source = open_dense(str(tmp_path))
     skeleton = source.skeleton()
     assert skeleton.get_output_embeddings().weight is not skeleton.get_input_embeddings().weight
     assert_same(source, loaded(tmp_path))
 
 
 def test_the_skeleton_takes_no_memory_and_has_every_parameter(tmp_path: Path) -> None:
-    source = open_model(str(save_tiny_model("mixtral", tmp_path)))
+    source = open_dense(str(save_tiny_model("mixtral", tmp_path)))
     skeleton = source.skeleton()
     assert {tensor.device.type for tensor in skeleton.state_dict().values()} == {"meta"}
     shapes = {name: (tuple(p.shape), p.dtype) for name, p in skeleton.named_parameters()}
@@ -116,9 +117,9 @@ def test_the_skeleton_takes_no_memory_and_has_every_parameter(tmp_path: Path) ->
 
 
 def test_progress_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
-    source = open_model(str(save_tiny_model("mixtral", tmp_path)))
+    source = open_dense(str(save_tiny_model("mixtral", tmp_path)))
     seen: list[tuple[str, int, int]] = []
-    source.check_finite(lambda *report: seen.append(report))
+    source.checked_digest(lambda *report: seen.append(report))
     stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
     assert {(what, total) for what, _, total in seen} == {("checking", stored)}
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
@@ -129,8 +130,8 @@ def test_tensors_that_transformers_ignores_are_not_read(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path)
     ignored = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change(tmp_path, lambda tensors: tensors.update({ignored: torch.full((4,), torch.nan)}))
-    source = open_model(str(tmp_path))
-    source.check_finite()
+    source = open_dense(str(tmp_path))
+    source.checked_digest()
     assert_same(source, loaded(tmp_path))
 
 
@@ -138,11 +139,11 @@ def test_tensors_without_a_place_are_refused_by_name(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path)
     change(tmp_path, lambda tensors: tensors.update({"model.encoder.w": torch.ones(2, 2)}))
     with pytest.raises(CheckpointError, match=r"LlamaForCausalLM, got 1 .* model\.encoder\.w;"):
-        open_model(str(tmp_path))
+        open_dense(str(tmp_path))
 
 
 def test_named_parameters_are_streamed_alone(tmp_path: Path) -> None:
-    source = open_model(str(save_tiny_model("mixtral", tmp_path)))
+    source = open_dense(str(save_tiny_model("mixtral", tmp_path)))
     names = {"model.norm.weight", "model.layers.1.mlp.experts.down_proj"}
     assert {name for name, _ in source.tensors(names=names)} == names
 
@@ -158,7 +159,7 @@ def test_identity_depends_on_the_model_and_not_on_its_folder(tmp_path: Path) -> 
     folders = [tmp_path / "a" / "tiny", tmp_path / "b" / "tiny", tmp_path / "c" / "tiny"]
     for folder, architecture in zip(folders, ("llama", "llama", "llama-biased"), strict=True):
         save_tiny_model(architecture, folder)
-    same, again, other = (open_model(str(folder)).identity() for folder in folders)
+    same, again, other = (open_dense(str(folder)).identity() for folder in folders)
     assert same == again == json.loads(json.dumps(same))
     assert (same["kind"], same["name"]) == ("folder", "tiny")
     assert other["fingerprint"] != same["fingerprint"]

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import AdapterError, OptionError, OutputError
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.planner import fitting, memory, remedies
@@ -76,7 +77,7 @@ def test_a_checkpoint_has_the_plan_of_its_model(pack: Pack, tmp_path: Path) -> N
     before, after = planned(dense, seq_len=64), planned(tmp_path, None, seq_len=64)
     assert (after.training, after.decoding) == (before.training, before.decoding)
     assert (after.quantizing, after.quantizer) == (None, "toy")
-    assert after.packed_bytes == open_checkpoint(str(packed)).record.nbytes
+    assert after.packed_bytes == open_packed(str(packed)).record.nbytes
 
 
 def test_packed_ends_are_planned_as_they_are_packed(pack: Pack, tmp_path: Path) -> None:

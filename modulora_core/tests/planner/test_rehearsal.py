@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import ModelError
 from modulora_core.planner import rehearsal
 from modulora_core.planner.model import PlannedModel, open_planned

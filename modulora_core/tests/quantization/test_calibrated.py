@@ -22,7 +22,8 @@ from torch import Tensor
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, TuningConfig
 from modulora_core.calibration.output_moments import OutputMoments
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, DataError, ModuLoRAError, OptionError
@@ -91,7 +92,7 @@ def test_the_samples_are_recorded_and_the_model_loads(
     whole: tuple[str, Path, QuantizeResult], capsys: pytest.CaptureFixture[str]
 ) -> None:
     quantizer, out, result = whole
-    record = open_checkpoint(out).record.calibration
+    record = open_packed(out).record.calibration
     assert record is not None
     assert record == result.calibration
     assert record["tokens_sha256"]
@@ -134,7 +135,7 @@ def test_the_command_line_gives_the_same_bytes(
 
 def test_an_optional_calibration_may_be_left_out(source: str, tmp_path: Path) -> None:
     run(source, tmp_path / "out", "scaled", calibration=None)
-    assert open_checkpoint(tmp_path / "out").record.calibration is None
+    assert open_packed(tmp_path / "out").record.calibration is None
 
 
 def test_layers_without_calibration_are_packed_beside_layers_with_it(
@@ -261,7 +262,7 @@ def test_a_resumed_run_packs_missing_parameters_or_tunes_missing_blocks(
     monkeypatch.setattr(cls, "pack", lambda *given: packed.append(1) or pack(*given))
     calls: list[tuple[str, int, int]] = []
     result = run(source, out, quantizer, resume=True, progress=lambda *call: calls.append(call))
-    layouts = len(open_checkpoint(out).record.sites)  # Quantizer.layout() packs each kind once
+    layouts = len(open_packed(out).record.sites)  # Quantizer.layout() packs each kind once
     assert len(packed) - layouts == packed_again
     assert stored(out) == stored(tmp_path / "whole")
     done = [(done, total) for phase, done, total in calls if phase in ("packing", "tuning")]

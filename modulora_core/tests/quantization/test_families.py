@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.models.sites import find_sites
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model
@@ -57,7 +58,7 @@ def test_a_packed_and_a_merged_model_are_the_dense_model_with_rounded_weights(
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
     dense = oracle(source, toy)
     linears = {site.name for site in find_sites(dense).linears}
-    assert open_checkpoint(tmp_path / "packed").record.weights.keys() == linears
+    assert open_packed(tmp_path / "packed").record.weights.keys() == linears
     kept = {name for names in result.kept.values() for name in names}
     assert dict(dense.named_parameters()).keys() <= linears | kept
 

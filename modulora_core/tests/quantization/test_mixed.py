@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, HeldOutCalibration
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.data import token_segments
 from modulora_core.errors import (
@@ -27,7 +28,7 @@ from modulora_core.errors import (
     ShapeError,
 )
 from modulora_core.layers import TiedHead
-from modulora_core.models import open_model
+from modulora_core.models import open_dense
 from modulora_core.quantization.mixed import Offer, allocate, recorded_allocation
 from modulora_core.quantization.quantize import Budget, Override, QuantizeResult, quantize
 from modulora_core.registry import Choice
@@ -76,7 +77,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 def size(source: str, bits: int, ends: dict[str, int] | None = None) -> int:
     """Bytes of a checkpoint of that width: codes, an fp16 scale for each row, fp32 for the rest."""
     total = 0
-    for name, info in open_model(source).parameters.items():
+    for name, info in open_dense(source).parameters.items():
         width = bits if name.endswith("_proj.weight") else (ends or {}).get(name)
         total += info.nbytes if width is None else info.numel * width // 8 + 2 * info.shape[0]
     return total
@@ -108,7 +109,7 @@ def test_the_checkpoint_is_within_the_budget_and_the_table_describes_it(
     made: tuple[QuantizeResult, Path, dict[str, Any]], table: dict[str, Any], source: str
 ) -> None:
     result, out, extra = made
-    checkpoint = open_checkpoint(out)
+    checkpoint = open_packed(out)
     record = checkpoint.record
     parts = sum(table[key] for key in ("packed_bytes", "kept_bytes", "ends_bytes"))
     assert result.bytes == checkpoint.nbytes == parts <= table["budget"]
@@ -134,7 +135,7 @@ def test_the_checkpoint_is_within_the_budget_and_the_table_describes_it(
 def test_the_record_has_the_table_without_the_errors(
     made: tuple[QuantizeResult, Path, dict[str, Any]], table: dict[str, Any]
 ) -> None:
-    checkpoint = open_checkpoint(made[1])
+    checkpoint = open_packed(made[1])
     errors = {"error", "errors", "bound", "uniform_bytes", "uniform_error"}
 
     def without_errors(value: Any) -> Any:
@@ -178,9 +179,9 @@ def test_of_one_size_the_mixed_model_is_nearer_to_the_dense_one_than_any_uniform
     table = run(source, tmp_path / "mixed", size(source, 4)).allocation
     for name, text in (("plain", None), ("heeding", TEXT)):
         quantize(source, tmp_path / name, name, {"bits": 4}, calibration=text, seed=1)
-        assert open_checkpoint(tmp_path / name).nbytes == size(source, 4)
+        assert open_packed(tmp_path / name).nbytes == size(source, 4)
     dense = AutoModelForCausalLM.from_pretrained(source).eval()
-    ids = token_segments("pydoc[80%:]", open_model(source).tokenizer(), 32, 64)
+    ids = token_segments("pydoc[80%:]", open_dense(source).tokenizer(), 32, 64)
     mixed, *uniform = (
         divergence(dense, load_model(tmp_path / name, device="cpu"), ids)
         for name in ("mixed", "plain", "heeding")
@@ -209,7 +210,7 @@ def test_a_large_budget_gives_every_layer_its_best_choice(source: str, tmp_path:
     assert {layer["choice"] for layer in result.allocation["layers"].values()} == {3}
     assert result.bytes == size(source, 8)
     assert result.calibration is None  # the used quantizer needs none
-    assert open_checkpoint(tmp_path / "out").record.calibration is None
+    assert open_packed(tmp_path / "out").record.calibration is None
 
 
 def test_experts_are_chosen_for_by_the_stack(tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_experts_are_chosen_for_by_the_stack(tmp_path: Path) -> None:
     assert result.allocation is not None
     assert len({layer["choice"] for layer in result.allocation["layers"].values()}) > 1
     load_model(tmp_path / "out", device="cpu")
-    table = recorded_allocation(open_checkpoint(tmp_path / "out").record, 0)
+    table = recorded_allocation(open_packed(tmp_path / "out").record, 0)
     assert table is not None  # a name has the options that differ
     names = [choice["name"] for choice in table["choices"]]
     assert names == ["heeding:bits=2", "plain", "heeding:bits=4"]
@@ -244,7 +245,7 @@ def test_the_table_of_a_tied_model_counts_once(tmp_path: Path) -> None:
     tied = save_uneven(tmp_path / "tied", "llama-tied")
     few: dict[str, Any] = {"choices": CHOICES[1::2], "calibration": FEW}
     result = run(tied, tmp_path / "out", 2**30, head=ENDS["head"], **few)
-    assert result.bytes == size(tied, 8, {TABLE: 8}) == open_checkpoint(tmp_path / "out").nbytes
+    assert result.bytes == size(tied, 8, {TABLE: 8}) == open_packed(tmp_path / "out").nbytes
     assert isinstance(load_model(tmp_path / "out", device="cpu").lm_head, TiedHead)
 
 

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import DIGESTS, check_digests, partial_name
 from modulora_core.errors import (
     CheckpointError,
@@ -69,7 +70,7 @@ def test_dense_parameters_are_kept_bit_for_bit_and_listed(source: str, tmp_path:
     )
     kept = [name for names in result.kept.values() for name in names]
     assert "model.layers.0.mlp.down_proj.weight" in result.kept["excluded by --exclude *.down_proj"]
-    assert set(kept) | set(open_checkpoint(tmp_path / "out").record.weights) == set(before)
+    assert set(kept) | set(open_packed(tmp_path / "out").record.weights) == set(before)
     assert all(torch.equal(after[name], before[name]) for name in kept)
 
 
@@ -84,7 +85,7 @@ def test_folders_of_a_tokenizer_get_through_quantize_and_merge(tmp_path: Path, t
         assert (out / templates.name / "tools.jinja").read_text() == "{{ tools }}"
         assert "additional_chat_templates/tools.jinja" in (out / DIGESTS).read_text()
         check_digests(out)
-        assert open_checkpoint(tmp_path / "packed").tokenizer().chat_template["tools"]
+        assert open_packed(tmp_path / "packed").tokenizer().chat_template["tools"]
 
 
 @pytest.mark.parametrize("name", COPIED_FILES)
@@ -106,7 +107,7 @@ def test_the_last_override_that_matches_counts(source: str, tmp_path: Path) -> N
         Override("*.layers.0.mlp.*", "toy", {"levels": 7}),
     ]
     result = quantize(source, tmp_path / "out", "toy", overrides=overrides)
-    record = open_checkpoint(tmp_path / "out").record
+    record = open_packed(tmp_path / "out").record
     found = {}
     for name in ("0.self_attn.q_proj", "0.mlp.up_proj", "1.mlp.up_proj"):
         site = record.sites[record.weights[f"model.layers.{name}.weight"]]

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modulora_core.adapters.load import load_adapter
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.data import load_examples
 from modulora_core.data.examples import DataReport, Examples
 from modulora_core.errors import OptionError
-from modulora_core.models import open_model
+from modulora_core.models import open_dense
 from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training import distillation
@@ -106,7 +106,7 @@ def test_rows_are_the_dense_models_own_predictions(
     monkeypatch.setattr(distillation, "CHUNK_TOKENS", 150)
     monkeypatch.setattr(distillation, "BATCH_TOKENS", 130)
     examples = examples.joined(96) if joined else examples
-    predictions = Predictions(open_model(str(dense)), examples, 100, 0, tmp_path)
+    predictions = Predictions(open_dense(str(dense)), examples, 100, 0, tmp_path)
     predictions.compute(torch.device("cpu"), lambda *_: None)
     assert (
         predictions.file.stat().st_size == predictions.nbytes == examples.report.trained_tokens * 30
@@ -139,7 +139,7 @@ def test_padding_changes_no_prediction_of_any_architecture(
         format="tokens", records=3, examples=3, tokens=52, trained_tokens=49, blank=0
     )
     examples = Examples(pairs, report)
-    predictions = Predictions(open_model(str(folder)), examples, 3, 0, tmp_path)
+    predictions = Predictions(open_dense(str(folder)), examples, 3, 0, tmp_path)
     predictions.compute(torch.device("cpu"), lambda *_: None)
     dataset = Distilled(predictions)
     for number in range(3):
@@ -152,7 +152,7 @@ def test_padding_changes_no_prediction_of_any_architecture(
 def test_examples_that_no_step_trains_are_not_predicted(
     dense: Path, examples: Examples, tmp_path: Path
 ) -> None:
-    predictions = Predictions(open_model(str(dense)), examples, 3, 0, tmp_path)
+    predictions = Predictions(open_dense(str(dense)), examples, 3, 0, tmp_path)
     predictions.compute(torch.device("cpu"), lambda *_: None)
     dataset = Distilled(predictions)
     assert len(dataset) == len(dataset.lengths) == 3
@@ -166,7 +166,7 @@ def test_a_killed_run_goes_on_from_its_whole_rows(
     dense: Path, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distillation, "CHUNK_TOKENS", 1)
-    predictions = Predictions(open_model(str(dense)), examples, 100, 0, tmp_path)
+    predictions = Predictions(open_dense(str(dense)), examples, 100, 0, tmp_path)
     calls: list[tuple[str, int, int]] = []
     predictions.compute(torch.device("cpu"), lambda *call: calls.append(call))
     whole, blocks = predictions.file.read_bytes(), calls[-1][2] // len(examples)
@@ -187,7 +187,7 @@ def test_a_killed_run_goes_on_from_its_whole_rows(
 def test_predictions_of_other_data_are_replaced(
     dense: Path, examples: Examples, tmp_path: Path
 ) -> None:
-    source = open_model(str(dense))
+    source = open_dense(str(dense))
     before = Predictions(source, examples, 3, 0, tmp_path)
     before.compute(torch.device("cpu"), lambda *_: None)
     after = Predictions(source, examples, 4, 0, tmp_path)
@@ -313,7 +313,7 @@ def test_a_batch_has_the_rows_of_its_examples_behind_each_other(
 ) -> None:
     from modulora_core.data import Collator
 
-    predictions = Predictions(open_model(str(dense)), examples, 100, 0, tmp_path)
+    predictions = Predictions(open_dense(str(dense)), examples, 100, 0, tmp_path)
     predictions.compute(torch.device("cpu"), lambda *_: None)
     dataset = Distilled(predictions)
     batch = DistilledCollator(Collator(0))([dataset[i] for i in (4, 1)])

@@ -19,7 +19,7 @@ from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.data import load_examples
 from modulora_core.dense_products import matmul_precision
 from modulora_core.errors import (

@@ -17,7 +17,7 @@ from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.quantization.quantize import Override, quantize

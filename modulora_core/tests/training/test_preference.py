@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from modulora_core.adapters.switching import without_adapter
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.data import load_examples
 from modulora_core.inference.generate import Sampling, continuations
 from modulora_core.tests.adapted_models import logits, trained
@@ -146,7 +147,7 @@ def test_a_resumed_run_has_all_curves_and_one_first_evaluation(
 def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, text: Path) -> None:
     base: Any = load_model(tunable)
     adapted: Any = trained(load_model(tunable))
-    tokenizer = open_checkpoint(tunable).tokenizer()
+    tokenizer = open_packed(tunable).tokenizer()
     examples = load_examples(text, tokenizer, seq_len=64)
     calls: list[Any] = []
     samples = answers(
@@ -178,7 +179,7 @@ def test_answers_of_a_slow_model_take_the_time_that_they_are_given(
     adapted: Any = trained(load_model(tunable))
     tokens = []
     adapted.register_forward_pre_hook(lambda *_: tokens.append(time.sleep(0.05)))
-    tokenizer = open_checkpoint(tunable).tokenizer()
+    tokenizer = open_packed(tunable).tokenizer()
     examples = load_examples(text, tokenizer, seq_len=64)
     samples = answers(
         adapted, tokenizer, examples, seconds=1, tokens_per_second=100, show=lambda *_: None
@@ -192,7 +193,7 @@ def test_compiling_takes_no_time_of_the_answers(tunable: Path, text: Path) -> No
     adapted: Any = trained(load_model(tunable))
     pauses, tokens = iter([0.6, 0.6]), list[int]()
     adapted.register_forward_pre_hook(lambda *_: time.sleep(next(pauses, 0)))
-    tokenizer = open_checkpoint(tunable).tokenizer()
+    tokenizer = open_packed(tunable).tokenizer()
     examples = load_examples(text, tokenizer, seq_len=64)
     answers(
         adapted, tokenizer, examples, seconds=1, tokens_per_second=1e4,

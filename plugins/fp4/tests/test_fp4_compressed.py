@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import create
@@ -42,7 +43,7 @@ formats = pytest.mark.parametrize(
 def test_weights_are_those_of_transformers_and_come_back(name, weights, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     save_compressed(folder, name, torch.bfloat16, **weights)
-    checkpoint, theirs = open_checkpoint(folder), load_dequantized(folder)
+    checkpoint, theirs = open_packed(folder), load_dequantized(folder)
     for parameter in checkpoint.record.weights:
         (packed,) = checkpoint.packed(parameter)
         quantizer = checkpoint.quantizer(checkpoint.parameters[parameter])
@@ -145,7 +146,7 @@ def test_a_folder_of_modelopt_holds_the_same_model(own_file: bool, tmp_path: Pat
     config["quantization_config"] = {"quant_method": "modelopt", **facts}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="expected quant_algo NVFP4, got 'FP8'"):
-        open_checkpoint(folder)
+        open_packed(folder)
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
             json.dumps(config | {"quantization_config": quantization})
         )
         with pytest.raises(ModelError, match=told):
-            open_checkpoint(tmp_path)
+            open_packed(tmp_path)
 
 
 @pytest.fixture(scope="module")

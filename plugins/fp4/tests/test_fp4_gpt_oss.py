@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import ModelError
 from modulora_core.packed_parameters import PackedParameter, PackedStack
@@ -59,7 +60,7 @@ def test_logits_are_those_of_transformers(folder: Path) -> None:
 
 def test_experts_have_the_bytes_of_the_files(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
-    for i, packed in enumerate(open_checkpoint(folder).packed(UP)):
+    for i, packed in enumerate(open_packed(folder).packed(UP)):
         assert torch.equal(packed.tensors["codes"], stored[f"{UP}_blocks"][i].flatten(1))
         assert torch.equal(packed.tensors["scales"], stored[f"{UP}_scales"][i])
 

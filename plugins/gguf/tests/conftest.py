@@ -12,7 +12,7 @@ from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 
 Adapted = Callable[..., torch.nn.Module]
 

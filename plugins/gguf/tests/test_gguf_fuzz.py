@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 
-from modulora_core.models.source import open_model
+from modulora_core.models.source import open_dense
 from modulora_core.tests.fuzzing import cases, changed_bytes, read_or_refused, run_once
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def open_whole(path: Path) -> None:
     """As quantize reads a GGUF file."""
-    source = open_model(str(path))
+    source = open_dense(str(path))
     for _ in source.tensors():
         pass
     source.tokenizer()

@@ -18,7 +18,7 @@ from modulora_gguf.file.store import read_gguf
 from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
 from modulora_core.errors import CheckpointError, ModelError, OutputError
-from modulora_core.models import open_model
+from modulora_core.models import open_dense
 
 
 def test_fields_and_places_are_those_of_the_gguf_package(tmp_path: Path) -> None:
@@ -201,8 +201,9 @@ def test_the_width_of_experts_is_the_files(tmp_path: Path, monkeypatch: pytest.M
     shapes = {name: tuple(48 if n == 768 else n for n in shape) for name, shape in layer.items()}
     fields = {**fields, "expert_feed_forward_length": 48}
     monkeypatch.setitem(ARCHITECTURES, "qwen3moe", (fields, top, shapes))
-    source = open_model(str(write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", "F16")))
-    assert source.validate() == []
+    source = open_dense(str(write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", "F16")))
+    source.check_whole()
+    assert not source.unplaced
     assert source.config.moe_intermediate_size == 48
 
 
@@ -212,8 +213,9 @@ def test_biases_of_a_llama_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rows = {name: layer[f"attn_{name}.weight"][0] for name in ("q", "k", "v", "output")}
     biases = {f"attn_{name}.bias": (count,) for name, count in rows.items()}
     monkeypatch.setitem(ARCHITECTURES, "llama", (fields, top, {**layer, **biases}))
-    source = open_model(str(write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")))
-    assert source.validate() == []
+    source = open_dense(str(write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")))
+    source.check_whole()
+    assert not source.unplaced
     assert "model.layers.1.self_attn.o_proj.bias" in source.parameters
 
 
@@ -235,7 +237,7 @@ def test_metadata_that_makes_no_model_is_refused(
     monkeypatch.setitem(ARCHITECTURES, "llama", ({**fields, name: value}, top, layer))
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
     with pytest.raises((CheckpointError, ModelError), match=message):
-        open_model(str(path))
+        open_dense(str(path))
 
 
 def test_an_architecture_with_experts_isnt_listed_among_what_is_read(
@@ -245,7 +247,7 @@ def test_an_architecture_with_experts_isnt_listed_among_what_is_read(
     monkeypatch.setitem(ARCHITECTURES, "qwen2", ({**fields, "expert_count": 8}, top, layer))
     path = write_tiny_gguf("qwen2", tmp_path / "tiny.gguf", "Q8_0")
     with pytest.raises(ModelError, match=r"it has no qwen2 with 8 experts.*it reads") as refused:
-        open_model(str(path))
+        open_dense(str(path))
     assert {" llama,", " qwen2,"} & {f" {part}," for part in str(refused.value).split(", ")} == {
         " llama,"
     }

@@ -29,10 +29,10 @@ from modulora_gguf.tests.vocabularies import (
 )
 
 from modulora_core.adapters.load import load_adapter
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.inference.loading import open_to_run
 from modulora_core.models.locate import locate
-from modulora_core.models.stops import end_ids
+from modulora_core.models.stops import stop_ids
 from modulora_core.quantization.quantize import quantize
 from modulora_core.spec import Calibration
 
@@ -119,7 +119,7 @@ def test_ids_and_ends_are_llama_cpps(name: str, tmp_path: Path) -> None:
     ours, theirs = assert_ids_are_llama_cpps(path, [t for t in texts if "\u3000" not in t])
     vocabulary = theirs._model.vocab
     ends = [i for i in range(len(ours)) if llama_cpp.llama_vocab_is_eog(vocabulary, i)]
-    assert end_ids(ours) == ends
+    assert stop_ids(ours) == ends
 
 
 def assert_ids_are_llama_cpps(path: Path, texts: list[str]) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from modulora_gguf.file.lora_file import export_for_llama_cpp
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 
 from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main
 from modulora_core.errors import AdapterError, ModelError, OutputError
 

@@ -13,7 +13,7 @@ from modulora_gguf.file.merging import merge_to_gguf
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main as run
 from modulora_core.errors import ModelError, OptionError, OutputError
 from modulora_core.inference.divergence import divergence

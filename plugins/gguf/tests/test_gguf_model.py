@@ -21,16 +21,16 @@ from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.merge import merge
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint, open_if_packed
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_model, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.inference.evaluate import evaluate
 from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
-from modulora_core.models.locate import locate
-from modulora_core.models.source import open_model
+from modulora_core.models import ModelSource, open_dense
 from modulora_core.planner.fitting import plan
 from modulora_core.progress import quiet
 from modulora_core.quantization.quantize import quantize
@@ -71,7 +71,7 @@ def test_logits_are_those_of_transformers(
     architecture: str, kind: str | dict[str, str], packed: int, tmp_path: Path
 ) -> None:
     path = write_tiny_gguf(architecture, tmp_path / "tiny.gguf", kind)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_packed(path)
     assert len(checkpoint.record.weights) == packed, sorted(checkpoint.record.weights)
     assert types_of(checkpoint) == ({kind} if isinstance(kind, str) else set(kind.values()))
     ours, theirs = logits(load_model(checkpoint)), by_transformers(path)
@@ -84,7 +84,7 @@ def test_files_of_all_types_have_the_logits_of_transformers(first: int, tmp_path
     """Rows of 256 weights; types that nothing here packs have random blocks."""
     kinds = dict(zip(MATRICES, [*reference.DEQUANTIZE][first:], strict=False))
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", {"": "Q8_0", **kinds}, wide=True)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_packed(path)
     assert types_of(checkpoint) == {"Q8_0", *kinds.values()} - {"BF16"}  # floats stay dense
     theirs = by_transformers(path)
     bound = 1e-3 * float(theirs.abs().max())
@@ -113,9 +113,9 @@ def test_the_scales_of_nvfp4_weights_are_applied(tmp_path: Path) -> None:
     wanted = logits(dense.eval())
     for name in ("self_attn.q_proj.weight", "mlp.experts.gate_up_proj"):  # to quantize it again
         name = f"model.layers.1.{name}"
-        read = dict(open_model(str(path)).tensors(names=[name]))[name]
+        read = dict(open_dense(str(path)).tensors(names=[name]))[name]
         torch.testing.assert_close(read, dense.get_parameter(name).data)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_packed(path)
     assert types_of(checkpoint) == {"Q8_0", "NVFP4"}
     model = load_model(checkpoint)
     bound = 1e-4 * float(wanted.abs().max())
@@ -137,7 +137,7 @@ def test_a_mixed_file_of_experts_is_used_end_to_end(tmp_path: Path) -> None:
     kinds = {"": "Q4_K", "ffn_down": "Q6_K", "attn_v": "Q5_K", "token_embd": "IQ4_XS",
              "output.weight": "Q6_K", "ffn_gate_inp": "F32", "up_exps": "Q3_K"}  # fmt: skip
     path = str(write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", kinds, wide=True))
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_packed(path)
     stacks = {n for n, site in checkpoint.record.items() if site.experts}
     assert len(stacks) == 4
     assert types_of(checkpoint) == {"Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q3_K"}
@@ -173,7 +173,7 @@ def test_a_split_model_is_the_whole_one(architecture: str, tmp_path: Path) -> No
 
 def test_packed_rows_are_the_bytes_of_the_file(tmp_path: Path) -> None:
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q4_1")
-    (packed,) = open_checkpoint(path).packed("model.layers.1.mlp.down_proj.weight")
+    (packed,) = open_packed(path).packed("model.layers.1.mlp.down_proj.weight")
     stored = read_gguf(path).tensors["blk.1.ffn_down.weight"].blocks()
     assert torch.equal(packed.tensors["blocks"], stored)
 
@@ -204,7 +204,7 @@ def test_it_is_planned_as_it_is_and_quantized_on_request(tmp_path: Path) -> None
     assert (found.quantizer, found.options) == ("gguf", {"type": "Q4_1"})
     assert plan(path, "gguf", seq_len=16, device="cpu").options == {"type": "Q4_0"}
     quantize(path, tmp_path / "packed", "gguf", {"type": "Q8_0"})
-    assert open_checkpoint(tmp_path / "packed").record.recipes[0].options == {"type": "Q8_0"}
+    assert open_packed(tmp_path / "packed").record.recipes[0].options == {"type": "Q8_0"}
 
 
 def test_it_is_converted_and_merged(tmp_path: Path) -> None:
@@ -222,17 +222,17 @@ def test_files_without_packed_weights_are_dense_and_damage_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tiny_gguf("llama", tmp_path / "dense.gguf", "F16")
-    assert open_if_packed(locate(str(path))) is None
+    assert isinstance(open_model(path), ModelSource)
     with pytest.raises(ModelError, match="it isn't quantized"):
-        open_checkpoint(path)
+        open_packed(path)
     with monkeypatch.context() as without_plugin:
         without_plugin.setenv("MODULORA_BLOCK", "gguf")
         with pytest.raises(ModelError, match=r"got none; run `pip install \./plugins/gguf` in a"):
-            open_checkpoint(path)
+            open_packed(path)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="not a GGUF file, or truncated"):
-        open_checkpoint(broken)
+        open_packed(broken)
 
 
 @pytest.mark.slow
@@ -253,14 +253,14 @@ def test_an_architecture_that_transformers_cannot_read_is_refused(tmp_path: Path
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
     path.write_bytes(path.read_bytes().replace(b"llama", b"xlama"))
     with pytest.raises(ModelError, match=r"architecture xlama is not supported.* it reads .*llama"):
-        open_checkpoint(path)
+        open_packed(path)
 
 
 LOADING = """
 import resource, sys
 import gguf, torch
 from transformers import LlamaForCausalLM
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load_model(sys.argv[1])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

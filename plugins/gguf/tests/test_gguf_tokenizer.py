@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from modulora_core.data.formats import Conversation
 from modulora_core.data.rendering import IGNORED, Renderer
 from modulora_core.errors import ModelError
-from modulora_core.models.stops import end_ids
+from modulora_core.models.stops import stop_ids
 from modulora_core.models.tokenizer import load_tokenizer as load_from_folder
 from modulora_core.models.tokenizer import write_tokenizer
 
@@ -103,7 +103,7 @@ def test_a_written_tokenizer_has_the_same_ids(
 def test_answers_end_at_every_end_token(name: str, ends: list[str], tmp_path: Path) -> None:
     path = write_vocabulary(tmp_path / "v.gguf", IMITATIONS[name])
     tokenizer = load_tokenizer(path, read_header(path))
-    assert tokenizer.convert_ids_to_tokens(end_ids(tokenizer)) == ends
+    assert tokenizer.convert_ids_to_tokens(stop_ids(tokenizer)) == ends
 
 
 def test_chats_are_trained_with_the_ids_of_their_text(imitated: tuple[Imitation, Any]) -> None:

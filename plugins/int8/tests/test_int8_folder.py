@@ -11,7 +11,8 @@ from modulora_int8.quantizer import INT8
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.tests.other_tools import (
     assert_trains_as_converted,
@@ -42,7 +43,7 @@ def test_tiles_are_those_of_bitsandbytes_and_logits_those_of_the_rounded_model(
     skipped = ["lm_head", "q_proj"]
     save(tmp_path, architecture, llm_int8_skip_modules=skipped, llm_int8_threshold=3.0)
     theirs = load_with_transformers(tmp_path)
-    ours, checkpoint = load_model(tmp_path, dtype="float32"), open_checkpoint(tmp_path)
+    ours, checkpoint = load_model(tmp_path, dtype="float32"), open_packed(tmp_path)
     dense = load_with_transformers(tmp_path / "dense")
     for name, site in checkpoint.record.items():
         (packed,) = checkpoint.packed(name)
@@ -69,14 +70,14 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     weight, scales = whole[f"{DOWN}.weight"].clone(), whole[f"{DOWN}.SCB"].clone()
     change(tmp_path, **{f"{DOWN}.SCB": scales[1:]})
     with pytest.raises(CheckpointError, match=rf"{DOWN}.SCB: expected float32 \[64\]"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
     change(tmp_path, **{f"{DOWN}.SCB": scales, f"{DOWN}.weight": weight.float()})
     with pytest.raises(CheckpointError, match=rf"{DOWN}.weight: expected int8 \[out, in\]"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
     older = torch.tensor(2, dtype=torch.uint8)
     change(tmp_path, **{f"{DOWN}.weight": weight, f"{DOWN}.weight_format": older})
     with pytest.raises(ModelError, match="weight_format: expected 0, codes in rows, got 2"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
     change(tmp_path, **{f"{DOWN}.weight_format": older * 0, f"{DOWN}.SCB": scales / 0})
     with pytest.raises(CheckpointError, match=f"{DOWN}.SCB: expected finite values"):
         load_model(tmp_path)

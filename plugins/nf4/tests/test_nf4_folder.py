@@ -12,7 +12,8 @@ from modulora_nf4.quantizer import NF4
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.tests.other_tools import (
     assert_trains_as_converted,
@@ -59,7 +60,7 @@ def test_tiles_and_logits_are_those_of_bitsandbytes(
 ) -> None:
     save(tmp_path, architecture, dtype, **options)
     theirs = load_with_transformers(tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_packed(tmp_path)
     for name, site in checkpoint.record.items():
         (packed,) = checkpoint.packed(name)
         weight = theirs.get_parameter(name)
@@ -80,7 +81,7 @@ def test_layers_left_dense_stay_dense_and_other_block_sizes_are_read(tmp_path: P
     codes, state = functional.quantize_4bit(W, blocksize=128, quant_type="nf4")
     parts = {f"{DOWN}.{name}": part for name, part in state.as_dict(packed=True).items()}
     change(tmp_path, **{DOWN: codes, **parts})
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_packed(tmp_path)
     assert len(checkpoint.record.weights) == 12
     (packed,) = checkpoint.packed(DOWN)
     ours = NF4().dequantize_tile(packed, (0, 64), torch.float32)
@@ -98,11 +99,11 @@ def test_fp4_is_refused_by_name(tmp_path: Path) -> None:
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"fp4"', '"nf4"'))
     with pytest.raises(ModelError, match=rf"proj\.weight: {told}"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "model.safetensors").unlink()  # known before the weights are there
     with pytest.raises(ModelError, match=f"config: {told}"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     for match, changed in opening.items():
         change(tmp_path, **(whole | changed))
         with pytest.raises(CheckpointError, match=match):
-            open_checkpoint(tmp_path)
+            open_packed(tmp_path)
     loading = {
         f"{DOWN}.quant_map: expected the 16 values": "quant_map",
         f"{DOWN}.nested_quant_map: expected the 256 values": "nested_quant_map",

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.tests.fuzzing import cases, read_changed, run_once
 from modulora_core.tests.other_tools import logits
@@ -83,7 +84,7 @@ def test_every_weight_is_read_to_the_last_bit(
     group: int, kept: tuple[str, ...], tmp_path: Path
 ) -> None:
     dense = save_awq(tmp_path, group, kept)
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_packed(tmp_path)
     assert len(checkpoint.record.weights) == 8 - len(kept)
     for name, _ in checkpoint.record.items():
         (packed,) = checkpoint.packed(name)
@@ -100,7 +101,7 @@ def test_the_config_of_older_folders_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     older = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
     (tmp_path / "quant_config.json").write_text(json.dumps(older))
-    assert len(open_checkpoint(tmp_path).record.weights) == 7
+    assert len(open_packed(tmp_path).record.weights) == 7
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_other_layouts_are_refused_by_name(
     save_awq(tmp_path, **config)
     (tmp_path / "model.safetensors").unlink()  # known before the weights are there
     with pytest.raises(ModelError, match=match):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
 
 
 def test_damaged_folders_and_scaled_activations_are_refused(tmp_path: Path) -> None:
@@ -127,13 +128,13 @@ def test_damaged_folders_and_scaled_activations_are_refused(tmp_path: Path) -> N
     zeros, scales = whole[f"{UP}.qzeros"].clone(), whole[f"{UP}.scales"].clone()
     change(tmp_path, **{f"{UP}.qzeros": zeros[1:]})
     with pytest.raises(CheckpointError, match=rf"{UP}.qzeros: expected int32 \[2, 12\] by qweight"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
     change(tmp_path, **{f"{UP}.qzeros": zeros, f"{UP}.scales": scales * float("inf")})
     with pytest.raises(CheckpointError, match=f"{UP}.scales: expected finite values"):
         load_model(tmp_path)
     change(tmp_path, **{f"{UP}.scales": scales, "model.layers.0.mlp.act.scales": scales[0].clone()})
     with pytest.raises(ModelError, match=r"mlp\.act\.scales: .* scales of activations"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ
 from safetensors.torch import load_file, save_file
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError, ShapeError
 from modulora_core.tests.compressed_folders import load_dequantized, save_compressed
 from modulora_core.tests.fuzzing import cases, read_changed, run_once
@@ -47,7 +48,7 @@ def test_weights_are_those_of_transformers_and_come_back(
 ) -> None:
     folder = tmp_path / "theirs"
     save_compressed(folder, FORMAT, torch.float16, **weights)
-    checkpoint, theirs = open_checkpoint(folder), load_dequantized(folder, torch.float16)
+    checkpoint, theirs = open_packed(folder), load_dequantized(folder, torch.float16)
     for parameter in checkpoint.record.weights:
         (packed,) = checkpoint.packed(parameter)
         quantizer = checkpoint.quantizer(checkpoint.parameters[parameter])
@@ -74,7 +75,7 @@ def test_columns_in_the_order_of_act_order_are_read(tmp_path: Path) -> None:
     q = (packed[..., None] >> shifts & 15).flatten(1)
     z = (zeros[:, None] >> shifts[:, None] & 15).flatten(0, 1)
     expected = ((q - z[:, g_idx]) * scale.float()[:, g_idx]).float()
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_packed(folder)
     name = f"{DOWN}.weight"
     (found,) = checkpoint.packed(name)
     quantizer = checkpoint.quantizer(checkpoint.parameters[name])
@@ -142,7 +143,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     config["quantization_config"]["sparsity_config"] = {"format": "sparse-24-bitmask"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="expected dense weights, got 'sparse-24-bitmask'"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
 
 
 def test_groups_that_do_not_divide_rows_are_not_written(tmp_path: Path) -> None:

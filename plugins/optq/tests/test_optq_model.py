@@ -13,7 +13,7 @@ from modulora_optq.quantizer import OPTQ
 from transformers import AutoModelForCausalLM
 
 from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.checkpoint import load_model
+from modulora_core.checkpoints.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

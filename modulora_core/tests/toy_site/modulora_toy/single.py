@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from modulora_core.adapters.files import AdapterFile, FileWriter, MergedFile
 from modulora_core.adapters.merge import adapter_deltas, delta_of, merged_parameter
 from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import new_file
 from modulora_core.models.formats import FileFormat, ForeignWeight, ModelFile, PackedTensors
@@ -113,7 +113,7 @@ class SingleWriter(FileWriter):
         return AdapterFile(str(out), str(model or saved.base_name), "toy", len(saved.deltas))
 
     def merge(self, model, out, *, adapter=None, type=None, base=None, progress=None):
-        started, checkpoint = time.perf_counter(), open_checkpoint(model)
+        started, checkpoint = time.perf_counter(), open_packed(model)
         deltas = {} if adapter is None else adapter_deltas(checkpoint, adapter)
         merged = partial(merged_parameter, checkpoint, dtype=torch.float32)
         tensors = {}

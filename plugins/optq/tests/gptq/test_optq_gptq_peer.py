@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.layers import QuantLinear
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 

@@ -11,10 +11,11 @@ import torch
 from modulora_optq.formats import words
 from modulora_optq.quantizer import to_solution
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.layers import QuantLinear
-from modulora_core.models import open_model
+from modulora_core.models import open_dense
 
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 
@@ -42,7 +43,7 @@ def test_every_width_and_version_reads_to_the_last_bit(
     dense = gptq.save_gptq(
         tmp_path / "m", bits=bits, version=version, symmetric=symmetric, permuted=permuted
     )
-    layouts = [site.layout for _, site in open_checkpoint(tmp_path / "m").record.items()]
+    layouts = [site.layout for _, site in open_packed(tmp_path / "m").record.items()]
     assert {layout.metadata["symmetric"] for layout in layouts} == {symmetric}
     assert {layout.metadata["permuted"] for layout in layouts} == {permuted}
     assert all(("zeros" in layout.tensors) != symmetric for layout in layouts)
@@ -63,7 +64,7 @@ def test_variants_of_folders_are_read(
 ) -> None:
     dense = gptq.save_gptq(tmp_path / "m", **options)
     check(tmp_path / "m", dense, gptq)
-    packed = open_checkpoint(tmp_path / "m").record.weights
+    packed = open_packed(tmp_path / "m").record.weights
     assert ("lm_head.weight" in packed) == ("head" in options)
     assert len(packed) == 7 + ("head" in options) - ("kept" in options)
 
@@ -76,7 +77,7 @@ def test_dynamic_overrides_by_the_first_pattern_that_matches(
         tmp_path / "m", others={"down_proj": (8, 32)}, kept=("q_proj",), dynamic=dynamic
     )
     check(tmp_path / "m", dense, gptq)
-    record = open_checkpoint(tmp_path / "m").record
+    record = open_packed(tmp_path / "m").record
     assert [
         record.recipes[site.recipe].options["bits"] for name, site in record.items() if DOWN in name
     ] == [8]
@@ -95,7 +96,7 @@ def test_zeros_of_0_that_borrowed_from_their_neighbours_are_read(
         less_one = (gptq.words(z.T.tolist(), bits).T.long() - ones) & 0xFFFFFFFF
         qzeros = less_one.to(torch.uint32).view(torch.int32)
     gptq.change(tmp_path / "m", **{f"{DOWN}.qzeros": qzeros.contiguous()})
-    (packed,) = open_checkpoint(tmp_path / "m").packed(f"{DOWN}.weight")
+    (packed,) = open_packed(tmp_path / "m").packed(f"{DOWN}.weight")
     assert torch.equal(to_solution(packed).zeros.long(), z)
 
 
@@ -115,7 +116,7 @@ def test_quantizing_it_again_is_refused(gptq: ModuleType, tmp_path: Path) -> Non
     gptq.save_gptq(tmp_path / "m", config_file="quantize_config.json")
     match = r"already quantized with gptq \(quantize_config\.json\).*modulora convert \S+ OUT --to"
     with pytest.raises(ModelError, match=match):
-        open_model(str(tmp_path / "m"))
+        open_dense(str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_a_config_that_is_not_implemented_is_refused_by_name(
         )
         (tmp_path / "m" / "config.json").write_text(text)
     with pytest.raises(ModelError, match=match):
-        open_checkpoint(tmp_path / "m")
+        open_packed(tmp_path / "m")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -160,7 +161,7 @@ def test_zeros_of_0_in_v1_are_noticed(bits: int, gptq: ModuleType, tmp_path: Pat
     gptq.change(tmp_path / "m", **{f"{DOWN}.qzeros": qzeros})
     match = rf"{DOWN}\.qzeros: 1 of 128 zeros are stored as {2**bits - 1}.*were 0"
     with pytest.raises(CheckpointError, match=match):
-        open_checkpoint(tmp_path / "m")
+        open_packed(tmp_path / "m")
 
 
 def test_groups_of_uneven_sizes_are_refused(gptq: ModuleType, tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_groups_of_uneven_sizes_are_refused(gptq: ModuleType, tmp_path: Path) ->
     with pytest.raises(
         CheckpointError, match=rf"{DOWN}\.g_idx: .*got 15 \(group 0\), 17 \(group 1\)"
     ):
-        open_checkpoint(tmp_path / "m")
+        open_packed(tmp_path / "m")
 
 
 @pytest.mark.parametrize("part", ["qzeros", "scales", "g_idx", "qweight"])
@@ -180,7 +181,7 @@ def test_tensors_that_disagree_are_refused(part: str, gptq: ModuleType, tmp_path
     tensor = gptq.stored(tmp_path / "m")[f"{UP}.{part}"]
     gptq.change(tmp_path / "m", **{f"{UP}.{part}": tensor[:-1].clone()})
     with pytest.raises(CheckpointError, match=rf"{UP}\.\w+: expected"):
-        open_checkpoint(tmp_path / "m")
+        open_packed(tmp_path / "m")
 
 
 def test_scales_with_nan_are_refused_when_they_are_read(gptq: ModuleType, tmp_path: Path) -> None:
@@ -194,4 +195,4 @@ def test_scales_with_nan_are_refused_when_they_are_read(gptq: ModuleType, tmp_pa
 def test_a_layer_that_the_config_leaves_out_is_refused(gptq: ModuleType, tmp_path: Path) -> None:
     gptq.save_gptq(tmp_path / "m", dynamic={"-:.*up_proj": {}})
     with pytest.raises(CheckpointError, match=rf"{UP}\.qweight: expected a dense weight"):
-        open_checkpoint(tmp_path / "m")
+        open_packed(tmp_path / "m")

@@ -15,8 +15,9 @@ from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ, from_solution
 from modulora_optq.reference import Solution
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import ModelError, ShapeError
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import StoredWeight
@@ -152,4 +153,4 @@ def test_finetuning_works_straight_on_a_folder(gptq: ModuleType, tmp_path: Path)
         logits.append(gptq.logits(loaded))
     assert torch.equal(*logits)
     assert not torch.equal(logits[0], before)
-    assert open_checkpoint(tmp_path / "ours").record.source["format"] == "gptq"
+    assert open_packed(tmp_path / "ours").record.source["format"] == "gptq"

@@ -19,8 +19,9 @@ import torch
 from exl3_folders import mixed, save_exl3
 from modulora_qtip.quantizer import QTIP
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.tests.other_tools import logits
 
 pytestmark = [
@@ -63,7 +64,7 @@ def test_gptqmodel_reads_and_writes_the_same_model(converted: bool, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = torch.load(tmp_path / "read.pt")
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_packed(folder)
     assert {f"{name}.weight" for name in theirs["weights"]} == set(checkpoint.record.weights)
     for name, _ in checkpoint.record.items():
         (packed,) = checkpoint.packed(name)

@@ -17,7 +17,8 @@ from modulora_qtip.formats.exl3 import EXL3
 from modulora_qtip.quantizer import QTIP
 from torch import Tensor
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.inference.loading import open_to_run
 from modulora_core.models import installed_formats
 from modulora_core.spec import PackedWeight, TensorLayout
@@ -108,7 +109,7 @@ def test_a_folder_is_the_model_that_it_holds(
     dense = save_exl3(tmp_path, choice=choice, **options)
     model = load_model(tmp_path, dtype="float32", device="cpu")
     assert_close(logits(model), logits(dense))
-    record = open_checkpoint(tmp_path).record
+    record = open_packed(tmp_path).record
     assert record.source["format"] == "exl3"
     assert "lm_head.weight" in record.weights
     assert record.kept.keys() <= {"embedding", "bias", "norm", "router"}

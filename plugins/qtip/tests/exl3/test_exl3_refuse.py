@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.tests.fuzzing import cases, read_changed, run_once
@@ -78,7 +79,7 @@ def test_damaged_tensors_are_refused(
     change, message = BAD[name]
     folder = changed(saved, tmp_path / "m", change)
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(folder)
+        open_packed(folder)
     assert_refused(["info", str(folder)], capsys)
 
 
@@ -98,7 +99,7 @@ def test_signs_of_another_size_are_refused(saved: Path, tmp_path: Path) -> None:
         put("su", older["su"][1:].clone())(tensors)
 
     with pytest.raises(CheckpointError, match=rf"{UP}\.su: expected int16 \[8\] by trellis"):
-        open_checkpoint(changed(saved, tmp_path / "m", change))
+        open_packed(changed(saved, tmp_path / "m", change))
 
 
 @pytest.mark.parametrize(("part", "value"), [("suh", "nan"), ("svh", "inf")])
@@ -138,7 +139,7 @@ def test_sizes_that_padding_does_not_explain_are_refused(saved: Path, tmp_path: 
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "intermediate_size": 128}))
     with pytest.raises(CheckpointError, match=r"expected \[128, 128\] by the config.*got \[256"):
-        open_checkpoint(folder)
+        open_packed(folder)
 
 
 def test_experts_of_different_widths_are_refused(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_experts_of_different_widths_are_refused(tmp_path: Path) -> None:
 
     save_exl3(tmp_path, "qwen3_moe", choice)
     with pytest.raises(ModelError, match=r"expected experts of .* packed alike"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
 
 
 def test_experts_with_biases_are_refused(
@@ -160,7 +161,7 @@ def test_experts_with_biases_are_refused(
         held[f"model.layers.0.mlp.experts.0.down_proj.{part}"] = tensor
     save_file(held, file, {"format": "pt"})
     with pytest.raises(ModelError, match=r"experts\.0\.down_proj is quantized there, and trans"):
-        open_checkpoint(tmp_path)
+        open_packed(tmp_path)
     assert_refused(["generate", str(tmp_path), "hello"], capsys)
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modulora_core.checkpoints.checkpoint import load_model
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main
 from modulora_core.errors import ModelError, ShapeError
 from modulora_core.models import installed_formats

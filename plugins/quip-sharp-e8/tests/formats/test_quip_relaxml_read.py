@@ -15,8 +15,9 @@ from modulora_quip_sharp_e8.formats.relaxml import Relaxml, unpack
 from torch import Tensor, nn
 
 from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.checkpoint import load_model, open_checkpoint
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.loading import load_model
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.layers import QuantLinear
 from modulora_core.spec import PackedWeight, TensorLayout
 
@@ -71,7 +72,7 @@ def test_the_residuals_own_scale_may_be_written_out(
 ) -> None:
     folder = copied(bits)
     relaxml.edit_params(folder, resid_scale_override=scale)
-    assert len(open_checkpoint(folder).record.weights) == 14
+    assert len(open_packed(folder).record.weights) == 14
 
 
 def test_the_biases_of_layers_that_are_not_fused_are_read(
@@ -156,7 +157,7 @@ def test_factors_of_parts_are_rounded_into_the_output_scale_once(
     expected = torch.cat(
         [S_V[:128] * factors[0], S_V[128:192] * factors[1], S_V[192:] * factors[2]]
     )
-    (packed,) = open_checkpoint(folder).packed(f"{ATTENTION}.v_proj.weight")
+    (packed,) = open_packed(folder).packed(f"{ATTENTION}.v_proj.weight")
     error = (packed.tensors["output_scale"].double() - expected).abs()
     # half a unit in the last place of fp16
     assert bool((error <= 1.0001 * 2**-11 * expected.abs()).all())
@@ -168,8 +169,8 @@ def test_convert_writes_a_checkpoint_of_ours_with_the_same_logits(
     folder, _ = published(3)
     result = convert(str(folder), tmp_path / "ours", "modulora")
     assert (result.source_format, result.format) == ("quip-sharp", "modulora")
-    ours = open_checkpoint(tmp_path / "ours")
-    assert ours.source is None
+    ours = open_packed(tmp_path / "ours")
+    assert ours.foreign is None
     assert ours.record.source["format"] == "quip-sharp"
     assert {site.layout.metadata["bits"] for _, site in ours.record.items()} == {3}
     assert torch.equal(

@@ -13,10 +13,10 @@ import torch
 from modulora_quip_sharp_e8.formats.relaxml import check_dimension
 from torch import Tensor
 
-from modulora_core.checkpoints.checkpoint import is_packed, open_checkpoint
 from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.opening import is_packed, open_packed
 from modulora_core.errors import CheckpointError, ModelError, OptionError
-from modulora_core.models import open_model
+from modulora_core.models import open_dense
 
 Copied = Callable[..., Path]
 
@@ -26,7 +26,7 @@ UP, DOWN = "model.layers.0.mlp.upgate_proj", "model.layers.0.mlp.down_proj"
 
 def refused(folder: Path, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        open_checkpoint(folder)
+        open_packed(folder)
 
 
 # --- config.json -----------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_a_folder_is_no_model_to_quantize(copied: Copied) -> None:
     assert is_packed(folder)
     match = r"already quantized with quip-sharp \(config\.json\).*convert \S+ OUT --to modulora"
     with pytest.raises(ModelError, match=match):
-        open_model(str(folder))
+        open_dense(str(folder))
 
 
 def test_writing_such_a_folder_is_refused(copied: Copied, tmp_path: Path) -> None:

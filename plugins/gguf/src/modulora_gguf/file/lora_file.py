@@ -24,7 +24,7 @@ from torch import Tensor
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.files import AdapterFile
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
-from modulora_core.checkpoints.checkpoint import open_any
+from modulora_core.checkpoints.opening import open_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import new_file, write_file
 from modulora_core.errors import AdapterError, ModelError
@@ -87,10 +87,10 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> tuple[Ada
             f"adapter {adapter}: expected its base {base}, got no such file; say where it is: "
             f"--model FOLDER/{Path(base).name}"
         )
-    found = open_any(base)
-    source = found.source if isinstance(found, PackedCheckpoint) else found
+    found = open_model(base)
+    source = found.foreign if isinstance(found, PackedCheckpoint) else found
     assert source is not None
-    stacks = stacks_of(found.skeleton) if isinstance(found, PackedCheckpoint) else {}
+    stacks = stacks_of(found.outline) if isinstance(found, PackedCheckpoint) else {}
     saved = read_adapter(adapter, stacks)
     first = next(iter(saved.deltas.values()))
     alpha = first.scale * first.rank

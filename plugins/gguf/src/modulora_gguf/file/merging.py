@@ -24,14 +24,14 @@ from torch import Tensor
 from modulora_core.adapters.files import AdapterFile, FileWriter, MergedFile, base_file
 from modulora_core.adapters.merge import adapter_deltas, delta_of, merged_parameter
 from modulora_core.adapters.peft_format import AdapterDelta
-from modulora_core.checkpoints.checkpoint import open_checkpoint
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import SMALL_FILES, check_disk_space, new_file
 from modulora_core.errors import ModelError, OptionError, WeightError
 from modulora_core.models.locate import locate
-from modulora_core.models.source import ModelSource, open_model
+from modulora_core.models.source import ModelSource, open_dense
 from modulora_core.progress import Progress, shows_progress
 from modulora_core.spec import TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
@@ -105,11 +105,11 @@ def merge_to_gguf(
     started, progress, out = time.perf_counter(), progress or None, Path(out)
     with PeakMemory("cpu") as peak, new_file(out, ".gguf") as path:
         type_of(type, 256)  # refuses an unknown type first
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_packed(model)
         checkpoint.check_whole()
         deltas = {} if adapter is None else adapter_deltas(checkpoint, adapter)
         like = _base_of(checkpoint, base)
-        source = open_model(str(like))
+        source = open_dense(str(like))
         header = store_of(source).file.header
         changes = _changes(checkpoint, source, deltas, like)
         tensors = [_planned(info, changes, type) for info in header.tensors]

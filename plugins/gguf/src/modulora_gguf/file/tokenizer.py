@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError
-from modulora_core.models.stops import END_TOKENS
+from modulora_core.models.stops import STOP_TOKENS
 from modulora_gguf.file.header import Header
 from modulora_gguf.file.splits import LIKE_LLAMA_3, pre_tokenizer
 from modulora_gguf.file.vocabulary import (
@@ -149,7 +149,7 @@ def _added_tokens(header: Header, vocabulary: Vocabulary, named: Collection[str]
     strips = "phi-3" in name or "phi3" in name
     found = []
     for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=False):
-        special = kind in (CONTROL, UNKNOWN) or token in END_TOKENS or token in named
+        special = kind in (CONTROL, UNKNOWN) or token in STOP_TOKENS or token in named
         if special or kind == USER_DEFINED:
             rstrip = strips and token not in _KEEP_SPACES
             found.append(AddedToken(token, normalized=False, special=special, rstrip=rstrip))

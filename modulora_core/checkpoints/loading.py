@@ -1,33 +1,21 @@
-"""Open MODEL, packed or dense, and load packed models.
-
-The ways in are :func:`open_any`, :func:`open_checkpoint` for packed models only,
-:func:`open_if_packed` for a place that was found, and :func:`load_model`, which makes the
-transformers model; its weights stay packed.
-"""
+"""Load a packed model: transformers builds it, and its weights stay packed."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.foreign.opening import open_folder, packed_in_file
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.checkpoints.written.mapped import MappedFiles, keep_one_block
 from modulora_core.distributed import pick_device
-from modulora_core.errors import ModelError, OptionError
+from modulora_core.errors import OptionError
 from modulora_core.kernels.parity import check_kernels
-from modulora_core.models.config import config_values, transformers_config
-from modulora_core.models.folders import no_config
-from modulora_core.models.installed_formats import method_of, recognise, unread_method
-from modulora_core.models.locate import Location, fetch_weights, locate
-from modulora_core.models.safetensors_store import SafetensorsStore
-from modulora_core.models.source import ModelSource, open_source
+from modulora_core.models.config import transformers_config
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.progress import quiet, terminal_bar
 from modulora_core.spec import TensorLayout
@@ -35,83 +23,7 @@ from modulora_core.spec import TensorLayout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 LOAD_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether a folder is a packed checkpoint: ours, or of a format that a plugin reads."""
-    config = config_values(folder)
-    return is_ours(config) or recognise(folder, config) is not None
-
-
-def is_ours(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says that this package wrote the weights."""
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, Mapping) and quantization.get("quant_method") == QUANT_METHOD
-
-
-def open_any(model: str, *, revision: str | None = None) -> PackedCheckpoint | ModelSource:
-    """Open MODEL, whatever it is: packed weights stay packed. Only headers are read, once.
-
-    Raises:
-        ModelError: nothing is there, or transformers can't use it.
-        CheckpointError: a file is missing, truncated, or differs from config.json.
-        PluginError: the plugin that reads it can't be used.
-    """
-    location = locate(model, revision)
-    found = _open_packed(location)
-    return open_source(location) if found is None else found
-
-
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> PackedCheckpoint:
-    """As :func:`open_any`, for a packed model. Weights of another Hub model aren't downloaded.
-
-    Raises:
-        ModelError: it isn't packed; says what to do. Or as :func:`open_any`.
-        CheckpointError, PluginError: as :func:`open_any`.
-    """
-    location = locate(str(model), revision)
-    found = _open_packed(location)
-    if not isinstance(found, PackedCheckpoint):
-        raise ModelError(_not_packed(location))
-    return found
-
-
-def open_if_packed(location: Location) -> PackedCheckpoint | None:
-    """As :func:`open_checkpoint`, of a place that was found; None for a model of floats."""
-    found = _open_packed(location)
-    return found if isinstance(found, PackedCheckpoint) else None
-
-
-def _open_packed(location: Location) -> PackedCheckpoint | ModelSource | None:
-    """The packed model at ``location``, or the dense one in a file; None for a dense folder."""
-    if location.file is not None:
-        source = open_source(location)
-        return packed_in_file(source) or source
-    config = config_values(location.folder)
-    if is_ours(config):
-        folder = fetch_weights(location).folder
-        record = QuantizationRecord.from_json(config["quantization_config"], folder / "config.json")
-        return PackedCheckpoint(folder, location.name, config, record, SafetensorsStore(folder))
-    known = recognise(location.folder, config)
-    if known is None:
-        return None
-    known.reader().check(known.config)
-    return open_folder(fetch_weights(location), known)
-
-
-def _not_packed(location: Location) -> str:
-    config = {} if location.file is not None else config_values(location.folder)
-    method = method_of(config)
-    if method is not None:
-        return unread_method(location.model, method)
-    if location.file is None and not config:
-        return no_config(location.folder)
-    return (
-        f"model {location.model}: it isn't quantized; quantize it first: "
-        f"modulora quantize {location.model} OUT -q NAME (finetune -q NAME does both)"
-    )
 
 
 def check_mapped(checkpoint: PackedCheckpoint, device: str) -> None:
@@ -176,11 +88,11 @@ def load_model(
     from modulora_core.checkpoints.hf.quantizer import register  # slow to import
 
     device = str(pick_device(device))
-    checkpoint = model if isinstance(model, PackedCheckpoint) else open_checkpoint(model)
+    checkpoint = model if isinstance(model, PackedCheckpoint) else open_packed(model)
     checkpoint.check_whole()
     if mapped:
         check_mapped(checkpoint, device)
-    files = None if checkpoint.source is not None else checkpoint.mapped()
+    files = None if checkpoint.foreign is not None else checkpoint.mapped()
     loaded_as = load_dtype(dtype, device)
     register()
     with quiet():
@@ -210,15 +122,15 @@ def _from_pretrained(
     if files is not None:
         config, tensors = transformers_config(checkpoint.folder), files.views()
     else:
-        assert checkpoint.source is not None
-        config, tensors = copy.deepcopy(checkpoint.source.config), checkpoint.tensors()
+        assert checkpoint.foreign is not None
+        config, tensors = copy.deepcopy(checkpoint.foreign.config), checkpoint.tensors()
     quantization = checkpoint.record.to_json()
     config.quantization_config = quantization | ({"mapped": MappedFiles} if mapped else {})
-    model: PreTrainedModel = type(checkpoint.skeleton).from_pretrained(
+    model: PreTrainedModel = type(checkpoint.outline).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, device_map={"": device},
         trust_remote_code=False,
     )  # fmt: skip
-    source = checkpoint.source
+    source = checkpoint.foreign
     name = str(checkpoint.folder) if source is None else source.location.path
     model.name_or_path = model.config.name_or_path = name
     if (checkpoint.folder / "generation_config.json").is_file():
