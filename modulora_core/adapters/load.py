@@ -25,6 +25,7 @@ from modulora_core.adapters.peft_format import (
 )
 from modulora_core.adapters.record import describe_base
 from modulora_core.arguments import checked
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import split_like, whole
 from modulora_core.errors import AdapterError
 from modulora_core.layers import LoRALayer
@@ -60,7 +61,7 @@ def load_adapter(
     """
     adapter = read_adapter(path, stacks_of(model), heads=True)
     _check_heads(adapter, model)
-    check_fit(adapter, model, model_name(model))
+    _check_fit(adapter, model, model_name(model))
     check_name_is_free(model, name)
     for module, delta in adapter.deltas.items():
         layer = lora_layer(model, module)
@@ -96,7 +97,19 @@ def restore_adapter(model: nn.Module, path: str | Path, name: str = "default") -
     _copy_heads(saved, model)
 
 
-def check_fit(
+def adapter_for(checkpoint: PackedCheckpoint, path: str | Path) -> SavedAdapter:
+    """Read an adapter for the model of a checkpoint, whose weights are not loaded.
+
+    Raises:
+        AdapterError: it is no LoRA adapter, or it does not fit the model.
+    """
+    model = checkpoint.outline
+    adapter = read_adapter(path, stacks_of(model))
+    _check_fit(adapter, model, str(checkpoint.folder), checkpoint.tensor)
+    return adapter
+
+
+def _check_fit(
     adapter: SavedAdapter,
     model: nn.Module,
     here: str,

@@ -17,9 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modulora_core.adapters.expert_format import stacks_of
-from modulora_core.adapters.load import check_fit
-from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
+from modulora_core.adapters.load import adapter_for
+from modulora_core.adapters.peft_format import AdapterDelta
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
@@ -98,9 +97,7 @@ def merge(
         check_output(out)
         checkpoint = open_packed(model)
         checkpoint.check_whole()
-        deltas: Mapping[str, AdapterDelta] = (
-            {} if adapter is None else adapter_deltas(checkpoint, adapter)
-        )
+        deltas = {} if adapter is None else adapter_for(checkpoint, adapter).deltas
         shards = plan_shards(dict(_dense_layouts(checkpoint, dtype)))
         nbytes = sum(shard.nbytes for shard in shards)
         check_disk_space(out, nbytes + SMALL_FILES)
@@ -119,14 +116,6 @@ def merge(
             write_digests(folder)
     seconds = time.perf_counter() - started
     return MergeResult(str(out), dtype, nbytes, len(deltas), seconds, peak.nbytes)
-
-
-def adapter_deltas(checkpoint: PackedCheckpoint, path: str | Path) -> Mapping[str, AdapterDelta]:
-    """Read the adapter. Raises AdapterError if it does not fit the checkpoint."""
-    model, here = checkpoint.outline, str(checkpoint.folder)
-    adapter = read_adapter(path, stacks_of(model))
-    check_fit(adapter, model, here, checkpoint.tensor)
-    return adapter.deltas
 
 
 def _dense_layouts(checkpoint: PackedCheckpoint, dtype: str) -> Iterator[tuple[str, TensorLayout]]:
@@ -176,11 +165,11 @@ def _merged(
     matrices = [W] if stored.experts is None else W
     changes = [None] * len(matrices) if delta is None else delta.matrices()
     for packed, matrix, change in zip(checkpoint.packed(name), matrices, changes, strict=True):
-        _unpack(quantizer, packed, change, matrix.t() if stored.transposed else matrix)
+        _merge_matrix(quantizer, packed, change, matrix.t() if stored.transposed else matrix)
     return W
 
 
-def _unpack(
+def _merge_matrix(
     quantizer: Quantizer, packed: PackedWeight, delta: AdapterDelta | None, W: Tensor
 ) -> None:
     """Write diag(v) Ŵ diag(u) + s · B A to ``W``, ``[out, in]`` of any strides, tile by tile."""

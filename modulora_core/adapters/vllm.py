@@ -17,11 +17,10 @@ from typing import Any
 import torch
 
 from modulora_core.adapters.expert_format import Stack, stacks_of
-from modulora_core.adapters.load import check_fit
+from modulora_core.adapters.load import adapter_for
 from modulora_core.adapters.peft_format import (
     AdapterDelta,
     SavedAdapter,
-    read_adapter,
     write_adapter,
 )
 from modulora_core.checkpoints.opening import open_packed
@@ -63,8 +62,7 @@ def export_for_vllm(adapter: str, out: str | Path, *, model: str) -> ExportResul
     checkpoint = open_packed(model)
     outline = checkpoint.outline
     stacks = stacks_of(outline)
-    saved = read_adapter(adapter, stacks)
-    check_fit(saved, outline, str(checkpoint.folder), checkpoint.tensor)
+    saved = adapter_for(checkpoint, adapter)
     if saved.has_channel_scales:
         raise AdapterError(
             f"adapter {adapter}: expected A and B only, got channel scales, which vLLM doesn't "

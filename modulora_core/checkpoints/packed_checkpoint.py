@@ -124,7 +124,7 @@ class PackedCheckpoint:
         Raises:
             CheckpointError: a scale is NaN or infinite.
         """
-        site = self.record.sites[self.record.weights[parameter]]
+        site = self.record.site(parameter)
         for prefix in site.prefixes(parameter):
             weight = site.layout.fill(
                 {name: self.tensor(f"{prefix}.{name}") for name in site.layout.tensors}

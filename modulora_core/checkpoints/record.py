@@ -181,6 +181,10 @@ class QuantizationRecord(_Frozen):
     allocation: Mapping[str, Any] | None = None
     """How a budget chose the quantizers of the layers, if one did."""
 
+    def site(self, parameter: str) -> PackedSite:
+        """How a packed parameter is packed."""
+        return self.sites[self.weights[parameter]]
+
     def items(self) -> Iterator[tuple[str, PackedSite]]:
         """Each packed parameter with its site."""
         for name, index in self.weights.items():

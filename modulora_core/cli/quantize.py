@@ -157,23 +157,13 @@ def command(
     offered = [Choice.parse(choice, "--choices") for choice in choices]
     overrides = [_override(text) for text in override]
     options = parse_options(option)
-    common: dict[str, Any] = {
-        "include": include,
-        "exclude": exclude,
-        "head": parse_choice(quantize_head, "--quantize-head"),
-        "embeddings": parse_choice(quantize_embeddings, "--quantize-embeddings"),
-        "calibration": _calibration(
-            calibration, tune_epochs, tune_lr, samples=samples, seq_len=seq_len,
-            batch_size=batch_size, spill=spill, sequential=true_sequential,
-            weighting=calibration_weighting,
-        ),
-        "quality": quality,
-        "device": device,
-        "seed": seed,
-        "max_shard_bytes": max_shard_size,
-        "resume": resume,
-        "revision": revision,
-    }  # fmt: skip
+    head = parse_choice(quantize_head, "--quantize-head")
+    embeddings = parse_choice(quantize_embeddings, "--quantize-embeddings")
+    text = _calibration(
+        calibration, tune_epochs, tune_lr, samples=samples, seq_len=seq_len,
+        batch_size=batch_size, spill=spill, sequential=true_sequential,
+        weighting=calibration_weighting,
+    )  # fmt: skip
     with terminal().progress("reading", "bytes") as show:
         if quantizer is not None:
             create(quantizer, options)  # refuse wrong options before seconds of imports
@@ -181,8 +171,12 @@ def command(
 
         chosen = quantizer if budget is None else Budget(budget, offered)
         assert chosen is not None
-        common |= {"overrides": overrides, "progress": show}
-        result = quantize(model, out, chosen, options, **common)
+        result = quantize(
+            model, out, chosen, options, quality=quality,  # type: ignore[arg-type]  # checked there
+            overrides=overrides, include=include, exclude=exclude, head=head,
+            embeddings=embeddings, calibration=text, device=device, seed=seed,
+            max_shard_bytes=max_shard_size, resume=resume, revision=revision, progress=show,
+        )  # fmt: skip
     return Report(result.to_json(), _text(result.to_json()))
 
 

@@ -21,7 +21,6 @@ from modulora_core.calibration import CalibrationConfig, calibration_text
 from modulora_core.checkpoints.opening import is_packed, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES
 from modulora_core.models import ParameterInfo, open_dense
 from modulora_core.progress import Progress
 from modulora_core.quantization.layout import Selection, choose_layout
@@ -76,9 +75,8 @@ class Unpacked:
         if self._calibration is not None:
             text = calibration_text(self._source, self._calibration, seed=0)
         layout = choose_layout(
-            self._source, choice, (), Selection(embeddings=embeddings), calibration=text, seed=0,
-            max_shard_bytes=MAX_SHARD_BYTES,
-        )  # fmt: skip
+            self._source, choice, (), Selection(embeddings=embeddings), calibration=text, seed=0
+        )
         self.config: dict[str, Any] = self._source.config.to_dict()
         self.record: QuantizationRecord = layout.record
         self.parameters: dict[str, ParameterInfo] = dict(self._source.parameters)

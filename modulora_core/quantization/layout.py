@@ -1,6 +1,6 @@
 """Decides how every parameter is stored, before any weight is read.
 
-A quantizer packs each parameter, or the parameter stays dense. The dtype, shape and place of every
+A quantizer packs each parameter, or the parameter stays dense. The name, dtype and shape of every
 tensor in the files follow.
 """
 
@@ -16,7 +16,6 @@ from modulora_core.arguments import check_fields
 from modulora_core.calibration import CalibrationText, find_blocks
 from modulora_core.checkpoints.record import PackedSite, QuantizationRecord, Recipe
 from modulora_core.checkpoints.written.parameters import by_reason, packed_sites
-from modulora_core.checkpoints.written.shards import Shard, plan_shards
 from modulora_core.errors import OptionError
 from modulora_core.models import ModelSource
 from modulora_core.models.ends import End, find_ends
@@ -43,14 +42,14 @@ class Layout:
 
     Attributes:
         record: the checkpoint's ``quantization_config``; quantizers: of its recipes.
-        shards: the files.
+        tensors: every tensor of the files, in their order.
         linears: the packed parameters.
         calibration: the samples; None if no quantizer uses any.
     """
 
     record: QuantizationRecord
     quantizers: tuple[Quantizer, ...]
-    shards: tuple[Shard, ...]
+    tensors: Mapping[str, TensorLayout]
     linears: tuple[LinearSite, ...]
     calibration: CalibrationText | None
 
@@ -59,7 +58,7 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        return sum(shard.nbytes for shard in self.shards)
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def request(self) -> dict[str, Any]:
@@ -114,7 +113,6 @@ def choose_layout(
     *,
     calibration: CalibrationText | None,
     seed: int,
-    max_shard_bytes: int,
 ) -> Layout:
     """Choose how every parameter is stored: by ``choice`` and its exceptions. Reads no weight.
 
@@ -145,10 +143,11 @@ def choose_layout(
             f"they are ({stays}); leave out fewer with --include and --exclude, or name a "
             "quantizer for an end with --quantize-head or --quantize-embeddings"
         )
-    chosen |= {end.site.name: choice_of_end(end, quantizers) for end in ends}
+    chosen |= {end.site.name: index_for_end(end, quantizers) for end in ends}
     linears += [end.site for end in ends]
-    return layout_with(source, quantizers, linears, chosen, dense, calibration=calibration,
-                       seed=seed, max_shard_bytes=max_shard_bytes)  # fmt: skip
+    return layout_with(
+        source, quantizers, linears, chosen, dense, calibration=calibration, seed=seed
+    )
 
 
 def _chosen(linears: Sequence[LinearSite], overrides: Sequence[Override]) -> dict[str, int]:
@@ -165,8 +164,8 @@ def _chosen(linears: Sequence[LinearSite], overrides: Sequence[Override]) -> dic
     return chosen
 
 
-def choice_of_end(end: End, choices: list[Quantizer]) -> int:
-    """The index of an end's quantizer in ``choices``, which gets the quantizer if it lacks it.
+def index_for_end(end: End, quantizers: list[Quantizer]) -> int:
+    """The index of an end's quantizer in ``quantizers``, to which it is added if it is missing.
 
     Raises:
         PluginError, OptionError: the quantizer or an option is refused, or it needs calibration.
@@ -177,11 +176,11 @@ def choice_of_end(end: End, choices: list[Quantizer]) -> int:
             f"--{end.option} {quantizer.spec.name}: it needs calibration, and nothing is "
             "calibrated outside of the decoder blocks; choose a quantizer that needs none"
         )
-    for index, other in enumerate(choices):
+    for index, other in enumerate(quantizers):
         if (other.spec.name, other.options) == (quantizer.spec.name, quantizer.options):
             return index
-    choices.append(quantizer)
-    return len(choices) - 1
+    quantizers.append(quantizer)
+    return len(quantizers) - 1
 
 
 def layout_with(
@@ -193,7 +192,6 @@ def layout_with(
     *,
     calibration: CalibrationText | None,
     seed: int,
-    max_shard_bytes: int,
     allocation: Mapping[str, Any] | None = None,
 ) -> Layout:
     """The layout with each of ``linears`` packed by ``quantizers[chosen[name]]``.
@@ -216,8 +214,8 @@ def layout_with(
         kept=by_reason({n: reason for n, reason in dense.items() if reason not in packed_too}),
         allocation=allocation,
     )
-    shards = tuple(plan_shards(dict(_stored_tensors(source, record)), max_shard_bytes))
-    return Layout(record, tuple(quantizers), shards, tuple(linears), calibration)
+    tensors = dict(_stored_tensors(source, record))
+    return Layout(record, tuple(quantizers), tensors, tuple(linears), calibration)
 
 
 def _check_calibration(choices: Sequence[Quantizer], calibration: CalibrationText | None) -> None:
@@ -254,7 +252,7 @@ def _stored_tensors(
 ) -> Iterator[tuple[str, TensorLayout]]:
     for name, info in source.parameters.items():
         if name in record.weights:
-            yield from record.sites[record.weights[name]].tensors(name)
+            yield from record.site(name).tensors(name)
         else:
             yield name, TensorLayout(str(info.dtype).removeprefix("torch."), tuple(info.shape))
     yield from record.guard.items()

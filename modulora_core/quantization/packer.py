@@ -179,7 +179,7 @@ class _Packer(Packing):
             self.writer.write(packed.name, tensors)
 
     def _site(self, name: str) -> PackedSite:
-        return self.layout.record.sites[self.layout.record.weights[name]]
+        return self.layout.record.site(name)
 
     def _count(self, name: str) -> None:
         self.done_bytes += self.source.parameters[name].nbytes

@@ -36,7 +36,7 @@ from modulora_core.checkpoints.written.outputs import (
     write_digests,
     write_file,
 )
-from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter
+from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
 from modulora_core.distributed import is_first, pick_device, together, world_size
 from modulora_core.errors import OptionError, OutputError, usable_path
 from modulora_core.models import ModelSource, open_dense
@@ -169,9 +169,9 @@ def quantize(
             if done is None:
                 check_output(out, resume=resume)
             source = open_dense(model, revision=revision)
-            chosen = _choose(
+            chosen = _layout_or_mixture(
                 source, quantizer, options or {}, overrides, quality, calibration,
-                Selection(include, exclude, head, embeddings), seed, max_shard_bytes,
+                Selection(include, exclude, head, embeddings), seed,
             )  # fmt: skip
             request = chosen.request
             if done is not None:
@@ -188,7 +188,9 @@ def quantize(
                 if isinstance(chosen, Mixture)
                 else chosen
             )
-            packed = write_packed(source, layout, folder, where, resume=resumes, progress=progress)
+            packed = _write_packed(
+                source, layout, folder, where, max_shard_bytes, resume=resumes, progress=progress
+            )
     seconds = time.perf_counter() - started
     result = _result(source, layout.record, layout.nbytes, packed, out, seconds, peak.nbytes)
     if isinstance(chosen, Mixture):
@@ -196,7 +198,7 @@ def quantize(
     return result
 
 
-def _choose(
+def _layout_or_mixture(
     source: ModelSource,
     quantizer: str | Budget,
     options: Mapping[str, Any],
@@ -205,9 +207,8 @@ def _choose(
     calibration: CalibrationConfig | None,
     selection: Selection,
     seed: int,
-    max_shard_bytes: int,
 ) -> Layout | Mixture:
-    """The layout, or the mixture that becomes one when errors are measured. Reads no weight."""
+    """The layout, or the mixture that chooses one when it has measured errors. Reads no weight."""
     by_budget = isinstance(quantizer, Budget)
     if by_budget and (options or overrides):
         raise OptionError(
@@ -225,17 +226,12 @@ def _choose(
     check_processes(text, budget=by_budget)
     if isinstance(quantizer, Budget):
         budget = replace(quantizer, choices=choices)
-        return find_mixture(
-            source, budget, text, selection, seed=seed, max_shard_bytes=max_shard_bytes
-        )
+        return find_mixture(source, budget, text, selection, seed=seed)
     overrides = [
         replace(override, options=choice.options)
         for override, choice in zip(overrides, choices[1:], strict=True)
     ]
-    return choose_layout(
-        source, choices[0], overrides, selection,
-        calibration=text, seed=seed, max_shard_bytes=max_shard_bytes,
-    )  # fmt: skip
+    return choose_layout(source, choices[0], overrides, selection, calibration=text, seed=seed)
 
 
 def check_processes(text: CalibrationText | None, *, budget: bool) -> None:
@@ -289,17 +285,18 @@ def _warn_without_tokenizer(source: ModelSource) -> None:
         )
 
 
-def write_packed(
+def _write_packed(
     source: ModelSource,
     layout: Layout,
     folder: Path,
     device: torch.device,
+    max_shard_bytes: int,
     *,
     resume: bool,
     progress: Progress | None,
 ) -> PackingOutcome:
     """Write all files of ``layout`` into an unfinished folder."""
-    writer = ShardWriter(folder, layout.shards, resume=resume)
+    writer = ShardWriter(folder, plan_shards(layout.tensors, max_shard_bytes), resume=resume)
     packed = pack_all(source, layout, writer, device, progress)
     if not is_first():
         return packed

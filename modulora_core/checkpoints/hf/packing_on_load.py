@@ -97,7 +97,7 @@ class PackOnLoad(ConversionOps):
         if not dense.isfinite().all():
             self._damaged.append(name)  # transformers would bury an exception in its report
             return {}
-        site = self.record.sites[self.record.weights[name]]
+        site = self.record.site(name)
         matrices = site.matrices(dense)
         no_calibration = [None] * len(matrices)
         packed = pack_matrices(

@@ -175,7 +175,7 @@ class ModuLoRAHfQuantizer(HfQuantizer):
         """Bytes per weight, for ``device_map="auto"``."""
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
-        return self.record.sites[self.record.weights[param_name]].layout.bits_per_weight / 8
+        return self.record.site(param_name).layout.bits_per_weight / 8
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         wanted = dtype or model.dtype

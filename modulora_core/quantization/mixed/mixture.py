@@ -22,7 +22,7 @@ from modulora_core.quantization.layout import (
     Layout,
     Selection,
     check_rescales,
-    choice_of_end,
+    index_for_end,
     layout_with,
     linears_outside_blocks,
 )
@@ -73,7 +73,6 @@ class Mixture:
     kept_bytes: int
     calibration: CalibrationText
     seed: int
-    max_shard_bytes: int
     _errors: Mapping[str, Sequence[float]] = field(default_factory=dict)
     _allocation: Allocation = field(default_factory=lambda: Allocation((), 0, 0, 0))
 
@@ -126,12 +125,11 @@ class Mixture:
         uses_text = any(quantizer.wants_calibration for quantizer in quantizers)
         uses_text |= self.calibration.config.tuning is not None
         chosen = dict(zip(self.sizes, map(used.index, self._allocation.taken), strict=True))
-        chosen |= {end.site.name: choice_of_end(end, quantizers) for end in self.ends}
+        chosen |= {end.site.name: index_for_end(end, quantizers) for end in self.ends}
         linears = [*self.linears, *(end.site for end in self.ends)]
         return layout_with(
             self.source, quantizers, linears, chosen, self.kept, seed=self.seed,
-            calibration=self.calibration if uses_text else None,
-            max_shard_bytes=self.max_shard_bytes, allocation=self._entry(),
+            calibration=self.calibration if uses_text else None, allocation=self._entry(),
         )  # fmt: skip
 
     def table(self, record: QuantizationRecord) -> dict[str, Any]:
@@ -168,7 +166,6 @@ def find_mixture(
     selection: Selection,
     *,
     seed: int,
-    max_shard_bytes: int,
 ) -> Mixture:
     """Sort the model's parameters, and compute every layer's size. Reads no weight.
 
@@ -205,7 +202,7 @@ def find_mixture(
         for name, site in weights.items():
             sizes[name].append(sites[site].nbytes)
     known, sites_of_ends = list(quantizers), [end.site for end in ends]
-    of_ends = {end.site.name: choice_of_end(end, known) for end in ends}
+    of_ends = {end.site.name: index_for_end(end, known) for end in ends}
     sites, weights = packed_sites(sites_of_ends, known, of_ends)
     dense = source.parameters.keys() - sizes.keys() - of_ends.keys()
     mixture = Mixture(
@@ -213,7 +210,7 @@ def find_mixture(
         ends_bytes=sum(sites[index].nbytes for index in weights.values()),
         kept=kept,
         kept_bytes=sum(source.parameters[name].nbytes for name in dense),
-        calibration=calibration, seed=seed, max_shard_bytes=max_shard_bytes,
+        calibration=calibration, seed=seed,
     )  # fmt: skip
     _check_budget(mixture)
     return mixture

@@ -100,7 +100,7 @@ def test_packed_ends_are_the_rounded_ones(family: str, toy: ModuleType, tmp_path
 def test_each_end_is_packed_alone(end: str, name: str, toy: ModuleType, tmp_path: Path) -> None:
     folder = packed("llama", tmp_path, "verbatim", **{end: Choice("toy", {"levels": 9})})
     record = open_packed(folder).record
-    recipe = record.recipes[record.sites[record.weights[name]].recipe]
+    recipe = record.recipes[record.site(name).recipe]
     assert (recipe.quantizer, recipe.options) == ("toy", {"levels": 9})
     kept = {name for names in record.kept.values() for name in names}
     assert kept & {HEAD, TABLE} == {HEAD, TABLE} - {name}

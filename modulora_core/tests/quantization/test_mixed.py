@@ -116,7 +116,7 @@ def test_the_checkpoint_is_within_the_budget_and_the_table_describes_it(
     assert result.quantizer == "mixed"
     assert len({layer["choice"] for layer in table["layers"].values()}) > 1
     for name, layer in table["layers"].items():
-        chosen, site = table["choices"][layer["choice"]], record.sites[record.weights[name]]
+        chosen, site = table["choices"][layer["choice"]], record.site(name)
         recipe = record.recipes[site.recipe]
         assert (recipe.quantizer, dict(recipe.options)) == (chosen["quantizer"], chosen["options"])
         assert site.nbytes == layer["bytes"]

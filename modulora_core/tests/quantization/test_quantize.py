@@ -110,7 +110,7 @@ def test_the_last_override_that_matches_counts(source: str, tmp_path: Path) -> N
     record = open_packed(tmp_path / "out").record
     found = {}
     for name in ("0.self_attn.q_proj", "0.mlp.up_proj", "1.mlp.up_proj"):
-        site = record.sites[record.weights[f"model.layers.{name}.weight"]]
+        site = record.site(f"model.layers.{name}.weight")
         found[name] = (record.recipes[site.recipe].quantizer, record.recipes[site.recipe].options)
     assert found == {
         "0.self_attn.q_proj": ("verbatim", {}),

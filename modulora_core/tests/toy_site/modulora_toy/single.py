@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modulora_core.adapters.files import AdapterFile, FileWriter, MergedFile
-from modulora_core.adapters.merge import adapter_deltas, delta_of, merged_parameter
+from modulora_core.adapters.load import adapter_for
+from modulora_core.adapters.merge import delta_of, merged_parameter
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.record import PackedSite
@@ -114,7 +115,7 @@ class SingleWriter(FileWriter):
 
     def merge(self, model, out, *, adapter=None, type=None, base=None, progress=None):
         started, checkpoint = time.perf_counter(), open_packed(model)
-        deltas = {} if adapter is None else adapter_deltas(checkpoint, adapter)
+        deltas = {} if adapter is None else adapter_for(checkpoint, adapter).deltas
         merged = partial(merged_parameter, checkpoint, dtype=torch.float32)
         tensors = {}
         for name, stored in checkpoint.parameters.items():

@@ -91,7 +91,7 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> tuple[Ada
     source = found.foreign if isinstance(found, PackedCheckpoint) else found
     assert source is not None
     stacks = stacks_of(found.outline) if isinstance(found, PackedCheckpoint) else {}
-    saved = read_adapter(adapter, stacks)
+    saved = read_adapter(adapter, stacks)  # again: A and B of experts, now that they are known
     first = next(iter(saved.deltas.values()))
     alpha = first.scale * first.rank
     tensors = {

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from modulora_core.adapters.files import AdapterFile, FileWriter, MergedFile, base_file
-from modulora_core.adapters.merge import adapter_deltas, delta_of, merged_parameter
+from modulora_core.adapters.load import adapter_for
+from modulora_core.adapters.merge import delta_of, merged_parameter
 from modulora_core.adapters.peft_format import AdapterDelta
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
@@ -107,7 +108,7 @@ def merge_to_gguf(
         type_of(type, 256)  # refuses an unknown type first
         checkpoint = open_packed(model)
         checkpoint.check_whole()
-        deltas = {} if adapter is None else adapter_deltas(checkpoint, adapter)
+        deltas = {} if adapter is None else adapter_for(checkpoint, adapter).deltas
         like = _base_of(checkpoint, base)
         source = open_dense(str(like))
         header = store_of(source).file.header
