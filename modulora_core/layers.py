@@ -74,7 +74,7 @@ class LoRALayer(nn.Module):
     out_features: int
     stacked: tuple[int, ...] = ()
 
-    def _without_adapters(self) -> None:
+    def _start_without_adapters(self) -> None:
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.input_scale, self.output_scale = nn.ParameterDict(), nn.ParameterDict()
         self.scale: dict[str, float] = {}
@@ -143,7 +143,7 @@ class LoRALinear(QuantLinear, LoRALayer):
     @checked
     def __init__(self, base: QuantLinear) -> None:
         super().__init__(base.weight, base.bias)
-        self._without_adapters()
+        self._start_without_adapters()
 
     def forward(self, x: Tensor) -> Tensor:
         A, B, scale = self._adapter()

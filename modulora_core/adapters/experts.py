@@ -67,7 +67,7 @@ class LoRAExperts(PackedStack, LoRALayer):
         self.out_features, self.in_features = self.first.layout.shape
         self.stacked = (len(self),)
         self._rows: tuple[tuple[Tensor, ...], tuple[Tensor, ...], float] | None = None
-        self._without_adapters()
+        self._start_without_adapters()
         owner.register_forward_pre_hook(self._split)
         owner.register_forward_hook(self._join, always_call=True)
 

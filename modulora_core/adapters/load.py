@@ -105,7 +105,7 @@ def adapter_for(checkpoint: PackedCheckpoint, path: str | Path) -> SavedAdapter:
     """
     model = checkpoint.outline
     adapter = read_adapter(path, stacks_of(model))
-    _check_fit(adapter, model, str(checkpoint.folder), checkpoint.tensor)
+    _check_fit(adapter, model, str(checkpoint.path), checkpoint.tensor)
     return adapter
 
 

@@ -40,8 +40,8 @@ def check_mapped(checkpoint: PackedCheckpoint, device: str) -> None:
     checkpoint.mapped()
 
 
-def load_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
-    """``dtype`` or the dtype of that name; ``"auto"`` depends on ``device``. Raises OptionError."""
+def resolved_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
+    """The dtype that is meant: ``"auto"`` depends on ``device``. Raises OptionError."""
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in LOAD_DTYPES:
         raise OptionError(f"dtype: expected one of {', '.join(LOAD_DTYPES)}, got {dtype!r}")
@@ -93,7 +93,7 @@ def load_model(
     if mapped:
         check_mapped(checkpoint, device)
     files = None if checkpoint.foreign is not None else checkpoint.mapped()
-    loaded_as = load_dtype(dtype, device)
+    loaded_as = resolved_dtype(dtype, device)
     register()
     with quiet():
         loaded = _from_pretrained(checkpoint, files, device, loaded_as, mapped)
@@ -120,7 +120,7 @@ def _from_pretrained(
     from transformers import GenerationConfig
 
     if files is not None:
-        config, tensors = transformers_config(checkpoint.folder), files.views()
+        config, tensors = transformers_config(checkpoint.path), files.views()
     else:
         assert checkpoint.foreign is not None
         config, tensors = copy.deepcopy(checkpoint.foreign.config), checkpoint.tensors()
@@ -131,10 +131,10 @@ def _from_pretrained(
         trust_remote_code=False,
     )  # fmt: skip
     source = checkpoint.foreign
-    name = str(checkpoint.folder) if source is None else source.location.path
+    name = str(checkpoint.path) if source is None else source.location.path
     model.name_or_path = model.config.name_or_path = name
-    if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     return model
 
 

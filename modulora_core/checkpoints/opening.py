@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modulora_core.checkpoints.foreign.opening import packed_in_file, packed_in_folder
+from modulora_core.checkpoints.foreign.reading import packed_in_file, packed_in_folder
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.errors import ModelError

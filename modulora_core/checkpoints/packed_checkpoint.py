@@ -33,7 +33,7 @@ class PackedCheckpoint:
     """A model of packed weights, known from headers.
 
     Attributes:
-        folder: its path on this machine; of a model in one file, the file's.
+        path: its folder on this machine, or its file, of a model in one.
         name: its name without this machine's folders.
         config: its config.json; of another tool's model, config.json as ours would be.
         record: its ``quantization_config``.
@@ -44,14 +44,14 @@ class PackedCheckpoint:
 
     def __init__(
         self,
-        folder: Path,
+        path: Path,
         name: str,
         config: Mapping[str, Any],
         record: QuantizationRecord,
         store: TensorStore,
         foreign: ModelSource | None = None,
     ) -> None:
-        self.folder, self.name, self.config = folder, name, dict(config)
+        self.path, self.name, self.config = path, name, dict(config)
         self.record, self.foreign, self._store = record, foreign, store
         self.format = QUANT_METHOD if foreign is None else str(record.source["format"])
         self._quantizers: dict[int, Quantizer] = {}
@@ -63,14 +63,14 @@ class PackedCheckpoint:
                 found = self.parameters.pop(name, None)
                 if found != expected:
                     raise CheckpointError(
-                        f"{folder}: {name}: expected {expected} by config.json, got "
+                        f"{path}: {name}: expected {expected} by config.json, got "
                         f"{found or 'none'} in the files; download or quantize the model again"
                     )
         for name, expected in self.record.guard.items():
             found = self.parameters.pop(name, expected)
             if found != expected:
                 raise CheckpointError(
-                    f"{folder}: {name}: expected it packed by config.json, got {found} in the "
+                    f"{path}: {name}: expected it packed by config.json, got {found} in the "
                     "files; download or quantize the model again"
                 )
         self.parameters |= dict(self.record.items())
@@ -98,7 +98,7 @@ class PackedCheckpoint:
         Raises:
             CheckpointError: it has NaN or Inf.
         """
-        return check_finite(self._store.read(name), name, self.folder)
+        return check_finite(self._store.read(name), name, self.path)
 
     def tensors(self) -> dict[str, Tensor]:
         """Read all stored tensors into memory."""
@@ -113,10 +113,10 @@ class PackedCheckpoint:
         if not isinstance(self._store, SafetensorsStore):
             raise OptionError(
                 f"mapped: expected a checkpoint of modulora's own format, got {self.format} in "
-                f"{self.folder}; write it as one with `modulora convert {self.name} OUT --to "
+                f"{self.path}; write it as one with `modulora convert {self.name} OUT --to "
                 f"{QUANT_METHOD}`, or leave mapped out"
             )
-        return MappedFiles(self._store, self.folder)
+        return MappedFiles(self._store, self.path)
 
     def packed(self, parameter: str) -> Iterator[PackedWeight]:
         """Read the packed matrices of a parameter: one, or one for each expert.
@@ -129,20 +129,20 @@ class PackedCheckpoint:
             weight = site.layout.fill(
                 {name: self.tensor(f"{prefix}.{name}") for name in site.layout.tensors}
             )
-            self.quantizer(site).check_values(weight, f"{self.folder}: {prefix}")
+            self.quantizer(site).check_values(weight, f"{self.path}: {prefix}")
             yield weight
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load its tokenizer. Raises ModelError if there is none that transformers can read."""
         if self.foreign is not None:
             return self.foreign.tokenizer()
-        return tokenizer.load_tokenizer(str(self.folder), self.folder)
+        return tokenizer.load_tokenizer(str(self.path), self.path)
 
     def copy_tokenizer(self, out: Path) -> list[str]:
         """Copy tokenizer, chat template and generation config."""
         if self.foreign is not None:
             return self.foreign.copy_tokenizer(out)
-        return tokenizer.copy_tokenizer(self.folder, out)
+        return tokenizer.copy_tokenizer(self.path, out)
 
     def write_dense_config(self, out: Path, dtype: str) -> None:
         """Write config.json of the dense model."""
@@ -164,7 +164,7 @@ class PackedCheckpoint:
 
         with quiet():
             if self.foreign is None:
-                model = build_skeleton(transformers_config(self.folder), torch.float32)
+                model = build_skeleton(transformers_config(self.path), torch.float32)
             else:
                 model = copy.deepcopy(self.foreign.outline)
         model.config.quantization_config = ModuLoRAConfig(record=self.record)
@@ -187,7 +187,7 @@ class PackedCheckpoint:
             unused = name not in wanted and any(re.search(pattern, name) for pattern in ignored)
             if name not in tied and not unused and wanted.get(name) != stored.get(name):
                 raise CheckpointError(
-                    f"{self.folder}: {name}: expected {wanted.get(name, 'none')} by config.json, "
+                    f"{self.path}: {name}: expected {wanted.get(name, 'none')} by config.json, "
                     f"got {stored.get(name, 'none')} in the files, which don't belong together; "
                     "download or quantize the model again"
                 )

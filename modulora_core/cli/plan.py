@@ -167,7 +167,7 @@ def _one(plan: MemoryPlan) -> RenderableType:
 
 def _following(plan: MemoryPlan) -> list[Text]:
     """The command for the planned job, unless it does not fit."""
-    from modulora_core.planner.unpacked import NONE
+    from modulora_core.planner.dense_weights import NONE
 
     model, asked = shlex.quote(plan.request.model), plan.request.quantizer
     if plan.fits is False or asked == NONE:

@@ -30,7 +30,7 @@ from modulora_core.inference.evaluate import segment_losses
 from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.loading import open_to_run
 from modulora_core.progress import Bars
-from modulora_core.quantization.cache import Unpacked
+from modulora_core.quantization.cache import CachedModel
 from modulora_core.quantization.quality import Quality
 from modulora_core.registry import Choice
 from modulora_core.training.config import FinetuneConfig
@@ -214,17 +214,17 @@ def _digest(*settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
 
 
-def _source(request: Request, words: str, calibration: CalibrationConfig) -> Unpacked:
+def _source(request: Request, words: str, calibration: CalibrationConfig) -> CachedModel:
     """The model that a quantizer packs into the cache."""
     choice = Choice.parse(words, "-q")
-    return Unpacked(
+    return CachedModel(
         request.model, choice, quality=request.quality, cache=request.cache,
         embeddings=Choice.parse(request.embeddings, "embeddings") if request.embeddings else None,
         calibration=calibration if choice.create().wants_calibration else None,
     )  # fmt: skip
 
 
-def _quantized(source: Unpacked, name: str, bars: Bars) -> dict[str, Any]:
+def _quantized(source: CachedModel, name: str, bars: Bars) -> dict[str, Any]:
     with bars(f"quantizing with {name}", "bytes") as show:
         found = source.quantize(show)
     return {

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modulora_core.adapters.load import load_adapter
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.loading import check_mapped, load_dtype, load_model
+from modulora_core.checkpoints.loading import check_mapped, load_model, resolved_dtype
 from modulora_core.checkpoints.opening import open_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import pick_device
@@ -91,7 +91,7 @@ def open_to_run(
         RequestError: the model, the device or a plugin is missing, or the model cannot be read.
     """
     model, device = os.fspath(model), str(pick_device(device))
-    load_dtype(dtype, device)  # refuses an unknown name
+    resolved_dtype(dtype, device)  # refuses an unknown name
     found = open_model(model, revision=revision)
     if isinstance(found, PackedCheckpoint):
         for site in found.record.sites:
@@ -155,7 +155,7 @@ def _load_dense(
                 source.location.folder if weights is None else None,
                 config=source.config,
                 state_dict=weights,
-                dtype=load_dtype(dtype, device),
+                dtype=resolved_dtype(dtype, device),
                 device_map={"": device},
                 trust_remote_code=False,
             )

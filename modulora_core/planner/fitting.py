@@ -12,12 +12,12 @@ from modulora_core.arguments import checked
 from modulora_core.errors import OptionError, RequestError
 from modulora_core.models.ends import EMBEDDINGS, HEAD
 from modulora_core.planner import memory
+from modulora_core.planner.dense_weights import NONE
 from modulora_core.planner.memory import Job
 from modulora_core.planner.model import Dense, PlannedModel, open_planned
 from modulora_core.planner.rehearsal import Rehearsal, rehearse_decoding, rehearse_training
 from modulora_core.planner.remedies import Change, Remedies, installed_choices
 from modulora_core.planner.request import PlanRequest, finetuning
-from modulora_core.planner.unpacked import NONE
 from modulora_core.registry import Choice
 
 MOST_BATCH, MOST_SEQ_LEN = 1024, 2**17

@@ -18,12 +18,12 @@ from torch import nn
 
 from modulora_core.calibration.states import SPILL_BYTES
 from modulora_core.calibration.walk import PAUSED_BYTES
+from modulora_core.planner.dense_weights import DenseWeights
 from modulora_core.planner.ledger import Bytes
 from modulora_core.planner.model import PlannedModel
 from modulora_core.planner.processes import divided
 from modulora_core.planner.rehearsal import Rehearsal
 from modulora_core.planner.request import PlanRequest
-from modulora_core.planner.unpacked import Unpacked
 
 FP32 = 4
 MIB = 2**20
@@ -171,7 +171,7 @@ def loaded(packed: PlannedModel, request: PlanRequest) -> Mapping[str, int]:
         items = blocks.setdefault(block, Bytes())
         for tensor in site.layout.tensors.values():
             item = "packed_scales" if "float" in tensor.dtype else "packed_codes"
-            if isinstance(packed.quantizers[site.recipe], Unpacked):
+            if isinstance(packed.quantizers[site.recipe], DenseWeights):
                 item = "dense_weights"
             items[item] += tensor.nbytes * (site.experts or 1)
     outside = blocks.pop("")

@@ -24,8 +24,8 @@ from modulora_core.models.installed_formats import recognise
 from modulora_core.models.locate import locate
 from modulora_core.models.sites import find_sites
 from modulora_core.models.source import ModelSource, open_config, open_dense
+from modulora_core.planner.dense_weights import NONE, DenseWeights, recipe_of
 from modulora_core.planner.request import PlanRequest
-from modulora_core.planner.unpacked import NONE, Unpacked, recipe_of
 from modulora_core.progress import quiet
 from modulora_core.quantization.layout import index_for_end
 from modulora_core.registry import Choice
@@ -88,7 +88,7 @@ class Dense:
             PluginError, OptionError: a choice is impossible.
         """
         outline = self.outline()
-        quantizers = [Unpacked(dtype) if quantizer == NONE else quantizer.create()]
+        quantizers = [DenseWeights(dtype) if quantizer == NONE else quantizer.create()]
         ends = find_ends(
             outline, head, embeddings, [name for name, _ in outline.named_parameters()]
         )

@@ -38,8 +38,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path(HF_HOME) / "modulora").expanduser()
 
 
-class Unpacked:
-    """A dense model that will be packed into the cache, known from headers until then.
+class CachedModel:
+    """A packed model in the cache, or to be made there; the dense model's headers tell its record.
 
     Args:
         model: MODEL as on the command line.

@@ -15,7 +15,7 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.data.sources import Source, source_name
 from modulora_core.distributed import pick_device, world_size
 from modulora_core.errors import OptionError
-from modulora_core.quantization.cache import Unpacked
+from modulora_core.quantization.cache import CachedModel
 from modulora_core.training.arguments import total_steps, warn_of_settings
 from modulora_core.training.checks import checked_model, vocabulary, window
 from modulora_core.training.config import FinetuneConfig
@@ -41,7 +41,7 @@ class CheckedRun:
     config: FinetuneConfig
     out: Path
     device: torch.device
-    base: PackedCheckpoint | Unpacked
+    base: PackedCheckpoint | CachedModel
     tokenizer: Any
     data: str
     examples: dict[str, Any]

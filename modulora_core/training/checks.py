@@ -18,7 +18,7 @@ from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.errors import MissingExtraError, OptionError
-from modulora_core.quantization.cache import Unpacked
+from modulora_core.quantization.cache import CachedModel
 from modulora_core.registry import Choice
 from modulora_core.training.arguments import check_optimizer
 from modulora_core.training.config import FinetuneConfig
@@ -26,7 +26,7 @@ from modulora_core.training.sharding import check_sharding, is_sharded
 from modulora_core.training.trainer_options import check_reporters, trainer_options
 
 
-def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpoint | Unpacked:
+def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpoint | CachedModel:
     """Open the packed model, or the dense model that will be packed.
 
     Raises:
@@ -40,13 +40,13 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
     check_optimizer(config.optim)
     check_reporters(config.report_to)
     _check_method(config)
-    checkpoint: PackedCheckpoint | Unpacked
+    checkpoint: PackedCheckpoint | CachedModel
     if config.quantizer is not None:
         choice = Choice.parse(config.quantizer, "quantizer")
         corrects = config.init == "qera" and not choice.create().wants_calibration
         text = CalibrationConfig(config.calibration) if config.calibration else None
         text = None if corrects else text
-        checkpoint = Unpacked(config.model, choice, calibration=text, quality=config.quality)
+        checkpoint = CachedModel(config.model, choice, calibration=text, quality=config.quality)
     else:
         checkpoint = open_packed(config.model)
         if config.mapped:
@@ -73,7 +73,7 @@ def window(config: dict[str, Any]) -> int | None:
     return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
-def _check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | Unpacked) -> None:
+def _check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | CachedModel) -> None:
     """Refuse ``lora_file`` where the file couldn't be used."""
     if config.lora_file is None:
         return

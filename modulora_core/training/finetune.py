@@ -33,7 +33,7 @@ from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.loading import load_dtype, load_model
+from modulora_core.checkpoints.loading import load_model, resolved_dtype
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.outputs import check_disk_space, only_writer, write_file
@@ -44,7 +44,7 @@ from modulora_core.errors import OptionError, OutputError
 from modulora_core.layers import QuantLinear
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.progress import Bars, Progress, bars, quiet
-from modulora_core.quantization.cache import Unpacked
+from modulora_core.quantization.cache import CachedModel
 from modulora_core.training.batches import check_joined
 from modulora_core.training.checked_run import CheckedRun, checked_run
 from modulora_core.training.checkpoints import remove_half_written
@@ -157,7 +157,7 @@ def finetune(
     return FinetuneResult(
         config.out, len(losses), losses, eval_loss, trained.seconds,
         trained.tokens / trained.seconds, trained.peak_bytes, next(iter(evaluations), None),
-        config.model if checkpoint is run.base else str(checkpoint.folder), files,
+        config.model if checkpoint is run.base else str(checkpoint.path), files,
         trained.trainer.padding(), trained.held_out,
     )  # fmt: skip
 
@@ -279,7 +279,7 @@ def _write(
     return files
 
 
-def _packed(base: PackedCheckpoint | Unpacked, open_bar: Bars) -> PackedCheckpoint:
+def _packed(base: PackedCheckpoint | CachedModel, open_bar: Bars) -> PackedCheckpoint:
     """The packed model; a dense one is quantized now."""
     if isinstance(base, PackedCheckpoint):
         return base
@@ -291,7 +291,7 @@ def _loaded(
     checkpoint: PackedCheckpoint, config: FinetuneConfig, device: torch.device
 ) -> PreTrainedModel:
     """The model, on the CPU if FSDP2 will split it: as a whole it may not fit on a GPU."""
-    dtype = str(load_dtype(config.dtype, device.type)).removeprefix("torch.")
+    dtype = str(resolved_dtype(config.dtype, device.type)).removeprefix("torch.")
     place = "cpu" if is_sharded(config) else str(device)
     model = load_model(
         checkpoint, dtype=dtype, device=place, mapped=config.mapped,

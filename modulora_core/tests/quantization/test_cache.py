@@ -12,7 +12,7 @@ import pytest
 
 from modulora_core.errors import DataError, ModelError, OptionError
 from modulora_core.quantization import cache
-from modulora_core.quantization.cache import Unpacked, cache_folder
+from modulora_core.quantization.cache import CachedModel, cache_folder
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
@@ -59,12 +59,12 @@ def test_the_packed_model_is_made_once_and_is_that_of_quantize(
 
 
 def test_other_options_and_other_weights_have_other_folders(dense: Path) -> None:
-    first = Unpacked(str(dense), Choice("toy")).folder
-    assert Unpacked(str(dense), Choice("toy", {"levels": "127"})).folder == first, "the default"
+    first = CachedModel(str(dense), Choice("toy")).folder
+    assert CachedModel(str(dense), Choice("toy", {"levels": "127"})).folder == first, "the default"
     os.utime(dense / "model.safetensors", (1, 1))
-    assert Unpacked(str(dense), Choice("toy")).folder != first
+    assert CachedModel(str(dense), Choice("toy")).folder != first
     others = (Choice("verbatim"), Choice("toy", {"levels": 7}))
-    assert first not in {Unpacked(str(dense), choice).folder for choice in others}
+    assert first not in {CachedModel(str(dense), choice).folder for choice in others}
 
 
 def test_a_wrong_request_is_refused_before_anything_is_quantized(

@@ -161,8 +161,8 @@ def _base_of(checkpoint: PackedCheckpoint, base: str | None) -> Path:
         OptionError: there is none.
         ModelError: ``base`` is no GGUF file.
     """
-    if base is None and checkpoint.folder.is_file():
-        return checkpoint.folder
+    if base is None and checkpoint.path.is_file():
+        return checkpoint.path
     base = base or base_file(checkpoint, checkpoint.name)
     if base is None:
         raise OptionError(
@@ -191,7 +191,7 @@ def _changes(
     Raises:
         ModelError: the file has other tensors, or its conversion can't be undone.
     """
-    is_own = checkpoint.folder == like
+    is_own = checkpoint.path == like
     found: dict[str, _Change] = {}
     for name, stored in checkpoint.parameters.items():
         if is_own and not deltas.keys() & {name, name.removesuffix(".weight")}:

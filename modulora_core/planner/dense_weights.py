@@ -27,13 +27,13 @@ NONE = Choice("none")
 """The choice that leaves every weight dense."""
 
 
-class Unpacked(Quantizer):
-    """A quantizer in plans only: its layout is a dense weight of ``dtype``."""
+class DenseWeights(Quantizer):
+    """The quantizer of a plan without one: its layout is a dense weight of ``dtype``."""
 
     spec: ClassVar[QuantizerSpec] = QuantizerSpec(
         name=NONE.quantizer,
         summary="dense weights",
-        location="modulora_core.planner.unpacked:Unpacked",
+        location="modulora_core.planner.dense_weights:DenseWeights",
         protocol=PROTOCOL,
         bits=(32,),
     )
@@ -56,8 +56,8 @@ class Unpacked(Quantizer):
 
 
 def recipe_of(quantizer: Quantizer) -> Recipe:
-    """The recipe of a plugin's quantizer, or of :class:`Unpacked`."""
-    if not isinstance(quantizer, Unpacked):
+    """The recipe of a plugin's quantizer, or of :class:`DenseWeights`."""
+    if not isinstance(quantizer, DenseWeights):
         return Recipe.of(quantizer)
     return Recipe(
         quantizer=quantizer.spec.name, options={}, distribution="modulora-core",
