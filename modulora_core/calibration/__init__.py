@@ -6,7 +6,8 @@
     observe.py       dense weights that report their inputs
     moments.py       the running sum of xxᵀ
     states.py        the hidden states of the samples, in memory or in a mapped file
-    passes.py        batches on their way through one block, stopped before each stage
+    stages.py        the order of a block's weights, and the sum of H over a stage's inputs
+    passes.py        batches on their way through one block, stopped after each stage's inputs
     packing.py       the interface to the code that packs
     walk.py          the samples' way through all blocks
     tuning.py        training a quantized block's vectors towards the dense block

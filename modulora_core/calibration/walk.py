@@ -20,7 +20,7 @@ A batch must therefore stop in the middle of a block's forward, wait for packing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,8 @@ from modulora_core import distributed
 from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
 from modulora_core.calibration.calls import BlockCall, record_calls
 from modulora_core.calibration.packing import PackedMatrices, Packing
-from modulora_core.calibration.passes import Order, Passes, TokenWeights
+from modulora_core.calibration.passes import Passes
+from modulora_core.calibration.stages import Order, TokenWeights
 from modulora_core.calibration.states import empty_states
 from modulora_core.calibration.text import CalibrationText
 from modulora_core.calibration.tuning import Tuner
@@ -193,18 +194,18 @@ class BlockWalk:
         wanting = set(filter(self.packing.wants_calibration, block.sites))
         order = self._order(block, passes)
         for stage in order.stages:
-            if wanting.intersection(stage).difference(written):
-                passes.collect(order, stage)
             missing = [name for name in stage if name not in written]
+            wanted = wanting.intersection(missing)
+            inputs = passes.collect(order, stage) if wanted else None
             for name in missing:
-                self.unreached += passes.unreached(name) if name in wanting else []
+                self.unreached += inputs.unreached(name) if inputs and name in wanted else []
             packed = {}
             for name in distributed.shared_out(missing):
                 matrices = [observed.weight for observed in block.weights[name]]
-                found = self._calibrations(block, name, passes)
-                if name not in wanting:
-                    found = iter([None] * len(matrices))
-                packed[name] = self.packing.pack(name, matrices, found)
+                calibrations: Iterable[Calibration | None] = [None] * len(matrices)
+                if inputs and name in wanted:
+                    calibrations = inputs.calibrations(name)
+                packed[name] = self.packing.pack(name, matrices, calibrations)
             packed = self._exchanged(packed)
             for name in stage:
                 values = self.packing.read(name) if name in written else packed[name]
@@ -228,12 +229,3 @@ class BlockWalk:
             if name not in mine
         }
         return {**mine, **others}
-
-    def _calibrations(
-        self, block: Block, name: str, passes: Passes
-    ) -> Iterator[Calibration | None]:
-        """H of each matrix of a parameter, one at a time: H of many experts is large."""
-        for i, observed in enumerate(block.weights[name]):
-            expert = f" of expert {i}" if block.sites[name].experts is not None else ""
-            in_features = observed.weight.shape[1]
-            yield passes.calibration(observed.key, in_features, f"{name}{expert}")

@@ -12,8 +12,8 @@ from torch import Tensor
 from modulora_core import distributed
 from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner, find_blocks
 from modulora_core.calibration.output_moments import OutputMoments
-from modulora_core.calibration.passes import TokenWeights
 from modulora_core.calibration.sensitivity import loss_sensitivities, token_weights
+from modulora_core.calibration.stages import TokenWeights
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.parameters import pack_matrices
 from modulora_core.checkpoints.written.shards import ShardWriter
