@@ -124,7 +124,8 @@ def _from_pretrained(
     else:
         assert checkpoint.foreign is not None
         config, tensors = copy.deepcopy(checkpoint.foreign.config), checkpoint.tensors()
-    quantization = checkpoint.record.to_json()
+    quantization = checkpoint.record.to_json()  # transformers wants a dictionary
+    # no config.json can hold this class: ModuLoRAConfig.from_dict skips a check for it
     config.quantization_config = quantization | ({"mapped": MappedFiles} if mapped else {})
     model: PreTrainedModel = type(checkpoint.outline).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, device_map={"": device},

@@ -112,7 +112,7 @@ def _next_commands(model: str, request: FinetuneConfig) -> Text:
     base, adapter = shlex.quote(model), shlex.quote(request.out)
     commands = [f"modulora {name} {base} --adapter {adapter}" for name in ("chat", "evaluate")]
     commands.append(f"modulora merge {base} MERGED --adapter {adapter}")
-    found = locate(model).format if names_file(model) else None
+    found = locate(model).file_format if names_file(model) else None
     if found and found.spec.writer and not request.train_scales and not request.lora_file:
         out = f"ADAPTER{found.spec.file_suffix} --to {found.spec.name}"
         commands.append(f"modulora convert {adapter} {out} --model {base}")

@@ -40,7 +40,7 @@ class Location:
         model: MODEL as the user wrote it.
         folder: the folder of the files.
         file: the file in ``folder`` that holds the whole model; None for safetensors.
-        format: the format of ``file``, and the plugin that reads it.
+        file_format: the format of ``file``, and the plugin that reads it.
         revision: the commit for ``"hub"``, the distribution's version for ``"package"``, else None.
     """
 
@@ -48,7 +48,7 @@ class Location:
     model: str
     folder: Path
     file: Path | None = None
-    format: InstalledFormat | None = None
+    file_format: InstalledFormat | None = None
     revision: str | None = None
 
     @property

@@ -186,8 +186,8 @@ def fit(
 
 def _open_file(location: Location) -> ModelSource:
     assert location.file is not None
-    assert location.format is not None
-    file = location.format.open_file(location.file)
+    assert location.file_format is not None
+    file = location.file_format.open_file(location.file)
     model = build_skeleton(file.config, file.dtype)
     store = file.tensors(model)
     source = ModelSource(

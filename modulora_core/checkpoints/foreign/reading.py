@@ -75,16 +75,16 @@ def packed_in_file(source: ModelSource) -> PackedCheckpoint | None:
     Raises:
         CheckpointError: tensors that don't fit the model.
     """
-    location = source.location
-    assert location.file is not None
-    assert location.format is not None
-    assert source.file is not None
+    file, path, known = source.file, source.location.file, source.location.file_format
+    assert file is not None
+    assert path is not None
+    assert known is not None
     with quiet():
         source.check_whole()
         table = find_table(source.outline, source.parameters)
         linears = find_sites(source.outline, include=["*"]).linears
         sites = [*linears, *([] if table is None else [table])]
-        packed = source.file.packed(source, sites)
+        packed = file.packed(source, sites)
         placed: Placed = {
             site.name: (site, (packed.weights[site.name],))
             for site in sites
@@ -92,7 +92,7 @@ def packed_in_file(source: ModelSource) -> PackedCheckpoint | None:
         }
         if not placed:
             return None
-        return _checkpoint(location.file, source, packed.store, placed, location.format.spec.name)
+        return _checkpoint(path, source, packed.store, placed, known.spec.name)
 
 
 def _checkpoint(
