@@ -209,10 +209,11 @@ class _Passes:
             with torch.enable_grad():
                 ids = self.ids[sample][None].to(self.device)
                 logits = logits_after(model, blocks, calls, ids, hidden)[0]
-                scores = logits.float().log_softmax(-1)
-                _check_finite(scores.detach(), "the model's logits")
-                drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator)
-                scores.gather(-1, drawn.to(scores.device)).sum().backward()
+            p = logits.detach().float().softmax(-1)
+            _check_finite(p, "the model's logits")
+            drawn = _drawn(p, generator)
+            ascent = p.neg_().scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=p.dtype))
+            logits.backward(ascent.to(logits.dtype))  # the gradient of Σ log p(drawn) in them
             self._states[len(blocks), sample] = _gradient(hidden)
 
     def backward(self, tokens: int) -> dict[str, list[Sensitivity]]:
@@ -267,6 +268,16 @@ class _Passes:
         if self.progress is not None:
             nbytes = sum(self.source.parameters[linear.name].nbytes for linear in self.linears)
             self.progress("weighing", nbytes * blocks // (2 * len(self.paths)), nbytes)
+
+
+def _drawn(p: Tensor, generator: torch.Generator) -> Tensor:
+    """A random index for each row of probabilities, ``[rows, 1]``.
+
+    It inverts the distribution: ``torch.multinomial`` draws a number for each of 49,152 tokens.
+    """
+    sums = p.cumsum(-1)
+    points = torch.rand(len(p), 1, generator=generator).to(p.device) * sums[:, -1:]
+    return torch.searchsorted(sums, points, right=True).clamp(max=p.shape[1] - 1)
 
 
 def _gradient(leaf: Tensor) -> Tensor:

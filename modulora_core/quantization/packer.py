@@ -17,6 +17,7 @@ from modulora_core.calibration.stages import TokenWeights
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.parameters import pack_matrices
 from modulora_core.checkpoints.written.shards import ShardWriter
+from modulora_core.dense_products import has_bfloat16_units, matmul_precision
 from modulora_core.models import ModelSource
 from modulora_core.progress import Progress
 from modulora_core.quantization.layout import Layout
@@ -85,7 +86,9 @@ def pack_all(
             seed=layout.record.seed, spill=text.config.spill, progress=packer.progress,
             moments=packer.moments,
         )  # fmt: skip
-        weights = token_weights(text.ids, folder, measure)
+        # an error of bf16 is less than that of drawing tokens
+        with matmul_precision("medium" if has_bfloat16_units() else None):
+            weights = token_weights(text.ids, folder, measure)
     walk = BlockWalk(
         source, text, layout.linears, packer, device, writer.folder, tuner, token_weights=weights
     )
