@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import pytest
 from modulora_gguf.file.header import read_header, without_vocabulary
-from modulora_gguf.file.opened import OpenedGGUF
+from modulora_gguf.file.model import GGUFModel
 from modulora_gguf.file.store import read_gguf
 from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
@@ -52,7 +52,7 @@ def test_the_config_is_that_of_transformers(architecture: str, tmp_path: Path) -
 
     path = write_tiny_gguf(architecture, tmp_path / "tiny.gguf", "Q8_0")
     config = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name).to_dict()
-    ours = OpenedGGUF(path).config.to_dict()
+    ours = GGUFModel(path).config.to_dict()
     assert {**ours, "_name_or_path": ""} == {**config, "_name_or_path": ""}
 
 
@@ -261,7 +261,7 @@ def test_a_full_temporary_disk_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(OutputError, match=rf"^{scratch}/\w+: File too large; raise the limit"):
-            OpenedGGUF(path)
+            GGUFModel(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from modulora_core.adapters.files import AdapterFile, FileWriter, MergedFile, base_file
+from modulora_core.adapters.files import MergedFile, base_file
 from modulora_core.adapters.load import adapter_for
 from modulora_core.adapters.merge import delta_of, merged_parameter
 from modulora_core.adapters.peft_format import AdapterDelta
@@ -37,7 +37,6 @@ from modulora_core.progress import Progress, shows_progress
 from modulora_core.spec import TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 from modulora_gguf.file.header import TensorInfo
-from modulora_gguf.file.lora_file import export_for_llama_cpp
 from modulora_gguf.file.places import Place, places, store_of
 from modulora_gguf.file.store import scale_of
 from modulora_gguf.file.types import pack_rows, type_of, unpack_rows
@@ -47,30 +46,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TYPE = "Q8_0"
 _TABLES = ("token_embd.weight", "output.weight")
-
-
-class Writer(FileWriter):
-    """LoRA files and merged files of llama.cpp."""
-
-    default_type = DEFAULT_TYPE
-
-    def write_adapter(
-        self, adapter: str, out: str | Path, *, model: str | None = None
-    ) -> AdapterFile:
-        return export_for_llama_cpp(adapter, out, model=model)
-
-    def merge(
-        self,
-        model: str,
-        out: str | Path,
-        *,
-        adapter: str | None = None,
-        type: str | None = None,
-        base: str | None = None,
-        progress: Progress | Literal[False] | None = None,
-    ) -> MergedFile:
-        kind = type or self.default_type
-        return merge_to_gguf(model, out, adapter=adapter, type=kind, base=base, progress=progress)
 
 
 @shows_progress("merging", "tensors")

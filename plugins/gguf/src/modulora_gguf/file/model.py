@@ -1,4 +1,4 @@
-"""Open a GGUF file as a model: config, tokenizer, dequantized tensors, and packed rows."""
+"""A GGUF file as a model: config, tokenizer, dequantized tensors, and packed rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modulora_core.errors import ModelError
-from modulora_core.models.formats import FileFormat, ModelFile, PackedTensors
+from modulora_core.models.formats import ModelFile, PackedTensors
 from modulora_core.models.sites import LinearSite
 from modulora_core.models.weights import Weights
 from modulora_gguf.file.config import gguf_config
@@ -29,15 +29,13 @@ _HARMLESS = re.compile(
 """Tensors that become numbers of the config, and scales of quantized activations."""
 
 
-class File(FileFormat):
-    """A whole model in a GGUF file."""
+class GGUFModel(ModelFile):
+    """A GGUF file whose header is parsed.
 
-    def open(self, path: Path) -> OpenedGGUF:
-        return OpenedGGUF(path)
-
-
-class OpenedGGUF(ModelFile):
-    """A GGUF file whose header is parsed. Raises as :meth:`FileFormat.open`."""
+    Raises:
+        ModelError: the file holds no model, or transformers can't use it.
+        CheckpointError: the file is truncated or damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = read_gguf(path)
