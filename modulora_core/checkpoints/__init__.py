@@ -1,6 +1,6 @@
 """Packed checkpoints: opened, loaded, converted and written.
 
 ``opening`` opens any MODEL, and ``loading`` loads a packed one. ``packed_checkpoint`` is an opened
-one, and ``record`` its part of config.json. ``written`` writes folders, ``foreign`` reads other
-tools' folders, and ``hf`` is called by transformers.
+one, ``record`` its part of config.json, and ``mapped`` its files in memory. ``written`` writes
+folders, ``foreign`` reads other tools' folders, and ``hf`` is called by transformers.
 """

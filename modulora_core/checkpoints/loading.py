@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from modulora_core.arguments import checked
+from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.written.mapped import MappedFiles, keep_one_block
 from modulora_core.distributed import pick_device
 from modulora_core.errors import OptionError
 from modulora_core.kernels.parity import check_kernels

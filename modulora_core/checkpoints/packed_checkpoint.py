@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from modulora_core.checkpoints.mapped import MappedFiles
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
-from modulora_core.checkpoints.written.mapped import MappedFiles
 from modulora_core.errors import CheckpointError, OptionError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import transformers_config

@@ -123,7 +123,7 @@ def open_dense(model: str | Location, *, revision: str | None = None) -> ModelSo
             return _open_file(location)
         config, values = read_config(location.folder)
         location = fetch_weights(location)
-        source = fit(location, config, values, SafetensorsStore(location.folder))
+        source = source_with(location, config, values, SafetensorsStore(location.folder))
     _refuse_integers(source)
     _refuse_unplaced(source)
     return source
@@ -170,7 +170,7 @@ def open_config(location: Location) -> PretrainedConfig:
     return config
 
 
-def fit(
+def source_with(
     location: Location, config: PretrainedConfig, values: dict[str, Any], store: TensorStore
 ) -> ModelSource:
     """The model of ``config`` with the tensors of a store; config.json has ``values``."""

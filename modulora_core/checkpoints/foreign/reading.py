@@ -29,7 +29,7 @@ from modulora_core.models.installed_formats import Recognised
 from modulora_core.models.locate import Location
 from modulora_core.models.safetensors_store import DTYPE_CODES, SafetensorsStore
 from modulora_core.models.sites import LinearSite, find_sites
-from modulora_core.models.source import ModelSource, fit
+from modulora_core.models.source import ModelSource, source_with
 from modulora_core.models.store import StoredTensor
 from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.progress import quiet
@@ -64,7 +64,7 @@ def packed_in_folder(location: Location, recognised: Recognised) -> PackedCheckp
         skeleton = build_skeleton(config, torch.float32)
         headers = _Headers(raw, whole_layers(weights, reader.parts, skeleton, raw.tensors))
         placed = _place(location.model, config, skeleton, headers)
-        source = fit(location, config, values, headers)
+        source = source_with(location, config, values, headers)
         source.check_whole()
         return _checkpoint(location.folder, source, raw, placed, recognised.spec.name)
 

@@ -25,8 +25,8 @@ from modulora_core.arguments import checked
 from modulora_core.checkpoints.hf.packed_model import PackedModel, with_methods
 from modulora_core.checkpoints.hf.packed_modules import install, unpack
 from modulora_core.checkpoints.hf.packing_on_load import PackOnLoad, data_free
+from modulora_core.checkpoints.mapped import MappedFiles
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
-from modulora_core.checkpoints.written.mapped import MappedFiles
 from modulora_core.errors import ModelError
 from modulora_core.models.store import check_finite
 from modulora_core.packed_parameters import check_scales
