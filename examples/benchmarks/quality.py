@@ -201,6 +201,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--calibration", nargs="+", default=["pydoc[:80%]"], metavar="SOURCE",
         help="text to calibrate and finetune on; each has a table")  # fmt: skip
     add("--quality", default="balanced", choices=("fast", "balanced", "best"))
+    add("--calibration-weighting", choices=("none", "loss"))
     add("--finetune-steps", type=int, default=0, metavar="N", help="of our quantizers")
     add("--batch-size", type=int, default=4, help="examples of a training step")
     add("--matmul-precision", choices=("highest", "high"),
@@ -227,7 +228,8 @@ def main(words: Sequence[str] | None = None) -> int:
                     flags.model, train, held_out, (), steps=flags.finetune_steps,
                     batch_size=flags.batch_size, seq_len=flags.seq_len or flags.sample_len,
                     segments=flags.segments or (4 if flags.quick else 32), samples=flags.samples,
-                    sample_len=flags.sample_len, quality=flags.quality, seed=seed, prompts=0,
+                    sample_len=flags.sample_len, quality=flags.quality,
+                    weighting=flags.calibration_weighting, seed=seed, prompts=0,
                     matmul_precision=flags.matmul_precision, device="cpu", cache=folder,
                 )
                 for seed, held_out in product(flags.seeds, flags.data)

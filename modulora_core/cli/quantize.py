@@ -69,7 +69,7 @@ Weighting = Annotated[
     option(
         "--calibration-weighting none|loss",
         "Weight tokens, and a layer's outputs, by gradients of the loss.",
-        default="none, or loss with --quality best",
+        default="loss, or none with --quality fast",
     ),
 ]
 SeqLen = Annotated[int | None, option("--seq-len N", "Tokens in a sample.", min=1, default="512")]

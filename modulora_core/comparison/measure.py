@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.calibration import CalibrationConfig
+from modulora_core.calibration.text import Weighting
 from modulora_core.checkpoints.opening import is_packed, open_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
@@ -54,6 +55,7 @@ class Request:
         samples, sample_len: segments of calibration, and tokens in one, by default ``seq_len``.
         embeddings: the quantizer that packs the input embedding too; None leaves it dense.
         quality: of quantizing (:mod:`modulora_core.quantization.quality`).
+        weighting: of the calibration (:class:`modulora_core.calibration.CalibrationConfig`).
         seed: of the adapter, the data order and the dropout.
         matmul_precision: of finetuning (:class:`modulora_core.training.config.FinetuneConfig`).
         prompts: the number of held-out segments whose beginning the model continues.
@@ -71,6 +73,7 @@ class Request:
     samples: int = 32
     sample_len: int | None = None
     quality: Quality = "balanced"
+    weighting: Weighting | None = None
     seed: int = 0
     matmul_precision: Literal["highest", "high"] | None = None
     prompts: int = 3
@@ -142,12 +145,13 @@ def measure(request: Request, folder: Path, words: str | None, bars: Bars) -> Me
     """
     name = words or ORIGINAL
     calibration = CalibrationConfig(
-        request.train, samples=request.samples, seq_len=request.sample_len or request.seq_len
-    )
+        request.train, samples=request.samples, seq_len=request.sample_len or request.seq_len,
+        weighting=request.weighting,
+    )  # fmt: skip
     settings = [request.model, request.train, calibration.samples, calibration.seq_len]
     settings += [request.embeddings] if request.embeddings else []
     stem = name.translate(str.maketrans(":,/", "---", "= "))
-    packed = folder / f"{stem}-{_digest(*settings, request.quality)}"
+    packed = folder / f"{stem}-{_digest(*settings, request.quality, request.weighting)}"
     model, facts = request.model, {}
     if words is not None:
         source = _source(request, words, calibration)

@@ -52,17 +52,19 @@ def calibration_of(
     No epochs of tuning are no tuning.
 
     Args:
-        choices: the quantizers; ``best`` tunes if one of them can rescale packed weights.
+        choices: the quantizers; ``balanced`` and ``best`` weight by the loss if one of them wants
+            a calibration, and ``best`` tunes if one of them can rescale packed weights.
     """
     if config is None:
         return None
     if quality == "fast":
         config = replace(config, max_samples=FAST_SAMPLES)
-    if quality == "best":
+    else:
         quantizers = [choice.create() for choice in choices]
         if config.weighting is None and any(each.wants_calibration for each in quantizers):
             config = replace(config, weighting="loss")
-        if config.tuning is None and any(each.spec.rescales for each in quantizers):
+        rescales = any(each.spec.rescales for each in quantizers)
+        if quality == "best" and config.tuning is None and rescales:
             config = replace(config, tuning=TUNING)
     if config.tuning is not None and config.tuning.epochs == 0:
         config = replace(config, tuning=None)

@@ -303,6 +303,7 @@ def test_the_table_of_qualities_is_that_of_the_plugins() -> None:
     offered = {
         "any quantizer with `--calibration`": {
             "fast": {"max_samples": FAST_SAMPLES},
+            "balanced": {"weighting": "loss"},
             "best": {"weighting": "loss"},
         },
         "with channel scales": {"best": {"tune_epochs": TUNING.epochs}},

@@ -284,7 +284,7 @@ def test_a_resumed_run_has_the_token_weights_of_the_stopped_run(
     result = run(source, tmp_path / "whole", calibration=weighted)
     assert result.calibration is not None
     assert result.calibration["weighting"] == "loss"
-    run(source, tmp_path / "plain")
+    run(source, tmp_path / "plain", calibration=text(weighting="none"))
     assert stored(tmp_path / "whole") != stored(tmp_path / "plain")
     out = tmp_path / "out"
     stop(lambda: run(source, out, calibration=weighted), after)
@@ -330,9 +330,9 @@ def test_a_quality_stands_for_its_settings(
     tuning = TuningConfig(epochs=1) if calibrated == "scaled" else None
     plain, best = text(samples=None), text(weighting="loss", tuning=tuning)
     for name, found, expected, options in (
-        ("fast", text(samples=None), text(samples=32), {}),
+        ("fast", text(samples=None), text(samples=32, weighting="none"), {}),
         ("best", text(), best, offered),
-        ("balanced", plain, text(samples=128), {}),
+        ("balanced", plain, text(samples=128, weighting="loss"), {}),
     ):
         run(source, tmp_path / name, calibrated, calibration=found, quality=name)
         run(source, tmp_path / "same" / name, calibrated, options=options, calibration=expected)
@@ -360,7 +360,7 @@ def stopped(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"calibration": text(tuning=TUNING, source="pydoc[:20%]")}, "calibration"),
         ({"calibration": text(tuning=TUNING, samples=5)}, "calibration"),
         ({"calibration": text()}, "calibration"),
-        ({"calibration": text(tuning=TUNING, weighting="loss")}, "calibration"),
+        ({"calibration": text(tuning=TUNING, weighting="none")}, "calibration"),
         ({"calibration": text(tuning=TuningConfig(3, 2e-2))}, "calibration"),
         ({"exclude": ["*.down_proj"]}, "weights"),
         ({"quantizer": "heeding", "calibration": text()}, "recipes"),
