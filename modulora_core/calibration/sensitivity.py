@@ -210,7 +210,7 @@ class _Passes:
                 ids = self.ids[sample][None].to(self.device)
                 logits = logits_after(model, blocks, calls, ids, hidden)[0]
             p = logits.detach().float().softmax(-1)
-            _check_finite(p, "the model's logits")
+            _check_finite(p.sum(-1), "the model's logits")
             drawn = _drawn(p, generator)
             ascent = p.neg_().scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=p.dtype))
             logits.backward(ascent.to(logits.dtype))  # the gradient of Σ log p(drawn) in them
