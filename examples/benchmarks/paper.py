@@ -122,7 +122,9 @@ def run(task: str, method: str, flags: argparse.Namespace) -> dict[str, list[flo
     train, test = write(task, flags.folder, flags.examples)
     if not packed.exists():
         wanted = Choice(name, options).create().wants_calibration
-        text = CalibrationConfig("pydoc[:80%]", samples=flags.samples) if wanted else None
+        text = CalibrationConfig(
+            "pydoc[:80%]", samples=flags.samples, weighting=flags.calibration_weighting
+        ) if wanted else None  # fmt: skip
         quantize(flags.model, packed, name, options, calibration=text)
     found = {"before": measured(task, packed, None, test)}
     if not adapter.exists():
@@ -150,6 +152,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int, default=8)
     add("--examples", type=int, default=120, help="the most examples of a test")
     add("--samples", type=int, default=32, help="of 512 tokens, to calibrate on")
+    add("--calibration-weighting", choices=("none", "loss"))
     add("--plot", type=Path)
     flags = parser.parse_args(words)
     flags.folder.mkdir(parents=True, exist_ok=True)
