@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,24 @@ from modulora_core.tests.width_quantizer import installed
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 600}
-TEXT = CalibrationConfig("pydoc[:5%]", samples=4, seq_len=16, batch_size=2)
+TEXT = CalibrationConfig("pydoc[:5%]", samples=4, seq_len=16, batch_size=2, weighting="none")
+WEIGHTED = replace(TEXT, weighting="loss")
+TOKENS, MATRICES, OUTPUTS = 4 * 16, 7, 5 * 96 + 2 * 256
+"""Of the text; in a layer; of all matrices in a layer."""
 
 
-@pytest.mark.parametrize(("quantizer", "calibration"), [("plain", None), ("heeding", TEXT)])
+@pytest.mark.parametrize(
+    ("quantizer", "calibration", "kept"),
+    [
+        ("plain", None, 0),
+        ("heeding", TEXT, 0),
+        ("heeding", WEIGHTED, 4 * (MATRICES * TOKENS + OUTPUTS)),  # token weights, E[g²]
+    ],
+)
 def test_the_peak_does_not_grow_with_the_number_of_layers(
-    quantizer: str, calibration: CalibrationConfig | None, tmp_path: Path
+    quantizer: str, calibration: CalibrationConfig | None, kept: int, tmp_path: Path
 ) -> None:
+    """But for ``kept`` bytes of a layer."""
     peaks = []
     with installed(tmp_path / "site"):
         for layers in (2, 8):
@@ -38,5 +50,5 @@ def test_the_peak_does_not_grow_with_the_number_of_layers(
                     calibration=calibration, max_shard_bytes=200_000,
                 )  # fmt: skip
             peaks.append(allocations.peak)
-    # nothing stays of the additional layers, not even one norm in bfloat16
-    assert peaks[1] - peaks[0] < 96 * 2
+    # nothing else stays of the additional layers, not even one norm in bfloat16
+    assert peaks[1] - peaks[0] - (8 - 2) * kept < 96 * 2
