@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from modulora_core import distributed
-from modulora_core.calibration import BlockWalk, PackedMatrices, Packing, Tuner, find_blocks
+from modulora_core.calibration import (
+    BlockWalk,
+    CalibrationText,
+    PackedMatrices,
+    Packing,
+    Tuner,
+    find_blocks,
+)
 from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.calibration.sensitivity import loss_sensitivities, token_weights
 from modulora_core.calibration.stages import TokenWeights
@@ -21,7 +28,7 @@ from modulora_core.dense_products import has_bfloat16_units, matmul_precision
 from modulora_core.models import ModelSource
 from modulora_core.progress import Progress
 from modulora_core.quantization.layout import Layout
-from modulora_core.spec import Calibration, PackedWeight
+from modulora_core.spec import Calibration, PackedWeight, Quantizer
 
 WEIGHTING = "weighting"
 """The folder in an unfinished one with what weights the layers' errors by the loss."""
@@ -70,25 +77,7 @@ def pack_all(
     if text.config.tuning is not None:
         progress = partial(packer.tell, "tuning")
         tuner = Tuner(text.config.tuning, text.ids, seed=layout.record.seed, progress=progress)
-    weights: TokenWeights = {}
-    if text.config.weighting == "loss":
-        folder = writer.folder / WEIGHTING
-        # quantized layers before them route tokens to other experts than dense layers do
-        linears = [
-            linear for linear in layout.linears
-            if linear.experts is None and linear.name.startswith(blocks)
-            and packer.wants_calibration(linear.name)
-        ]  # fmt: skip
-        names = frozenset(filter(packer.wants_moment, (linear.name for linear in linears)))
-        packer.moments = OutputMoments(folder, names)
-        measure = partial(
-            loss_sensitivities, source, text.ids, linears, device=device, folder=folder,
-            seed=layout.record.seed, spill=text.config.spill, progress=packer.progress,
-            moments=packer.moments,
-        )  # fmt: skip
-        # an error of bf16 is less than that of drawing tokens
-        with matmul_precision("medium" if has_bfloat16_units() else None):
-            weights = token_weights(text.ids, folder, measure)
+    weights = packer.weigh(text, blocks) if text.config.weighting == "loss" else {}
     walk = BlockWalk(
         source, text, layout.linears, packer, device, writer.folder, tuner, token_weights=weights
     )
@@ -118,6 +107,32 @@ class _Packer(Packing):
             matrices = self._site(name).matrices(tensor)
             self.write(self.pack(name, matrices, [None] * len(matrices)))
 
+    def weigh(self, text: CalibrationText, blocks: tuple[str, ...]) -> TokenWeights:
+        """The weights of tokens by the loss. Keeps H_O of the parameters whose quantizers use it.
+
+        Args:
+            blocks: the prefixes of names in the decoder blocks.
+        """
+        folder = self.writer.folder / WEIGHTING
+        # quantized layers before them route tokens to other experts than dense layers do
+        linears = [
+            linear for linear in self.layout.linears
+            if linear.experts is None and linear.name.startswith(blocks)
+            and self.wants_calibration(linear.name)
+        ]  # fmt: skip
+        if not linears:
+            return {}
+        used = {each.name: self._quantizer(each.name).spec.output_hessian for each in linears}
+        self.moments = OutputMoments(folder, frozenset(filter(used.get, used)))
+        measure = partial(
+            loss_sensitivities, self.source, text.ids, linears, device=self.device, folder=folder,
+            seed=self.layout.record.seed, spill=text.config.spill, progress=self.progress,
+            moments=self.moments,
+        )  # fmt: skip
+        # an error of bf16 is less than that of drawing tokens
+        with matmul_precision("medium" if has_bfloat16_units() else None):
+            return token_weights(text.ids, folder, measure)
+
     def is_written(self, name: str) -> bool:
         return name in self.writer.done
 
@@ -127,17 +142,13 @@ class _Packer(Packing):
         self._count(name)
 
     def wants_calibration(self, name: str) -> bool:
-        return self.layout.quantizer(self._site(name)).wants_calibration
-
-    def wants_moment(self, name: str) -> bool:
-        """Whether :meth:`pack` uses the second moment of the gradients in its outputs."""
-        return self.layout.quantizer(self._site(name)).spec.output_hessian
+        return self._quantizer(name).wants_calibration
 
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> PackedMatrices:
         site, seed = self._site(name), self.layout.record.seed
-        quantizer = self.layout.quantizer(site)
+        quantizer = self._quantizer(name)
         on_device = (matrix.to(self.device) for matrix in matrices)
         nbytes = self.source.parameters[name].nbytes // len(matrices)
         moment = None if self.moments is None else self.moments.read(name)
@@ -155,7 +166,7 @@ class _Packer(Packing):
         return PackedMatrices(name, quantizer, packed)
 
     def received(self, name: str, matrices: Sequence[PackedWeight]) -> PackedMatrices:
-        quantizer = self.layout.quantizer(self._site(name))
+        quantizer = self._quantizer(name)
         self._count(name)
         return PackedMatrices(name, quantizer, [matrix.to(self.device) for matrix in matrices])
 
@@ -183,6 +194,9 @@ class _Packer(Packing):
 
     def _site(self, name: str) -> PackedSite:
         return self.layout.record.site(name)
+
+    def _quantizer(self, name: str) -> Quantizer:
+        return self.layout.quantizer(self._site(name))
 
     def _count(self, name: str) -> None:
         self.done_bytes += self.source.parameters[name].nbytes
