@@ -53,7 +53,7 @@ def quantizing(options: dict[str, Any]) -> Taken:
     head = Choice(options["head"]) if "head" in options else None
     seen = options.get("calibration")
     text = seen and CalibrationConfig("pydoc", samples=seen[0], seq_len=seen[1])
-    write, counted = module.write_packed, []
+    write, counted = module._write_packed, []
 
     def watched(*arguments: Any, **more: Any) -> Any:
         with Allocations() as allocations:
@@ -61,7 +61,7 @@ def quantizing(options: dict[str, Any]) -> Taken:
         counted.append(allocations.peak)
         return packed
 
-    module.write_packed = watched
+    module._write_packed = watched
     result = module.quantize(
         options["model"], options["out"], options["quantizer"], head=head, calibration=text
     )
