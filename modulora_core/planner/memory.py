@@ -63,6 +63,8 @@ STATES = {"adafactor": 0, "sgd": 0, "lomo": 0, "lion": 4, "rmsprop": 4, "adagrad
 MOMENTS = 4
 """H, its mean, and two triangles that make it (:mod:`modulora_core.calibration.moments`)."""
 
+WEIGHING_LOGITS = 3
+"""Copies of a sample's logits (:mod:`modulora_core.calibration.sensitivity`)."""
 
 ITEMS: Mapping[str, str] = {
     "packed_codes": "packed weights: codes",
@@ -159,7 +161,7 @@ def quantizing(packed: PlannedModel, request: PlanRequest) -> Job:
     """
     calibrated = any(q.spec.calibration == "required" for q in packed.quantizers)
     items = _by_block(packed, request) if calibrated else _by_parameter(packed)
-    return Job.of("a layer is packed", items)
+    return Job.of("tokens are weighed" if "loss" in items else "a layer is packed", items)
 
 
 def loaded(packed: PlannedModel, request: PlanRequest) -> Mapping[str, int]:
@@ -244,6 +246,14 @@ def _by_parameter(packed: PlannedModel) -> dict[str, float]:
     return max(found, key=lambda items: sum(items.values())) | _process("quantizing", "cpu")
 
 
+def _end_sizes(packed: PlannedModel) -> tuple[int, int]:
+    """The weights of the embedding, and of a head that is not tied to it."""
+    model = packed.dense.outline()
+    table = {id(p): p.numel() for p in model.get_input_embeddings().parameters()}
+    head = {id(p): p.numel() for p in model.get_output_embeddings().parameters()}
+    return sum(table.values()), sum(n for key, n in head.items() if key not in table)
+
+
 def _by_block(packed: PlannedModel, request: PlanRequest) -> dict[str, float]:
     """A block in fp32, second moments and hidden states."""
     weights, shapes, solver = Bytes(), set(), 0.0
@@ -267,7 +277,13 @@ def _by_block(packed: PlannedModel, request: PlanRequest) -> dict[str, float]:
         "calibration": kept + MOMENTS * moment,
     }
     # the embedding stays until all samples have come through it
-    table = sum(p.numel() for p in packed.dense.outline().get_input_embeddings().parameters())
+    table, head = _end_sizes(packed)
     entering: dict[str, float] = {"dense_weights": dense + FP32 * table, "calibration": kept}
-    items = max(packing, entering, key=lambda items: sum(items.values()))
+    # one sample's logits, their probabilities, and the sums of these
+    logits = request.calibration_seq_len * packed.dense.config.get_text_config().vocab_size
+    weighing: dict[str, float] = {
+        "dense_weights": FP32 * (table + head),
+        "loss": WEIGHING_LOGITS * FP32 * logits,
+    }
+    items = max(packing, entering, weighing, key=lambda items: sum(items.values()))
     return items | _process("calibrating", "cpu", 0, HOLES_OF_LAYERS * min(moment, HEAP_BLOCK))
