@@ -152,7 +152,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int, default=8)
     add("--examples", type=int, default=120, help="the most examples of a test")
     add("--samples", type=int, default=32, help="of 512 tokens, to calibrate on")
-    add("--calibration-weighting", choices=("none", "loss"))
+    add("--calibration-weighting", choices=("none", "loss"), help="of our quantizers")
     add("--plot", type=Path)
     flags = parser.parse_args(words)
     flags.folder.mkdir(parents=True, exist_ok=True)

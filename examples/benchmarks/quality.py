@@ -201,7 +201,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--calibration", nargs="+", default=["pydoc[:80%]"], metavar="SOURCE",
         help="text to calibrate and finetune on; each has a table")  # fmt: skip
     add("--quality", default="balanced", choices=("fast", "balanced", "best"))
-    add("--calibration-weighting", choices=("none", "loss"))
+    add("--calibration-weighting", choices=("none", "loss"), help="of our quantizers")
     add("--finetune-steps", type=int, default=0, metavar="N", help="of our quantizers")
     add("--batch-size", type=int, default=4, help="examples of a training step")
     add("--matmul-precision", choices=("highest", "high"),

@@ -12,6 +12,8 @@
     walk.py          the samples' way through all blocks
     tuning.py        training a quantized block's vectors towards the dense block
     sensitivity.py   how much the loss depends on errors in each layer
+    token_weights.py   weights of the tokens by the loss, in a file
+    output_moments.py  second moments of the gradients in a layer's outputs, in files
 
 Frantar et al. 2022 (arXiv 2210.17323, section 4) calibrate like this: the inputs of a block are
 the outputs of the quantized blocks before it.

@@ -20,12 +20,8 @@ The forward pass stores the hidden states between blocks. The head gives the gra
 ones, and the backward pass recomputes each block, last block first. Each block is read twice, and
 one is in memory at a time.
 
-:func:`token_weights` weights the tokens of a calibration by the loss, so that a quantizer spends
-its bits on errors that the loss notices. Kim et al. 2025 (GuidedQuant, arXiv 2505.07004, section 3)
-have w in H. Here it is √w: in value projections the first token of each sample has by far the
-largest w, so that w leaves few tokens, and a noisy H.
-
-The second moment of the gradients keeps the correlations of a layer's outputs, with √w too:
+The second moment of the gradients keeps the correlations of a layer's outputs, with √w instead of w
+(:mod:`modulora_core.calibration.token_weights`):
 
     KL ≈ ½ E[‖gₜ‖² (gₜᵀ ΔW xₜ / ‖gₜ‖)²] ≈ ½ tr(H_O ΔW H ΔWᵀ)      H_O = E[gₜgₜᵀ / ‖gₜ‖]
 
@@ -37,13 +33,12 @@ from __future__ import annotations
 import math
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +49,6 @@ from modulora_core.calibration.moments import SecondMoment
 from modulora_core.calibration.observe import ObservedWeight
 from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.calibration.states import SampleStates
-from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.errors import ModelError, WorkError
 from modulora_core.models import ModelSource
 from modulora_core.models.sites import LinearSite
@@ -62,9 +56,6 @@ from modulora_core.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHTS = "token-weights-{}-of-{}.safetensors"
-"""The file with the token weights of one process's samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,34 +114,6 @@ def loss_sensitivities(
         return passes.backward(ids.numel())
 
 
-def token_weights(
-    ids: Tensor, folder: Path, measure: Callable[[], Mapping[str, Sequence[Sensitivity]]]
-) -> dict[str, list[tuple[Tensor, ...]]]:
-    """‖gₜ‖ / E‖g‖ of each parameter that multiplies every token once, for this process's samples.
-
-    A file in ``folder`` keeps the weights for a resumed run of the same arguments.
-
-    Args:
-        ids: all samples, int64 ``[samples, seq_len]``.
-        measure: gives :func:`loss_sensitivities` of these samples, for parameters of one matrix.
-
-    Returns:
-        by parameter name, in a list for its only matrix: the weights of each sample,
-        fp32 ``[seq_len]``, with a mean of 1 over all samples.
-    """
-    folder.mkdir(exist_ok=True)
-    file = folder / WEIGHTS.format(distributed.rank(), distributed.world_size())
-    if not all(distributed.merged({str(distributed.rank()): file.is_file()}).values()):
-        numbers = distributed.shared_out(range(len(ids)))
-        roots = {}
-        for name, (each,) in measure().items():
-            if all(len(weights) == ids.shape[1] for weights in each.tokens):
-                root = torch.stack(each.tokens).double().sqrt()
-                roots[name] = (root * _scale(root.unbind(), numbers)).float()
-        write_file(file, safetensors.torch.save(roots))
-    return {name: [each.unbind()] for name, each in safetensors.torch.load_file(file).items()}
-
-
 @dataclass
 class _Passes:
     """One pass forward and one backward, a sample at a time."""
@@ -204,17 +167,13 @@ class _Passes:
         """Replace the last hidden states by the gradient of Σ log p(drawn token) in them."""
         for sample, calls in enumerate(self._calls):
             hidden = self._state(len(blocks), sample).requires_grad_()
-            of_sample = zlib.crc32(f"{seed} {self.numbers[sample]}".encode())
-            generator = torch.Generator().manual_seed(of_sample)
             with torch.enable_grad():
                 ids = self.ids[sample][None].to(self.device)
                 logits = logits_after(model, blocks, calls, ids, hidden)[0]
-            p = logits.detach().float().softmax(-1)
-            _check_finite(p.sum(-1), "the model's logits")
-            drawn = _drawn(p, generator)
-            ascent = p.neg_().scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=p.dtype))
-            logits.backward(ascent.to(logits.dtype))  # the gradient of Σ log p(drawn) in them
+            of_sample = zlib.crc32(f"{seed} {self.numbers[sample]}".encode())
+            logits.backward(_ascent(logits.detach(), torch.Generator().manual_seed(of_sample)))
             self._states[len(blocks), sample] = _gradient(hidden)
+            del logits  # as large as a vocabulary for each token
 
     def backward(self, tokens: int) -> dict[str, list[Sensitivity]]:
         """From the last block to the first, replace hidden states by the gradient in them.
@@ -270,10 +229,20 @@ class _Passes:
             self.progress("weighing", nbytes * blocks // (2 * len(self.paths)), nbytes)
 
 
-def _drawn(p: Tensor, generator: torch.Generator) -> Tensor:
+def _ascent(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient of Σ log p(drawn token) in ``logits``, ``[tokens, vocabulary]``."""
+    p = logits.float().softmax(-1)
+    _check_finite(p.sum(-1), "the model's logits")
+    drawn = draw(p, generator)
+    ones = torch.ones_like(drawn, dtype=p.dtype)
+    return p.neg_().scatter_add_(-1, drawn, ones).to(logits.dtype)
+
+
+def draw(p: Tensor, generator: torch.Generator) -> Tensor:
     """A random index for each row of probabilities, ``[rows, 1]``.
 
-    It inverts the distribution: ``torch.multinomial`` draws a number for each of 49,152 tokens.
+    A random number is looked up in the sums of a row. ``torch.multinomial`` draws one for each
+    probability, which takes most of the time of a large vocabulary's head.
     """
     sums = p.cumsum(-1)
     points = torch.rand(len(p), 1, generator=generator).to(p.device) * sums[:, -1:]
@@ -319,7 +288,7 @@ class _Watch:
         """
         distributed.add_up(self._outputs)
         _check_finite(self._outputs, f"{name}: its gradient")
-        scale = _scale(self._tokens, numbers)
+        scale = scale_to_mean_one(self._tokens, numbers)
         weights = tuple((each.double() * scale).float() for each in self._tokens)
         return Sensitivity((self._outputs / tokens).cpu(), weights)
 
@@ -331,7 +300,7 @@ class _Watch:
         return self._moment.mean(name).hessian
 
 
-def _scale(samples: Sequence[Tensor], numbers: Sequence[int]) -> float:
+def scale_to_mean_one(samples: Sequence[Tensor], numbers: Sequence[int]) -> float:
     """The factor that gives the values of all processes' samples a mean of 1; 0 if all are 0."""
     mine = [(float(each.double().sum()), len(each)) for each in samples]
     sums = distributed.merged(dict(zip(map(str, numbers), mine, strict=True)))

@@ -47,7 +47,7 @@ class CalibrationConfig:
         spill: keep hidden states in a file beside the output; None decides by their size.
         weighting: ``"loss"`` weights each token in H by the gradient of the loss in the layer's
             output, and keeps the second moment of the gradients for quantizers that use it
-            (:mod:`modulora_core.calibration.sensitivity`); experts stay unweighted.
+            (:mod:`modulora_core.calibration.token_weights`); experts stay unweighted.
             ``"none"`` does not; None leaves it to the quality of :func:`modulora_core.quantize`.
         max_samples: see ``samples``.
         tuning: how to tune each block after it was quantized; None does not tune.

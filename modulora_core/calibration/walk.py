@@ -58,7 +58,7 @@ class BlockWalk:
         held_out_weights: holds the last samples out, as many as it has weights for. Then each
             calibration is a :class:`~modulora_core.calibration.packing.HeldOutCalibration`.
         token_weights: the weights in H of this process's other samples
-            (:func:`modulora_core.calibration.sensitivity.token_weights`).
+            (:func:`modulora_core.calibration.token_weights.token_weights`).
         paused_bytes: see :data:`PAUSED_BYTES`.
         unreached: after the walk, the experts that no token was routed to.
     """

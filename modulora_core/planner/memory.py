@@ -249,9 +249,9 @@ def _by_parameter(packed: PlannedModel) -> dict[str, float]:
 def _end_sizes(packed: PlannedModel) -> tuple[int, int]:
     """The weights of the embedding, and of a head that is not tied to it."""
     model = packed.dense.outline()
-    table = {id(p): p.numel() for p in model.get_input_embeddings().parameters()}
-    head = {id(p): p.numel() for p in model.get_output_embeddings().parameters()}
-    return sum(table.values()), sum(n for key, n in head.items() if key not in table)
+    table = {*model.get_input_embeddings().parameters()}
+    head = {*model.get_output_embeddings().parameters()} - table
+    return sum(p.numel() for p in table), sum(p.numel() for p in head)
 
 
 def _by_block(packed: PlannedModel, request: PlanRequest) -> dict[str, float]:

@@ -19,8 +19,9 @@ from modulora_core.calibration import (
     find_blocks,
 )
 from modulora_core.calibration.output_moments import OutputMoments
-from modulora_core.calibration.sensitivity import loss_sensitivities, token_weights
+from modulora_core.calibration.sensitivity import loss_sensitivities
 from modulora_core.calibration.stages import TokenWeights
+from modulora_core.calibration.token_weights import token_weights
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.parameters import pack_matrices
 from modulora_core.checkpoints.written.shards import ShardWriter
@@ -129,8 +130,9 @@ class _Packer(Packing):
             seed=self.layout.record.seed, spill=text.config.spill, progress=self.progress,
             moments=self.moments,
         )  # fmt: skip
-        # an error of bf16 is less than that of drawing tokens
-        with matmul_precision("medium" if has_bfloat16_units() else None):
+        # an error of bf16 is less than that of drawing tokens; a CPU without units would be slower
+        fast = self.device.type != "cpu" or has_bfloat16_units()
+        with matmul_precision("medium" if fast else None):
             return token_weights(text.ids, folder, measure)
 
     def is_written(self, name: str) -> bool:
