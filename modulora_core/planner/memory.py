@@ -282,7 +282,7 @@ def _by_block(packed: PlannedModel, request: PlanRequest) -> dict[str, float]:
     # one sample's logits, their probabilities, and the sums of these
     logits = request.calibration_seq_len * packed.dense.config.get_text_config().vocab_size
     weighing: dict[str, float] = {
-        "dense_weights": FP32 * (table + head),
+        "embeddings_and_head": FP32 * (table + head),
         "loss": WEIGHING_LOGITS * FP32 * logits,
     }
     items = max(packing, entering, weighing, key=lambda items: sum(items.values()))

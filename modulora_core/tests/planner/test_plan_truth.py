@@ -40,7 +40,14 @@ TRIES = 4
 WORK: Mapping[str, tuple[str, ...]] = {
     "training": ("gradients", "activations", "workspace", "loss"),
     "decoding": ("activations", "workspace", "loss", "kv_cache"),
-    "quantizing": ("dense_weights", "activations", "workspace", "calibration"),
+    "quantizing": (
+        "dense_weights",
+        "activations",
+        "workspace",
+        "calibration",
+        "embeddings_and_head",
+        "loss",
+    ),
 }
 """The items that torch's operations allocate during a job."""
 
