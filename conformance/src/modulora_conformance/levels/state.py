@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ ANOTHER = "test_packing_another_weight_leaves_this_one"
 SHAPES = ((4, 100), (4, 32), (44, 32), (44, 100), (100, 4))
 
 ROUNDS = 12
-"""Turns of two threads: enough that a race shows nearly always."""
+"""Two threads begin together so often: enough that a race shows nearly always."""
 
 SWITCH = 1e-5
 """Seconds until Python changes the thread."""
@@ -109,16 +110,20 @@ class State(Level):
         weights = [gaussian(fit(quantizer, *shape), 32) for shape in SHAPES[:2]]
         expected = [_read(quantizer, weight) for weight in weights]
 
+        together = Barrier(len(weights))
+
         def work(i: int) -> list[str]:
+            together.wait()  # else one may pack only while the other reads
             found, results = _read(quantizer, weights[i])
             wrong = [n for n, value in results.items() if not same_bits(value, expected[i][1][n])]
             return wrong if same_packed(found, expected[i][0]) else ["packed tensors", *wrong]
 
-        interval = sys.getswitchinterval()
+        interval, wrong = sys.getswitchinterval(), list[str]()
         sys.setswitchinterval(SWITCH)
         try:
-            with ThreadPoolExecutor(2) as pool:
-                wrong = [name for names in pool.map(work, [0, 1] * ROUNDS) for name in names]
+            with ThreadPoolExecutor(len(weights)) as pool:
+                for _ in range(ROUNDS):
+                    wrong += (name for names in pool.map(work, (0, 1)) for name in names)
         finally:
             sys.setswitchinterval(interval)
         assert not wrong, f"two threads: expected the bits of one, got others in {wrong[0]}"

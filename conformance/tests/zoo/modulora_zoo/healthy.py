@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +13,23 @@ from modulora_core.spec import PackedLayout, PackedWeight, Quantizer, TensorLayo
 from modulora_zoo import SPECS
 
 LEVELS = 15
+
+MOST = 30.0
+"""Seconds that a thread waits for another one, which takes milliseconds on an idle machine."""
+
+
+def meet(quantizer):
+    """Of two threads that share an instance, let the first wait until the second comes here too.
+
+    A race that a quantizer has on purpose is then found every time. Call this between the writing
+    of what both share and its reading."""
+    if threading.current_thread() is threading.main_thread():
+        return
+    own, me = vars(quantizer), threading.get_ident()
+    end = time.monotonic() + (MOST if own.setdefault("first", me) == me else 0)
+    while "met" not in own and time.monotonic() < end:
+        time.sleep(1e-3)  # without the GIL, as a kernel
+    own["met"] = True
 
 
 class _Options(BaseModel):

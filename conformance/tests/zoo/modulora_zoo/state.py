@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from typing import ClassVar
 
 import torch
 
 from modulora_core.spec import check_hessian
-from modulora_zoo.healthy import LEVELS, Healthy, changed
+from modulora_zoo.healthy import LEVELS, Healthy, changed, meet
 
 APART = "test_weights_of_other_shapes_keep_apart"
 NEW = "test_a_new_instance_gives_the_same"
 THREADS = "test_two_threads_get_what_one_gets"
-WHILE = 5e-3
-"""Seconds: on a busy machine too, the other thread comes to the same line meanwhile."""
 QUALITY = "test_calibration_makes_outputs_no_worse"
 GRADIENTS = "test_gradients_of_outputs_are_used_as_the_spec_says"
 
@@ -91,7 +88,7 @@ class OneScratch(Healthy):
             return super().decode(packed, rows)
         self.scratch = self.codes(packed, rows).float()
         self.shape = packed.shape
-        time.sleep(WHILE)  # without the GIL, as a kernel
+        meet(self)
         if self.shape != packed.shape:
             return torch.zeros(rows[1] - rows[0], packed.shape[1])
         scale, zero = (self.spread(packed, name, rows) for name in ("scale", "zero"))
@@ -104,10 +101,8 @@ class OneShape(Healthy):
     breaks = THREADS
 
     def packed(self, codes, scale, zero, weight):
-        self.rows = len(weight)
         self.columns = weight.shape[1]
-        if self.rows == 4:
-            time.sleep(WHILE)
+        meet(self)
         if self.columns != weight.shape[1]:
             zero = zero + 1
         return super().packed(codes, scale, zero, weight)
