@@ -60,7 +60,8 @@ HEAVY = {name for name in CHECKS if "real_layer" in name or "common_sides" in na
 plugins' certificates show that they pass sound quantizers of all kinds."""
 
 OWN, OTHERS = 8, 96
-"""A broken quantizer meets one in so many checks of its own level, and of other levels."""
+"""A broken quantizer meets one in so many checks of its own level, and of other levels. It meets
+checks of :data:`SLOW` of its own level alone."""
 
 
 def needed(check):
@@ -77,11 +78,10 @@ def is_sampled(cls, check):
         return True
     if check in HEAVY:
         return False
-    if check in SLOW:
-        return CHECKS[check] == CHECKS[breaks] == "L6"
-    if breaks in needed(check):
-        return False  # it would be blocked
-    one_of = OWN if CHECKS[check] == CHECKS[breaks] else OTHERS
+    is_own = CHECKS[check] == CHECKS[breaks]
+    if (check in SLOW and not is_own) or breaks in needed(check):
+        return False  # the latter would be blocked
+    one_of = OWN if is_own else OTHERS
     return zlib.crc32(f"{cls.__name__} {check}".encode()) % one_of == 0
 
 
