@@ -11,13 +11,12 @@ CERTIFICATES := build/conformance
 # The kit and each plugin are distributions with a `test` extra. The kit is first: plugins need it.
 PROJECTS := $(patsubst %/pyproject.toml,%,$(wildcard conformance/pyproject.toml) $(wildcard plugins/*/pyproject.toml))
 SOURCES := modulora_core $(wildcard $(addsuffix /src,$(PROJECTS)) examples/*/src)
-# Large files first, so that no process is left alone with one at the end.
-TESTS := $(wildcard examples) $(addsuffix /tests,$(PROJECTS)) modulora_core/tests
+TESTS := $(addsuffix /tests,$(PROJECTS)) modulora_core/tests $(wildcard examples)
 CONFORMANCE := $(wildcard plugins/*/tests/test_*_conformance.py)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-# Two processes of one thread each. The tests of a file stay together, and so does a certificate.
+# Two processes of one thread each. The tests of a file stay together, and all of a plugin (conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo install test test-all support check docs clean

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import hypothesis
 import pytest
 
@@ -15,14 +18,40 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("modulora")
 
 
-LONGEST = ("test_docs.py", "test_zoo.py", "test_qtip_conformance.py")
+PLUGIN = re.compile("plugins/[^/]+/")
+
+LONGEST = ("test_zoo.py", "test_docs.py", "test_plan_truth.py")
 """The files of tests that take minutes."""
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one process run all tests of a plugin.
+
+    It compiles each kernel once, and keeps the code on disk for the tests after it. Two processes
+    would compile the same kernels at the same time, for minutes.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadPluginScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            plugin = PLUGIN.match(nodeid)
+            return super()._split_scope(nodeid) if plugin is None else plugin[0]
+
+    return LoadPluginScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, so that no process is left alone with one at the end.
+    """Put plugins and the longest files first, so that no process is alone with one at the end.
 
     After them come other files with slow tests.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
+
+    def key(item: pytest.Item) -> tuple[bool, bool, bool]:
+        is_plugins = PLUGIN.match(item.nodeid) is not None
+        return not is_plugins, item.path.name not in LONGEST, item.path not in slow
+
+    items.sort(key=key)
