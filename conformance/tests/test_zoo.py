@@ -53,8 +53,11 @@ SLOW = {
 }
 """Checks of other processes, of the compiler, and of a whole model."""
 
-HEAVY = {name for name in CHECKS if "real_layer" in name or "common_sides" in name} | {
-    name for name in CHECKS if "any_number" in name or "thousand" in name
+HEAVY = {
+    name
+    for name in CHECKS
+    for part in ("real_layer", "common_sides", "any_number", "thousand", "many_uses")
+    if part in name
 }
 """Checks that take seconds: only the healthy one, and those that they are made for, meet them. The
 plugins' certificates show that they pass sound quantizers of all kinds."""
