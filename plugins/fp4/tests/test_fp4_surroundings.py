@@ -10,6 +10,7 @@ from modulora_fp4.quantizer import FP4, Options
 class TestKernels(CompiledKernels):
     packing_share = 1.5
     instruction_sets = ("avx2",)  # the core and nf4 compare code without AVX2
+    loops_of_core = True
 
     @pytest.fixture
     def quantizers(self) -> list[FP4]:

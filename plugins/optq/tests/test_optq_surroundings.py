@@ -12,6 +12,7 @@ BITS = (2, 3, 4, 8)
 
 class TestKernels(CompiledKernels):
     instruction_sets = ("avx2",)  # the core and nf4 compare code without AVX2
+    loops_of_core = True
 
     @pytest.fixture
     def quantizers(self):

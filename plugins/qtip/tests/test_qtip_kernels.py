@@ -91,6 +91,7 @@ def test_blocks_of_128_are_rotated_apart_and_padding_is_cut(
 @pytest.mark.slow
 class TestKernels(CompiledKernels):
     instruction_sets = ("avx2",)  # the core and nf4 compare code without AVX2
+    loops_of_core = True
     rounding = 1e-5
     """A tile is a rotation, whose sums are made in another order. A wrong code moves it by 1e-3."""
 

@@ -13,6 +13,7 @@ BITS = (2, 3, 4)
 @pytest.mark.slow
 class TestKernels(CompiledKernels):
     instruction_sets = ("avx2",)  # the core and nf4 compare code without AVX2
+    loops_of_core = True
     rounding = 1e-5
     """A tile is a rotation, whose sums are made in another order. A wrong code moves it by 1e-3."""
 
