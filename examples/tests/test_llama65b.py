@@ -14,8 +14,7 @@ import torch
 from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import load_model
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.registry import Choice
 
 pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")

@@ -20,7 +20,7 @@ from torch import Tensor
 from modulora_core.adapters.load import adapter_for
 from modulora_core.adapters.peft_format import AdapterDelta
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite

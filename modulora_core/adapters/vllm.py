@@ -23,7 +23,7 @@ from modulora_core.adapters.peft_format import (
     SavedAdapter,
     write_adapter,
 )
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import open_packed
 from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
 from modulora_core.errors import AdapterError
 from modulora_core.models.conversion import stored_parts

@@ -1,21 +1,35 @@
-"""Load a packed model: transformers builds it, and its weights stay packed."""
+"""Open MODEL, packed or dense, and load a packed one. Opening reads only headers.
+
+    open_model    whatever it is: a PackedCheckpoint, or a ModelSource if its weights are floats
+    open_packed   the same, and refuses floats
+    load_model    transformers' model of a packed one; its weights stay packed
+
+:func:`modulora_core.models.open_dense` gives the floats that a quantizer packs.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from modulora_core.arguments import checked
+from modulora_core.checkpoints.foreign.reading import packed_in_file, packed_in_folder
 from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
-from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.distributed import pick_device
-from modulora_core.errors import OptionError
+from modulora_core.errors import ModelError, OptionError
 from modulora_core.kernels.parity import check_kernels
-from modulora_core.models.config import transformers_config
+from modulora_core.models import ModelSource, open_dense
+from modulora_core.models.config import config_values, transformers_config
+from modulora_core.models.folders import no_config
+from modulora_core.models.installed_formats import method_of, recognise, unread_method
+from modulora_core.models.locate import Location, fetch_weights, locate
+from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.progress import quiet, terminal_bar
 from modulora_core.spec import TensorLayout
@@ -24,6 +38,80 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOAD_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder is a packed checkpoint: ours, or of a format that a plugin reads."""
+    config = config_values(folder)
+    return is_ours(config) or recognise(folder, config) is not None
+
+
+def is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that this package wrote the weights."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def open_model(
+    model: str | Path | Location, *, revision: str | None = None
+) -> PackedCheckpoint | ModelSource:
+    """Open MODEL, whatever it is: packed weights stay packed. Headers are read once.
+
+    Args:
+        model: MODEL as the user wrote it, or its place.
+        revision: a branch, tag or commit of a Hub repository.
+
+    Raises:
+        ModelError: nothing is there, or transformers can't use it.
+        CheckpointError: a file is missing, truncated, or differs from config.json.
+        PluginError: the plugin that reads it can't be used.
+    """
+    location = model if isinstance(model, Location) else locate(str(model), revision)
+    if location.file is None:
+        return _packed_folder(location) or open_dense(location)
+    source = open_dense(location)
+    return packed_in_file(source) or source
+
+
+def open_packed(model: str | Path, *, revision: str | None = None) -> PackedCheckpoint:
+    """As :func:`open_model`, for a packed model. Weights of another Hub model aren't downloaded.
+
+    Raises:
+        ModelError: it isn't packed; says what to do. Or as :func:`open_model`.
+        CheckpointError, PluginError: as :func:`open_model`.
+    """
+    location = locate(str(model), revision)
+    found = _packed_folder(location) if location.file is None else open_model(location)
+    if not isinstance(found, PackedCheckpoint):
+        raise ModelError(_not_packed(location))
+    return found
+
+
+def _packed_folder(location: Location) -> PackedCheckpoint | None:
+    """The packed checkpoint in a folder or a Hub repository; None if config.json says floats."""
+    config = config_values(location.folder)
+    if is_ours(config):
+        folder = fetch_weights(location).folder
+        record = QuantizationRecord.from_json(config["quantization_config"], folder / "config.json")
+        return PackedCheckpoint(folder, location.name, config, record, SafetensorsStore(folder))
+    known = recognise(location.folder, config)
+    if known is None:
+        return None
+    known.reader().check(known.config)
+    return packed_in_folder(fetch_weights(location), known)
+
+
+def _not_packed(location: Location) -> str:
+    config = {} if location.file is not None else config_values(location.folder)
+    method = method_of(config)
+    if method is not None:
+        return unread_method(location.model, method)
+    if location.file is None and not config:
+        return no_config(location.folder)
+    return (
+        f"model {location.model}: it isn't quantized; quantize it first: "
+        f"modulora quantize {location.model} OUT -q NAME (finetune -q NAME does both)"
+    )
 
 
 def check_mapped(checkpoint: PackedCheckpoint, device: str) -> None:
@@ -124,9 +212,10 @@ def _from_pretrained(
     else:
         assert checkpoint.foreign is not None
         config, tensors = copy.deepcopy(checkpoint.foreign.config), checkpoint.tensors()
-    quantization = checkpoint.record.to_json()  # transformers wants a dictionary
-    # no config.json can hold this class: ModuLoRAConfig.from_dict skips a check for it
-    config.quantization_config = quantization | ({"mapped": MappedFiles} if mapped else {})
+    # transformers wants a dictionary; no config.json can hold a record
+    config.quantization_config = {
+        "quant_method": QUANT_METHOD, "record": checkpoint.record, "mapped": mapped
+    }  # fmt: skip
     model: PreTrainedModel = type(checkpoint.outline).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, device_map={"": device},
         trust_remote_code=False,

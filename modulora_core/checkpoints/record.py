@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -26,7 +26,7 @@ from pydantic import (
 
 from modulora_core import registry
 from modulora_core.checkpoints.joined_rows import JoinedRows, layouts_of_parts
-from modulora_core.errors import CheckpointError
+from modulora_core.errors import CheckpointError, ShapeError
 from modulora_core.models.json_files import check_json
 from modulora_core.models.sites import Kind, LinearSite
 from modulora_core.spec import PackedLayout, Quantizer, TensorLayout
@@ -286,3 +286,42 @@ def distinct_sites(
             sites.append(site)
         weights[linear.name] = sites.index(site)
     return tuple(sites), weights
+
+
+def packed_sites(
+    linears: Sequence[LinearSite], quantizers: Sequence[Quantizer], chosen: Mapping[str, int]
+) -> tuple[tuple[PackedSite, ...], dict[str, int]]:
+    """Each kind of packed parameter once, and by name the kind of every parameter.
+
+    Args:
+        chosen: by name, the index of a parameter's quantizer.
+
+    Raises:
+        ShapeError: a quantizer can't take a layer's shape; the message names the layer.
+    """
+    layouts: dict[tuple[int, tuple[int, int]], PackedLayout] = {}
+    packed = []
+    for linear in linears:
+        recipe, shape = chosen[linear.name], (linear.out_features, linear.in_features)
+        if (recipe, shape) not in layouts:
+            layouts[recipe, shape] = _layout_of(quantizers[recipe], shape, linear)
+        packed.append((linear, recipe, layouts[recipe, shape]))
+    return distinct_sites(packed)
+
+
+def _layout_of(quantizer: Quantizer, shape: tuple[int, int], linear: LinearSite) -> PackedLayout:
+    try:
+        quantizer.check_shape(shape)
+    except ShapeError as error:
+        raise ShapeError(
+            f"{error} ({linear.module}); leave it out with --exclude or choose another quantizer"
+        ) from None
+    return quantizer.layout(shape)
+
+
+def by_reason(kept: Mapping[str, str]) -> dict[str, list[str]]:
+    """Turn name → reason into reason → names, as a record has them."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons

@@ -48,7 +48,7 @@ def command(path: Checked, verify: Verify = False) -> Report:
         terminal().note(f"{path}: {files} files have their recorded SHA-256")
     if (Path(path) / "adapter_config.json").is_file():
         return _adapter(path)
-    from modulora_core.checkpoints.opening import open_packed
+    from modulora_core.checkpoints.loading import open_packed
 
     checkpoint = open_packed(path)
     checkpoint.check_whole()

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modulora_core.adapters.load import load_adapter
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.loading import check_mapped, load_model, resolved_dtype
-from modulora_core.checkpoints.opening import open_model
+from modulora_core.checkpoints.loading import check_mapped, load_model, open_model, resolved_dtype
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import pick_device
 from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError, first_line

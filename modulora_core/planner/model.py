@@ -12,11 +12,9 @@ import torch
 
 from modulora_core.calibration import find_blocks
 from modulora_core.checkpoints.hf.packed_modules import install
-from modulora_core.checkpoints.loading import check_mapped
-from modulora_core.checkpoints.opening import is_ours, open_model
+from modulora_core.checkpoints.loading import check_mapped, is_ours, open_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.checkpoints.written.parameters import packed_sites
+from modulora_core.checkpoints.record import QuantizationRecord, packed_sites
 from modulora_core.models.config import config_values, transformers_config
 from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.ends import find_ends

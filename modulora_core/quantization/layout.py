@@ -14,8 +14,13 @@ from typing import Any
 from modulora_core import registry
 from modulora_core.arguments import check_fields
 from modulora_core.calibration import CalibrationText, find_blocks
-from modulora_core.checkpoints.record import PackedSite, QuantizationRecord, Recipe
-from modulora_core.checkpoints.written.parameters import by_reason, packed_sites
+from modulora_core.checkpoints.record import (
+    PackedSite,
+    QuantizationRecord,
+    Recipe,
+    by_reason,
+    packed_sites,
+)
 from modulora_core.errors import OptionError
 from modulora_core.models import ModelSource
 from modulora_core.models.ends import End, find_ends

@@ -22,8 +22,8 @@ from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.calibration.sensitivity import loss_sensitivities
 from modulora_core.calibration.stages import TokenWeights
 from modulora_core.calibration.token_weights import token_weights
+from modulora_core.checkpoints.matrices import pack_matrices
 from modulora_core.checkpoints.record import PackedSite
-from modulora_core.checkpoints.written.parameters import pack_matrices
 from modulora_core.checkpoints.written.shards import ShardWriter
 from modulora_core.dense_products import has_bfloat16_units, matmul_precision
 from modulora_core.models import ModelSource

@@ -13,8 +13,7 @@ from modulora_core.adapters.files import base_file, file_writer
 from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.targets import select_layers
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.loading import check_mapped
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import check_mapped, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.errors import MissingExtraError, OptionError

@@ -37,10 +37,9 @@ from modulora_core.calibration import (
     calibration_text,
     find_blocks,
 )
-from modulora_core.checkpoints.loading import load_model
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.matrices import random_stream
 from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
-from modulora_core.checkpoints.written.parameters import random_stream
 from modulora_core.distributed import pick_device, world_size
 from modulora_core.errors import OptionError
 from modulora_core.layers import LoRALayer, QuantLinear

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from modulora_core.checkpoints.hf.packed_modules import install_parameter, use_dense_products
-from modulora_core.checkpoints.record import QuantizationRecord, Recipe
-from modulora_core.checkpoints.written.parameters import by_reason, pack_matrices, packed_sites
+from modulora_core.checkpoints.matrices import pack_matrices
+from modulora_core.checkpoints.record import QuantizationRecord, Recipe, by_reason, packed_sites
 from modulora_core.errors import CheckpointError, OptionError, WeightError
 from modulora_core.models.conversion import tied_names
 from modulora_core.models.sites import find_sites, tied_to

@@ -25,7 +25,6 @@ from modulora_core.arguments import checked
 from modulora_core.checkpoints.hf.packed_model import PackedModel, with_methods
 from modulora_core.checkpoints.hf.packed_modules import install, unpack
 from modulora_core.checkpoints.hf.packing_on_load import PackOnLoad, data_free
-from modulora_core.checkpoints.mapped import MappedFiles
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.errors import ModelError
 from modulora_core.models.store import check_finite
@@ -73,12 +72,13 @@ class ModuLoRAConfig(QuantizationConfigMixin):
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        if "quantizer" in config_dict:
+        record = config_dict.get("record")
+        if isinstance(record, QuantizationRecord):  # of load_model, never of a file
+            config = cls(record=record, mapped=config_dict["mapped"])
+        elif "quantizer" in config_dict:
             config = cls(**{k: v for k, v in config_dict.items() if k != "quant_method"})
         else:
-            record = QuantizationRecord.from_json(config_dict)
-            # a class can't stand in config.json, so a stranger's file can't skip the check
-            config = cls(record=record, mapped=config_dict.get("mapped") is MappedFiles)
+            config = cls(record=QuantizationRecord.from_json(config_dict))
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Writing: output folders that appear whole, shards, the model card, packed matrices."""
+"""Writing: output folders that appear whole, shards, the model card."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from modulora_core.calibration import BlockWalk, CalibrationText, HeldOutCalibration, Packing
 from modulora_core.calibration.sensitivity import Sensitivity, loss_sensitivities
-from modulora_core.checkpoints.written.parameters import random_stream
+from modulora_core.checkpoints.matrices import random_stream
 from modulora_core.errors import WorkError
 from modulora_core.models import ModelSource
 from modulora_core.models.json_files import read_journal

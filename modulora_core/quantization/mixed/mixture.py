@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from modulora_core.calibration import CalibrationText
-from modulora_core.checkpoints.record import QuantizationRecord, Recipe
-from modulora_core.checkpoints.written.parameters import packed_sites
+from modulora_core.checkpoints.record import QuantizationRecord, Recipe, packed_sites
 from modulora_core.errors import DataError, OptionError
 from modulora_core.models import ModelSource
 from modulora_core.models.ends import End

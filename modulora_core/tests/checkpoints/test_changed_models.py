@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from modulora_core.checkpoints.loading import load_model
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.errors import ModelError
 from modulora_core.quantization.quantize import Override, quantize
 from modulora_core.registry import Choice

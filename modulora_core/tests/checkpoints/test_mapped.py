@@ -18,9 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import check_mapped, load_model
+from modulora_core.checkpoints.loading import check_mapped, load_model, open_packed
 from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
-from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import OptionError

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from modulora_core import ModuLoRAConfig, load_model
 from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.save import save_adapter
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import open_packed
 from modulora_core.errors import (
     CheckpointError,
     OptionError,

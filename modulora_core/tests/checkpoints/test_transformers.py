@@ -13,8 +13,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from modulora_core.checkpoints.hf.quantizer import register
-from modulora_core.checkpoints.loading import load_model
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.checkpoints.record import QUANT_METHOD
 from modulora_core.errors import AdapterError, CheckpointError
 from modulora_core.packed_parameters import PackedParameter

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.loading import load_model
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.models.sites import find_sites
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model

@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.loading import load_model
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.checkpoints.written.outputs import DIGESTS, check_digests, partial_name
 from modulora_core.errors import (
     CheckpointError,

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from modulora_core.adapters.switching import without_adapter
-from modulora_core.checkpoints.loading import load_model
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.data import load_examples
 from modulora_core.inference.generate import Sampling, continuations
 from modulora_core.tests.adapted_models import logits, trained

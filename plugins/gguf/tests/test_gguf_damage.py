@@ -11,7 +11,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from modulora_gguf import reference
-from modulora_gguf.damage import check_scales
+from modulora_gguf.quantizer import check_scales
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from safetensors.torch import load_file, save_file
 

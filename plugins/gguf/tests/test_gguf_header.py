@@ -13,8 +13,8 @@ from pathlib import Path
 import gguf
 import pytest
 from modulora_gguf.file.header import read_header, without_vocabulary
-from modulora_gguf.file.model import GGUFModel
 from modulora_gguf.file.store import read_gguf
+from modulora_gguf.formats import GGUFModel
 from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
 from modulora_core.errors import CheckpointError, ModelError, OutputError

@@ -22,8 +22,7 @@ from modulora_core.adapters.merge import merge
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model
-from modulora_core.checkpoints.opening import open_model, open_packed
+from modulora_core.checkpoints.loading import load_model, open_model, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError

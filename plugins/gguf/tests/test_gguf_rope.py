@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from modulora_gguf.file.config import gguf_config
+from modulora_gguf.file.config import gguf_config, set_rope
 from modulora_gguf.file.header import read_header
-from modulora_gguf.file.rope import set_rope
 from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 from transformers import LlamaConfig, Phi3Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

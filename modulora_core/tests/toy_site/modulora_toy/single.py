@@ -15,7 +15,7 @@ from modulora_core.adapters.files import AdapterFile, FileWriter, MergedFile
 from modulora_core.adapters.load import adapter_for
 from modulora_core.adapters.merge import delta_of, merged_parameter
 from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import open_packed
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import new_file
 from modulora_core.models.formats import FileFormat, ForeignWeight, ModelFile, PackedTensors

@@ -11,22 +11,35 @@ Metadata: ``type``, a name such as ``"Q4_K"``.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from functools import lru_cache, reduce
+from operator import or_
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from modulora_core.errors import ShapeError, WeightError
+from modulora_core.errors import CheckpointError, ShapeError, WeightError
 from modulora_core.kernels import KernelQuantizer
 from modulora_core.spec import Calibration, PackedWeight, TensorLayout, column_importance
 from modulora_core.tiles import tile_ranges
 from modulora_gguf import SPEC, packing, reference
-from modulora_gguf.damage import check_scales
 
 REFERENCE_BYTES = 2**20
 """Bytes of fp32 weights that are packed at once: Q4_K needs about eight copies of them."""
+
+_FP16 = 0x7C
+"""The exponent of fp16, in its high byte."""
+
+_FIRST: Mapping[int, int] = {1: _FP16}
+_SCALES: Mapping[str, Mapping[int, int]] = {
+    "Q4_1": {1: _FP16, 3: _FP16}, "Q5_1": {1: _FP16, 3: _FP16},
+    "Q2_K": {81: _FP16, 83: _FP16}, "Q3_K": {109: _FP16}, "Q4_K": {1: _FP16, 3: _FP16},
+    "Q5_K": {1: _FP16, 3: _FP16}, "Q6_K": {209: _FP16}, "TQ1_0": {53: _FP16}, "TQ2_0": {65: _FP16},
+    "MXFP4": {0: 0xFF}, "NVFP4": dict.fromkeys(range(4), 0x7F),
+}  # fmt: skip
+"""Bytes of a block in which all bits of a mask are set if a scale is not finite; others: _FIRST."""
 
 Type = Literal[
     "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
@@ -124,3 +137,34 @@ def _check_range(weight: Tensor, kind: Type) -> None:
             f"{low:.1g} to {high:g}, which fp16 scales can hold, got {largest:g} in a weight of "
             f"shape {list(weight.shape)}"
         )
+
+
+def check_scales(blocks: Tensor, kind: str, subject: str) -> None:
+    """Refuse ``blocks``, uint8 ``[rows, row bytes]``, with a scale that is NaN or infinite.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if blocks.is_meta or not blocks.numel():
+        return
+    if bool(damaged(blocks, kind).any()):
+        raise CheckpointError(
+            f"{subject}: expected finite scales of blocks, got NaN or Inf; download the file again"
+        )
+
+
+def damaged(blocks: Tensor, kind: str) -> Any:
+    """Whether a scale is NaN or infinite, for each block of uint8 ``[rows, row bytes]``; on a CPU
+    an array of NumPy, else a tensor.
+
+    A number of BF16 is a scale of its own.
+    """
+    if kind == "BF16":
+        return (blocks.contiguous().view(torch.int16) & 0x7F80) == 0x7F80
+    b: Any = blocks.reshape(-1, reference.block_of(kind)[1])
+    if b.device.type == "cpu":
+        b = b.numpy()  # takes bytes out of blocks in half of torch's time
+    if kind == "IQ1_M":  # four words hold four bits of d each
+        return ((b[:, 55] & 0x70) == 0x70) & ((b[:, 53] & 0xC0) == 0xC0)
+    found = [(b[:, at] & mask) == mask for at, mask in _SCALES.get(kind, _FIRST).items()]
+    return reduce(or_, found)

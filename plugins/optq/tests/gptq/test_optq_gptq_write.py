@@ -16,8 +16,7 @@ from modulora_optq.quantizer import OPTQ, from_solution
 from modulora_optq.reference import Solution
 
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.errors import ModelError, ShapeError
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import StoredWeight

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.layers import QuantLinear
 from modulora_core.spec import PackedWeight, TensorLayout
 

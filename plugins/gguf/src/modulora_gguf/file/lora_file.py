@@ -9,7 +9,7 @@
 Beside ``lora.gguf`` it writes ``lora.Modelfile``, with which Ollama makes a model of both files.
 
 Experts have [experts, r, in] and [experts, out, r]. llama.cpp orders the rows of some weights in
-its own way: :mod:`modulora_gguf.file.places`. Gates and ups that are fused in memory are two
+its own way: :mod:`modulora_gguf.file.rows`. Gates and ups that are fused in memory are two
 tensors of the base. Both get the same A, and each its rows of B.
 """
 
@@ -24,13 +24,13 @@ from torch import Tensor
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.files import AdapterFile
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
-from modulora_core.checkpoints.opening import open_model
+from modulora_core.checkpoints.loading import open_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import new_file, write_file
 from modulora_core.errors import AdapterError, ModelError
 from modulora_core.models.locate import names_file
 from modulora_core.models.source import ModelSource
-from modulora_gguf.file.places import Place, places, store_of
+from modulora_gguf.file.rows import Place, places, store_of
 
 
 def export_for_llama_cpp(adapter: str, out: str | Path, *, model: str | None = None) -> AdapterFile:

@@ -25,7 +25,7 @@ from modulora_core.adapters.files import MergedFile, base_file
 from modulora_core.adapters.load import adapter_for
 from modulora_core.adapters.merge import delta_of, merged_parameter
 from modulora_core.adapters.peft_format import AdapterDelta
-from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.loading import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
@@ -37,7 +37,7 @@ from modulora_core.progress import Progress, shows_progress
 from modulora_core.spec import TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 from modulora_gguf.file.header import TensorInfo
-from modulora_gguf.file.places import Place, places, store_of
+from modulora_gguf.file.rows import Place, places, store_of
 from modulora_gguf.file.store import scale_of
 from modulora_gguf.file.types import pack_rows, type_of, unpack_rows
 from modulora_gguf.file.writer import GGUFFileWriter, NewTensor

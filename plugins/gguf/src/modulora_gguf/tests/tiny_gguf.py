@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from modulora_gguf.damage import damaged
+from modulora_gguf.quantizer import damaged
 
 VOCABULARY = 64
 HIDDEN = 32
