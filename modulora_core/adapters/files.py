@@ -1,4 +1,4 @@
-"""Write adapters and merged models as files of a plugin's format: what it implements, its place."""
+"""The interface of plugins that write adapters and merged models as files, and how to find one."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ _CACHE: WeakKeyDictionary[PackedWeight, list[PackedWeight]] = WeakKeyDictionary(
 
 
 class JoinedRows(Quantizer):
-    """The quantizer of such a weight; files hold them, and nothing is packed to one.
+    """The quantizer of a joined weight. Files of other tools have such weights; ``pack`` makes
+    none.
 
     Args:
         parts: the quantizer of each part, from the first rows to the last.

@@ -35,7 +35,7 @@ class PackedCheckpoint:
     Attributes:
         path: its folder on this machine, or its file, of a model in one.
         name: its name without this machine's folders.
-        config: its config.json; of another tool's model, config.json as ours would be.
+        config: its config.json; for another tool's model, the config.json that we would write.
         record: its ``quantization_config``.
         foreign: config, tokenizer and dense parameters of another tool's model; None for ours.
         format: ``"modulora"``, or the name of the other tool's format.

@@ -2,8 +2,8 @@
 
 Errors E = W − Ŵ of a layer increase the loss in proportion to tr(H_O E H Eᵀ). H is the second
 moment of the layer's inputs, H_O is the second moment of the gradients in its outputs. A quantizer
-that rounds rows apart uses H alone. Here it rounds blocks of rows in turn, the last one first, and
-each gets the errors of the blocks before it (Tseng, Sun, De Sa 2025, arXiv 2505.22988):
+that rounds each row for itself uses H alone. Here it rounds blocks of rows in turn, the last one
+first, and each gets the errors of the blocks before it (Tseng, Sun, De Sa 2025, arXiv 2505.22988):
 
     Ŵ_k = Q(W_k + Σ_j L_jkᵀ E_j)      H_O + λI = L D Lᵀ, L unit block lower triangular
 """
@@ -19,8 +19,8 @@ from modulora_core.dense_products import product
 from modulora_core.kernels import incoherence
 
 MULTIPLE, LARGEST, TURNS = 16, 64, 16
-"""Blocks have a multiple of 16 rows, and at most 64. Fewer than 16 blocks gain less: the rows of a
-block know nothing of each other's errors. Smaller blocks leave less work for threads."""
+"""Blocks have a multiple of 16 rows, and at most 64. The rows of a block cannot make up for each
+other's errors, so fewer than 16 blocks gain less. Smaller blocks leave less work for threads."""
 
 DAMPING = 4.0
 """λ, in units of the mean of H_O's diagonal. H_O of some thousand tokens is noisy."""
@@ -32,7 +32,7 @@ def round_in_turn(
     output_hessian: Tensor | None,
     round_rows: Callable[[Tensor, slice], Tensor],
 ) -> None:
-    """Round all rows of ``W``, at once without an H_O.
+    """Round all rows of ``W``: block by block with an H_O, all at once without one.
 
     Args:
         quantizer: its name, for messages.
@@ -62,7 +62,7 @@ def block_rows(rows: int) -> int:
 
 
 def _feedback(quantizer: str, output_hessian: Tensor, block: int) -> Tensor:
-    """L − I, ``[M, M]``, of blocks of so many rows."""
+    """L − I, ``[M, M]``, where a block has ``block`` rows."""
     mean = output_hessian.diagonal().mean()
     H = output_hessian / torch.where(mean > 0, mean, 1)
     H.diagonal().add_(DAMPING)

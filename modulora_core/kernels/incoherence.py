@@ -121,7 +121,8 @@ def prepare(
 
 
 def _rotated(H: Tensor, signs: Tensor, block: int | None) -> Tensor:
-    """A symmetric matrix, which is changed, in the basis of the side with these signs."""
+    """Rotate a symmetric matrix into the basis of the side with these signs; ``H`` is
+    overwritten."""
     H = rotation.rotate(H, signs, in_place=True, block=block)
     H = rotation.rotate(H.T.contiguous(), signs, in_place=True, block=block)
     return (H + H.T) / 2
@@ -137,7 +138,7 @@ def _positive(x: Tensor) -> Tensor:
 
 
 def _rescaling(W: Tensor, H: Tensor) -> Tensor:
-    """The rescaling s = (diag H / diag WᵀW)^¼, about 1: W s and H / (s sᵀ) have one diagonal."""
+    """Evens out columns by s ∝ (diag H / diag WᵀW)^¼: (W s)ᵀ W s gets H / (s sᵀ)'s diagonal."""
     weights = W.square().mean(dim=0)
     s = (H.diagonal() / weights.clamp(min=1e-6 * float(_positive(weights.mean())))) ** 0.25
     return (s / s.mean()).clamp(2.0**-12, 2.0**12)

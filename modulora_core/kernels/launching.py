@@ -33,7 +33,7 @@ Fixed, so that the result does not depend on the number of threads.
 
 _HALVES = (torch.float16, torch.bfloat16)
 _UNKNOWN = dict.fromkeys(_HALVES, "<i2") | {torch.float8_e4m3fn: "|u1", torch.float8_e8m0fnu: "|u1"}
-"""The dtypes that numpy lacks, by whole numbers of the same bits."""
+"""For each dtype that numpy lacks, the integer dtype that holds its bits."""
 
 _TYPES = {
     dtype: _UNKNOWN.get(dtype) or torch.empty(0, dtype=dtype, device="cpu").numpy().dtype.str
@@ -110,8 +110,8 @@ def operands(
 ) -> tuple[Any, ...]:
     """The arrays and numbers that a CPU kernel reads of a packed weight, cached beside it.
 
-    A tensor with other memory makes them again. A tensor that is not aligned to its
-    dtype, as in a mapped file, is copied each time: a cached copy would take memory.
+    They are made again after a tensor has moved to other memory. A tensor that is not aligned to
+    its dtype, as in a mapped file, is copied each time: a cached copy would take memory.
 
     Args:
         packed: on the CPU.

@@ -44,7 +44,7 @@ class RotatedQuantizer(Quantizer):
     Attributes:
         kernels: the name of the plugin's package of kernels.
         code_tensors: names of the packed tensors that C is decoded from.
-        scales: names of s_in and s_out, fp16, as long as C before it is padded.
+        scales: names of s_in and s_out, fp16, as long as the rows and columns of C without padding.
         unit: the name of the unit, fp32 ``[1]``, which a weight may lack.
         strip: columns of C come in groups of so many.
         tensors: a static method, as :meth:`modulora_core.kernels.KernelQuantizer.tensors`.
@@ -202,7 +202,7 @@ class RotatedQuantizer(Quantizer):
 
 
 def _padded(x: Tensor, start: int, features: int) -> Tensor:
-    """``x`` at column ``start`` of so many, which are 0 elsewhere."""
+    """Pad ``x`` with zeros to ``features`` columns; it begins at column ``start``."""
     if x.shape[-1] == features:
         return x
     return F.pad(x.detach(), (start, features - start - x.shape[-1]))

@@ -36,8 +36,9 @@ PACK_IN_PYTHON = (
 class Conversion:
     """Tensors of a file, ``names``, that become one or more parameters together.
 
-    ``target`` is transformers' name of it, ``rule`` its WeightConverter; None renames one tensor.
-    ``patterns`` are the patterns of the rule that the names match.
+    ``target`` is transformers' name of the conversion. ``rule`` is its WeightConverter, or None if
+    one tensor only gets another name. ``patterns`` are the patterns of the rule that the names
+    match.
     """
 
     target: str
@@ -124,7 +125,8 @@ def converted_shapes(
 def stored_parts(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Take a parameter apart into the tensors of the model's own checkpoint, by their names.
 
-    Operations along the first two dimensions only take ``tensor`` of any other last dimension.
+    The last dimension of ``tensor`` may differ from the parameter's if the conversion leaves it
+    alone.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -51,13 +51,13 @@ class ForeignWeight:
     layout: PackedLayout
     """The layout of the packed weight that :attr:`unpack` returns."""
     unpack: Callable[[Read], PackedWeight] = field(repr=False)
-    """Makes the packed weight. It raises CheckpointError for damaged tensors. Of a stack it makes
-    one matrix, whose part of each tensor it reads."""
+    """Makes the packed weight. It raises CheckpointError for damaged tensors. For a stack it makes
+    one matrix, and reads only the part of each tensor that the matrix has."""
     experts: int | None = None
     """The number of matrices in a stack of experts, else None."""
     cut: Callable[[tuple[int, int]], ForeignWeight] | None = field(default=None, repr=False)
-    """Makes the first rows and columns of it, ``(out, in)`` as the model has them, for a format
-    that pads weights. It raises CheckpointError if padding doesn't explain the sizes."""
+    """Makes the weight without padding, ``(out, in)`` as the model has it, for a format that pads
+    weights. It raises CheckpointError if padding doesn't explain the sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ class FileTensors(TensorStore, Protocol):
 
     @property
     def transforms(self) -> list[Any] | None:
-        """Transformers' weight transforms for them; None if their names are those in memory."""
+        """Transformers' weight transforms for them; None if they have the names in memory."""
 
 
 class PartStore(TensorStore, Protocol):

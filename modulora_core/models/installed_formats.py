@@ -43,7 +43,7 @@ class InstalledFormat:
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """A foreign format, and the config in ``file`` by which a folder is known to be of it."""
+    """A foreign format that a folder has, and the config in ``file`` that says so."""
 
     spec: FormatSpec
     config: Mapping[str, Any]
@@ -155,13 +155,14 @@ def _first_bytes(path: Path, count: int) -> bytes:
 
 
 def file_suffixes() -> list[str]:
-    """The suffixes of files that a plugin reads; it needn't be installed if the core names it."""
+    """The suffixes of files that an installed plugin reads, or a plugin that an extra of the core
+    names."""
     found = {each.spec.file_suffix for each in installed() if each.spec.file_suffix}
     return sorted(found | _extras().keys())
 
 
 def unread_file(path: str | Path) -> str:
-    """The message's words that no installed plugin reads ``path``, and which one would."""
+    """Say for a message that no installed plugin reads ``path``, and which one to install."""
     suffix = Path(path).suffix.lower()
     plugin = _extras().get(suffix)
     sentence = f"expected a plugin that reads files *{suffix}, got none"
@@ -172,7 +173,8 @@ def unread_file(path: str | Path) -> str:
 
 
 def _extras() -> dict[str, str]:
-    """The plugin for each suffix: an extra of the core is called after it, and requires it."""
+    """The plugin that reads each suffix. An extra of the core has the suffix's name, and requires
+    the plugin."""
     try:
         found = map(_EXTRA.fullmatch, requires(f"{PROJECT}-core") or ())
     except PackageNotFoundError:  # a source tree on the path, not installed

@@ -1,4 +1,4 @@
-"""Match regular expressions that stand in files. Some expressions of a stranger take years."""
+"""Match regular expressions from files within a time limit: a crafted one may take years."""
 
 from __future__ import annotations
 

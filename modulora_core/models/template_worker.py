@@ -7,8 +7,8 @@ input is a request, each line of its output the answer::
      "tools": [...] or null}
     {"texts": [...]}   or   {"error": "the template's or jinja's message"}
 
-A template may loop or grow without end, inside one operation of C code too. So the kernel holds the
-limits: it ends this process at the limit of time, and gives no more memory than the limit.
+A template may loop or grow without end, inside one operation of C code too. So the operating system
+enforces the limits: it ends this process after its time, and refuses more memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def limit_memory(nbytes: int) -> None:
-    """Let this process take so many more bytes of memory. Only Linux tells and limits it."""
+    """Limit the memory that this process takes from now on. Only Linux supports it."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 

@@ -186,7 +186,7 @@ def write_tokenizer(
 
 
 def _name_absent_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Say which tokens there aren't: AutoTokenizer's class for a model adds its defaults."""
+    """Write None for absent tokens, since AutoTokenizer's class for a model adds its defaults."""
     written = json.loads(path.read_text())
     absent = [name for name in _ROLES if getattr(tokenizer, name) is None]
     path.write_text(json.dumps(written | dict.fromkeys(absent), indent=2) + "\n")

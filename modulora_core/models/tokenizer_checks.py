@@ -1,7 +1,7 @@
 """Refuse a tokenizer.json with which the library tokenizers would end the process, or panic.
 
 Its normalizers may multiply a text, and the charsmap of one tells how much memory it needs. A panic
-of Rust is a BaseException in Python, so that nobody catches it by accident.
+of Rust is a BaseException in Python, which ``except Exception`` does not catch.
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ class Weights:
                 yield self._streamed[name], converted.pop(name).to(self._dtypes[name])
 
     def converted(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """A parameter as its conversion makes it of other contents of the files' tensors."""
+        """Run the conversion that makes a parameter on other contents of the files' tensors, from
+        ``read``."""
         for step, shapes in self._steps:
             for given in shapes:
                 if self._streamed.get(given) == name:
@@ -207,7 +208,7 @@ class Weights:
 
 
 def _streamed_names(given: Collection[str], ties: Mapping[str, str]) -> dict[str, str]:
-    """The streamed name of each name that files give; of several tied ones only one."""
+    """The streamed name of each name in the files. Tied names are streamed once."""
     names: dict[str, str] = {}
     for name in given:
         streamed = ties.get(name, name)

@@ -22,8 +22,8 @@ _ALL: set[Process] = set()
 def worker(script: Path, *arguments: str) -> Iterator[Process]:
     """Give a process that runs ``script``, with pipes to its standard input and output.
 
-    Each thread has its own. After an exception in the block it is ended, since its output may be
-    read in part; else the next block may get it.
+    Each thread has its own. If the block raises an exception, the process is ended, since its
+    output may be half read. Otherwise the next block may get it.
     """
     idle = _idle(os.getpid(), script, arguments)
     process = idle.pop() if idle else None
@@ -47,7 +47,7 @@ def worker(script: Path, *arguments: str) -> Iterator[Process]:
 
 @cache
 def _idle(_process: int, _script: Path, _arguments: tuple[str, ...]) -> list[Process]:
-    """The idle processes of this one: a fork must not speak to its parent's."""
+    """The idle processes that this process started; a fork must not use its parent's."""
     return []
 
 
@@ -64,7 +64,7 @@ def _end_all() -> None:
 
 
 def ask(process: Process, line: bytes) -> None:
-    """Write a request. A process that has ended gives no answer, which the reader finds."""
+    """Write a request. If the process has ended, the caller reads no answer and learns it then."""
     assert process.stdin is not None
     try:
         process.stdin.write(line + b"\n")

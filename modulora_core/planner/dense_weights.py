@@ -1,4 +1,4 @@
-"""Plan LoRA on dense weights, to compare a quantizer with: ``modulora plan MODEL -q none``."""
+"""Plan LoRA on dense weights, for comparison with a quantizer: ``modulora plan MODEL -q none``."""
 
 # ruff: noqa: ARG002  # the contract's arguments
 

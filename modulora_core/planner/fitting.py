@@ -21,10 +21,11 @@ from modulora_core.planner.request import PlanRequest, finetuning
 from modulora_core.registry import Choice
 
 MOST_BATCH, MOST_SEQ_LEN = 1024, 2**17
-"""The largest batch, and without a limit of the model the longest sequence, of a search."""
+"""The largest batch of a search, and its longest sequence if the model has no limit."""
 
 CLOSE = 0.02
-"""A search ends when what fits and what does not differ by this share."""
+"""A search ends when the largest size that fits and the smallest that does not differ by this
+share."""
 
 
 @dataclass(frozen=True, slots=True)

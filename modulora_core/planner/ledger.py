@@ -33,11 +33,11 @@ def plus(a: Bytes, b: Bytes, sign: int = 1) -> Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The bytes allocated between two marks, beside the bytes that were alive before.
+    """The bytes allocated between two marks, without bytes that were alive before.
 
     Attributes:
-        peak: at the moment when most were alive.
-        change: at its end.
+        peak: the bytes alive when they were most.
+        change: the bytes alive at its end; negative if earlier ones were freed.
     """
 
     peak: Bytes
@@ -47,8 +47,8 @@ class Segment:
 class Ledger(TorchDispatchMode):
     """Follow storages inside of this mode, and cut the time into segments.
 
-    It answers operations that need numbers: every search finds its entry, and no special case
-    applies.
+    Fake tensors have no values, so the ledger answers operations that need some: a search finds its
+    entry, and no special case applies.
 
     Args:
         before: tensors whose storages do not count.

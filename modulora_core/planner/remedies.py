@@ -24,7 +24,7 @@ SAME_STEP = frozenset({"optim", "mapped", "shard"})
 """Settings that change nothing in a forward and a backward."""
 
 MOST_TOGETHER, MOST_TRIALS = 4, 12
-"""Settings that are tried together, and plans of them that are made for one number of settings."""
+"""The most settings to combine, and the most plans for each number of combined settings."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ def whole_layers(
     model: PreTrainedModel,
     stored: Container[str],
 ) -> dict[str, ForeignWeight]:
-    """``weights``, with one weight for the parts of each layer that ``model`` has whole.
+    """Join the parts of each layer that ``model`` has as one; other ``weights`` stay as they are.
 
     Args:
         parts: by the last word of a layer's name (:class:`FormatReader`).

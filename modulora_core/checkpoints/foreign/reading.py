@@ -1,4 +1,4 @@
-"""Read a folder or a file that another tool quantized, under the names of a checkpoint of ours.
+"""Read a folder or a file that another tool quantized, as if we had written it.
 
 :func:`packed_in_folder` reads config, headers, and the few small tensors that layouts need. Large
 tensors are converted a layer at a time, on request, so that nothing here is as large as the model.
@@ -98,7 +98,7 @@ def packed_in_file(source: ModelSource) -> PackedCheckpoint | None:
 def _checkpoint(
     path: Path, source: ModelSource, raw: PartStore, placed: Placed, format_name: str
 ) -> PackedCheckpoint:
-    """The checkpoint of ``placed``, with config.json as ours would be."""
+    """Make the checkpoint of ``placed``, with the config.json that we would write."""
     record = _record(source, placed, format_name)
     config: dict[str, Any] = json.loads(source.config.to_json_string(use_diff=False))
     config["architectures"] = [type(source.outline).__name__]
@@ -129,7 +129,7 @@ class _Headers:
             self.set_shape(name, weight.layout.shape)
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Set the shape that a packed weight, or each of a stack, has in the model's code."""
+        """Set the shape of a packed weight, or of each matrix of a stack, in the model's code."""
         weight = self.packed[name]
         parts = [self._raw.tensors[part] for part in weight.tensors]
         nbytes, file = sum(tensor.nbytes for tensor in parts), parts[0].file
@@ -240,7 +240,7 @@ def _record(source: ModelSource, placed: Placed, format_name: str) -> Quantizati
 class ForeignStore:
     """The tensors of a foreign folder, named and packed as in a checkpoint of ours.
 
-    The tensors of one packed weight are read one after another: the last weight is kept.
+    Callers read the tensors of a packed weight in a row, so the last weight is cached.
     """
 
     def __init__(

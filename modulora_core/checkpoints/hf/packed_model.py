@@ -1,4 +1,4 @@
-"""Correct the methods of a transformers model that count packed weights, or can't take them."""
+"""Override the methods of a transformers model that miscount packed weights, or fail on them."""
 
 from __future__ import annotations
 
@@ -93,14 +93,15 @@ _CLASSES: dict[tuple[type, type], type] = {}
 
 
 class _WithMethods(type):
-    """The type of the classes that :func:`with_methods` makes, which pickle makes again."""
+    """The metaclass of the classes that :func:`with_methods` makes: pickle calls that function
+    again."""
 
 
 def with_methods(methods: type, model_class: type) -> type:
-    """A subclass of a model's class, of the same name, with the methods of another class.
+    """Make a subclass of a model's class that has its name and the methods of another class.
 
-    An object may change to such a class, as torch's ``fully_shard`` does. Nothing else changes.
-    The second of the class's bases is the model's class.
+    A loaded model changes to it by ``__class__``, as torch's ``fully_shard`` does. The second base
+    is the model's own class.
     """
     namespace = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
     made = _WithMethods(model_class.__name__, (methods, model_class), namespace)

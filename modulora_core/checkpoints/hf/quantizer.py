@@ -48,7 +48,8 @@ class ModuLoRAConfig(QuantizationConfigMixin):
         exclude: leave modules dense that match one of these patterns.
         seed: for random numbers of the quantizer.
         record: of a packed folder, instead of all others.
-        mapped: of a packed folder: whoever maps the files checks scales at the first touch.
+        mapped: for a packed folder: do not check scales now; a mapped block is checked at its first
+        use.
     """
 
     @checked
@@ -143,7 +144,7 @@ class ModuLoRAHfQuantizer(HfQuantizer):
         return model
 
     def follow(self, model: PackedModel) -> None:
-        """Answer for this model. It owns the quantizer, so that a weak reference will do."""
+        """Remember the model, which owns this quantizer: a weak reference is enough."""
         self._model = weakref.ref(model)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -64,10 +64,10 @@ RUN = 256
 """Columns of a row of Ŵ that are decoded at once: longer pieces are decoded faster."""
 
 FEW_PANELS = 4
-"""Blocks of rows of X whose sums leave room in the cache for pieces of twice the length."""
+"""With at most so many panels of X, the cache has room for pieces of twice the length."""
 
 CHUNK = 2048
-"""Terms whose factors of X are sliced at once."""
+"""Columns of X that are sliced at once."""
 
 BETWEEN = GAP // 4  # numbers between two rows of sums
 _SUMS, _A, _B = ((0, 1), (2, 3)), (4, 5), (6, 7)  # the eight registers
@@ -105,7 +105,8 @@ def use_registers(_context: Any, builder: Any, _kinds: Any) -> None:
 
 @operation(lambda: _VOID())
 def leave_registers(_context: Any, builder: Any, _kinds: Any) -> None:
-    """``()``: the system saves 8 KiB more of a thread as long as its registers are in use."""
+    """``()``: release the registers. Until then the system saves 8 KiB more at each switch of
+    threads."""
     _amx(builder, "tilerelease")
 
 

@@ -98,7 +98,8 @@ class CPUKernels:
             x: any shape, dtype and device.
             packed: on the CPU.
             transpose: the direction.
-            dtype: the dtype of the layer's inputs, where ``x`` was made from them in another one.
+            dtype: the dtype of the layer's inputs, if ``x`` was computed from them in another
+            dtype.
         """
         given, wanted = packed.shape if transpose else reversed(packed.shape)
         n = x.numel() // given if given and wanted else 0
@@ -130,7 +131,7 @@ class CPUKernels:
 
 
 def _compiled(template: Callable[..., None], decode: Any, parallel: bool = True) -> Any:
-    """``template`` around ``decode``, as if it stood in the module of ``decode``.
+    """Compile ``template`` with ``decode`` in it, as if ``decode``'s own module had the code.
 
     numba caches compiled code by the file and the name of a function, and reads its source. A
     decoder that was handed over as an argument would be called through a pointer.

@@ -70,12 +70,14 @@ PAIR_ORDER = tuple(
     8 * (k // 8) + 2 * (k % 4) + (k % 8 < 4) if _BY_BYTES else 2 * (k % LANES) + k // LANES
     for k in range(2 * LANES)
 )
-"""The order of :func:`lookup_pairs` for the codes of 16 bytes, whose high halves are even."""
+"""Result k of :func:`lookup_pairs` belongs to code ``PAIR_ORDER[k]``; code 2 i is the high half of
+byte i."""
 
 
 @operation(lambda table, pairs: types.UniTuple(Floats, 2)(table, pairs))
 def lookup_pairs(context: Any, builder: Any, _kinds: Any, table: Any, pairs: Any) -> Any:
-    """``(table, pairs)``: ``table`` of both halves of 16 bytes, in :data:`PAIR_ORDER`."""
+    """``(table, pairs)``: look up both 4-bit halves of 16 bytes; results are in
+    :data:`PAIR_ORDER`."""
     if _BY_BYTES:
         found = _looked_up_by_bytes(builder, table, pairs)
     else:

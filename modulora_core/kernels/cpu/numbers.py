@@ -42,7 +42,7 @@ def to_bf16(number: Any) -> Any:
 
 
 def widen(value: Any) -> Any:
-    """The number stored as ``value``: fp32 itself, or the bf16 number of an int16."""
+    """Convert ``value`` to fp32: it is fp32 already, or an int16 with the bits of a bf16 number."""
     raise NotImplementedError
 
 
@@ -54,7 +54,7 @@ def _widen(value: Any) -> Any:
 
 
 def narrow(number: Any, like: Any) -> Any:
-    """An fp32 number as ``like`` is stored: itself, or rounded to bf16's bits, int16."""
+    """Convert an fp32 number to the storage of ``like``: fp32, or the bits of bf16 in an int16."""
     raise NotImplementedError
 
 
@@ -76,8 +76,8 @@ def narrow_row(x: Any, out: Any) -> None:
 def largest_bits(bits: Any) -> Any:
     """The bits of max |x|, an int32, of the int32 bits of x: NaN is above all numbers.
 
-    The maximum of whole numbers is vectorised. ``bits`` is a slice of its own: indices from 0 on
-    are never negative.
+    The maximum of whole numbers is vectorised. Pass a slice instead of a range: indices from 0 on
+    need no check for negative ones.
     """
     largest = np.int32(0)
     for k in range(bits.size):

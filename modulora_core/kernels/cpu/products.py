@@ -75,7 +75,7 @@ _rows_of_four, _row_of_one = zeros(ROWS, _ACROSS), zeros(1, _ACROSS)
 
 
 def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
-    """A plugin's decoder takes this place in the functions below."""
+    """A placeholder: the compiled functions below call a plugin's decoder in its place."""
     raise NotImplementedError
 
 

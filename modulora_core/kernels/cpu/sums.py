@@ -133,7 +133,7 @@ def add_multiples(
 ) -> Any:
     """``(a, at, apart, b, block)``: add ``a[at + i * apart] * b[j]`` at row i, column j.
 
-    Of bf16 a number is a pair, of ``a[...]`` and the next one.
+    In bf16, ``a[...]`` and the number after it form a pair.
     """
     number = FLOAT if kinds[0].dtype is types.float32 else INT
     b, sums = cgutils.unpack_tuple(builder, b), []

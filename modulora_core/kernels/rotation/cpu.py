@@ -118,7 +118,7 @@ def _sylvester(y: Any, m: int) -> None:
 
 @jit(borrows=True)
 def _pairs(one: Any, two: Any, three: Any, four: Any, M: Any, at: int, step: int) -> Any:
-    """Σ M[at + i step] · line i for four lines and signs M, whose products are exact, in pairs."""
+    """Sum M[at + i step] · line i of four lines, in pairs. M holds signs, so products are exact."""
     first = multiply_add(two, splat(M[at + step]), one * splat(M[at]))
     return first + multiply_add(four, splat(M[at + 3 * step]), three * splat(M[at + 2 * step]))
 

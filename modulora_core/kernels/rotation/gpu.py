@@ -36,7 +36,7 @@ TILE = 8192
 """Numbers of a program, with as many sums: more would not fit its registers."""
 
 FEWEST = 1024
-"""Numbers of a program, if a row has more than one in the first kernel."""
+"""The fewest numbers of a program in the first of two kernels."""
 
 SMALLEST = 16
 """The least order that a tensor core takes; smaller factors are padded with zeros."""

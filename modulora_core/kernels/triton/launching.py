@@ -125,7 +125,7 @@ def _tuned(
     configs: tuple[Config, ...],
     key: tuple[str, ...],
 ) -> Any:
-    """A tuner for ``kernel`` around these ``functions``: their best configuration is their own."""
+    """Make a tuner of ``kernel`` with these ``functions``; others get a tuner of their own."""
     choices = [
         triton.Config(dict(c.constants), num_warps=c.warps, num_stages=c.stages) for c in configs
     ]

@@ -31,7 +31,8 @@ CONFIGS = tuple(
 """8 to 32 elements a thread; which is fastest is found by the clock."""
 
 ALIGNED = 1024
-"""No block is narrower, unless the range is: a flat format may rely on blocks at its multiples."""
+"""The least width of a block, unless the range is narrower. Blocks begin at its multiples, on which
+a flat format may rely."""
 
 
 @triton.jit(do_not_specialize=["row", "rows", "first"])
