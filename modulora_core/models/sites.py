@@ -1,10 +1,12 @@
-"""Find the linear weights of a transformers model, and say why every other parameter stays dense.
+"""Find the weights of a transformers model that can be packed, and say why others stay dense.
 
 transformers ≥ 5 has three kinds of linear weights::
 
     nn.Linear     [out, in]
     Conv1D        [in, out]                 GPT-2's layer, the same with its weight transposed
     experts       [experts, out, in]        all experts of a layer in one parameter, or transposed
+
+The input embedding, [vocabulary, hidden], can be packed too.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class LinearSite:
     Attributes:
         name: the parameter's name in memory: ``"model.layers.0.mlp.up_proj.weight"``.
         module: the dotted path of its module.
-        kind: ``"embedding"`` comes only from :mod:`modulora_core.models.ends`.
+        kind: ``"embedding"`` comes only from :func:`input_table`.
         out_features, in_features: rows and columns of each matrix, ``[out, in]``.
         experts: the number of matrices in a stack; None for one matrix.
         transposed: whether the parameter holds ``[in, out]``.
@@ -102,6 +104,44 @@ def find_sites(
         else:
             chosen.append(site)
     return Sites(tuple(chosen), MappingProxyType(dense))
+
+
+def input_table(model: PreTrainedModel, stored: Iterable[str]) -> LinearSite | str:
+    """The site of the input embedding, or the message's words why it can't be packed.
+
+    Args:
+        model: on any device, the meta device too.
+        stored: names of the parameters that the model's files give; only one of several tied ones.
+    """
+    module = model.get_input_embeddings()
+    path = path_of(module, model)
+    if path is None or not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return (
+            f"expected an input embedding whose rows are looked up as they are, and "
+            f"{type(model).__name__} has {type(module).__name__}"
+        )
+    name, head = f"{path}.weight", path_of(model.get_output_embeddings(), model)
+    others = sorted(names_sharing(model, name) - {name, f"{head}.weight"})
+    if others or name not in stored:
+        shared = ", ".join(others) or "another parameter, under whose name it is stored"
+        return (
+            f"expected {name} to be the embedding's own, or the output head's too; "
+            f"it is shared with {shared}"
+        )
+    rows, width = module.weight.shape
+    return LinearSite(name, path, "embedding", rows, width, None, transposed=False, bias=False)
+
+
+def path_of(wanted: object, model: nn.Module) -> str | None:
+    """The dotted path of a module of ``model``; None if it has no such module."""
+    return next((path for path, module in model.named_modules() if module is wanted), None)
+
+
+def names_sharing(model: nn.Module, name: str) -> set[str]:
+    """All names of the parameter called ``name``; empty if there is none."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shared = parameters.get(name)
+    return {other for other, tensor in parameters.items() if tensor is shared}
 
 
 def tied_to(name: str) -> str:

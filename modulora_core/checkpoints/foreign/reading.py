@@ -23,12 +23,11 @@ from modulora_core.checkpoints.record import QuantizationRecord, Recipe, distinc
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.config import read_config
 from modulora_core.models.conversion import build_skeleton, plan_conversions, tied_names, untied
-from modulora_core.models.ends import find_table
 from modulora_core.models.formats import ForeignWeight, PartStore
 from modulora_core.models.installed_formats import Recognised
 from modulora_core.models.locate import Location
 from modulora_core.models.safetensors_store import DTYPE_CODES, SafetensorsStore
-from modulora_core.models.sites import LinearSite, find_sites
+from modulora_core.models.sites import LinearSite, find_sites, input_table
 from modulora_core.models.source import ModelSource, source_with
 from modulora_core.models.store import StoredTensor
 from modulora_core.packed import BITS_OF_DTYPE
@@ -81,9 +80,9 @@ def packed_in_file(source: ModelSource) -> PackedCheckpoint | None:
     assert known is not None
     with quiet():
         source.check_whole()
-        table = find_table(source.outline, source.parameters)
+        table = input_table(source.outline, source.parameters)
         linears = find_sites(source.outline, include=["*"]).linears
-        sites = [*linears, *([] if table is None else [table])]
+        sites = [*linears, table] if isinstance(table, LinearSite) else [*linears]
         packed = file.packed(source, sites)
         placed: Placed = {
             site.name: (site, (packed.weights[site.name],))
