@@ -16,6 +16,7 @@ from modulora_core.adapters.adapted import (
     packed_layers,
     packed_shape,
 )
+from modulora_core.adapters.base_record import describe_base
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.lora import lora_layer, train_only
 from modulora_core.adapters.peft_format import (
@@ -23,7 +24,6 @@ from modulora_core.adapters.peft_format import (
     SavedAdapter,
     read_adapter,
 )
-from modulora_core.adapters.record import describe_base
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import split_like, whole

@@ -4,7 +4,7 @@
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight  [r, in]
                                   base_model.model.<module>.lora_B.weight  [out, r]
                                   base_model.model.<name>  a parameter of a task's head
-    modulora.json                 ours, optional: the base (modulora_core.adapters.record)
+    modulora.json                 ours, optional: the base (modulora_core.adapters.base_record)
     modulora_scales.safetensors   ours, optional: channel scales
                                   <module>.input_scale   u, [in]   float32
                                   <module>.output_scale  v, [out]  float32
@@ -32,9 +32,9 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from torch import Tensor
 
+from modulora_core.adapters.base_record import RECORD_FILE, AdapterRecord, Dropout
 from modulora_core.adapters.expert_format import Factors, Stack, from_file, to_file
 from modulora_core.adapters.peft_config import check_config, check_rank, scale_of
-from modulora_core.adapters.record import RECORD_FILE, AdapterRecord, Dropout
 from modulora_core.autograd import ChannelScales
 from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.errors import AdapterError, CheckpointError, first_line, usable_path
@@ -161,20 +161,21 @@ def read_adapter(
         AdapterError: the folder is missing or malformed, or has more than A, B and channel scales.
     """
     folder = _find(path)
+    config_file, weights_file = str(folder / CONFIG_FILE), folder / WEIGHTS_FILE
     config = read_json(folder / CONFIG_FILE, dict[str, Any], error=AdapterError)
-    check_json(config, _Fields, str(folder / CONFIG_FILE), error=AdapterError)
+    check_json(config, _Fields, config_file, error=AdapterError)
     check_config(config, f"adapter {folder}", heads=heads)
     record = None
     if (folder / RECORD_FILE).is_file():
         record = read_json(folder / RECORD_FILE, AdapterRecord, error=AdapterError)
-    factors, saved_heads = _read_weights(folder / WEIGHTS_FILE, config.get("modules_to_save") or ())
+    factors, saved_heads = _read_weights(weights_file, config.get("modules_to_save") or ())
     if stacks is not None:
         targets = config.get("target_parameters") or ()
-        factors = from_file(factors, stacks, targets, str(folder / WEIGHTS_FILE))
+        factors = from_file(factors, stacks, targets, str(weights_file))
         for module, (A, _) in factors.items():
-            check_rank(config, module, A.shape[-2], str(folder / CONFIG_FILE))
+            check_rank(config, module, A.shape[-2], config_file)
     deltas = {
-        module: AdapterDelta(A, B, scale_of(config, module, A.shape[-2], str(folder / CONFIG_FILE)))
+        module: AdapterDelta(A, B, scale_of(config, module, A.shape[-2], config_file))
         for module, (A, B) in factors.items()
     }
     if SCALES_KEY in config or (record is not None and record.channel_scales):

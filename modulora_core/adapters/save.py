@@ -8,6 +8,12 @@ from pathlib import Path
 from torch import nn
 
 from modulora_core.adapters.adapted import adapter_layers, head_parameters, model_name, task_heads
+from modulora_core.adapters.base_record import (
+    AdapterRecord,
+    RecordedSettings,
+    describe_base,
+    record_of,
+)
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.peft_config import TASKS, lora_config, peft_targets
 from modulora_core.adapters.peft_format import (
@@ -15,7 +21,6 @@ from modulora_core.adapters.peft_format import (
     SavedAdapter,
     write_adapter,
 )
-from modulora_core.adapters.record import AdapterRecord, RecordedSettings, describe_base, record_of
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
 from modulora_core.autograd import ChannelScales

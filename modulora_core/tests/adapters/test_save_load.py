@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.adapters.base_record import BaseRecord, describe_base
 from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.adapters.record import BaseRecord, describe_base
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.loading import load_model

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from modulora_gguf.file import header
 from modulora_gguf.file.header import read_header
 from modulora_gguf.file.merging import merge_to_gguf
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
@@ -41,16 +42,33 @@ def test_the_file_has_the_logits_of_the_adapter(
     merged = merge_to_gguf(str(path), out, adapter=adapter, type="F32")
     assert_close(logits(open_to_run(str(out)).load()), logits(model))
     assert min(merged.retained.values()) == pytest.approx(1, abs=1e-5)
-    base, header = read_header(path), read_header(out)
-    assert {n: f.value for n, f in header.fields.items()} == {
+    base, written = read_header(path), read_header(out)
+    assert {n: f.value for n, f in written.fields.items()} == {
         n: f.value for n, f in base.fields.items()
     }
     before, after = path.read_bytes(), out.read_bytes()
-    for one, other in zip(base.tensors, header.tensors, strict=True):
+    for one, other in zip(base.tensors, written.tensors, strict=True):
         assert (one.name, one.shape) == (other.name, other.shape)
         if one.name not in merged.retained:
             stored = before[one.offset :][: one.nbytes]
             assert after[other.offset :][: other.nbytes] == stored, one.name
+
+
+def test_merging_into_the_own_file_parses_its_header_once(
+    tmp_path: Path, adapted: Adapted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model as it was opened also gives the metadata to copy."""
+    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
+    adapted(path, tmp_path / "adapter")
+    parse, files = header._Parser.header, list[str]()
+
+    def counted(parser: header._Parser) -> object:
+        files.append("parsed")
+        return parse(parser)
+
+    monkeypatch.setattr(header._Parser, "header", counted)
+    merge_to_gguf(str(path), tmp_path / "merged.gguf", adapter=str(tmp_path / "adapter"))
+    assert files == ["parsed"]
 
 
 def test_a_folder_takes_metadata_from_a_file_of_the_same_model(

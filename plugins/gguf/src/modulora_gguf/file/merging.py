@@ -84,9 +84,8 @@ def merge_to_gguf(
         checkpoint = open_packed(model)
         checkpoint.check_whole()
         deltas = {} if adapter is None else adapter_for(checkpoint, adapter).deltas
-        like = _base_of(checkpoint, base)
-        source = open_dense(str(like))
-        header = store_of(source).file.header
+        source = _base_of(checkpoint, base)
+        like, header = store_of(source).file.path, store_of(source).file.header
         changes = _changes(checkpoint, source, deltas, like)
         tensors = [_planned(info, changes, type) for info in header.tensors]
         factors = {scale_of(name) for name in changes}  # new values have none
@@ -129,15 +128,16 @@ class _Change:
     is_matrix: bool
 
 
-def _base_of(checkpoint: PackedCheckpoint, base: str | None) -> Path:
-    """The GGUF file to take metadata from.
+def _base_of(checkpoint: PackedCheckpoint, base: str | None) -> ModelSource:
+    """The GGUF file to take metadata from: MODEL as it was opened, or another one.
 
     Raises:
         OptionError: there is none.
         ModelError: ``base`` is no GGUF file.
     """
     if base is None and checkpoint.path.is_file():
-        return checkpoint.path
+        assert checkpoint.foreign is not None
+        return checkpoint.foreign
     base = base or base_file(checkpoint, checkpoint.name)
     if base is None:
         raise OptionError(
@@ -148,7 +148,7 @@ def _base_of(checkpoint: PackedCheckpoint, base: str | None) -> Path:
     location = locate(base)
     if location.file is None:
         raise ModelError(f"base {base}: expected a GGUF file of the same model, got a folder")
-    return location.file
+    return open_dense(location)
 
 
 def _shape(stored: PackedSite | TensorLayout) -> tuple[int, ...]:
@@ -169,7 +169,7 @@ def _changes(
     is_own = checkpoint.path == like
     found: dict[str, _Change] = {}
     for name, stored in checkpoint.parameters.items():
-        if is_own and not deltas.keys() & {name, name.removesuffix(".weight")}:
+        if is_own and delta_of(checkpoint, name, deltas) is None:
             continue
         packed = isinstance(stored, PackedSite)
         shape = _shape(stored)
