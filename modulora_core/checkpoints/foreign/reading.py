@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modulora_core.checkpoints.foreign.experts import joined_experts
-from modulora_core.checkpoints.foreign.parts import whole_layers
+from modulora_core.checkpoints.foreign.parts import joined_experts, whole_layers
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint, layout_of
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe, distinct_sites
 from modulora_core.errors import CheckpointError, ModelError
