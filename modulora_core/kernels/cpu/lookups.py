@@ -76,8 +76,7 @@ byte i."""
 
 @operation(lambda table, pairs: types.UniTuple(Floats, 2)(table, pairs))
 def lookup_pairs(context: Any, builder: Any, _kinds: Any, table: Any, pairs: Any) -> Any:
-    """``(table, pairs)``: look up both 4-bit halves of 16 bytes; results are in
-    :data:`PAIR_ORDER`."""
+    """``(table, pairs)``: look up both halves of 16 bytes; results are in :data:`PAIR_ORDER`."""
     if _BY_BYTES:
         found = _looked_up_by_bytes(builder, table, pairs)
     else:
