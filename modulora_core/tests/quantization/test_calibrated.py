@@ -333,6 +333,8 @@ def test_a_quality_stands_for_its_settings(
         ("best", text(), best, offered),
         ("balanced", plain, text(samples=128, weighting="loss"), {}),
     ):
+        if tuning is not None and name != "best":
+            continue  # channel scales change the best quality alone
         run(source, tmp_path / name, calibrated, calibration=found, quality=name)
         run(source, tmp_path / "same" / name, calibrated, options=options, calibration=expected)
         assert stored(tmp_path / name) == stored(tmp_path / "same" / name)
