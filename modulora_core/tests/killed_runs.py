@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from modulora_core.checkpoints.written.outputs import MARKER, partial_name
+from modulora_core.checkpoints.written.shards import JOURNAL
 from modulora_core.errors import RequestError
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 
@@ -50,11 +51,11 @@ for line in sys.stdin:
 
 
 class Commands:
-    """Runs commands of modulora in a folder, and kills them."""
+    """Runs commands of modulora in a folder, and kills them. ``sites`` install more plugins."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *sites: Path) -> None:
         self.folder = folder
-        paths = os.pathsep.join([str(TOY), str(TOY.parents[2])])
+        paths = os.pathsep.join(map(str, (*sites, TOY, TOY.parents[2])))
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], cwd=folder, text=True, stdin=-1, stdout=-1,
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
@@ -63,13 +64,14 @@ class Commands:
     def close(self) -> None:
         self._server.communicate("")
 
-    def run(self, words: list[str], number: int = 0, after: float = 0) -> int:
+    def run(self, words: list[str], number: int = 0, after: float = 0, lines: int = 0) -> int:
         """Run a command and return its exit code.
 
         Args:
             words: of the command; the third is OUT.
-            number: a signal to send ``after`` seconds since the command has made OUT or
-                OUT.partial. ``self.seconds`` is the time from there to the end.
+            number: a signal to send ``after`` seconds since the command has made OUT, or
+                OUT.partial with so many ``lines`` in its journal. ``self.seconds`` is the time from
+                there to the end.
         """
         assert self._server.stdin
         assert self._server.stdout
@@ -77,7 +79,7 @@ class Commands:
         self._server.stdin.flush()
         child = int(self._server.stdout.readline())
         out = self.folder / words[2]
-        while not (out.exists() or partial_name(out).exists() or self._ended(child)):
+        while not (out.exists() or _lines(partial_name(out)) >= lines or self._ended(child)):
             time.sleep(0.001)
         begin = time.monotonic()
         if number:
@@ -95,6 +97,12 @@ class Commands:
     def said(self) -> str:
         """The output of the last command."""
         return (self.folder / "log").read_text()
+
+
+def _lines(partial: Path) -> int:
+    """The lines of an OUT.partial's journal; -1 without OUT.partial."""
+    journal = partial / JOURNAL
+    return journal.read_text().count("\n") if journal.exists() else partial.exists() - 1
 
 
 class Works:

@@ -6,9 +6,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +27,7 @@ from modulora_core.models.folders import MARKER
 from modulora_core.quantization.packer import WEIGHTING
 from modulora_core.quantization.quantize import Override, QuantizeResult, quantize
 from modulora_core.tests import scaled_quantizer, width_quantizer
+from modulora_core.tests.killed_runs import Commands
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.tests.stopped_runs import stop, stored
 
@@ -395,37 +393,20 @@ def test_a_changed_text_or_changed_weights_are_not_resumed(source: str, tmp_path
         run(str(copy), out, calibration=calibration, resume=True)
 
 
-RUN = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from modulora_core.calibration import CalibrationConfig
-from modulora_core.quantization.quantize import quantize
-text = CalibrationConfig("pydoc[:10%]", samples=6, seq_len=32, batch_size=2)
-quantize(sys.argv[2], sys.argv[3], "heeding", seed=1, resume=True, calibration=text)
-"""
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
     site: Path, source: str, tmp_path: Path
 ) -> None:
     run(source, tmp_path / "whole")
-    out, moments, cut = tmp_path / "out", random.Random(0), 0
-    journal = partial_name(out) / "written.jsonl"
-    for after in [*sorted(moments.sample(range(30), 4)), 1000]:  # of 35 parameters
-        command = [sys.executable, "-c", RUN, str(site), source, str(out)]
-        with subprocess.Popen(command) as process:
-            while process.poll() is None:
-                if journal.is_file() and len(journal.read_text().splitlines()) >= after:
-                    time.sleep(moments.uniform(0, 0.02))
-                    process.send_signal(signal.SIGKILL)
-                    break
-                time.sleep(0.001)
-        if out.exists():
-            break
-        cut += 1
+    commands, out = Commands(tmp_path, site), tmp_path / "out"
+    samples = "--calibration pydoc[:10%] --samples 6 --seq-len 32 --batch-size 2"
+    words = ["quantize", source, "out", *f"-q heeding {samples} --seed 1 --resume".split()]
+    moments, cut = random.Random(0), 0
+    for lines in sorted(moments.sample(range(30), 4)):  # of 35 parameters
+        commands.run(words, signal.SIGKILL, moments.uniform(0, 0.02), lines)
+        cut += not out.exists()
     assert cut > 0
+    assert commands.run(words) == 0, commands.said
+    commands.close()
     found = {name: data for name, data in stored(out).items() if name != MARKER}
     assert found == stored(tmp_path / "whole")
