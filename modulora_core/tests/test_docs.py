@@ -251,13 +251,15 @@ def test_the_first_tutorial_gives_the_perplexities_of_the_page(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("modulora_nf4") is None, reason="pip install ./plugins/nf4")
+@pytest.mark.filterwarnings("default")  # as in a script
 def test_the_python_of_the_docs_runs(tmp_path: Path) -> None:
     save_llama_with_tokenizer(tmp_path / "dense-model")
     (tmp_path / "notes.txt").write_text("The with statement wraps a block. " * 40, "utf-8")
     begin = "from modulora_core import quantize\nquantize('dense-model', 'smollm2-nf4', 'nf4')\n"
     pages = ("how-to/python.md", "explanation/memory.md", "how-to/use-the-adapter.md")
     snippets = [block.text for page in pages for block in blocks(DOCS / page, "python")]
-    run("-c", "\n".join([begin, *snippets]), folder=tmp_path)
+    with contextlib.chdir(tmp_path):
+        exec("\n".join([begin, *snippets]), {})
     for adapter in ("adapter-by-config", "my-own-adapter"):
         assert (tmp_path / adapter / "adapter_config.json").exists()
 
