@@ -69,7 +69,7 @@ def open_model(
     location = model if isinstance(model, Location) else locate(str(model), revision)
     if location.file is None:
         return _packed_folder(location) or open_dense(location)
-    source = open_dense(location)
+    source = open_dense(location)  # its config, tokenizer and dense tensors serve packed rows too
     return packed_in_file(source) or source
 
 
