@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +17,6 @@ from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 
 pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MISSING = "modulora-no-such-library"
 
 Module = Callable[[str], ModuleType]
@@ -202,18 +199,17 @@ def test_summary_joins_the_files_and_takes_packed_heads(
 
 
 @pytest.mark.slow
-def test_each_method_has_a_process_of_its_own(tmp_path: Path) -> None:
+def test_each_method_has_a_process_of_its_own(
+    module: Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "layer.json"
     words = ["-q", "nf4", "--peers", "--quick", "--forward", "--rows", "2", "--threads", "1"]
     words += ["--dtypes", "float32", "--json", str(file)]
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "layer.py"), *words], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    assert module("layer").main(words) == 0
     found = json.loads(file.read_text())
     assert [r["method"] for r in found["results"]] == ["dense", "nf4"]
     check_turns(found["results"], of(found, "dense"))
-    assert done.stdout.count("| nf4 ") == 1
+    assert capsys.readouterr().out.count("| nf4 ") == 1
 
 
 def test_a_process_that_fails_or_dies_is_a_reason(module: Module) -> None:
