@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,6 +27,11 @@ CHOICES = [
 ]
 
 
+def paper(**choice) -> Options:
+    """Options of OPTQ alone, which the reference has."""
+    return Options(sweeps=0, **choice)
+
+
 def layer(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows + columns)
     W = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
@@ -44,7 +52,7 @@ def path(request, monkeypatch) -> str:
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_codes_and_grids_are_the_references_bit_for_bit_in_fp64(choice, path):
     W, H = layer(5, 330, torch.float64)
-    options = Options(**choice)
+    options = paper(**choice)
     ours, theirs = solver.solve(W, H, options), reference.solve(W, H, options)
     for name in ("codes", "scales", "zeros", "permutation"):
         a, b = getattr(ours, name), getattr(theirs, name)
@@ -54,7 +62,7 @@ def test_codes_and_grids_are_the_references_bit_for_bit_in_fp64(choice, path):
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_a_row_whose_codes_differ_in_fp32_first_differs_at_a_tie(choice, path):
     W, H = layer(32, 320, torch.float32)
-    options = Options(**choice)
+    options = paper(**choice)
     ours, theirs = solver.solve(W, H, options), reference.solve(W, H, options)
     rows = different(ours, theirs, options).any(dim=1).nonzero().flatten().tolist()
     assert len(rows) <= 3
@@ -141,7 +149,7 @@ def test_degenerate_second_moments_are_solved_as_by_the_reference(path):
     dead[10:60] = 0
     dead[:, 10:60] = 0
     for hessian in (torch.outer(x, x), dead, torch.zeros_like(H)):
-        ours, theirs = (each.solve(W, hessian, Options(bits=3)) for each in (solver, reference))
+        ours, theirs = (each.solve(W, hessian, paper(bits=3)) for each in (solver, reference))
         assert torch.equal(ours.codes, theirs.codes)
         assert torch.equal(ours.scales, theirs.scales)
 
@@ -151,7 +159,7 @@ def test_degenerate_second_moments_are_solved_as_by_the_reference(path):
 def test_kernels_choose_the_references_grids_at_any_scale(scale, range_search):
     pytest.importorskip("numba")
     W, H = layer(100, 32, torch.float64)
-    options = Options(range_search=range_search)
+    options = paper(range_search=range_search)
     ours, theirs = (each.solve(W * scale, H, options) for each in (solver, reference))
     assert torch.equal(ours.scales, theirs.scales)
     assert torch.equal(ours.zeros, theirs.zeros)
@@ -176,3 +184,57 @@ def test_blocks_cover_the_columns_and_no_group_begins_inside_a_block_and_ends_af
             for first in range(start, stop):
                 if first % size == 0:
                     assert first == start or min(first + size, columns) <= stop
+
+
+def errors(W: Tensor, M: Tensor, solution: Solution, options: Options) -> Tensor:
+    """r M rᵀ of each row, ``[out]``."""
+    R = W - solution.dequantize(options).to(W.dtype)
+    return ((R @ M) * R).sum(1)
+
+
+def damped(W: Tensor, H: Tensor, options: Options) -> Tensor:
+    """M, columns in the weight's own order."""
+    problem = reference.prepare(W, H, options)
+    place = torch.argsort(problem.order)
+    return problem.M[place[:, None], place]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_a_sweep_makes_no_row_worse_and_most_better(choice, path):
+    W, H = layer(24, 330, torch.float64)
+    M = damped(W, H, Options(**choice))
+    found = [
+        errors(W, M, solver.solve(W, H, Options(sweeps=sweeps, **choice)), Options(**choice))
+        for sweeps in (0, 1, 2)
+    ]
+    for before, after in pairwise(found):
+        assert bool((after <= before * (1 + 1e-9)).all())
+    assert int((found[1] < 0.999 * found[0]).sum()) > len(W) / 2
+
+
+@pytest.mark.parametrize("choice", [{"bits": 2}, {"bits": 3, "symmetric": True}], ids=str)
+def test_after_many_sweeps_no_code_and_no_scale_alone_can_be_better(choice, path):
+    W, H = layer(3, 70, torch.float64)
+    options = Options(sweeps=50, group_size=32, **choice)
+    M, found = damped(W, H, options), solver.solve(W, H, options)
+    least = errors(W, M, found, options)
+    for j in range(W.shape[1]):
+        for step in (-1, 1):
+            codes = found.codes.clone()
+            codes[:, j] = (codes[:, j].long() + step).clamp(0, options.maxq).to(torch.uint8)
+            assert bool((errors(W, M, replace(found, codes=codes), options) >= least).all()), j
+    for g in range(found.scales.shape[1]):
+        for step in (-1, 1):  # the neighbours among fp16 numbers
+            scales = found.scales.clone()
+            scales[:, g] = (scales[:, g].view(torch.int16) + step).view(torch.float16)
+            assert bool((errors(W, M, replace(found, scales=scales), options) >= least).all()), g
+
+
+def test_compiled_sweeps_give_the_codes_of_plain_torch(monkeypatch):
+    pytest.importorskip("numba")
+    W, H = layer(20, 330, torch.float64)
+    compiled = solver.solve(W, H, Options(bits=2, sweeps=3))
+    without_kernels(monkeypatch)
+    plain = solver.solve(W, H, Options(bits=2, sweeps=3))
+    assert torch.equal(compiled.codes, plain.codes)
+    assert torch.equal(compiled.scales, plain.scales)

@@ -35,6 +35,9 @@ class Options(BaseModel):
     range_search: bool = Field(
         True, description="search each group's range for the least error; otherwise its extremes"
     )
+    sweeps: int = Field(
+        1, ge=0, le=100, description="rounds of coordinate descent over codes and scales after OPTQ"
+    )
     damping: float = Field(
         default=0.1,
         gt=0,

@@ -6,6 +6,7 @@ Symbols of OPTQ (Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv 2210.17323), s
     H     E[x xᵀ], [in, in]; a row's squared output error is (w − ŵ) H (w − ŵ)ᵀ     equation 1
     λ     damping, added to the diagonal of H                                       section 3.3
     U     upper triangular, (H + λI)⁻¹ = Uᵀ U: all of H that the loop needs         section 3.3
+    M     H + λI, for the descent after the loop (descent.py)
     q     a code, 0 … maxq = 2^bits − 1
     s, z  scale and zero point of a group of columns: ŵ = s (q − z)
     e     (w_j − ŵ_j) / U_jj: the error of column j, which later columns
@@ -84,6 +85,7 @@ class Problem:
     Attributes:
         W: ``[out, in]``, fp64 if the weight is, otherwise fp32; a copy. Dead columns are zero.
         U: ``[in, in]``, upper triangular, in W's dtype.
+        M: H + λI, ``[in, in]``, in W's dtype.
         order: int64 ``[in]``: column k here is column ``order[k]`` of the weight.
         group: int64 ``[in]``: the group of column k.
         H_O: None, or the second moment of the gradients in the outputs, ``[out, out]``, in W's
@@ -92,6 +94,7 @@ class Problem:
 
     W: Tensor
     U: Tensor
+    M: Tensor
     order: Tensor
     group: Tensor
     H_O: Tensor | None = None
@@ -143,11 +146,15 @@ def prepare(
         W, H = W[:, order].contiguous(), H[order[:, None], order]
         group = group[order] if options.static_groups else group
     H_O = None if output_hessian is None else output_hessian.detach().to(W)
-    return Problem(W, factor(H, options.damping), order, group, H_O)
+    U, lam = factor(H, options.damping)
+    H.diagonal().add_(lam)
+    return Problem(W, U, H, order, group, H_O)
 
 
-def factor(H: Tensor, damping: float) -> Tensor:
-    """U, upper triangular with (H + λI)⁻¹ = Uᵀ U, in H's dtype. H's diagonal has a mean of about 1.
+def factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U, upper triangular with (H + λI)⁻¹ = Uᵀ U, in H's dtype, and λ.
+
+    The diagonal of H has a mean of about 1.
 
     If H + λI = R Rᵀ with R upper triangular, then U = R⁻¹. No inverse is factorized. torch gives
     the lower factor, H = L Lᵀ; R is the factor of H with its rows and columns reversed. λ is
@@ -166,7 +173,7 @@ def factor(H: Tensor, damping: float) -> Tensor:
             if not bool(failed):
                 identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
                 U: Tensor = torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
-                return U
+                return U, lam
             lam *= 2
     raise WeightError(
         f"{SPEC.name}: expected a positive semidefinite second moment, got one of shape "

@@ -2,7 +2,8 @@
 
 Within a block, columns are quantized one by one, and their errors are compensated inside the block
 only. One matrix product a block then updates all later columns. The result is the result of
-:mod:`modulora_optq.reference` up to the order of sums, so codes differ at ties only.
+:mod:`modulora_optq.reference` up to the order of sums, so codes differ at ties only. Then
+:mod:`modulora_optq.descent` improves codes and scales.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from modulora_core import kernels
 from modulora_core.dense_products import add_product
 from modulora_core.kernels.both_sides import round_in_turn
 from modulora_optq import SPEC, reference
+from modulora_optq.descent import Descent
 from modulora_optq.options import Options
 from modulora_optq.reference import Problem, Solution
 
@@ -38,16 +40,24 @@ def solve(
             turn (:mod:`modulora_core.kernels.both_sides`).
     """
     problem = reference.prepare(weight, hessian, options, output_hessian)
+    descent = Descent(problem, options) if options.sweeps and problem.W.numel() else None
+
+    def quantize(T: Tensor) -> _Torch:
+        found = _quantize(replace(problem, W=T.clone() if descent else T), options)
+        if descent is not None:
+            descent.improve(T, found.q, found.s, found.z)
+        return found
+
     H_O = problem.H_O
     if H_O is None:
-        found = _quantize(problem, options)
+        found = quantize(problem.W)
         return problem.solution(found.q, found.s, found.z, options)
     order = torch.argsort(H_O.diagonal(), stable=True)  # the last block, which is first, has most
     W, groups = problem.W, options.groups(problem.W.shape[1])
     q, (s, z) = torch.empty_like(W, dtype=torch.uint8), W.new_empty(2, len(W), groups)
 
     def round_rows(T: Tensor, rows: slice) -> Tensor:
-        found = _quantize(replace(problem, W=T.clone()), options)
+        found = quantize(T)
         here, group = order[rows], problem.group
         q[here], s[here], z[here] = found.q, found.s, found.z
         return T - found.s[:, group] * (found.q - found.z[:, group])

@@ -1,4 +1,5 @@
-"""OPTQ's inner loop on the CPU: :mod:`modulora_optq.reference`, a block of columns at a time.
+"""Inner loops on the CPU, a block of columns at a time: of :mod:`modulora_optq.reference`, and of
+:mod:`modulora_optq.descent` after it.
 
 The rows of W are independent of each other once U is known. A thread therefore takes one row
 through the whole block, and keeps the row, its errors and the block of U in the cache. Nothing is
@@ -108,3 +109,18 @@ def block(
             e = (w[j] - s * (code - z)) / U[j, j]
             Q[o, j], E[o, j - start] = np.uint8(code), e
             _compensate(w, e, U, j, stop)
+
+
+@jit(parallel=True)
+def change_codes(R: Any, M: Any, Q: Any, S: Any, maxq: Any, start: int, size: int) -> None:
+    """``descent._change_codes``: a thread takes one row through the block."""
+    for o in prange(R.shape[0]):
+        r, top = R[o], maxq[0]
+        for j in range(R.shape[1]):
+            s, code = S[o, (start + j) // size], R.dtype.type(Q[o, start + j])
+            new = min(max(code + np.rint(r[j] / (s * M[j, j])), R.dtype.type(0)), top)
+            change = s * (new - code)
+            if change != 0:
+                _compensate(r, change, M, j, R.shape[1])
+            r[j] = change
+            Q[o, start + j] = np.uint8(new)
