@@ -4,7 +4,7 @@
     python examples/benchmarks/quality.py -q nf4 quip-sharp-e8 --quality best --peers \\
         --finetune-steps 100 --seeds 0 1 --folder results --plot quality.svg
     python examples/benchmarks/quality.py -q optq:bits=3 --peers --uncalibrated \\
-        optq:bits=3,act_order=false,range_search=false,static_groups=false
+        optq:bits=3,act_order=false,range_search=false,static_groups=false,sweeps=0
 
 Our quantizers are measured by the functions of `modulora compare`, each in a process of its own.
 With --folder the same command continues an interrupted run, and another one takes the models and
