@@ -36,7 +36,10 @@ class Options(BaseModel):
         True, description="search each group's range for the least error; otherwise its extremes"
     )
     sweeps: int = Field(
-        1, ge=0, le=100, description="rounds of coordinate descent over codes and scales after OPTQ"
+        default=1,
+        ge=0,
+        le=100,
+        description="rounds of coordinate descent over codes and scales after OPTQ",
     )
     damping: float = Field(
         default=0.1,
