@@ -36,13 +36,13 @@ class Options(BaseModel):
         True, description="search each group's range for the least error; otherwise its extremes"
     )
     sweeps: int = Field(
-        default=1,
+        default=2,
         ge=0,
         le=100,
         description="rounds of coordinate descent over codes and scales after OPTQ",
     )
     damping: float = Field(
-        default=0.1,
+        default=0.2,
         gt=0,
         le=1,
         description="share of the mean of H's diagonal that is added to it: more follows the "
