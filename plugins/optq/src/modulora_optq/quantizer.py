@@ -56,7 +56,7 @@ class OPTQ(KernelQuantizer):
             )
         with kernels.without_autocast(weight.device):
             solution = solver.solve(
-                weight, calibration.hessian, self.options, calibration.output_hessian
+                weight.float(), calibration.hessian, self.options, calibration.output_hessian
             )
         largest = float(weight.detach().abs().amax()) if weight.numel() else 0.0
         if largest and not reference.SMALLEST_WEIGHT <= largest <= reference.LARGEST_WEIGHT:
