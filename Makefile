@@ -16,7 +16,7 @@ CONFORMANCE := $(wildcard plugins/*/tests/test_*_conformance.py)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-# Two processes of one thread each. The tests of a file stay together, and all of a plugin (conftest.py).
+# Two processes of one thread each. The tests of a file, or of a plugin, stay together (conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo install test test-all support check docs clean

@@ -29,7 +29,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Let one process run all tests of a plugin.
 
     It compiles each kernel once, and keeps the code on disk for the tests after it. Two processes
-    would compile the same kernels at the same time, for minutes.
+    would compile the same kernels at the same time, for minutes. Marks of groups (`--dist
+    loadgroup`) would do the same, but rename tests, which the kit's reports identify by name.
     """
     if config.getvalue("dist") != "loadfile":
         return None

@@ -34,8 +34,7 @@ _CACHE: WeakKeyDictionary[PackedWeight, list[PackedWeight]] = WeakKeyDictionary(
 
 
 class JoinedRows(Quantizer):
-    """The quantizer of a joined weight. Files of other tools have such weights; ``pack`` makes
-    none.
+    """The quantizer of a joined weight, which files of other tools have; ``pack`` makes none.
 
     Args:
         parts: the quantizer of each part, from the first rows to the last.

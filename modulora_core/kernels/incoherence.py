@@ -121,8 +121,7 @@ def prepare(
 
 
 def _rotated(H: Tensor, signs: Tensor, block: int | None) -> Tensor:
-    """Rotate a symmetric matrix into the basis of the side with these signs; ``H`` is
-    overwritten."""
+    """Rotate a symmetric matrix into the basis of a side's signs; ``H`` is overwritten."""
     H = rotation.rotate(H, signs, in_place=True, block=block)
     H = rotation.rotate(H.T.contiguous(), signs, in_place=True, block=block)
     return (H + H.T) / 2

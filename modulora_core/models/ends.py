@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modulora_core.errors import OptionError
+from modulora_core.errors import ModelError, OptionError
 from modulora_core.models.sites import LinearSite, find_sites, input_table, names_sharing, path_of
 from modulora_core.registry import Choice
 
@@ -74,7 +74,7 @@ def _head(model: PreTrainedModel, path: str | None) -> LinearSite:
 
 
 def _table(model: PreTrainedModel, option: str, stored: Iterable[str]) -> LinearSite:
-    table = input_table(model, stored)
-    if isinstance(table, str):
-        raise OptionError(f"--{option}: {table}")
-    return table
+    try:
+        return input_table(model, stored)
+    except ModelError as error:
+        raise OptionError(f"--{option}: {error}") from None

@@ -155,8 +155,7 @@ def _first_bytes(path: Path, count: int) -> bytes:
 
 
 def file_suffixes() -> list[str]:
-    """The suffixes of files that an installed plugin reads, or a plugin that an extra of the core
-    names."""
+    """The suffixes of files that plugins read: installed ones, and ones that the core names."""
     found = {each.spec.file_suffix for each in installed() if each.spec.file_suffix}
     return sorted(found | _extras().keys())
 
@@ -173,8 +172,7 @@ def unread_file(path: str | Path) -> str:
 
 
 def _extras() -> dict[str, str]:
-    """The plugin that reads each suffix. An extra of the core has the suffix's name, and requires
-    the plugin."""
+    """The plugin of each suffix: an extra of the core has its name, and requires the plugin."""
     try:
         found = map(_EXTRA.fullmatch, requires(f"{PROJECT}-core") or ())
     except PackageNotFoundError:  # a source tree on the path, not installed

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from modulora_core.errors import OptionError
+from modulora_core.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,17 +106,20 @@ def find_sites(
     return Sites(tuple(chosen), MappingProxyType(dense))
 
 
-def input_table(model: PreTrainedModel, stored: Iterable[str]) -> LinearSite | str:
-    """The site of the input embedding, or the message's words why it can't be packed.
+def input_table(model: PreTrainedModel, stored: Iterable[str]) -> LinearSite:
+    """The site of the input embedding.
 
     Args:
         model: on any device, the meta device too.
         stored: names of the parameters that the model's files give; only one of several tied ones.
+
+    Raises:
+        ModelError: it can't be packed.
     """
     module = model.get_input_embeddings()
     path = path_of(module, model)
     if path is None or not isinstance(module, nn.Embedding) or module.max_norm is not None:
-        return (
+        raise ModelError(
             f"expected an input embedding whose rows are looked up as they are, and "
             f"{type(model).__name__} has {type(module).__name__}"
         )
@@ -124,7 +127,7 @@ def input_table(model: PreTrainedModel, stored: Iterable[str]) -> LinearSite | s
     others = sorted(names_sharing(model, name) - {name, f"{head}.weight"})
     if others or name not in stored:
         shared = ", ".join(others) or "another parameter, under whose name it is stored"
-        return (
+        raise ModelError(
             f"expected {name} to be the embedding's own, or the output head's too; "
             f"it is shared with {shared}"
         )

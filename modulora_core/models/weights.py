@@ -180,8 +180,7 @@ class Weights:
                 yield self._streamed[name], converted.pop(name).to(self._dtypes[name])
 
     def converted(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """Run the conversion that makes a parameter on other contents of the files' tensors, from
-        ``read``."""
+        """A parameter's conversion of other contents of the files' tensors, from ``read``."""
         for step, shapes in self._steps:
             for given in shapes:
                 if self._streamed.get(given) == name:

@@ -130,7 +130,7 @@ class _Packer(Packing):
             seed=self.layout.record.seed, spill=text.config.spill, progress=self.progress,
             moments=self.moments,
         )  # fmt: skip
-        # an error of bf16 is less than that of drawing tokens; a CPU without units would be slower
+        # an error of bf16 is less than that of drawing tokens
         fast = self.device.type != "cpu" or has_bfloat16_units()
         with matmul_precision("medium" if fast else None):
             return token_weights(text.ids, folder, measure)

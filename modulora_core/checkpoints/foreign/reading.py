@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,9 +80,9 @@ def packed_in_file(source: ModelSource) -> PackedCheckpoint | None:
     assert known is not None
     with quiet():
         source.check_whole()
-        table = input_table(source.outline, source.parameters)
-        linears = find_sites(source.outline, include=["*"]).linears
-        sites = [*linears, table] if isinstance(table, LinearSite) else [*linears]
+        sites = [*find_sites(source.outline, include=["*"]).linears]
+        with suppress(ModelError):  # a table that can't be packed stays dense
+            sites.append(input_table(source.outline, source.parameters))
         packed = file.packed(source, sites)
         placed: Placed = {
             site.name: (site, (packed.weights[site.name],))

@@ -93,8 +93,7 @@ _CLASSES: dict[tuple[type, type], type] = {}
 
 
 class _WithMethods(type):
-    """The metaclass of the classes that :func:`with_methods` makes: pickle calls that function
-    again."""
+    """The metaclass of :func:`with_methods`' classes, which pickle makes by calling it."""
 
 
 def with_methods(methods: type, model_class: type) -> type:

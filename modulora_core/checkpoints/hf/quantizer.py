@@ -48,8 +48,7 @@ class ModuLoRAConfig(QuantizationConfigMixin):
         exclude: leave modules dense that match one of these patterns.
         seed: for random numbers of the quantizer.
         record: of a packed folder, instead of all others.
-        mapped: for a packed folder: do not check scales now; a mapped block is checked at its first
-        use.
+        mapped: for a packed folder: check the scales of each mapped block at its first use.
     """
 
     @checked

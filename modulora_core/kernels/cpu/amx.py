@@ -105,8 +105,7 @@ def use_registers(_context: Any, builder: Any, _kinds: Any) -> None:
 
 @operation(lambda: _VOID())
 def leave_registers(_context: Any, builder: Any, _kinds: Any) -> None:
-    """``()``: release the registers. Until then the system saves 8 KiB more at each switch of
-    threads."""
+    """``()``: release the registers, which the system saves at each switch of threads."""
     _amx(builder, "tilerelease")
 
 

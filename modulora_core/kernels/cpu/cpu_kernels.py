@@ -98,8 +98,7 @@ class CPUKernels:
             x: any shape, dtype and device.
             packed: on the CPU.
             transpose: the direction.
-            dtype: the dtype of the layer's inputs, if ``x`` was computed from them in another
-            dtype.
+            dtype: of the layer's inputs, if ``x`` was computed from them in another one.
         """
         given, wanted = packed.shape if transpose else reversed(packed.shape)
         n = x.numel() // given if given and wanted else 0

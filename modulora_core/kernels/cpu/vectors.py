@@ -95,8 +95,7 @@ def operation(kinds: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
 
 
 def place(context: Any, builder: Any, kind: Any, array: Any, at: Any, of: ir.Type) -> Any:
-    """Point to ``array[at]`` as a value of LLVM's type ``of``; ``kind`` is numba's type of the
-    array."""
+    """A pointer to ``array[at]`` as LLVM's type ``of``; numba's type of the array is ``kind``."""
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [at]), of.as_pointer())
 
@@ -308,6 +307,5 @@ def prefetch(context: Any, builder: Any, kinds: Any, array: Any, at: Any) -> Non
 
 @operation(lambda array: types.int64(array))
 def size_of(context: Any, _builder: Any, kinds: Any, _array: Any) -> Any:
-    """``(array)``: bytes of an element, as a constant; numba treats ``array.itemsize`` as a
-    variable."""
+    """``(array)``: bytes of an element, a constant; ``array.itemsize`` is a variable to numba."""
     return INDEX(context.get_abi_sizeof(context.get_data_type(kinds[0].dtype)))

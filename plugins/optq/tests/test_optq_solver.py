@@ -238,3 +238,16 @@ def test_compiled_sweeps_give_the_codes_of_plain_torch(monkeypatch):
     plain = solver.solve(W, H, Options(bits=2, sweeps=3))
     assert torch.equal(compiled.codes, plain.codes)
     assert torch.equal(compiled.scales, plain.scales)
+
+
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_rows_in_turn_make_up_for_each_others_errors(sweeps, path):
+    """Rows whose gradients agree: the errors of a column should cancel each other."""
+    W, H = layer(96, 128, torch.float64)
+    H_O = torch.ones(96, 96, dtype=torch.float64) + torch.eye(96, dtype=torch.float64)
+    options = Options(bits=2, sweeps=sweeps)
+    found = []
+    for output_hessian in (None, H_O):
+        E = W - solver.solve(W, H, options, output_hessian).dequantize(options).double()
+        found.append(float(((H_O @ E @ H) * E).sum()))
+    assert found[1] < 0.8 * found[0]  # λ is four times the mean of H_O, so some errors stay

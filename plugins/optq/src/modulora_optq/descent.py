@@ -1,8 +1,8 @@
 """Coordinate descent after OPTQ: each code, and each scale, becomes the best beside all others.
 
 OPTQ chooses a code once, and later columns make up for its error; nothing makes up for theirs.
-Afterwards the errors of all columns are known. The error of a row, r M rᵀ with r = w − ŵ and
-M = H + λI, is a parabola in each code and in each scale:
+Afterwards the errors of all columns are known. A row has the error r M rᵀ, with r = w − ŵ and
+M = H + λI. It is a parabola in each code and in each scale:
 
     q_j ← q_j + round((r M)_j / (s M_jj)), at least 0 and at most maxq
     s_g ← s_g + (r M cᵀ) / (c M cᵀ)      c = q − z in the columns of group g, elsewhere 0

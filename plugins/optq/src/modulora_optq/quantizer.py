@@ -55,7 +55,7 @@ class OPTQ(KernelQuantizer):
                 "text to calibrate with"
             )
         with kernels.without_autocast(weight.device):
-            solution = solver.solve(
+            solution = solver.solve(  # in fp32: of fp64, some ties would fall another way
                 weight.float(), calibration.hessian, self.options, calibration.output_hessian
             )
         largest = float(weight.detach().abs().amax()) if weight.numel() else 0.0

@@ -43,7 +43,7 @@ def solve(
     descent = Descent(problem, options) if options.sweeps and problem.W.numel() else None
 
     def quantize(T: Tensor) -> _Torch:
-        found = _quantize(replace(problem, W=T.clone() if descent else T), options)
+        found = _quantize(replace(problem, W=T.clone()), options)
         if descent is not None:
             descent.improve(T, found.q, found.s, found.z)
         return found
