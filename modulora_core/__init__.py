@@ -18,14 +18,14 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.adapters.settings import LoRASettings as LoRASettings
     from modulora_core.calibration import CalibrationConfig as CalibrationConfig
     from modulora_core.checkpoints.convert import convert as convert
-    from modulora_core.checkpoints.hf.quantizer import ModuLoRAConfig as ModuLoRAConfig
-    from modulora_core.checkpoints.hf.quantizer import register as register
+    from modulora_core.checkpoints.hf.hf_quantizer import ModuLoRAConfig as ModuLoRAConfig
+    from modulora_core.checkpoints.hf.hf_quantizer import register as register
     from modulora_core.checkpoints.loading import load_model as load_model
     from modulora_core.hookspecs import hookimpl as hookimpl
     from modulora_core.inference.evaluate import evaluate as evaluate
     from modulora_core.inference.generate import Sampling as Sampling
     from modulora_core.inference.generate import generate as generate
-    from modulora_core.inference.loading import open_to_run as open_to_run
+    from modulora_core.inference.opened import open_to_run as open_to_run
     from modulora_core.inference.tasks import evaluate_tasks as evaluate_tasks
     from modulora_core.layers import LoRALinear as LoRALinear
     from modulora_core.layers import QuantLinear as QuantLinear
@@ -51,7 +51,7 @@ _PUBLIC = {
     "FinetuneConfig": "training.config",
     "LoRALinear": "layers",
     "LoRASettings": "adapters.settings",
-    "ModuLoRAConfig": "checkpoints.hf.quantizer",
+    "ModuLoRAConfig": "checkpoints.hf.hf_quantizer",
     "PackedLayout": "packed",
     "PackedWeight": "packed",
     "Promise": "spec",
@@ -69,10 +69,10 @@ _PUBLIC = {
     "load_adapter": "adapters.load",
     "load_model": "checkpoints.loading",
     "merge": "adapters.merge",
-    "open_to_run": "inference.loading",
+    "open_to_run": "inference.opened",
     "plan": "planner.fitting",
     "quantize": "quantization.quantize",
-    "register": "checkpoints.hf.quantizer",
+    "register": "checkpoints.hf.hf_quantizer",
     "save_adapter": "adapters.save",
     "tile_budget": "tiles",
 }

@@ -20,7 +20,7 @@ from torch import nn
 
 from modulora_core.data import token_segments
 from modulora_core.inference.evaluate import perplexity
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.layers import QuantLinear
 
 

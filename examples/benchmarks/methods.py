@@ -18,7 +18,7 @@ from typing_extensions import override
 from modulora_core import LoRASettings, QuantLinear, add_lora, quantize, registry
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.errors import ModuLoRAError
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.models.sites import find_sites
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.registry import Choice

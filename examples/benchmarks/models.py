@@ -23,7 +23,7 @@ from turns import NotMeasuredError
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data import token_segments
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.models.sites import find_sites
 
 DTYPES = ("float32", "bfloat16")

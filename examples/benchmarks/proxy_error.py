@@ -23,7 +23,7 @@ from report import markdown
 from torch import Tensor, nn
 
 from modulora_core.data import token_segments
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.models.sites import find_sites
 from modulora_core.options import parse_options
 

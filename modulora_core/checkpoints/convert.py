@@ -92,7 +92,7 @@ def convert(
         check_output(out)
         writer = None if to == QUANT_METHOD else installed_formats.create_writer(to)
         checkpoint = open_packed(source, revision=revision)
-        if writer is None and checkpoint.foreign is None:
+        if writer is None and checkpoint.format == QUANT_METHOD:
             raise OptionError(
                 f"--to {to}: {source} is in this format already; expected another, one of "
                 f"{', '.join(installed_formats.specs()) or '(none is installed)'}"

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modulora_core.arguments import checked
+from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint
 from modulora_core.checkpoints.foreign.reading import packed_in_file, packed_in_folder
 from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
@@ -25,7 +25,7 @@ from modulora_core.distributed import pick_device
 from modulora_core.errors import ModelError, OptionError
 from modulora_core.kernels.parity import check_kernels
 from modulora_core.models import ModelSource, open_dense
-from modulora_core.models.config import config_values, transformers_config
+from modulora_core.models.config import config_values
 from modulora_core.models.folders import no_config
 from modulora_core.models.installed_formats import method_of, recognise, unread_method
 from modulora_core.models.locate import Location, fetch_weights, locate
@@ -173,14 +173,14 @@ def load_model(
         ModelError: nothing is there, or it isn't quantized.
         CheckpointError: a file is missing or damaged, or files and config.json don't fit together.
     """
-    from modulora_core.checkpoints.hf.quantizer import register  # slow to import
+    from modulora_core.checkpoints.hf.hf_quantizer import register  # slow to import
 
     device = str(pick_device(device))
     checkpoint = model if isinstance(model, PackedCheckpoint) else open_packed(model)
     checkpoint.check_whole()
     if mapped:
         check_mapped(checkpoint, device)
-    files = None if checkpoint.foreign is not None else checkpoint.mapped()
+    files = None if isinstance(checkpoint, ForeignCheckpoint) else checkpoint.mapped()
     loaded_as = resolved_dtype(dtype, device)
     register()
     with quiet():
@@ -207,22 +207,16 @@ def _from_pretrained(
     """Let transformers load our tensors, which are views of ``files`` or converted."""
     from transformers import GenerationConfig
 
-    if files is not None:
-        config, tensors = transformers_config(checkpoint.path), files.views()
-    else:
-        assert checkpoint.foreign is not None
-        config, tensors = copy.deepcopy(checkpoint.foreign.config), checkpoint.tensors()
+    config = checkpoint.transformers_config()
     # transformers wants a dictionary; no config.json can hold a record
     config.quantization_config = {
         "quant_method": QUANT_METHOD, "record": checkpoint.record, "mapped": mapped
     }  # fmt: skip
     model: PreTrainedModel = type(checkpoint.outline).from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype, device_map={"": device},
-        trust_remote_code=False,
+        None, config=config, dtype=dtype, device_map={"": device}, trust_remote_code=False,
+        state_dict=checkpoint.tensors() if files is None else files.views(),
     )  # fmt: skip
-    source = checkpoint.foreign
-    name = str(checkpoint.path) if source is None else source.location.path
-    model.name_or_path = model.config.name_or_path = name
+    model.name_or_path = model.config.name_or_path = checkpoint.model
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     return model

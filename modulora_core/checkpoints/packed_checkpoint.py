@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -15,18 +14,17 @@ from torch import Tensor
 
 from modulora_core.checkpoints.mapped import MappedFiles
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
-from modulora_core.errors import CheckpointError, OptionError
+from modulora_core.errors import CheckpointError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import transformers_config
 from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.safetensors_store import SafetensorsStore
-from modulora_core.models.source import ModelSource
 from modulora_core.models.store import StoredTensor, TensorStore, check_finite
 from modulora_core.progress import quiet
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class PackedCheckpoint:
@@ -35,10 +33,9 @@ class PackedCheckpoint:
     Attributes:
         path: its folder on this machine, or its file, of a model in one.
         name: its name without this machine's folders.
-        config: its config.json; for another tool's model, the config.json that we would write.
+        config: its config.json.
         record: its ``quantization_config``.
-        foreign: config, tokenizer and dense parameters of another tool's model; None for ours.
-        format: ``"modulora"``, or the name of the other tool's format.
+        format: ``"modulora"``, or the name of another tool's format.
         parameters: every stored parameter → its :class:`PackedSite`, or its layout if it is dense.
     """
 
@@ -49,11 +46,10 @@ class PackedCheckpoint:
         config: Mapping[str, Any],
         record: QuantizationRecord,
         store: TensorStore,
-        foreign: ModelSource | None = None,
     ) -> None:
         self.path, self.name, self.config = path, name, dict(config)
-        self.record, self.foreign, self._store = record, foreign, store
-        self.format = QUANT_METHOD if foreign is None else str(record.source["format"])
+        self.record, self._store = record, store
+        self.format: str = QUANT_METHOD
         self._quantizers: dict[int, Quantizer] = {}
         self.parameters: dict[str, PackedSite | TensorLayout] = {
             name: layout_of(tensor) for name, tensor in store.tensors.items()
@@ -105,17 +101,8 @@ class PackedCheckpoint:
         return {name: self.tensor(name) for name in self._store.tensors}
 
     def mapped(self) -> MappedFiles:
-        """Map all stored tensors from their files.
-
-        Raises:
-            OptionError: it is another tool's, whose tensors must be converted.
-        """
-        if not isinstance(self._store, SafetensorsStore):
-            raise OptionError(
-                f"mapped: expected a checkpoint of modulora's own format, got {self.format} in "
-                f"{self.path}; write it as one with `modulora convert {self.name} OUT --to "
-                f"{QUANT_METHOD}`, or leave mapped out"
-            )
+        """Map all stored tensors from their files."""
+        assert isinstance(self._store, SafetensorsStore)
         return MappedFiles(self._store, self.path)
 
     def packed(self, parameter: str) -> Iterator[PackedWeight]:
@@ -132,16 +119,21 @@ class PackedCheckpoint:
             self.quantizer(site).check_values(weight, f"{self.path}: {prefix}")
             yield weight
 
+    @property
+    def model(self) -> str:
+        """The name by which an adapter remembers its base."""
+        return str(self.path)
+
+    def transformers_config(self) -> PretrainedConfig:
+        """The config as transformers makes it, a new one. Raises ModelError if it can't."""
+        return transformers_config(self.path)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load its tokenizer. Raises ModelError if there is none that transformers can read."""
-        if self.foreign is not None:
-            return self.foreign.tokenizer()
         return tokenizer.load_tokenizer(str(self.path), self.path)
 
     def copy_tokenizer(self, out: Path) -> list[str]:
         """Copy tokenizer, chat template and generation config."""
-        if self.foreign is not None:
-            return self.foreign.copy_tokenizer(out)
         return tokenizer.copy_tokenizer(self.path, out)
 
     def write_dense_config(self, out: Path, dtype: str) -> None:
@@ -159,17 +151,17 @@ class PackedCheckpoint:
             CheckpointError: the record names a parameter that the model hasn't got.
             PluginError: a quantizer isn't installed or can't be used.
         """
+        from modulora_core.checkpoints.hf.hf_quantizer import ModuLoRAConfig  # slow to import
         from modulora_core.checkpoints.hf.packed_modules import install
-        from modulora_core.checkpoints.hf.quantizer import ModuLoRAConfig  # slow to import
 
         with quiet():
-            if self.foreign is None:
-                model = build_skeleton(transformers_config(self.path), torch.float32)
-            else:
-                model = copy.deepcopy(self.foreign.outline)
+            model = self._dense_outline()
         model.config.quantization_config = ModuLoRAConfig(record=self.record)
         install(model, self.record)
         return model
+
+    def _dense_outline(self) -> PreTrainedModel:
+        return build_skeleton(self.transformers_config(), torch.float32)
 
     def check_whole(self) -> None:
         """Refuse what :func:`modulora_core.load_model` would refuse. Only headers are read.

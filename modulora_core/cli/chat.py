@@ -49,7 +49,7 @@ def command(
         echo "Name a module." | modulora chat smollm2-packed --json
     """
     from modulora_core.inference.generate import Sampling, generate
-    from modulora_core.inference.loading import open_to_run
+    from modulora_core.inference.opened import open_to_run
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     opened = open_to_run(

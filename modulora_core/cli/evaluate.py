@@ -126,7 +126,7 @@ def command(
     """
     from modulora_core.checkpoints.peak_memory import PeakMemory
     from modulora_core.inference.evaluate import evaluate
-    from modulora_core.inference.loading import open_to_run
+    from modulora_core.inference.opened import open_to_run
     from modulora_core.inference.tasks import evaluate_tasks
 
     if metric not in (None, *METRICS):

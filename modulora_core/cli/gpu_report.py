@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modulora_core.adapters.lora import add_lora
-from modulora_core.checkpoints.hf.quantizer import ModuLoRAConfig
+from modulora_core.checkpoints.hf.hf_quantizer import ModuLoRAConfig
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.cli.text import format_size
 from modulora_core.errors import ShapeError

@@ -107,7 +107,7 @@ def _to_file(
     from modulora_core.adapters.files import file_writer
     from modulora_core.data.sources import load_records
     from modulora_core.inference.divergence import divergence
-    from modulora_core.inference.loading import open_to_run
+    from modulora_core.inference.opened import open_to_run
 
     writer = file_writer(out)
     segments = 8 if segments is None else segments

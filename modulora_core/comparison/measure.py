@@ -29,7 +29,7 @@ from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.data import token_segments
 from modulora_core.inference.evaluate import segment_losses
 from modulora_core.inference.generate import Sampling, generate
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.progress import Bars
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.quantization.quality import Quality

@@ -19,7 +19,7 @@ from modulora_core.adapters.switching import without_adapter
 from modulora_core.data import token_segments
 from modulora_core.data.sources import Source
 from modulora_core.errors import WorkError
-from modulora_core.inference.loading import Opened
+from modulora_core.inference.opened import Opened
 from modulora_core.inference.passes import batches, evaluating, window_of
 from modulora_core.progress import Progress
 

@@ -26,7 +26,7 @@ from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
-from modulora_core.inference.loading import Runnable, tokenizer_and_loader
+from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating, window_of
 from modulora_core.progress import Progress, shows_progress
 from modulora_core.training.chunked_loss import deferred_logits, token_losses

@@ -23,7 +23,7 @@ from typing_extensions import override
 from modulora_core.arguments import check_fields, checked
 from modulora_core.data.rendering import check_ids, token_ids
 from modulora_core.errors import DataError, OptionError, WorkError, first_line
-from modulora_core.inference.loading import Runnable, tokenizer_and_loader
+from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.models.chat_templates import render
 from modulora_core.models.stops import model_stops
 from modulora_core.models.tokenizer_checks import panics_refused

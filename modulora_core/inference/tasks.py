@@ -16,7 +16,7 @@ from torch import Tensor
 from modulora_core.arguments import checked
 from modulora_core.data.rendering import check_ids
 from modulora_core.errors import DataError, MissingExtraError, OptionError, first_line
-from modulora_core.inference.loading import Runnable, tokenizer_and_loader
+from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.progress import quiet
 
 

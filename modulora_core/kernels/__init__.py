@@ -23,6 +23,14 @@ A plugin may import the names in ``__all__`` of these packages, and nothing deep
 from __future__ import annotations
 
 from modulora_core.dense_products import without_autocast
+from modulora_core.kernels.compiled import (
+    for_device,
+    jit,
+    load,
+    load_triton,
+    triton_is_interpreted,
+)
+from modulora_core.kernels.kernel_quantizer import KernelQuantizer
 from modulora_core.kernels.launching import (
     PARTIAL_SUMS,
     check_layout,
@@ -36,14 +44,6 @@ from modulora_core.kernels.launching import (
     product_of_one,
     run,
 )
-from modulora_core.kernels.loading import (
-    for_device,
-    jit,
-    load,
-    load_triton,
-    triton_is_interpreted,
-)
-from modulora_core.kernels.quantizer import KernelQuantizer
 
 __all__ = [
     "PARTIAL_SUMS",

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from modulora_core.kernels import loading
+from modulora_core.kernels import compiled
 from modulora_core.packed import PackedWeight
 from modulora_core.progress import Progress
 from modulora_core.spec import Quantizer
@@ -88,7 +88,7 @@ def _compared(
 ) -> Iterator[Comparison]:
     about = title, packed.shape, dtype
     limit = max(2 * torch.finfo(dtype).eps, _FP32_SUMS)
-    with loading.recorded() as used:
+    with compiled.recorded() as used:
         try:
             found = result()
         except Exception as error:  # of a kernel or its compiler, which may raise anything
@@ -97,7 +97,7 @@ def _compared(
             return
     if not used:
         return
-    with loading.plain_torch():
+    with compiled.plain_torch():
         expected = result().double()
     distance = float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
     yield Comparison(tuple(sorted(used)), *about, distance, limit)
@@ -115,7 +115,7 @@ def check_kernels(
         progress("comparing kernels with plain torch", done, len(kinds))
         for each in compare(quantizer, packed, dtype):
             if not each.passed:
-                loading.stop_using(each.kernels, packed.device)
+                compiled.stop_using(each.kernels, packed.device)
                 warnings.warn(
                     f"kernels differ from plain torch, which takes their place, slower: {each}. "
                     "Please report the output of: modulora doctor --gpu",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core.dense_products import compute_dtype
-from modulora_core.kernels import loading
+from modulora_core.kernels import compiled
 from modulora_core.kernels.launching import check_layout, check_tensors
 from modulora_core.kernels.rotation import rotate
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
@@ -96,7 +96,7 @@ class RotatedQuantizer(Quantizer):
         before, after = (outputs, inputs) if transpose else (inputs, outputs)
         first = self.first_row(packed)
         x = _padded(x, first if transpose else 0, len(before[0]))
-        module = loading.for_device(self.kernels, packed.device)
+        module = compiled.for_device(self.kernels, packed.device)
         y: Tensor | None = None
         if module is not None:
             y = module.product_of_one(x, packed, transpose)
@@ -122,7 +122,7 @@ class RotatedQuantizer(Quantizer):
     ) -> Tensor:
         """``x Cᵀ``, or ``x C``, of rotated inputs, for a layer whose inputs are of ``dtype``."""
         x = _padded(x, 0, C.shape[0 if transpose else 1])
-        module = loading.for_device(self.kernels, C.device)
+        module = compiled.for_device(self.kernels, C.device)
         y: Tensor | None = None if module is None else module.multiply(x, C, transpose, dtype)
         if y is not None:
             return y
@@ -194,7 +194,7 @@ class RotatedQuantizer(Quantizer):
 
     def _tile(self, C: PackedWeight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows ``[start, stop)`` of C, ``[stop - start, columns of C]``."""
-        module = loading.for_device(self.kernels, C.device)
+        module = compiled.for_device(self.kernels, C.device)
         if module is not None:
             tile: Tensor = module.tile(C, (start, stop), dtype)
             return tile

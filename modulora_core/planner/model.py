@@ -176,8 +176,7 @@ def _open(request: PlanRequest) -> Dense | PlannedModel:
         return Dense(name, found.config)
     if request.config.mapped:
         check_mapped(found, "cpu")
-    assert found.foreign is not None
-    return _packed(Dense(name, found.foreign.config), found.record, foreign=True)
+    return _packed(Dense(name, found.transformers_config()), found.record, foreign=True)
 
 
 def _packed(dense: Dense, record: QuantizationRecord, *, foreign: bool = False) -> PlannedModel:

@@ -15,7 +15,7 @@ from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.loading import load_model
 from modulora_core.inference.generate import Sampling, generate
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune

@@ -73,7 +73,7 @@ def decoding(options: dict[str, Any]) -> Taken:
     from pydoc_data.topics import topics
 
     from modulora_core.inference.generate import Sampling, generate
-    from modulora_core.inference.loading import open_to_run
+    from modulora_core.inference.opened import open_to_run
 
     opened = open_to_run(options["model"], mapped=options.get("mapped", False))
     with PeakMemory() as peak:

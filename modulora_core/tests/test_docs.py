@@ -266,17 +266,17 @@ def test_the_python_of_the_docs_runs(tmp_path: Path) -> None:
 
 KERNELS_CHECK = """
 import sys, torch
-from modulora_core.kernels import loading
+from modulora_core.kernels import compiled
 from modulora_rounding.quantizer import Options, RoundingQuantizer
 
 quantizer = RoundingQuantizer(Options(bits=3, group_size=16))
 packed = quantizer.pack(torch.randn(19, 36, generator=torch.Generator().manual_seed(0)))
-load = loading.for_device
-loading.for_device = lambda *_: None
+load = compiled.for_device
+compiled.for_device = lambda *_: None
 W = quantizer.dequantize_tile(packed, (0, 19), torch.float32)
 if {device!r} == "gpu":
-    load = lambda package, device: loading.load_triton(package + ".gpu", device)
-loading.for_device = load
+    load = lambda package, device: compiled.load_triton(package + ".gpu", device)
+compiled.for_device = load
 assert torch.equal(quantizer.dequantize_tile(packed, (3, 19), torch.float32), W[3:])
 for rows in (36, 2):  # one term for each sum
     assert torch.equal(quantizer.matmul(torch.eye(36)[:rows], packed), W.T[:rows])

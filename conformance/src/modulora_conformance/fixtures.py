@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import kernels
-from modulora_core.kernels import loading
+from modulora_core.kernels import compiled
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def generator() -> torch.Generator:
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turn CPU kernels off until the test ends, so that plain torch runs."""
-    for module in (kernels, loading):  # a plugin calls the first, KernelQuantizer the second
+    for module in (kernels, compiled):  # a plugin calls the first, KernelQuantizer the second
         monkeypatch.setattr(module, "load", lambda module, device: None)  # noqa: ARG005
 
 

@@ -6,19 +6,22 @@ tensors are converted a layer at a time, on request, so that nothing here is as 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from modulora_core.checkpoints.foreign.foreign_checkpoint import (
+    ForeignCheckpoint,
+    ForeignStore,
+    Placed,
+)
 from modulora_core.checkpoints.foreign.parts import joined_experts, whole_layers
-from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint, layout_of
+from modulora_core.checkpoints.packed_checkpoint import layout_of
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe, distinct_sites
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.config import read_config
@@ -26,20 +29,19 @@ from modulora_core.models.conversion import build_skeleton, plan_conversions, ti
 from modulora_core.models.formats import ForeignWeight, PartStore
 from modulora_core.models.installed_formats import Recognised
 from modulora_core.models.locate import Location
-from modulora_core.models.safetensors_store import DTYPE_CODES, SafetensorsStore
-from modulora_core.models.sites import LinearSite, find_sites, input_table
+from modulora_core.models.safetensors_store import SafetensorsStore
+from modulora_core.models.sites import find_sites, input_table
 from modulora_core.models.source import ModelSource, source_with
 from modulora_core.models.store import StoredTensor
 from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.progress import quiet
-from modulora_core.spec import PackedWeight, TensorLayout
 from modulora_core.version import VERSION
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def packed_in_folder(location: Location, recognised: Recognised) -> PackedCheckpoint:
+def packed_in_folder(location: Location, recognised: Recognised) -> ForeignCheckpoint:
     """The packed weights of a folder that another tool quantized, with its dense ones.
 
     Raises:
@@ -68,7 +70,7 @@ def packed_in_folder(location: Location, recognised: Recognised) -> PackedCheckp
         return _checkpoint(location.folder, source, raw, placed, recognised.spec.name)
 
 
-def packed_in_file(source: ModelSource) -> PackedCheckpoint | None:
+def packed_in_file(source: ModelSource) -> ForeignCheckpoint | None:
     """The packed weights of a model in one file, with its dense ones; None if it has none.
 
     Raises:
@@ -96,14 +98,9 @@ def packed_in_file(source: ModelSource) -> PackedCheckpoint | None:
 
 def _checkpoint(
     path: Path, source: ModelSource, raw: PartStore, placed: Placed, format_name: str
-) -> PackedCheckpoint:
-    """Make the checkpoint of ``placed``, with the config.json that we would write."""
+) -> ForeignCheckpoint:
     record = _record(source, placed, format_name)
-    config: dict[str, Any] = json.loads(source.config.to_json_string(use_diff=False))
-    config["architectures"] = [type(source.outline).__name__]
-    config["quantization_config"] = record.to_json()
-    store = ForeignStore(source, raw, record, placed)
-    return PackedCheckpoint(path, source.location.name, config, record, store, source)
+    return ForeignCheckpoint(path, source, record, ForeignStore(source, raw, record, placed))
 
 
 class _Headers:
@@ -152,11 +149,6 @@ class _Headers:
         """Read a dense tensor."""
         tensor, shape = self._raw.read(name), self.tensors[name].shape
         return tensor if tensor.shape == shape else tensor[: shape[0]]
-
-
-Placed = dict[str, tuple[LinearSite, tuple[ForeignWeight, ...]]]
-"""Each packed parameter by its name in memory, in the model's order. The files have it as one
-weight, which may be a stack of experts, or as a weight for each expert."""
 
 
 def _place(
@@ -236,63 +228,5 @@ def _record(source: ModelSource, placed: Placed, format_name: str) -> Quantizati
     )  # fmt: skip
 
 
-class ForeignStore:
-    """The tensors of a foreign folder, named and packed as in a checkpoint of ours.
-
-    Callers read the tensors of a packed weight in a row, so the last weight is cached.
-    """
-
-    def __init__(
-        self,
-        source: ModelSource,
-        raw: PartStore,
-        record: QuantizationRecord,
-        placed: Placed,
-    ) -> None:
-        self._source, self._raw, self._placed = source, raw, placed
-        self._owners: dict[str, tuple[str, str, str]] = {}
-        self._last: tuple[str, PackedWeight] | None = None
-        self.tensors: dict[str, StoredTensor] = {}
-        for name, info in source.parameters.items():
-            if name not in placed:
-                layout = TensorLayout(str(info.dtype).removeprefix("torch."), info.shape)
-                self.tensors[name] = _stored(layout, source.location.folder.name)
-        for parameter, site in record.items():
-            file = raw.tensors[placed[parameter][1][0].tensors[0]].file
-            for name, layout in site.tensors(parameter):
-                self.tensors[name] = _stored(layout, file)
-                matrix, _, part = name.rpartition(".")
-                self._owners[name] = parameter, matrix, part
-
-    def read(self, name: str) -> Tensor:
-        """Raises CheckpointError if a file was changed meanwhile, or is damaged."""
-        if name not in self._owners:
-            ((_, tensor),) = self._source.tensors(names=[name])
-            return tensor
-        parameter, matrix, part = self._owners[name]
-        if self._last is None or self._last[0] != matrix:
-            self._last = None  # two layers never exist together
-            self._last = matrix, self._unpack(parameter, matrix)
-        return self._last[1].tensors[part]
-
-    def _unpack(self, parameter: str, matrix: str) -> PackedWeight:
-        site, weights = self._placed[parameter]
-        index = int(matrix.rpartition(".")[2]) if site.experts else 0
-        weight = weights[index] if len(weights) > 1 else weights[0]
-        part = partial(self._raw.read_part, index=index)
-        packed = weight.unpack(self._raw.read if weight.experts is None else part)
-        if packed.layout != weight.layout:
-            raise CheckpointError(
-                f"{parameter}: expected {weight.layout} by its headers, got {packed.layout}; "
-                f"report it to the authors of the plugin of {packed.quantizer}"
-            )
-        return packed
-
-
 def _dtype_name(tensor: StoredTensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _stored(layout: TensorLayout, file: str) -> StoredTensor:
-    dtype = getattr(torch, layout.dtype)
-    return StoredTensor(layout.shape, dtype, DTYPE_CODES[layout.dtype], layout.nbytes, file)

@@ -25,7 +25,7 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    from modulora_core.checkpoints.hf.quantizer import register
+    from modulora_core.checkpoints.hf.hf_quantizer import register
 
     register()
 

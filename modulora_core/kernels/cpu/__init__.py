@@ -22,6 +22,7 @@ Operations on vectors of sixteen (:mod:`modulora_core.kernels.cpu.vectors`):
 
 from __future__ import annotations
 
+from modulora_core.kernels.compiled import jit
 from modulora_core.kernels.cpu.cpu_kernels import CPUKernels
 from modulora_core.kernels.cpu.lookups import (
     PAIR_ORDER,
@@ -54,7 +55,6 @@ from modulora_core.kernels.cpu.vectors import (
     sum_of_lanes,
     to_floats,
 )
-from modulora_core.kernels.loading import jit
 
 __all__ = [
     "AHEAD", "LANES", "PAIR_ORDER", "CPUKernels", "add_in_turn", "as_shorts", "four_sums",

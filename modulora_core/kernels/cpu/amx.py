@@ -36,6 +36,7 @@ from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, wit
 from numba import prange, types
 from numba.core import cgutils
 
+from modulora_core.kernels.compiled import jit
 from modulora_core.kernels.cpu.memory import scratch, share, signed
 from modulora_core.kernels.cpu.products import GAP, decode
 from modulora_core.kernels.cpu.slices import (
@@ -52,7 +53,6 @@ from modulora_core.kernels.cpu.slices import (
 )
 from modulora_core.kernels.cpu.sums import WIDTH
 from modulora_core.kernels.cpu.vectors import INDEX, LANES, call, has, load, operation, place
-from modulora_core.kernels.loading import jit
 
 SIDE = 32
 """Rows and columns of a block of sums."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modulora_core.kernels.compiled import jit
 from modulora_core.kernels.cpu import amx, choices, products
 from modulora_core.kernels.launching import (
     filled_tile,
@@ -17,7 +18,6 @@ from modulora_core.kernels.launching import (
     operands,
     product_of_one,
 )
-from modulora_core.kernels.loading import jit
 from modulora_core.packed import PackedWeight
 from modulora_core.tiles import tile_bytes
 

@@ -10,6 +10,7 @@ from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, wit
 from numba import types
 from numba.core import cgutils
 
+from modulora_core.kernels.compiled import jit
 from modulora_core.kernels.cpu.vectors import (
     FLOAT,
     INT,
@@ -28,7 +29,6 @@ from modulora_core.kernels.cpu.vectors import (
     put,
     put_rounded,
 )
-from modulora_core.kernels.loading import jit
 
 _FLOATS, _WHOLES, _SHORTS = (llvm(kind) for kind in (Floats, Wholes, Shorts))
 

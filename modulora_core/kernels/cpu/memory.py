@@ -10,8 +10,8 @@ from numba import from_dtype, types
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
+from modulora_core.kernels.compiled import jit
 from modulora_core.kernels.cpu.vectors import prefetch, size_of
-from modulora_core.kernels.loading import jit
 
 _LINE = 64
 """Bytes of a cache line, and of the widest vector."""

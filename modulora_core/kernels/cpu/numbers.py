@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from modulora_core.kernels.loading import jit
+from modulora_core.kernels.compiled import jit
 
 
 @jit(borrows=True)

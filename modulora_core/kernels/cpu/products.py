@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
+from modulora_core.kernels.compiled import jit
 from modulora_core.kernels.cpu.memory import scratch, share, signed
 from modulora_core.kernels.cpu.numbers import narrow_row
 from modulora_core.kernels.cpu.sums import (
@@ -32,7 +33,6 @@ from modulora_core.kernels.cpu.sums import (
     zeros,
 )
 from modulora_core.kernels.launching import PARTIAL_SUMS
-from modulora_core.kernels.loading import jit
 
 ROWS = 4
 """Rows of X, or of Y, in a block of sums."""

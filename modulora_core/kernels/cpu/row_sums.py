@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from modulora_core.kernels.compiled import jit
 from modulora_core.kernels.cpu.vectors import multiply_add, splat, sum_of_lanes
-from modulora_core.kernels.loading import jit
 
 
 @jit(borrows=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 
+from modulora_core.kernels.compiled import jit
 from modulora_core.kernels.cpu.memory import scratch
 from modulora_core.kernels.cpu.sums import WIDTH, store_transposed
 from modulora_core.kernels.cpu.vectors import (
@@ -21,7 +22,6 @@ from modulora_core.kernels.cpu.vectors import (
     operation,
     store,
 )
-from modulora_core.kernels.loading import jit
 
 STEP = 32
 """Terms that are added at once: bf16 numbers of a line."""

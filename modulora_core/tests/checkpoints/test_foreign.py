@@ -14,7 +14,7 @@ from torch import Tensor
 from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.loading import is_packed, load_model, open_packed
 from modulora_core.errors import CheckpointError, ModelError
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.layers import QuantLinear
 from modulora_core.models import installed_formats, open_dense
 from modulora_core.models.formats import FormatSpec

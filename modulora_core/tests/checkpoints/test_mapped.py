@@ -23,7 +23,7 @@ from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
 from modulora_core.cli import main
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import OptionError
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.quantization.quantize import quantize

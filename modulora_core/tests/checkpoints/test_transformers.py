@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from modulora_core.checkpoints.hf.quantizer import register
+from modulora_core.checkpoints.hf.hf_quantizer import register
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.checkpoints.record import QUANT_METHOD
 from modulora_core.errors import AdapterError, CheckpointError

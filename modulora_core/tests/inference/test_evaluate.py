@@ -31,7 +31,7 @@ from modulora_core.inference.evaluate import (
     perplexity,
     rouge,
 )
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 from modulora_core.training import chunked_loss
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modulora_core.kernels import KernelQuantizer, loading
+from modulora_core.kernels import KernelQuantizer, compiled
 from modulora_core.kernels.parity import check_kernels, compare
 from modulora_core.packed import PackedWeight, TensorLayout
 from modulora_core.progress import no_bar
@@ -63,10 +63,10 @@ class Stored(KernelQuantizer):
 
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered() -> Iterator[None]:
-    before = set(loading._WRONG)
+    before = set(compiled._WRONG)
     yield
-    loading._WRONG.clear()
-    loading._WRONG.update(before)
+    compiled._WRONG.clear()
+    compiled._WRONG.update(before)
 
 
 def stored(folder: Path, monkeypatch: pytest.MonkeyPatch, scale: str, product: str) -> Stored:
@@ -99,7 +99,7 @@ def test_right_kernels_pass_and_are_used(
     with no_bar("", "") as progress:
         check_kernels([(quantizer, packed)], dtype, progress)
     assert not recwarn
-    assert loading.for_device(quantizer.kernels, W.device) is not None
+    assert compiled.for_device(quantizer.kernels, W.device) is not None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,5 +125,5 @@ def test_a_quantizer_without_kernels_has_nothing_to_compare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantizer = stored(tmp_path, monkeypatch, "2", SOUND)
-    with loading.plain_torch():
+    with compiled.plain_torch():
         assert list(compare(quantizer, quantizer.pack(W), torch.float32)) == []

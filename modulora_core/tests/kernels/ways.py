@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.kernels.cpu import amx, choices
-from modulora_core.kernels.quantizer import KernelQuantizer
+from modulora_core.kernels.kernel_quantizer import KernelQuantizer
 from modulora_core.registry import Choice
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 

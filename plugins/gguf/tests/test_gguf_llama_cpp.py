@@ -30,7 +30,7 @@ from modulora_gguf.tests.vocabularies import (
 
 from modulora_core.adapters.load import load_adapter
 from modulora_core.checkpoints.loading import load_model
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.models.locate import locate
 from modulora_core.models.stops import stop_ids
 from modulora_core.quantization.quantize import quantize

@@ -18,7 +18,7 @@ from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main as run
 from modulora_core.errors import ModelError, OptionError, OutputError
 from modulora_core.inference.divergence import divergence
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import logits
 from modulora_core.tests.tiny_models import tiny_config

@@ -28,7 +28,7 @@ from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.inference.evaluate import evaluate
 from modulora_core.inference.generate import Sampling, generate
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.planner.fitting import plan
 from modulora_core.progress import quiet

@@ -34,7 +34,7 @@ from modulora_conformance.oracle import dense, product_error, relative_error, ti
 from modulora_conformance.results import HARDWARE, Measurements
 from modulora_conformance.tolerances import PRODUCT, ROUNDING
 from modulora_core import kernels
-from modulora_core.kernels import loading
+from modulora_core.kernels import compiled
 from modulora_core.spec import Calibration, Quantizer
 
 META = "test_the_meta_device_gives_shapes_and_dtypes"
@@ -127,7 +127,7 @@ class OtherPaths(Level):
 
 def _without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the toolkit find no kernels: none runs on the fake device."""
-    for module, name in itertools.product((kernels, loading), ("load", "load_triton")):
+    for module, name in itertools.product((kernels, compiled), ("load", "load_triton")):
         monkeypatch.setattr(module, name, lambda module, device: None)  # noqa: ARG005
 
 

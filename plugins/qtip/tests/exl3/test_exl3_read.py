@@ -18,7 +18,7 @@ from modulora_qtip.quantizer import QTIP
 from torch import Tensor
 
 from modulora_core.checkpoints.loading import load_model, open_packed
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.models import installed_formats
 from modulora_core.spec import PackedWeight, TensorLayout
 from modulora_core.tests.fake_hub import serve_repository

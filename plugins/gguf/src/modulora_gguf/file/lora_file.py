@@ -24,8 +24,8 @@ from torch import Tensor
 from modulora_core.adapters.expert_format import stacks_of
 from modulora_core.adapters.files import AdapterFile
 from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
+from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint
 from modulora_core.checkpoints.loading import open_model
-from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import new_file, write_file
 from modulora_core.errors import AdapterError, ModelError
 from modulora_core.models.locate import names_file
@@ -88,9 +88,9 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> tuple[Ada
             f"--model FOLDER/{Path(base).name}"
         )
     found = open_model(base)
-    source = found.foreign if isinstance(found, PackedCheckpoint) else found
-    assert source is not None
-    stacks = stacks_of(found.outline) if isinstance(found, PackedCheckpoint) else {}
+    source = found.source if isinstance(found, ForeignCheckpoint) else found
+    assert isinstance(source, ModelSource)  # a file is no folder of ours
+    stacks = stacks_of(found.outline) if isinstance(found, ForeignCheckpoint) else {}
     saved = read_adapter(adapter, stacks)  # again: A and B of experts, now that they are known
     first = next(iter(saved.deltas.values()))
     alpha = first.scale * first.rank

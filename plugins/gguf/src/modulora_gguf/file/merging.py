@@ -25,6 +25,7 @@ from modulora_core.adapters.files import MergedFile, base_file
 from modulora_core.adapters.load import adapter_for
 from modulora_core.adapters.merge import delta_of, merged_parameter
 from modulora_core.adapters.peft_format import AdapterDelta
+from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint
 from modulora_core.checkpoints.loading import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
@@ -135,9 +136,8 @@ def _base_of(checkpoint: PackedCheckpoint, base: str | None) -> ModelSource:
         OptionError: there is none.
         ModelError: ``base`` is no GGUF file.
     """
-    if base is None and checkpoint.path.is_file():
-        assert checkpoint.foreign is not None
-        return checkpoint.foreign
+    if base is None and isinstance(checkpoint, ForeignCheckpoint) and checkpoint.path.is_file():
+        return checkpoint.source
     base = base or base_file(checkpoint, checkpoint.name)
     if base is None:
         raise OptionError(

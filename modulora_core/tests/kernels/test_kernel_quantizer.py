@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modulora_core import kernels
 from modulora_core.errors import CheckpointError, ShapeError
-from modulora_core.kernels import KernelQuantizer, loading
+from modulora_core.kernels import KernelQuantizer, compiled
 from modulora_core.packed import PackedWeight, TensorLayout
 from modulora_core.spec import Calibration, QuantizerSpec
 
@@ -61,7 +61,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "outsiders"]:
         monkeypatch.delitem(sys.modules, name)  # of another test
-    loading._exists.cache_clear()
+    compiled._exists.cache_clear()
     kernels.load.cache_clear()
     return folder
 

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from modulora_core.kernels import loading
+from modulora_core.kernels import compiled
 from modulora_core.kernels.launching import check_layout, check_tensors, launch
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
 from modulora_core.spec import Quantizer
@@ -75,7 +75,7 @@ class KernelQuantizer(Quantizer):
     ) -> Tensor:
         check_rows(packed, rows)
         check_tensors(packed, self.tensors)
-        module = loading.for_device(self.kernels, packed.device)
+        module = compiled.for_device(self.kernels, packed.device)
         if module is None:
             return self.reference_tile(packed, rows).to(dtype)
         tile: Tensor = module.tile(packed, rows, dtype)
@@ -83,7 +83,7 @@ class KernelQuantizer(Quantizer):
 
     def matmul(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor:
         check_tensors(packed, self.tensors)
-        module = loading.for_device(self.kernels, packed.device)
+        module = compiled.for_device(self.kernels, packed.device)
         y: Tensor | None = None if module is None else module.product(x, packed, transpose)
         if y is not None:
             return y
@@ -123,7 +123,7 @@ class KernelQuantizer(Quantizer):
         Returns:
             False where numba can't run: plain torch must do the work.
         """
-        module: ModuleType | None = loading.load(f"{self.kernels}.cpu", arguments[0].device)
+        module: ModuleType | None = compiled.load(f"{self.kernels}.cpu", arguments[0].device)
         if module is None:
             return False
         launch(getattr(module, kernel), *arguments)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
-from modulora_core.inference.loading import open_to_run
+from modulora_core.inference.opened import open_to_run
 from modulora_core.tests.adapted_models import logits
 
 Pack = Callable[..., tuple[Path, Path]]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from modulora_core import kernels
-from modulora_core.kernels import loading
+from modulora_core.kernels import compiled
 
 numba = pytest.importorskip("numba")
 
@@ -97,8 +97,8 @@ def test_a_package_may_lack_a_module(
     modules: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If this fails: a plugin without kernels/gpu.py ends with an ImportError on a GPU."""
-    monkeypatch.setattr(loading, "load_triton", lambda name, device: name)
-    monkeypatch.setattr(loading, "load", lambda name, device: name if device == CPU else None)
+    monkeypatch.setattr(compiled, "load_triton", lambda name, device: name)
+    monkeypatch.setattr(compiled, "load", lambda name, device: name if device == CPU else None)
     name = f"outsiders_{'_'.join(['package', *modules])}"
     (tmp_path / name).mkdir()
     for module in ("__init__", *modules):
@@ -106,7 +106,7 @@ def test_a_package_may_lack_a_module(
     monkeypatch.syspath_prepend(tmp_path)
     on_gpu = f"{name}.gpu" if "gpu" in modules else None
     assert kernels.for_device(name, torch.device("cuda")) == on_gpu
-    monkeypatch.setattr(loading, "load_triton", lambda _name, _device: None)
+    monkeypatch.setattr(compiled, "load_triton", lambda _name, _device: None)
     assert kernels.for_device(name, CPU) == (f"{name}.cpu" if "cpu" in modules else None)
     assert kernels.for_device(name, torch.device("cuda")) is None
 
