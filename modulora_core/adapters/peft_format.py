@@ -236,9 +236,10 @@ def _with_scales(deltas: Mapping[str, AdapterDelta], path: Path) -> dict[str, Ad
 def _find(path: str | Path) -> Path:
     folder = usable_path(path, "adapter", AdapterError)
     if not folder.is_dir():
-        if not _HUB_ID.fullmatch(str(path)):
+        name, _, revision = str(path).partition("@")
+        if not _HUB_ID.fullmatch(name):
             raise AdapterError(f"adapter {path}: expected a folder or a Hub id (org/name)")
-        folder = _download(str(path))
+        folder = _download(name, revision or None)
     check_links(folder, AdapterError)
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(
@@ -254,10 +255,10 @@ def _find(path: str | Path) -> Path:
     return folder
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, revision: str | None) -> Path:
     try:
         files = [CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, SCALES_FILE]
-        return Path(snapshot_download(hub_id, allow_patterns=files))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
     except Exception as error:  # the Hub's client, the HTTP library and the system raise their own
         raise AdapterError(
             f"adapter {hub_id}: no such folder, and the Hugging Face Hub did not provide it "

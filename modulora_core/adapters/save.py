@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -79,6 +81,7 @@ def save_adapter(
             peft_targets(layers, stacks, modules, parameters),
         ),
         "base_model_name_or_path": base,
+        "revision": _commit(source, base),
         # GPT-2's Conv1D has its weight transposed
         "fan_in_fan_out": source is not None and any(_is_conv1d(source, path) for path in layers),
     }
@@ -95,6 +98,13 @@ def save_adapter(
     if is_first():
         folder = usable_path(out, "output folder", OutputError)
         write_adapter(SavedAdapter(folder, config, record, deltas, heads), stacks)
+
+
+def _commit(record: QuantizationRecord | None, base: str) -> str | None:
+    """The commit of ``base`` on the Hub that was quantized; PEFT's AutoPeftModel loads it."""
+    source: Mapping[str, Any] = {} if record is None else record.source
+    is_base = source.get("kind") == "hub" and source.get("name") == base
+    return source.get("revision") if is_base else None
 
 
 def _delta(layer: LoRALayer, name: str, scaled: bool) -> AdapterDelta:

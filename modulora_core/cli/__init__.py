@@ -27,6 +27,8 @@ A command is one module, imported on dispatch. To add ``modulora weigh MODEL``:
 In the module, ``PANELS`` may group the parameters' names by the title of their panel in the help.
 ``WORD_LISTS`` may name options that take all words up to the next option.
 
+A command whose first argument is MODEL gets ``--revision REV``: it then reads ``MODEL@REV``.
+
 A command raises and returns, and prints nothing itself. :mod:`~modulora_core.cli.app` adds
 ``--json`` and ``--debug``, prints the report as text or as an object, and prints every
 :class:`~modulora_core.errors.ModuLoRAError` as one sentence on stderr. With ``--json`` the error is

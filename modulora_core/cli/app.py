@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import typer.core
 import typer.main
 
 from modulora_core import distributed
-from modulora_core.cli.arguments import option
+from modulora_core.cli.arguments import Revision, option
 from modulora_core.cli.failures import report_failure
 from modulora_core.cli.help import show_help
 from modulora_core.cli.terminal import Report, Terminal, open_streams, terminal
@@ -155,13 +156,48 @@ class _Command(typer.core.TyperCommand):
         show_help(self, ctx, self.panels)
 
 
+_MODELS = ("model", "source", "path")
+"""The names of first arguments that may be on the Hub."""
+
+
+def _with_revision(function: Callable[..., Report]) -> Callable[..., Report]:
+    """Let a command of a MODEL take ``--revision REV``, which names ``MODEL@REV``."""
+    signature = inspect.signature(function, eval_str=True)
+    first = next(iter(signature.parameters), "")
+    if first not in _MODELS:
+        return function
+
+    @functools.wraps(function)
+    def command(*, revision: str | None = None, **given: Any) -> Report:
+        if revision is not None:
+            if given[first] is None:
+                raise RequestError("--revision: expected MODEL beside it, got none")
+            given[first] = f"{given[first]}@{revision}"
+        return function(**given)
+
+    declared = inspect.Parameter(
+        "revision", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Revision
+    )
+    parameters = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in signature.parameters.values()
+        if p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]  # typer reads it
+        parameters=[*parameters, declared]
+    )
+    return command
+
+
 @functools.cache
 def load_command(name: str) -> Any:
     """Import ``modulora_core.cli.<name>`` and make click's command of its function ``command``."""
     module = importlib.import_module(f"modulora_core.cli.{name.replace('-', '_')}")
     function = module.command
     app = typer.Typer(add_completion=False)
-    app.command(name, cls=_Command, help=function.__doc__, context_settings=_SETTINGS)(function)
+    app.command(name, cls=_Command, help=function.__doc__, context_settings=_SETTINGS)(
+        _with_revision(function)
+    )
     command: Any = typer.main.get_command(app)
     command.params += [p for p in _group().params if p.name in ("json", "debug")]
     command.panels = getattr(module, "PANELS", {})
@@ -169,7 +205,6 @@ def load_command(name: str) -> Any:
     return command
 
 
-@functools.cache
 def _group() -> Any:
     app = typer.Typer(cls=_Group, context_settings=_SETTINGS)
     app.callback(help=_modulora.__doc__)(_modulora)

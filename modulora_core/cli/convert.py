@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-from modulora_core.cli.arguments import MaxShardSize, Revision, argument, option
+from modulora_core.cli.arguments import MaxShardSize, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
 from modulora_core.errors import OptionError
@@ -31,7 +31,6 @@ def command(
     to: To,
     model: Base = None,
     max_shard_size: MaxShardSize = 5 * 10**9,
-    revision: Revision = None,
 ) -> Report:
     """Rewrite a packed checkpoint in another format, one layer at a time.
 
@@ -71,8 +70,6 @@ def command(
     from modulora_core.checkpoints.convert import convert
 
     with terminal().progress("converting", "parameters") as show:
-        result = convert(
-            source, out, to, max_shard_bytes=max_shard_size, revision=revision, progress=show
-        )
+        result = convert(source, out, to, max_shard_bytes=max_shard_size, progress=show)
     following = next_commands(f"modulora info {shlex.quote(str(out))}")
     return Report(result.to_json(), Group(facts(result.to_json()), following))

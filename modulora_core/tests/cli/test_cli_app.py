@@ -20,6 +20,7 @@ import pytest
 import modulora_core
 from modulora_core import cli
 from modulora_core.cli import app, main
+from modulora_core.tests.cli.conftest import Run
 
 PROBE = '''
 import logging, os, sys, time, warnings
@@ -347,3 +348,29 @@ def test_a_deleted_current_folder_is_refused(
     (tmp_path / "gone").rmdir()
     assert main(["probe", "well"]) == 2
     assert "current folder: expected a folder, got a deleted one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "quantize MODEL OUT -q toy", "finetune MODEL OUT --data pydoc", "generate MODEL hello",
+        "chat MODEL", "evaluate MODEL", "merge MODEL OUT", "info MODEL",
+        "convert MODEL OUT --to modulora", "compare MODEL -q toy", "plan MODEL",
+        "init-adapter MODEL OUT --dense other --calibration pydoc",
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("offline_hub")
+def test_each_command_of_a_model_takes_a_revision(
+    words: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for asked in (f"{words} --revision v7", words.replace("MODEL", "MODEL@v7")):
+        code, found, _ = run(*asked.replace("MODEL", "org/tiny").split())
+        assert code == 2
+        assert "Hub at revision v7 didn't give it" in found["error"]["message"]
+
+
+def test_a_revision_needs_a_model(run: Run) -> None:
+    code, found, _ = run("finetune", "--revision", "v7", "--data", "pydoc")
+    assert code == 2
+    assert "--revision: expected MODEL beside it" in found["error"]["message"]

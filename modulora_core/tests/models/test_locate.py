@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 from transformers import AutoTokenizer
 
@@ -17,17 +16,6 @@ from modulora_core.models.locate import locate
 from modulora_core.tests.fake_hub import COMMIT
 from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
-
-
-@pytest.fixture
-def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The Hub's cache in a folder of this test, without a network: the files of org/tiny."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    root = tmp_path / "hub" / "models--org--tiny"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text(COMMIT)
-    return root / "snapshots" / COMMIT
 
 
 @pytest.fixture
@@ -98,8 +86,9 @@ def test_other_files_and_revisions_of_folders_are_refused(tmp_path: Path) -> Non
     ):
         locate(str(tmp_path / "model.safetensors"))
     for model in (str(tmp_path), "package:anything"):
-        with pytest.raises(ModelError, match="only a Hub repository has revisions"):
-            locate(model, revision="main")
+        for named, revision in ((model, "main"), (f"{model}@main", None)):
+            with pytest.raises(ModelError, match="only a Hub repository has revisions"):
+                locate(named, revision)
 
 
 @pytest.mark.usefixtures("toy")
@@ -134,6 +123,21 @@ def test_a_hub_repository_is_opened_from_the_cache(offline_hub: Path) -> None:
     assert source.config.name_or_path == "org/tiny"
     expected = {"kind": "hub", "name": "org/tiny", "revision": COMMIT}
     assert source.identity().items() >= expected.items()
+
+
+def test_a_hub_id_may_name_a_revision(offline_hub: Path, tmp_path: Path) -> None:
+    save_tiny_model("llama", offline_hub)
+    for revision in ("main", COMMIT):
+        found = open_dense(f"org/tiny@{revision}")
+        assert found.location.model == found.config.name_or_path == f"org/tiny@{revision}"
+        expected = {"kind": "hub", "name": "org/tiny", "revision": COMMIT}
+        assert found.identity().items() >= expected.items()
+    with pytest.raises(ModelError, match="Hub at revision v7 didn't give it"):
+        open_dense("org/tiny@v7")
+    with pytest.raises(ModelError, match="expected one revision, got 'v7' too"):
+        open_dense("org/tiny@main", revision="v7")
+    folder = save_tiny_model("llama", tmp_path / "name@main")
+    assert open_dense(str(folder)).location.folder == folder
 
 
 @pytest.mark.usefixtures("offline_hub")
