@@ -31,6 +31,8 @@ from modulora_core.tests.markdown_blocks import blocks, commands, follow
 ROOT = Path(__file__).parents[2]
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+READMES = [ROOT / "conformance" / "README.md", *sorted(ROOT.glob("*/*/README.md"))]
+"""Pages of plugins, of the kit and of examples."""
 
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="an installed package has no docs")
 
@@ -76,21 +78,31 @@ def run_commands(page: Path, folder: Path, *only: str, without: Collection[str] 
     return printed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def from_root(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *READMES], ids=from_root)
 def test_every_command_parses(page: Path) -> None:
     """If this fails: the page names a command or an option that does not exist."""
+    inline = re.findall(r"(?<!`)`modulora ([a-z][^`]*)`", page.read_text("utf-8"))
+    for command in inline:
+        name, *words = command.split()
+        known = {opt for p in load_command(name).params for opt in (*p.opts, *p.secondary_opts)}
+        used = {word.partition("=")[0] for word in words if word.startswith("-")}
+        assert used <= {*known, "--help"}, command
     for command in commands(page, "modulora"):
         name, *words = shlex.split(command, comments=True)[1:]
         load_command(name).make_context(name, words)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *READMES], ids=from_root)
 def test_links_files_and_names_exist(page: Path) -> None:
     """If this fails: something was renamed, and the page still has the old name."""
     text = page.read_text("utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         assert "://" in target or (page.parent / target).exists(), target
-    for path in re.findall(r"\b(?:modulora_core|examples|docs)/[\w/.-]+\.\w+", text):
+    for path in re.findall(r"(?<!/)\b(?:modulora_core|examples|docs)/[\w/.-]+\.\w+", text):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"\bmodulora_(?:core|conformance)(?:\.\w+)+", text):
         assert resolve(name) is not None, name
