@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from modulora_nf4.quantizer import NF4, Options
@@ -11,6 +13,13 @@ functional = pytest.importorskip("bitsandbytes.functional")
 
 SHAPES = [(64, 64), (3, 64), (5, 200), (7, 129), (2, 1), (1, 63), (33, 1000)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uncompiled() -> Iterator[None]:
+    """bitsandbytes compiles its Python code, for large blocks and few others: with g++, seconds."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def weights(kind: str, shape: tuple[int, int]) -> torch.Tensor:
