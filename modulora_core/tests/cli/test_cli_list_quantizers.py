@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from modulora_core.registry import entries
 from modulora_core.tests.fake_site import FakeSite, failing
 
 ROW = {
@@ -44,8 +45,10 @@ LIST = "from modulora_core.cli import main; print(main(['list-quantizers', {}'--
 
 
 def listed(site: FakeSite, *flags: str) -> tuple[dict[str, dict[str, object]], int]:
-    """The rows by name, and the exit code."""
-    text, code = site.run(LIST.format("".join(f"{flag!r}, " for flag in flags))).stdout.splitlines()
+    """The rows by name, and the exit code. Other plugins are blocked: ``--check`` imports all."""
+    code = LIST.format("".join(f"{flag!r}, " for flag in flags))
+    others = ",".join(entry.name for entry in entries())
+    text, code = site.run(code, MODULORA_BLOCK=others).stdout.splitlines()
     return {row["name"]: row for row in json.loads(text)["quantizers"]}, int(code)
 
 

@@ -6,7 +6,8 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -131,7 +132,44 @@ for first, count in ((0, 100), (last, 1), (last - AHEAD // 2, 10**6), (0, 0), (0
 print("prefetch" in "".join(kernel.inspect_asm().values()))
 """
 
+SCRIPTS = {
+    "arithmetic": ARITHMETIC,
+    "lookup": LOOKUP,
+    "rounding": ROUNDING,
+    "reading_ahead": READ_AHEAD,
+}
+
+IMPORT_EACH = """
+import importlib, sys, traceback
+for name in sys.argv[1:]:
+    print(name, end=" ", flush=True)
+    try:
+        importlib.import_module(name)
+    except Exception:
+        print("failed")
+        traceback.print_exc()
+"""
+
 PLAIN, AVX2, NATIVE = ("x86-64", "+sse2"), ("haswell", "+sse4.2,+avx,+avx2,+fma"), ("", "")
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, str]], list[str]]:
+    """``printed(processor)``: lines of a process that runs all scripts with its instructions."""
+
+    @cache
+    def run(processor: tuple[str, str]) -> list[str]:
+        folder = tmp_path_factory.mktemp("scripts")
+        for name, script in SCRIPTS.items():
+            (folder / f"{name}.py").write_text(script)  # numba reads a kernel's source
+        named = {"NUMBA_CACHE_DIR": str(folder)}
+        if processor != NATIVE:
+            named |= {"NUMBA_CPU_NAME": processor[0], "NUMBA_CPU_FEATURES": processor[1]}
+        words, environment = [sys.executable, "-c", IMPORT_EACH, *SCRIPTS], {**os.environ, **named}
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        return [*done.stdout.splitlines(), done.stderr]
+
+    return run
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86-64")
@@ -146,27 +184,20 @@ PLAIN, AVX2, NATIVE = ("x86-64", "+sse2"), ("haswell", "+sse4.2,+avx,+avx2,+fma"
 @pytest.mark.parametrize(
     ("script", "has_instruction"),
     [
-        (ARITHMETIC, {PLAIN: False, AVX2: True, NATIVE: torch.cpu._is_avx2_supported()}),
-        (LOOKUP, {PLAIN: False, AVX2: True, NATIVE: torch.cpu._is_avx2_supported()}),
-        (ROUNDING, {PLAIN: False, AVX2: False, NATIVE: torch.cpu._is_avx512_bf16_supported()}),
-        (READ_AHEAD, {PLAIN: True, AVX2: True, NATIVE: True}),
+        ("arithmetic", {PLAIN: False, AVX2: True, NATIVE: torch.cpu._is_avx2_supported()}),
+        ("lookup", {PLAIN: False, AVX2: True, NATIVE: torch.cpu._is_avx2_supported()}),
+        ("rounding", {PLAIN: False, AVX2: False, NATIVE: torch.cpu._is_avx512_bf16_supported()}),
+        ("reading_ahead", {PLAIN: True, AVX2: True, NATIVE: True}),
     ],
-    ids=["arithmetic", "lookup", "rounding", "read ahead"],
+    ids=SCRIPTS,
 )
 def test_every_processor_finds_the_same(
     script: str,
     has_instruction: dict[tuple[str, str], bool],
     processor: tuple[str, str],
-    tmp_path: Path,
+    printed: Callable[[tuple[str, str]], list[str]],
 ) -> None:
     if processor == AVX2 and not torch.cpu._is_avx2_supported():
         pytest.skip("this processor has no AVX2")
-    named = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    if processor != NATIVE:
-        named |= {"NUMBA_CPU_NAME": processor[0], "NUMBA_CPU_FEATURES": processor[1]}
-    file = tmp_path / "script.py"  # numba reads a kernel's source
-    file.write_text(script)
-    done = subprocess.run(
-        [sys.executable, str(file)], env={**os.environ, **named}, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == str(has_instruction[processor]), done.stderr
+    lines = printed(processor)
+    assert f"{script} {has_instruction[processor]}" in lines, lines
