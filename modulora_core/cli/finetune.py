@@ -24,7 +24,7 @@ PANELS = {
         "data", "steps", "epochs", "lr", "rank", "batch_size", "seq_len", "eval_data", "config",
         "resume",
     ),
-    "Model": ("quantizer", "calibration", "quality"),
+    "Model": ("quantizer", "calibration", "quality", "revision"),
     "Data": ("format", "method", "prompt", "completion", "eval_every", "packing", "distill",
              "distill_weight"),
     "Adapter": ("alpha", "dropout", "targets", "train_scales", "adapter", "init", "dense"),

@@ -28,7 +28,7 @@ PANELS = {
         "samples", "seq_len", "calibration_weighting", "true_sequential", "batch_size", "spill",
         "tune_epochs", "tune_lr",
     ),
-    "Output": ("max_shard_size",),
+    "Output": ("max_shard_size", "revision"),
 }  # fmt: skip
 
 Name = Annotated[

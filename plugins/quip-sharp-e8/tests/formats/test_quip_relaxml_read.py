@@ -169,7 +169,7 @@ def test_convert_writes_a_checkpoint_of_ours_with_the_same_logits(
     result = convert(str(folder), tmp_path / "ours", "modulora")
     assert (result.source_format, result.format) == ("quip-sharp", "modulora")
     ours = open_packed(tmp_path / "ours")
-    assert ours.foreign is None
+    assert ours.format == "modulora"
     assert ours.record.source["format"] == "quip-sharp"
     assert {site.layout.metadata["bits"] for _, site in ours.record.items()} == {3}
     assert torch.equal(
