@@ -335,10 +335,15 @@ def hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         yield
 
 
+@pytest.mark.parametrize(("name", "revision"), [("org/adapter", "main"), ("org/adapter@v2", "v2")])
 @pytest.mark.usefixtures("hub")
-def test_an_adapter_from_the_hub_comes_with_its_scales(llama: nn.Module) -> None:
-    load_adapter(llama, "org/adapter")
+def test_an_adapter_from_the_hub_comes_with_its_scales(
+    name: str, revision: str, llama: nn.Module, tmp_path: Path
+) -> None:
+    load_adapter(llama, name)
     assert all(layer.input_scale for _, layer in adapter_layers(llama))
+    asked = [*(tmp_path / "hub" / "models--org--adapter" / "refs").iterdir()]
+    assert [path.name for path in asked] == [revision]
 
 
 @pytest.mark.parametrize(
