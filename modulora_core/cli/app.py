@@ -205,6 +205,7 @@ def load_command(name: str) -> Any:
     return command
 
 
+@functools.cache
 def _group() -> Any:
     app = typer.Typer(cls=_Group, context_settings=_SETTINGS)
     app.callback(help=_modulora.__doc__)(_modulora)
