@@ -42,7 +42,7 @@ PAPER = {  # LLaMA 7B: accuracy on MNLI-m, ROUGE-1/2/L on SAMSum (tables 2 and 3
     "4 bits, optq": ("89.31", "51.7/28.3/44.4"),
     "3 bits, optq": ("88.98", "51.2/28.2/44.0"),
     "2 bits, quip-sharp-e8": ("88.50", "51.3/27.3/43.7"),
-    "2 bits, qtip": ("–", "–"),  # the paper is older
+    "2 bits, qtip": ("88.50", "51.3/27.3/43.7"),  # with QuIP#: the paper is older than QTIP
 }
 TASKS = {
     "classification": "{text}\nThis text documents the Python package",

@@ -40,6 +40,7 @@ from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.errors import AdapterError, CheckpointError, first_line, usable_path
 from modulora_core.models.folders import check_links
 from modulora_core.models.json_files import check_json, read_json
+from modulora_core.models.locate import without_revision
 from modulora_core.models.safetensors_store import read_header
 from modulora_core.models.store import is_finite
 
@@ -236,10 +237,10 @@ def _with_scales(deltas: Mapping[str, AdapterDelta], path: Path) -> dict[str, Ad
 def _find(path: str | Path) -> Path:
     folder = usable_path(path, "adapter", AdapterError)
     if not folder.is_dir():
-        name, _, revision = str(path).partition("@")
-        if not _HUB_ID.fullmatch(name):
+        name, revision = without_revision(str(path))
+        if not _HUB_ID.fullmatch(name) or Path(name).exists():
             raise AdapterError(f"adapter {path}: expected a folder or a Hub id (org/name)")
-        folder = _download(name, revision or None)
+        folder = _download(name, revision)
     check_links(folder, AdapterError)
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(

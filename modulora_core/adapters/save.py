@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -102,9 +100,9 @@ def save_adapter(
 
 def _commit(record: QuantizationRecord | None, base: str) -> str | None:
     """The commit of ``base`` on the Hub that was quantized; PEFT's AutoPeftModel loads it."""
-    source: Mapping[str, Any] = {} if record is None else record.source
-    is_base = source.get("kind") == "hub" and source.get("name") == base
-    return source.get("revision") if is_base else None
+    if record is None or (record.source.get("kind"), record.source.get("name")) != ("hub", base):
+        return None
+    return str(record.source["revision"])
 
 
 def _delta(layer: LoRALayer, name: str, scaled: bool) -> AdapterDelta:

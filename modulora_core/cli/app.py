@@ -161,7 +161,7 @@ _MODELS = ("model", "source", "path")
 
 
 def _with_revision(function: Callable[..., Report]) -> Callable[..., Report]:
-    """Let a command of a MODEL take ``--revision REV``, which names ``MODEL@REV``."""
+    """Let a command of a MODEL take ``--revision REV``: MODEL then is ``MODEL@REV``."""
     signature = inspect.signature(function, eval_str=True)
     first = next(iter(signature.parameters), "")
     if first not in _MODELS:
@@ -178,13 +178,8 @@ def _with_revision(function: Callable[..., Report]) -> Callable[..., Report]:
     declared = inspect.Parameter(
         "revision", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Revision
     )
-    parameters = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for p in signature.parameters.values()
-        if p.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
     command.__signature__ = signature.replace(  # type: ignore[attr-defined]  # typer reads it
-        parameters=[*parameters, declared]
+        parameters=[*signature.parameters.values(), declared]
     )
     return command
 

@@ -31,9 +31,7 @@ _FIRST = ("batch_size", "seq_len", "rank")
 
 PANELS = {
     "Options": ("quantizer", "option", "budget", "device", "processes", *_FIRST, "plot"),
-    "Quantizing": (
-        "quantize_head", "quantize_embeddings", "samples", "calibration_seq_len",
-    ),
+    "Quantizing": ("quantize_head", "quantize_embeddings", "samples", "calibration_seq_len"),
     "Finetuning": (
         "padded",
         *(

@@ -74,6 +74,14 @@ def names_file(model: str) -> bool:
     return model.startswith(_PACKAGE) or installed_formats.file_format(model) is not None
 
 
+def without_revision(name: str) -> tuple[str, str | None]:
+    """``org/name`` and REVISION of ``org/name@REVISION``; of others the whole name, and None."""
+    before, _, revision = name.rpartition("@")
+    if not (before and revision) or Path(name).exists():  # a folder may have an @ in its name
+        return name, None
+    return before, revision
+
+
 def locate(model: str, revision: str | None = None) -> Location:
     """Find MODEL. Only small files of a Hub repository are fetched; see :func:`fetch_weights`.
 
@@ -85,12 +93,11 @@ def locate(model: str, revision: str | None = None) -> Location:
         ModelError: nothing is there, and the message says where we looked; or a link of the folder
             leads out of it.
     """
-    path, name = usable_path(model, "model", ModelError), model
-    if not path.exists() and all(model.rpartition("@")):  # a folder may have an @ in its name
-        name, _, named = model.rpartition("@")
-        if revision not in (None, named):
-            raise ModelError(f"model {model}: expected one revision, got {revision!r} too")
-        path, revision = usable_path(name, "model", ModelError), named
+    usable_path(model, "model", ModelError)
+    name, named = without_revision(model)
+    if named is not None and revision not in (None, named):
+        raise ModelError(f"model {model}: expected one revision, got {revision!r} too")
+    path, revision = usable_path(name, "model", ModelError), named or revision
     if revision is not None and (name.startswith(_PACKAGE) or path.exists()):
         raise ModelError(
             f"revision {revision!r} of {name}: only a Hub repository has revisions; leave it out"

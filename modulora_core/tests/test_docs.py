@@ -31,8 +31,10 @@ from modulora_core.tests.markdown_blocks import blocks, commands, follow
 ROOT = Path(__file__).parents[2]
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-READMES = [ROOT / "conformance" / "README.md", *sorted(ROOT.glob("*/*/README.md"))]
-"""Pages of plugins, of the kit and of examples."""
+READMES = [
+    ROOT / "conformance" / "README.md", *sorted(ROOT.glob("plugins/*/README.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="an installed package has no docs")
 

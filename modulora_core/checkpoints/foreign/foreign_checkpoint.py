@@ -103,11 +103,11 @@ class ForeignStore:
         for name, info in source.parameters.items():
             if name not in placed:
                 layout = TensorLayout(str(info.dtype).removeprefix("torch."), info.shape)
-                self.tensors[name] = stored(layout, source.location.folder.name)
+                self.tensors[name] = _stored(layout, source.location.folder.name)
         for parameter, site in record.items():
             file = raw.tensors[placed[parameter][1][0].tensors[0]].file
             for name, layout in site.tensors(parameter):
-                self.tensors[name] = stored(layout, file)
+                self.tensors[name] = _stored(layout, file)
                 matrix, _, part = name.rpartition(".")
                 self._owners[name] = parameter, matrix, part
 
@@ -136,6 +136,6 @@ class ForeignStore:
         return packed
 
 
-def stored(layout: TensorLayout, file: str) -> StoredTensor:
+def _stored(layout: TensorLayout, file: str) -> StoredTensor:
     dtype = getattr(torch, layout.dtype)
     return StoredTensor(layout.shape, dtype, DTYPE_CODES[layout.dtype], layout.nbytes, file)

@@ -351,6 +351,7 @@ def test_an_adapter_from_the_hub_comes_with_its_scales(
     [
         ("./no/such/adapter", "expected a folder or a Hub id"),
         ("org/none", "Hub did not provide it"),
+        (f"{Path(__file__).parent}@main", "expected a folder or a Hub id"),
     ],
 )
 def test_an_adapter_that_is_nowhere_is_refused(path: str, message: str) -> None:

@@ -64,11 +64,8 @@ def test_there_and_back_gives_the_same_model_and_the_same_tensors(
     )  # fmt: skip
     checkpoint = open_packed(tmp_path / "ours")
     assert seen[-1] == ("converting", len(seen), len(checkpoint.parameters))
-    assert (result.format, result.source_format, checkpoint.format) == (
-        "modulora",
-        "crude",
-        "modulora",
-    )
+    assert (result.format, result.source_format) == (checkpoint.format, "crude")
+    assert checkpoint.format == "modulora"
     assert result.bytes == sum(t.nbytes for t in tensors(tmp_path / "ours").values())
     assert result.weights == sum(site.weights for _, site in checkpoint.record.items())
     assert torch.equal(logits(tmp_path / "ours"), logits(theirs))

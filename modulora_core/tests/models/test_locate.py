@@ -136,6 +136,8 @@ def test_a_hub_id_may_name_a_revision(offline_hub: Path, tmp_path: Path) -> None
         open_dense("org/tiny@v7")
     with pytest.raises(ModelError, match="expected one revision, got 'v7' too"):
         open_dense("org/tiny@main", revision="v7")
+    with pytest.raises(ModelError, match="expected a usable path"):
+        open_dense(f"{'a' * 5000}@main")
     folder = save_tiny_model("llama", tmp_path / "name@main")
     assert open_dense(str(folder)).location.folder == folder
 

@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True, scope="module")
 def uncompiled() -> Iterator[None]:
-    """bitsandbytes compiles its Python code, for large blocks and few others: with g++, seconds."""
+    """Run the Python code of bitsandbytes as it is: compiling it with g++ takes seconds."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
