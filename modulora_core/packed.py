@@ -57,7 +57,8 @@ class TensorLayout:
         return math.prod(self.shape) * BITS_OF_DTYPE[self.dtype] // 8
 
     @classmethod
-    def of(cls, tensor: Tensor) -> TensorLayout:
+    def of(cls, tensor: Any) -> TensorLayout:
+        """The layout of a tensor, or of any value with its dtype and shape."""
         return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 

@@ -1,8 +1,9 @@
-"""Open MODEL, packed or dense, and load a packed one. Opening reads only headers.
+"""Open MODEL, packed or dense, and load it. Opening reads only headers.
 
     open_model    whatever it is: a PackedCheckpoint, or a ModelSource if its weights are floats
     open_packed   the same, and refuses floats
     load_model    transformers' model of a packed one; its weights stay packed
+    load_dense    transformers' model of floats
 
 :func:`modulora_core.models.open_dense` gives the floats that a quantizer packs.
 """
@@ -14,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint
-from modulora_core.checkpoints.foreign.reading import packed_in_file, packed_in_folder
+from modulora_core.checkpoints.foreign.folder import packed_in_folder
+from modulora_core.checkpoints.foreign.foreign_checkpoint import packed_in_file
 from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.distributed import pick_device
-from modulora_core.errors import ModelError, OptionError
+from modulora_core.errors import CheckpointError, ModelError, OptionError, first_line
 from modulora_core.kernels.parity import check_kernels
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.config import config_values
@@ -91,9 +93,11 @@ def _packed_folder(location: Location) -> PackedCheckpoint | None:
     """The packed checkpoint in a folder or a Hub repository; None if config.json says floats."""
     config = config_values(location.folder)
     if is_ours(config):
-        folder = fetch_weights(location).folder
-        record = QuantizationRecord.from_json(config["quantization_config"], folder / "config.json")
-        return PackedCheckpoint(folder, location.name, config, record, SafetensorsStore(folder))
+        location = fetch_weights(location)
+        record = QuantizationRecord.from_json(
+            config["quantization_config"], location.folder / "config.json"
+        )
+        return PackedCheckpoint(location, config, record, SafetensorsStore(location.folder))
     known = recognise(location.folder, config)
     if known is None:
         return None
@@ -125,7 +129,12 @@ def check_mapped(checkpoint: PackedCheckpoint, device: str) -> None:
             f"mapped: expected the device cpu, got {device}, to which weights are copied; "
             "leave mapped out"
         )
-    checkpoint.mapped()
+    if checkpoint.format != QUANT_METHOD:
+        raise OptionError(
+            f"mapped: expected a checkpoint of modulora's own format, got {checkpoint.format} in "
+            f"{checkpoint.path}; write it as one with `modulora convert {checkpoint.name} OUT --to "
+            f"{QUANT_METHOD}`, or leave mapped out"
+        )
 
 
 def resolved_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
@@ -180,7 +189,7 @@ def load_model(
     checkpoint.check_whole()
     if mapped:
         check_mapped(checkpoint, device)
-    files = None if isinstance(checkpoint, ForeignCheckpoint) else checkpoint.mapped()
+    files = checkpoint.mapped()
     loaded_as = resolved_dtype(dtype, device)
     register()
     with quiet():
@@ -216,10 +225,35 @@ def _from_pretrained(
         None, config=config, dtype=dtype, device_map={"": device}, trust_remote_code=False,
         state_dict=checkpoint.tensors() if files is None else files.views(),
     )  # fmt: skip
-    model.name_or_path = model.config.name_or_path = checkpoint.model
+    model.name_or_path = model.config.name_or_path = checkpoint.base_name
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     return model
+
+
+def load_dense(source: ModelSource, *, dtype: str | torch.dtype, device: str) -> PreTrainedModel:
+    """Load a dense model as a transformers model in evaluation mode.
+
+    Raises:
+        OptionError: no such dtype.
+        CheckpointError: transformers can't load it.
+    """
+    # transformers may not know the format of a model in one file, so it gets tensors
+    in_folder = source.location.file is None
+    try:
+        with quiet():
+            loaded: PreTrainedModel = type(source.outline).from_pretrained(
+                source.location.folder if in_folder else None, config=source.config,
+                state_dict=None if in_folder else dict(source.tensors()),
+                dtype=resolved_dtype(dtype, device), device_map={"": device},
+                trust_remote_code=False,
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"model {source.location.model}: transformers cannot load it: {first_line(error)}"
+        ) from error
+    loaded.eval()
+    return loaded
 
 
 def _drop_cast(checkpoint: PackedCheckpoint, files: MappedFiles, dtype: torch.dtype) -> None:
@@ -227,8 +261,8 @@ def _drop_cast(checkpoint: PackedCheckpoint, files: MappedFiles, dtype: torch.dt
     wanted = str(dtype).removeprefix("torch.")
     cast = [
         name
-        for name, kept in checkpoint.parameters.items()
-        if isinstance(kept, TensorLayout) and kept.dtype != wanted
+        for name, stored in checkpoint.parameters.items()
+        if isinstance(stored, TensorLayout) and stored.dtype != wanted
     ]
     for pages in files.ranges(cast):
         pages.drop()

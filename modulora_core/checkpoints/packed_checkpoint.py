@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +17,26 @@ from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, Quantizat
 from modulora_core.errors import CheckpointError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import transformers_config
-from modulora_core.models.conversion import build_skeleton
+from modulora_core.models.locate import Location
 from modulora_core.models.safetensors_store import SafetensorsStore
-from modulora_core.models.store import StoredTensor, TensorStore, check_finite
+from modulora_core.models.skeleton import build_skeleton
+from modulora_core.models.store import StoredTensor, check_finite
 from modulora_core.progress import quiet
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class PackedStore(Protocol):
+    """The tensors of a packed model, by the names that our format has."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor | TensorLayout]:
+        """Every tensor, by its name."""
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor into new memory. Raises CheckpointError if it can't."""
 
 
 class PackedCheckpoint:
@@ -33,6 +45,7 @@ class PackedCheckpoint:
     Attributes:
         path: its folder on this machine, or its file, of a model in one.
         name: its name without this machine's folders.
+        base_name: the name by which an adapter remembers its base.
         config: its config.json.
         record: its ``quantization_config``.
         format: ``"modulora"``, or the name of another tool's format.
@@ -41,32 +54,32 @@ class PackedCheckpoint:
 
     def __init__(
         self,
-        path: Path,
-        name: str,
+        location: Location,
         config: Mapping[str, Any],
         record: QuantizationRecord,
-        store: TensorStore,
+        store: PackedStore,
     ) -> None:
-        self.path, self.name, self.config = path, name, dict(config)
-        self.record, self._store = record, store
+        self.path = location.file or location.folder
+        self.name, self.base_name = location.name, location.path
+        self.config, self.record, self._store = dict(config), record, store
         self.format: str = QUANT_METHOD
         self._quantizers: dict[int, Quantizer] = {}
         self.parameters: dict[str, PackedSite | TensorLayout] = {
-            name: layout_of(tensor) for name, tensor in store.tensors.items()
+            name: TensorLayout.of(tensor) for name, tensor in store.tensors.items()
         }
         for parameter, site in self.record.items():
             for name, expected in site.tensors(parameter):
                 found = self.parameters.pop(name, None)
                 if found != expected:
                     raise CheckpointError(
-                        f"{path}: {name}: expected {expected} by config.json, got "
+                        f"{self.path}: {name}: expected {expected} by config.json, got "
                         f"{found or 'none'} in the files; download or quantize the model again"
                     )
         for name, expected in self.record.guard.items():
             found = self.parameters.pop(name, expected)
             if found != expected:
                 raise CheckpointError(
-                    f"{path}: {name}: expected it packed by config.json, got {found} in the "
+                    f"{self.path}: {name}: expected it packed by config.json, got {found} in the "
                     "files; download or quantize the model again"
                 )
         self.parameters |= dict(self.record.items())
@@ -88,6 +101,11 @@ class PackedCheckpoint:
         self._quantizers[site.recipe].check_format(site.layout)
         return self._quantizers[site.recipe]
 
+    def check_plugins(self) -> None:
+        """Refuse weights that no installed plugin reads. Raises as :meth:`quantizer`."""
+        for site in self.record.sites:
+            self.quantizer(site)
+
     def tensor(self, name: str) -> Tensor:
         """Read a stored tensor: a dense parameter, or one tensor of a packed one.
 
@@ -100,10 +118,13 @@ class PackedCheckpoint:
         """Read all stored tensors into memory."""
         return {name: self.tensor(name) for name in self._store.tensors}
 
-    def mapped(self) -> MappedFiles:
-        """Map all stored tensors from their files."""
-        assert isinstance(self._store, SafetensorsStore)
-        return MappedFiles(self._store, self.path)
+    def mapped(self) -> MappedFiles | None:
+        """Map all stored tensors from their files; None if they aren't stored as they are used."""
+        return (
+            MappedFiles(self._store, self.path)
+            if isinstance(self._store, SafetensorsStore)
+            else None
+        )
 
     def packed(self, parameter: str) -> Iterator[PackedWeight]:
         """Read the packed matrices of a parameter: one, or one for each expert.
@@ -118,11 +139,6 @@ class PackedCheckpoint:
             )
             self.quantizer(site).check_values(weight, f"{self.path}: {prefix}")
             yield weight
-
-    @property
-    def model(self) -> str:
-        """The name by which an adapter remembers its base."""
-        return str(self.path)
 
     def transformers_config(self) -> PretrainedConfig:
         """The config as transformers makes it, a new one. Raises ModelError if it can't."""
@@ -186,12 +202,8 @@ class PackedCheckpoint:
 
     def _layouts(self) -> Iterator[tuple[str, TensorLayout]]:
         """The name and layout of each stored tensor."""
-        for name, kept in self.parameters.items():
-            if isinstance(kept, TensorLayout):
-                yield name, kept
+        for name, stored in self.parameters.items():
+            if isinstance(stored, TensorLayout):
+                yield name, stored
             else:
-                yield from kept.tensors(name)
-
-
-def layout_of(tensor: StoredTensor) -> TensorLayout:
-    return TensorLayout(str(tensor.dtype).removeprefix("torch."), tensor.shape)
+                yield from stored.tensors(name)

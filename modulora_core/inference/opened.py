@@ -13,17 +13,21 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modulora_core.adapters.load import load_adapter
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.loading import check_mapped, load_model, open_model, resolved_dtype
+from modulora_core.checkpoints.loading import (
+    check_mapped,
+    load_dense,
+    load_model,
+    open_model,
+    resolved_dtype,
+)
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import pick_device
-from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError, first_line
+from modulora_core.errors import AdapterError, ModelError, OptionError, first_line
 from modulora_core.models import ModelSource
-from modulora_core.progress import quiet
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Opened:
     def load(self) -> PreTrainedModel:
         """Load the model in evaluation mode, with its adapter. Raises CheckpointError."""
         if isinstance(self.origin, ModelSource):
-            return _load_dense(self.origin, self.name, self.dtype, self.device)
+            return load_dense(self.origin, dtype=self.dtype, device=self.device)
         model = load_model(
             self.origin, dtype=self.dtype, device=self.device, mapped=self.mapped,
             parity_check=self.parity_check,
@@ -93,8 +97,7 @@ def open_to_run(
     resolved_dtype(dtype, device)  # refuses an unknown name
     found = open_model(model, revision=revision)
     if isinstance(found, PackedCheckpoint):
-        for site in found.record.sites:
-            found.quantizer(site)
+        found.check_plugins()
         if mapped:
             check_mapped(found, device)
         return Opened(model, found, adapter, dtype, device, mapped, parity_check)
@@ -141,26 +144,3 @@ def tokenizer_and_loader(
         )
     loaded, tokenizer = model
     return tokenizer, lambda: loaded
-
-
-def _load_dense(
-    source: ModelSource, name: str, dtype: str | torch.dtype, device: str
-) -> PreTrainedModel:
-    # of a model in one file, whose format transformers may not know
-    weights = None if source.location.file is None else dict(source.tensors())
-    try:
-        with quiet():
-            loaded = type(source.outline).from_pretrained(
-                source.location.folder if weights is None else None,
-                config=source.config,
-                state_dict=weights,
-                dtype=resolved_dtype(dtype, device),
-                device_map={"": device},
-                trust_remote_code=False,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"model {name}: transformers cannot load it: {first_line(error)}"
-        ) from error
-    loaded.eval()
-    return loaded

@@ -2,14 +2,13 @@
 
 transformers ≥ 5 renames and fuses tensors while it loads. A Mixtral folder holds ``w1``, ``w2`` and
 ``w3`` of every expert; the model holds ``gate_up_proj`` and ``down_proj`` of all experts. We use
-transformers' own tables and operations, one conversion at a time instead of all at once. They are
-semi-private, so every use is in this file. The steps follow
-``core_model_loading.convert_and_load_state_dict_in_model``.
+transformers' own tables and operations, one conversion at a time instead of all at once. The order
+follows ``core_model_loading.convert_and_load_state_dict_in_model``. These tables are semi-private:
+the only other file that uses them is ``checkpoints/hf/packing_on_load.py``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,17 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modulora_core.errors import CheckpointError, ModelError, first_line
+from modulora_core.errors import CheckpointError
+from modulora_core.models.skeleton import matches
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from modulora_core.models.store import StoredTensor
-
-PACK_IN_PYTHON = (
-    "a model of another kind is packed in Python, with its own class: "
-    "CLASS.from_pretrained(MODEL, quantization_config=ModuLoRAConfig(NAME))"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +83,15 @@ def plan_conversions(
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
         if target in state:
-            step = found.setdefault(target, Conversion(target, [], [], rules.get(pattern)))
-            step.names.append(name)
-            step.patterns.append(pattern)
+            conversion = Conversion(target, [], [], rules.get(pattern))
+            conversion = found.setdefault(target, conversion)
+            conversion.names.append(name)
+            conversion.patterns.append(pattern)
         else:
             unexpected.append(name)
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}  # old files' buffers
-    unexpected = [name for name in unexpected if not _matches(name, patterns)]
+    unexpected = [name for name in unexpected if not matches(name, patterns)]
     return [found[target] for target in state if target in found], unexpected
 
 
@@ -132,77 +128,3 @@ def stored_parts(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str,
 
     parts: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
     return parts
-
-
-def load_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype of every parameter and buffer if transformers loads the model in ``dtype``.
-
-    It is the skeleton's dtype, or fp32 if the model's class asks for that.
-    """
-    keep = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if dtype not in (torch.float16, torch.bfloat16):
-        keep = set()
-    patterns = [key.replace("*", ".*") for key in keep]
-    return {
-        name: torch.float32 if _matches(name, patterns) else tensor.dtype
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def without_optional(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Drop the names that may be missing from a file, as the model's class says."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    return [name for name in names if not _matches(name, patterns)]
-
-
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """``{name: the name whose tensor it shares}``, such as an output head and its embedding."""
-    return dict(model.all_tied_weights_keys)
-
-
-def build_skeleton(
-    config: PretrainedConfig, dtype: torch.dtype, *, buffers: bool = False
-) -> PreTrainedModel:
-    """Build the causal language model of a config on the meta device: it takes no memory.
-
-    Args:
-        config: of the model; it isn't changed.
-        dtype: the dtype that the model is loaded in.
-        buffers: compute buffers, such as rotary frequencies, on the CPU, not on the meta device.
-
-    Raises:
-        ModelError: transformers has no causal language model for this config, or can't build it.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    config = deepcopy(config)
-    try:
-        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:
-        # a config may hold any nonsense, and the classes raise what they like
-        raise ModelError(
-            f"model_type {config.model_type!r}: transformers can't build a causal language model "
-            f"of this config: {first_line(error).rstrip('.:')}; {PACK_IN_PYTHON}"
-        ) from error
-    for name, parameter in model.named_parameters():
-        if parameter.numel() == 0:
-            raise ModelError(
-                f"model_type {config.model_type!r}: expected positive sizes in its config, got the "
-                f"shape {list(parameter.shape)} of {name}"
-            )
-    return model
-
-
-def untied(config: PretrainedConfig) -> PretrainedConfig:
-    """``config``, changed so that the model's head and embedding are two tensors."""
-    for part in (config, config.get_text_config()):
-        part.tie_word_embeddings = False
-    return config
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)

@@ -202,8 +202,11 @@ class FileTensors(TensorStore, Protocol):
         """Transformers' weight transforms for them; None if they have the names in memory."""
 
 
-class PartStore(TensorStore, Protocol):
+class PartStore(Protocol):
     """The tensors of packed weights. The first dimension of a stack's tensors counts matrices."""
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor. Raises CheckpointError if the file ends too early."""
 
     def read_part(self, name: str, index: int) -> Tensor:
         """Read one matrix's part of a stack's tensor. Raises CheckpointError, as :meth:`read`."""

@@ -13,10 +13,10 @@ import torch
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import read_config
-from modulora_core.models.conversion import PACK_IN_PYTHON, build_skeleton, untied
 from modulora_core.models.formats import ModelFile
 from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.safetensors_store import SafetensorsStore
+from modulora_core.models.skeleton import PACK_IN_PYTHON, build_skeleton, untied
 from modulora_core.models.store import TensorStore
 from modulora_core.models.weights import Weights
 from modulora_core.progress import quiet

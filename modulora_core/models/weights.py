@@ -13,14 +13,19 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, WeightError
-from modulora_core.models import conversion
+from modulora_core.models.conversion import Conversion, converted_shapes, plan_conversions
+from modulora_core.models.skeleton import (
+    PACK_IN_PYTHON,
+    load_dtypes,
+    tied_names,
+    without_optional,
+)
 from modulora_core.models.store import is_finite
 from modulora_core.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from modulora_core.models.conversion import Conversion
     from modulora_core.models.store import TensorStore
 
 Shape = tuple[int, ...]
@@ -68,20 +73,24 @@ class Weights:
     ) -> None:
         self.store, self._model = store, model
         self._cast_first = transforms is None
-        self._dtypes = conversion.load_dtypes(model, dtype)
-        self._ties = conversion.tied_names(model)
-        steps, self.unplaced = conversion.plan_conversions(model, store.tensors, transforms)
-        self._steps: list[tuple[Conversion, dict[str, Shape]]] = []
-        for step in steps:
-            shapes = conversion.converted_shapes(model, step, store.tensors)
-            known = {name: shape for name, shape in shapes.items() if name in self._dtypes}
-            self._steps.append((step, known))
-        self._shapes = {name: shape for _, shapes in self._steps for name, shape in shapes.items()}
+        self._dtypes = load_dtypes(model, dtype)
+        self._ties = tied_names(model)
+        conversions, self.unplaced = plan_conversions(model, store.tensors, transforms)
+        self._shapes: dict[str, Shape] = {}
+        self._conversion_of: dict[str, Conversion] = {}
+        self._conversions: list[tuple[Conversion, list[str]]] = []  # with the names that each makes
+        for conversion in conversions:
+            shapes = converted_shapes(model, conversion, store.tensors)
+            made = [name for name in shapes if name in self._dtypes]
+            self._shapes |= {name: shapes[name] for name in made}
+            self._conversion_of |= dict.fromkeys(made, conversion)
+            self._conversions.append((conversion, made))
         self._streamed = _streamed_names(self._shapes, self._ties)
+        self._converted = {streamed: name for name, streamed in self._streamed.items()}
         self.parameters: Mapping[str, ParameterInfo] = MappingProxyType(
             {
                 streamed: ParameterInfo(self._shapes[name], self._dtypes[name])
-                for name, streamed in self._streamed.items()
+                for streamed, name in self._converted.items()
             }
         )
 
@@ -92,13 +101,13 @@ class Weights:
             CheckpointError: a parameter has no tensor in the files, or one of another shape.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
-        present = {*self._shapes, *self._streamed.values()}
+        present = {*self._shapes, *self._converted}
         missing = [n for n in shapes if n not in present and self._ties.get(n) not in present]
-        missing = conversion.without_optional(self._model, missing)
+        missing = without_optional(self._model, missing)
         if missing:
             others = f"; {len(self.unplaced)} tensors have no place in it, such as "
             first = next(iter(self.unplaced), "")
-            unplaced = f"{others}{first}; {conversion.PACK_IN_PYTHON}" if first else ""
+            unplaced = f"{others}{first}; {PACK_IN_PYTHON}" if first else ""
             raise CheckpointError(
                 f"{len(missing)} of {len(shapes)} parameters of {type(self._model).__name__} "
                 f"aren't in the files, such as {', '.join(missing[:3])}"
@@ -113,11 +122,11 @@ class Weights:
 
     def ties_hold(self) -> bool:
         """Whether tied names have equal values; transformers unties them otherwise."""
-        steps = {name: step for step, shapes in self._steps for name in shapes}
+        found = self._conversion_of
         return all(
-            self._equal(steps[name].names[0], steps[source].names[0])
+            self._equal(found[name].names[0], found[source].names[0])
             for name, source in self._ties.items()
-            if name in steps and source in steps
+            if name in found and source in found
         )
 
     def _equal(self, one: str, other: str) -> bool:
@@ -137,10 +146,8 @@ class Weights:
         Raises:
             WeightError: a tensor has NaN or Inf; the message names it and its file.
         """
-        used = (
-            step for step, shapes in self._steps if not self._streamed.keys().isdisjoint(shapes)
-        )
-        stored = {name: self.store.tensors[name] for step in used for name in step.names}
+        used = [name for streamed in self.parameters for name in self.stored_names(streamed)]
+        stored = {name: self.store.tensors[name] for name in used}
         done, total = 0, sum(tensor.nbytes for tensor in stored.values())
         digest = hashlib.sha256()
         for name, tensor in stored.items():
@@ -166,13 +173,10 @@ class Weights:
         Raises:
             CheckpointError: a file was changed since it was opened.
         """
-        for step, shapes in self._steps:
-            wanted = [
-                name
-                for name in shapes
-                if (streamed := self._streamed.get(name)) and (names is None or streamed in names)
-            ]
-            converted = step.run(self._model, self._reader(step)) if wanted else {}
+        streamed = self.parameters if names is None else names
+        for conversion, made in self._conversions:
+            wanted = [name for name in made if self._streamed.get(name) in streamed]
+            converted = conversion.run(self._model, self._reader(conversion)) if wanted else {}
             for name in list(converted):
                 if name not in wanted:
                     del converted[name]
@@ -181,23 +185,15 @@ class Weights:
 
     def converted(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """A parameter's conversion of other contents of the files' tensors, from ``read``."""
-        for step, shapes in self._steps:
-            for given in shapes:
-                if self._streamed.get(given) == name:
-                    return step.run(self._model, read)[given]
-        raise KeyError(name)
+        converted = self._converted[name]
+        return self._conversion_of[converted].run(self._model, read)[converted]
 
     def stored_names(self, name: str) -> list[str]:
         """The names of the files' tensors that become a parameter."""
-        return [
-            stored
-            for step, shapes in self._steps
-            if any(self._streamed.get(given) == name for given in shapes)
-            for stored in step.names
-        ]
+        return self._conversion_of[self._converted[name]].names
 
-    def _reader(self, step: Conversion) -> Callable[[str], Tensor]:
-        dtype = self._dtypes[step.target]
+    def _reader(self, conversion: Conversion) -> Callable[[str], Tensor]:
+        dtype = self._dtypes[conversion.target]
 
         def read(name: str) -> Tensor:
             tensor = self.store.read(name)

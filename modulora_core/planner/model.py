@@ -16,11 +16,11 @@ from modulora_core.checkpoints.loading import check_mapped, is_ours, open_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord, packed_sites
 from modulora_core.models.config import config_values, transformers_config
-from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.ends import find_ends
 from modulora_core.models.installed_formats import recognise
 from modulora_core.models.locate import locate
 from modulora_core.models.sites import find_sites
+from modulora_core.models.skeleton import build_skeleton
 from modulora_core.models.source import ModelSource, open_config, open_dense
 from modulora_core.planner.dense_weights import NONE, DenseWeights, recipe_of
 from modulora_core.planner.request import PlanRequest

@@ -259,5 +259,5 @@ def _stored_tensors(
         if name in record.weights:
             yield from record.site(name).tensors(name)
         else:
-            yield name, TensorLayout(str(info.dtype).removeprefix("torch."), tuple(info.shape))
+            yield name, TensorLayout.of(info)
     yield from record.guard.items()

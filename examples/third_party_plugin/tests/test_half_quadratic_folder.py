@@ -46,11 +46,7 @@ def layer(shape, bits=4, group=16, stored=torch.float16):
 def read_layer(tensors):
     """Our packed weight of one layer ``M``."""
     named = {f"M.{name}": tensor for name, tensor in tensors.items()}
-    layouts = {
-        name: TensorLayout(str(t.dtype).removeprefix("torch."), tuple(t.shape))
-        for name, t in named.items()
-        if t.dtype != torch.int64
-    }
+    layouts = {name: TensorLayout.of(t) for name, t in named.items() if t.dtype != torch.int64}
     spec = FormatSpec(name="hqq", summary="", location="a:B", quant_methods=("hqq",))
     return HQQ(spec).weights({}, layouts, named.__getitem__)["M"].unpack(named.__getitem__)
 

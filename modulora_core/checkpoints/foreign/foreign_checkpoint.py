@@ -1,33 +1,43 @@
 """Another tool's checkpoint, opened: one of ours whose tensors are converted on request.
 
-:mod:`modulora_core.checkpoints.foreign.reading` makes one of a folder or a file.
+:func:`packed_in_file` makes one of a file, and
+:func:`~modulora_core.checkpoints.foreign.folder.packed_in_folder` of a folder.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from modulora_core.checkpoints.mapped import MappedFiles
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
-from modulora_core.errors import CheckpointError, OptionError
+from modulora_core.checkpoints.record import (
+    QuantizationRecord,
+    Recipe,
+    by_reason,
+    distinct_sites,
+)
+from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.formats import ForeignWeight, PartStore
-from modulora_core.models.safetensors_store import DTYPE_CODES
-from modulora_core.models.sites import LinearSite
+from modulora_core.models.sites import LinearSite, find_sites, input_table
 from modulora_core.models.source import ModelSource
-from modulora_core.models.store import StoredTensor
+from modulora_core.progress import quiet
 from modulora_core.spec import PackedWeight, TensorLayout
+from modulora_core.version import VERSION
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+Placed = dict[str, tuple[LinearSite, tuple[ForeignWeight, ...]]]
+"""Each packed parameter by its name in memory, in the model's order. The files have it as one
+weight, which may be a stack of experts, or as a weight for each expert."""
 
 
 class ForeignCheckpoint(PackedCheckpoint):
@@ -36,21 +46,23 @@ class ForeignCheckpoint(PackedCheckpoint):
     Attributes:
         source: its config, tokenizer and dense parameters.
         config: the config.json that we would write.
+
+    Args:
+        files: the tensors of its packed weights, as the tool wrote them.
+        placed: those weights.
+        format_name: the name of the tool's format.
     """
 
     def __init__(
-        self, path: Path, source: ModelSource, record: QuantizationRecord, store: ForeignStore
+        self, source: ModelSource, files: PartStore, placed: Placed, format_name: str
     ) -> None:
+        record = _record(source, placed, format_name)
         config: dict[str, Any] = json.loads(source.config.to_json_string(use_diff=False))
         config["architectures"] = [type(source.outline).__name__]
         config["quantization_config"] = record.to_json()
-        super().__init__(path, source.location.name, config, record, store)
-        self.source, self.format = source, str(record.source["format"])
-
-    @property
-    @override
-    def model(self) -> str:
-        return self.source.location.path
+        store = ForeignStore(source, files, record, placed)
+        super().__init__(source.location, config, record, store)
+        self.source, self.format = source, format_name
 
     @override
     def transformers_config(self) -> PretrainedConfig:
@@ -65,26 +77,37 @@ class ForeignCheckpoint(PackedCheckpoint):
         return self.source.copy_tokenizer(out)
 
     @override
-    def mapped(self) -> MappedFiles:
-        """Raises OptionError: the tensors must be converted."""
-        raise OptionError(
-            f"mapped: expected a checkpoint of modulora's own format, got {self.format} in "
-            f"{self.path}; write it as one with `modulora convert {self.name} OUT --to "
-            f"{QUANT_METHOD}`, or leave mapped out"
-        )
-
-    @override
     def _dense_outline(self) -> PreTrainedModel:
         return copy.deepcopy(self.source.outline)
 
 
-Placed = dict[str, tuple[LinearSite, tuple[ForeignWeight, ...]]]
-"""Each packed parameter by its name in memory, in the model's order. The files have it as one
-weight, which may be a stack of experts, or as a weight for each expert."""
+def packed_in_file(source: ModelSource) -> ForeignCheckpoint | None:
+    """The packed weights of a model in one file, with its dense ones; None if it has none.
+
+    Raises:
+        CheckpointError: tensors that don't fit the model.
+    """
+    file, known = source.file, source.location.file_format
+    assert file is not None
+    assert known is not None
+    with quiet():
+        source.check_whole()
+        sites = [*find_sites(source.outline, include=["*"]).linears]
+        with suppress(ModelError):  # a table that can't be packed stays dense
+            sites.append(input_table(source.outline, source.parameters))
+        packed = file.packed(source, sites)
+        placed: Placed = {
+            site.name: (site, (packed.weights[site.name],))
+            for site in sites
+            if site.name in packed.weights
+        }
+        if not placed:
+            return None
+        return ForeignCheckpoint(source, packed.store, placed, known.spec.name)
 
 
 class ForeignStore:
-    """The tensors of a foreign folder, named and packed as in a checkpoint of ours.
+    """The tensors of another tool's folder or file, named and packed as in a checkpoint of ours.
 
     Callers read the tensors of a packed weight in a row, so the last weight is cached.
     """
@@ -92,22 +115,21 @@ class ForeignStore:
     def __init__(
         self,
         source: ModelSource,
-        raw: PartStore,
+        files: PartStore,
         record: QuantizationRecord,
         placed: Placed,
     ) -> None:
-        self._source, self._raw, self._placed = source, raw, placed
+        self._source, self._files, self._placed = source, files, placed
         self._owners: dict[str, tuple[str, str, str]] = {}
         self._last: tuple[str, PackedWeight] | None = None
-        self.tensors: dict[str, StoredTensor] = {}
-        for name, info in source.parameters.items():
-            if name not in placed:
-                layout = TensorLayout(str(info.dtype).removeprefix("torch."), info.shape)
-                self.tensors[name] = _stored(layout, source.location.folder.name)
+        self.tensors = {
+            name: TensorLayout.of(info)
+            for name, info in source.parameters.items()
+            if name not in placed
+        }
         for parameter, site in record.items():
-            file = raw.tensors[placed[parameter][1][0].tensors[0]].file
             for name, layout in site.tensors(parameter):
-                self.tensors[name] = _stored(layout, file)
+                self.tensors[name] = layout
                 matrix, _, part = name.rpartition(".")
                 self._owners[name] = parameter, matrix, part
 
@@ -126,8 +148,8 @@ class ForeignStore:
         site, weights = self._placed[parameter]
         index = int(matrix.rpartition(".")[2]) if site.experts else 0
         weight = weights[index] if len(weights) > 1 else weights[0]
-        part = partial(self._raw.read_part, index=index)
-        packed = weight.unpack(self._raw.read if weight.experts is None else part)
+        part = partial(self._files.read_part, index=index)
+        packed = weight.unpack(self._files.read if weight.experts is None else part)
         if packed.layout != weight.layout:
             raise CheckpointError(
                 f"{parameter}: expected {weight.layout} by its headers, got {packed.layout}; "
@@ -136,6 +158,23 @@ class ForeignStore:
         return packed
 
 
-def _stored(layout: TensorLayout, file: str) -> StoredTensor:
-    dtype = getattr(torch, layout.dtype)
-    return StoredTensor(layout.shape, dtype, DTYPE_CODES[layout.dtype], layout.nbytes, file)
+def _record(source: ModelSource, placed: Placed, format_name: str) -> QuantizationRecord:
+    """The record of a checkpoint of ours with the weights of ``placed``."""
+    # a format makes few quantizers, and Recipe.of looks plugins up
+    quantizers = dict.fromkeys(first.quantizer for _, (first, *_) in placed.values())
+    recipe_of = {quantizer: Recipe.of(quantizer) for quantizer in quantizers}
+    recipes: list[Recipe] = []
+    for recipe in recipe_of.values():
+        if recipe not in recipes:
+            recipes.append(recipe)
+    sites, weights = distinct_sites(
+        (site, recipes.index(recipe_of[first.quantizer]), first.layout)
+        for site, (first, *_) in placed.values()
+    )
+    found = find_sites(source.outline)
+    dense = {site.name: f"not quantized in {source.location.name}" for site in found.linears}
+    reasons = {name: why for name, why in {**found.dense, **dense}.items() if name not in weights}
+    return QuantizationRecord(
+        core_version=VERSION, source={**source.identity(), "format": format_name},
+        recipes=tuple(recipes), sites=sites, weights=weights, kept=by_reason(reasons),
+    )  # fmt: skip

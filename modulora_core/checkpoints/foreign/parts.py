@@ -58,14 +58,14 @@ def whole_layers(
 
 def joined_experts(
     site: LinearSite,
-    step: Conversion,
+    conversion: Conversion,
     weights: Mapping[str, ForeignWeight],
     model: PreTrainedModel,
 ) -> tuple[ForeignWeight, ...]:
     """One weight for each expert of ``site``.
 
     Args:
-        step: the conversion that makes the stack; ``weights`` are its layers by name.
+        conversion: the conversion that makes the stack; ``weights`` are its layers by name.
         model: on the meta device.
 
     Raises:
@@ -73,7 +73,7 @@ def joined_experts(
     """
     joined = [
         _joined([weights[name] for name in names])
-        for names in _rows_of_experts(site, step, weights, model)
+        for names in _rows_of_experts(site, conversion, weights, model)
     ]
     first, shape = joined[0], (site.out_features, site.in_features)
     for other in joined:
@@ -107,14 +107,14 @@ def _joined(parts: list[ForeignWeight]) -> ForeignWeight:
 
 def _rows_of_experts(
     site: LinearSite,
-    step: Conversion,
+    conversion: Conversion,
     weights: Mapping[str, ForeignWeight],
     model: PreTrainedModel,
 ) -> list[list[str]]:
     """For each expert the names of the layers whose rows it has, in their order."""
     counts = torch.tensor([weight.layout.shape[0] for weight in weights.values()])
     numbers = torch.arange(int(counts.sum()))[:, None].split(counts.tolist())
-    stack = step.run(model, dict(zip(weights, numbers, strict=True)).__getitem__)[site.name]
+    stack = conversion.run(model, dict(zip(weights, numbers, strict=True)).__getitem__)[site.name]
     stack = stack.mT if site.transposed else stack
     if stack.shape != (site.experts, site.out_features, 1):
         raise ModelError(f"{site.name}: its experts in the files aren't rows of it")

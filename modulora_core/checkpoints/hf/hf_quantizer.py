@@ -160,7 +160,7 @@ class ModuLoRAHfQuantizer(HfQuantizer):
 
     @property
     def record(self) -> QuantizationRecord:
-        """The model's record; None before it has, or is about to get, packed modules."""
+        """The model's record: it has packed modules, or is about to get them."""
         record = self.quantization_config.record
         assert record is not None
         return record

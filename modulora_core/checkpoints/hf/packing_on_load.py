@@ -16,8 +16,8 @@ from modulora_core.checkpoints.hf.packed_modules import install_parameter, use_d
 from modulora_core.checkpoints.matrices import pack_matrices
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe, by_reason, packed_sites
 from modulora_core.errors import CheckpointError, OptionError, WeightError
-from modulora_core.models.conversion import tied_names
 from modulora_core.models.sites import find_sites, tied_to
+from modulora_core.models.skeleton import tied_names
 from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer

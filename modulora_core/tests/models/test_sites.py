@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from modulora_core.errors import OptionError
-from modulora_core.models.conversion import build_skeleton
 from modulora_core.models.sites import LinearSite, find_sites
+from modulora_core.models.skeleton import build_skeleton
 from modulora_core.tests.tiny_models import ARCHITECTURES, tiny_config, tiny_model
 
 

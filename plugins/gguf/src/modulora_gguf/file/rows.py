@@ -19,7 +19,6 @@ from modulora_core.checkpoints.joined_rows import join
 from modulora_core.errors import ModelError
 from modulora_core.models.formats import ForeignWeight, PackedTensors, Read, read_finite
 from modulora_core.models.sites import LinearSite
-from modulora_core.models.store import StoredTensor
 from modulora_core.models.weights import Weights
 from modulora_core.spec import PackedWeight
 from modulora_gguf import reference
@@ -215,17 +214,6 @@ class _RowStore:
     def __init__(self, store: GGUFStore, found: Iterable[_Rows]) -> None:
         self._store, self._rows = store, {rows.name: rows for rows in found}
         self._mapped: tuple[str, list[Tensor]] = ("", [])
-        self.tensors: dict[str, StoredTensor] = {}
-        for name, rows in self._rows.items():
-            info = store.in_file(name)
-            file = store.file.path.name
-            shape, nbytes = rows.shape, rows.order.numel() * rows.row_bytes
-            self.tensors[name] = StoredTensor(shape, torch.uint8, info.kind, nbytes, file)
-            if rows.is_scaled:
-                count = len(rows.order)
-                self.tensors[rows.scale] = StoredTensor(
-                    (count, 1), torch.float32, "F32", 4 * count, file
-                )
 
     def read(self, name: str) -> Tensor:
         return self.read_part(name, 0)

@@ -1,4 +1,4 @@
-"""Read a folder or a file that another tool quantized, as if we had written it.
+"""Read a folder that another tool quantized, as if we had written it.
 
 :func:`packed_in_folder` reads config, headers, and the few small tensors that layouts need. Large
 tensors are converted a layer at a time, on request, so that nothing here is as large as the model.
@@ -7,35 +7,27 @@ tensors are converted a layer at a time, on request, so that nothing here is as 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from modulora_core.checkpoints.foreign.foreign_checkpoint import (
-    ForeignCheckpoint,
-    ForeignStore,
-    Placed,
-)
+from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint, Placed
 from modulora_core.checkpoints.foreign.parts import joined_experts, whole_layers
-from modulora_core.checkpoints.packed_checkpoint import layout_of
-from modulora_core.checkpoints.record import QuantizationRecord, Recipe, distinct_sites
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.config import read_config
-from modulora_core.models.conversion import build_skeleton, plan_conversions, tied_names, untied
-from modulora_core.models.formats import ForeignWeight, PartStore
+from modulora_core.models.conversion import plan_conversions
+from modulora_core.models.formats import ForeignWeight
 from modulora_core.models.installed_formats import Recognised
 from modulora_core.models.locate import Location
 from modulora_core.models.safetensors_store import SafetensorsStore
-from modulora_core.models.sites import find_sites, input_table
-from modulora_core.models.source import ModelSource, source_with
+from modulora_core.models.sites import find_sites
+from modulora_core.models.skeleton import build_skeleton, tied_names, untied
+from modulora_core.models.source import source_with
 from modulora_core.models.store import StoredTensor
-from modulora_core.packed import BITS_OF_DTYPE
+from modulora_core.packed import BITS_OF_DTYPE, TensorLayout
 from modulora_core.progress import quiet
-from modulora_core.version import VERSION
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -53,8 +45,11 @@ def packed_in_folder(location: Location, recognised: Recognised) -> ForeignCheck
     with quiet():
         config, values = read_config(location.folder, recognised.spec)
         raw = SafetensorsStore(location.folder)
-        packable = [(n, t) for n, t in raw.tensors.items() if _dtype_name(t) in BITS_OF_DTYPE]
-        layouts = {name: layout_of(tensor) for name, tensor in packable}
+        layouts = {
+            name: TensorLayout.of(tensor)
+            for name, tensor in raw.tensors.items()
+            if str(tensor.dtype).removeprefix("torch.") in BITS_OF_DTYPE
+        }
         reader = recognised.reader()
         weights = dict(reader.weights(recognised.config, layouts, raw.read))
         if not weights:
@@ -67,40 +62,7 @@ def packed_in_folder(location: Location, recognised: Recognised) -> ForeignCheck
         placed = _place(location.model, config, skeleton, headers)
         source = source_with(location, config, values, headers)
         source.check_whole()
-        return _checkpoint(location.folder, source, raw, placed, recognised.spec.name)
-
-
-def packed_in_file(source: ModelSource) -> ForeignCheckpoint | None:
-    """The packed weights of a model in one file, with its dense ones; None if it has none.
-
-    Raises:
-        CheckpointError: tensors that don't fit the model.
-    """
-    file, path, known = source.file, source.location.file, source.location.file_format
-    assert file is not None
-    assert path is not None
-    assert known is not None
-    with quiet():
-        source.check_whole()
-        sites = [*find_sites(source.outline, include=["*"]).linears]
-        with suppress(ModelError):  # a table that can't be packed stays dense
-            sites.append(input_table(source.outline, source.parameters))
-        packed = file.packed(source, sites)
-        placed: Placed = {
-            site.name: (site, (packed.weights[site.name],))
-            for site in sites
-            if site.name in packed.weights
-        }
-        if not placed:
-            return None
-        return _checkpoint(path, source, packed.store, placed, known.spec.name)
-
-
-def _checkpoint(
-    path: Path, source: ModelSource, raw: PartStore, placed: Placed, format_name: str
-) -> ForeignCheckpoint:
-    record = _record(source, placed, format_name)
-    return ForeignCheckpoint(path, source, record, ForeignStore(source, raw, record, placed))
+        return ForeignCheckpoint(source, raw, placed, recognised.spec.name)
 
 
 class _Headers:
@@ -159,22 +121,24 @@ def _place(
     conversions, unexpected = plan_conversions(skeleton, headers.tensors)
     _check_unexpected(model, kind, headers, unexpected)
     found = {
-        step.target: step
-        for step in conversions
-        if not headers.packed.keys().isdisjoint(step.names)
+        conversion.target: conversion
+        for conversion in conversions
+        if not headers.packed.keys().isdisjoint(conversion.names)
     }
     if not found.keys().isdisjoint(tied_names(skeleton)):
         skeleton = build_skeleton(untied(config), torch.float32)
     sites = {site.name: site for site in find_sites(skeleton, include=["*"]).linears}
     placed: Placed = {}
-    for target, step in found.items():
-        site, name = sites.get(target), step.names[0]
-        weights = {name: headers.packed[name] for name in step.names if name in headers.packed}
-        if site is not None and len(weights) == len(step.names):
-            if step.rule is not None and site.experts:
-                placed[target] = site, joined_experts(site, step, weights, skeleton)
+    for target, conversion in found.items():
+        site, name = sites.get(target), conversion.names[0]
+        weights = {
+            name: headers.packed[name] for name in conversion.names if name in headers.packed
+        }
+        if site is not None and len(weights) == len(conversion.names):
+            if conversion.rule is not None and site.experts:
+                placed[target] = site, joined_experts(site, conversion, weights, skeleton)
                 continue
-            if step.rule is None and bool(site.experts) == bool(weights[name].experts):
+            if conversion.rule is None and bool(site.experts) == bool(weights[name].experts):
                 weight = headers.cut(name, (site.out_features, site.in_features))
                 if site.transposed:
                     headers.set_shape(name, weight.layout.shape[::-1])
@@ -201,32 +165,3 @@ def _check_unexpected(model: str, kind: str, headers: _Headers, unexpected: list
                 f"{module}.bias: the files have a bias that isn't zero, and the layer of the model "
                 "has none"
             )
-
-
-def _record(source: ModelSource, placed: Placed, format_name: str) -> QuantizationRecord:
-    """The record of a checkpoint of ours with the weights of ``placed``."""
-    # a format makes few quantizers, and Recipe.of looks plugins up
-    quantizers = dict.fromkeys(first.quantizer for _, (first, *_) in placed.values())
-    recipe_of = {quantizer: Recipe.of(quantizer) for quantizer in quantizers}
-    recipes: list[Recipe] = []
-    for recipe in recipe_of.values():
-        if recipe not in recipes:
-            recipes.append(recipe)
-    sites, weights = distinct_sites(
-        (site, recipes.index(recipe_of[first.quantizer]), first.layout)
-        for site, (first, *_) in placed.values()
-    )
-    found = find_sites(source.outline)
-    dense = {site.name: f"not quantized in {source.location.name}" for site in found.linears}
-    kept: dict[str, list[str]] = {}
-    for name, reason in {**found.dense, **dense}.items():
-        if name not in weights:
-            kept.setdefault(reason, []).append(name)
-    return QuantizationRecord(
-        core_version=VERSION, source={**source.identity(), "format": format_name},
-        recipes=tuple(recipes), sites=sites, weights=weights, kept=kept,
-    )  # fmt: skip
-
-
-def _dtype_name(tensor: StoredTensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,95 @@
+"""The model of a config on the meta device, without memory, and what its class says of weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+
+from modulora_core.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+PACK_IN_PYTHON = (
+    "a model of another kind is packed in Python, with its own class: "
+    "CLASS.from_pretrained(MODEL, quantization_config=ModuLoRAConfig(NAME))"
+)
+
+
+def build_skeleton(
+    config: PretrainedConfig, dtype: torch.dtype, *, buffers: bool = False
+) -> PreTrainedModel:
+    """Build the causal language model of a config on the meta device: it takes no memory.
+
+    Args:
+        config: of the model; it isn't changed.
+        dtype: the dtype that the model is loaded in.
+        buffers: compute buffers, such as rotary frequencies, on the CPU, not on the meta device.
+
+    Raises:
+        ModelError: transformers has no causal language model for this config, or can't build it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = deepcopy(config)
+    try:
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        # a config may hold any nonsense, and the classes raise what they like
+        raise ModelError(
+            f"model_type {config.model_type!r}: transformers can't build a causal language model "
+            f"of this config: {first_line(error).rstrip('.:')}; {PACK_IN_PYTHON}"
+        ) from error
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            raise ModelError(
+                f"model_type {config.model_type!r}: expected positive sizes in its config, got the "
+                f"shape {list(parameter.shape)} of {name}"
+            )
+    return model
+
+
+def untied(config: PretrainedConfig) -> PretrainedConfig:
+    """``config``, changed so that the model's head and embedding are two tensors."""
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    return config
+
+
+def load_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of every parameter and buffer if transformers loads the model in ``dtype``.
+
+    It is the skeleton's dtype, or fp32 if the model's class asks for that.
+    """
+    keep = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if dtype not in (torch.float16, torch.bfloat16):
+        keep = set()
+    patterns = [key.replace("*", ".*") for key in keep]
+    return {
+        name: torch.float32 if matches(name, patterns) else tensor.dtype
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def without_optional(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Drop the names that may be missing from a file, as the model's class says."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return [name for name in names if not matches(name, patterns)]
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """``{name: the name whose tensor it shares}``, such as an output head and its embedding."""
+    return dict(model.all_tied_weights_keys)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of these regular expressions is in a name."""
+    return any(re.search(pattern, name) for pattern in patterns)
