@@ -58,7 +58,7 @@ def is_finite(values: Tensor) -> bool:
 
 
 def check_finite(values: Tensor, name: str, folder: Path | str) -> Tensor:
-    """Return ``tensor``. Raises CheckpointError if it has NaN or Inf."""
+    """Return ``values``. Raises CheckpointError if it has NaN or Inf."""
     if is_finite(values):
         return values
     raise CheckpointError(

@@ -18,14 +18,9 @@ from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.checkpoints.loading import open_packed
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import new_file
-from modulora_core.models.formats import FileFormat, ForeignWeight, ModelFile, PackedTensors
+from modulora_core.models.formats import ForeignWeight, ModelFile, PackedTensors
 from modulora_core.models.store import StoredTensor
 from modulora_toy.quantizer import Toy
-
-
-class Single(FileFormat):
-    def open(self, path):
-        return SingleFile(path)
 
 
 class SingleFile(ModelFile):
@@ -84,8 +79,6 @@ class Parts:
 
 class Dense(Parts):
     """The tensors by their names in memory; codes are multiplied out."""
-
-    transforms = None
 
     def __init__(self, path, shapes, toy):
         names = {name.removesuffix(".codes"): shape for name, shape in shapes.items()}
