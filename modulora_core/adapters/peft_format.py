@@ -27,7 +27,6 @@ from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import snapshot_download
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from torch import Tensor
@@ -37,10 +36,10 @@ from modulora_core.adapters.expert_format import Factors, Stack, from_file, to_f
 from modulora_core.adapters.peft_config import check_config, check_rank, scale_of
 from modulora_core.autograd import ChannelScales
 from modulora_core.checkpoints.written.outputs import write_file
-from modulora_core.errors import AdapterError, CheckpointError, first_line, usable_path
+from modulora_core.errors import AdapterError, CheckpointError, usable_path
 from modulora_core.models.folders import check_links
 from modulora_core.models.json_files import check_json, read_json
-from modulora_core.models.locate import without_revision
+from modulora_core.models.locate import HUB_ID, download, without_revision
 from modulora_core.models.safetensors_store import read_header
 from modulora_core.models.store import is_finite
 
@@ -52,7 +51,6 @@ SCALES_KEY = "modulora_channel_scales"
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class _Fields(BaseModel):
@@ -238,9 +236,10 @@ def _find(path: str | Path) -> Path:
     folder = usable_path(path, "adapter", AdapterError)
     if not folder.is_dir():
         name, revision = without_revision(str(path))
-        if not _HUB_ID.fullmatch(name) or Path(name).exists():
+        if "/" not in name or not HUB_ID.fullmatch(name) or Path(name).exists():
             raise AdapterError(f"adapter {path}: expected a folder or a Hub id (org/name)")
-        folder = _download(name, revision)
+        files = [CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, SCALES_FILE]
+        folder = download(name, revision, files, subject="adapter", error=AdapterError)
     check_links(folder, AdapterError)
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(
@@ -254,17 +253,6 @@ def _find(path: str | Path) -> Path:
             f"adapter {path}: expected {WEIGHTS_FILE} in it, found none{hint if pickled else ''}"
         )
     return folder
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    try:
-        files = [CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, SCALES_FILE]
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
-    except Exception as error:  # the Hub's client, the HTTP library and the system raise their own
-        raise AdapterError(
-            f"adapter {hub_id}: no such folder, and the Hugging Face Hub did not provide it "
-            f"({type(error).__name__}: {first_line(error)}); check the name, or give a folder"
-        ) from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

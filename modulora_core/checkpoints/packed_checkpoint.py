@@ -59,7 +59,7 @@ class PackedCheckpoint:
         record: QuantizationRecord,
         store: PackedStore,
     ) -> None:
-        self.path = location.file or location.folder
+        self.path = location.folder if location.file is None else location.file.path
         self.name, self.base_name = location.name, location.path
         self.config, self.record, self._store = dict(config), record, store
         self.format: str = QUANT_METHOD

@@ -112,9 +112,10 @@ def _next_commands(model: str, request: FinetuneConfig) -> Text:
     base, adapter = shlex.quote(model), shlex.quote(request.out)
     commands = [f"modulora {name} {base} --adapter {adapter}" for name in ("chat", "evaluate")]
     commands.append(f"modulora merge {base} MERGED --adapter {adapter}")
-    found = locate(model).file_format if names_file(model) else None
-    if found and found.spec.writer and not request.train_scales and not request.lora_file:
-        out = f"ADAPTER{found.spec.file_suffix} --to {found.spec.name}"
+    file = locate(model).file if names_file(model) else None
+    spec = None if file is None else file.format.spec
+    if spec and spec.writer and not request.train_scales and not request.lora_file:
+        out = f"ADAPTER{spec.file_suffix} --to {spec.name}"
         commands.append(f"modulora convert {adapter} {out} --model {base}")
     if (report := Path(request.out) / "report.html").is_file():
         commands.append(f"open {shlex.quote(str(report))} in a browser")

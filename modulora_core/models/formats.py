@@ -6,7 +6,7 @@ layer at a time, and keeps config, tokenizer and dense tensors. A foreign folder
 finetuned, evaluated and merged as it is, and ``modulora convert`` rewrites it.
 
 A format of files that hold a whole model has a ``file_suffix`` in its
-:class:`~modulora_core.spec.FormatSpec`, and is a :class:`FileFormat` whose :class:`ModelFile` has
+:class:`~modulora_core.spec.FormatSpec`, which names a :class:`ModelFile`: an opened file with
 config, tokenizer and tensors. Such a file can be used as a folder can.
 """
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "CheckpointFormat", "FileFormat", "FileTensors", "ForeignWeight", "FormatReader", "FormatSpec",
-    "ModelFile", "PackedTensors", "PartStore", "StoredWeight", "check_tensors", "read_finite",
+    "CheckpointFormat", "ForeignWeight", "FormatReader", "FormatSpec", "ModelFile", "PackedTensors",
+    "PartStore", "StoredWeight", "check_tensors", "read_finite",
 ]  # fmt: skip
 
 Read = Callable[[str], Tensor]
@@ -41,13 +41,13 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ForeignWeight:
-    """One weight of a foreign folder, or a stack of them, whose large tensors aren't read yet."""
+    """One weight in another tool's files, or a stack of them. Large tensors aren't read yet."""
 
     tensors: tuple[str, ...]
     """The names of its tensors in the files. The first dimension of a stack's tensors counts its
     matrices."""
     quantizer: Quantizer
-    """The quantizer that reads it, with the options that the folder implies."""
+    """The quantizer that reads it, with the options that the files imply."""
     layout: PackedLayout
     """The layout of the packed weight that :attr:`unpack` returns."""
     unpack: Callable[[Read], PackedWeight] = field(repr=False)
@@ -194,14 +194,6 @@ def read_finite(read: Read, name: str) -> Tensor:
     return tensor
 
 
-class FileTensors(TensorStore, Protocol):
-    """The tensors of a file, dequantized."""
-
-    @property
-    def transforms(self) -> list[Any] | None:
-        """Transformers' weight transforms for them; None if they have the names in memory."""
-
-
 class PartStore(Protocol):
     """The tensors of packed weights. The first dimension of a stack's tensors counts matrices."""
 
@@ -222,7 +214,10 @@ class PackedTensors:
 
 
 class ModelFile(ABC):
-    """An opened file. Its header is parsed once, when it is opened; values are read on request.
+    """An opened file that holds a whole model. Subclass it, and name it in the plugin's
+    :class:`~modulora_core.spec.FormatSpec`. The spec's ``writer`` names the way back.
+
+    Its header is parsed once, when it is opened; values are read on request.
 
     Attributes:
         config: transformers' config of the model.
@@ -235,17 +230,32 @@ class ModelFile(ABC):
     description: Mapping[str, Any]
 
     @abstractmethod
+    def __init__(self, path: Path) -> None:
+        """Open a file: read and check its header.
+
+        Raises:
+            ModelError: the file holds no model, or transformers can't use it.
+            CheckpointError: the file is truncated or damaged.
+        """
+
+    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. May raise any error for a file that has none."""
 
     @abstractmethod
-    def tensors(self, model: PreTrainedModel) -> FileTensors:
-        """All tensors for ``model``, the model of :attr:`config` on the meta device.
+    def tensors(self, model: PreTrainedModel) -> TensorStore:
+        """All tensors for ``model``, the model of :attr:`config` on the meta device, dequantized.
+
+        They have their names in memory, or names that :meth:`transforms` turns into those.
 
         Raises:
             ModelError: transformers can't use these tensors.
             CheckpointError: they don't fit the config.
         """
+
+    def transforms(self, model: PreTrainedModel) -> list[Any] | None:  # noqa: ARG002
+        """Transformers' weight transforms for :meth:`tensors`. The default is the class's own."""
+        return None
 
     def check_unplaced(self, model: PreTrainedModel, names: Sequence[str]) -> None:  # noqa: B027
         """Refuse tensors that ``model`` has no place for, or warn; the default allows any.
@@ -261,21 +271,4 @@ class ModelFile(ABC):
         Args:
             source: the parameters of the model, whose store is the result of :meth:`tensors`.
             sites: the parameters that may be packed.
-        """
-
-
-class FileFormat(ABC):
-    """A format of files that hold a whole model. Subclass it, and name it in the plugin's
-    :class:`~modulora_core.spec.FormatSpec`. The spec's ``writer`` names the way back."""
-
-    def __init__(self, spec: FormatSpec) -> None:
-        self.spec = spec
-
-    @abstractmethod
-    def open(self, path: Path) -> ModelFile:
-        """Open a file: read and check its header.
-
-        Raises:
-            ModelError: the file holds no model, or transformers can't use it.
-            CheckpointError: the file is truncated or damaged.
         """

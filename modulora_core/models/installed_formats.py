@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from modulora_core import registry
 from modulora_core.errors import DuplicatePluginError, ModelError, OptionError, PluginError
 from modulora_core.hookspecs import PROJECT
-from modulora_core.models.formats import CheckpointFormat, FileFormat, FormatReader, ModelFile
+from modulora_core.models.formats import CheckpointFormat, FormatReader
 from modulora_core.models.json_files import read_json
 from modulora_core.spec import FormatSpec
 
@@ -35,11 +35,6 @@ class InstalledFormat:
         made: Any = registry.import_class(self.entry, location, base)
         return made(self.spec)  # type: ignore[no-any-return]
 
-    def open_file(self, path: Path) -> ModelFile:
-        """Open a file of this format. Raises PluginError, or as :meth:`FileFormat.open`."""
-        # mypy's type[T] takes no abstract class; import_class refuses one
-        return self.create(self.spec.location, FileFormat).open(path)  # type: ignore[type-abstract]
-
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
@@ -51,7 +46,7 @@ class Recognised:
 
     def reader(self) -> FormatReader:
         """The reader of the format. Raises PluginError if the plugin can't be used."""
-        return create(self.spec.name)
+        return create(self.spec.name)  # which refuses a format that two plugins have
 
 
 def specs() -> dict[str, FormatSpec]:

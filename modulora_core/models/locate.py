@@ -20,15 +20,33 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modulora_core.errors import ModelError, first_line, usable_path
+from modulora_core import registry
+from modulora_core.errors import ModelError, RequestError, first_line, usable_path
 from modulora_core.models import installed_formats
 from modulora_core.models.folders import check_links
+from modulora_core.models.formats import ModelFile
 from modulora_core.models.installed_formats import InstalledFormat
 from modulora_core.models.safetensors_store import INDEX, shards_of
 from modulora_core.models.tokenizer import COPIED_FILES
 
 _PACKAGE = "package:"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""``org/name``, or ``name`` of the Hub's oldest models."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A model in one file, and its format with the plugin that reads it."""
+
+    path: Path
+    format: InstalledFormat
+
+    def open(self) -> ModelFile:
+        """Open the file. Raises PluginError, or as :class:`ModelFile`."""
+        entry, spec = self.format.entry, self.format.spec
+        # mypy's type[T] takes no abstract class; import_class refuses one
+        opened = registry.import_class(entry, spec.location, ModelFile)  # type: ignore[type-abstract]
+        return opened(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +59,13 @@ class Location:
         model: MODEL as the user wrote it.
         folder: the folder of the files.
         file: the file in ``folder`` that holds the whole model; None for safetensors.
-        file_format: the format of ``file``, and the plugin that reads it.
         revision: the commit for ``"hub"``, the distribution's version for ``"package"``, else None.
     """
 
     kind: str
     model: str
     folder: Path
-    file: Path | None = None
-    file_format: InstalledFormat | None = None
+    file: FoundFile | None = None
     revision: str | None = None
 
     @property
@@ -59,14 +75,14 @@ class Location:
             return self.model.partition("@")[0]
         if self.kind == "package":
             return self.model
-        return self.folder.resolve().name if self.file is None else self.file.name
+        return self.folder.resolve().name if self.file is None else self.file.path.name
 
     @property
     def path(self) -> str:
         """The folder or the file, or ``package:NAME``; an adapter remembers its base by it."""
         if self.kind == "package":
             return self.model
-        return str(self.folder if self.file is None else self.file.absolute())
+        return str(self.folder if self.file is None else self.file.path.absolute())
 
 
 def names_file(model: str) -> bool:
@@ -116,12 +132,12 @@ def locate(model: str, revision: str | None = None) -> Location:
                 f"{path.name}; training data goes to --data"
             )
         return _in_file(None, model, path)
-    if is_known or not _HUB_ID.fullmatch(name):
+    if is_known or not HUB_ID.fullmatch(name):
         raise ModelError(
             f"model {model}: no such file or folder, and it doesn't look like a Hub id (org/name)"
         )
     small_files = ["config.json", INDEX, *installed_formats.config_files(), *COPIED_FILES]
-    folder = _download(name, revision, small_files)
+    folder = download(name, revision, small_files)
     check_links(folder)
     return Location("hub", model, folder, revision=folder.name)
 
@@ -163,9 +179,8 @@ def _in_file(kind: str | None, model: str, path: Path, revision: str | None = No
     found = installed_formats.file_format(path)
     if found is None:
         raise ModelError(f"model {model}: {installed_formats.unread_file(path)}")
-    return Location(
-        kind or found.spec.file_suffix[1:], model, path.parent, path, found, revision=revision
-    )
+    kind, file = kind or found.spec.file_suffix[1:], FoundFile(path, found)
+    return Location(kind, model, path.parent, file, revision)
 
 
 def fetch_weights(location: Location) -> Location:
@@ -182,18 +197,40 @@ def fetch_weights(location: Location) -> Location:
     names = shards_of(location.folder)
     if all((location.folder / name).is_file() for name in names):
         return location
-    return replace(location, folder=_download(location.name, location.revision, names))
+    return replace(location, folder=download(location.name, location.revision, names))
 
 
-def _download(model: str, revision: str | None, names: list[str]) -> Path:
+def download(
+    name: str,
+    revision: str | None,
+    files: list[str],
+    *,
+    subject: str = "model",
+    error: type[RequestError] = ModelError,
+) -> Path:
+    """Download ``files`` of a Hub repository; the ones that it lacks are left out.
+
+    Args:
+        name: ``org/name``.
+        revision: a branch, tag or commit; by default the main branch.
+        files: names or patterns of names.
+        subject: ``"model"`` or ``"adapter"``, for the message.
+        error: the class of the error.
+
+    Returns:
+        the folder of the files, in the Hub's cache.
+
+    Raises:
+        error: the Hub has no such repository, or can't be reached.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=names))
-    except Exception as error:  # of the Hub's client, of its HTTP library, of the system
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    except Exception as cause:  # of the Hub's client, of its HTTP library, of the system
         at = f" at revision {revision}" if revision else ""
-        raise ModelError(
-            f"model {model}: no such folder here, and the Hugging Face Hub{at} didn't give it "
-            f"({type(error).__name__}: {first_line(error)}); check the name, log in with "
+        raise error(
+            f"{subject} {name}: no such folder here, and the Hugging Face Hub{at} didn't give it "
+            f"({type(cause).__name__}: {first_line(cause)}); check the name, log in with "
             "`hf auth login` if it is private or gated, or give a folder"
-        ) from error
+        ) from cause

@@ -14,7 +14,7 @@ from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models import tokenizer
 from modulora_core.models.config import read_config
 from modulora_core.models.formats import ModelFile
-from modulora_core.models.locate import Location, fetch_weights, locate
+from modulora_core.models.locate import FoundFile, Location, fetch_weights, locate
 from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.models.skeleton import PACK_IN_PYTHON, build_skeleton, untied
 from modulora_core.models.store import TensorStore
@@ -120,7 +120,7 @@ def open_dense(model: str | Location, *, revision: str | None = None) -> ModelSo
     location = model if isinstance(model, Location) else locate(model, revision)
     with quiet():
         if location.file is not None:
-            return _open_file(location)
+            return _open_file(location, location.file)
         config, values = read_config(location.folder)
         location = fetch_weights(location)
         source = source_with(location, config, values, SafetensorsStore(location.folder))
@@ -184,15 +184,11 @@ def source_with(
     return ModelSource(location, store, skeleton, dtype, described)
 
 
-def _open_file(location: Location) -> ModelSource:
-    assert location.file is not None
-    assert location.file_format is not None
-    file = location.file_format.open_file(location.file)
+def _open_file(location: Location, found: FoundFile) -> ModelSource:
+    file = found.open()
     model = build_skeleton(file.config, file.dtype)
-    store = file.tensors(model)
-    source = ModelSource(
-        location, store, model, file.dtype, file.description, store.transforms, file
-    )
+    store, transforms = file.tensors(model), file.transforms(model)
+    source = ModelSource(location, store, model, file.dtype, file.description, transforms, file)
     file.check_unplaced(model, source.unplaced)
     return source
 

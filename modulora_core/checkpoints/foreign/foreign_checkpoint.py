@@ -87,9 +87,9 @@ def packed_in_file(source: ModelSource) -> ForeignCheckpoint | None:
     Raises:
         CheckpointError: tensors that don't fit the model.
     """
-    file, known = source.file, source.location.file_format
-    assert file is not None
-    assert known is not None
+    file, found = source.file, source.location.file
+    if file is None or found is None:
+        return None
     with quiet():
         source.check_whole()
         sites = [*find_sites(source.outline, include=["*"]).linears]
@@ -103,7 +103,7 @@ def packed_in_file(source: ModelSource) -> ForeignCheckpoint | None:
         }
         if not placed:
             return None
-        return ForeignCheckpoint(source, packed.store, placed, known.spec.name)
+        return ForeignCheckpoint(source, packed.store, placed, found.format.spec.name)
 
 
 class ForeignStore:

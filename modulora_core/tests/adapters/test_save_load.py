@@ -350,7 +350,7 @@ def test_an_adapter_from_the_hub_comes_with_its_scales(
     ("path", "message"),
     [
         ("./no/such/adapter", "expected a folder or a Hub id"),
-        ("org/none", "Hub did not provide it"),
+        ("org/none", "Hub didn't give it"),
         (f"{Path(__file__).parent}@main", "expected a folder or a Hub id"),
     ],
 )

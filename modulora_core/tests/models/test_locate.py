@@ -40,12 +40,9 @@ def test_a_folder_or_a_file_is_found(tmp_path: Path) -> None:
     )
     (tmp_path / "a.single").touch()
     found = locate(str(tmp_path / "a.single"))
-    assert (found.kind, found.folder, found.file, found.name) == (
-        "single",
-        tmp_path,
-        tmp_path / "a.single",
-        "a.single",
-    )
+    assert found.file is not None
+    assert found.file.path == tmp_path / "a.single"
+    assert (found.kind, found.folder, found.name) == ("single", tmp_path, "a.single")
 
 
 @pytest.mark.usefixtures("toy")
@@ -60,7 +57,8 @@ def test_a_file_without_suffix_is_known_by_its_first_bytes(
     known = replace(single, spec=single.spec.model_copy(update={"file_magic": "TOY1"}))
     monkeypatch.setattr(installed_formats, "installed", lambda: iter([known]))
     found = locate(str(path))
-    assert (found.kind, found.file) == ("single", path)
+    assert found.file is not None
+    assert (found.kind, found.file.path) == ("single", path)
     path.write_bytes(b"TOY")
     with pytest.raises(ModelError, match="got the file sha256-12ab"):
         locate(str(path))
@@ -97,7 +95,8 @@ def test_a_package_is_found_without_being_imported(package: Path) -> None:
     (package / "data" / "tiny.single").touch()
     found = locate("package:tiny-language-model")
     tiny = package / "data" / "tiny.single"
-    assert (found.kind, found.file, found.revision) == ("package", tiny, None)
+    assert found.file is not None
+    assert (found.kind, found.file.path, found.revision) == ("package", tiny, None)
     assert "tiny_language_model" not in sys.modules
 
 

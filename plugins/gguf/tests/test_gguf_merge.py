@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from modulora_gguf import SPEC
 from modulora_gguf.file import header
-from modulora_gguf.file.header import read_header
-from modulora_gguf.file.merging import merge_to_gguf
+from modulora_gguf.file.merging import LlamaCppWriter
+from modulora_gguf.file.model_header import read_header
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +23,8 @@ from modulora_core.inference.opened import open_to_run
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import logits
 from modulora_core.tests.tiny_models import tiny_config
+
+write_merged = LlamaCppWriter(SPEC.formats[0]).merge
 
 Adapted = Callable[..., torch.nn.Module]
 
@@ -39,7 +42,7 @@ def test_the_file_has_the_logits_of_the_adapter(
     path = write_tiny_gguf(architecture, tmp_path / "base.gguf", "Q8_0")
     model = adapted(path, tmp_path / "adapter", std=0.1)
     adapter, out = str(tmp_path / "adapter"), tmp_path / "merged.gguf"
-    merged = merge_to_gguf(str(path), out, adapter=adapter, type="F32")
+    merged = write_merged(str(path), out, adapter=adapter, type="F32")
     assert_close(logits(open_to_run(str(out)).load()), logits(model))
     assert min(merged.retained.values()) == pytest.approx(1, abs=1e-5)
     base, written = read_header(path), read_header(out)
@@ -67,7 +70,7 @@ def test_merging_into_the_own_file_parses_its_header_once(
         return parse(parser)
 
     monkeypatch.setattr(header._Parser, "header", counted)
-    merge_to_gguf(str(path), tmp_path / "merged.gguf", adapter=str(tmp_path / "adapter"))
+    write_merged(str(path), tmp_path / "merged.gguf", adapter=str(tmp_path / "adapter"))
     assert files == ["parsed"]
 
 
@@ -81,10 +84,10 @@ def test_a_folder_takes_metadata_from_a_file_of_the_same_model(
     model = adapted(packed, tmp_path / "adapter", std=0.1)
     other = write_tiny_gguf("llama", tmp_path / "other.gguf", "Q8_0")
     with pytest.raises(ModelError, match=r"other\.gguf has no tensor of it"):
-        merge_to_gguf(str(packed), out, base=str(other))
+        write_merged(str(packed), out, base=str(other))
     assert not list(tmp_path.glob("*.partial"))
     adapter = str(tmp_path / "adapter")
-    merged = merge_to_gguf(str(packed), out, adapter=adapter, base=str(path), type="F32")
+    merged = write_merged(str(packed), out, adapter=adapter, base=str(path), type="F32")
     assert_close(logits(open_to_run(str(out)).load()), logits(model))
     assert merged.types == {"F32": len(read_header(path).tensors)}
 
@@ -97,9 +100,9 @@ def test_a_folder_without_a_file_of_its_model_asks_for_one(tmp_path: Path) -> No
     with pytest.raises(
         OptionError, match=r"packed: expected a GGUF file .*, got none; .*--base FI"
     ):
-        merge_to_gguf(str(tmp_path / "packed"), tmp_path / "merged.gguf")
+        write_merged(str(tmp_path / "packed"), tmp_path / "merged.gguf")
     with pytest.raises(ModelError, match=r"expected a GGUF file of the same model, got a folder"):
-        merge_to_gguf(
+        write_merged(
             str(tmp_path / "packed"), tmp_path / "merged.gguf", base=str(tmp_path / "source")
         )
 
@@ -110,11 +113,11 @@ def test_requantizing_to_the_grid_of_the_base_erases_a_small_update(
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q4_0")
     adapted(path, tmp_path / "adapter", std=2e-3)
     adapter = str(tmp_path / "adapter")
-    lost = merge_to_gguf(str(path), tmp_path / "lost.gguf", adapter=adapter, type="Q4_0")
+    lost = write_merged(str(path), tmp_path / "lost.gguf", adapter=adapter, type="Q4_0")
     assert lost.erased
     assert "erases more than half of the update" in caplog.text
     caplog.clear()
-    kept = merge_to_gguf(str(path), tmp_path / "kept.gguf", adapter=adapter, type="F16")
+    kept = write_merged(str(path), tmp_path / "kept.gguf", adapter=adapter, type="F16")
     assert not kept.erased
     assert not caplog.text
 
@@ -123,7 +126,7 @@ def test_rows_that_a_type_cannot_hold_get_another_type(tmp_path: Path, adapted: 
     """As llama.cpp does: 256 divides no row here."""
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     adapted(path, tmp_path / "adapter")
-    merged = merge_to_gguf(
+    merged = write_merged(
         str(path), tmp_path / "merged.gguf", adapter=str(tmp_path / "adapter"), type="Q4_K"
     )
     assert merged.types == {"Q5_0": 14, "F32": 5, "Q8_0": 2}
@@ -133,9 +136,9 @@ def test_rows_that_a_type_cannot_hold_get_another_type(tmp_path: Path, adapted: 
 def test_requests_are_refused_before_work(tmp_path: Path) -> None:
     path = str(write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0"))
     with pytest.raises(OptionError, match=r"type: expected one of Q4_0, .* got 'IQ2_S'"):
-        merge_to_gguf(path, tmp_path / "out.gguf", type="IQ2_S")
+        write_merged(path, tmp_path / "out.gguf", type="IQ2_S")
     with pytest.raises(OutputError, match="expected a new file called"):
-        merge_to_gguf(path, path)
+        write_merged(path, path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base.gguf"]
 
 

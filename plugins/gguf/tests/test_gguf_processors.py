@@ -10,7 +10,7 @@ import gguf
 import pytest
 import torch
 from modulora_gguf.file.config import gguf_config
-from modulora_gguf.file.header import read_header
+from modulora_gguf.file.model_header import read_header
 from transformers import AutoModelForCausalLM, FalconConfig, GptOssConfig, PreTrainedConfig
 
 from modulora_core.errors import ModelError
@@ -99,7 +99,7 @@ def test_values_and_logits_are_the_models(config: PreTrainedConfig, tmp_path: Pa
 
 
 def config_of(path: Path) -> Any:
-    return gguf_config(path, read_header(path))[0]
+    return gguf_config(read_header(path))[0]
 
 
 def test_groups_of_falcon_must_divide_the_heads(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from modulora_gguf.file.config import gguf_config, set_rope
-from modulora_gguf.file.header import read_header
+from modulora_gguf.file.model_header import read_header
 from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 from transformers import LlamaConfig, Phi3Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -32,7 +32,7 @@ def config_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 values = torch.tensor(factors[info.name]).numpy().tobytes()
                 data[info.offset : info.offset + len(values)] = values
         path.write_bytes(bytes(data))
-        return gguf_config(path, read_header(path))[0]
+        return gguf_config(read_header(path))[0]
 
     return make
 
@@ -82,7 +82,7 @@ def test_a_wrong_field_is_refused(config_of: Any, field: str, value: Any, messag
 
 def test_a_part_of_a_head_is_rotated_if_the_architecture_can() -> None:
     field = {"x.rope.dimension_count": SimpleNamespace(value=4)}
-    header: Any = SimpleNamespace(text=lambda _: "x", fields=field, tensors=())
+    header: Any = SimpleNamespace(architecture="x", fields=field, tensors=())
     config = Phi3Config(hidden_size=32, num_attention_heads=4)
     set_rope(config, header)
     assert config.rope_parameters["partial_rotary_factor"] == 0.5

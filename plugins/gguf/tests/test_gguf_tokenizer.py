@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 import pytest
-from modulora_gguf.file.header import read_header
+from modulora_gguf.file.model_header import read_header
 from modulora_gguf.file.splits import pre_tokenizer
 from modulora_gguf.file.tokenizer import load_tokenizer
 from modulora_gguf.tests.vocabularies import (
@@ -40,7 +40,7 @@ def imitated(
     """A vocabulary like a model's, and our tokenizer of it."""
     like = IMITATIONS[request.param]
     path = write_vocabulary(tmp_path_factory.mktemp("vocabulary") / "v.gguf", like)
-    return like, load_tokenizer(path, read_header(path))
+    return like, load_tokenizer(read_header(path))
 
 
 def test_each_token_has_its_id_and_none_is_added(imitated: tuple[Imitation, Any]) -> None:
@@ -102,7 +102,7 @@ def test_a_written_tokenizer_has_the_same_ids(
 )
 def test_answers_end_at_every_end_token(name: str, ends: list[str], tmp_path: Path) -> None:
     path = write_vocabulary(tmp_path / "v.gguf", IMITATIONS[name])
-    tokenizer = load_tokenizer(path, read_header(path))
+    tokenizer = load_tokenizer(read_header(path))
     assert tokenizer.convert_ids_to_tokens(stop_ids(tokenizer)) == ends
 
 
@@ -127,7 +127,7 @@ def test_chats_are_trained_with_the_ids_of_their_text(imitated: tuple[Imitation,
 def test_phi_3_strips_the_space_behind_special_tokens(tmp_path: Path) -> None:
     like = IMITATIONS["phi-3-by-its-name"]
     path = write_vocabulary(tmp_path / "v.gguf", like)
-    tokenizer = load_tokenizer(path, read_header(path))
+    tokenizer = load_tokenizer(read_header(path))
     ids = tokenizer("<|user|>\nHi<|end|>\n<|assistant|>\n").input_ids
     assert ids == tokenizer("<|user|>Hi<|end|><|assistant|>").input_ids
     kept = tokenizer("<|endoftext|> x").input_ids
@@ -140,7 +140,7 @@ def test_absent_fields_have_the_values_of_llama_cpp(tmp_path: Path) -> None:
         like = IMITATIONS[name]
         bare = Imitation(like.model, like.pre, (), (), None, None, "", "")
         path = write_vocabulary(tmp_path / f"{name}.gguf", bare)
-        tokenizer = load_tokenizer(path, read_header(path))
+        tokenizer = load_tokenizer(read_header(path))
         assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token] == named
         assert tokenizer.add_bos_token == (named[0] is not None)
 
@@ -156,7 +156,7 @@ def test_an_id_beyond_the_vocabulary_counts_as_none(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    tokenizer = load_tokenizer(path, read_header(path))
+    tokenizer = load_tokenizer(read_header(path))
     assert tokenizer.pad_token is None
     assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["a", "[EMPTY_1]", "b"]
 
@@ -199,14 +199,14 @@ def test_llama_3_has_whole_words_and_a_first_token(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert load_tokenizer(path, read_header(path))("abc").input_ids == [4, 3]
+    assert load_tokenizer(read_header(path))("abc").input_ids == [4, 3]
 
 
 @pytest.mark.parametrize("model", ["t5", "bert", "rwkv"])
 def test_another_kind_of_vocabulary_is_refused(model: str, tmp_path: Path) -> None:
     path = write_vocabulary(tmp_path / "v.gguf", Imitation(model, "", (), (), None, None, "", ""))
     with pytest.raises(ModelError, match=f"tokenizer.ggml.model: expected gpt2 .*, got '{model}'"):
-        load_tokenizer(path, read_header(path))
+        load_tokenizer(read_header(path))
 
 
 @pytest.mark.parametrize(
@@ -234,4 +234,4 @@ def test_a_damaged_vocabulary_is_refused(
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(ModelError, match=message):
-        load_tokenizer(path, read_header(path))
+        load_tokenizer(read_header(path))

@@ -22,7 +22,7 @@ CRUDE_3 = FormatSpec(
 SINGLE = FormatSpec(
     name="single",
     summary="a whole model in one file",
-    location="modulora_toy.single:Single",
+    location="modulora_toy.single:SingleFile",
     file_suffix=".single",
     writer="modulora_toy.single:SingleWriter",
 )

@@ -18,14 +18,9 @@ from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.checkpoints.loading import open_packed
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import new_file
-from modulora_core.models.formats import FileFormat, ForeignWeight, ModelFile, PackedTensors
+from modulora_core.models.formats import ForeignWeight, ModelFile, PackedTensors
 from modulora_core.models.store import StoredTensor
 from modulora_toy.quantizer import Toy
-
-
-class Single(FileFormat):
-    def open(self, path):
-        return SingleFile(path)
 
 
 class SingleFile(ModelFile):
@@ -50,7 +45,7 @@ class SingleFile(ModelFile):
 
     def packed(self, source, sites):
         weights = {site.name: self.weight(site.name) for site in sites if self.is_packed(site.name)}
-        return PackedTensors(weights, Parts(self.path, self.shapes))
+        return PackedTensors(weights, Parts(self.path))
 
     def is_packed(self, name):
         return f"{name}.codes" in self.shapes
@@ -67,12 +62,8 @@ class SingleFile(ModelFile):
 class Parts:
     """The tensors as they are in the file."""
 
-    def __init__(self, path, shapes):
+    def __init__(self, path):
         self.path = path
-        self.tensors = {
-            name: StoredTensor(shape, torch.float32, "F32", 0, path.name)
-            for name, shape in shapes.items()
-        }
 
     def read(self, name):
         with safe_open(self.path, "pt") as file:
@@ -85,11 +76,14 @@ class Parts:
 class Dense(Parts):
     """The tensors by their names in memory; codes are multiplied out."""
 
-    transforms = None
-
     def __init__(self, path, shapes, toy):
+        super().__init__(path)
         names = {name.removesuffix(".codes"): shape for name, shape in shapes.items()}
-        super().__init__(path, {n: s for n, s in names.items() if not n.endswith(".scale")})
+        self.tensors = {
+            name: StoredTensor(shape, torch.float32, "F32", 0, path.name)
+            for name, shape in names.items()
+            if not name.endswith(".scale")
+        }
         self.packed = {name for name in names if f"{name}.codes" in shapes}
 
     def read(self, name):

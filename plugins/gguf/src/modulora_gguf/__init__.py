@@ -20,10 +20,10 @@ SPEC = QuantizerSpec(
         FormatSpec(
             name="gguf",
             summary="a model in a GGUF file, as llama.cpp has it; `merge` writes one",
-            location="modulora_gguf.formats:GGUFFormat",
+            location="modulora_gguf.formats:GGUFModel",
             file_suffix=".gguf",
             file_magic="GGUF",
-            writer="modulora_gguf.formats:GGUFWriter",
+            writer="modulora_gguf.file.merging:LlamaCppWriter",
         ),
     ),
     # by `modulora conformance gguf --measure`

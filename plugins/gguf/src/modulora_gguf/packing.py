@@ -42,7 +42,7 @@ def _bits(bits: Tensor) -> Tensor:
 
 
 def _with_offset(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """D ``[n, 1]`` and codes from 0 to ``levels - 1``: x ≈ d (code - levels / 2)."""
+    """The d ``[n, 1]``, and codes from 0 to ``levels - 1``: x ≈ d (code - levels / 2)."""
     magnitude = x.abs()
     is_largest = magnitude == magnitude.amax(1, keepdim=True)
     columns = torch.arange(x.shape[1], device=x.device)
@@ -52,7 +52,7 @@ def _with_offset(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_minimum(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """D and m, ``[n, 1]``, and codes from 0 to ``levels - 1``: x ≈ d code + m."""
+    """The d and m, ``[n, 1]``, and codes from 0 to ``levels - 1``: x ≈ d code + m."""
     low = x.amin(1, keepdim=True)
     d = (x.amax(1, keepdim=True) - low) / (levels - 1)
     return d, low, ((x - low) * _reciprocal(d) + 0.5).clamp(0, levels - 1).trunc()
@@ -96,7 +96,7 @@ def _keep_better(best: list[Tensor], error: Tensor, *values: Tensor) -> None:
 
 
 def _affine(x: Tensor, w: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """S and m ≥ 0, ``[n, parts, 1]``, that make Σ w (x - (s code - m))² small in each part.
+    """The s and m ≥ 0, ``[n, parts, 1]``, that make Σ w (x - (s code - m))² small in each part.
 
     The third result is Σ w code²: by so much the error grows with the square of an error of s.
     """
@@ -120,7 +120,7 @@ def _affine(x: Tensor, w: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _on_grid(values: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """D ``[n, 1]`` and codes up to ``top`` of ``values`` ≥ 0, ``[n, parts]``, for a small
+    """The d ``[n, 1]``, and codes up to ``top`` of ``values`` ≥ 0, ``[n, parts]``, for a small
     Σ weights (values - d code)². The largest value gets another code in each trial."""
     largest = values.amax(1, keepdim=True)
     best = [torch.full_like(largest, torch.inf), largest / top, torch.zeros_like(values)]
@@ -134,7 +134,7 @@ def _on_grid(values: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tensor]
 
 
 def q4_k(x: Tensor, w: Tensor) -> Tensor:
-    """X ≈ d sc q - dmin m, in 8 parts of 32."""
+    """Blocks with x ≈ d sc q - dmin m, in 8 parts of 32."""
     parts, weights = x.view(-1, 8, 32), w.view(-1, 8, 32)
     s, m, of_s = (value[:, :, 0] for value in _affine(parts, weights, 16))  # [n, 8]
     d, sc = _on_grid(s, of_s, 63)
@@ -148,7 +148,7 @@ def q4_k(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _symmetric(x: Tensor, w: Tensor) -> Tensor:
-    """s, ``[n, parts, 1]``, that makes Σ w (x - s code)² small, for codes from -32 to 31."""
+    """The s, ``[n, parts, 1]``, that makes Σ w (x - s code)² small, for codes from -32 to 31."""
     at = x.abs().argmax(2, keepdim=True)
     largest = x.gather(2, at)
     best = [torch.full_like(largest, torch.inf), torch.zeros_like(largest)]
@@ -162,7 +162,7 @@ def _symmetric(x: Tensor, w: Tensor) -> Tensor:
 
 
 def q6_k(x: Tensor, w: Tensor) -> Tensor:
-    """X ≈ d sc q, in 16 parts of 16."""
+    """Blocks with x ≈ d sc q, in 16 parts of 16."""
     parts = x.view(-1, 16, 16)
     s = _symmetric(parts, w.view(-1, 16, 16))[:, :, 0]  # [n, 16]
     d = half(_half(s.gather(1, s.abs().argmax(1, keepdim=True)) / -128))

@@ -77,16 +77,16 @@ class GGUF(KernelQuantizer):
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Raises ShapeError: the type's blocks do not divide the rows, or it is only read."""
         super().check_shape(shape)
-        kind = self.options.type
-        weights, _ = reference.block_of(kind)
+        type = self.options.type
+        weights, _ = reference.block_of(type)
         if shape[1] % weights:
             raise ShapeError(
-                f"{SPEC.name}: type {kind}: in_features {shape[1]} is not a multiple of {weights}"
+                f"{SPEC.name}: type {type}: in_features {shape[1]} is not a multiple of {weights}"
             )
-        if kind not in packing.QUANTIZE:
+        if type not in packing.QUANTIZE:
             raise ShapeError(
                 f"{SPEC.name}: expected a type that weights are packed to "
-                f"({', '.join(packing.QUANTIZE)}), got {kind}, which is only read"
+                f"({', '.join(packing.QUANTIZE)}), got {type}, which is only read"
             )
 
     def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:
@@ -127,19 +127,19 @@ class GGUF(KernelQuantizer):
         return reference.tile(packed, rows)
 
 
-def _check_range(weight: Tensor, kind: Type) -> None:
+def _check_range(weight: Tensor, type: Type) -> None:
     """Refuse values whose scales fp16 can't hold, or holds with less than five bits."""
-    low, high = packing.STEPS[kind] * 2.0**-20, 65504.0
+    low, high = packing.STEPS[type] * 2.0**-20, 65504.0
     largest = max(map(abs, map(float, weight.detach().aminmax()))) if weight.numel() else 0.0
     if largest != 0 and not low <= largest < high:
         raise WeightError(
-            f"{SPEC.name}: type {kind}: expected finite weights with a largest magnitude from "
+            f"{SPEC.name}: type {type}: expected finite weights with a largest magnitude from "
             f"{low:.1g} to {high:g}, which fp16 scales can hold, got {largest:g} in a weight of "
             f"shape {list(weight.shape)}"
         )
 
 
-def check_scales(blocks: Tensor, kind: str, subject: str) -> None:
+def check_scales(blocks: Tensor, type: str, subject: str) -> None:
     """Refuse ``blocks``, uint8 ``[rows, row bytes]``, with a scale that is NaN or infinite.
 
     Raises:
@@ -147,24 +147,24 @@ def check_scales(blocks: Tensor, kind: str, subject: str) -> None:
     """
     if blocks.is_meta or not blocks.numel():
         return
-    if bool(damaged(blocks, kind).any()):
+    if bool(damaged(blocks, type).any()):
         raise CheckpointError(
             f"{subject}: expected finite scales of blocks, got NaN or Inf; download the file again"
         )
 
 
-def damaged(blocks: Tensor, kind: str) -> Any:
+def damaged(blocks: Tensor, type: str) -> Any:
     """Whether a scale is NaN or infinite, for each block of uint8 ``[rows, row bytes]``; on a CPU
     an array of NumPy, else a tensor.
 
     A number of BF16 is a scale of its own.
     """
-    if kind == "BF16":
+    if type == "BF16":
         return (blocks.contiguous().view(torch.int16) & 0x7F80) == 0x7F80
-    b: Any = blocks.reshape(-1, reference.block_of(kind)[1])
+    b: Any = blocks.reshape(-1, reference.block_of(type)[1])
     if b.device.type == "cpu":
         b = b.numpy()  # takes bytes out of blocks in half of torch's time
-    if kind == "IQ1_M":  # four words hold four bits of d each
+    if type == "IQ1_M":  # four words hold four bits of d each
         return ((b[:, 55] & 0x70) == 0x70) & ((b[:, 53] & 0xC0) == 0xC0)
-    found = [(b[:, at] & mask) == mask for at, mask in _SCALES.get(kind, _FIRST).items()]
+    found = [(b[:, at] & mask) == mask for at, mask in _SCALES.get(type, _FIRST).items()]
     return reduce(or_, found)

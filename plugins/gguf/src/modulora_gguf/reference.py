@@ -92,7 +92,7 @@ def q3_k(b: Tensor) -> Tensor:
 
 
 def scales_of_k(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Sc and m of Q4_K and Q5_K, fp32 ``[n, 8]``, from 12 bytes of 6 bits each."""
+    """The sc and m of Q4_K and Q5_K, fp32 ``[n, 8]``, from 12 bytes of 6 bits each."""
     low, mins, high = split(scales, 4, 4, 4)
     sc = torch.cat([low & 63, (high & 15) | (low >> 2 & 48)], dim=1)
     m = torch.cat([mins & 63, (high >> 4) | (mins >> 2 & 48)], dim=1)

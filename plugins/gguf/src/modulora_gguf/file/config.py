@@ -1,7 +1,4 @@
-"""The config that transformers makes of a GGUF file's metadata.
-
-Its tables are semi-private, so every use is in this file and in ``store.py``.
-"""
+"""Make the config of a GGUF file's model, by transformers' tables and the file's metadata."""
 
 from __future__ import annotations
 
@@ -11,8 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError, full_disk_named
-from modulora_gguf.file.header import Header, without_vocabulary
-from modulora_gguf.file.store import MIXTRAL, GGUFTensor
+from modulora_gguf.file.header import Header
+from modulora_gguf.file.store import MIXTRAL
+from modulora_gguf.file.tensors import FileTensor
+from modulora_gguf.file.writer import without_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -53,18 +52,18 @@ _FOR_ALL, _SHORT, _LONG = (
 """Tensors of factors of the rotary frequencies."""
 
 
-def gguf_config(path: Path, header: Header) -> tuple[PretrainedConfig, dict[str, Any]]:
+def gguf_config(header: Header) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The config that transformers makes of the header, and its fields. Raises ModelError."""
     from transformers import AutoConfig, PretrainedConfig
 
-    _check_layers(path, header)
-    quick = header.text("general.architecture") in _read_quickly()
+    _check_layers(header)
+    quick = header.architecture in _read_quickly()
     with TemporaryDirectory() as folder:
-        light = path
+        light = header.path
         if not quick:
-            light = Path(folder) / path.name
+            light = Path(folder) / header.path.name
             with full_disk_named(light.parent):
-                without_vocabulary(path, header, light)
+                without_vocabulary(header, light)
         try:
             _check_architecture(header)
             values, _ = PretrainedConfig.get_config_dict(light.parent, gguf_file=light.name)
@@ -80,27 +79,27 @@ def gguf_config(path: Path, header: Header) -> tuple[PretrainedConfig, dict[str,
                 set_rope(config, header)
         except Exception as error:
             # KeyError of a missing field, ValueError of an unknown architecture, ...
-            known = ", ".join(sorted(_architectures() - {header.text("general.architecture", "")}))
+            known = ", ".join(sorted(_architectures() - {header.architecture}))
             raise ModelError(
-                f"{path}: transformers can't read this GGUF file ({error}); it reads {known}; give "
-                "the safetensors of this model"
+                f"{header.path}: transformers can't read this GGUF file ({error}); it reads "
+                f"{known}; give the safetensors of this model"
             ) from error
     return config, values
 
 
-def _check_layers(path: Path, header: Header) -> None:
+def _check_layers(header: Header) -> None:
     """Refuse more layers than tensors: building so many modules would not end."""
-    field = header.fields.get(f"{header.text('general.architecture')}.block_count")
+    field = header.fields.get(f"{header.architecture}.block_count")
     if field is None or (type(field.value) is int and 0 < field.value <= len(header.tensors)):
         return
     raise ModelError(
-        f"{path}: block_count: expected a number of layers from 1 to the number of tensors, "
+        f"{header.path}: block_count: expected a number of layers from 1 to the number of tensors, "
         f"{len(header.tensors)}, got {field.value!r:.80}"
     )
 
 
 def _check_architecture(header: Header) -> None:
-    if reason := _REFUSED.get(header.text("general.architecture")):
+    if reason := _REFUSED.get(header.architecture):
         raise ModelError(reason)
     norms = header.fields.get("mamba.ssm.dt_b_c_rms")
     if norms is not None and norms.value:
@@ -117,7 +116,7 @@ def _set_mixtral(values: dict[str, Any], header: Header) -> None:
 
 def _set_left_out(config: PretrainedConfig, values: dict[str, Any], header: Header) -> None:
     """Set the sizes that transformers leaves at the default of the config's class."""
-    architecture = header.text("general.architecture")
+    architecture = header.architecture
     for key, name in _LEFT_OUT.items():
         field = header.fields.get(f"{architecture}.{key}")
         if field is not None and name not in values and hasattr(config, name):
@@ -179,7 +178,7 @@ def set_rope(config: Any, header: Header) -> None:
     if not rope:
         return
     rope = rope.get("full_attention", rope)  # Gemma 3 has another one for its windows
-    architecture = header.text("general.architecture")
+    architecture = header.architecture
 
     def field(name: str, default: Any = None) -> Any:
         found = header.fields.get(f"{architecture}.rope.{name}")
@@ -222,7 +221,7 @@ def _factors(header: Header, count: int) -> dict[str, list[float]]:
     for name, info in found.items():
         if info.shape != (count,):
             raise ModelError(f"{name}: expected {count} factors, got the shape {list(info.shape)}")
-        factors[name] = GGUFTensor(info).read(as_stored=False).tolist()
+        factors[name] = FileTensor(info).read(as_stored=False).tolist()
     if _FOR_ALL in factors:
         return dict.fromkeys((_SHORT, _LONG), factors[_FOR_ALL])
     if len(factors) == 1:

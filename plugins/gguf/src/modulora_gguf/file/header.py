@@ -7,9 +7,6 @@
     each tensor    name, dims, type, offset      dims from the last to the first
     data           begins at the next multiple of general.alignment
 
-llama.cpp splits a large model into files ``NAME-00001-of-00003.gguf``, ... Each has a header of its
-own tensors, and the first one has the metadata.
-
 The ``gguf`` package makes two arrays of every token of a vocabulary, which takes seconds. This
 parser walks over them, and checks every count and place against the size of the file.
 """
@@ -19,10 +16,9 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import mmap
-import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,14 +29,13 @@ STRING, ARRAY = 8, 9
 SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
-_MAX_DIMS, _MAX_PARTS = 4, 99_999
+_MAX_DIMS = 4
 _REMOVED = frozenset((4, 5, 31, 32, 33, 36, 37, 38))
 """Numbers of types that llama.cpp had, such as Q4_2 and Q4_0_4_4."""
 
 _MOST_TYPES = 256
 """A larger number isn't a newer type: the file is damaged."""
 
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 _MOST_FIELDS, _MOST_TENSORS = 4096, 100_000
 _MOST_TOKENS = 2**19
 """The longest array of a vocabulary; Gemma 3 has 262,144 tokens, and 514,906 merges."""
@@ -74,27 +69,35 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor: ``kind`` is its type's name, ``shape`` is in torch's order, ``offset`` is of its
-    first byte in the file ``path``."""
+    """A tensor: ``type`` has llama.cpp's name (``"Q4_1"``), ``shape`` is in torch's order, and
+    ``offset`` is of the first byte in the file ``path``."""
 
     path: Path
     name: str
-    kind: str
+    type: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of a file; ``data`` is the offset of the first tensor's data. A split model
-    has the tensors of all its files."""
+    """The header of the file ``path``. A split model has the tensors of all its files."""
 
+    path: Path
     version: int
     fields: Mapping[str, Field]
     tensors: tuple[TensorInfo, ...]
     alignment: int
-    data: int
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the model's class. Raises CheckpointError if there is none."""
+        return self.text("general.architecture")
 
     def text(self, name: str, default: str | None = None) -> str:
         """A field that must be a string. Raises CheckpointError."""
@@ -107,50 +110,13 @@ class Header:
         return field.value
 
 
-def read_header(path: Path) -> Header:
-    """Parse the header of ``path``, and of the other parts of a split model, which lie beside it.
+def read_part(path: Path) -> Header:
+    """Parse the header of one file.
 
     Raises:
-        CheckpointError: it isn't a GGUF file, or it is truncated or damaged, or a part is missing.
+        CheckpointError: it isn't a GGUF file, or it is truncated or damaged.
         ModelError: a tensor has a type that the installed gguf package doesn't know.
     """
-    first = _read_part(path)
-    number, count = _number_and_count(path, first)
-    if count in (0, 1):
-        return first
-    name = _PART.fullmatch(path.name)
-    if name is None or number != 0 or (int(name[2]), int(name[3])) != (1, count):
-        raise CheckpointError(
-            f"{path}: expected the first of {count} parts, NAME-00001-of-{count:05d}.gguf, got "
-            f"part {number + 1} in a file of this name"
-        )
-    tensors = list(first.tensors)
-    for i in range(1, count):
-        other = path.with_name(f"{name[1]}-{i + 1:05d}-of-{count:05d}.gguf")
-        if not other.is_file():
-            raise CheckpointError(
-                f"{path}: expected all its {count} parts in this folder, got no {other.name}; "
-                "download it too"
-            )
-        part = _read_part(other)
-        if _number_and_count(other, part) != (i, count):
-            raise CheckpointError(f"{other}: expected part {i + 1} of {count}, got another one")
-        tensors += part.tensors
-    if len({tensor.name for tensor in tensors}) < len(tensors):
-        raise CheckpointError(f"{path}: two of its parts have a tensor of one name")
-    return replace(first, tensors=tuple(tensors))
-
-
-def _number_and_count(path: Path, header: Header) -> tuple[int, int]:
-    """The number of this part, from 0, and of all; ``(0, 0)`` for a model in one file."""
-    fields = (header.fields.get(name) for name in ("split.no", "split.count"))
-    number, count = (0 if field is None else field.value for field in fields)
-    if type(number) is not int or type(count) is not int or not 0 <= count <= _MAX_PARTS:
-        raise CheckpointError(f"{path}: split.count: expected a number of files, got {count!r:.40}")
-    return number, count
-
-
-def _read_part(path: Path) -> Header:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Parser(path, data).header()
@@ -186,7 +152,7 @@ class _Parser:
         data = -(-self._at // alignment) * alignment
         placed = tuple(self._placed(info, data, alignment) for info in infos)
         _check_overlap(placed)
-        return Header(version, found, placed, alignment, data)
+        return Header(self._path, version, found, placed, alignment)
 
     def _value(self, name: str, kind: int) -> Any:
         if kind in SCALARS:
@@ -217,8 +183,8 @@ class _Parser:
         if not 1 <= rank <= _MAX_DIMS:
             raise CheckpointError(f"{name}: expected 1 to {_MAX_DIMS} dims, got {rank}")
         dims = self._numbers(f"{rank}Q")
-        kind, offset = self._numbers("IQ")
-        return name, tuple(reversed(dims)), kind, offset
+        type, offset = self._numbers("IQ")
+        return name, tuple(reversed(dims)), type, offset
 
     def _placed(
         self, info: tuple[str, tuple[int, ...], int, int], data: int, alignment: int
@@ -227,13 +193,13 @@ class _Parser:
 
         name, shape, number, offset = info
         try:
-            kind = GGMLQuantizationType(number)
+            type = GGMLQuantizationType(number)
         except ValueError:
             raise _unknown_type(self._path, name, number) from None
-        weights, nbytes = GGML_QUANT_SIZES[kind]
+        weights, nbytes = GGML_QUANT_SIZES[type]
         if 0 in shape or shape[-1] % weights:
             raise CheckpointError(
-                f"{name}: expected rows of blocks of {weights} weights of {kind.name}, got the "
+                f"{name}: expected rows of blocks of {weights} weights of {type.name}, got the "
                 f"shape {list(shape)}"
             )
         total, start = math.prod(shape) // weights * nbytes, data + offset
@@ -243,7 +209,7 @@ class _Parser:
             raise CheckpointError(
                 f"{name}: expected {total} bytes from {start} on, in a file of {self._size}"
             )
-        return TensorInfo(self._path, name, kind.name, shape, start, total)
+        return TensorInfo(self._path, name, type.name, shape, start, total)
 
     def _check_count(self, name: str, count: int, least: int, most: int) -> None:
         """Refuse a count that the rest of the file can't hold, or too many to iterate."""
@@ -312,29 +278,3 @@ def _check_overlap(tensors: tuple[TensorInfo, ...]) -> None:
             raise CheckpointError(f"{one.name} and {other.name}: their data overlap")
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise CheckpointError("two tensors have one name")
-
-
-def without_vocabulary(path: Path, header: Header, out: Path) -> None:
-    """Write the header of ``path`` to ``out``, with neither the vocabulary nor any values.
-
-    The ``gguf`` package, and transformers' config with it, then takes no seconds to read it. Every
-    tensor is there by name, in F32 and with no elements. Rotary scaling, on which transformers
-    fails for gpt-oss, and the model's name, which it takes for an architecture, are left out too.
-    """
-    left_out = {f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")}
-    left_out.add("general.name")
-    kept = [
-        field
-        for name, field in header.fields.items()
-        if name not in left_out and ".rope.scaling." not in name
-    ]
-    with path.open("rb") as file, out.open("wb") as light:
-        counts = len(header.tensors), len(kept)
-        light.write(b"GGUF" + struct.pack("<IQQ", header.version, *counts))
-        for field in kept:
-            file.seek(field.start)
-            light.write(file.read(field.stop - field.start))
-        for tensor in header.tensors:
-            name = tensor.name.encode()
-            light.write(struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 0, 0, 0))
-        light.write(bytes(header.alignment))

@@ -33,21 +33,11 @@ from modulora_core.models.source import ModelSource
 from modulora_gguf.file.rows import Place, places, store_of
 
 
-def export_for_llama_cpp(adapter: str, out: str | Path, *, model: str | None = None) -> AdapterFile:
+def write_lora_file(adapter: str, out: str | Path, *, model: str | None = None) -> AdapterFile:
     """Write ``adapter`` to the file ``out``, which llama.cpp loads with ``--lora``.
 
-    The file for Ollama beside it has the name of ``out`` with the suffix ``.Modelfile``.
-
-    Args:
-        adapter: a LoRA adapter in PEFT's format, a folder or Hub id.
-        out: a new file, ``*.gguf``.
-        model: the GGUF file that llama.cpp runs, or ``package:NAME``; by default the base that the
-            adapter names.
-
-    Raises:
-        OutputError: ``out`` exists, or isn't called ``*.gguf``.
-        AdapterError: it does not fit the model, or has channel scales.
-        RequestError: the model isn't a GGUF file, or can't be read.
+    The file for Ollama beside it has the name of ``out`` with the suffix ``.Modelfile``. Arguments
+    and errors are those of :meth:`~modulora_core.adapters.files.FileWriter.write_adapter`.
     """
     out = Path(out)
     with new_file(out, ".gguf") as path:
@@ -100,8 +90,8 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> tuple[Ada
         for name, A, B in _in_file(source, module, delta, alpha)
         for factor, tensor in (("lora_a", A), ("lora_b", B))
     }
-    architecture = store_of(source).file.architecture
-    writer = GGUFWriter(path, architecture)
+    header = store_of(source).header
+    writer = GGUFWriter(path, header.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
@@ -112,8 +102,8 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> tuple[Ada
     writer.write_tensors_to_file()
     writer.close()
     modelfile = str(out.with_suffix(".Modelfile"))
-    result = AdapterFile(str(out), base, architecture, len(saved.deltas), (modelfile,))
-    return result, store_of(source).file.path
+    result = AdapterFile(str(out), base, header.architecture, len(saved.deltas), (modelfile,))
+    return result, header.path
 
 
 def _in_file(

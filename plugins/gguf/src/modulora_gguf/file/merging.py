@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from modulora_core.adapters.files import MergedFile, base_file
+from modulora_core.adapters.files import AdapterFile, FileWriter, MergedFile, base_file
 from modulora_core.adapters.load import adapter_for
 from modulora_core.adapters.merge import delta_of, merged_parameter
 from modulora_core.adapters.peft_format import AdapterDelta
@@ -37,87 +37,86 @@ from modulora_core.models.source import ModelSource, open_dense
 from modulora_core.progress import Progress, shows_progress
 from modulora_core.spec import TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
-from modulora_gguf.file.header import TensorInfo
+from modulora_gguf.file.header import Header, TensorInfo
+from modulora_gguf.file.lora_file import write_lora_file
 from modulora_gguf.file.rows import Place, places, store_of
-from modulora_gguf.file.store import scale_of
+from modulora_gguf.file.tensors import scale_of
 from modulora_gguf.file.types import pack_rows, type_of, unpack_rows
-from modulora_gguf.file.writer import GGUFFileWriter, NewTensor
+from modulora_gguf.file.writer import NewTensor, TensorWriter
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TYPE = "Q8_0"
 _TABLES = ("token_embd.weight", "output.weight")
 
 
-@shows_progress("merging", "tensors")
-def merge_to_gguf(
-    model: str,
-    out: str | Path,
-    *,
-    adapter: str | None = None,
-    type: str = DEFAULT_TYPE,
-    base: str | None = None,
-    progress: Progress | Literal[False] | None = None,
-) -> MergedFile:
-    """Write ``model``, with ``adapter`` merged in, as the GGUF file ``out``.
+class LlamaCppWriter(FileWriter):
+    """Writes LoRA files and merged models for llama.cpp."""
 
-    Args:
-        model: a GGUF file of packed weights, a packed folder or Hub id.
-        out: a new file, ``*.gguf``.
-        adapter: a LoRA adapter in PEFT's format, a folder or Hub id.
-        type: llama.cpp's name of the type that changed matrices get, such as ``"Q8_0"``. Rows
-            that the type can't hold get a near type.
-        base: a GGUF file of the same model, for metadata, tokenizer and names. By default ``model``
-            itself, or the packaged file that the folder was made from.
-        progress: called as ``progress("merging", done, total)`` after each tensor; by default a bar
-            on a terminal, and False shows none.
+    default_type = "Q8_0"
 
-    Raises:
-        OptionError: no such type, or no base.
-        OutputError: ``out`` exists, or isn't called ``*.gguf``.
-        ModelError: a parameter has no place in the file.
-        AdapterError: the adapter does not fit the model.
-        RequestError: the model is not packed or cannot be read.
-    """
-    started, progress, out = time.perf_counter(), progress or None, Path(out)
-    with PeakMemory("cpu") as peak, new_file(out, ".gguf") as path:
-        type_of(type, 256)  # refuses an unknown type first
-        checkpoint = open_packed(model)
-        checkpoint.check_whole()
-        deltas = {} if adapter is None else adapter_for(checkpoint, adapter).deltas
-        source = _base_of(checkpoint, base)
-        like, header = store_of(source).file.path, store_of(source).file.header
-        changes = _changes(checkpoint, source, deltas, like)
-        tensors = [_planned(info, changes, type) for info in header.tensors]
-        factors = {scale_of(name) for name in changes}  # new values have none
-        nbytes = sum(tensor.nbytes for tensor in tensors)
-        check_disk_space(out, nbytes + SMALL_FILES)
-        values = _Values(checkpoint, deltas)
-        with path.open("wb") as file:
-            writer = GGUFFileWriter(file, like, header, tensors)
-            for done, tensor in enumerate(tensors, 1):
-                if tensor.name in changes:
-                    writer.write(values.of(changes[tensor.name], tensor.kind))
-                elif tensor.name in factors:
-                    writer.write(torch.ones(tensor.shape, dtype=torch.float32).view(torch.uint8))
-                else:
-                    writer.write(store_of(source).in_file(tensor.name).blocks())
-                if progress is not None:
-                    progress("merging", done, len(tensors))
-    types = Counter(tensor.kind for tensor in tensors)
-    result = MergedFile(
-        str(out), like.name, dict(types.most_common()), nbytes, len(deltas),
-        time.perf_counter() - started, peak.nbytes, values.retained,
-    )  # fmt: skip
-    if result.erased:
-        retained = values.retained
-        worst = min(retained, key=retained.__getitem__)
-        logger.warning(
-            "%s: type %s erases more than half of the update in %d of %d tensors, such as %s, "
-            "where %.0f%% is left; choose a type of more bits",
-            out, type, len(result.erased), len(retained), worst, 100 * retained[worst],
+    def write_adapter(
+        self, adapter: str, out: str | Path, *, model: str | None = None
+    ) -> AdapterFile:
+        return write_lora_file(adapter, out, model=model)
+
+    @shows_progress("merging", "tensors")
+    def merge(
+        self,
+        model: str,
+        out: str | Path,
+        *,
+        adapter: str | None = None,
+        type: str | None = None,
+        base: str | None = None,
+        progress: Progress | Literal[False] | None = None,
+    ) -> MergedFile:
+        """Write a merged file, as :meth:`FileWriter.merge` says.
+
+        ``type`` is llama.cpp's name of a type; rows that it can't hold get a near type. ``base`` is
+        by default ``model`` itself, or the packaged file that the folder was made from.
+        """
+        type = type or self.default_type
+        started, progress, out = time.perf_counter(), progress or None, Path(out)
+        with PeakMemory("cpu") as peak, new_file(out, ".gguf") as path:
+            type_of(type, 256)  # refuses an unknown type first
+            checkpoint = open_packed(model)
+            checkpoint.check_whole()
+            deltas = {} if adapter is None else adapter_for(checkpoint, adapter).deltas
+            source = _base_of(checkpoint, base)
+            header = store_of(source).header
+            changes = _changes(checkpoint, source, deltas, header)
+            tensors = [_planned(info, changes, type) for info in header.tensors]
+            factors = {scale_of(name) for name in changes}  # new values have none
+            nbytes = sum(tensor.nbytes for tensor in tensors)
+            check_disk_space(out, nbytes + SMALL_FILES)
+            values = _Values(checkpoint, deltas)
+            with path.open("wb") as file:
+                writer = TensorWriter(file, header, tensors)
+                for done, tensor in enumerate(tensors, 1):
+                    if tensor.name in changes:
+                        writer.write(values.of(changes[tensor.name], tensor.type))
+                    elif tensor.name in factors:
+                        writer.write(
+                            torch.ones(tensor.shape, dtype=torch.float32).view(torch.uint8)
+                        )
+                    else:
+                        writer.write(store_of(source).in_file(tensor.name).blocks())
+                    if progress is not None:
+                        progress("merging", done, len(tensors))
+        types = Counter(tensor.type for tensor in tensors)
+        result = MergedFile(
+            str(out), header.path.name, dict(types.most_common()), nbytes, len(deltas),
+            time.perf_counter() - started, peak.nbytes, values.retained,
         )  # fmt: skip
-    return result
+        if result.erased:
+            retained = values.retained
+            worst = min(retained, key=retained.__getitem__)
+            logger.warning(
+                "%s: type %s erases more than half of the update in %d of %d tensors, such as %s, "
+                "where %.0f%% is left; choose a type of more bits",
+                out, type, len(result.erased), len(retained), worst, 100 * retained[worst],
+            )  # fmt: skip
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +158,14 @@ def _changes(
     checkpoint: PackedCheckpoint,
     source: ModelSource,
     deltas: Mapping[str, AdapterDelta],
-    like: Path,
+    header: Header,
 ) -> dict[str, _Change]:
     """The tensors to write: every parameter, or, in its own file, the adapted ones.
 
     Raises:
         ModelError: the file has other tensors, or its conversion can't be undone.
     """
-    is_own = checkpoint.path == like
+    is_own = checkpoint.path == header.path
     found: dict[str, _Change] = {}
     for name, stored in checkpoint.parameters.items():
         if is_own and delta_of(checkpoint, name, deltas) is None:
@@ -176,20 +175,20 @@ def _changes(
         in_file = places(source, name)
         if math.prod(shape) != sum(math.prod(place.shape) for place in in_file):
             raise ModelError(
-                f"{name}: expected a GGUF file of the same model, got {like.name}, where its shape "
-                f"isn't {list(shape)}"
+                f"{name}: expected a GGUF file of the same model, got {header.path.name}, where  "
+                f"its shape isn't {list(shape)}"
             )
         for place in in_file:
             found[place.name] = _Change(name, place, packed or place.name in _TABLES)
     return found
 
 
-def _planned(info: TensorInfo, changes: Mapping[str, _Change], kind: str) -> NewTensor:
+def _planned(info: TensorInfo, changes: Mapping[str, _Change], type: str) -> NewTensor:
     """A tensor with its new type. Vectors, routers and convolutions are F32, as llama.cpp's."""
     change = changes.get(info.name)
     if change is None:
-        return NewTensor(info.name, info.kind, info.shape)
-    chosen = type_of(kind, info.shape[-1]) if change.is_matrix else "F32"
+        return NewTensor(info.name, info.type, info.shape)
+    chosen = type_of(type, info.shape[-1]) if change.is_matrix else "F32"
     return NewTensor(info.name, chosen, info.shape)
 
 
@@ -201,17 +200,17 @@ class _Values:
         self._last: tuple[str, bool, Tensor, Tensor | None] | None = None
         self.retained: dict[str, float] = {}
 
-    def of(self, change: _Change, kind: str) -> Tensor:
-        """The bytes of a tensor, in type ``kind``."""
+    def of(self, change: _Change, type: str) -> Tensor:
+        """The bytes of a tensor, in llama.cpp's ``type``."""
         merged, before = self._rows(change)
         place = change.place
         wanted = place.take(merged)
         try:
-            packed = pack_rows(wanted.view(-1, place.shape[-1]), kind)
+            packed = pack_rows(wanted.view(-1, place.shape[-1]), type)
         except WeightError as error:
             raise WeightError(f"{place.name}: {error}") from None
         if before is not None:
-            self.retained[place.name] = self._part_kept(wanted, before[place.rows], packed, kind)
+            self.retained[place.name] = self._part_kept(wanted, before[place.rows], packed, type)
         return packed
 
     def _rows(self, change: _Change) -> tuple[Tensor, Tensor | None]:
@@ -233,12 +232,12 @@ class _Values:
             self._last = name, transposed, rows[0], rows[1]
         return self._last[2:]
 
-    def _part_kept(self, wanted: Tensor, before: Tensor, packed: Tensor, kind: str) -> float:
+    def _part_kept(self, wanted: Tensor, before: Tensor, packed: Tensor, type: str) -> float:
         """⟨Q(W + ΔW) - W, ΔW⟩ / ‖ΔW‖², a few rows at a time."""
         kept = total = 0.0
         for start, stop in tile_ranges(len(wanted), 4 * wanted.shape[1], tile_bytes(wanted.device)):
             W, update = before[start:stop], wanted[start:stop] - before[start:stop]
-            quantized = unpack_rows(packed[start:stop], kind)
+            quantized = unpack_rows(packed[start:stop], type)
             kept += float(((quantized - W) * update).sum())
             total += float(update.square().sum())
         return kept / total if total > 0 else 1.0

@@ -63,14 +63,17 @@ def places(source: Weights, parameter: str) -> list[Place]:
     """
     store = store_of(source)
     stored = source.stored_names(parameter) if parameter in source.parameters else []
-    shapes = {n: store.in_file(n).shape for one in stored for n in store.names_in_file(one)}
+    shapes = {n: store.in_file(n).info.shape for one in stored for n in store.names_in_file(one)}
     counts = {name: math.prod(shape[:-1] or shape) for name, shape in shapes.items()}
     firsts, total = dict[str, int](), 0
     for name, count in counts.items():
         firsts[name], total = total, total + count
     if not shapes:
-        raise ModelError(f"{parameter}: {store.file.path.name} has no tensor of it")
-    found = source.converted(parameter, lambda name: store.row_numbers(name, firsts))
+        raise ModelError(f"{parameter}: {store.header.path.name} has no tensor of it")
+    try:
+        found = source.converted(parameter, lambda name: store.row_numbers(name, firsts))
+    except IndexError:  # columns move, as in Qwen 3.5's linear attention, and these rows have one
+        found = torch.empty(0)
     transposed = found.dim() > 1 and found.shape[-1] > 1
     found = found.flatten()
     shift = float(found.min()) if len(found) else 0.0
@@ -81,7 +84,7 @@ def places(source: Weights, parameter: str) -> list[Place]:
     if bool((in_memory < 0).any()):
         raise ModelError(
             f"{parameter}: expected whole rows of {', '.join(shapes)} in "
-            f"{store.file.path.name}, got values that transformers computes of them"
+            f"{store.header.path.name}, got values that transformers computes of them"
         )
     return [
         Place(name, shapes[name], in_memory[first : first + counts[name]], transposed, shift)
@@ -92,17 +95,17 @@ def places(source: Weights, parameter: str) -> list[Place]:
 def packed_rows(source: Weights, sites: Iterable[LinearSite]) -> PackedTensors:
     """The weights whose rows are blocks of types that this package decodes."""
     quantizers = {
-        kind: GGUF(Options.model_validate({"type": kind})) for kind in reference.DEQUANTIZE
+        type: GGUF(Options.model_validate({"type": type})) for type in reference.DEQUANTIZE
     }
     weights: dict[str, ForeignWeight] = {}
     found: list[_Rows] = []
     for site in sites:
         parts = _rows_of(source, site)
         if parts and all(
-            part.kind in quantizers and (part.kind == reference.SCALED or not part.is_scaled)
+            part.type in quantizers and (part.type == reference.SCALED or not part.is_scaled)
             for part in parts
         ):
-            made = [_weight(part, quantizers[part.kind], site.experts) for part in parts]
+            made = [_weight(part, quantizers[part.type], site.experts) for part in parts]
             weights[site.name] = join(made) if len(made) > 1 else made[0]
             found += parts
     return PackedTensors(weights, _RowStore(store_of(source), found))
@@ -130,13 +133,13 @@ class _Rows:
     """Rows of each matrix of a parameter that tensors of one type have.
 
     Attributes:
-        tensors: their names in the file; kind: their type; row_bytes: the size of each row.
+        tensors: their names in the file; type: of them all; row_bytes: the size of each row.
         order: for each matrix its rows, counted through all the tensors: ``[matrices, rows]``.
         is_scaled: each matrix has a factor, ``NAME.scale``.
     """
 
     tensors: tuple[str, ...]
-    kind: str
+    type: str
     row_bytes: int
     order: Tensor
     is_scaled: bool = False
@@ -176,17 +179,16 @@ def _rows_of(source: Weights, site: LinearSite) -> list[_Rows]:
     """The rows of a parameter by their types; none if it is floats, or not made of whole rows."""
     try:
         found = places(source, site.name)
-    except (ModelError, ValueError, RuntimeError, IndexError):  # of numpy or torch: no rows move
+    except ModelError:
         return []
     tensors = {place.name: store_of(source).in_file(place.name) for place in found}
-    kinds = {tensor.kind for tensor in tensors.values() if not tensor.is_float}
     fits = all(
         (place.shape[-1], place.transposed, place.shift) == (site.in_features, site.transposed, 0)
         for place in found
     )
-    if not kinds or not fits:
+    if not fits or all(tensor.is_float for tensor in tensors.values()):
         return []
-    is_one = len({(tensor.kind, tensor.scale) for tensor in tensors.values()}) == 1
+    is_one = len({(tensor.info.type, tensor.scale) for tensor in tensors.values()}) == 1
     made: dict[int, _Rows] = {}
     for group in [found] if is_one else [[place] for place in found]:
         rows = torch.cat([place.rows for place in group])
@@ -198,10 +200,10 @@ def _rows_of(source: Weights, site: LinearSite) -> list[_Rows]:
         if not torch.equal(rows[order], in_order):
             return []  # other rows lie between them
         one = tensors[group[0].name]
-        row_bytes = one.nbytes * one.shape[-1] // one.numel
+        row_bytes = one.info.nbytes * one.info.shape[-1] // one.info.numel
         names = tuple(place.name for place in group)
         scaled = one.scale is not None
-        made[first] = _Rows(names, one.kind, row_bytes, order.view(-1, count), scaled)
+        made[first] = _Rows(names, one.info.type, row_bytes, order.view(-1, count), scaled)
     return [made[first] for first in sorted(made)]
 
 

@@ -7,7 +7,6 @@ that a file lacks, and split text in other ways, so that we build the backend fr
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError
@@ -40,8 +39,8 @@ _KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 """Phi-3's special tokens that don't take the white space behind them."""
 
 
-def load_tokenizer(path: Path, header: Header) -> PreTrainedTokenizerBase:
-    """The tokenizer of the file ``path``, whose vocabulary has the file's tokens and no others.
+def load_tokenizer(header: Header) -> PreTrainedTokenizerBase:
+    """The tokenizer of the file, whose vocabulary has the file's tokens and no others.
 
     Raises:
         ModelError: the file has no vocabulary, or a kind of vocabulary that isn't read.
@@ -54,10 +53,10 @@ def load_tokenizer(path: Path, header: Header) -> PreTrainedTokenizerBase:
             f"tokenizer.ggml.model: expected gpt2 (byte-level BPE) or llama (SentencePiece), got "
             f"{kind!r:.40}"
         )
-    vocabulary = read_vocabulary(path, header)
+    vocabulary = read_vocabulary(header)
     named = named_tokens(header, vocabulary.tokens)
     if kind == "gpt2":
-        backend = _byte_level(path, header, vocabulary)
+        backend = _byte_level(header, vocabulary)
     else:
         backend = _sentencepiece(header, vocabulary, named.get("unk_token"))
     backend.add_tokens(_added_tokens(header, vocabulary, set(named.values())))
@@ -70,7 +69,7 @@ def load_tokenizer(path: Path, header: Header) -> PreTrainedTokenizerBase:
         clean_up_tokenization_spaces=False,
         **named,
     )
-    tokenizer.name_or_path = str(path)  # for messages
+    tokenizer.name_or_path = str(header.path)  # for messages
     return tokenizer
 
 
@@ -98,7 +97,7 @@ def _ids(vocabulary: Vocabulary) -> dict[str, int]:
     return {token: i for i, token in enumerate(vocabulary.tokens)}
 
 
-def _byte_level(path: Path, header: Header, vocabulary: Vocabulary) -> Any:
+def _byte_level(header: Header, vocabulary: Vocabulary) -> Any:
     """A BPE over bytes, which its tokens spell as letters."""
     from tokenizers import Tokenizer, decoders, models
 
@@ -106,7 +105,7 @@ def _byte_level(path: Path, header: Header, vocabulary: Vocabulary) -> Any:
     whole_words = name in LIKE_LLAMA_3
     model = models.BPE(_ids(vocabulary), vocabulary.merges, ignore_merges=whole_words)
     backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizer(path, name)
+    backend.pre_tokenizer = pre_tokenizer(header.path, name)
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -122,7 +121,7 @@ def _sentencepiece(header: Header, vocabulary: Vocabulary, unknown: str | None) 
 
     ids, merges = _ids(vocabulary), vocabulary.merges
     if not merges:
-        by_place = header.text("general.architecture").startswith("gemma")
+        by_place = header.architecture.startswith("gemma")
         scores = [-float(i) for i in ids.values()] if by_place else vocabulary.scores
         merges = generate_merges(ids, dict(zip(ids, scores, strict=False)))
     model = models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from modulora_core.errors import ModelError
@@ -35,9 +34,9 @@ class Vocabulary:
     merges: list[tuple[str, str]]
 
 
-def read_vocabulary(path: Path, header: Header) -> Vocabulary:
+def read_vocabulary(header: Header) -> Vocabulary:
     """Read the vocabulary of a file. Raises ModelError: there is none, or its arrays don't fit."""
-    tokens = _array(path, header, "tokens")
+    tokens = _array(header, "tokens")
     if not tokens:
         raise ModelError("tokenizer.ggml.tokens: expected a vocabulary, got none")
     # llama.cpp's name of a token without letters, which nothing matches
@@ -45,15 +44,15 @@ def read_vocabulary(path: Path, header: Header) -> Vocabulary:
     if len(set(tokens)) < len(tokens):
         ((twice, _),) = Counter(tokens).most_common(1)
         raise ModelError(f"tokenizer.ggml.tokens: expected each token once, got {twice!r} twice")
-    types = _array(path, header, "token_type") or [NORMAL] * len(tokens)
-    scores = _array(path, header, "scores")
+    types = _array(header, "token_type") or [NORMAL] * len(tokens)
+    scores = _array(header, "scores")
     for name, found in (("token_type", types), ("scores", scores)):
         if found and len(found) < len(tokens):
             raise ModelError(
                 f"tokenizer.ggml.{name}: expected one for each of {len(tokens)} tokens, got "
                 f"{len(found)}"
             )
-    return Vocabulary(tokens, types, scores, [_pair(one) for one in _array(path, header, "merges")])
+    return Vocabulary(tokens, types, scores, [_pair(one) for one in _array(header, "merges")])
 
 
 def _pair(merge: str) -> tuple[str, str]:
@@ -62,7 +61,7 @@ def _pair(merge: str) -> tuple[str, str]:
     return merge[:border], merge[border + 1 :]
 
 
-def _array(path: Path, header: Header, name: str) -> list[Any]:
+def _array(header: Header, name: str) -> list[Any]:
     """The elements of ``tokenizer.ggml.<name>``; empty if the file has no such array.
 
     Raises:
@@ -73,7 +72,7 @@ def _array(path: Path, header: Header, name: str) -> list[Any]:
         return []
     if field.kind != ARRAY:
         raise ModelError(f"tokenizer.ggml.{name}: expected an array, got type {field.kind}")
-    with path.open("rb") as file:
+    with header.path.open("rb") as file:
         file.seek(field.start)
         data = file.read(field.stop - field.start)
     at = 8 + len(f"tokenizer.ggml.{name}") + 4  # length and bytes of the name, the type
