@@ -11,10 +11,10 @@ from torch import Tensor
 
 from modulora_core import distributed
 from modulora_core.calibration import (
+    BlockVisitor,
     BlockWalk,
     CalibrationText,
     PackedMatrices,
-    Packing,
     Tuner,
     find_blocks,
 )
@@ -87,7 +87,7 @@ def pack_all(
 
 
 @dataclass
-class _Packer(Packing):
+class _Packer(BlockVisitor):
     """Packs parameters and writes them. Progress counts bytes of dense parameters."""
 
     source: ModelSource

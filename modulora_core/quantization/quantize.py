@@ -188,11 +188,11 @@ def quantize(
                 if isinstance(chosen, Mixture)
                 else chosen
             )
-            packed = _write_packed(
+            outcome = _write_packed(
                 source, layout, folder, where, max_shard_bytes, resume=resumes, progress=progress
             )
     seconds = time.perf_counter() - started
-    result = _result(source, layout.record, layout.nbytes, packed, out, seconds, peak.nbytes)
+    result = _result(source, layout.record, layout.nbytes, outcome, out, seconds, peak.nbytes)
     if isinstance(chosen, Mixture):
         result = replace(result, allocation=chosen.table(layout.record))
     return result
@@ -297,9 +297,9 @@ def _write_packed(
 ) -> PackingOutcome:
     """Write all files of ``layout`` into an unfinished folder."""
     writer = ShardWriter(folder, plan_shards(layout.tensors, max_shard_bytes), resume=resume)
-    packed = pack_all(source, layout, writer, device, progress)
+    outcome = pack_all(source, layout, writer, device, progress)
     if not is_first():
-        return packed
+        return outcome
     config = source.config
     config.architectures = [type(source.outline).__name__]
     config.quantization_config = layout.record.to_json()
@@ -311,14 +311,14 @@ def _write_packed(
         shutil.rmtree(folder / WEIGHTING)
     write_digests(folder)
     write_file(folder / CARD, model_card(layout.record))  # without a digest: people edit it
-    return packed
+    return outcome
 
 
 def _result(
     source: ModelSource,
     record: QuantizationRecord,
     nbytes: int,
-    packed: PackingOutcome,
+    outcome: PackingOutcome,
     out: Path,
     seconds: float = 0.0,
     peak: int = 0,
@@ -341,6 +341,6 @@ def _result(
         kept=dict(record.kept),
         packed_by=packed_by,
         calibration=None if record.calibration is None else dict(record.calibration),
-        unreached=list(packed.unreached),
-        tuning_errors=packed.tuning_errors,
+        unreached=list(outcome.unreached),
+        tuning_errors=outcome.tuning_errors,
     )

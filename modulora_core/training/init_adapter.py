@@ -29,11 +29,11 @@ from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
 from modulora_core.calibration import (
+    BlockVisitor,
     BlockWalk,
     CalibrationConfig,
     CalibrationText,
     PackedMatrices,
-    Packing,
     calibration_text,
     find_blocks,
 )
@@ -207,7 +207,7 @@ class _Corrected(PackedMatrices):
 
 
 @dataclass
-class _Correcting(Packing):
+class _Correcting(BlockVisitor):
     """Sets A and B of each layer that the walk reaches.
 
     Attributes:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modulora_core.calibration import BlockWalk, CalibrationText, HeldOutCalibration, Packing
+from modulora_core.calibration import BlockVisitor, BlockWalk, CalibrationText, HeldOutCalibration
 from modulora_core.calibration.sensitivity import Sensitivity, loss_sensitivities
 from modulora_core.checkpoints.matrices import random_stream
 from modulora_core.errors import WorkError
@@ -93,7 +93,7 @@ def measure_errors(
 
 
 @dataclass
-class _Measuring(Packing):
+class _Measuring(BlockVisitor):
     """Measures every layer, and leaves it dense."""
 
     quantizers: Sequence[Quantizer]
