@@ -54,7 +54,7 @@ def pack_all(
     layout: Layout,
     writer: ShardWriter,
     device: torch.device,
-    progress: Progress | None,
+    progress: Progress,
 ) -> PackingOutcome:
     """Write every parameter of ``source``, a parameter or, with calibration, a block at a time.
 
@@ -94,7 +94,7 @@ class _Packer(BlockVisitor):
     layout: Layout
     writer: ShardWriter
     device: torch.device
-    progress: Progress | None
+    progress: Progress
     moments: OutputMoments | None = None
     done_bytes: int = 0
 
@@ -209,6 +209,5 @@ class _Packer(BlockVisitor):
         self.tell("packing", int((number + share) * nbytes))
 
     def tell(self, phase: str, more_bytes: int = 0) -> None:
-        if self.progress is not None:
-            total = sum(info.nbytes for info in self.source.parameters.values())
-            self.progress(phase, self.done_bytes + more_bytes, total)
+        total = sum(info.nbytes for info in self.source.parameters.values())
+        self.progress(phase, self.done_bytes + more_bytes, total)

@@ -42,7 +42,7 @@ from modulora_core.errors import OptionError, OutputError, usable_path
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.folders import REQUEST
 from modulora_core.models.tokenizer import TOKENIZER_FILES
-from modulora_core.progress import Progress, shows_progress
+from modulora_core.progress import Progress, shown
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
 from modulora_core.quantization.mixed.errors import JOURNAL, held_out_ids
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
@@ -99,7 +99,6 @@ class QuantizeResult:
 
 
 @checked
-@shows_progress("reading", "bytes")
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -161,9 +160,9 @@ def quantize(
         RequestError: the request can't be fulfilled; nothing was written.
         WorkError: a layer's inputs are NaN or Inf, or a quantizer failed.
     """
-    started, progress, model = time.perf_counter(), progress or None, os.fspath(model)
+    started, model = time.perf_counter(), os.fspath(model)
     where, out = pick_device(device), usable_path(out, "output folder", OutputError)
-    with PeakMemory(where) as peak:
+    with PeakMemory(where) as peak, shown(progress, "reading", "bytes") as progress:
         with together():
             done = finished(out) if resume else None
             if done is None:
@@ -293,7 +292,7 @@ def _write_packed(
     max_shard_bytes: int,
     *,
     resume: bool,
-    progress: Progress | None,
+    progress: Progress,
 ) -> PackingOutcome:
     """Write all files of ``layout`` into an unfinished folder."""
     writer = ShardWriter(folder, plan_shards(layout.tensors, max_shard_bytes), resume=resume)

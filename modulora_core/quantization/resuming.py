@@ -67,7 +67,7 @@ def unfinished(
     request: Mapping[str, Any],
     nbytes: int,
     resume: bool,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Iterator[tuple[Path, bool]]:
     """Open the folder of an unfinished run, which becomes ``out`` at the end.
 

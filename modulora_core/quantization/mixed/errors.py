@@ -60,7 +60,7 @@ def measure_errors(
     device: torch.device,
     folder: Path,
     resume: bool,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, list[float]]:
     """The error of each of ``linears`` under each of ``quantizers``.
 
@@ -102,7 +102,7 @@ class _Measuring(BlockVisitor):
     journal: Path
     measured: dict[str, list[float]]
     sizes: Mapping[str, int]
-    progress: Progress | None
+    progress: Progress
 
     def is_written(self, name: str) -> bool:
         return name in self.measured
@@ -130,9 +130,8 @@ class _Measuring(BlockVisitor):
         with self.journal.open("a") as journal:
             journal.write(json.dumps([name, totals]) + "\n")
         self.measured[name] = totals
-        if self.progress is not None:
-            done = sum(self.sizes[each] for each in self.measured)
-            self.progress("measuring", done, sum(self.sizes.values()))
+        done = sum(self.sizes[each] for each in self.measured)
+        self.progress("measuring", done, sum(self.sizes.values()))
 
 
 def weighted_error(

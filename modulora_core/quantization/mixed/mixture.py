@@ -110,7 +110,7 @@ class Mixture:
         }
 
     def choose(
-        self, device: torch.device, folder: Path, *, resume: bool, progress: Progress | None
+        self, device: torch.device, folder: Path, *, resume: bool, progress: Progress
     ) -> Layout:
         """Measure every layer's errors (:func:`measure_errors`), and choose its quantizer."""
         self._errors = measure_errors(

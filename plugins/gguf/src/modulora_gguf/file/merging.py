@@ -34,7 +34,7 @@ from modulora_core.checkpoints.written.outputs import SMALL_FILES, check_disk_sp
 from modulora_core.errors import ModelError, OptionError, WeightError
 from modulora_core.models.locate import locate
 from modulora_core.models.source import ModelSource, open_dense
-from modulora_core.progress import Progress, shows_progress
+from modulora_core.progress import Progress, shown
 from modulora_core.spec import TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 from modulora_gguf.file.header import TensorInfo
@@ -49,7 +49,6 @@ DEFAULT_TYPE = "Q8_0"
 _TABLES = ("token_embd.weight", "output.weight")
 
 
-@shows_progress("merging", "tensors")
 def merge_to_gguf(
     model: str,
     out: str | Path,
@@ -79,8 +78,12 @@ def merge_to_gguf(
         AdapterError: the adapter does not fit the model.
         RequestError: the model is not packed or cannot be read.
     """
-    started, progress, out = time.perf_counter(), progress or None, Path(out)
-    with PeakMemory("cpu") as peak, new_file(out, ".gguf") as path:
+    started, out = time.perf_counter(), Path(out)
+    with (
+        PeakMemory("cpu") as peak,
+        shown(progress, "merging", "tensors") as progress,
+        new_file(out, ".gguf") as path,
+    ):
         type_of(type, 256)  # refuses an unknown type first
         checkpoint = open_packed(model)
         checkpoint.check_whole()
@@ -102,8 +105,7 @@ def merge_to_gguf(
                     writer.write(torch.ones(tensor.shape, dtype=torch.float32).view(torch.uint8))
                 else:
                     writer.write(store_of(source).in_file(tensor.name).blocks())
-                if progress is not None:
-                    progress("merging", done, len(tensors))
+                progress("merging", done, len(tensors))
     types = Counter(tensor.kind for tensor in tensors)
     result = MergedFile(
         str(out), like.name, dict(types.most_common()), nbytes, len(deltas),
