@@ -27,7 +27,7 @@ from torch import Tensor
 
 from modulora_core.calibration import BlockVisitor, BlockWalk, CalibrationText, HeldOutCalibration
 from modulora_core.calibration.sensitivity import Sensitivity, loss_sensitivities
-from modulora_core.checkpoints.matrices import random_stream
+from modulora_core.checkpoints.matrices import pack_matrix, random_stream
 from modulora_core.errors import WorkError
 from modulora_core.models import ModelSource
 from modulora_core.models.json_files import read_journal
@@ -118,7 +118,7 @@ class _Measuring(BlockVisitor):
             for i, quantizer in enumerate(self.quantizers):
                 with random_stream(self.seed, name):
                     given = seen if quantizer.wants_calibration else None
-                    packed = quantizer.pack(weight, given)
+                    packed = pack_matrix(name, quantizer, weight, given)
                 totals[i] += weighted_error(weight, quantizer, packed, H, s)
         for quantizer, total in zip(self.quantizers, totals, strict=True):
             if not math.isfinite(total):
