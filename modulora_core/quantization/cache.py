@@ -75,7 +75,7 @@ class CachedModel:
         if self._calibration is not None:
             text = calibration_text(self._source, self._calibration, seed=0)
         layout = choose_layout(
-            self._source, choice, (), Selection(embeddings=embeddings), calibration=text, seed=0
+            self._source, [choice], (), Selection(embeddings=embeddings), calibration=text, seed=0
         )
         self.config: dict[str, Any] = self._source.config.to_dict()
         self.record: QuantizationRecord = layout.record

@@ -48,7 +48,7 @@ from modulora_core.quantization.mixed.errors import JOURNAL, held_out_ids
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
 from modulora_core.quantization.packer import WEIGHTING, PackingOutcome, pack_all
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
-from modulora_core.quantization.resuming import finished, is_of, unfinished
+from modulora_core.quantization.resuming import finished, unfinished
 from modulora_core.registry import Choice
 
 __all__ = ["Budget", "Choice", "Override", "QuantizeResult", "quantize"]
@@ -168,18 +168,28 @@ def quantize(
             if done is None:
                 check_output(out, resume=resume)
             source = open_dense(model, revision=revision)
-            chosen = _layout_or_mixture(
-                source, quantizer, options or {}, overrides, quality, calibration,
-                Selection(include, exclude, head, embeddings), seed,
-            )  # fmt: skip
-            request = chosen.request
+            selection = Selection(include, exclude, head, embeddings)
+            asked = _choices(quantizer, options or {}, overrides)
+            choices = [choice_of(choice, quality) for choice in asked]
+            calibration = calibration_of(calibration, quality, choices)
+            text = None if calibration is None else calibration_text(source, calibration, seed)
+            check_processes(text, budget=isinstance(quantizer, Budget))
+            chosen: Layout | Mixture
+            if isinstance(quantizer, Budget):
+                budget = replace(quantizer, choices=choices)
+                chosen = find_mixture(source, budget, text, selection, seed=seed)
+            else:
+                patterns = [override.pattern for override in overrides]
+                chosen = choose_layout(
+                    source, choices, patterns, selection, calibration=text, seed=seed
+                )
             if done is not None:
-                if not is_of(done, request):
+                if not chosen.made(done.record):
                     check_output(out, resume=resume)  # it is of another request
                 logger.info("%s: it is finished; nothing is left to resume", out)
                 return _result(source, done.record, done.nbytes, PackingOutcome(), out)
             _warn_without_tokenizer(source)
-        request |= {"max_shard_bytes": max_shard_bytes}
+        request = {**chosen.request, "max_shard_bytes": max_shard_bytes}
         nbytes = _disk_bytes(source, chosen, where)
         with unfinished(source, out, request, nbytes, resume, progress) as (folder, resumes):
             layout = (
@@ -192,45 +202,21 @@ def quantize(
             )
     seconds = time.perf_counter() - started
     result = _result(source, layout.record, layout.nbytes, outcome, out, seconds, peak.nbytes)
-    if isinstance(chosen, Mixture):
-        result = replace(result, allocation=chosen.table(layout.record))
-    return result
+    return replace(result, allocation=layout.table)
 
 
-def _layout_or_mixture(
-    source: ModelSource,
-    quantizer: str | Budget,
-    options: Mapping[str, Any],
-    overrides: Sequence[Override],
-    quality: Quality,
-    calibration: CalibrationConfig | None,
-    selection: Selection,
-    seed: int,
-) -> Layout | Mixture:
-    """The layout, or the mixture that chooses one when it has measured errors. Reads no weight."""
-    by_budget = isinstance(quantizer, Budget)
-    if by_budget and (options or overrides):
+def _choices(
+    quantizer: str | Budget, options: Mapping[str, Any], overrides: Sequence[Override]
+) -> list[Choice]:
+    """The choices of a budget; or one for all layers, then one for each override."""
+    if not isinstance(quantizer, Budget):
+        return [Choice(quantizer, options), *(override.choice for override in overrides)]
+    if options or overrides:
         raise OptionError(
             "budget: expected no options and no overrides beside it; name quantizers with their "
             "options in its choices"
         )
-    if isinstance(quantizer, Budget):
-        choices = list(quantizer.choices)
-    else:
-        others = [Choice(each.quantizer, each.options) for each in overrides]
-        choices = [Choice(quantizer, options), *others]
-    choices = [choice_of(choice, quality) for choice in choices]
-    calibration = calibration_of(calibration, quality, choices)
-    text = None if calibration is None else calibration_text(source, calibration, seed)
-    check_processes(text, budget=by_budget)
-    if isinstance(quantizer, Budget):
-        budget = replace(quantizer, choices=choices)
-        return find_mixture(source, budget, text, selection, seed=seed)
-    overrides = [
-        replace(override, options=choice.options)
-        for override, choice in zip(overrides, choices[1:], strict=True)
-    ]
-    return choose_layout(source, choices[0], overrides, selection, calibration=text, seed=seed)
+    return list(quantizer.choices)
 
 
 def check_processes(text: CalibrationText | None, *, budget: bool) -> None:

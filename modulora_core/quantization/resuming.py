@@ -46,20 +46,6 @@ def finished(out: Path) -> PackedCheckpoint | None:
     return found
 
 
-def is_of(done: PackedCheckpoint, request: Mapping[str, Any]) -> bool:
-    """Whether a request for a quantizer or for a budget made a checkpoint.
-
-    Another version of this package may have made it.
-    """
-    record = done.record.to_json()
-    recorded = {**record, **(record.get("allocation") or {})}
-    chosen = {"weights", "kept"} if "budget" in request else set()  # a budget chooses them
-    compared = {*request, *(record if "budget" not in request else ())}
-    compared -= {*chosen, "core_version", "max_shard_bytes"}
-    before, now = ({key: each.get(key) for key in compared} for each in (recorded, request))
-    return json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)
-
-
 @contextmanager
 def unfinished(
     source: ModelSource,
