@@ -1,4 +1,4 @@
-"""Recognize an output folder that the same request has finished, or continue an unfinished one."""
+"""Find an output folder finished, or continue an unfinished one of the same request."""
 
 from __future__ import annotations
 
