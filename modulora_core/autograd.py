@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modulora_core.arguments import checked_dataclass
 from modulora_core.dense_products import compute_dtype
 from modulora_core.errors import ShapeError, note_plugin
 from modulora_core.spec import PackedLayout, PackedWeight, Quantizer
@@ -164,31 +163,6 @@ def _check_operands(
         if tensor is not None and list(tensor.shape) != expected:
             weight = f"a {list(shape)} weight"
             raise ShapeError(f"{name} of {weight}: expected {expected}, got {list(tensor.shape)}")
-
-
-@checked_dataclass
-class ChannelScales:
-    """Two vectors u and v that replace Ŵ by diag(v) Ŵ diag(u).
-
-    Attributes:
-        input: u, ``[in]``.
-        output: v, ``[out]``.
-
-    Raises:
-        ShapeError: one of them is not a vector.
-    """
-
-    input: Tensor
-    output: Tensor
-
-    def __post_init__(self) -> None:
-        if self.input.dim() != 1 or self.output.dim() != 1:
-            shapes = f"{list(self.input.shape)} and {list(self.output.shape)}"
-            raise ShapeError(f"channel scales: expected two vectors, got {shapes}")
-
-    def of_rows(self, start: int, stop: int, W: Tensor) -> Tensor:
-        """Scale ``W``, rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``; in its dtype."""
-        return W * self.output[start:stop, None].to(W.dtype) * self.input.to(W.dtype)
 
 
 # --- torch's operations ----------------------------------------------------------------------

@@ -1,15 +1,14 @@
-"""Report the progress of long work to a callback, or on a bar if a Python program gives none.
+"""Report the progress of long work to a callback, on a bar, or not at all.
 
 :func:`quiet` keeps transformers' own bars and advice out of our output.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
-from typing import Any, ParamSpec, TypeVar
+from typing import Literal
 
 import rich.progress
 from rich.console import Console
@@ -27,31 +26,22 @@ Show = Callable[[str, int, int | None], None]
 Bars = Callable[[str, str], AbstractContextManager[Progress]]
 """``with bars(what, unit) as progress:`` opens a bar. The unit ``"bytes"`` is shown as sizes."""
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
+
+def no_progress(*_: object) -> None:
+    """Show nothing."""
 
 
-def shows_progress(
-    what: str, unit: str
-) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Decorate a function whose keyword ``progress`` is None by default: a bar takes its place.
+def shown(
+    progress: Progress | Literal[False] | None, what: str, unit: str
+) -> AbstractContextManager[Progress]:
+    """Give ``progress`` itself, a bar on a terminal for None, and :func:`no_progress` for False.
 
     Args:
-        what: the title of the bar until the function gives another; unit: of its counts.
+        what: the title of the bar until the caller gives another; unit: of its counts.
     """
-
-    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        @functools.wraps(function)
-        def shown(*arguments: Parameters.args, **keywords: Parameters.kwargs) -> Result:
-            if keywords.get("progress") is not None:
-                return function(*arguments, **keywords)
-            with terminal_bar(what, unit) as progress:
-                keywords["progress"] = progress
-                return function(*arguments, **keywords)
-
-        return shown
-
-    return decorate
+    if progress is None:
+        return terminal_bar(what, unit)
+    return nullcontext(progress or no_progress)
 
 
 @contextmanager
@@ -63,7 +53,7 @@ def terminal_bar(what: str, unit: str) -> Iterator[Progress]:
         with bar(console, what, unit) as show:
             yield show
     else:
-        yield _nothing
+        yield no_progress
 
 
 def bars(progress: bool | Bars) -> Bars:
@@ -74,11 +64,7 @@ def bars(progress: bool | Bars) -> Bars:
 @contextmanager
 def no_bar(what: str, unit: str) -> Iterator[Progress]:  # noqa: ARG001  # the signature of Bars
     """Show nothing."""
-    yield _nothing
-
-
-def _nothing(*_: Any) -> None:
-    pass
+    yield no_progress
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from modulora_core.arguments import checked_dataclass
 from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
-from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_hessian, check_rows
+from modulora_core.hessians import check_hessian
+from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
 
 if TYPE_CHECKING:
     import torch

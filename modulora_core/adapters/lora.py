@@ -97,21 +97,19 @@ class AdaptedModel:
 
     _name = ""
 
-    @property
-    def can_train(self) -> bool:
-        """Whether a parameter trains. transformers' Trainer asks when it is made.
+    def forbid_reference(self) -> None:
+        """Replace the config's name by a sentence, if an adapter changes the model.
 
-        A trainer of TRL then loads the reference of this model by its config's name, which has no
-        adapter. After a training the reference would be another model. So until the trainer trains,
-        the name is replaced by a sentence, which transformers refuses to load.
+        A Trainer that is made calls this. A trainer of TRL then loads the reference of this model
+        by its config's name, which has no adapter. After a training the reference would be another
+        model, and transformers refuses to load the sentence. :meth:`train` restores the name.
         """
         assert isinstance(self, PreTrainedModel)
         if not self._name and any(_has_changed(module) for module in self.modules()):
             self._name, self.config.name_or_path = self.config.name_or_path, _NO_REFERENCE
-        return any(parameter.requires_grad for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> Any:
-        """Turn dropout on or off, as torch does."""
+        """Turn dropout on or off, as torch does, and restore the config's name."""
         model: Any = super()
         if self._name:
             assert isinstance(self, PreTrainedModel)

@@ -34,7 +34,7 @@ from modulora_core.checkpoints.written.outputs import (
 from modulora_core.checkpoints.written.shards import ShardWriter, plan_shards
 from modulora_core.errors import OptionError, OutputError, WeightError, usable_path
 from modulora_core.models.store import is_finite
-from modulora_core.progress import Progress, shows_progress
+from modulora_core.progress import Progress, shown
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 
@@ -61,7 +61,6 @@ class MergeResult:
 
 
 @checked
-@shows_progress("merging", "parameters")
 def merge(
     model: str | Path,
     out: str | Path,
@@ -88,11 +87,11 @@ def merge(
         RequestError: the model is not packed or cannot be read, or ``out`` holds something else.
         WeightError: a merged value is NaN or infinite in ``dtype``.
     """
-    started, progress, model = time.perf_counter(), progress or None, os.fspath(model)
+    started, model = time.perf_counter(), os.fspath(model)
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    with PeakMemory("cpu") as peak:
+    with PeakMemory("cpu") as peak, shown(progress, "merging", "parameters") as progress:
         out = usable_path(out, "output folder", OutputError)
         check_output(out)
         checkpoint = open_packed(model)
@@ -109,8 +108,7 @@ def merge(
                 W = merged_parameter(checkpoint, name, delta, getattr(torch, dtype))
                 writer.write(name, {name: W})
                 del W
-                if progress is not None:
-                    progress("merging", done, len(checkpoint.parameters))
+                progress("merging", done, len(checkpoint.parameters))
             writer.finish()
             checkpoint.write_dense_config(folder, dtype)
             write_digests(folder)

@@ -8,7 +8,7 @@
     states.py           the hidden states of the samples, in memory or in a mapped file
     stages.py           the order of a block's weights, and the sum of H over a stage's inputs
     passes.py           batches on their way through one block, stopped after each stage's inputs
-    packing.py          the interface to the code that packs
+    visitor.py          the interface to the code that packs a block
     walk.py             the samples' way through all blocks
     tuning.py           training a quantized block's vectors towards the dense block
     sensitivity.py      how much the loss depends on errors in each layer
@@ -22,7 +22,6 @@ the outputs of the quantized blocks before it.
 from __future__ import annotations
 
 from modulora_core.calibration.blocks import find_blocks
-from modulora_core.calibration.packing import HeldOutCalibration, PackedMatrices, Packing
 from modulora_core.calibration.text import (
     CalibrationConfig,
     CalibrationText,
@@ -30,15 +29,16 @@ from modulora_core.calibration.text import (
     load_calibration,
 )
 from modulora_core.calibration.tuning import Tuner, TuningConfig
+from modulora_core.calibration.visitor import BlockVisitor, HeldOutCalibration, PackedMatrices
 from modulora_core.calibration.walk import BlockWalk
 
 __all__ = [
+    "BlockVisitor",
     "BlockWalk",
     "CalibrationConfig",
     "CalibrationText",
     "HeldOutCalibration",
     "PackedMatrices",
-    "Packing",
     "Tuner",
     "TuningConfig",
     "calibration_text",

@@ -52,7 +52,7 @@ from modulora_core.calibration.states import SampleStates
 from modulora_core.errors import ModelError, WorkError
 from modulora_core.models import ModelSource
 from modulora_core.models.sites import LinearSite
-from modulora_core.progress import Progress
+from modulora_core.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +81,7 @@ def loss_sensitivities(
     folder: Path,
     seed: int,
     spill: bool | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
     moments: OutputMoments | None = None,
 ) -> dict[str, list[Sensitivity]]:
     """Compute s and w of each of ``linears`` in a decoder block.
@@ -123,7 +123,7 @@ class _Passes:
     numbers: Sequence[int]  # of the samples, among all processes
     linears: Sequence[LinearSite]
     device: torch.device
-    progress: Progress | None
+    progress: Progress
     paths: Sequence[str]
     moments: OutputMoments | None
 
@@ -224,9 +224,8 @@ class _Passes:
         return self._states[number, sample][None].to(self.device)
 
     def _tell(self, blocks: int) -> None:
-        if self.progress is not None:
-            nbytes = sum(self.source.parameters[linear.name].nbytes for linear in self.linears)
-            self.progress("weighing", nbytes * blocks // (2 * len(self.paths)), nbytes)
+        nbytes = sum(self.source.parameters[linear.name].nbytes for linear in self.linears)
+        self.progress("weighing", nbytes * blocks // (2 * len(self.paths)), nbytes)
 
 
 def _ascent(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from modulora_core.calibration.blocks import Block
 from modulora_core.calibration.moments import SecondMoment
 from modulora_core.calibration.observe import Key, ObservedWeight
-from modulora_core.calibration.packing import HeldOutCalibration
+from modulora_core.calibration.visitor import HeldOutCalibration
 from modulora_core.spec import Calibration
 
 TokenWeights = Mapping[str, Sequence[Sequence[Tensor]]]

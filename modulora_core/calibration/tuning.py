@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from modulora_core.autograd import ChannelScales
 from modulora_core.calibration.blocks import Block
 from modulora_core.calibration.calls import BlockCall
-from modulora_core.calibration.packing import PackedMatrices
+from modulora_core.calibration.visitor import PackedMatrices
+from modulora_core.channel_scales import ChannelScales
 from modulora_core.errors import DataError, OptionError
 
 EPOCHS = 5

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from modulora_core import distributed
 from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
 from modulora_core.calibration.calls import BlockCall, record_calls
-from modulora_core.calibration.packing import PackedMatrices, Packing
 from modulora_core.calibration.passes import Passes
 from modulora_core.calibration.stages import Order, TokenWeights
 from modulora_core.calibration.states import empty_states
 from modulora_core.calibration.text import CalibrationText
 from modulora_core.calibration.tuning import Tuner
+from modulora_core.calibration.visitor import BlockVisitor, PackedMatrices
 from modulora_core.models import ModelSource
 from modulora_core.models.sites import LinearSite
 from modulora_core.spec import Calibration
@@ -53,10 +53,10 @@ class BlockWalk:
     Attributes:
         source: the model; text: the samples.
         linears: the parameters to pack; the walk skips parameters outside of the blocks.
-        packing: packs them; tuner: tunes each packed block.
+        visitor: packs them; tuner: tunes each packed block.
         device: the device of the blocks; folder: for hidden states in a file.
         held_out_weights: holds the last samples out, as many as it has weights for. Then each
-            calibration is a :class:`~modulora_core.calibration.packing.HeldOutCalibration`.
+            calibration is a :class:`~modulora_core.calibration.visitor.HeldOutCalibration`.
         token_weights: the weights in H of this process's other samples
             (:func:`modulora_core.calibration.token_weights.token_weights`).
         paused_bytes: see :data:`PAUSED_BYTES`.
@@ -66,7 +66,7 @@ class BlockWalk:
     source: ModelSource
     text: CalibrationText
     linears: Sequence[LinearSite]
-    packing: Packing
+    visitor: BlockVisitor
     device: torch.device
     folder: Path
     tuner: Tuner | None = None
@@ -135,7 +135,7 @@ class BlockWalk:
         """Fill a block, pack it, tune it, and replace the hidden states by those after it."""
         dense: dict[str, Tensor] = {}  # a tuner changes vectors before they are written
         keep: Callable[[str, Tensor], None] = (
-            dense.__setitem__ if self.tuner else self.packing.write_dense
+            dense.__setitem__ if self.tuner else self.visitor.write_dense
         )
         block = Block(path, module, self.linears, self.source, self.device, keep)
         passes = Passes(
@@ -144,8 +144,8 @@ class BlockWalk:
             held_out_weights=self.held_out_weights, token_weights=self.token_weights,
         )  # fmt: skip
         if self.tuner is None:
-            written = set(filter(self.packing.is_written, block.sites))
-            self._pack(block, passes, written, self.packing.write)
+            written = set(filter(self.visitor.is_written, block.sites))
+            self._pack(block, passes, written, self.visitor.write)
         else:
             passes.advance(self.tuner.targets)  # while the block is dense
             self._pack_and_tune(number, block, passes, dense, self.tuner)
@@ -166,7 +166,7 @@ class BlockWalk:
         self, number: int, block: Block, passes: Passes, dense: Mapping[str, Tensor], tuner: Tuner
     ) -> None:
         """Pack and tune a block, then write it. A block that an earlier run wrote is read."""
-        whole = all(map(self.packing.is_written, (*dense, *block.sites)))
+        whole = all(map(self.visitor.is_written, (*dense, *block.sites)))
         packed: list[PackedMatrices] = []
         self._pack(block, passes, block.sites if whole else (), packed.append)
         passes.discard()  # paused batches have multiplied by weights that are not tuned
@@ -174,14 +174,14 @@ class BlockWalk:
         vectors: Mapping[str, Tensor] = {}
         if whole:
             for name in block.vectors:
-                block.replace_vector(name, self.packing.read_kept(name))
+                block.replace_vector(name, self.visitor.read_kept(name))
         else:
             tuned, vectors = tuner.tune(number, block, by_name)
             by_name |= tuned
         for name, tensor in {**dense, **vectors}.items():
-            self.packing.write_dense(name, tensor)
+            self.visitor.write_dense(name, tensor)
         for matrices in by_name.values():
-            self.packing.write(matrices)
+            self.visitor.write(matrices)
 
     def _pack(
         self,
@@ -191,7 +191,7 @@ class BlockWalk:
         write: Callable[[PackedMatrices], None],
     ) -> None:
         """Pack a block's weights stage by stage; read those that an earlier run has ``written``."""
-        wanting = set(filter(self.packing.wants_calibration, block.sites))
+        wanting = set(filter(self.visitor.wants_calibration, block.sites))
         order = self._order(block, passes)
         for stage in order.stages:
             missing = [name for name in stage if name not in written]
@@ -205,10 +205,10 @@ class BlockWalk:
                 calibrations: Iterable[Calibration | None] = [None] * len(matrices)
                 if inputs and name in wanted:
                     calibrations = inputs.calibrations(name)
-                packed[name] = self.packing.pack(name, matrices, calibrations)
+                packed[name] = self.visitor.pack(name, matrices, calibrations)
             packed = self._exchanged(packed)
             for name in stage:
-                values = self.packing.read(name) if name in written else packed[name]
+                values = self.visitor.read(name) if name in written else packed[name]
                 if values is not None:
                     write(values)
                     block.replace(name, values.values())
@@ -224,7 +224,7 @@ class BlockWalk:
             for name, packed in mine.items()
         }
         others = {
-            name: None if matrices is None else self.packing.received(name, matrices)
+            name: None if matrices is None else self.visitor.received(name, matrices)
             for name, matrices in distributed.merged(sent).items()
             if name not in mine
         }

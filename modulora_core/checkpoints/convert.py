@@ -32,7 +32,7 @@ from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWrite
 from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError, usable_path
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import CheckpointFormat, StoredWeight
-from modulora_core.progress import Progress, shows_progress
+from modulora_core.progress import Progress, shown
 from modulora_core.spec import TensorLayout
 
 
@@ -53,7 +53,6 @@ class ConvertResult:
 
 
 @checked
-@shows_progress("converting", "parameters")
 def convert(
     source: str | Path,
     out: str | Path,
@@ -86,8 +85,8 @@ def convert(
         RequestError: ``source`` can't be read, or ``out`` holds something else or is too small.
             Every error is raised before any work.
     """
-    started, progress, source = time.perf_counter(), progress or None, os.fspath(source)
-    with PeakMemory("cpu") as peak:
+    started, source = time.perf_counter(), os.fspath(source)
+    with PeakMemory("cpu") as peak, shown(progress, "converting", "parameters") as progress:
         out = usable_path(out, "output folder", OutputError)
         check_output(out)
         writer = None if to == QUANT_METHOD else installed_formats.create_writer(to)
@@ -110,8 +109,7 @@ def convert(
             shard_writer = ShardWriter(folder, shards)
             for done, (name, part) in enumerate(parts.items(), 1):
                 shard_writer.write(name, part.read())
-                if progress is not None:
-                    progress("converting", done, len(parts))
+                progress("converting", done, len(parts))
             shard_writer.finish()
             _write_config(checkpoint, writer, folder)
             write_digests(folder)

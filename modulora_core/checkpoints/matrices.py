@@ -1,4 +1,4 @@
-"""Pack the matrices of one parameter: the place where a quantizer's ``pack`` is called."""
+"""Pack a matrix, or all matrices of one parameter: no other place calls a quantizer's ``pack``."""
 
 from __future__ import annotations
 
@@ -42,14 +42,21 @@ def pack_matrices(
     packed: list[PackedWeight] = []
     with random_stream(seed, name), torch.no_grad():
         for matrix, calibration in zip(matrices, calibrations, strict=True):
-            try:
-                packed.append(quantizer.pack(matrix, calibration))
-            except (Exception, SystemExit) as error:  # a plugin may raise anything
-                note_plugin(error, quantizer.spec.name, f"packing {name}, {list(matrix.shape)}")
-                raise
+            packed.append(pack_matrix(name, quantizer, matrix, calibration))
             if packed[-1].layout != site.layout:
                 raise WorkError(
                     f"{name}: {packed[-1].quantizer} packed it as {packed[-1].layout}, but its "
                     f"layout() promised {site.layout}; report it to the plugin's author"
                 )
     return packed
+
+
+def pack_matrix(
+    name: str, quantizer: Quantizer, matrix: Tensor, calibration: Calibration | None
+) -> PackedWeight:
+    """Pack a matrix, ``[out, in]``. An exception of the plugin gets a note that names it."""
+    try:
+        return quantizer.pack(matrix, calibration)
+    except (Exception, SystemExit) as error:  # a plugin may raise anything
+        note_plugin(error, quantizer.spec.name, f"packing {name}, {list(matrix.shape)}")
+        raise

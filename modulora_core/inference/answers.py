@@ -14,7 +14,7 @@ from modulora_core.errors import MissingExtraError
 from modulora_core.inference.generate import Sampling, continuations
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
 from modulora_core.models.tokenizer_checks import panics_refused
-from modulora_core.progress import Progress
+from modulora_core.progress import Progress, no_progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def rouge(
     beams: int = 1,
     batch_size: int = 1,
     template: Template | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Rouge:
     """ROUGE of the model's answers against the answers in ``source``.
 
@@ -93,7 +93,7 @@ def exact_match(
     beams: int = 1,
     batch_size: int = 1,
     template: Template | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> ExactMatch:
     """The share of generated answers that equal the answers in ``source``, as :func:`rouge`."""
     asked = asked_in(source, template)
@@ -112,7 +112,7 @@ def _texts(
     asked: list[Conversation],
     sampling: Sampling,
     batch_size: int,
-    progress: Progress | None,
+    progress: Progress,
 ) -> list[str]:
     """The model's answer to each prompt."""
     renderer = Renderer(tokenizer)

@@ -21,7 +21,7 @@ from modulora_core.data.sources import Source
 from modulora_core.errors import WorkError
 from modulora_core.inference.opened import Opened
 from modulora_core.inference.passes import batches, evaluating, window_of
-from modulora_core.progress import Progress
+from modulora_core.progress import Progress, no_progress
 
 _ROWS = 64
 """Positions whose log-probabilities exist at once."""
@@ -59,7 +59,7 @@ def divergence(
     *,
     segments: int = 8,
     seq_len: int = 256,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Divergence:
     """Measure how far ``other`` is from ``before``, which may have an adapter.
 

@@ -28,7 +28,7 @@ from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
 from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating, window_of
-from modulora_core.progress import Progress, shows_progress
+from modulora_core.progress import Progress, no_progress, shown
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
 
 Metric = Literal["perplexity", "accuracy", "rouge", "exact-match"]
@@ -99,7 +99,6 @@ def evaluate(
     model: Runnable, data: Source = "pydoc", *, metric: Metric, **settings: Unpack[_Settings]
 ) -> Perplexity | Accuracy | Rouge | ExactMatch: ...
 @checked
-@shows_progress("evaluating", "passes")
 def evaluate(
     model: Runnable,
     data: Source = "pydoc",
@@ -137,26 +136,26 @@ def evaluate(
         RequestError: the model cannot be opened.
         WorkError: the model's logits are NaN or infinite.
     """
-    progress = progress or None
     if metric not in METRICS:
         raise OptionError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     template = Template.of(prompt, completion)
     if template is not None and metric == "perplexity":
         raise OptionError("prompt: expected another metric than perplexity, which measures text")
-    tokenizer, load = tokenizer_and_loader(model, adapter)
-    if metric == "perplexity":
-        ids = token_segments(data, tokenizer, seq_len, segments)
-        return perplexity(load(), ids, batch_size=batch_size, progress=progress)
-    asked_in(data, template)  # a bad source is refused before the model is loaded
-    common: Any = {"batch_size": batch_size, "template": template, "progress": progress}
-    if metric == "accuracy":
-        return accuracy(load(), tokenizer, data, **common)
-    measure = rouge if metric == "rouge" else exact_match
-    return measure(load(), tokenizer, data, max_new_tokens, beams=beams, **common)
+    with shown(progress, "evaluating", "passes") as progress:
+        tokenizer, load = tokenizer_and_loader(model, adapter)
+        if metric == "perplexity":
+            ids = token_segments(data, tokenizer, seq_len, segments)
+            return perplexity(load(), ids, batch_size=batch_size, progress=progress)
+        asked_in(data, template)  # a bad source is refused before the model is loaded
+        common: Any = {"batch_size": batch_size, "template": template, "progress": progress}
+        if metric == "accuracy":
+            return accuracy(load(), tokenizer, data, **common)
+        measure = rouge if metric == "rouge" else exact_match
+        return measure(load(), tokenizer, data, max_new_tokens, beams=beams, **common)
 
 
 def perplexity(
-    model: Any, segments: Tensor, *, batch_size: int = 1, progress: Progress | None = None
+    model: Any, segments: Tensor, *, batch_size: int = 1, progress: Progress = no_progress
 ) -> Perplexity:
     """The perplexity of ``segments``, each by itself: all tokens but the first are predicted.
 
@@ -169,7 +168,7 @@ def perplexity(
 
 
 def segment_losses(
-    model: Any, segments: Tensor, *, batch_size: int = 1, progress: Progress | None = None
+    model: Any, segments: Tensor, *, batch_size: int = 1, progress: Progress = no_progress
 ) -> list[float]:
     """The mean -log p of a predicted token in each segment, in nats.
 
@@ -215,7 +214,7 @@ def accuracy(
     *,
     batch_size: int = 8,
     template: Template | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Accuracy:
     """The fraction of examples whose own answer is the most likely of all distinct answers.
 
@@ -254,7 +253,7 @@ def accuracy(
         return renderer.encode([renderer.render(_answered(*pair))[-1] for pair in batch])
 
     lengths: list[int] = []
-    for _, batch in batches(pairs, 256, None):
+    for _, batch in batches(pairs, 256):
         tokens = [ids for ids, _ in encoded(batch)]
         check_examples(model, tokens, [each for each, _ in batch])
         lengths += map(len, tokens)

@@ -14,7 +14,7 @@ from modulora_core.data.rendering import check_ids
 from modulora_core.data.sources import Source, load_records
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError
-from modulora_core.progress import Progress
+from modulora_core.progress import Progress, no_progress
 
 
 def asked_in(source: Source, template: Template | None = None) -> list[Conversation]:
@@ -83,11 +83,10 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def batches(items: Any, size: int, progress: Progress | None) -> Iterator[tuple[int, Any]]:
+def batches(items: Any, size: int, progress: Progress = no_progress) -> Iterator[tuple[int, Any]]:
     """The number of each batch's first item, and the batch; shows progress after it."""
     if size < 1:
         raise OptionError(f"batch_size: expected at least 1, got {size}")
     for start in range(0, len(items), size):
         yield start, items[start : start + size]
-        if progress is not None:
-            progress("evaluating", min(start + size, len(items)), len(items))
+        progress("evaluating", min(start + size, len(items)), len(items))

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core.errors import WeightError
+from modulora_core.hessians import check_hessian
 from modulora_core.kernels import rotation
 from modulora_core.kernels.launching import one_thread
-from modulora_core.packed import check_hessian
 
 DOUBLINGS = 16
 """Attempts to factorize H; each one after the second doubles the damping."""

@@ -36,6 +36,10 @@ from modulora_core.tiles import tiled_matmul
 class KernelQuantizer(Quantizer):
     """A quantizer with kernels: write ``pack``, :meth:`tensors` and :meth:`reference_tile`.
 
+    A subclass that stores columns in another order overrides both :meth:`dequantize_tile` and
+    :meth:`matmul`, and permutes around ``super()``'s. ``super().matmul`` decodes columns as they
+    are stored.
+
     Attributes:
         kernels: the name of the plugin's package of kernels, such as ``"mine.kernels"``.
         row_tensors: names of the tensors whose row o belongs to row o of Ŵ alone. With them
@@ -89,7 +93,7 @@ class KernelQuantizer(Quantizer):
             return y
 
         def tile(start: int, stop: int, dtype: torch.dtype) -> Tensor:
-            # not self.dequantize_tile: a subclass may permute columns around both
+            # not self.dequantize_tile: a subclass permutes columns around this product itself
             return KernelQuantizer.dequantize_tile(self, packed, (start, stop), dtype)
 
         return tiled_matmul(x, tile, packed.shape, transpose)

@@ -95,14 +95,9 @@ def check_layout(
             f"metadata of a {layout.quantizer} weight: {found}, got {dict(layout.metadata)!s:.200}"
         ) from None
     for name in {**wanted, **layout.tensors}:
-        described = [
-            "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            for tensor in (wanted.get(name), layout.tensors.get(name))
-        ]
-        if described[0] != described[1]:
-            raise CheckpointError(
-                f"{subject}: expected {name} as {described[0]}, got {described[1]}"
-            )
+        tensor, got = (tensors.get(name, "none") for tensors in (wanted, layout.tensors))
+        if tensor != got:
+            raise CheckpointError(f"{subject}: expected {name} as {tensor}, got {got}")
 
 
 def operands(
@@ -250,7 +245,7 @@ def product_of_one(
         kernel: ``kernel(weight, threads, x, y)`` writes ``y``, fp32 ``[1, features]``, from ``x``,
             fp32 ``[1, given]``.
         weight: all arrays, or all tensors, and numbers.
-        x: one row, fp32 ``[..., given]``, as :func:`few_rows` gives it.
+        x: one row, contiguous fp32 ``[..., given]``.
         features: of the result.
     """
     row: NDArray[Any] = x.numpy()

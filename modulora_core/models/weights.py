@@ -21,7 +21,7 @@ from modulora_core.models.skeleton import (
     without_optional,
 )
 from modulora_core.models.store import is_finite
-from modulora_core.progress import Progress
+from modulora_core.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,7 +134,7 @@ class Weights:
         alike = (first.shape, first.stored_as) == (second.shape, second.stored_as)
         return alike and torch.equal(self.store.read(one), self.store.read(other))
 
-    def checked_digest(self, progress: Progress | None = None) -> str:
+    def checked_digest(self, progress: Progress = no_progress) -> str:
         """Read every value once, a tensor at a time: refuse NaN and Inf, and compute the digest.
 
         Args:
@@ -160,8 +160,7 @@ class Weights:
                     "damaged, or the training that wrote it diverged"
                 )
             done += tensor.nbytes
-            if progress is not None:
-                progress("checking", done, total)
+            progress("checking", done, total)
         return digest.hexdigest()
 
     def tensors(self, *, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ from modulora_core.checkpoints.loading import is_packed, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.models import ParameterInfo, open_dense
-from modulora_core.progress import Progress
+from modulora_core.progress import Progress, no_progress
 from modulora_core.quantization.layout import Selection, choose_layout
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
 from modulora_core.quantization.quantize import QuantizeResult, quantize
@@ -75,7 +75,7 @@ class CachedModel:
         if self._calibration is not None:
             text = calibration_text(self._source, self._calibration, seed=0)
         layout = choose_layout(
-            self._source, choice, (), Selection(embeddings=embeddings), calibration=text, seed=0
+            self._source, [choice], (), Selection(embeddings=embeddings), calibration=text, seed=0
         )
         self.config: dict[str, Any] = self._source.config.to_dict()
         self.record: QuantizationRecord = layout.record
@@ -101,7 +101,7 @@ class CachedModel:
         name = location.name.replace("/", "--").replace(":", "-")
         return (self._cache or cache_folder()) / f"{name}-{self._choice.quantizer}-{digest}"
 
-    def packed(self, progress: Progress | None = None) -> PackedCheckpoint:
+    def packed(self, progress: Progress = no_progress) -> PackedCheckpoint:
         """Open the packed model; quantize it first if it is not in the cache.
 
         Raises: as :meth:`quantize`.
@@ -110,7 +110,7 @@ class CachedModel:
             self.quantize(progress)
         return open_packed(self.folder)
 
-    def quantize(self, progress: Progress | None = None) -> QuantizeResult:
+    def quantize(self, progress: Progress = no_progress) -> QuantizeResult:
         """Quantize the model into the cache. A killed quantization is continued.
 
         If the model is there already, the result has 0 seconds.
@@ -126,5 +126,5 @@ class CachedModel:
         return quantize(
             model, self.folder, self._choice.quantizer,
             self._choice.options, embeddings=self._embeddings, calibration=self._calibration,
-            resume=True, progress=progress or False,
+            resume=True, progress=progress,
         )  # fmt: skip

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from modulora_core import registry
 from modulora_core.arguments import check_fields
 from modulora_core.calibration import CalibrationText, find_blocks
 from modulora_core.checkpoints.record import (
@@ -40,6 +39,10 @@ class Override:
     quantizer: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.quantizer, self.options)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -50,6 +53,8 @@ class Layout:
         tensors: every tensor of the files, in their order.
         linears: the packed parameters.
         calibration: the samples; None if no quantizer uses any.
+        table: how a budget chose, if one did
+            (:meth:`modulora_core.quantization.mixed.mixture.Mixture.table`).
     """
 
     record: QuantizationRecord
@@ -57,6 +62,7 @@ class Layout:
     tensors: Mapping[str, TensorLayout]
     linears: tuple[LinearSite, ...]
     calibration: CalibrationText | None
+    table: dict[str, Any] | None = None
 
     def quantizer(self, site: PackedSite) -> Quantizer:
         return self.quantizers[site.recipe]
@@ -69,6 +75,10 @@ class Layout:
     def request(self) -> dict[str, Any]:
         """Identifies a run: equal requests give equal checkpoints."""
         return self.record.to_json()
+
+    def made(self, record: QuantizationRecord) -> bool:
+        """Whether this request made a checkpoint, perhaps with another version of this package."""
+        return record.to_json() | {"core_version": VERSION} == self.request
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,25 +122,28 @@ def linears_outside_blocks(source: ModelSource, linears: Sequence[LinearSite]) -
 
 def choose_layout(
     source: ModelSource,
-    choice: Choice,
-    overrides: Sequence[Override],
+    choices: Sequence[Choice],
+    patterns: Sequence[str],
     selection: Selection,
     *,
     calibration: CalibrationText | None,
     seed: int,
 ) -> Layout:
-    """Choose how every parameter is stored: by ``choice`` and its exceptions. Reads no weight.
+    """Choose how every parameter is stored. Reads no weight.
+
+    Args:
+        choices: for the layers that match no pattern, then for each of ``patterns`` in turn.
+        patterns: of dotted paths (fnmatch); the last match counts.
 
     Raises:
         PluginError, OptionError: a quantizer, an option, a pattern or a combination is refused.
         ShapeError: a quantizer can't take a layer's shape; the message names the layer.
         ModelError: calibration is wanted and the model has no decoder blocks.
     """
-    quantizers = [choice.create()]
-    quantizers += [registry.create(o.quantizer, o.options) for o in overrides]
+    quantizers = [choice.create() for choice in choices]
     _check_calibration(quantizers, calibration)
     linears, ends, dense = selection.sort(source)
-    chosen = _chosen(linears, overrides)
+    chosen = _chosen(linears, patterns)
     if calibration is not None:
         required = [
             linear
@@ -155,14 +168,14 @@ def choose_layout(
     )
 
 
-def _chosen(linears: Sequence[LinearSite], overrides: Sequence[Override]) -> dict[str, int]:
-    """The recipe of each layer: the last override that matches, else 0."""
+def _chosen(linears: Sequence[LinearSite], patterns: Sequence[str]) -> dict[str, int]:
+    """The recipe of each layer: the number of the last pattern that matches, else 0."""
     chosen = dict.fromkeys((linear.name for linear in linears), 0)
-    for recipe, override in enumerate(overrides, 1):
-        names = [x.name for x in linears if fnmatchcase(x.module, override.pattern)]
+    for recipe, pattern in enumerate(patterns, 1):
+        names = [x.name for x in linears if fnmatchcase(x.module, pattern)]
         if not names:
             raise OptionError(
-                f"override {override.pattern!r}: matches none of the {len(linears)} linear "
+                f"override {pattern!r}: matches none of the {len(linears)} linear "
                 f"layers, such as {linears[0].module if linears else '(none)'}"
             )
         chosen |= dict.fromkeys(names, recipe)

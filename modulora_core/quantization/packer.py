@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from modulora_core import distributed
 from modulora_core.calibration import (
+    BlockVisitor,
     BlockWalk,
     CalibrationText,
     PackedMatrices,
-    Packing,
     Tuner,
     find_blocks,
 )
@@ -54,7 +54,7 @@ def pack_all(
     layout: Layout,
     writer: ShardWriter,
     device: torch.device,
-    progress: Progress | None,
+    progress: Progress,
 ) -> PackingOutcome:
     """Write every parameter of ``source``, a parameter or, with calibration, a block at a time.
 
@@ -87,14 +87,14 @@ def pack_all(
 
 
 @dataclass
-class _Packer(Packing):
+class _Packer(BlockVisitor):
     """Packs parameters and writes them. Progress counts bytes of dense parameters."""
 
     source: ModelSource
     layout: Layout
     writer: ShardWriter
     device: torch.device
-    progress: Progress | None
+    progress: Progress
     moments: OutputMoments | None = None
     done_bytes: int = 0
 
@@ -152,20 +152,24 @@ class _Packer(Packing):
         site, seed = self._site(name), self.layout.record.seed
         quantizer = self._quantizer(name)
         on_device = (matrix.to(self.device) for matrix in matrices)
-        nbytes = self.source.parameters[name].nbytes // len(matrices)
-        moment = None if self.moments is None else self.moments.read(name)
-        given = (
-            each
-            and replace(
-                each,
-                output_hessian=None if moment is None else moment.to(self.device),
-                progress=partial(self._tell_within, i, nbytes),
-            )
-            for i, each in enumerate(calibrations)
-        )
+        given = self._completed(name, calibrations, len(matrices))
         packed = pack_matrices(name, site, quantizer, on_device, given, seed=seed)
         self._count(name)
         return PackedMatrices(name, quantizer, packed)
+
+    def _completed(
+        self, name: str, calibrations: Iterable[Calibration | None], number: int
+    ) -> Iterator[Calibration | None]:
+        """The calibrations of a parameter's matrices, with H_O and a function for progress."""
+        nbytes = self.source.parameters[name].nbytes // number
+        moment = None if self.moments is None else self.moments.read(name)
+        for i, calibration in enumerate(calibrations):
+            if calibration is None:
+                yield None
+                continue
+            H_O = None if moment is None else moment.to(self.device)
+            tell = partial(self._tell_within, i, nbytes)
+            yield replace(calibration, output_hessian=H_O, progress=tell)
 
     def received(self, name: str, matrices: Sequence[PackedWeight]) -> PackedMatrices:
         quantizer = self._quantizer(name)
@@ -209,6 +213,5 @@ class _Packer(Packing):
         self.tell("packing", int((number + share) * nbytes))
 
     def tell(self, phase: str, more_bytes: int = 0) -> None:
-        if self.progress is not None:
-            total = sum(info.nbytes for info in self.source.parameters.values())
-            self.progress(phase, self.done_bytes + more_bytes, total)
+        total = sum(info.nbytes for info in self.source.parameters.values())
+        self.progress(phase, self.done_bytes + more_bytes, total)

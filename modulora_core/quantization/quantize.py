@@ -42,13 +42,13 @@ from modulora_core.errors import OptionError, OutputError, usable_path
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.folders import REQUEST
 from modulora_core.models.tokenizer import TOKENIZER_FILES
-from modulora_core.progress import Progress, shows_progress
+from modulora_core.progress import Progress, shown
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
 from modulora_core.quantization.mixed.errors import JOURNAL, held_out_ids
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
 from modulora_core.quantization.packer import WEIGHTING, PackingOutcome, pack_all
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
-from modulora_core.quantization.resuming import finished, is_of, unfinished
+from modulora_core.quantization.resuming import finished, unfinished
 from modulora_core.registry import Choice
 
 __all__ = ["Budget", "Choice", "Override", "QuantizeResult", "quantize"]
@@ -99,7 +99,6 @@ class QuantizeResult:
 
 
 @checked
-@shows_progress("reading", "bytes")
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -161,26 +160,36 @@ def quantize(
         RequestError: the request can't be fulfilled; nothing was written.
         WorkError: a layer's inputs are NaN or Inf, or a quantizer failed.
     """
-    started, progress, model = time.perf_counter(), progress or None, os.fspath(model)
+    started, model = time.perf_counter(), os.fspath(model)
     where, out = pick_device(device), usable_path(out, "output folder", OutputError)
-    with PeakMemory(where) as peak:
+    with PeakMemory(where) as peak, shown(progress, "reading", "bytes") as progress:
         with together():
             done = finished(out) if resume else None
             if done is None:
                 check_output(out, resume=resume)
             source = open_dense(model, revision=revision)
-            chosen = _layout_or_mixture(
-                source, quantizer, options or {}, overrides, quality, calibration,
-                Selection(include, exclude, head, embeddings), seed,
-            )  # fmt: skip
-            request = chosen.request
+            selection = Selection(include, exclude, head, embeddings)
+            asked = _choices(quantizer, options or {}, overrides)
+            choices = [choice_of(choice, quality) for choice in asked]
+            calibration = calibration_of(calibration, quality, choices)
+            text = None if calibration is None else calibration_text(source, calibration, seed)
+            check_processes(text, budget=isinstance(quantizer, Budget))
+            chosen: Layout | Mixture
+            if isinstance(quantizer, Budget):
+                budget = replace(quantizer, choices=choices)
+                chosen = find_mixture(source, budget, text, selection, seed=seed)
+            else:
+                patterns = [override.pattern for override in overrides]
+                chosen = choose_layout(
+                    source, choices, patterns, selection, calibration=text, seed=seed
+                )
             if done is not None:
-                if not is_of(done, request):
+                if not chosen.made(done.record):
                     check_output(out, resume=resume)  # it is of another request
                 logger.info("%s: it is finished; nothing is left to resume", out)
                 return _result(source, done.record, done.nbytes, PackingOutcome(), out)
             _warn_without_tokenizer(source)
-        request |= {"max_shard_bytes": max_shard_bytes}
+        request = {**chosen.request, "max_shard_bytes": max_shard_bytes}
         nbytes = _disk_bytes(source, chosen, where)
         with unfinished(source, out, request, nbytes, resume, progress) as (folder, resumes):
             layout = (
@@ -188,50 +197,26 @@ def quantize(
                 if isinstance(chosen, Mixture)
                 else chosen
             )
-            packed = _write_packed(
+            outcome = _write_packed(
                 source, layout, folder, where, max_shard_bytes, resume=resumes, progress=progress
             )
     seconds = time.perf_counter() - started
-    result = _result(source, layout.record, layout.nbytes, packed, out, seconds, peak.nbytes)
-    if isinstance(chosen, Mixture):
-        result = replace(result, allocation=chosen.table(layout.record))
-    return result
+    result = _result(source, layout.record, layout.nbytes, outcome, out, seconds, peak.nbytes)
+    return replace(result, allocation=layout.table)
 
 
-def _layout_or_mixture(
-    source: ModelSource,
-    quantizer: str | Budget,
-    options: Mapping[str, Any],
-    overrides: Sequence[Override],
-    quality: Quality,
-    calibration: CalibrationConfig | None,
-    selection: Selection,
-    seed: int,
-) -> Layout | Mixture:
-    """The layout, or the mixture that chooses one when it has measured errors. Reads no weight."""
-    by_budget = isinstance(quantizer, Budget)
-    if by_budget and (options or overrides):
+def _choices(
+    quantizer: str | Budget, options: Mapping[str, Any], overrides: Sequence[Override]
+) -> list[Choice]:
+    """The choices of a budget; or one for all layers, then one for each override."""
+    if not isinstance(quantizer, Budget):
+        return [Choice(quantizer, options), *(override.choice for override in overrides)]
+    if options or overrides:
         raise OptionError(
             "budget: expected no options and no overrides beside it; name quantizers with their "
             "options in its choices"
         )
-    if isinstance(quantizer, Budget):
-        choices = list(quantizer.choices)
-    else:
-        others = [Choice(each.quantizer, each.options) for each in overrides]
-        choices = [Choice(quantizer, options), *others]
-    choices = [choice_of(choice, quality) for choice in choices]
-    calibration = calibration_of(calibration, quality, choices)
-    text = None if calibration is None else calibration_text(source, calibration, seed)
-    check_processes(text, budget=by_budget)
-    if isinstance(quantizer, Budget):
-        budget = replace(quantizer, choices=choices)
-        return find_mixture(source, budget, text, selection, seed=seed)
-    overrides = [
-        replace(override, options=choice.options)
-        for override, choice in zip(overrides, choices[1:], strict=True)
-    ]
-    return choose_layout(source, choices[0], overrides, selection, calibration=text, seed=seed)
+    return list(quantizer.choices)
 
 
 def check_processes(text: CalibrationText | None, *, budget: bool) -> None:
@@ -293,13 +278,13 @@ def _write_packed(
     max_shard_bytes: int,
     *,
     resume: bool,
-    progress: Progress | None,
+    progress: Progress,
 ) -> PackingOutcome:
     """Write all files of ``layout`` into an unfinished folder."""
     writer = ShardWriter(folder, plan_shards(layout.tensors, max_shard_bytes), resume=resume)
-    packed = pack_all(source, layout, writer, device, progress)
+    outcome = pack_all(source, layout, writer, device, progress)
     if not is_first():
-        return packed
+        return outcome
     config = source.config
     config.architectures = [type(source.outline).__name__]
     config.quantization_config = layout.record.to_json()
@@ -311,14 +296,14 @@ def _write_packed(
         shutil.rmtree(folder / WEIGHTING)
     write_digests(folder)
     write_file(folder / CARD, model_card(layout.record))  # without a digest: people edit it
-    return packed
+    return outcome
 
 
 def _result(
     source: ModelSource,
     record: QuantizationRecord,
     nbytes: int,
-    packed: PackingOutcome,
+    outcome: PackingOutcome,
     out: Path,
     seconds: float = 0.0,
     peak: int = 0,
@@ -341,6 +326,6 @@ def _result(
         kept=dict(record.kept),
         packed_by=packed_by,
         calibration=None if record.calibration is None else dict(record.calibration),
-        unreached=list(packed.unreached),
-        tuning_errors=packed.tuning_errors,
+        unreached=list(outcome.unreached),
+        tuning_errors=outcome.tuning_errors,
     )

@@ -1,4 +1,4 @@
-"""Recognize an output folder that the same request has finished, or continue an unfinished one."""
+"""Find an output folder finished, or continue an unfinished one of the same request."""
 
 from __future__ import annotations
 
@@ -46,20 +46,6 @@ def finished(out: Path) -> PackedCheckpoint | None:
     return found
 
 
-def is_of(done: PackedCheckpoint, request: Mapping[str, Any]) -> bool:
-    """Whether a request for a quantizer or for a budget made a checkpoint.
-
-    Another version of this package may have made it.
-    """
-    record = done.record.to_json()
-    recorded = {**record, **(record.get("allocation") or {})}
-    chosen = {"weights", "kept"} if "budget" in request else set()  # a budget chooses them
-    compared = {*request, *(record if "budget" not in request else ())}
-    compared -= {*chosen, "core_version", "max_shard_bytes"}
-    before, now = ({key: each.get(key) for key in compared} for each in (recorded, request))
-    return json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)
-
-
 @contextmanager
 def unfinished(
     source: ModelSource,
@@ -67,7 +53,7 @@ def unfinished(
     request: Mapping[str, Any],
     nbytes: int,
     resume: bool,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Iterator[tuple[Path, bool]]:
     """Open the folder of an unfinished run, which becomes ``out`` at the end.
 

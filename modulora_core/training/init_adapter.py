@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,11 +29,11 @@ from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
 from modulora_core.calibration import (
+    BlockVisitor,
     BlockWalk,
     CalibrationConfig,
     CalibrationText,
     PackedMatrices,
-    Packing,
     calibration_text,
     find_blocks,
 )
@@ -46,7 +46,7 @@ from modulora_core.layers import LoRALayer, QuantLinear
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.packed import PackedWeight
-from modulora_core.progress import Progress, shows_progress
+from modulora_core.progress import Progress, shown
 from modulora_core.spec import Calibration, Quantizer
 
 if TYPE_CHECKING:
@@ -86,7 +86,6 @@ class InitialAdapter:
 
 
 @checked
-@shows_progress("correcting", "layers")
 def init_adapter(
     model: str | Path,
     out: str | Path,
@@ -94,7 +93,7 @@ def init_adapter(
     dense: str | Path,
     calibration: CalibrationConfig,
     settings: LoRASettings | None = None,
-    progress: Progress | None = None,
+    progress: Progress | Literal[False] | None = None,
 ) -> InitialAdapter:
     """Write an adapter that corrects the layers of a quantized model, as a start of training.
 
@@ -107,7 +106,8 @@ def init_adapter(
         dense: the model before quantization. A decoder block of it is in memory at a time.
         calibration: the text of H.
         settings: of the adapter.
-        progress: called with ``"correcting"``, the layers done, and their number.
+        progress: called with ``"correcting"``, the layers done, and their number; by default a bar
+            on a terminal, and False shows none.
 
     Raises:
         OutputError: ``out`` holds files.
@@ -117,9 +117,10 @@ def init_adapter(
     """
     started, settings = time.perf_counter(), settings or LoRASettings()
     check_output(Path(out))
-    checkpoint, start = open_packed(model), Start.open(dense, calibration, settings.seed)
-    adapted = load_model(checkpoint, device=str(pick_device()))
-    layers, corrected = start.put_on(adapted, checkpoint.name, settings, progress)
+    with shown(progress, "correcting", "layers") as progress:
+        checkpoint, start = open_packed(model), Start.open(dense, calibration, settings.seed)
+        adapted = load_model(checkpoint, device=str(pick_device()))
+        layers, corrected = start.put_on(adapted, checkpoint.name, settings, progress)
     with whole_or_nothing(Path(out)) as whole:
         save_adapter(adapted, whole, settings=settings)
     return InitialAdapter(str(out), layers, corrected, time.perf_counter() - started)
@@ -141,7 +142,7 @@ class Start:
         return cls(source, calibration_text(source, calibration, seed))
 
     def put_on(
-        self, model: PreTrainedModel, name: str, settings: LoRASettings, progress: Progress | None
+        self, model: PreTrainedModel, name: str, settings: LoRASettings, progress: Progress
     ) -> tuple[int, int]:
         """Put a new adapter on a quantized model. Returns its layers, and the corrected ones.
 
@@ -207,7 +208,7 @@ class _Corrected(PackedMatrices):
 
 
 @dataclass
-class _Correcting(Packing):
+class _Correcting(BlockVisitor):
     """Sets A and B of each layer that the walk reaches.
 
     Attributes:
@@ -218,7 +219,7 @@ class _Correcting(Packing):
     weights: Mapping[str, tuple[Quantizer, list[PackedWeight]]]
     layers: Mapping[str, LoRALayer]
     seed: int
-    progress: Progress | None
+    progress: Progress
 
     def __post_init__(self) -> None:
         self.done: list[str] = []
@@ -243,8 +244,7 @@ class _Correcting(Packing):
         values["lora_B"].data.copy_(B / scale)
         values["lora_A"].data.copy_(A / scale)
         self.done.append(name)
-        if self.progress is not None:
-            self.progress("correcting", len(self.done), len(self.layers))
+        self.progress("correcting", len(self.done), len(self.layers))
         return _Corrected(name, quantizer, packed, B @ A)
 
 

@@ -153,10 +153,14 @@ class ModuLoRAHfQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Whether the Trainer accepts the model without an adapter of PEFT.
 
-        It refuses a model in which nothing trains, and says to attach an adapter.
+        It refuses a model in which nothing trains, and says to attach an adapter. It asks when it
+        is made. This is our only chance to refuse a wrong reference before TRL loads it.
         """
         model = None if self._model is None else self._model()
-        return model is None or model.can_train
+        if model is None:
+            return True
+        model.forbid_reference()
+        return any(parameter.requires_grad for parameter in model.parameters())
 
     @property
     def record(self) -> QuantizationRecord:

@@ -22,10 +22,8 @@ class PackedModel(Publishing, nn.Module):
         if "hf_quantizer" in state:  # the models inside of it have none
             state["hf_quantizer"].follow(self)
 
-    @property
-    def can_train(self) -> bool:
-        """Whether a parameter trains. transformers' Trainer asks when it is made."""
-        return any(parameter.requires_grad for parameter in self.parameters())
+    def forbid_reference(self) -> None:
+        """Do nothing: without an adapter of ours the model on disk is the reference."""
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *more: Any, **options: Any

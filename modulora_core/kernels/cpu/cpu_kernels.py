@@ -21,7 +21,7 @@ from modulora_core.kernels.launching import (
 from modulora_core.packed import PackedWeight
 from modulora_core.tiles import tile_bytes
 
-Weight = tuple[Any, ...]
+Operands = tuple[Any, ...]
 """Arrays and numbers that a decoder reads."""
 
 AMX_ROWS = 512
@@ -62,8 +62,8 @@ class CPUKernels:
     def __init__(
         self,
         decode: Any,
-        operands: Callable[[PackedWeight], Weight],
-        one_row: Callable[[Weight], Callable[..., None] | None] = lambda _: None,
+        operands: Callable[[PackedWeight], Operands],
+        one_row: Callable[[Operands], Callable[..., None] | None] = lambda _: None,
         rounds: bool = False,
     ) -> None:
         self._operands, self._one_row = operands, one_row

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modulora_core.calibration import BlockWalk, CalibrationText, HeldOutCalibration, Packing
+from modulora_core.calibration import BlockVisitor, BlockWalk, CalibrationText, HeldOutCalibration
 from modulora_core.calibration.sensitivity import Sensitivity, loss_sensitivities
-from modulora_core.checkpoints.matrices import random_stream
+from modulora_core.checkpoints.matrices import pack_matrix, random_stream
 from modulora_core.errors import WorkError
 from modulora_core.models import ModelSource
 from modulora_core.models.json_files import read_journal
@@ -60,7 +60,7 @@ def measure_errors(
     device: torch.device,
     folder: Path,
     resume: bool,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, list[float]]:
     """The error of each of ``linears`` under each of ``quantizers``.
 
@@ -93,7 +93,7 @@ def measure_errors(
 
 
 @dataclass
-class _Measuring(Packing):
+class _Measuring(BlockVisitor):
     """Measures every layer, and leaves it dense."""
 
     quantizers: Sequence[Quantizer]
@@ -102,7 +102,7 @@ class _Measuring(Packing):
     journal: Path
     measured: dict[str, list[float]]
     sizes: Mapping[str, int]
-    progress: Progress | None
+    progress: Progress
 
     def is_written(self, name: str) -> bool:
         return name in self.measured
@@ -118,7 +118,7 @@ class _Measuring(Packing):
             for i, quantizer in enumerate(self.quantizers):
                 with random_stream(self.seed, name):
                     given = seen if quantizer.wants_calibration else None
-                    packed = quantizer.pack(weight, given)
+                    packed = pack_matrix(name, quantizer, weight, given)
                 totals[i] += weighted_error(weight, quantizer, packed, H, s)
         for quantizer, total in zip(self.quantizers, totals, strict=True):
             if not math.isfinite(total):
@@ -130,9 +130,8 @@ class _Measuring(Packing):
         with self.journal.open("a") as journal:
             journal.write(json.dumps([name, totals]) + "\n")
         self.measured[name] = totals
-        if self.progress is not None:
-            done = sum(self.sizes[each] for each in self.measured)
-            self.progress("measuring", done, sum(self.sizes.values()))
+        done = sum(self.sizes[each] for each in self.measured)
+        self.progress("measuring", done, sum(self.sizes.values()))
 
 
 def weighted_error(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Budget:
     choices: Sequence[Choice]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Mixture:
     """The choice of a budget for one model.
 
@@ -72,8 +72,6 @@ class Mixture:
     kept_bytes: int
     calibration: CalibrationText
     seed: int
-    _errors: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    _allocation: Allocation = field(default_factory=lambda: Allocation((), 0, 0, 0))
 
     @property
     def fixed_bytes(self) -> int:
@@ -97,6 +95,13 @@ class Mixture:
             **self._entry(),
         }
 
+    def made(self, record: QuantizationRecord) -> bool:
+        """Whether this request made a checkpoint, perhaps with another version of this package."""
+        packed = {*self.sizes, *(end.site.name for end in self.ends)}
+        return (record.source, record.seed, record.allocation, {*record.weights}) == (
+            self.source.identity(), self.seed, self._entry(), packed
+        )  # fmt: skip
+
     def _entry(self) -> dict[str, Any]:
         """The entry in the checkpoint's record."""
         recipes = [Recipe.of(quantizer).model_dump(mode="json") for quantizer in self.quantizers]
@@ -110,28 +115,38 @@ class Mixture:
         }
 
     def choose(
-        self, device: torch.device, folder: Path, *, resume: bool, progress: Progress | None
+        self, device: torch.device, folder: Path, *, resume: bool, progress: Progress
     ) -> Layout:
-        """Measure every layer's errors (:func:`measure_errors`), and choose its quantizer."""
-        self._errors = measure_errors(
+        """Measure every layer's errors (:func:`measure_errors`), and choose its quantizer.
+
+        Returns:
+            a layout with :meth:`table`.
+        """
+        errors = measure_errors(
             self.source, self.calibration, self.linears, self.quantizers,
             seed=self.seed, device=device, folder=folder, resume=resume, progress=progress,
         )  # fmt: skip
-        offers = [list(map(Offer, sizes, self._errors[name])) for name, sizes in self.sizes.items()]
-        self._allocation = allocate(offers, self.budget.nbytes - self.fixed_bytes)
-        used = sorted(set(self._allocation.taken))  # no other quantizer is recorded
+        offers = [list(map(Offer, sizes, errors[name])) for name, sizes in self.sizes.items()]
+        allocation = allocate(offers, self.budget.nbytes - self.fixed_bytes)
+        used = sorted(set(allocation.taken))  # no other quantizer is recorded
         quantizers = [self.quantizers[choice] for choice in used]
         uses_text = any(quantizer.wants_calibration for quantizer in quantizers)
         uses_text |= self.calibration.config.tuning is not None
-        chosen = dict(zip(self.sizes, map(used.index, self._allocation.taken), strict=True))
+        chosen = dict(zip(self.sizes, map(used.index, allocation.taken), strict=True))
         chosen |= {end.site.name: index_for_end(end, quantizers) for end in self.ends}
         linears = [*self.linears, *(end.site for end in self.ends)]
-        return layout_with(
+        layout = layout_with(
             self.source, quantizers, linears, chosen, self.kept, seed=self.seed,
             calibration=self.calibration if uses_text else None, allocation=self._entry(),
         )  # fmt: skip
+        return replace(layout, table=self.table(layout.record, errors, allocation))
 
-    def table(self, record: QuantizationRecord) -> dict[str, Any]:
+    def table(
+        self,
+        record: QuantizationRecord,
+        errors: Mapping[str, Sequence[float]],
+        allocation: Allocation,
+    ) -> dict[str, Any]:
         """The table of :func:`recorded_allocation`, with the names of the choices and errors.
 
         Returns:
@@ -143,8 +158,7 @@ class Mixture:
         assert table is not None, "the record is from this run"
         layers = table["layers"]
         for name, layer in layers.items():
-            errors = self._errors[name]
-            layer |= {"error": errors[layer["choice"]], "errors": list(errors)}
+            layer |= {"error": errors[name][layer["choice"]], "errors": list(errors[name])}
         for index, row in enumerate(table["choices"]):
             own = [layer["error"] for layer in layers.values() if layer["choice"] == index]
             row |= {
@@ -155,7 +169,7 @@ class Mixture:
             }
         for end in self.ends:
             table["ends"][end.site.name]["name"] = end.choice.label
-        return {**table, "error": self._allocation.error, "bound": self._allocation.bound}
+        return {**table, "error": allocation.error, "bound": allocation.bound}
 
 
 def find_mixture(

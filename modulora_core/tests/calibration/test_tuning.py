@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from modulora_core.autograd import ChannelScales
 from modulora_core.calibration import (
     CalibrationConfig,
     Tuner,
@@ -25,6 +24,7 @@ from modulora_core.calibration import (
 )
 from modulora_core.calibration.observe import Key, ObservedWeight
 from modulora_core.calibration.tuning import learning_rate_factor, relative_error
+from modulora_core.channel_scales import ChannelScales
 from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.models import open_dense

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modulora_core.calibration import (
+    BlockVisitor,
     BlockWalk,
     CalibrationConfig,
     CalibrationText,
     HeldOutCalibration,
-    Packing,
     find_blocks,
 )
 from modulora_core.calibration.moments import SecondMoment
@@ -37,7 +37,7 @@ ODD = ("llama-biased", "gpt2", "gemma3_text", "falcon", "mixtral", "gpt_oss")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Seen(Packing):
+class Seen(BlockVisitor):
     """Notes its arguments, and replaces each weight by the values that ``quantized`` returns."""
 
     def __init__(self, quantized: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -80,7 +80,7 @@ def coarse(weight: Tensor) -> Tensor:
     return (weight * 4).round() / 4
 
 
-def walk(folder: Path, seen: Packing, ids: Tensor = IDS, **settings: Any) -> BlockWalk:
+def walk(folder: Path, seen: BlockVisitor, ids: Tensor = IDS, **settings: Any) -> BlockWalk:
     own = ("paused_bytes", "held_out_weights")
     of_walk = {name: settings.pop(name) for name in own if name in settings}
     source = open_dense(str(folder))

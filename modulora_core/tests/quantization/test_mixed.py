@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from modulora_core import registry
@@ -23,6 +24,7 @@ from modulora_core.errors import (
     DataError,
     ModuLoRAError,
     OptionError,
+    OutputError,
     PluginError,
     ShapeError,
 )
@@ -31,6 +33,7 @@ from modulora_core.models import open_dense
 from modulora_core.quantization.mixed import Offer, allocate, recorded_allocation
 from modulora_core.quantization.quantize import Budget, Override, QuantizeResult, quantize
 from modulora_core.registry import Choice
+from modulora_core.spec import Calibration
 from modulora_core.tests import tiny_models
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.tests.stopped_runs import stop, stored
@@ -323,3 +326,26 @@ def test_a_run_killed_while_measuring_and_while_packing_ends_with_the_same_bytes
     assert "measuring" not in phases
     assert stored(out) == stored(whole)
     assert result.allocation == table
+    assert go_on().seconds == 0  # it is finished
+    for _, change in (*others, ("weights", {"exclude": ["*.0.self_attn.k_proj"]})):
+        with pytest.raises(OutputError, match="expected it new or empty"):
+            go_on(**change)
+
+
+def test_an_exception_of_a_plugin_while_measuring_has_a_note(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heeding: Any = type(CHOICES[0].create())
+    scale = heeding.scale
+
+    def fails(self: Any, w: Tensor, calibration: Calibration) -> Tensor:
+        if calibration.samples > 1:  # not the one of `layout`
+            raise RuntimeError("boom")
+        found: Tensor = scale(self, w, calibration)
+        return found
+
+    monkeypatch.setattr(heeding, "scale", fails)
+    with pytest.raises(RuntimeError, match="boom") as raised:
+        run(source, tmp_path / "out", 2**30, calibration=FEW)
+    (note,) = raised.value.__notes__
+    assert note.startswith("packing model.layers.0."), note

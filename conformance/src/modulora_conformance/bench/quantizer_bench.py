@@ -33,7 +33,7 @@ from modulora_conformance.changes import clone
 from modulora_core.autograd import FrozenWeight, lora_linear
 from modulora_core.dense_products import compute_dtype
 from modulora_core.errors import ModuLoRAError, OptionError, ShapeError, WorkError
-from modulora_core.progress import Progress
+from modulora_core.progress import Progress, no_progress
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 from modulora_core.tiles import tile_bytes, tile_ranges
 
@@ -126,7 +126,7 @@ def config_for(
 def measure_quantizer(
     quantizer: Quantizer,
     config: BenchConfig | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
     *,
     packed: PackedWeight | None = None,
 ) -> Bench:
@@ -176,9 +176,7 @@ def measure_speed(quantizer: Quantizer) -> dict[str, Any]:
 class _Measurement:
     """Runs the comparisons of one quantizer."""
 
-    def __init__(
-        self, quantizer: Quantizer, config: BenchConfig, progress: Progress | None
-    ) -> None:
+    def __init__(self, quantizer: Quantizer, config: BenchConfig, progress: Progress) -> None:
         self.quantizer, self.config, self.progress = quantizer, config, progress
         self.device = config.device
         self.generator = torch.Generator().manual_seed(0)
@@ -320,8 +318,7 @@ class _Measurement:
     @contextmanager
     def _reporting(self, measurement: str) -> Iterator[None]:
         """Report progress, and turn a failure into a WorkError that names the measurement."""
-        progress = self.progress or (lambda *_: None)
-        progress(measurement, self.done, self.total)
+        self.progress(measurement, self.done, self.total)
         try:
             yield
         except ModuLoRAError:
@@ -334,7 +331,7 @@ class _Measurement:
                 f"`modulora conformance {name}` finds the fault"
             ) from error
         self.done += 1
-        progress(measurement, self.done, self.total)
+        self.progress(measurement, self.done, self.total)
 
 
 def dense_lora(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from modulora_core.checkpoints.written.outputs import SMALL_FILES, check_disk_sp
 from modulora_core.errors import ModelError, OptionError, WeightError
 from modulora_core.models.locate import locate
 from modulora_core.models.source import ModelSource, open_dense
-from modulora_core.progress import Progress, shows_progress
+from modulora_core.progress import Progress, shown
 from modulora_core.spec import TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 from modulora_gguf.file.header import Header, TensorInfo
@@ -59,7 +59,6 @@ class LlamaCppWriter(FileWriter):
     ) -> AdapterFile:
         return write_lora_file(adapter, out, model=model)
 
-    @shows_progress("merging", "tensors")
     def merge(
         self,
         model: str,
@@ -76,8 +75,12 @@ class LlamaCppWriter(FileWriter):
         by default ``model`` itself, or the packaged file that the folder was made from.
         """
         type = type or self.default_type
-        started, progress, out = time.perf_counter(), progress or None, Path(out)
-        with PeakMemory("cpu") as peak, new_file(out, ".gguf") as path:
+        started, out = time.perf_counter(), Path(out)
+        with (
+            PeakMemory("cpu") as peak,
+            shown(progress, "merging", "tensors") as progress,
+            new_file(out, ".gguf") as path,
+        ):
             type_of(type, 256)  # refuses an unknown type first
             checkpoint = open_packed(model)
             checkpoint.check_whole()
@@ -101,22 +104,25 @@ class LlamaCppWriter(FileWriter):
                         )
                     else:
                         writer.write(store_of(source).in_file(tensor.name).blocks())
-                    if progress is not None:
-                        progress("merging", done, len(tensors))
+                    progress("merging", done, len(tensors))
         types = Counter(tensor.type for tensor in tensors)
         result = MergedFile(
             str(out), header.path.name, dict(types.most_common()), nbytes, len(deltas),
             time.perf_counter() - started, peak.nbytes, values.retained,
         )  # fmt: skip
         if result.erased:
-            retained = values.retained
-            worst = min(retained, key=retained.__getitem__)
-            logger.warning(
-                "%s: type %s erases more than half of the update in %d of %d tensors, such as %s, "
-                "where %.0f%% is left; choose a type of more bits",
-                out, type, len(result.erased), len(retained), worst, 100 * retained[worst],
-            )  # fmt: skip
+            _warn_erased(result, type)
         return result
+
+
+def _warn_erased(result: MergedFile, type: str) -> None:
+    retained = result.retained
+    worst = min(retained, key=retained.__getitem__)
+    logger.warning(
+        "%s: type %s erases more than half of the update in %d of %d tensors, such as %s, "
+        "where %.0f%% is left; choose a type of more bits",
+        result.out, type, len(result.erased), len(retained), worst, 100 * retained[worst],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

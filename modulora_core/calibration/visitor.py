@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modulora_core.autograd import ChannelScales
+from modulora_core.channel_scales import ChannelScales
 from modulora_core.errors import WorkError
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 
@@ -56,8 +56,8 @@ class PackedMatrices:
         return PackedMatrices(self.name, self.quantizer, [after])
 
 
-class Packing:
-    """Decides what happens to each parameter of a block. This base leaves all of them dense."""
+class BlockVisitor:
+    """Decides about each parameter of a block on the walk. This base leaves all of them dense."""
 
     def is_written(self, name: str) -> bool:
         """Whether an earlier run wrote the parameter."""
