@@ -72,7 +72,8 @@ def places(source: Weights, parameter: str) -> list[Place]:
         raise ModelError(f"{parameter}: {store.header.path.name} has no tensor of it")
     try:
         found = source.converted(parameter, lambda name: store.row_numbers(name, firsts))
-    except IndexError:  # columns move, as in Qwen 3.5's linear attention, and these rows have one
+    except (IndexError, ValueError, RuntimeError):
+        # of numpy or torch: columns move, as in Qwen 3.5's linear attention; these rows have one
         found = torch.empty(0)
     transposed = found.dim() > 1 and found.shape[-1] > 1
     found = found.flatten()
